@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 class NotThere(UserError):
-    """Missing files of a model; a run with all of the model's outputs cached does not need them."""
+    """A model's files are missing; a run with all of its outputs cached does not need them."""
 
 
 @contextmanager

@@ -28,9 +28,9 @@ from library.temporary_folders import Kind, make_temporary_folder
 
 logger = logging.getLogger(__name__)
 
-SHORT_SECONDS, POLL_SECONDS = 0.005, 0.1  # between two checks of the store
+SHORT_SECONDS, POLL_SECONDS = 0.005, 0.1  # seconds between two checks of the store
 SAY_AFTER_SECONDS = 60.0
-LOOK_FOR_S = 5  # for the reason why a process ended
+LOOK_FOR_S = 5  # seconds to find out why a process ended
 HEARD_WITHIN_S = 6.0  # the heartbeats check every two seconds, waiting processes every second
 OF_CONNECTIONS = ("onnection closed", "onnection reset", "onnection refused", "roken pipe", "NCCL", "timed out")
 PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_XPU", "MULTI_HPU")
@@ -321,10 +321,10 @@ def from_accelerator(accelerator: Any) -> Processes:
 
 
 def meet() -> tuple[Any, int, int]:
-    """(store, rank, count) of this attempt, where all processes find each other.
+    """Return (store, rank, count) of this attempt, where all processes rendezvous.
 
-    A launcher that restarts the processes (torchrun's `max_restarts`) may keep the store of the attempt before, with
-    its entries: each attempt has names of its own.
+    A launcher that restarts processes (torchrun's `max_restarts`) may keep the store of the previous attempt with its
+    entries, so each attempt uses its own names.
     """
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
@@ -363,7 +363,7 @@ def check_count(launched: int, count: int) -> None:
 
 
 def local_count(count: int) -> int:
-    """Processes on this machine, as the launcher says."""
+    """Return the number of processes on this machine, according to the launcher."""
     from accelerate.utils import get_int_from_env
 
     return int(get_int_from_env(["LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"], count))

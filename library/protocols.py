@@ -24,7 +24,7 @@ class LatentSpec:
     bucket_step: int  # bucket sides are multiples of this many pixels
     cache_suffix: str  # "_sd.npz"
     had_keys_without_size: bool  # older cache files have keys without the image size
-    max_references: int = 0  # images that the denoiser can be given beside the caption, as edit models are
+    max_references: int = 0  # reference images that the denoiser accepts, for edit models
     has_alpha: bool = False  # images are encoded with their alpha channel, opaque ones included
 
 
@@ -215,7 +215,7 @@ class Architecture:
     preview: Preview
     metadata: Mapping[str, str]  # ss_v2, ss_base_model_version and the model's modelspec keys
     ignores: Mapping[str, str] = field(default_factory=dict)  # option without effect -> reason
-    specs: Sequence[BaseModelSpec] = ()  # of all base models: they tell which programs read the saved files
+    specs: Sequence[BaseModelSpec] = ()  # of all base models, to find the programs that read saved files
     text_cache: TextCacheSpec | None = None  # None if text encoder outputs cannot be cached
     vary: Vary | None = None  # None if conditioning is used unchanged
     run_blocks_with: Callable[[nn.Module, BlockRunner], None] = run_blocks_with  # sets the denoiser's runner

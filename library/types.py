@@ -24,12 +24,12 @@ class Tokens:
 
 
 class CaptionWithImages(str):
-    """A caption for a text encoder that sees the reference images too.
+    """A caption for a text encoder that also sees the reference images.
 
-    As text it ends in a digest of these, so that features are cached for both.
+    Its text ends in a digest of the images, so that features are cached per caption and images.
     """
 
-    caption: str  # alone
+    caption: str  # without the digest
     read: Callable[[], tuple[Tensor, ...]]  # reads the images, CHW, -1..1
 
     def __new__(cls, caption: str, digest: str, read: Callable[[], tuple[Tensor, ...]]) -> "CaptionWithImages":
@@ -39,7 +39,7 @@ class CaptionWithImages(str):
 
 
 def plain_caption(text: str) -> str:
-    """Return a caption without what an encoder sees beside it."""
+    """Return a caption without the digest of its images."""
     return text.caption if isinstance(text, CaptionWithImages) else text
 
 

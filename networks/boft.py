@@ -1,4 +1,4 @@
-"""BOFT, products of sparse orthogonal blocks that turn inputs, on any base model."""
+"""Network module for BOFT: layer inputs rotated by products of sparse orthogonal blocks, on any base model."""
 
 from networks.core.kinds.boft import KIND
 from networks.core.network.factory import network_module

@@ -1,4 +1,4 @@
-"""The path under which front ends start tools/check_lora_weights.py."""
+"""Entry point for front ends that start tools/check_lora_weights.py at this path."""
 
 import sys
 from pathlib import Path

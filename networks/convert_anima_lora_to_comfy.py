@@ -1,4 +1,4 @@
-"""The path under which other programs rename an Anima LoRA for ComfyUI: tools/convert_for_comfyui.py."""
+"""Rename the keys of an Anima LoRA for ComfyUI: the path at which other programs start tools/convert_for_comfyui.py."""
 
 import sys
 from pathlib import Path

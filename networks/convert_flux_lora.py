@@ -1,4 +1,4 @@
-"""The path under which other programs rename the keys of a FLUX.1 LoRA: tools/convert_lora.py."""
+"""Rename the keys of a FLUX.1 LoRA: the path at which other programs start tools/convert_lora.py."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ NAMINGS = {"sd-scripts": "kohya", "ai-toolkit": "diffusers"}
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the parser of the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--src", choices=tuple(NAMINGS), default="ai-toolkit", help="whose names the file has")
     parser.add_argument("--dst", choices=tuple(NAMINGS), default="sd-scripts", help="whose names to write")
@@ -27,7 +27,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def rename(args: argparse.Namespace) -> None:
-    """Read, rename and write; what the other naming has no place for is left out and named."""
+    """Read, rename and write the LoRA. Keys that the other naming does not support are dropped and reported."""
     if args.src == args.dst:
         raise UserError(f"--src and --dst are both {args.src}; there is nothing to rename")
     check_output("--dst_path", args.dst_path, [args.src_path])

@@ -1,4 +1,4 @@
-"""The path under which other programs rename a HunyuanImage LoRA for ComfyUI: tools/convert_for_comfyui.py."""
+"""Rename a HunyuanImage LoRA for ComfyUI: the path at which other programs start tools/convert_for_comfyui.py."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""DyLoRA, an adapter that can be cut to a smaller rank after training."""
+"""Network module for DyLoRA, an adapter that can be cut to a smaller rank after training."""
 
 from networks.core.kinds.dylora import KIND
 from networks.core.network.factory import network_module

@@ -1,4 +1,4 @@
-"""The path under which other programs start tools/extract_lora_from_dylora.py."""
+"""Entry point for programs that start tools/extract_lora_from_dylora.py at this path."""
 
 import sys
 from pathlib import Path

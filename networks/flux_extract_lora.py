@@ -1,4 +1,4 @@
-"""The path under which other programs extract a LoRA from two FLUX.1 models: tools/extract_lora_from_models.py."""
+"""Entry point for programs that start tools/extract_lora_from_models.py for FLUX.1 at this path."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from tools.command import run
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The options of tools/extract_lora_from_models.py."""
+    """Return the parser of tools/extract_lora_from_models.py, with one more option that has no effect."""
     parser = extract_lora_from_models.setup_parser()
     parser.add_argument("--mem_eff_safe_open", action="store_true", help="has no effect: weights are read one by one")
     return parser

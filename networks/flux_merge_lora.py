@@ -1,4 +1,4 @@
-"""The path under which other programs start tools/merge_flux_lora.py, with ratios as in merge_lora.py beside it."""
+"""Entry point for programs that start tools/merge_flux_lora.py at this path, with ratios as in merge_lora.py."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ __all__ = ["main", "setup_parser"]
 
 
 def merge(args: argparse.Namespace) -> None:
-    """Read, merge and write. Raises UserError."""
+    """Read, merge and write the files. Raises UserError."""
     merge_flux_lora.merge(args, square_strengths)
 
 

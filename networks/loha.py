@@ -1,4 +1,4 @@
-"""LoHa, two low-rank products multiplied number by number, on any base model."""
+"""Network module for LoHa: the elementwise product of two low-rank products, on any base model."""
 
 from networks.core.kinds.loha import KIND
 from networks.core.network.factory import network_module

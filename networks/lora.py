@@ -1,4 +1,4 @@
-"""LoRA on the Linear and convolution layers of any base model."""
+"""Network module for LoRA on the Linear and convolution layers of any base model."""
 
 from networks.core.kinds.lora import KIND
 from networks.core.network.factory import network_module

@@ -1,4 +1,4 @@
-"""LoRA-FA, where down factors stay as they start and up factors train."""
+"""Network module for LoRA-FA: down factors are frozen, and only up factors are trained."""
 
 from networks.core.kinds.lora_fa import KIND
 from networks.core.network.factory import network_module

@@ -1,4 +1,4 @@
-"""--network_module networks.lora_flux_2: LoRA for FLUX.2, as networks.lora makes it for any."""
+"""Alias of networks.lora for FLUX.2."""
 
 from networks.lora import create_network as create_network
 from networks.lora import create_network_from_weights as create_network_from_weights

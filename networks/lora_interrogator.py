@@ -1,4 +1,4 @@
-"""The path under which other programs ask which words a LoRA changes: tools/interrogate_lora.py."""
+"""Entry point for programs that start tools/interrogate_lora.py at this path."""
 
 import sys
 from pathlib import Path

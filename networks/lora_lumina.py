@@ -1,4 +1,4 @@
-"""LoRA for Lumina Image 2.0, as networks.lora makes it for any."""
+"""Alias of networks.lora for Lumina Image 2.0."""
 
 from networks.lora import create_network as create_network
 from networks.lora import create_network_from_weights as create_network_from_weights

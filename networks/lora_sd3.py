@@ -1,4 +1,4 @@
-"""LoRA, as networks.lora has it for every base model, under its name for SD3."""
+"""Alias of networks.lora for SD3."""
 
 from networks.lora import create_network as create_network
 from networks.lora import create_network_from_weights as create_network_from_weights

@@ -1,6 +1,6 @@
-"""The path under which other programs start tools/merge_lora.py.
+"""Entry point for programs that start tools/merge_lora.py at this path.
 
-They write ratios for sd-scripts' way of joining files, so ratios count here as they do there.
+These programs pass ratios for sd-scripts' way of joining files, so ratios have sd-scripts' meaning here.
 """
 
 import argparse
@@ -20,7 +20,7 @@ __all__ = ["main", "merge", "setup_parser"]
 
 
 def merge(args: argparse.Namespace) -> None:
-    """The command as a function, for programs that import this file. Raises UserError."""
+    """Merge as the command does, for programs that import this file. Raises UserError."""
     merge_lora.merge(completed(setup_parser(), args), square_strengths)
 
 

@@ -1,4 +1,4 @@
-"""OFT that turns outputs, as sd-scripts' OFT modules do; it trains their files further."""
+"""Network module for OFT of outputs, as in sd-scripts' OFT modules, whose files it can train further."""
 
 from networks.core.kinds.oft import KIND
 from networks.core.network.factory import network_module

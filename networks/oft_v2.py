@@ -1,4 +1,4 @@
-"""OFT, orthogonal blocks that turn the inputs of layers, on any base model."""
+"""Network module for OFT: layer inputs rotated by orthogonal blocks, on any base model."""
 
 from networks.core.kinds.oft_v2 import KIND
 from networks.core.network.factory import network_module

@@ -1,4 +1,4 @@
-"""The path under which other programs start tools/resize_lora.py."""
+"""Entry point for programs that start tools/resize_lora.py at this path."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ __all__ = ["main", "resize", "setup_parser"]
 
 
 def resize(args: argparse.Namespace) -> None:
-    """The command as a function, for programs that import this file. Raises UserError."""
+    """Resize as the command does, for programs that import this file. Raises UserError."""
     resize_lora.resize(completed(setup_parser(), args))
 
 

@@ -1,4 +1,4 @@
-"""The path under which other programs start networks/merge_lora.py for SDXL."""
+"""Entry point for programs that start networks/merge_lora.py for SDXL at this path."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The path under which other programs merge several LoRAs by SVD: tools/merge_lora.py, with rank 4 by default."""
+"""Entry point for programs that merge several LoRAs by SVD at this path: tools/merge_lora.py with rank 4 by default."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ DEFAULT_RANK = 4
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The options of tools/merge_lora.py."""
+    """Return the parser of tools/merge_lora.py with another default of --new_rank."""
     return merge_lora.setup_parser(new_rank=DEFAULT_RANK)
 
 

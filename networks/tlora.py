@@ -1,4 +1,4 @@
-"""T-LoRA, a LoRA of which fewer ranks act the noisier a sample is."""
+"""Network module for T-LoRA: a LoRA in which fewer ranks act the noisier a sample is."""
 
 from networks.core.kinds.tlora import KIND
 from networks.core.network.factory import network_module

@@ -149,7 +149,7 @@ def needs_base(module: ModuleWeights) -> bool:
 
 
 def explain_refusal(file: AdapterFile, module: ModuleWeights, has_base: bool) -> str:
-    """Return why such a module cannot be merged into a LoRA this way."""
+    """Return why a module cannot be merged into a LoRA this way; None if it can."""
     what = "DoRA" if module.is_dora else module.layout.words
     if has_base:
         return f"{file.origin}: {module.name} is {what}, not exactly a LoRA; use --new_rank instead of --concat"

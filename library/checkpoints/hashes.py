@@ -52,7 +52,7 @@ def sha256_of_file(path: str | Path) -> str:
 
 
 def digest_of_file(path: Path) -> str:
-    """Return BLAKE2b over a whole file, 32 hex digits, which shows whether a file of ours is as it was written."""
+    """Return BLAKE2b over a whole file, 32 hex digits, to detect changes of our own files."""
     return _of_content(path, hashlib.blake2b(digest_size=16))
 
 

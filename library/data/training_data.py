@@ -52,7 +52,7 @@ class TrainingData(Protocol):
 
     @property
     def config(self) -> RunDataConfig:
-        """The description of the images; empty where there is none."""
+        """The description of the images; empty without images."""
 
     @property
     def num_batches(self) -> int:
@@ -106,7 +106,7 @@ class TrainingData(Protocol):
 
 
 def open_batches(data: TrainingData, latents: LatentStore = NO_LATENTS, texts: TextStore = NO_TEXTS) -> TrainingBatches:
-    """Open the batches of the data with what is cached of them."""
+    """Open the batches of the data with its caches."""
     if data.image_plan is not None:
         return PlannedBatches(data.image_plan, latents, texts)
     assert data.own_batches is not None

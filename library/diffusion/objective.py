@@ -119,7 +119,7 @@ class DDPM:
         return signal_B.view(-1, 1, 1, 1), noise_B.view(-1, 1, 1, 1)
 
     def _look_up(self, name: str, timesteps_B: Tensor) -> Tensor:
-        """Look up a table at the timesteps, which a sampler gives as floats, on their device."""
+        """Look up a table at the timesteps, which samplers pass as floats, on their device."""
         # The table moves rather than the timesteps, so that the host does not wait for the GPU.
         table_T = self.tables[name] if name in self.tables else self._table(name)
         return send(table_T, timesteps_B.device)[timesteps_B.long()]

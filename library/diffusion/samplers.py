@@ -31,7 +31,7 @@ class Level(NamedTuple):
 
 
 class Sampler(Protocol):
-    """A sampler for one image; it is built anew for each, because multi-step methods keep a history."""
+    """A sampler for one image; a new one is built for each, because multi-step methods keep a history."""
 
     @property
     def levels(self) -> Sequence[Level]:

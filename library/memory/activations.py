@@ -14,9 +14,10 @@ CopyStreams = dict[torch.device, torch.cuda.Stream]
 
 
 class RecomputeFromMainMemory:
-    """Runs a block again in the backward pass, from inputs kept in main memory until then.
+    """A runner that recomputes a block in the backward pass from inputs kept in main memory.
 
-    A GPU copies them beside the computation, and fetches the inputs of a block while the block after it is recomputed.
+    A GPU copies the inputs while it computes. It fetches those of a block while the next one in forward order is
+    recomputed.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,7 @@ class RecomputeFromMainMemory:
             return block(*inputs, **named)
         own = {id(value) for value in (*inputs, *named.values()) if isinstance(value, Tensor) and value.requires_grad}
         places = {identify_values(value) for value in (*inputs, *named.values()) if id(value) in own}
-        # Autograd's graph keeps the inputs alive; a strong reference here would keep those of a graph that was dropped.
+        # Autograd's graph keeps the inputs alive. A strong reference here would also keep those of a discarded graph.
         kept = BlockInputs(self.last, self.streams)
         self.last = weakref.ref(kept)
 
@@ -49,12 +50,12 @@ def unpack(packed: Tensor | tuple["BlockInputs", int]) -> Tensor:
 
 
 def identify_values(tensor: Tensor) -> tuple[int, torch.Size]:
-    """Identify the values of a tensor: autograd hands out aliases, which are different objects."""
+    """Return a key for the values of a tensor. Autograd creates aliases: other objects with the same values."""
     return tensor.data_ptr(), tensor.shape
 
 
 class BlockInputs:
-    """The inputs of one block in main memory; `before` returns those of the block that ran before it, if they live."""
+    """The inputs of one block in main memory. `before` returns those of the previous block, or None if freed."""
 
     def __init__(self, before: Callable[[], "BlockInputs | None"], streams: CopyStreams) -> None:
         self.before, self.streams = before, streams
@@ -62,7 +63,7 @@ class BlockInputs:
         self.fetched: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
 
     def add(self, tensor: Tensor) -> int:
-        """Copy a tensor to main memory and return its number; the host does not wait for a GPU."""
+        """Copy a tensor to main memory and return its index. The host does not wait for a GPU."""
         on_gpu = tensor.device.type == "cuda"
         copy = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu)
         if on_gpu:
@@ -70,7 +71,7 @@ class BlockInputs:
             stream.wait_stream(torch.cuda.current_stream(tensor.device))
             with torch.cuda.stream(stream):
                 copy.copy_(tensor, non_blocking=True)
-            tensor.record_stream(stream)  # the block's caller drops it before it is copied
+            tensor.record_stream(stream)  # the caller may free it before it is copied
         else:
             copy.copy_(tensor)
         self.waiting.append((copy, tensor.device))
@@ -96,10 +97,10 @@ class BlockInputs:
     def start(self, waiting: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Event]:
         stream = self.stream(device)
         fetched = torch.empty_like(waiting, device=device)
-        stream.wait_stream(torch.cuda.current_stream(device))  # which may still use the memory of `fetched`
+        stream.wait_stream(torch.cuda.current_stream(device))  # it may still use the memory of `fetched`
         with torch.cuda.stream(stream):
             fetched.copy_(waiting, non_blocking=True)
-        fetched.record_stream(stream)  # it is dropped in mid-copy if the backward pass ends early
+        fetched.record_stream(stream)  # freed during the copy if the backward pass ends early
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record(stream)
         return fetched, arrived

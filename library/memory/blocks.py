@@ -1,6 +1,6 @@
-"""Runners for the blocks of a model: the one place where recomputing, offloading or compiling a block is decided.
+"""Runners for the blocks of a model, the only place that decides on recomputing, offloading or compiling a block.
 
-A denoiser hands each block to its runner instead of calling it and knows nothing of what the runner does.
+A denoiser passes each block to its runner instead of calling it, and does not depend on the kind of runner.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,17 +13,17 @@ from torch.utils.checkpoint import checkpoint
 
 
 class BlockRunner(Protocol):
-    """A function that runs one block and returns its output; every pass gives it the same blocks in the same order."""
+    """A function that runs one block and returns its output. Every pass runs the same blocks in the same order."""
 
     def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any: ...
 
 
 Stacks = Sequence[Sequence[nn.Module]]
-"""The blocks that a model hands to its runner, roughly in execution order: one sequence for each kind of block."""
+"""The blocks that a model passes to its runner, roughly in execution order: one sequence per kind of block."""
 
 
 class RunsBlocks(Protocol):
-    """A model of ours that hands its blocks to a runner."""
+    """One of our models, which passes its blocks to a runner."""
 
     runner: BlockRunner
 
@@ -44,7 +44,10 @@ def recompute(block: nn.Module, *inputs: Any, **named: Any) -> Any:
 
 
 class Every:
-    """Runs every n-th block with a runner and the others plainly; the first pass numbers the blocks."""
+    """A runner that uses another runner for every n-th block and runs the others unchanged.
+
+    Blocks are numbered in the order of their first call.
+    """
 
     def __init__(self, n: int, runner: BlockRunner) -> None:
         self.n = n
@@ -67,17 +70,17 @@ def run_blocks_with(model: nn.Module, runner: BlockRunner) -> None:
 
 
 def chains_of(model: nn.Module) -> list[nn.ModuleList]:
-    """Return the block lists of one of our models; each block takes the output of the one before it."""
+    """Return the block lists of one of our models. Within a list each block takes the output of the previous one."""
     return [child for child in model.children() if isinstance(child, nn.ModuleList)]
 
 
 class BlockBody(nn.Module):
-    """A library's block as a runner sees it: calling it runs the block's own code, not the runner again."""
+    """A library's block as it is passed to a runner: a call runs the block's own code, not the runner again."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
-        # The class's forward, because the block's own attribute `forward` leads into the runner.
+        # The class's forward is needed, because the block's own attribute `forward` calls the runner.
         self.run: Callable[..., Any] = type(block).forward
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
@@ -85,16 +88,16 @@ class BlockBody(nn.Module):
 
 
 def run_library_blocks_with(blocks: Iterable[nn.Module], runner: BlockRunner) -> None:
-    """Route calls of blocks of a library's model through `runner`; a later call replaces the runner.
+    """Route calls of a library model's blocks through `runner`. A later call replaces the runner.
 
-    The module tree, class names and hooks stay unchanged: only each block's `forward` is shadowed.
+    The module tree, class names and hooks are unchanged: only the `forward` of each block is replaced.
     """
     for block in blocks:
         block.forward = partial(runner, BlockBody(block))
 
 
 def encoder_layers(encoder: nn.Module) -> list[nn.Module]:
-    """Return the layers of a text encoder of transformers, in the order of a pass."""
+    """Return the layers of a transformers text encoder, in execution order."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in encoder.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -21,28 +21,29 @@ logger = logging.getLogger(__name__)
 class CompileSettings:
     """Settings of torch.compile for blocks.
 
-    torch's automatic mode, first a static graph and then a dynamic one, is not offered: both match the first size, and
-    a recomputed block might run the other graph, which saves different tensors.
+    torch's automatic mode, a static graph followed by a dynamic one, is not supported. Both match the first size, so a
+    recomputed block could run the other graph, which saves different tensors.
     """
 
     backend: Any = "inductor"
     mode: str | None = None
-    is_dynamic: bool = True  # one graph for all sizes instead of one for each
+    is_dynamic: bool = True  # one graph for all sizes instead of one per size
     needs_full_graph: bool = False
     most_graphs: int = 128  # per kind of block
 
 
 class CompiledBlock(nn.Module):
-    """A block as a runner sees it, compiled at its first call with gradients.
+    """A block as it is passed to a runner, compiled at its first call with gradients.
 
-    Without gradients, as in previews and validation, it runs uncompiled: their other sizes would trigger compilations.
-    It also does while operations are counted, because torch never retries to compile a frame that it skipped then.
+    Without gradients, as in previews and validation, it runs uncompiled, because other sizes would trigger
+    compilations. It also runs uncompiled while operations are counted, because torch never compiles a frame that it
+    once skipped.
     """
 
     def __init__(
         self, block: nn.Module, settings: CompileSettings, begun_kinds: set[type], warned_kinds: set[type]
     ) -> None:
-        """The sets collect the kinds of blocks for which the start and the end of compiling were already logged."""
+        """`begun_kinds` and `warned_kinds` collect the kinds of blocks whose compiling or end of it was logged."""
         super().__init__()
         self.block = block
         self.settings = settings
@@ -77,11 +78,11 @@ class CompiledBlock(nn.Module):
 
     @property
     def kind(self) -> type:
-        """The class of the block; a library's block is wrapped in a BlockBody."""
+        """The class of the block, without the BlockBody that wraps a library's block."""
         return type(getattr(self.block, "block", self.block))
 
     def warn_once(self, given: Any) -> None:
-        """Warn once per kind of block, with the first input shapes that are no longer compiled."""
+        """Warn once per kind of block, with the shapes of the first inputs that run uncompiled."""
         if self.kind in self.warned_kinds:
             return
         self.warned_kinds.add(self.kind)
@@ -96,7 +97,7 @@ class CompiledBlock(nn.Module):
 
 
 class Compiled:
-    """Runs blocks compiled, through another runner; offloaded blocks run uncompiled."""
+    """A runner that compiles blocks and runs them through another runner. Offloaded blocks run uncompiled."""
 
     def __init__(self, runner: BlockRunner, settings: CompileSettings) -> None:
         self.runner = runner
@@ -118,5 +119,5 @@ class Compiled:
 
 
 def is_offloaded(block: nn.Module) -> bool:
-    """Return True if a ring delivers weights while the block computes: compiled code would read them too early."""
+    """Return True if a block's weights arrive through a ring while it computes, where compiled code reads too early."""
     return any(isinstance(layer.handle, Waiting | Shelved) for layer in frozen_layers(block))

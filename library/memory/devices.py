@@ -1,4 +1,4 @@
-"""Number formats, devices, and memory release between the stages of a run."""
+"""Dtypes, devices, and the release of memory between the stages of a run."""
 
 import gc
 from collections.abc import Iterable
@@ -14,17 +14,17 @@ SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 
 def tensors_of(*modules: nn.Module) -> list[Tensor]:
-    """Return the parameters and buffers of modules, shared ones once."""
+    """Return the parameters and buffers of modules, each shared one once."""
     return list({id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}.values())
 
 
 def bytes_of(*modules: nn.Module) -> int:
-    """Return the bytes of the parameters and buffers of modules, shared ones once."""
+    """Return the bytes of the parameters and buffers of modules. Shared ones count once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(*modules))
 
 
 def release_memory(keep_cache: bool = False) -> None:
-    """Collect garbage and return cached GPU memory; `keep_cache` (--highvram) leaves the cached blocks with torch."""
+    """Collect garbage and free torch's cached GPU memory. `keep_cache` (--highvram) keeps the cache."""
     gc.collect()
     if keep_cache:
         return
@@ -35,8 +35,8 @@ def release_memory(keep_cache: bool = False) -> None:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on `device` without making the host wait for earlier work of the device."""
-    # torch's plain copy blocks until the GPU reaches it, and so does every copy of unpinned memory. torch reuses the
+    """Return a tensor on `device`, without blocking the host until earlier work of the device is done."""
+    # A plain copy blocks the host until the GPU reaches it, and so does every copy of unpinned memory. torch reuses the
     # memory pinned here once the copy is done.
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
@@ -49,14 +49,17 @@ def is_on(tensor: Tensor, device: torch.device) -> bool:
 
 
 def channels_last_where_it_fits(weights: Iterable[Tensor]) -> torch.memory_format:
-    """Return the layout for a model's convolution weights: channels last, which is faster on CPUs and tensor cores."""
+    """Return the memory format for convolution weights: channels last, faster on CPUs and tensor cores, if possible."""
     # A model with convolutions over frames keeps its layout: `Module.to(memory_format=...)` supports one number of
     # dimensions.
     return torch.channels_last if all(weight.ndim <= 4 for weight in weights) else torch.contiguous_format
 
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:
-    """Move a frozen model to `device`, in the layout that suits it."""
+    """Move a frozen model to `device`, in channels-last format if possible.
+
+    On the CPU also protect its group norms, and let small convolutions use a matrix product.
+    """
     moved = module.to(device)
     layout = channels_last_where_it_fits(moved.parameters())
     if layout == torch.channels_last:
@@ -68,7 +71,7 @@ def place(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def protect_group_norms(module: nn.Module) -> None:
-    """Give group norms an input that survives torch's backward pass, whatever trains them."""
+    """Protect a model's group norms from a crash in torch's backward pass on the CPU, see `survivable`."""
     for layer in module.modules():
         if isinstance(layer, nn.GroupNorm) and survivable not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(survivable)
@@ -76,9 +79,8 @@ def protect_group_norms(module: nn.Module) -> None:
 
 def survivable(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Make the input of a group norm contiguous if it needs no gradient."""
-    # On the CPU torch 2.13 ends the process with a segmentation fault in the backward pass of a group norm whose input
-    # is channels last and has no gradient while its weight has one. Only inputs before the first adapter are of this
-    # kind.
+    # On the CPU torch 2.13 crashes with a segmentation fault in the backward pass of a group norm whose weight has a
+    # gradient and whose channels-last input has none. Only inputs before the first adapter have none.
     x, *rest = inputs
     if not torch.is_grad_enabled() or x.requires_grad or x.device.type != "cpu" or x.is_contiguous():
         return None

@@ -1,4 +1,4 @@
-"""Exchange of the weights of two models that are stored alike."""
+"""Exchange of the weights of two models with the same storage."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from library.memory.devices import tensors_of
 
 @contextmanager
 def exchanged(model: nn.Module, other: nn.Module) -> Iterator[None]:
-    """Give `model` the weights of `other` inside of the context, and its own back after it, bit for bit."""
+    """Exchange the weights of two models inside the block, and restore them afterwards, bit for bit."""
     exchange(model, other)
     try:
         yield
@@ -22,10 +22,10 @@ def exchanged(model: nn.Module, other: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def exchange(model: nn.Module, other: nn.Module) -> None:
-    """Give each model the other's weights, one tensor after the other, so that no device holds more than before.
+    """Exchange the weights of two models, one tensor at a time, so that no device holds more than before.
 
-    Tensors keep their memory, which compiled code may refer to. If one cannot be copied, all are as before. Raises
-    UserError, before any is exchanged, if the models are stored differently.
+    Tensors keep their memory, which compiled code may refer to. If a copy fails, earlier exchanges are undone. Raises
+    UserError, before any exchange, if the models are stored differently.
     """
     mine, theirs = tensors_of(model), tensors_of(other)
     if [(t.shape, t.dtype) for t in mine] != [(t.shape, t.dtype) for t in theirs]:

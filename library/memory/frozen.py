@@ -1,4 +1,4 @@
-"""Frozen layers that fetch and decode their weight when they compute instead of holding it.
+"""Frozen layers that fetch and decode their weight for each computation instead of holding it.
 
 Letters: O output features, I input features.
 """
@@ -20,10 +20,10 @@ Handle = Callable[[], Parts]
 
 
 class FrozenLayer(nn.Module):
-    """A layer whose frozen weight is stored as parts, which a `handle` provides and a `decoder` turns into the weight.
+    """A layer with a frozen weight, stored as parts that a `handle` provides and a `decoder` decodes.
 
-    The parts are frozen parameters, so that moving or sharding a model's parameters includes them. `weight` is decoded
-    on each access, in its original dtype, as a copy: the value stays valid when the parts' memory is reused for another
+    The parts are frozen parameters, so that moving or sharding a model includes them. `weight` is decoded on each
+    access, in its original dtype, as a copy: the value stays valid when the memory of the parts is reused for another
     layer. The backward pass decodes the weight again, because autograd would keep it in the precision of the run.
     """
 
@@ -49,7 +49,7 @@ class FrozenLayer(nn.Module):
         return self.decoder.codes(self.handle()) if self.multiplies_codes else None
 
     def own_parts(self) -> Parts:
-        """Return the parts that are the layer's own parameters; serves as the default handle."""
+        """Return the parts that are the layer's own parameters. This is the default handle."""
         return {name: part for name, part in self._parameters.items() if part is not None and name != "bias"}
 
     def product(self, x: Tensor) -> Tensor:
@@ -116,8 +116,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLayer, trains: bool) -> Tensor:
         ctx.layer, ctx.shape = layer, x.shape
-        # Nothing here needs a gradient, so nothing is recorded; the flag only tells the FLOP counter that a gradient
-        # could be asked for.
+        # No input has a gradient here, so autograd records nothing. The flag only marks the operations for the FLOP
+        # counter.
         with torch.set_grad_enabled(trains):
             return layer.product(x.detach())
 
@@ -130,15 +130,15 @@ class _Product(torch.autograd.Function):
 
 
 def can_be_frozen(layer: nn.Module) -> bool:
-    """Return True if a layer has a frozen twin; subclasses may compute something else and are left alone."""
+    """Return True if a layer has a frozen version. Subclasses have none, because they may compute something else."""
     return type(layer) is nn.Linear or small_convolutions.pads_with_zeros(layer)
 
 
 def layers_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers inside the blocks of a model that can be frozen, in order, by path.
 
-    Blocks are members of module lists. Layers outside them, such as embedders and the last layer, are small and stay as
-    they are; so do norms.
+    Blocks are members of module lists. Layers outside them, such as embedders and the last layer, are small and stay
+    unchanged; so do norms.
     """
     stems = [
         f"{path}.{name}."
@@ -153,13 +153,13 @@ def layers_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def frozen_layers(block: nn.Module) -> Iterator[FrozenLayer]:
-    """Yield the layers of a block whose weights a codec stores."""
+    """Yield the frozen layers of a block."""
     return (layer for layer in block.modules() if isinstance(layer, FrozenLayer))
 
 
 @torch.no_grad()
 def store_in(codec: Codec, layer: nn.Module, weight: Tensor | None = None) -> None:
-    """Turn a layer into its frozen twin, stored by `codec`, in place, so that references to it stay valid.
+    """Convert a layer in place to its frozen version, stored by `codec`. References to the layer stay valid.
 
     `weight` replaces the layer's own, which may have no values yet.
     """
@@ -169,7 +169,7 @@ def store_in(codec: Codec, layer: nn.Module, weight: Tensor | None = None) -> No
 
 
 def keep_in(decoder: Decoder, layer: nn.Module, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> None:
-    """Turn a layer into its frozen twin from the encoded parts of a weight with this shape and dtype."""
+    """Convert a layer in place to its frozen version, from the encoded parts of a weight with this shape and dtype."""
     del layer.weight
     layer.__class__ = KINDS[type(layer)]
     assert isinstance(layer, FrozenLayer)
@@ -180,7 +180,7 @@ def keep_in(decoder: Decoder, layer: nn.Module, parts: Parts, shape: torch.Size,
 
 
 def store_all_in(codec: Codec, layers: Iterable[nn.Module]) -> int:
-    """Store by `codec` all layers that can be frozen and are not yet; return how many frozen ones there are."""
+    """Store with `codec` all layers that can be frozen and are not frozen yet. Return the number of frozen layers."""
     layers = list(layers)
     for layer in layers:
         if can_be_frozen(layer):

@@ -1,8 +1,8 @@
 """Convolutions of few pixels as one matrix product, which is up to five times faster on a CPU.
 
-oneDNN reorders the weight of a convolution on every call. That takes longer than the product itself if weights are
-large and images small, as in the lower half of a U-Net: three times as long at 8 x 8 pixels and 1280 channels. Here the
-input patches are unfolded instead, and the weight stays in place.
+oneDNN reorders the weight of a convolution in every call. With large weights and small images, as in the lower half of
+a U-Net, this takes longer than the product itself: three times as long at 8 x 8 pixels and 1280 channels. Here the
+input patches are unfolded instead, and the weight is used as it is.
 
 Letters: O output channels, I input channels, H W pixels, h w kernel, N = h * w * I.
 """
@@ -18,7 +18,7 @@ from torch.nn.functional import linear, pad
 def is_better(outputs: torch.Size, weight: Tensor, layer: nn.Conv2d) -> bool:
     """Return True if the product is faster for outputs (B, O, H, W) on a CPU.
 
-    That is if they have fewer pixels than channels, or if the kernel is one pixel: then nothing is unfolded.
+    This is true for fewer pixels in the batch than output channels, and for 1x1 kernels, where nothing is unfolded.
     """
     return (
         weight.device.type == "cpu"
@@ -66,12 +66,12 @@ def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, layer: n
 
 
 def pads_with_zeros(layer: nn.Module) -> bool:
-    """Return True for torch's own nn.Conv2d, not for a subclass, with a fixed number of zeros as padding."""
+    """Return True for a plain nn.Conv2d padded with a fixed number of zeros. Subclasses may compute something else."""
     return type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def zero_borders(layer: nn.Conv2d) -> tuple[int, ...]:
-    """Return the rows of zero padding above and below, and the columns left and right."""
+    """Return the zero padding: rows above and below, and columns left and right."""
     assert not isinstance(layer.padding, str)
     return layer.padding
 
@@ -100,7 +100,7 @@ FewPixels.__name__ = FewPixels.__qualname__ = "Conv2d"
 
 
 class _Product(torch.autograd.Function):
-    """The product; only the weight is saved for the backward pass."""
+    """The matrix product as an autograd function, which saves only the weight for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Conv2d) -> Tensor:
@@ -116,7 +116,10 @@ class _Product(torch.autograd.Function):
 
 
 def quicken(module: nn.Module) -> None:
-    """Let frozen convolutions use the matrix product where it is faster, in place; channels last is set already."""
+    """Let the frozen convolutions of a model use the matrix product if it is faster, in place.
+
+    Call this after the model is channels last.
+    """
     for layer in module.modules():
         if pads_with_zeros(layer):
             layer.__class__ = FewPixels

@@ -26,7 +26,7 @@ OptionsT = TypeVar("OptionsT", bound=DitTrainOptions)
 
 
 class DitLoaderOptions(Protocol):
-    """The options that say in which precision parts are loaded, and which of them may be absent."""
+    """The options that set the precision of the parts, and which of them may be absent."""
 
     @property
     def model(self) -> ModelOptions: ...

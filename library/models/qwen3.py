@@ -29,7 +29,7 @@ FOLDER = "text_encoder"  # in a diffusers folder
 
 @dataclass(frozen=True)
 class Qwen3Release:
-    """One size of Qwen3, as a base model has it."""
+    """One size of Qwen3 with the settings that a base model uses."""
 
     flag: str  # that names its file
     hub_name: str  # "Qwen/Qwen3-0.6B"

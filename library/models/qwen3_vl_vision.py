@@ -1,7 +1,4 @@
-"""The vision model of Qwen3-VL 8B beside its language model: transformers' Qwen3VLVisionModel; captions with images.
-
-Letters: C channels, H and W sides of an image in pixels, S tokens of a caption, P patches, E width.
-"""
+"""The vision model of Qwen3-VL 8B (transformers' Qwen3VLVisionModel), and the encoding of captions with images."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +14,7 @@ from library.models.loading import Component, empty_transformers_model, load_com
 from library.models.qwen3_vl import VISION
 from library.models.shapes import Shapes, count, shape_of
 
-MERGE = 2  # patches a side that one token stands for
+MERGE = 2  # patches per side that one token represents
 NUM_HEADS = 16
 DEEPSTACK = (8, 16, 24)  # layers whose states are added to those of the first layers of the language model
 
@@ -57,11 +54,7 @@ load_vision = partial(load_component, empty_vision)
 def encode_with_images(
     language: nn.Module, vision: nn.Module, ids_S: Tensor, slot: int, images: Sequence[Tensor]
 ) -> Tensor:
-    """Return the last states of one caption in which tokens `slot` stand for images, shape SE.
-
-    Images are CHW, -1..1, with sides that are multiples of a token's; they are not resized, as transformers' processor
-    does with small ones.
-    """
+    """Return the last hidden states of one caption in which tokens `slot` represent images, shape SE."""
     model: Any = language
     tower: Any = vision
     weight = next(vision.parameters())

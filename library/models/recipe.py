@@ -48,7 +48,7 @@ class Recipe:
                 raise UserError(f"--{name} does not work with {self.title}: {why}; remove it")
 
     def describe(self, options: Options, **more: str) -> dict[str, str]:
-        """Return what trained files say about the base model; `more` are modelspec.* keys without that prefix."""
+        """Return a base model's metadata for trained files; `more` are modelspec.* keys without that prefix."""
         values = options.flat()
         return {
             "ss_v2": "False",
@@ -69,8 +69,8 @@ def folders_beside(*files: str | Path | None) -> list[Path]:
 
 
 def tokenizer_folders(base: str | Path, encoder: str | None, names: Sequence[str] = ("tokenizer",)) -> list[Path]:
-    """Return where a tokenizer is looked for: in folders of these names beside the base model and beside the encoder's
-    file, then beside that itself."""
+    """Return the folders to search for a tokenizer: those of these names next to the base model and the encoder's
+    file, then the encoder's own."""
     beside = folders_beside(base, encoder)
     return [folder / name for folder in beside for name in names] + beside[1:]
 

@@ -83,11 +83,7 @@ def first_and_last(state: Mapping[str, Tensor], stacks: Sequence[str]) -> tuple[
 def split_weights(
     state: Mapping[str, Tensor], source_keys: Callable[[str], Sequence[str]], rows: Sequence[int], swapped: str = ""
 ) -> dict[str, Tensor]:
-    """Return weights under the names that `source_keys` gives for each.
-
-    Those with several names are split: the parts have `rows` rows each, the last one all that are left. Those whose
-    name begins with `swapped` have their halves in reverse order.
-    """
+    """Split weights into the names that `source_keys` returns for each."""
     found: dict[str, Tensor] = {}
     for key, tensor in state.items():
         names = source_keys(key)

@@ -84,7 +84,7 @@ def empty_t5(config: Mapping[str, Any]) -> Any:
 
 
 def t5_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the precision in which T5 runs beside others in `dtype`: its hidden states exceed the range of float16."""
+    """Return T5's dtype if other models run in `dtype`: T5's hidden states exceed the range of float16."""
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 

@@ -56,9 +56,9 @@ def read_text(path: Path, flag: str) -> str:
 
 
 def read_toml(path: Path, flag: str) -> dict[str, Any]:
-    """Return the tables of a TOML file; `flag` is the option that named it.
+    """Return the tables of a UTF-8 TOML file, with or without a byte order mark; `flag` is the option that named it.
 
-    Raises UserError where there is no such file, ValueError naming line and column of a mistake.
+    Raises UserError if there is no such file, ValueError with line and column of a mistake.
     """
     text = read_text(path, flag)
     try:
@@ -72,7 +72,7 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
 
 
 def refuse_nul(value: Any, shown: str) -> None:
-    """Raise UserError if a text in nested tables and lists has a NUL character, which ends a path for the system."""
+    """Raise UserError if a string in nested tables and lists contains NUL, which ends a path for the system."""
     if isinstance(value, str) and "\0" in value:
         raise UserError(f"{shown} has a NUL character in a text: {value[:60]!r}; remove it")
     if isinstance(value, (dict, list)):

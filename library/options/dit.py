@@ -58,7 +58,7 @@ ALTERNATIVES: Mapping[str, str] = {
     "use_32bit_attention": "use --mixed_precision no for 32 bits",
     "disable_numpy_memmap": "files are never mapped into memory",
 }
-"""Alternatives to options of other scripts and programs; they end the error for such an option."""
+"""Alternatives to options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,13 @@ class DitTrainOptions(TrainOptions):
 
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Collect the parsed values and resolve `dit`."""
+        """Build the options from parsed arguments and resolve `dit`."""
         options = super().from_args(args)
         return resolve_dit(options, options.dit.dit)
 
 
 def resolve_dit(options: OptionsT, dit: str | None) -> OptionsT:
-    """Return the options with what --dit stands for. The text encoders of these models have no adapters, so only the
-    denoiser is trained."""
+    """Apply --dit. Text encoders of these models have no adapters, so only the denoiser is trained."""
     values: dict[str, object] = {"network_train_unet_only": not options.network.network_train_text_encoder_only}
     if dit is not None:
         caches = ("cache_latents", "cache_text_encoder_outputs")

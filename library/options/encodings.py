@@ -1,4 +1,4 @@
-"""The likely encoding of a text that is not UTF-8."""
+"""Detects the likely encoding of a text that is not UTF-8."""
 
 import re
 
@@ -12,10 +12,10 @@ COMMON = {
     "cp949": "EUC-KR (cp949)",
     "cp1251": "Cyrillic (cp1251)",
 }
-"""Encodings that editors still write. Among all that exist a few words fit too many: "café" is cp1250 as well."""
+"""Encodings that editors still write; with all existing ones a few words fit too many: "café" is valid cp1250 too."""
 
 
-# A letter with an accent among plain ones, as in "fille blonde, forêt"; other alphabets fill whole words.
+# An accented letter among plain ones, as in "fille blonde, forêt"; other alphabets fill whole words.
 LATIN_WORD = re.compile(rb"[A-Za-z][\xc0-\xff]{1,2}(?![\x80-\xff])|(?<![\x80-\xff])[\xc0-\xff]{1,2}[A-Za-z]")
 NOT_LATIN = re.compile(rb"[\x00\x80-\x90\x98-\x9f]|[\xa0-\xff]{3}")
 
@@ -25,7 +25,7 @@ class NotUtf8(UserError):
 
 
 def likely_encoding(content: bytes) -> str | None:
-    """Name the encoding that fits best; None if none does."""
+    """Return the name of the best fitting encoding; None if none fits."""
     from charset_normalizer import from_bytes
 
     if LATIN_WORD.search(content) and not NOT_LATIN.search(content):
@@ -36,7 +36,7 @@ def likely_encoding(content: bytes) -> str | None:
 
 
 def decoded(content: bytes, what: str) -> str:
-    """Decode UTF-8, a byte order mark skipped. Raises UserError, beginning with `what`, for other encodings."""
+    """Decode UTF-8 with or without a byte order mark. Raises UserError, starting with `what`, for other encodings."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -44,7 +44,7 @@ def decoded(content: bytes, what: str) -> str:
 
 
 def not_utf8(content: bytes, error: UnicodeDecodeError) -> str:
-    """Describe where a file cannot be read as UTF-8 and what it may be, to follow its name."""
+    """Describe where a file is not UTF-8 and its likely encoding; the text follows the file's name."""
     likely = likely_encoding(content)
     fits = f"it looks like {likely}" if likely else "no encoding fits"
     return f"is not UTF-8 text: byte {error.start} cannot be read, and {fits}; save it as UTF-8"

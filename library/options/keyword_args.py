@@ -1,4 +1,4 @@
-"""`key=value` items of the command line as Python keywords, and calls that say which keywords they know."""
+"""Parses `key=value` items into Python keywords, and calls functions with them."""
 
 import ast
 import inspect
@@ -9,10 +9,10 @@ from library.errors import UserError
 
 
 def read_keyword_args(items: Sequence[str] | None, flag: str) -> dict[str, Any]:
-    """Return the keywords in `items`, values read as Python literals: `betas=0.9,0.99` is a pair of numbers.
+    """Parse items to keywords with Python literals as values: `betas=0.9,0.99` is a tuple.
 
-    The first `=` ends the key. Raises UserError, naming `flag` and the item, for an item without one, for a value that
-    is not a literal and for a key given twice.
+    The first `=` ends the key. Raises UserError naming `flag` and the item, if it has no key, is not a literal, or
+    repeats a key.
     """
     keywords: dict[str, Any] = {}
     for item in items or ():
@@ -40,10 +40,10 @@ def call_with_keywords(
     set_elsewhere: Mapping[str, str],
     ours: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Call `target(*positional, **ours, **keywords)`; `keywords` are the user's, from `flag`, and win over `ours`.
+    """Call `target(*positional, **ours, **keywords)`; `keywords` come from the user's `flag` and override `ours`.
 
-    `set_elsewhere` maps parameters that have a flag of their own to that flag ("" where the trainer sets them).
-    Raises UserError for an unknown keyword, naming the accepted ones, and for values that `target` refuses.
+    `set_elsewhere` maps parameters that have their own flag to that flag ("" if the trainer sets them). Raises
+    UserError for an unknown keyword, naming the accepted ones, and for values that `target` refuses.
     """
     name = getattr(target, "__name__", str(target))
     parameters = list(inspect.signature(target).parameters.values())

@@ -36,9 +36,9 @@ class PromptTraining(Options):
 
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Collect the parsed values. Only the denoiser is ever trained; there is no epoch that a run could begin with.
+        """Build the options from parsed arguments. Only the denoiser is trained; there is no initial epoch.
 
-        Who asks for the text encoders alone is refused later, with a reason.
+        A request to train only the text encoders is refused later, with a reason.
         """
         options = super().from_args(args)
         trains_denoiser = not options.network.network_train_text_encoder_only
@@ -47,13 +47,13 @@ class PromptTraining(Options):
 
 @dataclass(frozen=True)
 class LecoOptions(PromptTraining, TrainOptions):
-    """All options of train_leco.py for the base model whose script has only the common options."""
+    """All options of train_leco.py for a base model whose script has only the common options."""
 
 
 def leco_options(kind: type[TrainOptions]) -> type[TrainOptions]:
-    """Return the options of training a base model by prompts, from those of its script for images.
+    """Return the options class for training a base model on prompts, derived from its script's options.
 
-    Where the form of the prediction is an option, it is the denoiser's own output, which is what LECO trains.
+    If the form of the prediction is an option, it defaults to the denoiser's own output, which LECO trains.
     """
     if kind is TrainOptions:
         return LecoOptions
@@ -70,12 +70,12 @@ def leco_options(kind: type[TrainOptions]) -> type[TrainOptions]:
 
 
 def refused_by_leco(kind: type[Options]) -> dict[str, str]:
-    """Return the options that prompts cannot be trained with, each with the reason and what to do."""
+    """Return the options that prompt training refuses, each with the reason and what to do."""
     return {name: facts.refused_by_leco for name, facts in kind.facts().items() if facts.refused_by_leco}
 
 
 def ignored_by_leco(kind: type[Options]) -> dict[str, str]:
-    """Return the options that have no effect where prompts are trained without images, each with the reason."""
+    """Return the options without effect on prompt training, each with the reason."""
     return {
         name: facts.ignored_by_leco or WITHOUT_IMAGES
         for name, facts in kind.facts().items()

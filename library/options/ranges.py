@@ -1,4 +1,4 @@
-"""Check that the numbers of options lie in the ranges that their declarations name."""
+"""Checks that the numbers of options lie in their declared ranges."""
 
 from math import isfinite
 from typing import TypeGuard
@@ -6,16 +6,16 @@ from typing import TypeGuard
 from library.errors import UserError
 from library.options.base import Facts, Options
 
-LARGEST = 2**63  # what tensors and files hold
+LARGEST = 2**63  # the limit of tensors and files
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Return True if a value is a number, which true and false are not."""
+    """Return True for numbers, but not for true and false."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_ranges(options: Options) -> None:
-    """Raise UserError for the first number that lies where it means nothing, naming its option."""
+    """Raise UserError for the first number outside its option's range."""
     values = options.flat()
     for name, facts in type(options).facts().items():
         value = values[name]
@@ -25,7 +25,7 @@ def check_ranges(options: Options) -> None:
 
 
 def check_number(name: str, number: float, facts: Facts) -> None:
-    """Raise UserError where a number of the option `name` is outside its range."""
+    """Raise UserError if a number of the option `name` is outside its range."""
     if isinstance(number, float) and not isfinite(number):
         raise UserError(f"--{name} is {number}; use a finite number")
     if facts.is_share and not 0 <= number <= 1:

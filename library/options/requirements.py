@@ -21,7 +21,7 @@ def unsupported(options: Options) -> list[str]:
 
 
 def check_requirements(options: Options) -> None:
-    """Raise UserError for the first option that is given without what it requires, or with what it excludes."""
+    """Raise UserError for the first option that lacks a required one or is excluded by another."""
     values, defaults = options.flat(), type(options).defaults()
     for name, facts in type(options).facts().items():
         if is_set(values[name], defaults[name]):
@@ -30,7 +30,7 @@ def check_requirements(options: Options) -> None:
 
 
 def check_required(name: str, needs: tuple[str, ...], values: Mapping[str, Any]) -> None:
-    """Raise UserError where none of the needs of a given option is met."""
+    """Raise UserError if none of a given option's needs is met."""
     if not needs or any(is_met(need, values) for need in needs):
         return
     other, is_value, _ = needs[0].partition("=")
@@ -41,7 +41,7 @@ def check_required(name: str, needs: tuple[str, ...], values: Mapping[str, Any])
 
 
 def check_excluded(name: str, excludes: Mapping[str, str], values: Mapping[str, Any]) -> None:
-    """Raise UserError where an option is given that another given option excludes."""
+    """Raise UserError if a given option excludes another given one."""
     for need, why in excludes.items():
         other = need.partition("=")[0]
         if values.get(other) is not None and is_met(need, values):
@@ -50,5 +50,5 @@ def check_excluded(name: str, excludes: Mapping[str, str], values: Mapping[str, 
 
 
 def flag_with_value(name: str, value: Any) -> str:
-    """Write an option as it is typed, lists without their values."""
+    """Format an option as typed, with lists abbreviated."""
     return f"--{name}" if value is True or isinstance(value, list) else f"--{name} {value}"

@@ -71,5 +71,5 @@ class TrainOptions(Options):
 
     @property
     def concepts(self) -> ConceptOptions | None:
-        """The concepts that are trained from prompts alone (LECO); None where images are trained."""
+        """The concepts of prompt training (LECO); None if images are trained."""
         return None

@@ -1,7 +1,7 @@
-"""Command lines kept as TOML (`config_file`).
+"""Command lines stored as TOML (`config_file`).
 
-A front end writes every option it knows into such a file, the empty ones too, and values with the type that its own
-form gave them. So values are read generously: what can only mean one thing is taken as that, the rest is an error.
+Front ends write every option they know into such a file, including empty ones, with the types of their own forms.
+Values are therefore converted generously where only one meaning is possible; anything else is an error.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SECRETS = tuple(name for name, facts in TrainOptions.facts().items() if facts.se
 
 
 class ConfigFileError(UserError):
-    """The file is missing, is no TOML, or holds a value that its option cannot take."""
+    """The file is missing, is not TOML, or has a value that its option cannot take."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,22 @@ class Config:
     """The content of a config file."""
 
     path: Path
-    values: Mapping[str, Any]  # by destination, converted to what the option holds
+    values: Mapping[str, Any]  # by option name, converted to the option's type
     warnings: Sequence[str]
 
 
 def config_path(config_file: str) -> Path:
-    """Return the config file that is meant; `.toml` may be left out."""
+    """Return the path of the config file; `.toml` may be omitted."""
     return Path(config_file if config_file.endswith(".toml") else config_file + ".toml")
 
 
 def read_config(
     path: Path, actions: Mapping[str, argparse.Action], elsewhere: Callable[[str], str] = lambda option: ""
 ) -> Config:
-    """Read the options in a file, by destination; `actions` are the parser's, `elsewhere` knows other scripts'.
+    """Read a file's options by name; `actions` are the parser's, `elsewhere` describes other scripts' options.
 
-    Tables are opened one level and their names mean nothing. Keys that are no option are left out and named in the
-    warnings. Raises ConfigFileError.
+    Tables are flattened by one level, ignoring their names. Keys that are not options are dropped, with a warning.
+    Raises ConfigFileError.
     """
     warnings: list[str] = []
     given = flatten(load_toml(path), path, warnings)
@@ -57,20 +57,20 @@ def read_values(
     given: Mapping[str, Any], where: str, actions: Mapping[str, argparse.Action], warnings: list[str],
     elsewhere: Callable[[str], str] = lambda option: "",
 ) -> dict[str, Any]:  # fmt: skip
-    """Convert the options in `given`, which come from `where`; append what else there is to say to `warnings`.
+    """Convert the options in `given`, which were read from `where`, and append messages to `warnings`.
 
-    Raises ConfigFileError for a value that its option cannot take.
+    Raises ConfigFileError for an invalid value.
     """
     values: dict[str, Any] = {}
     unknown: list[str] = []
     for key, value in given.items():
         if key in ("config_file", "output_config"):
-            continue  # about the file itself; the command line has said it
+            continue  # an option about the file itself
         if key not in actions:
             others = elsewhere(key)
             if not others:
                 unknown.append(key + nearest(key, actions))
-            elif value is not False and value not in ("", []):  # front ends write every field they have
+            elif value is not False and value not in ("", []):  # front ends write every field
                 warnings.append(f"{where}: ignored: {key}{others}")
             continue
         converted = convert(value, actions[key])
@@ -86,7 +86,7 @@ def read_values(
 
 
 def load_toml(path: Path) -> dict[str, Any]:
-    """Return the tables of a TOML file. Raises ConfigFileError, naming line and column of a mistake."""
+    """Return the tables of a TOML file. Raises ConfigFileError with line and column of a mistake."""
     try:
         return read_toml(path, "--config_file")
     except (OSError, ValueError) as error:
@@ -94,7 +94,7 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 
 def flatten(tables: Mapping[str, Any], path: Path, warnings: list[str]) -> dict[str, Any]:
-    """Keys of the top level and of its tables, together. Where a key stands twice the later one counts."""
+    """Merge the keys of the top level and of its tables; later ones take precedence."""
     values: dict[str, Any] = {}
     for name, value in tables.items():
         section = value if isinstance(value, dict) else {name: value}
@@ -110,14 +110,14 @@ def flatten(tables: Mapping[str, Any], path: Path, warnings: list[str]) -> dict[
 
 
 def nearest(key: str, actions: Mapping[str, argparse.Action]) -> str:
-    """Return a hint at the option that `key` looks like, or nothing. Other programs call a file's option `vae_path`."""
+    """Suggest the option nearest to `key`, or return "". Other programs call a file's option `vae_path`."""
     stem = key.removesuffix("_path")
     near = stem if stem in actions else nearest_name(key, actions, least=0.75)
     return f" (nearest: {near})" if near else ""
 
 
 def whole_chunks(max_token_length: int, where: str, warnings: list[str]) -> int | None:
-    """Captions are read in chunks of 75 tokens; one chunk is what unset means."""
+    """Convert a caption length in tokens: captions are read in chunks of 75 tokens, and one chunk is the default."""
     if max_token_length < 75:
         raise ConfigFileError(f"{where}: max_token_length is {max_token_length}; use 75, 150 or 225")
     whole = max_token_length // 75 * 75
@@ -134,10 +134,10 @@ class Refused:
 
 
 def convert(value: Any, action: argparse.Action) -> Any:
-    """Return the value of a file as what the option holds, or Refused.
+    """Convert a file's value to the option's type; return Refused if that fails.
 
-    `false`, an empty string and an empty list mean unset. Choices are not enforced: some files hold names that the
-    command line refuses.
+    `false`, an empty string and an empty list mean unset. Choices are not checked here, because some files contain
+    names that the command line refuses.
     """
     if action.nargs == 0:
         return convert_flag(value, action.dest)
@@ -157,14 +157,14 @@ def convert(value: Any, action: argparse.Action) -> Any:
 
 
 def convert_flag(value: Any, dest: str) -> Any:
-    """Convert a flag: true and false, also as 1 and 0 or in words."""
+    """Convert a flag: true or false, also as 1, 0 or text."""
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
     words = {"": False, "false": False, "true": True}
     if isinstance(value, str) and value.lower() in words:
         return words[value.lower()]
     if isinstance(value, str) and dest == "dim_from_weights":
-        return True  # front ends write the path of the weights there
+        return True  # front ends write the path of the weights
     return False if value == [] else Refused("true or false")
 
 
@@ -176,10 +176,10 @@ def convert_scalar(value: Any, action: argparse.Action) -> Any:
     if kind is int:
         return int(value) if has_number and value == to_whole(value) else Refused("a whole number")
     if kind is float:
-        # Where the default is an int the metadata shows the number as it was written.
+        # If the default is an int, metadata show the number as written.
         return (value if isinstance(action.default, int) else float(value)) if has_number else Refused("a number")
     if kind is int_or_float:
-        # 100.0 steps were meant where a share of the run cannot be.
+        # 100.0 means steps where a fraction of the run is impossible.
         if has_number and value >= 0 and (value < 1 or value == to_whole(value)):
             return int(value) if value == to_whole(value) else value
         if isinstance(value, str):
@@ -194,12 +194,12 @@ def convert_scalar(value: Any, action: argparse.Action) -> Any:
 
 
 def to_whole(value: int | float) -> int | None:
-    """Return the whole part of a number; None where it is not finite."""
+    """Return a number as an integer; None if it is not finite."""
     return int(value) if value - value == 0 else None
 
 
 def write_config(path: Path, values: Mapping[str, Any]) -> None:
-    """Write options to a file that must not exist yet, whole or not at all. Raises ConfigFileError."""
+    """Write options to a new file, atomically. Raises ConfigFileError."""
     import toml
 
     from library.checkpoints.files import atomic_path
@@ -214,5 +214,6 @@ def write_config(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def basic_string(text: str) -> str:
-    """Write a TOML string: JSON's escapes are TOML's, but for DEL. toml's own writer breaks `\\x` in paths."""
+    r"""Format a TOML string: JSON's escapes are valid in TOML except for DEL. toml's own writer breaks `\x` in
+    paths."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

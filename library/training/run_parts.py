@@ -1,4 +1,4 @@
-"""The parts of one run, put together once in `training/run` and read everywhere else."""
+"""The parts of a run, built once in `training/run`."""
 
 from dataclasses import dataclass, field
 
@@ -22,7 +22,7 @@ from networks.core.protocol import Multiplexer
 
 @dataclass(frozen=True)
 class Optimization:
-    """The optimizer, its schedule, and the average of the weights."""
+    """Optimizer, schedule, and moving average of the weights."""
 
     built: BuiltOptimizer
     schedule: Schedule
@@ -49,7 +49,7 @@ class Run:
     times: StepTimes = field(default_factory=StepTimes)
     events: Events = field(default_factory=Events)
     norms: NormMeter = field(default_factory=NormMeter)
-    label: str = ""  # what the adapter is called in a sweep
-    place: int = 0  # among them
-    turns: Multiplexer | None = None  # says which of them act; None where there is one
-    sweep: SweepRecord | None = None  # what they know of each other; None without a sweep
+    label: str = ""  # the adapter's name in a sweep
+    place: int = 0  # its index in the sweep
+    turns: Multiplexer | None = None  # selects the active adapters; None for a single one
+    sweep: SweepRecord | None = None  # shared by the adapters of a sweep; None without one

@@ -1,10 +1,10 @@
-"""The record that the adapters of a sweep share and their states keep."""
+"""The record shared by the adapters of a sweep and stored in their states."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-PART = "sweep"  # of the states of adapters
+PART = "sweep"  # its name in an adapter's state
 NOT_FINITE = "its losses were not finite"
 
 
@@ -14,12 +14,12 @@ class Ended:
 
     step: int
     why: str
-    losses_G: Sequence[float] | None  # of each image that is set aside, at its last validation
+    losses_G: Sequence[float] | None  # of each held-out image, at its last validation
 
 
 @dataclass
 class SweepRecord:
-    """The seed of what all share, and who has ended; every state of an adapter has it."""
+    """The shared seed of a sweep, and the adapters that have ended; part of every adapter's state."""
 
     seed: int
     ended: dict[str, Ended] = field(default_factory=dict)  # by label
@@ -28,9 +28,9 @@ class SweepRecord:
         return {"seed": self.seed, "ended": {label: asdict(one) for label, one in self.ended.items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Nothing: the record was read before the adapters were made, `of` does that."""
+        """Do nothing: `of` has read the record before the adapters are built."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "SweepRecord":
-        """Read what `state_dict` gave."""
+        """Build a record from a state dict."""
         return cls(int(values["seed"]), {label: Ended(**one) for label, one in values["ended"].items()})

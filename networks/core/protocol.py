@@ -1,7 +1,8 @@
-"""The protocol between a network module and the trainer.
+"""The protocol between network modules and the trainer.
 
-A network module is a Python module with two functions (`NetworkModule`); the first gives a network. Ours,
-lycoris.kohya and users' own files are all called in this way. `adopt` fills in what a third party leaves out.
+A network module is a Python module with the two functions of `NetworkModule`, which return a `Network`. Our modules,
+lycoris.kohya and users' own files are all called in this way. `adopt` wraps a network and adds what third-party
+networks lack.
 """
 
 import importlib
@@ -23,11 +24,11 @@ from library.suggestions import nearest_name
 logger = logging.getLogger(__name__)
 
 TextEncoder = nn.Module | list[nn.Module] | None
-"""A single model where the base model has one text encoder, a list otherwise."""
+"""The text encoder, or a list of them if the base model has several."""
 
-TRUE_WORDS = ("true", "1", "yes", "y", "on")  # values of network arguments that are True or False
-OURS = "networks."  # how the names of our own modules begin
-PACKAGES = {"lycoris": "lycoris-lora"}  # import name -> what pip installs
+TRUE_WORDS = ("true", "1", "yes", "y", "on")  # values of network arguments that mean True
+OURS = "networks."  # prefix of the names of our own modules
+PACKAGES = {"lycoris": "lycoris-lora"}  # import name -> name of the pip package
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class NetworkModule:
 
 @dataclass(frozen=True)
 class Merging:
-    """A parameter of the base model, and its value when an adapter is merged into it."""
+    """A parameter of the base model, and a function that merges an adapter into its value."""
 
     layer: nn.Module
     parameter: str
@@ -75,31 +76,32 @@ class Merging:
 
 
 class Multiplexer(Protocol):
-    """A switch that says which of several networks on one model act; they are known by their places in a list."""
+    """A switch that selects which of several networks on one model act, by their index in a list."""
 
     def only(self, place: int) -> AbstractContextManager[None]:
-        """Run the model in the block with one network alone."""
+        """Run the model with one network alone inside the block."""
         ...
 
     def together(
         self, seeds: Mapping[int, int], device: torch.device, draws: bool = True
     ) -> AbstractContextManager[None]:
-        """In the block every input has as many equal parts, along its first axis, as there are `seeds` of networks.
+        """Run several networks inside the block, each on its own part of the rows.
 
-        Each part runs with its own network, which draws what it leaves out from a stream of its seed, unless nothing
-        depends on what is drawn (not `draws`).
+        The first axis of every input must consist of equal parts, one for each key of `seeds`, which maps network
+        indices to seeds. Each network draws its dropout from a stream with its seed. Pass `draws` False if random
+        numbers do not matter.
         """
         ...
 
     def share_stacked(self, places: Sequence[int]) -> float:
-        """Return the share of the layers in which these networks are one product; in the others they run in turn."""
+        """Return the share of layers in which these networks are one product. In other layers they run in turn."""
         ...
 
 
 def open_network_module(name: str) -> NetworkModule:
     """Import a network module.
 
-    Raises UserError naming what to do when it is not there, or is no network module.
+    Raises UserError with a fix if it does not exist or is not a network module.
     """
     if name.startswith("."):
         raise UserError(f"--network_module {name} is no name of a module; {_suggest_module(name)}")
@@ -123,7 +125,7 @@ def open_network_module(name: str) -> NetworkModule:
 
 
 def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
-    """Return `key=value` items as a table; of a key given twice the last value counts."""
+    """Parse `key=value` items; the last value of a repeated key counts. Raises UserError for an item without `=`."""
     arguments: dict[str, str] = {}
     for item in items or []:
         key, equals, value = item.partition("=")
@@ -136,15 +138,15 @@ def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
 
 
 def is_switched_on(items: Sequence[str] | None, name: str) -> bool:
-    """Return True if network arguments set `name` to a word for True; the last item of that name counts."""
+    """Return True if the last network argument `name` has a value that means True."""
     values = [item.partition("=")[2] for item in items or [] if item.partition("=")[0] == name]
     return bool(values) and values[-1].strip().lower() in TRUE_WORDS
 
 
 def adopt(network: Any) -> "AdoptedNetwork":
-    """Take a network of any origin.
+    """Wrap a network of any origin.
 
-    Raises UserError when it is no `nn.Module`, or lacks a method that cannot be made up for.
+    Raises UserError if it is not an `nn.Module`, or lacks a method that cannot be replaced.
     """
     if not isinstance(network, nn.Module):
         raise UserError(f"the network module gave {network!r} instead of a network; see its own messages above")
@@ -159,9 +161,9 @@ def adopt(network: Any) -> "AdoptedNetwork":
 
 
 def multiplex(networks: Sequence["AdoptedNetwork"], name: str) -> Multiplexer:
-    """Let networks of the module `name`, all of them installed, act on rows of their own.
+    """Let several installed networks act on one model, each on its own rows.
 
-    Raises UserError for networks that cannot.
+    `name` is their network module, for messages. Raises UserError if the networks do not support it.
     """
     method = networks[0]._method("stack_with")
     if method is None or any(type(one.module) is not type(networks[0].module) for one in networks):
@@ -175,20 +177,20 @@ def multiplex(networks: Sequence["AdoptedNetwork"], name: str) -> Multiplexer:
 
 
 class AdoptedNetwork:
-    """Any network, with one way to do each thing the trainer needs."""
+    """Wrapper of any network with a uniform interface for the trainer."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._trained: list[nn.Parameter] | None = None  # of this epoch: finding them takes a millisecond
+        self._trained: list[nn.Parameter] | None = None  # of this epoch; finding them takes a millisecond
 
     def apply_to(
         self, text_encoder: TextEncoder, denoiser: nn.Module, train_text_encoder: bool, train_denoiser: bool
     ) -> None:
-        """Install the network on the models' layers; a side that is not trained is left alone and not saved."""
+        """Install the network on the models' layers. Models that are not trained are left unchanged and not saved."""
         self._method("apply_to")(text_encoder, denoiser, train_text_encoder, train_denoiser)
 
     def load_weights(self, path: str | Path) -> None:
-        """Load an adapter file and log what the network says about it."""
+        """Load an adapter file and log the network's report."""
         result = self._needed("load_weights", "--network_weights")(str(path))
         logger.info("loaded network weights: %s", result)
 
@@ -200,24 +202,24 @@ class AdoptedNetwork:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        """Add the weights of a file to the base model for good."""
+        """Merge a file's weights into the base model permanently."""
         self._needed("merge_to", "--base_weights")(text_encoder, denoiser, weights, dtype, device)
 
     def merging(self, weights: Mapping[str, Tensor], device: torch.device | str) -> Iterable[Merging]:
-        """Yield what `merge_to` computes parameter by parameter, for who has the base model's weights one at a time."""
+        """Yield the merges of `merge_to` one parameter at a time, for callers that stream the base weights."""
         found: Iterable[Merging] = self._needed("merging", "--base_weights")(weights, device)
         return found
 
     def enable_gradient_checkpointing(self) -> None:
-        """Tell the network that layers are computed twice."""
+        """Notify the network that layers are recomputed in the backward pass."""
         self._optional("enable_gradient_checkpointing")
 
     def parameter_groups(
         self, text_encoder_lr: list[float] | None, unet_lr: float | None, learning_rate: float
     ) -> tuple[list[dict[str, Any]], list[str] | None]:
-        """Return the optimizer's groups and their names, without those that have no parameters or no learning rate.
+        """Return parameter groups and their names, without groups that have no parameters or no learning rate.
 
-        The names are None where the network gives none. Raises UserError when nothing is left to train.
+        The names are None if the network provides none. Raises UserError if nothing is left to train.
         """
         with_many = self._method("prepare_optimizer_params_with_multiple_te_lrs")
         if with_many is not None:
@@ -234,41 +236,41 @@ class AdoptedNetwork:
         return _trained_groups(list(groups), None if names is None else list(names), learning_rate)
 
     def prepare_gradients(self, text_encoder: TextEncoder, denoiser: nn.Module) -> None:
-        """Switch gradients on for what is trained."""
+        """Enable gradients for the trained parameters."""
         if self._method("prepare_grad_etc") is None:
             self.module.requires_grad_(True)
         self._optional("prepare_grad_etc", text_encoder, denoiser)
 
     def start_epoch(self, text_encoder: TextEncoder, denoiser: nn.Module) -> None:
-        """Start an epoch; the network is in training mode afterwards, and what it trains stays the same."""
+        """Notify the network of a new epoch, set it to training mode and cache its trained parameters."""
         self._optional("on_epoch_start", text_encoder, denoiser)
         self.module.train()
         self._trained = self._trainable_parameters()
 
     def start_step(self, text_encoder: TextEncoder, denoiser: nn.Module) -> None:
-        """Notify the network before each micro-step."""
+        """Notify the network of the next micro-step."""
         self._optional("on_step_start", text_encoder, denoiser)
 
     def start_optimizer_step(self, seed: int, step: int) -> None:
-        """Tell the network, before each micro-step, the seed of the run and the number of finished optimizer steps."""
+        """Notify the network of the next micro-step, with the run's seed and the number of finished optimizer steps."""
         self._optional("on_optimizer_step_start", seed, step)
 
     def set_noise_levels(self, levels_B: Tensor | None) -> None:
-        """Tell the share of noise, 0 to 1, of each sample that the denoiser runs next; None before images."""
+        """Set the noise level, 0 to 1, of each sample of the next denoiser call; None before previews."""
         self._optional("on_noise_levels", levels_B)
 
     def note_gradients(self) -> None:
-        """Tell the network that the gradients of an optimizer step are complete."""
+        """Notify the network that the gradients of an optimizer step are complete."""
         self._optional("on_gradients")
 
     @property
     def looks_at_gradients(self) -> bool:
-        """True if the network does something in `note_gradients`; one that does not say so may."""
+        """True if the network uses `note_gradients`, or has `on_gradients` and does not declare whether it uses it."""
         asked = self._method("looks_at_gradients")
         return self._method("on_gradients") is not None and (asked is None or asked())
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return what the optimizer changes: the set whose gradient norm is limited."""
+        """Return the parameters that the optimizer updates and whose gradient norm is clipped."""
         return self._trainable_parameters() if self._trained is None else list(self._trained)
 
     def _trainable_parameters(self) -> list[nn.Parameter]:
@@ -277,19 +279,19 @@ class AdoptedNetwork:
         return [parameter for parameter in found if parameter.requires_grad]
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set how strongly the network acts: 0 is the base model."""
+        """Set the strength of the network; 0 disables it."""
         set_it = self._needed("set_multiplier", "training on prompts, pairs or with differential output preservation")
         set_it(multiplier)
 
     @property
     def can_limit_norms(self) -> bool:
-        """True if `limit_norms` works with this network."""
+        """True if the network supports `limit_norms`."""
         return self._method("apply_max_norm_regularization") is not None
 
     def limit_norms(self, limit: float, device: torch.device | str) -> Tensor:
-        """Scale changes down to a norm of `limit`: how many were, mean and maximum of all.
+        """Scale changes down to a norm of `limit`; return (number scaled, mean norm, maximum norm) as one tensor.
 
-        Ours leave the three numbers on the device; those of others must know them at once.
+        Our networks return it on the device. Third-party networks return numbers, which need a synchronisation.
         """
         if (method := self._method("limit_norms")) is not None:
             found: Tensor = method(limit)
@@ -298,12 +300,12 @@ class AdoptedNetwork:
         return torch.tensor([float(value) for value in found], dtype=torch.float64)
 
     def save_weights(self, path: str | Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
-        """Write the network whole or not at all; the extension decides the format."""
+        """Write the network atomically; the extension decides the format."""
         with atomic_path(path) as temporary:
             self._method("save_weights")(str(temporary), dtype, metadata)
 
     def _one_lr_groups(self, text_encoder_lr: float | None, unet_lr: float | None, learning_rate: float) -> Any:
-        """Call with three arguments, or with two where the method takes no third."""
+        """Call `prepare_optimizer_params` with three arguments, or with two if it does not accept a third."""
         method = self._method("prepare_optimizer_params")
         try:
             inspect.signature(method).bind(text_encoder_lr, unet_lr, learning_rate)
@@ -312,7 +314,7 @@ class AdoptedNetwork:
         return method(text_encoder_lr, unet_lr, learning_rate)
 
     def _method(self, name: str) -> Any:
-        """Return a method of the network, None where it has none of that name."""
+        """Return a method of the network, or None if it does not exist."""
         method = getattr(self.module, name, None)
         return method if callable(method) else None
 
@@ -330,7 +332,10 @@ class AdoptedNetwork:
 def _trained_groups(
     groups: list[dict[str, Any]], names: list[str] | None, learning_rate: float
 ) -> tuple[list[dict[str, Any]], list[str] | None]:
-    """Keep groups that have parameters and a learning rate; one without its own takes the general one."""
+    """Keep groups with parameters and a learning rate; a group without `lr` uses `learning_rate`.
+
+    Raises UserError if no group has parameters, or if no group is left.
+    """
     kept: list[dict[str, Any]] = []
     kept_names: list[str] = []
     groups = [{**group, "params": list(group["params"])} for group in groups]
@@ -354,8 +359,10 @@ def _trained_groups(
 
 
 def _explained(name: str, create: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `create_network` so that failed assertions and ValueErrors, by which others refuse settings, name the module
-    and a way out."""
+    """Wrap `create_network` to turn AssertionError and ValueError into a UserError with the module's name and a fix.
+
+    Third parties raise these errors for settings that they do not support.
+    """
 
     def create_network(*arguments: Any, **keywords: Any) -> Any:
         try:
@@ -370,7 +377,7 @@ def _explained(name: str, create: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reading_explained(name: str, create: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Tensor]]]:
-    """Wrap `create_network_from_weights` so that failed assertions name the module and a way out."""
+    """Wrap `create_network_from_weights` to turn AssertionError into a UserError with the module's name and a fix."""
 
     def create_network_from_weights(
         multiplier: float, file: str, *arguments: Any, **keywords: Any
@@ -398,7 +405,7 @@ def _cannot_read_files(name: str) -> Callable[..., tuple[Any, dict[str, Tensor]]
 
 
 def _own_modules() -> list[str]:
-    """List our own network modules; that folder has commands too, which make no networks."""
+    """List our own network modules; the folder also contains commands, which are not network modules."""
     files = Path(__file__).parents[1].glob("*.py")
     return sorted(f"networks.{file.stem}" for file in files if "create_network" in file.read_text(encoding="utf-8"))
 

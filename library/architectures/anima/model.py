@@ -24,7 +24,7 @@ from library.models.shapes import ShapeReader
 from library.models.sinusoids import sinusoids
 
 PATCH = 2
-MASK_CHANNELS = 1  # the padding mask beside the latent; images are never padded
+MASK_CHANNELS = 1  # the padding mask, an additional channel of the latent; images are never padded
 MIN_HEAD_WIDTH = 12  # a head has at least two values each for frames, rows and columns
 
 

@@ -1,4 +1,4 @@
-"""Anima's denoiser beside diffusers' two classes with the same weights."""
+"""Compares Anima's denoiser with diffusers' two classes on the same weights."""
 
 from collections.abc import Mapping
 from typing import Any

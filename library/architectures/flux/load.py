@@ -73,7 +73,7 @@ def is_schnell(weights: Weights) -> bool:
 
 
 def load_ae(name: str, options: FluxOptions) -> nn.Module:
-    """The VAE in the file or folder of --ae, for those who need nothing else of the model."""
+    """Load the VAE of --ae alone."""
     return load_vae(
         open_ae("FLUX.1", name, BaseFiles(Path())), resolve_vae_dtype(options.model, options.precision.mixed_precision)
     )

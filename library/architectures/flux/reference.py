@@ -1,4 +1,4 @@
-"""FLUX.1's and Chroma's denoiser beside diffusers' class with the same weights."""
+"""Compares FLUX.1's and Chroma's denoiser with diffusers' class on the same weights."""
 
 from collections.abc import Mapping
 from dataclasses import asdict

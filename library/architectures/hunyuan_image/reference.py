@@ -1,4 +1,4 @@
-"""HunyuanImage 2.1's denoiser beside diffusers' class with the same weights."""
+"""Compares HunyuanImage 2.1's denoiser with diffusers' class on the same weights."""
 
 from collections.abc import Mapping
 from typing import Any

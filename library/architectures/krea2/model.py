@@ -128,7 +128,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_width)) for layer in (self.wq, self.wk, self.wv))
-        # Before heads and tokens change places: norms copy what is not contiguous.
+        # Before heads and tokens are transposed, because norms copy non-contiguous tensors.
         q, k, v = (part.transpose(-3, -2) for part in (self.qknorm.qnorm(q), self.qknorm.knorm(k), v))
         if rope is not None:
             q, k = turn(q, rope), turn(k, rope)

@@ -1,4 +1,4 @@
-"""Krea 2's denoiser beside diffusers' class with the same weights."""
+"""Compares Krea 2's denoiser with diffusers' class on the same weights."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Lumina Image 2.0's denoiser beside diffusers' class with the same weights."""
+"""Compares Lumina Image 2.0's denoiser with diffusers' class on the same weights."""
 
 from collections.abc import Mapping
 from typing import Any

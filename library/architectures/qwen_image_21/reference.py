@@ -1,4 +1,4 @@
-"""Qwen-Image 2.1's denoiser beside diffusers' class with the same weights."""
+"""Compares Qwen-Image 2.1's denoiser with diffusers' class on the same weights."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from library.architectures.qwen_image_21.model import QwenImage21, QwenImage21Co
 from library.models.patches import patchify
 from library.models.reference import SIDE, diffusers_class, random_inputs, shortened, with_weights
 
-SLOT_SIDE = 2  # a slot in the text, given by `img_mask`, stands for a square of this many tokens of an image
+SLOT_SIDE = 2  # a slot in the text, marked by `img_mask`, represents a square of this many tokens of an image
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ NO_PLACE = -1  # fills up the places of a caption with fewer images
 
 @dataclass(frozen=True)
 class QwenImage21Text:
-    """Qwen3-VL's reading of a caption inside the template; each reference image stands for its tokens before it."""
+    """Tokenizes captions inside Qwen3-VL's template; each reference image becomes its tokens, before the caption."""
 
     tokenizer: Any  # transformers' Qwen2Tokenizer, padding on the right
     pixels_per_token: int

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3's denoiser beside diffusers' class with the same weights."""
+"""Compares Stable Diffusion 3's denoiser with diffusers' class on the same weights."""
 
 import torch
 from torch import Tensor, nn

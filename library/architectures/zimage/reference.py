@@ -1,4 +1,4 @@
-"""Z-Image's denoiser beside diffusers' class with the same weights."""
+"""Compares Z-Image's denoiser with diffusers' class on the same weights."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -125,7 +125,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
     storage: Storage = field(default_factory=Storage)
     is_mirrored: bool = False  # mirror every image, regardless of flip_aug
     has_alpha: bool = False  # images are RGBA, for a base model that encodes their alpha channel
-    seen: SeenReferences | None = None  # what text encoders see beside the captions
+    seen: SeenReferences | None = None  # reference images for text encoders that see them
 
     def __getitem__(self, order: BatchOrder) -> PartialBatch | str:
         """Make a batch; return the message of a UserError, because exceptions lose theirs between processes."""
@@ -185,7 +185,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         )
 
     def text_key(self, taken: Taken, caption: str) -> str:
-        """Return the text whose features a draw has: its caption, with what text encoders see beside it."""
+        """Return the text whose features a draw uses: its caption, with the references that text encoders see."""
         return caption if self.seen is None else self.seen.key(taken.number, caption, taken.is_flipped)
 
     def text_row(self, number: int, text: str) -> Row | None:
@@ -289,10 +289,7 @@ def pick(stored: Latents, is_flipped: bool) -> tuple[Tensor, Tensor | None, tupl
 def finish_batch(
     draft: PartialBatch, memory: Mapping[int, Latents], texts: Mapping[str, Row], text_padding: Mapping[str, float]
 ) -> Batch:
-    """Add what is kept in memory to a batch; samples without a mask get ones if another sample has one.
-
-    If text features are cached, `texts` contains every text that was not read from a file.
-    """
+    """Add features kept in memory to a batch; samples without a mask get ones if another sample has one."""
     latents, masks, references = list(draft.latents), list(draft.masks), list(draft.references)
     for place_, (number, is_flipped) in enumerate(zip(draft.samples, draft.flips, strict=True)):
         if number in memory:

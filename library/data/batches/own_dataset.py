@@ -31,7 +31,7 @@ DESCRIBED = ("dataset_config", "train_data_dir", "reg_data_dir", "in_json")
 
 
 class OwnDataset:
-    """The batches of an object of a user's class, in an order that is drawn anew for every epoch."""
+    """The batches of a user's dataset object, reshuffled for every epoch."""
 
     def __init__(self, source: Any, name: str, seed: int, spec: LatentSpec) -> None:
         """Raise UserError for an object without batches."""
@@ -118,7 +118,7 @@ class OwnDataset:
         }
 
     def limited_to_largest_batch(self) -> tuple["OwnDataset", int]:
-        """Return self and the first batch: the sizes of others are not known."""
+        """Return self and the first batch; the sizes of others are unknown."""
         return self, 0
 
     def report_skipped(self, log: logging.Logger) -> None:

@@ -119,7 +119,7 @@ class PromptPairs:
         return (self._batch(place) for place in places)
 
     def audit(self, log: logging.Logger) -> None:
-        """Log what is trained."""
+        """Log the prompts to train."""
         actions = Counter(pair.action for pair in self.pairs)
         sizes = {f"{p.height}x{p.width}{' and smaller' if p.has_drawn_size else ''}" for p in self.pairs}
         log.info(

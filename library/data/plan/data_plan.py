@@ -58,7 +58,7 @@ class DataPlan:
     num_workers: int
     token_limit: TokenLimit | None  # None: caption lengths are not checked
     num_variants: int = 0  # variants of a caption to draw from; 0 composes it anew for every draw
-    seen: SeenReferences | None = None  # what text encoders see beside the captions
+    seen: SeenReferences | None = None  # reference images for text encoders that see them
 
     @property
     def datasets(self) -> tuple[ScannedDataset, ...]:
@@ -91,7 +91,7 @@ class DataPlan:
     def sizes(self) -> "DataPlan":
         return self
 
-    prompts = own_batches = None  # batches are built of the plan and of what is cached
+    prompts = own_batches = None  # None: batches are built from the plan and the caches
 
     # Counts
 
@@ -187,7 +187,7 @@ class DataPlan:
         return replace(self, num_variants=num_variants)
 
     def with_seen_references(self) -> "DataPlan":
-        """Return a plan for text encoders that see the reference images beside the captions. Raises UserError as
+        """Return a plan for text encoders that also see the reference images. Raises UserError as
         `SeenReferences.of` does."""
         seen = SeenReferences.of(self.samples, self.subsets, self.storage, self.spec.has_alpha, self.num_workers)
         return replace(self, seen=seen)
@@ -341,10 +341,7 @@ def check_drawing(config: RunDataConfig) -> None:
 
 
 def without_unused_face_crops(config: RunDataConfig, caches_latents: bool) -> RunDataConfig:
-    """Drop face_crop_aug_range, with a warning, where buckets or cached latents decide what is cropped.
-
-    sd-scripts ignores it there, and front ends send it with every run.
-    """
+    """Drop face_crop_aug_range, with a warning, if buckets or cached latents determine the crop."""
     datasets = []
     for dataset in config.datasets:
         reason = "enable_bucket" if dataset.enable_bucket else "cache_latents" if caches_latents else None

@@ -46,7 +46,7 @@ def check_references(subsets: Sequence[SubsetConfig], samples: Samples, spec: La
 
 
 def check_pairs(config: RunDataConfig, are_trained: bool) -> None:
-    """Raise UserError where only one of the data set and the options, which say if pairs `are_trained`, has pairs."""
+    """Raise UserError if the data set has pairs but the options do not train them (`are_trained`), or the reverse."""
     for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
         if are_trained and not subset.opposite_dir and not subset.is_forgetting_probe:
             raise UserError(

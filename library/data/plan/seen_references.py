@@ -1,7 +1,4 @@
-"""The reference images beside the captions, for text encoders that see them.
-
-Letters: N samples.
-"""
+"""The reference images of captions, for text encoders that see them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,5 +1,4 @@
-"""Encoding of weights a few rows at a time: rounding needs several float32 copies, which need not be of the whole
-weight."""
+"""Encoding of weights a few rows at a time, since rounding needs several float32 copies of what it encodes."""
 
 from collections.abc import Callable
 from math import ceil
@@ -13,7 +12,7 @@ STEP = 64  # rows per chunk are a multiple of this, so that no quantisation grou
 
 
 def encode_in_chunks(weight: Tensor, encode: Callable[[Tensor], Parts]) -> Parts:
-    """Encode the rows (O, I) of a weight in chunks and join the parts, whose lengths are proportional to the rows."""
+    """Encode the rows (O, I) of a weight in chunks and join the parts. Part lengths must be proportional to rows."""
     weight_OI = weight.detach().flatten(1)
     num_rows = len(weight_OI)
     rows = min(num_rows, max(1, NUM_VALUES // weight_OI.shape[1] // STEP) * STEP)

@@ -1,4 +1,4 @@
-"""Codecs between frozen weights and their stored tensors: the protocols, and what a loader can be asked for.
+"""Codecs between frozen weights and their stored tensors: protocols, and the requests that a loader accepts.
 
 Letters: O outputs, I inputs of a weight as a matrix; the inputs of a convolution are its channels times its kernel.
 """
@@ -20,11 +20,11 @@ class Decoder(Protocol):
     """The decoding half of a codec."""
 
     def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return the weight with this shape and dtype, rounded as it is stored; may be the stored tensor itself."""
+        """Decode the weight to this shape and dtype. The result can be the stored tensor itself."""
         ...
 
     def codes(self, parts: Parts) -> Codes | None:
-        """Return the 8-bit codes that can be multiplied without decoding, or None if the weight has none."""
+        """Return the 8-bit codes for products without decoding, or None if the weight is not stored in this way."""
         ...
 
 
@@ -37,7 +37,7 @@ class Codec(Decoder, Protocol):
 
 
 class AsInFile:
-    """A request to keep weights as their file stores them: 8-bit ones stay quantised, others are read as numbers."""
+    """Request to keep weights as their file stores them: 8-bit weights stay quantised, others are read as numbers."""
 
 
 AS_IN_FILE = AsInFile()
@@ -45,11 +45,11 @@ AS_IN_FILE = AsInFile()
 
 @dataclass(frozen=True)
 class AsRead:
-    """A request to transform and store each weight as it is read, so that the model is never whole in memory."""
+    """Request to transform and store each weight as it is read, so that the original model is never whole in memory."""
 
     codec: Codec | AsInFile | None
-    changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # by name, before storing
-    take: Callable[[nn.Module], None] | None = None  # called with each layer once stored, e.g. to shard it
+    changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # by weight name, before storing
+    take: Callable[[nn.Module], None] | None = None  # called with each stored layer, e.g. to shard it
 
 
 RequestedFormat = Codec | AsInFile | AsRead

@@ -1,9 +1,9 @@
-"""Products with the 8-bit codes of a frozen weight, without decoding it: activations are rounded to 8 bits too.
+"""Products with the 8-bit codes of a frozen weight, without decoding it. Activations are rounded to 8 bits too.
 
-Each token has a scale that maps its largest value to the largest of the 8-bit format and is multiplied out after the
-product. So are the scales of the weight's rows; where the sum runs over rows, they are folded into the gradient before
-it is rounded. For a few tokens, such as the one that modulates a block for the whole image, the rounding remainder is
-multiplied too, as further tokens: the kernels take as long for 17 tokens as for one.
+Each token has a scale that maps its largest value to the largest 8-bit number. The scales of tokens and of the weight's
+rows are applied after the product. If the sum runs over rows, their scales are multiplied into the gradient before it
+is rounded. For a few tokens, such as the one that modulates a block for the whole image, the rounding remainders are
+multiplied too, as additional tokens: the kernels take as long for 17 tokens as for one.
 
 Letters: T tokens, O outputs, I inputs; K the summed axis of a product, N its other axis.
 """
@@ -17,11 +17,11 @@ from torch.nn.functional import pad
 
 FP8 = torch.float8_e4m3fn
 MULTIPLES = {torch.int8: 8, FP8: 16, torch.float8_e5m2: 16}
-"""Code formats that can be multiplied, with the number that both sides of a weight must be a multiple of for the GPU
-kernels."""
+"""Code dtypes that can be multiplied, each with the number of which both sizes of a weight must be multiples on
+GPUs."""
 
 FEWEST_ROWS = 17  # minimum that torch._int_mm accepts on GPUs
-MOST_TWICE = FEWEST_ROWS // 2  # most tokens whose rounding remainders are multiplied as well
+MOST_TWICE = FEWEST_ROWS // 2  # largest number of tokens with multiplied rounding remainders
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Codes:
 
     @property
     def can_be_multiplied(self) -> bool:
-        """Return True if the kernels accept codes of this dtype and shape."""
+        """True if the kernels accept codes of this dtype and shape."""
         multiple = MULTIPLES.get(self.codes_OI.dtype)
         return (
             multiple is not None and self.scales.ndim < 3 and not any(size % multiple for size in self.codes_OI.shape)
@@ -42,7 +42,7 @@ class Codes:
 
     @property
     def scales_of_outputs(self) -> Tensor:
-        """Return the scales as () or (1, O), float32."""
+        """The scales as () or (1, O), float32."""
         return self.scales.float() if self.scales.ndim == 0 else self.scales.float().reshape(1, -1)
 
 
@@ -67,7 +67,10 @@ def input_gradient(gradient: Tensor, weight: Codes) -> Tensor:
 
 
 def products_of_rounded(x_TK: Tensor, kind: torch.dtype, codes_KN: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply x, rounded to 8 bits (few tokens: 16), by codes of dtype `kind`; return (T, N) in float32."""
+    """Multiply x, rounded to 8 bits, by codes of dtype `kind`. Return (T, N) in float32.
+
+    Up to MOST_TWICE tokens are rounded to about 16 bits, as two 8-bit parts.
+    """
     rounded_TK, factors_T1 = rounded(x_TK, kind)
     if len(x_TK) > MOST_TWICE:
         return product(rounded_TK, codes_KN, dtype) * factors_T1
@@ -77,7 +80,7 @@ def products_of_rounded(x_TK: Tensor, kind: torch.dtype, codes_KN: Tensor, dtype
 
 
 def rounded(x_TK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round each token to 8 bits; return the numbers (T, K) and the tokens' scales (T, 1) in float32."""
+    """Round each token to 8 bits. Return the numbers (T, K) and the tokens' scales (T, 1) in float32."""
     # For e5m2 codes the activations are e4m3: torch requires one side to be, and with a scale per token its smaller
     # range is enough.
     # Constants defined outside of functions become inputs of the compiled graph, which torch.compile loses in autograd
@@ -85,13 +88,16 @@ def rounded(x_TK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     own = torch.int8 if kind == torch.int8 else FP8
     largest_T1 = torch.linalg.vector_norm(x_TK, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
     largest = 127.0 if own == torch.int8 else 448.0
-    factors_T1 = (largest_T1 / largest).clamp(min=torch.finfo(torch.float32).tiny)  # all-zero tokens included
+    factors_T1 = (largest_T1 / largest).clamp(min=torch.finfo(torch.float32).tiny)  # avoids 0 / 0 for all-zero tokens
     scaled_TK = x_TK / factors_T1
     return (scaled_TK.round_() if own == torch.int8 else scaled_TK).to(own), factors_T1
 
 
 def product(a_TK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return (T, N): int32 for int8; for fp8 bfloat16 in bfloat16 runs, else float32: float16 would overflow."""
+    """Return the product (T, N).
+
+    It is int32 for int8. For fp8 it is bfloat16 if `dtype` is, else float32, because float16 would overflow.
+    """
     if a_TK.dtype == torch.int8:
         few = max(0, FEWEST_ROWS - len(a_TK))
         return torch._int_mm(pad(a_TK, (0, 0, 0, few)) if few else a_TK, b_KN)[: len(a_TK)]

@@ -10,7 +10,7 @@ from library.memory.codecs.codec import Parts
 
 @dataclass(frozen=True)
 class Plain:
-    """One part, `values`, with the weight's shape and layout; `dtype` None keeps the weight's own."""
+    """Storage in one part, `values`, in the weight's shape and memory format. `dtype` None keeps the weight's dtype."""
 
     dtype: torch.dtype | None = None
 

@@ -12,9 +12,9 @@ from library.memory.codecs.matmul_8bit import Codes
 
 @dataclass(frozen=True)
 class Scaled:
-    """Two parts: 8-bit `codes` (O, I), and `scales` per tensor, per row or per group within a row.
+    """Storage in two parts: 8-bit `codes` (O, I), and `scales` per tensor, per row or per group within a row.
 
-    `times(codes, scales)` multiplies them; `turn` undoes a rotation of the inputs.
+    `times(codes, scales)` multiplies them. `turn` undoes a rotation of the inputs.
     """
 
     times: Callable[[Tensor, Tensor], Tensor]

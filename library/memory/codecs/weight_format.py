@@ -1,4 +1,4 @@
-"""Values of --base_format: each is one file in library/memory/formats, with the same name, that defines FORMAT."""
+"""Weight formats, the values of --base_format. Each is one file in library/memory/formats that defines FORMAT."""
 
 import importlib
 from collections.abc import Callable
@@ -23,6 +23,6 @@ class WeightFormat:
 
 
 def load_format(name: str) -> WeightFormat:
-    """Import the format named by --base_format; optional packages are imported only when it is used."""
+    """Import the format named by --base_format. Optional packages are imported only when a format uses them."""
     found: WeightFormat = importlib.import_module(f"library.memory.formats.{name}").FORMAT
     return found

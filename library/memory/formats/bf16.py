@@ -1,4 +1,4 @@
-"""Weight format bf16: two bytes a value, whatever --mixed_precision is."""
+"""Weight format bf16: two bytes per value, whatever --mixed_precision is."""
 
 import torch
 

@@ -9,14 +9,14 @@ from library.memory.codecs.matmul_8bit import FP8, Codes
 from library.memory.codecs.weight_format import WeightFormat
 
 LARGEST = 448.0  # of float8_e4m3fn
-SMALLEST = -24  # exponent of a scale: float16 holds no smaller power of two
+SMALLEST = -24  # smallest exponent of a scale: float16 has no smaller power of two
 
 
 class Fp8Rows:
-    """Two parts: 8-bit `codes` (O, I), and `scales` (O, 1) in the weight's dtype.
+    """Storage in two parts: 8-bit `codes` (O, I), and `scales` (O, 1) in the weight's dtype.
 
-    A scale is the power of two that brings its row's largest value just below the largest fp8 number: multiplying by it
-    rounds nothing, so the error of a value is at most 1/16 of itself, or 2^-17 of the row's largest.
+    A scale is the power of two that brings its row's largest value just below the largest fp8 number. Multiplication by
+    it is exact, so the error of a value is at most 1/16 of the value, or 2^-17 of the row's largest.
     """
 
     def encode(self, weight: Tensor) -> Parts:
@@ -37,7 +37,7 @@ def encode_rows(weight_OI: Tensor) -> Parts:
 
 
 def num_bytes(num_rows: int, num_columns: int, itemsize: int) -> int:
-    """Return the bytes: one per value and a scale per row in the weight's dtype."""
+    """Return the bytes of a matrix: one per value, and a scale per row in the weight's dtype."""
     return num_rows * num_columns + itemsize * num_rows
 
 

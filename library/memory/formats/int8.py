@@ -13,17 +13,16 @@ from library.memory.codecs.codec import Parts
 from library.memory.codecs.matmul_8bit import Codes
 from library.memory.codecs.weight_format import WeightFormat
 
-LARGEST = 127  # the range is symmetric, so that zero stays zero
-MOST_ROTATED = 256  # inputs per rotation: more hardly spread outliers further and cost more to undo
+LARGEST = 127  # symmetric range, so that zero stays zero
+MOST_ROTATED = 256  # inputs per rotation; larger groups hardly spread outliers further and cost more to undo
 
 
 @dataclass(frozen=True)
 class Int8Rows:
-    """Two parts: `codes` (O, I), and `scales` (O, 1) in float32; the error of a value is at most half its row's scale.
+    """Storage in two parts: `codes` (O, I), and `scales` (O, 1) in float32. Errors are at most half a row's scale.
 
-    With `is_rotated` groups of inputs are rotated by a Hadamard matrix before rounding and rotated back on decoding
-    (QuaRot, arXiv:2404.00456). A single outlier would inflate the scale of its row; rotated, its whole group shares
-    it.
+    With `is_rotated`, groups of inputs are rotated by a Hadamard matrix before rounding, and rotated back on decoding
+    (QuaRot, arXiv:2404.00456). This spreads a single outlier, which would inflate the scale of its row, over its group.
     """
 
     is_rotated: bool = False
@@ -38,8 +37,8 @@ class Int8Rows:
         return {"codes": (values_OI / scales_O1).round().to(torch.int8), "scales": scales_O1}
 
     def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        # One kernel on GPUs, which reads the codes and writes the weight; casting first would write and read it once
-        # more. CPUs cast into a copy either way.
+        # On GPUs this is one kernel, which reads the codes and writes the weight. A cast before it would write and read
+        # the weight once more. CPUs make a copy either way.
         weight_OI = torch.mul(parts["codes"], parts["scales"].to(dtype))
         return (turn(weight_OI) if self.is_rotated else weight_OI).reshape(shape)
 
@@ -55,13 +54,13 @@ def turn(weight_OI: Tensor) -> Tensor:
 
 
 def group_size(num_inputs: int) -> int:
-    """Return the largest power of two up to 256 that divides the number of inputs: 1, no rotation, for odd ones."""
+    """Return the largest power of two up to 256 that divides the number of inputs; 1 disables the rotation."""
     return min(num_inputs & -num_inputs, MOST_ROTATED)
 
 
 @contextmanager
 def matrices_forgotten() -> Iterator[None]:
-    """Clear the matrix cache on exit, because tensors made within may be fake."""
+    """Clear the matrix cache after the block, because tensors made inside it may be fake."""
     try:
         yield
     finally:
@@ -79,7 +78,7 @@ def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def num_bytes(num_rows: int, num_columns: int, itemsize: int) -> int:
-    """Return the bytes: one per value and a float32 per row."""
+    """Return the bytes of a matrix: one per value, and a float32 per row."""
     return num_rows * num_columns + 4 * num_rows
 
 

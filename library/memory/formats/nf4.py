@@ -14,15 +14,15 @@ from library.memory.codecs.weight_format import WeightFormat
 
 PACKAGE = "bitsandbytes"
 GROUP = 64  # values that share a scale
-FACTOR_GROUP = 256  # scales that share one, if they are quantised too
+FACTOR_GROUP = 256  # scales that share a second-level scale, if they are quantised too
 
 
 @dataclass(frozen=True)
 class Nf4:
-    """Two codes per byte in `codes`, and a scale for every 64 values in `absmax`: 4.5 bits a value.
+    """Two codes per byte in `codes`, and a scale for every 64 values in `absmax`: 4.5 bits per value.
 
-    With `is_double` the scales are 8-bit codes themselves, with `absmax_scales` for every 256 of them and their mean in
-    `absmax_mean`: 4.13 bits a value.
+    With `is_double` the scales are stored as 8-bit codes, with `absmax_scales` for every 256 of them and their mean in
+    `absmax_mean`: 4.13 bits per value.
     """
 
     is_double: bool = False
@@ -44,8 +44,8 @@ class Nf4:
         device = parts["codes"].device
         state = functional().QuantState(
             absmax=self.factors(parts),
-            # As one row: bitsandbytes 0.50 uses wrong scales on CPUs if 64 does not divide the length of a row, and
-            # recompiles its code for odd lengths.
+            # The weight is decoded as one row: bitsandbytes 0.50 uses wrong scales on CPUs if 64 does not divide the
+            # length of a row, and recompiles its code for odd lengths.
             shape=torch.Size((1, shape.numel())),
             code=table("nf4", device),
             blocksize=GROUP,
@@ -78,7 +78,7 @@ def encode_rows(weight_OI: Tensor) -> Parts:
 
 
 def functional() -> Any:
-    """Import bitsandbytes only in runs that use it."""
+    """Import bitsandbytes here, so that only runs that use it need it."""
     import bitsandbytes.functional
 
     return bitsandbytes.functional
@@ -86,7 +86,7 @@ def functional() -> Any:
 
 @cache
 def table(kind: str, device: torch.device) -> Tensor:
-    """Return the float32 numbers that codes stand for."""
+    """Return the float32 numbers that the codes represent."""
     if kind == "nf4":
         nf4: Tensor = functional().get_4bit_type("nf4", device=device)
         return nf4
@@ -95,7 +95,7 @@ def table(kind: str, device: torch.device) -> Tensor:
 
 
 def num_bytes(num_rows: int, num_columns: int, itemsize: int) -> int:
-    """Return the bytes: half a byte per value and a float32 per 64 values."""
+    """Return the bytes of a matrix: half a byte per value, and a float32 per 64 values."""
     num_values = num_rows * num_columns
     return ceil(num_values / 2) + 4 * ceil(num_values / GROUP)
 

@@ -1,4 +1,4 @@
-"""Text encoders larger than the GPU: their layers wait in main memory and come one after the other."""
+"""Text encoders larger than the GPU: their layers are kept in main memory and streamed to the device one by one."""
 
 import logging
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from library.memory.offload.streamed import stream
 
 logger = logging.getLogger(__name__)
 
-MARGIN_BYTES = 1 << 30  # activations of a few captions, the allocator's rounding, workspaces of cuBLAS
+MARGIN_BYTES = 1 << 30  # activations of a few captions, rounding by the allocator, cuBLAS workspaces
 
 
 def streamed_bytes(encoder: nn.Module) -> int:
-    """Return what an encoder takes on the device while its layers are streamed: the rest, one layer and two slots."""
+    """Return an encoder's bytes on the device with streamed layers: the rest, the last layer and two slots."""
     layers = [layer_bytes(layer) for layer in encoder_layers(encoder)]
     if len(layers) < 2:
         return bytes_of(encoder)
@@ -28,21 +28,21 @@ def streamed_bytes(encoder: nn.Module) -> int:
 
 
 def least_bytes(encoders: Sequence[nn.Module]) -> int:
-    """Return what encoders take together on the device with the layers of all of them streamed."""
+    """Return the bytes of all encoders on the device while the layers of each are streamed."""
     return sum(map(streamed_bytes, encoders))
 
 
 def layer_bytes(layer: nn.Module) -> int:
-    """Return what the matrices of a layer take; norms and biases always stay on the device."""
+    """Return the bytes of the weight matrices of a layer. Norms and biases always stay on the device."""
     weights = [module.weight for module in layer.modules() if can_be_frozen(module)]
     return sum(weight.numel() * weight.element_size() for weight in weights if isinstance(weight, torch.Tensor))
 
 
 def place_encoders(encoders: Sequence[nn.Module], device: torch.device, free_bytes: int | None = None) -> None:
-    """Move frozen text encoders to a device, and stream the layers of the largest ones if all together do not fit.
+    """Move frozen text encoders to a device. If they do not fit together, stream the layers of the largest ones.
 
-    What they compute is the same bit for bit. `free_bytes` is the memory that they may take; None asks the driver, and
-    devices other than CUDA take everything.
+    Outputs are the same bit for bit. `free_bytes` is the memory that the encoders may use; None queries the driver. On
+    devices other than CUDA all encoders are moved.
     """
     if free_bytes is None and device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -53,7 +53,7 @@ def place_encoders(encoders: Sequence[nn.Module], device: torch.device, free_byt
         if free_bytes is None or total + MARGIN_BYTES <= free_bytes:
             break
         least = streamed_bytes(encoder)
-        if least >= size:  # a few layers: slots for two would take as much
+        if least >= size:  # with few layers, two slots take as much
             continue
         total += least - size
         logger.info(
@@ -68,7 +68,7 @@ def place_encoders(encoders: Sequence[nn.Module], device: torch.device, free_byt
 
 
 def stream_layers(encoder: nn.Module, device: torch.device) -> None:
-    """Let all layers of a frozen encoder but the last wait in main memory, and give their weights through slots."""
+    """Offload all layers of a frozen encoder but the last to main memory, and stream their weights through slots."""
     layers = encoder_layers(encoder)
     store_all_in(Plain(), (module for layer in layers for module in layer.modules()))
     stream([layers], [len(layers) - 1], device)

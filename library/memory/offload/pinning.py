@@ -9,26 +9,26 @@ import psutil
 import torch
 from torch import Tensor
 
-MOST = 0.4  # of main memory: Windows pins at most about half, and nothing else can use pinned memory
+MOST = 0.4  # share of main memory: Windows pins at most about half, and nothing else can use pinned memory
 
 
 @dataclass(frozen=True)
 class Pinned:
-    """The outcome of pinning some buffers."""
+    """The result of pinning some buffers."""
 
-    addresses: frozenset[int]  # of the pinned ones
-    reason: str | None = None  # why others are not
+    addresses: frozenset[int]  # of the pinned buffers
+    reason: str | None = None  # why the others are not pinned
 
 
 def pin(masters: Sequence[Tensor], reserve: int = 0) -> Pinned:
-    """Pin buffers in place for as long as they live, until the system refuses or 40 % of main memory are pinned.
+    """Pin buffers in place for their lifetime, until the system refuses or 40 % of main memory is pinned.
 
-    Some are pinned anywhere in the sequence, so that those that are not do not follow each other. Where the system
-    refuses, so many are left that `reserve` bytes can be pinned beside them.
+    The pinned ones are spread over the sequence, so that unpinned ones do not follow each other. If the system refuses,
+    some are unpinned again, so that `reserve` bytes can still be pinned.
     """
-    # torch's own pinned memory is allocated in powers of two, up to twice the requested size. Each buffer is unpinned
-    # before it is freed: memory freed while pinned stays registered, and a later buffer at its address cannot be
-    # pinned, as when --fit makes several rings.
+    # torch allocates its own pinned memory in powers of two, up to twice the requested size. Each buffer is unpinned
+    # before it is freed: memory that is freed while pinned stays registered, so a later buffer at its address cannot be
+    # pinned, for example when --fit makes several rings.
     limit, taken, reason = int(MOST * psutil.virtual_memory().total), 0, None
     pinned: list[Tensor] = []
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -52,18 +52,18 @@ def pin(masters: Sequence[Tensor], reserve: int = 0) -> Pinned:
 
 
 def spread_order(count: int) -> list[int]:
-    """Return the numbers below `count` in an order whose beginnings are spread evenly: 0, 4, 2, 6, 1, 5, 3, 7."""
+    """Return the numbers below `count`, in an order with evenly spread prefixes: 0, 4, 2, 6, 1, 5, 3, 7."""
     num_bits = max(1, (count - 1).bit_length())
     return [n for n in (int(f"{i:0{num_bits}b}"[::-1], 2) for i in range(2**num_bits)) if n < count]
 
 
 def clear_last_error() -> None:
-    """Take up the error that CUDA keeps of a refused call, which the next kernel of the run would raise."""
+    """Clear the error that CUDA keeps after a refused call. Otherwise the run's next kernel would raise it."""
     with suppress(RuntimeError):
-        torch.ones(1, device="cuda")  # every launch of a kernel raises and clears it; torch has no other way
+        torch.ones(1, device="cuda")  # a kernel launch raises and clears it; torch has no other way
 
 
 def unpin(address: int) -> None:
-    """Unpin memory at its end, once the last copy from it, such as the prefetch of a ring that is dropped, is done."""
+    """Unpin memory before it is freed, after the last copy from it, such as a prefetch for a discarded ring."""
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]

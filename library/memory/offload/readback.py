@@ -7,20 +7,20 @@ from torch import Tensor
 
 
 class Readback:
-    """Device values that the host reads later: it then waits for the work before them, not for what was queued after.
+    """Device values that the host reads later, waiting only for the work that was queued before them.
 
-    This is the only place of a step where the host waits for a GPU. `.item()`, `.tolist()` and plain copies elsewhere
-    would wait until the GPU has finished everything queued.
+    This is the only place of a step where the host waits for a GPU. `.item()`, `.tolist()` and plain copies would wait
+    until the GPU has finished all queued work.
     """
 
     def __init__(self, values: Tensor) -> None:
-        """Start copying `values`, which have one dimension, to the host."""
+        """Start copying the one-dimensional `values` to the host."""
         self._arrived: Any = None
         self._values = values
         if values.device.type == "cuda":
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
-            # The host's longest wait of a step: blocking leaves its core to the data loader's workers.
+            # This is the host's longest wait of a step. A blocking event leaves the core to the data loader's workers.
             self._arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._arrived.record(torch.cuda.current_stream(values.device))
 

@@ -1,4 +1,4 @@
-"""A ring of slots on the device through which a model's blocks pass: one computes while the next one is copied."""
+"""A ring of slots on the device through which a model's blocks pass: one computes while the next is copied."""
 
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -6,17 +6,17 @@ from typing import Generic, TypeVar
 from library.memory.offload.streams import Streams
 
 NUM_SLOTS = 2  # one for the block that computes, one for the block being fetched
-MOST_DIGEST = 2**20  # float32 holds integers up to here exactly
+MOST_DIGEST = 2**20  # float32 represents integers up to this exactly
 
 MasterT = TypeVar("MasterT")
 SlotT = TypeVar("SlotT")
 
 
 class Ring(Generic[MasterT, SlotT]):
-    """Provides the bytes of one block at a time and prefetches the block that comes next.
+    """Provider of the bytes of one block at a time, which prefetches the next block.
 
-    Blocks are numbered. A block's bytes are valid until another block is requested. Which block comes next depends on
-    the direction of the pass, so the ring learns it: after 2, 3 came 4; after 4, 3 came 2. A wrong guess, as in the
+    Blocks are numbered. A block's bytes are valid until another block is requested. The next block depends on the
+    direction of the pass, so the ring learns the order: after 2, 3 came 4; after 4, 3 came 2. A wrong guess, as in the
     first step, costs the time of a copy.
     """
 
@@ -29,7 +29,7 @@ class Ring(Generic[MasterT, SlotT]):
         self.before: int | None = None
         self.followers: dict[tuple[int | None, int | None], int] = {}
         self.num_missed = 0  # blocks that were not prefetched
-        self.digest = 0  # of all requested blocks, in order
+        self.digest = 0  # hash of all requested blocks, in order
         self.turns: Callable[[int], None] | None = None  # called with each block before it is fetched
 
     def need(self, block: int) -> SlotT:
@@ -39,7 +39,7 @@ class Ring(Generic[MasterT, SlotT]):
         return self.streams.slots[self.held.index(block)]
 
     def turn_to(self, block: int) -> None:
-        """Release the block that computed and prefetch the block after this one into its slot."""
+        """Release the block that has computed, and prefetch the next block into its slot."""
         if self.turns is not None:
             self.turns(block)
         self.digest = (31 * self.digest + block + 1) % MOST_DIGEST

@@ -1,7 +1,7 @@
-"""Frozen weights sharded over processes: each keeps a shard, and a block is whole only while it computes.
+"""Frozen weights sharded over processes: each process keeps a shard, and a block is gathered only while it computes.
 
-Torch's FSDP holds the shards: each block has a companion module outside the model whose parameters are the bytes of the
-block's layers, and `fully_shard` shards these. The model keeps its class names, hooks and adapters; its layers fetch
+Torch's FSDP holds the shards. Each block has a companion module outside the model whose parameters are the bytes of the
+block's layers, and `fully_shard` shards these. The model keeps its class names, hooks and adapters. Its layers fetch
 their weights through a handle, like offloaded ones.
 
 Gathering a block is a collective of all processes that share it, so all of them must request the same blocks in the
@@ -27,10 +27,10 @@ from library.memory.offload.spans import ALIGNMENT, Span, parts_in, spans
 if TYPE_CHECKING:
     from torch.distributed.fsdp import UnshardHandle
 
-NOBODY = -1  # sent instead of a block's number: the leader is done
+NOBODY = -1  # sent instead of a block's number when the leader is done
 
-# Measured with two processes on the CPU, in sizes of the largest block: two blocks are gathered, the one that arrives
-# exists twice, and the collective has buffers of its own.
+# Peak memory in sizes of the largest block, measured with two processes on the CPU: two blocks are gathered, the
+# arriving one exists twice, and the collective has its own buffers.
 PEAK_BLOCKS = 3.6
 
 
@@ -49,7 +49,7 @@ class ShardedBlock(nn.Module):
         self.load_state_dict({f"layer_{number}": share for number, share in enumerate(shares)}, assign=True)
 
     def begin(self) -> "UnshardHandle":
-        """Start to gather the bytes."""
+        """Start gathering the bytes."""
         return cast("UnshardHandle", cast(Any, self).unshard(async_op=True))
 
     def whole(self) -> list[Tensor]:
@@ -57,7 +57,7 @@ class ShardedBlock(nn.Module):
         return [parameter.detach() for parameter in self.parameters()]
 
     def part(self) -> None:
-        """Free all but this process's shard."""
+        """Free everything except this process's shard."""
         cast(Any, self).reshard()
 
 
@@ -92,7 +92,7 @@ class GatheredStreams:
 
 @dataclass(frozen=True)
 class Shelved:
-    """The handle of a layer whose weight is sharded by block."""
+    """Handle of a layer whose weight is sharded by block."""
 
     ring: Ring[ShardedBlock, list[Tensor]]
     number: int  # index of its block in the ring
@@ -109,7 +109,7 @@ class Shelved:
 
 @dataclass(frozen=True)
 class Share:
-    """The handle of a layer whose weight is sharded and not yet part of a block; it gathers the weight by itself."""
+    """Handle of a layer whose sharded weight is not part of a block yet. Each call gathers the weight."""
 
     layout: Sequence[Span]
     bytes: Any  # a distributed tensor of bytes
@@ -122,7 +122,8 @@ class Share:
 class ShardedModel:
     """The frozen layers of one model, sharded over the processes of a group.
 
-    With several groups each holds a whole copy of the model: machines with a slow network exchange only gradients.
+    If there are several groups, each holds a whole copy of the model: machines with a slow network exchange only
+    gradients.
     """
 
     device: torch.device
@@ -145,12 +146,12 @@ class ShardedModel:
 
     @property
     def group(self) -> Any:
-        """The processes that share this one's copy."""
+        """The processes that share this copy of the model."""
         return self.mesh.get_group("shard")
 
     @property
     def has_main(self) -> bool:
-        """Return True if the main process is in this one's group."""
+        """True if the main process belongs to this group."""
         return 0 in dist.get_process_group_ranks(self.group)
 
     def take(self, layer: nn.Module) -> None:
@@ -175,7 +176,7 @@ class ShardedModel:
         layer.handle = self.shares[layer]
 
     def resolve(self, stacks: Stacks) -> None:
-        """Group the shards by block; a layer outside the blocks of `stacks` becomes a block of its own."""
+        """Group the shards by block. A layer outside the blocks of `stacks` becomes a separate block."""
         blocks = [
             [layer for layer in frozen_layers(block) if layer in self.shares] for stack in stacks for block in stack
         ]
@@ -191,28 +192,28 @@ class ShardedModel:
 
     @property
     def digest(self) -> int:
-        """A digest of the requested blocks, in order; equal in all processes of a group."""
+        """Hash of the requested blocks, in order; equal in all processes of a group."""
         assert self.ring is not None
         return self.ring.digest
 
     @property
     def num_blocks(self) -> int:
-        """The number of units that are gathered at a time: blocks, and layers outside of blocks."""
+        """Number of units that are gathered at a time: blocks, and layers outside of blocks."""
         return len(self.sizes)
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of all sharded weights."""
+        """Bytes of all sharded weights."""
         return sum(self.sizes)
 
     @property
     def most_bytes(self) -> int:
-        """The bytes of the largest block."""
+        """Bytes of the largest block."""
         return max(self.sizes)
 
     @contextmanager
     def lead(self) -> Iterator[None]:
-        """Let this process compute alone while the others of its group `follow` it."""
+        """Let this process compute alone inside the block, while the others of its group call `follow`."""
         assert self.ring is not None
         self.ring.turns = self.tell
         try:
@@ -222,11 +223,11 @@ class ShardedModel:
             self.tell(NOBODY)
 
     def tell(self, number: int) -> None:
-        """Announce the requested block to the followers."""
+        """Broadcast the number of the requested block to the followers."""
         dist.broadcast(torch.tensor([number], device=self.device), dist.get_rank(), group=self.group)
 
     def follow(self, leader: int) -> None:
-        """Gather what the leading process requests, until it is done."""
+        """Gather the blocks that the leader requests, until it is done."""
         assert self.ring is not None
         said = torch.zeros(1, dtype=torch.int64, device=self.device)
         while True:

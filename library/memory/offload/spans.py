@@ -1,4 +1,4 @@
-"""Layout of the stored parts of frozen layers in flat bytes."""
+"""Layout of the stored parts of frozen layers in a flat byte tensor."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ ALIGNMENT = 256  # bytes, as for the GPU's own allocations
 
 @dataclass(frozen=True)
 class Span:
-    """The location of one part of one layer among the bytes of its block."""
+    """Location of one part of one layer in the bytes of its block."""
 
     layer: FrozenLayer
     name: str
@@ -28,7 +28,7 @@ class Span:
 
 
 def spans(layers: Iterable[FrozenLayer]) -> Iterator[Span]:
-    """Lay the parts of frozen layers out one after the other."""
+    """Lay out the parts of frozen layers one after the other, each at a multiple of ALIGNMENT."""
     start = 0
     for layer in layers:
         for name, part in layer.own_parts().items():

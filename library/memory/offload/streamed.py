@@ -20,12 +20,12 @@ from library.memory.offload.streams import CudaStreams, HostStreams, StagedStrea
 logger = logging.getLogger(__name__)
 
 MakeMaster = Callable[[int, int], tuple[Tensor, bool]]
-"""A function of (block number, bytes) that returns a flat master and whether another process fills it."""
+"""(block number, bytes) -> (flat master, True if another process fills it)."""
 
 
 def own_master(block: int, num_bytes: int) -> tuple[Tensor, bool]:
-    """Allocate memory of this process alone, which forked processes do not get."""
-    # Linux copies pages that are pinned for a device at a fork instead of sharing them: eight workers of a data loader
+    """Allocate a master for this process alone, which forked processes do not inherit."""
+    # At a fork Linux copies pages that are pinned for a device instead of sharing them. Eight workers of a data loader
     # would need eight copies of all offloaded blocks.
     if num_bytes == 0 or sys.platform != "linux":
         return torch.empty(num_bytes, dtype=torch.uint8), False
@@ -55,8 +55,11 @@ def stream(
 
 
 def chosen(num_blocks: int, count: int) -> list[int]:
-    """Return the blocks to offload: evenly spread, so that others compute during a copy, and never the last one."""
-    # At the turn from forward to backward there would be no time to fetch it.
+    """Return the indices of the blocks to offload: evenly spread, so that others compute during a copy.
+
+    The last block is never among them.
+    """
+    # The backward pass needs the last block at once, which leaves no time to fetch it.
     return [i * (num_blocks - 1) // count for i in range(count)]
 
 
@@ -77,7 +80,7 @@ def take_out(number: int, layout: Sequence[Span], make_master: MakeMaster) -> Te
 
 @dataclass(frozen=True)
 class Waiting:
-    """The handle of a layer whose block is offloaded to main memory."""
+    """Handle of a layer whose block is offloaded to main memory."""
 
     ring: Ring[Tensor, Tensor]
     number: int  # index of the block in the ring
@@ -88,12 +91,12 @@ class Waiting:
         return parts_in(self.layout, self.ring.need(self.number))
 
     def copied(self, device: torch.device) -> Parts:
-        """Copy the parts straight from main memory, bypassing the ring."""
+        """Copy the parts directly from main memory, without the ring."""
         return {name: part.to(device) for name, part in parts_in(self.layout, self.ring.masters[self.number]).items()}
 
 
 def open_streams(masters: Sequence[Tensor], device: torch.device) -> Streams[Tensor, Tensor]:
-    """Open the fastest streams from these masters to the device, and log which."""
+    """Open the fastest streams from these masters to the device, and log the choice."""
     largest, total = max(map(len, masters)), sum(map(len, masters))
     what = f"{len(masters)} blocks ({total / 1e9:.2f} GB) are offloaded to main memory"
     if device.type != "cuda":

@@ -1,7 +1,7 @@
 """Copies from main memory into the slots of a ring while the device computes.
 
-Every implementation keeps two promises. `start(slot, master)` fills a slot only after all work queued on the device so
-far is done, including reads of the slot's old bytes. Work queued after `ready(slot)` sees the slot filled.
+Every implementation keeps two promises. `start(slot, master)` fills a slot only after all work that is already queued
+on the device, including reads of the slot's old bytes. Work queued after `ready(slot)` sees the slot filled.
 """
 
 import logging
@@ -17,8 +17,8 @@ from library.memory.offload.pinning import clear_last_error
 logger = logging.getLogger(__name__)
 
 NUM_STAGING = 2
-PIECE = 64 << 20  # bytes of a staging buffer: WSL2 pins 0.5 to 1 GiB in all, and torch rounds up to powers of two
-NAN_BYTE = 0xFF  # repeated, it is NaN in every floating-point format
+PIECE = 64 << 20  # bytes of a staging buffer; WSL2 pins 0.5 to 1 GiB in total, and torch rounds up to powers of two
+NAN_BYTE = 0xFF  # repeated, it is a NaN in every floating-point format
 
 
 MasterT = TypeVar("MasterT", contravariant=True)
@@ -35,7 +35,7 @@ class Streams(Protocol[MasterT, SlotT]):
 
 
 class HostStreams:
-    """Slots for devices without copy streams: a slot is copied when it is waited for.
+    """Slots for devices without copy streams. A slot is filled in `ready`.
 
     Until then it holds NaN, so that use of a block after its slot was reassigned shows at once.
     """
@@ -55,21 +55,24 @@ class HostStreams:
 
 
 class CudaStreams:
-    """Copies from pinned memory on a stream of their own, in parallel with computing; the host waits for nothing."""
+    """Copies from pinned memory on a separate stream, in parallel with computing. The host never waits."""
 
     def __init__(self, num_slots: int, num_bytes: int, device: torch.device) -> None:
         self.slots = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(num_slots)]
         self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.filled = [torch.cuda.Event() for _ in self.slots]  # type: ignore[no-untyped-call]
         for slot in self.slots:
-            slot.record_stream(self.copies)  # a ring may be dropped while its last copy is under way
+            slot.record_stream(self.copies)  # a ring may be freed during its last copy
 
     def start(self, slot: int, master: Tensor) -> None:
         self.copies.wait_stream(torch.cuda.current_stream(self.slots[slot].device))
         self.copy(slot, master)
 
     def copy(self, slot: int, master: Tensor, first: int = 0) -> None:
-        """Queue the copy to this place of a slot; slots live as long as the ring, so the allocator need not know."""
+        """Queue the copy to position `first` of a slot.
+
+        The allocator need not track it, since the slots live as long as the ring.
+        """
         with torch.cuda.stream(self.copies):
             self.slots[slot][first : first + len(master)].copy_(master, non_blocking=True)
             self.filled[slot].record(self.copies)
@@ -79,20 +82,21 @@ class CudaStreams:
 
 
 class StagedStreams(CudaStreams):
-    """Copies from memory of which some or all could not be pinned: a thread moves those bytes through pinned buffers.
+    """Copies from memory that is not or only partly pinned: a thread moves unpinned bytes through pinned buffers.
 
-    The processor copies them once more, so the speed of main memory limits such a block. Where not even the buffers can
-    be pinned, the driver stages the bytes itself and the thread waits for it.
+    The CPU makes an additional copy, so the speed of main memory limits such a block. If not even the buffers can be
+    pinned, the driver stages the bytes and the thread waits for it.
     """
 
     def __init__(
         self, num_slots: int, num_bytes: int, device: torch.device, pinned: Collection[int] = (), piece: int = PIECE
     ) -> None:
-        """`pinned` are the addresses of the masters that are copied directly."""
+        """`pinned` has the addresses of the masters that are copied directly."""
         super().__init__(num_slots, num_bytes, device)
         self.pinned, self.piece = pinned, piece
         self.staging = staging_buffers(min(piece, num_bytes))
-        # Recorded when the GPU has read the buffer. Blocking, or the thread would spin on a core while it waits.
+        # Recorded when the GPU has read the buffer. The events are blocking, so that the waiting thread does not occupy
+        # a core.
         self.left = [torch.cuda.Event(blocking=True) for _ in self.staging]  # type: ignore[no-untyped-call]
         self.turn = 0
         self.worker = ThreadPoolExecutor(1, "weights")
@@ -101,7 +105,7 @@ class StagedStreams(CudaStreams):
     def start(self, slot: int, master: Tensor) -> None:
         free = torch.cuda.Event()  # type: ignore[no-untyped-call]
         free.record(torch.cuda.current_stream(self.slots[slot].device))
-        # Pinned masters go the same way: a slot's copies must be queued in the order of the requests.
+        # Pinned masters use the thread too, so that copies are queued in the order of the requests.
         self.given[slot] = self.worker.submit(self.stage, slot, master, free)
 
     def stage(self, slot: int, master: Tensor, free: torch.cuda.Event) -> None:
@@ -124,12 +128,12 @@ class StagedStreams(CudaStreams):
 
 
 def staging_bytes(num_bytes: int) -> int:
-    """Return what the staging buffers for blocks of up to so many bytes take: torch rounds each to a power of two."""
+    """Return the bytes of the staging buffers for blocks of up to `num_bytes`. torch rounds each to a power of two."""
     return NUM_STAGING << (min(PIECE, num_bytes) - 1).bit_length()
 
 
 def staging_buffers(num_bytes: int) -> list[Tensor]:
-    """Return pinned buffers, or none where the system refuses them."""
+    """Return pinned buffers, or an empty list if the system refuses them."""
     try:
         return [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(NUM_STAGING)]
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Choice of the configuration that fits into GPU memory: the fastest, unless a simpler one is almost as fast."""
+"""Choice of a configuration that fits into GPU memory: the fastest, unless a simpler one is almost as fast."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from library.memory.planner.gpus import Gpu
 from library.memory.planner.prediction import CountedStep, Predicted, Way, predict
 
-WORTH = 0.1  # of its time a way must save to be chosen before a simpler one: predicted times are not more exact
+WORTH = 0.1  # share of time that a way must save to beat a simpler one; predicted times are not more accurate
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Allowed:
     recompute_every: Sequence[int | None] = (None, 3, 2, 1)
     inputs_wait: Sequence[bool] = (False, True)
     num_offloaded: int | None = None  # None: chosen by the planner
-    shared_by: int = 1  # processes; with more than one, no block is offloaded to main memory
+    shared_by: int = 1  # processes; with more than one, no block is offloaded
 
     def ways(self) -> Iterator[Way]:
         """Yield every combination, with the fixed number of offloaded blocks or none."""
@@ -29,7 +29,7 @@ class Allowed:
 
 @dataclass(frozen=True)
 class Choice:
-    """Every candidate on a GPU, each with the fewest offloaded blocks that make it fit, and the chosen one."""
+    """All candidates on a GPU, each with the fewest offloaded blocks that make it fit, and the chosen candidate."""
 
     card: Gpu
     candidates: tuple[Predicted, ...]
@@ -42,7 +42,7 @@ class Choice:
 
 
 def choose(step: CountedStep, allowed: Allowed, card: Gpu, correction: float = 1.0) -> Choice:
-    """Choose the simplest candidate that none beats by `WORTH` of its time; of equals the faster, then the smaller."""
+    """Choose the simplest candidate within `WORTH` of the fastest time; of equals, the faster or smaller one."""
     candidates = tuple(fitted(step, way, allowed, card, correction) for way in allowed.ways())
     fitting = [found for found in candidates if found.device_bytes <= card.memory_bytes]
     least_s = min((found.seconds for found in fitting), default=0.0)
@@ -52,7 +52,10 @@ def choose(step: CountedStep, allowed: Allowed, card: Gpu, correction: float = 1
 
 
 def fitted(step: CountedStep, way: Way, allowed: Allowed, card: Gpu, correction: float) -> Predicted:
-    """Predict a way with the fewest offloaded blocks that make it fit, or with as many as can be offloaded."""
+    """Predict a way with the fewest offloaded blocks that make it fit, or with the maximum if it does not fit.
+
+    A fixed number of offloaded blocks is kept, and a sharded model offloads none.
+    """
     found = predict(step, way, card, correction)
     if allowed.num_offloaded is not None or allowed.shared_by > 1:
         return found

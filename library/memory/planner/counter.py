@@ -1,4 +1,4 @@
-"""Counters of memory and arithmetic of operations as they run, on tensors that may be fake.
+"""Counters of the memory and arithmetic of operations as they run, on real or fake tensors.
 
 Fake tensors (torch's FakeTensorMode) have shapes and dtypes but no values, so a step of a model of any size can be
 counted on any machine in seconds.
@@ -32,8 +32,8 @@ def product_flops(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     return 2 * a.shape[0] * a.shape[1] * b.shape[1]
 
 
-# torch's own table lacks 8-bit integer products and the CPU's flash attention, a fifth of the forward pass of FLUX.1 at
-# 1024 px.
+# torch's own table lacks 8-bit integer products and the CPU's flash attention, which is a fifth of the forward pass of
+# FLUX.1 at 1024 px.
 MORE_FORMULAS = {
     aten._int_mm: product_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
@@ -41,7 +41,7 @@ MORE_FORMULAS = {
 }
 
 
-# They launch no kernel, beside those whose schema says that their output is a view.
+# Operations that launch no kernel, in addition to those with a view as output.
 NO_KERNEL = {
     aten._unsafe_view,
     aten.detach,
@@ -84,7 +84,7 @@ def run_operation(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def launches_kernel(func: Any) -> bool:
-    """Return True if a GPU does something for a call of `func`."""
+    """Return True if a call of `func` launches a GPU kernel."""
     return not func.is_view and func._overloadpacket not in NO_KERNEL
 
 
@@ -94,17 +94,20 @@ def bytes_touched(*values: Any) -> int:
 
 
 def count_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """Return the floating-point operations of a matrix product or attention with output `out`; 0 for other calls."""
+    """Return the floating-point operations of a call with output `out`.
+
+    Only matrix products, convolutions and attention count.
+    """
     packet = func._overloadpacket
     count: Any = MORE_FORMULAS.get(packet) or flop_registry.get(packet)
     return 0 if count is None else int(count(*args, **kwargs, out_val=out))
 
 
 class FlopCounter(TorchDispatchMode):
-    """Adds up the floating-point operations of a forward and backward pass; recomputed ones count once.
+    """Counter of the floating-point operations of a forward and backward pass. Recomputed operations count once.
 
-    Work without gradients, such as a VAE's, is not counted. Set `in_backward` during the backward pass: within it,
-    operations that record gradients are a recomputed forward pass.
+    Work without gradients, such as a VAE's, is not counted. Set `in_backward` during the backward pass: operations that
+    record gradients during it belong to a recomputed forward pass.
     """
 
     def __init__(self) -> None:
@@ -122,7 +125,7 @@ class FlopCounter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a step between two cuts."""
+    """Part of a step between two cuts."""
 
     label: tuple[str, int] | None  # (pass, block number); None between blocks
     delta: int  # bytes alive at its end minus those at its start
@@ -133,11 +136,10 @@ class Segment:
 
 
 class OperationCounter(TorchDispatchMode):
-    """Adds up floating-point operations, bytes that are read and written, launches of kernels, and the bytes of the
-    storages that operations allocate, until they are freed.
+    """Counter of floating-point operations, bytes read and written, kernel launches, and bytes of live storages.
 
-    `answers` are the values that reading a fake tensor returns, by kind of dtype: "bool", "int" and "float". Values of
-    other tensors are read from the tensors themselves.
+    A storage is live from its allocation by an operation until it is freed. `answers` are the values returned when a
+    fake tensor is read, by kind of dtype: "bool", "int" and "float". Other tensors return their own values.
     """
 
     def __init__(self, answers: Mapping[str, Any] | None = None) -> None:
@@ -153,7 +155,7 @@ class OperationCounter(TorchDispatchMode):
         return False  # torch.compile never runs here, and being hidden from it makes each call slower
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # two of three calls are autograd asking for a device
+        if func is torch.ops.prim.device.default:  # two thirds of the calls: autograd queries a device
             return args[0].device
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and self._answers is not None and isinstance(args[0], FakeTensor):
@@ -171,12 +173,12 @@ class OperationCounter(TorchDispatchMode):
         return out
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count memory that exists already when a view of it is made."""
+        """Exclude existing memory from the count, even when a view of it is made."""
         for tensor in tensors:
             self._sizes[tensor.untyped_storage()._cdata] = 0
 
     def cut(self, label: tuple[str, int] | None = None) -> None:
-        """End a segment here with this label and begin the next."""
+        """End the current segment with this label, and begin the next."""
         segment = Segment(
             label,
             delta=self.live - self._live_at_cut,
@@ -189,7 +191,7 @@ class OperationCounter(TorchDispatchMode):
         self._begin_segment()
 
     def restart(self) -> None:
-        """Discard the segments and begin the first one here."""
+        """Discard all segments and begin the first one."""
         self.segments.clear()
         self._begin_segment()
 
@@ -211,7 +213,10 @@ class OperationCounter(TorchDispatchMode):
 
 
 def expand_mask(index: Tensor | None) -> Sequence[Tensor | None]:
-    """Replace a mask by the indices that it selects along each axis; a fake one along one axis by all indices."""
+    """Replace a mask by the indices that it selects along each axis.
+
+    A fake mask along one axis is replaced by all indices, since the number of selected ones is unknown.
+    """
     if index is None or index.dtype != torch.bool:
         return [index]
     if not isinstance(index, FakeTensor):

@@ -1,4 +1,4 @@
-"""Models of fake tensors, made from models on the meta device."""
+"""Models with fake tensors, made from models on the meta device."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-NORMS = ("group_norm", "layer_norm", "rms_norm")  # that autocast computes in float32 on GPUs but not on CPUs
+NORMS = ("group_norm", "layer_norm", "rms_norm")  # norms that autocast computes in float32 on GPUs, but not on CPUs
 
 
 def give_fakes(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every parameter and buffer by a fake one, in place; requires an active FakeTensorMode.
+    """Replace every parameter and buffer by a fake tensor, in place. An active FakeTensorMode is required.
 
-    Floating-point tensors become `dtype`, or keep theirs if it is None; convolutions become channels last, as on a GPU.
-    A tensor shared by several modules stays shared.
+    Floating-point tensors get `dtype`, or keep theirs if it is None. Weights of convolutions become channels last, as
+    on a GPU. A tensor that several modules share stays shared.
     """
     made: dict[int, Tensor] = {}
     for module in model.modules():
@@ -29,7 +29,7 @@ def give_fakes(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def make_fake(old: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return a tensor or parameter of the same shape."""
+    """Return an empty tensor or parameter of the same shape."""
     layout = torch.channels_last if old.ndim == 4 else torch.contiguous_format
     kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
     new = torch.empty(old.shape, dtype=kind, memory_format=layout)
@@ -38,10 +38,13 @@ def make_fake(old: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 @contextmanager
 def norms_as_on_cards() -> Iterator[None]:
-    """Make autocast on the CPU compute norms and return them in float32, as CUDA's does (ATen/autocast_mode.h)."""
-    # This accounts for 1.5 GiB of a step of SDXL and 4 GiB of one of FLUX.1 without recomputing. torch's own modules
-    # and libraries look the functions up at each call. A TorchFunctionMode would not do: it is off while a block is
-    # recomputed in the backward pass.
+    """Make CPU autocast compute norms in float32 and return float32 inside the block, as CUDA autocast does.
+
+    The list of these functions is in ATen/autocast_mode.h.
+    """
+    # This accounts for 1.5 GiB of a step of SDXL, and for 4 GiB of a step of FLUX.1 without recomputation. torch's own
+    # modules and libraries look the functions up at each call. A TorchFunctionMode does not work: it is off while a
+    # block is recomputed in the backward pass.
     old = {name: getattr(functional, name) for name in NORMS}
     for name, norm in old.items():
         setattr(functional, name, in_float32(norm))

@@ -14,46 +14,46 @@ from library.memory.offload.pinning import MOST
 
 GIB = 2**30
 UNITS = {"": GIB, "g": GIB, "gb": GIB, "gib": GIB, "m": 2**20, "mb": 2**20, "mib": 2**20}
-NAMES_A_GPU = ("", "g", "gb")  # with a whole number, as in "12GB"; other sizes mean exactly that much
-LARGEST_GPU = 1024 * GIB  # "4090" is the name of a card
+NAMES_A_GPU = ("", "g", "gb")  # with a whole number, as in "12GB"; other sizes are exact
+LARGEST_GPU = 1024 * GIB  # a larger number is the name of a GPU, such as "4090"
 
-# What the driver reports of a GPU named after this many GiB. [published]
+# Memory that the driver reports for a GPU of this nominal size. [published]
 REPORTED = {8 * GIB: 7.8 * GIB, 12 * GIB: 11.76 * GIB, 24 * GIB: 23.6 * GIB}
-REPORTED_SHARE = 0.98  # of all others
+REPORTED_SHARE = 0.98  # for all other sizes
 
-# What a desktop and a browser take of a GPU; Windows composes its windows there as well.
+# GPU memory used by a desktop and a browser. Windows also composes its windows there.
 DESKTOP_BYTES, WINDOWS_DESKTOP_BYTES = 6 * GIB // 10, GIB
 REACHED = 0.6  # share of one large product's speed that a whole step reaches [derived]
 
-# Between the starts of two kernels in a step of small ones: Python, autocast, autograd and the driver. Steps of tiny
-# models take 23 to 32 microseconds a kernel on a server's CPU; docs/memory.md compares with published times.
+# Time between the starts of two kernels in a step of small ones: Python, autocast, autograd and the driver. Steps of
+# tiny models take 23 to 32 microseconds per kernel on a server's CPU; docs/memory.md compares with published times.
 LAUNCH_S = 20e-6
 
-STAGING = 10e9  # bytes per second of one thread that copies from main memory to main memory [derived]
-WSL_PINNABLE_BYTES = GIB // 2  # 0.5 to 1 GiB are published, whatever the machine has
+STAGING = 10e9  # bytes per second of one thread that copies within main memory [derived]
+WSL_PINNABLE_BYTES = GIB // 2  # 0.5 to 1 GiB are published, for any machine
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, or another device that computes."""
+    """A GPU, or another compute device."""
 
     name: str
     memory_bytes: int  # available to a run
-    flops: float  # per second, as reached in training
+    flops: float  # FLOP/s that training reaches
     bus: float  # bytes per second from pinned main memory
-    bandwidth: float  # bytes per second of its own memory
-    nominal_bytes: int | None = None  # of the size in its name, if that is what the user gave
-    pinnable_bytes: int | None = None  # of main memory; None for as much as is needed
-    staging: float = STAGING  # bytes per second through buffers, of what cannot be pinned
+    bandwidth: float  # bytes per second within its own memory
+    nominal_bytes: int | None = None  # nominal size, if the user gave one
+    pinnable_bytes: int | None = None  # of main memory; None: no limit
+    staging: float = STAGING  # bytes per second through buffers, for memory that is not pinned
 
     def copy_seconds(self, num_bytes: int) -> float:
-        """Return how long a copy of offloaded weights to the GPU takes, part of it from memory that is not pinned."""
+        """Return the seconds to copy offloaded weights to the GPU. Bytes beyond `pinnable_bytes` are staged."""
         pinned = num_bytes if self.pinnable_bytes is None else min(num_bytes, self.pinnable_bytes)
         return pinned / self.bus + (num_bytes - pinned) / min(self.bus, self.staging)
 
 
-# Speeds of a step by published figures: 60 % of the vendors' dense bfloat16 peak with float32 accumulation, 80 % of
-# their memory's bandwidth, and the bus as measured in practice. Not measured on a GPU here.
+# Speeds of a training step from published figures: 60 % of the vendors' dense bfloat16 peak with float32 accumulation,
+# 80 % of the memory bandwidth, and bus speeds as measured in practice. Not measured on a GPU here.
 TYPICAL = (
     Gpu("RTX 4060", 8 * GIB, 18e12, 12.5e9, 218e9),
     Gpu("RTX 4070", 12 * GIB, 35e12, 24e9, 403e9),
@@ -64,7 +64,7 @@ TYPICAL = (
 )
 
 
-# Vendors' dense 16-bit FLOP/s with float32 accumulation; the first name contained in the device name counts.
+# Vendors' dense 16-bit FLOP/s with float32 accumulation. The first name that the device name contains counts.
 PEAKS = (
     ("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12),
     ("H100", 989e12), ("A100", 312e12), ("A800", 312e12), ("A10G", 70e12), ("A10", 125e12), ("A40", 150e12),
@@ -77,7 +77,10 @@ PEAKS = (
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return a GPU's peak FLOP/s: the vendor's figure for 16 bits, else that of one large product; None for CPUs."""
+    """Return a GPU's peak FLOP/s, or None without CUDA.
+
+    For 16 bits it is the vendor's figure, if known, otherwise that of one large product.
+    """
     if device.type != "cuda":
         return None
     if dtype in (torch.bfloat16, torch.float16):
@@ -90,37 +93,38 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None
 
 @dataclass(frozen=True)
 class MemorySize:
-    """A size that a user gave: that of a GPU's name, or exactly so much memory."""
+    """A memory size given by the user: the nominal size of a GPU, or an exact number of bytes."""
 
     num_bytes: int
     names_gpu: bool = False
 
     @property
     def free_bytes(self) -> int:
-        """Return what a run may use."""
+        """Bytes that a run may use."""
         return free_on_gpu(self.num_bytes) if self.names_gpu else self.num_bytes
 
 
 def free_on_gpu(nominal_bytes: int) -> int:
-    """Return what a run may use of a GPU whose name has this size: what the driver reports, less a desktop."""
+    """Return the bytes that a run may use on a GPU of this nominal size: what the driver reports minus a desktop."""
     desktop = WINDOWS_DESKTOP_BYTES if drives_windows() else DESKTOP_BYTES
     return max(0, reported_bytes(nominal_bytes) - desktop)
 
 
 def reported_bytes(nominal_bytes: int) -> int:
-    """Return the memory that the driver reports of a GPU whose name has this size."""
+    """Return the memory that the driver reports for a GPU of this nominal size."""
     return int(REPORTED.get(nominal_bytes, REPORTED_SHARE * nominal_bytes))
 
 
 def drives_windows() -> bool:
-    """Return True if the GPU belongs to Windows, which is so under WSL2 too."""
+    """Return True if Windows drives the GPU, also under WSL2."""
     return platform.system() == "Windows" or "microsoft" in platform.release().lower()
 
 
 def parse_size(flag: str, text: str) -> MemorySize:
-    """Parse a size; a gigabyte is 2**30 bytes, as in the names of GPUs.
+    """Parse a memory size. A gigabyte is 2**30 bytes, as in the names of GPUs.
 
-    A whole number of gigabytes, such as "12GB" or "12", names a GPU. "11500MB", "12GiB" and "11.5GB" mean exactly that.
+    A whole number of gigabytes, such as "12GB" or "12", is the nominal size of a GPU. "11500MB", "12GiB" and "11.5GB"
+    are exact. Raises UserError naming `flag` for anything else, and for more memory than any GPU has.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if found is None or found[2] not in UNITS or float(found[1]) <= 0:
@@ -132,14 +136,17 @@ def parse_size(flag: str, text: str) -> MemorySize:
 
 
 def typical_gpu(size: MemorySize) -> Gpu:
-    """Return a common GPU of about this memory: the largest that does not have more, or the smallest."""
+    """Return a common GPU with about this memory: the largest that does not have more, or the smallest."""
     smaller = [card for card in TYPICAL if reported_bytes(card.memory_bytes) <= size.num_bytes]
     like = smaller[-1] if smaller else TYPICAL[0]
     return replace(like, memory_bytes=size.free_bytes, nominal_bytes=size.num_bytes if size.names_gpu else None)
 
 
 def measured_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, side: int = 4096) -> Gpu:
-    """Measure this device in about 0.1 s: a large product, and copies from main memory, within it and on the device."""
+    """Measure this device with one large product, and with copies from main memory, within it and within the device.
+
+    This takes about 0.1 s.
+    """
     on_card = device.type == "cuda"
 
     def seconds(run: Callable[[], object]) -> float:
@@ -174,7 +181,7 @@ def measured_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, si
 
 
 def most_pinned() -> int:
-    """Return how much of this machine's main memory can be pinned."""
+    """Return the bytes of this machine's main memory that can be pinned."""
     if "microsoft" in platform.release().lower():
         return WSL_PINNABLE_BYTES
     return int(MOST * psutil.virtual_memory().total)

@@ -1,4 +1,4 @@
-"""Predicted memory and time of a step, for a way of running it on a given GPU."""
+"""Predicted memory and time of a step, for one way of running it on a given GPU."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from library.memory.planner.gpus import GIB, LAUNCH_S, Gpu
 from library.memory.planner.steps import CountedOptimizer, Move, Timeline, compute_peak_bytes
 from library.memory.planner.weights import ModelWeights, StorageCost
 
-# Assumed until a GPU has been measured: the CUDA context with its libraries' workspaces, and the allocator's overhead
-# as a share of a step's tensors.
+# Assumptions until a GPU has been measured: the CUDA context with the workspaces of its libraries, and the overhead of
+# the allocator as a share of a step's tensors.
 CONTEXT_BYTES = 7 * GIB // 10
 ALLOCATOR_SHARE = 0.05
 
-# Published for 47 of 48 offloaded blocks on an H100: 5 %.
+# Share of time that offloading all blocks costs. 5 % are published for 47 of 48 blocks on an H100.
 COST_OF_WAITING = 0.05
 
 FORWARD_BACKWARD, OPTIMIZER_STEP = "forward and backward pass", "optimizer step"
@@ -20,17 +20,17 @@ FORWARD_BACKWARD, OPTIMIZER_STEP = "forward and backward pass", "optimizer step"
 
 @dataclass(frozen=True)
 class Way:
-    """One way of running a step."""
+    """One way of running a step: weight format, recomputation, offloading and sharding."""
 
     weight_format: str | None = None  # of the frozen weights; None for the dtype of --mixed_precision
-    recompute_every: int | None = None  # blocks: 1 for all, 2 for every second; None for none
+    recompute_every: int | None = None  # n recomputes every n-th block; None for none
     inputs_wait: bool = False  # inputs of recomputed blocks are kept in main memory between the passes
     num_offloaded: int = 0  # --blocks_to_swap
     shared_by: int = 1  # processes over which the denoiser is sharded, --shard_base
 
     @property
     def complexity(self) -> int:
-        """Count what the way adds to a plain step; what needs main memory counts twice, as pinning can fail."""
+        """Number of features added to a plain step. Those that need main memory count twice, since pinning can fail."""
         return (self.recompute_every is not None) + 2 * self.inputs_wait + 2 * (self.num_offloaded > 0)
 
     def recomputes(self, place: int) -> bool:
@@ -39,36 +39,36 @@ class Way:
 
 @dataclass(frozen=True)
 class GradientlessPasses:
-    """The passes of a step without gradients, before its own forward pass."""
+    """The passes without gradients of a step, before its own forward pass."""
 
     num_passes: float  # on average
-    num_batches: float  # that they compute together, in batches of the step
-    peak_bytes: int  # of the largest of them
+    num_batches: float  # size of all of them together, in batches of the step
+    peak_bytes: int  # of the one that needs most
 
 
 @dataclass(frozen=True)
 class CountedStep:
-    """A counted training step; bytes are those of tensors."""
+    """A counted training step. Bytes are those of tensors."""
 
     timeline: Timeline
-    first_place: int  # of the denoiser's blocks in the timeline; trained text encoders come before
+    first_place: int  # index of the denoiser's first block in the timeline; trained text encoders come before
     weights: ModelWeights  # of the denoiser
     encoders: tuple[ModelWeights, ...]  # of the text encoders that stay in memory
     own_formats: tuple[str | None, str | None]  # of denoiser and text encoders, as set by the user
     other_bytes: int  # of everything else that stays in memory
     adapter_bytes: int
     gradient_bytes: int
-    held_gradient_bytes: int  # gradients of earlier passes, if a step accumulates several
+    held_gradient_bytes: int  # gradients of earlier passes, with gradient accumulation
     optimizer: CountedOptimizer
     offloaded_indices: Callable[[int], Collection[int]]  # the blocks offloaded for a value of --blocks_to_swap
     most_offloaded: int
     multiplies_codes: bool = False  # the step was counted with --base_arithmetic 8bit
-    gradientless: GradientlessPasses | None = None  # None where a step has its forward and backward pass alone
+    gradientless: GradientlessPasses | None = None  # None if a step has only a forward and a backward pass
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """The predicted memory and time of a way."""
+    """Predicted memory and time of a way."""
 
     way: Way
     weight_bytes: int  # of frozen models on the device
@@ -76,12 +76,15 @@ class Predicted:
     device_bytes: int  # including CUDA context and allocator overhead
     seconds: float  # per forward and backward pass
     host_bytes: int  # of main memory, for offloaded blocks and inputs
-    peak: str  # the part of a step that needs most
-    error: float | None  # of the weight format, relative to a layer's output; None if weights are not stored in one
+    peak: str  # the phase that needs most memory
+    error: float | None  # of the weight format, relative to a layer's output; None without a format
 
 
 def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> Predicted:
-    """Predict a way; `correction` is real / counted bytes of a step's tensors without weights."""
+    """Predict the memory and time of a way.
+
+    `correction` is the measured ratio of real to counted bytes of a step's tensors, without weights.
+    """
     cost = StorageCost.of(way.weight_format)
     cost = cost.of_8bit_matmul() if step.multiplies_codes else cost
     waiting = step.offloaded_indices(way.num_offloaded)
@@ -96,7 +99,7 @@ def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> 
     weights = own + encoders + step.other_bytes
     held = step.optimizer.state + step.held_gradient_bytes
     passes = step.gradientless
-    ahead = max(waiting_inputs(step, way), default=0)  # a block's inputs are fetched while the next is recomputed
+    ahead = max(waiting_inputs(step, way), default=0)  # inputs of a block are fetched while the next is recomputed
     highest = max(compute_peak_bytes(moves) + ahead, 0 if passes is None else passes.peak_bytes)
     within = held + highest + step.weights.decoded_bytes(cost)
     stepping = step.gradient_bytes + max(step.optimizer.rise, step.optimizer.state)
@@ -112,7 +115,7 @@ def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> 
 
 
 def apply_way(step: CountedStep, way: Way) -> list[Move]:
-    """Return the step as this way runs it; recomputed blocks of trained text encoders are numbered separately."""
+    """Return the segments of the step as this way runs it. Blocks of trained text encoders are numbered separately."""
 
     def recomputes(place: int) -> bool:
         if place < step.first_place:
@@ -123,7 +126,7 @@ def apply_way(step: CountedStep, way: Way) -> list[Move]:
 
 
 def waiting_inputs(step: CountedStep, way: Way) -> list[int]:
-    """Return the bytes of each block that are offloaded in the forward pass and fetched in the backward pass."""
+    """Return the bytes of the inputs of each block that are offloaded between its forward and backward pass."""
     if not way.inputs_wait:
         return []
     return [
@@ -141,11 +144,11 @@ def predict_seconds(
     card: Gpu,
     gradientless: GradientlessPasses | None = None,
 ) -> float:
-    """Return the seconds of computing and of copying in parallel, the longer of both in each pass.
+    """Return the seconds of a step: in each pass the longer of computing and copying, which run in parallel.
 
-    Streamed weights are copied to the GPU in both passes, block inputs to main memory in the first and back in the
-    second; they share the bus. Computing is arithmetic, the GPU's own memory traffic and the launches of kernels, one
-    after the other. Large models hide part of the last two, small ones do not.
+    Streamed weights are copied to the GPU in both passes. Block inputs are copied to main memory in the first and back
+    in the second pass. They share the bus. Computing is the sum of arithmetic, memory traffic of the GPU and kernel
+    launches. Large models hide part of the last two, small ones do not.
     """
     computing = {False: 0.0, True: 0.0}
     for move in moves:

@@ -1,7 +1,7 @@
-"""Counting of repeated blocks: a few are counted and stand for all.
+"""Counting of repeated blocks: a few are counted and represent the others.
 
-A stack is a list of blocks that a model runs one after another. Neighbours that are built alike, adapters included,
-form a run; two of each run are counted, and the second stands for those left out.
+A stack is a list of blocks that a model runs one after another. Neighbours with the same structure, adapters included,
+form a run. Two blocks of each run are counted, and the second represents those that are left out.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
-NUM_COUNTED = 2  # of each run; the first can differ in the backward pass if nothing before it is trained
+NUM_COUNTED = 2  # per run; the first can differ in the backward pass if nothing before it is trained
 
 
 def describe_build(block: nn.Module) -> tuple[Any, ...]:
-    """Return a value that is equal for blocks built alike: classes and shapes of all modules and of their adapters."""
+    """Return a value that is equal for blocks with the same classes and shapes of all modules and adapters."""
     return tuple(
         (name, type(module), list_shapes(module), taken_over(module)) for name, module in block.named_modules()
     )
@@ -27,7 +27,7 @@ def list_shapes(module: nn.Module) -> tuple[Any, ...]:
 
 
 def taken_over(module: nn.Module) -> Any:
-    """Return class and shapes of a layer's adapter, or None: adapters replace `forward` of the instance."""
+    """Return the class and shapes of a layer's adapter, or None. Adapters replace `forward` of the instance."""
     owner = getattr(module.__dict__.get("forward"), "__self__", None)
     if not isinstance(owner, nn.Module):
         return None
@@ -35,32 +35,32 @@ def taken_over(module: nn.Module) -> Any:
 
 
 def split_runs(stack: Iterable[nn.Module]) -> list[list[nn.Module]]:
-    """Split a stack into runs of blocks that are built alike."""
+    """Split a stack into runs of blocks with the same structure."""
     return [list(run) for _, run in groupby(stack, describe_build)]
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """The blocks that counted ones stand for."""
+    """The blocks that counted blocks represent."""
 
     own: Mapping[nn.Module, Sequence[nn.Module]]  # by counted block, itself included
-    # By the only counted block of a run: a block of an earlier run that is built alike, and the blocks after the first
-    # one, for which it stands.
+    # By the only counted block of a run: a block of an earlier run with the same structure, and the other blocks of the
+    # run, which that block represents.
     alike: Mapping[nn.Module, tuple[nn.Module, Sequence[nn.Module]]]
 
 
 @contextmanager
 def shortened(stacks: Sequence[nn.ModuleList], shares: bool = True) -> Iterator[Repeats]:
-    """Leave two blocks of each run in the stacks within the context, and yield what they stand for.
+    """Leave two blocks of each run in the stacks inside the context, and yield the blocks that they represent.
 
-    With `shares` one block is left of a run that is built like an earlier one, whose second block stands for the others
-    too: of the 70 blocks of a large U-Net 13 are counted in place of 22. Only a pass tells whether both get inputs of
+    With `shares`, one block is left of a run with the structure of an earlier one, whose second block represents the
+    others too. Of the 70 blocks of a large U-Net 13 are counted instead of 22. Only a pass shows if both get inputs of
     the same sizes, see `Timeline.build`.
     """
     whole = [list(stack) for stack in stacks]
     own: dict[nn.Module, Sequence[nn.Module]] = {}
     alike: dict[nn.Module, tuple[nn.Module, Sequence[nn.Module]]] = {}
-    seconds: dict[tuple[Any, ...], nn.Module] = {}  # of the runs before, by their build
+    seconds: dict[tuple[Any, ...], nn.Module] = {}  # second blocks of earlier runs, by structure
     try:
         for stack in stacks:
             kept: list[nn.Module] = []

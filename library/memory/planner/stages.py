@@ -1,4 +1,4 @@
-"""Stages before training, in which models encode images or captions a few at a time."""
+"""Stages before training, in which models encode images or captions in small batches."""
 
 from dataclasses import dataclass
 
@@ -13,28 +13,28 @@ PIXELS_AT_ONCE = 1024 * 1024
 
 @dataclass(frozen=True)
 class Stage:
-    """The memory needs of a stage, in bytes."""
+    """Memory needs of a stage, in bytes."""
 
     name: str
-    option: str  # the flag that sets the batch size
+    option: str  # flag that sets the batch size
     weights: int
-    rise_of_one: int  # peak above the weights
+    rise_of_one: int  # peak above the weights, for one item
     rise_of_each_more: int
-    streamed_weights: int | None = None  # with layers in main memory, where the weights do not fit; None if they stay
-    most: int = MOST_AT_ONCE  # the largest batch that is worth choosing, a power of two
+    streamed_weights: int | None = None  # on the device, with layers in main memory; None if not possible
+    most: int = MOST_AT_ONCE  # largest useful batch size, a power of two
 
     def peak(self, count: int, is_streamed: bool = False) -> int:
-        """Return the peak bytes with this batch size, those of the allocator included."""
+        """Return the peak bytes with this batch size, including the overhead of the allocator."""
         weights = self.streamed_weights if is_streamed and self.streamed_weights is not None else self.weights
         rise = self.rise_of_one + (count - 1) * self.rise_of_each_more
         return weights + round((1 + ALLOCATOR_SHARE) * rise)
 
     def is_streamed(self, count: int, num_bytes: int) -> bool:
-        """Return True if this batch size fits only with layers in main memory."""
+        """Return True if this batch size fits only with layers streamed from main memory."""
         return self.peak(count) > num_bytes >= self.peak(count, is_streamed=True)
 
     def most_that_fits(self, num_bytes: int) -> int:
-        """Return the largest batch size that fits, a power of two up to `most`; 0 if not even one does."""
+        """Return the largest batch size that fits, a power of two up to `most`, or 0 if none does."""
         for is_streamed in (False, True):
             count = self.most
             while count and self.peak(count, is_streamed) > num_bytes:
@@ -45,7 +45,7 @@ class Stage:
 
 
 def most_images(num_pixels: int) -> int:
-    """Return how many images of this size are worth encoding at once: a power of two, together about a megapixel."""
+    """Return how many images of this size to encode at once: a power of two up to 8, about one megapixel in total."""
     count = MOST_AT_ONCE
     while count > 1 and count * num_pixels > PIXELS_AT_ONCE:
         count //= 2

@@ -1,5 +1,4 @@
-"""Counting of one training step, block by block, and its replay for the whole model with any way of running the
-blocks."""
+"""Counting of one training step block by block, and its replay for the whole model with any way of running it."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +17,15 @@ FORWARD, BACKWARD = "forward", "backward"
 
 
 class MarkedRunner:
-    """Runs blocks through another runner and cuts the count where a block ends and where its backward pass begins.
+    """A runner that cuts the count where a block ends and where its backward pass begins.
 
-    A block's forward segment begins where the block before it ends, so that work between two blocks, such as freeing
-    the input, belongs to the second.
+    Another runner runs the blocks. A block's forward segment begins where the previous block ends. Work between two
+    blocks, such as freeing the input, belongs to the second.
     """
 
     def __init__(self, runner: BlockRunner, counter: OperationCounter) -> None:
         self.blocks: list[nn.Module] = []  # in the order of their first call
-        self.input_bytes: list[int] = []  # by block number: of inputs with a gradient that no earlier block had
+        self.input_bytes: list[int] = []  # by block number: of inputs with gradients that are new
         self.input_shapes: list[tuple[torch.Size, ...]] = []  # by block number
         self._runner, self._counter = runner, counter
         self._seen: set[int] = set()
@@ -60,7 +59,7 @@ class MarkedRunner:
         begun: list[bool] = []
 
         def begin(_: Tensor) -> None:
-            if not begun:  # with several outputs, the first that gets its gradient counts
+            if not begun:  # with several outputs, the first gradient counts
                 begun.append(True)
                 self._counter.cut(self._backward)
                 self._backward = BACKWARD, number
@@ -76,7 +75,7 @@ def is_tensor(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class CountedPass:
-    """The counted forward and backward pass of one step, blocks numbered in the order of their calls."""
+    """The counted forward and backward pass of one step. Blocks are numbered in the order of their calls."""
 
     segments: tuple[Segment, ...]
     blocks: tuple[nn.Module, ...]
@@ -91,9 +90,9 @@ def count_pass(
     counter: OperationCounter,
     num_passes: int = 1,
 ) -> CountedPass:
-    """Count the last of `num_passes` passes; the gradients of those before exist already, as in accumulation.
+    """Count the last of `num_passes` passes, with the gradients of the earlier ones, as in gradient accumulation.
 
-    `loss` computes a scalar with the model whose blocks run through the runner passed to `give_runner`.
+    `loss` computes a scalar with the model, whose blocks run through the runner passed to `give_runner`.
     """
     for _ in range(num_passes):
         marked = MarkedRunner(runner, counter)
@@ -111,7 +110,7 @@ def count_pass(
 
 @dataclass(frozen=True)
 class Move:
-    """A segment of the whole model's step; `place` is the block's index in the whole model, None outside of blocks."""
+    """A segment of the whole model's step. `place` is the block's index in the whole model, None outside of blocks."""
 
     segment: Segment
     is_backward: bool
@@ -119,7 +118,7 @@ class Move:
 
 
 class DifferentInputs(Exception):
-    """Blocks that are built alike get inputs of different sizes, so that none can stand for the other."""
+    """Error for blocks with the same structure but inputs of different sizes, so that none can represent the others."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +128,12 @@ class Timeline:
     plain: CountedPass
     recomputed: CountedPass
     blocks: tuple[nn.Module, ...]  # of the whole model, by place
-    places: tuple[range, ...]  # by number: the places that run when a counted block runs
-    stands: tuple[int, ...]  # by place: the number of the counted block that stands for it
+    places: tuple[range, ...]  # by number of a counted block: the places that run when it runs
+    stands: tuple[int, ...]  # by place: the number of the counted block that represents it
 
     @classmethod
     def build(cls, plain: CountedPass, recomputed: CountedPass, repeats: Repeats) -> "Timeline":
-        """Expand a counted step. Raises DifferentInputs for a block that cannot stand for those of another run."""
+        """Expand a counted step. Raises DifferentInputs if a block cannot represent those of another run."""
         assert [s.label for s in plain.segments] == [s.label for s in recomputed.segments], "the passes differ"
         blocks: list[nn.Module] = []
         places, stands = [], []
@@ -155,7 +154,7 @@ class Timeline:
 
     @cached_property
     def by_label(self) -> Mapping[tuple[str, int], tuple[Segment, Segment]]:
-        """Return the plain and the recomputed segment of each pass of each counted block."""
+        """The plain and the recomputed segment of each pass of each counted block."""
         pairs = zip(self.plain.segments, self.recomputed.segments, strict=True)
         return {plain.label: (plain, recomputed) for plain, recomputed in pairs if plain.label is not None}
 
@@ -164,9 +163,9 @@ class Timeline:
         return self.recomputed.input_bytes[self.stands[place]]
 
     def moves(self, recomputes: Callable[[int], bool], keeps_inputs: Callable[[int], bool]) -> Iterator[Move]:
-        """Yield the step with the blocks at some places recomputed, and with their inputs kept on the device or not.
+        """Yield the step with the blocks at some places recomputed, and their inputs kept on the device or offloaded.
 
-        Inputs that are not kept leave when their block is done and return when its backward pass begins.
+        Offloaded inputs leave the device when their block is done, and return when its backward pass begins.
         """
         for counted in self.plain.segments:
             if counted.label is None:
@@ -183,14 +182,14 @@ class Timeline:
 
 
 def without_input(segment: Segment, input_bytes: int, is_backward: bool) -> Segment:
-    """Return the segment of a block whose inputs are in main memory between its passes."""
+    """Return the segment of a block with its inputs in main memory between its passes."""
     if is_backward:
         return replace(segment, delta=segment.delta + input_bytes, rise=segment.rise + input_bytes)
     return replace(segment, delta=segment.delta - input_bytes)
 
 
 def compute_peak_bytes(moves: Iterator[Move] | Sequence[Move]) -> int:
-    """Return the peak bytes above those at the start of the step."""
+    """Return the peak bytes relative to the start of the step."""
     live = peak = 0
     for move in moves:
         peak = max(peak, live + move.segment.rise)
@@ -200,10 +199,10 @@ def compute_peak_bytes(moves: Iterator[Move] | Sequence[Move]) -> int:
 
 @dataclass(frozen=True)
 class CountedOptimizer:
-    """The bytes that an optimizer needs."""
+    """Bytes that an optimizer needs."""
 
     state: int  # kept between steps
-    rise: int  # peak during a step, with the state and without the gradients
+    rise: int  # peak during a step, including the state, without gradients
 
 
 Groups = Sequence[Mapping[str, Any]]
@@ -213,15 +212,15 @@ Groups = Sequence[Mapping[str, Any]]
 def count_optimizer(
     build: Callable[[Groups], torch.optim.Optimizer], groups: Groups, counter: OperationCounter
 ) -> CountedOptimizer:
-    """Count one step with zero gradients.
+    """Count one optimizer step with zero gradients.
 
-    Adam allocates the state of a whole group first and then goes from one parameter to the next, so one group is
+    Adam allocates the state of a whole group first, and then updates one parameter after the other. So one group is
     counted with fewer parameters, and the state of the others is added. For a large U-Net that saves an eighth of the
     whole count.
     """
     all_parameters = [parameter for group in groups for parameter in group["params"]]
     counter.leave_out(all_parameters)
-    with counter:  # which gives constructors the values that they ask for
+    with counter:  # constructors that read fake tensors get its `answers`
         optimizer, parameters = build(groups), all_parameters
         is_short = len(groups) == 1 and has_state_first(optimizer)
         if is_short:
@@ -240,24 +239,24 @@ def count_optimizer(
 
 
 def has_state_first(optimizer: torch.optim.Optimizer) -> bool:
-    """Return True for an optimizer that allocates the state of all parameters of a group before it changes one."""
+    """Return True for an optimizer that allocates the state of a whole group before it updates a parameter."""
     return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
 
 
 def short_walk(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Leave out parameters such that those left have the same pairs of neighbouring kinds.
+    """Return fewer parameters with the same pairs of neighbouring kinds.
 
-    The peak depends on pairs: what a step made for one parameter is freed while the next is computed.
+    The peak depends on pairs: temporary memory of one parameter is freed while the next one is computed.
     """
     kept: list[nn.Parameter] = []
     pairs: set[tuple[Hashable, Hashable]] = set()
-    num_needed = 0  # of those kept, from the start; the others repeat pairs
+    num_needed = 0  # number of kept parameters that are needed; later ones repeat pairs
     for parameter in parameters:
         if kept and (pair := (describe_parameter(kept[-1]), describe_parameter(parameter))) not in pairs:
             pairs.add(pair)
             num_needed = len(kept) + 1
         kept.append(parameter)
-        # Back to the first parameter of this kind that nothing new follows: what lies between is a loop.
+        # Cut back to the first parameter of this kind after the needed ones: the parameters in between are a loop.
         kinds = [describe_parameter(one) for one in kept[max(num_needed - 1, 0) :]]
         del kept[max(num_needed - 1, 0) + kinds.index(describe_parameter(parameter)) + 1 :]
     return kept
@@ -268,6 +267,6 @@ def describe_parameter(parameter: Tensor) -> Hashable:
 
 
 def state_left_out(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> int:
-    """Return the bytes of the state of those of the parameters that the optimizer does not have."""
+    """Return the state bytes of the parameters that the optimizer does not have."""
     sizes = {describe_parameter(one): bytes_touched(values) for one, values in optimizer.state.items()}
     return sum(sizes[describe_parameter(one)] for one in parameters if one not in optimizer.state)

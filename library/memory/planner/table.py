@@ -1,4 +1,4 @@
-"""The table of candidates that users read."""
+"""Table of candidates for users."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -21,9 +21,9 @@ def shown(choice: Choice) -> tuple[Predicted, ...]:
 def iterate_rows(
     choice: Choice, describe: Callable[[Way], str], num_passes: int | None = None
 ) -> Iterator[tuple[str, ...]]:
-    """Yield the headings and a row for each shown candidate; `describe` turns a way into its options.
+    """Yield the headings and a row for each shown candidate. `describe` formats a way as options.
 
-    Formats have a column for their error, and runs of a known length one for their hours.
+    There is a column for the error if a weight format is used, and one for the hours if `num_passes` is known.
     """
     rounds = any(found.error is not None for found in choice.candidates)
     yield (
@@ -48,7 +48,7 @@ def iterate_rows(
 
 
 def format_table(choice: Choice, describe: Callable[[Way], str], num_passes: int | None = None) -> list[str]:
-    """Format the candidates that fit as lines of equal columns, the chosen one marked, and count the others."""
+    """Format the shown candidates as aligned lines with the chosen one marked, and count the others."""
     lines = columns([*iterate_rows(choice, describe, num_passes)])
     others = [found.device_bytes for found in choice.candidates if found not in shown(choice)]
     if others:

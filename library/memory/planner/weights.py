@@ -1,4 +1,4 @@
-"""Bytes of frozen weights in any format and place, from their shapes alone."""
+"""Bytes of frozen weights in any format and location, computed from their shapes alone."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ from library.memory.offload.sharded import PEAK_BLOCKS
 
 @dataclass(frozen=True)
 class Matrix:
-    """The size of a weight as a matrix; a convolution's inputs and kernel form one axis."""
+    """The size of a weight as a matrix. The inputs and the kernel of a convolution form one axis."""
 
     rows: int
     columns: int
@@ -65,7 +65,7 @@ class StorageCost:
     def of(cls, name: str | None) -> "StorageCost":
         """Return the cost of a value of --base_format.
 
-        None means weights in --mixed_precision or as in the file; decoding those is counted with the step.
+        None means weights in --mixed_precision or as in the file; the decoding of the latter is counted with the step.
         """
         if name is None:
             return cls(lambda matrix: matrix.own_bytes, 0, 1.0)
@@ -78,7 +78,7 @@ class StorageCost:
         )
 
     def of_8bit_matmul(self) -> "StorageCost":
-        """Return the cost with 8-bit products; those are counted with the step."""
+        """Return the cost with 8-bit products, which are counted with the step."""
         # For gradients GPUs need a transposed copy of the codes: half as large as a weight decoded to 16 bits.
         return replace(self, num_copies=0.5, slowdown=1.0)
 
@@ -87,13 +87,16 @@ class StorageCost:
 class ModelWeights:
     """The weights of a model, grouped by how they can be stored."""
 
-    fixed_bytes: int  # of parameters that keep format and place: embedders, norms, biases
+    fixed_bytes: int  # of parameters with a fixed format and location: embedders, norms, biases
     storable: tuple[Matrix, ...]  # stored in the weight format but never offloaded
     blocks: tuple[tuple[Matrix, ...], ...]  # stored in the weight format and offloadable, by block
 
     @classmethod
     def of(cls, model: nn.Module, storable: Iterable[nn.Module], blocks: Sequence[nn.Module]) -> "ModelWeights":
-        """`storable` are all layers that may be stored in a weight format; those in `blocks` may also be offloaded."""
+        """Group the weights of a model.
+
+        `storable` are all layers that can be stored in a weight format. Those in `blocks` can also be offloaded.
+        """
         layers = {layer: Matrix.of_layer(layer) for layer in storable}
         by_block = [[layer for layer in block.modules() if layer in layers] for block in blocks]
         inside = {layer for found in by_block for layer in found}
@@ -104,7 +107,7 @@ class ModelWeights:
             tuple(tuple(layers[layer] for layer in found) for found in by_block),
         )
 
-    # A model has few kinds of matrices, and a search asks for their bytes thousands of times.
+    # A model has few kinds of matrices, and a search computes their bytes thousands of times.
     @cached_property
     def _counts(self) -> tuple[Counter[Matrix], list[Counter[Matrix]]]:
         return Counter(self.storable), [Counter(block) for block in self.blocks]
@@ -118,7 +121,7 @@ class ModelWeights:
         return [bytes_of_all(counts, cost) for counts in self._counts[1]]
 
     def resident_bytes(self, cost: StorageCost, waiting: Collection[int]) -> int:
-        """Return the bytes on the device with the blocks at these places offloaded, their slots included."""
+        """Return the bytes on the device with the blocks in `waiting` offloaded, including their slots."""
         sizes = self.block_bytes(cost)
         staying = sum(size for place, size in enumerate(sizes) if place not in waiting)
         slots = NUM_SLOTS * max((sizes[place] for place in waiting), default=0)

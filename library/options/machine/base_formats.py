@@ -1,4 +1,4 @@
-"""The values of --base_format: the names of the files in library/memory/formats, which imports no torch."""
+"""The values of --base_format: file names in library/memory/formats, which imports no torch."""
 
 import pkgutil
 from pathlib import Path

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from library.options.base import Options, option
 from library.options.machine.base_formats import BASE_FORMATS
 
-ONE_FORMAT = {  # what the older options for 8 bits exclude
+ONE_FORMAT = {  # excluded by the older options for 8 bits
     f"base_format={'|'.join(name for name in BASE_FORMATS if name != 'fp8')}": "each names a format of the same weights"
 }
-ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")  # values of --attn_mode, where a script has it
+ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")  # values of --attn_mode
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,17 @@ class MemoryOptions(Options):
 
     @property
     def num_offloaded(self) -> int:
-        """How many blocks are offloaded, by the count that the option takes."""
+        """The number of offloaded blocks, as the option counts them."""
         return self.blocks_to_swap or 0
 
     @property
     def recomputes(self) -> bool:
-        """Return True if activations of blocks are computed again in the backward pass."""
+        """Return True if blocks are recomputed in the backward pass."""
         return self.gradient_checkpointing or self.unsloth_offload_checkpointing
 
     @property
     def offloads_inputs(self) -> bool:
-        """Return True if what blocks are computed again from waits in main memory."""
+        """Return True if the inputs of recomputed blocks are offloaded."""
         return self.recomputes and (self.cpu_offload_checkpointing or self.unsloth_offload_checkpointing)
 
 
@@ -143,17 +143,17 @@ class PrecisionOptions(Options):
 
     @property
     def multiplies_codes(self) -> bool:
-        """Return True if products are ones of 8-bit numbers."""
+        """Return True if matrices are multiplied in 8 bits."""
         return self.base_arithmetic == "8bit"
 
     @property
     def denoiser_format(self) -> str | None:
-        """The weight format of the denoiser's blocks; None for that of --mixed_precision."""
+        """The weight format of the denoiser's blocks; None for the dtype of --mixed_precision."""
         return self.base_format or ("fp8" if self.fp8_base or self.fp8_base_unet else None)
 
     @property
     def text_encoder_format(self) -> str | None:
-        """The weight format of the text encoders that stay; None for that of --mixed_precision."""
+        """The weight format of loaded text encoders; None for the dtype of --mixed_precision."""
         return self.base_format or ("fp8" if self.fp8_base else None)
 
 

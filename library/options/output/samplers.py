@@ -1,14 +1,14 @@
-"""The samplers of previews that --sample_sampler names, for DDPM models."""
+"""The preview samplers of DDPM models that --sample_sampler names."""
 
 from collections.abc import Mapping
 from typing import Any
 
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    # What a choice means follows the scheduler files that come with checkpoints of such models: predictions of the
-    # clean latents are not clipped to -1..1, since latents are larger, and sampling ends at the first noise level.
+    # Settings follow the scheduler files of such checkpoints: predicted clean latents are not clipped to -1..1, because
+    # latents are larger, and sampling ends at the first noise level.
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
-    "lms": ("EulerDiscreteScheduler", {}),  # the noise levels; the steps are `MultistepSampler`'s
+    "lms": ("EulerDiscreteScheduler", {}),  # provides the noise levels; the steps are `MultistepSampler`'s
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
@@ -18,6 +18,6 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "dpmsingle": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
-"""--sample_sampler -> (class of diffusers, what it is built with beside the noise schedule)"""
+"""--sample_sampler -> (class of diffusers, its arguments besides the noise schedule)"""
 
 ALIASES: Mapping[str, str] = {f"k_{name}": name for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}

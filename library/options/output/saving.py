@@ -115,7 +115,7 @@ class HubOptions(Options, affects_training=False):
 class StateOptions(Options, affects_training=False):
     """Training states, and going on from one."""
 
-    # The options that say where a run begins are those of this run; a state has none of its own.
+    # The options that set where a run starts belong to this run, not to a state.
 
     save_state: bool = option(
         False,

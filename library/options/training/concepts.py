@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from library.options.base import Options, option
 
-MOST_DENOISING_STEPS = 1000  # as many as the schedule has
-USUAL_GUIDANCE = 3.0  # of sd-scripts
+MOST_DENOISING_STEPS = 1000  # the length of the schedule
+USUAL_GUIDANCE = 3.0  # default of sd-scripts
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class FlowWeightingOptions(Options):
     mode_scale: float = option(
         1.29,
         at_least=-1,
-        at_most=1.75,  # 2 / (pi - 2) is the most; outside, the scheme leaves 0..1
+        at_most=1.75,  # 2 / (pi - 2) is the maximum; beyond, values leave 0..1
         needs_images=True,
         needs="weighting_scheme=mode",
         help="How strongly --weighting_scheme mode prefers middle noise levels, -1 to 1.75. 0 treats all alike.",
@@ -52,7 +52,7 @@ class FlowWeightingOptions(Options):
 
 @dataclass(frozen=True)
 class FlowSamplingOptions(Options, needs_images=True):
-    """How noise levels are drawn; a base model with other defaults declares them with `redeclared`."""
+    """How noise levels are drawn. Base models with other defaults use `redeclared`."""
 
     timestep_sampling: str = option(
         "sigma",

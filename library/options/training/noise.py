@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from library.options.base import Options, option
 
-MOST_NOISE = 100.0  # times the noise itself; far below it nothing can be learned any more
+MOST_NOISE = 100.0  # multiples of the noise itself; nothing can be learned long before
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ class RunOptions(Options):
     )
 
     def planned_steps(self, num_batches: int, num_processes: int) -> int:
-        """Optimizer steps of a run whose epochs have `num_batches`; --max_train_epochs wins over --max_train_steps."""
+        """Return the optimizer steps of a run whose epochs have `num_batches`; --max_train_epochs overrides
+        --max_train_steps."""
         if self.max_train_epochs is None:
             return self.max_train_steps
         return self.max_train_epochs * ceil(num_batches / (self.gradient_accumulation_steps * num_processes))

@@ -1,4 +1,4 @@
-"""The audit of the data before anything trains on them (`audit_only`), without a base model."""
+"""The audit of a dataset before training (`audit_only`), without a base model."""
 
 import logging
 import time
@@ -27,17 +27,17 @@ from library.training.saving.checkpoints import Names
 
 logger = logging.getLogger(__name__)
 
-MOST_SHOWN = 60  # images of a finding on the page
+MOST_SHOWN = 60  # images per finding on the page
 
 
 def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEvents) -> None:
-    """Log the audit of the data; with `output_dir` also write it as a page, with what was warned of so far.
+    """Audit the data and log the result; with `output_dir`, also write it as a page with all warnings.
 
     Raises UserError for mistakes in the description.
     """
     began = time.time()
     plan = audit_images(options, latents)
-    warned = warnings.kept()  # the findings below have a section of their own
+    warned = warnings.kept()  # findings below have their own section
     has_alpha = plan.spec.has_alpha
     findings = inspect(plan.samples, plan.subsets, len(plan.split.trained), plan.storage, has_alpha=has_alpha)
     for finding in findings:
@@ -59,9 +59,9 @@ def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEven
 
 
 def audit_images(options: TrainOptions, latents: LatentSpec) -> DataPlan:
-    """Return the images that are described, without a base model, what was found in them logged.
+    """Read the described images without a base model, log the findings, and return the images.
 
-    Captions are not measured in tokens.
+    Caption lengths in tokens are not measured.
     """
     plan = build_plan(options, latents, options.run.seed or 0, None, None)
     plan.audit(logger)
@@ -69,7 +69,7 @@ def audit_images(options: TrainOptions, latents: LatentSpec) -> DataPlan:
 
 
 def show_images(finding: Finding, plan: DataPlan) -> Sequence[FoundImage]:
-    """Return the first images of a finding with a small copy of each that can be decoded."""
+    """Return a finding's first images, with thumbnails of those that can be decoded."""
     notes = dict(finding.images[:MOST_SHOWN])
     images = {sample.image.key: sample.image for sample in plan.samples if sample.image.key in notes}
     found = []

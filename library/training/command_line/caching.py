@@ -1,4 +1,4 @@
-"""Commands that encode a data set for later runs and train nothing."""
+"""Commands that encode a dataset for later runs."""
 
 import argparse
 import sys
@@ -32,8 +32,10 @@ def cache_images(
     load_vae: Callable[[], nn.Module],
     entries: Sequence[tuple[str, MetadataEntry]] | None = None,
 ) -> DataPlan:
-    """Encode every image whose cache file is missing or outdated, and return the images with their buckets; `entries`
-    are the metadata file if already read. Raises UserError."""
+    """Encode every image whose cache file is missing or stale. Return the images with their buckets.
+
+    `entries` is the metadata file if already read. Raises UserError.
+    """
     processes = from_accelerator(open_accelerator(options.precision.mixed_precision))
     seed = options.run.seed or 0
     plan = build_plan(options, codec.spec, seed, None, None, processes.count, entries)
@@ -42,7 +44,7 @@ def cache_images(
 
 
 def cache_captions(options: TrainOptions, arch: Architecture) -> None:
-    """Encode every caption whose cache file is missing or outdated. Raises UserError."""
+    """Encode every caption whose cache file is missing or stale. Raises UserError."""
     processes = from_accelerator(open_accelerator(options.precision.mixed_precision))
     compute = Compute.build(options.precision, processes.device)
     plan = open_data_plan(options, arch, options.run.seed or 0, processes.count)
@@ -50,8 +52,7 @@ def cache_captions(options: TrainOptions, arch: Architecture) -> None:
 
 
 def add_command_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add musubi-tuner's names of the options of its caching commands; models run in bf16 there unless told
-    otherwise."""
+    """Add the options of musubi-tuner's caching commands; models run in bf16 by default, as there."""
     parser.add_argument("--batch_size", type=int, help="Images or captions that are encoded at a time.")
     parser.add_argument("--num_workers", type=int, help="Threads that read images: --max_data_loader_n_workers.")
     parser.add_argument("--skip_existing", action="store_true", help="Trust files by name: --skip_cache_check.")
@@ -61,7 +62,7 @@ def add_command_options(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 
 
 def with_command_options(args: argparse.Namespace, batch_size: str, **values: object) -> argparse.Namespace:
-    """Return the options that those of `add_command_options` stand for; `batch_size` is the name of that one."""
+    """Translate the options of `add_command_options`; `batch_size` is the name of that option."""
     given = {"skip_cache_check": args.skip_existing or args.skip_cache_check}
     if args.batch_size is not None:
         if args.batch_size < 1:
@@ -78,8 +79,8 @@ def cache_images_to_disk(
     codec: LatentCodec,
     open_vae: Callable[[OptionsT], Callable[[], nn.Module]],
 ) -> None:
-    """Act as musubi-tuner's command that encodes images, with the options of a script; `open_vae` returns what loads
-    the VAE. Raises UserError."""
+    """Run musubi-tuner's command that encodes images, with a script's options; `open_vae` returns a loader of the
+    VAE. Raises UserError."""
     caches = {"cache_latents": True, "cache_latents_to_disk": True}
     options = kind.from_args(with_command_options(args, "vae_batch_size", **caches))
     check_data(options)
@@ -89,8 +90,8 @@ def cache_images_to_disk(
 def cache_captions_to_disk(
     args: argparse.Namespace, kind: type[OptionsT], build: Callable[[OptionsT], Architecture]
 ) -> None:
-    """Act as musubi-tuner's command that encodes captions, with the options of a script; `build` assembles what encodes
-    them. Raises UserError."""
+    """Run musubi-tuner's command that encodes captions, with a script's options; `build` builds the architecture.
+    Raises UserError."""
     caches = {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
     options = kind.from_args(with_command_options(args, "text_encoder_batch_size", **caches))
     check_data(options)
@@ -100,7 +101,7 @@ def cache_captions_to_disk(
 def run_command(
     parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], object], argv: Sequence[str] | None
 ) -> int:
-    """Parse, act, and return the exit status: 0 success, 1 error."""
+    """Parse the arguments, run the action, and return the exit status: 0 success, 1 error."""
     interruption = Interruption()
     interruption.install()
     args = parse(parser, argv)

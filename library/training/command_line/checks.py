@@ -1,4 +1,4 @@
-"""Checks of the options before anything is loaded: what contradicts, is missing, or has no effect."""
+"""Checks of the options before anything is loaded: contradictions, missing values, and options without effect."""
 
 import logging
 import os
@@ -42,9 +42,9 @@ from library.training.saving.checkpoints import Names, state_folder
 logger = logging.getLogger(__name__)
 
 PASSWORD = re.compile(r"(?P<scheme>\w+://)[^\s/@:]*:[^\s/@]+@(?P<host>[^\s/]*)")
-ADAPTIVE = ("adam", "lion")  # whose steps have the size of the rate, whatever the gradient
-HIGH_RATE = 5e-3  # ten times what front ends and guides use for small adapters
-SETS_OWN_RATE = ("prodigy", "dadapt", "adafactor")  # warned of with their own reasons where the rate is odd
+ADAPTIVE = ("adam", "lion")  # their step size equals the learning rate, whatever the gradient
+HIGH_RATE = 5e-3  # ten times the value that front ends and guides use for small adapters
+SETS_OWN_RATE = ("prodigy", "dadapt", "adafactor")  # have their own warnings about unusual rates
 FILE_OF_STATE = f".training.{'0' * 12}.safetensors"  # while it is written
 SQUARES_IN_DTYPE_OF_WEIGHTS = (
     "torch.optim.Adam", "torch.optim.NAdam", "torch.optim.RAdam", "torch.optim.RMSprop", "prodigyopt.",
@@ -53,18 +53,15 @@ SQUARES_IN_DTYPE_OF_WEIGHTS = (
 
 
 def check(options: TrainOptions) -> None:
-    """Refuse what cannot work.
-
-    Raises UserError naming every flag that is not supported, else the first contradiction, with its way out.
-    """
-    check_data(options)  # values come first: what follows reads them
+    """Raise UserError naming every unsupported flag, else the first contradiction, with what to do."""
+    check_data(options)  # values first: the other checks read them
     if not options.dataset.only_looks:
         check_required(
             options.model.pretrained_model_name_or_path, options.network.network_module, options.saving.output_dir
         )
     check_output(options)
     check_precision(options)
-    wanted_type(options.optimizer)  # which raises where several are named
+    wanted_type(options.optimizer)  # raises if several are named
     check_network(options.network)
     check_timesteps(options.noise)
     if options.fit.fit not in (None, "auto"):
@@ -75,7 +72,7 @@ def check(options: TrainOptions) -> None:
 
 
 def check_data(options: TrainOptions) -> None:
-    """Raise UserError for what is wrong where images are only encoded, and nothing is trained."""
+    """Raise UserError for mistakes that matter even if images are only encoded."""
     check_values(options)
     low, high = options.dataset.min_bucket_reso, options.dataset.max_bucket_reso
     if options.dataset.enable_bucket and low > high:
@@ -117,7 +114,7 @@ def ignored_for_concepts(kind: type[Options], draws_previews: bool) -> Mapping[s
 
 
 def check_values(options: Options) -> None:
-    """Raise UserError for what the declarations of options do not allow: values, choices, combinations."""
+    """Raise UserError for values, choices and combinations that the options' declarations do not allow."""
     missing = unsupported(options)
     if missing:
         raise UserError("\n".join(missing))
@@ -128,7 +125,7 @@ def check_values(options: Options) -> None:
 
 
 def refuse_passwords(options: Options) -> None:
-    """Raise UserError for a URL with a password: log, events, report and metadata keep what options say."""
+    """Raise UserError for a URL with a password, because log, events, report and metadata store options."""
     for name, value in options.flat().items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and (found := PASSWORD.search(text)):
@@ -139,7 +136,7 @@ def refuse_passwords(options: Options) -> None:
 
 
 def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:
-    """Warn of every option that is given and does nothing; `ignores` are those that do nothing for the base model."""
+    """Warn of every given option that has no effect; `ignores` lists those without effect for the base model."""
     if options.concepts is not None:
         ignores = {**ignores, **ignored_for_concepts(type(options), bool(options.preview.sample_prompts))}
     for line in (*unused(options, ignores), *find_doubtful(options)):
@@ -147,7 +144,7 @@ def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:
 
 
 def check_choices(options: Options) -> None:
-    """Raise UserError for a value that is none of an option's choices, which config files can bring."""
+    """Raise UserError for a value outside an option's choices, as a config file may contain."""
     values, facts = options.flat(), type(options).facts()
     for field, _ in type(options).leaves():
         choices = field.metadata.get("choices")
@@ -163,7 +160,7 @@ def check_choices(options: Options) -> None:
 
 
 def check_required(base_model: str | None, network_module: str | None, output_dir: str | None) -> None:
-    """Raise UserError where the model, the adapter or the folder to write to is not named."""
+    """Raise UserError if the model, the network module or the output folder is missing."""
     if not base_model:
         raise UserError("--pretrained_model_name_or_path is not set; give the base model's file, folder or hub name")
     if not network_module:
@@ -173,7 +170,7 @@ def check_required(base_model: str | None, network_module: str | None, output_di
 
 
 def check_output(options: TrainOptions) -> None:
-    """Raise UserError where the files of the run could not be written: folders, names, files that it reads itself."""
+    """Raise UserError for output folders and names that cannot be written, or that are inputs."""
     saving = options.saving
     if options.dataset.audit_only and saving.output_dir:
         check_folder("output_dir", Path(saving.output_dir))
@@ -195,7 +192,7 @@ def check_output(options: TrainOptions) -> None:
 
 
 def check_overwriting(options: TrainOptions) -> None:
-    """Raise UserError where the run would write over a file that it reads, or a page over a file that is no report."""
+    """Raise UserError if the run would overwrite one of its inputs, or if the report would overwrite another file."""
     inputs = find_input_files(options, is_resumed=bool(options.state.resume or options.state.autoresume))
     names = Names.build(options.saving)
     for given in inputs:
@@ -212,9 +209,9 @@ def check_overwriting(options: TrainOptions) -> None:
 
 
 def find_input_files(options: Options, is_resumed: bool) -> list[Path]:
-    """Return the files that options name and the run reads.
+    """Return the input files that the options name.
 
-    A resumed run has its weights from the state, and reads no more of an adapter file than its shapes.
+    A resumed run takes its weights from the state and reads only the shapes of an adapter file.
     """
     outputs = {name for name, facts in type(options).facts().items() if facts.names_output}
     left_out = {*outputs, *(["network_weights"] if is_resumed else [])}
@@ -224,7 +221,7 @@ def find_input_files(options: Options, is_resumed: bool) -> list[Path]:
 
 
 def check_output_name(name: str) -> None:
-    """Raise UserError for a name with folders in it: files would lie where neither resuming nor rotation looks."""
+    """Raise UserError for a name with folders, because resuming and rotation look only in the output folder."""
     if "/" in name or "\\" in name or PureWindowsPath(name).drive:
         raise UserError(
             f"--output_name {name} holds a path, but all files of a run lie in --output_dir itself; put the folder "
@@ -235,8 +232,8 @@ def check_output_name(name: str) -> None:
 
 
 def check_lengths(names: Names) -> None:
-    """Raise UserError where the system takes no names or paths as long as those of the run's files; the longest are of
-    a state while it is written."""
+    """Raise UserError if file names or paths would exceed the system's limits; a state being written has the
+    longest."""
     longest_name, longest_path = path_limits(nearest_folder(names.folder))
     state = state_folder(names.of_step(0)).name
     name_length = path_length(state) + ADDED_TO_NAMES
@@ -255,19 +252,19 @@ def check_lengths(names: Names) -> None:
 
 
 def path_length(text: str) -> int:
-    """Return the length of a path as the system counts it: in characters on Windows, else in bytes."""
+    """Return the length of a path in the system's unit: characters on Windows, else bytes."""
     return len(text) if os.name == "nt" else len(os.fsencode(text))
 
 
 def path_limits(folder: Path) -> tuple[int, int]:
-    """Return the lengths of the longest name and the longest path that can be written in a folder."""
+    """Return the maximum lengths of a name and of a path in a folder."""
     if sys.platform == "win32":
         return 255, 32_000 if has_long_paths() else LONGEST_ON_WINDOWS
     return os.pathconf(folder, "PC_NAME_MAX"), os.pathconf(folder, "PC_PATH_MAX") - 1
 
 
 def has_long_paths() -> bool:
-    """Return True if Windows is set to take paths of any length."""
+    """Return True if Windows is configured for long paths."""
     if sys.platform != "win32":
         return True
     import winreg
@@ -275,19 +272,19 @@ def has_long_paths() -> bool:
     try:
         with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SYSTEM\CurrentControlSet\Control\FileSystem") as key:
             return bool(winreg.QueryValueEx(key, "LongPathsEnabled")[0])
-    except OSError:  # older than the setting
+    except OSError:  # Windows without that setting
         return False
 
 
 def nearest_folder(folder: Path) -> Path:
-    """Return a folder or the nearest above it that exists."""
-    while not os.path.exists(folder) and folder != folder.parent:  # False for a path that is too long, too
+    """Return a folder, or its nearest existing parent."""
+    while not os.path.exists(folder) and folder != folder.parent:  # also False for a path that is too long
         folder = folder.parent
     return folder
 
 
 def check_folder(flag: str, folder: Path) -> None:
-    """Raise UserError where a folder is a file, or cannot be made or written to."""
+    """Raise UserError if a folder is a file, or cannot be created or written to."""
     there = nearest_folder(folder)
     if not there.is_dir():
         raise UserError(f"--{flag} {folder}: {there} is a file, not a folder; name another place")
@@ -298,7 +295,7 @@ def check_folder(flag: str, folder: Path) -> None:
 
 
 def check_precision(options: TrainOptions) -> None:
-    """Raise UserError for number formats that do not fit the weights, the optimizer or this machine."""
+    """Raise UserError for a precision that does not suit the weights, the optimizer or this machine."""
     precision = options.precision
     check_arithmetic(precision, bool(options.network.base_weights))
     if precision.mixed_precision == "fp16" and not options.dataset.only_looks and not has_accelerator():
@@ -310,7 +307,7 @@ def check_precision(options: TrainOptions) -> None:
 
 
 def check_arithmetic(precision: PrecisionOptions, merges: bool) -> None:
-    """Raise UserError for 8-bit products of weights that are not stored in 8 bits, or may be stored otherwise."""
+    """Raise UserError for 8-bit products if the weights are not stored in 8 bits."""
     if not precision.multiplies_codes:
         return
     name = precision.denoiser_format
@@ -328,7 +325,7 @@ def check_arithmetic(precision: PrecisionOptions, merges: bool) -> None:
 
 
 def check_full_fp16(optimizer_type: str) -> None:
-    """Raise UserError for optimizers that keep squared gradients in fp16, which holds no number below 6e-8."""
+    """Raise UserError for optimizers that store squared gradients in fp16, whose smallest number is 6e-8."""
     path, _ = class_path(optimizer_type)
     if path.startswith(SQUARES_IN_DTYPE_OF_WEIGHTS):
         raise UserError(
@@ -343,7 +340,7 @@ def check_full_fp16(optimizer_type: str) -> None:
 
 
 def check_compiling(compiling: CompileOptions) -> None:
-    """Raise UserError for a compiler that torch does not have, or one that knows no modes."""
+    """Raise UserError for an unknown compiler backend, or a mode that it does not have."""
     if not compiling.is_on:
         return
     from torch._dynamo import list_backends
@@ -357,7 +354,7 @@ def check_compiling(compiling: CompileOptions) -> None:
 
 
 def warn_of_fp16_vae(model: ModelOptions, mixed_precision: str) -> None:
-    """Warn of a VAE that is known to overflow in fp16, which only the NaN would show otherwise."""
+    """Warn of a VAE that is known to overflow in fp16; otherwise only the NaN would show it."""
     if mixed_precision == "fp16" and not model.no_half_vae:
         logger.warning(
             "the VAE of this base model is known to give NaN in fp16; add --no_half_vae unless --vae or the checkpoint "
@@ -366,19 +363,19 @@ def warn_of_fp16_vae(model: ModelOptions, mixed_precision: str) -> None:
 
 
 def gpu_without_bf16() -> str | None:
-    """Return the name of the CUDA GPU if it is older than Ampere, whose tensor cores were the first with bf16."""
+    """Return the name of a CUDA GPU older than Ampere, the first generation with bf16 tensor cores; else None."""
     if not torch.cuda.is_available() or torch.version.hip or torch.cuda.get_device_capability() >= (8, 0):
         return None
     return torch.cuda.get_device_name()
 
 
 def has_accelerator() -> bool:
-    """Return True if torch finds anything but the CPU."""
+    """Return True if torch finds a device other than the CPU."""
     return torch.accelerator.is_available()
 
 
 def check_network(network: NetworkOptions) -> None:
-    """Raise UserError where an adapter file is missing, or has more strengths than files."""
+    """Raise UserError if an adapter file is missing, or if there are more multipliers than files."""
     for flag, paths in (("network_weights", [network.network_weights]), ("base_weights", network.base_weights or [])):
         for path in paths:
             if path and not Path(path).exists():
@@ -392,7 +389,7 @@ def check_network(network: NetworkOptions) -> None:
 
 
 def check_timesteps(noise: NoiseOptions) -> None:
-    """Raise UserError where the lowest timestep is above the highest."""
+    """Raise UserError if the lowest timestep exceeds the highest."""
     low, high = noise.min_timestep or 0, 1000 if noise.max_timestep is None else noise.max_timestep
     if low > high:
         raise UserError(
@@ -401,14 +398,14 @@ def check_timesteps(noise: NoiseOptions) -> None:
 
 
 def check_previews(preview: PreviewOptions) -> None:
-    """Raise UserError where images are to be drawn and the prompts cannot be read, or the sampler does not exist."""
+    """Raise UserError if previews are requested and the prompts cannot be read or the sampler is unknown."""
     if not Timetable.build(preview).is_empty and preview.sample_prompts:
         check_sampler(preview.sample_sampler, "--sample_sampler")
         read_prompts(Path(preview.sample_prompts))
 
 
 def find_doubtful(options: TrainOptions) -> Iterator[str]:
-    """Yield a line for every setting that works and is hardly meant."""
+    """Yield a line for every valid setting that is probably a mistake."""
     if options.noise.zero_terminal_snr and not options.model.v_parameterization:
         yield (
             "--zero_terminal_snr leaves no signal at the last timestep, where a model that predicts noise learns "

@@ -1,4 +1,4 @@
-"""The command line: one flat parser, and the config file beneath it."""
+"""The command line: a flat parser, on top of a config file and a recipe."""
 
 import argparse
 import logging
@@ -36,11 +36,11 @@ def build_parser(
     examples: str = EXAMPLES,
     left_out: Collection[str] = (),
 ) -> argparse.ArgumentParser:
-    """Return a parser with the options of all groups: no positionals, nothing required, prefixes of flags accepted.
+    """Build a parser with the options of all groups. It has no positional arguments and no required options, and
+    accepts unambiguous prefixes.
 
-    `parts` are the options that name the files of a base model besides its first, for the `examples` in the help,
-    which does not show the options `left_out`; `elsewhere` says what there is to say of an option that only other
-    scripts have.
+    `parts` lists the options for a base model's other files, for the `examples` in the help; options in `left_out` are
+    hidden. `elsewhere` describes an option that only other scripts have.
     """
     facts = {name: facts for kind in groups for name, facts in kind.facts().items()}
     usual = frozenset(name for name in facts if facts[name].usual)
@@ -52,28 +52,29 @@ def build_parser(
 
 
 def build_parser_of_prompts(kind: type[TrainOptions], elsewhere: Callable[[str], str]) -> argparse.ArgumentParser:
-    """Return the parser of a script that trains on prompts alone; what has no effect then is parsed and not shown."""
+    """Build the parser of a script that trains on prompts alone; options without effect there are accepted and
+    hidden."""
     left_out = {*ignored_by_leco(kind), *refused_by_leco(kind)}
     return build_parser(kind, elsewhere=elsewhere, examples=EXAMPLES_OF_PROMPTS, left_out=left_out)
 
 
 def add_missing(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
-    """Declare those options of a class on a parser that it lacks."""
+    """Declare the options of a class that a parser lacks."""
     for action in build_parser(kind)._actions:
         if not parser._option_string_actions.keys() & set(action.option_strings):
             parser._add_action(action)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse `argv` (the process's own arguments where None); it wins over the config file, and that over the recipe.
+    """Parse `argv` (default: the process's arguments), which overrides the config file, which overrides the recipe.
 
-    Sets up logging, so that what there is to say about the file goes where the user wants it. Ends the process with
-    status 2 for a bad option, 1 for a bad config file, and 0 once it has written a config file.
+    Sets up logging first, so that messages about the file go where the user wants them. Exits with status 2 for a bad
+    option, 1 for a bad config file, and 0 after writing a config file.
     """
     typed = parse_words(parser, argv)
     if typed.output_config and not typed.config_file:
         parser.error("--output_config needs --config_file with the path of the file to write")
-    beneath: list[Config] = []  # the later one wins
+    beneath: list[Config] = []  # later ones override earlier ones
     try:
         if typed.output_config:
             start_logging(parser, typed)
@@ -93,7 +94,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         start_logging(parser, typed)
         logger.error("%s", error)
         parser.exit(1)
-    # argparse fills in defaults only where the namespace has nothing, so what was typed wins over the files.
+    # argparse only sets defaults that the namespace lacks, so the command line overrides the files.
     values = {name: value for one in beneath for name, value in one.values.items()}
     args = parse_words(parser, argv, argparse.Namespace(**values))
     start_logging(parser, args)
@@ -106,7 +107,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 
 def warn_of_repeats(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
-    """Name what an option that is typed again loses: the last one counts alone, and lists do not add up."""
+    """Warn of options that are typed more than once: only the last one counts, and lists do not add up."""
     for flag, given in typed_values(parser, sys.argv[1:] if argv is None else argv).items():
         lost = [word for words in given[:-1] for word in words if word not in given[-1]]
         if lost and flag.removeprefix("--") not in SECRETS:
@@ -117,7 +118,7 @@ def warn_of_repeats(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
 
 
 def typed_values(parser: argparse.ArgumentParser, words: Sequence[str]) -> Mapping[str, list[list[str]]]:
-    """Return what follows each option on a command line, once for every time that it is typed."""
+    """Return the values of each option on a command line, one list per occurrence."""
     flags, found = parser._option_string_actions, dict[str, list[list[str]]]()
     for word in words:
         flag, equals, value = word.partition("=")
@@ -131,10 +132,10 @@ def typed_values(parser: argparse.ArgumentParser, words: Sequence[str]) -> Mappi
 
 
 def from_program(parser: argparse.ArgumentParser, given: argparse.Namespace) -> argparse.Namespace:
-    """Read the options of a program that calls a trainer: what it leaves out, or sets to None, has its default, and
-    values are read as generously as those of a config file.
+    """Read the options of a program that calls a trainer; missing ones and None get defaults, and values are converted
+    as in a config file.
 
-    Raises ConfigFileError for a value that its option cannot take.
+    Raises ConfigFileError for an invalid value.
     """
     setup_logging(ConsoleOptions.from_args(argparse.Namespace(**{**ConsoleOptions.defaults(), **vars(given)})))
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
@@ -153,12 +154,12 @@ def from_program(parser: argparse.ArgumentParser, given: argparse.Namespace) -> 
 
 
 def as_in_toml(value: Any) -> Any:
-    """Return a value as a config file has it: paths are text, tuples are lists."""
+    """Convert a value to its form in a config file: paths become text, tuples become lists."""
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
 def start_logging(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Send messages where the options say; ends with status 1 where they cannot go there."""
+    """Start logging as the options say; exit with status 1 if the log cannot be written."""
     try:
         setup_logging(ConsoleOptions.from_args(args))
     except ValueError as error:
@@ -170,7 +171,7 @@ def start_logging(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 def parse_words(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, beneath: argparse.Namespace | None = None
 ) -> argparse.Namespace:
-    """Parse `argv`, which wins over `beneath`. An unknown option ends with status 2, naming the nearest."""
+    """Parse `argv`, which overrides `beneath`. For an unknown option, exit with status 2 and name the nearest one."""
     refuse_misread(parser, sys.argv[1:] if argv is None else argv)
     args, unknown = parser.parse_known_args(argv, beneath)
     if unknown:
@@ -180,8 +181,8 @@ def parse_words(
 
 
 def refuse_misread(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """End with the error for an unknown option where the whole name of another script's option is short for one of this
-    script that cannot take its value: a file for a text encoder, read as its learning rate."""
+    """Reject an unknown option that argparse would accept as an abbreviation but that is another script's option: a
+    text encoder's file, for example, would be read as its learning rate."""
     for word, following in pairwise((*words, "")):
         flag, equals, value = word.partition("=")
         if not flag.startswith("--") or flag in parser._option_string_actions:
@@ -200,7 +201,7 @@ def hint(parser: argparse.ArgumentParser, flag: str) -> str:
 
 
 def describe_other_options(parser: argparse.ArgumentParser) -> Callable[[str], str]:
-    """Return what describes an option that only other scripts have; empty where a program brings its own parser."""
+    """Return the function that describes other scripts' options; it returns "" if a program brings its own parser."""
     return parser.elsewhere if isinstance(parser, TrainingParser) else lambda option: ""
 
 
@@ -209,16 +210,16 @@ def script_name(parser: argparse.ArgumentParser) -> str:
 
 
 def unset_empty(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Replace empty strings and lists, which front ends pass for empty fields, by None where that is the default."""
+    """Replace empty strings and lists, which front ends pass for empty fields, with None if that is the default."""
     optional = {action.dest for action in parser._actions if action.default is None}
     return argparse.Namespace(**{k: None if v in ("", []) and k in optional else v for k, v in vars(args).items()})
 
 
 def normalize(args: argparse.Namespace) -> argparse.Namespace:
-    """Make plain what one option implies for another; normalizing twice changes nothing.
+    """Apply what one option implies for another; idempotent.
 
-    Caching to disk implies caching, the old spelling of the caption extension wins, 0 is unset for counts that mean
-    "never" or "not at all" then, and captions of 75 tokens are what an unset length means.
+    Caching to disk implies caching, the old spelling of the caption extension takes precedence, 0 means unset for
+    counts, and a caption length of 75 tokens is the default.
     """
     values: dict[str, Any] = dict(vars(args))
     for name in ("cache_latents", "cache_text_encoder_outputs"):
@@ -235,7 +236,7 @@ def normalize(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def chosen(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Mapping[str, Any]:
-    """Return the options that differ from their defaults, without passwords and without those about the file itself."""
+    """Return the options that differ from their defaults, without passwords and config file options."""
     for name in SECRETS:
         if getattr(args, name, None):
             logger.warning("--%s is not written to the file; give it on the command line", name)

@@ -1,4 +1,4 @@
-"""Where the log lines of a run go: the terminal, a pipe or a file."""
+"""The destination of log lines: terminal, pipe or file."""
 
 import io
 import logging
@@ -16,14 +16,14 @@ from library.launcher import launched_rank
 from library.options.output.console import ConsoleOptions
 
 DATED = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S")
-LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # as `build_handler` has it begin
+LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # the start of a line by `build_handler`
 LOG = FileType("a log file", lambda start: LOG_LINE.match(start) is not None)
-LINES = "\n\t"  # control characters that a message may have
-CONSOLE = "console of "  # how the name of the one handler begins that shows log lines
+LINES = "\n\t"  # control characters that messages may contain
+CONSOLE = "console of "  # prefix of the name of the handler that shows log lines
 
 
 class PlainFormatter(logging.Formatter):
-    """The bare message; warnings and errors carry their level in front."""
+    """Formats the bare message; warnings and errors start with their level."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -35,18 +35,18 @@ NOISE = (
     ("py.warnings", "FutureWarning"),
     ("py.warnings", "DeprecationWarning"),
 )
-"""(logger, words): messages of libraries to their developers, which no user can act on."""
+"""(logger, words) of library messages that are meant for developers, not for users."""
 
 
 class WithoutNoise(logging.Filter):
-    """Keeps `NOISE` off the terminal; a log file gets it."""
+    """Keeps messages in `NOISE` off the terminal; a log file gets them."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not any(record.name.startswith(name) and words in record.getMessage() for name, words in NOISE)
 
 
 class EscapedControls(logging.Filter):
-    """Writes control characters as escapes: a message may hold names from files that anyone made."""
+    """Escapes control characters, because messages may contain file names from anywhere."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
@@ -57,19 +57,19 @@ class EscapedControls(logging.Filter):
 
 
 class ForgivingFile(io.FileIO):
-    """A file that discards what cannot be written, for output that must not end a run."""
+    """A file that discards what it cannot write, for output that must not end a run."""
 
     def write(self, data: Any, /) -> int:
         num_bytes = memoryview(data).nbytes
         try:
             num_written = super().write(data)
-        except OSError:  # a full disk, a pipe without a reader, a terminal that is gone
+        except OSError:  # a full disk, a pipe without a reader, or a closed terminal
             return num_bytes
-        return num_bytes if num_written is None else num_written  # None: it would have to wait
+        return num_bytes if num_written is None else num_written  # None: the write would block
 
 
 def forgive_write_errors() -> None:
-    """Replace standard output and error of this process by streams that ignore write errors."""
+    """Make this process's standard output and error ignore write errors."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # the process was started with this descriptor closed
@@ -79,7 +79,8 @@ def forgive_write_errors() -> None:
 
 
 def forgiving(stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    """Open a stream to the same file that ignores write errors; Windows consoles keep theirs, which takes Unicode."""
+    """Open a stream to the same file that ignores write errors; Windows consoles keep theirs, which supports
+    Unicode."""
     if sys.platform == "win32" and stream.isatty():
         return stream
     with suppress(OSError):
@@ -96,7 +97,7 @@ def forgiving(stream: io.TextIOWrapper) -> io.TextIOWrapper:
 
 
 def setup_plain_logging() -> None:
-    """Send bare lines to standard error, as commands do, until `setup_logging` says otherwise."""
+    """Log bare lines to standard error until `setup_logging` is called."""
     handler = logging.StreamHandler(sys.stderr)
     handler.set_name(f"{CONSOLE}a command")
     handler.addFilter(EscapedControls())
@@ -105,13 +106,12 @@ def setup_plain_logging() -> None:
 
 
 def setup_logging(options: ConsoleOptions) -> None:
-    """Send log lines where the user wants them, line by line, and make standard output and error UTF-8.
+    """Configure logging as the options say, and make standard output and error UTF-8.
 
-    A log file wins and is emptied first, and errors go to standard error as well; simple logging gives plain lines on
-    standard output; otherwise lines go to standard error, coloured by rich on a terminal and one
-    unwrapped line each in a pipe, where programs read them. Messages of libraries that no user can act on go only to
-    the file, or are shown at level DEBUG.
-    Calling it again with the same options changes nothing.
+    A log file is truncated first, and errors also go to standard error. Simple logging prints plain lines to standard
+    output. Otherwise lines go to standard error, coloured by rich on a terminal, one unwrapped line each in a pipe.
+    Library messages that users cannot act on go to the file only, or are shown at level DEBUG. Repeated calls with the
+    same options have no effect.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -137,7 +137,7 @@ def setup_logging(options: ConsoleOptions) -> None:
 
 
 def resolve_log_level(options: ConsoleOptions) -> int:
-    """Return the lowest level that is shown; unset is INFO."""
+    """Return the lowest level to show; the default is INFO."""
     name = options.console_log_level or "INFO"
     level = logging.getLevelName(name)
     if not isinstance(level, int):
@@ -146,8 +146,8 @@ def resolve_log_level(options: ConsoleOptions) -> int:
 
 
 def build_handlers(options: ConsoleOptions) -> list[logging.Handler]:
-    """Build the handlers for file, terminal or pipe. Raises UserError for a file that cannot be written."""
-    if launched_rank() != 0:  # the main process says what all would say; of the others only errors are news
+    """Build the handlers for a file, a terminal or a pipe. Raises UserError for a file that cannot be written."""
+    if launched_rank() != 0:  # the main process logs for all; other ranks report errors only
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(f"process {launched_rank()}: %(levelname)s %(message)s"))
         return [handler]
@@ -178,7 +178,7 @@ def build_stderr_handler() -> logging.Handler:
             from rich.console import Console
             from rich.logging import RichHandler
         except ImportError:
-            pass  # rich only adds colour; the lines below say the same
+            pass  # rich only adds colour
         else:
             return RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%Y-%m-%d %H:%M:%S")
     handler = logging.StreamHandler(sys.stderr)

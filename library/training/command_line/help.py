@@ -1,4 +1,4 @@
-"""The short and the long help, and the one line that a wrong option gets."""
+"""Short and long help, and one-line errors for wrong options."""
 
 import argparse
 import copy
@@ -70,10 +70,10 @@ class FilteredHelp(
 
 
 class TrainingParser(argparse.ArgumentParser):
-    """A parser whose help is filtered while it is printed: programs that read the parser find every option whole.
+    """A parser that filters its help while printing, so that programs that inspect the parser find every option.
 
-    The long help and the version are no options of it, so that abbreviations of --help stay unambiguous and programs
-    that list the options do not show them.
+    The long help and the version are not options, so abbreviations of --help stay unambiguous and programs that list
+    the options do not show them.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class TrainingParser(argparse.ArgumentParser):
         examples: str = EXAMPLES,
         left_out: frozenset[str] = frozenset(),
     ) -> None:
-        """Options in `left_out`, which do nothing here, are parsed and not shown."""
+        """Options in `left_out` have no effect here; they are accepted and hidden."""
         self._own, self.elsewhere, self._left_out = own, elsewhere, left_out
         super().__init__(
             usage="%(prog)s [options]",
@@ -96,7 +96,7 @@ class TrainingParser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse as argparse does; the words for the long help and the version print them and end the process."""
+        """Parse like argparse; the flags of the long help and the version print and exit."""
         words = sys.argv[1:] if args is None else args
         if "--version" in words:
             print(f"{self.prog} {VERSION}")
@@ -109,10 +109,11 @@ class TrainingParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
-        """Return the options that an abbreviation could mean.
+        """Return the options that an abbreviation may mean.
 
-        Of several, options that sd-scripts does not have are not meant; none is where another script has an option of
-        that whole name."""
+        If several match, options that sd-scripts lacks are excluded; if another script has an option of that exact
+        name, none matches.
+        """
         found: list[Any] = super()._get_option_tuples(option_string)  # type: ignore[misc]
         listed = [entry for entry in found if entry[0].dest not in self._own]
         meant = listed if len(found) > 1 and listed else found
@@ -120,10 +121,10 @@ class TrainingParser(argparse.ArgumentParser):
         return [] if len(meant) > 1 and self.elsewhere(name) else meant
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        # 75 is no choice for a caption's length, but what sd-scripts' documentation calls the default.
+        # 75 is not a choice of the caption length, but sd-scripts' documentation calls it the default.
         if (action.dest, value) != ("max_token_length", 75):
             super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line, without the usage, and end with status 2."""
+        """Print a one-line error without the usage, and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")

@@ -1,4 +1,4 @@
-"""From the command line to the end of the run: what every training script calls."""
+"""The entry point of every training script."""
 
 import argparse
 import logging
@@ -38,11 +38,11 @@ def main(
     latents: LatentSpec | None = None,
     objective: Callable[[OptionsT], FlowMatching] | None = None,
 ) -> int:
-    """Train as the command line says. Gives the exit status: 0 done or stopped and saved, 1 ended by an error (2 is
-    argparse's own).
+    """Train as the command line says. Return the exit status: 0 finished or stopped and saved, 1 error (2 is
+    argparse's).
 
-    With `latents`, which decide the sizes of buckets, batches can be shown without a base model. A flow model also
-    gives its `objective`, to show its timesteps.
+    With `latents`, which determine bucket sizes, batches can be shown without a base model. A flow model also passes
+    its `objective`, to show its timesteps.
     """
     forgive_write_errors()
     interruption = Interruption()
@@ -76,14 +76,13 @@ def train_for_program(
     latents: LatentSpec,
     objective: Callable[[OptionsT], FlowMatching] | None = None,
 ) -> None:
-    """Train as a program asks that imports a script: signals stay with the program, and what would end a run as a line
-    on the screen is raised, such as UserError. A run that has nothing left to do returns. `trainer` is what the program
-    calls, and may have replaced methods of.
-    """
+    """Train for a program that imports a script: signals stay with the program, and errors such as UserError are
+    raised instead of printed. A complete run returns at once. `trainer` is the object that the program calls and
+    whose methods it may have replaced."""
     from accelerate.state import AcceleratorState
 
     refuse_replaced(trainer)
-    AcceleratorState._reset_state()  # a program may train twice, with another precision
+    AcceleratorState._reset_state()  # a program may train twice with different precisions
     options = options_type.from_args(from_program(parser, args))
     try:
         train_as_asked(options, build, latents, objective, Interruption())
@@ -99,7 +98,7 @@ def train_as_asked(
     interruption: Interruption,
     command: Sequence[str] | None = None,
 ) -> bool:
-    """Check the options, then train, or show noise levels or the data set; gives whether the run came to its end."""
+    """Check the options, then train, or show timesteps or the dataset. Return True if the run is complete."""
     if latents is not None and objective is not None and (asked := requested_timesteps(options)) is not None:
         check_values(options)
         show_timesteps(asked, options.saving, options.run.seed or 0, objective(options), latents.downscale)
@@ -125,10 +124,10 @@ OUR_FAULT = (
 
 
 def report_error(error: Exception, args: argparse.Namespace | None = None) -> None:
-    """Show what ended a run; what was saved is told last. `args` are the options as they were typed.
+    """Print the error that ended a run, and what was saved. `args` are the options as typed.
 
-    What the user can put right is a sentence, and so is what the operating system refuses. Anything else is a fault of
-    ours and keeps its traceback.
+    User errors and errors of the operating system are printed as a sentence; anything else is a bug and keeps its
+    traceback.
     """
     # A full disk or missing rights: the operating system refused something for a file.
     is_from_system = isinstance(error, OSError) and error.errno is not None and error.filename is not None

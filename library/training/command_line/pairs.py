@@ -1,4 +1,4 @@
-"""Small copies of images beside their reference images, for the report."""
+"""Thumbnails of images with their reference images, for the report."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -17,12 +17,12 @@ MOST_SHOWN = 12  # pairs
 
 
 def show_pairs(plan: DataPlan | None) -> list[FoundImage]:
-    """Return the first images that have references, as they are trained, with the references on their left."""
+    """Return the first images that have references, as trained, with the references on the left."""
     return [] if plan is None else list(islice(iterate_pairs(plan), MOST_SHOWN))
 
 
 def iterate_pairs(plan: DataPlan) -> Iterator[FoundImage]:
-    """Yield images with references, as far as they can be decoded; subsets without any are not read."""
+    """Yield images with references that can be decoded; subsets without references are not read."""
     first = 0
     for images in plan.samples.subsets:
         numbers = range(first, first + len(images))

@@ -1,4 +1,4 @@
-"""Starts a training by prompts alone (LECO): the base model decides which options there are."""
+"""Starts a training on prompts alone (LECO), with the options of the recognised base model."""
 
 import argparse
 import sys
@@ -21,14 +21,14 @@ from library.training.config_file import config_path, flatten, load_toml
 BASE, PROMPTS, CONFIG = "pretrained_model_name_or_path", "prompts_file", "config_file"
 
 Recognise = Callable[[str], BaseModelSpec]
-"""A function from a model's file, folder or hub name to its spec; raises UserError if it is of no supported model."""
+"""Maps a model's file, folder or hub name to its spec; raises UserError for an unsupported model."""
 
 
 def main_by_prompts(recognise: Recognise, elsewhere: Callable[[str], str], argv: Sequence[str] | None = None) -> int:
-    """Recognise the base model that the command line or its config file names, and train it by prompts with the
-    options of its own script. Return the exit status, as `main` does.
+    """Recognise the base model of the command line or its config file, and train on prompts with its script's options.
+    Return the exit status, like `main`.
 
-    Without a base model the options are the common ones, whose checks say what is missing.
+    Without a base model the common options apply, whose checks name what is missing.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     kind: type[TrainOptions] = LecoOptions
@@ -49,11 +49,10 @@ def main_by_prompts(recognise: Recognise, elsewhere: Callable[[str], str], argv:
 
 
 def read_requested(words: Sequence[str]) -> tuple[str, str]:
-    """Return the base model and the prompts file that a command line names, itself or in its config file; "" if it
-    does not."""
+    """Return the base model and the prompts file of a command line or its config file; "" for a missing one."""
     parser = argparse.ArgumentParser(add_help=False)
     for name in (BASE, PROMPTS, CONFIG):
-        parser.add_argument(f"--{name}", nargs="?")  # a missing value is an error of the whole parser
+        parser.add_argument(f"--{name}", nargs="?")  # a missing value is reported by the full parser
     asked = vars(parser.parse_known_args(words)[0])
     kept = {}
     if asked[CONFIG] and config_path(asked[CONFIG]).is_file():

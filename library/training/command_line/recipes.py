@@ -1,4 +1,4 @@
-"""--recipe: a file of configs/recipes with the options of a usual training."""
+"""--recipe: options for common trainings, from configs/recipes."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -10,15 +10,15 @@ from library.suggestions import did_you_mean
 from library.training.config_file import Config, ConfigFileError, flatten, load_toml, read_values
 
 FOLDER = Path(__file__).parents[3] / "configs" / "recipes"
-PATHS = ("dataset_config", "sample_prompts")  # relative to the folder of the recipes, which a run need not start in
-IMAGES = ("train_data_dir", "in_json", "dataset_class")  # in place of a dataset file
-IMAGES_FILE = "images.toml"  # the data set of all recipes
-HEAD = "recipe"  # the table that says what the recipe is for
+PATHS = ("dataset_config", "sample_prompts")  # relative to the recipes' folder, not to the current one
+IMAGES = ("train_data_dir", "in_json", "dataset_class")  # these replace a dataset file
+IMAGES_FILE = "images.toml"  # the dataset file of all recipes
+HEAD = "recipe"  # the table that describes the recipe
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The head of a recipe: its name, the script that takes it, and a title for lists."""
+    """The description of a recipe: its name, its script and a title for lists."""
 
     name: str  # "knots_character"
     script: str  # "knots_train_network.py"
@@ -42,9 +42,9 @@ def read_recipe(
     actions: Mapping[str, argparse.Action],
     elsewhere: Callable[[str], str],
 ) -> Config:
-    """Return the options of a recipe as those of a config file; its data set gives way to images that `asked` names.
+    """Return a recipe's options like those of a config file; images that `asked` names replace its dataset.
 
-    Raises ConfigFileError for an unknown name, and for a recipe of another script.
+    Raises ConfigFileError for an unknown name, or for another script's recipe.
     """
     names = [recipe.name for recipe in list_recipes()]
     if name not in names:

@@ -1,7 +1,8 @@
-"""Programs that replace methods of the trainers, as plug-ins of sd-scripts do, are told that nobody calls them.
+"""Detects programs that replace trainer methods, like plug-ins of sd-scripts, and reports methods that are never
+called.
 
-sd-scripts' trainer asks its own methods at every turn; here a run is stages of plain functions, and `train` is all that
-a trainer has. So a method of one of those names never acts, whoever defined it.
+In sd-scripts the trainer calls its own methods throughout. Here a run is built from plain functions, and a trainer only
+has `train`, so replacing any other method has no effect.
 """
 
 import logging
@@ -45,14 +46,14 @@ NEVER_CALLED: Mapping[str, Sequence[str]] = {  # what does their work -> names o
 }  # fmt: skip
 
 FIRST_SCRIPT, FIRST_TRAINER = "train_network", "NetworkTrainer"
-KEPT = "AS_IMPORTED"  # what the modules that programs import call their first contents
+KEPT = "AS_IMPORTED"  # the modules that programs import keep their original contents under this name
 
 
 def refuse_replaced(trainer: object) -> None:
-    """Raise UserError where a program replaces methods of a trainer that would never be called, saying what does their
-    work; warn of what it puts into the modules that programs import.
+    """Raise UserError if a program replaces trainer methods that would never be called, naming the alternative; warn of
+    changes to the modules that programs import.
 
-    In sd-scripts every trainer is a NetworkTrainer, so what a program puts there is meant for all.
+    In sd-scripts every trainer is a NetworkTrainer, so replacements there apply to all.
     """
     first = vars(sys.modules[FIRST_SCRIPT]).get(FIRST_TRAINER) if FIRST_SCRIPT in sys.modules else None
     names = {*dir(trainer), *dir(first)}
@@ -70,7 +71,7 @@ def refuse_replaced(trainer: object) -> None:
 
 
 def changed_modules() -> dict[str, list[str]]:
-    """Return the names that a program has changed in the modules that keep what they had when they were imported."""
+    """Return what a program has changed in the modules that keep their original contents."""
     loaded = [(name, module) for name, module in sys.modules.items() if name.startswith("library.")]
     changed = {}
     for name, module in sorted(loaded, key=lambda pair: pair[0]):

@@ -1,7 +1,7 @@
-"""One run at a time writes the files of one name.
+"""A lock per output name, so that two runs never write the same files.
 
-The lock is the operating system's, on a hidden file in the output folder, so the death of a process releases it, and
-the processes that load data do not inherit it.
+It is a lock of the operating system on a hidden file in the output folder: it is released when the process dies, and
+data loader processes do not inherit it.
 """
 
 import errno
@@ -24,15 +24,15 @@ from library.options.output.saving import SavingOptions
 
 logger = logging.getLogger(__name__)
 
-LOCKED_ERRORS = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # by another process
+LOCKED_ERRORS = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # held by another process
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # by the file system
 LOCK = FileType("a lock file of a run", lambda start: start.startswith(b'{"host": '))
-FAR_BYTE = 1 << 30  # Windows forbids others to read what is locked, so the lock lies behind the text
+FAR_BYTE = 1 << 30  # Windows forbids reading locked bytes, so the lock lies behind the text
 
 
 @contextmanager
 def run_locks(adapters: Iterable[SavingOptions]) -> Iterator[None]:
-    """Hold the locks of all names that a run writes files under, each once."""
+    """Hold the locks of all names that a run writes."""
     by_name = {saving.output_name: saving for saving in adapters}
     with ExitStack() as stack:
         for saving in by_name.values():
@@ -42,9 +42,9 @@ def run_locks(adapters: Iterable[SavingOptions]) -> Iterator[None]:
 
 @contextmanager
 def run_lock(saving: SavingOptions) -> Iterator[None]:
-    """Hold the lock on an output folder and name for the block, in the main process.
+    """Hold the lock of an output folder and name inside the block, in the main process.
 
-    Raises UserError naming the process and the host that hold it.
+    Raises UserError naming the process and host that hold it.
     """
     if not saving.output_dir or launched_rank() != 0:
         yield
@@ -59,20 +59,20 @@ def run_lock(saving: SavingOptions) -> Iterator[None]:
         if file is not None:
             release(file, path)
         if is_new_folder:
-            with suppress(OSError):  # it holds what the run has written
+            with suppress(OSError):  # the folder is not empty
                 path.parent.rmdir()
 
 
 def lock_path(folder: Path, output_name: str | None) -> Path:
-    """Return the hidden file whose lock stands for all files of a run."""
+    """Return the hidden file that is locked for a run."""
     target = folder / (output_name or "last")
     return target.with_name(f".{target.name}.lock")
 
 
 def acquire(path: Path) -> IO[str] | None:
-    """Return the locked file, with this process's name in it; None, with a warning, where the file system has no locks.
+    """Return the locked file with this process's name in it; None, with a warning, if the file system has no locks.
 
-    A file that its holder has just deleted is none to wait for: the next one of that name is taken.
+    If its holder has just deleted the file, lock a new one.
     """
     while True:
         file = open_lock_file(path, LOCK)
@@ -103,16 +103,16 @@ def acquire(path: Path) -> IO[str] | None:
 
 
 def release(file: IO[str], path: Path) -> None:
-    """Give the lock back and delete its file, in this order where an open file cannot be deleted."""
+    """Release the lock and delete its file, in the order that the system allows."""
     if sys.platform == "win32":
         file.close()
-    with suppress(OSError):  # on Windows another run may have it open by now
+    with suppress(OSError):  # on Windows another run may have it open
         path.unlink()
     file.close()
 
 
 def lock(file: IO[str]) -> None:
-    """Lock a file without waiting. Raises OSError where another process has it locked, or locks do not exist."""
+    """Lock a file without waiting. Raises OSError if another process holds the lock, or if locks are unsupported."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -121,11 +121,11 @@ def lock(file: IO[str]) -> None:
         return
     import fcntl
 
-    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: children that were forked would keep that
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked children would keep
 
 
 def read_holder(file: IO[str]) -> str:
-    """Who has written himself into the file, in words."""
+    """Describe the process whose name is in the file."""
     file.seek(0)
     try:
         found = parse_json(file.read())
@@ -135,7 +135,7 @@ def read_holder(file: IO[str]) -> str:
 
 
 def is_at(file: IO[str], path: Path) -> bool:
-    """Return True if the open file still is the one at the path."""
+    """Return True if the open file is still the one at the path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The noise levels that a run would draw and how much each counts (`show_timesteps`), without a model or images."""
+"""Shows the noise levels that a run would draw and their loss weights (`show_timesteps`), without a model or images."""
 
 import logging
 from dataclasses import dataclass
@@ -20,24 +20,24 @@ from library.training.reporting.console_lines import announce
 
 logger = logging.getLogger(__name__)
 
-NUM_DRAWS = 100_000  # a bin of a fiftieth then errs by about 2 % of its share
+NUM_DRAWS = 100_000  # a bin with a fiftieth of the draws is accurate to about 2 %
 NUM_BINS = 50
 BIN_SIZE = NUM_TIMESTEPS // NUM_BINS
-MOST_MARKS = 60  # characters of the longest bar on the console
+MOST_MARKS = 60  # length of the longest bar on the console, in characters
 BAR_WIDTH, PLOT_HEIGHT, MARGIN = 16, 320, 32  # pixels
 BAR_COLOUR, WEIGHT_COLOUR = (70, 110, 180), (200, 70, 40)
 
 
 @dataclass(frozen=True)
 class DrawnLevels:
-    """The distribution of drawn timesteps, in bins of 20 of the 1000, from no noise to pure noise."""
+    """The distribution of drawn timesteps, in bins of 20 of 1000, from clean to pure noise."""
 
-    shares: list[float]  # of all draws; they add up to 1
-    weights: list[float]  # the factor on the loss at the middle of each bin
+    shares: list[float]  # fractions of all draws
+    weights: list[float]  # loss weight at the middle of each bin
 
 
 def requested_timesteps(options: Options) -> TimestepPreviewOptions | None:
-    """Return the options of the preview of timesteps; None where it is not wanted, or the base model has none."""
+    """Return the options of the preview of timesteps; None if it is not requested or the base model has none."""
     values = options.flat()
     if not values.get("show_timesteps"):
         return None
@@ -47,9 +47,9 @@ def requested_timesteps(options: Options) -> TimestepPreviewOptions | None:
 def show_timesteps(
     asked: TimestepPreviewOptions, saving: SavingOptions, seed: int, objective: FlowMatching, downscale: int
 ) -> None:
-    """Draw as training does and show it, on the console or as an image in the output folder.
+    """Draw timesteps as training does, and show them on the console or as an image in the output folder.
 
-    `downscale` is in pixels per latent. Raises UserError for a resolution that is none, an image without a place.
+    `downscale` is in pixels per latent. Raises UserError for an invalid resolution, or an image without a folder.
     """
     height, width = read_resolution(asked.show_timesteps_resolution)
     place = image_place(saving) if asked.show_timesteps == "image" else None
@@ -76,7 +76,7 @@ def show_timesteps(
 
 
 def read_resolution(text: str) -> tuple[int, int]:
-    """Height and width in pixels of "1024" or "1024,768". Raises UserError."""
+    """Parse "1024" or "1024,768" to height and width in pixels. Raises UserError."""
     parts = text.split(",")
     if len(parts) > 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise UserError(f"--show_timesteps_resolution is {text!r}; use pixels: 1024 for a square, or HEIGHT,WIDTH")
@@ -84,7 +84,7 @@ def read_resolution(text: str) -> tuple[int, int]:
 
 
 def image_place(saving: SavingOptions) -> Path:
-    """Return the file of the image. Raises UserError without a folder for it."""
+    """Return the path of the image. Raises UserError without a folder for it."""
     if not saving.output_dir:
         raise UserError("--show_timesteps image has no place for its file; give --output_dir, or use console")
     return Path(saving.output_dir) / f"{saving.output_name or 'last'}-timesteps.png"
@@ -93,7 +93,7 @@ def image_place(saving: SavingOptions) -> Path:
 def draw_levels(
     objective: FlowMatching, latent_height: int, latent_width: int, offset: float, seed: int
 ) -> DrawnLevels:
-    """Count what the objective draws for images of one size."""
+    """Count the objective's draws for images of one size."""
     generator = torch.Generator().manual_seed(seed)
     offsets_B = torch.full((NUM_DRAWS,), offset)
     timesteps_B = objective.draw_timesteps(NUM_DRAWS, latent_height, latent_width, generator, offsets_B)
@@ -106,7 +106,7 @@ def draw_levels(
 
 
 def table_lines(drawn: DrawnLevels) -> list[str]:
-    """Return a row for each bin: its timesteps, its share of the draws, its weight in the loss, and a bar."""
+    """Return a row for each bin: its timesteps, its share of the draws, its loss weight, and a bar."""
     lines = ["timesteps   share  loss weight"]
     for i, (share, weight) in enumerate(zip(drawn.shares, drawn.weights, strict=True)):
         bar = "#" * round(MOST_MARKS * share / max(drawn.shares))
@@ -115,7 +115,7 @@ def table_lines(drawn: DrawnLevels) -> list[str]:
 
 
 def plot(drawn: DrawnLevels, title: str) -> Image.Image:
-    """Bars for the shares, a line for the weights, each as high as the plot where it is largest."""
+    """Plot the shares as bars and the weights as a line, each scaled to the plot's height."""
     width, bottom = NUM_BINS * BAR_WIDTH + 2 * MARGIN, MARGIN + PLOT_HEIGHT
     image = Image.new("RGB", (width, bottom + 2 * MARGIN), "white")
     pen = ImageDraw.Draw(image)

@@ -1,4 +1,4 @@
-"""A training run from its checked options to its end, stage by stage."""
+"""A training run from checked options to its end, in stages."""
 
 import logging
 import time
@@ -86,7 +86,7 @@ class ResolvedRun(Generic[OptionsT]):
 
     options: ResolvedOptions[OptionsT]
     arch: Architecture
-    seed: int  # of what all adapters share
+    seed: int  # shared by all adapters
     data: TrainingData
     states: FoundStates  # that it resumes from
     fit: Fit | None = None  # None without --fit
@@ -99,14 +99,14 @@ def train_alone(
     command: Sequence[str] | None,
     warnings: WarningEvents,
 ) -> bool:
-    """Train while no other run writes the same files, and emit events; return whether the run came to its end."""
+    """Train while no other run writes the same files, and emit events. Return True if the run is complete."""
     check_installed("adapters", NEEDED_BY_ALL)
     check_gpu_is_used(torch)
     shared, adapters = shared_and_own(asked)
     for label, own in adapters.items() if shared.sweep.sweep else ():
         with log_prefix(label):
             check(own)
-    # A dry run and a look at the data write nothing: they may go beside a run of the same name.
+    # A dry run and a look at the dataset write nothing, so they may run next to a run of the same name.
     writes = not (shared.faults.dry_run or shared.dataset.debug_dataset)
     with (
         run_locks([one.saving for one in (shared, *adapters.values())] if writes else []),
@@ -127,8 +127,8 @@ def train_network(
     interruption: Interruption,
     events: EventsOfAll,
 ) -> bool:
-    """Build the architecture, join the other processes, resolve the options and train; return whether it came to its
-    end rather than being stopped."""
+    """Build the architecture, initialize distributed processes, resolve the options and train. Return True if the
+    run is complete, False if it was stopped."""
     values = launched_values(options.shared.distributed.shard_base)
     options = options.with_values(values | DRY_RUN_VALUES if options.shared.faults.dry_run else values)
     arch = open_architecture(options, build)
@@ -151,7 +151,7 @@ def train_network(
 def open_architecture(options: ResolvedOptions[OptionsT], build: Callable[[OptionsT], Architecture]) -> Architecture:
     """Build the architecture and check the options against it.
 
-    Network modules are imported first: a misspelt one ends the run before model files and images are read.
+    Network modules are imported first, so that a misspelt one is reported before files are read.
     """
     with importing("tokenizers"):
         find_neither()
@@ -168,9 +168,9 @@ def open_architecture(options: ResolvedOptions[OptionsT], build: Callable[[Optio
 
 
 def resolve_run(options: ResolvedOptions[OptionsT], arch: Architecture, processes: Processes) -> ResolvedRun[OptionsT]:
-    """Find the states to resume from, resolve the options that they and the processes decide, and open the data.
+    """Find the states to resume from, resolve the options that depend on them and on the processes, and open the data.
 
-    States come before the data: a resumed run keeps the seed of its state, from which the order of the data follows.
+    States are read before the data, because a resumed run keeps its state's seed, which sets the order of the data.
     """
     asked = options.shared
     sharding = sharding_values(asked, processes)
@@ -186,7 +186,7 @@ def resolve_run(options: ResolvedOptions[OptionsT], arch: Architecture, processe
 
 
 def fit_to_memory(run: ResolvedRun[OptionsT], processes: Processes, events: EventsOfAll) -> ResolvedRun[OptionsT]:
-    """Override the options that the memory planner chooses for the largest batch."""
+    """Apply the options that the memory planner chooses for the largest batch."""
     if run.options.shared.fit.fit is None:
         return run
     sizes = run.data.sizes
@@ -206,7 +206,7 @@ def train_resolved(
     interruption: Interruption,
     events: EventsOfAll,
 ) -> bool:
-    """Load the models, attach the adapters, and train, dry-run or self-test them."""
+    """Load the models, attach the adapters, and train; or run the dry run or the self-test."""
     options, states, data, largest = run.options.shared, run.states, run.data, None
     if options.faults.dry_run:
         data, largest = data.limited_to_largest_batch()
@@ -242,9 +242,9 @@ def train_prepared(
     processes: Processes,
     fitted: Fit | None,
 ) -> bool:
-    """Train, and say what was trained; gives whether all adapters came to their end.
+    """Train and log a summary. Return True if all adapters are complete.
 
-    What was trained so far is saved if an error or a number that is not finite ends it.
+    Progress is saved if an error or a non-finite number ends the run.
     """
     interruption.defer()
     first = prepared[0]
@@ -274,7 +274,7 @@ def train_prepared(
 def rank_adapters(
     saving: SavingOptions, prepared: Sequence[PreparedRun], sweep: SweepRecord, writes_page: bool
 ) -> None:
-    """Say which adapters of a sweep are better than others, and write the page that shows it."""
+    """Log the ranking of a sweep's adapters, and write its page."""
     names = Names.build(saving)
     page = names.of_sweep() if writes_page else None
     title = f"Sweep of {saving.output_name or names.folder.name}"
@@ -282,7 +282,7 @@ def rank_adapters(
 
 
 def complete_sweep_page(asked: OptionsT, adapters: Mapping[str, OptionsT]) -> None:
-    """Add charts and previews to the page of a sweep that is over, once all reports are written."""
+    """Add charts and previews to the page of a finished sweep, once all reports are written."""
     page = Names.build(asked.saving).of_sweep()
     if page.exists():
         chosen = {one.label: one.chosen for one in expand_combinations(asked)}
@@ -290,9 +290,9 @@ def complete_sweep_page(asked: OptionsT, adapters: Mapping[str, OptionsT]) -> No
 
 
 def log_end(prepared: PreparedRun, first_step: int, seconds: float) -> None:
-    """Say what a complete run has trained, in `seconds` from `first_step` on, and which file is suggested."""
+    """Log what a complete run has trained in `seconds` since `first_step`, and the suggested file."""
     run, names, network = prepared.run, prepared.writer.names, prepared.run.options.network
-    if prepared.progress.ended == NOT_FINITE:  # which was told
+    if prepared.progress.ended == NOT_FINITE:  # already reported
         run.events.end("error", f"it ended alone: {NOT_FINITE}")
         return
     choice = prepared.validation.choose(files_of_run(names))

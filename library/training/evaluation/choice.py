@@ -1,20 +1,20 @@
-"""The choice among saved files by their losses on the same images, compared image by image.
+"""Chooses among saved files by their losses on the same images, compared image by image.
 
-Suggested is the earliest file within one standard error of the lowest loss, where the error is that of the difference
-over images (Breiman et al. 1984, "Classification and Regression Trees", has the rule for sizes of trees). A suggestion
-weighs two losses against each other, too little training and too much; a test guards against one of them only. The
-earliest file that is not significantly worse is under-trained: tests/unit/training/test_choice.py has the figures.
+The suggestion is the earliest file within one standard error of the lowest loss; the error is that of the difference
+over images (the rule is from Breiman et al. 1984, "Classification and Regression Trees", for tree sizes). A suggestion
+has to balance too little training against too much, and a significance test guards against only one of these: the
+earliest file that is not significantly worse is under-trained (figures in tests/unit/training/test_choice.py).
 
-Whether a file is significantly worse than the best is such a test. The lowest of many losses is lower than the others
-by chance alone, so it allows for all the comparisons at once: of F files each difference to the lowest is tested
-two-sided at 5 % / (F - 1), by Student's t over images (Bonferroni's correction; Dunn 1961, "Multiple Comparisons Among
-Means"). If differences are distributed symmetrically, the file that is truly best is called worse with a probability of
-at most 2.5 %, and where several are equally good, one of them is named the winner with at most 5 % (Hsu 1984,
-"Constrained Simultaneous Confidence Intervals for Multiple Comparisons with the Best", has the idea). Two files that
-differ by noise alone have symmetric differences. Strongly skewed ones reach 15 %; a sign-flip permutation test assumes
-the same symmetry and does no better (15 % on 12 images, log-normal).
+Whether a file is significantly worse than the best is such a test. The lowest of many losses is partly low by chance,
+so the test allows for all comparisons: of F files each difference to the lowest is tested two-sided at 5 % / (F - 1),
+by Student's t over images (Bonferroni's correction; Dunn 1961, "Multiple Comparisons Among Means"). If differences are
+distributed symmetrically, the truly best file is called worse with a probability of at most 2.5 %, and among equally
+good files one is named the winner with at most 5 % (idea from Hsu 1984, "Constrained Simultaneous Confidence Intervals
+for Multiple Comparisons with the Best"). Files that differ by noise alone have symmetric differences. Strongly skewed
+ones reach 15 %; a sign-flip permutation test assumes the same symmetry and does no better (15 % on 12 images,
+log-normal).
 
-Letters: F files, N rows that were measured, G images, copies of one being one.
+Letters: F files, N measured rows, G images, where copies count as one.
 """
 
 from collections.abc import Hashable, Sequence
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 CONFIDENCE = 0.95
-MIN_IMAGES = 8  # with fewer, one image decides which file has the lowest loss, and a standard error is a rough guess
+MIN_IMAGES = 8  # with fewer, a single image decides which file is lowest, and standard errors are unreliable
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over images, its interval and its standard error, which are NaN for a single image."""
+    """A mean over images with its interval and standard error, both NaN for a single image."""
 
     mean: float
     low: float
@@ -42,28 +42,28 @@ class Estimate:
 class Compared:
     """The measurements of one file."""
 
-    loss: Estimate  # the interval is its own, at 95 %
-    to_best: Estimate  # its loss less the lowest one; the intervals of all files hold together
-    is_worse: bool  # than the best, by more than chance
-    is_copy: bool  # of the best, digit for digit
+    loss: Estimate  # with its own 95 % interval
+    to_best: Estimate  # its loss minus the lowest one; these intervals hold simultaneously
+    is_worse: bool  # significantly worse than the best
+    is_copy: bool  # equal to the best in every digit
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The suggested file, and how the others compare with the best."""
+    """The suggested file, and each file's comparison with the best."""
 
     files: tuple[Compared, ...]  # in the order given
     best: int
     suggested: int  # meaningful with at least MIN_IMAGES
-    has_winner: bool  # every other file is clearly worse than the best
+    has_winner: bool  # every other file is significantly worse than the best
     num_images: int
 
 
 def choose(losses_FG: Tensor, num_baselines: int = 0) -> Choice | None:
-    """Compare files that are given in the order of their steps; None where no loss is a number.
+    """Compare files in the order of their steps; None if no loss is finite.
 
-    The first `num_baselines` rows, such as the base model alone, are compared and never suggested. A file whose loss is
-    not a number is clearly worse.
+    The first `num_baselines` rows, such as the base model alone, are compared but never suggested. A file with a
+    non-finite loss is significantly worse.
     """
     num_files, num_images = losses_FG.shape
     is_finite = losses_FG.isfinite().all(1).tolist()
@@ -87,12 +87,12 @@ def choose(losses_FG: Tensor, num_baselines: int = 0) -> Choice | None:
 
 
 def is_clearly_worse(losses_G: Tensor, best_G: Tensor, num_compared: int) -> bool:
-    """Return True if one of `num_compared` losses that are compared with the best lies above it by more than chance."""
+    """Return True if losses are significantly above the best; `num_compared` files are compared with it."""
     return estimate(losses_G - best_G, (1 - CONFIDENCE) / num_compared).low > 0
 
 
 def by_image(losses_N: Tensor, images: Sequence[Hashable]) -> Tensor:
-    """Return the mean of the rows that are the same image, shape G, float64; `images` says which is which."""
+    """Average the rows of each image, shape G, float64; `images` identifies the image of each row."""
     numbers = {image: i for i, image in enumerate(dict.fromkeys(images))}
     index_N = torch.tensor([numbers[image] for image in images])
     sums_G = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, index_N, losses_N.double())
@@ -106,7 +106,7 @@ def estimate(values_G: Tensor, level: float = 1 - CONFIDENCE) -> Estimate:
 
 
 def estimate_of_difference(values_G: Tensor, others_G: Tensor, level: float = 1 - CONFIDENCE) -> Estimate:
-    """Return the mean of `values_G` less that of `others_G`, which are independent of each other (Welch 1947)."""
+    """Estimate the mean of `values_G` minus that of `others_G`, two independent samples (Welch 1947)."""
     counts = len(values_G), len(others_G)
     mean = (values_G.mean() - others_G.mean()).item()
     variances = (values.var().item() / len(values) if len(values) > 1 else nan for values in (values_G, others_G))
@@ -114,7 +114,7 @@ def estimate_of_difference(values_G: Tensor, others_G: Tensor, level: float = 1 
 
 
 def within(mean: float, error: float, degrees: int, level: float) -> Estimate:
-    """Return the interval by Student's t around a mean with a standard error; NaN where that is."""
+    """Return Student's t interval around a mean with a standard error; NaN if the error is NaN."""
     from scipy.special import stdtrit
 
     if isnan(error):

@@ -1,4 +1,4 @@
-"""The suggestion of a saved file, in words and as an event, from losses of the run itself or measured afterwards."""
+"""The suggested file as text and as an event, from validation losses of the run or measured later."""
 
 import logging
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ TOOL = "python3 tools/choose_checkpoint.py"
 class Measured:
     """A file and its loss on each image."""
 
-    file: Path | None  # None is the model that training began with
+    file: Path | None  # None for the model before training
     step: int
     losses_G: Tensor
     memorised: events.Memorised | None = None
@@ -41,15 +41,15 @@ class Measured:
 
 
 def choose_saved(files: Sequence[Path], record: ValidationRecord, measures_what_is_saved: bool) -> events.Choice | None:
-    """Compare saved files, in the order of their steps, as far as the run measured them; log how many it did not.
+    """Compare saved files by the run's own validation, in the order of their steps; log how many it did not measure.
 
-    None where there is nothing to choose from, as where files hold an average and the weights themselves are measured.
+    None if there is nothing to compare, for example if files hold averaged weights but the raw weights were measured.
     """
     if len(files) < 2:
         return None
     files = without_copies(files)
     found = [(path, read_num_steps(path)) for path in files] if measures_what_is_saved else []
-    known = [(path, step) for path, step in found if step and step in record.row_losses]  # 0: the file does not say
+    known = [(path, step) for path, step in found if step and step in record.row_losses]  # 0: unknown
     measured = [Measured(path, step, record.image_losses(step)) for path, step in known]
     if 0 in record.row_losses:
         measured.insert(0, Measured(None, 0, record.image_losses(0)))
@@ -60,10 +60,10 @@ def choose_saved(files: Sequence[Path], record: ValidationRecord, measures_what_
 
 
 def choose_measured(measured: Sequence[Measured], is_held_out: bool = True) -> events.Choice | None:
-    """Choose among files in the order of their steps, where what training began with stands first.
+    """Choose among files in the order of their steps; the model before training comes first.
 
-    None where no loss is a number. Fewer images than MIN_IMAGES suggest nothing, and neither do trained ones (not
-    `is_held_out`).
+    None if no loss is finite. No file is suggested with fewer than MIN_IMAGES images, or on training images
+    (`is_held_out` False).
     """
     has_base = measured[0].file is None
     found = choose(torch.stack([one.losses_G for one in measured]), int(has_base))
@@ -98,7 +98,7 @@ def choose_measured(measured: Sequence[Measured], is_held_out: bool = True) -> e
 
 
 def explain_choice(found: Choice, measured: Sequence[Measured]) -> str:
-    """Why this file, in a sentence without its end."""
+    """Explain the choice in a sentence without its full stop."""
     has_base = measured[0].file is None
     files = found.files[int(has_base) :]
     if found.num_images < MIN_IMAGES:
@@ -128,10 +128,10 @@ def explain_choice(found: Choice, measured: Sequence[Measured]) -> str:
 def memorised(
     unseen: tuple[Tensor, Tensor], trained: tuple[Tensor, Tensor], kind: Literal["held-out", "mirrored"]
 ) -> events.Memorised:
-    """Estimate how much more the loss fell on trained images than on unseen ones, each as (before, of the file).
+    """Estimate how much more the loss fell on training images than on unseen ones; each is (before, after).
 
-    Mirrored images are compared with their own. Others are other images: the errors of both sides add up, by Welch
-    1947, with the degrees of freedom of the smaller side, which is never too few.
+    Mirrored copies are compared with their own image. Other images are independent: the errors of both sides add up
+    (Welch 1947), with the smaller side's degrees of freedom, which is conservative.
     """
     falls_unseen_G, falls_trained_G = (before - after for before, after in (unseen, trained))
     if kind == "mirrored":
@@ -142,13 +142,13 @@ def memorised(
 
 
 def forgotten(before_G: Tensor, after_G: Tensor) -> events.Forgotten:
-    """Estimate how much the loss of each image of the forgetting probe rose."""
+    """Estimate how much the losses of the forgetting probe's images rose."""
     found = estimate(after_G - before_G)
     return events.Forgotten(found.mean, found.low, found.high)
 
 
 def format_candidates(choice: events.Choice) -> list[str]:
-    """Return all files, in lines of columns."""
+    """Format all files as aligned lines."""
     has_probe = any(one.forgotten is not None for one in choice.candidates)
     heads = ("file", "step", "loss", "difference from best", "significant", "memorization gap")
     rows: list[tuple[str, ...]] = [(*heads, *(("forgetting",) if has_probe else ()))]
@@ -168,12 +168,12 @@ def format_candidates(choice: events.Choice) -> list[str]:
 
 
 def format_memory(memory: events.Memorised | events.Forgotten | None) -> str:
-    """Return how much more the loss fell on trained images, or rose on those of the forgetting probe."""
+    """Format the memorization gap, or the rise on the forgetting probe."""
     return "" if memory is None else f"{memory.more:.5f}{interval(memory.low, memory.high)}"
 
 
 def memory_line(choice: events.Choice) -> str | None:
-    """Describe what the suggested file, else the last one, memorized; None where that was not measured."""
+    """Describe the memorization of the suggested file, else of the last one; None if it was not measured."""
     files = [one for one in choice.candidates if one.memorised is not None]
     if not files:
         return None
@@ -189,7 +189,7 @@ def memory_line(choice: events.Choice) -> str | None:
 
 
 def interval(low: float | None, high: float | None) -> str:
-    """In brackets, nothing where there is none."""
+    """Format an interval in brackets; "" without one."""
     return "" if low is None or high is None or isnan(low) else f" ({low:.5f} to {high:.5f})"
 
 

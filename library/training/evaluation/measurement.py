@@ -1,4 +1,4 @@
-"""The measurement of validation, the same every time: images, their noise, and noise levels.
+"""A validation measurement: fixed images, noise and noise levels.
 
 Letters: N images, L noise levels.
 """
@@ -22,13 +22,13 @@ from library.training.step.context import StepContext
 
 @dataclass(frozen=True)
 class Measurement:
-    """Images that are set aside, at noise levels, with noise of the seed."""
+    """Held-out images, the noise levels to measure, and the seed of the noise."""
 
     images: ValidationSet
-    places: Sequence[int]  # the batches that are measured
+    places: Sequence[int]  # indices of the batches to measure
     levels: Sequence[int]
     seed: int
-    noise: Sequence[Name] | None = None  # whose noise each row has; None is its own image's
+    noise: Sequence[Name] | None = None  # the name that seeds each row's noise; None uses the image's own
 
     @cached_property
     def _names(self) -> list[list[Name]]:
@@ -36,17 +36,17 @@ class Measurement:
 
     @cached_property
     def rows(self) -> list[Name]:
-        """The name that identifies the image of each row."""
+        """The name that identifies each row's image."""
         return [name for names in self._names for name in names]
 
     @property
     def fingerprint(self) -> str:
-        """A digest of what is measured, and how."""
+        """A digest of the images and settings."""
         return blake2b(repr((self.rows, self.levels, self.seed)).encode(), digest_size=16).hexdigest()
 
     @cached_property
     def labels(self) -> list[str]:
-        """How messages call the image of each row."""
+        """The name of each row's image in messages."""
         return [label for place in self.places for label in self.images.labels(place)]
 
     def losses(
@@ -57,14 +57,14 @@ class Measurement:
         title: str,
         evaluating: AbstractContextManager[None] | None = None,
     ) -> Tensor:
-        """Return the losses of all images, shape NL, float64; each process measures its share of the batches.
+        """Return the losses of all images, shape NL, float64. Each process measures its share of the batches.
 
-        `evaluating` puts the models in the state they are measured in, where they are not; `title` is that of a bar.
+        `evaluating` puts the models into evaluation mode if they are not; `title` is that of the progress bar.
         """
         numbers = list(range(processes.rank, len(self.places), processes.count))
         num_own = len(numbers)
         if context.models.sharded is not None and num_own < ceil(len(self.places) / processes.count):
-            numbers.append(len(self.places) - 1)  # in step with the others, for nothing
+            numbers.append(len(self.places) - 1)  # padding, to stay in step with other ranks
         names = self.rows if self.noise is None else self.noise
         losses_NL = torch.zeros(len(self.rows), len(self.levels), dtype=torch.float64)
         with evaluating or nullcontext(), progress_bar(title, len(numbers), leave=False) as bar:

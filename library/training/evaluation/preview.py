@@ -1,4 +1,4 @@
-"""Images drawn while training: when, of what, and what becomes of them. How is the base model's `Preview`."""
+"""Previews during training: schedule, prompts and files. The base model's `Preview` draws them."""
 
 import logging
 from collections import defaultdict
@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Timetable:
-    """When images are drawn; None is never."""
+    """When to draw previews; None means never."""
 
     at_first: bool
     every_n_steps: int | None
@@ -61,7 +61,7 @@ class Timetable:
 
     @classmethod
     def build(cls, options: PreviewOptions) -> "Timetable":
-        """Read 0 and below as never; epochs win over steps."""
+        """Read the options: 0 and below mean never, epochs override steps."""
         steps, epochs = (max(n or 0, 0) or None for n in (options.sample_every_n_steps, options.sample_every_n_epochs))
         return cls(options.sample_at_first, steps if epochs is None else None, epochs)
 
@@ -77,7 +77,7 @@ class Timetable:
 
 
 def wanted_prompts(options: PreviewOptions, arch: Architecture) -> list[Prompt]:
-    """Read the prompts of the images to draw; none where no time or no file is named, or the file is empty."""
+    """Read the preview prompts; none if no interval or no file is given, or the file is empty."""
     path = options.sample_prompts
     if Timetable.build(options).is_empty or not path:
         return []
@@ -102,13 +102,13 @@ def wanted_prompts(options: PreviewOptions, arch: Architecture) -> list[Prompt]:
 
 
 def collect_texts(prompts: Sequence[Prompt], arch: Architecture) -> list[str]:
-    """Return every text that drawing the prompts takes, each once."""
+    """Return the distinct texts to encode for the prompts."""
     texts = [text for p in prompts for text in texts_of_prompt(p, arch)[: 2 if needs_negative(p) else 1]]
     return list(dict.fromkeys(texts))
 
 
 def texts_of_prompt(prompt: Prompt, arch: Architecture) -> tuple[str, str]:
-    """Return the text of a prompt and its negative as they are encoded."""
+    """Return a prompt's positive and negative text as the text encoders get them."""
     return seen_text(prompt, arch.preview.worded(prompt.text), arch), seen_text(prompt, prompt.negative, arch)
 
 
@@ -120,9 +120,9 @@ def encode_prompts(
     live: LiveText | None = None,
     cached: Mapping[str, Conditioning] | None = None,
 ) -> dict[str, Conditioning]:
-    """Conditioning of `collect_texts` the prompts, on the CPU; each is encoded by itself, without gradient.
+    """Encode the texts of the prompts one by one, without gradient. Return their conditioning on the CPU.
 
-    Where only the encoders of `live` are in memory, `cached` has the features of the others, by text.
+    If only the encoders of `live` are in memory, `cached` holds the features of the others, by text.
     """
     encode = arch.preview.text.encode if live is None else live.encode
     encoded: dict[str, Conditioning] = {}
@@ -137,13 +137,13 @@ def encode_prompts(
 def encoded_now(
     context: StepContext, prompts: Sequence[Prompt], cached: Mapping[str, Conditioning] | None
 ) -> dict[str, Conditioning]:
-    """Encode the prompts with the text encoders in memory, beside what is cached of the others."""
+    """Encode the prompts with the text encoders in memory, and add cached features of the others."""
     encoders = context.models.text_encoders
     return encode_prompts(context.arch, encoders, context.autocast, prompts, context.live_text, cached)
 
 
 class Previews:
-    """Draws the images of a run when they are due. What goes wrong is logged, and training goes on."""
+    """Draws a run's previews on schedule. Errors are logged, and training continues."""
 
     def __init__(
         self,
@@ -153,10 +153,10 @@ class Previews:
         cached: Mapping[str, Conditioning] | None = None,
         is_drawing: bool = False,
     ) -> None:
-        """Encode the prompts, once, if their text encoders are in memory and do not train.
+        """`encoded` is the result of `encode_prompts`, or None if text encoders train and it changes.
 
-        `cached` has the features of encoders that have left memory. `is_drawing` says whether the main process draws,
-        which alone has prompts: those that share its base model go along.
+        `cached` holds the features of unloaded encoders. `is_drawing` is True if the main process draws; only it has
+        prompts, and processes that share its base model take part.
         """
         self._run, self._charts, self._prompts, self._cached = run, charts, prompts, cached
         sharded = run.context.models.sharded
@@ -170,31 +170,33 @@ class Previews:
                 self._encoded = encoded_now(run.context, prompts, cached)
 
     def before_training(self, interruption: Interruption) -> None:
-        """Draw if images are wanted before the first step."""
+        """Draw before the first step, if requested."""
         if self._timetable.at_first:
             self._draw_all(epoch_event(0), 0, 0, interruption)
 
     def are_due(self, step: int) -> bool:
-        """Return True if there is something to draw after `step`, its epoch left aside."""
+        """Return True if previews are scheduled after `step`, ignoring epochs."""
         return bool(self._prompts) and self._timetable.holds_step(step)
 
     def after_step(self, step: int, epoch: int, interruption: Interruption) -> bool:
-        """Draw if images are due after `step`, which is in `epoch`; False where an interruption broke that off."""
+        """Draw if scheduled after `step` of `epoch`. Return False if an interruption stopped it."""
         return not self._timetable.holds_step(step) or self._draw_all(step_event(step), step, epoch, interruption)
 
     def after_epoch(self, step: int, epoch: int, interruption: Interruption) -> bool:
-        """Draw if images are due after `epoch`, whose last step is `step`; False as in `after_step`."""
+        """Draw if scheduled after `epoch`, whose last step is `step`. Return False if an interruption stopped it."""
         return not self._timetable.holds_epoch(epoch) or self._draw_all(epoch_event(epoch), step, epoch, interruption)
 
     def are_drawn(self, event: str, since: float) -> bool:
-        """Return True if all images of an event lie on disk, each written at `since` (seconds since 1970) or later."""
+        """Return True if all images of an event are on disk and were written at `since` (seconds since 1970) or
+        later."""
         options = self._run.options.saving
         paths = [partial(image_path, options, event, i, prompt.seed) for i, prompt in enumerate(self._prompts)]
         grids = [partial(grid_path, options, event)] if len(paths) > 1 else []
         return all(is_written(path_of, since) for path_of in (*paths, *grids))
 
     def _draw_all(self, event: str, step: int, epoch: int, interruption: Interruption) -> bool:
-        """Draw in the main process, with the weights that others have of its base model; False as in `after_step`."""
+        """Draw in the main process, with the help of others if the base model is sharded. Return False if
+        interrupted."""
         shared = self._shared_base
         if shared is not None and not self._run.processes.is_main:
             shared.follow(0)
@@ -235,7 +237,7 @@ class Previews:
         return not interruption.is_requested
 
     def _report_strengths(self, drawn: Sequence[Drawn], step: int, epoch: int) -> None:
-        """Log how far the images of each prompt follow its strengths, where it has several."""
+        """Log how the images of each prompt respond to its strengths, if it has several."""
         for strip in group_strips(drawn):
             found = measure_response([one.prompt.strength for one in strip], [one.image for one in strip])
             logger.info(
@@ -254,7 +256,7 @@ class Previews:
     def _draw_one(
         self, event: str, step: int, epoch: int, index: int, vae: nn.Module, goes_on: Callable[[], bool]
     ) -> list[Drawn]:
-        """Draw and write one image; gives nothing where that fails or the run is to end."""
+        """Draw and write one image. Return None if that fails or the run is interrupted."""
         run, prompt = self._run, self._prompts[index]
         if prompt.strength != 1:
             run.context.network.set_multiplier(prompt.strength)
@@ -284,7 +286,7 @@ class Previews:
 
 
 def group_strips(drawn: Sequence[Drawn]) -> Iterator[list[Drawn]]:
-    """Yield the images that differ in strength alone, where there are enough of them to compare."""
+    """Yield groups of images that differ only in strength, if large enough to compare."""
     groups = defaultdict[Prompt, list[Drawn]](list)
     for one in drawn:
         groups[replace(one.prompt, strength=1.0)].append(one)
@@ -294,17 +296,17 @@ def group_strips(drawn: Sequence[Drawn]) -> Iterator[list[Drawn]]:
 
 
 def step_event(step: int) -> str:
-    """Return the part of file names that tells the step."""
+    """Return the part of a file name that identifies the step."""
     return f"{step:06d}"
 
 
 def epoch_event(epoch: int) -> str:
-    """Return the part of file names that tells the epoch; epoch 0 is before training."""
+    """Return the part of a file name that identifies the epoch; epoch 0 is before training."""
     return f"e{epoch:06d}"
 
 
 def give_up(what: str, error: Exception) -> None:
-    """Log why something was not drawn; a wish to end the run is passed on."""
+    """Log why something was not drawn; re-raise requests to end the run."""
     if isinstance(error, Interrupted):
         raise error
     with tqdm.external_write_mode():
@@ -313,7 +315,8 @@ def give_up(what: str, error: Exception) -> None:
 
 
 def seed_generator(prompt: Prompt, run_seed: int, index: int) -> torch.Generator:
-    """Seed the generator of an image (CPU): its own seed, or a stream of the run that is the same at every event."""
+    """Return the CPU generator of an image: with the prompt's seed, or a stream of the run that is the same at every
+    event."""
     if prompt.seed is None:
         return generator_for(run_seed, "preview", index)
     return torch.Generator().manual_seed(prompt.seed)
@@ -327,11 +330,11 @@ def draw_latents(
     goes_on: Callable[[], bool] = lambda: True,
     vae: nn.Module | None = None,
 ) -> Tensor | None:
-    """Latents of one image as `LatentCodec.decode` takes them, float32; None where `goes_on` broke off.
+    """Denoise one image. Return latents for `LatentCodec.decode`, float32, or None if `goes_on` returned False.
 
-    `goes_on` is asked after every call of the denoiser. The first draw of `generator` is the initial noise, so that
-    images compare to those of other programs. `vae` encodes reference images, which a prompt may name.
-    Raises UserError where the denoiser gives what is not a number.
+    `goes_on` is called after each denoiser call. The initial noise is the first draw from `generator`, as in other
+    programs, so that images are comparable. `vae` encodes the prompt's reference images. Raises UserError if the
+    denoiser returns NaN.
     """
     spec, preview = context.arch.codec.spec, context.arch.preview
     shape = (1, spec.channels, prompt.height // spec.downscale, prompt.width // spec.downscale)
@@ -357,7 +360,7 @@ def draw_latents(
 
 
 def changed_references(prompt: Prompt) -> UserError:
-    """Return the error for a prompt whose features, which are kept with a digest of its images, are of other images."""
+    """Return the error for a prompt whose reference images changed after its features were cached."""
     assert prompt.reference_paths, "the features of a prompt without images are kept under its text"
     gone = [path for path in prompt.reference_paths if not path.is_file()]
     names = ", ".join(map(str, gone or prompt.reference_paths))
@@ -368,7 +371,7 @@ def changed_references(prompt: Prompt) -> UserError:
 
 
 def decode(context: StepContext, vae: nn.Module, latents_BCHW: Tensor, fallback: VaeFallback) -> Image.Image:
-    """Return the image of the latents. Raises UserError where the VAE gives what is not a number."""
+    """Decode latents to an image. Raises UserError if the VAE returns NaN."""
     pixels_BCHW = fallback.run(vae, lambda: context.arch.codec.decode(vae, latents_BCHW))
     if not pixels_BCHW.isfinite().all():
         raise UserError("the VAE gives NaN; add --no_half_vae, or use a VAE made for fp16")
@@ -380,7 +383,7 @@ def on_device(conditioning: Conditioning | None, device: torch.device) -> Condit
 
 
 def build_batch(prompt: Prompt) -> Batch:
-    """Return a prompt as the one sample of a batch: the whole image at its own size."""
+    """Return a prompt as a batch of one uncropped sample."""
     size: list[Any] = [prompt.height, prompt.width]
     return Batch(
         keys=["preview"],

@@ -1,4 +1,4 @@
-"""Weights that previews are drawn with instead of those that are trained, such as a distilled version's."""
+"""Separate weights for previews, such as those of a distilled version."""
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 def with_preview_weights(
     preview: Preview, precision: PrecisionOptions, denoiser: nn.Module
 ) -> AbstractContextManager[None]:
-    """Return a context in which the denoiser has the weights of previews; they are read, and leave memory afterwards.
+    """Return a context in which the denoiser has the preview weights, which are read from their file each time.
 
-    They wait in main memory where the denoiser's own then go, one weight after the other, so that the GPU holds no more
-    than in training. Raises UserError if main memory has no room for them.
+    They are swapped weight by weight with the denoiser's own, which move to main memory, so that the GPU holds no more
+    than in training. Raises UserError if main memory is too small.
     """
     if preview.load_denoiser is None:
         return nullcontext()

@@ -1,4 +1,4 @@
-"""The images that a preview's prompt names: one to repaint in part, and reference images of an edit model."""
+"""Images that a preview prompt names: one to inpaint, and reference images of an edit model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,17 +18,17 @@ from library.training.step.context import StepContext
 from library.training.step.latents import load_references, masked_feature
 from library.types import Batch, CaptionWithImages, Conditioning, Prompt
 
-OPAQUE = 128  # of an alpha channel, and above; what is below is painted anew
+OPAQUE = 128  # smallest alpha value that keeps a pixel; lower ones are inpainted
 GAP = 4  # pixels between images shown side by side
 
 
 def prompt_conditioning(
     context: StepContext, vae: nn.Module | None, prompt: Prompt, batch: Batch, seed: int
 ) -> Conditioning:
-    """Return the features of a prompt's images; empty without images.
+    """Return the conditioning from a prompt's images; empty without images.
 
-    `batch` holds the prompt; `vae` encodes reference images, since a run with cached latents has none in its context.
-    Raises UserError for an image that cannot be read.
+    `batch` holds the prompt. `vae` encodes reference images, because the context of a run with cached latents has no
+    VAE. Raises UserError for an image that cannot be read.
     """
     if not prompt.reference_paths:
         return inpainting_feature(context, prompt, batch, seed)
@@ -39,8 +39,8 @@ def prompt_conditioning(
 
 
 def placed_references(prompt: Prompt, spec: LatentSpec) -> list[Pixels]:
-    """Read the reference images of a prompt at about its area, in their own aspect ratios; sides are multiples of the
-    bucket step."""
+    """Read a prompt's reference images, resized to about its area with their own aspect ratios and sides that are
+    multiples of the bucket step."""
     rules, found = ReferenceRules((prompt.width, prompt.height), False, spec.bucket_step), []
     for path in prompt.reference_paths:
         rgb, alpha = read_pixels(str(path))
@@ -51,7 +51,7 @@ def placed_references(prompt: Prompt, spec: LatentSpec) -> list[Pixels]:
 
 
 def seen_text(prompt: Prompt, text: str, arch: Architecture) -> str:
-    """Return a text of a prompt as the text encoder gets it: with the reference images, if it sees these."""
+    """Return a prompt's text for the text encoder, with the reference images if the encoder sees them."""
     if not prompt.reference_paths or arch.text_cache is None or arch.text_cache.places_key is None:
         return text
     digest = f"{[content_digest(str(path)) for path in prompt.reference_paths]} {prompt.width}x{prompt.height}"
@@ -59,7 +59,7 @@ def seen_text(prompt: Prompt, text: str, arch: Architecture) -> str:
 
 
 def show_beside(references: Sequence[Image.Image], image: Image.Image) -> Image.Image:
-    """Return an image with reference images on its left, at its height."""
+    """Return an image with its reference images on the left, at its height."""
     scaled = [one.resize((max(1, round(one.width * image.height / one.height)), image.height)) for one in references]
     row = Image.new(image.mode, (sum(one.width + GAP for one in scaled) + image.width, image.height))
     left = 0
@@ -70,15 +70,15 @@ def show_beside(references: Sequence[Image.Image], image: Image.Image) -> Image.
 
 
 def show_with_references(prompt: Prompt, image: Image.Image, spec: LatentSpec) -> Image.Image:
-    """Return the image of a prompt with its reference images on the left; alone if it has none."""
+    """Return a prompt's image with its reference images on the left; unchanged if it has none."""
     references = [Image.fromarray(one) for one in placed_references(prompt, spec)]
     return show_beside(references, image) if references else image
 
 
 def inpainting_feature(context: StepContext, prompt: Prompt, batch: Batch, seed: int) -> Conditioning:
-    """Return the conditioning of an inpainting model for a prompt's image, cut to its size; empty for other models.
+    """Return the conditioning of an inpainting model for a prompt's image, cropped to its size; empty for other models.
 
-    What is transparent is painted anew; where nothing is, a random part that follows from `seed`.
+    Transparent pixels are inpainted; without any, a random part that follows from `seed`.
     """
     if prompt.image_path is None:
         return {}

@@ -1,6 +1,6 @@
-"""The prompts to draw images of (`sample_prompts`), from a .txt, .toml or .json file.
+"""Preview prompts (`sample_prompts`) from a .txt, .toml or .json file.
 
-`PromptSpec` is what a prompt says, `resolve` fills in the rest from the base model's defaults.
+`PromptSpec` holds a prompt's own settings; `resolve` fills in the base model's defaults.
 """
 
 import logging
@@ -25,10 +25,10 @@ from library.types import Prompt
 logger = logging.getLogger(__name__)
 
 FLAG = "--sample_prompts"
-NEAR = 0.5  # share of letters from which on a misspelt name is recognised
+NEAR = 0.5  # similarity above which a misspelt name is recognised
 SMALLEST_SIDE = 64
 MAX_STEPS = 1000
-SEED_OF_STRIP = 1  # of several strengths without --d: images are compared, so they start from the same noise
+SEED_OF_STRIP = 1  # of several strengths without --d: images to compare start from the same noise
 STRIP = re.compile(r"(\s--am\s+)([^\s,]*(?:,[^\s,]*)+)(?=\s|$)", re.IGNORECASE)
 OPTION = re.compile(r"(?:^|\s+)--")
 
@@ -49,12 +49,12 @@ LINE_OPTIONS: Mapping[str, str] = {
     "ci": "control_image_path",
     "am": "strength",
 }
-"""The name of a setting in a line of text, behind `--` -> its name in TOML and JSON."""
+"""Option in a line of text, without `--` -> its name in TOML and JSON."""
 
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """The settings of one prompt; None where it has none. The fields are the keys of TOML and JSON."""
+    """The settings of one prompt; None if not given. Field names are the keys in TOML and JSON."""
 
     place: str  # "prompts.txt, line 3", for messages
     prompt: str
@@ -71,13 +71,13 @@ class PromptSpec:
     flow_shift: float | None = None
     image_path: str | None = None
     controlnet_image: str | None = None
-    control_image_path: tuple[str, ...] | None = None  # reference images; several `--ci` in a line
+    control_image_path: tuple[str, ...] | None = None  # reference images; `--ci` may be repeated
     strength: float | None = None
 
 
 KEYS = [f.name for f in fields(PromptSpec) if f.name != "place"]
 REFERENCES = "control_image_path"
-# In a line they take all up to the next option.
+# In a line of text they extend to the next option.
 WORDS = ("negative_prompt", "image_path", "controlnet_image", REFERENCES)
 RANGES: Mapping[str, tuple[float, float]] = {
     "width": (1, 1 << 16),
@@ -95,9 +95,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
 
 
 def read_prompts(path: Path) -> list[PromptSpec]:
-    """Return the prompts of a file, in order; none for an empty file.
+    """Read the prompts of a file, in order; none for an empty file.
 
-    Raises UserError naming the file, the line or entry, and the way out.
+    Raises UserError naming the file, the line or entry, and what to do.
     """
     kind = path.suffix.lower()
     if kind not in (".txt", ".toml", ".json"):
@@ -109,14 +109,14 @@ def read_prompts(path: Path) -> list[PromptSpec]:
 
 
 def specs_in_text(path: Path, text: str) -> Iterator[PromptSpec]:
-    """Yield a prompt a line; blank lines and comments, which start with `#`, are skipped."""
+    """Yield one prompt per line, skipping blank lines and comments (`#`)."""
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield from parse_strip(line, f"{path}, line {number}")
 
 
 def specs_in_toml(path: Path) -> Iterator[PromptSpec]:
-    """`[prompt]` holds what all share, every `[[prompt.subset]]` is an image."""
+    """Yield the prompts of a TOML file: `[prompt]` holds shared settings, each `[[prompt.subset]]` is one image."""
     tables = read_toml(path, FLAG)
     if not tables:
         return
@@ -134,7 +134,7 @@ def specs_in_toml(path: Path) -> Iterator[PromptSpec]:
 
 
 def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
-    """Yield the prompts of a list of objects, or of strings as in .txt files."""
+    """Yield the prompts of a list of objects, or of strings like lines of a .txt file."""
     try:
         entries = parse_json(text) if text.strip() else []
     except InvalidJson as error:
@@ -152,7 +152,7 @@ def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
 
 
 def parse_strip(line: str, place: str) -> Iterator[PromptSpec]:
-    """Yield the prompt of a line; with several strengths (`--am -2,-1,0,1,2`) once for each, all with one seed."""
+    """Yield the prompt of a line; with several strengths (`--am -2,-1,0,1,2`) one per strength, all with one seed."""
     found = STRIP.search(line)
     if found is None:
         yield parse_line(line, place)
@@ -163,10 +163,10 @@ def parse_strip(line: str, place: str) -> Iterator[PromptSpec]:
 
 
 def parse_line(line: str, place: str) -> PromptSpec:
-    """`a cat --w 768 --n blurry`: what stands before the first option is the prompt, whatever it begins with.
+    """Parse a line such as `a cat --w 768 --n blurry`: the text before the first option is the prompt.
 
-    Words behind the value of an option belong to the prompt too, unless the option takes a text, which goes up to the
-    next option.
+    Words after an option's value also belong to the prompt, unless the option takes a text, which extends to the next
+    option.
     """
     prompt, *options = OPTION.split(line.strip())
     words, table = [prompt.strip()], dict[str, Any]()
@@ -198,7 +198,7 @@ def number_in(text: str, key: str) -> int | float | str:
 
 
 def parse_prompt_table(table: Mapping[str, Any], place: str) -> PromptSpec:
-    """Return the settings of one prompt, checked."""
+    """Check the settings of one prompt and return them."""
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in KEYS:
@@ -213,7 +213,7 @@ def parse_prompt_table(table: Mapping[str, Any], place: str) -> PromptSpec:
 
 
 def check_setting(key: str, value: Any, place: str) -> Any:
-    """Return the value in its type. A seed of -1, as other programs write it, is no seed."""
+    """Convert a value to its type. A seed of -1 means no seed, as in other programs."""
     if key == "sample_sampler":
         check_sampler(value, f"{FLAG} {place}: {label(key)}")
         return value
@@ -240,27 +240,27 @@ def check_setting(key: str, value: Any, place: str) -> Any:
 
 
 def check_sampler(name: Any, what: str) -> None:
-    """Raise UserError for a name that no sampler has; `what` says where it stands."""
+    """Raise UserError for an unknown sampler; `what` names its place."""
     known = [*SAMPLERS, *ALIASES]
     if name not in known:
         raise UserError(f"{what} is {name!r}{did_you_mean(str(name), known, NEAR)}; use one of {', '.join(known)}")
 
 
 def label(key: str) -> str:
-    """Return a setting as TOML and as a line of text have it: `width (--w)`."""
+    """Format a setting with its name in TOML and in a line: `width (--w)`."""
     return f"{key} (--{next(letters for letters, name in LINE_OPTIONS.items() if name == key)})"
 
 
 def resolve_all(specs: Iterable[PromptSpec], arch: Architecture) -> list[Prompt]:
-    """Return the prompts as this base model draws them, as `resolve` does."""
+    """Resolve all prompts for a base model."""
     defaults, max_references = arch.preview.defaults, arch.codec.spec.max_references
     return [resolve(spec, defaults, arch.inpaints, max_references) for spec in specs]
 
 
 def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False, max_references: int = 0) -> Prompt:
-    """Return the prompt with everything filled in; warns of settings that the base model does not have.
+    """Fill in a prompt's missing settings; warn of settings that the base model does not support.
 
-    Raises UserError where a model that inpaints is given no image, for images that are not there, and for more than
+    Raises UserError for an inpainting model without an image, for missing image files, and for more than
     `max_references` reference images.
     """
     if spec.controlnet_image is not None:
@@ -288,7 +288,7 @@ def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False, 
 
 
 def refuse_strengths(specs: Sequence[PromptSpec], flag: str) -> None:
-    """Raise UserError for a prompt with a strength where a tool's `flag` sets the strengths of all."""
+    """Raise UserError for a prompt with a strength if a tool's `flag` sets the strengths of all."""
     for spec in specs:
         if spec.strength is not None:
             raise UserError(
@@ -297,7 +297,7 @@ def refuse_strengths(specs: Sequence[PromptSpec], flag: str) -> None:
 
 
 def read_inpainted_image(spec: PromptSpec) -> Path:
-    """Return the image that a model that inpaints is to paint anew in part."""
+    """Return the prompt's image for an inpainting model."""
     if spec.image_path is None:
         raise UserError(
             f"{FLAG} {spec.place} names no image to paint in; give one with {label('image_path')}, whose transparent "
@@ -314,7 +314,7 @@ def require_file(path: Path, key: str, place: str) -> Path:
 
 
 def read_references(spec: PromptSpec, max_references: int) -> tuple[Path, ...]:
-    """Return the reference images of a prompt; none, with a warning, on a model that takes none."""
+    """Return a prompt's reference images; none, with a warning, for a model without them."""
     given = spec.control_image_path or ()
     if given and not max_references:
         take_setting(spec, REFERENCES, None)
@@ -328,7 +328,7 @@ def read_references(spec: PromptSpec, max_references: int) -> tuple[Path, ...]:
 
 
 def round_side(wanted: int, step: int, place: str) -> int:
-    """Return a side of the image that the base model can draw: a multiple of `step`, at least 64."""
+    """Return an image side that the base model supports: a multiple of `step`, at least 64."""
     drawn = max(SMALLEST_SIDE, wanted - wanted % step)
     if drawn != wanted:
         logger.info("%s: a side of %d is drawn as %d, a multiple of %d", place, wanted, drawn, step)
@@ -336,7 +336,7 @@ def round_side(wanted: int, step: int, place: str) -> int:
 
 
 def take_setting(spec: PromptSpec, key: str, default: Any) -> Any:
-    """Return a setting of a prompt, without those that this base model does not have, which are warned of."""
+    """Return a prompt's setting, or the default with a warning if the base model does not support it."""
     value = getattr(spec, key)
     if default is None and value is not None:
         logger.warning("%s: %s has no effect on this base model", spec.place, label(key))

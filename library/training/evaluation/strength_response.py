@@ -1,8 +1,9 @@
-"""How images follow the strength of an adapter: one prompt and seed drawn at several strengths.
+"""How images respond to an adapter's strength: one prompt and seed drawn at several strengths.
 
-The change of an image is its place on the straight line, in pixels, from the image of the lowest strength (0) to that
-of the highest (1): the projection (image - first) . (last - first) / |last - first|^2. Its rank correlation with the
-strength (Spearman 1904) is 1 where every higher strength goes further, however unevenly.
+The change of an image is its projection, in pixel space, onto the line from the image of the lowest strength (0) to
+that of the highest (1): (image - first) . (last - first) /
+last - first
+^2. Its rank correlation with the strength (Spearman 1904) is 1 if every higher strength goes further, however unevenly.
 """
 
 from collections.abc import Sequence
@@ -12,24 +13,24 @@ from math import nan
 import numpy as np
 from PIL import Image
 
-FEWEST = 3  # strengths; of two images the ends of the line have every correlation
+FEWEST = 3  # strengths; two images always correlate perfectly
 
 
 @dataclass(frozen=True)
 class StrengthResponse:
-    """The changes of the images of one prompt, the lowest strength first."""
+    """The changes of one prompt's images, in order of strength."""
 
     strengths: Sequence[float]
     changes: Sequence[float]
 
     @property
     def correlation(self) -> float:
-        """The rank correlation of strength and change; NaN where all images are equal."""
+        """The rank correlation of strength and change; NaN if all images are equal."""
         return rank_correlation(self.strengths, self.changes)
 
 
 def measure_response(strengths: Sequence[float], images: Sequence[Image.Image]) -> StrengthResponse:
-    """Return the change of each image; at least `FEWEST` different strengths."""
+    """Return the change of each image. Needs at least `FEWEST` different strengths."""
     assert len(set(strengths)) >= FEWEST
     ordered = sorted(zip(strengths, images, strict=True), key=lambda pair: pair[0])
     pixels = [np.asarray(image.convert("RGB"), dtype=np.float64).ravel() / 255 for _, image in ordered]
@@ -40,7 +41,7 @@ def measure_response(strengths: Sequence[float], images: Sequence[Image.Image]) 
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return Spearman's rank correlation, equal values sharing their mean rank; NaN where one side is constant."""
+    """Return Spearman's rank correlation with mean ranks for ties; NaN if one side is constant."""
     from scipy.stats import spearmanr
 
     is_constant = any(len(set(values)) < 2 for values in (first, second))  # which scipy warns of

@@ -1,6 +1,6 @@
-"""Validation: when the images that are set aside are measured, and what follows from it.
+"""Validation: when held-out images are measured, and its effects on the run.
 
-`validation_record` keeps what was measured, `validation_report` shows it. Letters: N rows, L noise levels.
+`validation_record` stores the results, `validation_report` shows them. Letters: N rows, L noise levels.
 """
 
 import logging
@@ -34,12 +34,12 @@ from library.training.saving.checkpoints import Schedule
 logger = logging.getLogger(__name__)
 
 Kind = Literal["step", "epoch"]
-BARS: Mapping[Kind, str] = {"step": "validation steps", "epoch": "epoch validation steps"}  # front ends know the names
+BARS: Mapping[Kind, str] = {"step": "validation steps", "epoch": "epoch validation steps"}  # known to front ends
 
 
 @dataclass(frozen=True)
 class Timetable:
-    """When to measure; None is never."""
+    """When to validate; None means never."""
 
     at_first: bool
     every_n_steps: int | None
@@ -48,14 +48,14 @@ class Timetable:
 
     @classmethod
     def build(cls, options: ValidationOptions, last_step: int) -> "Timetable":
-        """Measure after every epoch if no interval is given; with steps alone also after the last one."""
+        """Read the intervals: every epoch if none is given; with steps alone, also after the last step."""
         every_n_steps, every_n_epochs = options.validate_every_n_steps or None, options.validate_every_n_epochs or None
         if every_n_steps is None and every_n_epochs is None:
             every_n_epochs = 1
         return cls(options.validate_at_first, every_n_steps, every_n_epochs, last_step)
 
     def due(self, step: int, ended_epoch: int | None) -> Iterator[Kind]:
-        """Yield what is due after `step`, which may end an epoch."""
+        """Yield what is scheduled after `step`, which may end an epoch."""
         is_epoch = ended_epoch is not None and self.every_n_epochs is not None and not ended_epoch % self.every_n_epochs
         is_step = self.every_n_steps is not None and not step % self.every_n_steps
         if is_step or (self.every_n_epochs is None and step == self.last_step):
@@ -79,7 +79,7 @@ def resolve_measurements(
 
 
 def warn_of_idle_options(options: ValidationOptions) -> None:
-    """Warn of options that are given where no image is set aside, by an option or by the dataset description."""
+    """Warn of validation options that have no effect because no image is held out."""
     defaults = ValidationOptions.defaults()
     for name, value in options.flat().items():
         if name != "validation_split" and value != defaults[name] and value not in (None, 0):
@@ -87,10 +87,10 @@ def warn_of_idle_options(options: ValidationOptions) -> None:
 
 
 class Validation:
-    """Measures the images that are set aside when it is due; does nothing where there are none.
+    """Measures held-out images on schedule; does nothing without any.
 
-    Every evaluation of a run sees the same images with the same captions, noise and noise levels, so what differs
-    between two of them comes from the weights. Training goes on as if it had not taken place.
+    Every evaluation of a run uses the same images, captions, noise and noise levels, so differences come from the
+    weights alone. Training continues as if validation had not taken place.
     """
 
     def __init__(self, run: Run, charts: Charts) -> None:
@@ -113,18 +113,18 @@ class Validation:
 
     @property
     def has_probe(self) -> bool:
-        """Return True if there are images that show what the adapter makes the model forget."""
+        """Return True if there is a forgetting probe."""
         return bool(self._probe.rows)
 
     @property
     def num_images(self) -> int:
-        """Images that are set aside, measured or not."""
+        """The number of held-out images, measured or not."""
         return self._measurement.images.num_images
 
     def before_training(self, progress: Progress) -> bool:
-        """Measure the start if that is wanted, or what was due when a resumed run was interrupted.
+        """Measure before training if requested, or what a resumed run had scheduled when it was interrupted.
 
-        Gives whether the loss is the lowest so far, as `after_step` does.
+        Return True if the loss is the lowest so far, like `after_step`.
         """
         if progress.step == 0 and self.has_probe and self._timetable.at_first:
             self._measure_probe("step", 0)
@@ -133,21 +133,21 @@ class Validation:
         if progress.step == 0 and self._timetable.at_first:
             evaluation = self._evaluate("step", 0)
             self._draw_charts(evaluation, {"loss/validation/step_average": evaluation.mean}, 0)
-            return False  # an adapter that has not learned anything is not worth a file
+            return False  # an untrained adapter is not worth a file
         if self.record.is_resumed and progress.step and self.record.measured_step != progress.step:
             epochs, rest = divmod(progress.step, self._run.plan.steps_per_epoch)
             return self.after_step(progress.step, epochs + bool(rest), not rest, progress.average.mean)
         return False
 
     def is_due(self, step: int) -> bool:
-        """Return True if there is something to measure after `step`, its epoch left aside."""
+        """Return True if validation is scheduled after `step`, ignoring epochs."""
         return (self.is_on or self.has_probe) and any(self._timetable.due(step, None))
 
     def after_step(self, step: int, epoch: int, ends_epoch: bool, training_average: float) -> bool:
-        """Measure if it is due after `step`, in `epoch`; gives whether the loss is the lowest so far.
+        """Measure if scheduled after `step` of `epoch`. Return True if the loss is the lowest so far.
 
-        `training_average` is the running average of the training loss. To be called before anything is saved, so that
-        the state of this step knows of it; with several processes by all of them.
+        `training_average` is the running average of the training loss. Call before anything is saved, so that the
+        step's state includes the result, and on all processes.
         """
         is_best = False
         for kind in self._timetable.due(step, epoch if ends_epoch else None) if self.has_probe else ():
@@ -165,7 +165,7 @@ class Validation:
 
     @property
     def stop_reason(self) -> str | None:
-        """Why the run ends early; None while it goes on."""
+        """Why the run should end early; None to continue."""
         if self._patience is None or self.record.num_worse < self._patience:
             return None
         return (
@@ -174,15 +174,15 @@ class Validation:
         )
 
     def choose(self, files: Sequence[Path]) -> events.Choice | None:
-        """Compare the saved files, in the order of their steps; None without validation or anything to choose from."""
+        """Compare the saved files in the order of their steps; None without validation or without a choice."""
         averaging = self._run.options.averaging
         measures_what_is_saved = averaging.averages(FILES) == averaging.averages(VALIDATION)
         return choose_saved(files, self.record, measures_what_is_saved) if self.is_on else None
 
     def _evaluate(self, kind: Kind, step: int) -> Evaluation:
-        """Measure after `step`, log and emit that; give the evaluation that was just made, if there is one."""
+        """Measure after `step`, log and emit the result. Return the new evaluation, if there is one."""
         run, record, levels = self._run, self.record, self._measurement.levels
-        if record.last is not None and record.last.step == step:  # a step that ends an epoch is due twice
+        if record.last is not None and record.last.step == step:  # a step that ends an epoch is scheduled twice
             return record.last
         evaluation = self._measure(self._measurement, kind, step)
         preference = self._summarise_preference(evaluation)
@@ -193,7 +193,7 @@ class Validation:
         return evaluation
 
     def _summarise_preference(self, evaluation: Evaluation) -> events.Preference | None:
-        """Return what an evaluation says of held-out pairs; None where pairs are not trained as preferences."""
+        """Return an evaluation's result on held-out pairs; None without preference training."""
         return None if self._run.options.pairs.preference_loss is None else measure_preference(evaluation)
 
     def _measure(self, measurement: Measurement, kind: Kind, step: int) -> Evaluation:
@@ -202,7 +202,7 @@ class Validation:
         return Evaluation(step, measurement.losses(run.context, run.processes, num_threads, BARS[kind], shown))
 
     def _measure_probe(self, kind: Kind, step: int) -> None:
-        """Measure the forgetting probe after `step`, once; log and emit its loss."""
+        """Measure the forgetting probe after `step` once, and log and emit its loss."""
         run, record, levels = self._run, self.forgetting, self._probe.levels
         if record.measured_step == step:
             return
@@ -215,7 +215,7 @@ class Validation:
             self._charts.log_step({"loss/forgetting_probe": evaluation.mean}, step, run.plan.epoch_of(max(0, step - 1)))
 
     def _is_kept(self, step: int) -> bool:
-        """Return True if the losses after `step` are used later: those of files, the start, the best and the last."""
+        """Return True if the losses after `step` are needed later: those of files, the first, the best and the last."""
         epochs, rest = divmod(step, self._run.plan.steps_per_epoch)
         ends_saved_epoch = not rest and self._schedule.saves_epoch(epochs)
         is_marked = step in (0, self.record.best_step, self.record.measured_step, self._run.plan.max_train_steps)

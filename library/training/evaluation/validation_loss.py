@@ -1,4 +1,4 @@
-"""The loss of images that are not trained, at fixed noise levels with fixed noise, and how two such losses differ.
+"""The loss of held-out images at fixed noise levels with fixed noise, and the difference of two such losses.
 
 Letters: N images, L noise levels, B images of one batch, C channels, H height, W width.
 """
@@ -31,9 +31,9 @@ Name = tuple[str | int, ...]
 
 
 def noise_levels(options: NoiseOptions) -> tuple[int, ...]:
-    """Divide the range of timesteps into equal parts, and return it without the ends: 200, 400, 600, 800.
+    """Return noise levels that divide the range of timesteps into equal parts: 200, 400, 600, 800.
 
-    Narrow ranges hold fewer.
+    Narrow ranges have fewer.
     """
     low = options.min_timestep or 0
     high = NUM_TIMESTEPS if options.max_timestep is None else options.max_timestep
@@ -42,13 +42,13 @@ def noise_levels(options: NoiseOptions) -> tuple[int, ...]:
 
 
 def batch_losses(context: StepContext, batch: Batch, names: Sequence[Name], levels: Sequence[int], seed: int) -> Tensor:
-    """Return the loss of each image of a batch at each level, without subset weights; float64, shape BL, on the CPU.
+    """Return each image's loss at each level without subset weights; float64, shape BL, on the CPU.
 
-    A function of the weights, the image and the seed: every image has noise of its own at every level, whatever
-    batch it lies in. To be called while `evaluating`.
+    The result depends on the weights, the image and the seed: an image has its own noise at every level, in any batch.
+    Call inside `evaluating`.
     """
     place = stream_seed(seed, "validation", *(word for name in names for word in name))
-    torch.manual_seed(place)  # for network modules of others that draw even in evaluation
+    torch.manual_seed(place)  # third-party network modules may draw even in evaluation mode
     random.seed(place)
     passes = [losses_at_levels(context, one, names, levels, seed) for one in split_passes(context, batch)]
     return torch.stack(passes).mean(0)
@@ -80,31 +80,31 @@ def losses_at_levels(
 
 
 def corrupt_each(objective: Objective, clean_BCHW: Tensor, generators: Sequence[Generator]) -> Noised:
-    """`Objective.corrupt` of every image by itself, with its own generator."""
+    """Apply `Objective.corrupt` to each image separately, with its own generator."""
     parts = [objective.corrupt(clean_BCHW[i : i + 1], generator) for i, generator in enumerate(generators)]
     return join_noised(parts)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one evaluation lies above another of the same images, noise and levels."""
+    """The mean difference of two evaluations of the same images, noise and levels."""
 
     mean: float
     standard_error: float  # NaN for a single image
 
     @property
     def is_clear(self) -> bool:
-        """Return True if it is more than twice its standard error."""
+        """Return True if it exceeds twice its standard error."""
         return abs(self.mean) > 2 * self.standard_error
 
 
 def paired_difference(now_NL: Tensor, before_NL: Tensor, images: Sequence[Hashable]) -> Difference:
-    """`now_NL` - `before_NL` on average, with its standard error.
+    """Return the mean of `now_NL` - `before_NL` with its standard error.
 
-    The levels of one image, and rows that are the same image (`images` says which is which), are no independent
-    observations, so each image counts as one: with deviations d from the mean, the variance is
-    G / (G - 1) * sum over images of (sum of their rows' d)^2 / N^2 for G images. Source: the cluster-robust
-    variance of a mean, Cameron and Miller 2015, "A Practitioner's Guide to Cluster-Robust Inference".
+    Levels of one image, and rows of the same image (identified by `images`), are not independent, so each image counts
+    once: with deviations d from the mean, the variance is G / (G - 1) * sum over images of (sum of their rows' d)^2 /
+    N^2 for G images. Source: the cluster-robust variance of a mean, Cameron and Miller 2015, "A Practitioner's Guide to
+    Cluster-Robust Inference".
     """
     differences_N = (now_NL.double() - before_NL.double()).mean(1)
     mean = differences_N.mean()

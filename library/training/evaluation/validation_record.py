@@ -1,6 +1,6 @@
-"""The evaluations of a run as far as later ones, the choice of a file and a resumed run need them.
+"""The evaluations of a run that later evaluations, the choice of a file and a resumed run need.
 
-Letters: N rows, each an image that is set aside; L noise levels; G images, of which several rows may show the same.
+Letters: N rows, each a held-out image; L noise levels; G images, each of which may have several rows.
 """
 
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The losses of one evaluation; every image and every level counts the same."""
+    """The losses of one evaluation, unweighted."""
 
     step: int  # finished optimizer steps
     losses_NL: Tensor  # float64, on the CPU
@@ -36,34 +36,34 @@ class Evaluation:
 
 @dataclass
 class ValidationRecord:
-    """The first, the last and the best evaluation, and the losses of each row at steps that still matter."""
+    """The first, last and best evaluation, and each row's losses at the steps that are still needed."""
 
-    images: Sequence[Name]  # what identifies the image of each row
-    fingerprint: str  # of what is measured, and how
+    images: Sequence[Name]  # identifies the image of each row
+    fingerprint: str  # digest of the measurement's images and settings
     first: Evaluation | None = None
-    last: Evaluation | None = None  # of this process, not of the run that is resumed
+    last: Evaluation | None = None  # of this process, not of the resumed run
     best_step: int = 0
     best_loss: float = inf
-    measured_step: int | None = None  # of the last evaluation, also before a resume
+    measured_step: int | None = None  # of the last evaluation, also across a resume
     num_evaluations: int = 0
-    num_worse: int = 0  # the last ones in a row that are each clearly worse than the best
+    num_worse: int = 0  # consecutive last evaluations that are significantly worse than the best
     row_losses: dict[int, list[float]] = field(default_factory=dict)  # by step
     is_resumed: bool = False
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """(step, loss) of the lowest evaluation of the run; None before the first."""
+        """(step, loss) of the lowest evaluation; None before the first."""
         return None if self.best_loss == inf else (self.best_step, self.best_loss)
 
     @property
     def difference(self) -> Difference | None:
-        """How far the last evaluation lies above the first; None where it is the first."""
+        """The last evaluation's difference to the first; None for the first."""
         if self.first is None or self.last is None or self.last is self.first:
             return None
         return paired_difference(self.last.losses_NL, self.first.losses_NL, self.images)
 
     def add(self, evaluation: Evaluation) -> None:
-        """Take in a new evaluation."""
+        """Add an evaluation."""
         step = evaluation.step
         self.last, self.measured_step = evaluation, step
         self.first = self.first or evaluation
@@ -77,24 +77,24 @@ class ValidationRecord:
         self.num_worse = self.num_worse + 1 if is_worse else 0
 
     def keep_steps(self, is_kept: Callable[[int], bool]) -> None:
-        """Drop the losses after steps that nothing is compared with any more."""
+        """Drop the losses after steps that are no longer compared."""
         self.row_losses = {step: losses for step, losses in self.row_losses.items() if is_kept(step)}
 
     def image_losses(self, step: int) -> Tensor:
-        """Return the loss of each image after `step`, which must be kept, shape G."""
+        """Return each image's loss after `step`, shape G; its losses must be kept."""
         return by_image(torch.tensor(self.row_losses[step], dtype=torch.float64), self.images)
 
     def losses_after(self, step: int) -> list[float] | None:
-        """Return the loss of each image if `step` was the last one measured, else None."""
+        """Return each image's loss if `step` was measured last, else None."""
         is_known = step == self.measured_step and step in self.row_losses
         return self.image_losses(step).tolist() if is_known else None
 
     def last_losses(self) -> list[float] | None:
-        """Return the loss of each image at the last evaluation; None before there is one."""
+        """Return each image's loss at the last evaluation; None before the first."""
         return None if self.measured_step is None else self.losses_after(self.measured_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values; JSON gives every float back as it was."""
+        """Return plain values; floats survive JSON unchanged."""
         first = None if self.first is None else {"step": self.first.step, "losses": self.first.losses_NL.tolist()}
         best = None if self.best is None else {"step": self.best_step, "loss": self.best_loss}
         return {
@@ -107,7 +107,7 @@ class ValidationRecord:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on comparing with the first evaluation; where other images are measured the comparison starts afresh."""
+        """Continue the comparisons of a state; start over if other images are measured."""
         self.is_resumed = True
         self.measured_step = state_dict["measured_step"]
         first, best = state_dict["first"], state_dict["best"]

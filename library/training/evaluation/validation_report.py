@@ -1,4 +1,4 @@
-"""How an evaluation is shown: a log line, values for charts, an event."""
+"""Presents an evaluation as a log line, as values for charts, and as an event."""
 
 import logging
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def log_evaluation(
     title: str = "validation",
     preference: events.Preference | None = None,
 ) -> None:
-    """Log an evaluation in one line, compared with those `before`, and name images whose loss is not a number."""
+    """Log an evaluation in one line, compared with earlier ones, and name images with a non-finite loss."""
     broken_N = ~evaluation.losses_NL.isfinite().all(1)
     if broken_N.any():
         names = few(labels[i] for i in broken_N.nonzero().flatten().tolist())
@@ -38,7 +38,7 @@ def log_evaluation(
 
 
 def format_comparison(evaluation: Evaluation, first: Evaluation, before: ValidationRecord) -> str:
-    """Describe how an evaluation stands to the first and to the lowest before it."""
+    """Compare an evaluation with the first one and with the lowest earlier one."""
     difference = paired_difference(evaluation.losses_NL, first.losses_NL, before.images)
     error = "" if isnan(difference.standard_error) else f" ± {difference.standard_error:.4f}"
     doubt = "" if difference.is_clear else ", which may be chance"
@@ -52,7 +52,8 @@ def format_comparison(evaluation: Evaluation, first: Evaluation, before: Validat
 
 
 def measure_preference(evaluation: Evaluation) -> events.Preference:
-    """Return how often and by how much preferred images have the higher implicit reward, over pairs and levels."""
+    """Return the rate and the mean margin by which preferred images have the higher implicit reward, over pairs and
+    levels."""
     losses_NL = evaluation.losses_NL
     return events.Preference(implicit_accuracy(losses_NL), finite(invert_losses(losses_NL).mean().item()))
 
@@ -63,7 +64,7 @@ def detail_values(
     levels: Sequence[int],
     preference: events.Preference | None = None,
 ) -> dict[str, float]:
-    """Return what charts show of the last evaluation besides its average."""
+    """Return the last evaluation's values for charts, apart from its average."""
     means = zip(levels, evaluation.level_means, strict=True)
     values = {f"loss/validation/level_{level}": mean for level, mean in means}
     if preference is not None:
@@ -108,7 +109,7 @@ def build_forgetting_event(evaluation: Evaluation, record: ValidationRecord) -> 
 
 
 def compared_with_first(record: ValidationRecord) -> events.Compared | None:
-    """Return how far the last evaluation lies above the first; None where it is the first."""
+    """Return the last evaluation's difference to the first; None for the first."""
     if (difference := record.difference) is None or record.first is None:
         return None
     error = finite(difference.standard_error)
@@ -116,5 +117,5 @@ def compared_with_first(record: ValidationRecord) -> events.Compared | None:
 
 
 def finite(value: float) -> float | None:
-    """Return the value, None where it is not a finite number."""
+    """Return the value; None if it is not finite."""
     return value if isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Looking at the model in the middle of training without a trace: previews and validation."""
+"""Evaluation in the middle of training without side effects, for previews and validation."""
 
 import random
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from library.training.step.modes import eval_mode
 
 @contextmanager
 def evaluating(run: Run, use: str) -> Iterator[None]:
-    """The weights for `use` (`shown_weights`), dropout off, no gradients; afterwards all is as it was, bit for bit.
+    """Evaluate inside the block: the weights for `use` (`shown_weights`), no dropout, no gradients. Afterwards
+    everything is restored bit for bit.
 
-    Adapters use all they have: DyLoRA its full rank, T-LoRA too unless it is told of noise levels, as in validation,
-    and all of them their full strength, which a batch of a concept sets anew. The random streams of torch and Python
-    are put back.
+    Adapters run completely: DyLoRA at full rank, T-LoRA too unless it gets noise levels, as in validation, and all at
+    full strength, which each batch of a concept sets again. The random streams of torch and Python are restored.
     """
     run.context.network.set_noise_levels(None)
     if run.options.concepts is not None:
@@ -34,9 +34,9 @@ def evaluating(run: Run, use: str) -> Iterator[None]:
 
 @contextmanager
 def shown_weights(run: Run, use: str) -> Iterator[None]:
-    """Put the weights for `use`, one of those in `library.options.training.averaging`, in place for the block.
+    """Swap in the weights for `use` (one of those in `library.options.training.averaging`) inside the block.
 
-    They are the average of a schedule-free optimizer, or the moving average where it is meant for this use.
+    These are the average of a schedule-free optimizer, or the moving average if it applies to this use.
     """
     average = run.optimization.average if run.options.averaging.averages(use) else None
     run.optimization.built.eval()
@@ -49,7 +49,7 @@ def shown_weights(run: Run, use: str) -> Iterator[None]:
 
 @contextmanager
 def random_streams_kept(device: torch.device) -> Iterator[None]:
-    """The generators of torch, on the CPU and on a card, and Python's are afterwards where they were."""
+    """Restore the generators of torch (CPU and GPU) and Python after the block."""
     state = random.getstate()
     cards = [device.index or 0] if device.type in ("cuda", "xpu") else []
     try:

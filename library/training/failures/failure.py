@@ -1,4 +1,4 @@
-"""An error in mid-run: what has been learned is saved before the run ends."""
+"""Errors during training: progress is saved before the run ends."""
 
 import logging
 from collections.abc import Iterator
@@ -13,19 +13,20 @@ from library.training.step.accumulation import Plan
 
 logger = logging.getLogger(__name__)
 
-NOTHING_TO_SAVE = (Interrupted, NonFiniteError, NonFiniteWeights, NotWrittenError, SavedElsewhere)  # or it was tried
+NOTHING_TO_SAVE = (Interrupted, NonFiniteError, NonFiniteWeights, NotWrittenError, SavedElsewhere)  # or saving failed
 
 
 class StoppedByError(Exception):
-    """A run was ended by an error, which is the cause of this one, and saved; the text says what and how to go on."""
+    """A run ended by an error, which is this error's cause, after saving; the message says what was saved and how to
+    resume."""
 
 
 @contextmanager
 def saved_on_error(writer: Writer, progress: Progress, plan: Plan) -> Iterator[None]:
-    """Save weights and state when an error ends the run; raises StoppedByError then.
+    """Save weights and state if an error ends the run, and raise StoppedByError.
 
-    The error itself is passed on where no step has been finished or the adapter has ended before, in other processes
-    than the main one, and where saving fails too, which is logged.
+    The error itself is re-raised if no step is finished, if the adapter had ended, on ranks other than 0, and if saving
+    fails, which is logged.
     """
     first_step = progress.step
     try:
@@ -37,7 +38,7 @@ def saved_on_error(writer: Writer, progress: Progress, plan: Plan) -> Iterator[N
             raise
         try:
             message = writer.save_failed(progress, plan.epoch_of(progress.step - 1))
-        except Exception as second:  # whatever ended the run may stand in the way here too; the first error counts
+        except Exception as second:  # the cause may prevent saving too; the first error counts
             logger.error("the run could not be saved either: %s: %s", type(second).__name__, second)
             logger.debug("where that failed:", exc_info=second)
             raise error from None

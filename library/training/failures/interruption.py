@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP: the step in hand is finished, then the run saves and ends."""
+"""SIGINT, SIGTERM and SIGHUP: the current step is finished, then the run saves and ends."""
 
 import logging
 import os
@@ -10,27 +10,27 @@ from types import FrameType
 
 logger = logging.getLogger(__name__)
 
-# sent by a terminal or connection that closes; other systems have no such signal
+# sent when a terminal or connection closes; not on all systems
 HANGUP = None if sys.platform == "win32" else signal.SIGHUP
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM) if HANGUP is None else (signal.SIGINT, signal.SIGTERM, HANGUP)
 POLL_S = 0.5
-GRACE_S = 5.0  # for the main thread to come back from where Python runs no handlers
+GRACE_S = 5.0  # seconds for the main thread to return from code in which Python runs no handlers
 
 
 class Interrupted(Exception):
-    """The user asked to stop before training began; there is nothing to save."""
+    """The user stopped the run before training began; nothing needs saving."""
 
 
 class Interruption:
-    """Remembers that someone asked the run to stop.
+    """Handles requests to stop the run.
 
-    Until `defer()` is called the first signal raises Interrupted at once; loading and caching leave no half-written
-    file. Afterwards the first signal only sets `is_requested`, which the loop reads after each step. The second always
-    stops, unless it is SIGHUP: a terminal that closes may send several, from the shell and from the system.
-    A run that `accelerate launch` started also stops when its launcher is gone, since nobody else would tell it.
+    Until `defer()` is called, the first signal raises Interrupted at once; loading and caching leave no half-written
+    file. Afterwards the first signal only sets `is_requested`, which the loop checks after each step. The second signal
+    always stops the run, except for SIGHUP, which a closing terminal may send several times. A run started by
+    `accelerate launch` also stops when its launcher is gone, because nobody else would signal it.
 
-    Until `defer()` a thread looks on: while a process waits for others, inside torch, Python runs no handlers, so a
-    signal that is not answered soon ends the process from there.
+    Until `defer()` a thread watches: while a process waits for others inside torch, Python runs no handlers, so an
+    unanswered signal ends the process from that thread.
     """
 
     def __init__(self) -> None:
@@ -40,34 +40,34 @@ class Interruption:
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
     def install(self) -> None:
-        """Take over the signals that stop a run, but leave SIGHUP ignored where it is, as under nohup."""
+        """Install the signal handlers; SIGHUP stays ignored if it is, as under nohup."""
         for number in STOP_SIGNALS:
             if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._receive)
-        if os.name == "posix":  # elsewhere a pipe cannot be looked into without waiting
+        if os.name == "posix":  # other systems cannot poll a pipe
             reader, writer = os.pipe()
             for end in (reader, writer):
                 os.set_blocking(end, False)
-            signal.set_wakeup_fd(writer)  # written to at once, wherever the main thread is
+            signal.set_wakeup_fd(writer)  # written at once, wherever the main thread is
             threading.Thread(target=self._watch, args=(reader, writer), daemon=True).start()
 
     def defer(self) -> None:
-        """From here on a signal waits for the end of the step."""
+        """From now on, delay signals until the end of the step."""
         self._is_deferred = True
         self.disarm()
 
     def disarm(self) -> None:
-        """Let the thread that looks on end; signals are handled as before."""
+        """End the watching thread, and restore the previous signal handlers."""
         self._is_over = True
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
 
     def _watch(self, reader: int, writer: int) -> None:
-        """End the process where a signal is not answered, and send one where the launcher is gone."""
+        """End the process if a signal is not handled in time; send one if the launcher is gone."""
         ends_at, number, is_reported = float("inf"), 0, False
         while not self._is_over:
             time.sleep(POLL_S)
-            if self._is_over:  # training has begun: the loop asks `is_requested`, and a signal would be the second
+            if self._is_over:  # the loop checks `is_requested`; a signal would be the second
                 break
             try:
                 stops = [n for n in os.read(reader, 64) if n in STOP_SIGNALS]
@@ -97,7 +97,7 @@ class Interruption:
 
     @property
     def exit_status(self) -> int:
-        """The status of a process that a signal ended, as shells know it: 130 after SIGINT, 143 after SIGTERM."""
+        """The exit status of a process ended by a signal, as shells define it: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + (self._signal or signal.SIGTERM)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

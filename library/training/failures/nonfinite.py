@@ -1,9 +1,9 @@
-"""Losses and gradients that are NaN or infinite: noticed, explained, skipped, and the end of the run if they go on.
+"""Detects NaN or infinite losses and gradients, explains them, skips the step, and ends the run if they persist.
 
-A step counts as damaged where a loss of its batches or the norm of its gradient is not finite; that norm is one number
-for all parameters and is needed for clipping anyway, so watching it costs one read of a number a step. A damaged step
-is left out: weights, optimizer and learning rate stay as they were. The step is counted all the same, so that the
-length of the run and the names of files do not depend on it; accelerate does so with steps that fp16 scaling drops.
+A step is damaged if a loss of its batches or its gradient norm is not finite. Clipping needs that norm anyway, so
+detection costs one read per step. A damaged step is skipped: weights, optimizer and learning rate keep their values. It
+is still counted, so that the length of the run and the file names do not depend on it; accelerate does the same for
+steps that fp16 scaling skips.
 """
 
 import logging
@@ -24,13 +24,13 @@ from library.training.step.losses import add_noise_to
 
 logger = logging.getLogger(__name__)
 
-MAX_IN_A_ROW = 5  # damaged steps that `on_nonfinite=skip` leaves out before it gives up
+MAX_IN_A_ROW = 5  # consecutive damaged steps that `on_nonfinite=skip` tolerates
 MAX_NAMED = 8  # images in a message
-MIN_LOSS_SCALE = 1.0  # fp16 gradients that overflow at a larger loss scale only say that the scale is too large
+MIN_LOSS_SCALE = 1.0  # overflowing fp16 gradients at a larger loss scale only mean that the scale is too large
 
 
 class NonFiniteError(UserError):
-    """The run cannot go on. `last_good` is (step, epoch) of the last step that moved the weights, None before one."""
+    """Training cannot continue. `last_good` is (step, epoch) of the last step that changed the weights, or None."""
 
     def __init__(self, message: str, last_good: tuple[int, int] | None) -> None:
         super().__init__(message)
@@ -39,21 +39,21 @@ class NonFiniteError(UserError):
 
 @dataclass
 class NonFiniteGuard:
-    """Decides for each step whether it may move the weights, and remembers how many did not.
+    """Decides for each step whether it may update the weights, and counts those that may not.
 
-    It is given the losses and the gradient of all processes, so all of them decide alike.
+    It sees the losses and gradients of all processes, so all of them decide alike.
     """
 
     run: Run
-    last_good: tuple[int, int] | None = None  # steps finished with it, epoch
+    last_good: tuple[int, int] | None = None  # (finished steps including it, epoch)
     num_skipped: int = 0
     num_in_a_row: int = 0
     was_traced: bool = False
 
     def allows_step(self, window: Window, losses: Sequence[float], norm: float) -> bool:
-        """Return True if the step of `window` may move the weights; it has `losses` and a gradient of this `norm`.
+        """Return True if the step of `window`, with these `losses` and this gradient `norm`, may update the weights.
 
-        Raises NonFiniteError where the run should end instead.
+        Raises NonFiniteError if the run should end.
         """
         losses_are_finite = all(isfinite(loss) for loss in losses)
         if isfinite(norm) and losses_are_finite:
@@ -80,7 +80,7 @@ class NonFiniteGuard:
         return False
 
     def explain(self, window: Window, losses: Sequence[float], norm: float) -> str:
-        """Describe a damaged step: number, images, noise levels, and the module where it was traced."""
+        """Describe a damaged step: its number, images, noise levels, and the module that the trace found."""
         broken = {place: loss for place, loss in zip(window.places, losses, strict=True) if not isfinite(loss)}
         what = f"loss {next(iter(broken.values()))}" if broken else f"gradient norm {norm} with a finite loss"
         samples, trace = [], None
@@ -98,7 +98,7 @@ class NonFiniteGuard:
         return explanation if trace is None else f"{explanation}; {trace}"
 
     def report(self, step: int) -> None:
-        """The count at the end, if there is something to count. Raises NonFiniteError where no step was good."""
+        """Log the number of skipped steps, if any. Raises NonFiniteError if no step was good."""
         if self.num_skipped and self.last_good is None:
             raise NonFiniteError(f"none of {step} steps had a finite loss and gradient; {advice(self.run)}", None)
         if self.num_skipped:
@@ -113,9 +113,9 @@ def advice(run: Run) -> str:
 
 @contextmanager
 def last_good_saved(writer: Writer) -> Iterator[None]:
-    """Save the adapter as it was after the last good step when a run ends because of damaged ones.
+    """If damaged steps end the run, save the adapter as it was after the last good step.
 
-    Damaged weights are never written; what was saved before stays.
+    Damaged weights are never written; earlier files stay.
     """
     try:
         yield
@@ -128,7 +128,7 @@ def last_good_saved(writer: Writer) -> Iterator[None]:
 
 
 def saved_as(writer: Writer, path: Path, step: int, epoch: int) -> str:
-    """Write the adapter, in the main process; a sentence about it."""
+    """Write the adapter in the main process. Return a sentence about it."""
     if not writer.is_main:
         return "The main process saves the adapter"
     try:

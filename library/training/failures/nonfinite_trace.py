@@ -1,4 +1,4 @@
-"""The module that a NaN or infinity comes from: one batch is computed again with a hook on every module."""
+"""Locates the module that first produces NaN or infinity, by recomputing a batch with a hook on every module."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,15 +18,15 @@ from library.types import Batch
 
 @dataclass
 class Trace:
-    """The modules seen, in the order of the computation."""
+    """The modules seen, in order of computation."""
 
-    damaged_output: str | None = None  # the first module that gave one
+    damaged_output: str | None = None  # the first module with a non-finite output
     input_was_finite: bool = True
-    finite_gradients: list[str] = field(default_factory=list)  # modules in the order of the backward pass
+    finite_gradients: list[str] = field(default_factory=list)  # modules in order of the backward pass
     damaged_gradient: str | None = None
 
     def see_output(self, name: str, inputs: Any, output: Any) -> None:
-        """Note a module that gives what is not finite, and watch the gradients of one that does not."""
+        """Record a module with a non-finite output, and hook the gradients of other modules."""
         if self.damaged_output is None and not all(is_finite(t) for t in tensors_in(output)):
             self.damaged_output = name
             self.input_was_finite = all(is_finite(t) for t in tensors_in(inputs))
@@ -35,7 +35,7 @@ class Trace:
                 tensor.register_hook(partial(self.see_gradient, name))  # type: ignore[no-untyped-call]
 
     def see_gradient(self, name: str, gradient: Tensor) -> None:
-        """Note the first gradient that is not finite, and how far the backward pass came before."""
+        """Record the first non-finite gradient and the modules passed before it."""
         if self.damaged_gradient is not None:
             return
         if is_finite(gradient):
@@ -56,12 +56,12 @@ class Trace:
 
 
 def first_damage(run: Run, batch: Batch, batch_number: int, step: int) -> str:
-    """Compute forward and backward of a batch again, with the draws of the run, and say where the damage begins.
+    """Recompute a batch's forward and backward pass with the run's random draws, and describe where the damage begins.
 
-    Checks every output by itself, so it is slow.
+    Checks every output separately, so it is slow.
     """
     parameters, trace = run.context.network.trainable_parameters(), Trace()
-    kept = [parameter.grad for parameter in parameters]  # those of a later step may be there
+    kept = [parameter.grad for parameter in parameters]  # gradients of a later step may exist
     for parameter in parameters:
         parameter.grad = None
     try:
@@ -81,7 +81,7 @@ def first_damage(run: Run, batch: Batch, batch_number: int, step: int) -> str:
 
 
 def list_models(run: Run) -> Mapping[str, nn.Module]:
-    """Return the models of a step by the names that the report uses."""
+    """Return a step's models by their names in the report."""
     models, adapter = run.context.models, run.context.network.module
     encoders = models.text_encoders
     names = ["text_encoder"] if len(encoders) == 1 else [f"text_encoder_{i + 1}" for i in range(len(encoders))]
@@ -90,7 +90,7 @@ def list_models(run: Run) -> Mapping[str, nn.Module]:
 
 @contextmanager
 def watched(parts: Mapping[str, nn.Module], trace: Trace) -> Iterator[None]:
-    """Show every module's output to `trace` while the block runs."""
+    """Pass every module's output to `trace` inside the block."""
 
     def hook(name: str) -> Any:
         return lambda _, inputs, output: trace.see_output(name, inputs, output)
@@ -107,7 +107,7 @@ def watched(parts: Mapping[str, nn.Module], trace: Trace) -> Iterator[None]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the floating-point tensors of whatever a module takes or gives."""
+    """Yield the floating-point tensors in a module's inputs or outputs."""
     yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 

@@ -1,4 +1,4 @@
-"""Out of memory: what was being done, how much there was, and which options save how much."""
+"""Out-of-memory errors that say what was being done, how much memory there was, and which options save how much."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,23 +17,23 @@ from library.training.reporting.step_events import peak_of_main_memory
 from library.training.run_parts import Run
 
 WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "cannot allocate memory")
-# What cuDNN says without room for any workspace, and the allocator where it may not ask NVML how much memory is left
-# (WSL, MIG; pytorch#112377). Other faults have these words too.
+# Messages of cuDNN without workspace memory, and of the allocator where NVML is not available (WSL, MIG;
+# pytorch#112377). Other faults may contain these words too.
 DISGUISED = ("unable to find an engine to execute this computation", "nvml_success == r internal assert")
 
 
 class OutOfMemoryError(UserError):
-    """Memory ran out; the message says where and what saves some."""
+    """Memory ran out; the message says where, and what saves memory."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes in memory of the parts of a run."""
+    """Bytes of the parts of a run."""
 
     denoiser: int = 0
     text_encoders: int = 0
     vae: int = 0
-    num_trained: int = 0  # parameters, not bytes
+    num_trained: int = 0  # a number of parameters
 
 
 def measure_sizes(run: Run) -> Sizes:
@@ -62,9 +62,9 @@ def explain_out_of_memory(
     sizes: Callable[[], Sizes] = Sizes,
     memory_hints: Callable[[], Sequence[str]] = tuple,
 ) -> Iterator[None]:
-    """Turn running out of memory in this block into OutOfMemoryError; `shape` tells of the batch, "" where none is.
+    """Convert an out-of-memory error inside the block to OutOfMemoryError; `shape` describes the batch, or is "".
 
-    `memory_hints` predicts what other ways of running the block would save; see library.training.planning.advice.
+    `memory_hints` predicts the savings of other configurations; see library.training.planning.advice.
     """
     try:
         yield
@@ -86,7 +86,7 @@ def explain_out_of_memory(
 
 
 def memory_figures(device: torch.device) -> str:
-    """Peak use and size of the device's memory."""
+    """Describe the peak use and the size of the device's memory."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
@@ -105,10 +105,10 @@ def find_savings(
     is_predicted: bool = False,
     ignored: Collection[str] | None = None,
 ) -> Iterator[str]:
-    """Yield what is not used yet and saves memory, the most first, with the bytes where they are known.
+    """Yield options that are unused and save memory, the largest saving first, with bytes where known.
 
-    `is_predicted` leaves out ways of running blocks and storing weights. `ignored` are the options without effect where
-    prompts are trained without images, and None where there are images.
+    `is_predicted` excludes block running and weight formats, which the planner covers. `ignored` holds the options
+    without effect if prompts are trained without images, else None.
     """
     idle = tuple(f"--{name} " for name in ignored or ())
     every = find_all_savings(values, sizes, device, is_predicted)
@@ -124,7 +124,7 @@ def find_all_savings(
     yield from weight_savings(values, sizes, is_predicted)
     if values["vae_batch_size"] > 1:
         yield "--vae_batch_size 1 encodes one image at a time"
-    if not sizes.num_trained and can_have(values, "text_encoder_cpu"):  # models are loaded and captions encoded
+    if not sizes.num_trained and can_have(values, "text_encoder_cpu"):  # while models are loaded and captions encoded
         if (values["text_encoder_batch_size"] or 1) > 1:
             yield "--text_encoder_batch_size 1 encodes one caption at a time"
         yield "--text_encoder_cpu encodes captions on the CPU, which is slow"
@@ -157,7 +157,7 @@ def activation_savings(values: Mapping[str, Any], is_predicted: bool) -> Iterato
 
 
 def weight_savings(values: Mapping[str, Any], sizes: Sizes, is_predicted: bool) -> Iterator[str]:
-    """Yield what makes the frozen models smaller, or lets them leave."""
+    """Yield options that reduce or offload the frozen models."""
     frozen = sizes.denoiser + sizes.text_encoders + sizes.vae
     if values["mixed_precision"] == "no":
         yield f"--mixed_precision bf16 halves models and activations{less(frozen // 2)}"
@@ -177,7 +177,7 @@ def weight_savings(values: Mapping[str, Any], sizes: Sizes, is_predicted: bool) 
 
 
 def can_have(values: Mapping[str, Any], name: str) -> bool:
-    """Return True if this base model has an option that is not used yet."""
+    """Return True if this base model has an option and it is unused."""
     return name in values and not values[name]
 
 

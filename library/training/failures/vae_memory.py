@@ -1,4 +1,4 @@
-"""A VAE for which the GPU's memory does not suffice: it works in tiles, then on the CPU."""
+"""Fallbacks for a VAE that does not fit GPU memory: tiles, then the CPU."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -15,22 +15,22 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Pixels of a tile's side where diffusers leaves it to the configuration, which single files lack. Tiles overlap by a
-# quarter and are blended; each sees no more than itself, so colours can differ a little between them.
+# Tile side in pixels if diffusers takes it from the configuration, which single files lack. Tiles overlap by a quarter
+# and are blended; each is processed separately, so colours may differ slightly between tiles.
 TILE = 512
 
 
 class VaeFallback:
-    """Runs a VAE, and where the GPU's memory runs out runs it again: in tiles, then on the CPU.
+    """Runs a VAE; if GPU memory runs out, runs it again in tiles, then on the CPU.
 
-    What was necessary once is done at once the next time.
+    A fallback that was needed once is used at once the next time.
     """
 
     def __init__(self) -> None:
         self._ways: list[Callable[[nn.Module], AbstractContextManager[Any]]] = [nullcontext, in_tiles, on_cpu]
 
     def run(self, vae: nn.Module, compute: Callable[[], T]) -> T:
-        """Return `compute()`, which uses the VAE where it is; the VAE is as before afterwards.
+        """Return `compute()`, which uses the VAE on its current device; the VAE is restored afterwards.
 
         Raises the error of the last attempt.
         """
@@ -43,7 +43,7 @@ class VaeFallback:
                 if not (is_on_gpu and len(self._ways) > 1 and is_out_of_memory(error)):
                     raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            # Outside of the handler, because the error's traceback keeps the tensors of the attempt.
+            # Outside the handler, because the error's traceback keeps the attempt's tensors alive.
             self._ways.pop(0)
             logger.warning("the GPU has too little memory for the VAE: it works %s (%s)", WORDS[self._ways[0]], reason)
             release_memory()
@@ -51,7 +51,7 @@ class VaeFallback:
 
 @contextmanager
 def in_tiles(vae: nn.Module) -> Iterator[None]:
-    """Let one of diffusers' VAEs compute in overlapping tiles."""
+    """Make a VAE of diffusers compute in overlapping tiles."""
     from diffusers import AutoencoderKL
 
     model: Any = vae

@@ -1,4 +1,4 @@
-"""One adapter on its way through a run: what becomes of its gradients, and what is measured, saved and drawn of it."""
+"""The per-adapter work of a run: updates, validation, checkpoints and previews."""
 
 import logging
 import math
@@ -45,7 +45,7 @@ class PreparedRun:
 
 
 class AdapterRun:
-    """The work of a run for one adapter, step by step; the loop says when, and computes the gradients."""
+    """One adapter of a run. The loop computes the gradients and calls the methods step by step."""
 
     def __init__(self, prepared: PreparedRun, interruption: Interruption, bar: StepBar) -> None:
         self.prepared, self._interruption = prepared, interruption
@@ -61,7 +61,8 @@ class AdapterRun:
 
     @contextmanager
     def ending_alone(self, has_others: bool) -> Iterator[None]:
-        """Where losses are not finite in the block, this adapter is saved and ends, if it `has_others` beside it."""
+        """On a non-finite loss inside the block, save and end this adapter if `has_others`; else the error
+        propagates."""
         with self.named():
             try:
                 with last_good_saved(self.prepared.writer) if has_others else log_prefix(""):
@@ -73,7 +74,7 @@ class AdapterRun:
                 logger.error("%s. The other adapters go on", error)
 
     def begin(self) -> None:
-        """Do what is due before the first step."""
+        """Do the work that precedes the first step."""
         prepared, progress, epoch = self.prepared, self.progress, self.run.plan.epoch_of(self.progress.step)
         if progress.step == 0:
             prepared.previews.before_training(self._interruption)
@@ -86,9 +87,9 @@ class AdapterRun:
         self.run.context.network.start_epoch(*self.run.context.models.network_view)
 
     def move(self, window: Window, own_losses: Tensor, wants_stop: bool) -> bool:
-        """Move the weights by the gradients of `window`; gives whether one of the processes wants to stop.
+        """Apply the gradients of `window`. Return True if any process requests a stop.
 
-        `own_losses` are those of this process's batches. Raises NonFiniteError where the adapter cannot go on.
+        `own_losses` are the losses of this process's batches. Raises NonFiniteError if the adapter cannot continue.
         """
         run, device = self.run, self.run.context.device
         parameters = run.context.network.trainable_parameters()
@@ -105,12 +106,12 @@ class AdapterRun:
         return stops
 
     def finish_step(self, window: Window, stops: bool) -> None:
-        """Count the step, and measure, save and draw what is due after it."""
+        """Count the step, then validate, save and draw as scheduled."""
         prepared, progress, run = self.prepared, self.progress, self.run
         validation, writer, plan = prepared.validation, prepared.writer, self.run.plan
         progress.advance()
         is_last = progress.step >= plan.max_train_steps
-        if stops and is_last:  # nothing is left to stop, but whoever sent the signal may not wait for the validation
+        if stops and is_last:  # training is complete, but whoever sent the signal may not wait for validation
             stops = False
             writer.save_weights_of_end(progress.step, window.epoch)
         is_due = writer.schedule.saves_step(progress.step) or prepared.previews.are_due(progress.step)
@@ -125,7 +126,7 @@ class AdapterRun:
                 with run.times.stage("saving"):
                     writer.save_best(progress.step, window.epoch)
         self._after_step(window.epoch)
-        is_cut = is_last and validation.stop_reason is None  # by the end of the run
+        is_cut = is_last and validation.stop_reason is None  # the run ends here in mid-epoch
         if progress.step % plan.steps_per_epoch == 0 or is_cut:
             if prepared.charts.are_on:
                 average = progress.average.mean
@@ -133,19 +134,19 @@ class AdapterRun:
             self._after_epoch(window.epoch)
 
     def note_end(self, why: str) -> None:
-        """The adapter ends here, before the run is over."""
+        """Record that this adapter ends before the run does."""
         self.progress.ended = why
         if self.run.sweep is not None:
             self.run.sweep.ended[self.run.label] = Ended(self.progress.step, why, self.validation.record.last_losses())
 
     def drop(self, epoch: int) -> None:
-        """End the adapter early because another one is clearly better."""
+        """End the adapter early because another one is significantly better."""
         self.note_end("another one was significantly better (--sweep_stop_after)")
         logger.info("ends after step %d: %s", self.progress.step, self.progress.ended)
         self.prepared.writer.save_end(self.progress, epoch)
 
     def end(self, epoch: int) -> None:
-        """Save what the run has come to."""
+        """Save the final weights and states and log a summary."""
         progress, writer, validation = self.progress, self.prepared.writer, self.prepared.validation
         self._guard.report(progress.step)
         if progress.step >= self.run.plan.max_train_steps:
@@ -158,13 +159,13 @@ class AdapterRun:
             writer.save_interrupted(progress, epoch)
 
     def _after_step(self, epoch: int) -> None:
-        """Save and draw what is due after a step and not done."""
+        """Save and draw what is scheduled after a step and not done yet."""
         self._save_and_draw(
             "step previews", epoch, self.prepared.writer.save_after_step, self.prepared.previews.after_step
         )
 
     def _after_epoch(self, epoch: int) -> None:
-        """Save and draw after an epoch, which the end of the run may have cut short."""
+        """Save and draw what is scheduled after an epoch, which the end of the run may have shortened."""
         prepared = self.prepared
         self._save_and_draw("epoch previews", epoch, prepared.writer.save_after_epoch, prepared.previews.after_epoch)
 
@@ -194,7 +195,7 @@ class AdapterRun:
         epoch = finished_epochs + bool(rest)
         drawn: dict[Part, str] = {"step previews": step_event(progress.step), "epoch previews": epoch_event(epoch)}
         for part, event in drawn.items():
-            is_drawn = previews.are_drawn(event, state.written_at)  # of the main process's prompts; others have none
+            is_drawn = previews.are_drawn(event, state.written_at)  # other ranks have no prompts
             if run.processes.share(f"drawn {part} {run.label}", "yes" if is_drawn else "no") == "yes":
                 progress.done.add(part)
         self._after_step(epoch)
@@ -203,9 +204,9 @@ class AdapterRun:
 
 
 def report_step(run: Run, progress: Progress, charts: Charts, bar: StepBar, result: StepResult) -> None:
-    """Put the losses of a step into the running average, the events, the bar, and the charts: there a point a batch.
+    """Report a step's losses to the running average, events, progress bar and charts (one point per batch).
 
-    The average leaves out losses that are not finite: the step that they belong to moved nothing.
+    Non-finite losses are left out of the average, because their step was skipped.
     """
     window = result.window
     for place, loss in zip(window.places, result.losses, strict=True):

@@ -1,4 +1,4 @@
-"""Batches one ahead: while the device computes one, the next is fetched and copied to it."""
+"""Prefetching: while the device computes one batch, the next is loaded and copied to it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,17 +11,14 @@ from library.memory.devices import is_on, send
 from library.training.reporting.step_times import StepTimes
 from library.types import Batch
 
-TENSORS = ("pixels_BCHW", "latents_BCHW", "masks_B1HW")  # of a batch, that are large; a step sends the others itself
+TENSORS = ("pixels_BCHW", "latents_BCHW", "masks_B1HW")  # large tensors of a batch; a step copies the small ones itself
 
 
 class CudaCopies:
-    """Copies of batches from pinned memory by a stream of their own, beside the arithmetic.
-
-    After `ready` the device computes with the batch that `start` returned.
-    """
+    """Copies from pinned memory on a separate stream, overlapping computation."""
 
     def __init__(self, device: torch.device, on_host: Sequence[str]) -> None:
-        """`on_host` are names of features that stay on the host."""
+        """`on_host` names the features that stay on the host."""
         self._device, self._on_host = device, on_host
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -38,14 +35,14 @@ class CudaCopies:
 
         def note(tensor: Tensor) -> Tensor:
             if is_on(tensor, self._device):
-                tensor.record_stream(computes)  # its memory is the other stream's
+                tensor.record_stream(computes)  # no reuse of its memory before the compute stream is done
             return tensor
 
         moved(batch, self._on_host, note)
 
 
 def moved(batch: Batch, on_host: Sequence[str], move: Callable[[Tensor], Tensor]) -> Batch:
-    """Return a batch whose large tensors are `move`d."""
+    """Return a batch with its large tensors passed through `move`."""
     found: dict[str, Any] = {name: getattr(batch, name) for name in TENSORS}
     found = {name: None if tensor is None else move(tensor) for name, tensor in found.items()}
     if batch.conditioning is not None:
@@ -55,9 +52,9 @@ def moved(batch: Batch, on_host: Sequence[str], move: Callable[[Tensor], Tensor]
 
 
 class Ahead:
-    """The batches of an iterator in their order; `fetch` begins to bring the next one while this one computes.
+    """An iterator over batches; `fetch` starts loading the next batch while the current one computes.
 
-    An error in fetching a batch is raised when the batch is asked for: the steps before it are taken.
+    An error while loading is raised when that batch is requested, after all steps before it.
     """
 
     def __init__(self, batches: Iterator[Batch], count: int, copies: CudaCopies | None, times: StepTimes) -> None:
@@ -82,7 +79,7 @@ class Ahead:
         return batch
 
     def fetch(self) -> None:
-        """Begin to bring the next batch, if there is one and that is not done."""
+        """Start loading the next batch, unless there is none or it is loaded."""
         if self._next is not None or self._error is not None or not self._num_left:
             return
         self._num_left -= 1

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepWatch(Protocol):
-    """Looks on at the steps."""
+    """Observes the steps of a run."""
 
     def noting(self, batches: Iterator[Batch]) -> Iterator[Batch]: ...
     def before_step(self) -> None: ...
@@ -38,7 +38,7 @@ class StepWatch(Protocol):
 FindWorse = Callable[[Mapping[str, Sequence[float]], int, int], list[str]]
 """(validation losses by adapter, number of adapters, of evaluations) -> the adapters that are significantly worse."""
 MemoryHints = Callable[[Sequence[Run], Batch], list[str]]
-"""(the adapters that share the step, its batch) -> options that need less memory, a line each, for OutOfMemoryError."""
+"""(runs that share the step, batch) -> lines naming options that need less memory, for out-of-memory errors."""
 
 
 def train(
@@ -48,16 +48,16 @@ def train(
     memory_hints: MemoryHints = lambda runs, batch: [],
     find_worse: FindWorse | None = None,
 ) -> None:
-    """Train from where the run stands to the last step, or to the step in which the user interrupts.
+    """Train until the last step, or until the step in which the user interrupts the run.
 
-    Either way each adapter is saved. `watch` is called around the arithmetic of each step; `find_worse` is required
-    where adapters may end early. A resumed run first makes what was due at the step of its state and had not been done.
+    Every adapter is saved in both cases. `watch` is called around each step; `find_worse` is required if adapters may
+    end early. A resumed run first does the work that was scheduled at the step of its state and not finished.
     """
-    run, step = adapters[0].run, adapters[0].progress.step  # of what all adapters share
+    run, step = adapters[0].run, adapters[0].progress.step  # shared by all adapters
     plan, is_main = run.plan, run.processes.is_main
     bar = StepBar(plan.max_train_steps, step, is_main)
     adapter_runs = [AdapterRun(one, interruption, bar) for one in adapters]
-    num_adapters = len(adapters) + (0 if run.sweep is None else len(run.sweep.ended))  # also of those that are over
+    num_adapters = len(adapters) + (0 if run.sweep is None else len(run.sweep.ended))  # including those that have ended
     stops = False
     epoch = plan.epoch_of(step)
     for one in adapter_runs:
@@ -111,7 +111,8 @@ def train(
 
 
 def delete_outdated(adapter_runs: Sequence[AdapterRun]) -> None:
-    """Delete outdated files if every adapter has saved this step, since a sweep resumes where all have a state."""
+    """Delete outdated files once every adapter has saved this step: a sweep resumes from a step that all adapters
+    have."""
     writers = [one.prepared.writer for one in adapter_runs]
     if all(w.rotation.saved_step == one.progress.step for w, one in zip(writers, adapter_runs, strict=True)):
         for one, writer in zip(adapter_runs, writers, strict=True):
@@ -122,7 +123,7 @@ def delete_outdated(adapter_runs: Sequence[AdapterRun]) -> None:
 def end_worse(
     going: list[AdapterRun], step: int, epoch: int, num_adapters: int, find_worse: FindWorse
 ) -> list[AdapterRun]:
-    """Leave out the adapters that end early, after saving their files."""
+    """End the adapters that are significantly worse, after saving their files. Return the others."""
     after = going[0].run.options.sweep.sweep_stop_after if going else None
     if after is None or step < after:
         return going
@@ -138,7 +139,7 @@ def end_worse(
 
 
 def end_stopped(adapter_runs: Sequence[AdapterRun], epoch: int) -> list[AdapterRun]:
-    """Those that train on; what the others come to is saved."""
+    """End the adapters whose validation stopped them, after saving. Return those that keep training."""
     for one in adapter_runs:
         if one.validation.stop_reason is not None and not one.progress.ended:
             with one.named():
@@ -147,10 +148,10 @@ def end_stopped(adapter_runs: Sequence[AdapterRun], epoch: int) -> list[AdapterR
 
 
 def iterate_batches(run: Run, epoch: int, first_step: int) -> Ahead:
-    """This process's batches of an epoch, in order, from the one after `first_step` on; no other is read."""
+    """Iterate over this process's batches of an epoch that follow `first_step` finished steps; no others are loaded."""
     dataset, cache = run.options.dataset, run.context.arch.text_cache
     windows = run.plan.windows(epoch, first_step)
-    places = array("i", (place for window in windows for place in assign_places(run, window)))  # may be a million
+    places = array("i", (place for window in windows for place in assign_places(run, window)))  # up to a million
     batches = run.batches.of_epoch(
         epoch,
         places,
@@ -169,16 +170,16 @@ def accumulate_gradients(
     fetch_next: Callable[[], None] = lambda: None,
     memory_hints: MemoryHints = lambda runs, batch: [],
 ) -> list[Tensor]:
-    """Add the gradients of this process's share of a window; gives the losses of its batches, for each adapter.
+    """Accumulate the gradients of this process's batches of a window. Return their losses, for each adapter.
 
-    `fetch_next` is called once the device has got its work on a batch.
+    `fetch_next` is called when all work on a batch is queued on the device.
     """
     run = runs[0]
     losses: list[list[Tensor]] = [[] for _ in runs]
     num_own = len(window.share(run.processes.rank, run.processes.count))
     for number, place in enumerate(assign_places(run, window)):
         batch = next(batches)
-        # The gradient of a loss that is divided by infinity is zero.
+        # A padding batch is divided by infinity, so its gradient is zero.
         size = len(window.places) if number < num_own else math.inf
         doing = f"computing step {window.step + 1}, forward and backward"
         shape, predicted = describe_shape(batch), partial(memory_hints, runs, batch)
@@ -197,7 +198,8 @@ def accumulate_gradients(
 
 
 def assign_places(run: Run, window: Window) -> list[int]:
-    """Return the places that this process computes for a window: its share, and in step with others a stand-in."""
+    """Return the positions that this process computes: its share of the window, and a padding batch if a sharded
+    model needs one."""
     processes = run.processes
     share = [*window.share(processes.rank, processes.count)]
     stand_in = None
@@ -207,7 +209,7 @@ def assign_places(run: Run, window: Window) -> list[int]:
 
 
 def backward(run: Run, batch: Batch, batch_number: int, window_size: float, step: int) -> Tensor:
-    """Add the gradient of one batch; gives its loss."""
+    """Accumulate the gradient of one batch. Return its loss."""
     losses = []
     with run.context.alone():
         for one in split_passes(run.context, batch):

@@ -1,4 +1,4 @@
-"""One batch for several adapters at once: the frozen model runs once over the rows of all of them.
+"""One batch for several adapters: the frozen model runs once on the stacked rows of all adapters.
 
 Letters: M adapters, B samples of the batch, C channels, H height, W width.
 """
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StackedNetworks:
-    """The networks that act on the rows of a batch, each on its own part of them."""
+    """Several networks, each acting on its own part of the rows."""
 
     contexts: Sequence[StepContext]
 
@@ -44,7 +44,8 @@ class StackedNetworks:
 def is_stacked(runs: Sequence[Run], batch: Batch) -> bool:
     """Return True if the adapters share a pass.
 
-    From prompts each draws latents of its own, and pairs change the strength of an adapter within a step.
+    They do not for prompts without images, where each adapter draws its own latents, or for pairs, which change an
+    adapter's strength within a step.
     """
     return len(runs) > 1 and batch.concept is None and not runs[0].context.pairs.are_trained
 
@@ -52,9 +53,9 @@ def is_stacked(runs: Sequence[Run], batch: Batch) -> bool:
 def backward_stacked(
     runs: Sequence[Run], batch: Batch, batch_number: int, window_size: float, step: int
 ) -> list[Tensor]:
-    """Add to every adapter's gradients those of one batch; gives the loss of each.
+    """Accumulate the gradients of one batch for every adapter. Return each adapter's loss.
 
-    Noise, noise levels and dropout of an adapter are functions of its seed, as in its run alone.
+    Noise, noise levels and dropout are functions of each adapter's seed, as in a run of that adapter alone.
     """
     first, contexts, times = runs[0], [run.context for run in runs], runs[0].times
     assert first.turns is not None
@@ -75,7 +76,7 @@ def backward_stacked(
 
 
 def stacked_losses(contexts: Sequence[StepContext], batch: Batch, many: Batch, batch_number: int) -> Sequence[Tensor]:
-    """Return the loss of each adapter, scalars with gradient; `many` is the batch once for each of them."""
+    """Return each adapter's loss, scalars with gradient; `many` repeats the batch once per adapter."""
     first, count = contexts[0], len(contexts)
     noised = of_each_seed(contexts, lambda context: add_noise_to(context, batch, batch_number, is_checked=False))
     extra = of_each_seed(
@@ -92,7 +93,7 @@ def stacked_losses(contexts: Sequence[StepContext], batch: Batch, many: Batch, b
 
 
 def of_each_seed(contexts: Sequence[StepContext], make: Callable[[StepContext], T]) -> list[T]:
-    """Call `make` for each context, once for those of one seed."""
+    """Call `make` once for each distinct seed, and return a result for each context."""
     made: dict[int, T] = {}
     for context in contexts:
         if context.seed not in made:
@@ -107,7 +108,7 @@ def stacked_conditioning(
     batch_number: int,
     extra: Sequence[Conditioning],
 ) -> Conditioning:
-    """Text features of all rows. Text encoders that train run once over the captions of all adapters."""
+    """Return the text conditioning of all rows. Text encoders that train run once on the captions of all adapters."""
     if contexts[0].trains_text_encoder:
         whole = build_conditioning(contexts[0], many, join_conditioning(extra))
         parts = [

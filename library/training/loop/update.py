@@ -1,8 +1,8 @@
 """Applies a step's gradients: clip, optimizer step, report.
 
-Whether a step is good can be known only once the device has computed it. Where the optimizer can leave a step out by
-itself, by a number on the device, the host gives it the next step meanwhile and hears of this one afterwards, just
-before the next one moves the weights. Nothing else is different: a learning rate is that after all steps before it.
+Whether a step is finite is known only after the device has computed it. If the optimizer can skip a step by a flag on
+the device, the host queues the next step meanwhile and reads the result just before the next update. Results are
+identical: each learning rate still follows from all steps before it.
 """
 
 import logging
@@ -30,33 +30,34 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step that was taken and is still to be told."""
+    """A step that is computed and not reported yet."""
 
     window: Window
-    numbers: Readback  # its losses and the norm
+    numbers: Readback  # losses and gradient norm
     rates: list[float]
     limited: Readback | None
-    is_judged: bool  # whether the guard has seen it
+    is_judged: bool  # whether the guard has checked it
 
 
 class Updates:
-    """Moves the weights step by step, and tells of each step once.
+    """Updates the weights step by step and reports each step once.
 
-    A step that is not finite is left out: neither weights nor optimizer nor learning rate move.
+    A non-finite step is skipped: weights, optimizer and learning rate stay as they are.
     """
 
     def __init__(
         self, run: Run, guard: NonFiniteGuard, norm_limit: float | None, tell: Callable[[StepResult], None]
     ) -> None:
-        """`norm_limit` limits the norms of weight changes."""
+        """`norm_limit` is the limit of --scale_weight_norms."""
         self._run, self._guard, self._norm_limit, self._tell = run, guard, norm_limit, tell
         self._last: PendingStep | None = None
         self.reports_late = skips_by_itself(run)
 
     def take(self, window: Window, losses: Tensor) -> None:
-        """Clip, move the weights and forget the gradients of `window`, whose batches have these `losses`.
+        """Clip the gradients of `window`, update the weights and clear the gradients; `losses` are those of its
+        batches.
 
-        The step before must have been told. Raises NonFiniteError where the run should end.
+        The previous step must have been reported. Raises NonFiniteError if the run should end.
         """
         assert self._last is None
         run, optimizer, scaler = self._run, self._run.optimization.optimizer, self._run.optimization.scaler
@@ -73,9 +74,9 @@ class Updates:
         self._last = PendingStep(window, numbers, rates, limited, is_judged=not self.reports_late)
 
     def tell(self) -> None:
-        """Tell of the last step, if that is still to be done; the learning rate is the next one's afterwards.
+        """Report the last step if that is pending, and advance the learning rate.
 
-        Raises NonFiniteError where the run should end.
+        Raises NonFiniteError if the run should end.
         """
         if self._last is None:
             return
@@ -91,13 +92,13 @@ class Updates:
 
     @contextmanager
     def reported_at_end(self) -> Iterator[None]:
-        """Leave no step untold when the block ends, by an error or not: what is saved then must know of it."""
+        """Report a pending step when the block ends, even by an error, so that what is saved then includes it."""
         try:
             yield
         except Exception:
             try:
                 self.tell()
-            except UserError:  # that the step was damaged came first
+            except UserError:  # a damaged step takes precedence
                 raise
             except Exception as second:
                 logger.debug("the last step could not be told either:", exc_info=second)
@@ -105,7 +106,7 @@ class Updates:
         self.tell()
 
     def _update(self, window: Window, losses: Tensor) -> Readback:
-        """Gives the losses and the norm of the gradient."""
+        """Return the losses and the gradient norm."""
         run, optimizer, scaler = self._run, self._run.optimization.optimizer, self._run.optimization.scaler
         parameters = run.context.network.trainable_parameters()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -140,10 +141,9 @@ class Updates:
 
 
 def skips_by_itself(run: Run) -> bool:
-    """Return True if the optimizer can skip a step by a flag on the device, and nothing else must know of it before.
+    """Return True if the optimizer can skip a step by a flag on the device and nothing else must know beforehand.
 
-    torch's fused optimizers can, for loss scaling. A loss scale is found by reading, and a network that looks at
-    gradients must see good ones only.
+    Loss scaling reads the flag on the host, and a network that inspects gradients must see finite ones only.
     """
     optimizer, network = run.optimization.optimizer, run.context.network
     is_fused = all(group.get("fused") for group in optimizer.param_groups)
@@ -163,7 +163,7 @@ def left_out_if(optimizer: Optimizer, is_damaged: Tensor) -> Iterator[None]:
 
 
 def round_weights(run: Run, step: int) -> AbstractContextManager[None]:
-    """Round the weights after optimizer step `step` at random, where that is wanted."""
+    """Round the weights stochastically after optimizer step `step`, if requested."""
     if not (run.options.optimizer.stochastic_rounding and run.options.precision.full_bf16):
         return nullcontext()
     device = run.context.device
@@ -172,7 +172,7 @@ def round_weights(run: Run, step: int) -> AbstractContextManager[None]:
 
 
 def wanted_norm_limit(run: Run) -> float | None:
-    """Return the largest norm; None where there is no limit, or where this network cannot do it, which is warned of.
+    """Return the limit of weight norms; None without one, or with a warning if the network does not support it.
 
     Raises UserError for a negative limit.
     """

@@ -1,4 +1,4 @@
-"""Check that this device multiplies in 8 bits, and does so correctly."""
+"""Checks that this device supports 8-bit matrix products and computes them correctly."""
 
 import logging
 
@@ -17,17 +17,16 @@ from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)
 
-SIDE = 128  # of the matrices that are tried
-MOST_ERROR = 0.1  # of what a product gives: fp8 is off by 3 to 4 %
+SIDE = 128  # of the test matrices
+MOST_ERROR = 0.1  # relative error of a product; fp8 has 3 to 4 %
 NEEDS = "int8 needs a card of compute capability 7.5 (RTX 20), 8-bit floating point 8.9 (RTX 40, H100)"
 
 
 def check_arithmetic(name: str | None, module: str | None, arch: Architecture, compute: Compute) -> None:
-    """Try a product of each kind that the run needs on its device.
+    """Try each kind of 8-bit product that the run needs on its device.
 
-    `name` is the weight format of the denoiser, None for that of its file; `module` the network module.
-
-    Raises UserError, before weights are read, where there is nothing to multiply so or the device cannot.
+    `name` is the denoiser's weight format, None for that of its file; `module` is the network module. Raises UserError,
+    before weights are read, if there is nothing to multiply in 8 bits or the device cannot.
     """
     kinds = {code_dtype(name)} if name is not None else kinds_in_file(arch)
     for kind in sorted(kinds, key=str):
@@ -48,7 +47,7 @@ def code_dtype(name: str) -> torch.dtype:
 
 
 def kinds_in_file(arch: Architecture) -> set[torch.dtype]:
-    """Return the formats of the codes that the checkpoint has. Raises UserError where none can be multiplied."""
+    """Return the dtypes of 8-bit codes in the checkpoint. Raises UserError if none can be multiplied."""
     layers = frozen_layers(on_meta_device(arch.load).denoiser(AS_IN_FILE))
     found = [layer.decoder.codes(layer.own_parts()) for layer in layers if isinstance(layer, FrozenLinear)]
     kinds = {codes.codes_OI.dtype for codes in found if codes is not None and codes.can_be_multiplied}
@@ -61,9 +60,9 @@ def kinds_in_file(arch: Architecture) -> set[torch.dtype]:
 
 
 def try_kind(kind: torch.dtype, compute: Compute) -> None:
-    """Multiply two small matrices on the device. Raises UserError where that fails or the product is wrong.
+    """Multiply two small matrices on the device. Raises UserError if that fails or the product is wrong.
 
-    Large matrices are not timed: on a GPU the gain depends on the sizes of a run's layers and images.
+    Large matrices are not timed: the gain on a GPU depends on the sizes of a run's layers and images.
     """
     device, name = compute.device, str(kind).removeprefix("torch.")
     try:
@@ -87,7 +86,7 @@ def try_kind(kind: torch.dtype, compute: Compute) -> None:
 
 
 def made_up(kind: torch.dtype, side: int, compute: Compute) -> tuple[Tensor, Codes]:
-    """Return an input and a weight, both square."""
+    """Return a random input and a random weight, both square."""
     generator = torch.Generator().manual_seed(side)
     x = torch.randn(side, side, generator=generator).to(compute.device, compute.dtype)
     codes_OI = (40 * torch.randn(side, side, generator=generator)).clamp(-127, 127).to(compute.device).to(kind)
@@ -95,7 +94,7 @@ def made_up(kind: torch.dtype, side: int, compute: Compute) -> tuple[Tensor, Cod
 
 
 def measure_error(x: Tensor, weight: Codes) -> float:
-    """Return how far products are off, as shares of their size, the worse of output and gradient."""
+    """Return the relative error of a product, the worse of output and gradient."""
     whole = weight.codes_OI.double().cpu() * weight.scales.double().cpu()
     exact = x.double().cpu()
 

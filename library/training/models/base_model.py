@@ -1,4 +1,4 @@
-"""The first stage of the set-up: the frozen models, and what is encoded once with them."""
+"""First stage of the set-up: the frozen models, and what they encode once."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,11 +31,11 @@ class LoadedModels:
     """The loaded models and the caches built with them."""
 
     models: Models
-    live_text: LiveText | None  # the text encoders in memory where the outputs of others are cached
-    prompts: Mapping[str, Conditioning] | None  # cached features of the previews' prompts; None where none are cached
+    live_text: LiveText | None  # text encoders that still run while the outputs of others are cached
+    prompts: Mapping[str, Conditioning] | None  # cached features of preview prompts; None if nothing is cached
     latents: LatentStore = NO_LATENTS
     texts: TextStore = NO_TEXTS
-    concepts: Mapping[str, Conditioning] | None = None  # features of all prompts where there are no images
+    concepts: Mapping[str, Conditioning] | None = None  # features of prompts that are trained without images
 
 
 def load_models(
@@ -48,11 +48,11 @@ def load_models(
     processes: Processes,
     reader: str,
 ) -> LoadedModels:
-    """Encode images, captions and prompts where they are to be cached, then load what trains.
+    """Encode images, captions and prompts if they are cached, then load what trains.
 
-    One model after the other, the largest last: VAE and text encoders that have encoded everything leave memory before
-    the denoiser comes, so the peak of a cached run is the denoiser alone. `reader` is the network module that reads
-    the adapters to merge.
+    Models are loaded one after the other, the largest last: a VAE or text encoder that has encoded everything leaves
+    memory before the denoiser is loaded, so the peak of a cached run is the denoiser alone. `reader` is the network
+    module that reads the adapters to merge.
     """
     vae, latents = prepare_vae(options.caching, arch, seed, data, processes)
     release_memory(options.memory.highvram)
@@ -70,7 +70,7 @@ def load_models(
 def prepare_vae(
     caching: CachingOptions, arch: Architecture, seed: int, data: TrainingData, processes: Processes
 ) -> tuple[nn.Module | None, LatentStore]:
-    """Return the VAE on the device, or None once it has encoded every image and left memory; and its latents."""
+    """Return (VAE on the device, latents); the VAE is None once it has encoded every image and is unloaded."""
     if data.prompts is not None:
         return None, NO_LATENTS
     if not caching.cache_latents:
@@ -89,7 +89,7 @@ def encode_images(
 ) -> LatentStore:
     """Cache the latents of every image.
 
-    The VAE is not loaded where every entry is there and is trusted.
+    The VAE is loaded only if an entry is missing or must be verified.
     """
 
     @cache
@@ -113,7 +113,7 @@ def encode_images(
 
 
 def hash_module(module: nn.Module) -> str:
-    """Return a hash of a module's weights, names and dtypes."""
+    """Return a hash of a module's names, dtypes and weights."""
     digest = blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,4 +1,4 @@
-"""The third stage of the set-up: how the blocks of the models run."""
+"""Second stage of the set-up: attaches the adapter, and sets how blocks run."""
 
 import logging
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from networks.core.protocol import AdoptedNetwork
 
 logger = logging.getLogger(__name__)
 
-# A CUDA graph keeps its outputs in memory of its own, which the next run of the graph overwrites: blocks that share a
-# compiled graph overwrite each other's outputs before the backward pass has read them.
+# A CUDA graph keeps its outputs in its own memory, which the graph's next run overwrites: blocks that share a compiled
+# graph would overwrite each other's outputs before the backward pass reads them.
 MODES_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
@@ -28,7 +28,7 @@ def choose_block_runner(
     models: Models,
     networks: Sequence[AdoptedNetwork],
 ) -> None:
-    """Set how blocks run: plainly or recomputed, and compiled or not. The base model stays in eval mode."""
+    """Set how blocks run: plain or recomputed, compiled or not. The base model stays in evaluation mode."""
     for model in (models.denoiser, *models.text_encoders):
         model.eval().requires_grad_(False)
     for network in networks:
@@ -44,7 +44,7 @@ def choose_block_runner(
 
 
 def compile_settings(options: CompileOptions) -> CompileSettings:
-    """Return the settings of the compiler; the older option for it names another backend."""
+    """Return the compiler's settings; --dynamo_backend selects the backend."""
     backend = options.compile_backend if options.compile else options.dynamo_backend
     mode = MODES_WITHOUT_GRAPHS.get(options.compile_mode, options.compile_mode)
     if mode != options.compile_mode:
@@ -64,7 +64,7 @@ def compile_settings(options: CompileOptions) -> CompileSettings:
 
 
 def block_runner(memory: MemoryOptions) -> BlockRunner:
-    """Return how one model's blocks run: each has its own, since every n-th block is counted."""
+    """Return how one model's blocks run. Each model needs its own runner, because every n-th block is counted."""
     if not memory.recomputes:
         return plain
     runner = RecomputeFromMainMemory() if memory.offloads_inputs else recompute

@@ -1,6 +1,6 @@
-"""Before anything is read or encoded: the adapter, the optimizer and the schedule are made once without weights.
+"""Builds adapter, optimizer and schedule once without weights, before anything is read or encoded.
 
-A wrong network argument or a missing optimizer would otherwise show after minutes of loading and caching.
+Otherwise a wrong network argument or a missing optimizer would only show after minutes of loading and caching.
 """
 
 import logging
@@ -31,24 +31,24 @@ def check_batches(
     arch: Architecture,
     max_train_steps: int,
 ) -> None:
-    """Make adapter, optimizer and schedule as the run will, on models without values, and forget them.
+    """Build adapter, optimizer and schedule as the run will, on meta models, and discard them.
 
-    Raises UserError for whatever of the options of network, optimizer and schedule would end the run later. Modules of
-    third parties are only imported: they may need real weights.
+    Raises UserError for any option of these that would end the run later. Third-party network modules are only
+    imported, because they may need real weights.
     """
     name = network_options.network_module
     assert name is not None
     with mute_logging(), torch.random.fork_rng(devices=[]):
         module = open_network_module(name)
         groups = [{"params": [], "lr": optimizer.learning_rate}]
-        if name.startswith(OURS):  # modules of others may compute with weights while they are made
-            import_module("torch._dynamo")  # transformers' models do so too, but torch 2.7 cannot under a device
+        if name.startswith(OURS):  # other modules may compute with weights while being built
+            import_module("torch._dynamo")  # transformers' models import it too; torch 2.7 cannot under a device
             with torch.device("meta"):
                 network = adopt(create(network_options, module, models_on_meta_device(arch)))
             groups, _ = network.parameter_groups(
                 network_options.text_encoder_lr, network_options.unet_lr, optimizer.learning_rate
             )
-        # Some optimizers look at their parameters when they are made, which those on the meta device do not survive.
+        # Some optimizers inspect their parameters when built, which fails on the meta device.
         stand_ins = [{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups]
         built = build_optimizer(optimizer, stand_ins)
         schedule = build_schedule(scheduler, built, max_train_steps)
@@ -56,7 +56,7 @@ def check_batches(
 
 
 def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:
-    """Step a schedule class of others once: StepLR takes a step_size of 0 and divides by it in its first step."""
+    """Step a third-party schedule once: StepLR, for example, divides by a step_size of 0 in its first step."""
     if not options.lr_scheduler_type:
         return
     try:
@@ -69,10 +69,10 @@ def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:
 def models_on_meta_device(arch: Architecture) -> Models:
     """Return the models that get adapters, on the meta device."""
     loader = on_meta_device(arch.load)
-    with importing("models"):  # nearly all of the time that this takes
+    with importing("models"):  # takes nearly all of this function's time
         try:
             encoders = loader.text_encoders()
-        except NotThere:  # then captions are cached, and they get no adapter
+        except NotThere:  # then captions are cached, and the encoders get no adapter
             encoders = []
         denoiser = loader.denoiser()
     return Models(denoiser, encoders, None, arch.view(encoders, denoiser))
@@ -80,7 +80,7 @@ def models_on_meta_device(arch: Architecture) -> Models:
 
 @contextmanager
 def mute_logging() -> Iterator[None]:
-    """Log nothing: the run itself will say it all."""
+    """Disable logging; the run itself logs the same."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

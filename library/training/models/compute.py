@@ -1,4 +1,4 @@
-"""Where and in which number format a run computes."""
+"""The device and dtype that a run computes with."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from library.training.step.context import Autocast
 
 @dataclass(frozen=True)
 class Compute:
-    """The device of this process, and the dtype of arithmetic on it."""
+    """The device of this process, and its compute dtype."""
 
     device: torch.device
     dtype: torch.dtype
@@ -22,5 +22,5 @@ class Compute:
     def build(cls, precision: PrecisionOptions, device: torch.device) -> "Compute":
         """Read the compute dtype and autocast from the options."""
         dtype = DTYPES[precision.mixed_precision]
-        # autocast to float32 would be a no-op that costs a lookup in every operation
+        # autocast to float32 would only cost a lookup per operation
         return cls(device, dtype, nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype))

@@ -18,10 +18,10 @@ FIXED_WORKSPACES = ":4096:8"
 
 @contextmanager
 def cuda_kernels(options: KernelOptions) -> Iterator[None]:
-    """Let torch take the kernels that are asked for, and put its settings back at the end.
+    """Enable the requested kernels inside the block, and restore torch's settings afterwards.
 
-    What is not asked for stays as torch, or a program that imports a script, has it. To be entered before anything is
-    computed on a card, and around `deterministic`, which takes cuDNN's trials back.
+    Settings that are not requested stay as torch, or a program that imports a script, has set them. Enter before
+    anything runs on a GPU, and outside `deterministic`, which disables cuDNN's benchmark.
     """
     asked = [f"--{name}" for name, value in options.flat().items() if value]
     if asked and not torch.cuda.is_available():

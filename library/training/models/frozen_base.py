@@ -1,4 +1,4 @@
-"""How the weights of the frozen models are stored, and where they wait."""
+"""How the frozen models' weights are stored, and which of them are offloaded."""
 
 import logging
 import shutil
@@ -37,11 +37,11 @@ from library.training.step.context import Models
 
 logger = logging.getLogger(__name__)
 
-NUM_STAYING = 2  # blocks of each kind, as sd-scripts has it
+NUM_STAYING = 2  # blocks of each kind that are not offloaded, as in sd-scripts
 
 
 def check_base(format_name: str | None, num_offloaded: int, arch: Architecture) -> None:
-    """Raise UserError, before anything is read, for a weight format or a number of blocks that cannot be had."""
+    """Raise UserError, before anything is read, for an unsupported weight format or number of blocks."""
     check_format(format_name)
     if num_offloaded:
         denoiser = on_meta_device(arch.load).denoiser()
@@ -50,7 +50,7 @@ def check_base(format_name: str | None, num_offloaded: int, arch: Architecture) 
 
 
 def check_main_memory(format_name: str | None, num_offloaded: int, denoiser: nn.Module) -> None:
-    """Raise UserError where the denoiser in its format does not fit main memory, which it passes through."""
+    """Raise UserError if the denoiser in its weight format does not fit main memory, which it passes through."""
     cost = StorageCost.of(format_name)
     needed = ModelWeights.of(denoiser, layers_in_blocks(denoiser).values(), []).resident_bytes(cost, ())
     free = psutil.virtual_memory().available
@@ -63,10 +63,11 @@ def check_main_memory(format_name: str | None, num_offloaded: int, denoiser: nn.
 
 
 def offloaded_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
-    """Return how many blocks of each stack are offloaded, counted as sd-scripts counts them.
+    """Return the number of offloaded blocks of each stack, counted as in sd-scripts.
 
-    Of two kinds half of the number is of the first, and the rest stands for two of the second each; if one kind has too
-    few, the other has more. Two blocks of each kind have to stay. Raises UserError where there are not so many.
+    With two kinds of blocks, half of the number is taken from the first kind and the other half counts two blocks of
+    the second kind each; if one kind has too few, the other one offloads more. Two blocks of each kind stay. Raises
+    UserError if there are not enough blocks.
     """
     if num_blocks > (most := most_offloaded(stacks)):
         has = " and ".join(str(len(stack)) for stack in stacks)
@@ -76,7 +77,7 @@ def offloaded_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
         )
     if len(stacks) == 1:
         return [num_blocks]
-    # Where there are many more of the second kind, half of the number would leave most of these on the GPU.
+    # With many more blocks of the second kind, half of the number would leave most of them on the GPU.
     room, room_of_second = room_in_stacks(stacks)
     first = max(min(num_blocks // 2, room), num_blocks - room_of_second // 2)
     return [first, 2 * (num_blocks - first)]
@@ -94,7 +95,7 @@ def room_in_stacks(stacks: Stacks) -> list[int]:
 
 
 def open_sharded(options: DistributedOptions, processes: Processes) -> ShardedModel | None:
-    """Return what shards the denoiser over processes; None where each keeps all of it."""
+    """Return what shards the denoiser over processes; None if each process keeps all of it."""
     size = options.shard_group
     if not options.shard_base or size is None or processes.count == 1:
         return None
@@ -109,9 +110,9 @@ def resolve_base(
     compute: Compute,
     processes: Processes,
 ) -> None:
-    """Store the frozen models as they are to stay, and bring the denoiser to the device.
+    """Store the frozen models in their weight formats and move the denoiser to the device.
 
-    After other adapters are merged into them; before the adapter, which may look at the weights.
+    Call after other adapters are merged, and before the adapter is attached, which may read the weights.
     """
     kept = sum(isinstance(layer.decoder, Scaled) for layer in frozen_layers(models.denoiser))
     if kept:
@@ -132,7 +133,7 @@ def resolve_base(
 
 
 def use_8bit_matmul(denoiser: nn.Module) -> None:
-    """Let the denoiser's layers multiply in 8 bits, and log which cannot. Before their weights are offloaded."""
+    """Make the denoiser's layers multiply in 8 bits, and log those that cannot. Call before weights are offloaded."""
     layers = list(frozen_layers(denoiser))
     count = multiply_codes(layers)
     left = Counter(explain_no_matmul(layer) for layer in layers if not layer.multiplies_codes)
@@ -144,7 +145,7 @@ def use_8bit_matmul(denoiser: nn.Module) -> None:
 
 
 def explain_no_matmul(layer: FrozenLayer) -> str:
-    """Say what keeps a layer from multiplying in 8 bits."""
+    """Explain why a layer cannot multiply in 8 bits."""
     if not isinstance(layer, FrozenLinear):
         return "convolutions"
     codes = layer.decoder.codes(layer.handle())
@@ -154,7 +155,7 @@ def explain_no_matmul(layer: FrozenLayer) -> str:
 
 
 def shard_blocks(sharded: ShardedModel, denoiser: nn.Module, stacks: Stacks) -> None:
-    """Spread what was not taken while it was read, and bring the shares together by block."""
+    """Shard what was not sharded while reading, and group the shards by block."""
     store_all_in(Plain(), layers_in_blocks(denoiser).values())
     for layer in frozen_layers(denoiser):
         sharded.take(layer)
@@ -171,10 +172,10 @@ def shard_blocks(sharded: ShardedModel, denoiser: nn.Module, stacks: Stacks) -> 
 
 
 def offload_blocks(num_blocks: int, stacks: Stacks, device: torch.device, processes: Processes) -> None:
-    """Stream the weights of as many blocks; those that are stored in no format yet keep their own.
+    """Offload the weights of `num_blocks` blocks; blocks without a weight format keep their dtype.
 
-    Processes of one machine wait for the first of them, which copies the weights to where all find them. Once all have
-    mapped the files, their names are deleted, so that the memory is free as soon as the last process has ended.
+    Processes of one machine wait for the first one, which copies the weights into shared files. Once all have mapped
+    these files they are unlinked, so that the memory is freed as soon as the last process ends.
     """
     store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
     waiting = offloaded_blocks(num_blocks, stacks)

@@ -1,4 +1,4 @@
-"""The frozen models as a run computes with them: the denoiser is read last, with adapters merged into it."""
+"""Loads the frozen models: the denoiser is read last, with adapters merged into it."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from library.training.step.context import Models
 from networks.core.protocol import OURS, adopt, open_network_module
 
 Change = Callable[[Tensor], Tensor]
-"""The values of a parameter to what an adapter makes of them."""
+"""Returns a parameter's value with an adapter merged into it."""
 
 
 def load_frozen(
@@ -32,12 +32,11 @@ def load_frozen(
     reader: str,
     sharded: ShardedModel | None = None,
 ) -> Models:
-    """Read the denoiser in its weight format, and merge adapters into it, text encoders and VAE.
+    """Read the denoiser in its weight format, and merge adapters into it, the text encoders and the VAE.
 
-    Networks of our own are merged weight by weight as these are read, before they are stored in a format or spread
-    over processes: no more than one of them is ever there as numbers. Networks of others, where `reader` is such a
-    module, need all of them, which sharding excludes (`sharding_values`). Raises UserError for a file that does
-    not fit.
+    Our own networks are merged weight by weight while these are read, before they are converted to a weight format or
+    sharded, so that at most one weight exists in full precision. A third-party `reader` needs all weights at once,
+    which sharding excludes (`sharding_values`). Raises UserError for a file that does not fit.
     """
     merges, is_ours = bool(options.base_weights), reader.startswith(OURS)
     assert is_ours or sharded is None or not merges
@@ -56,7 +55,7 @@ def load_frozen(
 
 
 def iterate_base_weights(wanted: NetworkOptions) -> Iterator[tuple[str, float]]:
-    """Yield the adapter files to merge and how strongly they act; a missing multiplier is 1."""
+    """Yield the adapter files to merge with their multipliers (1 if missing)."""
     multipliers = wanted.base_weights_multiplier or []
     for place, file in enumerate(wanted.base_weights or ()):
         yield file, multipliers[place] if place < len(multipliers) else 1.0
@@ -65,7 +64,7 @@ def iterate_base_weights(wanted: NetworkOptions) -> Iterator[tuple[str, float]]:
 def changes_while_reading(
     wanted: NetworkOptions, arch: Architecture, text_encoders: list[nn.Module], compute: Compute, reader: str
 ) -> Mapping[str, Change]:
-    """Return what merging makes of the denoiser's parameters, by their names; text encoders are changed at once."""
+    """Return the changes of the denoiser's parameters by name; text encoders are changed at once."""
     if not wanted.base_weights:
         return {}
     meta = on_meta_device(arch.load).denoiser()
@@ -87,14 +86,14 @@ def changes_while_reading(
 
 @torch.no_grad()
 def apply_changes(changes: Sequence[Change], value: Tensor) -> Tensor:
-    """Apply changes to a parameter, in its dtype and layout; each change rounds, as if it were merged alone."""
+    """Apply changes to a parameter, keeping its dtype and layout. Each change rounds, as if merged alone."""
     for change in changes:
         value = torch.empty_like(value).copy_(change(value))
     return value
 
 
 def merge_into_whole(wanted: NetworkOptions, models: Models, compute: Compute, reader: str) -> None:
-    """Let the networks of a third-party module merge adapters into models whose weights are all there."""
+    """Let a third-party network module merge adapters into models that are completely loaded."""
     text_encoder, denoiser = models.network_view
     for file, multiplier in iterate_base_weights(wanted):
         network, weights = open_network_module(reader).create_network_from_weights(

@@ -1,4 +1,4 @@
-"""The second stage of the set-up: the network module puts its adapter on the models."""
+"""Opens the network module and attaches its adapter to the models."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt, open_ne
 
 
 def network_keywords(options: NetworkOptions) -> dict[str, Any]:
-    """Return the arguments as the module gets them: strings, and `dropout` from its own option where they have none."""
+    """Return the keyword arguments for the module: strings, and `dropout` from its own option if not among them."""
     return {"dropout": options.network_dropout, **parse_network_args(options.network_args)}
 
 
@@ -44,7 +44,7 @@ def open_network(
 
 
 def create(wanted: NetworkOptions, module: NetworkModule, models: Models) -> Any:
-    """Create a fresh network of the rank and alpha in the options, or of the shapes in a file."""
+    """Create a new network, with the rank and alpha of the options or with the shapes of a file."""
     text_encoder, denoiser = models.network_view
     keywords = network_keywords(wanted)
     if wanted.dim_from_weights:

@@ -31,7 +31,7 @@ NO_TRACKERS = TrackerOptions()
 
 
 def choose_seed(seed: int | None, processes: Processes, state: StateManifest | None) -> int:
-    """Return the given seed, else that of the resumed state, else a random one below 2**32, which the log names."""
+    """Return the given seed, else that of the resumed state, else a random one below 2**32, which is logged."""
     if state is not None:
         if seed not in (None, state.seed):
             logger.warning(
@@ -48,8 +48,7 @@ def choose_seed(seed: int | None, processes: Processes, state: StateManifest | N
 
 
 def open_training_data(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> TrainingData:
-    """Open the prompts where the script trains on these, the user's dataset class, else the images that are described;
-    log what was found."""
+    """Open prompts to train on, the user's dataset class, or the described images; log what was found."""
     if options.concepts is not None:
         require_no_text_changes(options.network)
         return open_prompt_pairs(options.concepts, options.run, arch, seed, num_processes)
@@ -64,7 +63,8 @@ def open_training_data(options: TrainOptions, arch: Architecture, seed: int, num
 
 
 def require_no_text_changes(options: NetworkOptions) -> None:
-    """Raise UserError for adapters to merge that change what the prompts are encoded with, which comes first."""
+    """Raise UserError for adapters to merge that change a text encoder, because prompts are encoded before the
+    merge."""
     for file, changed in files_that_change_text(options):
         raise UserError(
             f"--base_weights {file} changes the text encoder ({changed} and others), which encodes the prompts before "
@@ -73,7 +73,7 @@ def require_no_text_changes(options: NetworkOptions) -> None:
 
 
 def open_data_plan(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> DataPlan:
-    """Read the dataset description and the images' headers, and log what was found."""
+    """Read the dataset description and the image headers, and log what was found."""
     text, cached = arch.text, cached_text(options.network, arch.text_cache)
     check_text_caching(options.network, arch.text_cache)
     plan = build_plan(options, arch.codec.spec, seed, text.count_tokens, text.max_tokens, num_processes)
@@ -93,7 +93,7 @@ def open_data_plan(options: TrainOptions, arch: Architecture, seed: int, num_pro
 
 
 def idle_offsets(config: RunDataConfig, objective: Objective) -> Iterator[str]:
-    """Yield a line for every subset whose timestep_sampling.offset moves nothing."""
+    """Yield a line for every subset whose timestep_sampling.offset has no effect."""
     if objective.takes_offset:
         return
     for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
@@ -108,8 +108,8 @@ def idle_offsets(config: RunDataConfig, objective: Objective) -> Iterator[str]:
 def open_accelerator(
     mixed_precision: str, trackers: TrackerOptions = NO_TRACKERS, timeout_minutes: int | None = None
 ) -> Any:
-    """Open accelerate's view of the device, the processes and the trackers."""
-    with importing("accelerate"), hidden("boto3"):  # which it wants for Amazon's SageMaker
+    """Build accelerate's Accelerator."""
+    with importing("accelerate"), hidden("boto3"):  # accelerate imports boto3 for Amazon's SageMaker
         from accelerate import Accelerator, InitProcessGroupKwargs
 
     limits = InitProcessGroupKwargs(

@@ -1,4 +1,4 @@
-"""The context of a training step, from the loaded models and the adapter network."""
+"""Builds the context of training steps from the loaded models and the network."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,13 +26,13 @@ def step_context(
     alone: Callable[[], AbstractContextManager[None]] = nullcontext,
     pairs: PairOptions = NO_PAIRS,
 ) -> StepContext:
-    """Build what a step computes with; `alone` makes this adapter the only active one while captions are encoded."""
+    """Build the context of a step; `alone` activates only this adapter while captions are encoded."""
     encoders, live, concepts = loaded.models.text_encoders, loaded.live_text, loaded.concepts
     encode = arch.text.encode if live is None else live.encode
 
     def encode_captions(captions: Sequence[str]) -> Conditioning:
         if concepts is not None:
-            (caption,) = captions  # `CaptionMemo` asks for one at a time
+            (caption,) = captions  # `CaptionMemo` encodes one caption at a time
             return concepts[caption]
         assert encoders, "the text encoders have left memory, batches carry their cached outputs"
         # Adapters that do not train act too, without dropout.

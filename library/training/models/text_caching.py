@@ -1,4 +1,4 @@
-"""The text encoders of a run: on the device, or gone once every caption is encoded."""
+"""The text encoders of a run: on the device, or unloaded once every caption is encoded."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,21 +28,21 @@ logger = logging.getLogger(__name__)
 
 
 Encoded = Mapping[str, Conditioning]
-"""The conditioning of each text, first axis 1."""
+"""The conditioning of each text, with a first axis of 1."""
 
 
 @dataclass(frozen=True)
 class RunText:
-    """The text encoders on the device, and what those that are cached made of captions and prompts."""
+    """The text encoders on the device, and the cached features of captions and prompts."""
 
     encoders: list[nn.Module]
-    store: TextStore = NO_TEXTS  # the text features of captions; none where nothing is cached
-    prompts: Encoded | None = None  # of the previews; None where nothing is cached
-    concepts: Encoded | None = None  # all that is trained on where there are no images
+    store: TextStore = NO_TEXTS  # the text features of captions; empty if nothing is cached
+    prompts: Encoded | None = None  # features of preview prompts; None if nothing is cached
+    concepts: Encoded | None = None  # features of the prompts that are trained without images
 
 
 def cached_text(options: NetworkOptions, spec: TextCacheSpec | None) -> TextCacheSpec | None:
-    """Return the spec where outputs of text encoders are to be cached, else None: also where every encoder trains."""
+    """Return the spec if outputs of text encoders are cached; None if not, or if every encoder trains."""
     if spec is None or not spec.options.cache_text_encoder_outputs:
         return None
     live = live_text(options, spec)
@@ -50,14 +50,14 @@ def cached_text(options: NetworkOptions, spec: TextCacheSpec | None) -> TextCach
 
 
 def live_text(options: NetworkOptions, spec: TextCacheSpec | None) -> LiveText | None:
-    """Return the text encoders that are trained beside the cache; None where none is, or where nothing is cached."""
+    """Return the text encoders that train while others are cached; None if there are none."""
     if spec is None or not spec.options.cache_text_encoder_outputs or options.network_train_unet_only:
         return None
     return spec.live
 
 
 def check_text_caching(options: NetworkOptions, spec: TextCacheSpec | None) -> None:
-    """Raise UserError where cached outputs would not be what the run trains with; warn of options without effect."""
+    """Raise UserError if cached features would differ from what the run trains with; warn of options without effect."""
     if spec is None or not spec.options.cache_text_encoder_outputs:
         return
     if spec.live is None and spec.can_train and not options.network_train_unet_only:
@@ -87,7 +87,7 @@ def check_text_caching(options: NetworkOptions, spec: TextCacheSpec | None) -> N
 
 
 def files_that_change_text(options: NetworkOptions) -> Iterator[tuple[str, str]]:
-    """Yield each adapter to merge that changes a text encoder, with one of its keys that do."""
+    """Yield each adapter to merge that changes a text encoder, with one of the keys that do."""
     for file in options.base_weights or ():
         if changed := keys_of_text_encoders(Path(file)):
             yield file, changed[0]
@@ -104,8 +104,8 @@ def prepare_text(
 ) -> RunText:
     """Load the text encoders, or cache their outputs for every caption and prompt.
 
-    Those that train stay, also beside a cache. The others are not loaded at all where everything is on disk already.
-    Where the options keep them on the CPU, those that get no adapter never come to the device.
+    Encoders that train stay loaded. The others are not loaded at all if everything is on disk. If the options keep
+    encoders on the CPU, those without an adapter never move to the device.
     """
     spec = cached_text(options.network, arch.text_cache)
     on_cpu = arch.text_cache is not None and arch.text_cache.options.text_encoder_cpu
@@ -144,5 +144,5 @@ def open_encoders(arch: Architecture, device: torch.device, autocast: Autocast) 
 
 
 def encode_each(encode: Encode, texts: Sequence[str]) -> Encoded:
-    """Return the conditioning of each text, encoded by itself, on the CPU."""
+    """Encode each text separately. Return the conditioning by text, on the CPU."""
     return {text: {name: tensor.cpu() for name, tensor in encode([text]).items()} for text in texts}

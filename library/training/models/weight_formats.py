@@ -1,4 +1,4 @@
-"""The formats of the frozen models' weights: while they are read, while a step is counted, and while training."""
+"""The weight formats of frozen models while reading, counting and training."""
 
 import importlib.util
 
@@ -13,7 +13,7 @@ from library.options.machine.memory import PrecisionOptions
 
 
 def check_format(name: str | None) -> None:
-    """Raise UserError if a package that the weight format needs is not installed."""
+    """Raise UserError if a package that the weight format needs is missing."""
     package = None if name is None else load_format(name).required_package
     if package is None:
         return
@@ -26,10 +26,10 @@ def check_format(name: str | None) -> None:
 
 
 def format_while_reading(name: str | None, merges: bool, merges_afterwards: bool = False) -> Codec | AsInFile | None:
-    """Return the codec of the denoiser's weights while they are read; None leaves them in the compute dtype.
+    """Return the codec for the denoiser's weights while they are read; None keeps the compute dtype.
 
-    Adapters are merged into numbers: weights that the file has in 8 bits do not stay so, and with `merges_afterwards`,
-    which the network modules of others require, nothing is stored until all of it is read.
+    Merging needs decoded weights: 8-bit weights of the file are decoded, and with `merges_afterwards`, which
+    third-party network modules need, nothing is encoded until everything is read.
     """
     if merges and merges_afterwards:
         return None
@@ -39,10 +39,10 @@ def format_while_reading(name: str | None, merges: bool, merges_afterwards: bool
 
 
 def format_while_counting(precision: PrecisionOptions, merges: bool) -> Codec | AsInFile | None:
-    """Return the codec of the denoiser's weights while the planner counts a step.
+    """Return the codec for the denoiser's weights while the planner counts a step.
 
-    Decoding costs what `WeightFormat` says and is added afterwards, so a format is counted only where its codes are
-    multiplied.
+    The cost of decoding follows from `WeightFormat` and is added later, so a codec is needed only if its codes are
+    multiplied directly.
     """
     if precision.denoiser_format is not None and not precision.multiplies_codes:
         return None if merges else AS_IN_FILE
@@ -50,6 +50,6 @@ def format_while_counting(precision: PrecisionOptions, merges: bool) -> Codec | 
 
 
 def store_in_format(name: str, *models: nn.Module) -> int:
-    """Store the blocks' weights that are still numbers in a weight format; return how many layers have it."""
+    """Convert the blocks' remaining weights to a weight format. Return the number of layers that have it."""
     codec = load_format(name).codec
     return sum(store_all_in(codec, layers_in_blocks(model).values()) for model in models)

@@ -20,7 +20,7 @@ from networks.core.protocol import AdoptedNetwork, adopt, open_network_module
 
 logger = logging.getLogger(__name__)
 
-READER = "networks.lora"  # its inference networks take every kind of adapter, by the keys of the file
+READER = "networks.lora"  # its inference networks accept every kind of adapter, by the file's keys
 
 Row = Path | None
 """An adapter file; None is the base model alone."""
@@ -29,7 +29,7 @@ Row = Path | None
 def resolve_models(
     precision: PrecisionOptions, num_offloaded: int, arch: Architecture, models: Models, compute: Compute
 ) -> None:
-    """Store the models as in a training with these options; nothing of them trains."""
+    """Store the models as in a training with these options, for inference only."""
     resolve_base(precision, num_offloaded, arch, models, compute, replace(ALONE, device=compute.device))
     for model in (models.denoiser, *models.text_encoders):
         model.eval().requires_grad_(False)
@@ -37,21 +37,21 @@ def resolve_models(
 
 
 Stack = Sequence[tuple[Path, float]]
-"""Adapter files that act together, each with its strength; an empty one is the base model alone."""
+"""Adapter files that act together, each with its strength; an empty stack is the base model alone."""
 
 
 class NoAdapter(nn.Module):
     """The network of the base model alone."""
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Do nothing: there is no adapter whose strength could change."""
+        """Do nothing: there is no adapter."""
 
 
 @contextmanager
 def installed(files: Stack, models: Models, compute: Compute) -> Iterator[AdoptedNetwork]:
-    """The adapters of files on the models, which lose them afterwards. Raises UserError for one that does not fit.
+    """Attach the adapters of files to the models inside the block. Raises UserError for a file that does not fit.
 
-    Yields the last of them: what a network is told while images are drawn or measured means nothing to the others.
+    Yields the last adapter: notifications during drawing or measuring have no effect on the others.
     """
     text_encoders, denoiser = models.network_view
     network: Any = NoAdapter()

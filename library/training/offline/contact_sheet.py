@@ -1,4 +1,4 @@
-"""Contact sheets: what adapter files draw of the same prompts with the same noise, from one load of the models."""
+"""Contact sheets: images of several adapter files for the same prompts and noise; models are loaded once."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,11 +32,11 @@ INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 @dataclass(frozen=True)
 class Loaded:
-    """The base model, once for all files."""
+    """The base model, loaded once for all files."""
 
     context: StepContext  # of the base model without an adapter
     vae: nn.Module
-    encoded: Mapping[str, Conditioning] | None  # by text; None where files change the text encoders
+    encoded: Mapping[str, Conditioning] | None  # by text; None if files change the text encoders
 
 
 def draw_rows(
@@ -48,10 +48,10 @@ def draw_rows(
     prompts: Sequence[Prompt],
     device: torch.device,
 ) -> Iterator[list[Image.Image]]:
-    """Draw the images of all prompts for one row of files after the other.
+    """Draw the images of all prompts for one row of files after another.
 
-    The base model is stored and computes as in a training with these options, merged adapters included. An image is the
-    one that a run draws as preview of the same weights, prompt and seed. Raises UserError for a file that does not fit.
+    The base model is stored and computes as in a training with these options, including merged adapters. An image
+    equals the preview of a run with the same weights, prompt and seed. Raises UserError for a file that does not fit.
     """
     if arch.preview.load_denoiser is not None:
         raise UserError(
@@ -76,7 +76,8 @@ def load(
     prompts: Sequence[Prompt],
     compute: Compute,
 ) -> Loaded:
-    """Return the models on the device; text encoders leave before the denoiser comes where no file changes them."""
+    """Load the models to the device; text encoders are unloaded before the denoiser is loaded unless a file changes
+    them."""
     encoders = [encoder.to(compute.device).eval() for encoder in arch.load.text_encoders()]
     files = [*map(Path, network.base_weights or ()), *(file for row in rows for file, _ in row)]
     encoded = None
@@ -114,7 +115,7 @@ def draw(context: StepContext, vae: nn.Module, prompt: Prompt, encoded: Mapping[
 def arrange(
     rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], side: int
 ) -> Image.Image:
-    """Return the images as a table, each at most `side` pixels wide and high, its labels on the left and above."""
+    """Arrange the images as a table, each at most `side` pixels wide and high, with labels on the left and above."""
     small = [[fitted(image, side) for image in row] for row in rows]
     width, height = (max(image.size[axis] for row in small for image in row) + GAP for axis in (0, 1))
     sheet = Image.new("RGB", (LABEL_WIDTH + len(column_labels) * width, LABEL_HEIGHT + len(rows) * height), PAPER)
@@ -130,7 +131,7 @@ def arrange(
 
 
 def fitted(image: Image.Image, side: int) -> Image.Image:
-    """Return the image, made smaller where it is larger than `side`."""
+    """Return the image, shrunk if it is larger than `side`."""
     if max(image.size) <= side:
         return image
     copy = image.copy()
@@ -142,7 +143,7 @@ def write(
     pen: ImageDraw.ImageDraw, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", text: str,
     corner: tuple[int, int], width: int, most_lines: int,
 ) -> None:  # fmt: skip
-    """Write a text into lines of `width` pixels, its end left out where it is too long."""
+    """Write a text in lines of `width` pixels, truncated if too long."""
     lines = [""]
     for letter in text.replace("\n", " "):
         if lines[-1] and pen.textlength(lines[-1] + letter, font=font) > width:

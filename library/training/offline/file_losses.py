@@ -1,4 +1,4 @@
-"""The losses of adapter files, measured as validation does in a run, from one load of the base model.
+"""Validation losses of adapter files, measured as in a run; the base model is loaded once.
 
 Letters: N images, L noise levels.
 """
@@ -31,22 +31,22 @@ logger = logging.getLogger(__name__)
 
 OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
-MOST_MIRRORED = 64  # images, where none is set aside
+MOST_MIRRORED = 64  # images, if none are held out
 
 
 @dataclass(frozen=True)
 class Sides:
-    """The measurements of every file. Each is None where there is nothing of it to measure."""
+    """The measurements of every file; None where there is nothing to measure."""
 
     held_out: Measurement | None
     trained: Measurement | None
-    mirrored: Measurement | None  # the trained images, where none is set aside
+    mirrored: Measurement | None  # the training images, if none are held out
     probe: Measurement | None = None  # the images of subsets with is_forgetting_probe
 
 
 @dataclass(frozen=True)
 class FileLosses:
-    """The losses of one file, shape NL, on the sides that there are."""
+    """A file's losses, shape NL, for each available measurement."""
 
     row: Row
     held_out_NL: Tensor | None
@@ -56,10 +56,10 @@ class FileLosses:
 
 
 def for_measuring(options: OptionsT) -> OptionsT:
-    """Keep outputs of text encoders in memory.
+    """Keep text encoder outputs in memory.
 
-    Trained images are measured with other versions of their captions than training draws, which must not replace those
-    on disk.
+    Training images are measured with other versions of their captions than training draws, which must not replace
+    cached ones on disk.
     """
     on_disk = "cache_text_encoder_outputs_to_disk"
     if not options.flat().get(on_disk):
@@ -75,7 +75,7 @@ def losses_of_files(
     rows: Sequence[Row],
     device: torch.device,
 ) -> tuple[Sides, Iterator[FileLosses]]:
-    """Return what is measured, and the losses of one file after the other; as many trained images as unseen ones.
+    """Return the measurements, and iterate over each file's losses; as many training images as unseen ones.
 
     Raises UserError for a file that does not fit.
     """
@@ -84,7 +84,7 @@ def losses_of_files(
     has_flips = any(s.config.flip_aug for dataset in plan.datasets for s in dataset.subsets)
     kept_aside = {sample for one in (aside, probe) for sample in one.images.iterate_samples(one.places)}
     plan, numbers = plan.limited_to_measured(len(aside.rows) or MOST_MIRRORED, kept_aside)
-    if not aside.rows:  # mirrored images have no latents of their own in a cache
+    if not aside.rows:  # mirrored images have no cached latents
         options = options.with_values({"cache_latents": False, "cache_latents_to_disk": False})
     compute, processes = Compute.build(options.precision, device), replace(ALONE, device=device)
     loaded = load_models(options, arch, seed, plan, compute, (), processes, READER)
@@ -122,12 +122,12 @@ def losses_of_files(
 
 
 def select_all(images: ValidationSet, like: Measurement) -> Measurement:
-    """Return all of these images, at the levels and with the seed of another measurement."""
+    """Return a measurement of all of these images, with the noise levels and the seed of another one."""
     return replace(like, images=images, places=images.select_places(None))
 
 
 def check_text_parts(rows: Sequence[Row]) -> None:
-    """Raise UserError for a file that changes text encoders, which have left memory."""
+    """Raise UserError for a file that changes text encoders, which are unloaded."""
     for row in rows:
         if row is not None and keys_of_text_encoders(row):
             raise UserError(

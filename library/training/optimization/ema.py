@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights."""
+"""Exponential moving average of the trained weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ from library.errors import UserError
 
 
 class WeightAverage:
-    """Follows the weights in float32, on their device: average = decay * average + (1 - decay) * weights.
+    """Tracks the weights in float32 on their device: average = decay * average + (1 - decay) * weights.
 
-    The decay rises to its value with the updates n after `update_after_step`, as (1 + n) / (10 + n), and is 0 until
-    then, as in diffusers' EMAModel: the start counts for little.
+    With n updates after `update_after_step`, the decay rises as (1 + n) / (10 + n) to its final value and is 0 before,
+    as in diffusers' EMAModel, so that early weights count little.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float, update_after_step: int) -> None:
@@ -22,17 +22,17 @@ class WeightAverage:
         self.update_after_step = update_after_step
         self.num_updates = 0
         self.parameters = list(parameters)
-        self.values: list[Tensor] = []  # none before the first update
+        self.values: list[Tensor] = []  # empty before the first update
 
     @property
     def next_decay(self) -> float:
-        """The share of the average that the next update keeps."""
+        """The decay of the next update."""
         n = self.num_updates - self.update_after_step
         return 0.0 if n <= 0 else min((1 + n) / (10 + n), self.decay)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take up the weights after an optimizer step."""
+        """Add the weights after an optimizer step."""
         weights = [parameter.detach().float() for parameter in self.parameters]
         if not self.values:
             self.values = [weight.clone() for weight in weights]
@@ -42,7 +42,7 @@ class WeightAverage:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """The average in place of the weights, and afterwards the weights again, bit for bit."""
+        """Swap in the average inside the block; the weights are restored bit for bit."""
         if not self.values:
             yield
             return
@@ -62,7 +62,7 @@ class WeightAverage:
         return {"num_updates": self.num_updates, "values": list(self.values)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises UserError for the average of another adapter."""
+        """Load a state dict. Raises UserError for another adapter's average."""
         values = state_dict["values"]
         shapes = [tuple(parameter.shape) for parameter in self.parameters]
         if values and [tuple(value.shape) for value in values] != shapes:

@@ -1,7 +1,7 @@
-"""The learning rate over the run: schedules by name, and classes of others.
+"""Learning rate schedules: by name, or third-party classes.
 
-Steps are optimizer steps: `step()` is called once after each of them, whatever the number of processes, and T below is
-the number of them in the run.
+Steps are optimizer steps: `step()` is called once after each, whatever the number of processes. T is their number in
+the run.
 """
 
 import logging
@@ -35,7 +35,7 @@ USERS: Mapping[str, Sequence[str]] = {  # option -> the schedules that it belong
 
 
 class Schedule(Protocol):
-    """A schedule as the loop uses it."""
+    """The interface of a schedule that the loop uses."""
 
     def step(self) -> None: ...
     def get_last_lr(self) -> list[Any]: ...
@@ -44,9 +44,9 @@ class Schedule(Protocol):
 
 
 def build_schedule(options: ScheduleOptions, built: BuiltOptimizer, max_train_steps: int) -> Schedule:
-    """Return the schedule of a run of `max_train_steps` optimizer steps; the first value is in place when this returns.
+    """Build the schedule for `max_train_steps` optimizer steps and set the first learning rates.
 
-    Raises UserError for an unknown name and for settings that the schedule has no use for or cannot work with.
+    Raises UserError for an unknown name and for settings that the schedule does not use or support.
     """
     optimizer, arguments = built.optimizer, read_keyword_args(options.lr_scheduler_args, FLAG)
     warmup_steps = resolve_num_steps(options.lr_warmup_steps, max_train_steps, "--lr_warmup_steps")
@@ -67,17 +67,17 @@ def build_schedule(options: ScheduleOptions, built: BuiltOptimizer, max_train_st
 
 
 def base_rates(optimizer: Optimizer) -> list[float | None]:
-    """Return the learning rate of each group before a schedule changes it; None where the optimizer sets its own."""
+    """Return each group's learning rate before a schedule changes it; None if the optimizer sets its own."""
     return [group.get("initial_lr", group.get("lr")) for group in optimizer.param_groups]
 
 
 def follow_rates(schedule: Schedule, optimizer: Optimizer, rates: Sequence[float | None]) -> None:
-    """Put the rates of this run, from `base_rates`, and the curve of its length in the place of a state's.
+    """Apply this run's rates, from `base_rates`, and the curve for its length to a restored schedule.
 
-    To be called after optimizer and schedule have been restored; where nothing has changed, nothing changes.
+    Call after optimizer and schedule are restored; without changes it has no effect.
     """
     if isinstance(schedule, RatesOfGroups) and schedule.refresh is not None:
-        return  # the optimizer finds its own rates
+        return  # the optimizer sets its own rates
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         before = group.get("initial_lr", group["lr"])
         if rate is None or rate == before:
@@ -87,14 +87,14 @@ def follow_rates(schedule: Schedule, optimizer: Optimizer, rates: Sequence[float
             group["initial_lr"] = rate
     if isinstance(schedule, LRScheduler):
         schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-        if isinstance(schedule, LambdaLR):  # its curve may be that of another length
+        if isinstance(schedule, LambdaLR):  # the curve may belong to another number of steps
             for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
                 group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
         schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def resolve_num_steps(value: int | float, max_train_steps: int, flag: str) -> int:
-    """`value` as a number of steps: a share of the run when it is below 1, a count otherwise."""
+    """Return `value` as a number of steps: a fraction of the run below 1, a count otherwise."""
     if value < 0:
         raise UserError(f"{flag} is {value}; it must not be negative")
     if value < 1:
@@ -112,7 +112,7 @@ def named_schedule(
     warmup_steps: int,
     max_train_steps: int,
 ) -> LRScheduler:
-    """Build a schedule of transformers or diffusers by its name; the arguments go to its function."""
+    """Build a schedule of transformers or diffusers by name; the arguments are passed to its function."""
     from diffusers.optimization import get_piecewise_constant_schedule
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
@@ -159,7 +159,7 @@ def named_schedule(
 
 
 def check_name(name: str, known: list[str]) -> None:
-    """Raise UserError for a name without a schedule, naming what to use instead."""
+    """Raise UserError for an unknown schedule, suggesting another name."""
     if name == "reduce_lr_on_plateau":
         raise UserError(
             "--lr_scheduler reduce_lr_on_plateau waits for a validation loss after each step, which training does not "
@@ -185,7 +185,7 @@ def check_settings(
     decay_steps: int,
     max_train_steps: int,
 ) -> None:
-    """Raise UserError for what the schedule cannot work with; warn about what has no effect on it."""
+    """Raise UserError for settings that the schedule does not support; warn of those without effect."""
     if warmup_steps and name in WITHOUT_WARMUP:
         raise UserError(
             f"--lr_warmup_steps is {options.lr_warmup_steps}, but --lr_scheduler {name} has no warm-up; "
@@ -226,7 +226,7 @@ def check_settings(
 def schedule_of_class(
     options: ScheduleOptions, optimizer: Optimizer, arguments: Mapping[str, Any], warmup_steps: int
 ) -> LRScheduler:
-    """Build a schedule of a class, called as cls(optimizer, **lr_scheduler_args)."""
+    """Build a third-party schedule as cls(optimizer, **lr_scheduler_args)."""
     wanted = options.lr_scheduler_type
     if warmup_steps:
         raise UserError(
@@ -247,13 +247,13 @@ def schedule_of_class(
 
 @dataclass(frozen=True, eq=False)
 class RatesOfGroups:
-    """Stands where a schedule would, for optimizers that need none: the rates are those of the groups."""
+    """Replaces a schedule for optimizers that need none: the rates are those of the groups."""
 
     optimizer: Optimizer
-    refresh: Callable[[Optimizer], None] | None = None  # brings the groups' rates up to date after a step
+    refresh: Callable[[Optimizer], None] | None = None  # updates the groups' rates after a step
 
     def step(self) -> None:
-        """Leave the rates to the optimizer."""
+        """Do nothing but update the shown rates."""
         if self.refresh is not None:
             self.refresh(self.optimizer)
 
@@ -261,17 +261,17 @@ class RatesOfGroups:
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the optimizer's state holds the rates."""
+        """Return nothing: the optimizer's state contains the rates."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """There is nothing to restore."""
+        """Do nothing."""
 
 
 def show_adafactor_rates(optimizer: Optimizer) -> None:
-    """Write the rates that Adafactor found into its groups, where charts read them; it does not read them itself.
+    """Write Adafactor's rates into its groups, where charts read them; Adafactor does not read them itself.
 
-    Each tensor has a rate of its own; that of the group's first trained one is shown.
+    Each tensor has its own rate; that of the group's first trained tensor is shown.
     """
     for group in optimizer.param_groups:
         states = (optimizer.state[p] for p in group["params"] if p in optimizer.state)
@@ -281,9 +281,9 @@ def show_adafactor_rates(optimizer: Optimizer) -> None:
 
 
 def adafactor_rates(options: ScheduleOptions, built: BuiltOptimizer, warmup_steps: int) -> RatesOfGroups:
-    """Build the stand-in for Adafactor with relative_step=True, whatever schedule is named.
+    """Build the replacement for Adafactor with relative_step=True, whatever schedule is named.
 
-    Until the first step the groups show the rate of `adafactor:<rate>`, or 0.
+    Before the first step the groups show the rate of `adafactor:<rate>`, or 0.
     """
     if warmup_steps:
         raise UserError(
@@ -308,7 +308,7 @@ def adafactor_rates(options: ScheduleOptions, built: BuiltOptimizer, warmup_step
 
 
 def warn_of_idle_schedule(options: ScheduleOptions, built: BuiltOptimizer) -> None:
-    """Schedule-free optimizers have no use for a schedule."""
+    """Warn of a schedule that a schedule-free optimizer does not use."""
     asked = options.lr_scheduler_type or options.lr_scheduler
     if asked != CONSTANT or options.lr_warmup_steps or options.lr_scheduler_args:
         logger.warning(

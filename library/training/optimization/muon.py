@@ -1,4 +1,4 @@
-"""Muon for matrices and AdamW for what has another shape, behind one optimizer."""
+"""Muon for matrices and AdamW for other weights, as one optimizer."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -12,8 +12,8 @@ logger = logging.getLogger(__name__)
 
 
 class MuonWithAdamW(Optimizer):
-    """torch.optim.Muon (Jordan et al. 2024) moves weights with two axes, AdamW all others: factors of convolutions,
-    norms, magnitudes and whatever else is no matrix, such as a single row.
+    """torch.optim.Muon (Jordan et al. 2024) updates weights with two axes; AdamW updates all others, such as factors of
+    convolutions, norms, magnitudes and single rows.
 
     Its groups are those that it is given, so that learning rates, charts and states see one optimizer. Muon's steps are
     scaled to the size of AdamW's (`adjust_lr_fn`, Liu et al. 2025, arXiv:2502.16982), so that one rate suits both.
@@ -31,7 +31,7 @@ class MuonWithAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        """`betas` and `eps` are AdamW's, `weight_decay` is for both, the others are Muon's."""
+        """`betas` and `eps` are for AdamW, `weight_decay` for both, the others for Muon."""
         super().__init__([dict(group) for group in params], {"lr": lr})
         self._of_muon = {
             "weight_decay": weight_decay,
@@ -50,7 +50,7 @@ class MuonWithAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of both, at the present learning rates of the groups."""
+        """Step both optimizers at the current learning rates of the groups."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -66,7 +66,7 @@ class MuonWithAdamW(Optimizer):
         self._parts = self._make_parts()
 
     def _make_parts(self) -> list[tuple[Optimizer, list[int]]]:
-        """Muon and AdamW, each with the groups of ours that its own stand for; their memory is ours."""
+        """Build Muon and AdamW on parts of our groups; their state is ours."""
         parts: list[tuple[Optimizer, list[int]]] = []
         for is_muon in (True, False):
             chosen = [[p for p in group["params"] if is_matrix(p) == is_muon] for group in self.param_groups]
@@ -82,5 +82,5 @@ class MuonWithAdamW(Optimizer):
 
 
 def is_matrix(weight: Tensor) -> bool:
-    """Return True if a weight has two axes with more than one place on each."""
+    """Return True if a weight has two axes, both longer than 1."""
     return weight.dim() == 2 and min(weight.shape) > 1

@@ -51,7 +51,7 @@ KNOWN: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AdamWScheduleFree": ("schedulefree.AdamWScheduleFree", {}),
     "SGDScheduleFree": ("schedulefree.SGDScheduleFree", {}),
 }
-"""Names that are found in any case: the class, and the arguments that the name stands for."""
+"""Names, matched in any case -> (class, arguments that the name implies)."""
 
 PACKAGE_OF = {
     "lion_pytorch": "lion-pytorch",
@@ -59,29 +59,29 @@ PACKAGE_OF = {
     "prodigyplus": "prodigy-plus-schedule-free",
     "pytorch_optimizer": "pytorch-optimizer",
 }
-"""Modules whose package on the index is called otherwise."""
+"""Modules whose package has another name on the package index."""
 
 FINDS_ITS_RATE = ("prodigyopt.", "dadaptation.")
-FREEZES_AT_RATE_0 = ("Prodigy", "DAdaptAdam", "DAdaptAdamPreprint", "DAdaptSGD")  # and fail at other differences
+FREEZES_AT_RATE_0 = ("Prodigy", "DAdaptAdam", "DAdaptAdamPreprint", "DAdaptSGD")  # and fail at other differing rates
 FUSED_DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True, eq=False)
 class BuiltOptimizer:
-    """An optimizer and what the rest of the run must know about it."""
+    """An optimizer and its properties that affect the run."""
 
     optimizer: Optimizer
-    name: str  # for `ss_optimizer`: the class path, then "(key=value,...)" of the arguments if there are any
-    is_schedule_free: bool  # it has no learning rate schedule, and averaged weights that `eval` shows
-    has_relative_step: bool  # Adafactor that sets its own learning rates
-    moves_in_float32: bool = False  # bf16 weights too (`stochastic_rounding`), so its memory of them is float32
-    _trained: list[torch.Tensor] = field(default_factory=list)  # the weights of training while others are in place
+    name: str  # for `ss_optimizer`: the class path, then "(key=value,...)" if it has arguments
+    is_schedule_free: bool  # no learning rate schedule, and averaged weights that `eval` swaps in
+    has_relative_step: bool  # Adafactor with its own learning rates
+    moves_in_float32: bool = False  # `stochastic_rounding`: the state of bf16 weights is float32
+    _trained: list[torch.Tensor] = field(default_factory=list)  # the training weights while others are swapped in
 
     def train(self) -> None:
-        """Put the weights in place that training goes on from, bit for bit those that `eval` took away.
+        """Swap in the training weights, bit for bit those that `eval` replaced.
 
-        The optimizer itself computes them back from the averaged ones, which rounds; a run would then depend on how
-        often it saves.
+        The optimizer itself would recompute them from the averaged weights, which rounds; a run would then depend on
+        how often it saves.
         """
         if self.is_schedule_free:
             with self._at_its_precision():
@@ -91,7 +91,7 @@ class BuiltOptimizer:
             self._trained.clear()
 
     def eval(self) -> None:
-        """Put the weights in place that are saved, sampled and validated."""
+        """Swap in the weights that are saved, drawn and validated."""
         if self.is_schedule_free:
             if not self._trained:
                 self._trained.extend(parameter.detach().clone() for parameter in self._parameters)
@@ -107,11 +107,10 @@ class BuiltOptimizer:
 
 
 def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any]]) -> BuiltOptimizer:
-    """Build the optimizer over `groups`, dicts with "params" and mostly "lr" (left unchanged).
+    """Build the optimizer over `groups`: dicts with "params" and usually "lr", which are not changed.
 
-    A schedule-free optimizer starts in training mode.
-    Raises UserError for an unknown name, a library that is missing (naming what to install), and arguments that are
-    unreadable, unknown or refused.
+    A schedule-free optimizer starts in training mode. Raises UserError for an unknown name, a missing library (naming
+    what to install), and arguments that are unreadable, unknown or refused.
     """
     wanted = wanted_type(options)
     path, implied = class_path(wanted)
@@ -170,7 +169,7 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
 
 
 def one_weight_each(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return parameter groups with one small matrix each, of the dtype and device of the group's first weight."""
+    """Return parameter groups with one small matrix each, with the dtype and device of the group's first weight."""
     return [
         {**group, "params": [torch.nn.Parameter(torch.ones(8, 8, dtype=weight.dtype, device=weight.device))]}
         for group in groups
@@ -179,9 +178,9 @@ def one_weight_each(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def check_step(built: BuiltOptimizer, wanted: str, given: Mapping[str, Any]) -> None:
-    """Take one step with small weights, which are thrown away.
+    """Take one step with small dummy weights.
 
-    Most optimizers look at their arguments in the first step only, when models are loaded and caches are made. Raises
+    Most optimizers check their arguments only in the first step, after models are loaded and caches made. Raises
     UserError naming the arguments.
     """
     optimizer = built.optimizer
@@ -199,7 +198,7 @@ def check_step(built: BuiltOptimizer, wanted: str, given: Mapping[str, Any]) -> 
 
 
 def wanted_type(options: OptimizerOptions) -> str:
-    """Return the name of the optimizer, which older options name too. Raises UserError where two are named."""
+    """Return the optimizer's name, which older options may set too. Raises UserError if two are named."""
     aliases = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
     asked = [flag for flag in aliases if getattr(options, flag)]
     if len(asked) + bool(options.optimizer_type) > 1:
@@ -209,7 +208,7 @@ def wanted_type(options: OptimizerOptions) -> str:
 
 
 def class_path(wanted: str) -> tuple[str, Mapping[str, Any]]:
-    """Return the dotted path of the class that `wanted` means, and the arguments that the name stands for."""
+    """Return the class path that `wanted` means, and the arguments that the name implies."""
     by_lower_case = {name.lower(): entry for name, entry in KNOWN.items()}
     if wanted.lower() in by_lower_case:
         return by_lower_case[wanted.lower()]
@@ -257,7 +256,7 @@ def import_class(path: str, flag: str, wanted: str) -> type[Any]:
 
 
 def installed_package(module_name: str) -> str:
-    """Return the package of a module with its installed version: `prodigyopt 1.1.2`."""
+    """Return a module's package with its installed version: `prodigyopt 1.1.2`."""
     module = module_name.partition(".")[0]
     package = next(iter(metadata.packages_distributions().get(module, ())), PACKAGE_OF.get(module, module))
     try:
@@ -277,7 +276,7 @@ def import_optimizer(path: str, wanted: str) -> type[Optimizer]:
 
 
 def adafactor_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Resolve relative_step in the arguments: on unless it is switched off, and always on with warmup_init."""
+    """Resolve relative_step in the arguments: on by default, and always with warmup_init."""
     keywords = {"relative_step": True, **given}
     if keywords.get("warmup_init") and not keywords["relative_step"]:
         logger.warning("Adafactor with warmup_init=True needs relative_step=True, which is switched on")
@@ -286,7 +285,7 @@ def adafactor_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_fused_backward_pass(is_adafactor: bool, wanted: str) -> None:
-    """Refuse or warn of the fused backward pass: it is for full fine-tuning, and gains nothing for small adapters."""
+    """Refuse or warn of the fused backward pass, which is for full fine-tuning and does not help small adapters."""
     if not is_adafactor:
         raise UserError(f"--fused_backward_pass works with --optimizer_type Adafactor only, not {wanted}; leave it out")
     logger.warning(
@@ -296,7 +295,7 @@ def check_fused_backward_pass(is_adafactor: bool, wanted: str) -> None:
 
 
 def check_rates(groups: Sequence[Mapping[str, Any]], learning_rate: float, name: str) -> None:
-    """These optimizers find one learning rate for all groups; ours only scales theirs, and 1.0 is meant."""
+    """Check learning rates for optimizers that estimate one rate for all groups; ours scale it, and should be 1.0."""
     rates = [float(group.get("lr", learning_rate)) for group in groups]
     if max(rates) <= 0.1:
         logger.warning(
@@ -314,7 +313,7 @@ def check_rates(groups: Sequence[Mapping[str, Any]], learning_rate: float, name:
 
 
 def can_fuse(groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> bool:
-    """Return True if torch's fused step serves these parameters and the user did not choose another one."""
+    """Return True if torch's fused step supports these parameters and the user has not chosen another one."""
     if any(given.get(key) is not None for key in ("fused", "foreach")) or given.get("differentiable"):
         return False
     parameters = [p for group in groups for p in group["params"]]
@@ -322,7 +321,7 @@ def can_fuse(groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> b
 
 
 def effective_rates(optimizer: Optimizer, name: str) -> list[float] | None:
-    """d * lr of each group for the optimizers that estimate d (DAdapt*, Prodigy, ProdigyPlus), None for others.
+    """Return each group's d * lr for optimizers that estimate d (DAdapt*, Prodigy, ProdigyPlus); None for others.
 
     `name` is `BuiltOptimizer.name`.
     """

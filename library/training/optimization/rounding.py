@@ -1,8 +1,7 @@
-"""Stochastic rounding of bf16 weights: small steps count on average instead of never.
+"""Stochastic rounding of bf16 weights, so that small updates count on average.
 
-bf16 has 8 bits of precision: an update below 1/512 of a weight is lost when it is rounded to the nearest, in every step
-anew. Rounded up or down at random, by how near each lies, it is there on average (Zamirai et al. 2020,
-arXiv:2010.06192).
+bf16 has 8 bits of precision: an update below 1/512 of a weight is lost by rounding to nearest, in every step. Rounding
+up or down at random, with probabilities by distance, preserves it on average (Zamirai et al. 2020, arXiv:2010.06192).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,15 +11,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-LOST_BITS = 16  # of a float32 that bf16 has not
+LOST_BITS = 16  # bits of a float32 that bf16 lacks
 
 
 @contextmanager
 def stochastic_rounding(parameters: Sequence[Tensor], generator: torch.Generator) -> Iterator[None]:
-    """Inside, bf16 weights and their gradients are float32, for an optimizer to move; then they are rounded.
+    """Make bf16 weights and their gradients float32 for an optimizer step inside the block, then round the weights
+    stochastically.
 
-    So any optimizer computes as it would for float32 weights, its memory included. Gradients are gone afterwards.
-    `generator` is on the device of the weights and draws for them in their order.
+    Any optimizer then computes as for float32 weights, including its state. Gradients are cleared afterwards.
+    `generator` is on the weights' device and draws for them in order.
     """
     with in_float32(parameters, partial(round_to_bf16, generator=generator)):
         yield
@@ -28,7 +28,8 @@ def stochastic_rounding(parameters: Sequence[Tensor], generator: torch.Generator
 
 @contextmanager
 def in_float32(parameters: Sequence[Tensor], to_bf16: Callable[[Tensor], Tensor] = Tensor.bfloat16) -> Iterator[None]:
-    """Inside, bf16 weights and their gradients are float32; afterwards `to_bf16` rounds, and gradients are gone."""
+    """Make bf16 weights and their gradients float32 inside the block; afterwards `to_bf16` rounds the weights, and
+    gradients are cleared."""
     rounded = [parameter for parameter in parameters if parameter.dtype == torch.bfloat16]
     for parameter in rounded:
         gradient, parameter.grad = parameter.grad, None
@@ -43,7 +44,7 @@ def in_float32(parameters: Sequence[Tensor], to_bf16: Callable[[Tensor], Tensor]
 
 
 def round_to_bf16(values: Tensor, generator: torch.Generator) -> Tensor:
-    """One of the two neighbours in bf16 of each float32 value, each as likely as the value is near to it."""
+    """Round each float32 value to one of its two neighbours in bf16, with probabilities by distance."""
     noise = torch.randint(1 << LOST_BITS, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     bits = (values.contiguous().view(torch.int32) + noise) >> LOST_BITS << LOST_BITS
     return torch.where(values.isfinite(), bits.view(torch.float32), values).bfloat16()

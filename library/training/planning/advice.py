@@ -1,4 +1,4 @@
-"""Memory hints in numbers, for the moment when memory runs out."""
+"""Quantified memory hints for out-of-memory errors."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,14 +18,15 @@ from library.types import Batch
 from networks.core.protocol import OURS
 
 MOST_LINES = 6
-WORTH = 0.02  # of what is needed: less is not worth a line
+WORTH = 0.02  # fraction of the memory needed; smaller savings are not mentioned
 
 
 def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
-    """Describe ways of running this step that need less than the one in use, each saving more than a faster one.
+    """Describe configurations of this step that need less memory than the current one, each saving more than a faster
+    one.
 
-    `runs` are those of all adapters that share the step. Nothing is computed or loaded; it takes some seconds. None for
-    network modules of third parties, which may need real weights to be counted, and where nothing saves much.
+    `runs` holds all adapters that share the step. Nothing is loaded; counting takes some seconds. Returns nothing for
+    third-party network modules, which may need real weights, and if no configuration saves much.
     """
     run = runs[0]
     name, device = run.options.network.network_module, run.context.device
@@ -34,7 +35,7 @@ def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
     shape = shape_of_batch(batch, run.context.arch.codec.spec.downscale)
     try:
         step = count_run(run.options, run.context.arch, shape, device, [one.options for one in runs]).step
-    except NotThere:  # a run whose features are cached may lack text encoders, with which captions are counted
+    except NotThere:  # a run with cached features may lack the text encoders that counting needs
         return []
     fewer = ["fewer adapters in one --sweep need about that much less"] if len(runs) > 1 else []
     allowed = allowed_ever(run.options.precision, run.options.distributed)
@@ -43,7 +44,7 @@ def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
 
 
 def gpu_like(device: torch.device) -> Gpu:
-    """Return a common card of this one's size; only how much longer one way takes than another is said."""
+    """Return a common GPU with this one's memory size; only relative times are shown."""
     is_gpu = device.type == "cuda"
     return typical_gpu(MemorySize(torch.cuda.get_device_properties(device).total_memory if is_gpu else 0))
 
@@ -60,7 +61,7 @@ def lines(step: CountedStep, used: Way, allowed: Allowed, card: Gpu) -> Iterator
 
 
 def candidates(step: CountedStep, allowed: Allowed, card: Gpu) -> Iterator[Predicted]:
-    """Yield every way, with no blocks waiting, half of those that can, and all of those."""
+    """Yield every configuration with no blocks offloaded, half of them, and as many as possible."""
     most = step.most_offloaded if allowed.shared_by == 1 else 0
     numbers = sorted({0, most // 2, most})
     for way in allowed.ways():

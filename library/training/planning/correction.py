@@ -1,4 +1,4 @@
-"""Holds the first steps of a run to what was planned, and corrects the plan once."""
+"""Compares the first steps of a run with the plan, and corrects the plan once."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -17,27 +17,27 @@ from library.types import Batch
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
-TOLERATED = 0.05  # of what was planned
-FIRST_STEP = 2  # from 1; in the step before it the optimizer has no memory yet
+TOLERATED = 0.05  # relative excess over the plan
+FIRST_STEP = 2  # from 1; before it, the optimizer has no state
 
 
 @dataclass(frozen=True)
 class Gauge:
-    """The most bytes of tensors on a device since it was reset."""
+    """The peak bytes of tensors on a device since the last reset."""
 
     peak: Callable[[], int]
     reset: Callable[[], None]
 
 
 def make_gauge(device: torch.device) -> Gauge | None:
-    """None where torch does not count the device's memory."""
+    """Return a gauge; None if torch does not track the device's memory."""
     if device.type != "cuda":
         return None
     return Gauge(lambda: torch.cuda.max_memory_allocated(device), lambda: torch.cuda.reset_peak_memory_stats(device))
 
 
 class MemoryWatch:
-    """Measures the peak of each step until the largest batch has come, or memory runs higher than planned."""
+    """Measures each step's peak until the largest batch has run, or until memory exceeds the plan."""
 
     def __init__(self, run: Run, fitted: Fit, gauge: Gauge) -> None:
         self.is_over = False
@@ -48,24 +48,24 @@ class MemoryWatch:
 
     @classmethod
     def build(cls, run: Run, fitted: Fit | None) -> "MemoryWatch | None":
-        """None where nothing was planned or nothing can be measured."""
+        """Build a watch; None if nothing was planned or nothing can be measured."""
         gauge = make_gauge(run.context.device)
         return None if fitted is None or gauge is None else cls(run, fitted, gauge)
 
     def noting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass batches on, and note how large they are."""
+        """Pass batches through, recording their size."""
         for batch in batches:
             self._largest = max(self._largest, num_pixels(batch))
             yield batch
 
     def before_step(self) -> None:
-        """Measure anew: images and validation between the steps have peaks of their own."""
+        """Reset the peak: previews and validation between steps have their own."""
         if not self.is_over:
             self._gauge.reset()
             self._largest = 0
 
     def after_step(self) -> None:
-        """Compare, once there is something to compare."""
+        """Compare with the plan, once there is a measurement."""
         self._num_steps += 1
         if self.is_over or self._num_steps < FIRST_STEP:
             return
@@ -81,7 +81,7 @@ class MemoryWatch:
             self._correct(measured)
 
     def _correct(self, measured: int) -> None:
-        """Choose again by what was measured, among what can be changed while training: how blocks run."""
+        """Choose again by the measurement, among options that can change during training: how blocks run."""
         chosen, card = self._chosen, self._fitted.choice.card
         fixed = chosen.weight_bytes + self._fitted.counted.step.adapter_bytes
         factor = max(0.0, (measured - fixed) / (chosen.tensor_bytes - fixed))
@@ -114,6 +114,6 @@ class MemoryWatch:
 
 
 def num_pixels(batch: Batch) -> int:
-    """Count the pixels of all images of a batch."""
+    """Return the number of pixels in a batch."""
     height, width = batch.height_width
     return len(batch.keys) * height * width

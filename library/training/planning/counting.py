@@ -1,7 +1,7 @@
-"""Counts what a run needs, from its options and the headers of its checkpoint: nothing is loaded or computed.
+"""Counts the memory and operations of a run from its options and the headers of its checkpoint, without loading or
+computing.
 
-The models, the adapter, the optimizer and the loss are those of the run, built as the run builds them, on tensors that
-have shapes only.
+Models, adapter, optimizer and loss are built as in the run, on fake tensors that only have shapes.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,20 +71,20 @@ from networks.core.protocol import AdoptedNetwork, adopt, multiplex, open_networ
 
 T = TypeVar("T")
 
-NUM_ASKED = 3  # prompts of a training target by prompts
+NUM_ASKED = 3  # prompts per training target of prompt training
 NUM_COUNTS = 5  # models, encoding, a pass, a recomputed pass, the optimizer
 
-CPU = torch.device("cpu")  # fakes of a card cannot compute gradients where torch is built without CUDA
+CPU = torch.device("cpu")  # fake CUDA tensors have no gradients in a torch build without CUDA
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Images of one batch, in pixels."""
+    """The image sizes of a batch, in pixels."""
 
     count: int
     width: int
     height: int
-    reference_sizes: tuple[tuple[int, int], ...] = ()  # width and height of the reference images of each
+    reference_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each sample's reference images
 
     @property
     def num_pixels(self) -> int:
@@ -92,7 +92,7 @@ class BatchShape:
 
 
 def shape_of_batch(batch: Batch, downscale: int) -> BatchShape:
-    """Return the sizes of a batch's images; `downscale` is the pixels per latent."""
+    """Return the sizes of a batch's images; `downscale` is in pixels per latent."""
     height, width = batch.height_width
     scaled = [(one, 1) for one in batch.reference_pixels] + [(one, downscale) for one in batch.reference_latents]
     references = tuple((one.shape[-1] * scale, one.shape[-2] * scale) for one, scale in scaled)
@@ -105,20 +105,20 @@ class CountedRun:
 
     batch: BatchShape  # the largest
     step: CountedStep
-    stages: tuple[Stage, ...]  # before training, one after the other: what they need is given back
-    preview: CountedPreview | None = None  # while training
+    stages: tuple[Stage, ...]  # before training, one after another, each freeing its memory
+    preview: CountedPreview | None = None  # during training
 
 
 @dataclass(frozen=True)
 class MetaRun:
-    """The models of a run, of full size and without values, the adapter installed."""
+    """The models of a run at full size on fake tensors, with the adapter attached."""
 
     arch: Architecture
     compute: Compute
-    models: Models  # those that stay while training
+    models: Models  # those that stay during training
     encoders: Sequence[nn.Module]  # all text encoders
     vae: nn.Module | None
-    networks: Sequence[AdoptedNetwork]  # of several adapters that share a step (--sweep), else one
+    networks: Sequence[AdoptedNetwork]  # several if adapters share a step (--sweep)
 
 
 def count_run(
@@ -128,9 +128,9 @@ def count_run(
     device: torch.device,
     adapters: Sequence[TrainOptions] = (),
 ) -> CountedRun:
-    """Count a run on `device` whose largest batch is `batch`. Raises UserError as setting up the run would.
+    """Count a run on `device` whose largest batch is `batch`. Raises UserError as the run's set-up would.
 
-    `adapters` are the options of each where several share the base model, without the dropout that they may have.
+    `adapters` holds the options of several adapters that share the base model; their dropout is ignored.
     """
     adapters = adapters or (options,)
     with (
@@ -208,7 +208,7 @@ def count_run(
 
 
 def rows_of_pass(pairs: PairOptions, batch: BatchShape) -> BatchShape:
-    """Return what a pass computes of a batch: both images of preference pairs, or one side of a slider's pairs."""
+    """Return what one pass computes: both images of preference pairs, or one side of a slider's pairs."""
     if not pairs.are_trained:
         return batch
     count = batch.count if pairs.preference_loss is None else 2 * batch.count
@@ -216,12 +216,12 @@ def rows_of_pass(pairs: PairOptions, batch: BatchShape) -> BatchShape:
 
 
 def passes_accumulate(run: RunOptions, pairs: PairOptions) -> bool:
-    """Return True if a step adds up the gradients of several passes."""
+    """Return True if a step accumulates the gradients of several passes."""
     return run.gradient_accumulation_steps > 1 or pairs.pair_slider is not None
 
 
 def count_some_blocks(chains: Sequence[nn.ModuleList], count: Callable[[Repeats], Timeline]) -> Timeline:
-    """Count with as few blocks as stand for all: fewer where stacks that are built alike get inputs of one size."""
+    """Count with few blocks that represent the rest; more if stacks built alike get inputs of different sizes."""
     try:
         with shortened(chains) as repeats:
             return count(repeats)
@@ -231,12 +231,12 @@ def count_some_blocks(chains: Sequence[nn.ModuleList], count: Callable[[Repeats]
 
 
 def storable_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers in blocks whose weights can be stored in a format, also those in 8 bits already."""
+    """Return the layers in blocks whose weights can be stored in a weight format, including those already in 8 bits."""
     return [*layers_in_blocks(model).values(), *frozen_layers(model)]
 
 
 def run_on_meta_device(options: TrainOptions, arch: Architecture, adapters: Sequence[TrainOptions]) -> MetaRun:
-    """Return the models as the run will have them, in the fake mode that is on."""
+    """Build the models as in the run, in the active fake mode."""
     encoders, denoiser, vae = load_fakes(
         arch, format_while_counting(options.precision, bool(options.network.base_weights))
     )
@@ -255,22 +255,22 @@ def run_on_meta_device(options: TrainOptions, arch: Architecture, adapters: Sequ
 
 
 def has_latents(caching: CachingOptions, concepts: ConceptOptions | None) -> bool:
-    """Return True if no step needs the VAE: latents are cached, or drawn from prompts."""
+    """Return True if no step needs the VAE, because latents are cached or drawn from prompts."""
     return caching.cache_latents or concepts is not None
 
 
 def network_on_meta_device(
     wanted: NetworkOptions, precision: PrecisionOptions, arch: Architecture, models: Models
 ) -> AdoptedNetwork:
-    """Install the adapter on the models."""
+    """Attach the adapter to the models."""
     assert wanted.network_module is not None
     module = open_network_module(wanted.network_module)
     if wanted.dim_from_weights:
-        with unset_fake_temporarily():  # the file's own values tell ranks and forms
+        with unset_fake_temporarily():  # the file's real values determine ranks and forms
             network = adopt(create(wanted, module, models))
         give_fakes(network.module)
     else:
-        with counter_for(arch):  # which answers for values that a network module may look at
+        with counter_for(arch):  # returns plausible values where a network module reads them
             network = adopt(create(wanted, module, models))
     with counter_for(arch):
         network.apply_to(
@@ -287,7 +287,7 @@ def network_on_meta_device(
 def load_fakes(
     arch: Architecture, weight_format: RequestedFormat | None
 ) -> tuple[list[nn.Module], nn.Module, nn.Module | None]:
-    """(text encoders, denoiser, VAE), frozen; no VAE where its files are not there."""
+    """Load (text encoders, denoiser, VAE) as fakes, frozen; the VAE is None if its files are missing."""
     loader = on_meta_device(arch.load)
     with unset_fake_temporarily():
         encoders, denoiser = loader.text_encoders(), loader.denoiser(weight_format)
@@ -301,7 +301,8 @@ def load_fakes(
 
 
 def counter_for(arch: Architecture) -> OperationCounter:
-    """Values that are read say: captions are as long as they can be, chances and conditions come true."""
+    """Build an operation counter that answers reads of values: captions have their maximum length, and conditions
+    hold."""
     return OperationCounter({"int": arch.text.max_tokens, "float": 0.5, "bool": True})
 
 
@@ -310,7 +311,7 @@ def longest_caption(arch: Architecture) -> str:
 
 
 def fake_batch(arch: Architecture, shape: BatchShape, conditioning: Conditioning | None, has_latents: bool) -> Batch:
-    """Make a batch without values, in the fake mode that is on."""
+    """Build a batch of fake tensors, in the active fake mode."""
     spec = arch.codec.spec
     latents, *references = (
         (shape.count, spec.channels, height // spec.downscale, width // spec.downscale)
@@ -336,8 +337,8 @@ def fake_batch(arch: Architecture, shape: BatchShape, conditioning: Conditioning
 def count_rise(
     arch: Architecture, models: Sequence[nn.Module], run: Callable[[], T], given: Sequence[Tensor] = ()
 ) -> tuple[int, T]:
-    """Return the most bytes that `run` takes besides the weights of `models` and the tensors that it is given, and what
-    it returns."""
+    """Run `run` and return the peak bytes that it takes beyond the weights of `models` and the `given` tensors, with
+    its result."""
     counter = counter_for(arch)
     counter.leave_out([*tensors_of(*models), *given])
     with counter, torch.no_grad():
@@ -346,7 +347,7 @@ def count_rise(
 
 
 def count_images(arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage:
-    """Count encoding the largest images before training, their references among them."""
+    """Count encoding the largest images with their references before training."""
     width, height = max(((shape.width, shape.height), *shape.reference_sizes), key=prod)
     pixels_BCHW = torch.empty(1, 3, height, width)
     generators = [generator_for(0, "planned")]
@@ -358,8 +359,8 @@ def count_images(arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage
 def count_captions(
     spec: TextCacheSpec | None, meta: MetaRun, batch: BatchShape
 ) -> tuple[Stage | None, Conditioning | None]:
-    """Count encoding captions before training, with the reference images that the encoders see, and give the features
-    of a batch; None where no `spec` caches them."""
+    """Count encoding captions before training, with the reference images that the encoders see. Return the features
+    of a batch too; None if no `spec` caches them."""
     if spec is None:
         return None, None
     arch, encoders, batch_size = meta.arch, meta.encoders, batch.count
@@ -370,7 +371,7 @@ def count_captions(
         caption = CaptionWithImages(caption, "", lambda: tuple(torch.zeros(channels, h, w) for w, h in sizes))
 
     def encode(count: int) -> tuple[int, Conditioning]:
-        # Which tokens stand for images is read from the tokens, so these need their values: the mode must be off.
+        # Which tokens represent images depends on token values, so the fake mode must be off.
         with unset_fake_temporarily() if sees_images else nullcontext():
             tokens = arch.text.tokenize([caption] * count)
 
@@ -382,7 +383,7 @@ def count_captions(
 
     counted = {count: encode(count) for count in {1, batch_size}}
     one, all_of_batch = counted[1][0], counted[batch_size][0]
-    # Encoding two as well would take a twentieth of the whole count; the first caption bounds each more.
+    # Encoding the negative texts as well would take a twentieth of the whole count; captions need at least as much.
     each_more = one if batch_size == 1 else (all_of_batch - one) // (batch_size - 1)
     features = {name: tensor for name, tensor in counted[batch_size][1].items() if name in spec.keys}
     if spec.options.text_encoder_cpu:
@@ -394,9 +395,8 @@ def count_captions(
 def count_prompts(
     concepts: ConceptOptions, meta: MetaRun, shape: BatchShape
 ) -> tuple[Conditioning, GradientlessPasses]:
-    """Count what a step by prompts does before its forward and backward pass: the latents are drawn, half of the steps
-    on average, and the base model is asked about three prompts. Gives the text features of a batch too.
-    """
+    """Count the work of prompt training before the forward and backward pass: drawing latents (half of the steps on
+    average) and three predictions of the base model. Return a batch's text features too."""
     num_guided = 1 if resolve_guidance(concepts, meta.arch.preview.defaults) == 1 else 2
     rows = replace(shape, count=NUM_ASKED * shape.count)
     features = encode_longest(meta, rows.count)
@@ -407,14 +407,14 @@ def count_prompts(
 
 
 def encode_longest(meta: MetaRun, count: int) -> Conditioning:
-    """Return the text features of the longest captions, in the fake mode that is on."""
+    """Return the text features of the longest captions, in the active fake mode."""
     text, captions = meta.arch.text, [longest_caption(meta.arch)] * count
     with counter_for(meta.arch), torch.no_grad(), meta.compute.autocast():
         return text.encode(meta.encoders, text.tokenize(captions))
 
 
 def count_prediction(meta: MetaRun, rows: BatchShape, features: Conditioning) -> int:
-    """Return the most bytes that the denoiser takes for these images without gradients, weights left out."""
+    """Return the peak bytes of a denoiser call without gradients for these images, excluding weights."""
     arch, asked = meta.arch, fake_batch(meta.arch, rows, features, True)
     assert asked.latents_BCHW is not None
     clean_BCHW = asked.latents_BCHW
@@ -430,8 +430,8 @@ def count_prediction(meta: MetaRun, rows: BatchShape, features: Conditioning) ->
 def count_step(
     options: TrainOptions, meta: MetaRun, batch: Batch, repeats: Repeats, advance: Callable[[], None]
 ) -> Timeline:
-    """Forward and backward pass, with all blocks recomputed and with none; gradients are there already where a step
-    has several passes. `advance` is called after each of the two."""
+    """Count a forward and backward pass, once with all blocks recomputed and once with none; gradients exist already
+    if a step has several passes. `advance` is called after each."""
     arch, models, networks = meta.arch, meta.models, meta.networks
     loaded = LoadedModels(models, live_text(options.network, arch.text_cache), None)
     turns = multiplex(networks, options.network.network_module or "") if len(networks) > 1 else None
@@ -444,7 +444,7 @@ def count_step(
         )
     seeds = dict.fromkeys(range(len(networks)), 0)
     sizes = [sum(p.numel() for p in one.trainable_parameters()) for one in networks]
-    # By prompts and with pairs adapters run one after another; the largest is counted.
+    # With prompts and pairs, adapters run one after another; the largest is counted.
     runs_alone = options.concepts is not None or options.pairs.are_trained
     alone = sizes.index(max(sizes)) if runs_alone else None
     num_passes = 2 if passes_accumulate(options.run, options.pairs) else 1
@@ -483,7 +483,7 @@ def count_step(
 
 
 def together(optimizers: Sequence[CountedOptimizer]) -> CountedOptimizer:
-    """Return the memory of all, which step one after another."""
+    """Add up optimizers that step one after another."""
     states = sum(one.state for one in optimizers)
     return CountedOptimizer(states, states + max(one.rise - one.state for one in optimizers))
 
@@ -491,7 +491,7 @@ def together(optimizers: Sequence[CountedOptimizer]) -> CountedOptimizer:
 def count_update(
     optimizer: OptimizerOptions, rates: NetworkOptions, is_averaged: bool, arch: Architecture, network: AdoptedNetwork
 ) -> CountedOptimizer:
-    """Count the memory of the optimizer and of the moving average beside it, which is float32."""
+    """Count the state of the optimizer and of the moving average, which is float32."""
     groups, _ = network.parameter_groups(rates.text_encoder_lr, rates.unet_lr, optimizer.learning_rate)
     counted = count_optimizer(lambda given: build_optimizer(optimizer, given).optimizer, groups, counter_for(arch))
     averages = 4 * sum(p.numel() for p in network.trainable_parameters()) if is_averaged else 0

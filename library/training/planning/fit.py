@@ -1,4 +1,4 @@
-"""The fastest way of running a training that a card has room for, and what to say of it."""
+"""The fastest configuration of a training that fits a GPU, and its description."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,23 +20,23 @@ class Sweep:
     """Several adapters that share a step."""
 
     num_adapters: int
-    alone: CountedRun  # one of them, the largest
+    alone: CountedRun  # the largest of them alone
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The counts of a run and the choice for a GPU."""
+    """A run's counts and the choice for a GPU."""
 
-    options: TrainOptions  # of the user
+    options: TrainOptions  # as the user gave them
     counted: CountedRun
     allowed: Allowed
     choice: Choice
-    stage_sizes: Mapping[str, int]  # how many are encoded at a time, by the option that says it; 0 where none fits
-    sweep: Sweep | None = None  # where several adapters share the step
-    num_passes: int | None = None  # of the run; None where its length is not known
+    stage_sizes: Mapping[str, int]  # the batch sizes for encoding, by option; 0 if not even 1 fits
+    sweep: Sweep | None = None  # set if several adapters share the step
+    num_passes: int | None = None  # of the run; None if its length is unknown
 
     def values(self) -> dict[str, Any]:
-        """Return the options that were chosen, where they are other than the user's; none where nothing fits."""
+        """Return the chosen options that differ from the user's; none if nothing fits."""
         if self.choice.chosen is None:
             return {}
         sizes = {name: size for name, size in self.stage_sizes.items() if size and size != self.options.flat()[name]}
@@ -44,7 +44,7 @@ class Fit:
         return changes(self.options, self.choice.chosen.way) | sizes | off_the_card
 
     def lines(self) -> Iterator[str]:
-        """Yield the table, and what fixes its marked line."""
+        """Yield the table, and how to pin its marked line."""
         card = self.choice.card
         of = "" if card.nominal_bytes is None else f" free of {card.nominal_bytes / GIB:g} GB"
         yield (
@@ -72,7 +72,7 @@ class Fit:
             )
 
     def sweep_line(self, sweep: "Sweep") -> str:
-        """Return how many adapters fit, in the way that is chosen, else in the one that takes least."""
+        """Describe how many adapters fit with the chosen configuration, else with the smallest one."""
         found = self.choice.chosen or self.choice.least
         alone = predict(sweep.alone.step, found.way, self.choice.card)
         each = (found.device_bytes - alone.device_bytes) / (sweep.num_adapters - 1)
@@ -83,7 +83,7 @@ class Fit:
         )
 
     def peak_line(self, chosen: Predicted) -> str:
-        """Name the stage of the run that needs most of the GPU; stages give their memory back."""
+        """Name the stage of the run with the highest GPU peak; each stage frees its memory."""
         needs = {f"training ({chosen.peak})": chosen.device_bytes}
         needs |= {
             stage.name: self.stage_bytes(stage) for stage in self.counted.stages if self.stage_sizes[stage.option]
@@ -101,7 +101,7 @@ class Fit:
         return f"{line}, more than there is: the VAE decodes them in tiles, or on the processor"
 
     def stage_bytes(self, stage: Stage) -> int:
-        """Return what a stage needs with the batch size that is chosen, or with one at a time where none fits."""
+        """Return a stage's bytes with the chosen batch size, or with 1 if none fits."""
         size = self.stage_sizes[stage.option] or 1
         return stage.peak(size, self.is_streamed(stage)) + CONTEXT_BYTES
 
@@ -117,7 +117,7 @@ class Fit:
         return f"{stage.name}: {need} with --{stage.option} {size}{streamed}"
 
     def shortage(self) -> str:
-        """Describe the least memory, what it is made of, and what would have to give."""
+        """Describe the smallest configuration, its parts, and what could be reduced."""
         least, step = self.choice.least, self.counted.step
         training = step.adapter_bytes + step.gradient_bytes + step.optimizer.state
         activations = least.tensor_bytes - least.weight_bytes - training
@@ -142,9 +142,9 @@ SMALLER_WEIGHTS = "--base_format or --fit_formats int8 nf4 store them in fewer b
 def fit_to(
     counted: CountedRun, options: TrainOptions, card: Gpu, sweep: Sweep | None = None, num_steps: int | None = None
 ) -> Fit:
-    """Return the choice for a card; whatever the user has set stays as it is.
+    """Choose the configuration for a GPU; options that the user has set are kept.
 
-    `num_steps` are the optimizer steps of the run, None where they are not known.
+    `num_steps` is the number of optimizer steps, or None if unknown.
     """
     values, defaults = options.flat(), type(options).defaults()
     room = card.memory_bytes - CONTEXT_BYTES

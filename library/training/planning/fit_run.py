@@ -1,4 +1,4 @@
-"""Sets a run up in the fastest way that the GPU has room for."""
+"""Configures a run for the fastest execution that fits its GPU."""
 
 import logging
 from collections.abc import Sequence
@@ -19,10 +19,9 @@ from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)
 
-# CUDA loads most of its kernels when they are first used, so a context takes less at this point than
-# CONTEXT_BYTES. [derived]
+# CUDA loads most kernels on first use, so a context takes less here than CONTEXT_BYTES. [derived]
 BARE_CONTEXT_BYTES = 7 * GIB // 20
-MARGIN_BYTES = 3 * GIB // 10  # for what a desktop takes while the run goes on
+MARGIN_BYTES = 3 * GIB // 10  # for a desktop that takes more during the run
 
 
 def largest_batch(sizes: BatchSizes) -> BatchShape:
@@ -32,16 +31,16 @@ def largest_batch(sizes: BatchSizes) -> BatchShape:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return what a run may take of a GPU by now, with the context that this process has there already."""
+    """Return the GPU memory available to a run, including this process's existing context."""
     if device.type != "cuda":
         raise UserError("--fit auto asks the card what is free on it, and there is none; give a size such as 12GB")
     return torch.cuda.mem_get_info(device)[0] + BARE_CONTEXT_BYTES - MARGIN_BYTES
 
 
 def measure_gpu(wanted: str, mixed_precision: str, processes: Processes) -> Gpu:
-    """Return this process's device with the memory that the user allows (`wanted`, a size or "auto").
+    """Return this process's device with the memory that the user allows (`wanted`: a size or "auto").
 
-    Several processes choose alike: they take the least memory that one of them has, and the main process's speed.
+    Several processes choose alike: they use the least memory of any, and the main process's speed.
     """
     size = None if wanted == "auto" else parse_size("--fit", wanted)
     room = free_memory(processes.device) if size is None else size.free_bytes
@@ -60,7 +59,7 @@ def counted_run(
     device: torch.device,
     adapters: Sequence[TrainOptions] = (),
 ) -> CountedRun:
-    """Return the count. Raises UserError for network modules of third parties that need real weights."""
+    """Count the run. Raises UserError for third-party network modules that need real weights."""
     name = options.network.network_module
     assert name is not None
     try:
@@ -68,7 +67,7 @@ def counted_run(
             return count_run(options, arch, batch, device, adapters)
     except UserError:
         raise
-    except Exception as error:  # whatever code of others meets that looks at values which are not there
+    except Exception as error:  # third-party code may raise anything when it reads missing values
         if name.startswith(OURS):
             raise
         raise UserError(
@@ -84,7 +83,7 @@ def count_sweep(
     device: torch.device,
     adapters: Sequence[TrainOptions],
 ) -> Sweep | None:
-    """Count one of several adapters, that of the highest rank; None where there is one."""
+    """Count the adapter with the highest rank of several; None for a single one."""
     if len(adapters) < 2:
         return None
     largest = max(adapters, key=lambda own: own.network.network_dim or 0)
@@ -100,10 +99,10 @@ def fit_run(
 ) -> Fit:
     """Choose how to run the largest batch, and log the candidates.
 
-    `adapters` are the options of each where several share the step. An architecture does not depend on what is chosen:
-    formats, recomputation and offloading are given to its loader and its block runner later.
+    `adapters` holds each adapter's options if several share the step. The architecture does not depend on the choice:
+    weight formats, recomputation and offloading are applied later.
 
-    Raises UserError where nothing fits.
+    Raises UserError if nothing fits.
     """
     assert options.fit.fit is not None
     card = measure_gpu(options.fit.fit, options.precision.mixed_precision, processes)

@@ -1,4 +1,4 @@
-"""The memory of drawing previews, which happens beside everything that training keeps."""
+"""The memory of previews, which are drawn while everything for training stays allocated."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,26 +17,26 @@ from library.training.evaluation.prompts import read_prompts, resolve_all
 
 @dataclass(frozen=True)
 class CountedPreview:
-    """Decoding the largest preview, in bytes of tensors.
+    """The memory of decoding the largest preview, in bytes of tensors.
 
-    The denoiser needs less for it: without gradients it keeps the values of one block at a time.
+    The denoiser needs less: without gradients it keeps the activations of one block at a time.
     """
 
     width: int
     height: int
-    vae_bytes: int  # 0 if the VAE stays in memory while training
+    vae_bytes: int  # 0 if the VAE stays in memory during training
     decoding_bytes: int
 
     def peak(self, step: CountedStep, chosen: Predicted) -> int:
-        """Return what the GPU needs for it in a run that steps as `chosen`."""
+        """Return the GPU memory for a preview in a run configured as `chosen`."""
         kept = chosen.weight_bytes + step.adapter_bytes + step.optimizer.state + self.vae_bytes
         return kept + round((1 + ALLOCATOR_SHARE) * self.decoding_bytes) + CONTEXT_BYTES
 
 
 def largest_preview(options: PreviewOptions, arch: Architecture) -> tuple[int, int] | None:
-    """Return width and height of the largest image that the options draw; None without previews.
+    """Return the width and height of the largest preview; None without previews.
 
-    Prompts whose file does not exist yet are taken to have the base model's usual size.
+    If the prompts file does not exist yet, assume the base model's default size.
     """
     if Timetable.build(options).is_empty or not options.sample_prompts:
         return None
@@ -50,7 +50,7 @@ def largest_preview(options: PreviewOptions, arch: Architecture) -> tuple[int, i
 def count_preview(
     options: PreviewOptions, arch: Architecture, vae: nn.Module | None, stays: bool, counter: OperationCounter
 ) -> CountedPreview | None:
-    """Count decoding in the fake mode that is on; None without previews or without the VAE's files."""
+    """Count decoding in the active fake mode; None without previews or without the VAE's files."""
     size = largest_preview(options, arch)
     if size is None or vae is None:
         return None

@@ -1,4 +1,4 @@
-"""The planner's choices as options: which are free, and what a choice sets."""
+"""Translates between planner choices and options."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,13 +12,13 @@ from library.options.machine.fit import FitOptions
 from library.options.machine.memory import MemoryOptions, PrecisionOptions
 from library.options.train import TrainOptions
 
-SMALLER = ("int8", "nf4")  # weight formats that are suggested
+SMALLER = ("int8", "nf4")  # weight formats to suggest
 TYPICAL_WEIGHT = Matrix(3072, 3072, itemsize=2)
-EVERY = (None, 3, 2, 1)  # blocks of which one is recomputed; fewer save hardly anything
+EVERY = (None, 3, 2, 1)  # recompute one of this many blocks; larger intervals hardly save memory
 
 
 def resolve_way(memory: MemoryOptions, precision: PrecisionOptions, distributed: DistributedOptions) -> Way:
-    """Return how the options run a step."""
+    """Return the configuration that the options describe."""
     return Way(
         weight_format=precision.denoiser_format,
         recompute_every=memory.gradient_checkpointing_every if memory.recomputes else None,
@@ -29,7 +29,7 @@ def resolve_way(memory: MemoryOptions, precision: PrecisionOptions, distributed:
 
 
 def num_shares(options: DistributedOptions) -> int:
-    """Count the processes that share the denoiser's weights."""
+    """Return the number of processes that share the denoiser's weights."""
     return (options.shard_group or 1) if options.shard_base else 1
 
 
@@ -46,10 +46,10 @@ def option_values(way: Way) -> dict[str, Any]:
 
 
 def changes(options: TrainOptions, way: Way) -> dict[str, Any]:
-    """Return the options that a way sets to something else than the user."""
+    """Return a configuration's options that differ from the user's."""
     values = options.flat()
     found = {name: value for name, value in option_values(way).items() if value != values[name]}
-    if way.weight_format == options.precision.denoiser_format:  # however it was asked for
+    if way.weight_format == options.precision.denoiser_format:  # whichever option requested it
         found.pop("base_format", None)
     if options.memory.unsloth_offload_checkpointing and way.inputs_wait:
         found.pop("gradient_checkpointing", None)
@@ -58,18 +58,18 @@ def changes(options: TrainOptions, way: Way) -> dict[str, Any]:
 
 
 def format_options(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """Options as one types them, those with their default left out."""
+    """Format options as typed, leaving out defaults."""
     given = [(name, value) for name, value in values.items() if value != defaults[name]]
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given)
 
 
 def describe(way: Way) -> str:
-    """Return the options of a way as one types them."""
+    """Format a configuration's options as typed."""
     return format_options(option_values(way), TrainOptions.defaults()) or "plain"
 
 
 def allowed_by(fit: FitOptions, memory: MemoryOptions, way: Way) -> Allowed:
-    """Return what is left to choose beside `way`, which the options name: what the user has set stays."""
+    """Return the search space around `way`, the configuration of the options; options that the user set are fixed."""
     return Allowed(
         weight_formats=tuple(fit.fit_formats or (way.weight_format,)),
         recompute_every=(way.recompute_every,) if memory.recomputes else EVERY,
@@ -80,7 +80,7 @@ def allowed_by(fit: FitOptions, memory: MemoryOptions, way: Way) -> Allowed:
 
 
 def allowed_ever(precision: PrecisionOptions, distributed: DistributedOptions) -> Allowed:
-    """Return all that a user could set, in the weights' format and in those of SMALLER that take fewer bytes."""
+    """Return the whole search space, with the current weight format and those of SMALLER that take fewer bytes."""
     name = precision.denoiser_format
     allowed = replace(Allowed(), recompute_every=EVERY, shared_by=num_shares(distributed))
     if precision.multiplies_codes:

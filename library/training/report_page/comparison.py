@@ -1,4 +1,4 @@
-"""Several runs on one page: what differs between them, their losses on one axis, their previews side by side."""
+"""Compares several runs on one page: their differences, their losses on shared axes, their previews side by side."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,15 @@ from library.training.report_page.writer import read_events, read_report
 
 SCRIPT = "comparison.js"
 NAMES_ONLY = ("output_dir", "output_name", "log_events", "logging_dir", "log_prefix", "config_file", "wandb_run_name")
-"""Options that say where a run is kept and not what it is."""
+"""Options that only name files of a run."""
 OF_PLAN = ("base_model", "network", "num_trained", "seed", "max_train_steps", "batch_sizes", "accumulation", "pictures",
            "num_processes", "device")  # fmt: skip
 MEASURED_AS_SAID = ("validation_split", "validation_seed", "max_validation_steps", "min_timestep", "max_timestep")
 
 
 def file_of_run(path: Path) -> Path:
-    """Find the report in a folder; other paths stay. Raises UserError if the folder has none or several."""
+    """Find the report in a folder; other paths are returned unchanged. Raises UserError if the folder has none or
+    several."""
     if not path.is_dir():
         return path
     found = sorted(path.glob(f"*{ENDING}"))
@@ -30,7 +31,7 @@ def file_of_run(path: Path) -> Path:
 
 
 def read_run(path: Path) -> Record:
-    """Read the run of a report, an events file, or a folder with one report. Raises UserError if there is none."""
+    """Read a run from a report, an events file, or a folder with one report. Raises UserError if there is none."""
     path = file_of_run(path)
     record = read_report(path) if path.suffix == ".html" else read_events(path)
     if record.plan is None or not record.sessions:
@@ -39,7 +40,7 @@ def read_run(path: Path) -> Record:
 
 
 def label_runs(records: Sequence[Record], paths: Sequence[Path]) -> list[str]:
-    """Name each run; where two have the same name, with its folder, or a number where that is not enough."""
+    """Label each run by its name, with its folder or a number if names clash."""
     names = Counter(record.name for record in records)
     folders = [path if path.is_dir() else path.parent for path in paths]
     labels: list[str] = []
@@ -51,9 +52,9 @@ def label_runs(records: Sequence[Record], paths: Sequence[Path]) -> list[str]:
 
 
 def differences(records: Sequence[Record]) -> list[list[Any]]:
-    """Rows of [what, value of each run] that are not the same in all: options, plan, data, versions.
+    """Return rows of [what, each run's value] that are not equal for all: options, plan, data, versions.
 
-    None is an option at its default, or what a run does not tell.
+    None is an option at its default, or an unknown value.
     """
     tables = [describe_run(record) for record in records]
     names = dict.fromkeys(name for table in tables for name in table)
@@ -73,7 +74,8 @@ def describe_run(record: Record) -> dict[str, Any]:
 
 
 def is_measured_alike(records: Sequence[Record]) -> bool:
-    """Return True if validation losses compare: the same options set images aside, and as many."""
+    """Return True if validation losses are comparable: held-out images selected by the same options, and equally
+    many."""
     seen = []
     for record in records:
         options, plan = record.sessions[-1]["options"], record.plan or {}
@@ -84,7 +86,7 @@ def is_measured_alike(records: Sequence[Record]) -> bool:
 
 
 def build_comparison(paths: Sequence[Path]) -> str:
-    """Return the page that compares runs. Raises UserError for fewer than two, or for one that cannot be read."""
+    """Build the page that compares runs. Raises UserError for fewer than two, or for one that cannot be read."""
     if len(paths) < 2:
         raise UserError("name two runs or more: folders, reports or files of --log_events")
     records = [read_run(path) for path in paths]
@@ -96,7 +98,7 @@ def build_comparison(paths: Sequence[Path]) -> str:
 
 
 def shown(record: Record) -> Mapping[str, Any]:
-    """Return the part of a record that the page draws."""
+    """Return the part of a record that the page needs."""
     values = record.as_json()
     names = ("step", "loss", "smoothed", "curves", "validations", "best", "prompts", "previews", "plan")
     return {**{name: values[name] for name in names}, "end": record.sessions[-1]["end"]}

@@ -14,11 +14,11 @@ from library.training.report_page.writer import read_report, write_page
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "index.html"
-MOST_RUNS = 100  # the latest; each report can hold megabytes of previews
+MOST_RUNS = 100  # the latest ones; a report may hold megabytes of previews
 
 
 class IndexWriter:
-    """Writes the index when a run begins and when it ends, after its report."""
+    """Writes the index at the start and at the end of a run, after its report."""
 
     name = "the index of runs"
 
@@ -37,7 +37,8 @@ class IndexWriter:
 
 
 def write_index(folder: Path) -> None:
-    """Write the index of a folder with two reports or more. Raises UserError for an index.html of another program."""
+    """Write the index of a folder with at least two reports. Raises UserError if another program's index.html
+    exists."""
     reports = sorted(folder.glob(f"*{ENDING}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)[:MOST_RUNS]
     if len(reports) < 2:
         return
@@ -70,7 +71,7 @@ def summarize(record: Record, path: Path) -> dict[str, Any]:
 
 
 def last_preview(record: Record) -> tuple[str, str | None]:
-    """Return (number of its prompt, data: URL) of the first of the last previews; ("", None) if there are none."""
+    """Return (prompt number, data: URL) of the first of the latest previews; ("", None) without previews."""
     for item in reversed(record.previews.items):
         if found := sorted(item["pictures"].items(), key=lambda pair: int(pair[0])):
             number, image = found[0]

@@ -1,7 +1,7 @@
-"""A report as one HTML file, which opens without a server, a network or anything beside it.
+"""A report as one HTML file that opens without a server, a network or other files.
 
-The data stand in it as JSON; `common.js` and a script of the page draw them with uPlot. A content security policy lets
-these scripts run and nothing else, and nothing is fetched, whatever captions, prompts and names of files contain.
+Data are embedded as JSON; `common.js` and the page's script draw them with uPlot. A content security policy allows
+these scripts only, and nothing is fetched, whatever captions, prompts and file names contain.
 """
 
 import base64
@@ -18,15 +18,15 @@ from library.json_text import parse_json
 
 HERE = Path(__file__).parent
 UPLOT = ("uplot/uPlot.iife.min.js", "uplot/uPlot.min.css")
-SHARED = {"comparison.js": ("runs.js",), "sweep.js": ("runs.js",)}  # scripts that others need before them
+SHARED = {"comparison.js": ("runs.js",), "sweep.js": ("runs.js",)}  # scripts to load before others
 POLICY_START = "default-src 'none'; img-src data:"
 REPORT = FileType("a report", lambda start: escape(POLICY_START).encode() in start)
-ENDING = "-report.html"  # of the file of a run
+ENDING = "-report.html"  # of a run's file name
 START, END = '<script type="application/json" id="data">', "</script>"
 
 
 def build_page(title: str, script: str, data: Mapping[str, Any], reload_s: int | None = None) -> str:
-    """Return the page that `script`, a file beside this one, draws of `data`; it reloads itself every `reload_s`."""
+    """Build the page that `script`, a file in this folder, draws from `data`; it reloads every `reload_s` seconds."""
     chart_script, chart_style = map(read_source, UPLOT)
     scripts = [chart_script, *map(read_source, ("common.js", *SHARED.get(script, ()), script))]
     return read_source("page.html").format(
@@ -42,24 +42,24 @@ def build_page(title: str, script: str, data: Mapping[str, Any], reload_s: int |
 
 @cache
 def read_source(name: str) -> str:
-    """Return the text of a file beside this one."""
+    """Return the text of a file in this folder."""
     return (HERE / name).read_text(encoding="utf-8")
 
 
 def build_content_policy(scripts: list[str]) -> str:
-    """Return what the page may do: run these scripts, show images that it holds itself."""
+    """Return the content security policy: these scripts and embedded images only."""
     hashes = (hashlib.sha256(text.encode()).digest() for text in scripts)
     allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in hashes)
     return f"{POLICY_START}; style-src 'unsafe-inline'; script-src {allowed}"
 
 
 def as_script(data: Mapping[str, Any]) -> str:
-    """JSON that ends no script element and begins no comment: it is ASCII and holds no `<`."""
+    """Encode as JSON that cannot end a script element or begin a comment: ASCII without `<`."""
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def read_data(page: str) -> dict[str, Any]:
-    """Read back what `build_page` was given. Raises ValueError where that is not to be found."""
+    """Return the data that `build_page` was given. Raises ValueError if there are none."""
     start = page.find(START)
     end = page.find(END, start)
     if start < 0 or end < 0:

@@ -1,7 +1,7 @@
-"""The record of a run that its report shows, collected from its events one after the other.
+"""The record of a run for its report, built from its events one by one.
 
-It is bounded, plain, and a function of the events: the report holds it, a run that goes on reads it back from
-there, and `tools/report.py` makes the same of a file of events.
+It has bounded size, consists of plain values, and depends on the events alone: the report stores it, a resumed run
+reads it back, and `tools/report.py` rebuilds it from an events file.
 """
 
 import re
@@ -17,21 +17,21 @@ from library.training.reporting.events import Audit, Plan
 VERSION = 1
 MOST_FINDINGS = 20
 MOST_VALIDATIONS = 300
-MOST_TIMES = 40  # of previews
+MOST_TIMES = 40  # previews per prompt
 KEPT = {
     "validations": MOST_VALIDATIONS,
     "previews": MOST_TIMES,
     "strengths": MOST_TIMES,
     "forgetting": MOST_VALIDATIONS,
 }
-LATER = ("strengths", "forgetting")  # fields that reports of earlier versions lack
+LATER = ("strengths", "forgetting")  # fields missing in older reports
 MOST_PROMPTS = 16
 MOST_GROUPS = 12  # of the optimizer
 MOST_WARNINGS = 100
 MOST_SESSIONS = 20
 MOST_FILES = 500
-SMOOTHED_OVER = 20  # the smoothed loss looks back over this part of the run ...
-FEWEST_SMOOTHED, MOST_SMOOTHED = 10, 1000  # ... in steps
+SMOOTHED_OVER = 20  # the smoothed loss averages over this fraction of the run ...
+FEWEST_SMOOTHED, MOST_SMOOTHED = 10, 1000  # ... within these numbers of steps
 THUMBNAIL = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/]+=*")
 
 Line = Mapping[str, Any]
@@ -39,14 +39,14 @@ Line = Mapping[str, Any]
 
 @dataclass
 class Smoothed:
-    """An exponential average that begins with the first value: sum and weight of what came, the older the less."""
+    """An exponential average starting with the first value: a weighted sum and its weight."""
 
-    over: int = FEWEST_SMOOTHED  # steps after which a value counts 1/e
+    over: int = FEWEST_SMOOTHED  # steps after which a value has the weight 1/e
     total: float = 0.0
     weight: float = 0.0
 
     def add(self, value: float) -> float:
-        """Return the average with one more value."""
+        """Add a value and return the average."""
         keep = 1 - 1 / self.over
         self.total, self.weight = self.total * keep + value, self.weight * keep + 1
         return self.total / self.weight
@@ -55,7 +55,7 @@ class Smoothed:
 class Session(TypedDict):
     """A process of the run."""
 
-    time: float  # of its start
+    time: float  # its start
     command: Sequence[str] | None
     options: Mapping[str, Any]
     versions: Mapping[str, str]
@@ -65,15 +65,15 @@ class Session(TypedDict):
 
 @dataclass
 class Record:
-    """All that is shown. `sessions` are the processes of the run: one, and another each time that it goes on."""
+    """Everything that the report shows. Each start or resume of the run adds one of the `sessions`."""
 
     updated: float = 0.0
     sessions: list[Session] = field(default_factory=list)
     plan: dict[str, Any] | None = None
     audit: dict[str, Any] | None = None
     findings: list[dict[str, Any]] = field(default_factory=list)
-    stages: dict[str, list[float]] = field(default_factory=dict)  # of this session: seconds so far, how often
-    began: dict[str, float] = field(default_factory=dict)  # when those that are not did
+    stages: dict[str, list[float]] = field(default_factory=dict)  # of this session: seconds, count
+    began: dict[str, float] = field(default_factory=dict)  # start times of the running stages
     step: int = 0
     epoch: int = 0
     loss: float | None = None  # smoothed
@@ -82,22 +82,22 @@ class Record:
     validations: Kept = field(default_factory=lambda: Kept(MOST_VALIDATIONS))
     forgetting: Kept = field(default_factory=lambda: Kept(MOST_VALIDATIONS))
     best: dict[str, Any] | None = None  # step, loss
-    choice: dict[str, Any] | None = None  # between the saved files
+    choice: dict[str, Any] | None = None  # among the saved files
     prompts: dict[str, dict[str, Any]] = field(default_factory=dict)  # by number
     previews: Kept = field(default_factory=lambda: Kept(MOST_TIMES))
-    strengths: Kept = field(default_factory=lambda: Kept(MOST_TIMES))  # images that differ in strength, compared
+    strengths: Kept = field(default_factory=lambda: Kept(MOST_TIMES))  # comparisons of images at several strengths
     files: list[dict[str, Any]] = field(default_factory=list)
     num_removed: int = 0
     warnings: list[dict[str, Any]] = field(default_factory=list)
     num_warnings_left_out: int = 0
-    sheet: str | None = None  # a contact sheet as a data: URL; the one thing that no event tells
+    sheet: str | None = None  # a contact sheet as a data: URL; the only content without an event
 
     @property
     def is_empty(self) -> bool:
         return self.updated == 0
 
     def add(self, line: Line) -> None:
-        """Take in the next event; what is not shown, also of later versions, is passed over."""
+        """Add an event; unknown events, for example of later versions, are ignored."""
         self.updated = line["time"]
         take = {
             "start": self._start, "audit": self._audit, "finding": self._finding, "stage": self._stage,
@@ -109,7 +109,7 @@ class Record:
         if take is not None:
             take(line)
 
-    # One for each event
+    # One method per event:
 
     def _start(self, line: Line) -> None:
         options = line["options"]
@@ -158,7 +158,7 @@ class Record:
             self.sessions[-1]["first_step"] = first_step
 
     def _forget_earlier_sessions(self) -> None:
-        """A run begins: what is known of others, which lie in the same file of events, goes."""
+        """Drop earlier runs in the same events file when a run begins."""
         kept = {"updated", "audit", "findings", "stages", "began", "num_warnings_left_out"}
         number = self.sessions[-1]["time"] if self.sessions else 0.0
         fresh = Record(sessions=self.sessions[-1:], warnings=[one for one in self.warnings if one["session"] == number])
@@ -239,7 +239,7 @@ class Record:
             names = ("reason", "step", "seconds", "error", "summary", "file")
             self.sessions[-1]["end"] = {name: line[name] for name in names}
 
-    # As plain values
+    # As plain values:
 
     @property
     def name(self) -> str:
@@ -247,7 +247,7 @@ class Record:
         return str(options.get("output_name") or "last")
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, which hold everything: `from_json` of them goes on as this one does."""
+        """Return plain values from which `from_json` restores the record."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         parts = {"curves": self.curves.as_json(), "smoothed": vars(self.smoothed)}
         lists = {name: getattr(self, name).as_json() for name in KEPT}
@@ -255,11 +255,11 @@ class Record:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Record":
-        """Return the record of which `as_json` gave these values. Raises ValueError for anything else."""
+        """Restore a record from `as_json`. Raises ValueError for other values."""
         if values.get("version") != VERSION:
             raise ValueError(f"its data have version {str(values.get('version'))[:20]}, not {VERSION}")
         given: dict[str, Any] = {f.name: values.get(f.name) for f in fields(cls)}
-        for name in LATER:  # what reports of earlier versions lack
+        for name in LATER:  # missing in older reports
             given[name] = given[name] or Kept(KEPT[name]).as_json()
         for name, annotation in {**get_type_hints(cls), **SAVED_AS}.items():
             check_value(given[name], annotation, name)
@@ -278,7 +278,7 @@ SAVED_AS = {  # fields of Record that have other types as plain values
 
 
 def shown_images(images: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return images without what is no small copy of one: lines may come from anywhere."""
+    """Drop images whose thumbnails are not valid, since lines may come from anywhere."""
     return [
         image if image["thumbnail"] and THUMBNAIL.fullmatch(image["thumbnail"]) else {**image, "thumbnail": None}
         for image in images
@@ -286,5 +286,5 @@ def shown_images(images: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 
 
 def get_values(line: Line) -> dict[str, Any]:
-    """Return the fields of an event's line without those that all lines have."""
+    """Return the fields of an event's line, without those common to all lines."""
     return {name: value for name, value in line.items() if name not in ("v", "event", "time")}

@@ -1,4 +1,4 @@
-"""Serve the reports of a folder to a browser on this machine: read-only, and reloaded while a run goes on."""
+"""Serves a folder's reports to a browser on this machine, read-only, and live during a run."""
 
 import re
 from functools import partial
@@ -11,14 +11,14 @@ from library.training.report_page.index import FILE_NAME
 from library.training.report_page.page import ENDING
 from library.training.report_page.writer import LIVE_S, build_report, read_events, read_report
 
-HOST = "127.0.0.1"  # other machines must not read the paths and options in a report
-LOCAL = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")  # names by which a page of another site cannot reach it
+HOST = "127.0.0.1"  # reports contain paths and options that other machines must not read
+LOCAL = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")  # host names that pages of other sites cannot use
 
 
 class ReportServer(ThreadingHTTPServer):
-    """Serves the page of one file, or the overview and the reports of a folder. `port` 0 takes any free one.
+    """Serves the page of one file, or the overview and the reports of a folder. `port` 0 selects a free one.
 
-    Raises UserError where there is nothing to serve, or the port is taken.
+    Raises UserError if there is nothing to serve, or if the port is taken.
     """
 
     daemon_threads = True
@@ -38,7 +38,7 @@ class ReportServer(ThreadingHTTPServer):
 
 
 def pages(source: Path) -> dict[str, Path]:
-    """Return the files to serve by their names in the address; "" is the first page. Raises UserError without any."""
+    """Return the files to serve by their names in the address ("" is the first page). Raises UserError without any."""
     if not source.is_dir():
         return {"": source}
     found = {path.name: path for path in sorted(source.glob(f"*{ENDING}"))}
@@ -50,7 +50,7 @@ def pages(source: Path) -> dict[str, Path]:
 
 
 def page_at(path: Path) -> str:
-    """Return a page as it is now, one of a file of events made anew; that of a run in progress reloads itself."""
+    """Return the current page; that of an events file is rebuilt, and that of a running training reloads itself."""
     if path.name == FILE_NAME:
         return path.read_text(encoding="utf-8")
     record = read_report(path) if path.suffix == ".html" else read_events(path)
@@ -59,7 +59,7 @@ def page_at(path: Path) -> str:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET for the pages of a source, and nothing else."""
+    """Answers GET requests for the pages of a source."""
 
     def __init__(self, source: Path, *arguments: Any) -> None:
         self.source = source
@@ -83,4 +83,4 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Say nothing of requests."""
+        """Do not log requests."""

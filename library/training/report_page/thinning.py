@@ -1,25 +1,25 @@
-"""Curves and lists of bounded length, whatever comes: a run of 100,000 steps has a small report.
+"""Curves and lists of bounded length, so that the report of a run with 100,000 steps stays small.
 
-What is kept is a function of what was added alone, so a report that goes on and one that is made afterwards agree.
+What is kept depends only on what was added, so a resumed report equals one built later from the events.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
-MOST_BUCKETS = 1000  # of a curve: about the pixels that a chart is wide
-DIGITS = 7  # of what is kept of a number
+MOST_BUCKETS = 1000  # of a curve; about the width of a chart in pixels
+DIGITS = 7  # of stored numbers
 COLUMNS = ("total", "low", "high", "count")
 
 
 def rounded(value: float) -> float:
-    """`value` with `DIGITS` significant digits."""
+    """Round to `DIGITS` significant digits."""
     return float(f"{value:.{DIGITS}g}")
 
 
 @dataclass
 class Curve:
-    """A value by bucket of steps: its sum, least, most and count there; None where there is none."""
+    """Sum, minimum, maximum and count of a value per bucket of steps; None where there is none."""
 
     total: list[float | None] = field(default_factory=list)
     low: list[float | None] = field(default_factory=list)
@@ -27,7 +27,7 @@ class Curve:
     count: list[int] = field(default_factory=list)
 
     def add(self, bucket: int, total: float, low: float, high: float, count: int) -> None:
-        """Put values of a bucket, which are `rounded`, to those that are there."""
+        """Add `rounded` values to a bucket."""
         missing = bucket + 1 - len(self.count)
         if missing > 0:
             for column in (self.total, self.low, self.high):
@@ -40,7 +40,7 @@ class Curve:
         self.count[bucket] += count
 
     def halved(self) -> "Curve":
-        """Join each two buckets into one."""
+        """Merge pairs of buckets."""
         curve = Curve()
         for bucket, values in enumerate(zip(self.total, self.low, self.high, self.count, strict=True)):
             total, low, high, count = values
@@ -58,16 +58,16 @@ class SavedCurves(TypedDict):
 
 @dataclass
 class Curves:
-    """Several curves over the steps of a run, with the same buckets.
+    """Several curves over the steps of a run with common buckets.
 
-    A bucket is `width` steps: one up to `MOST_BUCKETS` steps, and twice as many each time that they would become more.
+    A bucket spans `width` steps: one for up to `MOST_BUCKETS` steps, doubled whenever there would be more buckets.
     """
 
     width: int = 1
     by_name: dict[str, Curve] = field(default_factory=dict)
 
     def add(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Put in the values of a step, from 1; those that are None are left out."""
+        """Add the values of a step, from 1; None values are skipped."""
         while (step - 1) // self.width >= MOST_BUCKETS:
             self.width *= 2
             self.by_name = {name: curve.halved() for name, curve in self.by_name.items()}
@@ -77,14 +77,14 @@ class Curves:
                 self.by_name.setdefault(name, Curve()).add((step - 1) // self.width, kept, kept, kept, 1)
 
     def cut(self, step: int) -> None:
-        """Forget the buckets behind that of `step`."""
+        """Drop the buckets after that of `step`."""
         num_kept = 0 if step < 1 else (step - 1) // self.width + 1
         for curve in self.by_name.values():
             for column in (curve.total, curve.low, curve.high, curve.count):
                 del column[num_kept:]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; least, most and count are left out where every bucket has one value."""
+        """Return plain values; minimum, maximum and count are omitted if every bucket has one value."""
         columns = {}
         for name, curve in self.by_name.items():
             kept = COLUMNS if max(curve.count, default=0) > 1 else COLUMNS[:1]
@@ -93,7 +93,7 @@ class Curves:
 
     @classmethod
     def from_json(cls, values: SavedCurves) -> "Curves":
-        """Return the curves of which `as_json` gave these values. Raises ValueError for columns that do not fit."""
+        """Restore curves from `as_json`. Raises ValueError for columns that do not fit."""
         curves = cls(values["width"])
         for name, columns in values["columns"].items():
             totals = columns.get("total", ())
@@ -108,7 +108,7 @@ class Curves:
 class KeptItem(TypedDict):
     """The columns that every kept table has."""
 
-    number: int  # in the sequence
+    number: int  # index in the sequence
     step: int
 
 
@@ -122,18 +122,18 @@ class SavedKept(TypedDict):
 
 @dataclass
 class Kept:
-    """At most `limit` tables of a longer sequence: the first, the last, and evenly many between them.
+    """At most `limit` tables of a longer sequence: the first, the last, and evenly spaced ones between.
 
-    Every `stride`-th is kept; when they become too many, every second one of them goes.
+    Every `stride`-th is kept; if there are too many, every second one is dropped.
     """
 
     limit: int
     stride: int = 1
     num_seen: int = 0
-    items: list[dict[str, Any]] = field(default_factory=list)  # "number" is the place in the sequence
+    items: list[dict[str, Any]] = field(default_factory=list)  # "number" is the index in the sequence
 
     def add(self, item: Mapping[str, Any]) -> None:
-        """Put in the next one."""
+        """Add the next table."""
         if self.items and self.items[-1]["number"] % self.stride:
             self.items.pop()
         self.items.append({"number": self.num_seen, **item})
@@ -157,5 +157,5 @@ class Kept:
 
     @classmethod
     def from_json(cls, limit: int, values: SavedKept) -> "Kept":
-        """Return the tables of which `as_json` gave these values."""
+        """Restore from `as_json`."""
         return cls(limit, max(1, values["stride"]), values["num_seen"], [dict(item) for item in values["items"]])

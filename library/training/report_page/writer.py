@@ -1,4 +1,4 @@
-"""Keeps the report of a run up to date, and makes it of a file of events."""
+"""Keeps a run's report up to date, and builds it from an events file."""
 
 import logging
 import time
@@ -15,16 +15,16 @@ from library.training.reporting.event_checks import check_line
 
 logger = logging.getLogger(__name__)
 
-EVERY_S = 30.0  # between two writes, from the end of the one to the begin of the next
-LIVE_S = 10  # the same with --report_live, and between two reloads of the page
+EVERY_S = 30.0  # from the end of one write to the start of the next
+LIVE_S = 10  # the same with --report_live, and the page's reload interval
 SCRIPT = "report.js"
 
 
 class ReportWriter:
-    """Takes the events of a run and writes the report: when training begins, then at most every 30 s, and at the end.
-    A live one is written every 10 s, and reloads itself until the run ends.
+    """An event sink that writes the report: when training begins, at most every 30 s, and at the end. A live report is
+    written every 10 s and reloads itself until the run ends.
 
-    It works in the thread that events are kept in, so training waits for none of it.
+    It works in the thread of the events, so training never waits for it.
     """
 
     name = "the report"
@@ -32,12 +32,12 @@ class ReportWriter:
     def __init__(
         self, path: Path, record: Record | None, is_live: bool = False, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`record` is that of the run which goes on here; None where one begins."""
+        """`record` is that of the resumed run; None for a new run."""
         self.path = path
         self._record = Record() if record is None else record
         self._goes_on = record is not None
-        self._began = False  # before, a run that goes on clears away what killed ones have left beside the report
-        self._is_reported = False  # that it could not be written
+        self._began = False  # False before a resumed run has removed temporary files of killed ones
+        self._is_reported = False  # whether a write error was logged
         self._reload_s = LIVE_S if is_live else None
         self._clock = clock
         self._due = 0.0
@@ -55,7 +55,7 @@ class ReportWriter:
             self._write()
 
     def _write(self) -> None:
-        """A file that cannot be written, being open in another program or the disk full, is tried again when due."""
+        """Write the page. If it cannot be written (open in another program, or a full disk), try again when due."""
         try:
             write_page(self.path, build_report(self._record, self._reload_s))
         except OSError as error:
@@ -66,32 +66,32 @@ class ReportWriter:
 
 
 def add_sheet(path: Path, image: str) -> None:
-    """Put a contact sheet, a data: URL, into the report of a run that is over. Raises UserError for another file."""
+    """Add a contact sheet (a data: URL) to the report of a finished run. Raises UserError for another file."""
     record = read_report(path)
     record.sheet = image
     write_page(path, build_report(record))
 
 
 def add_event(path: Path, line: Mapping[str, Any]) -> None:
-    """Put what happens after a run into its report. Raises UserError for another file."""
+    """Add an event after a run to its report. Raises UserError for another file."""
     record = read_report(path)
     record.add(line)
     write_page(path, build_report(record))
 
 
 def build_report(record: Record, reload_s: int | None = None) -> str:
-    """Return the page of a run; it reloads itself every `reload_s`."""
+    """Build the page of a run; it reloads every `reload_s` seconds."""
     return build_page(record.name, SCRIPT, record.as_json(), reload_s)
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write a page, whole or not at all."""
+    """Write a page atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
 
 
 def read_report(path: Path) -> Record:
-    """Return the record in a report. Raises UserError for another file."""
+    """Read the record of a report. Raises UserError for another file."""
     try:
         return Record.from_json(read_data(path.read_text(encoding="utf-8")))
     except OSError as error:
@@ -101,9 +101,9 @@ def read_report(path: Path) -> Record:
 
 
 def read_events(path: Path) -> Record:
-    """Read the lines of an events file. A last line that was cut off is left out.
+    """Read the lines of an events file, without an incomplete last line.
 
-    Raises UserError naming the first line that is no event.
+    Raises UserError naming the first line that is not an event.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -115,7 +115,7 @@ def read_events(path: Path) -> Record:
 
 
 def collect_record(lines: Iterable[str], source: str) -> Record:
-    """Collect the record of lines that come from `source`."""
+    """Build the record of lines that come from `source`."""
     record = Record()
     for number, line in enumerate(lines, 1):
         if not line.endswith("\n"):
@@ -129,7 +129,7 @@ def collect_record(lines: Iterable[str], source: str) -> Record:
 
 
 def earlier_record(path: Path) -> Record | None:
-    """Read the record of a run that goes on; None, with a warning where something else lies there."""
+    """Read the record of a resumed run; None, with a warning, if the file is something else."""
     if not path.exists():
         return None
     try:

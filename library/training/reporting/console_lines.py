@@ -1,6 +1,6 @@
-"""The lines that a run shows while it goes on, as graphical front ends read them.
+"""Lines and progress bars of a running training, in the form that graphical front ends parse.
 
-The lines on standard output and the progress bar are an interface: see tests/contracts/test_output.py.
+Standard output and the progress bar are an interface; see tests/contracts/test_output.py.
 """
 
 import logging
@@ -19,20 +19,20 @@ logger = logging.getLogger(__name__)
 
 
 def announce(text: str) -> None:
-    """Write a line to standard output at once; front ends look for these lines. Only the main process writes."""
+    """Write a line to standard output and flush it; front ends look for these lines. Main process only."""
     if launched_rank() != 0:
         return
     encoding, text = sys.stdout.encoding or "utf-8", escape_controls(text, keep="\n\t")
     try:
         sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding) + "\n")
         sys.stdout.flush()
-    except OSError as error:  # a full disk beneath it, or nobody who reads it any more
+    except OSError as error:  # a full disk, or a closed pipe
         logger.debug("standard output takes nothing: %s", error)
 
 
 @dataclass(frozen=True)
 class ImageCounts:
-    """Images of a run, times their repeats."""
+    """The number of images in a run, including repeats."""
 
     train: int
     validation: int
@@ -52,13 +52,13 @@ def announce_run(plan: Plan, counts: ImageCounts, batch_sizes: Sequence[int], ac
 
 
 def announce_epoch(epoch: int, num_epochs: int) -> None:
-    """Announce an epoch, counted from 1, on a line of its own above the progress bars."""
+    """Announce an epoch, counted from 1, on its own line above the progress bars."""
     with tqdm.external_write_mode():
         announce(f"epoch {epoch}/{num_epochs}")
 
 
 class StepBar:
-    """The bar called `steps`, on standard error, behind which stands the loss: of several adapters the lowest."""
+    """The progress bar `steps` on standard error, followed by the loss; of several adapters, the lowest."""
 
     def __init__(self, max_train_steps: int, finished_steps: int, is_shown: bool) -> None:
         self._bar = tqdm(
@@ -79,7 +79,7 @@ class StepBar:
         self._bar.close()
 
     def show(self, step: int, values: dict[str, float], label: str = "") -> None:
-        """Show that an adapter has taken `step` steps, and its `bar_values`."""
+        """Show an adapter's finished steps and its `bar_values`."""
         self._bar.update(max(0, step - self._step))
         self._step = max(step, self._step)
         self._values[label] = values
@@ -90,9 +90,9 @@ class StepBar:
 def finished_line(
     trained: str, num_steps: int, seconds: float, file: Path, best: tuple[int, float] | None, best_file: Path
 ) -> str:
-    """Describe what was trained, for how long, and where it is: the last line of a complete run.
+    """Describe what was trained, for how long, and where it was saved: the last line of a complete run.
 
-    `num_steps` were taken in `seconds`, not counting those before a resume; `best` is (step, validation loss).
+    `num_steps` were run in `seconds`, without those before a resume; `best` is (step, validation loss).
     """
     line = f"trained {trained}: {num_steps} steps in {duration(seconds)}; the adapter is {file}"
     if best is None:
@@ -102,7 +102,7 @@ def finished_line(
 
 
 def duration(seconds: float) -> str:
-    """`1 h 02 min`, `3 min 20 s`, `12 s`: two units at most."""
+    """Format a duration with at most two units: `1 h 02 min`, `3 min 20 s`, `12 s`."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02} min"
@@ -111,7 +111,7 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class LimitedNorms:
-    """The effect of limiting weight norms after a batch."""
+    """The effect of limiting weight norms after a step."""
 
     num_scaled: int
     mean: float
@@ -126,7 +126,7 @@ class LimitedNorms:
 
 
 def bar_values(average_loss: float, norms: LimitedNorms | None) -> dict[str, float]:
-    """Return what stands behind the progress bar, in this order."""
+    """Return the values shown after the progress bar, in this order."""
     limited = {} if norms is None else {"Keys Scaled": norms.num_scaled, "Average key norm": norms.mean}
     return {**limited, "avr_loss": average_loss}
 
@@ -134,10 +134,11 @@ def bar_values(average_loss: float, norms: LimitedNorms | None) -> dict[str, flo
 def rate_values(
     rates: Sequence[float], names: Sequence[str], effective: Sequence[float] | None, first_is_text_encoder: bool
 ) -> dict[str, float]:
-    """Return the learning rates of a step by the names that charts use.
+    """Return a step's learning rates by their chart names.
 
-    `lr/<name>` for every group; beside it `lr/textencoder` for the first group where a text encoder may train and
-    `lr/group<i>` for the others; `lr/d*lr/<name>` and `lr/d*lr/group<i>` where the optimizer finds the rate by itself.
+    `lr/<name>` for every named group; otherwise `lr/textencoder` for the first group if a text encoder may train, and
+    `lr/group<i>` for the others; also `lr/d*lr/<name>` and `lr/d*lr/group<i>` for optimizers that find the rate
+    themselves.
     """
     values: dict[str, float] = {}
     for i, rate in enumerate(rates):

@@ -1,4 +1,4 @@
-"""Checks event lines and reports that come from files, against the types that events.py declares."""
+"""Validates event lines and reports from files against the types declared in events.py."""
 
 import types
 from collections.abc import Mapping, Sequence
@@ -7,11 +7,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is
 
 from library.training.reporting.events import Event, Step
 
-LARGEST = 2**63  # of a number; a file size has at most as many bytes
+LARGEST = 2**63  # of a number; file sizes fit
 
 
 def check_line(line: Any) -> dict[str, Any]:
-    """Return a line of `log_events` whose fields have the types of its event; events of later versions pass.
+    """Return a line of `log_events` after checking its fields' types; events of later versions pass.
 
     Raises ValueError naming the field that does not fit.
     """
@@ -30,7 +30,7 @@ def check_line(line: Any) -> dict[str, Any]:
 def check_value(value: Any, expected: Any, name: str) -> None:
     """Raise ValueError naming `name` if a JSON value does not have the annotated type.
 
-    Numbers that are not finite are null in JSON, so null is accepted as float. Further keys of tables are accepted.
+    Non-finite numbers are null in JSON, so null is accepted as float. Additional keys of tables are accepted.
     """
     if expected is Any:
         return
@@ -59,7 +59,8 @@ def check_value(value: Any, expected: Any, name: str) -> None:
 
 
 def check_table(value: Any, expected: Any, name: str) -> None:
-    """Raise ValueError if a table lacks a field, or has one of another type than a dataclass or TypedDict declares."""
+    """Raise ValueError if a table lacks a field or a field has another type than the dataclass or TypedDict
+    declares."""
     check_is(value, dict, name)
     declared: dict[str, Field[Any]] = {f.name: f for f in fields(expected)} if is_dataclass(expected) else {}
     for key, annotation in get_type_hints(expected).items():
@@ -72,7 +73,7 @@ def check_table(value: Any, expected: Any, name: str) -> None:
 
 
 def check_is(value: Any, expected: type | tuple[type, ...], name: str) -> None:
-    """Raise ValueError for another class and for numbers that are not finite or too large; bool is no number."""
+    """Raise ValueError for another type, and for numbers that are not finite or too large; bool is not a number."""
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise unfit(value, name)
     if isinstance(value, (int, float)) and not -LARGEST <= value <= LARGEST:

@@ -1,4 +1,4 @@
-"""Where events go: a thread of its own hands them to whoever keeps them, so that a step waits for no disk."""
+"""The event stream: a separate thread passes events to their sinks, so that a step never waits for a disk."""
 
 import json
 import logging
@@ -21,15 +21,15 @@ from library.training.reporting.events import End, EndReason, Event, Plan, Plann
 logger = logging.getLogger(__name__)
 
 FLAG = "--log_events"
-EVENT_LOG = FileType("an event log", lambda start: start.startswith(b'{"v":'))  # as `Event.as_line` begins
-PROGRESS_S = 1.0  # between two events of one stage's progress
+EVENT_LOG = FileType("an event log", lambda start: start.startswith(b'{"v":'))  # the start of `Event.as_line`
+PROGRESS_S = 1.0  # seconds between progress events of a stage
 
 Line = dict[str, Any]
-"""An event as JSON has it."""
+"""An event as JSON."""
 
 
 class Sink(Protocol):
-    """Keeps events; both are called in the thread of `Events` alone."""
+    """Stores events. Both methods are called from the thread of `Events` only."""
 
     name: str
 
@@ -38,9 +38,9 @@ class Sink(Protocol):
 
 
 class Events:
-    """Emits the events of a run; costs some microseconds an event, and nothing where nobody listens.
+    """Emits a run's events; an event costs microseconds, and nothing without sinks.
 
-    A sink that fails is given up with one warning: events never end a run.
+    A failing sink is dropped with one warning: events never end a run.
     """
 
     def __init__(self, sinks: Sequence[Sink] = (), clock: Callable[[], float] = time.time) -> None:
@@ -51,8 +51,8 @@ class Events:
         self._progress: dict[str, float] = {}
         self._started = clock()
         self.last_step: int | None = None
-        self.planned: Planned | None = None  # goes into the plan
-        self.summary: str | None = None  # these two go into the last event
+        self.planned: Planned | None = None  # added to the plan event
+        self.summary: str | None = None  # this and the next are added to the last event
         self.file: str | None = None
         self._thread: threading.Thread | None = None
         if self._sinks:
@@ -64,7 +64,7 @@ class Events:
         return self._thread is not None
 
     def emit(self, event: Event) -> None:
-        """Hand an event on; those of a process that was forked from the run's go nowhere."""
+        """Queue an event; events of forked processes are dropped."""
         if self._thread is None or os.getpid() != self._process:
             return
         if isinstance(event, Step):
@@ -74,7 +74,7 @@ class Events:
         self._queue.put(event.as_line(self._clock()))
 
     def tell_progress(self, name: str, state: State, done: int, total: int) -> None:
-        """The progress of long work, about once a second; see library/progress.py."""
+        """Emit the progress of long work about once a second; see library/progress.py."""
         now = self._clock()
         if state == "progress" and now - self._progress.get(name, 0.0) < PROGRESS_S:
             return
@@ -83,7 +83,7 @@ class Events:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """The block is a stage of the run."""
+        """Report the block as a stage of the run."""
         self.emit(Stage(name, "begin"))
         try:
             yield
@@ -91,25 +91,25 @@ class Events:
             self.emit(Stage(name, "end"))
 
     def end(self, reason: EndReason, error: str | None = None) -> None:
-        """The last event of a run; whatever comes later is not told."""
+        """Emit the last event of a run; later events are dropped."""
         self.emit(End(reason, self.last_step, round(self._clock() - self._started, 3), error, self.summary, self.file))
         self.close()
 
     def flush(self, timeout_s: float = 10.0) -> None:
-        """Wait until everything told so far is kept."""
+        """Wait until all queued events are stored."""
         if self._thread is not None and self._thread.is_alive() and os.getpid() == self._process:
             is_kept = threading.Event()
             self._queue.put(is_kept)
             is_kept.wait(timeout_s)
 
     def close(self) -> None:
-        """Wait until everything is kept, and end the thread."""
+        """Store all queued events and end the thread."""
         thread, self._thread = self._thread, None
         if thread is not None and os.getpid() == self._process:
             self._queue.put(None)
             thread.join()
 
-    # In the thread
+    # Run in the thread:
 
     def _work(self) -> None:
         is_open = True
@@ -130,7 +130,7 @@ class Events:
         for sink in list(self._sinks):
             try:
                 act(sink)
-            except Exception as error:  # a full disk, a closed pipe: none of it concerns the training
+            except Exception as error:  # a full disk or a closed pipe does not concern training
                 self._sinks.remove(sink)
                 logger.warning(
                     "%s is given up from here on, training goes on: %s: %s", sink.name, type(error).__name__, error
@@ -139,7 +139,7 @@ class Events:
 
 
 class EventsOfAll:
-    """The events of every adapter of a run: what concerns all is told to each."""
+    """The event streams of all adapters of a run; shared events go to each of them."""
 
     def __init__(self, each: Sequence[Events]) -> None:
         self.each = tuple(each)
@@ -173,7 +173,7 @@ class EventsOfAll:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: tables, lists, texts, numbers; None for a number that is not finite."""
+    """Convert a value to JSON types; non-finite numbers become None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | int | bool):
@@ -188,7 +188,7 @@ def plain(value: Any) -> Any:
 
 
 class JsonLines:
-    """One JSON object a line. Lines are ASCII, and several of them are written at once."""
+    """Writes one JSON object per line, in ASCII, several lines at a time."""
 
     def __init__(self, file: IO[str], name: str, closes: bool) -> None:
         self.name = name
@@ -205,9 +205,9 @@ class JsonLines:
 
 
 def open_event_file(path: Path, goes_on: bool) -> JsonLines:
-    """Open the events file: behind its last whole line where the run `goes_on`, else emptied.
+    """Open the events file: append after its last complete line if the run `goes_on`, else truncate it.
 
-    Raises UserError for a file that holds something else, or that cannot be written.
+    Raises UserError for a file with other content, or one that cannot be written.
     """
     try:
         check_overwrite(FLAG, path, EVENT_LOG)
@@ -221,7 +221,7 @@ def open_event_file(path: Path, goes_on: bool) -> JsonLines:
 
 
 def end_of_last_line(file: IO[bytes]) -> int:
-    """Return the length of a file without a last line that a process left unfinished when it was killed."""
+    """Return the length of a file without an incomplete last line, as a killed process may leave it."""
     end = file.seek(0, os.SEEK_END)
     while end > 0:
         start = max(0, end - 65536)
@@ -234,7 +234,7 @@ def end_of_last_line(file: IO[bytes]) -> int:
 
 
 class WarningEvents(logging.Handler):
-    """Tells of warnings and errors that are logged; those from before there are events follow as soon as there are."""
+    """Emits logged warnings and errors as events; those logged before the events open are buffered."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -249,17 +249,17 @@ class WarningEvents(logging.Handler):
             self._events.emit(event)
 
     def kept(self) -> tuple[Warned, ...]:
-        """Return what was logged before there were events."""
+        """Return the buffered warnings."""
         return tuple(self._waiting)
 
     def close(self) -> None:
-        """Logging itself ends before the run does only where another thread is about to end the process."""
+        """Do nothing: logging shuts down before the run only if another thread is ending the process."""
         super().close()
         if self._events is not None:
             self._events.end("stopped")
 
     def tell(self, events: EventsOfAll) -> None:
-        """From here on warnings go there."""
+        """Send warnings to these events from now on."""
         self._events = events
         for event in self._waiting:
             events.emit(event)
@@ -268,7 +268,7 @@ class WarningEvents(logging.Handler):
 
 @contextmanager
 def capture_warnings() -> Iterator[WarningEvents]:
-    """Look on at what is logged in the block."""
+    """Collect what is logged inside the block."""
     handler = WarningEvents()
     logging.getLogger().addHandler(handler)
     try:

@@ -1,7 +1,7 @@
-"""The events of a run as values: the lines of the events file, from which the report is made too.
+"""The events of a run: lines of the events file, and the source of the report.
 
-docs/events.md describes them for people, docs/events.schema.json for programs; a test holds the three together. A
-field that is added leaves VERSION as it is; one that goes or changes its meaning raises it.
+docs/events.md describes them for people, docs/events.schema.json for programs; a test keeps the three in step. Adding a
+field keeps VERSION; removing one or changing its meaning raises it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,24 +19,24 @@ SavedFor = Literal["step", "epoch", "best", "end"]
 
 @dataclass(frozen=True)
 class Event:
-    """The base of all events; `event` is the name that a line carries."""
+    """Base class of all events; `event` is the name in a line."""
 
     event: ClassVar[str]
 
     def as_line(self, time: float) -> dict[str, Any]:
-        """Return the line as JSON has it, but for numbers that are not finite; `time` is in seconds since 1970."""
+        """Return the line's JSON values (numbers may be non-finite); `time` is in seconds since 1970."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {"v": VERSION, "event": self.event, "time": round(time, 3), **values}
 
 
 @dataclass(frozen=True)
 class Start(Event):
-    """A process begins a run, or goes on with one. Nothing is loaded yet."""
+    """A process starts or resumes a run. Nothing is loaded yet."""
 
     event = "start"
-    command: Sequence[str] | None  # the words after the script's name; None where a program called it
-    options: Mapping[str, Any]  # those that differ from their defaults
-    versions: Mapping[str, str]  # by package, and `commit` of this suite where git knows it
+    command: Sequence[str] | None  # the arguments of the script; None if a program called it
+    options: Mapping[str, Any]  # those not at their defaults
+    versions: Mapping[str, str]  # by package; `commit` of this suite if git knows it
 
 
 class AuditedSubset(TypedDict):
@@ -54,12 +54,12 @@ class AuditedBucket(TypedDict):
 
     width: int
     height: int
-    num_draws: int  # repeats included
+    num_draws: int  # including repeats
     num_batches: int
 
 
 class AuditedDataset(TypedDict):
-    """One [[datasets]] table of the dataset file."""
+    """One [[datasets]] table."""
 
     resolution: Sequence[int]
     batch_size: int
@@ -68,16 +68,16 @@ class AuditedDataset(TypedDict):
 
 
 class CaptionLengths(TypedDict):
-    """How many captions have which length: rows of [length, count]."""
+    """The distribution of caption lengths: rows of [length, count]."""
 
     unit: Literal["tokens", "words"]
-    most: int | None  # tokens that reach the model
+    most: int | None  # the model's limit in tokens
     counts: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
 class FoundImage:
-    """An image of a finding; `thumbnail` is a data: URL of a smaller copy, None where there is none."""
+    """An image of a finding; `thumbnail` is a data: URL of a smaller copy, or None."""
 
     file: str
     note: str
@@ -86,7 +86,7 @@ class FoundImage:
 
 @dataclass(frozen=True)
 class Audit(Event):
-    """The findings of the dataset audit, as library/data/plan/audit_values.py collects them."""
+    """The result of the dataset audit, collected by library/data/plan/audit_values.py."""
 
     event = "audit"
     datasets: Sequence[AuditedDataset]
@@ -94,12 +94,12 @@ class Audit(Event):
     num_dropped: int
     caption_lengths: CaptionLengths
     tags: Sequence[Sequence[Any]]
-    pairs: Sequence[FoundImage] = ()  # the first images with references, which are on their left
+    pairs: Sequence[FoundImage] = ()  # the first images with references, which are shown on their left
 
 
 @dataclass(frozen=True)
 class Finding(Event):
-    """Something stands out in the pixels of the images, of which the first are told."""
+    """A problem found in the images' pixels, with the first affected images."""
 
     event = "finding"
     text: str
@@ -109,7 +109,7 @@ class Finding(Event):
 
 @dataclass(frozen=True)
 class Stage(Event):
-    """A part of the run that takes its time, such as caching; `total` is None where no end is known."""
+    """A long part of the run, such as caching; `total` is None if unknown."""
 
     event = "stage"
     name: str
@@ -120,51 +120,51 @@ class Stage(Event):
 
 @dataclass(frozen=True)
 class Planned:
-    """The planner's prediction for the largest batch of one process."""
+    """The planner's prediction for one process's largest batch."""
 
-    card_bytes: int  # with what the card and its allocator add
-    tensor_bytes: int  # of them, at the peak
+    card_bytes: int  # including what the GPU and its allocator add
+    tensor_bytes: int  # peak of the tensors alone
     seconds: float  # of a forward and backward pass
 
 
 @dataclass(frozen=True)
 class Plan(Event):
-    """Everything is loaded and training is about to begin."""
+    """Everything is loaded and training is about to start."""
 
     event = "plan"
     base_model: str
     network: str
     num_trained: int  # parameters
     seed: int
-    first_step: int  # finished before; 0 unless the run goes on
+    first_step: int  # finished before this process; 0 unless resumed
     resumed_from: str | None
     max_train_steps: int
     num_epochs: int
     steps_per_epoch: int
     batch_sizes: Sequence[int]
-    accumulation: int  # batches of a step, over all processes
-    pictures: Mapping[str, int]  # train, validation, reg; repeats included
+    accumulation: int  # batches per step, over all processes
+    pictures: Mapping[str, int]  # train, validation, reg; including repeats
     num_processes: int
     device: str
-    peak_flops: float | None  # of one card in the number format of training, per second
+    peak_flops: float | None  # of one GPU in the compute dtype, per second
     planned: Planned | None = None  # None without --fit
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Where the time of a step went; cards are read one step late, so it is that of `step`, usually the one before."""
+    """The time spent in a step. GPU times are read one step late, so `step` is usually the previous one."""
 
     step: int
     seconds: float
-    parts: Mapping[str, float]  # seconds of waiting for data, copying, forward, backward, optimizer
-    pictures_per_second: float  # of all processes
-    tflops: float | None  # of one card, per second
-    mfu: float | None  # a share of `peak_flops`
+    parts: Mapping[str, float]  # seconds spent waiting for data, copying, forward, backward, optimizer
+    pictures_per_second: float  # over all processes
+    tflops: float | None  # of one GPU, per second
+    mfu: float | None  # fraction of `peak_flops`
 
 
 @dataclass(frozen=True)
 class Norms:
-    """Euclidean norms of one group of parameters after a step; the gradient's before clipping."""
+    """Euclidean norms of a parameter group after a step; that of the gradient is before clipping."""
 
     weight: float
     gradient: float
@@ -172,7 +172,7 @@ class Norms:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of this process: `card` and `card_peak` are torch's on a CUDA device, `main_peak` is main memory."""
+    """Bytes of this process: `card` and `card_peak` of torch on a CUDA device, `main_peak` in main memory."""
 
     card: int | None
     card_peak: int | None
@@ -181,18 +181,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class Step(Event):
-    """An optimizer step is finished. A loss that is not a finite number is null."""
+    """A finished optimizer step. A non-finite loss is null."""
 
     event = "step"
     step: int
     epoch: int
-    loss: float  # the mean of the step's batches
-    average: float  # the mean of the last loss of every batch of an epoch
+    loss: float  # mean over the step's batches
+    average: float  # mean of the latest losses of all batches of an epoch
     learning_rates: Mapping[str, float]  # by group
-    gradient_norm: float | None  # of all groups, before clipping
+    gradient_norm: float | None  # over all groups, before clipping
     timing: Timing | None
-    norms: Mapping[str, Norms] | None  # by group; of every tenth step
-    memory: Memory | None  # of every tenth step
+    norms: Mapping[str, Norms] | None  # by group; every tenth step
+    memory: Memory | None  # every tenth step
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Compared:
-    """How an evaluation differs from the first: the mean over images, its standard error, whether that is clear."""
+    """An evaluation's difference to the first one: mean over images, standard error, and whether it is significant."""
 
     to_step: int
     mean: float
@@ -219,12 +219,12 @@ class Preference:
     """Implicit rewards of held-out pairs: the share that prefers the right image, and the mean margin."""
 
     accuracy: float
-    margin: float | None  # None where a loss is not a number
+    margin: float | None  # None if a loss is not finite
 
 
 @dataclass(frozen=True)
 class Validation(Event):
-    """The images that are set aside were measured."""
+    """The held-out images were measured."""
 
     event = "validation"
     step: int
@@ -240,7 +240,7 @@ class Validation(Event):
 
 @dataclass(frozen=True)
 class Forgetting(Event):
-    """The images of subsets with `is_forgetting_probe` were measured, as in validation."""
+    """The forgetting probe (subsets with `is_forgetting_probe`) was measured, as in validation."""
 
     event = "forgetting"
     step: int
@@ -252,17 +252,17 @@ class Forgetting(Event):
 
 @dataclass(frozen=True)
 class Memorised:
-    """How much more the loss fell on trained images than on unseen ones, with its interval."""
+    """The memorization gap: how much more the loss fell on training images than on unseen ones, with its interval."""
 
     more: float
     low: float | None
     high: float | None
-    unseen: Literal["held-out", "mirrored"]  # images that were set aside, or the trained ones mirrored
+    unseen: Literal["held-out", "mirrored"]  # held-out images, or mirrored training images
 
 
 @dataclass(frozen=True)
 class Forgotten:
-    """How much the loss of the forgetting probe rose since before training, with its interval."""
+    """How much the forgetting probe's loss rose since before training, with its interval."""
 
     more: float
     low: float | None
@@ -271,18 +271,18 @@ class Forgotten:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file that was compared; `file` is None for the model before training. Intervals are None for one image."""
+    """A compared file; `file` is None for the model before training. Intervals are None for a single image."""
 
     file: str | None
     step: int
     loss: float
     low: float | None
     high: float | None
-    difference: float  # to the lowest loss of a file, image by image
-    difference_low: float | None  # of these intervals all hold together
+    difference: float  # to the lowest loss, image by image
+    difference_low: float | None  # these intervals hold simultaneously
     difference_high: float | None
-    is_worse: bool  # than the best, by more than chance
-    memorised: Memorised | None = None  # None where trained images were not measured
+    is_worse: bool  # significantly worse than the best
+    memorised: Memorised | None = None  # None if training images were not measured
     forgotten: Forgotten | None = None  # None without a forgetting probe
 
 
@@ -293,7 +293,7 @@ class Choice(Event):
     event = "choice"
     suggested: str | None
     step: int | None
-    has_winner: bool  # every other file is worse by more than chance
+    has_winner: bool  # every other file is significantly worse
     reason: str
     num_pictures: int
     confidence: float
@@ -313,27 +313,27 @@ class Preview(Event):
     width: int
     height: int
     file: str
-    thumbnail: str  # a data: URL of a smaller copy
+    thumbnail: str  # data: URL of a smaller copy
     strength: float = 1.0  # of the adapter
 
 
 @dataclass(frozen=True)
 class Strengths(Event):
-    """The images of one prompt were compared that differ in the adapter's strength."""
+    """One prompt's images at several adapter strengths were compared."""
 
     event = "strengths"
     step: int
     epoch: int
     prompt: str
     seed: int | None
-    strengths: Sequence[float]  # the lowest first
+    strengths: Sequence[float]  # in ascending order
     changes: Sequence[float]  # from the first image, 0, to the last, 1
-    correlation: float | None  # of the ranks of both; null where all images are equal
+    correlation: float | None  # rank correlation of both; null if all images are equal
 
 
 @dataclass(frozen=True)
 class Saved(Event):
-    """A file of weights, or the folder of a state, was written."""
+    """A weights file or a state folder was written."""
 
     event = "saved"
     kind: SavedKind
@@ -346,7 +346,7 @@ class Saved(Event):
 
 @dataclass(frozen=True)
 class Removed(Event):
-    """An older file or folder was deleted, as the user asked."""
+    """An outdated file or folder was deleted, as the options request."""
 
     event = "removed"
     file: str
@@ -354,7 +354,7 @@ class Removed(Event):
 
 @dataclass(frozen=True)
 class Warned(Event):
-    """A warning or an error that was logged."""
+    """A logged warning or error."""
 
     event = "warning"
     level: str
@@ -364,12 +364,12 @@ class Warned(Event):
 
 @dataclass(frozen=True)
 class End(Event):
-    """The run is over. A process that is killed writes none."""
+    """The run ended. A killed process writes none."""
 
     event = "end"
     reason: EndReason
-    step: int | None  # finished; None where training did not begin
+    step: int | None  # finished steps; None if training did not start
     seconds: float  # since `start`
     error: str | None
-    summary: str | None  # of the steps' times, in words
-    file: str | None  # the adapter, of a run that came to its end
+    summary: str | None  # of the steps' times, as text
+    file: str | None  # the adapter, if the run is complete

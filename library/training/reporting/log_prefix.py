@@ -1,4 +1,4 @@
-"""The adapter's name before log lines, where several train in one run."""
+"""The adapter's label in front of log lines, for runs that train several."""
 
 import logging
 import threading
@@ -9,7 +9,7 @@ MARK = "speaks_of"
 
 
 class Prefix(logging.Filter):
-    """Puts a label before the lines of one thread, once each."""
+    """A filter that prefixes the lines of one thread with a label."""
 
     def __init__(self, label: str) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Prefix(logging.Filter):
 
 @contextmanager
 def log_prefix(label: str) -> Iterator[None]:
-    """In the block every line that is logged begins with the label, if there is one."""
+    """Prefix every line logged inside the block with the label, if there is one."""
     if not label:
         yield
         return

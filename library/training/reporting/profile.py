@@ -1,4 +1,4 @@
-"""A trace of some steps: what the processor and the GPU do when."""
+"""A profiler trace of some steps."""
 
 import gzip
 import logging
@@ -15,14 +15,14 @@ from library.checkpoints.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
-NUM_BEFORE = 2  # steps that make what all others use; the profiler warms up in the second
+NUM_BEFORE = 2  # steps before it: the first initializes, the second warms up the profiler
 
 
 @contextmanager
 def profiled(num_steps: int, path: Path, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Write a trace of steps 3 to 2 + `num_steps` of this run to `path`, or of those of them that come.
+    """Write a trace of steps 3 to 2 + `num_steps` of this run, or of those that take place, to `path`.
 
-    What it gives is to be called after every step. Nothing happens for 0 steps.
+    Yields a function to call after every step. Does nothing for 0 steps.
     """
     if not num_steps:
         yield lambda: None
@@ -31,7 +31,7 @@ def profiled(num_steps: int, path: Path, device: torch.device) -> Iterator[Calla
 
     def write(found: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # torch would pack the trace line by line, of which it has a hundred thousand for each second of training
+        # torch compresses a trace line by line, with a hundred thousand lines per second of training
         with atomic_path(path) as packed, TemporaryDirectory(dir=path.parent) as folder:
             plain = Path(folder) / "trace.json"
             found.export_chrome_trace(str(plain))

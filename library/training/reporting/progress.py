@@ -1,4 +1,4 @@
-"""How far a run has come: what a state must hold besides weights and optimizer."""
+"""A run's progress: what a state stores besides weights and optimizer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,25 +6,25 @@ from math import fsum, isfinite, nan
 from typing import Any, Literal
 
 Part = Literal["step", "step previews", "epoch", "epoch previews", "end"]
-"""Actions that may be due after a step: saving and previews of the step and of the epoch, and the last file."""
+"""Work that may be scheduled after a step: saving and previews of the step and of the epoch, and the final file."""
 
 
 @dataclass
 class LossAverage:
-    """The mean of the last loss of every batch place of an epoch: over the last epoch, always up to date."""
+    """The running mean of the latest losses of all batch positions of an epoch."""
 
     losses: dict[int, float] = field(default_factory=dict)
     total: float = 0.0
 
     def add(self, place: int, loss: float) -> None:
-        """Replace the loss of batch `place` of an epoch."""
+        """Replace the loss of the batch at position `place`."""
         self.total += loss - self.losses.get(place, 0.0)
         self.losses[place] = loss
-        if not isfinite(self.total):  # a running sum never recovers from one NaN; the average does once it is replaced
+        if not isfinite(self.total):  # a running sum would stay NaN after the NaN is replaced
             self.total = fsum(self.losses.values())
 
     def keep_places_below(self, num_batches: int) -> None:
-        """Forget losses of places that an epoch of `num_batches` does not have; else nothing changes."""
+        """Drop the losses of positions at and above `num_batches`."""
         if any(place >= num_batches for place in self.losses):
             self.losses = {place: loss for place, loss in self.losses.items() if place < num_batches}
             self.total = fsum(self.losses.values())
@@ -36,28 +36,28 @@ class LossAverage:
 
 @dataclass
 class Progress:
-    """The place of a run: the one counter of optimizer steps, and the running average of the loss."""
+    """The position of a run: the only counter of optimizer steps, and the running average of the loss."""
 
-    step: int = 0  # optimizer steps that are finished
+    step: int = 0  # finished optimizer steps
     average: LossAverage = field(default_factory=LossAverage)
-    is_moving: bool = False  # while the optimizer moves the weights, which then belong to no step
-    done: set[Part] = field(default_factory=set)  # of what is due after `step`
-    stops: list[int] = field(default_factory=list)  # steps after which the run was stopped and saved, until rotated
-    ended: str = ""  # why the adapter has ended before the others of its run
+    is_moving: bool = False  # True while the optimizer updates the weights, which then belong to no step
+    done: set[Part] = field(default_factory=set)  # finished work scheduled after `step`
+    stops: list[int] = field(default_factory=list)  # steps after which a stopped run was saved, until rotated
+    ended: str = ""  # why the adapter ended before the others
 
     def advance(self) -> None:
-        """Count a step; nothing of what is due after it is done."""
+        """Count a step and clear the work done after the previous one."""
         self.step += 1
         self.is_moving = False
         self.done.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values; JSON gives every float back as it was. A state keeps `done` for itself."""
+        """Return plain values; floats survive JSON unchanged. A state stores `done` itself."""
         average = self.average
         return {"step": self.step, "losses": dict(average.losses), "total": average.total, "stops": list(self.stops)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Stand where `state_dict` was taken."""
+        """Restore the position of a state."""
         self.step = int(state_dict["step"])
         self.average = LossAverage(dict(state_dict["losses"]), float(state_dict["total"]))
         self.stops = [int(step) for step in state_dict.get("stops", ())]  # older states have none

@@ -1,4 +1,4 @@
-"""Preview images as files: their names, their bytes, and what is written into them."""
+"""Preview files: names, contents and metadata."""
 
 import base64
 import re
@@ -19,17 +19,17 @@ from library.options.output.saving import SavingOptions
 from library.training.reporting.events import Preview
 from library.types import Prompt
 
-FOLDER = "sample"  # in `output_dir`; front ends show all that lies there, and fail at a folder in it
-GRID_FOLDER = "sample_grid"  # beside that
+FOLDER = "sample"  # in `output_dir`; front ends show its files and fail if it contains a folder
+GRID_FOLDER = "sample_grid"  # next to it
 GRID_GAP = 4  # pixels
 TIMESTAMP = "%Y%m%d%H%M%S"
-THUMBNAIL_SIDE = 256  # pixels of the longer side of the copy that events hold
-MARK = "\0"  # stands for a timestamp; no name holds it
+THUMBNAIL_SIDE = 256  # longer side of the copy in events, in pixels
+MARK = "\0"  # placeholder for a timestamp; no file name contains it
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One image."""
+    """A preview image."""
 
     index: int  # of its prompt, from 0
     prompt: Prompt
@@ -37,9 +37,9 @@ class Drawn:
 
 
 def image_path(options: SavingOptions, event: str, index: int, seed: int | None, timestamp: str | None = None) -> Path:
-    """`sample/<name>_<event>_<index>_<YYYYmmddHHMMSS>[_<seed>].png`; event is `e` and the epoch, or the step.
+    """Return `sample/<name>_<event>_<index>_<YYYYmmddHHMMSS>[_<seed>].png`; event is the step, or `e` and the epoch.
 
-    The time is that of the call, unless `timestamp` stands for it.
+    The time is now, unless `timestamp` replaces it.
     """
     assert options.output_dir is not None
     name = f"{options.output_name}_" if options.output_name else ""
@@ -49,7 +49,7 @@ def image_path(options: SavingOptions, event: str, index: int, seed: int | None,
 
 
 def grid_path(options: SavingOptions, event: str, timestamp: str | None = None) -> Path:
-    """`sample_grid/<name>_<event>_<YYYYmmddHHMMSS>.png`."""
+    """Return `sample_grid/<name>_<event>_<YYYYmmddHHMMSS>.png`."""
     assert options.output_dir is not None
     name = f"{options.output_name}_" if options.output_name else ""
     timestamp = timestamp or time.strftime(TIMESTAMP)
@@ -66,19 +66,19 @@ def is_written(path_of: Callable[[str], Path], since: float) -> bool:
 
 
 def is_preview_stem(options: SavingOptions, stem: str) -> bool:
-    """Return True if a file of this name without its ending is an image or a grid of the run."""
+    """Return True if a file with this stem is a preview or a grid of the run."""
     name = f"{options.output_name}_" if options.output_name else ""
     return re.fullmatch(re.escape(name) + r"e?\d{6,}(_\d{2,})?_\d{14}(_-?\d+)?", stem) is not None
 
 
 def to_image(pixels_CHW: Tensor) -> Image.Image:
-    """Return the image of values around -1..1; what lies beyond is cut."""
+    """Convert values from -1 to 1 to an image, clipping others."""
     values = ((pixels_CHW.float() / 2 + 0.5).clamp(0, 1) * 255).round()
     return Image.fromarray(values.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
 
 
 def to_grid(images: Sequence[Image.Image]) -> Image.Image:
-    """Return all images in one, row by row in about a square; smaller ones stand in the middle of their cell."""
+    """Arrange images row by row in a nearly square grid, each centred in its cell."""
     num_columns = ceil(sqrt(len(images)))
     width, height = (max(image.size[axis] for image in images) + GRID_GAP for axis in (0, 1))
     num_rows = ceil(len(images) / num_columns)
@@ -99,7 +99,7 @@ def build_preview_event(drawn: Drawn, path: Path, step: int, epoch: int) -> Prev
 
 
 def encode_data_url(image: Image.Image, width: int = THUMBNAIL_SIDE, height: int = THUMBNAIL_SIDE) -> str:
-    """Return a copy of at most this size as a data: URL, about a kilobyte for each 10,000 pixels."""
+    """Encode a copy of at most this size as a data: URL, about a kilobyte per 10,000 pixels."""
     small, content = over_white(image), BytesIO()
     small.thumbnail((width, height))
     small.save(content, format="WEBP", quality=75)
@@ -107,7 +107,7 @@ def encode_data_url(image: Image.Image, width: int = THUMBNAIL_SIDE, height: int
 
 
 def over_white(image: Image.Image) -> Image.Image:
-    """Return an image without its alpha channel: what is transparent is white."""
+    """Composite an image with an alpha channel on white."""
     if image.mode != "RGBA":
         return image.convert("RGB")
     white = Image.new("RGB", image.size, "white")
@@ -116,13 +116,13 @@ def over_white(image: Image.Image) -> Image.Image:
 
 
 def write_grid(path: Path, drawn: Sequence[Drawn]) -> None:
-    """Write the images of one event as one, whole or not at all."""
+    """Write the images of one event as a grid, atomically."""
     with atomic_path(path) as temporary:
         to_grid([one.image for one in drawn]).save(temporary, format="PNG")
 
 
 def write_image(path: Path, drawn: Drawn) -> None:
-    """Write a PNG, whole or not at all, with the prompt in the text field that other programs read it from."""
+    """Write a PNG atomically, with the prompt in the text field that other programs read."""
     info = PngInfo()
     info.add_itxt("parameters", format_parameters(drawn.prompt))
     with atomic_path(path) as temporary:
@@ -130,7 +130,7 @@ def write_image(path: Path, drawn: Drawn) -> None:
 
 
 def format_parameters(prompt: Prompt) -> str:
-    """Return the prompt and its settings, in the form that AUTOMATIC1111's program writes."""
+    """Format the prompt and its settings like AUTOMATIC1111's program."""
     settings = {
         "Steps": prompt.num_steps,
         "Sampler": prompt.sampler,

@@ -1,4 +1,4 @@
-"""Says why a run slows down: one warning once its steps take twice as long as they did."""
+"""Warns once when a run's steps take twice as long as at its start, and names the cause."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,22 +10,22 @@ import torch
 
 from library.memory.planner.gpus import GIB
 
-NUM_BASELINE, NUM_RECENT = 100, 50  # steps that are compared
-SLOWDOWN = 2.0  # times the baseline
+NUM_BASELINE, NUM_RECENT = 100, 50  # steps to compare
+SLOWDOWN = 2.0  # ratio to the baseline
 CHECK_EVERY = 10  # steps; reading the machine takes milliseconds
-FRAGMENTED = 0.1  # of the GPU's memory: how much more torch may hold beyond what it uses before it counts as a cause
-FULL = 0.02  # of the GPU's memory: with less left, drivers that can move memory into system RAM do so
-MANY_PAGES = 5000  # read back from disk since the baseline, 20 MB
-# NVML's bits; a power cap is no cause, since a GPU at work is always at it.
+FRAGMENTED = 0.1  # fraction of GPU memory; more unused memory held by torch counts as a cause
+FULL = 0.02  # fraction of GPU memory; with less free, drivers may spill into system memory
+MANY_PAGES = 5000  # pages read back from disk since the baseline, 20 MB
+# NVML's bits. A power cap is not a cause: a busy GPU is always at its limit.
 THROTTLING = {0x08: "hardware slowdown", 0x20: "temperature", 0x40: "temperature", 0x80: "power brake"}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Measurements of what slows runs down, taken at one moment; those of the GPU are 0 on the CPU."""
+    """Measurements of possible causes at one moment; those of the GPU are 0 on the CPU."""
 
-    pages: int = 0  # that this process has read back from disk so far
-    retries: int = 0  # allocations so far for which cached GPU memory had to be freed
+    pages: int = 0  # read back from disk so far
+    retries: int = 0  # allocations so far that first had to free cached GPU memory
     allocated_bytes: int = 0
     reserved_bytes: int = 0  # by torch's allocator
     free_bytes: int = 0
@@ -35,17 +35,17 @@ class Machine:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """A step's time, and how much of it was spent waiting for data."""
+    """A step's time, and its time waiting for data."""
 
     total: float
     waiting: float
 
 
 class SlowdownWatch:
-    """Compares the median of the last 50 steps with that of the first 100, the very first left out."""
+    """Compares the median of the last 50 steps with that of the first 100, without the very first step."""
 
     def __init__(self, read: Callable[[], Machine]) -> None:
-        """`read` gives the state of the machine."""
+        """`read` measures the machine."""
         self._read = read
         self._baseline: list[StepSeconds] | None = []
         self._middle = self._waiting = 0.0
@@ -55,7 +55,7 @@ class SlowdownWatch:
         self._is_over = False
 
     def add(self, step: StepSeconds) -> str | None:
-        """Take in a step; return the warning when the run is found to be slow, once."""
+        """Add a step. Return the warning once, when the run has become slow."""
         self._num_steps += 1
         if self._is_over or self._num_steps == 1:  # the first step compiles, tunes and allocates
             return None
@@ -85,7 +85,7 @@ class SlowdownWatch:
 
 
 def find_causes(before: Machine, now: Machine) -> Iterator[str]:
-    """Name what changed on the machine and slows steps down."""
+    """Name the changes on the machine that explain slower steps."""
     if now.retries > before.retries:
         yield (
             f"GPU memory ran full {now.retries - before.retries} times and cached memory was freed; see docs/memory.md "
@@ -106,7 +106,7 @@ def find_causes(before: Machine, now: Machine) -> Iterator[str]:
 
 
 def read_machine(device: torch.device, num_pages: Callable[[], int]) -> Machine:
-    """Read the state of this machine; `num_pages` counts the pages read back from disk so far."""
+    """Measure this machine; `num_pages` returns the pages read back from disk so far."""
     if device.type != "cuda":
         return Machine(num_pages())
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
@@ -122,7 +122,7 @@ def read_machine(device: torch.device, num_pages: Callable[[], int]) -> Machine:
 
 
 def read_throttling(uuid: str) -> tuple[str, ...]:
-    """Why a GPU lowers its clock now, by NVML; () if it does not, or if the package nvidia-ml-py is not installed."""
+    """Return NVML's reasons for the GPU's current throttling; () without any, or without the package nvidia-ml-py."""
     try:
         import pynvml
     except ImportError:

@@ -1,4 +1,4 @@
-"""The event of a step, and the norms that are measured for it."""
+"""Builds step events and measures their norms."""
 
 import sys
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from library.training.reporting.events import Memory, Norms, Step, Timing
 from library.training.reporting.step_times import StepTimes
 from library.training.step.accumulation import Window
 
-EVERY = 10  # steps; norms of groups read each weight and gradient once more
+EVERY = 10  # steps; norms read all weights and gradients once
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ class StepResult:
 
 @dataclass
 class NormMeter:
-    """Norms of weights and gradients by group of the optimizer, of every tenth step from the first on.
+    """Norms of weights and gradients per optimizer group, on every tenth step from the first.
 
-    They are measured on the device without waiting for it, and read when the step is told.
+    They are computed on the device without synchronization and read when the step is reported.
     """
 
     is_on: bool = False
-    _pairs: Readback | None = field(default=None, repr=False)  # of each group the weight's and the gradient's
+    _pairs: Readback | None = field(default=None, repr=False)  # per group: weights, gradient
 
     def measure(self, optimizer: Optimizer, step: int) -> None:
-        """To be called while the gradients of the step after `step` finished ones are there, unclipped."""
+        """Measure if scheduled; call after backward and before clipping, with `step` finished steps."""
         self._pairs = None
         if not self.is_on or step % EVERY:
             return
@@ -53,7 +53,7 @@ class NormMeter:
         self._pairs = Readback(torch.stack([norm.to(norms[0].device) for norm in norms])) if norms else None
 
     def read(self, names: Sequence[str]) -> dict[str, Norms] | None:
-        """By name of the group; None for a step that was not measured."""
+        """Return the norms by group name; None for a step that was not measured."""
         pairs, self._pairs = self._pairs, None
         if pairs is None:
             return None
@@ -62,14 +62,14 @@ class NormMeter:
 
 
 def compute_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """One number for all of them, float32."""
+    """Return the norm over all tensors, float32."""
     return get_total_norm(tensors).float() if tensors else torch.zeros(())
 
 
 def build_step_event(
     result: StepResult, average: float, names: Sequence[str], meter: NormMeter, times: StepTimes
 ) -> Step:
-    """Return the event of a step that is finished; `names` are those of the optimizer's groups."""
+    """Build the event of a finished step; `names` are those of the optimizer's groups."""
     norms, step, losses = meter.read(names), result.window.step + 1, result.losses
     return Step(
         step=step,
@@ -85,7 +85,7 @@ def build_step_event(
 
 
 def read_timing(times: StepTimes, step: int) -> Timing | None:
-    """Return the times of `step`, the last one that is settled; None before there is one."""
+    """Return the times of `step`, the latest complete measurement; None before the first."""
     if (found := times.last) is None or found.seconds <= 0:
         return None
     speed = found.flops / found.seconds if found.flops else None
@@ -100,7 +100,7 @@ def read_timing(times: StepTimes, step: int) -> Timing | None:
 
 
 def measure_memory(device: torch.device) -> Memory:
-    """Measure the memory taken by now, and at most so far."""
+    """Measure the current and the peak memory."""
     is_cuda = device.type == "cuda"
     return Memory(
         card=torch.cuda.memory_allocated(device) if is_cuda else None,
@@ -110,7 +110,7 @@ def measure_memory(device: torch.device) -> Memory:
 
 
 def peak_of_main_memory() -> int | None:
-    """Bytes; None where the system does not tell, as Windows."""
+    """Return the process's peak memory in bytes; None on systems without it, such as Windows."""
     try:
         import resource
     except ImportError:

@@ -1,4 +1,4 @@
-"""How long steps take, where their time goes, and how much arithmetic they do."""
+"""Measures how long steps take, how their time is spent, and their arithmetic throughput."""
 
 import logging
 import time
@@ -21,15 +21,15 @@ logger = logging.getLogger(__name__)
 
 Stage = Literal["waiting for data", "copying", "forward", "backward", "optimizer", "validation", "saving", "previews"]
 IN_STEP: tuple[Stage, ...] = ("waiting for data", "copying", "forward", "backward", "optimizer")
-ON_CARD: tuple[Stage, ...] = ("copying", "forward", "backward", "optimizer")  # the host only starts them
+ON_CARD: tuple[Stage, ...] = ("copying", "forward", "backward", "optimizer")  # the host only queues them
 BETWEEN: tuple[Stage, ...] = ("validation", "saving", "previews")
 
-NUM_REMEMBERED = 100  # steps that the middle is taken of
-NUM_KNOWN = 20  # steps that must be known before one is called slow
-SLOW = 1.5  # times the middle
-LEAST_EXTRA_S = 0.1  # below, a step is slow only by chance
-QUIET_S = 60.0  # between two notes of slow steps
-MANY_PAGES = 500  # read back from the disk in a step, 2 MB
+NUM_REMEMBERED = 100  # steps in the median
+NUM_KNOWN = 20  # steps required before one is called slow
+SLOW = 1.5  # ratio to the median
+LEAST_EXTRA_S = 0.1  # seconds; smaller excesses are noise
+QUIET_S = 60.0  # seconds between messages about slow steps
+MANY_PAGES = 500  # pages read back from disk in a step, 2 MB
 
 BatchShape = tuple[int, int, int]
 """Images, height, width."""
@@ -37,20 +37,20 @@ BatchShape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class StepFigures:
-    """The measurements of one step."""
+    """The measurements of a step."""
 
-    seconds: float  # without what lies between steps
-    parts: Mapping[Stage, float]  # seconds of the stages within it; what is left is the trainer's own
+    seconds: float  # without the time between steps
+    parts: Mapping[Stage, float]  # seconds per stage; the rest is the trainer's overhead
     num_images: int  # of this process
-    flops: float | None  # of this process; None where a batch could not be counted
+    flops: float | None  # of this process; None if a batch could not be counted
 
 
 @dataclass
 class StepTimes:
-    """Measures the steps of a run as they come; costs some microseconds each.
+    """Measures a run's steps; costs microseconds per step.
 
-    `num_processes` share each step, `peak` are the FLOP/s that each one's card can do, if that is known. Spans on a
-    card are measured there, and are read one step late, so that the host never waits for them.
+    `num_processes` share each step; `peak` is the peak FLOP/s of each one's device, if known. GPU spans are measured on
+    the GPU and read one step late, so that the host never waits for them.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -60,7 +60,7 @@ class StepTimes:
 
     def __post_init__(self) -> None:
         self._began: Any = None
-        self._between = 0.0  # seconds since, that belong to no step
+        self._between = 0.0  # seconds since the last step that belong to no step
         self._spans: list[tuple[Stage, Any, Any]] = []
         self._shapes: list[BatchShape] = []
         self._new_shapes: set[BatchShape] = set()
@@ -71,7 +71,7 @@ class StepTimes:
         self._seconds = 0.0
         self._parts: defaultdict[Stage, float] = defaultdict(float)
         self._noted_at: float | None = None
-        self._noted_unknown = False  # whether a slow step without a known cause was noted
+        self._noted_unknown = False  # whether a slow step of unknown cause was reported
         self._pressure = measure_pressure(self.device)
         self._watch = SlowdownWatch(lambda: read_machine(self.device, num_pages_read_back))
 
@@ -82,7 +82,7 @@ class StepTimes:
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
-        """Count the time of the block to a stage."""
+        """Attribute the time of the block to a stage."""
         mark = self._mark_on_card if self.device.type == "cuda" and name in ON_CARD else self.clock
         began = mark()
         try:
@@ -98,10 +98,10 @@ class StepTimes:
 
     @contextmanager
     def counted(self, batch: Batch) -> Iterator[Callable[[], None]]:
-        """The forward and backward pass of a batch; what it gives is to be called between the two.
+        """Measure a forward and backward pass; yields a function to call between the two.
 
-        The operations are counted for the first batch of each shape; that pass takes some tenths of a second longer.
-        Those of a concept are not, whose batches of one shape differ in how often they ask the denoiser.
+        Operations are counted on the first batch of each shape, which then takes some tenths of a second longer.
+        Batches of concepts are not counted, because their number of denoiser calls varies.
         """
         height, width = batch.height_width
         shape = len(batch.keys), height, width
@@ -115,7 +115,7 @@ class StepTimes:
         self._flops[shape] = counter.flops
 
     def end_step(self) -> None:
-        """The step ends here and the next one begins; what is between them is told by `stage`."""
+        """End a step and begin the next one; work between steps is measured by `stage`."""
         first, last, between = self._began, self._mark(), self._between
         spans, shapes, new_shapes = self._spans, self._shapes, self._new_shapes
         flops = sum(self._flops[shape] for shape in shapes) if self._flops.keys() >= set(shapes) else None
@@ -136,11 +136,11 @@ class StepTimes:
         self._late = figures
 
     def resolve(self) -> None:
-        """Take in the last step that ended."""
+        """Collect the measurements of the last finished step."""
         if self._late is None:
             return
         found, self._late = self._late(), None
-        if self._num_steps or self._recent:  # the first step makes what all others use
+        if self._num_steps or self._recent:  # the first step initializes
             self._num_steps += 1
             self._num_images += found.num_images
             self._seconds += found.seconds
@@ -152,7 +152,7 @@ class StepTimes:
                 logger.warning("%s", warning)
 
     def _mark(self) -> Any:
-        """Now, by the clock of what computes: the host may be a step ahead of a card."""
+        """Return the current time on the clock of the device, which the host may be a step ahead of."""
         return self._mark_on_card() if self.device.type == "cuda" else self.clock()
 
     def _mark_on_card(self) -> Any:
@@ -160,15 +160,15 @@ class StepTimes:
         event.record()
         return event
 
-    # Telling
+    # Reporting
 
     @property
     def last(self) -> StepFigures | None:
-        """The last step that is settled."""
+        """The latest complete step."""
         return self._recent[-1] if self._recent else None
 
     def chart_values(self) -> dict[str, float]:
-        """Return the values of the last measured step, by the names that charts use; none before there is one."""
+        """The values of the last measured step by their chart names; empty before the first."""
         if (found := self.last) is None or found.seconds <= 0:
             return {}
         values = {
@@ -184,7 +184,7 @@ class StepTimes:
         return values
 
     def summary(self) -> str | None:
-        """Return a sentence on all steps but the first; None where there was no second one."""
+        """Return a sentence about all steps but the first; None without a second step."""
         self.resolve()
         if not self._num_steps or self._seconds <= 0:
             return None
@@ -210,8 +210,8 @@ class StepTimes:
         return text + (f"; besides, {', '.join(between)}" if between else "")
 
     def _note_if_slow(self, found: StepFigures, new: set[BatchShape]) -> None:
-        """A line in the log where a step took much longer than the middle of those before, and why if that is known."""
-        if len(self._recent) < NUM_KNOWN or found.flops is None:  # nobody knows how long it should take
+        """Log a step that took much longer than the median, with the cause if known."""
+        if len(self._recent) < NUM_KNOWN or found.flops is None:  # its typical duration is unknown
             return
         middle = median(before.seconds for before in self._recent)
         extra = found.seconds - middle
@@ -221,7 +221,7 @@ class StepTimes:
         if self._noted_at is not None and now - self._noted_at < QUIET_S:
             return
         self._noted_at = now
-        pressure = measure_pressure(self.device)  # read here alone: torch makes a large table of it
+        pressure = measure_pressure(self.device)  # read only here: torch builds a large table for it
         faults = {name: count - self._pressure[name] for name, count in pressure.items()}
         self._pressure = pressure
         waiting = found.parts.get("waiting for data", 0.0)
@@ -237,7 +237,7 @@ class StepTimes:
             reason = f"main memory was full: {faults['pages']} pages were swapped in from disk"
         elif (found.flops or 0.0) > SLOW * middle_flops > 0:
             reason = "larger or more images than usual"
-        elif self._noted_unknown:  # one is enough: on a busy machine there is one every minute
+        elif self._noted_unknown:  # once is enough: a busy machine has one every minute
             return
         else:
             reason, self._noted_unknown = "cause unknown", True
@@ -246,7 +246,7 @@ class StepTimes:
 
 
 def span(began: Any, ended: Any) -> float:
-    """Seconds between two marks, of the host's clock or of the card's."""
+    """Return the seconds between two marks of the host's or the GPU's clock."""
     if isinstance(began, float):
         return float(ended - began)
     ended.synchronize()
@@ -254,13 +254,13 @@ def span(began: Any, ended: Any) -> float:
 
 
 def measure_pressure(device: torch.device) -> dict[str, int]:
-    """Count how often memory ran short: pages read back from the disk, and second attempts on the GPU."""
+    """Count memory shortages: pages read back from disk, and retried GPU allocations."""
     retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
     return {"pages": num_pages_read_back(), "retries": retries}
 
 
 def num_pages_read_back() -> int:
-    """Count the pages of this process that were read back; 0 where the system does not tell, as Windows."""
+    """Return this process's number of pages read back from disk; 0 on systems without it, such as Windows."""
     try:
         import resource
     except ImportError:

@@ -1,4 +1,4 @@
-"""Charts of the run: tensorboard and wandb, through accelerate's trackers."""
+"""Charts in TensorBoard and Weights & Biases, through accelerate's trackers."""
 
 import logging
 import threading
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 def tracker_kind(options: TrackerOptions) -> str | None:
-    """Return accelerate's name of the wanted tracker; None where nothing is logged.
+    """Return accelerate's name of the requested tracker; None without one.
 
-    Raises UserError where tensorboard has no folder, or where the package is missing.
+    Raises UserError if TensorBoard has no folder, or if the package is missing.
     """
     kind = options.log_with
     if kind is None:
@@ -37,14 +37,14 @@ def tracker_kind(options: TrackerOptions) -> str | None:
 
 
 def run_folder(options: TrackerOptions) -> str | None:
-    """`<logging_dir>/<log_prefix><YYYYmmddHHMMSS>`."""
+    """Return `<logging_dir>/<log_prefix><YYYYmmddHHMMSS>`."""
     if not options.logging_dir:
         return None
     return str(Path(options.logging_dir) / f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}")
 
 
 def start_trackers(accelerator: Any, trackers: TrackerOptions, config: Mapping[str, Any]) -> None:
-    """Open the trackers that `accelerator` was built with; they show `config` where the user wants it."""
+    """Start the accelerator's trackers, with `config` if the user requests it."""
     if trackers.wandb_api_key is not None and find_spec("wandb") is not None:
         import wandb
 
@@ -64,14 +64,14 @@ def start_trackers(accelerator: Any, trackers: TrackerOptions, config: Mapping[s
 
 
 def loggable_options(options: Options) -> dict[str, int | float | str | bool]:
-    """Return the options that charts may show: without secrets and paths."""
+    """Return the options that charts may show, without secrets and paths."""
     values = options.flat()
     logged = [name for name, facts in type(options).facts().items() if facts.logged]
     return {n: values[n] if isinstance(values[n], (int, float, str, bool)) else str(values[n]) for n in logged}
 
 
 def silence_tensorboard_thread() -> None:
-    """Print no traceback of tensorboard's writing thread: `Charts` gets the same error and tells it."""
+    """Suppress the traceback of TensorBoard's writer thread: `Charts` receives the same error and reports it."""
     plain = threading.excepthook
 
     def report(failure: threading.ExceptHookArgs) -> None:
@@ -82,18 +82,18 @@ def silence_tensorboard_thread() -> None:
 
 
 class Charts:
-    """Sends the values of a step to the trackers; costs nothing where there are none.
+    """Sends a step's values to the trackers; does nothing without any.
 
-    A tracker that fails, on a full disk or without a network, is given up with one warning: charts never end a run.
+    A failing tracker, on a full disk or without a network, is dropped with one warning: charts never end a run.
     """
 
     def __init__(self, accelerator: Any, prefix: str = "", failed: set[str] | None = None) -> None:
-        """`prefix` stands before the names of all values; `failed` are names of trackers that are given up."""
+        """`prefix` precedes all names; `failed` holds the names of dropped trackers."""
         self._accelerator, self._prefix = accelerator, prefix
         self._failed: set[str] = set() if failed is None else failed
 
     def named(self, label: str) -> "Charts":
-        """Return the charts of one of several adapters, whose values have its label before their names."""
+        """Return the charts of one of several adapters, with its label in front of all names."""
         return Charts(self._accelerator, f"{label}/", self._failed) if label else self
 
     @property
@@ -107,7 +107,7 @@ class Charts:
     def _given_up_on_failure(self, tracker: Any) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # each tracker has errors of its own, and none of them concerns the training
+        except Exception as error:  # each tracker has its own errors, and none concerns training
             self._failed.add(tracker.name)
             logger.warning(
                 "charts of %s are off from here on, training goes on: %s: %s", tracker.name, type(error).__name__, error
@@ -115,11 +115,11 @@ class Charts:
             logger.debug("where it failed:", exc_info=error)
 
     def log_step(self, values: Mapping[str, float], step: int, epoch: int) -> None:
-        """Values on the axis of optimizer steps; wandb keeps its own axis and gets step and epoch as values."""
+        """Log values by optimizer step; wandb keeps its own axis and gets step and epoch as values."""
         self._log(values, step, step, epoch)
 
     def log_epoch(self, values: Mapping[str, float], step: int, epoch: int) -> None:
-        """Values on the axis of epochs, counted from 1."""
+        """Log values by epoch, counted from 1."""
         self._log(values, epoch, step, epoch)
 
     def _log(self, values: Mapping[str, float], x: int, step: int, epoch: int) -> None:
@@ -132,7 +132,7 @@ class Charts:
                     tracker.log(values, step=x)
 
     def log_images(self, images: Sequence[Drawn], step: int, epoch: int) -> None:
-        """Images as `sample_<index>` on the axis of steps; wandb shows the prompt beneath."""
+        """Log images as `sample_<index>` by step; wandb shows the prompt as caption."""
         for tracker in self._trackers() if images else ():
             with self._given_up_on_failure(tracker):
                 if tracker.name == "wandb":
@@ -148,7 +148,7 @@ class Charts:
                     tracker.log_images(arrays, step=step, dataformats="NHWC")
 
     def close(self) -> None:
-        """Write what is still buffered, and end the processes of the run."""
+        """Flush the trackers and end their processes."""
         for tracker in self._trackers():
             with self._given_up_on_failure(tracker):
                 tracker.finish()

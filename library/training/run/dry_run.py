@@ -1,4 +1,4 @@
-"""A dry run: everything up to the first step, on the largest batch, and what it needs; nothing is written."""
+"""A dry run: everything up to the first step, tried on the largest batch; nothing is written."""
 
 import logging
 import math
@@ -38,12 +38,10 @@ DRY_RUN_VALUES: dict[str, Any] = {  # caches stay in memory, no trackers, no upl
 
 
 def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
-    """Train the batch at `place` of the first epoch for one step, and once more without a step; log what it needs.
+    """Train one step on the batch at `place` of the first epoch, then run a second pass, and log the memory needed.
 
-    `runs` are those of all adapters.
-
-    The second pass has the optimizer's memory beside it, so it shows the peak of training. Raises UserError where the
-    loss is not finite, OutOfMemoryError where memory runs out.
+    `runs` holds all adapters. The second pass runs with the optimizer state allocated, so it shows the peak of
+    training. Raises UserError if the loss is not finite, OutOfMemoryError if memory runs out.
     """
     run = runs[0]
     (batch,) = run.batches.of_epoch(1, [place], lambda place: 0, 0, False)
@@ -56,7 +54,7 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
             with round_weights(one, 0):
                 one.optimization.optimizer.step()
             one.optimization.optimizer.zero_grad(set_to_none=True)
-            with shown_weights(one, FILES):  # fails here if the weights to save cannot be put in place
+            with shown_weights(one, FILES):  # fails here if the weights to save cannot be swapped in
                 pass
         if run.context.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.context.device)
@@ -64,13 +62,13 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
         forward_and_backward(runs, batch, place)
         seconds = time.perf_counter() - started
     if not math.isfinite(loss):
-        add_noise_to(run.context, batch, place)  # which tells where the VAE gave it
+        add_noise_to(run.context, batch, place)  # raises the error that names the VAE
         raise UserError(f"--dry_run: the loss of the largest batch is {loss}; images: {', '.join(batch.keys)}")
     report(run, writer, sizes, shape, loss, seconds)
 
 
 def forward_and_backward(runs: Sequence[Run], batch: Batch, place: int) -> float:
-    """Run one pass with gradients and return the loss, of several adapters the first or one that is not finite."""
+    """Run one pass with gradients. Return the first adapter's loss, or a non-finite one of any adapter."""
     if is_stacked(runs, batch):
         losses = backward_stacked(runs, batch, place, 1, 0)
     else:

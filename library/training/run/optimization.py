@@ -1,4 +1,4 @@
-"""The fourth stage of the set-up: what moves the weights."""
+"""Third stage of the set-up: optimizer, schedule and averaging."""
 
 import logging
 from typing import Any
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 def build_optimization(
     options: TrainOptions, network: AdoptedNetwork, models: Models, max_train_steps: int, device: torch.device
 ) -> Optimization:
-    """Optimizer, schedule and gradient scaler for the adapter's parameters, where they lie by now.
+    """Build optimizer, schedule and gradient scaler for the adapter's parameters.
 
-    After the adapter has moved to its device and dtype: an optimizer holds on to the tensors that it is given.
+    Call after the adapter has its device and dtype, because an optimizer keeps references to the tensors.
     """
     groups, names = network.parameter_groups(
         options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate
@@ -43,7 +43,7 @@ def build_optimization(
 
 
 def warn_of_idle_rate(network: AdoptedNetwork) -> None:
-    """Warn where the text encoders have a learning rate and none has an adapter."""
+    """Warn if a learning rate is set for text encoders that have no adapter."""
     names = [name for name, _ in network.module.named_parameters()]
     is_kohyas = any(name.startswith("lora_unet") for name in names)
     if is_kohyas and not any(name.startswith("lora_te") for name in names):
@@ -53,7 +53,7 @@ def warn_of_idle_rate(network: AdoptedNetwork) -> None:
 def build_average(
     wanted: AveragingOptions, optimizer_type: str, network: AdoptedNetwork, is_schedule_free: bool
 ) -> WeightAverage | None:
-    """Build the moving average of the weights. Raises UserError beside an optimizer that averages by itself."""
+    """Build the moving average of the weights. Raises UserError with an optimizer that averages by itself."""
     if not wanted.ema_decay:
         return None
     if is_schedule_free:
@@ -65,7 +65,7 @@ def build_average(
 
 
 def gradient_scaler(options: PrecisionOptions, device: torch.device) -> torch.amp.GradScaler | None:
-    """Scale fp16 gradients; others need none."""
+    """Return a scaler for fp16 gradients; None for other precisions."""
     if options.mixed_precision != "fp16":
         return None
     scaler = torch.amp.GradScaler(device.type)
@@ -75,14 +75,14 @@ def gradient_scaler(options: PrecisionOptions, device: torch.device) -> torch.am
 
 
 def allow_fp16_gradients(scaler: torch.amp.GradScaler) -> None:
-    """Accept gradients of an adapter that is itself in fp16, which GradScaler refuses by default."""
+    """Accept gradients of an fp16 adapter, which GradScaler refuses by default."""
     patched: Any = scaler
     unscale = patched._unscale_grads_
     patched._unscale_grads_ = lambda optimizer, inv_scale, found_inf, _: unscale(optimizer, inv_scale, found_inf, True)
 
 
 def name_groups(num_groups: int, trains_denoiser: bool, trains_text_encoders: bool) -> list[str]:
-    """Name the optimizer's groups for the charts, by their order, where the network module does not."""
+    """Name the optimizer's groups by their order, for the charts, if the network module does not name them."""
     if num_groups == 1:
         return ["unet" if trains_denoiser else "textencoder"]
     if num_groups == 2 and trains_text_encoders and trains_denoiser:

@@ -1,4 +1,4 @@
-"""Puts a run together, in stages that each give a small frozen value; the order is the order of what needs what."""
+"""Builds a run in stages, each of which returns a small frozen value, in the order of their dependencies."""
 
 import logging
 from collections.abc import Sequence
@@ -46,17 +46,17 @@ def prepare(
     adapters: Sequence[AdapterRequest],
     sweep: SweepRecord | None = None,
 ) -> list[PreparedRun]:
-    """Load the models, attach the adapters, build what moves each of them, and put each where its state left it.
+    """Load the models, attach the adapters, build their optimizers and restore their states.
 
-    `options` and `seed` are those of what all `adapters` share: images, base model, plan. Raises UserError for
-    settings that only show here to be wrong, such as a network argument.
+    `options` and `seed` are those shared by all `adapters`: images, base model, plan. Raises UserError for settings
+    that can only be checked here, such as a network argument.
     """
     save_dtype(options.saving.save_precision)
     require_same_data(data, processes)
     compute = Compute.build(options.precision, processes.device)
     plan = Plan.build(options.run, data.num_batches, processes.count)
     first_steps = starting_steps([one.options for one in adapters], plan, [one.state for one in adapters])
-    # What can be refused without weights is refused before they are read and images encoded, which takes minutes.
+    # Check what needs no weights before reading them and encoding images, which takes minutes.
     check_base(options.precision.denoiser_format, options.memory.num_offloaded, arch)
     if options.precision.multiplies_codes:
         check_arithmetic(options.precision.denoiser_format, options.network.network_module, arch, compute)
@@ -70,7 +70,7 @@ def prepare(
     reader = options.network.network_module or ""
     loaded = load_models(options, arch, seed, data, compute, texts, processes, reader)
     resolve_base(options.precision, options.memory.num_offloaded, arch, loaded.models, compute, processes)
-    # After the base model has its formats and its places: a network module may look at the weights that it adapts.
+    # After the base model has its weight formats and devices: a network module may read the weights that it adapts.
     networks = []
     for one in adapters:
         with log_prefix(one.label):
@@ -80,7 +80,7 @@ def prepare(
         turns = multiplex(networks, options.network.network_module or "")
         share = None if data.prompts is not None else turns.share_stacked(range(len(networks)))
         logger.info("%s", format_sharing(len(networks), share))
-    # After all adapters are attached: blocks are compiled with them.
+    # After all adapters are attached, because blocks are compiled with them.
     choose_block_runner(options.memory, options.compiling, options.trains_text_encoders, arch, loaded.models, networks)
     times = StepTimes(compute.device, processes.count, measure_peak_flops(compute.device, compute.dtype))
     batches = open_batches(data, loaded.latents, loaded.texts)
@@ -103,8 +103,8 @@ def prepare(
 
 
 def format_sharing(count: int, share: float | None) -> str:
-    """Return how `count` adapters compute, where a `share` of the layers has them in one product; None where each draws
-    its own latents from prompts."""
+    """Describe how `count` adapters compute. `share` is the fraction of layers that run them in one product; None if
+    each adapter draws its own latents from prompts."""
     if share is None:
         return f"{count} adapters share the base model and train one after another, each on latents that it draws"
     if share == 1:
@@ -117,7 +117,7 @@ def format_sharing(count: int, share: float | None) -> str:
 
 
 def require_same_data(data: TrainingData, processes: Processes) -> None:
-    """Raise UserError where processes found different images: each would train its share of another epoch."""
+    """Raise UserError if processes found different images, because their shares of an epoch would not match."""
     if processes.count > 1:
         found = data.identity
         size = f"{found['num_pictures']} images in {found['num_batches']} batches"

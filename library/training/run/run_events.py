@@ -1,4 +1,4 @@
-"""The events of a run from its start to its end, for the events file and the report."""
+"""The events of a run from start to end, for the events file and the report."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,16 +44,16 @@ HIDDEN = "***"
 def open_events(
     adapters: Iterable[TrainOptions], command: Sequence[str] | None, warnings: WarningEvents
 ) -> Iterator[EventsOfAll]:
-    """Open the events of a run, of each of its adapters, in its main process; the last one says how the block ended.
+    """Open the event streams of a run's adapters in the main process; the last event says how the block ended.
 
-    A run that is not stopped and not ended by an error is finished. Where standard output has the events,
-    what else would go there goes to standard error.
+    A run that ends without an error and is not stopped is finished. If events go to standard output, everything else
+    goes to standard error.
     """
     with ExitStack() as stack:
         of_each = [(options, Events(open_sinks(options, stack))) for options in adapters]
         events = EventsOfAll([one for _, one in of_each])
         if not events.is_on:
-            warnings.tell(events)  # so that they are not kept
+            warnings.tell(events)  # from here on warnings are not buffered
             yield events
             return
         stack.callback(events.close)
@@ -75,7 +75,7 @@ def open_events(
 
 
 def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
-    """Who keeps the events; nobody in a dry run, which writes nothing, and in other processes than the main one."""
+    """Open the sinks of a run's events: none in a dry run, which writes nothing, and none outside the main process."""
     path, goes_on = options.reports.log_events, bool(options.state.resume or options.state.autoresume)
     if launched_rank() != 0 or options.faults.dry_run or options.dataset.debug_dataset:
         return []
@@ -88,12 +88,12 @@ def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
     if not options.reports.no_report:
         report = Names.build(options.saving).of_report()
         sinks.append(ReportWriter(report, earlier_record(report) if goes_on else None, options.reports.report_live))
-        sinks.append(IndexWriter(report.parent))  # behind the report, which it reads
+        sinks.append(IndexWriter(report.parent))  # after the report, which it reads
     return sinks
 
 
 def hide_secrets(command: Sequence[str] | None, options: Options) -> list[str] | None:
-    """Return the words of a command line, keys and tokens hidden."""
+    """Return a command line with keys and tokens hidden."""
     if command is None:
         return None
     values = options.flat()
@@ -113,7 +113,7 @@ def changed_options(options: Options) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes, as far as it is installed."""
+    """Return the installed versions of the packages that compute."""
     installed = {package: version_of(package) for package in PACKAGES}
     found = {"python": python_version()} | {name: version for name, version in installed.items() if version}
     commit = commit_hash()
@@ -121,7 +121,7 @@ def versions() -> dict[str, str]:
 
 
 def format_error(error: BaseException) -> str:
-    """Return an error in a line or a few, with what caused it."""
+    """Format an error and its causes in a few lines."""
     cause = f" ({format_error(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
     return f"{error}{cause}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}{cause}"
 
@@ -150,5 +150,5 @@ def build_plan_event(run: Run, counts: ImageCounts, first_step: int, resumed_fro
 
 
 def describe_device(device: torch.device) -> str:
-    """Return the card's name, else the kind of device."""
+    """Return the GPU's name, else the kind of device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,4 +1,4 @@
-"""The run of one adapter, on models that all adapters share."""
+"""The run of one adapter on models shared by all adapters."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -33,21 +33,21 @@ from networks.core.protocol import AdoptedNetwork, Multiplexer
 
 @dataclass(frozen=True)
 class AdapterRequest:
-    """One adapter that the run is to train; several of them may share the base model and the batches."""
+    """An adapter to train; several may share the base model and the batches."""
 
-    options: TrainOptions  # of its run alone
-    seed: int  # of the adapter, its noise and its dropout
-    state: StateManifest | None  # that it goes on from
+    options: TrainOptions  # of this adapter alone
+    seed: int  # for initialisation, noise and dropout
+    state: StateManifest | None  # the state to resume from
     events: Events
-    label: str = ""  # what it is called where there are others
+    label: str = ""  # its name in a sweep
 
 
 def request_adapter(
     options: TrainOptions, seed: int, state: StateManifest | None, events: Events, label: str = ""
 ) -> AdapterRequest:
-    """Describe an adapter of a run with this seed, which is its own too unless the sweep gives it another one.
+    """Describe an adapter of a run with this seed; a sweep may give the adapter its own seed.
 
-    All adapters are measured with the noise of the run's seed.
+    All adapters are validated with the noise of the run's seed.
     """
     own = options.run.seed if label and options.run.seed is not None else seed
     if own != seed and options.validation.validation_seed is None:
@@ -67,12 +67,12 @@ class Shared:
     batches: TrainingBatches
     plan: Plan
     times: StepTimes
-    turns: Multiplexer | None  # None where there is one adapter
+    turns: Multiplexer | None  # None for a single adapter
     sweep: SweepRecord | None
 
 
 def build_run(wanted: AdapterRequest, network: AdoptedNetwork, shared: Shared, place: int) -> Run:
-    """Return the run of one adapter, the one at `place` among all."""
+    """Build the run of the adapter at `place`."""
     options, arch, compute = wanted.options, shared.arch, shared.compute
     models = shared.loaded.models
     optimization = build_optimization(options, network, models, shared.plan.max_train_steps, compute.device)
@@ -108,14 +108,14 @@ def prepare_run(
     prompts: Sequence[Prompt],
     encoded: Mapping[str, Conditioning] | None,
 ) -> PreparedRun:
-    """One adapter with everything that writes, draws and measures, where its state left it."""
+    """Build everything that writes, draws and validates for one adapter, and restore its state."""
     state = wanted.state
     charts = charts.named(run.label)
     validation = Validation(run, charts)
     writer = build_writer(run, progress, validation)
     if not run.options.faults.dry_run:
         writer.check_space()
-    if state is not None:  # after everything that has a memory is there, and before anything is drawn or measured
+    if state is not None:  # after every stateful part exists, and before anything is drawn or measured
         go_on(run, progress, validation, state)
     is_drawing = run.processes.share(f"are there previews {run.label}", "yes" if prompts else "no") == "yes"
     previews = Previews(run, charts, prompts, encoded, is_drawing)

@@ -1,8 +1,8 @@
-"""Tests that the ways of saving memory that a run has chosen compute what the plain way computes.
+"""Compares the memory-saving modes of a run with plain computation (`--selftest`).
 
-One batch is computed as the run will, noting what goes into each block and which gradient comes back to it. Then each
-block is computed again from that, alone and plainly: its weights copied past the ring, everything kept by autograd. So
-no more than one block is ever there twice, and a model that fits in no other way can be tested.
+One batch runs in the run's mode, recording the inputs and output gradients of each block. Then each block is recomputed
+plainly from these: its weights are copied without the ring, and autograd keeps all activations. At most one block
+exists twice, so models that do not fit otherwise can be tested.
 """
 
 import logging
@@ -29,7 +29,7 @@ from library.training.step.pairs import split_passes
 
 logger = logging.getLogger(__name__)
 
-MOST = 10.0  # times the noise floor: a wrong weight or a slot used too early is off by about as much as the gradient
+MOST = 10.0  # times the noise floor; a wrong weight or a slot read too early is off by about the gradient's size
 NUM_SHOWN = 3
 
 Gradients = dict[str, Tensor]
@@ -37,21 +37,21 @@ Gradients = dict[str, Tensor]
 
 @dataclass
 class Call:
-    """One run of one block: what went in, and the gradients of what came out, in main memory."""
+    """One call of a block: its inputs, and the gradients of its outputs, in main memory."""
 
     block: nn.Module
     inputs: tuple[Any, ...]
     named: Mapping[str, Any]
-    gradients: dict[int, Tensor] = field(default_factory=dict)  # by place among the outputs
+    gradients: dict[int, Tensor] = field(default_factory=dict)  # by output index
 
     def note(self, place: int, gradient: Tensor) -> None:
-        """Keep the gradient of the output at that place."""
+        """Keep the gradient of the output at index `place`."""
         self.gradients[place] = gradient.cpu()
 
 
 @dataclass
 class Recorder:
-    """Runs blocks as another runner does, and notes the calls whose gradient is asked for."""
+    """A block runner that delegates to another one and records the calls that need gradients."""
 
     runner: BlockRunner
     calls: list[Call] = field(default_factory=list)
@@ -68,13 +68,13 @@ class Recorder:
 
 
 def set_aside(value: Tensor) -> Tensor:
-    """Return a block's own input in main memory; what all blocks share, which carries no gradient, as it is."""
+    """Copy a block's own input to main memory; inputs shared by all blocks, which have no gradient, are kept."""
     return value.detach().cpu().requires_grad_() if value.requires_grad else value
 
 
 @dataclass(frozen=True)
 class Finding:
-    """How far a parameter's gradient is off, and how far rounding alone moves it, as shares of its size."""
+    """The relative error of a parameter's gradient, and the error that rounding alone causes."""
 
     name: str
     error: float
@@ -82,18 +82,18 @@ class Finding:
 
     @property
     def is_wrong(self) -> bool:
-        return not self.error <= MOST * self.floor  # NaN is wrong too
+        return not self.error <= MOST * self.floor  # also False for NaN
 
 
 def test_itself(run: Run) -> None:
-    """Compare the first batch's gradients in the run's mode with the plain ones. Raises UserError where they differ."""
+    """Compare the first batch's gradients in the run's mode with plain ones. Raises UserError if they differ."""
     context = run.context
     network = context.network.module
     (batch,) = run.batches.of_epoch(1, [0], lambda place: 0, 0, False)
     recorder = Recorder(block_runner(run.options.memory))
     context.arch.run_blocks_with(context.models.denoiser, recorder)
-    with context.alone(), eval_mode([network]):  # nothing is left to chance: the second pass is to see the same network
-        passes = split_passes(context, batch)  # the first of which keeps the adapter at its strength
+    with context.alone(), eval_mode([network]):  # no dropout: both passes must see the same network
+        passes = split_passes(context, batch)  # the first pass leaves the adapter at its strength
         start_batch(context, 0, 0)
         torch.autograd.backward(loss_of(context, next(passes), 0))
         found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
@@ -107,16 +107,16 @@ def test_itself(run: Run) -> None:
 
 
 def context_dtype(run: Run) -> torch.dtype:
-    """Return the number format of the arithmetic."""
+    """Return the compute dtype."""
     with run.context.autocast():
         device = run.context.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
 
 def compute_gradients(run: Run, calls: Sequence[Call], noise: float) -> Gradients:
-    """Return the gradients of the adapter's parameters in the blocks, each block run plainly from what it was given.
+    """Return the gradients of the adapter's parameters, each block run plainly on its recorded inputs.
 
-    `noise` moves inputs and gradients by random shares of themselves, up to that: what rounding does to them.
+    `noise` perturbs inputs and gradients by random relative amounts up to that, to estimate the effect of rounding.
     """
     device, generator = run.context.device, torch.Generator().manual_seed(0)
     parameters = {name: p for name, p in run.context.network.module.named_parameters() if p.requires_grad}
@@ -143,7 +143,7 @@ def compute_gradients(run: Run, calls: Sequence[Call], noise: float) -> Gradient
 
 
 def moved(value: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """Return a value with each number changed by a random share of itself, up to `noise`."""
+    """Return a value with each number changed by a random relative amount up to `noise`."""
     if not noise or not value.is_floating_point():
         return value
     shares = 2 * torch.rand(value.shape, generator=generator) - 1
@@ -152,7 +152,7 @@ def moved(value: Tensor, noise: float, generator: torch.Generator) -> Tensor:
 
 @contextmanager
 def plain_weights(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let the layers of a block that waits elsewhere have copies of their weights, which nothing else uses."""
+    """Give the layers of an offloaded block temporary copies of their weights."""
     waiting = {layer: layer.handle for layer in frozen_layers(block) if isinstance(layer.handle, Waiting | Shelved)}
     try:
         for layer, handle in waiting.items():
@@ -164,14 +164,14 @@ def plain_weights(block: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def compare(name: str, found: Tensor, plain: Tensor, noisy: Tensor) -> Finding:
-    """Both as shares of the size of the plain gradient."""
+    """Compare gradients, relative to the size of the plain one."""
     size = plain.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
     error = float((found.float() - plain.float()).norm() / size)
     return Finding(name, error, float((noisy.float() - plain.float()).norm() / size))
 
 
 def report(findings: Sequence[Finding], calls: Sequence[Call]) -> None:
-    """Say what was found. Raises UserError where a gradient is off by more than rounding explains."""
+    """Log the result. Raises UserError if a gradient is off by more than rounding explains."""
     if not findings:
         logger.warning("self-test: no adapter of the denoiser's blocks has a gradient, so there is nothing to compare")
         return

@@ -1,4 +1,4 @@
-"""Checks of a sharded base model: what excludes it, and whether all processes go in step."""
+"""Checks of a sharded base model: incompatible options, and processes that must stay in step."""
 
 import logging
 from typing import Any
@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 
 
 def launched_values(is_sharded: bool) -> dict[str, Any]:
-    """Return the option that shards the base model if accelerate is configured for FSDP2, which means the same.
+    """Return the option values that shard the base model if accelerate is configured for FSDP2.
 
-    Raises UserError for FSDP 1; to be called before accelerate is set up, which has errors of its own for it.
+    Raises UserError for FSDP 1. Call before accelerate is initialized, which raises its own errors for it.
     """
     if fsdp_version() == 1:
         raise UserError(
@@ -33,14 +33,14 @@ def launched_values(is_sharded: bool) -> dict[str, Any]:
 
 
 def sharding_values(options: TrainOptions, processes: Processes) -> dict[str, Any]:
-    """Return how many processes share the base model, if it is sharded at all.
+    """Return the number of processes that share the base model, if it is sharded.
 
-    Raises UserError, before anything is read, where the base model cannot be sharded; warns where that does nothing.
+    Raises UserError, before anything is read, if the base model cannot be sharded; warns if sharding has no effect.
     """
     wanted = options.distributed
     if not wanted.shard_base:
         return {}
-    if options.concepts is not None:  # that accelerate's FSDP2 asks for it is not known earlier
+    if options.concepts is not None:  # accelerate's FSDP2 setting is known only here
         reason = type(options).facts()["shard_base"].refused_by_leco
         raise UserError(f"accelerate is configured for FSDP2, which means --shard_base: {reason}")
     if processes.count == 1:
@@ -79,7 +79,7 @@ def sharding_values(options: TrainOptions, processes: Processes) -> dict[str, An
 
 
 def preserves_in_step(data: TrainingData, sharded: ShardedModel | None) -> bool:
-    """Return True if every batch has to ask the base model alone, since one of another process may."""
+    """Return True if every batch must run the base model alone because a batch of another process may need it."""
     if sharded is None:
         return False
     subsets = [subset for dataset in data.config.datasets for subset in dataset.subsets]

@@ -1,4 +1,4 @@
-"""The checkpoints and states of a run: building what writes them, and going on from them."""
+"""Checkpoints and states of a run: building their writer, and restoring from a state."""
 
 import logging
 import secrets
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def stateful_parts(run: Run, progress: Progress, validation: Validation) -> dict[str, Stateful]:
-    """Everything besides the adapter that has a memory, by the name it has in a state."""
+    """Return every stateful part besides the adapter, by its name in a state."""
     optimization = run.optimization
     parts: dict[str, Stateful] = {
         "optimizer": OptimizerState(optimization.optimizer, optimization.built.name),
@@ -47,7 +47,7 @@ def stateful_parts(run: Run, progress: Progress, validation: Validation) -> dict
 
 
 def go_on(run: Run, progress: Progress, validation: Validation, state: StateManifest) -> None:
-    """Put the run where the state left it, at the step that the options may have moved."""
+    """Restore a run from a state, at the step that the options may override."""
     first_step = progress.step
     data, optimization = run.data, run.optimization
     report_differences(state, run.options, data.identity_with_contents, run.processes.count, data.image_paths)
@@ -57,12 +57,13 @@ def go_on(run: Run, progress: Progress, validation: Validation, state: StateMani
     progress.step = first_step
     if first_step == state.step:
         progress.done = set(state.done)
-    progress.average.keep_places_below(run.plan.num_batches)  # images may have gone since
+    progress.average.keep_places_below(run.plan.num_batches)  # images may have been removed since
     logger.info("going on from %s at step %d of %d", state.path, first_step, run.plan.max_train_steps)
 
 
 def bytes_of_state(run: Run) -> int:
-    """About what a state takes: weights, buffers and the optimizer's memory, two tensors a weight before it has any."""
+    """Estimate the size of a state: weights, buffers and optimizer state, or two tensors per weight before there is
+    any."""
     network = run.context.network
     memory = [value for state in run.optimization.optimizer.state.values() for value in state.values()]
     tensors = [value for value in memory if isinstance(value, Tensor)]
@@ -73,7 +74,7 @@ def bytes_of_state(run: Run) -> int:
 
 
 def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer:
-    """Build what writes the checkpoints; the base files are hashed in the background meanwhile."""
+    """Build the writer of checkpoints; base files are hashed in the background meanwhile."""
     options, data, plan, built = run.options, run.data, run.plan, run.optimization.built
     facts = RunFacts(
         session_id=secrets.randbelow(2**32),

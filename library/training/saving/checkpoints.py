@@ -1,4 +1,4 @@
-"""When weights are written, under which names, and which older files go; what a full disk does to that."""
+"""When and under which names weights are saved, which older files are deleted, and what happens on a full disk."""
 
 import logging
 import re
@@ -39,16 +39,16 @@ STEM = re.compile(r"(?P<start>.+?)(-step\d+|-\d{6,}|-best)?")
 
 
 class NonFiniteWeights(UserError):
-    """The adapter's weights are NaN or infinite, so they are not written."""
+    """The adapter's weights are NaN or infinite and are not written."""
 
 
 class SavedElsewhere(OSError, UserError):
-    """A run is complete, but its file is not where it was to be."""
+    """The run is complete, but its file had to be written to another location."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """File names of a run: with its output name, else `epoch`, `at` and `last`."""
+    """The file names of a run, based on its output name, else on `epoch`, `at` and `last`."""
 
     folder: Path
     output_name: str | None
@@ -72,7 +72,7 @@ class Names:
         return self.folder / f"{f'{self.output_name}-' if self.output_name else ''}best.{self.extension}"
 
     def find_purpose(self, path: Path) -> SavedFor:
-        """Return what a file of this run was saved for."""
+        """Return the purpose for which a file of this run was saved."""
         if path == self.of_end():
             return "end"
         if path == self.of_best():
@@ -90,7 +90,7 @@ class Names:
         return self.beside("-sweep.html")
 
     def has_stem(self, stem: str) -> bool:
-        """Return True if a file of weights, or the report, of this run may have that name, without its ending."""
+        """Return True if a weights file or report of this run may have this name (without extension)."""
         if stem in (self.of_best().stem, self.of_report().stem):
             return True
         match = STEM.fullmatch(stem)
@@ -98,18 +98,18 @@ class Names:
 
     @property
     def starts(self) -> tuple[str, ...]:
-        """The beginnings of the names of this run."""
+        """Return the prefixes of this run's file names."""
         return (self.output_name,) if self.output_name else ("epoch", "at", "last")
 
 
 def state_folder(weights: Path) -> Path:
-    """Return the folder of the state that belongs to a file of weights."""
+    """Return the state folder that belongs to a weights file."""
     return weights.with_name(f"{weights.stem}-state")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """After which steps and epochs to save; None is never."""
+    """The steps and epochs after which to save; None means never."""
 
     every_n_steps: int | None
     every_n_epochs: int | None
@@ -119,7 +119,8 @@ class Schedule:
 
     @classmethod
     def build(cls, options: SavingOptions, num_epochs: int) -> "Schedule":
-        """Read the intervals; a ratio R saves about R times in the run and wins over a number of epochs."""
+        """Read the intervals from the options; --save_n_epoch_ratio R saves about R times in the run and overrides
+        the number of epochs."""
         every = options.save_every_n_epochs or None
         if options.save_n_epoch_ratio is not None and options.save_n_epoch_ratio > 0:
             every = num_epochs // options.save_n_epoch_ratio or 1
@@ -135,11 +136,11 @@ class Schedule:
         return self.every_n_steps is not None and step % self.every_n_steps == 0
 
     def saves_epoch(self, epoch: int) -> bool:
-        """Return True if a file is saved after an epoch; after the last one the final file is."""
+        """Return True if a file is saved after an epoch; the final file replaces that of the last epoch."""
         return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0 and epoch < self.num_epochs
 
     def for_states(self, options: StateOptions) -> "Schedule":
-        """Return the schedule of training states, which may be kept longer or shorter than the weights."""
+        """Return the schedule of states, which may be kept for longer or shorter than weights."""
         return replace(
             self,
             keep_steps=options.save_last_n_steps_state or self.keep_steps,
@@ -147,17 +148,17 @@ class Schedule:
         )
 
     def most_files(self, max_train_steps: int) -> int:
-        """Return how many files lie there at most at a time, without the last one."""
+        """Return the largest number of files on disk at a time, without the final one."""
         after_steps = max_train_steps // self.every_n_steps if self.every_n_steps is not None else 0
         if self.every_n_steps is not None and self.keep_steps is not None:
-            after_steps = min(after_steps, self.keep_steps // self.every_n_steps + 2)  # the outdated one goes last
+            after_steps = min(after_steps, self.keep_steps // self.every_n_steps + 2)  # deleted after the new one
         after_epochs = (self.num_epochs - 1) // self.every_n_epochs if self.every_n_epochs is not None else 0
         if self.keep_epochs is not None:
             after_epochs = min(after_epochs, self.keep_epochs + 1)
         return after_steps + after_epochs
 
     def outdated_step(self, step: int) -> int | None:
-        """Return the step whose file goes once that of `step` is there, by a distance in steps."""
+        """Return the step whose file is deleted once that of `step` is written, by --save_last_n_steps."""
         if self.keep_steps is None or self.every_n_steps is None:
             return None
         last = step - self.keep_steps - 1
@@ -165,16 +166,16 @@ class Schedule:
         return last if last > 0 else None
 
     def outdated_epoch(self, epoch: int) -> int | None:
-        """Return the epoch whose file goes once that of `epoch` is there, by a count of saved files."""
+        """Return the epoch whose file is deleted once that of `epoch` is written, by --save_last_n_epochs."""
         if self.keep_epochs is None or self.every_n_epochs is None:
             return None
         gone = epoch - self.keep_epochs * self.every_n_epochs
         return gone if gone > 0 else None
 
     def outdates_stop(self, stop: int, step: int, epoch: int) -> bool:
-        """Return True if the files of a run that was stopped after `stop` go once those of `step` are there.
+        """Return True if the files of a run stopped after `stop` are outdated once those of `step` are written.
 
-        They follow the limit in steps if steps are saved, else that in epochs, and then `step` ends `epoch`.
+        They follow the limit in steps if steps are saved, else that in epochs; then `step` is the last one of `epoch`.
         """
         if self.every_n_steps is not None:
             return self.keep_steps is not None and stop < step - self.keep_steps
@@ -184,15 +185,15 @@ class Schedule:
 
 @dataclass
 class Rotation:
-    """Deletions of outdated files, which wait until every adapter of the run has saved the same step."""
+    """Deletions of outdated files, delayed until every adapter of the run has saved the same step."""
 
-    saved_step: int | None = None  # the last step whose scheduled files are all in place
+    saved_step: int | None = None  # the last step whose scheduled files are all written
     deletions: list[Callable[[], None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes the adapter and the training states; only the main process does."""
+    """Writes adapters and states; used in the main process only."""
 
     options: TrainOptions
     is_main: bool
@@ -201,38 +202,38 @@ class Writer:
     network: AdoptedNetwork
     architecture: Mapping[str, str]
     metadata: Mapping[str, str]
-    base_files: Future[dict[str, str]]  # names and hashes of the base model, computed while training goes on
-    saved_weights: Callable[[], AbstractContextManager[None]]  # puts averaged ones in place, if files show these
-    write_state: Callable[[Path, int, int, Collection[Part]], None]  # (folder, step, epoch, what is done of the step)
+    base_files: Future[dict[str, str]]  # hashes of the base model's files, computed in the background
+    saved_weights: Callable[[], AbstractContextManager[None]]  # swaps in the averaged weights, if these are saved
+    write_state: Callable[[Path, int, int, Collection[Part]], None]  # (folder, step, epoch, finished parts of the step)
     uploads: Uploads
-    state_bytes: Callable[[], int] = lambda: 0  # about what a state takes
-    specs: Sequence[BaseModelSpec] = ()  # of the base models that files are recognised by
-    rescued: dict[str, Path] = field(default_factory=dict)  # the newest files that are not at their places, by kind
+    state_bytes: Callable[[], int] = lambda: 0  # estimated size of a state
+    specs: Sequence[BaseModelSpec] = ()  # of the base models that a file may belong to
+    rescued: dict[str, Path] = field(default_factory=dict)  # the newest files written to another location, by kind
     events: Events = field(default_factory=Events)
-    mentioned: set[str] = field(default_factory=set)  # what was said about readers, so that it is said once
+    mentioned: set[str] = field(default_factory=set)  # messages about programs that were logged, to log each once
     rotation: Rotation = field(default_factory=Rotation)
 
     def save_after_step(self, progress: Progress, epoch: int) -> None:
-        """Save if the schedule asks for it after the step and it is not done, and note what that outdates."""
+        """Save after the step if scheduled and not done yet, and record what that outdates."""
         step = progress.step
         if self.is_main and self.schedule.saves_step(step):
             outdated = self.schedule.outdated_step(step), self._states.outdated_step(step)
             self._save_and_outdate("step", self.names.of_step, step, outdated, progress, epoch)
 
     def save_after_epoch(self, progress: Progress, epoch: int) -> None:
-        """Save if the schedule asks for it after `epoch` and it is not done, and note what that outdates."""
+        """Save after `epoch` if scheduled and not done yet, and record what that outdates."""
         if self.is_main and self.schedule.saves_epoch(epoch):
             outdated = self.schedule.outdated_epoch(epoch), self._states.outdated_epoch(epoch)
             self._save_and_outdate("epoch", self.names.of_epoch, epoch, outdated, progress, epoch)
 
     def delete_outdated(self) -> None:
-        """Delete what newer files have outdated, after the uploads that are still to come."""
+        """Delete outdated files, after their pending uploads."""
         for deletion in self.rotation.deletions:
             self.uploads.afterwards(deletion)
         self.rotation.deletions.clear()
 
     def save_best(self, step: int, epoch: int) -> None:
-        """Replace the file of the best weights, if one is wanted."""
+        """Replace the file of the best weights, if requested."""
         if self.is_main and self.options.validation.keep_best_checkpoint:
             try:
                 self.write(self.names.of_best(), step, epoch)
@@ -240,14 +241,14 @@ class Writer:
                 logger.error("%s; training goes on", error)
 
     def save_weights_of_end(self, step: int, epoch: int) -> None:
-        """Write the last file before what else is due after the last step; `save_end` replaces it."""
+        """Write the final file before the other work scheduled after the last step; `save_end` replaces it."""
         if self.is_main:
             self.write(self.names.of_end(), step, epoch)
 
     def save_end(self, progress: Progress, epoch: int) -> None:
-        """Save a run that is complete; its state too where a next start has to know that.
+        """Save a complete run, with its state if a later start needs to know that it is complete.
 
-        Raises SavedElsewhere or NotWrittenError where the file is not at its place.
+        Raises SavedElsewhere or NotWrittenError if the file is not in its place.
         """
         if not self.is_main:
             return
@@ -261,7 +262,7 @@ class Writer:
         announce("model saved.")
 
     def save_interrupted(self, progress: Progress, epoch: int) -> None:
-        """Save a run that was told to stop: its weights and, asked for or not, its state."""
+        """Save an interrupted run: its weights, and always its state."""
         if self.is_main:
             announce(
                 f"training was interrupted after step {progress.step}; to go on, give the same command with "
@@ -269,9 +270,9 @@ class Writer:
             )
 
     def save_failed(self, progress: Progress, epoch: int) -> str:
-        """Save a run that an error ended, like one that was told to stop; a sentence about it.
+        """Save a run that an error ended, like an interrupted one. Return a sentence about it.
 
-        Weights that an optimizer had moved in part belong to no step, so they get no state.
+        If the optimizer had updated only part of the weights, they belong to no step and get no state.
         """
         if progress.is_moving:
             place = self.write(self.names.of_step(progress.step), progress.step, epoch, is_last=True)
@@ -283,7 +284,7 @@ class Writer:
         )
 
     def _save_unfinished(self, progress: Progress, epoch: int) -> str:
-        """Write weights and state; gives the options that go on from them."""
+        """Write weights and state. Return the options that resume from them."""
         path = self.names.of_step(progress.step)
         self.write(path, progress.step, epoch, is_last=True)
         progress.stops = sorted({*progress.stops, progress.step})
@@ -291,10 +292,10 @@ class Writer:
         return f"--resume {folder}" + (" or --autoresume" if folder == state_folder(path) else "")
 
     def write(self, path: Path, step: int, epoch: int, is_last: bool = False) -> Path:
-        """Write the adapter to `path`, whole or not at all, or to another place if that takes none; gives the place.
+        """Write the adapter atomically to `path`, or to another location if that fails. Return the location.
 
-        Raises NonFiniteWeights, and leaves an earlier file as it is, where the weights are damaged; NotWrittenError
-        where no place takes the file.
+        Raises NonFiniteWeights, keeping an earlier file, if the weights are damaged; NotWrittenError if no location can
+        take the file.
         """
         announce(f"\nsaving checkpoint: {path}")
         saved_at = time.time()
@@ -319,9 +320,9 @@ class Writer:
         return place
 
     def check_space(self) -> None:
-        """Look whether the disk takes what the run will write, before it trains for hours.
+        """Check before training that the disk has room for what the run will write.
 
-        Raises UserError where not even the last file fits; warns where not all of them do.
+        Raises UserError if not even the final file fits; warns if not all files do.
         """
         if not self.is_main:
             return
@@ -353,9 +354,9 @@ class Writer:
         return self.schedule.for_states(self.options.state)
 
     def _save(self, path: Path, progress: Progress, epoch: int, part: Part) -> bool:
-        """Write the weights and, if wanted, the state; nothing where the run goes on from that state.
+        """Write the weights and, if requested, the state; nothing if the run resumes from that state.
 
-        Gives whether both are at their places; where one is not, nothing that is older may be deleted.
+        Return True if both are in their places; otherwise no older file may be deleted.
         """
         if part in progress.done:
             return True
@@ -371,7 +372,7 @@ class Writer:
         return is_in_place
 
     def _save_state(self, weights: Path, step: int, epoch: int, done: Collection[Part], is_last: bool = False) -> Path:
-        """Write the state that belongs to a file of weights; gives its folder. Raises NotWrittenError."""
+        """Write the state that belongs to a weights file. Return its folder. Raises NotWrittenError."""
         folder = state_folder(weights)
         announce(f"\nsaving state: {folder}")
         place = write_somewhere(
@@ -384,7 +385,7 @@ class Writer:
         return place
 
     def _keep_newest_rescue(self, kind: str, place: Path, path: Path) -> None:
-        """Delete what was written to another place before, so that a run does not fill the disk of temporary files."""
+        """Delete the previous file in another location, so that a run does not fill the disk for temporary files."""
         older = self.rescued.pop(kind, None) if place != path else None
         if older is not None:
             delete(older)
@@ -407,7 +408,7 @@ class Writer:
         self.rotation.saved_step = progress.step
 
     def _outdate_stops(self, progress: Progress, epoch: int) -> None:
-        """Delete files of stops between saves; where no other states are saved, that of the last stop is kept."""
+        """Delete files of stops between scheduled saves; if no other states are saved, keep that of the last stop."""
         step, stops = progress.step, progress.stops
         kept = max(stops, default=0) if not self.options.state.save_state else None
         weights = [stop for stop in stops if self.schedule.outdates_stop(stop, step, epoch)]
@@ -418,7 +419,7 @@ class Writer:
         progress.stops = [stop for stop in stops if stop not in weights or stop not in states]
 
     def _tell_readers(self, path: Path) -> None:
-        """Log which programs use the keys of a file; in later files of a run only if something has changed."""
+        """Log which programs read a file's keys; for later files of a run only if that has changed."""
         line = readers_line(self.specs, path)
         if line is not None and line not in self.mentioned:
             self.mentioned.add(line)
@@ -427,7 +428,7 @@ class Writer:
     def _metadata(self, step: int, epoch: int, saved_at: float) -> dict[str, str]:
         try:
             base_files = self.base_files.result()
-        except OSError as error:  # a drive that is gone; the weights are worth more than these hashes
+        except OSError as error:  # the drive is gone; the weights matter more than these hashes
             logger.warning("the base model cannot be hashed, %s has no hash of it: %s", self.names.of_end().name, error)
             base_files = {}
         training = {**self.metadata, **base_files}
@@ -437,21 +438,21 @@ class Writer:
 
 
 def readers_line(specs: Sequence[BaseModelSpec], path: Path) -> str | None:
-    """Return how many keys a file has and which programs use them; None where that is not known."""
+    """Describe how many keys a file has and which programs read them; None if that is unknown."""
     if not is_safetensors(path):
         return None
     try:
         weights = open_safetensors(path)
         limits = [f"{key.removesuffix('.oft_blocks')}.alpha" for key in weights.shapes if key.endswith(".oft_blocks")]
         alphas = {key: float(weights.read(key)) for key in limits if weights.shapes.get(key) == ()}
-    except (OSError, ValueError) as error:  # a network of a third party may write what it likes
+    except (OSError, ValueError) as error:  # a third-party network may write any content
         return f"its keys cannot be read back: {error}"
     found = readings(specs, weights.shapes, weights.metadata, alphas)
     return f"{len(weights.shapes)} keys, {describe(found)}" if found else None
 
 
 def bytes_in_file(module: nn.Module, dtype: torch.dtype | None) -> int:
-    """About what the file of an adapter takes; its metadata come to a few kilobytes."""
+    """Estimate the size of an adapter's file; its metadata take a few kilobytes."""
     return sum((p if dtype is None else p.to("meta", dtype)).nbytes for p in module.parameters())
 
 
@@ -462,13 +463,13 @@ def count_bytes(path: Path) -> int:
 
 
 def weights_are_finite(module: nn.Module) -> bool:
-    """Return True if no weight is NaN or infinite; one read from the device for all of them."""
+    """Return True if no weight is NaN or infinite. Reads one value from the device."""
     found = [parameter.detach().isfinite().all() for parameter in module.parameters()]
     return not found or bool(torch.stack([one.to(found[0].device) for one in found]).all())
 
 
 def save_dtype(save_precision: str | None) -> torch.dtype | None:
-    """Return the dtype of the file; None keeps the adapter's own."""
+    """Return the dtype of the file; None keeps that of the adapter."""
     if save_precision is None:
         return None
     if save_precision not in SAVE_DTYPES:
@@ -477,7 +478,7 @@ def save_dtype(save_precision: str | None) -> torch.dtype | None:
 
 
 def remove(kind: Literal["checkpoint", "state"], path: Path, events: Events) -> None:
-    """Delete a file or state that rotation has outdated; nothing happens where it is gone already."""
+    """Delete an outdated file, if it exists."""
     if path.exists():
         announce(f"removing old {kind}: {path}")
         delete(path)

@@ -1,6 +1,6 @@
-"""Uploads to a Hugging Face repository, and states that are fetched from one.
+"""Uploads to a Hugging Face repository, and downloads of states from one.
 
-An upload that fails is logged and training goes on: the files are still on disk.
+A failed upload is logged and training continues, because the files are still on disk.
 """
 
 import logging
@@ -25,7 +25,7 @@ class Uploads:
     waiting: list["Future[None]"] = field(default_factory=list)
 
     def send(self, path: Path, is_last: bool) -> None:
-        """Upload a file or a folder, in the background where that is wanted, but the last one is waited for."""
+        """Upload a file or folder, in the background if requested; the last upload is waited for."""
         if not self.options.huggingface_repo_id:
             return
         folder = self.options.huggingface_path_in_repo
@@ -37,7 +37,7 @@ class Uploads:
             self.waiting.clear()
 
     def afterwards(self, action: Callable[[], None]) -> None:
-        """Do what must not come before an upload, such as deleting: now, or behind those in the background."""
+        """Call `action`, such as a deletion, now or after the pending background uploads."""
         if all(sent.done() for sent in self.waiting):
             action()
         else:
@@ -45,7 +45,7 @@ class Uploads:
 
 
 def upload(options: HubOptions, path: Path, place: str) -> None:
-    """Send a file or a folder to a place in the repository, "" for its top; an error is logged."""
+    """Upload a file or folder to `place` in the repository ("" for its root); log errors."""
     repo = options.huggingface_repo_id
     kind = {"repo_id": repo, "repo_type": options.huggingface_repo_type}
     try:
@@ -55,7 +55,7 @@ def upload(options: HubOptions, path: Path, place: str) -> None:
             api.upload_folder(folder_path=str(path), path_in_repo=place, **kind)
         else:
             api.upload_file(path_or_fileobj=str(path), path_in_repo=place, **kind)
-    except Exception as error:  # whatever network and server may raise; the file on disk is safe
+    except Exception as error:  # the network and the server may raise anything; the file on disk is safe
         logger.error("%s could not be uploaded to %s: %s: %s", path, repo, type(error).__name__, error)
     else:
         logger.info("uploaded %s to %s as %s", path, repo, place or "its top folder")
@@ -68,14 +68,14 @@ def client(options: HubOptions) -> Any:
 
 
 def make_repository(api: Any, options: HubOptions) -> None:
-    """Create the repository where it is missing: private unless the options make it public."""
+    """Create the repository if it is missing, private unless the options make it public."""
     kind = {"repo_id": options.huggingface_repo_id, "repo_type": options.huggingface_repo_type}
     if not api.repo_exists(**kind):
         api.create_repo(**kind, private=options.huggingface_repo_visibility != "public", exist_ok=True)
 
 
 def check_repository(options: HubOptions) -> None:
-    """Reach the repository before training begins. Raises UserError where that fails."""
+    """Contact the repository before training begins. Raises UserError if that fails."""
     if not options.huggingface_repo_id:
         return
     try:
@@ -88,9 +88,9 @@ def check_repository(options: HubOptions) -> None:
 
 
 def fetch_state(name: str, options: HubOptions) -> Path:
-    """Download the state that the user names: owner/repo/path[:revision[:type]].
+    """Download the state named owner/repo/path[:revision[:type]].
 
-    Raises UserError for a name of another form, and where nothing is found there.
+    Raises UserError for another form of name, or if nothing is found there.
     """
     place, _, rest = name.partition(":")
     revision, _, kind = rest.partition(":")

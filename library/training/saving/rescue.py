@@ -1,6 +1,6 @@
-"""Files whose place takes none: written under another name, in the folder above, or among temporary files.
+"""Writes files whose location fails to another one: a new name, the parent folder, or the temporary folder.
 
-A run may be worth days; its weights must not be lost to a full disk or a file that somebody holds open.
+A run may be worth days; a full disk or a locked file must not lose its weights.
 """
 
 import errno
@@ -17,18 +17,18 @@ from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-WRITE_ERRORS = (OSError, SafetensorError)  # the safetensors library has an error of its own, also for a full disk
+WRITE_ERRORS = (OSError, SafetensorError)  # safetensors raises its own error, also for a full disk
 
 
 class NotWrittenError(OSError, UserError):
-    """No place takes the file; the message names those that were tried."""
+    """No location can take the file; the message names those that were tried."""
 
 
 def write_somewhere(path: Path, ending: str, num_bytes: int, write: Callable[[Path], None]) -> Path:
-    """Have `write` put a file or folder of about `num_bytes` at `path`, or at the first other place that takes it.
+    """Call `write` for `path`, or for the first other location that can take a file or folder of about `num_bytes`.
 
-    Gives where it is; another place is told in the log. `ending` is what a name must keep, such as `.safetensors`.
-    Raises NotWrittenError.
+    Return the location and log it if it is not `path`. Names keep `ending`, such as `.safetensors`. Raises
+    NotWrittenError.
     """
     failures: list[str] = []
     for place in places(path, ending):
@@ -49,7 +49,7 @@ def write_somewhere(path: Path, ending: str, num_bytes: int, write: Callable[[Pa
 
 
 def places(path: Path, ending: str) -> Iterator[Path]:
-    """Yield the path, then others; no other one replaces anything."""
+    """Yield `path`, then other locations at which nothing exists."""
     yield path
     name = f"{path.name.removesuffix(ending)}-rescued"
     for folder in (path.parent, path.absolute().parent.parent, Path(tempfile.gettempdir())):
@@ -61,9 +61,9 @@ def places(path: Path, ending: str) -> Iterator[Path]:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Bytes that may still be written to the disk of a folder that is there; None where the system does not say."""
+    """Return the free bytes of an existing folder's disk; None if the system does not report them."""
     try:
         usage = shutil.disk_usage(folder)
     except OSError:
         return None
-    return usage.free if usage.total else None  # some network drives report nothing at all
+    return usage.free if usage.total else None  # some network drives report 0

@@ -1,4 +1,4 @@
-"""Going on from a state: which one, from which step, and what is not as it was."""
+"""Resuming from a state: which state, from which step, and what has changed since."""
 
 import json
 import logging
@@ -51,11 +51,11 @@ EFFECTS: Mapping[OnResume | None, tuple[int, str]] = {
 
 
 class AlreadyComplete(Exception):
-    """The state that was found is of a run that has nothing left to do."""
+    """The state belongs to a run that is complete."""
 
 
 def rates_of_state(options: Options, facts: StateManifest | None) -> dict[str, Any]:
-    """Return the learning rates of the state that this run does not set, that is, leaves at their defaults."""
+    """Return the state's learning rates that this run leaves at their defaults."""
     if facts is None:
         return {}
     values, defaults = options.flat(), type(options).defaults()
@@ -72,10 +72,9 @@ def rates_of_state(options: Options, facts: StateManifest | None) -> dict[str, A
 
 
 def batches_of_state(own: int, facts: StateManifest | None, num_processes: int) -> dict[str, Any]:
-    """Return the accumulation with which a step averages as many batches as it did with the state's processes.
+    """Return the gradient accumulation with which a step averages as many batches as with the state's processes.
 
-    Whoever sets another one than the state has (`own`) means it. Raises UserError where the batches of a step cannot
-    be shared out.
+    A value (`own`) that differs from the state's is kept. Raises UserError if the batches cannot be divided.
     """
     if facts is None or facts.num_processes == num_processes:
         return {}
@@ -98,9 +97,9 @@ def batches_of_state(own: int, facts: StateManifest | None, num_processes: int) 
 
 
 def find_state(options: TrainOptions, processes: Processes) -> StateManifest | None:
-    """Find the state that is named, or the newest where that is wanted; None for a run that starts at the beginning.
+    """Find the named state, or the newest one if requested; None for a run that starts from the beginning.
 
-    Raises UserError where the named folder is no whole state, or where a process has another state than the main one.
+    Raises UserError if the named folder is not a complete state, or if processes find different states.
     """
     facts = None
     if processes.is_main:
@@ -118,7 +117,7 @@ def find_state(options: TrainOptions, processes: Processes) -> StateManifest | N
 
 
 def clear_up(saving: SavingOptions) -> None:
-    """Clear up after a run of this name that was killed while it wrote."""
+    """Remove what a killed run of this name left half-written."""
     if saving.output_dir:
         names = Names.build(saving)
         tidy(names.folder, partial(is_state_name, names=names.starts))
@@ -143,7 +142,7 @@ def named_or_newest(wanted: StateOptions, hub: HubOptions, saving: SavingOptions
 
 
 def state_of_main(path: str) -> StateManifest:
-    """Read the state that the main process found. Raises UserError where it is not on this machine."""
+    """Read the state that the main process found. Raises UserError if it is not on this machine."""
     if not Path(path).is_dir():
         raise UserError(
             f"--autoresume: the main process goes on from {path}, which is not on this machine; copy it here, or use "
@@ -153,10 +152,10 @@ def state_of_main(path: str) -> StateManifest:
 
 
 def starting_step(wanted: StateOptions, saving: SavingOptions, plan: Plan, facts: StateManifest | None) -> int:
-    """Return the finished steps at the start: of the options, else of the state, else 0.
+    """Return the number of finished steps at the start: from the options, else from the state, else 0.
 
-    A step inside an epoch begins with the whole epoch, unless its first batches are to be skipped.
-    Raises AlreadyComplete or UserError where no step is left.
+    A step inside an epoch restarts the epoch unless its first batches are to be skipped. Raises AlreadyComplete or
+    UserError if no step is left.
     """
     step, source = (0, "") if facts is None else (facts.step, f"the state {facts.path}")
     if wanted.initial_step is not None or wanted.initial_epoch is not None:
@@ -188,7 +187,7 @@ def starting_step(wanted: StateOptions, saving: SavingOptions, plan: Plan, facts
 
 
 def starting_steps(options: Sequence[TrainOptions], plan: Plan, states: Sequence[StateManifest | None]) -> list[int]:
-    """Return the finished steps of each adapter. Raises AlreadyComplete where none has anything left to do."""
+    """Return each adapter's number of finished steps. Raises AlreadyComplete if all adapters are complete."""
     steps: list[int | None] = []
     complete = AlreadyComplete()
     for wanted, facts in zip(options, states, strict=True):
@@ -203,7 +202,7 @@ def starting_steps(options: Sequence[TrainOptions], plan: Plan, states: Sequence
 
 
 def recorded_options(options: Options) -> dict[str, Any]:
-    """Return the options as a state keeps them: plain values without passwords."""
+    """Return the options to store in a state: plain values without passwords."""
     values = {name: value for name, value in options.flat().items() if name not in SECRETS}
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain
@@ -216,9 +215,9 @@ def report_differences(
     num_processes: int,
     paths: Sequence[str] = (),
 ) -> None:
-    """Warn of everything that keeps this run from going on as the uninterrupted one would have.
+    """Warn of everything that makes this run differ from the uninterrupted one.
 
-    `paths` are those of the images whose `contents` the dataset has.
+    `paths` are the images whose `contents` the dataset lists.
     """
     for level, line in option_differences(facts, options, num_processes):
         logger.log(level, "%s", line)
@@ -236,7 +235,7 @@ def report_differences(
 
 
 def option_differences(facts: StateManifest, options: Options, num_processes: int) -> Iterator[tuple[int, str]]:
-    """Yield a line for every option that changed and matters, with the level to log it at."""
+    """Yield a line for every changed option that affects training."""
     now, defaults = recorded_options(options), type(options).defaults()
     about = type(options).facts()
     compared = {name for name in about if not about[name].may_change_on_resume}
@@ -251,7 +250,7 @@ def option_differences(facts: StateManifest, options: Options, num_processes: in
 
 
 def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line where the data is not what it was."""
+    """Yield a line for each difference of the data."""
     changed = [name for name in ("pictures", "captions", "settings") if before.get(name) != now[name]]
     if not changed:
         return
@@ -263,7 +262,7 @@ def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
 
 
 def content_differences(before: Mapping[str, Any], now: Mapping[str, Any], paths: Sequence[str]) -> Iterator[str]:
-    """Yield a line that names images whose files have changed; only where they are the same images otherwise."""
+    """Yield a line naming images whose files have changed, if the images are otherwise the same."""
     digests, others = now.get("contents"), before.get("contents")
     if not digests or not others or before.get("pictures") != now["pictures"]:
         return

@@ -1,4 +1,4 @@
-"""The adapter files that a run has left."""
+"""The adapter files that a run has saved."""
 
 import logging
 import re
@@ -11,27 +11,27 @@ from library.training.saving.checkpoints import Names
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
-ABOUT_TRAINING = ("ss_", "sshs_", "modelspec.")  # how metadata begins that says when and how a file was made
+ABOUT_TRAINING = ("ss_", "sshs_", "modelspec.")  # prefixes of metadata about when and how a file was made
 STEP_IN_NAME = re.compile(r"-step(\d{8})$")
 
 
 def files_of_run(names: Names) -> list[Path]:
-    """By the steps that they were trained, then by name; none where the folder has none of this run."""
+    """Return the run's files, sorted by training steps, then by name."""
     found = (path for path in names.folder.glob(f"*.{names.extension}") if names.has_stem(path.stem))
     return sorted(found, key=lambda path: (read_num_steps(path), path.name))
 
 
 def read_num_steps(path: Path) -> int:
-    """Return the steps that a file says it was trained, itself or in its name; 0 where neither does."""
+    """Return a file's training steps, from its metadata or its name; 0 if neither has them."""
     text = read_metadata(path).get("ss_steps", "")
     in_name = STEP_IN_NAME.search(path.stem)
     return int(text) if text.isdigit() else int(in_name[1]) if in_name else 0
 
 
 def without_copies(files: Sequence[Path]) -> list[Path]:
-    """Leave out files with the same adapter as an earlier one, as the last file and that of its step have.
+    """Drop files with the same adapter as an earlier one, such as the final file and that of the last step.
 
-    Tensors are compared byte for byte; in what a safetensors file says of its training copies may differ.
+    Tensors are compared byte for byte; metadata about training may differ.
     """
     kept: dict[Hashable, list[Path]] = {}
     found = []
@@ -47,7 +47,7 @@ def without_copies(files: Sequence[Path]) -> list[Path]:
 
 
 def read_outline(path: Path) -> Hashable:
-    """Return what two files with the same adapter have in common, without reading their tensors."""
+    """Return what files with the same adapter have in common, without reading tensors."""
     settings = path.with_name("adapter_config.json")
     peft = settings.read_bytes() if path.stem == PEFT_STEM and settings.is_file() else b""
     if not holds_safetensors(path):
@@ -62,7 +62,7 @@ def read_outline(path: Path) -> Hashable:
 
 
 def has_same_data(path: Path, other: Path) -> bool:
-    """Return True if the bytes of two files are equal, except for the headers of safetensors files."""
+    """Return True if two files are equal, except for the headers of safetensors files."""
     with path.open("rb") as one, other.open("rb") as two:
         for file, name in ((one, path), (two, other)):
             file.seek(LENGTH_BYTES + read_header(name).num_bytes if holds_safetensors(name) else 0)

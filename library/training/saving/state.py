@@ -40,7 +40,7 @@ OF_SD_SCRIPTS = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl")
 
 
 class Stateful(Protocol):
-    """Anything with a memory that a state must hold."""
+    """A part of a run with a state to save."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
@@ -48,7 +48,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class StateManifest:
-    """The description of a state and of the run that it comes from."""
+    """The description of a state and of its run."""
 
     path: Path
     step: int
@@ -56,8 +56,8 @@ class StateManifest:
     num_processes: int
     options: Mapping[str, Any]
     dataset: Mapping[str, Any]
-    parts: Mapping[str, Any]  # nested values of the keepers, taken apart
-    done: frozenset[Part] = frozenset()  # what was due after `step` and was done, the file beside the state included
+    parts: Mapping[str, Any]  # nested values of the stateful parts
+    done: frozenset[Part] = frozenset()  # finished work that was scheduled after `step`, the file included
 
     digests: Mapping[str, str] = field(default_factory=dict)  # of the other files
 
@@ -80,9 +80,9 @@ def save_state(
     keepers: Mapping[str, Stateful],
     done: Iterable[Part] = (),
 ) -> None:
-    """Write a state, whole or not at all.
+    """Write a state atomically.
 
-    Raises UserError where a part keeps something that cannot be written without pickle.
+    Raises UserError if a part has a value that cannot be written without pickle.
     """
     tensors: dict[str, Tensor] = {}
     parts = {name: take_apart(keeper.state_dict(), name, tensors) for name, keeper in keepers.items()}
@@ -112,9 +112,9 @@ def save_state(
 
 
 def read_facts(folder: Path) -> StateManifest:
-    """Read the description of a state. Raises UserError where the folder holds no whole state of this program.
+    """Read the description of a state. Raises UserError if the folder holds no complete state of this program.
 
-    The large files are looked at by their size only; `require_undamaged` reads them.
+    Only the sizes of the large files are checked; `require_undamaged` reads them.
     """
     if not folder.is_dir():
         raise UserError(f"--resume {folder} is not a folder; give the folder of a saved state, such as last-state")
@@ -129,7 +129,7 @@ def read_facts(folder: Path) -> StateManifest:
         raise UserError(f"the folder {folder} {explain_no_state(folder)}")
     if version != VERSION:
         raise UserError(f"the state {folder} is of version {version}; this program reads version {VERSION}")
-    digest = content.pop("digest", None)  # states without digests were written before there were any
+    digest = content.pop("digest", None)  # older states have no digests
     if digest is not None and digest != digest_of_text(json.dumps(content, ensure_ascii=False)):
         raise UserError(damaged(folder, FACTS_FILE))
     try:
@@ -153,7 +153,7 @@ def read_facts(folder: Path) -> StateManifest:
 
 
 def require_values(folder: Path, content: Mapping[str, Any]) -> None:
-    """Raise UserError for values that no run writes, KeyError for one that is missing."""
+    """Raise UserError for values that no run writes, KeyError for a missing one."""
     for name, least in (("current_step", 0), ("seed", 0), ("num_processes", 1)):
         value = content[name]
         if type(value) is not int or value < least:
@@ -164,7 +164,7 @@ def require_values(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def require_undamaged(facts: StateManifest) -> None:
-    """Read the files of a state whole. Raises UserError where one is not as it was written."""
+    """Verify the digests of a state's files. Raises UserError if one has changed."""
     for name, digest in facts.digests.items():
         try:
             is_whole = digest_of_file(facts.path / name) == digest
@@ -175,7 +175,7 @@ def require_undamaged(facts: StateManifest) -> None:
 
 
 def damaged(folder: Path, name: str) -> str:
-    """Return the error of a state that has changed on the disk."""
+    """Return the error for a state that has changed on disk."""
     return f"the state {folder} is damaged: {name} is not as it was written; copy it again or use another state"
 
 
@@ -184,7 +184,7 @@ def digest_of_text(text: str) -> str:
 
 
 def explain_no_state(folder: Path) -> str:
-    """Say why a folder without our description is no state, to follow its name."""
+    """Explain why a folder without our description is not a state; the text follows the folder's name."""
     if any((folder / name).exists() for name in OF_SD_SCRIPTS):
         return (
             "is a state of sd-scripts, which holds pickled objects that are not opened because they could run code; "
@@ -194,9 +194,9 @@ def explain_no_state(folder: Path) -> str:
 
 
 def restore(facts: StateManifest, network: nn.Module, keepers: Mapping[str, Stateful]) -> None:
-    """Put a state back into the parts of a run that were built in the same way.
+    """Restore a state into the parts of a run.
 
-    Raises UserError where the network or a part does not fit.
+    Raises UserError if the network or a part does not fit.
     """
     weights = load_state_dict(facts.path / NETWORK_FILE)
     try:
@@ -221,31 +221,32 @@ def restore(facts: StateManifest, network: nn.Module, keepers: Mapping[str, Stat
 
 
 def shortened(text: str, length: int = 300) -> str:
-    """One line of a long message."""
+    """Return the start of a long message as one line."""
     line = " ".join(text.split())
     return line if len(line) <= length else f"{line[:length]} …"
 
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """An optimizer whose memory comes back in the dtypes it had.
+    """An optimizer whose state keeps its dtypes when loaded.
 
-    torch casts what it loads to the dtype of the weights, which rounds a float32 memory of bfloat16 weights. That stays
-    where the weights themselves had another dtype, as in mixed precision: the step takes no other memory then.
+    torch casts loaded state to the dtype of the weights, which rounds the float32 state of bfloat16 weights. The cast
+    is kept if the weights themselves had another dtype, as in mixed precision, because the step would not accept other
+    state.
     """
 
     optimizer: Optimizer
     name: str
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's own, its name, and the dtypes of the weights."""
+        """Return the optimizer's state dict, its name, and the dtypes of the weights."""
         return {"name": self.name, "state": self.optimizer.state_dict(), "weights": self.weight_dtypes()}
 
     def weight_dtypes(self) -> list[str]:
         return sorted({str(p.dtype) for group in self.optimizer.param_groups for p in group["params"]})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises UserError for the memory of another optimizer."""
+        """Load a state dict. Raises UserError for the state of another optimizer."""
         if strip_arguments(state_dict["name"]) != strip_arguments(self.name):
             raise UserError(f"it holds the memory of {state_dict['name']}, but this run uses {self.name}")
         saved = state_dict["state"]
@@ -266,7 +267,8 @@ class OptimizerState:
 
 
 def is_alike(own: Any, saved: Any) -> bool:
-    """Return True if two settings are alike: numbers, tuples of as many, or of one type; a switch may be unset."""
+    """Return True if two settings are compatible: both numbers, tuples of one length, or of one type; a switch may
+    be unset."""
     if own is None or isinstance(own, bool):
         return saved is None or own is None or isinstance(saved, bool)
     if isinstance(own, list | tuple):
@@ -278,7 +280,7 @@ def is_alike(own: Any, saved: Any) -> bool:
 
 
 def strip_arguments(name: str) -> str:
-    """Return the class path of an optimizer's name, without its arguments."""
+    """Return the class path in an optimizer's name, without its arguments."""
     return name.partition("(")[0]
 
 
@@ -289,7 +291,7 @@ STATE_NAME = re.compile(r"(?P<start>.+?)(-step(?P<step>\d+)|-(?P<epoch>\d{6,}))?
 
 
 def is_state_name(folder: str, names: tuple[str, ...]) -> bool:
-    """Return True if a folder is called as a state of a run with one of `names` is."""
+    """Return True if a folder has the name of a state of a run with one of `names`."""
     match = STATE_NAME.fullmatch(folder)
     return match is not None and match["start"] in names
 
@@ -305,9 +307,9 @@ def iterate_states(folder: Path, names: tuple[str, ...]) -> Iterator[StateManife
 
 
 def newest_state(folder: Path, names: tuple[str, ...]) -> StateManifest | None:
-    """Find the whole state in `folder` that has come furthest, of a run with one of `names`; None without one.
+    """Return the latest complete state in `folder` of a run with one of `names`; None if there is none.
 
-    Of two states of one step the one after which less is left to do.
+    Of two states of one step, return the one after which less work remains.
     """
     found = [
         (facts.step, len(facts.done), facts.path.stat().st_mtime, facts) for facts in iterate_states(folder, names)

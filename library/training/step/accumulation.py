@@ -1,7 +1,7 @@
-"""How many steps a run takes, and which batches each step averages.
+"""The number of optimizer steps of a run, and the batches that each step accumulates.
 
-A step is an optimizer step. A window is the batches that one step averages over all processes: `accumulation` of them,
-fewer at the end of an epoch where they run out. Two processes with two batches each are one process with four.
+A window holds the batches of one optimizer step over all processes: `accumulation` per process, or fewer at the end of
+an epoch. Two processes with two batches each see the same window as one process with four.
 """
 
 from collections.abc import Iterator
@@ -17,17 +17,18 @@ class Window:
 
     step: int  # steps finished before this one
     epoch: int  # from 1
-    places: range  # of its batches in the epoch, from 0
+    places: range  # the batches' positions in the epoch, from 0
     ends_epoch: bool
 
     def share(self, rank: int, num_processes: int) -> range:
-        """Return the places of one process; none where the last window of an epoch is shorter than the group."""
+        """Return the positions that one process computes; empty if the last window of an epoch is shorter than the
+        group."""
         return self.places[rank::num_processes]
 
     def stand_in(self, rank: int, num_processes: int) -> int | None:
         """Return the padding batch of a rank that has one batch fewer, so that all ranks run the same collectives.
 
-        It is a batch that another one computes too, so that no other part of an adapter gets a gradient.
+        Another rank computes the same batch, so no other parameter of an adapter receives a gradient.
         """
         most = ceil(len(self.places) / num_processes)
         return None if len(self.share(rank, num_processes)) == most else self.places[-1]
@@ -43,7 +44,7 @@ class Plan:
 
     @classmethod
     def build(cls, options: RunOptions, num_batches: int, num_processes: int = 1) -> "Plan":
-        """Return the plan of a run whose epochs have `num_batches` for all processes together."""
+        """Build the plan of a run whose epochs have `num_batches` over all processes."""
         accumulation = options.gradient_accumulation_steps * num_processes
         return cls(num_batches, accumulation, options.planned_steps(num_batches, num_processes))
 
@@ -56,15 +57,15 @@ class Plan:
         return ceil(self.max_train_steps / self.steps_per_epoch)
 
     def epoch_of(self, step: int) -> int:
-        """Return the epoch, from 1, in which the step after `step` finished ones lies."""
+        """Return the epoch, from 1, of the step that follows `step` finished ones."""
         return step // self.steps_per_epoch + 1
 
     def epochs(self, first_step: int) -> range:
-        """Return the epochs of a run that begins after `first_step` finished steps."""
+        """Return the epochs that remain after `first_step` finished steps."""
         return range(self.epoch_of(first_step), self.num_epochs + 1)
 
     def windows(self, epoch: int, first_step: int) -> Iterator[Window]:
-        """Yield the windows of an epoch that lie after `first_step` finished steps and before the end of the run."""
+        """Yield the windows of an epoch that follow `first_step` finished steps, up to the end of the run."""
         before = (epoch - 1) * self.steps_per_epoch
         for step in range(max(before, first_step), min(before + self.steps_per_epoch, self.max_train_steps)):
             first = (step - before) * self.accumulation
@@ -72,7 +73,7 @@ class Plan:
             yield Window(step, epoch, range(first, last), last == self.num_batches)
 
     def step_of(self, epoch: int, place: int) -> int:
-        """Steps finished before batch `place` (from 0) of `epoch` (from 1) is used."""
+        """Return the number of steps finished before batch `place` (from 0) of `epoch` (from 1) is used."""
         return (epoch - 1) * self.steps_per_epoch + place // self.accumulation
 
     def batch_number(self, epoch: int, place: int) -> int:

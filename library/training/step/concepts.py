@@ -1,7 +1,7 @@
-"""The latents and the target of a batch of prompts without images (LECO).
+"""Latents and targets of batches that consist of prompts without images (LECO).
 
-Sources: Gandikota et al. 2023, "Erasing Concepts from Diffusion Models"; 2023, "Concept Sliders". As there, the way to
-the latents has no gradient.
+Sources: Gandikota et al. 2023, "Erasing Concepts from Diffusion Models"; 2023, "Concept Sliders". As in these papers,
+no gradient flows through the denoising steps that produce the latents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +25,10 @@ Answers = Mapping[str, Tensor]
 
 
 def draw_partly(context: StepContext, batch: Batch, concept: Concept, batch_number: int) -> Noised:
-    """Draw the batch's latents with the adapted model, as far as the concept says, to the level that they then have.
+    """Denoise the batch's latents with the adapted model for as many steps as the concept draws, and return them with
+    their noise level.
 
-    The network acts at the concept's multiplier from here on: the backward pass may compute its layers again.
+    From here on the adapter has the concept's strength, because the backward pass may recompute its layers.
     """
     (caption,) = set(batch.captions)
     prompt = build_prompt(context, batch, concept)
@@ -85,7 +86,7 @@ def build_question(context: StepContext, batch: Batch, texts: Sequence[str]) -> 
 
 
 def build_prompt(context: StepContext, batch: Batch, concept: Concept) -> Prompt:
-    """Return the batch as a prompt of the previews, whose sampler draws it."""
+    """Return the batch as a preview prompt, for the preview sampler."""
     defaults = context.arch.preview.defaults
     height, width = batch.height_width
     return Prompt(

@@ -1,4 +1,4 @@
-"""Captions to conditioning, each frozen caption encoded once."""
+"""Text conditioning from captions; each caption is encoded once by frozen text encoders."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +12,10 @@ MEMO_BYTES = 1 << 30
 
 
 class CaptionMemo:
-    """Remembers what frozen text encoders made of a caption; the longest unused are forgotten beyond `limit_bytes`.
+    """A least-recently-used cache of what frozen text encoders return, up to `limit_bytes`.
 
-    Every caption is encoded by itself: the result then depends on the caption alone and not on its neighbours in the
-    batch, so a run that was interrupted, and starts with an empty memo, goes on with the same numbers.
+    Captions are encoded one at a time, so that a result depends on the caption alone and not on its neighbours in the
+    batch. A resumed run starts with an empty cache and therefore computes the same numbers.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class CaptionMemo:
         padding: Mapping[str, float] | None = None,
         limit_bytes: int = MEMO_BYTES,
     ) -> None:
-        """`padding` fills up features whose length differs between captions; see `TextCacheSpec`."""
+        """`padding` holds the values that pad features of different lengths; see `TextCacheSpec`."""
         self._encode = encode
         self._padding = padding or {}
         self._limit_bytes = limit_bytes
@@ -32,7 +32,7 @@ class CaptionMemo:
         self._rows: OrderedDict[str, Row] = OrderedDict()
 
     def __call__(self, captions: Sequence[str]) -> Conditioning:
-        """Conditioning of a batch, first axis as long as `captions`; without gradient."""
+        """Return the conditioning of a batch without gradient; the first axis is as long as `captions`."""
         return stack_rows([self._row(caption) for caption in captions], self._padding)
 
     def _row(self, caption: str) -> Row:

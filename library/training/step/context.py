@@ -1,4 +1,4 @@
-"""The context of a step: all that a batch's loss depends on besides the batch."""
+"""Everything that a batch's loss depends on, apart from the batch."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,18 +19,19 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Models:
-    """The frozen base model, each part in the dtype and on the device it trains on."""
+    """The base model; each part has the dtype and the device on which it runs."""
 
     denoiser: nn.Module
     text_encoders: list[nn.Module]
     vae: nn.Module | None  # None once every latent is cached
-    network_view: tuple[nn.Module | list[nn.Module], nn.Module]  # (text encoders, denoiser) as network modules see them
-    sharded: ShardedModel | None = None  # the denoiser's weights, where they lie spread over processes
+    network_view: tuple[nn.Module | list[nn.Module], nn.Module]  # (text encoders, denoiser), as network modules expect
+    sharded: ShardedModel | None = None  # set if the denoiser's weights are sharded over processes
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """All that a step of training, validation or a preview computes with. Nothing in it knows of plans or files."""
+    """The models and settings that a training, validation or preview step computes with; independent of plans and
+    files."""
 
     arch: Architecture
     models: Models
@@ -40,9 +41,9 @@ class StepContext:
     autocast: Autocast
     trains_text_encoder: bool
     captions: CaptionMemo
-    live_text: LiveText | None = None  # the text encoders in memory where the outputs of others are cached
+    live_text: LiveText | None = None  # the text encoders that still run while the outputs of the others are cached
     vae_batch_size: int = 1
-    preserves_in_step: bool = False  # whether each batch asks the base model too, since those of others may have to
+    preserves_in_step: bool = False  # run the base model in every batch, because a batch of another rank may need it
     pairs: PairOptions = NO_PAIRS
     alone: Callable[[], AbstractContextManager[None]] = nullcontext
-    """In the block the models run with this network alone, where others act on the same layers in a sweep."""
+    """Enter to run the models with this adapter alone, if others act on the same layers in a sweep."""

@@ -1,4 +1,4 @@
-"""The way from noise to latents: previews go all of it, concepts a part."""
+"""Denoising from noise to latents: previews run all steps, concepts stop early."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from library.diffusion.samplers import Level, Sampler
 from library.types import Noised
 
 Say = Callable[[Noised, float], Tensor]
-"""(latents at a level, the share of the way done after it) -> what the denoiser says of them, float32 and guided."""
+"""(latents with noise, progress after this step from 0 to 1) -> the guided prediction, float32."""
 
 
 def denoise(
@@ -20,9 +20,10 @@ def denoise(
     num_calls: int | None = None,
     goes_on: Callable[[], bool] = lambda: True,
 ) -> Tensor | None:
-    """Take latents as `sampler.start` gives them past its first `num_calls` levels, or all.
+    """Denoise latents that `sampler.start` returned through the first `num_calls` noise levels, or through all.
 
-    `goes_on` is asked after each; None where it broke off. Samplers that add noise draw it from `generator`.
+    `goes_on` is called after each step; if it returns False the result is None. Samplers that add noise draw it from
+    `generator`.
     """
     for n, level in enumerate(sampler.levels[:num_calls]):
         noised = noised_at(level, sampler.denoiser_input(latents_BCHW, n))
@@ -34,7 +35,8 @@ def denoise(
 
 
 def noised_at(level: Level, latents_BCHW: Tensor) -> Noised:
-    """Return the latents as the denoiser gets them; what is unknown while sampling, clean latents and noise, is NaN."""
+    """Wrap latents at a noise level for the denoiser; clean latents and noise are unknown while sampling and set to
+    NaN."""
     unknown_BCHW = torch.full_like(latents_BCHW, torch.nan)
     sigma_B, timestep_B = (
         torch.full((len(latents_BCHW),), value, device=latents_BCHW.device) for value in (level.sigma, level.timestep)

@@ -1,4 +1,4 @@
-"""Batches, latents and conditioning of several rows or passes as one."""
+"""Concatenation of batches, latents and conditioning for a shared pass."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -10,23 +10,23 @@ from library.types import Batch, Conditioning, Noised
 
 
 def join_noised(parts: Sequence[Noised]) -> Noised:
-    """Concatenate the rows of several."""
+    """Concatenate noised latents along the batch axis."""
     return Noised(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Noised)})
 
 
 def join_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
-    """Features of all rows from those of each adapter's."""
+    """Concatenate conditioning along the batch axis."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def split_conditioning(whole: Conditioning, count: int) -> list[Conditioning]:
-    """Split what `join_conditioning` joined."""
+    """Split the result of `join_conditioning` into `count` equal parts."""
     chunks: Mapping[str, Sequence[Tensor]] = {name: tensor.chunk(count) for name, tensor in whole.items()}
     return [{name: tensors[i] for name, tensors in chunks.items()} for i in range(count)]
 
 
 def repeat_batch(batch: Batch, count: int) -> Batch:
-    """Return the batch so many times; images and latents, which are made noise of before, are left out."""
+    """Repeat a batch `count` times; images and latents are left out, because they are noised before."""
 
     def times(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else torch.cat([tensor] * count)

@@ -1,4 +1,4 @@
-"""The latents of a batch's images, of their references, and for inpainting models of what is left under a mask."""
+"""Latents of images and reference images, and the masked latents of inpainting models."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,16 +16,16 @@ from library.training.step.context import StepContext
 from library.types import Batch, Conditioning
 
 Place = tuple[str | int, ...]
-"""Names an image's stream of random numbers."""
+"""The name of an image's random stream."""
 
 
 def load_latents(
     context: StepContext, batch: Batch, generator_of: Callable[[int], torch.Generator], is_checked: bool = True
 ) -> Tensor:
-    """Return the batch's latents, float32 on the device: from the cache, or encoded here without gradient.
+    """Return the batch's latents, float32 on the device, from the cache or encoded without gradient.
 
-    `generator_of(place)` draws the posterior's sample of the image at that place of the batch.
-    Raises UserError naming the images where the VAE gives NaN; to find that out the host waits for the device.
+    `generator_of(place)` returns the generator for the VAE's posterior sample of the image at that position. Raises
+    UserError naming the images for which the VAE returns NaN; this check synchronizes with the device.
     """
     if batch.latents_BCHW is not None:
         return send(batch.latents_BCHW, context.device).float()
@@ -39,7 +39,8 @@ def load_latents(
 
 
 def encode(context: StepContext, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-    """Return what `LatentCodec.encode` gives, float32 on the device without gradient, a few images at a time."""
+    """Encode images a few at a time. Return the result of `LatentCodec.encode`, float32 on the device, without
+    gradient."""
     vae, count, parts = context.models.vae, context.vae_batch_size, []
     assert vae is not None
     with torch.no_grad():
@@ -53,22 +54,22 @@ def encode(context: StepContext, pixels_BCHW: Tensor, generators: Sequence[torch
 def build_image_features(
     context: StepContext, batch: Batch, seed: int, place_of: Callable[[int], Place]
 ) -> Conditioning:
-    """Return the features of images beside the noisy ones: reference images, and what `build_inpainting` gives."""
+    """Return the conditioning that comes from images: reference latents and the features of `build_inpainting`."""
     return {**load_references(context, batch), **build_inpainting(context, batch, seed, place_of)}
 
 
 def load_references(context: StepContext, batch: Batch) -> Conditioning:
-    """Return the latents of the batch's reference images, normalized, on the device; nothing about them is random."""
+    """Return the normalized latents of the batch's reference images on the device. They are not random."""
     latents = [send(one, context.device).float() for one in batch.reference_latents]
     latents += [encode(context, one, None) for one in batch.reference_pixels]
     return reference_features([context.arch.codec.normalize(one) for one in latents])
 
 
 def build_inpainting(context: StepContext, batch: Batch, seed: int, place_of: Callable[[int], Place]) -> Conditioning:
-    """Return the conditioning of an inpainting model, each image with a mask of its own; empty for other models.
+    """Return the conditioning of an inpainting model, with one random mask per image; empty for other models.
 
-    `place_of(i)` names the stream of the image at place i: in training another one in every batch, in validation
-    always the same.
+    `place_of(i)` names the random stream of the image at position i: a new one for each training batch, a constant one
+    in validation.
     """
     if not context.arch.inpaints:
         return {}
@@ -82,7 +83,8 @@ def build_inpainting(context: StepContext, batch: Batch, seed: int, place_of: Ca
 def masked_feature(
     context: StepContext, batch: Batch, masks_B1HW: Tensor, generator_of: Callable[[int], torch.Generator]
 ) -> Conditioning:
-    """Encode what these masks leave, 1 where an image is painted anew; `generator_of` is that of `load_latents`."""
+    """Encode images with their masked area removed; a mask is 1 where the model paints. `generator_of` is as in
+    `load_latents`."""
     assert batch.pixels_BCHW is not None
     kept = replace(batch, pixels_BCHW=blank(batch.pixels_BCHW, masks_B1HW))
     latents_BCHW = context.arch.codec.normalize(load_latents(context, kept, generator_of))

@@ -24,16 +24,16 @@ from library.types import Batch, Conditioning, Noised
 
 
 class Acting(Protocol):
-    """The adapters that act in a step: those of one network, or of several."""
+    """The active adapters of a step: one network, or several stacked ones."""
 
     def set_noise_levels(self, levels_B: Tensor | None) -> None: ...
     def set_multiplier(self, multiplier: float) -> None: ...
 
 
 def start_batch(context: StepContext, batch_number: int, step: int) -> None:
-    """Seed the global generators for a batch, which dropout inside models draws from, and notify the adapters.
+    """Seed the global random generators for this batch and notify the adapters.
 
-    `step` counts the finished optimizer steps.
+    `step` is the number of finished optimizer steps.
     """
     seed = stream_seed(context.seed, "step", batch_number)
     torch.manual_seed(seed)
@@ -44,9 +44,9 @@ def start_batch(context: StepContext, batch_number: int, step: int) -> None:
 
 
 def add_noise_to(context: StepContext, batch: Batch, batch_number: int, is_checked: bool = True) -> Noised:
-    """Return the batch's latents with noise and levels; without images what the adapted model has drawn so far.
+    """Add noise to the batch's latents; for prompts without images, denoise latents with the adapted model instead.
 
-    Raises UserError as `load_latents` does, if `is_checked`.
+    Raises UserError like `load_latents` if `is_checked`.
     """
     if batch.concept is not None:
         return draw_partly(context, batch, batch.concept, batch_number)
@@ -64,7 +64,7 @@ def add_noise_to(context: StepContext, batch: Batch, batch_number: int, is_check
 
 
 def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
-    """Return the loss of a batch, a scalar with gradient; every draw is a function of the seed and `batch_number`.
+    """Return the loss of a batch, a scalar with gradient. All randomness is a function of the seed and `batch_number`.
 
     NaN latents give a NaN loss; `add_noise_to` raises the error that names the VAE.
     """
@@ -88,12 +88,13 @@ def compute_losses(
     condition: Callable[[], Conditioning],
     acting: Acting | None = None,
 ) -> Tensor:
-    """Compute each sample's loss, masked but without subset weights, shape B; `condition` gives text features.
+    """Return the loss of each sample, shape B, masked but without subset weights. `condition` returns the text
+    conditioning.
 
-    `acting` are the adapters where those are not the network of the context alone.
+    `acting` overrides the context's network, for stacked adapters.
     """
     acting = context.network if acting is None else acting
-    if batch.concept is not None:  # first, while nothing is kept for the backward pass
+    if batch.concept is not None:  # first, while no activations are kept for the backward pass
         target_BCHW = compute_target(context, batch, batch.concept, noised)
     with context.autocast():
         conditioning = condition()
@@ -107,15 +108,15 @@ def compute_losses(
 
 
 def describe_shape(batch: Batch) -> str:
-    """Return how many images of which size, for messages."""
+    """Describe the number and the size of a batch's images, for messages."""
     height, width = batch.height_width
     return f"{len(batch.keys)} images of {width}x{height}"
 
 
 def encode_varied(context: StepContext, batch: Batch, batch_number: int, extra: Conditioning) -> Conditioning:
-    """Encode with what the base model varies from step to step in training, such as a text encoder left out.
+    """Build the text conditioning and apply the base model's training-time variation, such as a dropped text encoder.
 
-    Prompts that are trained alone are not varied: their targets come from the same features.
+    Prompts without images are not varied, because their targets use the same features.
     """
     if batch.concept is not None:
         return build_conditioning(context, batch, extra)
@@ -123,7 +124,7 @@ def encode_varied(context: StepContext, batch: Batch, batch_number: int, extra: 
 
 
 def vary(context: StepContext, conditioning: Conditioning, batch_number: int) -> Conditioning:
-    """Text features as training sees them in this batch."""
+    """Apply the base model's training-time variation of text conditioning, if it has one."""
     if context.arch.vary is None:
         return conditioning
     return context.arch.vary(conditioning, generator_for(context.seed, "conditioning", batch_number))
@@ -138,8 +139,8 @@ def preserve_output(
     conditioning: Conditioning,
     acting: Acting,
 ) -> Tensor:
-    """Return the target; marked samples are to keep the prediction of the model without its adapter (differential
-    output preservation)."""
+    """Return the target; for samples marked for preservation, the prediction of the model without its adapter
+    (differential output preservation)."""
     target_BCHW = objective.target(noised)
     keep = [bool(attributes.get(PRESERVATION)) for attributes in batch.attributes]
     if not any(keep) and not context.preserves_in_step:

@@ -1,4 +1,4 @@
-"""The mean loss of each sample, where masks allow it."""
+"""The mean loss of each sample under its mask."""
 
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -7,7 +7,7 @@ from library.memory.devices import send
 
 
 def masked_means(loss_BCHW: Tensor, masks_B1HW: Tensor | None) -> Tensor:
-    """Return the mean over each sample's latent values times its mask, which is in pixels; shape B."""
+    """Return each sample's loss times its mask (given in pixels), averaged over all latent values; shape B."""
     if masks_B1HW is not None:
         masks_B1HW = send(masks_B1HW, loss_BCHW.device)
         loss_BCHW = loss_BCHW * interpolate(masks_B1HW, size=loss_BCHW.shape[-2:], mode="area")

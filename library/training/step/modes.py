@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Temporary evaluation mode."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Evaluation mode, and then for every part the mode it had."""
+    """Put modules into evaluation mode inside the block, and restore each part's previous mode afterwards."""
     roots = list(modules)
     modes = [(module, module.training) for root in roots for module in root.modules()]
     for root in roots:

@@ -1,6 +1,6 @@
-"""Batches of pairs: the loss of preferences, and the two ends of a slider (Gandikota et al. 2023, "Concept Sliders").
+"""Image pairs: the preference loss, and the two sides of a slider (Gandikota et al. 2023, "Concept Sliders").
 
-An image's partner is carried as its reference image and never given to the denoiser beside it.
+A partner is carried as the image's reference image, but never passed to the denoiser as one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +18,12 @@ from library.types import Batch, Conditioning, Noised
 
 
 def prefers(context: StepContext, batch: Batch) -> bool:
-    """Return True if the images of a batch are trained as preferred to their partners."""
+    """Return True if the batch's images are trained as preferred over their partners."""
     return context.pairs.preference_loss is not None and batch.has_references
 
 
 def split_pairs(batch: Batch) -> tuple[Batch, Batch]:
-    """Split pairs into their images and the partners, each without the other."""
+    """Split a batch of pairs into one of images and one of partners."""
     pixels = batch.reference_pixels[0] if batch.reference_pixels else None
     latents = batch.reference_latents[0] if batch.reference_latents else None
     images = replace(batch, reference_pixels=(), reference_latents=())
@@ -31,10 +31,10 @@ def split_pairs(batch: Batch) -> tuple[Batch, Batch]:
 
 
 def split_passes(context: StepContext, batch: Batch) -> Iterator[Batch]:
-    """Yield what gets a forward and backward pass each: the batch, or for a slider each side of its pairs.
+    """Yield the batches that need a forward and backward pass: the batch, or each side of a slider's pairs.
 
-    The adapter acts at the strength of the side until the next one is asked for, since the backward pass may compute
-    its layers again. Both sides weigh half as much as an image.
+    The adapter keeps a side's strength until the next side is requested, because the backward pass may recompute its
+    layers. Each side has half the weight of an image.
     """
     strength = context.pairs.pair_slider
     if strength is None or not batch.has_references:
@@ -55,11 +55,11 @@ def losses_of_pairs(
     noised: Sequence[Noised],
     condition: Callable[[], Conditioning],
 ) -> Tensor:
-    """Return the preference loss of each pair, shape P; `noised` are the images and their partners, with the same
-    noise, and `condition` gives the text features of P captions.
+    """Return the preference loss of each pair, shape P.
 
-    The reference is the base model, with the adapter switched off, so no second model is in memory; its pass comes
-    first, while nothing is kept for the backward pass.
+    `noised` holds the images and their partners with the same noise; `condition` returns the text conditioning of P
+    captions. The reference is the base model with the adapter switched off, so no second model is loaded. Its pass
+    comes first, while no activations are kept for the backward pass.
     """
     both, joined = repeat_batch(batch, 2), join_noised(noised)
 

@@ -1,4 +1,4 @@
-"""The text conditioning of a batch."""
+"""Text conditioning of a batch."""
 
 from library.memory.devices import send
 from library.training.step.context import StepContext
@@ -6,7 +6,7 @@ from library.types import Batch, Conditioning
 
 
 def build_conditioning(context: StepContext, batch: Batch, extra: Conditioning) -> Conditioning:
-    """Return the text features of the batch, with gradient where a text encoder trains, and the `extra` features."""
+    """Return the batch's text conditioning, with gradient if a text encoder trains, merged with `extra`."""
     found = {**extra, **(batch.conditioning or {})}
     # The features of encoders in memory replace those that were cached before training.
     if context.models.text_encoders or batch.concept is not None:

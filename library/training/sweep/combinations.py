@@ -1,4 +1,4 @@
-"""The adapters of a sweep: their names, and the options that each would have alone."""
+"""The adapters of a sweep: their labels, and the options of each."""
 
 import logging
 import re
@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
-NEAR = 0.9  # a slip of an option's name; the nearest network argument, network_reg_dims, is at 0.81
-TABLES = ("network_args", "optimizer_args", "lr_scheduler_args")  # options whose keys can be swept, the first without
-MOST_ADAPTERS = 1000  # each has files of its own and a line in the log
-NONE = "none"  # stands for an option that is not given
+NEAR = 0.9  # similarity of a misspelt option name; the nearest network argument, network_reg_dims, has 0.81
+TABLES = ("network_args", "optimizer_args", "lr_scheduler_args")  # have sweepable keys; the first needs no prefix
+MOST_ADAPTERS = 1000  # each has its own files and log line
+NONE = "none"  # value of an option that is not given
 FORM = "write OPTION=A,B, such as learning_rate=1e-4,2e-4; A|B where values have commas in them"
 OF_DATA = "it changes the images, and all adapters see the same batches; train one run after the other"
 OF_LOSS = "it changes what the losses mean, so that adapters could not be compared; train one run after the other"
@@ -40,18 +40,16 @@ OF_ALL = "all adapters share it with the base model and the run; train one run a
 class Combination(Generic[OptionsT]):
     """One adapter of a sweep."""
 
-    label: str  # such as lr1e-4-dim8
-    chosen: Mapping[str, str]  # name in the option -> value, both as they were given
-    options: OptionsT  # of its run alone
+    label: str  # for example lr1e-4-dim8
+    chosen: Mapping[str, str]  # option name -> value, both as typed
+    options: OptionsT  # of this adapter alone
 
 
 def shared_and_own(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
-    """Return the options that all adapters share, and those that each would have alone, by its label.
+    """Split options into those shared by all adapters and those of each adapter, by label.
 
-    A run without a sweep has one adapter, of label "".
-
-    Of what differs between adapters the shared options have the first one's. Raises UserError for a sweep that cannot
-    be.
+    A run without a sweep has one adapter with label "". Shared options have the first adapter's values. Raises
+    UserError for an invalid sweep.
     """
     if not options.sweep.sweep:
         return options, {"": options}
@@ -67,9 +65,9 @@ def shared_and_own(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
 
 
 def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
-    """Return every combination of the swept values, the last word changing fastest.
+    """Return every combination of the swept values; the last option varies fastest.
 
-    Raises UserError for a word that cannot be swept, a value that its option cannot have, and names that clash.
+    Raises UserError for an option that cannot be swept, an invalid value, and labels that clash.
     """
     words = [parse_word(item, options) for item in options.sweep.sweep or ()]
     short = sweep_names(type(options))
@@ -92,7 +90,7 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
         found.append(Combination(label, chosen, resolve_adapter(options, chosen, label, strengths)))
     if len(found) < 2:
         raise UserError(f"--sweep {' '.join(options.sweep.sweep or ())} names a single adapter; give it two or more")
-    labels = [one.label.casefold() for one in found]  # Windows and macOS find a file in any case
+    labels = [one.label.casefold() for one in found]  # file names ignore case on Windows and macOS
     if clash := next((one.label for one in found if labels.count(one.label.casefold()) > 1), None):
         raise UserError(
             f"--sweep: two adapters would have the name {clash}; give values whose names differ in more than case"
@@ -101,7 +99,7 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
 
 
 def parse_word(item: str, options: Options) -> tuple[str, list[str]]:
-    """Split a word of the sweep into (what is swept, its values). Raises UserError where it cannot be swept."""
+    """Split `name=a,b` into (name, values). Raises UserError for an option that cannot be swept."""
     name, equals, text = item.partition("=")
     name = name.strip().removeprefix("--")
     texts = [value.strip() for value in text.split("|" if "|" in text else ",")]
@@ -116,7 +114,7 @@ def parse_word(item: str, options: Options) -> tuple[str, list[str]]:
         raise UserError(f"--sweep {name}: {explain_refusal(name)}")
     if hint := did_you_mean(name, swept, NEAR):
         raise UserError(f"--sweep {name}: there is no such option{hint}")
-    return f"{TABLES[0]}.{name}", texts  # which the network module holds to what it knows
+    return f"{TABLES[0]}.{name}", texts  # the network module checks it
 
 
 def explain_refusal(name: str) -> str:
@@ -129,25 +127,25 @@ def explain_refusal(name: str) -> str:
 
 
 def warn_of_replaced(options: Options, names: Sequence[str]) -> None:
-    """Say which options are given beside a sweep that replaces them."""
+    """Warn about options that a sweep replaces."""
     values, defaults = options.flat(), type(options).defaults()
     for name in names:
         table, _, key = name.partition(".")
         if key:
             given = any(item.partition("=")[0] == key for item in values[table] or ())
-        else:  # a seed is that of the images and their order, and the module is named to be there
+        else:  # the seed still sets the order of images, and the module must be named
             given = name not in ("seed", "network_module") and is_set(values[name], defaults[name])
-        if given and ALPHA_NAMES.get(name, name) in names:  # else alpha belongs to the rank that is given
+        if given and ALPHA_NAMES.get(name, name) in names:  # otherwise alpha belongs to the given rank
             logger.warning("--%s has no effect: --sweep gives every adapter its own", f"{table} {key}" if key else name)
 
 
 def sweep_names(kind: type[Options]) -> dict[str, str]:
-    """Return the options that can be swept, each with its short name in file names."""
+    """Return the options that can be swept, each with its short name for labels."""
     return {name: facts.sweep_name for name, facts in kind.facts().items() if facts.sweep_name is not None}
 
 
 def short_value(text: str) -> str:
-    """Return a value in the name of a file: of a path its last part, of a dotted name too."""
+    """Shorten a value for labels: the last part of a path or of a dotted name."""
     text = Path(text).stem if "/" in text or "\\" in text or text.endswith(".safetensors") else text
     is_number = re.fullmatch(r"[-+\d.e%, ]+", text) is not None
     return re.sub(r"[^\w.+-]+", "_", (text if is_number else text.rpartition(".")[2]).replace("%", "pct"))
@@ -156,7 +154,7 @@ def short_value(text: str) -> str:
 def resolve_adapter(
     options: OptionsT, chosen: Mapping[str, str], label: str, strengths: Sequence[Strength]
 ) -> OptionsT:
-    """Return the options of one adapter's run alone. Raises UserError for a value that cannot be, or does nothing."""
+    """Return the options of one adapter. Raises UserError for a value that is invalid or has no effect."""
     values = options.flat()
     new: dict[str, Any] = {"sweep": None, "output_name": "-".join(filter(None, (options.saving.output_name, label)))}
     for name, text in chosen.items():
@@ -179,7 +177,7 @@ def resolve_adapter(
 
 
 def parse_value(kind: type[Options], name: str, text: str) -> Any:
-    """Read the value of an option as the command line would."""
+    """Parse an option's value as the command line does."""
     field, hint = next((field, hint) for field, hint in kind.leaves() if field.name == name)
     facts = kind.facts()[name]
     if text.lower() == NONE and field.default is None:

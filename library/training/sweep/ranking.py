@@ -1,7 +1,7 @@
-"""The ranking of a sweep's adapters by the loss on the same images with the same noise.
+"""Ranks a sweep's adapters by their loss on the same images with the same noise.
 
-The statistics are those of `library.training.evaluation.choice`: differences image by image, Student's t, and
-Bonferroni's correction for all that are compared.
+Statistics as in `library.training.evaluation.choice`: paired differences per image, Student's t, and Bonferroni's
+correction over all comparisons.
 """
 
 import logging
@@ -30,18 +30,18 @@ SCRIPT = "sweep.js"
 
 @dataclass(frozen=True)
 class Measured:
-    """The losses and the standing of one adapter."""
+    """The validation losses of one adapter, and how it ended."""
 
     label: str
-    step: int  # of the weights in its file
-    losses_G: Sequence[float] | None  # of each image that is set aside; None where it was never measured
-    ended: str  # why it ended before the others; "" where it did not
-    file: str | None  # by its name; None where none of the end was written
+    step: int  # at which the weights of its file were saved
+    losses_G: Sequence[float] | None  # of each held-out image; None if never measured
+    ended: str  # why it ended before the others; "" if it did not
+    file: str | None  # the file's name; None if no final file was written
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """One adapter among all; `compared` is None where it was not measured."""
+    """One adapter of the ranking; `compared` is None if it was not measured."""
 
     measured: Measured
     compared: Compared | None
@@ -49,14 +49,14 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Ranking:
-    """All adapters, the lowest loss first and those that were not measured last."""
+    """All adapters, lowest loss first, unmeasured ones last."""
 
     rows: Sequence[Ranked]
     num_images: int
 
     @property
     def verdict(self) -> str:
-        """Say what is more than chance, in a sentence without its end."""
+        """Describe what is statistically significant, as a sentence without its full stop."""
         known = [row for row in self.rows if row.compared is not None]
         if not known:
             return "nothing is ranked: no adapter has validation losses; for training on images, set --validation_split"
@@ -85,7 +85,7 @@ def collect_standing(prepared: Sequence[PreparedRun], sweep: SweepRecord) -> lis
 
 
 def rank(adapters: Sequence[Measured]) -> Ranking:
-    """Compare adapters by their last evaluations."""
+    """Rank adapters by their last validation."""
     known = [one for one in adapters if one.losses_G]
     found = choose(torch.tensor([one.losses_G for one in known], dtype=torch.float64)) if known else None
     if found is None:
@@ -120,7 +120,7 @@ def format_ranking(ranking: Ranking) -> list[str]:
 
 
 def log_ranking(ranking: Ranking, title: str, page: Path | None) -> None:
-    """Log the ranking, and write its page where that is wanted."""
+    """Log the ranking, and write its page if requested."""
     for line in format_ranking(ranking) if ranking.num_images else ():
         logger.info("%s", line)
     where = "" if page is None else f"; the ranking is {page}"
@@ -133,10 +133,10 @@ def log_ranking(ranking: Ranking, title: str, page: Path | None) -> None:
 
 
 def add_runs(page: Path, chosen: Mapping[str, Mapping[str, str]], reports: Mapping[str, Path]) -> None:
-    """Add charts, previews and links of the adapters to the page of a sweep, from their finished reports.
+    """Add charts, previews and links from the adapters' finished reports to a sweep's page.
 
-    `chosen` are the swept values of each adapter, `reports` its report; both by label. A page or report that cannot be
-    read is left as it is, with a warning.
+    `chosen` maps labels to swept values, `reports` maps labels to reports. A page or report that cannot be read is left
+    unchanged, with a warning.
     """
     try:
         data = read_data(page.read_text(encoding="utf-8"))
@@ -165,10 +165,10 @@ def build_page_data(ranking: Ranking, title: str) -> Mapping[str, Any]:
 
 
 def clearly_worse(losses: Mapping[str, Sequence[float]], num_adapters: int, num_looks: int) -> list[str]:
-    """Return the adapters that are worse than the best of these by more than chance, or not numbers at all, by label.
+    """Return the labels of adapters that are significantly worse than the best one, or NaN.
 
-    Of `num_adapters` that a sweep began with each is tested at the `num_looks`-th evaluation, k, with 1 / (k (k + 1))
-    of the 5 % that all looks together may err; these shares add up to 1, however many looks there are.
+    At evaluation number k = `num_looks`, each of the sweep's `num_adapters` adapters is tested at the level 5 % / (k (k
+    + 1)), divided by the number of adapters. These levels add up to 5 % over any number of evaluations.
     """
     tensors = {label: torch.tensor(values, dtype=torch.float64) for label, values in losses.items()}
     finite = {label: losses_G for label, losses_G in tensors.items() if bool(losses_G.isfinite().all())}

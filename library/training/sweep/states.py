@@ -1,4 +1,4 @@
-"""The states that a sweep goes on from: one of each adapter, all of one step."""
+"""The states that a sweep resumes from: one per adapter, all of the same step."""
 
 import json
 import logging
@@ -28,23 +28,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FoundStates:
-    """The states that a run goes on from."""
+    """The states that a run resumes from."""
 
     by_label: Mapping[str, StateManifest]
-    record: SweepRecord | None = None  # of a sweep that goes on
+    record: SweepRecord | None = None  # of the sweep to resume
 
     @property
     def of_run(self) -> StateManifest | None:
-        """A state that has the seed of what all adapters share; None where the run starts at the beginning."""
+        """Return a state with the seed that all adapters share; None if the run starts from the beginning."""
         first = next(iter(self.by_label.values()), None)
         return first if first is None or self.record is None else replace(first, seed=self.record.seed)
 
 
 def find_states(options: TrainOptions, adapters: Mapping[str, TrainOptions], processes: Processes) -> FoundStates:
-    """Find the states to go on from, by label; none for a run that starts at the beginning.
+    """Find the states to resume from, by label; none for a run that starts from the beginning.
 
-    For a sweep: the latest step for which every adapter still running has a state. Raises UserError where
-    there are states but no such step, or another process finds other states.
+    For a sweep, take the latest step for which every adapter still running has a state. Raises UserError if states
+    exist but no such step, or if another process finds other states.
     """
     if not options.sweep.sweep:
         facts = find_state(options, processes)
@@ -66,9 +66,9 @@ def find_states(options: TrainOptions, adapters: Mapping[str, TrainOptions], pro
 
 
 def newest_of_all(wanted: StateOptions, adapters: Mapping[str, SavingOptions]) -> dict[str, StateManifest]:
-    """Find the whole states of the last step that all adapters have, as this process finds them.
+    """Find complete states of the latest step that all adapters have, as seen by this process.
 
-    Raises UserError where there are states but no such step: starting at the beginning would overwrite them.
+    Raises UserError if states exist but no such step, because starting from the beginning would overwrite them.
     """
     if wanted.resume:
         found = find_states_of_step(Path(wanted.resume), adapters)
@@ -106,7 +106,8 @@ def newest_of_all(wanted: StateOptions, adapters: Mapping[str, SavingOptions]) -
 
 
 def find_states_of_step(named: Path, adapters: Mapping[str, SavingOptions]) -> dict[str, StateManifest]:
-    """Return the states of the step of the named one, by adapter label. Raises UserError for a state of no adapter."""
+    """Return the states of the same step as the named one, by adapter label. Raises UserError for a state of no
+    adapter."""
     names = {label: Names.build(saving).starts[0] for label, saving in adapters.items()}
     match = STATE_NAME.fullmatch(named.name)
     if match is None or match["start"] not in names.values():
@@ -125,7 +126,7 @@ def find_states_of_step(named: Path, adapters: Mapping[str, SavingOptions]) -> d
 
 
 def ended_in(states: Iterable[StateManifest]) -> dict[str, Ended]:
-    """Who had ended when these states were written: those that were written later know of more."""
+    """Return the adapters that had ended, according to the latest of these states."""
     ended: dict[str, Ended] = {}
     for facts in states:
         ended |= read_record(facts).ended
@@ -133,7 +134,7 @@ def ended_in(states: Iterable[StateManifest]) -> dict[str, Ended]:
 
 
 def read_record(facts: StateManifest) -> SweepRecord:
-    """Read the sweep's record in a state. Raises UserError for the state of a run without one."""
+    """Read the sweep's record from a state. Raises UserError for the state of a run without a sweep."""
     if PART not in facts.parts:
         raise UserError(
             f"--resume {facts.path} is the state of a run without --sweep; leave --sweep out to go on from it"

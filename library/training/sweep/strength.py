@@ -1,4 +1,5 @@
-"""Alpha of adapters whose rank a sweep varies: alpha / rank stays, so that they differ in rank and not in strength."""
+"""Alpha for adapters whose rank a sweep varies: alpha / rank is kept, so that they differ in rank and not in
+strength."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,20 +12,20 @@ NETWORK_DIM = "network_dim"
 CONV_DIM = "network_args.conv_dim"
 ALPHA_NAMES: Mapping[str, str] = {NETWORK_DIM: "network_alpha", CONV_DIM: "network_args.conv_alpha"}
 DEFAULT_CONV_ALPHA = "1"
-# Their network_dim counts or sizes blocks; networks.oft takes alpha as a limit on angles, the others ignore it.
-ROTATIONS = ("networks.oft", "networks.boft")  # beginnings of names
+# In these modules network_dim counts or sizes blocks. networks.oft uses alpha to limit angles, the others ignore it.
+ROTATIONS = ("networks.oft", "networks.boft")  # prefixes of module names
 
 
 @dataclass(frozen=True)
 class Strength:
-    """Alpha / rank as the options give it, for a rank that the sweep varies and whose alpha it does not."""
+    """The ratio alpha / rank of the options, for a rank that the sweep varies without its alpha."""
 
     rank_name: str  # a key of ALPHA_NAMES
     alpha: float
     rank: int
 
     def alpha_at(self, rank: str) -> float:
-        """Return the alpha of an adapter; as given where its rank is left to the network module."""
+        """Return an adapter's alpha; the given one if the network module chooses the rank."""
         return self.alpha * int(rank) / self.rank if rank.isdecimal() else self.alpha
 
     def as_option(self, network: NetworkOptions, rank: str) -> dict[str, object]:
@@ -37,9 +38,9 @@ class Strength:
 
 
 def kept_strengths(network: NetworkOptions, words: Mapping[str, Sequence[str]]) -> list[Strength]:
-    """Return what stays while `words` of the sweep vary ranks.
+    """Return the ratios to keep while `words` of the sweep vary ranks.
 
-    An alpha belongs to the rank that is given beside the sweep, and without one to the first rank of the sweep.
+    A given alpha belongs to the rank given next to the sweep, else to the first rank of the sweep.
     """
     arguments = parse_network_args(network.network_args)
     ranks = {NETWORK_DIM: str(network.network_dim or ""), CONV_DIM: arguments.get("conv_dim", "")}
@@ -56,7 +57,7 @@ def kept_strengths(network: NetworkOptions, words: Mapping[str, Sequence[str]]) 
 
 
 def is_alpha_strength(network: NetworkOptions) -> bool:
-    """Return True if adapters act with alpha / rank; with rslora one alpha is meant to fit all ranks."""
+    """Return True if the strength is alpha / rank; with rslora one alpha suits all ranks."""
     turns = (network.network_module or "").startswith(ROTATIONS)
     return not turns and not is_switched_on(network.network_args, "rslora")
 
@@ -64,13 +65,13 @@ def is_alpha_strength(network: NetworkOptions) -> bool:
 def describe_strengths(
     adapters: Sequence[tuple[NetworkOptions, Mapping[str, str]]], strengths: Sequence[Strength]
 ) -> Iterator[str]:
-    """Yield a line for each rank that is swept; `adapters` are their options and their words of the sweep."""
+    """Yield a line for each swept rank; `adapters` holds each adapter's options and swept values."""
     ours = [(network, chosen) for network, chosen in adapters if is_alpha_strength(network)]
     for strength in strengths if ours else ():
         name, alpha_name = (full.rpartition(".")[2] for full in (strength.rank_name, ALPHA_NAMES[strength.rank_name]))
         ranks = dict.fromkeys(chosen[strength.rank_name] for _, chosen in ours)
         pairs = ", ".join(f"alpha {strength.alpha_at(rank):g} at rank {rank}" for rank in ranks)
-        if strength.alpha:  # 0 stands for the rank
+        if strength.alpha:  # 0 means the rank
             yield (
                 f"--sweep {name} keeps alpha / rank at {strength.alpha / strength.rank:g}: {pairs}; add "
                 f"{alpha_name}=VALUE to --sweep to set alpha yourself"

@@ -26,7 +26,7 @@ ON_CONVOLUTIONS = ("conv_dim", "conv_block_dims")
 
 @dataclass(frozen=True)
 class RankArguments:
-    """Ranks and alphas of modules, beside `network_dim` and `network_alpha`."""
+    """Ranks and alphas of target modules, in addition to `network_dim` and `network_alpha`."""
 
     conv_dim: int | None = argument(
         parse_rank, None, "Rank of convolutions larger than 1x1, which are adapted with it.", is_fixed_by_file=True
@@ -60,7 +60,7 @@ class RankArguments:
 
 @dataclass(frozen=True)
 class RateArguments:
-    """Learning rates of modules, beside `learning_rate`, `unet_lr` and `text_encoder_lr`."""
+    """Learning rates of target modules, in addition to `learning_rate`, `unet_lr` and `text_encoder_lr`."""
 
     down_lr_weight: LrWeights | None = argument(parse_lr_weights, None, "Factors of the input blocks, or a curve.")
     mid_lr_weight: LrWeights | None = argument(parse_lr_weights, None, "Factor of the middle block.")
@@ -79,7 +79,7 @@ class RateArguments:
 
 @dataclass(frozen=True)
 class DropoutArguments:
-    """Chances of parts of the change to be left out while training; never anything of the base model."""
+    """Probabilities of dropping parts of the change in training. The base model itself is never dropped."""
 
     neuron_dropout: float = argument(parse_probability, 0.0, "--network_dropout; LyCORIS calls it `dropout`.")
     rank_dropout: float = argument(parse_probability, 0.0, "Chance of each rank of a sample to be left out.")
@@ -88,7 +88,7 @@ class DropoutArguments:
 
 @dataclass(frozen=True)
 class StructureArguments:
-    """Structure of the change of a module."""
+    """Structure of a module's change."""
 
     use_tucker: bool = argument(
         parse_bool, False, "A Tucker core between the factors of larger kernels.",
@@ -101,7 +101,7 @@ class StructureArguments:
 
 @dataclass(frozen=True)
 class TargetArguments:
-    """Which modules are adapted."""
+    """Selection of target modules."""
 
     train_norm: bool = argument(parse_bool, False, "Train normalisation layers too.", is_fixed_by_file=True)
     exclude_patterns: tuple[str, ...] = argument(
@@ -111,14 +111,14 @@ class TargetArguments:
         parse_patterns, (), "Whole module paths that are adapted although they are excluded.", is_fixed_by_file=True
     )
     verbose: bool = argument(parse_bool, False, "List the modules at start.")
-    only_patterns: tuple[str, ...] = ()  # include_patterns of kinds for which they mean that nothing else is adapted
+    only_patterns: tuple[str, ...] = ()  # set from include_patterns by kinds that adapt nothing else
 
 
 COMMON: tuple[type, ...] = (RankArguments, RateArguments, DropoutArguments, StructureArguments, TargetArguments)
 
 
 def check_blocks(arguments: NetworkArguments) -> None:
-    """Raise UserError for ranks of convolutions in blocks where nothing else is told of blocks."""
+    """Raise UserError if conv_block_dims is given without block_dims or an *_lr_weight list."""
     if "conv_block_dims" in arguments.given and not any(name in arguments.given for name in IN_BLOCKS):
         raise UserError(
             "--network_args conv_block_dims needs block_dims; give both, or conv_dim for one rank everywhere"

@@ -1,7 +1,7 @@
-"""`--network_args "key=value"` as typed values, in the dataclasses of those that declare them.
+"""Typed network arguments: `--network_args "key=value"` parsed into dataclasses.
 
-A group is a frozen dataclass whose fields are made by `argument`: those of every adapter are in arguments/common.py,
-those of a part of the core such as DoRA beside its implementation, and those of a kind of adapter in its file.
+A group is a frozen dataclass with fields declared by `argument`. Groups for all adapters are in arguments/common.py. A
+core feature such as DoRA declares its group next to its implementation, an adapter kind in its own file.
 """
 
 import logging
@@ -23,7 +23,7 @@ Parse = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class Requirement:
-    """The condition for an argument to count: one name of each tuple is given; `words` say so to the user."""
+    """Condition for an argument to have an effect: one name of each tuple is given. `words` describes it to users."""
 
     names: tuple[tuple[str, ...], ...]
     words: str
@@ -31,9 +31,9 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Argument:
-    """The declaration of one field of a group."""
+    """Declaration of one field of a group."""
 
-    parse: Parse  # holds the text to its range, or raises UserError saying what is expected
+    parse: Parse  # parses and range-checks the text; raises UserError naming the expected form
     help: str
     aliases: tuple[str, ...] = ()
     requires: Requirement | None = None
@@ -49,21 +49,21 @@ def argument(
     requires: Requirement | None = None,
     is_fixed_by_file: bool = False,
 ) -> Any:
-    """Declare a field of a group; None as the default stands for an argument that was not given."""
+    """Declare a field of a group. A default of None means that the argument was not given."""
     return field(default=default, metadata={"argument": Argument(parse, help, aliases, requires, is_fixed_by_file)})
 
 
 def declared(group: type[Any]) -> dict[str, Argument]:
-    """Return the declarations of a group by name."""
+    """Return the declared arguments of a group by name."""
     return {one.name: one.metadata["argument"] for one in fields(group) if "argument" in one.metadata}
 
 
 @dataclass(frozen=True)
 class NetworkArguments:
-    """The network arguments of one adapter; a group that is absent has its defaults."""
+    """Network arguments of one network. A missing group has its defaults."""
 
     groups: Mapping[type[Any], Any] = field(default_factory=dict)
-    of_model: Mapping[str, Any] = field(default_factory=dict)  # those that AdapterTargets give a meaning to, if given
+    of_model: Mapping[str, Any] = field(default_factory=dict)  # given arguments that AdapterTargets defines
 
     def of(self, group: type[Group]) -> Group:
         """Return the values of one group."""
@@ -71,7 +71,7 @@ class NetworkArguments:
         return found
 
     def replace(self, group: type[Any], **values: Any) -> "NetworkArguments":
-        """Return the arguments with other values in one group."""
+        """Return a copy with other values in one group."""
         return replace(self, groups={**self.groups, group: replace(self.of(group), **values)})
 
     @property
@@ -87,7 +87,7 @@ class NetworkArguments:
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """The rank, by default the kind's, the alpha and the network arguments of a run."""
+    """Rank (the kind's default if not given), alpha and network arguments of a run."""
 
     rank: int
     alpha: float
@@ -95,7 +95,7 @@ class NetworkSettings:
     is_rank_given: bool
 
 
-OF_MODELS: Mapping[ArgumentForm, Parse] = {  # how base models have theirs written; AdapterTargets say which they have
+OF_MODELS: Mapping[ArgumentForm, Parse] = {  # parsers of arguments that base models define in AdapterTargets
     "rank": parse_rank,
     "ranks": parse_embedder_ranks,
     "blocks": parse_selection,
@@ -103,7 +103,7 @@ OF_MODELS: Mapping[ArgumentForm, Parse] = {  # how base models have theirs writt
     "word": str,
 }
 
-DROPOUTS = ("dropout", "dropout_probability", "boft_dropout")  # network arguments that mean `network_dropout`
+DROPOUTS = ("dropout", "dropout_probability", "boft_dropout")  # aliases of `network_dropout`
 
 
 def read_groups(
@@ -112,11 +112,12 @@ def read_groups(
     neuron_dropout: float | None = None,
     of_models: Mapping[str, ArgumentForm] = MappingProxyType({}),
 ) -> NetworkArguments:
-    """Read the network arguments that a user gave; None stands for one that was not given.
+    """Parse the network arguments that a user gave; None means not given.
 
-    `of_models` are those that base models have of their own. `dropout` is LyCORIS's name for `network_dropout` and
-    `dropout_probability` and `boft_dropout` those of OFT and BOFT: all mean the same here. Raises UserError naming the
-    argument for an unknown key and a value of the wrong form; warns of arguments that have no effect without another.
+    `of_models` maps the arguments of base models to the form of their values. `dropout` (LyCORIS),
+    `dropout_probability` (OFT) and `boft_dropout` (BOFT) are aliases of `network_dropout`, which is passed as
+    `neuron_dropout`. Raises UserError naming the argument for an unknown key, an invalid value, or two spellings with
+    different values. Warns about arguments that have no effect without another one.
     """
     known: dict[str, Argument] = {name: one for group in groups for name, one in declared(group).items()}
     aliases = {alias: name for group in groups for name, one in declared(group).items() for alias in one.aliases}
@@ -139,7 +140,7 @@ def read_groups(
 
 
 def _with_dropout(given: dict[str, Any], neuron_dropout: float | None, parse: Parse) -> dict[str, Any]:
-    """Merge `network_dropout` and its names in other programs. Raises UserError if they differ."""
+    """Merge `network_dropout` and its aliases into `neuron_dropout`. Raises UserError if they differ."""
     dropouts = {
         name: _parse(name, given.pop(name), "neuron_dropout", {"neuron_dropout": parse})
         for name in DROPOUTS
@@ -159,7 +160,7 @@ def _with_dropout(given: dict[str, Any], neuron_dropout: float | None, parse: Pa
 
 
 def _parse(key: str, value: Any, name: str, parsers: Mapping[str, Parse]) -> Any:
-    """Read one value. Raises UserError naming the argument as it was spelled."""
+    """Parse one value. Raises UserError naming the argument as the user spelled it."""
     is_list = isinstance(value, (list, tuple)) and not name.endswith("_patterns")
     text = ",".join(map(str, value)) if is_list else str(value)
     try:
@@ -170,7 +171,7 @@ def _parse(key: str, value: Any, name: str, parsers: Mapping[str, Parse]) -> Any
 
 
 def _merge_aliases(values: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values with every argument under one name. Raises UserError where two spellings differ."""
+    """Return the values with aliases replaced by argument names. Raises UserError if two spellings differ."""
     merged = {key: value for key, value in values.items() if key not in aliases}
     for key, name in aliases.items():
         if key in values and merged.setdefault(name, values[key]) != values[key]:
@@ -182,7 +183,7 @@ def _merge_aliases(values: Mapping[str, Any], aliases: Mapping[str, str]) -> dic
 
 
 def _warn_of_idle(arguments: NetworkArguments, known: Mapping[str, Argument]) -> None:
-    """Warn of arguments that mean nothing without another one."""
+    """Warn about arguments that have no effect without another one."""
     given = arguments.given
     idle: dict[str, list[str]] = {}
     for name in given:

@@ -1,4 +1,4 @@
-"""The text of single network arguments as typed values; each `parse_` raises UserError saying what is expected."""
+"""Parsers of single network argument values. Each `parse_*` function raises UserError naming the expected form."""
 
 import ast
 import math
@@ -10,7 +10,7 @@ from library.errors import UserError
 from networks.core.protocol import TRUE_WORDS
 
 FALSE_WORDS = ("false", "0", "no", "n", "off")
-LR_CURVES: Mapping[str, Callable[[float], float]] = {  # factor by the place of a block in its side, 0 to 1
+LR_CURVES: Mapping[str, Callable[[float], float]] = {  # factor by the relative position of a block in its side, 0 to 1
     "cosine": lambda t: math.sin(math.pi / 2 * (1 - t)),
     "sine": lambda t: math.sin(math.pi / 2 * t),
     "linear": lambda t: t,
@@ -21,7 +21,7 @@ LR_CURVES: Mapping[str, Callable[[float], float]] = {  # factor by the place of 
 
 @dataclass(frozen=True)
 class LrPreset:
-    """A named curve of learning rate factors over the blocks of one side, raised by `offset`."""
+    """Named curve of learning rate factors over the blocks of one side, plus `offset`."""
 
     name: str
     offset: float = 0.0
@@ -32,7 +32,7 @@ LrWeights = tuple[float, ...] | LrPreset
 
 @dataclass(frozen=True)
 class Selection:
-    """Numbers of blocks, None for all."""
+    """Selected block numbers; None selects all blocks."""
 
     indices: frozenset[int] | None = None
 
@@ -41,7 +41,7 @@ class Selection:
 
 
 def parse_bool(text: str) -> bool:
-    """Parse True or False from any usual spelling."""
+    """Parse True or False in any common spelling."""
     word = text.strip().lower()
     if word in TRUE_WORDS:
         return True
@@ -51,7 +51,7 @@ def parse_bool(text: str) -> bool:
 
 
 def parse_rank(text: str) -> int:
-    """Parse a rank: a whole number from 0, where 0 leaves the module alone."""
+    """Parse a rank, an integer of at least 0. Rank 0 skips the module."""
     try:
         rank = int(text)
     except ValueError:
@@ -62,19 +62,19 @@ def parse_rank(text: str) -> int:
 
 
 def parse_unit(text: str) -> int:
-    """Parse a block size: a whole number from 1."""
+    """Parse a block size, an integer of at least 1."""
     if (unit := parse_rank(text)) == 0:
         raise UserError("expected 1 or more")
     return unit
 
 
 def parse_factor(text: str) -> int:
-    """Parse a whole number from 1, or -1."""
+    """Parse an integer of at least 1, or -1."""
     return -1 if text.strip() == "-1" else parse_unit(text)
 
 
 def parse_number(text: str) -> float:
-    """Parse a finite number that is not negative."""
+    """Parse a finite number of at least 0."""
     try:
         number = float(text)
     except ValueError:
@@ -92,7 +92,7 @@ def parse_power(text: str) -> float:
 
 
 def parse_probability(text: str) -> float:
-    """Parse a chance from 0 up to, but without, 1: at 1 nothing would be trained."""
+    """Parse a probability of at least 0 and below 1. At 1 nothing would be trained."""
     number = parse_number(text)
     if number >= 1:
         raise UserError("expected a chance from 0 to below 1")
@@ -100,17 +100,17 @@ def parse_probability(text: str) -> float:
 
 
 def parse_ranks(text: str) -> tuple[int, ...]:
-    """Parse ranks with commas between them; an empty place is 0."""
+    """Parse comma-separated ranks; an empty item is 0."""
     return tuple(parse_rank(item or "0") for item in text.replace(" ", "").split(","))
 
 
 def parse_numbers(text: str) -> tuple[float, ...]:
-    """Parse numbers with commas between them; an empty place is 0."""
+    """Parse comma-separated numbers; an empty item is 0."""
     return tuple(parse_number(item or "0") for item in text.replace(" ", "").split(","))
 
 
 def parse_lr_weights(text: str) -> LrWeights:
-    """Parse learning rate factors with commas between them, or a curve such as `cosine` or `sine+0.25`."""
+    """Parse comma-separated learning rate factors, or a curve such as `cosine` or `sine+0.25`."""
     name, plus, offset = text.replace(" ", "").partition("+")
     if name in LR_CURVES:
         return LrPreset(name, parse_number(offset) if plus else 0.0)
@@ -121,12 +121,12 @@ def parse_lr_weights(text: str) -> LrWeights:
 
 
 def parse_embedder_ranks(text: str) -> tuple[int, ...]:
-    """Parse ranks with commas between them, in brackets or not; an empty place is 0."""
+    """Parse comma-separated ranks, optionally in square brackets; an empty item is 0."""
     return parse_ranks(text.strip().removeprefix("[").removesuffix("]"))
 
 
 def parse_selection(text: str) -> Selection:
-    """Parse `all`, `none`, or numbers of blocks and ranges with commas between them: 0-3,7."""
+    """Parse `all`, `none`, or comma-separated block numbers and ranges such as 0-3,7."""
     text = text.replace(" ", "").lower()
     if text == "all":
         return Selection()
@@ -145,17 +145,17 @@ def parse_selection(text: str) -> Selection:
 
 
 def parse_expression_ranks(text: str) -> tuple[tuple[str, int], ...]:
-    """Parse `expression=rank` with commas between them; an expression has no comma."""
+    """Parse comma-separated `expression=rank` items. An expression cannot contain a comma."""
     return tuple((expression, parse_rank(value)) for expression, value in _expressions(text))
 
 
 def parse_expression_rates(text: str) -> tuple[tuple[str, float], ...]:
-    """Parse `expression=rate` with commas between them; an expression has no comma."""
+    """Parse comma-separated `expression=rate` items. An expression cannot contain a comma."""
     return tuple((expression, parse_number(value)) for expression, value in _expressions(text))
 
 
 def parse_patterns(text: str) -> tuple[str, ...]:
-    """Parse regular expressions: one as it is or in quotes, several as a list of Python strings."""
+    """Parse regular expressions: a single one, quoted or not, or a Python list of strings."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -169,7 +169,7 @@ def parse_patterns(text: str) -> tuple[str, ...]:
 
 
 def _expressions(text: str) -> list[tuple[str, str]]:
-    """Return (regular expression, text after its last equals sign)."""
+    """Return (regular expression, text after its last equals sign) of each comma-separated item."""
     found = []
     for item in text.split(","):
         expression, equals, value = item.strip().rpartition("=")

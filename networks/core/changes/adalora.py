@@ -1,7 +1,7 @@
-"""AdaLoRA as PEFT saves it, read as the LoRA that it is: the singular values are multiplied into the down factor.
+"""Conversion of PEFT's AdaLoRA files to LoRA: the singular values are multiplied into the down factor.
 
-`lora_A` (R, I), `lora_E` (R, 1) and `lora_B` (O, R) have no `.weight` behind their names. Modules keep the ranks that
-were found worth it, which may be none.
+`lora_A` (R, I), `lora_E` (R, 1) and `lora_B` (O, R) have no `.weight` suffix. R differs by module, since AdaLoRA prunes
+ranks, and can be 0.
 """
 
 import re
@@ -14,20 +14,20 @@ from library.errors import UserError
 
 KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[ABE])(?:\.(?!weight$)[\w-]+)?")
 KEYS = ("A", "B", "E")
-INITIAL_RANK = "init_r"  # PEFT's setting that a pruned module still divides alpha by
-EPSILON = 1e-5  # which PEFT adds to it
+INITIAL_RANK = "init_r"  # PEFT divides alpha by it even after pruning
+EPSILON = 1e-5  # added to that divisor by PEFT
 
 
 def alpha_of(alpha: float, rank: int, settings: Mapping[str, Any]) -> float:
-    """Return the alpha that counts for a module of this rank; PEFT's is for the rank before pruning."""
+    """Return the alpha of a module with `rank` remaining ranks. PEFT divides alpha by the rank before pruning."""
     return alpha * rank / (settings[INITIAL_RANK] + EPSILON) if INITIAL_RANK in settings else alpha
 
 
 def as_lora(tensors: Mapping[str, Tensor], origin: str) -> Mapping[str, Tensor]:
-    """Return the tensors of a file with `lora_A.weight` and `lora_B.weight` in place of the three of each module of
-    AdaLoRA.
+    """Replace the three tensors of each AdaLoRA module in a file by `lora_A.weight` and `lora_B.weight`.
 
-    Raises UserError where the three do not belong together. Other files come back as they are.
+    Modules with rank 0 are dropped. Files without AdaLoRA are returned unchanged. Raises UserError if a module lacks
+    one of the three tensors or their shapes do not fit together.
     """
     found = {key: match for key in tensors if (match := KEY.fullmatch(key)) is not None}
     if not any(match["factor"] == "E" for match in found.values()):

@@ -26,9 +26,9 @@ def give_forward_back(layer: nn.Module, forward: Forward, base: Forward, path: s
 
 
 class Adapter:
-    """A change and the layer it acts on, `multiplier` times as strongly as the change says.
+    """A change and the layer it acts on, applied with strength `multiplier`.
 
-    It takes the layer's forward while installed, so the base model's module tree, keys and hooks stay as they were.
+    While installed it replaces the layer's `forward`, so the base model's module tree, keys and hooks are unchanged.
     """
 
     def __init__(self, target: TargetModule, change: Change, multiplier: float) -> None:
@@ -42,27 +42,27 @@ class Adapter:
         return self._base_forward is not None
 
     def install(self) -> None:
-        """Take the layer's forward."""
+        """Replace the layer's forward."""
         assert not self.is_installed
         self._base_forward = take_forward(self.target.module, self.forward)
 
     def remove(self) -> None:
-        """Give the layer's forward back; what was installed later must be removed first."""
+        """Restore the layer's forward. Adapters that were installed later must be removed first."""
         if self._base_forward is None:
             return
         give_forward_back(self.target.module, self.forward, self._base_forward, self.target.path)
         self._base_forward = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the layer computes with the change; shapes and dtype are those of the layer alone."""
+        """Return the layer's output with the change, in the shape and dtype of the layer's own output."""
         assert self._base_forward is not None
         if self.multiplier == 0:
             return self._base_forward(x)
-        # The plain method: the hooks of a run that looks for NaN are on the layer, which calls this.
+        # Call the method, not the module: the hooks that trace NaN are on the layer, which calls this forward.
         return self.change.forward(x, self._base_forward, self.multiplier)
 
     def merged(self) -> Mapping[str, Tensor]:
-        """Return what the layer's parameters become when the adapter is merged into them, by name."""
+        """Return the layer's parameters with the adapter merged in, by name."""
         found = {}
         for name in self.change.changed_parameters:
             base = getattr(self.target.module, name)
@@ -71,5 +71,5 @@ class Adapter:
         return found
 
     def merged_into(self, base: Tensor, name: str) -> Tensor:
-        """Return what `base` becomes, in place of the layer's own parameter of that name."""
+        """Return `base` with the adapter merged in. It takes the place of the layer's own parameter `name`."""
         return self.change.merged(base, self.multiplier, name)

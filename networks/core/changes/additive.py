@@ -1,4 +1,4 @@
-"""Additive changes as networks have them: a delta in the wrappers that the network arguments or a file ask for."""
+"""Additive changes: a delta with the wrappers that the network arguments or a file require."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,9 +15,9 @@ from networks.core.changes.tlora import NoiseMask, TLoraArguments
 
 
 def wrap(request: ChangeRequest, delta: Delta, alpha: float | None = None) -> Change:
-    """Make a change of a delta with alpha, dropout and T-LoRA, with DoRA or GGPO where the arguments ask for it.
+    """Wrap a delta in alpha, dropout and T-LoRA, then in DoRA or GGPO, as requested.
 
-    `alpha` is as asked for, if unset.
+    `alpha` defaults to that of the request.
     """
     layer, drops, has_scalar = request.layer, request.drops, request.has_scalar
     alpha = request.alpha if alpha is None else alpha
@@ -34,7 +34,7 @@ def wrap(request: ChangeRequest, delta: Delta, alpha: float | None = None) -> Ch
 
 
 def read_delta(delta: Delta, tensors: ModuleTensors, layer: nn.Module | None) -> Change:
-    """Make the change of a module in a file, to be merged, of a delta on the meta device."""
+    """Load a file's tensors into a delta on the meta device, and return its frozen change, for merging."""
     assert isinstance(delta, nn.Module)
     fill(delta, tensors)
     alpha = alpha_in(tensors, delta)
@@ -44,7 +44,7 @@ def read_delta(delta: Delta, tensors: ModuleTensors, layer: nn.Module | None) ->
         weight = None if layer is None else get_weight(layer)
         join = Decompose(weight, is_per_output=are_per_output(magnitudes))
         change = DoRA(layer, delta, alpha, join, magnitudes=magnitudes)
-    change.alpha_value = alpha  # 0 in a file is 0
+    change.alpha_value = alpha  # an alpha of 0 in a file means 0, not the rank
     return change
 
 
@@ -55,7 +55,10 @@ def read_with(
     make_core: MakeDelta | None = None,
     core: Sequence[str] = (),
 ) -> Callable[[ModuleTensors, nn.Module | None], Change]:
-    """Return a `KeyLayout.read` for a kind whose rank tells its form; `make_core` where a file has keys of a core."""
+    """Return a `KeyLayout.read` function for a kind whose structure follows from its rank.
+
+    Modules that have a key of `core` are built with `make_core`, others with `make_delta`.
+    """
 
     def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
         make = make_core if make_core is not None and any(key in tensors for key in core) else make_delta

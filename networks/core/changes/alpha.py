@@ -1,4 +1,4 @@
-"""A delta at its strength: alpha, a trained strength and dropout."""
+"""A delta with its scale: alpha, an optional trained strength, and dropout."""
 
 from collections.abc import Mapping
 
@@ -19,23 +19,23 @@ from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.parameter_keys import ALPHA, START
 from networks.core.changes.tlora import NoiseMask
 
-SCALAR = "scalar"  # in memory only: files have it multiplied into the factor that starts at zero
+SCALAR = "scalar"  # in memory only; files have it multiplied into the delta's `fast_key`
 
 
 def alpha_in(tensors: Mapping[str, Tensor], delta: Delta) -> float:
-    """Return the alpha of a file; the rank where it has none."""
+    """Return the alpha in a file's tensors, or the rank if there is none."""
     return float(tensors.get(ALPHA, delta.rank))
 
 
 class ScaledDelta(nn.Module):
-    """y = base(x) + strength * alpha / rank * up(down(x)): every kind that adds something to the weight.
+    """A change that adds a delta to the weight: y = base(x) + strength * alpha / rank * up(down(x)).
 
-    `alpha` and the parts of the delta are named as in files: what is registered in the delta is registered here, so
-    names have no level for it. Random numbers come from torch's default generators, so recomputing a checkpointed block
-    repeats them. Dropout and `mask` act between down and up.
+    `alpha` and the tensors of the delta are registered here under their names in files, without a level for the delta.
+    Dropout and `mask` act between down and up. Random numbers come from torch's default generators, so recomputing a
+    checkpointed block repeats them.
 
-    `scalar` (use_scalar) is a trained number that multiplies the change. It starts at 0, and what else would start at
-    zero then moves, so the change still starts at zero.
+    `scalar` (use_scalar) is a trained factor of the change. It starts at 0, and parameters that would otherwise start
+    at zero are drawn at random, so the change still starts at zero.
     """
 
     alpha: Tensor
@@ -52,21 +52,21 @@ class ScaledDelta(nn.Module):
         has_scalar: bool = False,
         mask: NoiseMask | None = None,
     ) -> None:
-        """`alpha` 0 stands for the rank. `layer` None is for merging alone."""
+        """`alpha` 0 means the rank. `layer` can be None if the change is only merged."""
         super().__init__()
         if delta.is_whole:
             alpha = float(delta.rank)
         self.drops = drops
         self.mask = mask
         self.register_buffer(ALPHA, torch.tensor(float(alpha or delta.rank), dtype=torch.float32))
-        self.alpha_value = float(alpha or delta.rank)  # read every call: no transfer from the device, no rounding
+        self.alpha_value = float(alpha or delta.rank)  # used in every call: no device transfer, no rounding
         assert isinstance(delta, nn.Module)
         for name, child in delta.named_children():
             self.add_module(name, child)
         for name, parameter in delta.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         object.__setattr__(self, "delta", delta)
-        object.__setattr__(self, "layer", layer)  # the base model's own, which is no part of the adapter
+        object.__setattr__(self, "layer", layer)  # not registered: it belongs to the base model
         self.delta: Delta
         self.layer: nn.Module | None
         self.register_parameter(SCALAR, nn.Parameter(torch.tensor(0.0)) if has_scalar else None)
@@ -80,12 +80,12 @@ class ScaledDelta(nn.Module):
 
     @property
     def scale(self) -> float:
-        """alpha / rank; 1 where there is no rank."""
+        """alpha / rank, or 1 for a delta without a rank."""
         return 1.0 if self.delta.is_whole else self.alpha_value / self.delta.rank
 
     @property
     def unit_strength(self) -> Tensor | float:
-        """The factor of the delta at strength 1."""
+        """The factor of the delta at strength 1: `scale`, times the trained strength if there is one."""
         if self.scalar is None:
             return self.scale
         strength: Tensor = self.scale * self.scalar
@@ -111,17 +111,17 @@ class ScaledDelta(nn.Module):
         return None
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        """Return what the layer computes with the change; shapes and dtype are those of the layer alone."""
+        """Return the layer's output with the change, in the shape and dtype of the layer's own output."""
         if self.training and self.drops.skips_this_call():
             return base(x)
         return self.add_to(base(x), x, strength)
 
     def add_to(self, out: Tensor, x: Tensor, strength: float, columns: Tensor | None = None) -> Tensor:
-        """Add the change of the layer's output to `out`; input column i counts `columns` times."""
+        """Add the change to the layer's output `out`; `columns` scales the input channels."""
         return self.delta.up(self.between(self.delta.down(x, columns), strength), out)
 
     def between(self, hidden: Tensor, strength: float) -> Tensor:
-        """Drop, mask and scale what lies between `down` and `up`."""
+        """Apply dropout, mask and scale to the channels between `down` and `up`."""
         strength = strength * self.scale
         if self.training:
             hidden = self.drops.drop(hidden, self.layer)
@@ -136,13 +136,13 @@ class ScaledDelta(nn.Module):
         return self.delta.weight() * self.unit_strength
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return (up_OR, down_RN) of which the change is `scale` times the product."""
+        """Return (up_OR, down_RN); the change is their product times `unit_strength`."""
         return self.delta.factors()
 
     def weight_for(self, base: Tensor) -> Tensor:
-        """Return the change in the shape of `base`. Raises `Misfit` where they differ in size."""
+        """Return the change in the shape of `base`. Raises `Misfit` if the sizes differ."""
         change = self.weight()
-        axes = 1 if change.dim() == 2 else 2  # a matrix can be a convolution whose kernel the file does not tell
+        axes = 1 if change.dim() == 2 else 2  # a matrix can be a convolution that was stored without its kernel
         if change.shape[:axes] != base.shape[:axes] or change.numel() != base.numel():
             raise Misfit("", tuple(change.shape), tuple(base.shape))
         return change.to(base.device).reshape(base.shape)
@@ -153,10 +153,10 @@ class ScaledDelta(nn.Module):
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """Return the Frobenius norm of the change at strength 1, from the small factors alone."""
+        """Return the Frobenius norm of the change at strength 1, from the factors if the delta has a rank."""
         if self.delta.is_whole:
             whole: Tensor = torch.linalg.vector_norm(self.weight())
-            return whole  # without a rank the weight is smaller than products of its factors
+            return whole  # without a rank the weight is smaller than the products of its factors
         strength = torch.abs(s) if isinstance(s := self.unit_strength, Tensor) else abs(s)
         up_OR, down_RN = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in self.delta.factors())
         square = ((up_OR.t() @ up_OR) * (down_RN @ down_RN.t())).sum()
@@ -164,16 +164,16 @@ class ScaledDelta(nn.Module):
 
     @torch.no_grad()
     def scale_(self, ratio: Tensor) -> None:
-        """Multiply the change by a number, shared out evenly to the parts that train."""
+        """Multiply the change by `ratio`, distributed evenly over the trained tensors."""
         parts = {name: part for name, part in list_parts(self.delta).items() if part.is_floating_point()}
         starts = [part for name, part in parts.items() if name.endswith(START)]
         others = [part for name, part in parts.items() if not name.endswith(START)]
         trained = [part for part in others if part.requires_grad] or others
-        for part in (*trained, *starts):  # a factor is its start and how far it has moved
+        for part in (*trained, *starts):  # a factor is its start plus its movement
             part.mul_(ratio.to(part) ** (1 / len(trained)))
 
     def stored_tensors(self) -> Mapping[str, Tensor]:
-        """Return the tensors as in files: a trained strength is multiplied in."""
+        """Return the tensors as stored in files, with the trained strength multiplied in."""
         tensors = dict(self.state_dict())
         if not tensors[ALPHA].is_meta:
             tensors[ALPHA] = torch.tensor(self.alpha_value, dtype=torch.float32)
@@ -193,14 +193,14 @@ class ScaledDelta(nn.Module):
         self.load_state_dict(self.completed(tensors))
 
     def completed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Add to the tensors of a file what it need not have: the rank as alpha, and 1 as trained strength.
+        """Return a file's tensors with defaults for optional ones: alpha is the rank, the trained strength 1.
 
-        The file has a trained strength in its factors.
+        Files have the trained strength multiplied into a factor.
         """
         strength = {} if self.scalar is None else {SCALAR: torch.ones(())}
         return strength | dict(tensors) | {ALPHA: torch.tensor(alpha_in(tensors, self.delta), dtype=torch.float32)}
 
     def read_alpha(self) -> None:
-        """Follow the alpha that was loaded."""
+        """Copy the loaded alpha to `alpha_value`."""
         if not self.alpha.is_meta:
             self.alpha_value = float(self.alpha)

@@ -1,4 +1,4 @@
-"""Sizes of the blocks of OFT and BOFT, from the network arguments and the layer."""
+"""Block sizes of OFT and BOFT, from the network arguments and the layer."""
 
 import logging
 from dataclasses import replace
@@ -15,7 +15,7 @@ from networks.core.changes.parameter_keys import DORA_SCALE
 logger = logging.getLogger(__name__)
 
 ALPHAS = ("conv_alpha", "block_alphas", "conv_block_alphas")
-REFUSED = {  # network argument -> why it does not work with what turns
+REFUSED = {  # network argument -> why rotations do not support it
     "use_tucker": "a rotation has no factors between which a core could lie",
     "split_qkv": "all rows of a layer see the same turned inputs",
     "rslora": "a rotation has no alpha",
@@ -25,20 +25,20 @@ REFUSED = {  # network argument -> why it does not work with what turns
 
 
 def refuse_magnitudes(tensors: ModuleTensors) -> None:
-    """Raise UserError for a rotation with magnitudes, as OneTrainer can train it."""
+    """Raise UserError for a rotation with DoRA magnitudes, which OneTrainer can train."""
     if DORA_SCALE in tensors:
         raise UserError(f"{DORA_SCALE} beside a rotation is not computed here; train without DoRA")
 
 
 def row_length(layer: nn.Module) -> int:
-    """Return N, how many numbers one output sees: I or I * h * w."""
+    """Return N, the number of inputs of one output: I, or I * h * w for a convolution."""
     return prod(weight_shape(layer)[1:])
 
 
 def block_size_for(num_columns: int, wanted: int, may_adjust: bool) -> int:
-    """Return the block size of a layer: `wanted`, or the divisor of its columns nearest to it, the smaller of two.
+    """Return the block size of a layer: `wanted`, or the nearest divisor of its inputs above 1, the smaller of two.
 
-    Raises UserError where it divides nothing and `may_adjust` is False, or where there is nothing to turn.
+    Raises UserError if `wanted` does not divide the inputs and `may_adjust` is False, or if the layer has one input.
     """
     if wanted > 1 and num_columns % wanted == 0:
         return wanted
@@ -55,16 +55,17 @@ def block_size_for(num_columns: int, wanted: int, may_adjust: bool) -> int:
 
 
 def with_kernels(settings: NetworkSettings, is_enabled: bool) -> NetworkSettings:
-    """Adapt larger kernels too (enable_conv), with blocks of the same size where they have none of their own."""
+    """Set conv_dim to the rank, to adapt larger kernels, if `is_enabled` (enable_conv) and it is not given."""
     if not is_enabled or settings.arguments.of(RankArguments).conv_dim is not None:
         return settings
     return replace(settings, arguments=settings.arguments.replace(RankArguments, conv_dim=settings.rank))
 
 
 def resolve_blocks(settings: NetworkSettings, block_size: int | None, enable_conv: bool) -> NetworkSettings:
-    """Return the settings as the core understands them: the block size stands where other kinds have a rank.
+    """Return the settings in the core's terms: the block size takes the place of the rank.
 
-    `block_size` goes before `network_dim`, and include_patterns mean that nothing else is adapted.
+    `block_size` overrides `network_dim`. Only modules that match include_patterns are adapted, if there are any. Warns
+    about arguments that have no effect.
     """
     if block_size is not None and settings.is_rank_given and block_size != settings.rank:
         logger.warning("--network_dim %d has no effect: --network_args block_size=%d", settings.rank, block_size)

@@ -1,4 +1,4 @@
-"""The interface of a change of one weight: to the trainer, which runs layers with it, and to tools, which merge it.
+"""Interface of the change of one layer. The trainer runs layers with it, tools merge it.
 
 Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
 """
@@ -15,59 +15,59 @@ from library.errors import UserError
 Forward = Callable[[Tensor], Tensor]
 
 ModuleTensors = Mapping[str, Tensor]
-"""The tensors of one module by the end of their keys."""
+"""Tensors of one module by parameter key, the end of their keys in files."""
 
 
 @dataclass(frozen=True)
 class ChangeSize:
-    """How large a change is, and in which structure, for reports and for comparing it with a file."""
+    """Size and structure of a change, for reports and for comparison with a file."""
 
-    rank: int | None = None  # or the block size, where files tell that; None where they tell neither
+    rank: int | None = None  # or the block size of a rotation; None if neither applies
     alpha: float = 0.0
     block_sizes: tuple[int, ...] = ()  # of rotations
     has_core: bool = False
     has_scalar: bool = False
     is_whole: bool = False  # no factor has a rank
-    magnitudes: Literal["", "input", "output"] = ""  # of DoRA: what there is one of for each
+    magnitudes: Literal["", "input", "output"] = ""  # DoRA: one magnitude per input or per output
 
     @property
     def has_ranks(self) -> bool:
-        """True if it lies between two factors, and alpha belongs to it."""
+        """True if the change has factors with a rank, to which alpha applies; False for rotations and norms."""
         return self.rank is not None and not self.block_sizes
 
 
 class Change(Protocol):
-    """The change of one layer. Implementations are modules whose parameters are named as in files.
+    """The change of one layer. Implementations are modules with parameters named as in files.
 
-    It is called `forward` and not `apply`, since every `nn.Module` has an `apply` that means something else.
+    The method is called `forward` because `nn.Module.apply` has another meaning.
     """
 
     @property
     def fast_keys(self) -> frozenset[str]:
-        """The parameters that LoRA+ trains faster."""
+        """Parameters that LoRA+ trains with a higher learning rate."""
         ...
 
     @property
     def changed_parameters(self) -> tuple[str, ...]:
-        """The parameters of the layer that it changes: "weight", for norms "bias" too."""
+        """Names of the layer's parameters that it changes: "weight", "bias" or both."""
         ...
 
     @property
     def adds_to_output(self) -> bool:
-        """True if it takes the layer's input as it is and adds to what the layer gives."""
+        """True if it leaves the layer's input unchanged and only adds to its output."""
         ...
 
     @property
     def size(self) -> ChangeSize: ...
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        """Run the layer with `strength` times the change; `base` is the layer without it."""
+        """Run the layer with `strength` times the change; `base` runs the layer without it."""
         ...
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
-        """Return `base`, a parameter of the layer, so that the layer computes the same without the change.
+        """Return `base`, a parameter of the layer, with the change merged in.
 
-        Computed in the wider dtype of `base` and the change. Raises `Misfit` where they differ in size.
+        The result has the wider dtype of `base` and the change. Raises `Misfit` if their sizes differ.
         """
         ...
 
@@ -76,24 +76,24 @@ class Change(Protocol):
         ...
 
     def scale_(self, ratio: Tensor) -> None:
-        """Multiply the change by a number."""
+        """Multiply the change by `ratio`."""
         ...
 
     def stored_tensors(self) -> Mapping[str, Tensor]:
-        """Return the tensors as files have them."""
+        """Return the tensors as stored in files."""
         ...
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over tensors that `stored_tensors` gave, or that another program wrote. What is missing keeps its start.
+        """Load tensors from `stored_tensors` or from another program, which may lack optional ones.
 
-        A trained strength becomes 1, as the file has it in its factors.
+        A trained strength becomes 1, since files have it multiplied into a factor.
         """
         ...
 
 
 @runtime_checkable
 class Stackable(Protocol):
-    """A change that can be computed with those of other adapters of the same layer, in one product."""
+    """A change that can be computed in one product with other adapters' changes of the same layer."""
 
     @property
     def scale(self) -> float:
@@ -105,38 +105,38 @@ class Stackable(Protocol):
 
     @property
     def is_pair(self) -> bool:
-        """True if nothing acts but two factors, and numbers for columns."""
+        """True if the change consists of two factors, optionally with scales of the input columns."""
         ...
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """Return (down, up) as the next call multiplies them, or their kernels."""
+        """Return (down, up) for the next call, as matrices or as kernels."""
         ...
 
     def columns(self) -> Tensor | None:
-        """Return what the columns of the changed weight are multiplied by, (1, I) or (1, I, 1, 1); None for nothing."""
+        """Return the column scales of the changed weight, (1, I) or (1, I, 1, 1); None if there are none."""
         ...
 
 
 @runtime_checkable
 class FollowsGradients(Protocol):
-    """A change that looks at the gradients of every optimizer step."""
+    """A change that uses the gradients of every optimizer step."""
 
     def note_gradients(self) -> None:
-        """Look at the gradients, which are complete and not clipped yet."""
+        """Read the gradients of an optimizer step, which are complete and not clipped yet."""
         ...
 
 
 @runtime_checkable
 class Converted(Protocol):
-    """A change that brings the tensors of a file to the form that it has in memory."""
+    """A change that converts a file's tensors to their form in memory."""
 
     def in_memory(self, tensors: ModuleTensors, name: str, source: str) -> ModuleTensors:
-        """Return the tensors of the module `name`. Raises UserError naming the file `source` where it cannot."""
+        """Return the tensors of module `name` as they are in memory. Raises UserError naming the file `source`."""
         ...
 
 
 class Misfit(UserError):
-    """A change meets a weight of another size."""
+    """Error for a change whose size differs from that of the weight."""
 
     def __init__(self, key: str, change: tuple[int, ...], base: tuple[int, ...]) -> None:
         super().__init__(f"{key or 'a change'} of the shape {list(change)} meets a weight of {list(base)}")
@@ -144,45 +144,45 @@ class Misfit(UserError):
 
 
 class Delta(Protocol):
-    """dW in fewer numbers, without alpha and magnitudes: what tells one additive kind from another.
+    """dW of an additive kind, without alpha and magnitudes.
 
-    dW is linear in each of the parameters, whose names, those of child modules included, are the names in files. The
-    caller scales the channels that lie between `down` and `up`, and drops some of them.
+    dW is linear in each parameter. Parameter names, including those of child modules, are the names in files. The
+    caller scales the channels between `down` and `up` and applies dropout to them.
     """
 
     rank: int
-    has_core: bool  # a Tucker core, as use_tucker asks for
-    is_whole: bool  # no factor has a rank: alpha does not count
-    fast_key: str  # LoRA+ trains it faster, and a trained strength is multiplied into it in files
+    has_core: bool  # has a Tucker core (use_tucker)
+    is_whole: bool  # no factor has a rank, so alpha has no effect
+    fast_key: str  # trained faster by LoRA+; takes the trained strength in files
 
     def start_moving(self) -> None:
-        """Draw what starts at zero: a trained strength of 0 holds the change at zero instead (use_scalar)."""
+        """Draw the parameters that start at zero. A trained strength of 0 keeps the change at zero (use_scalar)."""
         ...
 
     def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
-        """x in few channels: on the last axis for a Linear, on axis 1 for a convolution.
+        """Project x to the R channels: on the last axis for a Linear, on axis 1 for a convolution.
 
-        With `columns` (1, I) or (1, I, 1, 1) channel i of x is multiplied by column i first.
+        `columns` (1, I) or (1, I, 1, 1) scales the channels of x first.
         """
         ...
 
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
-        """Return `base` plus what the channels add to it, in the dtype of `base`."""
+        """Project the channels to the outputs and add them to `base`, in the dtype of `base`."""
         ...
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return (up_OR, down_RN) of which dW is the product."""
+        """Return (up_OR, down_RN) with dW = up @ down."""
         ...
 
     def weight(self) -> Tensor:
-        """dW in the shape of the layer's weight."""
+        """Return dW in the shape of the layer's weight."""
         ...
 
 
 class MergedOnly(nn.Module):
-    """The common part of changes that are read from files and merged, but not trained: their tensors are buffers."""
+    """Base class of changes that are read from files and merged, but not trained. Their tensors are buffers."""
 
-    words: str  # what a reader knows it by
+    words: str  # name in messages
     changed_parameters: tuple[str, ...] = ("weight",)
     fast_keys: frozenset[str] = frozenset()
     adds_to_output = False
@@ -200,48 +200,48 @@ class MergedOnly(nn.Module):
 
 @runtime_checkable
 class StoredOtherwise(Protocol):
-    """A delta whose tensors in memory are others than those that files have."""
+    """A delta with different tensors in memory and in files."""
 
     def as_one(self, tensors: ModuleTensors) -> dict[str, Tensor]:
-        """Return the tensors in memory, alpha included, as files have them."""
+        """Return the tensors in memory, including alpha, as stored in files."""
         ...
 
     def apart(self, tensors: ModuleTensors, name: str, source: str) -> dict[str, Tensor]:
-        """Return the tensors of a file as they are in memory.
+        """Return a file's tensors as they are in memory.
 
-        Raises UserError naming the module `name` and the file `source`, and what to do, where that cannot be.
+        Raises UserError naming the module `name`, the file `source` and a fix if that is impossible.
         """
         ...
 
 
 @runtime_checkable
 class Paired(Protocol):
-    """A delta that is the product of two factors, and multiplies by nothing else."""
+    """A delta that is the product of two factors and nothing else."""
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """Return (down, up) as the next call multiplies them: (R, I) and (O, R), or their kernels."""
+        """Return (down, up) for the next call: (R, I) and (O, R), or kernels."""
         ...
 
 
 @runtime_checkable
 class HasDelta(Protocol):
-    """A change that is made of a delta."""
+    """A change that contains a delta."""
 
     @property
     def delta(self) -> Delta: ...
 
 
 def delta_of(change: Change) -> Delta | None:
-    """Return the delta that a change is made of; None for changes of another sort."""
+    """Return the delta of a change, or None if it has none."""
     return change.delta if isinstance(change, HasDelta) else None
 
 
 MakeDelta = Callable[[nn.Module, int], Delta]
-"""(the layer, its rank) -> fresh numbers for the change of its weight."""
+"""(layer, rank) -> a new delta for the layer's weight."""
 
 
 def list_parts(delta: Delta) -> dict[str, Tensor]:
-    """Return every tensor that dW is made of, by name: all parameters and buffers of the delta."""
+    """Return all parameters and buffers of a delta by name, including those of its children."""
     assert isinstance(delta, nn.Module)
     return {**dict(delta.named_parameters()), **dict(delta.named_buffers())}
 
@@ -262,12 +262,12 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
 
 
 def match_dtype(factor: Tensor, x: Tensor) -> Tensor:
-    """x as a factor can meet it: autocast casts for itself, without it x gets the factor's dtype here."""
+    """Cast x to the factor's dtype, unless autocast does it."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(factor.dtype)
 
 
 def stand_in(shape: tuple[int, ...]) -> nn.Module:
-    """Make a layer on the meta device with a weight of shape (O, I) or (O, I, h, w), where there is only a file."""
+    """Return a layer on the meta device with a weight of `shape`, (O, I) or (O, I, h, w), for files read alone."""
     num_outputs, num_inputs, *kernel = shape
     with torch.device("meta"):
         if not kernel:
@@ -276,7 +276,10 @@ def stand_in(shape: tuple[int, ...]) -> nn.Module:
 
 
 def fill(delta: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a delta on the meta device the tensors of a file, in the dtypes they have there."""
+    """Assign a file's tensors, in their dtypes, to a delta on the meta device, and freeze it.
+
+    Raises UserError if a tensor is missing or has another shape.
+    """
     own, given = delta.state_dict(), {}
     for name, tensor in own.items():
         found = match_shape(tensors[name], tensor) if name in tensors else None
@@ -289,10 +292,10 @@ def fill(delta: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def match_shape(found: Tensor, own: Tensor) -> Tensor:
-    """Return a tensor of a file in the shape of `own` if the two differ only in how a kernel is written.
+    """Reshape a file's tensor to the shape of `own`, if the two differ only in how a kernel is written.
 
-    A matrix stands for a convolution, of which some programs keep no kernel, and a 1x1 kernel for a Linear layer, which
-    other checkpoints have where this has the one; anything else comes back as it is.
+    Some programs store a convolution as a matrix, without its kernel. Some checkpoints have a 1x1 convolution in place
+    of a Linear layer. Other tensors are returned unchanged.
     """
     if found.shape == own.shape or found.dim() < 2 or own.dim() < 2:
         return found
@@ -301,7 +304,7 @@ def match_shape(found: Tensor, own: Tensor) -> Tensor:
 
 
 def check_kernel(layer: nn.Module) -> nn.Module:
-    """Return the layer. Raises UserError for a convolution that cannot be adapted."""
+    """Return the layer. Raises UserError for a convolution with groups or with a padding mode other than zeros."""
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
         raise UserError(
             f"a convolution with groups={layer.groups} and padding_mode={layer.padding_mode!r} cannot be adapted; "

@@ -1,7 +1,7 @@
-"""DoRA: the changed weight is brought to magnitudes of its own, column by column or row by row.
+"""DoRA: the changed weight is rescaled to trained magnitudes, one per column or one per row.
 
-Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w, K inputs or
-outputs, whichever have magnitudes.
+Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w, K columns or
+rows, whichever have magnitudes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,19 +18,19 @@ from networks.core.changes.change import ChangeSize, Delta, Forward, get_weight
 from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.parameter_keys import DORA_SCALE
 
-EPS = 1.1920929e-07  # of float32: what readers of dora_scale add to the norm of columns
-CANCELLED = 1e-3  # of |W0|^2: below it the expansion of the norm has lost digits, and the column is summed directly
-MAX_DIRECT = 64  # columns or rows
-LOST = 1e-7  # of |W0|^2: what lies below it is noise of the expansion
-TINY = 1e-30  # squared norm of an empty column, whose root has a gradient
-CHUNK_VALUES = 2**22  # values of the base weight that are copied at once
+EPS = 1.1920929e-07  # float32 epsilon, which readers of dora_scale add to column norms
+CANCELLED = 1e-3  # share of |W0|^2 below which the expanded norm is too inaccurate and is summed directly
+MAX_DIRECT = 64  # columns or rows that are summed directly per call
+LOST = 1e-7  # share of |W0|^2 below which the expanded norm is rounding noise
+TINY = 1e-30  # squared norm of an empty column, so that its root has a finite gradient
+CHUNK_VALUES = 2**22  # values of the base weight that are cast at once
 HOST = torch.device("cpu")
 
 
 def are_per_output(magnitudes: Tensor) -> bool:
-    """Return True if magnitudes are of rows, (O,), (O, 1) or (O, 1, 1, 1), not of columns, (1, I) or (1, I, 1, 1).
+    """Return True if magnitudes are per output, (O,), (O, 1) or (O, 1, 1, 1), not per input, (1, I) or (1, I, 1, 1).
 
-    A single one is of a row: there are layers with one output, but none with one input.
+    A single magnitude counts as per output: some layers have one output, none has one input.
     """
     return magnitudes.numel() == 1 or magnitudes.shape[0] != 1
 
@@ -51,10 +51,10 @@ class DoraArguments:
 
 
 class DoRA(ScaledDelta):
-    """A change whose weight W0 + dW is brought to trained magnitudes (`Decompose` has the formulas).
+    """A change that rescales the weight W0 + dW to trained magnitudes; `Decompose` has the formulas.
 
-    `dora_scale` are the magnitudes: (1, I) or (1, I, 1, 1) of the columns, which multiply the layer's input instead, so
-    that no weight is built; or (O, 1) or (O, 1, 1, 1) of the rows, which multiply its output.
+    `dora_scale` holds the magnitudes. Those of columns, (1, I) or (1, I, 1, 1), scale the layer's input, so that no
+    weight is built. Those of rows, (O, 1) or (O, 1, 1, 1), scale its output.
     """
 
     dora_scale: nn.Parameter
@@ -70,10 +70,10 @@ class DoRA(ScaledDelta):
         has_scalar: bool = False,
         magnitudes: Tensor | None = None,
     ) -> None:
-        """`magnitudes` are those of a file; new ones are the norms of W0."""
+        """`magnitudes` are those of a file, not trained; by default they are trained and start at the norms of W0."""
         super().__init__(layer, delta, alpha, drops, has_scalar)
         self.join = join
-        scalar = self._parameters.pop(SCALAR)  # the optimizer has magnitudes before it
+        scalar = self._parameters.pop(SCALAR)  # magnitudes come first in the optimizer's parameter order
         found = join.magnitudes() if magnitudes is None else magnitudes
         self.register_parameter(DORA_SCALE, nn.Parameter(found, requires_grad=magnitudes is None))
         self.register_parameter(SCALAR, scalar)
@@ -90,7 +90,7 @@ class DoRA(ScaledDelta):
         return self.scales()
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        """Return what the layer computes with the change; shapes and dtype are those of the layer alone."""
+        """Return the layer's output with the change, in the shape and dtype of the layer's own output."""
         if self.training and self.drops.skips_this_call():
             return base(x)
         scales = self.scales()
@@ -103,7 +103,7 @@ class DoRA(ScaledDelta):
         return self.add_to(base(scale_columns(x, whole)), x, strength, scales)
 
     def scales(self) -> Tensor:
-        """Return what every column, or row, of the changed weight is multiplied by."""
+        """Return the factor of every column or row of the changed weight."""
         return self._scales(self.dora_scale)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
@@ -113,14 +113,14 @@ class DoRA(ScaledDelta):
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the tensors of a file; magnitudes that it lacks are set so that the layer computes what it does."""
+        """Load a file's tensors. Magnitudes that it lacks are set so that the layer computes W0 + dW."""
         self.load_state_dict({DORA_SCALE: self.dora_scale} | self.completed(tensors))
         if DORA_SCALE not in tensors:
             self.restart_magnitudes()
 
     @torch.no_grad()
     def restart_magnitudes(self) -> None:
-        """Set the magnitudes to the norms of the weight with the change: together they compute what the sum does."""
+        """Set the magnitudes to the norms of W0 + dW, so that the layer computes W0 + dW."""
         assert self.layer is not None
         device = get_weight(self.layer).device
         ones = torch.ones_like(self.dora_scale, device=device)
@@ -136,7 +136,7 @@ class DoRA(ScaledDelta):
         return self.join.scales(get_weight(self.layer), magnitudes, up_OR, down_RN, strength)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoRA":
-        """Move or cast. Magnitudes are never rounded to 16 bits: they would change the base model's own columns."""
+        """Move or cast, without rounding magnitudes to 16 bits, which would change the base model's columns."""
         exact = self.dora_scale.detach()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.dora_scale.dtype.itemsize == 2:
@@ -145,22 +145,22 @@ class DoRA(ScaledDelta):
 
 
 class Decompose:
-    """DoRA (Liu et al. 2024, arXiv:2402.09353): W = m (W0 + dW) / |W0 + dW|, m and the norm one number per column, or
-    per row with `is_per_output`, as PEFT has it and LyCORIS with wd_on_output.
+    """DoRA (Liu et al. 2024, arXiv:2402.09353): W = m (W0 + dW) / norm(W0 + dW).
 
-    A column is everything that meets one input channel: the norm runs over outputs and kernel positions. A row is
-    everything that one output sees. m starts as the norm of W0, which is kept from then on. At strength s the weight is
-    W0 + s (W - W0).
+    m and the norm have one number per column, or per row with `is_per_output`, as in PEFT and in LyCORIS with
+    wd_on_output. A column is all weights of one input channel, so its norm runs over outputs and kernel positions. A
+    row is all weights of one output. m starts as the norm of W0, which is computed once. At strength s the weight is W0
+    + s (W - W0).
 
-    The norm costs no matrix of the size of W0: with dW = s B A,
-    |W0 + dW|^2 = |W0|^2 + 2 s <B'W0, A> + s^2 <(B'B) A, A>, column by column, and
-    |W0 + dW|^2 = |W0|^2 + 2 s <W0 A', B> + s^2 <B (A A'), B>, row by row.
+    The norm needs no matrix of the size of W0. With dW = s B A:
+    norm(W0 + dW)^2 = norm(W0)^2 + 2 s <B'W0, A> + s^2 <(B'B) A, A>, column by column, and
+    norm(W0 + dW)^2 = norm(W0)^2 + 2 s <W0 A', B> + s^2 <B (A A'), B>, row by row.
     """
 
     def __init__(self, weight: Tensor | None, has_constant_norm: bool = False, is_per_output: bool = False) -> None:
-        """`weight` (O, I) or (O, I, h, w) is W0; `has_constant_norm` leaves the norm out of the backward pass.
+        """`weight` (O, I) or (O, I, h, w) is W0. `has_constant_norm` excludes the norm from the backward pass.
 
-        Without W0, as tools have it, this merges and nothing else.
+        Without a weight, as in tools, only `merge` can be used.
         """
         self.has_constant_norm, self.is_per_output = has_constant_norm, is_per_output
         if weight is not None:
@@ -196,11 +196,11 @@ class Decompose:
 
     @property
     def _eps(self) -> float:
-        """PEFT divides by the norms of rows as they are."""
+        """Number added to the norms: 0 for rows, as in PEFT."""
         return 0.0 if self.is_per_output else EPS
 
     def _squared_norms(self, weight: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float) -> Tensor:
-        """|W0 + strength * up @ down|^2 of every column or row."""
+        """Return the squared norm of W0 + strength * up @ down for every column or row."""
         if self._squares_K.device != weight.device or self._squares_K.dtype != up_OR.dtype:
             self._squares_K = self._squares_K.to(weight.device, up_OR.dtype)
         if self.is_per_output:
@@ -219,9 +219,9 @@ class Decompose:
     def _direct_where_cancelled(
         self, norms_K: Tensor, weight: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float
     ) -> Tensor:
-        """Sum the columns or rows directly that the change cancels almost wholly, up to a number of them.
+        """Sum the norms of columns or rows directly if the change almost cancels them.
 
-        That number is fixed, so that a graphics card never waits for the answer how many there are.
+        At most MAX_DIRECT are summed. The number is fixed so that a GPU needs no synchronisation with the host.
         """
         shares_K = norms_K.detach() / self._squares_K.clamp_min(TINY)
         on_host = weight.device == HOST and not torch.compiler.is_compiling()
@@ -240,7 +240,7 @@ class Decompose:
 
 
 class _Project(torch.autograd.Function):
-    """up' @ W0 for a frozen W0 of any dtype and memory format, in the dtype of `up` and without a copy of W0."""
+    """up' @ W0 for a frozen W0 of any dtype and memory format, in the dtype of `up` without a full copy of W0."""
 
     @staticmethod
     def forward(ctx: Any, up_OR: Tensor, weight: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ class _Project(torch.autograd.Function):
 
 
 class _ProjectRows(torch.autograd.Function):
-    """W0 @ down' for a frozen W0 of any dtype and memory format, in the dtype of `down` and without a copy of W0."""
+    """W0 @ down' for a frozen W0 of any dtype and memory format, in the dtype of `down` without a full copy of W0."""
 
     @staticmethod
     def forward(ctx: Any, down_RN: Tensor, weight: Tensor) -> Tensor:
@@ -276,10 +276,10 @@ class _ProjectRows(torch.autograd.Function):
 
 
 class _ScaleColumns(torch.autograd.Function):
-    """x times a number per column, computed in float32 and rounded once to the dtype of x.
+    """x times a factor per column, computed in float32 and rounded once to the dtype of x.
 
-    The number itself would lose more: bf16 has nothing between 1 and 1.0078. A 16-bit x still shows little of a factor
-    very near 1; an x in float32, as normalisation layers give it under autocast, shows all of it.
+    Rounding the factor would lose more: bf16 has no number between 1 and 1.0078. A factor very near 1 changes few
+    values of a 16-bit x. It takes full effect on a float32 x, which normalisation layers return under autocast.
     """
 
     @staticmethod
@@ -298,14 +298,14 @@ class _ScaleColumns(torch.autograd.Function):
 
 
 def scale_columns(x: Tensor, columns: Tensor) -> Tensor:
-    """x with input channel i multiplied by `columns` (1, I) on the last axis, or (1, I, 1, 1) on axis 1 of 4."""
+    """Return x with its input channels scaled by `columns`: (1, I) on the last axis, or (1, I, 1, 1) on axis 1 of 4."""
     per_axis = columns if columns.dim() == x.dim() else columns.view(*(1,) * (x.dim() - 1), -1)
     scaled: Tensor = _ScaleColumns.apply(x, per_axis)  # type: ignore[no-untyped-call]
     return scaled
 
 
 def scale_outputs(out: Tensor, scales_O: Tensor, layer: nn.Module) -> Tensor:
-    """Multiply what a layer gave, its bias left out, by a number for each output."""
+    """Scale the outputs of a layer by `scales_O`, except its bias."""
     shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (1, -1)
     scaled = scale_columns(out, scales_O.view(shape))
     bias = layer.bias
@@ -316,7 +316,7 @@ def scale_outputs(out: Tensor, scales_O: Tensor, layer: nn.Module) -> Tensor:
 
 
 def squared_columns(weight: Tensor) -> Tensor:
-    """Return the squared norm of every column of (O, I) or (O, I, h, w), at least in float32."""
+    """Return the squared norm of every column of a weight (O, I) or (O, I, h, w), in float32 or wider."""
     with torch.no_grad():
         dtype = torch.promote_types(weight.dtype, torch.float32)
         sums_N = [part_ON.square().sum(0) for _, part_ON in _row_parts(weight, dtype)]
@@ -324,14 +324,14 @@ def squared_columns(weight: Tensor) -> Tensor:
 
 
 def squared_rows(weight: Tensor) -> Tensor:
-    """Return the squared norm of every output of (O, I) or (O, I, h, w), at least in float32."""
+    """Return the squared norm of every row of a weight (O, I) or (O, I, h, w), in float32 or wider."""
     with torch.no_grad():
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return torch.cat([part_ON.square().sum(1) for _, part_ON in _row_parts(weight, dtype)])
 
 
 def _row_parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield rows of a weight as matrices in `dtype`: all at once if that is a view, else copies of a few at a time."""
+    """Yield (slice of rows, these rows as a matrix in `dtype`): all rows if that needs no copy, else a few."""
     is_view = weight.dtype == dtype and weight.is_contiguous()
     step = len(weight) if is_view else max(1, CHUNK_VALUES // weight[0].numel())
     for first in range(0, len(weight), step):

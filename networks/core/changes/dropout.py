@@ -1,4 +1,4 @@
-"""Dropout of a change while it trains.
+"""Dropout of a change in training.
 
 Letters: B samples, K channels between down and up.
 """
@@ -15,15 +15,15 @@ from networks.core.arguments.network_arguments import NetworkArguments
 
 @dataclass(frozen=True)
 class Dropout:
-    """Chances of what is left out while training; all of it acts on the change only, never on the base model."""
+    """Dropout probabilities. They apply to the change only, never to the base model."""
 
-    neuron: float = 0.0  # single numbers between down and up, the others scaled up (`network_dropout`)
-    rank: float = 0.0  # whole channels of a sample between down and up, the others scaled up
-    module: float = 0.0  # the whole change of this call; nothing is scaled
+    neuron: float = 0.0  # single values between down and up; the others are scaled up (`network_dropout`)
+    rank: float = 0.0  # whole channels of a sample between down and up; the others are scaled up
+    module: float = 0.0  # the whole change in one call; nothing is scaled
 
     @classmethod
     def of(cls, arguments: NetworkArguments) -> "Dropout":
-        """Take the chances from the network arguments."""
+        """Read the probabilities from the network arguments."""
         given = arguments.of(DropoutArguments)
         return cls(given.neuron_dropout, given.rank_dropout, given.module_dropout)
 
@@ -32,11 +32,11 @@ class Dropout:
         return bool(self.neuron or self.rank or self.module)
 
     def skips_this_call(self) -> bool:
-        """Draw whether the change is left out of one call; call it in training only."""
+        """Return True, at random, if the change is dropped in this call. Call it in training only."""
         return self.module > 0 and float(torch.rand(())) < self.module
 
     def drop(self, hidden: Tensor, layer: nn.Module | None) -> Tensor:
-        """Leave out numbers and channels; the caller divides by the chance that a channel stays."""
+        """Drop values and channels. The caller divides by 1 - `rank` to scale up the remaining channels."""
         if self.neuron > 0:
             hidden = dropout(hidden, self.neuron)
         if self.rank > 0:
@@ -54,7 +54,7 @@ def num_channels(hidden: Tensor, layer: nn.Module | None) -> int:
 
 
 def per_channel(keep_BK: Tensor, hidden: Tensor, layer: nn.Module | None) -> Tensor:
-    """Return 0 or 1 for every sample and channel, in a shape that meets `hidden`."""
+    """Return 0 or 1 for every sample and channel, in a shape that broadcasts with `hidden`."""
     others = (1,) * (hidden.dim() - 2)
     num_samples, num_kept = keep_BK.shape
     shape = (num_kept, *others) if isinstance(layer, nn.Conv2d) else (*others, num_kept)

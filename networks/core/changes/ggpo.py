@@ -1,4 +1,4 @@
-"""GGPO: noise on the weights of a layer while it trains, stronger in rows that are large or still learn.
+"""GGPO: noise on a layer's weight in training, stronger in rows with large weights or large gradients.
 
 Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
 """
@@ -23,12 +23,12 @@ from networks.core.changes.parameter_keys import DOWN, UP
 from networks.core.changes.tlora import NoiseMask
 
 NUM_SEEDS = 2**62
-DEVIATION = "ggpo_deviation"  # in memory and in states only
+DEVIATION = "ggpo_deviation"  # in memory and in training states only
 
 
 @dataclass(frozen=True)
 class GgpoArguments:
-    """The network arguments of GGPO, which takes both."""
+    """The network arguments of GGPO, which needs both of them."""
 
     ggpo_sigma: float | None = argument(
         parse_number, None, "Noise on weights in training, by the norms of rows.",
@@ -84,7 +84,7 @@ class Perturbed(ScaledDelta):
         return False  # the noise is part of no product
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        """Return what the layer computes with the change; shapes and dtype are those of the layer alone."""
+        """Return the layer's output with the change, in the shape and dtype of the layer's own output."""
         if self.training and self.drops.skips_this_call():
             return base(x)
         out = base(x)
@@ -94,10 +94,10 @@ class Perturbed(ScaledDelta):
         return self.add_to(out, x, strength)
 
     def note_gradients(self) -> None:
-        """Set the deviation of each row of the noise by the factors and by the gradients that they have."""
+        """Set the deviations of the noise from the factors and their gradients."""
         up, down = self.get_parameter(UP), self.get_parameter(DOWN)
         if up.grad is None or down.grad is None:
-            return  # without a learning rate
+            return  # no learning rate
         b, a, db, da = (t.detach().flatten(1).float() for t in (up, down, up.grad, down.grad))
         squares_O = self.base_norm.to(b.device) ** 2 + _along(b, a @ a.T, b)
         grads_O = _along(b, da @ da.T, b) + 2 * _along(b, da @ a.T, db) + _along(db, a @ a.T, db)
@@ -114,7 +114,7 @@ class Perturbed(ScaledDelta):
 
 
 def _go_on_with_noise(change: nn.Module, _: object) -> None:
-    """Let noise go on if some was loaded."""
+    """Resume the noise if non-zero deviations were loaded."""
     assert isinstance(change, Perturbed)
     if not (deviations_O := change.get_buffer(DEVIATION)).is_meta:
         change.is_perturbed = bool(deviations_O.any())
@@ -126,10 +126,10 @@ def _along(left_OR: Tensor, middle_RR: Tensor, right_OR: Tensor) -> Tensor:
 
 
 def add_noise(out: Tensor, x: Tensor, layer: nn.Module, deviations_O: Tensor) -> Tensor:
-    """Add what the noise makes of the layer's input to `out`, in its dtype.
+    """Add the effect of the noise on the layer's input to `out`, in its dtype.
 
-    A seed comes from torch's default generator, so that a recomputed block repeats it; the noise itself is drawn once
-    more for the gradient of x instead of being kept, which would take as much as the layer's weight.
+    The seed comes from torch's default generator, so a recomputed block repeats it. The noise is drawn again for the
+    gradient of x instead of being kept, which would take as much memory as the layer's weight.
     """
     seed = int(torch.randint(NUM_SEEDS, ()))
     noise: Tensor = _Noise.apply(x.to(out.dtype), layer, deviations_O, seed)  # type: ignore[no-untyped-call]
@@ -137,7 +137,7 @@ def add_noise(out: Tensor, x: Tensor, layer: nn.Module, deviations_O: Tensor) ->
 
 
 def draw(layer: nn.Module, deviations_O: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
-    """Return P, in the shape of the layer's weight."""
+    """Draw P from a seed, in the shape of the layer's weight."""
     shape = weight_shape(layer)
     generator = torch.Generator(deviations_O.device).manual_seed(seed)
     noise = torch.randn(shape, generator=generator, dtype=dtype, device=deviations_O.device)

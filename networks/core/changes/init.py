@@ -1,10 +1,10 @@
-"""Starts for the factors of a LoRA (network argument `init`) such that the file stays a plain LoRA of the base model.
+"""Initial values of LoRA factors (network argument `init`), with which the file remains a plain LoRA of the base model.
 
-PiSSA and OLoRA start at a part of the layer's weight and train that part in place of it. Nothing is taken out of the
-base model here, since other programs have it whole: what the factors started as is subtracted from what they become.
+PiSSA and OLoRA start from a part of the layer's weight and train it in its place. Other programs apply the file to the
+unmodified base model, so this part stays in the base weight, and the change is the trained product minus the initial
+one.
 
-Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w,
-K = min(O, N).
+Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w, K = min(O, N).
 """
 
 import math
@@ -24,14 +24,14 @@ from networks.core.changes.parameter_keys import ALPHA, DOWN, START, UP
 from networks.core.changes.svd import OVERSAMPLED
 
 START_DOWN, START_UP = f"lora_down{START}", f"lora_up{START}"
-DAMPING = 10.0  # of PEFT's orthogonal factors
+DAMPING = 10.0  # divisor of PEFT's orthogonal factors
 ORTHOGONAL, PISSA, OLORA = "orthogonal", "pissa", "olora"
 INITS = ("default", PISSA, f"{PISSA}_niter_4", OLORA, ORTHOGONAL)
 PISSA_WITH_ITERATIONS = re.compile(rf"{PISSA}_niter_(\d{{1,3}})")
 
 
 def parse_init(text: str) -> str | None:
-    """Return where the factors of a LoRA start; None for the default."""
+    """Parse the name of an initialisation; the default is None. Raises UserError for an unknown name."""
     name = text.strip().lower()
     if name not in INITS and not PISSA_WITH_ITERATIONS.fullmatch(name):
         raise UserError(f"expected one of {', '.join(INITS)} (any number of power iterations)")
@@ -40,7 +40,7 @@ def parse_init(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class InitArguments:
-    """Where the factors of a LoRA start; unset, up at zero and down at random."""
+    """Initial values of the factors of a LoRA. By default up starts at zero and down at random."""
 
     init: str | None = argument(parse_init, None, f"One of {', '.join(INITS)}.")
 
@@ -63,24 +63,21 @@ class InitArguments:
 
     @property
     def starts_at_weight(self) -> bool:
-        """True if factors start at a part of the base weight, which the file takes back out at twice the rank."""
+        """True if factors start from the base weight. Files then have twice the rank."""
         return self.init not in (None, ORTHOGONAL)
 
 
 class FromStart(FactorPair):
-    """dW = (up0 + up) @ (down0 + down) - up0 @ down0: factors that start at up0 and down0, a part of the weight.
+    """Two factors that start from the base weight: dW = (up0 + up) @ (down0 + down) - up0 @ down0.
 
-    `up` and `down` are the parameters, start at zero and are how far the factors have moved, so that the change starts
-    at exactly zero in every precision, nothing large is subtracted from anything large, and weight decay pulls towards
-    the base model. It is computed, and saved, as a LoRA of rank 2 R,
-
-        dW = [up | up0] @ [down0 + down ; down]
-
-    whose alpha in files is twice as large, so that alpha / rank is what it was trained with.
+    The parameters `up` and `down` start at zero and hold the movement of the factors. The change then starts at exactly
+    zero in every precision, no large numbers are subtracted, and weight decay pulls towards the base model. It is
+    computed and saved as a LoRA of rank 2 R: dW = [up, up0] @ [down0 + down; down]. Alpha is twice as large in files,
+    so that alpha / rank is the trained scale.
     """
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
-        """With starts of zero, to be filled by `begin_at` or from a file."""
+        """Start from up0 = down0 = 0, to be set by `begin_at` or from a file."""
         super().__init__()
         self.rank = rank
         plain = LowRank(layer, rank)
@@ -91,7 +88,7 @@ class FromStart(FactorPair):
 
     @torch.no_grad()
     def begin_at(self, up_OR: Tensor, down_RN: Tensor) -> None:
-        """Let the factors start as these; if there are fewer than R, the others start as those of a plain LoRA do."""
+        """Set up0 and down0. Ranks beyond those given start like a plain LoRA: up at zero, down at random."""
         up, down = _start(self.lora_up), _start(self.lora_down)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5))
         up.flatten(1)[:, : up_OR.shape[1]] = up_OR.to(up)
@@ -108,7 +105,7 @@ class FromStart(FactorPair):
         return torch.cat([get_weight(self.lora_up), _start(self.lora_up)], 1)
 
     def as_one(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors in memory as the LoRA of twice the rank that files hold."""
+        """Return the tensors in memory as the LoRA of twice the rank that is stored in files."""
         up, down = tensors[UP], tensors[DOWN]
         return {
             DOWN: torch.cat([tensors[START_DOWN] + down, down]),
@@ -118,7 +115,7 @@ class FromStart(FactorPair):
         }
 
     def apart(self, tensors: Mapping[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
-        """Return the tensors of a file as they are in memory, float32."""
+        """Return a file's tensors as they are in memory, in float32. Raises UserError for a rank other than 2 R."""
         rank = tensors[DOWN].shape[0]
         if rank != 2 * self.rank:
             raise UserError(
@@ -143,10 +140,10 @@ def _start(module: nn.Module) -> Tensor:
 
 
 def starting_delta(init: str, layer: nn.Module, rank: int, scale: float) -> Delta:
-    """Make the change of a layer whose factors start as `init` says; `scale` is alpha / rank, which the start undoes.
+    """Make the delta of a layer with the initialisation `init`; `scale` is alpha / rank.
 
-    The weight that is decomposed is the one that the layer computes with: of a base in 4 or 8 bits, what these stand
-    for. Raises UserError for a rank that the start cannot have.
+    PiSSA divides its start by `scale`. The decomposed weight is the one that the layer computes with, decoded if the
+    base is stored in 4 or 8 bits. Raises UserError for a rank that the initialisation does not support.
     """
     if init == ORTHOGONAL:
         return orthogonal(layer, rank)
@@ -158,10 +155,11 @@ def starting_delta(init: str, layer: nn.Module, rank: int, scale: float) -> Delt
 
 
 def pissa(init: str, weight_ON: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Return (up_OR, down_RN), where `scale` times the product is the best approximation of rank R (arXiv:2404.02948).
+    """Return (up_OR, down_RN) of PiSSA (arXiv:2404.02948).
 
-    Both factors are of equal size. With `pissa_niter_4` the singular vectors come from random projections and so many
-    power iterations, which is a fraction of the work for large layers.
+    `scale` times their product is the best rank-R approximation of the weight. Both factors have the same norm. With
+    `pissa_niter_4` the singular vectors come from random projections and 4 power iterations, at a fraction of the cost
+    for large layers.
     """
     if (match := PISSA_WITH_ITERATIONS.fullmatch(init)) is not None:
         num_vectors = min(rank + OVERSAMPLED, *weight_ON.shape)
@@ -175,17 +173,17 @@ def pissa(init: str, weight_ON: Tensor, rank: int, scale: float) -> tuple[Tensor
 
 
 def olora(weight_ON: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return (up_OR, down_RN), the first columns and rows of the QR decomposition of the weight (arXiv:2406.01775)."""
+    """Return (up_OR, down_RN) of OLoRA (arXiv:2406.01775): the first columns of Q and rows of R, with weight = Q R."""
     q_OK, r_KN = torch.linalg.qr(weight_ON)
     return q_OK[:, :rank], r_KN[:rank]
 
 
 @torch.no_grad()
 def orthogonal(layer: nn.Module, rank: int) -> Delta:
-    """Make a LoRA whose factors are both random and meet in no direction, so that their product starts at zero.
+    """Make a LoRA whose factors are random and orthogonal to each other, so that their product starts at zero.
 
-    Down is made of half the rows of an orthogonal matrix, up of the other half, as PEFT does it; the product is zero
-    up to rounding, and nothing is subtracted. Raises UserError for an odd rank.
+    As in PEFT, down is made from half the rows of an orthogonal matrix and up from the other half. The product is zero
+    up to rounding, so nothing is subtracted. Raises UserError for an odd rank.
     """
     if rank % 2:
         raise UserError(

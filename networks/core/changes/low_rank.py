@@ -1,4 +1,4 @@
-"""Two small factors whose product is the change of a weight, and how layers are run with such factors.
+"""Low-rank deltas: two small factors with dW = up @ down, and functions that run layers with such factors.
 
 Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
 """
@@ -14,7 +14,7 @@ from networks.core.changes.parameter_keys import UP
 
 
 class TwoFactors(nn.Module):
-    """The common part of deltas with two factors, down and up, which need not be the parameters themselves."""
+    """Base class of deltas with two factors, which can be parameters or computed from them."""
 
     has_core = False
     is_whole = False
@@ -23,11 +23,11 @@ class TwoFactors(nn.Module):
     lora_up: nn.Module
 
     def down_factor(self) -> Tensor:
-        """Return down, (R, I) or (R, I, h, w), as the next call multiplies it."""
+        """Return down for the next call, (R, I) or (R, I, h, w)."""
         return get_weight(self.lora_down)
 
     def up_factor(self) -> Tensor:
-        """Return up, (O, R) or (O, R, 1, 1), as the next call multiplies it."""
+        """Return up for the next call, (O, R) or (O, R, 1, 1)."""
         return get_weight(self.lora_up)
 
     def draw(self, *downs: nn.Module) -> None:
@@ -81,10 +81,10 @@ class LowRank(FactorPair):
 
 
 def run_like(layer: nn.Module, x: Tensor, weight: Tensor, columns: Tensor | None = None) -> Tensor:
-    """Run x through `weight` in place of the layer's own.
+    """Run x through `weight` in place of the layer's own weight.
 
-    Input column i is multiplied by `columns` (1, I) or (1, I, 1, 1). The weight is scaled in place of x, so that
-    autograd keeps x itself, which others keep too.
+    `columns` (1, I) or (1, I, 1, 1) scales the input channels. It is applied to the weight, so that autograd keeps x
+    itself, which other operations keep too.
     """
     if columns is not None:
         weight = weight * columns.to(weight.dtype)
@@ -98,7 +98,10 @@ def run_like(layer: nn.Module, x: Tensor, weight: Tensor, columns: Tensor | None
 
 
 def narrow_like(layer: nn.Conv2d, rank: int, in_channels: int | None = None) -> nn.Conv2d:
-    """Make a convolution that looks at the same pixels as `layer`, with R output channels and its inputs if unset."""
+    """Make a convolution with the kernel, stride, padding and dilation of `layer` and R output channels.
+
+    `in_channels` defaults to that of the layer. Raises UserError for a convolution that cannot be adapted.
+    """
     check_kernel(layer)
     return nn.Conv2d(
         layer.in_channels if in_channels is None else in_channels,
@@ -113,24 +116,24 @@ def narrow_like(layer: nn.Conv2d, rank: int, in_channels: int | None = None) -> 
 
 
 def add_product(base: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
-    """Add what an up factor of (O, R) or (O, R, 1, 1) makes of the R channels to `base`, in its dtype."""
+    """Add the product of `hidden` (R channels) and `up`, (O, R) or (O, R, 1, 1), to `base`, in the dtype of `base`."""
     if up.dim() == 4:
         pixels_BHWO, hidden_BHWR = pixels_in_rows(base), pixels_in_rows(hidden)
         if pixels_BHWO is None or hidden_BHWR is None:
             return base + conv2d(hidden, up).to(base.dtype)
         return add_product(pixels_BHWO, hidden_BHWR, up.flatten(1)).permute(0, 3, 1, 2)
     if base.dim() > 1 and hidden.dtype == base.dtype and base.is_contiguous():
-        # One pass over the outputs instead of two: the product is added where it is made.
+        # One pass over the outputs instead of two: addmm adds the product directly.
         return torch.addmm(base.flatten(0, -2), hidden.flatten(0, -2), up.t()).view_as(base)
     return base + linear(hidden, up).to(base.dtype)
 
 
 def pixels_in_rows(x: Tensor) -> Tensor | None:
-    """View images (B, C, H, W) as (B, H, W, C) in the same memory; None where their pixels do not lie so."""
+    """View images (B, C, H, W) as (B, H, W, C), or return None if they are not channels-last in memory."""
     pixels_BHWC = x.permute(0, 2, 3, 1)
     return pixels_BHWC if pixels_BHWC.is_contiguous() else None
 
 
 def looks_at_one_pixel(layer: nn.Conv2d) -> bool:
-    """Return True if a convolution is a product of every pixel with the same matrix."""
+    """Return True if a convolution multiplies every pixel by the same matrix."""
     return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0)

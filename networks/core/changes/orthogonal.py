@@ -1,7 +1,7 @@
-"""Changes that turn the inputs of a layer by an orthogonal matrix instead of adding to its weight: OFT, BOFT.
+"""Changes that rotate the inputs of a layer by an orthogonal matrix instead of adding to its weight: OFT, BOFT.
 
-Letters: O output features or channels, I input features or channels, h w kernel, N = I * h * w, F factors, D blocks,
-b block size, T everything but the last axis.
+Letters: O output features or channels, I input features or channels, h w kernel, N = I * h * w, F factors, D blocks, b
+block size, T all axes but the last.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,48 +20,48 @@ from networks.core.changes.dropout import NO_DROPOUT, Dropout
 
 
 class Rotation(Protocol):
-    """An orthogonal matrix R of N x N in few numbers, whose names are the names in files.
+    """An orthogonal N x N matrix R with few parameters, which are named as in files.
 
-    R is a product of F factors, each with D blocks of b x b on its diagonal and with its inputs in another order, see
-    `turn`. D is N / b, or 1 where one block serves for all. Implementations are modules.
+    R is a product of F factors. Each has D blocks of b x b on its diagonal and a different order of its inputs, see
+    `turn`. D is N / b, or 1 if all inputs share one block. Implementations are modules.
     """
 
     block_size: int
-    exact: tuple[str, ...]  # parameters that are never rounded to 16 bits: what they multiply would move with them
+    exact: tuple[str, ...]  # never rounded to 16 bits, which would change the base weights they multiply
 
     def angles(self, scalar: Tensor | float) -> Tensor:
-        """Return (F, D, b, b), skew-symmetric: `scalar` times the angles; the rotations are 1 + 2 angles + ..."""
+        """Return the skew-symmetric angles times `scalar`, (F, D, b, b). The rotations are 1 + 2 angles + ..."""
         ...
 
     def turns(self, angles_FDbb: Tensor) -> Tensor:
-        """Return (F, D, b, b): the blocks that belong to these angles, less the identity."""
+        """Return the blocks for these angles minus the identity, (F, D, b, b)."""
         ...
 
     def output_scales(self) -> Tensor | None:
-        """Return what each output is multiplied by; None where lengths stay as they are."""
+        """Return the scale of each output, or None if outputs are not scaled."""
         ...
 
     def start_moving(self) -> None:
-        """Draw what starts at zero: a trained strength of 0 holds the rotation at none instead (use_scalar)."""
+        """Draw the parameters that start at zero. A trained strength of 0 keeps R at the identity (use_scalar)."""
         ...
 
     def scale_(self, ratio: Tensor, scalar: Tensor | float) -> None:
-        """Multiply angles, and how far scales are from 1, by a number."""
+        """Multiply the angles, and the differences of the scales from 1, by `ratio`."""
         ...
 
     def in_files(self, scalar: Tensor | float) -> Mapping[str, Tensor]:
-        """Its tensors with a trained strength multiplied in."""
+        """Return the tensors as stored in files, with the trained strength multiplied in."""
         ...
 
 
 class Orthogonal(nn.Module):
-    """y = base(x R): W' = W R', so that the lengths of W's rows and the angles between them stay as they are.
+    """A rotation of a layer's inputs: y = base(x R), so W' = W R'. R keeps the lengths of W's rows and their angles.
 
-    A Linear layer or 1x1 convolution gets x R, and no matrix of the weight's size is made. The patches that a larger
-    kernel looks at would be h * w times its input, so there R turns the weight, which is not kept for the backward
-    pass. At strength s the weight is W + s (W' - W), as in sd-scripts.
+    A Linear layer or 1x1 convolution gets x R, without a matrix of the weight's size. For a larger kernel the patches
+    would be h * w times the input, so R rotates the weight, which is not kept for the backward pass. At strength s the
+    weight is W + s (W' - W), as in sd-scripts.
 
-    While training, dropout leaves single blocks as the identity. There is no alpha.
+    In training, dropout replaces single blocks by the identity. There is no alpha.
     """
 
     changed_parameters = ("weight",)
@@ -72,7 +72,7 @@ class Orthogonal(nn.Module):
     def __init__(
         self, layer: nn.Module | None, rotation: Rotation, drops: Dropout = NO_DROPOUT, has_scalar: bool = False
     ) -> None:
-        """`layer` None is for merging alone."""
+        """`layer` can be None if the change is only merged."""
         super().__init__()
         assert isinstance(rotation, nn.Module)
         for name, child in rotation.named_children():
@@ -89,7 +89,7 @@ class Orthogonal(nn.Module):
             rotation.start_moving()
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        """Return what the layer computes with the change; shapes and dtype are those of the layer alone."""
+        """Return the layer's output with the change, in the shape and dtype of the layer's own output."""
         if self.training and self.drops.skips_this_call():
             return base(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -120,11 +120,11 @@ class Orthogonal(nn.Module):
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """Return the Frobenius norm of R - 1, to first order, and of how far scales are from 1."""
+        """Return the Frobenius norm of R - 1, to first order, together with the differences of the scales from 1."""
         angles = self.rotation.angles(self._scalar)
         square = angles.square().sum() * 4
         if angles.shape[1] == 1 and self.layer is not None:
-            square = square * (row_length(self.layer) // angles.shape[2])  # the one block serves for all
+            square = square * (row_length(self.layer) // angles.shape[2])  # all inputs share the one block
         scales_O = self.rotation.output_scales()
         return (square if scales_O is None else square + (scales_O - 1).square().sum()).sqrt()
 
@@ -133,16 +133,16 @@ class Orthogonal(nn.Module):
         self.rotation.scale_(ratio, self._scalar)
 
     def stored_tensors(self) -> Mapping[str, Tensor]:
-        """Return the tensors as in files: a trained strength is multiplied into the angles."""
+        """Return the tensors as stored in files, with the trained strength multiplied into the angles."""
         return self.rotation.in_files(self._scalar)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the tensors of a file; a trained strength becomes 1."""
+        """Load a file's tensors; a trained strength becomes 1."""
         self.load_state_dict({**({} if self.scalar is None else {SCALAR: torch.ones(())}), **tensors})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Orthogonal":
-        """Move or cast, without rounding what has to stay exact."""
+        """Move or cast the tensors, without rounding those in `rotation.exact` to 16 bits."""
         exact = {name: self.get_parameter(name).detach() for name in self.rotation.exact}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, kept in exact.items():
@@ -158,14 +158,14 @@ class Orthogonal(nn.Module):
         return self.rotation.turns(self.rotation.angles(self._scalar))
 
     def _drop(self, turns: Tensor) -> Tensor:
-        """Leave out blocks for this call; a block that serves for all inputs is never."""
+        """Drop blocks in training. A block that all inputs share is never dropped."""
         if not self.training or self.drops.neuron == 0 or turns.shape[1] == 1:
             return turns
         keep_FD = torch.rand(turns.shape[:2], device=turns.device) > self.drops.neuron
         return turns * keep_FD[..., None, None].to(turns.dtype)
 
     def _turned(self, x: Tensor, base: Forward, turns: Tensor, strength: float) -> Tensor:
-        """Run the layer with its inputs turned."""
+        """Run the layer on rotated inputs."""
         if not isinstance(self.layer, nn.Conv2d):
             return base(x + strength * change_of_turn(x, turns))
         if self.layer.kernel_size == (1, 1):
@@ -181,8 +181,8 @@ def turn(x_TN: Tensor, turns: Tensor, is_transposed: bool = False) -> Tensor:
     """Return x R, or x R' with `is_transposed`.
 
     R is the product of P_i (1 + turns_i) P_i' from the last factor to the first, as in BOFT (Liu et al. 2024,
-    arXiv:2311.06243). P_0 is the identity. P_i deals out 2^(i + 1) neighbouring half blocks: what is far apart by 2^i
-    of them comes into one block. No matrix of N x N is made: the order changes by a transposition.
+    arXiv:2311.06243). P_0 is the identity. P_i permutes every 2^(i + 1) neighbouring half blocks, so that half blocks
+    that are 2^i apart form one block. A transposition of axes changes the order; no N x N matrix is built.
     """
     num_factors = len(turns)
     for i in range(num_factors) if is_transposed else reversed(range(num_factors)):
@@ -192,7 +192,7 @@ def turn(x_TN: Tensor, turns: Tensor, is_transposed: bool = False) -> Tensor:
 
 
 def change_of_turn(x_TN: Tensor, turns: Tensor) -> Tensor:
-    """Return x R - x. R is near the identity, and 16 bits hold this difference better than R."""
+    """Return x R - x. R is near the identity, and 16 bits represent the difference more accurately than R."""
     if not torch.is_autocast_enabled(x_TN.device.type):
         turns = turns.to(x_TN.dtype)
     if len(turns) == 1:
@@ -201,12 +201,12 @@ def change_of_turn(x_TN: Tensor, turns: Tensor) -> Tensor:
 
 
 def turn_rows(weight: Tensor, turns: Tensor) -> Tensor:
-    """Return W R' of a weight (O, I) or (O, I, h, w), whose rows of N numbers are turned."""
+    """Return W R' for a weight (O, I) or (O, I, h, w): every row of N numbers is rotated."""
     return turn(weight.flatten(1), turns, is_transposed=True).view_as(weight)
 
 
 def _through(x_TN: Tensor, blocks_Dbb: Tensor) -> Tensor:
-    """Run every b numbers of x through their block."""
+    """Multiply every b numbers of x by their block."""
     parts = x_TN.reshape(*x_TN.shape[:-1], -1, blocks_Dbb.shape[-1])
     if len(blocks_Dbb) == 1:
         return (parts @ blocks_Dbb[0]).flatten(-2)
@@ -227,7 +227,7 @@ def _unshuffle(x_TN: Tensor, blocks_Dbb: Tensor, i: int) -> Tensor:
 
 
 class _OrthogonalConv(torch.autograd.Function):
-    """A convolution with a turned weight, of which only the rotation and the input are kept for the backward pass."""
+    """A convolution with a rotated weight that keeps only the rotation and the input for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, turns: Tensor, layer: nn.Conv2d, strength: float) -> Tensor:

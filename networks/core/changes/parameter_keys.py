@@ -1,7 +1,7 @@
-"""Ends of keys that several kinds share; those of one kind stand in its file."""
+"""Parameter keys, the ends of keys in files, that several kinds share. Keys of one kind are in its file."""
 
 ALPHA = "alpha"
 DORA_SCALE = "dora_scale"
 DOWN = "lora_down.weight"
 UP = "lora_up.weight"
-START = ".start"  # what factors started as: in memory and in states, not in files
+START = ".start"  # initial values of factors: in memory and in training states, not in files

@@ -1,8 +1,8 @@
-"""Changes of some of a layer's rows each: a file of a program that has several layers where this one is.
+"""Separate changes of parts of a layer's rows, for files of programs that split the layer into several.
 
-The factors of a LoRA can be joined to those of the whole layer; those of a LoKr, a LoHa, a rotation or with magnitudes
-cannot. So each keeps its own, under names such as `rows_1_2_of_3.lokr_w1`: the second third of the rows. These names
-are in memory and in states alone; files have those that they had (networks/core/files/file_spelling.py).
+LoRA factors of the parts can be joined into one LoRA of the whole layer. LoKr, LoHa, rotations and DoRA cannot, so each
+part keeps its own change. `rows_1_2_of_3.lokr_w1` names a tensor of the second third of the rows. These names are used
+in memory and in training states only; files keep their own (networks/core/files/file_spelling.py).
 """
 
 import re
@@ -19,7 +19,7 @@ IN_NAME = re.compile(r"(.+)\.(rows_\d+_\d+_of_\d+)")
 
 
 def rows_name(first: int, stop: int, total: int) -> str:
-    """Name the rows from `first` to `stop`, in shares of which the layer has `total`."""
+    """Return the name of the rows from `first` to `stop`, in units of 1 / `total` of the layer's rows."""
     return f"rows_{first}_{stop}_of_{total}"
 
 
@@ -28,7 +28,7 @@ def is_in_rows(tensors: Collection[str]) -> bool:
 
 
 def by_rows(tensors: ModuleTensors) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of each piece by the name of its rows."""
+    """Return the tensors of each part by the name of its rows."""
     found: dict[str, dict[str, Tensor]] = {}
     for text, tensor in tensors.items():
         match = ROWS_KEY.fullmatch(text)
@@ -38,13 +38,13 @@ def by_rows(tensors: ModuleTensors) -> dict[str, dict[str, Tensor]]:
 
 
 def whole_and_key(module: str, key: str) -> tuple[str, str]:
-    """Return the module and the parameter key of a key whose module names rows; others as they are."""
+    """Move the rows in a module's name to its parameter key. Other names are returned unchanged."""
     match = IN_NAME.fullmatch(module)
     return (module, key) if match is None else (match[1], f"{match[2]}.{key}")
 
 
 def rows_of(name: str, num_rows: int) -> slice:
-    """Return the rows of a layer with `num_rows` that a piece has. Raises `Misfit` where they are no whole number."""
+    """Return the rows of a part in a layer with `num_rows` rows. Raises `Misfit` if they cannot be divided so."""
     match = ROWS_KEY.fullmatch(f"{name}.weight")
     assert match is not None
     first, stop, total = (int(number) for number in match.groups()[1:4])
@@ -55,7 +55,7 @@ def rows_of(name: str, num_rows: int) -> slice:
 
 
 class LinearRows(nn.Linear):
-    """Some rows of a Linear layer, as changes see a layer; it has no tensors of its own."""
+    """View of some rows of a Linear layer, which a change can use as a layer. It has no tensors itself."""
 
     def __init__(self, whole: nn.Linear, rows: slice) -> None:
         nn.Module.__init__(self)
@@ -70,9 +70,9 @@ class LinearRows(nn.Linear):
 
 
 class InRows(nn.Module):
-    """W with each change made to its own rows; rows of no change stay as they are.
+    """A change composed of changes of separate rows. Other rows stay unchanged.
 
-    The layer runs once for all changes that leave its input alone, and once more for each that does not.
+    The layer runs once for all changes that keep its input, and once more for each change that does not.
     """
 
     changed_parameters = ("weight",)
@@ -136,5 +136,5 @@ class InRows(nn.Module):
 
 
 def changes_in(change: Change) -> Iterator[Change]:
-    """Yield the changes that one is made of: itself, or those of its rows."""
+    """Yield the changes that a change consists of: those of its rows, or itself."""
     yield from change.changes.values() if isinstance(change, InRows) else (change,)

@@ -1,4 +1,4 @@
-"""Tensors of a LoRA by the rows of their layer: what one program has in one module, another has in several.
+"""Splitting and joining of LoRA tensors by rows, for programs that divide a layer into modules differently.
 
 Letters: O rows, I columns, R rank.
 """
@@ -11,9 +11,9 @@ from torch import Tensor
 from networks.core.changes.change import ModuleTensors
 from networks.core.changes.parameter_keys import DORA_SCALE, DOWN, UP
 
-SPELLED_ELSEWHERE = {DOWN: "lora_A.weight", UP: "lora_B.weight"}  # in the namings that keep no alpha
+SPELLED_ELSEWHERE = {DOWN: "lora_A.weight", UP: "lora_B.weight"}  # in the namings without alpha
 PEFT_MAGNITUDES = "lora_magnitude_vector"
-PEFT_MAGNITUDES_IN_MEMORY = f"{PEFT_MAGNITUDES}.weight"  # PEFT reads both, transformers' text encoders this alone
+PEFT_MAGNITUDES_IN_MEMORY = f"{PEFT_MAGNITUDES}.weight"  # PEFT reads both, transformers' text encoders only this one
 
 
 def num_rows(tensors: ModuleTensors) -> int:
@@ -22,22 +22,22 @@ def num_rows(tensors: ModuleTensors) -> int:
 
 
 def dtypes_of(tensors: ModuleTensors) -> frozenset[torch.dtype]:
-    """Return the dtype of the down factor; nothing where there is none."""
+    """Return the dtype of the down factor, or an empty set if there is none."""
     return frozenset((tensors[DOWN].dtype,)) if DOWN in tensors else frozenset()
 
 
 def take_rows(tensors: ModuleTensors, rows: slice) -> dict[str, Tensor]:
-    """Return the LoRA of some of the rows: these rows of up, and of magnitudes per output, and all of down."""
+    """Return the LoRA of some rows: these rows of up and of magnitudes per output, and all of down."""
     magnitudes = {DORA_SCALE: tensors[DORA_SCALE][rows].clone()} if DORA_SCALE in tensors else {}
     return {DOWN: tensors[DOWN].clone(), UP: tensors[UP][rows].clone(), **magnitudes}
 
 
-BY_ROW = (UP, "hada_w1_a", "hada_w2_a")  # a row of these is a row of the layer
-OUTER, INNER = ("lokr_w1", "lokr_w1_a"), ("lokr_w2", "lokr_w2_a")  # row l K + k of the layer is row l here, k there
+BY_ROW = (UP, "hada_w1_a", "hada_w2_a")  # tensors whose rows are those of the layer
+OUTER, INNER = ("lokr_w1", "lokr_w1_a"), ("lokr_w2", "lokr_w2_a")  # layer row l K + k: row l of OUTER, k of INNER
 
 
 def swap_halves(tensors: ModuleTensors) -> dict[str, Tensor] | None:
-    """Exchange the halves of the rows; None if the tensors cannot express that."""
+    """Return the tensors with the two halves of the layer's rows exchanged, or None if that is impossible."""
     by_row: tuple[str, ...] = BY_ROW
     if outer := [tensors[key] for key in OUTER if key in tensors]:
         by_row = INNER if len(outer[0]) == 1 else OUTER
@@ -50,10 +50,10 @@ def swap_halves(tensors: ModuleTensors) -> dict[str, Tensor] | None:
 
 
 def join_rows(pieces: Mapping[int, ModuleTensors], rows: Sequence[slice]) -> dict[str, Tensor]:
-    """Return one LoRA for all pieces: exact at the same rank where they share down, else at the sum of their ranks.
+    """Join the LoRAs of parts into one: exact at the same rank if they share down, else at the sum of their ranks.
 
-    `rows` has where each piece lies; the rows of those that are missing are zero. Magnitudes per output, which all have
-    or none, are below each other: the norm of a row is the same in the whole.
+    `rows` holds the rows of every part; rows of missing parts are zero. Magnitudes per output, which all parts or none
+    have, are concatenated, since the norm of a row is the same in the whole layer.
     """
     downs = [tensors[DOWN] for tensors in pieces.values()]
     ups = [tensors[UP] for tensors in pieces.values()]
@@ -69,9 +69,10 @@ def join_rows(pieces: Mapping[int, ModuleTensors], rows: Sequence[slice]) -> dic
 
 
 def peft_magnitudes(magnitudes: Tensor, num_dimensions: int) -> Tensor:
-    """PEFT's magnitudes, one number per output, along the first axis of a weight; it has them as (O,) or (1, O, 1, 1).
+    """Return PEFT's magnitudes, one per output, in the shape (O, 1, ...) of a weight with `num_dimensions` dimensions.
 
-    Where a convolution has as many outputs as inputs, the latter is what others have for one number per input.
+    PEFT stores them as (O,) or (1, O, 1, 1). If a convolution has as many outputs as inputs, the latter is the shape
+    that other programs use for one number per input.
     """
     return magnitudes.reshape(-1, *(1,) * (num_dimensions - 1))
 

@@ -1,4 +1,4 @@
-"""Separate adapters for the projections that a base model has in one layer (split_qkv).
+"""Separate adapters for the projections that a base model fuses into one layer (split_qkv).
 
 Letters: O output features, I input features, R rank of one projection, N projections.
 """
@@ -16,11 +16,11 @@ from networks.core.changes.parameter_keys import ALPHA, DOWN, UP
 
 
 class SplitRank(TwoFactors):
-    """dW of projection n = up[rows n] @ down[n R : (n + 1) R]: each has R channels of its own.
+    """A LoRA with separate channels for each projection: dW of projection n = up[rows n] @ down[n R : (n + 1) R].
 
-    In memory `lora_down.weight` is (N R, I) and `lora_up.weight` (O, R), its rows those of the layer. In files the up
-    factor is (O, N R) with zeros outside the blocks, and alpha is N times as large: a plain LoRA of rank N R that every
-    program applies at the strength it was trained with. Both start as those of `LowRank` do.
+    In memory `lora_down.weight` is (N R, I) and `lora_up.weight` (O, R), with the rows of the layer. In files the up
+    factor is (O, N R) with zeros outside the blocks, and alpha is N times as large. This is a plain LoRA of rank N R,
+    which every program applies at the trained strength. Both factors start like those of `LowRank`.
     """
 
     def __init__(self, layer: nn.Linear, rank: int, widths: Sequence[int]) -> None:
@@ -41,12 +41,12 @@ class SplitRank(TwoFactors):
         return expand(get_weight(self.lora_up), self.widths), get_weight(self.lora_down)
 
     def as_one(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors in memory as one LoRA of all projections, which is what files hold."""
+        """Return the tensors in memory as one LoRA of all projections, as stored in files."""
         up_ON, alpha = expand(tensors[UP], self.widths), tensors[ALPHA] * len(self.widths)
         return {**tensors, UP: up_ON, ALPHA: alpha}
 
     def apart(self, tensors: Mapping[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
-        """Return the tensors of a file as they are in memory."""
+        """Return a file's tensors as they are in memory. Raises UserError if one adapter covers all projections."""
         folded = fold(tensors[UP], self.widths)
         if folded is None:
             raise UserError(
@@ -59,12 +59,12 @@ class SplitRank(TwoFactors):
 
 
 def are_apart(tensors: Mapping[str, Tensor], widths: Sequence[int]) -> bool:
-    """Return True if the LoRA of a file is one for each projection."""
+    """Return True if the LoRA of a file is separate for each projection."""
     return fold(tensors[UP], widths) is not None
 
 
 def expand(up_OR: Tensor, widths: Sequence[int]) -> Tensor:
-    """Spread (O, R) to (O, N R): the rows of projection n in columns n R to (n + 1) R, zeros elsewhere."""
+    """Expand (O, R) to (O, N R): the rows of projection n in columns n R to (n + 1) R, zeros elsewhere."""
     columns = [torch.zeros_like(up_OR) for _ in widths]
     first = 0
     for column, width in zip(columns, widths, strict=True):
@@ -74,7 +74,7 @@ def expand(up_OR: Tensor, widths: Sequence[int]) -> Tensor:
 
 
 def fold(up_ON: Tensor, widths: Sequence[int]) -> Tensor | None:
-    """Undo `expand`, back to (O, R); None where there is something outside the blocks, or no N equal ranks."""
+    """Undo `expand` and return (O, R), or None for non-zero values outside the blocks or unequal ranks."""
     if up_ON.dim() != 2 or up_ON.shape[0] != sum(widths) or up_ON.shape[1] % len(widths):
         return None
     rank = up_ON.shape[1] // len(widths)

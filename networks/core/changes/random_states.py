@@ -1,4 +1,4 @@
-"""torch's default generators as several runs would have them, each for itself."""
+"""Independent random streams of several runs on torch's default generators."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,22 +9,22 @@ from torch import Tensor
 NUM_TICKETS = 2**62
 
 State = tuple[Tensor, ...]
-"""State of the generator on the CPU, and of the device's where that has one."""
+"""State of the CPU generator and, for a CUDA device, of the device's generator."""
 
 
 class Streams:
-    """One stream for each adapter of a sweep: what an adapter draws does not depend on those beside it.
+    """One random stream for each adapter of a sweep, so that its numbers do not depend on the other adapters.
 
-    A block that is computed again in the backward pass draws what it drew before: torch puts its default generator back
-    to where it was, so the ticket that a call draws from it comes again, and with it the streams as they were.
+    A block that is recomputed in the backward pass draws the same numbers again. torch restores its default generator,
+    so the call draws the same ticket from it, and the ticket finds the states that the streams had then.
     """
 
     def __init__(self) -> None:
         self._now: dict[int, State] = {}
-        self._before: dict[int, dict[int, State]] = {}  # by ticket, how the streams stood
+        self._before: dict[int, dict[int, State]] = {}  # by ticket: the states at the start of the call
 
     def start(self, seeds: Mapping[int, int], device: torch.device) -> None:
-        """Begin the streams of a batch; the default generators are left where they are."""
+        """Seed the streams of a batch. The default generators keep their states."""
         self._before.clear()
         with kept(device):
             for place, seed in seeds.items():
@@ -33,7 +33,10 @@ class Streams:
 
     @contextmanager
     def call(self, places: Sequence[int], device: torch.device) -> Iterator["Call"]:
-        """Enter one call of a layer, in which the adapters at `places` draw in turn."""
+        """Provide the streams for one call of a layer inside the block, and restore the default generators afterwards.
+
+        The adapters at `places` draw in turn.
+        """
         ticket = int(torch.randint(NUM_TICKETS, ()))
         is_repeated = ticket in self._before
         states = self._before[ticket] if is_repeated else {place: self._now[place] for place in places}
@@ -53,7 +56,7 @@ class Call:
 
     @contextmanager
     def of(self, place: int) -> Iterator[None]:
-        """Draw in the block from the stream of that adapter."""
+        """Draw from the stream of the adapter at `place` inside the block."""
         set_state(self.states[place], self._device)
         yield
         self.states[place] = state_of(self._device)
@@ -72,7 +75,7 @@ def set_state(state: State, device: torch.device) -> None:
 
 @contextmanager
 def kept(device: torch.device) -> Iterator[None]:
-    """Restore the default generators afterwards."""
+    """Restore the default generators to their current states after the block."""
     state = state_of(device)
     try:
         yield

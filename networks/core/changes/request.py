@@ -1,4 +1,4 @@
-"""The request that a kind of adapter answers: make the change of one target."""
+"""Request to an adapter kind for the change of one target module."""
 
 from dataclasses import dataclass
 
@@ -14,20 +14,20 @@ from networks.core.targets.targets import TargetModule
 
 @dataclass(frozen=True)
 class ChangeRequest:
-    """The change of one module that a network is to have, new or in the form that it has in a file."""
+    """Specification of the change of one module, either new or in the form of a file."""
 
     target: TargetModule
     rank: int
-    alpha: float  # 0 stands for the rank
+    alpha: float  # 0 means the rank
     arguments: NetworkArguments
     noise: NoiseLevels
-    is_denoiser: bool  # captions are encoded once for all noise levels
-    qkv_widths: tuple[int, ...] | None = None  # outputs of each projection, where the base model has several in one
-    tensors: ModuleTensors | None = None  # of the file, whose values are loaded later; None for a new change
+    is_denoiser: bool  # T-LoRA acts here only: captions are encoded once for all noise levels
+    qkv_widths: tuple[int, ...] | None = None  # outputs of each projection of a fused layer
+    tensors: ModuleTensors | None = None  # the file's, loaded later; None for a new change
     source: str = ""  # the file, for messages
     has_core: bool = False
     is_decomposed: bool = False
-    is_per_output: bool = False  # of magnitudes, where it is decomposed
+    is_per_output: bool = False  # one DoRA magnitude per output instead of per input
 
     @property
     def layer(self) -> nn.Module:
@@ -35,7 +35,7 @@ class ChangeRequest:
 
     @property
     def split_widths(self) -> tuple[int, ...] | None:
-        """The outputs of each projection that is adapted apart."""
+        """The outputs of each projection if projections are adapted separately, else None."""
         return self.qkv_widths if self.arguments.of(StructureArguments).split_qkv else None
 
     @property

@@ -1,4 +1,4 @@
-"""Several low-rank changes of one layer at once, each on rows of its own: a sweep's adapters in one product.
+"""Low-rank changes of one layer by several adapters of a sweep, computed in one product on separate rows.
 
 Letters: M changes, N rows of each (samples times positions), O outputs, I inputs, R the largest rank.
 """
@@ -16,21 +16,21 @@ from networks.core.changes.low_rank import looks_at_one_pixel
 
 
 def can_be_stacked(changes: Sequence[object]) -> TypeGuard[Sequence[Stackable]]:
-    """Return True if `stacked` computes these changes of one layer, apart from what dropout would leave out."""
+    """Return True if `stacked` can compute these changes of one layer. Dropout is not checked."""
     return all(
         isinstance(change, Stackable) and looks_at_single_places(change.layer) and change.is_pair for change in changes
     )
 
 
 def looks_at_single_places(layer: nn.Module | None) -> bool:
-    """Return True if each position or pixel is multiplied for itself: a Linear, or a convolution that is one."""
+    """Return True if the layer multiplies each position or pixel separately: a Linear, or a plain 1x1 convolution."""
     return looks_at_one_pixel(layer) if isinstance(layer, nn.Conv2d) else isinstance(layer, nn.Linear)
 
 
 def stacked(changes: Sequence[Stackable], x: Tensor, base: Forward, strengths: Sequence[float]) -> Tensor:
-    """Return what the layer computes where change m acts on the m-th of M equal parts of x, along its first axis.
+    """Return the layer's output where change m acts on the m-th of M equal parts of x, along its first axis.
 
-    Factors of lower rank are filled up with zeros, which add nothing. The layer itself runs once over all rows.
+    Factors of lower rank are padded with zeros. The layer itself runs once on all rows.
     """
     columns, is_conv = [change.columns() for change in changes], isinstance(changes[0].layer, nn.Conv2d)
     whole = whole_columns(columns, strengths)
@@ -50,7 +50,7 @@ def stacked(changes: Sequence[Stackable], x: Tensor, base: Forward, strengths: S
 
 
 def whole_columns(columns: Sequence[Tensor | None], strengths: Sequence[float]) -> Tensor | None:
-    """Return what the input features of each change's rows are multiplied by for the layer; None where nothing is."""
+    """Return the scales of the layer's input columns for each change's rows, or None if there are none."""
     like = next((one for one in columns if one is not None), None)
     if like is None:
         return None

@@ -1,4 +1,4 @@
-"""Arithmetic on products of two small matrices that never builds the product.
+"""Arithmetic on products of two small matrices, without building the product.
 
 Letters: O rows of the product, N its columns, R rank of the factors, K = min(O, N, R) singular values.
 """
@@ -8,15 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-OVERSAMPLED = 8  # random vectors beside those of the rank that is wanted
-MIN_SINGULAR_VALUE = 1e-6  # of a module whose change is taken to be nothing
+OVERSAMPLED = 8  # random vectors in addition to the requested rank
+MIN_SINGULAR_VALUE = 1e-6  # a module with no larger singular value counts as unchanged
 
 
 def svd_of_product(up_OR: Tensor, down_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (U_OK, S_K, V_KN) with up @ down = U * S @ V, S descending: the exact decomposition, from QR of both
-    factors.
+    """Return (U_OK, S_K, V_KN) with up @ down = U * S @ V and S descending: the exact SVD, from QR of both factors.
 
-    Costs O(R^2 (O + N)) instead of the O(O N min(O, N)) of decomposing the product.
+    The cost is O(R^2 (O + N)) instead of O(O N min(O, N)) for the SVD of the product.
     """
     left_OK, upper_KR = torch.linalg.qr(up_OR)
     right_NK, lower_KR = torch.linalg.qr(down_RN.T)
@@ -27,11 +26,11 @@ def svd_of_product(up_OR: Tensor, down_RN: Tensor) -> tuple[Tensor, Tensor, Tens
 def largest_of_product(
     up_OR: Tensor, down_RN: Tensor, rank: int, num_iterations: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return (U_Or, S_r, V_rN, Frobenius norm of the product): about its r largest singular values, without the others.
+    """Approximate the r largest singular values of the product: (U_Or, S_r, V_rN, Frobenius norm of the product).
 
-    The range is found from r + 8 random vectors and sharpened by power iterations (Halko, Martinsson and Tropp 2011,
-    algorithms 4.4 and 5.1); where singular values hardly fall, more of these are needed. For products of high rank,
-    whose exact decomposition costs O(K^3). `generator` is on the CPU.
+    The range is estimated with r + 8 random vectors and refined by power iterations (Halko, Martinsson and Tropp 2011,
+    algorithms 4.4 and 5.1). Singular values that decay slowly need more iterations. It is for products of high rank,
+    whose exact decomposition costs O(K^3). `generator` must be on the CPU.
     """
     left_OK, upper_KR = torch.linalg.qr(up_OR)
     right_NK, lower_KR = torch.linalg.qr(down_RN.T)
@@ -47,24 +46,24 @@ def largest_of_product(
 
 
 def balanced(u_OK: Tensor, s_K: Tensor, v_KN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return (up_Or, down_rN), the best product of rank r, both factors of equal size: half precision suits both."""
+    """Return (up_Or, down_rN), the best product of rank r, with factors of equal norm, which suits half precision."""
     root_r = s_K[:rank].clamp(min=0).sqrt()
     return u_OK[:, :rank] * root_r, root_r[:, None] * v_KN[:rank]
 
 
 def concatenated(factors: Sequence[tuple[Tensor, Tensor]], strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Return (up_OR, down_RN) whose product is the sum of strength * up @ down; the ranks add."""
+    """Return (up_OR, down_RN) whose product is the sum of strength * up @ down. The ranks add up."""
     ups = [strength * up_OR for (up_OR, _), strength in zip(factors, strengths, strict=True)]
     return torch.cat(ups, 1), torch.cat([down_RN for _, down_RN in factors], 0)
 
 
 def rank_by_ratio(s_K: Tensor, most: float) -> int:
-    """Return how many singular values are larger than the largest divided by `most`."""
+    """Return the number of singular values above the largest one divided by `most`, at least 1."""
     return max(int((s_K > s_K[0] / most).sum()), 1)
 
 
 def rank_by_sum(s_K: Tensor, share: float) -> int:
-    """Return the smallest rank whose singular values make up `share` of the sum of all."""
+    """Return the smallest rank whose singular values reach `share` of the sum of all."""
     return _first_reaching(s_K, share)
 
 
@@ -74,16 +73,15 @@ def rank_by_norm(s_K: Tensor, share: float) -> int:
 
 
 def _first_reaching(values_K: Tensor, share: float) -> int:
-    sums_K = values_K.cpu().double().cumsum(0)  # not every device has float64
+    sums_K = values_K.cpu().double().cumsum(0)  # some devices have no float64
     return min(int((sums_K < share * sums_K[-1]).sum()) + 1, len(values_K))
 
 
 def best_factors(matrix_ON: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return (up_Or, down_rN), the best product of rank r = min(rank, O, N) for a whole matrix, both factors of equal
-    size.
+    """Return (up_Or, down_rN), the best product of rank r = min(rank, O, N) for a matrix, with factors of equal norm.
 
-    The singular vectors of the shorter side come from its Gram matrix, the other side is the projection onto them: a
-    fraction of the time of a singular value decomposition. Give float64 for float32 results.
+    The singular vectors of the shorter side come from its Gram matrix; the other side is the projection onto them. This
+    takes a fraction of the time of an SVD. For float32 accuracy pass float64.
     """
     if matrix_ON.shape[0] > matrix_ON.shape[1]:
         down_rN, up_Or = best_factors(matrix_ON.T, rank)
@@ -97,7 +95,7 @@ def best_factors(matrix_ON: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def clamped(up: Tensor, down: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Clamp both factors to the given quantile of all their values, and its negative."""
+    """Clamp both factors to the given quantile of all their values, and to its negative."""
     values = torch.cat([up.flatten(), down.flatten()])
     limit = float(values.kthvalue(max(round(quantile * len(values)), 1)).values)
     return up.clamp(-limit, limit), down.clamp(-limit, limit)

@@ -1,4 +1,4 @@
-"""T-LoRA: how many ranks of an adapter act depends on how much noise a sample has.
+"""T-LoRA: the noise level of a sample determines how many ranks of an adapter act.
 
 Letters: B samples, R rank, K channels between down and up, a multiple of R.
 """
@@ -16,7 +16,7 @@ from networks.core.changes.dropout import num_channels, per_channel
 
 WITH_TLORA = Requirement((("tlora",),), "tlora=True or networks.tlora")
 
-ROUNDED = 1e-4  # of a rank: a level in float32 may lie this far below the whole number that it stands for
+ROUNDED = 1e-4  # in ranks: float32 rounding can put a level this far below a whole number
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TLoraArguments:
 
 @dataclass
 class NoiseLevels:
-    """The share of noise in each sample that the denoiser runs, 0 to 1; None where there is no batch."""
+    """Noise level, 0 to 1, of each sample in the next denoiser call; None without a batch, as in previews."""
 
     levels_B: Tensor | None = None
 
@@ -62,13 +62,13 @@ class NoiseMask:
     noise: NoiseLevels
 
     def ranks(self, rank: int, levels_B: Tensor) -> Tensor:
-        """Return r of every sample, whole numbers from `least`, or R where that is smaller, to R."""
+        """Return r for every sample, integers from `least` (or R if that is smaller) to R."""
         least = min(self.least, rank)
         shares_B = (1 - levels_B.float()).clamp(0, 1) ** self.power
         return (shares_B * (rank - least) + ROUNDED).floor().long().clamp_max(rank - least) + least
 
     def kept(self, rank: int, num_channels: int, levels_B: Tensor) -> Tensor:
-        """Return (B, K), True for channels that act; each group of R channels is an adapter of its own."""
+        """Return a mask (B, K), True for active channels. Each group of R channels counts as a separate adapter."""
         place_K = torch.arange(num_channels, device=levels_B.device) % rank
         return place_K < self.ranks(rank, levels_B)[:, None]
 

@@ -1,4 +1,4 @@
-"""LoRA of larger kernels with a Tucker core between the factors (use_tucker).
+"""LoRA of convolutions larger than 1x1 with a Tucker core between the factors (use_tucker).
 
 Letters: O output channels, I input channels, R rank, h w kernel, N = I * h * w.
 """
@@ -35,7 +35,7 @@ class Tucker(TwoFactors):
         return hidden
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return (up_OR, down_RN), the core multiplied into down."""
+        """Return (up_OR, down_RN), with the core multiplied into down."""
         up_OR, down_RI = super().factors()
         return up_OR, torch.einsum("pqhw,qi->pihw", self.lora_mid.weight, down_RI).flatten(1)
 

@@ -1,12 +1,10 @@
-"""Adapter files by any trainer, read into modules and written back under the names they had.
+"""Adapter files of any trainer: read into modules, and written back under their original names.
 
-    file = read_adapter_file(path)          # AdapterFile
-    for name, module in file.modules.items():   # ModuleWeights, in file order
-        module.form, module.rank, module.alpha, module.is_dora, module.weight()
-    save_adapter_file(path, file, dtype)    # same keys and metadata, hashes of its own
+`read_adapter_file(path)` returns an `AdapterFile`, whose `modules` map names to `ModuleWeights` in file order.
+`save_adapter_file(path, file, dtype)` writes it with the same keys and metadata and new hashes.
 
-`AdapterKey` says which names are understood. Module names stay as in the file; `underscored` gives their common form
-for look-ups. Where nothing records alpha it is the rank.
+`AdapterKey` parses key names. Module names stay as in the file; `underscored` returns their common form for look-ups.
+An alpha that is recorded nowhere defaults to the rank.
 """
 
 import logging
@@ -46,38 +44,38 @@ BIASES = "PEFT trained them with lora_bias, and merges them into a model with me
 WITHOUT_THEM = (
     "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without them, which changes what it does"
 )
-DIFFUSERS_SETTINGS = "lora_adapter_metadata"  # JSON in the metadata of files by diffusers, alpha among it
-PEFT_SETTINGS = "adapter_config.json"  # beside files by PEFT
+DIFFUSERS_SETTINGS = "lora_adapter_metadata"  # JSON in the metadata of diffusers' files, which includes alpha
+PEFT_SETTINGS = "adapter_config.json"  # next to files by PEFT
 
 PeftSettings = Mapping[str, Mapping[str, Any]]
-"""PEFT's settings by part of a pipeline ("unet", "text_encoder"), "" for those of a file by PEFT alone."""
+"""PEFT's settings by sub-model ("unet", "text_encoder"); "" is the key for a file by PEFT itself."""
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """The content of one adapter file; flat tables of tensors are at the edges only."""
+    """Content of one adapter file by module. Flat tables of tensors exist only while files are read and written."""
 
     origin: str  # the path, for messages
     modules: Mapping[str, ModuleWeights]  # in file order
     metadata: Mapping[str, str]
-    unknown: Mapping[str, Tensor]  # by key: what belongs to no kind of adapter that is recognised
-    clashes: tuple[tuple[str, str], ...] = ()  # keys of the same thing
-    peft_settings: PeftSettings | None = None  # of the adapter_config.json beside it
+    unknown: Mapping[str, Tensor]  # by key; tensors of no recognised kind of adapter
+    clashes: tuple[tuple[str, str], ...] = ()  # pairs of keys with the same meaning
+    peft_settings: PeftSettings | None = None  # of the adapter_config.json next to it
 
     def with_modules(self, modules: Iterable[ModuleWeights], metadata: Mapping[str, str]) -> "AdapterFile":
-        """Return other modules and metadata; keys that were not understood are kept.
+        """Return a copy with other modules and metadata; unrecognised keys are kept.
 
-        Settings that diffusers keeps in the metadata are dropped, since ranks and alphas in them would be wrong; where
-        they recorded an alpha, modules made by `ModuleWeights.with_factors` have it in their factors.
+        Settings of diffusers in the metadata are dropped, since their ranks and alphas would be wrong. If they recorded
+        an alpha, modules made by `ModuleWeights.with_factors` have it in their factors.
         """
         kept = {key: value for key, value in metadata.items() if key != DIFFUSERS_SETTINGS}
         return replace(self, modules={module.name: module for module in modules}, metadata=kept)
 
 
 def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
-    """Read an adapter file of any naming, or a folder by PEFT.
+    """Read and check an adapter file in any naming, or a folder written by PEFT.
 
-    Raises UserError naming `flag` when it cannot be read or has no adapter.
+    Raises UserError naming `flag` if it cannot be read or contains no adapter.
     """
     where = f"{flag} {path}".strip()
     path = file_in_folder(Path(path), where)
@@ -89,7 +87,7 @@ def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
 
 
 def open_adapter(path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> AdapterFile:
-    """Read an adapter file for a network, which checks it itself; `tensors` are those that were read before."""
+    """Read an adapter file for a network, which checks it. `tensors` are its tensors if they were read before."""
     given = read_adapters(path) if tensors is None else tensors
     if not Path(path).exists():
         return sort_tensors(given, {}, str(path))
@@ -98,12 +96,12 @@ def open_adapter(path: str | Path, tensors: Mapping[str, Tensor] | None = None) 
 
 
 def read_adapters(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of an adapter file, or of a folder by PEFT. Raises UserError for a file that cannot be read."""
+    """Read the tensors of an adapter file, or of a folder written by PEFT. Raises UserError if it cannot be read."""
     return load_state_dict(file_in_folder(Path(path), str(path)))
 
 
 def sort_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str) -> AdapterFile:
-    """Sort the tensors of an adapter file by module, damaged modules included: the one place where keys are parsed."""
+    """Group the tensors of an adapter file by module, including damaged modules. Keys are parsed only here."""
     own_tensors: dict[str, dict[str, Tensor]] = {}
     keys: dict[str, dict[str, str]] = {}
     unknown: dict[str, Tensor] = {}
@@ -123,15 +121,15 @@ def sort_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], ori
 
 
 def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str) -> AdapterFile:
-    """Sort and check the tensors of an adapter file."""
+    """Group the tensors of an adapter file by module, and check them as in `checked`."""
     return checked(sort_tensors(tensors, metadata, origin))
 
 
 def checked(file: AdapterFile) -> AdapterFile:
-    """Return the file with the alphas that diffusers records in its metadata.
+    """Check a file and return it with the alphas that diffusers records in its metadata.
 
-    Raises UserError when there is no adapter among its tensors, when the factors of a module do not belong together, or
-    for values that are not finite.
+    Raises UserError if there is no adapter, if two keys mean the same, if the tensors of a module do not fit together,
+    or if values are not finite.
     """
     for first, second in file.clashes:
         raise UserError(f"{file.origin} has two tensors for the same thing: {first} and {second}")
@@ -147,14 +145,14 @@ def checked(file: AdapterFile) -> AdapterFile:
 
 
 def completed(file: AdapterFile) -> AdapterFile:
-    """Check a file and return it without lone alphas, with those that PEFT records beside it."""
+    """Check a file and return it with the alphas that PEFT records next to it, without lone alphas."""
     file = without_lone_alphas(checked(file))
     modules = {name: with_alpha(module, file.peft_settings or {}) for name, module in file.modules.items()}
     return replace(file, modules=modules)
 
 
 def adapter_tensors(file: AdapterFile) -> dict[str, Tensor]:
-    """Return the tensors by the keys they have in the file."""
+    """Return all tensors by their keys in the file."""
     tensors = {}
     for module in file.modules.values():
         for parameter_key, tensor in module.tensors.items():
@@ -163,9 +161,9 @@ def adapter_tensors(file: AdapterFile) -> dict[str, Tensor]:
 
 
 def save_adapter_file(path: str | Path, file: AdapterFile, dtype: torch.dtype | None = None) -> None:
-    """Write an adapter file whole or not at all, its tensors in `dtype` or as they are.
+    """Write an adapter file atomically, with its floating-point tensors in `dtype` or unchanged.
 
-    .safetensors has its metadata and the hashes of what is written; other extensions give a pickled table of tensors.
+    .safetensors files include the metadata and new hashes. Other extensions get a pickled state dict without metadata.
     """
     if not is_safetensors(path) and file.metadata:
         logger.warning("%s: this format has no metadata; use .safetensors to keep it", path)
@@ -177,7 +175,7 @@ def save_adapter_file(path: str | Path, file: AdapterFile, dtype: torch.dtype | 
 
 
 def save_network(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:
-    """Write adapters, whole or not at all: .safetensors with metadata and both hashes, else a pickled table."""
+    """Write adapters atomically: .safetensors with metadata and both hashes, otherwise a pickled state dict."""
     if is_safetensors(path):
         save_safetensors(path, tensors, with_hashes(tensors, metadata or {}))
     else:
@@ -188,9 +186,9 @@ COMPUTED: tuple[KeyLayout, ...] = (*(layout for layout in list_layouts() if layo
 
 
 def without_lone_alphas(file: AdapterFile) -> AdapterFile:
-    """Return the file without alphas that have no weights beside them, which tools that leave out blocks forget.
+    """Return the file without alphas of modules that have no weights, and warn about them.
 
-    A warning says so.
+    Tools that remove blocks leave such alphas behind.
     """
     lone = [name for name, module in file.modules.items() if module.tensors.keys() == {ALPHA}]
     if not lone or len(lone) == len(file.modules):
@@ -203,7 +201,7 @@ def without_lone_alphas(file: AdapterFile) -> AdapterFile:
 
 
 def require_layouts(file: AdapterFile, layouts: Collection[KeyLayout], purpose: str) -> None:
-    """Raise UserError unless every module has one of `layouts` and has nothing else, and every key was understood."""
+    """Raise UserError unless every module has one of `layouts` and no other tensors, and every key was recognised."""
     other = {module.name: module for module in file.modules.values() if module.layout not in layouts}
     if other:
         name, module = next(iter(other.items()))
@@ -225,11 +223,11 @@ def require_layouts(file: AdapterFile, layouts: Collection[KeyLayout], purpose: 
         )
 
 
-# --- alpha that is recorded beside the tensors ---
+# --- alpha recorded outside the tensors ---
 
 
 def diffusers_settings(metadata: Mapping[str, str]) -> PeftSettings:
-    """Return PEFT's settings by part ("unet", "text_encoder") from the metadata of diffusers' files; else {}."""
+    """Return PEFT's settings by sub-model ("unet", "text_encoder") from the metadata of diffusers' files, or {}."""
     if DIFFUSERS_SETTINGS not in metadata:
         return {}
     try:
@@ -245,7 +243,10 @@ def diffusers_settings(metadata: Mapping[str, str]) -> PeftSettings:
 
 
 def peft_settings(path: Path) -> PeftSettings | None:
-    """Return PEFT's settings for a file that it saved, from the adapter_config.json beside it."""
+    """Return PEFT's settings from the adapter_config.json next to a file saved by PEFT, or None.
+
+    Raises UserError if adapter_config.json is damaged.
+    """
     beside = path.parent / PEFT_SETTINGS
     if path.stem != PEFT_STEM or not beside.is_file():
         return None
@@ -256,7 +257,7 @@ def peft_settings(path: Path) -> PeftSettings | None:
 
 
 def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
-    """Return the module with the alpha that the settings of its part record; those of single layers go first."""
+    """Return the module with the alpha from its sub-model's settings. Patterns for single layers have priority."""
     if not settings or not module.layout.has_alpha or ALPHA in module.tensors:
         return module
     name = without_peft_prefix(module.name)
@@ -267,7 +268,7 @@ def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
     alpha = of_layer(own.get("alpha_pattern"), path, own.get("lora_alpha", own.get("alpha")))
     if alpha is None:
         return module
-    if module.layout.is_whole:  # PEFT divides by the rank that was asked for also where no factor has it
+    if module.layout.is_whole:  # PEFT divides by the requested rank even if no factor has it
         rank = of_layer(own.get("rank_pattern"), path, own.get("r")) or module.rank
         scaled = module.tensors[module.layout.scaled].float() * (alpha / rank)
         return replace(module, tensors={**module.tensors, module.layout.scaled: scaled})
@@ -276,6 +277,6 @@ def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
 
 
 def of_layer(patterns: Mapping[str, float] | None, path: str, otherwise: float | None) -> float | None:
-    """Return the number that the first pattern which fits the end of a path has in PEFT's settings."""
+    """Return the number of the first of PEFT's patterns that matches the end of `path`, or `otherwise`."""
     found = next((n for p, n in (patterns or {}).items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", path)), otherwise)
     return None if found is None else float(found)

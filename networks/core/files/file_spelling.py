@@ -1,7 +1,7 @@
-"""The names that a file of another program has for the modules of a network, which is saved under them again.
+"""Names that another program's file has for the modules of a network, under which the network is saved again.
 
-Files whose q, k and v are apart have no place under kohya's names, where they are one layer. A network that was made of
-one is saved under the names that the file had, so that the program that wrote it reads it back.
+kohya's names have no place for separate q, k and v, which are one layer there. A network made from a file with separate
+ones is saved under the names of that file, so that the program that wrote it can read it.
 """
 
 from collections.abc import Mapping
@@ -20,23 +20,23 @@ from networks.core.files.renaming import split_shares, swap_halves, without_alph
 
 @dataclass(frozen=True)
 class Spelled:
-    """One module in the file."""
+    """One module as the file names it."""
 
     name: str
     keys: Mapping[str, str]  # by parameter key
-    is_swapped: bool  # the halves of its rows have the other order there
+    is_swapped: bool  # the halves of its rows are exchanged in the file
 
 
 @dataclass(frozen=True)
 class FileSpelling:
-    """The modules of a file by their names here."""
+    """Names of a file's modules by their names in the network."""
 
     modules: Mapping[str, Spelled]
 
     def restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of a network under the keys of the file.
 
-        Where a module has no alpha there, its strength is multiplied into one of its factors.
+        If a module has no alpha in the file, its scale is multiplied into one of its factors.
         """
         groups: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
@@ -61,7 +61,7 @@ class FileSpelling:
 
 
 def recognise_spelling(read: AdapterFile, names: BaseNames) -> FileSpelling:
-    """Return what a file calls its modules; all of them are of the base model that `names` are of."""
+    """Return the names that a file has for its modules, which must belong to the base model of `names`."""
     others = placed(read.modules.keys(), [names])
     modules = {}
     for name, module in read.modules.items():

@@ -1,4 +1,4 @@
-"""Adapter files whose modules have other programs' names, brought to the names of this network."""
+"""Conversion of adapter files with other programs' module names to the names of this network."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,20 +16,19 @@ from networks.core.kinds import lora
 
 
 def in_own_names(file: AdapterFile, names: BaseNames | None, keeps_pieces: bool = False) -> AdapterFile:
-    """Return an adapter file under kohya's names, the strengths that other namings keep elsewhere included.
+    """Return an adapter file under kohya's names, with the scales that other namings record elsewhere.
 
-    `keeps_pieces` as in `rename`. A file that has these names already, or whose base model lists no others, comes back
-    as it is. Raises UserError naming the keys that have no place in this base model, or naming a module that stands
-    twice.
+    `keeps_pieces` is as in `rename`. A file that already has these names, or whose base model defines no others, is
+    returned unchanged. Raises UserError for keys that this base model does not have, or for a module that occurs twice.
     """
     if names is None or not any(is_foreign(name, names) for name in file.modules):
         return file
-    with torch.device("cpu"):  # a training is rehearsed with a network that has no memory, but with the values of files
+    with torch.device("cpu"):  # the network may be built on the meta device, but a file has values
         return rename(in_a_model(completed(file), [names]), names, "kohya", keeps_pieces=keeps_pieces).file
 
 
 def is_foreign(module: str, names: BaseNames) -> bool:
-    """Return True if a module of this base model has another name than kohya's."""
+    """Return True if a module of this base model has a name other than kohya's."""
     found = names.find(module)
     if found is not None:
         return found.kohya != module
@@ -37,12 +36,10 @@ def is_foreign(module: str, names: BaseNames) -> bool:
 
 
 def in_a_model(file: AdapterFile, tables: Sequence[BaseNames]) -> AdapterFile:
-    """Return a file whose modules are named without their model, as PEFT, LyCORIS and OneTrainer do, with full names.
+    """Return a file with full module names, if its names omit the sub-model, as in PEFT, LyCORIS and OneTrainer.
 
-    These are those that they have in a model of one of `tables`; other modules stay as they are. A layer that is
-    several in that model is split.
-
-    Raises UserError for a file by PEFT of which none of `tables` knows a module, and for a layer that cannot be split.
+    Modules of a base model in `tables` get its names; others are unchanged. Raises UserError for a PEFT file of which
+    `tables` contains no module, and for a module that occurs twice.
     """
     others = placed(file.modules.keys(), tables)
     known = (n for n in file.modules if not n.startswith(PEFT_PREFIX) or any(table.find(n) for table in tables))

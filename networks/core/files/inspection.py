@@ -1,4 +1,4 @@
-"""The content of an adapter file for reports: ranks, alphas and norms by block, and what is wrong with it."""
+"""Content of an adapter file for reports: ranks, alphas and norms by block, and problems."""
 
 import math
 import re
@@ -20,7 +20,7 @@ BLOCK = re.compile(r"(?:^|_)((?:single_)?(?:[a-z]+_)?(?:blocks?|layers|refiner)(
 
 @dataclass(frozen=True)
 class ModuleFacts:
-    """One module; norms are Frobenius norms in float64."""
+    """Properties of one module. Norms are Frobenius norms in float64."""
 
     name: str
     part: str  # "denoiser" or "text encoder ..."
@@ -35,7 +35,7 @@ class ModuleFacts:
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """All modules of one block together: a norm is the root of the sum of squares."""
+    """Properties of the modules of one block. A norm is the root of the sum of squares."""
 
     part: str
     block: str
@@ -48,7 +48,7 @@ class BlockFacts:
 
 
 def structure_problem(module: ModuleWeights) -> str | None:
-    """Say why the tensors of a module do not belong together; None when they do."""
+    """Return why the tensors of a module do not fit together, or None if they do."""
     try:
         module.check("the file")
     except ValueError as error:
@@ -57,7 +57,7 @@ def structure_problem(module: ModuleWeights) -> str | None:
 
 
 def module_facts(module: ModuleWeights) -> ModuleFacts:
-    """Return size and strength of a module whose tensors belong together."""
+    """Return the size and strength of a module whose tensors fit together."""
     part, block = locate_module(module.name)
     layout = module.layout
     has_rank = layout.rank_of is not None
@@ -76,7 +76,7 @@ def module_facts(module: ModuleWeights) -> ModuleFacts:
 
 
 def name_form(module: ModuleWeights) -> str:
-    """Return the kind as reports name it."""
+    """Return the kind's name in reports."""
     if not module.is_dora:
         return module.form
     return "DoRA per output" if module.is_dora_per_output else "DoRA"
@@ -87,7 +87,7 @@ def norm(tensor: Tensor) -> float:
 
 
 def locate_module(name: str) -> tuple[str, str]:
-    """Return (part, block) of a module by its name in any naming."""
+    """Return (part, block) of a module from its name in any naming."""
     flat = underscored(name)
     prefix = PREFIX.match(flat)
     path = flat[prefix.end() :] if prefix else flat
@@ -96,13 +96,13 @@ def locate_module(name: str) -> tuple[str, str]:
 
 
 def name_model(flat: str) -> str:
-    """Return which model a module lies in; text encoders keep what their names tell."""
+    """Return the name of the model that contains a module; text encoders keep their prefix."""
     match = re.match(r"(lora_te\d?|text_encoders_.*?(?=_transformer)|text_encoder(_\d)?)_", flat)
     return f"text encoder ({match[1]})" if match else "denoiser"
 
 
 def by_block(modules: Sequence[ModuleFacts]) -> list[BlockFacts]:
-    """Return one entry per part and block; parts in the order of the file, blocks by name and number."""
+    """Return one entry per part and block: parts in file order, blocks sorted by name and number."""
     groups: dict[tuple[str, str], list[ModuleFacts]] = {}
     for module in modules:
         groups.setdefault((module.part, module.block), []).append(module)
@@ -130,6 +130,6 @@ def order(block: str) -> list[tuple[str, int]]:
 
 
 def count_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Count tensors by dtype, the commonest first."""
+    """Count tensors by dtype, most common first."""
     counts = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     return dict(counts.most_common())

@@ -1,4 +1,4 @@
-"""The weights that an adapter file has for one module, whatever trainer wrote them."""
+"""Weights of one module in an adapter file of any trainer."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,32 +22,31 @@ from networks.core.registry.layouts import PIECES, make_change, recognise_layout
 class ModuleWeights:
     """One module of an adapter file.
 
-    `tensors` are as in the file, by the parameter key that this format has for them, whatever they are called there:
-    `needs`, `core` and `may_have` of each layout say which. Those of no known layout keep their names. `keys` has the
-    whole key in the file for each.
+    `tensors` are the file's tensors by our parameter keys, which are `needs`, `core` and `may_have` of each layout.
+    Tensors of unknown layouts keep their names. `keys` holds the full key in the file for each of them.
     """
 
     name: str  # as in the file, without the parameter key: "lora_unet_mid_block_..." or "unet.mid_block...."
     tensors: Mapping[str, Tensor]
     keys: Mapping[str, str]
-    alpha_elsewhere: float | None = None  # recorded beside the tensors: in the metadata or in adapter_config.json
+    alpha_elsewhere: float | None = None  # recorded outside the tensors: in the metadata or in adapter_config.json
     origin: str = ""  # the file, for messages
 
     @property
     def layout(self) -> KeyLayout:
-        """How the change is stored."""
+        """The layout in which the change is stored."""
         return recognise_layout(self.tensors)
 
     @property
     def form(self) -> str:
-        """The kind as reports name it: LoRA of kernels larger than 1x1 is "conv"."""
+        """The kind's name in reports; LoRA of kernels larger than 1x1 is called conv."""
         layout = self.layout
         return "conv" if layout is lora.LAYOUT and prod(self.shape[2:]) > 1 else layout.name
 
     @property
     def beside(self) -> str | None:
-        """A parameter key that its layout does not know, such as a change of the bias beside a LoRA; None for none."""
-        if self.layout is PIECES:  # each was asked before it became a part of one
+        """A parameter key that the layout does not know, such as a bias change in a LoRA, or None."""
+        if self.layout is PIECES:  # each was checked before it became a part of the layer
             return None
         return next((key for key in self.tensors if key not in self.layout.keys and key != ALPHA), None)
 
@@ -62,12 +61,12 @@ class ModuleWeights:
 
     @property
     def is_dora_per_output(self) -> bool:
-        """True if magnitudes are of outputs, as PEFT's are."""
+        """True if magnitudes are per output, as in PEFT."""
         return self.is_dora and self.layout.shape_of is not None and are_per_output(self.magnitudes)
 
     @property
     def is_larger_kernel(self) -> bool:
-        """True if it changes a convolution that is larger than 1x1."""
+        """True if it changes a convolution with a kernel larger than 1x1."""
         return prod(self.shape[2:]) > 1
 
     @property
@@ -78,7 +77,7 @@ class ModuleWeights:
 
     @property
     def alpha(self) -> float:
-        """As recorded; the rank where nothing is."""
+        """The recorded alpha; the rank if none is recorded or no factor has a rank."""
         if ALPHA in self.tensors and not self.layout.is_whole:
             return float(self.tensors[ALPHA])
         return float(self.rank) if self.alpha_elsewhere is None or self.layout.is_whole else self.alpha_elsewhere
@@ -97,14 +96,14 @@ class ModuleWeights:
 
     @property
     def magnitudes(self) -> Tensor:
-        """Those of DoRA: (O, 1), (1, I), (O, 1, 1, 1) or (1, I, 1, 1)."""
+        """The magnitudes of DoRA: (O, 1), (1, I), (O, 1, 1, 1) or (1, I, 1, 1)."""
         found = self.tensors[DORA_SCALE]
         if f".{qkv_rows.PEFT_MAGNITUDES}" in self.keys.get(DORA_SCALE, "") or found.dim() == 1:
             return qkv_rows.peft_magnitudes(found, len(self.shape))
         return found
 
     def change(self, dtype: torch.dtype | None = torch.float32) -> Change:
-        """Make the change of the module's layer, computed in `dtype` or in that of the file.
+        """Make the change of the module's layer, in `dtype` or with None in the dtypes of the file.
 
         Raises UserError for kinds that are only recognised.
         """
@@ -119,14 +118,13 @@ class ModuleWeights:
             raise UserError(f"{self._place}: {error}") from None
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return what is added to the layer's weight, in its shape; for DoRA before the magnitudes. Rotations have no
-        such weight."""
+        """Return the tensor that is added to the layer's weight, in its shape; for DoRA before magnitudes."""
         change: Any = self.change(dtype)
         weight: Tensor = change.weight()
         return weight
 
     def factors(self, dtype: torch.dtype | None = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return (up_OR, down_RN) of which the change is scale * up @ down; of low-rank kinds only."""
+        """Return (up_OR, down_RN); the change is scale * up @ down. For low-rank kinds only."""
         change: Any = self.change(dtype)
         factors: tuple[Tensor, Tensor] = change.factors()
         return factors
@@ -138,9 +136,9 @@ class ModuleWeights:
     def merged(
         self, base: Tensor, strength: float, dtype: torch.dtype = torch.float32, parameter: str = "weight"
     ) -> Tensor:
-        """Return `base`, a parameter of the layer, with the change merged into it, in `dtype`.
+        """Return `base`, a parameter of the layer, with the adapter merged in, in `dtype`.
 
-        Raises UserError when the change has another size than `base`.
+        Raises UserError if the change has another size than `base`.
         """
         try:
             return self.change(dtype).merged(base.to(dtype), strength, parameter)
@@ -148,10 +146,10 @@ class ModuleWeights:
             raise UserError(self._describe(misfit)) from None
 
     def with_factors(self, up_OR: Tensor, down_RN: Tensor, scale: float) -> "ModuleWeights":
-        """Return the module as a plain LoRA with these factors, of which the change is scale * up @ down.
+        """Return the module as a plain LoRA with these factors; its change is scale * up @ down.
 
-        A file that records no alpha gets none: the scale is then multiplied into the up factor. Both factors are stored
-        in the dtype of the old tensors; magnitudes stay.
+        If the module has no alpha tensor, the scale is multiplied into the up factor. Both factors are stored in the
+        dtype of the old tensors. Magnitudes are kept.
         """
         layout, dtype = self.layout, self.tensors[self.layout.needs[0]].dtype
         if ALPHA not in self.tensors:
@@ -163,7 +161,7 @@ class ModuleWeights:
         made = {
             parameter_key: t.to(dtype) for parameter_key, t in lora.make_tensors(up_OR, down_RN, self.shape).items()
         }
-        # What the old factors are called stays in place, so that keys come out in the order they had.
+        # New factors keep the positions of the old ones, so that the order of keys does not change.
         order = [parameter_key for parameter_key in self.tensors if parameter_key in kept or parameter_key in made]
         tensors = {parameter_key: {**kept, **made}[parameter_key] for parameter_key in dict.fromkeys((*order, *made))}
         if ALPHA in tensors:
@@ -172,7 +170,7 @@ class ModuleWeights:
         return replace(self, tensors=tensors, keys=keys, alpha_elsewhere=None)
 
     def check(self, origin: str) -> None:
-        """Raise UserError where the tensors do not belong together, or are none that anything can be computed with."""
+        """Raise UserError if tensors are missing, do not fit together, or cannot be computed with."""
         layout = self.layout
         if (unusable := next(self._unusable(), None)) is not None:
             raise UserError(f"{origin} has {unusable}")
@@ -185,12 +183,12 @@ class ModuleWeights:
             raise UserError(f"{origin} has {there} without its {missing[0]}; the file is incomplete")
 
     def check_values(self, origin: str) -> None:
-        """Raise UserError where values are not finite: nothing that is computed with them would be."""
+        """Raise UserError if values are not finite."""
         if (wrong := next(value_problems(self), None)) is not None:
             raise UserError(f"{origin}: {wrong}; the file is damaged, take another one or one of an earlier step")
 
     def _unusable(self) -> Iterator[str]:
-        """Yield what no kind of adapter can have, one phrase for each tensor."""
+        """Yield a phrase for each tensor that no kind of adapter can use."""
         floating = self.layout.keys - {ALPHA, *self.layout.switches}
         for parameter_key, tensor in self.tensors.items():
             key, shape = self.keys.get(parameter_key, f"{self.name}.{parameter_key}"), list(tensor.shape)
@@ -204,7 +202,7 @@ class ModuleWeights:
 
     @property
     def _place(self) -> str:
-        """The module and the file that it is from."""
+        """The file, if known, and the module, for messages."""
         return f"{self.origin}: {self.name}" if self.origin else self.name
 
     def _describe(self, misfit: Misfit) -> str:
@@ -218,21 +216,21 @@ class ModuleWeights:
 
 
 def alpha_tensor(alpha: float, like: Tensor) -> Tensor:
-    """Return an alpha in the dtype of another where that holds it exactly, else in float32."""
+    """Return alpha in the dtype of `like` if that holds it exactly, else in float32."""
     exact = torch.tensor(alpha, dtype=torch.float32)
     rounded = exact.to(like.dtype)
     return rounded if like.is_floating_point() and float(rounded) == float(exact) else exact
 
 
 def named_twice(origin: str, name: str) -> UserError:
-    """Return the error of a file that has a module under two names."""
+    """Return the error for a file that contains a module under two names."""
     return UserError(f"{origin} has the module {name} twice, under different names; remove one of them")
 
 
 def value_problems(module: ModuleWeights) -> Iterator[str]:
-    """Yield the tensors of a module that hold infinity or NaN, one sentence each."""
+    """Yield a sentence for each tensor of a module with infinite or NaN values."""
     for key, tensor in module.tensors.items():
-        if not tensor.is_floating_point() or tensor.is_meta:  # shapes alone have no values
+        if not tensor.is_floating_point() or tensor.is_meta:  # meta tensors have no values
             continue
         num_bad = int((~torch.isfinite(tensor.float())).sum())
         if num_bad:

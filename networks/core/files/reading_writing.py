@@ -1,7 +1,8 @@
-"""Adapters to and from files.
+"""Loading of adapter files into networks, and the tensors that networks save.
 
-`<module>.lora_down.weight`, `<module>.lora_up.weight` and `<module>.alpha`; with them `<module>.lora_mid.weight` for a
-Tucker core and `<module>.dora_scale` for DoRA; `<module>.w_norm` and `<module>.b_norm` for a normalisation layer.
+Keys are `<module>.lora_down.weight`, `<module>.lora_up.weight` and `<module>.alpha`; with them
+`<module>.lora_mid.weight` for a Tucker core and `<module>.dora_scale` for DoRA; `<module>.w_norm` and `<module>.b_norm`
+for a normalisation layer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,14 +36,14 @@ class LoadReport:
     num_loaded: int  # modules
     missing: tuple[str, ...]  # modules of the network that the file lacks
     unknown: tuple[str, ...]  # modules of the file that the network lacks
-    alphas: tuple[str, ...]  # what changed because the file has another alpha than the settings
+    alphas: tuple[str, ...]  # differences between alphas of the file and of the settings
 
     def summary(self) -> str:
-        """Return one sentence."""
+        """Return a summary in one sentence."""
         return f"{self.source}: {self.num_loaded} modules loaded" + (f"; {self.alphas[0]}" if self.alphas else "")
 
     def warnings(self) -> Iterator[str]:
-        """Yield a sentence for each thing that a user should know."""
+        """Yield a sentence for each thing that the user should know."""
         if self.missing:
             yield f"{self.source} lacks {_some(self.missing)}; they start untrained"
         if self.unknown:
@@ -50,9 +51,10 @@ class LoadReport:
 
 
 def usable_modules(file: AdapterFile, layouts: Sequence[KeyLayout] = ()) -> dict[str, ModuleWeights]:
-    """Return the modules of a file whose names are those of this network, without lone alphas.
+    """Return the modules of a file that a network can load, without lone alphas.
 
-    Raises UserError for a file with another layout than `layouts` (unset: all) or with other names, saying what to do.
+    Raises UserError with a fix for a layout that is not in `layouts` (default: all), for names of another base model,
+    and for incomplete or invalid tensors.
     """
     layouts = layouts or list_layouts()
     refuse_strangers(file)
@@ -80,8 +82,10 @@ def usable_modules(file: AdapterFile, layouts: Sequence[KeyLayout] = ()) -> dict
 
 
 def refuse_strangers(file: AdapterFile) -> None:
-    """Raise UserError for keys that are of no adapter, and for a file whose modules are none of this base model: what
-    belongs to it has kohya's names here."""
+    """Raise UserError for keys of no adapter, and for a file with modules that are not in this base model.
+
+    Modules of this base model have kohya's names here.
+    """
     unknown = list(file.unknown)
     if unknown and not file.modules:
         raise UserError(
@@ -105,7 +109,7 @@ def refuse_strangers(file: AdapterFile) -> None:
 
 
 def layouts_for(adapters: Mapping[str, Adapter]) -> tuple[KeyLayout, ...]:
-    """Return what files may hold for a network: the layouts of its network module, and norms."""
+    """Return the layouts that files for a network may have: those of its network module, and norms."""
     changes = [adapter.change for adapter in adapters.values() if adapter.target.kind != "norm"]
     modules = {
         recognise_layout(change.state_dict()).network_module for change in changes if isinstance(change, nn.Module)
@@ -115,14 +119,14 @@ def layouts_for(adapters: Mapping[str, Adapter]) -> tuple[KeyLayout, ...]:
 
 
 def list_keys(layouts: Sequence[KeyLayout]) -> tuple[str, ...]:
-    """Return every parameter key of some layouts, those they share at the two ends of the first."""
+    """Return every parameter key of some layouts: alpha first, dora_scale and the keys of norms last."""
     own = [layout for layout in layouts if layout is not norm.LAYOUT and layout.read is not None]
     first = (key for layout in own for key in (*layout.needs, *layout.core, *layout.may_have) if key not in SHARED)
     return tuple(dict.fromkeys((ALPHA, *first, DORA_SCALE, *norm.LAYOUT.needs, *norm.LAYOUT.may_have)))
 
 
 def check_complete(module: str, group: Mapping[str, Tensor], source: str) -> None:
-    """Raise UserError where a module lacks what its layout needs."""
+    """Raise UserError if a module lacks keys that its layout needs."""
     layout = recognise_layout(group)
     if layout is PIECES:
         for name, own in by_rows(group).items():
@@ -137,18 +141,17 @@ def check_complete(module: str, group: Mapping[str, Tensor], source: str) -> Non
 
 
 def rank_and_alpha(group: Mapping[str, Tensor]) -> tuple[int, float]:
-    """Return the rank of one module's weights, and its alpha: the rank where the file has none."""
+    """Return the rank and alpha of one module. Alpha defaults to the rank."""
     layout = recognise_layout(group)
     assert layout.rank_of is not None
     return layout.rank_of(group), layout.alpha_of(group)
 
 
 def load_into(adapters: Mapping[str, Adapter], file: AdapterFile) -> LoadReport:
-    """Copy weights into the adapters of the same name.
+    """Load weights into the adapters of the same name.
 
-    A trained strength becomes 1, as the file has it in its factors. Magnitudes that the file lacks are set so that the
-    module computes what the file does. Raises UserError when no name fits, or when a shape differs: then nothing has
-    been changed.
+    A trained strength becomes 1, since files have it in a factor. Magnitudes that the file lacks are set so that the
+    layer computes W0 + dW. Raises UserError if no name matches or a shape differs, before anything is changed.
     """
     source = file.origin
     groups = {
@@ -181,9 +184,9 @@ def load_into(adapters: Mapping[str, Adapter], file: AdapterFile) -> LoadReport:
 
 
 def in_own_form(name: str, adapter: Adapter, group: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
-    """Bring one module of a file to the form in memory, such as the blocks of the up factor alone with split_qkv.
+    """Convert one module of a file to its form in memory, for example to the blocks of the up factor with split_qkv.
 
-    Raises UserError where the file has it in a form that the adapter cannot have.
+    Raises UserError if the adapter cannot have the form of the file.
     """
     change, layout = adapter.change, recognise_layout(group)
     if layout.is_low_rank and isinstance(change, Converted):
@@ -192,7 +195,7 @@ def in_own_form(name: str, adapter: Adapter, group: Mapping[str, Tensor], source
 
 
 def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], source: str) -> None:
-    """Raise UserError where weights of a file do not fit an adapter."""
+    """Raise UserError if weights of a file do not fit an adapter."""
     change = adapter.change
     assert isinstance(change, nn.Module)
     own, size = change.state_dict(), adapter.change.size
@@ -221,13 +224,13 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
 
 
 def fits_layer(name: str, adapter: Adapter, group: Mapping[str, Tensor]) -> bool:
-    """Return True if the change of a file has the size of the layer's weight, however it is stored."""
+    """Return True if the change of a file has the size of the layer's weight, in any layout, and no magnitudes."""
     shape_of, num_values = recognise_layout(group).shape_of, get_weight(adapter.target.module).numel()
     return shape_of is not None and prod(shape_of(name, group)) == num_values and DORA_SCALE not in group
 
 
 def check_layout(name: str, size: ChangeSize, own: KeyLayout, group: Mapping[str, Tensor], source: str) -> None:
-    """Raise UserError where the file has the module in another form than the settings ask for."""
+    """Raise UserError if the file stores the module in another form than the settings request."""
     layout = recognise_layout(group)
     if layout.network_module != own.network_module:
         raise UserError(
@@ -261,9 +264,10 @@ def check_layout(name: str, size: ChangeSize, own: KeyLayout, group: Mapping[str
 
 
 def network_tensors(adapters: Mapping[str, Adapter], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return the weights by key as they are saved: on the CPU, in `dtype` or as they are, as magnitudes always are.
+    """Return the weights by key as they are saved: on the CPU, in `dtype` or unchanged. Magnitudes are never cast.
 
-    Half precision would move every column or row of the base model by its rounding, which is as much as some changes.
+    Half precision would change every column or row of the base model by its rounding error, which is as large as some
+    changes.
     """
     exact = frozenset(key for layout in list_layouts() for key in layout.exact)
     tensors = {}
@@ -291,7 +295,7 @@ def saved_tensors(
 
 
 def _some(names: Sequence[str]) -> str:
-    """Return a few of many names."""
+    """Format a list of names; of more than two only the first and last are shown."""
     if len(names) <= 2:
         return " and ".join(names) or "no modules"
     return f"{len(names)} modules such as {names[0]} and {names[-1]}"

@@ -1,7 +1,7 @@
-"""Adapter files from one naming to another, computing the same.
+"""Conversion of adapter files from one naming to another, with the same effect.
 
-The generic and the diffusers naming have no alpha: the scale alpha / rank is multiplied into lora_B there. Read back,
-such a file has the rank for alpha, so its scale is 1.
+The generic and the diffusers naming have no alpha: the scale alpha / rank is multiplied into lora_B. When such a file
+is read, alpha is the rank, so its scale is 1.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,26 +21,26 @@ from networks.core.files.module_weights import ModuleWeights, named_twice
 from networks.core.kinds import lora, norm, oft_v2
 from networks.core.registry.layouts import held_keys
 
-SEPARABLE = frozenset((DORA_SCALE, *norm.LAYOUT.keys))  # without these the rest of a module still is an adapter
+SEPARABLE = frozenset((DORA_SCALE, *norm.LAYOUT.keys))  # a module is still an adapter without these
 
 
 @dataclass(frozen=True)
 class Renamed:
-    """A file in another naming, and what that took."""
+    """A file in another naming, and the side effects of the conversion."""
 
     file: AdapterFile
-    dropped: tuple[str, ...]  # keys of the old file that the naming cannot hold
-    widened: tuple[str, ...]  # modules whose factors became float32, so that the scale could be multiplied in
+    dropped: tuple[str, ...]  # keys of the old file that the naming does not support
+    widened: tuple[str, ...]  # modules with factors that became float32, to multiply the scale in
 
 
 def rename(
     file: AdapterFile, names: BaseNames, to: FileNaming, drop_unsupported: bool = False, keeps_pieces: bool = False
 ) -> Renamed:
-    """Return the file in the naming `to`.
+    """Convert a file to the naming `to`.
 
-    With `keeps_pieces` modules that only diffusers has apart come in the layout PIECES, if the factors of one layer's
-    cannot be joined to those of one. Raises UserError naming the keys that `to` cannot hold, unless they are to be
-    dropped, and for a file in which one module stands twice.
+    With `keeps_pieces`, layers that only diffusers splits get the layout PIECES if their factors cannot be joined to
+    those of one layer. Raises UserError for keys that `to` does not support, unless `drop_unsupported`, and for a
+    module that occurs twice.
     """
     if not keeps_pieces and not drop_unsupported and to != "diffusers":
         refuse_apart(file, names)
@@ -71,7 +71,7 @@ def rename(
 
 
 def group_by_place(file: AdapterFile, names: BaseNames, lost: frozenset[str]) -> dict[ModuleNames, list[ModuleWeights]]:
-    """Group the modules of a file, less what is lost, by the module of the base model that they belong to."""
+    """Group a file's modules, without the keys in `lost`, by the base model's module that contains them."""
     groups: dict[ModuleNames, list[ModuleWeights]] = {}
     for module in file.modules.values():
         found = names.find(module.name)
@@ -84,9 +84,9 @@ def group_by_place(file: AdapterFile, names: BaseNames, lost: frozenset[str]) ->
 def in_naming(
     found: ModuleNames, members: Sequence[ModuleWeights], to: FileNaming, origin: str, are_apart: bool
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield (name, tensors) of one module of the base model, which can be several where diffusers has pieces of it.
+    """Yield (name, tensors) of one module of the base model; several if diffusers splits it.
 
-    With `are_apart` pieces stay so, whether they could be joined or not.
+    With `are_apart`, parts stay separate even if they could be joined.
     """
     pieces = {found.piece_of(member.name): member for member in members}
     if len(pieces) < len(members) or (len(members) > 1 and None in pieces):
@@ -113,7 +113,7 @@ def in_naming(
 
 
 def can_join(found: ModuleNames, pieces: Collection[ModuleWeights]) -> bool:
-    """Return True if pieces are one LoRA of the whole layer: plain ones, or all of them with magnitudes per output."""
+    """Return True if parts can be joined to one LoRA: plain ones, or all parts with magnitudes per output."""
     if not all(piece.layout is lora.LAYOUT for piece in pieces):
         return False
     num_dora = sum(piece.is_dora for piece in pieces)
@@ -121,13 +121,13 @@ def can_join(found: ModuleNames, pieces: Collection[ModuleWeights]) -> bool:
 
 
 def is_apart(found: ModuleNames, members: Sequence[ModuleWeights]) -> bool:
-    """Return True if these are pieces of a layer whose factors are none of the whole layer."""
+    """Return True if these are parts of a layer that cannot be joined to one adapter."""
     pieces = [m for m in members if found.piece_of(m.name) is not None and m.layout.read is not None]
     return bool(pieces) and not can_join(found, pieces)
 
 
 def in_rows(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights]) -> dict[str, Tensor]:
-    """Return each piece as a change of its own rows."""
+    """Return each part as a change of its own rows."""
     tensors = {}
     for i in range(len(found.pieces)):
         if i in pieces:
@@ -138,13 +138,13 @@ def in_rows(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights]) -> d
 
 
 def split_shares(found: ModuleNames, i: int) -> tuple[int, int, int]:
-    """Return (first, stop, total) of the rows of piece i, in units that all pieces have in common."""
+    """Return (first, end, total) of the rows of part i, in units that all parts have in common."""
     shares = [piece.share for piece in found.pieces]
     return sum(shares[:i]), sum(shares[: i + 1]), sum(shares)
 
 
 def refuse_apart(file: AdapterFile, names: BaseNames) -> None:
-    """Raise UserError for a piece of a layer whose factors are none of the whole layer."""
+    """Raise UserError for parts of a layer that cannot be joined to one adapter."""
     for found, members in group_by_place(file, names, frozenset()).items():
         if is_apart(found, members):
             module = next((m for m in members if m.is_dora or m.layout is not lora.LAYOUT), members[0])
@@ -158,8 +158,11 @@ def refuse_apart(file: AdapterFile, names: BaseNames) -> None:
 
 
 def swap_halves(module: ModuleWeights, origin: str) -> ModuleWeights:
-    """Exchange the halves of the rows if there are twice as many rows as inputs."""
-    if module.layout is oft_v2.LAYOUT:  # turns inputs, of every row alike
+    """Exchange the halves of the rows, if there are twice as many rows as inputs.
+
+    Raises UserError for a kind that does not support it.
+    """
+    if module.layout is oft_v2.LAYOUT:  # rotates inputs, for all rows alike
         return module
     if module.layout.shape_of is not None and module.shape[0] != 2 * module.shape[1]:
         return module
@@ -173,18 +176,18 @@ def swap_halves(module: ModuleWeights, origin: str) -> ModuleWeights:
 
 
 def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming, keeps_pieces: bool = False) -> Iterator[str]:
-    """Yield the keys that a naming has no place for: single tensors, and whole modules that need one of these."""
+    """Yield the keys that a naming does not support: all keys of a module that needs one of them, else single keys."""
     like: FileNaming = "generic" if to == "diffusers" and names.holds_all_kinds_in_diffusers else to
     for module in file.modules.values():
         found = names.find(module.name)
         if found is None:
             yield from module.keys.values()
             continue
-        # What is joined from pieces has no more than diffusers has.
+        # Joined parts support only the keys that diffusers has.
         is_piece = found.piece_of(module.name) is not None
         held = held_keys("diffusers" if is_piece else like)
         if held is not None and module.layout is lora.LAYOUT and module.is_dora_per_output:
-            held |= {DORA_SCALE}  # PEFT has magnitudes of this kind alone
+            held |= {DORA_SCALE}  # PEFT has magnitudes of this kind only
         if is_piece and keeps_pieces and module.layout.read is not None:
             held = module.layout.keys | {ALPHA}
         foreign = [parameter_key for parameter_key in module.tensors if held is not None and parameter_key not in held]
@@ -195,7 +198,7 @@ def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming, keeps_
 
 
 def with_alpha_tensor(module: ModuleWeights) -> dict[str, Tensor]:
-    """Return the tensors with an alpha of their own and the magnitudes of DoRA in the dimensions of the weight."""
+    """Return the tensors with an alpha tensor, and with magnitudes in the dimensions of the weight."""
     tensors = dict(module.tensors)
     if module.layout.has_alpha and ALPHA not in tensors:
         tensors[ALPHA] = torch.tensor(module.alpha, dtype=torch.float32)
@@ -215,7 +218,7 @@ def without_alpha(module: ModuleWeights) -> dict[str, Tensor]:
 def split_rows(
     found: ModuleNames, tensors: Mapping[str, Tensor], origin: str
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield one LoRA per piece."""
+    """Yield (name, tensors) of one LoRA per part."""
     num_rows, num_shares = qkv_rows.num_rows(tensors), sum(piece.share for piece in found.pieces)
     if num_rows % num_shares:
         raise UserError(f"{origin}: {found.kohya} has {num_rows} outputs, which is no multiple of {num_shares}")
@@ -224,7 +227,7 @@ def split_rows(
 
 
 def rows_of_pieces(found: ModuleNames, unit: int) -> Iterator[slice]:
-    """Yield the rows of each piece, `unit` for every share."""
+    """Yield the rows of each part, `unit` rows per share."""
     first = 0
     for piece in found.pieces:
         yield slice(first, first + piece.share * unit)
@@ -232,7 +235,10 @@ def rows_of_pieces(found: ModuleNames, unit: int) -> Iterator[slice]:
 
 
 def join_pieces(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights], origin: str) -> ModuleWeights:
-    """Return one LoRA for all pieces; the rows of a piece that the file lacks are zero."""
+    """Join the LoRAs of all parts to one. Rows of parts that the file lacks are zero.
+
+    Raises UserError if the sizes of the parts do not fit together.
+    """
     folded = {i: without_alpha(module) for i, module in pieces.items() if i is not None}
     units = {qkv_rows.num_rows(folded[i]) / piece.share for i, piece in enumerate(found.pieces) if i in folded}
     if len(units) > 1 or not next(iter(units)).is_integer():
@@ -242,11 +248,10 @@ def join_pieces(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights], 
 
 
 def fold_scale(tensors: Mapping[str, Tensor], scaled: str, scale: float) -> dict[str, Tensor]:
-    """Return the tensors with `scale` multiplied into one, in its dtype where that is exact and in float32 where it is
-    not.
+    """Multiply `scale` into one tensor, in its dtype if that is exact, else with all tensors in float32.
 
-    A power of two is exact in every dtype unless the product becomes too small for it. In float32 every product of a
-    float16 or bfloat16 number and a scale of up to 13 binary digits is exact, others are rounded to 24 digits. All but
+    A power of two is exact in every dtype unless the product underflows. In float32 every product of a float16 or
+    bfloat16 number and a scale of up to 13 binary digits is exact; others are rounded to 24 digits. All tensors except
     magnitudes get the same dtype, since PEFT multiplies them as they are.
     """
     if scale == 1:
@@ -260,14 +265,14 @@ def fold_scale(tensors: Mapping[str, Tensor], scaled: str, scale: float) -> dict
 
 
 def ending(key: str, naming: FileNaming, is_peft_dora: bool) -> str:
-    """Return the end of a key."""
+    """Return the ending of a key in a naming."""
     if is_peft_dora and key == DORA_SCALE:
         return qkv_rows.PEFT_MAGNITUDES_IN_MEMORY
     return key if naming == "kohya" else qkv_rows.SPELLED_ELSEWHERE.get(key, key)
 
 
 def some_keys(keys: Iterable[str], most: int = 6) -> str:
-    """List keys in a sentence; of many a few, with one of each kind before the second of any."""
+    """Format keys for a sentence. Of many, show a few, one of each kind first."""
     keys = list(keys)
     if len(keys) <= most:
         return ", ".join(keys)

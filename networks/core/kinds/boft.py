@@ -1,6 +1,6 @@
-"""BOFT: a layer's inputs turned by a product of sparse orthogonal matrices, its outputs scaled, as PEFT has it.
+"""BOFT as in PEFT: layer inputs rotated by a product of sparse orthogonal matrices, and outputs scaled.
 
-Letters: O outputs, N numbers that one output sees, F factors, D blocks, b block size.
+Letters: O outputs, N inputs of one output, F factors, D blocks, b block size.
 """
 
 import logging
@@ -37,8 +37,8 @@ DEFAULT_BLOCK_SIZE = 4
 class Boft(nn.Module):
     """BOFT (Liu et al. 2024, arXiv:2311.06243): F factors with D blocks (1 - S) / (1 + S) each, and W' = s * (W R').
 
-    `boft_R` (F, D, b, b) starts at zero; S is half of it less its transpose, skew-symmetric, and the blocks are exactly
-    orthogonal. Two factors let 2 b inputs meet, F let 2^(F - 1) b. `boft_s` (O, 1) multiplies the outputs and starts
+    `boft_R` (F, D, b, b) starts at zero. S is half of it minus its transpose; it is skew-symmetric, so the blocks are
+    exactly orthogonal. Two factors mix 2 b inputs, F factors 2^(F - 1) b. `boft_s` (O, 1) scales the outputs and starts
     at one. Both are float32.
     """
 
@@ -77,10 +77,10 @@ class Boft(nn.Module):
 
 
 def sizes_for(num_columns: int, wanted: int, num_blocks: int, num_factors: int, may_adjust: bool) -> tuple[int, int]:
-    """Return (D, b) of a layer. With several factors both are even, and D a multiple of 2^(F - 1).
+    """Return (D, b) of a layer. With several factors b is even and D a multiple of 2^(F - 1).
 
-    `num_blocks` 0 leaves it to the size `wanted`, of which the nearest that fits is taken. Raises UserError where none
-    fits, or the one that is asked for does not.
+    `num_blocks` sets D; 0 selects the size `wanted`, or the nearest that fits. Raises UserError if no size fits, or if
+    the requested one does not and may not be adjusted.
     """
     if num_factors == 1 and not num_blocks:
         size = block_size_for(num_columns, wanted, may_adjust)
@@ -101,7 +101,7 @@ def sizes_for(num_columns: int, wanted: int, num_blocks: int, num_factors: int, 
 
 
 def fits(num_columns: int, size: int, num_factors: int) -> bool:
-    """Return True if blocks of this size can be made of so many inputs."""
+    """Return True if `num_columns` inputs can be divided into blocks of this size."""
     if num_columns % size:
         return False
     return num_factors == 1 or (size % 2 == 0 and num_columns // size % 2 ** (num_factors - 1) == 0)
@@ -118,7 +118,7 @@ def fresh(
     num_factors: int = 1,
     may_adjust: bool = True,
 ) -> Orthogonal:
-    """Make the change of a layer before training; in the form of `tensors`, where those of a file are given."""
+    """Make the untrained change of a layer, in the form of a file's `tensors` if they are given."""
     if tensors is not None:
         shape = tuple(tensors[BLOCKS].shape)
     else:
@@ -132,12 +132,12 @@ def fresh(
 
 
 def rank_of(tensors: ModuleTensors) -> int:
-    """Return the block size, which stands where other kinds have a rank."""
+    """Return the block size, which takes the place of a rank."""
     return tensors[BLOCKS].shape[-1]
 
 
 def in_own_form(tensors: ModuleTensors) -> dict[str, Tensor]:
-    """Return the tensors with scales as a column; PEFT has them as a row for convolutions."""
+    """Return the tensors with the scales as a column (O, 1). PEFT stores a row for convolutions."""
     return {**tensors, SCALES: tensors[SCALES].reshape(-1, 1)}
 
 
@@ -149,7 +149,7 @@ def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
 
 
 def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
-    """Say why the tensors of a module make no rotation; None where they do."""
+    """Return why the tensors of a module are not a valid rotation, or None if they are."""
     for key, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
         if key not in tensors:
             return f"has {keys[other]} without its {key}; the file is incomplete"
@@ -199,7 +199,7 @@ def make(request: ChangeRequest) -> Change:
 
 
 def resolve(settings: NetworkSettings) -> NetworkSettings:
-    """Take the block size for the rank. Raises UserError where it is given in two ways."""
+    """Use the block size as the rank. Raises UserError if both a size and a number of blocks are given."""
     own = settings.arguments.of(BoftArguments)
     if own.block_size and own.block_num:
         raise UserError(
@@ -210,7 +210,7 @@ def resolve(settings: NetworkSettings) -> NetworkSettings:
 
 
 def prepare(adapters: Sequence[Adapter], arguments: NetworkArguments) -> None:
-    """Say what the settings mean for this kind."""
+    """Log the meaning of the settings for this kind."""
     if arguments.of(BoftArguments).block_num:
         logger.info("BOFT: boft_block_num gives the sizes of blocks; --network_dim and --network_alpha do not count")
     else:

@@ -1,4 +1,4 @@
-"""DyLoRA: one adapter whose first k ranks are an adapter of rank k, for every k that is a multiple of a unit.
+"""DyLoRA: an adapter whose first k ranks form an adapter of rank k, for every multiple k of a unit.
 
 Letters: O output features or channels, I input features or channels, R rank, K the ranks of this step, h w kernel.
 """
@@ -28,7 +28,7 @@ from networks.core.targets.targets import TargetModule
 logger = logging.getLogger(__name__)
 
 STREAM = "dylora rank"
-UNITS: Mapping[str, tuple[str, str]] = {  # sort of module -> (argument, settings of ranks)
+UNITS: Mapping[str, tuple[str, str]] = {  # kind of target module -> (argument, options that set the rank)
     "plain": ("unit", "--network_dim (or block_dims)"),
     "conv": ("conv_unit", "conv_dim (or conv_block_dims)"),
 }
@@ -47,21 +47,21 @@ class DyloraArguments:
 
 
 def nested_rank(rank: int, step_rank: int, full_rank: int, unit: int = 1) -> int:
-    """Return the ranks that a module of `rank` has when the network, whose full rank is `full_rank`, is at `step_rank`.
+    """Return the active rank of a module of `rank` when the network, with rank `full_rank`, is at `step_rank`.
 
-    The same share of its own rank, to the nearest multiple of `unit` and at least one unit; `rank` is a multiple of
-    `unit`. The module whose rank is the full one has `step_rank` exactly.
+    It is the same share of the module's rank, rounded to a multiple of `unit` and at least one unit. `rank` must be a
+    multiple of `unit`. A module of rank `full_rank` gets exactly `step_rank`.
     """
     num_units = (2 * rank * step_rank + full_rank * unit) // (2 * full_rank * unit)
     return unit * max(1, num_units)
 
 
 class NestedRank(FactorPair):
-    """DyLoRA (Valipour et al. 2022, arXiv:2210.07558): dW = up[:, :K] @ down[:K], K drawn anew for every step.
+    """DyLoRA (Valipour et al. 2022, arXiv:2210.07558): dW = up[:, :K] @ down[:K], where K is drawn for every step.
 
-    Stored as `LowRank` is. While training, only the first K rows of `lora_down` and columns of `lora_up` are
-    multiplied, so what learns is what a file cut at K contains; in evaluation it is all R. The strength is that of the
-    full rank at every K: a column means the same whichever rank is drawn, and a file cut at K has alpha * K / R.
+    Stored like `LowRank`. In training only the first K rows of `lora_down` and columns of `lora_up` are multiplied, so
+    the trained change is that of a file cut at K. In evaluation all R are used. The scale is that of the full rank at
+    every K: a column has the same meaning for every drawn rank, and a file cut at K has alpha * K / R.
     """
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
@@ -69,10 +69,10 @@ class NestedRank(FactorPair):
         self.rank = rank
         full = LowRank(layer, rank)
         self.lora_down, self.lora_up = full.lora_down, full.lora_up
-        self._rows: tuple[int, int] | None = None  # of this step: the first that learns, the end of those multiplied
+        self._rows: tuple[int, int] | None = None  # of this step: first trained row, end of the multiplied rows
 
     def use_rows(self, first_learning: int, end: int) -> None:
-        """Multiply rows and columns 0 to `end` in the steps that follow; those before `first_learning` stay as is."""
+        """Multiply rows and columns 0 to `end` in the next steps, without training those before `first_learning`."""
         assert 0 <= first_learning < end <= self.rank
         self._rows = (first_learning, end)
 
@@ -87,7 +87,10 @@ class NestedRank(FactorPair):
         return get_weight(self.lora_up).flatten(1), get_weight(self.lora_down).flatten(1)
 
     def _rows_of_this_call(self) -> tuple[int, int]:
-        """Return all rows in evaluation, which reaches the factors as part of the network; else those of the step."""
+        """Return (first trained row, end): all rows in evaluation, otherwise those of the step.
+
+        `lora_down` has the mode, since eval() reaches the factors as part of the network.
+        """
         if not self.lora_down.training:
             return 0, self.rank
         if self._rows is None:
@@ -99,7 +102,7 @@ class NestedRank(FactorPair):
 
 
 def part(weight: Tensor, axis: int, first: int, end: int) -> Tensor:
-    """Cut `weight` to `end` on an axis, where only what lies from `first` on has a gradient."""
+    """Cut `weight` to `end` on an axis. Only the part from `first` on has a gradient."""
     if first == 0:
         return weight.narrow(axis, 0, end)
     return torch.cat([weight.detach().narrow(axis, 0, first), weight.narrow(axis, first, end - first)], axis)
@@ -110,26 +113,26 @@ def make(request: ChangeRequest) -> Change:
 
 
 def prepare(adapters: Sequence[Adapter], arguments: NetworkArguments) -> StartStep:
-    """Check the ranks; return what draws one for each optimizer step."""
+    """Check the ranks and return the function that draws one for each optimizer step."""
     own = arguments.of(DyloraArguments)
     check_units(adapters, own)
     return partial(draw_rank, own)
 
 
 def draw_rank(arguments: DyloraArguments, adapters: Sequence[Adapter], seed: int, step: int) -> None:
-    """Choose the rank of optimizer step `step` (from 0), one for all modules, every multiple of the unit equally often.
+    """Draw the rank of optimizer step `step` (from 0) for all modules; every multiple of the unit is equally likely.
 
     It is a function of seed and step, so it is the same in every process, in every batch of an accumulation window, in
-    a recomputed block and after a resume. With `train_all_ranks` (the default) all rows up to it learn; without, as in
-    the paper's frozen variant, only those that the next smaller rank lacks.
+    a recomputed block and after a resume. With `train_all_ranks` (the default) all rows up to it are trained; without,
+    as in the paper's frozen variant, only those that the next smaller rank lacks.
     """
     modules = nested_modules(adapters)
-    if not modules:  # norms alone
+    if not modules:  # only norms are trained
         return
     full_rank, unit = largest_rank(modules, arguments)
     ranks = range(unit, full_rank + 1, unit)
     drawn = random_for(seed, STREAM, step).randrange(len(ranks))
-    rows: dict[tuple[int, int], tuple[int, int]] = {}  # by (rank, unit): networks have few of them
+    rows: dict[tuple[int, int], tuple[int, int]] = {}  # by (rank, unit), of which a network has few
     for target, delta in modules:
         key = (delta.rank, resolve_unit(target, arguments))
         if key not in rows:
@@ -140,7 +143,7 @@ def draw_rank(arguments: DyloraArguments, adapters: Sequence[Adapter], seed: int
 
 
 def check_units(adapters: Sequence[Adapter], arguments: DyloraArguments) -> None:
-    """Log which ranks are trained. Raises UserError naming the nearest multiples where a rank is none of its unit."""
+    """Log the trained ranks. Raises UserError with the nearest multiples if a rank is not a multiple of its unit."""
     modules = nested_modules(adapters)
     for target, delta in modules:
         unit = resolve_unit(target, arguments)
@@ -162,7 +165,7 @@ def check_units(adapters: Sequence[Adapter], arguments: DyloraArguments) -> None
 
 
 def largest_rank(modules: Sequence[tuple[TargetModule, NestedRank]], arguments: DyloraArguments) -> tuple[int, int]:
-    """Return (full rank, unit) of a network: its largest rank in plain layers, or in convolutions if that is all."""
+    """Return (full rank, unit) of a network: the largest of plain layers, or of convolutions if there are no others."""
     plain = [(delta.rank, resolve_unit(target, arguments)) for target, delta in modules if target.kind == "plain"]
     return max(plain or [(delta.rank, resolve_unit(target, arguments)) for target, delta in modules])
 

@@ -1,7 +1,4 @@
-"""Whole weights: the change of a weight in no fewer numbers, as LyCORIS's `full` and extractions have it.
-
-These are read and merged; nothing trains them here.
-"""
+"""Full-rank weight differences, as stored by LyCORIS's `full` and by extractions. They are merged, but not trained."""
 
 import torch
 from torch import Tensor
@@ -15,7 +12,7 @@ KEY_OF = {"weight": DIFF, "bias": DIFF_B}  # parameter of the layer -> the key o
 
 
 class Full(MergedOnly):
-    """W + `diff` and b + `diff_b`, in the shapes of the layer's own; the layer can be a norm, too."""
+    """W + `diff` and b + `diff_b`, in the shapes of the layer's parameters. The layer can also be a norm."""
 
     words = f"{DIFF} of a whole weight"
 
@@ -46,7 +43,7 @@ def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
 
 
 def rank_of(tensors: ModuleTensors) -> int:
-    """Return the rank of any matrix of this size."""
+    """Return the highest rank that a matrix of this size can have; 1 for a vector."""
     diff = tensors[DIFF]
     return min(diff.flatten(1).shape) if diff.dim() > 1 else 1
 

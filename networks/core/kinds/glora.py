@@ -1,6 +1,4 @@
-"""GLoRA: a low-rank change of the inputs of a layer, and one of its weight.
-
-As LyCORIS writes it. It is read and merged; nothing trains it here.
+"""GLoRA as in LyCORIS: a low-rank change of a layer's inputs and one of its weight. It is merged, but not trained.
 
 Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
 """
@@ -19,10 +17,10 @@ NEEDS = A1, A2, B1, B2 = "a1.weight", "a2.weight", "b1.weight", "b2.weight"
 
 
 class GLoRA(MergedOnly):
-    """GLoRA (Chavan et al. 2023, arXiv:2306.07967) as LyCORIS has it: W + alpha / R (W a1 a2 + b1 b2).
+    """GLoRA (Chavan et al. 2023, arXiv:2306.07967) as in LyCORIS: W + alpha / R (W a1 a2 + b1 b2).
 
-    `a1.weight` (I, R), `a2.weight` (R, I), `b1.weight` (O, R), `b2.weight` (R, I) or (R, I, h, w); those of
-    convolutions with a 1x1 kernel behind.
+    `a1.weight` is (I, R), `a2.weight` (R, I), `b1.weight` (O, R), `b2.weight` (R, I) or (R, I, h, w). For convolutions
+    the first three have a 1x1 kernel.
     """
 
     words = "GLoRA of LyCORIS"
@@ -40,12 +38,12 @@ class GLoRA(MergedOnly):
         if match_shape(own, base).shape != base.shape:
             raise Misfit("", tuple(own.shape), tuple(base.shape))
         a1_IR, a2_RI = (self._matrix(key).to(base.device) for key in (A1, A2))
-        # Pixels of a kernel first, so that the inputs are columns.
+        # The kernel's axes come first, so that the inputs are the columns.
         turned = (base.movedim(1, -1) @ a1_IR @ a2_RI).movedim(-1, 1)
         return base + strength * self._scale * (turned + match_shape(own, base).to(base.device))
 
     def norm(self) -> Tensor:
-        """Return the norm of a1 a2 and b1 b2 together: what the first changes depends on the weight."""
+        """Return the norm of a1 a2 and b1 b2 together. The norm of W a1 a2 would depend on the weight."""
         inputs = self._matrix(A1) @ self._matrix(A2)
         return self._scale * torch.hypot(inputs.norm(), self._weight_alone().norm())
 
@@ -63,7 +61,7 @@ class GLoRA(MergedOnly):
         return self.get_buffer(key).flatten(1)
 
     def _weight_alone(self) -> Tensor:
-        """b1 b2, the part that does not depend on the weight."""
+        """Return b1 b2, the part of the change that does not depend on the weight."""
         b2 = self.get_buffer(B2)
         return (self._matrix(B1) @ self._matrix(B2)).reshape(-1, *b2.shape[1:])
 
@@ -78,9 +76,9 @@ def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
 
 
 def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
-    """Say why the factors of a module do not fit together; None where they do."""
+    """Return why the factors of a module do not fit together, or None if they do."""
     if not all(key in tensors for key in NEEDS):
-        return None  # told as what is missing
+        return None  # reported as missing by the caller
     inner = [tensors[A1].shape[1], tensors[A2].shape[0], tensors[B1].shape[1], tensors[B2].shape[0]]
     if len(set(inner)) == 1 and tensors[A1].shape[0] == tensors[A2].shape[1] == tensors[B2].shape[1]:
         return None

@@ -1,7 +1,4 @@
-"""(IA)^3: every output, or every input, of a layer times a number of its own.
-
-As LyCORIS writes it. It is read and merged; nothing trains it here.
-"""
+"""(IA)^3 as in LyCORIS: every output, or every input, of a layer is scaled. It is merged, but not trained."""
 
 from collections.abc import Mapping
 
@@ -15,9 +12,9 @@ WEIGHT, ON_INPUT = "weight", "on_input"
 
 
 class IA3(MergedOnly):
-    """(IA)^3 (Liu et al. 2022, arXiv:2205.05638): rows of W, or with `on_input` its columns, times 1 + `weight`.
+    """(IA)^3 (Liu et al. 2022, arXiv:2205.05638): the rows of W, or with `on_input` its columns, times 1 + `weight`.
 
-    `weight` has one number for each, in any shape. A bias stays as it is, as in LyCORIS.
+    `weight` has one number per row or column, in any shape. The bias does not change, as in LyCORIS.
     """
 
     words = "(IA)^3 of LyCORIS"
@@ -38,7 +35,7 @@ class IA3(MergedOnly):
         return base + strength * base * numbers
 
     def norm(self) -> Tensor:
-        """Return how far the numbers are from 1: the change itself depends on the weight."""
+        """Return the norm of `weight`, the distance of the factors from 1. The change depends on the base weight."""
         norm: Tensor = self.weight.norm()
         return norm
 
@@ -47,7 +44,7 @@ class IA3(MergedOnly):
 
 
 def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
-    """Say why the tensors of a module are none of this kind; None where they are."""
+    """Return why the tensors of a module are not valid, or None if they are."""
     if ON_INPUT in tensors and tensors[ON_INPUT].numel() != 1:
         return f"has {keys[ON_INPUT]} of the shape {list(tensors[ON_INPUT].shape)}; it needs one number"
     return None

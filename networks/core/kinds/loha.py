@@ -1,4 +1,4 @@
-"""LoHa: the change of a weight as the product, number by number, of two products of small factors.
+"""LoHa: the change of a weight as the elementwise (Hadamard) product of two low-rank products.
 
 Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
 """
@@ -20,19 +20,20 @@ from networks.core.registry.key_layout import KeyLayout
 
 NEEDS = W1_A, W1_B, W2_A, W2_B = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
 CORE = "hada_t1", "hada_t2"
-# Files have no kernel size. Only the U-Nets of SD have kernels larger than 1x1: 3x3, under these names.
+# Files do not store the kernel size. Only the U-Nets of SD have kernels larger than 1x1: 3x3, under these names.
 IS_3X3 = re.compile(r".*[_.](conv[12]?|conv_in|conv_out|op|in_layers[_.]2|out_layers[_.]3|input_blocks[_.]0[_.]0)")
 
 
 class LoHa(nn.Module):
     """LoHa (Hyeon-Woo et al. 2022, arXiv:2108.06098): dW = (w1_a w1_b) * (w2_a w2_b), of rank R^2.
 
-    `hada_w1_a` and `hada_w2_a` are (O, R), `hada_w1_b` and `hada_w2_b` (R, N); with a Tucker core (R, O) and (R, I),
-    with `hada_t1` and `hada_t2` (R, R, h, w) between. All are float32 and normal: w*_b with the deviation 1, the others
-    with 0.1, but w2_a starts at zero. Names, shapes and start are those of LyCORIS.
+    `hada_w1_a` and `hada_w2_a` are (O, R), `hada_w1_b` and `hada_w2_b` (R, N). With a Tucker core they are (R, O) and
+    (R, I), and `hada_t1` and `hada_t2` (R, R, h, w) are between them. All are float32 and normal: `hada_w1_b` and
+    `hada_w2_b` with deviation 1, the others with 0.1, except `hada_w2_a`, which starts at zero. Names, shapes and
+    initial values are those of LyCORIS.
 
-    dW is also the product of the R^2 products of columns and of rows, so a layer is run as with LoRA. Where that would
-    be more work than the whole matrix is, the matrix is made, of which only the factors are kept for its gradient.
+    dW is also a product of two factors of rank R^2, so a layer runs as with LoRA. If that costs more than the full
+    matrix, the matrix is built, and autograd keeps only the factors.
     """
 
     is_whole = False
@@ -42,7 +43,7 @@ class LoHa(nn.Module):
         super().__init__()
         self.rank, self.has_core, self.shape = rank, has_core, tuple(get_weight(layer).shape)
         self.layer: nn.Module
-        object.__setattr__(self, "layer", check_kernel(layer))  # the base model's own, no part of the adapter
+        object.__setattr__(self, "layer", check_kernel(layer))  # not registered: it belongs to the base model
         num_outputs, num_columns = self.shape[0], prod(self.shape[1:])
         self.is_narrow = rank**2 * (num_outputs + num_columns) < num_outputs * num_columns
         a, b = ((rank, num_outputs), (rank, self.shape[1])) if has_core else ((num_outputs, rank), (rank, num_columns))
@@ -72,7 +73,7 @@ class LoHa(nn.Module):
         return hadamard(*self._pairs()).view(self.shape)
 
     def _pairs(self) -> list[Tensor]:
-        """w1_a (O, R), w1_b (R, N), w2_a and w2_b; a core is multiplied into w*_b."""
+        """Return w1_a (O, R), w1_b (R, N), w2_a and w2_b. A core is multiplied into w1_b or w2_b."""
         pairs: list[Tensor] = [self.get_parameter(name) for name in NEEDS]
         for n, core in enumerate(CORE if self.has_core else ()):
             rows = torch.einsum("pqhw,qi->pihw", self.get_parameter(core), pairs[2 * n + 1]).flatten(1)
@@ -110,7 +111,7 @@ class _Hadamard(torch.autograd.Function):
 
 
 def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
-    """Return the shape of the weight; (O, N) where neither a core nor the name tells that it is a convolution."""
+    """Return the shape of the weight; (O, N) if neither a core nor the name shows that it is a convolution."""
     a, b = tensors[W1_A], tensors[W1_B]
     if CORE[0] in tensors:
         return (a.shape[1], b.shape[1], *tensors[CORE[0]].shape[2:])

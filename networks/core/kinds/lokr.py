@@ -33,15 +33,15 @@ SIDES = ((W1, W1_A, W1_B), (W2, W2_A, W2_B))
 
 
 class LoKr(nn.Module):
-    """LoKr (Yeh et al. 2023, arXiv:2309.14859): dW = w1 (x) w2, which is dW[l K + k, m N + n] = w1[l, m] w2[k, n].
+    """LoKr (Yeh et al. 2023, arXiv:2309.14859): dW = w1 (x) w2, that is dW[l K + k, m N + n] = w1[l, m] w2[k, n].
 
-    `lokr_w1` is (L, M), `lokr_w2` (K, N) or (K, N, h, w). Either can be a product of `_a` and `_b` of rank R: w1 of
-    (L, R) and (R, M), w2 of (K, R) and (R, N * h * w), or with the core `lokr_t2` (R, R, h, w) of (R, K) and (R, N).
-    All are float32 and kaiming uniform with a = sqrt(5), but for w2 or w2_b, which starts at zero. Names, shapes and
-    start are those of LyCORIS.
+    `lokr_w1` is (L, M), `lokr_w2` (K, N) or (K, N, h, w). Either can be a product of `_a` and `_b` of rank R: w1 of (L,
+    R) and (R, M), w2 of (K, R) and (R, N * h * w), or with the core `lokr_t2` (R, R, h, w) of (R, K) and (R, N). All
+    are float32 and kaiming uniform with a = sqrt(5), except w2 or w2_b, which starts at zero. Names, shapes and initial
+    values are those of LyCORIS.
 
-    A layer is run with w1 and w2 one after the other, on M groups of N inputs, so dW is never made. Where both are
-    whole there is no rank: alpha counts as the rank, and dropout acts on outputs.
+    A layer runs w1 and w2 one after the other, on M groups of N inputs, so dW is never built. If neither is a product
+    there is no rank: alpha has no effect, and dropout acts on outputs.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class LoKr(nn.Module):
         is_product: tuple[bool, bool],
         has_core: bool = False,
     ) -> None:
-        """`outer` is (L, M); `is_product` says which of w1 and w2 are products of factors."""
+        """`outer` is (L, M). `is_product` holds for w1 and w2 True if the matrix is a product of factors."""
         super().__init__()
         self.layer: nn.Module
-        object.__setattr__(self, "layer", check_kernel(layer))  # the base model's own, no part of the adapter
+        object.__setattr__(self, "layer", check_kernel(layer))  # not registered: it belongs to the base model
         self.shape = tuple(get_weight(layer).shape)
         self.is_product, self.has_core = is_product, has_core
         self.is_whole = not any(is_product)
@@ -83,7 +83,10 @@ class LoKr(nn.Module):
         nn.init.kaiming_uniform_(self.get_parameter(W2_B if self.is_product[1] else W2), a=sqrt(5))
 
     def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
-        """Return the channels, which have an axis of groups beside them: (..., groups, R), or (B, R, groups, h, w)."""
+        """Return the channels with an additional axis of groups: (..., groups, R), or (B, R, groups, h, w).
+
+        If both matrices are whole there are no channels, and the outputs are returned.
+        """
         x = match_dtype(self.get_parameter(self.fast_key), x)
         if columns is not None:
             x = scale_columns(x, columns)
@@ -113,7 +116,7 @@ class LoKr(nn.Module):
         return base + self._join_groups(changed).to(base.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return (w1_a (x) w2_a, w1_b (x) w2_b); of a whole matrix one is the matrix and the other the identity."""
+        """Return (w1_a (x) w2_a, w1_b (x) w2_b). A whole matrix is the product of itself and an identity."""
         (a1, b1), (a2, b2) = self._pair(0), self._pair(1)
         return _kron(a1, a2), _kron(b1, b2)
 
@@ -125,18 +128,18 @@ class LoKr(nn.Module):
         return len(self.shape) == 4
 
     def _w1(self) -> Tensor:
-        """Return (L, M)."""
+        """Return w1, (L, M)."""
         return self.get_parameter(W1_A) @ self.get_parameter(W1_B) if self.is_product[0] else self.get_parameter(W1)
 
     def _w2(self) -> Tensor:
-        """Return (K, N * h * w)."""
+        """Return w2, (K, N * h * w)."""
         if not self.is_product[1]:
             return self.get_parameter(W2).flatten(1)
         a, b = self._pair(1)
         return a @ b
 
     def _pair(self, side: int) -> tuple[Tensor, Tensor]:
-        """Return two factors of w1 (L, M) or w2 (K, N * h * w)."""
+        """Return the two factors of w1 (L, M) for side 0, or of w2 (K, N * h * w) for side 1."""
         whole, left, right = SIDES[side]
         if self.is_product[side]:
             a: Tensor = self.get_parameter(left)
@@ -149,18 +152,18 @@ class LoKr(nn.Module):
         return (identity, matrix) if matrix.shape[0] < matrix.shape[1] else (matrix, identity)
 
     def _pointwise(self, name: str) -> Tensor:
-        """Return w2_a (K, R) or, with a core, w2_b (R, N), as what meets single pixels."""
+        """Return w2_a (K, R) or, with a core, w2_b (R, N), as a matrix or a 1x1 kernel."""
         weight = self.get_parameter(name).t() if self.has_core and name == W2_A else self.get_parameter(name)
         return weight[..., None, None] if self._is_conv else weight
 
     def _mix(self, matrix: Tensor, groups: Tensor) -> Tensor:
-        """Multiply a matrix by the axis of groups of (..., groups, channels) or (B, groups, channels, h, w)."""
+        """Multiply a matrix onto the group axis of (..., groups, channels) or (B, groups, channels, h, w)."""
         if not self._is_conv:
             return matrix @ groups
         return _unflatten(matrix @ groups.flatten(2), 2, *groups.shape[2:])
 
     def _within(self, weight: Tensor, groups: Tensor, is_pointwise: bool = False) -> Tensor:
-        """Run every group through the same weight, for the pixels that the layer looks at."""
+        """Run every group through the same weight, with the layer's kernel geometry unless `is_pointwise`."""
         if not isinstance(self.layer, nn.Conv2d):
             return linear(groups, weight)
         num_samples, num_groups = groups.shape[:2]
@@ -177,7 +180,7 @@ class LoKr(nn.Module):
 
 
 def _kron(first: Tensor, second: Tensor) -> Tensor:
-    """Return the Kronecker product of two matrices; torch.kron refuses some that are transposed."""
+    """Return the Kronecker product of two matrices. torch.kron rejects some transposed ones."""
     product = first[:, None, :, None] * second[None, :, None]
     return product.reshape(len(first) * len(second), -1)
 
@@ -188,9 +191,9 @@ def _unflatten(x: Tensor, axis: int, *sizes: int) -> Tensor:
 
 
 def factorize(size: int, factor: int) -> tuple[int, int]:
-    """Return two whole numbers whose product is `size`, the smaller first: one is `factor`, if that divides.
+    """Return two integers with the product `size`, the smaller first. One is `factor` if that divides `size`.
 
-    Else the smaller is as large as it can be, not above `factor` unless that is -1.
+    Otherwise the smaller is as large as possible, but not above `factor` unless that is -1.
     """
     if factor > 0 and size % factor == 0:
         small = min(factor, size // factor)
@@ -208,9 +211,9 @@ def fresh(
     is_full: bool = False,
     has_core: bool = False,
 ) -> Delta:
-    """Make a LoKr as the arguments `factor`, `decompose_both` and `full_matrix` ask for.
+    """Make a LoKr as requested by the arguments `factor`, `decompose_both` and `full_matrix`.
 
-    A matrix whose longer side is less than twice the rank is whole: factors would have as many numbers.
+    A matrix with a longer side of at most twice the rank stays whole, since factors would have no fewer numbers.
     """
     (num_l, num_k), (num_m, num_n) = (factorize(size, factor) for size in get_weight(layer).shape[:2])
     is_product = (
@@ -231,7 +234,7 @@ def outer_shape(tensors: ModuleTensors) -> tuple[int, int]:
 
 
 def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
-    """Return the shape of the weight; (O, I * h * w) where nothing tells that it is a convolution."""
+    """Return the shape of the weight; (O, I * h * w) if nothing shows that it is a convolution."""
     num_l, num_m = outer_shape(tensors)
     inner: tuple[int, ...]
     kernel: tuple[int, ...]
@@ -252,7 +255,7 @@ def rank_of(tensors: ModuleTensors) -> int:
 
 
 def like(layer: nn.Module, tensors: ModuleTensors) -> Delta:
-    """Make a LoKr in the form of a module in a file, which tells it by its shapes."""
+    """Make a LoKr in the form of a module in a file, which follows from the shapes of its tensors."""
     return LoKr(layer, rank_of(tensors), outer_shape(tensors), (W1 not in tensors, W2 not in tensors), CORE in tensors)
 
 
@@ -264,7 +267,7 @@ def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
 
 
 def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
-    """Say why the tensors of a module do not belong together; None where they do."""
+    """Return why the tensors of a module do not fit together, or None if they do."""
     known = {*SIDES[0], *SIDES[1], CORE}
     for key in tensors:
         if key.startswith("lokr_") and key not in known:
@@ -295,7 +298,7 @@ def _are_apart(tensors: ModuleTensors) -> bool:
 
 
 def _layouts() -> Iterator[KeyLayout]:
-    """Yield a layout for each set of parameter keys that makes a module complete."""
+    """Yield a layout for each complete set of parameter keys."""
     for first in (SIDES[0][:1], SIDES[0][1:]):
         for second in (SIDES[1][:1], SIDES[1][1:]):
             is_whole = len(first) == len(second) == 1

@@ -1,4 +1,4 @@
-"""LoRA: the change of a weight as the product of two small factors, or with a Tucker core between them.
+"""LoRA: the change of a weight as the product of two small factors, optionally with a Tucker core between them.
 
 Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
 """
@@ -24,7 +24,7 @@ from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.key_layout import KeyLayout
 
 MakeSplit = Callable[[nn.Linear, int, tuple[int, ...]], Delta]
-"""(a fused layer, the rank of each projection, the outputs of each) -> the change of its weight."""
+"""(fused layer, rank of each projection, outputs of each projection) -> a new delta for the layer's weight."""
 
 
 def make(request: ChangeRequest) -> Change:
@@ -32,7 +32,10 @@ def make(request: ChangeRequest) -> Change:
 
 
 def make_pair(request: ChangeRequest, make_delta: MakeDelta, make_split: MakeSplit) -> Change:
-    """Make the change of one layer from `make_delta`, unless q, k and v, a start or a core ask for another delta."""
+    """Make the change of one layer with `make_delta`, or with another delta for split_qkv, `init` or a Tucker core.
+
+    Raises UserError if a file does not have the form that these arguments require.
+    """
     layer, rank, alpha = request.layer, request.rank, request.alpha
     init = request.arguments.of(InitArguments)
     if (widths := request.split_widths) is not None:
@@ -41,7 +44,7 @@ def make_pair(request: ChangeRequest, make_delta: MakeDelta, make_split: MakeSpl
             rank, alpha = rank // len(widths), alpha / len(widths)
         assert isinstance(layer, nn.Linear)
         return wrap(request, make_split(layer, rank, widths), alpha)
-    if init.starts_at_weight and request.tensors is not None:  # where it started is in the file
+    if init.starts_at_weight and request.tensors is not None:  # the file has the initial values
         if rank % 2:
             raise UserError(
                 f"--network_args init={init.init}: {request.target.name} has rank {rank} in {request.source}, but "
@@ -54,7 +57,7 @@ def make_pair(request: ChangeRequest, make_delta: MakeDelta, make_split: MakeSpl
 
 
 def check_apart(request: ChangeRequest, widths: tuple[int, ...]) -> None:
-    """Raise UserError where a file has one adapter for all projections of a layer."""
+    """Raise UserError if a file has one adapter for all projections of a layer."""
     assert request.tensors is not None
     if not are_apart(request.tensors, widths):
         raise UserError(
@@ -69,7 +72,7 @@ def check_apart(request: ChangeRequest, widths: tuple[int, ...]) -> None:
 def make_tensors(
     up_OR: Tensor, down_RN: Tensor, shape: tuple[int, ...], alpha: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Return the tensors of a LoRA of a weight of `shape`, (O, I) or (O, I, h, w), from factors that are matrices."""
+    """Return the tensors of a LoRA for a weight of `shape`, (O, I) or (O, I, h, w), from factors that are matrices."""
     rank = down_RN.shape[0]
     tensors = {
         DOWN: down_RN.reshape(rank, *shape[1:]).contiguous(),
@@ -89,7 +92,7 @@ def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
 
 
 def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
-    """Say why the tensors of a module do not belong together; None where they do."""
+    """Return why the tensors of a module do not fit together, or None if they do."""
     if (DOWN in tensors) != (UP in tensors):
         there, missing = (keys[DOWN], "up") if DOWN in tensors else (keys[UP], "down")
         return f"has {there} without its {missing} factor; the file is incomplete"

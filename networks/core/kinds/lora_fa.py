@@ -1,4 +1,4 @@
-"""LoRA-FA: the down factor is frozen, so the layer's input need not be kept for the backward pass."""
+"""LoRA-FA: the down factor is frozen, so the backward pass does not need the layer's input."""
 
 import logging
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 def frozen_down(layer: nn.Module, rank: int) -> Delta:
-    """LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): dW = up @ down, where only up trains.
+    """Make the delta of LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): dW = up @ down, where only up is trained.
 
-    Stored as `LowRank` is. `lora_down.weight` starts normal with the deviation sqrt(2 / (I + R)), I being the input
-    features or channels. It is a buffer: in files, but no parameter, so neither the optimizer, nor the limit on the
-    gradient's norm, nor autograd ever meets it. The backward pass keeps the R channels instead of the layer's input.
+    Stored like `LowRank`. `lora_down.weight` starts normal with deviation sqrt(2 / (I + R)), where I is the number of
+    input features or channels. It is a buffer, not a parameter: it is in files, but the optimizer, gradient clipping
+    and autograd do not see it. The backward pass keeps the R channels instead of the layer's input.
     """
     delta = LowRank(layer, rank)
     freeze(delta.lora_down, rank)
@@ -33,14 +33,14 @@ def frozen_down(layer: nn.Module, rank: int) -> Delta:
 
 
 def frozen_split(layer: nn.Linear, rank: int, widths: Sequence[int]) -> Delta:
-    """Make the change of each projection of a fused layer in the same way."""
+    """Make the delta of a fused layer, with a frozen down factor for each projection."""
     delta = SplitRank(layer, rank, widths)
     freeze(delta.lora_down, rank)
     return delta
 
 
 def freeze(down: nn.Module, rank: int) -> None:
-    """Draw the weight of a down factor and make it a buffer."""
+    """Initialise the weight of a down factor and make it a buffer."""
     weight = get_weight(down).detach()
     nn.init.normal_(weight, std=sqrt(2 / (weight.shape[1] + rank)))
     del down.weight
@@ -52,7 +52,7 @@ def make(request: ChangeRequest) -> Change:
 
 
 def warn_of_ratios(adapters: Sequence[Adapter], arguments: NetworkArguments) -> None:
-    """Say what LoRA+ comes to where there is no down factor to compare with."""
+    """Warn that LoRA+ ratios only multiply the learning rate, because there is no trained down factor."""
     given = [name for name in LORAPLUS_RATIOS if getattr(arguments.of(RateArguments), name)]
     if given:
         logger.warning(

@@ -17,10 +17,10 @@ KEY_OF = {"weight": W_NORM, "bias": B_NORM}  # parameter of the layer -> the key
 
 
 class Norm(nn.Module):
-    """Changes of the weight and bias of one LayerNorm or GroupNorm; they start at zero.
+    """Changes of the weight and bias of one LayerNorm or GroupNorm, which start at zero.
 
-    `w_norm` (C) and `b_norm` (C) are float32 and named as in files; a norm without bias has no `b_norm`, and files of
-    other programs can have `b_norm` alone. They have no alpha and no rank, and no dropout acts on them.
+    `w_norm` (C) and `b_norm` (C) are float32 and named as in files. A norm without bias has no `b_norm`; files of other
+    programs can have `b_norm` alone. There is no alpha, no rank and no dropout.
     """
 
     fast_keys: frozenset[str] = frozenset()
@@ -33,7 +33,7 @@ class Norm(nn.Module):
         super().__init__()
         for name, change in ((W_NORM, w_norm), (B_NORM, b_norm)):
             self.register_parameter(name, None if change is None else nn.Parameter(change, change.is_floating_point()))
-        object.__setattr__(self, "layer", layer)  # the base model's own, which is no part of the adapter
+        object.__setattr__(self, "layer", layer)  # not registered: it belongs to the base model
         self.layer: nn.Module | None
 
     @property
@@ -41,7 +41,7 @@ class Norm(nn.Module):
         return tuple(name for name, key in KEY_OF.items() if getattr(self, key) is not None)
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        """Return what the layer computes with the changes; shapes and dtype are those of the layer alone."""
+        """Return the layer's output with the changes, in the shape and dtype of the layer's own output."""
         layer = self.layer
         assert layer is not None
         merged = {name: self.merged(getattr(layer, name), strength, name) for name in self.changed_parameters}
@@ -49,12 +49,12 @@ class Norm(nn.Module):
         given = x.to(weight.dtype)
         if isinstance(layer, nn.GroupNorm):
             if x.device.type == "cpu" and not x.requires_grad:
-                given = given.contiguous()  # torch crashes in the backward pass of channels-last groups without one
+                given = given.contiguous()  # torch crashes in backward: channels-last input without a gradient
             y = group_norm(given, layer.num_groups, weight, bias, layer.eps)
         else:
             assert isinstance(layer, nn.LayerNorm)
             y = layer_norm(given, layer.normalized_shape, weight, bias, layer.eps)
-        # Autocast has norms compute and answer in float32, but not on the CPU.
+        # Under autocast norms compute and return float32, but not on the CPU.
         gives_float32 = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
         return y if gives_float32 else y.to(x.dtype)
 

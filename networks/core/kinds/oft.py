@@ -1,9 +1,9 @@
-"""OFT as sd-scripts' networks.oft and LyCORIS's diag-oft store it: a layer's outputs turned by blocks.
+"""OFT of outputs, as stored by sd-scripts' networks.oft and LyCORIS's diag-oft: outputs are rotated in blocks.
 
-sd-scripts puts new ones on layers of attention alone, unless `enable_all_linear` is given. Those of oft_v2.py turn
-inputs, which costs less.
+As in sd-scripts, new adapters attach to attention layers only, unless `enable_all_linear` is given. OFT of inputs
+(oft_v2.py) costs less.
 
-Letters: O outputs, T everything but the last axis, D blocks, b block size.
+Letters: O outputs, T all axes but the last, D blocks, b block size.
 """
 
 import logging
@@ -30,16 +30,16 @@ from networks.core.targets.targets import Part
 logger = logging.getLogger(__name__)
 
 BLOCKS, RESCALE, MATRICES = "oft_blocks", "rescale", "oft_diag"
-PIECES = tuple(f"{BLOCKS}.{i}" for i in range(4))  # of a layer whose rows are several projections
+PIECES = tuple(f"{BLOCKS}.{i}" for i in range(4))  # of the projections of a fused layer
 
 
 class OrthogonalOutputs(nn.Module):
-    """W' = R' W with blocks (1 + Q) / (1 - Q) on the diagonal of R: outputs are turned, and may be scaled then.
+    """A rotation of a layer's outputs: W' = R' W with blocks (1 + Q) / (1 - Q) on the diagonal of R.
 
-    `oft_blocks` (D, b, b) is any matrix for each block, Q that less its transpose; `oft_blocks.0` and so on are those
-    of consecutive rows, where a layer has q, k, v and others as one. `alpha` limits the length
-    of all Q of such a piece to alpha times its rows; 0 is no limit, as LyCORIS has it. `rescale` (O, 1) or (O, 1, 1, 1)
-    multiplies outputs. At strength s the weight is W + s (W' - W).
+    `oft_blocks` (D, b, b) holds an unconstrained matrix for each block; Q is that matrix minus its transpose. A fused
+    layer has `oft_blocks.0` and so on for consecutive parts of its rows. `alpha` limits the norm of all Q of a part to
+    alpha times its number of rows; 0 means no limit, as in LyCORIS. `rescale` (O, 1) or (O, 1, 1, 1) scales the
+    outputs. At strength s the weight is W + s (W' - W).
     """
 
     changed_parameters = ("weight",)
@@ -51,7 +51,7 @@ class OrthogonalOutputs(nn.Module):
     def __init__(
         self, layer: nn.Module | None, tensors: ModuleTensors, drops: Dropout = NO_DROPOUT, is_trained: bool = True
     ) -> None:
-        """`layer` None is for merging alone."""
+        """`layer` can be None if the change is only merged."""
         super().__init__()
         self.names = tuple(key for key in (BLOCKS, *PIECES) if key in tensors)
         parameters = [nn.Parameter(tensors[name], requires_grad=is_trained) for name in self.names]
@@ -64,11 +64,11 @@ class OrthogonalOutputs(nn.Module):
         self.register_buffer(ALPHA, tensors.get(ALPHA))
         self.limit = float(tensors[ALPHA]) if ALPHA in tensors else 0.0
         self.drops = drops
-        object.__setattr__(self, "layer", layer)  # the base model's own, which is no part of the adapter
+        object.__setattr__(self, "layer", layer)  # not registered: it belongs to the base model
         self.layer: nn.Module | None
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        """Return what the layer computes with the change; shapes and dtype are those of the layer alone."""
+        """Return the layer's output with the change, in the shape and dtype of the layer's own output."""
         out = base(x)
         if self.training and self.drops.skips_this_call():
             return out
@@ -97,7 +97,7 @@ class OrthogonalOutputs(nn.Module):
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """Return the Frobenius norm of R - 1, to first order, and of how far scales are from 1."""
+        """Return the Frobenius norm of R - 1, to first order, together with the differences of the scales from 1."""
         squares = torch.stack([4 * angles.square().sum() for angles in self._angles()]).sum()
         if self.rescale is not None:
             squares = squares + (self.rescale - 1).square().sum()
@@ -114,7 +114,7 @@ class OrthogonalOutputs(nn.Module):
         return self.state_dict()
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the tensors of a file in the form of the one that this was made of."""
+        """Load a file's tensors, which must have the same form as this change."""
         self.load_state_dict({**self.state_dict(), **tensors})
         self.limit = float(tensors[ALPHA]) if ALPHA in tensors else 0.0
 
@@ -122,13 +122,13 @@ class OrthogonalOutputs(nn.Module):
         return [self.get_parameter(name) for name in self.names]
 
     def _angles(self) -> Iterator[Tensor]:
-        """Yield (D, b, b) for each piece: Q within the limit, at least in float32."""
+        """Yield Q within the limit, (D, b, b) for each part, in float32 or wider."""
         for blocks in self._blocks():
             skew = _skew(blocks.to(torch.promote_types(blocks.dtype, torch.float32)))
             yield skew * self._share_within(skew)
 
     def _share_within(self, skew_Dbb: Tensor) -> Tensor:
-        """Return what the limit leaves of the angles of a piece: 1 where they are within it."""
+        """Return the factor that brings the angles of a part within the limit; 1 if they already are."""
         if self.limit == 0:
             return skew_Dbb.new_ones(())
         length = skew_Dbb.norm()
@@ -137,7 +137,7 @@ class OrthogonalOutputs(nn.Module):
         return share
 
     def _turns(self) -> list[Tensor]:
-        """Return (1, D, b, b) for each piece: its blocks of R, less the identity."""
+        """Return the blocks of R minus the identity, (1, D, b, b) for each part."""
         found = []
         for angles in self._angles():
             one = torch.eye(angles.shape[-1], dtype=angles.dtype, device=angles.device)
@@ -145,14 +145,14 @@ class OrthogonalOutputs(nn.Module):
         return found
 
     def _drop(self, turns: Tensor) -> Tensor:
-        """Leave out blocks for this call."""
+        """Drop blocks in training."""
         if not self.training or self.drops.neuron == 0:
             return turns
         keep_FD = torch.rand(turns.shape[:2], device=turns.device) > self.drops.neuron
         return turns * keep_FD[..., None, None].to(turns.dtype)
 
     def _rotate_rows(self, rows_TO: Tensor, turns: Sequence[Tensor]) -> Tensor:
-        """Return what is added to rows of O numbers: s * (y R) - y, piece by piece."""
+        """Return the change of rows of O numbers, s * (y R) - y with the scales s, part by part."""
         widths = [turn.shape[1] * turn.shape[2] for turn in turns]
         parts = torch.split(rows_TO, widths, dim=-1)
         change = torch.cat([change_of_turn(part, turn) for part, turn in zip(parts, turns, strict=True)], dim=-1)
@@ -164,9 +164,10 @@ class OrthogonalOutputs(nn.Module):
 
 
 class FixedMatrices(MergedOnly):
-    """W' = R' W for `oft_diag` (D, b, b) of LyCORIS before 2.0, which holds the blocks of R, or R - 1, themselves.
+    """W' = R' W for `oft_diag` (D, b, b) of LyCORIS before 2.0, which stores the blocks of R, or of R - 1, themselves.
 
-    It is merged and not trained: angles are not in the file. Where the diagonals are nearer to 0 than to 1 it is R - 1.
+    It is merged, but not trained, since the file has no angles. The blocks are those of R - 1 if the mean of their
+    diagonals is at most 0.5.
     """
 
     words = f"{MATRICES} of LyCORIS"
@@ -203,7 +204,7 @@ def _skew(blocks_Dbb: Tensor) -> Tensor:
 
 
 def further(layer: nn.Module, tensors: ModuleTensors, drops: Dropout = NO_DROPOUT) -> OrthogonalOutputs:
-    """Make the change of a layer in the form of a file."""
+    """Make the untrained change of a layer in the form of a file."""
     zeros = {key: torch.zeros_like(t, dtype=torch.float32) for key, t in tensors.items() if key != ALPHA}
     zeros |= {key: tensor.float() for key, tensor in tensors.items() if key == ALPHA}
     return OrthogonalOutputs(layer, zeros, drops)
@@ -212,9 +213,9 @@ def further(layer: nn.Module, tensors: ModuleTensors, drops: Dropout = NO_DROPOU
 def fresh(
     layer: nn.Module, path: str, num_blocks: int, limit: float, drops: Dropout, widths: tuple[int, ...] | None
 ) -> OrthogonalOutputs:
-    """Make a new change that turns nothing yet: `num_blocks` blocks for each projection of the layer.
+    """Make a new change that rotates nothing yet, with `num_blocks` blocks for each projection of the layer.
 
-    Raises UserError for a number that does not divide the outputs.
+    Raises UserError if `num_blocks` does not divide the outputs or leaves blocks of a single one.
     """
     tensors = {ALPHA: torch.tensor(limit, device="cpu")}  # has a value on the meta device too
     for name, width in zip((BLOCKS,) if widths is None else PIECES, widths or (len(get_weight(layer)),), strict=False):
@@ -233,7 +234,7 @@ def fresh(
 
 
 def rank_of(tensors: ModuleTensors) -> int:
-    """Return how many blocks there are, which these call the dimension."""
+    """Return the number of blocks, which these programs call the dimension."""
     return next(tensors[key].shape[0] for key in (BLOCKS, *PIECES, MATRICES) if key in tensors)
 
 
@@ -244,14 +245,14 @@ def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
 
 
 def read_matrices(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
-    """Make the change of a module with whole matrices."""
+    """Make the change of a module that stores matrices. Raises UserError if it also has scales."""
     if RESCALE in tensors:
         raise UserError(f"{MATRICES} with {RESCALE} is not computed here: what it means differs between versions")
     return FixedMatrices(tensors[MATRICES])
 
 
 def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
-    """Say why the tensors of a module make no rotation; None where they do."""
+    """Return why the tensors of a module are not a valid rotation, or None if they are."""
     there = [key for key in (BLOCKS, *PIECES, MATRICES) if key in tensors]
     if not there:
         return f"has {keys[RESCALE]} without {BLOCKS}; the file is incomplete"
@@ -310,7 +311,7 @@ def make(request: ChangeRequest) -> Change:
 
 
 def resolve(settings: NetworkSettings) -> NetworkSettings:
-    """Take the number of blocks for the rank, and `network_alpha` for the limit of angles of all kernels."""
+    """Use the rank as the number of blocks, and `network_alpha` as the limit of the angles for all kernels."""
     if settings.alpha >= 1:
         logger.warning(
             "--network_alpha %g limits no angle: networks.oft takes it for the limit, where 0.001 or less holds them",
@@ -323,7 +324,10 @@ def resolve(settings: NetworkSettings) -> NetworkSettings:
 
 
 def narrow(part: Part, is_denoiser: bool, arguments: NetworkArguments) -> Part | None:
-    """Adapt attention alone, where the base model says what that is, unless all layers are asked for."""
+    """Restrict new adapters to attention, if the base model declares it, unless all layers are requested.
+
+    Text encoders get no adapters.
+    """
     if not is_denoiser:
         return None
     adapts_all = arguments.of(OftArguments).enable_all_linear or not part.attention

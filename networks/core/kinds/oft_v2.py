@@ -1,6 +1,6 @@
-"""OFT: a layer's inputs turned by blocks of small orthogonal matrices, as PEFT and OneTrainer have it.
+"""OFT as in PEFT and OneTrainer: layer inputs rotated in blocks by small orthogonal matrices.
 
-Letters: N numbers that one output sees, D blocks, b block size, n = b (b - 1) / 2 angles of a block.
+Letters: N inputs of one output, D blocks, b block size, n = b (b - 1) / 2 angles of a block.
 """
 
 import logging
@@ -33,11 +33,12 @@ DEFAULT_BLOCK_SIZE = 32
 class OftV2(nn.Module):
     """OFT (Qiu et al. 2023, arXiv:2306.07280; 2025, arXiv:2506.19847): D blocks 1 + 2 Q + 2 Q^2 + 2 Q^3 + Q^4.
 
-    That is the Cayley transform (1 + Q) / (1 - Q) with the inverse cut off after five terms, so the blocks are
-    orthogonal for small angles. `oft_R.weight` (D, n) holds the upper triangle of each skew-symmetric Q, row by row; it
-    is (1, n) where all inputs share one block. It starts at zero, in float32.
+    This is the Cayley transform (1 + Q) / (1 - Q) with the Neumann series of the inverse truncated, so the blocks are
+    orthogonal for small angles only. `oft_R.weight` (D, n) holds the upper triangle of each skew-symmetric Q, row by
+    row; it is (1, n) if all inputs share one block. It starts at zero, in float32.
 
-    With `eps` (COFT) no Q is longer than eps / sqrt(D): longer ones are drawn in, and `limit_` does it for good.
+    With `eps` (COFT) the norm of each Q is limited to eps / sqrt(D). Larger ones are scaled down in every call, and
+    permanently by `limit_`.
     """
 
     exact: tuple[str, ...] = ()
@@ -78,7 +79,7 @@ class OftV2(nn.Module):
 
     @torch.no_grad()
     def limit_(self, scalar: Tensor | float) -> None:
-        """Draw angles in to the limit of COFT, where there is one."""
+        """Scale the parameters down to the limit of COFT, if there is one."""
         if self.eps is None:
             return
         vector_Dn = self._weight.to(torch.promote_types(self._weight.dtype, torch.float32)) * scalar
@@ -91,12 +92,12 @@ class OftV2(nn.Module):
         return weight
 
     def _limited(self, scalar: Tensor | float) -> Tensor:
-        """Return the angles that count, at least in float32."""
+        """Return the angles within the limit, (D, n), in float32 or wider."""
         vector_Dn = self._weight.to(torch.promote_types(self._weight.dtype, torch.float32)) * scalar
         return vector_Dn if self.eps is None else vector_Dn * self._ratios(vector_Dn)
 
     def _ratios(self, vector_Dn: Tensor) -> Tensor:
-        """Return (D, 1), what brings each block within the limit. A constant to the gradient, as a projection is."""
+        """Return the factor (D, 1) that brings each block within the limit. It has no gradient, as in a projection."""
         assert self.eps is not None
         limit = self.eps / len(vector_Dn) ** 0.5
         lengths_D1 = vector_Dn.detach().norm(dim=1, keepdim=True) * 2**0.5  # Q has every angle twice
@@ -105,7 +106,7 @@ class OftV2(nn.Module):
 
 
 def size_of_triangle(num_angles: int) -> int:
-    """Return b, of a triangle of b (b - 1) / 2 numbers. Raises UserError for a count that no triangle has."""
+    """Return b for a triangle of b (b - 1) / 2 numbers. Raises UserError if no triangle has `num_angles` numbers."""
     size = (1 + isqrt(1 + 8 * num_angles)) // 2
     if size < 2 or size * (size - 1) // 2 != num_angles:
         raise UserError(f"{ANGLES} has {num_angles} columns, which is no number of angles of a block")
@@ -123,7 +124,7 @@ def fresh(
     is_shared: bool = False,
     may_adjust: bool = True,
 ) -> Orthogonal:
-    """Make the change of a layer before training; in the form of `tensors`, where those of a file are given."""
+    """Make the untrained change of a layer, in the form of a file's `tensors` if they are given."""
     if tensors is not None:
         zeros = torch.zeros(tensors[ANGLES].shape, dtype=torch.float32)
     else:
@@ -137,7 +138,7 @@ def fresh(
 
 
 def rank_of(tensors: ModuleTensors) -> int:
-    """Return the block size, which stands where other kinds have a rank."""
+    """Return the block size, which takes the place of a rank."""
     return size_of_triangle(tensors[ANGLES].shape[1])
 
 
@@ -148,7 +149,7 @@ def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
 
 
 def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
-    """Say why the tensors of a module make no rotation; None where they do."""
+    """Return why the tensors of a module are not a valid rotation, or None if they are."""
     shape = list(tensors[ANGLES].shape) if ANGLES in tensors else []
     if len(shape) == 2:
         size = (1 + isqrt(1 + 8 * shape[1])) // 2
@@ -200,7 +201,7 @@ def resolve(settings: NetworkSettings) -> NetworkSettings:
 
 
 def prepare(adapters: Sequence[Adapter], arguments: NetworkArguments) -> StartStep | None:
-    """Say what the settings mean for this kind; with COFT, limit every rotation before each batch."""
+    """Log the meaning of the settings. With COFT, return the function that limits every rotation before each batch."""
     own = arguments.of(OftV2Arguments)
     logger.info("OFT: --network_dim is the size of the blocks; --network_alpha does not count")
     if own.block_share and arguments.of(DropoutArguments).neuron_dropout:
@@ -209,7 +210,7 @@ def prepare(adapters: Sequence[Adapter], arguments: NetworkArguments) -> StartSt
 
 
 def limit(adapters: Sequence[Adapter], seed: int, step: int) -> None:
-    """Keep every rotation within the limit of COFT."""
+    """Scale every rotation down to the limit of COFT."""
     for adapter in adapters:
         if isinstance(adapter.change, Orthogonal) and isinstance(adapter.change.rotation, OftV2):
             adapter.change.rotation.limit_(1.0 if adapter.change.scalar is None else adapter.change.scalar)

@@ -1,4 +1,4 @@
-"""T-LoRA as a kind of its own: LoRA with the network argument `tlora` (networks/core/changes/tlora.py)."""
+"""T-LoRA as a separate kind: LoRA with the network argument `tlora` (networks/core/changes/tlora.py)."""
 
 from dataclasses import replace
 

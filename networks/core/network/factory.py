@@ -1,4 +1,4 @@
-"""The two functions that a network module must offer, made for one kind of adapter."""
+"""The two functions of a network module, `create_network` and `create_network_from_weights`, for any adapter kind."""
 
 import logging
 import re
@@ -35,17 +35,17 @@ logger = logging.getLogger(__name__)
 DEFAULT_ALPHA = 1.0
 
 TextEncoder = nn.Module | Sequence[nn.Module | None] | None
-"""One model, a list where the base model has several, None where text encoders are not loaded."""
+"""One model, a list if the base model has several, or None if text encoders are not loaded."""
 
 Groups = Mapping[str, Mapping[str, Tensor]]
-"""The tensors of an adapter file by module."""
+"""The tensors of an adapter file by module and parameter key."""
 
 CreateNetwork = Callable[..., AdapterNetwork]
 CreateFromWeights = Callable[..., tuple[AdapterNetwork, dict[str, Tensor]]]
 
 
 def network_module(kind: AdapterKind) -> tuple[CreateNetwork, CreateFromWeights]:
-    """Register a kind: return `create_network` and `create_network_from_weights` of its network module."""
+    """Return `create_network` and `create_network_from_weights` for the network module of a kind."""
     return partial(create_network, kind), partial(create_network_from_weights, kind)
 
 
@@ -61,10 +61,11 @@ def create_network(
     neuron_dropout: float | None = None,
     **network_args: Any,
 ) -> AdapterNetwork:
-    """Make adapters of the given rank (unset: the kind's own) and alpha (default 1, 0 for the rank) on every target.
+    """Make adapters of the given rank and alpha on every target module.
 
-    `unet` is the denoiser as network modules see it; it carries `adapter_targets`. Raises UserError for wrong
-    network arguments.
+    `network_dim` defaults to the kind's rank and `network_alpha` to 1; an alpha of 0 means the rank. `unet` is the
+    denoiser as network modules see it, with the attribute `adapter_targets`. Raises UserError for wrong network
+    arguments, or if every module has rank 0.
     """
     targets = targets_of(unet)
     arguments = parse_arguments({**network_args, **kind.presets}, neuron_dropout, targets.known_arguments)
@@ -100,11 +101,11 @@ def create_network_from_weights(
     neuron_dropout: float | None = None,
     **network_args: Any,
 ) -> tuple[AdapterNetwork, dict[str, Tensor]]:
-    """Make adapters on the modules that a file names, with its ranks and alphas; return the file's tensors too.
+    """Make adapters for the modules in a file, with its ranks and alphas. Return the file's tensors too.
 
-    The weights themselves are not loaded. Tucker cores, magnitudes and norms are there where the file has them. Of
-    the network arguments the dropouts, the LoRA+ ratios, use_scalar, dora_wd, wd_on_output, dora_constant_norm,
-    split_qkv, network_reg_lrs and the *_lr_weight lists count. Raises UserError when the file cannot be used.
+    The weights are not loaded. Tucker cores, magnitudes and norms exist where the file has them. These network
+    arguments apply: the dropouts, the LoRA+ ratios, use_scalar, dora_wd, wd_on_output, dora_constant_norm, split_qkv,
+    network_reg_lrs and the *_lr_weight lists. Raises UserError if the file cannot be used.
     """
     targets = targets_of(unet)
     arguments = parse_arguments({**network_args, **kind.presets}, neuron_dropout, targets.known_arguments)
@@ -132,7 +133,7 @@ def create_network_from_weights(
 
 
 def report_new_members(targets: AdapterTargets, arguments: NetworkArguments, members: Sequence[Member]) -> None:
-    """Warn of arguments for layers that are not adapted, and log the modules with `verbose` and a start at weights."""
+    """Warn about arguments for layers that are not adapted. Log the modules (`verbose`) and an `init` from weights."""
     target_modules = [member.adapter.target for member in members]
     ranks, chosen = arguments.of(RankArguments), arguments.of(TargetArguments)
     rates = arguments.of(RateArguments)
@@ -168,7 +169,7 @@ def report_new_members(targets: AdapterTargets, arguments: NetworkArguments, mem
 
 
 def check_arguments(kind: AdapterKind, arguments: NetworkArguments) -> None:
-    """Raise UserError for an argument that this kind does not support, warn of those that belong to another."""
+    """Raise UserError for an argument that this kind does not support; warn about arguments of other kinds."""
     for name, (beside, reason) in refused_by(kind, arguments).items():
         if arguments.given.get(name):
             raise UserError(f"--network_args {name} does not work with {beside}: {reason}")
@@ -177,7 +178,7 @@ def check_arguments(kind: AdapterKind, arguments: NetworkArguments) -> None:
 
 
 def refused_by(kind: AdapterKind, arguments: NetworkArguments) -> Mapping[str, tuple[str, str]]:
-    """Return (beside what, why) for each network argument that does not work with this kind and the other arguments."""
+    """Return (conflicting part, reason) for each argument that does not work with this kind or the other arguments."""
     this = "this --network_module"
     refused = {n: (this, one.made_for) for one in WRAPPERS if one not in kind.wrappers for n in one.switches}
     for wrapper in (arguments.of(one) for one in WRAPPERS):
@@ -189,7 +190,7 @@ def refused_by(kind: AdapterKind, arguments: NetworkArguments) -> Mapping[str, t
 def resolved(
     kind: AdapterKind, network_dim: int | None, network_alpha: float | None, arguments: NetworkArguments
 ) -> NetworkSettings:
-    """Return the rank, the alpha and the arguments in the terms of the core."""
+    """Return the rank, alpha and arguments in the core's terms. Raises UserError for a negative rank or alpha."""
     rank = kind.default_rank if network_dim is None else network_dim
     alpha = DEFAULT_ALPHA if network_alpha is None else float(network_alpha)
     settings = kind.resolve(NetworkSettings(rank, alpha, arguments, network_dim is not None))
@@ -201,7 +202,7 @@ def resolved(
 
 
 def check_forms(kind: AdapterKind, arguments: NetworkArguments, groups: Groups, source: str) -> None:
-    """Raise UserError where a file that is to be trained further has what this kind does not support."""
+    """Raise UserError if a file to be trained further has features that this kind does not support."""
     parts = [own for group in groups.values() for own in (by_rows(group).values() or [group])]
     found = {
         "use_tucker": any(recognise_layout(own).has_core(own) for own in parts),
@@ -218,9 +219,9 @@ def check_forms(kind: AdapterKind, arguments: NetworkArguments, groups: Groups, 
 def spelling_to_keep(
     kind: AdapterKind, groups: Groups, given: AdapterFile, targets: AdapterTargets
 ) -> FileSpelling | None:
-    """Return the names of a file that has parts of layers apart, to be saved under again; None for other files.
+    """Return the names of a file that splits layers, under which the network is saved again; None for other files.
 
-    Raises UserError where the kind does not train such a part.
+    Raises UserError if the kind cannot train the parts of a layer.
     """
     if not any(recognise_layout(group) is PIECES for group in groups.values()):
         return None
@@ -230,7 +231,7 @@ def spelling_to_keep(
 
 
 def check_pieces(kind: AdapterKind, groups: Groups, source: str) -> None:
-    """Raise UserError where a file has a part of a layer apart that this kind does not train as such."""
+    """Raise UserError if a file has a separate part of a layer that this kind cannot train."""
     for module, group in groups.items():
         for name, own in by_rows(group).items():
             layout = recognise_layout(own)
@@ -246,7 +247,7 @@ def check_pieces(kind: AdapterKind, groups: Groups, source: str) -> None:
 
 
 def warn_of_ranks(arguments: NetworkArguments) -> None:
-    """Say which arguments a file overrules."""
+    """Warn about arguments that a file overrides."""
     init, known = arguments.of(InitArguments), list_arguments()
     given = [name for name in arguments.given if name in known and known[name].is_fixed_by_file]
     given += ["init"] if init.is_on and not init.starts_at_weight else []
@@ -258,7 +259,7 @@ def warn_of_ranks(arguments: NetworkArguments) -> None:
 
 
 def targets_of(denoiser: nn.Module) -> AdapterTargets:
-    """Return the declaration that a denoiser carries."""
+    """Return the target declaration of a denoiser. Raises UserError if it has none."""
     targets = getattr(denoiser, "adapter_targets", None)
     if not isinstance(targets, AdapterTargets):
         raise UserError(
@@ -270,7 +271,7 @@ def targets_of(denoiser: nn.Module) -> AdapterTargets:
 
 
 def places(targets: AdapterTargets, text_encoder: TextEncoder, denoiser: nn.Module) -> list[Place]:
-    """Return the parts of the base model in the order of files: text encoders first."""
+    """Return the parts of the base model in file order, text encoders first."""
     encoders = [text_encoder] if isinstance(text_encoder, nn.Module) else list(text_encoder or [])
     found = [
         Place(part, encoder, index)
@@ -284,7 +285,7 @@ def new_places(
     kind: AdapterKind, targets: AdapterTargets, arguments: NetworkArguments, text_encoder: TextEncoder,
     denoiser: nn.Module,
 ) -> Iterator[Place]:  # fmt: skip
-    """Yield the parts of the base model that get new adapters, narrowed to what the kind adapts there."""
+    """Yield the parts of the base model that get new adapters, narrowed to the modules that the kind adapts."""
     for place in places(targets, text_encoder, denoiser):
         part = kind.narrow(place.part, place.is_denoiser, arguments)
         if part is not None and (not place.part.needs or arguments.of_model.get(place.part.needs)):

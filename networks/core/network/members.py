@@ -1,4 +1,4 @@
-"""The adapters of one part of the base model: fresh ones, or those that a file has weights for."""
+"""Adapters of one part of the base model: new ones, or those for which a file has weights."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from networks.core.targets.targets import AdapterTargets, Filters, Part, TargetM
 
 @dataclass(frozen=True)
 class Place:
-    """One part of the base model that adapters search."""
+    """One part of the base model in which target modules are searched."""
 
     part: Part
     root: nn.Module
@@ -39,7 +39,7 @@ class Place:
 
 @dataclass(frozen=True)
 class MemberMaker:
-    """Makes the adapters of one network; none is installed yet."""
+    """Factory of the adapters of one network. They are not installed yet."""
 
     kind: AdapterKind
     targets: AdapterTargets
@@ -48,7 +48,7 @@ class MemberMaker:
     noise: NoiseLevels
 
     def fresh(self, place: Place, rules: Rules) -> Iterator[Member]:
-        """Yield the adapters of one part of the base model that the arguments ask for."""
+        """Yield the new adapters of one part of the base model, as the arguments request."""
         arguments, dora = self.arguments, self.arguments.of(DoraArguments)
         classes = rules.classes(place.part)
         for target in chosen_targets(place.part, place.root, self.targets, arguments, classes):
@@ -73,10 +73,10 @@ class MemberMaker:
     def of_file(
         self, place: Place, rules: Rules, groups: Mapping[str, ModuleTensors], source: str, is_merged: bool
     ) -> Iterator[Member]:
-        """Yield the adapters of one part of the base model that a file has weights for.
+        """Yield the adapters of one part of the base model for which a file has weights.
 
-        Modules of a kind that this one does not train are read as they are, and of a file that `is_merged` those whose
-        rows are several.
+        Modules with a layout that the kind does not train get changes for merging only. With `is_merged` so do layers
+        that the file splits into several modules.
         """
         part = place.part
         norms = find_norms(part, place.root, part.blocks + part.conv_blocks, Filters(include=(".*",)))
@@ -99,7 +99,7 @@ class MemberMaker:
             yield self.member(place, target, change, settings)
 
     def change_in_rows(self, place: Place, target: TargetModule, tensors: ModuleTensors, source: str) -> Change:
-        """Make the change of a layer of which a file has several changes, each of its own rows."""
+        """Make the change of a layer for which a file has several changes of separate rows."""
         layer, changes = target.module, {}
         assert isinstance(layer, nn.Linear)
         for name, own in qkv_pieces.by_rows(tensors).items():
@@ -113,7 +113,7 @@ class MemberMaker:
         return ChangeRequest(target, rank, alpha, self.arguments, self.noise, place.is_denoiser, widths)
 
     def request_of_file(self, place: Place, target: TargetModule, tensors: ModuleTensors, source: str) -> ChangeRequest:
-        """Ask for a change in the form of a module of a file; magnitudes can be new."""
+        """Return the request for a change in the form of a module in a file. Magnitudes can be new."""
         layout, dora = recognise_layout(tensors), self.arguments.of(DoraArguments)
         assert layout.rank_of is not None
         has_magnitudes = DORA_SCALE in tensors
@@ -135,7 +135,7 @@ class MemberMaker:
 
 
 def rates_alone(arguments: NetworkArguments, targets: AdapterTargets, is_denoiser: bool) -> Rules:
-    """Make rules that give learning rates where a file gives ranks."""
+    """Make rules for learning rates only, because the file sets the ranks."""
     without = arguments.replace(
         RankArguments, block_dims=None, block_alphas=None, conv_block_dims=None, conv_block_alphas=None
     )

@@ -1,4 +1,4 @@
-"""Several networks on the layers of one model: each acts on rows of its own, and the model itself runs once."""
+"""Several networks on the layers of one model: each acts on its own rows, and the model itself runs once."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,9 +13,9 @@ from networks.core.changes.stacked import can_be_stacked, stacked
 
 
 class AdapterMultiplexer:
-    """Says which networks act at a time, by their places in the list that was given.
+    """A switch that selects which networks act, by their index in the given list.
 
-    Outside of `only` and `together` a layer refuses to run: nobody has said whose rows it gets.
+    A layer raises RuntimeError if it runs outside of `only` and `together`.
     """
 
     def __init__(self, networks: Sequence[Sequence[Adapter]], draws: Sequence[bool]) -> None:
@@ -36,16 +36,17 @@ class AdapterMultiplexer:
 
     @contextmanager
     def only(self, place: int) -> Iterator[None]:
-        """Let every row in the block belong to one network; the numbers are those that it computes alone."""
+        """Run the model with one network inside the block. The numbers are those that it computes alone."""
         with self._acting((place,)):
             yield
 
     @contextmanager
     def together(self, seeds: Mapping[int, int], device: torch.device, draws: bool = True) -> Iterator[None]:
-        """In the block the first axis of every layer's input has as many equal parts as there are `seeds`.
+        """Run several networks inside the block, each on its own part of the rows.
 
-        They belong to the networks at these places, in this order, which draw from streams of these seeds, or all from
-        one where nothing depends on what is drawn (not `draws`).
+        The first axis of every layer's input consists of equal parts, one for each key of `seeds`, in this order. The
+        keys are indices of networks, the values seeds of their random streams. Without `draws`, which is for runs that
+        do not depend on random numbers, all networks share one stream.
         """
         self.device, self.has_streams = device, draws and any(self.draws[place] for place in seeds)
         if self.has_streams:
@@ -62,12 +63,12 @@ class AdapterMultiplexer:
             self.acting = before
 
     def share_stacked(self, places: Sequence[int]) -> float:
-        """Return how many of the layers compute the adapters of these networks in one product, as a share."""
+        """Return the share of layers that compute the adapters of these networks in one product."""
         return sum(layer.stack_changes(tuple(places)) is not None for layer in self.layers) / len(self.layers)
 
 
 class SharedLayer:
-    """One layer of the base model and the adapters that several networks have for it."""
+    """One layer of the base model with the adapters that several networks have for it."""
 
     def __init__(self, layer: nn.Module, adapters: Mapping[int, Adapter], turns: AdapterMultiplexer) -> None:
         self._adapters, self._turns = adapters, turns
@@ -75,7 +76,7 @@ class SharedLayer:
         self._base: Forward = take_forward(layer, self.forward)
 
     def stack_changes(self, places: tuple[int, ...]) -> Sequence[Stackable] | None:
-        """Return the changes of these networks, where one product computes all of them."""
+        """Return the changes of these networks if one product can compute all of them, else None."""
         if places not in self._stacked:
             found = [self._adapters[place].change for place in places if place in self._adapters]
             draws = any(self._turns.draws[place] for place in places)
@@ -84,7 +85,7 @@ class SharedLayer:
         return self._stacked[places]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the layer computes, each part of the rows with the change of its network."""
+        """Return the layer's output, where each part of the rows has the change of its network."""
         places = self._turns.acting
         if len(places) == 1:
             return self._part(places[0], x, self._base)
@@ -100,7 +101,7 @@ class SharedLayer:
         return self._one_by_one(places, x)
 
     def _one_by_one(self, places: Sequence[int], x: Tensor) -> Tensor:
-        """Run the parts after each other; the layer itself runs once for those that only add to what it gives."""
+        """Run the parts one after the other. The layer itself runs once for all changes that only add to its output."""
         count = len(places)
         out = self._base(x) if any(self._adds(place) for place in places) else None
         outs = [None] * count if out is None else list(out.chunk(count))
@@ -116,7 +117,7 @@ class SharedLayer:
         return torch.cat(parts)
 
     def _part(self, place: int, x: Tensor, base: Forward) -> Tensor:
-        """Return what one network makes of its rows."""
+        """Return the output of one network for its rows."""
         adapter = self._adapters.get(place)
         if adapter is None or adapter.multiplier == 0:
             return base(x)
@@ -126,11 +127,11 @@ class SharedLayer:
         return self._adapters[place].multiplier if place in self._adapters else 0.0
 
     def _adds(self, place: int) -> bool:
-        """Return True if a network leaves the layer's input as it is and adds to its output, if it does anything."""
+        """Return True if a network leaves the layer's input unchanged and only adds to its output, or does nothing."""
         adapter = self._adapters.get(place)
         return adapter is None or adapter.change.adds_to_output
 
 
 def given(out: Tensor) -> Callable[[Tensor], Tensor]:
-    """Stand for a layer that has run already."""
+    """Return a function that replaces a layer which has already run: it ignores its input and returns `out`."""
     return lambda x: out

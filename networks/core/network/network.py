@@ -1,4 +1,4 @@
-"""All adapters of one run."""
+"""The network: all adapters of one run."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 DENOISER_LR_NAME = "unet"
 TEXT_ENCODER_LR_NAME = "textencoder"
-ROUNDING = 1e-6  # a norm that was scaled to the limit is not above it
+ROUNDING = 1e-6  # keeps norms that were scaled to the limit from being scaled again
 
 
 @dataclass(frozen=True)
 class Member:
-    """One adapter and where it belongs."""
+    """One adapter with its settings and its part of the base model."""
 
     adapter: Adapter
     text_encoder: int | None  # index of the text encoder, None for the denoiser
@@ -46,9 +46,9 @@ class Member:
 
 
 class AdapterNetwork(nn.Module):
-    """The adapters of one base model, by the names they have in files: what `create_network` gives.
+    """The adapters of one base model by their names in files, as returned by `create_network`.
 
-    Every method is part of the network protocol (networks/core/protocol.py).
+    It implements the network protocol (networks/core/protocol.py).
     """
 
     def __init__(
@@ -60,8 +60,10 @@ class AdapterNetwork(nn.Module):
         file: str = "",
         spelling: FileSpelling | None = None,
     ) -> None:
-        """`file` is the one that it was made of, for messages; `spelling` what its modules are called in files, where
-        these are other names than kohya's."""
+        """`file` is the source of the network, for messages; `spelling` has its module names if they are not kohya's.
+
+        Raises UserError if two modules have the same name.
+        """
         super().__init__()
         self.spelling = spelling
         self.file = file
@@ -70,7 +72,7 @@ class AdapterNetwork(nn.Module):
         self.arguments = arguments
         self.noise = noise
         self.start_step: StartStep | None = None
-        self._untrained: list[nn.Parameter] = []  # those of groups without a learning rate
+        self._untrained: list[nn.Parameter] = []  # of groups without a learning rate
         for member in self.members:
             name = member.adapter.target.name
             if name in self._modules:
@@ -84,17 +86,20 @@ class AdapterNetwork(nn.Module):
 
     @property
     def draws(self) -> bool:
-        """True if adapters leave something out at random, or add noise, while they train."""
+        """True if the adapters use dropout or noise in training."""
         return Dropout.of(self.arguments).is_on or self.arguments.of(GgpoArguments).is_on
 
     def changes(self) -> Iterator[Change]:
-        """Yield the changes of all layers; of a layer whose rows are changed apart, each."""
+        """Yield the changes of all layers, and each of them for a layer with changes of separate rows."""
         return (change for member in self.members for change in changes_in(member.adapter.change))
 
     def apply_to(
         self, text_encoder: Any, unet: nn.Module, train_text_encoder: bool = True, train_unet: bool = True
     ) -> None:
-        """Install the adapters of the sides that are trained; the other side is dropped and will not be saved."""
+        """Install the adapters of the denoiser, the text encoders or both. The others are removed and not saved.
+
+        Raises UserError if no adapter is left.
+        """
         kept = [m for m in self.members if (train_unet if m.text_encoder is None else train_text_encoder)]
         if not kept:
             raise UserError(
@@ -111,12 +116,12 @@ class AdapterNetwork(nn.Module):
             logger.info(line)
 
     def remove(self) -> None:
-        """Give every layer its own forward back."""
+        """Restore the forward of every layer."""
         for member in reversed(self.members):
             member.adapter.remove()
 
     def stack_with(self, others: Sequence["AdapterNetwork"]) -> AdapterMultiplexer:
-        """Put this network and others, all of them installed, on the layers of one model: each acts on its own rows."""
+        """Put this network and others, all of them installed, on one model, where each acts on its own rows."""
         networks = [self, *others]
         for network in reversed(networks):
             network.remove()
@@ -130,7 +135,7 @@ class AdapterNetwork(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Add the changes in `weights_sd` to the base weights, in float32, and keep those in `dtype`.
+        """Merge the changes in `weights_sd` into the base weights, computed in float32 and stored in `dtype`.
 
         The products are computed on `device`. The network itself is not installed.
         """
@@ -140,12 +145,12 @@ class AdapterNetwork(nn.Module):
             with torch.no_grad():
                 merged = part.merged(weight).to(weight.device, dtype or weight.dtype)
                 if merged.dtype == weight.dtype:
-                    weight.copy_(merged)  # in place: the memory format stays, and with it the order of the sums
+                    weight.copy_(merged)  # in place, to keep the memory format and the order of sums
                 else:
                     weight.data = merged
 
     def merging(self, weights_sd: Mapping[str, Tensor], device: torch.device | str | None = None) -> Iterator[Merging]:
-        """Yield what `merge_to` computes parameter by parameter, for who has the base model's values one at a time.
+        """Yield the merges of `merge_to` one parameter at a time, for callers that stream the base weights.
 
         The layers of this network may be on the meta device.
         """
@@ -162,9 +167,9 @@ class AdapterNetwork(nn.Module):
                 yield Merging(member.adapter.target.module, name, merged)
 
     def load_weights(self, file: str) -> str:
-        """Load a file; modules it lacks keep their start. Return a sentence on what was loaded.
+        """Load a file and return a sentence about it. Modules that it lacks keep their initial values.
 
-        Raises UserError when nothing in the file fits, or when a rank differs.
+        Raises UserError if nothing in the file matches or a rank differs.
         """
         has_pieces = any(isinstance(member.adapter.change, InRows) for member in self.members)
         report = load_into(self.adapters, in_own_names(open_adapter(file), self.targets.names, has_pieces))
@@ -173,7 +178,7 @@ class AdapterNetwork(nn.Module):
         return report.summary()
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
-        """Write the adapters whole or not at all: .safetensors with metadata and hashes, else a pickled table."""
+        """Write the adapters atomically: .safetensors with metadata and hashes, otherwise a pickled state dict."""
         if self.spelling is None:
             tensors = saved_tensors(self.adapters, dtype, self.targets.names, self.targets.saved_naming)
         else:
@@ -181,17 +186,17 @@ class AdapterNetwork(nn.Module):
         save_network(file, tensors, metadata)
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set how strongly the changes act: 0 is the base model."""
+        """Set the strength of the changes; 0 disables them."""
         for member in self.members:
             member.adapter.multiplier = multiplier
 
     def enable_gradient_checkpointing(self) -> None:
-        """Do nothing: adapters keep only what their layer's input already is, and R channels."""
+        """Do nothing: adapters keep only R channels and their layer's input, which is kept anyway."""
 
     def prepare_optimizer_params_with_multiple_te_lrs(
         self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return parameter groups and their names for the charts; those without a learning rate are frozen."""
+        """Return parameter groups and their names in logs. Parameters without a learning rate are frozen."""
         rates = self._rates(text_encoder_lr, unet_lr, default_lr)
         groups: dict[tuple[str, float], list[nn.Parameter]] = {}
         trained: set[nn.Parameter] = set()
@@ -220,55 +225,55 @@ class AdapterNetwork(nn.Module):
     def prepare_optimizer_params(
         self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return the groups with one learning rate for all text encoders."""
+        """Return the parameter groups, with one learning rate for all text encoders."""
         return self.prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lr, unet_lr, default_lr)
 
     def prepare_grad_etc(self, text_encoder: Any, unet: nn.Module) -> None:
-        """Switch gradients on for everything that has a learning rate."""
+        """Enable gradients for all parameters with a learning rate."""
         self.requires_grad_(True)
         self._freeze_untrained()
 
     def on_epoch_start(self, text_encoder: Any, unet: nn.Module) -> None:
-        """Switch dropout on; previews and validation switch it off with eval()."""
+        """Set training mode, which enables dropout. Previews and validation disable it with eval()."""
         self.train()
 
     def on_optimizer_step_start(self, seed: int, step: int) -> None:
-        """Take up optimizer step `step` (from 0) of the run with this seed; called before each of its batches."""
+        """Prepare optimizer step `step` (from 0) of the run with this seed. It is called before each of its batches."""
         if self.start_step is not None:
             self.start_step([member.adapter for member in self.members], seed, step)
 
     def on_noise_levels(self, levels_B: Tensor | None) -> None:
-        """Take the share of noise in each sample, 0 to 1, that the denoiser runs next; None for images.
+        """Set the noise level, 0 to 1, of each sample of the next denoiser call; None for previews.
 
-        With T-LoRA it decides which ranks act; without a level all of them do.
+        With T-LoRA it determines which ranks act; with None all of them do.
         """
         self.noise.levels_B = levels_B
 
     def looks_at_gradients(self) -> bool:
-        """Return True if a change does something in `on_gradients`."""
+        """Return True if a change uses `on_gradients`."""
         return any(isinstance(change, FollowsGradients) for change in self.changes())
 
     def on_gradients(self) -> None:
-        """Look at the gradients of an optimizer step, all batches and processes together, before they are clipped."""
+        """Pass the complete gradients of an optimizer step, before clipping, to the changes that use them."""
         for change in self.changes():
             if isinstance(change, FollowsGradients):
                 change.note_gradients()
 
     def get_trainable_params(self) -> list[nn.Parameter]:
-        """Return what the optimizer changes: the set whose gradient norm is limited."""
+        """Return the parameters that the optimizer updates and whose gradient norm is clipped."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def apply_max_norm_regularization(self, limit: float, device: torch.device | str) -> tuple[int, float, float]:
-        """Limit norms and return the numbers of `limit_norms` on the host."""
+        """Limit norms and return the three numbers of `limit_norms` on the host."""
         count, mean, maximum = self.limit_norms(limit).tolist()
         return int(count), mean, maximum
 
     @torch.no_grad()
     def limit_norms(self, limit: float) -> Tensor:
-        """Scale changes whose Frobenius norm is above `limit` down to it (`scale_weight_norms`).
+        """Scale changes with a Frobenius norm above `limit` down to it (`scale_weight_norms`).
 
-        Return how many were scaled, and mean and maximum of the norms that all have afterwards. Norms of changes are at
-        multiplier 1, before DoRA's magnitudes; trained normalisation layers have none.
+        Return (number scaled, mean norm, maximum norm), with the norms after scaling. Norms are at multiplier 1 and
+        before DoRA's magnitudes. Trained normalisation layers are not included.
         """
         changes = [m.adapter.change for m in self.members if m.adapter.target.kind != "norm"]
         if not changes:
@@ -287,7 +292,7 @@ class AdapterNetwork(nn.Module):
     def _rates(
         self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None
     ) -> Callable[[Member], float]:
-        """Return the learning rate of a member; a list that is too short is continued with its last value."""
+        """Return a function from members to learning rates. The last value also applies to further text encoders."""
         listed = [text_encoder_lr] if isinstance(text_encoder_lr, (int, float)) else list(text_encoder_lr or [])
         num_encoders = len(self.targets.text_encoders)
         lost = listed[num_encoders:]
@@ -307,7 +312,7 @@ class AdapterNetwork(nn.Module):
         return rate
 
     def _loraplus_ratio(self, member: Member) -> float | None:
-        """Return how much faster up factors are trained; 0 and nothing both leave it to the general ratio."""
+        """Return the LoRA+ ratio of a member, or None. A part's own ratio of 0 or None means the general one."""
         rates = self.arguments.of(RateArguments)
         own = rates.loraplus_unet_lr_ratio
         if member.text_encoder is not None:
@@ -316,20 +321,20 @@ class AdapterNetwork(nn.Module):
 
 
 def as_module(adapter: Adapter) -> nn.Module:
-    """Return the change as the module that it is."""
+    """Return the change of an adapter as an `nn.Module`."""
     assert isinstance(adapter.change, nn.Module)
     return adapter.change
 
 
 def make_room(change: nn.Module) -> None:
-    """Give parameters that came without values memory for those of a file: magnitudes of a layer that has none."""
+    """Replace parameters on the meta device, such as magnitudes of a meta layer, by zeros on the CPU, for loading."""
     for name, parameter in change.named_parameters(recurse=False):
         if parameter.is_meta:
             setattr(change, name, nn.Parameter(torch.zeros_like(parameter, device="cpu")))
 
 
 def describe(members: Sequence[Member], targets: AdapterTargets) -> Iterator[str]:
-    """Yield lines for each part of the base model: modules, ranks, alphas and how many numbers are trained."""
+    """Yield log lines for each part of the base model: modules, ranks, alphas and number of parameters."""
     for index in dict.fromkeys(member.text_encoder for member in members):
         adapters = [member.adapter for member in members if member.text_encoder == index]
         part = "denoiser" if index is None else f"text encoder {index + 1}"
@@ -341,7 +346,7 @@ def _lr_name(member: Member) -> str:
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """Make names of which none stands twice: the second of two equal ones gets a number."""
+    """Make names unique by numbering repeats."""
     seen: dict[str, int] = {}
     distinct = []
     for name in names:

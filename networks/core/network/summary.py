@@ -1,4 +1,4 @@
-"""A summary of a network in a few lines for the log."""
+"""Log lines that summarise a network."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from networks.core.changes.change import ChangeSize
 from networks.core.changes.qkv_pieces import changes_in
 from networks.core.targets.targets import BlockList
 
-FORMS: Mapping[str, Callable[[ChangeSize], bool]] = {  # in a user's words
+FORMS: Mapping[str, Callable[[ChangeSize], bool]] = {  # names in log lines
     "DoRA": lambda size: size.magnitudes == "input",
     "DoRA per output": lambda size: size.magnitudes == "output",
     "a Tucker core": lambda size: size.has_core,
@@ -19,7 +19,7 @@ FORMS: Mapping[str, Callable[[ChangeSize], bool]] = {  # in a user's words
 
 
 def describe_part(part: str, adapters: Sequence[Adapter], layout: BlockList | None) -> Iterator[str]:
-    """Yield lines on one part of the base model: modules, ranks, alphas, parameters; by block where blocks differ."""
+    """Yield log lines on one part of the base model: modules, ranks, alphas, parameters; by block if blocks differ."""
     num_norms = sum(a.target.kind == "norm" for a in adapters)
     modules = [(a.target, one.size) for a in adapters if a.target.kind != "norm" for one in changes_in(a.change)]
     num_values = sum(p.numel() for a in adapters if isinstance(a.change, nn.Module) for p in a.change.parameters())
@@ -42,7 +42,7 @@ def describe_part(part: str, adapters: Sequence[Adapter], layout: BlockList | No
 
 
 def describe_rates(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """Return a line with the learning rate groups of the optimizer: name, rate, number of trained values."""
+    """Return a log line with the optimizer's parameter groups: name, learning rate, number of parameters."""
     parts = [
         f"{name} {group['lr']:g} ({sum(p.numel() for p in group['params']):,} parameters)"
         for group, name in zip(groups, names, strict=True)

@@ -1,4 +1,4 @@
-"""A kind of adapter: each is one file in networks/core/kinds that defines KIND."""
+"""Adapter kind: each kind is one file in networks/core/kinds that defines KIND."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,47 +13,47 @@ from networks.core.targets.targets import Part
 
 
 class Wrapper(Protocol):
-    """The network arguments of what wraps the change of some kinds only: a start, GGPO, T-LoRA."""
+    """Network arguments of a feature that wraps the change of some kinds only: `init`, GGPO, T-LoRA."""
 
-    switches: ClassVar[tuple[str, ...]]  # the arguments that switch it on
-    made_for: ClassVar[str]  # why other kinds do not have it
-    excludes: ClassVar[Mapping[str, str]]  # network argument -> why the two do not work together
+    switches: ClassVar[tuple[str, ...]]  # the arguments that enable it
+    made_for: ClassVar[str]  # why other kinds do not support it
+    excludes: ClassVar[Mapping[str, str]]  # network argument -> why it does not work with this feature
 
     @property
     def is_on(self) -> bool: ...
 
     @property
     def label(self) -> str:
-        """The setting that a user gave to have it."""
+        """The setting that enabled it, for messages."""
         ...
 
 
 @dataclass(frozen=True)
 class NoArguments:
-    """A kind without network arguments of its own."""
+    """Network arguments of a kind that has none."""
 
 
 StartStep = Callable[[Sequence[Adapter], int, int], None]
-"""(the adapters that are trained, seed, step) -> None; called before each batch of optimizer step `step`."""
+"""(trained adapters, seed, step) -> None; called before each batch of optimizer step `step`."""
 
 
 @dataclass(frozen=True)
 class AdapterKind:
-    """How adapters of one kind lie in files, which network arguments they have, and how a new one is made.
+    """One kind of adapter: its layouts in files, its network arguments, and how a new one is made.
 
-    `prepare` looks at all adapters of a network once they are made: it logs, warns, raises UserError, and returns what
-    is to happen before each optimizer step.
+    `prepare` gets all adapters of a new network. It can log, warn and raise UserError, and it can return a function
+    that is called before each batch of an optimizer step.
     """
 
-    layouts: tuple[KeyLayout, ...] = ()  # what files may hold that it trains further, beside norms
-    make: Callable[[ChangeRequest], Change] | None = None  # unset where there is nothing to train
-    network_module: str = ""  # the module that registers it
+    layouts: tuple[KeyLayout, ...] = ()  # layouts that it can train further, in addition to norms
+    make: Callable[[ChangeRequest], Change] | None = None  # None if it cannot be trained
+    network_module: str = ""  # the network module of the kind
     default_rank: int = 4
-    arguments: type = NoArguments  # a dataclass of its own network arguments
-    merged_layouts: tuple[KeyLayout, ...] = ()  # what is recognised and merged, but not trained further
+    arguments: type = NoArguments  # dataclass of the kind's network arguments
+    merged_layouts: tuple[KeyLayout, ...] = ()  # layouts that are recognised and merged, but not trained further
     wrappers: tuple[type[Wrapper], ...] = ()
-    refuses: Mapping[str, str] = field(default_factory=dict)  # network argument -> why it does not work with this kind
-    presets: Mapping[str, str] = field(default_factory=dict)  # network arguments that it always has
+    refuses: Mapping[str, str] = field(default_factory=dict)  # network argument -> why this kind does not support it
+    presets: Mapping[str, str] = field(default_factory=dict)  # network arguments that it always sets
     # The rank, the alpha and the arguments in the terms of LoRA.
     resolve: Callable[[NetworkSettings], NetworkSettings] = lambda settings: settings
     # What is adapted of a part of the base model, and whether it is the denoiser; None for nothing.

@@ -1,4 +1,4 @@
-"""The parameter keys of a module in a file, and how to read the change that they make."""
+"""Layout of a module's parameter keys in a file, and how its change is read."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -13,35 +13,35 @@ from networks.core.targets.targets import TargetKind
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """How the change of one module lies in a file.
+    """Storage of one module's change in a file.
 
-    `read` makes the change of a module's tensors, for a layer or, without one, for its weight alone; it raises
-    ValueError where they do not fit together. None for kinds that are recognised and kept, but not computed.
+    `read` makes the change from a module's tensors, for a layer or, without one, for merging only. It raises ValueError
+    if they do not fit together. It is None for kinds that are recognised and kept, but not computed.
     """
 
     name: str  # in reports
-    words: str  # in a user's words
-    needs: tuple[str, ...]  # the keys without which a module is incomplete, or is of another layout
+    words: str  # name in messages
+    needs: tuple[str, ...]  # keys that are required; a module without them is incomplete or has another layout
     read: Callable[[ModuleTensors, nn.Module | None], Change] | None = None
     core: tuple[str, ...] = ()  # keys of a Tucker core
     may_have: tuple[str, ...] = (ALPHA, DORA_SCALE)
-    rank_of: Callable[[ModuleTensors], int] | None = None  # None where there is no rank
-    shape_of: Callable[[str, ModuleTensors], tuple[int, ...]] | None = None  # of the weight, from the module's name too
-    exact: tuple[str, ...] = (DORA_SCALE,)  # keys of what stands near what they multiply, and are kept in float32
-    is_low_rank: bool = False  # the change is scale * up @ down, and cheap to give as such
-    ends: tuple[str, str] | None = None  # the keys next to the input and to the output, whose norms reports show
-    scaled: str = ""  # the key that takes the scale where a naming has no alpha, "" where there is none
-    namings: frozenset[FileNaming] = frozenset(("kohya",))  # those whose programs read it
-    together: str = ""  # how `needs` are called in a sentence
-    own_form: Callable[[ModuleTensors], dict[str, Tensor]] | None = None  # tensors of other programs as they are here
+    rank_of: Callable[[ModuleTensors], int] | None = None  # None if there is no rank
+    shape_of: Callable[[str, ModuleTensors], tuple[int, ...]] | None = None  # of the weight; gets the module's name too
+    exact: tuple[str, ...] = (DORA_SCALE,)  # keys that are never rounded to 16 bits, such as magnitudes
+    is_low_rank: bool = False  # the change is scale * up @ down with small factors
+    ends: tuple[str, str] | None = None  # keys of the factors at the input and output, for norms in reports
+    scaled: str = ""  # key that takes the scale in namings without alpha; "" if there is none
+    namings: frozenset[FileNaming] = frozenset(("kohya",))  # namings whose programs read it
+    together: str = ""  # name of `needs` in messages
+    own_form: Callable[[ModuleTensors], dict[str, Tensor]] | None = None  # converts other programs' tensors to ours
     fault: Callable[[str, ModuleTensors, Mapping[str, str]], str | None] | None = (
         None  # (name, tensors, whole keys) -> what is wrong
     )
-    alpha_is_strength: bool = True  # else it is another number of the change, and never left out or made up
-    switches: tuple[str, ...] = ()  # keys of whole numbers
-    network_module: str = ""  # the module that trains it further
-    is_whole: bool = False  # no factor has a rank: alpha counts as the rank, whatever is recorded
-    targets: frozenset[TargetKind] = frozenset(("plain", "conv"))  # the sorts of modules that it changes
+    alpha_is_strength: bool = True  # if False, alpha is not a scale, and is never left out or added
+    switches: tuple[str, ...] = ()  # keys of integer tensors
+    network_module: str = ""  # the network module that trains it further
+    is_whole: bool = False  # no factor has a rank: alpha is taken to be the rank
+    targets: frozenset[TargetKind] = frozenset(("plain", "conv"))  # kinds of target modules that it changes
 
     @property
     def has_alpha(self) -> bool:
@@ -54,7 +54,7 @@ class KeyLayout:
         return frozenset((*self.needs, *self.core, *self.may_have))
 
     def alpha_of(self, tensors: ModuleTensors) -> float:
-        """Return the alpha that is recorded; the rank where none is, or where alpha does not count."""
+        """Return the recorded alpha, or the rank if none is recorded or alpha has no effect."""
         assert self.rank_of is not None
         return float(tensors[ALPHA]) if ALPHA in tensors and not self.is_whole else float(self.rank_of(tensors))
 

@@ -1,6 +1,6 @@
-"""Look-up of adapter kinds and of the layout of a module in a file: the files of networks/core/kinds, listed.
+"""Look-up of adapter kinds and of the layout of a module in a file, from the files in networks/core/kinds.
 
-A new kind is one more file there; nothing lists them by name.
+A new kind is one more file in that folder; there is no list of kinds to extend.
 """
 
 import importlib
@@ -27,20 +27,20 @@ SHARED = frozenset((ALPHA, DORA_SCALE))
 
 @cache
 def list_kinds() -> tuple[AdapterKind, ...]:
-    """Return every kind, by the name of its file."""
+    """Return every kind, sorted by file name."""
     names = sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]))
     return tuple(importlib.import_module(f"{PACKAGE}.{name}").KIND for name in names)
 
 
 @cache
 def list_layouts() -> tuple[KeyLayout, ...]:
-    """Return every layout once, those that need most keys first: LoRA with a core has all that LoRA has."""
+    """Return every layout once, those with most required keys first: LoRA with a core has all keys that LoRA needs."""
     found = dict.fromkeys(layout for kind in list_kinds() for layout in (*kind.layouts, *kind.merged_layouts))
     return tuple(sorted(found, key=lambda layout: -len(layout.needs)))
 
 
 def recognise_layout(tensors: Collection[str]) -> KeyLayout:
-    """Return the layout of a module with these parameter keys; of an incomplete module the one that it belongs to."""
+    """Return the layout of a module with these parameter keys. For an incomplete module it is one that shares a key."""
     there = frozenset(tensors)
     if qkv_pieces.is_in_rows(there):
         return PIECES
@@ -50,7 +50,7 @@ def recognise_layout(tensors: Collection[str]) -> KeyLayout:
 
 
 def make_change(tensors: ModuleTensors, layer: nn.Module | None = None) -> Change:
-    """Make the change of a module in a file, of `layer` or, without one, of a weight alone.
+    """Make the change of a module in a file, for `layer` or, without one, for merging only.
 
     Raises UserError for a layout that is only recognised.
     """
@@ -61,7 +61,7 @@ def make_change(tensors: ModuleTensors, layer: nn.Module | None = None) -> Chang
 
 
 def read_pieces(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
-    """Make the change of a layer whose rows are changed apart."""
+    """Make the change, for merging, of a layer with changes of separate rows."""
     return qkv_pieces.InRows(
         {name: make_change(own) for name, own in qkv_pieces.by_rows(tensors).items()}
     ).requires_grad_(False)
@@ -71,11 +71,11 @@ PIECES = KeyLayout(
     name="pieces", words="several changes of one layer", needs=(), read=read_pieces, may_have=(),
     rank_of=lambda tensors: 1,
 )  # fmt: skip
-"""Several modules of a file in one layer of the base model. No kind lists it: no file has it."""
+"""Several modules of a file that are one layer of the base model. No kind lists it and no file has it."""
 
 
 def held_keys(naming: FileNaming) -> frozenset[str] | None:
-    """Return the parameter keys that programs of a naming read; None for all, those of no kind included."""
+    """Return the parameter keys that programs of a naming read; None for all keys, including unrecognised ones."""
     if naming == "kohya":
         return None
     held = {key for layout in list_layouts() if naming in layout.namings for key in layout.keys}

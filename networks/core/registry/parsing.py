@@ -1,4 +1,4 @@
-"""Network arguments of every kind: which there are, and what a given text says."""
+"""Network arguments of all kinds, and their parsing."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -26,7 +26,7 @@ def list_groups() -> tuple[type, ...]:
 
 @cache
 def list_arguments() -> Mapping[str, Argument]:
-    """Return the declaration of every network argument but those of base models."""
+    """Return the declaration of every network argument except those of base models."""
     return {name: one for group in list_groups() for name, one in declared(group).items()}
 
 
@@ -35,14 +35,14 @@ def parse_arguments(
     neuron_dropout: float | None = None,
     of_models: Mapping[str, ArgumentForm] = MappingProxyType({}),
 ) -> NetworkArguments:
-    """Read the network arguments that a user gave, as `read_groups` does, those of every kind and wrapper."""
+    """Parse the network arguments that a user gave, as in `read_groups`, for all kinds and wrappers."""
     arguments = read_groups(list_groups(), items, neuron_dropout, of_models)
     check_blocks(arguments)
     return arguments
 
 
 def strangers(kind: AdapterKind, arguments: NetworkArguments) -> Mapping[str, list[str]]:
-    """Return the given arguments of other kinds, by the network modules that have them."""
+    """Return the given arguments that belong to other kinds only, by the network modules of those kinds."""
     own = declared(kind.arguments)
     found: dict[str, list[str]] = {}
     names = [name for other in list_kinds() for name in declared(other.arguments)]

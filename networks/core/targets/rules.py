@@ -1,4 +1,4 @@
-"""Rank, alpha and learning rate of one module, from the network arguments and the place of the module."""
+"""Rules for the rank, alpha and learning rate of a module, from network arguments and the module's position."""
 
 import logging
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ DEFAULT_CONV_ALPHA = 1.0
 
 @dataclass(frozen=True)
 class TargetSettings:
-    """Rank, alpha and learning rate of one module; rank 0 leaves it alone."""
+    """Rank, alpha and learning rate of one module. Rank 0 skips the module, except for norms."""
 
     rank: int
     alpha: float
     lr_factor: float = 1.0
-    block: int | None = None  # set where blocks have learning rates of their own
-    lr: float | None = None  # of network_reg_lrs: it stands for the rate of the part
-    expression: int | None = None  # which entry of network_reg_lrs gave it
+    block: int | None = None  # set if blocks have separate learning rates
+    lr: float | None = None  # from network_reg_lrs; replaces the rate of the part
+    expression: int | None = None  # index of the entry of network_reg_lrs that set it
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,20 @@ class BlockTable:
 
 @dataclass(frozen=True)
 class LrFactors:
-    """One learning rate factor per numbered block; a block with 0 is not trained."""
+    """Learning rate factors, one per numbered block. A block with factor 0 is not trained."""
 
     layout: BlockList
     factors: tuple[float, ...]
 
     def of(self, path: str) -> tuple[float, int | None]:
-        """Return the factor of a module and its block; 1 outside all blocks."""
+        """Return the factor of a module and its block; (1, None) outside all blocks."""
         block = self.layout.index_of(path)
         return (1.0, None) if block is None else (self.factors[block], block)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How ranks, alphas and learning rates are given out in one part of the base model."""
+    """Rules for ranks, alphas and learning rates in one part of the base model."""
 
     rank: int
     alpha: float
@@ -68,21 +68,21 @@ class Rules:
     rates_by_expression: Expressions[float]
 
     def classes(self, part: Part) -> tuple[str, ...]:
-        """Return the class names of the blocks that are searched."""
+        """Return the class names of the blocks to search."""
         return part.blocks + (part.conv_blocks if self.searches_conv_blocks else ())
 
     def resolve_settings(self, target: TargetModule) -> TargetSettings:
-        """Return what one module gets. A block whose learning rate factor is 0 gets no adapters."""
+        """Return the settings of one module. In a block with learning rate factor 0 its rank is 0."""
         return self.with_rate(target, *self._rank_and_alpha(target))
 
     def with_rate(self, target: TargetModule, rank: int, alpha: float) -> TargetSettings:
-        """Return what a module of known rank and alpha gets."""
+        """Return the settings of a module with a known rank and alpha."""
         expression, lr = self.rates_by_expression.find(target) or (None, None)
         factor, block = (1.0, None) if self.lr_factors is None else self.lr_factors.of(target.path)
         return TargetSettings(rank if factor else 0, alpha, factor, block, lr, expression)
 
     def resolve_norm_settings(self, target: TargetModule) -> TargetSettings | None:
-        """Return what a normalisation layer gets: a learning rate factor, None where its block is left alone."""
+        """Return the settings of a normalisation layer, or None if its block is skipped."""
         block = self.layout.index_of(target.path) if self.layout else None
         if self.blocks is not None and block is not None and not self.blocks.ranks[block]:
             return None
@@ -110,9 +110,9 @@ class Rules:
 def make_rules(
     rank: int, alpha: float, arguments: NetworkArguments, targets: AdapterTargets, is_denoiser: bool
 ) -> Rules:
-    """Make the rules of the denoiser or of a text encoder; what speaks of blocks acts on the denoiser only.
+    """Make the rules of the denoiser or of a text encoder. Arguments about blocks apply to the denoiser only.
 
-    Raises UserError where a list does not fit the blocks of the base model.
+    Raises UserError if a list does not fit the blocks of the base model.
     """
     layout = targets.block_list
     ranks, rates = arguments.of(RankArguments), arguments.of(RateArguments)
@@ -135,7 +135,7 @@ def make_rules(
 def make_block_table(
     rank: int, alpha: float, conv_alpha: float, arguments: NetworkArguments, layout: BlockList | None
 ) -> BlockTable | None:
-    """Return ranks and alphas per block; None when no argument speaks of blocks."""
+    """Return ranks and alphas per block, or None if no argument refers to blocks."""
     own = arguments.of(RankArguments)
     if own.block_dims is None and not _factor_lists(arguments):
         return None
@@ -160,7 +160,7 @@ def make_block_table(
 
 
 def make_lr_factors(arguments: NetworkArguments, layout: BlockList | None) -> LrFactors | None:
-    """Return the factors of the three *_lr_weight lists; those not above block_lr_zero_threshold are 0."""
+    """Return the factors of the three *_lr_weight lists, or None. Factors up to block_lr_zero_threshold become 0."""
     if not _factor_lists(arguments):
         return None
     layout, own = _needed(layout, arguments), arguments.of(RateArguments)
@@ -176,19 +176,22 @@ def make_lr_factors(arguments: NetworkArguments, layout: BlockList | None) -> Lr
 
 
 def preset_factors(preset: LrPreset, num_blocks: int) -> tuple[float, ...]:
-    """Return the curve of a preset: cosine falls from 1, sine rises from 0, linear and reverse_linear are straight."""
+    """Return the factor of each block from a curve plus its offset.
+
+    cosine falls from 1, sine rises from 0, linear and reverse_linear are straight, zeros is 0.
+    """
     last = max(num_blocks - 1, 1)
     curve = LR_CURVES[preset.name]
     return tuple(curve(i / last) + preset.offset for i in range(num_blocks))
 
 
 def describe_blocks(layout: BlockList) -> str:
-    """Describe the numbered blocks and what lies in each."""
+    """Describe the numbered blocks and the patterns of their modules."""
     return "; ".join(f"{i}: {pattern or 'nothing'}" for i, pattern in enumerate(layout.patterns))
 
 
 def _factor_lists(arguments: NetworkArguments) -> list[str]:
-    """Return the names of the given lists of learning rate factors."""
+    """Return the names of the given *_lr_weight lists."""
     return [name for name in LR_LISTS if name in arguments.given]
 
 
@@ -200,9 +203,10 @@ def _needed(layout: BlockList | None, arguments: NetworkArguments) -> BlockList:
 
 
 def _side(name: str, weights: LrWeights | None, num_blocks: int) -> tuple[float, ...]:
-    """Return the factors of one side: a list that is too short goes on with 1.
+    """Return the factors of one side. A list that is too short is padded with 1.
 
-    One number stands for all blocks of down and up, where sd-scripts takes none; for the middle it is a short list.
+    For down and up one number applies to all blocks, which sd-scripts does not support. For the middle it is a short
+    list.
     """
     if weights is None:
         return (1.0,) * num_blocks
@@ -210,7 +214,7 @@ def _side(name: str, weights: LrWeights | None, num_blocks: int) -> tuple[float,
         return preset_factors(weights, num_blocks)
     if any(weight != 1 for weight in weights[num_blocks:]):
         raise UserError(f"--network_args {name} has {len(weights)} entries; there are {num_blocks} such blocks here")
-    if len(weights) > num_blocks:  # front ends have one form, of twelve entries, for all base models
+    if len(weights) > num_blocks:  # front ends send twelve entries for all base models
         logger.warning(
             "--network_args %s has %d entries, of which the first %d count: there are no more such blocks here",
             name, len(weights), num_blocks,

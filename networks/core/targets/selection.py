@@ -1,4 +1,4 @@
-"""Selection of modules by network arguments, those included that one base model gives a meaning to."""
+"""Selection of target modules by network arguments, including arguments that only one base model defines."""
 
 import logging
 import re
@@ -28,13 +28,13 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Expressions(Generic[Value]):
-    """(regular expression, value) of network_reg_dims or network_reg_lrs; the first that fits a module decides."""
+    """Entries (regular expression, value) of network_reg_dims or network_reg_lrs. The first match decides."""
 
     entries: tuple[tuple[str, Value], ...]
     targets: AdapterTargets  # says whether they may be parts of names too, or must be whole paths
 
     def find(self, target: TargetModule) -> tuple[int, Value] | None:
-        """Return (number of the entry, its value), None where no expression fits."""
+        """Return (index of the entry, its value) of the first match, or None."""
         for number, (expression, value) in enumerate(self.entries):
             if self._fits(expression, target):
                 return number, value
@@ -49,13 +49,13 @@ class Expressions(Generic[Value]):
 
 @dataclass(frozen=True)
 class Choices:
-    """Ranks by type of layer, ranks of embedders, and blocks left out, in the denoiser."""
+    """Ranks by type of layer, ranks of embedders, and excluded blocks of the denoiser."""
 
     targets: AdapterTargets
     arguments: NetworkArguments
 
     def rank_of(self, target: TargetModule, rank: int) -> int:
-        """Return the rank of a module, by default `rank`; 0 in a block that is left out."""
+        """Return the rank of a module: `rank` if no argument changes it, 0 in an excluded block."""
         for name, pattern in self.targets.block_choices.items():
             match = re.search(pattern, target.path)
             selection = self.arguments.of_model.get(name)
@@ -67,7 +67,7 @@ class Choices:
         return self._embedder_rank(target, rank)
 
     def _embedder_rank(self, target: TargetModule, rank: int) -> int:
-        """conv_dim goes before the argument of the embedders where one is a convolution."""
+        """Return the rank of a module that may be an embedder. For larger convolutions conv_dim has priority."""
         embedders = self.targets.embedders
         if embedders is None or embedders.argument not in self.arguments.of_model:
             return rank
@@ -80,9 +80,9 @@ class Choices:
 def chosen_targets(
     part: Part, root: nn.Module, targets: AdapterTargets, arguments: NetworkArguments, classes: tuple[str, ...]
 ) -> list[TargetModule]:
-    """Return the modules below blocks of the given classes that no argument leaves out, and the embedders asked for.
+    """Return the target modules in blocks of the given classes that no argument excludes, and the requested embedders.
 
-    Some of them may be given the rank 0.
+    Some of them can get rank 0.
     """
     classes += extra_classes(part, arguments)
     target_modules = find_target_modules(part, root, classes, build_filters(arguments))
@@ -97,7 +97,7 @@ def chosen_targets(
 
 
 def build_filters(arguments: NetworkArguments) -> Filters:
-    """Return what the patterns of a user leave out."""
+    """Return the filters from the user's patterns."""
     own = arguments.of(TargetArguments)
     return Filters(own.exclude_patterns, own.include_patterns, own.only_patterns)
 
@@ -112,13 +112,13 @@ def all_targets(part: Part, root: nn.Module, targets: AdapterTargets) -> list[Ta
 
 
 def extra_classes(part: Part, arguments: NetworkArguments) -> tuple[str, ...]:
-    """Return the classes of blocks that arguments add to the search."""
+    """Return the block classes that arguments add to the search."""
     wanted = (names for argument, names in part.extra_blocks.items() if arguments.of_model.get(argument))
     return tuple(name for names in wanted for name in names)
 
 
 def check_choices(targets: AdapterTargets, arguments: NetworkArguments, denoiser: nn.Module) -> None:
-    """Raise UserError for a choice that the base model does not have; warn of arguments that mean nothing to it."""
+    """Raise UserError for a choice that the base model does not have; warn about arguments of other base models."""
     given = arguments.of_model
     for name, pattern in targets.block_choices.items():
         num_blocks = count_blocks(denoiser, pattern)

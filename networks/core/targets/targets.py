@@ -1,7 +1,7 @@
-"""The modules that an adapter may attach to: a declaration per base model, and the search that applies it.
+"""Target modules of adapters: a declaration per base model, and the search that applies it.
 
-A base model's denoiser carries its declaration as `adapter_targets`, so this package imports no architecture. Paths are
-those of the model as network modules see it; with dots turned into underscores they are the names in files.
+A denoiser carries its declaration as `adapter_targets`, so this package does not import architectures. Paths are those
+of the model as network modules see it. With underscores instead of dots they are the names in files.
 """
 
 import re
@@ -19,24 +19,24 @@ TargetKind = Literal["plain", "conv", "norm"]
 
 @dataclass(frozen=True)
 class Part:
-    """One model (denoiser or text encoder) and the blocks inside it that adapters search."""
+    """One model (denoiser or text encoder) and the blocks in which target modules are searched."""
 
-    prefix: str  # of every weight name saved for this part: "lora_unet", "lora_te1"
+    prefix: str  # prefix of all names saved for this part: "lora_unet", "lora_te1"
     blocks: tuple[str, ...]  # class names; every Linear and Conv2d below them is a candidate
-    attention: tuple[str, ...] = ()  # classes of attention inside the blocks, for kinds that adapt nothing else
-    conv_blocks: tuple[str, ...] = ()  # searched too when kernels larger than 1x1 are adapted
-    exclude: tuple[str, ...] = ()  # patterns of whole paths that are left out, unless include_patterns readmits them
-    needs: str = ""  # the network argument, such as train_t5xxl, without which this part is left alone
-    extra_blocks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # argument that asks for more -> classes
+    attention: tuple[str, ...] = ()  # classes of attention inside the blocks, for kinds that adapt attention only
+    conv_blocks: tuple[str, ...] = ()  # also searched if kernels larger than 1x1 are adapted
+    exclude: tuple[str, ...] = ()  # patterns of whole paths that are excluded, unless include_patterns match them
+    needs: str = ""  # network argument that enables this part, such as train_t5xxl
+    extra_blocks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # argument -> additional block classes
 
 
 @dataclass(frozen=True)
 class BlockList:
-    """The numbered blocks of a U-Net that block_dims, block_alphas and the *_lr_weight lists speak of.
+    """The numbered blocks of a U-Net, to which block_dims, block_alphas and the *_lr_weight lists refer.
 
-    Entry i of `patterns` is found in the paths of block i; an empty pattern stands for an entry without adapters. The
-    three counts say how many entries the lists down_lr_weight, mid_lr_weight and up_lr_weight have; `padding` entries
-    at either end are in none of them.
+    `patterns[i]` matches the paths of block i; an empty pattern marks an entry without adapters. `down`, `mid` and `up`
+    are the lengths of down_lr_weight, mid_lr_weight and up_lr_weight. `padding` entries at either end belong to none of
+    these lists.
     """
 
     patterns: tuple[str, ...]
@@ -46,64 +46,64 @@ class BlockList:
     padding: int = 0
 
     def index_of(self, path: str) -> int | None:
-        """Return the block that a path lies in, None for a path outside all of them."""
+        """Return the index of the block that contains a path, or None if none does."""
         return next((i for i, p in enumerate(self.patterns) if p and re.search(p, path)), None)
 
 
 @dataclass(frozen=True)
 class Embedders:
-    """Layers outside the blocks, adapted only when one argument gives them ranks.
+    """Layers outside the blocks, adapted only if one argument gives them ranks.
 
-    Entry i of the argument is the rank of what lies at or below paths that begin with entry i of `patterns`.
+    Entry i of the argument is the rank of modules at or below paths that match `patterns[i]`.
     """
 
     argument: str  # "in_dims"
     patterns: tuple[str, ...]
 
     def index_of(self, path: str) -> int | None:
-        """Return the entry that a path belongs to, None for a path of none."""
+        """Return the index of the entry that a path belongs to, or None if it belongs to none."""
         return next((i for i, p in enumerate(self.patterns) if re.match(rf"(?:{p})(?:\.|$)", path)), None)
 
 
 Widths = Callable[[int, int], tuple[int, ...]]
-"""(input features, output features) of a fused layer -> the outputs of each of its projections, in order."""
+"""(input features, output features) of a fused layer -> outputs of each projection, in order."""
 
 
 def thirds(num_inputs: int, num_outputs: int) -> tuple[int, ...]:
-    """q, k and v of equal width."""
+    """Return the widths of q, k and v, a third of the outputs each."""
     return (num_outputs // 3,) * 3
 
 
 def qkv_and_rest(num_inputs: int, num_outputs: int) -> tuple[int, ...]:
-    """q, k and v as wide as the input, and what remains."""
+    """Return the widths of q, k and v, each as wide as the input, and of the remaining outputs."""
     return (*(num_inputs,) * 3, num_outputs - 3 * num_inputs)
 
 
 @dataclass(frozen=True)
 class AdapterTargets:
-    """Everything the adapter core must know about one base model.
+    """Declaration of one base model for the adapter core.
 
-    All patterns are regular expressions; unless said otherwise they are searched for in the path of a module.
+    All patterns are regular expressions. Unless stated otherwise they are searched for in the path of a module.
     """
 
     denoiser: Part
     text_encoders: tuple[Part, ...] = ()
-    block_list: BlockList | None = None  # None: block_dims and the *_lr_weight lists do not exist for this model
-    ranks: Mapping[str, str] = field(default_factory=dict)  # argument -> pattern; the first given one that fits decides
+    block_list: BlockList | None = None  # None: no block_dims and *_lr_weight lists for this model
+    ranks: Mapping[str, str] = field(default_factory=dict)  # argument -> pattern; the first given match decides
     embedders: Embedders | None = None
-    block_choices: Mapping[str, str] = field(default_factory=dict)  # argument -> pattern with the number as its group
+    block_choices: Mapping[str, str] = field(default_factory=dict)  # argument -> pattern with the block number as group
     subsets: Mapping[str, str] = field(
         default_factory=dict
-    )  # value of train_blocks beside "all" -> pattern of the rest
-    fused: Mapping[str, Widths] = field(default_factory=dict)  # pattern of what split_qkv splits -> how
-    names: BaseNames | None = None  # what other programs call the modules, so that their files can be trained further
+    )  # value of train_blocks except "all" -> pattern of the modules that are adapted
+    fused: Mapping[str, Widths] = field(default_factory=dict)  # pattern of fused layers -> widths of their projections
+    names: BaseNames | None = None  # module names of other programs, to train their files further
     saved_naming: FileNaming = "kohya"  # of files with LoRA alone; other kinds mostly have kohya's names
-    expressions: Literal["name", "path"] = "name"  # network_reg_*: a part of the name or the whole path, or that alone
+    expressions: Literal["name", "path"] = "name"  # network_reg_* match parts of names and whole paths, or paths only
     elsewhere: Callable[[], Mapping[str, ArgumentForm]] = dict  # network arguments of all base models
 
     @property
     def arguments(self) -> Mapping[str, ArgumentForm]:
-        """The network arguments that this declaration gives a meaning to, and how their values are written."""
+        """Network arguments that this declaration defines, and the form of their values."""
         parts = (self.denoiser, *self.text_encoders)
         flags = [*(part.needs for part in parts if part.needs), *(name for part in parts for name in part.extra_blocks)]
         return {
@@ -116,17 +116,17 @@ class AdapterTargets:
 
     @property
     def known_arguments(self) -> Mapping[str, ArgumentForm]:
-        """Those, and the arguments of other base models: one of theirs gets a warning here and no error."""
+        """Network arguments of this and of other base models. The latter cause a warning instead of an error."""
         return {**self.elsewhere(), **self.arguments}
 
     def spelled(self, name: str) -> tuple[str, ...]:
-        """Return a module's name in files, and what other programs of kohya's naming call it."""
+        """Return a module's name in files, and its aliases in other programs that use kohya's naming."""
         module = self.names.find(name) if self.names else None
         prefixes = tuple(f"{part.prefix}_" for part in (self.denoiser, *self.text_encoders))
         return (name, *(other for other in (module.aliases if module else ()) if other.startswith(prefixes)))
 
     def widths_of(self, path: str, module: nn.Module) -> tuple[int, ...] | None:
-        """Return the outputs of each projection of a fused layer, None for a layer that is none."""
+        """Return the outputs of each projection of a fused layer, or None for other layers."""
         split = next((split for pattern, split in self.fused.items() if re.search(pattern, path)), None)
         if split is None or not isinstance(module, nn.Linear):
             return None
@@ -135,7 +135,7 @@ class AdapterTargets:
 
 @dataclass(frozen=True)
 class TargetModule:
-    """One module that an adapter may wrap."""
+    """One module that an adapter can wrap."""
 
     name: str  # "lora_unet_double_blocks_0_img_attn_qkv"
     path: str  # "double_blocks.0.img_attn.qkv"
@@ -145,11 +145,11 @@ class TargetModule:
 
 @dataclass(frozen=True)
 class Filters:
-    """Patterns of a user: whole paths that are left out beside what each part excludes, and that are readmitted."""
+    """A user's patterns of whole paths: excluded in addition to those of each part, and readmitted."""
 
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()  # nothing else is adapted, and what fits is, even if it is excluded
+    only: tuple[str, ...] = ()  # adapts exactly the matching modules, even if they are excluded
 
     def leave_out(self, part: Part, path: str) -> bool:
         if self.only:
@@ -162,7 +162,7 @@ UNFILTERED = Filters()
 
 
 def adaptation_kind(module: nn.Module) -> TargetKind | None:
-    """Return how a module is adapted, None for a module that is not."""
+    """Return how a module is adapted, or None if it is not."""
     if isinstance(module, nn.Linear):
         return "plain"
     if isinstance(module, nn.Conv2d):
@@ -178,8 +178,7 @@ def target_name(part: Part, path: str) -> str:
 def find_target_modules(
     part: Part, root: nn.Module, classes: Sequence[str], filters: Filters = UNFILTERED
 ) -> list[TargetModule]:
-    """Find every Linear and Conv2d below a block of the given classes, once each, in the order the modules are
-    declared."""
+    """Return every Linear and Conv2d below a block of the given classes, once each, in the order of declaration."""
     return [
         TargetModule(target_name(part, path), path, module, kind)
         for path, module in _walk(root, classes)
@@ -190,7 +189,7 @@ def find_target_modules(
 def find_embedders(
     part: Part, root: nn.Module, embedders: Embedders, blocks: Sequence[TargetModule]
 ) -> list[TargetModule]:
-    """Find every Linear and Conv2d of the embedders, in the order they are declared, without those found in blocks."""
+    """Return every Linear and Conv2d of the embedders, in the order of declaration, without those found in blocks."""
     taken = {target.path for target in blocks}
     return [
         TargetModule(target_name(part, path), path, module, kind)
@@ -200,7 +199,7 @@ def find_embedders(
 
 
 def count_blocks(root: nn.Module, pattern: str) -> int:
-    """Count the blocks of a model whose number is the group of a pattern."""
+    """Return the number of blocks of a model. The group of `pattern` matches the number of a block."""
     found = (re.search(pattern, path) for path, _ in root.named_modules())
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
@@ -208,7 +207,7 @@ def count_blocks(root: nn.Module, pattern: str) -> int:
 def find_norms(
     part: Part, root: nn.Module, classes: Sequence[str], filters: Filters = UNFILTERED
 ) -> list[TargetModule]:
-    """Find every LayerNorm and GroupNorm with a learnable weight below a block of the given classes, once each."""
+    """Return every LayerNorm and GroupNorm with a weight below a block of the given classes, once each."""
     return [
         TargetModule(target_name(part, path), path, module, "norm")
         for path, module in _walk(root, classes)
@@ -219,7 +218,7 @@ def find_norms(
 
 
 def _walk(root: nn.Module, classes: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, module) of everything inside the blocks."""
+    """Yield (path, module) of everything inside the blocks, once each."""
     seen: set[str] = set()
     for block_path, block in root.named_modules():
         if type(block).__name__ not in classes:

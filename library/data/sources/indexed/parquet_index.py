@@ -146,7 +146,7 @@ def is_plausible(table: Any, files: IndexedFiles) -> bool:
     if len(number):
         if number.min() < 0 or number.max() >= len(files.names) or (np.diff(number) < 0).any():
             return False
-        # Parquet rows are compressed: `start` is a row number there, and the size says nothing.
+        # Rows of Parquet files are compressed: `start` is a row number, and the size is unknown.
         is_inside = is_inside | files.rule.startswith("parquet ")
         file_bytes = np.array([stamp.num_bytes for stamp in files.stamps])[number]
         is_inside = is_inside | ((start <= file_bytes) & (num_bytes <= file_bytes - start))
