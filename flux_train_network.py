@@ -5,7 +5,7 @@ import argparse
 from library import train_util as train_util
 from library.architectures.flux.options import FluxOptions
 from library.architectures.scripts import OtherScripts
-from library.collector import importing
+from library.collector import freeze_imports
 from library.launcher import prepare_for_torch
 from library.training.command_line.cli import build_parser
 
@@ -32,7 +32,7 @@ class FluxNetworkTrainer:
 
 if __name__ == "__main__":
     prepare_for_torch()
-    with importing("scripts"):
+    with freeze_imports("scripts"):
         from library.architectures.flux.assembly import LATENTS, build, build_objective
         from library.training.command_line.main import main
 

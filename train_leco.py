@@ -5,7 +5,7 @@ from functools import partial
 
 from library import train_util as train_util
 from library.architectures.scripts import OtherScripts
-from library.collector import importing
+from library.collector import freeze_imports
 from library.launcher import prepare_for_torch
 from library.options.leco import LecoOptions
 from library.options.model import BASE_FLAG
@@ -21,7 +21,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     prepare_for_torch()
-    with importing("scripts"):
+    with freeze_imports("scripts"):
         from library.architectures.specs import recognise_base_model
         from library.training.command_line.prompt_training import main_by_prompts
 

@@ -4,7 +4,7 @@ import argparse
 
 from library import train_util as train_util
 from library.architectures.scripts import OtherScripts
-from library.collector import importing
+from library.collector import freeze_imports
 from library.launcher import prepare_for_torch
 from library.options.train import TrainOptions
 from library.training.command_line.cli import build_parser
@@ -28,7 +28,7 @@ class NetworkTrainer:
 
 if __name__ == "__main__":
     prepare_for_torch()
-    with importing("scripts"):
+    with freeze_imports("scripts"):
         from library.architectures.sd.assembly import LATENTS, build
         from library.training.command_line.main import main
 

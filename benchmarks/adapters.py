@@ -32,12 +32,12 @@ from networks.core.changes.change import Delta  # noqa: E402
 from networks.core.changes.dora import EPS, Decompose, DoRA  # noqa: E402
 from networks.core.changes.low_rank import LowRank  # noqa: E402
 from networks.core.changes.tucker import Tucker  # noqa: E402
-from networks.core.kinds.boft import fresh as fresh_boft  # noqa: E402
+from networks.core.kinds.boft import make_fresh as fresh_boft  # noqa: E402
 from networks.core.kinds.dylora import NestedRank  # noqa: E402
 from networks.core.kinds.loha import LoHa  # noqa: E402
-from networks.core.kinds.lokr import fresh as fresh_lokr  # noqa: E402
+from networks.core.kinds.lokr import make_fresh as fresh_lokr  # noqa: E402
 from networks.core.kinds.lora_fa import frozen_down  # noqa: E402
-from networks.core.kinds.oft_v2 import fresh as fresh_oft  # noqa: E402
+from networks.core.kinds.oft_v2 import make_fresh as fresh_oft  # noqa: E402
 from networks.core.targets.targets import adaptation_kind  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

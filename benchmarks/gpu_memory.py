@@ -31,7 +31,7 @@ from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute, 
 from library.memory.codecs.plain import Plain  # noqa: E402
 from library.memory.codecs.weight_format import load_format  # noqa: E402
 from library.memory.frozen import layers_in_blocks, store_in  # noqa: E402
-from library.memory.offload.streamed import chosen, stream  # noqa: E402
+from library.memory.offload.streamed import choose_blocks, stream  # noqa: E402
 from networks import lora  # noqa: E402
 
 RANK, NUM_WARM, NUM_TIMED = 16, 2, 5
@@ -155,7 +155,7 @@ def filled(subject: Subject, mode: Mode, device: torch.device) -> nn.Module:
     waits = {
         layer
         for stack, count in zip(stacks, counts, strict=True)
-        for i in chosen(len(stack), count)
+        for i in choose_blocks(len(stack), count)
         for layer in stack[i].modules()
     }
     for path, layer in layers_in_blocks(model).items():

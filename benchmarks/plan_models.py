@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from library.memory.planner.gpus import parse_size, typical_gpu  # noqa: E402
-from library.memory.planner.table import in_gib  # noqa: E402
+from library.memory.planner.table import format_gib  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.training.planning.counting import CountedRun  # noqa: E402
 from library.training.planning.fit import Fit, fit_to  # noqa: E402
@@ -46,9 +46,9 @@ def cell(found: Fit) -> str:
     """Return the choice for a GPU, or the least memory that is needed."""
     chosen = found.choice.chosen
     if chosen is None:
-        return f"needs {in_gib(found.choice.least.device_bytes)}"
+        return f"needs {format_gib(found.choice.least.device_bytes)}"
     way = describe(replace(chosen.way, weight_format=None))  # the line says it
-    return f"{in_gib(chosen.device_bytes)}, {chosen.seconds:.2f} s: `{way}`"
+    return f"{format_gib(chosen.device_bytes)}, {chosen.seconds:.2f} s: `{way}`"
 
 
 @dataclass(frozen=True)

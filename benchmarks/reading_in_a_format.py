@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from library.architectures.flux.model import Flux, FluxConfig  # noqa: E402
-from library.models.loading import on_meta_device  # noqa: E402
+from library.models.loading import build_on_meta_device  # noqa: E402
 from library.options.machine.base_formats import BASE_FORMATS  # noqa: E402
 
 CONFIG = FluxConfig(
@@ -58,7 +58,7 @@ print(status("VmHWM") - before, result, max(2 * torch.Size(s).numel() for s in w
 
 
 def empty() -> nn.Module:
-    return on_meta_device(Flux, CONFIG)
+    return build_on_meta_device(Flux, CONFIG)
 
 
 def main() -> None:

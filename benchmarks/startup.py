@@ -77,7 +77,7 @@ def build_index(folder: Path, count: int) -> None:
 
     from library.data.description.schema import load_dataset_config
     from library.data.sources.indexed.parquet_index import ABOUT, schema_of_rows
-    from library.data.sources.indexed.scan import described_files, index_path
+    from library.data.sources.indexed.scan import describe_files, index_path
     from library.data.sources.shards import SOURCE
     from library.data.sources.storage.storage import Storage
 
@@ -88,7 +88,7 @@ def build_index(folder: Path, count: int) -> None:
             path.touch()
     config = load_dataset_config(options_for(str(folder), f'shards = "{folder}/{{000000..{num_files - 1:06}}}.tar"'))  # type: ignore[arg-type]
     (subset,) = config.datasets[0].subsets
-    _, shown, known = described_files(subset, Storage(), 16, SOURCE.keys)
+    _, shown, known = describe_files(subset, Storage(), 16, SOURCE.keys)
     path = index_path(shown, known, Storage())
     if path.exists():
         return

@@ -7,7 +7,7 @@ from functools import cache
 
 
 @contextmanager
-def without_collection() -> Iterator[None]:
+def pause_collection() -> Iterator[None]:
     """Disable the collector while many objects are made of which none is garbage, such as images and imported
     modules."""
     was_on = gc.isenabled()
@@ -20,9 +20,9 @@ def without_collection() -> Iterator[None]:
 
 
 @contextmanager
-def importing(what: str) -> Iterator[None]:
+def freeze_imports(what: str) -> Iterator[None]:
     """Disable the collector during imports and exempt the imported objects from later collections."""
-    with without_collection():
+    with pause_collection():
         yield
         keep_imported(what)
 

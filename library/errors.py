@@ -25,7 +25,7 @@ def needing(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {error}") from error
 
 
-def few(paths: Iterable[str], limit: int = 5, count: int | None = None) -> str:
+def list_few(paths: Iterable[str], limit: int = 5, count: int | None = None) -> str:
     """List the first few of many for a message; `count` is the total if `paths` is incomplete."""
     listed = paths if isinstance(paths, Sequence) else list(paths)
     count = len(listed) if count is None else count

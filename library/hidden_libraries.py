@@ -13,7 +13,7 @@ BITSANDBYTES = "bitsandbytes"
 
 
 @contextmanager
-def hidden(name: str) -> Iterator[None]:
+def hide_library(name: str) -> Iterator[None]:
     """Make libraries that look for `name` in the block find nothing, unless it is loaded or diffusers has found it
     already.
 
@@ -42,7 +42,7 @@ def is_found_by_diffusers(name: str) -> bool:
 def find_neither() -> None:
     """Import diffusers and transformers while neither library can be found, which they remember; later imports find
     both."""
-    with hidden(BITSANDBYTES), hidden("scipy"):
+    with hide_library(BITSANDBYTES), hide_library("scipy"):
         import diffusers.utils.import_utils  # noqa: F401  # looks while it is imported
         from transformers.utils import is_scipy_available
 

@@ -164,7 +164,7 @@ class Processes:
         try:
             torch.distributed.all_reduce(values)
         except RuntimeError as error:
-            raise ProcessLost(f"{self.lost()} ({first_line(error)})") from error
+            raise ProcessLost(f"{self.lost()} ({format_first_line(error)})") from error
 
     def lost(self) -> str:
         """Return a sentence about the process that ended, as far as known; this one then ends because of it."""
@@ -229,10 +229,10 @@ class Processes:
                 isinstance(error, RuntimeError) and any(word in str(error) for word in OF_CONNECTIONS)
             )
             if (is_broken or isinstance(error, signals)) and (found := self._found(LOOK_FOR_S if is_broken else 1)):
-                raise ProcessLost(f"{found} ({first_line(error)})") from error
+                raise ProcessLost(f"{found} ({format_first_line(error)})") from error
             with suppress(RuntimeError):  # the store may be unreachable
                 if not self.store.check([f"failure/{self.rank}"]):
-                    self.store.set(f"failure/{self.rank}", first_line(error))
+                    self.store.set(f"failure/{self.rank}", format_first_line(error))
                     if not isinstance(error, signals):
                         self._wait_for_others()
             raise
@@ -280,7 +280,7 @@ class ProcessLost(UserError):
     """Another process of the run has ended, so that this one cannot continue."""
 
 
-def first_line(error: Exception) -> str:
+def format_first_line(error: Exception) -> str:
     """Return an error's type and first line."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 

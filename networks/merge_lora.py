@@ -12,7 +12,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools import merge_lora
-from tools.command import completed, run
+from tools.command import complete_options, run
 from tools.merge_adapters import square_strengths
 from tools.merge_lora import setup_parser
 
@@ -21,7 +21,7 @@ __all__ = ["main", "merge", "setup_parser"]
 
 def merge(args: argparse.Namespace) -> None:
     """Merge as the command does, for programs that import this file. Raises UserError."""
-    merge_lora.merge(completed(setup_parser(), args), square_strengths)
+    merge_lora.merge(complete_options(setup_parser(), args), square_strengths)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools import resize_lora
-from tools.command import completed
+from tools.command import complete_options
 from tools.resize_lora import main, setup_parser
 
 __all__ = ["main", "resize", "setup_parser"]
@@ -16,7 +16,7 @@ __all__ = ["main", "resize", "setup_parser"]
 
 def resize(args: argparse.Namespace) -> None:
     """Resize as the command does, for programs that import this file. Raises UserError."""
-    resize_lora.resize(completed(setup_parser(), args))
+    resize_lora.resize(complete_options(setup_parser(), args))
 
 
 if __name__ == "__main__":

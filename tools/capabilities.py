@@ -24,7 +24,7 @@ from library.options.machine.base_formats import BASE_FORMATS
 from library.suggestions import nearest_name
 from library.version import NAME, VERSION
 from networks.core.arguments.common import COMMON
-from networks.core.arguments.network_arguments import declared
+from networks.core.arguments.network_arguments import list_declared
 from networks.core.changes.dora import DoraArguments
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.layouts import list_kinds
@@ -117,7 +117,7 @@ def describe_kind(kind: AdapterKind) -> dict[str, Any]:
                 "help": found.help,
             }
             for group in groups
-            for name, found in declared(group).items()
+            for name, found in list_declared(group).items()
             if name not in kind.refuses
         ],
     }

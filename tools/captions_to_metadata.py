@@ -22,7 +22,7 @@ from library.checkpoints.overwriting import FileType, check_overwrite
 from library.data.description.image_extensions import image_extensions
 from library.data.sources.folders.metadata_file import read_table
 from library.errors import UserError
-from library.options.encodings import decoded
+from library.options.encodings import decode_utf8
 from tools.command import check_place, command, make_parser
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def read_captions(images: Sequence[Path], extension: str) -> Iterator[tuple[Path
     """Yield each image with the text of its caption file, or None without one. Raises UserError."""
     for image in images:
         file = image.with_suffix(extension)
-        yield image, decoded(file.read_bytes(), str(file)).strip() if file.is_file() else None
+        yield image, decode_utf8(file.read_bytes(), str(file)).strip() if file.is_file() else None
 
 
 def image_key(image: Path, is_full: bool) -> str:

@@ -38,13 +38,13 @@ from networks.core.files.adapter_file import (
 from networks.core.files.inspection import (
     BlockFacts,
     ModuleFacts,
-    by_block,
     count_dtypes,
+    group_by_block,
     module_facts,
     structure_problem,
 )
 from networks.core.files.module_weights import ModuleWeights, value_problems
-from networks.core.files.renaming import some_keys
+from networks.core.files.renaming import list_some_keys
 from tools.command import command, make_parser
 
 EXAMPLES = """\
@@ -99,11 +99,11 @@ def judge(
         found.append(f"the file contains no adapter weights (first keys: {', '.join(list(tensors)[:3]) or 'none'})")
     warnings = list(find_oddities(list(modules.values()), facts, list(file.unknown), base))
     if lone and len(modules) > len(lone):
-        warnings.append(f"alphas without weights, which have no effect: {some_keys(lone)}")
+        warnings.append(f"alphas without weights, which have no effect: {list_some_keys(lone)}")
     name = base.name if base else None
     alphas = {key: float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha") and tensor.numel() == 1}
     programs = readings(specs, shapes, metadata, alphas)
-    return Report(origin, name, count_dtypes(tensors), facts, by_block(facts), programs, found, warnings)
+    return Report(origin, name, count_dtypes(tensors), facts, group_by_block(facts), programs, found, warnings)
 
 
 def find_oddities(
@@ -111,16 +111,16 @@ def find_oddities(
 ) -> Iterator[str]:
     """Yield what a user should know about a usable file."""
     if unknown:
-        yield f"keys that belong to no adapter: {some_keys(unknown)}"
+        yield f"keys that belong to no adapter: {list_some_keys(unknown)}"
     if base is None:
         yield "the base model cannot be recognised from the keys"
     else:
         strangers = [module.name for module in modules if base.names.find(module.name) is None]
         if strangers:
-            yield f"{base.title} has no modules of these names: {some_keys(strangers)}"
+            yield f"{base.title} has no modules of these names: {list_some_keys(strangers)}"
     still = [module.name for module in facts if module.update_norm == 0]
     if still:
-        yield f"change nothing, all zeros: {some_keys(still)}"
+        yield f"change nothing, all zeros: {list_some_keys(still)}"
 
 
 def format_json(report: Report) -> str:

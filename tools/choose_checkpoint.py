@@ -20,7 +20,7 @@ from library.options.output.saving import SavingOptions
 from library.options.training.validation import ValidationOptions
 from library.training.command_line.checks import check_precision, check_values
 from library.training.command_line.run_lock import run_lock
-from library.training.evaluation.choice import by_image
+from library.training.evaluation.choice import average_by_image
 from library.training.evaluation.choosing import (
     Measured,
     choose_measured,
@@ -32,14 +32,14 @@ from library.training.evaluation.choosing import (
 )
 from library.training.evaluation.measurement import Measurement
 from library.training.models.opening import open_data_plan
-from library.training.offline.file_losses import FileLosses, Sides, for_measuring, losses_of_files
+from library.training.offline.file_losses import FileLosses, Sides, adjust_for_measuring, losses_of_files
 from library.training.report_page.writer import add_event
 from library.training.reporting import events
 from library.training.reporting.event_stream import open_event_file, plain
 from library.training.saving.checkpoints import Names
-from library.training.saving.saved_files import read_num_steps, without_copies
+from library.training.saving.saved_files import drop_copies, read_num_steps
 from tools.command import make_training_parser, training_command
-from tools.contact_sheet import chosen_files, find_device
+from tools.contact_sheet import choose_files, find_device
 from tools.plan_memory import read_training_options
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def measure_files(sides: Sides, found: Sequence[FileLosses]) -> list[Measured]:
         losses_NL = one.trained_NL if of_trained else one.held_out_NL if is_held_out else one.mirrored_NL
         measurement = sides.trained if of_trained else unseen
         assert losses_NL is not None and measurement is not None
-        return by_image(losses_NL.mean(1), measurement.rows)
+        return average_by_image(losses_NL.mean(1), measurement.rows)
 
     base, measured = found[0], []
     for one in found:
@@ -116,7 +116,7 @@ def measure_forgetting(one: FileLosses, base: FileLosses, probe: Measurement | N
     """Return how much the loss of the forgetting probe rose; None without one, and for the base model itself."""
     if probe is None or one.row is None or one.probe_NL is None or base.probe_NL is None:
         return None
-    before_G, after_G = (by_image(losses_NL.mean(1), probe.rows) for losses_NL in (base.probe_NL, one.probe_NL))
+    before_G, after_G = (average_by_image(losses_NL.mean(1), probe.rows) for losses_NL in (base.probe_NL, one.probe_NL))
     return forgotten(before_G, after_G)
 
 
@@ -136,13 +136,13 @@ def record_choice(choice: events.Choice, reports: ReportOptions, saving: SavingO
 def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Measure the files and print the choice. Raises UserError for invalid options and files of other base models."""
     base, options = read_training_options(args.script, training)
-    options = for_measuring(options)
+    options = adjust_for_measuring(options)
     check_values(options)
     check_precision(options)
     files = sorted(
-        chosen_files(args.files, options.saving), key=lambda path: (read_num_steps(path), display_path(path).name)
+        choose_files(args.files, options.saving), key=lambda path: (read_num_steps(path), display_path(path).name)
     )
-    files = without_copies(files)
+    files = drop_copies(files)
     if options.dataset.dataset_class:
         raise UserError("--dataset_class: its images are not known one by one, so none can be measured again")
     seed = choose_seed(options.run.seed, files)

@@ -63,7 +63,7 @@ def clean_tags(text: str) -> str:
     end = next((i for i, tag in enumerate(tags) if i and tag.startswith("rating")), len(tags))
     tags = tags[:end]
     if any("girls" in tag or "boys" in tag for tag in tags):
-        tags = without_attributes(tags)
+        tags = drop_attributes(tags)
     said = [tag for tag in tags if SAID_AGAIN.fullmatch(tag) and any(is_more_exact(other, tag) for other in tags)]
     return ", ".join(tag for tag in tags if tag not in said)
 
@@ -73,7 +73,7 @@ def is_more_exact(other: str, tag: str) -> bool:
     return re.fullmatch(rf"(\w+ )+{re.escape(tag)}", other) is not None
 
 
-def without_attributes(tags: Sequence[str]) -> list[str]:
+def drop_attributes(tags: Sequence[str]) -> list[str]:
     """Remove repeated attributes from the tags of several people; a single hair length may apply to all."""
     left = list(tags)
     for pattern in OF_ONE_PERSON:

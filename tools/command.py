@@ -13,7 +13,7 @@ from library.checkpoints.files import SAFETENSORS_SUFFIXES, is_safetensors
 from library.checkpoints.overwriting import check_not_input
 from library.errors import UserError
 from library.formatting import escape_controls
-from library.hidden_libraries import BITSANDBYTES, hidden
+from library.hidden_libraries import BITSANDBYTES, hide_library
 from library.memory.devices import SAVE_DTYPES
 from library.training.command_line.console import LINES, setup_plain_logging
 from library.version import add_version
@@ -42,7 +42,7 @@ def act(action: Callable[[], int | None]) -> int:
     """Act, print a user error as one line, and return the exit status as `run` does."""
     setup_plain_logging()
     try:
-        with hidden(BITSANDBYTES):
+        with hide_library(BITSANDBYTES):
             return action() or 0
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and (error.errno is None or error.filename is None):  # not of the system
@@ -74,7 +74,7 @@ def training_command(
     return main
 
 
-def completed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+def complete_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Complete a calling program's options: missing ones get their defaults, and paths may be strings."""
     values = {action.dest: getattr(args, action.dest, action.default) for action in parser._actions}
     for action in parser._actions:

@@ -32,7 +32,7 @@ from library.training.offline.contact_sheet import arrange, draw_rows
 from library.training.report_page.writer import add_sheet
 from library.training.reporting.sample_images import encode_data_url
 from library.training.saving.checkpoints import Names
-from library.training.saving.saved_files import files_of_run, without_copies
+from library.training.saving.saved_files import drop_copies, files_of_run
 from library.types import Prompt
 from tools.command import check_at_least_one, make_training_parser, training_command
 from tools.plan_memory import read_training_options
@@ -78,7 +78,7 @@ def label_rows(files: Sequence[Path]) -> list[str]:
     return ["without an adapter", *(display_path(path).name.removesuffix(path.suffix) for path in files)]
 
 
-def chosen_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
+def choose_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
     """Return the named files, PEFT's in its folders, else the adapter files of the run.
 
     Raises UserError if there are none.
@@ -155,7 +155,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     check_at_least_one(args, "side")
     if not options.preview.sample_prompts:
         raise UserError("--sample_prompts contains no prompts")
-    files = without_copies(chosen_files(args.files, options.saving))
+    files = drop_copies(choose_files(args.files, options.saving))
     target = args.sheet or Names.build(options.saving).beside("-sheet.png") if options.saving.output_dir else args.sheet
     if target is None:
         raise UserError("--sheet is not set; set the PNG to write, or --output_dir")

@@ -17,7 +17,7 @@ from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.files import save_safetensors
-from library.checkpoints.weights import Weights, first_names
+from library.checkpoints.weights import Weights, list_first_names
 from library.errors import UserError
 from library.models.identify import base_of_file
 from tools.command import add_file_precision, check_safetensors_output, command, dtype_of_file, make_parser
@@ -42,7 +42,7 @@ def open_transformer(path: Path) -> Weights:
     else:
         weights = model_lookup.open_file(FLAG, path)
     if DIFFUSERS_MARK not in weights.shapes:
-        first = first_names(weights)
+        first = list_first_names(weights)
         raise UserError(f"{FLAG} {path} is not a FLUX.1 transformer in diffusers' layout (first names: {first})")
     original = KEYS.from_diffusers(weights)
     spec = base_of_file(list_specs(), original.shapes)

@@ -20,8 +20,8 @@ from library.checkpoints.compatibility import programs_that_read
 from library.checkpoints.recognition import require_card
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
-from networks.core.files.foreign_names import in_a_model
-from networks.core.files.renaming import Renamed, rename, some_keys
+from networks.core.files.foreign_names import add_model
+from networks.core.files.renaming import Renamed, list_some_keys, rename
 from tools.command import check_output, command, make_parser
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def spec_for_file(file: AdapterFile, origin: str) -> BaseModelSpec:
 
 def read_adapter(path: Path, flag: str) -> AdapterFile:
     """Read an adapter file of any trainer, or a folder saved by PEFT. Raises UserError naming `flag`."""
-    return in_a_model(read_adapter_file(path, flag), [spec.names for spec in list_specs()])
+    return add_model(read_adapter_file(path, flag), [spec.names for spec in list_specs()])
 
 
 def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) -> Renamed:
@@ -52,7 +52,7 @@ def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) 
         )
     renamed = rename(file, spec.names, to, drop_unsupported)
     if renamed.dropped:
-        logger.warning("dropped keys that the %s naming cannot express: %s", to, some_keys(renamed.dropped))
+        logger.warning("dropped keys that the %s naming cannot express: %s", to, list_some_keys(renamed.dropped))
     if renamed.widened:
         logger.info(
             "%d modules are written as float32: their alpha / rank cannot be multiplied into the file's dtype exactly",

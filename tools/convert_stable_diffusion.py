@@ -85,7 +85,7 @@ def open_source(name: str, wanted: str | None, variant: str | None) -> Opened:
 def write_file(model: Opened, args: argparse.Namespace, dtype: torch.dtype | None) -> int:
     """Write all parts into one file and return the number of weights."""
     num = sum(len(part.weights.shapes) for part in model.parts.values())
-    named = tqdm(layouts.in_single_file(model.base, model.parts, dtype or torch.float32), "converting", num)
+    named = tqdm(layouts.to_single_file(model.base, model.parts, dtype or torch.float32), "converting", num)
     tensors: dict[str, Tensor] = dict(named)
     if model.whole is not None:
         tensors.update(layouts.other_weights(model.whole, tensors))
@@ -158,7 +158,7 @@ def write_folder(model: Opened, args: argparse.Namespace, dtype: torch.dtype | N
             (folder / part).mkdir()
             config = layouts.folder_config(part, component.config, other, is_linear)
             write_json(folder / part / "config.json", config)
-            named = layouts.in_folder(part, component, dtype or torch.float32, is_linear)
+            named = layouts.to_folder(part, component, dtype or torch.float32, is_linear)
             tensors = dict(tqdm(named, part, len(component.weights.shapes)))
             formats = model_lookup.weight_files(part)
             if args.use_safetensors:

@@ -59,7 +59,7 @@ class Line:
 
 def python_lines() -> Iterator[Line]:
     """Report the interpreter, the system, and the revision of this suite."""
-    version = f"{platform.python_version()}, {8 * struct.calcsize('P')} bit, {at_home(sys.executable)}"
+    version = f"{platform.python_version()}, {8 * struct.calcsize('P')} bit, {hide_user_name(sys.executable)}"
     problem = python_problem(sys.version_info[:2])
     fix = f"{problem}; install one of these from https://www.python.org" if problem else ""
     yield Line("Python", version, fix, bool(problem))
@@ -72,7 +72,7 @@ def revision() -> str:
     git = ["git", "-C", str(ROOT)]
     commit = output([*git, "log", "-1", "--format=%h of %cs"])
     if commit is None:
-        return f"{at_home(str(ROOT))}, not under git"
+        return f"{hide_user_name(str(ROOT))}, not under git"
     changed = len((output([*git, "status", "-s", "-uno"]) or "").splitlines())
     return commit.strip() + (f", {changed} files changed since" if changed else "")
 
@@ -173,7 +173,9 @@ def product_line(what: str, multiply: Callable[[], Any], exact: Any, bound: floa
     try:
         off = ((multiply().cpu().double() - exact).norm() / exact.norm()).item()
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        return Line(what, "cannot be computed here", f"options that require it end with an error ({first_line(error)})")
+        return Line(
+            what, "cannot be computed here", f"options that require it end with an error ({get_first_line(error)})"
+        )
     found = f"off by {off:.1e}"
     if not off <= bound:
         fix = f"more than {bound:.0e}: the GPU, its driver or its clock is unreliable; try another driver"
@@ -190,7 +192,7 @@ def memory_lines(torch: Any | None) -> Iterator[Line]:
     few = f"less than {LEAST_FREE_GIB} GiB: close programs, or training may end when the system runs out"
     yield Line("main memory", found, few if memory.available < LEAST_FREE_GIB * GIB else "")
     if torch is not None and torch.cuda.is_available():
-        yield pinned_line(torch)
+        yield check_pinning(torch)
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free / GIB
@@ -199,12 +201,12 @@ def memory_lines(torch: Any | None) -> Iterator[Line]:
     yield Line("processor", f"{os.cpu_count()} threads, {psutil.cpu_count(logical=False)} cores")
 
 
-def pinned_line(torch: Any) -> Line:
+def check_pinning(torch: Any) -> Line:
     """Report whether main memory can be pinned, which offloaded blocks need for fast copies."""
     try:
         torch.empty(PINNED_MIB * 2**20, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as error:
-        fix = f"offloaded blocks are copied through small buffers, which is slower ({first_line(error)})"
+        fix = f"offloaded blocks are copied through small buffers, which is slower ({get_first_line(error)})"
         return Line("pinned memory", f"{PINNED_MIB} MiB refused", fix)
     limit = "; Windows allows about half of main memory" if sys.platform == "win32" else ""
     return Line("pinned memory", f"{PINNED_MIB} MiB given{limit}")
@@ -216,20 +218,20 @@ def disk_lines(folders: Mapping[str, Path]) -> Iterator[Line]:
         there = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(there).free / GIB
         hint = f"less than {LEAST_DISK_GIB} GiB: caches, states and files of one training need about this much"
-        yield Line(what, f"{free:.0f} GiB free at {at_home(str(folder))}", hint if free < LEAST_DISK_GIB else "")
+        yield Line(what, f"{free:.0f} GiB free at {hide_user_name(str(folder))}", hint if free < LEAST_DISK_GIB else "")
 
 
 def setting_lines() -> Iterator[Line]:
     """Report environment variables that affect training, and accelerate's settings."""
     for name in VARIABLES:
         if name in os.environ:
-            yield Line(name, at_home(os.environ[name]))
+            yield Line(name, hide_user_name(os.environ[name]))
     path = accelerate_config()
     if path.is_file():
         kept = [
             line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if describes_training(line)
         ]
-        yield Line("accelerate's settings", f"{at_home(str(path))}: {'; '.join(kept)}")
+        yield Line("accelerate's settings", f"{hide_user_name(str(path))}: {'; '.join(kept)}")
     else:
         yield Line("accelerate's settings", "none; the command line decides")
 
@@ -282,17 +284,17 @@ def output(command: Sequence[str]) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def at_home(path: str) -> str:
+def hide_user_name(path: str) -> str:
     """Return a path without the user's name, because the lines are shown to others."""
     home = str(Path.home())
     return f"~{path[len(home) :]}" if home != "/" and path.startswith(home) else path
 
 
-def first_line(error: BaseException) -> str:
+def get_first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def all_lines(folder: Path) -> Iterator[Line]:
+def iterate_lines(folder: Path) -> Iterator[Line]:
     """Yield every finding, the slow ones last. `folder` is where trainings write."""
     yield from python_lines()
     yield from package_lines()
@@ -300,7 +302,7 @@ def all_lines(folder: Path) -> Iterator[Line]:
     try:
         import torch
     except Exception as error:  # whatever a broken installation raises, the rest is still reported
-        yield Line("torch", f"cannot be imported: {first_line(error)}", GET_TORCH, True)
+        yield Line("torch", f"cannot be imported: {get_first_line(error)}", GET_TORCH, True)
     if torch is not None:
         yield from card_lines(torch, list_nvidia_gpus())
     if version_of("psutil") is not None:
@@ -325,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the findings. Return the exit status: 0 without problems, else 1."""
     args = setup_parser().parse_args(argv)
     wrong = []
-    for line in all_lines(args.output_dir.resolve()):
+    for line in iterate_lines(args.output_dir.resolve()):
         print(line, flush=True)
         if line.is_wrong:
             wrong.append(line.what)

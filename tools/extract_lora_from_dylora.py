@@ -25,7 +25,7 @@ from library.json_text import parse_json
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_layouts, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
-from networks.core.kinds.dylora import nested_rank
+from networks.core.kinds.dylora import resolve_nested_rank
 from tools.command import check_output, check_place, command, make_parser, with_comment
 
 EXAMPLES = """\
@@ -56,7 +56,7 @@ class Nested:
         own_unit = self.conv_unit if module.form == "conv" else self.unit or 1
         if module.rank % own_unit:  # not the unit of its training
             own_unit = 1
-        return nested_rank(module.rank, rank, self.full_rank, own_unit)
+        return resolve_nested_rank(module.rank, rank, self.full_rank, own_unit)
 
 
 def open_nested(path: Path) -> Nested:

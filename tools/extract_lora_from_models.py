@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
 from library.memory.devices import SAVE_DTYPES
-from networks.core.changes.svd import best_factors, clamped
+from networks.core.changes.svd import best_factors, clamp_factors
 from networks.core.files.adapter_file import AdapterFile, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora
@@ -80,7 +80,7 @@ def extract_module(
     matrix_ON = difference.to(device, dtype).flatten(1)
     up_OR, down_RN = best_factors(matrix_ON, rank)
     if quantile < 1:
-        up_OR, down_RN = clamped(up_OR, down_RN, quantile)
+        up_OR, down_RN = clamp_factors(up_OR, down_RN, quantile)
     missed = float((matrix_ON - up_OR @ down_RN).square().sum())
     alpha = torch.tensor(float(down_RN.shape[0]))
     up, down = (factor.to("cpu", torch.float32) for factor in (up_OR, down_RN))

@@ -51,7 +51,7 @@ from library.training.command_line.checks import check_data
 from library.training.models.base_model import encode_images
 from library.training.models.compute import Compute
 from library.training.models.opening import open_accelerator, open_data_plan
-from library.training.models.text_caching import cached_text, prepare_text
+from library.training.models.text_caching import prepare_text, resolve_text_cache
 from tools.command import make_training_parser, training_command
 from tools.plan_memory import read_training_options, spec_of_script
 
@@ -384,7 +384,7 @@ def fill_caches(script: str | None, options: TrainOptions) -> None:
     if options.caching.cache_latents_to_disk:
         encode_images(arch.load.vae, arch.codec, options.caching, options.run.seed or 0, plan, processes)
     if caches_text:
-        if cached_text(options.network, arch.text_cache) is None:
+        if resolve_text_cache(options.network, arch.text_cache) is None:
             raise UserError(f"--{CACHES[1]} does nothing here: every text encoder trains, or none is cached")
         compute = Compute.build(options.precision, processes.device)
         prepare_text(options, arch, plan, compute.device, compute.autocast, [], processes)

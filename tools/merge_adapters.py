@@ -21,7 +21,7 @@ from library.checkpoints.adapter_keys import recognise_naming
 from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
 from library.memory.devices import SAVE_DTYPES
-from networks.core.changes.svd import balanced, best_factors, concatenated, svd_of_product
+from networks.core.changes.svd import balance, best_factors, concatenate, svd_of_product
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
@@ -182,7 +182,7 @@ def add_factors(
     factors = [(up_OR.to(device), down_RN.to(device)) for up_OR, down_RN in pairs]
     strengths = joining.strengths([ratio for _, ratio in terms], [len(down_RN) for _, down_RN in factors])
     scales = [strength * module.scale for strength, (module, _) in zip(strengths, terms, strict=True)]
-    up_OR, down_RN = concatenated(factors, scales)
+    up_OR, down_RN = concatenate(factors, scales)
     if ranks is None:
         if joining.shuffling is not None:
             order = torch.randperm(len(down_RN), generator=joining.shuffling).to(device)
@@ -190,7 +190,7 @@ def add_factors(
         return Merged(lora_from_factors(name, up_OR, down_RN, shape))
     rank = rank_for(shape, ranks)
     u_OK, s_K, v_KN = svd_of_product(up_OR, down_RN)
-    up_OR, down_RN = balanced(u_OK, s_K, v_KN, rank)
+    up_OR, down_RN = balance(u_OK, s_K, v_KN, rank)
     s_K = s_K.cpu().double()  # not every device has float64
     return Merged(
         lora_from_factors(name, up_OR, down_RN, shape), float(s_K[rank:].square().sum()), float(s_K.square().sum())

@@ -34,7 +34,7 @@ from library.errors import UserError
 from library.memory.devices import SAVE_DTYPES
 from library.randomness import generator_for
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts, save_adapter_file
-from networks.core.files.module_weights import ModuleWeights, named_twice
+from networks.core.files.module_weights import ModuleWeights, make_name_error
 from networks.core.files.renaming import rename
 from networks.core.kinds import norm
 from tools import block_weights
@@ -115,7 +115,7 @@ def collect_changes(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str, 
         for name, found in names.items():
             assert found is not None
             if found.kohya in own:
-                raise named_twice(adapter.file.origin, found.kohya)
+                raise make_name_error(adapter.file.origin, found.kohya)
             own[found.kohya] = adapter.file.modules[name]
         for name, module in own.items():
             if not adapter.leaves_out(name):

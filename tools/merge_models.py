@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.checkpoints import model_lookup
 from library.checkpoints.files import read_metadata
 from library.checkpoints.weights import Weights
-from library.errors import UserError, few
+from library.errors import UserError, list_few
 from library.memory.devices import SAVE_DTYPES
 from tools.command import add_device, check_output, command, make_parser, resolve_device, resolve_ratios
 from tools.merge_adapters import modelspec
@@ -84,7 +84,7 @@ def warn_of_nonfinite(output: Path, tensors: Mapping[str, Tensor]) -> None:
         logger.warning(
             "%s: %d weights have values that are not finite, which ruin images unless they are unused: %s; --models "
             "have them too, or they exceed the range of --saving_precision",
-            output, len(broken), few(broken),
+            output, len(broken), list_few(broken),
         )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from library.training.models.check_batches import mute_logging
 from library.training.planning.counting import BatchShape, CountedRun, count_run
 from library.training.planning.fit import fit_to
 from library.training.planning.fit_run import count_sweep
-from library.training.sweep.combinations import shared_and_own
+from library.training.sweep.combinations import split_options
 from tools.command import make_training_parser, training_command
 
 CARD = torch.device("cuda")  # whose rules apply; none need be present
@@ -77,7 +77,7 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
     data = options.dataset
     batch = largest_batch(load_dataset_config(options)) if data.dataset_config else batch_of_options(data)
     with mute_logging():  # the run itself will say it
-        options, adapters = shared_and_own(options)
+        options, adapters = split_options(options)
         arch = spec.build(options)
         return options, arch, batch, count_run(options, arch, batch, CARD, list(adapters.values()))
 
@@ -108,7 +108,7 @@ def plan(args: argparse.Namespace, training: Sequence[str]) -> None:
     sizes = [parse_size("--cards", text) for text in args.cards.split(",")]
     options, arch, batch, counted = count(args.script, training)
     with mute_logging():
-        _, adapters = shared_and_own(options)
+        _, adapters = split_options(options)
         sweep = count_sweep(options, arch, batch, CARD, list(adapters.values()))
     print(f"{arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
     num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None

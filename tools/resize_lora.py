@@ -23,7 +23,7 @@ from library.errors import UserError
 from library.randomness import generator_for
 from networks.core.changes.svd import (
     MIN_SINGULAR_VALUE,
-    balanced,
+    balance,
     largest_of_product,
     rank_by_norm,
     rank_by_ratio,
@@ -113,7 +113,7 @@ def resize_module(module: ModuleWeights, measure: Measure, device: torch.device)
         rank = measure.rank_of(module, s_K)
         exact_K = s_K.cpu().double()  # not every device has float64
         total, norm = float(exact_K.sum()), float(exact_K.norm())
-    up, down = balanced(u, s_K, v, rank)
+    up, down = balance(u, s_K, v, rank)
     kept = s_K[:rank].cpu().double()
     return Resized(
         module=module.with_factors(up.cpu(), down.cpu(), module.scale),

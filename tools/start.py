@@ -281,17 +281,17 @@ def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "
     tier = "not gpu and not nightly" if slow else "not slow and not gpu and not nightly"
     if any(argument.partition("::")[0].endswith(".py") for argument in pytest_arguments):
         tier = "not gpu"
-    return [str(python), "-m", "pytest", "-m", tier, *in_parallel(), *pytest_arguments]
+    return [str(python), "-m", "pytest", "-m", tier, *parallel_arguments(), *pytest_arguments]
 
 
 def simulated_gpu_command(python: Path, slow: bool) -> "list[str]":
     """Return the command that runs the tests for GPUs on a simulated one, which is for the whole process."""
     tier = "gpu and not nightly" if slow else "gpu and not slow and not nightly"
     plugin = ["-p", "tests.simulated_gpu.plugin"]
-    return [str(python), "-m", "pytest", *plugin, "-m", tier, *in_parallel(), *GPU_TESTS]
+    return [str(python), "-m", "pytest", *plugin, "-m", tier, *parallel_arguments(), *GPU_TESTS]
 
 
-def in_parallel() -> "list[str]":
+def parallel_arguments() -> "list[str]":
     """Return pytest's options for as many processes as there are cores."""
     return [
         "-n",
@@ -302,7 +302,7 @@ def in_parallel() -> "list[str]":
     ]
 
 
-def written_at(path: Path) -> "int | None":
+def modification_time(path: Path) -> "int | None":
     """Return when a file was written, in nanoseconds; None if it does not exist."""
     return path.stat().st_mtime_ns if path.exists() else None
 
@@ -313,11 +313,11 @@ def quickstart(venv: Path) -> int:
     started = time.monotonic()
     for command, product in ((training_command(python, num_threads()), ADAPTER), (image_command(python), IMAGE)):
         print("\n$ " + " ".join(command), flush=True)
-        before = written_at(ROOT / product)
+        before = modification_time(ROOT / product)
         exit_code = run(command)
         if exit_code != 0:
             return exit_code
-        if written_at(ROOT / product) == before:
+        if modification_time(ROOT / product) == before:
             raise StartError(
                 f"the command above ended without an error but wrote no {product}: it was stopped before its last "
                 "step. Start the quickstart again"

@@ -30,9 +30,9 @@ from library.checkpoints.base_model_spec import BaseModelSpec
 from library.errors import UserError
 from library.installed import version_of
 from library.memory.devices import DTYPES
-from library.memory.planner.gpus import measured_gpu
+from library.memory.planner.gpus import benchmark_gpu
 from library.memory.planner.prediction import Predicted, Way, predict
-from library.memory.planner.table import in_gib
+from library.memory.planner.table import format_gib
 from library.models.reference import MissingClass
 from library.options.train import TrainOptions
 from library.training.models.check_batches import mute_logging
@@ -270,7 +270,7 @@ def predict_step(spec: BaseModelSpec, options: TrainOptions, training: Sequence[
     *_, counted = count(spec.script, training)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     way = resolve_way(options.memory, options.precision, options.distributed)
-    return predict(counted.step, way, measured_gpu(device, 0, DTYPES[options.precision.mixed_precision]))
+    return predict(counted.step, way, benchmark_gpu(device, 0, DTYPES[options.precision.mixed_precision]))
 
 
 def compare_with_plan(steps: Sequence[Mapping[str, Any]], planned: Predicted | None) -> Iterator[Result]:
@@ -281,10 +281,10 @@ def compare_with_plan(steps: Sequence[Mapping[str, Any]], planned: Predicted | N
     if times:
         yield Result("time of a step", f"{statistics.median(times):.2f} s (median of {len(times)}), {plan}")
     if peaks:
-        plan = "" if planned is None else f", {in_gib(planned.tensor_bytes)} planned"
-        yield Result("memory of a step", f"{in_gib(max(peaks))} in tensors at the peak{plan}")
+        plan = "" if planned is None else f", {format_gib(planned.tensor_bytes)} planned"
+        yield Result("memory of a step", f"{format_gib(max(peaks))} in tensors at the peak{plan}")
     else:
-        plan = "" if planned is None else f": {in_gib(planned.tensor_bytes)} in tensors planned"
+        plan = "" if planned is None else f": {format_gib(planned.tensor_bytes)} in tensors planned"
         yield Result("memory of a step", f"not measured without a GPU{plan}")
 
 

@@ -144,7 +144,7 @@ def bare_path(name: str) -> str:
     return name
 
 
-def under(other: str, key: str, module: str, leaf: str) -> str:
+def replace_module(other: str, key: str, module: str, leaf: str) -> str:
     """Replace the module in a key by `other`; old diffusers keys have the processor in the middle of the name."""
     return other + (key[len(module) :] if key.startswith(module) else f".{leaf}")
 
@@ -154,12 +154,12 @@ def is_of_text_encoder(name: str) -> bool:
     return name.startswith(TEXT_ENCODERS) or bare_path(name).startswith(TEXT_PATHS)
 
 
-def without_peft_prefix(name: str) -> str:
+def strip_peft_prefix(name: str) -> str:
     """Strip PEFT's wrapper from a module's name."""
     return name.removeprefix(PEFT_PREFIX)
 
 
-def underscored(name: str) -> str:
+def to_underscores(name: str) -> str:
     """Convert a name to the form in which all namings are compared."""
-    name = without_peft_prefix(name)
+    name = strip_peft_prefix(name)
     return name.removeprefix("model.").replace(".", "_") if name.startswith("model.diff") else name.replace(".", "_")

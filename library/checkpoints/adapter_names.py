@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from library.checkpoints.adapter_keys import MODELS, bare_path, underscored
+from library.checkpoints.adapter_keys import MODELS, bare_path, to_underscores
 
 FileNaming = Literal["kohya", "generic", "diffusers"]
 NAMINGS: tuple[FileNaming, ...] = ("kohya", "generic", "diffusers")
@@ -38,7 +38,7 @@ class ModuleNames:
 
     def is_in_diffusers(self, name: str) -> bool:
         """Return True if a file uses diffusers' name of the whole module."""
-        return isinstance(self.diffusers, str) and underscored(name) == underscored(self.diffusers)
+        return isinstance(self.diffusers, str) and to_underscores(name) == to_underscores(self.diffusers)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -59,8 +59,8 @@ class ModuleNames:
 
     def piece_of(self, name: str) -> int | None:
         """Return the index of the piece called `name` in a file, or None for a name of the whole module."""
-        flat = underscored(name)
-        return next((i for i, names in enumerate(self.names_of_pieces) if flat in map(underscored, names)), None)
+        flat = to_underscores(name)
+        return next((i for i, names in enumerate(self.names_of_pieces) if flat in map(to_underscores, names)), None)
 
     def in_block(self, number: str) -> "ModuleNames":
         """Return the names in another block of this layer of block 0, whose paths have no earlier number."""
@@ -89,7 +89,7 @@ OTHER_PREFIXES: Mapping[str, tuple[str, ...]] = {  # of OMI, used by OneTrainer 
 }
 
 
-def _behind_other_prefixes(kohya: str) -> Iterator[str]:
+def _add_other_prefixes(kohya: str) -> Iterator[str]:
     """Yield kohya's name of a module with the other prefixes that some files use."""
     for prefix, others in OTHER_PREFIXES.items():
         if kohya.startswith(prefix):
@@ -125,20 +125,20 @@ class BaseNames:
     @cached_property
     def index(self) -> Mapping[str, ModuleNames]:
         """All spellings of module names, with underscores instead of dots."""
-        others = {other: module for module in self.modules for other in _behind_other_prefixes(module.kohya)}
-        return others | {underscored(name): module for module in self.modules for name in module.spellings}
+        others = {other: module for module in self.modules for other in _add_other_prefixes(module.kohya)}
+        return others | {to_underscores(name): module for module in self.modules for name in module.spellings}
 
     def find(self, name: str) -> ModuleNames | None:
         """Return the module that `name` in a file means, whole or in part; None if the base model lacks it."""
-        flat = underscored(name)
+        flat = to_underscores(name)
         return self.index.get(flat) or self._find_in_longer_stack(flat)
 
     def find_parts(self, name: str) -> tuple[ModuleNames, ...]:
         """Return the modules whose rows are those of a layer that some programs fuse, in order; () for other names."""
-        flat = underscored(name)
+        flat = to_underscores(name)
         for whole, parts in self.fused:
-            if flat.endswith(end := underscored(whole)):
-                found = [self.find(flat.removesuffix(end) + underscored(part)) for part in parts]
+            if flat.endswith(end := to_underscores(whole)):
+                found = [self.find(flat.removesuffix(end) + to_underscores(part)) for part in parts]
                 return tuple(module for module in found if module is not None)
         return ()
 
@@ -149,12 +149,12 @@ class BaseNames:
             if first is None or not any(first.kohya.startswith(f"{stack}_0_") for stack in self.stacks):
                 continue
             module = first.in_block(number[0])
-            if any(underscored(spelling) == flat for spelling in module.spellings):
+            if any(to_underscores(spelling) == flat for spelling in module.spellings):
                 return module
         return None
 
 
-def placed(modules: Collection[str], tables: Sequence[BaseNames]) -> dict[str, str]:
+def add_missing_prefixes(modules: Collection[str], tables: Sequence[BaseNames]) -> dict[str, str]:
     """Map the modules of a file that no table knows to names with another prefix that some table knows.
 
     The table that knows most of them is used; modules that it does not know either are omitted.
@@ -162,12 +162,12 @@ def placed(modules: Collection[str], tables: Sequence[BaseNames]) -> dict[str, s
     strangers = [name for name in modules if not any(table.find(name) or table.find_parts(name) for table in tables)]
     found: dict[str, str] = {}
     for table in tables if strangers else ():
-        here = {name: other for name in strangers if (other := _under_a_model(bare_path(name), table)) is not None}
+        here = {name: other for name in strangers if (other := _add_model(bare_path(name), table)) is not None}
         found = here if len(here) > len(found) else found
     return found
 
 
-def _under_a_model(path: str, table: BaseNames) -> str | None:
+def _add_model(path: str, table: BaseNames) -> str | None:
     """Prefix a path with the first model of the pipeline that contains it."""
     names = (f"{model}{path}" for model in MODELS)
     return next((name for name in names if table.find(name) or table.find_parts(name)), None)

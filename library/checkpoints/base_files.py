@@ -52,10 +52,12 @@ def open_base(name: str | None, give: str, folders: Iterable[str] = ()) -> BaseF
 
     Raises UserError saying what to `give` if there is no name.
     """
-    return open_files(BASE_FLAG, model_lookup.find_model(BASE_FLAG, named(name, give), [(f,) for f in folders]))
+    return open_files(
+        BASE_FLAG, model_lookup.find_model(BASE_FLAG, require_base_name(name, give), [(f,) for f in folders])
+    )
 
 
-def without_base(flag: str, name: str | None) -> tuple[BaseFiles, Weights]:
+def open_without_base(flag: str, name: str | None) -> tuple[BaseFiles, Weights]:
     """Return the files, and the weights of no denoiser, of a caching command that is given only the encoder that `flag`
     names; tokenizers are searched beside it. Raises UserError if there is no name."""
     if name is None:
@@ -66,7 +68,7 @@ def without_base(flag: str, name: str | None) -> tuple[BaseFiles, Weights]:
     return BaseFiles(path, weights), weights
 
 
-def named(name: str | None, give: str) -> str:
+def require_base_name(name: str | None, give: str) -> str:
     """Return the name of the base model. Raises UserError saying what to `give` if there is none."""
     if not name:
         raise UserError(f"{BASE_FLAG} is missing: use {give}")

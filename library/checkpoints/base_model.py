@@ -74,7 +74,7 @@ class BaseModel:
         raise UserError(f"{self.path} has no module {module}")
 
 
-def of_single_file(
+def open_single_file(
     path: Path, weights: Weights, names_of: Callable[[str], ModuleNames | None], base: str, architecture: str
 ) -> BaseModel:
     """Open the checkpoint in a single file; `names_of` returns the names of the layer of a weight `<stem>.weight`."""

@@ -11,7 +11,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
-from library.checkpoints.adapter_keys import AdapterKey, is_of_text_encoder, lacks_model_prefix, underscored
+from library.checkpoints.adapter_keys import AdapterKey, is_of_text_encoder, lacks_model_prefix, to_underscores
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.base_model_spec import PROGRAMS, BaseModelSpec, Program, Reader
 from library.checkpoints.recognition import recognise_adapter
@@ -96,13 +96,13 @@ def parse(text: str, shape: tuple[int, ...]) -> Key:
     """Parse a key; one with an unknown ending or prefix keeps its text and has no naming."""
     found = AdapterKey.parse(text)
     if found is None or READ.fullmatch(found.ending) is None:
-        return Key(text, underscored(text), "", shape, None, name_part(text))
+        return Key(text, to_underscores(text), "", shape, None, name_part(text))
     naming = next((naming for naming in NAMINGS if naming == found.naming), None)
     if re.match(r"model\.diffusion_model\.", found.module) or (naming == "kohya" and "." in found.module):
         naming = None  # names in a complete checkpoint
     if lacks_model_prefix(found.module):
         naming = None  # programs read some of these, but different ones for each base model
-    return Key(text, underscored(found.module), found.ending, shape, naming, name_part(found.module))
+    return Key(text, to_underscores(found.module), found.ending, shape, naming, name_part(found.module))
 
 
 def name_part(module: str) -> Part:
@@ -145,23 +145,23 @@ def read_by(program: Program, content: Content) -> Reading:
         return Reading(program, len(keys), tuple(key.text for key in keys), (), (reason,))
     unused: dict[str, str] = {}
     for key in keys:
-        reason_unused = why_unused(program, content, key, reader)
+        reason_unused = explain_unused(program, content, key, reader)
         if reason_unused is not None:
             unused[key.text] = reason_unused
-    refusal = why_refused(program, content, reader, len(unused))
+    refusal = explain_refused(program, content, reader, len(unused))
     if refusal is not None:
         return Reading(program, len(keys), tuple(key.text for key in keys), (), (refusal,))
     unused |= {key.text: "alphas without weights change nothing" for key in keys if content.is_lone(key)}
     inexact = {
         key.text: why
         for key in keys
-        if key.text not in unused and (why := why_inexact(program, content, key)) is not None
+        if key.text not in unused and (why := explain_inexact(program, content, key)) is not None
     }
     reasons = tuple(dict.fromkeys([*unused.values(), *inexact.values()]))
     return Reading(program, len(keys), tuple(unused), tuple(inexact), reasons)
 
 
-def why_unused(program: Program, content: Content, key: Key, reader: Reader) -> str | None:
+def explain_unused(program: Program, content: Content, key: Key, reader: Reader) -> str | None:
     """Return why a key has no effect in a program, or None if it has."""
     if key.naming is None:
         return f"it is not known to read keys such as {key.text}"
@@ -175,10 +175,10 @@ def why_unused(program: Program, content: Content, key: Key, reader: Reader) -> 
     for gap in reader.gaps:
         if key.naming in gap.namings and re.fullmatch(gap.modules, key.module):
             return gap.reason
-    return why_leaf_unused(program, content, key)
+    return explain_unused_leaf(program, content, key)
 
 
-def why_leaf_unused(program: Program, content: Content, key: Key) -> str | None:
+def explain_unused_leaf(program: Program, content: Content, key: Key) -> str | None:
     """Return why a key's kind of weight has no effect in a program, or None if it has."""
     if program == "stable-diffusion.cpp" and key.leaf in NORM | {"dora_scale"}:
         return "it supports neither norm weights nor DoRA: the rest acts as plain LoRA"
@@ -203,7 +203,7 @@ def why_leaf_unused(program: Program, content: Content, key: Key) -> str | None:
     return None
 
 
-def why_inexact(program: Program, content: Content, key: Key) -> str | None:
+def explain_inexact(program: Program, content: Content, key: Key) -> str | None:
     """Return why a key acts differently than in training, or None if it does not."""
     leaves = content.leaves[key.module]
     if program in ("ComfyUI", "Forge", "A1111-style") and is_dora_per_output(leaves):
@@ -224,7 +224,7 @@ def is_dora_per_output(leaves: Mapping[str, tuple[int, ...]]) -> bool:
 # --- files that a program refuses as a whole ---
 
 
-def why_refused(program: Program, content: Content, reader: Reader, num_unknown: int) -> str | None:
+def explain_refused(program: Program, content: Content, reader: Reader, num_unknown: int) -> str | None:
     """Return why a program uses nothing from a file, or None if it reads it."""
     if program == "Forge" and num_unknown > FORGE_MAX_UNKNOWN_KEYS:
         return f"it refuses a file with more than {FORGE_MAX_UNKNOWN_KEYS} keys that it does not know"

@@ -121,7 +121,7 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
-    tensors = {str(name): as_tensor(str(name), value) for name, value in content.items()}
+    tensors = {str(name): to_tensor(str(name), value) for name, value in content.items()}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
@@ -149,7 +149,7 @@ def load_pickle(path: Path, device: str | torch.device = "cpu", mmap: bool = Fal
         ) from error
 
 
-def as_tensor(name: str, value: Any) -> Tensor | None:
+def to_tensor(name: str, value: Any) -> Tensor | None:
     """Convert a value of a pickled dictionary to a tensor; return None unless it is a weight or an alpha. Alphas may be
     plain numbers, and dropping them would change the strength."""
     is_alpha = name.endswith(".alpha") and isinstance(value, int | float)

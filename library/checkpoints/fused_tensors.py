@@ -9,7 +9,7 @@ from library.checkpoints.weights import Weights
 from library.errors import UserError
 
 
-def joined(weights: Weights, parts: Mapping[str, tuple[str, ...]], swapped: str | None = None) -> Weights:
+def join_tensors(weights: Weights, parts: Mapping[str, tuple[str, ...]], swapped: str | None = None) -> Weights:
     """Join the tensors that `parts` lists under their new names when they are read.
 
     New names without any part in the checkpoint are omitted; other tensors are kept. If the new name begins with

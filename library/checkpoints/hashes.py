@@ -48,19 +48,19 @@ def webui_hash(path: str | Path) -> str:
 def sha256_of_file(path: str | Path) -> str:
     """Return `ss_new_sd_model_hash`: SHA-256 over a whole file, 64 hex digits; NOFILE, or IsADirectory for a folder."""
     path = Path(path)
-    return _of_content(path, hashlib.sha256()) if path.is_file() else _word_for_no_file(path)
+    return _hash_content(path, hashlib.sha256()) if path.is_file() else _word_for_no_file(path)
 
 
 def digest_of_file(path: Path) -> str:
     """Return BLAKE2b over a whole file, 32 hex digits, to detect changes of our own files."""
-    return _of_content(path, hashlib.blake2b(digest_size=16))
+    return _hash_content(path, hashlib.blake2b(digest_size=16))
 
 
 def _word_for_no_file(path: Path) -> str:
     return "IsADirectory" if path.is_dir() else "NOFILE"
 
 
-def _of_content(path: Path, digest: Any) -> str:
+def _hash_content(path: Path, digest: Any) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

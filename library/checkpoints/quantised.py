@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.weights import FromFiles, Quantised, Weights, open_weights
-from library.errors import UserError, few
+from library.errors import UserError, list_few
 from library.json_text import parse_json
 
 MARK = "scaled_fp8"
@@ -84,7 +84,7 @@ def with_quantised(weights: Weights) -> Weights:
     kept = {}
     for name, layer in layers.items():
         config = configs.get(layer, {})
-        kind = kept_kind(config, formats[name], shapes[name])
+        kind = keepable_format(config, formats[name], shapes[name])
         if kind is not None:
             size = rotation_size(config) if config.get("convrot") else None
             kept[name] = Quantised(kind, size, codes_reader(weights, layer, scales[layer]))
@@ -118,7 +118,7 @@ def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[s
     for layers, problem in ((missing, "have no scale"), (impossible, "have scales that are negative, not finite or 0")):
         if layers:
             raise UserError(
-                f"{weights.origin}: these quantised layers {problem} and cannot be decoded: {few(layers)}. "
+                f"{weights.origin}: these quantised layers {problem} and cannot be decoded: {list_few(layers)}. "
                 "Download the file again, or use a bf16 file of this model"
             )
 
@@ -128,7 +128,7 @@ def check_layout(weights: Weights, layer: str, scale: str, config: Config) -> No
     name, kind = f"{layer}.weight", config.get("format", "")
     shape, num_scales = weights.shapes[name], prod(weights.shapes[scale])
     if kind in PADDED_TO:
-        fits = is_tiled(kind, shape, num_scales) and stored_bytes(weights, name, scale) == {1}
+        fits = is_tiled(kind, shape, num_scales) and element_sizes(weights, name, scale) == {1}
     else:
         num_groups, rest = divmod(num_scales, shape[0] if shape else 1)
         is_grouped = not rest and num_groups > 1 and len(shape) == 2 and shape[1] % num_groups == 0
@@ -159,7 +159,7 @@ def is_tiled(kind: str, shape: tuple[int, ...], num_scales: int) -> bool:
     return num_inputs % group == 0 and num_scales == num_tiles * TILE_ROWS * TILE_COLUMNS
 
 
-def stored_bytes(weights: Weights, *names: str) -> set[int]:
+def element_sizes(weights: Weights, *names: str) -> set[int]:
     """Return the sizes in bytes of the elements of some tensors."""
     return {dtype_in_file(weights, name).itemsize for name in names}
 
@@ -190,7 +190,7 @@ def are_possible(weights: Weights, layer: str, scale: str) -> bool:
     if (scales > 0).all():
         return True
     codes = weights.read(f"{layer}.weight").float()
-    return not times(codes, shaped((scales == 0).float(), len(codes))).any()
+    return not times(codes, reshape_scales((scales == 0).float(), len(codes))).any()
 
 
 def layer_configs(weights: Weights) -> dict[str, Config]:
@@ -226,7 +226,7 @@ def flat(config: Config) -> Config:
     return {**config, **(params if isinstance(params, dict) else {})}
 
 
-def kept_kind(config: Config, stored_as: str, shape: tuple[int, ...]) -> str | None:
+def keepable_format(config: Config, stored_as: str, shape: tuple[int, ...]) -> str | None:
     """Return the value of `base_format` with the same codes, or None if the weight has to be decoded."""
     if len(shape) != 2:
         return None
@@ -247,22 +247,22 @@ def codes_reader(weights: Weights, layer: str, scale: str) -> Callable[[], Mappi
         codes = weights.read(f"{layer}.weight")
         if codes.element_size() != 1:
             return None
-        return {"codes": codes, "scales": shaped(weights.read(scale), len(codes))}
+        return {"codes": codes, "scales": reshape_scales(weights.read(scale), len(codes))}
 
     return read
 
 
-def shaped(scales: Tensor, num_rows: int) -> Tensor:
+def reshape_scales(scales: Tensor, num_rows: int) -> Tensor:
     """Reshape scales to (), (O, 1) or (O, G, 1), float32."""
     if scales.numel() == 1:
         return scales.float().reshape(())
     return scales.float().reshape(num_rows, -1, 1) if scales.numel() > num_rows else scales.float().reshape(num_rows, 1)
 
 
-def scaled(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
+def apply_scales(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
     """Return codes * scales, rotated back if they were rotated."""
     codes, scales = weights.read(f"{layer}.weight").float(), weights.read(scale)
-    values = times(codes, shaped(scales, len(codes)))
+    values = times(codes, reshape_scales(scales, len(codes)))
     return turn_regularly(values, rotation_size(config)) if config.get("convrot") else values
 
 
@@ -297,18 +297,18 @@ def nvfp4(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
     table = torch.tensor([*E2M1, *(-number for number in E2M1)])
     whole = weights.read(f"{layer}.weight_scale_2").float().reshape(())
     tiled = weights.read(scale).view(torch.float8_e4m3fn).float()
-    scales_OG = untiled(tiled, len(codes_OI), codes_OI.shape[1] // NVFP4_GROUP)
+    scales_OG = untile_scales(tiled, len(codes_OI), codes_OI.shape[1] // NVFP4_GROUP)
     return times(table[codes_OI], (whole * scales_OG)[..., None])
 
 
 def mxfp8(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
     """Decode 8-bit numbers with a power of two for each 32."""
     codes_OI = weights.read(f"{layer}.weight").float()
-    exponents = untiled(weights.read(scale).view(torch.uint8), len(codes_OI), codes_OI.shape[1] // MXFP8_GROUP)
+    exponents = untile_scales(weights.read(scale).view(torch.uint8), len(codes_OI), codes_OI.shape[1] // MXFP8_GROUP)
     return times(codes_OI, torch.exp2(exponents.float() - E8M0_BIAS)[..., None])
 
 
-def untiled(scales: Tensor, num_rows: int, num_columns: int) -> Tensor:
+def untile_scales(scales: Tensor, num_rows: int, num_columns: int) -> Tensor:
     """Reorder scales (O, G) from the order of tensor cores (cuBLAS, block scaling factors layout).
 
     Tiles of 128 rows and 4 columns follow each other along the rows; within a tile the four groups of 32 rows lie side
@@ -321,10 +321,10 @@ def untiled(scales: Tensor, num_rows: int, num_columns: int) -> Tensor:
 
 
 DECODERS: Mapping[str, Callable[[Weights, str, str, Config], Tensor]] = {
-    "": scaled,  # the older dialect, and files without a description
-    "float8_e4m3fn": scaled,
-    "float8_e5m2": scaled,
-    "int8_tensorwise": scaled,
+    "": apply_scales,  # the older dialect, and files without a description
+    "float8_e4m3fn": apply_scales,
+    "float8_e5m2": apply_scales,
+    "int8_tensorwise": apply_scales,
     "nvfp4": nvfp4,
     "mxfp8": mxfp8,
 }

@@ -10,10 +10,10 @@ from library.checkpoints.adapter_keys import (
     composed_shapes,
     is_of_text_encoder,
     lacks_model_prefix,
-    under,
-    underscored,
+    replace_module,
+    to_underscores,
 )
-from library.checkpoints.adapter_names import placed
+from library.checkpoints.adapter_names import add_missing_prefixes
 from library.checkpoints.base_model_spec import BaseModelSpec, recognise
 from library.checkpoints.files import file_in_folder
 from library.checkpoints.weights import open_weights
@@ -31,10 +31,10 @@ def recognise_adapter(
     modules. Without it, sizes decide if base models share names. Text encoders are shared by several base models, so a
     file with only these belongs to the one in its metadata.
     """
-    shapes = _in_models(specs, shapes)
+    shapes = _add_models(specs, shapes)
     recorded = base_in_metadata(specs, metadata)
     if recorded is not None and (
-        all(re.match(TEXT_ENCODER, underscored(key)) for key in shapes) or _has_most_modules(recorded, specs, shapes)
+        all(re.match(TEXT_ENCODER, to_underscores(key)) for key in shapes) or _has_most_modules(recorded, specs, shapes)
     ):
         return recorded
     products = composed_shapes(shapes)
@@ -77,22 +77,26 @@ def require_card(
     return spec
 
 
-def _in_models(specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
+def _add_models(specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
     """Return shapes by keys that begin with their module and, where known, its model; other keys are kept."""
     parsed = {key: AdapterKey.parse(key) for key in shapes}
     open_ones = {found.module for found in parsed.values() if found is not None and lacks_model_prefix(found.module)}
-    others = placed(open_ones, [spec.names for spec in specs]) if open_ones else {}
+    others = add_missing_prefixes(open_ones, [spec.names for spec in specs]) if open_ones else {}
 
     def whole(key: str) -> str:
         found = parsed[key]
-        return key if found is None else under(others.get(found.module, found.module), key, found.module, found.leaf)
+        return (
+            key
+            if found is None
+            else replace_module(others.get(found.module, found.module), key, found.module, found.leaf)
+        )
 
     return {whole(key): shape for key, shape in shapes.items()}
 
 
 def _flat(key: str) -> str:
     """Convert a key to the form that signs match; networks.oft has its own prefix for the same names."""
-    return re.sub(r"^oft_unet_", "lora_unet_", underscored(key))
+    return re.sub(r"^oft_unet_", "lora_unet_", to_underscores(key))
 
 
 def _gives_width(key: str) -> bool:

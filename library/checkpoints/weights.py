@@ -23,7 +23,7 @@ from library.checkpoints.files import (
     read_header,
     refuse_stranger,
 )
-from library.errors import UserError, few
+from library.errors import UserError, list_few
 from library.json_text import parse_json
 
 ConfigT = TypeVar("ConfigT")
@@ -105,7 +105,7 @@ LoaderT = TypeVar("LoaderT")
 FIRST_FILE = re.compile(r"(.*)00001-of-(\d{5})(\.\w+)")  # of a checkpoint in several files without index
 
 
-def on_meta_device(loader: LoaderT) -> LoaderT:
+def to_meta_device(loader: LoaderT) -> LoaderT:
     """Return a copy of a loader, a frozen dataclass, whose models are on the meta device: only shapes, nothing is read.
 
     Every `Weights` in its fields, however deeply nested, returns meta tensors.
@@ -211,7 +211,7 @@ def open_sharded(index: Path) -> Weights:
     absent = sorted(name for name, file in weight_map.items() if name not in files[file].shapes)
     if absent:
         raise UserError(f"{index} lists weights missing from its files: {', '.join(absent[:3])}; download it again")
-    return as_one(index, files, weight_map)
+    return join_shards(index, files, weight_map)
 
 
 def open_numbered(first: Path, stem: str, count: int, suffix: str) -> Weights:
@@ -219,12 +219,12 @@ def open_numbered(first: Path, stem: str, count: int, suffix: str) -> Weights:
     names = [f"{stem}{number:05}-of-{count:05}{suffix}" for number in range(1, count + 1)]
     missing = [name for name in names if not (first.parent / name).is_file()]
     if missing:
-        raise UserError(f"{first} is the first of {count} files, but these are not beside it: {few(missing)}")
+        raise UserError(f"{first} is the first of {count} files, but these are not beside it: {list_few(missing)}")
     files = {name: open_one(first.parent / name) for name in names}
-    return as_one(first, files, {key: name for name in names for key in files[name].shapes})
+    return join_shards(first, files, {key: name for name in names for key in files[name].shapes})
 
 
-def as_one(origin: Path, files: Mapping[str, Weights], weight_map: Mapping[str, str]) -> Weights:
+def join_shards(origin: Path, files: Mapping[str, Weights], weight_map: Mapping[str, str]) -> Weights:
     """Return the tensors of several files as one checkpoint, each from the file that `weight_map` names."""
     shapes = {name: files[file].shapes[name] for name, file in weight_map.items()}
     metadata = {key: value for file in files.values() for key, value in file.metadata.items()}
@@ -252,7 +252,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return dict(weight_map)
 
 
-def selected(weights: Weights, old_names: Mapping[str, str]) -> Weights:
+def select_weights(weights: Weights, old_names: Mapping[str, str]) -> Weights:
     """Select tensors by `old_names`, which maps new names to old ones."""
     given = weights.read
     return replace(
@@ -264,13 +264,13 @@ def selected(weights: Weights, old_names: Mapping[str, str]) -> Weights:
     )
 
 
-def renamed(weights: Weights, rename: Callable[[str], str]) -> Weights:
-    return selected(weights, {rename(key): key for key in weights.shapes})
+def rename_weights(weights: Weights, rename: Callable[[str], str]) -> Weights:
+    return select_weights(weights, {rename(key): key for key in weights.shapes})
 
 
 def with_prefix(weights: Weights, prefix: str) -> Weights:
     """Keep only tensors whose names begin with `prefix`, and strip it."""
-    return selected(weights, {key[len(prefix) :]: key for key in weights.shapes if key.startswith(prefix)})
+    return select_weights(weights, {key[len(prefix) :]: key for key in weights.shapes if key.startswith(prefix)})
 
 
 def find_prefix(names: Iterable[str], prefixes: Sequence[str]) -> str:
@@ -278,7 +278,7 @@ def find_prefix(names: Iterable[str], prefixes: Sequence[str]) -> str:
     return next(prefix for prefix in prefixes if not prefix or any(name.startswith(prefix) for name in names))
 
 
-def first_names(weights: Weights) -> str:
+def list_first_names(weights: Weights) -> str:
     """Return three names of a file, for messages about one that holds something else."""
     return ", ".join(list(weights.shapes)[:3]) or "none"
 

@@ -17,8 +17,8 @@ from library.diffusion.noise import draw_normal, draw_strength
 from library.diffusion.timesteps import (
     PATCH,
     LevelSampler,
+    build_level_sampler,
     resolve_timestep_range,
-    sampled,
     scheme_weights,
     takes_offset,
 )
@@ -185,7 +185,7 @@ def build_sampled_flow(
     return FlowMatching(
         options.noise,
         options.loss,
-        sampled(sampling, weighting, patch),
+        build_level_sampler(sampling, weighting, patch),
         target_kind,
         prediction_type,
         weighting.weighting_scheme if weights_loss else "none",

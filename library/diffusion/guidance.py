@@ -11,7 +11,7 @@ from torch import Tensor
 from library.types import Conditioning, Prompt
 
 
-def guided(
+def apply_guidance(
     predict: Callable[[Conditioning], Tensor],
     positive: Conditioning,
     negative: Conditioning | None,

@@ -226,7 +226,7 @@ def even_sigmas(num_steps: int) -> Tensor:
     return torch.linspace(1.0, 1.0 / num_steps, num_steps, dtype=torch.float64)
 
 
-def shifted_sampler(prompt: Prompt, predicts: Velocity = "noise - latent") -> FlowSampler:
+def build_shifted_sampler(prompt: Prompt, predicts: Velocity = "noise - latent") -> FlowSampler:
     """Build an Euler sampler on even noise levels, shifted toward noise by the prompt's --fs."""
     assert prompt.flow_shift is not None
     return FlowSampler(shift_sigmas(even_sigmas(prompt.num_steps), prompt.flow_shift), predicts)

@@ -99,7 +99,7 @@ def scheme_weights(scheme: str, sigmas_B: Tensor) -> Tensor:
     return torch.ones_like(sigmas_B)
 
 
-def shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSampler:
+def build_shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSampler:
     """Return SD3's sampler of levels: draws of the weighting scheme, shifted."""
 
     def draw(
@@ -119,7 +119,9 @@ def draw_logsnr(
     return torch.sigmoid(-(mean + deviation * draw_moved_normal(num_samples, generator, away_B)) / 2)
 
 
-def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions, patch: int = PATCH) -> LevelSampler:
+def build_level_sampler(
+    sampling: FlowSamplingOptions, weighting: FlowWeightingOptions, patch: int = PATCH
+) -> LevelSampler:
     """Return the sampler of levels that the options name, for a denoiser whose tokens are `patch` latents a side.
 
     `sigma` takes entry int(1000 u) of a table that descends from pure noise, u drawn by the weighting scheme; `uniform`

@@ -11,7 +11,7 @@ from library.memory.devices import tensors_of
 
 
 @contextmanager
-def exchanged(model: nn.Module, other: nn.Module) -> Iterator[None]:
+def exchange_weights(model: nn.Module, other: nn.Module) -> Iterator[None]:
     """Exchange the weights of two models inside the block, and restore them afterwards, bit for bit."""
     exchange(model, other)
     try:

@@ -45,14 +45,14 @@ def output(x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Conv2d) -> 
     x_BHWI = pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
     seen_BHWIhw = x_BHWI.unfold(1, weight.shape[2], down).unfold(2, weight.shape[3], right)
     columns_BHWN = seen_BHWIhw.permute(0, 1, 2, 4, 5, 3).flatten(3)
-    return linear(columns_BHWN, as_matrix(weight), bias).permute(0, 3, 1, 2)
+    return linear(columns_BHWN, view_as_matrix(weight), bias).permute(0, 3, 1, 2)
 
 
 def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, layer: nn.Conv2d) -> Tensor:
     """Return the gradient of an input of `shape` (B, I, H, W), from that of the output (B, O, H, W)."""
     (top, left), (down, right) = zero_borders(layer), layer.stride
     batch, channels, height, width = shape
-    columns_BHWN = gradient.permute(0, 2, 3, 1) @ as_matrix(weight)
+    columns_BHWN = gradient.permute(0, 2, 3, 1) @ view_as_matrix(weight)
     rows, places = columns_BHWN.shape[1:3]
     columns_BHWhwI = columns_BHWN.view(*columns_BHWN.shape[:3], *weight.shape[2:], channels)
     if columns_BHWhwI.shape[1:5] == (height, width, 1, 1):
@@ -76,7 +76,7 @@ def zero_borders(layer: nn.Conv2d) -> tuple[int, ...]:
     return layer.padding
 
 
-def as_matrix(weight: Tensor) -> Tensor:
+def view_as_matrix(weight: Tensor) -> Tensor:
     """View a channels-last weight (O, I, h, w) as (O, N), in the same memory."""
     return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
 

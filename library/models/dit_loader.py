@@ -8,14 +8,14 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
-from library.checkpoints.base_files import BaseFiles, open_base, without_base
+from library.checkpoints.base_files import BaseFiles, open_base, open_without_base
 from library.checkpoints.model_lookup import read_json
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.language_models import WORDS, text_encoder_dtype
-from library.models.loading import Component, LoadPart, MaybeComponent, first_side, materialise, open_if_there
+from library.models.loading import Component, LoadPart, MaybeComponent, get_first_side, materialise, open_if_there
 from library.models.vae.vae import resolve_vae_dtype
 from library.options.caching import CachingOptions, TextCachingOptions
 from library.options.dit import DitTrainOptions
@@ -69,7 +69,7 @@ class DitLoader:
     @property
     def num_words(self) -> int | None:
         """The size of the vocabulary of a language model as text encoder, or None if its files are missing."""
-        return first_side(self.text.component, WORDS)
+        return get_first_side(self.text.component, WORDS)
 
     def text_encoders(self) -> list[nn.Module]:
         return [part.load() for part in self.texts]
@@ -140,7 +140,7 @@ def open_dit(options: DitTrainOptions, title: str) -> BaseFiles:
 def open_encoder_files(options: DitTrainOptions, flag: str) -> tuple[BaseFiles, Weights]:
     """Return the files, and the weights of no denoiser, of a caching command that is given only the encoder that `flag`
     names. Raises UserError if it is not given."""
-    return without_base(flag, options.model.vae if flag == "--vae" else options.parts.text_encoder)
+    return open_without_base(flag, options.model.vae if flag == "--vae" else options.parts.text_encoder)
 
 
 def open_encoder(

@@ -10,7 +10,7 @@ from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.base_model_spec import BaseModelSpec, Shapes, recognise
 from library.checkpoints.model_lookup import read_json
-from library.checkpoints.weights import Weights, find_prefix, first_names, with_prefix
+from library.checkpoints.weights import Weights, find_prefix, list_first_names, with_prefix
 from library.errors import NotThere, UserError
 from library.models.unet.checkpoint_keys import UNET_NAME, UNET_PREFIX
 from library.models.vae.checkpoint_keys import VAE_PREFIX
@@ -145,7 +145,8 @@ def refuse_unknown_file(flag: str, weights: Weights) -> NoReturn:
             f"{', '.join(of_denoiser[:3])})"
         )
     raise UserError(
-        f"{flag} {weights.origin} is not a checkpoint of a supported base model (first names: {first_names(weights)})"
+        f"{flag} {weights.origin} is not a checkpoint of a supported base model "
+        f"(first names: {list_first_names(weights)})"
     )
 
 
@@ -224,7 +225,7 @@ def refuse_transformer(
     """Raise UserError for weights that are no denoiser of `wanted`, naming their model if recognised, else with
     `why`."""
     refuse_other_model(specs, base.flag, str(base.path), (base.whole or weights).shapes, wanted)
-    raise UserError(f"{base.flag} {base.path}: {why} (first names: {first_names(weights)})")
+    raise UserError(f"{base.flag} {base.path}: {why} (first names: {list_first_names(weights)})")
 
 
 def find_spec(specs: Sequence[BaseModelSpec], name: str) -> BaseModelSpec:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.weights import Weights, selected, with_prefix
+from library.checkpoints.weights import Weights, select_weights, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES, send
 from library.memory.formats.fp8 import Fp8Rows
@@ -61,7 +61,7 @@ def extract_decoder(weights: Weights, prefixes: Sequence[str]) -> Weights | None
     if prefix is None:
         return None
     bare = with_prefix(weights, prefix)
-    return selected(bare, {key: key for key in bare.shapes if key.startswith(PARTS)})
+    return select_weights(bare, {key: key for key in bare.shapes if key.startswith(PARTS)})
 
 
 def decoder_config(shapes: Shapes, head_width: int, rope_base: float, eps: float) -> dict[str, Any]:
@@ -129,20 +129,20 @@ def with_first_layers(component: Component, num_layers: int, what: str) -> Compo
         raise UserError(f"{what} {component.weights.origin} has {found} layers, but the first {num_layers} are used")
     names = component.weights.shapes
     kept = {key: key for key in names if not key.startswith("layers.") or int(key.split(".")[1]) < num_layers}
-    return Component({**component.config, "num_hidden_layers": num_layers}, selected(component.weights, kept))
+    return Component({**component.config, "num_hidden_layers": num_layers}, select_weights(component.weights, kept))
 
 
 def encode_layers(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor, layers: Sequence[int]) -> Tensor:
     """Return the states after some layers side by side, (B, S, E times their number), of padding too.
 
-    The last of them may be the encoder's last, before its norm, if it has none (`without_norm`).
+    The last of them may be the encoder's last, before its norm, if it has none (`remove_last_norm`).
     """
     device = next(encoder.parameters()).device
     found = encoder(send(ids_BS, device), attention_mask=send(mask_BS, device), output_hidden_states=True)
     return torch.cat([found.hidden_states[layer] for layer in layers], dim=-1)
 
 
-def without_norm(encoder: nn.Module) -> nn.Module:
+def remove_last_norm(encoder: nn.Module) -> nn.Module:
     """Remove the last norm of an encoder, so that its last states are those of its last layer; in place."""
     encoder.norm = nn.Identity()
     return encoder

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from library.checkpoints.adapter_names import ModuleNames, Piece
-from library.checkpoints.fused_tensors import joined
+from library.checkpoints.fused_tensors import join_tensors
 from library.checkpoints.weights import Weights
 
 KOHYA_PREFIX = "lora_unet_"  # of a denoiser's layers in kohya's naming
@@ -85,7 +85,7 @@ class LayerKeys:
         Raises UserError naming missing parts of an incomplete layer.
         """
         parts = {key: self.source_keys(key) for key in self.our_keys(weights.shapes)}
-        return joined(weights, parts, self.swapped and f"{self.swapped}.")
+        return join_tensors(weights, parts, self.swapped and f"{self.swapped}.")
 
     def is_linear(self, path: str) -> bool:
         """Return True for the path of a Linear layer in the layout of the original checkpoint."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from library.checkpoints.quantised import times, turn_regularly
 from library.checkpoints.weights import FromFiles, Weights
-from library.errors import NotThere, UserError, few
+from library.errors import NotThere, UserError, list_few
 from library.memory.codecs.codec import AS_IN_FILE, AsInFile, AsRead, Codec, RequestedFormat
 from library.memory.codecs.plain import Plain
 from library.memory.codecs.scaled import Scaled
@@ -71,7 +71,7 @@ def open_if_there(may_be_absent: bool, open_it: Callable[[], ComponentT]) -> Com
         return Absent(str(error))
 
 
-def on_meta_device(model: Callable[[ConfigT], ModuleT], config: ConfigT) -> ModuleT:
+def build_on_meta_device(model: Callable[[ConfigT], ModuleT], config: ConfigT) -> ModuleT:
     """Build a model on the meta device, for `materialise`."""
     with torch.device("meta"):
         return model(config)
@@ -104,7 +104,7 @@ def load_component(
     return materialise(build(component.config), component.weights, dtype)
 
 
-def first_side(component: Component | Absent, name: str) -> int | None:
+def get_first_side(component: Component | Absent, name: str) -> int | None:
     """Return the first dimension of a weight, for embeddings the number of words; None if the files are missing."""
     return None if isinstance(component, Absent) else shape_of(component.weights.shapes, name)[0]
 
@@ -150,13 +150,13 @@ def check_names(weights: Weights, expected: Mapping[str, Tensor], model: str) ->
     if missing:
         raise UserError(
             f"{weights.origin} is incomplete: {len(missing)} of the {len(expected)} weights of {model} are missing: "
-            f"{few(missing)}"
+            f"{list_few(missing)}"
         )
     unknown = [name for name in weights.shapes if name not in expected and not name.endswith("position_ids")]
     if unknown:
         logger.warning(
             "%s has %d weights that %s does not have; ignoring them: %s",
-            weights.origin, len(unknown), model, few(unknown),
+            weights.origin, len(unknown), model, list_few(unknown),
         )  # fmt: skip
 
 
@@ -228,10 +228,10 @@ def cast(value: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tens
     if not is_slow or value.ndim == 0 or value.numel() == 0:
         return value.to(dtype, memory_format=layout)
     num_rows = max(1, BYTES_IN_CACHE * len(value) // value.nbytes)
-    return joined(torch.split(value, num_rows), torch.empty_like(value, dtype=dtype, memory_format=layout))
+    return join_pieces(torch.split(value, num_rows), torch.empty_like(value, dtype=dtype, memory_format=layout))
 
 
-def joined(pieces: Iterable[Tensor], found: Tensor) -> Tensor:
+def join_pieces(pieces: Iterable[Tensor], found: Tensor) -> Tensor:
     """Fill `found` with the rows of all pieces, converted to its dtype and layout, and return it."""
     first = 0
     for rows in pieces:
@@ -252,7 +252,7 @@ def read_as(weights: Weights, name: str, expected: Tensor, dtype: torch.dtype, l
     layout = layout if expected.ndim == 4 else torch.contiguous_format
     if place is None or place.entry.dtype == dtype or not place.entry.dtype.is_floating_point or expected.ndim < 2:
         return cast(read_number(weights, name, expected), dtype, layout)
-    return joined(place.pieces(BYTES_IN_CACHE), torch.empty(expected.shape, dtype=dtype, memory_format=layout))
+    return join_pieces(place.pieces(BYTES_IN_CACHE), torch.empty(expected.shape, dtype=dtype, memory_format=layout))
 
 
 def read_number(weights: Weights, name: str, expected: Tensor) -> Tensor:
@@ -274,10 +274,10 @@ def fits(weights: Weights, name: str, shape: tuple[int, ...]) -> bool:
     """Return True if a weight has this shape once its padding is removed."""
     has, multiple = weights.shapes[name], weights.padded_to.get(name)
     if multiple is None:
-        return same_matrix(has, shape)
+        return is_same_matrix(has, shape)
     return has == shape or has == tuple(-(-side // multiple) * multiple for side in shape)
 
 
-def same_matrix(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+def is_same_matrix(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Return True for equal shapes; a 1x1 convolution counts as a matrix."""
     return a == b or (prod(a) == prod(b) and a[:2] == b[:2] and len(a) != len(b) and set(a[2:] + b[2:]) == {1})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints import model_lookup
-from library.checkpoints.weights import Weights, configure, first_names
+from library.checkpoints.weights import Weights, configure, list_first_names
 from library.errors import NotThere, UserError
 from library.memory.devices import send
 from library.models.language_models import decoder_config, extract_decoder
@@ -52,7 +52,7 @@ def qwen3_component(weights: Weights, release: Qwen3Release) -> Component:
     """Build the encoder from shapes. Raises UserError if the weights are of something else."""
     found = extract_decoder(weights, release.prefixes)
     if found is None or MARK not in found.shapes:
-        first = first_names(weights)
+        first = list_first_names(weights)
         raise UserError(f"{release.flag} {weights.origin} is not a Qwen3 text encoder (first names: {first})")
     return Component(configure(found, qwen3_config), found)
 

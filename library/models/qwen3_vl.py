@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.checkpoints.weights import Weights, configure, first_names
+from library.checkpoints.weights import Weights, configure, list_first_names
 from library.errors import UserError
-from library.models.language_models import PREFIXES, decoder_config, extract_decoder, without_norm
+from library.models.language_models import PREFIXES, decoder_config, extract_decoder, remove_last_norm
 from library.models.loading import Component, MaybeComponent, empty_transformers_model, load_component
 from library.models.qwen3 import EPS, MARK, Qwen3Release
 from library.models.shapes import Shapes, shape_of
@@ -35,7 +35,7 @@ def qwen3_vl_component(weights: Weights, given: Mapping[str, Any] | None, releas
     kind = str((given or {}).get("model_type", KIND))
     found = extract_decoder(weights, (release.prefix, *PREFIXES)) if kind.startswith(KIND) else None
     if found is None or MARK not in found.shapes:
-        what = f"{kind}'s" if found is None and kind != KIND else f"first names: {first_names(weights)}"
+        what = f"{kind}'s" if found is None and kind != KIND else f"first names: {list_first_names(weights)}"
         raise UserError(
             f"{release.flag} {weights.origin} is not a Qwen3-VL text encoder ({what}); use {release.hub_name}"
         )
@@ -67,4 +67,4 @@ empty_qwen3_vl = partial(empty_transformers_model, "qwen3_vl", "Qwen3VLText")
 def load_qwen3_vl(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     """Load the encoder in `dtype`, frozen, on the CPU, without its last norm: its last states are those of its last
     layer."""
-    return without_norm(load_component(empty_qwen3_vl, component, dtype))
+    return remove_last_norm(load_component(empty_qwen3_vl, component, dtype))

@@ -75,6 +75,6 @@ def tokenizer_folders(base: str | Path, encoder: str | None, names: Sequence[str
     return [folder / name for folder in beside for name in names] + beside[1:]
 
 
-def ignored_attention(attn_mode: str | None) -> dict[str, str]:
+def explain_ignored_attention(attn_mode: str | None) -> dict[str, str]:
     """Return the reason why --attn_mode has no effect, by option; empty if it names torch's own kernel."""
     return {} if attn_mode in (None, "torch", "sdpa") else {"attn_mode": "attention is torch's scaled dot product"}

@@ -47,12 +47,12 @@ def diffusers_class(name: str) -> Any:
         raise MissingClass(name) from error
 
 
-def shortened(denoiser: ModelT, count_fields: Mapping[str, str], **changes: Any) -> ModelT:
+def shorten_model(denoiser: ModelT, count_fields: Mapping[str, str], **changes: Any) -> ModelT:
     """Return a copy in float32 with the first and the last block of each stack.
 
     `count_fields` has, by stack, the field of `denoiser.config` that counts its blocks; `changes` are other fields.
     """
-    state, counts = first_and_last(denoiser.state_dict(), list(count_fields))
+    state, counts = select_first_and_last(denoiser.state_dict(), list(count_fields))
     model: Any = denoiser
     config = replace(model.config, **dict(zip(count_fields.values(), counts, strict=True)), **changes)
     with torch.device("meta"):
@@ -61,7 +61,7 @@ def shortened(denoiser: ModelT, count_fields: Mapping[str, str], **changes: Any)
     return short.requires_grad_(False).eval()
 
 
-def first_and_last(state: Mapping[str, Tensor], stacks: Sequence[str]) -> tuple[dict[str, Tensor], list[int]]:
+def select_first_and_last(state: Mapping[str, Tensor], stacks: Sequence[str]) -> tuple[dict[str, Tensor], list[int]]:
     """Return the weights, float32, with the first and the last block of each stack alone, renumbered; and how many each
     has now."""
     numbers = {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.weights import Weights, configure, find_prefix, first_names, selected, with_prefix
+from library.checkpoints.weights import Weights, configure, find_prefix, list_first_names, select_weights, with_prefix
 from library.errors import UserError
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise
@@ -34,7 +34,7 @@ def t5_component(weights: Weights) -> Component:
     """Build a text encoder from a single file. Raises UserError naming the file if it holds something else."""
     weights = with_prefix(weights, find_prefix(weights.shapes, T5_XXL_NAMES))
     if not any(name in weights.shapes for name in WORDS) or "encoder.final_layer_norm.weight" not in weights.shapes:
-        first = first_names(weights)
+        first = list_first_names(weights)
         raise UserError(f"{weights.origin} is not a T5 encoder: no {WORDS[0]} or no final norm (first names: {first})")
     weights = with_one_embedding(weights)
     return Component(configure(weights, t5_config), weights)
@@ -49,7 +49,7 @@ def with_one_embedding(weights: Weights) -> Weights:
     """Keep the encoder's weights with the word embedding under one name; a decoder is dropped."""
     words = next((name for name in WORDS if name in weights.shapes), None)
     names = {key: key for key in weights.shapes if key.startswith("encoder.") and key not in WORDS}
-    return selected(weights, names if words is None else {WORDS[0]: words, **names})
+    return select_weights(weights, names if words is None else {WORDS[0]: words, **names})
 
 
 def t5_config(shapes: Shapes) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def load_t5(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     """Load the encoder with its weights in `t5_dtype(dtype)`, frozen, on the CPU."""
     model: Any = empty_t5(component.config)
     names = {WORDS[1]: WORDS[0]} | {key: key for key in component.weights.shapes}
-    return materialise(model, selected(component.weights, names), t5_dtype(dtype))
+    return materialise(model, select_weights(component.weights, names), t5_dtype(dtype))
 
 
 def encode_t5(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:

@@ -9,12 +9,12 @@ from torch import nn
 
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
-from library.checkpoints.base_model import BaseModel, of_single_file
+from library.checkpoints.base_model import BaseModel, open_single_file
 from library.checkpoints.weights import Weights, configure, find_prefix, with_prefix
 from library.errors import UserError
 from library.models.adapter_views import view_denoiser
 from library.models.identify import DENOISER_PREFIXES
-from library.models.loading import on_meta_device
+from library.models.loading import build_on_meta_device
 from library.models.shapes import Shapes
 from library.protocols import AdapterView
 
@@ -49,12 +49,12 @@ class TransformerFile:
 
         named = self.architecture
         architecture = named if isinstance(named, str) else named(with_prefix(weights, prefix))
-        return of_single_file(path, weights, name_target, self.base, architecture)
+        return open_single_file(path, weights, name_target, self.base, architecture)
 
     def seen_by_networks(self, path: Path) -> tuple[list[nn.Module], nn.Module]:
         """Return ([], transformer) of a checkpoint as network modules see it, on the meta device."""
         weights, prefix = self.open_weights("the checkpoint", path)
-        model = on_meta_device(self.build, configure(with_prefix(weights, prefix), self.read_config))
+        model = build_on_meta_device(self.build, configure(with_prefix(weights, prefix), self.read_config))
         return [], self.view([], model)[1]
 
     def open_weights(self, flag: str, path: Path) -> tuple[Weights, str]:

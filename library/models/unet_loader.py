@@ -15,8 +15,8 @@ from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.clip.clip import CLIP_WORDS, load_clip
 from library.models.identify import warn_of_other_prediction
-from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
-from library.models.unet.unet import check_unet_input, empty_unet, for_inpainting
+from library.models.loading import Component, MaybeComponent, get_first_side, materialise, open_if_there
+from library.models.unet.unet import check_unet_input, empty_unet, widen_for_inpainting
 from library.models.vae.vae import VaeNeeds, load_vae, open_vae, resolve_vae_dtype, vae_of_base
 from library.options.machine.memory import MemoryOptions
 from library.options.train import TrainOptions
@@ -50,7 +50,7 @@ class UnetLoader:
     @property
     def num_words(self) -> int | None:
         """Return the size of the vocabulary that all text encoders share; None if none is present."""
-        found = [first_side(clip, CLIP_WORDS) for clip in self.parts.clips]
+        found = [get_first_side(clip, CLIP_WORDS) for clip in self.parts.clips]
         return min((number for number in found if number is not None), default=None)
 
     def text_encoders(self) -> list[nn.Module]:
@@ -62,7 +62,9 @@ class UnetLoader:
     def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
         component = self.parts.unet
         unet = materialise(empty_unet(component.config), component.weights, self.dtype, weight_format)
-        return with_attention(for_inpainting(unet, self.latent_channels) if self.inpaints else unet, self.uses_xformers)
+        return with_attention(
+            widen_for_inpainting(unet, self.latent_channels) if self.inpaints else unet, self.uses_xformers
+        )
 
 
 def open_unet_loader(

@@ -85,7 +85,7 @@ def option(default: Any, help: str, **keywords: Any) -> Any:
     return field(default=default, metadata={"help": help, FACTS: Facts(**given), **keywords})
 
 
-def redeclared(kind: type["Options"], name: str, default: Any, **argparse_kwargs: Any) -> Any:
+def redeclare(kind: type["Options"], name: str, default: Any, **argparse_kwargs: Any) -> Any:
     """Declare another class's option with its own default or choices."""
     (original,) = (f for f in fields(kind) if f.name == name)  # type: ignore[arg-type]
     return field(default=default, metadata={**original.metadata, **argparse_kwargs})

@@ -7,7 +7,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.options.base import Options, option
-from library.options.encodings import decoded
+from library.options.encodings import decode_utf8
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read_text(path: Path, flag: str) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be read: {error.strerror}; change its permissions") from error
-    return decoded(content, f"{flag} {path}")
+    return decode_utf8(content, f"{flag} {path}")
 
 
 def read_toml(path: Path, flag: str) -> dict[str, Any]:

@@ -35,15 +35,15 @@ def likely_encoding(content: bytes) -> str | None:
     return None if best is None else COMMON.get(best.encoding, best.encoding)
 
 
-def decoded(content: bytes, what: str) -> str:
+def decode_utf8(content: bytes, what: str) -> str:
     """Decode UTF-8 with or without a byte order mark. Raises UserError, starting with `what`, for other encodings."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise NotUtf8(f"{what} {not_utf8(content, error)}") from None
+        raise NotUtf8(f"{what} {describe_encoding(content, error)}") from None
 
 
-def not_utf8(content: bytes, error: UnicodeDecodeError) -> str:
+def describe_encoding(content: bytes, error: UnicodeDecodeError) -> str:
     """Describe where a file is not UTF-8 and its likely encoding; the text follows the file's name."""
     likely = likely_encoding(content)
     fits = f"it looks like {likely}" if likely else "no encoding fits"

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from typing import TypeVar, get_type_hints
 
-from library.options.base import Options, group, is_group, redeclared
+from library.options.base import Options, group, is_group, redeclare
 from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
 from library.options.training.flow import FlowPredictionOptions
@@ -19,8 +19,8 @@ WITHOUT_IMAGES = "prompts are trained alone, without images"
 class LecoNetworkOptions(NetworkOptions):
     """The adapter and its learning rates."""
 
-    network_module: str | None = redeclared(NetworkOptions, "network_module", "networks.lora")
-    network_dim: int | None = redeclared(NetworkOptions, "network_dim", 4)
+    network_module: str | None = redeclare(NetworkOptions, "network_module", "networks.lora")
+    network_dim: int | None = redeclare(NetworkOptions, "network_dim", 4)
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ def leco_options(kind: type[TrainOptions]) -> type[TrainOptions]:
     return dataclass(frozen=True)(made)
 
 
-def refused_by_leco(kind: type[Options]) -> dict[str, str]:
+def list_refused_by_leco(kind: type[Options]) -> dict[str, str]:
     """Return the options that prompt training refuses, each with the reason and what to do."""
     return {name: facts.refused_by_leco for name, facts in kind.facts().items() if facts.refused_by_leco}
 
 
-def ignored_by_leco(kind: type[Options]) -> dict[str, str]:
+def list_ignored_by_leco(kind: type[Options]) -> dict[str, str]:
     """Return the options without effect on prompt training, each with the reason."""
     return {
         name: facts.ignored_by_leco or WITHOUT_IMAGES

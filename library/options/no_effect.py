@@ -24,7 +24,7 @@ def is_given(value: Any, default: Any) -> bool:
     return bool(value != default and value != "") and not (isinstance(value, int) and value < 0)
 
 
-def unused(options: Options, ignores: Mapping[str, str]) -> Iterator[str]:
+def find_unused(options: Options, ignores: Mapping[str, str]) -> Iterator[str]:
     """Yield a line for every given option that has no effect in this run.
 
     `ignores` holds the options without effect for the base model, with the reason.

@@ -79,7 +79,7 @@ def read_values(
             raise ConfigFileError(f"{where}: {key} is {shown}, but --{key} takes {converted.wanted}")
         values[key] = converted
         if key == "max_token_length" and converted is not None:
-            values[key] = whole_chunks(converted, where, warnings)
+            values[key] = to_whole_chunks(converted, where, warnings)
     if unknown:
         warnings.append(f"{where}: ignored, no such option: {', '.join(unknown)}")
     return values
@@ -116,7 +116,7 @@ def nearest(key: str, actions: Mapping[str, argparse.Action]) -> str:
     return f" (nearest: {near})" if near else ""
 
 
-def whole_chunks(max_token_length: int, where: str, warnings: list[str]) -> int | None:
+def to_whole_chunks(max_token_length: int, where: str, warnings: list[str]) -> int | None:
     """Convert a caption length in tokens: captions are read in chunks of 75 tokens, and one chunk is the default."""
     if max_token_length < 75:
         raise ConfigFileError(f"{where}: max_token_length is {max_token_length}; use 75, 150 or 225")

@@ -120,7 +120,7 @@ def open_network_module(name: str) -> NetworkModule:
         )
     from_weights = getattr(module, "create_network_from_weights", None) or _cannot_read_files(name)
     if not name.startswith(OURS):
-        create, from_weights = _explained(name, create), _reading_explained(name, from_weights)
+        create, from_weights = _explain_errors(name, create), _explain_reading_errors(name, from_weights)
     return NetworkModule(create, from_weights)
 
 
@@ -358,7 +358,7 @@ def _trained_groups(
     return kept, kept_names if names is not None else None
 
 
-def _explained(name: str, create: Callable[..., Any]) -> Callable[..., Any]:
+def _explain_errors(name: str, create: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `create_network` to turn AssertionError and ValueError into a UserError with the module's name and a fix.
 
     Third parties raise these errors for settings that they do not support.
@@ -376,7 +376,7 @@ def _explained(name: str, create: Callable[..., Any]) -> Callable[..., Any]:
     return create_network
 
 
-def _reading_explained(name: str, create: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Tensor]]]:
+def _explain_reading_errors(name: str, create: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Tensor]]]:
     """Wrap `create_network_from_weights` to turn AssertionError into a UserError with the module's name and a fix."""
 
     def create_network_from_weights(

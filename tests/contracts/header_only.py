@@ -10,7 +10,7 @@ from library.architectures.flux_2.model import Flux2
 from library.architectures.krea2.model import SingleStreamDiT
 from library.architectures.qwen_image_21.model import QwenImage21
 from library.architectures.zimage.model import ZImage
-from library.models.loading import on_meta_device
+from library.models.loading import build_on_meta_device
 from tests.contracts.full_size import facts, shapes_of_model
 from tests.tiny import flux_2, krea2, qwen_image_21, zimage
 from tests.tiny.anima import write_qwen3_tokenizer
@@ -124,7 +124,7 @@ def build_hunyuan_image(folder: Path) -> list[str]:
 
 def build_zimage(folder: Path) -> list[str]:
     models = {
-        "pretrained_model_name_or_path": on_meta_device(ZImage, zimage.FULL_SIZE),
+        "pretrained_model_name_or_path": build_on_meta_device(ZImage, zimage.FULL_SIZE),
         "text_encoder": zimage.full_size_qwen3(),
     }
     zimage.write_qwen3_tokenizer(folder / "tokenizer")
@@ -136,7 +136,7 @@ def build_zimage(folder: Path) -> list[str]:
 def build_flux_2(folder: Path, release: str) -> list[str]:
     config = {"dev": flux_2.DEV, "klein-4b": flux_2.KLEIN_4B, "klein-9b": flux_2.KLEIN_9B}[release]
     models = {
-        "pretrained_model_name_or_path": on_meta_device(Flux2, config),
+        "pretrained_model_name_or_path": build_on_meta_device(Flux2, config),
         "text_encoder": flux_2.full_size_encoder(release),
         "vae": flux_2.full_size_vae(),
     }
@@ -150,7 +150,7 @@ def build_flux_2(folder: Path, release: str) -> list[str]:
 def build_krea2(folder: Path) -> list[str]:
     zimage.write_qwen3_tokenizer(folder / "tokenizer")
     models = {
-        "pretrained_model_name_or_path": on_meta_device(SingleStreamDiT, krea2.FULL_SIZE),
+        "pretrained_model_name_or_path": build_on_meta_device(SingleStreamDiT, krea2.FULL_SIZE),
         "text_encoder": krea2.full_size_qwen3_vl(),
         "vae": krea2.full_size_vae(),
     }
@@ -164,7 +164,7 @@ def flux_2_of(release: str) -> FullSize:
 def build_qwen_image_21(folder: Path) -> list[str]:
     zimage.write_qwen3_tokenizer(folder / "tokenizer", qwen_image_21.MARKS)
     models = {
-        "pretrained_model_name_or_path": on_meta_device(QwenImage21, qwen_image_21.FULL_SIZE),
+        "pretrained_model_name_or_path": build_on_meta_device(QwenImage21, qwen_image_21.FULL_SIZE),
         "text_encoder": qwen_image_21.full_size_encoder(),
         "vae": qwen_image_21.full_size_vae(),
     }

@@ -5,7 +5,7 @@ import torch
 from library.architectures.sd.load import CLIP_PREFIXES, single_file_parts
 from library.checkpoints.weights import Weights
 from library.models.clip.clip import clip_body, empty_clip
-from library.models.loading import Component, same_matrix
+from library.models.loading import Component, is_same_matrix
 from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_from_ldm, unet_to_ldm
 from library.models.unet.unet import empty_unet, unet_layout
 from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_from_ldm, vae_to_ldm
@@ -102,6 +102,6 @@ def test_the_modules_have_exactly_the_weights_of_the_checkpoint():
         has = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         file = found[part].weights.shapes
         assert has.keys() == file.keys()
-        assert all(same_matrix(file[name], has[name]) for name in has)
+        assert all(is_same_matrix(file[name], has[name]) for name in has)
         num_parameters[part] = sum(p.numel() for p in module.parameters())
     assert num_parameters == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}

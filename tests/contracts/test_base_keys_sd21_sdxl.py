@@ -7,7 +7,7 @@ from library.architectures.sd.load import CLIP_PREFIXES, NUM_SD2_LAYERS
 from library.architectures.sdxl.load import CLIP_G_PREFIX, CLIP_L_PREFIX
 from library.checkpoints.weights import Weights
 from library.models.clip.clip import PROJECTION, clip_from_any, from_open_clip, open_clip_name
-from library.models.loading import same_matrix
+from library.models.loading import is_same_matrix
 from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_from_ldm, unet_to_ldm
 from library.models.unet.unet import empty_unet, unet_layout
 from library.models.vae.vae import empty_vae
@@ -123,6 +123,6 @@ def test_the_modules_have_exactly_the_weights_of_the_checkpoint(model, wanted):
         has = {clip_from_any(name): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         file = found[part].weights.shapes
         assert has.keys() == file.keys()
-        assert all(same_matrix(file[name], has[name]) for name in has)
+        assert all(is_same_matrix(file[name], has[name]) for name in has)
     assert {part: sum(p.numel() for p in module.parameters()) for part, module in modules.items()} == wanted
     assert (PROJECTION in found["text_encoder_2"].weights.shapes) if model == "sdxl" else True

@@ -14,7 +14,7 @@ from library.architectures.flux.load import read_denoiser
 from library.architectures.flux.model import Flux, FluxConfig, read_config
 from library.architectures.flux.targets import view_chroma
 from library.checkpoints.base_files import BaseFiles
-from library.models.loading import on_meta_device
+from library.models.loading import build_on_meta_device
 from library.models.t5 import empty_t5
 from networks.lora_flux import create_network, create_network_from_weights
 from tests.contracts.full_size import facts, opened
@@ -35,7 +35,9 @@ def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str) -> None:
     )
     config = read_config(weights.shapes)
     assert config == FULL
-    assert {name: tuple(tensor.shape) for name, tensor in on_meta_device(Flux, config).state_dict().items()} == BASE
+    assert {
+        name: tuple(tensor.shape) for name, tensor in build_on_meta_device(Flux, config).state_dict().items()
+    } == BASE
     assert sum(torch.Size(shape).numel() for shape in BASE.values()) == 8_899_983_424
 
 
@@ -50,7 +52,7 @@ def test_the_diffusers_layout_gives_our_shapes() -> None:
 
 @pytest.fixture(scope="module")
 def models() -> tuple[list[nn.Module], nn.Module]:
-    return view_chroma([empty_t5(T5_XXL)], on_meta_device(Flux, FULL))
+    return view_chroma([empty_t5(T5_XXL)], build_on_meta_device(Flux, FULL))
 
 
 def test_the_default_adapts_228_layers_of_the_blocks(models: tuple[list[nn.Module], nn.Module]) -> None:

@@ -20,9 +20,9 @@ from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles
 from library.models.adapter_views import view_denoiser
 from library.models.identify import base_of_file
-from library.models.loading import on_meta_device
+from library.models.loading import build_on_meta_device
 from networks import dylora, lora_flux_2
-from networks.core.files.reading_writing import saved_tensors
+from networks.core.files.reading_writing import collect_saved_tensors
 from tests.contracts.full_size import opened, shapes_of_model
 from tests.recognising import base_of
 from tests.tiny import flux_2 as tiny
@@ -37,7 +37,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @cache
 def ours(config: Flux2Config) -> Flux2:
-    return on_meta_device(Flux2, config)
+    return build_on_meta_device(Flux2, config)
 
 
 @cache
@@ -104,7 +104,7 @@ def saved_shapes(door: Any, size: str, **arguments: str) -> dict[str, tuple[int,
     network = door.create_network(1.0, 4, 4, None, *view_denoiser([], ours(SIZES[size])), **arguments)
     for name in network.adapters:
         assert NAMES.find(name) is not None and NAMES.find(name).kohya == name  # type: ignore[union-attr]
-    found = saved_tensors(network.adapters, None, NAMES, network.targets.saved_naming)
+    found = collect_saved_tensors(network.adapters, None, NAMES, network.targets.saved_naming)
     return {key: tuple(tensor.shape) for key, tensor in found.items()}
 
 

@@ -13,7 +13,7 @@ from library.architectures.flux.model import Flux, read_config
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import with_prefix
 from library.models.clip.clip import clip_component, empty_clip
-from library.models.loading import on_meta_device
+from library.models.loading import build_on_meta_device
 from library.models.t5 import T5_XXL_NAMES, empty_t5, t5_component
 from library.models.vae.flux import CHANNELS, check_channels
 from library.models.vae.vae import empty_vae, single_vae
@@ -28,7 +28,7 @@ def shapes_of(part: str) -> dict[str, tuple[int, ...]]:
 
 
 def flux_shapes(config_of: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    model = on_meta_device(Flux, read_config(config_of))
+    model = build_on_meta_device(Flux, read_config(config_of))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

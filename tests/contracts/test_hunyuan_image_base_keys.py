@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from library.architectures.hunyuan_image.checkpoint_keys import KEYS
-from library.architectures.hunyuan_image.load import checked_vae, component_of_file, read_denoiser
+from library.architectures.hunyuan_image.load import check_vae, component_of_file, read_denoiser
 from library.architectures.hunyuan_image.model import read_config
 from library.architectures.hunyuan_image.qwen import empty_qwen, qwen_component
 from library.architectures.hunyuan_image.vae import empty_vae, vae_component
@@ -97,7 +97,7 @@ def test_byt5_loads_with_and_without_the_prefix(prefix: str) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "vae."])
 def test_the_vae_is_that_of_diffusers(prefix: str) -> None:
-    component = checked_vae(vae_component(opened({prefix + n: s for n, s in shapes_of("vae").items()})))
+    component = check_vae(vae_component(opened({prefix + n: s for n, s in shapes_of("vae").items()})))
     wanted = {name: tuple(t.shape) for name, t in empty_vae(component.config).state_dict().items()}
     assert dict(component.weights.shapes) == wanted
     assert sum(torch.Size(shape).numel() for shape in wanted.values()) == 405_575_491
@@ -115,4 +115,4 @@ def test_other_models_are_refused_by_name() -> None:
         read_denoiser(BaseFiles(Path("file"), opened({"double_blocks.0.img_attn.qkv.weight": (9216, 3072)})))
     with pytest.raises(ValueError, match=r"--vae file has 16 channels per 8 pixels, but HunyuanImage 2\.1 needs 64"):
         shapes = {"decoder.conv_in.weight": (512, 16, 3, 3)}
-        checked_vae(Component({"latent_channels": 16, "spatial_compression_ratio": 8}, opened(shapes)))
+        check_vae(Component({"latent_channels": 16, "spatial_compression_ratio": 8}, opened(shapes)))

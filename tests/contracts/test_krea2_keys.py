@@ -20,10 +20,10 @@ from library.checkpoints.base_files import BaseFiles
 from library.models.adapter_views import view_denoiser
 from library.models.identify import base_of_file
 from library.models.language_models import with_first_layers
-from library.models.loading import on_meta_device
+from library.models.loading import build_on_meta_device
 from library.models.qwen3_vl import empty_qwen3_vl, qwen3_vl_component
 from networks import dylora, lora_krea2
-from networks.core.files.reading_writing import saved_tensors
+from networks.core.files.reading_writing import collect_saved_tensors
 from tests.contracts.full_size import opened, shapes_of_model
 from tests.recognising import base_of
 from tests.tiny.krea2 import FULL_SIZE, full_size_qwen3_vl
@@ -34,7 +34,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @cache
 def ours() -> SingleStreamDiT:
-    return on_meta_device(SingleStreamDiT, FULL_SIZE)
+    return build_on_meta_device(SingleStreamDiT, FULL_SIZE)
 
 
 @cache
@@ -88,7 +88,7 @@ def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(door: Any)
 
     network = door.create_network(1.0, 4, 4, None, *view_denoiser([], ours()))
     assert all(NAMES.find(name).kohya == name for name in network.adapters)  # type: ignore[union-attr]
-    saved = saved_tensors(network.adapters, None, NAMES, network.targets.saved_naming)
+    saved = collect_saved_tensors(network.adapters, None, NAMES, network.targets.saved_naming)
     shapes = {key: tuple(tensor.shape) for key, tensor in saved.items()}
     linear = {path: module for path, module in ours().named_modules() if isinstance(module, nn.Linear)}
     expected = {f"diffusion_model.{p}.lora_A.weight": (4, m.in_features) for p, m in linear.items()}

@@ -12,7 +12,7 @@ from torch import nn
 from library.architectures.flux.model import Flux, FluxConfig
 from library.architectures.flux.targets import view
 from library.models.clip.clip import empty_clip
-from library.models.loading import on_meta_device
+from library.models.loading import build_on_meta_device
 from library.models.t5 import empty_t5
 from networks.lora_flux import create_network, create_network_from_weights
 from tests.contracts.full_size import facts
@@ -34,7 +34,7 @@ Models = tuple[list[nn.Module], nn.Module]
 
 def full_size(config: FluxConfig) -> Models:
     """Text encoders and denoiser as network modules see them, without weights."""
-    return view([empty_clip(CLIP_L), empty_t5(T5_XXL)], on_meta_device(Flux, config))
+    return view([empty_clip(CLIP_L), empty_t5(T5_XXL)], build_on_meta_device(Flux, config))
 
 
 @pytest.fixture(scope="module")

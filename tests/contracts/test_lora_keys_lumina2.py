@@ -16,7 +16,7 @@ from library.architectures.lumina.load import read_denoiser
 from library.architectures.lumina.model import NextDiT, read_config
 from library.checkpoints.base_files import BaseFiles
 from library.models.adapter_views import view_both
-from library.models.loading import on_meta_device
+from library.models.loading import build_on_meta_device
 from networks.lora_lumina import create_network, create_network_from_weights
 from tests.contracts.full_size import facts, opened, shapes_of_model
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
@@ -43,7 +43,9 @@ def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str) -> None:
     assert len(expected) == 400 and sum(torch.Size(shape).numel() for shape in expected.values()) == 2_609_771_456
     del expected["norm_final.weight"]
     weights = read_denoiser(BaseFiles(Path("file"), opened(part("dit", prefix))))
-    assert dict(weights.shapes) == expected == shapes_of_model(on_meta_device(NextDiT, read_config(weights.shapes)))
+    assert (
+        dict(weights.shapes) == expected == shapes_of_model(build_on_meta_device(NextDiT, read_config(weights.shapes)))
+    )
 
 
 def test_hyper_parameters_are_read_off_the_shapes() -> None:
@@ -88,7 +90,7 @@ def test_gemma_loads_with_every_prefix_and_beside_what_is_not_it(prefix: str) ->
 def models() -> Models:
     """Gemma and the denoiser as network modules see them, without weights."""
     gemma = empty_gemma(gemma_component(opened(part("gemma2"))).config)
-    return view_both([gemma], on_meta_device(NextDiT, read_config(part("dit"))))
+    return view_both([gemma], build_on_meta_device(NextDiT, read_config(part("dit"))))
 
 
 def ranks(shapes: Mapping[str, list[int]]) -> dict[str, int]:

@@ -18,11 +18,11 @@ from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles
 from library.models.adapter_views import view_denoiser
 from library.models.identify import base_of_file
-from library.models.loading import on_meta_device
+from library.models.loading import build_on_meta_device
 from library.models.qwen3_vl import empty_qwen3_vl, qwen3_vl_component
 from library.models.qwen3_vl_vision import empty_vision, vision_component
 from networks import dylora, lora_qwen_image_21
-from networks.core.files.reading_writing import saved_tensors
+from networks.core.files.reading_writing import collect_saved_tensors
 from tests.contracts.full_size import opened, shapes_of_model
 from tests.recognising import base_of
 from tests.tiny.qwen_image_21 import FULL_SIZE, full_size_encoder, full_size_vae, with_fused_gates
@@ -33,7 +33,7 @@ NUM_PARAMETERS, NUM_VAE_PARAMETERS = 7_115_124_736, 337_740_404
 
 @cache
 def ours() -> QwenImage21:
-    return on_meta_device(QwenImage21, FULL_SIZE)
+    return build_on_meta_device(QwenImage21, FULL_SIZE)
 
 
 @cache
@@ -95,7 +95,7 @@ def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(door: Any,
     network = door.create_network(1.0, 4, 4, None, *view_denoiser([], ours()), **arguments)
     for name in network.adapters:
         assert NAMES.find(name) is not None and NAMES.find(name).kohya == name  # type: ignore[union-attr]
-    found = saved_tensors(network.adapters, None, NAMES, network.targets.saved_naming)
+    found = collect_saved_tensors(network.adapters, None, NAMES, network.targets.saved_naming)
     shapes = {key: tuple(tensor.shape) for key, tensor in found.items()}
     linear = {path: module for path, module in ours().named_modules() if isinstance(module, nn.Linear)}
     outer = ("img_in", "time_text_embed", "txt_in", "modulation") if arguments else ()

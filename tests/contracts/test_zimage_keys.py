@@ -18,10 +18,10 @@ from library.architectures.zimage.reference import diffusers_config
 from library.checkpoints.base_files import BaseFiles
 from library.models.adapter_views import view_denoiser
 from library.models.identify import base_of_file
-from library.models.loading import on_meta_device
+from library.models.loading import build_on_meta_device
 from library.models.qwen3 import empty_qwen3, qwen3_component
 from networks import dylora, lora_zimage
-from networks.core.files.reading_writing import saved_tensors
+from networks.core.files.reading_writing import collect_saved_tensors
 from tests.contracts.full_size import opened, shapes_of_model
 from tests.recognising import base_of
 from tests.tiny.zimage import FULL_SIZE, full_size_qwen3
@@ -34,7 +34,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @cache
 def ours() -> ZImage:
-    return on_meta_device(ZImage, FULL_SIZE)
+    return build_on_meta_device(ZImage, FULL_SIZE)
 
 
 @cache
@@ -80,7 +80,7 @@ def saved_shapes(door: Any, **arguments: str) -> dict[str, tuple[int, ...]]:
     network = door.create_network(1.0, 4, 4, None, *view_denoiser([], ours()), **arguments)
     for name in network.adapters:
         assert NAMES.find(name) is not None and NAMES.find(name).kohya == name  # type: ignore[union-attr]
-    found = saved_tensors(network.adapters, None, NAMES, "diffusers")
+    found = collect_saved_tensors(network.adapters, None, NAMES, "diffusers")
     return {key: tuple(tensor.shape) for key, tensor in found.items()}
 
 

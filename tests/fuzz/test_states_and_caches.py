@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from library.processes import ALONE
-from library.training.saving.resume import find_state, recorded_options
+from library.training.saving.resume import find_state, record_options
 from library.training.saving.state import OptimizerState, require_undamaged, restore, save_state
 from tests.fuzz.budget import any_input, works_or_says_why
 from tests.unit.data import test_cache as latents
@@ -39,7 +39,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network, optimizer = parts()
     folder = tmp_path_factory.mktemp("state") / "x-state"
     save_state(
-        folder, step=7, epoch=2, seed=11, num_processes=1, options=recorded_options(options_of()), dataset=DATASET,
+        folder, step=7, epoch=2, seed=11, num_processes=1, options=record_options(options_of()), dataset=DATASET,
         network=network, keepers={"optimizer": OptimizerState(optimizer, "torch.optim.AdamW")},
     )  # fmt: skip
     return folder

@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 from zipfile import BadZipFile, ZipFile
 
 from library.data.description.image_extensions import image_extensions
-from library.data.description.schema import SubsetConfig, without_secrets
+from library.data.description.schema import SubsetConfig, strip_secrets
 from library.data.scanned.images import OpenFiles, Place
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.reading import stripped_lines
@@ -37,7 +37,7 @@ def open_archive(files: OpenFiles, file: str) -> ZipFile:
     try:
         return ZipFile(files.file(file))
     except BadZipFile as error:
-        raise UserError(f"{without_secrets(file)} is not a zip archive, or is damaged: {error}") from None
+        raise UserError(f"{strip_secrets(file)} is not a zip archive, or is damaged: {error}") from None
 
 
 def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:

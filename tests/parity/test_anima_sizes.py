@@ -10,7 +10,7 @@ from torch import Tensor
 from library.architectures.anima.adapter_names import NAMES
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
 from library.checkpoints.adapter_names import FileNaming
-from library.models.loading import on_meta_device
+from library.models.loading import build_on_meta_device
 from networks import lora_anima
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
 from networks.core.files.renaming import rename
@@ -74,7 +74,9 @@ def test_a_file_of_a_deep_model_is_trained_further_whatever_its_names(
     path, _ = deep_file
     ours = adapter_tensors(read_adapter_file(path))
     tensors = adapter_tensors(rename(read_adapter_file(path), NAMES, naming).file)
-    network, _ = lora_anima.create_network_from_weights(1.0, "file", None, [], on_meta_device(Anima, DEEP), tensors)
+    network, _ = lora_anima.create_network_from_weights(
+        1.0, "file", None, [], build_on_meta_device(Anima, DEEP), tensors
+    )
     assert set(network.adapters) == {key.split(".")[0] for key in ours}
     assert any(name.startswith("lora_unet_blocks_30_") for name in network.adapters)
 

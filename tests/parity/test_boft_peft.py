@@ -16,7 +16,7 @@ from library.checkpoints.files import load_state_dict
 from networks import boft
 from networks.core.changes.orthogonal import Orthogonal, turn
 from networks.core.files.adapter_file import read_adapter_file
-from networks.core.kinds.boft import BLOCKS, SCALES, Boft, fits, fresh, read, sizes_for
+from networks.core.kinds.boft import BLOCKS, SCALES, Boft, fits, make_fresh, read, sizes_for
 from tests.parity.test_lora_merge import tiny_clip
 from tests.tolerances import FLOAT32_DEEP, FLOAT64
 from tests.unit.networks.test_joins import Largest
@@ -42,7 +42,7 @@ def test_outputs_gradients_and_merged_weights(name: str) -> None:
     theirs: Any = peft.get_peft_model(wrapped, config)
     parameters = {key.split(".")[-2]: value for key, value in theirs.named_parameters() if "boft" in key}
     leaves = {leaf: value.detach().clone() for leaf, value in parameters.items()}
-    ours = fresh(layer, 4)
+    ours = make_fresh(layer, 4)
     assert {leaf: value.numel() for leaf, value in ours.stored_tensors().items()} == {
         k: v.numel() for k, v in leaves.items()
     }
@@ -81,7 +81,7 @@ def dense(blocks_FDbb: Tensor) -> Tensor:
 def test_products_of_factors_are_those_of_peft(num_columns: int, size: int, num_factors: int) -> None:
     torch.manual_seed(6211 + num_columns + num_factors)
     layer = nn.Linear(num_columns, 6).double().requires_grad_(False)
-    change = fresh(layer, size, num_factors=num_factors).double()
+    change = make_fresh(layer, size, num_factors=num_factors).double()
     with torch.no_grad():
         for parameter in change.parameters():
             parameter.add_(torch.randn(parameter.shape, dtype=torch.float64) * 0.4)
@@ -106,7 +106,7 @@ def test_products_of_factors_are_those_of_peft(num_columns: int, size: int, num_
 def test_several_factors_let_inputs_meet_that_one_keeps_apart() -> None:
     torch.manual_seed(6221)
     for num_factors in (1, 2, 3):
-        change = fresh(nn.Linear(32, 4), 4, num_factors=num_factors)
+        change = make_fresh(nn.Linear(32, 4), 4, num_factors=num_factors)
         with torch.no_grad():
             change.get_parameter(BLOCKS).normal_()
         reached = (dense(change.get_parameter(BLOCKS).detach())[0].abs() > 1e-6).sum()
@@ -116,7 +116,7 @@ def test_several_factors_let_inputs_meet_that_one_keeps_apart() -> None:
 @pytest.mark.parametrize("num_factors", [1, 3])
 def test_no_matrix_of_inputs_by_inputs_is_made(num_factors: int) -> None:
     layer = nn.Linear(256, 2).requires_grad_(False)
-    change = fresh(layer, 4, num_factors=num_factors)
+    change = make_fresh(layer, 4, num_factors=num_factors)
     x = torch.randn(4, 256, requires_grad=True)
     with Largest() as largest:
         change.forward(x, layer, 1.0).square().sum().backward()

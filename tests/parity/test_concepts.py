@@ -16,7 +16,7 @@ from library.randomness import generator_for
 from library.training.step.concepts import draw_partly
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import Models, StepContext
-from library.training.step.denoising import noised_at
+from library.training.step.denoising import add_noise_at
 from library.training.step.losses import loss_of
 from library.types import Batch, Concept, Noised
 from networks import lora
@@ -211,7 +211,7 @@ def test_the_gradient_is_that_of_the_last_prediction_alone(tiny_sd_folder: Path)
 
     noised = draw_partly(context, batch, CONCEPT, NUMBER)
     assert not noised.latents_BCHW.requires_grad
-    at_rest = noised_at(type("Level", (), {"timestep": 250.0, "sigma": 1.0})(), noised.latents_BCHW.detach())
+    at_rest = add_noise_at(type("Level", (), {"timestep": 250.0, "sigma": 1.0})(), noised.latents_BCHW.detach())
     said = context.models.denoiser(
         at_rest.latents_BCHW, 250, encoder_hidden_states=context.captions([CAPTION] * 2)["hidden_state"]
     ).sample

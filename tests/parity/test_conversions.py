@@ -37,7 +37,7 @@ from library.errors import UserError
 from library.models.unet.checkpoint_keys import UnetLayout
 from networks import lora
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter
-from networks.core.files.foreign_names import in_a_model
+from networks.core.files.foreign_names import add_model
 from networks.core.files.renaming import rename
 from tests.parity import (
     test_anima_model,
@@ -427,7 +427,7 @@ def test_names_that_do_not_say_in_which_model_they_are(pair: Pair, spelling: str
         ending = {"A": "down", "B": "up"}[factor] if spelling in OF_KOHYA else factor
         spelled[SPELLINGS[spelling](*name.split(".", 1)).format(ending)] = tensor
     assert len(spelled) == len(theirs)
-    file = in_a_model(parse_adapter(spelled, {}, "a.safetensors"), [pair.names])
+    file = add_model(parse_adapter(spelled, {}, "a.safetensors"), [pair.names])
     found, wanted = adapter_tensors(rename(file, pair.names, "kohya").file), converted(theirs, pair.names, "kohya")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
@@ -450,7 +450,7 @@ def test_projections_by_their_number_in_the_fused_layer() -> None:
         path, _, factor = key.removeprefix("transformer.transformer_blocks.0.").partition(".lora_")
         ending = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[factor]
         spelled[f"transformer.double_blocks.0.img_attn.qkv.{pieces[path]}.{ending}"] = tensor
-    file = in_a_model(parse_adapter(spelled, {}, "a.safetensors"), [pair.names])
+    file = add_model(parse_adapter(spelled, {}, "a.safetensors"), [pair.names])
     found, wanted = adapter_tensors(rename(file, pair.names, "kohya").file), converted(theirs, pair.names, "kohya")
     assert len(spelled) == 6 and found.keys() == wanted.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())

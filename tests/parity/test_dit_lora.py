@@ -22,7 +22,7 @@ from library.architectures.zimage import adapter_names as zimage_names
 from library.errors import UserError
 from networks import dylora, lokr, lora, lora_fa, lora_flux_2, lora_krea2, lora_qwen_image_21, lora_zimage
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
-from networks.core.files.foreign_names import in_a_model
+from networks.core.files.foreign_names import add_model
 from networks.core.files.renaming import rename
 from tests.parity import test_flux_2_model, test_krea2_model, test_qwen_image_21_model, test_zimage_model
 from tests.parity.denoisers import save_trained
@@ -285,6 +285,6 @@ def test_files_of_other_trainers_are_merged_trained_and_converted(
     network.save_weights(str(tmp_path / "trained.safetensors"), None, {})
     torch.testing.assert_close(dit.prediction_with(tmp_path / "trained.safetensors"), expected, **FLOAT32_DEEP)
     for naming in ("kohya", "generic", "diffusers"):
-        renamed = rename(in_a_model(read_adapter_file(path), [dit.names]), dit.names, naming).file
+        renamed = rename(add_model(read_adapter_file(path), [dit.names]), dit.names, naming).file
         save_file(adapter_tensors(renamed), tmp_path / "converted.safetensors")
         torch.testing.assert_close(dit.prediction_with(tmp_path / "converted.safetensors"), expected, **FLOAT32_DEEP)

@@ -16,7 +16,7 @@ from networks.core.changes.low_rank import LowRank
 from networks.core.changes.qkv_rows import peft_magnitudes
 from networks.core.changes.tucker import Tucker
 from networks.core.kinds.loha import LoHa
-from networks.core.kinds.lokr import fresh
+from networks.core.kinds.lokr import make_fresh
 from tests.tolerances import FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
 
@@ -34,8 +34,12 @@ KINDS: dict[str, tuple[Callable[[Any], Delta], str, dict[str, Any]]] = {
     "Tucker": (lambda layer: Tucker(layer, 3), "LoConModule", {"use_tucker": True}),
     "LoHa": (lambda layer: LoHa(layer, 3), "LohaModule", {}),
     "LoHa with cores": (lambda layer: LoHa(layer, 3, True), "LohaModule", {"use_tucker": True}),
-    "LoKr": (lambda layer: fresh(layer, 3, 2), "LokrModule", {"factor": 2}),
-    "whole LoKr": (lambda layer: fresh(layer, 3, 4, is_full=True), "LokrModule", {"factor": 4, "full_matrix": True}),
+    "LoKr": (lambda layer: make_fresh(layer, 3, 2), "LokrModule", {"factor": 2}),
+    "whole LoKr": (
+        lambda layer: make_fresh(layer, 3, 4, is_full=True),
+        "LokrModule",
+        {"factor": 4, "full_matrix": True},
+    ),
 }
 CORES = ("Tucker", "LoHa with cores")
 CASES = [

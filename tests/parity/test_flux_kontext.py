@@ -11,7 +11,7 @@ from library.architectures.flux.predict import predict
 from library.architectures.flux.reference import diffusers_model
 from library.diffusion.references import reference_features, references_in
 from library.models.patches import patchify
-from library.models.vae.flux import mapped_latents
+from library.models.vae.flux import map_latents
 from library.types import Noised
 from tests.parity.test_flux_model import inputs
 from tests.tiny.flux import tiny_flux, tiny_vae
@@ -102,5 +102,5 @@ def test_a_reference_is_the_mode_of_the_posterior_as_in_the_pipeline() -> None:
     with torch.no_grad():
         latents = retrieve_latents(vae.encode(pixels), sample_mode="argmax")
         expected = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-        found = mapped_latents("_x.npz").encode(vae.eval(), pixels, None)
+        found = map_latents("_x.npz").encode(vae.eval(), pixels, None)
     torch.testing.assert_close(found, expected, **FLOAT32_SAME_MATH)

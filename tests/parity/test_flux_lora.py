@@ -14,7 +14,7 @@ from library.architectures.specs import list_specs
 from library.models.patches import patchify
 from networks import dylora, lora, lora_fa, lora_flux
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter, read_adapter_file
-from networks.core.files.foreign_names import in_a_model
+from networks.core.files.foreign_names import add_model
 from networks.core.files.renaming import rename
 from tests.contracts.test_lora_keys_flux1 import FACTS
 from tests.parity.denoisers import save_trained
@@ -119,7 +119,7 @@ def test_files_of_xlabs_are_what_diffusers_makes_of_them(prefix: str) -> None:
     for name, (outputs, inputs_) in layers.items():
         tensors[f"{prefix}{name}.down.weight"] = torch.randn(4, inputs_, generator=generator)
         tensors[f"{prefix}{name}.up.weight"] = torch.randn(outputs, 4, generator=generator)
-    file = in_a_model(parse_adapter(tensors, {}, "xlabs.safetensors"), [spec.names for spec in list_specs()])
+    file = add_model(parse_adapter(tensors, {}, "xlabs.safetensors"), [spec.names for spec in list_specs()])
     assert spec_for_file(file, "xlabs.safetensors").name == "flux"
     ours = rename(file, NAMES, "kohya").file.modules
     theirs = rename(parse_adapter(_convert_xlabs_flux_lora_to_diffusers(dict(tensors)), {}, ""), NAMES, "kohya")
@@ -127,6 +127,6 @@ def test_files_of_xlabs_are_what_diffusers_makes_of_them(prefix: str) -> None:
     for name, module in theirs.file.modules.items():
         assert torch.equal(ours[name].weight(), module.weight())
     more = {f"{prefix}single_blocks.0.processor.qkv_lora.{side}.weight": torch.ones(4, 4) for side in ("down", "up")}
-    file = in_a_model(parse_adapter({**tensors, **more}, {}, "xlabs.safetensors"), [NAMES])
+    file = add_model(parse_adapter({**tensors, **more}, {}, "xlabs.safetensors"), [NAMES])
     with pytest.raises(ValueError, match=r"no place for .*single_blocks\.0\.processor\.qkv_lora"):
         rename(file, NAMES, "kohya")

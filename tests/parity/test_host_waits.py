@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
 from library.training.models.step_context import step_context
-from library.training.models.text_caching import cached_text, live_text
+from library.training.models.text_caching import live_text, resolve_text_cache
 from library.training.planning.counting import BatchShape, count_captions, fake_batch, run_on_meta_device
 from library.training.step.losses import loss_of, start_batch
 from library.types import Concept
@@ -38,7 +38,7 @@ def take_step(name: str, folder: Path, *more: str, concept: Concept | None = Non
     options, arch = opened(name, folder, *cached, *more)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         meta = run_on_meta_device(options, arch, [options])
-        spec = cached_text(options.network, arch.text_cache)
+        spec = resolve_text_cache(options.network, arch.text_cache)
         _, conditioning = count_captions(spec, meta, SHAPE)
         batch = fake_batch(arch, SHAPE, conditioning, options.caching.cache_latents)
     models, (network,), on_host = meta.models, meta.networks, arch.text_cache.on_host if arch.text_cache else ()

@@ -14,11 +14,11 @@ from library.architectures.hunyuan_image.qwen import TEMPLATE
 from library.architectures.hunyuan_image.reference import diffusers_model
 from library.architectures.hunyuan_image.text import glyph_text
 from library.architectures.hunyuan_image.vae import ChunkedConv2d, compute_in_chunks
-from library.diffusion.guidance import guided
-from library.diffusion.samplers import shifted_sampler
+from library.diffusion.guidance import apply_guidance
+from library.diffusion.samplers import build_shifted_sampler
 from library.protocols import Architecture
 from library.training.evaluation.preview import build_batch
-from library.training.step.denoising import noised_at
+from library.training.step.denoising import add_noise_at
 from library.types import Prompt
 from tests.tiny.hunyuan_image import VAE, build_tiny_hunyuan_image, tiny_hunyuan_image, tiny_parts, whole_qwen
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAMPLED
@@ -128,10 +128,10 @@ def test_a_preview_is_the_image_of_diffusers_pipeline(arch: Architecture, pipeli
     encoders = arch.load.text_encoders()
     positive, negative = (arch.text.encode(encoders, arch.text.tokenize([t])) for t in (prompt.text, prompt.negative))
     noise = torch.randn(1, 64, 2, 4, generator=torch.Generator().manual_seed(1))
-    sampler, denoiser, latents = shifted_sampler(prompt), arch.load.denoiser(), noise
+    sampler, denoiser, latents = build_shifted_sampler(prompt), arch.load.denoiser(), noise
     for n, level in enumerate(sampler.levels):
-        noised = noised_at(level, sampler.denoiser_input(latents, n))
-        predicted = guided(
+        noised = add_noise_at(level, sampler.denoiser_input(latents, n))
+        predicted = apply_guidance(
             lambda c, noised=noised: predict(denoiser, noised, c, build_batch(prompt)), positive, negative, prompt, 0.5
         )
         latents = sampler.step(predicted, latents, n, torch.Generator())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.dora import Decompose
-from networks.core.kinds.lokr import factorize, fresh
+from networks.core.kinds.lokr import factorize, make_fresh
 from networks.core.registry.layouts import make_change, recognise_layout
 from tests.unit.networks.one_layer import adapter_on, module_of
 
@@ -43,7 +43,7 @@ def pair(name: str, form: str, is_dora: bool, has_scalar: bool) -> tuple[Adapter
     torch.manual_seed(2701 + CASES.index((name, form, is_dora, has_scalar)))
     layer: Any = LAYERS[name][0]().requires_grad_(False)
     asked = FORMS[form]
-    delta = fresh(
+    delta = make_fresh(
         layer, 2, asked.get("factor", -1), asked.get("decompose_both", False),
         asked.get("full_matrix", False), form == "core",
     )  # fmt: skip
@@ -124,7 +124,7 @@ def test_the_start_is_theirs_number_by_number(name: str, form: str) -> None:
     layer: Any = LAYERS[name][0]()
     asked = FORMS[form]
     torch.manual_seed(2801)
-    ours = fresh(
+    ours = make_fresh(
         layer, 2, asked.get("factor", -1), asked.get("decompose_both", False), asked.get("full_matrix", False),
         form == "core",
     )  # fmt: skip

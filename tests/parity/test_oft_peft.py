@@ -11,7 +11,7 @@ from library.architectures.sd.targets import view
 from library.checkpoints.files import load_state_dict
 from networks import oft_v2
 from networks.core.changes.blocks import block_size_for
-from networks.core.kinds.oft_v2 import ANGLES, OftV2, fresh
+from networks.core.kinds.oft_v2 import ANGLES, OftV2, make_fresh
 from networks.core.registry.layouts import make_change
 from tests.parity.test_lora_merge import tiny_clip
 from tests.tolerances import FLOAT32_DEEP, FLOAT64
@@ -51,7 +51,7 @@ def test_outputs_gradients_and_merged_weights(name: str, form: str) -> None:
     theirs, angles = theirs_on(name, form, layer)
     eps = FORMS[form].get("eps")
     close = FLOAT64 if eps is None else LIMITED
-    ours = fresh(layer, 8, eps=eps, is_shared=FORMS[form].get("block_share", False)).double()
+    ours = make_fresh(layer, 8, eps=eps, is_shared=FORMS[form].get("block_share", False)).double()
     ours.load({ANGLES: angles.detach()})
     x = torch.randn(LAYERS[name][1], dtype=torch.float64, requires_grad=True)
     y = ours.forward(x, layer, 1.0)
@@ -76,7 +76,7 @@ def test_outputs_gradients_and_merged_weights(name: str, form: str) -> None:
 def test_gradients_of_a_turned_convolution_are_those_of_its_merged_weight() -> None:
     torch.manual_seed(6121)
     layer = nn.Conv2d(4, 6, 3, stride=2, padding=1).double().requires_grad_(False)
-    change = fresh(layer, 6).double()
+    change = make_fresh(layer, 6).double()
     with torch.no_grad():
         next(change.parameters()).normal_(std=0.2)
     x = torch.randn(2, 4, 7, 7, dtype=torch.float64, requires_grad=True)

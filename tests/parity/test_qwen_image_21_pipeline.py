@@ -16,7 +16,7 @@ from library.architectures.qwen_image_21.assembly import build
 from library.architectures.qwen_image_21.options import QwenImage21Options
 from library.data.decoding.tensors import to_pixels
 from library.training.evaluation.preview import draw_latents, encode_prompts, seed_generator
-from library.training.failures.vae_memory import in_tiles
+from library.training.failures.vae_memory import tile_vae
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import Models, StepContext
 from library.types import CaptionWithImages, Prompt
@@ -241,12 +241,12 @@ def test_tiles_are_those_of_diffusers(run: Any, pipeline: Any) -> None:
     pixels = torch.rand(1, 4, 320, 288, generator=torch.Generator().manual_seed(1)) * 2 - 1
     vae, codec = run.arch.load.vae(), run.arch.codec
     whole = codec.encode(vae, pixels, None)
-    with in_tiles(vae):
+    with tile_vae(vae):
         found = codec.encode(vae, pixels, None)
         decoded = codec.decode(vae, found)
     assert found.shape == whole.shape and decoded.shape == pixels.shape
     assert not torch.equal(found, whole) and not vae.use_tiling
-    with in_tiles(pipeline.vae):
+    with tile_vae(pipeline.vae):
         expected = pipeline._encode_vae_image(pixels[:, :, None], generator=torch.Generator())[:, :, 0]
     torch.testing.assert_close(found, expected, **FLOAT32_DEEP)
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from library.architectures.flux.model import Flux
 from library.architectures.flux.targets import view
-from library.models.loading import on_meta_device
+from library.models.loading import build_on_meta_device
 from networks.core.protocol import open_network_module
 from tests.parity.deep import DEEP
 from tests.parity.modes import ADAPTERS, ALL_CODECS, RUNNERS
@@ -48,7 +48,7 @@ def new_folder(path: Path) -> Path:
 def wide_flux(folder: Path) -> list[str]:
     """A FLUX.1 model of 64 MB in float32, and an adapter of it that is to be merged; gives the arguments."""
     words = build_tiny_flux(folder, 75)
-    model = on_meta_device(Flux, replace(CONFIG, width=256, mlp_width=1024, num_double=5, num_single=5))
+    model = build_on_meta_device(Flux, replace(CONFIG, width=256, mlp_width=1024, num_double=5, num_single=5))
     generator = torch.Generator().manual_seed(76)
     values = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in model.state_dict().items()}
     save_file(values, words[words.index("--pretrained_model_name_or_path") + 1])

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from networks.core.changes.init import INITS, FromStart, starting_delta
+from networks.core.changes.init import INITS, FromStart, make_starting_delta
 from networks.core.changes.low_rank import LowRank
 from tests.tolerances import EXACT, FLOAT32_SAME_MATH
 from tests.unit.networks.one_layer import adapter_on, module_of
@@ -44,7 +44,7 @@ def scale_of(use_rslora: bool) -> float:
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_factors_start_where_pefts_do(init: str, use_rslora: bool) -> None:
     layer = layer_of(451)
-    ours = starting_delta(init, layer, 6, scale_of(use_rslora))
+    ours = make_starting_delta(init, layer, 6, scale_of(use_rslora))
     assert isinstance(ours, FromStart)
     up, down = factors_of(wrapped(layer, init, use_rslora))
     torch.testing.assert_close(ours.lora_up.start, up.detach(), **FLOAT32_SAME_MATH)
@@ -60,7 +60,7 @@ def test_orthogonal_factors_are_those_of_peft_from_the_same_random_numbers() -> 
     LowRank(layer, 6)  # its own start is drawn first
     state = torch.get_rng_state()
     torch.manual_seed(453)
-    ours = starting_delta("orthogonal", layer, 6, 1.0)
+    ours = make_starting_delta("orthogonal", layer, 6, 1.0)
     torch.set_rng_state(state)
     theirs.orthogonal_init("default")
     up, down = ours.factors()
@@ -83,7 +83,7 @@ def test_sgd_takes_both_through_the_same_outputs_and_both_files_change_the_base_
     theirs = wrapped(layer, init, use_rslora)
     theirs.peft_config["default"].init_lora_weights = True  # the start is given below, as PEFT's pages do it
     theirs.save_pretrained(str(tmp_path / "start"))
-    adapter = adapter_on(layer, starting_delta(init, layer, 6, scale), scale * 6)
+    adapter = adapter_on(layer, make_starting_delta(init, layer, 6, scale), scale * 6)
     adapter.install()
     ups, downs = factors_of(theirs)
     optimizers = [torch.optim.SGD(p, lr=0.03) for p in ([ups, downs], list(module_of(adapter).parameters()))]

@@ -28,7 +28,7 @@ from library.architectures.zimage import adapter_names as zimage
 from library.architectures.zimage.model import ZImage
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.compatibility import Reading, readings
-from library.models.loading import on_meta_device
+from library.models.loading import build_on_meta_device
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors, sort_tensors
 from networks.core.files.renaming import rename
 from tests.contracts.full_size import facts
@@ -51,13 +51,15 @@ def lora_facts(base: str) -> Mapping[str, Any]:
         lora: Mapping[str, Any] = facts("lumina2")["lora"]
         return lora
     if base == "zimage":
-        return lora_of(on_meta_device(ZImage, FULL_SIZE), zimage.KEYS.linear_paths(zimage.NUM_BLOCKS))
+        return lora_of(build_on_meta_device(ZImage, FULL_SIZE), zimage.KEYS.linear_paths(zimage.NUM_BLOCKS))
     if base == "flux_2":
-        return lora_of(on_meta_device(Flux2, DEV), flux_2.KEYS.linear_paths(flux_2.NUM_BLOCKS))
+        return lora_of(build_on_meta_device(Flux2, DEV), flux_2.KEYS.linear_paths(flux_2.NUM_BLOCKS))
     if base == "krea2":
-        return lora_of(on_meta_device(SingleStreamDiT, tiny_krea2.FULL_SIZE), krea2.KEYS.linear_paths(krea2.NUM_BLOCKS))
+        return lora_of(
+            build_on_meta_device(SingleStreamDiT, tiny_krea2.FULL_SIZE), krea2.KEYS.linear_paths(krea2.NUM_BLOCKS)
+        )
     if base == "qwen_image_21":
-        model = on_meta_device(QwenImage21, tiny_qwen_image_21.FULL_SIZE)
+        model = build_on_meta_device(QwenImage21, tiny_qwen_image_21.FULL_SIZE)
         return lora_of(model, qwen_image_21.linear_paths(qwen_image_21.NUM_BLOCKS))
     return facts(
         {

@@ -124,10 +124,10 @@ def test_each_adapter_has_a_loss_scale_of_its_own(
         made.append(torch.amp.GradScaler("cpu", init_scale=scale))
         return made[-1]
 
-    one_loss, losses = loop.loss_of, stacked_step.stacked_losses
+    one_loss, losses = loop.loss_of, stacked_step.compute_stacked_losses
     monkeypatch.setattr(optimization, "gradient_scaler", make)
     monkeypatch.setattr(loop, "loss_of", lambda *given: 64 * one_loss(*given))  # overflow float32 at 2^127
-    monkeypatch.setattr(stacked_step, "stacked_losses", lambda *given: [64 * loss for loss in losses(*given)])
+    monkeypatch.setattr(stacked_step, "compute_stacked_losses", lambda *given: [64 * loss for loss in losses(*given)])
     more = ["--max_train_steps", "14", "--network_train_unet_only", "--network_dim", "2"]
     done = train([*words, *more, "--sweep", "learning_rate=0.5,1"], "flux_train_network")
     assert done.status == 0, done.stderr

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from library.hidden_libraries import BITSANDBYTES, hidden, show
+from library.hidden_libraries import BITSANDBYTES, hide_library, show
 from tests.running import ROOT
 
 pytestmark = pytest.mark.slow
@@ -16,17 +16,17 @@ pytestmark = pytest.mark.slow
 def test_nobody_finds_it_in_the_block_and_everybody_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (BITSANDBYTES, "diffusers.utils.import_utils"):  # as in a new process
         monkeypatch.delitem(sys.modules, module, raising=False)
-    with hidden(BITSANDBYTES):
+    with hide_library(BITSANDBYTES):
         assert importlib.util.find_spec(BITSANDBYTES) is None
     assert BITSANDBYTES not in sys.modules
-    with hidden(BITSANDBYTES):
+    with hide_library(BITSANDBYTES):
         show(BITSANDBYTES)
         assert BITSANDBYTES not in sys.modules
 
 
 def test_one_that_is_loaded_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, BITSANDBYTES, os)
-    with hidden(BITSANDBYTES):
+    with hide_library(BITSANDBYTES):
         assert sys.modules[BITSANDBYTES] is os
     assert sys.modules[BITSANDBYTES] is os
 

@@ -14,7 +14,7 @@ from PIL import Image
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from library.errors import UserError, few
+from library.errors import UserError, list_few
 from tools import draw
 from tools.command import command, make_parser
 from tools.quickstart.toy_world import QUICKSTART, ImageArray, find_foreground, look_at
@@ -58,7 +58,7 @@ def check_edits(args: argparse.Namespace) -> None:
         raise UserError(f"--results {args.results} has no .png files; make_pairs.py --caption draws pairs")
     missing = [path.name for path in wanted if not (args.references / path.name).is_file()]
     if missing:
-        raise UserError(f"--references {args.references} lacks {few(missing)}, which --results has")
+        raise UserError(f"--references {args.references} lacks {list_few(missing)}, which --results has")
     lines = [
         f"{path.with_suffix('.txt').read_text(encoding='utf-8').strip()} --ci {args.references / path.name} "
         f"{PROMPT_OPTIONS} --d {number}"

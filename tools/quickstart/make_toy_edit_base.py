@@ -29,7 +29,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.architectures.flux.model import Flux, FluxConfig
 from library.architectures.flux.reference import diffusers_model, diffusers_state
 from library.diffusion.timesteps import shift_sigmas
-from library.models.vae.flux import SCALE, SHIFT, mapped_latents
+from library.models.vae.flux import SCALE, SHIFT, map_latents
 from tools.command import command, make_parser
 from tools.quickstart.make_toy_base import SCALING_FACTOR, Trainer, to_tensor
 from tools.quickstart.toy_world import (
@@ -194,7 +194,7 @@ def encode_images(vae: nn.Module, images: Sequence[ImageArray]) -> Tensor:
     """Return the latents of images as the transformer gets them."""
     parts = [to_tensor(images[n : n + BATCH_SIZE]) for n in range(0, len(images), BATCH_SIZE)]
     with torch.no_grad():
-        return torch.cat([mapped_latents("_toy.npz").encode(vae, part, None) for part in tqdm(parts, desc="encode")])
+        return torch.cat([map_latents("_toy.npz").encode(vae, part, None) for part in tqdm(parts, desc="encode")])
 
 
 def batches(vae: nn.Module, num_edits: int, seed: int) -> Iterator[Batch]:

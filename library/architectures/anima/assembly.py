@@ -14,12 +14,12 @@ from library.architectures.anima.text import AnimaText
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import FlowMatching, build_sampled_flow
-from library.diffusion.samplers import shifted_sampler
+from library.diffusion.samplers import build_shifted_sampler
 from library.errors import UserError
 from library.models.adapter_views import view_both
 from library.models.dit_loader import DitLoader
 from library.models.qwen3 import load_qwen3_tokenizer
-from library.models.recipe import Recipe, folders_beside, ignored_attention, ignored_by_flow
+from library.models.recipe import Recipe, explain_ignored_attention, folders_beside, ignored_by_flow
 from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
 from library.models.vae.qwen_image import qwen_image_latents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
@@ -68,7 +68,7 @@ def build(options: AnimaOptions) -> Architecture:
         preview=build_preview(text),
         metadata=RECIPE.describe(options),
         specs=list_specs(),
-        ignores={**RECIPE.ignores, **ignored_attention(options.computing.attn_mode)},
+        ignores={**RECIPE.ignores, **explain_ignored_attention(options.computing.attn_mode)},
         text_cache=build_text_cache(options, loader, text),
     )
 
@@ -115,5 +115,5 @@ def build_preview(text: AnimaText) -> Preview:
         defaults=PromptDefaults(num_steps=30, width=512, height=512, scale=7.5, size_step=16, flow_shift=3.0),
         text=text,
         predict=lambda prompt: predict,
-        sampler=shifted_sampler,
+        sampler=build_shifted_sampler,
     )

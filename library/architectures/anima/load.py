@@ -10,9 +10,9 @@ from library.architectures.anima.model import Anima, AnimaConfig, read_config
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
-from library.checkpoints.base_files import BaseFiles, named
+from library.checkpoints.base_files import BaseFiles, require_base_name
 from library.checkpoints.model_lookup import existing
-from library.checkpoints.weights import Weights, configure, first_names, with_prefix
+from library.checkpoints.weights import Weights, configure, list_first_names, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.dit_loader import DitLoader, open_dit_loader
@@ -61,7 +61,7 @@ def open_loader(options: AnimaOptions) -> tuple[DitLoader, AnimaConfig]:
 
 def open_base(name: str | None) -> tuple[Path, Weights]:
     """Open the denoiser's file, names without prefix. Raises UserError for another model, naming it."""
-    path = existing(BASE_FLAG, named(name, "the .safetensors file of Anima's transformer"))
+    path = existing(BASE_FLAG, require_base_name(name, "the .safetensors file of Anima's transformer"))
     advice = "use the file of Anima's transformer"
     return path, read_denoiser(path, open_single_file(list_specs(), BASE_FLAG, path, "anima", advice))
 
@@ -84,7 +84,7 @@ def open_adapter(name: str) -> Weights:
     prefixes = (*(f"{p}{ADAPTER}" for p in PREFIXES), "")
     prefix = next((p for p in prefixes if f"{p}{ADAPTER_MARK}" in weights.shapes), None)
     if prefix is None:
-        first = first_names(weights)
+        first = list_first_names(weights)
         raise UserError(f"{ADAPTER_FLAG} {name} is not a text adapter: it has no {ADAPTER_MARK} (first names: {first})")
     return with_prefix(weights, prefix)
 

@@ -11,11 +11,11 @@ from library.architectures.anima.load import ADAPTER_MARK, MARK, PREFIXES, QWEN3
 from library.architectures.anima.model import Anima, read_config
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
-from library.checkpoints.base_model import BaseModel, of_single_file
+from library.checkpoints.base_model import BaseModel, open_single_file
 from library.checkpoints.weights import configure, with_prefix
 from library.errors import UserError
 from library.models.language_models import LAYER_LINEAR
-from library.models.loading import on_meta_device
+from library.models.loading import build_on_meta_device
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
@@ -30,7 +30,7 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     prefix = next((p for p in PREFIXES if any(p + mark in weights.shapes for mark in marks)), None)
     if prefix is None:
         raise UserError(f"{flag} {path} has no layers of Anima's transformer")
-    return of_single_file(path, weights, partial(target_names, prefix=prefix), "anima", "anima-preview")
+    return open_single_file(path, weights, partial(target_names, prefix=prefix), "anima", "anima-preview")
 
 
 def target_names(stem: str, prefix: str) -> ModuleNames | None:
@@ -44,7 +44,7 @@ def target_names(stem: str, prefix: str) -> ModuleNames | None:
     return denoiser_module(path) if stem.startswith(prefix) and is_layer and not path.endswith("_norm") else None
 
 
-def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
+def view_for_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """Return ([], transformer) of a checkpoint as network modules see it, on the meta device.
 
     Raises UserError for a file with only the text adapter.
@@ -53,4 +53,4 @@ def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     prefix = next((p for p in PREFIXES if p + MARK in weights.shapes), None)
     if prefix is None:
         raise UserError(f"{path} contains only the text adapter; use the transformer's file")
-    return [], on_meta_device(Anima, configure(with_prefix(weights, prefix), read_config))
+    return [], build_on_meta_device(Anima, configure(with_prefix(weights, prefix), read_config))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from library.options.base import Options, group, option, redeclared
+from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
 from library.options.machine.memory import ATTENTION_MODES
 from library.options.model import ReadingOptions
@@ -88,8 +88,8 @@ class AnimaMemoryOptions(Options):
 class AnimaSamplingOptions(FlowSamplingOptions):
     """Sampling of noise levels."""
 
-    timestep_sampling: str = redeclared(FlowSamplingOptions, "timestep_sampling", "sigmoid")
-    discrete_flow_shift: float = redeclared(FlowSamplingOptions, "discrete_flow_shift", 1.0)
+    timestep_sampling: str = redeclare(FlowSamplingOptions, "timestep_sampling", "sigmoid")
+    discrete_flow_shift: float = redeclare(FlowSamplingOptions, "discrete_flow_shift", 1.0)
 
 
 INSTEAD: Mapping[str, str] = {

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from library.architectures.anima.checkpoint_keys import diffusers_path
 from library.architectures.anima.llm_adapter import EPS, AdapterConfig
 from library.architectures.anima.model import MASK_CHANNELS, Anima, AnimaConfig, with_mask
-from library.models.reference import diffusers_class, random_inputs, shortened, with_weights
+from library.models.reference import diffusers_class, random_inputs, shorten_model, with_weights
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
     block of the transformer and the whole text adapter."""
     assert isinstance(denoiser, Anima)
-    ours = shortened(denoiser, {"blocks": "num_blocks"})
+    ours = shorten_model(denoiser, {"blocks": "num_blocks"})
     adapter = ours.config.adapter
     latents_BCHW, sigmas_B, source_BSE, mask_BS = random_inputs(generator, ours.config.channels, adapter.source_width)
     ids_BL = torch.randint(adapter.num_words, mask_BS.shape, generator=generator)

@@ -2,7 +2,7 @@
 
 from library.architectures.anima.adapter_names import NAMES
 from library.architectures.anima.assembly import RECIPE, build
-from library.architectures.anima.merging import open_base_model, seen_by_networks
+from library.architectures.anima.merging import open_base_model, view_for_networks
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.targets import TARGETS
 from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
@@ -37,7 +37,7 @@ SPECS = (
         names=NAMES,
         network_arguments=TARGETS.arguments,
         open_for_merging=open_base_model,
-        seen_by_networks=seen_by_networks,
+        seen_by_networks=view_for_networks,
         adapter_metadata=RECIPE.of_checkpoint,
     ),
 )

@@ -23,11 +23,11 @@ from library.models.clip.clip import CLIP_WORDS
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
 from library.models.dit_loader import DitLoader
-from library.models.loading import first_side
+from library.models.loading import get_first_side
 from library.models.recipe import Recipe, folders_beside, ignored_by_flow
 from library.models.t5 import WORDS as T5_WORDS
 from library.models.t5 import load_t5_tokenizer, precisions
-from library.models.vae.flux import mapped_latents
+from library.models.vae.flux import map_latents
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,8 @@ CHROMA_RECIPE = replace(
 )
 # Settings Chroma was trained with, besides raw predictions.
 CHROMA_USUAL = {"guidance_scale": 0.0, "timestep_sampling": "sigmoid"}
-CODEC = mapped_latents("_flux.npz", max_references=1)  # Kontext, which has the layout of dev, was trained with one
-CODEC_WITHOUT_REFERENCES = mapped_latents("_flux.npz")  # of schnell and Chroma
+CODEC = map_latents("_flux.npz", max_references=1)  # Kontext, which has the layout of dev, was trained with one
+CODEC_WITHOUT_REFERENCES = map_latents("_flux.npz")  # of schnell and Chroma
 LATENTS = CODEC.spec
 
 
@@ -158,7 +158,9 @@ def build_objective(options: FluxOptions) -> FlowMatching:
 def build_text(options: FluxOptions, loader: DitLoader) -> FluxText:
     """Build both tokenizers, searched beside the base model, and T5's also beside that encoder."""
     usual = T5_TOKENS_SCHNELL if is_schnell(loader.denoiser_weights) else T5_TOKENS_DEV
-    clip = load_tokenizer(loader.path, options.model.tokenizer_cache_dir, first_side(loader.text.component, CLIP_WORDS))
+    clip = load_tokenizer(
+        loader.path, options.model.tokenizer_cache_dir, get_first_side(loader.text.component, CLIP_WORDS)
+    )
     return FluxText(ClipTokens(clip), build_t5_text(options, loader, usual, ("tokenizer_2",)))
 
 
@@ -167,7 +169,7 @@ def build_t5_text(options: FluxOptions, loader: DitLoader, usual: int, folders: 
     limit."""
     length = options.flux.t5xxl_max_token_length
     beside = folders_beside(loader.path, options.flux.t5xxl)
-    cache_dir, num_words = options.model.tokenizer_cache_dir, first_side(loader.texts[-1].component, T5_WORDS[0])
+    cache_dir, num_words = options.model.tokenizer_cache_dir, get_first_side(loader.texts[-1].component, T5_WORDS[0])
     return T5Text(
         tokenizer=load_t5_tokenizer([f / name for f in beside for name in folders], cache_dir, num_words),
         num_tokens=usual if length is None else length,

@@ -12,7 +12,7 @@ from library.architectures.flux.model import PATCH, Flux, FluxConfig, read_confi
 from library.architectures.flux.options import FluxOptions
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles, open_base
-from library.checkpoints.weights import Weights, configure, find_prefix, selected, with_prefix
+from library.checkpoints.weights import Weights, configure, find_prefix, select_weights, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.clip.clip import CLIP_WORDS, clip_component, clip_of_folder, load_clip
@@ -96,7 +96,7 @@ def open_clip(name: str | None, base: BaseFiles, folder: str) -> Component:
     if config is not None:
         return clip_of_folder(config, weights)
     weights = with_prefix(weights, find_prefix(weights.shapes, CLIP_PREFIXES))
-    return clip_component(selected(weights, {key: key for key in weights.shapes if key != "logit_scale"}), "gelu")
+    return clip_component(select_weights(weights, {key: key for key in weights.shapes if key != "logit_scale"}), "gelu")
 
 
 def open_t5(name: str | None, base: BaseFiles, folder: str) -> Component:

@@ -12,7 +12,7 @@ from library.architectures.flux.model import Flux, read_config
 from library.architectures.flux.targets import view
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
-from library.checkpoints.base_model import BaseModel, of_single_file
+from library.checkpoints.base_model import BaseModel, open_single_file
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.models.clip.names import CLIP_LINEAR
@@ -67,7 +67,7 @@ def open_text_encoder(
         is_layer = stem.startswith(f"{prefix}encoder.") and stem.endswith(layers)
         return module(stem.removeprefix(prefix)) if is_layer else None
 
-    model = of_single_file(path, model_lookup.open_file(flag, path), target_names, "flux", "")
+    model = open_single_file(path, model_lookup.open_file(flag, path), target_names, "flux", "")
     if not model.files[0].modules:
         raise UserError(f"{flag} {path} has no layer called {prefix}encoder....{layers[0]}; use the file for FLUX.1")
     return model

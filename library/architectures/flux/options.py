@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from library.options.base import Options, group, option, redeclared
+from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
@@ -65,7 +65,7 @@ class FluxModelOptions(Options):
 class FluxPredictionOptions(FlowPredictionOptions):
     """The interpretation of the denoiser's output."""
 
-    model_prediction_type: str = redeclared(FlowPredictionOptions, "model_prediction_type", "sigma_scaled")
+    model_prediction_type: str = redeclare(FlowPredictionOptions, "model_prediction_type", "sigma_scaled")
 
 
 INSTEAD: Mapping[str, str] = {

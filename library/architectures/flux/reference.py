@@ -11,14 +11,14 @@ from library.architectures.flux.checkpoint_keys import KEYS
 from library.architectures.flux.model import PATCH, Flux, FluxConfig
 from library.models.double_stream import SWAPPED
 from library.models.patches import patchify
-from library.models.reference import SIDE, diffusers_class, random_inputs, shortened, split_weights, with_weights
+from library.models.reference import SIDE, diffusers_class, random_inputs, shorten_model, split_weights, with_weights
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
     block of each kind."""
     assert isinstance(denoiser, Flux)
-    ours = shortened(denoiser, {"double_blocks": "num_double", "single_blocks": "num_single"})
+    ours = shorten_model(denoiser, {"double_blocks": "num_double", "single_blocks": "num_single"})
     config = ours.config
     latents_BCHW, sigmas_B, text_BLC, _ = random_inputs(generator, config.in_features // PATCH**2, config.text_width)
     pooled_BC = torch.randn(2, config.pooled_width, generator=generator) if config.pooled_width else None

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.weights import Weights, configure, first_names
+from library.checkpoints.weights import Weights, configure, list_first_names
 from library.errors import UserError
 from library.models.language_models import PREFIXES, decoder_config, extract_decoder
 from library.models.loading import Component, empty_transformers_model
@@ -33,7 +33,7 @@ def mistral_component(weights: Weights, flag: str, prefix: str) -> Component:
     of something else."""
     found = extract_decoder(weights, (prefix, *PREFIXES))
     if found is None or "layers.0.self_attn.q_norm.weight" in found.shapes:
-        first = first_names(weights)
+        first = list_first_names(weights)
         raise UserError(f"{flag} {weights.origin} is not a Mistral 3 text encoder (first names: {first})")
     return Component(configure(found, mistral_config), found)
 

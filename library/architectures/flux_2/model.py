@@ -70,7 +70,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> Flux2Config:
     )
 
 
-def given_modulation(num_parts: int, first_row: int) -> GivenModulation:
+def take_modulation(num_parts: int, first_row: int) -> GivenModulation:
     return GivenModulation(first_row, 3 * num_parts)
 
 
@@ -89,7 +89,7 @@ class Flux2(StreamTransformer):
         self.double_stream_modulation_img = Modulation(width, 2, bias=False)
         self.double_stream_modulation_txt = Modulation(width, 2, bias=False)
         self.single_stream_modulation = Modulation(width, 1, bias=False)
-        self.add_streams(config, given_modulation, LastModulation(width, bias=False))
+        self.add_streams(config, take_modulation, LastModulation(width, bias=False))
 
     def forward(
         self,

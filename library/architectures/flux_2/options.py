@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from library.options.base import group, option, redeclared
+from library.options.base import group, option, redeclare
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
 from library.options.training.flow import FlowSamplingOptions
 
@@ -34,7 +34,7 @@ class Flux2ModelOptions(PartOptions):
 class Flux2SamplingOptions(FlowSamplingOptions):
     """Sampling of noise levels."""
 
-    timestep_sampling: str = redeclared(FlowSamplingOptions, "timestep_sampling", "flux2_shift")
+    timestep_sampling: str = redeclare(FlowSamplingOptions, "timestep_sampling", "flux2_shift")
 
 
 INSTEAD: Mapping[str, str] = {

@@ -10,14 +10,14 @@ from library.architectures.flux_2.checkpoint_keys import KEYS
 from library.architectures.flux_2.model import Flux2, Flux2Config
 from library.models.double_stream import SWAPPED
 from library.models.patches import patchify
-from library.models.reference import SIDE, diffusers_class, random_inputs, shortened, split_weights, with_weights
+from library.models.reference import SIDE, diffusers_class, random_inputs, shorten_model, split_weights, with_weights
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
     block of each kind."""
     assert isinstance(denoiser, Flux2)
-    ours = shortened(denoiser, {"double_blocks": "num_double", "single_blocks": "num_single"})
+    ours = shorten_model(denoiser, {"double_blocks": "num_double", "single_blocks": "num_single"})
     config = ours.config
     latents_BChw, sigmas_B, text_BLE, _ = random_inputs(generator, config.in_features, config.text_width)
     guidance_B = torch.tensor([1.0, 4.0]) if config.has_guidance else None

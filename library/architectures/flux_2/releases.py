@@ -13,7 +13,7 @@ from library.architectures.flux_2.model import Flux2Config
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.models.dit_loader import name_in_folder, recorded_as_distilled
-from library.models.language_models import WORDS, with_first_layers, without_norm
+from library.models.language_models import WORDS, remove_last_norm, with_first_layers
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.qwen3 import Qwen3Release, empty_qwen3, load_qwen3_tokenizer, qwen3_component
 from library.models.shapes import shape_of
@@ -42,7 +42,7 @@ class TextEncoder:
 
     def load(self, component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
         """Load it in `dtype`, frozen, on the CPU."""
-        return without_norm(materialise(self.empty(component.config), component.weights, dtype))
+        return remove_last_norm(materialise(self.empty(component.config), component.weights, dtype))
 
 
 def qwen3_encoder(size: str) -> TextEncoder:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from library.checkpoints.base_files import BaseFiles
-from library.checkpoints.weights import renamed, selected
+from library.checkpoints.weights import rename_weights, select_weights
 from library.errors import UserError
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, empty_diffusers_model, materialise
@@ -76,7 +76,7 @@ def open_vae(model: str, name: str | None, base: BaseFiles) -> Component:
     """Open the VAE from --vae or from the base model. Raises UserError for another kind of VAE."""
     flag, config, weights = find_vae(name, base, "--vae")
     if config is None:
-        weights = renamed(weights, original_to_diffusers)
+        weights = rename_weights(weights, original_to_diffusers)
         component = single_vae(weights, (BATCH_NORM,))
         component = Component({**component.config, **decoder_config(component.weights.shapes)}, component.weights)
     else:
@@ -89,7 +89,7 @@ def open_vae(model: str, name: str | None, base: BaseFiles) -> Component:
             f"the VAE of {model}"
         )
     kept = {key: key for key in component.weights.shapes if key != COUNTER}
-    return Component(component.config, selected(component.weights, kept))
+    return Component(component.config, select_weights(component.weights, kept))
 
 
 def original_to_diffusers(key: str) -> str:

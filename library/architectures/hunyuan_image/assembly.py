@@ -15,10 +15,10 @@ from library.architectures.hunyuan_image.vae import SCALE
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import FlowMatching, build_sampled_flow
-from library.diffusion.samplers import shifted_sampler
+from library.diffusion.samplers import build_shifted_sampler
 from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
-from library.models.recipe import Recipe, folders_beside, ignored_attention, ignored_by_flow
+from library.models.recipe import Recipe, explain_ignored_attention, folders_beside, ignored_by_flow
 from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
@@ -68,7 +68,7 @@ def build(options: HunyuanImageOptions) -> Architecture:
         preview=build_preview(text),
         metadata=RECIPE.describe(options),
         specs=list_specs(),
-        ignores={**RECIPE.ignores, **ignored_attention(options.hunyuan_image.attn_mode)},
+        ignores={**RECIPE.ignores, **explain_ignored_attention(options.hunyuan_image.attn_mode)},
         text_cache=build_text_cache(options, loader, text),
     )
 
@@ -118,5 +118,5 @@ def build_preview(text: HunyuanImageText) -> Preview:
         ),
         text=text,
         predict=lambda prompt: predict,
-        sampler=shifted_sampler,
+        sampler=build_shifted_sampler,
     )

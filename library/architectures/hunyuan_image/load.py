@@ -13,13 +13,13 @@ from library.architectures.hunyuan_image.vae import MARK, SCALE, load_hunyuan_im
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles, open_base
-from library.checkpoints.weights import Weights, configure, renamed
+from library.checkpoints.weights import Weights, configure, rename_weights
 from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
 from library.models.dit_loader import DitLoader, open_dit_loader
 from library.models.identify import open_denoiser
 from library.models.language_models import WORDS, choose_load
-from library.models.loading import Component, check_text_width, first_side
+from library.models.loading import Component, check_text_width, get_first_side
 from library.models.t5 import load_t5, t5_component, t5_of_folder
 from library.options.model import BASE_FLAG
 from library.protocols import LatentSpec
@@ -52,7 +52,7 @@ def open_loader(options: HunyuanImageOptions) -> DitLoader:
     loader = open_dit_loader(
         options,
         base,
-        renamed(weights, from_original),
+        rename_weights(weights, from_original),
         partial(HunyuanImage, config),
         texts=[
             (
@@ -61,7 +61,7 @@ def open_loader(options: HunyuanImageOptions) -> DitLoader:
             ),
             (lambda: open_component("byt5", own.byt5, base), load_t5),
         ],
-        vae=lambda: checked_vae(open_component("vae", given["vae"], base)),
+        vae=lambda: check_vae(open_component("vae", given["vae"], base)),
         load_vae=partial(load_hunyuan_image_vae, chunk_rows=own.vae_chunk_size or None),
         vae_dtype=torch.float32 if is_float32 else torch.float16,
     )
@@ -96,11 +96,11 @@ def component_of_file(part: str, weights: Weights) -> Component:
     if part == "text_encoder":
         return qwen_component(weights)
     if any(key.startswith("block.") for key in weights.shapes):  # an encoder saved separately
-        weights = renamed(weights, lambda key: key if key == GLYPH_WORDS else f"encoder.{key}")
+        weights = rename_weights(weights, lambda key: key if key == GLYPH_WORDS else f"encoder.{key}")
     return t5_component(weights)
 
 
-def checked_vae(component: Component) -> Component:
+def check_vae(component: Component) -> Component:
     """Raise UserError if a VAE's latents differ from HunyuanImage 2.1's in shape; warn of another scale."""
     origin, config = component.weights.origin, component.config
     found = (config.get("latent_channels"), config.get("spatial_compression_ratio"))
@@ -125,6 +125,6 @@ def check_fit(loader: DitLoader, config: HunyuanImageConfig) -> None:
     qwen, byt5 = (part.component for part in loader.texts)
     check_text_width("--text_encoder", qwen, WORDS, config.text_width, f"{MODEL}'s")
     check_text_width("--byt5", byt5, GLYPH_WORDS, config.glyph_width, f"{MODEL}'s")
-    num_words = first_side(byt5, GLYPH_WORDS)
+    num_words = get_first_side(byt5, GLYPH_WORDS)
     if num_words is not None and num_words < NUM_BYTE_IDS:
         raise UserError(f"--byt5 {byt5.weights.origin} has {num_words} embeddings; ByT5 needs {NUM_BYTE_IDS}")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from library.options.base import Options, group, option, redeclared
+from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
 from library.options.machine.memory import ATTENTION_MODES, ScaledPrecisionOptions
 from library.options.model import ReadingOptions
@@ -57,7 +57,7 @@ class HunyuanImageModelOptions(Options):
 class HunyuanImageSamplingOptions(FlowSamplingOptions):
     """Sampling of noise levels."""
 
-    discrete_flow_shift: float = redeclared(FlowSamplingOptions, "discrete_flow_shift", 5.0)
+    discrete_flow_shift: float = redeclare(FlowSamplingOptions, "discrete_flow_shift", 5.0)
 
 
 INSTEAD: Mapping[str, str] = {

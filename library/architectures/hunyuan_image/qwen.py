@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.checkpoints.weights import Weights, configure, first_names, selected
+from library.checkpoints.weights import Weights, configure, list_first_names, select_weights
 from library.errors import UserError
 from library.memory.devices import send
-from library.models.language_models import DESCRIBE, PREFIXES, WORDS, extract_decoder, without_norm
+from library.models.language_models import DESCRIBE, PREFIXES, WORDS, extract_decoder, remove_last_norm
 from library.models.loading import Component, empty_transformers_model, load_component
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, holds_byte_pairs
@@ -43,13 +43,13 @@ def qwen_component(weights: Weights, config: Mapping[str, Any] | None = None) ->
     """
     found = extract_decoder(weights, PREFIXES)
     if found is None or "layers.0.self_attn.q_proj.bias" not in found.shapes:
-        raise UserError(f"{weights.origin} is not a Qwen2.5-VL text encoder (first names: {first_names(weights)})")
+        raise UserError(f"{weights.origin} is not a Qwen2.5-VL text encoder (first names: {list_first_names(weights)})")
     weights = found
     num_layers = count(weights.shapes, r"layers\.(\d+)\.") - NUM_UNUSED_LAYERS
     if num_layers < 1:
         raise UserError(f"{weights.origin} has {num_layers + NUM_UNUSED_LAYERS} layers; Qwen2.5-VL 7B has 28")
     kept = [key for key in weights.shapes if key == WORDS or is_used(key, num_layers)]
-    weights = selected(weights, {key: key for key in kept})
+    weights = select_weights(weights, {key: key for key in kept})
     given = dict(config or {})
     return Component(configure(weights, lambda shapes: qwen_config(shapes, given.get("text_config", given))), weights)
 
@@ -87,7 +87,7 @@ def qwen_config(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def empty_qwen(config: Mapping[str, Any]) -> nn.Module:
     """Build transformers' Qwen2_5_VLTextModel without its last norm and with weights on the meta device."""
-    return without_norm(empty_transformers_model("qwen2_5_vl", "Qwen2_5_VLText", config))
+    return remove_last_norm(empty_transformers_model("qwen2_5_vl", "Qwen2_5_VLText", config))
 
 
 load_qwen = partial(load_component, empty_qwen)

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from library.architectures.hunyuan_image.checkpoint_keys import KEYS, to_original
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig
 from library.models.double_stream import SWAPPED
-from library.models.reference import diffusers_class, random_inputs, shortened, split_weights, with_weights
+from library.models.reference import diffusers_class, random_inputs, shorten_model, split_weights, with_weights
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
     block of each kind."""
     assert isinstance(denoiser, HunyuanImage)
-    ours = shortened(denoiser, {"double_blocks": "num_double", "single_blocks": "num_single"})
+    ours = shorten_model(denoiser, {"double_blocks": "num_double", "single_blocks": "num_single"})
     latents_BCHW, sigmas_B, text_BLE, mask_BL = random_inputs(
         generator, ours.config.in_features, ours.config.text_width
     )

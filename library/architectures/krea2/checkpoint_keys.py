@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
-from library.checkpoints.weights import Weights, renamed
+from library.checkpoints.weights import Weights, rename_weights
 from library.models.layer_keys import LayerKeys, Layers, Stack, list_leaves
 
 MARK, DIFFUSERS_MARK = "txtfusion.projector.weight", "text_fusion.projector.weight"
@@ -64,6 +64,6 @@ def from_diffusers(weights: Weights) -> Weights:
     """Rename a model in diffusers' layout to our names. The rows of a block's modulation, six there, are one vector
     here, in the same order."""
     names = {theirs: key for key in KEYS.our_keys(weights.shapes) for theirs in KEYS.source_keys(key)}
-    found = renamed(weights, lambda key: names.get(key, key))
+    found = rename_weights(weights, lambda key: names.get(key, key))
     flat = {key: (prod(shape),) for key, shape in found.shapes.items() if key.endswith(".mod.lin")}
     return replace(found, shapes={**found.shapes, **flat})

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from library.architectures.krea2.model import PATCH, Krea2Config, SingleStreamDiT
 from library.models.patches import patchify
-from library.models.reference import SIDE, diffusers_class, random_inputs, shortened, with_weights
+from library.models.reference import SIDE, diffusers_class, random_inputs, shorten_model, with_weights
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
     block of all tokens and all those that fuse text."""
     assert isinstance(denoiser, SingleStreamDiT)
-    ours = shortened(denoiser, {"blocks": "num_blocks"})
+    ours = shorten_model(denoiser, {"blocks": "num_blocks"})
     c, theirs = ours.config, diffusers_model(ours)
     inputs = random_inputs(generator, c.in_features // PATCH**2, c.num_states * c.fusion.width)
     latents_BCHW, sigmas_B, text_BLF, mask_BL = inputs

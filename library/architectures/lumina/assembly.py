@@ -13,13 +13,13 @@ from library.architectures.lumina.text import LuminaText
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
-from library.diffusion.samplers import shifted_sampler
+from library.diffusion.samplers import build_shifted_sampler
 from library.errors import UserError
 from library.models.adapter_views import view_both
 from library.models.dit_loader import DitLoader
 from library.models.next_dit import predict
 from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
-from library.models.vae.flux import mapped_latents
+from library.models.vae.flux import map_latents
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 
 GEMMA_TOKENS = 256
@@ -40,7 +40,7 @@ RECIPE = Recipe(
     ),
     records=(*RECORDS, "text_encoder_lr"),
 )  # fmt: skip
-CODEC = mapped_latents("_lumina.npz")
+CODEC = map_latents("_lumina.npz")
 LATENTS = CODEC.spec
 
 
@@ -119,6 +119,6 @@ def build_preview(text: LuminaText) -> Preview:
         ),
         text=replace(text, system_prompt=""),
         predict=lambda prompt: predict,
-        sampler=partial(shifted_sampler, predicts="latent - noise"),
+        sampler=partial(build_shifted_sampler, predicts="latent - noise"),
         worded=text.worded,
     )

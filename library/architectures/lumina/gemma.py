@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from library.checkpoints.model_lookup import fetch_snapshot
-from library.checkpoints.weights import Weights, configure, first_names, selected, with_prefix
+from library.checkpoints.weights import Weights, configure, list_first_names, select_weights, with_prefix
 from library.errors import UserError
 from library.memory.devices import send
 from library.models.loading import Component, empty_transformers_model, load_component
@@ -38,7 +38,7 @@ def gemma_component(weights: Weights) -> Component:
     """Build the encoder from a single file or a full checkpoint. Raises UserError if it holds something else."""
     prefix = next((p for p in GEMMA_PREFIXES if f"{p}embed_tokens.weight" in weights.shapes), None)
     if prefix is None or f"{prefix}layers.0.pre_feedforward_layernorm.weight" not in weights.shapes:
-        raise UserError(f"{weights.origin} is not a Gemma 2 text encoder (first names: {first_names(weights)})")
+        raise UserError(f"{weights.origin} is not a Gemma 2 text encoder (first names: {list_first_names(weights)})")
     weights = gemma_part(weights, prefix)
     return Component(configure(weights, gemma_config), weights)
 
@@ -53,7 +53,7 @@ def gemma_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
 
 def gemma_part(weights: Weights, prefix: str) -> Weights:
     bare = with_prefix(weights, prefix)
-    return selected(bare, {key: key for key in bare.shapes if key.startswith(PARTS)})
+    return select_weights(bare, {key: key for key in bare.shapes if key.startswith(PARTS)})
 
 
 def gemma_config(shapes: Shapes) -> dict[str, Any]:

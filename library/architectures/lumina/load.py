@@ -8,7 +8,7 @@ from library.architectures.lumina.model import PATCH, NextDiT, read_config
 from library.architectures.lumina.options import LuminaOptions
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles, open_base
-from library.checkpoints.weights import Weights, configure, selected
+from library.checkpoints.weights import Weights, configure, select_weights
 from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
@@ -59,7 +59,7 @@ def read_denoiser(base: BaseFiles) -> Weights:
     weights = open_denoiser(list_specs(), base, "lumina", MARK, DIFFUSERS_MARK, KEYS.from_diffusers)
     # Z-Image's layers have the same names.
     refuse_other_model(list_specs(), base.flag, str(base.path), (base.whole or weights).shapes, "lumina")
-    return selected(weights, {key: key for key in weights.shapes if key != UNUSED})
+    return select_weights(weights, {key: key for key in weights.shapes if key != UNUSED})
 
 
 def open_gemma(name: str | None, base: BaseFiles) -> Component:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from library.options.base import Options, group, option, redeclared
+from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
@@ -53,7 +53,7 @@ class LuminaModelOptions(Options):
 class LuminaSamplingOptions(FlowSamplingOptions):
     """Sampling of noise levels."""
 
-    timestep_sampling: str = redeclared(
+    timestep_sampling: str = redeclare(
         FlowSamplingOptions,
         "timestep_sampling",
         "shift",
@@ -63,7 +63,7 @@ class LuminaSamplingOptions(FlowSamplingOptions):
         "shift that grows with the image size, nextdit_shift as flux_shift of uniform values, logsnr with a normal "
         "log-SNR, qinglong_flux and qinglong_qwen as a mixture.",
     )
-    discrete_flow_shift: float = redeclared(FlowSamplingOptions, "discrete_flow_shift", 6.0)
+    discrete_flow_shift: float = redeclare(FlowSamplingOptions, "discrete_flow_shift", 6.0)
 
 
 INSTEAD: Mapping[str, str] = {

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from library.architectures.lumina.checkpoint_keys import KEYS
 from library.architectures.lumina.model import PATCH, LuminaConfig, NextDiT
 from library.models.next_dit import COUNT_FIELDS
-from library.models.reference import diffusers_class, random_inputs, shortened, split_weights, with_weights
+from library.models.reference import diffusers_class, random_inputs, shorten_model, split_weights, with_weights
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
     block of each kind."""
     assert isinstance(denoiser, NextDiT)
-    ours = shortened(denoiser, COUNT_FIELDS)
+    ours = shorten_model(denoiser, COUNT_FIELDS)
     inputs = random_inputs(generator, ours.config.in_features // PATCH**2, ours.config.text_width)
     return ours(*inputs), diffusers_model(ours)(*inputs, return_dict=False)[0]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from library.architectures.qwen_image_21.checkpoint_keys import BLOCKS
 from library.architectures.qwen_image_21.model import QwenImage21, QwenImage21Config
 from library.models.patches import patchify
-from library.models.reference import SIDE, diffusers_class, random_inputs, shortened, with_weights
+from library.models.reference import SIDE, diffusers_class, random_inputs, shorten_model, with_weights
 
 SLOT_SIDE = 2  # a slot in the text, marked by `img_mask`, represents a square of this many tokens of an image
 
@@ -17,7 +17,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
     """Return the velocities of our class and of diffusers' for random inputs without reference images, float32, with
     the first and the last block."""
     assert isinstance(denoiser, QwenImage21)
-    ours = shortened(denoiser, {BLOCKS: "num_blocks"})
+    ours = shorten_model(denoiser, {BLOCKS: "num_blocks"})
     c, theirs = ours.config, diffusers_model(ours)
     latents_BChw, sigmas_B, text_BLE, mask_BL = random_inputs(generator, c.in_features, c.text_width)
     expected = []

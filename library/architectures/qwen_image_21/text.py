@@ -120,14 +120,14 @@ def encode_states(
     for ids_T, mask_T, seen in zip(ids_BT, mask_BT, images, strict=True):
         ids_S = ids_T[mask_T.bool()]
         if seen:
-            states_SE = encode_with_images(language, vision[0], ids_S, slot, [over_white(one) for one in seen])
+            states_SE = encode_with_images(language, vision[0], ids_S, slot, [composite_on_white(one) for one in seen])
         else:
             states_SE = language(send(ids_S[None], device)).last_hidden_state[0]
         rows.append(pad(states_SE, (0, 0, 0, len(ids_T) - len(ids_S))))
     return torch.stack(rows)
 
 
-def over_white(image_CHW: Tensor) -> Tensor:
+def composite_on_white(image_CHW: Tensor) -> Tensor:
     """Lay an RGBA image of values -1..1 over white, rounded to 8 bits as image files are; RGB is unchanged."""
     if len(image_CHW) == 3:
         return image_CHW

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from library.checkpoints.base_files import BaseFiles
-from library.checkpoints.weights import configure, first_names, renamed, selected
+from library.checkpoints.weights import configure, list_first_names, rename_weights, select_weights
 from library.errors import UserError
 from library.memory.devices import send
 from library.models.loading import Component, empty_diffusers_model, load_component
 from library.models.shapes import Shapes, count, shape_of
 from library.models.vae.flux import find_vae
-from library.models.vae.qwen_image import in_block, outside_levels
+from library.models.vae.qwen_image import outside_levels, rename_in_block
 from library.protocols import LatentSpec
 
 FLAG = "--vae"
@@ -89,12 +89,12 @@ def open_vae(name: str | None, base: BaseFiles) -> Component:
     """Open the VAE from --vae or from the base model. Raises UserError for another kind of VAE."""
     flag, config, weights = find_vae(name, base, FLAG, MARKS)
     if MARKS[1] in weights.shapes:
-        weights = renamed(weights, from_comfy)
+        weights = rename_weights(weights, from_comfy)
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    weights = selected(weights, {key: key for key in weights.shapes if key.startswith(parts)})
+    weights = select_weights(weights, {key: key for key in weights.shapes if key.startswith(parts)})
     if "encoder.down_blocks.0.resnets.0.norm1.gamma" not in weights.shapes:
         raise UserError(
-            f"{flag} {weights.origin} is not the VAE of Qwen-Image 2.1 (first names: {first_names(weights)})"
+            f"{flag} {weights.origin} is not the VAE of Qwen-Image 2.1 (first names: {list_first_names(weights)})"
         )
     component = Component(config or configure(weights, vae_config), weights)
     found = shape_of(weights.shapes, MARKS[0])[1]
@@ -111,7 +111,7 @@ def from_comfy(key: str) -> str:
         part, way, level, place, tail = match.groups()
         resamples = tail.startswith(("resample.", "time_conv."))
         inside = f"{way}sampler" if resamples else f"resnets.{place}"
-        return f"{part}.{way}_blocks.{level}.{inside}.{in_block(tail)}"
+        return f"{part}.{way}_blocks.{level}.{inside}.{rename_in_block(tail)}"
     return outside_levels(key)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.sd.load import CLIP_PREFIXES, NUM_SD2_LAYERS
-from library.checkpoints.weights import Weights, renamed, selected
+from library.checkpoints.weights import Weights, rename_weights, select_weights
 from library.models.clip.clip import to_open_clip
 from library.models.loading import Component
 from library.models.shapes import count
@@ -20,7 +20,7 @@ VAE_SIDE = 256  # image size in the VAE's training; diffusers' tiles have this s
 LAST_LAYER, ONE_MORE = (f"transformer.resblocks.{n}." for n in (NUM_SD2_LAYERS - 1, NUM_SD2_LAYERS))
 
 
-def in_single_file(base: str, parts: Mapping[str, Component], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def to_single_file(base: str, parts: Mapping[str, Component], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of unet, vae and text_encoder in `dtype`, under the names of Stability's checkpoints of `base`.
 
     The projections of attention have these checkpoints' form: 1x1 convolutions, but matrices in the U-Net of SD 2.x.
@@ -28,8 +28,8 @@ def in_single_file(base: str, parts: Mapping[str, Component], dtype: torch.dtype
     unet, vae = parts["unet"], parts["vae"].weights
     layout = layout_of_config(unet.config)
     num_levels = count(vae.shapes, r"encoder\.down_blocks\.(\d+)\.")
-    text = without_ids(parts["text_encoder"].weights)
-    text = to_open_clip(text) if base == "sd2" else renamed(text, lambda key: f"text_model.{key}")
+    text = drop_position_ids(parts["text_encoder"].weights)
+    text = to_open_clip(text) if base == "sd2" else rename_weights(text, lambda key: f"text_model.{key}")
     for weights, prefix, name_of in (
         (unet.weights, UNET_PREFIX, lambda key: unet_to_ldm(key, layout)),
         (text, CLIP_PREFIXES[base], lambda key: key),
@@ -77,14 +77,14 @@ def other_weights(whole: Weights, found: Mapping[str, Tensor]) -> Iterator[tuple
             yield name, whole.read(key)
 
 
-def in_folder(part: str, component: Component, dtype: torch.dtype, is_linear: bool) -> Iterator[tuple[str, Tensor]]:
+def to_folder(part: str, component: Component, dtype: torch.dtype, is_linear: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of one part in `dtype`, under the names that diffusers and transformers save.
 
     `is_linear` makes the U-Net's projections matrices instead of 1x1 convolutions.
     """
     weights = component.weights
     if part == "text_encoder":
-        weights = renamed(without_ids(weights), lambda key: f"text_model.{key}")
+        weights = rename_weights(drop_position_ids(weights), lambda key: f"text_model.{key}")
     for key in weights.shapes:
         value = weights.read(key)
         if part != "text_encoder" and is_projection(key):
@@ -104,6 +104,6 @@ def folder_config(
     return {**config, "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
 
 
-def without_ids(text: Weights) -> Weights:
+def drop_position_ids(text: Weights) -> Weights:
     """Drop the position IDs of a text encoder, which old files have and models create themselves."""
-    return selected(text, {key: key for key in text.shapes if not key.endswith("position_ids")})
+    return select_weights(text, {key: key for key in text.shapes if not key.endswith("position_ids")})

@@ -5,7 +5,7 @@ from functools import partial
 from library.architectures.sd.adapter_names import NAMES, SD2_NAMES
 from library.architectures.sd.assembly import build, metadata
 from library.architectures.sd.load import TITLES
-from library.architectures.sd.merging import open_base_model, seen_by_networks
+from library.architectures.sd.merging import open_base_model, view_for_networks
 from library.architectures.sd.targets import TARGETS
 from library.checkpoints.base_model_spec import ALL, KOHYA, BaseModelSpec, BlockWeights, Certainty, Gap, Reader, Sign
 from library.models.unet.block_weights import BASE, MID, block_of, every_block, side
@@ -64,7 +64,7 @@ SPECS = (
         names=NAMES,
         network_arguments=TARGETS.arguments,
         open_for_merging=partial(open_base_model, "sd1"),
-        seen_by_networks=partial(seen_by_networks, "sd1"),
+        seen_by_networks=partial(view_for_networks, "sd1"),
         adapter_metadata=partial(adapter_metadata, False),
         block_weights=BLOCK_WEIGHTS,
     ),
@@ -93,7 +93,7 @@ SPECS = (
         names=SD2_NAMES,
         network_arguments=TARGETS.arguments,
         open_for_merging=partial(open_base_model, "sd2"),
-        seen_by_networks=partial(seen_by_networks, "sd2"),
+        seen_by_networks=partial(view_for_networks, "sd2"),
         adapter_metadata=partial(adapter_metadata, True),
         block_weights=BLOCK_WEIGHTS,
     ),

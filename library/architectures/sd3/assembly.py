@@ -21,13 +21,13 @@ from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import FlowMatching
 from library.diffusion.samplers import FlowSampler, Sampler
-from library.diffusion.timesteps import FINEST_LEVEL, shift_sigmas, shifted_scheme, takes_offset
+from library.diffusion.timesteps import FINEST_LEVEL, build_shifted_scheme, shift_sigmas, takes_offset
 from library.errors import needing
 from library.models.clip.clip import CLIP_WORDS, PROJECTION
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
 from library.models.dit_loader import DitLoader
-from library.models.loading import first_side
+from library.models.loading import get_first_side
 from library.models.recipe import Recipe, folders_beside, ignored_by_flow
 from library.models.shapes import shape_of
 from library.models.t5 import WORDS as T5_WORDS
@@ -100,11 +100,11 @@ def stretch_positions(denoiser: nn.Module, sizes: Sequence[tuple[int, int]]) -> 
 def build_text(options: Sd3Options, loader: DitLoader) -> Sd3Text:
     """Build the text pipeline for the token limits and masks."""
     text, cache_dir = options.text, options.model.tokenizer_cache_dir
-    clip = load_tokenizer(loader.path, cache_dir, first_side(loader.text.component, CLIP_WORDS))
+    clip = load_tokenizer(loader.path, cache_dir, get_first_side(loader.text.component, CLIP_WORDS))
     t5 = None
     for part in loader.texts[2:]:
         folders = [folder / T5_TOKENIZER for folder in folders_beside(loader.path, text.t5xxl)]
-        t5 = load_t5_tokenizer(folders, cache_dir, first_side(part.component, T5_WORDS[0]))
+        t5 = load_t5_tokenizer(folders, cache_dir, get_first_side(part.component, T5_WORDS[0]))
     return Sd3Text(ClipTokens(clip), t5, text.t5xxl_max_token_length, text.apply_lg_attn_mask, text.apply_t5_attn_mask)
 
 
@@ -130,7 +130,7 @@ def build_text_cache(options: Sd3Options, loader: DitLoader, text: Sd3Text) -> T
 
 def build_objective(options: Sd3Options) -> FlowMatching:
     """Build the objective that compares an estimate of the clean latent, at whole thousandths of noise."""
-    levels = shifted_scheme(options.flow, options.sd3.training_shift)
+    levels = build_shifted_scheme(options.flow, options.sd3.training_shift)
     return FlowMatching(
         options.noise,
         options.loss,

@@ -40,7 +40,7 @@ class Variation:
         for parts, drops_B in zip(self._parts(), drops_EB, strict=True):
             for name, channels in parts.items():
                 if name in changed and drops_B.any():
-                    changed[name] = without(changed[name], channels, drops_B)
+                    changed[name] = zero_range(changed[name], channels, drops_B)
         if is_elsewhere:
             changed["position"] = place_2.expand(B, 2)
         return changed
@@ -55,7 +55,7 @@ class Variation:
         )
 
 
-def without(features: Tensor, channels: tuple[int, int | None], drops_B: Tensor) -> Tensor:
+def zero_range(features: Tensor, channels: tuple[int, int | None], drops_B: Tensor) -> Tensor:
     """Zero the given last-axis range of the features in dropped samples."""
     is_there = torch.ones(features.shape[-1], dtype=torch.bool)
     is_there[slice(*channels)] = False

@@ -11,9 +11,9 @@ from library.architectures.sd3.model import MMDiT, MMDiTConfig, read_config
 from library.architectures.sd3.options import Sd3Options, Sd3TextOptions
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
-from library.checkpoints.base_files import BaseFiles, named
+from library.checkpoints.base_files import BaseFiles, require_base_name
 from library.checkpoints.model_lookup import existing
-from library.checkpoints.weights import Weights, configure, find_prefix, first_names, selected, with_prefix
+from library.checkpoints.weights import Weights, configure, find_prefix, list_first_names, select_weights, with_prefix
 from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
 from library.models.clip.clip import PROJECTION, clip_component, load_clip
@@ -71,14 +71,14 @@ def open_loader(options: Sd3Options) -> tuple[DitLoader, MMDiTConfig]:
 
 def open_checkpoint(name: str | None) -> tuple[Path, Weights]:
     """Open the single file with the denoiser. Raises UserError if it is something else, naming it."""
-    path = existing(BASE_FLAG, named(name, "the .safetensors file of an SD3 or SD3.5 model"))
+    path = existing(BASE_FLAG, require_base_name(name, "the .safetensors file of an SD3 or SD3.5 model"))
     specs = list_specs()
     weights = open_single_file(specs, BASE_FLAG, path, "sd3", ADVICE)
     found = base_of_file(specs, weights.shapes)
     refuse_other(specs, BASE_FLAG, str(path), found, "sd3", "checkpoint")
     if found is None:
         why = "it has no joint_blocks, so it is not an SD3 checkpoint"
-        raise UserError(f"{BASE_FLAG} {path}: {why} (first names: {first_names(weights)})")
+        raise UserError(f"{BASE_FLAG} {path}: {why} (first names: {list_first_names(weights)})")
     return path, weights
 
 
@@ -87,7 +87,7 @@ def read_denoiser(weights: Weights) -> Weights:
     weights = with_prefix(weights, find_prefix(weights.shapes, DENOISER_PREFIXES))
     parts = ("joint_blocks.", "x_embedder.", "t_embedder.", "y_embedder.", "context_embedder.", "final_layer.")
     names = [name for name in weights.shapes if name.startswith(parts) or name == "pos_embed"]
-    return selected(weights, {name: name for name in names})
+    return select_weights(weights, {name: name for name in names})
 
 
 def open_clip(name: str, options: Sd3TextOptions, base: Weights) -> Component:

@@ -10,11 +10,11 @@ from library.architectures.sd3.model import MMDiT, read_config, recognise_versio
 from library.architectures.sd3.targets import view
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
-from library.checkpoints.base_model import BaseModel, of_single_file
+from library.checkpoints.base_model import BaseModel, open_single_file
 from library.checkpoints.weights import configure, find_prefix
 from library.errors import UserError
 from library.models.identify import DENOISER_PREFIXES
-from library.models.loading import on_meta_device
+from library.models.loading import build_on_meta_device
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
@@ -33,10 +33,10 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
             return NAMES.find(stem)
         return NAMES.find(f"diffusion_model.{stem.removeprefix(prefix)}") if stem.startswith(prefix) else None
 
-    return of_single_file(path, weights, target_names, "sd3", f"stable-diffusion-3-{version}")
+    return open_single_file(path, weights, target_names, "sd3", f"stable-diffusion-3-{version}")
 
 
-def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
+def view_for_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """Return ([], denoiser) of a checkpoint as network modules see it, on the meta device."""
     denoiser = read_denoiser(model_lookup.open_file("the checkpoint", path))
-    return view([], on_meta_device(MMDiT, configure(denoiser, read_config)))
+    return view([], build_on_meta_device(MMDiT, configure(denoiser, read_config)))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.sd3.model import MMDiT
-from library.models.reference import SIDE, diffusers_class, random_inputs, shortened, with_weights
+from library.models.reference import SIDE, diffusers_class, random_inputs, shorten_model, with_weights
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -16,7 +16,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
     last = denoiser.config.depth - 1
     kept = {0: 0, last: min(last, 1)}
     dual = frozenset(kept[block] for block in denoiser.config.dual_attention if block in kept)
-    ours = shortened(denoiser, {"joint_blocks": "depth"}, dual_attention=dual)
+    ours = shorten_model(denoiser, {"joint_blocks": "depth"}, dual_attention=dual)
     config = ours.config
     latents_BCHW, _, context_BLC, _ = random_inputs(generator, config.in_channels, config.context_width)
     pooled_BC = torch.randn(2, config.pooled_width, generator=generator)

@@ -2,7 +2,7 @@
 
 from library.architectures.sd3.adapter_names import NAMES
 from library.architectures.sd3.assembly import RECIPE, build
-from library.architectures.sd3.merging import open_base_model, seen_by_networks
+from library.architectures.sd3.merging import open_base_model, view_for_networks
 from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.targets import TARGETS
 from library.checkpoints.base_model_spec import (
@@ -53,7 +53,7 @@ SPECS = (
         names=NAMES,
         network_arguments=TARGETS.arguments,
         open_for_merging=open_base_model,
-        seen_by_networks=seen_by_networks,
+        seen_by_networks=view_for_networks,
         adapter_metadata=adapter_metadata,
     ),
 )

@@ -65,7 +65,7 @@ class Sd3Text:
     def encode_clips(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """Return the features that need only CLIP-L and CLIP-G, the first two of `encoders`."""
         ids = [ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT[:2]]
-        masks = [up_to_end(ids_BT, self.clip.end_id) for ids_BT in ids]
+        masks = [mask_to_end(ids_BT, self.clip.end_id) for ids_BT in ids]
         clips = [
             encode_clip(encoder, ids_BT, mask_BT if self.masks_clip else None)
             for encoder, ids_BT, mask_BT in zip(encoders[:2], ids, masks, strict=True)
@@ -78,7 +78,7 @@ class Sd3Text:
         }
 
 
-def up_to_end(ids_BT: Tensor, end_id: int) -> Tensor:
+def mask_to_end(ids_BT: Tensor, end_id: int) -> Tensor:
     """Return 1 up to and including the first end token, 0 in the padding after it."""
     is_end_BT = (ids_BT == end_id).int()
     return ((is_end_BT.cumsum(dim=1) - is_end_BT) == 0).long()

@@ -34,7 +34,7 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     return open_checkpoint(list_specs(), flag, path, LAYOUT)
 
 
-def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
+def view_for_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """Return (both text encoders, U-Net) of a checkpoint as network modules see them, on the meta device."""
     parts = open_parts(open_files("the checkpoint", path))
     clip_l, clip_g = parts.clips

@@ -2,7 +2,7 @@
 
 from library.architectures.sdxl.adapter_names import NAMES
 from library.architectures.sdxl.assembly import RECIPE, build
-from library.architectures.sdxl.merging import open_base_model, seen_by_networks
+from library.architectures.sdxl.merging import open_base_model, view_for_networks
 from library.architectures.sdxl.options import SdxlOptions
 from library.architectures.sdxl.targets import TARGETS
 from library.checkpoints.base_model_spec import (
@@ -59,7 +59,7 @@ SPECS = (
         names=NAMES,
         network_arguments=TARGETS.arguments,
         open_for_merging=open_base_model,
-        seen_by_networks=seen_by_networks,
+        seen_by_networks=view_for_networks,
         adapter_metadata=adapter_metadata,
         block_weights=BLOCK_WEIGHTS,
     ),

@@ -94,28 +94,28 @@ def unet_view(unet: nn.Module, layout: UnetLayout) -> nn.Module:
         kind = type(module).__name__
         has_weights = bool(list(module.parameters(recurse=False)))
         if kind in WHOLE or has_weights:
-            placed[in_files(path, layout)] = module
+            placed[file_path(path, layout)] = module
             hidden.append(path)
         elif kind in RENAMED:
-            placed[block_in_files(path, layout)] = BLOCKS[kind]()
+            placed[block_file_path(path, layout)] = BLOCKS[kind]()
     root = SdxlUNet2DConditionModel()
-    for path in sorted(placed, key=in_order):
+    for path in sorted(placed, key=layout_sort_key):
         put(root, path, placed[path])
     return root
 
 
-def in_files(path: str, layout: UnetLayout) -> str:
+def file_path(path: str, layout: UnetLayout) -> str:
     return unet_to_ldm(f"{path}.weight", layout).removesuffix(".weight")
 
 
-def block_in_files(path: str, layout: UnetLayout) -> str:
+def block_file_path(path: str, layout: UnetLayout) -> str:
     """Return the path of a renamed block: that of any of its layers without the ending."""
     layer = "conv1" if ".resnets." in path else "conv"
-    parent = in_files(f"{path}.{layer}", layout)
+    parent = file_path(f"{path}.{layer}", layout)
     return parent.removesuffix(".in_layers.2").removesuffix(".op").removesuffix(".conv")
 
 
-def in_order(path: str) -> tuple[tuple[int, str], ...]:
+def layout_sort_key(path: str) -> tuple[tuple[int, str], ...]:
     """Return the sort key of the single-file layout's order: numbers by value, input to output."""
     tops = ("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out")
     inner = ("in_layers", "emb_layers", "out_layers", "skip_connection")

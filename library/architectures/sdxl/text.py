@@ -43,13 +43,13 @@ class SdxlText(ChunkedText):
         assert isinstance(projection, nn.Module)
         first_BTW = normed_NTW[:: ids2_BLT.shape[1]]
         return {
-            "hidden_state1": joined(states1[-2], ids1_BLT, weights1_BLT),
-            "hidden_state2": joined(states2[-2], ids2_BLT, weights2_BLT),
+            "hidden_state1": concatenate_chunks(states1[-2], ids1_BLT, weights1_BLT),
+            "hidden_state2": concatenate_chunks(states2[-2], ids2_BLT, weights2_BLT),
             "pool2": pool_at_end(first_BTW, ids2_BLT[:, 0], self.tokens.end_id, projection),
         }
 
 
-def joined(hidden_NTW: Tensor, ids_BLT: Tensor, weights_BLT: Tensor | None) -> Tensor:
+def concatenate_chunks(hidden_NTW: Tensor, ids_BLT: Tensor, weights_BLT: Tensor | None) -> Tensor:
     """Join the chunks of each caption into one sequence, weighted by its emphasis."""
     hidden_BLTW = hidden_NTW.reshape(*ids_BLT.shape[:2], *hidden_NTW.shape[1:])
     return join_chunks(emphasize(hidden_BLTW, weights_BLT))

@@ -12,7 +12,7 @@ from library.architectures.zimage.options import ZImageOptions
 from library.architectures.zimage.text import BEGIN, END, build_chat_text
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
-from library.diffusion.samplers import shifted_sampler
+from library.diffusion.samplers import build_shifted_sampler
 from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
 from library.models.language_models import ChatText
@@ -20,7 +20,7 @@ from library.models.next_dit import predict
 from library.models.qwen3 import load_qwen3_tokenizer
 from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
 from library.models.tokenizer_files import check_marks
-from library.models.vae.flux import mapped_latents
+from library.models.vae.flux import map_latents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ RECIPE = Recipe(
     ),
     records=RECORDS,
 )  # fmt: skip
-CODEC = mapped_latents("_zimage.npz")
+CODEC = map_latents("_zimage.npz")
 LATENTS = CODEC.spec
 
 
@@ -130,5 +130,5 @@ def build_preview(text: ChatText, turbo: bool) -> Preview:
         ),
         text=text,
         predict=lambda prompt: predict,
-        sampler=partial(shifted_sampler, predicts="latent - noise"),
+        sampler=partial(build_shifted_sampler, predicts="latent - noise"),
     )

@@ -11,7 +11,7 @@ from library.architectures.zimage.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.zimage.model import PATCH, ZImage, read_config
 from library.architectures.zimage.options import ZImageOptions
 from library.checkpoints.base_files import BaseFiles
-from library.checkpoints.weights import Weights, configure, selected
+from library.checkpoints.weights import Weights, configure, select_weights
 from library.models import dit_loader
 from library.models.dit_loader import DitLoader, check_input_width, name_in_folder, open_dit, open_dit_loader
 from library.models.identify import open_denoiser
@@ -62,7 +62,7 @@ open_encoder = partial(dit_loader.open_encoder, open_loader, build_loader)
 def read_denoiser(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
     weights = open_denoiser(list_specs(), base, "zimage", MARK, DIFFUSERS_MARK, KEYS.from_diffusers)
-    return selected(weights, {key: key for key in weights.shapes if key != UNUSED})
+    return select_weights(weights, {key: key for key in weights.shapes if key != UNUSED})
 
 
 def open_qwen3(name: str | None, base: BaseFiles) -> Component:

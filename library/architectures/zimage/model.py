@@ -65,8 +65,8 @@ class ZImage(JointTransformer):
         h, w = (side // PATCH for side in latents_BCHW.shape[-2:])
         device, dtype = latents_BCHW.device, self.x_embedder.weight.dtype
         lengths = [int(length) for length in text_mask_BL.sum(1).tolist()]
-        filled = [up_to_multiple(length) for length in lengths]
-        L, num_image = max(filled), up_to_multiple(h * w)
+        filled = [round_up(length) for length in lengths]
+        L, num_image = max(filled), round_up(h * w)
         txt_BLM = self.cap_embedder(text_BLE[:, : max(lengths)].to(dtype))
         txt_BLM = fill(txt_BLM, self.cap_pad_token, send(filler_mask(lengths, L), device))
         img_BIM = self.x_embedder(patchify(latents_BCHW, PATCH, channels_last=True).to(dtype))
@@ -83,7 +83,7 @@ class ZImage(JointTransformer):
         return unpatchify(self.final_layer(img_BIM, time_BV), h, w, PATCH, channels_last=True)
 
 
-def up_to_multiple(num_tokens: int) -> int:
+def round_up(num_tokens: int) -> int:
     return -(-num_tokens // MULTIPLE) * MULTIPLE
 
 

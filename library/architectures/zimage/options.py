@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from library.options.base import group, option, redeclared
+from library.options.base import group, option, redeclare
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
 from library.options.training.flow import FlowSamplingOptions
 
@@ -29,8 +29,8 @@ class ZImageModelOptions(PartOptions):
 class ZImageSamplingOptions(FlowSamplingOptions):
     """Sampling of noise levels."""
 
-    timestep_sampling: str = redeclared(FlowSamplingOptions, "timestep_sampling", "shift")
-    discrete_flow_shift: float = redeclared(FlowSamplingOptions, "discrete_flow_shift", 2.0)
+    timestep_sampling: str = redeclare(FlowSamplingOptions, "timestep_sampling", "shift")
+    discrete_flow_shift: float = redeclare(FlowSamplingOptions, "discrete_flow_shift", 2.0)
 
 
 INSTEAD: Mapping[str, str] = {

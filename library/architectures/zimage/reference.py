@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from library.architectures.zimage.checkpoint_keys import KEYS
 from library.architectures.zimage.model import PATCH, ZImage, ZImageConfig
 from library.models.next_dit import COUNT_FIELDS
-from library.models.reference import LENGTHS, diffusers_class, random_inputs, shortened, split_weights, with_weights
+from library.models.reference import LENGTHS, diffusers_class, random_inputs, shorten_model, split_weights, with_weights
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
     block of each kind."""
     assert isinstance(denoiser, ZImage)
-    ours = shortened(denoiser, COUNT_FIELDS)
+    ours = shorten_model(denoiser, COUNT_FIELDS)
     inputs = random_inputs(generator, ours.config.in_features // PATCH**2, ours.config.text_width)
     latents_BCHW, times_B, text_BLE, _ = inputs
     captions = [states[:length] for states, length in zip(text_BLE, LENGTHS, strict=True)]

@@ -22,10 +22,10 @@ from library.data.decoding.images import (
     DamagedImage,
     Pixels,
     Placement,
-    centred,
     change_colour,
-    cropped_at_face,
-    cropped_at_random,
+    crop_at_centre,
+    crop_at_face,
+    crop_at_random,
     parse_face,
     place,
     read_pixels,
@@ -36,7 +36,7 @@ from library.data.description.buckets import crop_ltrb
 from library.data.description.captions import caption_variant, compose_caption, is_dropped
 from library.data.description.schema import SubsetConfig
 from library.data.plan.samples import Sample, Samples, check_size, stand_in
-from library.data.plan.seen_references import SeenReferences, placed_references
+from library.data.plan.seen_references import SeenReferences, read_placed_references
 from library.data.sources.storage.storage import Storage
 from library.errors import UserError
 from library.randomness import random_for
@@ -239,7 +239,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         shown_alpha = None if subset.alpha_mask else alpha
         whole = with_alpha(rgb, shown_alpha) if self.has_alpha else rgb
         image = place(whole, placement, subset.resize_interpolation)
-        shown = placed_references(sample, placement, subset.resize_interpolation, self.storage, self.has_alpha)
+        shown = read_placed_references(sample, placement, subset.resize_interpolation, self.storage, self.has_alpha)
         if subset.color_aug:  # all alike, so that a pair keeps its difference
             rngs = [random_for(self.seed, "colour", epoch, draw) for _ in range(1 + len(shown))]
             image, *shown = map(change_colour, [image, *shown], rngs)
@@ -257,10 +257,10 @@ class BatchMaker(Dataset[PartialBatch | str]):
         if face is not None and subset.face_crop_aug_range is not None:
             rng = random_for(self.seed, "crop", epoch, draw)
             zoom, target = subset.face_crop_aug_range, sample.shape.bucket
-            return cropped_at_face(sample.image.size, target, face, zoom, subset.random_crop, rng, is_flipped)
+            return crop_at_face(sample.image.size, target, face, zoom, subset.random_crop, rng, is_flipped)
         if subset.random_crop:
-            return cropped_at_random(sample.shape, random_for(self.seed, "crop", epoch, draw), is_flipped)
-        return centred(sample.shape, is_flipped)
+            return crop_at_random(sample.shape, random_for(self.seed, "crop", epoch, draw), is_flipped)
+        return crop_at_centre(sample.shape, is_flipped)
 
     def cached(self, number: int, is_flipped: bool) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...]]:
         """Return (latents, mask, latents of the references) of one draw; those kept in memory are missing here."""
@@ -272,7 +272,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
             stored = self.files.file(number, sample, self.storage).read(subset.flip_aug, subset.alpha_mask)
             latent, mask, references = pick(stored, is_flipped)
         if sample.image.mask_path is not None:
-            mask = file_mask(sample, centred(sample.shape, is_flipped), subset.resize_interpolation)
+            mask = file_mask(sample, crop_at_centre(sample.shape, is_flipped), subset.resize_interpolation)
         return latent, mask, references
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.data.batches.validation_set import ValidationSet, nothing_aside
+from library.data.batches.validation_set import ValidationSet, make_empty_set
 from library.data.description.schema import RunDataConfig, parse_numbers
 from library.data.plan.audit_values import nothing_known
 from library.errors import UserError
@@ -87,7 +87,7 @@ class OwnDataset:
     @property
     def validation(self) -> ValidationSet:
         """An empty set: nothing is held out."""
-        return nothing_aside()
+        return make_empty_set()
 
     def of_epoch(
         self,

@@ -92,7 +92,7 @@ class ValidationSet:
         return BatchOrder(epoch=1, step=0, draws=self.draws[place])
 
 
-def nothing_aside() -> ValidationSet:
+def make_empty_set() -> ValidationSet:
     """Return an empty set."""
     empty: Any = ()
     maker = BatchMaker(

@@ -21,12 +21,12 @@ from torch import Tensor
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.data.caching.filling import ADD_ENCODERS, Codec, Found, fill
 from library.data.caching.stores import CacheFiles, TextStore, usual_text_file
-from library.data.caching.text_files import WORDS, Identity, Row, TextFile, judge, without_padding, write_texts
+from library.data.caching.text_files import WORDS, Identity, Row, TextFile, judge, strip_padding, write_texts
 from library.data.decoding.images import DamagedImage
 from library.data.decoding.npz import MISSING, Verdict
 from library.data.plan.data_plan import DataPlan
 from library.data.scanned.names import same_file_key
-from library.errors import NotThere, UserError, few, needing
+from library.errors import NotThere, UserError, list_few, needing
 from library.formatting import format_bytes
 from library.processes import ALONE, Processes
 from library.progress import Bar, progress_bar
@@ -125,8 +125,8 @@ def cache_texts(
     open_encoders = cache(encoding.open_encoders)
     if spec.options.cache_text_encoder_outputs_to_disk:
         jobs, files = plan_jobs(plan, spec)
-        empty = shared_job(plan, spec, "empty_prompt", [""])
-        shown = shared_job(plan, spec, "preview_prompts", prompts)
+        empty = plan_shared_job(plan, spec, "empty_prompt", [""])
+        shown = plan_shared_job(plan, spec, "preview_prompts", prompts)
         identity = cache(lambda: compute_identity(encoding, [empty, *jobs]))
         if not skips_check and any(os.path.exists(job.path) for job in (empty, *jobs)):
             identity()  # computed once, before threads need it
@@ -144,7 +144,7 @@ def cache_texts(
     with progress_bar(WORDS.caching, len(share) + len(prompts)) as bar:
         rows = encode_rows(share, lambda: readable_alone(open_encoders().captions), spec, bar)
         prompt_rows = encode_rows(prompts, lambda: every_one(open_encoders().prompts), spec, bar)
-    store = TextStore(memory=passed_on(rows, texts, processes), padding=spec.padding)
+    store = TextStore(memory=exchange_rows(rows, texts, processes), padding=spec.padding)
     num_bytes = sum(map(row_bytes, (*store.memory.values(), *prompt_rows.values())))
     logger.info("cached text encoder outputs: %.2f GB", num_bytes / 1e9)
     return CachedTexts(store, prompt_rows)
@@ -163,7 +163,7 @@ def compute_identity(encoding: TextEncoding, jobs: Sequence[Job]) -> Identity:
         return encoding.identity_of_files(jobs)
 
 
-def passed_on(rows: Mapping[str, Row], texts: Sequence[str], processes: Processes) -> Mapping[str, Row]:
+def exchange_rows(rows: Mapping[str, Row], texts: Sequence[str], processes: Processes) -> Mapping[str, Row]:
     """Return the rows of all `texts`: each process of this machine writes its own for the others."""
     if processes.count == 1:
         return rows
@@ -202,7 +202,7 @@ def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFile
     return jobs, CacheFiles(usual, has_N)
 
 
-def shared_job(plan: DataPlan, spec: TextCacheSpec, name: str, texts: Sequence[str]) -> Job:
+def plan_shared_job(plan: DataPlan, spec: TextCacheSpec, name: str, texts: Sequence[str]) -> Job:
     """Plan the captions that belong to no image, in a hidden file in the first image folder."""
     stem_of = plan.storage.cache_stem
     first = min(os.path.dirname(os.path.abspath(stem_of(sample.image))) for sample in plan.samples)
@@ -217,7 +217,7 @@ def text_codec(encode: Callable[[], EncodeSome], spec: TextCacheSpec, identity: 
 
     def make(share: Sequence[Found[Job]]) -> None:
         if share:
-            count, first = sum(len(lacking(one)) for one in share), share[0]
+            count, first = sum(len(list_missing(one)) for one in share), share[0]
             what = f"{count} captions must be encoded ({first.path} is {first.verdict.fault})"
             with needing(f"{what}; {ADD_ENCODERS.format('text encoders')}"):
                 encode()
@@ -233,14 +233,14 @@ def write_files(
     identity: Callable[[], Identity],
 ) -> None:
     """Encode the captions that files lack, and write the files."""
-    uses = Counter(text for one in missing for text in lacking(one))
+    uses = Counter(text for one in missing for text in list_missing(one))
     count = uses.total()
-    size = describe_size([text for one in missing for text in lacking(one)], spec)
+    size = describe_size([text for one in missing for text in list_missing(one)], spec)
     logger.info("caching text encoder outputs of %d captions on disk%s", count, size)
     rows: dict[str, Row] = {}
     with progress_bar(WORDS.caching, count) as bar:
-        for group in grouped(missing, spec.options.text_encoder_batch_size or 1):
-            needed = [text for one in group for text in lacking(one)]
+        for group in group_jobs(missing, spec.options.text_encoder_batch_size or 1):
+            needed = [text for one in group for text in list_missing(one)]
             new = [text for text in dict.fromkeys(needed) if text not in rows]
             rows.update(encode_rows(new, encode, spec, bar))
             bar.update(len(needed) - len(new))
@@ -253,7 +253,7 @@ def write_files(
             rows = dict(islice(((text, row) for text, row in rows.items() if uses[text] > 1), MAX_REPEATED))
 
 
-def lacking(found: Found[Job]) -> list[str]:
+def list_missing(found: Found[Job]) -> list[str]:
     """Return the captions to encode for a file."""
     return [text for text in found.asked.texts if text not in found.verdict.kept]
 
@@ -261,13 +261,13 @@ def lacking(found: Found[Job]) -> list[str]:
 # Encoding
 
 
-def grouped(missing: Sequence[Found[Job]], batch_size: int) -> Iterator[list[Found[Job]]]:
+def group_jobs(missing: Sequence[Found[Job]], batch_size: int) -> Iterator[list[Found[Job]]]:
     """Group neighbouring files that together have a batch of captions to encode."""
     group: list[Found[Job]] = []
     count = 0
     for one in missing:
         group.append(one)
-        count += len(lacking(one))
+        count += len(list_missing(one))
         if count >= batch_size:
             yield group
             group, count = [], 0
@@ -289,7 +289,7 @@ def readable_alone(encode: Encode) -> EncodeSome:
         except DamagedImage:
             faults = {text: find_damaged_reference(text) for text in texts}
         damaged = sorted({fault for fault in faults.values() if fault is not None})
-        logger.warning("captions of images with a damaged reference are not encoded: %s", few(damaged))
+        logger.warning("captions of images with a damaged reference are not encoded: %s", list_few(damaged))
         left = [text for text, fault in faults.items() if fault is None]
         return left, encode(left) if left else {}
 
@@ -318,7 +318,7 @@ def encode_rows(
         encoded = {name: tensor.detach().cpu() for name, tensor in features.items()}
         assert not able or set(encoded) == set(spec.keys), (set(encoded), spec.keys)
         for place, text in enumerate(able):
-            row = without_padding({name: encoded[name][place] for name in spec.keys}, spec.padding)
+            row = strip_padding({name: encoded[name][place] for name in spec.keys}, spec.padding)
             rows[text] = {name: tensor.clone() for name, tensor in row.items()}
             check_row(text, rows[text])
         bar.update(len(batch))

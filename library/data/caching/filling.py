@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 from library.data.decoding.npz import MISSING, CacheWords, Verdict, clear_left_overs
 from library.data.decoding.threads import read_many
 from library.data.scanned.names import same_file_key
-from library.errors import few
+from library.errors import list_few
 from library.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -77,16 +77,16 @@ def fill(
         return [one for one in found if one.verdict.fault is not None]
 
     stale = stale_ones(jobs, "")
-    codec.make(shared_out(stale, processes.rank, processes.count))
+    codec.make(assign_jobs(stale, processes.rank, processes.count))
     processes.wait_for_all(codec.words.caching)
     if processes.num_machines > 1:  # files on another machine's local disk are missing here
         stale = stale_ones([one.asked for one in stale], " again")
-        codec.make(shared_out(stale, processes.local_rank, processes.local_count))
+        codec.make(assign_jobs(stale, processes.local_rank, processes.local_count))
         processes.wait_for_all(f"{codec.words.caching} again")
     return [*usable, *(one.asked for one in stale)]
 
 
-def shared_out(jobs: Sequence[JobT], rank: int, count: int) -> list[JobT]:
+def assign_jobs(jobs: Sequence[JobT], rank: int, count: int) -> list[JobT]:
     """Return one process's share of the jobs. Jobs of one file go to one process, because it writes the whole file."""
     numbers: dict[str, int] = {}
     return [job for job in jobs if numbers.setdefault(same_file_key(job.path), len(numbers)) % count == rank]
@@ -122,7 +122,7 @@ def report_check(words: CacheWords, found: Sequence[Found[JobT]], skips_check: b
             faults[one.verdict.fault].append(one.path)
     missing = faults.pop(MISSING, [])
     num_stale = sum(len(paths) for paths in faults.values())
-    reasons = "; ".join(f"{len(paths)} {reason}: {few(paths, 2)}" for reason, paths in faults.items())
+    reasons = "; ".join(f"{len(paths)} {reason}: {list_few(paths, 2)}" for reason, paths in faults.items())
     logger.log(
         logging.WARNING if num_stale else logging.INFO,
         "%s: %d %s reused%s, %d to encode, %d stale%s",

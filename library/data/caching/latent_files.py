@@ -35,8 +35,8 @@ from library.data.decoding.npz import (
     Verdict,
     describe_damage,
     open_npz,
-    reading,
-    writing,
+    open_to_read,
+    open_to_write,
 )
 from library.data.description.buckets import Shape, Size, crop_ltrb
 from library.data.scanned.images import ScannedImage, Version
@@ -75,7 +75,7 @@ class LatentFile:
 
         Raises UserError naming a file that is missing, damaged, of another size, or has NaN.
         """
-        with reading(self.path, WORDS) as archive:
+        with open_to_read(self.path, WORDS) as archive:
             return latents_in(archive, entry_in(archive, self), needs_flipped, needs_alpha)
 
 
@@ -309,7 +309,7 @@ def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) 
     note = asdict(origin) | {"checksums": compute_checksums(values, "")}
     values["origin"] = np.frombuffer(json.dumps(note).encode(), dtype=np.uint8)
     arrays = other_entries(file) | {f"{name}{file.tail}": array for name, array in values.items()}
-    with writing(file.path, WORDS) as temporary, temporary.open("wb") as target:
+    with open_to_write(file.path, WORDS) as temporary, temporary.open("wb") as target:
         np.savez(target, **arrays)
 
 

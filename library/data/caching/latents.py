@@ -27,7 +27,7 @@ from library.data.caching.latent_files import (
 )
 from library.data.caching.latent_index import VerifiedEntries
 from library.data.caching.stores import CacheFiles, LatentStore, usual_latent_file
-from library.data.decoding.images import DamagedImage, Pixels, centred, place, read_pixels, with_alpha
+from library.data.decoding.images import DamagedImage, Pixels, crop_at_centre, place, read_pixels, with_alpha
 from library.data.decoding.npz import Verdict
 from library.data.decoding.tensors import to_pixels
 from library.data.description.buckets import Shape
@@ -36,7 +36,7 @@ from library.data.plan.samples import Sample, check_size, stand_in
 from library.data.scanned.images import ScannedImage, Version
 from library.data.scanned.names import same_file_key
 from library.data.sources.storage.storage import Storage
-from library.errors import NotThere, UserError, few, needing
+from library.errors import NotThere, UserError, list_few, needing
 from library.options.caching import CachingOptions
 from library.processes import ALONE, Processes
 from library.progress import progress_bar
@@ -110,13 +110,15 @@ def cache_latents(
     on_disk = [job for job in jobs if job.file is not None]
     kept = [job for job in jobs if job.file is None]
     if kept and processes.count > 1:
-        kept = passed_on(kept, processes.shared_folder("latents"), plan)
+        kept = hand_over_files(kept, processes.shared_folder("latents"), plan)
     memory: dict[int, Latents] = {}
     damaged: dict[int, str] = {}
     entries = VerifiedEntries.open((job.file for job in on_disk if job.file is not None), plan.storage)
 
     def encode_jobs(share: Sequence[Job]) -> None:
-        for job, latents in encoded(share, encode, load_vae, vae_identity, options.vae_batch_size, seed, plan, entries):
+        for job, latents in encode_all(
+            share, encode, load_vae, vae_identity, options.vae_batch_size, seed, plan, entries
+        ):
             if isinstance(latents, DamagedImage):
                 damaged.update((user, str(latents)) for user in job.users)
             elif job.file is None:
@@ -130,7 +132,7 @@ def cache_latents(
     if on_disk:
         skips_check = options.skip_cache_check
         vae = "" if skips_check else expected_vae(vae_identity, on_disk)
-        codec = Codec(WORDS, partial(judge_job, entries, vae), make, partial(named_jobs, plan), remark)
+        codec = Codec(WORDS, partial(judge_job, entries, vae), make, partial(iterate_named_jobs, plan), remark)
         kept += fill(codec, on_disk, skips_check, plan.num_workers, processes)
     else:
         processes.wait_for_all(WORDS.caching)
@@ -138,7 +140,9 @@ def cache_latents(
     damaged = processes.merged("damaged images", damaged)
     if damaged:
         problems = sorted(set(damaged.values()))
-        logger.warning("%d damaged images are skipped, using others of their buckets: %s", len(problems), few(problems))
+        logger.warning(
+            "%d damaged images are skipped, using others of their buckets: %s", len(problems), list_few(problems)
+        )
     for number in damaged:
         stand_in(plan.samples, plan.subsets, number, damaged.keys())
     usable = {user: file for user, file in files.items() if user not in damaged}
@@ -153,7 +157,7 @@ def files_by_sample(files: Mapping[int, LatentFile], plan: DataPlan) -> CacheFil
     return CacheFiles(partial(usual_latent_file, plan.spec), has_N, others)
 
 
-def passed_on(jobs: Sequence[Job], folder: str, plan: DataPlan) -> list[Job]:
+def hand_over_files(jobs: Sequence[Job], folder: str, plan: DataPlan) -> list[Job]:
     """Give the jobs whose latents would stay in memory files in `folder`."""
     passed = []
     for number, job in enumerate(jobs):
@@ -196,7 +200,7 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
         logger.warning(
             "latents of %d images stay in memory, because another image, crop or filter uses their cache entry: %s",
             len(left_out),
-            few(left_out),
+            list_few(left_out),
         )
     return sorted(jobs, key=lambda job: (math.prod(job.sample.shape.bucket), job.sample.shape.sizes))
 
@@ -224,7 +228,7 @@ def expected_vae(vae_identity: Callable[[], str], jobs: Sequence[Job]) -> str:
     return next((origin.vae.removesuffix(OPAQUE) for origin in origins if origin is not None), "")
 
 
-def named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
+def iterate_named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
     """Yield the job with each possible file name: early sd-scripts used `<stem>.npz` for every base model."""
     assert job.file is not None
     yield job
@@ -251,21 +255,21 @@ def remark(found: Sequence[Found[Job]]) -> None:
         logger.info(
             "%d cache entries do not name their VAE; delete them if it was another: %s",
             len(foreign),
-            few(foreign, 2),
+            list_few(foreign, 2),
         )
     if old_names:
         logger.warning(
             "%d latents come from files with an old name without a size, which does not tell the base model; delete "
             "them if it was another: %s",
             len(old_names),
-            few(old_names, 2),
+            list_few(old_names, 2),
         )
 
 
 # Encoding
 
 
-def encoded(
+def encode_all(
     jobs: Sequence[Job],
     encode: Encode,
     load_vae: Callable[[], object],
@@ -291,7 +295,7 @@ def encoded(
         progress_bar("caching latents…", len(jobs)) as bar,
     ):
         writes: deque[Future[None]] = deque()
-        for batch, results in decoded_ahead(batches, plan.storage, max(1, plan.num_workers)):
+        for batch, results in decode_ahead(batches, plan.storage, max(1, plan.num_workers)):
             yield from ((job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, DamagedImage))
             pairs = [(job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, Decoded)]
             jobs_left, decoded = [job for job, _ in pairs], [one for _, one in pairs]
@@ -331,7 +335,7 @@ def equal_batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:
         yield batch
 
 
-def decoded_ahead(
+def decode_ahead(
     batches: Sequence[list[Job]], storage: Storage, num_threads: int
 ) -> Iterator[tuple[list[Job], list[Decoded | DamagedImage]]]:
     """Yield every batch with its images; at most two batches per thread are read ahead."""
@@ -376,7 +380,7 @@ def decode_image(job: Job, image: ScannedImage, shape: Shape, storage: Storage, 
     version, content = storage.whole(image)
     rgb, alpha = read_pixels(image.key, content)
     check_size(image, rgb)
-    placement = centred(shape)
+    placement = crop_at_centre(shape)
     placed_alpha = None
     if is_masked:
         opaque = np.full(rgb.shape[:2], 255, dtype=np.uint8)

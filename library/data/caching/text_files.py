@@ -29,10 +29,10 @@ from library.data.decoding.npz import (
     Verdict,
     describe_damage,
     open_npz,
-    reading,
+    open_to_read,
+    open_to_write,
     require_plain_file,
     require_small,
-    writing,
 )
 from library.json_text import parse_json
 from library.types import Conditioning
@@ -107,7 +107,7 @@ class TextFile:
         A file without a note has one caption, which is trusted. Raises UserError naming a file that is missing,
         damaged, or without this caption.
         """
-        with reading(self.path, WORDS) as archive:
+        with open_to_read(self.path, WORDS) as archive:
             note = Note.read(archive)
             if note is None:
                 return {key: torch.from_numpy(archive[key]) for key in self.keys}
@@ -177,18 +177,18 @@ def write_texts(
     for number, row in enumerate(rows.values()):
         for key in keys:
             dtypes[key] = str(row[key].dtype).removeprefix("torch.")
-            arrays[entry_name(key, number)] = as_array(row[key], keeps_bits or number > 0)
+            arrays[entry_name(key, number)] = to_array(row[key], keeps_bits or number > 0)
     contents = {name: npy_bytes(array) for name, array in arrays.items()}
     checksums = {name: zlib.crc32(content) for name, content in contents.items()}
     texts = list(map(str, rows))
     note = Note(texts, identity.encoders, dtypes, checksums, identity.tokenizers, identity.settings)
     contents[NOTE] = npy_bytes(np.frombuffer(json.dumps(asdict(note)).encode(), dtype=np.uint8))
-    with writing(path, WORDS) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with open_to_write(path, WORDS) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, content in contents.items():
             archive.writestr(f"{name}.npy", content)
 
 
-def as_array(tensor: Tensor, keeps_bits: bool) -> NDArray[Any]:
+def to_array(tensor: Tensor, keeps_bits: bool) -> NDArray[Any]:
     """Convert to numpy, which has no bfloat16: as its bits, or as the same numbers in float32."""
     if tensor.dtype != torch.bfloat16:
         return tensor.numpy()
@@ -218,12 +218,12 @@ def stack_rows(rows: Sequence[Row], padding: Mapping[str, float]) -> Conditionin
             dtype = torch.promote_types(dtype, tensor.dtype)
         if key in padding:
             length = max(len(tensor) for tensor in tensors)
-            tensors = [filled_up(tensor, length, padding[key]) for tensor in tensors]
+            tensors = [pad_to_length(tensor, length, padding[key]) for tensor in tensors]
         stacked[key] = torch.stack([tensor.to(dtype) for tensor in tensors])
     return stacked
 
 
-def without_padding(row: Row, padding: Mapping[str, float]) -> Row:
+def strip_padding(row: Row, padding: Mapping[str, float]) -> Row:
     """Cut off the last entries that are padding for every key of `padding` of the same length; `stack_rows` adds them
     again."""
     trimmed = dict(row)
@@ -239,7 +239,7 @@ def without_padding(row: Row, padding: Mapping[str, float]) -> Row:
     return trimmed
 
 
-def filled_up(tensor: Tensor, length: int, value: float) -> Tensor:
+def pad_to_length(tensor: Tensor, length: int, value: float) -> Tensor:
     """Pad a tensor with `value` to `length` along the first axis."""
     if len(tensor) == length:
         return tensor

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from library.data.batches.validation_set import ValidationSet, nothing_aside
+from library.data.batches.validation_set import ValidationSet, make_empty_set
 from library.data.concepts.prompts_file import FLAG, PromptPair, read_prompt_pairs
 from library.data.description.schema import RunDataConfig
 from library.data.plan.audit_values import nothing_known
@@ -105,7 +105,7 @@ class PromptPairs:
     @property
     def validation(self) -> ValidationSet:
         """An empty set: nothing is held out."""
-        return nothing_aside()
+        return make_empty_set()
 
     def of_epoch(
         self,
@@ -212,7 +212,7 @@ def draw_size(most: int, rng: Random) -> tuple[int, int]:
 
 
 def size_conditioning(height: int, width: int, rng: Random | None) -> tuple[int, ...]:
-    """Return SDXL's sizes for a whole image; with `rng` for a random crop of one up to three times as large."""
+    """Return the base model's sizes for a whole image; with `rng` for a random crop of one up to three times as large."""
     if rng is None:
         return height, width, 0, 0, height, width
     scale = 1 + 2 * rng.random()

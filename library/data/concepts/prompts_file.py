@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from library.errors import UserError
 from library.options.config_file import read_toml
-from library.options.encodings import decoded
+from library.options.encodings import decode_utf8
 from library.options.ranges import is_number
 from library.suggestions import did_you_mean
 
@@ -322,7 +322,7 @@ def read_lines(path: Path, what: str) -> list[str]:
     """Return the non-empty lines of a text file."""
     if not path.is_file():
         raise UserError(f"{what} is {path}, but there is no such file; the path is relative to the TOML file")
-    lines = decoded(path.read_bytes(), f"{what} {path}").splitlines()
+    lines = decode_utf8(path.read_bytes(), f"{what} {path}").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -124,13 +124,13 @@ class Placement:
     is_flipped: bool = False
 
 
-def centred(shape: Shape, is_flipped: bool = False) -> Placement:
+def crop_at_centre(shape: Shape, is_flipped: bool = False) -> Placement:
     """Crop at the centre."""
     left, top = (shape.resized[0] - shape.bucket[0]) // 2, (shape.resized[1] - shape.bucket[1]) // 2
     return Placement(shape.resized, left, top, shape.bucket, is_flipped)
 
 
-def cropped_at_random(shape: Shape, rng: random.Random, is_flipped: bool = False) -> Placement:
+def crop_at_random(shape: Shape, rng: random.Random, is_flipped: bool = False) -> Placement:
     """Crop at a random position."""
     left = rng.randint(0, shape.resized[0] - shape.bucket[0])
     top = rng.randint(0, shape.resized[1] - shape.bucket[1])
@@ -159,7 +159,7 @@ def parse_face(path: str) -> Face | None:
     return face if face.width > 0 and face.height > 0 else None
 
 
-def cropped_at_face(
+def crop_at_face(
     image: Size,
     target: Size,
     face: Face,
@@ -202,7 +202,7 @@ def place(pixels: Pixels, placement: Placement, interpolation: str | None) -> Pi
     return np.array(cut[:, ::-1] if placement.is_flipped else cut, order="C")
 
 
-def chosen_filter(size: Size, target: Size, interpolation: str | None) -> str:
+def choose_filter(size: Size, target: Size, interpolation: str | None) -> str:
     """Return the resampling filter: the given one, else area if no side grows, else lanczos."""
     if interpolation is not None:
         return interpolation
@@ -222,7 +222,7 @@ def resize(pixels: Pixels, target: Size, interpolation: str | None) -> Pixels:
     size = (pixels.shape[1], pixels.shape[0])
     if size == target:
         return pixels
-    name = chosen_filter(size, target, interpolation)
+    name = choose_filter(size, target, interpolation)
     if pixels.shape[2:] == (4,):
         return np.array(Image.fromarray(pixels).resize(target, PILLOW_FILTERS[name]))
     if name in ("lanczos", "box"):

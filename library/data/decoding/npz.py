@@ -71,7 +71,7 @@ def describe_damage(error: BaseException) -> str:
 
 
 @contextmanager
-def reading(path: str, words: CacheWords) -> Iterator[Mapping[str, Any]]:
+def open_to_read(path: str, words: CacheWords) -> Iterator[Mapping[str, Any]]:
     """Open an archive. Raises UserError naming a file that is missing or damaged, or with the block's EntryError."""
     try:
         with open_npz(path) as archive:
@@ -85,7 +85,7 @@ def reading(path: str, words: CacheWords) -> Iterator[Mapping[str, Any]]:
 
 
 @contextmanager
-def writing(path: str, words: CacheWords) -> Iterator[Path]:
+def open_to_write(path: str, words: CacheWords) -> Iterator[Path]:
     """Yield a temporary file that becomes the one at `path`, whole or not at all.
 
     Raises UserError naming a folder that cannot be written.

@@ -67,7 +67,7 @@ def arrange_caption(text: str, rules: CaptionRules, rng: random.Random, step: in
     has_marker = bool(rules.keep_tokens_separator) and rules.keep_tokens_separator in caption
     if has_marker or rules.moves_tags:
         head, movable, tail = split_tags(caption, rules)
-        movable = withheld(movable, rules, step, max_train_steps)
+        movable = warm_up_tags(movable, rules, step, max_train_steps)
         if rules.shuffle_caption:
             rng.shuffle(movable)
         if rules.caption_tag_dropout_rate > 0:
@@ -148,7 +148,7 @@ def split_tags(caption: str, rules: CaptionRules) -> tuple[list[str], list[str],
     return tags[: rules.keep_tokens], tags[rules.keep_tokens :], []
 
 
-def withheld(tags: list[str], rules: CaptionRules, step: int, max_train_steps: int) -> list[str]:
+def warm_up_tags(tags: list[str], rules: CaptionRules, step: int, max_train_steps: int) -> list[str]:
     """Return the first tags, growing from token_warmup_min at step 0 to all of them at token_warmup_step."""
     warmup = rules.token_warmup_step
     if 0 < warmup < 1:
@@ -159,7 +159,7 @@ def withheld(tags: list[str], rules: CaptionRules, step: int, max_train_steps: i
     return tags[: math.floor(step * (len(tags) - smallest) / warmup) + smallest]
 
 
-def fullest_captions(text: str, rules: CaptionRules) -> Iterator[str]:
+def iterate_fullest_captions(text: str, rules: CaptionRules) -> Iterator[str]:
     """Yield every line with affixes and all tags, which are checked against the token limit."""
     for line in caption_lines(text, rules):
         caption = with_affixes(line, rules)

@@ -28,7 +28,7 @@ from library.errors import UserError
 from library.json_text import InvalidJson, parse_json
 from library.options.config_file import read_toml, refuse_nul
 from library.options.dataset import OWN_INDEX, DatasetOptions
-from library.options.encodings import decoded
+from library.options.encodings import decode_utf8
 from library.options.train import TrainOptions
 from library.suggestions import did_you_mean, nearby
 
@@ -46,7 +46,7 @@ class NoDataFound(UserError):
         super().__init__(f"No data found: {reason}")
 
 
-def without_secrets(url: str) -> str:
+def strip_secrets(url: str) -> str:
     """Remove user, password, signature and other parameters from a path or URL."""
     scheme, mark, rest = url.partition("://")
     if not mark:
@@ -93,12 +93,12 @@ class SubsetConfig:
     @property
     def source(self) -> str:
         """The folder or files of the images, for messages."""
-        return self.metadata_file or self.image_dir or ", ".join(map(without_secrets, self.patterns))
+        return self.metadata_file or self.image_dir or ", ".join(map(strip_secrets, self.patterns))
 
     @property
     def base_name(self) -> str:
         """Its name in the metadata of the saved file."""
-        return os.path.basename(os.path.normpath(without_secrets(self.patterns[0]) if self.patterns else self.source))
+        return os.path.basename(os.path.normpath(strip_secrets(self.patterns[0]) if self.patterns else self.source))
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def read_description(path: str) -> dict[str, Any]:
         return read_toml(Path(path), "--dataset_config")
     try:
         raw = Path(path).read_bytes()
-        content = parse_json(decoded(raw, named))
+        content = parse_json(decode_utf8(raw, named))
     except FileNotFoundError:
         raise UserError(f"--dataset_config is {path}, but there is no such file") from None
     except OSError as error:
@@ -275,7 +275,7 @@ def table_problems(table: Table, place: str, level: Level, style: Style | None) 
         if key is None:
             problems.append(unknown_key(f"{place}['{name}']", name, allowed))
         elif not stands_at(key, level, style):
-            problems.append(f"{place}['{name}'] {where_it_belongs(key, level)}")
+            problems.append(f"{place}['{name}'] {explain_where_it_belongs(key, level)}")
         elif not key.kind.fits(value):
             problems.append(f"{place}['{name}'] is {value!r}, but must be {key.kind.name}{explain_limit(value)}")
     return problems
@@ -285,7 +285,7 @@ def unknown_key(place: str, name: str, allowed: Sequence[str]) -> str:
     return f"{place} is not a key{did_you_mean(name, [*allowed, *ALL_KEYS])}"
 
 
-def where_it_belongs(key: Key, level: Level) -> str:
+def explain_where_it_belongs(key: Key, level: Level) -> str:
     headings = {"general": "[general]", "dataset": "[[datasets]]", "subset": "[[datasets.subsets]]"}
     if level not in key.levels:
         return f"is not allowed here; it belongs into {' or '.join(headings[name] for name in key.levels)}"
@@ -468,9 +468,9 @@ def folder_dataset(data: DatasetOptions, fallbacks: Table) -> DatasetConfig:
         style = "masked"
         subsets = [{"image_dir": data.train_data_dir, "conditioning_data_dir": data.conditioning_data_dir}]
     else:
-        subsets = numbered_folders("--train_data_dir", data.train_data_dir, is_reg=False)
+        subsets = list_numbered_folders("--train_data_dir", data.train_data_dir, is_reg=False)
         if data.reg_data_dir:
-            subsets += numbered_folders("--reg_data_dir", data.reg_data_dir, is_reg=True)
+            subsets += list_numbered_folders("--reg_data_dir", data.reg_data_dir, is_reg=True)
         if not any(not subset["is_reg"] for subset in subsets):
             num_direct = num_images_in(data.train_data_dir)
             raise NoDataFound(
@@ -488,15 +488,15 @@ def num_images_in(folder: str) -> int:
     return sum(os.path.splitext(name)[1] in image_extensions() for name in os.listdir(folder))
 
 
-def not_a_folder(path: str) -> str:
+def explain_missing_folder(path: str) -> str:
     """Return the end of a message about a missing folder, with a suggestion."""
     return f"{path} is not a folder{nearby(Path(path), is_folder=True)}"
 
 
-def numbered_folders(flag: str, parent: str, is_reg: bool) -> list[Table]:
+def list_numbered_folders(flag: str, parent: str, is_reg: bool) -> list[Table]:
     """Return the folders `N_name` below `parent` in the order of their names: N repeats, `name` is the class."""
     if not os.path.isdir(parent):
-        raise (UserError if is_reg else NoDataFound)(f"{flag} {not_a_folder(parent)}")
+        raise (UserError if is_reg else NoDataFound)(f"{flag} {explain_missing_folder(parent)}")
     subsets: list[Table] = []
     for name in sorted(entry.name for entry in os.scandir(parent) if os.path.isdir(entry.path)):
         number, _, class_tokens = name.partition("_")

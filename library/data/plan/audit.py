@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from library.data.description.buckets import BucketRules, Size
-from library.data.description.captions import fullest_captions, has_nested_wildcard
+from library.data.description.captions import has_nested_wildcard, iterate_fullest_captions
 from library.data.plan.folder_audit import Line, folder_lines
 from library.data.plan.references import reference_lines
-from library.data.plan.samples import Draws, Samples, duplicated_stems
+from library.data.plan.samples import Draws, Samples, find_duplicated_stems
 from library.data.scanned.images import ScannedImages
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.data.sources.storage.storage import Storage
-from library.errors import few
+from library.errors import list_few
 from library.formatting import format_count
 
 MOST_COUNTED_AT_START = 2000  # captions; tokenizing them takes 0.2 s
@@ -72,7 +72,7 @@ def audit_lines(
                     filter(None, [format_sizes([bucket.size]), format_sizes(bucket.reference_sizes)])
                 )
                 yield logging.INFO, f"  bucket {size}: {len(bucket.draws)} draws, {bucket.num_batches} batches"
-        yield from enlarged_lines(samples, number)
+        yield from warn_enlarged(samples, number)
         if not rule.enable_bucket:
             yield from cut_lines(dataset, rule)
     yield from pair_lines(datasets)
@@ -104,11 +104,11 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
     if num_unused:
         yield logging.WARNING, f"{source} {num_unused} {kind} are not needed and unused"
     if subset.dropped:
-        reasons = few([f"{inside(path, config.source)} {reason}" for path, reason in subset.dropped])
+        reasons = list_few([f"{shorten_path(path, config.source)} {reason}" for path, reason in subset.dropped])
         yield logging.WARNING, f"{source} {len(subset.dropped)} images are skipped: {reasons}"
     if subset.small:
         what = f"{len(subset.small)} {kind} are skipped by skip_image_resolution"
-        yield logging.INFO, f"{source} {what}: {few_inside(subset.small, config.source)}"
+        yield logging.INFO, f"{source} {what}: {list_few_paths(subset.small, config.source)}"
     if subset.without_caption:
         level = logging.INFO if config.class_tokens else logging.WARNING
         stand_in = f"using '{config.class_tokens}'" if config.class_tokens else "trained with an empty prompt"
@@ -116,11 +116,11 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
         yield (
             level,
             f"{source} {format_count(len(missing), 'image')} without a caption file, {stand_in}: "
-            f"{few_inside(missing, config.source)}",
+            f"{list_few_paths(missing, config.source)}",
         )
     if subset.empty_caption:
         empty = subset.empty_caption
-        shown = few_inside(empty, config.source)
+        shown = list_few_paths(empty, config.source)
         yield logging.WARNING, f"{source} {format_count(len(empty), 'empty caption')}: {shown}"
     yield from wording_lines(subset, source)
     if config.captions.enable_wildcard:
@@ -133,19 +133,19 @@ def warn_about(subset: ScannedSubset, is_meant: NDArray[np.bool_], text: str) ->
     """Yield a warning with the number of affected images and the first few of them, if there are any."""
     rows = np.flatnonzero(is_meant)
     if len(rows):
-        shown = few_inside(subset.images.keys_at(rows[:MOST_SHOWN]), subset.config.source, len(rows))
+        shown = list_few_paths(subset.images.keys_at(rows[:MOST_SHOWN]), subset.config.source, len(rows))
         yield logging.WARNING, f"{text.format(len(rows))}: {shown}"
 
 
-def inside(path: str, folder: str) -> str:
+def shorten_path(path: str, folder: str) -> str:
     """Return a path without the folder that a line names already."""
     return path.removeprefix(folder).lstrip("/\\") or path
 
 
-def few_inside(paths: Sequence[str], folder: str, count: int | None = None) -> str:
+def list_few_paths(paths: Sequence[str], folder: str, count: int | None = None) -> str:
     """Return the first paths below a folder that a line names already; `count` if `paths` has not all."""
     total = len(paths) if count is None else count
-    return few([inside(path, folder) for path in paths[:MOST_SHOWN]], MOST_SHOWN, total)
+    return list_few([shorten_path(path, folder) for path in paths[:MOST_SHOWN]], MOST_SHOWN, total)
 
 
 def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
@@ -176,7 +176,7 @@ def captions_with_names(images: ScannedImages) -> Iterator[int]:
             yield row
 
 
-def enlarged_lines(samples: Samples, dataset: int) -> Iterator[Line]:
+def warn_enlarged(samples: Samples, dataset: int) -> Iterator[Line]:
     """Yield a warning for images much smaller than the training size: they teach blur."""
     own = samples.own(dataset)
     resized_M = np.array([shape.resized[0] for shape in samples.shapes])
@@ -185,7 +185,7 @@ def enlarged_lines(samples: Samples, dataset: int) -> Iterator[Line]:
     if len(rows):
         sizes = [f"{width}x{height}" for width, height in samples.sizes()[rows[:MOST_SHOWN]].tolist()]
         keys = map(os.path.basename, samples.keys_at(rows[:MOST_SHOWN]))
-        shown = few([f"{key} ({size})" for key, size in zip(keys, sizes, strict=True)], MOST_SHOWN, len(rows))
+        shown = list_few([f"{key} ({size})" for key, size in zip(keys, sizes, strict=True)], MOST_SHOWN, len(rows))
         effect = f"upscaled more than {MOST_ENLARGED}x; the LoRA may learn blur"
         yield logging.WARNING, f"  {format_count(len(rows), 'image')} {effect}: {shown}"
 
@@ -200,14 +200,14 @@ def cut_lines(dataset: ScannedDataset, rule: BucketRules) -> Iterator[Line]:
             first += map(os.path.basename, subset.images.keys_at(np.flatnonzero(is_other)[:MOST_SHOWN]))
         size = f"{rule.resolution[0]}x{rule.resolution[1]}"
         effect = f"are not {size} and are scaled or cropped to it, because enable_bucket is off"
-        yield logging.WARNING, f"  {count} images {effect}: {few(first, MOST_SHOWN, count)}"
+        yield logging.WARNING, f"  {count} images {effect}: {list_few(first, MOST_SHOWN, count)}"
 
 
 def pair_lines(datasets: Sequence[ScannedDataset]) -> Iterator[Line]:
     """Yield a warning for images that share a caption file because their names differ only in the extension."""
-    pairs = [f"{first} and {second}" for first, second in duplicated_stems(datasets)]
+    pairs = [f"{first} and {second}" for first, second in find_duplicated_stems(datasets)]
     if pairs:
-        yield logging.WARNING, f"{len(pairs)} images share a caption file with another: {few(pairs)}"
+        yield logging.WARNING, f"{len(pairs)} images share a caption file with another: {list_few(pairs)}"
 
 
 def log_lengths_later(datasets: Sequence[ScannedDataset], limit: TokenLimit, log: logging.Logger) -> None:
@@ -239,7 +239,7 @@ def length_lines(datasets: Sequence[ScannedDataset], limit: TokenLimit) -> Itera
         for subset in dataset.subsets:
             images = subset.images
             for row, text in enumerate(images.captions):
-                for caption in fullest_captions(text, subset.config.captions):
+                for caption in iterate_fullest_captions(text, subset.config.captions):
                     if len(caption.encode()) < limit.max_tokens:
                         continue  # a token is at least one byte, except for the begin token
                     if caption not in known:
@@ -258,6 +258,6 @@ def length_lines(datasets: Sequence[ScannedDataset], limit: TokenLimit) -> Itera
             logging.WARNING,
             (
                 f"{count} captions are longer than the model's {limit.max_tokens} tokens "
-                f"and are truncated: {few(examples, count=count)}"
+                f"and are truncated: {list_few(examples, count=count)}"
             ),
         )

@@ -9,7 +9,7 @@ from library.data.plan.audit_pixels import Look, connect_groups, look_at_all, si
 from library.data.plan.samples import Sample
 from library.data.scanned.images import ScannedImage
 from library.data.sources.storage.storage import Storage
-from library.errors import few
+from library.errors import list_few
 from library.formatting import format_count
 
 MOST_BITS = 6  # of 64: resized, recompressed or slightly cropped copies differ in so few, others in 20
@@ -29,7 +29,7 @@ class Finding:
     @property
     def line(self) -> str:
         """Return the finding as a log line with the first few images."""
-        return f"{self.text}: " + few(f"{path} ({note})" if note else path for path, note in self.images)
+        return f"{self.text}: " + list_few(f"{path} ({note})" if note else path for path, note in self.images)
 
 
 def inspect(

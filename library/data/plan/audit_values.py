@@ -28,7 +28,7 @@ def dataset_facts(
     `frequencies` are those of the datasets.
     """
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
-    dropped = [one for subset in subsets for one in left_out(subset)]
+    dropped = [one for subset in subsets for one in list_untrained(subset)]
     tags: Counter[str] = Counter()
     for frequency in frequencies:
         for counts in frequency.values():
@@ -48,7 +48,7 @@ def nothing_known() -> dict[str, Any]:
     return {"datasets": [], "dropped": [], "num_dropped": 0, "caption_lengths": lengths, "tags": []}
 
 
-def left_out(subset: ScannedSubset) -> list[tuple[str, str]]:
+def list_untrained(subset: ScannedSubset) -> list[tuple[str, str]]:
     """Return (path, reason) of every image that is not trained."""
     return [*subset.dropped, *((path, "outside of skip_image_resolution") for path in subset.small)]
 

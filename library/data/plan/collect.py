@@ -49,11 +49,11 @@ def collect_dataset(config: DatasetConfig, scan: Callable[[SubsetConfig], Scanne
         seen.add(source)
         limit = config.skip_image_resolution
         if (found := scan(subset)) is not None:
-            subsets.append(found if limit is None else without_small(found, limit))
+            subsets.append(found if limit is None else drop_small(found, limit))
     return ScannedDataset(config, tuple(subsets))
 
 
-def without_small(found: ScannedSubset, limit: Size) -> ScannedSubset:
+def drop_small(found: ScannedSubset, limit: Size) -> ScannedSubset:
     """Keep only images of a larger area than `limit`; captions of the others are not reported."""
     sizes_N2 = found.images.sizes_N2.astype(np.int64)
     is_small = sizes_N2.prod(axis=1) <= math.prod(limit)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from library.collector import without_collection
+from library.collector import pause_collection
 from library.data.description.buckets import BucketRules, Shape, Size
 from library.data.description.captions import caption_variant
 from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig, load_dataset_config
@@ -20,13 +20,21 @@ from library.data.plan.collect import collect
 from library.data.plan.dataset_digest import dataset_identity, image_digests
 from library.data.plan.order import epoch_batches
 from library.data.plan.references import check_pairs, check_references
-from library.data.plan.samples import Draws, Sample, Samples, build_draws, build_samples, check_images, fixed_shape
+from library.data.plan.samples import (
+    Draws,
+    Sample,
+    Samples,
+    build_draws,
+    build_samples,
+    check_images,
+    resolve_fixed_shape,
+)
 from library.data.plan.seen_references import SeenReferences
 from library.data.plan.summary import TagFrequency, dataset_metadata, tag_frequency
 from library.data.plan.validation_split import Split, split_datasets, unchanging
 from library.data.scanned.subsets import ScannedDataset
 from library.data.sources.storage.storage import Storage
-from library.errors import UserError, few
+from library.errors import UserError, list_few
 from library.options.dataset import DatasetOptions
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
@@ -231,7 +239,7 @@ class DataPlan:
             sample = self.samples[number]
             subset = self.subset_of(sample)
             if subset.random_crop and not self.rules[sample.dataset].enable_bucket:
-                shape = fixed_shape(sample.image.size, sample.shape.bucket, unchanging(subset))
+                shape = resolve_fixed_shape(sample.image.size, sample.shape.bucket, unchanging(subset))
                 # References of random crops have their image's shape, see `check_references`.
                 shapes[number] = replace(shape, references=(shape,) * len(sample.image.references))
         limited = self._limited_to([*chosen, *aside], shapes, draws_once=chosen)
@@ -246,7 +254,7 @@ class DataPlan:
         return replace(self, samples=self.samples.changed(shapes or {}, draws_N))
 
 
-@without_collection()
+@pause_collection()
 def build_plan(
     options: TrainOptions,
     spec: LatentSpec,
@@ -270,7 +278,7 @@ def build_plan(
     caches_latents = options.caching.cache_latents or options.caching.cache_latents_to_disk
     if caches_latents:
         check_drawing(config)
-    config = without_unused_face_crops(config, caches_latents)
+    config = drop_unused_face_crops(config, caches_latents)
     subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
     if options.caching.cache_dir is not None and not any(subset.patterns for subset in subsets):
         logger.warning("--cache_dir has no effect: it is for shards and parquet; image files have caches beside them")
@@ -340,14 +348,14 @@ def check_drawing(config: RunDataConfig) -> None:
                 )
 
 
-def without_unused_face_crops(config: RunDataConfig, caches_latents: bool) -> RunDataConfig:
+def drop_unused_face_crops(config: RunDataConfig, caches_latents: bool) -> RunDataConfig:
     """Drop face_crop_aug_range, with a warning, if buckets or cached latents determine the crop."""
     datasets = []
     for dataset in config.datasets:
         reason = "enable_bucket" if dataset.enable_bucket else "cache_latents" if caches_latents else None
         zoomed = [subset.source for subset in dataset.subsets if subset.face_crop_aug_range is not None]
         if reason is not None and zoomed:
-            logger.warning("face_crop_aug_range has no effect with %s: %s", reason, few(zoomed))
+            logger.warning("face_crop_aug_range has no effect with %s: %s", reason, list_few(zoomed))
             dataset = replace(dataset, subsets=tuple(replace(s, face_crop_aug_range=None) for s in dataset.subsets))
         datasets.append(dataset)
     return replace(config, datasets=tuple(datasets))

@@ -10,7 +10,7 @@ from library.data.description.image_extensions import image_extensions
 from library.data.scanned.images import ScannedImages
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.listing import CAPTION_ENDINGS
-from library.errors import few
+from library.errors import list_few
 from library.formatting import format_count
 
 MOST_COMPARED = 20_000  # images; the search for duplicates reads all file sizes
@@ -29,14 +29,14 @@ def folder_lines(subset: ScannedSubset) -> Iterator[Line]:
     unread = sorted(name for name in subset.aside if name.rpartition(".")[2].lower() not in CAPTION_ENDINGS)
     if unread:
         effect = "images have unsupported extensions; convert or rename them to .png or .jpg"
-        yield logging.WARNING, f"{source} {len(unread)} {effect}: {few(unread)}"
+        yield logging.WARNING, f"{source} {len(unread)} {effect}: {list_few(unread)}"
     yield from caption_lines(subset, unread, source)
     if len(subset.images) <= MOST_COMPARED:
         pairs = [f"{os.path.basename(b)} = {os.path.basename(a)}" for a, b in equal_images(subset.images)]
         if pairs:
             yield (
                 logging.WARNING,
-                f"{source} {format_count(len(pairs), 'duplicate image')}, each trained twice: {few(pairs)}",
+                f"{source} {format_count(len(pairs), 'duplicate image')}, each trained twice: {list_few(pairs)}",
             )
 
 
@@ -56,7 +56,7 @@ def caption_lines(subset: ScannedSubset, unread: Sequence[str], source: str) -> 
     described = {os.path.splitext(name)[0] for name in unread}
     alone = [name for name in subset.alone if name[: -len(wanted)] not in described]
     if alone:
-        yield logging.WARNING, f"{source} {len(alone)} captions have no image: {few(alone)}"
+        yield logging.WARNING, f"{source} {len(alone)} captions have no image: {list_few(alone)}"
 
 
 def equal_images(images: ScannedImages) -> Iterator[tuple[str, str]]:
@@ -87,5 +87,5 @@ def images_below(folder: str) -> str:
             found[inside] = count
     if not found:
         return ""
-    places = few([f"{path} ({count})" for path, count in found.items()], 3)
+    places = list_few([f"{path} ({count})" for path, count in found.items()], 3)
     return f"; {sum(found.values())} are in its subfolders, which are not searched: {places}"

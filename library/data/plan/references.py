@@ -15,7 +15,7 @@ from library.data.plan.samples import Samples
 from library.data.scanned.images import ScannedImage, ScannedImages
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.storage.storage import Storage, is_remote
-from library.errors import UserError, few
+from library.errors import UserError, list_few
 from library.formatting import format_count
 from library.protocols import LatentSpec
 
@@ -66,7 +66,7 @@ def check_differences(opposite_dir: str, images: ScannedImages) -> None:
     if same := [image.key for image, is_same in zip(images, found, strict=True) if is_same]:
         raise UserError(
             f"opposite_dir {opposite_dir}: {format_count(len(same), 'image')} equal to the partner, which teaches "
-            f"nothing: {few(same)}; replace or remove them"
+            f"nothing: {list_few(same)}; replace or remove them"
         )
 
 
@@ -80,8 +80,8 @@ def check_crops(name: str, subset: SubsetConfig, samples: Samples, numbers: rang
     if other:
         raise UserError(
             f"{subset.source}: {name} crops images where reference images of another size cannot follow: "
-            f"{few(samples.keys_at(np.array(other[:3])), count=len(other))}; remove {name}, control_resolution and "
-            "control_no_resize, or give the references the sizes of their images"
+            f"{list_few(samples.keys_at(np.array(other[:3])), count=len(other))}; remove {name}, control_resolution "
+            "and control_no_resize, or give the references the sizes of their images"
         )
 
 
@@ -106,7 +106,7 @@ def reference_lines(subset: ScannedSubset, storage: Storage, has_alpha: bool) ->
         yield (
             logging.WARNING,
             f"{source} {format_count(len(subset.surplus), 'reference image')} {effect}: "
-            + few([os.path.basename(path) for path in subset.surplus]),
+            + list_few([os.path.basename(path) for path in subset.surplus]),
         )
     if config.control_resolution is None and not config.control_no_resize:
         yield from ratio_lines(subset.images, source, "" if config.opposite_dir else KEEP_WHOLE)
@@ -131,7 +131,7 @@ def ratio_lines(images: ScannedImages, source: str, advice: str) -> Iterator[Lin
     is_other_NR = (np.abs(ratios_NR / ratios_N1 - 1) > RATIO_TOLERANCE) & (sizes_NR2[..., 0] > 0)
     rows = np.flatnonzero(is_other_NR.any(axis=1))
     if len(rows):
-        shown = few([os.path.basename(key) for key in images.keys_at(rows[:3])], 3, len(rows))
+        shown = list_few([os.path.basename(key) for key in images.keys_at(rows[:3])], 3, len(rows))
         yield (
             logging.WARNING,
             (
@@ -150,11 +150,11 @@ def content_lines(images: ScannedImages, source: str, storage: Storage, has_alph
     same = [os.path.basename(image.key) for (image, _), (is_same, _) in zip(pairs, found, strict=True) if is_same]
     if same:
         effect = "equal to its reference image, which teaches to change nothing"
-        yield logging.WARNING, f"{source} {format_count(len(same), 'image')} {effect}: {few(same)}"
+        yield logging.WARNING, f"{source} {format_count(len(same), 'image')} {effect}: {list_few(same)}"
     alpha = [os.path.basename(one.key) for (_, one), (_, has) in zip(pairs, found, strict=True) if has]
     if alpha and not has_alpha:
         effect = "with an alpha channel, which is dropped: transparent parts show the colours stored under them"
-        yield logging.WARNING, f"{source} {format_count(len(alpha), 'reference image')} {effect}: {few(alpha)}"
+        yield logging.WARNING, f"{source} {format_count(len(alpha), 'reference image')} {effect}: {list_few(alpha)}"
 
 
 def is_same_file(image: ScannedImage, reference: ScannedImage) -> bool:

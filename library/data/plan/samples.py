@@ -20,9 +20,9 @@ from library.data.description.schema import DatasetConfig, NoDataFound, SubsetCo
 from library.data.plan.folder_audit import images_below
 from library.data.plan.order import Bucket, regularisation_repeats
 from library.data.scanned.columns import Column, join_columns
-from library.data.scanned.images import ScannedImage, ScannedImages, in_blocks
+from library.data.scanned.images import ScannedImage, ScannedImages, iterate_in_blocks
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
-from library.errors import UserError, few
+from library.errors import UserError, list_few
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,10 @@ class Samples(Column[Sample]):
         first = 0
         for subset, (dataset, images) in enumerate(zip(self.dataset_of_subset, self.subsets, strict=True)):
             own = slice(first, first + len(images))
-            shapes = map(self.shapes.__getitem__, in_blocks(self.shape_N[own]))
-            rows = zip(images, repeat(dataset), repeat(subset), shapes, in_blocks(self.draws_N[own]), strict=False)
+            shapes = map(self.shapes.__getitem__, iterate_in_blocks(self.shape_N[own]))
+            rows = zip(
+                images, repeat(dataset), repeat(subset), shapes, iterate_in_blocks(self.draws_N[own]), strict=False
+            )
             yield from map(Sample._make, rows)
             first += len(images)
 
@@ -129,11 +131,11 @@ def check_images(datasets: Sequence[ScannedDataset]) -> None:
         sources = [subset.config.source for subset in subsets if not subset.config.is_reg]
         below = "".join(images_below(source) for source in sources) + small_ones(subsets)
         raise NoDataFound(
-            f"no training images in {few(sources)}{below}" if sources else "no subset is left to train on"
+            f"no training images in {list_few(sources)}{below}" if sources else "no subset is left to train on"
         )
     for subset in subsets:
         if not subset.images:
-            reasons = few([f"{path}: {reason}" for path, reason in subset.dropped], 3)
+            reasons = list_few([f"{path}: {reason}" for path, reason in subset.dropped], 3)
             raise UserError(
                 f"there are no images in {subset.config.source}"
                 + (f" that can be used ({reasons})" if reasons else "")
@@ -161,7 +163,7 @@ def check_mask_sizes(images: Sequence[ScannedImage]) -> None:
         if size != image.size
     ]
     if wrong:
-        raise UserError(f"{len(wrong)} masks do not have the size of their image: {few(wrong, 3)}")
+        raise UserError(f"{len(wrong)} masks do not have the size of their image: {list_few(wrong, 3)}")
 
 
 def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRules]) -> Samples:
@@ -177,7 +179,7 @@ def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRule
             if rule.enable_bucket:
                 found = assign_shapes(sizes, rule)
             else:
-                found = [fixed_shape(size, rule.resolution, subset.config) for size in sizes]
+                found = [resolve_fixed_shape(size, rule.resolution, subset.config) for size in sizes]
             if subset.images.references is not None:
                 found = with_references(found, sizes_M, subset.config, rule.needed_step)
             places = [shapes.setdefault(shape, len(shapes)) for shape in found]
@@ -212,7 +214,7 @@ def with_references(
     ]
 
 
-def fixed_shape(image: Size, target: Size, subset: SubsetConfig) -> Shape:
+def resolve_fixed_shape(image: Size, target: Size, subset: SubsetConfig) -> Shape:
     """Return the shape without buckets: just covering the target; random_crop crops larger images without resizing."""
     if subset.random_crop and image[0] >= target[0] and image[1] >= target[1]:
         return Shape(target, image)
@@ -296,7 +298,7 @@ def stand_in(
     return int(own[0] if len(own) else alike[0])
 
 
-def duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[str, str]]:
+def find_duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[str, str]]:
     """Yield pairs of images of one subset that share caption file and cache names, because only their extensions
     differ."""
     for dataset in datasets:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from library.data.decoding.images import Pixels, Placement, centred, place, read_pixels, with_alpha
+from library.data.decoding.images import Pixels, Placement, crop_at_centre, place, read_pixels, with_alpha
 from library.data.decoding.tensors import to_pixels
 from library.data.decoding.threads import read_many
 from library.data.description.schema import SubsetConfig
@@ -73,8 +73,10 @@ class SeenReferences:
 
     def read(self, sample: Sample, interpolation: str | None, is_flipped: bool) -> tuple[Tensor, ...]:
         """Read the references of a sample as they are trained, CHW, -1..1."""
-        placement = centred(sample.shape, is_flipped)
-        return tuple(map(to_pixels, placed_references(sample, placement, interpolation, self.storage, self.has_alpha)))
+        placement = crop_at_centre(sample.shape, is_flipped)
+        return tuple(
+            map(to_pixels, read_placed_references(sample, placement, interpolation, self.storage, self.has_alpha))
+        )
 
 
 def digest_references(sample: Sample, interpolation: str | None, contents: Mapping[str, str]) -> int:
@@ -86,7 +88,7 @@ def digest_references(sample: Sample, interpolation: str | None, contents: Mappi
     return max(1, int.from_bytes(blake2b(f"{shown} {interpolation}".encode(), digest_size=8).digest(), "big"))
 
 
-def placed_references(
+def read_placed_references(
     sample: Sample, placement: Placement, interpolation: str | None, storage: Storage, has_alpha: bool
 ) -> list[Pixels]:
     """Read the references of a sample, RGBA with `has_alpha`; one that has its image's shape is cropped where the image
@@ -96,6 +98,6 @@ def placed_references(
         rgb, alpha = read_pixels(reference.key, storage.content(reference))
         check_size(reference, rgb)
         is_alike = shape == own and reference.size == sample.image.size
-        placed = placement if is_alike else centred(shape, placement.is_flipped)
+        placed = placement if is_alike else crop_at_centre(shape, placement.is_flipped)
         found.append(place(with_alpha(rgb, alpha) if has_alpha else rgb, placed, interpolation))
     return found

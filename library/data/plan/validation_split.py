@@ -72,7 +72,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
             zip(measured_ones.each_key(), (one for one in identities[id(subset)] if one in aside), strict=True)
         )
         lines += split_lines(subset, len(measured_ones))
-    trained = without_empty(
+    trained = drop_empty(
         replace(dataset, subsets=tuple(kept(subset, is_aside=False) for subset in dataset.subsets))
         for dataset in datasets
     )
@@ -81,7 +81,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
             "validation_split and is_forgetting_probe hold out every image, so nothing is left to train on; use less "
             "than 1.0, and leave some subset without is_forgetting_probe"
         )
-    measured = without_empty(
+    measured = drop_empty(
         replace(
             dataset,
             subsets=tuple(
@@ -150,7 +150,7 @@ def unchanging(config: SubsetConfig) -> SubsetConfig:
     )
 
 
-def without_empty(datasets: Iterator[ScannedDataset]) -> tuple[ScannedDataset, ...]:
+def drop_empty(datasets: Iterator[ScannedDataset]) -> tuple[ScannedDataset, ...]:
     """Drop subsets without images, and datasets without subsets."""
     filled = [replace(d, subsets=tuple(subset for subset in d.subsets if subset.images)) for d in datasets]
     return tuple(dataset for dataset in filled if dataset.subsets)

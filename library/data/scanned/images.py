@@ -152,7 +152,9 @@ class References:
         return cls(paths, sizes_NR2.reshape(len(rows), count, 2))
 
     def __iter__(self) -> Iterator[tuple[ScannedImage, ...]]:
-        for n, (paths, sizes) in enumerate(zip(zip(*self.paths, strict=True), in_blocks(self.sizes_NR2), strict=True)):
+        for n, (paths, sizes) in enumerate(
+            zip(zip(*self.paths, strict=True), iterate_in_blocks(self.sizes_NR2), strict=True)
+        ):
             yield tuple(
                 ScannedImage(path, "", tuple(size), place=self.places[r].of(n, path) if self.places else None)
                 for r, (path, size) in enumerate(zip(paths, sizes, strict=True))
@@ -201,7 +203,7 @@ class ScannedImages(Column[ScannedImage]):
     def __iter__(self) -> Iterator[ScannedImage]:
         nothing: Iterator[None] = repeat(None)
         places = nothing if self.places is None else map(self.places.of, range(len(self)), self.names)
-        sizes = map(tuple, in_blocks(self.sizes_N2))
+        sizes = map(tuple, iterate_in_blocks(self.sizes_N2))
         masks, tags = self.masks or nothing, self.tags or nothing
         references: Any = self.references or repeat(())
         rows: Any = zip(self.each_key(), self.captions, sizes, masks, tags, places, references, strict=False)
@@ -218,7 +220,7 @@ class ScannedImages(Column[ScannedImage]):
         """Yield the key of each image, in order."""
         if self.places is None:
             return map(self.prefix.__add__, self.names) if self.prefix else iter(self.names)
-        prefixes = map(self.places.prefixes.__getitem__, in_blocks(self.places.file_N))
+        prefixes = map(self.places.prefixes.__getitem__, iterate_in_blocks(self.places.file_N))
         return map(str.__add__, prefixes, self.names)
 
     def keys_at(self, rows: NDArray[Any]) -> Sequence[str]:
@@ -241,7 +243,7 @@ class ScannedImages(Column[ScannedImage]):
         )
 
 
-def in_blocks(column: NDArray[Any], block: int = 16384) -> Iterator[Any]:
+def iterate_in_blocks(column: NDArray[Any], block: int = 16384) -> Iterator[Any]:
     """Yield the values of a column as Python objects, converted a block at a time."""
     for first in range(0, len(column), block):
         yield from column[first : first + block].tolist()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
 
-from library.data.description.schema import SubsetConfig, without_secrets
+from library.data.description.schema import SubsetConfig, strip_secrets
 from library.data.scanned.images import OpenFiles, Place, Reader
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.reading import MOST_CAPTION_BYTES, stripped_lines
@@ -41,7 +41,7 @@ class ParquetReader:
 
     def _rows(self, files: OpenFiles, file: str) -> ParquetRows:
         return files.kept_open(
-            file, lambda: ParquetRows(files.file(file), without_secrets(file), files.shared(KeptGroups))
+            file, lambda: ParquetRows(files.file(file), strip_secrets(file), files.shared(KeptGroups))
         )
 
 
@@ -115,7 +115,7 @@ def row_of_url(url: str | None, caption: str | None, folder: str, storage: Stora
     whole = url if is_remote(url) else f"{folder}/{url}" if folder else url
     if is_remote(whole):
         storage.required_cache_dir("images at URLs")
-    shown = without_secrets(whole)
+    shown = strip_secrets(whole)
     try:
         window = storage.window(whole)
         found = build_row(window, Member(shown, 0, window.file_bytes), "")

@@ -71,15 +71,15 @@ def products_of_rounded(x_TK: Tensor, kind: torch.dtype, codes_KN: Tensor, dtype
 
     Up to MOST_TWICE tokens are rounded to about 16 bits, as two 8-bit parts.
     """
-    rounded_TK, factors_T1 = rounded(x_TK, kind)
+    rounded_TK, factors_T1 = round_tokens(x_TK, kind)
     if len(x_TK) > MOST_TWICE:
         return product(rounded_TK, codes_KN, dtype) * factors_T1
-    left_TK, factors_of_left_T1 = rounded(x_TK / factors_T1 - rounded_TK.float(), kind)
+    left_TK, factors_of_left_T1 = round_tokens(x_TK / factors_T1 - rounded_TK.float(), kind)
     large_TN, small_TN = product(torch.cat([rounded_TK, left_TK]), codes_KN, dtype).chunk(2)
     return (large_TN + small_TN * factors_of_left_T1) * factors_T1
 
 
-def rounded(x_TK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+def round_tokens(x_TK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """Round each token to 8 bits. Return the numbers (T, K) and the tokens' scales (T, 1) in float32."""
     # For e5m2 codes the activations are e4m3: torch requires one side to be, and with a scale per token its smaller
     # range is enough.

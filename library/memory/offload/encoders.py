@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 MARGIN_BYTES = 1 << 30  # activations of a few captions, rounding by the allocator, cuBLAS workspaces
 
 
-def streamed_bytes(encoder: nn.Module) -> int:
+def count_streamed_bytes(encoder: nn.Module) -> int:
     """Return an encoder's bytes on the device with streamed layers: the rest, the last layer and two slots."""
     layers = [layer_bytes(layer) for layer in encoder_layers(encoder)]
     if len(layers) < 2:
@@ -29,7 +29,7 @@ def streamed_bytes(encoder: nn.Module) -> int:
 
 def least_bytes(encoders: Sequence[nn.Module]) -> int:
     """Return the bytes of all encoders on the device while the layers of each are streamed."""
-    return sum(map(streamed_bytes, encoders))
+    return sum(map(count_streamed_bytes, encoders))
 
 
 def layer_bytes(layer: nn.Module) -> int:
@@ -52,7 +52,7 @@ def place_encoders(encoders: Sequence[nn.Module], device: torch.device, free_byt
     for size, encoder in sorted(zip(sizes, encoders, strict=True), key=lambda pair: pair[0], reverse=True):
         if free_bytes is None or total + MARGIN_BYTES <= free_bytes:
             break
-        least = streamed_bytes(encoder)
+        least = count_streamed_bytes(encoder)
         if least >= size:  # with few layers, two slots take as much
             continue
         total += least - size

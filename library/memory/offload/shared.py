@@ -22,7 +22,7 @@ def place_for(num_bytes: int) -> str | None:
     return None
 
 
-def shared_masters(folder: Path, is_first: bool) -> MakeMaster:
+def share_masters(folder: Path, is_first: bool) -> MakeMaster:
     """Return a factory of masters in files of `folder`.
 
     The first process creates and fills them, the others map them.

@@ -23,7 +23,7 @@ MakeMaster = Callable[[int, int], tuple[Tensor, bool]]
 """(block number, bytes) -> (flat master, True if another process fills it)."""
 
 
-def own_master(block: int, num_bytes: int) -> tuple[Tensor, bool]:
+def allocate_own_master(block: int, num_bytes: int) -> tuple[Tensor, bool]:
     """Allocate a master for this process alone, which forked processes do not inherit."""
     # At a fork Linux copies pages that are pinned for a device instead of sharing them. Eight workers of a data loader
     # would need eight copies of all offloaded blocks.
@@ -35,14 +35,14 @@ def own_master(block: int, num_bytes: int) -> tuple[Tensor, bool]:
 
 
 def stream(
-    stacks: Stacks, waiting: Sequence[int], device: torch.device, make_master: MakeMaster = own_master
+    stacks: Stacks, waiting: Sequence[int], device: torch.device, make_master: MakeMaster = allocate_own_master
 ) -> Ring[Tensor, Tensor] | None:
     """Keep `waiting[i]` blocks of stack i in main memory, and provide their weights through slots on `device`.
 
     The weights of these blocks must be frozen, see `library.memory.frozen`. Norms, biases and all other parameters stay
     on the model's device. Return the ring, or None if no block is offloaded.
     """
-    blocks = [stack[i] for stack, count in zip(stacks, waiting, strict=True) for i in chosen(len(stack), count)]
+    blocks = [stack[i] for stack, count in zip(stacks, waiting, strict=True) for i in choose_blocks(len(stack), count)]
     if not blocks:
         return None
     layouts = [list(spans(frozen_layers(block))) for block in blocks]
@@ -54,7 +54,7 @@ def stream(
     return ring
 
 
-def chosen(num_blocks: int, count: int) -> list[int]:
+def choose_blocks(num_blocks: int, count: int) -> list[int]:
     """Return the indices of the blocks to offload: evenly spread, so that others compute during a copy.
 
     The last block is never among them.

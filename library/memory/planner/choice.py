@@ -43,7 +43,7 @@ class Choice:
 
 def choose(step: CountedStep, allowed: Allowed, card: Gpu, correction: float = 1.0) -> Choice:
     """Choose the simplest candidate within `WORTH` of the fastest time; of equals, the faster or smaller one."""
-    candidates = tuple(fitted(step, way, allowed, card, correction) for way in allowed.ways())
+    candidates = tuple(fit_way(step, way, allowed, card, correction) for way in allowed.ways())
     fitting = [found for found in candidates if found.device_bytes <= card.memory_bytes]
     least_s = min((found.seconds for found in fitting), default=0.0)
     near = [found for found in fitting if (1 - WORTH) * found.seconds <= least_s]
@@ -51,7 +51,7 @@ def choose(step: CountedStep, allowed: Allowed, card: Gpu, correction: float = 1
     return Choice(card, candidates, chosen)
 
 
-def fitted(step: CountedStep, way: Way, allowed: Allowed, card: Gpu, correction: float) -> Predicted:
+def fit_way(step: CountedStep, way: Way, allowed: Allowed, card: Gpu, correction: float) -> Predicted:
     """Predict a way with the fewest offloaded blocks that make it fit, or with the maximum if it does not fit.
 
     A fixed number of offloaded blocks is kept, and a sharded model offloads none.

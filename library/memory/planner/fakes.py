@@ -47,7 +47,7 @@ def norms_as_on_cards() -> Iterator[None]:
     # block is recomputed in the backward pass.
     old = {name: getattr(functional, name) for name in NORMS}
     for name, norm in old.items():
-        setattr(functional, name, in_float32(norm))
+        setattr(functional, name, run_in_float32(norm))
     try:
         yield
     finally:
@@ -55,7 +55,7 @@ def norms_as_on_cards() -> Iterator[None]:
             setattr(functional, name, norm)
 
 
-def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def run_in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(x: Tensor, *args: Any, **named: Any) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
             x = x.float()

@@ -88,7 +88,7 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None
         for name, flops in PEAKS:
             if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", found):  # an "RTX A4000" is not an A40
                 return flops
-    return measured_gpu(device, 0, dtype).flops / REACHED
+    return benchmark_gpu(device, 0, dtype).flops / REACHED
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def typical_gpu(size: MemorySize) -> Gpu:
     return replace(like, memory_bytes=size.free_bytes, nominal_bytes=size.num_bytes if size.names_gpu else None)
 
 
-def measured_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, side: int = 4096) -> Gpu:
+def benchmark_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, side: int = 4096) -> Gpu:
     """Measure this device with one large product, and with copies from main memory, within it and within the device.
 
     This takes about 0.1 s.
@@ -175,12 +175,12 @@ def measured_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, si
         flops=REACHED * 2 * side**3 / product,
         bus=num_bytes / copy,
         bandwidth=2 * num_bytes / within,
-        pinnable_bytes=most_pinned(),
+        pinnable_bytes=max_pinned_bytes(),
         staging=num_bytes / staged,
     )
 
 
-def most_pinned() -> int:
+def max_pinned_bytes() -> int:
     """Return the bytes of this machine's main memory that can be pinned."""
     if "microsoft" in platform.release().lower():
         return WSL_PINNABLE_BYTES

@@ -18,7 +18,7 @@ NUM_COUNTED = 2  # per run; the first can differ in the backward pass if nothing
 def describe_build(block: nn.Module) -> tuple[Any, ...]:
     """Return a value that is equal for blocks with the same classes and shapes of all modules and adapters."""
     return tuple(
-        (name, type(module), list_shapes(module), taken_over(module)) for name, module in block.named_modules()
+        (name, type(module), list_shapes(module), describe_adapter(module)) for name, module in block.named_modules()
     )
 
 
@@ -26,7 +26,7 @@ def list_shapes(module: nn.Module) -> tuple[Any, ...]:
     return tuple((name, tuple(p.shape), p.dtype) for name, p in module.named_parameters(recurse=False))
 
 
-def taken_over(module: nn.Module) -> Any:
+def describe_adapter(module: nn.Module) -> Any:
     """Return the class and shapes of a layer's adapter, or None. Adapters replace `forward` of the instance."""
     owner = getattr(module.__dict__.get("forward"), "__self__", None)
     if not isinstance(owner, nn.Module):
@@ -50,7 +50,7 @@ class Repeats:
 
 
 @contextmanager
-def shortened(stacks: Sequence[nn.ModuleList], shares: bool = True) -> Iterator[Repeats]:
+def shorten_runs(stacks: Sequence[nn.ModuleList], shares: bool = True) -> Iterator[Repeats]:
     """Leave two blocks of each run in the stacks inside the context, and yield the blocks that they represent.
 
     With `shares`, one block is left of a run with the structure of an earlier one, whose second block represents the

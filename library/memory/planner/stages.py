@@ -44,7 +44,7 @@ class Stage:
         return 0
 
 
-def most_images(num_pixels: int) -> int:
+def max_images(num_pixels: int) -> int:
     """Return how many images of this size to encode at once: a power of two up to 8, about one megapixel in total."""
     count = MOST_AT_ONCE
     while count > 1 and count * num_pixels > PIXELS_AT_ONCE:

@@ -177,11 +177,11 @@ class Timeline:
             for place in reversed(places) if is_backward else places:
                 segment = self.by_label[name, self.stands[place]][recomputes(place)]
                 if recomputes(place) and not keeps_inputs(place):
-                    segment = without_input(segment, self.input_bytes(place), is_backward)
+                    segment = drop_input(segment, self.input_bytes(place), is_backward)
                 yield Move(segment, is_backward, place)
 
 
-def without_input(segment: Segment, input_bytes: int, is_backward: bool) -> Segment:
+def drop_input(segment: Segment, input_bytes: int, is_backward: bool) -> Segment:
     """Return the segment of a block with its inputs in main memory between its passes."""
     if is_backward:
         return replace(segment, delta=segment.delta + input_bytes, rise=segment.rise + input_bytes)

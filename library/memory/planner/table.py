@@ -8,11 +8,11 @@ from library.memory.planner.gpus import GIB
 from library.memory.planner.prediction import Predicted, Way
 
 
-def in_gib(num_bytes: int) -> str:
+def format_gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f} GiB"
 
 
-def shown(choice: Choice) -> tuple[Predicted, ...]:
+def select_shown(choice: Choice) -> tuple[Predicted, ...]:
     """Return the candidates that fit, or all if none does."""
     fitting = tuple(found for found in choice.candidates if found.device_bytes <= choice.card.memory_bytes)
     return fitting or choice.candidates
@@ -32,15 +32,15 @@ def iterate_rows(
         "a pass",
         *(["the run"] if num_passes else []),
     )
-    for found in shown(choice):
+    for found in select_shown(choice):
         fits = found.device_bytes <= choice.card.memory_bytes
         yield (
             "->" if found is choice.chosen else "" if fits else "x",
             describe(found.way),
-            in_gib(found.device_bytes),
-            in_gib(max(0, choice.card.memory_bytes - found.device_bytes)),
-            in_gib(found.tensor_bytes),
-            in_gib(found.host_bytes) if found.host_bytes else "",
+            format_gib(found.device_bytes),
+            format_gib(max(0, choice.card.memory_bytes - found.device_bytes)),
+            format_gib(found.tensor_bytes),
+            format_gib(found.host_bytes) if found.host_bytes else "",
             *(["" if found.error is None else f"{100 * found.error:.1f} %"] if rounds else []),
             f"{found.seconds:.2f} s",
             *([f"{found.seconds * num_passes / 3600:.1f} h"] if num_passes else []),
@@ -50,10 +50,10 @@ def iterate_rows(
 def format_table(choice: Choice, describe: Callable[[Way], str], num_passes: int | None = None) -> list[str]:
     """Format the shown candidates as aligned lines with the chosen one marked, and count the others."""
     lines = columns([*iterate_rows(choice, describe, num_passes)])
-    others = [found.device_bytes for found in choice.candidates if found not in shown(choice)]
+    others = [found.device_bytes for found in choice.candidates if found not in select_shown(choice)]
     if others:
         count = format_count(len(others), "other configuration")
-        lines.append(f"too large: {count}; the smallest needs {in_gib(min(others))}")
+        lines.append(f"too large: {count}; the smallest needs {format_gib(min(others))}")
     return lines
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.weights import Weights, configure, renamed, selected
+from library.checkpoints.weights import Weights, configure, rename_weights, select_weights
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.names import inverse, swap_stem
@@ -50,11 +50,11 @@ def clip_component(
     if any(key.startswith("transformer.resblocks.") for key in weights.shapes):
         weights = from_open_clip(weights)
     else:
-        weights = renamed(weights, clip_from_any)
+        weights = rename_weights(weights, clip_from_any)
     if num_layers is not None:
-        weights = without_layers_from(weights, num_layers)
+        weights = drop_layers_from(weights, num_layers)
     if not projects:
-        weights = selected(weights, {key: key for key in weights.shapes if not key.startswith("text_projection")})
+        weights = select_weights(weights, {key: key for key in weights.shapes if not key.startswith("text_projection")})
     config = configure(weights, lambda shapes: clip_config(shapes, activation))
     if projects:
         config["projection_dim"] = configure(weights, lambda shapes: shape_of(shapes, PROJECTION))[0]
@@ -63,9 +63,9 @@ def clip_component(
 
 def clip_of_folder(config: Mapping[str, Any], weights: Weights, *, projects: bool = False) -> Component:
     """Build a text encoder from a diffusers folder; `projects` keeps the text projection."""
-    weights = renamed(weights, clip_from_any)
+    weights = rename_weights(weights, clip_from_any)
     if not projects:
-        weights = selected(weights, {key: key for key in weights.shapes if not key.startswith("text_projection")})
+        weights = select_weights(weights, {key: key for key in weights.shapes if not key.startswith("text_projection")})
     return Component(config, weights)
 
 
@@ -150,14 +150,14 @@ def open_clip_key(name: str) -> str:
     return swap_stem(name, inverse(OPEN_CLIP_STEMS)) or name
 
 
-def without_layers_from(weights: Weights, first: int) -> Weights:
+def drop_layers_from(weights: Weights, first: int) -> Weights:
     """Drop the weights of layer `first` and all later ones."""
 
     def stays(key: str) -> bool:
         layer = re.match(r"encoder\.layers\.(\d+)\.", key)
         return layer is None or int(layer[1]) < first
 
-    return selected(weights, {key: key for key in weights.shapes if stays(key)})
+    return select_weights(weights, {key: key for key in weights.shapes if stays(key)})
 
 
 def clip_config(shapes: Shapes, activation: str = "quick_gelu") -> dict[str, Any]:
@@ -209,10 +209,10 @@ def load_clip(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     """Load the encoder in `dtype`, frozen, on the CPU; with a projection if the component has one."""
     projects = PROJECTION in component.weights.shapes
     encoder: nn.Module = empty_clip(component.config, projects)
-    body = selected(component.weights, {key: key for key in component.weights.shapes if key != PROJECTION})
+    body = select_weights(component.weights, {key: key for key in component.weights.shapes if key != PROJECTION})
     materialise(clip_body(encoder), body, dtype)
     if projects:
-        weight = selected(component.weights, {"weight": PROJECTION})
+        weight = select_weights(component.weights, {"weight": PROJECTION})
         materialise(encoder.text_projection, weight, dtype)  # type: ignore[arg-type]
     return encoder.requires_grad_(False).eval()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.weights import Weights, configure, renamed
+from library.checkpoints.weights import Weights, configure, rename_weights
 from library.diffusion.inpainting import FEATURE
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, run_library_blocks_with
@@ -30,7 +30,7 @@ NUM_SIZES = 6  # numbers that SDXL is conditioned on besides the text
 def unet_component(ldm: Weights, head_width: int | None = None) -> Component:
     """Build the U-Net of a single file, names without prefix. `head_width` None means 8 heads in every level."""
     layout = configure(ldm, unet_layout)
-    weights = renamed(ldm, lambda key: unet_from_ldm(key, layout))
+    weights = rename_weights(ldm, lambda key: unet_from_ldm(key, layout))
     return Component(configure(weights, lambda shapes: unet_config(shapes, head_width)), weights)
 
 
@@ -113,7 +113,7 @@ def unet_input(noised: Noised, conditioning: Conditioning) -> Tensor:
 def check_unet_input(what: str, unet: Component, num_latent_channels: int, inpaints: bool) -> None:
     """Raise UserError if the U-Net of the checkpoint `what` does not match the inputs of training.
 
-    A plain U-Net trained to inpaint is widened by `for_inpainting`, with a warning.
+    A plain U-Net trained to inpaint is widened by `widen_for_inpainting`, with a warning.
     """
     channels = unet.config.get("in_channels", num_latent_channels)
     if channels == num_latent_channels:
@@ -136,7 +136,7 @@ def check_unet_input(what: str, unet: Component, num_latent_channels: int, inpai
         )
 
 
-def for_inpainting(unet: Any, num_latent_channels: int) -> Any:
+def widen_for_inpainting(unet: Any, num_latent_channels: int) -> Any:
     """Add zero weights for mask channels to the first layer if it has none; they do not change its output."""
     if unet.config.in_channels == num_latent_channels:
         conv = unet.conv_in

@@ -6,7 +6,7 @@ from typing import Any
 
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
-from library.checkpoints.weights import Weights, first_names, with_prefix
+from library.checkpoints.weights import Weights, list_first_names, with_prefix
 from library.errors import NotThere, UserError
 from library.models.loading import Component
 from library.models.shapes import shape_of
@@ -23,7 +23,7 @@ FOLDER = "vae"  # in a diffusers folder
 MARK = "decoder.conv_in.weight"
 
 
-def mapped_latents(cache_suffix: str, max_references: int = 0) -> KlLatents:
+def map_latents(cache_suffix: str, max_references: int = 0) -> KlLatents:
     """Return the latents of a base model whose tokens are 2 x 2 latents, of 16 channels, 8 pixels a side."""
     spec = LatentSpec(CHANNELS, 8, 16, cache_suffix, False, max_references)
     return KlLatents(spec, SCALE, SHIFT, caches_normalized=True)
@@ -64,7 +64,7 @@ def find_vae(
     if prefix is None:
         if name is None:
             raise NotThere(f"{flag} is missing: {base.path} contains no VAE; name its file or folder")
-        first = first_names(weights)
+        first = list_first_names(weights)
         raise UserError(f"{flag} {name} is not a VAE: it has no {marks[0]} (first names: {first})")
     return flag, None, with_prefix(weights, prefix)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
-from library.checkpoints.weights import Weights, configure, first_names, renamed, with_prefix
+from library.checkpoints.weights import Weights, configure, list_first_names, rename_weights, with_prefix
 from library.errors import NotThere, UserError
 from library.memory.devices import send
 from library.models.loading import Component, empty_diffusers_model, load_component
@@ -103,9 +103,11 @@ def vae_component(model: str, weights: Weights) -> Component:
     """Build the VAE from shapes. Raises UserError if the weights are of something else."""
     if ORIGINAL_MARK in weights.shapes:
         num_blocks = first_resample(weights.shapes)
-        weights = renamed(weights, lambda key: from_original(key, num_blocks))
+        weights = rename_weights(weights, lambda key: from_original(key, num_blocks))
     elif DIFFUSERS_MARK not in weights.shapes:
-        raise UserError(f"{FLAG} {weights.origin} is not the VAE of Qwen-Image (first names: {first_names(weights)})")
+        raise UserError(
+            f"{FLAG} {weights.origin} is not the VAE of Qwen-Image (first names: {list_first_names(weights)})"
+        )
     component = Component(configure(weights, vae_config), weights)
     channels = component.config["z_dim"]
     if channels != CHANNELS:
@@ -128,11 +130,11 @@ def from_original(key: str, num_blocks: int) -> str:
     There the layers of all levels are numbered consecutively: blocks, then the resampling layer, then the next level.
     """
     if match := re.fullmatch(r"encoder\.downsamples\.(\d+)\.(.+)", key):
-        return f"encoder.down_blocks.{match[1]}.{in_block(match[2])}"
+        return f"encoder.down_blocks.{match[1]}.{rename_in_block(match[2])}"
     if match := re.fullmatch(r"decoder\.upsamples\.(\d+)\.(.+)", key):
         level, place = divmod(int(match[1]), num_blocks + 1)
         inside = "upsamplers.0" if place == num_blocks else f"resnets.{place}"
-        return f"decoder.up_blocks.{level}.{inside}.{in_block(match[2])}"
+        return f"decoder.up_blocks.{level}.{inside}.{rename_in_block(match[2])}"
     return outside_levels(key)
 
 
@@ -143,11 +145,11 @@ def outside_levels(key: str) -> str:
     if match := re.fullmatch(r"(encoder|decoder)\.(conv1|head\.[02])\.(\w+)", key):
         return f"{match[1]}.{ENDS[match[2]]}.{match[3]}"
     if match := re.fullmatch(r"(encoder|decoder)\.middle\.([012])\.(.+)", key):
-        return f"{match[1]}.mid_block.{MIDDLE[match[2]]}.{in_block(match[3])}"
+        return f"{match[1]}.mid_block.{MIDDLE[match[2]]}.{rename_in_block(match[3])}"
     return key
 
 
-def in_block(tail: str) -> str:
+def rename_in_block(tail: str) -> str:
     """Return diffusers' name of a weight inside a residual block; attention and resampling layers have equal names."""
     stem, _, leaf = tail.rpartition(".")
     return f"{RESIDUAL.get(stem, stem)}.{leaf}"

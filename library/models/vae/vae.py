@@ -10,7 +10,14 @@ import torch
 
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
-from library.checkpoints.weights import Weights, configure, first_names, renamed, selected, with_prefix
+from library.checkpoints.weights import (
+    Weights,
+    configure,
+    list_first_names,
+    rename_weights,
+    select_weights,
+    with_prefix,
+)
 from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
 from library.models.loading import Component, empty_diffusers_model, load_component
@@ -62,7 +69,7 @@ def vae_of_checkpoint(flag: str, weights: Weights) -> Component:
 
 def vae_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
     """Build the VAE of a diffusers folder."""
-    return Component(config, renamed(weights, vae_from_old_diffusers))
+    return Component(config, rename_weights(weights, vae_from_old_diffusers))
 
 
 def vae_of_base(base: BaseFiles) -> Component:
@@ -102,7 +109,7 @@ def open_vae(name: str, needs: VaeNeeds) -> Component:
 def refuse_no_vae(name: str, weights: Weights) -> None:
     """Raise UserError if --vae names something else."""
     if "decoder.conv_in.weight" not in weights.shapes:
-        first = first_names(weights)
+        first = list_first_names(weights)
         raise UserError(f"--vae {name} is not such a VAE: it has no decoder.conv_in.weight (first names: {first})")
 
 
@@ -110,10 +117,10 @@ def single_vae(weights: Weights, more: tuple[str, ...] = ()) -> Component:
     """Build a VAE from one file without prefix, in Stability's or diffusers' layout; training leftovers are dropped,
     but not what begins with one of `more`."""
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", *more)
-    weights = selected(weights, {key: key for key in weights.shapes if key.startswith(parts)})
+    weights = select_weights(weights, {key: key for key in weights.shapes if key.startswith(parts)})
     if any(key.startswith("encoder.down_blocks.") for key in weights.shapes):
-        weights = renamed(weights, vae_from_old_diffusers)
+        weights = rename_weights(weights, vae_from_old_diffusers)
     else:
         num_levels = count(weights.shapes, r"decoder\.up\.(\d+)\.")
-        weights = renamed(weights, lambda key: vae_from_ldm(key, num_levels))
+        weights = rename_weights(weights, lambda key: vae_from_ldm(key, num_levels))
     return Component(configure(weights, vae_config), weights)

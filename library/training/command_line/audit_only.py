@@ -22,7 +22,7 @@ from library.training.reporting.event_stream import WarningEvents, plain
 from library.training.reporting.events import Audit, End, Event, FoundImage, Start
 from library.training.reporting.events import Finding as FindingEvent
 from library.training.reporting.sample_images import encode_data_url
-from library.training.run.run_events import changed_options, versions
+from library.training.run.run_events import list_changed_options, versions
 from library.training.saving.checkpoints import Names
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEven
         logger.info("no problems found in the images")
     if options.saving.output_dir:
         events = [
-            Start(None, changed_options(options), versions()),
+            Start(None, list_changed_options(options), versions()),
             *warned,
             Audit(**plan.facts(), pairs=show_pairs(plan)),
             *(FindingEvent(finding.text, show_images(finding, plan), len(finding.images)) for finding in findings),

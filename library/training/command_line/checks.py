@@ -18,12 +18,12 @@ from library.errors import UserError
 from library.memory.codecs.weight_format import load_format
 from library.memory.planner.gpus import parse_size
 from library.options.base import Options
-from library.options.leco import ignored_by_leco, refused_by_leco
+from library.options.leco import list_ignored_by_leco, list_refused_by_leco
 from library.options.machine.base_formats import BASE_FORMATS
 from library.options.machine.compiling import CompileOptions
 from library.options.machine.memory import PrecisionOptions
 from library.options.model import ModelOptions
-from library.options.no_effect import asks, is_set, unused
+from library.options.no_effect import asks, find_unused, is_set
 from library.options.output.preview import PreviewOptions
 from library.options.ranges import check_ranges
 from library.options.requirements import check_requirements, unsupported
@@ -34,7 +34,7 @@ from library.options.training.noise import NoiseOptions
 from library.options.training.optimizer import OptimizerOptions
 from library.training.evaluation.preview import Timetable
 from library.training.evaluation.prompts import check_sampler, read_prompts
-from library.training.optimization.optimizers import class_path, wanted_type
+from library.training.optimization.optimizers import class_path, resolve_optimizer_type
 from library.training.report_page.page import REPORT
 from library.training.reporting.trackers import tracker_kind
 from library.training.saving.checkpoints import Names, state_folder
@@ -61,7 +61,7 @@ def check(options: TrainOptions) -> None:
         )
     check_output(options)
     check_precision(options)
-    wanted_type(options.optimizer)  # raises if several are named
+    resolve_optimizer_type(options.optimizer)  # raises if several are named
     check_network(options.network)
     check_timesteps(options.noise)
     if options.fit.fit not in (None, "auto"):
@@ -93,7 +93,7 @@ def check_data(options: TrainOptions) -> None:
 def check_concepts(options: Options, concepts: ConceptOptions) -> None:
     """Raise UserError for options that need images, and for mistakes in the prompts file."""
     values = options.flat()
-    for name, why in refused_by_leco(type(options)).items():
+    for name, why in list_refused_by_leco(type(options)).items():
         if asks(values[name]):
             raise UserError(f"--{name} does not work with {PROMPTS_FLAG}: {why}")
     if not concepts.prompts_file:
@@ -107,7 +107,7 @@ def ignore_message(*message: object) -> None:
 
 def ignored_for_concepts(kind: type[Options], draws_previews: bool) -> Mapping[str, str]:
     """Return the options that have no effect without images, each with the reason."""
-    ignored = ignored_by_leco(kind)
+    ignored = list_ignored_by_leco(kind)
     if draws_previews:
         return ignored
     return {**ignored, **dict.fromkeys(("vae", "no_half_vae"), "images are neither encoded nor drawn")}
@@ -139,7 +139,7 @@ def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:
     """Warn of every given option that has no effect; `ignores` lists those without effect for the base model."""
     if options.concepts is not None:
         ignores = {**ignores, **ignored_for_concepts(type(options), bool(options.preview.sample_prompts))}
-    for line in (*unused(options, ignores), *find_doubtful(options)):
+    for line in (*find_unused(options, ignores), *find_doubtful(options)):
         logger.warning("%s", line)
 
 
@@ -303,7 +303,7 @@ def check_precision(options: TrainOptions) -> None:
             "--mixed_precision fp16 needs a GPU and none is found; use --mixed_precision bf16 or no on the CPU"
         )
     if precision.full_fp16:
-        check_full_fp16(wanted_type(options.optimizer))
+        check_full_fp16(resolve_optimizer_type(options.optimizer))
 
 
 def check_arithmetic(precision: PrecisionOptions, merges: bool) -> None:
@@ -428,7 +428,7 @@ def find_doubtful(options: TrainOptions) -> Iterator[str]:
 def find_doubtful_rates(network: NetworkOptions, optimizer: OptimizerOptions) -> Iterator[str]:
     """Yield a line where the denoiser's adapter trains with the default rate, which is meant for whole models, and for
     every rate at which Adam and its relatives destroy an adapter."""
-    name, rate = wanted_type(optimizer), optimizer.learning_rate
+    name, rate = resolve_optimizer_type(optimizer), optimizer.learning_rate
     if name.lower().startswith(SETS_OWN_RATE):
         return
     is_named = network.unet_lr is not None or network.network_train_text_encoder_only

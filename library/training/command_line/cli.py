@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from library.options.base import Options
-from library.options.leco import ignored_by_leco, refused_by_leco
+from library.options.leco import list_ignored_by_leco, list_refused_by_leco
 from library.options.output.console import ConsoleOptions
 from library.options.train import TrainOptions
 from library.training.command_line.console import setup_logging
@@ -54,7 +54,7 @@ def build_parser(
 def build_parser_of_prompts(kind: type[TrainOptions], elsewhere: Callable[[str], str]) -> argparse.ArgumentParser:
     """Build the parser of a script that trains on prompts alone; options without effect there are accepted and
     hidden."""
-    left_out = {*ignored_by_leco(kind), *refused_by_leco(kind)}
+    left_out = {*list_ignored_by_leco(kind), *list_refused_by_leco(kind)}
     return build_parser(kind, elsewhere=elsewhere, examples=EXAMPLES_OF_PROMPTS, left_out=left_out)
 
 
@@ -78,13 +78,15 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     try:
         if typed.output_config:
             start_logging(parser, typed)
-            write_config(config_path(typed.config_file), chosen(typed, parser))
+            write_config(config_path(typed.config_file), list_chosen(typed, parser))
             logger.info("wrote the options to %s", config_path(typed.config_file))
             parser.exit(0)
         actions = {action.dest: action for action in parser._actions if action.dest != "help"}
         if typed.config_file:
             beneath = [read_config(config_path(typed.config_file), actions, describe_other_options(parser))]
-        asked = {name: value for one in beneath for name, value in one.values.items()} | given_values(typed, parser)
+        asked = {name: value for one in beneath for name, value in one.values.items()} | list_given_values(
+            typed, parser
+        )
         if recipe := asked.get("recipe"):
             beneath = [
                 read_recipe(recipe, script_name(parser), asked, actions, describe_other_options(parser)),
@@ -108,7 +110,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 def warn_of_repeats(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
     """Warn of options that are typed more than once: only the last one counts, and lists do not add up."""
-    for flag, given in typed_values(parser, sys.argv[1:] if argv is None else argv).items():
+    for flag, given in collect_typed_values(parser, sys.argv[1:] if argv is None else argv).items():
         lost = [word for words in given[:-1] for word in words if word not in given[-1]]
         if lost and flag.removeprefix("--") not in SECRETS:
             logger.warning(
@@ -117,7 +119,7 @@ def warn_of_repeats(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
             )  # fmt: skip
 
 
-def typed_values(parser: argparse.ArgumentParser, words: Sequence[str]) -> Mapping[str, list[list[str]]]:
+def collect_typed_values(parser: argparse.ArgumentParser, words: Sequence[str]) -> Mapping[str, list[list[str]]]:
     """Return the values of each option on a command line, one list per occurrence."""
     flags, found = parser._option_string_actions, dict[str, list[list[str]]]()
     for word in words:
@@ -139,7 +141,7 @@ def from_program(parser: argparse.ArgumentParser, given: argparse.Namespace) -> 
     """
     setup_logging(ConsoleOptions.from_args(argparse.Namespace(**{**ConsoleOptions.defaults(), **vars(given)})))
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    plain = {name: as_in_toml(value) for name, value in vars(given).items() if value is not None}
+    plain = {name: to_toml_value(value) for name, value in vars(given).items() if value is not None}
     unchanged = {name for name, value in plain.items() if name in actions and value == actions[name].default}
     warnings: list[str] = []
     asked = {name: value for name, value in plain.items() if name not in unchanged}
@@ -153,7 +155,7 @@ def from_program(parser: argparse.ArgumentParser, given: argparse.Namespace) -> 
     return normalize(unset_empty(argparse.Namespace(**{**defaults, **values}), parser))
 
 
-def as_in_toml(value: Any) -> Any:
+def to_toml_value(value: Any) -> Any:
     """Convert a value to its form in a config file: paths become text, tuples become lists."""
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
@@ -235,15 +237,15 @@ def normalize(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**values)
 
 
-def chosen(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Mapping[str, Any]:
+def list_chosen(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Mapping[str, Any]:
     """Return the options that differ from their defaults, without passwords and config file options."""
     for name in SECRETS:
         if getattr(args, name, None):
             logger.warning("--%s is not written to the file; give it on the command line", name)
     left_out = {"config_file", "output_config", *SECRETS}
-    return {name: value for name, value in given_values(args, parser).items() if name not in left_out}
+    return {name: value for name, value in list_given_values(args, parser).items() if name not in left_out}
 
 
-def given_values(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
+def list_given_values(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Return the options that differ from their defaults."""
     return {name: value for name, value in vars(args).items() if value != parser.get_default(name)}

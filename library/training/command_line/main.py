@@ -17,7 +17,7 @@ from library.training.command_line.checks import check, check_values
 from library.training.command_line.cli import from_program, parse
 from library.training.command_line.console import forgive_write_errors
 from library.training.command_line.replaced import refuse_replaced
-from library.training.command_line.show_timesteps import requested_timesteps, show_timesteps
+from library.training.command_line.show_timesteps import resolve_timestep_preview, show_timesteps
 from library.training.command_line.training import train_alone
 from library.training.failures.failure import StoppedByError
 from library.training.failures.interruption import Interrupted, Interruption
@@ -99,7 +99,7 @@ def train_as_asked(
     command: Sequence[str] | None = None,
 ) -> bool:
     """Check the options, then train, or show timesteps or the dataset. Return True if the run is complete."""
-    if latents is not None and objective is not None and (asked := requested_timesteps(options)) is not None:
+    if latents is not None and objective is not None and (asked := resolve_timestep_preview(options)) is not None:
         check_values(options)
         show_timesteps(asked, options.saving, options.run.seed or 0, objective(options), latents.downscale)
         return True

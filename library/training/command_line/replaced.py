@@ -64,13 +64,13 @@ def refuse_replaced(trainer: object) -> None:
             f"this program replaces methods of {type(trainer).__name__} that are never called here: "
             f"{'; '.join(replaced)}. Leave them out, or train with sd-scripts"
         )
-    for module, changed in changed_modules().items():
+    for module, changed in find_changed_modules().items():
         logger.warning(
             "this program sets %s of %s, which has no effect: nothing here uses it", ", ".join(changed), module
         )
 
 
-def changed_modules() -> dict[str, list[str]]:
+def find_changed_modules() -> dict[str, list[str]]:
     """Return what a program has changed in the modules that keep their original contents."""
     loaded = [(name, module) for name, module in sys.modules.items() if name.startswith("library.")]
     changed = {}

@@ -36,7 +36,7 @@ class DrawnLevels:
     weights: list[float]  # loss weight at the middle of each bin
 
 
-def requested_timesteps(options: Options) -> TimestepPreviewOptions | None:
+def resolve_timestep_preview(options: Options) -> TimestepPreviewOptions | None:
     """Return the options of the preview of timesteps; None if it is not requested or the base model has none."""
     values = options.flat()
     if not values.get("show_timesteps"):

@@ -10,11 +10,11 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from library.collector import importing
+from library.collector import freeze_imports
 from library.data.debug_dataset import show_batches
 from library.data.training_data import TrainingData
 from library.errors import UserError
-from library.hidden_libraries import BITSANDBYTES, find_neither, hidden
+from library.hidden_libraries import BITSANDBYTES, find_neither, hide_library
 from library.installed import NEEDED_BY_ALL, check_gpu_is_used, check_installed
 from library.launcher import launched_rank
 from library.memory.offload.shared import IN_MEMORY
@@ -27,9 +27,9 @@ from library.training.command_line.checks import check, report_unused, warn_of_f
 from library.training.command_line.pairs import show_pairs
 from library.training.command_line.run_lock import run_locks
 from library.training.evaluation.choosing import format_choice
-from library.training.failures.failure import saved_on_error
+from library.training.failures.failure import save_on_error
 from library.training.failures.interruption import Interrupted, Interruption
-from library.training.failures.nonfinite import last_good_saved
+from library.training.failures.nonfinite import save_last_good
 from library.training.failures.out_of_memory import explain_out_of_memory
 from library.training.loop.adapter_run import PreparedRun
 from library.training.loop.loop import train
@@ -40,7 +40,7 @@ from library.training.planning.advice import memory_hints
 from library.training.planning.correction import MemoryWatch
 from library.training.planning.fit import Fit
 from library.training.planning.fit_run import fit_run
-from library.training.reporting.console_lines import finished_line
+from library.training.reporting.console_lines import format_finished
 from library.training.reporting.event_stream import EventsOfAll, WarningEvents
 from library.training.reporting.events import Audit, Planned
 from library.training.reporting.log_prefix import log_prefix
@@ -49,12 +49,12 @@ from library.training.run.dry_run import DRY_RUN_VALUES, try_largest_batch
 from library.training.run.prepare import prepare
 from library.training.run.run_events import open_events
 from library.training.run.selftest import test_itself
-from library.training.run.shard_base_checks import launched_values, sharding_values
+from library.training.run.shard_base_checks import resolve_launched_values, sharding_values
 from library.training.saving.checkpoints import Names
 from library.training.saving.hub import check_repository
 from library.training.saving.resume import batches_of_state, rates_of_state
 from library.training.saving.saved_files import files_of_run
-from library.training.sweep.combinations import expand_combinations, shared_and_own
+from library.training.sweep.combinations import expand_combinations, split_options
 from library.training.sweep.ranking import add_runs, clearly_worse, collect_standing, log_ranking, rank
 from library.training.sweep.states import FoundStates, find_states
 from library.training.sweep_record import NOT_FINITE, SweepRecord
@@ -102,7 +102,7 @@ def train_alone(
     """Train while no other run writes the same files, and emit events. Return True if the run is complete."""
     check_installed("adapters", NEEDED_BY_ALL)
     check_gpu_is_used(torch)
-    shared, adapters = shared_and_own(asked)
+    shared, adapters = split_options(asked)
     for label, own in adapters.items() if shared.sweep.sweep else ():
         with log_prefix(label):
             check(own)
@@ -129,7 +129,7 @@ def train_network(
 ) -> bool:
     """Build the architecture, initialize distributed processes, resolve the options and train. Return True if the
     run is complete, False if it was stopped."""
-    values = launched_values(options.shared.distributed.shard_base)
+    values = resolve_launched_values(options.shared.distributed.shard_base)
     options = options.with_values(values | DRY_RUN_VALUES if options.shared.faults.dry_run else values)
     arch = open_architecture(options, build)
     accelerator = open_accelerator(
@@ -153,9 +153,9 @@ def open_architecture(options: ResolvedOptions[OptionsT], build: Callable[[Optio
 
     Network modules are imported first, so that a misspelt one is reported before files are read.
     """
-    with importing("tokenizers"):
+    with freeze_imports("tokenizers"):
         find_neither()
-        with hidden(BITSANDBYTES):
+        with hide_library(BITSANDBYTES):
             for module in filter(None, dict.fromkeys(own.network.network_module for own in options.adapters.values())):
                 open_network_module(module)
         arch = build(options.shared)
@@ -214,7 +214,7 @@ def train_resolved(
     with (
         events.stage("loading"),
         explain_out_of_memory("loading the models and caching", options, accelerator.device, ""),
-        hidden(BITSANDBYTES),
+        hide_library(BITSANDBYTES),
     ):
         wanted = [
             runs.request_adapter(own, run.seed, states.by_label.get(label), each, label)
@@ -253,8 +253,8 @@ def train_prepared(
         with ExitStack() as stack:
             stack.enter_context(events.stage("training"))
             for one in prepared:
-                stack.enter_context(last_good_saved(one.writer))
-                stack.enter_context(saved_on_error(one.writer, one.progress, one.run.plan))
+                stack.enter_context(save_last_good(one.writer))
+                stack.enter_context(save_on_error(one.writer, one.progress, one.run.plan))
             stack.enter_context(processes.reporting_failures())
             train(prepared, interruption, MemoryWatch.build(first.run, fitted), memory_hints, clearly_worse)
     finally:
@@ -303,4 +303,4 @@ def log_end(prepared: PreparedRun, first_step: int, seconds: float) -> None:
     what = f"{network.network_module}{rank} on {run.context.arch.name}"
     best, run.events.file = prepared.validation.record.best, str(names.of_end())
     num_steps = prepared.progress.step - first_step
-    logger.info("%s", finished_line(what, num_steps, seconds, names.of_end(), best, names.of_best()))
+    logger.info("%s", format_finished(what, num_steps, seconds, names.of_end(), best, names.of_best()))

@@ -91,7 +91,7 @@ def is_clearly_worse(losses_G: Tensor, best_G: Tensor, num_compared: int) -> boo
     return estimate(losses_G - best_G, (1 - CONFIDENCE) / num_compared).low > 0
 
 
-def by_image(losses_N: Tensor, images: Sequence[Hashable]) -> Tensor:
+def average_by_image(losses_N: Tensor, images: Sequence[Hashable]) -> Tensor:
     """Average the rows of each image, shape G, float64; `images` identifies the image of each row."""
     numbers = {image: i for i, image in enumerate(dict.fromkeys(images))}
     index_N = torch.tensor([numbers[image] for image in images])
@@ -102,7 +102,9 @@ def by_image(losses_N: Tensor, images: Sequence[Hashable]) -> Tensor:
 def estimate(values_G: Tensor, level: float = 1 - CONFIDENCE) -> Estimate:
     """Estimate the mean of independent values, with an interval that misses it with probability `level`."""
     count = len(values_G)
-    return within(values_G.mean().item(), values_G.std().item() / sqrt(count) if count > 1 else nan, count - 1, level)
+    return make_interval(
+        values_G.mean().item(), values_G.std().item() / sqrt(count) if count > 1 else nan, count - 1, level
+    )
 
 
 def estimate_of_difference(values_G: Tensor, others_G: Tensor, level: float = 1 - CONFIDENCE) -> Estimate:
@@ -110,10 +112,10 @@ def estimate_of_difference(values_G: Tensor, others_G: Tensor, level: float = 1 
     counts = len(values_G), len(others_G)
     mean = (values_G.mean() - others_G.mean()).item()
     variances = (values.var().item() / len(values) if len(values) > 1 else nan for values in (values_G, others_G))
-    return within(mean, sqrt(sum(variances)), min(counts) - 1, level)
+    return make_interval(mean, sqrt(sum(variances)), min(counts) - 1, level)
 
 
-def within(mean: float, error: float, degrees: int, level: float) -> Estimate:
+def make_interval(mean: float, error: float, degrees: int, level: float) -> Estimate:
     """Return Student's t interval around a mean with a standard error; NaN if the error is NaN."""
     from scipy.special import stdtrit
 

@@ -14,7 +14,7 @@ from library.formatting import align_columns, format_count
 from library.training.evaluation.choice import CONFIDENCE, MIN_IMAGES, Choice, choose, estimate, estimate_of_difference
 from library.training.evaluation.validation_record import ValidationRecord
 from library.training.reporting import events
-from library.training.saving.saved_files import read_num_steps, without_copies
+from library.training.saving.saved_files import drop_copies, read_num_steps
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def choose_saved(files: Sequence[Path], record: ValidationRecord, measures_what_
     """
     if len(files) < 2:
         return None
-    files = without_copies(files)
+    files = drop_copies(files)
     found = [(path, read_num_steps(path)) for path in files] if measures_what_is_saved else []
     known = [(path, step) for path, step in found if step and step in record.row_losses]  # 0: unknown
     measured = [Measured(path, step, record.image_losses(step)) for path, step in known]
@@ -157,8 +157,10 @@ def format_candidates(choice: events.Choice) -> list[str]:
             (
                 "before training" if one.file is None else Path(one.file).name,
                 str(one.step),
-                f"{one.loss:.5f}{interval(one.low, one.high)}",
-                f"{one.difference:.5f}{interval(one.difference_low, one.difference_high)}" if one.difference else "-",
+                f"{one.loss:.5f}{format_interval(one.low, one.high)}",
+                f"{one.difference:.5f}{format_interval(one.difference_low, one.difference_high)}"
+                if one.difference
+                else "-",
                 "yes" if one.is_worse else "no" if one.difference else "-",
                 format_memory(one.memorised),
                 *((format_memory(one.forgotten),) if has_probe else ()),
@@ -169,7 +171,7 @@ def format_candidates(choice: events.Choice) -> list[str]:
 
 def format_memory(memory: events.Memorised | events.Forgotten | None) -> str:
     """Format the memorization gap, or the rise on the forgetting probe."""
-    return "" if memory is None else f"{memory.more:.5f}{interval(memory.low, memory.high)}"
+    return "" if memory is None else f"{memory.more:.5f}{format_interval(memory.low, memory.high)}"
 
 
 def memory_line(choice: events.Choice) -> str | None:
@@ -184,11 +186,13 @@ def memory_line(choice: events.Choice) -> str | None:
     is_clear = memory.low is not None and memory.low > 0
     doubt = "" if is_clear else ", not significant"
     side = "more" if memory.more >= 0 else "less"
-    change = f"{abs(memory.more):.5f}{interval(memory.low, memory.high)} {side} on trained images than on {unseen}"
+    change = (
+        f"{abs(memory.more):.5f}{format_interval(memory.low, memory.high)} {side} on trained images than on {unseen}"
+    )
     return f"memorization gap: with {Path(one.file).name} the loss fell by {change}{doubt}"
 
 
-def interval(low: float | None, high: float | None) -> str:
+def format_interval(low: float | None, high: float | None) -> str:
     """Format an interval in brackets; "" without one."""
     return "" if low is None or high is None or isnan(low) else f" ({low:.5f} to {high:.5f})"
 

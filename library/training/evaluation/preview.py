@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from library.diffusion.guidance import guided, needs_negative
+from library.diffusion.guidance import apply_guidance, needs_negative
 from library.errors import UserError
 from library.memory.devices import place, release_memory
 from library.options.output.preview import PreviewOptions
@@ -24,7 +24,7 @@ from library.progress import progress_bar
 from library.protocols import Architecture, LiveText
 from library.randomness import generator_for
 from library.training.evaluation.preview_weights import with_preview_weights
-from library.training.evaluation.prompt_images import prompt_conditioning, seen_text, show_with_references
+from library.training.evaluation.prompt_images import prompt_conditioning, resolve_seen_text, show_with_references
 from library.training.evaluation.prompts import read_prompts, resolve_all
 from library.training.evaluation.strength_response import FEWEST, measure_response
 from library.training.evaluation.without_side_effects import evaluating
@@ -76,7 +76,7 @@ class Timetable:
         return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0
 
 
-def wanted_prompts(options: PreviewOptions, arch: Architecture) -> list[Prompt]:
+def read_wanted_prompts(options: PreviewOptions, arch: Architecture) -> list[Prompt]:
     """Read the preview prompts; none if no interval or no file is given, or the file is empty."""
     path = options.sample_prompts
     if Timetable.build(options).is_empty or not path:
@@ -109,7 +109,9 @@ def collect_texts(prompts: Sequence[Prompt], arch: Architecture) -> list[str]:
 
 def texts_of_prompt(prompt: Prompt, arch: Architecture) -> tuple[str, str]:
     """Return a prompt's positive and negative text as the text encoders get them."""
-    return seen_text(prompt, arch.preview.worded(prompt.text), arch), seen_text(prompt, prompt.negative, arch)
+    return resolve_seen_text(prompt, arch.preview.worded(prompt.text), arch), resolve_seen_text(
+        prompt, prompt.negative, arch
+    )
 
 
 def encode_prompts(
@@ -134,7 +136,7 @@ def encode_prompts(
     return encoded
 
 
-def encoded_now(
+def encode_with_loaded(
     context: StepContext, prompts: Sequence[Prompt], cached: Mapping[str, Conditioning] | None
 ) -> dict[str, Conditioning]:
     """Encode the prompts with the text encoders in memory, and add cached features of the others."""
@@ -167,7 +169,7 @@ class Previews:
         self._encoded = None if run.context.models.text_encoders else cached
         if run.context.models.text_encoders and prompts and not run.context.trains_text_encoder:
             with evaluating(run, PREVIEWS):
-                self._encoded = encoded_now(run.context, prompts, cached)
+                self._encoded = encode_with_loaded(run.context, prompts, cached)
 
     def before_training(self, interruption: Interruption) -> None:
         """Draw before the first step, if requested."""
@@ -263,7 +265,7 @@ class Previews:
         try:
             encoded = self._encoded
             if encoded is None:
-                encoded = encoded_now(run.context, [prompt], self._cached)
+                encoded = encode_with_loaded(run.context, [prompt], self._cached)
             generator = seed_generator(prompt, run.context.seed, index)
             latents_BCHW = draw_latents(run.context, prompt, encoded, generator, goes_on, vae)
             if latents_BCHW is None:
@@ -340,9 +342,9 @@ def draw_latents(
     shape = (1, spec.channels, prompt.height // spec.downscale, prompt.width // spec.downscale)
     sampler, predict, batch = preview.sampler(prompt), preview.predict(prompt), build_batch(prompt)
     texts = texts_of_prompt(prompt, context.arch)
-    positive, negative = (on_device(encoded.get(text), context.device) for text in texts)
+    positive, negative = (move_conditioning(encoded.get(text), context.device) for text in texts)
     if positive is None:
-        raise changed_references(prompt)
+        raise make_reference_error(prompt)
     extra = prompt_conditioning(context, vae, prompt, batch, generator.initial_seed())
 
     def say(noised: Noised, progress: float) -> Tensor:
@@ -350,7 +352,7 @@ def draw_latents(
             with context.autocast():
                 return predict(context.models.denoiser, noised, {**conditioning, **extra}, batch)
 
-        return guided(ask, positive, negative, prompt, progress)
+        return apply_guidance(ask, positive, negative, prompt, progress)
 
     noise_BCHW = torch.randn(shape, generator=generator).to(context.device)
     latents_BCHW = denoise(sampler, say, sampler.start(noise_BCHW), generator, goes_on=goes_on)
@@ -359,7 +361,7 @@ def draw_latents(
     return latents_BCHW
 
 
-def changed_references(prompt: Prompt) -> UserError:
+def make_reference_error(prompt: Prompt) -> UserError:
     """Return the error for a prompt whose reference images changed after its features were cached."""
     assert prompt.reference_paths, "the features of a prompt without images are kept under its text"
     gone = [path for path in prompt.reference_paths if not path.is_file()]
@@ -378,7 +380,7 @@ def decode(context: StepContext, vae: nn.Module, latents_BCHW: Tensor, fallback:
     return to_image(pixels_BCHW[0])
 
 
-def on_device(conditioning: Conditioning | None, device: torch.device) -> Conditioning | None:
+def move_conditioning(conditioning: Conditioning | None, device: torch.device) -> Conditioning | None:
     return None if conditioning is None else {name: tensor.to(device) for name, tensor in conditioning.items()}
 
 

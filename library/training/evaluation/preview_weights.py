@@ -11,7 +11,7 @@ from library.formatting import format_bytes
 from library.memory.codecs.codec import AS_IN_FILE
 from library.memory.codecs.weight_format import load_format
 from library.memory.devices import bytes_of
-from library.memory.exchange import exchanged
+from library.memory.exchange import exchange_weights
 from library.options.machine.memory import PrecisionOptions
 from library.protocols import Preview
 
@@ -36,4 +36,4 @@ def with_preview_weights(
         )
     logger.info("reading the weights that previews are drawn with (%s)", format_bytes(needed))
     name = precision.denoiser_format
-    return exchanged(denoiser, preview.load_denoiser(AS_IN_FILE if name is None else load_format(name).codec))
+    return exchange_weights(denoiser, preview.load_denoiser(AS_IN_FILE if name is None else load_format(name).codec))

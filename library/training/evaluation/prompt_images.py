@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from library.data.decoding.images import Pixels, centred, place, read_pixels, with_alpha
+from library.data.decoding.images import Pixels, crop_at_centre, place, read_pixels, with_alpha
 from library.data.decoding.tensors import to_pixels
 from library.data.description.buckets import ReferenceRules, Shape, cover
 from library.data.plan.dataset_digest import content_digest
 from library.diffusion.inpainting import draw_mask
 from library.protocols import Architecture, LatentSpec
 from library.training.step.context import StepContext
-from library.training.step.latents import load_references, masked_feature
+from library.training.step.latents import encode_masked, load_references
 from library.types import Batch, CaptionWithImages, Conditioning, Prompt
 
 OPAQUE = 128  # smallest alpha value that keeps a pixel; lower ones are inpainted
@@ -32,13 +32,13 @@ def prompt_conditioning(
     """
     if not prompt.reference_paths:
         return inpainting_feature(context, prompt, batch, seed)
-    pixels = tuple(to_pixels(one)[None] for one in placed_references(prompt, context.arch.codec.spec))
+    pixels = tuple(to_pixels(one)[None] for one in read_placed_references(prompt, context.arch.codec.spec))
     with_vae = replace(context, models=replace(context.models, vae=vae))
     references = load_references(with_vae, replace(batch, reference_pixels=pixels))
     return {**references, **inpainting_feature(context, prompt, batch, seed)}
 
 
-def placed_references(prompt: Prompt, spec: LatentSpec) -> list[Pixels]:
+def read_placed_references(prompt: Prompt, spec: LatentSpec) -> list[Pixels]:
     """Read a prompt's reference images, resized to about its area with their own aspect ratios and sides that are
     multiples of the bucket step."""
     rules, found = ReferenceRules((prompt.width, prompt.height), False, spec.bucket_step), []
@@ -46,16 +46,18 @@ def placed_references(prompt: Prompt, spec: LatentSpec) -> list[Pixels]:
         rgb, alpha = read_pixels(str(path))
         size = rgb.shape[1], rgb.shape[0]
         whole = with_alpha(rgb, alpha) if spec.has_alpha else rgb
-        found.append(place(whole, centred(rules.shape(size, size, Shape(size, size))), None))
+        found.append(place(whole, crop_at_centre(rules.shape(size, size, Shape(size, size))), None))
     return found
 
 
-def seen_text(prompt: Prompt, text: str, arch: Architecture) -> str:
+def resolve_seen_text(prompt: Prompt, text: str, arch: Architecture) -> str:
     """Return a prompt's text for the text encoder, with the reference images if the encoder sees them."""
     if not prompt.reference_paths or arch.text_cache is None or arch.text_cache.places_key is None:
         return text
     digest = f"{[content_digest(str(path)) for path in prompt.reference_paths]} {prompt.width}x{prompt.height}"
-    return CaptionWithImages(text, digest, lambda: tuple(map(to_pixels, placed_references(prompt, arch.codec.spec))))
+    return CaptionWithImages(
+        text, digest, lambda: tuple(map(to_pixels, read_placed_references(prompt, arch.codec.spec)))
+    )
 
 
 def show_beside(references: Sequence[Image.Image], image: Image.Image) -> Image.Image:
@@ -71,7 +73,7 @@ def show_beside(references: Sequence[Image.Image], image: Image.Image) -> Image.
 
 def show_with_references(prompt: Prompt, image: Image.Image, spec: LatentSpec) -> Image.Image:
     """Return a prompt's image with its reference images on the left; unchanged if it has none."""
-    references = [Image.fromarray(one) for one in placed_references(prompt, spec)]
+    references = [Image.fromarray(one) for one in read_placed_references(prompt, spec)]
     return show_beside(references, image) if references else image
 
 
@@ -84,11 +86,11 @@ def inpainting_feature(context: StepContext, prompt: Prompt, batch: Batch, seed:
         return {}
     rgb, alpha = read_pixels(str(prompt.image_path))
     size = prompt.width, prompt.height
-    placement = centred(Shape(size, cover((rgb.shape[1], rgb.shape[0]), size)))
+    placement = crop_at_centre(Shape(size, cover((rgb.shape[1], rgb.shape[0]), size)))
     if alpha is None or alpha.min() >= OPAQUE:
         mask_HW = draw_mask(*size, np.random.default_rng(seed))
     else:
         mask_HW = (place(alpha, placement, None) < OPAQUE).astype(np.float32)
     shown = replace(batch, pixels_BCHW=to_pixels(place(rgb, placement, None))[None])
     masks_B1HW = torch.from_numpy(mask_HW)[None, None]
-    return masked_feature(context, shown, masks_B1HW, lambda _: torch.Generator().manual_seed(seed))
+    return encode_masked(context, shown, masks_B1HW, lambda _: torch.Generator().manual_seed(seed))

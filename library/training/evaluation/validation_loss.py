@@ -98,7 +98,7 @@ class Difference:
         return abs(self.mean) > 2 * self.standard_error
 
 
-def paired_difference(now_NL: Tensor, before_NL: Tensor, images: Sequence[Hashable]) -> Difference:
+def estimate_paired_difference(now_NL: Tensor, before_NL: Tensor, images: Sequence[Hashable]) -> Difference:
     """Return the mean of `now_NL` - `before_NL` with its standard error.
 
     Levels of one image, and rows of the same image (identified by `images`), are not independent, so each image counts

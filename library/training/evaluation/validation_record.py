@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.training.evaluation.choice import by_image, is_clearly_worse
-from library.training.evaluation.validation_loss import Difference, Name, paired_difference
+from library.training.evaluation.choice import average_by_image, is_clearly_worse
+from library.training.evaluation.validation_loss import Difference, Name, estimate_paired_difference
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class ValidationRecord:
         """The last evaluation's difference to the first; None for the first."""
         if self.first is None or self.last is None or self.last is self.first:
             return None
-        return paired_difference(self.last.losses_NL, self.first.losses_NL, self.images)
+        return estimate_paired_difference(self.last.losses_NL, self.first.losses_NL, self.images)
 
     def add(self, evaluation: Evaluation) -> None:
         """Add an evaluation."""
@@ -82,7 +82,7 @@ class ValidationRecord:
 
     def image_losses(self, step: int) -> Tensor:
         """Return each image's loss after `step`, shape G; its losses must be kept."""
-        return by_image(torch.tensor(self.row_losses[step], dtype=torch.float64), self.images)
+        return average_by_image(torch.tensor(self.row_losses[step], dtype=torch.float64), self.images)
 
     def losses_after(self, step: int) -> list[float] | None:
         """Return each image's loss if `step` was measured last, else None."""

@@ -7,8 +7,8 @@ from math import isfinite, isnan, nan
 import torch
 
 from library.diffusion.dpo import implicit_accuracy, invert_losses
-from library.errors import few
-from library.training.evaluation.validation_loss import paired_difference
+from library.errors import list_few
+from library.training.evaluation.validation_loss import estimate_paired_difference
 from library.training.evaluation.validation_record import Evaluation, ValidationRecord
 from library.training.reporting import events
 
@@ -26,7 +26,7 @@ def log_evaluation(
     """Log an evaluation in one line, compared with earlier ones, and name images with a non-finite loss."""
     broken_N = ~evaluation.losses_NL.isfinite().all(1)
     if broken_N.any():
-        names = few(labels[i] for i in broken_N.nonzero().flatten().tolist())
+        names = list_few(labels[i] for i in broken_N.nonzero().flatten().tolist())
         logger.error("%s after step %d: the loss is not a number for %s", title, evaluation.step, names)
     at_levels = ", ".join(f"{t}: {x:.4f}" for t, x in zip(levels, evaluation.level_means, strict=True))
     place = f"after step {evaluation.step}" if evaluation.step else "before the first step"
@@ -39,7 +39,7 @@ def log_evaluation(
 
 def format_comparison(evaluation: Evaluation, first: Evaluation, before: ValidationRecord) -> str:
     """Compare an evaluation with the first one and with the lowest earlier one."""
-    difference = paired_difference(evaluation.losses_NL, first.losses_NL, before.images)
+    difference = estimate_paired_difference(evaluation.losses_NL, first.losses_NL, before.images)
     error = "" if isnan(difference.standard_error) else f" ± {difference.standard_error:.4f}"
     doubt = "" if difference.is_clear else ", which may be chance"
     side = "below" if difference.mean < 0 else "above"
@@ -84,7 +84,7 @@ def build_event(
 ) -> events.Validation:
     zeros_N1 = torch.zeros_like(evaluation.losses_NL)[:, :1]
     errors = [
-        finite(paired_difference(one, zeros_N1, record.images).standard_error)
+        finite(estimate_paired_difference(one, zeros_N1, record.images).standard_error)
         for one in (evaluation.losses_NL, *evaluation.losses_NL.T[:, :, None])
     ]
     by_level = zip(levels, evaluation.level_means, errors[1:], strict=True)
@@ -94,7 +94,7 @@ def build_event(
         error=errors[0],
         levels=[events.Level(*level) for level in by_level],
         num_pictures=len(record.images),
-        compared=compared_with_first(record),
+        compared=compare_with_first(record),
         best_step=record.best_step,
         best_loss=finite(record.best_loss),
         preference=preference,
@@ -103,12 +103,12 @@ def build_event(
 
 def build_forgetting_event(evaluation: Evaluation, record: ValidationRecord) -> events.Forgetting:
     zeros_N1 = torch.zeros_like(evaluation.losses_NL)[:, :1]
-    error = paired_difference(evaluation.losses_NL, zeros_N1, record.images).standard_error
-    compared = compared_with_first(record)
+    error = estimate_paired_difference(evaluation.losses_NL, zeros_N1, record.images).standard_error
+    compared = compare_with_first(record)
     return events.Forgetting(evaluation.step, evaluation.mean, finite(error), len(record.images), compared)
 
 
-def compared_with_first(record: ValidationRecord) -> events.Compared | None:
+def compare_with_first(record: ValidationRecord) -> events.Compared | None:
     """Return the last evaluation's difference to the first; None for the first."""
     if (difference := record.difference) is None or record.first is None:
         return None

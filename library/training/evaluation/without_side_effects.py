@@ -12,7 +12,7 @@ from library.training.step.modes import eval_mode
 
 @contextmanager
 def evaluating(run: Run, use: str) -> Iterator[None]:
-    """Evaluate inside the block: the weights for `use` (`shown_weights`), no dropout, no gradients. Afterwards
+    """Evaluate inside the block: the weights for `use` (`show_weights`), no dropout, no gradients. Afterwards
     everything is restored bit for bit.
 
     Adapters run completely: DyLoRA at full rank, T-LoRA too unless it gets noise levels, as in validation, and all at
@@ -27,13 +27,13 @@ def evaluating(run: Run, use: str) -> Iterator[None]:
         torch.no_grad(),
         random_streams_kept(run.context.device),
         eval_mode(modules),
-        shown_weights(run, use),
+        show_weights(run, use),
     ):
         yield
 
 
 @contextmanager
-def shown_weights(run: Run, use: str) -> Iterator[None]:
+def show_weights(run: Run, use: str) -> Iterator[None]:
     """Swap in the weights for `use` (one of those in `library.options.training.averaging`) inside the block.
 
     These are the average of a schedule-free optimizer, or the moving average if it applies to this use.

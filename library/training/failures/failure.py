@@ -22,7 +22,7 @@ class StoppedByError(Exception):
 
 
 @contextmanager
-def saved_on_error(writer: Writer, progress: Progress, plan: Plan) -> Iterator[None]:
+def save_on_error(writer: Writer, progress: Progress, plan: Plan) -> Iterator[None]:
     """Save weights and state if an error ends the run, and raise StoppedByError.
 
     The error itself is re-raised if no step is finished, if the adapter had ended, on ranks other than 0, and if saving

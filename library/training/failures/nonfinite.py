@@ -14,8 +14,8 @@ from functools import partial
 from math import isfinite
 from pathlib import Path
 
-from library.errors import UserError, few
-from library.training.failures.nonfinite_trace import first_damage
+from library.errors import UserError, list_few
+from library.training.failures.nonfinite_trace import find_first_damage
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import NonFiniteWeights, Writer, weights_are_finite
 from library.training.saving.rescue import NotWrittenError
@@ -92,9 +92,9 @@ class NonFiniteGuard:
             timesteps = add_noise_to(self.run.context, batch, number).timesteps_B.tolist()
             samples += [f"{key} (timestep {t:g})" for key, t in zip(batch.keys, timesteps, strict=True)]
             if self.run.options.faults.trace_nonfinite and not self.was_traced:
-                trace = first_damage(self.run, batch, number, window.step)
+                trace = find_first_damage(self.run, batch, number, window.step)
                 self.was_traced = True
-        explanation = f"step {window.step + 1}: {what}; images: {few(samples, MAX_NAMED)}"
+        explanation = f"step {window.step + 1}: {what}; images: {list_few(samples, MAX_NAMED)}"
         return explanation if trace is None else f"{explanation}; {trace}"
 
     def report(self, step: int) -> None:
@@ -112,7 +112,7 @@ def advice(run: Run) -> str:
 
 
 @contextmanager
-def last_good_saved(writer: Writer) -> Iterator[None]:
+def save_last_good(writer: Writer) -> Iterator[None]:
     """If damaged steps end the run, save the adapter as it was after the last good step.
 
     Damaged weights are never written; earlier files stay.
@@ -124,10 +124,10 @@ def last_good_saved(writer: Writer) -> Iterator[None]:
             raise NonFiniteError(f"{error}. Nothing is saved now; files saved before stay", None) from error
         step, epoch = error.last_good
         path = writer.names.of_step(step)
-        raise NonFiniteError(f"{error}. {saved_as(writer, path, step, epoch)}", error.last_good) from error
+        raise NonFiniteError(f"{error}. {save_and_describe(writer, path, step, epoch)}", error.last_good) from error
 
 
-def saved_as(writer: Writer, path: Path, step: int, epoch: int) -> str:
+def save_and_describe(writer: Writer, path: Path, step: int, epoch: int) -> str:
     """Write the adapter in the main process. Return a sentence about it."""
     if not writer.is_main:
         return "The main process saves the adapter"

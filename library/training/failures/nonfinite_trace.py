@@ -55,7 +55,7 @@ class Trace:
         return "computed once more, outputs and gradients are finite: the batch alone does not explain it"
 
 
-def first_damage(run: Run, batch: Batch, batch_number: int, step: int) -> str:
+def find_first_damage(run: Run, batch: Batch, batch_number: int, step: int) -> str:
     """Recompute a batch's forward and backward pass with the run's random draws, and describe where the damage begins.
 
     Checks every output separately, so it is slow.
@@ -65,7 +65,7 @@ def first_damage(run: Run, batch: Batch, batch_number: int, step: int) -> str:
     for parameter in parameters:
         parameter.grad = None
     try:
-        with run.context.alone(), watched(list_models(run), trace):
+        with run.context.alone(), watch_modules(list_models(run), trace):
             for one in split_passes(run.context, batch):
                 start_batch(run.context, batch_number, step)
                 loss = loss_of(run.context, one, batch_number)
@@ -89,7 +89,7 @@ def list_models(run: Run) -> Mapping[str, nn.Module]:
 
 
 @contextmanager
-def watched(parts: Mapping[str, nn.Module], trace: Trace) -> Iterator[None]:
+def watch_modules(parts: Mapping[str, nn.Module], trace: Trace) -> Iterator[None]:
     """Pass every module's output to `trace` inside the block."""
 
     def hook(name: str) -> Any:

@@ -11,7 +11,7 @@ import torch
 from library.errors import UserError
 from library.formatting import format_bytes
 from library.memory.devices import bytes_of
-from library.options.leco import ignored_by_leco
+from library.options.leco import list_ignored_by_leco
 from library.options.train import TrainOptions
 from library.training.reporting.step_events import peak_of_main_memory
 from library.training.run_parts import Run
@@ -72,7 +72,7 @@ def explain_out_of_memory(
         if not is_out_of_memory(error):
             raise
         predicted = memory_hints()
-        ignored = None if options.concepts is None else ignored_by_leco(type(options))
+        ignored = None if options.concepts is None else list_ignored_by_leco(type(options))
         others = find_savings(options.flat(), sizes(), device, bool(predicted), ignored)
         likely = "probably " if any(words in str(error).lower() for words in DISGUISED) else ""
         lines = [

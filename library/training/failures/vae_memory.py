@@ -27,7 +27,7 @@ class VaeFallback:
     """
 
     def __init__(self) -> None:
-        self._ways: list[Callable[[nn.Module], AbstractContextManager[Any]]] = [nullcontext, in_tiles, on_cpu]
+        self._ways: list[Callable[[nn.Module], AbstractContextManager[Any]]] = [nullcontext, tile_vae, on_cpu]
 
     def run(self, vae: nn.Module, compute: Callable[[], T]) -> T:
         """Return `compute()`, which uses the VAE on its current device; the VAE is restored afterwards.
@@ -50,7 +50,7 @@ class VaeFallback:
 
 
 @contextmanager
-def in_tiles(vae: nn.Module) -> Iterator[None]:
+def tile_vae(vae: nn.Module) -> Iterator[None]:
     """Make a VAE of diffusers compute in overlapping tiles."""
     from diffusers import AutoencoderKL
 
@@ -81,4 +81,4 @@ def on_cpu(vae: nn.Module) -> Iterator[None]:
         vae.to(device)
 
 
-WORDS: dict[Any, str] = {in_tiles: "in tiles of the image", on_cpu: "on the CPU, which is slow"}
+WORDS: dict[Any, str] = {tile_vae: "in tiles of the image", on_cpu: "on the CPU, which is slow"}

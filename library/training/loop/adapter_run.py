@@ -13,9 +13,9 @@ from library.processes import Order
 from library.training.evaluation.preview import Previews, epoch_event, step_event
 from library.training.evaluation.validation import Validation
 from library.training.failures.interruption import Interruption
-from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard, last_good_saved
+from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard, save_last_good
 from library.training.failures.out_of_memory import explain_out_of_memory, measure_sizes
-from library.training.loop.update import Updates, wanted_norm_limit
+from library.training.loop.update import Updates, resolve_norm_limit
 from library.training.optimization.optimizers import effective_rates
 from library.training.reporting.console_lines import LimitedNorms, StepBar, bar_values, rate_values
 from library.training.reporting.log_prefix import log_prefix
@@ -53,7 +53,7 @@ class AdapterRun:
         self._guard = NonFiniteGuard(self.run)
         tell = partial(report_step, self.run, self.progress, prepared.charts, bar)
         with self.named():
-            self.updates = Updates(self.run, self._guard, wanted_norm_limit(self.run), tell)
+            self.updates = Updates(self.run, self._guard, resolve_norm_limit(self.run), tell)
 
     def named(self) -> AbstractContextManager[None]:
         """Prefix log lines in the block with the adapter's name, where several train in one run."""
@@ -65,7 +65,7 @@ class AdapterRun:
         propagates."""
         with self.named():
             try:
-                with last_good_saved(self.prepared.writer) if has_others else log_prefix(""):
+                with save_last_good(self.prepared.writer) if has_others else log_prefix(""):
                     yield
             except NonFiniteError as error:
                 if not has_others:

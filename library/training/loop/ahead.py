@@ -25,7 +25,7 @@ class CudaCopies:
 
     def start(self, batch: Batch) -> Batch:
         with torch.cuda.stream(self._stream):
-            copied = moved(batch, self._on_host, lambda tensor: send(tensor, self._device))
+            copied = move_batch(batch, self._on_host, lambda tensor: send(tensor, self._device))
             self._done.record(self._stream)
         return copied
 
@@ -38,10 +38,10 @@ class CudaCopies:
                 tensor.record_stream(computes)  # no reuse of its memory before the compute stream is done
             return tensor
 
-        moved(batch, self._on_host, note)
+        move_batch(batch, self._on_host, note)
 
 
-def moved(batch: Batch, on_host: Sequence[str], move: Callable[[Tensor], Tensor]) -> Batch:
+def move_batch(batch: Batch, on_host: Sequence[str], move: Callable[[Tensor], Tensor]) -> Batch:
     """Return a batch with its large tensors passed through `move`."""
     found: dict[str, Any] = {name: getattr(batch, name) for name in TENSORS}
     found = {name: None if tensor is None else move(tensor) for name, tensor in found.items()}

@@ -17,7 +17,7 @@ from library.training.loop.adapter_run import AdapterRun, PreparedRun
 from library.training.loop.ahead import Ahead, CudaCopies
 from library.training.loop.stacked_step import backward_stacked, is_stacked
 from library.training.reporting.console_lines import StepBar, announce_epoch
-from library.training.reporting.profile import profiled
+from library.training.reporting.profile import profile_steps
 from library.training.run_parts import Run
 from library.training.step.accumulation import Window
 from library.training.step.losses import describe_shape, loss_of, start_batch
@@ -69,7 +69,7 @@ def train(
     with ExitStack() as stack:
         stack.callback(run.batches.close)
         stack.enter_context(bar)
-        profile_step = stack.enter_context(profiled(num_profiled, profile, run.context.device))
+        profile_step = stack.enter_context(profile_steps(num_profiled, profile, run.context.device))
         for one in adapter_runs:
             stack.enter_context(one.updates.reported_at_end())
         run.times.start()

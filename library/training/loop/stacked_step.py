@@ -65,7 +65,7 @@ def backward_stacked(
         with times.stage("forward"):
             for context in contexts:
                 start_batch(context, batch_number, step)
-            losses_M = stacked_losses(contexts, batch, many, batch_number)
+            losses_M = compute_stacked_losses(contexts, batch, many, batch_number)
             scalers = [run.optimization.scaler for run in runs]
             parts = [loss / window_size for loss in losses_M]
             scaled = [p if s is None else s.scale(p) for p, s in zip(parts, scalers, strict=True)]
@@ -75,24 +75,26 @@ def backward_stacked(
     return [loss.detach().float() for loss in losses_M]
 
 
-def stacked_losses(contexts: Sequence[StepContext], batch: Batch, many: Batch, batch_number: int) -> Sequence[Tensor]:
+def compute_stacked_losses(
+    contexts: Sequence[StepContext], batch: Batch, many: Batch, batch_number: int
+) -> Sequence[Tensor]:
     """Return each adapter's loss, scalars with gradient; `many` repeats the batch once per adapter."""
     first, count = contexts[0], len(contexts)
-    noised = of_each_seed(contexts, lambda context: add_noise_to(context, batch, batch_number, is_checked=False))
-    extra = of_each_seed(
+    noised = make_for_each_seed(contexts, lambda context: add_noise_to(context, batch, batch_number, is_checked=False))
+    extra = make_for_each_seed(
         contexts,
         lambda context: build_image_features(
             context, batch, context.seed, lambda place: ("batch", batch_number, place)
         ),
     )
     joined = join_noised(noised)
-    condition = partial(stacked_conditioning, contexts, batch, many, batch_number, extra)
+    condition = partial(encode_stacked, contexts, batch, many, batch_number, extra)
     losses_MB = compute_losses(first, first.arch.objective, many, joined, condition, StackedNetworks(contexts))
     weights_B = send(batch.loss_weights_B, losses_MB.device)
     return [(losses_B * weights_B).mean() for losses_B in losses_MB.chunk(count)]
 
 
-def of_each_seed(contexts: Sequence[StepContext], make: Callable[[StepContext], T]) -> list[T]:
+def make_for_each_seed(contexts: Sequence[StepContext], make: Callable[[StepContext], T]) -> list[T]:
     """Call `make` once for each distinct seed, and return a result for each context."""
     made: dict[int, T] = {}
     for context in contexts:
@@ -101,7 +103,7 @@ def of_each_seed(contexts: Sequence[StepContext], make: Callable[[StepContext], 
     return [made[context.seed] for context in contexts]
 
 
-def stacked_conditioning(
+def encode_stacked(
     contexts: Sequence[StepContext],
     batch: Batch,
     many: Batch,

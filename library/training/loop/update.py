@@ -171,7 +171,7 @@ def round_weights(run: Run, step: int) -> AbstractContextManager[None]:
     return stochastic_rounding(run.context.network.trainable_parameters(), generator)
 
 
-def wanted_norm_limit(run: Run) -> float | None:
+def resolve_norm_limit(run: Run) -> float | None:
     """Return the limit of weight norms; None without one, or with a warning if the network does not support it.
 
     Raises UserError for a negative limit.

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import Tensor
 
-from library.checkpoints.weights import on_meta_device
+from library.checkpoints.weights import to_meta_device
 from library.errors import UserError
 from library.memory.codecs.codec import AS_IN_FILE
 from library.memory.codecs.matmul_8bit import Codes, input_gradient, output
@@ -48,7 +48,7 @@ def code_dtype(name: str) -> torch.dtype:
 
 def kinds_in_file(arch: Architecture) -> set[torch.dtype]:
     """Return the dtypes of 8-bit codes in the checkpoint. Raises UserError if none can be multiplied."""
-    layers = frozen_layers(on_meta_device(arch.load).denoiser(AS_IN_FILE))
+    layers = frozen_layers(to_meta_device(arch.load).denoiser(AS_IN_FILE))
     found = [layer.decoder.codes(layer.own_parts()) for layer in layers if isinstance(layer, FrozenLinear)]
     kinds = {codes.codes_OI.dtype for codes in found if codes is not None and codes.can_be_multiplied}
     if not kinds:
@@ -66,7 +66,7 @@ def try_kind(kind: torch.dtype, compute: Compute) -> None:
     """
     device, name = compute.device, str(kind).removeprefix("torch.")
     try:
-        error = measure_error(*made_up(kind, SIDE, compute))
+        error = measure_error(*make_inputs(kind, SIDE, compute))
     except (RuntimeError, NotImplementedError, ValueError) as failure:
         raise UserError(
             f"--base_arithmetic 8bit: {name_device(device)} with torch {torch.__version__} cannot multiply {name} "
@@ -85,7 +85,7 @@ def try_kind(kind: torch.dtype, compute: Compute) -> None:
         )
 
 
-def made_up(kind: torch.dtype, side: int, compute: Compute) -> tuple[Tensor, Codes]:
+def make_inputs(kind: torch.dtype, side: int, compute: Compute) -> tuple[Tensor, Codes]:
     """Return a random input and a random weight, both square."""
     generator = torch.Generator().manual_seed(side)
     x = torch.randn(side, side, generator=generator).to(compute.device, compute.dtype)

@@ -11,8 +11,8 @@ from importlib import import_module
 import torch
 from torch import nn
 
-from library.checkpoints.weights import on_meta_device
-from library.collector import importing
+from library.checkpoints.weights import to_meta_device
+from library.collector import freeze_imports
 from library.errors import NotThere, UserError
 from library.options.training.network import NetworkOptions
 from library.options.training.optimizer import OptimizerOptions, ScheduleOptions
@@ -68,8 +68,8 @@ def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:
 
 def models_on_meta_device(arch: Architecture) -> Models:
     """Return the models that get adapters, on the meta device."""
-    loader = on_meta_device(arch.load)
-    with importing("models"):  # takes nearly all of this function's time
+    loader = to_meta_device(arch.load)
+    with freeze_imports("models"):  # takes nearly all of this function's time
         try:
             encoders = loader.text_encoders()
         except NotThere:  # then captions are cached, and the encoders get no adapter

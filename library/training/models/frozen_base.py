@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import nn
 
-from library.checkpoints.weights import on_meta_device
+from library.checkpoints.weights import to_meta_device
 from library.errors import UserError
 from library.memory.blocks import Stacks
 from library.memory.codecs.plain import Plain
@@ -24,7 +24,7 @@ from library.memory.frozen import (
     store_all_in,
 )
 from library.memory.offload.sharded import PEAK_BLOCKS, ShardedModel
-from library.memory.offload.shared import place_for, shared_masters
+from library.memory.offload.shared import place_for, share_masters
 from library.memory.offload.streamed import bytes_of_parts, stream
 from library.memory.planner.weights import ModelWeights, StorageCost
 from library.options.machine.distributed import DistributedOptions
@@ -44,8 +44,8 @@ def check_base(format_name: str | None, num_offloaded: int, arch: Architecture) 
     """Raise UserError, before anything is read, for an unsupported weight format or number of blocks."""
     check_format(format_name)
     if num_offloaded:
-        denoiser = on_meta_device(arch.load).denoiser()
-        offloaded_blocks(num_offloaded, arch.stacks(denoiser))
+        denoiser = to_meta_device(arch.load).denoiser()
+        count_offloaded_blocks(num_offloaded, arch.stacks(denoiser))
         check_main_memory(format_name, num_offloaded, denoiser)
 
 
@@ -62,7 +62,7 @@ def check_main_memory(format_name: str | None, num_offloaded: int, denoiser: nn.
         )
 
 
-def offloaded_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
+def count_offloaded_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
     """Return the number of offloaded blocks of each stack, counted as in sd-scripts.
 
     With two kinds of blocks, half of the number is taken from the first kind and the other half counts two blocks of
@@ -84,7 +84,7 @@ def offloaded_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
 
 
 def most_offloaded(stacks: Stacks) -> int:
-    """Return the largest number that `offloaded_blocks` takes."""
+    """Return the largest number that `count_offloaded_blocks` takes."""
     first, *second = room_in_stacks(stacks)
     return first + sum(room // 2 for room in second)
 
@@ -178,17 +178,17 @@ def offload_blocks(num_blocks: int, stacks: Stacks, device: torch.device, proces
     these files they are unlinked, so that the memory is freed as soon as the last process ends.
     """
     store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
-    waiting = offloaded_blocks(num_blocks, stacks)
+    waiting = count_offloaded_blocks(num_blocks, stacks)
     if processes.local_count == 1:
         stream(stacks, waiting, device)
         return
     num_bytes = sum(bytes_of_parts(block) for stack in stacks for block in stack)
     folder = Path(processes.shared_folder("weights", place_for(num_bytes)))
     if processes.is_local_main:
-        stream(stacks, waiting, device, shared_masters(folder, is_first=True))
+        stream(stacks, waiting, device, share_masters(folder, is_first=True))
     processes.wait_for_all("weights in main memory")
     if not processes.is_local_main:
-        stream(stacks, waiting, device, shared_masters(folder, is_first=False))
+        stream(stacks, waiting, device, share_masters(folder, is_first=False))
     processes.wait_for_all("mapping the weights in main memory")
     if processes.is_local_main:
         shutil.rmtree(folder, ignore_errors=True)  # Windows keeps mapped files until the process ends

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.weights import on_meta_device
+from library.checkpoints.weights import to_meta_device
 from library.memory.codecs.codec import AsRead
 from library.memory.offload.sharded import ShardedModel
 from library.options.training.network import NetworkOptions
@@ -67,7 +67,7 @@ def changes_while_reading(
     """Return the changes of the denoiser's parameters by name; text encoders are changed at once."""
     if not wanted.base_weights:
         return {}
-    meta = on_meta_device(arch.load).denoiser()
+    meta = to_meta_device(arch.load).denoiser()
     names = {layer: name for name, layer in meta.named_modules()}
     text_encoder, denoiser = arch.view(text_encoders, meta)
     found: dict[str, list[Change]] = defaultdict(list)

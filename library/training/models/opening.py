@@ -6,21 +6,21 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-from library.collector import importing
+from library.collector import freeze_imports
 from library.data.batches.own_dataset import open_own_dataset, warn_of_replaced
 from library.data.concepts.prompt_pairs import open_prompt_pairs
 from library.data.description.schema import RunDataConfig, level_offset
 from library.data.plan.data_plan import DataPlan, build_plan
 from library.data.training_data import TrainingData
 from library.errors import UserError
-from library.hidden_libraries import hidden
+from library.hidden_libraries import hide_library
 from library.launcher import restart_count
 from library.options.output.trackers import TrackerOptions
 from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from library.processes import Processes, register_rendezvous
 from library.protocols import Architecture, Objective
-from library.training.models.text_caching import cached_text, check_text_caching, files_that_change_text
+from library.training.models.text_caching import check_text_caching, files_that_change_text, resolve_text_cache
 from library.training.optimization.optimizers import import_class
 from library.training.reporting.trackers import run_folder, tracker_kind
 from library.training.saving.state import StateManifest
@@ -74,7 +74,7 @@ def require_no_text_changes(options: NetworkOptions) -> None:
 
 def open_data_plan(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> DataPlan:
     """Read the dataset description and the image headers, and log what was found."""
-    text, cached = arch.text, cached_text(options.network, arch.text_cache)
+    text, cached = arch.text, resolve_text_cache(options.network, arch.text_cache)
     check_text_caching(options.network, arch.text_cache)
     plan = build_plan(options, arch.codec.spec, seed, text.count_tokens, text.max_tokens, num_processes)
     if cached is not None:
@@ -109,7 +109,7 @@ def open_accelerator(
     mixed_precision: str, trackers: TrackerOptions = NO_TRACKERS, timeout_minutes: int | None = None
 ) -> Any:
     """Build accelerate's Accelerator."""
-    with importing("accelerate"), hidden("boto3"):  # accelerate imports boto3 for Amazon's SageMaker
+    with freeze_imports("accelerate"), hide_library("boto3"):  # accelerate imports boto3 for Amazon's SageMaker
         from accelerate import Accelerator, InitProcessGroupKwargs
 
     limits = InitProcessGroupKwargs(

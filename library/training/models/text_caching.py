@@ -41,7 +41,7 @@ class RunText:
     concepts: Encoded | None = None  # features of the prompts that are trained without images
 
 
-def cached_text(options: NetworkOptions, spec: TextCacheSpec | None) -> TextCacheSpec | None:
+def resolve_text_cache(options: NetworkOptions, spec: TextCacheSpec | None) -> TextCacheSpec | None:
     """Return the spec if outputs of text encoders are cached; None if not, or if every encoder trains."""
     if spec is None or not spec.options.cache_text_encoder_outputs:
         return None
@@ -72,7 +72,7 @@ def check_text_caching(options: NetworkOptions, spec: TextCacheSpec | None) -> N
             f"--network_args {argument}=True trains a text encoder whose outputs --cache_text_encoder_outputs takes "
             "before training; leave one of them out"
         )
-    if cached_text(options, spec) is None:
+    if resolve_text_cache(options, spec) is None:
         logger.warning(
             "--cache_text_encoder_outputs has no effect: every text encoder trains, so every caption is encoded in "
             "each step; --network_train_unet_only trains the denoiser alone"
@@ -107,7 +107,7 @@ def prepare_text(
     Encoders that train stay loaded. The others are not loaded at all if everything is on disk. If the options keep
     encoders on the CPU, those without an adapter never move to the device.
     """
-    spec = cached_text(options.network, arch.text_cache)
+    spec = resolve_text_cache(options.network, arch.text_cache)
     on_cpu = arch.text_cache is not None and arch.text_cache.options.text_encoder_cpu
     encodes_on = torch.device("cpu") if on_cpu else device
     if data.prompts is not None:

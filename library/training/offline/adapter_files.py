@@ -48,7 +48,7 @@ class NoAdapter(nn.Module):
 
 
 @contextmanager
-def installed(files: Stack, models: Models, compute: Compute) -> Iterator[AdoptedNetwork]:
+def install_adapters(files: Stack, models: Models, compute: Compute) -> Iterator[AdoptedNetwork]:
     """Attach the adapters of files to the models inside the block. Raises UserError for a file that does not fit.
 
     Yields the last adapter: notifications during drawing or measuring have no effect on the others.

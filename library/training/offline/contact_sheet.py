@@ -18,8 +18,8 @@ from library.training.evaluation.preview import decode, draw_latents, encode_pro
 from library.training.failures.vae_memory import VaeFallback
 from library.training.models.compute import Compute
 from library.training.models.frozen_models import load_frozen
-from library.training.offline.adapter_files import READER, NoAdapter, Stack, installed, resolve_models
-from library.training.reporting.sample_images import over_white
+from library.training.offline.adapter_files import READER, NoAdapter, Stack, install_adapters, resolve_models
+from library.training.reporting.sample_images import composite_on_white
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import StepContext
 from library.types import Conditioning, Prompt
@@ -60,7 +60,7 @@ def draw_rows(
     compute = Compute.build(precision, device)
     loaded = load(network, precision, memory, arch, rows, prompts, compute)
     for row in rows:
-        with torch.no_grad(), installed(row, loaded.context.models, compute) as adapter:
+        with torch.no_grad(), install_adapters(row, loaded.context.models, compute) as adapter:
             context, encoded = replace(loaded.context, network=adapter), loaded.encoded
             if encoded is None:
                 encoded = encode_prompts(arch, context.models.text_encoders, compute.autocast, prompts)
@@ -116,7 +116,7 @@ def arrange(
     rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], side: int
 ) -> Image.Image:
     """Arrange the images as a table, each at most `side` pixels wide and high, with labels on the left and above."""
-    small = [[fitted(image, side) for image in row] for row in rows]
+    small = [[fit_image(image, side) for image in row] for row in rows]
     width, height = (max(image.size[axis] for row in small for image in row) + GAP for axis in (0, 1))
     sheet = Image.new("RGB", (LABEL_WIDTH + len(column_labels) * width, LABEL_HEIGHT + len(rows) * height), PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
@@ -126,11 +126,11 @@ def arrange(
         top = LABEL_HEIGHT + number * height
         write(pen, font, label, (GAP, top), LABEL_WIDTH - 2 * GAP, max(1, height // LINE))
         for column, image in enumerate(row):
-            sheet.paste(over_white(image), (LABEL_WIDTH + column * width, top))
+            sheet.paste(composite_on_white(image), (LABEL_WIDTH + column * width, top))
     return sheet
 
 
-def fitted(image: Image.Image, side: int) -> Image.Image:
+def fit_image(image: Image.Image, side: int) -> Image.Image:
     """Return the image, shrunk if it is larger than `side`."""
     if max(image.size) <= side:
         return image

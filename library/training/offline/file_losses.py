@@ -25,7 +25,7 @@ from library.training.evaluation.validation import resolve_measurements
 from library.training.models.base_model import load_models
 from library.training.models.compute import Compute
 from library.training.models.step_context import step_context
-from library.training.offline.adapter_files import READER, Row, installed, resolve_models
+from library.training.offline.adapter_files import READER, Row, install_adapters, resolve_models
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class FileLosses:
     probe_NL: Tensor | None
 
 
-def for_measuring(options: OptionsT) -> OptionsT:
+def adjust_for_measuring(options: OptionsT) -> OptionsT:
     """Keep text encoder outputs in memory.
 
     Training images are measured with other versions of their captions than training draws, which must not replace
@@ -107,7 +107,10 @@ def losses_of_files(
     def measured() -> Iterator[FileLosses]:
         for row in rows:
             name = "the base model" if row is None else row.name
-            with torch.no_grad(), installed([] if row is None else [(row, 1.0)], loaded.models, compute) as network:
+            with (
+                torch.no_grad(),
+                install_adapters([] if row is None else [(row, 1.0)], loaded.models, compute) as network,
+            ):
                 context = step_context(
                     options.trains_text_encoders, options.caching.vae_batch_size, arch, seed, loaded, network,
                     compute, pairs=options.pairs,

@@ -63,7 +63,7 @@ def build_schedule(options: ScheduleOptions, built: BuiltOptimizer, max_train_st
             f"--lr_scheduler {options.lr_scheduler} shows the rates that Adafactor sets itself; it needs "
             "--optimizer_type Adafactor with relative_step=True. Use constant_with_warmup otherwise"
         )
-    return named_schedule(name, options, optimizer, arguments, warmup_steps, max_train_steps)
+    return build_named_schedule(name, options, optimizer, arguments, warmup_steps, max_train_steps)
 
 
 def base_rates(optimizer: Optimizer) -> list[float | None]:
@@ -104,7 +104,7 @@ def resolve_num_steps(value: int | float, max_train_steps: int, flag: str) -> in
     return int(value)
 
 
-def named_schedule(
+def build_named_schedule(
     name: str,
     options: ScheduleOptions,
     optimizer: Optimizer,

@@ -18,7 +18,7 @@ from library.options.keyword_args import call_with_keywords, read_keyword_args
 from library.options.training.optimizer import OptimizerOptions
 from library.suggestions import did_you_mean
 from library.training.optimization.muon import MuonWithAdamW
-from library.training.optimization.rounding import in_float32
+from library.training.optimization.rounding import step_in_float32
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class BuiltOptimizer:
                 self.optimizer.eval()  # type: ignore[attr-defined]
 
     def _at_its_precision(self) -> AbstractContextManager[None]:
-        return in_float32(self._parameters) if self.moves_in_float32 else nullcontext()
+        return step_in_float32(self._parameters) if self.moves_in_float32 else nullcontext()
 
     @property
     def _parameters(self) -> list[torch.Tensor]:
@@ -112,7 +112,7 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
     A schedule-free optimizer starts in training mode. Raises UserError for an unknown name, a missing library (naming
     what to install), and arguments that are unreadable, unknown or refused.
     """
-    wanted = wanted_type(options)
+    wanted = resolve_optimizer_type(options)
     path, implied = class_path(wanted)
     cls = import_optimizer(path, wanted)
     given = read_keyword_args(options.optimizer_args, FLAG)
@@ -164,11 +164,11 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
         return built
 
     if given:
-        check_step(build(one_weight_each(parameter_groups)), wanted, given)
+        check_step(build(build_small_groups(parameter_groups)), wanted, given)
     return build(parameter_groups)
 
 
-def one_weight_each(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def build_small_groups(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return parameter groups with one small matrix each, with the dtype and device of the group's first weight."""
     return [
         {**group, "params": [torch.nn.Parameter(torch.ones(8, 8, dtype=weight.dtype, device=weight.device))]}
@@ -197,7 +197,7 @@ def check_step(built: BuiltOptimizer, wanted: str, given: Mapping[str, Any]) -> 
         raise UserError(f"--optimizer_type {wanted} fails with {FLAG} {text}: {reason}; change or drop them") from error
 
 
-def wanted_type(options: OptimizerOptions) -> str:
+def resolve_optimizer_type(options: OptimizerOptions) -> str:
     """Return the optimizer's name, which older options may set too. Raises UserError if two are named."""
     aliases = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
     asked = [flag for flag in aliases if getattr(options, flag)]
@@ -236,13 +236,13 @@ def import_class(path: str, flag: str, wanted: str) -> type[Any]:
         package = PACKAGE_OF.get(root, root)
         if root != module_name.partition(".")[0]:
             raise UserError(
-                f"{flag} {wanted}: {installed_package(module_name)} needs {missing}: pip install {package}"
+                f"{flag} {wanted}: {describe_package(module_name)} needs {missing}: pip install {package}"
             ) from error
         if missing != root:
             raise UserError(f"{flag} {wanted}: there is no module {missing}; check the path") from error
         raise UserError(f"{flag} {wanted} needs the library {missing}: pip install {package}") from error
     except ImportError as error:
-        found = installed_package(module_name)
+        found = describe_package(module_name)
         raise UserError(
             f"{flag} {wanted}: {found} cannot be imported: {error}; install another version: "
             f"pip install --upgrade {found.partition(' ')[0]}"
@@ -255,7 +255,7 @@ def import_class(path: str, flag: str, wanted: str) -> type[Any]:
     return value
 
 
-def installed_package(module_name: str) -> str:
+def describe_package(module_name: str) -> str:
     """Return a module's package with its installed version: `prodigyopt 1.1.2`."""
     module = module_name.partition(".")[0]
     package = next(iter(metadata.packages_distributions().get(module, ())), PACKAGE_OF.get(module, module))

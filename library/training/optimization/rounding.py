@@ -22,12 +22,14 @@ def stochastic_rounding(parameters: Sequence[Tensor], generator: torch.Generator
     Any optimizer then computes as for float32 weights, including its state. Gradients are cleared afterwards.
     `generator` is on the weights' device and draws for them in order.
     """
-    with in_float32(parameters, partial(round_to_bf16, generator=generator)):
+    with step_in_float32(parameters, partial(round_to_bf16, generator=generator)):
         yield
 
 
 @contextmanager
-def in_float32(parameters: Sequence[Tensor], to_bf16: Callable[[Tensor], Tensor] = Tensor.bfloat16) -> Iterator[None]:
+def step_in_float32(
+    parameters: Sequence[Tensor], to_bf16: Callable[[Tensor], Tensor] = Tensor.bfloat16
+) -> Iterator[None]:
     """Make bf16 weights and their gradients float32 inside the block; afterwards `to_bf16` rounds the weights, and
     gradients are cleared."""
     rounded = [parameter for parameter in parameters if parameter.dtype == torch.bfloat16]

@@ -10,9 +10,9 @@ from library.errors import NotThere
 from library.memory.planner.choice import Allowed
 from library.memory.planner.gpus import Gpu, MemorySize, typical_gpu
 from library.memory.planner.prediction import CountedStep, Predicted, Way, predict
-from library.memory.planner.table import in_gib
+from library.memory.planner.table import format_gib
 from library.training.planning.counting import count_run, shape_of_batch
-from library.training.planning.settings import allowed_ever, describe, resolve_way
+from library.training.planning.settings import describe, resolve_allowed_ever, resolve_way
 from library.training.run_parts import Run
 from library.types import Batch
 from networks.core.protocol import OURS
@@ -38,7 +38,7 @@ def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
     except NotThere:  # a run with cached features may lack the text encoders that counting needs
         return []
     fewer = ["fewer adapters in one --sweep need about that much less"] if len(runs) > 1 else []
-    allowed = allowed_ever(run.options.precision, run.options.distributed)
+    allowed = resolve_allowed_ever(run.options.precision, run.options.distributed)
     way = resolve_way(run.options.memory, run.options.precision, run.options.distributed)
     return fewer + pick_evenly(list(lines(step, way, allowed, gpu_like(device))))
 
@@ -57,7 +57,7 @@ def lines(step: CountedStep, used: Way, allowed: Allowed, card: Gpu) -> Iterator
             best = found.device_bytes
             percent = round(100 * (found.seconds / now.seconds - 1))
             time = f"{percent} % longer" if percent > 0 else "no longer"
-            yield f"{describe(found.way)} needs {in_gib(now.device_bytes - best)} less and takes {time}"
+            yield f"{describe(found.way)} needs {format_gib(now.device_bytes - best)} less and takes {time}"
 
 
 def candidates(step: CountedStep, allowed: Allowed, card: Gpu) -> Iterator[Predicted]:

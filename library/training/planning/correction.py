@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from library.memory.planner.choice import choose
-from library.memory.planner.table import in_gib
+from library.memory.planner.table import format_gib
 from library.training.models.block_running import choose_block_runner
 from library.training.planning.fit import Fit
 from library.training.planning.settings import describe, option_values
@@ -74,7 +74,7 @@ class MemoryWatch:
         if share <= TOLERATED and self._largest < self._fitted.counted.batch.num_pixels:
             return
         self.is_over = True
-        logger.info("memory of a step: %s planned, %s measured", in_gib(planned), in_gib(measured))
+        logger.info("memory of a step: %s planned, %s measured", format_gib(planned), format_gib(measured))
         if abs(share) > TOLERATED:
             direction = "more" if share > 0 else "less"
             logger.warning("a step takes %.0f %% %s memory than was planned", abs(100 * share), direction)
@@ -94,7 +94,7 @@ class MemoryWatch:
             logger.warning(
                 "nothing that can be changed while training makes it fit %s; where memory runs out, start again with "
                 "--fit %dMB, which leaves as much room",
-                in_gib(card.memory_bytes),
+                format_gib(card.memory_bytes),
                 room // MIB,
             )
         elif choice.chosen.way == chosen.way:
@@ -109,7 +109,7 @@ class MemoryWatch:
                 context.models,
                 [context.network],
             )
-            need = in_gib(choice.chosen.device_bytes)
+            need = format_gib(choice.chosen.device_bytes)
             logger.warning("from here on: %s, which needs %s", describe(choice.chosen.way), need)
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from library.checkpoints.weights import on_meta_device
-from library.collector import without_collection
+from library.checkpoints.weights import to_meta_device
+from library.collector import pause_collection
 from library.data.concepts.prompt_pairs import resolve_guidance
 from library.errors import NotThere
 from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_layers_with
@@ -26,12 +26,12 @@ from library.memory.devices import DTYPES, bytes_of, tensors_of
 from library.memory.formats.int8 import matrices_forgotten
 from library.memory.frozen import frozen_layers, layers_in_blocks, multiply_codes
 from library.memory.offload.encoders import least_bytes
-from library.memory.offload.streamed import chosen
+from library.memory.offload.streamed import choose_blocks
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes, norms_as_on_cards
 from library.memory.planner.prediction import CountedStep, GradientlessPasses
-from library.memory.planner.repeats import Repeats, shortened
-from library.memory.planner.stages import Stage, most_images
+from library.memory.planner.repeats import Repeats, shorten_runs
+from library.memory.planner.stages import Stage, max_images
 from library.memory.planner.steps import (
     CountedOptimizer,
     CountedPass,
@@ -52,14 +52,14 @@ from library.options.training.run import RunOptions
 from library.progress import progress_bar
 from library.protocols import Architecture, TextCacheSpec
 from library.randomness import generator_for
-from library.training.loop.stacked_step import stacked_losses
+from library.training.loop.stacked_step import compute_stacked_losses
 from library.training.models.base_model import LoadedModels
 from library.training.models.check_batches import mute_logging
 from library.training.models.compute import Compute
-from library.training.models.frozen_base import most_offloaded, offloaded_blocks
+from library.training.models.frozen_base import count_offloaded_blocks, most_offloaded
 from library.training.models.network import create
 from library.training.models.step_context import step_context
-from library.training.models.text_caching import cached_text, live_text
+from library.training.models.text_caching import live_text, resolve_text_cache
 from library.training.models.weight_formats import format_while_counting
 from library.training.optimization.optimizers import build_optimizer
 from library.training.planning.previews import CountedPreview, count_preview
@@ -136,7 +136,7 @@ def count_run(
     with (
         progress_bar("counting memory…", NUM_COUNTS, leave=False) as bar,
         mute_logging(),
-        without_collection(),  # looking for cycles takes an eighth of the time, and counts depend on when it happens
+        pause_collection(),  # looking for cycles takes an eighth of the time, and counts depend on when it happens
         torch.random.fork_rng(devices=[]),
         matrices_forgotten(),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -152,7 +152,7 @@ def count_run(
         preview = count_preview(options.preview, arch, meta.vae, not caches_latents, counter_for(arch))
         captions, conditioning, gradientless = None, None, None
         if concepts is None:
-            spec = cached_text(options.network, arch.text_cache)
+            spec = resolve_text_cache(options.network, arch.text_cache)
             captions, conditioning = count_captions(spec, meta, rows)
             if spec is not None and spec.places_key is not None and conditioning is not None:
                 no_places = torch.zeros(rows.count, len(rows.reference_sizes), dtype=torch.long)
@@ -169,7 +169,7 @@ def count_run(
             arch.chains(denoiser),
             lambda repeats: count_step(options, meta, fake, repeats, partial(bar.update, 1)),
         )
-        optimizer = together(
+        optimizer = add_optimizers(
             [
                 count_update(own.optimizer, own.network, bool(own.averaging.ema_decay), arch, one)
                 for own, one in zip(adapters, networks, strict=True)
@@ -184,8 +184,10 @@ def count_run(
     stacks, indices = arch.stacks(denoiser), {block: i for i, block in enumerate(blocks)}
 
     def offloaded_indices(num_blocks: int) -> list[int]:
-        counts = offloaded_blocks(num_blocks, stacks)
-        waiting = [stack[i] for stack, count in zip(stacks, counts, strict=True) for i in chosen(len(stack), count)]
+        counts = count_offloaded_blocks(num_blocks, stacks)
+        waiting = [
+            stack[i] for stack, count in zip(stacks, counts, strict=True) for i in choose_blocks(len(stack), count)
+        ]
         return [indices[block] for block in waiting]
 
     step = CountedStep(
@@ -223,10 +225,10 @@ def passes_accumulate(run: RunOptions, pairs: PairOptions) -> bool:
 def count_some_blocks(chains: Sequence[nn.ModuleList], count: Callable[[Repeats], Timeline]) -> Timeline:
     """Count with few blocks that represent the rest; more if stacks built alike get inputs of different sizes."""
     try:
-        with shortened(chains) as repeats:
+        with shorten_runs(chains) as repeats:
             return count(repeats)
     except DifferentInputs:
-        with shortened(chains, shares=False) as repeats:
+        with shorten_runs(chains, shares=False) as repeats:
             return count(repeats)
 
 
@@ -245,7 +247,7 @@ def run_on_meta_device(options: TrainOptions, arch: Architecture, adapters: Sequ
     staying = encoders
     if options.concepts is not None:
         staying = []
-    elif cached_text(options.network, arch.text_cache) is not None:
+    elif resolve_text_cache(options.network, arch.text_cache) is not None:
         live = live_text(options.network, arch.text_cache)
         staying = encoders[: 0 if live is None else live.num_encoders]
     needs_vae = not has_latents(options.caching, options.concepts)
@@ -288,7 +290,7 @@ def load_fakes(
     arch: Architecture, weight_format: RequestedFormat | None
 ) -> tuple[list[nn.Module], nn.Module, nn.Module | None]:
     """Load (text encoders, denoiser, VAE) as fakes, frozen; the VAE is None if its files are missing."""
-    loader = on_meta_device(arch.load)
+    loader = to_meta_device(arch.load)
     with unset_fake_temporarily():
         encoders, denoiser = loader.text_encoders(), loader.denoiser(weight_format)
         try:
@@ -352,7 +354,7 @@ def count_images(arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage
     pixels_BCHW = torch.empty(1, 3, height, width)
     generators = [generator_for(0, "planned")]
     one, _ = count_rise(arch, [vae], lambda: arch.codec.encode(vae, pixels_BCHW, generators))
-    most = most_images(width * height)
+    most = max_images(width * height)
     return Stage("encoding images", "vae_batch_size", bytes_of(vae), one, one, most=most)
 
 
@@ -462,7 +464,7 @@ def count_step(
     def loss() -> Tensor:
         if turns is None or alone is not None:
             return loss_of(contexts[alone or 0], batch, 0)
-        losses = stacked_losses(contexts, batch, repeat_batch(batch, len(contexts)), 0)
+        losses = compute_stacked_losses(contexts, batch, repeat_batch(batch, len(contexts)), 0)
         return torch.stack(list(losses)).sum()
 
     def count(runner: BlockRunner) -> CountedPass:
@@ -482,7 +484,7 @@ def count_step(
     return Timeline.build(count(plain), count(recompute), repeats)
 
 
-def together(optimizers: Sequence[CountedOptimizer]) -> CountedOptimizer:
+def add_optimizers(optimizers: Sequence[CountedOptimizer]) -> CountedOptimizer:
     """Add up optimizers that step one after another."""
     states = sum(one.state for one in optimizers)
     return CountedOptimizer(states, states + max(one.rise - one.state for one in optimizers))

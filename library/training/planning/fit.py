@@ -8,11 +8,11 @@ from library.memory.planner.choice import Allowed, Choice, choose
 from library.memory.planner.gpus import GIB, Gpu
 from library.memory.planner.prediction import CONTEXT_BYTES, Predicted, predict
 from library.memory.planner.stages import Stage
-from library.memory.planner.table import format_table, in_gib
+from library.memory.planner.table import format_gib, format_table
 from library.options.train import TrainOptions
 from library.training.planning.counting import CountedRun
 from library.training.planning.previews import CountedPreview
-from library.training.planning.settings import allowed_by, changes, describe, format_options, resolve_way
+from library.training.planning.settings import changes, describe, format_options, resolve_allowed, resolve_way
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Fit:
         card = self.choice.card
         of = "" if card.nominal_bytes is None else f" free of {card.nominal_bytes / GIB:g} GB"
         yield (
-            f"{in_gib(card.memory_bytes)}{of} (counted as {card.name}: {card.flops / 1e12:.1f} TFLOP/s, "
+            f"{format_gib(card.memory_bytes)}{of} (counted as {card.name}: {card.flops / 1e12:.1f} TFLOP/s, "
             f"{card.bus / 1e9:.1f} GB/s from main memory), predicted:"
         )
         yield from format_table(self.choice, describe, self.num_passes)
@@ -79,7 +79,7 @@ class Fit:
         most = max(0, int((self.choice.card.memory_bytes - alone.device_bytes) // each) + 1)
         return (
             f"{sweep.num_adapters} adapters share the step (--sweep): with {describe(found.way)} one takes "
-            f"{in_gib(alone.device_bytes)} and each more {in_gib(round(each))}; about {most} fit"
+            f"{format_gib(alone.device_bytes)} and each more {format_gib(round(each))}; about {most} fit"
         )
 
     def peak_line(self, chosen: Predicted) -> str:
@@ -91,11 +91,11 @@ class Fit:
         if (preview := self.counted.preview) is not None:
             needs["previews"] = preview.peak(self.counted.step, chosen)
         name = max(needs, key=lambda stage: needs[stage])
-        return f"peak of the run: {name}, {in_gib(needs[name])}"
+        return f"peak of the run: {name}, {format_gib(needs[name])}"
 
     def preview_line(self, preview: CountedPreview) -> str:
         need = preview.peak(self.counted.step, self.choice.chosen or self.choice.least)
-        line = f"previews of {preview.width}x{preview.height}: {in_gib(need)}"
+        line = f"previews of {preview.width}x{preview.height}: {format_gib(need)}"
         if need <= self.choice.card.memory_bytes:
             return line
         return f"{line}, more than there is: the VAE decodes them in tiles, or on the processor"
@@ -110,7 +110,7 @@ class Fit:
         return size > 0 and stage.is_streamed(size, self.choice.card.memory_bytes - CONTEXT_BYTES)
 
     def stage_line(self, stage: Stage) -> str:
-        size, need = self.stage_sizes[stage.option], in_gib(self.stage_bytes(stage))
+        size, need = self.stage_sizes[stage.option], format_gib(self.stage_bytes(stage))
         if not size:
             return f"{stage.name} needs {need} by itself, more than there is: {WITHOUT_CARD[stage.option]}"
         streamed = ", layers streamed from main memory" if self.is_streamed(stage) else ""
@@ -121,13 +121,14 @@ class Fit:
         least, step = self.choice.least, self.counted.step
         training = step.adapter_bytes + step.gradient_bytes + step.optimizer.state
         activations = least.tensor_bytes - least.weight_bytes - training
-        missing = in_gib(least.device_bytes - self.choice.card.memory_bytes)
+        missing = format_gib(least.device_bytes - self.choice.card.memory_bytes)
         smaller = "--train_batch_size or --resolution" if self.options.concepts is None else IN_PROMPTS
         return (
-            f"nothing fits: the least is {in_gib(least.device_bytes)} with {describe(least.way)}, {missing} too much. "
-            f"Of it {in_gib(least.weight_bytes)} are frozen weights ({SMALLER_WEIGHTS}), {in_gib(training)} the "
-            "adapter, its gradients and its optimizer (a smaller --network_dim, or --optimizer_type AdamW8bit), "
-            f"{in_gib(activations)} activations (a smaller {smaller})"
+            f"nothing fits: the least is {format_gib(least.device_bytes)} with {describe(least.way)}, {missing} too "
+            f"much. Of it {format_gib(least.weight_bytes)} are frozen weights ({SMALLER_WEIGHTS}), "
+            f"{format_gib(training)} the adapter, its gradients and its optimizer (a smaller --network_dim, or "
+            "--optimizer_type AdamW8bit), "
+            f"{format_gib(activations)} activations (a smaller {smaller})"
         )
 
 
@@ -153,7 +154,7 @@ def fit_to(
         wanted = values[stage.option]
         is_free = wanted == defaults[stage.option]
         sizes[stage.option] = stage.most_that_fits(room) if is_free else wanted
-    allowed = allowed_by(
+    allowed = resolve_allowed(
         options.fit, options.memory, resolve_way(options.memory, options.precision, options.distributed)
     )
     num_sides = 1 if options.pairs.pair_slider is None else 2

@@ -9,7 +9,7 @@ import torch
 from library.data.training_data import BatchSizes
 from library.errors import UserError, needing
 from library.memory.devices import DTYPES
-from library.memory.planner.gpus import GIB, Gpu, measured_gpu, parse_size
+from library.memory.planner.gpus import GIB, Gpu, benchmark_gpu, parse_size
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
@@ -45,14 +45,14 @@ def measure_gpu(wanted: str, mixed_precision: str, processes: Processes) -> Gpu:
     size = None if wanted == "auto" else parse_size("--fit", wanted)
     room = free_memory(processes.device) if size is None else size.free_bytes
     room = min(map(int, processes.merged("room", {processes.rank: str(room)}).values()))
-    card = measured_gpu(processes.device, room, DTYPES[mixed_precision])
+    card = benchmark_gpu(processes.device, room, DTYPES[mixed_precision])
     speeds = processes.share("speed", f"{card.flops} {card.bus} {card.bandwidth} {card.staging}").split()
     flops, bus, bandwidth, staging = map(float, speeds)
     nominal = size.num_bytes if size is not None and size.names_gpu else None
     return replace(card, flops=flops, bus=bus, bandwidth=bandwidth, staging=staging, nominal_bytes=nominal)
 
 
-def counted_run(
+def count_adapter_run(
     options: TrainOptions,
     arch: Architecture,
     batch: BatchShape,
@@ -87,7 +87,7 @@ def count_sweep(
     if len(adapters) < 2:
         return None
     largest = max(adapters, key=lambda own: own.network.network_dim or 0)
-    return Sweep(len(adapters), counted_run(options, arch, batch, device, [largest]))
+    return Sweep(len(adapters), count_adapter_run(options, arch, batch, device, [largest]))
 
 
 def fit_run(
@@ -107,7 +107,7 @@ def fit_run(
     assert options.fit.fit is not None
     card = measure_gpu(options.fit.fit, options.precision.mixed_precision, processes)
     batch = largest_batch(sizes)
-    counted = counted_run(options, arch, batch, processes.device, adapters)
+    counted = count_adapter_run(options, arch, batch, processes.device, adapters)
     sweep = count_sweep(options, arch, batch, processes.device, adapters)
     found = fit_to(counted, options, card, sweep, sizes.max_train_steps)
     if found.choice.chosen is None:

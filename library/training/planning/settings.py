@@ -68,7 +68,7 @@ def describe(way: Way) -> str:
     return format_options(option_values(way), TrainOptions.defaults()) or "plain"
 
 
-def allowed_by(fit: FitOptions, memory: MemoryOptions, way: Way) -> Allowed:
+def resolve_allowed(fit: FitOptions, memory: MemoryOptions, way: Way) -> Allowed:
     """Return the search space around `way`, the configuration of the options; options that the user set are fixed."""
     return Allowed(
         weight_formats=tuple(fit.fit_formats or (way.weight_format,)),
@@ -79,7 +79,7 @@ def allowed_by(fit: FitOptions, memory: MemoryOptions, way: Way) -> Allowed:
     )
 
 
-def allowed_ever(precision: PrecisionOptions, distributed: DistributedOptions) -> Allowed:
+def resolve_allowed_ever(precision: PrecisionOptions, distributed: DistributedOptions) -> Allowed:
     """Return the whole search space, with the current weight format and those of SMALLER that take fewer bytes."""
     name = precision.denoiser_format
     allowed = replace(Allowed(), recompute_every=EVERY, shared_by=num_shares(distributed))

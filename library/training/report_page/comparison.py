@@ -91,13 +91,13 @@ def build_comparison(paths: Sequence[Path]) -> str:
         raise UserError("name two runs or more: folders, reports or files of --log_events")
     records = [read_run(path) for path in paths]
     labels = label_runs(records, paths)
-    runs = [{"label": label, **shown(record)} for label, record in zip(labels, records, strict=True)]
+    runs = [{"label": label, **select_shown(record)} for label, record in zip(labels, records, strict=True)]
     rows = differences(records)
     data = {"runs": runs, "differences": rows, "is_measured_alike": is_measured_alike(records)}
     return build_page(" and ".join(labels), SCRIPT, data)
 
 
-def shown(record: Record) -> Mapping[str, Any]:
+def select_shown(record: Record) -> Mapping[str, Any]:
     """Return the part of a record that the page needs."""
     values = record.as_json()
     names = ("step", "loss", "smoothed", "curves", "validations", "best", "prompts", "previews", "plan")

@@ -55,7 +55,7 @@ def write_index(folder: Path) -> None:
 
 def summarize(record: Record, path: Path) -> dict[str, Any]:
     end = record.sessions[-1]["end"] if record.sessions else None
-    number, image = last_preview(record)
+    number, image = find_last_preview(record)
     return {
         "name": record.name,
         "file": path.name,
@@ -70,7 +70,7 @@ def summarize(record: Record, path: Path) -> dict[str, Any]:
     }
 
 
-def last_preview(record: Record) -> tuple[str, str | None]:
+def find_last_preview(record: Record) -> tuple[str, str | None]:
     """Return (prompt number, data: URL) of the first of the latest previews; ("", None) without previews."""
     for item in reversed(record.previews.items):
         if found := sorted(item["pictures"].items(), key=lambda pair: int(pair[0])):

@@ -35,7 +35,7 @@ def build_page(title: str, script: str, data: Mapping[str, Any], reload_s: int |
         policy=escape(build_content_policy(scripts)),
         licence=escape(read_source("uplot/LICENSE")),
         style=f"{chart_style}\n{read_source('page.css')}",
-        data=START + as_script(data) + END,
+        data=START + to_script(data) + END,
         scripts="\n".join(f"<script>{text}</script>" for text in scripts),
     )
 
@@ -53,7 +53,7 @@ def build_content_policy(scripts: list[str]) -> str:
     return f"{POLICY_START}; style-src 'unsafe-inline'; script-src {allowed}"
 
 
-def as_script(data: Mapping[str, Any]) -> str:
+def to_script(data: Mapping[str, Any]) -> str:
     """Encode as JSON that cannot end a script element or begin a comment: ASCII without `<`."""
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 

@@ -127,12 +127,12 @@ class Record:
         self.audit, self.findings, self.stages, self.began = None, [], {}, {}
 
     def _audit(self, line: Line) -> None:
-        self.audit = get_values(line) | {"pairs": shown_images(line.get("pairs", []))}
+        self.audit = get_values(line) | {"pairs": filter_images(line.get("pairs", []))}
 
     def _finding(self, line: Line) -> None:
         if len(self.findings) >= MOST_FINDINGS:
             return
-        images = shown_images(line["pictures"])
+        images = filter_images(line["pictures"])
         self.findings.append({"text": line["text"], "pictures": images, "num_pictures": line["num_pictures"]})
 
     def _stage(self, line: Line) -> None:
@@ -277,7 +277,7 @@ SAVED_AS = {  # fields of Record that have other types as plain values
 }
 
 
-def shown_images(images: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def filter_images(images: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Drop images whose thumbnails are not valid, since lines may come from anywhere."""
     return [
         image if image["thumbnail"] and THUMBNAIL.fullmatch(image["thumbnail"]) else {**image, "thumbnail": None}

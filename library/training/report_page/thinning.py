@@ -12,7 +12,7 @@ DIGITS = 7  # of stored numbers
 COLUMNS = ("total", "low", "high", "count")
 
 
-def rounded(value: float) -> float:
+def round_value(value: float) -> float:
     """Round to `DIGITS` significant digits."""
     return float(f"{value:.{DIGITS}g}")
 
@@ -27,7 +27,7 @@ class Curve:
     count: list[int] = field(default_factory=list)
 
     def add(self, bucket: int, total: float, low: float, high: float, count: int) -> None:
-        """Add `rounded` values to a bucket."""
+        """Add `round_value` values to a bucket."""
         missing = bucket + 1 - len(self.count)
         if missing > 0:
             for column in (self.total, self.low, self.high):
@@ -35,7 +35,7 @@ class Curve:
             self.count += [0] * missing
         before, least, most = self.total[bucket], self.low[bucket], self.high[bucket]
         if before is not None and least is not None and most is not None:
-            total, low, high = rounded(before + total), min(least, low), max(most, high)
+            total, low, high = round_value(before + total), min(least, low), max(most, high)
         self.total[bucket], self.low[bucket], self.high[bucket] = total, low, high
         self.count[bucket] += count
 
@@ -73,7 +73,7 @@ class Curves:
             self.by_name = {name: curve.halved() for name, curve in self.by_name.items()}
         for name, value in values.items():
             if value is not None:
-                kept = rounded(value)
+                kept = round_value(value)
                 self.by_name.setdefault(name, Curve()).add((step - 1) // self.width, kept, kept, kept, 1)
 
     def cut(self, step: int) -> None:

@@ -87,7 +87,7 @@ class StepBar:
         self._bar.set_postfix({**self._values[lowest], **({"of": lowest} if lowest else {})})
 
 
-def finished_line(
+def format_finished(
     trained: str, num_steps: int, seconds: float, file: Path, best: tuple[int, float] | None, best_file: Path
 ) -> str:
     """Describe what was trained, for how long, and where it was saved: the last line of a complete run.

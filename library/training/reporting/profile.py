@@ -19,7 +19,7 @@ NUM_BEFORE = 2  # steps before it: the first initializes, the second warms up th
 
 
 @contextmanager
-def profiled(num_steps: int, path: Path, device: torch.device) -> Iterator[Callable[[], None]]:
+def profile_steps(num_steps: int, path: Path, device: torch.device) -> Iterator[Callable[[], None]]:
     """Write a trace of steps 3 to 2 + `num_steps` of this run, or of those that take place, to `path`.
 
     Yields a function to call after every step. Does nothing for 0 steps.

@@ -100,13 +100,13 @@ def build_preview_event(drawn: Drawn, path: Path, step: int, epoch: int) -> Prev
 
 def encode_data_url(image: Image.Image, width: int = THUMBNAIL_SIDE, height: int = THUMBNAIL_SIDE) -> str:
     """Encode a copy of at most this size as a data: URL, about a kilobyte per 10,000 pixels."""
-    small, content = over_white(image), BytesIO()
+    small, content = composite_on_white(image), BytesIO()
     small.thumbnail((width, height))
     small.save(content, format="WEBP", quality=75)
     return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
 
 
-def over_white(image: Image.Image) -> Image.Image:
+def composite_on_white(image: Image.Image) -> Image.Image:
     """Composite an image with an alpha channel on white."""
     if image.mode != "RGBA":
         return image.convert("RGB")

@@ -13,7 +13,7 @@ from library.errors import UserError
 from library.formatting import format_bytes
 from library.memory.devices import bytes_of
 from library.options.training.averaging import FILES
-from library.training.evaluation.without_side_effects import shown_weights
+from library.training.evaluation.without_side_effects import show_weights
 from library.training.failures.out_of_memory import (
     Sizes,
     explain_out_of_memory,
@@ -54,7 +54,7 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
             with round_weights(one, 0):
                 one.optimization.optimizer.step()
             one.optimization.optimizer.zero_grad(set_to_none=True)
-            with shown_weights(one, FILES):  # fails here if the weights to save cannot be swapped in
+            with show_weights(one, FILES):  # fails here if the weights to save cannot be swapped in
                 pass
         if run.context.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.context.device)

@@ -4,14 +4,14 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from library.checkpoints.weights import on_meta_device
+from library.checkpoints.weights import to_meta_device
 from library.data.training_data import TrainingData, open_batches
 from library.errors import needing
 from library.memory.planner.gpus import measure_peak_flops
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
-from library.training.evaluation.preview import collect_texts, wanted_prompts
+from library.training.evaluation.preview import collect_texts, read_wanted_prompts
 from library.training.loop.adapter_run import PreparedRun
 from library.training.models.arithmetic import check_arithmetic
 from library.training.models.base_model import load_models
@@ -28,7 +28,7 @@ from library.training.reporting.trackers import Charts, loggable_options, start_
 from library.training.run.run_events import build_plan_event
 from library.training.run.runs import AdapterRequest, Shared, build_run, prepare_run
 from library.training.saving.checkpoints import save_dtype
-from library.training.saving.resume import starting_steps
+from library.training.saving.resume import resolve_starting_steps
 from library.training.step.accumulation import Plan
 from library.training.sweep_record import SweepRecord
 from networks.core.protocol import multiplex
@@ -55,17 +55,17 @@ def prepare(
     require_same_data(data, processes)
     compute = Compute.build(options.precision, processes.device)
     plan = Plan.build(options.run, data.num_batches, processes.count)
-    first_steps = starting_steps([one.options for one in adapters], plan, [one.state for one in adapters])
+    first_steps = resolve_starting_steps([one.options for one in adapters], plan, [one.state for one in adapters])
     # Check what needs no weights before reading them and encoding images, which takes minutes.
     check_base(options.precision.denoiser_format, options.memory.num_offloaded, arch)
     if options.precision.multiplies_codes:
         check_arithmetic(options.precision.denoiser_format, options.network.network_module, arch, compute)
     for one in adapters:
         check_batches(one.options.network, one.options.optimizer, one.options.schedule, arch, plan.max_train_steps)
-    prompts = wanted_prompts(options.preview, arch) if processes.is_main else []
+    prompts = read_wanted_prompts(options.preview, arch) if processes.is_main else []
     if prompts:
         with needing("--sample_prompts draws images; give the VAE, or leave it out"):
-            on_meta_device(arch.load).vae()
+            to_meta_device(arch.load).vae()
     texts = collect_texts(prompts, arch)
     reader = options.network.network_module or ""
     loaded = load_models(options, arch, seed, data, compute, texts, processes, reader)

@@ -59,7 +59,7 @@ def open_events(
         stack.callback(events.close)
         stack.enter_context(listening(events.tell_progress))
         for options, one in of_each:
-            one.emit(Start(hide_secrets(command, options), changed_options(options), versions()))
+            one.emit(Start(hide_secrets(command, options), list_changed_options(options), versions()))
         warnings.tell(events)
         try:
             yield events
@@ -106,7 +106,7 @@ def hide_secrets(command: Sequence[str] | None, options: Options) -> list[str] |
     return words
 
 
-def changed_options(options: Options) -> dict[str, Any]:
+def list_changed_options(options: Options) -> dict[str, Any]:
     """Return every option that is not at its default, without keys and tokens."""
     values, defaults = options.flat(), type(options).defaults()
     return {name: plain(v) for name, v in values.items() if v != defaults[name] and name not in SECRETS}

@@ -125,14 +125,14 @@ def compute_gradients(run: Run, calls: Sequence[Call], noise: float) -> Gradient
     def given(value: Tensor) -> Tensor:
         if not value.requires_grad:
             return value
-        return moved(value.detach(), noise, generator).to(device).requires_grad_()
+        return perturb(value.detach(), noise, generator).to(device).requires_grad_()
 
     for call in calls:
         inputs, named = tree_map_only(Tensor, given, (call.inputs, call.named))
         with plain_weights(call.block, device), run.context.autocast():
             outputs = tree_flatten(call.block(*inputs, **named))[0]
             ends = [outputs[place] for place in call.gradients]
-            starts = [moved(gradient, noise, generator).to(device) for gradient in call.gradients.values()]
+            starts = [perturb(gradient, noise, generator).to(device) for gradient in call.gradients.values()]
             if not ends:
                 continue
             gradients = torch.autograd.grad(ends, list(parameters.values()), starts, allow_unused=True)
@@ -142,7 +142,7 @@ def compute_gradients(run: Run, calls: Sequence[Call], noise: float) -> Gradient
     return total
 
 
-def moved(value: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+def perturb(value: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     """Return a value with each number changed by a random relative amount up to `noise`."""
     if not noise or not value.is_floating_point():
         return value

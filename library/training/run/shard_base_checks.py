@@ -15,7 +15,7 @@ from networks.core.protocol import OURS
 logger = logging.getLogger(__name__)
 
 
-def launched_values(is_sharded: bool) -> dict[str, Any]:
+def resolve_launched_values(is_sharded: bool) -> dict[str, Any]:
     """Return the option values that shard the base model if accelerate is configured for FSDP2.
 
     Raises UserError for FSDP 1. Call before accelerate is initialized, which raises its own errors for it.

@@ -13,14 +13,14 @@ from torch import Tensor
 from library.checkpoints.metadata import RunFacts, base_file_metadata, training_metadata
 from library.options.training.averaging import FILES
 from library.training.evaluation.validation import Validation
-from library.training.evaluation.without_side_effects import shown_weights
+from library.training.evaluation.without_side_effects import show_weights
 from library.training.models.network import network_keywords
 from library.training.optimization.lr_schedules import base_rates, follow_rates
 from library.training.reporting.progress import Part, Progress
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import Names, Schedule, Writer
 from library.training.saving.hub import Uploads
-from library.training.saving.resume import recorded_options, report_differences
+from library.training.saving.resume import record_options, report_differences
 from library.training.saving.state import OptimizerState, Stateful, StateManifest, restore, save_state
 from library.training.sweep_record import PART
 
@@ -102,7 +102,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
             epoch=epoch,
             seed=run.context.seed,
             num_processes=run.processes.count,
-            options=recorded_options(options),
+            options=record_options(options),
             dataset=data.identity_with_contents,
             network=run.context.network.module,
             keepers=stateful_parts(run, progress, validation),
@@ -118,7 +118,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
         architecture=run.context.arch.metadata,
         metadata=training_metadata(options, run.context.arch.metadata, facts),
         base_files=base_files,
-        saved_weights=lambda: shown_weights(run, FILES),
+        saved_weights=lambda: show_weights(run, FILES),
         write_state=write_state,
         uploads=Uploads(options.hub),
         state_bytes=partial(bytes_of_state, run),

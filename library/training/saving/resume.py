@@ -10,7 +10,7 @@ from typing import Any
 
 from library.checkpoints.files import remove_temporary
 from library.checkpoints.folders import tidy
-from library.errors import UserError, few
+from library.errors import UserError, list_few
 from library.options.base import OnResume, Options
 from library.options.output.saving import HubOptions, SavingOptions, StateOptions
 from library.options.train import TrainOptions
@@ -105,11 +105,11 @@ def find_state(options: TrainOptions, processes: Processes) -> StateManifest | N
     if processes.is_main:
         if not (options.faults.dry_run or options.dataset.debug_dataset):
             clear_up(options.saving)
-        facts = named_or_newest(options.state, options.hub, options.saving)
+        facts = find_named_or_newest(options.state, options.hub, options.saving)
     path = processes.share("state", "" if facts is None else str(facts.path))
     if path and not processes.is_main:
         is_named = options.state.resume
-        facts = named_or_newest(options.state, options.hub, options.saving) if is_named else state_of_main(path)
+        facts = find_named_or_newest(options.state, options.hub, options.saving) if is_named else state_of_main(path)
     if path and facts is not None:
         digest = blake2b((facts.path / FACTS_FILE).read_bytes(), digest_size=8).hexdigest()
         processes.require_same("the state", f"step {facts.step} with digest {digest}")
@@ -126,7 +126,7 @@ def clear_up(saving: SavingOptions) -> None:
             remove_temporary(names.folder / folder, partial(is_preview_stem, saving))
 
 
-def named_or_newest(wanted: StateOptions, hub: HubOptions, saving: SavingOptions) -> StateManifest | None:
+def find_named_or_newest(wanted: StateOptions, hub: HubOptions, saving: SavingOptions) -> StateManifest | None:
     """Find the state that the options name, or the newest one."""
     if wanted.resume:
         named = read_facts(fetch_state(wanted.resume, hub) if hub.resume_from_huggingface else Path(wanted.resume))
@@ -151,7 +151,7 @@ def state_of_main(path: str) -> StateManifest:
     return read_facts(Path(path))
 
 
-def starting_step(wanted: StateOptions, saving: SavingOptions, plan: Plan, facts: StateManifest | None) -> int:
+def resolve_starting_step(wanted: StateOptions, saving: SavingOptions, plan: Plan, facts: StateManifest | None) -> int:
     """Return the number of finished steps at the start: from the options, else from the state, else 0.
 
     A step inside an epoch restarts the epoch unless its first batches are to be skipped. Raises AlreadyComplete or
@@ -186,13 +186,15 @@ def starting_step(wanted: StateOptions, saving: SavingOptions, plan: Plan, facts
     return step
 
 
-def starting_steps(options: Sequence[TrainOptions], plan: Plan, states: Sequence[StateManifest | None]) -> list[int]:
+def resolve_starting_steps(
+    options: Sequence[TrainOptions], plan: Plan, states: Sequence[StateManifest | None]
+) -> list[int]:
     """Return each adapter's number of finished steps. Raises AlreadyComplete if all adapters are complete."""
     steps: list[int | None] = []
     complete = AlreadyComplete()
     for wanted, facts in zip(options, states, strict=True):
         try:
-            steps.append(starting_step(wanted.state, wanted.saving, plan, facts))
+            steps.append(resolve_starting_step(wanted.state, wanted.saving, plan, facts))
         except AlreadyComplete as error:
             steps.append(None)
             complete = error
@@ -201,7 +203,7 @@ def starting_steps(options: Sequence[TrainOptions], plan: Plan, states: Sequence
     return [plan.max_train_steps if step is None else step for step in steps]
 
 
-def recorded_options(options: Options) -> dict[str, Any]:
+def record_options(options: Options) -> dict[str, Any]:
     """Return the options to store in a state: plain values without passwords."""
     values = {name: value for name, value in options.flat().items() if name not in SECRETS}
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
@@ -236,7 +238,7 @@ def report_differences(
 
 def option_differences(facts: StateManifest, options: Options, num_processes: int) -> Iterator[tuple[int, str]]:
     """Yield a line for every changed option that affects training."""
-    now, defaults = recorded_options(options), type(options).defaults()
+    now, defaults = record_options(options), type(options).defaults()
     about = type(options).facts()
     compared = {name for name in about if not about[name].may_change_on_resume}
     if facts.num_processes != num_processes:
@@ -268,4 +270,6 @@ def content_differences(before: Mapping[str, Any], now: Mapping[str, Any], paths
         return
     changed = [path for path, digest, other in zip(paths, digests, others, strict=True) if digest != other]
     if changed:
-        yield (f"{len(changed)} images are not the ones of the state, their files have changed since: {few(changed)}")
+        yield (
+            f"{len(changed)} images are not the ones of the state, their files have changed since: {list_few(changed)}"
+        )

@@ -28,7 +28,7 @@ def read_num_steps(path: Path) -> int:
     return int(text) if text.isdigit() else int(in_name[1]) if in_name else 0
 
 
-def without_copies(files: Sequence[Path]) -> list[Path]:
+def drop_copies(files: Sequence[Path]) -> list[Path]:
     """Drop files with the same adapter as an earlier one, such as the final file and that of the last step.
 
     Tensors are compared byte for byte; metadata about training may differ.

@@ -131,7 +131,7 @@ def read_facts(folder: Path) -> StateManifest:
         raise UserError(f"the state {folder} is of version {version}; this program reads version {VERSION}")
     digest = content.pop("digest", None)  # older states have no digests
     if digest is not None and digest != digest_of_text(json.dumps(content, ensure_ascii=False)):
-        raise UserError(damaged(folder, FACTS_FILE))
+        raise UserError(make_damage_error(folder, FACTS_FILE))
     try:
         for name, size in content["sizes"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
@@ -171,10 +171,10 @@ def require_undamaged(facts: StateManifest) -> None:
         except OSError as error:
             raise UserError(f"the state {facts.path}: {name} cannot be read ({error}); use another state") from None
         if not is_whole:
-            raise UserError(damaged(facts.path, name))
+            raise UserError(make_damage_error(facts.path, name))
 
 
-def damaged(folder: Path, name: str) -> str:
+def make_damage_error(folder: Path, name: str) -> str:
     """Return the error for a state that has changed on disk."""
     return f"the state {folder} is damaged: {name} is not as it was written; copy it again or use another state"
 
@@ -203,7 +203,7 @@ def restore(facts: StateManifest, network: nn.Module, keepers: Mapping[str, Stat
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(
-            f"the state {facts.path} holds another network: {shortened(str(error))}. Give the --network_module, "
+            f"the state {facts.path} holds another network: {shorten_line(str(error))}. Give the --network_module, "
             "--network_dim and --network_args that it was trained with"
         ) from None
     tensors = load_state_dict(facts.path / TENSOR_FILE)
@@ -215,12 +215,12 @@ def restore(facts: StateManifest, network: nn.Module, keepers: Mapping[str, Stat
             keeper.load_state_dict(put_together(facts.parts[name], tensors))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise UserError(
-                f"the state {facts.path} does not fit the {name} of this run: {shortened(str(error))}. Give the "
+                f"the state {facts.path} does not fit the {name} of this run: {shorten_line(str(error))}. Give the "
                 "options that it was trained with"
             ) from None
 
 
-def shortened(text: str, length: int = 300) -> str:
+def shorten_line(text: str, length: int = 300) -> str:
     """Return the start of a long message as one line."""
     line = " ".join(text.split())
     return line if len(line) <= length else f"{line[:length]} …"

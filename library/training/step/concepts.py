@@ -14,7 +14,7 @@ from library.diffusion.guidance import concept_target, guide, is_guided_at
 from library.diffusion.samplers import DDPM_SAMPLER
 from library.randomness import generator_for
 from library.training.step.context import StepContext
-from library.training.step.denoising import denoise, noised_at
+from library.training.step.denoising import add_noise_at, denoise
 from library.training.step.joining import join_noised, repeat_batch
 from library.training.step.modes import eval_mode
 from library.training.step.text_features import build_conditioning
@@ -51,7 +51,7 @@ def draw_partly(context: StepContext, batch: Batch, concept: Concept, batch_numb
         latents_BCHW = denoise(sampler, say, sampler.start(noise_BCHW), generator, concept.num_denoised)
     assert latents_BCHW is not None
     place = concept.num_denoised
-    return noised_at(sampler.levels[place], sampler.denoiser_input(latents_BCHW, place))
+    return add_noise_at(sampler.levels[place], sampler.denoiser_input(latents_BCHW, place))
 
 
 def compute_target(context: StepContext, batch: Batch, concept: Concept, noised: Noised) -> Tensor:

@@ -26,7 +26,7 @@ def denoise(
     `generator`.
     """
     for n, level in enumerate(sampler.levels[:num_calls]):
-        noised = noised_at(level, sampler.denoiser_input(latents_BCHW, n))
+        noised = add_noise_at(level, sampler.denoiser_input(latents_BCHW, n))
         prediction_BCHW = say(noised, (n + 1) / len(sampler.levels))
         latents_BCHW = sampler.step(prediction_BCHW, latents_BCHW, n, generator)
         if not goes_on():
@@ -34,7 +34,7 @@ def denoise(
     return latents_BCHW
 
 
-def noised_at(level: Level, latents_BCHW: Tensor) -> Noised:
+def add_noise_at(level: Level, latents_BCHW: Tensor) -> Noised:
     """Wrap latents at a noise level for the denoiser; clean latents and noise are unknown while sampling and set to
     NaN."""
     unknown_BCHW = torch.full_like(latents_BCHW, torch.nan)

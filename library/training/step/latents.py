@@ -77,10 +77,10 @@ def build_inpainting(context: StepContext, batch: Batch, seed: int, place_of: Ca
     height, width = batch.pixels_BCHW.shape[-2:]
     rngs = [np.random.default_rng(stream_seed(seed, "mask", *place_of(i))) for i in range(len(batch.keys))]
     masks_B1HW = torch.from_numpy(np.stack([draw_mask(width, height, rng)[None] for rng in rngs]))
-    return masked_feature(context, batch, masks_B1HW, lambda i: generator_for(seed, "kept", *place_of(i)))
+    return encode_masked(context, batch, masks_B1HW, lambda i: generator_for(seed, "kept", *place_of(i)))
 
 
-def masked_feature(
+def encode_masked(
     context: StepContext, batch: Batch, masks_B1HW: Tensor, generator_of: Callable[[int], torch.Generator]
 ) -> Conditioning:
     """Encode images with their masked area removed; a mask is 1 where the model paints. `generator_of` is as in

@@ -17,7 +17,7 @@ from library.randomness import generator_for, stream_seed
 from library.training.step.concepts import compute_target, draw_partly
 from library.training.step.context import StepContext
 from library.training.step.latents import build_image_features, load_latents
-from library.training.step.masks import masked_means
+from library.training.step.masks import compute_masked_means
 from library.training.step.pairs import losses_of_pairs, prefers, split_pairs
 from library.training.step.text_features import build_conditioning
 from library.types import Batch, Conditioning, Noised
@@ -104,7 +104,7 @@ def compute_losses(
     if batch.concept is None:
         target_BCHW = preserve_output(context, objective, batch, noised, condition, conditioning, acting)
     loss_BCHW = objective.loss(prediction_BCHW, target_BCHW, noised)
-    return masked_means(loss_BCHW, batch.masks_B1HW)
+    return compute_masked_means(loss_BCHW, batch.masks_B1HW)
 
 
 def describe_shape(batch: Batch) -> str:

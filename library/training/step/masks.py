@@ -6,7 +6,7 @@ from torch.nn.functional import interpolate
 from library.memory.devices import send
 
 
-def masked_means(loss_BCHW: Tensor, masks_B1HW: Tensor | None) -> Tensor:
+def compute_masked_means(loss_BCHW: Tensor, masks_B1HW: Tensor | None) -> Tensor:
     """Return each sample's loss times its mask (given in pixels), averaged over all latent values; shape B."""
     if masks_B1HW is not None:
         masks_B1HW = send(masks_B1HW, loss_BCHW.device)

@@ -13,7 +13,7 @@ from library.diffusion.dpo import preference_losses
 from library.protocols import Objective
 from library.training.step.context import StepContext
 from library.training.step.joining import join_conditioning, join_noised, repeat_batch
-from library.training.step.masks import masked_means
+from library.training.step.masks import compute_masked_means
 from library.types import Batch, Conditioning, Noised
 
 
@@ -70,7 +70,7 @@ def losses_of_pairs(
             output_BCHW = context.arch.predict(context.models.denoiser, joined, conditioning, both)
             prediction_BCHW = objective.estimate(output_BCHW, joined)
         loss_BCHW = objective.loss(prediction_BCHW, objective.target(joined), joined)
-        return masked_means(loss_BCHW, both.masks_B1HW)
+        return compute_masked_means(loss_BCHW, both.masks_B1HW)
 
     context.network.set_noise_levels(objective.noise_levels(joined))
     context.network.set_multiplier(0.0)

@@ -13,14 +13,20 @@ from typing import Any, Generic, TypeVar
 from library.errors import UserError
 from library.options.base import Options, scalar_type
 from library.options.dataset import DatasetOptions
-from library.options.no_effect import is_set, unused
+from library.options.no_effect import find_unused, is_set
 from library.options.ranges import check_number
 from library.options.train import TrainOptions
 from library.options.training.loss import LossOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.noise import NoiseOptions
 from library.suggestions import did_you_mean
-from library.training.sweep.strength import ALPHA_NAMES, Strength, describe_strengths, is_alpha_strength, kept_strengths
+from library.training.sweep.strength import (
+    ALPHA_NAMES,
+    Strength,
+    describe_strengths,
+    find_kept_strengths,
+    is_alpha_strength,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +51,7 @@ class Combination(Generic[OptionsT]):
     options: OptionsT  # of this adapter alone
 
 
-def shared_and_own(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
+def split_options(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
     """Split options into those shared by all adapters and those of each adapter, by label.
 
     A run without a sweep has one adapter with label "". Shared options have the first adapter's values. Raises
@@ -57,7 +63,7 @@ def shared_and_own(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
     logger.info("--sweep: %d adapters in one run: %s", len(found), ", ".join(one.label for one in found))
     words = dict(parse_word(item, options) for item in options.sweep.sweep)
     adapters = [(one.options.network, one.chosen) for one in found]
-    for line in describe_strengths(adapters, kept_strengths(options.network, words)):
+    for line in describe_strengths(adapters, find_kept_strengths(options.network, words)):
         logger.info("%s", line)
     values = options.flat()
     of_all = {name: values[name] for name in ("sweep", "output_name", "seed", "log_events")}
@@ -78,7 +84,7 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
     if num_adapters > MOST_ADAPTERS:
         raise UserError(f"--sweep names {num_adapters} adapters; at most {MOST_ADAPTERS} can be trained in one run")
     warn_of_replaced(options, names)
-    strengths = kept_strengths(options.network, dict(words))
+    strengths = find_kept_strengths(options.network, dict(words))
     found = []
     for texts in product(*(texts for _, texts in words)):
         chosen = dict(zip(names, texts, strict=True))
@@ -195,7 +201,7 @@ def parse_value(kind: type[Options], name: str, text: str) -> Any:
 
 def find_idle_words(options: Options, network: NetworkOptions, chosen: Mapping[str, str]) -> Iterator[str]:
     """Yield a line for every word that makes no difference between adapters."""
-    for line in unused(options, {}):
+    for line in find_unused(options, {}):
         name = line.partition(" ")[0].removeprefix("--")
         if name in chosen:
             yield line.removeprefix("--")

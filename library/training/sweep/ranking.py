@@ -15,9 +15,9 @@ import torch
 
 from library.formatting import align_columns
 from library.training.evaluation.choice import CONFIDENCE, Compared, choose, is_clearly_worse
-from library.training.evaluation.choosing import interval
+from library.training.evaluation.choosing import format_interval
 from library.training.loop.adapter_run import PreparedRun
-from library.training.report_page.comparison import shown
+from library.training.report_page.comparison import select_shown
 from library.training.report_page.page import build_page, read_data
 from library.training.report_page.writer import read_report, write_page
 from library.training.reporting.event_stream import plain
@@ -110,8 +110,8 @@ def format_ranking(ranking: Ranking) -> list[str]:
                 str(place),
                 one.label,
                 str(one.step),
-                f"{loss.mean:.5f}{interval(loss.low, loss.high)}",
-                "-" if is_best else f"{gap.mean:.5f}{interval(gap.low, gap.high)}",
+                f"{loss.mean:.5f}{format_interval(loss.low, loss.high)}",
+                "-" if is_best else f"{gap.mean:.5f}{format_interval(gap.low, gap.high)}",
                 "-" if is_best else "yes" if compared.is_worse else "no",
                 one.ended,
             )
@@ -140,7 +140,7 @@ def add_runs(page: Path, chosen: Mapping[str, Mapping[str, str]], reports: Mappi
     """
     try:
         data = read_data(page.read_text(encoding="utf-8"))
-        runs = [{"label": label, **shown(read_report(path))} for label, path in reports.items() if path.exists()]
+        runs = [{"label": label, **select_shown(read_report(path))} for label, path in reports.items() if path.exists()]
         names = {label: path.name for label, path in reports.items()}
         data = {**data, "chosen": chosen, "reports": names, "runs": runs}
         write_page(page, build_page(str(data.get("title")), SCRIPT, data))

@@ -62,7 +62,7 @@ def find_states(options: TrainOptions, adapters: Mapping[str, TrainOptions], pro
     if not found:
         return FoundStates({})
     seed = read_record(next(iter(found.values()))).seed
-    return FoundStates(found, SweepRecord(seed, ended_in(found.values())))
+    return FoundStates(found, SweepRecord(seed, find_ended(found.values())))
 
 
 def newest_of_all(wanted: StateOptions, adapters: Mapping[str, SavingOptions]) -> dict[str, StateManifest]:
@@ -72,7 +72,7 @@ def newest_of_all(wanted: StateOptions, adapters: Mapping[str, SavingOptions]) -
     """
     if wanted.resume:
         found = find_states_of_step(Path(wanted.resume), adapters)
-        missing = [label for label in adapters if label not in {**found, **ended_in(found.values())}]
+        missing = [label for label in adapters if label not in {**found, **find_ended(found.values())}]
         if missing:
             raise UserError(
                 f"--resume {wanted.resume}: there is no whole state of that step of {', '.join(missing)}; name a state "
@@ -91,7 +91,9 @@ def newest_of_all(wanted: StateOptions, adapters: Mapping[str, SavingOptions]) -
         states[label] = {facts.step: facts for facts in found_states}
     for step in sorted({step for steps in states.values() for step in steps}, reverse=True):
         found = {label: steps[step] for label, steps in states.items() if step in steps}
-        if all(label in {**found, **ended_in(found.values())} for label in adapters) and are_undamaged(found.values()):
+        if all(label in {**found, **find_ended(found.values())} for label in adapters) and are_undamaged(
+            found.values()
+        ):
             return found
     if not any(states.values()):
         logger.info("--autoresume: there is no state of an adapter of --sweep; starting at the beginning")
@@ -125,7 +127,7 @@ def find_states_of_step(named: Path, adapters: Mapping[str, SavingOptions]) -> d
     return found
 
 
-def ended_in(states: Iterable[StateManifest]) -> dict[str, Ended]:
+def find_ended(states: Iterable[StateManifest]) -> dict[str, Ended]:
     """Return the adapters that had ended, according to the latest of these states."""
     ended: dict[str, Ended] = {}
     for facts in states:

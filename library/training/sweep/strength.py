@@ -37,7 +37,7 @@ class Strength:
         return {"network_args": [*others, f"conv_alpha={alpha:.9g}"]} if alpha != self.alpha else {}
 
 
-def kept_strengths(network: NetworkOptions, words: Mapping[str, Sequence[str]]) -> list[Strength]:
+def find_kept_strengths(network: NetworkOptions, words: Mapping[str, Sequence[str]]) -> list[Strength]:
     """Return the ratios to keep while `words` of the sweep vary ranks.
 
     A given alpha belongs to the rank given next to the sweep, else to the first rank of the sweep.

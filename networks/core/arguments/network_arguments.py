@@ -53,7 +53,7 @@ def argument(
     return field(default=default, metadata={"argument": Argument(parse, help, aliases, requires, is_fixed_by_file)})
 
 
-def declared(group: type[Any]) -> dict[str, Argument]:
+def list_declared(group: type[Any]) -> dict[str, Argument]:
     """Return the declared arguments of a group by name."""
     return {one.name: one.metadata["argument"] for one in fields(group) if "argument" in one.metadata}
 
@@ -119,8 +119,8 @@ def read_groups(
     `neuron_dropout`. Raises UserError naming the argument for an unknown key, an invalid value, or two spellings with
     different values. Warns about arguments that have no effect without another one.
     """
-    known: dict[str, Argument] = {name: one for group in groups for name, one in declared(group).items()}
-    aliases = {alias: name for group in groups for name, one in declared(group).items() for alias in one.aliases}
+    known: dict[str, Argument] = {name: one for group in groups for name, one in list_declared(group).items()}
+    aliases = {alias: name for group in groups for name, one in list_declared(group).items() for alias in one.aliases}
     parsers = {n: a.parse for n, a in known.items()} | {name: OF_MODELS[form] for name, form in of_models.items()}
     given = {key: value for key, value in items.items() if value is not None}
     given = _with_dropout(given, neuron_dropout, parsers["neuron_dropout"])
@@ -133,7 +133,7 @@ def read_groups(
     parsed = {key: _parse(key, value, aliases.get(key, key), parsers) for key, value in given.items()}
     of_model = {key: value for key, value in parsed.items() if key in of_models}
     own = _merge_aliases({key: value for key, value in parsed.items() if key not in of_models}, aliases)
-    made = {group: group(**{name: own[name] for name in declared(group) if name in own}) for group in groups}
+    made = {group: group(**{name: own[name] for name in list_declared(group) if name in own}) for group in groups}
     arguments = NetworkArguments(made, of_model)
     _warn_of_idle(arguments, known)
     return arguments

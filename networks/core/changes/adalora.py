@@ -23,7 +23,7 @@ def alpha_of(alpha: float, rank: int, settings: Mapping[str, Any]) -> float:
     return alpha * rank / (settings[INITIAL_RANK] + EPSILON) if INITIAL_RANK in settings else alpha
 
 
-def as_lora(tensors: Mapping[str, Tensor], origin: str) -> Mapping[str, Tensor]:
+def to_lora(tensors: Mapping[str, Tensor], origin: str) -> Mapping[str, Tensor]:
     """Replace the three tensors of each AdaLoRA module in a file by `lora_A.weight` and `lora_B.weight`.
 
     Modules with rank 0 are dropped. Files without AdaLoRA are returned unchanged. Raises UserError if a module lacks

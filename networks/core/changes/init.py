@@ -139,7 +139,7 @@ def _start(module: nn.Module) -> Tensor:
     return start
 
 
-def starting_delta(init: str, layer: nn.Module, rank: int, scale: float) -> Delta:
+def make_starting_delta(init: str, layer: nn.Module, rank: int, scale: float) -> Delta:
     """Make the delta of a layer with the initialisation `init`; `scale` is alpha / rank.
 
     PiSSA divides its start by `scale`. The decomposed weight is the one that the layer computes with, decoded if the

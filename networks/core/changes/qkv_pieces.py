@@ -27,7 +27,7 @@ def is_in_rows(tensors: Collection[str]) -> bool:
     return any(ROWS_KEY.fullmatch(key) for key in tensors)
 
 
-def by_rows(tensors: ModuleTensors) -> dict[str, dict[str, Tensor]]:
+def group_by_rows(tensors: ModuleTensors) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of each part by the name of its rows."""
     found: dict[str, dict[str, Tensor]] = {}
     for text, tensor in tensors.items():
@@ -37,7 +37,7 @@ def by_rows(tensors: ModuleTensors) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def whole_and_key(module: str, key: str) -> tuple[str, str]:
+def split_piece_key(module: str, key: str) -> tuple[str, str]:
     """Move the rows in a module's name to its parameter key. Other names are returned unchanged."""
     match = IN_NAME.fullmatch(module)
     return (module, key) if match is None else (match[1], f"{match[2]}.{key}")
@@ -131,7 +131,7 @@ class InRows(nn.Module):
 
     def load(self, tensors: ModuleTensors) -> None:
         changes = self.changes
-        for name, own in by_rows(tensors).items():
+        for name, own in group_by_rows(tensors).items():
             changes[name].load(own)
 
 

@@ -77,6 +77,6 @@ def peft_magnitudes(magnitudes: Tensor, num_dimensions: int) -> Tensor:
     return magnitudes.reshape(-1, *(1,) * (num_dimensions - 1))
 
 
-def as_peft_magnitudes(magnitudes: Tensor) -> Tensor:
+def to_peft_magnitudes(magnitudes: Tensor) -> Tensor:
     """Undo `peft_magnitudes`, for (O, 1) or (O, 1, 1, 1)."""
     return magnitudes.flatten() if magnitudes.dim() == 2 else magnitudes.transpose(0, 1).contiguous()

@@ -26,7 +26,7 @@ class Streams:
     def start(self, seeds: Mapping[int, int], device: torch.device) -> None:
         """Seed the streams of a batch. The default generators keep their states."""
         self._before.clear()
-        with kept(device):
+        with keep_generators(device):
             for place, seed in seeds.items():
                 torch.manual_seed(seed)
                 self._now[place] = state_of(device)
@@ -42,7 +42,7 @@ class Streams:
         states = self._before[ticket] if is_repeated else {place: self._now[place] for place in places}
         self._before[ticket] = dict(states)
         call = Call(dict(states), device)
-        with kept(device):
+        with keep_generators(device):
             yield call
         if not is_repeated:
             self._now |= call.states
@@ -74,7 +74,7 @@ def set_state(state: State, device: torch.device) -> None:
 
 
 @contextmanager
-def kept(device: torch.device) -> Iterator[None]:
+def keep_generators(device: torch.device) -> Iterator[None]:
     """Restore the default generators to their current states after the block."""
     state = state_of(device)
     try:

@@ -16,7 +16,7 @@ from networks.core.changes.low_rank import looks_at_one_pixel
 
 
 def can_be_stacked(changes: Sequence[object]) -> TypeGuard[Sequence[Stackable]]:
-    """Return True if `stacked` can compute these changes of one layer. Dropout is not checked."""
+    """Return True if `run_stacked` can compute these changes of one layer. Dropout is not checked."""
     return all(
         isinstance(change, Stackable) and looks_at_single_places(change.layer) and change.is_pair for change in changes
     )
@@ -27,17 +27,17 @@ def looks_at_single_places(layer: nn.Module | None) -> bool:
     return looks_at_one_pixel(layer) if isinstance(layer, nn.Conv2d) else isinstance(layer, nn.Linear)
 
 
-def stacked(changes: Sequence[Stackable], x: Tensor, base: Forward, strengths: Sequence[float]) -> Tensor:
+def run_stacked(changes: Sequence[Stackable], x: Tensor, base: Forward, strengths: Sequence[float]) -> Tensor:
     """Return the layer's output where change m acts on the m-th of M equal parts of x, along its first axis.
 
     Factors of lower rank are padded with zeros. The layer itself runs once on all rows.
     """
     columns, is_conv = [change.columns() for change in changes], isinstance(changes[0].layer, nn.Conv2d)
-    whole = whole_columns(columns, strengths)
+    whole = join_columns(columns, strengths)
     shape = (len(changes), -1, *x.shape[1:]) if is_conv else (len(changes), -1, x.shape[-1])
     parts = x.reshape(shape)
     out = base(x if whole is None else scale_columns(parts, whole).view_as(x))
-    downs_MRI, ups_MOR = padded_factors(changes, columns, strengths)
+    downs_MRI, ups_MOR = pad_factors(changes, columns, strengths)
     parts = match_dtype(downs_MRI, parts)
     if is_conv:  # (M, B, I, h, w)
         hidden = downs_MRI[:, None] @ parts.flatten(3)
@@ -49,7 +49,7 @@ def stacked(changes: Sequence[Stackable], x: Tensor, base: Forward, strengths: S
     return out + torch.bmm(hidden_MNR, ups_MOR.transpose(1, 2)).to(out.dtype).view_as(out)
 
 
-def whole_columns(columns: Sequence[Tensor | None], strengths: Sequence[float]) -> Tensor | None:
+def join_columns(columns: Sequence[Tensor | None], strengths: Sequence[float]) -> Tensor | None:
     """Return the scales of the layer's input columns for each change's rows, or None if there are none."""
     like = next((one for one in columns if one is not None), None)
     if like is None:
@@ -61,7 +61,7 @@ def whole_columns(columns: Sequence[Tensor | None], strengths: Sequence[float]) 
     return torch.stack(whole)
 
 
-def padded_factors(
+def pad_factors(
     changes: Sequence[Stackable], columns: Sequence[Tensor | None], strengths: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """Return (downs_MRI, ups_MOR): all factors, with columns, strength and alpha / rank multiplied in."""

@@ -45,13 +45,13 @@ def largest_of_product(
     return left_OK @ (range_Kq @ u[:, :rank]), s[:rank], v[:rank] @ right_NK.T, float(core_KK.norm())
 
 
-def balanced(u_OK: Tensor, s_K: Tensor, v_KN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def balance(u_OK: Tensor, s_K: Tensor, v_KN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return (up_Or, down_rN), the best product of rank r, with factors of equal norm, which suits half precision."""
     root_r = s_K[:rank].clamp(min=0).sqrt()
     return u_OK[:, :rank] * root_r, root_r[:, None] * v_KN[:rank]
 
 
-def concatenated(factors: Sequence[tuple[Tensor, Tensor]], strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
+def concatenate(factors: Sequence[tuple[Tensor, Tensor]], strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return (up_OR, down_RN) whose product is the sum of strength * up @ down. The ranks add up."""
     ups = [strength * up_OR for (up_OR, _), strength in zip(factors, strengths, strict=True)]
     return torch.cat(ups, 1), torch.cat([down_RN for _, down_RN in factors], 0)
@@ -94,7 +94,7 @@ def best_factors(matrix_ON: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u_Or * root_r, projected_rN * torch.where(s_r > 0, 1 / root_r, 0)[:, None]
 
 
-def clamped(up: Tensor, down: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
+def clamp_factors(up: Tensor, down: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
     """Clamp both factors to the given quantile of all their values, and to its negative."""
     values = torch.cat([up.flatten(), down.flatten()])
     limit = float(values.kthvalue(max(round(quantile * len(values)), 1)).values)

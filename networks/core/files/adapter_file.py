@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.checkpoints.adapter_keys import UP_BIASES, AdapterKey, without_peft_prefix
+from library.checkpoints.adapter_keys import UP_BIASES, AdapterKey, strip_peft_prefix
 from library.checkpoints.files import (
     PEFT_STEM,
     file_in_folder,
@@ -31,9 +31,9 @@ from library.checkpoints.files import (
 from library.checkpoints.hashes import with_hashes
 from library.errors import UserError
 from library.json_text import parse_json
-from networks.core.changes.adalora import alpha_of, as_lora
+from networks.core.changes.adalora import alpha_of, to_lora
 from networks.core.changes.parameter_keys import ALPHA
-from networks.core.changes.qkv_pieces import whole_and_key
+from networks.core.changes.qkv_pieces import split_piece_key
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.registry.key_layout import KeyLayout
 from networks.core.registry.layouts import PIECES, list_layouts
@@ -83,7 +83,7 @@ def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
         tensors, metadata = load_state_dict(path), read_metadata(path)
     except (ValueError, OSError) as error:
         raise UserError(f"{flag}: {error}" if flag else str(error)) from error
-    return completed(replace(sort_tensors(tensors, metadata, where), peft_settings=peft_settings(path)))
+    return complete_file(replace(sort_tensors(tensors, metadata, where), peft_settings=peft_settings(path)))
 
 
 def open_adapter(path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> AdapterFile:
@@ -106,12 +106,12 @@ def sort_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], ori
     keys: dict[str, dict[str, str]] = {}
     unknown: dict[str, Tensor] = {}
     clashes = []
-    for key, tensor in as_lora(tensors, origin).items():
+    for key, tensor in to_lora(tensors, origin).items():
         found = AdapterKey.parse(key)
         if found is None:
             unknown[key] = tensor
             continue
-        name, parameter_key = whole_and_key(found.module, found.leaf)
+        name, parameter_key = split_piece_key(found.module, found.leaf)
         if parameter_key in keys.get(name, {}):
             clashes.append((keys[name][parameter_key], key))
         own_tensors.setdefault(name, {})[parameter_key] = tensor
@@ -121,11 +121,11 @@ def sort_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], ori
 
 
 def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str) -> AdapterFile:
-    """Group the tensors of an adapter file by module, and check them as in `checked`."""
-    return checked(sort_tensors(tensors, metadata, origin))
+    """Group the tensors of an adapter file by module, and check them as in `check_alphas`."""
+    return check_alphas(sort_tensors(tensors, metadata, origin))
 
 
-def checked(file: AdapterFile) -> AdapterFile:
+def check_alphas(file: AdapterFile) -> AdapterFile:
     """Check a file and return it with the alphas that diffusers records in its metadata.
 
     Raises UserError if there is no adapter, if two keys mean the same, if the tensors of a module do not fit together,
@@ -144,9 +144,9 @@ def checked(file: AdapterFile) -> AdapterFile:
     return replace(file, modules=modules)
 
 
-def completed(file: AdapterFile) -> AdapterFile:
+def complete_file(file: AdapterFile) -> AdapterFile:
     """Check a file and return it with the alphas that PEFT records next to it, without lone alphas."""
-    file = without_lone_alphas(checked(file))
+    file = drop_lone_alphas(check_alphas(file))
     modules = {name: with_alpha(module, file.peft_settings or {}) for name, module in file.modules.items()}
     return replace(file, modules=modules)
 
@@ -185,7 +185,7 @@ def save_network(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 COMPUTED: tuple[KeyLayout, ...] = (*(layout for layout in list_layouts() if layout.read is not None), PIECES)
 
 
-def without_lone_alphas(file: AdapterFile) -> AdapterFile:
+def drop_lone_alphas(file: AdapterFile) -> AdapterFile:
     """Return the file without alphas of modules that have no weights, and warn about them.
 
     Tools that remove blocks leave such alphas behind.
@@ -260,23 +260,23 @@ def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
     """Return the module with the alpha from its sub-model's settings. Patterns for single layers have priority."""
     if not settings or not module.layout.has_alpha or ALPHA in module.tensors:
         return module
-    name = without_peft_prefix(module.name)
+    name = strip_peft_prefix(module.name)
     part, _, path = name.partition(".")
     own = settings.get(part)
     if own is None:
         own, path = settings.get("", {}), name
-    alpha = of_layer(own.get("alpha_pattern"), path, own.get("lora_alpha", own.get("alpha")))
+    alpha = find_for_layer(own.get("alpha_pattern"), path, own.get("lora_alpha", own.get("alpha")))
     if alpha is None:
         return module
     if module.layout.is_whole:  # PEFT divides by the requested rank even if no factor has it
-        rank = of_layer(own.get("rank_pattern"), path, own.get("r")) or module.rank
+        rank = find_for_layer(own.get("rank_pattern"), path, own.get("r")) or module.rank
         scaled = module.tensors[module.layout.scaled].float() * (alpha / rank)
         return replace(module, tensors={**module.tensors, module.layout.scaled: scaled})
     factor = math.sqrt(module.rank) if own.get("use_rslora") else 1.0  # rank-stabilised: alpha / sqrt(rank)
     return replace(module, alpha_elsewhere=alpha_of(alpha * factor, module.rank, own))
 
 
-def of_layer(patterns: Mapping[str, float] | None, path: str, otherwise: float | None) -> float | None:
+def find_for_layer(patterns: Mapping[str, float] | None, path: str, otherwise: float | None) -> float | None:
     """Return the number of the first of PEFT's patterns that matches the end of `path`, or `otherwise`."""
     found = next((n for p, n in (patterns or {}).items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", path)), otherwise)
     return None if found is None else float(found)

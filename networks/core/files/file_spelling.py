@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from library.checkpoints.adapter_names import BaseNames, placed
+from library.checkpoints.adapter_names import BaseNames, add_missing_prefixes
 from networks.core.changes import qkv_rows
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.changes.qkv_pieces import ROWS_KEY, rows_name
 from networks.core.files.adapter_file import AdapterFile
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.files.renaming import split_shares, swap_halves, without_alpha
+from networks.core.files.renaming import fold_alpha, split_shares, swap_halves
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class FileSpelling:
         module = swap_halves(module, name) if spelled.is_swapped else module
         found = dict(module.tensors)
         if module.layout.has_alpha and ALPHA not in spelled.keys:
-            found = without_alpha(module)
+            found = fold_alpha(module)
         if DORA_SCALE in found and qkv_rows.PEFT_MAGNITUDES in spelled.keys.get(DORA_SCALE, ""):
-            found[DORA_SCALE] = qkv_rows.as_peft_magnitudes(found[DORA_SCALE])
+            found[DORA_SCALE] = qkv_rows.to_peft_magnitudes(found[DORA_SCALE])
         return {spelled.keys.get(key, f"{spelled.name}.{key}"): tensor for key, tensor in found.items()}
 
 
 def recognise_spelling(read: AdapterFile, names: BaseNames) -> FileSpelling:
     """Return the names that a file has for its modules, which must belong to the base model of `names`."""
-    others = placed(read.modules.keys(), [names])
+    others = add_missing_prefixes(read.modules.keys(), [names])
     modules = {}
     for name, module in read.modules.items():
         known = others.get(name, name)

@@ -5,17 +5,17 @@ from dataclasses import replace
 
 import torch
 
-from library.checkpoints.adapter_keys import PEFT_PREFIX, bare_path, under
-from library.checkpoints.adapter_names import BaseNames, placed
+from library.checkpoints.adapter_keys import PEFT_PREFIX, bare_path, replace_module
+from library.checkpoints.adapter_names import BaseNames, add_missing_prefixes
 from library.errors import UserError
 from networks.core.changes import qkv_rows
-from networks.core.files.adapter_file import AdapterFile, completed
-from networks.core.files.module_weights import ModuleWeights, named_twice
+from networks.core.files.adapter_file import AdapterFile, complete_file
+from networks.core.files.module_weights import ModuleWeights, make_name_error
 from networks.core.files.renaming import rename
 from networks.core.kinds import lora
 
 
-def in_own_names(file: AdapterFile, names: BaseNames | None, keeps_pieces: bool = False) -> AdapterFile:
+def to_own_names(file: AdapterFile, names: BaseNames | None, keeps_pieces: bool = False) -> AdapterFile:
     """Return an adapter file under kohya's names, with the scales that other namings record elsewhere.
 
     `keeps_pieces` is as in `rename`. A file that already has these names, or whose base model defines no others, is
@@ -24,7 +24,7 @@ def in_own_names(file: AdapterFile, names: BaseNames | None, keeps_pieces: bool 
     if names is None or not any(is_foreign(name, names) for name in file.modules):
         return file
     with torch.device("cpu"):  # the network may be built on the meta device, but a file has values
-        return rename(in_a_model(completed(file), [names]), names, "kohya", keeps_pieces=keeps_pieces).file
+        return rename(add_model(complete_file(file), [names]), names, "kohya", keeps_pieces=keeps_pieces).file
 
 
 def is_foreign(module: str, names: BaseNames) -> bool:
@@ -32,16 +32,16 @@ def is_foreign(module: str, names: BaseNames) -> bool:
     found = names.find(module)
     if found is not None:
         return found.kohya != module
-    return module.startswith(PEFT_PREFIX) or bool(names.find_parts(module) or placed([module], [names]))
+    return module.startswith(PEFT_PREFIX) or bool(names.find_parts(module) or add_missing_prefixes([module], [names]))
 
 
-def in_a_model(file: AdapterFile, tables: Sequence[BaseNames]) -> AdapterFile:
+def add_model(file: AdapterFile, tables: Sequence[BaseNames]) -> AdapterFile:
     """Return a file with full module names, if its names omit the sub-model, as in PEFT, LyCORIS and OneTrainer.
 
     Modules of a base model in `tables` get its names; others are unchanged. Raises UserError for a PEFT file of which
     `tables` contains no module, and for a module that occurs twice.
     """
-    others = placed(file.modules.keys(), tables)
+    others = add_missing_prefixes(file.modules.keys(), tables)
     known = (n for n in file.modules if not n.startswith(PEFT_PREFIX) or any(table.find(n) for table in tables))
     if not others and next(known, None) is None:
         raise UserError(
@@ -51,9 +51,9 @@ def in_a_model(file: AdapterFile, tables: Sequence[BaseNames]) -> AdapterFile:
     modules: dict[str, ModuleWeights] = {}
     for name, module in file.modules.items():
         other = others.get(name, name)
-        for part in split_fused(_renamed(module, other) if other != name else module, tables, file.origin):
+        for part in split_fused(_rename(module, other) if other != name else module, tables, file.origin):
             if part.name in modules:
-                raise named_twice(file.origin, part.name)
+                raise make_name_error(file.origin, part.name)
             modules[part.name] = part
     return replace(file, modules=modules)
 
@@ -86,7 +86,10 @@ def split_fused(module: ModuleWeights, tables: Sequence[BaseNames], origin: str)
     ]  # fmt: skip
 
 
-def _renamed(module: ModuleWeights, name: str) -> ModuleWeights:
+def _rename(module: ModuleWeights, name: str) -> ModuleWeights:
     """Return a module and its keys under another name."""
-    keys = {parameter_key: under(name, key, module.name, parameter_key) for parameter_key, key in module.keys.items()}
+    keys = {
+        parameter_key: replace_module(name, key, module.name, parameter_key)
+        for parameter_key, key in module.keys.items()
+    }
     return replace(module, name=name, keys=keys)

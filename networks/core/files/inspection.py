@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.checkpoints.adapter_keys import underscored
+from library.checkpoints.adapter_keys import to_underscores
 from networks.core.files.module_weights import ModuleWeights
 
 PREFIX = re.compile(
@@ -88,7 +88,7 @@ def norm(tensor: Tensor) -> float:
 
 def locate_module(name: str) -> tuple[str, str]:
     """Return (part, block) of a module from its name in any naming."""
-    flat = underscored(name)
+    flat = to_underscores(name)
     prefix = PREFIX.match(flat)
     path = flat[prefix.end() :] if prefix else flat
     match = BLOCK.search(path)
@@ -101,7 +101,7 @@ def name_model(flat: str) -> str:
     return f"text encoder ({match[1]})" if match else "denoiser"
 
 
-def by_block(modules: Sequence[ModuleFacts]) -> list[BlockFacts]:
+def group_by_block(modules: Sequence[ModuleFacts]) -> list[BlockFacts]:
     """Return one entry per part and block: parts in file order, blocks sorted by name and number."""
     groups: dict[tuple[str, str], list[ModuleFacts]] = {}
     for module in modules:

@@ -222,7 +222,7 @@ def alpha_tensor(alpha: float, like: Tensor) -> Tensor:
     return rounded if like.is_floating_point() and float(rounded) == float(exact) else exact
 
 
-def named_twice(origin: str, name: str) -> UserError:
+def make_name_error(origin: str, name: str) -> UserError:
     """Return the error for a file that contains a module under two names."""
     return UserError(f"{origin} has the module {name} twice, under different names; remove one of them")
 

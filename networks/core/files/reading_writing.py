@@ -19,10 +19,10 @@ from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import ChangeSize, Converted, get_weight
 from networks.core.changes.dora import are_per_output
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
-from networks.core.changes.qkv_pieces import by_rows, is_in_rows
+from networks.core.changes.qkv_pieces import group_by_rows, is_in_rows
 from networks.core.files.adapter_file import WITHOUT_THEM, AdapterFile, adapter_tensors, sort_tensors
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.files.renaming import rename, unsupported_keys
+from networks.core.files.renaming import find_unsupported_keys, rename
 from networks.core.kinds import lora, norm
 from networks.core.registry.key_layout import KeyLayout
 from networks.core.registry.layouts import PIECES, SHARED, list_layouts, recognise_layout
@@ -129,7 +129,7 @@ def check_complete(module: str, group: Mapping[str, Tensor], source: str) -> Non
     """Raise UserError if a module lacks keys that its layout needs."""
     layout = recognise_layout(group)
     if layout is PIECES:
-        for name, own in by_rows(group).items():
+        for name, own in group_by_rows(group).items():
             check_complete(f"{module}.{name}", own, source)
         return
     if all(key in group for key in layout.needs) and (layout.needs or group.keys() <= {ALPHA}):
@@ -155,7 +155,7 @@ def load_into(adapters: Mapping[str, Adapter], file: AdapterFile) -> LoadReport:
     """
     source = file.origin
     groups = {
-        name: in_own_form(name, adapters[name], module.tensors, source) if name in adapters else module.tensors
+        name: to_own_form(name, adapters[name], module.tensors, source) if name in adapters else module.tensors
         for name, module in usable_modules(file, layouts_for(adapters)).items()
     }
     fitting = [name for name in adapters if name in groups]
@@ -183,7 +183,7 @@ def load_into(adapters: Mapping[str, Adapter], file: AdapterFile) -> LoadReport:
     )
 
 
-def in_own_form(name: str, adapter: Adapter, group: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
+def to_own_form(name: str, adapter: Adapter, group: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
     """Convert one module of a file to its form in memory, for example to the blocks of the up factor with split_qkv.
 
     Raises UserError if the adapter cannot have the form of the file.
@@ -278,7 +278,7 @@ def network_tensors(adapters: Mapping[str, Adapter], dtype: torch.dtype | None) 
     return tensors
 
 
-def saved_tensors(
+def collect_saved_tensors(
     adapters: Mapping[str, Adapter], dtype: torch.dtype | None, names: BaseNames | None, naming: FileNaming
 ) -> Mapping[str, Tensor]:
     """Return the weights as `network_tensors` does, in another naming where they all are plain LoRA of known modules,
@@ -287,7 +287,7 @@ def saved_tensors(
     if naming != "kohya" and names is not None:
         file = sort_tensors(network_tensors(adapters, None), {}, "the adapter")
         plain = [m for m in file.modules.values() if m.layout is lora.LAYOUT and not m.is_dora and names.find(m.name)]
-        fits = names.holds_all_kinds_in_diffusers and not any(unsupported_keys(file, names, naming))
+        fits = names.holds_all_kinds_in_diffusers and not any(find_unsupported_keys(file, names, naming))
         if fits or len(plain) == len(file.modules):
             found = adapter_tensors(rename(file, names, naming).file)
             return found if dtype is None else {key: tensor.to(dtype) for key, tensor in found.items()}

@@ -17,9 +17,9 @@ from networks.core.changes.dora import are_per_output
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.changes.qkv_pieces import rows_name
 from networks.core.files.adapter_file import AdapterFile
-from networks.core.files.module_weights import ModuleWeights, named_twice
+from networks.core.files.module_weights import ModuleWeights, make_name_error
 from networks.core.kinds import lora, norm, oft_v2
-from networks.core.registry.layouts import held_keys
+from networks.core.registry.layouts import list_held_keys
 
 SEPARABLE = frozenset((DORA_SCALE, *norm.LAYOUT.keys))  # a module is still an adapter without these
 
@@ -44,10 +44,10 @@ def rename(
     """
     if not keeps_pieces and not drop_unsupported and to != "diffusers":
         refuse_apart(file, names)
-    lost = list(unsupported_keys(file, names, to, keeps_pieces))
+    lost = list(find_unsupported_keys(file, names, to, keeps_pieces))
     if lost and not drop_unsupported:
         raise UserError(
-            f"{file.origin}: the {to} naming has no place for {some_keys(lost)}; `tools/convert_lora.py "
+            f"{file.origin}: the {to} naming has no place for {list_some_keys(lost)}; `tools/convert_lora.py "
             "--drop_unsupported` leaves them out, which changes what the adapter does"
         )
     modules: dict[str, ModuleWeights] = {}
@@ -56,10 +56,10 @@ def rename(
     are_apart = keeps_pieces and any(is_apart(found, members) for found, members in groups.items())
     for found, members in groups.items():
         dtypes = {dtype for member in members for dtype in qkv_rows.dtypes_of(member.tensors)}
-        for name, tensors in in_naming(found, members, to, file.origin, are_apart):
+        for name, tensors in rename_module(found, members, to, file.origin, are_apart):
             is_peft_dora = to == "diffusers" and DORA_SCALE in tensors and are_per_output(tensors[DORA_SCALE])
             if is_peft_dora:
-                tensors = {**tensors, DORA_SCALE: qkv_rows.as_peft_magnitudes(tensors[DORA_SCALE])}
+                tensors = {**tensors, DORA_SCALE: qkv_rows.to_peft_magnitudes(tensors[DORA_SCALE])}
             keys = {key: f"{name}.{ending(key, to, is_peft_dora)}" for key in tensors}
             modules[name] = ModuleWeights(name, tensors, keys, origin=file.origin)
             if not dtypes >= qkv_rows.dtypes_of(tensors):
@@ -81,7 +81,7 @@ def group_by_place(file: AdapterFile, names: BaseNames, lost: frozenset[str]) ->
     return groups
 
 
-def in_naming(
+def rename_module(
     found: ModuleNames, members: Sequence[ModuleWeights], to: FileNaming, origin: str, are_apart: bool
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield (name, tensors) of one module of the base model; several if diffusers splits it.
@@ -90,14 +90,14 @@ def in_naming(
     """
     pieces = {found.piece_of(member.name): member for member in members}
     if len(pieces) < len(members) or (len(members) > 1 and None in pieces):
-        raise named_twice(origin, found.kohya)
+        raise make_name_error(origin, found.kohya)
     if None not in pieces and to == "diffusers":
         for i, piece in enumerate(found.pieces):
             if i in pieces:
-                yield piece.diffusers, without_alpha(pieces[i])
+                yield piece.diffusers, fold_alpha(pieces[i])
         return
     if None not in pieces and (are_apart or not can_join(found, pieces.values())):
-        yield found.kohya, in_rows(found, pieces)
+        yield found.kohya, split_into_rows(found, pieces)
         return
     whole = pieces[None] if None in pieces else join_pieces(found, pieces, origin)
     if found.swaps_pair and found.is_in_diffusers(whole.name) != (to == "diffusers"):
@@ -105,11 +105,11 @@ def in_naming(
     if to == "kohya":
         yield found.kohya, with_alpha_tensor(whole)
     elif to == "generic":
-        yield found.generic, without_alpha(whole)
+        yield found.generic, fold_alpha(whole)
     elif isinstance(found.diffusers, str):
-        yield found.diffusers, without_alpha(whole)
+        yield found.diffusers, fold_alpha(whole)
     else:
-        yield from split_rows(found, without_alpha(whole), origin)
+        yield from split_rows(found, fold_alpha(whole), origin)
 
 
 def can_join(found: ModuleNames, pieces: Collection[ModuleWeights]) -> bool:
@@ -126,7 +126,7 @@ def is_apart(found: ModuleNames, members: Sequence[ModuleWeights]) -> bool:
     return bool(pieces) and not can_join(found, pieces)
 
 
-def in_rows(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights]) -> dict[str, Tensor]:
+def split_into_rows(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights]) -> dict[str, Tensor]:
     """Return each part as a change of its own rows."""
     tensors = {}
     for i in range(len(found.pieces)):
@@ -175,7 +175,9 @@ def swap_halves(module: ModuleWeights, origin: str) -> ModuleWeights:
     return replace(module, tensors=swapped)
 
 
-def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming, keeps_pieces: bool = False) -> Iterator[str]:
+def find_unsupported_keys(
+    file: AdapterFile, names: BaseNames, to: FileNaming, keeps_pieces: bool = False
+) -> Iterator[str]:
     """Yield the keys that a naming does not support: all keys of a module that needs one of them, else single keys."""
     like: FileNaming = "generic" if to == "diffusers" and names.holds_all_kinds_in_diffusers else to
     for module in file.modules.values():
@@ -185,7 +187,7 @@ def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming, keeps_
             continue
         # Joined parts support only the keys that diffusers has.
         is_piece = found.piece_of(module.name) is not None
-        held = held_keys("diffusers" if is_piece else like)
+        held = list_held_keys("diffusers" if is_piece else like)
         if held is not None and module.layout is lora.LAYOUT and module.is_dora_per_output:
             held |= {DORA_SCALE}  # PEFT has magnitudes of this kind only
         if is_piece and keeps_pieces and module.layout.read is not None:
@@ -207,7 +209,7 @@ def with_alpha_tensor(module: ModuleWeights) -> dict[str, Tensor]:
     return tensors
 
 
-def without_alpha(module: ModuleWeights) -> dict[str, Tensor]:
+def fold_alpha(module: ModuleWeights) -> dict[str, Tensor]:
     """Return the tensors with the scale multiplied into one of them."""
     tensors = {key: tensor for key, tensor in module.tensors.items() if key != ALPHA}
     if DORA_SCALE in tensors and module.layout.shape_of is not None:
@@ -239,7 +241,7 @@ def join_pieces(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights], 
 
     Raises UserError if the sizes of the parts do not fit together.
     """
-    folded = {i: without_alpha(module) for i, module in pieces.items() if i is not None}
+    folded = {i: fold_alpha(module) for i, module in pieces.items() if i is not None}
     units = {qkv_rows.num_rows(folded[i]) / piece.share for i, piece in enumerate(found.pieces) if i in folded}
     if len(units) > 1 or not next(iter(units)).is_integer():
         raise UserError(f"{origin}: the sizes of the pieces of {found.kohya} do not fit together")
@@ -271,7 +273,7 @@ def ending(key: str, naming: FileNaming, is_peft_dora: bool) -> str:
     return key if naming == "kohya" else qkv_rows.SPELLED_ELSEWHERE.get(key, key)
 
 
-def some_keys(keys: Iterable[str], most: int = 6) -> str:
+def list_some_keys(keys: Iterable[str], most: int = 6) -> str:
     """Format keys for a sentence. Of many, show a few, one of each kind first."""
     keys = list(keys)
     if len(keys) <= most:

@@ -107,7 +107,7 @@ def fits(num_columns: int, size: int, num_factors: int) -> bool:
     return num_factors == 1 or (size % 2 == 0 and num_columns // size % 2 ** (num_factors - 1) == 0)
 
 
-def fresh(
+def make_fresh(
     layer: nn.Module,
     block_size: int,
     drops: Dropout = NO_DROPOUT,
@@ -136,7 +136,7 @@ def rank_of(tensors: ModuleTensors) -> int:
     return tensors[BLOCKS].shape[-1]
 
 
-def in_own_form(tensors: ModuleTensors) -> dict[str, Tensor]:
+def to_own_form(tensors: ModuleTensors) -> dict[str, Tensor]:
     """Return the tensors with the scales as a column (O, 1). PEFT stores a row for convolutions."""
     return {**tensors, SCALES: tensors[SCALES].reshape(-1, 1)}
 
@@ -144,7 +144,7 @@ def in_own_form(tensors: ModuleTensors) -> dict[str, Tensor]:
 def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
     """Make the change of a module from a file."""
     refuse_magnitudes(tensors)
-    own = in_own_form(tensors)
+    own = to_own_form(tensors)
     return Orthogonal(layer, Boft(own[BLOCKS], own[SCALES])).requires_grad_(False)
 
 
@@ -164,7 +164,7 @@ def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | N
 
 LAYOUT = KeyLayout(
     name="boft", words="BOFT", needs=(BLOCKS, SCALES), read=read, may_have=(), rank_of=rank_of, fault=fault,
-    exact=(SCALES,), own_form=in_own_form, network_module="networks.boft",
+    exact=(SCALES,), own_form=to_own_form, network_module="networks.boft",
 )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ class BoftArguments:
 def make(request: ChangeRequest) -> Change:
     """Make the change of one layer."""
     own = request.arguments.of(BoftArguments)
-    return fresh(
+    return make_fresh(
         request.layer, request.rank, request.drops, request.has_scalar, request.tensors,
         num_blocks=own.block_num, num_factors=own.boft_n_butterfly_factor, may_adjust=own.auto_adjust,
     )  # fmt: skip

@@ -46,7 +46,7 @@ class DyloraArguments:
     train_all_ranks: bool = argument(parse_bool, True, "Train all rows up to the rank of a step, not its newest block.")
 
 
-def nested_rank(rank: int, step_rank: int, full_rank: int, unit: int = 1) -> int:
+def resolve_nested_rank(rank: int, step_rank: int, full_rank: int, unit: int = 1) -> int:
     """Return the active rank of a module of `rank` when the network, with rank `full_rank`, is at `step_rank`.
 
     It is the same share of the module's rank, rounded to a multiple of `unit` and at least one unit. `rank` must be a
@@ -126,7 +126,7 @@ def draw_rank(arguments: DyloraArguments, adapters: Sequence[Adapter], seed: int
     a recomputed block and after a resume. With `train_all_ranks` (the default) all rows up to it are trained; without,
     as in the paper's frozen variant, only those that the next smaller rank lacks.
     """
-    modules = nested_modules(adapters)
+    modules = list_nested_modules(adapters)
     if not modules:  # only norms are trained
         return
     full_rank, unit = largest_rank(modules, arguments)
@@ -136,7 +136,7 @@ def draw_rank(arguments: DyloraArguments, adapters: Sequence[Adapter], seed: int
     for target, delta in modules:
         key = (delta.rank, resolve_unit(target, arguments))
         if key not in rows:
-            ladder = [nested_rank(key[0], rank, full_rank, key[1]) for rank in ranks[: drawn + 1]]
+            ladder = [resolve_nested_rank(key[0], rank, full_rank, key[1]) for rank in ranks[: drawn + 1]]
             below = max((rank for rank in ladder if rank < ladder[-1]), default=0)
             rows[key] = (0 if arguments.train_all_ranks else below, ladder[-1])
         delta.use_rows(*rows[key])
@@ -144,7 +144,7 @@ def draw_rank(arguments: DyloraArguments, adapters: Sequence[Adapter], seed: int
 
 def check_units(adapters: Sequence[Adapter], arguments: DyloraArguments) -> None:
     """Log the trained ranks. Raises UserError with the nearest multiples if a rank is not a multiple of its unit."""
-    modules = nested_modules(adapters)
+    modules = list_nested_modules(adapters)
     for target, delta in modules:
         unit = resolve_unit(target, arguments)
         if delta.rank % unit:
@@ -175,7 +175,7 @@ def resolve_unit(target: TargetModule, arguments: DyloraArguments) -> int:
     return arguments.unit if target.kind == "plain" else arguments.conv_unit
 
 
-def nested_modules(adapters: Sequence[Adapter]) -> list[tuple[TargetModule, NestedRank]]:
+def list_nested_modules(adapters: Sequence[Adapter]) -> list[tuple[TargetModule, NestedRank]]:
     """Return the modules that have a rank; trained norms have none."""
     found = [(adapter.target, delta_of(adapter.change)) for adapter in adapters]
     return [(target, delta) for target, delta in found if isinstance(delta, NestedRank)]

@@ -203,7 +203,7 @@ def factorize(size: int, factor: int) -> tuple[int, int]:
     return small, size // small
 
 
-def fresh(
+def make_fresh(
     layer: nn.Module,
     rank: int,
     factor: int = -1,
@@ -254,7 +254,7 @@ def rank_of(tensors: ModuleTensors) -> int:
     return next((tensors[key].shape[0] for key in (W2_B, W1_B) if key in tensors), 1)
 
 
-def like(layer: nn.Module, tensors: ModuleTensors) -> Delta:
+def make_like(layer: nn.Module, tensors: ModuleTensors) -> Delta:
     """Make a LoKr in the form of a module in a file, which follows from the shapes of its tensors."""
     return LoKr(layer, rank_of(tensors), outer_shape(tensors), (W1 not in tensors, W2 not in tensors), CORE in tensors)
 
@@ -262,7 +262,7 @@ def like(layer: nn.Module, tensors: ModuleTensors) -> Delta:
 def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
     """Make the change of a module from a file."""
     with torch.device("meta"):
-        delta = like(layer or stand_in(shape_of("", tensors)), tensors)
+        delta = make_like(layer or stand_in(shape_of("", tensors)), tensors)
     return read_delta(delta, tensors, layer)
 
 
@@ -330,10 +330,10 @@ class LokrArguments:
 def make(request: ChangeRequest) -> Change:
     """Make the change of one layer."""
     if request.tensors is not None:
-        return wrap(request, like(request.layer, request.tensors))
+        return wrap(request, make_like(request.layer, request.tensors))
     given = request.arguments.of(LokrArguments)
     factor = -1 if given.factor is None else given.factor
-    delta = fresh(
+    delta = make_fresh(
         request.layer, request.rank, factor, given.decompose_both, given.full_matrix, has_core=request.has_core
     )
     return wrap(request, delta)

@@ -13,7 +13,7 @@ from library.errors import UserError
 from networks.core.changes.additive import read_with, wrap
 from networks.core.changes.change import Change, Delta, MakeDelta, ModuleTensors
 from networks.core.changes.ggpo import GgpoArguments
-from networks.core.changes.init import FromStart, InitArguments, starting_delta
+from networks.core.changes.init import FromStart, InitArguments, make_starting_delta
 from networks.core.changes.low_rank import LowRank
 from networks.core.changes.parameter_keys import ALPHA, DOWN, UP
 from networks.core.changes.qkv_split import SplitRank, are_apart
@@ -52,7 +52,7 @@ def make_pair(request: ChangeRequest, make_delta: MakeDelta, make_split: MakeSpl
             )
         return wrap(request, FromStart(layer, rank // 2), alpha / 2)
     if init.init is not None and request.tensors is None:
-        return wrap(request, starting_delta(init.init, layer, rank, (alpha or rank) / rank))
+        return wrap(request, make_starting_delta(init.init, layer, rank, (alpha or rank) / rank))
     return wrap(request, Tucker(layer, rank) if request.has_core else make_delta(layer, rank))
 
 

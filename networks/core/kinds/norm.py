@@ -83,7 +83,7 @@ class Norm(nn.Module):
         self.load_state_dict({**self.state_dict(), **tensors})
 
 
-def fresh_norm(layer: nn.Module) -> Norm:
+def make_fresh_norm(layer: nn.Module) -> Norm:
     """Make the change of a normalisation layer before training."""
     zeros = torch.zeros(get_weight(layer).shape, dtype=torch.float32)
     return Norm(layer, zeros, None if layer.bias is None else torch.zeros_like(zeros))

@@ -210,7 +210,7 @@ def further(layer: nn.Module, tensors: ModuleTensors, drops: Dropout = NO_DROPOU
     return OrthogonalOutputs(layer, zeros, drops)
 
 
-def fresh(
+def make_fresh(
     layer: nn.Module, path: str, num_blocks: int, limit: float, drops: Dropout, widths: tuple[int, ...] | None
 ) -> OrthogonalOutputs:
     """Make a new change that rotates nothing yet, with `num_blocks` blocks for each projection of the layer.
@@ -307,7 +307,9 @@ def make(request: ChangeRequest) -> Change:
     """Make the change of one layer."""
     if request.tensors is not None:
         return further(request.layer, request.tensors, request.drops)
-    return fresh(request.layer, request.target.path, request.rank, request.alpha, request.drops, request.qkv_widths)
+    return make_fresh(
+        request.layer, request.target.path, request.rank, request.alpha, request.drops, request.qkv_widths
+    )
 
 
 def resolve(settings: NetworkSettings) -> NetworkSettings:

@@ -113,7 +113,7 @@ def size_of_triangle(num_angles: int) -> int:
     return size
 
 
-def fresh(
+def make_fresh(
     layer: nn.Module,
     block_size: int,
     drops: Dropout = NO_DROPOUT,
@@ -189,7 +189,7 @@ class OftV2Arguments:
 def make(request: ChangeRequest) -> Change:
     """Make the change of one layer."""
     own = request.arguments.of(OftV2Arguments)
-    return fresh(
+    return make_fresh(
         request.layer, request.rank, request.drops, request.has_scalar, request.tensors,
         eps=own.coft_eps if own.coft else None, is_shared=own.block_share, may_adjust=own.auto_adjust,
     )  # fmt: skip

@@ -14,11 +14,11 @@ from networks.core.arguments.common import RankArguments, RateArguments, TargetA
 from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings
 from networks.core.changes.init import InitArguments
 from networks.core.changes.parameter_keys import DORA_SCALE
-from networks.core.changes.qkv_pieces import by_rows
+from networks.core.changes.qkv_pieces import group_by_rows
 from networks.core.changes.tlora import NoiseLevels
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors, open_adapter
 from networks.core.files.file_spelling import FileSpelling, recognise_spelling
-from networks.core.files.foreign_names import in_own_names
+from networks.core.files.foreign_names import to_own_names
 from networks.core.files.reading_writing import usable_modules
 from networks.core.kinds import norm
 from networks.core.network.members import MemberMaker, Place, rates_alone
@@ -70,7 +70,7 @@ def create_network(
     targets = targets_of(unet)
     arguments = parse_arguments({**network_args, **kind.presets}, neuron_dropout, targets.known_arguments)
     check_arguments(kind, arguments)
-    settings = resolved(kind, network_dim, network_alpha, arguments)
+    settings = resolve_settings(kind, network_dim, network_alpha, arguments)
     rank, arguments = settings.rank, settings.arguments
     check_choices(targets, arguments, unet)
     maker = MemberMaker(kind, targets, arguments, multiplier, NoiseLevels())
@@ -112,7 +112,7 @@ def create_network_from_weights(
     check_arguments(kind, arguments)
     warn_of_ranks(arguments)
     given = open_adapter(file, weights_sd)
-    own = in_own_names(given, targets.names, keeps_pieces=True)
+    own = to_own_names(given, targets.names, keeps_pieces=True)
     layouts = list_layouts() if for_inference else (*kind.layouts, norm.LAYOUT)
     modules = usable_modules(own, (*layouts, PIECES))
     groups = {name: module.tensors for name, module in modules.items()}
@@ -170,14 +170,14 @@ def report_new_members(targets: AdapterTargets, arguments: NetworkArguments, mem
 
 def check_arguments(kind: AdapterKind, arguments: NetworkArguments) -> None:
     """Raise UserError for an argument that this kind does not support; warn about arguments of other kinds."""
-    for name, (beside, reason) in refused_by(kind, arguments).items():
+    for name, (beside, reason) in list_refused(kind, arguments).items():
         if arguments.given.get(name):
             raise UserError(f"--network_args {name} does not work with {beside}: {reason}")
     for owners, names in strangers(kind, arguments).items():
         logger.warning("--network_args %s has no effect; it belongs to %s", ", ".join(names), owners)
 
 
-def refused_by(kind: AdapterKind, arguments: NetworkArguments) -> Mapping[str, tuple[str, str]]:
+def list_refused(kind: AdapterKind, arguments: NetworkArguments) -> Mapping[str, tuple[str, str]]:
     """Return (conflicting part, reason) for each argument that does not work with this kind or the other arguments."""
     this = "this --network_module"
     refused = {n: (this, one.made_for) for one in WRAPPERS if one not in kind.wrappers for n in one.switches}
@@ -187,7 +187,7 @@ def refused_by(kind: AdapterKind, arguments: NetworkArguments) -> Mapping[str, t
     return refused | {name: (this, why) for name, why in kind.refuses.items()}
 
 
-def resolved(
+def resolve_settings(
     kind: AdapterKind, network_dim: int | None, network_alpha: float | None, arguments: NetworkArguments
 ) -> NetworkSettings:
     """Return the rank, alpha and arguments in the core's terms. Raises UserError for a negative rank or alpha."""
@@ -203,12 +203,12 @@ def resolved(
 
 def check_forms(kind: AdapterKind, arguments: NetworkArguments, groups: Groups, source: str) -> None:
     """Raise UserError if a file to be trained further has features that this kind does not support."""
-    parts = [own for group in groups.values() for own in (by_rows(group).values() or [group])]
+    parts = [own for group in groups.values() for own in (group_by_rows(group).values() or [group])]
     found = {
         "use_tucker": any(recognise_layout(own).has_core(own) for own in parts),
         "dora_wd": any(DORA_SCALE in own for own in parts),
     }
-    refused = refused_by(kind, arguments)
+    refused = list_refused(kind, arguments)
     for name, is_there in found.items():
         if is_there and name in refused:
             raise UserError(
@@ -233,7 +233,7 @@ def spelling_to_keep(
 def check_pieces(kind: AdapterKind, groups: Groups, source: str) -> None:
     """Raise UserError if a file has a separate part of a layer that this kind cannot train."""
     for module, group in groups.items():
-        for name, own in by_rows(group).items():
+        for name, own in group_by_rows(group).items():
             layout = recognise_layout(own)
             if layout.is_low_rank and layout in kind.layouts:
                 continue

@@ -20,7 +20,7 @@ from networks.core.network.network import Member
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.layouts import PIECES, make_change, recognise_layout
 from networks.core.targets.rules import Rules, TargetSettings, make_rules
-from networks.core.targets.selection import all_targets, build_filters, chosen_targets, extra_classes
+from networks.core.targets.selection import build_filters, extra_classes, list_targets, select_targets
 from networks.core.targets.targets import AdapterTargets, Filters, Part, TargetModule, find_norms
 
 
@@ -51,7 +51,7 @@ class MemberMaker:
         """Yield the new adapters of one part of the base model, as the arguments request."""
         arguments, dora = self.arguments, self.arguments.of(DoraArguments)
         classes = rules.classes(place.part)
-        for target in chosen_targets(place.part, place.root, self.targets, arguments, classes):
+        for target in select_targets(place.part, place.root, self.targets, arguments, classes):
             settings = rules.resolve_settings(target)
             if not settings.rank:
                 continue
@@ -68,7 +68,7 @@ class MemberMaker:
             classes += extra_classes(place.part, arguments)
             for target in find_norms(place.part, place.root, classes, build_filters(arguments)):
                 if (norm_settings := rules.resolve_norm_settings(target)) is not None:
-                    yield self.member(place, target, norm.fresh_norm(target.module), norm_settings)
+                    yield self.member(place, target, norm.make_fresh_norm(target.module), norm_settings)
 
     def of_file(
         self, place: Place, rules: Rules, groups: Mapping[str, ModuleTensors], source: str, is_merged: bool
@@ -80,12 +80,12 @@ class MemberMaker:
         """
         part = place.part
         norms = find_norms(part, place.root, part.blocks + part.conv_blocks, Filters(include=(".*",)))
-        for target in (*all_targets(part, place.root, self.targets), *norms):
+        for target in (*list_targets(part, place.root, self.targets), *norms):
             group = groups.get(target.name)
             if group is None or target.kind not in (layout := recognise_layout(group)).targets:
                 continue
             if layout is norm.LAYOUT:
-                yield self.member(place, target, norm.fresh_norm(target.module), rules.with_rate(target, 0, 0.0))
+                yield self.member(place, target, norm.make_fresh_norm(target.module), rules.with_rate(target, 0, 0.0))
                 continue
             assert layout.rank_of is not None
             settings = rules.with_rate(target, layout.rank_of(group), layout.alpha_of(group))
@@ -102,7 +102,7 @@ class MemberMaker:
         """Make the change of a layer for which a file has several changes of separate rows."""
         layer, changes = target.module, {}
         assert isinstance(layer, nn.Linear)
-        for name, own in qkv_pieces.by_rows(tensors).items():
+        for name, own in qkv_pieces.group_by_rows(tensors).items():
             part = replace(target, module=qkv_pieces.LinearRows(layer, qkv_pieces.rows_of(name, layer.out_features)))
             request = self.request_of_file(place, part, own, source)
             changes[name] = self.change(replace(request, qkv_widths=None))

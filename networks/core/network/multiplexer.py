@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from networks.core.changes.adapter import Adapter, take_forward
 from networks.core.changes.change import Forward, Stackable
 from networks.core.changes.random_states import Streams
-from networks.core.changes.stacked import can_be_stacked, stacked
+from networks.core.changes.stacked import can_be_stacked, run_stacked
 
 
 class AdapterMultiplexer:
@@ -97,7 +97,7 @@ class SharedLayer:
         if not any(strengths):
             return self._base(x)
         if (changes := self.stack_changes(places)) is not None:
-            return stacked(changes, x, self._base, strengths)
+            return run_stacked(changes, x, self._base, strengths)
         return self._one_by_one(places, x)
 
     def _one_by_one(self, places: Sequence[int], x: Tensor) -> Tensor:

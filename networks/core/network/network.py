@@ -20,8 +20,8 @@ from networks.core.changes.qkv_pieces import InRows, changes_in
 from networks.core.changes.tlora import NoiseLevels
 from networks.core.files.adapter_file import open_adapter, save_network, sort_tensors
 from networks.core.files.file_spelling import FileSpelling
-from networks.core.files.foreign_names import in_own_names
-from networks.core.files.reading_writing import load_into, network_tensors, saved_tensors
+from networks.core.files.foreign_names import to_own_names
+from networks.core.files.reading_writing import collect_saved_tensors, load_into, network_tensors
 from networks.core.network.multiplexer import AdapterMultiplexer
 from networks.core.network.summary import describe_part, describe_rates
 from networks.core.protocol import Merging
@@ -172,7 +172,7 @@ class AdapterNetwork(nn.Module):
         Raises UserError if nothing in the file matches or a rank differs.
         """
         has_pieces = any(isinstance(member.adapter.change, InRows) for member in self.members)
-        report = load_into(self.adapters, in_own_names(open_adapter(file), self.targets.names, has_pieces))
+        report = load_into(self.adapters, to_own_names(open_adapter(file), self.targets.names, has_pieces))
         for line in report.warnings():
             logger.warning(line)
         return report.summary()
@@ -180,7 +180,7 @@ class AdapterNetwork(nn.Module):
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Write the adapters atomically: .safetensors with metadata and hashes, otherwise a pickled state dict."""
         if self.spelling is None:
-            tensors = saved_tensors(self.adapters, dtype, self.targets.names, self.targets.saved_naming)
+            tensors = collect_saved_tensors(self.adapters, dtype, self.targets.names, self.targets.saved_naming)
         else:
             tensors = self.spelling.restore(network_tensors(self.adapters, dtype))
         save_network(file, tensors, metadata)

@@ -63,7 +63,7 @@ def make_change(tensors: ModuleTensors, layer: nn.Module | None = None) -> Chang
 def read_pieces(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
     """Make the change, for merging, of a layer with changes of separate rows."""
     return qkv_pieces.InRows(
-        {name: make_change(own) for name, own in qkv_pieces.by_rows(tensors).items()}
+        {name: make_change(own) for name, own in qkv_pieces.group_by_rows(tensors).items()}
     ).requires_grad_(False)
 
 
@@ -74,7 +74,7 @@ PIECES = KeyLayout(
 """Several modules of a file that are one layer of the base model. No kind lists it and no file has it."""
 
 
-def held_keys(naming: FileNaming) -> frozenset[str] | None:
+def list_held_keys(naming: FileNaming) -> frozenset[str] | None:
     """Return the parameter keys that programs of a naming read; None for all keys, including unrecognised ones."""
     if naming == "kohya":
         return None

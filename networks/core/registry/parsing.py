@@ -7,7 +7,7 @@ from typing import Any
 
 from library.checkpoints.base_model_spec import ArgumentForm
 from networks.core.arguments.common import COMMON, check_blocks
-from networks.core.arguments.network_arguments import Argument, NetworkArguments, declared, read_groups
+from networks.core.arguments.network_arguments import Argument, NetworkArguments, list_declared, read_groups
 from networks.core.changes.dora import DoraArguments
 from networks.core.changes.ggpo import GgpoArguments
 from networks.core.changes.init import InitArguments
@@ -27,7 +27,7 @@ def list_groups() -> tuple[type, ...]:
 @cache
 def list_arguments() -> Mapping[str, Argument]:
     """Return the declaration of every network argument except those of base models."""
-    return {name: one for group in list_groups() for name, one in declared(group).items()}
+    return {name: one for group in list_groups() for name, one in list_declared(group).items()}
 
 
 def parse_arguments(
@@ -43,11 +43,11 @@ def parse_arguments(
 
 def strangers(kind: AdapterKind, arguments: NetworkArguments) -> Mapping[str, list[str]]:
     """Return the given arguments that belong to other kinds only, by the network modules of those kinds."""
-    own = declared(kind.arguments)
+    own = list_declared(kind.arguments)
     found: dict[str, list[str]] = {}
-    names = [name for other in list_kinds() for name in declared(other.arguments)]
+    names = [name for other in list_kinds() for name in list_declared(other.arguments)]
     for name in dict.fromkeys(names):
         if name in arguments.given and name not in own:
-            owners = [other.network_module for other in list_kinds() if name in declared(other.arguments)]
+            owners = [other.network_module for other in list_kinds() if name in list_declared(other.arguments)]
             found.setdefault(" and ".join(filter(None, (", ".join(owners[:-1]), owners[-1]))), []).append(name)
     return found

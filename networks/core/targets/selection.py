@@ -77,7 +77,7 @@ class Choices:
         return int(self.arguments.of_model[embedders.argument][number])
 
 
-def chosen_targets(
+def select_targets(
     part: Part, root: nn.Module, targets: AdapterTargets, arguments: NetworkArguments, classes: tuple[str, ...]
 ) -> list[TargetModule]:
     """Return the target modules in blocks of the given classes that no argument excludes, and the requested embedders.
@@ -102,7 +102,7 @@ def build_filters(arguments: NetworkArguments) -> Filters:
     return Filters(own.exclude_patterns, own.include_patterns, own.only_patterns)
 
 
-def all_targets(part: Part, root: nn.Module, targets: AdapterTargets) -> list[TargetModule]:
+def list_targets(part: Part, root: nn.Module, targets: AdapterTargets) -> list[TargetModule]:
     """Return every module that any argument could adapt."""
     classes = part.blocks + part.conv_blocks + tuple(name for names in part.extra_blocks.values() for name in names)
     target_modules = find_target_modules(part, root, classes, Filters(include=(".*",)))

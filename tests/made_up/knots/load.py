@@ -9,14 +9,14 @@ from torch import nn
 from library.architectures.knots.model import ByteEncoder, Knots, KnotsConfig, read_config
 from library.architectures.knots.options import KnotsOptions
 from library.architectures.specs import list_specs
-from library.checkpoints.base_files import named
+from library.checkpoints.base_files import require_base_name
 from library.checkpoints.model_lookup import existing
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.identify import open_single_file, refuse_other_model
-from library.models.loading import Component, materialise, on_meta_device
+from library.models.loading import Component, build_on_meta_device, materialise
 from library.models.vae.vae import load_vae, vae_of_checkpoint
 from library.options.model import BASE_FLAG
 
@@ -34,13 +34,13 @@ class KnotsLoader:
     dtype: torch.dtype
 
     def text_encoders(self) -> list[nn.Module]:
-        return [materialise(on_meta_device(ByteEncoder, self.config.width), self.text_weights, self.dtype)]
+        return [materialise(build_on_meta_device(ByteEncoder, self.config.width), self.text_weights, self.dtype)]
 
     def vae(self) -> nn.Module:
         return load_vae(self.vae_component, torch.float32)
 
     def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
-        return materialise(on_meta_device(Knots, self.config), self.denoiser_weights, self.dtype, weight_format)
+        return materialise(build_on_meta_device(Knots, self.config), self.denoiser_weights, self.dtype, weight_format)
 
 
 def open_denoiser(flag: str, path: Path) -> tuple[Weights, Weights]:
@@ -55,7 +55,7 @@ def open_denoiser(flag: str, path: Path) -> tuple[Weights, Weights]:
 
 def open_loader(options: KnotsOptions) -> KnotsLoader:
     """Open the checkpoint that the options name; only its header is read. Raises UserError naming the flag."""
-    name = named(options.model.pretrained_model_name_or_path, "the file of Knots")
+    name = require_base_name(options.model.pretrained_model_name_or_path, "the file of Knots")
     whole, denoiser = open_denoiser(BASE_FLAG, existing(BASE_FLAG, name))
     return KnotsLoader(
         config=configure(denoiser, read_config),

@@ -9,15 +9,15 @@ from library.architectures.knots.load import DENOISER_PREFIX, TEXT_PREFIX, open_
 from library.architectures.knots.model import Knots, read_config
 from library.architectures.knots.targets import view
 from library.checkpoints.adapter_names import ModuleNames
-from library.checkpoints.base_model import BaseModel, of_single_file
+from library.checkpoints.base_model import BaseModel, open_single_file
 from library.checkpoints.weights import configure
-from library.models.loading import on_meta_device
+from library.models.loading import build_on_meta_device
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
     """Open a checkpoint; only its header is read. Raises UserError naming `flag` for another kind of file."""
     whole, _ = open_denoiser(flag, path)
-    return of_single_file(path, whole, names_of, "knots", "knots-1")
+    return open_single_file(path, whole, names_of, "knots", "knots-1")
 
 
 def names_of(stem: str) -> ModuleNames | None:
@@ -30,4 +30,4 @@ def names_of(stem: str) -> ModuleNames | None:
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """([], denoiser) of a checkpoint as network modules see it, on the meta device."""
     _, denoiser = open_denoiser("the checkpoint", path)
-    return [], view([], on_meta_device(Knots, configure(denoiser, read_config)))[1]
+    return [], view([], build_on_meta_device(Knots, configure(denoiser, read_config)))[1]

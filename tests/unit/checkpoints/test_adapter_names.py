@@ -9,7 +9,7 @@ from library.architectures.specs import list_specs
 from library.checkpoints.files import save_safetensors
 from library.checkpoints.recognition import keys_of_text_encoders, require_card
 from networks.core.files.adapter_file import parse_adapter
-from networks.core.files.foreign_names import in_a_model
+from networks.core.files.foreign_names import add_model
 from tests.recognising import base_of
 
 ATTN2 = "transformer_blocks_0_attn2_to_k.lora_down.weight"
@@ -104,6 +104,6 @@ def test_text_encoders_are_told_in_every_naming(name: str, tmp_path: Path) -> No
 def test_a_key_with_a_processor_in_its_name_has_a_readable_one_in_a_model() -> None:
     down, up = torch.ones(4, 768), torch.ones(320, 4)
     file = parse_adapter({OLD: down, OLD.replace("down.weight", "up.weight"): up}, {}, "old.safetensors")
-    (module,) = in_a_model(file, [spec.names for spec in list_specs()]).modules.values()
+    (module,) = add_model(file, [spec.names for spec in list_specs()]).modules.values()
     assert module.name == f"unet.{OLD.partition('.processor')[0]}.to_k"
     assert set(module.keys.values()) == {f"{module.name}.lora_down.weight", f"{module.name}.lora_up.weight"}

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from library.data.batches.planned import PlannedBatches
-from library.data.caching.filling import shared_out
+from library.data.caching.filling import assign_jobs
 from library.data.caching.latents import cache_latents, plan_jobs
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import open_batches
@@ -608,7 +608,7 @@ def test_a_file_is_written_by_one_process_only(folder):
     )
     plan = plan_of(write_config(folder / "data.toml", text))
     jobs = plan_jobs(plan, to_disk=True)
-    shares = [shared_out(jobs, rank, 2) for rank in range(2)]
+    shares = [assign_jobs(jobs, rank, 2) for rank in range(2)]
     assert sorted(len(share) for share in shares) == [2, 4] and len({id(job) for s in shares for job in s}) == len(jobs)
     paths = [{job.file.path for job in share} for share in shares]
     assert paths[0] and paths[1] and not paths[0] & paths[1]

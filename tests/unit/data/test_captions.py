@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from library.data.description.captions import (
     CaptionRules,
     compose_caption,
-    fullest_captions,
     has_nested_wildcard,
+    iterate_fullest_captions,
     replace_wildcards,
     split_tags,
 )
@@ -120,7 +120,7 @@ def test_the_fullest_caption_has_affixes_and_no_markers():
     rules = CaptionRules(
         enable_wildcard=True, caption_prefix="P", keep_tokens_separator="|||", secondary_separator=";;;"
     )
-    assert list(fullest_captions("a|||b;;;c\nd", rules)) == ["P a,b,c", "P d"]
+    assert list(iterate_fullest_captions("a|||b;;;c\nd", rules)) == ["P a,b,c", "P d"]
 
 
 @given(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from library.data.caching.filling import Codec, Found, fill
-from library.data.decoding.npz import MISSING, CacheWords, Verdict, writing
+from library.data.decoding.npz import MISSING, CacheWords, Verdict, open_to_write
 from library.errors import UserError
 from library.processes import ALONE, Processes
 from tests.unit.test_processes import Board
@@ -45,7 +45,7 @@ class Cache:
 
     def make(self, share: Sequence[Found[Job]]) -> None:
         for one in share:
-            with writing(one.path, WORDS) as temporary:
+            with open_to_write(one.path, WORDS) as temporary:
                 temporary.write_text(one.asked.word)
             self.made.append(Path(one.path).name)
 

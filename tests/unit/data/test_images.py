@@ -13,10 +13,10 @@ from library.data.decoding.images import (
     Face,
     Placement,
     apply_gamma,
-    centred,
     change_colour,
-    cropped_at_face,
-    cropped_at_random,
+    crop_at_centre,
+    crop_at_face,
+    crop_at_random,
     parse_face,
     place,
     read_pixels,
@@ -156,15 +156,15 @@ def test_box_is_pillows():
 def test_the_middle_is_cut_and_mirrored():
     pixels = noise((20, 31, 3))
     shape = Shape(bucket=(16, 20), resized=(31, 20))
-    assert np.array_equal(place(pixels, centred(shape), None), pixels[:, 7:23])
-    assert np.array_equal(place(pixels, centred(shape, is_flipped=True), None), pixels[:, 7:23][:, ::-1])
+    assert np.array_equal(place(pixels, crop_at_centre(shape), None), pixels[:, 7:23])
+    assert np.array_equal(place(pixels, crop_at_centre(shape, is_flipped=True), None), pixels[:, 7:23][:, ::-1])
 
 
 def test_random_crops_reach_both_ends_and_lie_inside():
     shape = Shape(bucket=(16, 16), resized=(19, 16))
-    lefts = {cropped_at_random(shape, random.Random(seed)).left for seed in range(100)}
+    lefts = {crop_at_random(shape, random.Random(seed)).left for seed in range(100)}
     assert lefts == {0, 1, 2, 3}
-    assert {cropped_at_random(shape, random.Random(seed)).top for seed in range(20)} == {0}
+    assert {crop_at_random(shape, random.Random(seed)).top for seed in range(20)} == {0}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_faces_in_file_names(name, face):
 def test_face_crops_show_the_face_at_a_size_within_the_range(wanders):
     face, target = Face(600, 300, 100, 80), (128, 192)
     for seed in range(50):
-        placement = cropped_at_face((1200, 800), target, face, (1.0, 2.0), wanders, random.Random(seed))
+        placement = crop_at_face((1200, 800), target, face, (1.0, 2.0), wanders, random.Random(seed))
         scale = placement.resized[0] / 1200
         shorter_per_face = 128 / (100 * scale)
         assert 0.98 < shorter_per_face < 2.02
@@ -195,14 +195,14 @@ def test_face_crops_show_the_face_at_a_size_within_the_range(wanders):
 
 def test_a_fixed_face_range_does_not_move_the_crop():
     crops = {
-        cropped_at_face((1200, 800), (128, 128), Face(600, 300, 90, 80), (1.5, 1.5), False, random.Random(s))
+        crop_at_face((1200, 800), (128, 128), Face(600, 300, 90, 80), (1.5, 1.5), False, random.Random(s))
         for s in range(9)
     }
     assert len(crops) == 1
 
 
 def test_face_crops_of_small_images_cover_the_target():
-    placement = cropped_at_face((100, 60), (128, 128), Face(50, 30, 10, 10), (1.0, 3.0), False, random.Random(0))
+    placement = crop_at_face((100, 60), (128, 128), Face(50, 30, 10, 10), (1.0, 3.0), False, random.Random(0))
     assert placement.resized[0] >= 128 and placement.resized[1] >= 128
 
 

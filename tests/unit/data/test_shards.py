@@ -17,7 +17,7 @@ from library.data.sources.indexed.parquet_files import KeptGroups
 from library.data.sources.indexed.tar_files import Member, iterate_members
 from library.data.sources.storage import storage
 from library.data.sources.storage.ranges import Window
-from library.data.sources.storage.storage import expanded
+from library.data.sources.storage.storage import expand_pattern
 from library.data.training_data import open_batches
 from library.errors import UserError
 from library.options.caching import CachingOptions
@@ -498,7 +498,7 @@ def test_a_tar_file_with_a_bit_turned_is_read_alike_or_refused(place: int, tmp_p
     ],
 )
 def test_braces_are_those_of_webdataset(pattern: str, found: list[str]) -> None:
-    assert expanded(pattern) == found
+    assert expand_pattern(pattern) == found
 
 
 def test_identity_of_a_folder_is_what_it_was_before_there_were_other_sources(images: Path, tmp_path: Path) -> None:

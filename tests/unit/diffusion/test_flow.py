@@ -12,8 +12,8 @@ from torch import Tensor
 
 from library.architectures.anima.options import AnimaOptions
 from library.diffusion.flow import IGNORES, FlowMatching, Target, build_sampled_flow
-from library.diffusion.timesteps import shifted_scheme
-from library.options.no_effect import unused
+from library.diffusion.timesteps import build_shifted_scheme
+from library.options.no_effect import find_unused
 from library.options.train import TrainOptions
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.options.training.loss import LossOptions
@@ -43,7 +43,7 @@ def flow(
     target: Target = "noise - latent", prediction: str = "raw", scheme: str = "none", **flags: Any
 ) -> FlowMatching:
     whole = {name: flags.pop(name, False) for name in ("has_whole_timesteps", "tells_whole_timesteps")}
-    levels = shifted_scheme(FlowWeightingOptions(), 1.0)
+    levels = build_shifted_scheme(FlowWeightingOptions(), 1.0)
     options = options_of(**flags)
     return FlowMatching(options.noise, options.loss, levels, target, prediction, scheme, **whole)
 
@@ -274,6 +274,6 @@ def test_settings_without_effect_are_told(
     ],
 )
 def test_settings_of_another_kind_are_told(settings: dict[str, Any], message: str) -> None:
-    assert list(unused(AnimaOptions(), IGNORES)) == []
-    (line,) = unused(AnimaOptions().with_values(settings), IGNORES)
+    assert list(find_unused(AnimaOptions(), IGNORES)) == []
+    (line,) = find_unused(AnimaOptions().with_values(settings), IGNORES)
     assert line.startswith(message)

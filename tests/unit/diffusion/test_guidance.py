@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.diffusion.guidance import guided
+from library.diffusion.guidance import apply_guidance
 from library.types import Conditioning, Prompt
 from tests.tolerances import FLOAT32_SAME_MATH
 
@@ -26,7 +26,7 @@ def asked(progress: float = 0.5, **values: Any) -> tuple[Tensor, int]:
         calls.append(conditioning)
         return conditioning["x"]
 
-    prediction = guided(predict, {"x": POSITIVE}, {"x": NEGATIVE}, prompt_of(**values), progress)
+    prediction = apply_guidance(predict, {"x": POSITIVE}, {"x": NEGATIVE}, prompt_of(**values), progress)
     return prediction, len(calls)
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from library.diffusion.timesteps import (
+    build_level_sampler,
+    build_shifted_scheme,
     draw_scheme,
     resolution_shift,
-    sampled,
     scheme_weights,
     shift_sigmas,
-    shifted_scheme,
 )
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
 
@@ -38,7 +38,7 @@ def generator() -> torch.Generator:
 def sampling(**settings: Any) -> Tensor:
     weighting = {k: settings.pop(k) for k in list(settings) if k in vars(FlowWeightingOptions())}
     size, patch = settings.pop("size", (64, 64)), settings.pop("patch", 2)
-    draw = sampled(FlowSamplingOptions(**settings), FlowWeightingOptions(**weighting), patch)
+    draw = build_level_sampler(FlowSamplingOptions(**settings), FlowWeightingOptions(**weighting), patch)
     return draw(N, *size, generator())
 
 
@@ -180,7 +180,7 @@ def test_schemes_that_weight_the_loss_draw_uniformly(scheme: str) -> None:
 
 
 def test_training_shift_of_sd3() -> None:
-    draw = shifted_scheme(FlowWeightingOptions("logit_normal", logit_mean=0.2), 3.0)
+    draw = build_shifted_scheme(FlowWeightingOptions("logit_normal", logit_mean=0.2), 3.0)
     assert distance(draw(N, 64, 64, generator()), logit_normal(0.2 + math.log(3), 1.0)) < KS_LIMIT
 
 

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from library.memory.devices import bytes_of
 from library.memory.frozen import frozen_layers
 from library.memory.offload import encoders as offload
-from library.memory.offload.encoders import least_bytes, place_encoders, stream_layers, streamed_bytes
+from library.memory.offload.encoders import count_streamed_bytes, least_bytes, place_encoders, stream_layers
 from library.memory.offload.streamed import Waiting
 from library.memory.planner.stages import Stage
 from tests.parity.opened import opened_with
@@ -76,7 +76,7 @@ def test_what_streamed_encoders_take_is_predicted(monkeypatch: pytest.MonkeyPatc
     place_encoders(encoders, CPU, free_bytes=0)
     slots = sum(slot.numel() for ring in rings for slot in ring.streams.slots)
     assert bytes_of(*encoders) + slots == pytest.approx(predicted, rel=0.01)  # parts of a slot are aligned
-    assert sum(map(streamed_bytes, deep_encoders())) == predicted < 0.6 * bytes_of(*deep_encoders())
+    assert sum(map(count_streamed_bytes, deep_encoders())) == predicted < 0.6 * bytes_of(*deep_encoders())
 
 
 def test_a_stage_is_planned_whole_then_streamed_then_not_at_all() -> None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from library.errors import UserError
 from library.memory import exchange as module
-from library.memory.exchange import exchange, exchanged
+from library.memory.exchange import exchange, exchange_weights
 from library.memory.formats.int8 import Int8Rows
 from library.memory.frozen import store_in
 from tests.tiny.init import fixed_init
@@ -28,7 +28,7 @@ def test_a_model_computes_what_the_other_does_in_between(stores: bool) -> None:
     one, two = model(1, stores), model(2, stores)
     expected, own = two(X), one(X)
     places = [parameter.data_ptr() for parameter in one.parameters()]
-    with exchanged(one, two):
+    with exchange_weights(one, two):
         assert torch.equal(one(X), expected) and torch.equal(two(X), own)
         assert [parameter.data_ptr() for parameter in one.parameters()] == places
     assert torch.equal(one(X), own) and torch.equal(two(X), expected) and not torch.equal(own, expected)
@@ -37,7 +37,7 @@ def test_a_model_computes_what_the_other_does_in_between(stores: bool) -> None:
 def test_an_error_in_between_gives_the_weights_back() -> None:
     one, two = model(1), model(2)
     own = one(X)
-    with pytest.raises(RuntimeError, match="drawing"), exchanged(one, two):
+    with pytest.raises(RuntimeError, match="drawing"), exchange_weights(one, two):
         raise RuntimeError("drawing")
     assert torch.equal(one(X), own)
 

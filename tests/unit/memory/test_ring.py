@@ -14,10 +14,10 @@ from library.errors import UserError
 from library.memory.codecs.plain import Plain
 from library.memory.frozen import layers_in_blocks, store_all_in
 from library.memory.offload import pinning, shared
-from library.memory.offload.shared import shared_masters
-from library.memory.offload.streamed import chosen, own_master, stream
+from library.memory.offload.shared import share_masters
+from library.memory.offload.streamed import allocate_own_master, choose_blocks, stream
 from library.memory.offload.streams import CudaStreams, HostStreams, StagedStreams
-from library.training.models.frozen_base import offloaded_blocks
+from library.training.models.frozen_base import count_offloaded_blocks
 from tests.parity.deep import DEEP
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def test_only_weights_leave_and_they_leave_altogether() -> None:
     assert ring is not None and len(ring.masters) == 5
     left = {name for name, _ in model.named_parameters()}
     waiting = [0, 1], [0, 1, 3]
-    assert [chosen(4, 2), chosen(6, 3)] == list(waiting)
+    assert [choose_blocks(4, 2), choose_blocks(6, 3)] == list(waiting)
     for kind, numbers in zip(("double_blocks", "single_blocks"), waiting, strict=True):
         for i in range(4 if kind == "double_blocks" else 6):
             names = [name for name in before if name.startswith(f"{kind}.{i}.") and before[name].ndim == 2]
@@ -46,7 +46,7 @@ def test_only_weights_leave_and_they_leave_altogether() -> None:
 
 @pytest.mark.parametrize(("num_blocks", "count"), [(6, 1), (6, 3), (6, 4), (19, 17), (38, 36), (57, 20), (3, 1)])
 def test_waiting_blocks_are_spread_and_the_last_stays(num_blocks: int, count: int) -> None:
-    numbers = chosen(num_blocks, count)
+    numbers = choose_blocks(num_blocks, count)
     assert len(set(numbers)) == count and max(numbers) < num_blocks - 1
     gaps = [b - a for a, b in pairwise(numbers)]
     assert not gaps or max(gaps) - min(gaps) <= 1
@@ -63,7 +63,7 @@ BLOCKS_30 = [[nn.Identity()] * 30]
     [(35, BLOCKS_19_38, [17, 36]), (18, BLOCKS_19_38, [9, 18]), (7, BLOCKS_19_38, [3, 8]), (28, BLOCKS_30, [28])],
 )
 def test_blocks_are_counted_as_sd_scripts_counts_them(num_blocks: int, stacks: Any, wanted: list[int]) -> None:
-    assert offloaded_blocks(num_blocks, stacks) == wanted
+    assert count_offloaded_blocks(num_blocks, stacks) == wanted
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_blocks_are_counted_as_sd_scripts_counts_them(num_blocks: int, stacks: A
     ],
 )
 def test_where_one_kind_has_too_few_blocks_the_other_has_more(num_blocks: int, stacks: Any, wanted: list[int]) -> None:
-    assert offloaded_blocks(num_blocks, stacks) == wanted
+    assert count_offloaded_blocks(num_blocks, stacks) == wanted
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,13 @@ def test_where_one_kind_has_too_few_blocks_the_other_has_more(num_blocks: int, s
 )
 def test_more_blocks_than_there_are_is_an_error_that_names_the_most(num_blocks: int, stacks: Any, most: int) -> None:
     with pytest.raises(UserError, match=f"--blocks_to_swap {num_blocks}: .* at most {most} can be swapped$"):
-        offloaded_blocks(num_blocks, stacks)
+        count_offloaded_blocks(num_blocks, stacks)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not copy pinned pages at a fork")
 def test_forked_workers_do_not_get_the_masters() -> None:
     """Pages that are pinned would be copied for each of them."""
-    master, is_filled = own_master(0, 3 * 4096 + 5)
+    master, is_filled = allocate_own_master(0, 3 * 4096 + 5)
     assert len(master) == 3 * 4096 + 5 and not is_filled and master.is_contiguous()
     master.fill_(7)
     kept = torch.full((1 << 22,), 7, dtype=torch.uint8)  # of the ordinary kind
@@ -302,7 +302,7 @@ def test_processes_of_one_machine_share_one_master(tmp_path: Path) -> None:
         model = deep.frozen(67 if is_first else 68)  # the second one's own weights are not to be used
         stacks = deep.stacks(model)
         store_all_in(Plain(), (layer for block in stacks[0] for layer in block.modules()))
-        rings.append(stream(stacks, [3], CPU, shared_masters(tmp_path, is_first)))
+        rings.append(stream(stacks, [3], CPU, share_masters(tmp_path, is_first)))
     first, second = rings
     assert first is not None and second is not None
     assert all(torch.equal(a, b) for a, b in zip(first.masters, second.masters, strict=True))

@@ -8,7 +8,7 @@ import torch
 from library.architectures.sdxl.load import CLIP_G_PREFIX, single_file_parts
 from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
-from library.checkpoints.weights import Weights, selected
+from library.checkpoints.weights import Weights, select_weights
 from library.errors import NotThere
 from library.models.identify import (
     base_of_file,
@@ -77,7 +77,7 @@ def test_the_refiner_is_called_by_its_name():
 
 def test_an_sdxl_file_without_its_second_text_encoder_names_what_is_missing():
     found = checkpoint("sdxl")
-    found = selected(found, {name: name for name in found.shapes if not name.startswith(CLIP_G_PREFIX)})
+    found = select_weights(found, {name: name for name in found.shapes if not name.startswith(CLIP_G_PREFIX)})
     with pytest.raises(ValueError, match=r"has a U-Net but no text encoder .*conditioner.embedders.1.model"):
         single_file_parts("--flag", found)
 
@@ -139,7 +139,7 @@ def test_one_base_model_has_the_surest_sign_in_each_checkpoint_that_people_have(
 def test_a_file_of_the_unet_alone_is_enough_where_nothing_needs_the_rest() -> None:
     """Its size embedding cannot be told from the file alone: bigG's width is that of every SDXL model."""
     found = checkpoint("sdxl")
-    alone = selected(found, {name: name for name in found.shapes if name.startswith(UNET_PREFIX)})
+    alone = select_weights(found, {name: name for name in found.shapes if name.startswith(UNET_PREFIX)})
     whole, lone = single_file_parts("--flag", found), single_file_parts("--flag", alone, may_lack_text=True)
     assert lone.unet.config == whole.unet.config
     assert all(isinstance(clip, Absent) for clip in lone.clips)

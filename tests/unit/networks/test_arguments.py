@@ -11,7 +11,7 @@ import pytest
 from library.architectures.specs import list_network_arguments, list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
 from networks.core.arguments.common import DropoutArguments, RankArguments
-from networks.core.arguments.network_arguments import declared
+from networks.core.arguments.network_arguments import list_declared
 from networks.core.arguments.values import LrPreset, Selection, parse_bool
 from networks.core.registry.layouts import list_kinds
 from networks.core.registry.parsing import list_arguments, list_groups, parse_arguments
@@ -133,10 +133,10 @@ def test_every_argument_says_what_it_is_for_and_is_none_of_a_base_model() -> Non
 def test_kinds_that_share_an_argument_read_it_alike() -> None:
     readers: dict[str, set[Any]] = {}
     for group in list_groups():
-        for name, one in declared(group).items():
+        for name, one in list_declared(group).items():
             readers.setdefault(name, set()).add(one.parse)
     assert all(len(found) == 1 for found in readers.values())
-    assert {kind.network_module for kind in list_kinds() if "block_size" in declared(kind.arguments)} == {
+    assert {kind.network_module for kind in list_kinds() if "block_size" in list_declared(kind.arguments)} == {
         "networks.boft", "networks.oft_v2",
     }  # fmt: skip
 

@@ -17,7 +17,7 @@ from library.randomness import random_for
 from networks import dylora, lora
 from networks.core.changes.alpha import ScaledDelta
 from networks.core.changes.dropout import Dropout
-from networks.core.kinds.dylora import STREAM, DyloraArguments, NestedRank, nested_rank
+from networks.core.kinds.dylora import STREAM, DyloraArguments, NestedRank, resolve_nested_rank
 from networks.core.network.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, module_of
@@ -325,12 +325,12 @@ def test_block_ranks_are_trained_at_the_same_share() -> None:
 @pytest.mark.parametrize("full", [1, 5, 12, 64])
 @pytest.mark.parametrize(("rank", "unit"), [(1, 1), (4, 1), (6, 3), (16, 4), (64, 1)])
 def test_shares_of_a_rank_grow_from_a_unit_to_the_whole(full: int, rank: int, unit: int) -> None:
-    ladder = [nested_rank(rank, step_rank, full, unit) for step_rank in range(1, full + 1)]
+    ladder = [resolve_nested_rank(rank, step_rank, full, unit) for step_rank in range(1, full + 1)]
     assert ladder == sorted(ladder) and ladder[-1] == rank
     assert all(unit <= own <= rank and own % unit == 0 for own in ladder)
     for step_rank, own in enumerate(ladder, 1):
         assert own == unit or abs(own - rank * step_rank / full) <= unit / 2
-    assert [nested_rank(full, step_rank, full) for step_rank in range(1, full + 1)] == list(range(1, full + 1))
+    assert [resolve_nested_rank(full, step_rank, full) for step_rank in range(1, full + 1)] == list(range(1, full + 1))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch.nn.functional import group_norm, layer_norm
 from library.checkpoints.files import load_state_dict
 from networks import dylora, lora_fa
 from networks.core.changes.adapter import Adapter
-from networks.core.kinds.norm import Norm, fresh_norm
+from networks.core.kinds.norm import Norm, make_fresh_norm
 from networks.core.network.network import AdapterNetwork
 from networks.core.protocol import adopt
 from networks.core.targets.targets import Part, TargetModule, find_norms
@@ -268,7 +268,7 @@ def test_a_norm_computes_with_the_sums_of_its_parameters(name: str) -> None:
     layer = make().double().requires_grad_(False)
     for parameter in layer.parameters():
         parameter.copy_(torch.randn_like(parameter))
-    adapter = double(Adapter(TargetModule("x", "x", layer, "norm"), fresh_norm(layer), 0.6))
+    adapter = double(Adapter(TargetModule("x", "x", layer, "norm"), make_fresh_norm(layer), 0.6))
     assert (adapter.change.b_norm is None) == (layer.bias is None)
     perturb(module_of(adapter), 1652)
     x = torch.randn(shape, dtype=torch.float64)
@@ -288,7 +288,7 @@ def test_a_small_change_of_a_16_bit_norm_is_not_rounded_away(name: str) -> None:
     make, shape = NORM_LAYERS[name]
     torch.manual_seed(1661)
     layer = make().requires_grad_(False).bfloat16()
-    adapter = Adapter(TargetModule("x", "x", layer, "norm"), fresh_norm(layer), 1.0)
+    adapter = Adapter(TargetModule("x", "x", layer, "norm"), make_fresh_norm(layer), 1.0)
     adapter.change.w_norm.data.fill_(1e-3)  # bf16 has nothing between 1 and 1.0078
     x = torch.randn(shape).bfloat16()
     alone = layer(x)
@@ -308,7 +308,7 @@ def test_a_norm_learns_from_channels_last_pixels_that_need_no_gradient() -> None
     x = torch.randn(2, 8, 4, 4)
     grads = []
     for pixels in (x, x.contiguous(memory_format=torch.channels_last), x.clone().requires_grad_()):
-        adapter = Adapter(TargetModule("x", "x", layer, "norm"), fresh_norm(layer), 1.0)
+        adapter = Adapter(TargetModule("x", "x", layer, "norm"), make_fresh_norm(layer), 1.0)
         adapter.install()
         layer(pixels).pow(3).sum().backward()
         adapter.remove()

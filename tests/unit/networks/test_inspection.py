@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from networks.core.files.adapter_file import sort_tensors
-from networks.core.files.inspection import by_block, locate_module, module_facts, structure_problem
+from networks.core.files.inspection import group_by_block, locate_module, module_facts, structure_problem
 from networks.core.files.module_weights import value_problems
 
 NAME = "lora_unet_down_blocks_0_attentions_0_proj_in"
@@ -79,7 +79,7 @@ def test_blocks_add_up_and_are_sorted_by_number() -> None:
         tensors[f"{name}.lora_down.weight"] = torch.randn(rank, 5, generator=generator)
         tensors[f"{name}.lora_up.weight"] = torch.randn(6, rank, generator=generator)
     facts = [module_facts(module) for module in sort_tensors(tensors, {}, "").modules.values()]
-    second, tenth = by_block(facts)
+    second, tenth = group_by_block(facts)
     assert (second.block, second.num_modules, second.ranks) == ("encoder_layers_2", 2, (3, 4))
     assert (tenth.block, tenth.ranks, tenth.alphas) == ("encoder_layers_10", (2,), (2.0,))
     assert second.update_norm == pytest.approx(math.hypot(facts[1].update_norm or 0, facts[2].update_norm or 0))

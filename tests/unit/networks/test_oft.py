@@ -13,7 +13,7 @@ from networks import boft, loha, oft_v2
 from networks.core.changes.orthogonal import Orthogonal
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.kinds.oft_v2 import ANGLES, OftV2, fresh
+from networks.core.kinds.oft_v2 import ANGLES, OftV2, make_fresh
 from networks.core.network.network import AdapterNetwork
 from tests.tolerances import FLOAT64
 from tests.unit.networks.test_forms import CONV, LINEAR, outputs, perturb
@@ -57,7 +57,7 @@ def test_a_size_that_does_not_divide_can_be_an_error() -> None:
     ):
         made(8021, 5, auto_adjust="False")
     with pytest.raises(ValueError, match="one input has nothing to turn"):
-        fresh(nn.Linear(1, 4), 4)
+        make_fresh(nn.Linear(1, 4), 4)
 
 
 def test_include_patterns_leave_out_everything_else() -> None:
@@ -137,7 +137,7 @@ def test_the_limit_of_coft_is_kept_before_each_step_and_in_the_file(tmp_path: Pa
 @pytest.mark.parametrize("shape", [(5, 96), (2, 96, 4, 4)])
 def test_neither_pass_makes_a_tensor_of_the_size_of_the_weight(shape: tuple[int, ...]) -> None:
     layer: Any = nn.Linear(96, 640) if len(shape) == 2 else nn.Conv2d(96, 640, 1)
-    change = fresh(layer.requires_grad_(False), 8)
+    change = make_fresh(layer.requires_grad_(False), 8)
     x = torch.randn(shape, requires_grad=True)
     with Largest() as largest:
         change.forward(x, lambda turned: turned, 1.0).square().sum().backward()
@@ -146,7 +146,7 @@ def test_neither_pass_makes_a_tensor_of_the_size_of_the_weight(shape: tuple[int,
 
 def test_a_turned_convolution_keeps_its_input_and_no_weight() -> None:
     layer = nn.Conv2d(32, 64, 3, padding=1).requires_grad_(False)
-    change = fresh(layer, 8)
+    change = make_fresh(layer, 8)
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from networks.core.changes.dora import Decompose, DoRA
 from networks.core.changes.low_rank import LowRank
 from networks.core.changes.qkv_pieces import InRows, LinearRows, changes_in, rows_of
 from networks.core.kinds.loha import LoHa
-from networks.core.kinds.lokr import fresh
+from networks.core.kinds.lokr import make_fresh
 from tests.tolerances import FLOAT64
 
 PARTS = {"rows_0_1_of_4": (0, 6), "rows_2_4_of_4": (12, 24)}  # the second quarter is not changed
 MAKES: dict[str, tuple[Callable[[Any], Delta], Callable[[Tensor], Decompose | None]]] = {
-    "LoKr": (lambda layer: fresh(layer, 2, 2), lambda weight: None),
+    "LoKr": (lambda layer: make_fresh(layer, 2, 2), lambda weight: None),
     "LoHa": (lambda layer: LoHa(layer, 2), lambda weight: None),
     "LoHa, wide": (lambda layer: LoHa(layer, 5), lambda weight: None),
     "DoRA": (lambda layer: LowRank(layer, 2), Decompose),

@@ -11,7 +11,7 @@ from torch import Tensor
 from library.architectures.sd.adapter_names import NAMES
 from library.checkpoints.adapter_names import FileNaming
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter
-from networks.core.files.renaming import Renamed, fold_scale, rename, some_keys
+from networks.core.files.renaming import Renamed, fold_scale, list_some_keys, rename
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 POINT = "lora_unet_mid_block_attentions_0_proj_in"
@@ -244,7 +244,7 @@ def test_magnitudes_of_peft_get_the_dimensions_of_the_weight() -> None:
 
 def test_of_many_keys_one_of_each_kind_is_shown_first() -> None:
     many = [f"m{i}.lora_down.weight" for i in range(5)] + ["m0.dora_scale", "m1.dora_scale", "n.w_norm"]
-    assert some_keys(many, most=4) == (
+    assert list_some_keys(many, most=4) == (
         "8 keys: m0.lora_down.weight, m0.dora_scale, n.w_norm, m1.lora_down.weight and 4 more"
     )
-    assert some_keys(many[:2], most=4) == "m0.lora_down.weight, m1.lora_down.weight"
+    assert list_some_keys(many[:2], most=4) == "m0.lora_down.weight, m1.lora_down.weight"

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from networks.core.arguments.common import COMMON
-from networks.core.arguments.network_arguments import NetworkArguments, declared
+from networks.core.arguments.network_arguments import NetworkArguments, list_declared
 from networks.core.arguments.values import LrPreset
 from networks.core.targets.rules import Rules, TargetSettings, make_lr_factors, make_rules, preset_factors
 from networks.core.targets.targets import AdapterTargets, BlockList, Part, TargetModule
@@ -22,7 +22,7 @@ def target(path: str, kind: str = "plain") -> TargetModule:
 
 
 def arguments_with(**given: object) -> NetworkArguments:
-    own = {group: [name for name in declared(group) if name in given] for group in COMMON}
+    own = {group: [name for name in list_declared(group) if name in given] for group in COMMON}
     return NetworkArguments({group: group(**{name: given[name] for name in names}) for group, names in own.items()})
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from library.memory.frozen import store_in
 from networks import dylora, loha, lora, lora_fa, tlora
 from networks.core.changes.adapter import Adapter
-from networks.core.changes.init import FromStart, starting_delta
+from networks.core.changes.init import FromStart, make_starting_delta
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
 from tests.unit.networks.toy import randomize, toy_models
@@ -31,7 +31,7 @@ def started(name: str, init: str, seed: int, rank: int = 4, alpha: float = 3.0) 
     torch.manual_seed(seed)
     make, shape = LAYERS[name]
     layer = make().requires_grad_(False)
-    return layer, adapter_on(layer, starting_delta(init, layer, rank, alpha / rank), alpha), torch.randn(shape)
+    return layer, adapter_on(layer, make_starting_delta(init, layer, rank, alpha / rank), alpha), torch.randn(shape)
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -74,7 +74,7 @@ def test_pissa_starts_at_the_best_approximation_whatever_the_scale() -> None:
     values = torch.linalg.svdvals(layer.weight.flatten(1).double())
     rest = layer.weight.flatten(1) - part
     assert float(rest.double().norm()) == pytest.approx(float(values[3:].norm()), rel=1e-5)
-    guessed = starting_delta("pissa_niter_9", layer, 3, 0.5 / 3)
+    guessed = make_starting_delta("pissa_niter_9", layer, 3, 0.5 / 3)
     assert isinstance(guessed, FromStart)
     close = 0.5 / 3 * guessed.lora_up.start.flatten(1) @ guessed.lora_down.start.flatten(1)
     found = float((layer.weight.flatten(1) - close).norm())
@@ -96,7 +96,7 @@ def test_the_weight_that_is_decomposed_is_what_an_eight_bit_base_stands_for() ->
     layer = nn.Linear(128, 64).requires_grad_(False)
     exact = layer.weight.clone()
     store_in(CODECS["int8"], layer)
-    delta = starting_delta("olora", layer, 8, 1.0)
+    delta = make_starting_delta("olora", layer, 8, 1.0)
     assert isinstance(delta, FromStart)
     q, r = torch.linalg.qr(layer.weight)
     torch.testing.assert_close(delta.lora_up.start @ delta.lora_down.start, q[:, :8] @ r[:8], **FLOAT32_SAME_MATH)

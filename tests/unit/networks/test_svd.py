@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from networks.core.changes.svd import (
-    balanced,
+    balance,
     best_factors,
-    clamped,
-    concatenated,
+    clamp_factors,
+    concatenate,
     rank_by_norm,
     rank_by_ratio,
     rank_by_sum,
@@ -50,14 +50,14 @@ def test_best_factors_of_nothing_are_zero() -> None:
 
 def test_balanced_factors_have_equal_norms_and_the_best_product() -> None:
     u, s, v = svd_of_product(randn(1, 8, 5), randn(2, 5, 7))
-    up, down = balanced(u, s, v, 3)
+    up, down = balance(u, s, v, 3)
     torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1), **FLOAT64)
     torch.testing.assert_close(up @ down, u[:, :3] * s[:3] @ v[:3], **FLOAT64)
 
 
 def test_concatenated_factors_multiply_to_the_sum() -> None:
     factors = [(randn(3, 6, 2), randn(4, 2, 5)), (randn(5, 6, 3), randn(6, 3, 5))]
-    up, down = concatenated(factors, [0.5, -2.0])
+    up, down = concatenate(factors, [0.5, -2.0])
     assert down.shape == (5, 5)
     expected = 0.5 * factors[0][0] @ factors[0][1] - 2 * factors[1][0] @ factors[1][1]
     torch.testing.assert_close(up @ down, expected, **FLOAT64)
@@ -82,5 +82,5 @@ def test_norm_keeps_the_share_of_the_root_of_85(share: float, rank: int) -> None
 
 
 def test_clamping_draws_the_largest_fifth_in() -> None:
-    up, down = clamped(torch.tensor([1.0, -9.0, 3.0]), torch.tensor([4.0, 5.0]), 0.8)
+    up, down = clamp_factors(torch.tensor([1.0, -9.0, 3.0]), torch.tensor([4.0, 5.0]), 0.8)
     torch.testing.assert_close(torch.cat([up, down]), torch.tensor([1.0, -4.0, 3.0, 4.0, 4.0]), **EXACT)

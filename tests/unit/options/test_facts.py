@@ -11,15 +11,15 @@ import pytest
 from library.architectures.sdxl.options import SdxlOptions
 from library.errors import UserError
 from library.options.base import FACTS, scalar_type
-from library.options.leco import ignored_by_leco, leco_options
-from library.options.no_effect import unused
+from library.options.leco import leco_options, list_ignored_by_leco
+from library.options.no_effect import find_unused
 from library.options.train import TrainOptions
 from library.training.command_line.checks import check_choices, find_input_files, ignored_for_concepts
 from library.training.command_line.cli import normalize
 from library.training.config_file import SECRETS
 from library.training.reporting.trackers import loggable_options
-from library.training.run.run_events import changed_options
-from library.training.saving.resume import option_differences, recorded_options
+from library.training.run.run_events import list_changed_options
+from library.training.saving.resume import option_differences, record_options
 from library.training.saving.state import StateManifest
 from library.training.sweep.combinations import parse_word, sweep_names
 from tests.running import STARTED
@@ -54,7 +54,7 @@ def names_in(lines: Iterable[str]) -> set[str]:
 
 @by_script
 def test_resuming_warns_of_every_option_that_may_not_change(kind: type[TrainOptions]) -> None:
-    state = StateManifest(Path("s"), 1, 0, 1, recorded_options(kind()), {}, {})
+    state = StateManifest(Path("s"), 1, 0, 1, record_options(kind()), {}, {})
     told = names_in(line for _, line in option_differences(state, with_all_changed(kind), 1))
     assert told == {name for name, facts in kind.facts().items() if not facts.may_change_on_resume}
     assert {"network_dim", "min_snr_gamma", "mixed_precision", "max_train_steps", "resolution"} <= told
@@ -90,8 +90,8 @@ def test_what_has_a_name_in_sweeps_can_be_swept_and_nothing_else() -> None:
 
 def test_what_leco_ignores_is_warned_of_with_the_reason() -> None:
     options = with_all_changed(SDXL_LECO)
-    ignored = ignored_by_leco(SDXL_LECO)
-    lines = list(unused(options, ignored_for_concepts(type(options), draws_previews=False)))
+    ignored = list_ignored_by_leco(SDXL_LECO)
+    lines = list(find_unused(options, ignored_for_concepts(type(options), draws_previews=False)))
     assert {f"--{name} has no effect: {why}" for name, why in ignored.items()} <= set(lines)
     assert {"train_data_dir", "cache_latents", "validation_split", "text_cache_variants"} <= ignored.keys()
     assert not {"text_encoder_cpu", "network_dim", "seed", "sweep", "max_train_epochs"} & ignored.keys()
@@ -112,7 +112,7 @@ def test_no_file_and_no_tracker_gets_a_password(kind: type[TrainOptions]) -> Non
     assert secrets == set(SECRETS)
     options = with_all_changed(kind)
     logged = loggable_options(options)
-    assert not secrets & (recorded_options(options).keys() | changed_options(options).keys() | logged.keys())
+    assert not secrets & (record_options(options).keys() | list_changed_options(options).keys() | logged.keys())
     assert logged.keys() == {name for name, facts in kind.facts().items() if facts.logged}
     assert not {"output_dir", "train_data_dir", "pretrained_model_name_or_path"} & logged.keys()
 

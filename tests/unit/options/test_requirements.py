@@ -6,7 +6,7 @@ import pytest
 
 from library.architectures.flux.options import FluxOptions
 from library.errors import UserError
-from library.options.no_effect import unused
+from library.options.no_effect import find_unused
 from library.options.requirements import check_requirements
 from tests.running import STARTED
 
@@ -80,6 +80,8 @@ def test_an_events_file_with_a_name_does_not_meet_what_excludes_standard_output(
 
 def test_a_negative_strength_is_one_and_a_negative_count_is_never() -> None:
     darker = FluxOptions().with_values({"noise_offset": -0.1, "noise_offset_random_strength": True})
-    assert not [line for line in unused(darker, {}) if line.startswith("--noise_offset_random_strength")]
+    assert not [line for line in find_unused(darker, {}) if line.startswith("--noise_offset_random_strength")]
     every = {"sample_prompts": "prompts.txt", "sample_every_n_steps": 10, "sample_every_n_epochs": -1}
-    assert not [line for line in unused(FluxOptions().with_values(every), {}) if line.startswith("--sample_every_n_s")]
+    assert not [
+        line for line in find_unused(FluxOptions().with_values(every), {}) if line.startswith("--sample_every_n_s")
+    ]

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from library.checkpoints.files import display_path
 from library.errors import UserError
 from library.options.output.saving import SavingOptions
-from library.training.saving.saved_files import without_copies
-from tools.contact_sheet import chosen_files, label_rows
+from library.training.saving.saved_files import drop_copies
+from tools.contact_sheet import choose_files, label_rows
 
 
 def test_a_folder_that_peft_saved_is_the_file_in_it(tmp_path: Path) -> None:
@@ -18,11 +18,11 @@ def test_a_folder_that_peft_saved_is_the_file_in_it(tmp_path: Path) -> None:
     inside.parent.mkdir()
     inside.touch()
     file.touch()
-    assert chosen_files([inside.parent, file], SavingOptions()) == [inside, file]
+    assert choose_files([inside.parent, file], SavingOptions()) == [inside, file]
     with pytest.raises(UserError, match=r"--files .* is a folder without adapter_model\.safetensors"):
-        chosen_files([tmp_path], SavingOptions())
+        choose_files([tmp_path], SavingOptions())
     with pytest.raises(UserError, match=r"--files .*none\.pt does not exist"):
-        chosen_files([tmp_path / "none.pt"], SavingOptions())
+        choose_files([tmp_path / "none.pt"], SavingOptions())
 
 
 def test_files_of_peft_are_told_apart_by_their_folders() -> None:
@@ -48,5 +48,5 @@ def test_files_of_the_same_adapter_are_taken_once(tmp_path: Path) -> None:
         path.parent.mkdir()
         save_file(weights, path)
         (path.parent / "adapter_config.json").write_text(f'{{"lora_alpha": {text}}}')
-    found = without_copies([one, step, other, alpha, *pickled, *peft])
+    found = drop_copies([one, step, other, alpha, *pickled, *peft])
     assert found == [one, other, alpha, pickled[0], peft[0], peft[1]]

@@ -93,7 +93,7 @@ def test_projections_of_sd2_are_convolutions_where_nothing_asks_for_matrices(tmp
         config = json.loads((tmp_path / out / "unet" / "config.json").read_text())
         assert config["use_linear_projection"] == (num_sides == 2)
         parts = convert_stable_diffusion.open_source(str(tmp_path / out), None, None).parts
-        again = dict(layouts.in_single_file("sd2", parts, torch.float32))  # which has matrices either way
+        again = dict(layouts.to_single_file("sd2", parts, torch.float32))  # which has matrices either way
         assert again["model.diffusion_model.input_blocks.1.1.proj_in.weight"].dim() == 2
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from library.models.vae.flux import mapped_latents
+from library.models.vae.flux import map_latents
 from tools.quickstart import check_edits, make_pairs
 from tools.quickstart.make_toy_base import to_tensor
 from tools.quickstart.make_toy_edit_base import KNOWN_EDITS, SCALING_FACTOR, TOY_BASE, draw_edits, make_vae
@@ -45,7 +45,7 @@ def test_the_vae_of_16_channels_is_the_quickstarts() -> None:
     from diffusers import AutoencoderKL
 
     theirs = AutoencoderKL.from_pretrained(str(TOY_BASE / "vae")).float()
-    codec, vae = mapped_latents("_x.npz"), make_vae()
+    codec, vae = map_latents("_x.npz"), make_vae()
     pixels = to_tensor([draw_scene(scene, np.random.default_rng(4)) for scene in list_scenes()[:3]])
     with torch.no_grad():
         latents = codec.encode(vae, pixels, None)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from library.architectures.specs import list_specs
 from library.memory.planner.gpus import TYPICAL
 from library.memory.planner.prediction import Way, predict
-from library.models.reference import first_and_last, with_weights
+from library.models.reference import select_first_and_last, with_weights
 from tests.tiny.anima import tiny_anima
 from tests.tiny.chroma import tiny_chroma
 from tests.tiny.flux import tiny_flux
@@ -116,7 +116,7 @@ def test_a_class_that_the_installed_diffusers_lacks_is_said_to_be_missing(monkey
 def test_the_first_and_the_last_block_are_renumbered() -> None:
     state = {f"blocks.{i}.a.weight": torch.full((2,), i, dtype=torch.bfloat16) for i in (0, 1, 2, 10)}
     state["other.weight"] = torch.ones(1)
-    found, counts = first_and_last(state, ("blocks",))
+    found, counts = select_first_and_last(state, ("blocks",))
     assert counts == [2] and found.keys() == {"blocks.0.a.weight", "blocks.1.a.weight", "other.weight"}
     assert found["blocks.1.a.weight"].tolist() == [10.0, 10.0]
     assert found["blocks.1.a.weight"].dtype == torch.float32

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.training.loop.ahead import Ahead, moved
+from library.training.loop.ahead import Ahead, move_batch
 from library.training.loop.loop import accumulate_gradients
 from library.training.reporting.step_times import StepTimes
 from library.training.step.accumulation import Window
@@ -23,7 +23,7 @@ class SlowCopies:
         self.coming: dict[int, Batch] = {}
 
     def start(self, batch: Batch) -> Batch:
-        copied = moved(batch, (), lambda tensor: torch.full_like(tensor, float("nan")))
+        copied = move_batch(batch, (), lambda tensor: torch.full_like(tensor, float("nan")))
         self.log.append(f"start {number_of(batch)}")
         self.coming[id(copied)] = batch
         return copied
@@ -78,7 +78,7 @@ def test_an_error_in_fetching_waits_until_the_batch_is_asked_for() -> None:
 
 def test_what_the_host_asks_for_stays_there() -> None:
     batch = replace(batch_of(2.0), conditioning={"mask": torch.ones(1, 3), "states": torch.ones(1, 3, 5)})
-    copied = moved(batch, ("mask",), lambda tensor: tensor + 1)
+    copied = move_batch(batch, ("mask",), lambda tensor: tensor + 1)
     assert copied.conditioning is not None and batch.conditioning is not None
     assert copied.conditioning["mask"] is batch.conditioning["mask"]
     assert bool((copied.conditioning["states"] == 2).all()) and bool((copied.latents_BCHW == 3).all())  # type: ignore[union-attr]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from library.options.training.averaging import FILES, PREVIEWS, VALIDATION, AveragingOptions
-from library.training.evaluation.without_side_effects import shown_weights
+from library.training.evaluation.without_side_effects import show_weights
 from library.training.optimization.ema import WeightAverage
 from library.training.run.optimization import build_average
 from networks.core.protocol import adopt
@@ -97,7 +97,7 @@ def test_each_use_shows_the_average_if_it_is_asked_for(used: list[str] | None) -
         options=SimpleNamespace(averaging=AveragingOptions(ema_decay=0.9, ema_used_for=used)),
     )
     for use in (FILES, PREVIEWS, VALIDATION):
-        with shown_weights(run, use):
+        with show_weights(run, use):
             shows = torch.equal(next(model.parameters()), average.values[0])
         assert shows == (used is None or use in used)
 

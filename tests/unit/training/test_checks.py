@@ -16,7 +16,7 @@ from library.checkpoints.folders import ADDED_TO_NAMES, LONGEST_ON_WINDOWS, atom
 from library.options.base import group
 from library.options.machine.compiling import CompileOptions
 from library.options.model import ModelOptions
-from library.options.no_effect import unused
+from library.options.no_effect import find_unused
 from library.options.requirements import unsupported
 from library.options.train import TrainOptions
 from library.training.command_line import checks
@@ -307,8 +307,8 @@ def test_rules_speak_of_options_that_exist() -> None:
 
 def test_what_does_nothing_for_the_base_model_is_said_with_the_reason() -> None:
     ignores = {"clip_skip": "it has no CLIP", "noise_offset": "it is a flow"}
-    assert list(unused(made(clip_skip=2), ignores)) == ["--clip_skip has no effect: it has no CLIP"]
-    assert list(unused(made(), ignores)) == []
+    assert list(find_unused(made(clip_skip=2), ignores)) == ["--clip_skip has no effect: it has no CLIP"]
+    assert list(find_unused(made(), ignores)) == []
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_what_does_nothing_for_the_base_model_is_said_with_the_reason() -> None:
     ],
 )
 def test_an_unmet_need_is_named(values: dict[str, Any], line: str) -> None:
-    assert list(unused(made(**values), {})) == [line]
+    assert list(find_unused(made(**values), {})) == [line]
 
 
 def test_a_rate_with_which_an_adapter_learns_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:

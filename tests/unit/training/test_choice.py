@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from library.training.evaluation.choice import Choice, by_image, choose, estimate, is_clearly_worse
+from library.training.evaluation.choice import Choice, average_by_image, choose, estimate, is_clearly_worse
 from library.training.evaluation.choosing import Measured, choose_measured, format_choice, memorised
 
 pytestmark = pytest.mark.slow
@@ -170,7 +170,7 @@ def test_the_reason_names_the_standard_error() -> None:
 
 
 def test_rows_of_one_image_count_once() -> None:
-    values = by_image(torch.tensor([1.0, 2.0, 6.0]), ["a", "b", "a"])
+    values = average_by_image(torch.tensor([1.0, 2.0, 6.0]), ["a", "b", "a"])
     assert values.tolist() == [3.5, 2.0] and estimate(values).mean == 2.75
 
 

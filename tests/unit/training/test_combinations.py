@@ -6,7 +6,7 @@ import pytest
 
 from library.errors import UserError
 from library.options.train import TrainOptions
-from library.training.sweep.combinations import expand_combinations, shared_and_own
+from library.training.sweep.combinations import expand_combinations, split_options
 
 
 def options_of(*sweep: str, **values: object) -> TrainOptions:
@@ -40,7 +40,7 @@ def test_paths_and_dotted_names_are_short_in_names_of_files() -> None:
 
 
 def test_what_is_shared_keeps_name_seed_and_events() -> None:
-    shared, own = shared_and_own(options_of("seed=3,4", seed=1, log_events="e/x.jsonl"))
+    shared, own = split_options(options_of("seed=3,4", seed=1, log_events="e/x.jsonl"))
     assert (shared.saving.output_name, shared.run.seed, shared.reports.log_events) == ("cat", 1, "e/x.jsonl")
     assert [one.run.seed for one in own.values()] == [3, 4]
     assert [one.reports.log_events for one in own.values()] == ["e/x-seed3.jsonl", "e/x-seed4.jsonl"]
@@ -120,7 +120,7 @@ def test_alpha_stays_where_alpha_divided_by_rank_is_not_the_strength(values: dic
 
 def test_the_alpha_of_each_rank_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        shared_and_own(options_of("network_dim=4,16", "seed=1,2", network_alpha=2, network_args=["conv_dim=8"]))
+        split_options(options_of("network_dim=4,16", "seed=1,2", network_alpha=2, network_args=["conv_dim=8"]))
     lines = [line for line in caplog.messages if "keeps" in line or "conv_dim" in line]
     assert lines == [
         "--sweep network_dim keeps alpha / rank at 0.5: alpha 2 at rank 4, alpha 8 at rank 16; add "

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from library.architectures.sdxl.options import SdxlOptions
-from library.options.leco import LecoOptions, ignored_by_leco, leco_options, refused_by_leco
+from library.options.leco import LecoOptions, leco_options, list_ignored_by_leco, list_refused_by_leco
 from library.training.command_line.checks import check, report_unused
 from library.training.command_line.cli import parse
 from library.training.failures.out_of_memory import Sizes, find_savings
 from library.training.run.shard_base_checks import sharding_values
 
 SDXL_LECO = leco_options(SdxlOptions)
-IGNORED, REFUSED = ignored_by_leco(SDXL_LECO), refused_by_leco(SDXL_LECO)
+IGNORED, REFUSED = list_ignored_by_leco(SDXL_LECO), list_refused_by_leco(SDXL_LECO)
 SCRIPTS = {"train_leco": LecoOptions, "sdxl_train_leco": SDXL_LECO}
 VALUES = {"max_train_epochs": 3, "fit": "8GB", "sweep": ["network_dim=4,8"]}
 DEFAULTS = {
@@ -124,7 +124,7 @@ def test_advice_for_too_little_memory_names_nothing_without_effect(prompts: Path
     options = made(prompts)
     lines = list(
         find_savings(
-            options.flat(), Sizes(10**9, 0, 0, 10**6), torch.device("cpu"), ignored=ignored_by_leco(type(options))
+            options.flat(), Sizes(10**9, 0, 0, 10**6), torch.device("cpu"), ignored=list_ignored_by_leco(type(options))
         )
     )
     assert any(line.startswith("--gradient_checkpointing ") for line in lines)

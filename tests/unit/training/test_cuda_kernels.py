@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from library.options.machine.kernels import KernelOptions
-from library.options.no_effect import unused
+from library.options.no_effect import find_unused
 from library.options.train import TrainOptions
 from library.training.command_line import training
 from library.training.models.cuda_kernels import cuda_kernels, deterministic
@@ -58,7 +58,7 @@ def test_deterministic_wins_over_cudnns_trials_and_a_line_says_so(monkeypatch: p
     with cuda_kernels(KernelOptions(cuda_allow_tf32=True, cuda_cudnn_benchmark=True)), deterministic(True):
         assert settings() == (True, True, False)
     both = TrainOptions().with_values({"deterministic": True, "cuda_cudnn_benchmark": True})
-    assert "--cuda_cudnn_benchmark has no effect with --deterministic" in [*unused(both, {})]
+    assert "--cuda_cudnn_benchmark has no effect with --deterministic" in [*find_unused(both, {})]
 
 
 def test_a_machine_without_a_card_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

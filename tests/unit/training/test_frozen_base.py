@@ -15,7 +15,7 @@ from library.architectures.sd.assembly import build
 from library.errors import UserError
 from library.memory.codecs.codec import AS_IN_FILE
 from library.memory.offload import shared
-from library.options.no_effect import unused
+from library.options.no_effect import find_unused
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.models import frozen_base
@@ -85,7 +85,7 @@ def test_the_old_name_of_swapping_means_18_blocks_unless_a_number_is_given(given
     values = {**FluxOptions.defaults(), "split_mode": True, "blocks_to_swap": given}
     found = FluxOptions.from_args(Namespace(**values))
     assert found.memory.blocks_to_swap == number
-    said = [line for line in unused(found, {}) if "split_mode" in line]
+    said = [line for line in find_unused(found, {}) if "split_mode" in line]
     assert said == ([] if given is None else ["--split_mode has no effect with --blocks_to_swap"])
 
 

@@ -13,7 +13,12 @@ from library.diffusion.timesteps import LevelSampler
 from library.options.training.noise import NoiseOptions
 from library.randomness import generator_for
 from library.training.evaluation.validation import Timetable
-from library.training.evaluation.validation_loss import Difference, corrupt_each, noise_levels, paired_difference
+from library.training.evaluation.validation_loss import (
+    Difference,
+    corrupt_each,
+    estimate_paired_difference,
+    noise_levels,
+)
 from tests.unit.data.builders import options_of
 
 
@@ -36,7 +41,7 @@ def test_levels_divide_the_range_as_numpy_does(low, high, levels):
 def test_the_error_of_a_difference_is_that_of_a_paired_t_test():
     rng = np.random.default_rng(1)
     before, now = rng.normal(size=(2, 9, 4))
-    found = paired_difference(torch.tensor(now), torch.tensor(before), [f"picture {i}" for i in range(9)])
+    found = estimate_paired_difference(torch.tensor(now), torch.tensor(before), [f"picture {i}" for i in range(9)])
     differences = (now - before).mean(1)
     assert found.mean == pytest.approx(differences.mean(), rel=1e-12)
     assert found.standard_error == pytest.approx(differences.std(ddof=1) / np.sqrt(9), rel=1e-12)  # float64 both
@@ -46,18 +51,21 @@ def test_rows_of_one_image_are_one_observation():
     """Two equal rows an image carry no more than one: only (G / (G - 1)) stays what it was."""
     rng = np.random.default_rng(2)
     before, now = (torch.tensor(values) for values in rng.normal(size=(2, 6, 4)))
-    once = paired_difference(now, before, range(6))
-    twice = paired_difference(now.repeat(2, 1), before.repeat(2, 1), [*range(6), *range(6)])
+    once = estimate_paired_difference(now, before, range(6))
+    twice = estimate_paired_difference(now.repeat(2, 1), before.repeat(2, 1), [*range(6), *range(6)])
     assert twice.mean == pytest.approx(once.mean, rel=1e-12)
     assert twice.standard_error == pytest.approx(once.standard_error, rel=1e-12)
-    assert paired_difference(now.repeat(2, 1), before.repeat(2, 1), range(12)).standard_error < once.standard_error
+    assert (
+        estimate_paired_difference(now.repeat(2, 1), before.repeat(2, 1), range(12)).standard_error
+        < once.standard_error
+    )
 
 
 def test_one_image_has_no_error_and_equal_weights_no_difference():
     losses = torch.rand(1, 4, dtype=torch.float64)
-    alone = paired_difference(losses, losses + 1, ["a"])
+    alone = estimate_paired_difference(losses, losses + 1, ["a"])
     assert alone.mean == pytest.approx(-1) and isnan(alone.standard_error) and not alone.is_clear
-    same = paired_difference(losses.repeat(3, 1), losses.repeat(3, 1), "abc")
+    same = estimate_paired_difference(losses.repeat(3, 1), losses.repeat(3, 1), "abc")
     assert (same.mean, same.standard_error) == (0.0, 0.0) and not same.is_clear
     assert Difference(-0.3, 0.1).is_clear and not Difference(0.1, 0.1).is_clear
 

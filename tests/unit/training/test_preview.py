@@ -26,7 +26,7 @@ from library.training.evaluation.preview import (
     decode,
     draw_latents,
     encode_prompts,
-    wanted_prompts,
+    read_wanted_prompts,
 )
 from library.training.evaluation.without_side_effects import evaluating
 from library.training.failures.interruption import Interrupted, Interruption
@@ -273,7 +273,7 @@ def test_prompts_of_an_empty_file_draw_nothing(run: Any, tmp_path: Path, caplog:
     options = options_for(
         Path(run.options.model.pretrained_model_name_or_path), sample_every_n_steps=1, sample_prompts=str(path)
     )
-    assert wanted_prompts(options.preview, run.context.arch) == []
+    assert read_wanted_prompts(options.preview, run.context.arch) == []
     assert f"{path} holds no prompts" in caplog.text
 
 
@@ -285,6 +285,9 @@ def test_a_size_left_to_the_default_and_a_prompt_that_is_cut_are_told(
     folder = Path(run.options.model.pretrained_model_name_or_path)
     options = options_for(folder, sample_at_first=True, sample_prompts=str(path))
     with caplog.at_level(logging.INFO):
-        assert [(p.width, p.height) for p in wanted_prompts(options.preview, run.context.arch)] == [(64, 64), (64, 512)]
+        assert [(p.width, p.height) for p in read_wanted_prompts(options.preview, run.context.arch)] == [
+            (64, 64),
+            (64, 512),
+        ]
     assert "1 of 2 preview prompts leave their size to the default, 512 x 512" in caplog.text
     assert "only the first 75 are used" in caplog.text

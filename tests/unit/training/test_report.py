@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from library.training.reporting.console_lines import announce, duration, finished_line, rate_values
+from library.training.reporting.console_lines import announce, duration, format_finished, rate_values
 from library.training.reporting.progress import LossAverage
 
 
@@ -74,10 +74,10 @@ def test_durations_have_two_units_at_most(seconds: float, words: str) -> None:
 
 def test_the_last_line_says_what_was_trained_how_long_where_it_is_and_which_is_best(tmp_path: Path) -> None:
     end, best = tmp_path / "m.safetensors", tmp_path / "m-best.safetensors"
-    line = finished_line("networks.lora of rank 4 on sd", 40, 65, end, None, best)
+    line = format_finished("networks.lora of rank 4 on sd", 40, 65, end, None, best)
     assert line == f"trained networks.lora of rank 4 on sd: 40 steps in 1 min 05 s; the adapter is {end}"
     lowest = "; the validation loss was lowest after step 30, 0.1250"
     hint = " (--keep_best_checkpoint keeps those weights)"
-    assert finished_line("x", 40, 65, end, (30, 0.125), best).endswith(lowest + hint)
+    assert format_finished("x", 40, 65, end, (30, 0.125), best).endswith(lowest + hint)
     best.touch()
-    assert finished_line("x", 40, 65, end, (30, 0.125), best).endswith(f"{lowest}: {best}")
+    assert format_finished("x", 40, 65, end, (30, 0.125), best).endswith(f"{lowest}: {best}")

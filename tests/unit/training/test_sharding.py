@@ -7,7 +7,7 @@ import pytest
 
 from library.options.train import TrainOptions
 from library.processes import Order, Processes
-from library.training.run.shard_base_checks import launched_values, sharding_values
+from library.training.run.shard_base_checks import resolve_launched_values, sharding_values
 from library.training.step.accumulation import Window
 
 FOUR = Processes(1, 4, 1, 4)
@@ -56,13 +56,13 @@ def test_fsdp2_of_accelerate_asks_for_it(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", is_on)
     monkeypatch.setenv("FSDP_VERSION", version)
-    assert launched_values(is_sharded=False) == ({"shard_base": True} if wanted else {})
+    assert resolve_launched_values(is_sharded=False) == ({"shard_base": True} if wanted else {})
 
 
 def test_fsdp1_of_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"configured for FSDP 1.*FSDP version 2"):
-        launched_values(is_sharded=False)
+        resolve_launched_values(is_sharded=False)
 
 
 def test_one_that_has_no_batch_left_goes_along_with_another() -> None:

@@ -28,9 +28,9 @@ from library.training.saving.resume import (
     batches_of_state,
     find_state,
     rates_of_state,
-    recorded_options,
+    record_options,
     report_differences,
-    starting_step,
+    resolve_starting_step,
 )
 from library.training.saving.state import OptimizerState, StateManifest, read_facts, restore, save_state
 from library.training.step.accumulation import Plan
@@ -52,7 +52,7 @@ def written(
         epoch=2,
         seed=11,
         num_processes=1,
-        options=recorded_options(options or TrainOptions()),
+        options=record_options(options or TrainOptions()),
         dataset=DATASET,
         network=network or nn.Linear(3, 2),
         keepers={},
@@ -367,7 +367,7 @@ def test_where_a_run_begins(saved: int | None, state: dict[str, Any], expected: 
 
 
 def begin(options: TrainOptions, plan: Plan, facts: StateManifest | None) -> int:
-    return starting_step(options.state, options.saving, plan, facts)
+    return resolve_starting_step(options.state, options.saving, plan, facts)
 
 
 def test_a_run_with_nothing_left_is_refused_or_complete(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_a_run_whose_last_file_is_not_written_goes_on(tmp_path: Path, caplog: py
 
 
 def differences(before: TrainOptions, now: TrainOptions, caplog: pytest.LogCaptureFixture, **changes: Any) -> str:
-    facts = StateManifest(Path("s"), 1, 0, 1, recorded_options(before), DATASET, {})
+    facts = StateManifest(Path("s"), 1, 0, 1, record_options(before), DATASET, {})
     with caplog.at_level(logging.INFO):
         report_differences(facts, now, {**DATASET, **changes}, num_processes=1)
     return caplog.text
@@ -428,7 +428,7 @@ def test_changes_say_what_they_mean(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_rates_that_are_not_given_are_those_of_the_state(caplog: pytest.LogCaptureFixture) -> None:
     before = TrainOptions().with_values({"learning_rate": 1e-4, "unet_lr": 2e-4, "text_encoder_lr": [5e-5]})
-    facts = StateManifest(Path("s"), 1, 0, 1, recorded_options(before), DATASET, {})
+    facts = StateManifest(Path("s"), 1, 0, 1, record_options(before), DATASET, {})
     with caplog.at_level(logging.INFO):
         found = rates_of_state(TrainOptions().with_values({"unet_lr": 3e-4}), facts)
     assert found == {"learning_rate": 1e-4, "text_encoder_lr": [5e-5]}
@@ -453,7 +453,7 @@ def test_images_whose_files_have_changed_are_named(tmp_path: Path, caplog: pytes
     content[len(content) // 2] ^= 1
     Path(paths[2]).write_bytes(content)
     now = content_digests(paths, 2)
-    facts = StateManifest(Path("s"), 1, 0, 1, recorded_options(TrainOptions()), {**DATASET, "contents": before}, {})
+    facts = StateManifest(Path("s"), 1, 0, 1, record_options(TrainOptions()), {**DATASET, "contents": before}, {})
     report_differences(facts, TrainOptions(), {**DATASET, "contents": now}, 1, paths)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"1 images are not the ones of the state, their files have changed since: {paths[2]}: the")
@@ -463,7 +463,7 @@ def test_what_only_explains_or_averages_the_same_is_no_other_run(caplog: pytest.
     base = TrainOptions()
     traced = replace(base, faults=replace(base.faults, trace_nonfinite=True))
     assert differences(base, traced, caplog) == ""
-    two = StateManifest(Path("s"), 1, 0, 2, recorded_options(base), DATASET, {})
+    two = StateManifest(Path("s"), 1, 0, 2, record_options(base), DATASET, {})
     doubled = replace(base, run=replace(base.run, gradient_accumulation_steps=2))
     with caplog.at_level(logging.INFO):
         report_differences(two, doubled, DATASET, num_processes=1)
@@ -486,11 +486,11 @@ def test_passwords_are_not_written(tmp_path: Path) -> None:
 def test_a_step_of_another_number_of_processes_has_as_many_batches(count: int, own: int, wanted: int) -> None:
     """The state is one of four processes with two batches each; five is another number than the state's, and meant."""
     base = TrainOptions().with_values({"gradient_accumulation_steps": 2})
-    facts = StateManifest(Path("s"), 1, 0, 4, recorded_options(base), DATASET, {})
+    facts = StateManifest(Path("s"), 1, 0, 4, record_options(base), DATASET, {})
     assert batches_of_state(own, facts, count) == ({} if wanted == own else {"gradient_accumulation_steps": wanted})
 
 
 def test_batches_that_cannot_be_shared_out_are_said_with_the_numbers_that_can() -> None:
-    facts = StateManifest(Path("s"), 1, 0, 4, recorded_options(TrainOptions()), DATASET, {})
+    facts = StateManifest(Path("s"), 1, 0, 4, record_options(TrainOptions()), DATASET, {})
     with pytest.raises(UserError, match=r"4 batches in each step; 3 cannot share these out\. Start 1 or 2 or 4 "):
         batches_of_state(1, facts, 3)

@@ -213,7 +213,7 @@ def test_peaks_are_told_by_the_names_of_cards(monkeypatch):
     }  # fmt: skip
     for name, flops in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        monkeypatch.setattr(gpus, "measured_gpu", lambda *given: SimpleNamespace(flops=0.0))
+        monkeypatch.setattr(gpus, "benchmark_gpu", lambda *given: SimpleNamespace(flops=0.0))
         assert measure_peak_flops(torch.device("cuda"), torch.bfloat16) == (flops or 0.0)
     for place, (name, _) in enumerate(PEAKS):
         assert not any(earlier in name for earlier, _ in PEAKS[:place]), f"{name} is never reached"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard
-from library.training.failures.nonfinite_trace import first_damage
+from library.training.failures.nonfinite_trace import find_first_damage
 from library.training.loop.loop import accumulate_gradients
 from library.training.loop.update import Updates, skips_by_itself
 from library.training.reporting.step_events import StepResult
@@ -122,5 +122,5 @@ def test_looking_for_damage_leaves_the_gradients_of_a_later_step() -> None:
     (parameter,) = run.context.network.trainable_parameters()
     assert parameter.grad is not None
     before = parameter.grad.clone()
-    first_damage(run, batch_of(DAMAGED), 0, 0)
+    find_first_damage(run, batch_of(DAMAGED), 0, 0)
     assert torch.equal(parameter.grad, before)

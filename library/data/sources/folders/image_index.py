@@ -111,12 +111,12 @@ def look_at(folder: str, names: Sequence[str], num_threads: int) -> Stamps:
         except OSError:
             return UNSETTLED
 
-    with opened(folder) as (before, handle):
+    with open_folders(folder) as (before, handle):
         return np.array(read_many(look, names, num_threads), dtype=np.int64)
 
 
 @contextmanager
-def opened(folder: str) -> Iterator[tuple[str, int | None]]:
+def open_folders(folder: str) -> Iterator[tuple[str, int | None]]:
     """Yield the prefix of file names in a folder, and the open folder to look them up in."""
     # Through an open folder a file is found in 1.7 us here, by its path in 2.0; Windows supports only paths.
     if os.stat not in os.supports_dir_fd:
@@ -129,7 +129,7 @@ def opened(folder: str) -> Iterator[tuple[str, int | None]]:
         os.close(handle)
 
 
-def renewed(
+def update_table(
     table: Table[Value],
     folder: str,
     names: list[str],
@@ -177,7 +177,7 @@ class FolderIndex:
             return
         try:
             with atomic_path(Path(self.folder) / FILE_NAME) as temporary, temporary.open("wb") as file:
-                np.savez(file, **written_tables(sizes, captions))
+                np.savez(file, **build_tables(sizes, captions))
         except OSError as error:
             logger.debug("the index of %s is not written: %s", self.folder, error)
 
@@ -201,11 +201,11 @@ def open_index(folder: str) -> FolderIndex:
 # 440 ms against 34, and columns in its blobs would need all of what follows besides.
 
 
-def written_tables(sizes: Table[Size | str], captions: Mapping[str, Table[str]]) -> dict[str, Any]:
+def build_tables(sizes: Table[Size | str], captions: Mapping[str, Table[str]]) -> dict[str, Any]:
     """Return the arrays of the archive. Names are separated by zero bytes, which no name contains; texts have
     lengths."""
     sides = [size if isinstance(size, tuple) else (0, 0) for size in sizes.values]
-    paired = [ending for ending, table in captions.items() if table.names == own_captions(sizes.names, ending)]
+    paired = [ending for ending, table in captions.items() if table.names == list_own_captions(sizes.names, ending)]
     about = {"version": VERSION, "caption_extensions": list(captions), "paired": paired}
     arrays: dict[str, Any] = {
         "about": _bytes(json.dumps(about).encode()),
@@ -222,7 +222,7 @@ def written_tables(sizes: Table[Size | str], captions: Mapping[str, Table[str]])
     return arrays
 
 
-def own_captions(images: Sequence[str], ending: str) -> list[str]:
+def list_own_captions(images: Sequence[str], ending: str) -> list[str]:
     """Return the name of each image's own caption file."""
     return [(image[: image.rindex(".")] or image) + ending for image in images]
 

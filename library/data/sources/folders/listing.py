@@ -34,7 +34,7 @@ def look_into(folder: str, caption_extension: str | None = None) -> Folder:
                 else:
                     others.append(entry)
     except OSError as error:
-        raise not_listed(folder, error) from error
+        raise make_listing_error(folder, error) from error
     found = classify_names(files, caption_extension)
     for entry in others:
         add_link(found, entry, caption_extension)
@@ -87,7 +87,7 @@ def look_again(index: FolderIndex, caption_extension: str, num_threads: int) -> 
     try:
         listed = set(os.listdir(index.folder))
     except OSError as error:
-        raise not_listed(index.folder, error) from error
+        raise make_listing_error(index.folder, error) from error
     others = listed - known
     rest = classify_names(others, caption_extension)
     if len(listed) - len(others) < len(known) or rest.images or rest.captions:
@@ -99,6 +99,6 @@ def look_again(index: FolderIndex, caption_extension: str, num_threads: int) -> 
     return Folder(images.names, [], set(), rest.aside, stamps)
 
 
-def not_listed(folder: str, error: OSError) -> UserError:
+def make_listing_error(folder: str, error: OSError) -> UserError:
     """Return the error for a folder that cannot be listed."""
     return UserError(f"{folder} cannot be read: {error.strerror}; change its permissions, or remove it")

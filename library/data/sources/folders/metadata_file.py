@@ -9,7 +9,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.json_text import InvalidJson, parse_json
-from library.options.encodings import decoded
+from library.options.encodings import decode_utf8
 
 REFERENCE = re.compile(r"control_path_(\d+)")
 
@@ -47,7 +47,7 @@ def _values(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             content = file.read()
     except OSError as error:
         raise UserError(f"metadata_file {path} cannot be read: {error.strerror}; change its permissions") from error
-    text = decoded(content, f"metadata_file {path}")
+    text = decode_utf8(content, f"metadata_file {path}")
     yield from _json_lines(path, io.StringIO(text)) if path.lower().endswith(".jsonl") else _json_table(path, text)
 
 

@@ -10,7 +10,7 @@ from library.data.sources.folders.listing import look_into
 from library.data.sources.folders.metadata_file import MetadataEntry, read_metadata
 from library.data.sources.folders.pairing import add_reference_paths
 from library.data.sources.folders.reading import sizes_anywhere
-from library.errors import UserError, few
+from library.errors import UserError, list_few
 
 
 def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
@@ -28,7 +28,7 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
                 (key, "there is no such image" + (f" in {config.image_dir}" if config.image_dir else ""))
             )
             continue
-        caption = combined_caption(entry, config.captions)
+        caption = combine_caption(entry, config.captions)
         if entry.caption is None and entry.tags is None:
             listing.without_caption.append(path)
         elif not caption:
@@ -45,8 +45,8 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
     )
     if missing:
         raise UserError(
-            f"metadata_file {config.metadata_file}: there are no such reference images: {few(missing)}; correct their "
-            "control_path, which is relative to image_dir or to the working folder"
+            f"metadata_file {config.metadata_file}: there are no such reference images: {list_few(missing)}; "
+            "correct their control_path, which is relative to image_dir or to the working folder"
         )
     if any(references):
         if config.control_dirs or config.opposite_dir:
@@ -74,7 +74,7 @@ def find_image(key: str, image_dir: str | None, listings: dict[str, dict[str, st
     return listings[folder].get(name)
 
 
-def combined_caption(entry: MetadataEntry, rules: CaptionRules) -> str:
+def combine_caption(entry: MetadataEntry, rules: CaptionRules) -> str:
     """Combine caption and tags of a metadata entry; with enable_wildcard the tags are added to every caption line."""
     lines = [line.strip() for line in (entry.caption or "").splitlines() if line.strip()]
     if not rules.enable_wildcard:

@@ -9,7 +9,7 @@ from library.data.description.buckets import Size
 from library.data.scanned.subsets import Listing
 from library.data.sources.folders.listing import look_into
 from library.data.sources.folders.reading import sizes_anywhere
-from library.errors import UserError, few
+from library.errors import UserError, list_few
 
 NUMBERED = re.compile(r"(.+)_(\d+)")  # the name of one of several references
 
@@ -37,11 +37,11 @@ def add_masks(listing: Listing) -> None:
     stems = list_stems(listing)
     missing = [path for path, stem in zip(listing.paths, stems, strict=True) if stem not in masks]
     if missing:
-        raise UserError(f"{len(missing)} images have no mask in {folder}: {few(missing)}")
+        raise UserError(f"{len(missing)} images have no mask in {folder}: {list_few(missing)}")
     surplus = [masks[stem] for stem in sorted(masks.keys() - set(stems))]
     if surplus:
         raise UserError(
-            f"{len(surplus)} masks in {folder} belong to no image in {listing.config.image_dir}: {few(surplus)}"
+            f"{len(surplus)} masks in {folder} belong to no image in {listing.config.image_dir}: {list_few(surplus)}"
         )
     listing.masks = [masks[stem] for stem in stems]
 
@@ -71,8 +71,8 @@ def add_reference_paths(listing: Listing, paths: Sequence[tuple[str, ...]], num_
     broken = [f"{path} {size}" for path, size in found.items() if isinstance(size, str)]
     if broken:
         raise UserError(
-            f"{len(broken)} reference images cannot be read: {few(broken)}; re-save them, or remove them together with "
-            "their images"
+            f"{len(broken)} reference images cannot be read: {list_few(broken)}; re-save them, or remove them together "
+            "with their images"
         )
     known = {path: size for path, size in found.items() if not isinstance(size, str)}
     listing.references = [[(path, known[path]) for path in row] for row in paths]
@@ -85,7 +85,7 @@ def opposites_in(folder: str, paths: Sequence[str], stems: Sequence[str], surplu
     if unclear:
         raise UserError(
             f"opposite_dir {folder}: {len(unclear)} of {len(paths)} images do not have exactly one partner of their "
-            f"name there: {few(unclear)}; add or remove images"
+            f"name there: {list_few(unclear)}; add or remove images"
         )
     surplus += [os.path.join(folder, name) for stem in sorted(found.keys() - set(stems)) for name in found[stem]]
     return [os.path.join(folder, found[stem][0]) for stem in stems]
@@ -100,13 +100,13 @@ def references_in(folder: str, paths: Sequence[str], stems: Sequence[str], surpl
     if missing:
         raise UserError(
             f"control_dirs {folder}: {len(missing)} of {len(paths)} images have no reference image there: "
-            f"{few(missing)}; add images of the same names, or train these images in a subset without control_dirs"
+            f"{list_few(missing)}; add images of the same names, or train these images in a subset without control_dirs"
         )
     unclear = [f"{stem} ({', '.join(names)})" for stem, names in matches.items() if not is_in_order(stem, names)]
     if unclear:
         raise UserError(
-            f"control_dirs {folder}: the reference images of {len(unclear)} images are not clear: {few(unclear)}; keep "
-            "one of the image's own name, or several numbered _0, _1 and so on without a gap"
+            f"control_dirs {folder}: the reference images of {len(unclear)} images are not clear: {list_few(unclear)}; "
+            "keep one of the image's own name, or several numbered _0, _1 and so on without a gap"
         )
     return [tuple(os.path.join(folder, name) for name in matches[stem]) for stem in stems]
 

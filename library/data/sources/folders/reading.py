@@ -10,9 +10,9 @@ from library.data.description.buckets import Size
 from library.data.description.captions import CaptionRules
 from library.data.scanned.columns import Texts
 from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
-from library.data.sources.folders.image_index import UNSETTLED, compute_stamp, open_index, read_stamped, renewed
-from library.errors import UserError, few
-from library.options.encodings import NotUtf8, likely_encoding, not_utf8
+from library.data.sources.folders.image_index import UNSETTLED, compute_stamp, open_index, read_stamped, update_table
+from library.errors import UserError, list_few
+from library.options.encodings import NotUtf8, describe_encoding, likely_encoding
 
 MOST_CAPTION_BYTES = 1 << 20  # counting the tokens of ten times as much takes a minute
 
@@ -29,7 +29,7 @@ def check_encodings(folder: str, names: Iterable[str]) -> None:
     if len(wrong) == 1:
         raise first
     if wrong:
-        listed = few([f"{name} ({encoding})" for name, encoding in wrong], 20)
+        listed = list_few([f"{name} ({encoding})" for name, encoding in wrong], 20)
         raise NotUtf8(
             f"{len(wrong)} caption files in {folder} are not UTF-8; save them as UTF-8. Detected encodings: {listed}"
         )
@@ -46,7 +46,7 @@ def read_caption(path: str) -> tuple[int, str]:
             )
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise NotUtf8(f"the caption file {path} {not_utf8(content, error)}") from None
+        raise NotUtf8(f"the caption file {path} {describe_encoding(content, error)}") from None
     except OSError as error:
         raise UserError(f"the caption file {path} cannot be read: {error.strerror}") from None
     return compute_stamp(status, time.time_ns()), stripped_lines(text.removeprefix("\ufeff"))
@@ -77,7 +77,7 @@ def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_ind
     for folder, names in by_folder.items():
         names.sort()
         index = open_index(folder or ".")
-        table = renewed(index.sizes, folder or ".", names, read_image_size, num_threads, title)
+        table = update_table(index.sizes, folder or ".", names, read_image_size, num_threads, title)
         if keeps_index:
             index.replace_with(table, index.captions)
         sizes.update((os.path.join(folder, name), size) for name, size in zip(names, table.values, strict=True))

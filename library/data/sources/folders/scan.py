@@ -4,10 +4,10 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 
-from library.data.description.schema import SubsetConfig, not_a_folder
+from library.data.description.schema import SubsetConfig, explain_missing_folder
 from library.data.scanned.columns import Texts
 from library.data.scanned.subsets import Listing
-from library.data.sources.folders.image_index import FolderIndex, Table, open_index, own_captions, renewed
+from library.data.sources.folders.image_index import FolderIndex, Table, list_own_captions, open_index, update_table
 from library.data.sources.folders.listing import Folder, look_again, look_into
 from library.data.sources.folders.reading import (
     check_encodings,
@@ -27,7 +27,7 @@ def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
     listing = Listing(config)
     if not os.path.isdir(folder):
         escaped = any(character < " " for character in folder)  # "C:\\train" in TOML has a tab in it
-        problem = f"{folder!r} is not a folder: {BACKSLASH_HINT}" if escaped else not_a_folder(folder)
+        problem = f"{folder!r} is not a folder: {BACKSLASH_HINT}" if escaped else explain_missing_folder(folder)
         logger.warning("image_dir %s", problem)
         return listing
     index = open_index(folder)
@@ -71,13 +71,13 @@ def note_missing(listing: Listing, files: Sequence[str | None]) -> None:
 
 def caption_files(folder: str, inside: Folder, extension: str) -> Sequence[str | None]:
     """Return the name of each image's caption file; None if there is none."""
-    own = own_captions(inside.images, extension)
+    own = list_own_captions(inside.images, extension)
     if inside.captions.issuperset(own):
         return own
-    return [name if name in inside.captions else other_caption_file(folder, name, extension) for name in own]
+    return [name if name in inside.captions else find_other_caption_file(folder, name, extension) for name in own]
 
 
-def other_caption_file(folder: str, own: str, extension: str) -> str | None:
+def find_other_caption_file(folder: str, own: str, extension: str) -> str | None:
     """Return the caption file of an image whose own is not in the listing of the folder."""
     names, stem = [own], own.removesuffix(extension)  # a file system may find a name that is spelt differently
     if stem.count("_") >= 4:  # face detection names its crops `..._cx_cy_w_h`
@@ -92,9 +92,9 @@ def read_with_index(
     config, folder = listing.config, index.folder
     names = list(dict.fromkeys(file for file in files if file is not None))
     known_captions = index.captions.get(config.caption_extension, Table())
-    captions = renewed(known_captions, folder, names, read_caption, num_threads, None, inside.stamps[1])
+    captions = update_table(known_captions, folder, names, read_caption, num_threads, None, inside.stamps[1])
     title = f"reading sizes of {config.base_name}"
-    sizes = renewed(index.sizes, folder, inside.images, read_image_size, num_threads, title, inside.stamps[0])
+    sizes = update_table(index.sizes, folder, inside.images, read_image_size, num_threads, title, inside.stamps[0])
     if config.keeps_index:
         index.replace_with(sizes, index.captions | {config.caption_extension: captions})
     listing.sizes = sizes.values

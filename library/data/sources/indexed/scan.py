@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from library.data.description.schema import SubsetConfig, without_secrets
+from library.data.description.schema import SubsetConfig, strip_secrets
 from library.data.scanned.columns import Texts
 from library.data.scanned.images import FileStamp, Places, Reader, References, ScannedImages
 from library.data.scanned.names import folder_name, short_digest
@@ -19,7 +19,7 @@ from library.data.sources.folders.reading import parse_captions
 from library.data.sources.indexed.parquet_index import IndexedFiles, read_index
 from library.data.sources.indexed.rows import Row
 from library.data.sources.storage.storage import Storage, is_remote
-from library.errors import UserError, few
+from library.errors import UserError, list_few
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ def scan_files(
     number; none where they are bytes of the file. Raises UserError for files that are missing, damaged or of another
     kind.
     """
-    paths, shown, known = described_files(config, storage, num_threads, keys)
+    paths, shown, known = describe_files(config, storage, num_threads, keys)
     files = [SourceFile(*file) for file in zip(paths, shown, (stamp.num_bytes for stamp in known.stamps), strict=True)]
     path, title = index_path(shown, known, storage), f"indexing {config.base_name}"
     table = read_index(path, known, lambda number: read_rows(files[number]), num_threads, title, config.keeps_index)
-    found = found_in(table, config, paths, shown, open_readers(files[0]))
+    found = convert_rows(table, config, paths, shown, open_readers(files[0]))
     del table
     release_memory()
     return found
@@ -63,7 +63,7 @@ def release_memory() -> None:
     pa.default_memory_pool().release_unused()
 
 
-def described_files(
+def describe_files(
     config: SubsetConfig, storage: Storage, num_threads: int, keys: Sequence[str]
 ) -> tuple[list[str], list[str], IndexedFiles]:
     """Return (the files of a subset, their names in messages, the requirements of their index). Raises UserError."""
@@ -73,10 +73,10 @@ def described_files(
         raise UserError(f"{key} = {config.source!r} matched no files; check bucket, path and pattern")
     twice = sorted({file for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
     if twice:
-        raise UserError(f"{key} = {config.source!r} lists a file twice: {few(map(without_secrets, twice))}")
+        raise UserError(f"{key} = {config.source!r} lists a file twice: {list_few(map(strip_secrets, twice))}")
     if any(map(is_remote, files)):
         storage.required_cache_dir(f"{key} behind a URL")
-    shown = [without_secrets(file) for file in files]
+    shown = [strip_secrets(file) for file in files]
     stamps = read_stamps(files, shown, key, storage, num_threads)
     values = {name: getattr(config, name) for name in keys}
     if "caption_extension" in values:
@@ -97,13 +97,13 @@ def read_stamps(
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise UserError(f"{without_secrets(file)} cannot be read: {error.strerror or error}") from None
+            raise UserError(f"{strip_secrets(file)} cannot be read: {error.strerror or error}") from None
 
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
         found = list(pool.map(look, files))
     missing = [name for name, stamp in zip(shown, found, strict=True) if stamp is None]
     if missing:
-        raise UserError(f"{key}: {len(missing)} of {len(files)} files are missing: {few(missing)}")
+        raise UserError(f"{key}: {len(missing)} of {len(files)} files are missing: {list_few(missing)}")
     return [stamp for stamp in found if stamp is not None]
 
 
@@ -116,7 +116,7 @@ def index_path(shown: Sequence[str], files: IndexedFiles, storage: Storage) -> P
     return Path(folder, name)
 
 
-def found_in(
+def convert_rows(
     table: Any, config: SubsetConfig, files: Sequence[str], shown: Sequence[str], readers: Sequence[Reader]
 ) -> ScannedSubset:
     """Convert the rows of an index to images. Raises UserError if only some have references."""
@@ -169,7 +169,7 @@ def references_in(
     if len(missing):
         raise UserError(
             f"{config.source}: {len(missing)} of {len(images)} images have no reference image: "
-            f"{few(images.keys_at(missing[:3]), count=len(missing))}; add them, or put these "
+            f"{list_few(images.keys_at(missing[:3]), count=len(missing))}; add them, or put these "
             "images into files of their own"
         )
     own = images.places

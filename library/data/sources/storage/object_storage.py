@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from library.data.description.schema import without_secrets
+from library.data.description.schema import strip_secrets
 from library.data.scanned.images import FileStamp
 from library.errors import UserError
 
@@ -42,7 +42,7 @@ def open_file_system(url: str) -> tuple[Any, str]:
         package = PACKAGES.get(protocol) or (error.name if error.name else "fsspec")
         raise UserError(f"{protocol}:// requires the package {package}: python3 -m pip install {package}") from None
     except ValueError as error:
-        raise UserError(f"{without_secrets(url)}: {cleaned(error)}; use s3://, hf://, https:// or a path") from None
+        raise UserError(f"{strip_secrets(url)}: {clean_message(error)}; use s3://, hf://, https:// or a path") from None
     return opened, path
 
 
@@ -54,10 +54,10 @@ def stamp_of_url(url: str) -> FileStamp:
         file_system.invalidate_cache()  # listings are otherwise kept until the process ends
         info = file_system.info(path, **_limit(file_system))
         if info.get("size") is None:
-            raise UserError(f"{without_secrets(url)}: the server does not report its size, so parts cannot be read")
+            raise UserError(f"{strip_secrets(url)}: the server does not report its size, so parts cannot be read")
         return FileStamp(int(info["size"]), next((str(info[name]) for name in MARKS if info.get(name)), ""))
 
-    return tried(ask, url)
+    return retry(ask, url)
 
 
 def read_url(url: str, start: int, num_bytes: int) -> bytes:
@@ -67,12 +67,12 @@ def read_url(url: str, start: int, num_bytes: int) -> bytes:
         file_system, path = open_file_system(url)
         end = start + num_bytes
         content: bytes = file_system.cat_file(path, start=start, end=end, **_limit(file_system))
-        return checked_length(url, content, num_bytes)
+        return check_length(url, content, num_bytes)
 
     try:
-        return tried(ask, url)
+        return retry(ask, url)
     except FileNotFoundError:
-        raise UserError(f"{without_secrets(url)} no longer exists; restore it, or restart the run") from None
+        raise UserError(f"{strip_secrets(url)} no longer exists; restore it, or restart the run") from None
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
@@ -98,7 +98,7 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
     return found
 
 
-def matching_urls(pattern: str) -> list[str]:
+def list_matching_urls(pattern: str) -> list[str]:
     """Return the files that a pattern with `*` matches, in order."""
 
     def ask() -> list[str]:
@@ -106,16 +106,16 @@ def matching_urls(pattern: str) -> list[str]:
         return [str(file_system.unstrip_protocol(name)) for name in sorted(file_system.glob(path))]
 
     try:
-        return tried(ask, pattern)
+        return retry(ask, pattern)
     except FileNotFoundError:
         return []
 
 
-def checked_length(url: str, content: bytes, num_bytes: int) -> bytes:
+def check_length(url: str, content: bytes, num_bytes: int) -> bytes:
     """Return the bytes if their number is right."""
     if len(content) > num_bytes:
         raise UserError(
-            f"{without_secrets(url)}: the server sends whole files instead of parts; copy the files to a disk "
+            f"{strip_secrets(url)}: the server sends whole files instead of parts; copy the files to a disk "
             "or to a server that supports byte ranges"
         )
     if len(content) < num_bytes:
@@ -123,7 +123,7 @@ def checked_length(url: str, content: bytes, num_bytes: int) -> bytes:
     return content
 
 
-def tried(ask: Callable[[], Value], url: str) -> Value:
+def retry(ask: Callable[[], Value], url: str) -> Value:
     """Call `ask` with a few retries. Raises FileNotFoundError at once, UserError in the end.
 
     Errors that a person must fix, such as missing permissions, are not retried.
@@ -139,19 +139,19 @@ def tried(ask: Callable[[], Value], url: str) -> Value:
             answer = error.__cause__ if isinstance(error, FileNotFoundError) else None
             cause = error if answer is None or not type(answer).__module__.startswith("aiohttp") else answer
             if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in MISSING_STATUSES:
-                raise FileNotFoundError(without_secrets(url)) from None
-            reason = cleaned(cause)
+                raise FileNotFoundError(strip_secrets(url)) from None
+            reason = clean_message(cause)
             if is_permanent(cause):
                 raise UserError(
-                    f"{without_secrets(url)} cannot be read: {reason}; check the address and the credentials"
+                    f"{strip_secrets(url)} cannot be read: {reason}; check the address and the credentials"
                 ) from None
             if number == NUM_TRIES:
                 raise UserError(
-                    f"{without_secrets(url)} cannot be read after {NUM_TRIES} tries: {reason}; check the network, and "
+                    f"{strip_secrets(url)} cannot be read after {NUM_TRIES} tries: {reason}; check the network, and "
                     "restart the run: finished work is kept"
                 ) from None
             wait_s = FIRST_WAIT_S * 2 ** (number - 1)
-            logger.warning("%s: %s; trying again in %g s", without_secrets(url), reason, wait_s)
+            logger.warning("%s: %s; trying again in %g s", strip_secrets(url), reason, wait_s)
             time.sleep(wait_s)
     raise AssertionError("unreachable")
 
@@ -162,10 +162,10 @@ def is_permanent(error: BaseException) -> bool:
     return isinstance(error, PermissionError) or is_named or getattr(error, "status", None) in REFUSED_STATUSES
 
 
-def cleaned(error: BaseException) -> str:
+def clean_message(error: BaseException) -> str:
     """Return an error's message in one line, with only host and path of URLs."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return SIGNED.sub(r"\1…", URL.sub(lambda match: without_secrets(match[0]), text))[:300]
+    return SIGNED.sub(r"\1…", URL.sub(lambda match: strip_secrets(match[0]), text))[:300]
 
 
 def _limit(file_system: Any) -> dict[str, Any]:

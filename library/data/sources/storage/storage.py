@@ -10,7 +10,7 @@ from glob import glob
 from math import prod
 from typing import Any, TypeVar
 
-from library.data.description.schema import without_secrets
+from library.data.description.schema import strip_secrets
 from library.data.scanned.images import FileStamp, Place, ScannedImage, Version, digest_content
 from library.data.scanned.names import folder_name, safe_name, short_digest
 from library.data.sources.storage import object_storage
@@ -119,7 +119,7 @@ class Storage:
             content = self.read_range(place.file, place.start, place.num_bytes)
             self.disk_cache.put(cache_name(place), content)
         if content is None or digest_content(content) != place.digest:
-            raise UserError(f"{without_secrets(place.file)} was replaced since it was indexed; restart the run")
+            raise UserError(f"{strip_secrets(place.file)} was replaced since it was indexed; restart the run")
         return content
 
     # Files
@@ -179,13 +179,11 @@ class Storage:
         disk."""
         num_names = count_names(pattern)
         if num_names > MOST_NAMES:
-            raise UserError(
-                f"{without_secrets(pattern)!r} stands for {num_names} names; at most {MOST_NAMES} are listed"
-            )
+            raise UserError(f"{strip_secrets(pattern)!r} stands for {num_names} names; at most {MOST_NAMES} are listed")
         found: list[str] = []
-        for path in expanded(pattern):
+        for path in expand_pattern(pattern):
             if is_remote(path):
-                found += object_storage.matching_urls(path) if GLOB_IN_URL.search(path) else [path]
+                found += object_storage.list_matching_urls(path) if GLOB_IN_URL.search(path) else [path]
             else:
                 found += sorted(glob(path)) if GLOB.search(path) and not os.path.exists(path) else [path]
         return found
@@ -215,11 +213,11 @@ def is_remote(file: str) -> bool:
 def cache_name(place: Place) -> str:
     """Return an image's name in the disk cache. Its digest changes with the content."""
     size, reader = (place.num_bytes, "") if place.reader is None else ("", place.reader.name)
-    return f"{without_secrets(place.file)} {place.start} {size} {reader}"
+    return f"{strip_secrets(place.file)} {place.start} {size} {reader}"
 
 
 def count_names(pattern: str) -> int:
-    """Return how many names `expanded` lists, without listing them."""
+    """Return how many names `expand_pattern` lists, without listing them."""
     counts = (
         max(0, int(match["last"]) - int(match["first"]) + 1) if match["first"] else match["choices"].count(",") + 1
         for match in BRACES.finditer(pattern)
@@ -227,7 +225,7 @@ def count_names(pattern: str) -> int:
     return prod(counts)
 
 
-def expanded(pattern: str) -> list[str]:
+def expand_pattern(pattern: str) -> list[str]:
     """Expand a pattern's `{000..013}`, keeping the number of digits, and `{a,b}`."""
     match = BRACES.search(pattern)
     if match is None:
@@ -239,4 +237,4 @@ def expanded(pattern: str) -> list[str]:
     else:
         middles = match["choices"].split(",")
     before, after = pattern[: match.start()], pattern[match.end() :]
-    return [before + middle + rest for middle in middles for rest in expanded(after)]
+    return [before + middle + rest for middle in middles for rest in expand_pattern(after)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from library.architectures.sd3.assembly import build
 from library.architectures.sd3.options import Sd3Options
-from library.architectures.sd3.text import Sd3Text, up_to_end
+from library.architectures.sd3.text import Sd3Text, mask_to_end
 from library.options.ranges import check_ranges
 from library.types import Conditioning
 from tests.tolerances import FLOAT32_DEEP
@@ -91,7 +91,7 @@ def test_masks_of_clip_change_only_the_padding(parts: tuple[Sd3Text, list[nn.Mod
 
 def test_masks_end_with_the_first_end_token() -> None:
     ids = torch.tensor([[8, 3, 4, 9, 9, 9], [8, 9, 0, 0, 0, 0], [8, 1, 2, 3, 4, 9]])
-    assert up_to_end(ids, 9).tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [1] * 6]
+    assert mask_to_end(ids, 9).tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [1] * 6]
 
 
 def test_a_caption_is_encoded_as_it_is_alone(parts: tuple[Sd3Text, list[nn.Module]]) -> None:

@@ -19,7 +19,7 @@ from library.memory.blocks import BlockRunner, plain, recompute
 from library.memory.devices import bytes_of, tensors_of
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes
-from library.memory.planner.repeats import shortened
+from library.memory.planner.repeats import shorten_runs
 from library.memory.planner.steps import Timeline, compute_peak_bytes, count_pass
 from library.models.unet.unet import empty_unet, run_unet_blocks_with, unet_chains
 from networks import lora
@@ -51,7 +51,7 @@ def planned_bytes(side: int, recomputes: bool) -> int:
     """Counted from at most two transformer blocks of each kind."""
     unet, network = built({})
     fixed = bytes_of(unet, network)
-    with shortened(unet_chains(unet)) as repeats, FakeTensorMode(allow_non_fake_inputs=True):
+    with shorten_runs(unet_chains(unet)) as repeats, FakeTensorMode(allow_non_fake_inputs=True):
         give_fakes(unet)
         give_fakes(network)
         passes = []

@@ -11,7 +11,7 @@ from torch import nn
 
 from library.memory.devices import bytes_of
 from library.memory.planner.choice import Allowed, choose
-from library.memory.planner.gpus import GIB, Gpu, MemorySize, measured_gpu, most_pinned, parse_size, typical_gpu
+from library.memory.planner.gpus import GIB, Gpu, MemorySize, benchmark_gpu, max_pinned_bytes, parse_size, typical_gpu
 from library.memory.planner.prediction import (
     ALLOCATOR_SHARE,
     CONTEXT_BYTES,
@@ -21,7 +21,7 @@ from library.memory.planner.prediction import (
     predict,
 )
 from library.memory.planner.repeats import Repeats
-from library.memory.planner.stages import Stage, most_images
+from library.memory.planner.stages import Stage, max_images
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline
 from library.memory.planner.table import format_table
 from library.memory.planner.weights import Matrix, ModelWeights, StorageCost
@@ -180,7 +180,7 @@ def test_offloaded_inputs_are_copied_beside_the_arithmetic() -> None:
 def test_wsl_pins_half_a_gibibyte_whatever_there_is(release: str, gib: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.release", lambda: release)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=64 * GIB))
-    assert most_pinned() == pytest.approx(gib * GIB)
+    assert max_pinned_bytes() == pytest.approx(gib * GIB)
 
 
 def test_what_is_fixed_is_the_only_candidate() -> None:
@@ -282,7 +282,7 @@ def test_a_typical_card_has_at_most_the_memory() -> None:
 
 
 def test_a_device_is_measured() -> None:
-    found = measured_gpu(torch.device("cpu"), GIB, torch.float32, side=128)
+    found = benchmark_gpu(torch.device("cpu"), GIB, torch.float32, side=128)
     assert found.flops > 0 and found.bus > 0 and found.bandwidth > 0 and found.memory_bytes == GIB
 
 
@@ -296,7 +296,7 @@ def test_a_stage_encodes_as_many_at_a_time_as_fit() -> None:
 
 
 def test_large_images_are_encoded_alone() -> None:
-    assert [most_images(side**2) for side in (256, 512, 640, 768, 1024, 2048)] == [8, 4, 2, 1, 1, 1]
+    assert [max_images(side**2) for side in (256, 512, 640, 768, 1024, 2048)] == [8, 4, 2, 1, 1, 1]
 
 
 @pytest.mark.parametrize("peak", [0, 9 * GIB])

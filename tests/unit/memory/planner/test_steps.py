@@ -16,7 +16,7 @@ from library.memory.blocks import BlockRunner, plain, recompute
 from library.memory.devices import tensors_of
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes, norms_as_on_cards
-from library.memory.planner.repeats import Repeats, shortened
+from library.memory.planner.repeats import Repeats, shorten_runs
 from library.memory.planner.steps import (
     CountedPass,
     DifferentInputs,
@@ -75,7 +75,7 @@ def counted(dtype: torch.dtype | None = None, num_passes: int = 1) -> Timeline:
     def give_runner(runner: BlockRunner) -> None:
         model.runner = runner
 
-    with shortened([model.attending, model.widening]) as repeats, FakeTensorMode(allow_non_fake_inputs=True):
+    with shorten_runs([model.attending, model.widening]) as repeats, FakeTensorMode(allow_non_fake_inputs=True):
         assert len(model.attending) == len(model.widening) == 2
         give_fakes(model)
         passes = []
@@ -156,7 +156,7 @@ def test_blocks_with_other_adapters_are_not_alike() -> None:
         layer = model.widening[3].up
         del layer.__dict__["forward"]
         model.adapters.append(type(model.adapters[0])(layer, RANK + 1))
-    with shortened([model.attending, model.widening], shares=False) as repeats:
+    with shorten_runs([model.attending, model.widening], shares=False) as repeats:
         assert len(model.attending) == 2
         assert [len(repeats.own[block]) for block in model.widening] == [1, 2, 1, 1, 1]
 
@@ -174,7 +174,7 @@ def count_stacks(shares: bool) -> Timeline:
     def give_runner(runner: BlockRunner) -> None:
         model.runner = runner
 
-    with shortened([*stacks, model.widening], shares) as repeats, FakeTensorMode(allow_non_fake_inputs=True):
+    with shorten_runs([*stacks, model.widening], shares) as repeats, FakeTensorMode(allow_non_fake_inputs=True):
         model.attending = nn.ModuleList(block for stack in stacks for block in stack)
         assert len(model.attending) == (4 if shares else 5)
         give_fakes(model)

@@ -13,7 +13,7 @@ from library.memory.planner.prediction import CONTEXT_BYTES
 from library.processes import Processes
 from library.training.planning import fit_run
 from library.training.planning.counting import BatchShape, fake_batch, shape_of_batch
-from library.training.planning.fit_run import counted_run, largest_batch, measure_gpu
+from library.training.planning.fit_run import count_adapter_run, largest_batch, measure_gpu
 from tests.unit.data.builders import SPEC
 from tests.unit.training.test_checks import made
 from tests.unit.training.test_text_caching import Board
@@ -38,7 +38,7 @@ def test_processes_choose_by_the_least_room_and_the_main_process_speed(monkeypat
 
     ranks = iter(range(100, 200))
     monkeypatch.setattr(
-        fit_run, "measured_gpu", lambda device, room, dtype: Gpu("x", room, next(ranks), next(ranks), next(ranks))
+        fit_run, "benchmark_gpu", lambda device, room, dtype: Gpu("x", room, next(ranks), next(ranks), next(ranks))
     )
     with ThreadPoolExecutor(3) as pool, monkeypatch.context() as patch:
         patch.setattr(fit_run, "free_memory", lambda device: free.popitem()[1])
@@ -63,9 +63,9 @@ def test_a_module_of_others_that_needs_values_is_named(monkeypatch: pytest.Monke
     arch: Any = nothing
     device: Any = nothing
     with pytest.raises(ValueError, match=r"--fit cannot count what --network_module lycoris.kohya does \(RuntimeError"):
-        counted_run(made(network_module="lycoris.kohya"), arch, shape, device)
+        count_adapter_run(made(network_module="lycoris.kohya"), arch, shape, device)
     with pytest.raises(RuntimeError, match=r"^shape is invalid$"):
-        counted_run(made(network_module="networks.lora"), arch, shape, device)
+        count_adapter_run(made(network_module="networks.lora"), arch, shape, device)
 
 
 @pytest.mark.parametrize("has_latents", [True, False])
