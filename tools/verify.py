@@ -202,7 +202,7 @@ class Trial:
         found = re.search(r"self-test: (\d+ gradients in \d+ blocks .*)", done.stderr)
         wrong = "--selftest:" in done.stderr
         if found is not None or wrong:
-            text = found[1] if found is not None else "gradients are not those of the plain mode, see above"
+            text = found[1] if found is not None else "gradients differ from the plain mode, see above"
             yield Result("way of saving memory", text, wrong)
         if done.returncode:
             yield Result(f"{NUM_STEPS} steps", f"failed: {find_error(done.stderr)}", is_wrong=True)

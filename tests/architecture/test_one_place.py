@@ -23,7 +23,7 @@ GRAMMAR = "library/checkpoints/adapter_keys.py"
 ONCE = {  # definition -> where it stands
     r"^def recognise_naming\(": GRAMMAR,
     r"^PEFT_PREFIX\b": GRAMMAR,
-    r"^def underscored\(": GRAMMAR,
+    r"^def to_underscores\(": GRAMMAR,
     r"^class AdapterKey\b": GRAMMAR,
     r"^def recognise_layout\(": "networks/core/registry/layouts.py",
 }

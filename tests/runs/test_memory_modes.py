@@ -176,7 +176,7 @@ def test_a_mode_tests_itself_and_trains_as_without_the_test(
     run: Callable[..., Finished], name: str, mode: tuple[str, ...], tmp_path: Path
 ) -> None:
     done = run("tested", *mode, "--blocks_to_swap", WAITING[name], "--selftest")
-    assert re.search(r"self-test: \d+ gradients in \d+ blocks are those of the plain mode: off by 0\.0e", done.stderr)
+    assert re.search(r"self-test: \d+ gradients in \d+ blocks equal those of the plain mode: off by 0\.0e", done.stderr)
     run("untested", *mode, "--blocks_to_swap", WAITING[name])
     assert same(tmp_path / "tested", tmp_path / "untested")
 

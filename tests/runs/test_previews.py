@@ -145,7 +145,7 @@ def test_a_failing_preview_leaves_the_run_alive(
     (tmp_path / "out" / "sample").write_text("in the way")
     done = train([*base_arguments, *prompts, *EVENTS])
     assert done.status == 0
-    assert "preview 0 (a (red:1.3) cat) failed, training goes on: FileExistsError" in done.stderr
+    assert "preview 0 (a (red:1.3) cat) failed, training continues: FileExistsError" in done.stderr
     assert (tmp_path / "out" / "mine.safetensors").exists()
 
 

@@ -110,7 +110,7 @@ def cache_latents(
     on_disk = [job for job in jobs if job.file is not None]
     kept = [job for job in jobs if job.file is None]
     if kept and processes.count > 1:
-        kept = hand_over_files(kept, processes.shared_folder("latents"), plan)
+        kept = assign_exchange_files(kept, processes.shared_folder("latents"), plan)
     memory: dict[int, Latents] = {}
     damaged: dict[int, str] = {}
     entries = VerifiedEntries.open((job.file for job in on_disk if job.file is not None), plan.storage)
@@ -157,7 +157,7 @@ def files_by_sample(files: Mapping[int, LatentFile], plan: DataPlan) -> CacheFil
     return CacheFiles(partial(usual_latent_file, plan.spec), has_N, others)
 
 
-def hand_over_files(jobs: Sequence[Job], folder: str, plan: DataPlan) -> list[Job]:
+def assign_exchange_files(jobs: Sequence[Job], folder: str, plan: DataPlan) -> list[Job]:
     """Give the jobs whose latents would stay in memory files in `folder`."""
     passed = []
     for number, job in enumerate(jobs):

@@ -212,7 +212,7 @@ def draw_size(most: int, rng: Random) -> tuple[int, int]:
 
 
 def size_conditioning(height: int, width: int, rng: Random | None) -> tuple[int, ...]:
-    """Return the base model's sizes for a whole image; with `rng` for a random crop of one up to three times as large."""
+    """Return sizes for a whole image; with `rng` for a random crop of one up to three times as large."""
     if rng is None:
         return height, width, 0, 0, height, width
     scale = 1 + 2 * rng.random()

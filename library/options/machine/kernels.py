@@ -18,5 +18,5 @@ class KernelOptions(Options, own=True):
         False,
         unless="deterministic",
         help="Let cuDNN time its convolutions on the CUDA card for each new shape and keep the fastest. Helps where "
-        "few sizes of images are trained; --deterministic wins over it.",
+        "few sizes of images are trained; --deterministic overrides it.",
     )

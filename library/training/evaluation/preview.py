@@ -312,7 +312,7 @@ def give_up(what: str, error: Exception) -> None:
     if isinstance(error, Interrupted):
         raise error
     with tqdm.external_write_mode():
-        logger.error("%s failed, training goes on: %s: %s", what, type(error).__name__, error)
+        logger.error("%s failed, training continues: %s: %s", what, type(error).__name__, error)
     logger.debug("where it failed:", exc_info=error)
 
 
@@ -357,7 +357,7 @@ def draw_latents(
     noise_BCHW = torch.randn(shape, generator=generator).to(context.device)
     latents_BCHW = denoise(sampler, say, sampler.start(noise_BCHW), generator, goes_on=goes_on)
     if latents_BCHW is not None and not latents_BCHW.isfinite().all():
-        raise UserError("the latents are not a number: the denoiser overflows, or the adapter has diverged")
+        raise UserError("the latents are NaN: the denoiser overflows, or the adapter has diverged")
     return latents_BCHW
 
 

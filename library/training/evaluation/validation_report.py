@@ -27,7 +27,7 @@ def log_evaluation(
     broken_N = ~evaluation.losses_NL.isfinite().all(1)
     if broken_N.any():
         names = list_few(labels[i] for i in broken_N.nonzero().flatten().tolist())
-        logger.error("%s after step %d: the loss is not a number for %s", title, evaluation.step, names)
+        logger.error("%s after step %d: the loss is not finite for %s", title, evaluation.step, names)
     at_levels = ", ".join(f"{t}: {x:.4f}" for t, x in zip(levels, evaluation.level_means, strict=True))
     place = f"after step {evaluation.step}" if evaluation.step else "before the first step"
     text = f"{title} {place}: loss {evaluation.mean:.4f} on {len(before.images)} images (noise level {at_levels})"

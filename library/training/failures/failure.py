@@ -39,7 +39,7 @@ def save_on_error(writer: Writer, progress: Progress, plan: Plan) -> Iterator[No
         try:
             message = writer.save_failed(progress, plan.epoch_of(progress.step - 1))
         except Exception as second:  # the cause may prevent saving too; the first error counts
-            logger.error("the run could not be saved either: %s: %s", type(second).__name__, second)
+            logger.error("saving failed too: %s: %s", type(second).__name__, second)
             logger.debug("where that failed:", exc_info=second)
             raise error from None
         raise StoppedByError(message) from error

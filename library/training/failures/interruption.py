@@ -111,4 +111,4 @@ class Interruption:
         name = signal.Signals(number).name
         if not self._is_deferred:
             raise Interrupted(name)
-        logger.warning("%s received: finishing the step, then saving; once more to stop at once", name)
+        logger.warning("%s received: finishing this step and saving; a second signal stops immediately", name)

@@ -61,7 +61,7 @@ class NonFiniteGuard:
             return True
         scaler = self.run.optimization.scaler
         if losses_are_finite and scaler is not None and scaler.get_scale() > MIN_LOSS_SCALE:  # at the start of a run
-            logger.info("step %d is left out: fp16 gradients overflow, the loss scale is halved", window.step + 1)
+            logger.info("step %d is skipped: fp16 gradients overflow, the loss scale is halved", window.step + 1)
             return False
         self.num_skipped += 1
         self.num_in_a_row += 1
@@ -76,7 +76,7 @@ class NonFiniteGuard:
             raise NonFiniteError(
                 f"{explanation}. {self.num_in_a_row} steps in a row were not finite; {advice(self.run)}", self.last_good
             )
-        logger.warning("%s. The step is left out: weights and learning rate stay as they were", explanation)
+        logger.warning("%s. The step is skipped: weights and learning rate are unchanged", explanation)
         return False
 
     def explain(self, window: Window, losses: Sequence[float], norm: float) -> str:
@@ -102,7 +102,7 @@ class NonFiniteGuard:
         if self.num_skipped and self.last_good is None:
             raise NonFiniteError(f"none of {step} steps had a finite loss and gradient; {advice(self.run)}", None)
         if self.num_skipped:
-            logger.warning("%d of %d steps were left out: loss or gradient was not finite", self.num_skipped, step)
+            logger.warning("%d of %d steps were skipped: loss or gradient was not finite", self.num_skipped, step)
 
 
 def advice(run: Run) -> str:
@@ -121,7 +121,7 @@ def save_last_good(writer: Writer) -> Iterator[None]:
         yield
     except NonFiniteError as error:
         if error.last_good is None:
-            raise NonFiniteError(f"{error}. Nothing is saved now; files saved before stay", None) from error
+            raise NonFiniteError(f"{error}. Nothing is saved now; earlier files are kept", None) from error
         step, epoch = error.last_good
         path = writer.names.of_step(step)
         raise NonFiniteError(f"{error}. {save_and_describe(writer, path, step, epoch)}", error.last_good) from error

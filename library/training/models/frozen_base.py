@@ -138,7 +138,9 @@ def use_8bit_matmul(denoiser: nn.Module) -> None:
     count = multiply_codes(layers)
     left = Counter(explain_no_matmul(layer) for layer in layers if not layer.multiplies_codes)
     if not count:
-        raise UserError("--base_arithmetic 8bit: no layer of the denoiser can multiply so; leave it out")
+        raise UserError(
+            "--base_arithmetic 8bit: no layer of the denoiser supports 8-bit products; remove --base_arithmetic"
+        )
     why = ", ".join(f"{number} {reason}" for reason, number in left.items())
     stay = f"; {left.total()} are decoded: {why}" if left else ""
     logger.info("denoiser: %d layers multiply in 8 bits%s", count, stay)

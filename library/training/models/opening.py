@@ -35,7 +35,7 @@ def choose_seed(seed: int | None, processes: Processes, state: StateManifest | N
     if state is not None:
         if seed not in (None, state.seed):
             logger.warning(
-                "--seed was %d in the state and is %d: the run goes on, but not as the uninterrupted one would have",
+                "--seed was %d in the state and is %d: the run continues, but differs from an uninterrupted one",
                 state.seed,
                 seed,
             )

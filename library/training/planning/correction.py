@@ -98,7 +98,7 @@ class MemoryWatch:
                 room // MIB,
             )
         elif choice.chosen.way == chosen.way:
-            logger.info("the choice stays as it is: %s", describe(chosen.way))
+            logger.info("keeping the configuration: %s", describe(chosen.way))
         else:
             context, options = self._run.context, self._run.options.with_values(option_values(choice.chosen.way))
             choose_block_runner(
@@ -110,7 +110,7 @@ class MemoryWatch:
                 [context.network],
             )
             need = format_gib(choice.chosen.device_bytes)
-            logger.warning("from here on: %s, which needs %s", describe(choice.chosen.way), need)
+            logger.warning("switching to %s, which needs %s", describe(choice.chosen.way), need)
 
 
 def num_pixels(batch: Batch) -> int:

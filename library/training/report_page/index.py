@@ -48,7 +48,7 @@ def write_index(folder: Path) -> None:
         try:
             runs.append(summarize(read_report(path), path))
         except UserError as error:
-            logger.warning("%s; it is left out of %s", error, FILE_NAME)
+            logger.warning("%s; it is not part of %s", error, FILE_NAME)
     title = f"Runs in {folder.resolve().name}"
     write_page(folder / FILE_NAME, build_page(title, "index.js", {"title": title, "runs": runs}))
 

@@ -60,7 +60,7 @@ class ReportWriter:
             write_page(self.path, build_report(self._record, self._reload_s))
         except OSError as error:
             if not self._is_reported:
-                logger.warning("%s cannot be written and is tried again later: %s", self.path, error)
+                logger.warning("%s cannot be written ; trying again later: %s", self.path, error)
             self._is_reported = True
         self._due = self._clock() + (self._reload_s or EVERY_S)
 
@@ -135,5 +135,5 @@ def earlier_record(path: Path) -> Record | None:
     try:
         return read_report(path)
     except UserError as error:
-        logger.warning("%s; the report begins afresh", error)
+        logger.warning("%s; the report starts over", error)
         return None

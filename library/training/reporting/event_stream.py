@@ -132,9 +132,7 @@ class Events:
                 act(sink)
             except Exception as error:  # a full disk or a closed pipe does not concern training
                 self._sinks.remove(sink)
-                logger.warning(
-                    "%s is given up from here on, training goes on: %s: %s", sink.name, type(error).__name__, error
-                )
+                logger.warning("%s is dropped, training continues: %s: %s", sink.name, type(error).__name__, error)
                 logger.debug("where it failed:", exc_info=error)
 
 

@@ -110,7 +110,7 @@ class Charts:
         except Exception as error:  # each tracker has its own errors, and none concerns training
             self._failed.add(tracker.name)
             logger.warning(
-                "charts of %s are off from here on, training goes on: %s: %s", tracker.name, type(error).__name__, error
+                "charts of %s are switched off, training continues: %s: %s", tracker.name, type(error).__name__, error
             )
             logger.debug("where it failed:", exc_info=error)
 

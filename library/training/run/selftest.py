@@ -185,7 +185,7 @@ def report(findings: Sequence[Finding], calls: Sequence[Call]) -> None:
             "--gradient_checkpointing, and report this: it is a bug or a fault of the GPU's memory"
         )
     logger.info(
-        "self-test: %d gradients in %d blocks are those of the plain mode: off by %.1e at most, where rounding alone "
+        "self-test: %d gradients in %d blocks equal those of the plain mode: off by %.1e at most, where rounding alone "
         "is off by %.1e",
         len(findings),
         len(calls),

@@ -238,7 +238,7 @@ class Writer:
             try:
                 self.write(self.names.of_best(), step, epoch)
             except NotWrittenError as error:
-                logger.error("%s; training goes on", error)
+                logger.error("%s; training continues", error)
 
     def save_weights_of_end(self, step: int, epoch: int) -> None:
         """Write the final file before the other work scheduled after the last step; `save_end` replaces it."""
@@ -265,7 +265,7 @@ class Writer:
         """Save an interrupted run: its weights, and always its state."""
         if self.is_main:
             announce(
-                f"training was interrupted after step {progress.step}; to go on, give the same command with "
+                f"training was interrupted after step {progress.step}; to continue, repeat the command with "
                 f"{self._save_unfinished(progress, epoch)}"
             )
 
@@ -366,7 +366,7 @@ class Writer:
             if self.options.state.save_state:
                 is_in_place &= self._save_state(path, progress.step, epoch, done) == state_folder(path)
         except NotWrittenError as error:
-            logger.error("%s; training goes on", error)
+            logger.error("%s; training continues", error)
             return False
         progress.done.add(part)
         return is_in_place

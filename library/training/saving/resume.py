@@ -46,7 +46,7 @@ EFFECTS: Mapping[OnResume | None, tuple[int, str]] = {
         ": the optimizer goes on as the state has it; to change it, start from the weights with --network_weights "
         "instead",
     ),
-    None: (logging.WARNING, ": the run goes on, but not as the uninterrupted one would have"),
+    None: (logging.WARNING, ": the run continues, but differs from an uninterrupted one"),
 }
 
 
@@ -84,7 +84,7 @@ def batches_of_state(own: int, facts: StateManifest | None, num_processes: int) 
     if whole % num_processes:
         fitting = [str(n) for n in range(1, whole + 1) if whole % n == 0]
         raise UserError(
-            f"the state {facts.path} comes from {facts.num_processes} processes, which averaged {whole} batches in "
+            f"the state {facts.path} was saved by {facts.num_processes} processes, which averaged {whole} batches in "
             f"each step; {num_processes} cannot share these out. Start {' or '.join(fitting)} processes, or set "
             "another --gradient_accumulation_steps to go on with other steps"
         )
@@ -137,7 +137,7 @@ def find_named_or_newest(wanted: StateOptions, hub: HubOptions, saving: SavingOp
     names = Names.build(saving)
     facts = newest_state(names.folder, names.starts)
     if facts is None:
-        logger.info("--autoresume: there is no state in %s; starting at the beginning", names.folder)
+        logger.info("--autoresume: there is no state in %s; starting from the beginning", names.folder)
     return facts
 
 
@@ -224,7 +224,7 @@ def report_differences(
     for level, line in option_differences(facts, options, num_processes):
         logger.log(level, "%s", line)
     for line in (*dataset_differences(facts.dataset, dataset), *content_differences(facts.dataset, dataset, paths)):
-        logger.warning("%s: the run goes on, but not as the uninterrupted one would have", line)
+        logger.warning("%s: the run continues, but differs from an uninterrupted one", line)
     accumulation = options.flat()["gradient_accumulation_steps"]
     before = facts.num_processes * int(facts.options.get("gradient_accumulation_steps", accumulation))
     if facts.num_processes != num_processes:

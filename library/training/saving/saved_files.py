@@ -42,7 +42,7 @@ def drop_copies(files: Sequence[Path]) -> list[Path]:
             alike.append(path)
             found.append(path)
         else:
-            logger.info("%s holds the same adapter as %s and is left out", path, earlier)
+            logger.info("%s has the same adapter as %s and is skipped", path, earlier)
     return found
 
 

@@ -209,7 +209,7 @@ def restore(facts: StateManifest, network: nn.Module, keepers: Mapping[str, Stat
     tensors = load_state_dict(facts.path / TENSOR_FILE)
     for name, keeper in keepers.items():
         if name not in facts.parts:
-            logger.warning("the state %s holds nothing about the %s, which starts afresh", facts.path, name)
+            logger.warning("the state %s has no state of the %s, which is reset", facts.path, name)
             continue
         try:
             keeper.load_state_dict(put_together(facts.parts[name], tensors))
@@ -248,7 +248,7 @@ class OptimizerState:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict. Raises UserError for the state of another optimizer."""
         if strip_arguments(state_dict["name"]) != strip_arguments(self.name):
-            raise UserError(f"it holds the memory of {state_dict['name']}, but this run uses {self.name}")
+            raise UserError(f"it is the state of {state_dict['name']}, but this run uses {self.name}")
         saved = state_dict["state"]
         for own, other in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
             for name in own.keys() - {"params"}:

@@ -96,7 +96,7 @@ def newest_of_all(wanted: StateOptions, adapters: Mapping[str, SavingOptions]) -
         ):
             return found
     if not any(states.values()):
-        logger.info("--autoresume: there is no state of an adapter of --sweep; starting at the beginning")
+        logger.info("--autoresume: there is no state of an adapter of --sweep; starting from the beginning")
         return {}
     folder = next(iter(adapters.values())).output_dir
     steps_found = ", ".join(f"{label}: {sorted(steps) or 'none'}" for label, steps in states.items())

@@ -80,7 +80,7 @@ def test_it_goes_on_from_its_state_bit_for_bit() -> None:
         move(model)
         resumed.update()
     assert all(torch.equal(one, other) for one, other in zip(resumed.values, last, strict=True))
-    with pytest.raises(ValueError, match="it holds the average of other weights"):
+    with pytest.raises(ValueError, match="it is the average of other weights"):
         WeightAverage(list(nn.Linear(2, 2).parameters()), 0.8, 2).load_state_dict(state)
 
 

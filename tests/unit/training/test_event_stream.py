@@ -85,7 +85,7 @@ def test_a_sink_that_fails_is_given_up_and_others_go_on(caplog: pytest.LogCaptur
     events.emit(Removed("too late"))
     assert [line.get("file") for line in whole.lines] == ["a", "b", "c", None] and whole.is_closed
     assert [line["file"] for line in broken.lines] == ["a"]
-    assert caplog.text.count("is given up from here on, training goes on") == 1
+    assert caplog.text.count("is dropped, training continues") == 1
 
 
 def test_progress_comes_once_a_second_but_begin_and_end_always() -> None:

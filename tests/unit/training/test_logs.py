@@ -65,7 +65,7 @@ def test_a_tracker_that_fails_is_given_up_and_the_other_one_goes_on(
     charts.close()
     told = [record.getMessage() for record in caplog.records]
     assert told == [
-        "charts of tensorboard are off from here on, training goes on: OSError: [Errno 28] No space left on device"
+        "charts of tensorboard are switched off, training continues: OSError: [Errno 28] No space left on device"
     ]
     assert len(whole.logged) == 4 and whole.is_finished and ended == [True]
 

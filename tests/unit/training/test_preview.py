@@ -165,7 +165,7 @@ def test_one_image_that_fails_is_reported_and_the_others_are_drawn(run: Any, cap
     assert names(run) == ["000002_01_TIME_7.png"]
     assert charts.images == [(2, 1, [1])]
     (record,) = caplog.records
-    assert "preview 0 (too large) failed, training goes on" in record.message
+    assert "preview 0 (too large) failed, training continues" in record.message
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("out of memory")])
