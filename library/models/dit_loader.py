@@ -126,21 +126,21 @@ def check_input_width(path: Path, found: int, expected: int, unit: str, title: s
         )
 
 
-def open_dit(options: DitTrainOptions, title: str) -> BaseFiles:
+def open_dit(model: ModelOptions, text_encoder: str | None, title: str) -> BaseFiles:
     """Open the transformer's file, or the folder with every part that has no file of its own. Raises UserError naming
     the flag if it is missing or broken."""
-    given = {"text_encoder": options.parts.text_encoder, "vae": options.model.vae}
+    given = {"text_encoder": text_encoder, "vae": model.vae}
     return open_base(
-        options.model.pretrained_model_name_or_path,
+        model.pretrained_model_name_or_path,
         f"the file of {title}'s transformer, or a diffusers folder",
         [folder for folder in ("transformer", "text_encoder", "vae") if given.get(folder) is None],
     )
 
 
-def open_encoder_files(options: DitTrainOptions, flag: str) -> tuple[BaseFiles, Weights]:
+def open_encoder_files(model: ModelOptions, text_encoder: str | None, flag: str) -> tuple[BaseFiles, Weights]:
     """Return the files, and the weights of no denoiser, of a caching command that is given only the encoder that `flag`
     names. Raises UserError if it is not given."""
-    return open_without_base(flag, options.model.vae if flag == "--vae" else options.parts.text_encoder)
+    return open_without_base(flag, model.vae if flag == "--vae" else text_encoder)
 
 
 def open_encoder(
@@ -153,7 +153,7 @@ def open_encoder(
     `open_loader` does, and without either."""
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
-    return build_loader(options, *open_encoder_files(options, flag))
+    return build_loader(options, *open_encoder_files(options.model, options.parts.text_encoder, flag))
 
 
 def recorded_as_distilled(path: Path) -> bool | None:

@@ -37,7 +37,7 @@ def open_loader(options: Flux2Options) -> tuple[DitLoader, Release]:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    base = open_dit(options, MODEL)
+    base = open_dit(options.model, options.parts.text_encoder, MODEL)
     weights = read_denoiser(base)
     config = configure(weights, read_config)
     release = recognise_release(config, options.parts.model_version, str(base.path))
@@ -53,7 +53,7 @@ def open_encoder(options: Flux2Options, flag: str) -> tuple[DitLoader, TextEncod
     if options.model.pretrained_model_name_or_path:
         loader, release = open_loader(options)
         return loader, release.encoder
-    base, nothing = open_encoder_files(options, flag)
+    base, nothing = open_encoder_files(options.model, options.parts.text_encoder, flag)
     version = options.parts.model_version
     encoder = release_named(version or "dev").encoder
     if flag == FLAG:

@@ -32,7 +32,7 @@ def open_loader(options: ZImageOptions) -> DitLoader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    base = open_dit(options, MODEL)
+    base = open_dit(options.model, options.parts.text_encoder, MODEL)
     weights = read_denoiser(base)
     config = configure(weights, read_config)
     loader = build_loader(options, base, weights, partial(ZImage, config))
