@@ -41,7 +41,7 @@ def before_batch(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[
 def assert_goes_on_to_the_same_end(train: Train, words: list[str], tmp_path: Path) -> None:
     again = train([*words, "--autoresume"])
     assert again.status == 0, again.stderr
-    assert "going on from" in again.stderr
+    assert "resuming from" in again.stderr
     assert train([*words, "--output_dir", str(tmp_path / "whole")]).status == 0
     one, other = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("out", "whole"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

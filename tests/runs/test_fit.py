@@ -123,7 +123,7 @@ def test_sizes_that_cannot_be_had_are_named(size: str, message: str, train: Trai
     ("factor", "messages"),
     [
         pytest.param(1.02, ("memory of a step:",), marks=pytest.mark.nightly),
-        (0.5, ("a step takes 50 % less memory than was planned", "from here on: plain")),
+        (0.5, ("a step takes 50 % less memory than was planned", "switching to plain")),
         pytest.param(
             3.0,
             ("a step takes 200 % more memory than was planned", "nothing that can be changed while training"),

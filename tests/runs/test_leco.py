@@ -116,7 +116,7 @@ def test_other_prompts_at_a_resume_are_told(leco: Leco, tmp_path: Path) -> None:
     leco("--save_state", "--save_every_n_steps", "2")
     (tmp_path / "pairs.toml").write_text(PAIRS.replace("dog", "cat"))
     done = leco("--resume", str(tmp_path / "out" / "mine-step00000002-state"))
-    assert "is not the one of the state (its captions differ): the run goes on" in done.stderr
+    assert "is not the one of the state (its captions differ): the run continues" in done.stderr
     assert "pictures in" not in done.stderr
 
 

@@ -63,7 +63,7 @@ def test_a_run_that_is_cut_goes_on_as_the_uninterrupted_one_whatever_saves_memor
     assert len(whole.losses) == 3 and rest.losses == whole.losses[1:]
     one, other = (load_state_dict(tmp_path / folder / "mine.safetensors") for folder in ("whole", "rest"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    assert all(key.startswith(("lora_unet_", "diffusion_model.")) for key in one)
+    assert all(key.startswith(("lora_unet_", "diffusion_model.", "transformer.")) for key in one)
     ups = [tensor for key, tensor in one.items() if "lora_up" in key or "lora_B" in key]
     assert sum(float(tensor.abs().max()) > 0 for tensor in ups) == len(ups) > 3
     metadata = read_metadata(tmp_path / "whole" / "mine.safetensors")

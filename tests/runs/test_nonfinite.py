@@ -91,7 +91,7 @@ def test_a_damaged_step_leaves_the_weights_and_the_next_one_moves_them(
     assert largest_change(before, skipped) <= rounding
     assert largest_change(skipped, after) > 10 * rounding
     assert all(weight.isfinite().all() for weight in after.values())
-    assert "1 of 4 steps were left out" in done.stderr
+    assert "1 of 4 steps were skipped" in done.stderr
 
 
 def test_the_message_names_step_images_and_noise_levels(
@@ -149,7 +149,7 @@ def test_damaged_steps_apart_from_each_other_do_not_end_the_run(
     spoil(range(1, 16, 2))
     done = train([*base_arguments, "--max_train_steps", "16"])
     assert done.status == 0, done.stderr
-    assert "8 of 16 steps were left out" in done.stderr
+    assert "8 of 16 steps were skipped" in done.stderr
 
 
 def test_stop_ends_the_run_at_the_first_one(
@@ -194,7 +194,7 @@ def test_gradients_that_overflow_while_the_loss_scale_is_found_are_no_damage(
     done = train([*base_arguments, "--max_train_steps", "14", "--on_nonfinite", "stop"])
     assert done.status == 0, done.stderr
     assert 2.0**115 < scaler.get_scale() < 2.0**127
-    assert "loss scale is halved" in done.stderr and "were left out" not in done.stderr
+    assert "loss scale is halved" in done.stderr and "were skipped" not in done.stderr
 
 
 def test_a_loss_that_is_nan_under_loss_scaling_is_damage(

@@ -265,7 +265,7 @@ class Writer:
         """Save an interrupted run: its weights, and always its state."""
         if self.is_main:
             announce(
-                f"training was interrupted after step {progress.step}; to continue, repeat the command with "
+                f"training was interrupted after step {progress.step}; to continue, give the same command with "
                 f"{self._save_unfinished(progress, epoch)}"
             )
 

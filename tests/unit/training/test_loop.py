@@ -144,7 +144,7 @@ def test_a_damaged_step_moves_neither_weight_nor_schedule(value: float, caplog: 
     before = run.optimization.schedule.state_dict()["last_epoch"]
     step(run, window, batch_of(1.0), damaged)
     assert weight_of(run) == 2.5 and run.optimization.schedule.state_dict()["last_epoch"] == before
-    assert "a.png" in caplog.text and "The step is left out" in caplog.text
+    assert "a.png" in caplog.text and "The step is skipped" in caplog.text
     step(run, replace(window, step=1), batch_of(1.0), batch_of(1.0))
     assert weight_of(run) < 2.5, "the next step is as if there had been no damage"
 

@@ -179,7 +179,7 @@ def test_whatever_fails_is_logged(
     monkeypatch.setattr("library.training.evaluation.preview.place", fail)
     with caplog.at_level(logging.ERROR):
         previews.after_step(2, 1, Interruption())
-    assert str(error) in caplog.text and "training goes on" in caplog.text
+    assert str(error) in caplog.text and "training continues" in caplog.text
     assert run.context.network.module.training
 
 

@@ -421,7 +421,7 @@ def test_changes_say_what_they_mean(caplog: pytest.LogCaptureFixture) -> None:
     )
     text = differences(base, now, caplog, pictures="other", num_pictures=7)
     assert "--learning_rate was 2e-06 in the state and is 5e-05, which takes effect from here on: the" in text
-    assert "--min_snr_gamma was None in the state and is 5.0: the run goes on, but not as the uninterrupted" in text
+    assert "--min_snr_gamma was None in the state and is 5.0: the run continues, but differs from an" in text
     assert "--max_train_steps was 1600 in the state and is 2000: learning rates that depend on the length" in text
     assert "its images differ; 6 images in 3 batches then, 7 in 3 now" in text
 
@@ -470,7 +470,7 @@ def test_what_only_explains_or_averages_the_same_is_no_other_run(caplog: pytest.
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "a step averages as many batches as before" in caplog.text
     caplog.clear()
-    assert "--gradient_accumulation_steps was 1 in the state and is 2: the run goes on, but" in differences(
+    assert "--gradient_accumulation_steps was 1 in the state and is 2: the run continues, but" in differences(
         base, doubled, caplog
     )
 

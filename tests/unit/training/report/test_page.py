@@ -142,6 +142,6 @@ def test_a_report_that_cannot_be_written_is_tried_again(
         for _ in range(3):
             writer.take(lines_of([plan(10)]))
             now[0] += 31
-    assert not path.exists() and caplog.text.count("is tried again later") == 1
+    assert not path.exists() and caplog.text.count("trying again later") == 1
     writer.take(lines_of([plan(10)]))
     assert path.exists()
