@@ -31,7 +31,7 @@ def run(arguments: list[str], folder: Path, killed_at: str, *, killed: int = 1, 
 
 def test_one_that_dies_while_images_are_encoded_is_named(base_arguments: list[str], tmp_path: Path) -> None:
     words = [*base_arguments, "--cache_latents_to_disk"]
-    main, _ = run(words, tmp_path, "library.data.caching.latents:encoded")
+    main, _ = run(words, tmp_path, "library.data.caching.latents:encode_all")
     assert main.status == 1 and GONE in main.said and "Traceback" not in main.said
 
 
@@ -58,7 +58,7 @@ def test_an_error_of_the_main_process_alone_is_told_by_the_other(base_arguments:
 @pytest.mark.nightly
 def test_the_death_of_the_main_process_is_noticed_by_the_others(base_arguments: list[str], tmp_path: Path) -> None:
     words = [*base_arguments, "--cache_latents_to_disk"]
-    _, other = run(words, tmp_path, "library.data.caching.latents:encoded", killed=0, killer=1)
+    _, other = run(words, tmp_path, "library.data.caching.latents:encode_all", killed=0, killer=1)
     assert other.status == 1
     assert "process 0 was killed without an error message" in other.said or "the main process" in other.said
 
