@@ -45,7 +45,7 @@ def test_every_base_model_trains_with_its_script(train: Train, name: str, tmp_pa
     done = train([*words, "--network_module", base.module], base.script)
     assert done.status == 0, done.stderr
     parts = trained_parts(tmp_path)
-    assert any(part.startswith(("lora_unet", "diffusion_model.")) for part in parts)
+    assert any(part.startswith(("lora_unet", "diffusion_model.", "transformer.")) for part in parts)
     assert any(part.startswith("lora_te") for part in parts) == base.adapts_text_encoders
     assert read_metadata(tmp_path / "out" / "mine.safetensors")["ss_steps"] == "2"
 

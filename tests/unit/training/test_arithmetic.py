@@ -118,5 +118,5 @@ def test_a_model_without_such_layers_is_refused() -> None:
     model = nn.Module()
     model.blocks = nn.ModuleList([nn.Conv2d(8, 8, 3), nn.Linear(9, 8)])
     store_all_in(CODECS["int8"], model.blocks)
-    with pytest.raises(UserError, match="no layer of the denoiser can multiply so"):
+    with pytest.raises(UserError, match="no layer of the denoiser supports 8-bit products"):
         use_8bit_matmul(model)
