@@ -72,14 +72,11 @@ def refuse_replaced(trainer: object) -> None:
 
 def find_changed_modules() -> dict[str, list[str]]:
     """Return what a program has changed in the modules that keep their original contents."""
-    loaded = [(name, module) for name, module in sys.modules.items() if name.startswith("library.")]
+    modules = {name: vars(module) for name, module in sys.modules.items() if isinstance(module, ModuleType)}
     changed = {}
-    for name, module in sorted(loaded, key=lambda pair: pair[0]):
-        values = vars(module) if isinstance(module, ModuleType) else {}  # None where it may not load
-        before = values.get(KEPT, values)
-        found = [
-            key for key in values if not key.startswith("__") and not (key in before and before[key] is values[key])
-        ]
-        if names := sorted(key for key in found if key != KEPT):
-            changed[name] = names
-    return changed
+    for name, values in sorted(modules.items()):
+        if name.startswith("library.") and KEPT in values:
+            before = values[KEPT]
+            own = {KEPT, *(key for key, value in values.items() if key in before and before[key] is value)}
+            changed[name] = sorted(key for key in values if key not in own and not key.startswith("__"))
+    return {name: keys for name, keys in changed.items() if keys}
