@@ -91,7 +91,7 @@ def merge_into_checkpoint(
         if base.is_folder:
             write_folder(base, merge, save_to)
         else:
-            write(save_to, merge.merged_tensors(base.files[0]), metadata)
+            write(save_to, merge.merge_tensors(base.files[0]), metadata)
     return len(changes)
 
 
@@ -141,7 +141,7 @@ class CheckpointMerge:
     arithmetic: Arithmetic
     progress: "tqdm[None]"
 
-    def merged_tensors(self, file: WeightFile) -> dict[str, Tensor]:
+    def merge_tensors(self, file: WeightFile) -> dict[str, Tensor]:
         """Return every tensor of one file, changed by the adapters."""
         dtype, save_dtype = self.arithmetic.dtype, self.arithmetic.save_dtype
         modules = {stem: module for module, stem in file.stems.items()}
@@ -150,7 +150,7 @@ class CheckpointMerge:
             old = file.weights.read(key)
             stem, _, parameter_key = key.rpartition(".")
             own = self.changes.get(modules.get(stem, ""), ())
-            new = old.to(self.arithmetic.device) if own else self.merged_thirds(file, key, old)
+            new = old.to(self.arithmetic.device) if own else self.merge_thirds(file, key, old)
             for module, ratio in own:
                 if module.changes(parameter_key):
                     new = module.merged(new, ratio, dtype, parameter_key)
@@ -159,7 +159,7 @@ class CheckpointMerge:
             self.progress.update()
         return tensors
 
-    def merged_thirds(self, file: WeightFile, key: str, old: Tensor) -> Tensor:
+    def merge_thirds(self, file: WeightFile, key: str, old: Tensor) -> Tensor:
         """Change the rows of modules that are thirds of a tensor; return the tensor itself if none changes."""
         changed = [(m, third) for m, third in file.thirds.items() if third.key == key and m in self.changes]
         if not changed:
@@ -196,7 +196,7 @@ def write_folder(base: BaseModel, merge: CheckpointMerge, save_to: Path) -> None
         shutil.copytree(base.path, folder, ignore=replaced, dirs_exist_ok=True)
         for part, file in parts.items():
             name = model_lookup.weight_files(part)[0][0]
-            save_safetensors(folder / part / name, merge.merged_tensors(file), {"format": "pt"})
+            save_safetensors(folder / part / name, merge.merge_tensors(file), {"format": "pt"})
 
 
 def checkpoint_metadata(base: BaseModel, adapters: Sequence[Weighted], save_to: Path) -> dict[str, str]:
