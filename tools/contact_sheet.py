@@ -156,7 +156,11 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     if not options.preview.sample_prompts:
         raise UserError("--sample_prompts contains no prompts")
     files = drop_copies(choose_files(args.files, options.saving))
-    target = args.sheet or Names.build(options.saving).beside("-sheet.png") if options.saving.output_dir else args.sheet
+    target = (
+        args.sheet or Names.build(options.saving).path_with_ending("-sheet.png")
+        if options.saving.output_dir
+        else args.sheet
+    )
     if target is None:
         raise UserError("--sheet is not set; set the PNG to write, or --output_dir")
     check_overwrite("--sheet", target, PNG, [*files, Path(options.preview.sample_prompts)])

@@ -52,7 +52,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEven
             *(FindingEvent(finding.text, show_images(finding, plan), len(finding.images)) for finding in findings),
             End("finished", None, time.time() - began, None, None, None),
         ]
-        path = Names.build(options.saving).beside("-audit.html")
+        path = Names.build(options.saving).path_with_ending("-audit.html")
         check_overwrite("--audit_only:", path, REPORT)
         write_page(path, build_report(collect_events(events)))
         logger.info("full report with thumbnails: %s", path)

@@ -65,7 +65,7 @@ def train(
             one.begin()
     delete_outdated(adapter_runs)
     num_profiled = run.options.trackers.profile if is_main else 0
-    profile = adapters[0].writer.names.beside("-profile.json.gz")
+    profile = adapters[0].writer.names.path_with_ending("-profile.json.gz")
     with ExitStack() as stack:
         stack.callback(run.batches.close)
         stack.enter_context(bar)

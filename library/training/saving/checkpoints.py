@@ -79,15 +79,15 @@ class Names:
             return "best"
         return "step" if re.fullmatch(r".*-step\d{8}", path.stem) else "epoch"
 
-    def beside(self, ending: str) -> Path:
+    def path_with_ending(self, ending: str) -> Path:
         """Return a file of the run that is not weights, such as its report."""
         return self.folder / f"{self.output_name or 'last'}{ending}"
 
     def of_report(self) -> Path:
-        return self.beside("-report.html")
+        return self.path_with_ending("-report.html")
 
     def of_sweep(self) -> Path:
-        return self.beside("-sweep.html")
+        return self.path_with_ending("-sweep.html")
 
     def has_stem(self, stem: str) -> bool:
         """Return True if a weights file or report of this run may have this name (without extension)."""
