@@ -62,7 +62,7 @@ def test_an_image_is_paired_with_that_of_its_name_at_its_size(pairs: Path, caplo
 
 @pytest.mark.parametrize("to_disk", [False, True], ids=["memory", "disk"])
 def test_cached_partners_are_samples_with_the_noise_of_their_images(pairs: Path, to_disk: bool) -> None:
-    """As where nothing is cached: otherwise the posterior's noise would tell preferred images from rejected ones."""
+    """Both images of a pair get equal noise, which otherwise would tell the preferred from the rejected one."""
     found = plan(pairs, f"{PAIR}flip_aug = true\n")
     options = CachingOptions(cache_latents=True, cache_latents_to_disk=to_disk)
     cached, encode = (

@@ -106,7 +106,7 @@ def test_blocks_that_wait_leave_two_slots_and_cost_the_bus_where_it_is_slow() ->
 
 @pytest.mark.parametrize("shared_by", [2, 8])
 def test_a_base_that_is_shared_takes_a_share_and_the_blocks_being_gathered(shared_by: int) -> None:
-    """Of 20 and 8 x 40 MiB: 3.6 blocks, as measured for `PEAK_BLOCKS`."""
+    """The weights are 20 and 8 x 40 MiB; `PEAK_BLOCKS` is measured as 3.6 blocks."""
     whole, shared = (predict(counted_step(), Way(shared_by=number), card(0)) for number in (1, shared_by))
     sharded = (20 + NUM_BLOCKS * 40) * MIB
     assert whole.tensor_bytes - shared.tensor_bytes == sharded - sharded / shared_by - 3.6 * 40 * MIB
