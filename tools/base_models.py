@@ -38,7 +38,7 @@ def find_adapter_targets(base: BaseModel, with_convolutions: bool) -> tuple[list
 
     If a base model's checkpoints have no text encoders, only the denoiser's modules are returned.
     """
-    encoders, denoiser = spec_for(base).seen_by_networks(base.path)
+    encoders, denoiser = spec_for(base).view_for_networks(base.path)
     targets = denoiser.adapter_targets
     assert isinstance(targets, AdapterTargets)
     classes = targets.denoiser.blocks + (targets.denoiser.conv_blocks if with_convolutions else ())

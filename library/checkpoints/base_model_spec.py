@@ -122,7 +122,7 @@ class BaseModelSpec:
     network_arguments: Mapping[str, ArgumentForm]  # specific to this base model
     open_for_merging: Callable[[str, Path], BaseModel]
     """Opens the checkpoint at a path; the first argument is the flag for error messages."""
-    seen_by_networks: Callable[[Path], tuple[list[nn.Module], nn.Module]]
+    view_for_networks: Callable[[Path], tuple[list[nn.Module], nn.Module]]
     """Returns (text encoders, denoiser) of a checkpoint as network modules see them, on the meta device."""
     adapter_metadata: Callable[[str, bool], Mapping[str, str]]
     """Returns the metadata of an adapter for a checkpoint, from `BaseModel.architecture` and whether it predicts

@@ -51,7 +51,7 @@ class TransformerFile:
         architecture = named if isinstance(named, str) else named(with_prefix(weights, prefix))
         return open_single_file(path, weights, name_target, self.base, architecture)
 
-    def seen_by_networks(self, path: Path) -> tuple[list[nn.Module], nn.Module]:
+    def view_for_networks(self, path: Path) -> tuple[list[nn.Module], nn.Module]:
         """Return ([], transformer) of a checkpoint as network modules see it, on the meta device."""
         weights, prefix = self.open_weights("the checkpoint", path)
         model = build_on_meta_device(self.build, configure(with_prefix(weights, prefix), self.read_config))

@@ -52,7 +52,7 @@ def empty_encoders(found: dict[str, Component]) -> list[nn.Module]:
     return [empty_clip(clip.config, projects=PROJECTION in clip.weights.shapes) for clip in clips]
 
 
-def seen_by_networks(model: str) -> tuple[Any, nn.Module]:
+def view_for_networks(model: str) -> tuple[Any, nn.Module]:
     """Text encoder(s) and U-Net as network modules see them, without weights."""
     found = parts(model)
     view = build_view(SDXL_LAYOUT) if model == "sdxl" else sd_view

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3Model
 
 from library.architectures.anima.model import Anima, read_config
-from tests.contracts.full_size import seen_by_networks
+from tests.contracts.full_size import view_for_networks
 from tests.contracts.test_lora_keys_anima import QWEN3
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def models() -> dict[str, Models]:
     shapes = {name: tuple(shape) for name, shape in components["dit"].items()}
     with torch.device("meta"):
         anima = [Qwen3Model(Qwen3Config(**QWEN3))], Anima(read_config(shapes))
-    return {"sdxl": seen_by_networks("sdxl"), "anima": anima}
+    return {"sdxl": view_for_networks("sdxl"), "anima": anima}
 
 
 def listed(prefix: str, root: nn.Module, classes: tuple[str, ...], excluded: str, with_kernels: bool) -> Iterator[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from networks.core.protocol import adopt
-from tests.contracts.full_size import facts, seen_by_networks
+from tests.contracts.full_size import facts, view_for_networks
 from tests.contracts.saved import listed_shapes
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ NUM_KEYS = {"sd21": 990, "sdxl": 2958}
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, Models]:
-    return {model: seen_by_networks(model) for model in FACTS}
+    return {model: view_for_networks(model) for model in FACTS}
 
 
 def shapes_of(

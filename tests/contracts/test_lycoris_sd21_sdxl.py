@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.contracts.full_size import facts, seen_by_networks
+from tests.contracts.full_size import facts, view_for_networks
 
 kohya = pytest.importorskip("lycoris.kohya")
 
@@ -11,7 +11,7 @@ kohya = pytest.importorskip("lycoris.kohya")
 @pytest.mark.parametrize("model", ["sd21", "sdxl"])
 def test_its_modules_have_the_names_of_a_plain_lora(model: str) -> None:
     with torch.device("meta"):
-        network = kohya.create_network(1.0, 4, 1, None, *seen_by_networks(model), algo="lora", preset="attn-mlp")
+        network = kohya.create_network(1.0, 4, 1, None, *view_for_networks(model), algo="lora", preset="attn-mlp")
     wanted = {key.partition(".")[0] for key in facts(f"lora_keys_{model}")["networks.lora"]["default"]}
     assert {module.lora_name for module in network.loras} == wanted
 
@@ -19,7 +19,7 @@ def test_its_modules_have_the_names_of_a_plain_lora(model: str) -> None:
 def test_its_default_preset_fits() -> None:
     """Version 4 names the layers that embed the timestep, and the class that diffusers has for them."""
     with torch.device("meta"):
-        network = kohya.create_network(1.0, 4, 1, None, *seen_by_networks("sd21"), algo="lora", conv_dim="4")
+        network = kohya.create_network(1.0, 4, 1, None, *view_for_networks("sd21"), algo="lora", conv_dim="4")
     found = [module.lora_name.removeprefix("lora_unet_") for module in network.loras]
     assert {"conv_in", "conv_out", "time_embedding_linear_1", "time_embedding_linear_2"} <= set(found)
     assert len(found) == len(set(found))

@@ -37,7 +37,7 @@ SPECS = (
         names=NAMES,
         network_arguments=TARGETS.arguments,
         open_for_merging=open_base_model,
-        seen_by_networks=view_for_networks,
+        view_for_networks=view_for_networks,
         adapter_metadata=RECIPE.of_checkpoint,
     ),
 )

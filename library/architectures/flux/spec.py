@@ -97,7 +97,7 @@ SPECS = (
         names=NAMES,
         network_arguments=TARGETS.arguments,
         open_for_merging=FILE.open,
-        seen_by_networks=FILE.seen_by_networks,
+        view_for_networks=FILE.view_for_networks,
         adapter_metadata=RECIPE.of_checkpoint,
     ),
     BaseModelSpec(
@@ -128,7 +128,7 @@ SPECS = (
         names=CHROMA_NAMES,
         network_arguments=CHROMA_TARGETS.arguments,
         open_for_merging=CHROMA_FILE.open,
-        seen_by_networks=CHROMA_FILE.seen_by_networks,
+        view_for_networks=CHROMA_FILE.view_for_networks,
         adapter_metadata=CHROMA_RECIPE.of_checkpoint,
     ),
 )

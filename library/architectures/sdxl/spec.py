@@ -59,7 +59,7 @@ SPECS = (
         names=NAMES,
         network_arguments=TARGETS.arguments,
         open_for_merging=open_base_model,
-        seen_by_networks=view_for_networks,
+        view_for_networks=view_for_networks,
         adapter_metadata=adapter_metadata,
         block_weights=BLOCK_WEIGHTS,
     ),

@@ -59,7 +59,7 @@ SPECS = (
         names=NAMES,
         network_arguments=TARGETS.arguments,
         open_for_merging=FILE.open,
-        seen_by_networks=FILE.seen_by_networks,
+        view_for_networks=FILE.view_for_networks,
         adapter_metadata=RECIPE.of_checkpoint,
         variants={r"siglip_embedder\.": "Z-Image Omni, which cannot be trained"},
     ),

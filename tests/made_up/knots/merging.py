@@ -27,7 +27,7 @@ def names_of(stem: str) -> ModuleNames | None:
     return denoiser_module(stem.removeprefix(DENOISER_PREFIX)) if stem.endswith(LAYERS) else None
 
 
-def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
+def view_for_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """([], denoiser) of a checkpoint as network modules see it, on the meta device."""
     _, denoiser = open_denoiser("the checkpoint", path)
     return [], view([], build_on_meta_device(Knots, configure(denoiser, read_config)))[1]

@@ -2,7 +2,7 @@
 
 from library.architectures.knots.adapter_names import NAMES
 from library.architectures.knots.assembly import RECIPE, build
-from library.architectures.knots.merging import open_base_model, seen_by_networks
+from library.architectures.knots.merging import open_base_model, view_for_networks
 from library.architectures.knots.options import KnotsOptions
 from library.architectures.knots.targets import TARGETS
 from library.checkpoints.base_model_spec import GENERIC, KOHYA, NONE, BaseModelSpec, Reader, Sign
@@ -24,7 +24,7 @@ SPECS = (
         names=NAMES,
         network_arguments=TARGETS.arguments,
         open_for_merging=open_base_model,
-        seen_by_networks=seen_by_networks,
+        view_for_networks=view_for_networks,
         adapter_metadata=RECIPE.of_checkpoint,
     ),
 )
