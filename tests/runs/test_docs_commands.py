@@ -26,7 +26,7 @@ NOT_RUN = {  # beginning of a command -> where it is tested, or why it cannot be
     "python3 tools/start.py": "tests/runs/test_quickstart.py and tests/unit/tools/test_start.py",
     "python3 -m": "programs of others",
     "python3 benchmarks/gpu_": "needs a card; tests/runs/test_memory_modes.py runs both in small",
-    "python3 tools/quickstart/check_adapter.py": "tests/runs/test_leco_toy.py",
+    "python3 tools/quickstart/check_adapter.py": "tests/runs/test_leco_toy.py and test_toy_preferences.py",
     "python3 tools/quickstart/check_edits.py": "tests/runs/test_toy_edits.py",
     "python3 tools/verify.py": "tests/runs/test_verify.py; with --fit auto it needs a GPU",
     "python3 tools/front_end.py": "tests/runs/test_front_end.py",

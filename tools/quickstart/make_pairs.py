@@ -1,4 +1,4 @@
-"""Draw pairs of toy images that differ in one word, with captions that leave the word out.
+"""Draw pairs of toy images that differ in one word, with captions that leave the word out or name both.
 
 Both images of a pair have the same place, size and turn as far as the word allows. They are data for
 --preference_loss and --pair_slider: `image_dir` is <out>/<first word>, `opposite_dir` <out>/<second word>. With
@@ -33,7 +33,9 @@ def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--words", nargs=2, required=True, help="two colours, a colour and other, or two sizes")
-    parser.add_argument("--caption", help="caption of every pair, such as the instruction of an edit")
+    captions = parser.add_mutually_exclusive_group()
+    captions.add_argument("--name_both", action="store_true", help='captions name both words, as in "red or orange"')
+    captions.add_argument("--caption", help="caption of every pair, such as the instruction of an edit")
     parser.add_argument("--count", type=int, default=60, help="pairs, of scenes drawn at random (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and of what they leave open")
     return parser
@@ -63,7 +65,8 @@ def make_pairs(args: argparse.Namespace) -> None:
         for word, image in zip(args.words, draw_pair(scene, attribute, drawn, 1000 * args.seed + number), strict=True):
             (args.out / word).mkdir(parents=True, exist_ok=True)
             image.save(args.out / word / f"{number:03}.png")
-        caption = args.caption or " ".join(scene.caption().replace(args.words[0], "").split())
+        named = " or ".join(drawn) if args.name_both else ""
+        caption = args.caption or " ".join(scene.caption().replace(args.words[0], named).split())
         (args.out / args.words[0] / f"{number:03}.txt").write_text(caption + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Pairs of toy images differ in one word, which their captions leave out."""
+"""Pairs of toy images differ in one word, which their captions leave out or name beside the other."""
 
 from pathlib import Path
 
@@ -26,6 +26,15 @@ def test_pairs_differ_in_one_word(words: tuple[str, str], attribute: str, tmp_pa
     captions = [path.read_text() for path in sorted((tmp_path / words[0]).glob("*.txt"))]
     assert len(captions) == 12 and not any(word in caption for word in words for caption in captions)
     assert captions[0].startswith("a ") and not list((tmp_path / words[1]).glob("*.txt"))
+
+
+@pytest.mark.parametrize("other", ["red", "other"])
+def test_captions_can_name_both_words_of_their_pair(other: str, tmp_path: Path) -> None:
+    words = ["--words", "blue", other, "--name_both", "--count", "6"]
+    assert make_pairs.main(["--out", str(tmp_path), *words]) == 0
+    for number in range(6):
+        opposite = look_at(np.asarray(Image.open(tmp_path / other / f"{number:03}.png"))).colour
+        assert f" blue or {opposite} " in (tmp_path / "blue" / f"{number:03}.txt").read_text()
 
 
 @pytest.mark.parametrize("words", [("blue", "large"), ("blue", "blue"), ("other", "blue")])
