@@ -2,13 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 import zimage_train_network
 from library.architectures.zimage.assembly import CODEC
 from library.architectures.zimage.load import open_encoder
 from library.architectures.zimage.options import ZImageOptions
-from library.training.command_line.caching import add_command_options, cache_images_to_disk, run_command
+from library.training.command_line.caching import add_command_options, cache_images_to_disk, caching_command
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -16,15 +16,10 @@ def setup_parser() -> argparse.ArgumentParser:
     return add_command_options(zimage_train_network.setup_parser())
 
 
-def cache_to_disk(args: argparse.Namespace) -> None:
-    """Encode every image whose cache file is missing or outdated. Raises UserError."""
-    cache_images_to_disk(args, ZImageOptions, CODEC, lambda options: open_encoder(options, "--vae").vae)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run_command(setup_parser(), cache_to_disk, argv)
-
+main = caching_command(
+    setup_parser,
+    partial(cache_images_to_disk, ZImageOptions, CODEC, lambda options: open_encoder(options, "--vae").vae),
+)
 
 if __name__ == "__main__":
     sys.exit(main())

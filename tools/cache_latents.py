@@ -82,10 +82,7 @@ def cache_images(args: argparse.Namespace, entries: Sequence[tuple[str, Metadata
     return caching.cache_images(options, *open_vae(options), entries)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return caching.run_command(setup_parser(), cache_to_disk, argv)
-
+main = caching.caching_command(setup_parser, cache_to_disk)
 
 if __name__ == "__main__":
     sys.exit(main())

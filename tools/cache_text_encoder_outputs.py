@@ -6,7 +6,6 @@ outputs of Stable Diffusion 1.x and 2.x are not cached.
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
@@ -14,7 +13,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library import train_util as train_util
 from library.errors import UserError
-from library.training.command_line.caching import cache_captions, run_command
+from library.training.command_line.caching import cache_captions, caching_command
 from tools.cache_latents import BUILD, read_options, setup_parser
 
 __all__ = ["cache_to_disk", "main", "setup_parser", "train_util"]
@@ -33,10 +32,7 @@ def cache_to_disk(args: argparse.Namespace) -> None:
     cache_captions(options, arch)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run_command(setup_parser(), cache_to_disk, argv)
-
+main = caching_command(setup_parser, cache_to_disk)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -74,10 +74,10 @@ def with_command_options(args: argparse.Namespace, batch_size: str, **values: ob
 
 
 def cache_images_to_disk(
-    args: argparse.Namespace,
     kind: type[OptionsT],
     codec: LatentCodec,
     open_vae: Callable[[OptionsT], Callable[[], nn.Module]],
+    args: argparse.Namespace,
 ) -> None:
     """Run musubi-tuner's command that encodes images, with a script's options; `open_vae` returns a loader of the
     VAE. Raises UserError."""
@@ -88,7 +88,7 @@ def cache_images_to_disk(
 
 
 def cache_captions_to_disk(
-    args: argparse.Namespace, kind: type[OptionsT], build: Callable[[OptionsT], Architecture]
+    kind: type[OptionsT], build: Callable[[OptionsT], Architecture], args: argparse.Namespace
 ) -> None:
     """Run musubi-tuner's command that encodes captions, with a script's options; `build` builds the architecture.
     Raises UserError."""
@@ -98,21 +98,26 @@ def cache_captions_to_disk(
     cache_captions(options, build(options))
 
 
-def run_command(
-    parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], object], argv: Sequence[str] | None
-) -> int:
-    """Parse the arguments, run the action, and return the exit status: 0 success, 1 error."""
-    interruption = Interruption()
-    interruption.install()
-    args = parse(parser, argv)
-    try:
-        action(args)
-    except Interrupted as error:
-        print(f"{error} received; complete files are kept", file=sys.stderr)
-        return interruption.exit_status
-    except Exception as error:
-        report_error(error, args)
-        return 1
-    finally:
-        interruption.disarm()
-    return 0
+def caching_command(
+    setup_parser: Callable[[], argparse.ArgumentParser], action: Callable[[argparse.Namespace], object]
+) -> Callable[..., int]:
+    """Return the `main` of a command: it takes a command line, by default the process's, and returns the exit status,
+    0 for success and 1 for an error."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        interruption = Interruption()
+        interruption.install()
+        args = parse(setup_parser(), argv)
+        try:
+            action(args)
+        except Interrupted as error:
+            print(f"{error} received; complete files are kept", file=sys.stderr)
+            return interruption.exit_status
+        except Exception as error:
+            report_error(error, args)
+            return 1
+        finally:
+            interruption.disarm()
+        return 0
+
+    return main
