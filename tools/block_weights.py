@@ -3,13 +3,12 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite
 
 from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec, BlockWeights
 from library.errors import UserError
 from library.json_text import parse_json
-from library.options.ranges import is_number
+from library.options.ranges import is_finite_number
 from networks.core.files.adapter_file import AdapterFile
 
 logger = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ def parse_list(text: str) -> tuple[float, ...]:
         found = parse_json(text if text.strip().startswith("[") else f"[{text}]")
     except ValueError:
         found = None
-    if not isinstance(found, list) or not all(is_number(value) and isfinite(value) for value in found):
+    if not isinstance(found, list) or not all(map(is_finite_number, found)):
         raise UserError(f'--lbws has "{text}", which is not a list of numbers; write it as [1,0,0.5,...]')
     return tuple(float(value) for value in found)
 

@@ -1,5 +1,6 @@
 """Checks that the numbers of options lie in their declared ranges."""
 
+import sys
 from math import isfinite
 from typing import TypeGuard
 
@@ -12,6 +13,11 @@ LARGEST = 2**63  # the limit of tensors and files
 def is_number(value: object) -> TypeGuard[int | float]:
     """Return True for numbers, but not for true and false."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_finite_number(value: object) -> TypeGuard[int | float]:
+    """Return True for numbers that a float can hold; TOML and JSON have integers beyond that, NaN and infinity."""
+    return is_number(value) and abs(value) <= sys.float_info.max
 
 
 def check_ranges(options: Options) -> None:

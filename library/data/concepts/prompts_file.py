@@ -8,14 +8,13 @@ reads them.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from library.errors import UserError
 from library.options.config_file import read_toml
 from library.options.encodings import decode_utf8
-from library.options.ranges import is_number
+from library.options.ranges import is_finite_number
 from library.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -191,7 +190,7 @@ def check_value(key: str, value: Any, place: str) -> Any:
         return value
     if key in (*NEUTRAL_LISTS, "resolution", "resolutions"):
         return value
-    if not is_number(value) or not isfinite(value):
+    if not is_finite_number(value):
         raise UserError(f"{what}; use a number")
     if key == "batch_size":
         return check_integer(value, 1, LARGEST_BATCH, what)
@@ -206,7 +205,7 @@ def check_value(key: str, value: Any, place: str) -> Any:
 
 def check_integer(value: Any, least: int, most: int, what: str) -> int:
     """Check an integer and its range."""
-    if not is_number(value) or not isfinite(value) or value != int(value) or not least <= value <= most:
+    if not is_finite_number(value) or value != int(value) or not least <= value <= most:
         raise UserError(f"{what}; use an integer from {least} to {most}")
     return int(value)
 

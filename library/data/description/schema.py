@@ -1,7 +1,6 @@
 """The dataset file and its defaults as frozen values: subset, else dataset, general, option, default."""
 
 import logging
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from library.json_text import InvalidJson, parse_json
 from library.options.config_file import read_toml, refuse_nul
 from library.options.dataset import OWN_INDEX, DatasetOptions
 from library.options.encodings import decode_utf8
+from library.options.ranges import is_finite_number
 from library.options.train import TrainOptions
 from library.suggestions import did_you_mean, nearby
 
@@ -395,7 +395,7 @@ def check_level_offset(attributes: Table, place: str) -> None:
             f"{place}['custom_attributes']: timestep_sampling is {sampling!r}, but must be a table, {{ offset = 0.3 }}"
         )
     offset = sampling.get("offset", 0.0)
-    if isinstance(offset, bool) or not isinstance(offset, int | float) or not math.isfinite(offset):
+    if not is_finite_number(offset):
         raise UserError(
             f"{place}['custom_attributes']: timestep_sampling.offset is {offset!r}, but must be a number, such as 0.3"
         )

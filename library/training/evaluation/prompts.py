@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from library.errors import UserError
 from library.json_text import InvalidJson, parse_json
 from library.options.config_file import read_text, read_toml
 from library.options.output.samplers import ALIASES, SAMPLERS
-from library.options.ranges import is_number
+from library.options.ranges import is_finite_number
 from library.options.training.run import MAX_SEED
 from library.protocols import Architecture, PromptDefaults
 from library.suggestions import did_you_mean
@@ -229,7 +228,7 @@ def check_setting(key: str, value: Any, place: str) -> Any:
     if key == "seed" and value == -1:
         return None
     (low, high), kind = RANGES[key], type(RANGES[key][0])
-    if not is_number(value) or not isfinite(value) or value != kind(value):
+    if not is_finite_number(value) or value != kind(value):
         number = "a whole number" if kind is int else "a number"
         raise UserError(f"{FLAG} {place}: {label(key)} is {value!r}; give {number}")
     if not low <= value <= high:

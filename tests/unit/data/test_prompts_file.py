@@ -173,6 +173,8 @@ def test_a_target_class_makes_a_slider_wherever_it_stands(tmp_path: Path, text: 
         ('[[prompts]]\ntarget = "x"\nbatch_size = 0\n', "batch_size is 0; use an integer from 1"),
         ('[[prompts]]\ntarget = "x"\nguidance_scale = "1"\n', "guidance_scale is '1'; use a number"),
         ('[[prompts]]\ntarget = "x"\nguidance_scale = inf\n', "guidance_scale is inf; use a number"),
+        (f'[[prompts]]\ntarget = "x"\nguidance_scale = {10**400}\n', "0; use a number"),
+        (f'[[prompts]]\ntarget = "x"\nguidance_scale = 1{"0" * 5000}\n', "is not valid TOML: Exceeds the limit"),
         ('[[prompts]]\ntarget = "x"\nguidance_scale = 1e9\n', "use a number of at most 1000"),
         ('[[prompts]]\ntarget = "x"\nmultiplier = 0\n', "with which the adapter learns nothing"),
         ('[[prompts]]\ntarget = "x"\nweight = -1\n', "must be above 0"),
