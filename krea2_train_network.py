@@ -7,7 +7,7 @@ from library.architectures.krea2.options import Krea2Options
 from library.architectures.scripts import OtherScripts
 from library.collector import freeze_imports
 from library.launcher import prepare_for_torch
-from library.training.command_line.cli import build_parser
+from library.training.command_line.cli import build_parser, check_words
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -31,9 +31,10 @@ class Krea2NetworkTrainer:
 
 
 if __name__ == "__main__":
+    parser = check_words(setup_parser())
     prepare_for_torch()
     with freeze_imports("scripts"):
         from library.architectures.krea2.assembly import LATENTS, build, build_objective
         from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), Krea2Options, build, latents=LATENTS, objective=build_objective))
+    raise SystemExit(main(parser, Krea2Options, build, latents=LATENTS, objective=build_objective))

@@ -7,7 +7,7 @@ from library.architectures.lumina.options import LuminaOptions
 from library.architectures.scripts import OtherScripts
 from library.collector import freeze_imports
 from library.launcher import prepare_for_torch
-from library.training.command_line.cli import build_parser
+from library.training.command_line.cli import build_parser, check_words
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -31,9 +31,10 @@ class LuminaNetworkTrainer:
 
 
 if __name__ == "__main__":
+    parser = check_words(setup_parser())
     prepare_for_torch()
     with freeze_imports("scripts"):
         from library.architectures.lumina.assembly import LATENTS, build, build_objective
         from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), LuminaOptions, build, latents=LATENTS, objective=build_objective))
+    raise SystemExit(main(parser, LuminaOptions, build, latents=LATENTS, objective=build_objective))

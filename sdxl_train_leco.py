@@ -8,7 +8,7 @@ from library.architectures.sdxl.options import SdxlOptions
 from library.collector import freeze_imports
 from library.launcher import prepare_for_torch
 from library.options.leco import leco_options
-from library.training.command_line.cli import build_parser_of_prompts
+from library.training.command_line.cli import build_parser_of_prompts, check_words
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -17,10 +17,11 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    parser = check_words(setup_parser())
     prepare_for_torch()
     with freeze_imports("scripts"):
         from library.architectures.sdxl.assembly import LATENTS, build
         from library.training.command_line.main import main
 
     # The options of prompts are made of SdxlOptions, which their type does not say.
-    raise SystemExit(main(setup_parser(), leco_options(SdxlOptions), build, latents=LATENTS))  # type: ignore[arg-type]
+    raise SystemExit(main(parser, leco_options(SdxlOptions), build, latents=LATENTS))  # type: ignore[arg-type]

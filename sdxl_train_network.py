@@ -7,7 +7,7 @@ from library.architectures.scripts import OtherScripts
 from library.architectures.sdxl.options import SdxlOptions
 from library.collector import freeze_imports
 from library.launcher import prepare_for_torch
-from library.training.command_line.cli import build_parser
+from library.training.command_line.cli import build_parser, check_words
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -27,9 +27,10 @@ class SdxlNetworkTrainer:
 
 
 if __name__ == "__main__":
+    parser = check_words(setup_parser())
     prepare_for_torch()
     with freeze_imports("scripts"):
         from library.architectures.sdxl.assembly import LATENTS, build
         from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), SdxlOptions, build, latents=LATENTS))
+    raise SystemExit(main(parser, SdxlOptions, build, latents=LATENTS))

@@ -4,7 +4,7 @@ import argparse
 
 from library.architectures.knots.options import KnotsOptions
 from library.launcher import prepare_for_torch
-from library.training.command_line.cli import build_parser
+from library.training.command_line.cli import build_parser, check_words
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -13,8 +13,9 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    parser = check_words(setup_parser())
     prepare_for_torch()
     from library.architectures.knots.assembly import LATENTS, build
     from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), KnotsOptions, build, latents=LATENTS))
+    raise SystemExit(main(parser, KnotsOptions, build, latents=LATENTS))

@@ -12,7 +12,7 @@ from library.options.base import Options
 from library.options.leco import list_ignored_by_leco, list_refused_by_leco
 from library.options.output.console import ConsoleOptions
 from library.options.train import TrainOptions
-from library.training.command_line.console import setup_logging
+from library.training.command_line.console import forgive_write_errors, setup_logging
 from library.training.command_line.help import EXAMPLES, EXAMPLES_OF_PROMPTS, TrainingParser
 from library.training.command_line.recipes import read_recipe
 from library.training.config_file import (
@@ -106,6 +106,13 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
             logger.warning("%s", warning)
     warn_of_repeats(parser, argv)
     return normalize(unset_empty(args, parser))
+
+
+def check_words(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Answer --help and refuse unknown options, before a script imports torch, which takes seconds. Return `parser`."""
+    forgive_write_errors()
+    parse_words(parser, None)
+    return parser
 
 
 def warn_of_repeats(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:

@@ -3,11 +3,13 @@
 import argparse
 import importlib
 import re
+import subprocess
+import sys
 
 import pytest
 
 from library.training.command_line.cli import parse
-from tests.running import SCRIPTS
+from tests.running import ROOT, SCRIPTS
 
 
 def parser_of(script: str) -> argparse.ArgumentParser:
@@ -79,3 +81,16 @@ def test_misspelt_flag_gets_one_line(typed: list[str], hint: str, capsys: pytest
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"error: unrecognized arguments: {hint}; see --help" in line
+
+
+@pytest.mark.parametrize(("word", "status"), [("--help", 0), ("--learning_rat", 2)])
+@pytest.mark.parametrize(
+    "script",
+    [s if s == "train_network" else pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS],
+)
+def test_help_and_unknown_options_are_answered_before_torch_is_imported(script: str, word: str, status: int) -> None:
+    command = [sys.executable, "-X", "importtime", str(ROOT / f"{script}.py"), word]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status
+    imported = set(re.findall(r"\| +(\w+)$", done.stderr, re.MULTILINE))
+    assert "argparse" in imported and not imported & {"torch", "numpy", "transformers", "diffusers", "accelerate"}
