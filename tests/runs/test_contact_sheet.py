@@ -35,8 +35,11 @@ def cells(sheet: Path, num_rows: int, num_columns: int) -> Any:
 
 
 def preview(folder: Path, event: str, index: int) -> Any:
+    """The pixels of a preview of a run; what is transparent is white, as on a sheet."""
     (path,) = (folder / "sample").glob(f"mine_{event}_{index:02}_*.png")
-    return np.asarray(Image.open(path)).astype(int)
+    image = Image.open(path).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(white, image).convert("RGB")).astype(int)
 
 
 def without(words: list[str], *flags: str) -> list[str]:
