@@ -45,7 +45,7 @@ SHARE = 0.03
 # full size both are less than 0.4 %.
 SHARES = {"sdxl": 0.05, "qwen_image_21": 0.04}
 SHAPE = BatchShape(2, 256, 192)
-SHAPES = {"sdxl": BatchShape(4, 384, 256)}  # the buffers inside of convolutions count less where images are large
+SHAPES = dict.fromkeys(("sdxl", "lumina"), BatchShape(4, 384, 256))  # what is small counts less where images are large
 CPU = torch.device("cpu")
 FAST = (("sd", False), ("flux", True))  # the others repeat what these hold
 
