@@ -27,10 +27,10 @@ def iterate_rows(
     """
     rounds = any(found.error is not None for found in choice.candidates)
     yield (
-        *("", "way", "memory", "spare", "of it tensors", "main memory"),
+        *("", "options", "GPU memory", "free", "tensors", "main memory"),
         *(["error"] if rounds else []),
-        "a pass",
-        *(["the run"] if num_passes else []),
+        "batch",
+        *(["run"] if num_passes else []),
     )
     for found in select_shown(choice):
         fits = found.device_bytes <= choice.card.memory_bytes

@@ -53,7 +53,7 @@ class Fit:
         )
         yield from format_table(self.choice, describe, self.num_passes)
         if self.options.precision.multiplies_codes:
-            yield "times are those of products in 16 bits: what --base_arithmetic 8bit makes of them is not predicted"
+            yield "the times are those of 16-bit products; how much faster --base_arithmetic 8bit is has not been modelled"
         for stage in self.counted.stages:
             yield self.stage_line(stage)
         if self.counted.preview is not None:
