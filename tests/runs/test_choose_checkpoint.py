@@ -179,7 +179,7 @@ def test_copies_name_no_winner_and_trained_images_choose_nothing(
     tool = ["--script", "train_network.py", "--models", *copies, *words, "--log_events", str(told)]
     assert choose_checkpoint.main([*tool, "--validation_split", "0.34"]) == 0
     printed = capfd.readouterr()
-    assert "there is one file" in printed.out and printed.err.count("holds the same adapter as") == 2
+    assert "there is one file" in printed.out and printed.err.count("has the same adapter as") == 2
     for seed, copy in enumerate(copies[1:]):
         perturb(Path(copy), seed)
     assert choose_checkpoint.main([*tool, "--validation_split", "0.34"]) == 0
