@@ -1,4 +1,4 @@
-"""The options of Anima only."""
+"""The options specific to Anima."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -108,7 +108,7 @@ INSTEAD: Mapping[str, str] = {
     "gemma2_max_token_length": "use --qwen3_max_token_length",
     "split_mode": "use --blocks_to_swap",
 }
-"""Alternatives to options of other scripts and programs; they end the error for such an option."""
+"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

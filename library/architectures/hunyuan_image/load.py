@@ -75,7 +75,8 @@ def read_denoiser(base: BaseFiles) -> Weights:
 
 
 def open_component(part: str, name: str | None, base: BaseFiles) -> Component:
-    """Open another part from the file or folder of its flag or from the diffusers folder of the base model."""
+    """Open a part other than the denoiser, from the file or folder of its flag or from the base model's diffusers
+    folder."""
     flag, folder = f"--{part}", FOLDERS[part]
     if name is None and base.whole is not None:
         raise NotThere(f"{flag} is missing: {base.path} is only the transformer")

@@ -1,4 +1,4 @@
-"""The options of Krea 2 only, and musubi-tuner's names for them."""
+"""The options specific to Krea 2, and musubi-tuner's names for them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ INSTEAD: Mapping[str, str] = {
     "fp8_vl": "use --fp8_text_encoder",
     "fp8_llm": "use --fp8_text_encoder",
 }
-"""Alternatives to options of other scripts and programs; they end the error for such an option."""
+"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The public facts of Qwen-Image 2.1."""
+"""The `BaseModelSpec` of Qwen-Image 2.1."""
 
 import re
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ SPLIT_GATES = Gap(KOHYA, r"lora_unet_.*_gate_layer", "it takes kohya's gate_laye
 
 
 def refuse_outer_names(modules: Mapping[str, FileNaming | None]) -> str | None:
-    """Return why diffusers refuses a file in kohya's naming with modulation or text layers; None if it does not."""
+    """Return why diffusers refuses a file with modulation or text layers under kohya's names; None if it does not."""
     outer = [name for name in modules if re.match(r"lora_unet_(modulation|txt_in)_", name)]
     return f"it takes kohya's {outer[0]} for a layer of a block and stops" if outer else None
 

@@ -19,8 +19,8 @@ Parts = Mapping[str, tuple[int, int | None]]  # name in the conditioning -> chan
 class Variation:
     """Dropout rates of the text encoders, and the share of batches that are placed at random in the table of positions.
 
-    Draws in this order, one number per sample: CLIP-L, CLIP-G, T5; then whether and where the batch is shifted.
-    Everything is drawn in every call, so that a rate does not affect the draws of another.
+    Random numbers are drawn in this order: for each sample CLIP-L, CLIP-G and T5, then one for shifting the batch and
+    two for its place. Each call draws all of them, so that no rate affects the draws of another.
     """
 
     clip_l: float
@@ -46,7 +46,7 @@ class Variation:
         return changed
 
     def _parts(self) -> tuple[Parts, Parts, Parts]:
-        """Return the features of each encoder."""
+        """Return the features of each encoder, with its range of channels."""
         out, pooled = self.clip_l_width, self.clip_l_pooled_width
         return (
             {"lg_out": (0, out), "lg_pooled": (0, pooled), "clip_l_attn_mask": (0, None)},
@@ -56,7 +56,7 @@ class Variation:
 
 
 def zero_range(features: Tensor, channels: tuple[int, int | None], drops_B: Tensor) -> Tensor:
-    """Zero the given last-axis range of the features in dropped samples."""
+    """Zero the given range of the features' last axis in dropped samples."""
     is_there = torch.ones(features.shape[-1], dtype=torch.bool)
     is_there[slice(*channels)] = False
     keeps = is_there | ~drops_B.view(-1, *(1,) * (features.dim() - 1))

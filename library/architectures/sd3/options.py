@@ -1,4 +1,4 @@
-"""The options of Stable Diffusion 3 only."""
+"""The options specific to Stable Diffusion 3."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("text_encoder", "qwen3", "gemma2"), "use --clip_l, --clip_g and --t5xxl"),
     "split_mode": "use --blocks_to_swap",
 }
-"""Alternatives to options of other scripts and programs; they end the error for such an option."""
+"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The public facts of Z-Image."""
+"""The `BaseModelSpec` of Z-Image."""
 
 from library.architectures.zimage.adapter_names import NAMES, denoiser_module
 from library.architectures.zimage.assembly import RECIPE, build
