@@ -69,7 +69,7 @@ def base_of_checkpoint(specs: Sequence[BaseModelSpec], flag: str, path: Path) ->
         return named[0]
     found = base_of_folder(specs, class_name, model_lookup.open_part(flag, path / "unet", "unet")[1].shapes)
     if found is None:  # every U-Net with weights is recognised as this family
-        raise UserError(f"{flag} {path}: its U-Net has no weights")
+        raise UserError(f"{flag} {path}: its U-Net has no weights; download it again")
     return found
 
 
@@ -248,7 +248,7 @@ def warn_of_other_prediction(path: Path, predicts_velocity: bool) -> None:
     """Warn if a diffusers folder was trained with another prediction type than this run uses."""
     learned = read_json(path / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
     if predicts_velocity != (learned == "v_prediction"):
-        verb = "give" if learned == "v_prediction" else "leave out"
+        verb = "add" if learned == "v_prediction" else "remove"
         logger.warning(
-            "%s says that the model predicts %s; %s --v_parameterization to continue with that", path, learned, verb
+            "%s: the model was trained to predict %s; %s --v_parameterization to do the same", path, learned, verb
         )

@@ -157,8 +157,8 @@ def check_names(weights: Weights, expected: Mapping[str, Tensor], model: str) ->
     unknown = [name for name in weights.shapes if name not in expected and not name.endswith("position_ids")]
     if unknown:
         logger.warning(
-            "%s has %d weights that %s does not have; ignoring them: %s",
-            weights.origin, len(unknown), model, list_few(unknown),
+            "%s: ignoring weights that %s does not have (%d): %s",
+            weights.origin, model, len(unknown), list_few(unknown),
         )  # fmt: skip
 
 
@@ -168,8 +168,8 @@ def check_shapes(weights: Weights, expected: Mapping[str, Tensor], model: str) -
     if wrong:
         has, needs = weights.shapes[wrong[0]], tuple(expected[wrong[0]].shape)
         raise UserError(
-            f"{weights.origin}: {len(wrong)} weights do not fit {model}; the first, {wrong[0]}, has shape "
-            f"{has} instead of {needs}"
+            f"{weights.origin} does not fit {model}: {wrong[0]} has shape {has} instead of {needs} "
+            f"(wrong shapes: {len(wrong)})"
         )
 
 

@@ -41,8 +41,8 @@ def qwen3_vl_component(weights: Weights, given: Mapping[str, Any] | None, releas
         )
     if given is None and not any(VISION in name for name in weights.shapes):
         logger.warning(
-            "%s %s has no vision model: if it is Qwen3 and not Qwen3-VL, whose sizes are the same, captions are "
-            "misread; use %s",
+            "%s %s has no vision model. If it is Qwen3, which has the same sizes, it encodes captions wrongly; then "
+            "use %s",
             release.flag,
             weights.origin,
             release.hub_name,

@@ -37,14 +37,16 @@ class ShapeReader:
     def shape(self, name: str) -> tuple[int, ...]:
         """Look up a shape. Raises UserError if the name is missing."""
         if name not in self.shapes:
-            raise UserError(f"not a {self.model} model: {name} is missing")
+            raise UserError(f"{name} is missing; use a complete {self.model} checkpoint")
         return self.shapes[name]
 
     def count(self, stem: str) -> int:
         """Count the blocks `<stem>.0`, `<stem>.1`, …. Raises UserError if there are none, or if a number is missing."""
         numbers = {int(match[1]) for name in self.shapes if (match := re.match(rf"{re.escape(stem)}\.(\d+)\.", name))}
         if not numbers or numbers != set(range(len(numbers))):
-            raise UserError(f"not a {self.model} model: its {stem} are numbered {sorted(numbers)}")
+            raise UserError(
+                f"its {stem} are numbered {sorted(numbers)}, not 0, 1, 2, ...; use a complete {self.model} checkpoint"
+            )
         return len(numbers)
 
 

@@ -23,7 +23,9 @@ class AnimaTextOptions(Options):
         None, help="File with a text adapter (llm_adapter) that replaces the base model's."
     )
     t5_tokenizer_path: str | None = option(
-        None, help="Folder of T5's tokenizer. Unset looks beside the base model, then on the hub."
+        None,
+        help="Folder of T5's tokenizer. Unset looks for t5_tokenizer next to the text encoder and the base model, then "
+        "in --tokenizer_cache_dir, then on the hub.",
     )
     qwen3_max_token_length: int = option(
         512, at_least=1, help="Longest caption in Qwen3's tokens; longer captions are cut."

@@ -45,7 +45,7 @@ def open_loader(options: FluxOptions) -> DitLoader:
     given = {"clip_l": flux.clip_l, "t5xxl": flux.t5xxl, "ae": flux.ae}
     base = open_base(
         options.model.pretrained_model_name_or_path,
-        "the file of FLUX.1's transformer, or a diffusers folder",
+        f"the file of {title}'s transformer, or a diffusers folder",
         [folder for part, folder in folders.items() if given.get(part) is None],
     )
     weights = read_denoiser(base, flux.model_type)
@@ -111,9 +111,9 @@ def check_fit(loader: DitLoader, config: FluxConfig, title: str) -> None:
     if config.in_features != CHANNELS * PATCH**2:
         raise UserError(
             f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} values per patch, but only "
-            f"{CHANNELS * PATCH**2} are supported, not FLUX.1 Fill, Canny, Depth and other conditioned variants"
+            f"{CHANNELS * PATCH**2} are supported; FLUX.1 Fill, Canny, Depth and other conditioned variants are not"
         )
     *clip, t5 = loader.texts
     for part in clip:
-        check_text_width("--clip_l", part.component, CLIP_WORDS, config.pooled_width, f"{title}'s")
-    check_text_width("--t5xxl", t5.component, T5_WORDS[0], config.text_width, f"{title}'s")
+        check_text_width("--clip_l", part.component, CLIP_WORDS, config.pooled_width, f"{title}'s CLIP-L")
+    check_text_width("--t5xxl", t5.component, T5_WORDS[0], config.text_width, f"{title}'s T5-XXL")

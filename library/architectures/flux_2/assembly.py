@@ -61,8 +61,8 @@ def build(options: Flux2Options) -> Architecture:
     if distilled and not options.network.base_weights:
         logger.warning(
             "%s is %s, which is distilled: training undoes the distillation. Train on FLUX.2 klein base, whose "
-            "adapters work with the distilled klein too, or add --base_weights with a training adapter; "
-            "--model_version says which it is",
+            "adapters work with the distilled klein too, or add --base_weights with a training adapter. "
+            "If it is not distilled, set --model_version",
             loader.path,
             release.title,
         )

@@ -25,8 +25,8 @@ class Flux2ModelOptions(PartOptions):
         None,
         usual=True,
         choices=VERSIONS,
-        help="Which FLUX.2 the base is. Unset recognises it from the file; whether a klein is distilled or base is "
-        "then told by its name or folder.",
+        help="Which FLUX.2 the base is. Unset recognises it from the file; distilled klein is then told from base by "
+        "is_distilled in a folder's model_index.json, or by the name of the file or folder.",
     )
 
 

@@ -124,8 +124,8 @@ def check_fit(loader: DitLoader, config: HunyuanImageConfig) -> None:
             "are supported"
         )
     qwen, byt5 = (part.component for part in loader.texts)
-    check_text_width("--text_encoder", qwen, WORDS, config.text_width, f"{MODEL}'s")
-    check_text_width("--byt5", byt5, GLYPH_WORDS, config.glyph_width, f"{MODEL}'s")
+    check_text_width("--text_encoder", qwen, WORDS, config.text_width, f"{MODEL}'s Qwen2.5-VL")
+    check_text_width("--byt5", byt5, GLYPH_WORDS, config.glyph_width, f"{MODEL}'s ByT5")
     num_words = get_first_side(byt5, GLYPH_WORDS)
     if num_words is not None and num_words < NUM_BYTE_IDS:
         raise UserError(f"--byt5 {byt5.weights.origin} has {num_words} embeddings; ByT5 needs {NUM_BYTE_IDS}")

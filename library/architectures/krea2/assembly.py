@@ -59,8 +59,8 @@ def build(options: Krea2Options) -> Architecture:
     if turbo and not options.network.base_weights:
         logger.warning(
             "%s is Krea 2 Turbo, which is distilled: training undoes the distillation, and previews blur. Train on "
-            "Krea 2 Raw, whose adapters work with Turbo too, or add --base_weights with a training adapter; "
-            "--dit_variant says which it is",
+            "Krea 2 Raw, whose adapters work with Turbo too, or add --base_weights with a training adapter. "
+            "If it is Raw, set --dit_variant raw",
             loader.path,
         )
     return assemble(options, loader, turbo, open_turbo(options, loader))

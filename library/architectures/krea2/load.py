@@ -92,15 +92,15 @@ def open_turbo(options: Krea2Options, loader: DitLoader) -> DitLoader | None:
         return None
     weights = read_denoiser(open_files(TURBO_FLAG, find_model(TURBO_FLAG, name, (("transformer",),))))
     if configure(weights, read_config) != configure(base, read_config):
-        raise UserError(f"{TURBO_FLAG} {name} has other sizes than the base {base.origin}")
+        raise UserError(f"{TURBO_FLAG} {name} and the base {base.origin} have different sizes; use two of one size")
     if {k: q.kind for k, q in weights.quantised.items()} != {k: q.kind for k, q in base.quantised.items()}:
         raise UserError(
-            f"{TURBO_FLAG} {name} is stored differently from the base {base.origin}: one has weights in 8 bits that "
-            "the other has not; use two files of one precision"
+            f"{TURBO_FLAG} {name} is stored differently from the base {base.origin}: one has 8-bit weights where the "
+            "other has none; use two files of the same precision"
         )
     if any(argument.startswith("dora_wd") for argument in options.network.network_args or ()):
         raise UserError(
-            f"{TURBO_FLAG} does not work with dora_wd, which keeps the norms of the weights that are trained"
+            f"{TURBO_FLAG} does not work with dora_wd, which keeps the norms of the base's weights; remove one of them"
         )
     return replace(loader, denoiser_weights=weights)
 

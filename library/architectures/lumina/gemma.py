@@ -47,7 +47,10 @@ def gemma_component(weights: Weights) -> Component:
 def gemma_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
     """Build the encoder's component from a diffusers or transformers folder. Raises UserError for another model."""
     if config.get("model_type") != "gemma2":
-        raise UserError(f"{weights.origin} is a {config.get('model_type', 'nameless')} model, not a Gemma 2 encoder")
+        raise UserError(
+            f"{weights.origin} is not a Gemma 2 encoder: config.json names model_type {config.get('model_type')!r} "
+            "instead of 'gemma2'"
+        )
     prefix = next((p for p in GEMMA_PREFIXES if f"{p}embed_tokens.weight" in weights.shapes), "")
     return Component(config, gemma_part(weights, prefix))
 

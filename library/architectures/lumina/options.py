@@ -34,7 +34,7 @@ class LuminaModelOptions(Options):
     )
     use_flash_attn: bool = option(
         False,
-        ignored="attention is torch's scaled dot product, which has flash attention of its own",
+        ignored="attention is torch's scaled dot product, which includes flash attention",
         help="Has no effect: attention is PyTorch's scaled dot product, which has its own flash attention.",
     )
     use_sage_attn: bool = option(

@@ -118,8 +118,7 @@ def encode_states(
         return torch.where(send(mask_BT, device)[..., None].bool(), states_BTE, 0)
     if not vision:
         raise UserError(
-            f"{FLAG} has no vision model, which sees reference images; use a file or folder of Qwen3-VL 8B with all "
-            "its weights"
+            f"{FLAG} has no vision model, which reference images require; use a complete file or folder of Qwen3-VL 8B"
         )
     rows = []
     for ids_T, mask_T, seen in zip(ids_BT, mask_BT, images, strict=True):

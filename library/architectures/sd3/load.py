@@ -32,8 +32,8 @@ LATENT_SCALE = 1.5305
 LATENT_SHIFT = 0.0609
 DENOISER_PREFIX = DENOISER_PREFIXES[0]
 ADVICE = (
-    "SD3 requires a single file, such as the sd3_medium.safetensors or sd3.5_large.safetensors beside the diffusers "
-    "folders of the same repository"
+    "SD3 requires a single file, such as the sd3_medium.safetensors or sd3.5_large.safetensors next to the "
+    "diffusers folders of the same repository"
 )
 TEXT_PREFIXES = {name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl")}
 ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}

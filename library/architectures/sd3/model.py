@@ -55,7 +55,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTConfig:
     num_positions = shape("pos_embed")[-2]
     side = math.isqrt(num_positions)
     if width % head_width or side**2 != num_positions:
-        raise UserError(f"not a SD3 model: width {width} with heads of {head_width}, {num_positions} positions")
+        raise UserError(f"not an SD3 model: width {width} with heads of {head_width}, {num_positions} positions")
     return MMDiTConfig(
         width=width,
         depth=depth,

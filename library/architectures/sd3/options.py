@@ -92,8 +92,7 @@ class Sd3TrainingOptions(Options):
         usual=True,
         above=0,
         needs_images=True,
-        help="How far the drawn noise levels are pushed toward pure noise. 1 leaves them alone, 3 is what SD3 draws "
-        "images with.",
+        help="Shift of the drawn noise levels toward pure noise: 1 leaves them unchanged, SD3 generates images with 3.",
     )
 
 

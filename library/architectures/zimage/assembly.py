@@ -60,8 +60,8 @@ def build(options: ZImageOptions) -> Architecture:
     if turbo and not options.network.base_weights:
         logger.warning(
             "%s is Z-Image Turbo, which is distilled: training undoes the distillation, and previews blur. Add "
-            "--base_weights with a training adapter for Turbo, or train on Z-Image or Z-Image-De-Turbo; "
-            "--model_version says which it is",
+            "--base_weights with a training adapter for Turbo, or train on Z-Image or Z-Image-De-Turbo. "
+            "If it is not Turbo, set --model_version",
             loader.path,
         )
     return assemble(options, loader, turbo)

@@ -89,7 +89,7 @@ def open_vae(name: str, needs: VaeNeeds) -> Component:
     """
     config, weights = model_lookup.open_model("--vae", name, "vae")
     if config is not None:
-        refuse_no_vae(name, weights)
+        refuse_no_vae(name, weights, needs.base)
         component = vae_of_folder(config, weights)
         scale = config.get("scaling_factor", 0.18215)
         if scale != needs.scale:
@@ -99,7 +99,7 @@ def open_vae(name: str, needs: VaeNeeds) -> Component:
     else:
         if any(key.startswith(VAE_PREFIX) for key in weights.shapes):
             weights = with_prefix(weights, VAE_PREFIX)
-        refuse_no_vae(name, weights)
+        refuse_no_vae(name, weights, needs.base)
         component = single_vae(weights)
     channels = component.weights.shapes["decoder.conv_in.weight"][1]
     if channels != needs.channels:
@@ -109,11 +109,13 @@ def open_vae(name: str, needs: VaeNeeds) -> Component:
     return component
 
 
-def refuse_no_vae(name: str, weights: Weights) -> None:
-    """Raise UserError if --vae names something other than such a VAE."""
+def refuse_no_vae(name: str, weights: Weights, base: str) -> None:
+    """Raise UserError if --vae names something other than a VAE for the base model called `base`."""
     if "decoder.conv_in.weight" not in weights.shapes:
         first = list_first_names(weights)
-        raise UserError(f"--vae {name} is not such a VAE: it has no decoder.conv_in.weight (first names: {first})")
+        raise UserError(
+            f"--vae {name} is not a VAE for {base}: it has no decoder.conv_in.weight (first names: {first})"
+        )
 
 
 def single_vae(weights: Weights, more: tuple[str, ...] = ()) -> Component:
