@@ -15,7 +15,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.layer_keys import LayerKeys, Layers, Stack, is_norm, list_leaves
-from library.models.rotary import Rope, Rotary, turn
+from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.sinusoids import sinusoids
 
 EPS = 1e-6
@@ -162,7 +162,7 @@ class RMSNorm(nn.Module):
 
 def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
     """Rotate queries and keys, and return the attention output, shape BTM."""
-    attended = scaled_dot_product_attention(turn(q_BNTD, rope), turn(k_BNTD, rope), v_BNTD, attn_mask=mask)
+    attended = scaled_dot_product_attention(apply_rope(q_BNTD, rope), apply_rope(k_BNTD, rope), v_BNTD, attn_mask=mask)
     return attended.transpose(1, 2).flatten(2)
 
 

@@ -90,9 +90,9 @@ def refuse_other_folder(specs: Sequence[BaseModelSpec], flag: str, folder: Path,
 def base_of_parts(specs: Sequence[BaseModelSpec], folder: Path) -> BaseModelSpec | None:
     """Return the base model with all of its subfolders present; the one with most subfolders if several have, None
     if they tie."""
-    there = [spec for spec in specs if spec.folders and all((folder / name).is_dir() for name in spec.folders)]
-    most = max((len(spec.folders) for spec in there), default=0)
-    found = [spec for spec in there if len(spec.folders) == most]
+    complete = [spec for spec in specs if spec.folders and all((folder / name).is_dir() for name in spec.folders)]
+    most = max((len(spec.folders) for spec in complete), default=0)
+    found = [spec for spec in complete if len(spec.folders) == most]
     return found[0] if len(found) == 1 else None
 
 

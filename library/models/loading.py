@@ -111,15 +111,15 @@ def get_first_side(component: Component | Absent, name: str) -> int | None:
     return None if isinstance(component, Absent) else shape_of(component.weights.shapes, name)[0]
 
 
-def check_text_width(flag: str, component: MaybeComponent, embedding: str, width: int, whose: str) -> None:
+def check_text_width(flag: str, component: MaybeComponent, embedding: str, width: int, expected: str) -> None:
     """Raise UserError if a text encoder is present and its width differs from `width`, the transformer's text width.
 
-    `embedding` is the name of its word embedding; `whose` names the expected encoder in the message.
+    `embedding` is the name of its word embedding; `expected` names the right encoder in the message.
     """
     if isinstance(component, Component) and (found := shape_of(component.weights.shapes, embedding)[1]) != width:
         raise UserError(
             f"{flag} {component.weights.origin} has width {found}, but the transformer expects text features of width "
-            f"{width}; use {whose}"
+            f"{width}; use {expected}"
         )
 
 

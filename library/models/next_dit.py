@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.layer_keys import LayerKeys, Layers, Stack, is_norm
-from library.models.rotary import Rope, Rotary, turn
+from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import TimestepEmbedder
 from library.types import Batch, Conditioning, Noised
@@ -122,7 +122,7 @@ class JointAttention(nn.Module):
         q, k, v = self.qkv(x_BTM).unflatten(-1, (-1, self.head_width)).transpose(1, 2).split(self.heads, dim=1)
         # Norms and attention save their inputs for the backward pass; a view would keep queries, keys and values alive.
         norms = ((self.q_norm, q.contiguous()), (self.k_norm, k.contiguous()))
-        q, k = (turn(norm(part), rope).to(v.dtype) for norm, part in norms)
+        q, k = (apply_rope(norm(part), rope).to(v.dtype) for norm, part in norms)
         if (repeats := self.heads[0] // self.heads[1]) > 1:
             k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
         else:

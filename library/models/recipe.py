@@ -61,7 +61,7 @@ class Recipe:
         return {"ss_v2": "False", **self.metadata, "modelspec.architecture": f"{architecture}/lora"}
 
 
-def folders_beside(*files: str | Path | None) -> list[Path]:
+def folders_of(*files: str | Path | None) -> list[Path]:
     """Return the folder of each model file, or the given folder itself, in order; None is skipped."""
     paths = [Path(file).expanduser() for file in files if file is not None]
     return [path if path.is_dir() else path.parent for path in paths]
@@ -70,7 +70,7 @@ def folders_beside(*files: str | Path | None) -> list[Path]:
 def tokenizer_folders(base: str | Path, encoder: str | None, names: Sequence[str] = ("tokenizer",)) -> list[Path]:
     """Return the folders to search for a tokenizer: those of these names in or next to the base model and the
     encoder, then the encoder's own folder."""
-    beside = folders_beside(base, encoder)
+    beside = folders_of(base, encoder)
     return [folder / name for folder in beside for name in names] + beside[1:]
 
 

@@ -30,11 +30,11 @@ class AxisTables:
 
     def __call__(self, width: int, extent: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return cosines and sines of the positions 0 to `extent` - 1, each (extent, width / 2)."""
-        asked = (width, extent, base, device)
-        if asked not in self.kept:
+        key = (width, extent, base, device)
+        if key not in self.kept:
             cos, sin = axis_table(width, extent, base)
-            self.kept[asked] = send(cos, device), send(sin, device)
-        return self.kept[asked]
+            self.kept[key] = send(cos, device), send(sin, device)
+        return self.kept[key]
 
 
 class Rotary:
@@ -66,7 +66,7 @@ def axis_table(width: int, extent: int, base: float) -> tuple[Tensor, Tensor]:
     return angles.cos().float(), angles.sin().float()
 
 
-def turn(x_BNTD: Tensor, rope: Rope) -> Tensor:
+def apply_rope(x_BNTD: Tensor, rope: Rope) -> Tensor:
     """Rotate each pair of neighbouring values of a head by its angle; `rope` must broadcast to (B, N, T, D / 2, 2)."""
     # Complex multiplication takes one pass instead of seven. Devices without it, and compiled code, which fuses the
     # passes anyway, use real arithmetic.

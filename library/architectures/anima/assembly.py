@@ -19,7 +19,7 @@ from library.errors import UserError
 from library.models.adapter_views import view_both
 from library.models.dit_loader import DitLoader
 from library.models.qwen3 import load_qwen3_tokenizer
-from library.models.recipe import Recipe, explain_ignored_attention, folders_beside, ignored_by_flow
+from library.models.recipe import Recipe, explain_ignored_attention, folders_of, ignored_by_flow
 from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
 from library.models.vae.qwen_image import qwen_image_latents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
@@ -83,7 +83,7 @@ def build_text(options: AnimaOptions, loader: DitLoader, num_t5_words: int) -> A
     Raises UserError if --t5_tokenizer_path, which replaces these folders for T5's, has no tokenizer.
     """
     text, cache_dir = options.text, options.model.tokenizer_cache_dir
-    folders = [*folders_beside(text.qwen3 or ""), loader.path.parent]
+    folders = [*folders_of(text.qwen3 or ""), loader.path.parent]
     qwen3_folders = [folders[0], *(folder / QWEN3_TOKENIZER for folder in folders)]
     t5_folders = [folder / T5_TOKENIZER for folder in folders]
     if text.t5_tokenizer_path:

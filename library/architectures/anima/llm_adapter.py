@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from library.architectures.anima.positions import Angles, text_angles, turn
+from library.architectures.anima.positions import Angles, apply_rope, text_angles
 from library.models.rotary import AxisTables
 
 EPS = 1e-6
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(context).unflatten(-1, heads)).transpose(1, 2)
         v = self.v_proj(context).unflatten(-1, heads).transpose(1, 2)
         if angles is not None and context_angles is not None:
-            q_BNTD, k = turn(q_BNTD, angles), turn(k, context_angles)
+            q_BNTD, k = apply_rope(q_BNTD, angles), apply_rope(k, context_angles)
         attended = scaled_dot_product_attention(q_BNTD, k, v, attn_mask=mask)
         y_BTE: Tensor = getattr(self, self.output)(attended.transpose(1, 2).flatten(2))
         return y_BTE

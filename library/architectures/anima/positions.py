@@ -42,7 +42,7 @@ def text_angles(tables: AxisTables, head_width: int, num_tokens: int, device: to
     return tables(head_width, num_tokens, BASE, device)
 
 
-def turn(x_BNTD: Tensor, angles: Angles) -> Tensor:
+def apply_rope(x_BNTD: Tensor, angles: Angles) -> Tensor:
     """Rotate each pair of values of a head by its angle."""
     cos, sin = angles
     first, second = x_BNTD.float().chunk(2, dim=-1)

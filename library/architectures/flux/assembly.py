@@ -24,7 +24,7 @@ from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
 from library.models.dit_loader import DitLoader
 from library.models.loading import get_first_side
-from library.models.recipe import Recipe, folders_beside, ignored_by_flow
+from library.models.recipe import Recipe, folders_of, ignored_by_flow
 from library.models.t5 import WORDS as T5_WORDS
 from library.models.t5 import load_t5_tokenizer, precisions
 from library.models.vae.flux import map_latents
@@ -170,7 +170,7 @@ def build_t5_text(options: FluxOptions, loader: DitLoader, usual: int, folders: 
     The tokenizer is searched in `folders` next to the base model and the encoder.
     """
     length = options.flux.t5xxl_max_token_length
-    beside = folders_beside(loader.path, options.flux.t5xxl)
+    beside = folders_of(loader.path, options.flux.t5xxl)
     cache_dir, num_words = options.model.tokenizer_cache_dir, get_first_side(loader.texts[-1].component, T5_WORDS[0])
     return T5Text(
         tokenizer=load_t5_tokenizer([f / name for f in beside for name in folders], cache_dir, num_words),

@@ -52,7 +52,7 @@ NO_APPROXIMATOR = Gap(
 )
 
 
-def refuse_strangers(modules: Mapping[str, FileNaming | None]) -> str | None:
+def refuse_unknown_modules(modules: Mapping[str, FileNaming | None]) -> str | None:
     """Return why diffusers refuses a file with modules under kohya's names that FLUX.1 lacks; None if it has none."""
     if any(
         naming == "kohya" and name.startswith("lora_unet_") and NAMES.find(name) is None
@@ -89,7 +89,7 @@ SPECS = (
             "ComfyUI": Reader(ALL, ALL, gaps=(T5_OF_DIFFUSERS,)),
             "Forge": Reader(ALL, KOHYA | DIFFUSERS, gaps=(T5_OF_DIFFUSERS,)),
             "diffusers": Reader(
-                KOHYA | DIFFUSERS, KOHYA | DIFFUSERS, gaps=(NO_T5, NO_INPUTS), refuses=refuse_strangers
+                KOHYA | DIFFUSERS, KOHYA | DIFFUSERS, gaps=(NO_T5, NO_INPUTS), refuses=refuse_unknown_modules
             ),
             "stable-diffusion.cpp": Reader(ALL, KOHYA | GENERIC, gaps=(LOST_INPUTS,)),
         },

@@ -18,7 +18,7 @@ from library.diffusion.flow import FlowMatching, build_sampled_flow
 from library.diffusion.samplers import build_shifted_sampler
 from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
-from library.models.recipe import Recipe, explain_ignored_attention, folders_beside, ignored_by_flow
+from library.models.recipe import Recipe, explain_ignored_attention, folders_of, ignored_by_flow
 from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
@@ -84,7 +84,7 @@ def build_text(options: HunyuanImageOptions, loader: DitLoader) -> HunyuanImageT
     from transformers import ByT5Tokenizer
 
     named = options.hunyuan_image.text_encoder
-    beside = folders_beside(loader.path, named)
+    beside = folders_of(loader.path, named)
     folders = [folder / "tokenizer" for folder in beside]
     if named and Path(named).expanduser().is_dir():
         folders.append(beside[1])

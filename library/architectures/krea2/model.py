@@ -19,7 +19,7 @@ from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
 from library.models.patches import key_mask, patchify, unpatchify
-from library.models.rotary import Rope, Rotary, turn
+from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import sinusoids
 
@@ -133,7 +133,7 @@ class Attention(nn.Module):
         # Normalize before heads and tokens are transposed, because norms copy non-contiguous tensors.
         q, k, v = (part.transpose(-3, -2) for part in (self.qknorm.qnorm(q), self.qknorm.knorm(k), v))
         if rope is not None:
-            q, k = turn(q, rope), turn(k, rope)
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
         if self.num_repeats > 1:
             k, v = (part.repeat_interleave(self.num_repeats, dim=-3) for part in (k, v))
         shape = q.shape

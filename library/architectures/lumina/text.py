@@ -33,12 +33,12 @@ class LuminaText:
         """Count the tokens of the caption and of the instruction before it."""
         return len(self.tokenize_caption(caption))
 
-    def worded(self, caption: str) -> str:
+    def with_instruction(self, caption: str) -> str:
         """Prepend the instruction to a caption; an empty caption, which means no caption, stays empty."""
         return f"{self.system_prompt}{PROMPT_START}{caption}" if self.system_prompt and caption else caption
 
     def tokenize_caption(self, caption: str) -> list[int]:
-        found = self.tokenizer(self.worded(caption), add_special_tokens=False, verbose=False)
+        found = self.tokenizer(self.with_instruction(caption), add_special_tokens=False, verbose=False)
         ids: list[int] = found["input_ids"]
         return ids
 

@@ -20,7 +20,7 @@ from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
 from library.models.patches import patchify, unpatchify
-from library.models.rotary import Rope, Rotary, turn
+from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
 
@@ -127,7 +127,7 @@ class Attention(nn.Module):
             for layer in (self.to_q, self.to_k, self.to_v)
         )
         # Norms and attention save inputs for the backward pass; a view would keep queries and keys alive.
-        q, k = (turn(norm(x.contiguous()), rope).to(v.dtype) for norm, x in ((self.norm_q, q), (self.norm_k, k)))
+        q, k = (apply_rope(norm(x.contiguous()), rope).to(v.dtype) for norm, x in ((self.norm_q, q), (self.norm_k, k)))
         y_BTM: Tensor = self.to_out[0](attend(q, k, v, segments, mask).transpose(1, 2).flatten(2))
         return y_BTM
 

@@ -28,7 +28,7 @@ from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
 from library.models.dit_loader import DitLoader
 from library.models.loading import get_first_side
-from library.models.recipe import Recipe, folders_beside, ignored_by_flow
+from library.models.recipe import Recipe, folders_of, ignored_by_flow
 from library.models.shapes import shape_of
 from library.models.t5 import WORDS as T5_WORDS
 from library.models.t5 import load_t5_tokenizer, precisions
@@ -104,7 +104,7 @@ def build_text(options: Sd3Options, loader: DitLoader) -> Sd3Text:
     clip = load_tokenizer(loader.path, cache_dir, get_first_side(loader.text.component, CLIP_WORDS))
     t5 = None
     for part in loader.texts[2:]:
-        folders = [folder / T5_TOKENIZER for folder in folders_beside(loader.path, text.t5xxl)]
+        folders = [folder / T5_TOKENIZER for folder in folders_of(loader.path, text.t5xxl)]
         t5 = load_t5_tokenizer(folders, cache_dir, get_first_side(part.component, T5_WORDS[0]))
     return Sd3Text(ClipTokens(clip), t5, text.t5xxl_max_token_length, text.apply_lg_attn_mask, text.apply_t5_attn_mask)
 

@@ -34,14 +34,14 @@ class Variation:
         """Return the conditioning of one training step; dropped features are zero."""
         B = len(conditioning["lg_out"])
         drops_EB = torch.rand(3, B, generator=generator) < torch.tensor([self.clip_l, self.clip_g, self.t5])[:, None]
-        is_elsewhere = torch.rand((), generator=generator).item() < self.position
+        is_shifted = torch.rand((), generator=generator).item() < self.position
         place_2 = torch.rand(2, generator=generator)
         changed = dict(conditioning)
         for parts, drops_B in zip(self._parts(), drops_EB, strict=True):
             for name, channels in parts.items():
                 if name in changed and drops_B.any():
                     changed[name] = zero_range(changed[name], channels, drops_B)
-        if is_elsewhere:
+        if is_shifted:
             changed["position"] = place_2.expand(B, 2)
         return changed
 
@@ -57,7 +57,7 @@ class Variation:
 
 def zero_range(features: Tensor, channels: tuple[int, int | None], drops_B: Tensor) -> Tensor:
     """Zero the given range of the features' last axis in dropped samples."""
-    is_there = torch.ones(features.shape[-1], dtype=torch.bool)
-    is_there[slice(*channels)] = False
-    keeps = is_there | ~drops_B.view(-1, *(1,) * (features.dim() - 1))
+    is_kept = torch.ones(features.shape[-1], dtype=torch.bool)
+    is_kept[slice(*channels)] = False
+    keeps = is_kept | ~drops_B.view(-1, *(1,) * (features.dim() - 1))
     return features * send(keeps.to(features.dtype), features.device)

@@ -232,18 +232,18 @@ class SingleDiTBlock(nn.Module):
     The last block's text stream only provides queries, keys and values; it has no output.
     """
 
-    def __init__(self, config: MMDiTConfig, only_lends: bool = False, has_dual_attention: bool = False) -> None:
+    def __init__(self, config: MMDiTConfig, has_output: bool = True, has_dual_attention: bool = False) -> None:
         super().__init__()
-        self.only_lends = only_lends
+        self.has_output = has_output
         self.has_dual_attention = has_dual_attention
         self.norm1 = nn.LayerNorm(config.width, elementwise_affine=False, eps=EPS)
-        self.attn = SelfAttention(config, has_output=not only_lends)
+        self.attn = SelfAttention(config, has_output=has_output)
         if has_dual_attention:
             self.attn2 = SelfAttention(config)
-        if not only_lends:
+        if has_output:
             self.norm2 = nn.LayerNorm(config.width, elementwise_affine=False, eps=EPS)
             self.mlp = Mlp(config.width, config.mlp_width)
-        self.num_parts = 2 if only_lends else 9 if has_dual_attention else 6
+        self.num_parts = (9 if has_dual_attention else 6) if has_output else 2
         self.adaLN_modulation = make_modulation(config.width, self.num_parts)
 
     def modulation(self, c_BM: Tensor) -> tuple[Tensor, ...]:
@@ -269,7 +269,7 @@ class JointBlock(nn.Module):
 
     def __init__(self, config: MMDiTConfig, is_last: bool, has_dual_attention: bool) -> None:
         super().__init__()
-        self.context_block = SingleDiTBlock(config, only_lends=is_last)
+        self.context_block = SingleDiTBlock(config, has_output=not is_last)
         self.x_block = SingleDiTBlock(config, has_dual_attention=has_dual_attention)
 
     def forward(self, context_BTM: Tensor, x_BTM: Tensor, c_BM: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,7 +283,7 @@ class JointBlock(nn.Module):
         q, k, v = (torch.cat(both, dim=2) for both in zip(*projected, strict=True))
         del projected  # free it before the MLPs
         num_context = context_BTM.shape[1]
-        if self.context_block.only_lends:
+        if not self.context_block.has_output:
             return context_BTM, self.x_block.finish(x_BTM, attend(q[:, :, num_context:], k, v), parts[1])
         attended_BTM = attend(q, k, v)
         return (

@@ -76,7 +76,7 @@ class ChunkedText:
         """transformers' CLIPTokenizer."""
         return self.tokens.tokenizer
 
-    def reading_emphasis(self: TextT) -> TextT:
+    def with_emphasis(self: TextT) -> TextT:
         """Return a copy of this text pipeline that reads emphasis, as prompts always do."""
         return replace(self, tokens=replace(self.tokens, reads_emphasis=True))
 
