@@ -1,4 +1,4 @@
-"""The options of each script, found by listing the packages beside this file; imports no torch."""
+"""The options of each script, found by listing the packages next to this file; imports no torch."""
 
 import importlib
 import pkgutil
@@ -16,16 +16,15 @@ BY_PROMPTS = "train_leco.py"  # endings of scripts that train concepts from prom
 
 @dataclass(frozen=True)
 class Script:
-    """One training script; its package's options.py has its options class and alternatives to other scripts'
-    options."""
+    """A training script: the options class in its package's options.py, and hints for options of other scripts."""
 
     name: str  # "knots_train_network.py"
     options: type[TrainOptions]
-    instead: Mapping[str, str]  # option of other scripts -> alternative here
+    instead: Mapping[str, str]  # option of another script -> what to use here
 
 
 def list_scripts() -> tuple[Script, ...]:
-    """List the script of every package with options.py; one without its own class has the common options."""
+    """List the script of every package with options.py; a package without its own class has the common options."""
     packages = [p.name for p in pkgutil.iter_modules([str(Path(__file__).parent)]) if p.ispkg]
     names = [name for name in packages if (Path(__file__).parent / name / "options.py").is_file()]
     return tuple(script_of(name) for name in names)
@@ -41,13 +40,13 @@ def script_of(package: str) -> Script:
 
 @dataclass(frozen=True)
 class OtherScripts:
-    """Hints about options that this script lacks but other scripts, earlier versions or other programs have."""
+    """Hints about options that this script lacks but that other scripts, earlier versions or other programs have."""
 
     name: str
 
     @cached_property
     def scripts(self) -> Mapping[str, tuple[frozenset[str], Mapping[str, str]]]:
-        """(Its options, its alternatives to others') by script; computed only after a mistake."""
+        """Script -> (its options, its hints for others); computed only after a mistake."""
         return {script.name: (frozenset(script.options.defaults()), script.instead) for script in list_scripts()}
 
     def __call__(self, option: str) -> str:

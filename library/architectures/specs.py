@@ -1,4 +1,4 @@
-"""The specs of all base models, found by listing the packages beside this file."""
+"""The specs of all base models, found by listing the packages next to this file."""
 
 import importlib
 import pkgutil
@@ -11,7 +11,10 @@ from library.models.identify import base_of_checkpoint
 
 
 def list_specs() -> tuple[BaseModelSpec, ...]:
-    """List the spec of every base model, packages by name. Scripts, tools and the packages' loaders pass them on."""
+    """List the spec of every base model, in the order of package names.
+
+    Scripts, tools and the packages' loaders pass the list on.
+    """
     packages = pkgutil.iter_modules([str(Path(__file__).parent)], "library.architectures.")
     return tuple(spec for p in packages if p.ispkg for spec in importlib.import_module(f"{p.name}.spec").SPECS)
 
@@ -22,7 +25,8 @@ def list_network_arguments() -> Mapping[str, ArgumentForm]:
 
 
 def recognise_base_model(flag: str, name: str) -> BaseModelSpec:
-    """Return the base model of a file, a diffusers folder or a hub repository, of which the denoiser is downloaded.
+    """Return the base model of a file, a diffusers folder or a hub repository; of a repository the denoiser is
+    downloaded.
 
     Raises UserError naming `flag` if it is missing, or of no supported model.
     """

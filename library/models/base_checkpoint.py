@@ -16,7 +16,7 @@ from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_fr
 from library.models.unet.unet import layout_of_config, unet_layout
 
 Placed = tuple[ModuleNames, str | Third]
-"""A module and the location of its weight in a file: the name before ".weight", or a third of the rows of a key."""
+"""A module's names and the location of its weight in a file: the name before ".weight", or a third of a key's rows."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,16 @@ class EncoderPlace:
 
     folder: str
     prefix: str
-    names: Callable[[str], ModuleNames]  # by transformers' path
+    names: Callable[[str], ModuleNames]  # from transformers' path
 
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """The locations in a base model's checkpoints of the modules that adapters change."""
+    """The locations of the adapted modules in a base model's checkpoints."""
 
     base: str  # `BaseModelSpec.name`
     architecture: str  # modelspec.architecture of a merged file
-    unet_names: Callable[[str, UnetLayout], ModuleNames]  # by diffusers' path
+    unet_names: Callable[[str, UnetLayout], ModuleNames]  # from diffusers' path
     encoders: tuple[EncoderPlace, ...]
 
 
@@ -83,7 +83,7 @@ def stems(weights: Weights, prefix: str) -> Iterator[str]:
 
 
 def encoder_places(weights: Weights, prefix: str, names: Callable[[str], ModuleNames]) -> Iterator[Placed]:
-    """Yield the modules of a text encoder; in OpenCLIP q, k and v are thirds of one matrix."""
+    """Yield the modules of a text encoder. OpenCLIP stores q, k and v as thirds of one matrix."""
     for stem in stems(weights, prefix):
         yield names(clip_from_any(open_clip_name(f"{stem}.")[:-1])), prefix + stem
     for key in weights.shapes:

@@ -1,4 +1,4 @@
-"""The loader of base models that consist of a transformer, a text encoder and a VAE."""
+"""The loader of base models that consist of a transformer, text encoders and a VAE."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ OptionsT = TypeVar("OptionsT", bound=DitTrainOptions)
 
 
 class DitLoaderOptions(Protocol):
-    """The options that set the precision of the parts, and which of them may be absent."""
+    """The options that set the precision of the parts and allow some of them to be absent."""
 
     @property
     def model(self) -> ModelOptions: ...
@@ -40,7 +40,7 @@ class DitLoaderOptions(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """A text encoder or a VAE, loaded on request; frozen, on the CPU."""
+    """A text encoder or a VAE that is loaded on request, frozen, on the CPU."""
 
     component: MaybeComponent
     dtype: torch.dtype
@@ -52,10 +52,10 @@ class Part:
 
 @dataclass(frozen=True)
 class DitLoader:
-    """The models, each loaded on request; frozen, on the CPU."""
+    """The models of a checkpoint, each loaded on request, frozen, on the CPU."""
 
     path: Path  # the folder or file of the denoiser
-    build: Callable[[], nn.Module] | None  # builds the denoiser; None without one, for the caching commands
+    build: Callable[[], nn.Module] | None  # builds the denoiser; None for caching commands, which need none
     denoiser_weights: Weights
     dtype: torch.dtype
     texts: tuple[Part, ...]  # the models that encode captions and their images
@@ -68,7 +68,7 @@ class DitLoader:
 
     @property
     def num_words(self) -> int | None:
-        """The size of the vocabulary of a language model as text encoder, or None if its files are missing."""
+        """The vocabulary size of a language model used as text encoder; None if its files are missing."""
         return get_first_side(self.text.component, WORDS)
 
     def text_encoders(self) -> list[nn.Module]:
@@ -96,9 +96,11 @@ def open_dit_loader(
     load_vae: LoadPart,
     vae_dtype: torch.dtype | None = None,
 ) -> DitLoader:
-    """Open the text encoders and the VAE beside a denoiser, each a function that opens it and one that loads it. Each
-    may be absent if its outputs are cached in files, and if there is no denoiser to train. Without a `text_dtype` the
-    encoders' states overflow float16."""
+    """Open the text encoders and the VAE of a denoiser, each by one function that opens it and another that loads it.
+
+    A part may be absent if its outputs are cached on disk, or if `build` is None, so there is no denoiser to train.
+    Without `text_dtype` the text encoders run in bfloat16 where others run in float16, which their states overflow.
+    """
     precision = options.precision.mixed_precision
     texts_are_cached = build is None or options.text_caching.cache_text_encoder_outputs_to_disk
     latents_are_cached = build is None or options.caching.cache_latents_to_disk
@@ -118,7 +120,7 @@ def open_dit_loader(
 
 
 def check_input_width(path: Path, found: int, expected: int, unit: str, title: str) -> None:
-    """Raise UserError if the transformer at `path` takes another number of values per `unit` than the VAE gives."""
+    """Raise UserError if the transformer at `path` takes another number of values per `unit` than the VAE produces."""
     if found != expected:
         raise UserError(
             f"{BASE_FLAG} {path}: the transformer takes {found} values per {unit}, but only {expected} are supported; "
@@ -127,8 +129,10 @@ def check_input_width(path: Path, found: int, expected: int, unit: str, title: s
 
 
 def open_dit(model: ModelOptions, text_encoder: str | None, title: str) -> BaseFiles:
-    """Open the transformer's file, or the folder with every part that has no file of its own. Raises UserError naming
-    the flag if it is missing or broken."""
+    """Open the transformer's file, or a diffusers folder with every part that no option replaces.
+
+    Raises UserError naming the flag if it is missing or broken.
+    """
     given = {"text_encoder": text_encoder, "vae": model.vae}
     return open_base(
         model.pretrained_model_name_or_path,
@@ -138,8 +142,10 @@ def open_dit(model: ModelOptions, text_encoder: str | None, title: str) -> BaseF
 
 
 def open_encoder_files(model: ModelOptions, text_encoder: str | None, flag: str) -> tuple[BaseFiles, Weights]:
-    """Return the files, and the weights of no denoiser, of a caching command that is given only the encoder that `flag`
-    names. Raises UserError if it is not given."""
+    """Return the files and an empty denoiser for a caching command that is given only the encoder of `flag`.
+
+    Raises UserError if that encoder is not given.
+    """
     return open_without_base(flag, model.vae if flag == "--vae" else text_encoder)
 
 
@@ -149,20 +155,22 @@ def open_encoder(
     options: OptionsT,
     flag: str,
 ) -> DitLoader:
-    """Open what encodes images or captions, which `flag` names if the base model is not named. Raises UserError as
-    `open_loader` does, and without either."""
+    """Open the models for a caching command: the whole base model if it is given, else only the encoder of `flag`.
+
+    Raises UserError like `open_loader`, or if neither is given.
+    """
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
     return build_loader(options, *open_encoder_files(options.model, options.parts.text_encoder, flag))
 
 
 def recorded_as_distilled(path: Path) -> bool | None:
-    """Return what a diffusers folder says of its denoiser; None for a file, or if it does not say."""
+    """Return `is_distilled` of a diffusers folder's model_index.json; None for a file, or if the entry is missing."""
     recorded = read_json(path / "model_index.json").get("is_distilled") if path.is_dir() else None
     return None if recorded is None else bool(recorded)
 
 
 def name_in_folder(given: str) -> str:
-    """Return the name of a file or folder after that of the folder around it, in lower case."""
+    """Return "<parent folder>/<name>" of a file or folder, in lower case."""
     path = Path(given).expanduser().absolute()
     return f"{path.parent.name}/{path.name}".lower()

@@ -1,5 +1,5 @@
-"""Transformers of double and single streams (Black Forest Labs 2024), in the layout of the original checkpoints: their
-layers, and what their models share.
+"""Shared layers of transformers with double and single streams (Black Forest Labs 2024), in the layout of the original
+checkpoints.
 
 Module paths are the keys of the checkpoint and the names of adapters. Letters: B samples, L text tokens, T all tokens
 (text first, then the image), N heads, D head width, M model width, F features of a patch, V rows of modulation.
@@ -15,13 +15,13 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.layer_keys import LayerKeys, Layers, Stack, is_norm, list_leaves
-from library.models.rotary import Rope, Rotary, turn
+from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.sinusoids import sinusoids
 
 EPS = 1e-6
 LEVEL_SCALE = 1000
 SWAPPED = "final_layer.adaLN_modulation.1"  # diffusers has shift and scale in reverse order
-ATTENTION: Layers = {  # of double blocks -> diffusers' paths
+ATTENTION: Layers = {  # layers of double blocks -> diffusers' paths
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "img_attn.proj": ("attn.to_out.0",),
@@ -34,7 +34,7 @@ ATTENTION: Layers = {  # of double blocks -> diffusers' paths
 
 
 def is_scale(path: str) -> bool:
-    """Return True for the path of a norm, also of one in a list."""
+    """Return True for the path of a norm, including one in a list of norms."""
     return is_norm(path) or ".norms." in path
 
 
@@ -43,7 +43,7 @@ def list_stream_leaves(path: str) -> Mapping[str, str]:
 
 
 def stream_keys(top: Mapping[str, str], double: Layers, single: Layers, *others: Stack) -> LayerKeys:
-    """Return the layers of a base model by their names: those of its double and single blocks, and other lists."""
+    """Build a base model's `LayerKeys` from the layers of its double and single blocks and from other stacks."""
     stacks = (
         Stack("double_blocks", "transformer_blocks", double),
         Stack("single_blocks", "single_transformer_blocks", single),
@@ -55,26 +55,26 @@ def stream_keys(top: Mapping[str, str], double: Layers, single: Layers, *others:
 class StreamConfig:
     """The hyper-parameters, inferred from the shapes of a checkpoint."""
 
-    in_features: int  # of a token of the image
+    in_features: int  # of an image token
     width: int
     head_width: int
-    mlp_width: int  # of the values between its two layers
+    mlp_width: int  # of the values between the MLP's two layers
     text_width: int
     num_double: int
     num_single: int
-    has_guidance: bool  # true for a model distilled with guidance, which has an input for its strength
+    has_guidance: bool  # true for a guidance-distilled model, which takes the guidance strength as an input
 
     has_biases: ClassVar[bool] = True
     is_gated: ClassVar[bool] = False  # the MLP is SwiGLU (Shazeer 2020) instead of GELU
 
 
 MakeModulation = Callable[[int, int], nn.Module]
-"""(number of parts of a block, the first of its rows) -> module that returns shift, scale and gate of each part, each
-(B, 1, M), from a block's modulation."""
+"""Builds a block's modulation from (number of parts, index of the first row): a module that returns shift, scale and
+gate of each part, each (B, 1, M)."""
 
 
 class StreamTransformer(nn.Module):
-    """The layers of a denoiser, and what runs its blocks. A model adds embeddings of numbers, modulation and
+    """The layers of a denoiser and the loop over its blocks. Subclasses add embeddings of numbers, modulation and
     positions."""
 
     txt_in: nn.Module
@@ -86,7 +86,7 @@ class StreamTransformer(nn.Module):
         self.img_in = nn.Linear(config.in_features, config.width, bias=config.has_biases)
 
     def add_streams(self, config: StreamConfig, make_modulation: MakeModulation, last: nn.Module) -> None:
-        """Add the layers after the embeddings of numbers; `last` returns shift and scale of the last layer."""
+        """Add the layers after the embeddings of numbers; `last` computes shift and scale of the last layer."""
         c = config
         self.txt_in = nn.Linear(c.text_width, c.width, bias=c.has_biases)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(c, make_modulation) for _ in range(c.num_double))
@@ -94,11 +94,11 @@ class StreamTransformer(nn.Module):
         self.final_layer = LastLayer(c, last)
 
     def stacks(self) -> Stacks:
-        """Return the blocks that run through the runner: the double ones, then the single ones."""
+        """Return the blocks that `runner` runs: the double blocks, then the single blocks."""
         return [[*self.double_blocks], [*self.single_blocks]]
 
     def embed_text(self, *text: Tensor) -> Tensor:
-        """Return the tokens of the text, BLM."""
+        """Embed the text features as tokens, BLM."""
         txt_BLM: Tensor = self.txt_in(*text)
         return txt_BLM
 
@@ -111,10 +111,13 @@ class StreamTransformer(nn.Module):
         mask: Tensor | None,
         num_tokens: int,
     ) -> Tensor:
-        """Embed patches and `text`, the arguments of `embed_text`, and run all blocks and the last layer; `vecs` yields
-        the modulation of each in this order. Return the first `num_tokens` of the image's tokens, after which others
-        may follow, shape (B, `num_tokens`, F)."""
-        # Not by the caller, whose variables would keep the embeddings in memory until the last block is done.
+        """Embed patches and text, and run all blocks and the last layer; return the velocity, (B, `num_tokens`, F).
+
+        `text` are the arguments of `embed_text`. `vecs` yields the modulation of each double block, each single block
+        and the last layer, in this order. Image tokens after the first `num_tokens`, those of reference images, are
+        dropped.
+        """
+        # Embed here, not in the caller: its variables would keep the embeddings in memory until the last block is done.
         img_BTM, txt_BLM = self.img_in(patches_BTF), self.embed_text(*text)
         for block in self.double_blocks:
             img_BTM, txt_BLM = self.runner(block, img_BTM, txt_BLM, next(vecs), rope, mask)
@@ -140,7 +143,7 @@ class MLPEmbedder(nn.Module):
 
 
 def embed_level(embedder: nn.Module, values_B: Tensor, dtype: torch.dtype) -> Tensor:
-    """Embed a number for each sample, such as the share of noise or the strength of guidance, shape BM."""
+    """Embed one number per sample, such as the noise level or the guidance strength; shape BM."""
     vec_BM: Tensor = embedder(sinusoids(LEVEL_SCALE * values_B.float()).to(dtype))
     return vec_BM
 
@@ -153,13 +156,13 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous()  # autograd saves it, and with a view the whole base tensor
+        x = x.contiguous()  # autograd saves x, and a view would keep its whole base tensor
         return rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype) * self.scale.to(x.dtype)
 
 
 def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
-    """Return attention, shape BTM."""
-    attended = scaled_dot_product_attention(turn(q_BNTD, rope), turn(k_BNTD, rope), v_BNTD, attn_mask=mask)
+    """Rotate queries and keys, and return the attention output, shape BTM."""
+    attended = scaled_dot_product_attention(apply_rope(q_BNTD, rope), apply_rope(k_BNTD, rope), v_BNTD, attn_mask=mask)
     return attended.transpose(1, 2).flatten(2)
 
 
@@ -171,7 +174,7 @@ class QKNorm(nn.Module):
 
 
 def heads(qkv_BTM: Tensor, norm: QKNorm, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split queries, keys and values that are concatenated on the last axis, and normalize the first two; each BNTD."""
+    """Split the last axis into queries, keys and values, each BNTD, and normalize queries and keys."""
     q, k, v = qkv_BTM.unflatten(-1, (3, -1, head_width)).permute(2, 0, 3, 1, 4)  # type: ignore[no-untyped-call]
     return norm.query_norm(q), norm.key_norm(k), v
 
@@ -199,17 +202,17 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(width, self.num_rows * width, bias=bias)
 
     def rows(self, vec_BM: Tensor) -> Tensor:
-        """Return all of them, shape BVM."""
+        """Return all rows, shape BVM."""
         rows_BVM: Tensor = self.lin(silu(vec_BM)).unflatten(-1, (self.num_rows, -1))
         return rows_BVM
 
     def forward(self, vec_BM: Tensor) -> tuple[Tensor, ...]:
-        """Return each as (B, 1, M)."""
+        """Return each row as (B, 1, M)."""
         return torch.split(self.rows(vec_BM), 1, dim=1)
 
 
 class GivenModulation(nn.Module):
-    """A weightless layer in place of `Modulation` that passes on rows which are computed elsewhere."""
+    """A stand-in for `Modulation` without weights, which selects a block's rows from modulation computed elsewhere."""
 
     def __init__(self, first_row: int, num_rows: int) -> None:
         super().__init__()
@@ -225,7 +228,7 @@ def modulate(x_BTM: Tensor, shift_B1M: Tensor, scale_B1M: Tensor) -> Tensor:
 
 
 class SwiGLU(nn.Module):
-    """The second half of the values, gated by the first."""
+    """The SwiGLU activation (Shazeer 2020): the second half of the values, gated by SiLU of the first half."""
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = x.chunk(2, dim=-1)
@@ -233,7 +236,7 @@ class SwiGLU(nn.Module):
 
 
 def num_mlp_inputs(config: StreamConfig) -> int:
-    """Return the number of values that the MLP's activation takes."""
+    """Return the number of values that the MLP's activation takes: `mlp_width`, or twice as many if it is gated."""
     return config.mlp_width * (2 if config.is_gated else 1)
 
 
@@ -254,8 +257,8 @@ def make_norm(width: int) -> nn.LayerNorm:
 
 
 class DoubleStreamBlock(nn.Module):
-    """Image and text streams with their own weights, attending to both. Network modules find the layers by this class
-    name."""
+    """A block of separate image and text streams that attend to each other. Network modules find its layers by this
+    class name."""
 
     def __init__(self, config: StreamConfig, make_modulation: MakeModulation) -> None:
         super().__init__()
@@ -288,7 +291,7 @@ class DoubleStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """Parallel attention and MLP over all tokens. Network modules find the layers by this class name."""
+    """A block with parallel attention and MLP over all tokens. Network modules find its layers by this class name."""
 
     def __init__(self, config: StreamConfig, make_modulation: MakeModulation) -> None:
         super().__init__()
@@ -305,13 +308,14 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         mlp, q, k, v = self.parts(modulate(self.pre_norm(x_BTM), shift, scale))
         attended_BTM = attend(q, k, v, rope, mask)
-        del q, k, v  # their rotated copies are kept
+        del q, k, v  # attention keeps their rotated copies
         y_BTM: Tensor = self.linear2(torch.cat([attended_BTM, self.activation(mlp)], dim=-1))
         after_BTM: Tensor = x_BTM + gate * y_BTM
         return after_BTM
 
     def parts(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the MLP's input, queries, keys and values, as copies: a view would keep the whole tensor alive."""
+        """Return the MLP's input, queries, keys and values, none a view of the fused tensor, which it would keep
+        alive."""
         qkv, mlp = self.linear1(x_BTM).split(self.widths, dim=-1)
         q, k, v = heads(qkv, self.norm, self.head_width)
         return mlp.contiguous(), q, k, v.contiguous()
@@ -324,13 +328,13 @@ class LastModulation(nn.Sequential):
         super().__init__(nn.SiLU(), nn.Linear(width, 2 * width, bias=bias))
 
     def forward(self, vec_BM: Tensor) -> tuple[Tensor, ...]:
-        """Return both, each (B, 1, M)."""
+        """Return (shift, scale), each (B, 1, M)."""
         parts: tuple[Tensor, ...] = self[1](self[0](vec_BM))[:, None].chunk(2, dim=-1)
         return parts
 
 
 class LastLayer(nn.Module):
-    """The last layer, from tokens to patches of the velocity."""
+    """The last layer, which maps tokens to patches of the velocity."""
 
     def __init__(self, config: StreamConfig, modulation: nn.Module) -> None:
         super().__init__()

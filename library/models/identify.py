@@ -33,12 +33,13 @@ NO_MODELS = (  # used only if there is no U-Net: old checkpoints may contain suc
 
 
 def base_of_file(specs: Sequence[BaseModelSpec], shapes: Shapes) -> BaseModelSpec | None:
-    """Return the base model of a single file, or None if its names do not tell."""
+    """Return the base model of a single file, or None if its names do not identify one."""
     return recognise(specs, shapes, lambda spec: spec.checkpoint)
 
 
 def base_of_folder(specs: Sequence[BaseModelSpec], class_name: str, unet_shapes: Shapes) -> BaseModelSpec | None:
-    """Return the base model of a diffusers folder with a U-Net, by its pipeline's class name and the U-Net's names."""
+    """Return the base model of a diffusers folder with a U-Net, from its pipeline's class name and the U-Net's
+    names."""
     named = bases_of_pipeline(specs, class_name)
     if len(named) == 1:
         return named[0]
@@ -46,15 +47,15 @@ def base_of_folder(specs: Sequence[BaseModelSpec], class_name: str, unet_shapes:
 
 
 def bases_of_pipeline(specs: Sequence[BaseModelSpec], class_name: str) -> tuple[BaseModelSpec, ...]:
-    """Return the base models of a diffusers pipeline: those with the longest matching prefix of its class name."""
+    """Return the base models that list the longest matching prefix of a diffusers pipeline's class name."""
     lengths = [max((len(s) for s in spec.pipelines if class_name.startswith(s)), default=0) for spec in specs]
     return tuple(spec for spec, length in zip(specs, lengths, strict=True) if length and length == max(lengths))
 
 
 def base_of_checkpoint(specs: Sequence[BaseModelSpec], flag: str, path: Path) -> BaseModelSpec:
-    """Recognise the base model of a file or folder by names alone.
+    """Recognise the base model of a file or folder from names alone.
 
-    Raises UserError naming `flag` if it is broken or of no known base model, saying what it is.
+    Raises UserError naming `flag` if it is broken or of no known base model, and says what it is.
     """
     if not path.is_dir():
         weights = model_lookup.open_file(flag, path)
@@ -67,14 +68,17 @@ def base_of_checkpoint(specs: Sequence[BaseModelSpec], flag: str, path: Path) ->
     if len(named) == 1:
         return named[0]
     found = base_of_folder(specs, class_name, model_lookup.open_part(flag, path / "unet", "unet")[1].shapes)
-    if found is None:  # any U-Net with names belongs to this family
-        raise UserError(f"{flag} {path}: its U-Net has no weights")
+    if found is None:  # every U-Net with weights is recognised as this family
+        raise UserError(f"{flag} {path}: its U-Net has no weights; download it again")
     return found
 
 
 def refuse_other_folder(specs: Sequence[BaseModelSpec], flag: str, folder: Path, wanted: str) -> None:
-    """Raise UserError if a diffusers folder names the pipeline of another model than `wanted`, or of one that no script
-    trains. A folder that names none passes, and so does one with a U-Net, whose weights tell more than a name."""
+    """Raise UserError if a diffusers folder belongs to another model than `wanted`, by the pipeline that it names or
+    else by its subfolders, or if it names a pipeline that no script trains.
+
+    An unknown pipeline with a U-Net passes: the U-Net's weights tell more than a name.
+    """
     class_name = read_json(folder / "model_index.json").get("_class_name", "")
     named = bases_of_pipeline(specs, class_name)
     is_named = len(named) == 1 or (named and not find_spec(specs, wanted).folders)
@@ -84,21 +88,23 @@ def refuse_other_folder(specs: Sequence[BaseModelSpec], flag: str, folder: Path,
 
 
 def base_of_parts(specs: Sequence[BaseModelSpec], folder: Path) -> BaseModelSpec | None:
-    """Return the base model with the most of its folders present, or None if several have as many."""
-    there = [spec for spec in specs if spec.folders and all((folder / name).is_dir() for name in spec.folders)]
-    most = max((len(spec.folders) for spec in there), default=0)
-    found = [spec for spec in there if len(spec.folders) == most]
+    """Return the base model with all of its subfolders present; the one with most subfolders if several have, None
+    if they tie."""
+    complete = [spec for spec in specs if spec.folders and all((folder / name).is_dir() for name in spec.folders)]
+    most = max((len(spec.folders) for spec in complete), default=0)
+    found = [spec for spec in complete if len(spec.folders) == most]
     return found[0] if len(found) == 1 else None
 
 
 def refuse_unknown_folder(flag: str, folder: Path, class_name: str) -> None:
-    """Raise UserError for a folder whose pipeline no script trains, unless it has a U-Net, whose weights tell more."""
+    """Raise UserError for a folder whose pipeline no script trains; a folder with a U-Net passes, its weights
+    decide."""
     if class_name and not (folder / "unet").is_dir():
         raise UserError(f"{flag} {folder}: its model_index.json names {class_name}, which no script supports")
 
 
 def suggest_fix(found: BaseModelSpec, wanted: BaseModelSpec) -> str:
-    """Return what to do with a model of another kind than the wanted one."""
+    """Return the advice for a model of another kind than the wanted one: the flag or the script that trains it."""
     if found.script == wanted.script:
         return f"add {found.script_flag}" if found.script_flag else f"remove {wanted.script_flag}"
     flag = f" with {found.script_flag}" if found.script_flag else ""
@@ -106,7 +112,7 @@ def suggest_fix(found: BaseModelSpec, wanted: BaseModelSpec) -> str:
 
 
 def refuse_other_file(specs: Sequence[BaseModelSpec], flag: str, weights: Weights, wanted: str) -> None:
-    """Raise UserError if a single file is not a checkpoint of the U-Net model `wanted`, naming what it is."""
+    """Raise UserError if a single file is not a checkpoint of the U-Net model `wanted`, and say what it is."""
     names = list(weights.shapes)
     refuse_variants(specs, flag, weights.origin, weights.shapes)
     refuse_other(specs, flag, weights.origin, base_of_file(specs, weights.shapes), wanted, "checkpoint")
@@ -115,7 +121,8 @@ def refuse_other_file(specs: Sequence[BaseModelSpec], flag: str, weights: Weight
 
 
 def text_encoder_in(flag: str, weights: Weights, prefix: str) -> Weights:
-    """Return the text encoder of a U-Net checkpoint, whose names begin with `prefix`. Raises NotThere."""
+    """Return the text encoder in a U-Net checkpoint, whose names begin with `prefix`. Raises NotThere if it is
+    missing."""
     found = with_prefix(weights, prefix)
     if not found.shapes:
         raise NotThere(
@@ -133,7 +140,7 @@ def refuse_variants(specs: Sequence[BaseModelSpec], flag: str, origin: str, shap
 
 
 def refuse_unknown_file(flag: str, weights: Weights) -> NoReturn:
-    """Raise UserError for a file in which no base model is recognised, saying what it is."""
+    """Raise UserError for a file in which no base model is recognised, and say what it is."""
     names = list(weights.shapes)
     what = next((what for marks, what in NO_MODELS if any(m in name for name in names for m in marks)), None)
     if what:
@@ -151,7 +158,7 @@ def refuse_unknown_file(flag: str, weights: Weights) -> NoReturn:
 
 
 def refuse_other_model(specs: Sequence[BaseModelSpec], flag: str, origin: str, shapes: Shapes, wanted: str) -> None:
-    """Raise UserError for a file in which another base model than `wanted` is recognised."""
+    """Raise UserError for a file that holds another base model than `wanted`, or an unsupported variant."""
     refuse_variants(specs, flag, origin, shapes)
     refuse_other(specs, flag, origin, base_of_file(specs, shapes), wanted)
 
@@ -172,7 +179,7 @@ def refuse_other(
 
 
 def open_unet_folder(specs: Sequence[BaseModelSpec], base: BaseFiles, wanted: str) -> tuple[dict[str, Any], Weights]:
-    """Open the U-Net of a diffusers folder: its configuration and weights. Raises UserError for a model other than
+    """Open the configuration and the weights of a diffusers folder's U-Net. Raises UserError for another model than
     `wanted`."""
     refuse_other_folder(specs, base.flag, base.path, wanted)
     config, weights = base.open_folder("unet")
@@ -182,7 +189,7 @@ def open_unet_folder(specs: Sequence[BaseModelSpec], base: BaseFiles, wanted: st
 
 
 def open_transformer(specs: Sequence[BaseModelSpec], base: BaseFiles, wanted: str) -> Weights:
-    """Open the denoiser of a base model, names without prefix. Raises UserError for a folder of a model other than
+    """Open the denoiser of a base model, names without prefix. Raises UserError for a folder of another model than
     `wanted`."""
     if base.whole is None:
         refuse_other_folder(specs, base.flag, base.path, wanted)
@@ -198,8 +205,11 @@ def open_denoiser(
     diffusers_mark: str | None = None,
     from_diffusers: Callable[[Weights], Weights] = lambda weights: weights,
 ) -> Weights:
-    """Open the denoiser of `wanted` under the names of its original layout, which have `mark`; a file with
-    `diffusers_mark`, if there is another layout, is renamed. Raises UserError for another model, naming it."""
+    """Open the denoiser of `wanted` under the names of its original layout, which include `mark`.
+
+    Weights that include `diffusers_mark` are in diffusers' layout, and `from_diffusers` renames them. Raises UserError
+    for another model, naming it.
+    """
     weights = open_transformer(specs, base, wanted)
     refuse_variants(specs, base.flag, str(base.path), weights.shapes)
     if diffusers_mark in weights.shapes:
@@ -211,8 +221,10 @@ def open_denoiser(
 
 
 def open_single_file(specs: Sequence[BaseModelSpec], flag: str, path: Path, wanted: str, advice: str) -> Weights:
-    """Open the file of a base model that has no other form. Raises UserError for a folder: another model's, or
-    `advice`."""
+    """Open the file of a base model that exists only as a single file.
+
+    Raises UserError for a folder, naming its model if that is another one, else with `advice`.
+    """
     if path.is_dir():
         refuse_other_folder(specs, flag, path, wanted)
         raise UserError(f"{flag} {path} is a folder; {advice}")
@@ -222,8 +234,8 @@ def open_single_file(specs: Sequence[BaseModelSpec], flag: str, path: Path, want
 def refuse_transformer(
     specs: Sequence[BaseModelSpec], base: BaseFiles, weights: Weights, wanted: str, why: str
 ) -> NoReturn:
-    """Raise UserError for weights that are no denoiser of `wanted`, naming their model if recognised, else with
-    `why`."""
+    """Raise UserError for weights that are not a denoiser of `wanted`, naming their model if it is recognised, else
+    with `why`."""
     refuse_other_model(specs, base.flag, str(base.path), (base.whole or weights).shapes, wanted)
     raise UserError(f"{base.flag} {base.path}: {why} (first names: {list_first_names(weights)})")
 
@@ -236,7 +248,7 @@ def warn_of_other_prediction(path: Path, predicts_velocity: bool) -> None:
     """Warn if a diffusers folder was trained with another prediction type than this run uses."""
     learned = read_json(path / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
     if predicts_velocity != (learned == "v_prediction"):
-        verb = "give" if learned == "v_prediction" else "leave out"
+        verb = "add" if learned == "v_prediction" else "remove"
         logger.warning(
-            "%s says that the model predicts %s; %s --v_parameterization to continue with that", path, learned, verb
+            "%s: the model was trained to predict %s; %s --v_parameterization to do the same", path, learned, verb
         )

@@ -1,5 +1,4 @@
-"""Language models of transformers as text encoders: their sizes, captions in their chat templates, and the states of
-some of their layers.
+"""Language models of transformers as text encoders: configurations, chat templates, and the states of chosen layers.
 
 Letters: B captions, S tokens, E width.
 """
@@ -23,13 +22,13 @@ from library.types import Conditioning, Tokens
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the head that predicts words
+PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the language modelling head
 WORDS = "embed_tokens.weight"
-LAYER_LINEAR = (  # the Linear layers of a decoder's layer
+LAYER_LINEAR = (  # the Linear layers of one decoder layer
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
-DESCRIBE = (  # the message before a caption in pipelines with a Qwen-VL
+DESCRIBE = (  # the text before a caption in pipelines with a Qwen-VL
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
 )
@@ -37,14 +36,17 @@ PREFIXES = ("model.language_model.", "language_model.model.", "language_model.",
 
 
 def text_encoder_dtype(mixed_precision: str) -> torch.dtype:
-    """Return the dtype of a text encoder whose states overflow float16."""
+    """Return the dtype of a text encoder that overflows float16: that of --mixed_precision, or bfloat16 in place of
+    float16."""
     dtype = DTYPES[mixed_precision]
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def choose_load(load: LoadPart, name: str, in_8_bits: bool) -> LoadPart:
-    """Return `load`, or a function that also stores the weights of the encoder's blocks as fp8 with a scale for each
-    row; `name` is the encoder's in the log."""
+    """Return `load`, or a function that also stores the encoder's blocks as fp8 with one scale per row.
+
+    `name` is the encoder's name in the log.
+    """
 
     def load_in_8_bits(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
         encoder = load(component, dtype)
@@ -55,8 +57,10 @@ def choose_load(load: LoadPart, name: str, in_8_bits: bool) -> LoadPart:
 
 
 def extract_decoder(weights: Weights, prefixes: Sequence[str]) -> Weights | None:
-    """Return the weights of a file's decoder under the names of transformers, without the head that predicts words and
-    without a vision model; None if the file has none under any of `prefixes`."""
+    """Return a decoder's weights under transformers' names, without the language modelling head and any vision model.
+
+    Returns None if the file has no decoder under any of `prefixes`.
+    """
     prefix = next((p for p in prefixes if f"{p}{WORDS}" in weights.shapes), None)
     if prefix is None:
         return None
@@ -65,7 +69,7 @@ def extract_decoder(weights: Weights, prefixes: Sequence[str]) -> Weights | None
 
 
 def decoder_config(shapes: Shapes, head_width: int, rope_base: float, eps: float) -> dict[str, Any]:
-    """Return the arguments that the configurations of transformers' decoders have in common."""
+    """Return the arguments that transformers' decoder configurations share."""
     vocab, width = shape_of(shapes, WORDS)
     return {
         "vocab_size": vocab,
@@ -82,15 +86,15 @@ def decoder_config(shapes: Shapes, head_width: int, rope_base: float, eps: float
 
 @dataclass(frozen=True)
 class ChatText:
-    """The text pipeline of a language model that reads a caption as the message of a user."""
+    """The text pipeline of a language model that encodes a caption as a user's message."""
 
     tokenizer: Any  # transformers'
     template: tuple[str, str]  # before and after a caption
-    num_tokens: int  # with the template
+    num_tokens: int  # including the template
     padding: str  # to the "longest" caption, or to "max_length"
     encode_states: Callable[[nn.Module, Tensor, Tensor], Conditioning]
     """(encoder, IDs and mask, both BS) -> features."""
-    removed: str = ""  # from captions
+    removed: str = ""  # deleted from captions
 
     @property
     def max_tokens(self) -> int:
@@ -100,7 +104,10 @@ class ChatText:
         return len(self.tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"])
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Return IDs and their mask, (B, 1, S), 0 for padding; a long caption is cut with the end of its template."""
+        """Return token IDs and their mask, both (B, 1, S), 0 for padding.
+
+        Truncation cuts the end of a long caption and of its template.
+        """
         begin, end = self.template
         found = self.tokenizer(
             [f"{begin}{caption.replace(self.removed, '') if self.removed else caption}{end}" for caption in captions],
@@ -113,8 +120,7 @@ class ChatText:
         return Tokens((found["input_ids"][:, None].long(), found["attention_mask"][:, None]))
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """Return what `encode_states` does. The encoder runs in the precision it is stored in: its states overflow
-        float16."""
+        """Return the features of `encode_states`. Autocast is off, because the encoder's states overflow float16."""
         (encoder,) = encoders
         ids_BS, mask_BS = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
         with torch.autocast(next(encoder.parameters()).device.type, enabled=False):
@@ -122,8 +128,10 @@ class ChatText:
 
 
 def with_first_layers(component: Component, num_layers: int, what: str) -> Component:
-    """Return an encoder without the layers after the first ones. Raises UserError if it has fewer; `what` is its name
-    in the message."""
+    """Return an encoder with only its first `num_layers` layers.
+
+    Raises UserError if it has fewer; `what` names it in the message.
+    """
     found = component.config["num_hidden_layers"]
     if found < num_layers:
         raise UserError(f"{what} {component.weights.origin} has {found} layers, but the first {num_layers} are used")
@@ -133,9 +141,9 @@ def with_first_layers(component: Component, num_layers: int, what: str) -> Compo
 
 
 def encode_layers(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor, layers: Sequence[int]) -> Tensor:
-    """Return the states after some layers side by side, (B, S, E times their number), of padding too.
+    """Concatenate the states after several layers, padding included; shape (B, S, E * number of layers).
 
-    The last of them may be the encoder's last, before its norm, if it has none (`remove_last_norm`).
+    `layers` may include the encoder's last layer only if its last norm is removed (`remove_last_norm`).
     """
     device = next(encoder.parameters()).device
     found = encoder(send(ids_BS, device), attention_mask=send(mask_BS, device), output_hidden_states=True)
@@ -143,6 +151,6 @@ def encode_layers(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor, layers: S
 
 
 def remove_last_norm(encoder: nn.Module) -> nn.Module:
-    """Remove the last norm of an encoder, so that its last states are those of its last layer; in place."""
+    """Remove the last norm of an encoder in place, so that its last states are those of its last layer."""
     encoder.norm = nn.Identity()
     return encoder

@@ -1,6 +1,6 @@
-"""Names of a denoiser's layers and weights in the original layout, which is ours, and in diffusers'.
+"""Names of a denoiser's layers and weights in the original layout, which is ours, and in diffusers' layout.
 
-A layer of ours may stack several of diffusers' along its rows.
+One of our layers may stack several of diffusers' along its rows.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,10 +10,10 @@ from library.checkpoints.adapter_names import ModuleNames, Piece
 from library.checkpoints.fused_tensors import join_tensors
 from library.checkpoints.weights import Weights
 
-KOHYA_PREFIX = "lora_unet_"  # of a denoiser's layers in kohya's naming
+KOHYA_PREFIX = "lora_unet_"  # prefix of a denoiser's layers in kohya's naming
 
 Layers = Mapping[str, tuple[str, ...]]
-"""Our paths of layers -> diffusers' paths of the layers that make up each."""
+"""Our paths of layers -> diffusers' paths of the layers that each one stacks."""
 
 
 def is_norm(path: str) -> bool:
@@ -22,13 +22,13 @@ def is_norm(path: str) -> bool:
 
 
 def list_leaves(path: str) -> Mapping[str, str]:
-    """Return the names of a layer's weights where both layouts have the same."""
+    """Return the names of a layer's weights, which are the same in both layouts."""
     return {"weight": "weight", "bias": "bias"}
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A list of blocks: our name and diffusers', and the layers of a block."""
+    """A list of blocks: its name in our layout and in diffusers', and the layers of one block."""
 
     ours: str
     theirs: str
@@ -39,15 +39,15 @@ class Stack:
 class LayerKeys:
     """The layers of one base model's denoiser."""
 
-    top: Mapping[str, str]  # outside of blocks
+    top: Mapping[str, str]  # layers outside of blocks
     stacks: tuple[Stack, ...]
-    swapped: str | None = None  # a layer whose halves, shift and scale, diffusers has in reverse order
+    swapped: str | None = None  # a layer whose shift and scale diffusers stores in reverse order
     leaves: Callable[[str], Mapping[str, str]] = list_leaves  # path -> our names of its weights -> diffusers'
     is_other: Callable[[str], bool] = is_norm  # True for the path of a layer that is not Linear
-    parameters: tuple[str, ...] = ()  # of the model itself, which have one name everywhere
+    parameters: tuple[str, ...] = ()  # of the model itself, with the same name in both layouts
 
     def split(self, path: str) -> tuple[Stack, str, str] | None:
-        """Return the stack of a layer, the number of its block and its path there; None outside of blocks."""
+        """Split a path into its stack, its block number and the path inside the block; None outside of blocks."""
         for stack in self.stacks:
             if path.startswith(f"{stack.ours}."):
                 number, _, layer = path.removeprefix(f"{stack.ours}.").partition(".")
@@ -55,14 +55,14 @@ class LayerKeys:
         return None
 
     def sources(self, path: str) -> tuple[str, ...]:
-        """Return diffusers' paths of the layers that make up one of ours; raises KeyError for other paths."""
+        """Return diffusers' paths of the layers that one of ours stacks. Raises KeyError for other paths."""
         if (found := self.split(path)) is None:
             return (self.top[path],)
         stack, number, layer = found
         return tuple(f"{stack.theirs}.{number}.{name}".rstrip(".") for name in stack.layers[layer])
 
     def source_keys(self, key: str) -> tuple[str, ...]:
-        """Return diffusers' names of the weights that make up one of ours."""
+        """Return diffusers' names of the weights that one of ours stacks."""
         if key in self.parameters:
             return (key,)
         path, _, leaf = key.rpartition(".")
@@ -80,20 +80,20 @@ class LayerKeys:
         yield from (key for key in keys if not has.isdisjoint(self.source_keys(key)))
 
     def from_diffusers(self, weights: Weights) -> Weights:
-        """Rename a model in diffusers' layout to our names, joining each tensor when it is read.
+        """Rename a model in diffusers' layout to our names; stacked tensors are joined when they are read.
 
-        Raises UserError naming missing parts of an incomplete layer.
+        Raises UserError naming the missing parts of an incomplete layer.
         """
         parts = {key: self.source_keys(key) for key in self.our_keys(weights.shapes)}
         return join_tensors(weights, parts, self.swapped and f"{self.swapped}.")
 
     def is_linear(self, path: str) -> bool:
-        """Return True for the path of a Linear layer in the layout of the original checkpoint."""
+        """Return True for the path of a Linear layer in our layout."""
         found = self.split(path)
         return (path in self.top if found is None else found[2] in found[0].layers) and not self.is_other(path)
 
     def linear_paths(self, num_blocks: Mapping[str, int]) -> Iterator[str]:
-        """Yield the path of every Linear layer, for these numbers of blocks by stack."""
+        """Yield the path of every Linear layer; `num_blocks` is the number of blocks of each stack."""
         yield from filter(self.is_linear, self.top)
         for stack in self.stacks:
             blocks = range(num_blocks.get(stack.ours, 0))
@@ -110,10 +110,11 @@ def name_layer(
     aliases: tuple[str, ...] = (),
     swaps_pair: bool = False,
 ) -> ModuleNames:
-    """Name a layer in adapter files by its path in the original checkpoint and by `sources`, diffusers' paths.
+    """Name a layer in adapter files from its path in the original checkpoint and from `sources`, its paths in
+    diffusers.
 
-    `shares` are the rows of several sources, equal if none are given. Files have diffusers' paths below `prefix`, and
-    some trainers' below `others`; in kohya's naming these are underscored.
+    `shares` are the relative numbers of rows of several sources, equal by default. Files have diffusers' paths below
+    `prefix`, and some trainers' files below `others`, where kohya's prefix takes underscored paths.
     """
 
     def below_others(source: str) -> tuple[str, ...]:

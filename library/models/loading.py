@@ -1,7 +1,7 @@
 """Loading of weights into modules.
 
-A module is built on the meta device and takes its weights directly in the training dtype, so nothing is initialised
-twice and peak memory is about the size of the weights.
+A module is built on the meta device and takes its weights directly in the training dtype. Nothing is initialised twice,
+and peak memory is about the size of the weights.
 """
 
 import logging
@@ -33,7 +33,7 @@ BYTES_IN_CACHE = 1 << 19
 
 @dataclass(frozen=True)
 class Component:
-    """A model that is not loaded yet: its configuration, and weights under its module paths."""
+    """A model that is not loaded yet: its configuration, and its weights named by module path."""
 
     config: Mapping[str, Any]
     weights: Weights
@@ -62,7 +62,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def open_if_there(may_be_absent: bool, open_it: Callable[[], ComponentT]) -> ComponentT | Absent:
-    """Open a component; if a run may do without it, return Absent instead of raising NotThere."""
+    """Call `open_it`. If a run can do without the component, return Absent instead of raising NotThere."""
     try:
         return open_it()
     except NotThere as error:
@@ -72,13 +72,13 @@ def open_if_there(may_be_absent: bool, open_it: Callable[[], ComponentT]) -> Com
 
 
 def build_on_meta_device(model: Callable[[ConfigT], ModuleT], config: ConfigT) -> ModuleT:
-    """Build a model on the meta device, for `materialise`."""
+    """Build a model on the meta device, to be filled by `materialise`."""
     with torch.device("meta"):
         return model(config)
 
 
 def empty_diffusers_model(kind: str, config: Mapping[str, Any]) -> Any:
-    """Build a model of a class of diffusers on the meta device."""
+    """Build a model of the diffusers class `kind` on the meta device."""
     import diffusers
 
     with torch.device("meta"):
@@ -86,8 +86,10 @@ def empty_diffusers_model(kind: str, config: Mapping[str, Any]) -> Any:
 
 
 def empty_transformers_model(family: str, kind: str, config: Mapping[str, Any], **options: Any) -> Any:
-    """Build transformers' model `kind` ("Qwen3VLText") of a `family` ("qwen3_vl") with weights on the meta device;
-    tensors that are in no file, such as rotary angles, are real."""
+    """Build transformers' model `kind` ("Qwen3VLText") of a `family` ("qwen3_vl") with weights on the meta device.
+
+    Buffers that no file contains, such as rotary angles, are real.
+    """
     from accelerate import init_empty_weights
 
     configuration = import_module(f"transformers.models.{family}.configuration_{family}")
@@ -100,35 +102,35 @@ def empty_transformers_model(family: str, kind: str, config: Mapping[str, Any], 
 def load_component(
     build: Callable[[Mapping[str, Any]], nn.Module], component: MaybeComponent, dtype: torch.dtype
 ) -> nn.Module:
-    """Load a component into the model that `build` makes of its configuration, in `dtype`, frozen, on the CPU."""
+    """Build a model from a component's configuration and load its weights in `dtype`, frozen, on the CPU."""
     return materialise(build(component.config), component.weights, dtype)
 
 
 def get_first_side(component: Component | Absent, name: str) -> int | None:
-    """Return the first dimension of a weight, for embeddings the number of words; None if the files are missing."""
+    """Return the first dimension of a weight, for embeddings the vocabulary size; None if the files are missing."""
     return None if isinstance(component, Absent) else shape_of(component.weights.shapes, name)[0]
 
 
-def check_text_width(flag: str, component: MaybeComponent, embedding: str, width: int, whose: str) -> None:
-    """Raise UserError if a present text encoder's width differs from `width`, the text width of the transformer.
+def check_text_width(flag: str, component: MaybeComponent, embedding: str, width: int, expected: str) -> None:
+    """Raise UserError if a text encoder is present and its width differs from `width`, the transformer's text width.
 
-    `embedding` is the name of its word embedding; `whose` names the expected encoder in the message.
+    `embedding` is the name of its word embedding; `expected` names the right encoder in the message.
     """
     if isinstance(component, Component) and (found := shape_of(component.weights.shapes, embedding)[1]) != width:
         raise UserError(
             f"{flag} {component.weights.origin} has width {found}, but the transformer expects text features of width "
-            f"{width}; use {whose}"
+            f"{width}; use {expected}"
         )
 
 
 def materialise(
     model: nn.Module, weights: Weights, dtype: torch.dtype, weight_format: RequestedFormat | None = None
 ) -> nn.Module:
-    """Load weights into a module on the meta device in `dtype`; the module is then frozen and in evaluation mode.
+    """Load weights in `dtype` into a module on the meta device, and return it frozen and in evaluation mode.
 
-    With a `weight_format` the weights inside its blocks are stored in it as they are read: peak memory is the result
-    and one weight. Weights that the file has in that format, or with AS_IN_FILE in 8 bits, are kept as stored unless
-    they are changed. If layers are taken away (`AsRead.take`), all of them are stored in some format.
+    With a `weight_format` the weights inside its blocks are stored in that format as they are read: peak memory is the
+    result and one weight. Weights that the file already has in that format, or in any 8-bit format with AS_IN_FILE, are
+    kept as stored unless `AsRead.changes` names them. With `AsRead.take` every layer is stored in some format.
 
     Raises UserError naming missing weights and wrong shapes; warns of unknown names.
     """
@@ -155,8 +157,8 @@ def check_names(weights: Weights, expected: Mapping[str, Tensor], model: str) ->
     unknown = [name for name in weights.shapes if name not in expected and not name.endswith("position_ids")]
     if unknown:
         logger.warning(
-            "%s has %d weights that %s does not have; ignoring them: %s",
-            weights.origin, len(unknown), model, list_few(unknown),
+            "%s: ignoring weights that %s does not have (%d): %s",
+            weights.origin, model, len(unknown), list_few(unknown),
         )  # fmt: skip
 
 
@@ -166,14 +168,14 @@ def check_shapes(weights: Weights, expected: Mapping[str, Tensor], model: str) -
     if wrong:
         has, needs = weights.shapes[wrong[0]], tuple(expected[wrong[0]].shape)
         raise UserError(
-            f"{weights.origin}: {len(wrong)} weights do not fit {model}; the first, {wrong[0]}, has shape "
-            f"{has} instead of {needs}"
+            f"{weights.origin} does not fit {model}: {wrong[0]} has shape {has} instead of {needs} "
+            f"(wrong shapes: {len(wrong)})"
         )
 
 
 @dataclass(frozen=True)
 class WeightReader:
-    """Reader of one model's weights in their target shape, dtype and layout."""
+    """Reader of one model's weights in their target shape, dtype and memory layout."""
 
     weights: Weights
     expected: Mapping[str, Tensor]
@@ -187,7 +189,8 @@ class WeightReader:
         return value if change is None else change(value)
 
     def keep_quantised(self, name: str, layer: nn.Module, codec: Codec | AsInFile | None) -> bool:
-        """Give a layer its weight as the file stores it. Return False if that is not in `codec`, or is changed."""
+        """Give a layer its weight as the file stores it. Return False if it is not stored in `codec`, or if it is
+        changed."""
         quantised = None if name in self.changes else self.weights.quantised.get(name)
         if quantised is None or codec not in (AS_IN_FILE, load_format(quantised.kind).codec):
             return False
@@ -200,7 +203,7 @@ class WeightReader:
 
 
 def store_blocks(model: nn.Module, reader: WeightReader, request: AsRead) -> set[str]:
-    """Store the weights inside the model's blocks in the requested format; return their names."""
+    """Store the weights inside the model's blocks in the requested format, and return their names."""
     if request.codec is None and request.take is None:
         return set()
     codec = None if isinstance(request.codec, AsInFile) else request.codec
@@ -220,10 +223,10 @@ def store_blocks(model: nn.Module, reader: WeightReader, request: AsRead) -> set
 
 
 def cast(value: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    """Compute `value.to(dtype, memory_format=layout)` bit for bit, faster where torch is slow."""
-    # Usually one pass does dtype and layout: each further pass over a U-Net costs as long as reading it. But torch
-    # converts float16 to bfloat16 one number at a time. Through float32, which is exact, it takes a quarter of the time
-    # (half if the layout changes too), as long as the parts stay in the processor's cache.
+    """Return `value.to(dtype, memory_format=layout)` bit for bit, by a faster way where torch is slow."""
+    # Usually one pass converts dtype and layout: each further pass over a U-Net takes as long as reading it. But torch
+    # converts float16 to bfloat16 one number at a time. The way through float32 is exact and takes a quarter of the
+    # time (half if the layout changes too), as long as the parts stay in the processor's cache.
     is_slow = (value.dtype, dtype, value.device.type) == (torch.float16, torch.bfloat16, "cpu")
     if not is_slow or value.ndim == 0 or value.numel() == 0:
         return value.to(dtype, memory_format=layout)
@@ -232,7 +235,7 @@ def cast(value: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tens
 
 
 def join_pieces(pieces: Iterable[Tensor], found: Tensor) -> Tensor:
-    """Fill `found` with the rows of all pieces, converted to its dtype and layout, and return it."""
+    """Copy the rows of all pieces into `found`, converted to its dtype and layout, and return it."""
     first = 0
     for rows in pieces:
         target = found[first : first + len(rows)]
@@ -243,10 +246,10 @@ def join_pieces(pieces: Iterable[Tensor], found: Tensor) -> Tensor:
 
 
 def read_as(weights: Weights, name: str, expected: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    """Read one weight in the shape of `expected`, in `dtype` and, with four dimensions, in `layout`.
+    """Read one weight in the shape of `expected` and in `dtype`, with four dimensions also in `layout`.
 
-    Converted values are read through a buffer that stays in the processor's cache. Raises UserError as `read_number`
-    does.
+    Weights that need conversion are read through a buffer that stays in the processor's cache. Raises UserError like
+    `read_number`.
     """
     place = weights.read.places.get(name) if isinstance(weights.read, FromFiles) else None
     layout = layout if expected.ndim == 4 else torch.contiguous_format
@@ -256,8 +259,10 @@ def read_as(weights: Weights, name: str, expected: Tensor, dtype: torch.dtype, l
 
 
 def read_number(weights: Weights, name: str, expected: Tensor) -> Tensor:
-    """Read one weight in the shape of `expected`. Raises UserError for integers, as in unsupported quantised
-    checkpoints."""
+    """Read one weight in the shape of `expected`.
+
+    Raises UserError for integers, which unsupported quantised checkpoints contain.
+    """
     value = weights.read(name)
     if expected.is_floating_point() and not value.is_floating_point():
         kind = str(value.dtype).removeprefix("torch.")

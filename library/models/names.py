@@ -8,7 +8,7 @@ def inverse(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def swap_stem(key: str, stems: Mapping[str, str]) -> str | None:
-    """Replace the first dotted names of `key` by `stems`; return None if it begins with none of them."""
+    """Replace the leading part of the dotted name `key` that is a key of `stems`; return None if no key matches."""
     for old, new in stems.items():
         if key == old or key.startswith(old + "."):
             return new + key[len(old) :]

@@ -1,4 +1,4 @@
-"""NextDiT (Qin et al. 2025) in the layout of the original checkpoints: its layers, and what its models share.
+"""Shared layers of the NextDiT models (Qin et al. 2025), in the layout of the original checkpoints.
 
 Letters: B samples, L text tokens, I image tokens, T tokens, N heads, M model width, V width of the noise level's
 embedding, F features of a patch.
@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.layer_keys import LayerKeys, Layers, Stack, is_norm
-from library.models.rotary import Rope, Rotary, turn
+from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import TimestepEmbedder
 from library.types import Batch, Conditioning, Noised
@@ -45,7 +45,7 @@ class NextDiTConfig:
 
 
 ConfigT = TypeVar("ConfigT", bound=NextDiTConfig)
-COUNT_FIELDS: Mapping[str, str] = {  # by stack, the field that counts its blocks
+COUNT_FIELDS: Mapping[str, str] = {  # stack -> field that counts its blocks
     "context_refiner": "num_context_refiners",
     "noise_refiner": "num_noise_refiners",
     "layers": "num_layers",
@@ -55,9 +55,9 @@ COUNT_FIELDS: Mapping[str, str] = {  # by stack, the field that counts its block
 def read_sizes(
     kind: type[ConfigT], title: str, shapes: Mapping[str, tuple[int, ...]], head_step: int, is_grouped: bool
 ) -> ConfigT:
-    """Read the hyper-parameters from names and shapes, names without prefix.
+    """Read the hyper-parameters from shapes, names without prefix.
 
-    Head widths must be multiples of `head_step`; without `is_grouped` there are as many heads of keys as of queries.
+    Head widths must be multiples of `head_step`. Without `is_grouped` there must be as many key heads as query heads.
     Raises UserError for a missing name and for invalid sizes.
     """
     read = ShapeReader(title, shapes)
@@ -90,7 +90,8 @@ def read_sizes(
 def next_dit_keys(
     top: Mapping[str, str], block: Layers, context_block: Layers, parameters: tuple[str, ...] = ()
 ) -> LayerKeys:
-    """Return the layers of a base model by their names; `context_block` are those of the stack without modulation."""
+    """Build a base model's `LayerKeys`; `context_block` are the layers of the context refiner, which has no
+    modulation."""
     stacks = tuple(Stack(name, name, context_block if name == "context_refiner" else block) for name in COUNT_FIELDS)
     return LayerKeys(
         top, stacks, is_other=lambda path: is_norm(path) or path == "cap_embedder.0", parameters=parameters
@@ -98,8 +99,7 @@ def next_dit_keys(
 
 
 def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
-    """Return the velocity in the shape of the latents; for these models it is latent - noise, and time runs that way
-    too."""
+    """Return the velocity, latent - noise, in the shape of the latents. These models take 1 - sigma as the time."""
     velocity_BCHW: Tensor = denoiser(
         noised.latents_BCHW, 1 - noised.sigmas_B, conditioning["hidden_state"], conditioning["attention_mask"]
     )
@@ -120,9 +120,9 @@ class JointAttention(nn.Module):
 
     def forward(self, x_BTM: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x_BTM).unflatten(-1, (-1, self.head_width)).transpose(1, 2).split(self.heads, dim=1)
-        # Norms and attention save inputs for the backward pass; a view would keep queries, keys and values alive.
+        # Norms and attention save their inputs for the backward pass; a view would keep queries, keys and values alive.
         norms = ((self.q_norm, q.contiguous()), (self.k_norm, k.contiguous()))
-        q, k = (turn(norm(part), rope).to(v.dtype) for norm, part in norms)
+        q, k = (apply_rope(norm(part), rope).to(v.dtype) for norm, part in norms)
         if (repeats := self.heads[0] // self.heads[1]) > 1:
             k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
         else:
@@ -145,9 +145,9 @@ class FeedForward(nn.Module):
 
 
 class JointTransformerBlock(nn.Module):
-    """Attention and feed-forward layer, each between two norms. Network modules find the layers by this class name.
+    """Attention and a feed-forward layer, each between two norms. Network modules find the layers by this class name.
 
-    With a `modulation`, from V to four times M, the noise level scales the inputs and gates the outputs.
+    `modulation` maps the noise level's embedding, width V, to 4 M values that scale the inputs and gate the outputs.
     """
 
     def __init__(self, config: NextDiTConfig, modulation: nn.Sequential | None = None) -> None:
@@ -169,7 +169,7 @@ class JointTransformerBlock(nn.Module):
         return after_BTM
 
     def modulation(self, time_BV: Tensor | None) -> tuple[Tensor | float, ...]:
-        """Return scale and gate of attention, then of the feed-forward layer, each (B, 1, M), or 1 without
+        """Return scale and gate of attention, then of the feed-forward layer: each (B, 1, M), or 1 without
         modulation."""
         if self.adaLN_modulation is None:
             return (1.0,) * 4
@@ -178,7 +178,8 @@ class JointTransformerBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The last layer, from tokens to patches of the velocity. Network modules find the layers by this class name."""
+    """The last layer, which maps tokens to patches of the velocity. Network modules find its layers by this class
+    name."""
 
     def __init__(self, width: int, time_width: int, out_features: int) -> None:
         super().__init__()
@@ -193,7 +194,7 @@ class FinalLayer(nn.Module):
 
 
 class JointTransformer(nn.Module):
-    """The layers of a denoiser, and what runs its blocks. A model adds how tokens are filled, placed and masked."""
+    """The layers of a denoiser and the loop over its blocks. Subclasses fill, place and mask the tokens."""
 
     def __init__(self, config: NextDiTConfig, rotary: Rotary, build_modulation: Callable[[], nn.Sequential]) -> None:
         super().__init__()
@@ -212,8 +213,7 @@ class JointTransformer(nn.Module):
         self.final_layer = FinalLayer(c.width, c.time_width, c.in_features)
 
     def stacks(self) -> Stacks:
-        """Return the blocks of the transformer itself; the few that refine text and noise before it are not
-        offloaded."""
+        """Return the main blocks; the few that refine text and noise before them are not offloaded."""
         return [[*self.layers]]
 
     def run_blocks(
@@ -225,7 +225,8 @@ class JointTransformer(nn.Module):
         text_mask: Tensor | None,
         mask: Tensor | None,
     ) -> Tensor:
-        """Refine text and image tokens apart, run all together, and return the image's, shape (B, I, M)."""
+        """Refine text and image tokens separately and run the main blocks on both; return the image's tokens, (B, I,
+        M)."""
         L = txt_BLM.shape[1]
         text_rope, image_rope = rope[:, :, :L], rope[:, :, L:]
         for block in self.context_refiner:

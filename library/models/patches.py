@@ -1,7 +1,7 @@
-"""Conversion between latents and tokens of P x P latents, and the mask of tokens.
+"""Conversion between latents and tokens of P x P latents, and the mask of keys.
 
-Letters: B samples, C channels, H and W sides of the latent, h and w sides in patches, F features, P P C, of a token, L
-text tokens, I image tokens, T all tokens, text first.
+Letters: B samples, C channels, H and W sides of the latent, h and w sides in patches, F = P P C features of a token, L
+text tokens, I image tokens, T all tokens (text first).
 """
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 def patchify(latents_BCHW: Tensor, patch: int, channels_last: bool = False) -> Tensor:
-    """Make each square of P x P latents a token, in row order, channels outermost or innermost; shape (B, h w, F)."""
+    """Turn each square of P x P latents into a token, in row order; shape (B, h w, F), channels outermost or
+    innermost."""
     B, C, H, W = latents_BCHW.shape
     grid = latents_BCHW.view(B, C, H // patch, patch, W // patch, patch)
     order = (0, 2, 4, 3, 5, 1) if channels_last else (0, 2, 4, 1, 3, 5)
@@ -28,6 +29,6 @@ def unpatchify(tokens_BTF: Tensor, h: int, w: int, patch: int, channels_last: bo
 
 
 def key_mask(is_text_BL: Tensor, num_patches: int) -> Tensor:
-    """Return the mask of tokens that may be attended to: the text's as given, the whole image; shape (B, 1, 1, T)."""
+    """Return the mask of keys, (B, 1, 1, T): the text's tokens as given, and all of the image's."""
     image_BI = is_text_BL.new_ones((len(is_text_BL), num_patches))
     return torch.cat([is_text_BL, image_BI], dim=1)[:, None, None]

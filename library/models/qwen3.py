@@ -1,4 +1,4 @@
-"""The text encoder Qwen3: transformers' Qwen3Model, from a file in its layout or a folder, and its tokenizer.
+"""The text encoder Qwen3 (transformers' Qwen3Model), from a file in its layout or a folder, and its tokenizer.
 
 Letters: B captions, S tokens, E width.
 """
@@ -23,7 +23,7 @@ from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, hold
 
 ROPE_BASE = 1_000_000.0
 EPS = 1e-6
-MARK = "layers.0.self_attn.q_norm.weight"  # earlier Qwens and Mistral have no norms of queries
+MARK = "layers.0.self_attn.q_norm.weight"  # earlier Qwens and Mistral do not normalize queries
 FOLDER = "text_encoder"  # in a diffusers folder
 
 
@@ -31,7 +31,7 @@ FOLDER = "text_encoder"  # in a diffusers folder
 class Qwen3Release:
     """One size of Qwen3 with the settings that a base model uses."""
 
-    flag: str  # that names its file
+    flag: str  # option that names its file
     hub_name: str  # "Qwen/Qwen3-0.6B"
     prefix: str  # of its names in a file with several models
 
@@ -42,14 +42,14 @@ class Qwen3Release:
 
 
 def open_qwen3(name: str | None, release: Qwen3Release) -> Component:
-    """Open the encoder from a file or a folder. Raises UserError naming the flag if it is something else."""
+    """Open the encoder from a file or a folder. Raises UserError naming the flag if it is missing or something else."""
     if not name:
         raise NotThere(f"{release.flag} is missing: use the file or folder of {release.hub_name}")
     return qwen3_component(model_lookup.open_model(release.flag, name, FOLDER)[1], release)
 
 
 def qwen3_component(weights: Weights, release: Qwen3Release) -> Component:
-    """Build the encoder from shapes. Raises UserError if the weights are of something else."""
+    """Build the encoder's component from shapes. Raises UserError if the weights are something else."""
     found = extract_decoder(weights, release.prefixes)
     if found is None or MARK not in found.shapes:
         first = list_first_names(weights)
@@ -68,7 +68,7 @@ load_qwen3 = partial(load_component, empty_qwen3)
 
 
 def encode_qwen3(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Return the last states after the final norm, BSE, zero where the mask is 0. Gradients flow."""
+    """Return the last states, after the final norm, BSE, zero where the mask is 0. Gradients flow."""
     # The encoder needs no mask: attention is causal, and padding comes last.
     device = next(encoder.parameters()).device
     states_BSE: Tensor = encoder(send(ids_BS, device)).last_hidden_state
@@ -85,7 +85,7 @@ def encode_before_last_layer(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor
 def load_qwen3_tokenizer(
     release: Qwen3Release, folders: Sequence[Path], cache_dir: str | None, num_words: int | None
 ) -> Any:
-    """Load Qwen3's tokenizer, which pads on the right, as `TokenizerFiles.load`."""
+    """Load Qwen3's tokenizer, padding on the right, as described at `TokenizerFiles.load`."""
     needed = "tokenizer.json (or vocab.json and merges.txt)"
     files = TokenizerFiles(
         release.hub_name, BYTE_PAIR_FILES, holds_qwen3_tokenizer, "Qwen3", needed, "Qwen2TokenizerFast"
@@ -94,5 +94,5 @@ def load_qwen3_tokenizer(
 
 
 def holds_qwen3_tokenizer(folder: Path) -> bool:
-    """Return True if a folder has the files of Qwen3's tokenizer; T5's do not qualify."""
+    """Return True if a folder has the files of Qwen3's tokenizer; a folder with T5's spiece.model does not qualify."""
     return holds_byte_pairs(folder) and not (folder / "spiece.model").exists()

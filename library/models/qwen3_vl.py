@@ -1,7 +1,7 @@
-"""The language model of Qwen3-VL as a text encoder: transformers' Qwen3VLTextModel, from a file or a folder.
+"""The language model of Qwen3-VL as a text encoder (transformers' Qwen3VLTextModel), from a file or a folder.
 
-Its names and sizes are those of Qwen3, whose tokenizer it has (`load_qwen3_tokenizer`). The two differ in the base of
-the positions, and a Qwen3-VL file has a vision model too, which is left out.
+It has Qwen3's names, sizes and tokenizer (`load_qwen3_tokenizer`), but another rotary base. A Qwen3-VL file also
+contains a vision model, which is not part of this encoder.
 """
 
 import logging
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 ROPE_BASE = 5_000_000.0
 VISION = "visual."
-KIND = "qwen3_vl"  # of its folder's configuration
+KIND = "qwen3_vl"  # model_type in its folder's config.json
 
 
 def qwen3_vl_component(weights: Weights, given: Mapping[str, Any] | None, release: Qwen3Release) -> Component:
-    """Build the encoder from shapes; `given` is its folder's configuration, None for a file.
+    """Build the encoder's component from shapes; `given` is its folder's configuration, None for a file.
 
-    Raises UserError if the weights are of something else; warns of a file that may hold Qwen3, which has the same names
+    Raises UserError if the weights are something else. Warns of a file that may hold Qwen3, which has the same names
     and sizes.
     """
     kind = str((given or {}).get("model_type", KIND))
@@ -41,8 +41,8 @@ def qwen3_vl_component(weights: Weights, given: Mapping[str, Any] | None, releas
         )
     if given is None and not any(VISION in name for name in weights.shapes):
         logger.warning(
-            "%s %s has no vision model: if it is Qwen3 and not Qwen3-VL, whose sizes are the same, captions are "
-            "misread; use %s",
+            "%s %s has no vision model. If it is Qwen3, which has the same sizes, it encodes captions wrongly; then "
+            "use %s",
             release.flag,
             weights.origin,
             release.hub_name,
@@ -53,7 +53,7 @@ def qwen3_vl_component(weights: Weights, given: Mapping[str, Any] | None, releas
 def qwen3_vl_config(shapes: Shapes) -> dict[str, Any]:
     """Return the arguments of transformers' Qwen3VLTextConfig."""
     head_width = shape_of(shapes, MARK)[0]
-    side = head_width // 2 * 5 // 16  # the frequencies for rows and for columns; the rest is for time
+    side = head_width // 2 * 5 // 16  # the frequencies for rows, and for columns; the others are for time
     config = decoder_config(shapes, head_width, ROPE_BASE, EPS)
     return {
         **config,
@@ -65,6 +65,6 @@ empty_qwen3_vl = partial(empty_transformers_model, "qwen3_vl", "Qwen3VLText")
 
 
 def load_qwen3_vl(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-    """Load the encoder in `dtype`, frozen, on the CPU, without its last norm: its last states are those of its last
+    """Load the encoder in `dtype`, frozen, on the CPU. It has no last norm, so its last states are those of its last
     layer."""
     return remove_last_norm(load_component(empty_qwen3_vl, component, dtype))

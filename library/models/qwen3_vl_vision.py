@@ -16,11 +16,11 @@ from library.models.shapes import Shapes, count, shape_of
 
 MERGE = 2  # patches per side that one token represents
 NUM_HEADS = 16
-DEEPSTACK = (8, 16, 24)  # layers whose states are added to those of the first layers of the language model
+DEEPSTACK = (8, 16, 24)  # layers whose states are added to those of the language model's first layers
 
 
 def vision_component(weights: Weights) -> Component | None:
-    """Build the vision model from the shapes in a text encoder's file; None if it has none."""
+    """Build the vision model's component from a text encoder's file; None if the file has no vision model."""
     mark = f"{VISION}patch_embed.proj.weight"
     prefix = next((name.removesuffix(mark) for name in weights.shapes if name.endswith(mark)), None)
     if prefix is None:
@@ -54,7 +54,7 @@ load_vision = partial(load_component, empty_vision)
 def encode_with_images(
     language: nn.Module, vision: nn.Module, ids_S: Tensor, slot: int, images: Sequence[Tensor]
 ) -> Tensor:
-    """Return the last hidden states of one caption in which tokens `slot` represent images, shape SE."""
+    """Return the last states of one caption, shape SE, with images (each CHW) in place of its tokens `slot`."""
     model: Any = language
     tower: Any = vision
     weight = next(vision.parameters())
@@ -78,7 +78,7 @@ def encode_with_images(
 
 
 def cut_patches(image_CHW: Tensor, patch: int, num_frames: int) -> Tensor:
-    """Cut an image, as a video of equal frames, into patches; those of one token follow each other."""
+    """Cut an image, repeated as the equal frames of a video, into patches; those of one token follow each other."""
     C, H, W = image_CHW.shape
     step = MERGE * patch
     grid = image_CHW.view(C, H // step, MERGE, patch, W // step, MERGE, patch).permute(1, 4, 2, 5, 0, 3, 6)
@@ -87,8 +87,8 @@ def cut_patches(image_CHW: Tensor, patch: int, num_frames: int) -> Tensor:
 
 
 def rotary_positions(is_slot_S: Sequence[bool], sides: Sequence[tuple[int, int]]) -> Tensor:
-    """Return positions (time, row, column) of tokens, shape (3, S): text advances on all, images on rows and columns
-    from there."""
+    """Return positions (time, row, column) of tokens, shape (3, S): text advances on all axes, an image on rows and
+    columns."""
     found: list[Tensor] = []
     place, left = 0, iter(sides)
     for is_slot, run in groupby(is_slot_S):

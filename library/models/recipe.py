@@ -10,14 +10,14 @@ from library.installed import NEEDED_BY_ALL, check_installed
 from library.options.base import Options
 from library.options.no_effect import asks
 
-OTHER_ATTENTION: Mapping[str, str] = {  # options without effect on our own denoisers
+OTHER_ATTENTION: Mapping[str, str] = {  # options without effect on this project's denoisers
     "xformers": "attention is torch's scaled dot product",
     "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
 }
 
 
 def ignored_by_flow(title: str, **reasons: str) -> dict[str, str]:
-    """Return the options without effect on a flow model, and why; `reasons` are the model's own."""
+    """Return the options without effect on a flow model, each with the reason; `reasons` adds the model's own."""
     return {
         **IGNORES,
         "v2": "it is for models of train_network.py",
@@ -39,8 +39,7 @@ class Recipe:
     needs: Mapping[str, str] = field(default_factory=dict)  # package -> versions, if newer than for other base models
 
     def check(self, options: Options) -> None:
-        """Raise UserError for packages that are too old, and for an option that would train something else than is
-        meant."""
+        """Raise UserError for packages that are too old, and for an option that this base model does not support."""
         check_installed(self.title, {**NEEDED_BY_ALL, **self.needs})
         values = options.flat()
         for name, why in self.refuses.items():
@@ -62,19 +61,19 @@ class Recipe:
         return {"ss_v2": "False", **self.metadata, "modelspec.architecture": f"{architecture}/lora"}
 
 
-def folders_beside(*files: str | Path | None) -> list[Path]:
-    """Return the folders that contain these model files, or the folders themselves, in order; None is skipped."""
+def folders_of(*files: str | Path | None) -> list[Path]:
+    """Return the folder of each model file, or the given folder itself, in order; None is skipped."""
     paths = [Path(file).expanduser() for file in files if file is not None]
     return [path if path.is_dir() else path.parent for path in paths]
 
 
 def tokenizer_folders(base: str | Path, encoder: str | None, names: Sequence[str] = ("tokenizer",)) -> list[Path]:
-    """Return the folders to search for a tokenizer: those of these names next to the base model and the encoder's
-    file, then the encoder's own."""
-    beside = folders_beside(base, encoder)
+    """Return the folders to search for a tokenizer: those of these names in or next to the base model and the
+    encoder, then the encoder's own folder."""
+    beside = folders_of(base, encoder)
     return [folder / name for folder in beside for name in names] + beside[1:]
 
 
 def explain_ignored_attention(attn_mode: str | None) -> dict[str, str]:
-    """Return the reason why --attn_mode has no effect, by option; empty if it names torch's own kernel."""
+    """Return {"attn_mode": reason} if --attn_mode has no effect, {} if it names torch's own kernel."""
     return {} if attn_mode in (None, "torch", "sdpa") else {"attn_mode": "attention is torch's scaled dot product"}

@@ -1,7 +1,7 @@
-"""Comparison of a denoiser with the class of another library: what the base models' `reference.py` share.
+"""Comparison of a denoiser with another library's class: code that the base models' `reference.py` share.
 
-Such a module defines `outputs(denoiser, generator)`, which returns what both compute for the same random inputs, in
-float32. Of each stack of blocks two are taken, so that models of any size can be compared in main memory.
+Each of these modules defines `outputs(denoiser, generator)`, which returns the outputs of both for the same random
+inputs, in float32. Only two blocks of each stack are kept, so that models of any size fit in main memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from library.checkpoints.fused_tensors import swap_halves
 
-SIDE, LENGTHS = 16, (40, 24)  # pixels of the latent; tokens of the captions
+SIDE, LENGTHS = 16, (40, 24)  # side of the latent; tokens of the two captions
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 class MissingClass(Exception):
-    """The installed version of diffusers has no class of this name, which is the error's text."""
+    """The installed version of diffusers lacks a class; the message is its name."""
 
 
 class Inputs(NamedTuple):
@@ -38,7 +38,7 @@ def random_inputs(generator: torch.Generator, channels: int, text_width: int) ->
 
 
 def diffusers_class(name: str) -> Any:
-    """Return a class of diffusers; raises MissingClass where the installed version has none of that name."""
+    """Return a class of diffusers. Raises MissingClass if the installed version lacks it."""
     import diffusers
 
     try:
@@ -48,9 +48,10 @@ def diffusers_class(name: str) -> Any:
 
 
 def shorten_model(denoiser: ModelT, count_fields: Mapping[str, str], **changes: Any) -> ModelT:
-    """Return a copy in float32 with the first and the last block of each stack.
+    """Return a copy in float32 with only the first and the last block of each stack.
 
-    `count_fields` has, by stack, the field of `denoiser.config` that counts its blocks; `changes` are other fields.
+    `count_fields` maps each stack to the field of `denoiser.config` that counts its blocks; `changes` are values of
+    other fields.
     """
     state, counts = select_first_and_last(denoiser.state_dict(), list(count_fields))
     model: Any = denoiser
@@ -62,8 +63,8 @@ def shorten_model(denoiser: ModelT, count_fields: Mapping[str, str], **changes: 
 
 
 def select_first_and_last(state: Mapping[str, Tensor], stacks: Sequence[str]) -> tuple[dict[str, Tensor], list[int]]:
-    """Return the weights, float32, with the first and the last block of each stack alone, renumbered; and how many each
-    has now."""
+    """Return the weights, float32, with only the first and the last block of each stack, renumbered, and the number
+    of blocks that each stack then has."""
     numbers = {
         stack: sorted({int(name.split(".")[1]) for name in state if name.startswith(f"{stack}.")}) for stack in stacks
     }
@@ -83,7 +84,10 @@ def select_first_and_last(state: Mapping[str, Tensor], stacks: Sequence[str]) ->
 def split_weights(
     state: Mapping[str, Tensor], source_keys: Callable[[str], Sequence[str]], rows: Sequence[int], swapped: str = ""
 ) -> dict[str, Tensor]:
-    """Split weights into the names that `source_keys` returns for each."""
+    """Split each weight along its rows into the tensors that `source_keys` names.
+
+    `rows` are the sizes of all parts but the last. The halves of weights below `swapped` are swapped first.
+    """
     found: dict[str, Tensor] = {}
     for key, tensor in state.items():
         names = source_keys(key)
@@ -95,6 +99,6 @@ def split_weights(
 
 
 def with_weights(model: Any, state: Mapping[str, Tensor]) -> Any:
-    """Load all weights of a model of another library, frozen, for evaluation."""
+    """Load all weights into a model of another library, and return it frozen and in evaluation mode."""
     model.load_state_dict(state)
     return model.requires_grad_(False).eval()

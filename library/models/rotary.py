@@ -14,30 +14,31 @@ ROPE_BASE = 10_000
 HAVE_COMPLEX = ("cpu", "cuda")  # device types with complex arithmetic
 
 Rope = Tensor
-"""Cosine and sine of the rotation angle of each pair of neighbouring values of a head, float32 (..., T, D / 2, 2)."""
+"""Cosine and sine of each pair's rotation angle, float32 (..., T, D / 2, 2); a pair is two neighbouring values of a
+head."""
 
 
 class AxisTables:
-    """Cosines and sines for the positions of one axis, each table computed once on the host and kept on its device.
+    """Cosines and sines by position along one axis. Each table is computed once on the host and kept on its device.
 
-    Each model has its own tables, because the planner runs models whose tables are fake. One of 128 positions takes 28
-    kB.
+    Each model has its own tables, because the planner runs models whose tables are fake. A table of 128 positions takes
+    28 kB.
     """
 
     def __init__(self) -> None:
         self.kept: dict[tuple[int, int, float, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, width: int, extent: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the tables for the positions 0 to `extent` - 1, each of shape (extent, width / 2)."""
-        asked = (width, extent, base, device)
-        if asked not in self.kept:
+        """Return cosines and sines of the positions 0 to `extent` - 1, each (extent, width / 2)."""
+        key = (width, extent, base, device)
+        if key not in self.kept:
             cos, sin = axis_table(width, extent, base)
-            self.kept[asked] = send(cos, device), send(sin, device)
-        return self.kept[asked]
+            self.kept[key] = send(cos, device), send(sin, device)
+        return self.kept[key]
 
 
 class Rotary:
-    """Rotation angles of tokens along axes; axis a rotates `widths[a]` values of a head, an even number."""
+    """Rotation angles of tokens along several axes; axis a rotates `widths[a]` values of a head, an even number."""
 
     def __init__(self, widths: Sequence[int], base: int = ROPE_BASE) -> None:
         self.widths = widths
@@ -45,8 +46,8 @@ class Rotary:
         self.tables = AxisTables()
 
     def __call__(self, positions: Tensor, extents: Sequence[int]) -> Rope:
-        """Return the angles of tokens at integer `positions` (..., T, A), which are below `extents[a]`, on their
-        device."""
+        """Return the angles of tokens at integer `positions`, (..., T, A), on their device; those on axis a are
+        below `extents[a]`."""
         places = positions.long().unbind(-1)
         turned = [
             [part[place] for part in self.tables(width, extent, self.base, positions.device)]
@@ -57,7 +58,7 @@ class Rotary:
 
 
 def axis_table(width: int, extent: int, base: float) -> tuple[Tensor, Tensor]:
-    """Compute cosines and sines for the positions 0 to `extent` - 1 of one axis, on the CPU, shape (extent, width /
+    """Compute cosines and sines of the positions 0 to `extent` - 1 along one axis, on the CPU; each (extent, width /
     2)."""
     # The angles need float64, which not every device supports: float32 is off by 1e-4 at position 1000.
     frequencies = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
@@ -65,8 +66,8 @@ def axis_table(width: int, extent: int, base: float) -> tuple[Tensor, Tensor]:
     return angles.cos().float(), angles.sin().float()
 
 
-def turn(x_BNTD: Tensor, rope: Rope) -> Tensor:
-    """Rotate each pair of neighbouring values of a head; the table must broadcast to (B, N, T, D / 2, 2)."""
+def apply_rope(x_BNTD: Tensor, rope: Rope) -> Tensor:
+    """Rotate each pair of neighbouring values of a head by its angle; `rope` must broadcast to (B, N, T, D / 2, 2)."""
     # Complex multiplication takes one pass instead of seven. Devices without it, and compiled code, which fuses the
     # passes anyway, use real arithmetic.
     pairs = x_BNTD.float().unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call]

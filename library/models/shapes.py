@@ -23,13 +23,13 @@ def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """Count the different numbers that the one group of `pattern` matches at the beginning of the names."""
+    """Count the distinct numbers in the one group of `pattern`, which is matched at the beginning of each name."""
     return len({match[1] for match in (re.match(pattern, name) for name in shapes) if match})
 
 
 @dataclass(frozen=True)
 class ShapeReader:
-    """The sizes in a checkpoint of one of our denoisers, names without prefix; errors name the model."""
+    """Reader of the sizes of one of our denoisers from a checkpoint, names without prefix; errors name the model."""
 
     model: str  # its name in messages
     shapes: Shapes
@@ -37,14 +37,16 @@ class ShapeReader:
     def shape(self, name: str) -> tuple[int, ...]:
         """Look up a shape. Raises UserError if the name is missing."""
         if name not in self.shapes:
-            raise UserError(f"not a {self.model} model: {name} is missing")
+            raise UserError(f"{name} is missing; use a complete {self.model} checkpoint")
         return self.shapes[name]
 
     def count(self, stem: str) -> int:
-        """Count the blocks `<stem>.0`, `<stem>.1`, …. Raises UserError if there are none, or one is missing."""
+        """Count the blocks `<stem>.0`, `<stem>.1`, …. Raises UserError if there are none, or if a number is missing."""
         numbers = {int(match[1]) for name in self.shapes if (match := re.match(rf"{re.escape(stem)}\.(\d+)\.", name))}
         if not numbers or numbers != set(range(len(numbers))):
-            raise UserError(f"not a {self.model} model: its {stem} are numbered {sorted(numbers)}")
+            raise UserError(
+                f"its {stem} are numbered {sorted(numbers)}, not 0, 1, 2, ...; use a complete {self.model} checkpoint"
+            )
         return len(numbers)
 
 

@@ -21,7 +21,7 @@ def sinusoids(values_B: Tensor, num_features: int = FREQUENCIES) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """An embedding of the noise level as cosines and sines of decreasing frequencies, then two layers."""
+    """An embedding of the noise level: sinusoids, then two linear layers with SiLU in between."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()

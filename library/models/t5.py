@@ -1,4 +1,4 @@
-"""T5 text encoders (v1.1, gated): transformers' T5EncoderModel, from files in its layout or from a folder.
+"""T5 text encoders (v1.1, gated) as transformers' T5EncoderModel, from files in its layout or from a folder.
 
 A `Component` of such an encoder has the module paths of transformers, the word embedding only as "shared.weight".
 
@@ -31,7 +31,8 @@ DISTANCE = 128  # relative positions beyond it share one bucket
 
 
 def t5_component(weights: Weights) -> Component:
-    """Build a text encoder from a single file. Raises UserError naming the file if it holds something else."""
+    """Build a text encoder's component from a single file. Raises UserError naming the file if it holds something
+    else."""
     weights = with_prefix(weights, find_prefix(weights.shapes, T5_XXL_NAMES))
     if not any(name in weights.shapes for name in WORDS) or "encoder.final_layer_norm.weight" not in weights.shapes:
         first = list_first_names(weights)
@@ -41,7 +42,7 @@ def t5_component(weights: Weights) -> Component:
 
 
 def t5_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
-    """Build a text encoder from a diffusers folder."""
+    """Build a text encoder's component from a diffusers folder."""
     return Component(config, with_one_embedding(weights))
 
 
@@ -53,8 +54,7 @@ def with_one_embedding(weights: Weights) -> Weights:
 
 
 def t5_config(shapes: Shapes) -> dict[str, Any]:
-    """Return the arguments of transformers' T5Config. Its own dropout is off: it would act whenever a module is in
-    train mode."""
+    """Return the arguments of transformers' T5Config."""
     vocab, width = shape_of(shapes, WORDS[0])
     buckets, num_heads = shape_of(shapes, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
     is_gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in shapes
@@ -73,8 +73,10 @@ def t5_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def empty_t5(config: Mapping[str, Any]) -> Any:
-    """Build transformers' T5EncoderModel on the meta device, without dropout; both names of the embedding are one
-    module."""
+    """Build transformers' T5EncoderModel on the meta device; both names of the word embedding are one module.
+
+    T5's own dropout is off: it would act whenever a module is in train mode.
+    """
     from transformers import T5Config, T5EncoderModel
 
     with torch.device("meta"):
@@ -84,12 +86,12 @@ def empty_t5(config: Mapping[str, Any]) -> Any:
 
 
 def t5_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return T5's dtype if other models run in `dtype`: T5's hidden states exceed the range of float16."""
+    """Return T5's dtype if other models run in `dtype`: bfloat16 instead of float16, whose range its states exceed."""
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def precisions(dtype: torch.dtype) -> str:
-    """Name the precision of text features by CLIP and T5, for the identity of their caches."""
+    """Name the precisions of CLIP's and T5's features, for the identity of their caches."""
     return str(dtype) if t5_dtype(dtype) == dtype else f"{dtype}, T5 {t5_dtype(dtype)}"
 
 
@@ -101,9 +103,9 @@ def load_t5(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
 
 
 def encode_t5(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """Return the last hidden state after the final norm, BTW; tokens with mask 0 are not attended to.
+    """Return the last states, after the final norm, BTW; tokens whose mask is 0 are not attended to.
 
-    Under autocast to float16 it runs in bfloat16, see `t5_dtype`.
+    Under autocast to float16 the encoder runs in bfloat16, see `t5_dtype`.
     """
     device = next(encoder.parameters()).device
     mask = None if mask_BT is None else send(mask_BT, device)

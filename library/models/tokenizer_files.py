@@ -1,4 +1,4 @@
-"""Location of a tokenizer's files: beside a model, in --tokenizer_cache_dir, or on the hub."""
+"""Location of a tokenizer's files: next to a model, in --tokenizer_cache_dir, or on the hub."""
 
 import json
 import logging
@@ -22,23 +22,24 @@ class TokenizerFiles:
 
     hub_name: str
     files: tuple[str, ...]  # files to download from the repository
-    are_in: Callable[[Path], bool]  # True if a folder has the tokenizer
+    are_in: Callable[[Path], bool]  # returns True if a folder has the tokenizer
     owner: str = ""  # the text encoder, in messages
     needed: str = ""  # the files to put into a folder, in messages
-    kind: str = ""  # the class of transformers
+    kind: str = ""  # transformers' tokenizer class
 
     def cache_folder(self, cache_dir: str | None) -> Path | None:
-        """Return the folder of --tokenizer_cache_dir that keeps the files, or None."""
+        """Return the subfolder of --tokenizer_cache_dir for the files; None if the option is not set."""
         return Path(cache_dir).expanduser() / self.hub_name.replace("/", "_") if cache_dir else None
 
     def cache_place(self, cache_dir: str | None) -> str:
-        """Describe that folder for a message, with the option that sets it if it is not set."""
+        """Describe that folder for a message, which also asks for --tokenizer_cache_dir if it is not set."""
         cached = self.cache_folder(cache_dir)
         name = self.hub_name.replace("/", "_")
         return str(cached) if cached else f"<folder>/{name} and give --tokenizer_cache_dir <folder>"
 
     def find(self, folders: Sequence[Path], cache_dir: str | None) -> Path:
-        """Find the first of `folders` that has the files, else the cache folder, else download them into the cache.
+        """Return the first of `folders` with the files, else the cache folder, else a download, copied into the cache
+        folder.
 
         Raises ConnectionError with the reason if the hub does not provide them.
         """
@@ -57,8 +58,8 @@ class TokenizerFiles:
     def load(self, folders: Sequence[Path], cache_dir: str | None, num_words: int | None, **options: Any) -> Any:
         """Load the tokenizer of a text encoder with `num_words` embeddings.
 
-        It is searched in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
-        --tokenizer_cache_dir. Raises UserError saying which files to put where.
+        Searches `folders`, then --tokenizer_cache_dir, then the hub; a download is saved into --tokenizer_cache_dir.
+        Raises UserError naming the files to provide, or for the tokenizer of another model.
         """
         try:
             folder = self.find(folders, cache_dir)
@@ -81,19 +82,19 @@ def holds_byte_pairs(folder: Path) -> bool:
 
 
 def read_tokenizer(read: Callable[[], Any], place: Path) -> Any:
-    """Call `read` on the tokenizer's files at `place`. Raises UserError naming them if they are damaged."""
+    """Return `read()`. Raises UserError naming `place` if the tokenizer's files there are damaged."""
     try:
         return read()
-    except Exception as error:  # transformers and tokenizers raise whatever they meet in a file, also bare Exception
+    except Exception as error:  # transformers and tokenizers raise anything for damaged files, also bare Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"the tokenizer {place} cannot be read ({reason}); download its files again") from error
 
 
 def read_tokenizer_folder(kind: str, folder: Path, **options: Any) -> Any:
-    """Read a tokenizer of a class of transformers, whose name ends in "Fast".
+    """Read a tokenizer of the transformers class `kind`, whose name ends in "Fast".
 
-    Those read tokenizer.json alone too; transformers 4 has others beside them, which do not. Raises UserError naming
-    the folder if a file in it is damaged.
+    Fast tokenizers can read tokenizer.json alone; transformers 4 also has slow ones, which cannot. Raises UserError
+    naming the folder if a file in it is damaged.
     """
     import transformers
 
@@ -105,14 +106,17 @@ def read_tokenizer_folder(kind: str, folder: Path, **options: Any) -> Any:
 
 
 def tokens_for_transformers_4(folder: Path) -> dict[str, Any]:
-    """Return the extra special tokens of a folder that transformers 5 saved: a list, where 4 expects names."""
+    """Return arguments with which transformers 4 reads the extra special tokens that transformers 5 saved.
+
+    Transformers 5 saves a list, where 4 expects names.
+    """
     config = folder / "tokenizer_config.json"
     extra = json.loads(config.read_text("utf-8")).get("extra_special_tokens") if config.is_file() else None
     return {"additional_special_tokens": extra, "extra_special_tokens": {}} if isinstance(extra, list) else {}
 
 
 def check_marks(tokenizer: Any, marks: Sequence[str], hub_name: str) -> None:
-    """Raise UserError for a tokenizer without the marks of a chat template; `hub_name` has the right one."""
+    """Raise UserError if a tokenizer lacks special tokens of a chat template; `hub_name` has the right tokenizer."""
     words = tokenizer.get_vocab()
     lacks = [mark for mark in marks if mark not in words]
     if lacks:

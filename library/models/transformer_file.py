@@ -21,24 +21,24 @@ from library.protocols import AdapterView
 
 @dataclass(frozen=True)
 class TransformerFile:
-    """A base model's transformer in one file, which may hold its text encoders and VAE too, in the original layout."""
+    """A base model's transformer in one file of the original layout, which may also hold its text encoders and VAE."""
 
     base: str  # `BaseModelSpec.name`
     title: str  # in messages
-    architecture: str | Callable[[Weights], str]  # modelspec.architecture of a merged file, by the transformer
+    architecture: str | Callable[[Weights], str]  # modelspec.architecture of merged files, or a function of the weights
     mark: str  # a weight that every such transformer has
-    diffusers_mark: str | None  # one in diffusers' layout alone
+    diffusers_mark: str | None  # a weight that only diffusers' layout has
     is_layer: Callable[[str], bool]  # True for the path of a layer that adapters may target
-    name: Callable[[str], ModuleNames]  # by path
+    name: Callable[[str], ModuleNames]  # names of a layer by its path
     build: Callable[[Any], nn.Module]
     read_config: Callable[[Shapes], Any]
     view: AdapterView = view_denoiser
-    name_text_layer: Callable[[str], ModuleNames | None] = lambda stem: None  # by its whole name in the file
+    name_text_layer: Callable[[str], ModuleNames | None] = lambda stem: None  # by its full name in the file
 
     def open(self, flag: str, path: Path) -> BaseModel:
         """Open the file; only its header is read.
 
-        Raises UserError naming `flag` for a folder, an unreadable file, one in diffusers' layout and another kind.
+        Raises UserError naming `flag` for a folder, an unreadable file, diffusers' layout and another kind of model.
         """
         weights, prefix = self.open_weights(flag, path)
 
@@ -58,7 +58,7 @@ class TransformerFile:
         return [], self.view([], model)[1]
 
     def open_weights(self, flag: str, path: Path) -> tuple[Weights, str]:
-        """Return the weights of the file, and the prefix of the transformer's."""
+        """Return the weights of the file and the prefix of the transformer's names."""
         if path.is_dir():
             raise UserError(
                 f"{flag} {path} is a folder; for {self.title} merging supports only a file in the original layout"

@@ -36,7 +36,7 @@ class UnetParts:
 
 @dataclass(frozen=True)
 class UnetLoader:
-    """The models of a checkpoint, each loaded on request; frozen, on the CPU."""
+    """The models of a checkpoint, each loaded on request, frozen, on the CPU."""
 
     path: Path  # the folder or file of the checkpoint
     parts: UnetParts
@@ -49,7 +49,7 @@ class UnetLoader:
 
     @property
     def num_words(self) -> int | None:
-        """Return the size of the vocabulary that all text encoders share; None if none is present."""
+        """The size of the vocabulary that all text encoders share; None if none is present."""
         found = [get_first_side(clip, CLIP_WORDS) for clip in self.parts.clips]
         return min((number for number in found if number is not None), default=None)
 
@@ -70,7 +70,7 @@ class UnetLoader:
 def open_unet_loader(
     options: TrainOptions, needs: VaeNeeds, encoders: Sequence[str], open_parts: Callable[[BaseFiles], UnetParts]
 ) -> UnetLoader:
-    """Open the checkpoint that the options name; `encoders` are the folders of its text encoders on the hub.
+    """Open the checkpoint that the options name; `encoders` are the folders of its text encoders in diffusers' layout.
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or another kind of model.
     """

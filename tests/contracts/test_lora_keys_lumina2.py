@@ -56,7 +56,7 @@ def test_hyper_parameters_are_read_off_the_shapes() -> None:
 
 
 def test_a_checkpoint_without_a_part_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"not a Lumina Image 2\.0 model: cap_embedder\.1\.weight is missing"):
+    with pytest.raises(ValueError, match=r"cap_embedder\.1\.weight is missing; use a complete Lumina Image 2\.0"):
         read_config({key: shape for key, shape in part("dit").items() if "cap_embedder" not in key})
     with pytest.raises(ValueError, match=r"its layers are numbered \[0, 2, 3"):
         read_config({key: shape for key, shape in part("dit").items() if not key.startswith("layers.1.")})

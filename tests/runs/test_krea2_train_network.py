@@ -173,7 +173,7 @@ def test_a_file_of_musubi_tuner_is_trained_further(train_krea2: Train, arguments
         (["--fp8_vl"], "use --fp8_text_encoder"),
         (["--guidance_scale", "1.0"], "the model is trained without guidance"),
         (["--turbo_dit", "missing.safetensors"], "--turbo_dit missing.safetensors does not exist"),
-        (["--turbo_dit", "x.safetensors", *SHOWN, "--blocks_to_swap", "2"], "previews exchange all weights where they"),
+        (["--turbo_dit", "x.safetensors", *SHOWN, "--blocks_to_swap", "2"], "previews swap all weights in place"),
         (["--turbo_dit", "x.safetensors", *SHOWN, "--base_weights", "y"], "previews would lack them"),
     ],
     ids=str,

@@ -19,12 +19,12 @@ from library.errors import UserError
 from library.models.adapter_views import view_both
 from library.models.dit_loader import DitLoader
 from library.models.qwen3 import load_qwen3_tokenizer
-from library.models.recipe import Recipe, explain_ignored_attention, folders_beside, ignored_by_flow
+from library.models.recipe import Recipe, explain_ignored_attention, folders_of, ignored_by_flow
 from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
 from library.models.vae.qwen_image import qwen_image_latents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
-QWEN3_TOKENIZER, T5_TOKENIZER = "tokenizer", "t5_tokenizer"  # folders beside the files, named as in diffusers folders
+QWEN3_TOKENIZER, T5_TOKENIZER = "tokenizer", "t5_tokenizer"  # folders next to the files, named as in diffusers folders
 RECIPE = Recipe(
     title="Anima",
     metadata={
@@ -78,9 +78,12 @@ def build_objective(options: AnimaOptions) -> FlowMatching:
 
 
 def build_text(options: AnimaOptions, loader: DitLoader, num_t5_words: int) -> AnimaText:
-    """Build both tokenizers: Qwen3's is searched beside the text encoder and the base model, T5's beside these too."""
+    """Build the text pipeline. Both tokenizers are searched next to the text encoder and the base model.
+
+    Raises UserError if --t5_tokenizer_path, which replaces these folders for T5's, has no tokenizer.
+    """
     text, cache_dir = options.text, options.model.tokenizer_cache_dir
-    folders = [*folders_beside(text.qwen3 or ""), loader.path.parent]
+    folders = [*folders_of(text.qwen3 or ""), loader.path.parent]
     qwen3_folders = [folders[0], *(folder / QWEN3_TOKENIZER for folder in folders)]
     t5_folders = [folder / T5_TOKENIZER for folder in folders]
     if text.t5_tokenizer_path:
@@ -96,8 +99,10 @@ def build_text(options: AnimaOptions, loader: DitLoader, num_t5_words: int) -> A
 
 
 def build_text_cache(options: AnimaOptions, loader: DitLoader, text: AnimaText) -> TextCacheSpec:
-    """Return the cache format, which matches sd-scripts'. Its dropout rates are 0: dropped captions are cached
-    separately."""
+    """Return the cache format, which matches sd-scripts'.
+
+    Its dropout rate is 0 in every file, because dropped captions are cached separately.
+    """
 
     return TextCacheSpec(
         options=options.text_caching,

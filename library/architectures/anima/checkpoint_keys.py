@@ -35,7 +35,7 @@ BLOCK: Mapping[str, str] = {
 
 
 def diffusers_path(path: str) -> str:
-    """Return the path of a layer in diffusers, below "transformer." or "text_conditioner."; raises KeyError for other
+    """Return diffusers' path of a layer, below "transformer." or "text_conditioner.". Raises KeyError for other
     paths."""
     if path.startswith(ADAPTER):
         return f"text_conditioner.{path.removeprefix(ADAPTER)}"

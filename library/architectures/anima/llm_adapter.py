@@ -1,4 +1,4 @@
-"""The text adapter in Anima's checkpoint: T5 tokens that attend to Qwen3's states become the denoiser's text features.
+"""The text adapter in Anima's checkpoint, which makes the denoiser's text features from T5 tokens and Qwen3's states.
 
 Module paths are the keys of the checkpoint below "llm_adapter". Letters: B samples, L T5 tokens, S Qwen3 tokens, E
 width, N heads, D head width.
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from library.architectures.anima.positions import Angles, text_angles, turn
+from library.architectures.anima.positions import Angles, apply_rope, text_angles
 from library.models.rotary import AxisTables
 
 EPS = 1e-6
-MIN_TOKENS = 512  # the denoiser attends to this many; shorter captions are padded with zeros
+MIN_TOKENS = 512  # the denoiser attends to at least this many; shorter captions are padded with zeros
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class AdapterConfig:
 
 
 class Attention(nn.Module):
-    """Attention to the tokens themselves or to a context, with normalized queries and keys; `output` is the name of its
-    last layer."""
+    """Attention to the tokens themselves or to a context, with normalized queries and keys; `output` names the last
+    layer."""
 
     def __init__(self, width: int, context_width: int, head_width: int, output: str) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(context).unflatten(-1, heads)).transpose(1, 2)
         v = self.v_proj(context).unflatten(-1, heads).transpose(1, 2)
         if angles is not None and context_angles is not None:
-            q_BNTD, k = turn(q_BNTD, angles), turn(k, context_angles)
+            q_BNTD, k = apply_rope(q_BNTD, angles), apply_rope(k, context_angles)
         attended = scaled_dot_product_attention(q_BNTD, k, v, attn_mask=mask)
         y_BTE: Tensor = getattr(self, self.output)(attended.transpose(1, 2).flatten(2))
         return y_BTE
@@ -96,7 +96,7 @@ class LLMAdapterTransformerBlock(nn.Module):
 
 
 class LLMAdapter(nn.Module):
-    """The network from Qwen3's states and T5's IDs to the text features of the denoiser."""
+    """The network that maps Qwen3's states and T5's token IDs to the denoiser's text features."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
@@ -108,8 +108,10 @@ class LLMAdapter(nn.Module):
         self.norm = nn.RMSNorm(config.width, eps=EPS)
 
     def forward(self, source_BSE: Tensor, source_mask_BS: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Return features of shape (B, max(L, 512), E), zero where `mask_BL` is 0. `source_BSE` must be zero where its
-        mask is 0."""
+        """Return text features, (B, max(L, 512), E), zero where `mask_BL` is 0.
+
+        `source_BSE` must be zero where its mask is 0.
+        """
         x_BLE = self.embed(ids_BL)
         head_width, device = self.config.head_width, x_BLE.device
         angles = text_angles(self.tables, head_width, ids_BL.shape[1], device)
@@ -122,8 +124,8 @@ class LLMAdapter(nn.Module):
 
 
 def key_mask(mask_BT: Tensor) -> Tensor:
-    """Return the mask of tokens that may be attended to, shape (B, 1, 1, T)."""
-    # A caption without any token may attend to all of its padding: Qwen3's states are zero there and contribute
-    # nothing, while a softmax over no token at all is NaN.
+    """Return the mask of keys, shape (B, 1, 1, T)."""
+    # A caption without any token attends to all of its padding. Qwen3's states are zero there and contribute nothing,
+    # while a softmax over no token at all is NaN.
     is_token = mask_BT.bool()
     return torch.where(is_token.any(dim=-1, keepdim=True), is_token, True)[:, None, None]

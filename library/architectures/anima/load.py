@@ -32,7 +32,8 @@ PREFIXES = ("net.", "model.diffusion_model.", "")
 
 
 def open_loader(options: AnimaOptions) -> tuple[DitLoader, AnimaConfig]:
-    """Open the files that the options name; only headers are read. Return also the transformer's sizes.
+    """Open the files that the options name; only headers are read. Return the loader and the transformer's
+    configuration.
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
@@ -90,7 +91,7 @@ def open_adapter(name: str) -> Weights:
 
 
 def with_adapter(base: Weights, adapter: Weights) -> Weights:
-    """Replace the denoiser's text adapter."""
+    """Return the denoiser's weights with `adapter` in place of its text adapter."""
     own = {name: shape for name, shape in base.shapes.items() if not name.startswith(ADAPTER)}
     given = {f"{ADAPTER}{name}": shape for name, shape in adapter.shapes.items()}
 

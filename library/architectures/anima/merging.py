@@ -24,7 +24,7 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
     if path.is_dir():
-        raise UserError(f"{flag} {path}: for Anima use the transformer's file")
+        raise UserError(f"{flag} {path} is a folder; for Anima use the transformer's file")
     weights = model_lookup.open_file(flag, path)
     marks = (MARK, f"llm_adapter.{ADAPTER_MARK}")
     prefix = next((p for p in PREFIXES if any(p + mark in weights.shapes for mark in marks)), None)

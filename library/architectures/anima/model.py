@@ -2,8 +2,8 @@
 layout of the original checkpoints.
 
 Module paths are the keys of the checkpoint (after "net.") and the names of adapters. Letters: B samples, C channels, H
-and W sides of the latent, h and w sides in patches, T patches, L text tokens, E width of the text, N heads, D head
-width, M model width, F features of a patch.
+and W sides of the latent, h and w sides in patches, T patches, L text tokens, E text width, N heads, D head width, M
+model width, F features of a patch.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from library.models.shapes import ShapeReader
 from library.models.sinusoids import sinusoids
 
 PATCH = 2
-MASK_CHANNELS = 1  # the padding mask, an additional channel of the latent; images are never padded
+MASK_CHANNELS = 1  # the padding mask, an additional channel of the latents; images are never padded
 MIN_HEAD_WIDTH = 12  # a head has at least two values each for frames, rows and columns
 
 
@@ -43,8 +43,10 @@ class AnimaConfig:
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> AnimaConfig:
-    """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
-    missing name and for invalid sizes."""
+    """Read the configuration from the shapes in a checkpoint, names without prefix.
+
+    Raises UserError for a missing name and for invalid sizes.
+    """
     read = ShapeReader("Anima", shapes)
     shape, count = read.shape, read.count
     width, in_features = shape("x_embedder.proj.1.weight")
@@ -78,7 +80,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> AnimaConfig:
 
 
 class Anima(nn.Module):
-    """The network from noisy latents, noise level and text to the velocity noise - latent."""
+    """The denoiser, which predicts the velocity noise - latent from noisy latents, noise levels and text."""
 
     adapter_targets = TARGETS
 
@@ -96,7 +98,7 @@ class Anima(nn.Module):
         self.llm_adapter = LLMAdapter(c.adapter)
 
     def stacks(self) -> Stacks:
-        """Return the blocks that run through the runner."""
+        """Return the blocks that `runner` runs."""
         return [[*self.blocks]]
 
     def forward(
@@ -108,7 +110,7 @@ class Anima(nn.Module):
         ids_BL: Tensor,
         mask_BL: Tensor,
     ) -> Tensor:
-        """Return the velocity, shape BCHW, in the latents' dtype or float32.
+        """Return the velocity, shape BCHW.
 
         `sigmas_B` are shares of noise, 0..1. `source_BSE` are Qwen3's states, zero where `source_mask_BS` is 0;
         `ids_BL` and `mask_BL` are the same captions as T5 tokens.
@@ -128,12 +130,12 @@ class Anima(nn.Module):
 
 
 def with_mask(latents_BCHW: Tensor) -> Tensor:
-    """Append a channel to the latents that marks nothing as padded."""
+    """Append the channel of the padding mask to the latents: zeros, because nothing is padded."""
     return torch.cat([latents_BCHW, torch.zeros_like(latents_BCHW[:, :MASK_CHANNELS])], dim=1)
 
 
 class PatchEmbed(nn.Module):
-    """The embedding of patches. Network modules find the layers by this class name."""
+    """The embedding of patches as tokens. Network modules find its layers by this class name."""
 
     def __init__(self, in_features: int, width: int) -> None:
         super().__init__()
@@ -145,7 +147,7 @@ class PatchEmbed(nn.Module):
 
 
 class Sinusoids(nn.Module):
-    """An embedding of values as cosines, then sines, of decreasing frequencies, float32, shape (B, M)."""
+    """An embedding of values as sinusoids, first cosines, then sines; float32, shape (B, M)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -156,7 +158,8 @@ class Sinusoids(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """The shift, scale and gate that every layer starts from. Network modules find the layers by this class name."""
+    """The shift, scale and gate that every layer corrects for itself. Network modules find the layers by this class
+    name."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -184,12 +187,12 @@ def make_norm(width: int) -> nn.LayerNorm:
 
 
 def make_modulation(width: int, rank: int, num_values: int) -> nn.Sequential:
-    """Build the low-rank correction of a layer to the shared shift, scale and gate."""
+    """Build a layer's low-rank correction to the shared shift, scale and gate."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, rank, bias=False), nn.Linear(rank, num_values * width, bias=False))
 
 
 def modulate(norm: nn.Module, x_BTM: Tensor, shift_BM: Tensor, scale_BM: Tensor) -> Tensor:
-    """Normalize, scale and shift tokens, in the dtype of the weights."""
+    """Normalize, scale and shift tokens, and return them in the dtype of `shift_BM`."""
     y_BTM: Tensor = norm(x_BTM) * (1 + scale_BM[:, None]) + shift_BM[:, None]
     return y_BTM.to(shift_BM.dtype)
 
@@ -223,7 +226,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The last layer, from tokens to patches of the velocity. Network modules find the layers by this class name."""
+    """The last layer, which maps tokens to patches of the velocity. Network modules find its layers by this class
+    name."""
 
     def __init__(self, width: int, rank: int, out_features: int) -> None:
         super().__init__()

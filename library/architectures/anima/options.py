@@ -1,4 +1,4 @@
-"""The options of Anima only."""
+"""The options specific to Anima."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,9 @@ class AnimaTextOptions(Options):
         None, help="File with a text adapter (llm_adapter) that replaces the base model's."
     )
     t5_tokenizer_path: str | None = option(
-        None, help="Folder of T5's tokenizer. Unset looks beside the base model, then on the hub."
+        None,
+        help="Folder of T5's tokenizer. Unset looks for t5_tokenizer next to the text encoder and the base model, then "
+        "in --tokenizer_cache_dir, then on the hub.",
     )
     qwen3_max_token_length: int = option(
         512, at_least=1, help="Longest caption in Qwen3's tokens; longer captions are cut."
@@ -108,7 +110,7 @@ INSTEAD: Mapping[str, str] = {
     "gemma2_max_token_length": "use --qwen3_max_token_length",
     "split_mode": "use --blocks_to_swap",
 }
-"""Alternatives to options of other scripts and programs; they end the error for such an option."""
+"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

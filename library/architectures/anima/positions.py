@@ -16,18 +16,18 @@ Angles = tuple[Tensor, Tensor]
 
 
 def split_head(head_width: int) -> tuple[int, int, int]:
-    """Return how many values of a head rotate with (frame, row, column): 44, 42 and 42 of 128."""
+    """Return the number of values of a head that rotate with (frame, row, column): 44, 42 and 42 of 128."""
     side = head_width // 6 * 2
     return head_width - 2 * side, side, side
 
 
 def stretched_base(width: int) -> float:
-    """Return the base with which `width` values reach `STRETCH` times as far (NTK-aware scaling)."""
+    """Return the rotary base that extends the range of `width` values by `STRETCH` (NTK-aware scaling)."""
     return float(BASE * STRETCH ** (width / (width - 2)))
 
 
 def image_angles(tables: AxisTables, head_width: int, h: int, w: int, device: torch.device) -> Angles:
-    """Return the angles of an image's patches in row order; it is frame 0, which rotates nothing."""
+    """Return the angles of an image's patches in row order. The image is frame 0, whose values do not rotate."""
     first, side, _ = split_head(head_width)
     base = stretched_base(side)
     rows, columns = tables(side, h, base, device), tables(side, w, base, device)
@@ -42,7 +42,7 @@ def text_angles(tables: AxisTables, head_width: int, num_tokens: int, device: to
     return tables(head_width, num_tokens, BASE, device)
 
 
-def turn(x_BNTD: Tensor, angles: Angles) -> Tensor:
+def apply_rope(x_BNTD: Tensor, angles: Angles) -> Tensor:
     """Rotate each pair of values of a head by its angle."""
     cos, sin = angles
     first, second = x_BNTD.float().chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""Compares Anima's denoiser with diffusers' two classes on the same weights."""
+"""Comparison of Anima's denoiser with diffusers' two classes on the same weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +13,10 @@ from library.models.reference import diffusers_class, random_inputs, shorten_mod
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
-    block of the transformer and the whole text adapter."""
+    """Return the velocities of our class and of diffusers' for the same random inputs, float32.
+
+    Only the first and the last block of the transformer are kept, and the whole text adapter.
+    """
     assert isinstance(denoiser, Anima)
     ours = shorten_model(denoiser, {"blocks": "num_blocks"})
     adapter = ours.config.adapter
@@ -23,7 +25,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
     found_BCHW: Tensor = ours(latents_BCHW, sigmas_B, source_BSE, mask_BS, ids_BL, mask_BS)
     transformer, conditioner = diffusers_models(ours)
     text_BLE = conditioner(source_BSE, ids_BL, target_attention_mask=mask_BS, source_attention_mask=mask_BS)
-    # The mask of padding is given as a channel: the class itself needs torchvision to append it.
+    # The padding mask is passed as a channel: the class itself needs torchvision to append it.
     expected_BCHW: Tensor = transformer(
         hidden_states=with_mask(latents_BCHW)[:, :, None], timestep=sigmas_B, encoder_hidden_states=text_BLE
     ).sample[:, :, 0]
@@ -31,12 +33,12 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def diffusers_models(denoiser: Anima) -> tuple[Any, Any]:
-    """Build diffusers' transformer and text adapter with the weights of ours."""
+    """Build diffusers' transformer and text adapter with the weights of `denoiser`."""
     c, state = denoiser.config, diffusers_state(denoiser.state_dict())
     models = diffusers_class("CosmosTransformer3DModel"), diffusers_class("AnimaTextConditioner")
     transformer = with_weights(models[0](**transformer_config(c)), state["transformer"])
     for block in transformer.transformer_blocks:
-        for attention in (block.attn1, block.attn2):  # NVIDIA's code has 1e-6 here, diffusers 1e-5
+        for attention in (block.attn1, block.attn2):  # NVIDIA's code uses 1e-6 here, diffusers 1e-5
             attention.norm_q.eps = attention.norm_k.eps = EPS
     return transformer, with_weights(models[1](**conditioner_config(c.adapter)), state["text_conditioner"])
 
@@ -72,7 +74,7 @@ def conditioner_config(config: AdapterConfig) -> dict[str, Any]:
 
 
 def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return the weights under diffusers' names, by its two models."""
+    """Return the weights under diffusers' names, grouped by its two models."""
     found: dict[str, dict[str, Tensor]] = {"transformer": {}, "text_conditioner": {}}
     for key, tensor in state.items():
         model, _, name = diffusers_key(key).partition(".")
@@ -81,6 +83,6 @@ def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]
 
 
 def diffusers_key(key: str) -> str:
-    """Return diffusers' name of a weight, which begins with that of the model."""
+    """Return diffusers' name of a weight, which begins with the name of the model."""
     path, _, leaf = key.rpartition(".")
     return f"{diffusers_path(path)}.{leaf}"

@@ -1,4 +1,4 @@
-"""The public facts of Anima."""
+"""The `BaseModelSpec` of Anima."""
 
 from library.architectures.anima.adapter_names import NAMES
 from library.architectures.anima.assembly import RECIPE, build

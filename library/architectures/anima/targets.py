@@ -1,10 +1,10 @@
-"""The layers of Anima that adapters target, and the models as network modules see them."""
+"""The layers of Anima that adapters target."""
 
 from library.architectures.anima.adapter_names import NAMES
 from library.architectures.specs import list_network_arguments
 from networks.core.targets.targets import AdapterTargets, Part
 
-LEFT_OUT = (r".*(_modulation|_norm|_embedder|final_layer).*",)  # unless include_patterns includes it again
+LEFT_OUT = (r".*(_modulation|_norm|_embedder|final_layer).*",)  # unless include_patterns includes them again
 
 
 TARGETS = AdapterTargets(

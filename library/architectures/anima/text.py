@@ -1,4 +1,4 @@
-"""Encoding of captions for Anima: Qwen3's states, and T5's IDs, which the denoiser's text adapter combines.
+"""Encoding of captions for Anima: Qwen3's states and T5's token IDs, which the denoiser's text adapter combines.
 
 Letters: B captions, S Qwen3 tokens, L T5 tokens, E width of Qwen3.
 """
@@ -18,7 +18,7 @@ from library.types import Conditioning, Tokens
 
 @dataclass(frozen=True)
 class AnimaText:
-    """Both tokenizers of Anima, which read the same caption."""
+    """The text pipeline of Anima, whose two tokenizers read the same caption."""
 
     qwen3_tokenizer: Any  # transformers' Qwen2Tokenizer, padding on the right
     t5_tokenizer: Any  # transformers' T5TokenizerFast
@@ -30,7 +30,7 @@ class AnimaText:
         return min(self.num_qwen3_tokens, self.num_t5_tokens - 1)  # without T5's end token
 
     def count_tokens(self, caption: str) -> int:
-        """Count the tokens of the tokenizer that needs more."""
+        """Count the tokens of a caption with both tokenizers, and return the larger number."""
         return max(count_t5_tokens(tokenizer, caption) for tokenizer in (self.qwen3_tokenizer, self.t5_tokenizer))
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
@@ -60,7 +60,7 @@ class AnimaText:
 
     @property
     def identity(self) -> str:
-        """Return a digest of everything that determines a caption's IDs."""
+        """A digest of everything that determines a caption's token IDs."""
         digest = blake2b(digest_size=16)
         for tokenizer in (self.qwen3_tokenizer, self.t5_tokenizer):
             digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())

@@ -15,9 +15,9 @@ from library.models.t5 import T5_LINEAR
 NUM_BLOCKS = {"double_blocks": 19, "single_blocks": 38}
 LINEAR1_SHARES = (1, 1, 1, 4)  # the MLP is four times as wide as the model
 NUM_CLIP_LAYERS, NUM_T5_BLOCKS, NUM_APPROXIMATOR_LAYERS = 12, 24, 5
-MODULATION = ("_mod.lin", ".modulation.lin", ".adaLN_modulation.1")  # endings of paths that Chroma lacks
+MODULATION = ("_mod.lin", ".modulation.lin", ".adaLN_modulation.1")  # ends of the paths that Chroma lacks
 VECTORS = ("time_in.", "guidance_in.", "vector_in.")  # prefixes of the paths of FLUX.1's modulation
-PROCESSORS = {  # names of XLabs's trainer -> the layers whose outputs they change
+PROCESSORS = {  # names in XLabs's trainer -> the layers whose outputs they change
     "qkv_lora1": "img_attn.qkv", "proj_lora1": "img_attn.proj",
     "qkv_lora2": "txt_attn.qkv", "proj_lora2": "txt_attn.proj", "proj_lora": "linear2",
 }  # fmt: skip
@@ -52,7 +52,7 @@ def t5_module(path: str) -> ModuleNames:
 
 
 def chroma_t5_module(path: str) -> ModuleNames:
-    """Name a module of Chroma's T5: its only text encoder, which OneTrainer therefore does not number."""
+    """Name a module of Chroma's T5. It is the only text encoder, so OneTrainer does not number it."""
     found = t5_module(path)
     return replace(found, aliases=(*found.aliases, f"lora_te_{path.replace('.', '_')}"))
 

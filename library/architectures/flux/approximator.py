@@ -1,5 +1,5 @@
-"""Chroma's (lodestones 2025) replacement of FLUX.1's modulation layers: one network that computes the rows of all of
-them from the noise level, in the layout of the original checkpoints.
+"""Chroma's (lodestones 2025) replacement of FLUX.1's modulation layers: one network that computes all rows of
+modulation from the noise level, in the layout of the original checkpoints.
 
 Letters: B samples, V rows of modulation, M model width, F input features, A width of the network.
 """
@@ -18,7 +18,7 @@ from library.models.sinusoids import sinusoids
 
 @dataclass(frozen=True)
 class ApproximatorConfig:
-    """Its sizes, inferred from the shapes of a checkpoint."""
+    """The sizes of the network, inferred from the shapes of a checkpoint."""
 
     in_features: int  # a quarter for the noise level, a quarter for the guidance, half for the row's index
     hidden_width: int
@@ -26,8 +26,10 @@ class ApproximatorConfig:
 
 
 def read_approximator(shapes: Mapping[str, tuple[int, ...]]) -> ApproximatorConfig | None:
-    """Read the configuration from names and shapes, names without prefix; None if the checkpoint has no approximator.
-    Raises UserError for a missing name."""
+    """Read the sizes from shapes, names without prefix; None if the checkpoint has no approximator.
+
+    Raises UserError for a missing name.
+    """
     if not any(name.startswith(APPROXIMATOR) for name in shapes):
         return None
     read = ShapeReader("Chroma", shapes)
@@ -36,8 +38,8 @@ def read_approximator(shapes: Mapping[str, tuple[int, ...]]) -> ApproximatorConf
 
 
 def modulation_inputs(sigmas_B: Tensor, guidance_B: Tensor, num_rows: int, in_features: int) -> Tensor:
-    """Return the approximator's input for each row, float32, shape BVF: the noise level and the guidance, equal for all
-    rows, then the index of the row."""
+    """Return the input for each row, float32, shape BVF: noise level and guidance, equal for all rows, then the
+    row's index."""
     features_BF = [sinusoids(1000 * values_B.float(), in_features // 4) for values_B in (sigmas_B, guidance_B)]
     rows_VF = sinusoids(1000 * torch.arange(num_rows, device=sigmas_B.device), in_features // 2)
     features_BVF = [values[:, None].expand(-1, num_rows, -1) for values in features_BF]
@@ -47,7 +49,7 @@ def modulation_inputs(sigmas_B: Tensor, guidance_B: Tensor, num_rows: int, in_fe
 class Approximator(nn.Module):
     """The network that computes modulation. Adapters find its layers by this class name if they are requested.
 
-    The modulation of a frozen model depends on nothing that is trained, so autograd saves nothing of it.
+    The modulation of a frozen model depends on nothing trainable, so autograd saves nothing of it.
     """
 
     def __init__(self, config: ApproximatorConfig, width: int) -> None:

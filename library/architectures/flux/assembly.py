@@ -1,5 +1,5 @@
 """Assembly of FLUX.1, a transformer of double and single streams with CLIP-L, T5-XXL and 16-channel latents; and of
-Chroma, its variant without CLIP-L, whose blocks are modulated by an approximator.
+Chroma, its variant without CLIP-L, with an approximator that computes the modulation of all blocks.
 
 Start here to read this package.
 """
@@ -24,7 +24,7 @@ from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
 from library.models.dit_loader import DitLoader
 from library.models.loading import get_first_side
-from library.models.recipe import Recipe, folders_beside, ignored_by_flow
+from library.models.recipe import Recipe, folders_of, ignored_by_flow
 from library.models.t5 import WORDS as T5_WORDS
 from library.models.t5 import load_t5_tokenizer, precisions
 from library.models.vae.flux import map_latents
@@ -68,9 +68,9 @@ CHROMA_RECIPE = replace(
         "clip_l": "Chroma reads captions only with T5",
     },
 )
-# Settings Chroma was trained with, besides raw predictions.
+# Settings that Chroma was trained with, besides raw predictions.
 CHROMA_USUAL = {"guidance_scale": 0.0, "timestep_sampling": "sigmoid"}
-CODEC = map_latents("_flux.npz", max_references=1)  # Kontext, which has the layout of dev, was trained with one
+CODEC = map_latents("_flux.npz", max_references=1)  # Kontext, which has dev's layout, was trained with one reference
 CODEC_WITHOUT_REFERENCES = map_latents("_flux.npz")  # of schnell and Chroma
 LATENTS = CODEC.spec
 
@@ -135,7 +135,7 @@ def build_chroma(options: FluxOptions) -> Architecture:
 
 
 def with_masked_padding(options: FluxOptions) -> FluxOptions:
-    """Set `apply_t5_attn_mask`, which Chroma requires."""
+    """Return the options with `apply_t5_attn_mask` set, which Chroma requires."""
     if options.flux.apply_t5_attn_mask:
         return options
     logger.info("--apply_t5_attn_mask is enabled: Chroma was trained with masked caption padding")
@@ -156,7 +156,7 @@ def build_objective(options: FluxOptions) -> FlowMatching:
 
 
 def build_text(options: FluxOptions, loader: DitLoader) -> FluxText:
-    """Build both tokenizers, searched beside the base model, and T5's also beside that encoder."""
+    """Build the text pipeline. Tokenizers are searched next to the base model, T5's also next to its encoder."""
     usual = T5_TOKENS_SCHNELL if is_schnell(loader.denoiser_weights) else T5_TOKENS_DEV
     clip = load_tokenizer(
         loader.path, options.model.tokenizer_cache_dir, get_first_side(loader.text.component, CLIP_WORDS)
@@ -165,10 +165,12 @@ def build_text(options: FluxOptions, loader: DitLoader) -> FluxText:
 
 
 def build_t5_text(options: FluxOptions, loader: DitLoader, usual: int, folders: Sequence[str]) -> T5Text:
-    """Build T5's tokenizer from one of the folders beside the base model or the encoder; `usual` is the default token
-    limit."""
+    """Build T5's text pipeline; `usual` is the default token limit.
+
+    The tokenizer is searched in `folders` next to the base model and the encoder.
+    """
     length = options.flux.t5xxl_max_token_length
-    beside = folders_beside(loader.path, options.flux.t5xxl)
+    beside = folders_of(loader.path, options.flux.t5xxl)
     cache_dir, num_words = options.model.tokenizer_cache_dir, get_first_side(loader.texts[-1].component, T5_WORDS[0])
     return T5Text(
         tokenizer=load_t5_tokenizer([f / name for f in beside for name in folders], cache_dir, num_words),
@@ -196,7 +198,7 @@ def build_text_cache(options: FluxOptions, loader: DitLoader, text: FluxText) ->
 def build_t5_cache(options: FluxOptions, loader: DitLoader, text: T5Text) -> TextCacheSpec:
     """Return the cache format, which matches sd-scripts' with zeros for CLIP-L.
 
-    No encoder stays in memory besides the cache: T5 gets an adapter only on request, and then cannot be cached.
+    No encoder stays in memory while outputs are cached: T5 has an adapter only on request, and then cannot be cached.
     """
     return TextCacheSpec(
         options=options.text_caching,
@@ -215,7 +217,7 @@ def build_t5_cache(options: FluxOptions, loader: DitLoader, text: T5Text) -> Tex
 
 
 def build_preview(text: FluxText, schnell: bool, masks_text: bool) -> Preview:
-    """Build previews as the model was made for: distilled guidance, and a schedule that depends on the size."""
+    """Build the preview settings: for dev distilled guidance and a shift by the image size, for schnell neither."""
     return Preview(
         defaults=PromptDefaults(
             num_steps=20, width=512, height=512, scale=1.0, size_step=16, guidance_scale=None if schnell else 3.5

@@ -4,7 +4,7 @@ from library.models.double_stream import ATTENTION, SWAPPED, stream_keys
 from library.models.layer_keys import Layers, Stack
 
 DIFFUSERS_MARK = "x_embedder.weight"
-APPROXIMATOR = "distilled_guidance_layer."  # of Chroma
+APPROXIMATOR = "distilled_guidance_layer."  # Chroma's
 
 TOP = {
     "img_in": "x_embedder",

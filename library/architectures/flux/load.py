@@ -35,16 +35,17 @@ FOLDERS = {  # `model_type` -> part -> folder in diffusers' layout
 
 
 def open_loader(options: FluxOptions) -> DitLoader:
-    """Open the files that the options name; only headers are read. Chroma has no CLIP-L before T5.
+    """Open the files that the options name; only headers are read.
 
-    Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
+    The text encoders are CLIP-L and T5, for Chroma only T5. Raises UserError naming the flag if a file is missing,
+    broken, incomplete or of another model.
     """
     flux, folders = options.flux, FOLDERS[options.flux.model_type]
     title = find_spec(list_specs(), flux.model_type).title
     given = {"clip_l": flux.clip_l, "t5xxl": flux.t5xxl, "ae": flux.ae}
     base = open_base(
         options.model.pretrained_model_name_or_path,
-        "the file of FLUX.1's transformer, or a diffusers folder",
+        f"the file of {title}'s transformer, or a diffusers folder",
         [folder for part, folder in folders.items() if given.get(part) is None],
     )
     weights = read_denoiser(base, flux.model_type)
@@ -73,7 +74,7 @@ def is_schnell(weights: Weights) -> bool:
 
 
 def load_ae(name: str, options: FluxOptions) -> nn.Module:
-    """Load the VAE of --ae alone."""
+    """Load only the VAE of --ae."""
     return load_vae(
         open_ae("FLUX.1", name, BaseFiles(Path())), resolve_vae_dtype(options.model, options.precision.mixed_precision)
     )
@@ -85,13 +86,13 @@ def read_denoiser(base: BaseFiles, kind: str) -> Weights:
     Raises UserError for another model, naming it.
     """
     weights = open_transformer(list_specs(), base, kind)
-    # FLUX.2's layers have the same names, and Chroma's.
+    # FLUX.2 and Chroma have layers of the same names.
     refuse_other_model(list_specs(), base.flag, str(base.path), (base.whole or weights).shapes, kind)
     return open_denoiser(list_specs(), base, kind, MARK, DIFFUSERS_MARK, KEYS.from_diffusers)
 
 
 def open_clip(name: str | None, base: BaseFiles, folder: str) -> Component:
-    """Open CLIP-L from `clip_l` or from the base model. FLUX.1 was trained with the exact GELU in it."""
+    """Open CLIP-L from `clip_l` or from the base model. FLUX.1 was trained with the exact GELU in CLIP-L."""
     config, weights = base.open_text_encoder("--clip_l", name, folder, CLIP_PREFIXES[0])
     if config is not None:
         return clip_of_folder(config, weights)
@@ -110,9 +111,9 @@ def check_fit(loader: DitLoader, config: FluxConfig, title: str) -> None:
     if config.in_features != CHANNELS * PATCH**2:
         raise UserError(
             f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} values per patch, but only "
-            f"{CHANNELS * PATCH**2} are supported, not FLUX.1 Fill, Canny, Depth and other conditioned variants"
+            f"{CHANNELS * PATCH**2} are supported; FLUX.1 Fill, Canny, Depth and other conditioned variants are not"
         )
     *clip, t5 = loader.texts
     for part in clip:
-        check_text_width("--clip_l", part.component, CLIP_WORDS, config.pooled_width, f"{title}'s")
-    check_text_width("--t5xxl", t5.component, T5_WORDS[0], config.text_width, f"{title}'s")
+        check_text_width("--clip_l", part.component, CLIP_WORDS, config.pooled_width, f"{title}'s CLIP-L")
+    check_text_width("--t5xxl", t5.component, T5_WORDS[0], config.text_width, f"{title}'s T5-XXL")

@@ -61,7 +61,7 @@ def open_t5xxl(flag: str, path: Path) -> BaseModel:
 def open_text_encoder(
     flag: str, path: Path, prefix: str, layers: tuple[str, ...], module: Callable[[str], ModuleNames]
 ) -> BaseModel:
-    """Open a text encoder's file with its layers by their names in adapter files."""
+    """Open a text encoder's file, with its layers under their names in adapter files."""
 
     def target_names(stem: str) -> ModuleNames | None:
         is_layer = stem.startswith(f"{prefix}encoder.") and stem.endswith(layers)

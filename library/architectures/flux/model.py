@@ -36,14 +36,14 @@ from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES
 
 PATCH = 2
-ROPE_STEP = 32  # head widths are multiples: the pairs of a head are split 1 : 3.5 : 3.5
+ROPE_STEP = 32  # head widths are multiples, because the pairs of a head are split 1 : 3.5 : 3.5
 
 
 @dataclass(frozen=True)
 class FluxConfig(StreamConfig):
-    """The hyper-parameters; dev and Chroma have an input for guidance, schnell has not."""
+    """The hyper-parameters. dev and Chroma take guidance as an input, schnell does not."""
 
-    pooled_width: int  # of CLIP-L; 0 with an approximator, which uses no caption
+    pooled_width: int  # of CLIP-L; 0 for Chroma, whose modulation uses no caption
     approximator: ApproximatorConfig | None = None  # Chroma's, which computes the modulation of all blocks
 
     @property
@@ -54,8 +54,10 @@ class FluxConfig(StreamConfig):
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
-    """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
-    missing name and for invalid sizes."""
+    """Read the configuration from the shapes in a checkpoint, names without prefix.
+
+    Raises UserError for a missing name and for invalid sizes.
+    """
     approximator = read_approximator(shapes)
     read = ShapeReader("FLUX.1" if approximator is None else "Chroma", shapes)
     shape, count = read.shape, read.count
@@ -80,10 +82,10 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
 
 
 class Flux(StreamTransformer):
-    """The network from noisy latents, noise level and text to the velocity noise - latent.
+    """The denoiser, which predicts the velocity noise - latent from noisy latents, noise levels and text.
 
-    With `config.approximator` it is Chroma: the same streams, modulated by one network's output for the noise level
-    instead of by a layer in each block, and without CLIP-L.
+    With `config.approximator` it is Chroma: the same streams without CLIP-L, modulated by one network's output for the
+    noise level instead of by a layer in each block.
     """
 
     def __init__(self, config: FluxConfig) -> None:
@@ -115,10 +117,10 @@ class Flux(StreamTransformer):
     ) -> Tensor:
         """Return the velocity, shape BCHW.
 
-        `sigmas_B` are shares of noise, 0..1. `pooled_BE` is CLIP-L's, None for Chroma. `guidance_B` is the guidance
-        strength that a distilled model imitates; a model without that input ignores it. `text_mask_BL` is true for
-        tokens that may be attended to, None for all. `references` are the latents of reference images, BCHW each, whose
-        tokens follow those of the noisy latents, as in FLUX.1 Kontext (Labs et al. 2025).
+        `sigmas_B` are shares of noise, 0..1. `pooled_BE` is CLIP-L's pooled state, None for Chroma. `guidance_B` is the
+        guidance strength that a distilled model imitates; a model without that input ignores it. `text_mask_BL` is true
+        for tokens that may be attended to, None for all. `references` are the latents of reference images, BCHW each;
+        their tokens follow those of the noisy latents, as in FLUX.1 Kontext (Labs et al. 2025).
         """
         images = (latents_BCHW, *references)
         sides = [(image.shape[-2] // PATCH, image.shape[-1] // PATCH) for image in images]
@@ -135,8 +137,10 @@ class Flux(StreamTransformer):
     def modulation(
         self, sigmas_B: Tensor, pooled_BE: Tensor | None, guidance_B: Tensor | None, dtype: torch.dtype
     ) -> Iterator[Tensor]:
-        """Yield the modulation of each double block, each single block and the last layer, in this order: one vector BM
-        for all, or for Chroma each one's rows BVM."""
+        """Yield the modulation of each double block, each single block and the last layer, in this order.
+
+        FLUX.1 yields the same vector, BM, for all of them; Chroma yields the rows, BVM, of each.
+        """
         if (approximator := self.config.approximator) is not None:
             assert guidance_B is not None
             inputs = modulation_inputs(sigmas_B, guidance_B, self.num_modulations, approximator.in_features)
@@ -150,13 +154,15 @@ class Flux(StreamTransformer):
 
     @property
     def num_modulations(self) -> int:
-        """The number of an approximator's rows: shift, scale and gate of each part of each block, shift and scale of
-        the last."""
+        """The number of an approximator's rows: shift, scale and gate for each part of each block, shift and scale
+        for the last layer."""
         return 3 * self.config.num_single + 2 * 6 * self.config.num_double + 2
 
     def modulation_rows(self, rows_BVM: Tensor) -> Iterator[Tensor]:
-        """Yield the rows of each double block (image, then text), each single block and the last layer. An approximator
-        returns those of the single blocks first, then all of the image's, all of the text's, and the last layer's."""
+        """Yield the rows of each double block (image, then text), each single block and the last layer.
+
+        The approximator uses another order: all single blocks, all image streams, all text streams, the last layer.
+        """
         c = self.config
         single, img, txt, last = torch.split(rows_BVM, [3 * c.num_single, 6 * c.num_double, 6 * c.num_double, 2], dim=1)
         for img_B6M, txt_B6M in zip(torch.split(img, 6, dim=1), torch.split(txt, 6, dim=1), strict=True):
@@ -166,7 +172,7 @@ class Flux(StreamTransformer):
 
 
 def make_modulation(config: FluxConfig, num_parts: int, first_row: int) -> nn.Module:
-    """Build the modulation of a block, for `MakeModulation`."""
+    """Build the modulation of a block: a `MakeModulation`, once `config` is given."""
     if config.approximator is None:
         return Modulation(config.width, num_parts)
     return GivenModulation(first_row, 3 * num_parts)

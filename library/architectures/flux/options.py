@@ -1,4 +1,4 @@
-"""The options of FLUX.1 and Chroma only."""
+"""The options specific to FLUX.1 and Chroma."""
 
 import argparse
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from library.options.training.flow import (
 
 OptionsT = TypeVar("OptionsT", bound="FluxOptions")
 
-SPLIT_MODE_BLOCKS = 18  # offloaded with `split_mode`
+SPLIT_MODE_BLOCKS = 18  # offloaded blocks with `split_mode`
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("qwen3", "gemma2"), "use --t5xxl"),
     "sample_batch_size": "previews are drawn one by one",
 }
-"""Alternatives to options of other scripts and programs; they end the error for such an option."""
+"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

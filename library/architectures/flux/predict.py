@@ -51,13 +51,13 @@ def predict_chroma(
 
 def with_first_padding(mask_BT: Tensor) -> Tensor:
     """Return a mask that is true for the caption's tokens and the first padding token after them, shape BT."""
-    # Chroma was trained so (https://huggingface.co/lodestones/Chroma, "masking T5 padding tokens").
+    # Chroma was trained this way (https://huggingface.co/lodestones/Chroma, "masking T5 padding tokens").
     places_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
     return places_T <= mask_BT.sum(dim=1, keepdim=True)
 
 
 def preview_sampler(prompt: Prompt, is_shifted: bool) -> Sampler:
-    """Build a sampler on even noise levels, shifted toward noise by the image size; schnell's are not shifted."""
+    """Build a sampler on even noise levels; with `is_shifted` they are shifted toward noise by the image size."""
     sigmas_N = even_sigmas(prompt.num_steps)
     if is_shifted:
         sigmas_N = shift_sigmas(sigmas_N, resolution_shift(prompt.height // 8, prompt.width // 8))

@@ -1,4 +1,4 @@
-"""Compares FLUX.1's and Chroma's denoiser with diffusers' class on the same weights."""
+"""Comparison of FLUX.1's and Chroma's denoiser with diffusers' classes on the same weights."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,14 +15,16 @@ from library.models.reference import SIDE, diffusers_class, random_inputs, short
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
-    block of each kind."""
+    """Return the velocities of our class and of diffusers' for the same random inputs, float32.
+
+    Only the first and the last block of each kind are kept.
+    """
     assert isinstance(denoiser, Flux)
     ours = shorten_model(denoiser, {"double_blocks": "num_double", "single_blocks": "num_single"})
     config = ours.config
     latents_BCHW, sigmas_B, text_BLC, _ = random_inputs(generator, config.in_features // PATCH**2, config.text_width)
     pooled_BC = torch.randn(2, config.pooled_width, generator=generator) if config.pooled_width else None
-    # Chroma's class takes no guidance and assumes zero.
+    # diffusers' class for Chroma takes no guidance and assumes zero.
     guidance_B = torch.zeros(2) if config.approximator else torch.tensor([1.0, 3.5]) if config.has_guidance else None
     found_BTF = patchify(ours(latents_BCHW, sigmas_B, text_BLC, pooled_BC, guidance_B), PATCH)
     named = {} if config.approximator else {"pooled_projections": pooled_BC, "guidance": guidance_B}
@@ -39,7 +41,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def diffusers_model(denoiser: Flux) -> Any:
-    """Build diffusers' class with the weights of ours."""
+    """Build diffusers' model with the weights of `denoiser`."""
     c = denoiser.config
     model = diffusers_class("FluxTransformer2DModel" if c.approximator is None else "ChromaTransformer2DModel")
     return with_weights(model(**diffusers_config(c)), diffusers_state(denoiser.state_dict(), c.width))
@@ -68,5 +70,5 @@ def diffusers_config(config: FluxConfig) -> dict[str, Any]:
 
 
 def diffusers_state(state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
-    """Return the weights under diffusers' names, stacked ones split."""
+    """Return the weights under diffusers' names, with stacked ones split."""
     return split_weights(state, KEYS.source_keys, [model_width] * 3, SWAPPED)

@@ -1,4 +1,4 @@
-"""The public facts of FLUX.1 and Chroma."""
+"""The `BaseModelSpec`s of FLUX.1 and Chroma."""
 
 from collections.abc import Mapping
 
@@ -52,9 +52,8 @@ NO_APPROXIMATOR = Gap(
 )
 
 
-def refuse_strangers(modules: Mapping[str, FileNaming | None]) -> str | None:
-    """Return why diffusers refuses a whole file with modules that FLUX.1 lacks under kohya's names; None without
-    such."""
+def refuse_unknown_modules(modules: Mapping[str, FileNaming | None]) -> str | None:
+    """Return why diffusers refuses a file with modules under kohya's names that FLUX.1 lacks; None if it has none."""
     if any(
         naming == "kohya" and name.startswith("lora_unet_") and NAMES.find(name) is None
         for name, naming in modules.items()
@@ -64,7 +63,7 @@ def refuse_strangers(modules: Mapping[str, FileNaming | None]) -> str | None:
 
 
 def refuse_approximator(modules: Mapping[str, FileNaming | None]) -> str | None:
-    """Return why diffusers refuses a whole file with an approximator under kohya's names; None without one."""
+    """Return why diffusers refuses a file with an approximator under kohya's names; None if it has none."""
     if any(naming == "kohya" and CHROMA_ONLY in name for name, naming in modules.items()):
         return "it refuses LoRA of Chroma's approximator under kohya's names"
     return None
@@ -90,7 +89,7 @@ SPECS = (
             "ComfyUI": Reader(ALL, ALL, gaps=(T5_OF_DIFFUSERS,)),
             "Forge": Reader(ALL, KOHYA | DIFFUSERS, gaps=(T5_OF_DIFFUSERS,)),
             "diffusers": Reader(
-                KOHYA | DIFFUSERS, KOHYA | DIFFUSERS, gaps=(NO_T5, NO_INPUTS), refuses=refuse_strangers
+                KOHYA | DIFFUSERS, KOHYA | DIFFUSERS, gaps=(NO_T5, NO_INPUTS), refuses=refuse_unknown_modules
             ),
             "stable-diffusion.cpp": Reader(ALL, KOHYA | GENERIC, gaps=(LOST_INPUTS,)),
         },
@@ -111,7 +110,7 @@ SPECS = (
         checkpoint=(Sign(rf"\b{CHROMA_ONLY}\."),),
         adapter=(
             Sign(rf"_{CHROMA_ONLY}_"),
-            # Its blocks have FLUX.1's names: if a file has no other names, its metadata decides.
+            # Chroma's blocks have FLUX.1's names: if a file has no other names, its metadata decides.
             Sign(r"^transformer_transformer_blocks_.*_attn_to_q_", width=WIDTH, unless=MODULATION),
             Sign(r"_((double|single)_blocks|single_transformer_blocks)_\d+_", Certainty.SHARED, unless=MODULATION),
         ),

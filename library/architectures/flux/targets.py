@@ -1,4 +1,4 @@
-"""The layers of FLUX.1 and Chroma that adapters target, and the models as network modules see them."""
+"""The layers of FLUX.1 and Chroma that adapters target, and the view of the models for network modules."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -17,7 +17,7 @@ from library.types import Conditioning, Tokens
 
 @dataclass(frozen=True)
 class T5Text:
-    """T5's reading of a caption."""
+    """The text pipeline of T5."""
 
     tokenizer: Any  # transformers' T5TokenizerFast
     num_tokens: int
@@ -44,7 +44,7 @@ class T5Text:
 
 @dataclass(frozen=True)
 class FluxText:
-    """Both encoders' reading of a caption; T5 reads more of it, so it determines the token limit."""
+    """The text pipeline of FLUX.1: CLIP-L and T5. T5 reads more of a caption, so it determines the token limit."""
 
     clip: ClipTokens
     t5: T5Text

@@ -46,7 +46,7 @@ RECIPE = Recipe(
 )  # fmt: skip
 CODEC = PackedLatents()
 LATENTS = CODEC.spec
-GUIDANCE = 4.0  # of dev by its input, of klein base by the difference of two predictions
+GUIDANCE = 4.0  # dev takes it as an input, klein base for classifier-free guidance
 
 
 def build(options: Flux2Options) -> Architecture:
@@ -61,8 +61,8 @@ def build(options: Flux2Options) -> Architecture:
     if distilled and not options.network.base_weights:
         logger.warning(
             "%s is %s, which is distilled: training undoes the distillation. Train on FLUX.2 klein base, whose "
-            "adapters work with the distilled klein too, or add --base_weights with a training adapter; "
-            "--model_version says which it is",
+            "adapters work with the distilled klein too, or add --base_weights with a training adapter. "
+            "If it is not distilled, set --model_version",
             loader.path,
             release.title,
         )
@@ -71,7 +71,7 @@ def build(options: Flux2Options) -> Architecture:
 
 
 def build_for_caching(options: Flux2Options) -> Architecture:
-    """Assemble what encodes captions, for which no denoiser is needed. Raises UserError as `build` does."""
+    """Assemble the model for caching captions, which needs no denoiser. Raises UserError like `build`."""
     RECIPE.check(options)
     loader, encoder = open_encoder(options, FLAG)
     text = build_text(options, loader, encoder)
@@ -102,7 +102,7 @@ def build_objective(options: Flux2Options) -> FlowMatching:
 
 
 def build_text(options: Flux2Options, loader: DitLoader, encoder: TextEncoder) -> ChatText:
-    """Build the tokenizer, searched beside the base model and the encoder."""
+    """Build the text pipeline; its tokenizer is searched next to the base model and the encoder."""
     folders = tokenizer_folders(loader.path, options.parts.text_encoder)
     tokenizer = encoder.load_tokenizer(folders, options.model.tokenizer_cache_dir, loader.num_words)
     check_marks(tokenizer, encoder.marks, encoder.hub_name)
@@ -122,8 +122,11 @@ def build_text_cache(options: Flux2Options, loader: DitLoader, text: ChatText) -
 
 
 def build_preview(text: ChatText, release: Release, distilled: bool) -> Preview:
-    """Build previews as the release was made for: dev with the guidance it imitates, klein in 4 steps without, klein
-    base with classifier-free guidance."""
+    """Build the preview settings of a release.
+
+    dev has the guidance that it imitates, distilled klein 4 steps without guidance, klein base classifier-free
+    guidance.
+    """
     has_input = release is DEV
     return Preview(
         defaults=PromptDefaults(

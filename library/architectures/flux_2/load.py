@@ -33,7 +33,7 @@ MARK = "single_stream_modulation.lin.weight"
 
 
 def open_loader(options: Flux2Options) -> tuple[DitLoader, Release]:
-    """Open the files that the options name; only headers are read. Return also which FLUX.2 it is.
+    """Open the files that the options name; only headers are read. Return the loader and the release of FLUX.2.
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
@@ -48,8 +48,10 @@ def open_loader(options: Flux2Options) -> tuple[DitLoader, Release]:
 
 
 def open_encoder(options: Flux2Options, flag: str) -> tuple[DitLoader, TextEncoder]:
-    """Open what encodes images or captions, which `flag` names if the base model is not named. Return also the text
-    encoder. Raises UserError as `open_loader` does, and without either."""
+    """Open the models for a caching command: the whole base model if it is given, else only the encoder of `flag`.
+
+    Return the loader and the text encoder. Raises UserError like `open_loader`, or if neither is given.
+    """
     if options.model.pretrained_model_name_or_path:
         loader, release = open_loader(options)
         return loader, release.encoder

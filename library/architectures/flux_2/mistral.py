@@ -1,5 +1,7 @@
-"""The text encoder of FLUX.2 dev: transformers' MistralModel, the language model of Mistral Small 3, from a file or a
-folder, and its tokenizer."""
+"""The text encoder of FLUX.2 dev and its tokenizer.
+
+It is the language model of Mistral Small 3 (transformers' MistralModel), from a file or a folder.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -29,8 +31,10 @@ FILES = TokenizerFiles(
 
 
 def mistral_component(weights: Weights, flag: str, prefix: str) -> Component:
-    """Build the encoder from shapes; `prefix` is that of files with several models. Raises UserError if the weights are
-    of something else."""
+    """Build the encoder's component from shapes; `prefix` is its prefix in files with several models.
+
+    Raises UserError if the weights are something else.
+    """
     found = extract_decoder(weights, (prefix, *PREFIXES))
     if found is None or "layers.0.self_attn.q_norm.weight" in found.shapes:
         first = list_first_names(weights)
@@ -47,7 +51,7 @@ empty_mistral = partial(empty_transformers_model, "mistral", "Mistral", sliding_
 
 
 def load_mistral_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
-    """Load Mistral 3's tokenizer, which pads on the left, as `TokenizerFiles.load`."""
+    """Load Mistral 3's tokenizer, padding on the left, as described at `TokenizerFiles.load`."""
     tokenizer = FILES.load(folders, cache_dir, num_words, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or PADDING
     return tokenizer

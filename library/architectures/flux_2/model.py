@@ -1,7 +1,7 @@
 """The denoiser of FLUX.2 (Black Forest Labs 2025), in the layout of the original checkpoints.
 
 It has FLUX.1's streams without biases, with SwiGLU, and with modulation that all blocks of a kind share. Letters: B
-samples, C channels, h and w sides of the latent, each of whose pixels is a token, L text tokens, T all tokens (text
+samples, C channels, h and w sides of the latent (a token is one latent pixel), L text tokens, T all tokens (text
 first), M model width, E text width, V rows of modulation.
 """
 
@@ -36,7 +36,7 @@ NUM_AXES = 4  # image, row, column, text token
 
 @dataclass(frozen=True)
 class Flux2Config(StreamConfig):
-    """The hyper-parameters; dev has an input for guidance, klein has not."""
+    """The hyper-parameters. dev takes guidance as an input, klein does not."""
 
     has_biases: ClassVar[bool] = False
     is_gated: ClassVar[bool] = True
@@ -48,8 +48,10 @@ class Flux2Config(StreamConfig):
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> Flux2Config:
-    """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
-    missing name and for invalid sizes."""
+    """Read the configuration from the shapes in a checkpoint, names without prefix.
+
+    Raises UserError for a missing name and for invalid sizes.
+    """
     read = ShapeReader("FLUX.2", shapes)
     shape, count = read.shape, read.count
     width, in_features = shape("img_in.weight")
@@ -75,7 +77,7 @@ def take_modulation(num_parts: int, first_row: int) -> GivenModulation:
 
 
 class Flux2(StreamTransformer):
-    """The network from noisy latents, noise level and text to the velocity noise - latent."""
+    """The denoiser, which predicts the velocity noise - latent from noisy latents, noise levels and text."""
 
     adapter_targets = TARGETS
 
@@ -102,7 +104,7 @@ class Flux2(StreamTransformer):
         """Return the velocity, shape BChw.
 
         `sigmas_B` are shares of noise, 0..1. All text tokens are attended to. `guidance_B` is the guidance strength
-        that dev imitates; klein ignores it. `references` are the latents of reference images, BChw each, whose tokens
+        that dev imitates; klein ignores it. `references` are the latents of reference images, BChw each; their tokens
         follow those of the noisy latents.
         """
         images = (latents_BChw, *references)
@@ -119,8 +121,8 @@ class Flux2(StreamTransformer):
         return unpatchify(velocity_BTC, h, w, 1)
 
     def modulation(self, sigmas_B: Tensor, guidance_B: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield the rows BVM of each double block (image, then text) and each single block, and the vector BM of the
-        last layer."""
+        """Yield the rows, BVM, of each double block (image, then text) and each single block, then the last layer's
+        vector, BM."""
         vec_BM = embed_level(self.time_in, sigmas_B, dtype)
         if self.config.has_guidance:
             assert guidance_B is not None
@@ -139,8 +141,10 @@ def text_positions(num_tokens: int, device: torch.device) -> Tensor:
 
 
 def image_positions(h: int, w: int, device: torch.device, t: int = 0) -> Tensor:
-    """Return positions of the tokens of an image, shape (h w, 4): row y and column x at (t, y, x, 0). The image that is
-    denoised has t = 0, reference i from 1 has `REFERENCE_STEP` i."""
+    """Return positions of an image's tokens, shape (h w, 4): row y and column x at (t, y, x, 0).
+
+    The noisy image has t = 0, reference i (from 1) has t = `REFERENCE_STEP` i.
+    """
     ids_T4 = torch.zeros(h * w, NUM_AXES, dtype=torch.long, device=device)
     ids_T4[:, 0] = t
     ids_T4[:, 1] = torch.arange(h, device=device).repeat_interleave(w)

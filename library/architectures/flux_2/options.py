@@ -1,4 +1,4 @@
-"""The options of FLUX.2 only, and musubi-tuner's names for them."""
+"""The options specific to FLUX.2, and musubi-tuner's names for them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class Flux2ModelOptions(PartOptions):
         None,
         usual=True,
         choices=VERSIONS,
-        help="Which FLUX.2 the base is. Unset recognises it from the file; whether a klein is distilled or base is "
-        "then told by its name or folder.",
+        help="Which FLUX.2 the base is. Unset recognises it from the file; distilled klein is then told from base by "
+        "is_distilled in a folder's model_index.json, or by the name of the file or folder.",
     )
 
 
@@ -43,7 +43,7 @@ INSTEAD: Mapping[str, str] = {
     "fp8_vl": "use --fp8_text_encoder",
     "fp8_llm": "use --fp8_text_encoder",
 }
-"""Alternatives to options of other scripts and programs; they end the error for such an option."""
+"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from library.diffusion.timesteps import shift_sigmas
 from library.types import Batch, Conditioning, Noised, Prompt
 
 PIXELS_PER_TOKEN = 16
-# The reference implementation's fits (https://github.com/black-forest-labs/flux2, sampling.py): m by the number of
-# tokens for 10 and for 200 steps, of which other numbers of steps take their share. Beyond 4300 tokens it is the latter
-# alone.
+# The reference implementation fits m linearly to the number of tokens, once for 10 and once for 200 steps, and
+# interpolates between the two for other numbers of steps. Above 4300 tokens only the fit for 200 steps is used. See
+# sampling.py in https://github.com/black-forest-labs/flux2.
 FEW_STEPS, FEW_SLOPE, FEW_START = 10, 8.73809524e-05, 1.89833333
 MANY_STEPS, MANY_SLOPE, MANY_START = 200, 0.00016927, 0.45666666
 MAX_TOKENS = 4300
@@ -40,7 +40,7 @@ def predict(
 
 
 def sampling_shift(num_tokens: int, num_steps: int) -> float:
-    """Return the shift e^m of the noise levels of a preview."""
+    """Return the shift e^m of a preview's noise levels."""
     many = MANY_SLOPE * num_tokens + MANY_START
     if num_tokens > MAX_TOKENS:
         return math.exp(many)
@@ -50,7 +50,7 @@ def sampling_shift(num_tokens: int, num_steps: int) -> float:
 
 
 def preview_sampler(prompt: Prompt) -> Sampler:
-    """Build a sampler on even noise levels, shifted toward noise by the size of the image and the number of steps."""
+    """Build a sampler on even noise levels, shifted toward noise by the image size and the number of steps."""
     num_tokens = (prompt.height // PIXELS_PER_TOKEN) * (prompt.width // PIXELS_PER_TOKEN)
     sigmas_N = even_sigmas(prompt.num_steps)
     return FlowSampler(shift_sigmas(sigmas_N, sampling_shift(num_tokens, prompt.num_steps)))

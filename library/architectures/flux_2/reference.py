@@ -1,4 +1,4 @@
-"""Compares FLUX.2's denoiser with diffusers' class on the same weights."""
+"""Comparison of FLUX.2's denoiser with diffusers' class on the same weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +14,10 @@ from library.models.reference import SIDE, diffusers_class, random_inputs, short
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
-    block of each kind."""
+    """Return the velocities of our class and of diffusers' for the same random inputs, float32.
+
+    Only the first and the last block of each kind are kept.
+    """
     assert isinstance(denoiser, Flux2)
     ours = shorten_model(denoiser, {"double_blocks": "num_double", "single_blocks": "num_single"})
     config = ours.config
@@ -35,7 +37,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def diffusers_model(denoiser: Flux2) -> Any:
-    """Build diffusers' class with the weights of ours."""
+    """Build diffusers' model with the weights of `denoiser`."""
     c = denoiser.config
     model = diffusers_class("Flux2Transformer2DModel")
     return with_weights(model(**diffusers_config(c)), diffusers_state(denoiser.state_dict(), c.width))
@@ -57,5 +59,5 @@ def diffusers_config(config: Flux2Config) -> dict[str, Any]:
 
 
 def diffusers_state(state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
-    """Return the weights under diffusers' names, stacked ones split."""
+    """Return the weights under diffusers' names, with stacked ones split."""
     return split_weights(state, KEYS.source_keys, [model_width] * 2, SWAPPED)

@@ -1,4 +1,4 @@
-"""The releases of FLUX.2: their text encoders, and how files and --model_version tell which one it is."""
+"""The releases of FLUX.2: their text encoders, and their recognition from files and --model_version."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,25 +23,25 @@ FLAG = "--text_encoder"
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A language model that reads captions, and which of its states the denoiser gets, side by side."""
+    """A language model that encodes captions; the denoiser gets the states of some of its layers, concatenated."""
 
     name: str
     hub_name: str
     prefix: str  # of its names in a file with several models
-    layers: tuple[int, ...]  # whose states are used; later ones are not loaded
+    layers: tuple[int, ...]  # layers whose states are used; later ones are not loaded
     template: tuple[str, str]  # before and after a caption
     marks: tuple[str, ...]  # tokens of the template
     component: Callable[[Weights], Component]
     empty: Callable[[Mapping[str, Any]], Any]
     load_tokenizer: Callable[[Sequence[Path], str | None, int | None], Any]
-    removed: str = ""  # from captions
+    removed: str = ""  # deleted from captions
 
     def open(self, weights: Weights) -> Component:
-        """Build it from shapes, without the layers that are not used. Raises UserError for another model."""
+        """Build the encoder's component from shapes, without its unused layers. Raises UserError for another model."""
         return with_first_layers(self.component(weights), self.layers[-1], FLAG)
 
     def load(self, component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-        """Load it in `dtype`, frozen, on the CPU."""
+        """Load the encoder in `dtype`, frozen, on the CPU, without its last norm."""
         return remove_last_norm(materialise(self.empty(component.config), component.weights, dtype))
 
 
@@ -84,7 +84,7 @@ MISTRAL = TextEncoder(
 
 @dataclass(frozen=True)
 class Release:
-    """A size of FLUX.2; of klein's two sizes there is a distilled model and a base."""
+    """A size of FLUX.2. Both sizes of klein exist as a distilled model and as a base."""
 
     name: str  # as in --model_version, without "base-"
     title: str
@@ -108,14 +108,17 @@ def modelspec_architecture(release: Release) -> str:
 
 
 def release_named(version: str) -> Release:
-    """Return the release of a value of --model_version."""
+    """Return the release that a value of --model_version names."""
     name = version.replace("base-", "")
     return next(release for release in RELEASES if release.name == name)
 
 
 def recognise_release(config: Flux2Config, version: str | None, origin: str) -> Release:
-    """Return the release that a denoiser belongs to: dev has an input for guidance, the kleins differ in size, and for
-    other sizes --model_version says it. Raises UserError if that contradicts the file."""
+    """Return the release of a denoiser: dev takes guidance as an input, the kleins differ in text width, and for
+    unknown widths --model_version decides.
+
+    Raises UserError if --model_version contradicts the file.
+    """
     klein = next((release for release in RELEASES if release.text_width == config.text_width), KLEIN_4B)
     found = DEV if config.has_guidance else KLEIN_4B if klein is DEV else klein
     if version is None:
@@ -131,8 +134,10 @@ def recognise_release(config: Flux2Config, version: str | None, origin: str) -> 
 
 
 def recognise_encoder(weights: Weights, version: str | None) -> TextEncoder:
-    """Return which text encoder a file holds, where no denoiser is named: that of --model_version, else by its names
-    and width. Raises UserError if its width belongs to another release than --model_version names."""
+    """Return the text encoder in a file if no denoiser is given: that of --model_version, else by names and width.
+
+    Raises UserError if its width belongs to another release than --model_version names.
+    """
     width = next((shape[1] for name, shape in weights.shapes.items() if name.endswith(WORDS)), None)
     if version is not None:
         named = release_named(version)
@@ -149,7 +154,7 @@ def recognise_encoder(weights: Weights, version: str | None) -> TextEncoder:
 
 
 def check_encoder(release: Release, encoder: MaybeComponent, config: Flux2Config) -> None:
-    """Raise UserError if a text encoder that is there has another width than the denoiser expects."""
+    """Raise UserError if a text encoder is present and its width differs from the one the denoiser expects."""
     if not isinstance(encoder, Component):
         return
     width = shape_of(encoder.weights.shapes, WORDS)[1]
@@ -164,8 +169,9 @@ def check_encoder(release: Release, encoder: MaybeComponent, config: Flux2Config
 def is_distilled(release: Release, version: str | None, given: str, path: Path) -> bool:
     """Return True for a distilled model: dev, and klein without base.
 
-    Distilled and base klein have the same names and shapes, so --model_version says which it is, or else the folder's
-    `is_distilled`, or else the name that was `given` or that of its folder: klein without base.
+    Distilled and base klein have the same names and shapes. The first of these decides: --model_version; `is_distilled`
+    in the folder's model_index.json; whether the `given` name or its parent folder's has "klein", and neither has
+    "base".
     """
     if release is DEV:
         return True

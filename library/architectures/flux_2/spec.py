@@ -1,4 +1,4 @@
-"""The public facts of FLUX.2."""
+"""The `BaseModelSpec` of FLUX.2."""
 
 from library.architectures.flux_2.adapter_names import NAMES, denoiser_module
 from library.architectures.flux_2.assembly import RECIPE, build
@@ -13,7 +13,7 @@ from library.checkpoints.weights import Weights, configure
 from library.models.transformer_file import TransformerFile
 
 WIDTHS = (4096, 6144)  # of klein 9B and dev; klein 4B is as wide as FLUX.1
-# Names in transformers as wide, which FLUX.2 lacks: Krea 2's, Qwen-Image 2.1's.
+# Names that FLUX.2 lacks in transformers of the same width: Krea 2's and Qwen-Image 2.1's.
 OTHERS = (
     r"_attn_to_gate_|_ff_(gate|up|down)_|_img_mlp_(gate_(layer|up)|proj|out)_"
     r"|(?<!single)_transformer_blocks_(8|9|\d\d)_"

@@ -1,7 +1,7 @@
-"""The VAE of FLUX.2: diffusers' AutoencoderKLFlux2, from the original single file or from diffusers' layout.
+"""The VAE of FLUX.2 (diffusers' AutoencoderKLFlux2), from the original single file or from diffusers' layout.
 
-Its latents of 32 channels are packed 2 x 2 into 128 and normalized by the statistics of its batch norm. Letters: B
-samples, C channels, H and W sides.
+Its latents of 32 channels are packed 2 x 2 into 128 and normalized by the statistics of the VAE's batch norm. Letters:
+B samples, C channels, H and W sides.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,9 +26,9 @@ CHANNELS = 32
 PATCH = 2
 BATCH_NORM = "bn."
 STATISTICS = ("running_mean", "running_var")
-COUNTER = f"{BATCH_NORM}num_batches_tracked"  # of the VAE's own training, which some files lack
+COUNTER = f"{BATCH_NORM}num_batches_tracked"  # of the VAE's own training; some files lack it
 ORIGINAL = {"encoder.quant_conv.": "quant_conv.", "decoder.post_quant_conv.": "post_quant_conv."}  # -> diffusers
-MAX_REFERENCES = 10  # that the model's makers name
+MAX_REFERENCES = 10  # the limit that the model's authors name
 SPEC = LatentSpec(
     channels=CHANNELS * PATCH**2,
     downscale=16,
@@ -41,13 +41,15 @@ SPEC = LatentSpec(
 
 @dataclass(frozen=True)
 class PackedLatents:
-    """Latents of 128 channels, 16 pixels a side; cached as the denoiser gets them."""
+    """Latents of 128 channels, 16 pixels a side, cached in the normalized form that the denoiser gets."""
 
     spec: LatentSpec = SPEC
 
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        """Return the mean of the posterior, packed and normalized, float32. Nothing is sampled, as in the reference
-        implementation, whose encoder has no noise."""
+        """Return the mean of the posterior, packed and normalized, float32.
+
+        Nothing is sampled, as in the reference implementation, whose encoder adds no noise.
+        """
         model: Any = vae
         posterior = model.encode(pixels_BCHW.to(model.device, model.dtype)).latent_dist
         mean_C11, deviation_C11 = statistics(vae, posterior.mean.device)
@@ -57,7 +59,7 @@ class PackedLatents:
         return latents_BCHW
 
     def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
-        """Decode latents as the denoiser sees them to images, float32, about -1..1."""
+        """Decode normalized latents to images, float32, about -1..1."""
         model: Any = vae
         mean_C11, deviation_C11 = statistics(vae, latents_BCHW.device)
         latents_BCHW = pixel_shuffle(latents_BCHW.float() * deviation_C11 + mean_C11, PATCH)
@@ -93,8 +95,7 @@ def open_vae(model: str, name: str | None, base: BaseFiles) -> Component:
 
 
 def original_to_diffusers(key: str) -> str:
-    """Return diffusers' name of one of the four weights that have another place in the original layout; others are
-    unchanged."""
+    """Return diffusers' name of a weight of the original layout, where only four names differ."""
     for ours, theirs in ORIGINAL.items():
         if key.startswith(ours):
             return theirs + key.removeprefix(ours)
@@ -102,14 +103,14 @@ def original_to_diffusers(key: str) -> str:
 
 
 def decoder_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Return the widths of the decoder, which smaller ones have of their own."""
+    """Return the widths of the decoder's levels; in VAEs with a small decoder they differ from the encoder's."""
     levels = range(count(shapes, r"decoder\.up_blocks\.(\d+)\."))
     widths = [shape_of(shapes, f"decoder.up_blocks.{level}.resnets.0.conv1.weight")[0] for level in reversed(levels)]
     return {"decoder_block_out_channels": widths}
 
 
 def empty_vae(config: Mapping[str, Any]) -> Any:
-    """Build diffusers' AutoencoderKLFlux2 on the meta device, with the statistics alone of its batch norm."""
+    """Build diffusers' AutoencoderKLFlux2 on the meta device; its batch norm is replaced by `BatchStatistics`."""
     vae = empty_diffusers_model("AutoencoderKLFlux2", config)
     with torch.device("meta"):
         vae.bn = BatchStatistics(vae.bn.num_features, vae.bn.eps)
@@ -117,7 +118,7 @@ def empty_vae(config: Mapping[str, Any]) -> Any:
 
 
 class BatchStatistics(nn.Module):
-    """The statistics of the VAE's batch norm that normalise latents."""
+    """The statistics of the VAE's batch norm, by which latents are normalized."""
 
     def __init__(self, num_channels: int, eps: float) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ def is_target(path: str) -> bool:
 
 
 def denoiser_module(path: str) -> ModuleNames:
-    """Name a layer by its original path, by which sd-scripts names it; our files follow ComfyUI's model."""
+    """Name a layer by its original path, which sd-scripts uses; our files use the names of ComfyUI's model."""
     theirs, named = underscore(path), from_original(path)
     shares = LINEAR1_SHARES if path.endswith(".linear1") else ()
     aliases = (theirs,) if theirs != underscore(named) else ()

@@ -18,7 +18,7 @@ from library.diffusion.flow import FlowMatching, build_sampled_flow
 from library.diffusion.samplers import build_shifted_sampler
 from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
-from library.models.recipe import Recipe, explain_ignored_attention, folders_beside, ignored_by_flow
+from library.models.recipe import Recipe, explain_ignored_attention, folders_of, ignored_by_flow
 from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
@@ -74,16 +74,17 @@ def build(options: HunyuanImageOptions) -> Architecture:
 
 
 def build_objective(options: HunyuanImageOptions) -> FlowMatching:
-    # sd-scripts tells it whole timesteps too; previews use the exact levels.
+    # sd-scripts gives the model whole timesteps too; previews use the exact levels.
     return build_sampled_flow(options, options.flow_prediction.model_prediction_type, tells_whole_timesteps=True)
 
 
 def build_text(options: HunyuanImageOptions, loader: DitLoader) -> HunyuanImageText:
-    """Build the tokenizers: Qwen's is searched beside the base model and the text encoder; ByT5's has no files."""
+    """Build the text pipeline. Qwen's tokenizer is searched next to the base model and the text encoder; ByT5's has
+    no files."""
     from transformers import ByT5Tokenizer
 
     named = options.hunyuan_image.text_encoder
-    beside = folders_beside(loader.path, named)
+    beside = folders_of(loader.path, named)
     folders = [folder / "tokenizer" for folder in beside]
     if named and Path(named).expanduser().is_dir():
         folders.append(beside[1])
@@ -111,7 +112,7 @@ def build_text_cache(options: HunyuanImageOptions, loader: DitLoader, text: Huny
 
 
 def build_preview(text: HunyuanImageText) -> Preview:
-    """Build previews with plain classifier-free guidance; --fs of a prompt shifts the noise levels."""
+    """Build the preview settings: plain classifier-free guidance; --fs of a prompt shifts the noise levels."""
     return Preview(
         defaults=PromptDefaults(
             num_steps=20, width=512, height=512, scale=3.5, size_step=32, flow_shift=SAMPLING_SHIFT

@@ -1,6 +1,6 @@
 """Names of the denoiser's weights in the original layout, in ours, which is ComfyUI's, and in diffusers'.
 
-ComfyUI's model has the names of FLUX.1 in the blocks. It drops adapters of the original names without an error.
+ComfyUI's model has FLUX.1's names in the blocks. It ignores adapters under the original names without an error.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ TOP: Mapping[str, str] = {
     "txt_in.c_embedder.linear_2": f"{TEXT}.time_text_embed.text_embedder.linear_2",
     "time_in.mlp.0": f"{TIME}.linear_1",
     "time_in.mlp.2": f"{TIME}.linear_2",
-    "time_r_in.mlp.0": f"{TIME}_r.linear_1",  # in distilled models, like the next
+    "time_r_in.mlp.0": f"{TIME}_r.linear_1",  # only in distilled models, like the next
     "time_r_in.mlp.2": f"{TIME}_r.linear_2",
     "guidance_in.mlp.0": "time_guidance_embed.guidance_embedder.linear_1",
     "guidance_in.mlp.2": "time_guidance_embed.guidance_embedder.linear_2",
@@ -88,7 +88,7 @@ BLOCKS = ("double_blocks.", "single_blocks.")
 
 
 def from_original(name: str) -> str:
-    """Return our name of a weight or layer of the original layout."""
+    """Return our name of a weight or layer from its name in the original layout."""
     if not name.startswith(BLOCKS):
         return name.replace("img_in.proj.", "img_in.")
     for theirs, ours in RENAMED.items():

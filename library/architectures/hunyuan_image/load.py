@@ -75,7 +75,8 @@ def read_denoiser(base: BaseFiles) -> Weights:
 
 
 def open_component(part: str, name: str | None, base: BaseFiles) -> Component:
-    """Open another part from the file or folder of its flag or from the diffusers folder of the base model."""
+    """Open a part other than the denoiser, from the file or folder of its flag or from the base model's diffusers
+    folder."""
     flag, folder = f"--{part}", FOLDERS[part]
     if name is None and base.whole is not None:
         raise NotThere(f"{flag} is missing: {base.path} is only the transformer")
@@ -123,8 +124,8 @@ def check_fit(loader: DitLoader, config: HunyuanImageConfig) -> None:
             "are supported"
         )
     qwen, byt5 = (part.component for part in loader.texts)
-    check_text_width("--text_encoder", qwen, WORDS, config.text_width, f"{MODEL}'s")
-    check_text_width("--byt5", byt5, GLYPH_WORDS, config.glyph_width, f"{MODEL}'s")
+    check_text_width("--text_encoder", qwen, WORDS, config.text_width, f"{MODEL}'s Qwen2.5-VL")
+    check_text_width("--byt5", byt5, GLYPH_WORDS, config.glyph_width, f"{MODEL}'s ByT5")
     num_words = get_first_side(byt5, GLYPH_WORDS)
     if num_words is not None and num_words < NUM_BYTE_IDS:
         raise UserError(f"--byt5 {byt5.weights.origin} has {num_words} embeddings; ByT5 needs {NUM_BYTE_IDS}")

@@ -1,4 +1,5 @@
-"""The denoiser of HunyuanImage 2.1 (Tencent 2025): FLUX.1's streams, with a refiner of text and tokens of glyphs.
+"""The denoiser of HunyuanImage 2.1 (Tencent 2025): FLUX.1's streams, with a refiner of text tokens and with glyph
+tokens.
 
 Module paths are those of ComfyUI's model and of adapters in files; `from_original` in checkpoint_keys.py renames the
 original checkpoint's. Letters: B samples, C channels, H and W sides of the latent (a patch is one latent pixel), L text
@@ -37,7 +38,7 @@ NUM_AXES = 2  # rows and columns share the pairs of a head
 
 @dataclass(frozen=True)
 class HunyuanImageConfig(StreamConfig):
-    """The hyper-parameters; a model distilled with guidance cannot be trained."""
+    """The hyper-parameters. Guidance-distilled models cannot be trained."""
 
     glyph_width: int
     glyph_mlp_width: int
@@ -46,8 +47,10 @@ class HunyuanImageConfig(StreamConfig):
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> HunyuanImageConfig:
-    """Read the configuration of a checkpoint from names in its original layout, without prefix, and shapes. Raises
-    UserError for a missing name, invalid sizes and unsupported variants."""
+    """Read the configuration from the shapes in a checkpoint, names in its original layout, without prefix.
+
+    Raises UserError for a missing name, invalid sizes and unsupported variants.
+    """
     read = ShapeReader("HunyuanImage 2.1", shapes)
     shape, count = read.shape, read.count
     refuse_variants(shapes)
@@ -73,7 +76,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> HunyuanImageConfig:
 
 
 def refuse_variants(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise UserError for variants of the base model that are not trained to predict a flow's velocity."""
+    """Raise UserError for variants that cannot be trained: distilled models and the refiner."""
     marks = [stem for stem in ("guidance_in", "time_r_in") if any(name.startswith(f"{stem}.") for name in shapes)]
     if marks:
         raise UserError(
@@ -93,7 +96,7 @@ class MMSingleStreamBlock(SingleStreamBlock):
 
 
 class HunyuanImage(StreamTransformer):
-    """The network from noisy latents, noise level and text to the velocity noise - latent."""
+    """The denoiser, which predicts the velocity noise - latent from noisy latents, timesteps, text and glyphs."""
 
     adapter_targets = TARGETS
 
@@ -137,14 +140,14 @@ class HunyuanImage(StreamTransformer):
         return unpatchify(velocity_BTC, H, W, 1)
 
     def embed_text(self, *text: Tensor) -> Tensor:
-        """Return the tokens of glyphs, then of text, BLM."""
+        """Embed glyphs, then text, as tokens, BLM."""
         glyphs_BGE, *more = text
         return torch.cat([self.byt5_in(glyphs_BGE), self.txt_in(*more)], dim=1)
 
 
 def positions(num_text: int, H: int, W: int, device: torch.device) -> Tensor:
-    """Return the positions of tokens, shape (T, 2): text at (0, 0), which rotates nothing, the image's at row and
-    column."""
+    """Return positions of tokens, shape (T, 2): text at (0, 0), which rotates nothing, image tokens at (row,
+    column)."""
     ids_T2 = torch.zeros(num_text + H * W, NUM_AXES, dtype=torch.long, device=device)
     ids_T2[num_text:, 0] = torch.arange(H, device=device).repeat_interleave(W)
     ids_T2[num_text:, 1] = torch.arange(W, device=device).repeat(H)
@@ -163,7 +166,7 @@ class TextProjection(nn.Module):
 
 
 class GlyphMapper(nn.Module):
-    """The mapping of ByT5's states, which encode text to be rendered in the image, to tokens."""
+    """The layers that map ByT5's states, which encode text to be rendered in the image, to tokens."""
 
     def __init__(self, glyph_width: int, mlp_width: int, width: int) -> None:
         super().__init__()
@@ -191,7 +194,7 @@ class Mlp(nn.Module):
 
 
 class RefinerBlock(nn.Module):
-    """Self-attention of text tokens, gated by noise level and mean text."""
+    """Self-attention among text tokens, gated by the noise level and the mean text state."""
 
     def __init__(self, width: int, head_width: int, mlp_width: int) -> None:
         super().__init__()
@@ -220,7 +223,7 @@ class RefinerBlocks(nn.Module):
 
 
 class TokenRefiner(nn.Module):
-    """The mapping of the text encoder's states to tokens of the denoiser."""
+    """The layers that map the text encoder's states to tokens of the denoiser."""
 
     def __init__(self, config: HunyuanImageConfig) -> None:
         super().__init__()
@@ -230,7 +233,8 @@ class TokenRefiner(nn.Module):
         self.individual_token_refiner = RefinerBlocks(config)
 
     def forward(self, text_BLE: Tensor, timesteps_B: Tensor, mask_BL: Tensor) -> Tensor:
-        """Refine the tokens; those with a false mask are ignored, and their outputs are undefined."""
+        """Return the refined tokens, BLM; those with a false mask are not attended to, and their outputs are
+        undefined."""
         weights_BL1 = mask_BL.float()[..., None]
         mean_BE = (text_BLE * weights_BL1).sum(dim=1) / weights_BL1.sum(dim=1)
         vec_BM = self.t_embedder(timesteps_B, text_BLE.dtype) + self.c_embedder(mean_BE.to(text_BLE.dtype))

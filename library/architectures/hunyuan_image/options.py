@@ -1,4 +1,4 @@
-"""The options of HunyuanImage 2.1 only."""
+"""The options specific to HunyuanImage 2.1."""
 
 import argparse
 from collections.abc import Mapping
@@ -69,7 +69,7 @@ INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("qwen3", "gemma2"), "use --text_encoder"),
     "split_mode": "use --blocks_to_swap",
 }
-"""Alternatives to options of other scripts and programs; they end the error for such an option."""
+"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,6 @@ class HunyuanImageOptions(TrainOptions):
 
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Collect the parsed values. The text encoders have no adapters, so only the denoiser is trained."""
+        """Collect the parsed values, and train only the denoiser, because the text encoders have no adapters."""
         options = super().from_args(args)
         return options.with_values({"network_train_unet_only": not options.network.network_train_text_encoder_only})

@@ -1,6 +1,6 @@
-"""The text encoder of HunyuanImage 2.1: transformers' language model of Qwen2.5-VL, from a file or folder.
+"""The text encoder of HunyuanImage 2.1: the language model of Qwen2.5-VL (transformers), from a file or a folder.
 
-The states before the last two layers are used, so these and the last norm are not loaded. Letters: B captions, T
+The states before the last two layers are used, so these layers and the last norm are not loaded. Letters: B captions, T
 tokens, E width.
 """
 
@@ -37,7 +37,8 @@ NUM_TEMPLATE_TOKENS = 34  # before the caption
 
 
 def qwen_component(weights: Weights, config: Mapping[str, Any] | None = None) -> Component:
-    """Build the language model under the module paths of transformers' Qwen2_5_VLTextModel; `config` is a folder's.
+    """Build the encoder's component under the module paths of transformers' Qwen2_5_VLTextModel; `config` is a
+    folder's.
 
     Raises UserError naming the file if it holds something else.
     """
@@ -94,15 +95,15 @@ load_qwen = partial(load_component, empty_qwen)
 
 
 def encode_qwen(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the states after the last loaded layer, without template tokens, (B, T - 34, E)."""
+    """Return the states after the last loaded layer, without those of the template's beginning, (B, T - 34, E)."""
     device = next(encoder.parameters()).device
     states_BTE: Tensor = encoder(send(ids_BT, device), attention_mask=send(mask_BT, device)).last_hidden_state
     return states_BTE[:, NUM_TEMPLATE_TOKENS:]
 
 
 def tokenize_qwen(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return (IDs, mask) of captions in the template, both (B, T), right-padded to the longest; the mask is 0 for
-    padding."""
+    """Return (IDs, mask) of captions in the template, both (B, T), padded on the right to the longest; padding has
+    mask 0."""
     texts = [TEMPLATE.replace("{}", caption) for caption in captions]
     length = max_tokens + NUM_TEMPLATE_TOKENS
     found = tokenizer(texts, max_length=length, padding="longest", truncation=True, return_tensors="pt")
@@ -110,8 +111,10 @@ def tokenize_qwen(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> t
 
 
 def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
-    """Load Qwen2.5-VL's tokenizer, which pads on the right, as `TokenizerFiles.load`. Raises UserError for another one,
-    which encodes the template in another number of tokens."""
+    """Load Qwen2.5-VL's tokenizer, padding on the right, as described at `TokenizerFiles.load`.
+
+    Raises UserError for another model's tokenizer, which encodes the template in another number of tokens.
+    """
     tokenizer = TOKENIZER.load(folders, cache_dir, num_words, padding_side="right")
     num_tokens = len(tokenizer(TEMPLATE.partition("{}")[0])["input_ids"])
     if num_tokens != NUM_TEMPLATE_TOKENS:

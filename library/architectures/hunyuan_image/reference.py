@@ -1,4 +1,4 @@
-"""Compares HunyuanImage 2.1's denoiser with diffusers' class on the same weights."""
+"""Comparison of HunyuanImage 2.1's denoiser with diffusers' class on the same weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +13,10 @@ from library.models.reference import diffusers_class, random_inputs, shorten_mod
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
-    block of each kind."""
+    """Return the velocities of our class and of diffusers' for the same random inputs, float32.
+
+    Only the first and the last block of each kind are kept.
+    """
     assert isinstance(denoiser, HunyuanImage)
     ours = shorten_model(denoiser, {"double_blocks": "num_double", "single_blocks": "num_single"})
     latents_BCHW, sigmas_B, text_BLE, mask_BL = random_inputs(
@@ -36,7 +38,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def diffusers_model(denoiser: HunyuanImage) -> Any:
-    """Build diffusers' class with the weights of ours."""
+    """Build diffusers' model with the weights of `denoiser`."""
     c = denoiser.config
     model = diffusers_class("HunyuanImageTransformer2DModel")
     return with_weights(model(**diffusers_config(c)), diffusers_state(denoiser.state_dict(), c.width))
@@ -61,7 +63,7 @@ def diffusers_config(config: HunyuanImageConfig) -> dict[str, Any]:
 
 
 def diffusers_state(state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
-    """Return the weights under diffusers' names, stacked ones split; the first layer is a convolution there."""
+    """Return the weights under diffusers' names, with stacked ones split; diffusers' first layer is a convolution."""
     found = split_weights(state, lambda key: KEYS.source_keys(to_original(key)), [model_width] * 3, SWAPPED)
     first = "x_embedder.proj.weight"
     return {**found, first: found[first][:, :, None, None]}

@@ -1,4 +1,4 @@
-"""The public facts of HunyuanImage 2.1."""
+"""The `BaseModelSpec` of HunyuanImage 2.1."""
 
 from library.architectures.hunyuan_image.adapter_names import NAMES, denoiser_module, is_target
 from library.architectures.hunyuan_image.assembly import RECIPE, build

@@ -19,7 +19,7 @@ from library.types import Conditioning, Tokens
 MAX_TOKENS = 1024  # for a caption and the end of its template
 NUM_GLYPH_TOKENS = 128
 QUOTED = re.compile('"(.*?)"|\u2018(.*?)\u2019|\u201c(.*?)\u201d')
-"""Straight double quotes, curly single and curly double ones. Straight single quotes are mostly apostrophes."""
+"""Straight double, curly single and curly double quotes. Straight single quotes are mostly apostrophes."""
 
 
 def glyph_text(caption: str) -> str | None:
@@ -41,7 +41,8 @@ class HunyuanImageText:
         return len(self.qwen_tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"])
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Return Qwen's IDs and mask, (B, 1, T); ByT5's IDs and mask, (B, 1, G), the mask all 0 without quotes."""
+        """Return Qwen's IDs and mask, (B, 1, T), and ByT5's, (B, 1, G); ByT5's mask is all 0 for a caption without
+        quotes."""
         ids_BT, mask_BT = tokenize_qwen(self.qwen_tokenizer, captions, MAX_TOKENS)
         glyphs = [glyph_text(caption) for caption in captions]
         glyph_ids_BG, glyph_mask_BG = tokenize_t5(
@@ -53,9 +54,10 @@ class HunyuanImageText:
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """Return {"vlm_embed": (B, T - 34, E), "vlm_mask": (B, T - 34), "byt5_embed": (B, G, E), "byt5_mask": (B, G),
-        "ocr_mask": (B,)}; the last is true for captions with quotes; without them ByT5's states are 0.
+        "ocr_mask": (B,)}.
 
-        The encoders run in the precision they are stored in: Qwen's states overflow float16.
+        "ocr_mask" is true for captions with quotes; without them ByT5's states are 0. Autocast is off, because Qwen's
+        states overflow float16.
         """
         qwen, byt5 = encoders
         ids_BT, mask_BT, glyph_ids_BG, glyph_mask_BG = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
@@ -73,7 +75,7 @@ class HunyuanImageText:
 
 
 def encode_glyphs(encoder: nn.Module, ids_BG: Tensor, mask_BG: Tensor) -> Tensor:
-    """Return ByT5's states, 0 for captions with an empty mask, for which the encoder is not run."""
+    """Return ByT5's states, BGE. Captions with an empty mask get 0, and the encoder is not run for them."""
     weight = next(encoder.parameters())
     width: int = encoder.config.d_model  # type: ignore[union-attr,assignment]
     states_BGE = weight.new_zeros(*ids_BG.shape, width)

@@ -1,4 +1,4 @@
-"""The VAE of HunyuanImage 2.1: diffusers' AutoencoderKLHunyuanImage, from the original single file or a folder."""
+"""The VAE of HunyuanImage 2.1 (diffusers' AutoencoderKLHunyuanImage), from the original single file or a folder."""
 
 import re
 from functools import partial
@@ -15,7 +15,7 @@ from library.models.shapes import Shapes, count, shape_of
 from library.models.vae.checkpoint_keys import VAE_MID, VAE_PREFIXES
 
 SCALE = 0.75289
-SAMPLE_SIZE = 384  # of tiles, which are disabled
+SAMPLE_SIZE = 384  # side of tiles, which are disabled
 MARK = "decoder.conv_in.weight"
 ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "proj"}
 
@@ -52,7 +52,8 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def vae_from_original(key: str, layers_per_block: int) -> str:
-    """Return diffusers' name of a weight: it has the blocks of all levels in one list, each level's resampling last."""
+    """Return diffusers' name of a weight. diffusers lists the blocks of all levels together, a level's resampling
+    last."""
     match = re.fullmatch(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(\w+)\.(.+)", key)
     if match:
         part, block, layer, leaf = match.groups()
@@ -70,7 +71,7 @@ empty_vae = partial(empty_diffusers_model, "AutoencoderKLHunyuanImage")
 
 
 class ChunkedConv2d(nn.Conv2d):
-    """A convolution computed for some rows of its output at a time, with the same result in less memory."""
+    """A convolution that computes `num_rows` rows of its output at a time: the same result in less memory."""
 
     num_rows: int
 
@@ -92,7 +93,7 @@ class ChunkedConv2d(nn.Conv2d):
 
 
 def compute_in_chunks(vae: nn.Module, num_rows: int) -> nn.Module:
-    """Compute the VAE's convolutions, all of stride 1, for `num_rows` rows at a time; in place."""
+    """Make the VAE's convolutions, all of stride 1, compute `num_rows` rows at a time; in place."""
     for layer in vae.modules():
         if type(layer) is nn.Conv2d:
             layer.__class__ = ChunkedConv2d
@@ -101,6 +102,7 @@ def compute_in_chunks(vae: nn.Module, num_rows: int) -> nn.Module:
 
 
 def load_hunyuan_image_vae(component: MaybeComponent, dtype: torch.dtype, chunk_rows: int | None) -> nn.Module:
-    """Load the VAE in `dtype`, frozen, on the CPU; with `chunk_rows` it computes in chunks of so many rows."""
+    """Load the VAE in `dtype`, frozen, on the CPU; with `chunk_rows` its convolutions compute that many rows at a
+    time."""
     vae = load_component(empty_vae, component, dtype)
     return vae if chunk_rows is None else compute_in_chunks(vae, chunk_rows)

@@ -45,7 +45,7 @@ RECIPE = Recipe(
 )  # fmt: skip
 CODEC = qwen_image_latents("_krea2.npz")
 LATENTS = CODEC.spec
-GUIDANCE = 5.5  # of Raw: the 4.5 of diffusers' pipeline, which adds 1
+GUIDANCE = 5.5  # of Raw: diffusers' pipeline has 4.5, to which it adds 1
 
 
 def build(options: Krea2Options) -> Architecture:
@@ -59,15 +59,15 @@ def build(options: Krea2Options) -> Architecture:
     if turbo and not options.network.base_weights:
         logger.warning(
             "%s is Krea 2 Turbo, which is distilled: training undoes the distillation, and previews blur. Train on "
-            "Krea 2 Raw, whose adapters work with Turbo too, or add --base_weights with a training adapter; "
-            "--dit_variant says which it is",
+            "Krea 2 Raw, whose adapters work with Turbo too, or add --base_weights with a training adapter. "
+            "If it is Raw, set --dit_variant raw",
             loader.path,
         )
     return assemble(options, loader, turbo, open_turbo(options, loader))
 
 
 def build_for_caching(options: Krea2Options) -> Architecture:
-    """Assemble what encodes captions, for which no denoiser is needed. Raises UserError as `build` does."""
+    """Assemble the model for caching captions, which needs no denoiser. Raises UserError like `build`."""
     RECIPE.check(options)
     return assemble(options, open_encoder(options, QWEN3_VL.flag), turbo=False)
 
@@ -97,7 +97,7 @@ def build_objective(options: Krea2Options) -> FlowMatching:
 
 
 def build_text(options: Krea2Options, loader: DitLoader) -> Krea2Text:
-    """Build the tokenizer, searched beside the base model and the encoder."""
+    """Build the text pipeline; its tokenizer is searched next to the base model and the encoder."""
     folders = tokenizer_folders(loader.path, options.parts.text_encoder)
     tokenizer = load_qwen3_tokenizer(QWEN3_VL, folders, options.model.tokenizer_cache_dir, loader.num_words)
     check_marks(tokenizer, MARKS, QWEN3_VL.hub_name)
@@ -121,14 +121,17 @@ def build_text_cache(options: Krea2Options, loader: DitLoader, text: Krea2Text) 
 
 
 def feature_bytes(loader: DitLoader, text: Krea2Text, caption: str) -> int:
-    """Return the size of a caption's features: 61,440 bytes for each token in 16 bits."""
+    """Return the bytes of a caption's features: 61,440 for each token in 16 bits."""
     num_tokens = min(text.count_tokens(caption), text.max_tokens) + len(text.end)
     width: int = loader.text.component.config["hidden_size"]
     return num_tokens * len(LAYERS) * width * loader.text.dtype.itemsize
 
 
 def build_preview(text: Krea2Text, turbo: bool, turbo_loader: DitLoader | None) -> Preview:
-    """Build previews with plain classifier-free guidance, or for Turbo, and with its weights, in few steps without."""
+    """Build the preview settings: plain classifier-free guidance, or few steps without guidance for Turbo.
+
+    `turbo_loader` loads Turbo's weights, with which previews are then drawn.
+    """
     turbo = turbo or turbo_loader is not None
     return Preview(
         defaults=PromptDefaults(

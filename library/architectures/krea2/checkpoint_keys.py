@@ -42,7 +42,7 @@ BLOCK: Layers = {
 
 
 def list_krea2_leaves(path: str) -> Mapping[str, str]:
-    """Return the names of a layer's weights, ours and diffusers'."""
+    """Return the names of a layer's weights: ours -> diffusers'."""
     if path.endswith(MODULATIONS):
         return {"lin": "scale_shift_table"}
     return {"scale": "weight"} if path.endswith(NORMS) else list_leaves(path)
@@ -61,8 +61,10 @@ KEYS = LayerKeys(
 
 
 def from_diffusers(weights: Weights) -> Weights:
-    """Rename a model in diffusers' layout to our names. The rows of a block's modulation, six there, are one vector
-    here, in the same order."""
+    """Rename a model in diffusers' layout to our names.
+
+    A block's modulation has six rows in diffusers' layout and is one vector in ours, in the same order.
+    """
     names = {theirs: key for key in KEYS.our_keys(weights.shapes) for theirs in KEYS.source_keys(key)}
     found = rename_weights(weights, lambda key: names.get(key, key))
     flat = {key: (prod(shape),) for key, shape in found.shapes.items() if key.endswith(".mod.lin")}

@@ -83,28 +83,30 @@ def read_denoiser(base: BaseFiles) -> Weights:
 
 
 def open_turbo(options: Krea2Options, loader: DitLoader) -> DitLoader | None:
-    """Open the denoiser of --turbo_dit in place of the loader's. Raises UserError if it cannot stand in for the base,
-    or for this adapter."""
+    """Return the loader with the denoiser of --turbo_dit in place of its own; None if the option is not set.
+
+    Raises UserError if it does not fit the base model or this adapter.
+    """
     name, base = options.parts.turbo_dit, loader.denoiser_weights
     if name is None:
         return None
     weights = read_denoiser(open_files(TURBO_FLAG, find_model(TURBO_FLAG, name, (("transformer",),))))
     if configure(weights, read_config) != configure(base, read_config):
-        raise UserError(f"{TURBO_FLAG} {name} has other sizes than the base {base.origin}")
+        raise UserError(f"{TURBO_FLAG} {name} and the base {base.origin} have different sizes; use two of one size")
     if {k: q.kind for k, q in weights.quantised.items()} != {k: q.kind for k, q in base.quantised.items()}:
         raise UserError(
-            f"{TURBO_FLAG} {name} is stored differently from the base {base.origin}: one has weights in 8 bits that "
-            "the other has not; use two files of one precision"
+            f"{TURBO_FLAG} {name} is stored differently from the base {base.origin}: one has 8-bit weights where the "
+            "other has none; use two files of the same precision"
         )
     if any(argument.startswith("dora_wd") for argument in options.network.network_args or ()):
         raise UserError(
-            f"{TURBO_FLAG} does not work with dora_wd, which keeps the norms of the weights that are trained"
+            f"{TURBO_FLAG} does not work with dora_wd, which keeps the norms of the base's weights; remove one of them"
         )
     return replace(loader, denoiser_weights=weights)
 
 
 def open_qwen3_vl(name: str | None, base: BaseFiles) -> Component:
-    """Open Qwen3-VL from --text_encoder or from the base model, without the layers that are not used."""
+    """Open Qwen3-VL from --text_encoder or from the base model, without its unused layers."""
     config, weights = base.open_text_encoder(QWEN3_VL.flag, name, FOLDER, QWEN3_VL.prefix)
     return with_first_layers(qwen3_vl_component(weights, config, QWEN3_VL), LAYERS[-1], QWEN3_VL.flag)
 
@@ -112,8 +114,8 @@ def open_qwen3_vl(name: str | None, base: BaseFiles) -> Component:
 def is_turbo(variant: str | None, given: str, path: Path) -> bool:
     """Return True for a distilled checkpoint.
 
-    Turbo and Raw have the same names and shapes, so --dit_variant says which it is, or else the folder's
-    `is_distilled`, or else the word "turbo" in the name that was `given` or that of its folder.
+    Turbo and Raw have the same names and shapes. The first of these decides: --dit_variant; `is_distilled` in the
+    folder's model_index.json; the word "turbo" in the `given` name or that of its parent folder.
     """
     if variant is not None:
         return variant == "turbo"

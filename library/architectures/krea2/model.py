@@ -19,14 +19,14 @@ from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
 from library.models.patches import key_mask, patchify, unpatchify
-from library.models.rotary import Rope, Rotary, turn
+from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import sinusoids
 
 PATCH = 2
 ROPE_BASE = 1000
 ROPE_SHARES = (2, 3, 3)  # of a head's values, in eighths, that rotate with (time, row, column)
-ROPE_STEP = 16  # head widths are multiples: every share is an even number of values
+ROPE_STEP = 16  # head widths are multiples, so that every share is an even number of values
 EPS = 1e-5
 TIME_SCALE = 1000
 NUM_MODULATIONS = 6  # scale, shift and gate of attention, then of the feed-forward layer
@@ -64,8 +64,10 @@ class Krea2Config:
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> Krea2Config:
-    """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
-    missing name and for invalid sizes."""
+    """Read the configuration from the shapes in a checkpoint, names without prefix.
+
+    Raises UserError for a missing name and for invalid sizes.
+    """
     read = ShapeReader("Krea 2", shapes)
     block, fusion = read_sizes(read, "blocks.0"), read_sizes(read, "txtfusion.layerwise_blocks.0")
     if block.head_width % ROPE_STEP:
@@ -94,7 +96,7 @@ def read_sizes(read: ShapeReader, block: str) -> AttentionConfig:
 
 
 class RMSNorm(nn.Module):
-    """A root mean square norm whose factor is 1 + `scale`, in float32."""
+    """Root mean square norm with the factor 1 + `scale`, computed in float32."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -112,7 +114,7 @@ class QKNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023), whose output passes a sigmoid gate; T is the last axis but one."""
+    """Grouped-query attention (Ainslie et al. 2023) with a sigmoid gate on its output; T is the last axis but one."""
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
@@ -128,10 +130,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_width)) for layer in (self.wq, self.wk, self.wv))
-        # Before heads and tokens are transposed, because norms copy non-contiguous tensors.
+        # Normalize before heads and tokens are transposed, because norms copy non-contiguous tensors.
         q, k, v = (part.transpose(-3, -2) for part in (self.qknorm.qnorm(q), self.qknorm.knorm(k), v))
         if rope is not None:
-            q, k = turn(q, rope), turn(k, rope)
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
         if self.num_repeats > 1:
             k, v = (part.repeat_interleave(self.num_repeats, dim=-3) for part in (k, v))
         shape = q.shape
@@ -154,7 +156,7 @@ class SwiGLU(nn.Module):
 
 
 class TextFusionBlock(nn.Module):
-    """Attention and feed-forward layer without positions and noise level."""
+    """Attention and a feed-forward layer, without positions and modulation."""
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
@@ -170,7 +172,7 @@ class TextFusionBlock(nn.Module):
 
 
 class TextFusion(nn.Module):
-    """Fusion of a token's states: blocks among the states of one token, their weighted sum, blocks among tokens."""
+    """Fusion of a token's states: blocks within the states of a token, a weighted sum, then blocks across tokens."""
 
     def __init__(self, config: Krea2Config) -> None:
         super().__init__()
@@ -179,7 +181,7 @@ class TextFusion(nn.Module):
         self.refiner_blocks = nn.ModuleList(TextFusionBlock(config.fusion) for _ in range(config.num_refiners))
 
     def forward(self, states_BLSE: Tensor, mask: Tensor | None, runner: BlockRunner) -> Tensor:
-        """Return features, BLE; `mask` is that of keys."""
+        """Return text features, BLE; `mask` marks the keys that may be attended to."""
         # Samples stay the first axis, by which adapters tell them apart.
         for block in self.layerwise_blocks:
             states_BLSE = runner(block, states_BLSE, None)
@@ -190,7 +192,7 @@ class TextFusion(nn.Module):
 
 
 class Modulation(nn.Module):
-    """A learned offset of the modulation that the noise level gives."""
+    """A learned offset of the modulation that is computed from the noise level."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -198,7 +200,7 @@ class Modulation(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """Attention and feed-forward layer of all tokens. Network modules find the layers by this class name."""
+    """Attention and a feed-forward layer over all tokens. Network modules find the layers by this class name."""
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
@@ -219,7 +221,7 @@ class SingleStreamBlock(nn.Module):
 
 
 class LastLayer(nn.Module):
-    """The last layer, from tokens to patches of the velocity."""
+    """The last layer, which maps tokens to patches of the velocity."""
 
     def __init__(self, width: int, out_features: int) -> None:
         super().__init__()
@@ -234,7 +236,7 @@ class LastLayer(nn.Module):
 
 
 class SingleStreamDiT(nn.Module):
-    """The network from noisy latents, noise level and text to the velocity noise - latent."""
+    """The denoiser, which predicts the velocity noise - latent from noisy latents, noise levels and text."""
 
     adapter_targets = TARGETS
 
@@ -253,15 +255,15 @@ class SingleStreamDiT(nn.Module):
         self.last = LastLayer(width, config.in_features)
 
     def stacks(self) -> Stacks:
-        """Return the blocks of all tokens; the few that fuse text are not offloaded."""
+        """Return the main blocks; the few that fuse text are not offloaded."""
         return [[*self.blocks]]
 
     def forward(self, latents_BCHW: Tensor, sigmas_B: Tensor, text_BLF: Tensor, text_mask_BL: Tensor) -> Tensor:
         """Return the velocity, shape BCHW.
 
-        `sigmas_B` are shares of noise, 0..1. `text_BLF` has a token's states side by side, F = S E. `text_mask_BL` is 1
-        for the tokens of the caption, which precede its padding. Its lengths are read here, so it should be on the
-        host.
+        `sigmas_B` are shares of noise, 0..1. `text_BLF` has the states of a token concatenated, F = S E. `text_mask_BL`
+        is 1 for the caption's tokens, which precede its padding; it should be on the host, because the lengths are read
+        from it.
         """
         h, w = (side // PATCH for side in latents_BCHW.shape[-2:])
         device, dtype = latents_BCHW.device, self.first.weight.dtype

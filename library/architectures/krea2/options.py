@@ -1,4 +1,4 @@
-"""The options of Krea 2 only, and musubi-tuner's names for them."""
+"""The options specific to Krea 2, and musubi-tuner's names for them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from library.options.base import group, option, redeclare
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
 from library.options.training.flow import FlowSamplingOptions
 
-IN_PLACE = "previews exchange all weights where they lie on the GPU"
+IN_PLACE = "previews swap all weights in place on the GPU"
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Krea2ModelOptions(PartOptions):
         None,
         usual=True,
         choices=("raw", "turbo"),
-        help="Which Krea 2 the base is: turbo is distilled, and previews take 8 steps without guidance. Unset looks "
-        "for the word turbo in the name of the file or folder.",
+        help="Which Krea 2 the base is: turbo is distilled, and previews take 8 steps without guidance. Unset reads "
+        "is_distilled in a folder's model_index.json, or looks for the word turbo in the name of the file or folder.",
     )
     turbo_dit: str | None = option(
         None,
@@ -53,11 +53,11 @@ INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
     "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
     "model_version": "use --dit_variant",
-    "turbo_dit_cache": "the file is in the system's cache where main memory has room for it",
+    "turbo_dit_cache": "the system caches the file while main memory has room for it",
     "fp8_vl": "use --fp8_text_encoder",
     "fp8_llm": "use --fp8_text_encoder",
 }
-"""Alternatives to options of other scripts and programs; they end the error for such an option."""
+"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

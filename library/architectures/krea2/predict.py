@@ -21,8 +21,7 @@ def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, bat
 
 
 def preview_sampler(prompt: Prompt, is_turbo: bool) -> Sampler:
-    """Build a sampler on even noise levels, shifted toward noise by the size of the image, for Turbo alike at every
-    size."""
+    """Build a sampler on even noise levels, shifted toward noise by the image size, or for Turbo by a constant."""
     shift = TURBO_SHIFT
     if not is_turbo:
         shift = resolution_shift(prompt.height // DOWNSCALE, prompt.width // DOWNSCALE, KREA2_SHIFT_ENDS)

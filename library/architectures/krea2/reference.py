@@ -1,4 +1,4 @@
-"""Compares Krea 2's denoiser with diffusers' class on the same weights."""
+"""Comparison of Krea 2's denoiser with diffusers' class on the same weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +12,10 @@ from library.models.reference import SIDE, diffusers_class, random_inputs, short
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
-    block of all tokens and all those that fuse text."""
+    """Return the velocities of our class and of diffusers' for the same random inputs, float32.
+
+    Only the first and the last main block are kept, and all blocks that fuse text.
+    """
     assert isinstance(denoiser, SingleStreamDiT)
     ours = shorten_model(denoiser, {"blocks": "num_blocks"})
     c, theirs = ours.config, diffusers_model(ours)
@@ -33,7 +35,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def diffusers_model(denoiser: SingleStreamDiT) -> Any:
-    """Build diffusers' class with the weights of ours."""
+    """Build diffusers' model with the weights of `denoiser`."""
     model = diffusers_class("Krea2Transformer2DModel")
     return with_weights(model(**diffusers_config(denoiser.config)), diffusers_state(denoiser.state_dict()))
 
@@ -61,7 +63,7 @@ def diffusers_config(config: Krea2Config) -> dict[str, Any]:
 
 
 def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights under diffusers' names, by its own converter of single files."""
+    """Return the weights under diffusers' names, converted by diffusers' own converter of single files."""
     from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkpoint_to_diffusers
 
     return dict(convert_krea2_transformer_checkpoint_to_diffusers({k: tensor.clone() for k, tensor in state.items()}))

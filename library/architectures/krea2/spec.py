@@ -1,4 +1,4 @@
-"""The public facts of Krea 2."""
+"""The `BaseModelSpec` of Krea 2."""
 
 import re
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ NO_OTHER_PATHS = Gap(
 )
 
 
-def refuse_strangers(modules: Mapping[str, FileNaming | None]) -> str | None:
-    """Return why diffusers uses nothing of a file; None if it reads it."""
+def refuse_unread_names(modules: Mapping[str, FileNaming | None]) -> str | None:
+    """Return why diffusers reads nothing of a file; None if it reads the file."""
     if any(naming == "kohya" for naming in modules.values()):
         return "it does not read Krea 2 under kohya's names"
     if any(re.fullmatch(rf"diffusion_model_{OTHER_PATHS}", name) for name in modules):
@@ -60,7 +60,7 @@ SPECS = (
         pipelines=("Krea2",),
         readers={
             "ComfyUI": Reader(ALL, NONE, gaps=(NO_OTHER_PATHS,)),
-            "diffusers": Reader(GENERIC | DIFFUSERS, NONE, refuses=refuse_strangers),
+            "diffusers": Reader(GENERIC | DIFFUSERS, NONE, refuses=refuse_unread_names),
         },
         names=NAMES,
         network_arguments=TARGETS.arguments,

@@ -1,4 +1,4 @@
-"""The layers of Krea 2 that adapters target, and the models as network modules see them."""
+"""The layers of Krea 2 that adapters target."""
 
 from library.architectures.krea2.adapter_names import NAMES
 from library.architectures.specs import list_network_arguments

@@ -1,4 +1,4 @@
-"""Encoding of captions for Krea 2: twelve states of Qwen3-VL for each token of a caption inside its chat template.
+"""Encoding of captions for Krea 2: twelve states of Qwen3-VL for each token of a caption in its chat template.
 
 Letters: B captions, T tokens with the template, L tokens that the denoiser gets, F values of all states of a token.
 """
@@ -15,15 +15,16 @@ from library.memory.devices import send
 from library.models.language_models import DESCRIBE, encode_layers
 from library.types import Conditioning, Tokens
 
-NUM_TOKENS = 512  # that the denoiser gets at most: a caption and the end of the template
+NUM_TOKENS = 512  # most that the denoiser gets: a caption and the end of the template
 BEGIN, END = DESCRIBE, "<|im_end|>\n<|im_start|>assistant\n"
 MARKS = ("<|im_start|>", "<|im_end|>")
-LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)  # whose states are used; later ones are not loaded
+LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)  # layers whose states are used; later ones are not loaded
 
 
 @dataclass(frozen=True)
 class Krea2Text:
-    """Qwen3-VL's reading of a caption inside the chat template, of which the system message is cut off afterwards."""
+    """The text pipeline of Krea 2: Qwen3-VL reads a caption in the chat template, then the system message is cut
+    off."""
 
     tokenizer: Any  # transformers' Qwen2Tokenizer
     layers: Sequence[int] = LAYERS
@@ -46,10 +47,10 @@ class Krea2Text:
         return len(self.tokenizer(caption, verbose=False)["input_ids"])
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Return IDs and their mask, (B, 1, T), 0 for padding, which comes last; a long caption is cut.
+        """Return token IDs and their mask, both (B, 1, T), 0 for padding, which comes last; a long caption is cut.
 
-        The model was trained with padding before the end of the template. It was masked and took no positions, so the
-        states of the other tokens are the same.
+        The model was trained with padding before the end of the template. That padding was masked and took no
+        positions, so the states of the other tokens are the same.
         """
         texts = [f"{BEGIN}{caption}" for caption in captions]
         found = self.tokenizer(texts, truncation=True, max_length=self.num_begin + self.max_tokens, verbose=False)
@@ -62,7 +63,7 @@ class Krea2Text:
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """Return {"hidden_state": (B, L, F), "attention_mask": (B, L)}; states of padding are 0.
 
-        The encoder runs in the precision it is stored in: its states overflow float16.
+        Autocast is off, because the encoder's states overflow float16.
         """
         (encoder,) = encoders
         ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)

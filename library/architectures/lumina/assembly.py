@@ -73,7 +73,10 @@ def build_objective(options: LuminaOptions) -> FlowMatching:
 
 
 def build_text(options: LuminaOptions, loader: DitLoader) -> LuminaText:
-    """Build the tokenizer, searched beside the base model and the encoder."""
+    """Build the text pipeline; its tokenizer is searched next to the base model and the encoder.
+
+    Raises UserError for a --system_prompt that leaves no room for a caption.
+    """
     folders = tokenizer_folders(loader.path, options.lumina.gemma2)
     text = LuminaText(
         load_gemma_tokenizer(folders, options.model.tokenizer_cache_dir, loader.num_words),
@@ -104,8 +107,8 @@ def build_text_cache(options: LuminaOptions, loader: DitLoader, text: LuminaText
 
 
 def build_preview(text: LuminaText) -> Preview:
-    """Build previews as in sd-scripts: guidance in the first quarter of the steps, with its norm limited to the
-    unguided one."""
+    """Build the preview settings of sd-scripts: guidance only in the first quarter of the steps, its norm limited to
+    that of the unguided prediction."""
     return Preview(
         defaults=PromptDefaults(
             num_steps=36,
@@ -120,5 +123,5 @@ def build_preview(text: LuminaText) -> Preview:
         text=replace(text, system_prompt=""),
         predict=lambda prompt: predict,
         sampler=partial(build_shifted_sampler, predicts="latent - noise"),
-        worded=text.worded,
+        worded=text.with_instruction,
     )

@@ -29,13 +29,14 @@ HUB: Mapping[str, str] = {  # repository -> its tokenizer file
 }
 HUB_CACHE = "models--google--gemma-2-2b/snapshots/*"  # where sd-scripts stores it in --tokenizer_cache_dir
 GEMMA_PREFIXES = ("text_encoders.gemma2_2b.transformer.model.", "model.", "")
-PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the head that predicts words, or a tokenizer
+PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the language modelling head, or a tokenizer
 HEAD_WIDTH = 256
 BEGIN, PADDING = "<bos>", "<pad>"
 
 
 def gemma_component(weights: Weights) -> Component:
-    """Build the encoder from a single file or a full checkpoint. Raises UserError if it holds something else."""
+    """Build the encoder's component from a single file or a full checkpoint. Raises UserError if it holds something
+    else."""
     prefix = next((p for p in GEMMA_PREFIXES if f"{p}embed_tokens.weight" in weights.shapes), None)
     if prefix is None or f"{prefix}layers.0.pre_feedforward_layernorm.weight" not in weights.shapes:
         raise UserError(f"{weights.origin} is not a Gemma 2 text encoder (first names: {list_first_names(weights)})")
@@ -44,9 +45,12 @@ def gemma_component(weights: Weights) -> Component:
 
 
 def gemma_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
-    """Build the encoder from a diffusers or transformers folder."""
+    """Build the encoder's component from a diffusers or transformers folder. Raises UserError for another model."""
     if config.get("model_type") != "gemma2":
-        raise UserError(f"{weights.origin} is a {config.get('model_type', 'nameless')} model, not a Gemma 2 encoder")
+        raise UserError(
+            f"{weights.origin} is not a Gemma 2 encoder: config.json names model_type {config.get('model_type')!r} "
+            "instead of 'gemma2'"
+        )
     prefix = next((p for p in GEMMA_PREFIXES if f"{p}embed_tokens.weight" in weights.shapes), "")
     return Component(config, gemma_part(weights, prefix))
 
@@ -90,8 +94,8 @@ def encode_gemma(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
 def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
     """Load Gemma's tokenizer for an encoder with `num_words` embeddings.
 
-    It is searched in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
-    --tokenizer_cache_dir. Raises UserError saying which files to put where.
+    Searches `folders`, then --tokenizer_cache_dir, then the hub; a download is saved into --tokenizer_cache_dir. Raises
+    UserError naming the files to provide, or for the tokenizer of another model.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -108,7 +112,8 @@ def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
 
 
 def find_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path:
-    """Find the tokenizer's file, downloading it if needed."""
+    """Return the path of the tokenizer's file, downloading it if needed. Raises UserError if it cannot be
+    downloaded."""
     cache = Path(cache_dir).expanduser() if cache_dir else None
     own = None if cache is None else cache / next(iter(HUB)).replace("/", "_")
     cached = [] if cache is None or own is None else [own, *sorted(cache.glob(HUB_CACHE))]
@@ -131,8 +136,10 @@ def find_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path
 
 
 def download_tokenizer() -> Path:
-    """Download the tokenizer from the first repository that allows it. Raises ConnectionError with the reason of
-    each."""
+    """Download the tokenizer from the first repository that allows it.
+
+    Raises ConnectionError with each repository's reason.
+    """
     refusals = []
     for repository, file in HUB.items():
         try:

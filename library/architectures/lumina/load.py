@@ -57,7 +57,7 @@ def open_loader(options: LuminaOptions) -> DitLoader:
 def read_denoiser(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
     weights = open_denoiser(list_specs(), base, "lumina", MARK, DIFFUSERS_MARK, KEYS.from_diffusers)
-    # Z-Image's layers have the same names.
+    # Z-Image has layers of the same names.
     refuse_other_model(list_specs(), base.flag, str(base.path), (base.whole or weights).shapes, "lumina")
     return select_weights(weights, {key: key for key in weights.shapes if key != UNUSED})
 

@@ -17,7 +17,7 @@ from library.models.patches import key_mask, patchify, unpatchify
 from library.models.rotary import Rotary
 
 PATCH = 2
-ROPE_STEP = 6  # head widths are multiples: three axes share the pairs of a head
+ROPE_STEP = 6  # head widths are multiples, because three axes share the pairs of a head
 
 
 class LuminaConfig(NextDiTConfig):
@@ -30,13 +30,15 @@ class LuminaConfig(NextDiTConfig):
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> LuminaConfig:
-    """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
-    missing name and for invalid sizes."""
+    """Read the configuration from the shapes in a checkpoint, names without prefix.
+
+    Raises UserError for a missing name and for invalid sizes.
+    """
     return read_sizes(LuminaConfig, "Lumina Image 2.0", shapes, ROPE_STEP, is_grouped=True)
 
 
 class NextDiT(JointTransformer):
-    """The network from noisy latents, noise level and text to the velocity latent - noise: time runs from noise to
+    """The denoiser, which predicts the velocity latent - noise from noisy latents, times and text; time 1 is the
     image."""
 
     adapter_targets = TARGETS
@@ -51,9 +53,9 @@ class NextDiT(JointTransformer):
     def forward(self, latents_BCHW: Tensor, times_B: Tensor, text_BLE: Tensor, text_mask_BL: Tensor) -> Tensor:
         """Return the velocity, shape BCHW.
 
-        `times_B` are 1 minus the share of noise: 0 is noise, 1 the image. `text_mask_BL` is true for the tokens of the
-        caption, which precede its padding; padding is never attended to, and positions after the longest caption are
-        not computed. Its length is read from the mask, which should therefore be on the host.
+        `times_B` are 1 minus the share of noise: 0 is noise, 1 the image. `text_mask_BL` is true for the caption's
+        tokens, which precede its padding. Padding is never attended to, and positions after the longest caption are not
+        computed. The mask should be on the host, because the lengths are read from it.
         """
         h, w = (side // PATCH for side in latents_BCHW.shape[-2:])
         dtype = self.x_embedder.weight.dtype

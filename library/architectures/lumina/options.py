@@ -1,4 +1,4 @@
-"""The options of Lumina Image 2.0 only."""
+"""The options specific to Lumina Image 2.0."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class LuminaModelOptions(Options):
     )
     use_flash_attn: bool = option(
         False,
-        ignored="attention is torch's scaled dot product, which has flash attention of its own",
+        ignored="attention is torch's scaled dot product, which includes flash attention",
         help="Has no effect: attention is PyTorch's scaled dot product, which has its own flash attention.",
     )
     use_sage_attn: bool = option(
@@ -79,7 +79,7 @@ INSTEAD: Mapping[str, str] = {
     "text_encoder": "use --gemma2",
     "split_mode": "use --blocks_to_swap",
 }
-"""Alternatives to options of other scripts and programs; they end the error for such an option."""
+"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Compares Lumina Image 2.0's denoiser with diffusers' class on the same weights."""
+"""Comparison of Lumina Image 2.0's denoiser with diffusers' class on the same weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +13,10 @@ from library.models.reference import diffusers_class, random_inputs, shorten_mod
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
-    block of each kind."""
+    """Return the velocities of our class and of diffusers' for the same random inputs, float32.
+
+    Only the first and the last block of each kind are kept.
+    """
     assert isinstance(denoiser, NextDiT)
     ours = shorten_model(denoiser, COUNT_FIELDS)
     inputs = random_inputs(generator, ours.config.in_features // PATCH**2, ours.config.text_width)
@@ -22,7 +24,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def diffusers_model(denoiser: NextDiT) -> Any:
-    """Build diffusers' class with the weights of ours."""
+    """Build diffusers' model with the weights of `denoiser`."""
     model = diffusers_class("Lumina2Transformer2DModel")
     c = denoiser.config
     assert isinstance(c, LuminaConfig)
@@ -30,8 +32,11 @@ def diffusers_model(denoiser: NextDiT) -> Any:
 
 
 def diffusers_config(config: LuminaConfig) -> dict[str, Any]:
-    """Return the arguments of diffusers' class, whose MLP is always four times as wide as the model, and whose noise
-    level is as wide as the model up to 1024."""
+    """Return the arguments of diffusers' class.
+
+    Its MLP is always four times as wide as the model, and its embedding of the noise level as wide as the model up to
+    1024.
+    """
     return {
         "in_channels": config.in_features // PATCH**2,
         "hidden_size": config.width,
@@ -46,6 +51,6 @@ def diffusers_config(config: LuminaConfig) -> dict[str, Any]:
 
 
 def diffusers_state(state: Mapping[str, Tensor], config: LuminaConfig) -> dict[str, Tensor]:
-    """Return the weights under diffusers' names, stacked ones split."""
+    """Return the weights under diffusers' names, with stacked ones split."""
     kv_width = config.num_kv_heads * config.head_width
     return split_weights(state, KEYS.source_keys, [config.width, kv_width])

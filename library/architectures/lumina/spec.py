@@ -1,4 +1,4 @@
-"""The public facts of Lumina Image 2.0."""
+"""The `BaseModelSpec` of Lumina Image 2.0."""
 
 import re
 from collections.abc import Mapping
@@ -20,8 +20,10 @@ BLOCK = frozenset(("attention_qkv", "attention_out", *(f"feed_forward_w{n}" for 
 
 
 def refuse_parts_of_blocks(modules: Mapping[str, FileNaming | None]) -> str | None:
-    """Return why diffusers uses nothing of a file: its converter of generic names counts the blocks of each stack and
-    requires every module of each."""
+    """Return why diffusers reads nothing of a file; None if it reads the file.
+
+    Its converter of generic names counts the blocks of each stack and requires every module of each block.
+    """
     if not any(naming == "generic" and not name.startswith("text_") for name, naming in modules.items()):
         return None
     stacks: dict[str, dict[int, set[str]]] = {}

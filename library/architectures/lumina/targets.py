@@ -1,4 +1,4 @@
-"""The layers of Lumina-Image 2.0 that adapters target, and the models as network modules see them."""
+"""The layers of Lumina-Image 2.0 that adapters target."""
 
 from library.architectures.lumina.adapter_names import NAMES
 from library.architectures.specs import list_network_arguments
@@ -6,7 +6,8 @@ from networks.core.targets.targets import AdapterTargets, Embedders, Part
 
 
 def grouped_qkv(num_inputs: int, num_outputs: int) -> tuple[int, ...]:
-    """Return the sizes of q, k and v: q is as wide as the input; k and v, shared by several queries, halve the rest."""
+    """Return the widths of q, k and v: q has the input's width, and k and v, shared by several queries, halve the
+    rest."""
     rest = (num_outputs - num_inputs) // 2
     return (num_inputs, rest, rest)
 

@@ -14,15 +14,15 @@ from library.architectures.lumina.gemma import BEGIN, PADDING, encode_gemma
 from library.types import Conditioning, Tokens
 
 PROMPT_START = " <Prompt Start> "  # between instruction and caption, as in the model's training
-MULTIPLE = 8  # tensors have a multiple of this many positions
+MULTIPLE = 8  # tensors are padded to a multiple of this many positions
 
 
 @dataclass(frozen=True)
 class LuminaText:
-    """Gemma's reading of a caption after an instruction, which may be empty."""
+    """The text pipeline of Lumina Image 2.0: Gemma reads a caption after an instruction, which may be empty."""
 
     tokenizer: Any  # transformers' PreTrainedTokenizerFast
-    num_tokens: int  # with the begin token and the instruction
+    num_tokens: int  # including the begin token and the instruction
     system_prompt: str = ""
 
     @property
@@ -33,17 +33,17 @@ class LuminaText:
         """Count the tokens of the caption and of the instruction before it."""
         return len(self.tokenize_caption(caption))
 
-    def worded(self, caption: str) -> str:
-        """Prepend the instruction to a caption; an empty one, which means no caption, gets none."""
+    def with_instruction(self, caption: str) -> str:
+        """Prepend the instruction to a caption; an empty caption, which means no caption, stays empty."""
         return f"{self.system_prompt}{PROMPT_START}{caption}" if self.system_prompt and caption else caption
 
     def tokenize_caption(self, caption: str) -> list[int]:
-        found = self.tokenizer(self.worded(caption), add_special_tokens=False, verbose=False)
+        found = self.tokenizer(self.with_instruction(caption), add_special_tokens=False, verbose=False)
         ids: list[int] = found["input_ids"]
         return ids
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Return IDs (B, 1, T) and their mask (B, 1, T), 0 for padding: the begin token, the caption, padding."""
+        """Return IDs and their mask, both (B, 1, T), 0 for padding: the begin token, the caption, padding."""
         length = -(-self.num_tokens // MULTIPLE) * MULTIPLE
         begin, padding = self.tokenizer.convert_tokens_to_ids([BEGIN, PADDING])
         rows = [[begin, *self.tokenize_caption(caption)][: self.num_tokens] for caption in captions]

@@ -1,7 +1,8 @@
 """The names of the layers of Qwen-Image 2.1 in adapter files.
 
-Module paths are those of diffusers, which ComfyUI shares but for the gate, which its files fuse with `proj`. Its loader
-finds the two under `transformer.` alone, for every kind of adapter, and the fused layer under the other names.
+Module paths are those of diffusers. ComfyUI has them too, except for the gate, which its files fuse with `proj`. Its
+loader finds these two layers, for every kind of adapter, only below `transformer.`, and the fused layer only under the
+other names.
 """
 
 from library.architectures.qwen_image_21.checkpoint_keys import FUSED, PARTS, linear_paths
@@ -12,7 +13,7 @@ NUM_BLOCKS = 32
 
 
 def denoiser_module(path: str) -> ModuleNames:
-    """Name a layer; one that ComfyUI's files fuse has the names of its parts."""
+    """Name a layer; a layer that ComfyUI's files fuse gets the names of its two parts."""
     if not path.endswith(FUSED):
         return name_layer(path, (path,))
     parts = [path.replace(FUSED, part) for part in PARTS]

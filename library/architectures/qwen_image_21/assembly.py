@@ -1,5 +1,5 @@
-"""Assembly of Qwen-Image 2.1: a transformer of one stream, Qwen3-VL 8B as text encoder, 64-channel latents of RGBA
-images of 16 pixels; text to image, and editing of reference images.
+"""Assembly of Qwen-Image 2.1: a transformer of one stream, Qwen3-VL 8B as text encoder, 64-channel latents of 16
+pixels. It generates RGBA images from text and edits reference images.
 
 Start here to read this package.
 """
@@ -53,7 +53,7 @@ def build(options: QwenImage21Options) -> Architecture:
 
 
 def build_for_caching(options: QwenImage21Options) -> Architecture:
-    """Assemble what encodes captions, for which no denoiser is needed. Raises UserError as `build` does."""
+    """Assemble the model for caching captions, which needs no denoiser. Raises UserError like `build`."""
     RECIPE.check(options)
     return assemble(options, open_encoder(options, QWEN3_VL.flag))
 
@@ -81,7 +81,7 @@ def build_objective(options: QwenImage21Options) -> FlowMatching:
 
 
 def build_text(options: QwenImage21Options, loader: DitLoader) -> QwenImage21Text:
-    """Build the tokenizer, searched beside the base model and the encoder."""
+    """Build the text pipeline; its tokenizer is searched next to the base model and the encoder."""
     folders = tokenizer_folders(loader.path, options.parts.text_encoder, ("processor", "tokenizer"))
     tokenizer = load_qwen3_tokenizer(QWEN3_VL, folders, options.model.tokenizer_cache_dir, loader.num_words)
     check_marks(tokenizer, MARKS, QWEN3_VL.hub_name)
@@ -104,7 +104,7 @@ def build_text_cache(options: QwenImage21Options, loader: DitLoader, text: QwenI
 
 
 def build_preview(text: QwenImage21Text) -> Preview:
-    """Build previews as the model was made for, without guidance."""
+    """Build the preview settings that the model was made for, without guidance."""
     return Preview(
         defaults=PromptDefaults(
             num_steps=40, width=1024, height=1024, scale=1.0, size_step=LATENTS.bucket_step, flow_shift=0.0

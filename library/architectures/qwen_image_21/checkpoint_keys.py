@@ -1,4 +1,4 @@
-"""Names of the denoiser's layers: those of diffusers, which ComfyUI's files have too."""
+"""Names of the denoiser's layers, which diffusers' and ComfyUI's files share."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,25 +13,25 @@ TOP = (
     "img_in", "txt_in.in_layer", "txt_in.out_layer", "time_text_embed.timestep_embedder.linear_1",
     "time_text_embed.timestep_embedder.linear_2", "modulation.1", "norm_out.linear", "proj_out",
 )  # fmt: skip
-FUSED, PARTS = "img_mlp.gate_up", ("img_mlp.gate_layer", "img_mlp.proj")  # in some of ComfyUI's files: stacked rows
+FUSED, PARTS = "img_mlp.gate_up", ("img_mlp.gate_layer", "img_mlp.proj")  # stacked rows in some of ComfyUI's files
 LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", *PARTS, "img_mlp.out")
 
 
 def is_linear(path: str) -> bool:
-    """Return True for the path of a Linear layer, the fused one of ComfyUI's files included."""
+    """Return True for the path of a Linear layer, including the fused one of ComfyUI's files."""
     if path.startswith(f"{BLOCKS}."):
         return path.split(".", 2)[-1] in (*LAYERS, FUSED)
     return path in TOP
 
 
 def linear_paths(num_blocks: int) -> Iterator[str]:
-    """Yield the path of every Linear layer for this number of blocks."""
+    """Yield the path of every Linear layer for `num_blocks` blocks."""
     yield from TOP
     yield from (f"{BLOCKS}.{number}.{layer}" for number in range(num_blocks) for layer in LAYERS)
 
 
 def split_gates(weights: Weights) -> Weights:
-    """Split the layers that ComfyUI's files fuse, when they are read; 8-bit codes stay as they are stored."""
+    """Split the layers that ComfyUI's files fuse, when they are read; 8-bit codes stay as stored."""
     fused = [key for key in weights.shapes if f".{FUSED}." in key]
     halves = {key.replace(FUSED, part): (key, half) for key in fused for half, part in enumerate(PARTS)}
     if not fused:
@@ -53,7 +53,7 @@ def split_gates(weights: Weights) -> Weights:
 
 
 def take_quantised_half(quantised: Quantised, half: int) -> Quantised:
-    """Return one half of the rows of a quantised weight; a scale of the whole tensor is that of both."""
+    """Return one half of the rows of a quantised weight; a scale of the whole tensor applies to both halves."""
 
     def read() -> Mapping[str, Tensor] | None:
         parts = quantised.read()

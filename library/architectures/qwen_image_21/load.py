@@ -72,6 +72,7 @@ def read_denoiser(base: BaseFiles) -> Weights:
 
 
 def open_qwen3_vl(name: str | None, base: BaseFiles) -> tuple[Weights, dict[str, Any] | None]:
-    """Open Qwen3-VL, from --text_encoder or from the base model; return also its folder's configuration."""
+    """Open Qwen3-VL from --text_encoder or from the base model. Return its weights and its folder's configuration,
+    if any."""
     config, weights = base.open_text_encoder(QWEN3_VL.flag, name, FOLDER, QWEN3_VL.prefix)
     return weights, config

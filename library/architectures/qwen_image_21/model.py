@@ -1,10 +1,10 @@
 """The denoiser of Qwen-Image 2.1 (Qwen team 2026), in the layout of diffusers' QwenImage21Transformer2DModel.
 
-One stream of tokens: the text with the reference images in their places, then the noisy image. Text attends to what
-is before it, an image to what is before it and to all of itself, so the tokens before the noisy image are clean: they
-are modulated at noise level 0. Letters: B samples, C channels, h and w sides of the latent, each of whose pixels is a
-token, L text tokens, T all tokens, R reference images, N heads, D head width, M model width, E text width, V rows of
-modulation.
+All tokens are one stream: the text with the reference images in their places, then the noisy image. Text attends to
+everything before it, an image to everything before it and to all of itself. The tokens before the noisy image therefore
+stay clean, and are modulated at noise level 0. Letters: B samples, C channels, h and w sides of the latent (a token is
+one latent pixel), L text tokens, T all tokens, R reference images, N heads, D head width, M model width, E text width,
+V rows of modulation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,26 +20,26 @@ from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
 from library.models.patches import patchify, unpatchify
-from library.models.rotary import Rope, Rotary, turn
+from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
 
 EPS = 1e-6
 LEVEL_SCALE = 1000
 ROPE_SHARES = (2, 7, 7)  # of a head's values, in sixteenths, that rotate with (time, row, column)
-ROPE_STEP = 32  # head widths are multiples: every share is an even number of values
-EXTENT_STEP = 1024  # tables of angles, which are kept, have a multiple of this many positions
+ROPE_STEP = 32  # head widths are multiples, so that every share is an even number of values
+EXTENT_STEP = 1024  # the kept tables of angles have a multiple of this many positions
 CLEAN, NOISY = 0, 1  # rows of modulation
 
 Segments = tuple[tuple[int, int, bool], ...]
-"""(first token, end, is text) of the parts of a sequence before the noisy image."""
+"""The parts of a sequence before the noisy image: (first token, end, True for text)."""
 
 
 @dataclass(frozen=True)
 class QwenImage21Config:
     """The hyper-parameters, inferred from the shapes of a checkpoint."""
 
-    in_features: int  # of a token of the image: the channels of the latent
+    in_features: int  # of an image token: the channels of the latent
     width: int
     head_width: int
     mlp_width: int
@@ -53,8 +53,10 @@ class QwenImage21Config:
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> QwenImage21Config:
-    """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
-    missing name and for invalid sizes."""
+    """Read the configuration from the shapes in a checkpoint, names without prefix.
+
+    Raises UserError for a missing name and for invalid sizes.
+    """
     read = ShapeReader("Qwen-Image 2.1", shapes)
     width, in_features = read.shape("img_in.weight")
     (head_width,) = read.shape("transformer_blocks.0.attn.norm_q.weight")
@@ -110,7 +112,7 @@ class LevelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of all heads, causal in the text."""
+    """Block-causal attention of all heads, see `attend`."""
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
@@ -125,16 +127,18 @@ class Attention(nn.Module):
             for layer in (self.to_q, self.to_k, self.to_v)
         )
         # Norms and attention save inputs for the backward pass; a view would keep queries and keys alive.
-        q, k = (turn(norm(x.contiguous()), rope).to(v.dtype) for norm, x in ((self.norm_q, q), (self.norm_k, k)))
+        q, k = (apply_rope(norm(x.contiguous()), rope).to(v.dtype) for norm, x in ((self.norm_q, q), (self.norm_k, k)))
         y_BTM: Tensor = self.to_out[0](attend(q, k, v, segments, mask).transpose(1, 2).flatten(2))
         return y_BTM
 
 
 def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, segments: Segments, mask: Tensor | None) -> Tensor:
-    """Return block-causal attention, shape BNTD: text to what is before it, each image to that and all of itself.
+    """Return block-causal attention, shape BNTD: text attends to what is before it, an image to that and to all of
+    itself.
 
-    Segment by segment, because attention has faster kernels without a mask. `mask`, (B, 1, 1, T), says which tokens the
-    noisy image attends to; the padding of captions lies behind everything else that could.
+    It is computed segment by segment, because attention has faster kernels without a mask. `mask`, (B, 1, 1, T), marks
+    the keys of the noisy image. The padding of captions is last before the noisy image, so only the noisy image could
+    see it.
     """
     parts = []
     for first, end, is_text in segments:
@@ -168,14 +172,16 @@ def make_norm(width: int) -> nn.LayerNorm:
 
 
 def times_rows(x_BTM: Tensor, rows_BVM: Tensor, num_clean: int) -> Tensor:
-    """Multiply the first `num_clean` tokens by the row of clean ones and the others by that of noisy ones."""
+    """Multiply the first `num_clean` tokens by the clean row and the others by the noisy row."""
     clean, noisy = x_BTM[:, :num_clean], x_BTM[:, num_clean:]
     return torch.cat([clean * rows_BVM[:, CLEAN, None], noisy * rows_BVM[:, NOISY, None]], dim=1)
 
 
 class QwenImageTransformerBlock(nn.Module):
-    """Attention and feed-forward layer, scaled and gated by modulation that all blocks share. Network modules find the
-    layers by this class name, which is Qwen-Image's, known to LyCORIS too."""
+    """Attention and a feed-forward layer, scaled and gated by modulation that all blocks share.
+
+    Network modules find the layers by this class name. It is Qwen-Image's, which LyCORIS knows too.
+    """
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
@@ -186,8 +192,11 @@ class QwenImageTransformerBlock(nn.Module):
     def forward(
         self, x_BTM: Tensor, modulation_BV4: Tensor, rope: Rope, segments: Segments, mask: Tensor | None
     ) -> Tensor:
-        """`modulation_BV4` has four vectors of width M in each of its two rows: scale and gate of attention, then of
-        the feed-forward layer."""
+        """Return the tokens, BTM.
+
+        `modulation_BV4` has two rows, clean and noisy, of four vectors of width M: scale and gate of attention, then of
+        the feed-forward layer.
+        """
         num_clean = segments[-1][1]
         scale_1, gate_1, scale_2, gate_2 = modulation_BV4.chunk(4, dim=-1)
         modulated = times_rows(self.img_norm1(x_BTM), 1 + scale_1, num_clean)
@@ -210,7 +219,7 @@ class LastNorm(nn.Module):
 
 
 class QwenImage21(nn.Module):
-    """The network from noisy latents, noise level and text to the velocity noise - latent."""
+    """The denoiser, which predicts the velocity noise - latent from noisy latents, noise levels and text."""
 
     adapter_targets = TARGETS
 
@@ -229,7 +238,7 @@ class QwenImage21(nn.Module):
         self.proj_out = nn.Linear(width, config.in_features, bias=False)
 
     def stacks(self) -> Stacks:
-        """Return the blocks that run through the runner."""
+        """Return the blocks that `runner` runs."""
         return [[*self.transformer_blocks]]
 
     def forward(
@@ -243,9 +252,9 @@ class QwenImage21(nn.Module):
     ) -> Tensor:
         """Return the velocity, shape BChw.
 
-        `sigmas_B` are shares of noise, 0..1. `text_mask_BL` is 1 for the tokens of the caption, which precede its
-        padding; its lengths are read here, so it should be on the host. `references` are the latents of reference
-        images, BChw each, and `places` the numbers of text tokens before each of them, which precede the caption.
+        `sigmas_B` are shares of noise, 0..1. `text_mask_BL` is 1 for the caption's tokens, which precede its padding;
+        it should be on the host, because the lengths are read from it. `references` are the latents of reference
+        images, BChw each. `places` are the numbers of text tokens before each of them; all images precede the caption.
         """
         lengths = [int(length) for length in text_mask_BL.sum(1).tolist()]
         device, dtype, L = latents_BChw.device, self.img_in.weight.dtype, max(lengths)
@@ -266,14 +275,14 @@ class QwenImage21(nn.Module):
         modulation_BV4 = torch.stack([clean_B4, modulation_X4[:-1]], dim=1)
         for block in self.transformer_blocks:
             x_BTM = self.runner(block, x_BTM, modulation_BV4, rope, segments, mask)
-        # A copy: autograd saves it, and with a view the whole sequence.
+        # A copy, because autograd saves it, and a view would keep the whole sequence.
         velocity_BTC = self.proj_out(self.norm_out(x_BTM[:, num_clean:].contiguous(), vec_XM[:-1]))
         return unpatchify(velocity_BTC, *sides[-1], 1)
 
     def embed_tokens(
         self, images: Sequence[Tensor], text_BLE: Tensor, places: Sequence[int]
     ) -> tuple[Tensor, Segments]:
-        """Return the whole sequence, BTM, and its parts before the last image, the noisy one."""
+        """Return the whole sequence, BTM, and its segments before the last image, the noisy one."""
         txt_BLM = self.txt_in(text_BLE)
         tokens = [patchify(image, 1).to(txt_BLM.dtype) for image in images]
         img = self.img_in(torch.cat(tokens, dim=1)).split([one.shape[1] for one in tokens], dim=1)
@@ -282,7 +291,7 @@ class QwenImage21(nn.Module):
         return torch.cat(parts, dim=1), split_segments([part.shape[1] for part in parts[:-1]])
 
     def rope(self, positions: Tensor, L: int, sides: Sequence[tuple[int, int]]) -> Rope:
-        """Return the angles of tokens; positions of images are negative in their first half."""
+        """Return the angles of tokens; `positions` are negative in the first half of an image."""
         end = L + sum(map(max, sides))
         end += -end % EXTENT_STEP
         table = self.rotary(positions.abs(), (end,) * len(ROPE_SHARES))
@@ -294,14 +303,14 @@ class QwenImage21(nn.Module):
 
 
 def split_segments(lengths: Sequence[int]) -> Segments:
-    """Return the parts before the noisy image, which have these lengths: text and reference images in turns."""
+    """Return the segments before the noisy image from their lengths; text and reference images alternate."""
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
     return tuple((first, end, i % 2 == 0) for i, (first, end) in enumerate(pairwise((0, *ends))))
 
 
 def key_mask(lengths: Sequence[int], L: int, num_clean: int, num_tokens: int) -> Tensor:
-    """Return the tokens that the noisy image attends to, shape (B, 1, 1, T), on the host: all but the padding of
-    captions, which lies right before it."""
+    """Return the keys that the noisy image attends to, shape (B, 1, 1, T), on the host: all but the padding of
+    captions, which is right before it."""
     padding_B = torch.tensor([L - length for length in lengths])[:, None]
     place_T = torch.arange(num_tokens)[None]
     is_padding_BT = (place_T < num_clean) & (place_T >= num_clean - padding_B)
@@ -311,8 +320,8 @@ def key_mask(lengths: Sequence[int], L: int, num_clean: int, num_tokens: int) ->
 def positions(length: int, L: int, places: Sequence[int], sides: Sequence[tuple[int, int]]) -> Tensor:
     """Return positions of the tokens of one sample, shape (T, 3), on the host.
 
-    Text advances on all three axes. An image stays at one time, which advances by its longer side, and its rows and
-    columns lie around 0. Positions of text after `length` tokens are arbitrary.
+    Text advances on all three axes. An image has one time, and its rows and columns are centred at 0; time then
+    advances by its longer side. Positions of text after `length` tokens are arbitrary.
     """
     found, time = [], 0
     padding = [0] * len(places) + [L - length]

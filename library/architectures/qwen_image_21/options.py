@@ -1,4 +1,4 @@
-"""The options of Qwen-Image 2.1 only, and musubi-tuner's names for them."""
+"""The options specific to Qwen-Image 2.1, and musubi-tuner's names for them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ INSTEAD: Mapping[str, str] = {
     "model_version": "there is one Qwen-Image 2.1; remove it",
     "dit_config": "sizes are read from the file; remove it",
 }
-"""Alternatives to options of other scripts and programs; they end the error for such an option."""
+"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

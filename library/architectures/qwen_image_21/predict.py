@@ -8,7 +8,7 @@ from library.diffusion.timesteps import QWEN_SHIFT_ENDS, resolution_shift, shift
 from library.types import Batch, Conditioning, Noised, Prompt
 
 PIXELS_PER_TOKEN = 16
-LAST_SIGMA = 0.02  # of the scheduler's configuration: the share of noise at the last level
+LAST_SIGMA = 0.02  # share of noise at the last level, from the scheduler's configuration
 
 
 def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
@@ -25,13 +25,13 @@ def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, bat
 
 
 def places_in(conditioning: Conditioning) -> list[int]:
-    """Return the number of text tokens before each reference image, which is that of all samples of a batch."""
+    """Return the number of text tokens before each reference image, which is the same for all samples of a batch."""
     return [int(place) for place in conditioning["image_places"][0].tolist() if place >= 0]
 
 
 def preview_sampler(prompt: Prompt) -> Sampler:
-    """Build a sampler on noise levels that are shifted by the size of the image or by --fs, then stretched so that the
-    last one is 0.02."""
+    """Build a sampler on noise levels that are shifted by the image size or by --fs, then stretched so that the last
+    is 0.02."""
     shift = prompt.flow_shift
     if not shift:
         sides = prompt.height // PIXELS_PER_TOKEN, prompt.width // PIXELS_PER_TOKEN

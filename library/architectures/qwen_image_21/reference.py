@@ -1,4 +1,4 @@
-"""Compares Qwen-Image 2.1's denoiser with diffusers' class on the same weights."""
+"""Comparison of Qwen-Image 2.1's denoiser with diffusers' class on the same weights."""
 
 from typing import Any
 
@@ -10,18 +10,21 @@ from library.architectures.qwen_image_21.model import QwenImage21, QwenImage21Co
 from library.models.patches import patchify
 from library.models.reference import SIDE, diffusers_class, random_inputs, shorten_model, with_weights
 
-SLOT_SIDE = 2  # a slot in the text, marked by `img_mask`, represents a square of this many tokens of an image
+SLOT_SIDE = 2  # a slot, a text token that `img_mask` marks, represents a square of this many image tokens a side
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for random inputs without reference images, float32, with
-    the first and the last block."""
+    """Return the velocities of our class and of diffusers' for the same random inputs, without reference images,
+    float32.
+
+    Only the first and the last block are kept.
+    """
     assert isinstance(denoiser, QwenImage21)
     ours = shorten_model(denoiser, {BLOCKS: "num_blocks"})
     c, theirs = ours.config, diffusers_model(ours)
     latents_BChw, sigmas_B, text_BLE, mask_BL = random_inputs(generator, c.in_features, c.text_width)
     expected = []
-    # Sample by sample: for a batch diffusers places the image behind the longest caption.
+    # One sample at a time: in a batch diffusers places the image after the longest caption.
     for b, length in enumerate(mask_BL.sum(1).tolist()):
         num_slots = (SIDE // SLOT_SIDE) ** 2
         tokens_1TC = theirs(
@@ -37,7 +40,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def diffusers_model(denoiser: QwenImage21) -> Any:
-    """Build diffusers' class with the weights of ours, whose names are the same."""
+    """Build diffusers' model with the weights of `denoiser`, which have the same names."""
     model = diffusers_class("QwenImage21Transformer2DModel")
     return with_weights(model(**diffusers_config(denoiser.config)), denoiser.state_dict())
 

@@ -1,4 +1,4 @@
-"""The public facts of Qwen-Image 2.1."""
+"""The `BaseModelSpec` of Qwen-Image 2.1."""
 
 import re
 from collections.abc import Mapping
@@ -19,19 +19,19 @@ WIDTH = 4096
 FUSED_GATES = Gap(
     KOHYA | GENERIC,
     r".*_img_mlp_(gate_layer|proj)",
-    "in a checkpoint with a fused gate_up, such as its own, it finds gate_layer and proj under diffusers' names alone",
+    "in a checkpoint with a fused gate_up, such as its own, it finds gate_layer and proj only under diffusers' names",
 )
 WHOLE_GATES = Gap(
-    DIFFUSERS, r".*_img_mlp_gate_up", "it finds the fused gate_up under kohya's and the generic names alone"
+    DIFFUSERS, r".*_img_mlp_gate_up", "it finds the fused gate_up only under kohya's and the generic names"
 )
 NO_FUSED_GATES = Gap(ALL, r".*_img_mlp_gate_up", "it has no fused gate_up")
-SPLIT_GATES = Gap(KOHYA, r"lora_unet_.*_gate_layer", "it takes kohya's gate_layer apart at the underscore")
+SPLIT_GATES = Gap(KOHYA, r"lora_unet_.*_gate_layer", "it splits kohya's gate_layer at the underscore")
 
 
 def refuse_outer_names(modules: Mapping[str, FileNaming | None]) -> str | None:
-    """Return why diffusers refuses a file in kohya's naming with modulation or text layers; None if it does not."""
+    """Return why diffusers refuses a file with modulation or text layers under kohya's names; None if it does not."""
     outer = [name for name in modules if re.match(r"lora_unet_(modulation|txt_in)_", name)]
-    return f"it takes kohya's {outer[0]} for a layer of a block and stops" if outer else None
+    return f"it mistakes kohya's {outer[0]} for a layer of a block and fails" if outer else None
 
 
 FILE = TransformerFile(

@@ -1,4 +1,4 @@
-"""The layers of Qwen-Image 2.1 that adapters target, and the models as network modules see them."""
+"""The layers of Qwen-Image 2.1 that adapters target."""
 
 from library.architectures.qwen_image_21.adapter_names import NAMES
 from library.architectures.specs import list_network_arguments

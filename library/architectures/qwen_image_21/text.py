@@ -1,4 +1,4 @@
-"""Encoding of captions for Qwen-Image 2.1: the last states of Qwen3-VL of a caption, with reference images before it.
+"""Encoding of captions for Qwen-Image 2.1: Qwen3-VL's last states of a caption, with reference images before it.
 
 Letters: B captions, T tokens of the longest, E width of the encoder, R reference images, C channels, H and W sides.
 """
@@ -24,12 +24,13 @@ VISION_BEGIN, VISION_END = "<|vision_start|>", "<|vision_end|>"
 SYSTEM = f"{BEGIN}system\nComprehend and analyze the provided prompt.{END}\n"  # its tokens do not reach the denoiser
 TEMPLATE = (f"{BEGIN}user\n", f"{END}\n{BEGIN}assistant\n")
 MARKS = (BEGIN, END, SLOT, VISION_BEGIN, VISION_END)
-NO_PLACE = -1  # fills up the places of a caption with fewer images
+NO_PLACE = -1  # padding for a caption with fewer images than others
 
 
 @dataclass(frozen=True)
 class QwenImage21Text:
-    """Tokenizes captions inside Qwen3-VL's template; each reference image becomes its tokens, before the caption."""
+    """The text pipeline of Qwen-Image 2.1: captions in Qwen3-VL's template, with the tokens of reference images
+    before them."""
 
     tokenizer: Any  # transformers' Qwen2Tokenizer, padding on the right
     pixels_per_token: int
@@ -54,7 +55,8 @@ class QwenImage21Text:
         return Tokens((ids_BT[:, None], mask_BT[:, None]), images=images)
 
     def row(self, caption: str, images: Sequence[Tensor]) -> list[int]:
-        """Return the IDs of one caption; a long one is cut with the end of its template."""
+        """Return the token IDs of one caption in its template; truncation cuts a long caption and the template's
+        end."""
         text = plain_caption(caption).replace(SLOT, "")
         begin, end = TEMPLATE
         shown = [
@@ -69,10 +71,10 @@ class QwenImage21Text:
         return (H // self.pixels_per_token) * (W // self.pixels_per_token)
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """Return {"hidden_state": (B, T, E), "attention_mask": (B, T), "image_places": (B, R)}: states of text tokens
-        without the system message, and the number of them before each image.
+        """Return {"hidden_state": (B, T, E), "attention_mask": (B, T), "image_places": (B, R)}.
 
-        The encoder runs in the precision it is stored in: its states overflow float16.
+        These are the states of text tokens without the system message, and the number of such tokens before each image.
+        Autocast is off, because the encoder's states overflow float16.
         """
         ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
         first, slot = len(self.ids(SYSTEM)), self.tokenizer.convert_tokens_to_ids(SLOT)
@@ -104,7 +106,10 @@ class QwenImage21Text:
 def encode_states(
     encoders: Sequence[nn.Module], ids_BT: Tensor, mask_BT: Tensor, slot: int, images: Sequence[Sequence[Tensor]]
 ) -> Tensor:
-    """Return the last states, BTE, zero where the mask is 0: of all captions at once, or with images one by one."""
+    """Return the last states, BTE, zero where the mask is 0: of all captions at once, or one by one if any has images.
+
+    Raises UserError for images if the encoder has no vision model.
+    """
     language, *vision = encoders
     device = next(language.parameters()).device
     if not any(images):
@@ -113,8 +118,7 @@ def encode_states(
         return torch.where(send(mask_BT, device)[..., None].bool(), states_BTE, 0)
     if not vision:
         raise UserError(
-            f"{FLAG} has no vision model, which sees reference images; use a file or folder of Qwen3-VL 8B with all "
-            "its weights"
+            f"{FLAG} has no vision model, which reference images require; use a complete file or folder of Qwen3-VL 8B"
         )
     rows = []
     for ids_T, mask_T, seen in zip(ids_BT, mask_BT, images, strict=True):
@@ -128,7 +132,7 @@ def encode_states(
 
 
 def composite_on_white(image_CHW: Tensor) -> Tensor:
-    """Lay an RGBA image of values -1..1 over white, rounded to 8 bits as image files are; RGB is unchanged."""
+    """Composite an RGBA image of values -1..1 on white, rounded to 8 bits like image files; RGB is unchanged."""
     if len(image_CHW) == 3:
         return image_CHW
     alpha = (image_CHW[3:] + 1) / 2

@@ -1,6 +1,6 @@
-"""The VAE of Qwen-Image 2.1: diffusers' AutoencoderKLQwenImage21, from its own layout or ComfyUI's single file.
+"""The VAE of Qwen-Image 2.1 (diffusers' AutoencoderKLQwenImage21), from its own layout or ComfyUI's single file.
 
-It encodes RGBA images; those without alpha get an opaque one. Letters: B samples, C channels, H and W sides.
+It encodes RGBA images; images without alpha get an opaque channel. Letters: B samples, C channels, H and W sides.
 """
 
 import re
@@ -25,7 +25,7 @@ from library.protocols import LatentSpec
 
 FLAG = "--vae"
 CHANNELS = 64
-MAX_REFERENCES = 10  # the model has no limit; each adds as many tokens as an image of its size
+MAX_REFERENCES = 10  # the model has no limit; each reference adds as many tokens as an image of its size
 SPEC = LatentSpec(
     channels=CHANNELS,
     downscale=16,
@@ -41,15 +41,16 @@ MARKS = ("decoder.conv_in.weight", "decoder.conv1.weight")  # of diffusers' layo
 
 @dataclass(frozen=True)
 class RgbaLatents:
-    """Latents of 64 channels, 16 pixels a side, cached as the denoiser gets them."""
+    """Latents of 64 channels, 16 pixels a side, cached in the normalized form that the denoiser gets."""
 
     spec: LatentSpec = SPEC
 
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         """Return the posterior's mean, normalized by each channel's mean and deviation, float32; nothing is sampled.
 
-        Pixels without alpha are opaque. The VAE's parts are called one by one unless it works in tiles: called as a
-        whole it keeps every layer's input for a next frame, which an image does not have."""
+        Pixels without alpha are opaque. The VAE's parts are called one by one unless it works in tiles: a call of the
+        whole VAE keeps every layer's input for a next frame, which an image does not have.
+        """
         model: Any = vae
         if pixels_BCHW.shape[1] == 3:
             pixels_BCHW = pad(pixels_BCHW, (0, 0, 0, 0, 0, 1), value=1.0)
@@ -66,7 +67,7 @@ class RgbaLatents:
         return latents_BCHW
 
     def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
-        """Decode latents as the denoiser sees them to RGBA images, float32, -1..1."""
+        """Decode normalized latents to RGBA images, float32, -1..1."""
         model: Any = vae
         mean_C11, deviation_C11 = statistics(model, latents_BCHW.device)
         frames = (latents_BCHW.float() * deviation_C11 + mean_C11)[:, :, None].to(model.device, model.dtype)
@@ -106,7 +107,8 @@ def open_vae(name: str | None, base: BaseFiles) -> Component:
 
 
 def from_comfy(key: str) -> str:
-    """Return diffusers' name of a weight of ComfyUI's file: a level lists its blocks, then the resampling layer."""
+    """Return diffusers' name of a weight in ComfyUI's file, where a level lists its blocks, then its resampling
+    layer."""
     if match := re.fullmatch(r"(encoder|decoder)\.(down|up)samples\.(\d+)\.\2samples\.(\d+)\.(.+)", key):
         part, way, level, place, tail = match.groups()
         resamples = tail.startswith(("resample.", "time_conv."))

@@ -49,7 +49,7 @@ def build(options: TrainOptions) -> Architecture:
             options.preview.sample_sampler,
             options.model.v_parameterization,
             options.noise.zero_terminal_snr,
-            text.reading_emphasis(),
+            text.with_emphasis(),
             predict,
         ),
         metadata=metadata(options.model.v2, options.model.v_parameterization),

@@ -23,7 +23,7 @@ LAST_LAYER, ONE_MORE = (f"transformer.resblocks.{n}." for n in (NUM_SD2_LAYERS -
 def to_single_file(base: str, parts: Mapping[str, Component], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of unet, vae and text_encoder in `dtype`, under the names of Stability's checkpoints of `base`.
 
-    The projections of attention have these checkpoints' form: 1x1 convolutions, but matrices in the U-Net of SD 2.x.
+    Attention projections have the shape of these checkpoints: 1x1 convolutions, but matrices in the U-Net of SD 2.x.
     """
     unet, vae = parts["unet"], parts["vae"].weights
     layout = layout_of_config(unet.config)
@@ -57,8 +57,8 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 
 def build_unused_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return the tensors of an SD 2.x file that programs need to recognise and load it but that are not used: the last
-    layer (here a copy of the one before), the text projection and the temperature."""
+    """Return the tensors of an SD 2.x file that are unused, but that programs need to recognise and load it: the
+    last layer (here a copy of the one before), the text projection and the temperature."""
     prefix = CLIP_PREFIXES["sd2"]
     last = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix + LAST_LAYER)}
     copies = {key.replace(LAST_LAYER, ONE_MORE): tensor.clone() for key, tensor in last.items()}
@@ -68,7 +68,7 @@ def build_unused_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype | Non
 
 
 def other_weights(whole: Weights, found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the other weights of a single file as stored: averages of training, schedule buffers, positions."""
+    """Yield the remaining weights of a single file as stored: averages of training, schedule buffers, position IDs."""
     prefix = CLIP_PREFIXES["sd1"]
     for key in whole.shapes:
         is_old = key.startswith(tuple(f"{prefix}{part}." for part in ("embeddings", "encoder", "final_layer_norm")))
@@ -95,7 +95,8 @@ def to_folder(part: str, component: Component, dtype: torch.dtype, is_linear: bo
 def folder_config(
     part: str, config: Mapping[str, Any], reference: Mapping[str, Any], is_linear: bool
 ) -> dict[str, Any]:
-    """Return config.json of a part, inferred from its weights, and otherwise copied from another model's."""
+    """Return config.json of a part, inferred from its weights; what a U-Net's weights do not tell comes from
+    `reference`, another model's configuration."""
     if part == "unet":
         found = {**reference, **config, "use_linear_projection": is_linear}
         return {"_class_name": "UNet2DConditionModel", **found}
@@ -105,5 +106,5 @@ def folder_config(
 
 
 def drop_position_ids(text: Weights) -> Weights:
-    """Drop the position IDs of a text encoder, which old files have and models create themselves."""
+    """Drop a text encoder's position IDs, which old files contain and models create themselves."""
     return select_weights(text, {key: key for key in text.shapes if not key.endswith("position_ids")})

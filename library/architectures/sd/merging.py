@@ -36,7 +36,7 @@ def open_base_model(base: str, flag: str, path: Path) -> BaseModel:
 
 
 def view_for_networks(base: str, path: Path) -> tuple[list[nn.Module], nn.Module]:
-    """Return (text encoder, U-Net) of a checkpoint as network modules see them, on the meta device."""
+    """Return ([text encoder], U-Net) of a checkpoint as network modules see them, on the meta device."""
     parts = open_parts(open_files("the checkpoint", path), base)
     encoder, unet = view([empty_clip(parts["text_encoder"].config)], empty_unet(parts["unet"].config))
     return encoder if isinstance(encoder, list) else [encoder], unet

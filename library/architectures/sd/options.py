@@ -11,4 +11,4 @@ INSTEAD: Mapping[str, str] = {
     **unet.INSTEAD,
     **dict.fromkeys(("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"), NOT_CACHED),
 }
-"""Alternatives to options of other scripts; they end the error for such an option."""
+"""Hints for options of other scripts, appended to the error for such an option."""

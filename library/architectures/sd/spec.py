@@ -1,4 +1,4 @@
-"""The public facts of Stable Diffusion 1.x and 2.x."""
+"""The `BaseModelSpec`s of Stable Diffusion 1.x and 2.x."""
 
 from functools import partial
 

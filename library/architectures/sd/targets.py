@@ -1,4 +1,4 @@
-"""The layers of Stable Diffusion 1.x and 2.x that adapters target, and the models as network modules see them."""
+"""The layers of Stable Diffusion 1.x and 2.x that adapters target, and the view of the models for network modules."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from networks.core.targets.targets import AdapterTargets, BlockList, Part
 def unet_block_list() -> BlockList:
     """Return the 25 entries of block_dims: 12 down, the middle, 12 up.
 
-    A level has three: its residual blocks with their attentions, and its down- or upsampler counts as the third.
+    A level has three: one for each residual block with its attention; its down- or upsampler belongs to the third.
     """
 
     def patterns(side: str) -> list[str]:
@@ -54,8 +54,8 @@ class UNet2DConditionModel(nn.Module):
 class TimeLayers(nn.Module):
     """The two layers that embed the timestep.
 
-    LyCORIS's preset `full`, its default, names these layers, and since version 4 also diffusers' class for them. It
-    refuses a layer that is named twice, so the view has another class.
+    LyCORIS's default preset `full` names these layers, and since version 4 also diffusers' class for them. It refuses a
+    layer that is named twice, so the view uses another class.
     """
 
 

@@ -40,7 +40,7 @@ KEYS = LayerKeys(EMBEDDERS, (Stack("joint_blocks", "transformer_blocks", BLOCK),
 
 
 def denoiser_module(path: str) -> ModuleNames:
-    """Name a module. Modulations of two parts have the shift first here and the scale first in diffusers."""
+    """Name a layer. Modulations of two parts have the shift first here, and the scale first in diffusers."""
     swaps_pair = path.endswith("adaLN_modulation.1") and ".x_block." not in path
     return name_layer(path, KEYS.sources(path), swaps_pair=swaps_pair)
 

@@ -28,7 +28,7 @@ from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
 from library.models.dit_loader import DitLoader
 from library.models.loading import get_first_side
-from library.models.recipe import Recipe, folders_beside, ignored_by_flow
+from library.models.recipe import Recipe, folders_of, ignored_by_flow
 from library.models.shapes import shape_of
 from library.models.t5 import WORDS as T5_WORDS
 from library.models.t5 import load_t5_tokenizer, precisions
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 LATENTS = LatentSpec(
     channels=LATENT_CHANNELS, downscale=8, bucket_step=32, cache_suffix="_sd3.npz", had_keys_without_size=False
 )
-T5_TOKENIZER = "tokenizer_3"  # a folder beside the model, named as in diffusers folders
+T5_TOKENIZER = "tokenizer_3"  # a folder next to the model, named as in diffusers folders
 SAMPLING_SHIFT = 3.0  # used by SD3 to sample images
 
 
@@ -91,19 +91,20 @@ def build(options: Sd3Options) -> Architecture:
 
 
 def stretch_positions(denoiser: nn.Module, sizes: Sequence[tuple[int, int]]) -> None:
-    """Scale positions to the resolutions of the data set."""
+    """Scale the denoiser's positions to the resolutions (width, height) of the data set."""
     assert isinstance(denoiser, MMDiT)
     denoiser.scaled_sides = tuple(sorted({square_side(size, denoiser.config.patch) for size in sizes}))
     logger.info("--enable_scaled_pos_embed: positions scaled to squares of %s patches", denoiser.scaled_sides)
 
 
 def build_text(options: Sd3Options, loader: DitLoader) -> Sd3Text:
-    """Build the text pipeline for the token limits and masks."""
+    """Build the text pipeline with the options' token limits and masks; tokenizers are searched next to the base
+    model."""
     text, cache_dir = options.text, options.model.tokenizer_cache_dir
     clip = load_tokenizer(loader.path, cache_dir, get_first_side(loader.text.component, CLIP_WORDS))
     t5 = None
     for part in loader.texts[2:]:
-        folders = [folder / T5_TOKENIZER for folder in folders_beside(loader.path, text.t5xxl)]
+        folders = [folder / T5_TOKENIZER for folder in folders_of(loader.path, text.t5xxl)]
         t5 = load_t5_tokenizer(folders, cache_dir, get_first_side(part.component, T5_WORDS[0]))
     return Sd3Text(ClipTokens(clip), t5, text.t5xxl_max_token_length, text.apply_lg_attn_mask, text.apply_t5_attn_mask)
 
@@ -129,7 +130,7 @@ def build_text_cache(options: Sd3Options, loader: DitLoader, text: Sd3Text) -> T
 
 
 def build_objective(options: Sd3Options) -> FlowMatching:
-    """Build the objective that compares an estimate of the clean latent, at whole thousandths of noise."""
+    """Build the objective, which compares an estimate of the clean latent, at noise levels of whole thousandths."""
     levels = build_shifted_scheme(options.flow, options.sd3.training_shift)
     return FlowMatching(
         options.noise,
@@ -144,7 +145,7 @@ def build_objective(options: Sd3Options) -> FlowMatching:
 
 
 def build_variation(options: Sd3Options, loader: DitLoader) -> Variation | None:
-    """Return the random changes of conditioning in training, or None."""
+    """Return the random changes of the conditioning in training; None if all rates are 0."""
     text, position = options.text, options.sd3.pos_emb_random_crop_rate
     if not any((text.clip_l_dropout_rate, text.clip_g_dropout_rate, text.t5_dropout_rate, position)):
         return None
@@ -161,7 +162,7 @@ def build_variation(options: Sd3Options, loader: DitLoader) -> Variation | None:
 
 
 def build_preview(text: Sd3Text) -> Preview:
-    """Build previews with Euler steps from pure noise; --fs of a prompt shifts their levels."""
+    """Build the preview settings: Euler steps from pure noise, at levels that --fs of a prompt shifts."""
 
     def sampler(prompt: Prompt) -> Sampler:
         assert prompt.flow_shift is not None

@@ -19,8 +19,8 @@ Parts = Mapping[str, tuple[int, int | None]]  # name in the conditioning -> chan
 class Variation:
     """Dropout rates of the text encoders, and the share of batches that are placed at random in the table of positions.
 
-    Draws in this order, one number per sample: CLIP-L, CLIP-G, T5; then whether and where the batch is shifted.
-    Everything is drawn in every call, so that a rate does not affect the draws of another.
+    Random numbers are drawn in this order: for each sample CLIP-L, CLIP-G and T5, then one for shifting the batch and
+    two for its place. Each call draws all of them, so that no rate affects the draws of another.
     """
 
     clip_l: float
@@ -34,19 +34,19 @@ class Variation:
         """Return the conditioning of one training step; dropped features are zero."""
         B = len(conditioning["lg_out"])
         drops_EB = torch.rand(3, B, generator=generator) < torch.tensor([self.clip_l, self.clip_g, self.t5])[:, None]
-        is_elsewhere = torch.rand((), generator=generator).item() < self.position
+        is_shifted = torch.rand((), generator=generator).item() < self.position
         place_2 = torch.rand(2, generator=generator)
         changed = dict(conditioning)
         for parts, drops_B in zip(self._parts(), drops_EB, strict=True):
             for name, channels in parts.items():
                 if name in changed and drops_B.any():
                     changed[name] = zero_range(changed[name], channels, drops_B)
-        if is_elsewhere:
+        if is_shifted:
             changed["position"] = place_2.expand(B, 2)
         return changed
 
     def _parts(self) -> tuple[Parts, Parts, Parts]:
-        """Return the features of each encoder."""
+        """Return the features of each encoder, with its range of channels."""
         out, pooled = self.clip_l_width, self.clip_l_pooled_width
         return (
             {"lg_out": (0, out), "lg_pooled": (0, pooled), "clip_l_attn_mask": (0, None)},
@@ -56,8 +56,8 @@ class Variation:
 
 
 def zero_range(features: Tensor, channels: tuple[int, int | None], drops_B: Tensor) -> Tensor:
-    """Zero the given last-axis range of the features in dropped samples."""
-    is_there = torch.ones(features.shape[-1], dtype=torch.bool)
-    is_there[slice(*channels)] = False
-    keeps = is_there | ~drops_B.view(-1, *(1,) * (features.dim() - 1))
+    """Zero the given range of the features' last axis in dropped samples."""
+    is_kept = torch.ones(features.shape[-1], dtype=torch.bool)
+    is_kept[slice(*channels)] = False
+    keeps = is_kept | ~drops_B.view(-1, *(1,) * (features.dim() - 1))
     return features * send(keeps.to(features.dtype), features.device)

@@ -32,18 +32,19 @@ LATENT_SCALE = 1.5305
 LATENT_SHIFT = 0.0609
 DENOISER_PREFIX = DENOISER_PREFIXES[0]
 ADVICE = (
-    "SD3 requires a single file, such as the sd3_medium.safetensors or sd3.5_large.safetensors beside the diffusers "
-    "folders of the same repository"
+    "SD3 requires a single file, such as the sd3_medium.safetensors or sd3.5_large.safetensors next to the "
+    "diffusers folders of the same repository"
 )
 TEXT_PREFIXES = {name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl")}
 ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 
 
 def open_loader(options: Sd3Options) -> tuple[DitLoader, MMDiTConfig]:
-    """Open the files that the options name, CLIP-L, CLIP-G and T5, if there is one, as text encoders; only headers are
-    read. Return also the transformer's sizes.
+    """Open the files that the options name; only headers are read. Return the loader and the transformer's
+    configuration.
 
-    Raises UserError naming the flag if a file is missing, broken, incomplete or another kind of model.
+    The loader's text encoders are CLIP-L, CLIP-G and, if there is one, T5. Raises UserError naming the flag if a file
+    is missing, broken, incomplete or another kind of model.
     """
     path, base = open_checkpoint(options.model.pretrained_model_name_or_path)
     mmdit = read_denoiser(base)
@@ -83,7 +84,7 @@ def open_checkpoint(name: str | None) -> tuple[Path, Weights]:
 
 
 def read_denoiser(weights: Weights) -> Weights:
-    """Keep only the denoiser's tensors, without prefix; an unprefixed file has others beside them."""
+    """Keep only the denoiser's tensors, without prefix; a file without prefix contains other models' tensors too."""
     weights = with_prefix(weights, find_prefix(weights.shapes, DENOISER_PREFIXES))
     parts = ("joint_blocks.", "x_embedder.", "t_embedder.", "y_embedder.", "context_embedder.", "final_layer.")
     names = [name for name in weights.shapes if name.startswith(parts) or name == "pos_embed"]
@@ -91,7 +92,7 @@ def read_denoiser(weights: Weights) -> Weights:
 
 
 def open_clip(name: str, options: Sd3TextOptions, base: Weights) -> Component:
-    """Open CLIP-L or CLIP-G from its own file or folder or from the base. Raises UserError if neither has it."""
+    """Open CLIP-L or CLIP-G from its own file or folder or from the base. Raises NotThere if neither has it."""
     weights = text_weights(name, options, base)
     if weights is None:
         raise NotThere(
@@ -104,7 +105,7 @@ def open_clip(name: str, options: Sd3TextOptions, base: Weights) -> Component:
 
 
 def has_t5(options: Sd3Options, base: Weights) -> bool:
-    """Return True if `t5xxl` or the base has T5, and warn if neither has it: SD3 works without."""
+    """Return True if `t5xxl` or the base has T5, and warn if neither has it: SD3 works without T5."""
     if options.text.t5xxl is not None or any(key.startswith(TEXT_PREFIXES["t5xxl"]) for key in base.shapes):
         return True
     is_cached = options.text_caching.cache_text_encoder_outputs_to_disk
@@ -124,7 +125,8 @@ def open_t5(options: Sd3TextOptions, base: Weights) -> Component:
 
 
 def text_weights(name: str, options: Sd3TextOptions, base: Weights) -> Weights | None:
-    """Return the weights of a text encoder without prefix: of `clip_l`, `clip_g` or `t5xxl`, else of the base."""
+    """Return a text encoder's weights without prefix, from its option's file or folder, else from the base; None
+    without it."""
     given: str | None = getattr(options, name)
     prefix = TEXT_PREFIXES[name]
     if given is None:
@@ -139,7 +141,7 @@ def text_weights(name: str, options: Sd3TextOptions, base: Weights) -> Weights |
 
 
 def with_projection(weights: Weights) -> Weights:
-    """Add an identity projection to CLIP-L if its file has none: OpenAI's weights without one mean this."""
+    """Add an identity projection to CLIP-L if its file has none, as implied by OpenAI's weights without one."""
     embedding = next((shape for key, shape in weights.shapes.items() if key.endswith("token_embedding.weight")), None)
     if embedding is None or any(key.startswith("text_projection") for key in weights.shapes):
         return weights

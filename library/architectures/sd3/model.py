@@ -22,7 +22,7 @@ from library.models.shapes import ShapeReader
 from library.models.sinusoids import TimestepEmbedder
 
 EPS = 1e-6
-HEAD_WIDTH = 64  # of models without query norms, whose shapes do not tell it
+HEAD_WIDTH = 64  # of models without query norms, whose shapes do not show it
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,10 @@ class MMDiTConfig:
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTConfig:
-    """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
-    missing name and for invalid sizes."""
+    """Read the configuration from the shapes in a checkpoint, names without prefix.
+
+    Raises UserError for a missing name and for invalid sizes.
+    """
     read = ShapeReader("SD3", shapes)
     shape, depth = read.shape, read.count("joint_blocks")
     width, in_channels, patch, _ = shape("x_embedder.proj.weight")
@@ -53,7 +55,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTConfig:
     num_positions = shape("pos_embed")[-2]
     side = math.isqrt(num_positions)
     if width % head_width or side**2 != num_positions:
-        raise UserError(f"not a SD3 model: width {width} with heads of {head_width}, {num_positions} positions")
+        raise UserError(f"not an SD3 model: width {width} with heads of {head_width}, {num_positions} positions")
     return MMDiTConfig(
         width=width,
         depth=depth,
@@ -77,7 +79,7 @@ def recognise_version(config: MMDiTConfig) -> str:
 
 
 class MMDiT(nn.Module):
-    """The network from noisy latents, noise level and text to the velocity noise - latent."""
+    """The denoiser, which predicts the velocity noise - latent from noisy latents, timesteps and text."""
 
     adapter_targets = TARGETS
     pos_embed: Tensor
@@ -87,7 +89,7 @@ class MMDiT(nn.Module):
         self.config = config
         c = config
         self.runner: BlockRunner = plain
-        self.scaled_sides: tuple[int, ...] = ()  # in patches, of the resolutions that positions are scaled to
+        self.scaled_sides: tuple[int, ...] = ()  # sides, in patches, of the resolutions that positions are scaled to
         self.x_embedder = PatchEmbed(c.in_channels, c.width, c.patch)
         self.register_buffer("pos_embed", torch.zeros(1, c.positions_side**2, c.width))
         self.t_embedder = TimestepEmbedder(c.width, c.width)
@@ -99,7 +101,7 @@ class MMDiT(nn.Module):
         self.final_layer = FinalLayer(c.width, c.patch**2 * c.in_channels)
 
     def stacks(self) -> Stacks:
-        """Return the blocks that run through the runner."""
+        """Return the blocks that `runner` runs."""
         return [[*self.joint_blocks]]
 
     def forward(
@@ -110,8 +112,11 @@ class MMDiT(nn.Module):
         pooled_BV: Tensor,
         corner: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Return the velocity, shape BCHW. `timesteps_B` is 1000 times the share of noise; `corner` (top, left) is the
-        image's location in the table of positions, None for the centre."""
+        """Return the velocity, shape BCHW.
+
+        `timesteps_B` is 1000 times the share of noise. `corner` (top, left) is the image's location in the table of
+        positions, None for the centre.
+        """
         P = self.config.patch
         h, w = (side // P for side in latents_BCHW.shape[-2:])
         x_BTM = self.x_embedder(latents_BCHW)
@@ -129,7 +134,7 @@ class MMDiT(nn.Module):
         return self.config.positions_side
 
     def positions(self, h: int, w: int, corner: tuple[int, int] | None) -> Tensor:
-        """Return the part of the position table for an image of h x w patches, shape (1, h w, M).
+        """Return the positions of an image of h x w patches, cut from the table, shape (1, h w, M).
 
         Raises UserError for an image larger than the model's own table.
         """
@@ -149,7 +154,7 @@ class MMDiT(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """The embedding of each patch of P x P latents as a token."""
+    """The embedding of P x P latents as a token."""
 
     def __init__(self, in_channels: int, width: int, patch: int) -> None:
         super().__init__()
@@ -161,7 +166,7 @@ class PatchEmbed(nn.Module):
 
 
 class VectorEmbedder(nn.Module):
-    """Two layers for the pooled text features."""
+    """Two linear layers for the pooled text features."""
 
     def __init__(self, pooled_width: int, width: int) -> None:
         super().__init__()
@@ -189,7 +194,7 @@ class SelfAttention(nn.Module):
             self.proj = nn.Linear(config.width, config.width)
 
     def queries_keys_values(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return three tensors of shape BNTD."""
+        """Return queries, keys and values, each BNTD."""
         q, k, v = self.qkv(x_BTM).unflatten(-1, (3, -1, self.head_width)).permute(2, 0, 3, 1, 4)
         # The norm saves its input for the backward pass; a view would keep queries, keys and values alive.
         q, k = (q.contiguous(), k.contiguous()) if self.norms_queries else (q, k)
@@ -197,7 +202,7 @@ class SelfAttention(nn.Module):
 
 
 def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor) -> Tensor:
-    """Return attention, shape BTM."""
+    """Return the attention output, shape BTM."""
     return scaled_dot_product_attention(q_BNTD, k_BNTD, v_BNTD).transpose(1, 2).flatten(2)
 
 
@@ -224,26 +229,26 @@ def make_modulation(width: int, num_parts: int) -> nn.Sequential:
 class SingleDiTBlock(nn.Module):
     """One stream of a joint block. Network modules find the layers by this class name.
 
-    The last block's text stream only provides queries, keys and values, so it has no output.
+    The last block's text stream only provides queries, keys and values; it has no output.
     """
 
-    def __init__(self, config: MMDiTConfig, only_lends: bool = False, has_dual_attention: bool = False) -> None:
+    def __init__(self, config: MMDiTConfig, has_output: bool = True, has_dual_attention: bool = False) -> None:
         super().__init__()
-        self.only_lends = only_lends
+        self.has_output = has_output
         self.has_dual_attention = has_dual_attention
         self.norm1 = nn.LayerNorm(config.width, elementwise_affine=False, eps=EPS)
-        self.attn = SelfAttention(config, has_output=not only_lends)
+        self.attn = SelfAttention(config, has_output=has_output)
         if has_dual_attention:
             self.attn2 = SelfAttention(config)
-        if not only_lends:
+        if has_output:
             self.norm2 = nn.LayerNorm(config.width, elementwise_affine=False, eps=EPS)
             self.mlp = Mlp(config.width, config.mlp_width)
-        self.num_parts = 2 if only_lends else 9 if has_dual_attention else 6
+        self.num_parts = (9 if has_dual_attention else 6) if has_output else 2
         self.adaLN_modulation = make_modulation(config.width, self.num_parts)
 
     def modulation(self, c_BM: Tensor) -> tuple[Tensor, ...]:
-        """Return shift and scale of attention; then its gate, shift, scale and gate of the MLP; then shift, scale and
-        gate of the second attention. Each of shape BM."""
+        """Return 2, 6 or 9 tensors, BM: shift and scale of attention; then its gate, shift, scale and gate of the
+        MLP; then shift, scale and gate of the second attention."""
         parts: tuple[Tensor, ...] = self.adaLN_modulation(c_BM).chunk(self.num_parts, dim=-1)
         return parts
 
@@ -260,11 +265,11 @@ class SingleDiTBlock(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """Text and image streams with their own weights, attending to both."""
+    """Text and image streams with their own weights that attend to each other."""
 
     def __init__(self, config: MMDiTConfig, is_last: bool, has_dual_attention: bool) -> None:
         super().__init__()
-        self.context_block = SingleDiTBlock(config, only_lends=is_last)
+        self.context_block = SingleDiTBlock(config, has_output=not is_last)
         self.x_block = SingleDiTBlock(config, has_dual_attention=has_dual_attention)
 
     def forward(self, context_BTM: Tensor, x_BTM: Tensor, c_BM: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,7 +283,7 @@ class JointBlock(nn.Module):
         q, k, v = (torch.cat(both, dim=2) for both in zip(*projected, strict=True))
         del projected  # free it before the MLPs
         num_context = context_BTM.shape[1]
-        if self.context_block.only_lends:
+        if not self.context_block.has_output:
             return context_BTM, self.x_block.finish(x_BTM, attend(q[:, :, num_context:], k, v), parts[1])
         attended_BTM = attend(q, k, v)
         return (
@@ -288,7 +293,7 @@ class JointBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The last layer, from tokens to patches of the velocity."""
+    """The last layer, which maps tokens to patches of the velocity."""
 
     def __init__(self, width: int, num_outputs: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The options of Stable Diffusion 3 only."""
+"""The options specific to Stable Diffusion 3."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,8 +92,7 @@ class Sd3TrainingOptions(Options):
         usual=True,
         above=0,
         needs_images=True,
-        help="How far the drawn noise levels are pushed toward pure noise. 1 leaves them alone, 3 is what SD3 draws "
-        "images with.",
+        help="Shift of the drawn noise levels toward pure noise: 1 leaves them unchanged, SD3 generates images with 3.",
     )
 
 
@@ -109,7 +108,7 @@ INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("text_encoder", "qwen3", "gemma2"), "use --clip_l, --clip_g and --t5xxl"),
     "split_mode": "use --blocks_to_swap",
 }
-"""Alternatives to options of other scripts and programs; they end the error for such an option."""
+"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

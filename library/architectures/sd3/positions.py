@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 BASE_SIZE = 16  # a square image of any resolution spans this many units
-ROOM = 1.5  # side of the table relative to the resolution, for elongated and shifted images
+TABLE_RATIO = 1.5  # side of the table relative to the resolution, with a margin for elongated and shifted images
 
 
 def square_side(resolution: tuple[int, int], patch: int) -> int:
-    """Return s of a resolution (width, height) in pixels: the side of the square with its area."""
+    """Return s of a resolution (width, height) in pixels: the side, in patches, of the square with its area."""
     return round(math.sqrt(resolution[0] * resolution[1])) // 8 // patch
 
 
 def nearest_side(h: int, w: int, sides: Sequence[int]) -> int:
-    """Return the s whose area is nearest to the image's; its longer side if that table is too small."""
+    """Return the s whose area is nearest to the image's, or the image's longer side if that table is too small."""
     ascending = sorted(set(sides))
     middles = [(a**2 + b**2) // 2 for a, b in pairwise(ascending)]
     side = next((s for s, most in zip(ascending, middles, strict=False) if h * w <= most), ascending[-1])
@@ -28,20 +28,20 @@ def nearest_side(h: int, w: int, sides: Sequence[int]) -> int:
 
 
 def table_side(side: int) -> int:
-    """Return the side of a resolution's table."""
-    return int(side * ROOM)
+    """Return the side, in patches, of the table for a resolution of side s."""
+    return int(side * TABLE_RATIO)
 
 
 def scaled_positions(h: int, w: int, side: int, corner: tuple[int, int] | None, width: int) -> Tensor:
-    """Return the part of the table of resolution s for an image, its centre if `corner` is None; (1, h w, M).
+    """Return the positions of an image, (1, h w, M), from the table of resolution s at `corner`, None for its centre.
 
-    Sines and cosines as in the model's own table, columns first, of coordinates that run from 0 to 16 over a square
-    image of the resolution, with margins on all sides.
+    They are sines and cosines as in the model's own table, columns first, of coordinates that run from 0 to 16 over a
+    square image of the resolution, with margins on all sides.
     """
-    room = table_side(side)
-    top, left = ((room - h) // 2, (room - w) // 2) if corner is None else corner
+    full_side = table_side(side)
+    top, left = ((full_side - h) // 2, (full_side - w) // 2) if corner is None else corner
     y_h, x_w = (
-        (torch.arange(n, dtype=torch.float64) + first - (room - side) / 2) * BASE_SIZE / side
+        (torch.arange(n, dtype=torch.float64) + first - (full_side - side) / 2) * BASE_SIZE / side
         for n, first in ((h, top), (w, left))
     )
     across = _waves(x_w, width // 2)[None, :].expand(h, -1, -1)

@@ -28,8 +28,10 @@ def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, bat
 
 
 def join_context(conditioning: Conditioning, width: int) -> Tensor:
-    """Concatenate both CLIPs' features, zero-padded to the width of T5, with T5's; without T5 as many zeros as CLIP has
-    positions."""
+    """Concatenate the features of both CLIPs, padded with zeros to the width of T5's, and T5's features.
+
+    Without T5 there are zeros in its place, at as many positions as CLIP has.
+    """
     lg_BTE = conditioning["lg_out"]
     lg_BTE = pad(lg_BTE, (0, width - lg_BTE.shape[-1]))
     t5_BTE = conditioning.get("t5_out")
@@ -39,7 +41,7 @@ def join_context(conditioning: Conditioning, width: int) -> Tensor:
 
 
 def locate_corner(shares_B2: Tensor, h: int, w: int, side: int) -> tuple[int, int]:
-    """Return top and left of h x w patches in a table of positions; `shares_B2` are shares of the free space, equal
-    rows."""
+    """Return top and left of h x w patches in a table of positions; each row of `shares_B2` is the same share of
+    free space."""
     top, left = shares_B2[0].tolist()
     return int(top * (side - h + 1)), int(left * (side - w + 1))

@@ -1,4 +1,4 @@
-"""Compares Stable Diffusion 3's denoiser with diffusers' class on the same weights."""
+"""Comparison of Stable Diffusion 3's denoiser with diffusers' class on the same weights."""
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +8,10 @@ from library.models.reference import SIDE, diffusers_class, random_inputs, short
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
-    block."""
+    """Return the velocities of our class and of diffusers' for the same random inputs, float32.
+
+    Only the first and the last block are kept.
+    """
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
     assert isinstance(denoiser, MMDiT)

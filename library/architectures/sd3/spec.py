@@ -1,4 +1,4 @@
-"""The public facts of Stable Diffusion 3 and 3.5."""
+"""The `BaseModelSpec` of Stable Diffusion 3 and 3.5."""
 
 from library.architectures.sd3.adapter_names import NAMES
 from library.architectures.sd3.assembly import RECIPE, build
@@ -23,7 +23,7 @@ T5_OF_DIFFUSERS = Gap(
 
 
 def adapter_metadata(architecture: str, predicts_velocity: bool) -> dict[str, str]:
-    """Return the metadata of an adapter for a checkpoint, with its size."""
+    """Return the metadata of an adapter for a checkpoint, including the model's version."""
     version = architecture.removeprefix("stable-diffusion-3-")
     return {**RECIPE.of_checkpoint(architecture), "ss_base_model_version": version}
 

@@ -1,4 +1,4 @@
-"""The layers of Stable Diffusion 3 and 3.5 that adapters target, and the models as network modules see them."""
+"""The layers of Stable Diffusion 3 and 3.5 that adapters target, and the view of the models for network modules."""
 
 from collections.abc import Sequence
 

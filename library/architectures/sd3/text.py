@@ -21,17 +21,17 @@ CLIP_PLACES = 77
 
 @dataclass(frozen=True)
 class Sd3Text:
-    """The text pipeline of CLIP-L, CLIP-G and, with a tokenizer, T5; each encoder cuts captions at its own length."""
+    """The text pipeline of CLIP-L, CLIP-G and, with a tokenizer, T5; each encoder cuts captions at its own limit."""
 
     clip: ClipTokens
     t5_tokenizer: Any  # transformers' T5TokenizerFast; None without T5
     num_t5_tokens: int
-    masks_clip: bool = False  # keep padding out of attention
+    masks_clip: bool = False  # padding is not attended to
     masks_t5: bool = False
 
     @property
     def max_tokens(self) -> int:
-        """The limit of the encoder that reads most, without T5's end token."""
+        """The limit of the encoder that reads the most tokens, without T5's end token."""
         return self.clip.max_tokens if self.t5_tokenizer is None else max(self.clip.max_tokens, self.num_t5_tokens - 1)
 
     def count_tokens(self, caption: str) -> int:
@@ -51,9 +51,9 @@ class Sd3Text:
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """Return features under the names of the cache; gradients flow.
 
-        "lg_out" (B, 77, W of both) are the concatenated states before the last layer, without the last norm,
-        "lg_pooled" (B, P of both) the projected states of the end token, "t5_out" (B, T, W) T5's last states. The masks
-        are 1 for tokens.
+        "lg_out" (B, 77, W of both) are the states of both CLIPs before their last layers, without the last norm,
+        concatenated. "lg_pooled" (B, P of both) are the projected states of the end token. "t5_out" (B, T, W) are T5's
+        last states. The masks are 1 for tokens.
         """
         found = self.encode_clips(encoders, tokens)
         if self.t5_tokenizer is None:
@@ -79,13 +79,13 @@ class Sd3Text:
 
 
 def mask_to_end(ids_BT: Tensor, end_id: int) -> Tensor:
-    """Return 1 up to and including the first end token, 0 in the padding after it."""
+    """Return a mask that is 1 up to and including the first end token, 0 in the padding after it."""
     is_end_BT = (ids_BT == end_id).int()
     return ((is_end_BT.cumsum(dim=1) - is_end_BT) == 0).long()
 
 
 def encode_clip(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return (states before the last layer BTW, pooled BP)."""
+    """Return (states before the last layer, BTW; pooled features, BP)."""
     model: Any = encoder
     device = clip_body(encoder).final_layer_norm.weight.device
     mask_BT = None if mask_BT is None else send(mask_BT, device)

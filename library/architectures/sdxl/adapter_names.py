@@ -1,8 +1,8 @@
 """The names of the layers of Stable Diffusion XL in adapter files.
 
-Files name the U-Net's layers after the single-file layout (`input_blocks_4_1_...`), while diffusers' model has other
-paths. So network modules see a view: a tree with the paths of files, in which attention blocks and layers are the real
-ones.
+Files name the U-Net's layers after the single-file layout (`input_blocks_4_1_...`), but diffusers' model has other
+paths. Network modules therefore get a view: a tree with the paths of files that contains the real layers and attention
+blocks.
 """
 
 from library.checkpoints.adapter_names import BaseNames, ModuleNames

@@ -48,7 +48,7 @@ def build(options: SdxlOptions) -> Architecture:
     RECIPE.check(options)
     loader = open_loader(options)
     text = build_text(options, loader)
-    call = partial(predict, tells_real_crops=options.sizes.correct_crop_coordinates)
+    call = partial(predict, uses_real_crops=options.sizes.correct_crop_coordinates)
     return Architecture(
         name="sdxl",
         load=loader,
@@ -61,7 +61,7 @@ def build(options: SdxlOptions) -> Architecture:
             options.preview.sample_sampler,
             options.model.v_parameterization,
             options.noise.zero_terminal_snr,
-            text.reading_emphasis(),
+            text.with_emphasis(),
             call,
         ),
         metadata=RECIPE.describe(options, prediction_type="v" if options.model.v_parameterization else "epsilon"),

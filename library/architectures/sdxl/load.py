@@ -18,14 +18,14 @@ from library.models.vae.vae import VaeNeeds
 
 LATENT_CHANNELS = 4
 LATENT_SCALE = 0.13025  # scales the latents of SDXL's VAE to about unit variance
-POOLED_WIDTH = 1280  # of OpenCLIP's bigG, unknown if its files are missing
+POOLED_WIDTH = 1280  # of OpenCLIP's bigG, for when its files are missing
 ENCODERS = ("text_encoder", "text_encoder_2")  # folders of CLIP-L and OpenCLIP's bigG
 CLIP_L_PREFIX = "conditioner.embedders.0.transformer."
 CLIP_G_PREFIX = "conditioner.embedders.1.model."
 
 
 def recognise_unet_layout(unet: Component) -> UnetLayout:
-    """Return the layout of a U-Net by its configuration."""
+    """Return the layout that a U-Net's configuration describes."""
     attends = tuple(kind.startswith("CrossAttn") for kind in unet.config["down_block_types"])
     return UnetLayout(int(unet.config.get("layers_per_block", 2)), attends)
 
@@ -40,7 +40,7 @@ def open_loader(options: SdxlOptions) -> UnetLoader:
 
 
 def open_parts(files: BaseFiles, may_lack_text: bool = False) -> UnetParts:
-    """Open the U-Net, CLIP-L and OpenCLIP's bigG; the text encoders may be absent if nothing needs them."""
+    """Open the U-Net, CLIP-L and OpenCLIP's bigG; with `may_lack_text` the text encoders may be absent."""
     if files.whole is None:
         return folder_parts(files, may_lack_text)
     return single_file_parts(files.flag, files.whole, may_lack_text)

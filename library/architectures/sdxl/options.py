@@ -1,4 +1,4 @@
-"""The options of Stable Diffusion XL only."""
+"""The options specific to Stable Diffusion XL."""
 
 from dataclasses import dataclass
 

@@ -9,7 +9,7 @@ from library.types import Batch, Conditioning, Noised
 
 
 def predict(
-    denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch, *, tells_real_crops: bool = False
+    denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch, *, uses_real_crops: bool = False
 ) -> Tensor:
     """Return the predicted noise, or velocity for a v-prediction model, in the shape of the latents.
 
@@ -23,14 +23,14 @@ def predict(
         encoder_hidden_states=text_BTW,
         added_cond_kwargs={
             "text_embeds": pooled_BP,
-            "time_ids": send(format_sizes(batch, tells_real_crops), pooled_BP.device),
+            "time_ids": send(format_sizes(batch, uses_real_crops), pooled_BP.device),
         },
     ).sample
     return prediction_BCHW
 
 
-def format_sizes(batch: Batch, tells_real_crops: bool) -> Tensor:
+def format_sizes(batch: Batch, uses_real_crops: bool) -> Tensor:
     """Return original height and width, crop top and left, target height and width, float32."""
-    if not tells_real_crops or batch.crops_B2 is None:
+    if not uses_real_crops or batch.crops_B2 is None:
         return batch.sizes_B6
     return torch.cat([batch.sizes_B6[:, :2], batch.crops_B2, batch.sizes_B6[:, 4:]], dim=1)

@@ -1,4 +1,4 @@
-"""The public facts of Stable Diffusion XL."""
+"""The `BaseModelSpec` of Stable Diffusion XL."""
 
 from library.architectures.sdxl.adapter_names import NAMES
 from library.architectures.sdxl.assembly import RECIPE, build

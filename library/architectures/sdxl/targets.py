@@ -1,4 +1,4 @@
-"""The layers of Stable Diffusion XL that adapters target, and the models as network modules see them."""
+"""The layers of Stable Diffusion XL that adapters target, and the view of the models for network modules."""
 
 from collections.abc import Sequence
 
@@ -54,7 +54,7 @@ RENAMED = unet_names.CONV_BLOCKS  # blocks whose layers have other names in file
 
 
 class SdxlUNet2DConditionModel(nn.Module):
-    """The U-Net's layers under their paths in files."""
+    """The U-Net's layers under their paths in adapter files."""
 
 
 class ResnetBlock2D(nn.Module):
@@ -73,7 +73,7 @@ BLOCKS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (ResnetBlo
 
 
 def build_view(layout: UnetLayout) -> AdapterView:
-    """Build the view of models whose U-Net has this layout."""
+    """Build the view of models whose U-Net has the layout `layout`."""
 
     def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
         """Return (both text encoders, U-Net) for `create_network` and `apply_to`; every layer is the real one."""
@@ -109,7 +109,7 @@ def file_path(path: str, layout: UnetLayout) -> str:
 
 
 def block_file_path(path: str, layout: UnetLayout) -> str:
-    """Return the path of a renamed block: that of any of its layers without the ending."""
+    """Return the path of a renamed block: that of one of its layers, without the layer's name."""
     layer = "conv1" if ".resnets." in path else "conv"
     parent = file_path(f"{path}.{layer}", layout)
     return parent.removesuffix(".in_layers.2").removesuffix(".op").removesuffix(".conv")
@@ -127,7 +127,7 @@ def layout_sort_key(path: str) -> tuple[tuple[int, str], ...]:
 
 
 def put(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Add a module to the tree, with any missing containers."""
+    """Add a module to the tree at `path`, creating missing containers."""
     *parents, name = path.split(".")
     here = root
     for parent in parents:

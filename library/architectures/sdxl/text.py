@@ -29,10 +29,10 @@ class SdxlText(ChunkedText):
         return Tokens((ids1_BLT, ids2_BLT), (weights_BLT,) * 2 if self.tokens.reads_emphasis else None)
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """Return hidden_state1 (B, 77, W1), hidden_state2 (B, 77, W2), pool2 (B, P); gradients flow.
+        """Return hidden_state1 (B, 77, W1), hidden_state2 (B, 77, W2) and pool2 (B, P); gradients flow.
 
-        Both states are those of the second-to-last layer, without a final norm. The pooled vector is of the first
-        chunk, without emphasis. With two or three chunks there are 152 or 227 positions.
+        Both states are those before the last layer, without a final norm. The pooled vector is that of the first chunk,
+        without emphasis. With two or three chunks there are 152 or 227 positions.
         """
         encoder1, encoder2 = encoders
         ids1_BLT, ids2_BLT = tokens.ids_BLT

@@ -1,7 +1,7 @@
 """The names of the layers of Z-Image in adapter files.
 
-Module paths are those of the original checkpoint. What we call diffusers' naming here are its paths below
-`diffusion_model.`, which diffusers and ComfyUI both read; trainers write them below other prefixes too.
+Module paths are those of the original checkpoint. Diffusers' naming means its paths below `diffusion_model.` here,
+which both diffusers and ComfyUI read; trainers write them below other prefixes too.
 """
 
 from library.architectures.zimage.checkpoint_keys import KEYS

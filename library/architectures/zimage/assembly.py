@@ -60,15 +60,15 @@ def build(options: ZImageOptions) -> Architecture:
     if turbo and not options.network.base_weights:
         logger.warning(
             "%s is Z-Image Turbo, which is distilled: training undoes the distillation, and previews blur. Add "
-            "--base_weights with a training adapter for Turbo, or train on Z-Image or Z-Image-De-Turbo; "
-            "--model_version says which it is",
+            "--base_weights with a training adapter for Turbo, or train on Z-Image or Z-Image-De-Turbo. "
+            "If it is not Turbo, set --model_version",
             loader.path,
         )
     return assemble(options, loader, turbo)
 
 
 def build_for_caching(options: ZImageOptions) -> Architecture:
-    """Assemble what encodes captions, for which no denoiser is needed. Raises UserError as `build` does."""
+    """Assemble the model for caching captions, which needs no denoiser. Raises UserError like `build`."""
     RECIPE.check(options)
     return assemble(options, open_encoder(options, QWEN3.flag), turbo=False)
 
@@ -96,7 +96,7 @@ def build_objective(options: ZImageOptions) -> FlowMatching:
 
 
 def build_text(options: ZImageOptions, loader: DitLoader) -> ChatText:
-    """Build the tokenizer, searched beside the base model and the encoder."""
+    """Build the text pipeline; its tokenizer is searched next to the base model and the encoder."""
     folders = tokenizer_folders(loader.path, options.parts.text_encoder)
     tokenizer = load_qwen3_tokenizer(QWEN3, folders, options.model.tokenizer_cache_dir, loader.num_words)
     check_marks(tokenizer, (BEGIN, END), QWEN3.hub_name)
@@ -118,7 +118,7 @@ def build_text_cache(options: ZImageOptions, loader: DitLoader, text: ChatText) 
 
 
 def build_preview(text: ChatText, turbo: bool) -> Preview:
-    """Build previews with plain classifier-free guidance, or for Turbo in few steps without."""
+    """Build the preview settings: plain classifier-free guidance, or few steps without guidance for Turbo."""
     return Preview(
         defaults=PromptDefaults(
             num_steps=8 if turbo else 50,

@@ -72,8 +72,11 @@ def open_qwen3(name: str | None, base: BaseFiles) -> Component:
 
 
 def is_turbo(version: str | None, given: str) -> bool:
-    """Return True for a distilled checkpoint. Turbo and Base have the same names and shapes, so --model_version says
-    which it is, or else the word "turbo" in the name that was `given` or that of its folder, without "de" before it."""
+    """Return True for a distilled checkpoint.
+
+    Turbo and Base have the same names and shapes. --model_version decides, or without it the word "turbo" in the
+    `given` name or that of its parent folder, unless "de" precedes it.
+    """
     if version is not None:
         return version == "turbo"
     name = name_in_folder(given)

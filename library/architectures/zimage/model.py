@@ -1,9 +1,9 @@
 """The denoiser of Z-Image (Cai et al. 2025), in the layout of the original checkpoints.
 
-It is NextDiT with learned tokens that fill captions and images up to multiples of 32 and are attended to. Module paths
-are the keys of the checkpoint and the names of adapters. Letters: B samples, C channels, H and W sides of the latent, h
-and w sides in patches, L text tokens, I image tokens, T tokens, M model width, E text width, V width of the noise
-level's embedding.
+It is NextDiT with learned filler tokens, which pad captions and images to multiples of 32 and are attended to. Module
+paths are the keys of the checkpoint and the names of adapters. Letters: B samples, C channels, H and W sides of the
+latent, h and w sides in patches, L text tokens, I image tokens, T tokens, M model width, E text width, V width of the
+noise level's embedding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,10 @@ from library.models.patches import key_mask, patchify, unpatchify
 from library.models.rotary import Rotary
 
 PATCH = 2
-MULTIPLE = 32  # of tokens of a caption, and of an image
+MULTIPLE = 32  # the number of tokens of a caption, and of an image, is padded to a multiple of this
 ROPE_BASE = 256
 ROPE_SHARES = (2, 3, 3)  # of a head's values, in eighths, that rotate with (token, row, column)
-ROPE_STEP = 16  # head widths are multiples: every share is an even number of values
+ROPE_STEP = 16  # head widths are multiples, so that every share is an even number of values
 TIME_SCALE = 1000
 
 
@@ -36,13 +36,15 @@ class ZImageConfig(NextDiTConfig):
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> ZImageConfig:
-    """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
-    missing name and for invalid sizes."""
+    """Read the configuration from the shapes in a checkpoint, names without prefix.
+
+    Raises UserError for a missing name and for invalid sizes.
+    """
     return read_sizes(ZImageConfig, "Z-Image", shapes, ROPE_STEP, is_grouped=False)
 
 
 class ZImage(JointTransformer):
-    """The network from noisy latents, noise level and text to the velocity latent - noise: time runs from noise to
+    """The denoiser, which predicts the velocity latent - noise from noisy latents, times and text; time 1 is the
     image."""
 
     adapter_targets = TARGETS
@@ -59,8 +61,8 @@ class ZImage(JointTransformer):
     def forward(self, latents_BCHW: Tensor, times_B: Tensor, text_BLE: Tensor, text_mask_BL: Tensor) -> Tensor:
         """Return the velocity, shape BCHW.
 
-        `times_B` are 1 minus the share of noise: 0 is noise, 1 the image. `text_mask_BL` is 1 for the tokens of the
-        caption, which precede its padding. Its lengths are read here, so it should be on the host.
+        `times_B` are 1 minus the share of noise: 0 is noise, 1 the image. `text_mask_BL` is 1 for the caption's tokens,
+        which precede its padding; it should be on the host, because the lengths are read from it.
         """
         h, w = (side // PATCH for side in latents_BCHW.shape[-2:])
         device, dtype = latents_BCHW.device, self.x_embedder.weight.dtype
@@ -88,20 +90,22 @@ def round_up(num_tokens: int) -> int:
 
 
 def filler_mask(lengths: Sequence[int], num_tokens: int) -> Tensor:
-    """Return where the tokens after `lengths` are, shape (B, `num_tokens`), on the host."""
+    """Return a mask that is true after the first `lengths` tokens, shape (B, `num_tokens`), on the host."""
     return torch.arange(num_tokens)[None] >= torch.tensor(lengths)[:, None]
 
 
 def fill(x_BTM: Tensor, token_1M: Tensor, is_filler_BT: Tensor) -> Tensor:
-    """Lengthen `x_BTM` to the mask and put a token where that is true."""
+    """Pad `x_BTM` to the length of the mask, and put the token where the mask is true."""
     x_BTM = pad(x_BTM, (0, 0, 0, is_filler_BT.shape[1] - x_BTM.shape[1]))
     return torch.where(is_filler_BT[..., None], token_1M.to(x_BTM.dtype), x_BTM)
 
 
 def positions(num_text: int, L: int, h: int, w: int, num_image: int) -> Tensor:
-    """Return positions of the tokens of one sample, shape (T, 3), on the host: text token i, fillers included, at
-    (i + 1, 0, 0), row y and column x of the image at (`num_text` + 1, y, x), fillers of the image at 0. Positions of
-    text after `num_text` tokens are arbitrary."""
+    """Return positions of the tokens of one sample, shape (T, 3), on the host.
+
+    Text token i, fillers included, is at (i + 1, 0, 0), row y and column x of the image at (`num_text` + 1, y, x), the
+    image's fillers at 0. Positions of text after `num_text` tokens are arbitrary.
+    """
     text_L3 = torch.zeros(L, 3, dtype=torch.long)
     text_L3[:, 0] = torch.arange(1, L + 1)
     image_I3 = torch.zeros(num_image, 3, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""The options of Z-Image only, and musubi-tuner's names for them."""
+"""The options specific to Z-Image, and musubi-tuner's names for them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ INSTEAD: Mapping[str, str] = {
     "fp8_vl": "use --fp8_llm",
     "fp8_text_encoder": "use --fp8_llm",
 }
-"""Alternatives to options of other scripts and programs; they end the error for such an option."""
+"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

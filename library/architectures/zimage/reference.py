@@ -1,4 +1,4 @@
-"""Compares Z-Image's denoiser with diffusers' class on the same weights."""
+"""Comparison of Z-Image's denoiser with diffusers' class on the same weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +13,10 @@ from library.models.reference import LENGTHS, diffusers_class, random_inputs, sh
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
-    block of each kind."""
+    """Return the velocities of our class and of diffusers' for the same random inputs, float32.
+
+    Only the first and the last block of each kind are kept.
+    """
     assert isinstance(denoiser, ZImage)
     ours = shorten_model(denoiser, COUNT_FIELDS)
     inputs = random_inputs(generator, ours.config.in_features // PATCH**2, ours.config.text_width)
@@ -25,7 +27,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def diffusers_model(denoiser: ZImage) -> Any:
-    """Build diffusers' class with the weights of ours."""
+    """Build diffusers' model with the weights of `denoiser`."""
     model = diffusers_class("ZImageTransformer2DModel")
     c = denoiser.config
     assert isinstance(c, ZImageConfig)
@@ -47,5 +49,5 @@ def diffusers_config(config: ZImageConfig) -> dict[str, Any]:
 
 
 def diffusers_state(state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
-    """Return the weights under diffusers' names, stacked ones split."""
+    """Return the weights under diffusers' names, with stacked ones split."""
     return split_weights(state, KEYS.source_keys, [model_width] * 2)

@@ -1,4 +1,4 @@
-"""The public facts of Z-Image."""
+"""The `BaseModelSpec` of Z-Image."""
 
 from library.architectures.zimage.adapter_names import NAMES, denoiser_module
 from library.architectures.zimage.assembly import RECIPE, build
@@ -22,7 +22,9 @@ ORIGINAL_NAMES = Gap(
     r"diffusion_model_(.*_attention_(qkv|out)|x_embedder|final_layer_.*)",
     "of the generic names it finds those that its own layers have too, not qkv, out, x_embedder and final_layer",
 )
-OUTER_NAMES = Gap(KOHYA, r"lora_unet_(x_embedder|final_layer_.*)", "it finds no x_embedder and final_layer there")
+OUTER_NAMES = Gap(
+    KOHYA, r"lora_unet_(x_embedder|final_layer_.*)", "it finds no x_embedder and final_layer under kohya's names"
+)
 
 FILE = TransformerFile(
     base="zimage",

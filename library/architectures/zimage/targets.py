@@ -1,10 +1,10 @@
-"""The layers of Z-Image that adapters target, and the models as network modules see them."""
+"""The layers of Z-Image that adapters target."""
 
 from library.architectures.specs import list_network_arguments
 from library.architectures.zimage.adapter_names import NAMES
 from networks.core.targets.targets import AdapterTargets, Embedders, Part, thirds
 
-LEFT_OUT = (r".*(_modulation|_refiner).*",)  # unless include_patterns includes it again, as in musubi-tuner
+LEFT_OUT = (r".*(_modulation|_refiner).*",)  # unless include_patterns includes them again, as in musubi-tuner
 
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("JointTransformerBlock",), exclude=LEFT_OUT),

@@ -1,4 +1,4 @@
-"""Encoding of captions for Z-Image: Qwen3's states of a caption as the message of a user.
+"""Encoding of captions for Z-Image: Qwen3's states of a caption in its chat template.
 
 Letters: B captions, S tokens of the longest.
 """
@@ -22,5 +22,5 @@ def encode(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Conditioning:
 
 
 def build_chat_text(tokenizer: Any) -> ChatText:
-    """Return the text pipeline with transformers' Qwen2Tokenizer, which pads on the right."""
+    """Build the text pipeline; `tokenizer` is transformers' Qwen2Tokenizer, padding on the right."""
     return ChatText(tokenizer, TEMPLATE, NUM_TOKENS, "longest", encode)

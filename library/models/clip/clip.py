@@ -1,9 +1,9 @@
-"""CLIP text encoders of OpenAI and OpenCLIP: transformers' models, from files in either layout.
+"""CLIP text encoders of OpenAI and OpenCLIP as transformers' models, from files in either layout.
 
-A `Component` of such an encoder has the module paths of transformers 5 below the text model ("encoder.layers.0...",
-"final_layer_norm.weight") and, if it projects, "text_projection.weight".
+A `Component` of such an encoder uses the module paths of transformers 5 below the text model ("encoder.layers.0...",
+"final_layer_norm.weight") and, with a projection, "text_projection.weight".
 
-Letters: N sequences, T the 77 positions, W the width, P the width of the projection.
+Letters: N sequences, T the 77 positions, W width, P width of the projection.
 """
 
 import re
@@ -41,11 +41,11 @@ OPEN_CLIP_LEFT_OUT = ("logit_scale", "attn_mask")  # not used by the text encode
 def clip_component(
     weights: Weights, activation: str, *, projects: bool = False, num_layers: int | None = None
 ) -> Component:
-    """Build a text encoder from the weights of a file without prefix, in transformers' layout or OpenCLIP's.
+    """Build a text encoder's component from a file's weights without prefix, in transformers' or OpenCLIP's layout.
 
-    `activation` cannot be inferred from shapes: "quick_gelu" for OpenAI's weights, "gelu" for OpenCLIP's. `projects`
-    keeps the text projection, which the file must then have. `num_layers` drops later layers. Raises UserError naming
-    the file.
+    `activation` cannot be inferred from shapes: "quick_gelu" for OpenAI's weights, "gelu" for OpenCLIP's. With
+    `projects` the text projection is kept, and the file must have it. `num_layers` drops all later layers. Raises
+    UserError naming the file if a weight is missing.
     """
     if any(key.startswith("transformer.resblocks.") for key in weights.shapes):
         weights = from_open_clip(weights)
@@ -62,7 +62,7 @@ def clip_component(
 
 
 def clip_of_folder(config: Mapping[str, Any], weights: Weights, *, projects: bool = False) -> Component:
-    """Build a text encoder from a diffusers folder; `projects` keeps the text projection."""
+    """Build a text encoder's component from a diffusers folder; `projects` keeps the text projection."""
     weights = rename_weights(weights, clip_from_any)
     if not projects:
         weights = select_weights(weights, {key: key for key in weights.shapes if not key.startswith("text_projection")})
@@ -75,10 +75,10 @@ def clip_from_any(key: str) -> str:
 
 
 def from_open_clip(weights: Weights) -> Weights:
-    """Rename OpenCLIP's text encoder to transformers' names: in_proj split into q, k and v, the projection transposed.
+    """Rename OpenCLIP's text encoder to transformers' names, splitting in_proj into q, k and v.
 
-    OpenCLIP multiplies by `text_projection` from the right, torch's Linear by the transposed weight. A key
-    "text_projection.weight" is already a Linear's.
+    The projection is transposed: OpenCLIP multiplies by `text_projection` from the right, torch's Linear by the
+    transposed weight. A key "text_projection.weight" already has Linear's layout.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[str, tuple[str, str | int | None]] = {}  # new name -> (old name, third of the rows or "transposed")
@@ -105,7 +105,7 @@ def from_open_clip(weights: Weights) -> Weights:
 
 
 def open_clip_name(key: str) -> str:
-    """Return transformers' name of a weight that has the same shape in both; unknown names are kept."""
+    """Return transformers' name of a weight that has the same shape in both layouts; unknown names are kept."""
     if key == "positional_embedding":
         return "embeddings.position_embedding.weight"
     layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", key)
@@ -115,7 +115,7 @@ def open_clip_name(key: str) -> str:
 
 
 def to_open_clip(weights: Weights) -> Weights:
-    """Rename transformers' text encoder to OpenCLIP's names, q, k and v in one tensor: the inverse of
+    """Rename transformers' text encoder to OpenCLIP's names, with q, k and v in one tensor: the inverse of
     `from_open_clip`."""
     sources: dict[str, tuple[str, ...]] = {}  # new name -> the old ones, stacked along the rows
     for key in weights.shapes:
@@ -139,7 +139,7 @@ def to_open_clip(weights: Weights) -> Weights:
 
 
 def open_clip_key(name: str) -> str:
-    """Return OpenCLIP's name of a weight that has the same shape in both."""
+    """Return OpenCLIP's name of a weight that has the same shape in both layouts."""
     if name == "embeddings.position_embedding.weight":
         return "positional_embedding"
     if name == PROJECTION:
@@ -178,9 +178,9 @@ def clip_config(shapes: Shapes, activation: str = "quick_gelu") -> dict[str, Any
 
 
 def empty_clip(config: Mapping[str, Any], projects: bool = False) -> Any:
-    """Build transformers' CLIPTextModel or, with `projects`, CLIPTextModelWithProjection, on the meta device.
+    """Build transformers' CLIPTextModel, or CLIPTextModelWithProjection with `projects`, on the meta device.
 
-    Only its position IDs, which are in no file, are real.
+    Only the position IDs, which no file contains, are real tensors.
     """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -198,7 +198,7 @@ def clip_body(encoder: nn.Module) -> Any:
 
 
 class ClipView(nn.Module):
-    """The layers of a CLIP text encoder below "text_model.", which adapter names have and transformers 5 dropped."""
+    """A CLIP text encoder's layers below "text_model.", a level that adapter names have and transformers 5 dropped."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -218,7 +218,8 @@ def load_clip(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
 
 
 def hidden_states(encoder: nn.Module, ids_NT: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return (the states before the first layer and after each, NTW; the last one after the final norm, NTW)."""
+    """Return the states before the first layer and after each one, and the last states after the final norm; each
+    NTW."""
     body = clip_body(encoder)
     states = body(send(ids_NT, body.final_layer_norm.weight.device), output_hidden_states=True)
     return states.hidden_states, states.last_hidden_state

@@ -7,9 +7,9 @@ PIECE = re.compile(r"\\[()\[\]\\]|[(\[)\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[
 
 
 def parse_emphasis(caption: str) -> list[tuple[str, float]]:
-    """Split a caption into (text, weight) pieces without brackets; neighbours of equal weight are joined.
+    """Split a caption into (text, weight) pieces without brackets, joining neighbours of equal weight.
 
-    Nested weights multiply; an unclosed bracket extends to the end, an unopened one is text.
+    Nested weights multiply. An unclosed bracket extends to the end of the caption; an unopened one is plain text.
     """
     pieces: list[tuple[str, float]] = []
     opened: list[tuple[str, int]] = []  # open brackets with the index of their first piece

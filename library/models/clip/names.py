@@ -16,8 +16,8 @@ def clip_paths(num_layers: int) -> Iterator[str]:
 
 
 def clip_module(path: str, prefix: str, generic: str, diffusers: str) -> ModuleNames:
-    """Name one module of an encoder called `prefix` ("lora_te1"), `generic` ("clip_l") and `diffusers` in the three
-    namings.
+    """Name a text encoder's module in the three namings, with the prefixes `prefix` ("lora_te1"), `generic` ("clip_l")
+    and `diffusers`.
 
     diffusers reads and writes "text_model." in files, whether or not the loaded model has that level.
     """

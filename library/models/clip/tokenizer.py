@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, loaded from beside the model, its own folder, or the hub."""
+"""CLIP's tokenizer, loaded from next to the model, from --tokenizer_cache_dir or from the hub."""
 
 import logging
 from pathlib import Path
@@ -17,8 +17,8 @@ def load_tokenizer(model: Path, cache_dir: str | None, num_words: int | None) ->
     """Load CLIP's tokenizer for the checkpoint at `model`, a file or folder whose text encoder has `num_words`
     embeddings.
 
-    It is searched in tokenizer/ of the folder or beside the file, then in --tokenizer_cache_dir, then on the hub, from
-    where it is saved into --tokenizer_cache_dir. Raises UserError saying which files to put where.
+    Searches tokenizer/ in the folder or next to the file, then --tokenizer_cache_dir, then the hub; a download is saved
+    into --tokenizer_cache_dir. Raises UserError naming the files to provide, or for the tokenizer of another model.
     """
     folder = find_tokenizer(model, cache_dir)
     logger.info("tokenizer: %s", folder)

@@ -45,8 +45,10 @@ class ClipTokens:
         return ids, weights
 
     def tokenize(self, captions: Sequence[str], pad_id: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return (IDs, emphasis) of shape (B, L, 77): begin, up to 75 tokens, end, padding; pad_id None repeats the end
-        token."""
+        """Return (token IDs, emphasis), both (B, L, 77): begin, up to 75 tokens, end, padding.
+
+        `pad_id` None pads with the end token.
+        """
         shape = (len(captions), self.num_chunks, CHUNK_TOKENS + 2)
         ids_BLT = torch.full(shape, self.end_id if pad_id is None else pad_id, dtype=torch.int64)
         ids_BLT[:, :, 0] = self.tokenizer.bos_token_id
@@ -64,17 +66,18 @@ class ClipTokens:
 
 @dataclass(frozen=True)
 class ChunkedText:
-    """The token limit of the text pipelines of the U-Net models, whose captions are encoded in chunks and joined."""
+    """The common part of the U-Net models' text pipelines, which encode captions in chunks of 75 tokens and join
+    them."""
 
     tokens: ClipTokens
 
     @property
     def tokenizer(self) -> Any:
-        """The transformers CLIPTokenizer."""
+        """transformers' CLIPTokenizer."""
         return self.tokens.tokenizer
 
-    def reading_emphasis(self: TextT) -> TextT:
-        """Return this text pipeline for prompts, which always have emphasis."""
+    def with_emphasis(self: TextT) -> TextT:
+        """Return a copy of this text pipeline that reads emphasis, as prompts always do."""
         return replace(self, tokens=replace(self.tokens, reads_emphasis=True))
 
     @property
@@ -86,11 +89,12 @@ class ChunkedText:
 
 
 def join_chunks(hidden_BLTW: Tensor) -> Tensor:
-    """Join chunks (B, L, 77, W) to (B, 75 L + 2, W): the first begin, every chunk's tokens, the last end."""
+    """Join chunks (B, L, 77, W) into (B, 75 L + 2, W): the first begin token, the tokens of each chunk, the last end
+    token."""
     first_B1W, last_B1W = hidden_BLTW[:, 0, :1], hidden_BLTW[:, -1, -1:]
     return torch.cat([first_B1W, hidden_BLTW[:, :, 1:-1].flatten(1, 2), last_B1W], dim=1)
 
 
 def emphasize(hidden_BLTW: Tensor, weights_BLT: Tensor | None) -> Tensor:
-    """Multiply every position by its emphasis; None changes nothing."""
+    """Multiply every position by its emphasis; with `weights_BLT` None return the states unchanged."""
     return hidden_BLTW if weights_BLT is None else hidden_BLTW * weights_BLT.to(hidden_BLTW).unsqueeze(-1)

@@ -1,7 +1,7 @@
-"""The blocks of a U-Net as named by lists of block weights: BASE, IN00 to IN11, MID, OUT00 to OUT11.
+"""The blocks of a U-Net in lists of block weights: BASE, IN00 to IN11, MID, OUT00 to OUT11.
 
 BASE is the text encoders; the numbers are those of the blocks in the single-file layout. Shorter lists name only the
-blocks that have attention, or that the base model has.
+blocks with attention, or those that the base model has.
 """
 
 import re
@@ -26,8 +26,7 @@ def every_block() -> tuple[str, ...]:
 
 
 def block_of(generic: str) -> str | None:
-    """Return the block of a module by its name in the generic naming; None outside of all blocks, as for the output
-    layer."""
+    """Return the block of a module by its generic name; None outside of all blocks, such as for the output layer."""
     if is_of_text_encoder(generic):
         return BASE
     if found := NUMBERED.match(generic):

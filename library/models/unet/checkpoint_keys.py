@@ -94,6 +94,6 @@ def unet_to_ldm(key: str, layout: UnetLayout) -> str:
 
 
 def rename_mid(key: str, names: Mapping[str, str]) -> str:
-    """Rename inside the residual blocks of the U-Net's middle, whose path has diffusers' form."""
+    """Rename a key inside a residual block of the U-Net's middle; the block's path is diffusers'."""
     match = re.fullmatch(r"(mid_block\.resnets\.\d+)\.(.+)", key)
     return f"{match[1]}.{swap_resnet(match[2], names)}" if match else key

@@ -36,7 +36,7 @@ def unet_paths(layout: UnetLayout, depths: tuple[int, ...]) -> Iterator[str]:
 
 
 def block_paths(stem: str, layer: int, depth: int, has_shortcut: bool) -> Iterator[str]:
-    """Yield a residual block and, with a depth, the attention after it."""
+    """Yield the paths of a residual block and, if `depth` is not 0, of the attention after it."""
     yield from (f"{stem}.resnets.{layer}.{name}" for name in RESNET)
     if has_shortcut:
         yield f"{stem}.resnets.{layer}.conv_shortcut"
@@ -47,8 +47,8 @@ def block_paths(stem: str, layer: int, depth: int, has_shortcut: bool) -> Iterat
 
 
 def unet_module(path: str, layout: UnetLayout, named_after_file: bool) -> ModuleNames:
-    """Name one module; kohya's name follows the single-file layout's path or diffusers', depending on the base
-    model."""
+    """Name one module; kohya's name follows its path in the single file with `named_after_file`, else diffusers'
+    path."""
     original = unet_to_ldm(f"{path}.weight", layout).removesuffix(".weight")
     names = f"lora_unet_{original.replace('.', '_')}", f"lora_unet_{path.replace('.', '_')}"
     kohya, alias = names if named_after_file else names[::-1]

@@ -1,4 +1,4 @@
-"""Alternatives to options of other models' scripts for a U-Net model; they end the error for such an option."""
+"""Hints for options of other models' scripts that a U-Net model lacks, appended to the error for such an option."""
 
 from collections.abc import Mapping
 

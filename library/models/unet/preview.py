@@ -8,7 +8,7 @@ from library.types import Prompt
 def build_unet_preview(
     default_sampler: str, predicts_velocity: bool, zero_terminal_snr: bool, text: TextPipeline, predict: Predict
 ) -> Preview:
-    """Draw previews as diffusers' pipelines do. `text` reads prompts with emphasis."""
+    """Build the preview settings that diffusers' pipelines use. `text` must read prompts with emphasis."""
 
     def sampler(prompt: Prompt) -> Sampler:
         assert prompt.sampler is not None

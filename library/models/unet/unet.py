@@ -1,4 +1,4 @@
-"""The U-Net of Stable Diffusion 1, 2 and XL: diffusers' UNet2DConditionModel, its configuration inferred from
+"""The U-Net of Stable Diffusion 1, 2 and XL (diffusers' UNet2DConditionModel), its configuration inferred from
 shapes."""
 
 import logging
@@ -23,12 +23,13 @@ logger = logging.getLogger(__name__)
 
 NUM_HEADS = 8  # in every level of SD 1.x
 HEAD_WIDTH = 64  # in every level of SD 2.x and SDXL, whose number of heads grows with the channels
-MASK_CHANNELS = 5  # extra input channels of an inpainting U-Net: the mask, latents of the kept area
+MASK_CHANNELS = 5  # extra input channels of an inpainting U-Net: the mask, and latents of the kept area
 NUM_SIZES = 6  # numbers that SDXL is conditioned on besides the text
 
 
 def unet_component(ldm: Weights, head_width: int | None = None) -> Component:
-    """Build the U-Net of a single file, names without prefix. `head_width` None means 8 heads in every level."""
+    """Build the component of a single file's U-Net, names without prefix. `head_width` None means 8 heads in every
+    level."""
     layout = configure(ldm, unet_layout)
     weights = rename_weights(ldm, lambda key: unet_from_ldm(key, layout))
     return Component(configure(weights, lambda shapes: unet_config(shapes, head_width)), weights)
@@ -46,7 +47,7 @@ def unet_layout(ldm_shapes: Shapes) -> UnetLayout:
 
 
 def layout_of_config(config: Mapping[str, Any]) -> UnetLayout:
-    """Return the layout for the configuration in a diffusers folder."""
+    """Return the layout that the configuration in a diffusers folder describes."""
     attends = tuple(kind.startswith("CrossAttn") for kind in config.get("down_block_types", ()))
     return UnetLayout(int(config.get("layers_per_block", 2)), attends)
 
@@ -58,7 +59,7 @@ def unet_config(shapes: Shapes, head_width: int | None = None) -> dict[str, Any]
     stems = [f"down_blocks.{i}.attentions.0" for i in levels]
     has_attention = [f"{stem}.proj_in.weight" in shapes for stem in stems]
     sample = next((stem for stem, has in zip(stems, has_attention, strict=True) if has), "mid_block.attentions.0")
-    # A level without attention gets the middle's depth: diffusers builds the middle like the coarsest level.
+    # Levels without attention get the middle's depth: diffusers builds the middle like the coarsest level.
     depths = tuple(
         num_transformers(shapes, stem if has else "mid_block.attentions.0")
         for stem, has in zip(stems, has_attention, strict=True)
@@ -81,7 +82,7 @@ def unet_config(shapes: Shapes, head_width: int | None = None) -> dict[str, Any]
 
 
 def size_embedding_config(shapes: Shapes, pooled_width: int) -> dict[str, Any]:
-    """Return further arguments for a U-Net that is conditioned on a pooled text vector and six sizes."""
+    """Return the additional arguments of a U-Net that is conditioned on a pooled text vector and six sizes."""
     width = shape_of(shapes, "add_embedding.linear_1.weight")[1]
     if width <= pooled_width or (width - pooled_width) % (2 * NUM_SIZES):
         raise UserError(
@@ -104,16 +105,16 @@ empty_unet = partial(empty_diffusers_model, "UNet2DConditionModel")
 
 
 def unet_input(noised: Noised, conditioning: Conditioning) -> Tensor:
-    """Return the noisy latents, followed for an inpainting model by its mask channels."""
+    """Return the noisy latents, with the mask channels appended for an inpainting model."""
     if FEATURE not in conditioning:
         return noised.latents_BCHW
     return torch.cat([noised.latents_BCHW, conditioning[FEATURE].to(noised.latents_BCHW)], 1)
 
 
 def check_unet_input(what: str, unet: Component, num_latent_channels: int, inpaints: bool) -> None:
-    """Raise UserError if the U-Net of the checkpoint `what` does not match the inputs of training.
+    """Raise UserError if the U-Net of the checkpoint `what` does not fit the inputs of training.
 
-    A plain U-Net trained to inpaint is widened by `widen_for_inpainting`, with a warning.
+    With `inpaints` a plain U-Net gets only a warning, and `widen_for_inpainting` widens it.
     """
     channels = unet.config.get("in_channels", num_latent_channels)
     if channels == num_latent_channels:
@@ -137,7 +138,7 @@ def check_unet_input(what: str, unet: Component, num_latent_channels: int, inpai
 
 
 def widen_for_inpainting(unet: Any, num_latent_channels: int) -> Any:
-    """Add zero weights for mask channels to the first layer if it has none; they do not change its output."""
+    """Add zero weights for the mask channels to the first layer if it lacks them; its output does not change."""
     if unet.config.in_channels == num_latent_channels:
         conv = unet.conv_in
         weight = torch.cat([conv.weight, conv.weight.new_zeros(len(conv.weight), MASK_CHANNELS, 3, 3)], 1)
@@ -154,7 +155,7 @@ def run_unet_blocks_with(unet: nn.Module, runner: BlockRunner) -> None:
 
 
 def unet_stacks(unet: nn.Module) -> Stacks:
-    """Return the residual and transformer blocks of diffusers' U-Net, which do nearly all of its work."""
+    """Return the residual and transformer blocks of diffusers' U-Net, which take nearly all of its time."""
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
 
@@ -162,7 +163,7 @@ def unet_stacks(unet: nn.Module) -> Stacks:
 
 
 def unet_chains(unet: nn.Module) -> list[nn.ModuleList]:
-    """Return the transformer blocks of each attention; residual blocks also feed the up path, so none can be left
+    """Return the transformer blocks of each attention. Residual blocks also feed the up path, so none can be left
     out."""
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 

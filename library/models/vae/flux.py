@@ -1,4 +1,4 @@
-"""The VAE with 16 channels of FLUX.1 ("ae.safetensors") and later models: its files and its latents."""
+"""The 16-channel VAE of FLUX.1 ("ae.safetensors") and later models: its files and its latents."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ MARK = "decoder.conv_in.weight"
 
 
 def map_latents(cache_suffix: str, max_references: int = 0) -> KlLatents:
-    """Return the latents of a base model whose tokens are 2 x 2 latents, of 16 channels, 8 pixels a side."""
+    """Return the latents of a base model whose tokens are 2 x 2 latents, with 16 channels and 8 pixels a side."""
     spec = LatentSpec(CHANNELS, 8, 16, cache_suffix, False, max_references)
     return KlLatents(spec, SCALE, SHIFT, caches_normalized=True)
 
@@ -49,8 +49,11 @@ def open_ae(model: str, name: str | None, base: BaseFiles, flag: str = "--ae") -
 def find_vae(
     name: str | None, base: BaseFiles, flag: str, marks: Sequence[str] = (MARK,)
 ) -> tuple[str, Mapping[str, Any] | None, Weights]:
-    """Open what `flag` names, or the base model; return the flag that named it, the configuration of a folder, and the
-    VAE's weights without prefix. Raises UserError for a file without any of the weights `marks`."""
+    """Open the VAE that `name` names, or without a name the base model's.
+
+    Return the flag that named it, the configuration of a folder (None for a file), and the VAE's weights without
+    prefix. Raises UserError for a file without any of the weights `marks`, NotThere if the base model has no VAE.
+    """
     if name is not None:
         config, weights = model_lookup.open_model(flag, name, FOLDER)
         if config is not None:
@@ -70,7 +73,7 @@ def find_vae(
 
 
 def check_channels(model: str, flag: str, component: Component, num_channels: int) -> None:
-    """Raise UserError if a VAE has another number of latent channels than the base model's."""
+    """Raise UserError if a VAE's number of latent channels differs from the base model's."""
     found = shape_of(component.weights.shapes, "decoder.conv_in.weight")[1]
     if found != num_channels:
         raise UserError(

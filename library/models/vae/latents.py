@@ -13,16 +13,19 @@ from library.protocols import LatentSpec
 
 @dataclass(frozen=True)
 class KlLatents:
-    """Latents of diffusers' AutoencoderKL; samples of the posterior are cached before shift and scale, or after."""
+    """Latents of diffusers' AutoencoderKL; the cache holds samples of the posterior, before or after shift and
+    scale."""
 
     spec: LatentSpec
     scale: float  # scales latents to about unit variance
     shift: float = 0.0  # subtracted before scaling
-    caches_normalized: bool = False  # cached as the denoiser gets them
+    caches_normalized: bool = False  # cached after shift and scale
 
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        """Sample the posterior, float32: mean + std * noise, with each sample's own generator; without generators take
-        the mean."""
+        """Return samples of the posterior, float32: mean + std * noise, with each image's own generator.
+
+        Without generators return the mean. With `caches_normalized` the result is shifted and scaled.
+        """
         model: Any = vae
         posterior = model.encode(pixels_BCHW.to(model.device, model.dtype)).latent_dist
         latents_BCHW: Tensor = posterior.mean.float()
@@ -36,7 +39,7 @@ class KlLatents:
         return latents_BCHW if self.caches_normalized else (latents_BCHW - self.shift) * self.scale
 
     def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
-        """Decode latents as the denoiser sees them to images, float32, about -1..1."""
+        """Decode latents after shift and scale to images, float32, about -1..1."""
         model: Any = vae
         latents_BCHW = latents_BCHW / self.scale + self.shift
         pixels_BCHW: Tensor = model.decode(latents_BCHW.to(model.device, model.dtype)).sample

@@ -1,5 +1,8 @@
-"""The VAE of Qwen-Image: diffusers' AutoencoderKLQwenImage, from its original single file (in the layout of Wan, from
-which it derives) or one in diffusers' layout. It is a video VAE; images are its first frame."""
+"""The VAE of Qwen-Image (diffusers' AutoencoderKLQwenImage), from its original single file, in Wan's layout, or from
+one in diffusers' layout.
+
+It is a video VAE derived from Wan's; an image is a video's first frame.
+"""
 
 import re
 from collections.abc import Sequence
@@ -23,7 +26,7 @@ FLAG = "--vae"
 FOLDER = "vae"
 FILE = "qwen_image_vae.safetensors"
 CHANNELS, DOWNSCALE = 16, 8
-WHOLE = "vae."  # begins its names in a file with several models
+WHOLE = "vae."  # prefix of its names in a file with several models
 MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -45,14 +48,16 @@ ORIGINAL_MARK, DIFFUSERS_MARK = "decoder.middle.0.residual.0.gamma", "decoder.mi
 
 @dataclass(frozen=True)
 class QwenImageLatents:
-    """Latents of 16 channels, 8 pixels a side, cached as the denoiser sees them."""
+    """Latents of 16 channels, 8 pixels a side, cached in the normalized form that the denoiser gets."""
 
     spec: LatentSpec
 
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         """Return the posterior's mean, normalized by each channel's mean and deviation, float32; nothing is sampled.
-        The VAE's parts are called one by one: called as a whole it caches every layer's input for a next frame, which
-        an image does not have."""
+
+        The VAE's parts are called one by one: a call of the whole VAE caches every layer's input for a next frame,
+        which an image does not have.
+        """
         model: Any = vae
         frames = pixels_BCHW[:, :, None].to(model.device, model.dtype)
         middle, _ = model.quant_conv(model.encoder(frames)).chunk(2, dim=1)
@@ -64,7 +69,7 @@ class QwenImageLatents:
         return latents_BCHW
 
     def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
-        """Decode latents as the denoiser sees them to images, float32, -1..1."""
+        """Decode normalized latents to images, float32, -1..1."""
         model: Any = vae
         mean, std = statistics(latents_BCHW.device)
         frames = (latents_BCHW.float() * std + mean)[:, :, None]
@@ -73,7 +78,7 @@ class QwenImageLatents:
 
 
 def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation of each channel, shape (1, C, 1, 1)."""
+    """Return mean and standard deviation of each channel, each (1, C, 1, 1)."""
     mean, std = (send(torch.tensor(values), device).view(1, -1, 1, 1) for values in (MEAN, STD))
     return mean, std
 
@@ -84,7 +89,7 @@ def qwen_image_latents(cache_suffix: str) -> QwenImageLatents:
 
 
 def open_vae(model: str, name: str | None, base: BaseFiles | None = None) -> Component:
-    """Open the VAE of --vae, or without a name that of the folder or file of the base model.
+    """Open the VAE of --vae, or without a name that of the base model's folder or file.
 
     `model` is the base model's name in messages. Raises UserError naming the flag if the VAE is missing or something
     else.
@@ -100,7 +105,7 @@ def open_vae(model: str, name: str | None, base: BaseFiles | None = None) -> Com
 
 
 def vae_component(model: str, weights: Weights) -> Component:
-    """Build the VAE from shapes. Raises UserError if the weights are of something else."""
+    """Build the VAE's component from shapes. Raises UserError if the weights are something else."""
     if ORIGINAL_MARK in weights.shapes:
         num_blocks = first_resample(weights.shapes)
         weights = rename_weights(weights, lambda key: from_original(key, num_blocks))
@@ -118,7 +123,7 @@ def vae_component(model: str, weights: Weights) -> Component:
 
 
 def first_resample(shapes: Shapes) -> int:
-    """Return the number of residual blocks per level of the decoder."""
+    """Return the number of residual blocks in each level of the decoder."""
     numbers = [int(m[1]) for key in shapes if (m := re.match(r"decoder\.upsamples\.(\d+)\.resample\.", key))]
     return min(numbers, default=len(shapes))
 
@@ -127,7 +132,7 @@ def from_original(key: str, num_blocks: int) -> str:
     """Return diffusers' name of a weight of the original layout, whose decoder has `num_blocks` residual blocks per
     level.
 
-    There the layers of all levels are numbered consecutively: blocks, then the resampling layer, then the next level.
+    The original layout numbers the layers of all levels consecutively: a level's blocks, then its resampling layer.
     """
     if match := re.fullmatch(r"encoder\.downsamples\.(\d+)\.(.+)", key):
         return f"encoder.down_blocks.{match[1]}.{rename_in_block(match[2])}"
@@ -139,7 +144,7 @@ def from_original(key: str, num_blocks: int) -> str:
 
 
 def outside_levels(key: str) -> str:
-    """Return diffusers' name of a weight of Wan's layout that is in no level; others are unchanged."""
+    """Return diffusers' name of a weight of Wan's layout outside the levels; other names are unchanged."""
     if match := re.fullmatch(r"(conv[12])\.(\w+)", key):
         return f"{QUANT[match[1]]}.{match[2]}"
     if match := re.fullmatch(r"(encoder|decoder)\.(conv1|head\.[02])\.(\w+)", key):
@@ -150,7 +155,8 @@ def outside_levels(key: str) -> str:
 
 
 def rename_in_block(tail: str) -> str:
-    """Return diffusers' name of a weight inside a residual block; attention and resampling layers have equal names."""
+    """Return diffusers' name of a weight inside a residual block; attention and resampling layers have the same
+    names."""
     stem, _, leaf = tail.rpartition(".")
     return f"{RESIDUAL.get(stem, stem)}.{leaf}"
 

@@ -1,8 +1,8 @@
 """Two-dimensional layers of Qwen-Image's VAE for single images.
 
-Its convolutions look back in time: zeros precede the first frame, so only the last temporal slice of a kernel meets
-data, and a two-dimensional convolution with these weights computes the same. Its norms, per pixel, are computed in
-float32, which takes more memory for a whole image than the convolutions do. Letters: T frames, of which there is one.
+Its convolutions are causal in time: zeros precede the first frame, so only the last temporal slice of a kernel meets
+data, and a two-dimensional convolution with this slice computes the same. Its norms work per pixel in float32, which
+takes more memory for a whole image than the convolutions do. Letters: T frames, here one.
 """
 
 from typing import Any
@@ -14,14 +14,14 @@ from torch.nn.functional import conv2d, normalize
 from library.models.loading import MaybeComponent
 from library.models.vae.qwen_image import load_vae
 
-NORM_STRIPES = 16  # a stripe's float32 copies then take an eighth of the image's bf16
+NORM_STRIPES = 16  # a stripe's float32 copies then take an eighth of the bf16 image's memory
 
 
 class ImageConv(nn.Module):
     """A convolution of the VAE for one frame.
 
-    It keeps the whole kernel under its name, so the module has the same weights as the VAE it was made from, and
-    latents cached by either are valid for both.
+    It keeps the whole kernel under its name: the module has the weights of the VAE it was made from, and latents cached
+    by either are valid for both.
     """
 
     def __init__(self, conv: nn.Conv3d) -> None:
@@ -36,14 +36,14 @@ class ImageConv(nn.Module):
 
 
 class StripedNorm(nn.Module):
-    """A norm of the VAE computed in stripes of the image, bit-identical to the whole."""
+    """A norm of the VAE computed in stripes of the image, with a bit-identical result."""
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
         self.gamma, self.scale = norm.gamma, norm.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize `x`, whose second axis is channels and whose last two are rows and columns."""
+        """Normalize `x` over its second axis, the channels; its last two axes are rows and columns."""
         y = torch.empty_like(x)
         for part, stripe in zip(y.chunk(NORM_STRIPES, dim=-2), x.chunk(NORM_STRIPES, dim=-2), strict=True):
             wide = stripe.float() if x.dtype.itemsize < 4 else stripe
@@ -52,14 +52,17 @@ class StripedNorm(nn.Module):
 
 
 def load_vae_for_images(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-    """Load the VAE in `dtype`, frozen, on the CPU, computing in two dimensions."""
+    """Load the VAE in `dtype`, frozen, on the CPU, with two-dimensional layers."""
     vae: nn.Module = replace_layers_for_images(load_vae(component, dtype))
     return vae
 
 
 def replace_layers_for_images(vae: Any) -> Any:
     """Replace the convolutions of diffusers' AutoencoderKLQwenImage by `ImageConv` and its norms by `StripedNorm`, in
-    place; weights and their names stay. Convolutions that join frames are kept: images do not pass them."""
+    place.
+
+    Weights and their names stay. Convolutions that join frames are kept: images do not pass through them.
+    """
     from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d, QwenImageRMS_norm
 
     for module in list(vae.modules()):

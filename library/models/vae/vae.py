@@ -1,4 +1,4 @@
-"""The VAE of latent diffusion: diffusers' AutoencoderKL, from a file in either layout or from a folder."""
+"""The VAE of latent diffusion (diffusers' AutoencoderKL), from a file in either layout or from a folder."""
 
 import logging
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VaeNeeds:
-    """A base model's requirements of its VAE."""
+    """A base model's requirements for its VAE."""
 
     base: str  # its name in messages
     channels: int  # of the latents
@@ -60,7 +60,7 @@ load_vae = partial(load_component, empty_vae)
 
 
 def vae_of_checkpoint(flag: str, weights: Weights) -> Component:
-    """Return the VAE of a whole checkpoint. Raises NotThere naming `flag` if it has none."""
+    """Return the VAE in a whole checkpoint. Raises NotThere naming `flag` if it has none."""
     vae = with_prefix(weights, VAE_PREFIX)
     if not vae.shapes:
         raise NotThere(f"{flag} {weights.origin} has no VAE (nothing begins with {VAE_PREFIX!r}); use --vae")
@@ -73,20 +73,23 @@ def vae_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
 
 
 def vae_of_base(base: BaseFiles) -> Component:
-    """Return the VAE of a base model. Raises NotThere without one."""
+    """Return the VAE of a base model. Raises NotThere if it has none."""
     return vae_of_folder(*base.open_folder("vae")) if base.whole is None else vae_of_checkpoint(base.flag, base.whole)
 
 
 def resolve_vae_dtype(model: ModelOptions, mixed_precision: str) -> torch.dtype:
-    """Return the dtype that the VAE computes in."""
+    """Return the dtype that the VAE computes in: float32 with --no_half_vae, else that of --mixed_precision."""
     return torch.float32 if model.no_half_vae else DTYPES[mixed_precision]
 
 
 def open_vae(name: str, needs: VaeNeeds) -> Component:
-    """Open the VAE of --vae: a file in either layout, a diffusers folder or one with vae/, or a hub name."""
+    """Open the VAE of --vae: a file in either layout, its own folder, a diffusers folder with vae/, or a hub name.
+
+    Raises UserError if it is something else or has another number of channels; warns of another scale of latents.
+    """
     config, weights = model_lookup.open_model("--vae", name, "vae")
     if config is not None:
-        refuse_no_vae(name, weights)
+        refuse_no_vae(name, weights, needs.base)
         component = vae_of_folder(config, weights)
         scale = config.get("scaling_factor", 0.18215)
         if scale != needs.scale:
@@ -96,7 +99,7 @@ def open_vae(name: str, needs: VaeNeeds) -> Component:
     else:
         if any(key.startswith(VAE_PREFIX) for key in weights.shapes):
             weights = with_prefix(weights, VAE_PREFIX)
-        refuse_no_vae(name, weights)
+        refuse_no_vae(name, weights, needs.base)
         component = single_vae(weights)
     channels = component.weights.shapes["decoder.conv_in.weight"][1]
     if channels != needs.channels:
@@ -106,16 +109,20 @@ def open_vae(name: str, needs: VaeNeeds) -> Component:
     return component
 
 
-def refuse_no_vae(name: str, weights: Weights) -> None:
-    """Raise UserError if --vae names something else."""
+def refuse_no_vae(name: str, weights: Weights, base: str) -> None:
+    """Raise UserError if --vae names something other than a VAE for the base model called `base`."""
     if "decoder.conv_in.weight" not in weights.shapes:
         first = list_first_names(weights)
-        raise UserError(f"--vae {name} is not such a VAE: it has no decoder.conv_in.weight (first names: {first})")
+        raise UserError(
+            f"--vae {name} is not a VAE for {base}: it has no decoder.conv_in.weight (first names: {first})"
+        )
 
 
 def single_vae(weights: Weights, more: tuple[str, ...] = ()) -> Component:
-    """Build a VAE from one file without prefix, in Stability's or diffusers' layout; training leftovers are dropped,
-    but not what begins with one of `more`."""
+    """Build a VAE's component from one file's weights without prefix, in Stability's or diffusers' layout.
+
+    Keeps the VAE's weights and those that begin with one of `more`; drops the rest, such as leftovers of training.
+    """
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", *more)
     weights = select_weights(weights, {key: key for key in weights.shapes if key.startswith(parts)})
     if any(key.startswith("encoder.down_blocks.") for key in weights.shapes):

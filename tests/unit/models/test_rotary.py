@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from library.models import rotary
-from library.models.rotary import Rotary, turn
+from library.models.rotary import Rotary, apply_rope
 
 
 @pytest.mark.parametrize("is_strided", [False, True], ids=["contiguous", "strided"])
@@ -25,7 +25,7 @@ def test_both_ways_of_turning_are_rotations_by_the_angles(
     for devices in (("cpu",), ()):
         monkeypatch.setattr(rotary, "HAVE_COMPLEX", devices)
         one = x.detach().clone().requires_grad_()
-        y = turn(one, rope)
+        y = apply_rope(one, rope)
         assert y.dtype == dtype
         tolerance = 1e-6 if dtype == torch.float32 else 2**-8
         torch.testing.assert_close(y.double(), wanted, rtol=tolerance, atol=tolerance)

@@ -54,8 +54,8 @@ def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path) -> 
     ("flag", "changes", "message"),
     [
         (BASE, {"txt_in.weight": torch.ones(64, 48)}, "the transformer expects text features of width 48; use Ch"),
-        (BASE, {"txt_in.weight": None}, "not a Chroma model: txt_in.weight is missing"),
-        (BASE, {"distilled_guidance_layer.in_proj.weight": None}, "a Chroma model: distilled_guidance_layer.in_proj"),
+        (BASE, {"txt_in.weight": None}, "txt_in.weight is missing; use a complete Chroma"),
+        (BASE, {"distilled_guidance_layer.in_proj.weight": None}, "in_proj.weight is missing; use a complete Chroma"),
         (BASE, {"img_in.weight": torch.ones(64, 128)}, "the transformer takes 128 values per patch, but only 64"),
         ("--ae", {"decoder.conv_in.weight": torch.ones(16, 4, 3, 3)}, "has 4 latent channels, but Chroma needs 16"),
     ],

@@ -35,14 +35,14 @@ BASE = "--pretrained_model_name_or_path"
         (
             BASE,
             {"img_in.weight": torch.ones(64, 384)},
-            "384 values per patch, but only 64 are supported, not FLUX.1 Fill",
+            "384 values per patch, but only 64 are supported; FLUX.1 Fill",
         ),
         (
             BASE,
             {"txt_in.weight": torch.ones(64, 48)},
             "has width 32, but the transformer expects text fe",
         ),
-        (BASE, {"txt_in.weight": None}, "flux1.safetensors: not a FLUX.1 model: txt_in.weight is missing"),
+        (BASE, {"txt_in.weight": None}, "flux1.safetensors: txt_in.weight is missing; use a complete FLUX.1"),
         ("--ae", {"decoder.conv_in.weight": torch.ones(16, 4, 3, 3)}, "has 4 latent channels, but FLUX.1 needs 16"),
         ("--ae", {"decoder.conv_in.weight": None}, "is not a VAE: it has no decoder.conv_in.weight"),
         ("--t5xxl", {"shared.weight": None}, "t5xxl.safetensors is not a T5 encoder"),

@@ -114,7 +114,7 @@ def test_the_statistics_of_the_vae_stay_in_32_bits(tiny: list[str], tmp_path: Pa
             {"txt_in.weight": torch.ones(48, KLEIN_9B.text_width)},
             "has width 16, but the transformer expects 3 states of width 4096; use Qwen/Qwen3-8B",
         ),
-        (BASE, {"txt_in.weight": None}, "not a FLUX.2 model: txt_in.weight is missing"),
+        (BASE, {"txt_in.weight": None}, "txt_in.weight is missing; use a complete FLUX.2"),
         (
             BASE,
             {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(20)},

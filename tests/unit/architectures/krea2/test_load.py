@@ -68,7 +68,7 @@ def test_a_single_file_has_either_layout_and_either_prefix(
             {"txtfusion.layerwise_blocks.0.attn.wq.weight": torch.ones(32, 32)},
             "has width 16, but the transformer expects text features of width 32; use Qwen/Qwen3-VL-4B-Instruct",
         ),
-        (BASE, {"tmlp.0.weight": None}, "not a Krea 2 model: tmlp.0.weight is missing"),
+        (BASE, {"tmlp.0.weight": None}, "tmlp.0.weight is missing; use a complete Krea 2"),
         (BASE, {"blocks.0.attn.wk.weight": torch.ones(48, 64)}, "width 64, heads of 16 and 3 heads of keys"),
         (BASE, {"blocks.0.attn.qknorm.qnorm.scale": torch.ones(8)}, "heads of 8, which must be multiples of 16"),
         ("--vae", {"decoder.conv1.weight": torch.ones(16, 4, 3, 3, 3)}, "has 4 latent channels, but Krea 2 needs 16"),
@@ -149,9 +149,9 @@ def test_turbo_is_opened_for_previews(tiny: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "more", "message"),
     [
-        ({"first.weight": None}, [], "not a Krea 2 model: first.weight is missing"),
+        ({"first.weight": None}, [], "first.weight is missing; use a complete Krea 2"),
         ({"txtfusion.projector.weight": None}, [], "--turbo_dit .*turbo.safetensors: it has no txtfusion.projector"),
-        ({"blocks.0.mlp.gate.weight": torch.ones(80, 64)}, [], "has other sizes than the base"),
+        ({"blocks.0.mlp.gate.weight": torch.ones(80, 64)}, [], "and the base .* have different sizes"),
         ({"blocks.0.mlp.up.scale_weight": torch.ones(())}, [], "is stored differently from the base"),
         ({}, ["--network_args", "dora_wd=True"], "--turbo_dit does not work with dora_wd"),
     ],

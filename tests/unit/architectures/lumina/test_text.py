@@ -40,8 +40,8 @@ def test_a_caption_stands_behind_the_begin_token_and_before_padding(text: Lumina
 
 def test_the_instruction_stands_before_captions_that_say_something(text: LuminaText) -> None:
     told = replace(text, system_prompt="be good", num_tokens=64)
-    assert told.worded("a cat") == "be good <Prompt Start> a cat"
-    assert told.worded("") == ""
+    assert told.with_instruction("a cat") == "be good <Prompt Start> a cat"
+    assert told.with_instruction("") == ""
     (ids, _), (plain, _) = told.tokenize(["a cat"]).ids_BLT, replace(text, num_tokens=64).tokenize(["a cat"]).ids_BLT
     assert not torch.equal(ids, plain)
     assert told.count_tokens("a cat") == text.count_tokens("be good <Prompt Start> a cat")

@@ -93,7 +93,7 @@ def test_8_bit_files_with_fused_gates_load_with_their_scales_and_keep_their_code
             {"txt_in.in_layer.weight": torch.ones(64, 96)},
             "has width 32, but the transformer expects text features of width 96; use Qwen/Qwen3-VL-8B-Instruct",
         ),
-        (BASE, {"txt_in.in_layer.weight": None}, "not a Qwen-Image 2.1 model: txt_in.in_layer.weight is missing"),
+        (BASE, {"txt_in.in_layer.weight": None}, "txt_in.in_layer.weight is missing; use a complete Qwen-Image 2.1"),
         (BASE, {"txt_in.text_norm.weight": None}, "it has no txt_in.text_norm.weight, so it is not a Qwen-Image 2.1"),
         (
             BASE,
@@ -126,7 +126,7 @@ def test_a_text_encoder_without_its_vision_model_reads_captions_but_no_reference
     assert "has no vision model" in caplog.text and len(encoders) == 1
     arch.text.encode(encoders, arch.text.tokenize(["a cat"]))
     seen = CaptionWithImages("a cat", "digest", lambda: (torch.zeros(3, 32, 32),))
-    with pytest.raises(UserError, match="--text_encoder has no vision model, which sees reference images; use"):
+    with pytest.raises(UserError, match="--text_encoder has no vision model, which reference images require; use"):
         arch.text.encode(encoders, arch.text.tokenize([seen]))
 
 

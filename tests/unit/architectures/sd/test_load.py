@@ -251,7 +251,7 @@ def test_a_velocity_model_without_the_flag_is_pointed_out(open_sd, tiny_sd_folde
     (folder / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
     with caplog.at_level(logging.WARNING):
         open_sd(folder)
-    assert "give --v_parameterization" in caplog.text
+    assert "add --v_parameterization" in caplog.text
 
 
 def test_metadata_names_the_model(open_sd, tiny_sd_folder):

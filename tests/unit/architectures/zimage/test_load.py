@@ -61,7 +61,7 @@ def test_a_single_file_has_either_layout_and_either_prefix(
             {"cap_embedder.1.weight": torch.ones(48, 64)},
             "has width 40, but the transformer expects text features of width 64; use Qwen/Qwen3-4B",
         ),
-        (BASE, {"t_embedder.mlp.2.weight": None}, "not a Z-Image model: t_embedder.mlp.2.weight is missing"),
+        (BASE, {"t_embedder.mlp.2.weight": None}, "t_embedder.mlp.2.weight is missing; use a complete Z-Image"),
         (BASE, {"layers.0.attention.qkv.weight": torch.ones(80, 48)}, "heads of 16, 80 outputs of q, k and v"),
         (BASE, {"siglip_embedder.1.weight": torch.ones(4, 4)}, "this is Z-Image Omni, which cannot be trained"),
         ("--vae", {"decoder.conv_in.weight": torch.ones(16, 4, 3, 3)}, "has 4 latent channels, but Z-Image needs 16"),
