@@ -1,7 +1,10 @@
 """Loading of Anima checkpoints: the three files of its release (transformer with text adapter, Qwen3, VAE)."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -29,6 +32,8 @@ MARK = "blocks.0.adaln_modulation_self_attn.1.weight"
 ADAPTER_MARK = "blocks.0.norm_self_attn.weight"
 QWEN3 = Qwen3Release("--qwen3", "Qwen/Qwen3-0.6B", "text_encoders.qwen3_06b.transformer.model.")
 PREFIXES = ("net.", "model.diffusion_model.", "")
+
+ValueT = TypeVar("ValueT")
 
 
 def open_loader(options: AnimaOptions) -> tuple[DitLoader, AnimaConfig]:
@@ -92,13 +97,21 @@ def open_adapter(name: str) -> Weights:
 
 def with_adapter(base: Weights, adapter: Weights) -> Weights:
     """Return the denoiser's weights with `adapter` in place of its text adapter."""
-    own = {name: shape for name, shape in base.shapes.items() if not name.startswith(ADAPTER)}
-    given = {f"{ADAPTER}{name}": shape for name, shape in adapter.shapes.items()}
+
+    def join(of_base: Mapping[str, ValueT], of_adapter: Mapping[str, ValueT]) -> dict[str, ValueT]:
+        kept = {name: value for name, value in of_base.items() if not name.startswith(ADAPTER)}
+        return kept | {f"{ADAPTER}{name}": value for name, value in of_adapter.items()}
 
     def read(name: str) -> torch.Tensor:
-        return adapter.read(name.removeprefix(ADAPTER)) if name in given else base.read(name)
+        return adapter.read(name.removeprefix(ADAPTER)) if name.startswith(ADAPTER) else base.read(name)
 
-    return Weights(base.origin, {**own, **given}, read)
+    return replace(
+        base,
+        shapes=join(base.shapes, adapter.shapes),
+        read=read,
+        quantised=join(base.quantised, adapter.quantised),
+        padded_to=join(base.padded_to, adapter.padded_to),
+    )
 
 
 def check_fit(loader: DitLoader, config: AnimaConfig) -> None:

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anima_train_network import setup_parser
-from library.architectures.anima.load import open_loader
+from library.architectures.anima.checkpoint_keys import ADAPTER
+from library.architectures.anima.load import open_loader, with_adapter
 from library.architectures.anima.options import AnimaOptions
+from library.checkpoints.weights import Quantised, Weights
 from library.models.dit_loader import DitLoader
 from tests.tiny.anima import CONFIG, build_tiny_anima
 
@@ -114,3 +116,14 @@ def test_a_text_adapter_from_a_file_of_its_own_is_taken(arguments: list[str], tm
     own, others = (opened(words).denoiser().state_dict() for words in (arguments, other))
     for key, tensor in given.state_dict().items():
         assert torch.equal(tensor, (others if key.startswith("llm_adapter.") else own)[key])
+
+
+def test_a_text_adapter_of_another_file_keeps_how_both_files_store_their_weights() -> None:
+    def stored(names: list[str]) -> Weights:
+        quantised = {name: Quantised("int8", None, dict) for name in names}
+        shapes, padded_to = dict.fromkeys(names, (2, 2)), dict.fromkeys(names, 16)
+        return Weights("file", shapes, lambda name: torch.zeros(2, 2), quantised, padded_to=padded_to)
+
+    joined = with_adapter(stored(["a.weight", f"{ADAPTER}old.weight"]), stored(["new.weight"]))
+    for values in (joined.shapes, joined.quantised, joined.padded_to):
+        assert set(values) == {"a.weight", f"{ADAPTER}new.weight"}
