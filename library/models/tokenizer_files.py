@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.checkpoints.files import atomic_path
 from library.checkpoints.model_lookup import fetch_snapshot
 from library.errors import UserError
 
@@ -52,7 +53,8 @@ class TokenizerFiles:
             cached.mkdir(parents=True, exist_ok=True)
             for name in self.files:
                 if (downloaded / name).is_file():
-                    shutil.copyfile(downloaded / name, cached / name)
+                    with atomic_path(cached / name) as temporary:
+                        shutil.copyfile(downloaded / name, temporary)
         return downloaded
 
     def load(self, folders: Sequence[Path], cache_dir: str | None, num_words: int | None, **options: Any) -> Any:

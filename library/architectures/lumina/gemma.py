@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from library.checkpoints.files import atomic_path
 from library.checkpoints.model_lookup import fetch_snapshot
 from library.checkpoints.weights import Weights, configure, list_first_names, select_weights, with_prefix
 from library.errors import UserError
@@ -131,7 +132,8 @@ def find_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path
         ) from error
     if own is not None:
         own.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(downloaded, own / TOKENIZER_FILE)
+        with atomic_path(own / TOKENIZER_FILE) as temporary:
+            shutil.copyfile(downloaded, temporary)
     return downloaded
 
 
