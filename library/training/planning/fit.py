@@ -53,7 +53,7 @@ class Fit:
         )
         yield from format_table(self.choice, describe, self.num_passes)
         if self.options.precision.multiplies_codes:
-            yield "the times are those of 16-bit products; how much faster --base_arithmetic 8bit is has not been modelled"
+            yield "the times are those of 16-bit products: --base_arithmetic 8bit is not modelled"
         for stage in self.counted.stages:
             yield self.stage_line(stage)
         if self.counted.preview is not None:
