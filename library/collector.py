@@ -1,4 +1,4 @@
-"""Control of Python's garbage collector, whose scans of long-lived objects took a fifth of every start."""
+"""Control of Python's garbage collector. Its scans of long-lived objects took a fifth of every start."""
 
 import gc
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from functools import cache
 
 @contextmanager
 def pause_collection() -> Iterator[None]:
-    """Disable the collector while many objects are made of which none is garbage, such as images and imported
+    """Disable the collector inside the block, for code that creates many objects that stay alive: images, imported
     modules."""
     was_on = gc.isenabled()
     gc.disable()
@@ -29,6 +29,7 @@ def freeze_imports(what: str) -> Iterator[None]:
 
 @cache
 def keep_imported(what: str) -> None:
-    """Exempt all existing objects from later collections; once per process and `what`, so that nothing piles up."""
-    # Garbage of that moment, 8 MB after all imports, is kept: finding it would take a third of a second.
+    """Exempt all existing objects from later collections, at most once per process and `what`."""
+    # Skip gc.collect() before freezing: finding the 8 MB of garbage that exists after all imports takes a third of a
+    # second.
     gc.freeze()

@@ -1,4 +1,4 @@
-"""The error that is shown to users as a sentence, and lists of names in such sentences."""
+"""The exception whose message is shown to users, and the formatting of lists of names in such messages."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +13,13 @@ class UserError(ValueError):
 
 
 class NotThere(UserError):
-    """A model's files are missing; a run with all of its outputs cached does not need them."""
+    """A model's files are missing. Not fatal if all outputs of the model are cached."""
 
 
 @contextmanager
 def needing(what: str) -> Iterator[None]:
-    """Prefix a missing-files error with what needs the model."""
+    """Prefix the message of a NotThere raised in the block with `what`, which needs the model, and raise it as
+    UserError."""
     try:
         yield
     except NotThere as error:
@@ -26,7 +27,7 @@ def needing(what: str) -> Iterator[None]:
 
 
 def list_few(paths: Iterable[str], limit: int = 5, count: int | None = None) -> str:
-    """List the first few of many for a message; `count` is the total if `paths` is incomplete."""
+    """Join the first `limit` paths for a message, and count the rest; `count` is the total if `paths` is incomplete."""
     listed = paths if isinstance(paths, Sequence) else list(paths)
     count = len(listed) if count is None else count
     return ", ".join(listed[:limit]) + (f" and {count - limit} more" if count > limit else "")

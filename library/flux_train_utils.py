@@ -11,4 +11,4 @@ def add_flux_train_arguments(parser: argparse.ArgumentParser) -> None:
     add_missing(parser, FluxOptions)
 
 
-AS_IMPORTED = dict(globals())  # to notice names that a program patches in without effect
+AS_IMPORTED = dict(globals())  # detects names that a program patches, which has no effect

@@ -1,9 +1,9 @@
 """Heartbeats between the processes of a run, sent and watched by a thread of each process.
 
 Torch notices a lost process only when its connection breaks within a collective, and on GPUs only after many minutes.
-Here every process sends a beat every few seconds; the main process watches all others, and these watch the main one and
-those on their own machine. A loss is reported in one sentence; a process that does not end by itself afterwards,
-because it waits for the lost one, is ended.
+Here every process sends a beat every few seconds. The main process watches all others; each other process watches the
+main one and those on its own machine. A loss is logged in one sentence. A process that keeps waiting for the lost one
+is then terminated.
 """
 
 import logging
@@ -18,8 +18,8 @@ from typing import Protocol
 import psutil
 
 # torchrun and accelerate launch also end and restart the processes of a machine. But they cannot tell the processes
-# that save the run which process was lost, and mpirun, srun and other machines do without them: there only torch's
-# timeouts of collectives apply, which would also hit a process that waits for hours of caching.
+# that save the run which process was lost, and runs across machines or started by mpirun or srun do not have them.
+# Those have only torch's timeouts of collectives, which would also hit a process that waits for hours of caching.
 
 logger = logging.getLogger(__name__)
 
@@ -41,27 +41,27 @@ class Times:
 
     beat: float = 2.0  # between two checks
     silent: float = 60.0  # until a silent process on another machine counts as lost
-    say: float = 3.0  # until a loss is logged, unless the process noticed it by itself
-    end: float = 60.0  # until the process is ended, unless it ended by itself
+    say: float = 3.0  # until a loss is logged, unless the process has noticed it itself
+    end: float = 60.0  # until the process is terminated, unless it has ended by itself
 
 
 @dataclass
 class Heartbeat:
-    """The sender of this process's beats and the watcher of the others."""
+    """A thread that sends this process's heartbeat and watches the heartbeats of the others."""
 
-    store: Store  # with its own connection: a process that waits for a value blocks the one it uses
+    store: Store  # a separate connection: a process that waits for a value blocks the connection it uses
     rank: int
     count: int
     times: Times = field(default_factory=Times)
     lost: str | None = None  # a sentence about the first lost process
-    is_stopping: bool = False  # this process ends because of it
+    is_stopping: bool = False  # the loss has been noticed and this process is ending
     quit: Callable[[int], object] = os._exit
     _is_over: threading.Event = field(default_factory=threading.Event)
     _hosts: dict[int, str] = field(default_factory=dict)  # host and process ID by rank
     _heard: dict[int, tuple[bytes, float]] = field(default_factory=dict)  # last beat and its time by rank
 
     def start(self) -> None:
-        """Start the watching thread, once all processes have joined."""
+        """Start the watching thread. Must be called after all processes have joined."""
         threading.Thread(target=self._watch, name="heartbeat", daemon=True).start()
 
     def stop(self) -> None:
@@ -141,7 +141,7 @@ class Heartbeat:
 
 
 def has_ended(process: str) -> bool:
-    """Return True if a process, given as "host pid", is known to have ended; on another machine that is unknown."""
+    """Return True if a process, given as "host pid", is known to have ended; always False for another machine."""
     host, _, number = process.rpartition(" ")
     if host != socket.gethostname():
         return False

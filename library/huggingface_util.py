@@ -15,4 +15,4 @@ def upload(args: argparse.Namespace, src: str | Path, dest_suffix: str = "", for
     hub.upload(options, path, place or ("" if path.is_dir() else path.name))
 
 
-AS_IMPORTED = dict(globals())  # to notice names that a program patches in without effect
+AS_IMPORTED = dict(globals())  # detects names that a program patches, which has no effect

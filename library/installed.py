@@ -9,7 +9,7 @@ from typing import Any
 
 from library.errors import UserError
 
-# Older than requirements.txt asks for: front ends pin their own versions, and most base models train with these.
+# Lower than in requirements.txt, because front ends pin their own versions and most base models train with these.
 NEEDED_BY_ALL: Mapping[str, str] = {"transformers": ">=4.53", "diffusers": ">=0.32"}
 
 
@@ -34,7 +34,8 @@ def version_of(package: str) -> str | None:
 
 
 def find_lack(requirement: str) -> Lack | None:
-    """Check the package of a requirement such as "torch>=2.9"; return None if it fits or is not for this Python."""
+    """Check the package of a requirement such as "torch>=2.9". Return None if it is met or does not apply to this
+    Python."""
     from packaging.requirements import Requirement
 
     wanted = Requirement(requirement)
@@ -51,7 +52,7 @@ SECONDS = 20  # for nvidia-smi to answer
 
 
 def list_nvidia_gpus() -> list[str]:
-    """Return "name, driver version, memory" of the GPUs that NVIDIA's driver lists; none if there is no driver."""
+    """Return "name, driver version, memory" of each GPU that nvidia-smi lists; empty without a driver."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS)
@@ -61,7 +62,7 @@ def list_nvidia_gpus() -> list[str]:
 
 
 def explain_unused_gpu(torch: Any, gpus: Iterable[str]) -> str | None:
-    """Say what to do where the driver lists GPUs that torch cannot use; None if it can, or if there are none."""
+    """Explain why torch cannot use the GPUs of the driver, and the fix. Return None if it can, or if there are none."""
     if not list(gpus) or torch.cuda.is_available():
         return None
     if torch.version.cuda is None:
@@ -70,7 +71,8 @@ def explain_unused_gpu(torch: Any, gpus: Iterable[str]) -> str | None:
 
 
 def check_gpu_is_used(torch: Any) -> None:
-    """Raise UserError where training would run on the CPU beside an NVIDIA GPU, unless the CPU was asked for."""
+    """Raise UserError if training would run on the CPU although the machine has an NVIDIA GPU. An explicit choice of
+    the CPU is accepted."""
     asks_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if asks_for_cpu or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or torch.accelerator.is_available():
         return
@@ -87,9 +89,9 @@ def install_command(requirements: Iterable[str]) -> str:
 
 
 def check_installed(what: str, needed: Mapping[str, str]) -> None:
-    """Raise UserError with the fixing command if a package that training `what` needs is missing or too old.
+    """Raise UserError with a pip command if a package that training `what` needs is missing or has the wrong version.
 
-    `needed` are version specifiers by package.
+    `needed` maps packages to version specifiers.
     """
     requirements = [package + specifier for package, specifier in needed.items()]
     lacks = [lack for requirement in requirements if (lack := find_lack(requirement)) is not None]

@@ -1,4 +1,4 @@
-"""JSON from files that anyone may have written."""
+"""Parsing of JSON from untrusted files."""
 
 import json
 import re
@@ -8,14 +8,15 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class InvalidJson(ValueError):
-    """Text that is not JSON, or that holds values which no text file can hold."""
+    """Text that is not JSON, or that contains values which cannot be written as UTF-8."""
 
 
 def parse_json(text: str | bytes, allow_nan: bool = True) -> Any:
-    """Return the value of a JSON text. Raises InvalidJson with the reason, never another exception.
+    r"""Parse a JSON text. Raises only InvalidJson, with the reason.
 
-    Python's parser fails with RecursionError on deep nesting, and accepts half of a surrogate pair ("\\ud800"), on
-    which the first write to a UTF-8 file or terminal then fails. `allow_nan` accepts its extension NaN and Infinity.
+    Python's parser fails with RecursionError on deep nesting. It also accepts half of a surrogate pair ("\ud800"),
+    which then fails at the first write to a UTF-8 file or terminal. `allow_nan` accepts NaN and Infinity, which are not
+    JSON.
     """
     try:
         text = text if isinstance(text, str) else text.decode(json.detect_encoding(text))

@@ -1,18 +1,19 @@
-"""The launcher's environment variables, and settings that must be made before torch is imported."""
+"""The launcher's environment variables, and variables that must be set before torch is imported."""
 
 import os
 import platform
 
 
 def launched_rank() -> int:
-    """Return the rank of this process; 0 for the main one."""
+    """Return the global rank of this process; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def launched_count() -> int:
     """Return the number of processes that were launched; 1 without a launcher.
 
-    Clusters set WORLD_SIZE for whole machines even if a script is started alone; torch's launcher also sets LOCAL_RANK.
+    WORLD_SIZE counts only if LOCAL_RANK is set, as torch's launcher does: clusters set WORLD_SIZE even for a script
+    that is started alone.
     """
     names = ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]  # set by MPI launchers
     if "LOCAL_RANK" in os.environ:
@@ -39,7 +40,7 @@ def prepare_for_torch() -> None:
 
 
 def set_cuda_allocator() -> None:
-    """Let CUDA's allocator extend its segments, so that batches of many sizes do not leave unusable gaps.
+    """Let CUDA's allocator extend its segments, which avoids fragmentation by batches of many sizes.
 
     Keeps a setting of the user. Native Linux only: Windows does not support it, and under WSL2 the first allocation
     fails (pytorch#192330).
@@ -47,7 +48,7 @@ def set_cuda_allocator() -> None:
     if platform.system() != "Linux" or "microsoft" in platform.release().lower():
         return
     if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
-        # torch 2.9 ignores the newer name for this setting (pytorch#183387), later versions read both.
+        # torch 2.9 ignores PYTORCH_ALLOC_CONF for this setting (pytorch#183387); later versions read both names.
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
@@ -56,7 +57,7 @@ def set_cuda_allocator() -> None:
 # idle core costs more than most operations of the toy model. With one core taken by another program, 10,000, 3,000 and
 # none take 0.75, 0.43 and 0.28 s: a spinning thread keeps the core from the thread that it waits for.
 IDLE_SPIN_COUNT = 10_000
-BUSY_CORES = 0.5  # from this load on another program competes for the cores
+BUSY_CORES = 0.5  # load from which the machine counts as busy with another program
 SAMPLED_S = 0.1
 
 
@@ -68,7 +69,7 @@ def set_openmp_wait_policy() -> None:
     """
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ or not os.path.exists("/proc/stat"):
         return
-    # The load average alone would count a program that has just ended, the sample alone a momentary load.
+    # The load average still counts a program that has just ended; the sample may catch a momentary load. Require both.
     if os.getloadavg()[0] >= BUSY_CORES and count_busy_cores(SAMPLED_S) >= BUSY_CORES:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     else:
@@ -76,7 +77,7 @@ def set_openmp_wait_policy() -> None:
 
 
 def count_busy_cores(seconds: float) -> float:
-    """Wait for `seconds`; return how many of this process's cores were busy meanwhile, on average."""
+    """Measure for `seconds`, and return how many of this process's cores were busy on average."""
     import psutil
 
     percents = psutil.cpu_percent(seconds, percpu=True)

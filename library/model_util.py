@@ -20,16 +20,16 @@ def load_models_from_stable_diffusion_checkpoint(
     dtype: torch.dtype | None = None,
     unet_use_linear_projection_in_v2: bool = True,
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Return (text encoder, VAE, U-Net) of an SD 1.x or 2.x checkpoint; None as `dtype` is float32.
+    """Return (text encoder, VAE, U-Net) of an SD 1.x or 2.x checkpoint, float32 if `dtype` is None.
 
-    Text encoder and U-Net list their layers under the paths of adapter files. The projections of SD 2.x are of the
-    kind that the checkpoint has, whatever `unet_use_linear_projection_in_v2`. Raises UserError for another model.
+    The layers of text encoder and U-Net are named by their paths in adapter files. SD 2.x gets the kind of projection
+    layers that the checkpoint has; `unet_use_linear_projection_in_v2` is ignored. Raises UserError for another model.
     """
     values = TrainOptions.defaults() | {"pretrained_model_name_or_path": ckpt_path, "v2": v2}
     loader = open_loader(TrainOptions.from_args(argparse.Namespace(**values)))
     text_encoder, unet = view(loader.text_encoders(), loader.denoiser())
-    assert isinstance(text_encoder, nn.Module)  # a list only without encoders
+    assert isinstance(text_encoder, nn.Module)  # would be a list only for a base model without encoders
     return text_encoder.to(device, dtype), loader.vae().to(device, dtype), unet.to(device, dtype)
 
 
-AS_IMPORTED = dict(globals())  # to notice names that a program patches in without effect
+AS_IMPORTED = dict(globals())  # detects names that a program patches, which has no effect

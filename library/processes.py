@@ -1,9 +1,9 @@
-"""The processes of a run: ranks, communication and the sum of their gradients.
+"""The processes of a run: ranks, communication, and the sum of their gradients.
 
-`accelerate launch --num_processes N` starts N of them. Every step averages an accumulation window of batches (see
-library/training/loop/accumulation.py); each process computes its share of the window, and the gradients are summed in
-one flat buffer. So N processes equal one process that accumulates N times as many batches: the same batches, noise,
-steps and learning rates.
+`accelerate launch --num_processes N` starts N processes. Every step averages an accumulation window of batches (see
+library/training/loop/accumulation.py). Each process computes its share of the window, and the gradients are summed in
+one flat buffer. N processes therefore equal one process that accumulates N times as many batches: the same batches,
+noise, steps and learning rates.
 """
 
 import json
@@ -31,14 +31,14 @@ logger = logging.getLogger(__name__)
 SHORT_SECONDS, POLL_SECONDS = 0.005, 0.1  # seconds between two checks of the store
 SAY_AFTER_SECONDS = 60.0
 LOOK_FOR_S = 5  # seconds to find out why a process ended
-HEARD_WITHIN_S = 6.0  # the heartbeats check every two seconds, waiting processes every second
+HEARD_WITHIN_S = 6.0  # heartbeats check every 2 s
 OF_CONNECTIONS = ("onnection closed", "onnection reset", "onnection refused", "roken pipe", "NCCL", "timed out")
 PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_XPU", "MULTI_HPU")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The identity of this process among those of the run."""
+    """The rank and device of this process, and its communication with the other processes of the run."""
 
     rank: int = 0
     count: int = 1
@@ -60,7 +60,7 @@ class Processes:
 
     @property
     def machine(self) -> int:
-        """The index of this machine; every machine runs equally many processes."""
+        """The index of this machine. All machines must run the same number of processes."""
         return self.rank // self.local_count
 
     @property
@@ -87,7 +87,7 @@ class Processes:
         }
 
     def require_same(self, what: str, own: str) -> None:
-        """Raise UserError if `own`, a description of this process's `what`, differs from the main process's."""
+        """Raise UserError if `own`, a description of this process's `what`, differs from that of the main process."""
         main = self.share(f"same {what}", own)
         if own != main:
             raise UserError(
@@ -106,9 +106,9 @@ class Processes:
         return self._wait_for(key)
 
     def wait_for_all(self, what: str) -> None:
-        """Return once every process has called this with the same `what`, which must be unique in the run.
+        """Block until every process has called this with the same `what`, which must be unique in the run.
 
-        No collective is used, so there is no timeout: one process may have hours more work than another. Raises
+        Uses no collective and has no timeout, because one process may have hours more work than another. Raises
         ProcessLost if one has ended.
         """
         if self.store is None:
@@ -131,11 +131,11 @@ class Processes:
         stops: bool,
         order: "Order | None" = None,
     ) -> tuple[Tensor, bool]:
-        """Sum the gradients of all processes; return the losses of all, and True if any process wants to stop.
+        """Sum the gradients of all processes. Return the losses of all, and True if any process wants to stop.
 
-        `losses` are those of this process's share of `num_losses` batches, in order; the result has all of them in
-        order. One buffer and one reduction carry everything, in float32. A gradient that no process has stays None.
-        Raises RuntimeError if processes that share an `order` did different things.
+        `losses` belong to this process's share of `num_losses` batches, in order; the result has the losses of all
+        batches, in order. Everything travels in one float32 buffer and one all-reduce. A gradient that no process has
+        stays None. Raises RuntimeError if processes that share an `order` computed different things.
         """
         if self.count == 1:
             return losses, stops
@@ -160,18 +160,18 @@ class Processes:
         return shared.clone(), is_there[-1]
 
     def _all_reduce(self, values: Tensor) -> None:
-        """Sum a tensor over all processes in place. Raises ProcessLost if one of them does not take part."""
+        """Sum a tensor over all processes in place. Raises ProcessLost if the collective fails."""
         try:
             torch.distributed.all_reduce(values)
         except RuntimeError as error:
             raise ProcessLost(f"{self.lost()} ({format_first_line(error)})") from error
 
     def lost(self) -> str:
-        """Return a sentence about the process that ended, as far as known; this one then ends because of it."""
+        """Describe the process that was lost. Marks this process as ending because of it."""
         return self._found(LOOK_FOR_S) or "the connection to another process broke; see its own log for the reason"
 
     def _found(self, num_looks: int) -> str | None:
-        """Look for a lost process once a second; return a sentence about it, or None."""
+        """Look for a lost process up to `num_looks` times, a second apart; return its description, or None."""
         if self.heartbeat is None:
             return None
         for number in range(num_looks):
@@ -184,7 +184,7 @@ class Processes:
 
     @property
     def is_lost(self) -> bool:
-        """True if another process is known to be lost: no collective will complete any more."""
+        """True if another process is known to be lost, so that no collective can complete."""
         return self.heartbeat is not None and self.heartbeat.lost is not None
 
     def require_all(self) -> None:
@@ -205,7 +205,8 @@ class Processes:
 
     @contextmanager
     def taking_part(self, *signals: type[Exception]) -> Iterator[None]:
-        """Report failures to the other processes (see `reporting_failures`), and deregister at the end."""
+        """Report failures inside the block to the other processes (see `reporting_failures`), and deregister
+        afterwards."""
         try:
             with self.reporting_failures(*signals):
                 yield
@@ -215,10 +216,10 @@ class Processes:
 
     @contextmanager
     def reporting_failures(self, *signals: type[Exception]) -> Iterator[None]:
-        """Tell the other processes why this one ends.
+        """Report an exception inside the block to the other processes.
 
-        Raises ProcessLost instead of the consequences of another one's end: a broken connection, or the `signals` by
-        which a launcher then ends all others.
+        If another process was lost, its consequences are raised as ProcessLost: a broken connection, or one of the
+        exceptions `signals`, with which a launcher then stops the remaining processes.
         """
         try:
             yield
@@ -238,7 +239,7 @@ class Processes:
             raise
 
     def _wait_for_others(self) -> None:
-        """Wait until the others have ended too, a few seconds at most: the store ends with the main process."""
+        """Let the main process wait up to HEARD_WITHIN_S for the others to end, because the store ends with it."""
         if self.rank != 0 or self.heartbeat is None or self.store is None:
             return
         end = time.monotonic() + HEARD_WITHIN_S
@@ -248,7 +249,7 @@ class Processes:
             others = [r for r in others if not (self.store.check([f"over/{r}"]) or self.store.check([f"failure/{r}"]))]
 
     def add_up(self, values: Tensor) -> Tensor:
-        """Return the sum of the tensors of all processes, on the CPU; every process must call it."""
+        """Return the sum of `values` over all processes, on the CPU. A collective: every process must call it."""
         if self.count == 1:
             return values
         total = values.to(self.device)
@@ -261,13 +262,13 @@ ALONE = Processes()
 
 @dataclass(frozen=True)
 class Order:
-    """A digest of what a process did, which must be equal within its group."""
+    """A digest of the work of a process, which must be equal within its group of processes."""
 
     digest: int  # below 2**24, so that float32 holds it exactly
     group_size: int
 
     def require_same(self, digests: Sequence[float], rank: int) -> None:
-        """Raise RuntimeError if the group of `rank` has more than one of the digests of all processes."""
+        """Raise RuntimeError if the digests within the group of `rank` differ; `digests` has one entry per process."""
         first = rank // self.group_size * self.group_size
         if len(set(digests[first : first + self.group_size])) > 1:
             raise RuntimeError(
@@ -277,7 +278,7 @@ class Order:
 
 
 class ProcessLost(UserError):
-    """Another process of the run has ended, so that this one cannot continue."""
+    """Another process of the run has ended, so this one cannot continue."""
 
 
 def format_first_line(error: Exception) -> str:
@@ -286,9 +287,9 @@ def format_first_line(error: Exception) -> str:
 
 
 def from_accelerator(accelerator: Any) -> Processes:
-    """Return the processes that accelerate set up.
+    """Return the processes that accelerate has set up.
 
-    Raises UserError for accelerate configurations that are not supported.
+    Raises UserError for unsupported accelerate configurations.
     """
     kind = accelerator.distributed_type.name
     if kind not in PLAIN and fsdp_version() != 2:
@@ -321,10 +322,10 @@ def from_accelerator(accelerator: Any) -> Processes:
 
 
 def meet() -> tuple[Any, int, int]:
-    """Return (store, rank, count) of this attempt, where all processes rendezvous.
+    """Join the rendezvous of all processes in this attempt; return (store, rank, count).
 
     A launcher that restarts processes (torchrun's `max_restarts`) may keep the store of the previous attempt with its
-    entries, so each attempt uses its own names.
+    entries. Each attempt therefore uses its own prefix.
     """
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
@@ -335,7 +336,7 @@ def meet() -> tuple[Any, int, int]:
 
 @cache
 def register_rendezvous() -> str:
-    """Register `meet` as a rendezvous of torch, and return the URL that selects it."""
+    """Register `meet` as a rendezvous handler of torch, and return the URL that selects it."""
     from torch.distributed.rendezvous import register_rendezvous_handler
 
     def found(url: str, **given: Any) -> Iterator[tuple[Any, int, int]]:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar for people, and events for a listener."""
+"""Progress of long tasks: a bar for people, and events for a listener."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 @dataclass
 class Bar:
-    """A progress bar's counter."""
+    """The counter of a progress bar."""
 
     title: str
     total: int
@@ -28,7 +28,7 @@ class Bar:
     done: int = 0
 
     def update(self, count: int) -> None:
-        """Add `count` to what is done."""
+        """Add `count` to the finished part."""
         self.done += count
         self.shown.update(count)
         self.tell("progress")
@@ -40,7 +40,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(title: str, total: int, leave: bool = True) -> Iterator[Bar]:
-    """Show a bar on standard error in the main process, and report to the listener set by `listening`."""
+    """Show a progress bar on standard error in the main process, and report to the listener set by `listening`."""
     is_main = launched_rank() == 0
     with tqdm(total=total, desc=title, disable=not is_main, leave=leave, smoothing=0, dynamic_ncols=True) as shown:
         bar = Bar(title.rstrip("…"), total, shown, LISTENER.get() if is_main and total else None)
@@ -53,7 +53,7 @@ def progress_bar(title: str, total: int, leave: bool = True) -> Iterator[Bar]:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Report the progress of this thread's work within the block to `listener`."""
+    """Report the progress of this thread's tasks to `listener` inside the block."""
     token = LISTENER.set(listener)
     try:
         yield

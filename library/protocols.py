@@ -1,4 +1,4 @@
-"""Protocols and values of a base model: the parts that the trainer calls."""
+"""Protocols and values that describe a base model: the parts that the trainer calls."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,24 +17,25 @@ from library.types import Batch, Conditioning, Noised, Prompt, Tokens
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """The latent space of one base model."""
+    """The latent space of a base model."""
 
     channels: int
-    downscale: int  # pixels per latent in each direction
+    downscale: int  # pixels per latent along each side
     bucket_step: int  # bucket sides are multiples of this many pixels
     cache_suffix: str  # "_sd.npz"
     had_keys_without_size: bool  # older cache files have keys without the image size
     max_references: int = 0  # reference images that the denoiser accepts, for edit models
-    has_alpha: bool = False  # images are encoded with their alpha channel, opaque ones included
+    has_alpha: bool = False  # images are encoded as RGBA, opaque ones included
 
 
 class Loader(Protocol):
-    """Loader of the frozen models of a base model, each only when needed, in the training dtype, on the CPU."""
+    """A loader of a base model's frozen models. Each call loads one of them in the training dtype, on the CPU."""
 
     def text_encoders(self) -> list[nn.Module]: ...
     def vae(self) -> nn.Module: ...
     def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
-        """Load the denoiser; with a `weight_format` the weights inside its blocks are stored in it as they are read."""
+        """Load the denoiser. With `weight_format`, the weights of its blocks are converted to it while they are
+        read."""
         ...
 
 
@@ -43,7 +44,7 @@ class TextPipeline(Protocol):
 
     @property
     def max_tokens(self) -> int:
-        """The number of tokens of a caption that reach the model; longer captions are cut."""
+        """The number of tokens of a caption that reach the model; longer captions are truncated."""
         ...
 
     def count_tokens(self, caption: str) -> int:
@@ -56,7 +57,7 @@ class TextPipeline(Protocol):
 
 @dataclass(frozen=True)
 class LiveText:
-    """The text encoders that stay in memory for training while the outputs of the others are cached."""
+    """The text encoders that stay loaded for training while the outputs of the others are cached."""
 
     load: Callable[[], list[nn.Module]]  # loads the first of `Loader.text_encoders`, in its order
     keys: tuple[str, ...]  # the features they compute, which replace the cached ones
@@ -67,33 +68,36 @@ class LiveText:
 
 @dataclass(frozen=True)
 class TextCacheSpec:
-    """Caching of a base model's text features; `keys` are names of its `Conditioning` and of entries in the files."""
+    """The settings for caching a base model's text features; `keys` name them in its `Conditioning` and in the
+    files."""
 
     options: TextCachingOptions
     suffix: str  # "_te_outputs.npz"
     keys: tuple[str, ...]
     encoders: Callable[[], str]
-    """Returns a digest of the encoders' weights (`weights.fingerprint`); called before any is loaded. Raises NotThere
-    if their files are missing."""
+    """Returns a digest of the encoders' weights (`weights.fingerprint`), without loading them. Raises NotThere if
+    their files are missing."""
     settings: str  # everything else that affects the values: dtype, token limits, masks
-    tokenizers: tuple[Any, ...]  # transformers tokenizers; another one gives other features for the same caption
+    tokenizers: tuple[Any, ...]  # transformers tokenizers; another one yields different features for the same caption
     constants: Mapping[str, Tensor] = field(
         default_factory=dict
     )  # entries of sd-scripts' files that are the same for all captions
     padding: Mapping[str, float] = field(default_factory=dict)
-    """Keys whose second axis (the first without B) differs between captions, with the value that pads shorter ones."""
+    """Keys whose length along the second axis (the first without B) differs between captions, with the padding
+    value."""
     # Keys whose values the denoiser reads on the host; they stay there so that it does not wait for the GPU.
     on_host: tuple[str, ...] = ()
-    live: LiveText | None = None  # None if the encoders are trained with nothing cached, or not at all
-    can_train: bool = True  # whether the encoders can have adapters
-    bytes_of: Callable[[str], int] | None = None  # the size of a caption's features, where it is worth a log line
-    keeps_bits: bool = False  # files hold bfloat16 as its bits; else the first caption as float32, as in sd-scripts
+    live: LiveText | None = None  # None if the encoders are trained only without caching, or not at all
+    can_train: bool = True  # whether the encoders support adapters
+    bytes_of: Callable[[str], int] | None = None  # the size of a caption's features, if large enough to be logged
+    keeps_bits: bool = False  # files store bfloat16 as raw bits; else the first caption is float32, as in sd-scripts
     places_key: str | None = None
-    """The key with the place of each reference image, if the encoders see these: captions are `CaptionWithImages`."""
+    """The key with the position of each reference image, if the encoders see them; captions are then
+    `CaptionWithImages`."""
 
 
 class LatentCodec(Protocol):
-    """The latent encoding of a base model: `encode` returns what is cached, `normalize` what the denoiser gets."""
+    """The latent encoding of a base model: `encode` returns the cached values, `normalize` the denoiser's input."""
 
     @property
     def spec(self) -> LatentSpec: ...
@@ -111,7 +115,7 @@ class Objective(Protocol):
 
     @property
     def takes_offset(self) -> bool:
-        """True if an offset of a sample moves the noise level drawn for it."""
+        """True if a sample's offset shifts the noise level that is drawn for it."""
         ...
 
     def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator, offsets_B: Tensor | None = None) -> Noised: ...
@@ -124,11 +128,11 @@ class Objective(Protocol):
         ...
 
     def estimate(self, output_BCHW: Tensor, noised: Noised) -> Tensor:
-        """Convert the denoiser's output to the terms of the target."""
+        """Convert the denoiser's output to the quantity that `target` returns."""
         ...
 
     def target(self, noised: Noised) -> Tensor:
-        """Return the value that `estimate` is trained to give, float32."""
+        """Return the training target of `estimate`, float32."""
         ...
 
     def loss(self, prediction_BCHW: Tensor, target_BCHW: Tensor, noised: Noised) -> Tensor:
@@ -140,7 +144,7 @@ class Objective(Protocol):
         ...
 
     def at_timestep(self, timestep: int) -> "Objective":
-        """Return this objective at one noise level (0..999, the share of noise in thousandths), for validation."""
+        """Return this objective at one fixed noise level (thousandths of noise, 0..999), for validation."""
         ...
 
 
@@ -168,42 +172,42 @@ class PromptDefaults:
 
 @dataclass(frozen=True)
 class Preview:
-    """Image generation while a base model trains.
+    """Image generation while a base model is trained.
 
-    `predict(prompt)` returns the call of the denoiser for a prompt with its guidance settings. That call gets `Noised`
+    `predict(prompt)` returns the call of the denoiser with the prompt's guidance settings. That call receives `Noised`
     with latents, sigmas and the sampler's timesteps (clean latents and noise are NaN), the conditioning of one prompt,
     and a `Batch` with one caption and its size.
 
-    `sampler(prompt)` returns a fresh sampler: `build_ddpm_sampler`, or `FlowSampler`.
+    `sampler(prompt)` returns a new sampler: `build_ddpm_sampler`, or `FlowSampler`.
     """
 
     defaults: PromptDefaults
-    text: TextPipeline  # the architecture's own if prompts are read like captions
+    text: TextPipeline  # the architecture's own if prompts are encoded like captions
     predict: Callable[[Prompt], Predict]
     sampler: Callable[[Prompt], Sampler]
     worded: Callable[[str], str] = str  # template of a prompt; negative prompts are used unchanged
     load_denoiser: Callable[[RequestedFormat | None], nn.Module] | None = None
-    """Loads the denoiser whose weights images are drawn with, on the CPU, where it is not the one that is trained."""
+    """Loads, on the CPU, the denoiser that generates the images, if it is not the trained one."""
 
 
 Vary = Callable[[Conditioning, torch.Generator], Conditioning]
-"""A random change of a batch's conditioning in each training step; not applied in validation and previews."""
+"""A random change of a batch's conditioning in each training step. Not applied in validation and previews."""
 
 AdapterView = Callable[[Sequence[nn.Module], nn.Module], tuple[nn.Module | list[nn.Module], nn.Module]]
-"""(text encoders, denoiser) as network modules see them: paths are the names in files, leaves are the real layers.
+"""(text encoders, denoiser) as network modules see them: paths are the names in files, leaves are the actual layers.
 
-The first value is a single module if the base model has one text encoder, else a list: LyCORIS chooses its prefixes by
-that. The second has the attribute `adapter_targets` (networks.core.targets.targets.AdapterTargets).
+The first value is a single module if the base model has one text encoder, else a list, because LyCORIS chooses its
+prefixes by that. The second has the attribute `adapter_targets` (networks.core.targets.targets.AdapterTargets).
 """
 
 
 def leave_sizes(denoiser: nn.Module, sizes: Sequence[tuple[int, int]]) -> None:
-    """Do nothing: the denoiser does not depend on the data set's resolutions."""
+    """Do nothing, for a denoiser that does not depend on the resolutions of the dataset."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One base model, as the parts that the trainer calls."""
+    """A base model, as the parts that the trainer calls."""
 
     name: str
     load: Loader
@@ -215,14 +219,14 @@ class Architecture:
     preview: Preview
     metadata: Mapping[str, str]  # ss_v2, ss_base_model_version and the model's modelspec keys
     ignores: Mapping[str, str] = field(default_factory=dict)  # option without effect -> reason
-    specs: Sequence[BaseModelSpec] = ()  # of all base models, to find the programs that read saved files
+    specs: Sequence[BaseModelSpec] = ()  # of all base models; used to list the programs that can read a saved file
     text_cache: TextCacheSpec | None = None  # None if text encoder outputs cannot be cached
     vary: Vary | None = None  # None if conditioning is used unchanged
-    run_blocks_with: Callable[[nn.Module, BlockRunner], None] = run_blocks_with  # sets the denoiser's runner
-    stacks: Callable[[nn.Module], Stacks] = stacks_of  # the denoiser's blocks that go through the runner
+    run_blocks_with: Callable[[nn.Module, BlockRunner], None] = run_blocks_with  # sets the runner of the blocks
+    stacks: Callable[[nn.Module], Stacks] = stacks_of  # the blocks that the runner executes
     chains: Callable[[nn.Module], list[nn.ModuleList]] = chains_of  # block lists; the planner counts equal blocks once
     inpaints: bool = False  # the denoiser takes a mask, see `library.diffusion.inpainting`
     fit_to_sizes: Callable[[nn.Module, Sequence[tuple[int, int]]], None] = leave_sizes
-    """Tells the denoiser the resolutions (width, height) of the data set."""
+    """Passes the resolutions (width, height) of the dataset to the denoiser."""
     vae_overflows_in_fp16: bool = False  # the base model's VAE gives NaN in fp16
     tells_sizes: bool = False  # the denoiser is conditioned on original sizes and crops

@@ -1,6 +1,6 @@
-"""Random numbers as a function of their purpose, never of what was drawn before.
+"""Random numbers that depend only on their purpose, never on earlier draws.
 
-Every draw of a run names its purpose and place: `random_for(seed, "crop", epoch, draw)`. Equal arguments give equal
+Every draw of a run names its purpose and place: `random_for(seed, "crop", epoch, draw)`. Equal arguments yield equal
 numbers in any process, with any number of loader workers, and after any resume.
 """
 
@@ -11,16 +11,17 @@ import torch
 
 
 def stream_seed(seed: int, *place: str | int) -> int:
-    """Return a 63-bit seed for one place of a run: equal places give equal seeds, other places unrelated ones."""
+    """Return a 63-bit seed for a place of a run. Equal places have equal seeds, different places unrelated ones."""
     text = "\x1f".join(f"{type(word).__name__}:{word}" for word in (seed, *place))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def random_for(seed: int, *place: str | int) -> random.Random:
-    """Return Python's generator for one place of a run."""
+    """Return a Python generator seeded for a place of a run."""
     return random.Random(stream_seed(seed, *place))
 
 
 def generator_for(seed: int, *place: str | int) -> torch.Generator:
-    """Return a torch CPU generator for one place of a run; its numbers do not depend on the GPU."""
+    """Return a torch generator seeded for a place of a run. It is on the CPU, so its numbers do not depend on the
+    GPU."""
     return torch.Generator().manual_seed(stream_seed(seed, *place))

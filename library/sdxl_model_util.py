@@ -17,11 +17,11 @@ def load_models_from_sdxl_checkpoint(
     dtype: torch.dtype | None = None,
     disable_mmap: bool = False,
 ) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module, None, None]:
-    """Return (CLIP-L, CLIP-G, VAE, U-Net, None, None) of an SDXL checkpoint; None as `dtype` is float32.
+    """Return (CLIP-L, CLIP-G, VAE, U-Net, None, None) of an SDXL checkpoint, float32 if `dtype` is None.
 
-    Text encoders and U-Net list their layers under the paths of adapter files. The last two values, CLIP's logit scale
-    and the steps that the checkpoint was trained for, have no use in training. `model_version` and `disable_mmap` have
-    no effect. Raises UserError for another model.
+    The layers of text encoders and U-Net are named by their paths in adapter files. The last two values, CLIP's logit
+    scale and the number of steps that the checkpoint was trained, are not used in training. `model_version` and
+    `disable_mmap` have no effect. Raises UserError for another model.
     """
     values = SdxlOptions.defaults() | {"pretrained_model_name_or_path": ckpt_path}
     loader = open_loader(SdxlOptions.from_args(argparse.Namespace(**values)))
@@ -31,4 +31,4 @@ def load_models_from_sdxl_checkpoint(
     return clip_l, clip_g, vae, unet, None, None
 
 
-AS_IMPORTED = dict(globals())  # to notice names that a program patches in without effect
+AS_IMPORTED = dict(globals())  # detects names that a program patches, which has no effect

@@ -1,14 +1,14 @@
-"""Suggestions of the known name or file nearest to a misspelt one."""
+"""Suggestions of the known name or file closest to a misspelled one."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
-USUAL = 0.6  # minimum share of matching letters of a near name
+USUAL = 0.6  # minimum share of matching letters
 
 
 def nearest_name(given: str, known: Iterable[str], least: float = USUAL) -> str | None:
-    """Return the known name nearest to `given`, ignoring case; None if none shares at least `least` of its letters."""
+    """Return the known name closest to `given`, ignoring case; None if none reaches the similarity `least`."""
     by_lower_case = {name.lower(): name for name in known}
     near = get_close_matches(given.lower(), by_lower_case, n=1, cutoff=least)
     return by_lower_case[near[0]] if near else None
@@ -21,9 +21,9 @@ def did_you_mean(given: str, known: Iterable[str], least: float = USUAL) -> str:
 
 
 def nearby(path: Path, is_folder: bool = False) -> str:
-    """Return a hint for a path that does not exist: the nearest name in its folder, or the part of it that exists.
+    """Return a hint for a missing path: the most similar name in its folder, or its part that exists.
 
-    With `is_folder`, only names of folders are suggested.
+    With `is_folder`, only folders are suggested.
     """
     if path.parent.is_dir():
         others = (other.name for other in path.parent.iterdir() if other.is_dir() or not is_folder)

@@ -1,4 +1,4 @@
-"""Temporary folders of the processes of a run: deleted when their process ends, or by a later run if it was killed."""
+"""Temporary folders of a run's processes, deleted when their process ends, or by a later run if it was killed."""
 
 import atexit
 import os
@@ -18,16 +18,16 @@ NAME = re.compile(rf"(?:{'|'.join(get_args(Kind))})-(?P<process>\d+)-\w{{8}}")
 
 
 def make_temporary_folder(kind: Kind, parent: str | None = None) -> str:
-    """Make a folder named after this process in `parent`, or in the system's folder for temporary files."""
+    """Create a folder named after this process in `parent` (default: the system's temporary folder) and lock it."""
     folder = tempfile.mkdtemp(prefix=f"{kind}-{os.getpid()}-", dir=parent)
-    with suppress(OSError):  # some file systems have no locks
+    with suppress(OSError):  # some file systems do not support locks
         lock(folder)  # held until this process ends
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def delete_abandoned_folders(parents: Iterable[str | Path]) -> None:
-    """Delete the folders in `parents` whose processes no longer run."""
+    """Delete the temporary folders in `parents` whose processes have ended."""
     for parent in {Path(parent).resolve() for parent in parents if Path(parent).is_dir()}:
         for folder in parent.iterdir():
             match = NAME.fullmatch(folder.name)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def verify_command_line_training_args(args: argparse.Namespace) -> None:
-    """Warn of secrets on the command line if a tracker may publish it."""
+    """Warn about secrets on the command line, which a tracker may publish."""
     if args.log_with not in (None, "tensorboard"):
         for name in SECRETS:
             if getattr(args, name, None) is not None:
@@ -33,7 +33,8 @@ def read_config_from_file(args: argparse.Namespace, parser: argparse.ArgumentPar
 
 
 def prepare_dataset_args(args: argparse.Namespace, support_metadata: bool) -> None:
-    """Parse pairs of numbers in `resolution` and `face_crop_aug_range`, and rename the misspelt `caption_extention`."""
+    """Parse pairs of numbers in `resolution` and `face_crop_aug_range`, and apply the misspelled
+    `caption_extention`."""
     if args.caption_extention is not None:
         args.caption_extension, args.caption_extention = args.caption_extention, None
     if isinstance(args.resolution, str):
@@ -90,4 +91,4 @@ class BucketManager:
         self.buckets = [self.buckets[i] for i in order]
 
 
-AS_IMPORTED = dict(globals())  # to notice names that a program patches in without effect
+AS_IMPORTED = dict(globals())  # detects names that a program patches, which has no effect

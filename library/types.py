@@ -20,13 +20,13 @@ class Tokens:
 
     ids_BLT: tuple[Tensor, ...]
     weights_BLT: tuple[Tensor, ...] | None = None  # emphasis of `weighted_captions`, 1.0 elsewhere
-    images: tuple[tuple[Tensor, ...], ...] = ()  # that the encoder sees with each caption, CHW, -1..1
+    images: tuple[tuple[Tensor, ...], ...] = ()  # images that the encoder sees with each caption, CHW, -1..1
 
 
 class CaptionWithImages(str):
     """A caption for a text encoder that also sees the reference images.
 
-    Its text ends in a digest of the images, so that features are cached per caption and images.
+    The text ends in a digest of the images, so that features are cached per caption and images.
     """
 
     caption: str  # without the digest
@@ -45,18 +45,18 @@ def plain_caption(text: str) -> str:
 
 @dataclass(frozen=True)
 class Concept:
-    """A concept that a batch teaches by a prompt instead of images (LECO).
+    """A concept that a batch trains by prompts instead of images (LECO).
 
     The adapted model denoises the caption from pure noise for `num_denoised` of `num_steps` steps, guided away from
-    `unconditional`. There its prediction is trained toward the base model's prediction for `neutral`, plus `push` times
-    the difference of those for `positive` and `unconditional`.
+    `unconditional`. On the resulting latents, its prediction is trained toward the base model's prediction for
+    `neutral`, plus `push` times the difference of the predictions for `positive` and `unconditional`.
     """
 
     positive: str
     unconditional: str
     neutral: str
-    push: float  # negative values push away
-    multiplier: float  # strength of the adapter meanwhile
+    push: float  # negative values erase
+    multiplier: float  # strength of the adapter during training
     num_steps: int
     num_denoised: int
     guidance: float  # classifier-free guidance scale during denoising; 1 disables it
@@ -64,7 +64,7 @@ class Concept:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one bucket; what was not cached is None and computed in the step."""
+    """Samples of one bucket. Values that were not cached are None and computed in the step."""
 
     keys: list[str]  # the images' paths, for messages
     captions: list[str]
@@ -75,10 +75,10 @@ class Batch:
     masks_B1HW: Tensor | None  # float32, 0..1, in pixels of the bucket
     sizes_B6: Tensor  # original height and width, crop top and left, target height and width
     attributes: list[Mapping[str, Any]]  # custom_attributes of the subset
-    crops_B2: Tensor | None = None  # actual crop positions in the resized images: top and left
+    crops_B2: Tensor | None = None  # actual crop position in the resized image: top and left
     concept: Concept | None = None  # set if there are no images; all captions are then equal
-    # The images that an edit model is given beside the caption, BCHW each, in order: as pixels or as cached, as the
-    # images themselves are. Of pairs: the partner of each image, which the denoiser is not given beside it.
+    # Reference images, BCHW each, in order: pixels or cached latents, like the images. They condition an edit model; in
+    # paired training they hold the partner of each image, which is not an input of the denoiser.
     reference_pixels: tuple[Tensor, ...] = ()
     reference_latents: tuple[Tensor, ...] = ()
 
@@ -88,7 +88,7 @@ class Batch:
 
     @property
     def height_width(self) -> tuple[int, int]:
-        """The size in pixels of all its images."""
+        """The height and width of all images, in pixels."""
         height, width = self.sizes_B6[0, 4:].tolist()
         return int(height), int(width)
 
@@ -121,5 +121,5 @@ class Prompt:
     renorm_cfg: float | None  # limit of the guided prediction's norm, relative to the unguided one; 0: none
     flow_shift: float | None  # shift of a flow model's noise levels toward pure noise
     image_path: Path | None = None  # the image that an inpainting model repaints in part
-    reference_paths: tuple[Path, ...] = ()  # the images that an edit model is given beside the text
-    strength: float = 1.0  # of the adapter that is trained
+    reference_paths: tuple[Path, ...] = ()  # reference images of an edit model
+    strength: float = 1.0  # of the trained adapter

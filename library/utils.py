@@ -5,7 +5,7 @@ import logging
 
 
 def setup_logging(args: argparse.Namespace | None = None, log_level: str | None = None, reset: bool = False) -> None:
-    """Configure logging by the console options; without `reset` only if it is not configured yet."""
+    """Configure logging from the console options. Unless `reset` is set, an existing configuration is kept."""
     from library.options.output.console import ConsoleOptions
     from library.training.command_line import console
 
@@ -20,4 +20,4 @@ def setup_logging(args: argparse.Namespace | None = None, log_level: str | None 
         root.setLevel(log_level)
 
 
-AS_IMPORTED = dict(globals())  # to notice names that a program patches in without effect
+AS_IMPORTED = dict(globals())  # detects names that a program patches, which has no effect

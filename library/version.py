@@ -2,7 +2,7 @@
 
 import argparse
 
-NAME = "lora-training-suite"  # what metadata calls the program that trained a file
+NAME = "lora-training-suite"  # the program name in the metadata of trained files
 VERSION = "0.1.0"
 
 

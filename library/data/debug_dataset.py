@@ -1,4 +1,4 @@
-"""Logging of the batches of the first epoch (`debug_dataset`)."""
+"""The output of `debug_dataset`: the batches of the first epoch."""
 
 import logging
 from collections import Counter, defaultdict
@@ -9,13 +9,13 @@ from library.types import Batch
 
 logger = logging.getLogger(__name__)
 
-MOST_IMAGES = 100  # that are shown
+MOST_IMAGES = 100  # images that are listed
 
 
 def show_batches(data: TrainingData) -> None:
     """Log the shapes of the first epoch's batches, then each image once: caption, sizes, loss weight, attributes."""
     shapes: Counter[str] = Counter()
-    samples: defaultdict[str, list[str]] = defaultdict(list)  # by image, as they are drawn
+    samples: defaultdict[str, list[str]] = defaultdict(list)  # descriptions of its draws, by image
     for batch in open_batches(data).of_epoch(1, range(data.num_batches), lambda index: index, 0, False):
         tensors = {"pixels": batch.pixels_BCHW, "latents": batch.latents_BCHW, "masks": batch.masks_B1HW}
         tensors |= {f"reference {r} pixels": tensor for r, tensor in enumerate(batch.reference_pixels)}
@@ -38,7 +38,7 @@ def show_batches(data: TrainingData) -> None:
 
 
 def references_by_key(data: TrainingData) -> dict[str, tuple[str, ...]]:
-    """Return the files of the reference images of each image that has any."""
+    """Return the reference files of each image that has references."""
     samples = () if data.image_plan is None else data.image_plan.samples
     return {one.image.key: tuple(r.key for r in one.image.references) for one in samples if one.image.references}
 

@@ -1,4 +1,4 @@
-"""The training data of a run: described images, a dataset class of the user's own, or prompts alone."""
+"""The training data of a run: described images, a user's dataset class, or prompts alone."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +14,11 @@ from library.types import Batch
 
 
 class TrainingBatches(Protocol):
-    """Draws the batches of a run."""
+    """Protocol of the batches of a run."""
 
     @property
     def validation(self) -> ValidationSet:
-        """The images that are set aside."""
+        """The held-out images."""
 
     def of_epoch(
         self,
@@ -31,50 +31,51 @@ class TrainingBatches(Protocol):
         """Yield the batches of an epoch (from 1) at `places` (from 0); `step_of(i)` is the step of batch i."""
 
     def report_skipped(self, log: logging.Logger) -> None:
-        """Log how often damaged images were left out, if there were any."""
+        """Log how often damaged images were skipped, if any."""
 
     def close(self) -> None:
-        """End worker processes, also within an epoch."""
+        """End the worker processes, even in the middle of an epoch."""
 
 
 class BatchSizes(Protocol):
-    """The batches of a run whose sizes are known before it."""
+    """Protocol of batches whose sizes are known before the run."""
 
     @property
     def max_train_steps(self) -> int: ...
     def batch_shapes(self) -> Iterator[tuple[int, tuple[tuple[int, int], ...]]]:
-        """Yield samples per batch and their size in pixels (width, height), then those of their references."""
+        """Yield (samples per batch, (image size, *reference sizes)) of each kind of batch; sizes are (width, height)
+        in pixels."""
         ...
 
 
 class TrainingData(Protocol):
-    """The facts of the data before any of it is drawn."""
+    """Protocol of the training data: what is known before any of it is drawn."""
 
     @property
     def config(self) -> RunDataConfig:
-        """The description of the images; empty without images."""
+        """The description of the images; empty if there are none."""
 
     @property
     def num_batches(self) -> int:
-        """Batches in an epoch."""
+        """The number of batches per epoch."""
 
     @property
     def batch_sizes(self) -> list[int]: ...
 
     @property
     def num_train_images(self) -> int:
-        """Training images in an epoch, repeats included."""
+        """The number of training images per epoch, repeats included."""
 
     @property
     def num_reg_images(self) -> int: ...
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Plain values that two runs can compare."""
+        """Plain values that identify the data, so that two runs can compare it."""
 
     @property
     def identity_with_contents(self) -> Mapping[str, Any]:
-        """The identity, with a digest of each image's file where there are files."""
+        """The identity with a digest of each image file, if there are files."""
 
     @property
     def image_paths(self) -> list[str]: ...
@@ -85,28 +86,28 @@ class TrainingData(Protocol):
 
     @property
     def sizes(self) -> BatchSizes | None:
-        """The sizes of the batches; None for a user's class, which does not tell them."""
+        """The sizes of the batches; None for a user's class, whose sizes are unknown in advance."""
 
     @property
     def prompts(self) -> Sequence[str] | None:
-        """Every prompt of a run without images, each once; None where there are images."""
+        """All different prompts of a run without images; None if there are images."""
 
     @property
     def own_batches(self) -> TrainingBatches | None:
-        """The batches of data without a plan."""
+        """The batches of data that has no plan; None if it has one."""
 
     def facts(self) -> dict[str, Any]:
-        """Return what the audit found, as plain values for programs."""
+        """Return the results of the audit as plain values, for programs."""
 
     def metadata(self, described: DatasetOptions, batches_per_step: int = 1) -> dict[str, Any]:
         """Describe the data as `ss_*` values of saved files."""
 
     def limited_to_largest_batch(self) -> tuple["TrainingData", int]:
-        """Return what the largest batch needs, and its place in the first epoch."""
+        """Return data restricted to the needs of the largest batch, and the index of that batch in the first epoch."""
 
 
 def open_batches(data: TrainingData, latents: LatentStore = NO_LATENTS, texts: TextStore = NO_TEXTS) -> TrainingBatches:
-    """Open the batches of the data with its caches."""
+    """Return the batches of the data, built with its caches if it has a plan."""
     if data.image_plan is not None:
         return PlannedBatches(data.image_plan, latents, texts)
     assert data.own_batches is not None

@@ -1,8 +1,7 @@
-"""The objective of transformer denoisers: the straight flow between a latent and noise (rectified flow, Liu et al.
-2022).
+"""The flow matching objective: a straight flow between latent and noise (rectified flow, Liu et al. 2022).
 
-The noisy latent is x = (1 - sigma) * latent + sigma * noise, and its velocity from latent to noise is noise - latent.
-Letters: B samples, C channels, H height, W width.
+The noisy latent is x = (1 - sigma) * latent + sigma * noise, and its velocity toward noise is noise - latent. Letters:
+B samples, C channels, H height, W width.
 """
 
 import logging
@@ -42,7 +41,7 @@ IGNORES: Mapping[str, str] = dict.fromkeys(  # options without effect on a flow 
     ),
     "it belongs to the DDPM models",
 )  # fmt: skip
-RECORDS = (  # options that files tell of, as ss_<option>
+RECORDS = (  # options recorded in saved files as ss_<option>
     "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
     "model_prediction_type", "discrete_flow_shift",
 )  # fmt: skip
@@ -52,8 +51,8 @@ RECORDS = (  # options that files tell of, as ss_<option>
 class FlowMatching:
     """The objective of predicting the flow at a noise level between 0 and 1.
 
-    `corrupt` draws from its generator in this order, and only what is switched on: noise; strength and values of the
-    extra input noise; levels. The strength is one number for the batch. What is drawn is stretched over the range
+    `corrupt` draws from its generator in this order, skipping what is disabled: noise; strength and values of the extra
+    input noise; noise levels. The strength is one number for the batch. The drawn levels are rescaled to the range
     between the lowest and the highest timestep.
     """
 
@@ -64,9 +63,9 @@ class FlowMatching:
     prediction_type: str  # a value of `model_prediction_type`
     loss_scheme: str  # the `weighting_scheme` that weights the loss; "none" for no weights
     has_whole_timesteps: bool = False  # levels are thousandths, 0 to 999
-    tells_whole_timesteps: bool = False  # the denoiser gets thousandths rounded down, whatever the exact level
+    tells_whole_timesteps: bool = False  # the denoiser gets its timestep rounded down to a whole number
     takes_offset: bool = False  # levels are computed from normal values, to which an offset can be added
-    timestep: int | None = None  # of every sample, for validation
+    timestep: int | None = None  # of every sample, if fixed for validation
 
     def __post_init__(self) -> None:
         """Raise UserError for timesteps outside 0..1000 and for invalid Huber thresholds."""
@@ -74,11 +73,11 @@ class FlowMatching:
         check_huber(self.weighting)
 
     def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator, offsets_B: Tensor | None = None) -> Noised:
-        """Add noise at a level drawn for each sample; tensors have the latents' dtype and device, arithmetic is
+        """Add noise at a level drawn for each sample. Tensors keep the latents' dtype and device; the arithmetic is
         float32.
 
         `timesteps_B` is 1000 times the level, float32, rounded down if `tells_whole_timesteps`. Offsets are added to
-        the normal values behind the levels, if there are any (`takes_offset`).
+        the normal values from which the levels are computed, if there are any (`takes_offset`).
         """
         clean = clean_BCHW.float()
         noise_BCHW = self.draw_noise(clean, generator)
@@ -99,13 +98,14 @@ class FlowMatching:
         )
 
     def draw_noise(self, clean_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-        """Return white noise for latents, float32."""
+        """Draw white noise in the shape of the latents, float32."""
         return draw_normal(clean_BCHW.shape, generator, clean_BCHW.device)
 
     def draw_timesteps(
         self, B: int, H: int, W: int, generator: torch.Generator, offsets_B: Tensor | None = None
     ) -> Tensor:
-        """Draw thousandths of noise, float32, on the CPU; an empty range gives every sample its upper limit."""
+        """Draw timesteps, 1000 times the noise level, float32, on the CPU. If the range is empty, every sample gets
+        its upper limit."""
         lowest, highest = resolve_timestep_range(self.noise, NUM_TIMESTEPS)
         if self.timestep is not None or lowest >= highest:
             return torch.full((B,), float(highest if self.timestep is None else self.timestep))
@@ -113,12 +113,12 @@ class FlowMatching:
         return timesteps_B.floor().clamp(max=highest - 1) if self.has_whole_timesteps else timesteps_B
 
     def noise_levels(self, noised: Noised) -> Tensor:
-        """Return the share of noise in the latents."""
+        """Return the share of noise in the latents, float32, shape B."""
         return noised.sigmas_B.float()
 
     def estimate(self, output_BCHW: Tensor, noised: Noised) -> Tensor:
-        """Convert the denoiser's output p to the terms of the target, float32: with the noisy latent x, `raw` is p,
-        `additive` p + x, `sigma_scaled` x - sigma p."""
+        """Convert the denoiser's output p to the quantity that `target` returns, float32. With the noisy latent x,
+        `raw` is p, `additive` is p + x, and `sigma_scaled` is x - sigma p."""
         output_BCHW, x_BCHW = output_BCHW.float(), noised.latents_BCHW.float()
         if self.prediction_type == "additive":
             return output_BCHW + x_BCHW
@@ -127,7 +127,7 @@ class FlowMatching:
         return output_BCHW
 
     def target(self, noised: Noised) -> Tensor:
-        """Return the value that `estimate` is trained to give, float32."""
+        """Return the training target of `estimate`, float32."""
         clean_BCHW, noise_BCHW = noised.clean_BCHW.float(), noised.noise_BCHW.float()
         if self.target_kind == "latent":
             return clean_BCHW
@@ -143,11 +143,11 @@ class FlowMatching:
         return error_BCHW * scheme_weights(self.loss_scheme, noised.sigmas_B).view(-1, 1, 1, 1)
 
     def on(self, device: torch.device) -> "FlowMatching":
-        """Return self: there is no table to move."""
+        """Return self: there are no tables to move."""
         return self
 
     def at_timestep(self, timestep: int) -> "FlowMatching":
-        """Return this objective at one noise level, for validation."""
+        """Return this objective at one fixed timestep, for validation."""
         return replace(self, timestep=timestep)
 
 
@@ -173,10 +173,11 @@ def build_sampled_flow(
     tells_whole_timesteps: bool = False,
     patch: int = PATCH,
 ) -> FlowMatching:
-    """Build the objective of the models whose timestep sampling is an option; their tokens are `patch` latents a side.
+    """Build the objective of the models whose timestep sampling is an option; a token of theirs covers `patch` x
+    `patch` latents.
 
-    The weighting scheme weights the loss where the prediction is an estimate of the latent (sigma_scaled), or always.
-    Raises UserError for a setting that makes no levels; settings without effect are warned of.
+    The weighting scheme weights the loss if `always_weights_loss`, or if the prediction is an estimate of the latent
+    (sigma_scaled). Raises UserError for invalid timesteps or Huber thresholds; warns about settings without effect.
     """
     sampling, weighting = options.flow_sampling, options.flow_weighting
     weights_loss = always_weights_loss or prediction_type == "sigma_scaled"
@@ -195,7 +196,7 @@ def build_sampled_flow(
 
 
 def idle_settings(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions, weights_loss: bool) -> Iterator[str]:
-    """Yield a warning for every setting that has no effect with the others."""
+    """Yield a warning for every setting that has no effect in combination with the others."""
     kind, scheme = sampling.timestep_sampling, weighting.weighting_scheme
     if scheme in ("logit_normal", "mode") and kind != "sigma":
         yield (

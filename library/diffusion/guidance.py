@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho and Salimans 2022), and the target of LECO, which trains such a difference.
+"""Classifier-free guidance (Ho and Salimans 2022), and the training target of LECO.
 
 Letters: B samples, C channels, H height, W width.
 """
@@ -18,11 +18,11 @@ def apply_guidance(
     prompt: Prompt,
     progress: float,
 ) -> Tensor:
-    """Return the guided prediction for a prompt, float32; `progress` is the share of steps, above 0 at the first, 1 at
-    the last.
+    """Return the guided prediction for a prompt, float32. `progress` is the share of steps up to and including this
+    one, above 0 and at most 1.
 
-    The model is called twice instead of once with both prompts: these may differ in length, and no more memory is
-    needed than for one image. `negative` may be None unless `needs_negative`.
+    The model is called twice rather than once with both prompts: the prompts may differ in length, and the memory for
+    one image suffices. `negative` may be None unless `needs_negative`.
     """
     positive_BCHW = predict(positive).float()
     if not needs_negative(prompt) or not is_guided_at(prompt, progress):
@@ -32,12 +32,12 @@ def apply_guidance(
 
 
 def is_guided_at(prompt: Prompt, progress: float) -> bool:
-    """Return True if the step at `progress` is among those that a prompt guides."""
+    """Return True if the prompt is guided in the step at `progress`."""
     return progress <= (1.0 if prompt.cfg_trunc_ratio is None else prompt.cfg_trunc_ratio)
 
 
 def guide(negative_BCHW: Tensor, positive_BCHW: Tensor, prompt: Prompt) -> Tensor:
-    """Return the guided prediction from those for the negative prompt and the prompt."""
+    """Combine the predictions for the negative prompt and the prompt by the prompt's guidance settings."""
     guided_BCHW = away_from(negative_BCHW, positive_BCHW, prompt.scale)
     return limit_length(guided_BCHW, positive_BCHW, prompt.renorm_cfg) if prompt.renorm_cfg else guided_BCHW
 
@@ -48,11 +48,12 @@ def away_from(negative_BCHW: Tensor, positive_BCHW: Tensor, scale: float) -> Ten
 
 
 def concept_target(neutral_BCHW: Tensor, positive_BCHW: Tensor, negative_BCHW: Tensor, push: float) -> Tensor:
-    """Return neutral + push * (positive - negative), float32; a negative `push` erases, a positive one enhances.
+    """Return neutral + push * (positive - negative), float32. A negative `push` erases the concept, a positive one
+    enhances it.
 
     Sources: Gandikota et al. 2023, "Erasing Concepts from Diffusion Models" (ESD) and "Concept Sliders". The
-    predictions are outputs of the denoiser: noise or velocity of a DDPM model, velocity of a flow. At one noise level
-    each is linear in the estimate of the clean latent, so one formula serves all.
+    predictions are raw outputs of the denoiser: noise or velocity of a DDPM model, velocity of a flow. At one noise
+    level each is linear in the estimate of the clean latent, so one formula serves all.
     """
     return neutral_BCHW.float() + push * (positive_BCHW.float() - negative_BCHW.float())
 
@@ -63,7 +64,8 @@ def needs_negative(prompt: Prompt) -> bool:
 
 
 def limit_length(guided_BCHW: Tensor, positive_BCHW: Tensor, limit: float) -> Tensor:
-    """Shorten a guided prediction to at most `limit` times the norm of the unguided one, taken over a whole sample."""
+    """Scale a guided prediction down to at most `limit` times the norm of the unguided one. Norms are taken per
+    sample."""
     longest_B: Tensor = limit * torch.linalg.vector_norm(positive_BCHW.flatten(1), dim=1)
     length_B: Tensor = torch.linalg.vector_norm(guided_BCHW.flatten(1), dim=1)
     shares_B: Tensor = (longest_B / length_B.clamp(min=1e-12)).clamp(max=1.0)

@@ -1,7 +1,7 @@
 """Random inpainting masks, and the extra input channels of an inpainting model.
 
-The input's layout is that of diffusers' pipelines for U-Nets of nine channels. Letters: B images, C channels, H height,
-W width in pixels, h and w of latents.
+The channels are ordered as in diffusers' pipelines for 9-channel U-Nets. Letters: B images, C channels; H height and W
+width in pixels; h and w those of the latents.
 """
 
 from math import cos, pi, sin
@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 FEATURE = "inpainting"  # key in a batch's conditioning
 MOST_CORNERS, MOST_SHAPES = 12, 4
-LEAST_SHARE, MOST_SHARE = 0.1, 0.6  # of the image covered by a cloud
+LEAST_SHARE, MOST_SHARE = 0.1, 0.6  # share of the image covered by a cloud
 COARSEST_GRID, NUM_OCTAVES = 3, 4
 
 Mask = NDArray[np.float32]
@@ -23,13 +23,15 @@ Mask = NDArray[np.float32]
 
 
 def draw_mask(width: int, height: int, rng: np.random.Generator) -> Mask:
-    """Draw a cloud, a polygon or some rectangles and ellipses, equally often; never empty nor the whole image."""
+    """Draw a cloud, a polygon, or several rectangles and ellipses with equal probability. Never empty, never the
+    whole image."""
     mask = (draw_cloud, draw_polygon, draw_shapes)[rng.integers(3)](width, height, rng)
     return mask if 0 < mask.mean() < 1 else draw_cloud(width, height, rng)
 
 
 def draw_cloud(width: int, height: int, rng: np.random.Generator) -> Mask:
-    """Draw the peaks of fractal noise: random grids, each twice as fine as the one before with half its amplitude."""
+    """Draw the peaks of fractal noise: a sum of random grids, each with twice the resolution and half the amplitude
+    of the previous one."""
     noise_HW = np.zeros((height, width), np.float32)
     for octave in range(NUM_OCTAVES):
         grid = rng.standard_normal((COARSEST_GRID << octave, COARSEST_GRID << octave)).astype(np.float32)
@@ -39,7 +41,7 @@ def draw_cloud(width: int, height: int, rng: np.random.Generator) -> Mask:
 
 
 def draw_polygon(width: int, height: int, rng: np.random.Generator) -> Mask:
-    """Draw corners around a point, each at a random distance, as shares of the image's sides."""
+    """Draw a polygon whose corners surround a point at random distances."""
     x, y = rng.uniform(0.2, 0.8, 2)
     angles = np.sort(rng.uniform(0, 2 * pi, rng.integers(3, MOST_CORNERS + 1)))
     radii = rng.uniform(0.1, 0.5, len(angles))
@@ -50,7 +52,7 @@ def draw_polygon(width: int, height: int, rng: np.random.Generator) -> Mask:
 
 
 def draw_shapes(width: int, height: int, rng: np.random.Generator) -> Mask:
-    """Draw rectangles and ellipses with sides of a tenth to half of the image's."""
+    """Draw rectangles and ellipses with sides of 10 to 50 % of the image's sides."""
     image, draw = _canvas(width, height)
     for _ in range(rng.integers(1, MOST_SHAPES + 1)):
         w, h = rng.uniform(0.1, 0.5, 2) * (width, height)
@@ -65,12 +67,12 @@ def _canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 
 def blank(pixels_BCHW: Tensor, masks_B1HW: Tensor) -> Tensor:
-    """Return the images (-1..1) with the masked area grey."""
+    """Return the images (-1..1) with the masked area grey (0)."""
     return pixels_BCHW * (1 - masks_B1HW)
 
 
 def mask_channels(masks_B1HW: Tensor, kept_BChw: Tensor) -> Tensor:
-    """Return the channels that follow the noisy latents: the mask at their size, latents of the blanked image; (B, 1 +
-    C, h, w)."""
+    """Return the channels that are appended to the noisy latents, shape (B, 1 + C, h, w): the mask at the size of
+    the latents, then the latents of the blanked image."""
     masks_B1hw = interpolate(masks_B1HW, size=kept_BChw.shape[-2:], mode="nearest")
     return torch.cat([masks_B1hw.to(kept_BChw), kept_BChw], 1)

@@ -1,7 +1,7 @@
-"""Noise that is added to latents: white, with an offset, or multi-resolution.
+"""Noise for latents: white, with an offset, or multi-resolution.
 
 Letters: B samples, C channels, H height, W width. All random numbers come from the given CPU generator, so that they do
-not depend on the GPU; everything is float32, on the device of the input tensors.
+not depend on the GPU. Results are float32, on the device of the input tensors.
 """
 
 import torch
@@ -17,7 +17,8 @@ def draw_normal(shape: tuple[int, ...], generator: torch.Generator, device: torc
 
 
 def draw_strength(strength: float, is_random: bool, generator: torch.Generator) -> float:
-    """Return `strength`, or a uniform share of it if random; a fixed strength draws nothing."""
+    """Return `strength`, or a uniform value between 0 and `strength` if it is random. A fixed strength draws
+    nothing."""
     return strength * torch.rand((), generator=generator).item() if is_random else strength
 
 
@@ -30,8 +31,8 @@ def add_offset(
 ) -> Tensor:
     """Shift each channel of each sample by one random value, so that the model learns the brightness of whole images.
 
-    The shift is `strength` times a normal value. With `adaptive_scale` a channel's strength grows by that many times
-    the absolute mean of its clean latent and never falls below 0. Source: crosslabs.org, "Diffusion with offset noise".
+    The shift is `strength` times a normal value. `adaptive_scale` times the absolute mean of a channel's clean latent
+    is added to its strength, which never falls below 0. Source: crosslabs.org, "Diffusion with offset noise".
     """
     B, C = noise_BCHW.shape[:2]
     strength_BC11 = torch.full((B, C, 1, 1), strength, device=noise_BCHW.device)
@@ -42,11 +43,11 @@ def add_offset(
 
 
 def add_coarse_noise(noise_BCHW: Tensor, num_iterations: int, discount: float, generator: torch.Generator) -> Tensor:
-    """Add noise of increasingly coarse grain ("multi-resolution noise"), then scale each sample back to unit deviation.
+    """Add increasingly coarse noise ("multi-resolution noise"), then rescale each sample to unit standard deviation.
 
-    Pass i adds discount**i times white noise at 1 / r**i of the size, resized bilinearly, with r uniform in [2, 4)
-    drawn anew for each pass; it ends early once a side is one value. The deviation is taken per sample, so that an
-    image's noise does not depend on the others in its batch. Source: Jonathan Whitaker, "Multi-resolution noise for
+    Pass i adds discount**i times white noise at 1 / r**i of the size, resized bilinearly; r is drawn uniformly from [2,
+    4) for each pass. The passes end early once a side has one value. The deviation is taken per sample, so that an
+    image's noise does not depend on the rest of its batch. Source: Jonathan Whitaker, "Multi-resolution noise for
     diffusion model training".
     """
     B, C, H, W = noise_BCHW.shape

@@ -23,30 +23,30 @@ TABLES = ("signal", "noise", "sigmas", "weights")
 
 @dataclass(frozen=True, eq=False)
 class DDPM:
-    """The objective of predicting the noise, or the velocity (Salimans and Ho 2022), at one of 1000 discrete noise
+    """The objective of predicting the noise or the velocity (Salimans and Ho 2022) at one of 1000 discrete noise
     levels.
 
-    `corrupt` draws from its generator in this order, and only what is enabled: noise; strength and values of the noise
-    offset; for each multires pass its shrink factor and its noise (up to here `draw_noise` draws too); timesteps;
-    strength and values of the extra input noise. Strengths are one number for the batch.
+    `corrupt` draws from its generator in this order, skipping what is disabled: noise; strength and values of the noise
+    offset; for each multires pass its shrink factor and its noise (`draw_noise` draws up to here); timesteps; strength
+    and values of the extra input noise. Strengths are one number for the batch.
     """
 
-    abar_T: Tensor  # float64, noises latents
+    abar_T: Tensor  # float64, scales latents and noise
     snr_T: Tensor  # float64, determines loss weights
     predicts_velocity: bool
     min_timestep: int
     max_timestep: int
     noise: NoiseOptions
     weighting: LossOptions
-    tables: Mapping[str, Tensor] = field(default_factory=dict)  # tables already moved to the device, see `on`
+    tables: Mapping[str, Tensor] = field(default_factory=dict)  # tables that are already on the device, see `on`
 
     @property
     def takes_offset(self) -> bool:
-        """False: timesteps are uniform, without a normal value that an offset could move."""
+        """False: timesteps are drawn uniformly, not from a normal value that an offset could shift."""
         return False
 
     def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator, offsets_B: Tensor | None = None) -> Noised:
-        """Add noise at a timestep drawn for each sample; tensors have the latents' dtype and device, arithmetic is
+        """Add noise at a timestep drawn for each sample. Tensors keep the latents' dtype and device; the arithmetic is
         float32.
 
         Offsets are ignored.
@@ -72,7 +72,7 @@ class DDPM:
         )
 
     def draw_noise(self, clean_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw noise for latents, float32, with the requested offset and coarse noise."""
+        """Draw noise for latents, float32, with the requested noise offset and multi-resolution noise."""
         o, clean = self.noise, clean_BCHW.float()
         noise_BCHW = draw_normal(clean.shape, generator, clean.device)
         if o.noise_offset:
@@ -83,7 +83,7 @@ class DDPM:
         return noise_BCHW
 
     def noise_levels(self, noised: Noised) -> Tensor:
-        """Return the timesteps as shares of the schedule, 0 to 0.999."""
+        """Return the timesteps as shares of the schedule's length, 0 to 0.999."""
         return noised.timesteps_B.float() / len(self.abar_T)
 
     def estimate(self, output_BCHW: Tensor, noised: Noised) -> Tensor:
@@ -110,7 +110,7 @@ class DDPM:
         return replace(self, tables={name: send(self._table(name), device) for name in TABLES})
 
     def at_timestep(self, timestep: int) -> "DDPM":
-        """Return this objective at one noise level, for validation."""
+        """Return this objective at one fixed timestep, for validation."""
         return replace(self, min_timestep=timestep, max_timestep=timestep)
 
     def _scales(self, timesteps_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,8 +119,8 @@ class DDPM:
         return signal_B.view(-1, 1, 1, 1), noise_B.view(-1, 1, 1, 1)
 
     def _look_up(self, name: str, timesteps_B: Tensor) -> Tensor:
-        """Look up a table at the timesteps, which samplers pass as floats, on their device."""
-        # The table moves rather than the timesteps, so that the host does not wait for the GPU.
+        """Look up a table at the timesteps, on their device. Samplers pass timesteps as floats."""
+        # Move the table to the timesteps, not the reverse, so that the host does not wait for the GPU.
         table_T = self.tables[name] if name in self.tables else self._table(name)
         return send(table_T, timesteps_B.device)[timesteps_B.long()]
 
@@ -136,11 +136,12 @@ class DDPM:
 
 
 def build_ddpm(noise: NoiseOptions, weighting: LossOptions, predicts_velocity: bool) -> DDPM:
-    """Build the objective of the models that learned on `ddpm_abar`.
+    """Build the objective of the models that were trained on `ddpm_abar`.
 
-    Weights use the signal-to-noise ratios of the unchanged schedule even with zero terminal SNR: the changed one ends
-    at 0, where min-SNR and debiased weights would be 0 / 0 and 1 / 0.
-    Raises UserError for timesteps outside the schedule and for thresholds that make no loss.
+    Loss weights use the signal-to-noise ratios of the unchanged schedule even with zero terminal SNR: the changed
+    schedule ends at 0, where min-SNR and debiased weights would be 0 / 0 and 1 / 0.
+
+    Raises UserError for timesteps outside the schedule and for invalid Huber thresholds.
     """
     min_timestep, max_timestep = resolve_timestep_range(noise, NUM_TIMESTEPS)
     check_huber(weighting)

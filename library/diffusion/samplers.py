@@ -31,11 +31,11 @@ class Level(NamedTuple):
 
 
 class Sampler(Protocol):
-    """A sampler for one image; a new one is built for each, because multi-step methods keep a history."""
+    """The sampler of one image. Build a new one for each image, because multi-step methods keep a history."""
 
     @property
     def levels(self) -> Sequence[Level]:
-        """The level of each call of the denoiser; second-order methods call it twice per step."""
+        """The noise level of each call of the denoiser; second-order methods make two calls per step."""
         ...
 
     def start(self, noise_BCHW: Tensor) -> Tensor:
@@ -47,20 +47,20 @@ class Sampler(Protocol):
         ...
 
     def step(self, prediction_BCHW: Tensor, latents_BCHW: Tensor, index: int, generator: torch.Generator) -> Tensor:
-        """Return the latents after level `index`, float32; ancestral methods draw noise from `generator` (CPU)."""
+        """Return the latents after level `index`, float32. Ancestral methods draw noise from `generator` (CPU)."""
         ...
 
 
 LEAST_ABAR = 2.0**-24
 DDPM_SAMPLER = "ddpm"
-"""The stochastic sampler of Ho et al. 2020, with noise in each step; not a value of `sample_sampler`."""
+"""The stochastic sampler of Ho et al. 2020, which adds noise in each step. Not a value of `sample_sampler`."""
 
 
 def build_ddpm_sampler(name: str, num_steps: int, *, predicts_velocity: bool, zero_terminal_snr: bool) -> Sampler:
-    """Build the sampler called `name` (a key of SAMPLERS or ALIASES, or DDPM_SAMPLER) for a DDPM model.
+    """Build the sampler `name` (a key of SAMPLERS or ALIASES, or DDPM_SAMPLER) for a DDPM model.
 
-    A schedule with zero terminal SNR starts at its very last timestep (Lin et al. 2024); the abar there is LEAST_ABAR
-    rather than 0, because most methods divide by it.
+    A schedule with zero terminal SNR starts at the last timestep (Lin et al. 2024). Its abar is set to LEAST_ABAR
+    instead of 0 there, because most methods divide by it.
     """
     if name == DDPM_SAMPLER:
         return AncestralSampler(num_steps, predicts_velocity, zero_terminal_snr)
@@ -87,7 +87,7 @@ def build_ddpm_sampler(name: str, num_steps: int, *, predicts_velocity: bool, ze
 
 
 def betas_of(abar_T: Tensor) -> Tensor:
-    """Return the betas whose running product of 1 - beta is `abar_T`."""
+    """Return the betas for which `abar_T` is the running product of 1 - beta."""
     return 1 - abar_T / torch.cat([torch.ones(1, dtype=abar_T.dtype), abar_T[:-1]])
 
 
@@ -117,9 +117,9 @@ class DdpmSampler:
 
 
 class MultistepSampler(DdpmSampler):
-    """The linear multistep method of k-diffusion: Adams-Bashforth of order 4 on the schedule's own noise levels.
+    """The linear multistep method of k-diffusion: Adams-Bashforth of order 4 on the scheduler's own noise levels.
 
-    diffusers' version integrates a polynomial of degree 3 numerically, with scipy.
+    Replaces diffusers' version, which integrates a cubic polynomial numerically and requires scipy.
     """
 
     def __init__(self, scheduler: Any, zero_terminal_snr: bool, order: int = 4) -> None:
@@ -138,11 +138,11 @@ class MultistepSampler(DdpmSampler):
 
 
 class AncestralSampler:
-    """The stochastic DDPM sampler, which draws from the posterior of the latents one level down (Ho et al. 2020,
+    """The stochastic DDPM sampler, which draws from the posterior of the next less noisy latents (Ho et al. 2020,
     algorithm 2).
 
-    diffusers' version makes the host wait for the GPU in each step to move the noise there; training takes many such
-    steps.
+    Replaces diffusers' version, whose host waits for the GPU in each step when it moves the noise there. Training runs
+    many such steps.
     """
 
     def __init__(self, num_steps: int, predicts_velocity: bool, zero_terminal_snr: bool) -> None:
@@ -177,10 +177,9 @@ class AncestralSampler:
 
 
 def adams_bashforth(positions: Any, index: int, order: int) -> list[float]:
-    """Return the weight of each of the last `order` slopes, newest first, in the step from position `index` to the
-    next.
+    """Return the weights of the last `order` slopes, newest first, for the step from position `index` to the next.
 
-    Each weight is the integral over the step of a Lagrange polynomial through those positions.
+    Each weight is the integral of a Lagrange basis polynomial over the step.
     """
     origin = positions[index]
     nodes = [positions[index - back] - origin for back in range(order)]
@@ -194,7 +193,7 @@ def adams_bashforth(positions: Any, index: int, order: int) -> list[float]:
 
 
 class FlowSampler:
-    """Euler steps of a flow model along `sigmas_N`, decreasing shares of noise; the last step ends at 0.
+    """Euler steps of a flow model along `sigmas_N`, decreasing shares of noise. The last step ends at 0.
 
     `predicts` is the denoiser's sign convention of the velocity.
     """
@@ -227,6 +226,7 @@ def even_sigmas(num_steps: int) -> Tensor:
 
 
 def build_shifted_sampler(prompt: Prompt, predicts: Velocity = "noise - latent") -> FlowSampler:
-    """Build an Euler sampler on even noise levels, shifted toward noise by the prompt's --fs."""
+    """Build an Euler sampler on evenly spaced noise levels, shifted toward noise by the prompt's `flow_shift`
+    (--fs)."""
     assert prompt.flow_shift is not None
     return FlowSampler(shift_sigmas(even_sigmas(prompt.num_steps), prompt.flow_shift), predicts)

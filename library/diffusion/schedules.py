@@ -1,7 +1,7 @@
-"""The noise schedule of the DDPM models over their 1000 timesteps.
+"""The noise schedule of the DDPM models over 1000 timesteps.
 
 Letters: T timesteps. abar is the paper's running product of 1 - beta (Ho et al. 2020): the noisy latent is sqrt(abar) *
-latent + sqrt(1 - abar) * noise. Tables are float64 on the CPU; callers cast the values that they look up.
+latent + sqrt(1 - abar) * noise. Tables are float64 on the CPU; callers cast the looked-up values.
 """
 
 import torch
@@ -13,7 +13,7 @@ BETA_END = 0.012
 
 
 def scaled_linear_betas() -> Tensor:
-    """Return the betas of latent diffusion (Rombach et al. 2022), float64, shape T: their square roots are linear in
+    """Return the betas of latent diffusion (Rombach et al. 2022), whose square roots grow linearly; float64, shape
     T."""
     return torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
 
@@ -24,23 +24,24 @@ def abar_of(betas_T: Tensor) -> Tensor:
 
 
 def with_zero_terminal_snr(abar_T: Tensor) -> Tensor:
-    """Shift and scale sqrt(abar) so that its last value is 0 and its first unchanged (Lin et al. 2024, algorithm 1)."""
+    """Shift and scale sqrt(abar) so that its last value is 0 and its first is unchanged (Lin et al. 2024, algorithm
+    1)."""
     root_T = abar_T.sqrt()
     first, last = root_T[0], root_T[-1]
     return ((root_T - last) * first / (first - last)) ** 2
 
 
 def ddpm_abar(zero_terminal_snr: bool) -> Tensor:
-    """Return the abar table that DDPM models train and sample on, float64, shape T."""
+    """Return the abar table for training and sampling DDPM models, float64, shape T."""
     abar_T = abar_of(scaled_linear_betas())
     return with_zero_terminal_snr(abar_T) if zero_terminal_snr else abar_T
 
 
 def snr_of(abar_T: Tensor) -> Tensor:
-    """Return the signal-to-noise ratio abar / (1 - abar)."""
+    """Return the signal-to-noise ratio, abar / (1 - abar)."""
     return abar_T / (1 - abar_T)
 
 
 def sigmas_of(abar_T: Tensor) -> Tensor:
-    """Return the noise per unit of signal, sqrt((1 - abar) / abar); infinite where no signal is left."""
+    """Return the ratio of noise to signal, sqrt((1 - abar) / abar); infinite where no signal is left."""
     return ((1 - abar_T) / abar_T).sqrt()

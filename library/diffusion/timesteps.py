@@ -1,5 +1,5 @@
-"""Sampling of training noise levels: whole timesteps for DDPM, shares of noise between 0 (the latent) and 1 (pure
-noise) for flow matching.
+"""Sampling of noise levels for training: whole timesteps for DDPM; for flow matching shares of noise between 0 (latent)
+and 1 (pure noise).
 
 Letters: B samples, z standard normal, s a shift, m its logarithm. Everything is drawn on the CPU from the given
 generator; shares are float32.
@@ -17,7 +17,8 @@ from library.options.training.noise import NoiseOptions
 
 
 class LevelSampler(Protocol):
-    """A function that draws shares of noise, shape B; an offset can be added to the normal value behind each sample."""
+    """A function that draws shares of noise, shape B. Offsets, if supported, are added to each sample's normal
+    value."""
 
     def __call__(
         self,
@@ -31,18 +32,18 @@ class LevelSampler(Protocol):
 
 
 TABLE_SIZE = 1000
-PATCH = 2  # latents a side that most transformers read as one token
+PATCH = 2  # side, in latents, of the patch that most transformers read as one token
 Ends = tuple[tuple[int, float], tuple[int, float]]
-FLUX_SHIFT_ENDS: Ends = ((256, 0.5), (4096, 1.15))  # (tokens, m): FLUX.1 was trained between these two sizes
+FLUX_SHIFT_ENDS: Ends = ((256, 0.5), (4096, 1.15))  # (tokens, m) at both ends of FLUX.1's training sizes
 QWEN_SHIFT_ENDS: Ends = ((256, 0.5), (8192, 0.9))
 KREA2_SHIFT_ENDS: Ends = ((256, 0.5), (6400, 1.15))
-ENDS = {"qwen": QWEN_SHIFT_ENDS, "krea2": KREA2_SHIFT_ENDS}  # by what is in the name of a timestep sampling
-# Names of musubi-tuner: share of shifted draws, share of those and of draws by the option's log-SNR; the rest is fine
-# detail.
+ENDS = {"qwen": QWEN_SHIFT_ENDS, "krea2": KREA2_SHIFT_ENDS}  # by a part of the name of a timestep sampling
+# Names of musubi-tuner: cumulative shares of shifted draws, and of draws by the option's log-SNR. The rest has
+# DETAIL_LOGSNR.
 HYBRID_SHARES = {"qinglong_flux": (0.79, 0.9), "qinglong_qwen": (0.95, 0.95)}
 DETAIL_LOGSNR = (5.36, 1.0)  # mean and standard deviation
-SMALLEST_DRAW = 1e-7  # NextDiT's draws stay this far above no noise
-FINEST_LEVEL = 1 / TABLE_SIZE  # levels below it weigh as it does: sigma ** -2 has no value at 0
+SMALLEST_DRAW = 1e-7  # minimum of NextDiT's draws
+FINEST_LEVEL = 1 / TABLE_SIZE  # lower levels get the weight of this one, because sigma ** -2 is infinite at 0
 
 
 def shift_sigmas(sigmas_B: Tensor, shift: float) -> Tensor:
@@ -51,7 +52,8 @@ def shift_sigmas(sigmas_B: Tensor, shift: float) -> Tensor:
 
 
 def resolution_shift(latent_height: int, latent_width: int, ends: Ends = FLUX_SHIFT_ENDS, patch: int = PATCH) -> float:
-    """Return a shift e^m with m linear in the number of tokens, FLUX's by default: larger images need more noise."""
+    """Return a shift e^m with m linear in the number of tokens, so that larger images get more noise. Default:
+    FLUX's."""
     (few, low), (many, high) = ends
     num_tokens = (latent_height // patch) * (latent_width // patch)
     return math.exp(low + (high - low) * (num_tokens - few) / (many - few))
@@ -64,7 +66,7 @@ def draw_moved_normal(num_samples: int, generator: torch.Generator, offsets_B: T
 
 
 def takes_offset(weighting: FlowWeightingOptions, sampling: FlowSamplingOptions | None = None) -> bool:
-    """Return True if levels are computed from a normal value, which an offset can move; SD3 has no
+    """Return True if levels are computed from a normal value, to which an offset can be added. SD3 has no
     `timestep_sampling`."""
     if sampling is not None and sampling.timestep_sampling != "sigma":
         return sampling.timestep_sampling not in ("uniform", "nextdit_shift", *HYBRID_SHARES)
@@ -74,10 +76,10 @@ def takes_offset(weighting: FlowWeightingOptions, sampling: FlowSamplingOptions 
 def draw_scheme(
     options: FlowWeightingOptions, num_samples: int, generator: torch.Generator, offsets_B: Tensor | None = None
 ) -> Tensor:
-    """Draw from 0..1 with the density of the weighting scheme, uniform for those that only weight the loss.
+    """Draw values in 0..1 from the density of the weighting scheme; uniform for schemes that only weight the loss.
 
-    logit_normal is the sigmoid of a normal value, which offsets are added to; mode is
-    1 - u - c (cos(pi u / 2)^2 - 1 + u), c its scale (Esser et al. 2024, section 3.1).
+    logit_normal is the sigmoid of a normal value, to which offsets are added. mode is 1 - u - c (cos(pi u / 2)^2 - 1 +
+    u) with scale c (Esser et al. 2024, section 3.1).
     """
     if options.weighting_scheme == "logit_normal":
         z_B = draw_moved_normal(num_samples, generator, offsets_B)
@@ -90,7 +92,8 @@ def draw_scheme(
 
 
 def scheme_weights(scheme: str, sigmas_B: Tensor) -> Tensor:
-    """Return the loss weight of each level, float32: sigma^-2, 2 / (pi (1 - 2 sigma + 2 sigma^2)), or 1."""
+    """Return the loss weight of each level, float32: sigma^-2 (sigma_sqrt), 2 / (pi (1 - 2 sigma + 2 sigma^2))
+    (cosmap), or 1."""
     sigmas_B = sigmas_B.float()
     if scheme == "sigma_sqrt":
         return sigmas_B.clamp(min=FINEST_LEVEL) ** -2
@@ -100,7 +103,7 @@ def scheme_weights(scheme: str, sigmas_B: Tensor) -> Tensor:
 
 
 def build_shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSampler:
-    """Return SD3's sampler of levels: draws of the weighting scheme, shifted."""
+    """Build SD3's level sampler: draws from the weighting scheme, shifted."""
 
     def draw(
         num_samples: int, _height: int, _width: int, generator: torch.Generator, offsets_B: Tensor | None = None
@@ -113,8 +116,8 @@ def build_shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSa
 def draw_logsnr(
     mean: float, deviation: float, num_samples: int, generator: torch.Generator, offsets_B: Tensor | None = None
 ) -> Tensor:
-    """Draw levels whose log-SNR, 2 log((1 - sigma) / sigma), is normal (Choi et al. 2024, arXiv:2411.14793). Offsets
-    move a level toward noise."""
+    """Draw levels with a normally distributed log-SNR, 2 log((1 - sigma) / sigma) (Choi et al. 2024,
+    arXiv:2411.14793). Positive offsets move a level toward noise."""
     away_B = None if offsets_B is None else -offsets_B
     return torch.sigmoid(-(mean + deviation * draw_moved_normal(num_samples, generator, away_B)) / 2)
 
@@ -122,13 +125,15 @@ def draw_logsnr(
 def build_level_sampler(
     sampling: FlowSamplingOptions, weighting: FlowWeightingOptions, patch: int = PATCH
 ) -> LevelSampler:
-    """Return the sampler of levels that the options name, for a denoiser whose tokens are `patch` latents a side.
+    """Build the level sampler that the options name, for a denoiser whose tokens are `patch` latents a side.
 
-    `sigma` takes entry int(1000 u) of a table that descends from pure noise, u drawn by the weighting scheme; `uniform`
-    is uniform; `sigmoid` is q = sigmoid(k (z + offset)), k its scale; `shift` pushes q by a fixed shift, `flux_shift`,
-    which FLUX.2's is too, `qwen_shift` and `krea2_shift` by one that grows with the image, `nextdit_shift` does so with
-    a uniform q;
-    `logsnr` has a normal log-SNR; the two hybrids mix a shift with two of those.
+    With u uniform, z normal and k = `sigmoid_scale`, the values of `timestep_sampling` are:
+    - `sigma`: entry int(1000 u) of a shifted table that descends from pure noise; u is drawn by the weighting scheme.
+    - `uniform`: u. `sigmoid`: q = sigmoid(k (z + offset)).
+    - `shift`: q with a fixed shift. `flux_shift`, `flux2_shift`, `qwen_shift`, `krea2_shift`: q with a shift that grows
+    with the image. `nextdit_shift`: u with such a shift.
+    - `logsnr`: a normal log-SNR.
+    - the hybrids: a mixture of a shift and two log-SNR distributions.
     """
     kind, k, shift = sampling.timestep_sampling, sampling.sigmoid_scale, sampling.discrete_flow_shift
     style = weighting.logit_mean, weighting.logit_std
@@ -173,10 +178,10 @@ def build_level_sampler(
 def draw_timesteps(
     num_samples: int, min_timestep: int, max_timestep: int, generator: torch.Generator, *, num_timesteps: int
 ) -> Tensor:
-    """Draw one whole timestep per sample, uniform in [min_timestep, max_timestep); int64, shape B, on the CPU.
+    """Draw a whole timestep for each sample, uniform in [min_timestep, max_timestep); int64, shape B, on the CPU.
 
-    If min_timestep is not below max_timestep, every sample gets max_timestep and nothing is drawn; validation fixes a
-    level so.
+    If min_timestep is not below max_timestep, every sample gets max_timestep and nothing is drawn. Validation uses this
+    to fix a level. Raises UserError for limits outside the schedule.
     """
     check_timestep_range(min_timestep, max_timestep, num_timesteps)
     if min_timestep >= max_timestep:
@@ -185,7 +190,7 @@ def draw_timesteps(
 
 
 def resolve_timestep_range(noise: NoiseOptions, num_timesteps: int) -> tuple[int, int]:
-    """Return the lowest and the highest timestep of a run. Raises UserError for limits outside the schedule."""
+    """Return (lowest, highest) timestep of a run. Raises UserError for limits outside the schedule."""
     min_timestep = 0 if noise.min_timestep is None else noise.min_timestep
     max_timestep = num_timesteps if noise.max_timestep is None else noise.max_timestep
     check_timestep_range(min_timestep, max_timestep, num_timesteps)

@@ -1,4 +1,4 @@
-"""Loss functions and their weights by noise level.
+"""Loss functions, and loss weights by noise level.
 
 Letters: B samples, C channels, H height, W width, T noise levels.
 """
@@ -13,7 +13,7 @@ MAX_SNR = 1000.0  # the first timesteps are nearly clean; uncapped they would do
 
 
 def pointwise_error(prediction_BCHW: Tensor, target_BCHW: Tensor, loss_type: str, threshold_B: Tensor | None) -> Tensor:
-    """Return the error of every value, float32; `threshold_B` is where huber and smooth_l1 change from quadratic to
+    """Return the elementwise error, float32. `threshold_B` is where huber and smooth_l1 change from quadratic to
     linear.
 
     With d = prediction - target and threshold c, huber is 2c (sqrt(d^2 + c^2) - c) and smooth_l1 is 2 (sqrt(d^2 + c^2)
@@ -27,16 +27,16 @@ def pointwise_error(prediction_BCHW: Tensor, target_BCHW: Tensor, loss_type: str
     assert loss_type in ("huber", "smooth_l1") and threshold_B is not None
     c_B111 = threshold_B.float().view(-1, *[1] * (difference_BCHW.ndim - 1))
     square_BCHW = difference_BCHW.square()
-    # sqrt(d^2 + c^2) - c without cancellation for small differences.
+    # Equals sqrt(d^2 + c^2) - c, without cancellation for small differences.
     arc_BCHW = square_BCHW / ((square_BCHW + c_B111.square()).sqrt() + c_B111)
     return 2 * c_B111 * arc_BCHW if loss_type == "huber" else 2 * arc_BCHW
 
 
 def huber_threshold(options: LossOptions, sigmas_B: Tensor, timesteps_B: Tensor, num_timesteps: int) -> Tensor:
-    """Return the threshold of each sample, times its scale.
+    """Return each sample's Huber threshold, multiplied by `huber_scale`.
 
-    With c = huber_c, constant is c; exponential falls from 1 at timestep 0 to c at the last one; snr goes from 1 at the
-    clean end to c with the noise level, (1 - c) / (1 + sigma)^2 + c.
+    With c = huber_c, constant is c; exponential falls from 1 at timestep 0 to c at the last one; snr falls from 1 at
+    the clean end to c with the noise level, (1 - c) / (1 + sigma)^2 + c.
     """
     check_huber(options)
     if options.huber_schedule == "constant":
@@ -49,7 +49,7 @@ def huber_threshold(options: LossOptions, sigmas_B: Tensor, timesteps_B: Tensor,
 
 
 def check_huber(options: LossOptions) -> None:
-    """Raise UserError for thresholds that make no loss, if the loss has one."""
+    """Raise UserError if huber_c or huber_scale is not positive but the loss type uses them."""
     if options.loss_type not in ("huber", "smooth_l1"):
         return
     for flag, value in (("--huber_c", options.huber_c), ("--huber_scale", options.huber_scale)):
@@ -58,9 +58,9 @@ def check_huber(options: LossOptions) -> None:
 
 
 def snr_weights(options: LossOptions, snr_T: Tensor, predicts_velocity: bool) -> Tensor:
-    """Multiply all weights that depend on the signal-to-noise ratio, one for each of the given ratios.
+    """Return the product of all loss weights that depend on the signal-to-noise ratio, for each ratio in `snr_T`.
 
-    In the order of application: min-SNR (Hang et al. 2023), velocity weighted as noise, noise weighted as velocity,
+    In order of application: min-SNR (Hang et al. 2023), velocity weighted like noise, noise weighted like velocity,
     debiased estimation (Yu et al. 2024).
     """
     capped_T = snr_T.clamp(max=MAX_SNR)

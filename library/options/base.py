@@ -1,4 +1,4 @@
-"""Declares a command-line option once: flag, type, default and help are one dataclass field."""
+"""Declaration of command-line options: a dataclass field holds flag, type, default and help of an option."""
 
 import argparse
 from collections.abc import Iterator, Mapping
@@ -16,67 +16,68 @@ OnResume = Literal["new rate", "new length", "kept by the optimizer"]
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about an option beyond argparse's."""
+    """Facts about an option that argparse has no place for."""
 
-    # Valid range of a value, or of each value of a list; a share lies in 0 to 1.
+    # Valid range of a value, or of each value of a list; a share is between 0 and 1.
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     is_share: bool = False
-    # Values outside the choices are accepted here and checked where they are used.
+    # Values outside `choices` are accepted by the parser and checked where they are used.
     takes_other_values: bool = False
 
-    # The option has no effect unless one of these is set ("enable_bucket") or has one of the values
-    # ("loss_type=huber|smooth_l1"); with `requires` the run is refused instead.
+    # The option has no effect unless one of these options is set ("enable_bucket") or has one of the given values
+    # ("loss_type=huber|smooth_l1"). `requires` refuses the run instead.
     needs: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
-    # Options, written as in `needs`, that exclude this one, each with the reason.
+    # Options that exclude this one, written as in `needs`, each with the reason.
     excludes: Mapping[str, str] = field(default_factory=dict)
-    # An option that disables this one.
+    # An option that disables this one when it is set.
     unless: str | None = None
-    # Why the option never has an effect.
+    # Reason why the option never has an effect.
     ignored: str | None = None
-    # Why a run with the option is refused; if the option has `needs`, only when both are given.
+    # Reason why a run with the option is refused. If the option also has `needs`, only runs that meet them are refused.
     unsupported: str | None = None
 
-    # Without images (LECO) the option has no effect, or is refused, for this reason.
+    # Reason why the option is ignored or refused without images (LECO).
     needs_images: bool = False
     ignored_by_leco: str | None = None
     refused_by_leco: str | None = None
 
-    # Other values may change the weights.
+    # False if the option cannot change the trained weights.
     affects_training: bool = True
-    # A training state contains what the option determines (the seed), or compares it itself (the images).
+    # The training state contains the values that the option determines (seed), or compares them itself (images).
     kept_in_state: bool = False
-    # The effect of another value on a resumed run; None if the run then differs from an uninterrupted one.
+    # The effect of a new value on a resumed run; None if the run then differs from an uninterrupted one.
     on_resume: OnResume | None = None
 
-    # Abbreviation of the option in a sweep's file names, "" if the value suffices; None if adapters of one run cannot
-    # differ in it.
+    # Abbreviation of the option in a sweep's file names, "" if the value suffices; None if the option cannot differ
+    # between the adapters of a run.
     sweep_name: str | None = None
     # 0 means unset.
     zero_is_unset: bool = False
-    # The value is a file that the run writes.
+    # The value is the path of a file that the run writes.
     names_output: bool = False
-    # A password, which no file and no tracker may contain.
+    # A password, which must not appear in any file or tracker.
     secret: bool = False
-    # Trackers may show the value.
+    # Trackers may show the value (--log_config).
     logged: bool = True
-    # Part of the short help.
+    # Listed in the short help.
     usual: bool = False
-    # sd-scripts 0.10 lacks the option, so an ambiguous abbreviation means one of its options.
+    # The option does not exist in sd-scripts 0.10, so an ambiguous abbreviation resolves to one of its options instead.
     own: bool = False
 
     @property
     def may_change_on_resume(self) -> bool:
-        """Return True if changing the option on resume does not change the result."""
+        """Return True if a new value on resume does not change the result."""
         return self.kept_in_state or self.ignored is not None or not self.affects_training
 
 
 def option(default: Any, help: str, **keywords: Any) -> Any:
-    """Declare a field of an Options class. The flag is the field's name: `max_grad_norm` is --max_grad_norm.
+    """Declare a field of an Options class. The flag is the name of the field: `max_grad_norm` is --max_grad_norm.
 
-    `keywords` are those of `Facts` and of `ArgumentParser.add_argument`; `needs` and `requires` may be a single string.
+    `keywords` are fields of `Facts` and arguments of `ArgumentParser.add_argument`. `needs` and `requires` may be
+    single strings.
     """
     given = {f.name: keywords.pop(f.name) for f in fields(Facts) if f.name in keywords}
     for name in ("needs", "requires"):
@@ -86,7 +87,7 @@ def option(default: Any, help: str, **keywords: Any) -> Any:
 
 
 def redeclare(kind: type["Options"], name: str, default: Any, **argparse_kwargs: Any) -> Any:
-    """Declare another class's option with its own default or choices."""
+    """Declare an option of another class with a different default or different argparse arguments."""
     (original,) = (f for f in fields(kind) if f.name == name)  # type: ignore[arg-type]
     return field(default=default, metadata={**original.metadata, **argparse_kwargs})
 
@@ -97,10 +98,10 @@ def group(kind: type["Options"]) -> Any:
 
 
 def int_or_float(text: str) -> int | float:
-    """Parse a number: an int is a number of steps; below 1, or ending in `%`, it is a fraction of the run.
+    """Parse a number of steps, or a fraction of the run if it is below 1 or ends in `%`.
 
-    0 is a fraction, as in sd-scripts, and so are negative numbers, which the option's range refuses. Raises
-    argparse.ArgumentTypeError otherwise, also for 1.0 and above with a point, which is ambiguous.
+    0 is a fraction, as in sd-scripts. So are negative numbers, which the option's range refuses. Raises
+    argparse.ArgumentTypeError for anything else, including 1.0 and above with a decimal point, which is ambiguous.
     """
     try:
         if text.strip().isdigit() and int(text) > 0:
@@ -114,17 +115,16 @@ def int_or_float(text: str) -> int | float:
 
 
 def scalar_type(hint: Any) -> Any:
-    """Return the type of an option's single value: `list[float]
-    None` gives float."""
+    """Return the type of an option's single value, for example float for an optional list of floats."""
     if get_origin(hint) is Union or type(hint).__name__ == "UnionType":
         hint = next(kind for kind in get_args(hint) if kind is not type(None))
     return get_args(hint)[0] if get_origin(hint) is list else hint
 
 
 class Options:
-    """Base of the frozen dataclasses that hold the options.
+    """Base class of the frozen dataclasses that hold options.
 
-    A fact about all options of a class is a keyword of the class: `class SavingOptions(Options,
+    Facts that apply to all options of a class are keywords of the class: `class SavingOptions(Options,
     affects_training=False)`.
     """
 
@@ -136,7 +136,7 @@ class Options:
 
     @classmethod
     def leaves(cls) -> Iterator[tuple[Field[Any], Any]]:
-        """Yield every option of this class and its groups with its type hint, in order of declaration."""
+        """Yield each option of this class and its groups as (field, type hint), in order of declaration."""
         for f, kind in typed_fields(cls):
             yield from kind.leaves() if is_group(kind) else ((f, kind),)
 
@@ -153,7 +153,7 @@ class Options:
     def add_to(cls, parser: argparse.ArgumentParser) -> None:
         """Declare every option of this class and its groups on `parser`.
 
-        Each class is an argument group, titled by the first sentence of its docstring.
+        Each class is an argument group, titled by the first line of its docstring.
         """
         heading = (cls.__doc__ or cls.__name__).partition("\n")[0].rstrip(".")
         section = None
@@ -178,7 +178,7 @@ class Options:
         return cls(**values)
 
     def flat(self) -> dict[str, Any]:
-        """Return the value of every option by name, including groups."""
+        """Return the values of all options by name, including those of groups."""
         values: dict[str, Any] = {}
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
@@ -198,12 +198,12 @@ class Options:
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """Return the default of every option by name, including groups."""
+        """Return the defaults of all options by name, including those of groups."""
         return {f.name: f.default for f, _ in cls.leaves()}
 
 
 def typed_fields(kind: type[Options]) -> Iterator[tuple[Field[Any], Any]]:
-    """Yield the fields of a class, options and groups alike, with their type hints."""
+    """Yield each field of a class, option or group, with its type hint."""
     hints = get_type_hints(kind)
     for f in fields(kind):  # type: ignore[arg-type]
         yield f, hints[f.name]

@@ -45,7 +45,8 @@ BACKSLASH_HINT = "a backslash in double quotes begins a special character: write
 
 
 def read_text(path: Path, flag: str) -> str:
-    """Return the text of a UTF-8 file that the option `flag` names, a byte order mark skipped. Raises UserError."""
+    """Return the text of a UTF-8 file without its byte order mark; `flag` is the option that names the file. Raises
+    UserError if it is missing, unreadable, or in another encoding."""
     if not path.is_file():
         raise UserError(f"{flag} is {path}, but there is no such file")
     try:
@@ -56,9 +57,10 @@ def read_text(path: Path, flag: str) -> str:
 
 
 def read_toml(path: Path, flag: str) -> dict[str, Any]:
-    """Return the tables of a UTF-8 TOML file, with or without a byte order mark; `flag` is the option that named it.
+    """Return the tables of a UTF-8 TOML file, with or without a byte order mark; `flag` is the option that names the
+    file.
 
-    Raises UserError if there is no such file, ValueError with line and column of a mistake.
+    Raises UserError if the file is missing or unreadable, or with line and column of a mistake.
     """
     text = read_text(path, flag)
     try:
@@ -72,7 +74,8 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
 
 
 def refuse_nul(value: Any, shown: str) -> None:
-    """Raise UserError if a string in nested tables and lists contains NUL, which ends a path for the system."""
+    """Raise UserError if any string in nested tables and lists contains NUL, which the system takes as the end of a
+    path."""
     if isinstance(value, str) and "\0" in value:
         raise UserError(f"{shown} has a NUL character in a text: {value[:60]!r}; remove it")
     if isinstance(value, (dict, list)):

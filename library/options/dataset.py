@@ -5,7 +5,7 @@ from pathlib import Path
 
 from library.options.base import Options, option
 
-MAX_WORKERS = 1024  # data loader processes; more are a typing error
+MAX_WORKERS = 1024  # data loader processes; more are assumed to be a typing error
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 OWN_INDEX = "folders of 256 images or more have an index of their own, which notices changed files"
 
@@ -235,5 +235,5 @@ class DatasetOptions(Options, needs_images=True):
 
     @property
     def only_looks(self) -> bool:
-        """Return True if the run only shows the data."""
+        """Return True if the run only inspects the data and trains nothing."""
         return self.debug_dataset or self.audit_only

@@ -1,4 +1,4 @@
-"""musubi-tuner's names of options, for the base models that it trains too."""
+"""musubi-tuner's option names, for the base models that it also trains."""
 
 import argparse
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ ALTERNATIVES: Mapping[str, str] = {
     "use_32bit_attention": "use --mixed_precision no for 32 bits",
     "disable_numpy_memmap": "files are never mapped into memory",
 }
-"""Alternatives to options of other scripts and programs, appended to the error for such an option."""
+"""What to use instead of options of other scripts and programs; appended to the error for such an option."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class PartOptions(Options):
 
 @dataclass(frozen=True)
 class DitTrainOptions(TrainOptions):
-    """The options of a base model that musubi-tuner trains too; each declares its own `parts` and `flow_sampling`."""
+    """The options of a base model that musubi-tuner also trains. Subclasses declare their own `parts` and
+    `flow_sampling`."""
 
     precision: ScaledPrecisionOptions = group(ScaledPrecisionOptions)
     dit: DitOptions = group(DitOptions)
@@ -86,13 +87,13 @@ class DitTrainOptions(TrainOptions):
 
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Build the options from parsed arguments and resolve `dit`."""
+        """Build the options from parsed arguments, and apply `dit`."""
         options = super().from_args(args)
         return resolve_dit(options, options.dit.dit)
 
 
 def resolve_dit(options: OptionsT, dit: str | None) -> OptionsT:
-    """Apply --dit. Text encoders of these models have no adapters, so only the denoiser is trained."""
+    """Apply --dit. Train only the denoiser, because the text encoders of these models do not support adapters."""
     values: dict[str, object] = {"network_train_unet_only": not options.network.network_train_text_encoder_only}
     if dit is not None:
         caches = ("cache_latents", "cache_text_encoder_outputs")

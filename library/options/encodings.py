@@ -1,4 +1,4 @@
-"""Detects the likely encoding of a text that is not UTF-8."""
+"""Decoding of UTF-8 text, with a guess at the encoding of other text."""
 
 import re
 
@@ -12,10 +12,11 @@ COMMON = {
     "cp949": "EUC-KR (cp949)",
     "cp1251": "Cyrillic (cp1251)",
 }
-"""Encodings that editors still write; with all existing ones a few words fit too many: "café" is valid cp1250 too."""
+"""Encodings that editors still write. With more candidates, too many fit a few words: "café" is also valid cp1250."""
 
 
-# An accented letter among plain ones, as in "fille blonde, forêt"; other alphabets fill whole words.
+# An accented letter among plain ones, as in "fille blonde, forêt". In other alphabets all letters of a word are high
+# bytes.
 LATIN_WORD = re.compile(rb"[A-Za-z][\xc0-\xff]{1,2}(?![\x80-\xff])|(?<![\x80-\xff])[\xc0-\xff]{1,2}[A-Za-z]")
 NOT_LATIN = re.compile(rb"[\x00\x80-\x90\x98-\x9f]|[\xa0-\xff]{3}")
 
@@ -25,7 +26,7 @@ class NotUtf8(UserError):
 
 
 def likely_encoding(content: bytes) -> str | None:
-    """Return the name of the best fitting encoding; None if none fits."""
+    """Return the most likely encoding of a text that is not UTF-8; None if none fits."""
     from charset_normalizer import from_bytes
 
     if LATIN_WORD.search(content) and not NOT_LATIN.search(content):
@@ -36,7 +37,8 @@ def likely_encoding(content: bytes) -> str | None:
 
 
 def decode_utf8(content: bytes, what: str) -> str:
-    """Decode UTF-8 with or without a byte order mark. Raises UserError, starting with `what`, for other encodings."""
+    """Decode UTF-8 with or without a byte order mark. Raises NotUtf8, a UserError starting with `what`, for other
+    encodings."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -44,7 +46,7 @@ def decode_utf8(content: bytes, what: str) -> str:
 
 
 def describe_encoding(content: bytes, error: UnicodeDecodeError) -> str:
-    """Describe where a file is not UTF-8 and its likely encoding; the text follows the file's name."""
+    """Return the end of a message that starts with the file's name: the first invalid byte and the likely encoding."""
     likely = likely_encoding(content)
     fits = f"it looks like {likely}" if likely else "no encoding fits"
     return f"is not UTF-8 text: byte {error.start} cannot be read, and {fits}; save it as UTF-8"

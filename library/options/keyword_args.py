@@ -1,4 +1,4 @@
-"""Parses `key=value` items into Python keywords, and calls functions with them."""
+"""Parsing of `key=value` items, and calls with the resulting keywords."""
 
 import ast
 import inspect
@@ -9,9 +9,9 @@ from library.errors import UserError
 
 
 def read_keyword_args(items: Sequence[str] | None, flag: str) -> dict[str, Any]:
-    """Parse items to keywords with Python literals as values: `betas=0.9,0.99` is a tuple.
+    """Parse items to keywords whose values are Python literals: `betas=0.9,0.99` is a tuple.
 
-    The first `=` ends the key. Raises UserError naming `flag` and the item, if it has no key, is not a literal, or
+    The first `=` ends the key. Raises UserError naming `flag` and the item if it has no key, is not a literal, or
     repeats a key.
     """
     keywords: dict[str, Any] = {}
@@ -40,10 +40,11 @@ def call_with_keywords(
     set_elsewhere: Mapping[str, str],
     ours: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Call `target(*positional, **ours, **keywords)`; `keywords` come from the user's `flag` and override `ours`.
+    """Call `target(*positional, **ours, **keywords)`. `keywords` come from the user's `flag` and override `ours`.
 
     `set_elsewhere` maps parameters that have their own flag to that flag ("" if the trainer sets them). Raises
-    UserError for an unknown keyword, naming the accepted ones, and for values that `target` refuses.
+    UserError for these parameters, for an unknown keyword, naming the accepted ones, and for values that `target`
+    refuses.
     """
     name = getattr(target, "__name__", str(target))
     parameters = list(inspect.signature(target).parameters.values())

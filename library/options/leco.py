@@ -1,4 +1,4 @@
-"""The options of the scripts that train concepts by prompts alone (LECO)."""
+"""Options of the scripts that train concepts from prompts alone (LECO)."""
 
 import argparse
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class LecoNetworkOptions(NetworkOptions):
 
 @dataclass(frozen=True)
 class PromptTraining(Options):
-    """The options that training by prompts adds to those of a base model, or declares with other defaults."""
+    """The options that prompt training adds to those of a base model, or declares with other defaults."""
 
     network: LecoNetworkOptions = group(LecoNetworkOptions)
     leco: ConceptOptions = group(ConceptOptions)
@@ -38,7 +38,7 @@ class PromptTraining(Options):
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
         """Build the options from parsed arguments. Only the denoiser is trained; there is no initial epoch.
 
-        A request to train only the text encoders is refused later, with a reason.
+        Training only the text encoders is refused later, with a reason.
         """
         options = super().from_args(args)
         trains_denoiser = not options.network.network_train_text_encoder_only
@@ -47,13 +47,13 @@ class PromptTraining(Options):
 
 @dataclass(frozen=True)
 class LecoOptions(PromptTraining, TrainOptions):
-    """All options of train_leco.py for a base model whose script has only the common options."""
+    """The options of train_leco.py, for a base model whose script has only the common options."""
 
 
 def leco_options(kind: type[TrainOptions]) -> type[TrainOptions]:
-    """Return the options class for training a base model on prompts, derived from its script's options.
+    """Return the options class for training a base model on prompts, derived from the options of its training script.
 
-    If the form of the prediction is an option, it defaults to the denoiser's own output, which LECO trains.
+    If the base model has --model_prediction_type, it defaults to `raw`, the denoiser's own output, which LECO trains.
     """
     if kind is TrainOptions:
         return LecoOptions
@@ -70,7 +70,7 @@ def leco_options(kind: type[TrainOptions]) -> type[TrainOptions]:
 
 
 def list_refused_by_leco(kind: type[Options]) -> dict[str, str]:
-    """Return the options that prompt training refuses, each with the reason and what to do."""
+    """Return the options that prompt training refuses, each with the reason and the fix."""
     return {name: facts.refused_by_leco for name, facts in kind.facts().items() if facts.refused_by_leco}
 
 

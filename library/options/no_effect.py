@@ -1,4 +1,4 @@
-"""Finds given options that have no effect in a run, according to their declarations."""
+"""Detection of options that have no effect in a run, according to their declarations."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -7,27 +7,27 @@ from library.options.base import Options
 
 
 def asks(value: Any) -> bool:
-    """Return True if a value requests something; front ends write false, 0, "" or [] for empty fields.
+    """Return True if a value requests something. Front ends write false, 0, "" or [] for empty fields.
 
-    Negative counts request nothing, but negative strengths do.
+    Negative integers request nothing; negative floats do.
     """
     return bool(value > 0) if isinstance(value, int) else bool(value)
 
 
 def is_set(value: Any, default: Any) -> bool:
-    """Return True if a value differs from the default and from what front ends write for empty fields."""
+    """Return True if a value differs from the default and from the values that front ends write for empty fields."""
     return value != default and value not in (None, False, "", 0, "no", [])
 
 
 def is_given(value: Any, default: Any) -> bool:
-    """Return True if an option with 0 as a valid value was given; negative counts mean never."""
+    """Return True if an option that accepts 0 has been given; a negative integer means never."""
     return bool(value != default and value != "") and not (isinstance(value, int) and value < 0)
 
 
 def find_unused(options: Options, ignores: Mapping[str, str]) -> Iterator[str]:
     """Yield a line for every given option that has no effect in this run.
 
-    `ignores` holds the options without effect for the base model, with the reason.
+    `ignores` maps options without effect for the base model to the reason.
     """
     values, defaults = options.flat(), type(options).defaults()
     for name, facts in type(options).facts().items():
@@ -43,7 +43,7 @@ def find_unused(options: Options, ignores: Mapping[str, str]) -> Iterator[str]:
 
 
 def unmet(needs: tuple[str, ...], values: Mapping[str, Any]) -> str | None:
-    """Describe the unmet needs, to follow "has no effect"; None if one is met or there are none."""
+    """Describe the unmet needs, as a continuation of "has no effect"; None if at least one is met or there are none."""
     known = [need for need in needs if need.partition("=")[0] in values]
     if not known or any(is_met(need, values) for need in known):
         return None
@@ -54,12 +54,12 @@ def unmet(needs: tuple[str, ...], values: Mapping[str, Any]) -> str | None:
 
 
 def describe_needs(needs: Sequence[str]) -> str:
-    """Format alternative needs as typed options."""
+    """Format alternative needs as command-line options."""
     *others, last = (f"--{need.replace('=', ' ').replace('|', ' or ')}" for need in needs)
     return f"{', '.join(others)} or {last}" if others else last
 
 
 def is_met(need: str, values: Mapping[str, Any]) -> bool:
-    """Return True if a need is met: the option requests something, or has one of the values after "="."""
+    """Return True if a need is met: the option is requested, or has one of the values after "="."""
     other, equals, wanted = need.partition("=")
     return str(values[other]) in wanted.split("|") if equals else asks(values[other])

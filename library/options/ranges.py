@@ -1,4 +1,4 @@
-"""Checks that the numbers of options lie in their declared ranges."""
+"""Checks that numeric options are in their declared ranges."""
 
 import sys
 from math import isfinite
@@ -7,7 +7,7 @@ from typing import TypeGuard
 from library.errors import UserError
 from library.options.base import Facts, Options
 
-LARGEST = 2**63  # the limit of tensors and files
+LARGEST = 2**63  # limit of 64-bit integers in tensors and files
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

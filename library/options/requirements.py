@@ -1,4 +1,4 @@
-"""Check options against their declarations: those that are not supported, and what others require or exclude."""
+"""Checks of options against their declarations: unsupported ones, and those that require or exclude others."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from library.options.no_effect import asks, describe_needs, is_met, is_set
 
 
 def unsupported(options: Options) -> list[str]:
-    """Return a line for every option that asks for what is not done here."""
+    """Return a line for every requested option that is not supported."""
     values, defaults = options.flat(), type(options).defaults()
     return [
         f"--{name} is not supported: {facts.unsupported}"
@@ -21,7 +21,7 @@ def unsupported(options: Options) -> list[str]:
 
 
 def check_requirements(options: Options) -> None:
-    """Raise UserError for the first option that lacks a required one or is excluded by another."""
+    """Raise UserError for the first given option that lacks a required one or is excluded by another."""
     values, defaults = options.flat(), type(options).defaults()
     for name, facts in type(options).facts().items():
         if is_set(values[name], defaults[name]):
@@ -41,7 +41,7 @@ def check_required(name: str, needs: tuple[str, ...], values: Mapping[str, Any])
 
 
 def check_excluded(name: str, excludes: Mapping[str, str], values: Mapping[str, Any]) -> None:
-    """Raise UserError if a given option excludes another given one."""
+    """Raise UserError if a given option excludes another option that is also given."""
     for need, why in excludes.items():
         other = need.partition("=")[0]
         if values.get(other) is not None and is_met(need, values):
@@ -50,5 +50,5 @@ def check_excluded(name: str, excludes: Mapping[str, str], values: Mapping[str, 
 
 
 def flag_with_value(name: str, value: Any) -> str:
-    """Format an option as typed, with lists abbreviated."""
+    """Format an option as typed; the values of a list are omitted."""
     return f"--{name}" if value is True or isinstance(value, list) else f"--{name} {value}"

@@ -1,4 +1,4 @@
-"""Every option that the training scripts share, in groups."""
+"""The options that all training scripts share, in groups."""
 
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ from library.options.training.validation import ValidationOptions
 
 @dataclass(frozen=True)
 class TrainOptions(Options):
-    """The options of a run: one field per group of flags, `options.dataset.resolution` is --resolution."""
+    """The options of a run. Each field is a group of flags: --resolution is `options.dataset.resolution`."""
 
     console: ConsoleOptions = group(ConsoleOptions)
     config_file: ConfigFileOptions = group(ConfigFileOptions)
@@ -71,5 +71,5 @@ class TrainOptions(Options):
 
     @property
     def concepts(self) -> ConceptOptions | None:
-        """The concepts of prompt training (LECO); None if images are trained."""
+        """The options of prompt training (LECO); None if the run trains on images."""
         return None

@@ -1,4 +1,4 @@
-"""One batch as a function of the seed, the epoch and its draws; runs in loader workers.
+"""Construction of a batch as a function of the seed, the epoch and its draws; runs in loader workers.
 
 Shapes: B samples, C channels, H height, W width.
 """
@@ -45,7 +45,7 @@ from library.types import Batch
 
 @dataclass(frozen=True, slots=True)
 class BatchOrder:
-    """The draws of one batch, sent to a worker."""
+    """The draws of a batch, as sent to a worker."""
 
     epoch: int
     step: int  # optimizer step, for tag warm-up
@@ -54,7 +54,7 @@ class BatchOrder:
 
 @dataclass(frozen=True)
 class PartialBatch:
-    """A batch as returned by a worker; `finish_batch` adds what is kept in memory."""
+    """A batch as returned by a worker. `finish_batch` adds the features that the main process keeps in memory."""
 
     batch: Batch
     samples: list[int]
@@ -62,13 +62,13 @@ class PartialBatch:
     latents: list[Tensor | None]  # CHW each
     masks: list[Tensor | None]  # HW each, 0..1
     texts: list[Row | None]
-    references: list[tuple[Tensor, ...]]  # latents of the references of each sample, CHW
-    text_keys: list[str]  # of text features in memory
-    skipped: list[str] = field(default_factory=list)  # messages about damaged images that were replaced by others
+    references: list[tuple[Tensor, ...]]  # latents of each sample's references, CHW
+    text_keys: list[str]  # keys of text features that are kept in memory
+    skipped: list[str] = field(default_factory=list)  # messages about damaged images that were replaced
 
 
 class Taken(NamedTuple):
-    """The pixels or latents of one draw; the latents are None for those kept in memory."""
+    """The pixels or latents of one draw; latents that the main process keeps in memory are None."""
 
     number: int  # index of the sample
     is_flipped: bool
@@ -80,11 +80,11 @@ class Taken(NamedTuple):
 
 @dataclass(frozen=True)
 class Orders:
-    """The batches requested from workers in one epoch, in order."""
+    """The batches requested from the workers in one epoch, in order."""
 
     epoch: int
     batches: Sequence[tuple[int, ...]]  # the draws of every batch of the epoch
-    places: Sequence[int]  # indices of the requested batches
+    places: Sequence[int]  # indices of the requested batches in the epoch
     step_of: Callable[[int], int]  # optimizer step of a batch, by its index
 
     def __len__(self) -> int:
@@ -96,7 +96,8 @@ class Orders:
 
 @dataclass
 class BatchSampler(Sampler[BatchOrder]):
-    """The orders of one epoch in turn. The loader keeps this object, so that workers can outlive an epoch."""
+    """A sampler of one epoch's orders. The loader holds this object, so that `orders` can be replaced and workers
+    outlive an epoch."""
 
     orders: Orders
 
@@ -109,7 +110,7 @@ class BatchSampler(Sampler[BatchOrder]):
 
 @dataclass(frozen=True)
 class BatchMaker(Dataset[PartialBatch | str]):
-    """Everything a worker needs, in plain values that any kind of process can receive."""
+    """Everything a worker needs to make batches, in plain values that can be sent to any kind of process."""
 
     seed: int
     samples: Samples
@@ -118,24 +119,25 @@ class BatchMaker(Dataset[PartialBatch | str]):
     prior_loss_weight: float
     max_train_steps: int
     files: CacheFiles[LatentFile]
-    in_memory: frozenset[int]  # samples whose latents the main process keeps
-    num_variants: int = 0  # see DataPlan
+    in_memory: frozenset[int]  # samples whose latents are kept by the main process
+    num_variants: int = 0  # see `DataPlan`
     text_files: CacheFiles[TextFile] = field(default_factory=CacheFiles)
-    damaged: frozenset[int] = frozenset()  # samples found damaged while caching
+    damaged: frozenset[int] = frozenset()  # samples that were found damaged while caching
     storage: Storage = field(default_factory=Storage)
     is_mirrored: bool = False  # mirror every image, regardless of flip_aug
     has_alpha: bool = False  # images are RGBA, for a base model that encodes their alpha channel
     seen: SeenReferences | None = None  # reference images for text encoders that see them
 
     def __getitem__(self, order: BatchOrder) -> PartialBatch | str:
-        """Make a batch; return the message of a UserError, because exceptions lose theirs between processes."""
+        """Make a batch. A UserError is returned as its message, because exceptions lose theirs between processes."""
         try:
             return self.draft(order)
         except UserError as error:
             return str(error)
 
     def draft(self, order: BatchOrder) -> PartialBatch:
-        """Read, crop and mirror the images of an order, or read their latents."""
+        """Read, crop and mirror the images of an order, or read their latents. Raises UserError if only some have
+        latents."""
         self.read_ahead(order)
         skipped: list[str] = []
         taken = [self.take_or_replace(order.epoch, draw, skipped) for draw in order.draws]
@@ -159,7 +161,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         )
 
     def read_ahead(self, order: BatchOrder) -> None:
-        """Start reading the images of an order that have no cached latents."""
+        """Start fetching those images of an order that have no cached latents."""
         numbers = self.sample_of_draw[list(order.draws)].tolist()
         unread = [number for number in numbers if number not in self.in_memory and number not in self.files]
         self.storage.read_ahead(self.samples[number].image for number in unread)
@@ -185,17 +187,18 @@ class BatchMaker(Dataset[PartialBatch | str]):
         )
 
     def text_key(self, taken: Taken, caption: str) -> str:
-        """Return the text whose features a draw uses: its caption, with the references that text encoders see."""
+        """Return the key of the text features of a draw: its caption, combined with its references if text encoders
+        see them."""
         return caption if self.seen is None else self.seen.key(taken.number, caption, taken.is_flipped)
 
     def text_row(self, number: int, text: str) -> Row | None:
-        """Read the cached features of a text; None if no file has them."""
+        """Read the cached features of a text; None if the sample has no file or the text is empty."""
         if not text or number not in self.text_files:
             return None
         return self.text_files.file(number, self.samples[number], self.storage).read(text)
 
     def take_or_replace(self, epoch: int, draw: int, skipped: list[str]) -> Taken:
-        """Make a draw; a damaged image, noted in `skipped`, is replaced by another."""
+        """Read the image or latents of a draw. A damaged image is replaced by another one and added to `skipped`."""
         number, broken = int(self.sample_of_draw[draw]), set(self.damaged)
         if number in broken:
             number = stand_in(self.samples, self.subsets, number, broken)
@@ -208,7 +211,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
                 skipped.append(str(error))
 
     def taken(self, number: int, epoch: int, draw: int) -> Taken:
-        """Make a draw of this sample. Raises DamagedImage."""
+        """Read the image or latents of this sample for a draw. Raises DamagedImage."""
         subset = self.subsets[self.samples[number].subset]
         is_flipped = self.is_mirrored or (subset.flip_aug and random_for(self.seed, "flip", epoch, draw).random() < 0.5)
         if number in self.in_memory or number in self.files:
@@ -217,7 +220,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         return Taken(number, is_flipped, image, None, mask, references)
 
     def caption(self, sample: Sample, order: BatchOrder, draw: int) -> str:
-        """Compose the prompt of one draw."""
+        """Compose the caption of one draw."""
         rules, text = self.subsets[sample.subset].captions, sample.image.caption
         rng = random_for(self.seed, "caption", order.epoch, draw)
         if not self.num_variants:
@@ -229,8 +232,8 @@ class BatchMaker(Dataset[PartialBatch | str]):
     def drawn(
         self, number: int, epoch: int, draw: int, is_flipped: bool
     ) -> tuple[Pixels, Tensor | None, tuple[Tensor, ...]]:
-        """Return (RGB or RGBA, mask, pixels of the references) of one draw of an image; alpha that is a mask is not
-        part of the image."""
+        """Return (RGB or RGBA, mask, pixels of the references) of one draw. Alpha that serves as mask is not part of
+        the image."""
         sample = self.samples[number]
         subset = self.subsets[sample.subset]
         rgb, alpha = read_pixels(sample.image.key, self.storage.content(sample.image))
@@ -240,7 +243,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         whole = with_alpha(rgb, shown_alpha) if self.has_alpha else rgb
         image = place(whole, placement, subset.resize_interpolation)
         shown = read_placed_references(sample, placement, subset.resize_interpolation, self.storage, self.has_alpha)
-        if subset.color_aug:  # all alike, so that a pair keeps its difference
+        if subset.color_aug:  # change all alike, so that a pair keeps its difference
             rngs = [random_for(self.seed, "colour", epoch, draw) for _ in range(1 + len(shown))]
             image, *shown = map(change_colour, [image, *shown], rngs)
         references = tuple(map(to_pixels, shown))
@@ -263,7 +266,8 @@ class BatchMaker(Dataset[PartialBatch | str]):
         return crop_at_centre(sample.shape, is_flipped)
 
     def cached(self, number: int, is_flipped: bool) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...]]:
-        """Return (latents, mask, latents of the references) of one draw; those kept in memory are missing here."""
+        """Return (latents, mask, latents of the references) of one draw. Values kept in memory are None or empty
+        here."""
         sample = self.samples[number]
         subset = self.subsets[sample.subset]
         latent = mask = None
@@ -277,8 +281,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
 
 
 def pick(stored: Latents, is_flipped: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """Return (latents, mask, latents of the references) as drawn: the mirrored encodings and the mirrored mask, or the
-    plain ones."""
+    """Return (latents, mask, latents of the references) as drawn: all mirrored, or all plain."""
     mask = None if stored.alpha_HW is None else stored.alpha_HW.float() / 255
     if not is_flipped:
         return stored.latents_CHW, mask, stored.references
@@ -289,7 +292,8 @@ def pick(stored: Latents, is_flipped: bool) -> tuple[Tensor, Tensor | None, tupl
 def finish_batch(
     draft: PartialBatch, memory: Mapping[int, Latents], texts: Mapping[str, Row], text_padding: Mapping[str, float]
 ) -> Batch:
-    """Add features kept in memory to a batch; samples without a mask get ones if another sample has one."""
+    """Add the features that are kept in memory to a batch. Samples without a mask get ones if another sample has a
+    mask."""
     latents, masks, references = list(draft.latents), list(draft.masks), list(draft.references)
     for place_, (number, is_flipped) in enumerate(zip(draft.samples, draft.flips, strict=True)):
         if number in memory:
@@ -311,12 +315,12 @@ def finish_batch(
 
 
 def stack_references(references: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Stack the references of samples, CHW each and of one size by number, to one BCHW for each number."""
+    """Stack references (CHW) across samples into one BCHW tensor per reference number."""
     return tuple(torch.stack(same) for same in zip(*references, strict=True))
 
 
 def stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
-    """Stack masks to (B, 1, H, W), ones for samples without a mask; return None if none has one."""
+    """Stack masks to (B, 1, H, W), with ones for samples without a mask. Return None if no sample has one."""
     shape = next((mask.shape for mask in masks if mask is not None), None)
     if shape is None:
         return None
@@ -332,14 +336,15 @@ def collect_sizes(sample: Sample, is_flipped: bool) -> tuple[float, ...]:
 
 
 def locate_corner(placement: Placement) -> tuple[int, int]:
-    """Return top and left of the crop in the resized image, mirrored if the draw is."""
+    """Return (top, left) of the crop in the resized image, mirrored if the draw is."""
     if not placement.is_flipped:
         return placement.top, placement.left
     return placement.top, placement.resized[0] - placement.target[0] - placement.left
 
 
 def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -> Tensor:
-    """Read the mask file's red channel, placed like its image; one of another size is stretched to the target."""
+    """Read the red channel of the mask file, and crop it like the image. A mask of another size is stretched to the
+    target."""
     assert sample.image.mask_path is not None
     red = np.ascontiguousarray(read_pixels(sample.image.mask_path)[0][..., 0])
     if (red.shape[1], red.shape[0]) != sample.image.size:
@@ -348,7 +353,8 @@ def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -
 
 
 def start_worker(_: int) -> None:
-    """Set up a worker: it ignores interruptions, which the main process handles, and ends with its parent."""
+    """Initialize a worker: ignore SIGINT and SIGHUP, which the main process handles, end on SIGTERM, and use OpenCV
+    without threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "win32":
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -359,5 +365,5 @@ def start_worker(_: int) -> None:
 
 
 def identity_collate(draft: PartialBatch | str) -> PartialBatch | str:
-    """Return a worker's batch unchanged instead of collating it."""
+    """Return a worker's batch unchanged, in place of the loader's collation."""
     return draft

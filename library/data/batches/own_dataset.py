@@ -1,10 +1,10 @@
-"""Batches from a user's own class (`dataset_class`), called as sd-scripts calls it.
+"""Batches from a user's own class (`dataset_class`), which is called as sd-scripts calls it.
 
 The class is created as `cls(None, max_token_length, resolution, debug_dataset)`. Its `len` is the number of batches per
-epoch, and item i is batch i as a mapping: `captions`, `images` (B, 3, H, W) from -1 to 1 or `latents` (B, C, h, w), and
+epoch. Item i is batch i, a mapping with `captions`, `images` (B, 3, H, W) from -1 to 1 or `latents` (B, C, h, w), and
 optionally `loss_weights` (B), `alpha_masks` (B, H, W), `original_sizes_hw`, `crop_top_lefts`, `target_sizes_hw` (B, 2
-each), `image_keys` and `custom_attributes`. Token IDs in it are ignored: captions are tokenized here.
-`set_current_epoch(epoch)` is called before each epoch if it exists.
+each), `image_keys` and `custom_attributes`. Token IDs are ignored, because captions are tokenized here.
+`set_current_epoch(epoch)`, if it exists, is called before each batch.
 """
 
 import logging
@@ -34,7 +34,7 @@ class OwnDataset:
     """The batches of a user's dataset object, reshuffled for every epoch."""
 
     def __init__(self, source: Any, name: str, seed: int, spec: LatentSpec) -> None:
-        """Raise UserError for an object without batches."""
+        """Wrap the dataset object `source`. Raises UserError if it has no batches."""
         self.config = RunDataConfig((), is_from_file=False)
         self.spec = spec
         self._source, self._name, self._seed = source, name, seed
@@ -60,7 +60,7 @@ class OwnDataset:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The class and the captions of its first batch; nothing else is known."""
+        """The class and the captions of the first batch; nothing else is known in advance."""
         captions = blake2b("\n".join(self._batch(1, 0).captions).encode(), digest_size=16).hexdigest()
         return {
             "num_pictures": self.num_train_images,
@@ -78,7 +78,7 @@ class OwnDataset:
     def image_paths(self) -> list[str]:
         return []
 
-    image_plan = sizes = prompts = None  # its images are not known before they are drawn
+    image_plan = sizes = prompts = None  # unknown before the batches are drawn
 
     @property
     def own_batches(self) -> "OwnDataset":
@@ -97,7 +97,7 @@ class OwnDataset:
         num_workers: int,
         persistent_workers: bool,
     ) -> Iterator[Batch]:
-        """Yield the batches of an epoch at `places`, made in this process on request."""
+        """Yield the batches of an epoch at `places`. They are made in this process, on request."""
         order = list(range(self.num_batches))
         random_for(self._seed, "batch order", epoch).shuffle(order)
         return (self._batch(epoch, order[place]) for place in places)
@@ -106,7 +106,7 @@ class OwnDataset:
         log.info("%s %s: %d batches per epoch, made in this process", FLAG, self._name, self.num_batches)
 
     def facts(self) -> dict[str, Any]:
-        """Return no facts: nothing is known before it is drawn."""
+        """Return the facts of data without listed images."""
         return nothing_known()
 
     def metadata(self, described: DatasetOptions, batches_per_step: int = 1) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class OwnDataset:
         }
 
     def limited_to_largest_batch(self) -> tuple["OwnDataset", int]:
-        """Return self and the first batch; the sizes of others are unknown."""
+        """Return self and batch 0: the sizes of the batches are unknown."""
         return self, 0
 
     def report_skipped(self, log: logging.Logger) -> None:
@@ -137,7 +137,7 @@ class OwnDataset:
 
 
 def build_batch(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:
-    """Build a batch from the keys of sd-scripts' data sets. Raises UserError naming missing or invalid ones."""
+    """Build a batch from the keys of sd-scripts' datasets. Raises UserError naming missing or invalid ones."""
     captions = item.get("captions")
     if not captions:
         raise UserError(f"{place} has no `captions`: captions are tokenized here, and token IDs are ignored")
@@ -187,7 +187,7 @@ def parse_resolution(resolution: str | None) -> tuple[int, int] | None:
 
 
 def warn_of_replaced(values: Mapping[str, Any]) -> None:
-    """Warn of descriptions of data that the user's class replaces."""
+    """Warn about options that describe images, which the user's class replaces."""
     for option in DESCRIBED:
         if values.get(option):
             logger.warning("--%s is ignored: %s provides the data", option, FLAG)
@@ -196,7 +196,7 @@ def warn_of_replaced(values: Mapping[str, Any]) -> None:
 def open_own_dataset(
     cls: type[Any], data: DatasetOptions, max_token_length: int | None, spec: LatentSpec, seed: int
 ) -> OwnDataset:
-    """Make the user's dataset. Raises UserError where the class fails to be made."""
+    """Create the user's dataset. Raises UserError if the class does not accept the arguments."""
     name = data.dataset_class
     assert name is not None
     try:

@@ -1,4 +1,4 @@
-"""The batches of a run, built from the plan of its data and the caches."""
+"""The batches of a run, built from its data plan and the caches."""
 
 import logging
 import multiprocessing
@@ -36,16 +36,16 @@ logger = logging.getLogger(__name__)
 
 
 class PlannedBatches:
-    """Batches as a function of the seed, the epoch and the index, with cached features instead of pixels and captions.
+    """Batches as a function of the seed, the epoch and the index. Cached features replace pixels and captions.
 
-    Its only state is the worker processes and the count of skipped damaged images.
+    The only state is the worker processes and the count of skipped damaged images.
     """
 
     def __init__(self, plan: DataPlan, latents: LatentStore, texts: TextStore) -> None:
         self.plan = plan
         self._latents, self._texts = latents, texts
         self._maker = build_batch_maker(plan, latents, texts)
-        self._skipped: Counter[str] = Counter()  # messages about damaged images, and how often they were drawn
+        self._skipped: Counter[str] = Counter()  # number of draws by message about a damaged image
         self._orders = BatchSampler(Orders(1, (), (), int))
         self._lasting_loader: DataLoader[PartialBatch | str] | None = None
         self._reading: Generator[Batch, None, None] | None = None  # the epoch being read by workers
@@ -57,7 +57,7 @@ class PlannedBatches:
         return open_validation_set(maker, self._finished, self.plan.draws_aside, self.plan.split.identities)
 
     def measured(self, numbers: Sequence[int], is_mirrored: bool = False) -> ValidationSet:
-        """Return some trained samples as batches that are measured like held-out ones."""
+        """Return some trained samples as a validation set, so that they are measured like held-out images."""
         plan = self.plan
         draws_N = np.zeros_like(plan.samples.draws_N)
         draws_N[list(numbers)] = 1
@@ -76,10 +76,10 @@ class PlannedBatches:
         num_workers: int,
         persistent_workers: bool,
     ) -> Iterator[Batch]:
-        """Yield the batches of an epoch (from 1) at `places` (from 0), in their order; the others are not read.
+        """Yield the batches of an epoch (from 1) at `places` (from 0), in their order. Other batches are not read.
 
-        `step_of(i)` is the optimizer step of batch i. With `persistent_workers` the worker processes live until
-        `close`. Raises UserError naming an image that cannot be read.
+        `step_of(i)` is the optimizer step of batch i. With `persistent_workers` the worker processes run until `close`.
+        Raises UserError naming an image that cannot be read.
         """
         assert epoch >= 1, epoch
         draws = epoch_batches(self.plan.draws.buckets, self.plan.seed, epoch)
@@ -93,14 +93,14 @@ class PlannedBatches:
         return self._reading
 
     def close(self) -> None:
-        """End the worker processes, also within an epoch."""
-        # Left to the end of Python, torch would wait five seconds for each worker, kill it, and report a failure.
+        """End the worker processes, even in the middle of an epoch."""
+        # At interpreter exit torch would wait five seconds for each worker, kill it, and report a failure.
         if self._reading is not None:
             self._reading.close()  # it references the loader
         self._reading = self._lasting_loader = None
 
     def report_skipped(self, log: logging.Logger) -> None:
-        """Log how often damaged images were skipped, if any were."""
+        """Log how often damaged images were skipped, if any."""
         if self._skipped:
             log.warning(
                 "skipped %s (%s); images of the same bucket were used instead",
@@ -110,7 +110,7 @@ class PlannedBatches:
 
     @cached_property
     def _needs_workers(self) -> bool:
-        # Captions alone are cheaper to make than to send between processes.
+        # Captions alone take less time to make than to send between processes.
         maker = self._maker
         if any(images.masks is not None for images in maker.samples.subsets):
             return True
@@ -152,7 +152,7 @@ class PlannedBatches:
 
 
 def build_batch_maker(plan: DataPlan, latents: LatentStore, texts: TextStore) -> BatchMaker:
-    """Build the workers' part from a plan and the caches."""
+    """Build the batch maker of the workers from a plan and the caches."""
     return BatchMaker(
         seed=plan.seed,
         samples=plan.samples,

@@ -1,7 +1,7 @@
-"""A batch maker for worker processes that are spawned, as on macOS and Windows.
+"""A batch maker for spawned worker processes, as on macOS and Windows.
 
-A forked worker shares its parent's memory. A spawned one gets everything pickled, so a million images would be copied
-into each. Therefore the columns are put into shared memory, and the pickled size does not grow with the images.
+A forked worker shares its parent's memory. A spawned worker receives everything pickled, so a million images would be
+copied to each. Therefore the columns are placed in shared memory, and the pickled size does not grow with the images.
 """
 
 import pickle
@@ -17,20 +17,20 @@ from torch.utils.data import Dataset
 from library.data.batches.batches import BatchMaker, BatchOrder, PartialBatch
 from library.errors import UserError
 
-ALIGNMENT = 64  # bytes; no column has larger values
+ALIGNMENT = 64  # bytes; no column has wider values
 
 
 @dataclass(frozen=True, eq=False)
 class SharedMaker(Dataset[PartialBatch | str]):
-    """A batch maker whose columns are not copied into worker processes."""
+    """A batch maker whose columns are shared with worker processes instead of copied."""
 
     content: bytes  # pickled, without the columns
     columns: Tensor  # uint8, one after another, in shared memory
-    sizes: tuple[int, ...]  # bytes of each
+    sizes: tuple[int, ...]  # bytes of each column
 
     @classmethod
     def of(cls, maker: BatchMaker) -> "SharedMaker":
-        """Share a maker. Raises UserError if shared memory has no room for the columns."""
+        """Move the columns of a maker into shared memory. Raises UserError if there is no room."""
         buffers: list[pickle.PickleBuffer] = []
         content = pickle.dumps(maker, protocol=5, buffer_callback=buffers.append)
         raw = [buffer.raw() for buffer in buffers]
@@ -49,7 +49,7 @@ class SharedMaker(Dataset[PartialBatch | str]):
 
     @cached_property
     def maker(self) -> BatchMaker:
-        """The maker, whose arrays are views of the shared columns."""
+        """The batch maker, whose arrays are views of the shared columns."""
         maker: BatchMaker = pickle.loads(self.content, buffers=split_columns(self.columns, self.sizes))
         return maker
 
@@ -62,7 +62,7 @@ def aligned(size: int) -> int:
 
 
 def split_columns(columns: Tensor, sizes: tuple[int, ...]) -> list[np.ndarray[tuple[int], np.dtype[np.uint8]]]:
-    """Return each column as bytes."""
+    """Return a view of each column's bytes."""
     values = columns.numpy()
     starts = accumulate(map(aligned, sizes), initial=0)
     return [values[start : start + size] for start, size in zip(starts, sizes, strict=False)]

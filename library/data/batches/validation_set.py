@@ -1,4 +1,4 @@
-"""The held-out images, as batches that are the same every time."""
+"""The held-out images, as batches that are always the same."""
 
 import os
 from collections import deque
@@ -16,19 +16,19 @@ from library.types import Batch
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Every image once, bucket by bucket, in an order determined by the contents of the images.
+    """Images to measure the loss on, each once per dataset, bucket by bucket, ordered by their contents.
 
     Nothing is random, and nothing depends on the names of files and folders.
     """
 
-    maker: BatchMaker  # has the validation seed, from which caption wildcards are drawn once
-    finish: Callable[[PartialBatch | str], Batch]  # adds what is kept in memory
+    maker: BatchMaker  # has the validation seed, from which wildcards of captions are drawn
+    finish: Callable[[PartialBatch | str], Batch]  # adds features that are kept in memory
     draws: tuple[tuple[int, ...], ...]  # by batch
     identities: Mapping[str, str]  # image path -> digest of its content
 
     @property
     def num_images(self) -> int:
-        """The number of images in all batches; one measured by two datasets counts twice."""
+        """The number of images in all batches; an image of two datasets counts twice."""
         return sum(len(draws) for draws in self.draws)
 
     @property
@@ -36,7 +36,7 @@ class ValidationSet:
         return len(self.draws)
 
     def select_places(self, count: int | None) -> list[int]:
-        """Return at most `count` batches (None: all), spread evenly, so that each bucket is represented."""
+        """Return the indices of at most `count` batches (None: all), evenly spread."""
         if count is None or count >= self.num_batches:
             return list(range(self.num_batches))
         return [i * self.num_batches // count for i in range(count)]
@@ -53,7 +53,8 @@ class ValidationSet:
         return [ascii(os.path.join(*os.path.abspath(path).split(os.sep)[-2:])) for path in paths]
 
     def of_probe(self, is_probe: bool) -> "ValidationSet":
-        """Return the images of subsets with `is_forgetting_probe`, or the others; batches keep their order."""
+        """Return the images of subsets with `is_forgetting_probe`, or the other ones. Batches keep their order;
+        empty ones are dropped."""
         parts = (tuple(draw for draw in draws if self._is_probe(draw) == is_probe) for draws in self.draws)
         return replace(self, draws=tuple(part for part in parts if part))
 
@@ -64,7 +65,7 @@ class ValidationSet:
         return self.maker.samples[int(self.maker.sample_of_draw[draw])]
 
     def batches(self, places: Sequence[int], num_threads: int) -> Iterator[Batch]:
-        """Yield the batches at `places`; `num_threads` threads prefetch one batch each, 0 disables prefetching.
+        """Yield the batches at `places`. `num_threads` threads read ahead; 0 reads in this thread.
 
         Raises UserError naming an image that cannot be read.
         """
@@ -106,7 +107,8 @@ def make_empty_set() -> ValidationSet:
 def open_validation_set(
     maker: BatchMaker, finish: Callable[[PartialBatch | str], Batch], draws: Draws, identities: Mapping[str, str]
 ) -> ValidationSet:
-    """Build the set of images in `draws`, ordered by content; copies of an image are ordered by caption."""
+    """Build the validation set of the images in `draws`. Images are ordered by content, copies of an image by
+    caption."""
 
     def key(draw: int) -> tuple[str, str]:
         image = maker.samples[int(draws.sample_of_draw[draw])].image

@@ -1,7 +1,7 @@
-"""Captions that are encoded once: kept in memory (`cache_text_encoder_outputs`) or in files (…_to_disk).
+"""Text features that are encoded once and kept in memory (`cache_text_encoder_outputs`) or in files (…_to_disk).
 
-A draw's caption comes from a fixed set: the variants of its image's caption (`captions.caption_variant`) and the empty
-prompt. All of them are encoded before training, so shuffling, wildcards and dropout still work.
+The caption of a draw comes from a fixed set: the variants of the image's caption (`captions.caption_variant`) and the
+empty prompt. All of them are encoded before training, so shuffling, wildcards and dropout still work.
 """
 
 import logging
@@ -35,12 +35,12 @@ from library.types import CaptionWithImages, Conditioning
 
 logger = logging.getLogger(__name__)
 
-MAX_REPEATED = 64  # captions shared by several files, such as class tokens, kept while files are written
+MAX_REPEATED = 64  # captions of several files, such as class tokens, that are kept while writing
 
 Encode = Callable[[Sequence[str]], Conditioning]
 """Encodes captions to their conditioning, first axis B, without gradient."""
 EncodeSome = Callable[[Sequence[str]], tuple[Sequence[str], Conditioning]]
-"""Encodes those captions that can be encoded; returns these too."""
+"""Encodes the captions that can be encoded, and returns (these captions, their conditioning)."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,19 @@ class TextEncoding:
     """The encoding of captions to rows of features."""
 
     spec: TextCacheSpec
-    open_encoders: Callable[[], Encoders]  # loads them; called once, and only if something must be encoded
+    open_encoders: Callable[[], Encoders]  # loads the encoders; called once, only if needed
     dtype: str  # dtype of the encoders
 
     def identity(self) -> Identity:
-        """Return digests of everything that determines the features. Raises NotThere if the encoders' files are
-        missing."""
+        """Return digests of everything that determines the features. Raises NotThere if the files of the encoders
+        are missing."""
         return Identity(
             self._digest(f"{self.spec.encoders()} "), self._digest(""), digest_of_words(self.spec.tokenizers)
         )
 
     def identity_of_files(self, jobs: Sequence["Job"]) -> Identity:
-        """Return the identity if the encoders are missing: their digest is that of the first file, with which all must
-        agree."""
+        """Return the identity to use if the encoders are missing: their digest is read from the first file, and all
+        files must match it."""
         first = next((note.identity for job in jobs if (note := job.file.note()) is not None), "")
         return Identity(first, self._digest(""), digest_of_words(self.spec.tokenizers), is_of_files=True)
 
@@ -115,11 +115,11 @@ def cache_texts(
     skips_check: bool,
     processes: Processes = ALONE,
 ) -> CachedTexts:
-    """Encode what is not cached yet; return the features of all captions and preview prompts.
+    """Encode whatever is not cached yet, and return the features of all captions and preview prompts.
 
-    Only the main process has `prompts`. The processes share the captions, and exchange those kept in memory through a
-    temporary folder. Outdated files are rewritten; only their new captions are encoded. Raises UserError naming a
-    caption that gives NaN, or a folder that cannot be written.
+    Only the main process passes `prompts`. The processes share the captions; those kept in memory are exchanged through
+    a temporary folder. Stale files are rewritten, encoding only their new captions. Raises UserError naming a caption
+    whose features are NaN, or a folder that cannot be written.
     """
     spec = encoding.spec
     open_encoders = cache(encoding.open_encoders)
@@ -129,7 +129,7 @@ def cache_texts(
         shown = plan_shared_job(plan, spec, "preview_prompts", prompts)
         identity = cache(lambda: compute_identity(encoding, [empty, *jobs]))
         if not skips_check and any(os.path.exists(job.path) for job in (empty, *jobs)):
-            identity()  # computed once, before threads need it
+            identity()  # compute it before several threads need it
         of_captions = text_codec(lambda: readable_alone(open_encoders().captions), spec, identity)
         of_prompts = text_codec(lambda: every_one(open_encoders().prompts), spec, identity)
         fill(of_captions, [empty, *jobs], skips_check, plan.num_workers, processes)
@@ -151,7 +151,8 @@ def cache_texts(
 
 
 def compute_identity(encoding: TextEncoding, jobs: Sequence[Job]) -> Identity:
-    """Return what cached files are checked against: the text encoders, or, if these are missing, everything else."""
+    """Return the identity that cached files are checked against: that of the encoders, or that of the first file if
+    the encoders are missing."""
     try:
         return encoding.identity()
     except NotThere as error:
@@ -164,7 +165,7 @@ def compute_identity(encoding: TextEncoding, jobs: Sequence[Job]) -> Identity:
 
 
 def exchange_rows(rows: Mapping[str, Row], texts: Sequence[str], processes: Processes) -> Mapping[str, Row]:
-    """Return the rows of all `texts`: each process of this machine writes its own for the others."""
+    """Return the rows of all `texts`. Each process writes its rows for the other processes of its machine."""
     if processes.count == 1:
         return rows
     folder = Path(processes.shared_folder("texts"))
@@ -181,10 +182,10 @@ def exchange_rows(rows: Mapping[str, Row], texts: Sequence[str], processes: Proc
 
 
 def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFiles[TextFile]]:
-    """Return (the captions of each file, which samples have a file).
+    """Return (the job of each file, the files of all samples).
 
-    Samples that share an image, or images whose names differ only in their extension, share a file with the captions of
-    all.
+    Samples share a file if they share an image, or if the names of their images differ only in the extension. The file
+    holds the captions of all of them.
     """
     texts_of: dict[str, dict[str, None]] = defaultdict(dict)
     paths: dict[str, str] = {}
@@ -203,14 +204,14 @@ def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFile
 
 
 def plan_shared_job(plan: DataPlan, spec: TextCacheSpec, name: str, texts: Sequence[str]) -> Job:
-    """Plan the captions that belong to no image, in a hidden file in the first image folder."""
+    """Plan the captions that belong to no image. They are cached in a hidden file in the first image folder."""
     stem_of = plan.storage.cache_stem
     first = min(os.path.dirname(os.path.abspath(stem_of(sample.image))) for sample in plan.samples)
     return Job(TextFile(os.path.join(first, f".{name}{spec.suffix}"), spec.keys), tuple(texts))
 
 
 def text_codec(encode: Callable[[], EncodeSome], spec: TextCacheSpec, identity: Callable[[], Identity]) -> Codec[Job]:
-    """Return the check and the encoding of caption files."""
+    """Build the codec of caption files."""
 
     def judge_job(job: Job) -> Verdict:
         return judge(job.file, job.texts, identity()) if os.path.exists(job.path) else Verdict(MISSING)
@@ -232,7 +233,7 @@ def write_files(
     spec: TextCacheSpec,
     identity: Callable[[], Identity],
 ) -> None:
-    """Encode the captions that files lack, and write the files."""
+    """Encode the captions that are missing in the files, and write the files."""
     uses = Counter(text for one in missing for text in list_missing(one))
     count = uses.total()
     size = describe_size([text for one in missing for text in list_missing(one)], spec)
@@ -248,7 +249,7 @@ def write_files(
                 file, kept = one.asked.file, one.verdict.kept
                 known = [text for text in one.asked.texts if text in kept or text in rows]
                 features = {text: file.read(text) if text in kept else rows[text] for text in known}
-                if features:  # none where a reference is damaged
+                if features:  # empty if all references are damaged
                     write_texts(file.path, features, spec.keys, spec.constants, identity(), spec.keeps_bits)
             rows = dict(islice(((text, row) for text, row in rows.items() if uses[text] > 1), MAX_REPEATED))
 
@@ -280,8 +281,8 @@ def every_one(encode: Encode) -> EncodeSome:
 
 
 def readable_alone(encode: Encode) -> EncodeSome:
-    """Leave out captions with damaged reference images, with a warning: other images of their buckets are drawn in
-    their place, as caching latents or drawing them says."""
+    """Wrap `encode` to skip captions with damaged reference images, with a warning. Their images are replaced by
+    others of their buckets."""
 
     def run(texts: Sequence[str]) -> tuple[Sequence[str], Conditioning]:
         try:
@@ -297,7 +298,7 @@ def readable_alone(encode: Encode) -> EncodeSome:
 
 
 def find_damaged_reference(text: str) -> str | None:
-    """Return the error that names a damaged image of a caption; None without."""
+    """Return the error that names a damaged reference image of a caption, or None."""
     try:
         if isinstance(text, CaptionWithImages):
             text.read()
@@ -326,12 +327,13 @@ def encode_rows(
 
 
 def describe_size(texts: Sequence[str], spec: TextCacheSpec) -> str:
-    """Return the estimated size of the features of captions, for a log line; "" where it is small."""
+    """Return the estimated size of the features as the end of a log line; "" if the base model's spec has no
+    estimate."""
     return "" if spec.bytes_of is None else f", about {format_bytes(sum(map(spec.bytes_of, texts)))}"
 
 
 def check_row(text: str, row: Row) -> None:
-    """Raise UserError naming the caption if the text encoders gave NaN."""
+    """Raise UserError naming the caption if its features contain NaN or infinity."""
     for name, tensor in row.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             raise UserError(

@@ -1,8 +1,8 @@
-"""Updating of a disk cache: checks what exists, has the rest made, and logs the result.
+"""The update of a disk cache: check the existing files, make the others, and log the result.
 
-This is common to latents and text features. A `Codec` defines the differences: the possible files of a job, the check
-of a file, and how files are made. Encoding is entirely the codec's, because it has little in common: images are decoded
-ahead of the VAE and written by a thread, while captions shared by files are kept for the next ones.
+Shared by latents and text features. A `Codec` holds the differences: the possible files of a job, the check of a file,
+and the making of files. Encoding belongs entirely to the codec, because the two have little in common: images are
+decoded ahead of the VAE and written by a thread, while captions shared by several files are kept for the next ones.
 """
 
 import logging
@@ -24,7 +24,7 @@ ADD_ENCODERS = "add the {}, or fill the cache on another machine"  # if the enco
 
 
 class HasPath(Protocol):
-    """The content of a file to cache."""
+    """Protocol of a job: whatever is cached in one file."""
 
     @property
     def path(self) -> str: ...
@@ -35,36 +35,36 @@ JobT = TypeVar("JobT", bound=HasPath)
 
 @dataclass(frozen=True, slots=True)
 class Found(Generic[JobT]):
-    """The check of a job's file on disk."""
+    """A job with the result of checking its file on disk."""
 
     asked: JobT
-    job: JobT  # with the file that was found, whose name may differ
+    job: JobT  # with the file that was found, which may have another name
     verdict: Verdict
 
     @property
     def path(self) -> str:
-        """The file that the job requests, and that is written if it must be remade."""
+        """The path that the job requests, which is written if the file must be remade."""
         return self.asked.path
 
 
 @dataclass(frozen=True)
 class Codec(Generic[JobT]):
-    """The operations that differ between caches."""
+    """The operations in which caches differ."""
 
     words: CacheWords
     judge: Callable[[JobT], Verdict]
-    make: Callable[[Sequence[Found[JobT]]], None]  # encode and write; called in every process, even with nothing to do
-    candidates: Callable[[JobT], Iterable[JobT]] = lambda job: (job,)  # variants with each possible file name
-    remark: Callable[[Sequence[Found[JobT]]], None] = lambda found: None  # logs further remarks on a check
+    make: Callable[[Sequence[Found[JobT]]], None]  # encodes and writes; called in every process, even with no jobs
+    candidates: Callable[[JobT], Iterable[JobT]] = lambda job: (job,)  # the job with each possible file name
+    remark: Callable[[Sequence[Found[JobT]]], None] = lambda found: None  # logs further remarks after a check
 
 
 def fill(
     codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num_threads: int, processes: Processes
 ) -> list[JobT]:
-    """Bring every file up to date, each process its share; return the jobs with the files that hold them.
+    """Bring every file up to date, each process its share. Return the jobs with the files that hold them.
 
-    Valid files are kept, so an interrupted run continues; unfinished files of a killed run are deleted. With
-    `skips_check` files are trusted by name.
+    Valid files are kept, so an interrupted run can continue. Unfinished files of killed runs are deleted. With
+    `skips_check`, existing files are trusted.
     """
     usable: list[JobT] = []
     if processes.is_main:
@@ -87,7 +87,8 @@ def fill(
 
 
 def assign_jobs(jobs: Sequence[JobT], rank: int, count: int) -> list[JobT]:
-    """Return one process's share of the jobs. Jobs of one file go to one process, because it writes the whole file."""
+    """Return one process's share of the jobs. Jobs of one file go to the same process, because it writes the whole
+    file."""
     numbers: dict[str, int] = {}
     return [job for job in jobs if numbers.setdefault(same_file_key(job.path), len(numbers)) % count == rank]
 
@@ -115,7 +116,7 @@ def check_files(codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num
 
 
 def report_check(words: CacheWords, found: Sequence[Found[JobT]], skips_check: bool) -> None:
-    """Log in one line how many entries are reused, missing and outdated, and why."""
+    """Log how many entries are reused, missing and stale, and why."""
     faults: dict[str, list[str]] = defaultdict(list)
     for one in found:
         if one.verdict.fault is not None:

@@ -64,16 +64,16 @@ class LatentFile:
     """The location of one image's entry at one size."""
 
     path: str
-    tail: str  # suffix of the keys, "_<height>x<width>" of the latents
-    may_lack_tail: bool  # an entry without suffix is valid if its size is right
+    tail: str  # suffix of the keys: "_<height>x<width>" of the latents
+    may_lack_tail: bool  # an entry without suffix is valid if it has the right size
     latent_shape: tuple[int, int, int]  # C, h, w
     bucket: Size
     reference_shapes: tuple[tuple[int, int, int], ...] = ()
 
     def read(self, needs_flipped: bool, needs_alpha: bool) -> Latents:
-        """Read the latents that the options require, and nothing else in the file.
+        """Read the latents and those extras that the options require.
 
-        Raises UserError naming a file that is missing, damaged, of another size, or has NaN.
+        Raises UserError naming a file that is missing, damaged, of another size, or contains NaN.
         """
         with open_to_read(self.path, WORDS) as archive:
             return latents_in(archive, entry_in(archive, self), needs_flipped, needs_alpha)
@@ -81,7 +81,7 @@ class LatentFile:
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of an entry."""
+    """A record of what an entry was made from."""
 
     picture: str  # file name
     picture_bytes: int
@@ -91,13 +91,13 @@ class Origin:
     resized: list[int]
     interpolation: str | None
     vae: str
-    checksums: dict[str, int]  # of the arrays; another program that rewrites the entry does not update them
-    references: list[list[Any]] = field(default_factory=list)  # of each, see `mark_of_reference`
-    is_pair: bool = False  # the reference is the partner of a pair, sampled like the image
+    checksums: dict[str, int]  # of the arrays; detects entries rewritten by other programs, which do not update them
+    references: list[list[Any]] = field(default_factory=list)  # for each reference, see `mark_of_reference`
+    is_pair: bool = False  # the reference is the partner of a pair, whose posterior is sampled like the image's
 
 
 def latent_file(stem: str, size: Size, shape: Shape, spec: LatentSpec) -> LatentFile:
-    """Return the file and keys of an image's entry; `stem` is the image's `Storage.cache_stem`."""
+    """Return the location of an image's entry; `stem` is the image's `Storage.cache_stem`."""
     shapes = [(spec.channels, height // spec.downscale, width // spec.downscale) for width, height in shape.sizes]
     _, height, width = shapes[0]
     path = f"{stem}_{size[0]:04d}x{size[1]:04d}{spec.cache_suffix}"
@@ -107,18 +107,20 @@ def latent_file(stem: str, size: Size, shape: Shape, spec: LatentSpec) -> Latent
 
 
 def entry_in(archive: Mapping[str, Any], file: LatentFile) -> LatentFile:
-    """Return the entry as the archive has it: an older one of this size without suffix if there is no other."""
+    """Return the location of the entry in this archive. Falls back to an older entry of the right size without
+    suffix."""
     is_there = f"latents{file.tail}" in archive
     return replace(file, tail="") if not is_there and has_older_entry(archive, file) else file
 
 
 def has_older_entry(archive: Mapping[str, Any], file: LatentFile) -> bool:
-    """Return True if the archive has latents of the right size without suffix that may be this entry's."""
+    """Return True if the archive has latents without suffix that may be this entry's, because they have the right
+    size."""
     return file.may_lack_tail and "latents" in archive and archive["latents"].shape == file.latent_shape
 
 
 def latents_in(archive: Mapping[str, Any], file: LatentFile, needs_flipped: bool, needs_alpha: bool) -> Latents:
-    """Return the arrays of an entry as tensors. Raises EntryError with what does not fit."""
+    """Return the arrays of an entry as tensors. Raises EntryError if one is missing or unsuitable."""
     latents = _encoding(archive, f"latents{file.tail}", file.latent_shape, "without latents of this size")
     references = _references(archive, file, "")
     flipped = alpha = None
@@ -154,7 +156,7 @@ def _encoding(archive: Mapping[str, Any], key: str, shape: tuple[int, int, int],
         raise EntryError(absent)
     values = np.asarray(archive[key])
     if values.ndim == 4 and values.shape[1] == 1:
-        values = values[:, 0]  # files of video VAEs have an axis with one frame
+        values = values[:, 0]  # caches of video VAEs have an axis of one frame
     if values.shape != shape:
         raise EntryError(f"holding latents of shape {values.shape} where {shape} is needed")
     if values.dtype.kind != "f":
@@ -165,19 +167,19 @@ def _encoding(archive: Mapping[str, Any], key: str, shape: tuple[int, int, int],
 
 
 def compute_checksums(archive: Mapping[str, Any], tail: str) -> dict[str, int]:
-    """Return a checksum of every latent array in an entry."""
+    """Return a checksum of every latent array of an entry, by name."""
     names = [name for name in ("latents", "latents_flipped") if f"{name}{tail}" in archive]
     names += sorted(key.removesuffix(tail) for key in archive if is_reference(key, tail))
     return {name: zlib.crc32(np.ascontiguousarray(archive[f"{name}{tail}"]).tobytes()) for name in names}
 
 
 def is_reference(key: str, tail: str) -> bool:
-    """Return True for the key of a reference image in the entry with this suffix."""
+    """Return True if `key` is a reference image of the entry with this suffix."""
     return re.fullmatch(rf"reference_\d+(_flipped)?{re.escape(tail)}", key) is not None
 
 
 def origin_in(archive: Mapping[str, Any], tail: str) -> Origin | None:
-    """Return the note of an entry; None if there is none, or if the arrays changed since."""
+    """Return the origin of an entry; None if it has none, or if its arrays have changed since."""
     key = f"origin{tail}"
     if key not in archive:
         return None
@@ -189,7 +191,7 @@ def origin_in(archive: Mapping[str, Any], tail: str) -> Origin | None:
 
 
 def origin_of_file(file: LatentFile) -> Origin | None:
-    """Return the note of an entry on disk; None if it is missing, damaged, or by another program."""
+    """Return the origin of an entry on disk; None if it is missing, damaged, or by another program."""
     try:
         with open_npz(file.path) as archive:
             return origin_in(archive, entry_in(archive, file).tail)
@@ -198,13 +200,13 @@ def origin_of_file(file: LatentFile) -> Origin | None:
 
 
 def content_hash(content: bytes) -> str:
-    """Return a digest of an image's file."""
+    """Return a digest of the content of an image file."""
     return blake2b(content, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
 class Expected:
-    """The requirements of an entry."""
+    """The values that an entry must have been made with."""
 
     shape: Shape
     interpolation: str | None
@@ -215,12 +217,12 @@ class Expected:
 
 
 def judge(file: LatentFile, image: ScannedImage, expected: Expected, storage: Storage) -> Verdict:
-    """Return whether an entry is valid for the image.
+    """Check whether an entry is valid for the image.
 
-    An entry with our note must come from this image (same name, and same size and time, or same content), the same crop
-    and filter, and the same VAE. One without is sd-scripts': it is accepted if its shape fits the bucket, its crop and
-    original size are those of the image, and the file is not older than the image; its VAE is unknown. It is never
-    accepted for an image with references.
+    An entry with an origin must come from this image (same name, and same size and time or same content), with the same
+    crop, filter and VAE. An entry without one was written by sd-scripts: it is accepted if its shape fits the bucket,
+    its crop and original size match the image, and the file is not older than the image. Its VAE is unknown. It is
+    never accepted for an image with references.
     """
     try:
         with open_npz(file.path) as archive:
@@ -229,7 +231,7 @@ def judge(file: LatentFile, image: ScannedImage, expected: Expected, storage: St
             origin = origin_in(archive, file.tail)
             if origin is not None:
                 return Verdict(origin_fault(origin, image, expected, storage))
-            if image.references:  # of which only a note tells
+            if image.references:  # only an origin records the references
                 return Verdict("made from unknown reference images")
             return Verdict(foreign_fault(archive, file, image), is_foreign=True)
     except DAMAGE as error:
@@ -237,7 +239,7 @@ def judge(file: LatentFile, image: ScannedImage, expected: Expected, storage: St
 
 
 def origin_fault(origin: Origin, image: ScannedImage, expected: Expected, storage: Storage) -> str | None:
-    """Return what has changed since an entry was written, or None."""
+    """Return what has changed since the entry was written, or None."""
     if origin.vae != expected.vae:
         return "made with another VAE, or with it in another precision"
     if origin.bucket != list(expected.shape.bucket) or origin.resized != list(expected.shape.resized):
@@ -257,7 +259,7 @@ def origin_fault(origin: Origin, image: ScannedImage, expected: Expected, storag
 
 
 def references_fault(origin: Origin, image: ScannedImage, shape: Shape, storage: Storage) -> str | None:
-    """Return what has changed about the reference images since an entry was written, or None."""
+    """Return what has changed about the reference images since the entry was written, or None."""
     if len(origin.references) != len(image.references):
         return "made with another number of reference images"
     for noted, reference, its_shape in zip(origin.references, image.references, shape.references, strict=True):
@@ -272,7 +274,7 @@ def references_fault(origin: Origin, image: ScannedImage, shape: Shape, storage:
 
 
 def mark_of_reference(digest: str, version: Version, shape: Shape) -> list[Any]:
-    """Return what an entry notes of a reference image: digest of its file, bytes, stamp, and its sizes."""
+    """Return the record of a reference image: digest, size and stamp of its file, and its bucket and resized size."""
     return [digest, version.num_bytes, version.stamp, list(shape.bucket), list(shape.resized)]
 
 
@@ -291,7 +293,7 @@ def foreign_fault(archive: Mapping[str, Any], file: LatentFile, image: ScannedIm
 
 
 def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) -> None:
-    """Write an entry into its file, whole or not at all; entries of other sizes are kept.
+    """Write an entry into its file atomically. Entries of other sizes are kept.
 
     Raises UserError naming a folder that cannot be written.
     """
@@ -314,9 +316,9 @@ def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) 
 
 
 def other_entries(file: LatentFile) -> dict[str, Any]:
-    """Return the other entries of a file; nothing if it is missing or damaged.
+    """Return the arrays of the file's other entries; empty if the file is missing or damaged.
 
-    An entry of this size without suffix is dropped: the new one replaces it.
+    An entry of this size without suffix is left out, because the new entry replaces it.
     """
     names = ("latents", "latents_flipped", "original_size", "crop_ltrb", "alpha_mask", "origin")
     own = {f"{name}{file.tail}" for name in names}

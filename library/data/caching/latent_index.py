@@ -1,8 +1,8 @@
-"""Index of latent cache entries that were found valid: their files are not opened again while nothing has changed.
+"""An index of latent cache entries that were found valid, whose files need not be opened again while nothing changes.
 
-One file in each image folder, a numpy archive with a row for each entry: its name, the stamp of its file, and a mark of
-everything it was checked against: the image and its stamp, shape, filter, VAE. `judge` depends on nothing else. A
-missing or damaged index only costs time.
+Each image folder has one index file, a numpy archive with a row per entry: its name, the stamp of its file, and a mark.
+The mark is a digest of everything on which `judge` depends: the image and its stamp, shape, filter, VAE. A missing or
+damaged index only costs time.
 """
 
 import logging
@@ -30,12 +30,12 @@ VERSION = 1
 FOREIGN = 1  # bit of a mark: the entry was written by another program
 
 Rows = dict[str, tuple[int, int]]
-"""The stamp and mark of each entry."""
+"""Stamp and mark by the name of the entry."""
 
 
 @dataclass
 class VerifiedEntries:
-    """The indices of a run's folders, and this run's additions."""
+    """The indices of a run's folders, and the additions of this run."""
 
     known: dict[str, Rows]
     storage: Storage
@@ -49,7 +49,7 @@ class VerifiedEntries:
         return cls({folder: read_rows(folder) for folder in {os.path.dirname(file.path) for file in files}}, storage)
 
     def verdict(self, file: LatentFile, image: ScannedImage, expected: Expected) -> Verdict:
-        """Return `judge`'s verdict, from the index if the file is unchanged."""
+        """Return the verdict of `judge`, taken from the index if nothing has changed."""
         folder, name = os.path.split(file.path)
         now_ns = time.time_ns()
         image_stamps = [self.stamp_of_image(one, now_ns) for one in (image, *image.references)]
@@ -71,15 +71,16 @@ class VerifiedEntries:
         return found
 
     def stamp_of_image(self, image: ScannedImage, now_ns: float) -> int:
-        """Return one number that changes when an image is replaced."""
+        """Return a number that changes when an image is replaced."""
         return compute_stamp(os.stat(image.key), now_ns) if image.place is None else hash(self.storage.version(image))
 
     def note_written(self, file: LatentFile) -> None:
-        """Remember that this run has just written an entry."""
+        """Record that this run has just written an entry."""
         self.written[file.path, file.tail] = compute_stamp(os.stat(file.path))
 
     def write(self) -> None:
-        """Write the indices. Entries written a moment ago may still change, and will be checked again."""
+        """Write the indices. Entries written a moment ago are left out, because they may still change; they will be
+        checked again."""
         now_ns = time.time_ns()
         for (path, tail), written in self.written.items():
             folder, name = os.path.split(path)
@@ -92,7 +93,7 @@ class VerifiedEntries:
 
 
 def compute_mark(file: LatentFile, image: ScannedImage, image_stamps: Sequence[int], expected: Expected) -> int:
-    """Return 63 bits, the last one 0, of everything that an entry is checked against."""
+    """Return a digest of everything that an entry is checked against: 63 bits, of which the last is 0."""
     own_stamp, *reference_stamps = image_stamps
     facts: tuple[object, ...] = (
         os.path.basename(image.key), image.size, own_stamp, file.tail, file.latent_shape, file.bucket,
@@ -120,7 +121,7 @@ def read_rows(folder: str) -> Rows:
 
 
 def write_rows(folder: str, rows: Rows) -> None:
-    """Write the index of a folder, whole or not at all, if the folder is writable."""
+    """Write the index of a folder atomically, if the folder is writable."""
     table = np.array(list(rows.values()), dtype=np.int64)
     names = np.frombuffer(os.fsencode("\0".join(rows)), dtype=np.uint8)
     try:

@@ -1,4 +1,4 @@
-"""Latents that are encoded once: kept in memory (`cache_latents`) or in files (`cache_latents_to_disk`)."""
+"""Latents that are encoded once and kept in memory (`cache_latents`) or in files (`cache_latents_to_disk`)."""
 
 import logging
 import math
@@ -48,36 +48,38 @@ MAX_WAITING_WRITES = 64
 OPAQUE = " without alpha"
 
 Encode = Callable[[Tensor, Sequence[Generator] | None], Tensor]
-"""Encodes pixels_BCHW from -1 to 1, with one generator per image, to latents_BCHW; without, to the posterior's mode."""
+"""Encodes pixels_BCHW (-1..1) to latents_BCHW, sampled with one generator per image, or the posterior's mode
+without."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One encoding, for all samples with the same image, shape and filter."""
+    """An encoding shared by all samples with the same image, shape and filter."""
 
     sample: Sample
     users: tuple[int, ...]  # indices of the samples
     interpolation: str | None
     needs_flipped: bool
-    needs_alpha: bool  # as a mask, which is not part of the image then
+    needs_alpha: bool  # as a mask; the image is then encoded without its alpha
     file: LatentFile | None  # None keeps the latents in memory
     has_alpha: bool = False  # images are encoded with their alpha channel
-    is_pair: bool = False  # its reference is its partner in opposite_dir, which is trained on too
+    is_pair: bool = False  # the reference is the partner in opposite_dir, which is also trained on
 
     @property
     def path(self) -> str:
-        """The path of its file, if it has one."""
+        """The path of the job's file, which must not be None."""
         assert self.file is not None
         return self.file.path
 
     def name_vae(self, vae: str) -> str:
-        """Return the VAE that the file names: where images have alpha, a mask makes another image of the same file."""
+        """Return the VAE name for the entry. It records if alpha serves as mask, because the image is then encoded
+        without it."""
         return f"{vae}{OPAQUE}" if self.has_alpha and self.needs_alpha and vae else vae
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image ready for the VAE."""
+    """An image that is ready for the VAE."""
 
     image: Pixels
     alpha: Pixels | None
@@ -95,16 +97,16 @@ def cache_latents(
     processes: Processes = ALONE,
     load_vae: Callable[[], object] = lambda: None,
 ) -> LatentStore:
-    """Encode what is not cached yet; return the latents of all images.
+    """Encode whatever is not cached yet, and return the latents of all images.
 
-    `load_vae` is called before anything is encoded, so that a missing VAE is reported before images are read;
-    `vae_identity`, which takes as long as reading the VAE, only if files are used.
+    `load_vae` is called before images are read, so that a missing VAE is reported early. `vae_identity`, which takes as
+    long as reading the VAE, is called only if files are used.
 
-    Each image's posterior is sampled with its own generator, so it does not depend on batches or on what was cached.
-    Outdated entries on disk are remade one by one; see `latent_files.judge`. An interrupted run reuses what it wrote.
-    The processes share the work, and exchange latents kept in memory through a temporary folder. Damaged images are
-    named and skipped. Raises UserError naming an image that cannot be read, that is damaged without a replacement, or
-    that the VAE turns into NaN.
+    Each image's posterior is sampled with its own generator, so latents do not depend on batches or on what was cached
+    before. Stale entries on disk are remade one by one; see `latent_files.judge`. An interrupted run reuses the entries
+    it has written. The processes share the work; latents kept in memory are exchanged through a temporary folder.
+    Damaged images are logged and skipped. Raises UserError naming an image that cannot be read, that is damaged and has
+    no replacement, or that the VAE turns into NaN.
     """
     jobs = plan_jobs(plan, options.cache_latents_to_disk)
     on_disk = [job for job in jobs if job.file is not None]
@@ -150,7 +152,7 @@ def cache_latents(
 
 
 def files_by_sample(files: Mapping[int, LatentFile], plan: DataPlan) -> CacheFiles[LatentFile]:
-    """Return these files by sample index."""
+    """Return the files by sample index."""
     has_N = np.zeros(len(plan.samples), dtype=bool)
     has_N[list(files)] = True
     others = {number: file for number, file in files.items() if locate_file(plan.samples[number], plan) != file}
@@ -158,7 +160,7 @@ def files_by_sample(files: Mapping[int, LatentFile], plan: DataPlan) -> CacheFil
 
 
 def assign_exchange_files(jobs: Sequence[Job], folder: str, plan: DataPlan) -> list[Job]:
-    """Give the jobs whose latents would stay in memory files in `folder`."""
+    """Assign files in `folder` to jobs whose latents would stay in memory, so that processes can exchange them."""
     passed = []
     for number, job in enumerate(jobs):
         if job.file is None:
@@ -171,8 +173,8 @@ def assign_exchange_files(jobs: Sequence[Job], folder: str, plan: DataPlan) -> l
 def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
     """Plan the encodings, small images first.
 
-    Two images whose names differ only in the extension claim the same entry of the same file, and so do two crops or
-    filters of one image for one bucket. The first one gets it, the others stay in memory.
+    Images whose names differ only in the extension claim the same cache entry, and so do two crops or filters of one
+    image for the same bucket. The first job gets the entry; the latents of the others stay in memory.
     """
     groups: dict[tuple[str, tuple[ScannedImage, ...], Shape, bool, bool, str | None], list[int]] = defaultdict(list)
     for number, sample in enumerate(plan.samples):
@@ -213,9 +215,9 @@ def locate_file(sample: Sample, plan: DataPlan) -> LatentFile:
 
 
 def expected_vae(vae_identity: Callable[[], str], jobs: Sequence[Job]) -> str:
-    """Return the VAE that entries must come from: that of the run, which may have to be loaded.
+    """Return the identity of the VAE that must have made the entries: the VAE of this run.
 
-    If its files are missing, one VAE must have made all entries, the one that the first names.
+    If its files are missing, it is the VAE of the first entry that names one, and all entries must match it.
     """
     try:
         return vae_identity()
@@ -229,7 +231,7 @@ def expected_vae(vae_identity: Callable[[], str], jobs: Sequence[Job]) -> str:
 
 
 def iterate_named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
-    """Yield the job with each possible file name: early sd-scripts used `<stem>.npz` for every base model."""
+    """Yield the job with each possible file name. Early sd-scripts used `<stem>.npz` for every base model."""
     assert job.file is not None
     yield job
     if plan.spec.had_keys_without_size:
@@ -238,7 +240,7 @@ def iterate_named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
 
 
 def judge_job(entries: VerifiedEntries, vae: str, job: Job) -> Verdict:
-    """Return whether the job's file is valid."""
+    """Check whether the job's file is valid."""
     assert job.file is not None
     expected = Expected(
         job.sample.shape, job.interpolation, job.name_vae(vae), job.needs_flipped, job.needs_alpha, job.is_pair
@@ -247,7 +249,7 @@ def judge_job(entries: VerifiedEntries, vae: str, job: Job) -> Verdict:
 
 
 def remark(found: Sequence[Found[Job]]) -> None:
-    """Warn of entries that are used although they do not name their origin."""
+    """Log entries that are used although their VAE or base model is unknown."""
     used = [one for one in found if one.verdict.fault is None]
     old_names = [one.job.path for one in used if one.job.path != one.path]
     foreign = [one.path for one in used if one.verdict.is_foreign and one.job.path == one.path]
@@ -279,7 +281,8 @@ def encode_all(
     plan: DataPlan,
     entries: VerifiedEntries,
 ) -> Iterator[tuple[Job, Latents | DamagedImage]]:
-    """Yield every job with its latents, written to its file if it has one; threads decode images ahead of the VAE."""
+    """Yield every job with its latents, or the damage of its image. Threads decode images ahead of the VAE, and one
+    thread writes the files."""
     if not jobs:
         return
     with needing(
@@ -288,7 +291,7 @@ def encode_all(
         load_vae()
     logger.info("caching latents...")
     batches = list(equal_batches(jobs, vae_batch_size))
-    # One thread, because entries of two sizes may share a file. What is encoded is written even if the run is
+    # One writer thread, because entries of two sizes may share a file. Encoded entries are written even if the run is
     # interrupted.
     with (
         ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
@@ -313,14 +316,14 @@ def encode_all(
 
 
 def write_job(job: Job, latents: Latents, origin: Origin, entries: VerifiedEntries) -> None:
-    """Write an entry and record it as valid."""
+    """Write an entry, and record it as valid."""
     assert job.file is not None
     write_entry(job.file, latents, job.sample.image.size, origin)
     entries.note_written(job.file)
 
 
 def equal_batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:
-    """Group neighbouring jobs that are encoded alike, up to `count` at a time."""
+    """Group consecutive jobs that are encoded alike, up to `count` at a time."""
 
     def encoding(job: Job) -> tuple[object, ...]:
         return job.sample.shape.sizes, job.needs_flipped, job.is_pair
@@ -338,7 +341,7 @@ def equal_batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:
 def decode_ahead(
     batches: Sequence[list[Job]], storage: Storage, num_threads: int
 ) -> Iterator[tuple[list[Job], list[Decoded | DamagedImage]]]:
-    """Yield every batch with its images; at most two batches per thread are read ahead."""
+    """Yield every batch with its images, in order. About two images per thread are decoded ahead."""
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
     waiting: deque[tuple[list[Job], list[Future[Decoded | DamagedImage]]]] = deque()
     remaining = iter(batches)
@@ -358,7 +361,7 @@ def decode_ahead(
 
 
 def decode_or_damage(job: Job, storage: Storage) -> Decoded | DamagedImage:
-    """Return an image ready for the VAE, or why there is none."""
+    """Decode the images of a job for the VAE; return DamagedImage if that fails."""
     try:
         return decode(job, storage)
     except DamagedImage as error:
@@ -366,7 +369,7 @@ def decode_or_damage(job: Job, storage: Storage) -> Decoded | DamagedImage:
 
 
 def decode(job: Job, storage: Storage) -> Decoded:
-    """Read, resize and crop the image of a job and its references, reading each file once."""
+    """Read, resize and crop the image of a job and its references. Each file is read once."""
     own, shape = job.sample.image, job.sample.shape
     references = tuple(
         decode_image(job, image, its_shape, storage, is_masked=False)
@@ -376,7 +379,7 @@ def decode(job: Job, storage: Storage) -> Decoded:
 
 
 def decode_image(job: Job, image: ScannedImage, shape: Shape, storage: Storage, is_masked: bool) -> Decoded:
-    """Read, resize and crop an image of a job, reading its file once; `is_masked` makes its alpha channel a mask."""
+    """Read, resize and crop one image of a job. With `is_masked` its alpha channel becomes a mask."""
     version, content = storage.whole(image)
     rgb, alpha = read_pixels(image.key, content)
     check_size(image, rgb)
@@ -390,7 +393,7 @@ def decode_image(job: Job, image: ScannedImage, shape: Shape, storage: Storage, 
 
 
 def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode, seed: int) -> list[Latents]:
-    """Encode images of one bucket with their references, and the mirrored copies of all if needed."""
+    """Encode images of one bucket with their references, and mirrored copies of both if needed."""
     if not jobs:
         return []
     pixels_BCHW = torch.stack([to_pixels(one.image) for one in decoded])
@@ -416,10 +419,10 @@ def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode
 def encode_references(
     jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode, seed: int, is_flipped: bool
 ) -> list[tuple[Tensor, ...]]:
-    """Return the latents of the references of each image, CHW each; images have references of one size by number.
+    """Return the latents of each image's references, CHW each. References with the same number have one size.
 
-    Partners are trained on like their images: a sample of the posterior, with the noise of the image, so that the two
-    differ by what they show alone.
+    Partners of pairs are encoded like their images: a sample of the posterior, with the image's random numbers, so that
+    the two differ only in their content.
     """
     encoded = []
     for same in zip(*(one.references for one in decoded), strict=True):
@@ -430,13 +433,13 @@ def encode_references(
 
 
 def seed_generators(jobs: Sequence[Job], decoded: Sequence[Decoded], seed: int, is_flipped: bool) -> list[Generator]:
-    """Return each image's own random stream, determined by its content and size, not by its name or folder."""
+    """Return a generator for each image, seeded by its content and size, not by its name or folder."""
     hashes_and_buckets = [(one.file_hash, *job.sample.shape.bucket) for job, one in zip(jobs, decoded, strict=True)]
     return [generator_for(seed, "vae", *place, int(is_flipped)) for place in hashes_and_buckets]
 
 
 def check_latents(job: Job, latents: Latents, plan: DataPlan) -> None:
-    """Raise UserError naming the image if the VAE gave NaN or a shape other than the base model's."""
+    """Raise UserError naming the image if its latents contain NaN or do not have the base model's shape."""
     for reference, one in zip(job.sample.image.references, latents.references, strict=True):
         if not torch.isfinite(one).all():
             raise UserError(f"the VAE gives NaN for {reference.key}; add --no_half_vae, or use a VAE made for fp16")
@@ -452,7 +455,7 @@ def check_latents(job: Job, latents: Latents, plan: DataPlan) -> None:
 
 
 def describe_origin(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
-    """Return the origin of an entry."""
+    """Return the origin to record in an entry."""
     return Origin(
         picture=os.path.basename(job.sample.image.key),
         picture_bytes=decoded.version.num_bytes,

@@ -1,4 +1,4 @@
-"""The caches as batches use them: which samples have latents or text features, and where."""
+"""The caches from the point of view of batches: which samples have latents or text features, and where."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ def no_file(sample: Sample, storage: Storage) -> NoReturn:
 
 @dataclass(frozen=True, eq=False)
 class CacheFiles(Generic[FileT]):
-    """The files of one cache. Their names follow from the samples, so only their existence is stored."""
+    """The files of a cache. Their names follow from the samples, so only their existence is stored."""
 
     usual: Callable[[Sample, Storage], FileT] = no_file
     has_N: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=bool))
@@ -43,7 +43,7 @@ class CacheFiles(Generic[FileT]):
         return number < len(self.has_N) and bool(self.has_N[number])
 
     def file(self, number: int, sample: Sample, storage: Storage) -> FileT:
-        """Return the file of a sample that has one."""
+        """Return the file of a sample, which must have one."""
         return self.others.get(number) or self.usual(sample, storage)
 
 
@@ -53,16 +53,16 @@ class LatentStore:
 
     files: CacheFiles[LatentFile] = field(default_factory=CacheFiles)
     memory: Mapping[int, Latents] = field(default_factory=dict)
-    damaged: frozenset[int] = frozenset()  # samples of damaged images, which others replace
+    damaged: frozenset[int] = frozenset()  # samples of damaged images, which are replaced by others
 
 
 @dataclass(frozen=True)
 class TextStore:
-    """The text features of a run: in the file of a sample, or else in memory, by caption."""
+    """The text features of a run, in a file per sample or in memory by caption."""
 
     files: CacheFiles[TextFile] = field(default_factory=CacheFiles)
     memory: Mapping[str, Row] = field(default_factory=dict)
-    padding: Mapping[str, float] = field(default_factory=dict)  # padding of keys whose captions differ in length
+    padding: Mapping[str, float] = field(default_factory=dict)  # padding value of keys of varying length
 
 
 NO_LATENTS, NO_TEXTS = LatentStore(), TextStore()

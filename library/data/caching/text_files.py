@@ -59,13 +59,13 @@ class Note:
     texts: list[str]
     identity: str  # of text encoders and settings
     dtypes: dict[str, str]  # of the encoders' outputs
-    checksums: dict[str, int]  # of the entries; another program that rewrites some does not update them
+    checksums: dict[str, int]  # of the entries; detects entries rewritten by other programs, which do not update them
     tokenizers: str | None = None  # digest of their vocabularies; None in older files
     settings: str | None = None  # digest of only the settings; None in older files
 
     @classmethod
     def read(cls, archive: Mapping[str, Any]) -> "Note | None":
-        """Read the note of an open archive; None if there is none that can be read."""
+        """Read the note of an open archive; None if it is missing or invalid."""
         if NOTE not in archive:
             return None
         try:
@@ -102,10 +102,10 @@ class TextFile:
             return None
 
     def read(self, text: str) -> Row:
-        """Read the features of one caption, in the encoders' dtype.
+        """Read the features of a caption, in the dtype of the encoders.
 
-        A file without a note has one caption, which is trusted. Raises UserError naming a file that is missing,
-        damaged, or without this caption.
+        A file without a note has a single caption, which is trusted. Raises UserError naming a file that is missing,
+        damaged, or lacks this caption.
         """
         with open_to_read(self.path, WORDS) as archive:
             note = Note.read(archive)
@@ -117,7 +117,7 @@ class TextFile:
 
 
 def judge(file: TextFile, texts: Sequence[str], identity: Identity) -> Verdict:
-    """Return which of the captions `texts` need not be encoded again. Only directory and note of the file are read."""
+    """Check which of the captions `texts` are cached. Reads only the file's directory and note."""
     try:
         require_plain_file(file.path)
         with zipfile.ZipFile(file.path) as archive:
@@ -167,8 +167,8 @@ def write_texts(
     identity: Identity,
     keeps_bits: bool = False,
 ) -> None:
-    """Write encoded captions (caption: features), whole or not at all, replacing the file. Unless `keeps_bits`, the
-    first caption in bfloat16 is written in float32, as sd-scripts reads it.
+    """Write encoded captions (caption: features), atomically replacing the file. Unless `keeps_bits`, bfloat16 features
+    of the first caption are written as float32, as sd-scripts reads it.
 
     Raises UserError naming a folder that cannot be written.
     """
@@ -189,7 +189,7 @@ def write_texts(
 
 
 def to_array(tensor: Tensor, keeps_bits: bool) -> NDArray[Any]:
-    """Convert to numpy, which has no bfloat16: as its bits, or as the same numbers in float32."""
+    """Convert to numpy, which lacks bfloat16: either to its bits as uint16, or to float32."""
     if tensor.dtype != torch.bfloat16:
         return tensor.numpy()
     return tensor.view(torch.int16).numpy().view(np.uint16) if keeps_bits else tensor.float().numpy()
@@ -209,7 +209,7 @@ def npy_array(content: bytes) -> NDArray[Any]:
 
 
 def stack_rows(rows: Sequence[Row], padding: Mapping[str, float]) -> Conditioning:
-    """Stack rows to a batch; keys of `padding` are padded to the longest along their first axis."""
+    """Stack rows to a batch. Keys in `padding` are padded to the longest along their first axis."""
     stacked = {}
     for key in rows[0]:
         tensors = [row[key] for row in rows]
@@ -224,7 +224,7 @@ def stack_rows(rows: Sequence[Row], padding: Mapping[str, float]) -> Conditionin
 
 
 def strip_padding(row: Row, padding: Mapping[str, float]) -> Row:
-    """Cut off the last entries that are padding for every key of `padding` of the same length; `stack_rows` adds them
+    """Cut off trailing entries that are padding in all keys of `padding` with that length. `stack_rows` adds them
     again."""
     trimmed = dict(row)
     for length in {len(row[key]) for key in padding}:

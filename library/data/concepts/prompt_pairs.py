@@ -33,7 +33,7 @@ PREVIEWED = ("target", "positive", "unconditional", "neutral", "action", "multip
 
 
 class Drawn(NamedTuple):
-    """The random choices of a batch."""
+    """The random choices for a batch."""
 
     pair: PromptPair
     num_denoised: int
@@ -48,13 +48,13 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PromptPairs:
-    """The pairs of a file in turn, reshuffled each time; the run is one epoch.
+    """The pairs of a prompts file, all in turn, reshuffled each time. The run is one epoch.
 
     Each batch is a function of the seed and its index.
     """
 
     pairs: Sequence[PromptPair]
-    num_steps: int  # of denoising whole images, of which each batch takes a part
+    num_steps: int  # denoising steps for a whole image; each batch runs some of them
     guidance: float
     file: str
     seed: int
@@ -67,7 +67,7 @@ class PromptPairs:
 
     @property
     def prompts(self) -> list[str]:
-        """Every prompt of the pairs, once."""
+        """All different prompts of the pairs."""
         return list(dict.fromkeys(text for pair in self.pairs for text in pair.texts))
 
     @property
@@ -84,7 +84,7 @@ class PromptPairs:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The pairs in a form that two runs can compare."""
+        """A description of the pairs that two runs can compare."""
         texts = repr([{**asdict(pair), "place": ""} for pair in self.pairs])
         return {
             "num_pictures": 0,
@@ -115,11 +115,11 @@ class PromptPairs:
         num_workers: int,
         persistent_workers: bool,
     ) -> Iterator[Batch]:
-        """Yield the batches at `places`, made in this process on request."""
+        """Yield the batches at `places`. They are made in this process, on request."""
         return (self._batch(place) for place in places)
 
     def audit(self, log: logging.Logger) -> None:
-        """Log the prompts to train."""
+        """Log a summary of the prompt pairs."""
         actions = Counter(pair.action for pair in self.pairs)
         sizes = {f"{p.height}x{p.width}{' and smaller' if p.has_drawn_size else ''}" for p in self.pairs}
         log.info(
@@ -132,7 +132,7 @@ class PromptPairs:
         )
 
     def facts(self) -> dict[str, Any]:
-        """Return no facts: there are no images."""
+        """Return the facts of data without listed images."""
         return nothing_known()
 
     def metadata(self, described: DatasetOptions, batches_per_step: int = 1) -> dict[str, Any]:
@@ -147,16 +147,16 @@ class PromptPairs:
         }
 
     def batch_shapes(self) -> Iterator[tuple[int, tuple[tuple[int, int], ...]]]:
-        """Yield the number of latents and their size in pixels (width, height) of each pair's largest batch."""
+        """Yield (batch size, (image size,)) of each pair; sizes are (width, height) in pixels, the largest if drawn."""
         for pair in self.pairs:
             yield pair.batch_size, ((pair.width, pair.height),)
 
     def limited_to_largest_batch(self) -> tuple["PromptPairs", int]:
-        """Return self and the index of a batch that needs the most memory, and among those the most time."""
+        """Return self and the index of the batch that needs the most memory, and among those the most time."""
 
         def need(place: int) -> tuple[int, bool, int]:
             drawn = self._drawn(place)
-            takes_both_ends = drawn.pair.push != 0  # their predictions and the neutral one are computed at once
+            takes_both_ends = drawn.pair.push != 0  # both ends and the neutral prompt are predicted in one call
             return drawn.num_pixels, takes_both_ends, drawn.num_denoised
 
         return self, max(range(self.num_batches), key=need)
@@ -205,14 +205,15 @@ class PromptPairs:
 
 
 def draw_size(most: int, rng: Random) -> tuple[int, int]:
-    """Draw height and width independently from half of `most` to all of it, in whole steps."""
+    """Draw height and width independently between half of `most` and `most`, as multiples of STEP_OF_DRAWN_SIDES."""
     low, high = max(1, most // 2 // STEP_OF_DRAWN_SIDES), max(1, most // STEP_OF_DRAWN_SIDES)
     height, width = (STEP_OF_DRAWN_SIDES * rng.randint(low, high) for _ in range(2))
     return height, width
 
 
 def size_conditioning(height: int, width: int, rng: Random | None) -> tuple[int, ...]:
-    """Return sizes for a whole image; with `rng` for a random crop of one up to three times as large."""
+    """Return the size conditioning of a whole image, or with `rng` of a random crop from an image up to three times
+    as large."""
     if rng is None:
         return height, width, 0, 0, height, width
     scale = 1 + 2 * rng.random()
@@ -224,9 +225,9 @@ def size_conditioning(height: int, width: int, rng: Random | None) -> tuple[int,
 def open_prompt_pairs(
     concepts: ConceptOptions, run: RunOptions, arch: Architecture, seed: int, num_processes: int
 ) -> PromptPairs:
-    """Read the prompts file, and plan as many batches of its pairs as the run takes.
+    """Read the prompts file, and plan the batches that the run needs.
 
-    Raises UserError for an invalid file or one unsuitable for the base model; warns of truncated prompts.
+    Raises UserError for an invalid file, or one that does not suit the base model. Warns about truncated prompts.
     """
     assert concepts.prompts_file is not None
     pairs = read_prompt_pairs(Path(concepts.prompts_file))
@@ -256,7 +257,7 @@ def open_prompt_pairs(
 
 
 def resolve_guidance(concepts: ConceptOptions, defaults: PromptDefaults) -> float:
-    """Return the scale of classifier-free guidance while denoising: none where the model draws without it."""
+    """Return the guidance scale for denoising; 1 (none) by default if the base model generates without guidance."""
     if concepts.leco_denoise_guidance_scale is not None:
         return concepts.leco_denoise_guidance_scale
     return USUAL_GUIDANCE if defaults.scale > 1 else 1.0

@@ -1,8 +1,8 @@
-"""The concepts to change, read from a TOML file (`prompts_file`) in one of two forms.
+"""The concepts to train, read from a TOML file (`prompts_file`) in one of two forms.
 
-`[[prompts]]` are pairs as they are trained. `[[targets]]` are sliders, each of which becomes two or four pairs for
-every neutral prompt and size. Keys above them are defaults for all entries. Formats: LECO and ai-toolkit, as sd-scripts
-reads them.
+`[[prompts]]` are pairs as they are trained. `[[targets]]` are sliders, each of which is expanded to two or four pairs
+for every neutral prompt and size. Keys above them are defaults for all entries. The formats are those of LECO and
+ai-toolkit, as sd-scripts reads them.
 """
 
 import logging
@@ -42,7 +42,7 @@ FLAG_KEYS = ("dynamic_resolution", "dynamic_crops")
 
 @dataclass(frozen=True)
 class PromptPair:
-    """The change of one prompt, with all settings: an entry of the file, or one direction of a slider."""
+    """A trained change of a prompt with all settings: an entry of the file, or one direction of a slider."""
 
     place: str  # "prompts.toml, [[prompts]] number 2", for messages
     target: str
@@ -61,23 +61,22 @@ class PromptPair:
 
     @property
     def has_drawn_size(self) -> bool:
-        """True if each batch has another size."""
+        """True if the size is drawn for each batch."""
         return self.dynamic_resolution and self.height == self.width
 
     @property
     def push(self) -> float:
-        """The factor of the difference from `unconditional` to `positive` that is added to the neutral prediction;
-        negative pushes away."""
+        """The factor of (positive - unconditional) that is added to the neutral prediction. Negative values erase."""
         return {ERASE: -1.0, ENHANCE: 1.0, PRESERVE: 0.0}[self.action] * self.guidance_scale
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Its prompts, each once."""
+        """The different prompts of the pair."""
         return tuple(dict.fromkeys((self.target, self.positive, self.unconditional, self.neutral)))
 
 
 def read_prompt_pairs(path: Path, warn: Warn = logger.warning) -> list[PromptPair]:
-    """Read the pairs of a file, with sliders expanded; `warn` reports keys without the expected effect.
+    """Read the pairs of a file, with sliders expanded. `warn` reports keys without the expected effect.
 
     Raises UserError naming the file, the entry, the key and the fix.
     """
@@ -97,7 +96,7 @@ def read_prompt_pairs(path: Path, warn: Warn = logger.warning) -> list[PromptPai
 
 
 class Entry(NamedTuple):
-    """An entry of the file as written."""
+    """An entry of the file, as written."""
 
     place: str
     values: Mapping[str, Any]
@@ -105,7 +104,7 @@ class Entry(NamedTuple):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys that it may have."""
+        """The keys that are allowed in the entry."""
         return PAIR_KEYS if self.is_pair else SLIDER_KEYS
 
 
@@ -136,7 +135,7 @@ def split_entries(tables: Mapping[str, Any], path: Path) -> tuple[dict[str, Any]
 
 
 def check_shared(shared: Mapping[str, Any], entries: Sequence[Entry], path: Path) -> None:
-    """Raise UserError for a default that no entry can have."""
+    """Raise UserError for a default that no entry accepts."""
     known = [key for entry in entries for key in entry.keys]
     for key in shared:
         if key not in known:
@@ -150,7 +149,7 @@ def unknown_key_error(key: str, known: Sequence[str], place: str) -> UserError:
 
 
 def build_pairs(entry: Entry, shared: Mapping[str, Any], folder: Path, warn: Warn) -> list[PromptPair]:
-    """Return the pairs of an entry; `shared` has the defaults, `folder` contains its files."""
+    """Return the pairs of an entry. `shared` holds the defaults; paths of files are relative to `folder`."""
     place, own = entry.place, entry.values
     if "target" in own and "target_class" in own:
         raise UserError(
@@ -161,7 +160,7 @@ def build_pairs(entry: Entry, shared: Mapping[str, Any], folder: Path, warn: War
             raise unknown_key_error(key, entry.keys, place)
     inherited = {key: value for key, value in shared.items() if key in entry.keys}
     for group in ((*NEUTRAL_LISTS, "neutral"), ("resolution", "resolutions")):
-        if own.keys() & set(group):  # an entry sets the whole group or nothing of it
+        if own.keys() & set(group):  # an entry overrides a group of keys as a whole
             inherited = {key: value for key, value in inherited.items() if key not in group}
     values = {key: check_value(key, value, place) for key, value in {**inherited, **own}.items()}
     if entry.is_pair and "target" not in values:
@@ -176,7 +175,7 @@ def build_pairs(entry: Entry, shared: Mapping[str, Any], folder: Path, warn: War
 
 
 def check_value(key: str, value: Any, place: str) -> Any:
-    """Check the type of a value. Sizes and lists are checked where they are used."""
+    """Check the type and range of a value, and return it. Sizes and lists are checked where they are used."""
     what = f"{FLAG} {place}: {key} is {value!r}"
     if key in TEXT_KEYS:
         if not isinstance(value, str):
@@ -204,14 +203,14 @@ def check_value(key: str, value: Any, place: str) -> Any:
 
 
 def check_integer(value: Any, least: int, most: int, what: str) -> int:
-    """Check an integer and its range."""
+    """Return `value` as an integer. Raises UserError if it is none or out of range."""
     if not is_finite_number(value) or value != int(value) or not least <= value <= most:
         raise UserError(f"{what}; use an integer from {least} to {most}")
     return int(value)
 
 
 def build_pair(place: str, values: Mapping[str, Any], size: Any = None) -> PromptPair:
-    """Return the pair of these values, of which only `target` is required."""
+    """Build a pair from these values, of which only `target` is required."""
     height, width = parse_size(values.get("resolution", DEFAULT_SIDE), place) if size is None else size
     unconditional, action = values.get("unconditional", ""), values.get("action", ERASE)
     if action == PRESERVE:
@@ -241,7 +240,7 @@ def build_pair(place: str, values: Mapping[str, Any], size: Any = None) -> Promp
 
 
 def parse_size(value: Any, place: str) -> tuple[int, int]:
-    """Parse a side, or [height, width], to (height, width)."""
+    """Parse a single side or [height, width] to (height, width)."""
     what = f"{FLAG} {place}: resolution is {value!r}"
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) != 2:
@@ -251,7 +250,7 @@ def parse_size(value: Any, place: str) -> tuple[int, int]:
 
 
 def parse_sizes(values: Mapping[str, Any], place: str, warn: Warn) -> list[tuple[int, int]]:
-    """Return the sizes of a slider: one, or each of a list of [height, width]."""
+    """Return the sizes (height, width) of a slider: one, or each of a list."""
     if "resolution" in values and "resolutions" in values:
         raise UserError(f"{FLAG} {place} has both resolution and resolutions; keep one")
     value = values.get("resolutions", values.get("resolution", DEFAULT_SIDE))
@@ -267,8 +266,8 @@ def parse_sizes(values: Mapping[str, Any], place: str, warn: Warn) -> list[tuple
 
 
 def slider_pairs(place: str, values: Mapping[str, Any], folder: Path, warn: Warn) -> Iterator[PromptPair]:
-    """Yield both directions of a slider for each neutral prompt and size: at `multiplier` toward positive and away from
-    negative, at its opposite the other way."""
+    """Yield both directions of a slider for each neutral prompt and size: toward positive and away from negative at
+    `multiplier`, and the reverse at -`multiplier`."""
     positive, negative = (values.get(key, "") for key in ("positive", "negative"))
     has_positive, has_negative = bool(positive.strip()), bool(negative.strip())
     if not has_positive and not has_negative:
@@ -297,7 +296,7 @@ def slider_pairs(place: str, values: Mapping[str, Any], folder: Path, warn: Warn
 
 
 def read_neutral_prompts(values: Mapping[str, Any], place: str, folder: Path) -> list[str]:
-    """Return the neutral prompts of a slider: those listed and those in files, or the named one."""
+    """Return the neutral prompts of a slider: `neutrals` and the lines of its prompt files, or else `neutral`."""
     lists = [key for key in NEUTRAL_LISTS if key in values]
     if lists and "neutral" in values:
         raise UserError(f"{FLAG} {place} has both neutral and {lists[0]}; keep one")

@@ -1,4 +1,4 @@
-"""Images as arrays: reading, resizing, cropping, mirroring, colour.
+"""Images as arrays: reading, resizing, cropping, mirroring, colour changes.
 
 Arrays are uint8, HWC or HW; sizes are (width, height).
 """
@@ -36,8 +36,8 @@ class DamagedImage(UserError):
 
 
 def open_image(path: str, content: bytes | io.RawIOBase | None = None) -> Image.Image:
-    """Open an image and read its header. Raises UserError naming a file that is not an image. `content` is the file,
-    read or open."""
+    """Open an image and read its header. `content` is the file's content or an open file. Raises UserError naming a
+    file that is not an image."""
     load_plugin(os.path.splitext(path)[1][1:].lower())
     try:
         opened: Any = io.BytesIO(content) if isinstance(content, bytes) else path if content is None else content
@@ -50,19 +50,20 @@ def open_image(path: str, content: bytes | io.RawIOBase | None = None) -> Image.
 
 
 def read_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8, without reading pixels: a PNG's tags count only if they precede the
+    """Return the EXIF orientation, 1 to 8, without decoding pixels. A PNG's tags count only if they precede the
     pixels."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1
     try:
         value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged tags must not lose the image; Pillow raises many errors here
+    except Exception:  # damaged tags must not cost the image, and Pillow raises many errors here
         return 1
     return value if value in TRANSPOSITIONS else 1
 
 
 def read_size(path: str, content: bytes | io.RawIOBase | None = None) -> Size:
-    """Read (width, height), as `read_pixels` will return it, from the header; `content` is the file, read or open."""
+    """Read (width, height) from the header, upright as `read_pixels` returns it. `content` is the file's content or
+    an open file."""
     with open_image(path, content) as image:
         width, height = image.size
         turned = read_orientation(image) >= 5
@@ -72,7 +73,7 @@ def read_size(path: str, content: bytes | io.RawIOBase | None = None) -> Size:
 
 
 def decode_all(image: Image.Image, path: str) -> None:
-    """Decode an opened image. Raises DamagedImage if its pixels are truncated or damaged."""
+    """Decode an opened image. Raises DamagedImage if the pixels are truncated or damaged."""
     try:
         image.load()
     except Exception as error:  # damaged pixels raise OSError, SyntaxError, struct.error, zlib.error, ...
@@ -80,9 +81,9 @@ def decode_all(image: Image.Image, path: str) -> None:
 
 
 def read_pixels(path: str, content: bytes | None = None) -> tuple[Pixels, Pixels | None]:
-    """Read (RGB, alpha) of any image, upright; alpha is None if it has none.
+    """Read an image as (RGB, alpha), upright; alpha is None if it has none.
 
-    Raises DamagedImage if its pixels are truncated or damaged, UserError if it cannot be read at all.
+    Raises DamagedImage if the pixels are truncated or damaged, UserError if the file is not an image.
     """
     with open_image(path, content) as image:
         orientation = read_orientation(image)
@@ -97,7 +98,7 @@ def read_pixels(path: str, content: bytes | None = None) -> tuple[Pixels, Pixels
 
 
 def with_alpha(rgb: Pixels, alpha: Pixels | None) -> Pixels:
-    """Return RGBA; opaque without an alpha channel."""
+    """Combine RGB and alpha to RGBA; opaque if `alpha` is None."""
     return np.dstack([rgb, np.full(rgb.shape[:2], 255, dtype=np.uint8) if alpha is None else alpha])
 
 
@@ -115,7 +116,7 @@ def _from_16_bits(image: Image.Image) -> Pixels:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The geometry of a training image: resize to `resized`, crop `target` at (left, top), mirror."""
+    """The geometry of a training image: resize to `resized`, crop `target` at (left, top), mirror if `is_flipped`."""
 
     resized: Size
     left: int
@@ -125,13 +126,13 @@ class Placement:
 
 
 def crop_at_centre(shape: Shape, is_flipped: bool = False) -> Placement:
-    """Crop at the centre."""
+    """Place the crop at the centre."""
     left, top = (shape.resized[0] - shape.bucket[0]) // 2, (shape.resized[1] - shape.bucket[1]) // 2
     return Placement(shape.resized, left, top, shape.bucket, is_flipped)
 
 
 def crop_at_random(shape: Shape, rng: random.Random, is_flipped: bool = False) -> Placement:
-    """Crop at a random position."""
+    """Place the crop at a random position."""
     left = rng.randint(0, shape.resized[0] - shape.bucket[0])
     top = rng.randint(0, shape.resized[1] - shape.bucket[1])
     return Placement(shape.resized, left, top, shape.bucket, is_flipped)
@@ -139,7 +140,7 @@ def crop_at_random(shape: Shape, rng: random.Random, is_flipped: bool = False) -
 
 @dataclass(frozen=True, slots=True)
 class Face:
-    """A face in pixels of the image: centre and size."""
+    """A face: its centre and size, in pixels of the image."""
 
     cx: int
     cy: int
@@ -168,10 +169,10 @@ def crop_at_face(
     rng: random.Random,
     is_flipped: bool = False,
 ) -> Placement:
-    """Crop around the face, zoomed so that the shorter target side is `zoom` times its larger side.
+    """Place the crop around a face, zoomed so that the shorter target side is `zoom` times the face's larger side.
 
-    The zoom is drawn from `zoom_range`, but the image is never enlarged beyond covering the target. The face stays near
-    the centre; `wanders` moves it by a triangular offset that shows more of the background.
+    `zoom` is drawn from `zoom_range`, but the image is enlarged only as far as needed to cover the target. The face is
+    near the centre; `wanders` moves it by a triangularly distributed offset that shows more of the background.
     """
     size, short = max(face.width, face.height), min(target)
     least = max(target[0] / image[0], target[1] / image[1])
@@ -203,7 +204,7 @@ def place(pixels: Pixels, placement: Placement, interpolation: str | None) -> Pi
 
 
 def choose_filter(size: Size, target: Size, interpolation: str | None) -> str:
-    """Return the resampling filter: the given one, else area if no side grows, else lanczos."""
+    """Return the resampling filter: `interpolation` if given, else area if no side grows, else lanczos."""
     if interpolation is not None:
         return interpolation
     return "area" if target[0] <= size[0] and target[1] <= size[1] else "lanczos"
@@ -217,8 +218,8 @@ PILLOW_FILTERS = {
 
 
 def resize(pixels: Pixels, target: Size, interpolation: str | None) -> Pixels:
-    """Resize an array. Lanczos and box are Pillow's, the others OpenCV's, as in sd-scripts; all are Pillow's for RGBA,
-    which keeps the colors hidden under transparent pixels out of their neighbors."""
+    """Resize an array. As in sd-scripts, lanczos and box are Pillow's filters and the others OpenCV's. RGBA always
+    uses Pillow, which keeps colours under transparent pixels from bleeding into their neighbours."""
     size = (pixels.shape[1], pixels.shape[0])
     if size == target:
         return pixels
@@ -242,8 +243,8 @@ def resize(pixels: Pixels, target: Size, interpolation: str | None) -> Pixels:
 
 
 def change_colour(rgb: Pixels, rng: random.Random) -> Pixels:
-    """Change one draw in three: half of these get a hue shift of up to 16 degrees, half a gamma of 0.95 to 1.05. An
-    alpha channel is unchanged."""
+    """Change the colours with a probability of 0.33: half of these draws shift the hue by up to 16 degrees, half
+    apply a gamma of 0.95 to 1.05. Alpha is unchanged."""
     if rgb.shape[2] == 4:
         return with_alpha(change_colour(np.ascontiguousarray(rgb[..., :3]), rng), rgb[..., 3])
     if rng.random() >= 0.33:
@@ -254,7 +255,7 @@ def change_colour(rgb: Pixels, rng: random.Random) -> Pixels:
 
 
 def turn_hue(rgb: Pixels, half_degrees: float) -> Pixels:
-    """Rotate the hue; a unit is two degrees, as in OpenCV for 8-bit images."""
+    """Rotate the hue. The unit is two degrees, as in OpenCV's 8-bit images."""
     import cv2
 
     hsv = np.asarray(cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV))
@@ -264,6 +265,6 @@ def turn_hue(rgb: Pixels, half_degrees: float) -> Pixels:
 
 
 def apply_gamma(rgb: Pixels, gamma: float) -> Pixels:
-    """Raise values from 0 to 1 to a power, so that black and white are unchanged."""
+    """Raise values, scaled to 0..1, to the power `gamma`. Black and white are unchanged."""
     table = np.rint(255 * (np.arange(256) / 255) ** gamma).astype(np.uint8)
     return table[rgb]

@@ -1,4 +1,4 @@
-"""The archives of a disk cache: their errors, their writing, and leftovers of killed processes."""
+"""The archives of a disk cache: reading, writing, errors, and cleaning up after killed processes."""
 
 import os
 import re
@@ -29,42 +29,42 @@ DAMAGE = (
     MemoryError,
     RecursionError,
 )
-"""The errors of reading an archive that was truncated, overwritten or forged."""
+"""The errors that reading a truncated, overwritten or forged archive can raise."""
 
 MISSING, DAMAGED = "missing", "damaged"
 
-MOST_BYTES = 1 << 30  # of all arrays in one archive; the largest of ours, eight captions of T5, have 64 MB
+MOST_BYTES = 1 << 30  # of all arrays in an archive; our largest, eight captions of T5, have 64 MB
 LEFT_OVER = re.compile(r"\.(.+\.[0-9a-f]{12}\.npz|.+\.npz\.\d+\.tmp)")
-DEAD_AFTER_S = 3600.0  # writing takes seconds, but other runs may be writing into the same folder
+DEAD_AFTER_S = 3600.0  # writing takes seconds, and other runs may be writing into the folder
 
 
 @dataclass(frozen=True)
 class CacheWords:
-    """The words for a cache in messages."""
+    """The words that describe a cache in messages."""
 
     name: str
-    entries: str  # the unit that is counted
+    entries: str  # the counted unit
     content: str
-    flag: str  # keeps the content in memory; with `_to_disk` on disk
-    checking: str  # the task that processes wait for
+    flag: str  # option that keeps the content in memory; with `_to_disk` on disk
+    checking: str  # the task that other processes wait for
     caching: str
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The validity of a cache file."""
+    """The result of checking a cache file."""
 
-    fault: str | None  # the problem, to follow "is"
-    kept: frozenset[str] = frozenset()  # captions in the file that need not be encoded again
+    fault: str | None  # the problem, as a continuation of "is"; None if valid
+    kept: frozenset[str] = frozenset()  # cached captions that need not be encoded again
     is_foreign: bool = False  # written by another program
 
 
 class EntryError(UserError):
-    """An entry of a file that cannot be used; the message is the reason, to follow "is"."""
+    """An unusable entry of a file. The message is the reason, as a continuation of "is"."""
 
 
 def describe_damage(error: BaseException) -> str:
-    """Describe a file's problem, to follow "is"; `error` is one of DAMAGE."""
+    """Describe the problem of a file, as a continuation of "is"; `error` is one of DAMAGE."""
     if isinstance(error, EntryError):
         return str(error)
     return MISSING if isinstance(error, FileNotFoundError) else DAMAGED
@@ -72,7 +72,8 @@ def describe_damage(error: BaseException) -> str:
 
 @contextmanager
 def open_to_read(path: str, words: CacheWords) -> Iterator[Mapping[str, Any]]:
-    """Open an archive. Raises UserError naming a file that is missing or damaged, or with the block's EntryError."""
+    """Open an archive. Raises UserError naming the file if it is missing or damaged, or if the block raises
+    EntryError."""
     try:
         with open_npz(path) as archive:
             yield archive
@@ -80,13 +81,13 @@ def open_to_read(path: str, words: CacheWords) -> Iterator[Mapping[str, Any]]:
     except DAMAGE as error:
         fault = describe_damage(error)
         reason = f"{fault}: {error}" if fault == DAMAGED else fault
-    delete = "delete it and " if fault == DAMAGED else ""  # the check at start does not read whole files
+    delete = "delete it and " if fault == DAMAGED else ""  # the check at the start does not read whole files
     raise UserError(f"the {words.name} {path} is {reason}; {delete}run again without --skip_cache_check to rebuild it")
 
 
 @contextmanager
 def open_to_write(path: str, words: CacheWords) -> Iterator[Path]:
-    """Yield a temporary file that becomes the one at `path`, whole or not at all.
+    """Yield a temporary file that atomically replaces the one at `path`.
 
     Raises UserError naming a folder that cannot be written.
     """
@@ -104,7 +105,7 @@ def open_to_write(path: str, words: CacheWords) -> Iterator[Path]:
 
 @contextmanager
 def open_npz(path: str | Path) -> Iterator[Mapping[str, Any]]:
-    """Open an archive whose arrays are read on request. Raises one of DAMAGE."""
+    """Open an archive whose arrays are read when accessed. Raises one of DAMAGE."""
     require_plain_file(path)
     with zipfile.ZipFile(path) as archive:
         require_small(archive)
@@ -113,20 +114,20 @@ def open_npz(path: str | Path) -> Iterator[Mapping[str, Any]]:
 
 
 def require_plain_file(path: str | Path) -> None:
-    """Raise UserError for a pipe or a device in place of a file, from which reading would block forever."""
+    """Raise UserError if the path is a pipe or a device, from which reading would block forever."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError("it is not a regular file")
 
 
 def require_small(archive: zipfile.ZipFile) -> None:
-    """Raise UserError for an archive that would unpack to more than any cache file holds."""
+    """Raise UserError if an archive would unpack to more bytes than any cache file holds."""
     num_bytes = sum(info.file_size for info in archive.infolist())
     if num_bytes > MOST_BYTES:
         raise UserError(f"it would unpack to {num_bytes / 1e9:.1f} GB")
 
 
 def clear_left_overs(folders: Iterable[str]) -> None:
-    """Delete unfinished files of killed processes, once they are old enough."""
+    """Delete unfinished files of killed processes after an hour."""
     for folder in sorted(set(folders)):
         if not os.path.isdir(folder):
             continue
@@ -139,7 +140,7 @@ def clear_left_overs(folders: Iterable[str]) -> None:
 
 
 def is_old(entry: "os.DirEntry[str]") -> bool:
-    """Return True if nobody can still be writing a file."""
+    """Return True if no process can still be writing the file."""
     try:
         return time.time() - entry.stat().st_mtime > DEAD_AFTER_S
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Conversion of decoded images and masks to tensors for models."""
+"""Conversion of decoded images and masks to tensors."""
 
 import torch
 from torch import Tensor
@@ -12,5 +12,5 @@ def to_mask(values_HW: Pixels) -> Tensor:
 
 
 def to_pixels(image_HWC: Pixels) -> Tensor:
-    """Turn uint8 HWC, 0..255, into float32 CHW, -1..1."""
+    """Convert uint8 HWC, 0..255, to float32 CHW, -1..1."""
     return torch.from_numpy(image_HWC).permute(2, 0, 1).float() / 127.5 - 1

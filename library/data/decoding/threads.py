@@ -1,4 +1,4 @@
-"""Many small file reads: in this thread while the disk responds at once, in many threads if it is slow."""
+"""Reading of many small files, by this thread while the disk responds at once, by several threads if it is slow."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +18,9 @@ SLOW_READ_S = 0.0002  # average wait per file; a cached file takes a tenth of it
 def read_many(
     function: Callable[[Item], Value], items: Sequence[Item], num_threads: int, title: str | None = None
 ) -> list[Value]:
-    """Return the function's values for all items, in order. A title shows a progress bar."""
-    # Threads that alternate in one interpreter cost more than they save while files are in memory, so they are used
-    # only after the first block in which most of the time was spent waiting.
+    """Return the function's values for all items, in order. With a title, a progress bar is shown."""
+    # While files come from memory, threads cost more by competing for the interpreter than they save. So they are used
+    # only after a block in which reads had to wait.
     values: list[Value] = []
     blocks = (items[start : start + BLOCK] for start in range(0, len(items), BLOCK))
     shown = nullcontext() if title is None else progress_bar(title, len(items), leave=False)

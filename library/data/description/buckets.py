@@ -1,4 +1,4 @@
-"""Assignment of training sizes to images. Sizes are (width, height) in pixels."""
+"""Assignment of training sizes (buckets) to images. Sizes are (width, height) in pixels."""
 
 import logging
 import math
@@ -11,7 +11,7 @@ from library.errors import UserError
 logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
-MOST_PIXELS = 4096 * 4096  # of a resolution: encoding one image of twice the sides takes 18 GB
+MOST_PIXELS = 4096 * 4096  # of a resolution; encoding an image of twice its sides takes 18 GB
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Shape:
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """The bucket and the sizes of the references, which the images of one batch share."""
+        """The bucket size and the sizes of the references, which are the same for all images of a batch."""
         return self.bucket, *(reference.bucket for reference in self.references)
 
 
@@ -38,11 +38,11 @@ class BucketRules:
     max_reso: int
     step: int
     no_upscale: bool
-    needed_step: int = 64  # the multiple of sides that the base model requires, to which references are cropped
+    needed_step: int = 64  # the base model needs sides, and crops of references, that are multiples of this
 
     def checked(self) -> "BucketRules":
-        """Round the limits to the step, with a warning. Raises UserError if they do not fit the resolution or the
-        model."""
+        """Round the limits to the step, with a warning. Raises UserError if they conflict with the resolution or the
+        base model."""
         resolution, step, needed_step = self.resolution, self.step, self.needed_step
         if min(resolution) <= 0:
             raise UserError(f"resolution is {resolution[0]}x{resolution[1]}; both sides must be positive")
@@ -85,12 +85,13 @@ class BucketRules:
 
 
 def bucket_sizes(resolution: Size, low: int, high: int, step: int) -> list[Size]:
-    """Return all buckets: sides from `low` to `high` in steps, as tall as the area of `resolution` allows, in both
-    orientations."""
+    """Return all bucket sizes: sides from `low` to `high` in steps, as large as the area of `resolution` allows, in
+    both orientations."""
     area = resolution[0] * resolution[1]
     side = math.isqrt(area) // step * step
     sizes = {(side, side)}
-    # A wider bucket would be lower than `low`; without this limit a huge `high` would loop for ages.
+    # A wider bucket would be lower than `low`. Without this bound, a huge `high` would make the loop endless in
+    # practice.
     for width in range(low, min(high, area // low) + 1, step):
         height = min(high, area // width // step * step)
         if height >= low:
@@ -108,7 +109,7 @@ def cover(image: Size, target: Size) -> Size:
 
 
 def nearest_bucket(image: Size, buckets: Sequence[Size]) -> Size:
-    """Return the bucket of equal size, else of the nearest ratio; of equally near ones the first."""
+    """Return the bucket of equal size if there is one, else the first of those with the nearest aspect ratio."""
     if image in buckets:
         return image
     ratio = image[0] / image[1]
@@ -116,9 +117,11 @@ def nearest_bucket(image: Size, buckets: Sequence[Size]) -> Size:
 
 
 def shape_without_upscale(image: Size, resolution: Size, step: int) -> Shape:
-    """Shrink an image larger than the area of `resolution` to it, then round both sides down to the step.
+    """Return the shape of an image without enlarging it. An image larger than the area of `resolution` is shrunk to it;
+    both sides are then rounded down to the step.
 
-    A side below the step gets a bucket of one step, for which the image is enlarged just enough.
+    A side shorter than the step gets a bucket side of one step. Only then is the image enlarged, just enough to cover
+    it.
     """
     width, height = image
     area = resolution[0] * resolution[1]
@@ -163,10 +166,10 @@ def assign_shapes(images: Sequence[Size], rules: BucketRules) -> list[Shape]:
 
 @dataclass(frozen=True)
 class ReferenceRules:
-    """How reference images are resized: to their target's bucket unless one of these says otherwise."""
+    """The sizes of reference images: the bucket of their image, unless one of the fields says otherwise."""
 
-    resolution: Size | None  # to buckets of this area
-    no_resize: bool  # only cropped to multiples of the step, and shrunk if larger than `resolution`
+    resolution: Size | None  # references get buckets of this area
+    no_resize: bool  # references are cropped to multiples of the step, shrunk only if larger than `resolution`
     step: int
 
     @cached_property
@@ -175,7 +178,8 @@ class ReferenceRules:
         return bucket_sizes(self.resolution, self.step, 4 * max(self.resolution), self.step)
 
     def shape(self, image: Size, target_image: Size, target: Shape) -> Shape:
-        """Return the shape of a reference of size `image`; one like its target has the target's shape by default."""
+        """Return the shape of a reference of size `image`. By default, one of the same size as its target has the
+        target's shape."""
         if self.no_resize:
             return shape_without_upscale(image, self.resolution or image, self.step)
         if self.resolution is None and image == target_image:
@@ -187,8 +191,8 @@ class ReferenceRules:
 def crop_ltrb(bucket: Size, image: Size) -> tuple[float, float, float, float]:
     """Return (left, top, right, bottom) of the image fitted *inside* the bucket.
 
-    Denoisers are conditioned on these, and trained adapters depend on them, although the pixels are cropped from an
-    image that covers the bucket.
+    Denoisers are conditioned on these values, and existing adapters depend on them, although the pixels are cropped
+    from an image that covers the bucket.
     """
     ratio = image[0] / image[1]
     if bucket[0] / bucket[1] > ratio:

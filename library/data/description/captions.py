@@ -1,4 +1,4 @@
-"""Captions: from the text of an image to the prompt of one draw."""
+"""Composition of the caption of a draw from the text of an image."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from library.randomness import random_for
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """Changes of a caption each time its image is drawn; the fields are keys of the dataset file."""
+    """The changes of a caption for each draw. The fields are keys of the dataset file."""
 
     shuffle_caption: bool = False
     caption_separator: str = ","
@@ -26,40 +26,39 @@ class CaptionRules:
     caption_dropout_every_n_epochs: int = 0
     caption_tag_dropout_rate: float = 0.0
     token_warmup_min: int = 1
-    token_warmup_step: float = 0  # steps, or below 1 a share of the run
+    token_warmup_step: float = 0  # steps, or a share of the run if below 1
 
     @property
     def moves_tags(self) -> bool:
-        """True if tags are shuffled, withheld or dropped."""
+        """True if tags are shuffled, dropped or held back by warm-up."""
         return self.shuffle_caption or self.token_warmup_step > 0 or self.caption_tag_dropout_rate > 0
 
     @property
     def varies(self) -> bool:
-        """True if draws of an image can have several captions besides the empty prompt."""
+        """True if different draws of an image can have different captions, apart from the empty prompt."""
         return self.moves_tags or self.enable_wildcard
 
 
 def compose_caption(
     text: str, rules: CaptionRules, rng: random.Random, epoch: int, step: int, max_train_steps: int
 ) -> str:
-    """Compose the prompt of one draw: dropped, or a line of `text` with prefix, suffix, wildcards and tag rules
+    """Compose the caption of a draw: empty if dropped, or a line of `text` with prefix, suffix, wildcards and tag rules
     applied.
 
-    `epoch` counts from 1. `step` is the optimizer step of `max_train_steps`, of which a `token_warmup_step` below 1 is
-    a share.
+    `epoch` counts from 1. `step` is the optimizer step; a `token_warmup_step` below 1 is a share of `max_train_steps`.
     """
     return "" if is_dropped(rules, rng, epoch) else arrange_caption(text, rules, rng, step, max_train_steps)
 
 
 def is_dropped(rules: CaptionRules, rng: random.Random, epoch: int) -> bool:
-    """Return True if a draw gets the empty prompt instead of its caption."""
+    """Return True if the draw gets the empty prompt in place of its caption."""
     if rules.caption_dropout_rate > 0 and rng.random() < rules.caption_dropout_rate:
         return True
     return rules.caption_dropout_every_n_epochs > 0 and epoch % rules.caption_dropout_every_n_epochs == 0
 
 
 def arrange_caption(text: str, rules: CaptionRules, rng: random.Random, step: int, max_train_steps: int) -> str:
-    """Compose a line of `text` with prefix, suffix, wildcards and tag rules, without dropout."""
+    """Compose a caption from a line of `text` with prefix, suffix, wildcards and tag rules, without caption dropout."""
     lines = caption_lines(text, rules)
     caption = with_affixes(rng.choice(lines) if len(lines) > 1 else lines[0], rules)
     if rules.enable_wildcard:
@@ -79,10 +78,11 @@ def arrange_caption(text: str, rules: CaptionRules, rng: random.Random, step: in
 
 
 def caption_variant(image: str, text: str, rules: CaptionRules, variant: int) -> str:
-    """Return one of the caption variants that are encoded ahead: a function of the image's name and folder.
+    """Return one of the variants of a caption that are encoded before training; a function of the image's name and
+    folder.
 
-    Variants do not depend on the run's seed, so that other runs can reuse them; the variant used by a draw does. Tag
-    warm-up is not supported: it changes the caption in every step.
+    The variants do not depend on the run's seed, so that other runs can reuse them. The seed only decides which variant
+    a draw uses. Tag warm-up is not supported, because it changes captions in every step.
     """
     folder, name = os.path.split(os.path.abspath(image))
     place = ascii(os.path.basename(folder)), ascii(os.path.splitext(name)[0])  # names may hold bytes that are not text
@@ -90,7 +90,8 @@ def caption_variant(image: str, text: str, rules: CaptionRules, variant: int) ->
 
 
 def caption_lines(text: str, rules: CaptionRules) -> list[str]:
-    """Return the lines to draw from: all non-blank ones with enable_wildcard, else the first. Never empty."""
+    """Return the lines that a draw chooses from: all non-blank lines with enable_wildcard, else the first. Never
+    empty."""
     lines = text.split("\n")
     if not rules.enable_wildcard:
         return lines[:1]
@@ -110,7 +111,7 @@ _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
 def replace_wildcards(caption: str, rng: random.Random) -> str:
-    """Replace `{a|b}` by one of its alternatives and `{{`, `}}` by literal braces; `{}` stays. Braces do not nest."""
+    """Replace `{a|b}` by one of its alternatives, and `{{`, `}}` by literal braces; keep `{}`. Braces do not nest."""
 
     def chosen(match: re.Match[str]) -> str:
         if match[1] is None:
@@ -133,15 +134,15 @@ def has_nested_wildcard(caption: str) -> bool:
 
 
 def split_tags(caption: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
-    """Split tags into (head, movable, tail): fixed at the start, movable, fixed at the end.
+    """Split a caption into (head, movable, tail) tags; head and tail are fixed.
 
-    keep_tokens_separator, if present, marks the parts, and blank tags are removed; otherwise the first keep_tokens tags
-    are the head, and blank tags stay.
+    If keep_tokens_separator occurs, it marks the parts, and blank tags are removed. Otherwise the first keep_tokens
+    tags are the head, and blank tags stay.
     """
     separator, marker = rules.caption_separator, rules.keep_tokens_separator
     if marker and marker in caption:
         head, movable, *tail = caption.split(marker, 2)
-        rest = "".join(tail).replace(marker, separator)  # further separators are not text either
+        rest = "".join(tail).replace(marker, separator)  # further markers are not part of the text
         parts = [[tag.strip() for tag in part.split(separator) if tag.strip()] for part in (head, movable, rest)]
         return parts[0], parts[1], parts[2]
     tags = [tag.strip() for tag in caption.strip().split(separator)]
@@ -160,7 +161,7 @@ def warm_up_tags(tags: list[str], rules: CaptionRules, step: int, max_train_step
 
 
 def iterate_fullest_captions(text: str, rules: CaptionRules) -> Iterator[str]:
-    """Yield every line with affixes and all tags, which are checked against the token limit."""
+    """Yield every line with affixes and all of its tags, for the check of the token limit."""
     for line in caption_lines(text, rules):
         caption = with_affixes(line, rules)
         if rules.keep_tokens_separator:

@@ -1,4 +1,4 @@
-"""Dataset files in which each [[datasets]] is one folder or one metadata file, as musubi-tuner has them."""
+"""Dataset files of musubi-tuner, in which each [[datasets]] is a single folder or metadata file."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -6,16 +6,17 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-SOURCES = {"image_directory": "image_dir", "image_jsonl_file": "metadata_file"}  # key there -> key of a subset
+SOURCES = {"image_directory": "image_dir", "image_jsonl_file": "metadata_file"}  # its key -> the key of a subset
 REFERENCES = {"control_directory": "control_dirs", "no_resize_control": "control_no_resize"}
 CACHES = "cache_directory"
-BUCKET_STEP, MAX_BUCKET = 0, 1024  # 0 is the step that the base model needs
+BUCKET_STEP, MAX_BUCKET = 0, 1024  # 0 selects the step that the base model requires
 
 
 def with_subsets(content: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Return the content of a dataset file with a subset in each dataset that names its images itself.
+    """Return the content of a dataset file, adding a subset to each dataset that names its images itself.
 
-    Such a dataset has buckets in the steps that the base model needs, of any length. Others are unchanged.
+    By default, the buckets of such a dataset have the steps that the base model requires, and sides up to four times
+    the longest side of the resolution. Other datasets are unchanged.
     """
     datasets = content.get("datasets")
     if not isinstance(datasets, list):
@@ -26,7 +27,7 @@ def with_subsets(content: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def with_subset(dataset: Any, outer: Sequence[Mapping[str, Any]], path: str) -> Any:
-    """Return one dataset with its subset; `outer` are the tables whose keys it inherits."""
+    """Return a dataset with its subset; `outer` holds the tables from which it inherits keys."""
     if not isinstance(dataset, dict) or "subsets" in dataset or not dataset.keys() & SOURCES.keys():
         return dataset
     if CACHES in dataset:

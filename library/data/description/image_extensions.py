@@ -1,4 +1,4 @@
-"""File name extensions of images, with formats that Pillow reads through an installed plug-in."""
+"""File name extensions of images, including formats that Pillow reads with an installed plug-in."""
 
 from PIL import Image
 
@@ -7,13 +7,14 @@ PLUGINS = {"avif": "pillow_avif", "jxl": "pillow_jxl"}
 
 
 def image_extensions() -> tuple[str, ...]:
-    """Return the extensions of image files with dot, in lower and upper case, including those of plug-ins."""
+    """Return the extensions of image files, with dot, in lower and upper case, including those of installed
+    plug-ins."""
     found = [*EXTENSIONS, *(extension for extension in PLUGINS if load_plugin(extension))]
     return tuple(f".{extension}" for extension in found) + tuple(f".{extension.upper()}" for extension in found)
 
 
 def load_plugin(extension: str) -> bool:
-    """Register Pillow's plug-in for this extension; return whether Pillow can read such files now."""
+    """Register Pillow's plug-in for this extension. Return True if Pillow can read such files now."""
     if f".{extension}" in Image.registered_extensions():
         return True
     module = PLUGINS.get(extension)

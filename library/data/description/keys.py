@@ -14,7 +14,7 @@ Level = Literal["general", "dataset", "subset"]
 FILTERS = (*INTERPOLATIONS, "box")
 
 
-LARGEST = 2**31  # of a number; nan and inf are not below it either
+LARGEST = 2**31  # upper limit of a number; also excludes nan and inf
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def _is_pair(value: Any, of: type) -> bool:
     return len(items) == 2 and all(isinstance(item, of) for item in items) and max(map(abs, items)) < LARGEST
 
 
-# A bool is an int in Python, and sd-scripts' dataset files may use it as one.
+# bool is a subclass of int in Python, and sd-scripts accepts it in dataset files.
 INT = Kind("an int", lambda v: isinstance(v, int) and abs(v) < LARGEST, int)
 FLOAT = Kind("a float (with a decimal point)", lambda v: isinstance(v, float) and math.isfinite(v))
 NUMBER = Kind("a number", lambda v: isinstance(v, (int, float)) and abs(v) < LARGEST, float)
@@ -55,7 +55,7 @@ FILTER = Kind(f"one of {', '.join(FILTERS)}", lambda v: v in FILTERS)
 
 @dataclass(frozen=True)
 class Key:
-    """One key of the dataset file."""
+    """A key of the dataset file."""
 
     name: str
     kind: Kind
@@ -71,12 +71,12 @@ ONLY_S: tuple[Level, ...] = ("subset",)
 
 
 def _with_option(name: str, kind: Kind, default: Any, levels: tuple[Level, ...], flag: str | None = None) -> Key:
-    """Return a key for every style whose default is set by an option, of the same name unless `flag` is given."""
+    """Return a key for all styles whose default is set by the option `flag`, by default the one of the same name."""
     return Key(name, kind, default, levels, flag=flag or name)
 
 
 FILE_SOURCES = tuple(name for name in SOURCES if name not in ("image_dir", "metadata_file"))
-"""Sources of larger files that contain images; the value is a path, a pattern, or a list of them."""
+"""Sources in larger files that contain images. The value is a path, a pattern, or a list of them."""
 
 DATASET_KEYS = (
     _with_option("batch_size", INT, 1, GD, flag="train_batch_size"),
@@ -111,7 +111,7 @@ SUBSET_KEYS = (
     _with_option("face_crop_aug_range", FLOAT_PAIR, None, GDS),
     _with_option("resize_interpolation", FILTER, None, GDS),
     Key("custom_attributes", TABLE, {}, GDS),
-    # The documentation of sd-scripts shows these two in subsets, so they are allowed there.
+    # sd-scripts' documentation shows these two in subsets, so they are allowed there.
     _with_option("validation_split", SHARE, 0.0, GDS),
     _with_option("validation_seed", INT, None, GDS),
     Key("is_forgetting_probe", BOOL, False, ("dataset", "subset")),
@@ -123,7 +123,7 @@ SUBSET_KEYS = (
     Key("is_reg", BOOL, False, ONLY_S, ("dreambooth",)),
     Key("alpha_mask", BOOL, False, ONLY_S, ("dreambooth", "metadata"), "alpha_mask"),
     Key("caption_extension", TEXT, ".caption", GDS, ("dreambooth", "masked"), "caption_extension"),
-    Key("cache_info", BOOL, False, GDS, ("dreambooth", "masked")),  # without the option, which has its own warning
+    Key("cache_info", BOOL, False, GDS, ("dreambooth", "masked")),  # no option: that has its own warning
     Key("metadata_file", TEXT, None, ONLY_S, ("metadata",)),
     Key("conditioning_data_dir", TEXT, None, ONLY_S, ("masked",)),
     Key("control_dirs", TEXTS, (), ONLY_S),
@@ -136,12 +136,12 @@ SUBSET_KEYS = (
 ALL_KEYS = {key.name: key for key in (*DATASET_KEYS, *SUBSET_KEYS)}
 
 REQUIRED: dict[Style, tuple[str, ...]] = {
-    "dreambooth": (),  # one of SOURCES
+    "dreambooth": (),  # needs one of SOURCES instead
     "metadata": ("metadata_file",),
     "masked": ("image_dir", "conditioning_data_dir"),
 }
 
 
 def stands_at(key: Key, level: Level, style: Style | None) -> bool:
-    """Return True if the key is allowed at this level; [general] serves datasets of every style."""
+    """Return True if the key is allowed at this level for this style; None means any style, as in [general]."""
     return level in key.levels and (style is None or style in key.styles)

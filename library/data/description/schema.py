@@ -1,4 +1,5 @@
-"""The dataset file and its defaults as frozen values: subset, else dataset, general, option, default."""
+"""The dataset file as frozen values. A value comes from the first that sets it: subset, dataset, general, option,
+default."""
 
 import logging
 import os
@@ -36,18 +37,18 @@ logger = logging.getLogger(__name__)
 
 Table = Mapping[str, Any]
 
-PRESERVATION = "diff_output_preservation"  # of a subset's custom_attributes
+PRESERVATION = "diff_output_preservation"  # key of a subset's custom_attributes
 
 
 class NoDataFound(UserError):
-    """There are no training images. Front ends search for the words at the start of its message."""
+    """There are no training images. Front ends search for the start of the message, "No data found"."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"No data found: {reason}")
 
 
 def strip_secrets(url: str) -> str:
-    """Remove user, password, signature and other parameters from a path or URL."""
+    """Remove user, password, signature and other parameters from a URL. Paths are returned unchanged."""
     scheme, mark, rest = url.partition("://")
     if not mark:
         return url
@@ -60,16 +61,16 @@ class SubsetConfig:
     """A folder, a metadata file, or larger files that contain images."""
 
     style: Style
-    source_key: str  # the source of the images
-    patterns: tuple[str, ...]  # of larger files with images; empty if images are files
+    source_key: str  # the key that names the source of the images
+    patterns: tuple[str, ...]  # the larger files with images; empty if images are separate files
     image_dir: str | None
     image_column: str | None
     caption_column: str | None
     metadata_file: str | None
     conditioning_data_dir: str | None
-    control_dirs: tuple[str, ...]  # folders of reference images, in the order that the model gets them
-    control_columns: tuple[str, ...]  # of reference images in Parquet files, in this order too
-    opposite_dir: str | None  # the folder of the other images of pairs: rejected ones, or the other end of a slider
+    control_dirs: tuple[str, ...]  # folders of reference images, in the order of the model's inputs
+    control_columns: tuple[str, ...]  # columns of reference images in Parquet files, in the same order
+    opposite_dir: str | None  # folder with the partners of pairs: rejected images, or the other end of a slider
     control_resolution: tuple[int, int] | None  # width, height
     control_no_resize: bool
     num_repeats: int
@@ -85,25 +86,25 @@ class SubsetConfig:
     custom_attributes: Mapping[str, Any]
     validation_split: float
     validation_seed: int | None
-    is_forgetting_probe: bool  # its images are never trained, and show what the adapter makes the model forget
+    is_forgetting_probe: bool  # images are never trained; they measure what the model forgets
     captions: CaptionRules
-    keeps_index: bool = True  # an index of the images may be written for the next start
+    keeps_index: bool = True  # an index of the images may be written
     entries: Sequence[tuple[str, Any]] | None = field(default=None, repr=False, compare=False)  # already read, by key
 
     @property
     def source(self) -> str:
-        """The folder or files of the images, for messages."""
+        """The folder or files of the images, for messages and metadata."""
         return self.metadata_file or self.image_dir or ", ".join(map(strip_secrets, self.patterns))
 
     @property
     def base_name(self) -> str:
-        """Its name in the metadata of the saved file."""
+        """The name of the source in the metadata of saved files."""
         return os.path.basename(os.path.normpath(strip_secrets(self.patterns[0]) if self.patterns else self.source))
 
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Subsets that share a size and a batch size."""
+    """Subsets that share a resolution and a batch size."""
 
     style: Style
     batch_size: int
@@ -113,26 +114,26 @@ class DatasetConfig:
     max_bucket_reso: int
     bucket_reso_steps: int
     bucket_no_upscale: bool
-    skip_image_resolution: tuple[int, int] | None  # width, height; images that are not larger in area are skipped
+    skip_image_resolution: tuple[int, int] | None  # width, height; images with this area or less are skipped
     resize_interpolation: str | None
     subsets: tuple[SubsetConfig, ...]
 
 
 @dataclass(frozen=True)
 class RunDataConfig:
-    """All data of a run."""
+    """The data of a run."""
 
     datasets: tuple[DatasetConfig, ...]
     is_from_file: bool  # from `dataset_config`, not from folder arguments
 
     def with_subsets(self, **values: Any) -> "RunDataConfig":
-        """Return this configuration with values of every subset replaced."""
+        """Return a copy with some values of every subset replaced."""
         datasets = (replace(d, subsets=tuple(replace(subset, **values) for subset in d.subsets)) for d in self.datasets)
         return replace(self, datasets=tuple(datasets))
 
 
 def load_dataset_config(options: TrainOptions) -> RunDataConfig:
-    """Read `dataset_config`, else `in_json`, else the folders of `train_data_dir` and `reg_data_dir`.
+    """Read the description of the data from `dataset_config`, else `in_json`, else the image folders.
 
     Raises UserError naming file and place: unreadable TOML or JSON, unknown or misplaced keys, wrong types, missing
     keys, and unsupported settings.
@@ -168,9 +169,9 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
 
 
 def read_description(path: str) -> dict[str, Any]:
-    """Read the content of a .toml or .json file.
+    """Read a .toml or .json file.
 
-    Raises UserError if there is none, or naming the file, the line and the column of a mistake.
+    Raises UserError if it is missing, or naming the file, line and column of a mistake.
     """
     named, extension = f"--dataset_config {path}", os.path.splitext(path)[1].lower()
     if extension not in (".toml", ".json"):
@@ -196,7 +197,7 @@ def read_description(path: str) -> dict[str, Any]:
 
 
 def find_problems(content: Table, masked_loss: bool) -> list[str]:
-    """Find all mistakes in a description, one sentence each with its place."""
+    """Return all mistakes in a description, one sentence each with its place."""
     problems = [
         unknown_key(f"data['{key}']", key, ("general", "datasets")) for key in content.keys() - {"general", "datasets"}
     ]
@@ -234,7 +235,7 @@ def find_problems(content: Table, masked_loss: bool) -> list[str]:
 
 
 def source_problems(subset: Table, place: str) -> list[str]:
-    """Find mistakes in the image source of a subset: it must be one, with keys that it uses."""
+    """Return the mistakes in the image source of a subset: it must have exactly one, with keys that the source uses."""
     given = [name for name in SOURCES if name in subset]
     if not given:
         return [f"{place}['image_dir'] is missing: set a folder, or tar files as shards, or Parquet files as parquet"]
@@ -252,7 +253,7 @@ def is_table_list(value: Any) -> bool:
 
 
 def resolve_style(dataset: Table, masked_loss: bool) -> Style:
-    """Return the style of a dataset's subsets. Raises UserError if they are mixed."""
+    """Return the style of a dataset's subsets. Raises UserError if styles are mixed."""
     subsets: Sequence[Table] = dataset["subsets"]
     if masked_loss and subsets and all("conditioning_data_dir" in subset for subset in subsets):
         return "masked"
@@ -267,7 +268,7 @@ def resolve_style(dataset: Table, masked_loss: bool) -> Style:
 
 
 def table_problems(table: Table, place: str, level: Level, style: Style | None) -> list[str]:
-    """Find unknown, misplaced and mistyped keys of one table."""
+    """Return a sentence for each unknown, misplaced or mistyped key of a table."""
     problems = []
     allowed = [key.name for key in ALL_KEYS.values() if stands_at(key, level, style)]
     for name, value in table.items():
@@ -296,7 +297,7 @@ def explain_where_it_belongs(key: Key, level: Level) -> str:
 
 
 def option_values(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the option's value of every key that has one, checked like the file's; None means not given."""
+    """Return the values of options that are defaults of keys, checked like values of the file. None means not given."""
     values = {key.name: options[key.flag] for key in ALL_KEYS.values() if key.flag}
     values["caption_extension"] = options["caption_extention"] or options["caption_extension"]
     for name in ("resolution", "skip_image_resolution"):
@@ -319,7 +320,7 @@ def option_values(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_numbers(flag: str, text: str, kind: type, counts: tuple[int, ...], example: str) -> list[Any]:
-    """Parse `512,768` to numbers. Raises UserError with the flag and an example."""
+    """Parse text such as `512,768` to numbers. Raises UserError with the flag and an example."""
     try:
         numbers = [kind(part) for part in text.split(",")]
     except ValueError:
@@ -330,7 +331,7 @@ def parse_numbers(flag: str, text: str, kind: type, counts: tuple[int, ...], exa
 
 
 def resolve_value(key: Key, tables: Sequence[Table]) -> Any:
-    """Return the first value that is set, converted; the tables come closest first."""
+    """Return the first value that is set, converted. `tables` are ordered by precedence."""
     for table in tables:
         value = table.get(key.name)
         if value is not None:
@@ -363,7 +364,7 @@ def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style
 
 
 def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str) -> SubsetConfig:
-    """Build one subset; keys unknown to its style keep their defaults."""
+    """Build one subset. Keys that its style does not have keep their defaults."""
     values = {
         key.name: resolve_value(key, (subset, *outer)) if style in key.styles else key.default for key in SUBSET_KEYS
     }
@@ -383,12 +384,13 @@ def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str
 
 
 def level_offset(attributes: Table) -> float:
-    """Return timestep_sampling.offset of a subset's custom_attributes; positive shifts noise levels toward noise."""
+    """Return timestep_sampling.offset of a subset's custom_attributes. Positive values shift noise levels toward
+    noise."""
     return float(attributes.get("timestep_sampling", {}).get("offset", 0.0))
 
 
 def check_level_offset(attributes: Table, place: str) -> None:
-    """Raise UserError if timestep_sampling is not a table, or its offset not a number."""
+    """Raise UserError if timestep_sampling is not a table, or its offset is not a number."""
     sampling = attributes.get("timestep_sampling", {})
     if not isinstance(sampling, dict):
         raise UserError(
@@ -402,7 +404,7 @@ def check_level_offset(attributes: Table, place: str) -> None:
 
 
 def check_subset(values: Table, rules: CaptionRules, place: str) -> None:
-    """Raise UserError for values of valid type but invalid meaning."""
+    """Raise UserError for values that have a valid type but not a valid meaning."""
     if not rules.caption_separator:
         raise UserError(f"{place}: caption_separator is empty; it must be a text such as ','")
     for name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
@@ -432,7 +434,7 @@ def check_subset(values: Table, rules: CaptionRules, place: str) -> None:
 
 
 def check_opposites(values: Table, place: str) -> None:
-    """Raise UserError for keys of a subset that do not go with opposite_dir."""
+    """Raise UserError for keys of a subset that conflict with opposite_dir."""
     for name in ("control_dirs", "control_resolution", "control_no_resize", "is_reg"):
         if values[name]:
             raise UserError(
@@ -447,7 +449,7 @@ def check_opposites(values: Table, place: str) -> None:
 
 
 def explain_limit(value: Any) -> str:
-    """Return the rest of a message about a number that is too large for any key."""
+    """Return the end of a message about a wrong value: the limit, if the number is too large for any key."""
     return " below 2^31" if isinstance(value, (int, float)) and abs(value) >= LARGEST else ""
 
 
@@ -489,12 +491,12 @@ def num_images_in(folder: str) -> int:
 
 
 def explain_missing_folder(path: str) -> str:
-    """Return the end of a message about a missing folder, with a suggestion."""
+    """Return the end of a message about a missing folder, with a suggestion if there is one."""
     return f"{path} is not a folder{nearby(Path(path), is_folder=True)}"
 
 
 def list_numbered_folders(flag: str, parent: str, is_reg: bool) -> list[Table]:
-    """Return the folders `N_name` below `parent` in the order of their names: N repeats, `name` is the class."""
+    """Return the subfolders of `parent` named `N_name` as subsets, sorted by name: N repeats of class `name`."""
     if not os.path.isdir(parent):
         raise (UserError if is_reg else NoDataFound)(f"{flag} {explain_missing_folder(parent)}")
     subsets: list[Table] = []

@@ -1,6 +1,6 @@
 """The keys of a dataset file that name a source of images: the names of the files in library/data/sources.
 
-Sources are above this layer; one is imported here by name to ask which other keys it uses.
+Sources belong to a higher layer, so a source is imported by name here, to look up the keys it uses.
 """
 
 import importlib
@@ -12,6 +12,6 @@ SOURCES = tuple(sorted(module.name for module in pkgutil.iter_modules([str(FOLDE
 
 
 def keys_used_by(source: str) -> tuple[str, ...]:
-    """Return the subset keys that a source uses and not all sources do."""
+    """Return the subset keys that only some sources use, this one included."""
     keys: tuple[str, ...] = importlib.import_module(f"library.data.sources.{source}").SOURCE.keys
     return keys

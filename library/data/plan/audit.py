@@ -1,4 +1,4 @@
-"""The report on the data before any model is loaded."""
+"""The audit of the data, logged before any model is loaded."""
 
 import itertools
 import logging
@@ -24,18 +24,18 @@ from library.data.sources.storage.storage import Storage
 from library.errors import list_few
 from library.formatting import format_count
 
-MOST_COUNTED_AT_START = 2000  # captions; tokenizing them takes 0.2 s
+MOST_COUNTED_AT_START = 2000  # captions; tokenizing this many takes 0.2 s
 COUNTED_AT_ONCE = 16
-MOST_ENLARGED = 1.5  # factor of upscaling above which the audit warns
-MOST_ALIKE = 8  # equal captions in a subset before the audit warns
-MOST_SHOWN = 3  # images in a line
+MOST_ENLARGED = 1.5  # upscaling factor above which the audit warns
+MOST_ALIKE = 8  # equal captions in a subset above which the audit warns
+MOST_SHOWN = 3  # images listed in a line
 MOST_REMEMBERED = 4096  # captions whose token counts are remembered
-SHORTEST_STEM = 4  # letters in a name before it is searched for in its caption
+SHORTEST_STEM = 4  # letters; shorter file names are not searched for in captions
 
 
 @dataclass(frozen=True)
 class TokenLimit:
-    """The measure of caption lengths."""
+    """The base model's token counter and its limit."""
 
     count: Callable[[str], int]
     max_tokens: int
@@ -50,13 +50,13 @@ def audit_lines(
     storage: Storage,
     has_alpha: bool = False,
 ) -> Iterator[Line]:
-    """Yield the report line by line; `has_alpha` says that the base model encodes alpha channels."""
+    """Yield the lines of the audit. `has_alpha` tells that the base model encodes alpha channels."""
     num_subsets = sum(len(dataset.subsets) for dataset in datasets)
     subset_N = samples.subset_of_each()
     num_draws = np.bincount(subset_N, samples.draws_N, num_subsets).astype(int).tolist()
     unused = np.bincount(subset_N, samples.draws_N == 0, num_subsets).astype(int).tolist()
     first_subset = 0
-    warned: set[str] = set()  # datasets of several sizes share their folders
+    warned: set[str] = set()  # texts already shown: datasets of several sizes share their folders
     for number, (dataset, rule) in enumerate(zip(datasets, rules, strict=True)):
         yield logging.INFO, f"dataset {number + 1}: {describe_size(rule)}, batch size {dataset.config.batch_size}"
         for index, subset in enumerate(dataset.subsets, first_subset):
@@ -81,7 +81,7 @@ def audit_lines(
 
 
 def format_sizes(sizes: Sequence[Size]) -> str:
-    """Return sizes as text."""
+    """Format sizes as `512x768, 640x640`."""
     return ", ".join(f"{width}x{height}" for width, height in sizes)
 
 
@@ -96,7 +96,7 @@ def describe_size(rule: BucketRules) -> str:
 
 
 def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iterator[Line]:
-    """Yield the counts of one subset, and its problems."""
+    """Yield the counts of a subset, and warnings about its images and captions."""
     config, source = subset.config, f"  {subset.config.source}:"
     kind = "regularisation images" if config.is_reg else "images"
     counts = f"{len(subset.images)} {kind} x {config.num_repeats} repeats, {num_draws} draws per epoch"
@@ -130,7 +130,8 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
 
 
 def warn_about(subset: ScannedSubset, is_meant: NDArray[np.bool_], text: str) -> Iterator[Line]:
-    """Yield a warning with the number of affected images and the first few of them, if there are any."""
+    """Yield a warning with the number of affected images and the first few of them. `is_meant` selects the images;
+    `{}` in `text` stands for their number."""
     rows = np.flatnonzero(is_meant)
     if len(rows):
         shown = list_few_paths(subset.images.keys_at(rows[:MOST_SHOWN]), subset.config.source, len(rows))
@@ -138,18 +139,19 @@ def warn_about(subset: ScannedSubset, is_meant: NDArray[np.bool_], text: str) ->
 
 
 def shorten_path(path: str, folder: str) -> str:
-    """Return a path without the folder that a line names already."""
+    """Return a path relative to `folder`, which the line has already named."""
     return path.removeprefix(folder).lstrip("/\\") or path
 
 
 def list_few_paths(paths: Sequence[str], folder: str, count: int | None = None) -> str:
-    """Return the first paths below a folder that a line names already; `count` if `paths` has not all."""
+    """List the first paths relative to `folder`, which the line has already named. `count` is the total if `paths`
+    is incomplete."""
     total = len(paths) if count is None else count
     return list_few([shorten_path(path, folder) for path in paths[:MOST_SHOWN]], MOST_SHOWN, total)
 
 
 def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
-    """Yield warnings for captions that teach nothing: equal for all images, or containing the file name."""
+    """Yield warnings about captions that teach little: equal for all images, or containing the file name."""
     without, images = set(subset.without_caption), subset.images
     has_own = images.captions.lengths > 0
     if without:
@@ -167,7 +169,8 @@ def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
 
 
 def captions_with_names(images: ScannedImages) -> Iterator[int]:
-    """Yield the rows whose caption contains the image's file name, unless that is an ordinary word."""
+    """Yield the rows whose caption contains the image's file name. Names without a digit or underscore may be
+    ordinary words and are skipped."""
     names = images.names.lowered()
     files = map(os.path.basename, names) if images.prefix == "" else iter(names)
     for row, (name, caption) in enumerate(zip(files, images.captions.lowered(), strict=True)):
@@ -177,7 +180,7 @@ def captions_with_names(images: ScannedImages) -> Iterator[int]:
 
 
 def warn_enlarged(samples: Samples, dataset: int) -> Iterator[Line]:
-    """Yield a warning for images much smaller than the training size: they teach blur."""
+    """Yield a warning about images much smaller than the training size, which teach blur."""
     own = samples.own(dataset)
     resized_M = np.array([shape.resized[0] for shape in samples.shapes])
     widths_N = samples.sizes()[own, 0]
@@ -191,7 +194,7 @@ def warn_enlarged(samples: Samples, dataset: int) -> Iterator[Line]:
 
 
 def cut_lines(dataset: ScannedDataset, rule: BucketRules) -> Iterator[Line]:
-    """Yield a warning for images that are cropped because buckets are disabled, which may be unintended."""
+    """Yield a warning about images that are scaled or cropped because buckets are disabled."""
     counts = [(subset.images.sizes_N2 != rule.resolution).any(axis=1) for subset in dataset.subsets]
     count = int(sum(is_other.sum() for is_other in counts))
     if count:
@@ -204,19 +207,18 @@ def cut_lines(dataset: ScannedDataset, rule: BucketRules) -> Iterator[Line]:
 
 
 def pair_lines(datasets: Sequence[ScannedDataset]) -> Iterator[Line]:
-    """Yield a warning for images that share a caption file because their names differ only in the extension."""
+    """Yield a warning about images that share a caption file, because their names differ only in the extension."""
     pairs = [f"{first} and {second}" for first, second in find_duplicated_stems(datasets)]
     if pairs:
         yield logging.WARNING, f"{len(pairs)} images share a caption file with another: {list_few(pairs)}"
 
 
 def log_lengths_later(datasets: Sequence[ScannedDataset], limit: TokenLimit, log: logging.Logger) -> None:
-    """Count the tokens of very many captions in a background thread; captions beyond the limit are logged at its
-    end."""
+    """Count the tokens of the captions in a background thread, and log overlong captions at its end."""
 
     def count(caption: str) -> int:
-        # Yield the interpreter to others: without this, loading models would alternate with this thread in turns of 5
-        # ms.
+        # Yield the interpreter to other threads. Otherwise this thread would take it every 5 ms and slow down the
+        # loading of models.
         if next(counted) % COUNTED_AT_ONCE == 0:
             time.sleep(0.004)
         return limit.count(caption)
@@ -231,17 +233,18 @@ def log_lengths_later(datasets: Sequence[ScannedDataset], limit: TokenLimit, log
 
 
 def length_lines(datasets: Sequence[ScannedDataset], limit: TokenLimit) -> Iterator[Line]:
-    """Yield a warning for captions that are truncated. Memory does not grow with the number of images."""
+    """Yield a warning about captions that are truncated. The memory it takes does not grow with the number of
+    images."""
     known: dict[str, int] = {}
-    shown: dict[str, int] = {}  # the first few
-    hashes = array("q")  # of all keys, because an image may be in several datasets
+    shown: dict[str, int] = {}  # token counts of the first few, by key
+    hashes = array("q")  # of the affected keys, because an image may be in several datasets
     for dataset in datasets:
         for subset in dataset.subsets:
             images = subset.images
             for row, text in enumerate(images.captions):
                 for caption in iterate_fullest_captions(text, subset.config.captions):
                     if len(caption.encode()) < limit.max_tokens:
-                        continue  # a token is at least one byte, except for the begin token
+                        continue  # a token has at least one byte, except the begin token
                     if caption not in known:
                         if len(known) >= MOST_REMEMBERED:
                             known.clear()

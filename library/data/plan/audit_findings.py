@@ -1,4 +1,4 @@
-"""Problems of images that only their pixels show: duplicates, blur, a single colour, damage."""
+"""Problems that only an image's pixels reveal: duplicates, blur, a single colour, damage."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,23 +12,23 @@ from library.data.sources.storage.storage import Storage
 from library.errors import list_few
 from library.formatting import format_count
 
-MOST_BITS = 6  # of 64: resized, recompressed or slightly cropped copies differ in so few, others in 20
-BLURRED = 15.0  # variance of the Laplacian; a blur of 2 pixels leaves 5, sharp images have 50 and far more
-TRANSPARENT = 0.01  # share of pixels; antialiased edges take less
+MOST_BITS = 6  # of 64: resized, recompressed or slightly cropped copies differ in up to 6, other images in about 20
+BLURRED = 15.0  # variance of the Laplacian: an image blurred by 2 pixels has 5, a sharp one 50 or much more
+TRANSPARENT = 0.01  # share of pixels; antialiased edges have fewer
 CROPPED = 1 / 3  # share of the resized image that the crop to its bucket discards
-EMPTY = 6.0  # standard deviation of 8-bit grey values: a single colour with noise
+EMPTY = 6.0  # standard deviation of 8-bit grey values: a single colour with some noise
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem and the affected images: (path, remark)."""
+    """A problem and the affected images as (path, remark)."""
 
     text: str
     images: tuple[tuple[str, str], ...]
 
     @property
     def line(self) -> str:
-        """Return the finding as a log line with the first few images."""
+        """The finding as a log line with the first few images."""
         return f"{self.text}: " + list_few(f"{path} ({note})" if note else path for path, note in self.images)
 
 
@@ -40,8 +40,8 @@ def inspect(
     num_threads: int = 0,
     has_alpha: bool = False,
 ) -> list[Finding]:
-    """Examine every image once. Those of datasets from `num_trained` on are only used for validation. `has_alpha` says
-    that the base model encodes alpha channels."""
+    """Examine every image once, and return the findings. Images of datasets from index `num_trained` on are only
+    used for validation. `has_alpha` tells that the base model encodes alpha channels."""
     largest: dict[str, tuple[ScannedImage, Size]] = {}
     for sample in samples:
         key, (bucket_width, bucket_height) = sample.image.key, sample.shape.bucket
@@ -54,7 +54,7 @@ def inspect(
 
 
 def find_file_kinds(looks: Sequence[Look], masked: set[str]) -> Iterator[Finding]:
-    """Yield findings on kinds of files; transparency is as intended for images of `masked`, whose alpha is used."""
+    """Yield findings about kinds of files. Transparency is expected in the images of `masked`, whose alpha is used."""
     yield from make_finding(
         [(look.path, f"{look.num_frames} frames") for look in looks if look.num_frames > 1],
         "{} animated; only the first frame is trained",
@@ -71,7 +71,7 @@ def find_file_kinds(looks: Sequence[Look], masked: set[str]) -> Iterator[Finding
 
 
 def find_large_crops(samples: Sequence[Sample]) -> Iterator[Finding]:
-    """Yield the images of which the crop to the training size discards a large part."""
+    """Yield a finding about images that lose a large part to the crop to their training size."""
     lost: dict[str, float] = {}
     for sample in samples:
         (width, height), (wide, tall) = sample.shape.bucket, sample.shape.resized
@@ -83,7 +83,7 @@ def find_large_crops(samples: Sequence[Sample]) -> Iterator[Finding]:
 
 
 def collect_findings(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:
-    """Yield the findings, most severe first, without empty ones."""
+    """Yield the findings about the measured pixels, most severe first."""
     damaged = [(look.path, look.problem) for look in looks if look.problem is not None]
     yield from make_finding(damaged, "{} cannot be decoded and would be skipped; re-save or remove")
     whole = [look for look in looks if look.problem is None]
@@ -92,7 +92,7 @@ def collect_findings(looks: Sequence[Look], trained: set[str]) -> Iterator[Findi
         [(look.path, f"contrast {look.contrast:.1f}") for look in empty],
         "{} of a single colour; remove",
     )
-    shown = [look for look in whole if look.contrast >= EMPTY]  # empty images all look alike
+    shown = [look for look in whole if look.contrast >= EMPTY]  # images of a single colour are all similar
     groups = connect_groups(list(similar_pairs([look.hash for look in shown], MOST_BITS)))
     across: list[tuple[str, str]] = []
     within: list[tuple[str, str]] = []
@@ -111,7 +111,7 @@ def collect_findings(looks: Sequence[Look], trained: set[str]) -> Iterator[Findi
 
 
 def make_finding(images: Iterable[tuple[str, str | None]], text: str) -> Iterator[Finding]:
-    """Yield the finding if it affects any image."""
+    """Yield the finding, unless there are no affected images."""
     listed = tuple((path, note or "") for path, note in images)
     if listed:
         yield Finding(text.format(format_count(len(listed), "image")), listed)

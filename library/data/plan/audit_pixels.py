@@ -1,4 +1,4 @@
-"""Measures of an image's pixels before training: similarity, blur and emptiness."""
+"""Measurements of an image's pixels for the audit: similarity, blur and emptiness."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -19,30 +19,30 @@ from library.errors import UserError
 from library.progress import progress_bar
 
 HASH_BITS = 64
-HASH_SIDE = 128  # size to which images are shrunk before hashing; whole images would take ten times as long
-NUM_TILES = 4  # per side: an image with one sharp tile is not blurred, whatever its background
+HASH_SIDE = 128  # images are shrunk to this before hashing; hashing whole images takes ten times as long
+NUM_TILES = 4  # per side; one sharp tile is enough, whatever the background
 
 
 @dataclass(frozen=True)
 class Look:
-    """The measures of one image; if its pixels cannot be decoded, `problem` says why and the rest is unset."""
+    """The measurements of an image. If its pixels cannot be decoded, `problem` is the reason and the rest is unset."""
 
     path: str
-    hash: int = 0  # perceptual, 64 bits: images of one motif differ in few of them
-    sharpness: float = 0.0  # the variance of the Laplacian in the sharpest of 4 x 4 tiles, of 8-bit grey values
-    contrast: float = 0.0  # the standard deviation of 8-bit grey values
+    hash: int = 0  # perceptual, 64 bits; similar images differ in few of them
+    sharpness: float = 0.0  # variance of the Laplacian of 8-bit grey values in the sharpest of 4 x 4 tiles
+    contrast: float = 0.0  # standard deviation of 8-bit grey values
     problem: str | None = None
     num_frames: int = 1
-    transparent: float = 0.0  # share of pixels that are not opaque
+    transparent: float = 0.0  # share of pixels that are not fully opaque
     is_cmyk: bool = False
 
 
 def look_at(path: str, trained: Size, content: bytes | None = None) -> Look:
-    """Decode an image in grey at a sufficient size, and measure it at its training size.
+    """Decode an image in grey, and measure it at its training size.
 
-    `content` is its file, if read. A smaller image is measured at its own size: upscaling would blur it. The hash is
-    ImageHash's `phash`, the sharpness that of Pech-Pacheco et al. (2000), "Diatom autofocusing in brightfield
-    microscopy".
+    `content` is its file, if already read. An image smaller than that is measured at its own size, because upscaling
+    would blur it. The hash is ImageHash's `phash`; the sharpness is that of Pech-Pacheco et al. (2000), "Diatom
+    autofocusing in brightfield microscopy".
     """
     import imagehash
 
@@ -71,14 +71,15 @@ def look_at(path: str, trained: Size, content: bytes | None = None) -> Look:
 
 
 def read_grey(path: str, trained: Size, content: bytes | None = None) -> tuple[Image.Image, float]:
-    """Return the image in grey, upright, a JPEG at a sufficient size, and the share of pixels that are not opaque.
+    """Return (the image in grey, upright; the share of pixels that are not fully opaque). A JPEG may be decoded at a
+    reduced size.
 
-    Raises UserError if it cannot be decoded.
+    Raises UserError if the image cannot be decoded.
     """
     with open_image(path, content) as image:
         if image.format == "JPEG":
             orientation = read_orientation(image)
-            image.draft("L", trained)  # the decoder halves the size, which is faster
+            image.draft("L", trained)  # lets the decoder halve the size, which is faster
             decode_all(image, path)
             grey = image.convert("L")
             return grey.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else grey, 0.0
@@ -95,12 +96,13 @@ def measure_sharpness(grey_HW: NDArray[np.uint8]) -> float:
 
 
 def standard_deviation(values_HW: NDArray[np.uint8] | NDArray[np.int16]) -> float:
-    """Return the standard deviation; OpenCV takes a tenth of NumPy's time."""
+    """Return the standard deviation. OpenCV takes a tenth of NumPy's time for it."""
     return float(cv2.meanStdDev(values_HW)[1][0, 0])
 
 
 def look_at_all(images: Sequence[tuple[ScannedImage, Size]], storage: Storage, num_threads: int = 0) -> list[Look]:
-    """Measure (image, training size) pairs in order, with a progress bar; decoders release the interpreter lock."""
+    """Measure (image, training size) pairs, in order, with a progress bar. Threads help because decoders release the
+    interpreter lock."""
     threads = num_threads or os.cpu_count() or 1
 
     def look(pair: tuple[ScannedImage, Size]) -> Look:
@@ -119,9 +121,9 @@ def look_at_all(images: Sequence[tuple[ScannedImage, Size]], storage: Storage, n
 
 
 def similar_pairs(hashes: Sequence[int], most_bits: int) -> Iterator[tuple[int, int]]:
-    """Yield pairs of places of hashes that differ in at most `most_bits`, each pair once."""
-    # Pigeonhole principle: with more bands than bits that may differ, at least one band is equal, so only hashes that
-    # share a band are compared. That finds every pair, in about linear time while few are alike.
+    """Yield each pair of indices of hashes that differ in at most `most_bits` bits, once."""
+    # Pigeonhole principle: with more bands than differing bits, at least one band is equal, so only hashes that share a
+    # band are compared. This finds every pair, in nearly linear time while few hashes are similar.
     num_bands = most_bits + 1
     edges = [HASH_BITS * band // num_bands for band in range(num_bands + 1)]
     seen: set[tuple[int, int]] = set()
@@ -137,7 +139,7 @@ def similar_pairs(hashes: Sequence[int], most_bits: int) -> Iterator[tuple[int, 
 
 
 def connect_groups(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Return the connected groups of places, each in order."""
+    """Return the connected components of the pairs, as sorted lists of indices."""
     leader: dict[int, int] = {}
 
     def find(place: int) -> int:

@@ -1,4 +1,4 @@
-"""Facts found in the data as plain values for programs; audit.py formats them."""
+"""The results of the audit as plain values for programs; audit.py formats them for people."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from library.data.plan.summary import TagFrequency
 from library.data.scanned.columns import Texts
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 
-MOST_NAMED = 100  # skipped images
+MOST_NAMED = 100  # skipped images that are listed
 MOST_TAGS = 50
 
 
@@ -23,9 +23,9 @@ def dataset_facts(
     frequencies: Sequence[TagFrequency],
     limit: TokenLimit | None,
 ) -> dict[str, Any]:
-    """Return datasets with their subsets and buckets, skipped images, caption lengths and the commonest tags.
+    """Return the datasets with their subsets and buckets, the skipped images, caption lengths, and the commonest tags.
 
-    `frequencies` are those of the datasets.
+    `frequencies` has the tag frequency of each dataset.
     """
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     dropped = [one for subset in subsets for one in list_untrained(subset)]
@@ -43,18 +43,18 @@ def dataset_facts(
 
 
 def nothing_known() -> dict[str, Any]:
-    """Return the facts of data without listed images."""
+    """Return the facts for data without listed images."""
     lengths: dict[str, Any] = {"unit": "words", "most": None, "counts": []}
     return {"datasets": [], "dropped": [], "num_dropped": 0, "caption_lengths": lengths, "tags": []}
 
 
 def list_untrained(subset: ScannedSubset) -> list[tuple[str, str]]:
-    """Return (path, reason) of every image that is not trained."""
+    """Return (path, reason) of every image that is skipped."""
     return [*subset.dropped, *((path, "outside of skip_image_resolution") for path in subset.small)]
 
 
 def describe(number: int, dataset: ScannedDataset, rule: BucketRules, draws: Draws) -> dict[str, Any]:
-    """Describe one dataset."""
+    """Describe one dataset as plain values."""
     return {
         "resolution": list(rule.resolution),
         "batch_size": dataset.config.batch_size,
@@ -82,9 +82,10 @@ def describe(number: int, dataset: ScannedDataset, rule: BucketRules, draws: Dra
 
 
 def caption_lengths(columns: Sequence[Texts], limit: TokenLimit | None) -> dict[str, Any]:
-    """Count captions by length, as [length, count] in order: in tokens, or in words if tokenizing takes too long.
+    """Count captions by length, as sorted pairs [length, count]; in tokens, or in words if tokenizing would take too
+    long.
 
-    `most` is the model's token limit; None for words.
+    `most` is the model's token limit, or None for words.
     """
     in_tokens = limit is not None and sum(map(len, columns)) <= MOST_COUNTED_AT_START
     count = limit.count if limit is not None and in_tokens else lambda caption: len(caption.split())

@@ -1,4 +1,4 @@
-"""Listing of the images that a data description names, from any source."""
+"""Listing of the images that a dataset description names, from any source."""
 
 import logging
 import math
@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 def collect(config: RunDataConfig, storage: Storage | None = None, num_threads: int = 16) -> tuple[ScannedDataset, ...]:
     """List the images of every subset, and read their captions and headers.
 
-    Raises UserError for missing folders, files and masks, and for texts that are not UTF-8 in all subsets at once.
+    Raises UserError for missing folders, files and masks. Texts that are not UTF-8 are collected, and raised as one
+    NotUtf8 for all subsets.
     """
     storage, encodings = storage or Storage(), list[str]()
 
@@ -39,7 +40,7 @@ def collect(config: RunDataConfig, storage: Storage | None = None, num_threads: 
 
 
 def collect_dataset(config: DatasetConfig, scan: Callable[[SubsetConfig], ScannedSubset | None]) -> ScannedDataset:
-    """Return the images of one dataset; repeated sources are skipped."""
+    """List the images of one dataset. A source that is repeated in it is skipped with a warning."""
     subsets, seen = [], set()
     for subset in config.subsets:
         source = subset.source if subset.patterns else os.path.normcase(os.path.abspath(subset.source))
@@ -54,7 +55,8 @@ def collect_dataset(config: DatasetConfig, scan: Callable[[SubsetConfig], Scanne
 
 
 def drop_small(found: ScannedSubset, limit: Size) -> ScannedSubset:
-    """Keep only images of a larger area than `limit`; captions of the others are not reported."""
+    """Keep only images with an area larger than that of `limit`. The captions of the others are not reported as
+    missing or empty."""
     sizes_N2 = found.images.sizes_N2.astype(np.int64)
     is_small = sizes_N2.prod(axis=1) <= math.prod(limit)
     small = found.images.keys_at(np.flatnonzero(is_small))

@@ -1,4 +1,4 @@
-"""The plan of a run's data, made before anything is encoded or drawn."""
+"""The data plan of a run, made before anything is encoded or drawn."""
 
 import logging
 import math
@@ -44,28 +44,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class DataPlan:
-    """The images of a run: their shapes and buckets, how often each is drawn, and how.
+    """The images of a run: their shapes and buckets, and how they are drawn.
 
-    It draws nothing and knows no cache: caches turn a plan into stores, and batches are built from plan and stores.
+    A plan draws nothing and does not know the caches: caches turn a plan into stores, and batches are built from both.
     Code that needs fewer images, or draws them differently, derives another plan before anything is cached.
     """
 
     config: RunDataConfig
     split: Split
     rules: tuple[BucketRules, ...]  # of the trained datasets
-    samples: Samples  # trained ones, then held-out ones
+    samples: Samples  # trained images, then held-out ones
     draws: Draws  # of an epoch
-    draws_aside: Draws  # of held-out images, each once
+    draws_aside: Draws  # of held-out images, one each
     subsets: tuple[SubsetConfig, ...]  # of all datasets, in order
     seed: int
     validation_seed: int
     prior_loss_weight: float
-    max_train_steps: int  # for the warm-up of tags
+    max_train_steps: int  # for tag warm-up
     spec: LatentSpec
     storage: Storage
     num_workers: int
     token_limit: TokenLimit | None  # None: caption lengths are not checked
-    num_variants: int = 0  # variants of a caption to draw from; 0 composes it anew for every draw
+    num_variants: int = 0  # variants of a caption to draw from; 0 composes a new caption for every draw
     seen: SeenReferences | None = None  # reference images for text encoders that see them
 
     @property
@@ -75,17 +75,17 @@ class DataPlan:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The data in a form that two runs can compare."""
+        """A description of the data that two runs can compare."""
         return dataset_identity(self.config, self.samples, self.num_batches)
 
     @cached_property
     def identity_with_contents(self) -> dict[str, Any]:
-        """The identity with a digest of each image file as it is at the first call."""
+        """The identity with a digest of each image file, computed at the first call."""
         return {**self.identity, "contents": image_digests(self.samples, self.num_workers)}
 
     @property
     def image_paths(self) -> list[str]:
-        """The files of all images, one for each sample, then those of reference images."""
+        """The files of all images, one for each sample, followed by those of the reference images."""
         return [
             *(key for images in self.samples.subsets for key in images.each_key()),
             *self.samples.reference_paths,
@@ -99,7 +99,7 @@ class DataPlan:
     def sizes(self) -> "DataPlan":
         return self
 
-    prompts = own_batches = None  # None: batches are built from the plan and the caches
+    prompts = own_batches = None  # batches are built from the plan and the caches
 
     # Counts
 
@@ -110,7 +110,7 @@ class DataPlan:
 
     @property
     def num_reg_images(self) -> int:
-        """The number of regularisation images times their own repeats, whether or not they are needed."""
+        """The number of regularisation images times their repeats, including those that are not needed."""
         return self._count(is_reg=True)
 
     def _count(self, is_reg: bool) -> int:
@@ -128,7 +128,7 @@ class DataPlan:
         return [dataset.config.batch_size for dataset in self.datasets]
 
     def batch_shapes(self) -> Iterator[tuple[int, tuple[Size, ...]]]:
-        """Yield the number of images of each bucket's full batches, their size and those of their references."""
+        """Yield (images per full batch, (image size, *reference sizes)) of each bucket."""
         for bucket in self.draws.buckets:
             yield min(bucket.batch_size, len(bucket.draws)), (bucket.size, *bucket.reference_sizes)
 
@@ -137,8 +137,8 @@ class DataPlan:
         return self.subsets[sample.subset]
 
     def caption_texts(self) -> Iterator[tuple[str, ...]]:
-        """Yield the distinct texts that are encoded of each sample, the variants of its caption; none for one that is
-        not drawn."""
+        """Yield the texts to encode for each sample: the distinct variants of its caption, or none if it is never
+        drawn."""
         for number, sample in enumerate(self.samples):
             if not sample.num_draws:
                 yield ()
@@ -151,7 +151,7 @@ class DataPlan:
     # Reports
 
     def audit(self, log: logging.Logger) -> None:
-        """Log the data and its problems; for large sets, overlong captions are logged later."""
+        """Log the data and its problems. For large sets, overlong captions are logged later by a background thread."""
         counts_at_once = len(self.samples) <= MOST_COUNTED_AT_START
         limit = self.token_limit if counts_at_once else None
         for level, line in audit_lines(
@@ -164,11 +164,11 @@ class DataPlan:
             log.log(level, "%s", line)
 
     def facts(self) -> dict[str, Any]:
-        """Return the report as plain values, for programs."""
+        """Return the results of the audit as plain values, for programs."""
         return dataset_facts(self.datasets, self.rules, self.draws, self._tag_frequencies, self.token_limit)
 
     def metadata(self, described: DatasetOptions, batches_per_step: int = 1) -> dict[str, Any]:
-        """Describe the data as `ss_*` values; tables and lists are to be written as JSON."""
+        """Describe the data as `ss_*` values. Callers write tables and lists as JSON."""
         frequencies = self._tag_frequencies
         return dataset_metadata(
             self.config, self.datasets, self.rules, self.samples, frequencies, described, batches_per_step
@@ -181,8 +181,8 @@ class DataPlan:
     # Derived plans
 
     def with_fixed_captions(self, num_variants: int) -> "DataPlan":
-        """Return a plan that draws each caption from `num_variants` variants, which `caption_texts` lists, and the
-        empty prompt.
+        """Return a plan that draws each caption from `num_variants` variants, listed by `caption_texts`, or the empty
+        prompt.
 
         Raises UserError for a subset whose captions change in every step.
         """
@@ -195,21 +195,21 @@ class DataPlan:
         return replace(self, num_variants=num_variants)
 
     def with_seen_references(self) -> "DataPlan":
-        """Return a plan for text encoders that also see the reference images. Raises UserError as
+        """Return a plan for text encoders that also see the reference images. Raises UserError if
         `SeenReferences.of` does."""
         seen = SeenReferences.of(self.samples, self.subsets, self.storage, self.spec.has_alpha, self.num_workers)
         return replace(self, seen=seen)
 
     @property
     def has_references(self) -> bool:
-        """True if some images have reference images."""
+        """True if any image has reference images."""
         return any(images.references is not None for images in self.samples.subsets)
 
     def limited_to_largest_batch(self) -> tuple["DataPlan", int]:
-        """Return a plan that draws only the images of the largest batch, so that only these are cached, and the batch's
-        index in the first epoch.
+        """Return (a plan that draws only the images of the largest batch, the index of that batch in the first epoch),
+        so that only these images are cached.
 
-        The numbers of batches and images stay. The largest batch is the one with the most pixels.
+        The numbers of batches and images are unchanged. The largest batch has the most pixels.
         """
         batches = epoch_batches(self.draws.buckets, self.seed, 1)
         pixels_M = [sum(map(math.prod, shape.sizes)) for shape in self.samples.shapes]
@@ -224,8 +224,8 @@ class DataPlan:
         return self._limited_to(numbers_at(largest)), largest
 
     def limited_to_measured(self, count: int, aside: Collection[int]) -> tuple["DataPlan", list[int]]:
-        """Return a plan of `count` evenly spread trained images and the held-out samples `aside`, and the trained
-        samples' indices.
+        """Return (a plan of `count` evenly spread trained images and the held-out samples `aside`, the indices of those
+        trained images).
 
         Trained images are drawn like held-out ones: cropped at the centre, with the whole caption.
         """
@@ -240,7 +240,7 @@ class DataPlan:
             subset = self.subset_of(sample)
             if subset.random_crop and not self.rules[sample.dataset].enable_bucket:
                 shape = resolve_fixed_shape(sample.image.size, sample.shape.bucket, unchanging(subset))
-                # References of random crops have their image's shape, see `check_references`.
+                # References of randomly cropped images have the shape of their image, see `check_references`.
                 shapes[number] = replace(shape, references=(shape,) * len(sample.image.references))
         limited = self._limited_to([*chosen, *aside], shapes, draws_once=chosen)
         return replace(limited, subsets=tuple(unchanging(subset) for subset in self.subsets)), chosen
@@ -264,10 +264,10 @@ def build_plan(
     num_processes: int = 1,
     entries: Sequence[tuple[str, Any]] | None = None,
 ) -> DataPlan:
-    """Read the description, list the images and sort them into buckets, without decoding any.
+    """Read the dataset description, list the images and sort them into buckets, without decoding any.
 
-    `entries` are the content of `in_json` if already read. Raises NoDataFound if there are no training images,
-    UserError for all other mistakes in the description.
+    `entries` is the content of `in_json`, if already read. Raises NoDataFound if there are no training images,
+    UserError for other mistakes in the description.
     """
     config = load_dataset_config(options)
     if options.faults.dry_run:
@@ -338,7 +338,7 @@ def bucket_rules(config: DatasetConfig, spec: LatentSpec) -> BucketRules:
 
 
 def check_drawing(config: RunDataConfig) -> None:
-    """Raise UserError for subsets that draw another image each time, of which no latents can be cached."""
+    """Raise UserError for subsets whose images change in every draw, so that latents cannot be cached."""
     for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
         for name in ("random_crop", "color_aug"):
             if getattr(subset, name):
@@ -349,7 +349,7 @@ def check_drawing(config: RunDataConfig) -> None:
 
 
 def drop_unused_face_crops(config: RunDataConfig, caches_latents: bool) -> RunDataConfig:
-    """Drop face_crop_aug_range, with a warning, if buckets or cached latents determine the crop."""
+    """Drop face_crop_aug_range, with a warning, where buckets or cached latents determine the crop."""
     datasets = []
     for dataset in config.datasets:
         reason = "enable_bucket" if dataset.enable_bucket else "cache_latents" if caches_latents else None

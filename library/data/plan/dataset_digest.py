@@ -1,4 +1,4 @@
-"""The identity of a run's data, in a form that two runs can compare."""
+"""The identity of a run's data, which two runs can compare."""
 
 import json
 import os
@@ -13,22 +13,21 @@ from library.data.decoding.threads import read_many
 from library.data.description.schema import RunDataConfig
 from library.data.plan.samples import Samples
 
-MAX_IMAGES = 20_000  # reading every file of larger sets would delay the start
+MAX_IMAGES = 20_000  # reading every file of a larger set would delay the start
 PART_BYTES = 1 << 17
-AT_ONCE = 4096  # images digested together
+AT_ONCE = 4096  # images hashed together
 
 WHERE = (
     "keeps_index", "entries", "image_dir", "metadata_file", "conditioning_data_dir", "source_key",
-    "control_dirs", "opposite_dir", "control_resolution", "control_no_resize",  # in the digest of the images
+    "control_dirs", "opposite_dir", "control_resolution", "control_no_resize",  # covered by the digest of the images
     "patterns", "image_column", "caption_column", "control_columns",
 )  # fmt: skip
 
 
 def image_digests(samples: Samples, num_threads: int) -> list[str]:
-    """Return the digests of all image files; for images in larger files those of the index; none for very large sets.
-    Those of reference images follow.
+    """Return the digests of all image files, followed by those of reference images; empty for very large sets.
 
-    See `content_digests`.
+    Digests of images in larger files come from the index, others from `content_digests`.
     """
     if len(samples) > MAX_IMAGES:
         return []
@@ -44,15 +43,15 @@ def image_digests(samples: Samples, num_threads: int) -> list[str]:
 
 
 def content_digests(paths: Sequence[str], num_threads: int) -> list[str]:
-    """Return a short digest of each file's length and its first, middle and last 128 KB; none for very large sets.
+    """Return a short digest of each file's length and first, middle and last 128 KB; empty for very large sets.
 
-    Files saved again by an editor differ in all of these; an unreadable file has an empty digest.
+    A file that an editor has saved again differs in these. An unreadable file has an empty digest.
     """
     return read_many(content_digest, paths, num_threads) if len(paths) <= MAX_IMAGES else []
 
 
 def content_digest(path: str) -> str:
-    """Return the digest of one file, eight hexadecimal digits."""
+    """Return the digest of one file as eight hexadecimal digits; "" if it cannot be read."""
     try:
         with open(path, "rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
@@ -66,15 +65,14 @@ def content_digest(path: str) -> str:
 
 
 def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) -> dict[str, Any]:
-    """Return counts and digests of images, captions and settings. A folder that moved as a whole has the same
-    identity."""
+    """Return counts and digests of images, captions and settings. Moving a folder as a whole does not change them."""
     settings = asdict(config)
     for dataset in settings["datasets"]:
-        dataset.pop("skip_image_resolution")  # its effect shows in the list of images
+        dataset.pop("skip_image_resolution")  # changes the list of images, which is covered
         for subset in dataset["subsets"]:
             for name in WHERE:
                 subset.pop(name)
-            subset.pop("is_forgetting_probe")  # its effect shows in the list of images too
+            subset.pop("is_forgetting_probe")  # changes the list of images, too
     images, captions = blake2b(digest_size=16), blake2b(digest_size=16)
     first = 0
     for subset, own in enumerate(samples.subsets):
@@ -83,7 +81,7 @@ def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) 
         numbers = zip(
             *own.sizes_N2.T.tolist(), samples.shape_N[rows].tolist(), samples.draws_N[rows].tolist(), strict=True
         )
-        parts_by_row: dict[tuple[int, ...], str] = {}  # everything but the name, equal for many images
+        parts_by_row: dict[tuple[int, ...], str] = {}  # everything but the name; equal for many images
         parts: list[str] = []
         for name, row in zip(own.names, numbers, strict=True):
             if row not in parts_by_row:

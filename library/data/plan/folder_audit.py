@@ -1,4 +1,4 @@
-"""Files in a folder that are not trained: those that a subset does not read, and duplicate images."""
+"""Ignored files in image folders, and duplicate images."""
 
 import hashlib
 import logging
@@ -21,7 +21,7 @@ Line = tuple[int, str]
 
 
 def folder_lines(subset: ScannedSubset) -> Iterator[Line]:
-    """Yield a line for each kind of ignored file in image_dir, and for images with equal content."""
+    """Yield a line for each kind of ignored file in image_dir, and one about duplicate images."""
     config = subset.config
     if config.style == "metadata" or not config.image_dir or not os.path.isdir(config.image_dir):
         return
@@ -41,8 +41,8 @@ def folder_lines(subset: ScannedSubset) -> Iterator[Line]:
 
 
 def caption_lines(subset: ScannedSubset, unread: Sequence[str], source: str) -> Iterator[Line]:
-    """Yield lines about captions with another extension than caption_extension, and captions without image; those of
-    unsupported images are not counted."""
+    """Yield lines about captions whose extension is not caption_extension, and about captions without an image.
+    Captions of unsupported images are not counted."""
     wanted = subset.config.caption_extension
     stems = {os.path.splitext(os.path.basename(path))[0] for path in subset.without_caption}
     beside_of = Counter(name.rpartition(".")[2] for name in subset.aside if os.path.splitext(name)[0] in stems)
@@ -60,7 +60,7 @@ def caption_lines(subset: ScannedSubset, unread: Sequence[str], source: str) -> 
 
 
 def equal_images(images: ScannedImages) -> Iterator[tuple[str, str]]:
-    """Yield (path, path of the same content); only files of equal size are read."""
+    """Yield (path, path of a later copy) of images with the same content. Only files of equal size are read."""
     of_size: dict[int, list[str]] = defaultdict(list)
     for path in images.each_key():
         of_size[os.path.getsize(path)].append(path)
@@ -76,7 +76,7 @@ def equal_images(images: ScannedImages) -> Iterator[tuple[str, str]]:
 
 
 def images_below(folder: str) -> str:
-    """Return a hint about images in the subfolders of a folder without images, or ""."""
+    """Return a hint about images in the subfolders of a folder that has none itself, or ""."""
     found: dict[str, int] = {}
     endings = image_extensions()
     for number, (inside, _, names) in enumerate(os.walk(folder)):

@@ -1,4 +1,4 @@
-"""The order of draws and batches: a function of the seed and the epoch."""
+"""The order of draws and batches, as a function of the seed and the epoch."""
 
 from array import array
 from bisect import bisect_right
@@ -14,13 +14,13 @@ from library.randomness import random_for
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """The draws that share sizes and a dataset; a draw is a number, one for each repeat of each image."""
+    """The draws of a dataset with the same sizes. A draw is a number; each repeat of an image has one."""
 
     dataset: int
     size: tuple[int, int]  # width, height
     batch_size: int
     draws: Sequence[int] | NDArray[np.int32]
-    reference_sizes: tuple[tuple[int, int], ...] = ()  # of each reference image
+    reference_sizes: tuple[tuple[int, int], ...] = ()  # one for each reference image
 
     @property
     def num_batches(self) -> int:
@@ -29,7 +29,8 @@ class Bucket:
 
 @dataclass(frozen=True)
 class EpochBatches(Column[tuple[int, ...]]):
-    """The batches of an epoch, each a tuple of draws, stored as two numbers per draw without objects."""
+    """The batches of an epoch, each a tuple of draws. Stored in arrays: at most two numbers per draw, and no
+    objects."""
 
     draws: "array[int]"  # bucket by bucket, shuffled within each
     starts: "array[int]"  # of each batch in `draws`, shuffled
@@ -46,8 +47,8 @@ class EpochBatches(Column[tuple[int, ...]]):
 
 
 def epoch_batches(buckets: Sequence[Bucket], seed: int, epoch: int) -> EpochBatches:
-    """Return the batches of an epoch (from 1), tuples of draws: every draw once, shuffled in its bucket, batches
-    shuffled."""
+    """Return the batches of an epoch (from 1). Every draw occurs once; draws are shuffled within their bucket, and
+    batches as a whole."""
     found = EpochBatches(array("i"), array("i"), array("i"), tuple(bucket.batch_size for bucket in buckets))
     for number, bucket in enumerate(buckets):
         draws = array("i", np.asarray(bucket.draws, dtype=np.int32).tobytes())
@@ -61,7 +62,7 @@ def epoch_batches(buckets: Sequence[Bucket], seed: int, epoch: int) -> EpochBatc
 
 
 def plain_batches(buckets: Sequence[Bucket]) -> tuple[tuple[int, ...], ...]:
-    """Return the batches unshuffled: buckets and draws in their order."""
+    """Return the batches without shuffling."""
     return tuple(
         tuple(np.asarray(bucket.draws[i : i + bucket.batch_size]).tolist())
         for bucket in buckets
@@ -70,10 +71,10 @@ def plain_batches(buckets: Sequence[Bucket]) -> tuple[tuple[int, ...], ...]:
 
 
 def regularisation_repeats(num_train_draws: int, repeats: Sequence[int]) -> list[int]:
-    """Return the draws of each regularisation image such that their sum is the number of training draws.
+    """Return the number of draws of each regularisation image, whose sum is the number of training draws.
 
-    They count with their own `repeats` one after another until the sum is reached; if they run out first, further
-    rounds add one to each. Images that are not needed get 0.
+    Images are used with their own `repeats`, one after another, until the sum is reached. If they run out first,
+    further rounds add one draw to each. Images that are not needed get 0.
     """
     used = [0] * len(repeats)
     total = 0

@@ -1,4 +1,4 @@
-"""Checks and report of reference images before anything is encoded."""
+"""Checks of the reference images, and their part of the audit, before anything is encoded."""
 
 import logging
 import os
@@ -19,14 +19,14 @@ from library.errors import UserError, list_few
 from library.formatting import format_count
 from library.protocols import LatentSpec
 
-RATIO_TOLERANCE = 0.02  # relative difference of aspect ratios: less is the rounding of a resized copy
+RATIO_TOLERANCE = 0.02  # relative difference of aspect ratios; resizing a copy rounds by less
 NUM_THREADS = 16
 KEEP_WHOLE = "; set control_resolution to keep it whole"
 
 
 def check_references(subsets: Sequence[SubsetConfig], samples: Samples, spec: LatentSpec) -> None:
-    """Raise UserError for more references than the base model takes, for crops that they cannot follow, and for pairs
-    of equal images."""
+    """Raise UserError for more references than the base model accepts, for crops that references cannot follow, and
+    for pairs of equal images."""
     ends = samples.ends
     for subset, images, end in zip(subsets, samples.subsets, ends, strict=True):
         if images.references is None:
@@ -46,7 +46,7 @@ def check_references(subsets: Sequence[SubsetConfig], samples: Samples, spec: La
 
 
 def check_pairs(config: RunDataConfig, are_trained: bool) -> None:
-    """Raise UserError if the data set has pairs but the options do not train them (`are_trained`), or the reverse."""
+    """Raise UserError if the dataset has pairs but they are not trained (`are_trained`), or the reverse."""
     for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
         if are_trained and not subset.opposite_dir and not subset.is_forgetting_probe:
             raise UserError(
@@ -61,7 +61,7 @@ def check_pairs(config: RunDataConfig, are_trained: bool) -> None:
 
 
 def check_differences(opposite_dir: str, images: ScannedImages) -> None:
-    """Raise UserError for pairs of equal files, which teach nothing."""
+    """Raise UserError for pairs of equal files, from which nothing can be learned."""
     found = read_many(lambda image: is_same_file(image, image.references[0]), list(images), NUM_THREADS)
     if same := [image.key for image, is_same in zip(images, found, strict=True) if is_same]:
         raise UserError(
@@ -71,7 +71,7 @@ def check_differences(opposite_dir: str, images: ScannedImages) -> None:
 
 
 def check_crops(name: str, subset: SubsetConfig, samples: Samples, numbers: range) -> None:
-    """Raise UserError for references that are not cropped alike with their image."""
+    """Raise UserError for references that cannot be cropped like their image."""
     is_other_M = [
         any((one.bucket, one.resized) != (shape.bucket, shape.resized) for one in shape.references)
         for shape in samples.shapes
@@ -86,8 +86,8 @@ def check_crops(name: str, subset: SubsetConfig, samples: Samples, numbers: rang
 
 
 def reference_lines(subset: ScannedSubset, storage: Storage, has_alpha: bool) -> Iterator[Line]:
-    """Yield a line on the reference images of a subset, and one for each kind of problem; `has_alpha` says that the
-    base model encodes alpha channels."""
+    """Yield a line about the reference images of a subset, and one for each kind of problem. `has_alpha` tells that
+    the base model encodes alpha channels."""
     config, references = subset.config, subset.images.references
     source = f"  {config.source}:"
     if references is None:
@@ -123,7 +123,7 @@ def describe_sizes(config: SubsetConfig) -> str:
 
 
 def ratio_lines(images: ScannedImages, source: str, advice: str) -> Iterator[Line]:
-    """Yield a warning for references whose aspect ratio is not their image's: they are cropped to it."""
+    """Yield a warning about references that are cropped, because they do not have the aspect ratio of their image."""
     assert images.references is not None
     sizes_NR2 = images.references.sizes_NR2
     ratios_NR = sizes_NR2[..., 0] / np.maximum(sizes_NR2[..., 1], 1)
@@ -142,8 +142,8 @@ def ratio_lines(images: ScannedImages, source: str, advice: str) -> Iterator[Lin
 
 
 def content_lines(images: ScannedImages, source: str, storage: Storage, has_alpha: bool) -> Iterator[Line]:
-    """Yield warnings for references that are the image itself, and without `has_alpha` for those with transparency;
-    those behind a URL are not fetched for it."""
+    """Yield warnings about references that equal their image and, unless `has_alpha`, about references with
+    transparency. Images at URLs are not fetched to find these."""
     pairs = [(image, reference) for image in images for reference in image.references]
 
     found = read_many(lambda pair: (is_same_file(*pair), is_transparent(pair[1], storage)), pairs, NUM_THREADS)
@@ -158,7 +158,7 @@ def content_lines(images: ScannedImages, source: str, storage: Storage, has_alph
 
 
 def is_same_file(image: ScannedImage, reference: ScannedImage) -> bool:
-    """Return True if both files have the same content."""
+    """Return True if both files appear to have the same content, by their digests."""
     if image.place is not None and reference.place is not None:
         return image.place.digest == reference.place.digest
     if image.size != reference.size or os.path.getsize(image.key) != os.path.getsize(reference.key):
@@ -167,7 +167,8 @@ def is_same_file(image: ScannedImage, reference: ScannedImage) -> bool:
 
 
 def is_transparent(reference: ScannedImage, storage: Storage) -> bool:
-    """Return True if an image has an alpha channel, by its header."""
+    """Return True if the header of an image declares an alpha channel or a transparent colour; False for images at
+    URLs."""
     if is_remote(reference.key):
         return False
     with open_image(reference.key, storage.content(reference)) as image:

@@ -1,4 +1,4 @@
-"""Samples of a run: the shape of every image, its repeats, and the buckets."""
+"""The samples of a run: the shape of every image, its repeats, and its bucket."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ MANY_DRAWS, MAX_DRAWS = 1_000_000, 10_000_000  # per epoch; ten million take hal
 
 
 class Sample(NamedTuple):
-    """One image as a dataset trains it; the same image in two datasets is two samples."""
+    """An image as a dataset trains it. The same image in two datasets is two samples."""
 
     image: ScannedImage
     dataset: int
@@ -41,7 +41,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Samples(Column[Sample]):
-    """The samples of a run, N of them, as columns; objects are created on access."""
+    """The N samples of a run, as columns. Objects are created on access."""
 
     subsets: tuple[ScannedImages, ...] = ()
     dataset_of_subset: tuple[int, ...] = ()
@@ -76,11 +76,11 @@ class Samples(Column[Sample]):
             first += len(images)
 
     def subset_of_each(self) -> NDArray[np.int32]:
-        """Return the subset of each sample, as index over all datasets."""
+        """Return the subset of each sample, as an index over all datasets."""
         return np.repeat(np.arange(len(self.subsets), dtype=np.int32), list(map(len, self.subsets)))
 
     def dataset_of_each(self) -> NDArray[np.int32]:
-        """Return the dataset of each sample."""
+        """Return the dataset of each sample, as an index."""
         return np.repeat(np.array(self.dataset_of_subset, dtype=np.int32), list(map(len, self.subsets)))
 
     def own(self, dataset: int) -> slice:
@@ -90,7 +90,7 @@ class Samples(Column[Sample]):
         return slice(edges[subsets[0]], edges[subsets[-1] + 1]) if subsets else slice(0, 0)
 
     def keys_at(self, numbers: NDArray[Any]) -> list[str]:
-        """Return the image keys of these samples, which must be in order."""
+        """Return the image keys of these samples, whose numbers must be sorted."""
         found: list[str] = []
         first = 0
         for images in self.subsets:
@@ -101,7 +101,7 @@ class Samples(Column[Sample]):
 
     @property
     def reference_paths(self) -> list[str]:
-        """The files of all reference images."""
+        """The files of all reference images, image by image."""
         return [one.key for images in self.subsets for row in images.references or () for one in row]
 
     def sizes(self) -> NDArray[np.int32]:
@@ -109,7 +109,7 @@ class Samples(Column[Sample]):
         return np.concatenate([np.empty((0, 2), dtype=np.int32), *(images.sizes_N2 for images in self.subsets)])
 
     def changed(self, shapes: Mapping[int, Shape], draws_N: NDArray[np.int32]) -> "Samples":
-        """Return these images with other numbers of draws, and other shapes for those in `shapes`."""
+        """Return a copy with other numbers of draws, and with other shapes for the samples in `shapes`."""
         shape_N = self.shape_N.copy()
         for place, number in enumerate(shapes, len(self.shapes)):
             shape_N[number] = place
@@ -125,7 +125,8 @@ class Draws:
 
 
 def check_images(datasets: Sequence[ScannedDataset]) -> None:
-    """Raise NoDataFound if there are no training images, UserError if a subset is empty or masks do not fit."""
+    """Raise NoDataFound if there are no training images, UserError if a subset is empty or masks do not have the
+    size of their images."""
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     if not any(subset.images and not subset.config.is_reg for subset in subsets):
         sources = [subset.config.source for subset in subsets if not subset.config.is_reg]
@@ -154,7 +155,7 @@ def small_ones(subsets: Sequence[ScannedSubset]) -> str:
 
 
 def check_mask_sizes(images: Sequence[ScannedImage]) -> None:
-    """Raise UserError for masks of another size than their image: with buckets they are scaled and cropped alike."""
+    """Raise UserError for masks that do not have the size of their image, because buckets scale and crop both alike."""
     with ThreadPoolExecutor(16) as pool:
         sizes = list(pool.map(lambda image: read_size(image.mask_path or ""), images))
     wrong = [
@@ -167,7 +168,7 @@ def check_mask_sizes(images: Sequence[ScannedImage]) -> None:
 
 
 def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRules]) -> Samples:
-    """Return every image with its shape and its number of draws."""
+    """Return the samples of these datasets, with their shapes and numbers of draws."""
     shapes: dict[Shape, int] = {}
     columns: list[NDArray[np.int32]] = []
     draws: list[NDArray[np.int32]] = []
@@ -192,11 +193,11 @@ def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRule
 
 
 def unique_sizes(images: ScannedImages) -> tuple[list[tuple[Size, ...]], NDArray[np.int64]]:
-    """Return (the distinct sizes of images and their references; the index of each image's sizes)."""
+    """Return (the distinct rows of sizes of an image and its references, the row of each image)."""
     own_N12 = images.sizes_N2[:, None]
     sizes_NK2 = own_N12 if images.references is None else np.hstack([own_N12, images.references.sizes_NR2])
     codes_NK = sizes_NK2[..., 0].astype(np.int64) << 32 | sizes_NK2[..., 1]
-    # Without references the codes are compared as plain numbers, many times faster than as rows.
+    # Without references, comparing codes as plain numbers is many times faster than comparing rows.
     axis = None if codes_NK.shape[1] == 1 else 0
     codes_M, place_N = np.unique(codes_NK, axis=axis, return_inverse=True)
     rows = codes_M.reshape(len(codes_M), -1).tolist()
@@ -206,7 +207,8 @@ def unique_sizes(images: ScannedImages) -> tuple[list[tuple[Size, ...]], NDArray
 def with_references(
     shapes: Sequence[Shape], sizes: Sequence[tuple[Size, ...]], subset: SubsetConfig, step: int
 ) -> list[Shape]:
-    """Return the shapes of images with those of their references, whose sizes follow each image's own."""
+    """Return the shapes extended by those of the references. Each row of `sizes` is the image's size, then its
+    references'."""
     rules = ReferenceRules(subset.control_resolution, subset.control_no_resize, step)
     return [
         replace(shape, references=tuple(rules.shape(size, own, shape) for size in references))
@@ -215,14 +217,16 @@ def with_references(
 
 
 def resolve_fixed_shape(image: Size, target: Size, subset: SubsetConfig) -> Shape:
-    """Return the shape without buckets: just covering the target; random_crop crops larger images without resizing."""
+    """Return the shape of an image without buckets: scaled to just cover the target. With random_crop, larger images
+    keep their size."""
     if subset.random_crop and image[0] >= target[0] and image[1] >= target[1]:
         return Shape(target, image)
     return Shape(target, cover(image, target))
 
 
 def draws_of_dataset(dataset: ScannedDataset) -> NDArray[np.int32]:
-    """Return the number of draws of every image, subset by subset: repeats, balanced for regularisation images."""
+    """Return the number of draws of every image, subset by subset: its repeats, or for regularisation images the
+    balanced number."""
     repeats = [(subset.config, subset.config.num_repeats, len(subset.images)) for subset in dataset.subsets]
     num_train_draws = sum(count * images for config, count, images in repeats if not config.is_reg)
     check_draws(num_train_draws)
@@ -240,7 +244,7 @@ def draws_of_dataset(dataset: ScannedDataset) -> NDArray[np.int32]:
 
 
 def check_draws(num_draws: int) -> None:
-    """Raise UserError if an epoch is too long to be ordered; warn if ordering takes long."""
+    """Raise UserError if an epoch has too many draws to be ordered. Warn if ordering them takes long."""
     if num_draws > MAX_DRAWS:
         raise UserError(
             f"num_repeats: an epoch would have {num_draws} samples, more than {MAX_DRAWS}. Lower the repeats, and use "
@@ -254,12 +258,12 @@ def check_draws(num_draws: int) -> None:
 
 
 def build_draws(samples: Samples, configs: Sequence[DatasetConfig], chosen: Container[int]) -> Draws:
-    """Number the draws of `chosen` datasets and sort them into buckets, ordered by dataset and size."""
+    """Number the draws of the `chosen` datasets, and sort them into buckets ordered by dataset and size."""
     is_chosen = np.array([dataset in chosen for dataset in range(len(configs))], dtype=bool)
     dataset_N = samples.dataset_of_each()
     counts_N = np.where(is_chosen[dataset_N], samples.draws_N, 0)
     sample_of_draw = np.repeat(np.arange(len(samples), dtype=np.int32), counts_N)
-    # Number the few pairs of dataset and shape that occur first, then the buckets.
+    # Number the few occurring pairs of dataset and shape first, then the buckets.
     pairs, pair_N = np.unique(dataset_N.astype(np.int64) << 32 | samples.shape_N, return_inverse=True)
     keys = [(int(pair >> 32), samples.shapes[pair & 0xFFFFFFFF].sizes) for pair in pairs]
     places = {key: place for place, key in enumerate(sorted(set(keys)))}
@@ -277,9 +281,10 @@ def build_draws(samples: Samples, configs: Sequence[DatasetConfig], chosen: Cont
 def stand_in(
     samples: Samples, subsets: Sequence[SubsetConfig], number: int, broken: AbstractSet[int], reason: str = ""
 ) -> int:
-    """Return the sample that replaces a damaged one: the next in its bucket, from its own subset if possible.
+    """Return the index of the sample that replaces a damaged one: the next in its bucket, if possible from its own
+    subset.
 
-    So every batch keeps its size and the run its length. Raises UserError if no other is left.
+    Replacing it keeps the size of every batch and the length of the run. Raises UserError if no sample is left.
     """
     damaged = samples[number]
     fits = np.array([shape.sizes == damaged.shape.sizes for shape in samples.shapes])
@@ -299,7 +304,7 @@ def stand_in(
 
 
 def find_duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[str, str]]:
-    """Yield pairs of images of one subset that share caption file and cache names, because only their extensions
+    """Yield pairs of images of a subset that share their caption file and cache names, because only their extensions
     differ."""
     for dataset in datasets:
         for subset in dataset.subsets:
@@ -314,7 +319,7 @@ def find_duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[
 
 
 def may_share_stems(images: ScannedImages) -> bool:
-    """Return True if any two names are equal or differ only in their extension. Only hashes are stored."""
+    """Return True if any two names may be equal apart from the extension. Only hashes are compared."""
     names = images.names if images.places is None else images.each_key()
     hashes_N = np.fromiter((hash(name.rpartition(".")[0]) for name in names), dtype=np.int64, count=len(images))
     hashes_N.sort()
@@ -322,7 +327,7 @@ def may_share_stems(images: ScannedImages) -> bool:
 
 
 def check_size(image: ScannedImage, rgb: Pixels) -> None:
-    """Raise UserError for an image whose size changed since the start of the run."""
+    """Raise UserError if the size of an image has changed since the start of the run."""
     size = (rgb.shape[1], rgb.shape[0])
     if size != image.size:
         raise UserError(f"{image.key} is {size[0]}x{size[1]}, but was {image.size} at the start; restart the run")

@@ -1,4 +1,4 @@
-"""The reference images of captions, for text encoders that see them."""
+"""Reference images for text encoders that see them with the caption."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ Reader = Callable[[], tuple[Tensor, ...]]
 
 @dataclass(frozen=True, eq=False)
 class SeenReferences:
-    """A digest of the content, size and crop of each sample's references, as text encoders see them."""
+    """The reference images as text encoders see them, with a digest of content, size and crop for each sample."""
 
     digests_N: NDArray[np.uint64]  # 0 without references
     storage: Storage
@@ -34,8 +34,8 @@ class SeenReferences:
     def of(
         cls, samples: Samples, subsets: Sequence[SubsetConfig], storage: Storage, has_alpha: bool, num_threads: int
     ) -> "SeenReferences":
-        """Read the references of samples that are drawn. Raises UserError for subsets whose references change in every
-        draw."""
+        """Compute the digests of all samples that are drawn. Raises UserError for subsets that change reference
+        images in every draw."""
         shown = {number: one for number, one in enumerate(samples) if one.image.references and one.num_draws}
         for config in [subsets[row] for row in dict.fromkeys(one.subset for one in shown.values())]:
             for name in ("random_crop", "color_aug", "face_crop_aug_range"):
@@ -56,8 +56,8 @@ class SeenReferences:
         return str(self.seen(number, caption, is_flipped, lambda: ())) if self.digests_N[number] else caption
 
     def texts(self, number: int, sample: Sample, captions: Sequence[str], config: SubsetConfig) -> tuple[str, ...]:
-        """Return what is encoded of this sample: its captions, and the empty one if it is drawn, with its references,
-        and with the mirrored ones if these are drawn."""
+        """Return the texts to encode for this sample: its captions, and the empty one if caption dropout is on, with
+        its references; also with mirrored references if flip_aug is on."""
         if not self.digests_N[number]:
             return tuple(captions)
         rules = config.captions
@@ -72,7 +72,7 @@ class SeenReferences:
         return CaptionWithImages(caption, f"{self.digests_N[number]:016x}{'-' if is_flipped else ''}", read)
 
     def read(self, sample: Sample, interpolation: str | None, is_flipped: bool) -> tuple[Tensor, ...]:
-        """Read the references of a sample as they are trained, CHW, -1..1."""
+        """Read the references of a sample as they are trained: CHW, -1..1."""
         placement = crop_at_centre(sample.shape, is_flipped)
         return tuple(
             map(to_pixels, read_placed_references(sample, placement, interpolation, self.storage, self.has_alpha))
@@ -80,7 +80,7 @@ class SeenReferences:
 
 
 def digest_references(sample: Sample, interpolation: str | None, contents: Mapping[str, str]) -> int:
-    """Return a digest of the references of a sample, whose files have the digests `contents`; never 0."""
+    """Return a digest of the references of a sample; never 0. `contents` maps files to digests."""
     shown = [
         (contents[one.key] if one.place is None else one.place.digest, shape.bucket, shape.resized)
         for one, shape in zip(sample.image.references, sample.shape.references, strict=True)
@@ -91,8 +91,8 @@ def digest_references(sample: Sample, interpolation: str | None, contents: Mappi
 def read_placed_references(
     sample: Sample, placement: Placement, interpolation: str | None, storage: Storage, has_alpha: bool
 ) -> list[Pixels]:
-    """Read the references of a sample, RGBA with `has_alpha`; one that has its image's shape is cropped where the image
-    is, others at the centre, and all are mirrored or none."""
+    """Read and place the references of a sample; RGBA with `has_alpha`. A reference with the size and shape of its
+    image is cropped like the image, others at the centre. All are mirrored like the image."""
     own, found = replace(sample.shape, references=()), []
     for reference, shape in zip(sample.image.references, sample.shape.references, strict=True):
         rgb, alpha = read_pixels(reference.key, storage.content(reference))

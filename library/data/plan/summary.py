@@ -1,4 +1,4 @@
-"""The saved file's metadata on the data, which programs that show adapters read."""
+"""The metadata of saved files about the data, which programs that display adapters read."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ def dataset_metadata(
     described: DatasetOptions,
     batches_per_step: int,
 ) -> dict[str, Any]:
-    """Describe the data as `ss_*` values: a list of datasets where a file describes them, else single keys.
+    """Describe the data as `ss_*` values: a list of datasets if a dataset file describes them, else single keys.
 
-    `frequencies` are those of the datasets; `batches_per_step` counts all processes.
+    `frequencies` has the tag frequency of each dataset. `batches_per_step` counts the batches of all processes.
     """
     infos = [bucket_info(rule, samples, number) for number, rule in enumerate(rules)]
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
@@ -60,7 +60,7 @@ def dataset_metadata(
         "ss_dataset_dirs": dataset_dirs([subset for subset in subsets if not subset.config.is_reg]),
         "ss_reg_dataset_dirs": dataset_dirs([subset for subset in subsets if subset.config.is_reg]),
         "ss_tag_frequency": frequencies[0],
-        "ss_bucket_info": "null" if infos[0] is None else infos[0],  # JSON in both cases
+        "ss_bucket_info": "null" if infos[0] is None else infos[0],  # becomes JSON in both cases
     }
 
 
@@ -117,9 +117,10 @@ def describe_subset(subset: ScannedSubset) -> dict[str, Any]:
 
 
 def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
-    """Count the images of each tag, by folder; tags are separated by commas, in captions or in a metadata file.
+    """Count the images of each tag, by folder. Tags are separated by commas, in captions or in a metadata file.
 
-    If there are more tags than a header can hold, only the commonest are kept, since sentences rarely repeat.
+    If there are more tags than a header can hold, only the commonest are kept. Such sets have sentences as captions,
+    which rarely repeat.
     """
     frequency: dict[str, Counter[str]] = {}
     for subset in dataset.subsets:
@@ -138,12 +139,12 @@ def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
 
 
 def commonest(counts: Counter[str]) -> Counter[str]:
-    """Return the counts of the tags that are kept; all of them if there are few."""
+    """Return the counts of the MOST_TAGS commonest tags."""
     return counts if len(counts) <= MOST_TAGS else Counter(dict(counts.most_common(MOST_TAGS)))
 
 
 def bucket_info(rule: BucketRules, samples: Samples, dataset: int) -> dict[str, Any] | None:
-    """Return draws of each bucket and the mean change of aspect ratio; None without buckets."""
+    """Return the draws of each bucket and the mean aspect ratio error; None without buckets."""
     if not rule.enable_bucket:
         return None
     counts: Counter[tuple[int, int]] = Counter()
@@ -165,7 +166,8 @@ def bucket_info(rule: BucketRules, samples: Samples, dataset: int) -> dict[str, 
 
 
 def dataset_dirs(subsets: Sequence[ScannedSubset]) -> dict[str, dict[str, int]]:
-    """Return repeats and images by folder name; further folders of one name get ` (2)`, ` (3)`."""
+    """Return repeats and number of images by folder name. Further folders of the same name get ` (2)`, ` (3)` and so
+    on."""
     described: dict[str, dict[str, int]] = {}
     for subset in subsets:
         name, number = subset.config.base_name, 2

@@ -1,7 +1,7 @@
 """The split of images into training and validation.
 
-An image is on one side of the run: copies of it in several subsets go together, one that is also used for
-regularisation is trained, and one that any subset holds out is trained nowhere.
+An image is on one side of the run. Copies of it in several subsets stay together. An image that is also used for
+regularisation is always trained; an image that any subset holds out is trained in none.
 """
 
 import logging
@@ -24,28 +24,28 @@ from library.randomness import stream_seed
 
 @dataclass(frozen=True)
 class SplitSpec:
-    """The request of one subset."""
+    """The share of images that a subset wants to hold out."""
 
-    identities: Sequence[str]  # of its images; copies share one
+    identities: Sequence[str]  # of the subset's images; copies share one
     share: float  # 0..1
     seed: int
 
 
 @dataclass(frozen=True)
 class Split:
-    """Both sides of a run, without empty subsets and datasets."""
+    """The two sides of a split, without empty subsets and datasets."""
 
     trained: tuple[ScannedDataset, ...]
-    set_aside: tuple[ScannedDataset, ...]  # with settings that draw images the same way every time
-    # Key of a held-out image -> identity shared by its copies.
+    set_aside: tuple[ScannedDataset, ...]  # with settings that make every draw the same
+    # Key of a held-out image -> identity, which its copies share.
     identities: Mapping[str, str] = field(default_factory=dict)
-    lines: tuple[Line, ...] = ()  # for the log
+    lines: tuple[Line, ...] = ()  # log lines about the split
 
 
 def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
-    """Hold images out by validation_split and validation_seed (else `seed`) of each subset.
+    """Hold out images according to validation_split and validation_seed (default: `seed`) of each subset.
 
-    Raises UserError if nothing is left to train on, or an image cannot be read.
+    Raises UserError if no image is left to train on, or if an image cannot be read.
     """
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     if not any(held_out_share(subset.config) for subset in subsets):
@@ -98,9 +98,9 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
 def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[str]:
     """Return the identities of held-out images.
 
-    Of n images a subset holds out round(n * share) (halves to even), at least one less than n below a share of 1: those
-    with the lowest rank, a function of seed and identity. Images held out by another subset count, images kept by
-    another subset are passed over; larger shares choose first.
+    Of n images a subset holds out round(n * share), with halves to even, but fewer than n unless the share is 1. It
+    takes those with the lowest rank, a hash of seed and identity. Images that another subset holds out count toward its
+    number; images that another subset keeps are not available. Larger shares choose first.
     """
     aside: set[str] = set()
     trained = set(always_trained)
@@ -123,14 +123,14 @@ def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[
 
 
 def held_out_share(config: SubsetConfig) -> float:
-    """Return the share that a subset holds out; regularisation images are always trained, a probe's never."""
+    """Return the share of images that a subset holds out: 0 for regularisation images, 1 for a forgetting probe."""
     if config.is_forgetting_probe:
         return 1.0
     return 0.0 if config.is_reg else config.validation_split
 
 
 def unchanging(config: SubsetConfig) -> SubsetConfig:
-    """Return the settings of a subset without random changes, each image once."""
+    """Return the settings of a subset without random changes and with each image once."""
     captions = replace(
         config.captions,
         shuffle_caption=False,
@@ -157,7 +157,7 @@ def drop_empty(datasets: Iterator[ScannedDataset]) -> tuple[ScannedDataset, ...]
 
 
 def split_lines(subset: ScannedSubset, num_aside: int) -> Iterator[Line]:
-    """Yield the log lines about one subset."""
+    """Yield the log lines about the split of one subset."""
     config, num_images = subset.config, len(subset.images)
     share = held_out_share(config)
     if config.is_forgetting_probe and num_aside:
@@ -178,8 +178,8 @@ def split_lines(subset: ScannedSubset, num_aside: int) -> Iterator[Line]:
 
 
 def identities_by_subset(subsets: Sequence[ScannedSubset]) -> list[list[str]]:
-    """Return the identity of every image of each subset, which copies share; from files, or from the index for
-    places."""
+    """Return the identity of every image of each subset, which copies share: a hash of the file, or the digest in
+    the index of larger files."""
     files = sorted({key for subset in subsets if subset.images.places is None for key in subset.images.each_key()})
     read = hash_files(files)
     return [
@@ -191,20 +191,20 @@ def identities_by_subset(subsets: Sequence[ScannedSubset]) -> list[list[str]]:
 
 
 def identities_of_images(images: Iterable[ScannedImage]) -> dict[str, str]:
-    """Return the identities of some images by key."""
+    """Return the identity of each image, by key."""
     placed = {image.key: image.place for image in images}
     read = hash_files([key for key, place in placed.items() if place is None])
     return read | {key: place.digest for key, place in placed.items() if place is not None}
 
 
 def hash_files(paths: Sequence[str]) -> dict[str, str]:
-    """Return the identity of each file, which copies share regardless of folder and name."""
+    """Return the identity of each file. Copies share it, regardless of folder and name."""
     with ThreadPoolExecutor(16) as pool:
         return dict(zip(paths, pool.map(hash_file, paths), strict=True))
 
 
 def hash_file(path: str) -> str:
-    """Return a hash of the file's size, start and end: compressed images with equal ones are copies.
+    """Return a hash of a file's size, start and end. Compressed images with equal hashes are copies.
 
     Raises UserError naming a file that cannot be read.
     """

@@ -1,5 +1,4 @@
-"""Columns of many texts and sizes without an object for each: the bytes of texts in one array, their ends in
-another."""
+"""Columns of many texts and sizes without an object for each."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,18 +12,18 @@ from numpy.typing import NDArray
 from library.data.description.buckets import Size
 
 BLOCK = 16384  # texts converted to objects at a time
-ERRORS = "surrogatepass"  # file names may contain bytes that are not text
+ERRORS = "surrogatepass"  # file names may contain bytes that are not valid text
 
 
 Item = TypeVar("Item")
 
 
 class Column(Sequence[Item]):
-    """A sequence whose items are made on access by `item`; a slice is a list of them."""
+    """A sequence whose items are created on access by `item`. A slice is a list of items."""
 
     @abstractmethod
     def item(self, place: int) -> Item:
-        """Make the item at a place from 0."""
+        """Create the item at an index from 0."""
 
     @overload
     def __getitem__(self, place: int) -> Item: ...
@@ -87,12 +86,12 @@ class Texts(Column[str]):
 
     @property
     def has_lines(self) -> bool:
-        """Return True if any text has more than one line."""
+        """True if any text has more than one line."""
         return bool((self.content == ord("\n")).any())
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Return the number of bytes of each text."""
+        """The number of bytes of each text."""
         return np.diff(self.ends, prepend=0)
 
     def lowered(self) -> "Texts":
@@ -103,7 +102,7 @@ class Texts(Column[str]):
         return Texts.of(map(str.lower, self))
 
     def take(self, rows: NDArray[Any]) -> "Texts":
-        """Return the texts at these places, in order."""
+        """Return the texts at these indices, in their order."""
         lengths = self.lengths[rows]
         ends = np.cumsum(lengths)
         content = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
@@ -119,7 +118,7 @@ class Texts(Column[str]):
 
 @dataclass(frozen=True, eq=False)
 class Sizes(Column[Size]):
-    """A column of N sizes: width and height of each."""
+    """A column of N sizes (width, height)."""
 
     array_N2: NDArray[np.int32]
 
@@ -140,5 +139,5 @@ class Sizes(Column[Size]):
 
 
 def join_columns(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
-    """Concatenate columns, of which there may be none."""
+    """Concatenate columns; an empty column if there are none."""
     return np.concatenate([np.empty(0, dtype=dtype), *parts])

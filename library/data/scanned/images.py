@@ -1,4 +1,4 @@
-"""The images of a subset before any is opened, column by column: a million of them take 200 MB."""
+"""The listed images of a subset, before any is opened. Stored in columns: a million images take 200 MB."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -29,41 +29,41 @@ class Version(NamedTuple):
     """Values that change when an image is replaced."""
 
     num_bytes: int
-    stamp: int  # last change of a file in ns; for part of a file, bits of the digest in the index
+    stamp: int  # modification time of a file in ns; for part of a larger file, bits of its digest
 
 
 def digest_of_ends(ends: bytes, num_bytes: int) -> str:
-    """Return a digest of a file's first and last `END_BYTES` and its size, in which only copies agree."""
+    """Return a digest of a file's size and its first and last `END_BYTES`. Only copies are expected to share it."""
     return blake2b(ends + num_bytes.to_bytes(8, "big"), digest_size=16).hexdigest()
 
 
 def digest_content(content: bytes) -> str:
-    """Return the digest from the whole file."""
+    """Return the `digest_of_ends` of a whole file's content."""
     return digest_of_ends(content[:END_BYTES] + content[max(0, len(content) - END_BYTES) :], len(content))
 
 
 class OpenFiles(Protocol):
-    """Files that a reader opens once per process; `Storage` implements it."""
+    """Protocol of the files that a process opens for readers; `Storage` implements it."""
 
     def file(self, file: str) -> io.RawIOBase:
         """Open a path or a URL."""
         ...
 
     def kept_open(self, file: str, open_file: Callable[[], T]) -> T:
-        """Return what `open_file` returned for this file earlier, or call it."""
+        """Return what `open_file` returned for this file earlier; call it if there is nothing."""
         ...
 
     def shared(self, kind: type[T]) -> T:
-        """Return the one object of a class without arguments that all readers of this process share."""
+        """Return the instance of a class that all readers of this process share."""
         ...
 
 
 class Reader(Protocol):
-    """A reader of images that are not a plain byte range of their file. Workers get a pickled copy."""
+    """Protocol of a reader of images that are not a plain byte range of their file. Workers get a pickled copy."""
 
     @property
     def name(self) -> str:
-        """A part of names in the disk cache, which distinguishes equal places of two readers."""
+        """A part of names in the disk cache, which distinguishes equal places of different readers."""
         ...
 
     def read(self, files: OpenFiles, place: "Place") -> bytes:
@@ -71,31 +71,31 @@ class Reader(Protocol):
         ...
 
     def read_group(self, files: OpenFiles, place: "Place") -> Iterator[tuple[int, bytes]]:
-        """Yield (start of its place, bytes) of the image and of all others that must be read with it."""
+        """Yield (start, bytes) of the image and all others that must be read with it."""
         ...
 
 
 class Place(NamedTuple):
-    """The location of an image in a larger file: the bytes of a member of a tar file, a row of a Parquet file."""
+    """The location of an image in a larger file: a byte range of a tar file, or a row of a Parquet file."""
 
     file: str  # a path or a URL
-    name: str  # of the image in it
-    start: int  # byte, or another number for the reader, such as a row
+    name: str  # of the image in the file
+    start: int  # byte, or another number that the reader knows, such as a row
     num_bytes: int
-    digest: str  # hexadecimal, of its size, start and end; shared by copies
-    reader: Reader | None = None  # None: the image is these bytes of the file
+    digest: str  # hexadecimal `digest_of_ends` of the image; shared by copies
+    reader: Reader | None = None  # None: the image is this byte range of the file
 
 
 class ScannedImage(NamedTuple):
-    """One image of a subset. A tuple, which is created in a third of the time of a dataclass."""
+    """An image of a subset. A tuple, because creating one takes a third of the time of a dataclass."""
 
-    key: str  # its name in messages and for random draws; the path if it is a file
-    caption: str  # as read: lines without prefix, suffix and tag rules
+    key: str  # identifies it in messages and for random draws; the path, if it is a file
+    caption: str  # as read, before prefix, suffix and tag rules
     size: Size  # width, height, upright
     mask_path: str | None = None
     tags: str | None = None  # the tags field of a metadata file, for statistics
     place: Place | None = None  # None: the image is the file `key`
-    references: tuple["ScannedImage", ...] = ()  # what an edit model is given beside the caption, in order
+    references: tuple["ScannedImage", ...] = ()  # in the order of the edit model's inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,13 +103,13 @@ class Places:
     """The locations of N images."""
 
     files: tuple[str, ...]  # paths and URLs to open
-    shown: tuple[str, ...]  # prefixes of keys without secrets; "" for image URLs
+    shown: tuple[str, ...]  # prefixes of keys, without secrets; "" for images at URLs
     file_N: NDArray[np.int32]
     start_N: NDArray[np.int64]
     bytes_N: NDArray[np.int64]
     digest_N16: NDArray[np.uint8]
     reader: Reader | None = None
-    urls: Texts | None = None  # of images that are separate files
+    urls: Texts | None = None  # URLs of images that are separate files
 
     def of(self, number: int, name: str) -> Place:
         """Return the location of one image."""
@@ -119,7 +119,7 @@ class Places:
 
     @property
     def prefixes(self) -> list[str]:
-        """The prefixes of the image names of each file, in their keys."""
+        """The prefix of keys for the images of each file."""
         return [f"{file}/" if file else "" for file in self.shown]
 
     def take(self, rows: NDArray[Any]) -> "Places":
@@ -136,7 +136,7 @@ class Places:
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """The reference images of N images, at most R of each; those that an image lacks are "" of size 0."""
+    """The reference images of N images, at most R of each. Missing ones are "" with size 0."""
 
     paths: tuple[Texts, ...]
     sizes_NR2: NDArray[np.int32]
@@ -144,7 +144,7 @@ class References:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[tuple[str, Size]]]) -> "References":
-        """Build the columns from path and size of the references of each image."""
+        """Build the columns from (path, size) of each image's references."""
         count = max(map(len, rows), default=0)
         filled = [[*row, *[("", (0, 0))] * (count - len(row))] for row in rows]
         sizes_NR2 = np.array([[size for _, size in row] for row in filled], dtype=np.int32)
@@ -173,9 +173,9 @@ class References:
 
 @dataclass(frozen=True, eq=False)
 class ScannedImages(Column[ScannedImage]):
-    """N images; objects are created on access."""
+    """The N images of a subset. Objects are created on access."""
 
-    names: Texts  # keys without the prefix from `prefix` or the file of a place
+    names: Texts  # keys without their prefix
     captions: Texts
     sizes_N2: NDArray[np.int32]
     prefix: str = ""
@@ -230,7 +230,7 @@ class ScannedImages(Column[ScannedImage]):
         return Texts.of(self.take(rows).each_key())
 
     def take(self, rows: NDArray[Any]) -> "ScannedImages":
-        """Return the images at `rows`, in their order."""
+        """Return the images at `rows`, in that order."""
         return replace(
             self,
             names=self.names.take(rows),

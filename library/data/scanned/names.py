@@ -9,30 +9,30 @@ SAFE = " +,=@"  # characters besides letters, digits and `_.-~` that every file 
 
 
 def safe_name(name: str) -> str:
-    """Convert any name to that of one visible file."""
+    """Convert any name to a valid name of a file that is not hidden."""
     return quote(name, safe=SAFE, errors="surrogatepass").lstrip(".")
 
 
 def folder_name(folder: str) -> str:
-    """Convert a folder's path or URL to one readable and unique name."""
+    """Convert the path or URL of a folder to a readable and unique name."""
     whole = folder if "://" in folder else os.path.abspath(folder)
     return f"{safe_name(os.path.basename(whole)) or 'images'}-{short_digest(whole)[:8]}"
 
 
 def same_file_key(path: str) -> str:
-    """Return what the paths of one file have in common: on Windows and macOS names may differ in case."""
+    """Return a key that all paths of a file share: where the file system ignores case, names are case-folded."""
     folder, name = os.path.split(path)
     return os.path.join(folder, name.casefold()) if ignores_case(folder) else path
 
 
 @lru_cache(maxsize=1024)
 def ignores_case(folder: str) -> bool:
-    """Return True if files in a folder are found under names that differ in case; False for an empty folder."""
+    """Return True if the file system of a folder ignores case in names; False if the folder is empty or missing."""
     try:
         with os.scandir(folder or ".") as entries:
             name = next((entry.name for entry in entries if entry.name.swapcase() != entry.name), None)
         return name is not None and os.path.samefile(*(os.path.join(folder, one) for one in (name, name.swapcase())))
-    except OSError:  # no such folder, or no file of the other name
+    except OSError:  # no such folder, or no file of the swapped name
         return False
 
 

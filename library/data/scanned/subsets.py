@@ -18,12 +18,12 @@ class ScannedSubset:
 
     config: SubsetConfig
     images: ScannedImages
-    dropped: tuple[tuple[str, str], ...] = ()  # key, reason
-    without_caption: Sequence[str] = ()  # keys
+    dropped: tuple[tuple[str, str], ...] = ()  # (key, reason)
+    without_caption: Sequence[str] = ()  # keys of images
     empty_caption: Sequence[str] = ()
     small: Sequence[str] = ()  # skipped by skip_image_resolution
-    aside: Sequence[str] = ()  # names in image_dir with image or caption extensions that are not read
-    alone: Sequence[str] = ()  # names of captions in image_dir without an image
+    aside: Sequence[str] = ()  # names of image or caption files in image_dir that are not read
+    alone: Sequence[str] = ()  # names of caption files in image_dir without an image
     surplus: Sequence[str] = ()  # paths of reference images that belong to no image
 
 
@@ -37,15 +37,15 @@ class ScannedDataset:
 
 @dataclass
 class Listing:
-    """The images of a subset, column by column, because a hundred thousand objects take time to create."""
+    """The images of a subset during listing, in columns, because creating an object for each takes long."""
 
     config: SubsetConfig
     names: list[str] = field(default_factory=list)
     captions: Texts = field(default_factory=Texts.of)
-    sizes: Sequence[Size | str] = ()  # for an image that cannot be read, the reason
+    sizes: Sequence[Size | str] = ()  # or the reason if an image cannot be read
     masks: list[str] | None = None
     tags: list[str] | None = None
-    references: list[list[tuple[str, Size]]] | None = None  # path and size of those of each image
+    references: list[list[tuple[str, Size]]] | None = None  # (path, size) of each image's references
     dropped: list[tuple[str, str]] = field(default_factory=list)
     without_caption: list[str] = field(default_factory=list)
     empty_caption: list[str] = field(default_factory=list)
@@ -55,18 +55,18 @@ class Listing:
 
     @property
     def prefix(self) -> str:
-        """The prefix of names in the paths of images."""
+        """The common start of the images' paths."""
         return "" if self.config.style == "metadata" else os.path.join(self.config.image_dir or "", "")
 
     @property
     def paths(self) -> list[str]:
-        """Return the path of each image."""
+        """The path of each image."""
         return [self.prefix + name for name in self.names]
 
     def found(self) -> ScannedSubset:
-        """Return the images with a size, as columns without an object for each."""
+        """Return the scan result. Images without a size are moved to `dropped`."""
         masks, tags = (None if texts is None else Texts.of(texts) for texts in (self.masks, self.tags))
-        if isinstance(self.sizes, Sizes):  # from an index
+        if isinstance(self.sizes, Sizes):  # from an index, in which all images have a size
             sizes, dropped = self.sizes, []
         else:
             sizes = Sizes.of([(0, 0) if isinstance(size, str) else size for size in self.sizes])

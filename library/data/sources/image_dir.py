@@ -1,5 +1,5 @@
-"""The source image_dir: a folder of images with caption files beside them, and masks and
-reference images in other folders."""
+"""The source image_dir: a folder of images and their caption files, with masks and reference images in other
+folders."""
 
 from library.data.description.schema import SubsetConfig
 from library.data.scanned.subsets import ScannedSubset
@@ -10,7 +10,7 @@ from library.data.sources.storage.storage import Storage
 
 
 def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
-    """List the images in the order of their paths."""
+    """List the images, sorted by name."""
     listing = list_folder(config, num_threads)
     if config.style == "masked":
         add_masks(listing)

@@ -9,7 +9,7 @@ from library.data.sources.storage.storage import Storage
 
 
 def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
-    """List the images in the order of their paths."""
+    """List the images in the order of the file."""
     listing = list_metadata(config, num_threads)
     add_references(listing, num_threads)
     return listing.found()

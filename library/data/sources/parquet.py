@@ -1,4 +1,4 @@
-"""The source parquet: Parquet files with an image, or the URL of one, and a caption in each row."""
+"""The source parquet: Parquet files with an image, or its URL, and a caption in each row."""
 
 import logging
 import os
@@ -29,9 +29,9 @@ MOST_GROUP_BYTES = 64 << 20  # size of a row group above which a warning is logg
 
 @dataclass(frozen=True)
 class ParquetReader:
-    """A reader of the images in one column, which reads a whole row group for one image."""
+    """A reader of the images in a column, which reads a whole row group at a time."""
 
-    name: str  # of the column
+    name: str  # name of the column
 
     def read(self, files: OpenFiles, place: Place) -> bytes:
         return self._rows(files, place.file).value(self.name, place.start)
@@ -46,7 +46,7 @@ class ParquetReader:
 
 
 def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
-    """List the images in the order of the files and of their rows."""
+    """List the images in the order of the files and their rows."""
 
     def read_rows(file: SourceFile) -> Sequence[Row]:
         return rows_of_parquet(file.path, file.shown, config, storage)
@@ -62,13 +62,13 @@ SOURCE = Source(KEYS, scan)
 
 
 def columns_in(opened: ParquetRows, config: SubsetConfig) -> Columns:
-    """Return the columns of an open Parquet file."""
+    """Find the columns of an open Parquet file."""
     named = config.image_column, config.caption_column, config.control_columns
     return find_columns(opened.schema, *named, opened.shown)
 
 
 def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storage) -> list[Row]:
-    """Return the rows of a Parquet file."""
+    """Read the index rows of a Parquet file."""
     opened = ParquetRows(storage.file(file), shown)
     columns = columns_in(opened, config)
     num_rows, num_bytes = opened.largest_group(columns.image)
@@ -102,14 +102,14 @@ def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storag
 
 
 def caption_lines(caption: str, shown: str) -> str:
-    """Return the lines of a caption. Raises UserError for a text that is too long to be one."""
+    """Return the stripped lines of a caption. Raises UserError for a text that is too long to be one."""
     if len(caption) > MOST_CAPTION_BYTES:
         raise UserError(f"{shown} has a caption of {len(caption) / 1e6:.1f} MB; no caption is that long")
     return stripped_lines(caption)
 
 
 def row_of_url(url: str | None, caption: str | None, folder: str, storage: Storage) -> Row:
-    """Return the row of an image elsewhere: at a URL, or at a path relative to the Parquet file."""
+    """Return the index row of an image outside the file: at a URL, or at a path relative to the Parquet file."""
     if not url:
         return Row("?", 0, 0, 0, 0, caption, bytes(16), "has no URL")
     whole = url if is_remote(url) else f"{folder}/{url}" if folder else url

@@ -1,4 +1,4 @@
-"""The source shards: tar files of images, each with a caption file of the same name beside it (WebDataset)."""
+"""The source shards: tar files of images with caption members of the same name (WebDataset)."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The values of --base_format: file names in library/memory/formats, which imports no torch."""
+"""The values of --base_format: the modules of library/memory/formats, listed without importing them or torch."""
 
 import pkgutil
 from pathlib import Path

@@ -51,7 +51,7 @@ class CompileOptions(Options):
     dynamo_backend: str = option(
         "inductor",
         needs="torch_compile",
-        takes_other_values=True,  # torch lists those that it has
+        takes_other_values=True,  # torch knows which of them are installed
         help="Compiler that --torch_compile uses.",
         choices=(
             "eager",

@@ -6,7 +6,7 @@ from library.options.base import Options, option
 
 FLAT_BUFFER = "processes exchange gradients in one flat buffer, without torch's DDP"
 
-MOST_MINUTES = 1_000_000  # nearly two years; torch stores milliseconds in 64 bits, its stores seconds in 32
+MOST_MINUTES = 1_000_000  # nearly two years; torch stores milliseconds in 64 bits, its key-value stores seconds in 32
 
 
 @dataclass(frozen=True)

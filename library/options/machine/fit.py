@@ -1,4 +1,4 @@
-"""How a run finds the fastest way of training that fits the card."""
+"""Options for choosing the fastest training setup that fits the GPU."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from library.options.machine.base_formats import BASE_FORMATS
 
 @dataclass(frozen=True)
 class FitOptions(Options, affects_training=False, own=True):
-    """Choosing what saves memory by what it costs in time."""
+    """Automatic choice of memory-saving options."""
 
     fit: str | None = option(
         None,

@@ -1,4 +1,4 @@
-"""Which kernels of a CUDA card compute."""
+"""Options for the kernels of CUDA GPUs."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from library.options.base import Options, option
 
 @dataclass(frozen=True)
 class KernelOptions(Options, own=True):
-    """Which kernels of a CUDA card compute; other devices have none of these."""
+    """Kernels of CUDA GPUs."""
 
     cuda_allow_tf32: bool = option(
         False,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from library.options.base import Options, option
 from library.options.machine.base_formats import BASE_FORMATS
 
-ONE_FORMAT = {  # excluded by the older options for 8 bits
+ONE_FORMAT = {  # excluded by the older 8-bit options
     f"base_format={'|'.join(name for name in BASE_FORMATS if name != 'fp8')}": "each names a format of the same weights"
 }
 ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")  # values of --attn_mode
@@ -70,7 +70,7 @@ class MemoryOptions(Options):
 
     @property
     def num_offloaded(self) -> int:
-        """The number of offloaded blocks, as the option counts them."""
+        """The number of offloaded blocks, as --blocks_to_swap counts them."""
         return self.blocks_to_swap or 0
 
     @property
@@ -143,7 +143,7 @@ class PrecisionOptions(Options):
 
     @property
     def multiplies_codes(self) -> bool:
-        """Return True if matrices are multiplied in 8 bits."""
+        """Return True if the denoiser's blocks multiply matrices in 8 bits."""
         return self.base_arithmetic == "8bit"
 
     @property

@@ -1,4 +1,4 @@
-"""Where log lines go and how many of them."""
+"""Options for the destination and level of log lines."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from library.options.base import Options, option
 
 @dataclass(frozen=True)
 class ConsoleOptions(Options, affects_training=False):
-    """Where log lines go and how many of them."""
+    """Destination and level of log lines."""
 
     console_log_level: str | None = option(
         None,

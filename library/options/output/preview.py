@@ -42,7 +42,7 @@ class PreviewOptions(Options, affects_training=False):
     sample_sampler: str = option(
         "ddim",
         needs=TIMES,
-        takes_other_values=True,  # runs that draw nothing are not held to it
+        takes_other_values=True,  # not checked in runs without previews
         help="Sampler that draws the images, for Stable Diffusion 1, 2 and XL.",
         choices=(*SAMPLERS, *ALIASES),
     )

@@ -1,14 +1,14 @@
-"""The preview samplers of DDPM models that --sample_sampler names."""
+"""The values of --sample_sampler: samplers for previews of DDPM models."""
 
 from collections.abc import Mapping
 from typing import Any
 
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    # Settings follow the scheduler files of such checkpoints: predicted clean latents are not clipped to -1..1, because
-    # latents are larger, and sampling ends at the first noise level.
+    # Settings follow the scheduler files of such checkpoints: sampling ends at the first noise level, and predicted
+    # clean latents are not clipped to -1..1, because latents exceed it.
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
-    "lms": ("EulerDiscreteScheduler", {}),  # provides the noise levels; the steps are `MultistepSampler`'s
+    "lms": ("EulerDiscreteScheduler", {}),  # supplies only the noise levels; `MultistepSampler` does the steps
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
@@ -18,6 +18,6 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "dpmsingle": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
-"""--sample_sampler -> (class of diffusers, its arguments besides the noise schedule)"""
+"""--sample_sampler -> (diffusers class, its arguments apart from the noise schedule)"""
 
 ALIASES: Mapping[str, str] = {f"k_{name}": name for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}

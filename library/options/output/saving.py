@@ -113,9 +113,9 @@ class HubOptions(Options, affects_training=False):
 
 @dataclass(frozen=True)
 class StateOptions(Options, affects_training=False):
-    """Training states, and going on from one."""
+    """Saving training states, and resuming from one."""
 
-    # The options that set where a run starts belong to this run, not to a state.
+    # The options that set where a run starts belong to this run, not to a training state.
 
     save_state: bool = option(
         False,

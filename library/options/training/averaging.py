@@ -36,5 +36,5 @@ class AveragingOptions(Options, own=True):
     )
 
     def averages(self, use: str) -> bool:
-        """Return True if `use`, one of `files`, `previews` and `validation`, gets the averaged weights."""
+        """Return True if `use` (`files`, `previews` or `validation`) gets the averaged weights."""
         return bool(self.ema_decay) and (not self.ema_used_for or use in self.ema_used_for)

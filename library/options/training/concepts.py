@@ -1,16 +1,16 @@
-"""Concepts that are changed by prompts alone."""
+"""Options for training concepts from prompts alone (LECO)."""
 
 from dataclasses import dataclass
 
 from library.options.base import Options, option
 
 MOST_DENOISING_STEPS = 1000  # the length of the schedule
-USUAL_GUIDANCE = 3.0  # default of sd-scripts
+USUAL_GUIDANCE = 3.0  # sd-scripts' default
 
 
 @dataclass(frozen=True)
 class ConceptOptions(Options):
-    """Which prompts are to be seen otherwise, and on what (LECO)."""
+    """Concepts to change by prompts alone (LECO)."""
 
     prompts_file: str | None = option(
         None,

@@ -1,4 +1,4 @@
-"""Which noise levels flow matching models train, and what their prediction is compared as."""
+"""Options of flow matching: sampling and weighting of noise levels, and the form of the prediction."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
 
 @dataclass(frozen=True)
 class FlowWeightingOptions(Options):
-    """How often noise levels are drawn and how much they count, in the words of the SD3 paper (Esser et al. 2024)."""
+    """Distribution and loss weights of noise levels, in the terms of the SD3 paper (Esser et al. 2024)."""
 
     weighting_scheme: str = option(
         "uniform",
@@ -43,7 +43,7 @@ class FlowWeightingOptions(Options):
     mode_scale: float = option(
         1.29,
         at_least=-1,
-        at_most=1.75,  # 2 / (pi - 2) is the maximum; beyond, values leave 0..1
+        at_most=1.75,  # 2 / (pi - 2) is the maximum; larger scales leave 0..1
         needs_images=True,
         needs="weighting_scheme=mode",
         help="How strongly --weighting_scheme mode prefers middle noise levels, -1 to 1.75. 0 treats all alike.",
@@ -52,7 +52,10 @@ class FlowWeightingOptions(Options):
 
 @dataclass(frozen=True)
 class FlowSamplingOptions(Options, needs_images=True):
-    """How noise levels are drawn. Base models with other defaults use `redeclared`."""
+    """How noise levels are drawn.
+
+    Base models with other defaults use `redeclare`.
+    """
 
     timestep_sampling: str = option(
         "sigma",
@@ -95,7 +98,7 @@ class FlowPredictionOptions(Options):
 
 @dataclass(frozen=True)
 class TimestepPreviewOptions(Options, affects_training=False, needs_images=True, own=True):
-    """Look at the noise levels that would be drawn, without a model or images."""
+    """Display of the noise levels that would be drawn, without a model or images."""
 
     show_timesteps: str | None = option(
         None,

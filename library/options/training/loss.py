@@ -1,4 +1,4 @@
-"""How the prediction is compared and weighted."""
+"""Options of the loss."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ HUBER_SCHEDULES = ("constant", "exponential", "snr")
 
 @dataclass(frozen=True)
 class LossOptions(Options):
-    """How the prediction is compared and weighted."""
+    """How the prediction is compared with the target, and weighted."""
 
     loss_type: str = option(
         "l2",

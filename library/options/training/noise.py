@@ -1,15 +1,15 @@
-"""How latents are noised."""
+"""Options of the noise that is added to latents."""
 
 from dataclasses import dataclass
 
 from library.options.base import Options, option
 
-MOST_NOISE = 100.0  # multiples of the noise itself; nothing can be learned long before
+MOST_NOISE = 100.0  # multiples of the noise itself; training fails long before
 
 
 @dataclass(frozen=True)
 class NoiseOptions(Options):
-    """How latents are noised."""
+    """Noise that is added to latents."""
 
     min_timestep: int | None = option(
         None,

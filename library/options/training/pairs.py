@@ -1,4 +1,4 @@
-"""Training on pairs of images of one caption."""
+"""Options for training on pairs of images that share a caption."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ EXCLUDES = {
 
 @dataclass(frozen=True)
 class PairOptions(Options, needs_images=True, own=True):
-    """Training on pairs of images of one caption: those of a subset, and those of its opposite_dir."""
+    """Training on pairs of images: those of a subset, and those of its opposite_dir."""
 
     preference_loss: str | None = option(
         None,

@@ -1,4 +1,4 @@
-"""How long to train, from which seed."""
+"""Options for the length and the seed of a run, and for failures."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -10,7 +10,7 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class RunOptions(Options):
-    """How long to train, from which seed."""
+    """Length and seed of the run."""
 
     max_train_steps: int = option(
         1600,
@@ -45,7 +45,7 @@ class RunOptions(Options):
     )
 
     def planned_steps(self, num_batches: int, num_processes: int) -> int:
-        """Return the optimizer steps of a run whose epochs have `num_batches`; --max_train_epochs overrides
+        """Return the number of optimizer steps of a run with `num_batches` per epoch; --max_train_epochs overrides
         --max_train_steps."""
         if self.max_train_epochs is None:
             return self.max_train_steps
@@ -54,7 +54,7 @@ class RunOptions(Options):
 
 @dataclass(frozen=True)
 class FaultOptions(Options, own=True):
-    """Failures of a run, and trials before it starts."""
+    """Failures of a run, and checks before it starts."""
 
     on_nonfinite: str = option(
         "skip",

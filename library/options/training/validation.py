@@ -1,4 +1,4 @@
-"""Measuring the loss on images that are not trained."""
+"""Options for measuring the loss on held-out images."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from library.options.base import Options, option
 
 @dataclass(frozen=True)
 class ValidationOptions(Options, needs_images=True):
-    """Measuring the loss on images that are not trained."""
+    """Measuring the loss on images that are not trained on."""
 
     validation_seed: int | None = option(
         None,

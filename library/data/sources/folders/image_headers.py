@@ -1,8 +1,8 @@
-"""Width and height from the first bytes of an image, for common files.
+"""Fast reading of width and height from the first bytes of common images.
 
-Pillow needs about 40 microseconds for a header, which dominates the start with many images. These functions only answer
-if nothing can change the result: no EXIF or XMP, which may rotate the image, nothing damaged, nothing unusual.
-Otherwise they return None, and Pillow decides.
+Pillow needs about 40 microseconds per header, which dominates the start with many images. These functions answer only
+if nothing can change the result: no EXIF or XMP, which may rotate the image, no damage, nothing unusual. Otherwise they
+return None, and Pillow reads the header.
 """
 
 import struct
@@ -12,17 +12,17 @@ from collections.abc import Callable
 from library.data.description.buckets import Size
 
 HEAD_BYTES = 4096
-MAX_PIXELS = 50_000_000  # Pillow warns about larger images
+MAX_PIXELS = 50_000_000  # Pillow warns about much larger images
 
 _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
-_PNG_MODES = {(8, 0), (8, 2), (8, 3), (8, 4), (8, 6), (16, 0), (16, 2), (16, 6), (1, 0), (1, 3)}  # depth, colours
+_PNG_MODES = {(8, 0), (8, 2), (8, 3), (8, 4), (8, 6), (16, 0), (16, 2), (16, 6), (1, 0), (1, 3)}  # (depth, colour type)
 _PNG_HARMLESS = (b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME", b"PLTE", b"tRNS")
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _JPEG_SKIPPED = (0xDB, 0xC4, 0xDD, 0xFE, 0xE0, 0xE2, 0xEE)  # tables, restart, comment, JFIF, ICC, Adobe
 
 
 def plain_size(head: bytes, file_bytes: int) -> Size | None:
-    """Return (width, height) of an image that starts with `head`; None if only Pillow can tell."""
+    """Return (width, height) of an image that starts with `head`; None if Pillow must read it."""
     read = _READERS.get(head[:3])
     size = read(head, file_bytes) if read is not None else None
     if size is None or min(size) <= 0 or size[0] * size[1] > MAX_PIXELS:
@@ -43,7 +43,7 @@ def _png_size(head: bytes, file_bytes: int) -> Size | None:
     place = 33
     while (kind := head[place + 4 : place + 8]) != b"IDAT":
         is_text = kind == b"tEXt" and not head.startswith(b"exif\x00", place + 8)
-        if not is_text and kind not in _PNG_HARMLESS:  # also at the end of the head
+        if not is_text and kind not in _PNG_HARMLESS:  # also true at the end of the head
             return None
         (num_bytes,) = struct.unpack_from(">I", head, place)
         end = place + 8 + num_bytes
@@ -64,7 +64,7 @@ def _jpeg_size(head: bytes, file_bytes: int) -> Size | None:
             if size is not None or head[place + 4] != 8 or head[place + 9] not in (1, 3, 4):
                 return None
             size = (head[place + 7] << 8 | head[place + 8], head[place + 5] << 8 | head[place + 6])
-        elif marker == 0xDA:  # the pixels follow
+        elif marker == 0xDA:  # pixels follow
             return size
         elif marker not in _JPEG_SKIPPED or num_bytes < 2:
             return None
@@ -82,7 +82,7 @@ def _webp_size(head: bytes, file_bytes: int) -> Size | None:
     if kind == b"VP8L" and head[20] == 0x2F:
         (bits,) = struct.unpack_from("<I", head, 21)
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    return None  # the extended form may have tags or animation
+    return None  # the extended format may have tags or animation
 
 
 _READERS: dict[bytes, Callable[[bytes, int], Size | None]] = {

@@ -1,8 +1,8 @@
 """The index of a folder: sizes and captions of its images, so that only edited files are read again.
 
-One file beside the images, a numpy archive. It has a table for each kind of file: names, stamps, and the sizes of
-images or the text of captions. A row counts only while the stamp of its file is unchanged. A missing, damaged or
-outdated index, or an unwritable folder, only costs time.
+It is a numpy archive in the folder, with a table for each kind of file: names, stamps, and the sizes of images or the
+texts of captions. A row is valid while the stamp of its file is unchanged. A missing, damaged or outdated index, or an
+unwritable folder, only costs time.
 """
 
 import json
@@ -28,12 +28,12 @@ from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = ".picture_index.npz"  # an extension that front ends expect among images
+FILE_NAME = ".picture_index.npz"  # front ends accept this extension among images
 VERSION = 2
 MIN_FILES = 256  # smaller folders are read quickly and get no index
-SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use, FAT's
+SETTLED_NS = 2_000_000_000  # resolution of the coarsest clock of a common file system, FAT
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
-UNSETTLED = 0  # the stamp of files that may change again without a new time
+UNSETTLED = 0  # the stamp of files that may still change without a new modification time
 
 Value = TypeVar("Value")
 Stamps = NDArray[np.int64]
@@ -42,9 +42,9 @@ Read = Callable[[str], tuple[int, Value]]
 
 
 def compute_stamp(status: os.stat_result, now_ns: float = math.inf) -> int:
-    """Return one number for size, last edit and last status change of a file.
+    """Return a number that identifies size, modification time and status change time of a file.
 
-    Return UNSETTLED if the last edit was so shortly before `now_ns` that another one could leave the same time.
+    Return UNSETTLED if the modification was so shortly before `now_ns` that another one could get the same time.
     """
     edited_ns = status.st_mtime_ns
     if edited_ns > now_ns - SETTLED_NS:
@@ -53,7 +53,8 @@ def compute_stamp(status: os.stat_result, now_ns: float = math.inf) -> int:
 
 
 def read_stamped(path: str, num_bytes: int | None = None) -> tuple[os.stat_result, bytes]:
-    """Read (status, content) of a file, or its first bytes. The status is from before the content was read."""
+    """Read (status, content) of a file, or only its first `num_bytes`. The status is taken before the content is
+    read."""
     handle = os.open(path, READ_FLAGS)
     try:
         status = os.fstat(handle)
@@ -68,14 +69,14 @@ def read_stamped(path: str, num_bytes: int | None = None) -> tuple[os.stat_resul
 
 @dataclass(frozen=True)
 class Table(Generic[Value]):
-    """Files of one kind: a stamp and a value for each name."""
+    """The files of one kind, with a stamp and a value for each name."""
 
     names: list[str] = field(default_factory=list)
     stamps: Stamps = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     values: Sequence[Value] = ()
 
     def equals(self, other: "Table[Value]") -> bool:
-        """Return True if nothing must be written; equal stamps mean equal values."""
+        """Return True if both tables are equal. Values are not compared, because equal stamps imply equal values."""
         return self.names == other.names and np.array_equal(self.stamps, other.stamps)
 
     def _are_same(self, stamps: Stamps) -> NDArray[np.bool_]:
@@ -87,7 +88,8 @@ class Table(Generic[Value]):
         return [self.names[row] for row in np.flatnonzero(~self._are_same(stamps))]
 
     def known(self, names: list[str], stamps: Stamps) -> list[Value | None] | None:
-        """Return the value of each file, None if it is new or edited; None instead of a list if no file is known."""
+        """Return the value of each file, None if it is new or edited. Return None instead of a list if all values
+        are up to date."""
         if names == self.names:
             same = self._are_same(stamps)
             if same.all():
@@ -102,7 +104,7 @@ class Table(Generic[Value]):
 
 
 def look_at(folder: str, names: Sequence[str], num_threads: int) -> Stamps:
-    """Return the stamps of files; UNSETTLED for a missing one."""
+    """Return the stamps of files; UNSETTLED if a file is missing."""
     now_ns = time.time_ns()
 
     def look(name: str) -> int:
@@ -117,8 +119,9 @@ def look_at(folder: str, names: Sequence[str], num_threads: int) -> Stamps:
 
 @contextmanager
 def open_folders(folder: str) -> Iterator[tuple[str, int | None]]:
-    """Yield the prefix of file names in a folder, and the open folder to look them up in."""
-    # Through an open folder a file is found in 1.7 us here, by its path in 2.0; Windows supports only paths.
+    """Yield (prefix of file names, descriptor of the folder) for looking up files; the descriptor is None on
+    Windows."""
+    # A file is found in 1.7 us relative to an open folder, in 2.0 us by its path. Windows supports only paths.
     if os.stat not in os.supports_dir_fd:
         yield f"{folder}/", None
         return
@@ -138,7 +141,7 @@ def update_table(
     title: str | None,
     stamps: Stamps | None = None,
 ) -> Table[Value]:
-    """Return an updated table of these files: known values are kept, the rest is read."""
+    """Return the updated table of these files: valid values are kept, the others are read."""
 
     def read_file(name: str) -> tuple[int, Value]:
         return read(f"{folder}/{name}")
@@ -161,15 +164,15 @@ def update_table(
 
 @dataclass(frozen=True)
 class FolderIndex:
-    """The tables of one folder. Captions have one for each extension."""
+    """The tables of a folder: one for the images, and one for each caption extension."""
 
     folder: str
-    sizes: Table[Size | str] = field(default_factory=Table)  # for an image that cannot be read, the reason
+    sizes: Table[Size | str] = field(default_factory=Table)  # or the reason if an image cannot be read
     captions: dict[str, Table[str]] = field(default_factory=dict)
     paired: frozenset[str] = frozenset()  # caption extensions of which every image has its own file, in order
 
     def replace_with(self, sizes: Table[Size | str], captions: Mapping[str, Table[str]]) -> None:
-        """Write the tables, if anything differs and the folder is large enough to benefit."""
+        """Write the tables, if they have changed and the folder is large enough to benefit."""
         is_equal = self.sizes.equals(sizes) and all(
             name in self.captions and self.captions[name].equals(table) for name, table in captions.items()
         )
@@ -183,7 +186,7 @@ class FolderIndex:
 
 
 def open_index(folder: str) -> FolderIndex:
-    """Read the index of a folder; empty if there is none or it is damaged."""
+    """Read the index of a folder; empty if it is missing or damaged."""
     path = Path(folder) / FILE_NAME
     try:
         with open_npz(path) as archive:
@@ -197,13 +200,13 @@ def open_index(folder: str) -> FolderIndex:
 
 # The archive
 #
-# Whole columns are read as they are used. Rows of sqlite3 take 13 times as long for 100,000 images with captions,
-# 440 ms against 34, and columns in its blobs would need all of what follows besides.
+# Whole columns are read in the form in which they are used. Reading 100,000 images with captions takes 34 ms. With rows
+# of sqlite3 it takes 440 ms, and columns in its blobs would need all of the code below as well.
 
 
 def build_tables(sizes: Table[Size | str], captions: Mapping[str, Table[str]]) -> dict[str, Any]:
-    """Return the arrays of the archive. Names are separated by zero bytes, which no name contains; texts have
-    lengths."""
+    """Return the arrays of the archive. Names are separated by NUL, which no name contains; texts are stored with
+    their lengths."""
     sides = [size if isinstance(size, tuple) else (0, 0) for size in sizes.values]
     paired = [ending for ending, table in captions.items() if table.names == list_own_captions(sizes.names, ending)]
     about = {"version": VERSION, "caption_extensions": list(captions), "paired": paired}
@@ -223,12 +226,12 @@ def build_tables(sizes: Table[Size | str], captions: Mapping[str, Table[str]]) -
 
 
 def list_own_captions(images: Sequence[str], ending: str) -> list[str]:
-    """Return the name of each image's own caption file."""
+    """Return the name that each image's own caption file has or would have."""
     return [(image[: image.rindex(".")] or image) + ending for image in images]
 
 
 def read_tables(archive: Mapping[str, Any]) -> tuple[Table[Size | str], dict[str, Table[str]], frozenset[str]]:
-    """Read the fields of a FolderIndex. Raises UserError or another error of DAMAGE if they are invalid."""
+    """Return the tables of an archive as fields of a FolderIndex. Raises one of DAMAGE if they are invalid."""
     about = json.loads(archive["about"].tobytes())
     if about["version"] != VERSION:
         raise UserError(f"it has version {about['version']}, this program writes {VERSION}")

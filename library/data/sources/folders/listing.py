@@ -1,4 +1,4 @@
-"""The content of a folder by file names; nothing is opened."""
+"""Listing of a folder by file names, without opening anything."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -14,12 +14,12 @@ CAPTION_ENDINGS = ("txt", "caption", "cap", "tags")  # written by caption tools
 
 @dataclass(frozen=True)
 class Folder:
-    """The files directly in a folder, by name."""
+    """The files directly in a folder."""
 
     images: list[str]  # sorted
-    dropped: list[tuple[str, str]]  # path of an entry with an image's name that is not a file, and the reason
+    dropped: list[tuple[str, str]]  # (path, reason) of entries that have an image's name but are no files
     captions: set[str]
-    aside: list[str]  # names with image or caption extensions that are neither
+    aside: list[str]  # other names with an image or caption extension
     stamps: Sequence[Stamps | None] = (None, None)  # of images and captions, if requested
 
 
@@ -44,7 +44,7 @@ def look_into(folder: str, caption_extension: str | None = None) -> Folder:
 
 
 def add_link(found: Folder, entry: os.DirEntry[str], caption_extension: str | None) -> None:
-    """Add the target of a link, unless it is a folder."""
+    """Add the target of a link, or of another special entry, unless it is a folder."""
     named = classify_names([entry.name], caption_extension)
     try:
         leads_to_file = entry.is_file()
@@ -53,14 +53,14 @@ def add_link(found: Folder, entry: os.DirEntry[str], caption_extension: str | No
         leads_to_file, reason = bool(named.captions), f"cannot be followed: {error.strerror}"
     if leads_to_file or named.aside:
         found.images.extend(named.images)
-        found.captions.update(named.captions)  # reading a broken link reports the reason
+        found.captions.update(named.captions)  # reading it reports the reason if the link is broken
         found.aside.extend(named.aside)
     elif reason is not None and named.images:
         found.dropped.append((entry.path, reason))
 
 
 def classify_names(names: Iterable[str], caption_extension: str | None) -> Folder:
-    """Classify files by their names."""
+    """Classify files by their extensions."""
     endings = {extension[1:] for extension in image_extensions()}
     similar = {extension.lower() for extension in (*endings, *OTHER_IMAGES, *CAPTION_ENDINGS)}
     folder = Folder([], [], set(), [])
@@ -76,9 +76,9 @@ def classify_names(names: Iterable[str], caption_extension: str | None) -> Folde
 
 
 def look_again(index: FolderIndex, caption_extension: str, num_threads: int) -> Folder | None:
-    """List a folder with stamps but without captions, if it has exactly the files in the index; else return None.
+    """Return the indexed files of a folder with their stamps, if it contains exactly these; else return None.
 
-    This takes half the time. The stamps tell which files were edited.
+    This takes half the time of a new listing. The captions are left out; the stamps show which files were edited.
     """
     if caption_extension not in index.paired:
         return None

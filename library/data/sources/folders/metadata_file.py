@@ -16,7 +16,8 @@ REFERENCE = re.compile(r"control_path_(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class MetadataEntry:
-    """The entry of one image in a metadata file. Its size is ignored: the image's header is more reliable."""
+    """The entry of an image in a metadata file. The size that it may contain is ignored, because the header is more
+    reliable."""
 
     caption: str | None
     tags: str | None
@@ -30,12 +31,12 @@ def read_metadata(path: str) -> Iterator[tuple[str, MetadataEntry]]:
 
 
 def read_table(path: str) -> dict[str, dict[str, Any]]:
-    """Read the whole file by key; lines become one table. Raises UserError as `read_metadata`."""
+    """Read the whole file as a dictionary by key. Raises UserError as `read_metadata` does."""
     return dict(_values(path))
 
 
 def parse_entries(table: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, MetadataEntry]]:
-    """Return the entries of `read_metadata` from a table already read."""
+    """Return the entries from a table that has already been read, as `read_metadata` yields them."""
     return [(key, _entry(value)) for key, value in table.items()]
 
 
@@ -87,7 +88,8 @@ def _checked(value: Any, place: str) -> dict[str, Any]:
 
 
 def _references(value: Mapping[str, Any], place: str = "") -> tuple[str, ...]:
-    """Return the reference images in their order. Raises UserError for numbers with a gap, and for other values."""
+    """Return the reference images, in order. Raises UserError if their numbers have a gap, or if a value is not a
+    string."""
     numbered = sorted((int(found[1]), name) for name in value if (found := REFERENCE.fullmatch(name)))
     names = [name for _, name in numbered]
     if "control_path" in value:

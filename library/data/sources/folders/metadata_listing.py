@@ -1,4 +1,4 @@
-"""The images of metadata files: paths, captions, sizes."""
+"""Listing of the images in metadata files: paths, captions, sizes."""
 
 import os
 
@@ -14,7 +14,7 @@ from library.errors import UserError, list_few
 
 
 def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
-    """List the images that a metadata file names."""
+    """List the images of a metadata file. Raises UserError for missing or conflicting reference images."""
     listing = Listing(config)
     listings: dict[str, dict[str, str]] = {}
     captions: list[str] = []
@@ -59,10 +59,10 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
 
 
 def find_image(key: str, image_dir: str | None, listings: dict[str, dict[str, str]]) -> str | None:
-    """Find a metadata key's file: a path with or without extension, absolute, below image_dir, or below the working
-    folder."""
+    """Find the file of a metadata key: a path with or without extension; absolute, relative to image_dir, or
+    relative to the working folder."""
     path = key if os.path.isabs(key) else os.path.join(image_dir or "", key)
-    for whole in (path, key):  # `full_path` of sd-scripts' commands writes paths as typed
+    for whole in (path, key):  # `full_path` of sd-scripts' tools writes paths as typed
         if os.path.isfile(whole):
             return whole
     folder, name = os.path.split(path)
@@ -75,7 +75,7 @@ def find_image(key: str, image_dir: str | None, listings: dict[str, dict[str, st
 
 
 def combine_caption(entry: MetadataEntry, rules: CaptionRules) -> str:
-    """Combine caption and tags of a metadata entry; with enable_wildcard the tags are added to every caption line."""
+    """Combine caption and tags of an entry. With enable_wildcard, the tags are added to every line of the caption."""
     lines = [line.strip() for line in (entry.caption or "").splitlines() if line.strip()]
     if not rules.enable_wildcard:
         lines = lines[:1]

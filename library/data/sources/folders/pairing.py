@@ -1,4 +1,4 @@
-"""Images in other folders that belong to those of a subset by their names: masks and reference images."""
+"""Images in other folders that are matched to a subset's images by name: masks and reference images."""
 
 import os
 import re
@@ -11,11 +11,12 @@ from library.data.sources.folders.listing import look_into
 from library.data.sources.folders.reading import sizes_anywhere
 from library.errors import UserError, list_few
 
-NUMBERED = re.compile(r"(.+)_(\d+)")  # the name of one of several references
+NUMBERED = re.compile(r"(.+)_(\d+)")  # stem of one of several references
 
 
 def names_by_stem(key: str, folder: str) -> dict[str, list[str]]:
-    """List the images of a folder by name without extension. Raises UserError naming the key of a missing folder."""
+    """Return the images of a folder by name without extension. Raises UserError naming `key` if the folder does not
+    exist."""
     if not os.path.isdir(folder):
         raise UserError(f"{key} {folder} is not a folder; correct the path, or create it")
     names: dict[str, list[str]] = defaultdict(list)
@@ -30,7 +31,7 @@ def list_stems(listing: Listing) -> list[str]:
 
 
 def add_masks(listing: Listing) -> None:
-    """Find the mask of every image. Raises UserError naming images without mask and masks without image."""
+    """Find the mask of every image. Raises UserError for images without a mask and masks without an image."""
     folder = listing.config.conditioning_data_dir or ""
     found = names_by_stem("conditioning_data_dir", folder)
     masks = {stem: os.path.join(folder, names[0]) for stem, names in found.items()}
@@ -47,11 +48,12 @@ def add_masks(listing: Listing) -> None:
 
 
 def add_references(listing: Listing, num_threads: int) -> None:
-    """Find the reference images of every image in the folders of `control_dirs`, or its opposite in `opposite_dir`, and
-    their sizes.
+    """Find the reference images of every image in `control_dirs`, or its partner in `opposite_dir`, and read their
+    sizes.
 
-    In each folder an image has the one of its own name, or several called <name>_0, <name>_1 and so on. Raises
-    UserError naming images without a reference or with an ambiguous one, and references that cannot be read.
+    In each folder of `control_dirs`, an image has one reference of its own name, or several named <name>_0, <name>_1
+    and so on. Raises UserError for images without a reference or with ambiguous ones, and for references that cannot be
+    read.
     """
     config, stems = listing.config, list_stems(listing)
     if config.control_dirs:
@@ -63,7 +65,7 @@ def add_references(listing: Listing, num_threads: int) -> None:
 
 
 def add_reference_paths(listing: Listing, paths: Sequence[tuple[str, ...]], num_threads: int) -> None:
-    """Set the references of each image, and read their sizes. Raises UserError for those that cannot be read."""
+    """Set the references of each image, and read their sizes. Raises UserError for references that cannot be read."""
     config = listing.config
     every = [path for row in paths for path in row]
     sizes = sizes_anywhere(every, num_threads, f"reading sizes of {config.base_name}'s references", config.keeps_index)
@@ -79,7 +81,7 @@ def add_reference_paths(listing: Listing, paths: Sequence[tuple[str, ...]], num_
 
 
 def opposites_in(folder: str, paths: Sequence[str], stems: Sequence[str], surplus: list[str]) -> list[str]:
-    """Return the image of each image's own name in `opposite_dir`; those of no image are added to `surplus`."""
+    """Return the partner of each image in `opposite_dir`. Images without a counterpart are added to `surplus`."""
     found = names_by_stem("opposite_dir", folder)
     unclear = [path for path, stem in zip(paths, stems, strict=True) if len(found.get(stem, ())) != 1]
     if unclear:
@@ -92,7 +94,7 @@ def opposites_in(folder: str, paths: Sequence[str], stems: Sequence[str], surplu
 
 
 def references_in(folder: str, paths: Sequence[str], stems: Sequence[str], surplus: list[str]) -> list[tuple[str, ...]]:
-    """Return each image's references in one folder, in order; those of no image are added to `surplus`."""
+    """Return each image's references in a folder, in order. References of no image are added to `surplus`."""
     found = names_by_stem("control_dirs", folder)
     matches, surplus_names = matches_by_stem(found, set(stems))
     surplus += [os.path.join(folder, name) for name in surplus_names]
@@ -112,12 +114,12 @@ def references_in(folder: str, paths: Sequence[str], stems: Sequence[str], surpl
 
 
 def matches_by_stem(found: dict[str, list[str]], stems: set[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Return (the references of each image's name, by number; names of references that belong to no image)."""
+    """Return (the references of each image by stem, in order of their numbers; references that belong to no image)."""
     matches: dict[str, list[str]] = defaultdict(list)
     surplus: list[str] = []
     for stem, names in sorted(found.items(), key=lambda item: (len(item[0]), item[0])):
         numbered = NUMBERED.fullmatch(stem)
-        if stem in stems:  # also where it ends in a number
+        if stem in stems:  # even if the stem itself ends in a number
             matches[stem] += names
         elif numbered is not None and numbered[1] in stems:
             matches[numbered[1]] += names
@@ -127,7 +129,7 @@ def matches_by_stem(found: dict[str, list[str]], stems: set[str]) -> tuple[dict[
 
 
 def is_in_order(stem: str, names: Iterable[str]) -> bool:
-    """Return True if the references are one of the image's own name, or are numbered one by one."""
+    """Return True if there is a single reference of the image's own name, or if they are numbered without a gap."""
     numbers = [os.path.splitext(name)[0].removeprefix(stem).removeprefix("_") for name in names]
     if numbers == [""]:
         return True

@@ -1,4 +1,4 @@
-"""Reading of image sizes and caption files, with the stamps of the files. Nothing is decoded."""
+"""Reading of image sizes and caption files with their stamps. No pixels are decoded."""
 
 import os
 import time
@@ -18,7 +18,7 @@ MOST_CAPTION_BYTES = 1 << 20  # counting the tokens of ten times as much takes a
 
 
 def check_encodings(folder: str, names: Iterable[str]) -> None:
-    """Raise NotUtf8 naming all caption files that are not UTF-8, with the encoding that fits each."""
+    """Raise NotUtf8 for all caption files that are not UTF-8, with the likely encoding of each."""
     wrong = []
     for name in names:
         try:
@@ -36,7 +36,8 @@ def check_encodings(folder: str, names: Iterable[str]) -> None:
 
 
 def read_caption(path: str) -> tuple[int, str]:
-    """Read (stamp, stripped lines) of a caption file. Raises UserError naming a file that cannot be read."""
+    """Read (stamp, stripped lines) of a caption file. Raises UserError if it cannot be read, NotUtf8 for other
+    encodings."""
     try:
         status, content = read_stamped(path)
         if len(content) > MOST_CAPTION_BYTES:
@@ -53,13 +54,13 @@ def read_caption(path: str) -> tuple[int, str]:
 
 
 def stripped_lines(text: str) -> str:
-    """Strip each line of a caption, and drop blank ones at the end."""
+    """Strip each line of a caption, and remove blank lines at the end."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return "\n".join([line.strip() for line in lines]).rstrip("\n")
 
 
 def read_image_size(path: str) -> tuple[int, Size | str]:
-    """Return (stamp, size of an image, or the reason why it has none)."""
+    """Return (stamp, size of an image, or the reason why it cannot be read)."""
     try:
         status, head = read_stamped(path, HEAD_BYTES)
         size = plain_size(head, status.st_size) or read_size(path)
@@ -69,7 +70,7 @@ def read_image_size(path: str) -> tuple[int, Size | str]:
 
 
 def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_index: bool) -> list[Size | str]:
-    """Read the sizes of images that may be in several folders, using the indices of large folders."""
+    """Read the sizes of images in any folders, using and updating the indices of large folders."""
     by_folder: dict[str, list[str]] = defaultdict(list)
     for path in dict.fromkeys(paths):
         by_folder[os.path.dirname(path)].append(os.path.basename(path))
@@ -85,7 +86,8 @@ def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_ind
 
 
 def parse_caption(text: str, rules: CaptionRules) -> str:
-    """Return the caption in the stripped lines of a file: the first, or with enable_wildcard all that are not blank."""
+    """Return the caption from the stripped lines of a file: the first line, or all non-blank lines with
+    enable_wildcard."""
     if "\n" not in text:
         return text
     if rules.enable_wildcard:
@@ -94,7 +96,7 @@ def parse_caption(text: str, rules: CaptionRules) -> str:
 
 
 def parse_captions(texts: Sequence[str], rules: CaptionRules) -> Texts:
-    """Return the captions in the texts of files as a column."""
+    """Return the captions from the texts of caption files, as a column."""
     if isinstance(texts, Texts) and not texts.has_lines:
         return texts
     return Texts.of(parse_caption(text, rules) for text in texts)

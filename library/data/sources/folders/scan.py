@@ -1,4 +1,4 @@
-"""The images of folders: paths, captions, sizes. Nothing is decoded."""
+"""Listing of the images in folders: paths, captions, sizes. No pixels are decoded."""
 
 import logging
 import os
@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
-    """List the images of image_dir with their captions and sizes, from the folder's index if it is still valid."""
+    """List the images of image_dir with their captions and sizes, using the folder's index while it is valid."""
     folder = config.image_dir or ""
     listing = Listing(config)
     if not os.path.isdir(folder):
-        escaped = any(character < " " for character in folder)  # "C:\\train" in TOML has a tab in it
+        escaped = any(character < " " for character in folder)  # "C:\\train" in TOML contains a tab
         problem = f"{folder!r} is not a folder: {BACKSLASH_HINT}" if escaped else explain_missing_folder(folder)
         logger.warning("image_dir %s", problem)
         return listing
@@ -51,14 +51,14 @@ def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
 
 
 def lone_captions(captions: Collection[str], files: Sequence[str | None]) -> set[str]:
-    """Return the captions in a folder that belong to no image; those that the file system found under a name in another
-    case have one."""
+    """Return the captions that belong to no image. Captions that the file system finds under a name in other case
+    belong to one."""
     found = {file.casefold() for file in files if file is not None and file not in captions}
     return {name for name in set(captions).difference(files) if name.casefold() not in found}
 
 
 def note_missing(listing: Listing, files: Sequence[str | None]) -> None:
-    """Use class_tokens for captions without a file, and list what is missing or empty."""
+    """Use class_tokens for images without a caption file, and record missing and empty captions."""
     captions = list(listing.captions)
     for place, (path, file) in enumerate(zip(listing.paths, files, strict=True)):
         if file is None:
@@ -70,7 +70,7 @@ def note_missing(listing: Listing, files: Sequence[str | None]) -> None:
 
 
 def caption_files(folder: str, inside: Folder, extension: str) -> Sequence[str | None]:
-    """Return the name of each image's caption file; None if there is none."""
+    """Return the name of each image's caption file, or None."""
     own = list_own_captions(inside.images, extension)
     if inside.captions.issuperset(own):
         return own
@@ -78,8 +78,9 @@ def caption_files(folder: str, inside: Folder, extension: str) -> Sequence[str |
 
 
 def find_other_caption_file(folder: str, own: str, extension: str) -> str | None:
-    """Return the caption file of an image whose own is not in the listing of the folder."""
-    names, stem = [own], own.removesuffix(extension)  # a file system may find a name that is spelt differently
+    """Return the caption file of an image whose own file is not listed: a name in other case, or that of the image
+    that a face was cropped from."""
+    names, stem = [own], own.removesuffix(extension)  # the file system may find names in other case
     if stem.count("_") >= 4:  # face detection names its crops `..._cx_cy_w_h`
         names.append(stem.rsplit("_", 4)[0] + extension)
     return next((name for name in names if os.path.isfile(os.path.join(folder, name))), None)
@@ -88,7 +89,8 @@ def find_other_caption_file(folder: str, own: str, extension: str) -> str | None
 def read_with_index(
     listing: Listing, index: FolderIndex, inside: Folder, files: Sequence[str | None], num_threads: int
 ) -> Sequence[str]:
-    """Fill in sizes and return the text of each image's caption file, from the folder's index and the files."""
+    """Set the sizes, and return the text of each image's caption file. Both come from the index, or from files that
+    it lacks."""
     config, folder = listing.config, index.folder
     names = list(dict.fromkeys(file for file in files if file is not None))
     known_captions = index.captions.get(config.caption_extension, Table())

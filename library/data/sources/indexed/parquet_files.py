@@ -1,7 +1,7 @@
-"""Parquet files with an image and a caption in each row, as on the Hugging Face hub.
+"""Parquet files with an image and a caption in each row, as on the Hugging Face Hub.
 
-The smallest readable unit is a column of a row group. `image` is a struct with `bytes` and `path` there; the bytes may
-also be a column of their own, or a column of URLs replaces them.
+The smallest readable unit is a column of a row group. On the Hub, `image` is a struct with `bytes` and `path`. The
+bytes may also be a column of their own, or a column of URLs may replace them.
 """
 
 import io
@@ -18,13 +18,13 @@ from library.errors import UserError
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 URL_COLUMNS = ("url", "image_url", "img_url", "URL")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "TEXT", "txt", "description")
-BATCH_ROWS = 64  # rows read at a time, fewer if they are large
+BATCH_ROWS = 64  # rows read at a time, fewer if large
 BATCH_BYTES = 256 << 20
 BINARY = re.compile(r"(large_)?binary(_view)?|fixed_size_binary\[\d+\]|dictionary<values=(large_)?binary.*")
 
 
 def pyarrow_parquet() -> Any:
-    """Import the package that reads and writes Parquet. Raises UserError saying how to install it."""
+    """Import the package for Parquet files. Raises UserError saying how to install it."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -33,16 +33,17 @@ def pyarrow_parquet() -> Any:
 
 
 class Columns(NamedTuple):
-    """The columns of images and captions."""
+    """The names of the columns with images, captions and references."""
 
-    image: str  # pyarrow's name: `image.bytes` is a field of the struct `image`
+    image: str  # pyarrow's name: `image.bytes` is the field of a struct
     is_url: bool
     caption: str | None
     references: tuple[str, ...] = ()
 
 
 def find_columns(schema: Any, image: str | None, caption: str | None, references: Sequence[str], shown: str) -> Columns:
-    """Return the columns of a file, as named or the first of the usual ones. Raises UserError listing its columns."""
+    """Find the columns of a file: the named ones, or else the first with a usual name. Raises UserError that lists
+    the columns."""
     names = list(schema.names)
     listed = f"it has {', '.join(names) or 'none'}"
     named = (("image_column", image), ("caption_column", caption), *(("control_columns", one) for one in references))
@@ -70,7 +71,7 @@ def find_columns(schema: Any, image: str | None, caption: str | None, references
 
 
 def bytes_column(schema: Any, name: str) -> str | None:
-    """Return pyarrow's name of the column with the bytes of images; None if there are none."""
+    """Return pyarrow's name of the column that contains the bytes of images; None if it contains none."""
     kind = schema.field(name).type
     if str(kind).startswith("struct<"):
         return next((f"{name}.bytes" for field in kind if field.name == "bytes" and is_binary(field.type)), None)
@@ -86,7 +87,7 @@ def is_binary(kind: Any) -> bool:
 
 
 class KeptGroups:
-    """The row groups read last, over all files, up to a total size; a larger one is kept alone."""
+    """The most recently read row groups of all files, up to a total size. A larger group is kept alone."""
 
     def __init__(self, max_bytes: int = 256 << 20) -> None:
         self.max_bytes = max_bytes
@@ -98,7 +99,7 @@ class KeptGroups:
         return sum(values.nbytes for values in self._values.values())
 
     def get(self, key: tuple[str, str, int]) -> Any:
-        """Return the values of (file, column, group); None if they are not kept."""
+        """Return the values of (file, column, group), or None."""
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
@@ -115,7 +116,7 @@ class ParquetRows:
     """An open Parquet file."""
 
     def __init__(self, file: io.RawIOBase, shown: str, kept: KeptGroups | None = None) -> None:
-        """Raise UserError for a file that is not Parquet, or is damaged."""
+        """Open a Parquet file. Raises UserError if it is not one, or is damaged."""
         parquet = pyarrow_parquet()
         self.shown = shown
         try:
@@ -129,11 +130,11 @@ class ParquetRows:
 
     @property
     def schema(self) -> Any:
-        """The columns, as pyarrow describes them."""
+        """pyarrow's schema of the columns."""
         return self._file.schema_arrow
 
     def largest_group(self, column: str) -> tuple[int, int]:
-        """Return (rows, bytes) of the row group that costs most to read for one image."""
+        """Return (rows, bytes) of the largest row group of a column, all of which is read for one image."""
         found = [(0, 0)]
         for group in map(self._file.metadata.row_group, range(self._file.num_row_groups)):
             for place in range(group.num_columns):
@@ -146,11 +147,11 @@ class ParquetRows:
         return int(self._file.metadata.num_rows)
 
     def batches(self, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
-        """Yield the values of some columns, some rows at a time."""
+        """Yield the values of some columns, a few rows at a time."""
         import pyarrow as pa
 
         groups = [self._file.metadata.row_group(number) for number in range(self._file.num_row_groups)]
-        # Values of more than 2 GB in one batch are more than pyarrow's arrays can hold.
+        # pyarrow's arrays cannot hold more than 2 GB of values in one batch.
         row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
         num_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes)))
         try:
@@ -160,7 +161,7 @@ class ParquetRows:
             raise UserError(f"{self.shown} is damaged: {error}") from None
 
     def value(self, column: str, row: int) -> bytes:
-        """Return the bytes in one row of a column. Raises UserError if the file is not the one that was indexed."""
+        """Return the bytes in a row of a column. Raises UserError if there are none, because the file was replaced."""
         first, values = self._group(column, row)
         if row - first >= len(values) or not values[row - first].is_valid:
             raise UserError(f"{self.shown} has no image in row {row}: it was replaced since the start; restart the run")
@@ -168,7 +169,7 @@ class ParquetRows:
         return content
 
     def group(self, column: str, row: int) -> Iterator[tuple[int, bytes]]:
-        """Yield (row, bytes) of all rows that must be read for one of them."""
+        """Yield (row, bytes) of all rows that are read together with a row."""
         first, values = self._group(column, row)
         return ((first + place, value.as_py()) for place, value in enumerate(values) if value.is_valid)
 
@@ -176,7 +177,7 @@ class ParquetRows:
         """Return (first row of the group, its values)."""
         group = bisect_right(self._firsts, row) - 1
         key = self.shown, column, group
-        with self._lock:  # only one thread may read a file at a time
+        with self._lock:  # a file must be read by one thread at a time
             values = self._kept.get(key)
             if values is None:
                 values = self._column(column, group)
@@ -193,7 +194,7 @@ class ParquetRows:
 
 
 def _leaf(table: Any, column: str) -> Any:
-    """Return a column, or the field of a struct in one."""
+    """Return a column, or a field of a struct column."""
     import pyarrow.compute as compute
 
     name, dot, field = column.partition(".")

@@ -1,8 +1,8 @@
-"""The index of larger files: one Parquet file with a row for each image, made once.
+"""The index of larger files: a Parquet file with a row for each image, built once.
 
-Its columns are those of `rows.Row` and the number of the file; `about` in its metadata lists the files with their
-stamps. Only replaced files are indexed again. Each finished file is saved at once, so an interrupted start continues.
-Several processes of one machine wait for the first of them.
+Its columns are the number of the file and the fields of `rows.Row`. `about` in its metadata lists the files with their
+stamps. Only replaced files are indexed again. Each finished file is saved at once, so an interrupted start can
+continue. Several processes of a machine wait for the first one to build it.
 """
 
 import json
@@ -35,7 +35,7 @@ LOCK = FileType("an empty lock file", lambda start: False)
 
 @dataclass(frozen=True)
 class IndexedFiles:
-    """The larger files of a source for their index."""
+    """The larger files of a source, as their index identifies them."""
 
     names: Sequence[str]  # without secrets
     stamps: Sequence[FileStamp]
@@ -48,7 +48,7 @@ class IndexedFiles:
 
 
 def schema_of_rows() -> Any:
-    """Return the columns of an index, as pyarrow describes them."""
+    """Return pyarrow's schema of an index."""
     import pyarrow as pa
 
     reference = {
@@ -64,7 +64,7 @@ def schema_of_rows() -> Any:
 
 
 def build_table(rows: Sequence[Row], number: int) -> Any:
-    """Return the rows of one file."""
+    """Return the rows of file `number` as a table."""
     import pyarrow as pa
 
     of_rows = [[row[i] for row in rows] for i in range(len(Row._fields) - 1)]
@@ -82,9 +82,9 @@ def read_index(
     title: str,
     is_kept: bool,
 ) -> Any:
-    """Return the table of all files, in order; `rows_of` reads a file by its number if the index does not have it.
+    """Return the table of all files, in order. `rows_of(number)` reads a file that is not in the index.
 
-    An unreadable index is rebuilt. If it cannot be written, or `is_kept` is false, it stays in memory.
+    An unreadable index is rebuilt. It stays in memory if it cannot be written, or if `is_kept` is False.
     """
     known = open_index(path, files)
     if known is not None:
@@ -99,14 +99,14 @@ def read_index(
             message = "%s cannot be written, so every start rebuilds it (%s); set --cache_dir to a writable folder"
             logger.warning(message, path, getattr(error, "strerror", error))
             return make_index(path, files, rows_of, num_threads, title, None)
-        known = open_index(path, files)  # another process may have made it meanwhile
+        known = open_index(path, files)  # another process may have built it meanwhile
         if known is not None:
             return known
         return make_index(path, files, rows_of, num_threads, title, path.with_name(f"{path.name}.parts"))
 
 
 def write_table(table: Any, path: Path) -> None:
-    """Write a table, whole or not at all. Raises UserError if there is no space for it."""
+    """Write a table atomically. Raises UserError if it cannot be written, for example for lack of space."""
     try:
         with atomic_path(path) as temporary:
             pyarrow_parquet().write_table(table, temporary, compression="zstd")
@@ -115,7 +115,7 @@ def write_table(table: Any, path: Path) -> None:
 
 
 def open_index(path: Path, files: IndexedFiles) -> Any:
-    """Open a valid index; None if there is none, or if it is of other files."""
+    """Open a valid index; None if it is missing, damaged, or of other files."""
     parquet = pyarrow_parquet()
     try:
         table = parquet.read_table(path, memory_map=True)
@@ -133,7 +133,7 @@ def open_index(path: Path, files: IndexedFiles) -> Any:
 
 
 def is_plausible(table: Any, files: IndexedFiles) -> bool:
-    """Return True if the rows of an index have the columns and the order of its files, and lie within them."""
+    """Return True if an index has the right columns and order, and if its images are inside their files."""
     import pyarrow.compute as compute
 
     if not table.schema.equals(schema_of_rows()):
@@ -142,11 +142,11 @@ def is_plausible(table: Any, files: IndexedFiles) -> bool:
         return False
     columns = ("file", "start", "num_bytes", "width", "height")
     number, start, num_bytes, width, height = (table[name].to_numpy() for name in columns)
-    is_inside = compute.is_valid(table["url"]).to_numpy()  # images behind URLs lie in files that nobody has measured
+    is_inside = compute.is_valid(table["url"]).to_numpy()  # the size of files at URLs is unknown
     if len(number):
         if number.min() < 0 or number.max() >= len(files.names) or (np.diff(number) < 0).any():
             return False
-        # Rows of Parquet files are compressed: `start` is a row number, and the size is unknown.
+        # Parquet rows are compressed: `start` is a row number, and the size in the file is unknown.
         is_inside = is_inside | files.rule.startswith("parquet ")
         file_bytes = np.array([stamp.num_bytes for stamp in files.stamps])[number]
         is_inside = is_inside | ((start <= file_bytes) & (num_bytes <= file_bytes - start))
@@ -162,7 +162,7 @@ def make_index(
     title: str,
     parts: Path | None,
 ) -> Any:
-    """Read the files without known rows, `num_threads` at a time, and write the index."""
+    """Read the files that are not yet known, `num_threads` at a time, and write the index unless `parts` is None."""
     import pyarrow as pa
 
     found = known_tables(path, files)
@@ -195,7 +195,7 @@ def make_index(
 
 
 def known_tables(path: Path, files: IndexedFiles) -> dict[int, Any]:
-    """Return the rows of unchanged files from an outdated index, by file number."""
+    """Return the rows of unchanged files from an outdated index, by number of the file."""
     parquet = pyarrow_parquet()
     try:
         table = parquet.read_table(path)
@@ -218,7 +218,7 @@ def known_tables(path: Path, files: IndexedFiles) -> dict[int, Any]:
 
 
 def with_number(table: Any, number: int) -> Any:
-    """Return the rows with another file number."""
+    """Return the rows with another number of the file."""
     import pyarrow as pa
 
     column = pa.array(np.full(len(table), number, dtype=np.int32))
@@ -226,7 +226,7 @@ def with_number(table: Any, number: int) -> Any:
 
 
 def open_part(path: Path) -> Any:
-    """Open the part of a file that was finished before an interruption; None if there is none, or it is damaged."""
+    """Open the rows of a file that was finished before an interruption; None if they are missing or damaged."""
     parquet = pyarrow_parquet()
     try:
         table = parquet.read_table(path)
@@ -241,8 +241,8 @@ def index_lock(path: Path) -> Iterator[None]:
     from filelock import FileLock
 
     lock = path.with_name(f"{path.name}.lock")
-    open_lock_file(lock, LOCK).close()  # filelock below 3.30 empties a file before locking it
+    open_lock_file(lock, LOCK).close()  # filelock below 3.30 truncates a file before locking it
     with FileLock(lock):
         yield
-        with suppress(OSError):  # on Windows filelock deletes the file after closing it
+        with suppress(OSError):  # fails on Windows, where filelock deletes the file itself
             lock.unlink()

@@ -1,4 +1,4 @@
-"""The index rows of images in tar and Parquet files, read with minimal I/O."""
+"""Index rows of images in tar and Parquet files, read with minimal I/O."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -16,12 +16,12 @@ from library.data.sources.storage.ranges import RangeFile, Window
 from library.errors import UserError
 from library.json_text import parse_json
 
-CAPTION_FIELDS = ("caption", "text", "prompt")  # of a .json member without caption_column
+CAPTION_FIELDS = ("caption", "text", "prompt")  # in a .json member, without caption_column
 REFERENCE = re.compile(r"control(?:_([0-9]{1,4}))?\.(\w+)")  # 000001.control.jpg, or 000001.control_0.jpg and so on
 
 
 class ReferenceRow(NamedTuple):
-    """A reference image, in the file of its image."""
+    """A reference image in the same file as its image."""
 
     name: str
     start: int
@@ -32,17 +32,17 @@ class ReferenceRow(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One image."""
+    """The index row of an image."""
 
     name: str  # within its file
     start: int  # byte, or row of a Parquet file
     num_bytes: int
     width: int
     height: int
-    caption: str | None  # lines, each stripped
-    digest: bytes  # 16 bytes, as from `identity_of`
-    problem: str | None = None  # why it cannot be used, to follow its name
-    url: str | None = None  # its location, if not in the file
+    caption: str | None  # stripped lines
+    digest: bytes  # 16 bytes, see `digest_of_ends`
+    problem: str | None = None  # why it cannot be used, as a continuation of its name
+    url: str | None = None  # its location, if it is a separate file
     references: tuple[ReferenceRow, ...] = ()
 
     @property
@@ -50,7 +50,7 @@ class Row(NamedTuple):
         return ReferenceRow(self.name, self.start, self.num_bytes, self.width, self.height, self.digest)
 
     def with_references(self, rows: Iterable["Row"]) -> "Row":
-        """Return the image with these references; one that cannot be used is the image's problem."""
+        """Add references to the image. A reference that cannot be used becomes the image's problem."""
         rows = list(rows)
         broken = next((f"has a reference image, {row.name}, that {row.problem}" for row in rows if row.problem), None)
         return self._replace(references=tuple(row.as_reference for row in rows), problem=self.problem or broken)
@@ -58,19 +58,19 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class CaptionRule:
-    """The location of captions."""
+    """Where captions of a tar file are found."""
 
-    ending: str  # extension of the caption member searched first, without dot
-    field: str | None  # of .json members
+    ending: str  # extension of the member that is preferred, without dot
+    field: str | None  # field of .json members; None tries CAPTION_FIELDS
 
 
 def rows_of_tar(window: Window, shown: str, rule: CaptionRule) -> list[Row]:
-    """Return the images of a tar file, in order. Raises UserError for a damaged one, and for captions not in UTF-8."""
+    """Return the images of a tar file, in order. Raises UserError if it is damaged, or if captions are not UTF-8."""
     endings = {ending[1:] for ending in image_extensions()}
     wanted = (rule.ending, "txt", "json")
     images: dict[str, Row] = {}
     second: list[Row] = []
-    references: dict[str, dict[int, Row]] = {}  # by number, -1 without
+    references: dict[str, dict[int, Row]] = {}  # by number, -1 if unnumbered
     texts: dict[str, dict[str, str]] = {}
     for member in iterate_members(window, shown):
         if member.ending in endings:
@@ -98,7 +98,7 @@ def rows_of_tar(window: Window, shown: str, rule: CaptionRule) -> list[Row]:
 
 
 def with_numbered(row: Row, references: Mapping[int, Row]) -> Row:
-    """Return an image with its references in order."""
+    """Add an image's references in order. A gap in their numbers becomes the image's problem."""
     numbers = sorted(references)
     if numbers not in ([-1], list(range(len(numbers))), list(range(1, len(numbers) + 1))):
         names = ", ".join(references[number].name for number in numbers)
@@ -107,7 +107,7 @@ def with_numbered(row: Row, references: Mapping[int, Row]) -> Row:
 
 
 def build_row(window: Window, member: Member, shown: str) -> Row:
-    """Return an image without its caption, from its start and end."""
+    """Return the row of an image without its caption, from the start and the end of its content."""
     head = window.read(member.start, min(HEAD_BYTES, member.num_bytes))
     part = RangeFile(window, member.start, member.num_bytes)
     size, problem = measure_image(f"{shown}/{member.name}", head, member.num_bytes, part)
@@ -117,7 +117,8 @@ def build_row(window: Window, member: Member, shown: str) -> Row:
 
 
 def measure_image(path: str, head: bytes, num_bytes: int, content: bytes | RangeFile) -> tuple[Size, str | None]:
-    """Return (the size of an image, why it cannot be used); if the first bytes do not tell, Pillow reads on."""
+    """Return (the size of an image, why it cannot be used). Pillow reads more of `content` if `head` does not
+    suffice."""
     try:
         return plain_size(head, num_bytes) or read_size(path, content), None
     except (UserError, OSError) as error:
@@ -125,7 +126,8 @@ def measure_image(path: str, head: bytes, num_bytes: int, content: bytes | Range
 
 
 def read_caption_text(window: Window, member: Member, shown: str, rule: CaptionRule) -> str | None:
-    """Return the stripped lines of a caption member; None if a .json has no caption."""
+    """Return the stripped lines of a caption member; None for a .json without a caption. Raises UserError if it
+    cannot be read."""
     name = f"{shown}/{member.name}"
     if member.num_bytes > MOST_CAPTION_BYTES:
         raise UserError(f"the caption {name} has {member.num_bytes / 1e6:.1f} MB, too much for a caption")
@@ -141,7 +143,7 @@ def read_caption_text(window: Window, member: Member, shown: str, rule: CaptionR
 
 
 def read_caption_field(value: Any, field: str | None) -> str | None:
-    """Return the caption in the content of a .json member."""
+    """Return the caption in the content of a .json member, or None."""
     if not isinstance(value, Mapping):
         return None
     fields: Iterable[str] = CAPTION_FIELDS if field is None else (field,)
@@ -149,7 +151,7 @@ def read_caption_field(value: Any, field: str | None) -> str | None:
 
 
 def row_of_bytes(name: str, number: int, content: bytes | None, caption: str | None, shown: str) -> Row:
-    """Return an image whose bytes are a value of a Parquet file."""
+    """Return the row of an image whose bytes are a value in a Parquet file."""
     if content is None:
         return Row(name, number, 0, 0, 0, caption, bytes(16), "has no bytes in the file")
     size, problem = measure_image(f"{shown}/{name}", content[:HEAD_BYTES], len(content), content)

@@ -1,4 +1,4 @@
-"""The images of larger files, from their index."""
+"""Listing of the images in larger files, from their index."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ class SourceFile:
     """One of the larger files of a subset."""
 
     path: str  # or URL
-    shown: str  # in messages and keys, without secrets
+    shown: str  # path or URL without secrets, for messages and keys
     num_bytes: int
 
 
@@ -41,9 +41,9 @@ def scan_files(
 ) -> ScannedSubset:
     """List the images of larger files, in the order of the files and of their places in them.
 
-    `read_rows` lists one file that is not indexed, `keys` are keys of the subset that affect its result, and
-    `open_readers` returns the reader of the images of all files, given the first, and those of their references by
-    number; none where they are bytes of the file. Raises UserError for files that are missing, damaged or of another
+    `read_rows` lists a file that is not indexed. `keys` are the keys of the subset that affect its result.
+    `open_readers`, given the first file, returns the reader of the images of all files, followed by those of the
+    references; nothing if images are byte ranges. Raises UserError for files that are missing, damaged or of another
     kind.
     """
     paths, shown, known = describe_files(config, storage, num_threads, keys)
@@ -57,7 +57,7 @@ def scan_files(
 
 
 def release_memory() -> None:
-    """Return memory that pyarrow keeps for the next table."""
+    """Release memory that pyarrow keeps for the next table."""
     import pyarrow as pa
 
     pa.default_memory_pool().release_unused()
@@ -66,7 +66,8 @@ def release_memory() -> None:
 def describe_files(
     config: SubsetConfig, storage: Storage, num_threads: int, keys: Sequence[str]
 ) -> tuple[list[str], list[str], IndexedFiles]:
-    """Return (the files of a subset, their names in messages, the requirements of their index). Raises UserError."""
+    """Return (the files of a subset, their names in messages, the identity of their index). Raises UserError for
+    missing or repeated files."""
     key = config.source_key
     files = [file for pattern in config.patterns for file in storage.matching(pattern)]
     if not files:
@@ -89,7 +90,7 @@ def describe_files(
 def read_stamps(
     files: Sequence[str], shown: Sequence[str], key: str, storage: Storage, num_threads: int
 ) -> list[FileStamp]:
-    """Return the stamp of every file. Raises UserError naming missing ones."""
+    """Return the stamp of every file. Raises UserError naming the missing ones."""
 
     def look(file: str) -> FileStamp | None:
         try:
@@ -108,7 +109,8 @@ def read_stamps(
 
 
 def index_path(shown: Sequence[str], files: IndexedFiles, storage: Storage) -> Path:
-    """Return the path of the index of these files, beside the first or in `cache_dir`; its name is unique to them."""
+    """Return the path of the index of these files, next to the first of them or in `cache_dir`. Its name is unique
+    to them."""
     folder = os.path.dirname(shown[0])
     name = f".picture_index-{short_digest(' '.join([files.rule, *files.names]))[:12]}.parquet"
     if storage.cache_dir is not None:
@@ -119,7 +121,7 @@ def index_path(shown: Sequence[str], files: IndexedFiles, storage: Storage) -> P
 def convert_rows(
     table: Any, config: SubsetConfig, files: Sequence[str], shown: Sequence[str], readers: Sequence[Reader]
 ) -> ScannedSubset:
-    """Convert the rows of an index to images. Raises UserError if only some have references."""
+    """Convert the rows of an index to images. Raises UserError if only some images have references."""
     import pyarrow.compute as compute
 
     is_url = bool(compute.any(compute.is_valid(table["url"])).as_py())
@@ -159,7 +161,8 @@ def convert_rows(
 def references_in(
     column: Any, images: ScannedImages, config: SubsetConfig, readers: Sequence[Reader]
 ) -> References | None:
-    """Convert the references of images; None if there are none. Raises UserError if only some images have any."""
+    """Convert the references of images, or return None if there are none. Raises UserError if only some images have
+    any."""
     import pyarrow.compute as compute
 
     counts = compute.list_value_length(column).to_numpy()
@@ -198,12 +201,12 @@ def references_in(
 
 
 def numbers(column: Any, dtype: type) -> NDArray[Any]:
-    """Convert a column of numbers; the table's memory can then be freed."""
+    """Copy a column of numbers, so that the memory of the table can be freed."""
     return np.array(column.to_numpy(), dtype=dtype)
 
 
 def copy_texts(column: Any) -> Texts:
-    """Copy a column of texts, which is one chunk, out of the table."""
+    """Copy a column of texts, so that the memory of the table can be freed."""
     import pyarrow as pa
 
     array = pa.concat_arrays(column.cast(pa.large_string()).chunks or [pa.array([], pa.large_string())])
@@ -216,7 +219,7 @@ def copy_texts(column: Any) -> Texts:
 
 
 def convert_digests(column: Any) -> NDArray[np.uint8]:
-    """Convert a column of 16-byte digests, shape (N, 16)."""
+    """Copy a column of 16-byte digests, shape (N, 16)."""
     import pyarrow as pa
 
     array = pa.concat_arrays(column.chunks or [pa.array([], pa.binary(16))])

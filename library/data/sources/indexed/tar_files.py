@@ -1,7 +1,7 @@
-"""Tar files in the layout of WebDataset: `000001.jpg`, with its caption in `000001.txt` or `000001.json`.
+"""Tar files in the layout of WebDataset: `000001.jpg` with its caption in `000001.txt` or `000001.json`.
 
-Only headers are read, and the ends of images, which identify copies. Names are those of POSIX tar with GNU's and pax's
-long ones. Files that belong together share their name up to the first dot after the last slash.
+Only headers, captions, and the starts and ends of images are read. Names follow POSIX tar, including long names of GNU
+and pax. Files that belong together have the same name up to the first dot after the last slash.
 """
 
 import re
@@ -21,7 +21,7 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": 
 
 
 class Member(NamedTuple):
-    """One file in a tar file."""
+    """A file in a tar file."""
 
     name: str
     start: int  # of its content
@@ -29,21 +29,20 @@ class Member(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """The part of its name shared by the files that belong together."""
+        """The part of the name that files which belong together share."""
         folder, slash, name = self.name.rpartition("/")
         return f"{folder}{slash}{name.partition('.')[0]}"
 
     @property
     def ending(self) -> str:
-        """The part after the stem, without dot."""
+        """The part of the name after the stem, without dot."""
         return self.name.rpartition("/")[2].partition(".")[2]
 
 
 def iterate_members(window: Window, shown: str) -> Iterator[Member]:
-    """Yield the regular files of a tar file, in order; folders and links are skipped.
+    """Yield the regular files of a tar file, in order. Folders and links are skipped.
 
-    Raises UserError for a file that is not a tar file, is compressed, or ends within a member; `shown` is its name in
-    messages.
+    Raises UserError if it is not a tar file, is compressed, or ends within a member. `shown` is its name in messages.
     """
     if window.file_bytes < BLOCK:
         raise UserError(f"{shown} is not a tar file: it has {window.file_bytes} bytes; check the path or the address")
@@ -86,7 +85,7 @@ def iterate_members(window: Window, shown: str) -> Iterator[Member]:
 
 
 def pax_records(content: bytes, shown: str, place: int) -> dict[str, str]:
-    """Parse the records of an extended header: `length key=value` and a line break, one after another."""
+    """Parse the records of an extended header, a sequence of `length key=value` lines."""
     records: dict[str, str] = {}
     rest = content
     while rest.strip(b"\0"):
@@ -104,7 +103,7 @@ def pax_records(content: bytes, shown: str, place: int) -> dict[str, str]:
 
 
 def describe_block_fault(block: bytes, place: int) -> str:
-    """Describe the problem of a block that is not a header."""
+    """Describe what is wrong with a block that should be a header."""
     kind = COMPRESSED.get(block[:2])
     if place == 0 and kind is not None:
         return f"is compressed ({kind}), so its images cannot be read one by one; unpack it to .tar"

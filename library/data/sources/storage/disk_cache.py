@@ -1,4 +1,5 @@
-"""A disk cache of images read over the network, limited in size; the least recently used are deleted first."""
+"""A disk cache of images that were read over the network. Its size is limited: the least recently used images are
+deleted."""
 
 import os
 import secrets
@@ -8,29 +9,29 @@ from pathlib import Path
 from library.data.scanned.names import short_digest
 from library.errors import UserError
 
-# fsspec's caches do not replace this one. None has a size limit; filecache and simplecache fetch whole shards.
-# blockcache fetches whole blocks and needs file objects that not every file system of fsspec has; its one JSON file
-# holds signed URLs, and nothing in the cache can be read once that file is damaged.
+# fsspec's caches cannot replace this one. None has a size limit; filecache and simplecache fetch whole shards.
+# blockcache fetches whole blocks and requires file objects that not every file system of fsspec has. Its only JSON file
+# contains signed URLs, and the whole cache is unreadable once that file is damaged.
 
-PRUNE_EVERY = 0.05  # of the size: written between two scans of the folder
-KEPT_OF_FULL = 0.9  # of the size: kept when a scan finds more than fits
+PRUNE_EVERY = 0.05  # share of the size that may be written between two scans of the folder
+KEPT_OF_FULL = 0.9  # share of the size that is kept when a scan finds more than fits
 
 
 @dataclass
 class DiskCache:
-    """Contents by name, shared by all processes that use the folder. A file exists whole or not at all."""
+    """Contents by name, shared by all processes that use the folder. Files are written atomically."""
 
     folder: str
     max_bytes: int
-    num_written: int | None = None  # bytes by this process since its last scan of the folder; None before the first
+    num_written: int | None = None  # bytes written by this process since its last scan of the folder; None before it
 
     def path(self, name: str) -> Path:
-        """Return the file of a content."""
+        """Return the file that holds the content `name`."""
         digest = short_digest(name)
         return Path(self.folder, digest[:2], digest)
 
     def get(self, name: str) -> bytes | None:
-        """Return the content; None if it is not cached."""
+        """Return the content; None if it is not cached. Marks it as used."""
         path = self.path(name)
         try:
             content = path.read_bytes()
@@ -40,7 +41,7 @@ class DiskCache:
         return content
 
     def put(self, name: str, content: bytes) -> None:
-        """Store a content. Raises UserError if the folder cannot be written."""
+        """Store content, unless it exceeds the size limit. Raises UserError if the folder cannot be written."""
         path = self.path(name)
         if len(content) > self.max_bytes:
             return
@@ -60,7 +61,7 @@ class DiskCache:
             self.num_written += len(content)
 
     def prune(self) -> None:
-        """Delete the least recently used files, if there is more than fits."""
+        """Delete the least recently used files if the cache exceeds its size."""
         self.num_written = 0
         found: list[tuple[float, int, str]] = []
         for entry in (entry for folder in Path(self.folder).glob("??") for entry in os.scandir(folder)):

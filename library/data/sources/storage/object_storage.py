@@ -1,4 +1,4 @@
-"""Files at URLs, through fsspec: byte ranges, retried on network failures, with no secrets in messages."""
+"""Access to files at URLs through fsspec: byte ranges, with retries, and without secrets in messages."""
 
 import logging
 import re
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 NUM_TRIES = 5
-FIRST_WAIT_S = 0.5  # doubled after each try: eight seconds in all
+FIRST_WAIT_S = 0.5  # doubled after each try: 7.5 seconds in all
 TIMEOUT_S = 60.0  # for one response; a megabyte takes this long at 140 kbit/s
 MISSING_STATUSES, REFUSED_STATUSES = (404, 410), (401, 403)  # of HTTP
 PACKAGES = {  # protocol -> pip package
@@ -29,9 +29,9 @@ SIGNED = re.compile(r"(?i)\b((?:x-amz-[\w-]+|signature|token|key|password|secret
 
 
 def open_file_system(url: str) -> tuple[Any, str]:
-    """Return (fsspec's file system, the path in it). Raises UserError naming a missing package or an unknown protocol.
+    """Return (fsspec's file system, the path in it). Raises UserError for a missing package or an unknown protocol.
 
-    To be called for each access: after a fork, fsspec creates a new one.
+    Call this for each access, because fsspec creates a new file system after a fork.
     """
     protocol = url.partition("://")[0]
     try:
@@ -47,7 +47,7 @@ def open_file_system(url: str) -> tuple[Any, str]:
 
 
 def stamp_of_url(url: str) -> FileStamp:
-    """Return the size of a file and a mark that changes when it is replaced. Raises FileNotFoundError, UserError."""
+    """Return the size of a file and a mark that changes when it is replaced. Raises FileNotFoundError or UserError."""
 
     def ask() -> FileStamp:
         file_system, path = open_file_system(url)
@@ -61,7 +61,7 @@ def stamp_of_url(url: str) -> FileStamp:
 
 
 def read_url(url: str, start: int, num_bytes: int) -> bytes:
-    """Read some bytes of a file. Raises UserError naming it if it is missing, too short, or cannot be reached."""
+    """Read a byte range of a file. Raises UserError if the file is missing, too short, or cannot be reached."""
 
     def ask() -> bytes:
         file_system, path = open_file_system(url)
@@ -76,7 +76,8 @@ def read_url(url: str, start: int, num_bytes: int) -> bytes:
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
-    """Read several (URL, first byte, length) concurrently; None for a failure, which `read_url` then reports."""
+    """Read several (URL, first byte, length) concurrently. The result of a failure is None; `read_url` reports its
+    reason."""
     by_protocol: dict[str, list[int]] = {}
     for place, (url, _, _) in enumerate(ranges):
         by_protocol.setdefault(url.partition("://")[0], []).append(place)
@@ -90,7 +91,7 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
         try:
             limit = _limit(file_system)
             contents: list[Any] = file_system.cat_ranges(paths, starts, ends, on_error="return", **limit)
-        except Exception:  # each is read alone next, which reports the error
+        except Exception:  # each range is then read alone, which reports the error
             continue
         for place, content in zip(places, contents, strict=True):
             if isinstance(content, bytes) and len(content) == ranges[place][2]:
@@ -99,7 +100,7 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
 
 
 def list_matching_urls(pattern: str) -> list[str]:
-    """Return the files that a pattern with `*` matches, in order."""
+    """Return the URLs that match a pattern with `*`, sorted."""
 
     def ask() -> list[str]:
         file_system, path = open_file_system(pattern)
@@ -112,7 +113,8 @@ def list_matching_urls(pattern: str) -> list[str]:
 
 
 def check_length(url: str, content: bytes, num_bytes: int) -> bytes:
-    """Return the bytes if their number is right."""
+    """Return the content if it has the right length. Raises UserError if it is longer, ConnectionError if it is
+    shorter."""
     if len(content) > num_bytes:
         raise UserError(
             f"{strip_secrets(url)}: the server sends whole files instead of parts; copy the files to a disk "
@@ -124,9 +126,9 @@ def check_length(url: str, content: bytes, num_bytes: int) -> bytes:
 
 
 def retry(ask: Callable[[], Value], url: str) -> Value:
-    """Call `ask` with a few retries. Raises FileNotFoundError at once, UserError in the end.
+    """Call `ask`, with retries. Raises FileNotFoundError at once, UserError after the last try.
 
-    Errors that a person must fix, such as missing permissions, are not retried.
+    Errors that need a person, such as missing permissions, are not retried.
     """
     for number in range(1, NUM_TRIES + 1):
         try:
@@ -134,8 +136,8 @@ def retry(ask: Callable[[], Value], url: str) -> Value:
         except UserError:
             raise
         except Exception as error:
-            # Libraries raise their own errors for a broken connection, from botocore's to aiohttp's. fsspec's HTTP
-            # file system says "not found" whatever the server answered; the answer is the cause.
+            # Libraries raise their own errors for a broken connection, from botocore's to aiohttp's. fsspec's HTTP file
+            # system raises FileNotFoundError for any response; the actual error is its cause.
             answer = error.__cause__ if isinstance(error, FileNotFoundError) else None
             cause = error if answer is None or not type(answer).__module__.startswith("aiohttp") else answer
             if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in MISSING_STATUSES:
@@ -157,17 +159,18 @@ def retry(ask: Callable[[], Value], url: str) -> Value:
 
 
 def is_permanent(error: BaseException) -> bool:
-    """Return True if a retry cannot help: missing rights, or redirects without end."""
+    """Return True if a retry cannot help: missing permissions, wrong credentials, or endless redirects."""
     is_named = type(error).__name__ == "TooManyRedirects" or "Credentials" in type(error).__name__
     return isinstance(error, PermissionError) or is_named or getattr(error, "status", None) in REFUSED_STATUSES
 
 
 def clean_message(error: BaseException) -> str:
-    """Return an error's message in one line, with only host and path of URLs."""
+    """Return the message of an error in one line. URLs are reduced to host and path, and signed parameters are
+    removed."""
     text = " ".join(str(error).split()) or type(error).__name__
     return SIGNED.sub(r"\1…", URL.sub(lambda match: strip_secrets(match[0]), text))[:300]
 
 
 def _limit(file_system: Any) -> dict[str, Any]:
-    """Return arguments that set a timeout, if the file system supports it."""
+    """Return the keyword argument that sets a timeout, if the file system supports it."""
     return {"timeout": TIMEOUT_S} if getattr(file_system, "async_impl", False) else {}

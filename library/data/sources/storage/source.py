@@ -11,14 +11,15 @@ from library.data.sources.storage.storage import Storage
 
 @dataclass(frozen=True)
 class Source:
-    """A source of images, defined as SOURCE by its file."""
+    """A source of images; its file defines one as SOURCE."""
 
-    keys: tuple[str, ...]  # of a subset that this source uses and not all sources do
+    keys: tuple[str, ...]  # subset keys that only some sources use, this one included
     scan: Callable[[SubsetConfig, Storage, int], ScannedSubset]
-    """Lists the images with captions and sizes, using this many threads; sets a reader for images in larger files."""
+    """Lists the images with captions and sizes, given the number of threads. Sets a reader for images in larger
+    files."""
 
 
 def load_source(key: str) -> Source:
-    """Import the source of a dataset file's key."""
+    """Import the source that a key of a dataset file names."""
     found: Source = importlib.import_module(f"library.data.sources.{key}").SOURCE
     return found

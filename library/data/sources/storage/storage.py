@@ -1,4 +1,4 @@
-"""Access to images in files, parts of larger files, and rows of Parquet files."""
+"""Access to images: separate files, byte ranges of larger files, and rows of Parquet files."""
 
 import os
 import re
@@ -18,12 +18,12 @@ from library.data.sources.storage.disk_cache import DiskCache
 from library.data.sources.storage.ranges import RangeFile, Window
 from library.errors import UserError
 
-CHUNK_BYTES = 5120  # an image's end, the next header, and the start of the next image
+CHUNK_BYTES = 5120  # the end of an image, the next header, and the start of the next image
 BRACES = re.compile(r"\{(?:(?P<first>[0-9]{1,18})\.\.(?P<last>[0-9]{1,18})|(?P<choices>[^{}]*,[^{}]*))\}")
 GLOB, GLOB_IN_URL = re.compile(r"[*?\[]"), re.compile(r"\*")
-REMOTE_CHUNK_BYTES = 16384  # a request takes longer than transferring this much more
+REMOTE_CHUNK_BYTES = 16384  # a request takes longer than transferring this much
 READ_FOLDER = "read"
-MOST_NAMES = 1_000_000  # that a pattern stands for
+MOST_NAMES = 1_000_000  # names that a pattern may list
 MOST_OPEN = 64  # files; a Parquet footer can take megabytes
 GB = 10**9
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass
 class Opened:
-    """The open files of this process."""
+    """The open files of a process. Pickling leaves them out."""
 
     files: dict[str, Any] = field(default_factory=dict)  # opened by readers
     shared: dict[type[Any], Any] = field(default_factory=dict)  # shared by readers of several files
@@ -45,18 +45,18 @@ class Opened:
 
 @dataclass(frozen=True)
 class Storage:
-    """Access to images. Workers get it as plain values and open their own files."""
+    """Access to images. Workers get the settings and open their own files."""
 
     cache_dir: str | None = None
     remote_cache_gb: float = 20.0  # for images read over the network
     opened: Opened = field(default_factory=Opened, compare=False, repr=False)
 
     def content(self, image: ScannedImage) -> bytes | None:
-        """Return the bytes of an image; None for one in its own file, which Pillow opens itself."""
+        """Return the bytes of an image; None for an image in its own file, which Pillow opens itself."""
         return None if image.place is None else self.read(image.place)
 
     def whole(self, image: ScannedImage) -> tuple[Version, bytes]:
-        """Return the version and all bytes of an image. Raises UserError if it cannot be read."""
+        """Return the version and the bytes of an image. Raises UserError if it cannot be read."""
         if image.place is not None:
             return self.version(image), self.read(image.place)
         try:
@@ -74,7 +74,7 @@ class Storage:
         return Version(status.st_size, status.st_mtime_ns)
 
     def read(self, place: Place) -> bytes:
-        """Return the bytes at a place. Raises UserError naming a file that cannot be read, or is too short."""
+        """Return the bytes at a place. Raises UserError if the file cannot be read, is too short, or was replaced."""
         if is_remote(place.file):
             return self._read_remote(place)
         if place.reader is not None:
@@ -82,7 +82,7 @@ class Storage:
         return self.read_range(place.file, place.start, place.num_bytes)
 
     def read_ahead(self, images: Iterable[ScannedImage]) -> None:
-        """Fetch images at URLs to the disk concurrently, which takes one round trip instead of one each."""
+        """Fetch images at URLs to the disk cache concurrently, which takes one round trip instead of one per image."""
         places = [image.place for image in images if image.place is not None]
         places = [place for place in places if is_remote(place.file) and place.reader is None]
         missing = [place for place in dict.fromkeys(places) if not self.disk_cache.path(cache_name(place)).exists()]
@@ -94,14 +94,14 @@ class Storage:
 
     @property
     def disk_cache(self) -> DiskCache:
-        """Return the cache of images read over the network."""
+        """The cache of images read over the network. Raises UserError without a cache folder."""
         cache_dir = self.required_cache_dir("images at URLs")
         if self.opened.cache is None:
             self.opened.cache = DiskCache(os.path.join(cache_dir, READ_FOLDER), int(self.remote_cache_gb * GB))
         return self.opened.cache
 
     def required_cache_dir(self, what: str) -> str:
-        """Return the cache folder. Raises UserError if none is set."""
+        """Return the cache folder. Raises UserError, starting with `what`, if none is set."""
         if self.cache_dir is None:
             raise UserError(f"{what} require --cache_dir, a folder for the index and downloaded images")
         return self.cache_dir
@@ -111,7 +111,7 @@ class Storage:
         if content is not None and digest_content(content) == place.digest:
             return content
         if place.reader is not None:
-            # All images of the group come with the requested one, and each will be needed sooner or later.
+            # The whole row group has to be read. Keep its other images, because each will be drawn sooner or later.
             for start, value in place.reader.read_group(self, place):
                 self.disk_cache.put(cache_name(place._replace(start=start)), value)
                 content = value if start == place.start else content
@@ -125,7 +125,7 @@ class Storage:
     # Files
 
     def kept_open(self, file: str, open_file: Callable[[], T]) -> T:
-        """Return what `open_file` returned for this file earlier, or call it."""
+        """Return what `open_file` returned for this file earlier; call it if there is nothing."""
         with self.opened.lock:
             if file not in self.opened.files:
                 if len(self.opened.files) >= MOST_OPEN:
@@ -135,12 +135,12 @@ class Storage:
             return found
 
     def shared(self, kind: type[T]) -> T:
-        """Return the one object of a class without arguments that all readers of this process share."""
+        """Return the instance of a class that all readers of this process share."""
         found: T = self.opened.shared.setdefault(kind, kind())
         return found
 
     def read_range(self, file: str, start: int, num_bytes: int) -> bytes:
-        """Read some bytes of a file."""
+        """Read a byte range of a file. Raises UserError if the file cannot be read or is too short."""
         if is_remote(file):
             return object_storage.read_url(file, start, num_bytes)
         try:
@@ -159,24 +159,25 @@ class Storage:
         return content
 
     def stamp(self, file: str) -> FileStamp:
-        """Return the size of a file and a mark that changes when it is replaced. Raises FileNotFoundError, OSError."""
+        """Return the size of a file and a mark that changes when it is replaced. Raises FileNotFoundError, OSError
+        or UserError."""
         if is_remote(file):
             return object_storage.stamp_of_url(file)
         status = os.stat(file)
         return FileStamp(status.st_size, str(status.st_mtime_ns))
 
     def window(self, file: str, file_bytes: int | None = None) -> Window:
-        """Return a window for reading a file mostly from front to back."""
+        """Return a window for reading a file mostly from start to end."""
         num_bytes = self.stamp(file).num_bytes if file_bytes is None else file_bytes
         return Window(partial(self.read_range, file), num_bytes, REMOTE_CHUNK_BYTES if is_remote(file) else CHUNK_BYTES)
 
     def file(self, file: str) -> RangeFile:
-        """Return a file object."""
+        """Return a read-only file object for a path or URL."""
         return RangeFile(self.window(file))
 
     def matching(self, pattern: str) -> list[str]:
-        """Return the files that a pattern names, in order: `{000..013}` counts, `*` matches existing files, `?` on a
-        disk."""
+        """Return the files that a pattern names, in order. `{000..013}` and `{a,b}` are expanded, `*` matches
+        existing files; local paths may also use `?` and `[...]`. Raises UserError for too many names."""
         num_names = count_names(pattern)
         if num_names > MOST_NAMES:
             raise UserError(f"{strip_secrets(pattern)!r} stands for {num_names} names; at most {MOST_NAMES} are listed")
@@ -189,9 +190,10 @@ class Storage:
         return found
 
     def cache_stem(self, image: ScannedImage) -> str:
-        """Return the path prefix of an image's cache files: beside an image, in a folder beside a larger file.
+        """Return the path prefix of an image's cache files: next to an image, or in a folder next to its larger file.
 
-        Under `cache_dir` each folder of larger files has its own, because two may have files of the same name.
+        Under `cache_dir`, each folder of larger files has a folder of its own, because two may contain files of the
+        same name.
         """
         place = image.place
         if place is None:
@@ -211,13 +213,14 @@ def is_remote(file: str) -> bool:
 
 
 def cache_name(place: Place) -> str:
-    """Return an image's name in the disk cache. Its digest changes with the content."""
+    """Return the name of an image in the disk cache. It does not depend on the content, so readers must compare
+    digests."""
     size, reader = (place.num_bytes, "") if place.reader is None else ("", place.reader.name)
     return f"{strip_secrets(place.file)} {place.start} {size} {reader}"
 
 
 def count_names(pattern: str) -> int:
-    """Return how many names `expand_pattern` lists, without listing them."""
+    """Return the number of names that `expand_pattern` would list."""
     counts = (
         max(0, int(match["last"]) - int(match["first"]) + 1) if match["first"] else match["choices"].count(",") + 1
         for match in BRACES.finditer(pattern)
@@ -226,7 +229,7 @@ def count_names(pattern: str) -> int:
 
 
 def expand_pattern(pattern: str) -> list[str]:
-    """Expand a pattern's `{000..013}`, keeping the number of digits, and `{a,b}`."""
+    """Expand `{000..013}`, keeping the number of digits, and `{a,b}` in a pattern."""
     match = BRACES.search(pattern)
     if match is None:
         return [pattern]
