@@ -80,7 +80,7 @@ def check_gpu_is_used(torch: Any) -> None:
     if reason := explain_unused_gpu(torch, gpus):
         raise UserError(
             f"this machine has {gpus[0].partition(',')[0]}, but training would run on the CPU, a hundred times slower: "
-            f"{reason}. To train on the CPU all the same, use `accelerate launch --cpu`"
+            f"{reason}. To train on the CPU anyway, use `accelerate launch --cpu`"
         )
 
 

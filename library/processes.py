@@ -91,8 +91,8 @@ class Processes:
         main = self.share(f"same {what}", own)
         if own != main:
             raise UserError(
-                f"{what} of process {self.rank} differs from the main process: {own} here, {main} there; every "
-                "machine needs the same"
+                f"{what} of process {self.rank} differs from the main process: {own} here, {main} there. Use the "
+                "same on every machine"
             )
 
     def shared_folder(self, kind: Kind, parent: str | None = None) -> str:

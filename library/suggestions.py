@@ -30,4 +30,4 @@ def nearby(path: Path, is_folder: bool = False) -> str:
         near = nearest_name(path.name, others)
         return f"; did you mean {path.parent / near}?" if near else ""
     existing = next((parent for parent in path.parents if parent.is_dir()), None)
-    return f"; of that path only {existing} exists" if existing and existing != Path(".") else ""
+    return f"; only {existing} exists" if existing and existing != Path(".") else ""

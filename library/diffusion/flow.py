@@ -39,7 +39,7 @@ IGNORES: Mapping[str, str] = dict.fromkeys(  # options without effect on a flow 
         "zero_terminal_snr", "min_snr_gamma", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss",
         "debiased_estimation_loss",
     ),
-    "it belongs to the DDPM models",
+    "it is for DDPM models",
 )  # fmt: skip
 RECORDS = (  # options recorded in saved files as ss_<option>
     "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
@@ -212,6 +212,6 @@ def odd_target(prediction_type: str, target_kind: Target) -> Iterator[str]:
     if prediction_type != "raw" and target_kind != "latent":
         yield (
             f"--model_prediction_type {prediction_type} converts the output to something other than the target "
-            f"({target_kind}), so the model unlearns what it knows. This is supported because sd-scripts trains so; "
+            f"({target_kind}), so the model unlearns what it knows. This is supported because sd-scripts supports it; "
             "use --model_prediction_type raw to train as the model was trained"
         )

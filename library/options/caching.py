@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from library.options.base import Options, option
 
-NO_LATENTS = "its batches may differ each time; it can give `latents` itself"
+NO_LATENTS = "its batches may differ each time; it can provide `latents` itself"
 NO_CAPTIONS = "its captions are not known before they are drawn"
 
 
@@ -25,7 +25,7 @@ class CachingOptions(Options, needs_images=True):
         excludes={"dataset_class": NO_LATENTS},
         affects_training=False,
         help="Keep the encoded images in files beside them, so that the next run need not encode them again. Implies"
-        " --cache_latents; entries that no longer fit the image or the VAE are made anew.",
+        " --cache_latents; stale entries are encoded again.",
     )
     cache_dir: str | None = option(
         None,
@@ -40,13 +40,13 @@ class CachingOptions(Options, needs_images=True):
         at_least=0.001,
         needs="cache_dir",
         affects_training=False,
-        help="Size of what --cache_dir keeps of images that were read over the network; what was not used longest "
-        "is deleted first.",
+        help="Size limit of the images that --cache_dir keeps after reading them over the network. The least recently "
+        "used ones are deleted first.",
     )
     vae_batch_size: int = option(
         1,
         at_least=1,
-        help="Pictures that the VAE encodes at a time. More is faster while caching and needs more memory.",
+        help="Number of images that the VAE encodes at a time. More is faster while caching and needs more memory.",
     )
     skip_cache_check: bool = option(
         False,
@@ -79,7 +79,7 @@ class TextCachingOptions(Options):
         excludes={"dataset_class": NO_CAPTIONS},
         affects_training=False,
         help="Keep the encoded captions in files beside the images, so that the next run need not load the text "
-        "encoders. Implies --cache_text_encoder_outputs; what no longer fits captions or encoders is made anew.",
+        "encoders. Implies --cache_text_encoder_outputs; stale entries are encoded again.",
     )
     text_encoder_batch_size: int | None = option(
         None,
@@ -87,8 +87,8 @@ class TextCachingOptions(Options):
         at_least=1,
         needs="cache_text_encoder_outputs",
         needs_images=True,
-        help="Captions that the text encoders take at a time while caching. Unset takes them one by one, so that no "
-        "caption's numbers depend on its neighbours; more is faster for short captions on a graphics card.",
+        help="Number of captions that the text encoders encode at a time while caching. Unset is 1, so that no result "
+        "depends on other captions; more is faster for short captions on a GPU.",
     )
     text_encoder_cpu: bool = option(
         False,
@@ -102,6 +102,6 @@ class TextCachingOptions(Options):
         at_least=1,
         needs="cache_text_encoder_outputs",
         needs_images=True,
-        help="Versions that are cached of a caption which is shuffled, thinned or filled from wildcards; every draw "
-        "takes one of them. A caption that never changes is cached once.",
+        help="Number of cached variants of a caption with shuffling, tag dropout or wildcards. Every draw uses one of "
+        "them. A caption that never changes is cached once.",
     )

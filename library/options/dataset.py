@@ -56,15 +56,16 @@ class DatasetOptions(Options, needs_images=True):
     audit_only: bool = option(
         False,
         own=True,
-        refused_by_leco="there are no images to look at; leave it out",
-        help="Look at every image (near twins, blur, one colour, damage), say what stands out, and end. Needs no "
-        "base model; with --output_dir a page with the images is written.",
+        refused_by_leco="there are no images to check; leave it out",
+        help="Check every image for duplicates, blur, a single colour and damage, report the problems, and exit. Needs "
+        "no base model; with --output_dir a report page with thumbnails is written.",
     )
     cache_info: bool = option(False, ignored=OWN_INDEX, help=f"Has no effect: {OWN_INDEX}.")
     shuffle_caption: bool = option(
         False,
         usual=True,
-        help="Put the tags of a caption into a new random order each time. --keep_tokens says how many stay in front.",
+        help="Shuffle the tags of a caption each time it is used. --keep_tokens is the number of tags that stay in "
+        "front.",
     )
     caption_separator: str = option(",", help="Text that separates the tags of a caption.")
     caption_extension: str = option(
@@ -191,19 +192,19 @@ class DatasetOptions(Options, needs_images=True):
     skip_image_resolution: str | None = option(
         None,
         own=True,
-        help="Leave out images whose own area is not larger than this, N for a square or WIDTH,HEIGHT in pixels. For "
-        "sets of several sizes, where small images are not to be enlarged.",
+        help="Skip images whose area is not larger than this, N for a square or WIDTH,HEIGHT in pixels. For data sets "
+        "of several resolutions, so that small images are not enlarged.",
     )
     train_inpainting: bool = option(
         False,
         own=True,
         excludes={
-            "cache_latents_to_disk": "each sample masks another part, which must be encoded anew",
-            "cache_latents": "each sample masks another part, which must be encoded anew",
+            "cache_latents_to_disk": "each draw masks another area, so the masked image must be encoded each time",
+            "cache_latents": "each draw masks another area, so the masked image must be encoded each time",
         },
         refused_by_leco="there are no images to mask; leave it out, and train on the plain model",
-        help="Train on an inpainting checkpoint, whose U-Net sees a mask and the rest of the image too: each sample "
-        "gets a random area to paint anew. Excludes cached latents.",
+        help="Train an inpainting checkpoint, whose U-Net also sees a mask and the unmasked part of the image: each "
+        "sample gets a random mask. Excludes cached latents.",
     )
     resize_interpolation: str | None = option(
         None,
@@ -223,8 +224,8 @@ class DatasetOptions(Options, needs_images=True):
         at_least=0,
         at_most=MAX_WORKERS,
         affects_training=False,
-        help="Most processes that read and prepare images, at most one per CPU core. 0 prepares them in the training"
-        " process.",
+        help="Maximum number of processes that read and prepare images, at most one per CPU core. 0 prepares them in "
+        "the training process.",
     )
     persistent_data_loader_workers: bool = option(
         False,

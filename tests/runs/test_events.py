@@ -155,7 +155,7 @@ def test_an_error_is_told_and_a_dry_run_tells_nothing(train: Train, base_argumen
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-        (["--log_events", "-", "--console_log_simple"], "both want standard output"),
+        (["--log_events", "-", "--console_log_simple"], "both write to standard output"),
         (["--log_events", "{tmp}/data"], "is a folder"),
         (["--log_events", "{tmp}/data/2_thing/00.png"], "is not an event log"),
     ],

@@ -28,4 +28,4 @@ def test_the_nearest_path_is_of_a_folder_where_one_is_wanted(tmp_path: Path) -> 
     assert nearby(tmp_path / "my_cat.zap") == f"; did you mean {tmp_path / 'my_cat.zip'}?"
     assert nearby(tmp_path / "my_cat.zap", is_folder=True) == f"; did you mean {tmp_path / 'my_cats'}?"
     assert nearby(tmp_path / "dogs") == ""
-    assert nearby(tmp_path / "dogs" / "10_dog") == f"; of that path only {tmp_path} exists"
+    assert nearby(tmp_path / "dogs" / "10_dog") == f"; only {tmp_path} exists"

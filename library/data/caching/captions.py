@@ -157,8 +157,8 @@ def compute_identity(encoding: TextEncoding, jobs: Sequence[Job]) -> Identity:
         return encoding.identity()
     except NotThere as error:
         logger.info(
-            "cached text features are not verified against their encoders, which are missing (%s): one set of encoders "
-            "must have made them all, with these settings and these tokenizers",
+            "cached text features are not verified against their encoders, which are missing (%s); all must come from "
+            "the same encoders, with these settings and these tokenizers",
             error,
         )
         return encoding.identity_of_files(jobs)

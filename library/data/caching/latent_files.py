@@ -160,7 +160,7 @@ def _encoding(archive: Mapping[str, Any], key: str, shape: tuple[int, int, int],
     if values.shape != shape:
         raise EntryError(f"holding latents of shape {values.shape} where {shape} is needed")
     if values.dtype.kind != "f":
-        raise EntryError(f"holding latents of the type {values.dtype}, which no VAE gives")
+        raise EntryError(f"holding latents of the type {values.dtype}, which no VAE produces")
     if not np.isfinite(values).all():
         raise EntryError("holding NaN")
     return torch.from_numpy(values.astype(np.float32, copy=False))

@@ -223,7 +223,7 @@ def expected_vae(vae_identity: Callable[[], str], jobs: Sequence[Job]) -> str:
         return vae_identity()
     except NotThere as error:
         logger.info(
-            "cached latents are not verified against their VAE, which is missing (%s): one VAE must have made them all",
+            "cached latents are not verified against their VAE, which is missing (%s); all must come from the same VAE",
             error,
         )
     origins = (origin_of_file(job.file) for job in jobs if job.file is not None)
@@ -255,14 +255,14 @@ def remark(found: Sequence[Found[Job]]) -> None:
     foreign = [one.path for one in used if one.verdict.is_foreign and one.job.path == one.path]
     if foreign:
         logger.info(
-            "%d cache entries do not name their VAE; delete them if it was another: %s",
+            "%d cache entries do not name their VAE; delete them if they were made with another one: %s",
             len(foreign),
             list_few(foreign, 2),
         )
     if old_names:
         logger.warning(
-            "%d latents come from files with an old name without a size, which does not tell the base model; delete "
-            "them if it was another: %s",
+            "%d latents come from files with an old name, which contains neither the size nor the base model; delete "
+            "them if they were made for another one: %s",
             len(old_names),
             list_few(old_names, 2),
         )

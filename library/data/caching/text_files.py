@@ -154,7 +154,9 @@ def row_in(archive: Mapping[str, Any], note: Note, number: int, keys: Sequence[s
         is_bits = dtype == torch.bfloat16 and values.dtype == np.uint16
         tensor = torch.from_numpy(values.view(np.int16) if is_bits else values)
         if not is_bits and not torch.can_cast(tensor.dtype, dtype):
-            raise EntryError(f"holding {key} of the type {values.dtype}, which {note.dtypes[key]} cannot stand for")
+            raise EntryError(
+                f"holding {key} of the type {values.dtype}, which cannot be converted to {note.dtypes[key]}"
+            )
         row[key] = tensor.view(dtype) if is_bits else tensor.to(dtype)
     return row
 

@@ -117,7 +117,7 @@ def split_entries(tables: Mapping[str, Any], path: Path) -> tuple[dict[str, Any]
     if heads == ["slider"]:
         inner = shared.pop("slider")
         if shared or not isinstance(inner, dict):
-            raise UserError(f"{FLAG} {path}: all keys belong into [slider]: move {', '.join(shared) or 'it'} there")
+            raise UserError(f"{FLAG} {path}: all keys belong in [slider]: move {', '.join(shared) or 'it'} there")
         shared = dict(inner)
     head = "prompts" if heads == ["prompts"] else "targets"
     if head not in shared:

@@ -48,8 +48,8 @@ class BucketRules:
             raise UserError(f"resolution is {resolution[0]}x{resolution[1]}; both sides must be positive")
         if resolution[0] * resolution[1] > MOST_PIXELS:
             raise UserError(
-                f"resolution is {resolution[0]}x{resolution[1]}; at most {MOST_PIXELS // 10**6} megapixels are "
-                "trained, such as 4096x4096, and base models work best far below"
+                f"resolution is {resolution[0]}x{resolution[1]}; the maximum is {MOST_PIXELS // 10**6} megapixels, "
+                "such as 4096x4096, and base models work best far below it"
             )
         if not self.enable_bucket:
             return self
@@ -63,7 +63,7 @@ class BucketRules:
         if step > min(resolution):
             raise UserError(
                 f"bucket_reso_steps is {step}, more than the shorter side of the resolution {resolution}: no bucket "
-                f"fits; lower bucket_reso_steps, {needed_step} is the least"
+                f"fits; lower bucket_reso_steps to {needed_step} or another multiple of it"
             )
         side = math.isqrt(resolution[0] * resolution[1])
         if resolution[0] % step or resolution[1] % step:

@@ -289,7 +289,7 @@ def unknown_key(place: str, name: str, allowed: Sequence[str]) -> str:
 def explain_where_it_belongs(key: Key, level: Level) -> str:
     headings = {"general": "[general]", "dataset": "[[datasets]]", "subset": "[[datasets.subsets]]"}
     if level not in key.levels:
-        return f"is not allowed here; it belongs into {' or '.join(headings[name] for name in key.levels)}"
+        return f"is not allowed here; it belongs in {' or '.join(headings[name] for name in key.levels)}"
     return f"is not allowed here; it is only for subsets of style {' or '.join(key.styles)}"
 
 

@@ -149,7 +149,7 @@ def content_lines(images: ScannedImages, source: str, storage: Storage, has_alph
     found = read_many(lambda pair: (is_same_file(*pair), is_transparent(pair[1], storage)), pairs, NUM_THREADS)
     same = [os.path.basename(image.key) for (image, _), (is_same, _) in zip(pairs, found, strict=True) if is_same]
     if same:
-        effect = "equal to its reference image, which teaches to change nothing"
+        effect = "equal to its reference image, which teaches the model to change nothing"
         yield logging.WARNING, f"{source} {format_count(len(same), 'image')} {effect}: {list_few(same)}"
     alpha = [os.path.basename(one.key) for (_, one), (_, has) in zip(pairs, found, strict=True) if has]
     if alpha and not has_alpha:

@@ -74,8 +74,8 @@ def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storag
     num_rows, num_bytes = opened.largest_group(columns.image)
     if num_bytes > MOST_GROUP_BYTES and not columns.is_url:
         logger.warning(
-            "%s: reading one image reads %d (%.0f MB), because a row group is the smallest unit; tools/make_shards.py "
-            "writes tar files, whose images are read one by one",
+            "%s: reading one image reads %d rows (%.0f MB), because a row group is the smallest unit; "
+            "tools/make_shards.py writes tar files, whose images are read one by one",
             shown,
             num_rows,
             num_bytes / 1e6,

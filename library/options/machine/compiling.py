@@ -22,29 +22,29 @@ class CompileOptions(Options):
         "default",
         own=True,
         needs=ON,
-        help="What the compiler aims at.",
+        help="Optimization mode of the compiler, as in torch.compile.",
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     )
     compile_dynamic: str | None = option(
         None,
         own=True,
         needs=ON,
-        help="Whether one compilation serves all image sizes, which unset and auto are too. false compiles each size "
-        "for itself: faster where there are few.",
+        help="true, auto and unset compile once for all image sizes. false compiles each size separately, which is "
+        "faster if there are few sizes.",
         choices=("true", "false", "auto"),
     )
     compile_fullgraph: bool = option(
         False,
         own=True,
         needs=ON,
-        help="Stop where a block cannot be compiled in one piece, in place of compiling it in several.",
+        help="Fail if a block cannot be compiled as one graph, instead of compiling it in parts.",
     )
     compile_cache_size_limit: int | None = option(
         None,
         own=True,
         at_least=1,
         needs=ON,
-        help="How often one kind of block is compiled at most, for new sizes. What comes later runs uncompiled. Unset "
+        help="Maximum number of compilations of one kind of block, for new sizes. Further sizes run uncompiled. Unset "
         "is 128.",
     )
     torch_compile: bool = option(False, help="The old name of --compile.")

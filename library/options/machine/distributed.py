@@ -32,26 +32,26 @@ class DistributedOptions(Options, affects_training=False):
     shard_base: bool = option(
         False,
         own=True,
-        refused_by_leco="each process asks the denoiser another number of times, and all would have to go in step; "
+        refused_by_leco="the processes call the denoiser different numbers of times, but sharding requires equal ones; "
         "leave it out, or use --blocks_to_swap",
-        help="Spread the weights of the frozen denoiser over the processes of a run: each keeps its share, and a block "
-        "is whole only while it computes. For base models that do not fit one card; needs fast links between the "
-        "cards. An FSDP2 configuration of accelerate means the same.",
+        help="Shard the weights of the frozen denoiser over the processes of a run: each keeps its share, and a block "
+        "is gathered only while it computes. For base models that do not fit one GPU; needs fast links between the "
+        "GPUs. An FSDP2 configuration of accelerate has the same effect.",
     )
     shard_group: int | None = option(
         None,
         at_least=2,
         own=True,
         needs="shard_base",
-        help="How many processes share one copy of the weights with --shard_base. Unset is those of one machine: "
-        "machines then exchange nothing but the adapter's gradients.",
+        help="Number of processes that share one copy of the weights with --shard_base. Unset is all processes of a "
+        "machine: machines then exchange only the adapter's gradients.",
     )
     deepspeed: bool = option(
         False,
-        unsupported="it spreads weights that are trained, and here they are an adapter's, a hundredth of the base "
-        "model. Several processes share the batches without it (accelerate launch --num_processes 2); a base model "
-        "that does not fit a card is stored smaller with --base_format int8 or nf4, waits in main memory with "
-        "--blocks_to_swap or --fit, or is spread over the cards with --shard_base",
+        unsupported="it shards trained weights, which are only the adapter's here, about a hundredth of the base "
+        "model. Several processes share the batches without it (accelerate launch --num_processes 2). For a base model "
+        "that does not fit a GPU, use --base_format int8 or nf4, offload it to main memory with --blocks_to_swap or "
+        "--fit, or shard it over several GPUs with --shard_base",
         help="Train through DeepSpeed, which spreads optimizer, gradients and weights over devices.",
     )
     zero_stage: int = option(
@@ -78,8 +78,8 @@ class DistributedOptions(Options, affects_training=False):
     offload_param_device: str | None = option(
         None,
         needs="deepspeed",
-        unsupported="--blocks_to_swap keeps blocks of the base model in main memory, --shard_base spreads them over "
-        "cards",
+        unsupported="--blocks_to_swap keeps blocks of the base model in main memory, --shard_base shards them over "
+        "GPUs",
         help="Where DeepSpeed keeps the weights, cpu or nvme. Unset leaves them on the device.",
         choices=(None, "cpu", "nvme"),
     )
@@ -92,14 +92,14 @@ class DistributedOptions(Options, affects_training=False):
     zero3_init_flag: bool = option(
         False,
         needs="deepspeed",
-        unsupported="weights are read one by one straight into their place already, with --shard_base into that of "
-        "the process that keeps them",
+        unsupported="weights are already read one by one to their final device, with --shard_base only by the process "
+        "that keeps them",
         help="Build models already spread over devices, for DeepSpeed stage 3.",
     )
     zero3_save_16bit_model: bool = option(
         False,
         needs="deepspeed",
-        unsupported="--save_precision says how the adapter is saved",
+        unsupported="--save_precision sets the format of the saved adapter",
         help="Collect 16-bit weights from all devices when saving, for DeepSpeed stage 3.",
     )
     fp16_master_weights_and_gradients: bool = option(

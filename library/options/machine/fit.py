@@ -15,14 +15,14 @@ class FitOptions(Options, affects_training=False, own=True):
         usual=True,
         metavar="SIZE",
         excludes={"dataset_class": "the sizes of its batches are not known before they are drawn"},
-        help="Count before the run what it needs, and choose the fastest way of training that fits into this much of "
-        "the card's memory. 12GB is what a card of that size has free beside a desktop, 11500MB or 12GiB exactly that, "
-        "auto what is free now. Prints the candidates; what you set yourself stays.",
+        help="Estimate the memory that training needs, and choose the fastest configuration that fits into this much "
+        "GPU memory. 12GB is what a GPU of that size has free beside a desktop, 11500MB or 12GiB exactly that amount, "
+        "auto what is free now. Prints the candidates; options that you set yourself stay.",
     )
     fit_formats: list[str] | None = option(
         None,
         needs="fit",
-        excludes={"base_arithmetic=8bit": "only some of the formats multiply in 8 bits, so set --base_format"},
+        excludes={"base_arithmetic=8bit": "only some formats support 8-bit matmul, so set --base_format instead"},
         nargs="+",
         choices=BASE_FORMATS,
         help="Values of --base_format that --fit may choose from. Unset keeps the format that you set.",

@@ -11,12 +11,12 @@ class KernelOptions(Options, own=True):
 
     cuda_allow_tf32: bool = option(
         False,
-        help="Multiply and convolve what is in 32 bits as TF32 on CUDA cards that have it: faster, with ten bits of "
-        "precision. What --mixed_precision computes in 16 bits stays as it is.",
+        help="Compute 32-bit matmuls and convolutions in TF32 on CUDA GPUs that support it: faster, with ten bits of "
+        "precision. What --mixed_precision computes in 16 bits is unchanged.",
     )
     cuda_cudnn_benchmark: bool = option(
         False,
         unless="deterministic",
-        help="Let cuDNN time its convolutions on the CUDA card for each new shape and keep the fastest. Helps where "
-        "few sizes of images are trained; --deterministic overrides it.",
+        help="Let cuDNN time its convolutions on the CUDA GPU for each new shape and keep the fastest. Helps with few "
+        "different image sizes; --deterministic overrides it.",
     )

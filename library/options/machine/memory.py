@@ -18,7 +18,7 @@ class MemoryOptions(Options):
     gradient_checkpointing: bool = option(
         False,
         usual=True,
-        help="Compute activations again in the backward pass in place of keeping them. Saves much memory for about a "
+        help="Recompute activations in the backward pass instead of keeping them. Saves much memory for about a "
         "quarter more time.",
     )
     gradient_checkpointing_every: int = option(
@@ -27,14 +27,14 @@ class MemoryOptions(Options):
         needs=("gradient_checkpointing", "unsloth_offload_checkpointing"),
         own=True,
         affects_training=False,
-        help="Compute the activations of every n-th block again and keep those of the others: 2 costs half the time of "
+        help="Recompute the activations of every N-th block and keep those of the others: 2 costs half the time of "
         "--gradient_checkpointing and saves half as much. Unset is every block.",
     )
     cpu_offload_checkpointing: bool = option(
         False,
         needs=("gradient_checkpointing", "unsloth_offload_checkpointing"),
         affects_training=False,
-        help="Let the inputs of blocks that --gradient_checkpointing keeps wait in main memory.",
+        help="Offload the block inputs that --gradient_checkpointing keeps to main memory.",
     )
     unsloth_offload_checkpointing: bool = option(
         False,
@@ -48,24 +48,24 @@ class MemoryOptions(Options):
         usual=True,
         own=True,
         affects_training=False,
-        help="Number of the denoiser's blocks whose weights wait in main memory until they are needed. Saves the "
-        "card's memory; what it costs in time depends on how long a block computes. Of models with two kinds of blocks "
-        "half of the number are of the first, and two of the second stand for one of the first; if one kind has too "
-        "few, the other has more.",
+        help="Number of the denoiser's blocks whose weights are offloaded to main memory until they are needed. Saves "
+        "GPU memory; the cost in time depends on how long a block computes. In models with two kinds of blocks, half "
+        "of the number are offloaded from the first kind, and two blocks of the second kind count as one; if one kind "
+        "has too few, more of the other are offloaded.",
     )
     lowram: bool = option(
-        False, affects_training=False, help="Load models straight to the card, for machines with little main memory."
+        False, affects_training=False, help="Load models directly to the GPU, for machines with little main memory."
     )
     highvram: bool = option(
         False,
         affects_training=False,
-        help="Do not empty the card's memory cache while caching. A little faster where memory is plentiful.",
+        help="Do not empty the GPU's memory cache while caching. A little faster with plenty of memory.",
     )
-    xformers: bool = option(False, help="Compute attention with the xformers library, where it is installed.")
+    xformers: bool = option(False, help="Compute attention with the xformers library, if it is installed.")
     sdpa: bool = option(False, help="Compute attention with PyTorch's scaled dot product, fast and sparing of memory.")
     mem_eff_attn: bool = option(
         False,
-        help="Compute attention piece by piece: slow, but for cards that can do neither --sdpa nor --xformers.",
+        help="Compute attention in small parts: slow, for GPUs that support neither --sdpa nor --xformers.",
     )
 
     @property
@@ -91,8 +91,8 @@ class PrecisionOptions(Options):
     mixed_precision: str = option(
         "no",
         usual=True,
-        help="Number format of arithmetic and of the frozen models: no is 32 bits, bf16 needs a recent card, fp16 a "
-        "scaler for small gradients.",
+        help="Number format of arithmetic and of the frozen models: no is 32 bits, bf16 needs a recent GPU, fp16 "
+        "uses a scaler for small gradients.",
         choices=("no", "fp16", "bf16"),
     )
     full_fp16: bool = option(
@@ -127,18 +127,19 @@ class PrecisionOptions(Options):
         own=True,
         usual=True,
         choices=BASE_FORMATS,
-        help="How the weights of the frozen denoiser's blocks, and of text encoders that stay, are stored; they are "
-        "computed with in --mixed_precision. fp8 and int8 take a byte each, int8_rotated errs least of the 8-bit ones "
-        "where a layer has outliers, nf4 takes about half a byte and needs bitsandbytes, nf4_double a little less.",
+        help="Storage format of the weights of the frozen denoiser's blocks, and of text encoders that stay loaded; "
+        "arithmetic is in --mixed_precision. fp8 and int8 take a byte per weight, int8_rotated is the most accurate "
+        "8-bit format for layers with outliers, nf4 takes about half a byte and needs bitsandbytes, nf4_double a "
+        "little less.",
     )
 
     base_arithmetic: str = option(
         "decoded",
         own=True,
         choices=("decoded", "8bit"),
-        help="How the denoiser's blocks multiply with weights that are stored in 8 bits: decoded to the format of "
-        "--mixed_precision, or as they are, activations and gradients rounded to 8 bits too. Faster on some cards, at "
-        "about twice the rounding; best with --base_format int8_rotated.",
+        help="How the denoiser's blocks multiply with weights stored in 8 bits: decoded to the format of "
+        "--mixed_precision, or directly in 8bit, with activations and gradients rounded to 8 bits too. The latter is "
+        "faster on some GPUs, with about twice the rounding error; best with --base_format int8_rotated.",
     )
 
     @property

@@ -23,6 +23,6 @@ class ConsoleOptions(Options, affects_training=False):
     )
     console_log_simple: bool = option(
         False,
-        excludes={"log_events=-": "both want standard output"},
+        excludes={"log_events=-": "both write to standard output"},
         help="Write messages as plain lines on standard output, without colour, time or wrapping. Useful in notebooks.",
     )

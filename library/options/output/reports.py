@@ -13,8 +13,8 @@ class ReportOptions(Options, affects_training=False, own=True):
         None,
         unless="dry_run",
         names_output=True,
-        help="File that takes what happens in the run, one JSON object a line, for front ends and other programs; - is "
-        "standard output. Emptied at the start, continued with --resume and --autoresume.",
+        help="File for the events of the run, one JSON object per line, for front ends and other programs; - is "
+        "standard output. Overwritten at the start, appended to with --resume and --autoresume.",
     )
     report_live: bool = option(
         False,

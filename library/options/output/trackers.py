@@ -41,7 +41,7 @@ class TrackerOptions(Options, affects_training=False):
         0,
         own=True,
         at_least=0,
-        help="Write a trace of this many steps, from the third on, into --output_dir: what processor and card do when, "
-        "as Perfetto shows it. 0 writes none.",
+        help="Write a trace of this many steps, from the third on, into --output_dir: a timeline of CPU and GPU for "
+        "Perfetto. 0 writes none.",
     )
     log_config: bool = option(False, help="Send the options to the charts too, without passwords and folder names.")

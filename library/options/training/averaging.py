@@ -16,8 +16,8 @@ class AveragingOptions(Options, own=True):
         at_least=0,
         at_most=0.999999,
         sweep_name="ema",
-        help="Keep a moving average of the adapter's weights, of which each step keeps this share, such as 0.999. "
-        "Training itself goes on without it. Unset keeps none.",
+        help="Keep an exponential moving average of the adapter's weights with this decay per step, such as 0.999. "
+        "Training itself does not use it. Unset keeps none.",
     )
     ema_update_after_step: int = option(
         0,
@@ -29,8 +29,8 @@ class AveragingOptions(Options, own=True):
     ema_used_for: list[str] | None = option(
         None,
         needs="ema_decay",
-        help="What shows the average: files, previews, validation; the others show the weights of training. Unset is "
-        "all three.",
+        help="Uses of the average: files, previews, validation; the others use the trained weights. Unset is all "
+        "three.",
         choices=(FILES, PREVIEWS, VALIDATION),
         nargs="+",
     )

@@ -16,21 +16,21 @@ class ConceptOptions(Options):
         None,
         usual=True,
         kept_in_state=True,
-        help="TOML file with the prompts: what each of them is to become, at which size. docs/train_leco.md has every "
-        "key.",
+        help="TOML file with the prompts: how each of them is changed, and at which size. docs/train_leco.md lists "
+        "every key.",
     )
     max_denoising_steps: int = option(
         40,
         usual=True,
         at_least=2,
         at_most=MOST_DENOISING_STEPS,
-        help="Steps from noise to an image. Each training step draws how many of them it takes, 1 to one less than "
-        "this, before it learns from what is there by then.",
+        help="Number of denoising steps from noise to an image. Each training step runs a random number of them, from "
+        "1 to one less than this, and trains on the resulting latents.",
     )
     leco_denoise_guidance_scale: float | None = option(
         None,
         usual=True,
         at_least=0,
-        help="Strength of classifier-free guidance on that way; guidance_scale in the file is how far the concept is "
-        f"moved. Unset is {USUAL_GUIDANCE:g}, or 1, which is none, for models that draw without it.",
+        help="Scale of classifier-free guidance during these denoising steps; guidance_scale in the file is how far "
+        f"the concept is moved. Unset is {USUAL_GUIDANCE:g}, or 1, which is none, for models that generate without it.",
     )

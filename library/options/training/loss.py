@@ -14,8 +14,8 @@ class LossOptions(Options):
     loss_type: str = option(
         "l2",
         usual=True,
-        help="How the difference to the target is measured: l2 squares it, l1 takes its size, huber and smooth_l1 lie "
-        "between and mind outliers less.",
+        help="Loss function of the difference to the target: l2 is its square, l1 its absolute value; huber and "
+        "smooth_l1 lie between and are less sensitive to outliers than l2.",
         choices=("l1", "l2", "huber", "smooth_l1"),
     )
     huber_schedule: str = option(

@@ -15,14 +15,14 @@ class NoiseOptions(Options):
         None,
         at_least=0,
         at_most=1000,
-        ignored_by_leco="noise levels are those of the way from noise to an image, evenly drawn",
+        ignored_by_leco="noise levels are those of the denoising steps, drawn uniformly",
         help="Lowest timestep to train, 0 to 999: the cleaner end. Unset is 0.",
     )
     max_timestep: int | None = option(
         None,
         at_least=1,
         at_most=1000,
-        ignored_by_leco="noise levels are those of the way from noise to an image, evenly drawn",
+        ignored_by_leco="noise levels are those of the denoising steps, drawn uniformly",
         help="Timestep to stay below in training, 1 to 1000: the noisier end. Unset is 1000.",
     )
     noise_offset: float | None = option(
@@ -36,7 +36,7 @@ class NoiseOptions(Options):
     noise_offset_random_strength: bool = option(
         False,
         needs="noise_offset",
-        help="Draw the strength of the noise offset anew each step, between 0 and --noise_offset.",
+        help="Draw the strength of the noise offset for each step, between 0 and --noise_offset.",
     )
     adaptive_noise_scale: float | None = option(
         None,
@@ -61,15 +61,15 @@ class NoiseOptions(Options):
         None,
         at_least=0,
         at_most=MOST_NOISE,
-        ignored_by_leco="the latents are drawn by the model, none are noised",
+        ignored_by_leco="the model generates the latents, so no noise is added",
         help="Strength of extra noise on the model's input that the target does not contain; 0.1 is usual. Unset adds "
         "none.",
     )
     ip_noise_gamma_random_strength: bool = option(
         False,
         needs="ip_noise_gamma",
-        ignored_by_leco="the latents are drawn by the model, none are noised",
-        help="Draw the strength of the input noise anew each step, between 0 and --ip_noise_gamma.",
+        ignored_by_leco="the model generates the latents, so no noise is added",
+        help="Draw the strength of the input noise for each step, between 0 and --ip_noise_gamma.",
     )
     zero_terminal_snr: bool = option(
         False,

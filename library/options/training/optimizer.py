@@ -31,7 +31,8 @@ class OptimizerOptions(Options):
         usual=True,
         at_least=0,
         sweep_name="clip",
-        help="Longest gradient over all trained weights; longer ones are shortened to it. 0 never shortens.",
+        help="Largest norm of the gradient over all trained weights; larger gradients are clipped to it. 0 never "
+        "clips.",
     )
     optimizer_args: list[str] | None = option(
         None,

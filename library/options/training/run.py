@@ -35,7 +35,7 @@ class RunOptions(Options):
         at_most=MAX_SEED,
         kept_in_state=True,
         sweep_name="seed",
-        help="Number that fixes everything drawn at random, so that a run can be repeated. Unset draws one.",
+        help="Seed of all random numbers, so that a run can be repeated. Unset draws one.",
     )
     gradient_accumulation_steps: int = option(
         1,
@@ -65,26 +65,26 @@ class FaultOptions(Options, own=True):
     trace_nonfinite: bool = option(
         False,
         affects_training=False,
-        help="Compute the first step whose loss or gradient is NaN or infinite once more and name the module that the "
-        "damage comes from. Costs nothing before that step.",
+        help="Repeat the first step whose loss or gradient is NaN or infinite, and name the module where it begins. "
+        "Costs nothing before that step.",
     )
     exit_status_on_stop: bool = option(
         False,
         affects_training=False,
         help="End with status 130, 143 or 129 when Ctrl-C, SIGTERM or SIGHUP stopped the run before its last step, so "
-        "that what stands behind && is not started. Unset ends with 0, as the run is saved.",
+        "that a command after && is not started. Unset ends with 0, because the run is saved.",
     )
     deterministic: bool = option(
         False,
-        help="Let two runs on one card with the same seed give the same bits, also where its fastest kernels add up in "
-        "any order; steps may take longer. On the CPU they always do.",
+        help="Make two runs with the same seed on the same GPU bitwise equal, by avoiding kernels that sum in varying "
+        "order; steps may take longer. Runs on the CPU always are.",
     )
     selftest: bool = option(
         False,
         affects_training=False,
-        help="Before training, compute one batch as --blocks_to_swap, --base_format, --gradient_checkpointing and the "
-        "like have it and once more block by block without them, compare the gradients, and end the run where they "
-        "differ by more than the number format's own noise.",
+        help="Before training, compute one batch with --blocks_to_swap, --base_format, --gradient_checkpointing and "
+        "similar options, and once more block by block without them. Compare the gradients, and end the run if they "
+        "differ by more than the rounding error of the number format.",
     )
     dry_run: bool = option(
         False,

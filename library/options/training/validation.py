@@ -48,7 +48,7 @@ class ValidationOptions(Options, needs_images=True):
         at_least=1,
         affects_training=False,
         zero_is_unset=True,
-        help="Most batches to measure the validation loss on. Unset uses all.",
+        help="Maximum number of batches to measure the validation loss on. Unset uses all.",
     )
     early_stop_patience: int | None = option(
         None,

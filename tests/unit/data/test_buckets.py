@@ -132,7 +132,7 @@ def test_limits_are_rounded_to_the_step_and_said_so(caplog):
         (((512, 512), True, 256, 448, 64, False, 64), "max_bucket_reso is 448"),
         (((512, 512), True, 256, 1024, 32, False, 64), "bucket_reso_steps is 32.*multiple of 64"),
         (((0, 512), False, 256, 1024, 64, False, 64), "both sides must be positive"),
-        (((8192, 8192), True, 256, 8192, 64, False, 64), "resolution is 8192x8192; at most 16 megapixels are trained"),
+        (((8192, 8192), True, 256, 8192, 64, False, 64), "resolution is 8192x8192; the maximum is 16 megapixels"),
     ],
 )
 def test_limits_that_do_not_fit_are_named(arguments, words):

@@ -101,7 +101,7 @@ def test_a_path_with_a_nul_character_is_refused(key: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("pattern", ["{000000000..999999999}.tar", "{0..999}{0..999}{0..999}.tar"])
 def test_a_pattern_is_counted_before_it_is_listed(pattern: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="stands for 1000000000 names; at most 1000000 are listed"):
+    with pytest.raises(UserError, match="lists 1000000000 files; the maximum is 1000000"):
         open_subset(tmp_path, f'shards = "{pattern}"')
 
 

@@ -159,7 +159,7 @@ def test_a_target_class_makes_a_slider_wherever_it_stands(tmp_path: Path, text: 
         ("prompts = []\n", "prompts is not a list of tables; begin each entry with [[prompts]]"),
         ('[prompts]\ntarget = "x"\n', "begin each entry with [[prompts]]"),
         ('[[prompts]]\ntarget = "x"\n[[targets]]\npositive = "y"\n', "has prompts and targets"),
-        ('batch_size = 1\n[slider]\ntarget = "x"\n', "belong into [slider]: move batch_size there"),
+        ('batch_size = 1\n[slider]\ntarget = "x"\n', "belong in [slider]: move batch_size there"),
         ('[[prompts]]\npositive = "x"\n', '[[prompts]] number 1 has no target; add target = "..."'),
         ('[[prompts]]\ntarget = "x"\n[[prompts]]\ntaget = "y"\n', "number 2: unknown key 'taget' (did you mean"),
         ('[[targets]]\npositive = "x"\naction = "erase"\n', "unknown key 'action'"),

@@ -61,7 +61,7 @@ def test_several_references_in_a_folder_are_numbered(tmp_path: Path) -> None:
         write_image(tmp_path / "after" / f"{name}.png")
     for name in ("a_0000.png", "a_1.png", "b_2.png", "b_10.jpg", "c.png"):
         write_image(tmp_path / "before" / name)
-    with pytest.raises(UserError, match=r"references? images of 1 images are not clear: b \(b_2.png, b_10.jpg\)"):
+    with pytest.raises(UserError, match=r"1 images have ambiguous reference images: b \(b_2.png, b_10.jpg\)"):
         plan(tmp_path)
     (tmp_path / "before" / "b_10.jpg").rename(tmp_path / "before" / "b_3.jpg")
     found = plan(tmp_path)
@@ -79,9 +79,12 @@ def test_several_references_in_a_folder_are_numbered(tmp_path: Path) -> None:
     ("names", "message"),
     [
         (["p0.png"], r"control_dirs .*before: 1 of 2 images have no reference image there: .*p1.png"),
-        (["p0.png", "p0.jpg", "p1.png"], r"not clear: p0 \(p0.jpg, p0.png\)"),
-        (["p0.png", "p0_0.png", "p1.png"], r"not clear: p0 \(p0.png, p0_0.png\)"),
-        (["p0_0.png", "p0_2.png", "p1.png"], r"not clear: p0 \(p0_0.png, p0_2.png\); keep one of the image's own name"),
+        (["p0.png", "p0.jpg", "p1.png"], r"ambiguous reference images: p0 \(p0.jpg, p0.png\)"),
+        (["p0.png", "p0_0.png", "p1.png"], r"ambiguous reference images: p0 \(p0.png, p0_0.png\)"),
+        (
+            ["p0_0.png", "p0_2.png", "p1.png"],
+            r"ambiguous reference images: p0 \(p0_0.png, p0_2.png\); keep one of the image's own name",
+        ),
     ],
     ids=["missing", "twice", "two names", "gap"],
 )
@@ -285,7 +288,7 @@ def test_the_audit_names_what_is_odd_about_pairs(tmp_path: Path, caplog: pytest.
     assert "1 reference image for each image, resized to the size of their image" in text
     assert "1 reference image without an image of its name, not used: other.png" in text
     assert "1 image with a reference image of another aspect ratio, which is cropped to theirs" in text
-    assert "1 image equal to its reference image, which teaches to change nothing: p0.png" in text
+    assert "1 image equal to its reference image, which teaches the model to change nothing: p0.png" in text
     assert "1 reference image with an alpha channel, which is dropped" in text and "stored under them: p2.png" in text
     assert "bucket 64x64 with references of 64x64: 4 draws, 2 batches" in text
     text = audited(plan(tmp_path, "control_dirs = '{here}/before'\ncontrol_resolution = 64"), caplog)
@@ -493,8 +496,11 @@ def test_shards_and_parquet_files_hold_references(tmp_path: Path, kind: str, cap
     ("names", "message"),
     [
         (["p0.png", "p0.control.png", "p1.png"], r"1 of 2 images have no reference image: .*p1\.png"),
-        (["p0.png", "p0.control_0.png", "p0.control_2.png", "p1.png"], "p0.png has references that are not numbered"),
-        (["p1.png", "p1.control.png", "p2.control.png"], "p2.control.png is a reference of no image"),
+        (
+            ["p0.png", "p0.control_0.png", "p0.control_2.png", "p1.png"],
+            "p0.png has reference images that are not numbered consecutively",
+        ),
+        (["p1.png", "p1.control.png", "p2.control.png"], "p2.control.png is a reference image without an image"),
     ],
 )
 def test_references_in_shards_that_do_not_match_are_named(

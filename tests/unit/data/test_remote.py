@@ -288,7 +288,7 @@ def test_a_package_that_is_missing_is_named(
 
 
 def test_remote_images_need_a_folder_for_what_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"shards behind a URL require --cache_dir"):
+    with pytest.raises(UserError, match=r"shards at a URL require --cache_dir"):
         open_subset(tmp_path, f'shards = "s3://{BUCKET}/x.tar"')
 
 

@@ -92,11 +92,11 @@ MISTAKES = [
     ),
     (
         SUBSET + "batch_size = 2",
-        "['subsets'][0]['batch_size'] is not allowed here; it belongs into [general] or [[datasets]]",
+        "['subsets'][0]['batch_size'] is not allowed here; it belongs in [general] or [[datasets]]",
     ),
     (
         "[general]\nalpha_mask = true\n" + SUBSET,
-        "data['general']['alpha_mask'] is not allowed here; it belongs into [[datasets.sub",
+        "data['general']['alpha_mask'] is not allowed here; it belongs in [[datasets.sub",
     ),
     ("[genral]\n" + SUBSET, "data['genral'] is not a key (did you mean general?)"),
     (SUBSET + "num_repeats = '2'", "['num_repeats'] is '2', but must be an int"),

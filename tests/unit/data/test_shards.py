@@ -199,7 +199,7 @@ def test_large_groups_of_rows_are_told_with_a_way_out(
     assert "make_shards" not in caplog.text
     write_parquet(tmp_path / "rows" / "1.parquet", columns, group=11)
     open_subset(tmp_path, 'parquet = "{here}/rows/*.parquet"\n')
-    assert "1.parquet: reading one image reads 11" in caplog.text and "make_shards.py" in caplog.text
+    assert "1.parquet: reading one image reads 11 rows" in caplog.text and "make_shards.py" in caplog.text
 
 
 def test_of_several_processes_one_makes_the_index(

@@ -269,8 +269,8 @@ def test_settings_without_effect_are_told(
         ({"logit_mean": 0.5}, "--logit_mean has no effect with --weighting_scheme uniform; it is for logit_normal"),
         ({"sigmoid_scale": 2.0, "timestep_sampling": "uniform"}, "--sigmoid_scale has no effect with"),
         ({"discrete_flow_shift": 2.0, "timestep_sampling": "flux_shift"}, "--discrete_flow_shift has no effect with"),
-        ({"noise_offset": 0.1}, "--noise_offset has no effect: it belongs to the DDPM models"),
-        ({"min_snr_gamma": 5.0}, "--min_snr_gamma has no effect: it belongs to the DDPM models"),
+        ({"noise_offset": 0.1}, "--noise_offset has no effect: it is for DDPM models"),
+        ({"min_snr_gamma": 5.0}, "--min_snr_gamma has no effect: it is for DDPM models"),
     ],
 )
 def test_settings_of_another_kind_are_told(settings: dict[str, Any], message: str) -> None:

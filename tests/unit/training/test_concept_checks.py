@@ -95,7 +95,7 @@ def test_a_vae_is_for_previews_alone(prompts: Path, caplog: pytest.LogCaptureFix
 def test_a_spread_base_that_accelerate_asks_for_is_refused(prompts: Path) -> None:
     options = made(prompts, shard_base=True)
     processes: Any = None
-    with pytest.raises(ValueError, match="accelerate is configured for FSDP2, which means --shard_base: each process"):
+    with pytest.raises(ValueError, match="accelerate is configured for FSDP2, which means --shard_base: the processes"):
         sharding_values(options, processes)
 
 

@@ -48,7 +48,7 @@ def add_link(found: Folder, entry: os.DirEntry[str], caption_extension: str | No
     named = classify_names([entry.name], caption_extension)
     try:
         leads_to_file = entry.is_file()
-        reason = "is a link to nothing" if entry.is_symlink() and not entry.is_dir() else None
+        reason = "is a broken link" if entry.is_symlink() and not entry.is_dir() else None
     except OSError as error:
         leads_to_file, reason = bool(named.captions), f"cannot be followed: {error.strerror}"
     if leads_to_file or named.aside:

@@ -107,7 +107,7 @@ def references_in(folder: str, paths: Sequence[str], stems: Sequence[str], surpl
     unclear = [f"{stem} ({', '.join(names)})" for stem, names in matches.items() if not is_in_order(stem, names)]
     if unclear:
         raise UserError(
-            f"control_dirs {folder}: the reference images of {len(unclear)} images are not clear: {list_few(unclear)}; "
+            f"control_dirs {folder}: {len(unclear)} images have ambiguous reference images: {list_few(unclear)}; "
             "keep one of the image's own name, or several numbered _0, _1 and so on without a gap"
         )
     return [tuple(os.path.join(folder, name) for name in matches[stem]) for stem in stems]

@@ -93,16 +93,20 @@ def rows_of_tar(window: Window, shown: str, rule: CaptionRule) -> list[Row]:
         for stem, row in images.items()
         for said in (texts.get(stem, {}),)
     ]
-    unused = [row._replace(problem="is a reference of no image") for own in references.values() for row in own.values()]
+    unused = [
+        row._replace(problem="is a reference image without an image")
+        for own in references.values()
+        for row in own.values()
+    ]
     return sorted([*found, *second, *unused], key=lambda row: row.start)
 
 
 def with_numbered(row: Row, references: Mapping[int, Row]) -> Row:
-    """Add an image's references in order. A gap in their numbers becomes the image's problem."""
+    """Add an image's references in order. Numbers that are not consecutive from 0 or 1 become the image's problem."""
     numbers = sorted(references)
     if numbers not in ([-1], list(range(len(numbers))), list(range(1, len(numbers) + 1))):
         names = ", ".join(references[number].name for number in numbers)
-        return row._replace(problem=f"has references that are not numbered one by one: {names}")
+        return row._replace(problem=f"has reference images that are not numbered consecutively: {names}")
     return row.with_references(references[number] for number in numbers)
 
 

@@ -76,7 +76,7 @@ def describe_files(
     if twice:
         raise UserError(f"{key} = {config.source!r} lists a file twice: {list_few(map(strip_secrets, twice))}")
     if any(map(is_remote, files)):
-        storage.required_cache_dir(f"{key} behind a URL")
+        storage.required_cache_dir(f"{key} at a URL")
     shown = [strip_secrets(file) for file in files]
     stamps = read_stamps(files, shown, key, storage, num_threads)
     values = {name: getattr(config, name) for name in keys}

@@ -180,7 +180,7 @@ class Storage:
         existing files; local paths may also use `?` and `[...]`. Raises UserError for too many names."""
         num_names = count_names(pattern)
         if num_names > MOST_NAMES:
-            raise UserError(f"{strip_secrets(pattern)!r} stands for {num_names} names; at most {MOST_NAMES} are listed")
+            raise UserError(f"{strip_secrets(pattern)!r} lists {num_names} files; the maximum is {MOST_NAMES}")
         found: list[str] = []
         for path in expand_pattern(pattern):
             if is_remote(path):
