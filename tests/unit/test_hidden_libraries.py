@@ -50,9 +50,9 @@ def test_what_diffusers_has_found_already_stays_visible() -> None:
     """A program may import diffusers before it trains; its lazy imports rely on what it found then."""
     code = """
 import diffusers
-from library.hidden_libraries import BITSANDBYTES, find_neither, hidden
+from library.hidden_libraries import BITSANDBYTES, find_neither, hide_library
 find_neither()
-with hidden(BITSANDBYTES):
+with hide_library(BITSANDBYTES):
     from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
