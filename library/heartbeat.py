@@ -58,7 +58,7 @@ class Heartbeat:
     quit: Callable[[int], object] = os._exit
     _is_over: threading.Event = field(default_factory=threading.Event)
     _hosts: dict[int, str] = field(default_factory=dict)  # host and process ID by rank
-    _heard: dict[int, tuple[bytes, float]] = field(default_factory=dict)  # last beat and its time by rank
+    _last_beats: dict[int, tuple[bytes, float]] = field(default_factory=dict)  # last beat and its time by rank
 
     def start(self) -> None:
         """Start the watching thread. Must be called after all processes have joined."""
@@ -68,12 +68,12 @@ class Heartbeat:
         """Deregister: peers stop expecting this process, and it stops watching them."""
         if not self._is_over.is_set():
             self._is_over.set()
-            self._say(f"over/{self.rank}", "1")
+            self._set(f"over/{self.rank}", "1")
 
     def find(self) -> str | None:
         """Return a sentence about a lost process, or None if none is known."""
         try:
-            for rank in self._looked_after:
+            for rank in self._watched_ranks:
                 if (found := self._describe_loss(rank)) is not None:
                     return found
             return self.store.get("lost").decode() if self.store.check(["lost"]) else None
@@ -81,7 +81,7 @@ class Heartbeat:
             return UNREACHABLE
 
     @property
-    def _looked_after(self) -> Sequence[int]:
+    def _watched_ranks(self) -> Sequence[int]:
         others = [rank for rank in range(self.count) if rank != self.rank]
         if self.rank == 0:
             return others
@@ -106,14 +106,14 @@ class Heartbeat:
             return f"process {rank} {KILLED}"
         if host == socket.gethostname() or not self.store.check([f"beat/{rank}"]):
             return None
-        said, now = self.store.get(f"beat/{rank}"), time.monotonic()
-        before, at = self._heard.get(rank, (b"", now))
-        self._heard[rank] = (said, now if said != before else at)
-        if now - self._heard[rank][1] > self.times.silent:
+        beat, now = self.store.get(f"beat/{rank}"), time.monotonic()
+        before, at = self._last_beats.get(rank, (b"", now))
+        self._last_beats[rank] = (beat, now if beat != before else at)
+        if now - self._last_beats[rank][1] > self.times.silent:
             return f"process {rank} on {host} has sent nothing for {now - at:.0f} s: its machine or the network is down"
         return None
 
-    def _say(self, key: str, value: str) -> None:
+    def _set(self, key: str, value: str) -> None:
         try:
             self.store.set(key, value)
         except RuntimeError:  # the process that hosted the store has ended
@@ -122,7 +122,7 @@ class Heartbeat:
     def _watch(self) -> None:
         number = 0
         while not self._is_over.wait(self.times.beat):
-            self._say(f"beat/{self.rank}", str(number := number + 1))
+            self._set(f"beat/{self.rank}", str(number := number + 1))
             found = self.find()
             if found is not None and not self._is_over.is_set():
                 self.lost = found
@@ -130,7 +130,7 @@ class Heartbeat:
         if self.lost is None:
             return
         if self.rank == 0:
-            self._say("lost", self.lost)
+            self._set("lost", self.lost)
         if self._is_over.wait(self.times.say) or self.is_stopping:
             return
         logger.error("%s; this process will end too, within %.0f s", self.lost, self.times.end)

@@ -17,18 +17,18 @@ BITSANDBYTES = "bitsandbytes"
 def hide_library(name: str) -> Iterator[None]:
     """Hide the library `name` from code that checks for it inside the block.
 
-    Has no effect if the library is already imported or diffusers has already found it. `show` ends the hiding early.
-    Libraries remember the result of their check.
+    Has no effect if the library is already imported or diffusers has already found it. `unhide_library` ends the hiding
+    early. Libraries remember the result of their check.
     """
     if name not in sys.modules and not is_found_by_diffusers(name):
         sys.modules[name] = None  # type: ignore[assignment]  # makes Python's import fail
     try:
         yield
     finally:
-        show(name)
+        unhide_library(name)
 
 
-def show(name: str) -> None:
+def unhide_library(name: str) -> None:
     """Make a hidden library importable again, for example for an optimizer that needs bitsandbytes."""
     if name in sys.modules and sys.modules[name] is None:
         del sys.modules[name]
@@ -41,7 +41,7 @@ def is_found_by_diffusers(name: str) -> bool:
     return module is not None and bool(getattr(module, f"is_{name}_available", bool)())
 
 
-def find_neither() -> None:
+def import_diffusers_hiding_libraries() -> None:
     """Import diffusers and transformers with bitsandbytes and scipy hidden, so that they record both as missing.
     Later imports by other code find both."""
     with hide_library(BITSANDBYTES), hide_library("scipy"):

@@ -29,10 +29,10 @@ from library.temporary_folders import Kind, make_temporary_folder
 logger = logging.getLogger(__name__)
 
 SHORT_SECONDS, POLL_SECONDS = 0.005, 0.1  # seconds between two checks of the store
-SAY_AFTER_SECONDS = 60.0
-LOOK_FOR_S = 5  # seconds to find out why a process ended
-HEARD_WITHIN_S = 6.0  # heartbeats check every 2 s
-OF_CONNECTIONS = ("onnection closed", "onnection reset", "onnection refused", "roken pipe", "NCCL", "timed out")
+LOG_EVERY_SECONDS = 60.0
+SEARCH_S = 5  # seconds to find out why a process ended
+WAIT_FOR_PEERS_S = 6.0  # heartbeats check every 2 s
+CONNECTION_ERRORS = ("onnection closed", "onnection reset", "onnection refused", "roken pipe", "NCCL", "timed out")
 PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_XPU", "MULTI_HPU")
 
 
@@ -119,7 +119,7 @@ class Processes:
         while missing := [key for key in missing if not self.store.check([key])]:
             self.require_all()
             time.sleep(POLL_SECONDS)
-            if time.monotonic() - said_at > SAY_AFTER_SECONDS:
+            if time.monotonic() - said_at > LOG_EVERY_SECONDS:
                 said_at = time.monotonic()
                 logger.info("%s: waiting for %d of %d processes", what, len(missing), self.count)
 
@@ -168,7 +168,7 @@ class Processes:
 
     def lost(self) -> str:
         """Describe the process that was lost. Marks this process as ending because of it."""
-        return self._found(LOOK_FOR_S) or "the connection to another process broke; see its own log for the reason"
+        return self._found(SEARCH_S) or "the connection to another process broke; see its own log for the reason"
 
     def _found(self, num_looks: int) -> str | None:
         """Look for a lost process up to `num_looks` times, a second apart; return its description, or None."""
@@ -227,9 +227,9 @@ class Processes:
             if self.store is None or isinstance(error, ProcessLost):
                 raise
             is_broken = isinstance(error, torch.distributed.DistError) or (
-                isinstance(error, RuntimeError) and any(word in str(error) for word in OF_CONNECTIONS)
+                isinstance(error, RuntimeError) and any(word in str(error) for word in CONNECTION_ERRORS)
             )
-            if (is_broken or isinstance(error, signals)) and (found := self._found(LOOK_FOR_S if is_broken else 1)):
+            if (is_broken or isinstance(error, signals)) and (found := self._found(SEARCH_S if is_broken else 1)):
                 raise ProcessLost(f"{found} ({format_first_line(error)})") from error
             with suppress(RuntimeError):  # the store may be unreachable
                 if not self.store.check([f"failure/{self.rank}"]):
@@ -239,16 +239,16 @@ class Processes:
             raise
 
     def _wait_for_others(self) -> None:
-        """Let the main process wait up to HEARD_WITHIN_S for the others to end, because the store ends with it."""
+        """Let the main process wait up to WAIT_FOR_PEERS_S for the others to end, because the store ends with it."""
         if self.rank != 0 or self.heartbeat is None or self.store is None:
             return
-        end = time.monotonic() + HEARD_WITHIN_S
+        end = time.monotonic() + WAIT_FOR_PEERS_S
         others = list(range(1, self.count))
         while others and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
             others = [r for r in others if not (self.store.check([f"over/{r}"]) or self.store.check([f"failure/{r}"]))]
 
-    def add_up(self, values: Tensor) -> Tensor:
+    def sum_over_processes(self, values: Tensor) -> Tensor:
         """Return the sum of `values` over all processes, on the CPU. A collective: every process must call it."""
         if self.count == 1:
             return values
@@ -304,7 +304,7 @@ def from_accelerator(accelerator: Any) -> Processes:
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     state = accelerator.state
-    store, rank, count = meet()
+    store, rank, count = join_rendezvous()
     store.set_timeout(timedelta(days=7))
     shared = PrefixStore("lora", store)
     shared.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
@@ -321,7 +321,7 @@ def from_accelerator(accelerator: Any) -> Processes:
     )
 
 
-def meet() -> tuple[Any, int, int]:
+def join_rendezvous() -> tuple[Any, int, int]:
     """Join the rendezvous of all processes in this attempt; return (store, rank, count).
 
     A launcher that restarts processes (torchrun's `max_restarts`) may keep the store of the previous attempt with its
@@ -336,11 +336,11 @@ def meet() -> tuple[Any, int, int]:
 
 @cache
 def register_rendezvous() -> str:
-    """Register `meet` as a rendezvous handler of torch, and return the URL that selects it."""
+    """Register `join_rendezvous` as a rendezvous handler of torch, and return the URL that selects it."""
     from torch.distributed.rendezvous import register_rendezvous_handler
 
     def found(url: str, **given: Any) -> Iterator[tuple[Any, int, int]]:
-        yield meet()
+        yield join_rendezvous()
 
     register_rendezvous_handler("attempt", found)  # type: ignore[no-untyped-call]
     return "attempt://"

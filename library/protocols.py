@@ -185,7 +185,7 @@ class Preview:
     text: TextPipeline  # the architecture's own if prompts are encoded like captions
     predict: Callable[[Prompt], Predict]
     sampler: Callable[[Prompt], Sampler]
-    worded: Callable[[str], str] = str  # template of a prompt; negative prompts are used unchanged
+    format_prompt: Callable[[str], str] = str  # template of a prompt; negative prompts are used unchanged
     load_denoiser: Callable[[RequestedFormat | None], nn.Module] | None = None
     """Loads, on the CPU, the denoiser that generates the images, if it is not the trained one."""
 

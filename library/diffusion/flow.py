@@ -181,7 +181,10 @@ def build_sampled_flow(
     """
     sampling, weighting = options.flow_sampling, options.flow_weighting
     weights_loss = always_weights_loss or prediction_type == "sigma_scaled"
-    for line in (*idle_settings(sampling, weighting, weights_loss), *odd_target(prediction_type, target_kind)):
+    for line in (
+        *find_unused_settings(sampling, weighting, weights_loss),
+        *find_target_mismatch(prediction_type, target_kind),
+    ):
         logger.warning("%s", line)
     return FlowMatching(
         options.noise,
@@ -195,7 +198,9 @@ def build_sampled_flow(
     )
 
 
-def idle_settings(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions, weights_loss: bool) -> Iterator[str]:
+def find_unused_settings(
+    sampling: FlowSamplingOptions, weighting: FlowWeightingOptions, weights_loss: bool
+) -> Iterator[str]:
     """Yield a warning for every setting that has no effect in combination with the others."""
     kind, scheme = sampling.timestep_sampling, weighting.weighting_scheme
     if scheme in ("logit_normal", "mode") and kind != "sigma":
@@ -207,7 +212,7 @@ def idle_settings(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions
         yield f"--weighting_scheme {scheme} has no effect: it requires --model_prediction_type sigma_scaled"
 
 
-def odd_target(prediction_type: str, target_kind: Target) -> Iterator[str]:
+def find_target_mismatch(prediction_type: str, target_kind: Target) -> Iterator[str]:
     """Yield a warning if the prediction type does not match the target."""
     if prediction_type != "raw" and target_kind != "latent":
         yield (

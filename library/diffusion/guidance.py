@@ -38,11 +38,11 @@ def is_guided_at(prompt: Prompt, progress: float) -> bool:
 
 def guide(negative_BCHW: Tensor, positive_BCHW: Tensor, prompt: Prompt) -> Tensor:
     """Combine the predictions for the negative prompt and the prompt by the prompt's guidance settings."""
-    guided_BCHW = away_from(negative_BCHW, positive_BCHW, prompt.scale)
+    guided_BCHW = extrapolate(negative_BCHW, positive_BCHW, prompt.scale)
     return limit_length(guided_BCHW, positive_BCHW, prompt.renorm_cfg) if prompt.renorm_cfg else guided_BCHW
 
 
-def away_from(negative_BCHW: Tensor, positive_BCHW: Tensor, scale: float) -> Tensor:
+def extrapolate(negative_BCHW: Tensor, positive_BCHW: Tensor, scale: float) -> Tensor:
     """Return negative + scale * (positive - negative)."""
     return negative_BCHW + scale * (positive_BCHW - negative_BCHW)
 

@@ -8,7 +8,7 @@ from library.diffusion.flow import IGNORES
 from library.errors import UserError
 from library.installed import NEEDED_BY_ALL, check_installed
 from library.options.base import Options
-from library.options.no_effect import asks
+from library.options.no_effect import is_requested
 
 OTHER_ATTENTION: Mapping[str, str] = {  # options without effect on this project's denoisers
     "xformers": "attention is torch's scaled dot product",
@@ -43,7 +43,7 @@ class Recipe:
         check_installed(self.title, {**NEEDED_BY_ALL, **self.needs})
         values = options.flat()
         for name, why in self.refuses.items():
-            if asks(values[name]):
+            if is_requested(values[name]):
                 raise UserError(f"--{name} does not work with {self.title}: {why}; remove it")
 
     def describe(self, options: Options, **more: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 from library.options.base import Options
 
 
-def asks(value: Any) -> bool:
+def is_requested(value: Any) -> bool:
     """Return True if a value requests something. Front ends write false, 0, "" or [] for empty fields.
 
     Negative integers request nothing; negative floats do.
@@ -62,4 +62,4 @@ def describe_needs(needs: Sequence[str]) -> str:
 def is_met(need: str, values: Mapping[str, Any]) -> bool:
     """Return True if a need is met: the option is requested, or has one of the values after "="."""
     other, equals, wanted = need.partition("=")
-    return str(values[other]) in wanted.split("|") if equals else asks(values[other])
+    return str(values[other]) in wanted.split("|") if equals else is_requested(values[other])

@@ -5,7 +5,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.options.base import Options
-from library.options.no_effect import asks, describe_needs, is_met, is_set
+from library.options.no_effect import describe_needs, is_met, is_requested, is_set
 
 
 def unsupported(options: Options) -> list[str]:
@@ -15,7 +15,7 @@ def unsupported(options: Options) -> list[str]:
         f"--{name} is not supported: {facts.unsupported}"
         for name, facts in type(options).facts().items()
         if facts.unsupported is not None
-        and (is_set(values[name], defaults[name]) if facts.needs else asks(values[name]))
+        and (is_set(values[name], defaults[name]) if facts.needs else is_requested(values[name]))
         and all(is_met(need, values) for need in facts.needs)
     ]
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from library.hidden_libraries import BITSANDBYTES, hide_library, show
+from library.hidden_libraries import BITSANDBYTES, hide_library, unhide_library
 from tests.running import ROOT
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ def test_nobody_finds_it_in_the_block_and_everybody_behind_it(monkeypatch: pytes
         assert importlib.util.find_spec(BITSANDBYTES) is None
     assert BITSANDBYTES not in sys.modules
     with hide_library(BITSANDBYTES):
-        show(BITSANDBYTES)
+        unhide_library(BITSANDBYTES)
         assert BITSANDBYTES not in sys.modules
 
 
@@ -35,8 +35,8 @@ def test_a_run_imports_no_scipy_and_finds_it_where_it_wants_it() -> None:
     """In a process of its own: what diffusers and transformers found out they keep."""
     code = """
 import sys
-from library.hidden_libraries import find_neither
-find_neither()
+from library.hidden_libraries import import_diffusers_hiding_libraries
+import_diffusers_hiding_libraries()
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 assert "scipy" not in sys.modules, "imported on the side"
@@ -50,8 +50,8 @@ def test_what_diffusers_has_found_already_stays_visible() -> None:
     """A program may import diffusers before it trains; its lazy imports rely on what it found then."""
     code = """
 import diffusers
-from library.hidden_libraries import BITSANDBYTES, find_neither, hide_library
-find_neither()
+from library.hidden_libraries import BITSANDBYTES, import_diffusers_hiding_libraries, hide_library
+import_diffusers_hiding_libraries()
 with hide_library(BITSANDBYTES):
     from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 """

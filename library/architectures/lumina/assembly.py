@@ -123,5 +123,5 @@ def build_preview(text: LuminaText) -> Preview:
         text=replace(text, system_prompt=""),
         predict=lambda prompt: predict,
         sampler=partial(build_shifted_sampler, predicts="latent - noise"),
-        worded=text.with_instruction,
+        format_prompt=text.with_instruction,
     )

@@ -35,7 +35,7 @@ from library.data.decoding.tensors import to_mask, to_pixels
 from library.data.description.buckets import crop_ltrb
 from library.data.description.captions import caption_variant, compose_caption, is_dropped
 from library.data.description.schema import SubsetConfig
-from library.data.plan.samples import Sample, Samples, check_size, stand_in
+from library.data.plan.samples import Sample, Samples, check_size, find_replacement
 from library.data.plan.seen_references import SeenReferences, read_placed_references
 from library.data.sources.storage.storage import Storage
 from library.errors import UserError
@@ -67,7 +67,7 @@ class PartialBatch:
     skipped: list[str] = field(default_factory=list)  # messages about damaged images that were replaced
 
 
-class Taken(NamedTuple):
+class DrawnSample(NamedTuple):
     """The pixels or latents of one draw; latents that the main process keeps in memory are None."""
 
     number: int  # index of the sample
@@ -140,7 +140,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         latents."""
         self.read_ahead(order)
         skipped: list[str] = []
-        taken = [self.take_or_replace(order.epoch, draw, skipped) for draw in order.draws]
+        taken = [self.read_or_replace(order.epoch, draw, skipped) for draw in order.draws]
         samples = [self.samples[one.number] for one in taken]
         latents = [one.latent for one in taken if one.image is None]
         if 0 < len(latents) < len(taken):
@@ -166,7 +166,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         unread = [number for number in numbers if number not in self.in_memory and number not in self.files]
         self.storage.read_ahead(self.samples[number].image for number in unread)
 
-    def plain_batch(self, order: BatchOrder, taken: Sequence[Taken], samples: Sequence[Sample]) -> Batch:
+    def plain_batch(self, order: BatchOrder, taken: Sequence[DrawnSample], samples: Sequence[Sample]) -> Batch:
         """Make the batch without latents, masks and text features, which `finish_batch` adds."""
         subsets = [self.subsets[sample.subset] for sample in samples]
         drawn = list(zip(samples, order.draws, [one.is_flipped for one in taken], strict=True))
@@ -186,7 +186,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
             reference_pixels=stack_references([one.references for one in taken if one.image is not None]),
         )
 
-    def text_key(self, taken: Taken, caption: str) -> str:
+    def text_key(self, taken: DrawnSample, caption: str) -> str:
         """Return the key of the text features of a draw: its caption, combined with its references if text encoders
         see them."""
         return caption if self.seen is None else self.seen.key(taken.number, caption, taken.is_flipped)
@@ -197,27 +197,27 @@ class BatchMaker(Dataset[PartialBatch | str]):
             return None
         return self.text_files.file(number, self.samples[number], self.storage).read(text)
 
-    def take_or_replace(self, epoch: int, draw: int, skipped: list[str]) -> Taken:
+    def read_or_replace(self, epoch: int, draw: int, skipped: list[str]) -> DrawnSample:
         """Read the image or latents of a draw. A damaged image is replaced by another one and added to `skipped`."""
         number, broken = int(self.sample_of_draw[draw]), set(self.damaged)
         if number in broken:
-            number = stand_in(self.samples, self.subsets, number, broken)
+            number = find_replacement(self.samples, self.subsets, number, broken)
         while True:
             try:
-                return self.taken(number, epoch, draw)
+                return self.read_sample(number, epoch, draw)
             except DamagedImage as error:
                 broken.add(number)
-                number = stand_in(self.samples, self.subsets, number, broken, str(error))
+                number = find_replacement(self.samples, self.subsets, number, broken, str(error))
                 skipped.append(str(error))
 
-    def taken(self, number: int, epoch: int, draw: int) -> Taken:
+    def read_sample(self, number: int, epoch: int, draw: int) -> DrawnSample:
         """Read the image or latents of this sample for a draw. Raises DamagedImage."""
         subset = self.subsets[self.samples[number].subset]
         is_flipped = self.is_mirrored or (subset.flip_aug and random_for(self.seed, "flip", epoch, draw).random() < 0.5)
         if number in self.in_memory or number in self.files:
-            return Taken(number, is_flipped, None, *self.cached(number, is_flipped))
-        image, mask, references = self.drawn(number, epoch, draw, is_flipped)
-        return Taken(number, is_flipped, image, None, mask, references)
+            return DrawnSample(number, is_flipped, None, *self.read_cached(number, is_flipped))
+        image, mask, references = self.read_image(number, epoch, draw, is_flipped)
+        return DrawnSample(number, is_flipped, image, None, mask, references)
 
     def caption(self, sample: Sample, order: BatchOrder, draw: int) -> str:
         """Compose the caption of one draw."""
@@ -229,7 +229,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
             return ""
         return caption_variant(sample.image.key, text, rules, rng.randrange(self.num_variants))
 
-    def drawn(
+    def read_image(
         self, number: int, epoch: int, draw: int, is_flipped: bool
     ) -> tuple[Pixels, Tensor | None, tuple[Tensor, ...]]:
         """Return (RGB or RGBA, mask, pixels of the references) of one draw. Alpha that serves as mask is not part of
@@ -265,7 +265,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
             return crop_at_random(sample.shape, random_for(self.seed, "crop", epoch, draw), is_flipped)
         return crop_at_centre(sample.shape, is_flipped)
 
-    def cached(self, number: int, is_flipped: bool) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...]]:
+    def read_cached(self, number: int, is_flipped: bool) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...]]:
         """Return (latents, mask, latents of the references) of one draw. Values kept in memory are None or empty
         here."""
         sample = self.samples[number]

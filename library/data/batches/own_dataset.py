@@ -17,7 +17,7 @@ from torch import Tensor
 
 from library.data.batches.validation_set import ValidationSet, make_empty_set
 from library.data.description.schema import RunDataConfig, parse_numbers
-from library.data.plan.audit_values import nothing_known
+from library.data.plan.audit_values import make_empty_facts
 from library.errors import UserError
 from library.options.dataset import DatasetOptions
 from library.protocols import LatentSpec
@@ -107,7 +107,7 @@ class OwnDataset:
 
     def facts(self) -> dict[str, Any]:
         """Return the facts of data without listed images."""
-        return nothing_known()
+        return make_empty_facts()
 
     def metadata(self, described: DatasetOptions, batches_per_step: int = 1) -> dict[str, Any]:
         size = self.batch_sizes[0]

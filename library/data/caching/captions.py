@@ -75,14 +75,14 @@ class TextEncoding:
         """Return digests of everything that determines the features. Raises NotThere if the files of the encoders
         are missing."""
         return Identity(
-            self._digest(f"{self.spec.encoders()} "), self._digest(""), digest_of_words(self.spec.tokenizers)
+            self._digest(f"{self.spec.encoders()} "), self._digest(""), digest_vocabularies(self.spec.tokenizers)
         )
 
     def identity_of_files(self, jobs: Sequence["Job"]) -> Identity:
         """Return the identity to use if the encoders are missing: their digest is read from the first file, and all
         files must match it."""
         first = next((note.identity for job in jobs if (note := job.file.note()) is not None), "")
-        return Identity(first, self._digest(""), digest_of_words(self.spec.tokenizers), is_of_files=True)
+        return Identity(first, self._digest(""), digest_vocabularies(self.spec.tokenizers), is_of_files=True)
 
     def _digest(self, encoders: str) -> str:
         spec = self.spec
@@ -92,7 +92,7 @@ class TextEncoding:
         return digest.hexdigest()
 
 
-def digest_of_words(tokenizers: Sequence[Any]) -> str:
+def digest_vocabularies(tokenizers: Sequence[Any]) -> str:
     """Return a digest of the tokenizers' vocabularies."""
     digest = blake2b(digest_size=16)
     for tokenizer in tokenizers:
@@ -130,8 +130,8 @@ def cache_texts(
         identity = cache(lambda: compute_identity(encoding, [empty, *jobs]))
         if not skips_check and any(os.path.exists(job.path) for job in (empty, *jobs)):
             identity()  # compute it before several threads need it
-        of_captions = text_codec(lambda: readable_alone(open_encoders().captions), spec, identity)
-        of_prompts = text_codec(lambda: every_one(open_encoders().prompts), spec, identity)
+        of_captions = text_codec(lambda: skip_damaged(open_encoders().captions), spec, identity)
+        of_prompts = text_codec(lambda: encode_all(open_encoders().prompts), spec, identity)
         fill(of_captions, [empty, *jobs], skips_check, plan.num_workers, processes)
         if prompts:
             fill(of_prompts, [shown], skips_check, plan.num_workers, ALONE)
@@ -142,8 +142,8 @@ def cache_texts(
     logger.info("caching text encoder outputs of %d captions in memory%s", len(texts) + len(prompts), size)
     share = texts[processes.local_rank :: processes.local_count]
     with progress_bar(WORDS.caching, len(share) + len(prompts)) as bar:
-        rows = encode_rows(share, lambda: readable_alone(open_encoders().captions), spec, bar)
-        prompt_rows = encode_rows(prompts, lambda: every_one(open_encoders().prompts), spec, bar)
+        rows = encode_rows(share, lambda: skip_damaged(open_encoders().captions), spec, bar)
+        prompt_rows = encode_rows(prompts, lambda: encode_all(open_encoders().prompts), spec, bar)
     store = TextStore(memory=exchange_rows(rows, texts, processes), padding=spec.padding)
     num_bytes = sum(map(row_bytes, (*store.memory.values(), *prompt_rows.values())))
     logger.info("cached text encoder outputs: %.2f GB", num_bytes / 1e9)
@@ -276,11 +276,11 @@ def group_jobs(missing: Sequence[Found[Job]], batch_size: int) -> Iterator[list[
         yield group
 
 
-def every_one(encode: Encode) -> EncodeSome:
+def encode_all(encode: Encode) -> EncodeSome:
     return lambda texts: (texts, encode(texts))
 
 
-def readable_alone(encode: Encode) -> EncodeSome:
+def skip_damaged(encode: Encode) -> EncodeSome:
     """Wrap `encode` to skip captions with damaged reference images, with a warning. Their images are replaced by
     others of their buckets."""
 

@@ -32,7 +32,7 @@ from library.data.decoding.npz import Verdict
 from library.data.decoding.tensors import to_pixels
 from library.data.description.buckets import Shape
 from library.data.plan.data_plan import DataPlan
-from library.data.plan.samples import Sample, check_size, stand_in
+from library.data.plan.samples import Sample, check_size, find_replacement
 from library.data.scanned.images import ScannedImage, Version
 from library.data.scanned.names import same_file_key
 from library.data.sources.storage.storage import Storage
@@ -134,7 +134,9 @@ def cache_latents(
     if on_disk:
         skips_check = options.skip_cache_check
         vae = "" if skips_check else expected_vae(vae_identity, on_disk)
-        codec = Codec(WORDS, partial(judge_job, entries, vae), make, partial(iterate_named_jobs, plan), remark)
+        codec = Codec(
+            WORDS, partial(judge_job, entries, vae), make, partial(iterate_named_jobs, plan), log_unknown_origins
+        )
         kept += fill(codec, on_disk, skips_check, plan.num_workers, processes)
     else:
         processes.wait_for_all(WORDS.caching)
@@ -146,7 +148,7 @@ def cache_latents(
             "%d damaged images are skipped, using others of their buckets: %s", len(problems), list_few(problems)
         )
     for number in damaged:
-        stand_in(plan.samples, plan.subsets, number, damaged.keys())
+        find_replacement(plan.samples, plan.subsets, number, damaged.keys())
     usable = {user: file for user, file in files.items() if user not in damaged}
     return LatentStore(files_by_sample(usable, plan), memory, frozenset(damaged))
 
@@ -248,7 +250,7 @@ def judge_job(entries: VerifiedEntries, vae: str, job: Job) -> Verdict:
     return entries.verdict(job.file, job.sample.image, expected)
 
 
-def remark(found: Sequence[Found[Job]]) -> None:
+def log_unknown_origins(found: Sequence[Found[Job]]) -> None:
     """Log entries that are used although their VAE or base model is unknown."""
     used = [one for one in found if one.verdict.fault is None]
     old_names = [one.job.path for one in used if one.job.path != one.path]

@@ -142,6 +142,6 @@ REQUIRED: dict[Style, tuple[str, ...]] = {
 }
 
 
-def stands_at(key: Key, level: Level, style: Style | None) -> bool:
+def is_allowed_at(key: Key, level: Level, style: Style | None) -> bool:
     """Return True if the key is allowed at this level for this style; None means any style, as in [general]."""
     return level in key.levels and (style is None or style in key.styles)

@@ -21,7 +21,7 @@ from library.data.description.keys import (
     Key,
     Level,
     Style,
-    stands_at,
+    is_allowed_at,
 )
 from library.data.description.source_keys import SOURCES, keys_used_by
 from library.errors import UserError
@@ -270,12 +270,12 @@ def resolve_style(dataset: Table, masked_loss: bool) -> Style:
 def table_problems(table: Table, place: str, level: Level, style: Style | None) -> list[str]:
     """Return a sentence for each unknown, misplaced or mistyped key of a table."""
     problems = []
-    allowed = [key.name for key in ALL_KEYS.values() if stands_at(key, level, style)]
+    allowed = [key.name for key in ALL_KEYS.values() if is_allowed_at(key, level, style)]
     for name, value in table.items():
         key = ALL_KEYS.get(name)
         if key is None:
             problems.append(unknown_key(f"{place}['{name}']", name, allowed))
-        elif not stands_at(key, level, style):
+        elif not is_allowed_at(key, level, style):
             problems.append(f"{place}['{name}'] {explain_where_it_belongs(key, level)}")
         elif not key.kind.fits(value):
             problems.append(f"{place}['{name}'] is {value!r}, but must be {key.kind.name}{explain_limit(value)}")

@@ -74,7 +74,7 @@ def audit_lines(
                 yield logging.INFO, f"  bucket {size}: {len(bucket.draws)} draws, {bucket.num_batches} batches"
         yield from warn_enlarged(samples, number)
         if not rule.enable_bucket:
-            yield from cut_lines(dataset, rule)
+            yield from cropping_lines(dataset, rule)
     yield from pair_lines(datasets)
     if limit is not None:
         yield from length_lines(datasets, limit)
@@ -111,11 +111,11 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
         yield logging.INFO, f"{source} {what}: {list_few_paths(subset.small, config.source)}"
     if subset.without_caption:
         level = logging.INFO if config.class_tokens else logging.WARNING
-        stand_in = f"using '{config.class_tokens}'" if config.class_tokens else "trained with an empty prompt"
+        effect = f"using '{config.class_tokens}'" if config.class_tokens else "trained with an empty prompt"
         missing = subset.without_caption
         yield (
             level,
-            f"{source} {format_count(len(missing), 'image')} without a caption file, {stand_in}: "
+            f"{source} {format_count(len(missing), 'image')} without a caption file, {effect}: "
             f"{list_few_paths(missing, config.source)}",
         )
     if subset.empty_caption:
@@ -129,10 +129,10 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
         yield from warn_about(subset, is_nested, f"{source} {{}} {effect}")
 
 
-def warn_about(subset: ScannedSubset, is_meant: NDArray[np.bool_], text: str) -> Iterator[Line]:
-    """Yield a warning with the number of affected images and the first few of them. `is_meant` selects the images;
+def warn_about(subset: ScannedSubset, is_affected: NDArray[np.bool_], text: str) -> Iterator[Line]:
+    """Yield a warning with the number of affected images and the first few of them. `is_affected` selects the images;
     `{}` in `text` stands for their number."""
-    rows = np.flatnonzero(is_meant)
+    rows = np.flatnonzero(is_affected)
     if len(rows):
         shown = list_few_paths(subset.images.keys_at(rows[:MOST_SHOWN]), subset.config.source, len(rows))
         yield logging.WARNING, f"{text.format(len(rows))}: {shown}"
@@ -193,7 +193,7 @@ def warn_enlarged(samples: Samples, dataset: int) -> Iterator[Line]:
         yield logging.WARNING, f"  {format_count(len(rows), 'image')} {effect}: {shown}"
 
 
-def cut_lines(dataset: ScannedDataset, rule: BucketRules) -> Iterator[Line]:
+def cropping_lines(dataset: ScannedDataset, rule: BucketRules) -> Iterator[Line]:
     """Yield a warning about images that are scaled or cropped because buckets are disabled."""
     counts = [(subset.images.sizes_N2 != rule.resolution).any(axis=1) for subset in dataset.subsets]
     count = int(sum(is_other.sum() for is_other in counts))

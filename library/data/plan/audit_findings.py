@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.data.description.buckets import Size
 from library.data.description.schema import SubsetConfig
-from library.data.plan.audit_pixels import Look, connect_groups, look_at_all, similar_pairs
+from library.data.plan.audit_pixels import PixelMeasures, connect_groups, measure_all_pixels, similar_pairs
 from library.data.plan.samples import Sample
 from library.data.scanned.images import ScannedImage
 from library.data.sources.storage.storage import Storage
@@ -49,23 +49,23 @@ def inspect(
         largest[key] = sample.image, (max(width, bucket_width), max(height, bucket_height))
     trained = {sample.image.key for sample in samples if sample.dataset < num_trained}
     masked = {sample.image.key for sample in samples if has_alpha or subsets[sample.subset].alpha_mask}
-    looks = look_at_all(list(largest.values()), storage, num_threads)
-    return [*collect_findings(looks, trained), *find_file_kinds(looks, masked), *find_large_crops(samples)]
+    measured = measure_all_pixels(list(largest.values()), storage, num_threads)
+    return [*collect_findings(measured, trained), *find_file_kinds(measured, masked), *find_large_crops(samples)]
 
 
-def find_file_kinds(looks: Sequence[Look], masked: set[str]) -> Iterator[Finding]:
+def find_file_kinds(measured: Sequence[PixelMeasures], masked: set[str]) -> Iterator[Finding]:
     """Yield findings about kinds of files. Transparency is expected in the images of `masked`, whose alpha is used."""
     yield from make_finding(
-        [(look.path, f"{look.num_frames} frames") for look in looks if look.num_frames > 1],
+        [(one.path, f"{one.num_frames} frames") for one in measured if one.num_frames > 1],
         "{} animated; only the first frame is trained",
     )
-    transparent = [look for look in looks if look.transparent > TRANSPARENT and look.path not in masked]
+    transparent = [one for one in measured if one.transparent > TRANSPARENT and one.path not in masked]
     yield from make_finding(
-        [(look.path, f"{look.transparent:.0%}") for look in transparent],
+        [(one.path, f"{one.transparent:.0%}") for one in transparent],
         "{} partly transparent; the colors hidden there are trained: set alpha_mask = true, or flatten the image",
     )
     yield from make_finding(
-        [(look.path, "") for look in looks if look.is_cmyk],
+        [(one.path, "") for one in measured if one.is_cmyk],
         "{} in CMYK, whose colors change in the conversion to RGB; re-save as sRGB",
     )
 
@@ -82,18 +82,18 @@ def find_large_crops(samples: Sequence[Sample]) -> Iterator[Finding]:
     yield from make_finding([(key, f"{share:.0%} lost") for key, share in lost.items()], text)
 
 
-def collect_findings(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:
+def collect_findings(measured: Sequence[PixelMeasures], trained: set[str]) -> Iterator[Finding]:
     """Yield the findings about the measured pixels, most severe first."""
-    damaged = [(look.path, look.problem) for look in looks if look.problem is not None]
+    damaged = [(one.path, one.problem) for one in measured if one.problem is not None]
     yield from make_finding(damaged, "{} cannot be decoded and would be skipped; re-save or remove")
-    whole = [look for look in looks if look.problem is None]
-    empty = [look for look in whole if look.contrast < EMPTY]
+    whole = [one for one in measured if one.problem is None]
+    empty = [one for one in whole if one.contrast < EMPTY]
     yield from make_finding(
-        [(look.path, f"contrast {look.contrast:.1f}") for look in empty],
+        [(one.path, f"contrast {one.contrast:.1f}") for one in empty],
         "{} of a single colour; remove",
     )
-    shown = [look for look in whole if look.contrast >= EMPTY]  # images of a single colour are all similar
-    groups = connect_groups(list(similar_pairs([look.hash for look in shown], MOST_BITS)))
+    shown = [one for one in whole if one.contrast >= EMPTY]  # images of a single colour are all similar
+    groups = connect_groups(list(similar_pairs([one.hash for one in shown], MOST_BITS)))
     across: list[tuple[str, str]] = []
     within: list[tuple[str, str]] = []
     for number, group in enumerate(groups, 1):
@@ -106,7 +106,7 @@ def collect_findings(looks: Sequence[Look], trained: set[str]) -> Iterator[Findi
         "side",
     )
     yield from make_finding(within, "{} near-duplicated; consider keeping one per group")
-    blurred = [(look.path, f"sharpness {look.sharpness:.0f}") for look in shown if look.sharpness < BLURRED]
+    blurred = [(one.path, f"sharpness {one.sharpness:.0f}") for one in shown if one.sharpness < BLURRED]
     yield from make_finding(blurred, "{} blurred all over; the LoRA may learn blur: remove or replace")
 
 

@@ -24,7 +24,7 @@ NUM_TILES = 4  # per side; one sharp tile is enough, whatever the background
 
 
 @dataclass(frozen=True)
-class Look:
+class PixelMeasures:
     """The measurements of an image. If its pixels cannot be decoded, `problem` is the reason and the rest is unset."""
 
     path: str
@@ -37,7 +37,7 @@ class Look:
     is_cmyk: bool = False
 
 
-def look_at(path: str, trained: Size, content: bytes | None = None) -> Look:
+def measure_pixels(path: str, trained: Size, content: bytes | None = None) -> PixelMeasures:
     """Decode an image in grey, and measure it at its training size.
 
     `content` is its file, if already read. An image smaller than that is measured at its own size, because upscaling
@@ -51,7 +51,7 @@ def look_at(path: str, trained: Size, content: bytes | None = None) -> Look:
             num_frames, is_cmyk = int(getattr(image, "n_frames", 1)), image.mode == "CMYK"
         grey, transparent = read_grey(path, trained, content)
     except (UserError, OSError) as error:
-        return Look(path, problem=str(error).removeprefix(path).strip())
+        return PixelMeasures(path, problem=str(error).removeprefix(path).strip())
     if grey.width > trained[0] and grey.height > trained[1]:
         ratio = max(trained[0] / grey.width, trained[1] / grey.height)
         size = max(1, round(grey.width * ratio)), max(1, round(grey.height * ratio))
@@ -59,7 +59,7 @@ def look_at(path: str, trained: Size, content: bytes | None = None) -> Look:
     pixels = np.asarray(grey)
     small = grey.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
     bits = imagehash.phash(small).hash.flatten()
-    return Look(
+    return PixelMeasures(
         path,
         int("".join("1" if bit else "0" for bit in bits), 2),
         measure_sharpness(pixels),
@@ -100,21 +100,23 @@ def standard_deviation(values_HW: NDArray[np.uint8] | NDArray[np.int16]) -> floa
     return float(cv2.meanStdDev(values_HW)[1][0, 0])
 
 
-def look_at_all(images: Sequence[tuple[ScannedImage, Size]], storage: Storage, num_threads: int = 0) -> list[Look]:
+def measure_all_pixels(
+    images: Sequence[tuple[ScannedImage, Size]], storage: Storage, num_threads: int = 0
+) -> list[PixelMeasures]:
     """Measure (image, training size) pairs, in order, with a progress bar. Threads help because decoders release the
     interpreter lock."""
     threads = num_threads or os.cpu_count() or 1
 
-    def look(pair: tuple[ScannedImage, Size]) -> Look:
+    def measure(pair: tuple[ScannedImage, Size]) -> PixelMeasures:
         image, trained = pair
         try:
-            return look_at(image.key, trained, storage.content(image))
+            return measure_pixels(image.key, trained, storage.content(image))
         except UserError as error:
-            return Look(image.key, problem=str(error))
+            return PixelMeasures(image.key, problem=str(error))
 
     with ThreadPoolExecutor(threads) as pool, progress_bar("examining images", len(images)) as bar:
         found = []
-        for one in pool.map(look, images):
+        for one in pool.map(measure, images):
             found.append(one)
             bar.update(1)
         return found

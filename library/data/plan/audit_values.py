@@ -42,7 +42,7 @@ def dataset_facts(
     }
 
 
-def nothing_known() -> dict[str, Any]:
+def make_empty_facts() -> dict[str, Any]:
     """Return the facts for data without listed images."""
     lengths: dict[str, Any] = {"unit": "words", "most": None, "counts": []}
     return {"datasets": [], "dropped": [], "num_dropped": 0, "caption_lengths": lengths, "tags": []}

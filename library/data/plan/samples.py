@@ -130,7 +130,7 @@ def check_images(datasets: Sequence[ScannedDataset]) -> None:
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     if not any(subset.images and not subset.config.is_reg for subset in subsets):
         sources = [subset.config.source for subset in subsets if not subset.config.is_reg]
-        below = "".join(images_below(source) for source in sources) + small_ones(subsets)
+        below = "".join(images_below(source) for source in sources) + describe_skipped(subsets)
         raise NoDataFound(
             f"no training images in {list_few(sources)}{below}" if sources else "no subset is left to train on"
         )
@@ -140,7 +140,7 @@ def check_images(datasets: Sequence[ScannedDataset]) -> None:
             raise UserError(
                 f"there are no images in {subset.config.source}"
                 + (f" that can be used ({reasons})" if reasons else "")
-                + small_ones([subset])
+                + describe_skipped([subset])
                 + "; use another folder or remove the subset"
             )
     for dataset in datasets:
@@ -148,7 +148,7 @@ def check_images(datasets: Sequence[ScannedDataset]) -> None:
             check_mask_sizes([image for subset in dataset.subsets for image in subset.images])
 
 
-def small_ones(subsets: Sequence[ScannedSubset]) -> str:
+def describe_skipped(subsets: Sequence[ScannedSubset]) -> str:
     """Return a remark on the images skipped by skip_image_resolution, or ""."""
     count = sum(len(subset.small) for subset in subsets)
     return f"; skip_image_resolution skips {count} as too small; lower it to train them" if count else ""
@@ -278,7 +278,7 @@ def build_draws(samples: Samples, configs: Sequence[DatasetConfig], chosen: Cont
     return Draws(sample_of_draw, buckets)
 
 
-def stand_in(
+def find_replacement(
     samples: Samples, subsets: Sequence[SubsetConfig], number: int, broken: AbstractSet[int], reason: str = ""
 ) -> int:
     """Return the index of the sample that replaces a damaged one: the next in its bucket, if possible from its own

@@ -23,7 +23,7 @@ from library.options.machine.base_formats import BASE_FORMATS
 from library.options.machine.compiling import CompileOptions
 from library.options.machine.memory import PrecisionOptions
 from library.options.model import ModelOptions
-from library.options.no_effect import asks, find_unused, is_set
+from library.options.no_effect import find_unused, is_requested, is_set
 from library.options.output.preview import PreviewOptions
 from library.options.ranges import check_ranges
 from library.options.requirements import check_requirements, unsupported
@@ -94,7 +94,7 @@ def check_concepts(options: Options, concepts: ConceptOptions) -> None:
     """Raise UserError for options that need images, and for mistakes in the prompts file."""
     values = options.flat()
     for name, why in list_refused_by_leco(type(options)).items():
-        if asks(values[name]):
+        if is_requested(values[name]):
             raise UserError(f"--{name} does not work with {PROMPTS_FLAG}: {why}")
     if not concepts.prompts_file:
         raise UserError(f"{PROMPTS_FLAG} is not set; give the TOML file with the prompts that are trained")

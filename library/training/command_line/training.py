@@ -14,7 +14,7 @@ from library.collector import freeze_imports
 from library.data.debug_dataset import show_batches
 from library.data.training_data import TrainingData
 from library.errors import UserError
-from library.hidden_libraries import BITSANDBYTES, find_neither, hide_library
+from library.hidden_libraries import BITSANDBYTES, hide_library, import_diffusers_hiding_libraries
 from library.installed import NEEDED_BY_ALL, check_gpu_is_used, check_installed
 from library.launcher import launched_rank
 from library.memory.offload.shared import IN_MEMORY
@@ -154,7 +154,7 @@ def open_architecture(options: ResolvedOptions[OptionsT], build: Callable[[Optio
     Network modules are imported first, so that a misspelt one is reported before files are read.
     """
     with freeze_imports("tokenizers"):
-        find_neither()
+        import_diffusers_hiding_libraries()
         with hide_library(BITSANDBYTES):
             for module in filter(None, dict.fromkeys(own.network.network_module for own in options.adapters.values())):
                 open_network_module(module)

@@ -76,4 +76,4 @@ class Measurement:
                 if number < num_own:
                     losses_NL[rows] = losses
                 bar.update(1)
-        return processes.add_up(losses_NL)
+        return processes.sum_over_processes(losses_NL)

@@ -109,7 +109,7 @@ def collect_texts(prompts: Sequence[Prompt], arch: Architecture) -> list[str]:
 
 def texts_of_prompt(prompt: Prompt, arch: Architecture) -> tuple[str, str]:
     """Return a prompt's positive and negative text as the text encoders get them."""
-    return resolve_seen_text(prompt, arch.preview.worded(prompt.text), arch), resolve_seen_text(
+    return resolve_seen_text(prompt, arch.preview.format_prompt(prompt.text), arch), resolve_seen_text(
         prompt, prompt.negative, arch
     )
 

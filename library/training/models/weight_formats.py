@@ -5,7 +5,7 @@ import importlib.util
 from torch import nn
 
 from library.errors import UserError
-from library.hidden_libraries import show
+from library.hidden_libraries import unhide_library
 from library.memory.codecs.codec import AS_IN_FILE, AsInFile, Codec
 from library.memory.codecs.weight_format import load_format
 from library.memory.frozen import layers_in_blocks, store_all_in
@@ -17,7 +17,7 @@ def check_format(name: str | None) -> None:
     package = None if name is None else load_format(name).required_package
     if package is None:
         return
-    show(package)
+    unhide_library(package)
     if importlib.util.find_spec(package) is None:
         raise UserError(
             f"--base_format {name} needs the library {package}, which is not installed; install it with "

@@ -13,7 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from library.errors import UserError
-from library.hidden_libraries import BITSANDBYTES, show
+from library.hidden_libraries import BITSANDBYTES, unhide_library
 from library.options.keyword_args import call_with_keywords, read_keyword_args
 from library.options.training.optimizer import OptimizerOptions
 from library.suggestions import did_you_mean
@@ -266,7 +266,7 @@ def describe_package(module_name: str) -> str:
 
 
 def import_optimizer(path: str, wanted: str) -> type[Optimizer]:
-    show(BITSANDBYTES)
+    unhide_library(BITSANDBYTES)
     cls = import_class(path, "--optimizer_type", wanted)
     if not issubclass(cls, Optimizer):
         raise UserError(f"--optimizer_type {wanted}: {path} is not an optimizer (a subclass of torch.optim.Optimizer)")

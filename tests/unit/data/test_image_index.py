@@ -184,7 +184,7 @@ def test_a_folder_whose_files_are_known_is_not_looked_through(folder, opened, mo
     opened.clear()
     (folder / "p2.txt").write_text("another")
     assert fields_of(build(folder)) != first
-    monkeypatch.setattr(scan, "look_into", None)
+    monkeypatch.setattr(scan, "list_files", None)
     build(folder)
     assert set(opened) == {"p2.txt"}
 

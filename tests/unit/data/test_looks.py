@@ -10,7 +10,14 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from library.data.plan.audit_findings import BLURRED, EMPTY, MOST_BITS, collect_findings
-from library.data.plan.audit_pixels import HASH_BITS, Look, connect_groups, look_at, measure_sharpness, similar_pairs
+from library.data.plan.audit_pixels import (
+    HASH_BITS,
+    PixelMeasures,
+    connect_groups,
+    measure_pixels,
+    measure_sharpness,
+    similar_pairs,
+)
 
 TRAINED = (256, 256)
 
@@ -30,12 +37,12 @@ def scene(seed: int, side: int = 400) -> Image.Image:
     return image
 
 
-def looked_at(image: Image.Image, path: Path, **how: int) -> Look:
+def looked_at(image: Image.Image, path: Path, **how: int) -> PixelMeasures:
     image.save(path, **how)
-    return look_at(str(path), TRAINED)
+    return measure_pixels(str(path), TRAINED)
 
 
-def bits_between(a: Look, b: Look) -> int:
+def bits_between(a: PixelMeasures, b: PixelMeasures) -> int:
     return (a.hash ^ b.hash).bit_count()
 
 
@@ -94,10 +101,10 @@ def test_what_stands_out_is_told_with_its_images_and_nothing_else() -> None:
     rng = random.Random(82)
     first, second, third, fourth = (rng.getrandbits(HASH_BITS) for _ in range(4))
     looks = [
-        Look("a", first, **fine), Look("b", first ^ 0b11, **fine), Look("c", second, **fine),
-        Look("v", second ^ 4, **fine), Look("alone", third, **fine), Look("red", 0, 0.0, 0.5),
-        Look("blue", 0, 0.0, 0.5),
-        Look("soft", fourth, BLURRED / 2, 5 * EMPTY), Look("cut", problem="image file is truncated"),
+        PixelMeasures("a", first, **fine), PixelMeasures("b", first ^ 0b11, **fine), PixelMeasures("c", second, **fine),
+        PixelMeasures("v", second ^ 4, **fine), PixelMeasures("alone", third, **fine),
+        PixelMeasures("red", 0, 0.0, 0.5), PixelMeasures("blue", 0, 0.0, 0.5),
+        PixelMeasures("soft", fourth, BLURRED / 2, 5 * EMPTY), PixelMeasures("cut", problem="image file is truncated"),
     ]  # fmt: skip
     found = {
         f.text.partition("image")[2].removeprefix("s").strip()[:16]: [path for path, _ in f.images]
@@ -125,7 +132,7 @@ def test_images_of_16_bits_and_turned_ones_look_as_they_are_trained(tmp_path: Pa
     exif = Image.Exif()
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", quality=95, exif=exif)
-    assert bits_between(look_at(str(tmp_path / "turned.jpg"), TRAINED), plain) <= MOST_BITS
+    assert bits_between(measure_pixels(str(tmp_path / "turned.jpg"), TRAINED), plain) <= MOST_BITS
 
 
 @pytest.mark.parametrize("at", [45, 60, 400])
@@ -135,11 +142,11 @@ def test_damage_of_any_kind_is_told(tmp_path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at : at + 60] = bytes(60)
     path.write_bytes(bytes(content))
-    assert look_at(str(path), TRAINED).problem
+    assert measure_pixels(str(path), TRAINED).problem
 
 
 def test_an_image_that_is_cut_off_is_told_and_not_raised(tmp_path: Path) -> None:
     path = tmp_path / "cut.jpg"
     scene(3).save(path)
     path.write_bytes(path.read_bytes()[:2000])
-    assert "truncated" in (look_at(str(path), TRAINED).problem or "")
+    assert "truncated" in (measure_pixels(str(path), TRAINED).problem or "")

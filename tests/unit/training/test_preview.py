@@ -97,7 +97,7 @@ def test_a_grid_shows_the_images_row_by_row(tmp_path: Path) -> None:
 
 def test_texts_that_are_needed_are_listed_once() -> None:
     prompts = [prompt_of(), prompt_of(text="b"), prompt_of(text="c", negative="unused", scale=1.0)]
-    arch: Any = SimpleNamespace(preview=SimpleNamespace(worded=str), text_cache=None)
+    arch: Any = SimpleNamespace(preview=SimpleNamespace(format_prompt=str), text_cache=None)
     assert collect_texts(prompts, arch) == ["a red cat", "dog", "b", "c"]
 
 

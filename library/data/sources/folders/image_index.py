@@ -103,7 +103,7 @@ class Table(Generic[Value]):
         return found
 
 
-def look_at(folder: str, names: Sequence[str], num_threads: int) -> Stamps:
+def compute_stamps(folder: str, names: Sequence[str], num_threads: int) -> Stamps:
     """Return the stamps of files; UNSETTLED if a file is missing."""
     now_ns = time.time_ns()
 
@@ -150,7 +150,7 @@ def update_table(
         found = read_many(read_file, names, num_threads, title)
         stamps = np.array([stamp for stamp, _ in found], dtype=np.int64)
         return Table(names, stamps, [value for _, value in found])
-    stamps = look_at(folder, names, num_threads) if stamps is None else stamps
+    stamps = compute_stamps(folder, names, num_threads) if stamps is None else stamps
     known = table.known(names, stamps)
     if known is None:
         return table

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from library.data.description.image_extensions import image_extensions
-from library.data.sources.folders.image_index import FolderIndex, Stamps, look_at
+from library.data.sources.folders.image_index import FolderIndex, Stamps, compute_stamps
 from library.errors import UserError
 
 OTHER_IMAGES = frozenset(("gif", "tif", "tiff", "heic", "heif", "avif", "jxl", "tga", "psd"))
@@ -23,7 +23,7 @@ class Folder:
     stamps: Sequence[Stamps | None] = (None, None)  # of images and captions, if requested
 
 
-def look_into(folder: str, caption_extension: str | None = None) -> Folder:
+def list_files(folder: str, caption_extension: str | None = None) -> Folder:
     """List a folder without opening anything in it."""
     files, others = [], []
     try:
@@ -75,7 +75,7 @@ def classify_names(names: Iterable[str], caption_extension: str | None) -> Folde
     return folder
 
 
-def look_again(index: FolderIndex, caption_extension: str, num_threads: int) -> Folder | None:
+def list_indexed_files(index: FolderIndex, caption_extension: str, num_threads: int) -> Folder | None:
     """Return the indexed files of a folder with their stamps, if it contains exactly these; else return None.
 
     This takes half the time of a new listing. The captions are left out; the stamps show which files were edited.
@@ -92,7 +92,10 @@ def look_again(index: FolderIndex, caption_extension: str, num_threads: int) -> 
     rest = classify_names(others, caption_extension)
     if len(listed) - len(others) < len(known) or rest.images or rest.captions:
         return None
-    stamps = look_at(index.folder, images.names, num_threads), look_at(index.folder, captions.names, num_threads)
+    stamps = (
+        compute_stamps(index.folder, images.names, num_threads),
+        compute_stamps(index.folder, captions.names, num_threads),
+    )
     edited = [*images.edited(stamps[0]), *captions.edited(stamps[1])]
     if not all(os.path.isfile(os.path.join(index.folder, name)) for name in edited):
         return None

@@ -6,7 +6,7 @@ from library.data.description.captions import CaptionRules
 from library.data.description.schema import SubsetConfig
 from library.data.scanned.columns import Texts
 from library.data.scanned.subsets import Listing
-from library.data.sources.folders.listing import look_into
+from library.data.sources.folders.listing import list_files
 from library.data.sources.folders.metadata_file import MetadataEntry, read_metadata
 from library.data.sources.folders.pairing import add_reference_paths
 from library.data.sources.folders.reading import sizes_anywhere
@@ -67,7 +67,7 @@ def find_image(key: str, image_dir: str | None, listings: dict[str, dict[str, st
             return whole
     folder, name = os.path.split(path)
     if folder not in listings:
-        images = look_into(folder or ".").images if os.path.isdir(folder or ".") else []
+        images = list_files(folder or ".").images if os.path.isdir(folder or ".") else []
         listings[folder] = {}
         for image in images:
             listings[folder].setdefault(os.path.splitext(image)[0], os.path.join(folder, image))

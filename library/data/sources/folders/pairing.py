@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from library.data.description.buckets import Size
 from library.data.scanned.subsets import Listing
-from library.data.sources.folders.listing import look_into
+from library.data.sources.folders.listing import list_files
 from library.data.sources.folders.reading import sizes_anywhere
 from library.errors import UserError, list_few
 
@@ -20,7 +20,7 @@ def names_by_stem(key: str, folder: str) -> dict[str, list[str]]:
     if not os.path.isdir(folder):
         raise UserError(f"{key} {folder} is not a folder; correct the path, or create it")
     names: dict[str, list[str]] = defaultdict(list)
-    for name in look_into(folder).images:
+    for name in list_files(folder).images:
         names[os.path.splitext(name)[0]].append(name)
     return names
 

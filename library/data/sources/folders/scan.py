@@ -8,7 +8,7 @@ from library.data.description.schema import SubsetConfig, explain_missing_folder
 from library.data.scanned.columns import Texts
 from library.data.scanned.subsets import Listing
 from library.data.sources.folders.image_index import FolderIndex, Table, list_own_captions, open_index, update_table
-from library.data.sources.folders.listing import Folder, look_again, look_into
+from library.data.sources.folders.listing import Folder, list_files, list_indexed_files
 from library.data.sources.folders.reading import (
     check_encodings,
     parse_captions,
@@ -32,10 +32,10 @@ def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
         return listing
     index = open_index(folder)
     files: Sequence[str | None]
-    if inside := look_again(index, config.caption_extension, num_threads):
+    if inside := list_indexed_files(index, config.caption_extension, num_threads):
         files = index.captions[config.caption_extension].names
     else:
-        inside = look_into(folder, config.caption_extension)
+        inside = list_files(folder, config.caption_extension)
         files = caption_files(folder, inside, config.caption_extension)
     listing.names, listing.dropped, listing.aside = inside.images, inside.dropped, inside.aside
     listing.alone = sorted(lone_captions(inside.captions, files))
