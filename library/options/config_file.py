@@ -18,7 +18,7 @@ class ConfigFileOptions(Options, affects_training=False):
         None,
         usual=True,
         help='TOML file with options, one "name = value" a line; .toml may be left out. Sections only group lines, and'
-        " what is typed on the command line wins.",
+        " the command line overrides the file.",
     )
     recipe: str | None = option(
         None,

@@ -18,8 +18,8 @@ class DatasetOptions(Options, needs_images=True):
         None,
         usual=True,
         kept_in_state=True,
-        help="TOML or JSON file that describes data sets and their folders. Takes the place of --train_data_dir, "
-        "--reg_data_dir and --in_json; other data options here are only fallbacks for what the file leaves open.",
+        help="TOML or JSON file that describes data sets and their folders. Replaces --train_data_dir, "
+        "--reg_data_dir and --in_json; other data options are only defaults for what the file does not set.",
     )
     train_data_dir: str | None = option(
         None,
@@ -40,18 +40,18 @@ class DatasetOptions(Options, needs_images=True):
     in_json: str | None = option(
         None,
         kept_in_state=True,
-        help="JSON file with captions and tags of the images below --train_data_dir, in place of caption files.",
+        help="JSON file with captions and tags of the images below --train_data_dir, instead of caption files.",
     )
     dataset_repeats: int = option(1, at_least=1, help="How often each image of --in_json is shown per epoch.")
     dataset_class: str | None = option(
         None,
-        help="Dotted path of a Python class that makes the batches, in place of images that are described.",
+        help="Dotted path of a Python class that makes the batches, instead of described images.",
     )
     debug_dataset: bool = option(
         False,
         usual=True,
         refused_by_leco="there are no images to show; leave it out",
-        help="Show what each batch holds (images, captions, sizes), then end without training.",
+        help="Show the content of each batch (images, captions, sizes), and exit without training.",
     )
     audit_only: bool = option(
         False,
@@ -71,7 +71,7 @@ class DatasetOptions(Options, needs_images=True):
     caption_extension: str = option(
         ".caption",
         usual=True,
-        help="Ending of the caption files beside the images, such as .txt; a missing dot is added.",
+        help="Extension of the caption files beside the images, such as .txt; a missing dot is added.",
     )
     caption_extention: str | None = option(
         None,
@@ -92,8 +92,8 @@ class DatasetOptions(Options, needs_images=True):
     )
     enable_wildcard: bool = option(
         False,
-        help="Pick one of the words in {a|b|c} at random, and one line of a caption file with several lines, each time"
-        " a caption is used.",
+        help="Each time a caption is used, pick one of the alternatives in {a|b|c} at random, and one line of a "
+        "caption file with several lines.",
     )
     caption_prefix: str | None = option(
         None,
@@ -131,7 +131,7 @@ class DatasetOptions(Options, needs_images=True):
     )
     color_aug: bool = option(
         False,
-        help="Change hue or brightness of each image a little, at random. Excludes cached latents.",
+        help="Change hue or brightness of images slightly, at random. Excludes cached latents.",
     )
     flip_aug: bool = option(
         False,
@@ -145,12 +145,12 @@ class DatasetOptions(Options, needs_images=True):
     )
     random_crop: bool = option(
         False,
-        help="Cut images at a random place in place of the centre where they do not fit their size. Excludes cached "
+        help="Crop images at a random position instead of the centre if they do not fit their size. Excludes cached "
         "latents.",
     )
     alpha_mask: bool = option(
         False,
-        help="Use the alpha channel of images as a loss mask: what is transparent is not learned.",
+        help="Use the alpha channel of images as a loss mask: transparent areas are not learned.",
     )
     conditioning_data_dir: str | None = option(
         None,
@@ -178,7 +178,7 @@ class DatasetOptions(Options, needs_images=True):
     enable_bucket: bool = option(
         False,
         usual=True,
-        help="Train images in their own aspect ratio, grouped by shape, in place of cutting all to --resolution.",
+        help="Train images in their own aspect ratio, grouped by shape, instead of cropping all to --resolution.",
     )
     min_bucket_reso: int = option(256, usual=True, at_least=1, help="Shortest side of a bucket in pixels.")
     max_bucket_reso: int = option(1024, usual=True, at_least=1, help="Longest side of a bucket in pixels.")
@@ -230,8 +230,7 @@ class DatasetOptions(Options, needs_images=True):
     persistent_data_loader_workers: bool = option(
         False,
         affects_training=False,
-        help="Keep the reading processes alive between epochs. Saves waiting at the start of each epoch and costs "
-        "memory.",
+        help="Keep the data loading processes alive between epochs. Shortens the start of each epoch and costs memory.",
     )
 
     @property

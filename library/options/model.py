@@ -22,13 +22,13 @@ class ModelOptions(Options):
     v_parameterization: bool = option(
         False,
         usual=True,
-        help="The base model predicts velocity in place of noise, as Stable Diffusion 2.x at 768 pixels does.",
+        help="The base model predicts velocity instead of noise, as Stable Diffusion 2.x at 768 pixels does.",
     )
     vae: str | None = option(
         None,
         usual=True,
         logged=False,
-        help="VAE used in place of the base model's own: a file, a folder or a Hugging Face name.",
+        help="VAE used instead of the base model's own: a file, a folder or a Hugging Face name.",
     )
     no_half_vae: bool = option(
         False,
@@ -46,7 +46,7 @@ class ModelOptions(Options):
         None,
         usual=True,
         takes_other_values=True,
-        help="Longest caption in tokens, read in chunks of 75; what is longer is cut. Unset is 75.",
+        help="Maximum length of captions in tokens, read in chunks of 75; longer ones are truncated. Unset is 75.",
         choices=(None, 150, 225),
     )
     clip_skip: int | None = option(
@@ -55,10 +55,10 @@ class ModelOptions(Options):
         at_least=1,
         zero_is_unset=True,
         help="Take the text features from the N-th last layer of the text encoder. Unset or 1 is the last layer; many "
-        "anime models want 2.",
+        "anime models need 2.",
     )
     weighted_captions: bool = option(
-        False, help="Let captions stress words, as in (word:1.3), or weaken them, as in [word]."
+        False, help="Let captions emphasize words, as in (word:1.3), or weaken them, as in [word]."
     )
 
 
@@ -68,6 +68,6 @@ class ReadingOptions(Options, affects_training=False):
 
     disable_mmap_load_safetensors: bool = option(
         False,
-        help="Read model files without mapping them into memory. Files are always read that way here, tensor by "
-        "tensor, so it changes nothing.",
+        help="Read model files without mapping them into memory. Files are always read this way, tensor by tensor, "
+        "so this option changes nothing.",
     )

@@ -18,8 +18,7 @@ class ConsoleOptions(Options, affects_training=False):
     console_log_file: str | None = option(
         None,
         names_output=True,
-        help="File that takes the messages in place of the terminal, which shows errors only; emptied at the start of"
-        " each run.",
+        help="File for the log messages; the terminal then shows errors only. Overwritten at the start of each run.",
     )
     console_log_simple: bool = option(
         False,

@@ -20,7 +20,7 @@ class ReportOptions(Options, affects_training=False, own=True):
         False,
         unless="no_report",
         help="Write the report every 10 s, as a page that reloads itself in the browser until the run ends. Unset "
-        "writes it every 30 s, and you reload it.",
+        "writes it every 30 s, without reloading.",
     )
     no_report: bool = option(
         False,

@@ -9,9 +9,7 @@ from library.options.base import Options, option
 class SavingOptions(Options, affects_training=False):
     """When and where weights are written."""
 
-    output_dir: str | None = option(
-        None, usual=True, logged=False, help="Folder that saved files go to; made if missing."
-    )
+    output_dir: str | None = option(None, usual=True, logged=False, help="Folder for saved files; created if missing.")
     output_name: str | None = option(
         None,
         usual=True,
@@ -143,8 +141,8 @@ class StateOptions(Options, affects_training=False):
         usual=True,
         unless="resume",
         own=True,
-        help="Continue from the newest whole training state in --output_dir, or start at the beginning where there is "
-        "none, so that the same command can be given again after any stop.",
+        help="Continue from the newest complete training state in --output_dir, or start at the beginning if there is "
+        "none, so that the same command can be repeated after any stop.",
     )
     skip_until_initial_step: bool = option(
         False,
@@ -171,7 +169,7 @@ class MetadataOptions(Options, affects_training=False):
         help="Write only the few entries that programs need to load the file, without settings, captions and folder "
         "names.",
     )
-    training_comment: str | None = option(None, help="Note of yours that is kept in the file's metadata.")
+    training_comment: str | None = option(None, help="Comment of your own in the file's metadata.")
     metadata_title: str | None = option(
         None,
         help="Title of the model in the file's metadata. Unset uses --output_name.",
@@ -191,7 +189,7 @@ class MetadataOptions(Options, affects_training=False):
     )
     metadata_trigger_phrase: str | None = option(
         None,
-        help="Words that call up what was trained, in the file's metadata.",
+        help="Words that trigger what was trained, in the file's metadata.",
     )
     metadata_preprocessor: str | None = option(None, help="How images were prepared, in the file's metadata.")
     metadata_is_negative_embedding: str | None = option(

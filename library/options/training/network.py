@@ -56,7 +56,7 @@ class NetworkOptions(Options):
     dim_from_weights: bool = option(
         False,
         requires="network_weights",
-        help="Take rank and alpha from the file of --network_weights in place of --network_dim and --network_alpha.",
+        help="Take rank and alpha from the file of --network_weights instead of --network_dim and --network_alpha.",
     )
     network_train_unet_only: bool = option(
         False,
@@ -83,8 +83,8 @@ class NetworkOptions(Options):
     scale_weight_norms: float | None = option(
         None,
         sweep_name="maxnorm",
-        help="Largest norm of each module's weight change; what grows beyond is scaled down after every step. Unset "
-        "sets no limit.",
+        help="Maximum norm of each module's weight change; larger ones are scaled down after every step. Unset sets no "
+        "limit.",
     )
     unet_lr: float | None = option(
         None,

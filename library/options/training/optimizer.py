@@ -16,8 +16,8 @@ class OptimizerOptions(Options):
         help="Optimizer by name, such as AdamW8bit, Lion, Prodigy or Adafactor, or by dotted path of a class. Empty is"
         " AdamW.",
     )
-    use_8bit_adam: bool = option(False, help="Old way to say --optimizer_type AdamW8bit.")
-    use_lion_optimizer: bool = option(False, help="Old way to say --optimizer_type Lion.")
+    use_8bit_adam: bool = option(False, help="Old name of --optimizer_type AdamW8bit.")
+    use_lion_optimizer: bool = option(False, help="Old name of --optimizer_type Lion.")
     learning_rate: float = option(
         2e-06,
         on_resume="new rate",

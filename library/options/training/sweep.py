@@ -22,7 +22,7 @@ class SweepOptions(Options, own=True):
             "resume_from_huggingface": "it fetches the state of one adapter; fetch all, and name one with --resume",
         },
         help="Train an adapter for every combination of these values over one loaded base model, such as "
-        "learning_rate=1e-4,2e-4 network_dim=8,16. Each has files of its own, <output_name>-lr1e-4-dim8. Words that "
+        "learning_rate=1e-4,2e-4 network_dim=8,16. Each has its own files, <output_name>-lr1e-4-dim8. Names that "
         "are no option are keys of --network_args; optimizer_args.weight_decay=0,0.01 is a key of --optimizer_args.",
     )
     sweep_stop_after: int | None = option(
