@@ -51,8 +51,8 @@ def test_an_error_of_the_main_process_alone_is_told_by_the_other(base_arguments:
     ((main, other),) = run_ranks([Job(words, 2, str(tmp_path / "second"))], tmp_path)
     assert time.monotonic() - started < MOST_SECONDS
     assert main.status == other.status == 1
-    assert "1 images must be encoded" in main.said and "Traceback" not in main.said + other.said
-    assert "process 0 ended with an error: UserError: 1 images must be encoded" in other.said
+    assert "1 image must be encoded" in main.said and "Traceback" not in main.said + other.said
+    assert "process 0 ended with an error: UserError: 1 image must be encoded" in other.said
 
 
 @pytest.mark.nightly

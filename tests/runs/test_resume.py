@@ -172,7 +172,7 @@ def test_what_is_changed_at_a_resume_takes_effect_and_is_said(
     assert done.status == 0, done.stderr
     assert "--learning_rate was 0.001 in the state and is 0.004, which takes effect from here on" in done.stderr
     assert "--max_train_steps was 3 in the state and is 4: learning rates that depend on the length" in done.stderr
-    assert f"1 images are not the ones of the state, their files have changed since: {edited}" in done.stderr
+    assert f"1 image changed since the state was saved: {edited}" in done.stderr
     assert [rate for _, rate in points(tmp_path / "logs")["lr/unet"]] == pytest.approx([4e-3 / 4])
 
 

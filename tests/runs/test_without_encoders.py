@@ -106,11 +106,11 @@ def test_what_needs_a_model_that_is_not_there_is_named_before_any_work(
     assert "text encoders get an adapter without --network_train_unet_only; give them, or that option: --clip_l" in said
     said = refusal("--t5xxl_max_token_length", "16")
     assert "made with other settings" in said and f"--t5xxl {t5} does not exist" not in said.partition("captions")[0]
-    assert "captions must be encoded" in said and "does not exist" in said
+    assert "must be encoded" in said and "does not exist" in said
     one = next(shards.rglob("*_flux.npz"))
     one.rename(one.with_suffix(".gone"))
     said = refusal()
-    assert "1 images must be encoded" in said and f"--ae {ae} does not exist" in said and cat
+    assert "1 image must be encoded" in said and f"--ae {ae} does not exist" in said and cat
 
 
 def test_entries_of_two_models_are_never_taken_together(cached: Cached, train: Train, tmp_path: Path) -> None:

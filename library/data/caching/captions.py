@@ -27,7 +27,7 @@ from library.data.decoding.npz import MISSING, Verdict
 from library.data.plan.data_plan import DataPlan
 from library.data.scanned.names import same_file_key
 from library.errors import NotThere, UserError, list_few, needing
-from library.formatting import format_bytes
+from library.formatting import format_bytes, format_count
 from library.processes import ALONE, Processes
 from library.progress import Bar, progress_bar
 from library.protocols import TextCacheSpec
@@ -219,7 +219,7 @@ def text_codec(encode: Callable[[], EncodeSome], spec: TextCacheSpec, identity: 
     def make(share: Sequence[Found[Job]]) -> None:
         if share:
             count, first = sum(len(list_missing(one)) for one in share), share[0]
-            what = f"{count} captions must be encoded ({first.path} is {first.verdict.fault})"
+            what = f"{format_count(count, 'caption')} must be encoded ({first.path} is {first.verdict.fault})"
             with needing(f"{what}; {ADD_ENCODERS.format('text encoders')}"):
                 encode()
             write_files(share, encode, spec, identity)

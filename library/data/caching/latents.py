@@ -37,6 +37,7 @@ from library.data.scanned.images import ScannedImage, Version
 from library.data.scanned.names import same_file_key
 from library.data.sources.storage.storage import Storage
 from library.errors import NotThere, UserError, list_few, needing
+from library.formatting import format_count
 from library.options.caching import CachingOptions
 from library.processes import ALONE, Processes
 from library.progress import progress_bar
@@ -287,9 +288,8 @@ def encode_all(
     thread writes the files."""
     if not jobs:
         return
-    with needing(
-        f"{len(jobs)} images must be encoded, such as {jobs[0].sample.image.key}; {ADD_ENCODERS.format('VAE')}"
-    ):
+    missing = f"{format_count(len(jobs), 'image')} must be encoded, such as {jobs[0].sample.image.key}"
+    with needing(f"{missing}; {ADD_ENCODERS.format('VAE')}"):
         load_vae()
     logger.info("caching latents...")
     batches = list(equal_batches(jobs, vae_batch_size))

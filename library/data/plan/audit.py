@@ -105,7 +105,7 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
         yield logging.WARNING, f"{source} {num_unused} {kind} are not needed and unused"
     if subset.dropped:
         reasons = list_few([f"{shorten_path(path, config.source)} {reason}" for path, reason in subset.dropped])
-        yield logging.WARNING, f"{source} {len(subset.dropped)} images are skipped: {reasons}"
+        yield logging.WARNING, f"{source} {format_count(len(subset.dropped), 'image')} skipped: {reasons}"
     if subset.small:
         what = f"{len(subset.small)} {kind} are skipped by skip_image_resolution"
         yield logging.INFO, f"{source} {what}: {list_few_paths(subset.small, config.source)}"
@@ -202,15 +202,18 @@ def cropping_lines(dataset: ScannedDataset, rule: BucketRules) -> Iterator[Line]
         for subset, is_other in zip(dataset.subsets, counts, strict=True):
             first += map(os.path.basename, subset.images.keys_at(np.flatnonzero(is_other)[:MOST_SHOWN]))
         size = f"{rule.resolution[0]}x{rule.resolution[1]}"
-        effect = f"are not {size} and are scaled or cropped to it, because enable_bucket is off"
-        yield logging.WARNING, f"  {count} images {effect}: {list_few(first, MOST_SHOWN, count)}"
+        effect = f"not of {size}, scaled or cropped to it because enable_bucket is off"
+        yield logging.WARNING, f"  {format_count(count, 'image')} {effect}: {list_few(first, MOST_SHOWN, count)}"
 
 
 def pair_lines(datasets: Sequence[ScannedDataset]) -> Iterator[Line]:
     """Yield a warning about images that share a caption file, because their names differ only in the extension."""
     pairs = [f"{first} and {second}" for first, second in find_duplicated_stems(datasets)]
     if pairs:
-        yield logging.WARNING, f"{len(pairs)} images share a caption file with another: {list_few(pairs)}"
+        yield (
+            logging.WARNING,
+            f"{format_count(len(pairs), 'image')} with the caption file of another: {list_few(pairs)}",
+        )
 
 
 def log_lengths_later(datasets: Sequence[ScannedDataset], limit: TokenLimit, log: logging.Logger) -> None:
@@ -260,7 +263,7 @@ def length_lines(datasets: Sequence[ScannedDataset], limit: TokenLimit) -> Itera
         yield (
             logging.WARNING,
             (
-                f"{count} captions are longer than the model's {limit.max_tokens} tokens "
-                f"and are truncated: {list_few(examples, count=count)}"
+                f"{format_count(count, 'caption')} longer than the model's {limit.max_tokens} tokens, truncated: "
+                f"{list_few(examples, count=count)}"
             ),
         )

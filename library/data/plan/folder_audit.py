@@ -56,7 +56,7 @@ def caption_lines(subset: ScannedSubset, unread: Sequence[str], source: str) -> 
     described = {os.path.splitext(name)[0] for name in unread}
     alone = [name for name in subset.alone if name[: -len(wanted)] not in described]
     if alone:
-        yield logging.WARNING, f"{source} {len(alone)} captions have no image: {list_few(alone)}"
+        yield logging.WARNING, f"{source} {format_count(len(alone), 'caption')} without an image: {list_few(alone)}"
 
 
 def equal_images(images: ScannedImages) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 from library.checkpoints.files import remove_temporary
 from library.checkpoints.folders import tidy
 from library.errors import UserError, list_few
+from library.formatting import format_count
 from library.options.base import OnResume, Options
 from library.options.output.saving import HubOptions, SavingOptions, StateOptions
 from library.options.train import TrainOptions
@@ -270,6 +271,4 @@ def content_differences(before: Mapping[str, Any], now: Mapping[str, Any], paths
         return
     changed = [path for path, digest, other in zip(paths, digests, others, strict=True) if digest != other]
     if changed:
-        yield (
-            f"{len(changed)} images are not the ones of the state, their files have changed since: {list_few(changed)}"
-        )
+        yield f"{format_count(len(changed), 'image')} changed since the state was saved: {list_few(changed)}"

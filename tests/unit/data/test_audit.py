@@ -54,7 +54,7 @@ def test_captions_that_class_tokens_stand_in_for_are_no_warning(tmp_path, caplog
 def test_images_left_out_are_named_with_the_reason(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     (tmp_path / "a/bad.png").write_bytes(b"")
-    assert "1 images are skipped: " in audited(config(tmp_path, ""), caplog)
+    assert "1 image skipped: " in audited(config(tmp_path, ""), caplog)
     assert "bad.png is empty" in caplog.text
 
 
@@ -67,7 +67,7 @@ def test_captions_beyond_the_token_limit_are_counted_in_their_fullest_form(tmp_p
         return len(caption.split())
 
     text = audited(options, caplog, words, 4)
-    assert "1 captions are longer than the model's 4 tokens" in text and "p1.png (5)" in text
+    assert "1 caption longer than the model's 4 tokens" in text and "p1.png (5)" in text
     assert "longer" not in audited(options, caplog, words, 5)
 
 
@@ -86,19 +86,19 @@ def test_very_many_captions_are_counted_beside_the_run(tmp_path, caplog, monkeyp
     (counting,) = (thread for thread in threading.enumerate() if thread.name == "count tokens")
     may_go.set()
     counting.join(60)
-    assert "40 captions are longer than the model's 4 tokens" in caplog.text and set(threads) == {"count tokens"}
+    assert "40 captions longer than the model's 4 tokens" in caplog.text and set(threads) == {"count tokens"}
 
 
 def test_images_of_one_stem_are_named(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     write_image(tmp_path / "a/p0.bmp")
     text = audited(config(tmp_path, ""), caplog)
-    assert "1 images share a caption file with another: " in text and "p0.bmp and " in text
+    assert "1 image with the caption file of another: " in text and "p0.bmp and " in text
 
 
 def test_without_buckets_images_of_another_size_are_named(tmp_path, caplog):
     write_folder(tmp_path / "a", 1, (80, 64))
-    assert "1 images are not 64x64 and are scaled or cropped to it" in audited(config(tmp_path, ""), caplog)
+    assert "1 image not of 64x64, scaled or cropped to it" in audited(config(tmp_path, ""), caplog)
 
 
 def test_braces_in_braces_are_named(tmp_path, caplog):
@@ -242,7 +242,7 @@ def test_captions_without_an_image_are_named(tmp_path, caplog):
     write_image(tmp_path / "a/face_1_2_3_4.png", seed=9)
     (tmp_path / "a/face.txt").write_text("of the cutting")
     text = audited(config(tmp_path, ""), caplog)
-    assert "2 captions have no image: lost.txt, p0_1_2_3_4.txt" in text
+    assert "2 captions without an image: lost.txt, p0_1_2_3_4.txt" in text
 
 
 def test_equal_images_are_named(tmp_path, caplog):
@@ -305,4 +305,4 @@ def test_files_that_are_left_aside_are_named_by_what_they_are(tmp_path, caplog):
         (tmp_path / "a" / name).write_text("x")
     text = audited(config(tmp_path, ""), caplog)
     assert "2 images have unsupported extensions; convert or rename them to .png or .jpg: b.GIF, c.Png" in text
-    assert "1 captions have no image: lost.txt" in text
+    assert "1 caption without an image: lost.txt" in text

@@ -63,7 +63,7 @@ def captions_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> str:
 
 def test_captions_in_another_case_are_named_by_the_audit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     said = captions_said(tmp_path, caplog)
-    assert "1 of the missing captions exist as .TXT files" in said and "1 captions have no image: P1.txt" in said
+    assert "1 of the missing captions exist as .TXT files" in said and "1 caption without an image: P1.txt" in said
 
 
 def test_captions_in_another_case_are_read_where_the_system_finds_them(

@@ -61,7 +61,7 @@ def test_several_references_in_a_folder_are_numbered(tmp_path: Path) -> None:
         write_image(tmp_path / "after" / f"{name}.png")
     for name in ("a_0000.png", "a_1.png", "b_2.png", "b_10.jpg", "c.png"):
         write_image(tmp_path / "before" / name)
-    with pytest.raises(UserError, match=r"1 images have ambiguous reference images: b \(b_2.png, b_10.jpg\)"):
+    with pytest.raises(UserError, match=r"1 image with ambiguous reference images: b \(b_2.png, b_10.jpg\)"):
         plan(tmp_path)
     (tmp_path / "before" / "b_10.jpg").rename(tmp_path / "before" / "b_3.jpg")
     found = plan(tmp_path)

@@ -251,7 +251,7 @@ def test_masks_are_found_by_stem(tmp_path):
 def test_missing_and_surplus_masks_are_named(tmp_path):
     write_folder(tmp_path / "pictures", 2)
     write_image(tmp_path / "masks/p0.png")
-    with pytest.raises(ValueError, match=r"1 images have no mask.*p1\.png"):
+    with pytest.raises(ValueError, match=r"1 image without a mask.*p1\.png"):
         scan(tmp_path, MASKED, arguments="--masked_loss")
     write_image(tmp_path / "masks/p1.png")
     write_image(tmp_path / "masks/other.png")

@@ -495,7 +495,7 @@ def test_without_encoders_their_settings_still_count(tmp_path: Path, caplog: pyt
         {"settings": "256 tokens"}, {"words": "b"}, {"constants": {"applies": torch.tensor(False)}},
     ]  # fmt: skip
     for changed in changes:
-        with pytest.raises(UserError, match=r"captions must be encoded \(.* is made with (other settings|another)"):
+        with pytest.raises(UserError, match=r"captions? must be encoded \(.* is made with (other settings|another)"):
             cache(tmp_path, **{"identity": None, "settings": "512 tokens", **changed})
 
 

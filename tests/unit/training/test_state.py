@@ -456,7 +456,7 @@ def test_images_whose_files_have_changed_are_named(tmp_path: Path, caplog: pytes
     facts = StateManifest(Path("s"), 1, 0, 1, record_options(TrainOptions()), {**DATASET, "contents": before}, {})
     report_differences(facts, TrainOptions(), {**DATASET, "contents": now}, 1, paths)
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"1 images are not the ones of the state, their files have changed since: {paths[2]}: the")
+    assert line.startswith(f"1 image changed since the state was saved: {paths[2]}: the")
 
 
 def test_what_only_explains_or_averages_the_same_is_no_other_run(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,7 @@ from library.data.scanned.subsets import Listing
 from library.data.sources.folders.listing import list_files
 from library.data.sources.folders.reading import sizes_anywhere
 from library.errors import UserError, list_few
+from library.formatting import format_count
 
 NUMBERED = re.compile(r"(.+)_(\d+)")  # stem of one of several references
 
@@ -38,7 +39,7 @@ def add_masks(listing: Listing) -> None:
     stems = list_stems(listing)
     missing = [path for path, stem in zip(listing.paths, stems, strict=True) if stem not in masks]
     if missing:
-        raise UserError(f"{len(missing)} images have no mask in {folder}: {list_few(missing)}")
+        raise UserError(f"{format_count(len(missing), 'image')} without a mask in {folder}: {list_few(missing)}")
     surplus = [masks[stem] for stem in sorted(masks.keys() - set(stems))]
     if surplus:
         raise UserError(
@@ -107,7 +108,8 @@ def references_in(folder: str, paths: Sequence[str], stems: Sequence[str], surpl
     unclear = [f"{stem} ({', '.join(names)})" for stem, names in matches.items() if not is_in_order(stem, names)]
     if unclear:
         raise UserError(
-            f"control_dirs {folder}: {len(unclear)} images have ambiguous reference images: {list_few(unclear)}; "
+            f"control_dirs {folder}: {format_count(len(unclear), 'image')} with ambiguous reference images: "
+            f"{list_few(unclear)}; "
             "keep one of the image's own name, or several numbered _0, _1 and so on without a gap"
         )
     return [tuple(os.path.join(folder, name) for name in matches[stem]) for stem in stems]
