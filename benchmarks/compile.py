@@ -1,9 +1,9 @@
-"""One full-size block of a denoiser with its LoRA, forward and backward: compiled (--compile) against as it is.
+"""Time one full-size denoiser block with a LoRA, forward and backward: compiled (--compile) against eager.
 
     python benchmarks/compile.py
     python benchmarks/compile.py --tokens 1024 --precision bf16 --blocks flux_single
 
-Weights are random. Both are measured in turns in one run, and the fastest of some passes counts.
+Weights are random. Both variants take turns in one run, and the fastest of several passes counts.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def sd3(num_tokens: int, dtype: torch.dtype) -> Built:
 
 
 class SdxlBlock(nn.Module):
-    """diffusers' transformer block of the U-Net's lowest level, in the order of inputs that this benchmark uses."""
+    """diffusers' transformer block of the U-Net's lowest level, called with positional inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ BLOCKS: Mapping[str, Callable[[int, torch.dtype], Built]] = {
 
 
 def adapt(block: nn.Module, rank: int) -> list[nn.Parameter]:
-    """Put a LoRA on every linear layer; gives what is trained."""
+    """Install a LoRA on every linear layer and return the trained parameters."""
     block.requires_grad_(False)
     trained: list[nn.Parameter] = []
     for name, layer in list(block.named_modules()):
@@ -102,7 +102,7 @@ def adapt(block: nn.Module, rank: int) -> list[nn.Parameter]:
 
 
 def seconds(run: Callable[..., Any], inputs: tuple[Any, ...], dtype: torch.dtype, trained: list[nn.Parameter]) -> float:
-    """One forward and backward pass."""
+    """Return the seconds of one forward and backward pass."""
     began = time.perf_counter()
     with nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype):
         outputs = [y for y in tree_leaves(run(*inputs)) if isinstance(y, Tensor)]

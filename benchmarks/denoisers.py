@@ -1,8 +1,8 @@
-"""Our own denoisers against diffusers' modules with the same weights: eager forward and backward pass on the CPU.
+"""Compare our own denoisers with diffusers' modules of the same weights: eager forward and backward pass on the CPU.
 
-Weights are frozen and random, of full width, with one block of each kind; the gradients of latents and text are
-computed. Both take turns in one run and the fastest pass of each counts. Memory is the most that tensors take above the
-weights, by the bytes of their storages. Both ratios are ours to theirs.
+The models have full width and one block of each kind. The weights are random and frozen; the gradients of latents and
+text are computed. Both implementations take turns in one run, and the fastest pass of each counts. Memory is the peak
+of the tensors' storage in addition to weights and inputs. Both ratios are ours to theirs.
 
     python benchmarks/denoisers.py
     python benchmarks/denoisers.py --models flux --precision bf16 --tokens 1024 --profile
@@ -72,7 +72,7 @@ Values = list[Tensor]
 
 @dataclass(frozen=True)
 class Pair:
-    """One model in two implementations, and their common inputs: first the latents, then the text."""
+    """One model in our and diffusers' implementation, with their common inputs: latents, then text."""
 
     ours: Run
     theirs: Run
@@ -81,7 +81,7 @@ class Pair:
 
 
 def random_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A model without values, filled."""
+    """Fill a model on the meta device with random weights."""
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, old in held.items():
@@ -93,19 +93,19 @@ def random_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def ours_of(kind: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype) -> Any:
-    """Laid out in memory as runs have it."""
+    """Return our model with random weights, laid out in memory as in training."""
     with torch.device("meta"):
         model = kind(config)
     return place(random_model(model, dtype), torch.device("cpu"))
 
 
 def theirs_of(name: str, ours: nn.Module, dtype: torch.dtype) -> Any:
-    """diffusers' class with our weights."""
+    """Return diffusers' model with our weights."""
     return cast(import_module(f"library.architectures.{name}.reference").diffusers_model(ours), dtype)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convert the parameters; what the model works out for itself stays in float32."""
+    """Convert the parameters; buffers that the model computes itself stay in float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
@@ -269,7 +269,7 @@ PAIRS: Mapping[str, Callable[[int, torch.dtype], Pair]] = {
 
 
 def step(run: Run, values: Values, with_autocast: bool) -> tuple[Tensor, ...]:
-    """Output and gradients."""
+    """Return the output, and the gradients of the inputs."""
     with torch.autocast("cpu", torch.bfloat16, enabled=with_autocast):
         output = run(*values)
     return output.detach(), *torch.autograd.grad(output.float().square().mean(), values)
@@ -282,7 +282,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def peak_bytes(pair: Pair, run: Run, with_autocast: bool) -> int:
-    """The most above weights and inputs."""
+    """Return the peak memory of a step, without weights and inputs."""
     counter = OperationCounter()
     tensors = [t for module in pair.modules for t in (*module.parameters(), *module.buffers())]
     counter.leave_out([*tensors, *pair.values])
@@ -292,7 +292,10 @@ def peak_bytes(pair: Pair, run: Run, with_autocast: bool) -> int:
 
 
 def difference(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> float:
-    """The largest, as a share of its tensor's norm; outputs may be laid out in patches, whose norms are equal."""
+    """Return the largest relative error of any tensor, by norm.
+
+    Outputs in different layouts (patches or an image) are compared by their norms.
+    """
     pairs = zip(ours, theirs, strict=True)
     return max(
         float((a.float() - b.float()).norm() / b.float().norm())

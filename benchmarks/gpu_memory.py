@@ -1,13 +1,14 @@
-"""Peak memory and seconds of a training step on a card, for each way of saving memory; FLUX.1 and SDXL in full size.
+"""Measure peak memory and seconds of a training step on a GPU for each way of saving memory, with FLUX.1 and SDXL in
+full size.
 
-Weights are random and made on the card, so nothing has to be downloaded. Images have 1024 pixels, batch 1, a LoRA of
-rank 16 on every layer, AdamW, bf16. Each mode runs in a process of its own, with at most `--budget` GB of the card's
-memory (torch's own share, without its context); a mode that does not fit says so. Ratios are against the first mode of
-a model that fits.
+Weights are random and made on the GPU, so nothing has to be downloaded. Images have 1024 x 1024 pixels; batch size 1,
+LoRA of rank 16 on every layer, AdamW, bf16. Each mode runs in a separate process, with at most `--budget` GB of the
+GPU's memory (torch's own share, without the CUDA context); modes that do not fit are reported as such. Ratios are
+relative to the first mode of a model that fits.
 
     python benchmarks/gpu_memory.py
     python benchmarks/gpu_memory.py --models sdxl --budget 8
-    python benchmarks/gpu_memory.py --device cpu --tiny          # whether it runs at all
+    python benchmarks/gpu_memory.py --device cpu --tiny          # smoke test; the figures mean nothing
 """
 
 import argparse
@@ -39,7 +40,7 @@ RANK, NUM_WARM, NUM_TIMED = 16, 2, 5
 
 @dataclass(frozen=True)
 class Mode:
-    """One way; `share` of the blocks of each kind wait in main memory."""
+    """One way of saving memory; `share` of the blocks of each kind are offloaded to main memory."""
 
     weight_format: str = "none"
     share: float = 0.0
@@ -77,7 +78,7 @@ RUNNERS: Mapping[str, Callable[[], BlockRunner]] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A denoiser without values, what it is called with, and how its blocks are reached."""
+    """A denoiser to measure: how to build it on the meta device, its inputs, and access to its blocks."""
 
     build: Callable[[], nn.Module]
     values: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -147,7 +148,7 @@ def random_weight(like: Tensor, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def filled(subject: Subject, mode: Mode, device: torch.device) -> nn.Module:
-    """The denoiser with random weights in the mode's format, those of waiting blocks in main memory."""
+    """Return the denoiser with random weights in the mode's format; those of offloaded blocks are in main memory."""
     with torch.device("meta"):
         model = subject.build()
     stacks = subject.stacks(model)
@@ -183,7 +184,7 @@ def filled(subject: Subject, mode: Mode, device: torch.device) -> nn.Module:
 
 
 def measure(subject: Subject, mode: Mode, device: torch.device) -> dict[str, float]:
-    """Peak GiB and seconds of a step."""
+    """Return the peak GiB and the seconds of a step."""
     model = filled(subject, mode, device)
     subject.run_blocks_with(model, RUNNERS[mode.runner]())
     seen = subject.view(model)
@@ -223,7 +224,7 @@ def measure(subject: Subject, mode: Mode, device: torch.device) -> dict[str, flo
 
 
 def child(args: argparse.Namespace) -> None:
-    """Measure one mode, and print what was found as JSON."""
+    """Measure one mode and print the result as JSON."""
     device = torch.device(args.device)
     if args.budget is not None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory

@@ -1,15 +1,16 @@
-"""Seconds of a training step on a card, its share of the card's peak, and memory: SD 1.5, SDXL, SD3 medium, FLUX.1.
+"""Measure the seconds of a training step on a GPU, its share of the GPU's peak, and memory: SD 1.5, SDXL, SD3 medium,
+FLUX.1.
 
-Each as it is, compiled, with weights multiplied in 8 bits, and beside them a bare loop on diffusers
-and PEFT with the same inputs, loss, optimizer and rank. Weights are of full size, random and made on the card, so
-nothing has to be downloaded. SD 1.5 has images of 512 pixels, the others of 1024; SD3 batch 3, the others batch 1.
-bf16, AdamW, a LoRA of rank 16, nothing recomputed unless asked for. Each mode runs in a process of its own; one that
-does not fit says so. TFLOP/s and MFU are of the arithmetic of the plain step, counted while it runs, against the card's
-peak in 16 bits.
+Each model runs eager, compiled, and with 8-bit matrix products, and next to these as a bare loop on diffusers and PEFT
+with the same inputs, loss, optimizer and rank. Weights have full size, are random and made on the GPU, so nothing has
+to be downloaded. Images have 512 pixels a side for SD 1.5 and 1024 for the others; the batch size is 3 for SD3 and 1
+for the others. bf16, AdamW, LoRA of rank 16, no recomputation unless requested. Each mode runs in a separate process;
+modes that do not fit are reported as such. TFLOP/s and MFU count the operations of the eager step, relative to the
+GPU's 16-bit peak.
 
     python benchmarks/gpu_step.py
     python benchmarks/gpu_step.py --models flux --modes eager bare --recompute
-    python benchmarks/gpu_step.py --device cpu --tiny      # whether it runs at all; its figures say nothing
+    python benchmarks/gpu_step.py --device cpu --tiny      # smoke test; the figures mean nothing
 """
 
 import argparse
@@ -45,11 +46,11 @@ Step = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """diffusers' denoiser: how it is built, called with our inputs, and which of its modules are adapted."""
+    """diffusers' denoiser: how to build it, how to call it with our inputs, and which modules get adapters."""
 
     build: Callable[[], nn.Module]
     call: Callable[[nn.Module, Any, Any], Tensor]
-    adapted: tuple[str, ...]  # parts of the names of their modules
+    adapted: tuple[str, ...]  # parts of the names of the adapted modules
 
 
 def sd15(is_tiny: bool) -> Subject:
@@ -149,7 +150,7 @@ def optimizer_of(parameters: list[nn.Parameter], device: torch.device) -> torch.
 
 
 def step_of(run: Callable[[], Any], optimizer: torch.optim.Optimizer, device: torch.device) -> Step:
-    """Return a function that computes the forward and backward pass, updates the weights and returns the loss."""
+    """Return a function that runs one step (forward, backward, optimizer) and returns the loss."""
 
     def step(before_backward: Callable[[], None] = lambda: None) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
@@ -165,7 +166,7 @@ def step_of(run: Callable[[], Any], optimizer: torch.optim.Optimizer, device: to
 
 
 def our_step(subject: Subject, mode: str, recomputes: bool, device: torch.device) -> tuple[Step, int]:
-    """A step with our denoiser and adapter, and how many values are trained."""
+    """Return a step of our denoiser with our adapter, and the number of trained parameters."""
     form = IN_8_BITS if mode.startswith("8bit") else "none"
     model = filled(subject, Mode(form), device)
     if form != "none":
@@ -184,7 +185,7 @@ def our_step(subject: Subject, mode: str, recomputes: bool, device: torch.device
 
 
 def bare_step(subject: Subject, peer: Peer, recomputes: bool, device: torch.device) -> tuple[Step, int]:
-    """Return the step with diffusers' module and PEFT's adapter."""
+    """Return a step of diffusers' denoiser with PEFT's adapter, and the number of trained parameters."""
     from accelerate import init_empty_weights
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -216,7 +217,7 @@ def bare_step(subject: Subject, peer: Peer, recomputes: bool, device: torch.devi
 
 
 def measure(name: str, mode: str, is_tiny: bool, recomputes: bool, device: torch.device) -> dict[str, float]:
-    """Seconds, peak GiB, trained values, and for the plain mode the arithmetic."""
+    """Return seconds, peak GiB and trained parameters of a mode, and for "eager" the FLOPs of a step."""
     make_subject, make_peer = SUBJECTS[name]
     subject = make_subject(is_tiny)
     if mode == "bare":
@@ -244,7 +245,7 @@ def measure(name: str, mode: str, is_tiny: bool, recomputes: bool, device: torch
 
 
 def child(args: argparse.Namespace) -> None:
-    """Measure one mode, and print what was found as JSON."""
+    """Measure one mode and print the result as JSON."""
     try:
         found = measure(args.models[0], args.modes[0], args.tiny, args.recompute, torch.device(args.device))
     except torch.OutOfMemoryError:
@@ -253,7 +254,7 @@ def child(args: argparse.Namespace) -> None:
 
 
 def found_in_child(args: argparse.Namespace, model: str, mode: str) -> dict[str, float] | str:
-    """The figures of one mode, or why there are none."""
+    """Measure one mode in a separate process; return its figures, or the reason why there are none."""
     command = [sys.executable, __file__, "--child", "--models", model, "--modes", mode, "--device", args.device]
     command += ["--tiny"] * args.tiny + ["--recompute"] * args.recompute
     try:

@@ -1,7 +1,7 @@
-"""Inspect an adapter file: ranks, alphas and norms by block, its problems, and which programs will use it.
+"""Inspect an adapter file: ranks, alphas and norms by block, problems, and the programs that can use it.
 
-The norms are those of the factors and of their change, alpha / rank * up @ down. The exit status is 0 for a usable file
-and 1 for an unusable one: truncated, with values that are not finite, or with halves of pairs missing.
+The norms are those of the factors and of the change alpha / rank * up @ down. The exit status is 0 for a usable file
+and 1 for an unusable one: truncated, with non-finite values, or with one half of a pair missing.
 """
 
 import argparse
@@ -54,7 +54,7 @@ EXAMPLES = """\
 
 @dataclass(frozen=True)
 class Report:
-    """The facts about a file."""
+    """The findings about one adapter file."""
 
     origin: str
     base: str | None
@@ -67,7 +67,7 @@ class Report:
 
 
 def check(path: Path) -> Report:
-    """Read and judge a file. Raises UserError if it cannot be read."""
+    """Read and check an adapter file or a folder saved by PEFT. Raises UserError if it cannot be read."""
     origin = str(path)
     path = file_in_folder(path, origin)
     return judge(load_state_dict(path), read_metadata(path), origin, peft_settings(path))
@@ -76,7 +76,7 @@ def check(path: Path) -> Report:
 def judge(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str, settings: PeftSettings | None = None
 ) -> Report:
-    """Judge the tensors of an adapter file; `settings` are those that PEFT saves beside it."""
+    """Check the tensors of an adapter file; `settings` are those of PEFT's adapter_config.json, if there is one."""
     file = sort_tensors(tensors, metadata, origin)
     tensors, modules = adapter_tensors(file), file.modules
     recorded = diffusers_settings(metadata) if settings is None else settings
@@ -109,7 +109,7 @@ def judge(
 def find_oddities(
     modules: Sequence[ModuleWeights], facts: Sequence[ModuleFacts], unknown: Sequence[str], base: BaseModelSpec | None
 ) -> Iterator[str]:
-    """Yield what a user should know about a usable file."""
+    """Yield warnings about a file that is usable."""
     if unknown:
         yield f"keys that belong to no adapter: {list_some_keys(unknown)}"
     if base is None:
@@ -124,7 +124,7 @@ def find_oddities(
 
 
 def format_json(report: Report) -> str:
-    """Format the report as JSON; numbers that are not finite become null."""
+    """Format the report as JSON, with null for non-finite numbers."""
     content = asdict(report)
     for program, reading in zip(content["programs"], report.programs, strict=True):
         program |= {"amount": reading.amount, "num_used": reading.num_used}
@@ -133,7 +133,7 @@ def format_json(report: Report) -> str:
 
 
 def replace_nonfinite(value: Any) -> Any:
-    """Replace numbers that JSON does not support by None."""
+    """Replace non-finite numbers, which JSON does not support, by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -154,7 +154,7 @@ def format_text(report: Report) -> Iterator[str]:
 
 
 def format_blocks(blocks: Sequence[BlockFacts]) -> Iterator[str]:
-    """Yield one line per block, with one heading per part."""
+    """Yield one line per block, below a heading per part."""
     width = max((len(block.block) for block in blocks), default=0)
     for part in dict.fromkeys(block.part for block in blocks):
         yield f"{part}:"
@@ -190,7 +190,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def print_report(args: argparse.Namespace) -> int:
-    """Print the report and return 1 for an unusable file."""
+    """Print the report. Return 1 if the file is unusable, else 0."""
     path = args.model or args.file
     report = check(path)
     if args.json:

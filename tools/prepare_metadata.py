@@ -1,7 +1,7 @@
-"""Encode the images of a metadata file, and record in the file the training size of each.
+"""Encode the images of a metadata file, and record the training size of each image in it.
 
-The latents are stored beside the images, where training with --cache_latents_to_disk and the same sizes finds them.
-Training here needs no sizes in the file: it reads each from the image's header.
+The latents are stored next to the images, where training with --cache_latents_to_disk and the same sizes finds them.
+This suite does not need the recorded sizes: training reads each size from the image's header.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tools.command import command, make_parser
 
 logger = logging.getLogger(__name__)
 
-LATENT_STEP = 8  # pixels per latent
+LATENT_STEP = 8  # image pixels per latent cell
 TAKEN_OVER = (
     "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale", "mixed_precision", "flip_aug",
     "alpha_mask", "skip_existing",
@@ -57,7 +57,7 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def note_sizes(table: dict[str, Any], folder: Path, sizes: dict[str, Size]) -> None:
-    """Write the size of each image's bucket into its entry, in multiples of a latent."""
+    """Write the bucket size of each image into its entry, in pixels, rounded down to whole latent cells."""
     listings: dict[str, dict[str, str]] = {}
     for key, entry in table.items():
         size = sizes.get(find_image(key, str(folder), listings) or "")
@@ -66,7 +66,7 @@ def note_sizes(table: dict[str, Any], folder: Path, sizes: dict[str, Size]) -> N
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Encode the images and write the table."""
+    """Encode the images and write the metadata file."""
     check_name(args.out_json)
     table = read_table(str(args.in_json))
     images = list_images(args.train_data_dir, args.recursive)

@@ -1,4 +1,5 @@
-"""List the recipes of configs/recipes for --recipe, or print one: options of a usual training, each with its reason."""
+"""List the recipes of configs/recipes for --recipe, or print one: the options of a typical training run, each with
+its reason."""
 
 import argparse
 import sys

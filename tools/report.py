@@ -1,4 +1,4 @@
-"""Build the report of a run from its --log_events file, the same HTML file that the run writes itself, or serve the
+"""Build the report of a run from its --log_events file (the HTML file that the run itself writes), or serve the
 reports of a folder to a browser on this machine."""
 
 import argparse

@@ -1,11 +1,12 @@
-"""Set up and run: `tools/start.py quickstart` trains a small LoRA, `tools/start.py test` runs the tests,
+"""Set up and run this suite: `tools/start.py quickstart` trains a small LoRA, `tools/start.py test` runs the tests,
 `tools/start.py doctor` checks whether this machine can train.
 
-Needs only Python and its standard library. The packages go into `.venv` in this folder (elsewhere: --venv PATH or the
-variable START_VENV) and are reinstalled only when a requirements file or the environment's Python changes.
+Needs only Python and its standard library. The packages are installed into `.venv` in this folder (elsewhere: --venv
+PATH or the variable START_VENV), and reinstalled only if a requirements file or the environment's Python changes.
 """
 
-# An old Python must be able to parse this file in order to refuse: the syntax is Python 3.6's, annotations are quoted.
+# An old Python must be able to parse this file in order to reject itself, so the syntax is that of Python 3.6 and
+# annotations are quoted.
 
 import argparse
 import hashlib
@@ -31,8 +32,8 @@ RUN_REQUIREMENTS = ("requirements.txt",)
 TEST_REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
 LOCK = ("requirements.lock",)
 SMALLEST_INSTALL_BYTES = 3 * 1024**3  # torch's CPU build and the rest; CUDA builds take about three times as much
-MAX_QUICKSTART_THREADS = 8  # the toy model is too small to feed more
-INTERRUPTED = 130  # what a shell reports after Ctrl-C
+MAX_QUICKSTART_THREADS = 8  # the toy model is too small for more
+INTERRUPTED = 130  # exit status of shells after Ctrl-C
 
 TRAINING_CONFIG = "configs/quickstart/train.toml"
 GPU_TESTS = ("tests/gpu", "tests/simulated_gpu")
@@ -51,7 +52,7 @@ class StartError(Exception):
 
 
 def python_problem(version: "tuple[int, int]") -> "str | None":
-    """Say why this Python cannot be used, or None if it can."""
+    """Return why this Python version is not supported; None if it is."""
     if OLDEST_PYTHON <= version <= NEWEST_PYTHON:
         return None
     age = "too old" if version < OLDEST_PYTHON else "too new"
@@ -60,7 +61,7 @@ def python_problem(version: "tuple[int, int]") -> "str | None":
 
 
 def supported_python_on_path() -> "str | None":
-    """Find the newest usable Python that can be started by name: `python3.13`."""
+    """Return the newest supported Python on the PATH, such as `python3.13`; None if there is none."""
     for minor in range(NEWEST_PYTHON[1], OLDEST_PYTHON[1] - 1, -1):
         name = f"python3.{minor}"
         if shutil.which(name):
@@ -69,7 +70,7 @@ def supported_python_on_path() -> "str | None":
 
 
 def check_python(version: "tuple[int, int]") -> None:
-    """Raise StartError with the fix unless this Python is supported by the packages."""
+    """Raise StartError with the fix if this Python version is not supported."""
     problem = python_problem(version)
     if problem is None:
         return
@@ -87,7 +88,7 @@ def python_path(venv: Path) -> Path:
 
 
 def read_version(python: Path) -> "tuple[int, int, int] | None":
-    """Ask an interpreter for its version; None if it is missing or does not start."""
+    """Return an interpreter's version; None if it is missing or does not start."""
     try:
         asked = subprocess.run(
             [str(python), "-c", "import sys; print(*sys.version_info[:3])"], stdout=subprocess.PIPE, check=True
@@ -101,7 +102,7 @@ def read_version(python: Path) -> "tuple[int, int, int] | None":
 def make_venv(venv: Path) -> None:
     """Create the virtual environment, or recreate it if its Python no longer starts.
 
-    Raises StartError if the folder contains something else, if this Python lacks the modules, or if creation fails.
+    Raises StartError if the folder has other content, if this Python lacks venv or ensurepip, or if creation fails.
     """
     if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
         raise StartError(f"{venv} exists but is not a virtual environment; use another folder with --venv")
@@ -122,12 +123,13 @@ def digest_text(path: Path) -> str:
 
 
 def make_stamps(venv: Path, version: "tuple[int, int, int]", names: "tuple[str, ...]") -> "dict[Path, str]":
-    """Return the files that record what is installed, and their content for these requirement files and this Python."""
+    """Return the stamp files that record the installed packages, with their content for these requirement files and
+    this Python."""
     return {venv / f"start-{name}.stamp": f"{digest_text(ROOT / name)} {version}" for name in names}
 
 
 def install_command(python: Path, requirement_names: "list[str]") -> "list[str]":
-    """Return the command that installs requirement files: uv's where it is installed, else pip's."""
+    """Return the command that installs requirement files, with uv if it is installed, else with pip."""
     uv = shutil.which("uv")
     if uv is None:
         command = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
@@ -139,7 +141,7 @@ def install_command(python: Path, requirement_names: "list[str]") -> "list[str]"
 
 
 def uv_indexes() -> "list[str]":
-    """Return pip's variables as uv's options; uv does not read them."""
+    """Return uv's options for pip's index variables, which uv does not read."""
     options = {
         "PIP_INDEX_URL": "--index-url", "PIP_EXTRA_INDEX_URL": "--extra-index-url", "PIP_FIND_LINKS": "--find-links",
     }  # fmt: skip
@@ -150,7 +152,7 @@ def uv_indexes() -> "list[str]":
 
 
 def check_disk(venv: Path) -> None:
-    """Raise StartError if the packages cannot fit on the disk of `venv`."""
+    """Raise StartError if the disk of `venv` has too little space for the packages."""
     free_bytes = shutil.disk_usage(str(venv)).free
     if free_bytes < SMALLEST_INSTALL_BYTES:
         raise StartError(
@@ -160,7 +162,7 @@ def check_disk(venv: Path) -> None:
 
 
 def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
-    """Install the requirement files, with the progress on the terminal. Raises StartError with the last lines."""
+    """Install the requirement files and show the progress. Raises StartError with the last error lines."""
     check_disk(venv)
     print("Installing " + " and ".join(requirement_names) + f" into {venv}", flush=True)
     if sys.platform == "linux" and shutil.which("nvidia-smi") is None:
@@ -183,7 +185,7 @@ def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
 
 
 def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
-    """Return the environment's Python once everything in the requirement files is installed.
+    """Return the environment's Python, after installing the requirement files if they are not up to date.
 
     Stamps are removed before the installer starts and written after it ends, so an interrupted installation is
     repeated.
@@ -202,7 +204,7 @@ def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
     if not all(path.is_file() and path.read_text(encoding="utf-8") == content for path, content in stamps.items()):
         for path in venv.glob("start-*.stamp"):
             path.unlink()
-        # Environments of uv and interrupted ones have no pip.
+        # Environments made by uv, and interrupted ones, have no pip.
         if shutil.which("uv") is None and run([str(python), "-m", "pip", "--version"], quiet=True) != 0:
             run([str(python), "-m", "ensurepip", "--default-pip"])
         install(venv, python, list(requirement_names))
@@ -215,7 +217,7 @@ def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
 
 
 def child_environment() -> "dict[str, str]":
-    """Return the environment of all child processes: UTF-8 output, no model hub, packages from `.venv`."""
+    """Return the environment of all child processes: UTF-8 output, no model hub, no user-site installs by pip."""
     settings = {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PIP_USER": "0"}
     return {**os.environ, **settings}
 
@@ -223,8 +225,9 @@ def child_environment() -> "dict[str, str]":
 def run(command: "list[str]", keep_errors_in: "deque[str] | None" = None, quiet: bool = False) -> int:
     """Run a command in the repository's folder and return its exit status.
 
-    `keep_errors_in` collects the lines of its standard error, which are also shown. After Ctrl-C the command, which
-    receives it too, gets time to save and end; a third Ctrl-C ends it at once. Raises KeyboardInterrupt then.
+    `keep_errors_in` collects the lines of its standard error, which are also shown. After Ctrl-C, which the command
+    receives too, the command gets time to save and exit; the third Ctrl-C kills it. Raises KeyboardInterrupt after any
+    Ctrl-C.
     """
     process = subprocess.Popen(
         command,
@@ -255,7 +258,7 @@ def run(command: "list[str]", keep_errors_in: "deque[str] | None" = None, quiet:
 
 
 def num_threads() -> int:
-    """Return the number of CPU threads worth giving to the toy model."""
+    """Return the number of CPU threads for the toy model."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, MAX_QUICKSTART_THREADS)
 
@@ -268,15 +271,15 @@ def training_command(python: Path, threads: int) -> "list[str]":
 
 
 def image_command(python: Path) -> "list[str]":
-    """Return the command that generates the same prompts without and with the adapter."""
+    """Return the command that draws the same prompts without and with the adapter."""
     command = [str(python), "tools/quickstart/draw_before_after.py", "--base", TOY_BASE, "--lora", ADAPTER]
     return [*command, "--prompts", PROMPTS, "--out", IMAGE]
 
 
 def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "list[str]":
-    """Return the command that runs the fast tier, or with `slow` whole trainings too, on every core.
+    """Return the command that runs the fast tests, or with `slow` also whole training runs, in parallel.
 
-    A `-m` among `pytest_arguments` overrides the tier, and so do files: they run whole.
+    A `-m` among `pytest_arguments` overrides the selection. Test files among them run completely, except GPU tests.
     """
     tier = "not gpu and not nightly" if slow else "not slow and not gpu and not nightly"
     if any(argument.partition("::")[0].endswith(".py") for argument in pytest_arguments):
@@ -285,14 +288,14 @@ def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "
 
 
 def simulated_gpu_command(python: Path, slow: bool) -> "list[str]":
-    """Return the command that runs the tests for GPUs on a simulated one, which is for the whole process."""
+    """Return the command that runs the GPU tests on a simulated GPU, which needs a process of its own."""
     tier = "gpu and not nightly" if slow else "gpu and not slow and not nightly"
     plugin = ["-p", "tests.simulated_gpu.plugin"]
     return [str(python), "-m", "pytest", *plugin, "-m", tier, *parallel_arguments(), *GPU_TESTS]
 
 
 def parallel_arguments() -> "list[str]":
-    """Return pytest's options for as many processes as there are cores."""
+    """Return pytest's options for one worker per core, at most MAX_QUICKSTART_THREADS."""
     return [
         "-n",
         str(num_threads()),
@@ -303,7 +306,7 @@ def parallel_arguments() -> "list[str]":
 
 
 def modification_time(path: Path) -> "int | None":
-    """Return when a file was written, in nanoseconds; None if it does not exist."""
+    """Return a file's modification time in nanoseconds; None if it does not exist."""
     return path.stat().st_mtime_ns if path.exists() else None
 
 
@@ -336,15 +339,15 @@ def quickstart(venv: Path) -> int:
 def run_tests(venv: Path, slow: bool, pytest_arguments: "list[str]") -> int:
     """Run the tests. Return pytest's exit status."""
     python = ready_python(venv, TEST_REQUIREMENTS)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores run the tests
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process per core
     on_gpu = 0 if pytest_arguments else run(simulated_gpu_command(python, slow))
     return on_gpu or run(pytest_command(python, slow, pytest_arguments))
 
 
 def examine(venv: Path) -> int:
-    """Examine the machine with the environment's Python, or with this one if there is no environment.
+    """Run tools/doctor.py with the environment's Python, or with this one if there is no environment.
 
-    Installs nothing. Return the exit status of tools/doctor.py.
+    Installs nothing. Returns the exit status of tools/doctor.py.
     """
     python = python_path(venv)
     if read_version(python) is None:
@@ -357,7 +360,7 @@ def examine(venv: Path) -> int:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line before `--`."""
+    """Return the parser for the arguments before `--`."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--venv",

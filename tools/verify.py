@@ -1,8 +1,8 @@
-"""Check a training on this machine with your own base model and options: the denoiser beside diffusers' class, the way
-of saving memory beside the plain one, 20 steps, resuming from the tenth, time and memory beside the plan.
+"""Check training on this machine with your own base model and options: the denoiser against diffusers' class, the
+memory settings against the plain ones, 20 steps, resuming from step 10, and time and memory against the plan.
 
-Ends with a block of text to paste into an issue, without paths, names or captions. Adapters, states and events go into
-a temporary folder.
+Ends with a block of text to paste into an issue, without paths, names or captions. Adapters, states and events go to a
+temporary folder.
 """
 
 import argparse
@@ -43,15 +43,15 @@ from tools.plan_memory import count, read_training_options
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS, RESUMED_AT = 20, 10
-WARM_UP = 5  # steps that are left out of the time
-MOST = 1e-3  # difference to diffusers as a share of the output's largest value; float32, two blocks of each kind
+WARM_UP = 5  # steps left out of the timing
+MOST = 1e-3  # allowed difference, relative to the largest output; float32, two blocks of each kind
 NAME = "verify"
 EXAMPLES = """\
   python3 tools/verify.py --script train_network.py --fit auto \\
     --pretrained_model_name_or_path model.safetensors --train_data_dir my_images \\
     --network_module networks.lora --network_dim 16 --mixed_precision bf16 --cache_latents"""
 
-# What the trial decides itself: its length, its files, and that nothing is uploaded, drawn or tracked.
+# Options that the trial sets itself: its length, its files, and no uploads, previews or trackers.
 DECIDED: Mapping[str, Any] = {
     "max_train_steps": NUM_STEPS,
     "max_train_epochs": None,
@@ -75,7 +75,7 @@ DECIDED: Mapping[str, Any] = {
     "no_report": True,
     "quiet": False,  # the result of the self-test is in the log
 }
-# Options that say how a training is run, without a name or a path in them.
+# Options that describe how a training runs and contain no names or paths.
 SHOWN = (
     "network_module", "network_dim", "network_alpha", "optimizer_type", "mixed_precision", "full_bf16", "full_fp16",
     "train_batch_size", "resolution", "gradient_accumulation_steps", "base_format", "base_arithmetic", "fit",
@@ -87,7 +87,7 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Result:
-    """One check: what was compared, what came of it, and whether it is as it should be."""
+    """The result of one check: its subject, what was found, and whether that is wrong."""
 
     what: str
     found: str
@@ -102,7 +102,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def verify(args: argparse.Namespace, training: Sequence[str]) -> int:
-    """Run every check and print the block; return 1 if one found something wrong."""
+    """Run every check and print the block to paste. Return 1 if a check failed, else 0."""
     spec, options = read_training_options(args.script, training)
     results: list[Result] = []
     if options.sweep.sweep:
@@ -121,7 +121,7 @@ def verify(args: argparse.Namespace, training: Sequence[str]) -> int:
 
 
 def run_checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str], folder: Path) -> Iterator[Result]:
-    """Yield the results; the first run that fails ends the list."""
+    """Yield the results; stop after the first failed training run."""
     with mute_logging():
         denoiser = spec.build(options).load.denoiser()
     yield compare_with_diffusers(denoiser, spec.build.__module__.rpartition(".")[0])
@@ -149,7 +149,8 @@ def run_checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[st
 
 
 def compare_with_diffusers(denoiser: nn.Module, package: str) -> Result:
-    """Compare our class with diffusers': two blocks of each kind, CPU, float32; `package` has the reference."""
+    """Compare our class with that of diffusers: two blocks of each kind, CPU, float32. `package` contains the
+    reference."""
     what = "denoiser"
     if type(denoiser).__module__.startswith("diffusers."):
         return Result(what, f"diffusers' own {type(denoiser).__name__}")
@@ -172,7 +173,7 @@ def compare_with_diffusers(denoiser: nn.Module, package: str) -> Result:
 
 @dataclass(frozen=True)
 class Trial:
-    """A short training in a process of its own."""
+    """A short training run in a separate process."""
 
     script: Path
     folder: Path
@@ -186,7 +187,7 @@ class Trial:
         return self.folder / "events.jsonl"
 
     def train(self) -> "subprocess.CompletedProcess[str]":
-        """Run it; its log is the standard error."""
+        """Run the training and print its log if it fails; the log is the standard error."""
         command = [sys.executable, str(self.script), "--config_file", str(self.folder / "options.toml")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
         if done.returncode != 0:
@@ -194,7 +195,7 @@ class Trial:
         return done
 
     def steps(self) -> list[dict[str, Any]]:
-        """Return the events of the steps."""
+        """Return the step events."""
         lines = map(json.loads, self.events.read_text(encoding="utf-8").splitlines())
         return [line for line in lines if line["event"] == "step"]
 
@@ -215,7 +216,8 @@ class Trial:
 
 
 def prepare_trial(spec: BaseModelSpec, options: TrainOptions, folder: Path, changes: Mapping[str, Any]) -> Trial:
-    """Write the options of a short training, those that are decided here in place of the user's."""
+    """Write the options of a short training run, with the settings of `DECIDED` and `changes` in place of the
+    user's."""
     import toml
 
     folder.mkdir()
@@ -236,7 +238,7 @@ def convert_to_toml(value: Any) -> Any:
 
 
 def find_error(log: str) -> str:
-    """Return the kind of error that ended a run; its text may name files."""
+    """Return the type of the error that ended a run, without its message, which may name files."""
     kinds = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception|Interrupt))\b", log, re.MULTILINE)
     if "out of memory" in log.lower():
         return "out of memory, see above"
@@ -244,7 +246,7 @@ def find_error(log: str) -> str:
 
 
 def compare_files(whole: Path, again: Path) -> Result:
-    """Compare the adapters' tensors byte for byte."""
+    """Compare the tensors of two adapter files byte for byte."""
     from safetensors.torch import load_file
 
     expected, found = load_file(whole), load_file(again)
@@ -264,7 +266,7 @@ def compare_files(whole: Path, again: Path) -> Result:
 
 
 def predict_step(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str]) -> Predicted | None:
-    """Predict a step as the options run it; None with --fit, which chooses and checks by itself."""
+    """Predict a step with the run's settings; None with --fit, which chooses and checks by itself."""
     if options.fit.fit is not None:
         return None
     *_, counted = count(spec.script, training)
@@ -274,7 +276,7 @@ def predict_step(spec: BaseModelSpec, options: TrainOptions, training: Sequence[
 
 
 def compare_with_plan(steps: Sequence[Mapping[str, Any]], planned: Predicted | None) -> Iterator[Result]:
-    """Yield time and memory of a step, and what was planned."""
+    """Yield the measured time and memory of a step next to the predicted ones."""
     times = [step["timing"]["seconds"] for step in steps[WARM_UP:] if step["timing"] is not None]
     peaks = [step["memory"]["card_peak"] for step in steps if step["memory"] and step["memory"]["card_peak"]]
     plan = "chosen by --fit" if planned is None else f"{planned.seconds:.2f} s a pass planned"
@@ -288,7 +290,7 @@ def compare_with_plan(steps: Sequence[Mapping[str, Any]], planned: Predicted | N
         yield Result("memory of a step", f"not measured without a GPU{plan}")
 
 
-# What the block says of machine and options
+# Description of the machine and the options
 
 
 def describe_machine() -> Iterator[str]:

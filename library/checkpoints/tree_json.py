@@ -1,4 +1,4 @@
-"""Nested values with tensors, such as an optimizer's state, as plain JSON and a dictionary of tensors.
+"""Serialisation of nested values with tensors, such as an optimizer's state, to plain JSON and a dictionary of tensors.
 
 Nothing is pickled, so reading executes no code, and every number is restored bit for bit.
 """
@@ -15,10 +15,10 @@ TENSOR, LIST, TUPLE, TABLE = "tensor", "list", "tuple", "table"
 
 
 def take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Convert `value` to JSON; its tensors are put into `tensors` under names that begin with `name`.
+    """Convert `value` to JSON; its tensors are added to `tensors`, under names that begin with `name`.
 
-    Supports None, bool, int, float, str, tensors, numpy numbers, lists, tuples and dictionaries with plain keys; raises
-    UserError naming anything else.
+    Supports None, bool, int, float, str, tensors, numpy scalars, lists, tuples, and dictionaries with int or str keys.
+    Raises UserError naming anything else.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -38,7 +38,7 @@ def take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Invert `take_apart`. Raises UserError for values that it did not write."""
+    """Restore a value from the result of `take_apart`. Raises UserError for anything else."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, dict) and len(value) == 1:

@@ -1,6 +1,7 @@
-"""Show what a LoRA has taught the quickstart's base model: the same prompts and seeds before and after it.
+"""Show what a LoRA taught the quickstart's base model, with the same prompts and seeds before and after.
 
-Writes one image, `before | after`, and prints in how many samples of each half the checker finds the prompt.
+Writes one image, `before
+after`, and prints the share of samples in each half that show their prompt.
 """
 
 import argparse
@@ -24,14 +25,14 @@ from tools.quickstart.toy_world import QUICKSTART, ImageArray
 logger = logging.getLogger(__name__)
 
 ENLARGEMENT = 2
-NUM_COLUMNS = 4  # of each half
+NUM_COLUMNS = 4  # in each half
 GAP = 8
 TITLE_HEIGHT = 28
 INK, PAPER = (20, 20, 20), (255, 255, 255)
 
 
 def arrange(before: Sequence[ImageArray], after: Sequence[ImageArray], titles: tuple[str, str]) -> Image.Image:
-    """Lay two sets of equally many images side by side, a title above each."""
+    """Lay out two sets of equally many images side by side, with a title above each."""
     cell = before[0].shape[0] * ENLARGEMENT + GAP
     half_width = NUM_COLUMNS * cell + 2 * GAP
     num_rows = -(-len(before) // NUM_COLUMNS)
@@ -51,7 +52,7 @@ def arrange(before: Sequence[ImageArray], after: Sequence[ImageArray], titles: t
 
 
 def draw_before_and_after(base: Path, lora: Path, prompts_file: Path, out: Path) -> tuple[float, float]:
-    """Write the image; return the share of samples that show their prompt, before and after."""
+    """Write the image. Return the shares of samples that show their prompt, before and after."""
     from safetensors.torch import load_file
 
     prompts = read_prompts(prompts_file)

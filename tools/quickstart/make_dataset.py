@@ -1,7 +1,7 @@
-"""Draw the quickstart's dataset: images and captions of a shape, by default one that the base model has never seen.
+"""Draw the quickstart's dataset: images and captions of one shape, by default one that the base model has never seen.
 
-Three quarters of the shape's scenes are in the dataset; the prompts cover these and the rest, so that the LoRA is
-tested on the shape and not on the images.
+Three quarters of the shape's scenes are in the dataset. The prompts cover some of these and all the others, which tests
+whether the LoRA learned the shape rather than the images.
 """
 
 import argparse
@@ -25,7 +25,7 @@ PROMPT_OPTIONS = "--w 64 --h 64 --s 20 --l 2"
 
 
 def make_dataset(args: argparse.Namespace) -> None:
-    """Write `shape_00.png` and `shape_00.txt` and so on, and the file of prompts."""
+    """Write `shape_00.png`, `shape_00.txt` and so on, and the file of prompts."""
     rng = np.random.default_rng(args.seed)
     shape, scenes = args.shape, list_scenes((args.shape,))
     shuffled = [scenes[int(n)] for n in rng.permutation(len(scenes))]
