@@ -72,7 +72,7 @@ def kept_bytes(module: ModuleType, args: argparse.Namespace, arguments: Mapping[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, default=512, help="of the pictures, in pixels")
+    parser.add_argument("--side", type=int, default=512, help="side of the images, in pixels")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--precision", choices=DTYPES, default="bf16")

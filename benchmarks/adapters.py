@@ -239,12 +239,12 @@ def measure(shape: Shape, args: argparse.Namespace) -> list[str]:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Time and memory of adapters as ratios to the layer alone.")
+    parser = argparse.ArgumentParser(description="Time and memory of adapters, relative to the layer alone.")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["quick"], help="which layers")
     parser.add_argument("--rank", type=int, default=16, help="rank of every adapter")
     parser.add_argument("--rounds", type=int, default=15, help="how often each way is timed")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the layer and its input")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="dtype of the layer and its input")
     return parser
 
 

@@ -116,7 +116,7 @@ def seconds(run: Callable[..., Any], inputs: tuple[Any, ...], dtype: torch.dtype
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", nargs="+", default=list(BLOCKS), choices=list(BLOCKS))
-    parser.add_argument("--tokens", type=int, default=1024, help="of the picture")
+    parser.add_argument("--tokens", type=int, default=1024, help="image tokens")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--precision", choices=DTYPES, default="fp32")

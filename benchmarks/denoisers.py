@@ -308,10 +308,10 @@ def difference(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=PAIRS, default=list(PAIRS))
-    parser.add_argument("--tokens", type=int, default=1024, help="of the picture")
+    parser.add_argument("--tokens", type=int, default=1024, help="image tokens")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
-    parser.add_argument("--profile", action="store_true", help="show where the time of both goes")
+    parser.add_argument("--profile", action="store_true", help="print a profile of both")
     args = parser.parse_args()
     torch.manual_seed(0)
     dtype, with_autocast = DTYPES[args.precision], args.precision == "bf16"

@@ -47,7 +47,7 @@ class Mode:
     runner: str = "recompute"
 
     def __str__(self) -> str:
-        waits = f", {self.share:.0%} of the blocks wait" if self.share else ""
+        waits = f", {self.share:.0%} of the blocks offloaded" if self.share else ""
         name = "bf16" if self.weight_format == "none" else self.weight_format
         return f"{name}{waits}, {self.runner.replace('_', ' ')}"
 
@@ -239,7 +239,7 @@ def child(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--budget", type=float, help="GB of the card's memory; unset is all of it")
+    parser.add_argument("--budget", type=float, help="GB of GPU memory; unset: all of it")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="models of a few narrow blocks")
     parser.add_argument("--mode", help=argparse.SUPPRESS)

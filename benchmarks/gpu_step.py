@@ -225,7 +225,7 @@ def measure(name: str, mode: str, is_tiny: bool, recomputes: bool, device: torch
     else:
         step, num_trained = our_step(subject, mode, recomputes, device)
     on_card, flops = device.type == "cuda", 0
-    assert step().isfinite(), "random weights that give no finite loss"
+    assert step().isfinite(), "the loss of the random weights is not finite"
     if mode == "eager":
         with FlopCounter() as counter:
             step(lambda: setattr(counter, "in_backward", True))
@@ -271,8 +271,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--recompute", action="store_true", help="recompute all blocks, in both")
-    parser.add_argument("--seconds", type=int, default=120, help="most that one mode may take")
+    parser.add_argument("--recompute", action="store_true", help="recompute all blocks, in ours and the bare loop")
+    parser.add_argument("--seconds", type=int, default=120, help="time limit of one mode")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="models of a few narrow blocks")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -282,7 +282,7 @@ def main() -> None:
         return
     device = torch.device(args.device)
     peak = measure_peak_flops(device, torch.bfloat16)
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU: these figures say nothing of a card"
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU: these figures say nothing about a GPU"
     print(f"{card}, torch {torch.__version__}, peak {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'unknown'}")
     for model in args.models:
         print(f"{model:16} s/step  TFLOP/s    MFU  peak GiB   trained  bare / it")

@@ -71,9 +71,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--vae_batch_size", type=int, default=4)
-    parser.add_argument(
-        "--workers", type=int, default=8, help="--max_data_loader_n_workers, threads that read pictures"
-    )
+    parser.add_argument("--workers", type=int, default=8, help="--max_data_loader_n_workers, threads that read images")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -128,7 +126,7 @@ def main() -> None:
             found["look"].append(caching("--cache_latents_to_disk"))
         wall, cpu = ({name: min(time[i] for time in times) for name, times in found.items()} for i in (0, 1))
         print(
-            f"{args.vae} VAE, {args.count} pictures of {args.side}: {1000 * wall['bare'] / args.count:.2f} ms each bare"
+            f"{args.vae} VAE, {args.count} images at {args.side}: {1000 * wall['bare'] / args.count:.2f} ms each bare"
         )
         for name in ("memory", "disk"):
             print(

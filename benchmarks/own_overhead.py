@@ -156,7 +156,7 @@ def bare_ms(weights: Sequence[nn.Parameter], num_steps: int, more: Sequence[str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="steps that are measured")
+    parser.add_argument("--steps", type=int, default=200, help="measured steps")
     parser.add_argument("--case", choices=CASES, nargs="*", default=list(CASES), help="which cases")
     args = parser.parse_args()
     num_steps = WARM_UP + args.steps
@@ -170,7 +170,7 @@ def main() -> None:
             more = [str(folder / word) if word in ("logs", "events.jsonl") else word for word in CASES[case]]
             ours, weights = our_ms(folder, num_steps, more)
             bare = bare_ms(weights, num_steps, more)
-            print(f"{case}: {ours:.2f} ms a step, bare {bare:.2f}, our own {ours - bare:.2f}")
+            print(f"{case}: {ours:.2f} ms per step, bare {bare:.2f}, overhead {ours - bare:.2f}")
 
 
 if __name__ == "__main__":

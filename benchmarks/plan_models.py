@@ -108,8 +108,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(FULL_SIZE), choices=list(FULL_SIZE))
     parser.add_argument("--cards", nargs="+", default=CARDS)
-    parser.add_argument("--formats", nargs="+", default=["bf16"], help="values of --base_format, a line for each")
-    parser.add_argument("--write", metavar="PAGE", help="replace the tables of docs/memory.md by new ones")
+    parser.add_argument("--formats", nargs="+", default=["bf16"], help="values of --base_format, one row each")
+    parser.add_argument("--write", metavar="PAGE", help="page, such as docs/memory.md, with tables to replace")
     args = parser.parse_args()
     if args.write is None:
         for line in Table("asked for", args.models, args.formats).rows(args.cards):

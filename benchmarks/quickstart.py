@@ -68,7 +68,7 @@ def main() -> None:
             program.kill()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, median in medians.items():
-        print(f"{name:10} {median:.3f} s a step, {median / min(medians.values()):.2f} of the fastest")
+        print(f"{name:10} {median:.3f} s per step, {median / min(medians.values()):.2f} x the fastest")
 
 
 if __name__ == "__main__":

@@ -165,8 +165,8 @@ def main() -> None:
     wanted = parser.parse_args()
     is_counted = open_network()
     ways = [(count, is_spread) for count in wanted.counts for is_spread in ((False,) if count == 1 else (False, True))]
-    print(f"{os.cpu_count()} processors, {BATCH} pictures a process, medians of {wanted.steps} steps")
-    print("model | processes | base | s/step | pictures/s against one | exchanging | MB sent | MB in theory | ratio")
+    print(f"{os.cpu_count()} processors, {BATCH} images per process, medians of {wanted.steps} steps")
+    print("model | processes | base | s/step | images/s vs. one | communication | MB sent | MB in theory | ratio")
     for model in wanted.models:
         rate = None
         for (count, is_spread), ranks in zip(ways, measured(model, ways, wanted.steps), strict=True):

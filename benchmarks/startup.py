@@ -218,8 +218,8 @@ def report(folder: Path, count: int, rounds: int) -> None:
             {name: statistics.median(one[name] for one in found[k]) for name in found[k][0]} for k in (kind, bare)
         )
         print(
-            f"{count:>7} pictures, {kind:<10}: {ours['cpu']:.3f} CPU s ({ours['cpu'] / floor['cpu']:.2f} x {bare}, "
-            f"{floor['cpu']:.3f} s), {ours['wall']:.3f} s, {ours['kept'] / count / 1000:.2f} kB a picture "
+            f"{count:>7} images, {kind:<10}: {ours['cpu']:.3f} CPU s ({ours['cpu'] / floor['cpu']:.2f} x {bare}, "
+            f"{floor['cpu']:.3f} s), {ours['wall']:.3f} s, {ours['kept'] / count / 1000:.2f} kB per image "
             f"(peak {ours['peak'] / count / 1000:.2f})",
             flush=True,
         )
@@ -232,18 +232,18 @@ def report_index(folder: Path, count: int, rounds: int) -> None:
         found = [measured("index", folder) for _ in range(1 if start == "first" else rounds)]
         median = {name: statistics.median(one[name] for one in found) for name in found[0]}
         print(
-            f"{count:>7} pictures of an index, {start}: {median['cpu']:.2f} CPU s, {median['wall']:.2f} s, "
-            f"{median['kept'] / count / 1000:.3f} kB a picture (peak {median['peak'] / count / 1000:.3f}), "
-            f"{median['objects'] / count:.4f} objects a picture, {median['sent'] / 1000:.1f} kB to a fresh worker",
+            f"{count:>7} images of an index, {start}: {median['cpu']:.2f} CPU s, {median['wall']:.2f} s, "
+            f"{median['kept'] / count / 1000:.3f} kB per image (peak {median['peak'] / count / 1000:.3f}), "
+            f"{median['objects'] / count:.4f} objects per image, {median['sent'] / 1000:.1f} kB to a fresh worker",
             flush=True,
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", help="where the pictures are made and kept; a temporary folder if not given")
+    parser.add_argument("--folder", help="folder for the images, which are kept; unset: a temporary folder")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10000, 100000])
-    parser.add_argument("--index", type=int, help="pictures of an index that is made up, in place of --sizes")
+    parser.add_argument("--index", type=int, help="rows of a made-up index, in place of --sizes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--measure", choices=(*KINDS, "index"), help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -175,11 +175,11 @@ def sdxl_block(args: argparse.Namespace) -> tuple[Work, Work]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, default=4, help="how many are trained")
+    parser.add_argument("--adapters", type=int, default=4, help="number of adapters")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7, help="that count, after one that does not")
-    parser.add_argument("--flux_side", type=int, default=256, help="side of the picture for the block of FLUX.1")
-    parser.add_argument("--sdxl_side", type=int, default=512, help="side of the picture for the block of SDXL")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds, after one warm-up round")
+    parser.add_argument("--flux_side", type=int, default=256, help="image side for the block of FLUX.1, in pixels")
+    parser.add_argument("--sdxl_side", type=int, default=512, help="image side for the block of SDXL, in pixels")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(5)

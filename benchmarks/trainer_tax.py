@@ -259,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("tiny", "sd15"), default="tiny")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
-    parser.add_argument("--side", type=int, default=64, help="of the square pictures, in pixels; SD 1.5 trains 512")
+    parser.add_argument("--side", type=int, default=64, help="side of the square images, in pixels; 512 for SD 1.5")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10, help="steps of one turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each loop")

@@ -104,7 +104,7 @@ def warn_of_the_rest(file: AdapterFile, lists: BlockWeights, strength: BlockStre
     if beyond:
         num = sum(block not in strength.by_block for block in blocks)
         logger.warning(
-            "--lbws: %d of the %d modules of %s are in no block that a list of %d names (%s); they keep --ratios",
+            "--lbws: %d of the %d modules of %s are in no block of a list of %d (%s); they keep --ratios",
             num, len(blocks), file.origin, len(strength.by_block), ", ".join(beyond),
         )  # fmt: skip
     in_vain = [block for block, value in strength.by_block.items() if block in lists.missing and value not in (0, 1)]

@@ -140,7 +140,7 @@ def print_capabilities(args: argparse.Namespace) -> None:
     scripts = sorted(path.name for pattern in SCRIPTS for path in ROOT.glob(pattern))
     if args.script and args.script not in scripts:
         near = nearest_name(args.script, scripts)
-        raise UserError(f"--script {args.script} is no training script; use {near or ', '.join(scripts)}")
+        raise UserError(f"--script {args.script} is not a training script; use {near or ', '.join(scripts)}")
     found = list_capabilities([args.script] if args.script else scripts)
     if args.json:
         print(json.dumps(found, ensure_ascii=True))

@@ -51,7 +51,7 @@ def list_images(folder: Path, is_recursive: bool) -> list[Path]:
 def check_name(path: Path) -> None:
     """Raise UserError if the name ends in .jsonl, or the file cannot be written."""
     if path.suffix.lower() == ".jsonl":
-        raise UserError(f"{path}: a table is written, not lines; use a name that ends in .json")
+        raise UserError(f"{path}: the metadata file is a JSON object, not JSON lines; use a name that ends in .json")
     check_place("out_json", path)
     check_overwrite("out_json", path, METADATA)
 
@@ -86,7 +86,9 @@ def check_keys(images: Sequence[Path], is_full: bool) -> None:
 def collect(args: argparse.Namespace) -> None:
     """Read the captions and write the metadata file."""
     if args.recursive and not args.full_path:
-        raise UserError("--recursive requires --full_path: names do not distinguish images of several folders")
+        raise UserError(
+            "--recursive requires --full_path: file names alone do not distinguish images of several folders"
+        )
     check_name(args.out_json)
     extension = args.caption_extention or args.caption_extension or ENDINGS[args.field]
     source = args.in_json or (args.out_json if args.out_json.is_file() else None)
@@ -118,7 +120,7 @@ def setup_parser(field: str = "caption") -> argparse.ArgumentParser:
     parser.add_argument("--in_json", type=Path, help="read this metadata file first, instead of the one to write")
     parser.add_argument("--field", choices=tuple(ENDINGS), default=field, help=f"what to collect (default: {field})")
     parser.add_argument("--caption_extension", help="extension of the files; unset: .caption, and .txt for tags")
-    parser.add_argument("--caption_extention", help="an older spelling of --caption_extension")
+    parser.add_argument("--caption_extention", help="old spelling of --caption_extension")
     parser.add_argument("--full_path", action="store_true", help="use paths of images as keys, not names")
     parser.add_argument("--recursive", action="store_true", help="also search subfolders")
     parser.add_argument("--debug", action="store_true", help="has no effect: missing files are always reported")

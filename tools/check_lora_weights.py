@@ -120,7 +120,7 @@ def find_oddities(
             yield f"{base.title} has no modules of these names: {list_some_keys(strangers)}"
     still = [module.name for module in facts if module.update_norm == 0]
     if still:
-        yield f"change nothing, all zeros: {list_some_keys(still)}"
+        yield f"all zeros, without effect: {list_some_keys(still)}"
 
 
 def format_json(report: Report) -> str:

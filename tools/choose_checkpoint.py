@@ -64,7 +64,7 @@ def choose_seed(seed: int | None, files: Sequence[Path]) -> int:
         return seed
     found = {read_metadata(path).get("ss_seed", "") for path in files}
     if len(found) != 1 or not (text := found.pop()).isdigit():
-        raise UserError("--seed is not set and the files do not share one; use that of the training")
+        raise UserError("--seed is not set, and the files record no common seed; set --seed to that of the training")
     logger.info("--seed is not set: using %s from the files", text)
     return int(text)
 
@@ -82,7 +82,7 @@ def warn_of_other_splits(options: ValidationOptions, files: Sequence[Path], seed
         if float(metadata["ss_validation_split"]) != share or own != str(wanted):
             text = (
                 "%s was trained with --validation_split %s and seed %s, but here they are %g and %d: it may have been "
-                "trained on images that are measured"
+                "trained on the held-out images"
             )
             logger.warning(text, path.name, metadata["ss_validation_split"], own, share, wanted)
 
@@ -145,7 +145,9 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     )
     files = drop_copies(files)
     if options.dataset.dataset_class:
-        raise UserError("--dataset_class: its images are not known one by one, so none can be measured again")
+        raise UserError(
+            "--dataset_class is not supported: images of a custom dataset class cannot be measured one by one"
+        )
     seed = choose_seed(options.run.seed, files)
     warn_of_other_splits(options.validation, files, seed)
     arch = base.build(options)

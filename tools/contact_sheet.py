@@ -54,8 +54,8 @@ def setup_parser() -> argparse.ArgumentParser:
         "--multipliers",
         type=parse_numbers,
         metavar="A,B,...",
-        help="draw every file at these strengths, side by side, and print how far the images follow them; write the "
-        "list behind =, as in --multipliers=-2,-1,0,1,2",
+        help="draw every file at these strengths, side by side, and print how well the images follow them; "
+        "needs =, as in --multipliers=-2,-1,0,1,2",
     )
     parser.add_argument("--sheet", type=Path, help="PNG to write; unset: <output_name>-sheet.png in --output_dir")
     parser.add_argument("--side", type=int, default=256, help="largest side of an image, in pixels (default: 256)")
@@ -69,7 +69,7 @@ def parse_numbers(text: str) -> list[float]:
     except ValueError:
         found = []
     if not found or not all(map(isfinite, found)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, such as -2,-1,0,1,2")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, such as -2,-1,0,1,2")
     return found
 
 

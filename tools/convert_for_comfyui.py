@@ -34,7 +34,9 @@ def setup_parser(description: str | None) -> argparse.ArgumentParser:
     parser = add_version(argparse.ArgumentParser(description=description))
     parser.add_argument("src_path", type=Path, help="the adapter file to read")
     parser.add_argument("dst_path", type=Path, help="the adapter file to write")
-    parser.add_argument("--reverse", action="store_true", help="from ComfyUI's names to those written by training")
+    parser.add_argument(
+        "--reverse", action="store_true", help="rename from ComfyUI's names to those that training writes"
+    )
     return parser
 
 
@@ -45,8 +47,8 @@ def rename(base: str, to: FileNaming, back: FileNaming | None, args: argparse.Na
         raise UserError(f"{args.src_path} is an adapter of {card.title}; use tools/convert_lora.py")
     if args.reverse and back is None:
         raise UserError(
-            f"--reverse: {args.src_path} needs no renaming: training and all tools read and write ComfyUI's names for "
-            f"{card.title}; use it with --network_weights as it is"
+            f"--reverse: {args.src_path} needs no renaming, because training and all tools use ComfyUI's names for "
+            f"{card.title}; pass it to --network_weights as it is"
         )
     check_output("dst_path", args.dst_path, [args.src_path])
     renamed = convert(args.src_path, args.dst_path, (back or to) if args.reverse else to, drop_unsupported=False)

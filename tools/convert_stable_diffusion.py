@@ -199,17 +199,19 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument(TARGET, type=Path, help="the file or, without an extension, the folder to write")
     parser.add_argument("--v1", action="store_true", help="require SD 1.x; the version is recognised anyway")
     parser.add_argument("--v2", action="store_true", help="require SD 2.x; the version is recognised anyway")
-    parser.add_argument("--unet_use_linear_projection", action="store_true", help="in a folder of SD 2.x: as matrices")
+    parser.add_argument("--unet_use_linear_projection", action="store_true", help="folder of SD 2.x: write matrices")
     precision = parser.add_mutually_exclusive_group()
     for name in SAVE_DTYPES:
         precision.add_argument(f"--{name}", action="store_const", const=name, dest="save_precision_as")
-    precision.add_argument("--save_precision_as", choices=tuple(SAVE_DTYPES), help="the same; default: float")
+    precision.add_argument(
+        "--save_precision_as", choices=tuple(SAVE_DTYPES), help="the same as one option (default: float)"
+    )
     parser.add_argument("--epoch", type=int, default=0, help="epochs to record in a .ckpt, added to those of the input")
-    parser.add_argument("--global_step", type=int, default=0, help="steps to record, likewise")
+    parser.add_argument("--global_step", type=int, default=0, help="steps to record, added likewise")
     parser.add_argument("--metadata", help="""metadata of a .safetensors file, as '{"name": "my model"}'""")
     parser.add_argument("--variant", help="variant of a folder's files to read, such as fp16")
     parser.add_argument("--reference_model", help="folder or hub name of a model with scheduler and tokenizer")
-    parser.add_argument("--use_safetensors", action="store_true", help="in a folder: .safetensors instead of .bin")
+    parser.add_argument("--use_safetensors", action="store_true", help="folder: write .safetensors, not .bin")
     return parser
 
 

@@ -107,15 +107,15 @@ def card_lines(torch: Any, cards: Sequence[str]) -> Iterator[Line]:
     build = next((f"{name} {version}" for name, version in made_for.items() if version), "CPU")
     yield Line("torch build", f"{torch.__version__}, {build}")
     for card in cards:
-        yield Line("driver's card", card)
+        yield Line("driver's GPU", card)
     if not torch.cuda.is_available():
         if fix := explain_unused_gpu(torch, cards):
-            yield Line("card", "there, but torch cannot use it", fix, True)
+            yield Line("GPU", "present, but torch cannot use it", fix, True)
         elif getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
-            yield Line("card", "Apple's, through MPS")
+            yield Line("GPU", "Apple's, through MPS")
         else:
             slow = "fine for experiments, far too slow for full-size models"
-            yield Line("card", "none: training runs on the processor", slow)
+            yield Line("GPU", "none; training runs on the CPU", slow)
         return
     known = torch.cuda.get_arch_list()
     for number in range(torch.cuda.device_count()):
@@ -127,7 +127,7 @@ def card_line(torch: Any, number: int, known: Sequence[str]) -> Line:
     major, minor = torch.cuda.get_device_capability(number)
     free, total = torch.cuda.mem_get_info(number)
     name = f"{torch.cuda.get_device_name(number)}, sm_{major}{minor}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    what = f"card {number}"
+    what = f"GPU {number}"
     if not runs_on(f"sm_{major}{minor}", known):
         return Line(what, name, f"torch has kernels only for {', '.join(known)}: {GET_TORCH}", True)
     if free < 0.8 * total:
@@ -210,7 +210,7 @@ def check_pinning(torch: Any) -> Line:
         fix = f"offloaded blocks are copied through small buffers, which is slower ({get_first_line(error)})"
         return Line("pinned memory", f"{PINNED_MIB} MiB refused", fix)
     limit = "; Windows allows about half of main memory" if sys.platform == "win32" else ""
-    return Line("pinned memory", f"{PINNED_MIB} MiB given{limit}")
+    return Line("pinned memory", f"{PINNED_MIB} MiB allocated{limit}")
 
 
 def disk_lines(folders: Mapping[str, Path]) -> Iterator[Line]:
@@ -270,7 +270,7 @@ def eight_bit_line(device: str) -> Line:
     except subprocess.TimeoutExpired:
         return Line("8-bit optimizer", f"no answer in {SECONDS} s", "reinstall bitsandbytes", True)
     if done.stdout.strip().endswith("moved"):
-        return Line("8-bit optimizer", "takes a step")
+        return Line("8-bit optimizer", "works")
     last = (done.stdout.strip() or done.stderr.strip() or f"ended with status {done.returncode}").splitlines()[-1]
     fix = "python3 -m pip install -U bitsandbytes; until it works use --optimizer_type AdamW and no nf4"
     return Line("8-bit optimizer", f"fails: {last}", fix, True)

@@ -39,10 +39,10 @@ def setup_parser() -> argparse.ArgumentParser:
     parser = make_training_parser(__doc__, EXAMPLES, None, "the model's training script")
     parser.add_argument("model", help="file, diffusers folder, or name on the Hugging Face hub")
     parser.add_argument("--adapter", nargs="+", action="extend", default=[], metavar="FILE[:STRENGTH]", help="adapters")
-    parser.add_argument("--prompt", nargs="+", default=[], help="a prompt each, with options behind it as in a file")
+    parser.add_argument("--prompt", nargs="+", default=[], help="prompts, with options as in a prompt file")
     parser.add_argument("--prompts", type=Path, help="file with prompts, as --sample_prompts takes it")
-    parser.add_argument("--strengths", type=float, nargs="+", help="factors on all adapters; writes a sheet of rows")
-    parser.add_argument("--seed", type=int, default=1, help="seed of prompts that name none (default: 1)")
+    parser.add_argument("--strengths", type=float, nargs="+", help="factors for all adapters, one row each in a sheet")
+    parser.add_argument("--seed", type=int, default=1, help="seed of prompts without one (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("output/drawn"), help="folder (default: output/drawn)")
     return parser
 

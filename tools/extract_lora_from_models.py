@@ -172,9 +172,9 @@ def setup_parser() -> argparse.ArgumentParser:
         "--clamp_quantile",
         type=float,
         default=1.0,
-        help="clamp values of the factors to this quantile, in sd-scripts 0.99; costs accuracy (default: 1, off)",
+        help="clamp the factors to this quantile, 0.99 in sd-scripts; costs accuracy (default: 1, off)",
     )
-    parser.add_argument("--min_diff", type=float, default=0.01, help="least change of text encoders (default: 0.01)")
+    parser.add_argument("--min_diff", type=float, default=0.01, help="least change of a text encoder (default: 0.01)")
     parser.add_argument("--v2", action="store_true", help="require SD 2.x; the model is recognised anyway")
     parser.add_argument("--sdxl", action="store_true", help="require SDXL; the model is recognised anyway")
     parser.add_argument("--v_parameterization", action="store_true", help="record that the model predicts velocity")
@@ -203,7 +203,7 @@ def check_bases(args: argparse.Namespace, org: BaseModel, tuned: BaseModel) -> N
     """Raise UserError unless both checkpoints have the same base model, and it is the required one."""
     found, other = spec_for(org), spec_for(tuned)
     if found.name != other.name:
-        raise UserError(f"--model_org is of {found.title}, --model_tuned of {other.title}; use two of one model")
+        raise UserError(f"--model_org is {found.called} model, --model_tuned {other.called} model; use two of one kind")
     for flag, base in (("v2", "sd2"), ("sdxl", "sdxl")):
         if getattr(args, flag) and found.name != base:
             raise UserError(f"--{flag}: --model_org {org.path} is of {found.title}; remove --{flag}")

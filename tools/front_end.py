@@ -26,8 +26,8 @@ PACKAGES = ("configs", "docs", "finetune", "library", "networks", "tools")
 ENVIRONMENTS = ("venv", ".venv")  # LoRA_Easy keeps its environment in the scripts' folder
 KEPT = ".original"  # suffix of the front end's own scripts
 
-WHOLE = "trains every weight of a model; this suite trains adapters: use {own}, or sd-scripts for this"
-OTHER = "{what}, which this suite does not do: use sd-scripts for this"
+WHOLE = "trains every weight of a model, but this suite trains only adapters. Use {own}, or sd-scripts"
+OTHER = "{what}, which this suite does not support. Use sd-scripts"
 INVERSION = OTHER.format(what="trains a word of the text encoder (textual inversion)")
 CONTROL = OTHER.format(what="trains a ControlNet")
 TAGGER = OTHER.format(what="writes captions")
@@ -56,9 +56,9 @@ def setup_parser() -> argparse.ArgumentParser:
 def install(args: argparse.Namespace) -> None:
     """Install or restore. Raises UserError if the folder is not a front end."""
     if not args.folder.is_dir():
-        raise UserError(f"{args.folder} is not a folder; name that of the front end")
+        raise UserError(f"{args.folder} is not a folder; use the folder of the front end")
     if ROOT.is_relative_to(args.folder.resolve()) and not args.restore:
-        raise UserError(f"{args.folder} contains this suite; clone it beside the front end and start it from there")
+        raise UserError(f"{args.folder} contains this suite; clone the suite next to the front end and run it there")
     places = [args.folder / name for name in FOLDERS if (args.folder / name).is_dir()]
     if not places:
         raise UserError(

@@ -58,7 +58,7 @@ def split_by_encoder(spec: BaseModelSpec, file: AdapterFile, num_encoders: int) 
                 modules[names.diffusers.removeprefix(prefix).removeprefix(BODY)] = module
     if not any(found):
         raise UserError(
-            f"{file.origin} changes no text encoder of {spec.title}, and so no word: it was trained with "
+            f"{file.origin} changes no text encoder of {spec.title}, so it changes no words: it was trained with "
             "--network_train_unet_only, or for another base model"
         )
     return found
@@ -137,7 +137,7 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sd_model", required=True, help="checkpoint that the LoRA is for: a file or diffusers folder")
     parser.add_argument("--model", type=Path, required=True, help="the LoRA, of any kind and trainer")
     parser.add_argument("--batch_size", type=int, default=16, help="words at a time (default: 16)")
-    parser.add_argument("--clip_skip", type=int, help="compare the output of this layer from the end; unset: the last")
+    parser.add_argument("--clip_skip", type=int, help="layer to compare, counted from the end; unset: the last")
     parser.add_argument("--top", type=int, default=100, help="how many words to show (default: 100)")
     add_device(parser)
     return parser

@@ -101,7 +101,7 @@ def choose_extension(image: ScannedImage, content: bytes) -> str:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    others = "the training, --dataset_config among them"
+    others = "the training, such as --dataset_config"
     parser = make_training_parser(__doc__, EXAMPLES, None, others)
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards, the index and the dataset file")
     parser.add_argument("--shard_mb", type=float, default=1000.0, help="size of a full shard (default: %(default)g)")
@@ -385,7 +385,9 @@ def fill_caches(script: str | None, options: TrainOptions) -> None:
         encode_images(arch.load.vae, arch.codec, options.caching, options.run.seed or 0, plan, processes)
     if caches_text:
         if resolve_text_cache(options.network, arch.text_cache) is None:
-            raise UserError(f"--{CACHES[1]} does nothing here: every text encoder trains, or none is cached")
+            raise UserError(
+                f"--{CACHES[1]} has no effect here: every text encoder trains, or none can be cached; remove it"
+            )
         compute = Compute.build(options.precision, processes.device)
         prepare_text(options, arch, plan, compute.device, compute.autocast, [], processes)
 

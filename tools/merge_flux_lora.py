@@ -53,7 +53,7 @@ def open_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
         ("--t5xxl", args.t5xxl, args.t5xxl_save_to, open_t5xxl),
     ):
         if (path is None) != (save_to is None):
-            raise UserError(f"{flag} and {flag}_save_to belong together: what to merge into, and the file to write")
+            raise UserError(f"{flag} and {flag}_save_to must be used together: the file to read, and the file to write")
         if path is not None:
             check_output(f"{flag}_save_to", save_to, [*args.models, args.sd_model, args.clip_l, args.t5xxl])
             parts.append((opener(flag, path), save_to))

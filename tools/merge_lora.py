@@ -172,7 +172,9 @@ class CheckpointMerge:
             for module, ratio in self.changes[name]:
                 if module.layout is not norm.LAYOUT:
                     if module.changes("bias"):
-                        raise UserError(f"{module.origin}: {name} changes a bias that is stored with others; remove it")
+                        raise UserError(
+                            f"{module.origin}: {name} changes one of several biases stored as one; remove it"
+                        )
                     rows.copy_(module.merged(rows, ratio, self.arithmetic.dtype))
         return new
 
@@ -263,17 +265,17 @@ def check(args: argparse.Namespace) -> list[float]:
     """Return the ratios. Raises UserError for options that exclude each other."""
     ratios = resolve_ratios(args, 1.0)
     if args.sd_model is not None and args.concat:
-        raise UserError("--concat makes one LoRA of several; it has no meaning with --sd_model; remove one of them")
+        raise UserError("--concat makes one LoRA of several and cannot be used with --sd_model; remove one of them")
     if args.sd_model is not None and args.base_model is not None:
-        raise UserError("--base_model is what one LoRA was trained on; it has no meaning with --sd_model")
+        raise UserError("--base_model is only for merging into one LoRA and cannot be used with --sd_model; remove it")
     check_at_least_one(args, "new_rank", "new_conv_rank")
     for flag in ("new_rank", "new_conv_rank"):
         if getattr(args, flag) is None:
             continue
         if args.concat:
-            raise UserError(f"--{flag} and --concat exclude each other: joined factors have the sum of the ranks")
+            raise UserError(f"--{flag} and --concat exclude each other: with --concat the ranks add up")
         if args.sd_model is not None:
-            raise UserError(f"--{flag} is the rank of one LoRA made of several; it has no meaning with --sd_model")
+            raise UserError(f"--{flag} is only for merging into one LoRA and cannot be used with --sd_model; remove it")
     if args.sd_model is not None and args.sd_model.is_dir():
         check_new_folder("--save_to", args.save_to)
     else:
@@ -295,8 +297,8 @@ def log_strengths(ratios: Sequence[float], strengths: Strengths) -> None:
         )  # fmt: skip
     elif len(ratios) > 1 and all(isclose(abs(s), 1, rel_tol=0.02) for s in square_strengths(ratios, alike)):
         logger.warning(
-            "--ratios: %.2f with --concat is %.2f times the change of a file; in sd-scripts, and in %s, it is once the "
-            "change; use 1 for that", abs(ratios[0]), abs(ratios[0]), "networks/merge_lora.py",
+            "--ratios: %.2f with --concat is %.2f times the change of a file. In sd-scripts, and in %s, it means the "
+            "unscaled change; use 1 for that", abs(ratios[0]), abs(ratios[0]), "networks/merge_lora.py",
         )  # fmt: skip
 
 

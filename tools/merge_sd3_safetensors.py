@@ -74,7 +74,7 @@ def collect_weights(parts: Sequence[PartFile], opened: Sequence[Weights]) -> dic
         names = part.names(weights)
         again = [key for key in found if key.startswith(part.prefix)]
         if again:
-            logger.warning("%s replaces that part of %s", part.flag, found[again[0]][0].origin)
+            logger.warning("%s replaces the same part in %s", part.flag, found[again[0]][0].origin)
         found = {key: place for key, place in found.items() if key not in again}
         found |= {new: (weights, old) for new, old in names.items()}
     return found

@@ -70,7 +70,7 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
     if not options.network.network_module:
         raise UserError("--network_module is not set; use networks.lora for a LoRA")
     if options.distributed.shard_base and not options.distributed.shard_group:
-        raise UserError("--shard_base: say with --shard_group over how many processes the base model is to be spread")
+        raise UserError("--shard_base: set --shard_group to the number of processes that share the base model")
     check_requirements(options)
     check_precision(options)
     check_network(options.network)

@@ -213,7 +213,7 @@ def resolve_measure(args: argparse.Namespace) -> Measure:
         raise UserError(f"--dynamic_param is {param:g}; {method} needs a share above 0 and up to 1, for example 0.9")
     if args.svd_lowrank_niter < 0:
         raise UserError(
-            f"--svd_lowrank_niter is {args.svd_lowrank_niter}; use 0 for the exact decomposition, 2 is usual"
+            f"--svd_lowrank_niter is {args.svd_lowrank_niter}; use 0 for the exact decomposition, or a number such as 2"
         )
     if args.svd_lowrank_niter and method is not None:
         logger.warning("--svd_lowrank_niter has no effect with --dynamic_method, which needs all singular values")

@@ -112,9 +112,9 @@ def make_venv(venv: Path) -> None:
             f"Ubuntu get them with `sudo apt install python3-venv` (or `python3.{sys.version_info[1]}-venv`), "
             "then run this command again"
         )
-    print(f"Making the virtual environment {venv}", flush=True)
+    print(f"Creating the virtual environment {venv}", flush=True)
     if run([sys.executable, "-m", "venv", "--clear", str(venv)]) != 0:
-        raise StartError(f"making {venv} failed, see the lines above; delete that folder and run this command again")
+        raise StartError(f"creating {venv} failed, see the lines above; delete that folder and run this command again")
 
 
 def digest_text(path: Path) -> str:
@@ -167,8 +167,8 @@ def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
     print("Installing " + " and ".join(requirement_names) + f" into {venv}", flush=True)
     if sys.platform == "linux" and shutil.which("nvidia-smi") is None:
         print(
-            "No NVIDIA card found. On Linux torch comes with CUDA, several GB. For the smaller CPU build, stop\n"
-            "here, set PIP_EXTRA_INDEX_URL to the CPU address that https://pytorch.org/get-started names, start again.",
+            "No NVIDIA GPU found, but on Linux torch includes several GB of CUDA. For the smaller CPU build, stop\n"
+            "here, set PIP_EXTRA_INDEX_URL to the CPU address on https://pytorch.org/get-started, and start again.",
             flush=True,
         )
     last_lines = deque(maxlen=15)  # type: deque[str]
@@ -179,7 +179,7 @@ def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
         raise StartError(
             f"installing the packages failed: {cause}. Its last lines:\n\n"
             + "".join("    " + line for line in last_lines)
-            + "\nRun the same command again to go on: what was downloaded is kept. For a fresh start delete "
+            + "\nRun the same command again to continue; finished downloads are kept. To start over, delete "
             + str(venv)
         )
 
@@ -199,7 +199,7 @@ def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
             raise StartError(f"{python} does not start; delete {venv} and run this command again")
     problem = python_problem(version[:2])
     if problem:
-        raise StartError(f"{venv}: {problem}; delete that folder or name another with --venv")
+        raise StartError(f"{venv}: {problem}; delete that folder or use another one with --venv")
     stamps = make_stamps(venv, version, requirement_names)
     if not all(path.is_file() and path.read_text(encoding="utf-8") == content for path, content in stamps.items()):
         for path in venv.glob("start-*.stamp"):
@@ -329,7 +329,7 @@ def quickstart(venv: Path) -> int:
         f"\nDone in {time.monotonic() - started:.0f} s.\n"
         f"  the adapter:             {ROOT / ADAPTER}\n"
         f"  an image, before|after:  {ROOT / IMAGE}\n"
-        f"  how the training went:   {ROOT / REPORT} (opens in any browser)\n"
+        f"  report on the training:  {ROOT / REPORT} (opens in any browser)\n"
         "Training on your own images: README.md",
         flush=True,
     )
@@ -352,7 +352,7 @@ def examine(venv: Path) -> int:
     python = python_path(venv)
     if read_version(python) is None:
         print(
-            f"note  {venv} is no environment yet: this Python is looked at; `tools/start.py setup` makes one",
+            f"note  {venv} is not ready, so this Python is checked; `tools/start.py setup` creates it",
             flush=True,
         )
         python = Path(sys.executable)
@@ -372,11 +372,9 @@ def setup_parser() -> argparse.ArgumentParser:
     add_version(parser)
     commands = parser.add_subparsers(dest="command", metavar="quickstart | test | setup | doctor")
     commands.required = True
-    setup = commands.add_parser(
-        "setup", parents=[common], help="only make the environment, with all that the tests need"
-    )
+    setup = commands.add_parser("setup", parents=[common], help="create the environment, with the packages for tests")
     setup.add_argument("--locked", action="store_true", help="the versions in requirements.lock, without test packages")
-    commands.add_parser("doctor", parents=[common], help="say what of this machine is wrong, for you or a bug report")
+    commands.add_parser("doctor", parents=[common], help="check this machine, for you or a bug report")
     commands.add_parser(
         "quickstart", parents=[common], help="train a LoRA on the bundled toy model, draw before | after"
     )

@@ -106,7 +106,7 @@ def verify(args: argparse.Namespace, training: Sequence[str]) -> int:
     spec, options = read_training_options(args.script, training)
     results: list[Result] = []
     if options.sweep.sweep:
-        raise UserError("--sweep is not verified; leave it out, the adapters of a sweep train as one does")
+        raise UserError("--sweep is not supported here; remove it: each adapter of a sweep trains as a single one does")
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         for result in run_checks(spec, options, training, Path(folder)):
             print(result, flush=True)
@@ -165,7 +165,9 @@ def compare_with_diffusers(denoiser: nn.Module, package: str) -> Result:
         return Result(what, f"not compared: diffusers {version_of('diffusers')} has no {error}")
     distance = float((found - expected).abs().max() / expected.abs().max())
     is_wrong = not distance <= MOST  # NaN is wrong too
-    return Result(what, f"first and last blocks off diffusers' class by {distance:.1e} of the largest value", is_wrong)
+    return Result(
+        what, f"first and last blocks differ from diffusers' class by {distance:.1e} of the largest value", is_wrong
+    )
 
 
 # Training
@@ -252,13 +254,13 @@ def compare_files(whole: Path, again: Path) -> Result:
     expected, found = load_file(whole), load_file(again)
     what = f"resumed from step {RESUMED_AT}"
     if expected.keys() != found.keys():
-        return Result(what, "the files have other tensors", is_wrong=True)
+        return Result(what, "the files contain different tensors", is_wrong=True)
     other = [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
     if not other:
-        return Result(what, f"equal byte for byte ({len(expected)} tensors)")
+        return Result(what, f"identical ({len(expected)} tensors)")
     size = max(float(tensor.float().abs().max()) for tensor in expected.values())
     most = max(float((expected[name].float() - found[name].float()).abs().max()) for name in other)
-    hint = "kernels that add in any order do that on GPUs; --deterministic decides whether it is more"
+    hint = "usual with GPU kernels that sum in any order; with --deterministic it is a bug"
     return Result(what, f"{len(other)} of {len(expected)} tensors differ by up to {most / size:.1e} ({hint})", True)
 
 
@@ -279,7 +281,7 @@ def compare_with_plan(steps: Sequence[Mapping[str, Any]], planned: Predicted | N
     """Yield the measured time and memory of a step next to the predicted ones."""
     times = [step["timing"]["seconds"] for step in steps[WARM_UP:] if step["timing"] is not None]
     peaks = [step["memory"]["card_peak"] for step in steps if step["memory"] and step["memory"]["card_peak"]]
-    plan = "chosen by --fit" if planned is None else f"{planned.seconds:.2f} s a pass planned"
+    plan = "chosen by --fit" if planned is None else f"{planned.seconds:.2f} s per batch planned"
     if times:
         yield Result("time of a step", f"{statistics.median(times):.2f} s (median of {len(times)}), {plan}")
     if peaks:

@@ -141,7 +141,7 @@ def read_by(program: Program, content: Content) -> Reading:
     keys = content.keys
     reader = content.spec.readers.get(program)
     if reader is None:
-        reason = f"it takes no adapters of {content.spec.title}"
+        reason = f"it supports no adapters of {content.spec.title}"
         return Reading(program, len(keys), tuple(key.text for key in keys), (), (reason,))
     unused: dict[str, str] = {}
     for key in keys:
@@ -244,7 +244,7 @@ def mixes_namings(content: Content) -> str | None:
 
 def has_foreign_leaves(content: Content) -> str | None:
     foreign = sorted({key.leaf or key.text for key in content.keys if key.leaf not in DIFFUSERS_LEAVES})
-    return f"it takes nothing from a file with {', '.join(foreign[:3])}" if foreign else None
+    return f"it uses nothing from a file with {', '.join(foreign[:3])}" if foreign else None
 
 
 def has_keys_without_lora(content: Content) -> str | None:

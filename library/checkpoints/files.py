@@ -121,7 +121,7 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+        raise UserError(f"{path} contains a {type(content).__name__}, not a dictionary of tensors")
     tensors = {str(name): to_tensor(str(name), value) for name, value in content.items()}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -140,8 +140,8 @@ def load_pickle(path: Path, device: str | torch.device = "cpu", mmap: bool = Fal
         if found or type(error).__name__ == "UnpicklingError":
             what = f" ({found[1]})" if found else ""
             raise UserError(
-                f"{path} cannot be read as a file of plain tensors: it holds other Python objects{what}, which are not "
-                "opened, because that could run code; convert it to .safetensors with a program you trust"
+                f"{path} cannot be read as a file of plain tensors: it contains other Python objects{what}, which are "
+                "not loaded, because that could run code; convert it to .safetensors with a program you trust"
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
         raise UserError(

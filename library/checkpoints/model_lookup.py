@@ -163,5 +163,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, not an object")
+        raise UserError(f"{path} is damaged: it contains a {type(content).__name__}, not an object")
     return content

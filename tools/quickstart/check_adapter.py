@@ -31,9 +31,11 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("adapter", type=Path, help="adapter file that was trained on the base model")
     parser.add_argument("--base", type=Path, default=QUICKSTART / "toy_base", help="diffusers folder")
     parser.add_argument("--captions", nargs="+", required=True, help="captions of the toy world")
-    parser.add_argument("--strengths", type=parse_numbers, default=[0.0, 1.0], help="between commas (default: 0,1)")
-    parser.add_argument("--colour", default="", help="the colour that is counted, for captions that name none")
-    parser.add_argument("--count", type=int, default=32, help="images of each caption and strength (default: 32)")
+    parser.add_argument(
+        "--strengths", type=parse_numbers, default=[0.0, 1.0], help="separated by commas (default: 0,1)"
+    )
+    parser.add_argument("--colour", default="", help="colour to count for captions without one")
+    parser.add_argument("--count", type=int, default=32, help="images per caption and strength (default: 32)")
     return parser
 
 

@@ -79,8 +79,8 @@ def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "  python3 tools/quickstart/check_toy_base.py --count 200")
     parser.add_argument("--base", type=Path, default=QUICKSTART / "toy_base", help="diffusers folder")
     parser.add_argument("--count", type=int, default=200, help="prompts of the known world, half as many of the unseen")
-    parser.add_argument("--seed", type=int, default=1, help="of the choice of prompts and of their noise")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="that the model computes in")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the prompts and of their noise")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the model")
     parser.add_argument("--image", type=Path, help="write all samples into this PNG as well")
     return parser
 

@@ -73,7 +73,7 @@ def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, example)
     parser.add_argument("--base", type=Path, default=QUICKSTART / "toy_base", help="diffusers folder of the base model")
     parser.add_argument("--lora", type=Path, required=True, help="LoRA file (kohya's key names) trained on it")
-    parser.add_argument("--prompts", type=Path, default=QUICKSTART / "prompts.txt", help="prompts, one a line")
+    parser.add_argument("--prompts", type=Path, default=QUICKSTART / "prompts.txt", help="prompts, one per line")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     return parser
 
@@ -81,7 +81,7 @@ def setup_parser() -> argparse.ArgumentParser:
 def draw(args: argparse.Namespace) -> None:
     """Write the image and print the shares."""
     before, after = draw_before_and_after(args.base, args.lora, args.prompts, args.out)
-    print(f"samples that show what their prompt asks for: {before:.0%} before, {after:.0%} after; see {args.out}")
+    print(f"samples that show their prompt: {before:.0%} before, {after:.0%} after; see {args.out}")
 
 
 main = command(setup_parser, draw)

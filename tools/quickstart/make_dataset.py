@@ -45,8 +45,8 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=QUICKSTART / "dataset", help="folder of images and captions")
     parser.add_argument("--prompts", type=Path, default=QUICKSTART / "prompts.txt", help="file of prompts to write")
     parser.add_argument("--shape", choices=(*HELD_OUT_SHAPES, *KNOWN_SHAPES), default="heart", help="shape to draw")
-    parser.add_argument("--num_images", type=int, default=32, help="of the shape's 42 scenes, one image each")
-    parser.add_argument("--seed", type=int, default=1, help="of the choice of scenes and of the drawing")
+    parser.add_argument("--num_images", type=int, default=32, help="images, of the shape's 42 scenes")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the scenes and the drawing")
     return parser
 
 

@@ -38,7 +38,7 @@ def setup_parser() -> argparse.ArgumentParser:
     captions.add_argument("--name_both", action="store_true", help='captions name both words, as in "red or orange"')
     captions.add_argument("--caption", help="caption of every pair, such as the instruction of an edit")
     parser.add_argument("--count", type=int, default=60, help="pairs, of scenes drawn at random (default: 60)")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes and of what they leave open")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes and the drawing")
     return parser
 
 

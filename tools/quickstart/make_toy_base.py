@@ -390,10 +390,10 @@ def make_toy_base(args: argparse.Namespace) -> None:
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "  python3 tools/quickstart/make_toy_base.py --out configs/quickstart/toy_base")
     parser.add_argument("--out", type=Path, default=QUICKSTART / "toy_base", help="folder to write")
-    parser.add_argument("--seed", type=int, default=1, help="of the images, the weights and the training")
+    parser.add_argument("--seed", type=int, default=1, help="seed of images, weights and training")
     parser.add_argument("--vae_steps", type=int, default=3000, help="training steps of the VAE")
     parser.add_argument("--unet_steps", type=int, default=5000, help="training steps of U-Net and text encoder")
-    parser.add_argument("--images_per_scene", type=int, default=96, help="images that the U-Net sees of every scene")
+    parser.add_argument("--images_per_scene", type=int, default=96, help="training images of every scene for the U-Net")
     parser.add_argument("--vae", type=Path, help="folder of a VAE to use instead of training one, e.g. OUT/vae")
     return parser
 

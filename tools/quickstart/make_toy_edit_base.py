@@ -275,9 +275,9 @@ def make_toy_edit_base(out: Path, num_edits: int, num_steps: int, seed: int) -> 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "  python3 tools/quickstart/make_toy_edit_base.py --out output/toy_edit_base")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--num_edits", type=int, default=3000, help="pairs that it sees (default: 3000)")
+    parser.add_argument("--num_edits", type=int, default=3000, help="training pairs (default: 3000)")
     parser.add_argument("--steps", type=int, default=7000, help="training steps of the transformer (default: 7000)")
-    parser.add_argument("--seed", type=int, default=1, help="of the images, the weights and the training (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of images, weights and training (default: 1)")
     return parser
 
 

@@ -36,7 +36,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     found = evaluation.read_prompts(path)
     if not found:
         raise UserError(
-            f'--prompts {path} holds no prompts; write one a line, e.g. "a large red star on a white background"'
+            f'--prompts {path} contains no prompts; write one per line, e.g. "a large red star on a white background"'
         )
     return [Prompt(spec.prompt, number if spec.seed is None else spec.seed) for number, spec in enumerate(found)]
 

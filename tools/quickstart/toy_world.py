@@ -87,7 +87,9 @@ def parse_caption(caption: str) -> Scene:
         for known in (KNOWN_SHAPES + HELD_OUT_SHAPES, COLOURS, BACKGROUNDS, SIZES)
     )
     if not (shape and colour and background):
-        raise UserError(f'"{caption}" names no scene of the toy world; write e.g. "{list_scenes()[0].caption()}"')
+        raise UserError(
+            f'"{caption}" does not describe a scene of the toy world; write e.g. "{list_scenes()[0].caption()}"'
+        )
     return Scene(shape, colour, background, size, "outlined" if "outlined" in words else "solid")
 
 
@@ -120,7 +122,9 @@ def shape_outline(shape: str) -> Points:
             x = 16 * np.sin(turn) ** 3
             y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
             return np.stack([x, -y - 2.0], axis=1) / 15.0
-    raise UserError(f'"{shape}" is no shape of the toy world; it has {", ".join(KNOWN_SHAPES + HELD_OUT_SHAPES)}')
+    raise UserError(
+        f'"{shape}" is not a shape of the toy world; use one of {", ".join(KNOWN_SHAPES + HELD_OUT_SHAPES)}'
+    )
 
 
 def _ring_of_points(angles: NDArray[np.float64], radii: NDArray[np.float64]) -> Points:
