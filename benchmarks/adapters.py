@@ -118,10 +118,10 @@ class Way:
 def ours(name: str, layer: Any, delta: Delta, join: Any = None, has_scalar: bool = False) -> Way:
     """Return one of our adapters that adds `delta` to the weight; `join` makes it a DoRA."""
     change = ScaledDelta(layer, delta, float(delta.rank), has_scalar=has_scalar)
-    return moved(name, layer, change if join is None else DoRA(change, join))
+    return perturb(name, layer, change if join is None else DoRA(change, join))
 
 
-def moved(name: str, layer: Any, change: Any) -> Way:
+def perturb(name: str, layer: Any, change: Any) -> Way:
     """Return a change whose parameters are moved slightly from their initial values, without installing it."""
     change = change.to(layer.weight.device)
     with torch.no_grad():
@@ -152,9 +152,9 @@ def ways(layer: Any, rank: int) -> list[Way]:
         ours("LoKr", layer, fresh_lokr(layer, rank)),
         ours("LoKr, factor 8", layer, fresh_lokr(layer, rank, 8)),
         ours("LoHa at rank 32", layer, LoHa(layer, 32)),
-        moved("OFT, blocks of 32", layer, fresh_oft(layer, 32)),
-        moved("BOFT, blocks of 4", layer, fresh_boft(layer, 4)),
-        moved("BOFT, blocks of 4, two factors", layer, fresh_boft(layer, 4, num_factors=2)),
+        perturb("OFT, blocks of 32", layer, fresh_oft(layer, 32)),
+        perturb("BOFT, blocks of 4", layer, fresh_boft(layer, 4)),
+        perturb("BOFT, blocks of 4, two factors", layer, fresh_boft(layer, 4, num_factors=2)),
         Way("DoRA, weight built", built, list(built.parameters())),
         ours("DoRA", layer, low_rank(), Decompose(layer.weight)),
         ours("DoRA, constant norm", layer, low_rank(), Decompose(layer.weight, has_constant_norm=True)),

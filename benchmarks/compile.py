@@ -41,7 +41,7 @@ NUM_TEXT = 77
 Built = tuple[nn.Module, tuple[Any, ...]]
 
 
-def tokens_of(count: int, width: int, dtype: torch.dtype) -> Tensor:
+def random_tokens(count: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(1, count, width, dtype=dtype).requires_grad_()
 
 
@@ -49,21 +49,21 @@ def flux_double(num_tokens: int, dtype: torch.dtype) -> Built:
     side = int(num_tokens**0.5)
     rope = Rotary(FLUX.rope_axes)(positions(NUM_TEXT, [(side, side)], torch.device("cpu")), (1, side, side))
     vec = torch.randn(1, 3072, dtype=dtype)
-    inputs = (tokens_of(side**2, 3072, dtype), tokens_of(NUM_TEXT, 3072, dtype), vec, rope, None)
+    inputs = (random_tokens(side**2, 3072, dtype), random_tokens(NUM_TEXT, 3072, dtype), vec, rope, None)
     return DoubleStreamBlock(FLUX, MODULATION), inputs
 
 
 def flux_single(num_tokens: int, dtype: torch.dtype) -> Built:
     side = int(num_tokens**0.5)
     rope = Rotary(FLUX.rope_axes)(positions(NUM_TEXT, [(side, side)], torch.device("cpu")), (1, side, side))
-    x = tokens_of(side**2 + NUM_TEXT, 3072, dtype)
+    x = random_tokens(side**2 + NUM_TEXT, 3072, dtype)
     return SingleStreamBlock(FLUX, MODULATION), (x, torch.randn(1, 3072, dtype=dtype), rope, None)
 
 
 def sd3(num_tokens: int, dtype: torch.dtype) -> Built:
     block = JointBlock(SD3, is_last=False, has_dual_attention=False)
     c = torch.randn(1, 1536, dtype=dtype)
-    return block, (tokens_of(2 * NUM_TEXT, 1536, dtype), tokens_of(num_tokens, 1536, dtype), c)
+    return block, (random_tokens(2 * NUM_TEXT, 1536, dtype), random_tokens(num_tokens, 1536, dtype), c)
 
 
 class SdxlBlock(nn.Module):
@@ -81,7 +81,7 @@ class SdxlBlock(nn.Module):
 
 
 def sdxl(num_tokens: int, dtype: torch.dtype) -> Built:
-    return SdxlBlock(), (tokens_of(num_tokens, 1280, dtype), torch.randn(1, 77, 2048, dtype=dtype))
+    return SdxlBlock(), (random_tokens(num_tokens, 1280, dtype), torch.randn(1, 77, 2048, dtype=dtype))
 
 
 BLOCKS: Mapping[str, Callable[[int, torch.dtype], Built]] = {

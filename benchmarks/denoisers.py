@@ -80,7 +80,7 @@ class Pair:
     modules: tuple[nn.Module, nn.Module]
 
 
-def random_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def fill_randomly(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Fill a model on the meta device with random weights."""
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -96,7 +96,7 @@ def ours_of(kind: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype) -
     """Return our model with random weights, laid out in memory as in training."""
     with torch.device("meta"):
         model = kind(config)
-    return place(random_model(model, dtype), torch.device("cpu"))
+    return place(fill_randomly(model, dtype), torch.device("cpu"))
 
 
 def theirs_of(name: str, ours: nn.Module, dtype: torch.dtype) -> Any:
@@ -111,14 +111,14 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def given(*shapes: tuple[int, ...], dtype: torch.dtype) -> Values:
+def random_inputs(*shapes: tuple[int, ...], dtype: torch.dtype) -> Values:
     return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
 
 
 def flux_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(Flux, FLUX, dtype)
     theirs = theirs_of("flux", ours, dtype)
-    values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, FLUX.text_width), dtype=dtype)
+    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, FLUX.text_width), dtype=dtype)
     sigmas, pooled, guidance = torch.tensor([0.5]), torch.randn(1, FLUX.pooled_width, dtype=dtype), torch.tensor([1.0])
     return Pair(
         lambda x, text: ours(x, sigmas, text, pooled, guidance),
@@ -131,7 +131,7 @@ def flux_pair(side: int, dtype: torch.dtype) -> Pair:
 def chroma_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(Flux, CHROMA, dtype)
     theirs = theirs_of("flux", ours, dtype)
-    values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, CHROMA.text_width), dtype=dtype)
+    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, CHROMA.text_width), dtype=dtype)
     sigmas = torch.tensor([0.5])
     return Pair(
         lambda x, text: ours(x, sigmas, text, None, torch.zeros_like(sigmas)),
@@ -144,7 +144,7 @@ def chroma_pair(side: int, dtype: torch.dtype) -> Pair:
 def sd3_pair(side: int, dtype: torch.dtype, config: MMDiTConfig = SD3) -> Pair:
     ours = ours_of(MMDiT, config, dtype)
     theirs = sd3.diffusers_mmdit(config, ours.state_dict()).to(dtype)
-    values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, config.context_width), dtype=dtype)
+    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, config.context_width), dtype=dtype)
     more = {"timesteps": torch.tensor([500.0]), "pooled": torch.randn(1, config.pooled_width, dtype=dtype)}
     return Pair(
         lambda x, text: test_sd3_model.run_ours(ours, {"latents": x, "context": text, **more}),
@@ -157,7 +157,7 @@ def sd3_pair(side: int, dtype: torch.dtype, config: MMDiTConfig = SD3) -> Pair:
 def lumina_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(NextDiT, LUMINA, dtype)
     theirs = theirs_of("lumina", ours, dtype)
-    values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, LUMINA.text_width), dtype=dtype)
+    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, LUMINA.text_width), dtype=dtype)
     times, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     return Pair(
         lambda x, text: ours(x, times, text, mask),
@@ -170,7 +170,7 @@ def lumina_pair(side: int, dtype: torch.dtype) -> Pair:
 def anima_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(Anima, ANIMA, dtype)
     transformer, conditioner = (cast(model, dtype) for model in diffusers_models(ours))
-    values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, ANIMA.adapter.source_width), dtype=dtype)
+    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, ANIMA.adapter.source_width), dtype=dtype)
     sigmas, ids, mask = torch.tensor([0.5]), torch.randint(32128, (1, NUM_TEXT)), torch.ones(1, NUM_TEXT)
     run = test_anima_model.oracle_of(transformer, conditioner)
     return Pair(
@@ -184,7 +184,7 @@ def anima_pair(side: int, dtype: torch.dtype) -> Pair:
 def hunyuan_image_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(HunyuanImage, HUNYUAN_IMAGE, dtype)
     theirs = theirs_of("hunyuan_image", ours, dtype)
-    values = given((1, 64, side, side), (1, NUM_TEXT, HUNYUAN_IMAGE.text_width), dtype=dtype)
+    values = random_inputs((1, 64, side, side), (1, NUM_TEXT, HUNYUAN_IMAGE.text_width), dtype=dtype)
     more = {
         "text_mask": torch.ones(1, NUM_TEXT, dtype=torch.long),
         "glyphs": torch.randn(1, 32, HUNYUAN_IMAGE.glyph_width, dtype=dtype),
@@ -204,7 +204,7 @@ def hunyuan_image_pair(side: int, dtype: torch.dtype) -> Pair:
 def flux_2_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(Flux2, FLUX_2, dtype)
     theirs = theirs_of("flux_2", ours, dtype)
-    values = given((1, FLUX_2.in_features, side, side), (1, NUM_TEXT, FLUX_2.text_width), dtype=dtype)
+    values = random_inputs((1, FLUX_2.in_features, side, side), (1, NUM_TEXT, FLUX_2.text_width), dtype=dtype)
     sigmas, guidance = torch.tensor([0.5]), torch.tensor([1.0])
     return Pair(
         lambda x, text: ours(x, sigmas, text),
@@ -217,7 +217,9 @@ def flux_2_pair(side: int, dtype: torch.dtype) -> Pair:
 def krea2_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(SingleStreamDiT, KREA2, dtype)
     theirs = theirs_of("krea2", ours, dtype)
-    values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, KREA2.num_states * KREA2.fusion.width), dtype=dtype)
+    values = random_inputs(
+        (1, 16, 2 * side, 2 * side), (1, NUM_TEXT, KREA2.num_states * KREA2.fusion.width), dtype=dtype
+    )
     sigmas, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     return Pair(
         lambda x, text: ours(x, sigmas, text, mask),
@@ -230,7 +232,9 @@ def krea2_pair(side: int, dtype: torch.dtype) -> Pair:
 def qwen_image_21_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(QwenImage21, QWEN_IMAGE_21, dtype)
     theirs = theirs_of("qwen_image_21", ours, dtype)
-    values = given((1, QWEN_IMAGE_21.in_features, side, side), (1, NUM_TEXT, QWEN_IMAGE_21.text_width), dtype=dtype)
+    values = random_inputs(
+        (1, QWEN_IMAGE_21.in_features, side, side), (1, NUM_TEXT, QWEN_IMAGE_21.text_width), dtype=dtype
+    )
     sigmas, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     return Pair(
         lambda x, text: ours(x, sigmas, text, mask),
@@ -243,7 +247,7 @@ def qwen_image_21_pair(side: int, dtype: torch.dtype) -> Pair:
 def zimage_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(ZImage, ZIMAGE, dtype)
     theirs = theirs_of("zimage", ours, dtype)
-    values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, ZIMAGE.text_width), dtype=dtype)
+    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, ZIMAGE.text_width), dtype=dtype)
     times, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     return Pair(
         lambda x, text: ours(x, times, text, mask),

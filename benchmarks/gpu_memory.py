@@ -147,7 +147,7 @@ def random_weight(like: Tensor, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def filled(subject: Subject, mode: Mode, device: torch.device) -> nn.Module:
+def build_randomly(subject: Subject, mode: Mode, device: torch.device) -> nn.Module:
     """Return the denoiser with random weights in the mode's format; those of offloaded blocks are in main memory."""
     with torch.device("meta"):
         model = subject.build()
@@ -185,7 +185,7 @@ def filled(subject: Subject, mode: Mode, device: torch.device) -> nn.Module:
 
 def measure(subject: Subject, mode: Mode, device: torch.device) -> dict[str, float]:
     """Return the peak GiB and the seconds of a step."""
-    model = filled(subject, mode, device)
+    model = build_randomly(subject, mode, device)
     subject.run_blocks_with(model, RUNNERS[mode.runner]())
     seen = subject.view(model)
     network = lora.create_network(1.0, RANK, RANK, None, [], seen)
@@ -193,13 +193,13 @@ def measure(subject: Subject, mode: Mode, device: torch.device) -> dict[str, flo
     network.to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=device.type == "cuda")
 
-    def moved(value: Any) -> Any:
+    def to_device(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: moved(one) for key, one in value.items()}
+            return {key: to_device(one) for key, one in value.items()}
         return value.to(device) if isinstance(value, Tensor) else value
 
     values, named = subject.values()
-    values, named = tuple(moved(value) for value in values), moved(named)
+    values, named = tuple(to_device(value) for value in values), to_device(named)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):
@@ -210,16 +210,16 @@ def measure(subject: Subject, mode: Mode, device: torch.device) -> dict[str, flo
 
     for _ in range(NUM_WARM):
         step()
-    on_card = device.type == "cuda"
-    if on_card:
+    is_gpu = device.type == "cuda"
+    if is_gpu:
         torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(NUM_TIMED):
         step()
-    if on_card:
+    if is_gpu:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / NUM_TIMED
-    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if on_card else (0, 0)
+    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if is_gpu else (0, 0)
     return {"allocated": peaks[0] / 2**30, "reserved": peaks[1] / 2**30, "seconds": seconds}
 
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks.gpu_memory import RANK, Mode, Subject, filled, flux, random_weight, sdxl  # noqa: E402
+from benchmarks.gpu_memory import RANK, Mode, Subject, build_randomly, flux, random_weight, sdxl  # noqa: E402
 from library.memory.blocks import BlockRunner, plain, recompute, run_blocks_with, stacks_of  # noqa: E402
 from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
 from library.memory.frozen import frozen_layers, multiply_codes  # noqa: E402
@@ -139,9 +139,9 @@ SUBJECTS: Mapping[str, tuple[Callable[[bool], Subject], Callable[[bool], Peer]]]
 }
 
 
-def moved(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
-        return {key: moved(one, device) for key, one in value.items()}
+        return {key: to_device(one, device) for key, one in value.items()}
     return value.to(device) if isinstance(value, Tensor) else value
 
 
@@ -167,9 +167,9 @@ def step_of(run: Callable[[], Any], optimizer: torch.optim.Optimizer, device: to
 
 def our_step(subject: Subject, mode: str, recomputes: bool, device: torch.device) -> tuple[Step, int]:
     """Return a step of our denoiser with our adapter, and the number of trained parameters."""
-    form = IN_8_BITS if mode.startswith("8bit") else "none"
-    model = filled(subject, Mode(form), device)
-    if form != "none":
+    weight_format = IN_8_BITS if mode.startswith("8bit") else "none"
+    model = build_randomly(subject, Mode(weight_format), device)
+    if weight_format != "none":
         multiply_codes(frozen_layers(model))
     runner: BlockRunner = recompute if recomputes else plain
     subject.run_blocks_with(model, Compiled(runner, CompileSettings()) if mode.endswith("compiled") else runner)
@@ -177,8 +177,8 @@ def our_step(subject: Subject, mode: str, recomputes: bool, device: torch.device
     network = lora.create_network(1.0, RANK, RANK, None, [], seen)
     network.apply_to([], seen, False, True)
     network.to(device)
-    values, named = (moved(value, device) for value in subject.values())
-    values = tuple(moved(value, device) for value in values)
+    values, named = (to_device(value, device) for value in subject.values())
+    values = tuple(to_device(value, device) for value in values)
     optimizer = optimizer_of(list(network.parameters()), device)
     run = step_of(lambda: model(*values, **named), optimizer, device)
     return run, sum(p.numel() for p in network.parameters())
@@ -209,8 +209,8 @@ def bare_step(subject: Subject, peer: Peer, recomputes: bool, device: torch.devi
         parameter.data = parameter.data.float()
     if recomputes:
         model.enable_gradient_checkpointing()
-    values, named = (moved(value, device) for value in subject.values())
-    values = tuple(moved(value, device) for value in values)
+    values, named = (to_device(value, device) for value in subject.values())
+    values = tuple(to_device(value, device) for value in values)
     optimizer = optimizer_of(trained, device)
     run = step_of(lambda: peer.call(model, values, named), optimizer, device)
     return run, sum(p.numel() for p in trained)
@@ -224,7 +224,7 @@ def measure(name: str, mode: str, is_tiny: bool, recomputes: bool, device: torch
         step, num_trained = bare_step(subject, make_peer(is_tiny), recomputes, device)
     else:
         step, num_trained = our_step(subject, mode, recomputes, device)
-    on_card, flops = device.type == "cuda", 0
+    is_gpu, flops = device.type == "cuda", 0
     assert step().isfinite(), "the loss of the random weights is not finite"
     if mode == "eager":
         with FlopCounter() as counter:
@@ -232,15 +232,15 @@ def measure(name: str, mode: str, is_tiny: bool, recomputes: bool, device: torch
         flops = counter.flops
     for _ in range(NUM_WARM):
         step()
-    if on_card:
+    if is_gpu:
         torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(NUM_TIMED):
         step()
-    if on_card:
+    if is_gpu:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / NUM_TIMED
-    peak = torch.cuda.max_memory_allocated() / 2**30 if on_card else 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else 0.0
     return {"seconds": seconds, "peak": peak, "trained": num_trained, "flops": flops}
 
 
@@ -253,7 +253,7 @@ def child(args: argparse.Namespace) -> None:
     print(json.dumps(found))
 
 
-def found_in_child(args: argparse.Namespace, model: str, mode: str) -> dict[str, float] | str:
+def run_in_child(args: argparse.Namespace, model: str, mode: str) -> dict[str, float] | str:
     """Measure one mode in a separate process; return its figures, or the reason why there are none."""
     command = [sys.executable, __file__, "--child", "--models", model, "--modes", mode, "--device", args.device]
     command += ["--tiny"] * args.tiny + ["--recompute"] * args.recompute
@@ -282,11 +282,11 @@ def main() -> None:
         return
     device = torch.device(args.device)
     peak = measure_peak_flops(device, torch.bfloat16)
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU: these figures say nothing about a GPU"
-    print(f"{card}, torch {torch.__version__}, peak {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'unknown'}")
+    gpu_name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU: these figures say nothing about a GPU"
+    print(f"{gpu_name}, torch {torch.__version__}, peak {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'unknown'}")
     for model in args.models:
         print(f"{model:16} s/step  TFLOP/s    MFU  peak GiB   trained  bare / it")
-        results = {mode: found_in_child(args, model, mode) for mode in args.modes}
+        results = {mode: run_in_child(args, model, mode) for mode in args.modes}
         plain_one, bare = results.get("eager"), results.get("bare")
         flops = plain_one["flops"] if isinstance(plain_one, dict) else 0.0
         for mode, found in results.items():

@@ -98,10 +98,10 @@ def rows_of(name: str, formats: Sequence[str], cards: Sequence[str]) -> Iterator
     """Yield the rows of one base model, one per weight format."""
     options, found = counted(name)
     sizes = [parse_size("--cards", card) for card in cards]
-    for form in formats:
-        wanted = options.with_values({"fit_formats": [form]})
+    for weight_format in formats:
+        wanted = options.with_values({"fit_formats": [weight_format]})
         cells = [cell(fit_to(found, wanted, typical_gpu(size))) for size in sizes]
-        yield f"| {name}, {FULL_SIZE[name].side} px, {form} | {' | '.join(cells)} |"
+        yield f"| {name}, {FULL_SIZE[name].side} px, {weight_format} | {' | '.join(cells)} |"
 
 
 def main() -> None:

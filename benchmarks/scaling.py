@@ -106,8 +106,8 @@ def train(script: str, *arguments: str) -> dict[str, Any]:
     processes_type.exchange = watched_exchange  # type: ignore[method-assign]
     streams.start = watch.timed(watched_start)  # type: ignore[method-assign]
     streams.ready = watch.timed(streams.ready)  # type: ignore[method-assign]
-    card = SCRIPTS[script]
-    assert run(importlib.import_module(script).setup_parser(), card.options, card.build, arguments) == 0
+    spec = SCRIPTS[script]
+    assert run(importlib.import_module(script).setup_parser(), spec.options, spec.build, arguments) == 0
     kept = watch.steps[WARM_UP:]
     medians = [statistics.median(column) for column in zip(*kept, strict=True)]
     return {"medians": medians, "buffer_bytes": watch.buffer_bytes}
@@ -132,15 +132,15 @@ def command_line(model: str, folder: Path, num_steps: int) -> tuple[str, list[st
     return base.script, [*words, "--caption_extension", ".txt"]
 
 
-def measured(model: str, ways: Sequence[tuple[int, bool]], num_steps: int) -> list[list[dict[str, Any]]]:
+def measure_ways(model: str, ways: Sequence[tuple[int, bool]], num_steps: int) -> list[list[dict[str, Any]]]:
     """Return the measurements of every rank, for each (number of processes, is base model sharded)."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         script, words = command_line(model, folder, num_steps)
         jobs = []
-        for number, (count, is_spread) in enumerate(ways):
+        for number, (count, is_sharded) in enumerate(ways):
             (folder / str(number)).mkdir()
-            more = ["--shard_base"] if is_spread else []
+            more = ["--shard_base"] if is_sharded else []
             jobs.append(Job([script, *words, *more], count, str(folder / str(number)), call="benchmarks.scaling:train"))
         found = run_ranks(jobs, folder, timeout=1800)
     for ranks in found:
@@ -148,7 +148,7 @@ def measured(model: str, ways: Sequence[tuple[int, bool]], num_steps: int) -> li
     return [[rank.gave for rank in ranks] for ranks in found]
 
 
-def wanted_bytes(buffer_bytes: int, fetched: float, count: int) -> float:
+def expected_bytes(buffer_bytes: int, fetched: float, count: int) -> float:
     """Return the bytes that all ranks together must send in a step.
 
     Ring all-reduce: each rank sends 2 (N - 1) / N times the buffer. All-gather of a sharded block: each rank sends its
@@ -164,21 +164,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     wanted = parser.parse_args()
     is_counted = open_network()
-    ways = [(count, is_spread) for count in wanted.counts for is_spread in ((False,) if count == 1 else (False, True))]
+    ways = [
+        (count, is_sharded) for count in wanted.counts for is_sharded in ((False,) if count == 1 else (False, True))
+    ]
     print(f"{os.cpu_count()} processors, {BATCH} images per process, medians of {wanted.steps} steps")
     print("model | processes | base | s/step | images/s vs. one | communication | MB sent | MB in theory | ratio")
     for model in wanted.models:
         rate = None
-        for (count, is_spread), ranks in zip(ways, measured(model, ways, wanted.steps), strict=True):
+        for (count, is_sharded), ranks in zip(ways, measure_ways(model, ways, wanted.steps), strict=True):
             seconds, exchanging, sent, fetched = (
                 statistics.mean(column) for column in zip(*(r["medians"] for r in ranks), strict=True)
             )
             rate = rate or BATCH / seconds
-            theory = wanted_bytes(ranks[0]["buffer_bytes"], fetched, count)
-            told = [model, count, "spread" if is_spread else "whole", f"{seconds:.3f}"]
-            told += [f"{count * BATCH / seconds / rate:.2f}", f"{exchanging / seconds:.0%}"]
-            told += [f"{sent / 1e6:.2f}" if is_counted else "-", f"{theory / 1e6:.2f}"]
-            print(" | ".join(map(str, told)), "|", f"{sent / theory:.2f}" if is_counted and theory else "-")
+            theory = expected_bytes(ranks[0]["buffer_bytes"], fetched, count)
+            columns = [model, count, "sharded" if is_sharded else "whole", f"{seconds:.3f}"]
+            columns += [f"{count * BATCH / seconds / rate:.2f}", f"{exchanging / seconds:.0%}"]
+            columns += [f"{sent / 1e6:.2f}" if is_counted else "-", f"{theory / 1e6:.2f}"]
+            print(" | ".join(map(str, columns)), "|", f"{sent / theory:.2f}" if is_counted and theory else "-")
             sys.stdout.flush()
 
 

@@ -198,7 +198,7 @@ def forget(folder: Path) -> None:
         path.unlink()
 
 
-def measured(kind: str, folder: Path) -> dict[str, float]:
+def measure_in_child(kind: str, folder: Path) -> dict[str, float]:
     """Measure one kind of start in a fresh process."""
     command = [sys.executable, __file__, "--measure", kind, "--folder", str(folder)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -212,7 +212,7 @@ def report(folder: Path, count: int, rounds: int) -> None:
     for _ in range(rounds):
         forget(folder)
         for kind in KINDS:
-            found[kind].append(measured(kind, folder))
+            found[kind].append(measure_in_child(kind, folder))
     for kind, bare in (("first run", "bare read"), ("second run", "bare look")):
         ours, floor = (
             {name: statistics.median(one[name] for one in found[k]) for name in found[k][0]} for k in (kind, bare)
@@ -229,7 +229,7 @@ def report_index(folder: Path, count: int, rounds: int) -> None:
     """Print the cost of a start with an index of `count` images."""
     build_index(folder, count)
     for start in ("first", "again"):
-        found = [measured("index", folder) for _ in range(1 if start == "first" else rounds)]
+        found = [measure_in_child("index", folder) for _ in range(1 if start == "first" else rounds)]
         median = {name: statistics.median(one[name] for one in found) for name in found[0]}
         print(
             f"{count:>7} images of an index, {start}: {median['cpu']:.2f} CPU s, {median['wall']:.2f} s, "

@@ -144,13 +144,15 @@ def passes(block: nn.Module, args: argparse.Namespace, run: Callable[[int], Tens
 
 def flux_block(args: argparse.Namespace) -> tuple[Work, Work]:
     """Return passes of FLUX.1 with one double and one single block; its other layers are small."""
-    from benchmarks.denoisers import given, ours_of
+    from benchmarks.denoisers import ours_of, random_inputs
 
     side = args.flux_side // 16
     model = ours_of(Flux, FLUX, torch.float32)
 
     def run(count: int) -> Tensor:
-        latents, text = given((count, 16, 2 * side, 2 * side), (count, 128, FLUX.text_width), dtype=torch.float32)
+        latents, text = random_inputs(
+            (count, 16, 2 * side, 2 * side), (count, 128, FLUX.text_width), dtype=torch.float32
+        )
         pooled, ones = torch.randn(count, FLUX.pooled_width), torch.ones(count)
         found: Tensor = model(latents, 0.5 * ones, text, pooled, ones)
         return found

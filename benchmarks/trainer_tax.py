@@ -238,7 +238,7 @@ def plain_steps(folder: Path, args: argparse.Namespace) -> Iterator[float]:
             yield time.perf_counter() - started
 
 
-def measured_process(command: list[str]) -> dict[str, float]:
+def measure_process(command: list[str]) -> dict[str, float]:
     """Run a command. Return the seconds to its first step, its CPU seconds, and its peak resident memory in GB."""
     started = time.perf_counter()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -280,7 +280,7 @@ def main() -> None:
         plain = [sys.executable, __file__, "--plain_only", str(folder), "--model", args.model]
         plain += ["--precision", args.precision, "--batch_size", str(args.batch_size), "--side", str(args.side)]
         plain += ["--text_encoder"] if args.text_encoder else []
-        report: dict[str, Any] = {"ours": measured_process(command), "plain": measured_process(plain)}
+        report: dict[str, Any] = {"ours": measure_process(command), "plain": measure_process(plain)}
         loops = {"ours": our_steps(folder, args), "plain": plain_steps(folder, args)}
         seconds = Multiplexer(loops).seconds(args.steps, args.rounds)
     report["step_s"] = seconds

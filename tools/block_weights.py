@@ -93,22 +93,26 @@ def strength_by_block(file: AdapterFile, spec: BaseModelSpec, numbers: tuple[flo
     strength = BlockStrength(spec, dict(zip(names, numbers, strict=True)))
     if not any(map(strength, file.modules)):
         raise UserError(f"--lbws gives every module of {file.origin} strength 0; remove the file or use other numbers")
-    warn_of_the_rest(file, lists, strength)
+    warn_about_uncovered_modules(file, lists, strength)
     return strength
 
 
-def warn_of_the_rest(file: AdapterFile, lists: BlockWeights, strength: BlockStrength) -> None:
+def warn_about_uncovered_modules(file: AdapterFile, lists: BlockWeights, strength: BlockStrength) -> None:
     """Warn about modules outside the listed blocks, and about numbers for blocks that the base model lacks."""
     blocks = [strength.block_of(name) for name in file.modules]
-    beyond = sorted({block or "outside of all blocks" for block in blocks if block not in strength.by_block})
-    if beyond:
+    uncovered = sorted({block or "outside of all blocks" for block in blocks if block not in strength.by_block})
+    if uncovered:
         num = sum(block not in strength.by_block for block in blocks)
         logger.warning(
             "--lbws: %d of the %d modules of %s are in no block of a list of %d (%s); they keep --ratios",
-            num, len(blocks), file.origin, len(strength.by_block), ", ".join(beyond),
+            num, len(blocks), file.origin, len(strength.by_block), ", ".join(uncovered),
         )  # fmt: skip
-    in_vain = [block for block, value in strength.by_block.items() if block in lists.missing and value not in (0, 1)]
-    if in_vain:
+    ineffective = [
+        block for block, value in strength.by_block.items() if block in lists.missing and value not in (0, 1)
+    ]
+    if ineffective:
         logger.warning(
-            "--lbws: the numbers for %s have no effect: %s lacks these blocks", ", ".join(in_vain), strength.spec.title
+            "--lbws: the numbers for %s have no effect: %s lacks these blocks",
+            ", ".join(ineffective),
+            strength.spec.title,
         )

@@ -97,7 +97,7 @@ def judge(
             found.append(wrong)
     if len(modules) == len(lone):
         found.append(f"the file contains no adapter weights (first keys: {', '.join(list(tensors)[:3]) or 'none'})")
-    warnings = list(find_oddities(list(modules.values()), facts, list(file.unknown), base))
+    warnings = list(find_warnings(list(modules.values()), facts, list(file.unknown), base))
     if lone and len(modules) > len(lone):
         warnings.append(f"alphas without weights, which have no effect: {list_some_keys(lone)}")
     name = base.name if base else None
@@ -106,7 +106,7 @@ def judge(
     return Report(origin, name, count_dtypes(tensors), facts, group_by_block(facts), programs, found, warnings)
 
 
-def find_oddities(
+def find_warnings(
     modules: Sequence[ModuleWeights], facts: Sequence[ModuleFacts], unknown: Sequence[str], base: BaseModelSpec | None
 ) -> Iterator[str]:
     """Yield warnings about a file that is usable."""

@@ -32,7 +32,7 @@ OF_ONE_PERSON = (
         r"ponytail|braid|ahoge|twintails|sidelocks|two side up|two tails|[\w-]+ braid|[\w-]+ bun|single (hair|side) bun"
     ),
 )
-SAID_AGAIN = re.compile(r"[\w-]+|hair ornament")  # tags that a longer tag can repeat
+REPEATABLE = re.compile(r"[\w-]+|hair ornament")  # tags that a longer tag can repeat
 UNDERSCORE = re.compile(r"(?<!\^)_|_(?!\^)")  # any underscore except the one in the emoticon ^_^
 
 DRAWN, PEOPLE = "(?:anime|cartoon)", "(?:lady|female|woman|person)"
@@ -64,11 +64,11 @@ def clean_tags(text: str) -> str:
     tags = tags[:end]
     if any("girls" in tag or "boys" in tag for tag in tags):
         tags = drop_attributes(tags)
-    said = [tag for tag in tags if SAID_AGAIN.fullmatch(tag) and any(is_more_exact(other, tag) for other in tags)]
-    return ", ".join(tag for tag in tags if tag not in said)
+    repeated = [tag for tag in tags if REPEATABLE.fullmatch(tag) and any(extends_tag(other, tag) for other in tags)]
+    return ", ".join(tag for tag in tags if tag not in repeated)
 
 
-def is_more_exact(other: str, tag: str) -> bool:
+def extends_tag(other: str, tag: str) -> bool:
     """Return True if `other` is `tag` preceded by one or more words."""
     return re.fullmatch(rf"(\w+ )+{re.escape(tag)}", other) is not None
 

@@ -42,13 +42,13 @@ def setup_parser(description: str | None) -> argparse.ArgumentParser:
 
 def rename(base: str, to: FileNaming, back: FileNaming | None, args: argparse.Namespace) -> None:
     """Read, rename and write the file. Raises UserError for another base model, and if there is nothing to rename."""
-    card = spec_for_file(read_adapter(args.src_path, "src_path"), str(args.src_path))
-    if card.name != base:
-        raise UserError(f"{args.src_path} is an adapter of {card.title}; use tools/convert_lora.py")
+    spec = spec_for_file(read_adapter(args.src_path, "src_path"), str(args.src_path))
+    if spec.name != base:
+        raise UserError(f"{args.src_path} is an adapter of {spec.title}; use tools/convert_lora.py")
     if args.reverse and back is None:
         raise UserError(
             f"--reverse: {args.src_path} needs no renaming, because training and all tools use ComfyUI's names for "
-            f"{card.title}; pass it to --network_weights as it is"
+            f"{spec.title}; pass it to --network_weights as it is"
         )
     check_output("dst_path", args.dst_path, [args.src_path])
     renamed = convert(args.src_path, args.dst_path, (back or to) if args.reverse else to, drop_unsupported=False)

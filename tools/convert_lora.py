@@ -18,7 +18,7 @@ from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import programs_that_read
-from library.checkpoints.recognition import require_card
+from library.checkpoints.recognition import require_spec
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
 from networks.core.files.foreign_names import add_model
@@ -35,7 +35,7 @@ EXAMPLES = """\
 def spec_for_file(file: AdapterFile, origin: str) -> BaseModelSpec:
     """Return the spec of a file's base model. Raises UserError if it cannot be recognised."""
     shapes = {module.keys[key]: t.shape for module in file.modules.values() for key, t in module.tensors.items()}
-    return require_card(list_specs(), shapes, file.metadata, origin)
+    return require_spec(list_specs(), shapes, file.metadata, origin)
 
 
 def read_adapter(path: Path, flag: str) -> AdapterFile:

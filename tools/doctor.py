@@ -101,15 +101,15 @@ def requirement_line(text: str) -> Line | None:
     return Line(wanted.name, version_of(wanted.name) or "")
 
 
-def card_lines(torch: Any, cards: Sequence[str]) -> Iterator[Line]:
+def gpu_lines(torch: Any, gpus: Sequence[str]) -> Iterator[Line]:
     """Compare torch's build with the GPUs that NVIDIA's driver lists."""
     made_for = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
     build = next((f"{name} {version}" for name, version in made_for.items() if version), "CPU")
     yield Line("torch build", f"{torch.__version__}, {build}")
-    for card in cards:
-        yield Line("driver's GPU", card)
+    for gpu in gpus:
+        yield Line("driver's GPU", gpu)
     if not torch.cuda.is_available():
-        if fix := explain_unused_gpu(torch, cards):
+        if fix := explain_unused_gpu(torch, gpus):
             yield Line("GPU", "present, but torch cannot use it", fix, True)
         elif getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
             yield Line("GPU", "Apple's, through MPS")
@@ -119,10 +119,10 @@ def card_lines(torch: Any, cards: Sequence[str]) -> Iterator[Line]:
         return
     known = torch.cuda.get_arch_list()
     for number in range(torch.cuda.device_count()):
-        yield card_line(torch, number, known)
+        yield gpu_line(torch, number, known)
 
 
-def card_line(torch: Any, number: int, known: Sequence[str]) -> Line:
+def gpu_line(torch: Any, number: int, known: Sequence[str]) -> Line:
     """Report one GPU that torch sees: free memory, and whether this build of torch has kernels for it."""
     major, minor = torch.cuda.get_device_capability(number)
     free, total = torch.cuda.mem_get_info(number)
@@ -305,7 +305,7 @@ def iterate_lines(folder: Path) -> Iterator[Line]:
     except Exception as error:  # a broken installation can raise anything; the other checks still run
         yield Line("torch", f"cannot be imported: {get_first_line(error)}", GET_TORCH, True)
     if torch is not None:
-        yield from card_lines(torch, list_nvidia_gpus())
+        yield from gpu_lines(torch, list_nvidia_gpus())
     if version_of("psutil") is not None:
         yield from memory_lines(torch)
     yield from disk_lines({"disk": folder, "temporary files": Path(tempfile.gettempdir())})

@@ -346,9 +346,9 @@ def read_options(args: argparse.Namespace, training: Sequence[str]) -> TrainOpti
         raise UserError("--dataset_config is missing; it lists the images to pack")
     if args.shard_mb <= 0:
         raise UserError(f"--shard_mb is {args.shard_mb:g}, but must be above 0")
-    asked = [name for name in CACHES if options.flat().get(name)]
-    if asked and args.script is None:
-        raise UserError(f"--{asked[0]} requires --script, the training script of the base model")
+    requested = [name for name in CACHES if options.flat().get(name)]
+    if requested and args.script is None:
+        raise UserError(f"--{requested[0]} requires --script, the training script of the base model")
     check_data(options)
     return options
 

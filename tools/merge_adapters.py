@@ -32,7 +32,7 @@ from tools.convert_lora import spec_for_file
 
 logger = logging.getLogger(__name__)
 
-WORTH_TELLING = 1e-5  # relative error above which it is logged
+MIN_REPORTED_ERROR = 1e-5  # relative error above which it is logged
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Weighted:
     def ratio_of(self, name: str) -> float:
         return self.ratio * self.strength_of(name)
 
-    def leaves_out(self, name: str) -> bool:
+    def is_omitted(self, name: str) -> bool:
         """Return True if a module has strength 0."""
         return self.strength_of(name) == 0
 
@@ -117,7 +117,7 @@ def merge_adapters(
         file = rename_to_kohya(adapter.file)
         require_layouts(file, COMPUTED, "merged")
         for name, module in file.modules.items():
-            if adapter.leaves_out(name):
+            if adapter.is_omitted(name):
                 continue
             if full.DIFF_B in module.tensors or (module.layout is full.LAYOUT and len(module.shape) == 1):
                 raise UserError(
@@ -139,7 +139,7 @@ def merge_adapters(
         else:
             merged.append(add_factors(name, terms, ranks, arithmetic, joining))
     missed, total = sum(one.missed for one in merged), sum(one.total for one in merged)
-    if missed > WORTH_TELLING**2 * total:
+    if missed > MIN_REPORTED_ERROR**2 * total:
         logger.info("the LoRA misses %.1f%% of the sum of the changes (norm)", 100 * (missed / total) ** 0.5)
     return [one.module for one in merged]
 

@@ -119,17 +119,17 @@ def collect_changes(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str, 
                 raise make_name_error(adapter.file.origin, found.kohya)
             own[found.kohya] = adapter.file.modules[name]
         for name, module in own.items():
-            if not adapter.leaves_out(name):
+            if not adapter.is_omitted(name):
                 changes.setdefault(name, []).append((module, adapter.ratio_of(name)))
     return changes
 
 
 def suggest_fix(base: BaseModel, missing: Sequence[str], num_modules: int) -> str:
     """Return what to do about modules that a checkpoint lacks."""
-    have_place = [spec_for(base).names.find(name) is not None for name in missing]
-    if not any(have_place) and 2 * len(missing) < num_modules:  # layers that other programs adapt too
+    are_known = [spec_for(base).names.find(name) is not None for name in missing]
+    if not any(are_known) and 2 * len(missing) < num_modules:  # layers that other programs adapt too
         return "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without the missing modules"
-    if all(have_place) and all(map(is_of_text_encoder, missing)):
+    if all(are_known) and all(map(is_of_text_encoder, missing)):
         return "they belong to a text encoder; use a checkpoint with all parts of the model"
     return "was it made for another base model?"
 
@@ -311,8 +311,8 @@ def weigh_files(
     plain = [Weighted(file, ratio) for file, ratio in zip(files, ratios, strict=True)]
     if not lists:
         return plain
-    cards = [spec_for_file(file, file.origin) if base is None else spec_for(base) for file in files]
-    strengths = map(block_weights.strength_by_block, files, cards, lists)
+    specs = [spec_for_file(file, file.origin) if base is None else spec_for(base) for file in files]
+    strengths = map(block_weights.strength_by_block, files, specs, lists)
     return [replace(one, strength_of=strength) for one, strength in zip(plain, strengths, strict=True)]
 
 

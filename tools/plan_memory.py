@@ -31,7 +31,7 @@ from library.training.planning.fit_run import count_sweep
 from library.training.sweep.combinations import split_options
 from tools.command import make_training_parser, training_command
 
-CARD = torch.device("cuda")  # the device to plan for; it need not exist
+GPU = torch.device("cuda")  # the device to plan for; it need not exist
 EXAMPLES = """\
   python3 tools/plan_memory.py --script flux_train_network.py --cards 8GB,12GB,16GB,24GB \\
     --pretrained_model_name_or_path flux1-dev.safetensors --clip_l clip_l.safetensors --t5xxl t5xxl.safetensors \\
@@ -41,7 +41,7 @@ EXAMPLES = """\
 
 def spec_of_script(name: str) -> BaseModelSpec:
     """Return the base model of a training script. Raises UserError listing the scripts if there is no such script."""
-    found = {card.script: card for card in reversed(list_specs())}
+    found = {spec.script: spec for spec in reversed(list_specs())}
     script = f"{name.removesuffix('.py')}.py"
     if script not in found:
         raise UserError(f"--script {name} is not a training script; use one of {', '.join(sorted(found, key=len))}")
@@ -79,7 +79,7 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
     with mute_logging():  # the training run itself logs these messages
         options, adapters = split_options(options)
         arch = spec.build(options)
-        return options, arch, batch, count_run(options, arch, batch, CARD, list(adapters.values()))
+        return options, arch, batch, count_run(options, arch, batch, GPU, list(adapters.values()))
 
 
 def batch_of_options(data: DatasetOptions) -> BatchShape:
@@ -109,7 +109,7 @@ def plan(args: argparse.Namespace, training: Sequence[str]) -> None:
     options, arch, batch, counted = count(args.script, training)
     with mute_logging():
         _, adapters = split_options(options)
-        sweep = count_sweep(options, arch, batch, CARD, list(adapters.values()))
+        sweep = count_sweep(options, arch, batch, GPU, list(adapters.values()))
     print(f"{arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
     num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None
     for size in sizes:

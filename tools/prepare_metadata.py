@@ -26,7 +26,7 @@ from tools.command import command, make_parser
 logger = logging.getLogger(__name__)
 
 LATENT_STEP = 8  # image pixels per latent cell
-TAKEN_OVER = (
+FORWARDED_OPTIONS = (
     "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale", "mixed_precision", "flip_aug",
     "alpha_mask", "skip_existing",
 )  # fmt: skip
@@ -43,7 +43,7 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
             f"{name} is {spec.called} model; encode its images with its training script and --cache_latents_to_disk, "
             "or with tools/make_shards.py"
         )
-    values: dict[str, Any] = {key: getattr(args, key) for key in TAKEN_OVER}
+    values: dict[str, Any] = {key: getattr(args, key) for key in FORWARDED_OPTIONS}
     values |= {
         "pretrained_model_name_or_path": str(path),
         "sdxl": spec.name == "sdxl",
@@ -56,7 +56,7 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**values)
 
 
-def note_sizes(table: dict[str, Any], folder: Path, sizes: dict[str, Size]) -> None:
+def record_sizes(table: dict[str, Any], folder: Path, sizes: dict[str, Size]) -> None:
     """Write the bucket size of each image into its entry, in pixels, rounded down to whole latent cells."""
     listings: dict[str, dict[str, str]] = {}
     for key, entry in table.items():
@@ -79,7 +79,7 @@ def prepare(args: argparse.Namespace) -> None:
             "tools/captions_to_metadata.py creates entries",
             len(strangers), len(images), args.in_json, strangers[0],
         )  # fmt: skip
-    note_sizes(table, args.train_data_dir, sizes)
+    record_sizes(table, args.train_data_dir, sizes)
     write_table(args.out_json, table)
     print(f"{args.out_json}: sizes of {len(sizes)} images, {len(table)} entries")
 

@@ -127,11 +127,11 @@ def resize_module(module: ModuleWeights, measure: Measure, device: torch.device)
 def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbose: bool = False) -> AdapterFile:
     """Resize every module and update the metadata. Raises UserError for adapter kinds without a rank."""
     require_layouts(file, COMPUTED, "resized")
-    turned = next((m for m in file.modules.values() if not m.is_low_rank and m.layout is not norm.LAYOUT), None)
-    if turned is not None:
+    rankless = next((m for m in file.modules.values() if not m.is_low_rank and m.layout is not norm.LAYOUT), None)
+    if rankless is not None:
         raise UserError(
-            f"{file.origin}: {turned.name} is {turned.layout.words}, which has no rank to reduce; convert it to a LoRA "
-            "with tools/merge_lora.py --base_model (the checkpoint that it was trained on) --new_rank"
+            f"{file.origin}: {rankless.name} is {rankless.layout.words}, which has no rank to reduce; convert it to a "
+            "LoRA with tools/merge_lora.py --base_model (the checkpoint that it was trained on) --new_rank"
         )
     modules = []
     kept_norms = []

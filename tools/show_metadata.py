@@ -16,7 +16,7 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.checkpoints.files import file_in_folder, holds_safetensors, read_header, refuse_stranger
+from library.checkpoints.files import file_in_folder, holds_safetensors, read_header, require_weight_file
 from library.errors import UserError
 from library.formatting import escape_controls
 from library.json_text import parse_json
@@ -113,7 +113,7 @@ def show(path: Path, key: str | None, is_json: bool, num_tags: int) -> Iterator[
     path = file_in_folder(path, f"--model {path}")
     if not path.is_file():
         raise UserError(f"--model {path} does not exist")
-    refuse_stranger(path)
+    require_weight_file(path)
     if not holds_safetensors(path):
         raise UserError(f"--model {path}: only safetensors files have metadata")
     metadata = read_header(path).metadata

@@ -90,12 +90,12 @@ def python_path(venv: Path) -> Path:
 def read_version(python: Path) -> "tuple[int, int, int] | None":
     """Return an interpreter's version; None if it is missing or does not start."""
     try:
-        asked = subprocess.run(
+        done = subprocess.run(
             [str(python), "-c", "import sys; print(*sys.version_info[:3])"], stdout=subprocess.PIPE, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    major, minor, micro = map(int, asked.stdout.split())
+    major, minor, micro = map(int, done.stdout.split())
     return major, minor, micro
 
 
@@ -344,7 +344,7 @@ def run_tests(venv: Path, slow: bool, pytest_arguments: "list[str]") -> int:
     return on_gpu or run(pytest_command(python, slow, pytest_arguments))
 
 
-def examine(venv: Path) -> int:
+def run_doctor(venv: Path) -> int:
     """Run tools/doctor.py with the environment's Python, or with this one if there is no environment.
 
     Installs nothing. Returns the exit status of tools/doctor.py.
@@ -408,7 +408,7 @@ def main(arguments: "list[str]") -> int:
         if for_pytest:
             parser.error(f"{args.command} takes no arguments after --")
         if args.command == "doctor":
-            return examine(venv)
+            return run_doctor(venv)
         if args.command == "setup":
             print(f"Ready: {ready_python(venv, LOCK if args.locked else TEST_REQUIREMENTS)}")
             return 0

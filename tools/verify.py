@@ -44,7 +44,7 @@ from tools.plan_memory import count, read_training_options
 ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS, RESUMED_AT = 20, 10
 WARM_UP = 5  # steps left out of the timing
-MOST = 1e-3  # allowed difference, relative to the largest output; float32, two blocks of each kind
+MAX_DIFFERENCE = 1e-3  # allowed difference, relative to the largest output; float32, two blocks of each kind
 NAME = "verify"
 EXAMPLES = """\
   python3 tools/verify.py --script train_network.py --fit auto \\
@@ -52,7 +52,7 @@ EXAMPLES = """\
     --network_module networks.lora --network_dim 16 --mixed_precision bf16 --cache_latents"""
 
 # Options that the trial sets itself: its length, its files, and no uploads, previews or trackers.
-DECIDED: Mapping[str, Any] = {
+TRIAL_OPTIONS: Mapping[str, Any] = {
     "max_train_steps": NUM_STEPS,
     "max_train_epochs": None,
     "output_name": NAME,
@@ -164,7 +164,7 @@ def compare_with_diffusers(denoiser: nn.Module, package: str) -> Result:
     except MissingClass as error:
         return Result(what, f"not compared: diffusers {version_of('diffusers')} has no {error}")
     distance = float((found - expected).abs().max() / expected.abs().max())
-    is_wrong = not distance <= MOST  # NaN is wrong too
+    is_wrong = not distance <= MAX_DIFFERENCE  # NaN is wrong too
     return Result(
         what, f"first and last blocks differ from diffusers' class by {distance:.1e} of the largest value", is_wrong
     )
@@ -218,13 +218,13 @@ class Trial:
 
 
 def prepare_trial(spec: BaseModelSpec, options: TrainOptions, folder: Path, changes: Mapping[str, Any]) -> Trial:
-    """Write the options of a short training run, with the settings of `DECIDED` and `changes` in place of the
+    """Write the options of a short training run, with the settings of `TRIAL_OPTIONS` and `changes` in place of the
     user's."""
     import toml
 
     folder.mkdir()
     own = {"output_dir": str(folder), "log_events": str(folder / "events.jsonl"), "seed": options.run.seed or 1}
-    values = {**options.flat(), **DECIDED, **own, **changes}
+    values = {**options.flat(), **TRIAL_OPTIONS, **own, **changes}
     defaults = type(options).defaults()
     given = {
         name: [str(item) for item in value] if isinstance(value, list | tuple) else convert_to_toml(value)

@@ -111,7 +111,7 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is a folder, not a weight file")
-    refuse_stranger(path)
+    require_weight_file(path)
     if holds_safetensors(path):
         from safetensors.torch import load_file
 
@@ -200,7 +200,7 @@ def holds_safetensors(path: str | Path) -> bool:
     return is_safetensors(path) and not start.startswith(PICKLE_STARTS)
 
 
-def refuse_stranger(path: Path) -> None:
+def require_weight_file(path: Path) -> None:
     """Raise UserError for what failed downloads leave in place of a checkpoint: web pages, Git LFS pointers, empty
     files."""
     with path.open("rb") as file:

@@ -194,7 +194,7 @@ def are_possible(weights: Weights, layer: str, scale: str) -> bool:
     if (scales > 0).all():
         return True
     codes = weights.read(f"{layer}.weight").float()
-    return not times(codes, reshape_scales((scales == 0).float(), len(codes))).any()
+    return not multiply_scales(codes, reshape_scales((scales == 0).float(), len(codes))).any()
 
 
 def layer_configs(weights: Weights) -> dict[str, Config]:
@@ -267,11 +267,11 @@ def reshape_scales(scales: Tensor, num_rows: int) -> Tensor:
 def apply_scales(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
     """Return codes * scales, with any rotation undone."""
     codes, scales = weights.read(f"{layer}.weight").float(), weights.read(scale)
-    values = times(codes, reshape_scales(scales, len(codes)))
-    return turn_regularly(values, rotation_size(config)) if config.get("convrot") else values
+    values = multiply_scales(codes, reshape_scales(scales, len(codes)))
+    return rotate_groups(values, rotation_size(config)) if config.get("convrot") else values
 
 
-def times(codes: Tensor, scales: Tensor) -> Tensor:
+def multiply_scales(codes: Tensor, scales: Tensor) -> Tensor:
     """Multiply codes by scales per tensor, per row, or per group within a row."""
     if scales.ndim < 3:
         return codes * (scales if scales.ndim == 0 else scales.to(codes.dtype).reshape(-1, *[1] * (codes.ndim - 1)))
@@ -279,7 +279,7 @@ def times(codes: Tensor, scales: Tensor) -> Tensor:
     return grouped.reshape(codes.shape)
 
 
-def turn_regularly(weight_OI: Tensor, group_size: int) -> Tensor:
+def rotate_groups(weight_OI: Tensor, group_size: int) -> Tensor:
     """Multiply each group of inputs by ConvRot's regular Hadamard matrix, which is its own inverse."""
     matrix = regular_hadamard(group_size).to(weight_OI.device, weight_OI.dtype)
     turned: Tensor = weight_OI.reshape(-1, group_size) @ matrix
@@ -307,14 +307,14 @@ def nvfp4(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
     whole = weights.read(f"{layer}.weight_scale_2").float().reshape(())
     tiled = weights.read(scale).view(torch.float8_e4m3fn).float()
     scales_OG = untile_scales(tiled, len(codes_OI), codes_OI.shape[1] // NVFP4_GROUP)
-    return times(table[codes_OI], (whole * scales_OG)[..., None])
+    return multiply_scales(table[codes_OI], (whole * scales_OG)[..., None])
 
 
 def mxfp8(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
     """Decode mxfp8: 8-bit numbers with a power-of-two scale per 32 inputs."""
     codes_OI = weights.read(f"{layer}.weight").float()
     exponents = untile_scales(weights.read(scale).view(torch.uint8), len(codes_OI), codes_OI.shape[1] // MXFP8_GROUP)
-    return times(codes_OI, torch.exp2(exponents.float() - E8M0_BIAS)[..., None])
+    return multiply_scales(codes_OI, torch.exp2(exponents.float() - E8M0_BIAS)[..., None])
 
 
 def untile_scales(scales: Tensor, num_rows: int, num_columns: int) -> Tensor:

@@ -66,7 +66,7 @@ def _has_most_modules(
     return num_known[recorded.name] == max(num_known.values()) > 0
 
 
-def require_card(
+def require_spec(
     specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str], origin: str
 ) -> BaseModelSpec:
     """Return the base model of an adapter file. Raises UserError naming `origin` if it is not recognised."""

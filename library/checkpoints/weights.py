@@ -21,7 +21,7 @@ from library.checkpoints.files import (
     holds_safetensors,
     load_state_dict,
     read_header,
-    refuse_stranger,
+    require_weight_file,
 )
 from library.errors import UserError, list_few
 from library.json_text import parse_json
@@ -152,7 +152,7 @@ def open_weights(path: Path) -> Weights:
 
 def open_one(path: Path) -> Weights:
     """Open one weight file, whatever its name. Raises UserError as `open_weights` does."""
-    refuse_stranger(path)
+    require_weight_file(path)
     if holds_safetensors(path):
         return open_safetensors(path)
     tensors = load_state_dict(path, mmap=True)

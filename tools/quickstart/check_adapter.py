@@ -39,7 +39,7 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def draw_at(base: Path, adapter: Path, strength: float, captions: Sequence[str], count: int) -> list[list[Seen]]:
+def draw_images(base: Path, adapter: Path, strength: float, captions: Sequence[str], count: int) -> list[list[Seen]]:
     """Return the contents of `count` images per caption; the seeds are 0, 1, ... at every strength."""
     pipeline: Any = load_pipeline(base)
     if strength:
@@ -69,7 +69,7 @@ def describe(caption: str, colour: str, strengths: Sequence[float], seen: Sequen
 
 def check(args: argparse.Namespace) -> None:
     """Draw, check and print."""
-    drawn = [draw_at(args.base, args.adapter, strength, args.captions, args.count) for strength in args.strengths]
+    drawn = [draw_images(args.base, args.adapter, strength, args.captions, args.count) for strength in args.strengths]
     for number, caption in enumerate(args.captions):
         print("\n".join(describe(caption, args.colour, args.strengths, [one[number] for one in drawn])))
 

@@ -33,8 +33,8 @@ def make_dataset(args: argparse.Namespace) -> None:
     for n, scene in enumerate(shuffled[: args.num_images]):
         Image.fromarray(draw_scene(scene, rng)).save(args.out / f"{shape}_{n:02}.png", optimize=True)
         (args.out / f"{shape}_{n:02}.txt").write_text(scene.caption() + "\n", encoding="utf-8")
-    asked = shuffled[args.num_images :] + shuffled[:NUM_TRAINED_PROMPTS]
-    lines = [f"{scene.caption()} {PROMPT_OPTIONS} --d {n + 1}" for n, scene in enumerate(asked)]
+    prompted = shuffled[args.num_images :] + shuffled[:NUM_TRAINED_PROMPTS]
+    lines = [f"{scene.caption()} {PROMPT_OPTIONS} --d {n + 1}" for n, scene in enumerate(prompted)]
     heading = f"# the first {len(shuffled) - args.num_images} combinations are not in the dataset"
     args.prompts.write_text("\n".join([heading, *lines]) + "\n", encoding="utf-8")
     logger.info("%s: %d images; %s: %d prompts", args.out, args.num_images, args.prompts, len(lines))

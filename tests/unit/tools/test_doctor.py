@@ -59,7 +59,7 @@ DRIVER = ["NVIDIA GeForce RTX 4060, 535.54, 8188 MiB"]
 def test_torch_is_held_to_the_card_and_its_driver(
     torch_there: Any, driver: list[str], what: str, is_wrong: bool, fix: str
 ) -> None:
-    line = found(doctor.card_lines(torch_there, driver), what)
+    line = found(doctor.gpu_lines(torch_there, driver), what)
     assert line.is_wrong is is_wrong
     assert fix in line.fix and bool(line.fix) is bool(fix)
 
