@@ -103,7 +103,7 @@ def check(parts: Sequence[PartFile]) -> None:
     for part, weights in zip(parts[1:], opened[1:], strict=True):
         if part.flag == "--vae" and not any(key.removeprefix(VAE_PREFIX) == LDM_VAE for key in weights.shapes):
             raise UserError(
-                f"--vae {part.path} has no {LDM_VAE}, so it is not a VAE in the original layout; use the one beside "
+                f"--vae {part.path} has no {LDM_VAE}, so it is not a VAE in the original layout; use the one next to "
                 "the transformer's file instead of diffusers'"
             )
     whole = combine_weights(collect_weights(parts, opened), dit.origin)

@@ -28,7 +28,7 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("events", type=Path, help="file of --log_events; with --serve also a report, or a folder")
     parser.add_argument("--serve", action="store_true", help="serve the page, read-only, until Ctrl-C")
     parser.add_argument("--port", type=int, default=8123, help="port to serve on (default: 8123)")
-    parser.add_argument("--output", type=Path, help="HTML file to write; unset: named like the events file, beside it")
+    parser.add_argument("--output", type=Path, help="HTML file to write; unset: next to the events file, with its name")
     return parser
 
 

@@ -250,7 +250,7 @@ def has_foreign_leaves(content: Content) -> str | None:
 def has_keys_without_lora(content: Content) -> str | None:
     """Refuse separate alphas: in every naming but kohya's, diffusers requires "lora" in each key."""
     odd = [key.text for key in content.keys if key.naming != "kohya" and "lora" not in key.text and key.leaf == "alpha"]
-    return "it refuses .alpha beside lora_A and lora_B" if odd else None
+    return "it refuses .alpha in addition to lora_A and lora_B" if odd else None
 
 
 def has_lone_alphas(content: Content) -> str | None:

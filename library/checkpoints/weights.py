@@ -210,7 +210,7 @@ def open_sharded(index: Path) -> Weights:
     weight_map = read_weight_map(index)
     missing = sorted(name for name in set(weight_map.values()) if not (index.parent / name).is_file())
     if missing:
-        raise UserError(f"{index} lists files that are not beside it: {', '.join(missing)}; download them too")
+        raise UserError(f"{index} lists files that are not next to it: {', '.join(missing)}; download them too")
     files = {name: open_one(index.parent / name) for name in sorted(set(weight_map.values()))}
     absent = sorted(name for name, file in weight_map.items() if name not in files[file].shapes)
     if absent:
@@ -223,7 +223,7 @@ def open_numbered(first: Path, stem: str, count: int, suffix: str) -> Weights:
     names = [f"{stem}{number:05}-of-{count:05}{suffix}" for number in range(1, count + 1)]
     missing = [name for name in names if not (first.parent / name).is_file()]
     if missing:
-        raise UserError(f"{first} is the first of {count} files, but these are not beside it: {list_few(missing)}")
+        raise UserError(f"{first} is the first of {count} files, but these are not next to it: {list_few(missing)}")
     files = {name: open_one(first.parent / name) for name in names}
     return join_shards(first, files, {key: name for name in names for key in files[name].shapes})
 

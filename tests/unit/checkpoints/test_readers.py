@@ -231,7 +231,7 @@ def test_forge_refuses_more_than_12_unknown_keys(num_unknown: int, amount: str) 
 
 def test_diffusers_refuses_alpha_in_its_own_naming() -> None:
     reading = by("diffusers", ab(SD1_UNET) | {f"{SD1_UNET}.alpha": ()})
-    assert reading.amount == "none" and reading.reasons == ("it refuses .alpha beside lora_A and lora_B",)
+    assert reading.amount == "none" and reading.reasons == ("it refuses .alpha in addition to lora_A and lora_B",)
 
 
 def test_diffusers_refuses_a_mix_of_namings() -> None:
