@@ -11,7 +11,7 @@ from library.training.command_line.cli import build_parser, check_words
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Every option of this script; front ends read it."""
+    """Return the parser with every option of this script. Front ends read it."""
     return build_parser(
         Krea2Options,
         parts="--text_encoder qwen3vl_4b.safetensors --vae qwen_image_vae.safetensors",
@@ -23,7 +23,7 @@ class Krea2NetworkTrainer:
     """The trainer for programs that import this script."""
 
     def train(self, args: argparse.Namespace) -> None:
-        """Train as `args` asks. Raises UserError for what the user can put right."""
+        """Train with the options in `args`. Raises UserError for errors that the user can fix."""
         from library.architectures.krea2.assembly import LATENTS, build, build_objective
         from library.training.command_line.main import train_for_program
 

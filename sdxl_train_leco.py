@@ -1,4 +1,4 @@
-"""Change concepts of Stable Diffusion XL by prompts alone (LECO); train_leco.py does so too."""
+"""Change concepts of Stable Diffusion XL by prompts alone (LECO), as train_leco.py does for every base model."""
 
 import argparse
 
@@ -12,7 +12,7 @@ from library.training.command_line.cli import build_parser_of_prompts, check_wor
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Every option of this script; front ends read it."""
+    """Return the parser with every option of this script. Front ends read it."""
     return build_parser_of_prompts(leco_options(SdxlOptions), OtherScripts("sdxl_train_leco.py"))
 
 
@@ -23,5 +23,5 @@ if __name__ == "__main__":
         from library.architectures.sdxl.assembly import LATENTS, build
         from library.training.command_line.main import main
 
-    # The options of prompts are made of SdxlOptions, which their type does not say.
+    # Options of prompts are built from SdxlOptions, which their type does not say.
     raise SystemExit(main(parser, leco_options(SdxlOptions), build, latents=LATENTS))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Change concepts of any base model by prompts alone (LECO); its file says which model it is."""
+"""Change concepts of any base model by prompts alone (LECO); the base model is recognised from its file."""
 
 import argparse
 from functools import partial
@@ -15,7 +15,8 @@ ELSEWHERE = OtherScripts("train_leco.py")
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The options for Stable Diffusion 1.x and 2.x; front ends read it. Other models have options of their own too."""
+    """Return the parser with the options for Stable Diffusion 1.x and 2.x. Front ends read it. Other models have
+    more options."""
     return build_parser_of_prompts(LecoOptions, ELSEWHERE)
 
 

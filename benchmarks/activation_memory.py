@@ -1,7 +1,7 @@
-"""Count what autograd keeps of the U-Net for the backward pass with networks.lora_fa and networks.lora.
+"""Count the memory that autograd keeps for the U-Net's backward pass with networks.lora_fa and with networks.lora.
 
-The U-Net has the sizes of Stable Diffusion 1.5 and exists as shapes only, so this takes seconds and hardly any memory.
-Weights do not count, and a tensor that several layers keep counts once. Without gradient checkpointing.
+The U-Net has the sizes of Stable Diffusion 1.5 but only shapes, so this takes seconds and hardly any memory. Weights
+are not counted, and a tensor that several layers keep is counted once. Gradient checkpointing is off.
 
     python benchmarks/activation_memory.py
     python benchmarks/activation_memory.py --side 768 --rank 16 --precision fp32
@@ -30,7 +30,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_models(dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, nn.Module]]:
-    """The U-Net in `dtype`, and it and a text encoder as network modules see them."""
+    """Return the U-Net in `dtype`, and (text encoders, U-Net) as network modules see them."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -46,7 +46,7 @@ def build_models(dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, nn.Module]]:
 
 
 def kept_bytes(module: ModuleType, args: argparse.Namespace, arguments: Mapping[str, str]) -> tuple[int, int]:
-    """(bytes kept for the backward pass of one batch, values that are trained)."""
+    """Return (bytes kept for the backward pass of one batch, number of trained parameters)."""
     dtype = DTYPES[args.precision]
     with FakeTensorMode():
         unet, models = build_models(dtype)
@@ -72,7 +72,7 @@ def kept_bytes(module: ModuleType, args: argparse.Namespace, arguments: Mapping[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, default=512, help="of the pictures, in pixels")
+    parser.add_argument("--side", type=int, default=512, help="side of the images, in pixels")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--precision", choices=DTYPES, default="bf16")

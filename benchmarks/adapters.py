@@ -1,8 +1,8 @@
-"""Measure the cost of each kind of adapter, forward and backward, as ratios to the frozen layer alone in the same run.
+"""Measure the cost of each adapter kind, forward and backward, relative to the frozen layer alone.
 
-Beside ours stand the plain ways: LoRA as three separate operations, and DoRA that builds the changed weight. All ways
-of a layer are timed turn by turn, so that a busy machine slows all of them; the middle of the rounds counts. Memory is
-the highest sum of what one forward and backward pass allocates, weights not counted.
+The plain implementations are measured too: LoRA as three separate operations, and DoRA that builds the changed weight.
+All implementations of a layer take turns, so that a busy machine slows all of them alike; the median of the rounds
+counts. Memory is the peak of what one forward and backward pass allocates, without the weights.
 
     python benchmarks/adapters.py
     python benchmarks/adapters.py --shapes sd15 flux --rank 16 --device cuda --dtype bf16
@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of every start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler logs every start and stop
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -45,7 +45,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer and the input it gets in training."""
+    """One layer, and the shape of its input in training."""
 
     name: str
     make: Callable[[], Any]
@@ -73,7 +73,7 @@ SHAPES: Mapping[str, list[Shape]] = {
 
 
 class NaiveLora(nn.Module):
-    """base(x) + up(down(x)) * scale, each an operation of its own."""
+    """LoRA as separate operations: base(x) + up(down(x)) * scale."""
 
     def __init__(self, layer: Any, delta: LowRank, scale: float) -> None:
         super().__init__()
@@ -86,7 +86,9 @@ class NaiveLora(nn.Module):
 
 
 class MaterialisedDora(nn.Module):
-    """The layer with the weight m (W0 + dW) / |W0 + dW|, which every call builds."""
+    """DoRA that builds the weight m (W0 + dW) /
+    W0 + dW
+    in every call."""
 
     def __init__(self, layer: Any, delta: LowRank, scale: float) -> None:
         super().__init__()
@@ -106,7 +108,7 @@ class MaterialisedDora(nn.Module):
 
 @dataclass(frozen=True)
 class Way:
-    """One way to compute the layer."""
+    """One implementation of the layer, with or without an adapter."""
 
     name: str
     forward: Callable[[Tensor], Tensor]
@@ -114,13 +116,13 @@ class Way:
 
 
 def ours(name: str, layer: Any, delta: Delta, join: Any = None, has_scalar: bool = False) -> Way:
-    """An adapter of this project that adds to the weight."""
+    """Return one of our adapters that adds `delta` to the weight; `join` makes it a DoRA."""
     change = ScaledDelta(layer, delta, float(delta.rank), has_scalar=has_scalar)
-    return moved(name, layer, change if join is None else DoRA(change, join))
+    return perturb(name, layer, change if join is None else DoRA(change, join))
 
 
-def moved(name: str, layer: Any, change: Any) -> Way:
-    """Any change a little from its start, not installed, so that every way keeps its own."""
+def perturb(name: str, layer: Any, change: Any) -> Way:
+    """Return a change whose parameters are moved slightly from their initial values, without installing it."""
     change = change.to(layer.weight.device)
     with torch.no_grad():
         for parameter in change.parameters():
@@ -130,7 +132,7 @@ def moved(name: str, layer: Any, change: Any) -> Way:
 
 
 def ways(layer: Any, rank: int) -> list[Way]:
-    """The layer alone first, then every kind."""
+    """Return the implementations to compare: the plain layer first, then every adapter kind."""
     device = layer.weight.device
 
     def low_rank() -> LowRank:
@@ -150,9 +152,9 @@ def ways(layer: Any, rank: int) -> list[Way]:
         ours("LoKr", layer, fresh_lokr(layer, rank)),
         ours("LoKr, factor 8", layer, fresh_lokr(layer, rank, 8)),
         ours("LoHa at rank 32", layer, LoHa(layer, 32)),
-        moved("OFT, blocks of 32", layer, fresh_oft(layer, 32)),
-        moved("BOFT, blocks of 4", layer, fresh_boft(layer, 4)),
-        moved("BOFT, blocks of 4, two factors", layer, fresh_boft(layer, 4, num_factors=2)),
+        perturb("OFT, blocks of 32", layer, fresh_oft(layer, 32)),
+        perturb("BOFT, blocks of 4", layer, fresh_boft(layer, 4)),
+        perturb("BOFT, blocks of 4, two factors", layer, fresh_boft(layer, 4, num_factors=2)),
         Way("DoRA, weight built", built, list(built.parameters())),
         ours("DoRA", layer, low_rank(), Decompose(layer.weight)),
         ours("DoRA, constant norm", layer, low_rank(), Decompose(layer.weight, has_constant_norm=True)),
@@ -164,7 +166,7 @@ def ways(layer: Any, rank: int) -> list[Way]:
 
 
 def one_pass(way: Way, x: Tensor, gradient: Tensor, autocast: Callable[[], Any]) -> None:
-    """Forward and backward, to the input and everything that trains."""
+    """Compute forward and backward pass, with gradients of the input and all trained parameters."""
     with autocast():
         y = way.forward(x)
     torch.autograd.grad(y, [x, *way.parameters], gradient.to(y.dtype))
@@ -184,7 +186,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_bytes(call: Callable[[], None], device: torch.device) -> int:
-    """The highest sum of what a call allocates."""
+    """Return the peak of the memory that a call allocates."""
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats()
@@ -204,7 +206,7 @@ def peak_bytes(call: Callable[[], None], device: torch.device) -> int:
 
 
 def measure(shape: Shape, args: argparse.Namespace) -> list[str]:
-    """A table of one layer."""
+    """Return the lines of one layer's table."""
     torch.manual_seed(1)
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     layer = shape.make().requires_grad_(False).to(device, dtype)
@@ -237,12 +239,12 @@ def measure(shape: Shape, args: argparse.Namespace) -> list[str]:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Time and memory of adapters as ratios to the layer alone.")
+    parser = argparse.ArgumentParser(description="Time and memory of adapters, relative to the layer alone.")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["quick"], help="which layers")
     parser.add_argument("--rank", type=int, default=16, help="rank of every adapter")
     parser.add_argument("--rounds", type=int, default=15, help="how often each way is timed")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the layer and its input")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="dtype of the layer and its input")
     return parser
 
 

@@ -1,9 +1,9 @@
-"""One full-size block of a denoiser with its LoRA, forward and backward: compiled (--compile) against as it is.
+"""Time one full-size denoiser block with a LoRA, forward and backward: compiled (--compile) against eager.
 
     python benchmarks/compile.py
     python benchmarks/compile.py --tokens 1024 --precision bf16 --blocks flux_single
 
-Weights are random. Both are measured in turns in one run, and the fastest of some passes counts.
+Weights are random. Both variants take turns in one run, and the fastest of several passes counts.
 """
 
 import argparse
@@ -41,7 +41,7 @@ NUM_TEXT = 77
 Built = tuple[nn.Module, tuple[Any, ...]]
 
 
-def tokens_of(count: int, width: int, dtype: torch.dtype) -> Tensor:
+def random_tokens(count: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(1, count, width, dtype=dtype).requires_grad_()
 
 
@@ -49,25 +49,25 @@ def flux_double(num_tokens: int, dtype: torch.dtype) -> Built:
     side = int(num_tokens**0.5)
     rope = Rotary(FLUX.rope_axes)(positions(NUM_TEXT, [(side, side)], torch.device("cpu")), (1, side, side))
     vec = torch.randn(1, 3072, dtype=dtype)
-    inputs = (tokens_of(side**2, 3072, dtype), tokens_of(NUM_TEXT, 3072, dtype), vec, rope, None)
+    inputs = (random_tokens(side**2, 3072, dtype), random_tokens(NUM_TEXT, 3072, dtype), vec, rope, None)
     return DoubleStreamBlock(FLUX, MODULATION), inputs
 
 
 def flux_single(num_tokens: int, dtype: torch.dtype) -> Built:
     side = int(num_tokens**0.5)
     rope = Rotary(FLUX.rope_axes)(positions(NUM_TEXT, [(side, side)], torch.device("cpu")), (1, side, side))
-    x = tokens_of(side**2 + NUM_TEXT, 3072, dtype)
+    x = random_tokens(side**2 + NUM_TEXT, 3072, dtype)
     return SingleStreamBlock(FLUX, MODULATION), (x, torch.randn(1, 3072, dtype=dtype), rope, None)
 
 
 def sd3(num_tokens: int, dtype: torch.dtype) -> Built:
     block = JointBlock(SD3, is_last=False, has_dual_attention=False)
     c = torch.randn(1, 1536, dtype=dtype)
-    return block, (tokens_of(2 * NUM_TEXT, 1536, dtype), tokens_of(num_tokens, 1536, dtype), c)
+    return block, (random_tokens(2 * NUM_TEXT, 1536, dtype), random_tokens(num_tokens, 1536, dtype), c)
 
 
 class SdxlBlock(nn.Module):
-    """diffusers' transformer block of the U-Net's lowest level, in the order of inputs that this benchmark uses."""
+    """diffusers' transformer block of the U-Net's lowest level, called with positional inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class SdxlBlock(nn.Module):
 
 
 def sdxl(num_tokens: int, dtype: torch.dtype) -> Built:
-    return SdxlBlock(), (tokens_of(num_tokens, 1280, dtype), torch.randn(1, 77, 2048, dtype=dtype))
+    return SdxlBlock(), (random_tokens(num_tokens, 1280, dtype), torch.randn(1, 77, 2048, dtype=dtype))
 
 
 BLOCKS: Mapping[str, Callable[[int, torch.dtype], Built]] = {
@@ -90,7 +90,7 @@ BLOCKS: Mapping[str, Callable[[int, torch.dtype], Built]] = {
 
 
 def adapt(block: nn.Module, rank: int) -> list[nn.Parameter]:
-    """Put a LoRA on every linear layer; gives what is trained."""
+    """Install a LoRA on every linear layer and return the trained parameters."""
     block.requires_grad_(False)
     trained: list[nn.Parameter] = []
     for name, layer in list(block.named_modules()):
@@ -102,7 +102,7 @@ def adapt(block: nn.Module, rank: int) -> list[nn.Parameter]:
 
 
 def seconds(run: Callable[..., Any], inputs: tuple[Any, ...], dtype: torch.dtype, trained: list[nn.Parameter]) -> float:
-    """One forward and backward pass."""
+    """Return the seconds of one forward and backward pass."""
     began = time.perf_counter()
     with nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype):
         outputs = [y for y in tree_leaves(run(*inputs)) if isinstance(y, Tensor)]
@@ -116,7 +116,7 @@ def seconds(run: Callable[..., Any], inputs: tuple[Any, ...], dtype: torch.dtype
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", nargs="+", default=list(BLOCKS), choices=list(BLOCKS))
-    parser.add_argument("--tokens", type=int, default=1024, help="of the picture")
+    parser.add_argument("--tokens", type=int, default=1024, help="image tokens")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--precision", choices=DTYPES, default="fp32")

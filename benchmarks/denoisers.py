@@ -1,8 +1,8 @@
-"""Our own denoisers against diffusers' modules with the same weights: eager forward and backward pass on the CPU.
+"""Compare our own denoisers with diffusers' modules of the same weights: eager forward and backward pass on the CPU.
 
-Weights are frozen and random, of full width, with one block of each kind; the gradients of latents and text are
-computed. Both take turns in one run and the fastest pass of each counts. Memory is the most that tensors take above the
-weights, by the bytes of their storages. Both ratios are ours to theirs.
+The models have full width and one block of each kind. The weights are random and frozen; the gradients of latents and
+text are computed. Both implementations take turns in one run, and the fastest pass of each counts. Memory is the peak
+of the tensors' storage in addition to weights and inputs. Both ratios are ours to theirs.
 
     python benchmarks/denoisers.py
     python benchmarks/denoisers.py --models flux --precision bf16 --tokens 1024 --profile
@@ -72,7 +72,7 @@ Values = list[Tensor]
 
 @dataclass(frozen=True)
 class Pair:
-    """One model in two implementations, and their common inputs: first the latents, then the text."""
+    """One model in our and diffusers' implementation, with their common inputs: latents, then text."""
 
     ours: Run
     theirs: Run
@@ -80,8 +80,8 @@ class Pair:
     modules: tuple[nn.Module, nn.Module]
 
 
-def random_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A model without values, filled."""
+def fill_randomly(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Fill a model on the meta device with random weights."""
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, old in held.items():
@@ -93,32 +93,32 @@ def random_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def ours_of(kind: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype) -> Any:
-    """Laid out in memory as runs have it."""
+    """Return our model with random weights, laid out in memory as in training."""
     with torch.device("meta"):
         model = kind(config)
-    return place(random_model(model, dtype), torch.device("cpu"))
+    return place(fill_randomly(model, dtype), torch.device("cpu"))
 
 
 def theirs_of(name: str, ours: nn.Module, dtype: torch.dtype) -> Any:
-    """diffusers' class with our weights."""
+    """Return diffusers' model with our weights."""
     return cast(import_module(f"library.architectures.{name}.reference").diffusers_model(ours), dtype)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convert the parameters; what the model works out for itself stays in float32."""
+    """Convert the parameters; buffers that the model computes itself stay in float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
-def given(*shapes: tuple[int, ...], dtype: torch.dtype) -> Values:
+def random_inputs(*shapes: tuple[int, ...], dtype: torch.dtype) -> Values:
     return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
 
 
 def flux_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(Flux, FLUX, dtype)
     theirs = theirs_of("flux", ours, dtype)
-    values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, FLUX.text_width), dtype=dtype)
+    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, FLUX.text_width), dtype=dtype)
     sigmas, pooled, guidance = torch.tensor([0.5]), torch.randn(1, FLUX.pooled_width, dtype=dtype), torch.tensor([1.0])
     return Pair(
         lambda x, text: ours(x, sigmas, text, pooled, guidance),
@@ -131,7 +131,7 @@ def flux_pair(side: int, dtype: torch.dtype) -> Pair:
 def chroma_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(Flux, CHROMA, dtype)
     theirs = theirs_of("flux", ours, dtype)
-    values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, CHROMA.text_width), dtype=dtype)
+    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, CHROMA.text_width), dtype=dtype)
     sigmas = torch.tensor([0.5])
     return Pair(
         lambda x, text: ours(x, sigmas, text, None, torch.zeros_like(sigmas)),
@@ -144,7 +144,7 @@ def chroma_pair(side: int, dtype: torch.dtype) -> Pair:
 def sd3_pair(side: int, dtype: torch.dtype, config: MMDiTConfig = SD3) -> Pair:
     ours = ours_of(MMDiT, config, dtype)
     theirs = sd3.diffusers_mmdit(config, ours.state_dict()).to(dtype)
-    values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, config.context_width), dtype=dtype)
+    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, config.context_width), dtype=dtype)
     more = {"timesteps": torch.tensor([500.0]), "pooled": torch.randn(1, config.pooled_width, dtype=dtype)}
     return Pair(
         lambda x, text: test_sd3_model.run_ours(ours, {"latents": x, "context": text, **more}),
@@ -157,7 +157,7 @@ def sd3_pair(side: int, dtype: torch.dtype, config: MMDiTConfig = SD3) -> Pair:
 def lumina_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(NextDiT, LUMINA, dtype)
     theirs = theirs_of("lumina", ours, dtype)
-    values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, LUMINA.text_width), dtype=dtype)
+    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, LUMINA.text_width), dtype=dtype)
     times, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     return Pair(
         lambda x, text: ours(x, times, text, mask),
@@ -170,7 +170,7 @@ def lumina_pair(side: int, dtype: torch.dtype) -> Pair:
 def anima_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(Anima, ANIMA, dtype)
     transformer, conditioner = (cast(model, dtype) for model in diffusers_models(ours))
-    values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, ANIMA.adapter.source_width), dtype=dtype)
+    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, ANIMA.adapter.source_width), dtype=dtype)
     sigmas, ids, mask = torch.tensor([0.5]), torch.randint(32128, (1, NUM_TEXT)), torch.ones(1, NUM_TEXT)
     run = test_anima_model.oracle_of(transformer, conditioner)
     return Pair(
@@ -184,7 +184,7 @@ def anima_pair(side: int, dtype: torch.dtype) -> Pair:
 def hunyuan_image_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(HunyuanImage, HUNYUAN_IMAGE, dtype)
     theirs = theirs_of("hunyuan_image", ours, dtype)
-    values = given((1, 64, side, side), (1, NUM_TEXT, HUNYUAN_IMAGE.text_width), dtype=dtype)
+    values = random_inputs((1, 64, side, side), (1, NUM_TEXT, HUNYUAN_IMAGE.text_width), dtype=dtype)
     more = {
         "text_mask": torch.ones(1, NUM_TEXT, dtype=torch.long),
         "glyphs": torch.randn(1, 32, HUNYUAN_IMAGE.glyph_width, dtype=dtype),
@@ -204,7 +204,7 @@ def hunyuan_image_pair(side: int, dtype: torch.dtype) -> Pair:
 def flux_2_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(Flux2, FLUX_2, dtype)
     theirs = theirs_of("flux_2", ours, dtype)
-    values = given((1, FLUX_2.in_features, side, side), (1, NUM_TEXT, FLUX_2.text_width), dtype=dtype)
+    values = random_inputs((1, FLUX_2.in_features, side, side), (1, NUM_TEXT, FLUX_2.text_width), dtype=dtype)
     sigmas, guidance = torch.tensor([0.5]), torch.tensor([1.0])
     return Pair(
         lambda x, text: ours(x, sigmas, text),
@@ -217,7 +217,9 @@ def flux_2_pair(side: int, dtype: torch.dtype) -> Pair:
 def krea2_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(SingleStreamDiT, KREA2, dtype)
     theirs = theirs_of("krea2", ours, dtype)
-    values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, KREA2.num_states * KREA2.fusion.width), dtype=dtype)
+    values = random_inputs(
+        (1, 16, 2 * side, 2 * side), (1, NUM_TEXT, KREA2.num_states * KREA2.fusion.width), dtype=dtype
+    )
     sigmas, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     return Pair(
         lambda x, text: ours(x, sigmas, text, mask),
@@ -230,7 +232,9 @@ def krea2_pair(side: int, dtype: torch.dtype) -> Pair:
 def qwen_image_21_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(QwenImage21, QWEN_IMAGE_21, dtype)
     theirs = theirs_of("qwen_image_21", ours, dtype)
-    values = given((1, QWEN_IMAGE_21.in_features, side, side), (1, NUM_TEXT, QWEN_IMAGE_21.text_width), dtype=dtype)
+    values = random_inputs(
+        (1, QWEN_IMAGE_21.in_features, side, side), (1, NUM_TEXT, QWEN_IMAGE_21.text_width), dtype=dtype
+    )
     sigmas, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     return Pair(
         lambda x, text: ours(x, sigmas, text, mask),
@@ -243,7 +247,7 @@ def qwen_image_21_pair(side: int, dtype: torch.dtype) -> Pair:
 def zimage_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(ZImage, ZIMAGE, dtype)
     theirs = theirs_of("zimage", ours, dtype)
-    values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, ZIMAGE.text_width), dtype=dtype)
+    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, ZIMAGE.text_width), dtype=dtype)
     times, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     return Pair(
         lambda x, text: ours(x, times, text, mask),
@@ -269,7 +273,7 @@ PAIRS: Mapping[str, Callable[[int, torch.dtype], Pair]] = {
 
 
 def step(run: Run, values: Values, with_autocast: bool) -> tuple[Tensor, ...]:
-    """Output and gradients."""
+    """Return the output, and the gradients of the inputs."""
     with torch.autocast("cpu", torch.bfloat16, enabled=with_autocast):
         output = run(*values)
     return output.detach(), *torch.autograd.grad(output.float().square().mean(), values)
@@ -282,7 +286,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def peak_bytes(pair: Pair, run: Run, with_autocast: bool) -> int:
-    """The most above weights and inputs."""
+    """Return the peak memory of a step, without weights and inputs."""
     counter = OperationCounter()
     tensors = [t for module in pair.modules for t in (*module.parameters(), *module.buffers())]
     counter.leave_out([*tensors, *pair.values])
@@ -292,7 +296,10 @@ def peak_bytes(pair: Pair, run: Run, with_autocast: bool) -> int:
 
 
 def difference(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> float:
-    """The largest, as a share of its tensor's norm; outputs may be laid out in patches, whose norms are equal."""
+    """Return the largest relative error of any tensor, by norm.
+
+    Outputs in different layouts (patches or an image) are compared by their norms.
+    """
     pairs = zip(ours, theirs, strict=True)
     return max(
         float((a.float() - b.float()).norm() / b.float().norm())
@@ -305,10 +312,10 @@ def difference(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=PAIRS, default=list(PAIRS))
-    parser.add_argument("--tokens", type=int, default=1024, help="of the picture")
+    parser.add_argument("--tokens", type=int, default=1024, help="image tokens")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
-    parser.add_argument("--profile", action="store_true", help="show where the time of both goes")
+    parser.add_argument("--profile", action="store_true", help="print a profile of both")
     args = parser.parse_args()
     torch.manual_seed(0)
     dtype, with_autocast = DTYPES[args.precision], args.precision == "bf16"

@@ -1,14 +1,13 @@
-"""Products with 8-bit codes (--base_arithmetic 8bit) against products with the decoded weight: errors and time.
+"""Compare products with 8-bit codes (--base_arithmetic 8bit) with products with the decoded weight: errors and time.
 
-Errors of the output y and of the gradient dx of the input are shares of what the decoded weight gives in float64;
-"outlier" is an input of which one channel is 30 times as large as the others. Times are of y and dx together, the
-fastest of some passes, as ratios to the same with the decoded weight, its decoding included, and to a product with a
-weight in bf16, in one run.
+The errors of the output y and of the input gradient dx are relative to the decoded weight's product in float64. For
+"outlier", one channel of the input is 30 times as large as the others. The times are those of y and dx together, the
+fastest of several passes, as ratios to the decoded weight (decoding included) and to a bf16 weight, in one run.
 
     python benchmarks/eight_bit.py
     python benchmarks/eight_bit.py --device cuda --tokens 4608
 
-On a CPU torch multiplies 8-bit floats one by one: there fp8 is tried in small, and takes as long as it does.
+On a CPU, torch multiplies 8-bit floats one by one, so fp8 is measured on a small matrix there.
 """
 
 import argparse
@@ -36,7 +35,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 def errors(name: str, tokens: int, num_out: int, num_in: int, device: torch.device) -> list[float]:
-    """Return the errors of y and dx, without and with an outlier."""
+    """Return the relative errors of y, of y with an outlier in the input, and of dx."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(num_out, num_in, generator=generator).to(device, torch.bfloat16) / num_in**0.5
     gradient = torch.randn(tokens, num_out, generator=generator).to(device, torch.bfloat16)
@@ -64,7 +63,8 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def times(name: str, tokens: int, num_out: int, num_in: int, device: torch.device, passes: int) -> list[float]:
-    """Seconds of y and dx with the codes, with the decoded weight, and with one in bf16."""
+    """Return the seconds of y and dx with codes, with the decoded weight (decoding included), and with a bf16
+    weight."""
     weight = torch.randn(num_out, num_in, device=device).bfloat16() / num_in**0.5
     x = torch.randn(tokens, num_in, device=device).bfloat16()
     gradient = torch.randn(tokens, num_out, device=device).bfloat16()

@@ -1,8 +1,8 @@
-"""The rounding error of a Linear layer whose weight is stored in each value of --base_format: output y and gradient dx.
+"""Measure the rounding error of a Linear layer for each value of --base_format: output y and input gradient dx.
 
-Against float64 with the exact weight; x, weight and gradient are normal. "outliers" is a weight in which one input of
-every 500 is 30 times as large, as layers of trained models have them. Prints the table of docs/memory.md with one more
-column: the time of decoding one FLUX.1 weight as a ratio to the product with 1024 tokens on this machine.
+The reference is float64 with the exact weight; x, weight and gradient are normally distributed. For "outliers", one
+input in 500 has weights 30 times as large, as in layers of trained models. Prints the table of docs/memory.md with one
+more column: the time to decode one FLUX.1 weight, relative to its product with 1024 tokens on this machine.
 
     python benchmarks/format_errors.py
 """
@@ -44,7 +44,7 @@ def num_bytes(parts: Parts) -> int:
 
 
 def errors_of(codec: Codec, side: int) -> list[float]:
-    """Return the errors of y and dx without and with outliers."""
+    """Return the relative errors of y and dx, first without and then with outliers in the weight."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(TOKENS, side, generator=generator)
     gradient = torch.randn(TOKENS, side, generator=generator)

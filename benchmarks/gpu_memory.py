@@ -1,13 +1,14 @@
-"""Peak memory and seconds of a training step on a card, for each way of saving memory; FLUX.1 and SDXL in full size.
+"""Measure peak memory and seconds of a training step on a GPU for each way of saving memory, with FLUX.1 and SDXL in
+full size.
 
-Weights are random and made on the card, so nothing has to be downloaded. Images have 1024 pixels, batch 1, a LoRA of
-rank 16 on every layer, AdamW, bf16. Each mode runs in a process of its own, with at most `--budget` GB of the card's
-memory (torch's own share, without its context); a mode that does not fit says so. Ratios are against the first mode of
-a model that fits.
+Weights are random and made on the GPU, so nothing has to be downloaded. Images have 1024 x 1024 pixels; batch size 1,
+LoRA of rank 16 on every layer, AdamW, bf16. Each mode runs in a separate process, with at most `--budget` GB of the
+GPU's memory (torch's own share, without the CUDA context); modes that do not fit are reported as such. Ratios are
+relative to the first mode of a model that fits.
 
     python benchmarks/gpu_memory.py
     python benchmarks/gpu_memory.py --models sdxl --budget 8
-    python benchmarks/gpu_memory.py --device cpu --tiny          # whether it runs at all
+    python benchmarks/gpu_memory.py --device cpu --tiny          # smoke test; the figures mean nothing
 """
 
 import argparse
@@ -39,14 +40,14 @@ RANK, NUM_WARM, NUM_TIMED = 16, 2, 5
 
 @dataclass(frozen=True)
 class Mode:
-    """One way; `share` of the blocks of each kind wait in main memory."""
+    """One way of saving memory; `share` of the blocks of each kind are offloaded to main memory."""
 
     weight_format: str = "none"
     share: float = 0.0
     runner: str = "recompute"
 
     def __str__(self) -> str:
-        waits = f", {self.share:.0%} of the blocks wait" if self.share else ""
+        waits = f", {self.share:.0%} of the blocks offloaded" if self.share else ""
         name = "bf16" if self.weight_format == "none" else self.weight_format
         return f"{name}{waits}, {self.runner.replace('_', ' ')}"
 
@@ -77,7 +78,7 @@ RUNNERS: Mapping[str, Callable[[], BlockRunner]] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A denoiser without values, what it is called with, and how its blocks are reached."""
+    """A denoiser to measure: how to build it on the meta device, its inputs, and access to its blocks."""
 
     build: Callable[[], nn.Module]
     values: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -146,8 +147,8 @@ def random_weight(like: Tensor, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def filled(subject: Subject, mode: Mode, device: torch.device) -> nn.Module:
-    """The denoiser with random weights in the mode's format, those of waiting blocks in main memory."""
+def build_randomly(subject: Subject, mode: Mode, device: torch.device) -> nn.Module:
+    """Return the denoiser with random weights in the mode's format; those of offloaded blocks are in main memory."""
     with torch.device("meta"):
         model = subject.build()
     stacks = subject.stacks(model)
@@ -183,8 +184,8 @@ def filled(subject: Subject, mode: Mode, device: torch.device) -> nn.Module:
 
 
 def measure(subject: Subject, mode: Mode, device: torch.device) -> dict[str, float]:
-    """Peak GiB and seconds of a step."""
-    model = filled(subject, mode, device)
+    """Return the peak GiB and the seconds of a step."""
+    model = build_randomly(subject, mode, device)
     subject.run_blocks_with(model, RUNNERS[mode.runner]())
     seen = subject.view(model)
     network = lora.create_network(1.0, RANK, RANK, None, [], seen)
@@ -192,13 +193,13 @@ def measure(subject: Subject, mode: Mode, device: torch.device) -> dict[str, flo
     network.to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=device.type == "cuda")
 
-    def moved(value: Any) -> Any:
+    def to_device(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: moved(one) for key, one in value.items()}
+            return {key: to_device(one) for key, one in value.items()}
         return value.to(device) if isinstance(value, Tensor) else value
 
     values, named = subject.values()
-    values, named = tuple(moved(value) for value in values), moved(named)
+    values, named = tuple(to_device(value) for value in values), to_device(named)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):
@@ -209,21 +210,21 @@ def measure(subject: Subject, mode: Mode, device: torch.device) -> dict[str, flo
 
     for _ in range(NUM_WARM):
         step()
-    on_card = device.type == "cuda"
-    if on_card:
+    is_gpu = device.type == "cuda"
+    if is_gpu:
         torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(NUM_TIMED):
         step()
-    if on_card:
+    if is_gpu:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / NUM_TIMED
-    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if on_card else (0, 0)
+    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if is_gpu else (0, 0)
     return {"allocated": peaks[0] / 2**30, "reserved": peaks[1] / 2**30, "seconds": seconds}
 
 
 def child(args: argparse.Namespace) -> None:
-    """Measure one mode, and print what was found as JSON."""
+    """Measure one mode and print the result as JSON."""
     device = torch.device(args.device)
     if args.budget is not None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -238,7 +239,7 @@ def child(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--budget", type=float, help="GB of the card's memory; unset is all of it")
+    parser.add_argument("--budget", type=float, help="GB of GPU memory; unset: all of it")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="models of a few narrow blocks")
     parser.add_argument("--mode", help=argparse.SUPPRESS)

@@ -1,15 +1,16 @@
-"""Seconds of a training step on a card, its share of the card's peak, and memory: SD 1.5, SDXL, SD3 medium, FLUX.1.
+"""Measure the seconds of a training step on a GPU, its share of the GPU's peak, and memory: SD 1.5, SDXL, SD3 medium,
+FLUX.1.
 
-Each as it is, compiled, with weights multiplied in 8 bits, and beside them a bare loop on diffusers
-and PEFT with the same inputs, loss, optimizer and rank. Weights are of full size, random and made on the card, so
-nothing has to be downloaded. SD 1.5 has images of 512 pixels, the others of 1024; SD3 batch 3, the others batch 1.
-bf16, AdamW, a LoRA of rank 16, nothing recomputed unless asked for. Each mode runs in a process of its own; one that
-does not fit says so. TFLOP/s and MFU are of the arithmetic of the plain step, counted while it runs, against the card's
-peak in 16 bits.
+Each model runs eager, compiled, and with 8-bit matrix products, and next to these as a bare loop on diffusers and PEFT
+with the same inputs, loss, optimizer and rank. Weights have full size, are random and made on the GPU, so nothing has
+to be downloaded. Images have 512 pixels a side for SD 1.5 and 1024 for the others; the batch size is 3 for SD3 and 1
+for the others. bf16, AdamW, LoRA of rank 16, no recomputation unless requested. Each mode runs in a separate process;
+modes that do not fit are reported as such. TFLOP/s and MFU count the operations of the eager step, relative to the
+GPU's 16-bit peak.
 
     python benchmarks/gpu_step.py
     python benchmarks/gpu_step.py --models flux --modes eager bare --recompute
-    python benchmarks/gpu_step.py --device cpu --tiny      # whether it runs at all; its figures say nothing
+    python benchmarks/gpu_step.py --device cpu --tiny      # smoke test; the figures mean nothing
 """
 
 import argparse
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks.gpu_memory import RANK, Mode, Subject, filled, flux, random_weight, sdxl  # noqa: E402
+from benchmarks.gpu_memory import RANK, Mode, Subject, build_randomly, flux, random_weight, sdxl  # noqa: E402
 from library.memory.blocks import BlockRunner, plain, recompute, run_blocks_with, stacks_of  # noqa: E402
 from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
 from library.memory.frozen import frozen_layers, multiply_codes  # noqa: E402
@@ -45,11 +46,11 @@ Step = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """diffusers' denoiser: how it is built, called with our inputs, and which of its modules are adapted."""
+    """diffusers' denoiser: how to build it, how to call it with our inputs, and which modules get adapters."""
 
     build: Callable[[], nn.Module]
     call: Callable[[nn.Module, Any, Any], Tensor]
-    adapted: tuple[str, ...]  # parts of the names of their modules
+    adapted: tuple[str, ...]  # parts of the names of the adapted modules
 
 
 def sd15(is_tiny: bool) -> Subject:
@@ -138,9 +139,9 @@ SUBJECTS: Mapping[str, tuple[Callable[[bool], Subject], Callable[[bool], Peer]]]
 }
 
 
-def moved(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
-        return {key: moved(one, device) for key, one in value.items()}
+        return {key: to_device(one, device) for key, one in value.items()}
     return value.to(device) if isinstance(value, Tensor) else value
 
 
@@ -149,7 +150,7 @@ def optimizer_of(parameters: list[nn.Parameter], device: torch.device) -> torch.
 
 
 def step_of(run: Callable[[], Any], optimizer: torch.optim.Optimizer, device: torch.device) -> Step:
-    """Return a function that computes the forward and backward pass, updates the weights and returns the loss."""
+    """Return a function that runs one step (forward, backward, optimizer) and returns the loss."""
 
     def step(before_backward: Callable[[], None] = lambda: None) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
@@ -165,10 +166,10 @@ def step_of(run: Callable[[], Any], optimizer: torch.optim.Optimizer, device: to
 
 
 def our_step(subject: Subject, mode: str, recomputes: bool, device: torch.device) -> tuple[Step, int]:
-    """A step with our denoiser and adapter, and how many values are trained."""
-    form = IN_8_BITS if mode.startswith("8bit") else "none"
-    model = filled(subject, Mode(form), device)
-    if form != "none":
+    """Return a step of our denoiser with our adapter, and the number of trained parameters."""
+    weight_format = IN_8_BITS if mode.startswith("8bit") else "none"
+    model = build_randomly(subject, Mode(weight_format), device)
+    if weight_format != "none":
         multiply_codes(frozen_layers(model))
     runner: BlockRunner = recompute if recomputes else plain
     subject.run_blocks_with(model, Compiled(runner, CompileSettings()) if mode.endswith("compiled") else runner)
@@ -176,15 +177,15 @@ def our_step(subject: Subject, mode: str, recomputes: bool, device: torch.device
     network = lora.create_network(1.0, RANK, RANK, None, [], seen)
     network.apply_to([], seen, False, True)
     network.to(device)
-    values, named = (moved(value, device) for value in subject.values())
-    values = tuple(moved(value, device) for value in values)
+    values, named = (to_device(value, device) for value in subject.values())
+    values = tuple(to_device(value, device) for value in values)
     optimizer = optimizer_of(list(network.parameters()), device)
     run = step_of(lambda: model(*values, **named), optimizer, device)
     return run, sum(p.numel() for p in network.parameters())
 
 
 def bare_step(subject: Subject, peer: Peer, recomputes: bool, device: torch.device) -> tuple[Step, int]:
-    """Return the step with diffusers' module and PEFT's adapter."""
+    """Return a step of diffusers' denoiser with PEFT's adapter, and the number of trained parameters."""
     from accelerate import init_empty_weights
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -208,43 +209,43 @@ def bare_step(subject: Subject, peer: Peer, recomputes: bool, device: torch.devi
         parameter.data = parameter.data.float()
     if recomputes:
         model.enable_gradient_checkpointing()
-    values, named = (moved(value, device) for value in subject.values())
-    values = tuple(moved(value, device) for value in values)
+    values, named = (to_device(value, device) for value in subject.values())
+    values = tuple(to_device(value, device) for value in values)
     optimizer = optimizer_of(trained, device)
     run = step_of(lambda: peer.call(model, values, named), optimizer, device)
     return run, sum(p.numel() for p in trained)
 
 
 def measure(name: str, mode: str, is_tiny: bool, recomputes: bool, device: torch.device) -> dict[str, float]:
-    """Seconds, peak GiB, trained values, and for the plain mode the arithmetic."""
+    """Return seconds, peak GiB and trained parameters of a mode, and for "eager" the FLOPs of a step."""
     make_subject, make_peer = SUBJECTS[name]
     subject = make_subject(is_tiny)
     if mode == "bare":
         step, num_trained = bare_step(subject, make_peer(is_tiny), recomputes, device)
     else:
         step, num_trained = our_step(subject, mode, recomputes, device)
-    on_card, flops = device.type == "cuda", 0
-    assert step().isfinite(), "random weights that give no finite loss"
+    is_gpu, flops = device.type == "cuda", 0
+    assert step().isfinite(), "the loss of the random weights is not finite"
     if mode == "eager":
         with FlopCounter() as counter:
             step(lambda: setattr(counter, "in_backward", True))
         flops = counter.flops
     for _ in range(NUM_WARM):
         step()
-    if on_card:
+    if is_gpu:
         torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(NUM_TIMED):
         step()
-    if on_card:
+    if is_gpu:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / NUM_TIMED
-    peak = torch.cuda.max_memory_allocated() / 2**30 if on_card else 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else 0.0
     return {"seconds": seconds, "peak": peak, "trained": num_trained, "flops": flops}
 
 
 def child(args: argparse.Namespace) -> None:
-    """Measure one mode, and print what was found as JSON."""
+    """Measure one mode and print the result as JSON."""
     try:
         found = measure(args.models[0], args.modes[0], args.tiny, args.recompute, torch.device(args.device))
     except torch.OutOfMemoryError:
@@ -252,8 +253,8 @@ def child(args: argparse.Namespace) -> None:
     print(json.dumps(found))
 
 
-def found_in_child(args: argparse.Namespace, model: str, mode: str) -> dict[str, float] | str:
-    """The figures of one mode, or why there are none."""
+def run_in_child(args: argparse.Namespace, model: str, mode: str) -> dict[str, float] | str:
+    """Measure one mode in a separate process; return its figures, or the reason why there are none."""
     command = [sys.executable, __file__, "--child", "--models", model, "--modes", mode, "--device", args.device]
     command += ["--tiny"] * args.tiny + ["--recompute"] * args.recompute
     try:
@@ -270,8 +271,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--recompute", action="store_true", help="recompute all blocks, in both")
-    parser.add_argument("--seconds", type=int, default=120, help="most that one mode may take")
+    parser.add_argument("--recompute", action="store_true", help="recompute all blocks, in ours and the bare loop")
+    parser.add_argument("--seconds", type=int, default=120, help="time limit of one mode")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="models of a few narrow blocks")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -281,11 +282,11 @@ def main() -> None:
         return
     device = torch.device(args.device)
     peak = measure_peak_flops(device, torch.bfloat16)
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU: these figures say nothing of a card"
-    print(f"{card}, torch {torch.__version__}, peak {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'unknown'}")
+    gpu_name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU: these figures say nothing about a GPU"
+    print(f"{gpu_name}, torch {torch.__version__}, peak {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'unknown'}")
     for model in args.models:
         print(f"{model:16} s/step  TFLOP/s    MFU  peak GiB   trained  bare / it")
-        results = {mode: found_in_child(args, model, mode) for mode in args.modes}
+        results = {mode: run_in_child(args, model, mode) for mode in args.modes}
         plain_one, bare = results.get("eager"), results.get("bare")
         flops = plain_one["flops"] if isinstance(plain_one, dict) else 0.0
         for mode, found in results.items():

@@ -1,9 +1,9 @@
-"""Measure the VAE of Qwen-Image on an image in three ways: as diffusers runs it, without what that keeps for a
-next frame, which is ours, and with --qwen_image_vae_2d.
+"""Measure Qwen-Image's VAE on an image in three ways: as in diffusers ("frames"), as here, without diffusers' cache for
+a next frame ("picture"), and with --qwen_image_vae_2d ("2d").
 
-Each way runs in a process of its own on one thread, with weights of full size, random and the same. CPU seconds are the
-best of `--rounds` after a first; memory is the most that the process held beyond what it held with the model loaded.
-Both come as ratios to the first way.
+Each way runs in a separate process on one thread, with the same random weights of full size. CPU seconds are the best
+of `--rounds`, after a first pass that is not timed. Memory is the peak of the process above its level with the model
+loaded. Both are also printed as ratios to the first way.
 
     python benchmarks/image_vae.py --side 384
 """
@@ -43,7 +43,7 @@ def resident_mib() -> float:
 
 
 def peak_mib(work: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """Return what the work gives, and the peak of the process's memory above its level before."""
+    """Return the result of `work`, and the peak of the process's memory in MiB above its level before."""
     before, found, done = resident_mib(), [0.0], threading.Event()
 
     def watch() -> None:
@@ -68,21 +68,21 @@ def best_seconds(work: Callable[[], object], rounds: int) -> float:
 
 
 def whole_encode(vae: Any, pixels_BCHW: Tensor) -> Tensor:
-    """As diffusers encodes a video of one frame."""
+    """Encode as diffusers encodes a video of one frame."""
     mean, std = statistics(pixels_BCHW.device)
     latents_BCHW: Tensor = vae.encode(pixels_BCHW[:, :, None]).latent_dist.mode()[:, :, 0]
     return (latents_BCHW - mean) / std
 
 
 def whole_decode(vae: Any, latents_BCHW: Tensor) -> Tensor:
-    """As diffusers decodes one."""
+    """Decode as diffusers decodes a video of one frame."""
     mean, std = statistics(latents_BCHW.device)
     pixels_BCHW: Tensor = vae.decode((latents_BCHW * std + mean)[:, :, None]).sample[:, :, 0]
     return pixels_BCHW
 
 
 def measure(way: str, side: int, rounds: int) -> dict[str, Any]:
-    """Seconds, MiB and values of one way."""
+    """Return (CPU seconds, MiB, values) of encoding and decoding in one way."""
     from diffusers import AutoencoderKLQwenImage
 
     torch.manual_seed(0)

@@ -1,8 +1,8 @@
-"""Measure the cost of caching latents over the VAE's own time, and of a later start that finds them.
+"""Measure the cost of caching latents in addition to the VAE's own time, and the cost of a later start that finds them.
 
-The baseline encodes the same images as tensors that lie in memory, in the same batches. Both take turns, the VAE has
-one thread, weights are random; the best of `--rounds` counts, since a busy machine only ever adds.
-Fewer than 256 images have no index, and every entry is opened at every start.
+The baseline encodes the same images, already decoded in memory, in the same batches. Both take turns; the VAE has one
+thread and random weights. The best of `--rounds` counts, because a busy machine only ever adds time. With fewer than
+256 images there is no index, and every start opens every entry.
 
     python benchmarks/latent_caching.py --side 256 --count 256
 """
@@ -28,7 +28,7 @@ CHANNELS = {"tiny": (8, 8, 16, 16), "medium": (32, 64, 128, 128), "sd15": (128, 
 
 
 def build_vae(name: str) -> Any:
-    """An encoder with the layout of Stable Diffusion's."""
+    """Return a VAE with Stable Diffusion's layout and random weights."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -44,7 +44,7 @@ def build_vae(name: str) -> Any:
 
 
 def build_images(folder: Path, side: int, count: int) -> None:
-    """JPEGs of one and a half times the side, so that each is scaled as photographs are."""
+    """Write JPEG files 1.5 times the training size, so that each is downscaled like a photograph."""
     folder.mkdir()
     rng = np.random.default_rng(3)
     for i in range(count):
@@ -53,14 +53,14 @@ def build_images(folder: Path, side: int, count: int) -> None:
 
 
 def seconds_of(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds."""
+    """Return the wall and CPU seconds of `work`."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def forget(folder: Path) -> None:
-    """Remove cached latents and what is known about them."""
+    """Delete cached latents and their index."""
     for path in [*folder.glob("*.npz"), *folder.glob(".*")]:
         path.unlink()
 
@@ -71,9 +71,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--vae_batch_size", type=int, default=4)
-    parser.add_argument(
-        "--workers", type=int, default=8, help="--max_data_loader_n_workers, threads that read pictures"
-    )
+    parser.add_argument("--workers", type=int, default=8, help="--max_data_loader_n_workers, threads that read images")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -128,7 +126,7 @@ def main() -> None:
             found["look"].append(caching("--cache_latents_to_disk"))
         wall, cpu = ({name: min(time[i] for time in times) for name, times in found.items()} for i in (0, 1))
         print(
-            f"{args.vae} VAE, {args.count} pictures of {args.side}: {1000 * wall['bare'] / args.count:.2f} ms each bare"
+            f"{args.vae} VAE, {args.count} images at {args.side}: {1000 * wall['bare'] / args.count:.2f} ms each bare"
         )
         for name in ("memory", "disk"):
             print(

@@ -1,9 +1,9 @@
-"""Measure a step without models, gradients and optimizer: the trainer's own milliseconds, with the models stubbed.
+"""Measure the trainer's own milliseconds per step: a step without models, gradients and optimizer.
 
-The script's own loop trains a LoRA with the layers of Stable Diffusion 1.5, each a few channels wide. In place of the
-denoiser stands one operation that gives every factor a gradient. Beside it a bare loop does the same operation, the
-same clipping and the same optimizer: the difference is the trainer's. CPU milliseconds of the thread, medians, so that
-what else the machine does counts little.
+The script's own loop trains a LoRA with the layers of Stable Diffusion 1.5, each a few channels wide. The denoiser is
+replaced by one operation that gives every factor a gradient. A bare loop runs the same operation, clipping and
+optimizer; the difference is the trainer's overhead. The figures are medians of the thread's CPU time, so other load on
+the machine matters little.
 
     python benchmarks/own_overhead.py
 """
@@ -28,7 +28,7 @@ from torch import Tensor, nn  # noqa: E402
 from benchmarks.trainer_tax import build_images  # noqa: E402
 
 LEVELS = (32, 64, 64, 64)
-WARM_UP = 20  # steps that make what all others use
+WARM_UP = 20  # steps that fill caches and optimizer states
 CASES = {
     "plain": (),
     "charts": ("--logging_dir", "logs"),
@@ -39,7 +39,7 @@ CASES = {
 
 
 class Touch(torch.autograd.Function):
-    """The first tensor, with a gradient for all others."""
+    """A stub denoiser: returns its first input, and gives every other input a constant gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
@@ -52,11 +52,11 @@ class Touch(torch.autograd.Function):
 
 
 class Enough(Exception):
-    """The steps are taken."""
+    """Raised after the last step, to end the loop."""
 
 
 class Watch:
-    """Stands where the loop looks for interruptions, once in every step."""
+    """A stand-in for the interruption check, which the loop makes once per step: records the time."""
 
     def __init__(self, num_steps: int) -> None:
         self.marks: list[float] = []
@@ -71,13 +71,13 @@ class Watch:
 
 
 def median_ms(marks: Sequence[float]) -> float:
-    """Milliseconds from one mark to the next, without the first steps."""
+    """Return the median time between marks in milliseconds, without the warm-up steps."""
     seconds = [after - before for before, after in zip(marks[WARM_UP:], marks[WARM_UP + 1 :], strict=False)]
     return 1e3 * statistics.median(seconds)
 
 
 def build_model(folder: Path) -> None:
-    """A tiny Stable Diffusion 1.x whose U-Net has as many layers as that of 1.5."""
+    """Write a tiny Stable Diffusion 1.x whose U-Net has as many layers as that of SD 1.5."""
     from diffusers import UNet2DConditionModel
 
     from tests.tiny.sd import build_tiny_sd
@@ -90,7 +90,7 @@ def build_model(folder: Path) -> None:
 
 
 def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, list[nn.Parameter]]:
-    """Return the time of a step of the script's loop, and the parameters that it trained."""
+    """Return the milliseconds of a step of the real loop, and the parameters that it trains."""
     import train_network
     from library.architectures.sd.assembly import build
     from library.options.train import TrainOptions
@@ -134,7 +134,7 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
 
 
 def bare_ms(weights: Sequence[nn.Parameter], num_steps: int, more: Sequence[str]) -> float:
-    """Return the time of a step that does only what is necessary."""
+    """Return the milliseconds of a step that does only what is necessary."""
     if "AdamW8bit" in more:
         import bitsandbytes
 
@@ -156,7 +156,7 @@ def bare_ms(weights: Sequence[nn.Parameter], num_steps: int, more: Sequence[str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="steps that are measured")
+    parser.add_argument("--steps", type=int, default=200, help="measured steps")
     parser.add_argument("--case", choices=CASES, nargs="*", default=list(CASES), help="which cases")
     args = parser.parse_args()
     num_steps = WARM_UP + args.steps
@@ -170,7 +170,7 @@ def main() -> None:
             more = [str(folder / word) if word in ("logs", "events.jsonl") else word for word in CASES[case]]
             ours, weights = our_ms(folder, num_steps, more)
             bare = bare_ms(weights, num_steps, more)
-            print(f"{case}: {ours:.2f} ms a step, bare {bare:.2f}, our own {ours - bare:.2f}")
+            print(f"{case}: {ours:.2f} ms per step, bare {bare:.2f}, overhead {ours - bare:.2f}")
 
 
 if __name__ == "__main__":

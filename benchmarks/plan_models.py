@@ -1,6 +1,7 @@
-"""Predicted memory and time of all base models on common cards, as the tables of docs/memory.md.
+"""Predict memory and time of all base models on common GPUs, as tables for docs/memory.md.
 
-Nothing is measured and no weight is read: the base models are files with nothing but a header. Takes about two minutes.
+Nothing is measured and no weights are read: the base models are files that contain only a header. Takes about two
+minutes.
 
     python benchmarks/plan_models.py
     python benchmarks/plan_models.py --models FLUX.1 --formats bf16 int8 nf4
@@ -30,11 +31,11 @@ from tools.plan_memory import count  # noqa: E402
 
 CARDS = ("8GB", "12GB", "16GB", "24GB")
 RANK = 16
-CACHES_TEXT = {"train_network"}  # that cannot
+CACHES_TEXT = {"train_network"}  # scripts that cannot cache text encoder outputs
 
 
 def arguments_for(model: FullSize, folder: Path) -> list[str]:
-    """A usual training: batch 1, rank 16, bf16, the denoiser alone, everything cached."""
+    """Return the options of a usual training: batch 1, rank 16, bf16, denoiser only, everything cached."""
     caches = [] if model.script in CACHES_TEXT else ["--cache_text_encoder_outputs"]
     return [
         *model.build(folder), "--network_module", model.module, "--network_dim", str(RANK), "--mixed_precision", "bf16",
@@ -43,31 +44,31 @@ def arguments_for(model: FullSize, folder: Path) -> list[str]:
 
 
 def cell(found: Fit) -> str:
-    """Return the choice for a GPU, or the least memory that is needed."""
+    """Return the table cell of one GPU: the chosen settings, or the memory that the model needs at least."""
     chosen = found.choice.chosen
     if chosen is None:
         return f"needs {format_gib(found.choice.least.device_bytes)}"
-    way = describe(replace(chosen.way, weight_format=None))  # the line says it
+    way = describe(replace(chosen.way, weight_format=None))  # the row names the format
     return f"{format_gib(chosen.device_bytes)}, {chosen.seconds:.2f} s: `{way}`"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of docs/memory.md, which stands between comments that name it."""
+    """A table of docs/memory.md, between comments with its name."""
 
     name: str
     models: Sequence[str]
     formats: Sequence[str]
 
     def rows(self, cards: Sequence[str]) -> Iterator[str]:
-        """Yield a line of markdown for each model and format of its weights, with a column for each card."""
+        """Yield the Markdown lines: one row per model and weight format, one column per GPU."""
         yield f"| base model | {' | '.join(cards)} |"
         yield f"|---|{'---|' * len(cards)}"
         for name in self.models:
             yield from rows_of(name, self.formats, cards)
 
     def put_into(self, page: str, lines: Sequence[str]) -> str:
-        """Return the page with these lines as the table."""
+        """Return the page with the table's content replaced by `lines`."""
         begin, end = f"<!-- plan_models: {self.name} -->\n", f"<!-- end: {self.name} -->"
         before, rest = page.split(begin)
         return before + begin + "".join(f"{line}\n" for line in lines) + end + rest.split(end)[1]
@@ -84,7 +85,7 @@ TABLES = (
 
 @cache
 def counted(name: str) -> tuple[TrainOptions, CountedRun]:
-    """Count a usual training of a base model."""
+    """Count the operations and memory of a usual training of a base model."""
     model = FULL_SIZE[name]
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
@@ -94,21 +95,21 @@ def counted(name: str) -> tuple[TrainOptions, CountedRun]:
 
 
 def rows_of(name: str, formats: Sequence[str], cards: Sequence[str]) -> Iterator[str]:
-    """Yield the lines of a base model."""
+    """Yield the rows of one base model, one per weight format."""
     options, found = counted(name)
     sizes = [parse_size("--cards", card) for card in cards]
-    for form in formats:
-        wanted = options.with_values({"fit_formats": [form]})
+    for weight_format in formats:
+        wanted = options.with_values({"fit_formats": [weight_format]})
         cells = [cell(fit_to(found, wanted, typical_gpu(size))) for size in sizes]
-        yield f"| {name}, {FULL_SIZE[name].side} px, {form} | {' | '.join(cells)} |"
+        yield f"| {name}, {FULL_SIZE[name].side} px, {weight_format} | {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(FULL_SIZE), choices=list(FULL_SIZE))
     parser.add_argument("--cards", nargs="+", default=CARDS)
-    parser.add_argument("--formats", nargs="+", default=["bf16"], help="values of --base_format, a line for each")
-    parser.add_argument("--write", metavar="PAGE", help="replace the tables of docs/memory.md by new ones")
+    parser.add_argument("--formats", nargs="+", default=["bf16"], help="values of --base_format, one row each")
+    parser.add_argument("--write", metavar="PAGE", help="page, such as docs/memory.md, with tables to replace")
     args = parser.parse_args()
     if args.write is None:
         for line in Table("asked for", args.models, args.formats).rows(args.cards):

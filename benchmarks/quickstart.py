@@ -3,9 +3,10 @@
     python benchmarks/quickstart.py
     python benchmarks/quickstart.py --busy_cores 1
 
-Each round trains `--steps` steps with every setting in turn, so that all share the machine's state; the figure is the
-median time of a step. `--busy_cores N` keeps N cores busy with another program meanwhile. Run it on a machine that is
-idle otherwise: "chosen" should stay within 1.1 times "spinning" there, and within 1.1 times "sleeping" on a busy one.
+Each round trains `--steps` steps with every setting in turn, so that all settings meet the same machine state; the
+figure is the median time of a step. `--busy_cores N` keeps N cores busy with another program. Run it on an otherwise
+idle machine: without busy cores, "chosen" should stay within 1.1 times "spinning", and with busy cores within 1.1 times
+"sleeping".
 """
 
 import argparse
@@ -30,7 +31,7 @@ SETTINGS = {
     "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
 SET_BY_SCRIPTS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-LOAD_AVERAGE_S = 45  # until one busy core raises the one-minute load average above 0.5
+LOAD_AVERAGE_S = 45  # seconds until one busy core raises the one-minute load average above 0.5
 
 
 def time_steps(setting: dict[str, str], num_steps: int) -> list[float]:
@@ -67,7 +68,7 @@ def main() -> None:
             program.kill()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, median in medians.items():
-        print(f"{name:10} {median:.3f} s a step, {median / min(medians.values()):.2f} of the fastest")
+        print(f"{name:10} {median:.3f} s per step, {median / min(medians.values()):.2f} x the fastest")
 
 
 if __name__ == "__main__":

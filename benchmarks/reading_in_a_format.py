@@ -1,7 +1,8 @@
-"""The most main memory that reading a denoiser into a weight format takes, against the result and one weight.
+"""Measure the peak main memory of reading a denoiser into a weight format, relative to the result plus the largest
+weight.
 
-Writes one double and one single block of FLUX.1 in full size, in bf16 with random values, and reads them in a process
-of its own for each format. Needs about 0.7 GB of disk.
+Writes one double and one single block of FLUX.1 in full size, in bf16 with random values, and reads them in a separate
+process for each format. Needs about 0.7 GB of disk.
 
     python benchmarks/reading_in_a_format.py
 """

@@ -1,9 +1,9 @@
-"""Measure what several processes gain and exchange: images a second of 2 and 4 against one, the share of
-a step that is spent on exchanging, and the bytes that really go over the network beside those that theory wants.
+"""Measure speed and communication of several processes: images per second of 2 and 4 processes against one, the share
+of a step spent on communication, and the bytes sent over the network against theory.
 
-The script's own loop trains the tiny models, each process with one thread; gloo carries what is exchanged. Bytes are
-those of the loopback interface in a network of the benchmark's own, where nobody else sends (Linux, as root); elsewhere
-that column is empty.
+The script's own loop trains the tiny models, with one thread per process and gloo as the backend. The bytes are counted
+on the loopback interface of a network namespace that only the benchmark uses (Linux, as root); elsewhere that column
+shows "-".
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --models flux --counts 1 2 --steps 20
@@ -30,12 +30,12 @@ from tests.ranks import Job, run_ranks  # noqa: E402
 
 NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 GET_FLAGS, SET_FLAGS, IS_UP = 0x8913, 0x8914, 1
-WARM_UP = 4  # steps that make what all others use
+WARM_UP = 4  # steps that fill caches and optimizer states
 BATCH = 4
 
 
 def open_network() -> bool:
-    """Put this process and those that it starts into a network of their own; gives whether that can be had."""
+    """Move this process and its children into their own network namespace. Return False where that is impossible."""
     if sys.platform != "linux" or ctypes.CDLL(None).unshare(NEW_NETWORK) != 0:
         return False
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
@@ -46,7 +46,7 @@ def open_network() -> bool:
 
 
 def bytes_sent() -> int:
-    """Return the bytes sent over the loopback interface so far, headers included."""
+    """Return the number of bytes sent over the loopback interface, headers included."""
     lines = Path("/proc/self/net/dev").read_text().splitlines()
     return int(next(line for line in lines if line.strip().startswith("lo:")).partition(":")[2].split()[8])
 
@@ -55,11 +55,11 @@ def bytes_sent() -> int:
 
 
 class Watch:
-    """Notes how long is spent on exchanging, and what each step took."""
+    """A recorder of the time spent on communication, and of each step."""
 
     def __init__(self) -> None:
         self.exchanging = 0.0
-        self.steps: list[tuple[float, ...]] = []  # seconds, those spent on exchanging, bytes of all, bytes fetched
+        self.steps: list[tuple[float, ...]] = []  # (seconds, in communication, bytes sent by all ranks, bytes gathered)
         self.last: tuple[float, ...] | None = None
         self.fetched = self.buffer_bytes = 0
 
@@ -82,7 +82,7 @@ class Watch:
 
 
 def train(script: str, *arguments: str) -> dict[str, Any]:
-    """Train among the processes of torch's group; gives what was measured."""
+    """Train as one rank of torch's process group and return the measurements."""
     import importlib
 
     from library.memory.offload import sharded
@@ -106,18 +106,18 @@ def train(script: str, *arguments: str) -> dict[str, Any]:
     processes_type.exchange = watched_exchange  # type: ignore[method-assign]
     streams.start = watch.timed(watched_start)  # type: ignore[method-assign]
     streams.ready = watch.timed(streams.ready)  # type: ignore[method-assign]
-    card = SCRIPTS[script]
-    assert run(importlib.import_module(script).setup_parser(), card.options, card.build, arguments) == 0
+    spec = SCRIPTS[script]
+    assert run(importlib.import_module(script).setup_parser(), spec.options, spec.build, arguments) == 0
     kept = watch.steps[WARM_UP:]
     medians = [statistics.median(column) for column in zip(*kept, strict=True)]
     return {"medians": medians, "buffer_bytes": watch.buffer_bytes}
 
 
-# Before and after
+# In the parent process
 
 
 def command_line(model: str, folder: Path, num_steps: int) -> tuple[str, list[str]]:
-    """The script and what it is given."""
+    """Return the script and its options."""
     from tests.running import make_images
     from tests.runs.bases import base_of
 
@@ -132,15 +132,15 @@ def command_line(model: str, folder: Path, num_steps: int) -> tuple[str, list[st
     return base.script, [*words, "--caption_extension", ".txt"]
 
 
-def measured(model: str, ways: Sequence[tuple[int, bool]], num_steps: int) -> list[list[dict[str, Any]]]:
-    """Return the measurements of each process, by number of processes and with or without a sharded base."""
+def measure_ways(model: str, ways: Sequence[tuple[int, bool]], num_steps: int) -> list[list[dict[str, Any]]]:
+    """Return the measurements of every rank, for each (number of processes, is base model sharded)."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         script, words = command_line(model, folder, num_steps)
         jobs = []
-        for number, (count, is_spread) in enumerate(ways):
+        for number, (count, is_sharded) in enumerate(ways):
             (folder / str(number)).mkdir()
-            more = ["--shard_base"] if is_spread else []
+            more = ["--shard_base"] if is_sharded else []
             jobs.append(Job([script, *words, *more], count, str(folder / str(number)), call="benchmarks.scaling:train"))
         found = run_ranks(jobs, folder, timeout=1800)
     for ranks in found:
@@ -148,11 +148,11 @@ def measured(model: str, ways: Sequence[tuple[int, bool]], num_steps: int) -> li
     return [[rank.gave for rank in ranks] for ranks in found]
 
 
-def wanted_bytes(buffer_bytes: int, fetched: float, count: int) -> float:
-    """Return the bytes that all processes together must send in a step.
+def expected_bytes(buffer_bytes: int, fetched: float, count: int) -> float:
+    """Return the bytes that all ranks together must send in a step.
 
-    A sum of N buffers that all get, in a ring: each sends its buffer 2 (N - 1) / N times. A block of a base that is
-    spread comes together by each process sending its share to all others.
+    Ring all-reduce: each rank sends 2 (N - 1) / N times the buffer. All-gather of a sharded block: each rank sends its
+    shard to all others.
     """
     return (count - 1) * (2 * buffer_bytes + fetched)
 
@@ -164,21 +164,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     wanted = parser.parse_args()
     is_counted = open_network()
-    ways = [(count, is_spread) for count in wanted.counts for is_spread in ((False,) if count == 1 else (False, True))]
-    print(f"{os.cpu_count()} processors, {BATCH} pictures a process, medians of {wanted.steps} steps")
-    print("model | processes | base | s/step | pictures/s against one | exchanging | MB sent | MB in theory | ratio")
+    ways = [
+        (count, is_sharded) for count in wanted.counts for is_sharded in ((False,) if count == 1 else (False, True))
+    ]
+    print(f"{os.cpu_count()} processors, {BATCH} images per process, medians of {wanted.steps} steps")
+    print("model | processes | base | s/step | images/s vs. one | communication | MB sent | MB in theory | ratio")
     for model in wanted.models:
         rate = None
-        for (count, is_spread), ranks in zip(ways, measured(model, ways, wanted.steps), strict=True):
+        for (count, is_sharded), ranks in zip(ways, measure_ways(model, ways, wanted.steps), strict=True):
             seconds, exchanging, sent, fetched = (
                 statistics.mean(column) for column in zip(*(r["medians"] for r in ranks), strict=True)
             )
             rate = rate or BATCH / seconds
-            theory = wanted_bytes(ranks[0]["buffer_bytes"], fetched, count)
-            told = [model, count, "spread" if is_spread else "whole", f"{seconds:.3f}"]
-            told += [f"{count * BATCH / seconds / rate:.2f}", f"{exchanging / seconds:.0%}"]
-            told += [f"{sent / 1e6:.2f}" if is_counted else "-", f"{theory / 1e6:.2f}"]
-            print(" | ".join(map(str, told)), "|", f"{sent / theory:.2f}" if is_counted and theory else "-")
+            theory = expected_bytes(ranks[0]["buffer_bytes"], fetched, count)
+            columns = [model, count, "sharded" if is_sharded else "whole", f"{seconds:.3f}"]
+            columns += [f"{count * BATCH / seconds / rate:.2f}", f"{exchanging / seconds:.0%}"]
+            columns += [f"{sent / 1e6:.2f}" if is_counted else "-", f"{theory / 1e6:.2f}"]
+            print(" | ".join(map(str, columns)), "|", f"{sent / theory:.2f}" if is_counted and theory else "-")
             sys.stdout.flush()
 
 

@@ -1,16 +1,17 @@
 """Measure the cost of a run's images before its first step, as ratios within one run.
 
-Measured from the dataset file to the order of the first batches: folders, captions, sizes, buckets, draws, audit. Each
-figure comes from a process of its own, imports excluded, page cache warm, the median of `--rounds`. The first run finds
-no index beside the images and leaves one, the second run finds it. Baselines, taken in turn with them:
+The measured part reaches from the dataset file to the order of the first batches: folders, captions, sizes, buckets,
+samples, audit. Each figure comes from a separate process, excluding imports, with a warm page cache, as the median of
+`--rounds`. The first run finds no index next to the images and leaves one; the second run finds it. The baselines take
+turns with them:
 
     bare read   list the folder, read the head of every image and every caption
-    bare look   list the folder, ask for size and time of every image and caption
+    bare look   list the folder, get size and time of every image and caption
 
     python benchmarks/startup.py --folder /tmp/startup --sizes 1000 10000 100000
 
-With --index the images are rows of an index of tar shards that is made up, with no pixels behind it: what a start
-with very many costs once it is known what they are. Once with cold caches of the system, as far as they are, and again.
+With --index the images are rows of a made-up index of tar shards without pixels. This measures a start with very many
+images once their facts are known: first with caches as cold as they are, then again.
 
     python benchmarks/startup.py --folder /tmp/startup --index 1000000
 """
@@ -43,12 +44,12 @@ KINDS = ("bare read", "first run", "bare look", "second run")
 
 
 def tags_of(number: int) -> str:
-    """The caption of an image."""
+    """Return the caption of an image."""
     return f"1girl, solo, long hair, smile, outdoors, blue sky, style {number % 997}, number {number}"
 
 
 def build_folder(folder: Path, count: int) -> None:
-    """Small images of forty sizes, three JPEG to one PNG, with a line of tags each; kept if they are there."""
+    """Write small images of 40 sizes (three JPEG to one PNG), each with a line of tags; existing ones are kept."""
     import numpy as np
     from PIL import Image
 
@@ -70,7 +71,7 @@ def build_folder(folder: Path, count: int) -> None:
 
 
 def build_index(folder: Path, count: int) -> None:
-    """Shards of a thousand images that are not there, and an index that says they are; kept if it is there."""
+    """Write an index of shards with 1,000 images each; the shards are empty files. An existing index is kept."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as parquet
@@ -107,7 +108,7 @@ def build_index(folder: Path, count: int) -> None:
 
 
 def bare_read(folder: str) -> None:
-    """The least that a first start does."""
+    """Do the least work of a first start: read every file's head."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries]
     for name in names:
@@ -117,7 +118,7 @@ def bare_read(folder: str) -> None:
 
 
 def bare_look(folder: str) -> None:
-    """The least that a later start does which notices edits."""
+    """Do the least work of a later start that notices edits: stat every file."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries]
     for name in names:
@@ -125,7 +126,7 @@ def bare_look(folder: str) -> None:
 
 
 def options_for(folder: str, subset: str | None = None) -> object:
-    """The options of a run on the images of a folder, or of another subset."""
+    """Return the options of a run on the images of a folder, or on another subset."""
     import pyarrow.parquet  # noqa: F401, imports are not measured
 
     import library.data.training_data  # noqa: F401
@@ -143,7 +144,7 @@ def options_for(folder: str, subset: str | None = None) -> object:
 
 
 def ready(options: object) -> "tuple[DataPlan, object]":
-    """The measured part of a start."""
+    """Run the measured part of a start: plan, audit and the order of the first batches."""
     from library.data.plan.data_plan import build_plan
     from library.data.training_data import open_batches
     from library.protocols import LatentSpec
@@ -164,12 +165,12 @@ def bytes_to_worker(plan: "DataPlan") -> int:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that lies in RAM."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure(kind: str, folder: str) -> dict[str, float]:
-    """CPU and wall seconds and memory of one kind, in this process."""
+    """Return the CPU and wall seconds and the memory of one kind of start, measured in this process."""
     if kind in ("first run", "second run", "index"):
         shards = f'shards = "{folder}/{{000000..{len(list(Path(folder).glob("*.tar"))) - 1:06}}}.tar"'
         options = options_for(folder, shards if kind == "index" else None)
@@ -192,57 +193,57 @@ def measure(kind: str, folder: str) -> dict[str, float]:
 
 
 def forget(folder: Path) -> None:
-    """Remove what an earlier run has left beside the images."""
+    """Delete the index that an earlier run left next to the images."""
     for path in folder.glob(".*"):
         path.unlink()
 
 
-def measured(kind: str, folder: Path) -> dict[str, float]:
-    """The figures of one kind from a fresh process."""
+def measure_in_child(kind: str, folder: Path) -> dict[str, float]:
+    """Measure one kind of start in a fresh process."""
     command = [sys.executable, __file__, "--measure", kind, "--folder", str(folder)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     return dict(json.loads(found.stdout.splitlines()[-1]))
 
 
 def report(folder: Path, count: int, rounds: int) -> None:
-    """Print the figures of one size."""
+    """Print the figures for one number of images."""
     build_folder(folder, count)
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for _ in range(rounds):
         forget(folder)
         for kind in KINDS:
-            found[kind].append(measured(kind, folder))
+            found[kind].append(measure_in_child(kind, folder))
     for kind, bare in (("first run", "bare read"), ("second run", "bare look")):
         ours, floor = (
             {name: statistics.median(one[name] for one in found[k]) for name in found[k][0]} for k in (kind, bare)
         )
         print(
-            f"{count:>7} pictures, {kind:<10}: {ours['cpu']:.3f} CPU s ({ours['cpu'] / floor['cpu']:.2f} x {bare}, "
-            f"{floor['cpu']:.3f} s), {ours['wall']:.3f} s, {ours['kept'] / count / 1000:.2f} kB a picture "
+            f"{count:>7} images, {kind:<10}: {ours['cpu']:.3f} CPU s ({ours['cpu'] / floor['cpu']:.2f} x {bare}, "
+            f"{floor['cpu']:.3f} s), {ours['wall']:.3f} s, {ours['kept'] / count / 1000:.2f} kB per image "
             f"(peak {ours['peak'] / count / 1000:.2f})",
             flush=True,
         )
 
 
 def report_index(folder: Path, count: int, rounds: int) -> None:
-    """Print what a start with an index of so many images costs."""
+    """Print the cost of a start with an index of `count` images."""
     build_index(folder, count)
     for start in ("first", "again"):
-        found = [measured("index", folder) for _ in range(1 if start == "first" else rounds)]
+        found = [measure_in_child("index", folder) for _ in range(1 if start == "first" else rounds)]
         median = {name: statistics.median(one[name] for one in found) for name in found[0]}
         print(
-            f"{count:>7} pictures of an index, {start}: {median['cpu']:.2f} CPU s, {median['wall']:.2f} s, "
-            f"{median['kept'] / count / 1000:.3f} kB a picture (peak {median['peak'] / count / 1000:.3f}), "
-            f"{median['objects'] / count:.4f} objects a picture, {median['sent'] / 1000:.1f} kB to a fresh worker",
+            f"{count:>7} images of an index, {start}: {median['cpu']:.2f} CPU s, {median['wall']:.2f} s, "
+            f"{median['kept'] / count / 1000:.3f} kB per image (peak {median['peak'] / count / 1000:.3f}), "
+            f"{median['objects'] / count:.4f} objects per image, {median['sent'] / 1000:.1f} kB to a fresh worker",
             flush=True,
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", help="where the pictures are made and kept; a temporary folder if not given")
+    parser.add_argument("--folder", help="folder for the images, which are kept; unset: a temporary folder")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10000, 100000])
-    parser.add_argument("--index", type=int, help="pictures of an index that is made up, in place of --sizes")
+    parser.add_argument("--index", type=int, help="rows of a made-up index, in place of --sizes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--measure", choices=(*KINDS, "index"), help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Measure the training of N adapters in one run (--sweep) as a share of N runs: forward, backward, clipping, optimizer.
+"""Measure training N adapters in one run (--sweep) as a share of N runs: forward, backward, clipping, optimizer.
 
-First the toy base model of the quickstart, with real batches of one image; then blocks of FLUX.1 and SDXL in full
-size, every Linear adapted, without an optimizer. Both ways take turns on the same weights and one thread; what counts
-is the CPU time of the process, and of the rounds' ratios the middle, so that a busy machine changes little. Loading
-and caching, which N runs do N times, and validation are not counted.
+First the quickstart's toy base model, with real batches of one image; then blocks of FLUX.1 and SDXL in full size with
+an adapter on every Linear, without an optimizer. Both ways take turns on the same weights and one thread. The figures
+are CPU times of the process and the median of the rounds' ratios, so other load on the machine matters little. Loading,
+caching and validation, which N runs do N times, are not counted.
 
     python benchmarks/sweep.py
     python benchmarks/sweep.py --adapters 8 --rank 32 --rounds 9
@@ -45,7 +45,7 @@ def cpu_seconds(work: Work) -> float:
 
 
 def compare(name: str, together: Work, apart: Work, rounds: int) -> None:
-    """Print the times of both ways and their ratio; the first round warms up."""
+    """Print the times of both ways and their ratio, after one warm-up round."""
     pairs = [(cpu_seconds(together), cpu_seconds(apart)) for _ in range(rounds + 1)][1:]
     ratio = statistics.median(one / other for one, other in pairs)
     one, other = (1e3 * statistics.median(column) for column in zip(*pairs, strict=True))
@@ -53,7 +53,7 @@ def compare(name: str, together: Work, apart: Work, rounds: int) -> None:
 
 
 def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Work, Work]:
-    """Steps of the toy base model: all adapters in one pass, and each in a pass of its own."""
+    """Return steps of the toy base model: all adapters in one pass, and one pass per adapter."""
     import train_network
     from library.architectures.sd.assembly import build
     from library.options.train import TrainOptions
@@ -109,7 +109,7 @@ def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Wor
 
 
 def shared(block: nn.Module, args: argparse.Namespace) -> AdapterMultiplexer:
-    """A block, every Linear of which as many adapters share."""
+    """Stack the adapters on every Linear of a block."""
     linears = [(path, layer) for path, layer in block.named_modules() if isinstance(layer, nn.Linear)]
 
     def adapters() -> Sequence[Adapter]:
@@ -126,7 +126,7 @@ def shared(block: nn.Module, args: argparse.Namespace) -> AdapterMultiplexer:
 
 
 def passes(block: nn.Module, args: argparse.Namespace, run: Callable[[int], Tensor]) -> tuple[Work, Work]:
-    """Forward and backward of `run(samples)`, with all adapters at once and with one after another."""
+    """Return forward and backward of `run(samples)`: with all adapters at once, and with one after another."""
     turns = shared(block.requires_grad_(False).eval(), args)
     seeds = dict.fromkeys(range(args.adapters), 0)
 
@@ -143,14 +143,16 @@ def passes(block: nn.Module, args: argparse.Namespace, run: Callable[[int], Tens
 
 
 def flux_block(args: argparse.Namespace) -> tuple[Work, Work]:
-    """FLUX.1 with one double and one single block: what is before and after them is small."""
-    from benchmarks.denoisers import given, ours_of
+    """Return passes of FLUX.1 with one double and one single block; its other layers are small."""
+    from benchmarks.denoisers import ours_of, random_inputs
 
     side = args.flux_side // 16
     model = ours_of(Flux, FLUX, torch.float32)
 
     def run(count: int) -> Tensor:
-        latents, text = given((count, 16, 2 * side, 2 * side), (count, 128, FLUX.text_width), dtype=torch.float32)
+        latents, text = random_inputs(
+            (count, 16, 2 * side, 2 * side), (count, 128, FLUX.text_width), dtype=torch.float32
+        )
         pooled, ones = torch.randn(count, FLUX.pooled_width), torch.ones(count)
         found: Tensor = model(latents, 0.5 * ones, text, pooled, ones)
         return found
@@ -159,7 +161,7 @@ def flux_block(args: argparse.Namespace) -> tuple[Work, Work]:
 
 
 def sdxl_block(args: argparse.Namespace) -> tuple[Work, Work]:
-    """One of the 60 transformer blocks of SDXL that are 1280 wide."""
+    """Return passes of one of SDXL's 60 transformer blocks of width 1280."""
     from diffusers.models.attention import BasicTransformerBlock
 
     block = BasicTransformerBlock(1280, 20, 64, cross_attention_dim=2048, activation_fn="geglu")
@@ -175,11 +177,11 @@ def sdxl_block(args: argparse.Namespace) -> tuple[Work, Work]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, default=4, help="how many are trained")
+    parser.add_argument("--adapters", type=int, default=4, help="number of adapters")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7, help="that count, after one that does not")
-    parser.add_argument("--flux_side", type=int, default=256, help="side of the picture for the block of FLUX.1")
-    parser.add_argument("--sdxl_side", type=int, default=512, help="side of the picture for the block of SDXL")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds, after one warm-up round")
+    parser.add_argument("--flux_side", type=int, default=256, help="image side for the block of FLUX.1, in pixels")
+    parser.add_argument("--sdxl_side", type=int, default=512, help="image side for the block of SDXL, in pixels")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(5)

@@ -1,8 +1,9 @@
-"""Measure the cost of the trainer over the mathematics it does, as ratios within one run.
+"""Measure the cost of the trainer in addition to the mathematics it does, as ratios within one run.
 
-The baseline is a minimal PyTorch loop doing the same mathematics the plain way: text encoder on every step, adapters as
-three separate operations, torch's default AdamW, contiguous tensors. Both train on the same weights and images, turn
-by turn, so that a busy machine slows both. Start-up and peak memory are those of the real script in its own process.
+The baseline is a minimal PyTorch loop that does the same mathematics plainly: text encoder on every step, adapters as
+three separate operations, torch's default AdamW, contiguous tensors. Both loops train on the same weights and images
+and take turns, so that a busy machine slows both alike. Start-up time and peak memory are those of the real script in a
+separate process.
 
     python benchmarks/trainer_tax.py --model tiny
     python benchmarks/trainer_tax.py --model sd15 --side 512 --precision bf16 --steps 3 --rounds 3
@@ -33,7 +34,7 @@ from torch.nn.functional import mse_loss  # noqa: E402
 
 
 def build_model(folder: Path, size: str) -> None:
-    """A random SD 1.x model as a diffusers folder: tiny, or with the shapes of SD 1.5 stored in fp16."""
+    """Write a random SD 1.x model as a diffusers folder: tiny, or in the size of SD 1.5 in fp16."""
     from tests.tiny.sd import build_tiny_sd
 
     build_tiny_sd(folder, seed=7)
@@ -71,7 +72,7 @@ def build_model(folder: Path, size: str) -> None:
 
 
 def build_images(folder: Path, side: int, count: int) -> None:
-    """Smooth random images with captions."""
+    """Write smooth random images with captions."""
     folder.mkdir()
     rng = np.random.default_rng(3)
     for i in range(count):
@@ -81,7 +82,7 @@ def build_images(folder: Path, side: int, count: int) -> None:
 
 
 def arguments_of(folder: Path, args: argparse.Namespace, steps: int) -> list[str]:
-    """The command line of the real script."""
+    """Return the command line of the real script."""
     given = [
         "--pretrained_model_name_or_path", str(folder / "model"), "--train_data_dir", str(folder / "pictures"),
         "--caption_extension", ".txt", "--resolution", str(args.side), "--train_batch_size", str(args.batch_size),
@@ -94,13 +95,13 @@ def arguments_of(folder: Path, args: argparse.Namespace, steps: int) -> list[str
 
 
 class Multiplexer:
-    """Runs two loops turn by turn: each is a generator that yields after a step."""
+    """A scheduler of two training loops that take turns; each is a generator that yields the seconds of a step."""
 
     def __init__(self, loops: dict[str, Iterator[float]]) -> None:
         self._loops = loops
 
     def seconds(self, steps: int, rounds: int) -> dict[str, float]:
-        """The median seconds of a step of each loop; the first turn of each warms up and does not count."""
+        """Return the median seconds of a step of each loop, after one warm-up turn each."""
         found: dict[str, list[float]] = {name: [] for name in self._loops}
         for turn in range(rounds + 1):
             for name, loop in self._loops.items():
@@ -111,7 +112,8 @@ class Multiplexer:
 
 
 class Turnstile:
-    """Stands where the loop looks for interruptions, once after every step: notes the time and waits for its turn."""
+    """A stand-in for the interruption check, which the loop makes once per step: records the time and waits for its
+    turn."""
 
     def __init__(self) -> None:
         self._may_go = threading.Semaphore(0)
@@ -128,7 +130,7 @@ class Turnstile:
         return False
 
     def steps(self) -> Iterator[float]:
-        """The seconds of each step, made while the caller waits."""
+        """Yield the seconds of each step; the loop runs only while the caller waits for the next one."""
         while True:
             self._has_stepped.acquire()
             yield self._seconds
@@ -136,7 +138,7 @@ class Turnstile:
 
 
 def our_steps(folder: Path, args: argparse.Namespace) -> Iterator[float]:
-    """Steps of the real loop."""
+    """Yield the seconds of each step of the real loop."""
     import train_network
     from library.architectures.sd.assembly import build
     from library.options.train import TrainOptions
@@ -161,7 +163,7 @@ def our_steps(folder: Path, args: argparse.Namespace) -> Iterator[float]:
 
 
 class PlainLora(nn.Module):
-    """An adapter the plain way: the base layer, then down, then up, then scale, then add."""
+    """LoRA as separate operations: base layer, down, up, scale, add."""
 
     def __init__(self, base: nn.Module, rank: int) -> None:
         super().__init__()
@@ -179,7 +181,7 @@ class PlainLora(nn.Module):
 
 
 def adapted(blocks: list[nn.Module]) -> list[Tensor]:
-    """Put an adapter in the place of every linear layer and 1x1 convolution of the blocks, and give what it trains."""
+    """Replace every linear layer and 1x1 convolution of the blocks by an adapter. Return the trained parameters."""
     parameters: list[Any] = []
     for parent in [module for block in blocks for module in block.modules()]:
         for name, child in list(parent.named_children()):
@@ -191,7 +193,7 @@ def adapted(blocks: list[nn.Module]) -> list[Tensor]:
 
 
 def plain_steps(folder: Path, args: argparse.Namespace) -> Iterator[float]:
-    """Steps of the minimal loop."""
+    """Yield the seconds of each step of the minimal loop."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -236,8 +238,8 @@ def plain_steps(folder: Path, args: argparse.Namespace) -> Iterator[float]:
             yield time.perf_counter() - started
 
 
-def measured_process(command: list[str]) -> dict[str, float]:
-    """Seconds to the first step, processor seconds, and peak resident memory in GB of a process of its own."""
+def measure_process(command: list[str]) -> dict[str, float]:
+    """Run a command. Return the seconds to its first step, its CPU seconds, and its peak resident memory in GB."""
     started = time.perf_counter()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
@@ -257,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("tiny", "sd15"), default="tiny")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
-    parser.add_argument("--side", type=int, default=64, help="of the square pictures, in pixels; SD 1.5 trains 512")
+    parser.add_argument("--side", type=int, default=64, help="side of the square images, in pixels; 512 for SD 1.5")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10, help="steps of one turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each loop")
@@ -278,7 +280,7 @@ def main() -> None:
         plain = [sys.executable, __file__, "--plain_only", str(folder), "--model", args.model]
         plain += ["--precision", args.precision, "--batch_size", str(args.batch_size), "--side", str(args.side)]
         plain += ["--text_encoder"] if args.text_encoder else []
-        report: dict[str, Any] = {"ours": measured_process(command), "plain": measured_process(plain)}
+        report: dict[str, Any] = {"ours": measure_process(command), "plain": measure_process(plain)}
         loops = {"ours": our_steps(folder, args), "plain": plain_steps(folder, args)}
         seconds = Multiplexer(loops).seconds(args.steps, args.rounds)
     report["step_s"] = seconds

@@ -1,11 +1,11 @@
-"""Record of short runs of every script, so that a change of structure can prove that it changed nothing.
+"""Record of short runs of every script, to prove that a refactoring changed no behaviour.
 
     python -m tests.behaviour record before.json     # at the commit before the change
-    python -m tests.behaviour compare before.json    # after it; ends with status 1 where anything differs
+    python -m tests.behaviour compare before.json    # after it; exits with 1 if anything differs
 
-Every case is a command line on a tiny model, run through the script's own file, one thread, with the clock and session
-ids fixed. Of each it keeps the exit status, the exact losses, the lines on the screen (without times and paths) and a
-digest of every file that was written. `--only WORD` keeps the cases whose name contains the word.
+Every case is a command line on a tiny model, run through the script's own file with one thread and a fixed clock and
+session id. The record has the exit status, the exact losses, the lines on the screen (without times and paths) and a
+digest of every written file. `--only WORD` selects the cases whose name contains the word.
 """
 
 import argparse
@@ -68,7 +68,7 @@ MORE_RUNS: Mapping[str, Mapping[str, list[str]]] = {  # by base model
             "--network_args", "down_lr_weight=cosine", "up_lr_weight=1,1,0,0,1,1,1,1,1,1,1,1", "mid_lr_weight=2",
         ],
         "lycoris": ["--network_module", "lycoris.kohya", "--network_args", "algo=lokr", "preset=attn-mlp", "factor=2"],
-        # Every argument of the page that describes sd-scripts' options of an SD adapter, in its own example.
+        # Every argument on the page that describes sd-scripts' options of an SD adapter, as in its examples.
         "page": [
             "--mixed_precision", "bf16", "--optimizer_type", "adamw8bit", "--learning_rate", "1e-4",
             "--gradient_checkpointing", "--network_dim", "8", "--network_alpha", "4", "--network_args", "conv_dim=4",
@@ -106,7 +106,7 @@ MORE_RUNS: Mapping[str, Mapping[str, list[str]]] = {  # by base model
     "krea2": {"text_cache": TEXT_CACHE},
     "qwen_image_21": {"text_cache": TEXT_CACHE},
 }  # fmt: skip
-TOOLS: Mapping[str, list[str]] = {  # on the adapter of a run: {mine}; what they write goes to {out}
+TOOLS: Mapping[str, list[str]] = {  # run on a training's adapter {mine}; output goes to {out}
     "show_metadata": ["tools/show_metadata.py", "{mine}"],
     "check": ["tools/check_lora_weights.py", "{mine}"],
     "resize": [
@@ -129,7 +129,7 @@ class Seen:
     """The result of one command."""
 
     status: int
-    losses: dict[str, str]  # exact, as float.hex, by the number of the batch
+    losses: dict[str, str]  # exact (float.hex), by batch number
     files: dict[str, str]
     said: list[str]
 
@@ -154,7 +154,7 @@ def main() -> int:
 
 
 def compared(name: str, before: dict[str, Any] | None, after: dict[str, Any]) -> Iterator[str]:
-    """A line for each thing that differs."""
+    """Yield the differences between two results of a case."""
     if before is None:
         yield f"{name}: was not recorded"
         return
@@ -172,13 +172,13 @@ def shown(part: Any) -> list[str]:
 
 
 def cases(only: str) -> Iterator[tuple[str, Seen]]:
-    """Every case by its name, run one after the other."""
+    """Run the cases whose name contains `only`, and yield each name and result."""
     for base in BASES:
         runs = {**RUNS, **MORE_RUNS.get(base, {})}
         wanted = {case: words for case, words in runs.items() if only in f"{base}/{case}"}
         if not wanted:
             continue
-        folder = Path(tempfile.gettempdir()) / "lora_behaviour"  # always the same: files name the places they came from
+        folder = Path(tempfile.gettempdir()) / "lora_behaviour"  # constant, because files record where they came from
         shutil.rmtree(folder, ignore_errors=True)
         model = BASES[base].build(folder / "model")
         for case, words in wanted.items():
@@ -188,12 +188,12 @@ def cases(only: str) -> Iterator[tuple[str, Seen]]:
 
 
 def train(base: str, case: str, words: Sequence[str], model: list[str], folder: Path) -> Iterator[tuple[str, Seen]]:
-    """One training, once more where it caches or leaves states, and the tools on its file."""
+    """Run one training, repeat or resume it if it caches or saves states, and run the tools on its adapter."""
     make_images(folder / "data" / "1_thing", 7, seed=61)
     (folder / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     for path in folder.parent.rglob("*"):
         if path.is_file():
-            os.utime(path, (FIXED_TIME, FIXED_TIME))  # caches remember when their image was written
+            os.utime(path, (FIXED_TIME, FIXED_TIME))  # caches record the time of their images
     script, out = f"{BASES[base].script}.py", folder / "out"
     command = [
         *model, *TRAINING, "--train_data_dir", str(folder / "data"), "--output_dir", str(out), "--sample_prompts",
@@ -213,7 +213,7 @@ def train(base: str, case: str, words: Sequence[str], model: list[str], folder: 
 
 
 def run(script: str, arguments: Sequence[str], folder: Path) -> Seen:
-    """Run a script's file in this process as `python script …` does, with what varies from run to run held still."""
+    """Run a script's file in this process as `python script …` does, with everything that varies between runs fixed."""
     shutil.rmtree(folder / "logs", ignore_errors=True)
     screen = io.StringIO()
     with fresh_process(script, arguments), contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
@@ -227,7 +227,7 @@ def run(script: str, arguments: Sequence[str], folder: Path) -> Seen:
 
 @contextlib.contextmanager
 def fresh_process(script: str, arguments: Sequence[str]) -> Iterator[None]:
-    """The command line in place; clock and session ids fixed; afterwards the process as it was."""
+    """Set the command line, and fix the clock and session ids; restore the state of the process afterwards."""
     import torch
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -250,7 +250,7 @@ def fresh_process(script: str, arguments: Sequence[str]) -> Iterator[None]:
 
 
 def losses_of(logs: Path) -> dict[str, str]:
-    """The loss of each batch, exact, from the charts."""
+    """Return the exact loss of each batch, from the TensorBoard charts."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found: dict[str, str] = {}
@@ -265,19 +265,19 @@ def losses_of(logs: Path) -> dict[str, str]:
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """A digest of each file that was written, but for charts and reports, which tell times."""
+    """Return a digest of each written file, except charts and reports, which contain times."""
     inputs = {folder / "prompts.txt", *(folder / "data").rglob("*.png"), *(folder / "data").rglob("*.txt")}
     found = {}
     for path in folder.rglob("*"):
         is_timed = path.is_relative_to(folder / "logs") or path.name.endswith("-report.html")
         if path.is_file() and path not in inputs and not is_timed:
-            name = re.sub(r"\d{14}", "#", str(path.relative_to(folder)))  # previews carry the time
+            name = re.sub(r"\d{14}", "#", str(path.relative_to(folder)))  # names of previews contain the time
             found[name] = hashlib.sha256(content_of(path)).hexdigest()
     return found
 
 
 def content_of(path: Path) -> bytes:
-    """A file's bytes; of safetensors without the date and the commit in its metadata, which name the moment."""
+    """Return a file's bytes; for safetensors without the date and commits in its metadata."""
     content = path.read_bytes()
     if path.suffix != ".safetensors":
         return content
@@ -285,12 +285,12 @@ def content_of(path: Path) -> bytes:
     header = {"__metadata__": {}, **json.loads(content[8:start])}
     for key in ("modelspec.date", "modelspec.implementation_version", "ss_sd_scripts_commit_hash"):
         header["__metadata__"].pop(key, None)
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # written in any order
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # their order in the file varies
     return json.dumps(header).encode() + content[start:]
 
 
 def lines_of(text: str, folder: Path) -> list[str]:
-    """The lines of the screen without progress bars, times and places."""
+    """Return the screen's lines without progress bars; times and paths are replaced."""
     text = re.sub(r"\x1b\[[A-Z]", "", text.replace(str(folder.parent), "FOLDER").replace(str(ROOT), "ROOT"))
     lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
     kept = [line for line in lines if line and not re.search(r"\d+%\||it/s|s/it", line)]

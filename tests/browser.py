@@ -1,4 +1,4 @@
-"""Pages in headless Chromium, without a driver: a script put into a copy of the page looks at it from inside."""
+"""Pages in headless Chromium, without a driver: a script inserted into a copy of the page inspects it from inside."""
 
 import base64
 import hashlib
@@ -36,7 +36,7 @@ ANSWER = re.compile(r'<pre id="answer">(.*?)</pre>', re.DOTALL)
 
 
 def with_scripts(page: str, *scripts: str) -> str:
-    """The page with scripts before its own, which its policy lets run."""
+    """Insert scripts before the page's own, and allow them in its content security policy."""
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
     hashes = "".join(f"&#x27;sha256-{digest}&#x27; " for digest in digests)
     page, count = re.subn("script-src ", lambda _: f"script-src {hashes}", page, count=1)
@@ -46,7 +46,7 @@ def with_scripts(page: str, *scripts: str) -> str:
 
 
 def run(page: Path, folder: Path, *words: str) -> bytes:
-    """Return what Chromium prints for a page; `folder` takes its profile. It can reach nothing but this page."""
+    """Return Chromium's output for a page. `folder` gets its profile; everything but this page is unreachable."""
     assert CHROMIUM is not None
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
     done = subprocess.run([*command, *words, page.resolve().as_uri()], capture_output=True, timeout=120)
@@ -55,7 +55,8 @@ def run(page: Path, folder: Path, *words: str) -> bytes:
 
 
 def ask(page: str, script: str, folder: Path) -> tuple[Any, list[str]]:
-    """(what the body `script` of an async function returns in the page, errors and warnings that were seen)."""
+    """Return (result of `script`, the body of an async function that runs in the page; errors and warnings of the
+    page)."""
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / "asked.html"
     copy.write_text(with_scripts(page, WATCH, ASK % script), encoding="utf-8")

@@ -15,9 +15,9 @@ MANY_MODULES = 20
 MODULES_KEPT = pytest.StashKey[int]()
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
+@pytest.hookimpl(tryfirst=True)  # before -m selects tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark whole trainings and comparisons of whole models as slow, but for those that the fast tier needs."""
+    """Mark whole training runs and comparisons of whole models as slow, except those that the fast tier needs."""
     tests = Path(__file__).parent
     for item in items:
         folder = item.path.relative_to(tests).parts[0]
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Let no later collection look through the modules and the thousands of tests, all of which stay."""
+    """Exclude the modules and the thousands of collected tests, which all stay alive, from garbage collection."""
     keep_what_stays(session.config)
 
 
@@ -34,7 +34,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     """Freeze the objects of modules that a test was the first to import.
 
-    Every training collects garbage twice, which takes 0.3 s each time without this.
+    Every training run collects garbage twice, and each collection would take 0.3 s longer.
     """
     yield
     if len(sys.modules) - item.config.stash[MODULES_KEPT] >= MANY_MODULES:
@@ -49,7 +49,7 @@ def keep_what_stays(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _log_handlers() -> Iterator[None]:
-    """Take away what a command set up for its log: its stream is closed when the test is over."""
+    """Remove the log handlers that a command installed: their stream is closed when the test ends."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield
@@ -59,7 +59,7 @@ def _log_handlers() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny SD 1.x model as a diffusers folder; read only."""
+    """A tiny SD 1.x model as a diffusers folder; read-only."""
     from tests.tiny.sd import build_tiny_sd
 
     return build_tiny_sd(tmp_path_factory.mktemp("tiny_sd_folder"), seed=11)
@@ -67,7 +67,7 @@ def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sd_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights of `tiny_sd_folder` as a single .safetensors file with a tokenizer/ beside it; read only."""
+    """The weights of `tiny_sd_folder` as a single .safetensors file with tokenizer/ next to it; read-only."""
     from tests.tiny.sd import build_tiny_sd
 
     return build_tiny_sd(tmp_path_factory.mktemp("tiny_sd_file"), seed=11, layout="safetensors")
@@ -75,7 +75,7 @@ def tiny_sd_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny SD 2.x model as a diffusers folder; read only."""
+    """A tiny SD 2.x model as a diffusers folder; read-only."""
     from tests.tiny.sd import build_tiny_sd
 
     return build_tiny_sd(tmp_path_factory.mktemp("tiny_sd2_folder"), seed=21, is_v2=True)
@@ -83,7 +83,7 @@ def tiny_sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sd2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights of `tiny_sd2_folder` as a single .safetensors file with a tokenizer/ beside it; read only."""
+    """The weights of `tiny_sd2_folder` as a single .safetensors file with tokenizer/ next to it; read-only."""
     from tests.tiny.sd import build_tiny_sd
 
     return build_tiny_sd(tmp_path_factory.mktemp("tiny_sd2_file"), seed=21, layout="safetensors", is_v2=True)
@@ -91,7 +91,7 @@ def tiny_sd2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny SDXL model as a diffusers folder; read only."""
+    """A tiny SDXL model as a diffusers folder; read-only."""
     from tests.tiny.sdxl import build_tiny_sdxl
 
     return build_tiny_sdxl(tmp_path_factory.mktemp("tiny_sdxl_folder"), seed=31)
@@ -99,7 +99,7 @@ def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sdxl_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights of `tiny_sdxl_folder` as a single .safetensors file with a tokenizer/ beside it; read only."""
+    """The weights of `tiny_sdxl_folder` as a single .safetensors file with tokenizer/ next to it; read-only."""
     from tests.tiny.sdxl import build_tiny_sdxl
 
     return build_tiny_sdxl(tmp_path_factory.mktemp("tiny_sdxl_file"), seed=31, layout="safetensors")

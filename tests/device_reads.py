@@ -1,8 +1,8 @@
-"""Finds where the host would wait for a card, without one: models of fake tensors on a device that is not the host.
+"""Detection of code where the host would wait for a GPU, without a GPU: models of fake tensors on a stand-in device.
 
-Fake tensors have no values, so whatever asks for one raises: `.item()`, `.tolist()`, an `if`, a shape that depends on
-values. Their mode is not on, so the host draws and counts with tensors of its own as ever. Copies between the two pass
-for fakes, so `NoWaiting` looks at them.
+Fake tensors have no values, so anything that needs a value raises: `.item()`, `.tolist()`, an `if`, a shape that
+depends on values. The fake tensor mode is off, so the host's own tensors are real. Copies between host and device
+succeed with fake tensors, so `NoWaiting` checks them.
 """
 
 from collections.abc import Iterable
@@ -16,17 +16,17 @@ from torch.utils._pytree import tree_leaves
 
 from tests.device_standin import DEVICE, OnDevice
 
-OURS = ("networks.core.kinds", "networks.core.changes")  # what adapters are made of, beside modules
+OURS = ("networks.core.kinds", "networks.core.changes")  # contents of adapters that are not modules
 
 
 class HostWaits(Exception):
-    """The host would wait until the device has done all it was given."""
+    """Raised where the host would wait for the device to finish its queue."""
 
 
 class NoWaiting(TorchDispatchMode):
-    """Raises HostWaits for every copy between host and device that the host waits for.
+    """A mode that raises HostWaits for every copy between host and device that blocks the host.
 
-    That is any copy to the host, and one to the device that is not `non_blocking`.
+    These are all copies to the host, and copies to the device that are not `non_blocking`.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -43,9 +43,9 @@ class NoWaiting(TorchDispatchMode):
 
 
 def move_fakes(models: Iterable[nn.Module]) -> None:
-    """Put the fake tensors of models, and of whatever of ours they hold, on the device; shared ones stay shared.
+    """Move the fake tensors of models, and of our own objects inside them, to the device; shared tensors stay shared.
 
-    Frozen values that are computed from weights are moved with them here, as a run moves them in its first step.
+    This includes frozen values computed from weights, which a run moves in its first step.
     """
     made: dict[Tensor, Tensor] = {}
     seen: set[int] = set()
@@ -66,6 +66,6 @@ def move_fakes(models: Iterable[nn.Module]) -> None:
 
 
 def on_device(old: Tensor) -> Tensor:
-    """A tensor or parameter on the device."""
+    """Return a tensor or parameter on the device."""
     moved = OnDevice(old.detach())
     return nn.Parameter(moved, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else moved

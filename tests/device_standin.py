@@ -1,7 +1,7 @@
-"""A device that has no float64, as Apple's graphics cards have none: it computes on the CPU and refuses such tensors.
+"""A stand-in device without float64, like Apple's GPUs: it computes on the CPU and refuses float64 tensors.
 
-Tensors on it report the device `DEVICE`, so code that moves tensors, makes them on the device of others, or mixes two
-devices meets what it would meet on a card: float64 is refused, and values come back to the CPU only by a copy.
+Its tensors report the device `DEVICE`. Code that moves tensors, creates them on another tensor's device, or mixes
+devices therefore behaves as on a GPU: float64 is refused, and values reach the CPU only by a copy.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-DEVICE = torch.device("cpu", 1)  # no tensor of torch's own is ever there
+DEVICE = torch.device("cpu", 1)  # torch itself never puts a tensor there
 REFUSED = (torch.float64, torch.complex128)
 
 
 class OnDevice(Tensor):
-    """A tensor on the stand-in; `inner` has the values."""
+    """A tensor on the stand-in device; `inner` has its values."""
 
     inner: Tensor
 
@@ -47,9 +47,9 @@ class OnDevice(Tensor):
 
 
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The operation on the CPU; its results are on the device where its tensors are, or where it is told to make them.
+    """Run an operation on the CPU; results are on the device if an argument is, or if `device` requests it.
 
-    Raises TypeError where tensors of both devices meet, unless one is a single number or the operation is a copy.
+    Raises TypeError for tensors of both devices, unless one is a scalar or the operation is a copy.
     """
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     here = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
@@ -64,7 +64,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     if not stays:
         return results
-    known = {id(tensor.inner): tensor for tensor in here}  # an operation in place gives its own argument back
+    known = {id(tensor.inner): tensor for tensor in here}  # in-place operations return their own argument
     return tree_map_only(Tensor, lambda t: known[id(t)] if id(t) in known else OnDevice(t), results)
 
 
@@ -73,14 +73,14 @@ def unwrapped(values: Any) -> Any:
 
 
 class Factories(TorchDispatchMode):
-    """Makes tensors on the stand-in where its device is asked for."""
+    """A mode that creates tensors on the stand-in device if they are requested there."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return compute(func, args, kwargs or {})
 
 
 class FromNumbers(TorchFunctionMode):
-    """Makes tensors of Python's numbers on the stand-in: torch fills these before any operation is dispatched."""
+    """A mode that creates tensors from Python numbers on the stand-in device; torch fills these before any dispatch."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -93,9 +93,9 @@ class FromNumbers(TorchFunctionMode):
 
 @contextmanager
 def device_without_float64() -> Iterator[torch.device]:
-    """The device, usable within the block."""
+    """Yield the device, which exists inside the block."""
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)  # else modules would take the values out of it
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # otherwise modules would extract the inner values
     try:
         with Factories(), FromNumbers():
             yield DEVICE

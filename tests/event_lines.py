@@ -17,14 +17,14 @@ STARTED = 1_800_000_000.0
 
 
 def thumbnail(red: int) -> str:
-    """A small image of one colour."""
+    """Return a small image of one colour as a data URL."""
     content = BytesIO()
     Image.new("RGB", (32, 48), (red % 256, 90, 200)).save(content, format="WEBP")
     return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def lines_of(told: Sequence[Event] | Iterator[Event], started: float = STARTED) -> list[dict[str, Any]]:
-    """Events as lines, a second apart."""
+    """Return events as lines, one second apart."""
     return [plain(event.as_line(started + second)) for second, event in enumerate(told)]
 
 
@@ -84,7 +84,7 @@ def saved(number: int, reason: events.SavedFor = "step", name: str | None = None
 
 
 def choice(steps: Sequence[int]) -> events.Choice:
-    """The last of the files is suggested."""
+    """Return a choice that suggests the last of the files."""
     files = [(None, 0), *((f"out/cat-step{step:08}.safetensors", step) for step in steps)]
     found = [
         events.Candidate(file, step, 0.1 + gap, 0.09 + gap, 0.11 + gap, gap, 0.9 * gap, 1.1 * gap, gap > 0)
@@ -94,7 +94,7 @@ def choice(steps: Sequence[int]) -> events.Choice:
 
 
 def whole_run(num_steps: int, name: str = "cat", seed: int = 0) -> Iterator[events.Event]:
-    """A run with everything: ten evaluations, times of previews and saved files, and texts that are an attack."""
+    """Yield a complete run: ten validations with previews and saved files, and texts that attempt script injection."""
     rng = random.Random(seed)
     yield start(name, learning_rate=1e-4 * (seed + 1), train_data_dir=EVIL)
     yield events.Warned("warning", "library.somewhere", EVIL)

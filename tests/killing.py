@@ -1,10 +1,10 @@
 """Runs of a script that are killed at a chosen file operation.
 
-`python -m tests.killing <jobs.json>` imports everything once and forks for each run, so that a run costs no imports,
-and no look of Python's collector through them, which would copy their memory too.
-A run counts what it does to files: it opens one to write, renames, replaces, removes, makes a folder, or has the
-safetensors library write, which happens outside Python. At the chosen number it gets SIGKILL, before the operation; a
-file of safetensors can also be left half written. Times and session ids are fixed, so that whole folders compare.
+`python -m tests.killing <jobs.json>` imports everything once and forks for each run. A run therefore costs no imports
+and no garbage collection over them, which would also copy their memory. Each run counts its file operations: opening
+for writing, renaming, replacing, removing, creating a folder, and writing by the safetensors library, which happens
+outside Python. It gets SIGKILL before the chosen operation; a safetensors file can also be left half written. Times and
+session ids are fixed, so that whole folders can be compared.
 """
 
 import builtins
@@ -30,31 +30,31 @@ NOW = 1_800_000_000.0
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its command line, the folder it is started in, and where it dies; None lets it end."""
+    """One run: its command line, its working folder, and the operation at which it dies; None lets it finish."""
 
     arguments: list[str]
     folder: str
     script: str = "train_network"
-    dies_at: int | None = None  # the number of the operation, from 0
-    leaves_half: bool = False  # of the file that safetensors writes there
+    dies_at: int | None = None  # index of the operation
+    leaves_half: bool = False  # leave the safetensors file of that operation half written
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of a job. `status` is that of waitpid: SIGKILL's is -9."""
+    """The result of a job. `status` is an exit code, or -9 after SIGKILL."""
 
     status: int
-    operations: list[str]  # each as kind and name of the file
+    operations: list[str]  # kind and file name of each
     output: str
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path, timeout: float = 600) -> list[Ended]:
-    """Run the jobs one after the other, forked from one process that has imported everything."""
+    """Run the jobs in sequence, forked from one process that has imported everything."""
     return [Ended(**one) for one in run_module("tests.killing", jobs, folder, timeout)]
 
 
 def run_module(module: str, jobs: Sequence[Any], folder: Path, timeout: float) -> Any:
-    """Run `module` as a program on these dataclasses; return what it writes to standard output as JSON."""
+    """Run `module` as a program on a list of dataclasses; return its standard output as parsed JSON."""
     path = folder / "jobs.json"
     path.write_text(json.dumps([asdict(job) for job in jobs]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -66,11 +66,11 @@ def run_module(module: str, jobs: Sequence[Any], folder: Path, timeout: float) -
     return json.loads(done.stdout)
 
 
-# In the process that forks
+# In the forking process
 
 
 def main() -> None:
-    """Run the jobs of a file and write what became of them to standard output."""
+    """Run the jobs of a file and print their results as JSON."""
     from tests.running import STARTED
 
     jobs = [Job(**one) for one in json.loads(Path(sys.argv[1]).read_text())]
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def import_all(script: str, spec: BaseModelSpec) -> None:
-    """Everything that a run imports, so that no fork has to."""
+    """Import everything that a run imports, so that no fork has to."""
     import importlib
 
     names = (script, spec.build.__module__, "networks.lora", "diffusers", "cv2")
@@ -97,7 +97,7 @@ def import_all(script: str, spec: BaseModelSpec) -> None:
 
 
 def fix_times() -> None:
-    """Times and session ids that get into files."""
+    """Fix the times and session ids that get into files."""
     from library.training.reporting import sample_images
     from library.training.run import writer
     from library.training.saving import checkpoints
@@ -109,7 +109,7 @@ def fix_times() -> None:
 
 
 def forked(job: Job) -> Ended:
-    """Run one job in a child."""
+    """Run one job in a child process."""
     folder = Path(job.folder)
     log, record = folder / "log", folder / "operations"
     child = os.fork()
@@ -130,7 +130,7 @@ def forked(job: Job) -> Ended:
 
 
 def start(job: Job) -> int:
-    """Run the script as its file does."""
+    """Run the script as its own file does."""
     import importlib
 
     from library.training.command_line.main import main as train
@@ -142,7 +142,7 @@ def start(job: Job) -> int:
 
 
 def watch(job: Job, note: Callable[[str], object]) -> None:
-    """Count this process's file operations, and end it at the one that the job names."""
+    """Count this process's file operations, and kill it at the one that the job names."""
     import safetensors.torch
 
     count = 0

@@ -1,7 +1,7 @@
-"""Runs of several processes that are forked from one, which has imported everything: a run costs no imports.
+"""Runs of several processes that are forked from one process, which has imported everything, so a run costs no imports.
 
-`python -m tests.ranks <jobs.json>` does them one after the other. Each process gets what torch's launcher would tell
-it, and its own folder for what it says; gloo carries what they exchange.
+`python -m tests.ranks <jobs.json>` executes them in sequence. Each process gets the environment of torch's launcher and
+its own output file in the job's folder; the backend is gloo.
 """
 
 import importlib
@@ -20,46 +20,46 @@ from typing import Any
 from library.collector import keep_imported
 from tests.killing import import_all, run_module
 
-MOST_SECONDS = 120  # of a run
+MOST_SECONDS = 120  # of one run
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its command line, how many processes, and what else they are told.
+    """One run: its command line, number of processes and environment.
 
-    With `call`, as `module:function`, the function is called in place of a script, with the arguments.
+    With `call` ("module:function"), that function is called with the arguments instead of a script.
     """
 
     arguments: list[str]
     count: int
-    folder: str  # of what they say
+    folder: str  # for their output
     script: str = "train_network"
     environment: dict[str, str] = field(default_factory=dict)
     call: str | None = None
-    killed: int | None = None  # the process that gets SIGKILL when another calls a function for the first time:
+    killed: int | None = None  # rank that gets SIGKILL when rank `killer` first calls the function `killed_at`
     killer: int = 0
-    killed_at: str = ""  # as `module:function`
+    killed_at: str = ""  # "module:function"
 
 
 @dataclass(frozen=True)
 class Rank:
-    """The end of one process. `status` is that of waitpid: SIGKILL's is -9."""
+    """The result of one process. `status` is an exit code, or -9 after SIGKILL."""
 
     status: int
     said: str
-    gave: Any = None  # by the function, as JSON
+    gave: Any = None  # the function's result, from JSON
 
 
 def run_ranks(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> list[list[Rank]]:
-    """Run the jobs; gives the processes of each in the order of their ranks."""
+    """Run the jobs. Return the results of each job's processes, ordered by rank."""
     return [[Rank(**rank) for rank in ranks] for ranks in run_module("tests.ranks", jobs, folder, timeout)]
 
 
-# In the process that forks
+# In the forking process
 
 
 def main() -> None:
-    """Run the jobs of a file and write what became of them to standard output."""
+    """Run the jobs of a file and print their results as JSON."""
     from tests.running import STARTED
 
     jobs = [Job(**one) for one in json.loads(Path(sys.argv[1]).read_text())]
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def forked(job: Job) -> list[Rank]:
-    """Run one job in children."""
+    """Run one job in child processes."""
     port = free_port()
     ranks = range(job.count)
     children = {fork(job, rank, port): rank for rank in ranks}
@@ -84,7 +84,7 @@ def forked(job: Job) -> list[Rank]:
             statuses[children.pop(child)] = os.waitstatus_to_exitcode(status)
             continue
         time.sleep(0.02)
-        if time.monotonic() > end:  # they wait for each other in vain
+        if time.monotonic() > end:  # deadlock
             for child in children:
                 os.kill(child, signal.SIGKILL)
     return [Rank(statuses[rank], said_by(job, rank).read_text(errors="replace"), given(job, rank)) for rank in ranks]
@@ -106,7 +106,7 @@ def free_port() -> int:
 
 
 def fork(job: Job, rank: int, port: int) -> int:
-    """Start one process; gives its number."""
+    """Start one process; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -149,7 +149,7 @@ def watch(job: Job) -> None:
 
 
 def start(job: Job) -> int:
-    """Run the script as its file does."""
+    """Run the script as its own file does."""
     from library.training.command_line.main import main as train
     from tests.running import STARTED
 
@@ -159,7 +159,7 @@ def start(job: Job) -> int:
 
 
 def call(job: Job, rank: int) -> int:
-    """Call the function among all processes and keep what it gives."""
+    """Call the function in all processes and store its result."""
     import torch.distributed as dist
 
     assert job.call is not None
@@ -167,7 +167,7 @@ def call(job: Job, rank: int) -> int:
     dist.init_process_group("gloo")
     found = getattr(importlib.import_module(module), name)(*job.arguments)
     (Path(job.folder) / f"gave_{rank}").write_text(json.dumps(found))
-    if dist.is_initialized():  # a run of a script ends it
+    if dist.is_initialized():  # a script's run destroys it itself
         dist.destroy_process_group()
     return 0
 

@@ -7,6 +7,6 @@ from library.checkpoints.recognition import recognise_adapter
 
 
 def base_of(shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """The name on the spec of the base model that is recognised by the keys of a file."""
+    """Return the name of the base model that is recognised by a file's keys."""
     spec = recognise_adapter(list_specs(), shapes, {})
     return spec.name if spec else None

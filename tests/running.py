@@ -28,7 +28,7 @@ from library.training.failures.interruption import STOP_SIGNALS
 ROOT = Path(__file__).parents[1]
 SCRIPTS: Mapping[str, BaseModelSpec] = {spec.script.removesuffix(".py"): spec for spec in list_specs()}
 SDXL = SCRIPTS["sdxl_train_network"]
-STARTED: Mapping[str, BaseModelSpec] = {  # those that train on prompts alone too
+STARTED: Mapping[str, BaseModelSpec] = {  # including those that train on prompts alone
     **SCRIPTS,
     "train_leco": replace(SCRIPTS["train_network"], options=LecoOptions),
     "sdxl_train_leco": replace(
@@ -39,7 +39,7 @@ STARTED: Mapping[str, BaseModelSpec] = {  # those that train on prompts alone to
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of a run: its status and output."""
+    """The result of a run: exit status and output."""
 
     status: int
     stdout: str
@@ -47,16 +47,16 @@ class Finished:
 
     @property
     def losses(self) -> list[float]:
-        """The average loss after every step, three digits each, as the progress bar shows it.
+        """The average loss after every step, with three digits, as the progress bar shows it.
 
-        How often the bar is drawn depends on the time; what it shows last for a step does not.
+        How often the bar is drawn depends on time, but the last value of each step does not.
         """
         shown = re.findall(r"steps:[^\r\n]*?(\d+)/\d+ \[[^\]\r\n]*avr_loss=([\d.e+-]+)", self.stderr)
         return list({int(step): float(loss) for step, loss in shown}.values())
 
 
 def make_images(folder: Path, count: int, side: int = 64, seed: int = 0) -> Path:
-    """Smooth random images with captions of random words."""
+    """Write smooth random images with captions of random words."""
     folder.mkdir(parents=True)
     rng, words = np.random.default_rng(seed), random.Random(seed)
     for i in range(count):
@@ -69,14 +69,14 @@ def make_images(folder: Path, count: int, side: int = 64, seed: int = 0) -> Path
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A --train_data_dir with six images, each used twice."""
+    """A --train_data_dir with six images, each repeated twice."""
     make_images(tmp_path / "data" / "2_thing", 6)
     return tmp_path / "data"
 
 
 @pytest.fixture
 def base_arguments(tiny_sd_folder: Path, images: Path, tmp_path: Path) -> list[str]:
-    """A command line that trains four steps on the tiny model."""
+    """A command line that trains the tiny model for four steps."""
     return [
         "--pretrained_model_name_or_path", str(tiny_sd_folder), "--train_data_dir", str(images),
         "--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2", "--output_dir",
@@ -88,7 +88,7 @@ def base_arguments(tiny_sd_folder: Path, images: Path, tmp_path: Path) -> list[s
 
 @pytest.fixture
 def fresh_process() -> Iterator[None]:
-    """Undo what a run leaves in the process: accelerate's state and signal handlers."""
+    """Reset what a run leaves in the process: accelerate's state and signal handlers."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -123,7 +123,7 @@ def train(fresh_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..
                 assembly.build,
                 arguments,
                 latents=assembly.LATENTS,
-                objective=vars(assembly).get("build_objective"),  # of flow models
+                objective=vars(assembly).get("build_objective"),  # for flow models
             )
         )
         return Finished(status, *capfd.readouterr())
@@ -132,7 +132,7 @@ def train(fresh_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..
 
 
 def train_by_prompts(arguments: list[str]) -> int:
-    """Run train_leco.py, which recognises the base model."""
+    """Run train_leco.py, which recognises the base model itself."""
     from library.architectures.specs import recognise_base_model
     from library.training.command_line.prompt_training import main_by_prompts
 
@@ -140,7 +140,7 @@ def train_by_prompts(arguments: list[str]) -> int:
 
 
 def exit_status(run: Callable[[], int]) -> int:
-    """Return the status that a script ends with, argparse's own included."""
+    """Return the exit status of a script, including that of argparse."""
     try:
         return run()
     except SystemExit as end:
@@ -149,7 +149,7 @@ def exit_status(run: Callable[[], int]) -> int:
 
 @pytest.fixture
 def launch() -> Callable[..., Finished]:
-    """Run a script as users do: `accelerate launch train_network.py …` in a process of its own."""
+    """Run a script as users do: `accelerate launch train_network.py …` in a separate process."""
 
     def run(arguments: list[str], script: str = "train_network.py", timeout: float = 300) -> Finished:
         done = subprocess.run([*launch_command(script), *arguments], capture_output=True, timeout=timeout, cwd="/")
@@ -159,6 +159,6 @@ def launch() -> Callable[..., Finished]:
 
 
 def launch_command(script: str) -> list[str]:
-    """The start of a command line that works without an accelerate configuration and from any folder."""
+    """Return the start of a command line that works without an accelerate configuration, from any folder."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
     return [*launcher, "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no", str(ROOT / script)]

@@ -1,4 +1,4 @@
-"""Checkpoints that adapters are merged into and extracted from, opened by recognising their base model."""
+"""Opening of the checkpoints that adapters are merged into or extracted from, whatever their base model."""
 
 from pathlib import Path
 
@@ -11,18 +11,18 @@ from networks.core.targets.targets import AdapterTargets, TargetModule, find_tar
 
 
 def find_base(flag: str, name: str, *parts: str) -> tuple[Path, BaseModelSpec]:
-    """Return the path of a checkpoint, of which these parts are downloaded if it is on the hub, and its base model.
+    """Locate a checkpoint and recognise its base model; for a hub name, `parts` are the folders to download.
 
-    Raises UserError naming `flag` if it is missing, broken or of an unknown base model.
+    Raises UserError naming `flag` if the checkpoint is missing, broken or of an unknown base model.
     """
     path = model_lookup.find_model(flag, name, [(part,) for part in parts])
     return path, base_of_checkpoint(list_specs(), flag, path)
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
-    """Open a single file or a diffusers folder; only headers of its files are read.
+    """Open a single file or a diffusers folder; only file headers are read.
 
-    Raises UserError naming `flag` if it is missing, broken or of an unsupported kind.
+    Raises UserError naming `flag` if the checkpoint is missing, broken or of an unsupported kind.
     """
     path, spec = find_base(flag, str(path), "unet", "text_encoder")
     return spec.open_for_merging(flag, path)
@@ -36,7 +36,7 @@ def spec_for(base: BaseModel) -> BaseModelSpec:
 def find_adapter_targets(base: BaseModel, with_convolutions: bool) -> tuple[list[TargetModule], list[TargetModule]]:
     """Return (text encoders, denoiser): the modules that networks.lora targets, on the meta device.
 
-    If a base model's checkpoints have no text encoders, only the denoiser's modules are returned.
+    The first list is empty for base models that come without text encoders.
     """
     encoders, denoiser = spec_for(base).view_for_networks(base.path)
     targets = denoiser.adapter_targets

@@ -1,4 +1,4 @@
-"""Strengths by block of a U-Net, a list for each adapter file (`lbws` of the merging commands)."""
+"""Adapter strengths by U-Net block: one list per adapter file (--lbws of the merging commands)."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def help_text() -> str:
-    """Return the help text of `lbws`, with the list lengths of all base models."""
+    """Return the help text of --lbws, with the list lengths of every base model."""
     lengths = [f"{format_lengths(spec)} for {spec.title}" for spec in list_specs() if spec.block_weights is not None]
     return (
         "a list for each file, such as [1,0,0,1,...]: strength by block, times --ratios, the first number for the text "
@@ -24,13 +24,13 @@ def help_text() -> str:
 
 
 def format_lengths(spec: BaseModelSpec) -> str:
-    """Return the possible lengths of a list of block weights."""
+    """Return the list lengths that a base model accepts, such as "17 or 26"; "none" without block weights."""
     return " or ".join(str(len(names)) for names in spec.block_weights.lists) if spec.block_weights else "none"
 
 
 @dataclass(frozen=True)
 class BlockStrength:
-    """The strengths of one base model's modules by block; 1 outside of the named blocks."""
+    """Strength of each module of one base model, by block; 1 outside the listed blocks."""
 
     spec: BaseModelSpec
     by_block: dict[str, float]
@@ -40,14 +40,17 @@ class BlockStrength:
         return 1.0 if block is None else self.by_block.get(block, 1.0)
 
     def block_of(self, name: str) -> str | None:
-        """Return the block of a module by its name in any naming; None outside of all blocks."""
+        """Return the block of a module, named in any naming; None if the module is in no block."""
         found, lists = self.spec.names.find(name), self.spec.block_weights
         assert lists is not None
         return None if found is None else lists.block_of(found.generic)
 
 
 def parse_lists(texts: Sequence[str] | None, num_files: int) -> list[tuple[float, ...]]:
-    """Parse the lists of `lbws`, none if it is not set. Raises UserError unless each file has one."""
+    """Parse the lists of --lbws; return no list if the option is not set.
+
+    Raises UserError unless there is one list per file.
+    """
     if not texts:
         return []
     if len(texts) != num_files:
@@ -59,7 +62,7 @@ def parse_lists(texts: Sequence[str] | None, num_files: int) -> list[tuple[float
 
 
 def parse_list(text: str) -> tuple[float, ...]:
-    """Parse `[1, 0.5]` or `1,0.5` to numbers."""
+    """Parse `[1, 0.5]` or `1,0.5`. Raises UserError for anything but finite numbers."""
     try:
         found = parse_json(text if text.strip().startswith("[") else f"[{text}]")
     except ValueError:
@@ -70,9 +73,10 @@ def parse_list(text: str) -> tuple[float, ...]:
 
 
 def strength_by_block(file: AdapterFile, spec: BaseModelSpec, numbers: tuple[float, ...]) -> Callable[[str], float]:
-    """Return the strength of each module of a file by a list of `lbws`.
+    """Return a function that maps a module name to its strength, from one list of --lbws.
 
-    Raises UserError if the base model has no such list; warns of modules that the list does not cover.
+    Raises UserError if the base model has no list of this length, or every module gets strength 0. Warns about modules
+    outside the listed blocks.
     """
     lists = spec.block_weights
     if lists is None:
@@ -88,22 +92,26 @@ def strength_by_block(file: AdapterFile, spec: BaseModelSpec, numbers: tuple[flo
     strength = BlockStrength(spec, dict(zip(names, numbers, strict=True)))
     if not any(map(strength, file.modules)):
         raise UserError(f"--lbws gives every module of {file.origin} strength 0; remove the file or use other numbers")
-    warn_of_the_rest(file, lists, strength)
+    warn_about_uncovered_modules(file, lists, strength)
     return strength
 
 
-def warn_of_the_rest(file: AdapterFile, lists: BlockWeights, strength: BlockStrength) -> None:
-    """Warn of modules that a list does not cover, and of numbers without effect."""
+def warn_about_uncovered_modules(file: AdapterFile, lists: BlockWeights, strength: BlockStrength) -> None:
+    """Warn about modules outside the listed blocks, and about numbers for blocks that the base model lacks."""
     blocks = [strength.block_of(name) for name in file.modules]
-    beyond = sorted({block or "outside of all blocks" for block in blocks if block not in strength.by_block})
-    if beyond:
+    uncovered = sorted({block or "outside of all blocks" for block in blocks if block not in strength.by_block})
+    if uncovered:
         num = sum(block not in strength.by_block for block in blocks)
         logger.warning(
-            "--lbws: %d of the %d modules of %s are in no block that a list of %d names (%s); they keep --ratios",
-            num, len(blocks), file.origin, len(strength.by_block), ", ".join(beyond),
+            "--lbws: %d of the %d modules of %s are in no block of a list of %d (%s); they keep --ratios",
+            num, len(blocks), file.origin, len(strength.by_block), ", ".join(uncovered),
         )  # fmt: skip
-    in_vain = [block for block, value in strength.by_block.items() if block in lists.missing and value not in (0, 1)]
-    if in_vain:
+    ineffective = [
+        block for block, value in strength.by_block.items() if block in lists.missing and value not in (0, 1)
+    ]
+    if ineffective:
         logger.warning(
-            "--lbws: the numbers for %s have no effect: %s lacks these blocks", ", ".join(in_vain), strength.spec.title
+            "--lbws: the numbers for %s have no effect: %s lacks these blocks",
+            ", ".join(ineffective),
+            strength.spec.title,
         )

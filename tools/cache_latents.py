@@ -1,7 +1,7 @@
-"""Encode the images of a data set and store the latents beside them, where the next training run finds them.
+"""Encode the images of a data set and store the latents next to them, where the next training run finds them.
 
-Takes the options of train_network.py; with --sdxl and --flux those of the scripts for SDXL and FLUX.1, of which only
---ae is needed.
+Accepts the options of train_network.py; with --sdxl or --flux those of the SDXL or FLUX.1 script. FLUX.1 needs only
+--ae.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from library.training.command_line.cli import add_missing, build_parser, from_pr
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the options of the training scripts that share these commands, with `sdxl`, `flux` and `skip_existing`."""
+    """Return the options of the three training scripts, plus --sdxl, --flux and --skip_existing."""
     parser = build_parser(FluxOptions)
     add_missing(parser, SdxlOptions)
     parser.add_argument("--sdxl", action="store_true", help="the base model is SDXL")
@@ -44,9 +44,9 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def read_options(args: argparse.Namespace, **values: bool) -> TrainOptions:
-    """Return the options of the requested base model's script, some of them with other values.
+    """Return the options of the requested base model, overridden by `values`.
 
-    Raises UserError for contradictory and invalid values.
+    Raises UserError for contradictory or invalid options.
     """
     args = from_program(setup_parser(), args)
     if args.sdxl and args.flux:
@@ -64,7 +64,7 @@ BUILD: Mapping[type[TrainOptions], Callable[[Any], Architecture]] = {
 
 
 def open_vae(options: TrainOptions) -> tuple[LatentCodec, Callable[[], nn.Module]]:
-    """Return the latent codec and a function that loads the VAE, for FLUX.1 from --ae alone if it is set."""
+    """Return the latent codec and a function that loads the VAE; for FLUX.1 with --ae, only that file is opened."""
     if isinstance(options, FluxOptions) and options.flux.ae:
         return flux.CODEC, partial(load_ae, options.flux.ae, options)
     arch = BUILD[type(options)](options)
@@ -72,12 +72,13 @@ def open_vae(options: TrainOptions) -> tuple[LatentCodec, Callable[[], nn.Module
 
 
 def cache_to_disk(args: argparse.Namespace) -> None:
-    """Encode every image whose cache file is missing or outdated. Raises UserError."""
+    """Encode every image whose cache entry is missing or stale. Raises UserError."""
     cache_images(args)
 
 
 def cache_images(args: argparse.Namespace, entries: Sequence[tuple[str, MetadataEntry]] | None = None) -> DataPlan:
-    """Encode the images and return them with their buckets; `entries` are the metadata file if already read."""
+    """Encode the images and return the data plan with their buckets; `entries` is the metadata file, if already
+    read."""
     options = read_options(args, cache_latents=True, cache_latents_to_disk=True)
     return caching.cache_images(options, *open_vae(options), entries)
 

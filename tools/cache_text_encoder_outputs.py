@@ -1,7 +1,7 @@
-"""Encode the captions of a data set and store the results beside the images, where the next training run finds them.
+"""Encode the captions of a data set and store the results next to the images, where the next training run finds them.
 
-Takes the options of sdxl_train_network.py with --sdxl and of flux_train_network.py with --flux: the text encoder
-outputs of Stable Diffusion 1.x and 2.x are not cached.
+Accepts the options of sdxl_train_network.py with --sdxl and of flux_train_network.py with --flux. Text encoder outputs
+of Stable Diffusion 1.x and 2.x are not cached.
 """
 
 import argparse
@@ -20,7 +20,7 @@ __all__ = ["cache_to_disk", "main", "setup_parser", "train_util"]
 
 
 def cache_to_disk(args: argparse.Namespace) -> None:
-    """Encode every caption whose cache file is missing or outdated. Raises UserError."""
+    """Encode every caption whose cache entry is missing or stale. Raises UserError."""
     wanted = {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
     options = read_options(args, network_train_unet_only=True, **wanted)
     arch = BUILD[type(options)](options)

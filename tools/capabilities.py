@@ -1,6 +1,6 @@
-"""Print what this suite can do as JSON: base models, scripts, options, network modules, weight formats.
+"""Print the capabilities of this suite as JSON: base models, scripts, options, network modules, weight formats.
 
-For front ends that build their forms from it. docs/capabilities.schema.json describes the object.
+Meant for front ends that build their forms from the output; docs/capabilities.schema.json describes it.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def list_capabilities(scripts: Sequence[str]) -> dict[str, Any]:
-    """Return the object that docs/capabilities.schema.json describes, with the options of `scripts`."""
+    """Return the object that docs/capabilities.schema.json describes, with the options of the given scripts."""
     return {
         "name": NAME,
         "version": VERSION,
@@ -66,7 +66,7 @@ def list_capabilities(scripts: Sequence[str]) -> dict[str, Any]:
 
 
 def describe_options(script: str) -> Iterator[dict[str, Any]]:
-    """Yield every option of a script as its parser and its declaration have it."""
+    """Yield a description of every option of a script, combining its parser and its declaration."""
     parser = importlib.import_module(script.removesuffix(".py")).setup_parser()
     kinds: list[type[Options]] = [LecoOptions]
     kinds += [spec.options for spec in list_specs() if script in (spec.script, spec.prompts_script)]
@@ -101,7 +101,7 @@ def describe_option(action: argparse.Action, group: str, facts: Facts) -> dict[s
 
 
 def describe_kind(kind: AdapterKind) -> dict[str, Any]:
-    """Return a kind of adapter with its network arguments, without those that it refuses."""
+    """Return an adapter kind with the network arguments that it accepts."""
     groups = (*COMMON, DoraArguments, *kind.wrappers, kind.arguments)
     defaults = {one.name: one.default for group in groups for one in fields(group)}
     return {
@@ -124,7 +124,7 @@ def describe_kind(kind: AdapterKind) -> dict[str, Any]:
 
 
 def show(found: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines of the short list."""
+    """Yield the lines of the short, human-readable list."""
     yield f"{found['name']} {found['version']}"
     for model in found["base_models"]:
         yield f"  {model['title']:24} {model['script']} {model['script_flag'] or ''}".rstrip()
@@ -140,7 +140,7 @@ def print_capabilities(args: argparse.Namespace) -> None:
     scripts = sorted(path.name for pattern in SCRIPTS for path in ROOT.glob(pattern))
     if args.script and args.script not in scripts:
         near = nearest_name(args.script, scripts)
-        raise UserError(f"--script {args.script} is no training script; use {near or ', '.join(scripts)}")
+        raise UserError(f"--script {args.script} is not a training script; use {near or ', '.join(scripts)}")
     found = list_capabilities([args.script] if args.script else scripts)
     if args.json:
         print(json.dumps(found, ensure_ascii=True))

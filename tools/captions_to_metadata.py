@@ -1,7 +1,7 @@
-"""Collect the captions or the tags of an image folder in a metadata file, which datasets accept as metadata_file and
-training as --in_json.
+"""Collect the captions or tags of an image folder in a metadata file, for metadata_file in a dataset file or --in_json
+in training.
 
-Entries of other images in the file, and the other of the two fields, are kept.
+Existing entries of other images, and the other of the two fields, are kept.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tools.command import check_place, command, make_parser
 
 logger = logging.getLogger(__name__)
 
-ENDINGS = {"caption": ".caption", "tags": ".txt"}  # by field of the file
+ENDINGS = {"caption": ".caption", "tags": ".txt"}  # by field of the metadata file
 TABLE_OF_TABLES = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*(\}|"(?!general")[^"]+"\s*:\s*\{)')  # not a dataset file
 METADATA = FileType("a metadata file", lambda start: TABLE_OF_TABLES.match(start) is not None)
 EXAMPLES = """\
@@ -36,7 +36,7 @@ EXAMPLES = """\
 
 
 def list_images(folder: Path, is_recursive: bool) -> list[Path]:
-    """List the images of a folder in the order of their paths. Raises UserError if there are none."""
+    """List the images of a folder, sorted by path. Raises UserError if there are none."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     endings = image_extensions()
@@ -49,21 +49,22 @@ def list_images(folder: Path, is_recursive: bool) -> list[Path]:
 
 
 def check_name(path: Path) -> None:
-    """Raise UserError if the name is that of a JSONL file, or the file cannot be written."""
+    """Raise UserError if the name ends in .jsonl, or the file cannot be written."""
     if path.suffix.lower() == ".jsonl":
-        raise UserError(f"{path}: a table is written, not lines; use a name that ends in .json")
+        raise UserError(f"{path}: the metadata file is a JSON object, not JSON lines; use a name that ends in .json")
     check_place("out_json", path)
     check_overwrite("out_json", path, METADATA)
 
 
 def write_table(path: Path, table: dict[str, Any]) -> None:
-    """Write a metadata file, whole or not at all."""
+    """Write a metadata file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(table, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def read_captions(images: Sequence[Path], extension: str) -> Iterator[tuple[Path, str | None]]:
-    """Yield each image with the text of its caption file, or None without one. Raises UserError."""
+    """Yield each image with the text of its caption file, or None if it has none. Raises UserError for invalid
+    UTF-8."""
     for image in images:
         file = image.with_suffix(extension)
         yield image, decode_utf8(file.read_bytes(), str(file)).strip() if file.is_file() else None
@@ -83,9 +84,11 @@ def check_keys(images: Sequence[Path], is_full: bool) -> None:
 
 
 def collect(args: argparse.Namespace) -> None:
-    """Read the captions and write the table."""
+    """Read the captions and write the metadata file."""
     if args.recursive and not args.full_path:
-        raise UserError("--recursive requires --full_path: names do not distinguish images of several folders")
+        raise UserError(
+            "--recursive requires --full_path: file names alone do not distinguish images of several folders"
+        )
     check_name(args.out_json)
     extension = args.caption_extention or args.caption_extension or ENDINGS[args.field]
     source = args.in_json or (args.out_json if args.out_json.is_file() else None)
@@ -110,14 +113,14 @@ def collect(args: argparse.Namespace) -> None:
 
 
 def setup_parser(field: str = "caption") -> argparse.ArgumentParser:
-    """Return the command's options; `field` is the default of the option of that name."""
+    """Return the command's options; `field` is the default of --field."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("train_data_dir", type=Path, help="the folder of images")
     parser.add_argument("out_json", type=Path, help="the metadata file to write; existing entries are kept")
     parser.add_argument("--in_json", type=Path, help="read this metadata file first, instead of the one to write")
     parser.add_argument("--field", choices=tuple(ENDINGS), default=field, help=f"what to collect (default: {field})")
     parser.add_argument("--caption_extension", help="extension of the files; unset: .caption, and .txt for tags")
-    parser.add_argument("--caption_extention", help="an older spelling of --caption_extension")
+    parser.add_argument("--caption_extention", help="old spelling of --caption_extension")
     parser.add_argument("--full_path", action="store_true", help="use paths of images as keys, not names")
     parser.add_argument("--recursive", action="store_true", help="also search subfolders")
     parser.add_argument("--debug", action="store_true", help="has no effect: missing files are always reported")

@@ -1,7 +1,7 @@
-"""Inspect an adapter file: ranks, alphas and norms by block, its problems, and which programs will use it.
+"""Inspect an adapter file: ranks, alphas and norms by block, problems, and the programs that can use it.
 
-The norms are those of the factors and of their change, alpha / rank * up @ down. The exit status is 0 for a usable file
-and 1 for an unusable one: truncated, with values that are not finite, or with halves of pairs missing.
+The norms are those of the factors and of the change alpha / rank * up @ down. The exit status is 0 for a usable file
+and 1 for an unusable one: truncated, with non-finite values, or with one half of a pair missing.
 """
 
 import argparse
@@ -54,7 +54,7 @@ EXAMPLES = """\
 
 @dataclass(frozen=True)
 class Report:
-    """The facts about a file."""
+    """The findings about one adapter file."""
 
     origin: str
     base: str | None
@@ -67,7 +67,7 @@ class Report:
 
 
 def check(path: Path) -> Report:
-    """Read and judge a file. Raises UserError if it cannot be read."""
+    """Read and check an adapter file or a folder saved by PEFT. Raises UserError if it cannot be read."""
     origin = str(path)
     path = file_in_folder(path, origin)
     return judge(load_state_dict(path), read_metadata(path), origin, peft_settings(path))
@@ -76,7 +76,7 @@ def check(path: Path) -> Report:
 def judge(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str, settings: PeftSettings | None = None
 ) -> Report:
-    """Judge the tensors of an adapter file; `settings` are those that PEFT saves beside it."""
+    """Check the tensors of an adapter file; `settings` are those of PEFT's adapter_config.json, if there is one."""
     file = sort_tensors(tensors, metadata, origin)
     tensors, modules = adapter_tensors(file), file.modules
     recorded = diffusers_settings(metadata) if settings is None else settings
@@ -97,7 +97,7 @@ def judge(
             found.append(wrong)
     if len(modules) == len(lone):
         found.append(f"the file contains no adapter weights (first keys: {', '.join(list(tensors)[:3]) or 'none'})")
-    warnings = list(find_oddities(list(modules.values()), facts, list(file.unknown), base))
+    warnings = list(find_warnings(list(modules.values()), facts, list(file.unknown), base))
     if lone and len(modules) > len(lone):
         warnings.append(f"alphas without weights, which have no effect: {list_some_keys(lone)}")
     name = base.name if base else None
@@ -106,10 +106,10 @@ def judge(
     return Report(origin, name, count_dtypes(tensors), facts, group_by_block(facts), programs, found, warnings)
 
 
-def find_oddities(
+def find_warnings(
     modules: Sequence[ModuleWeights], facts: Sequence[ModuleFacts], unknown: Sequence[str], base: BaseModelSpec | None
 ) -> Iterator[str]:
-    """Yield what a user should know about a usable file."""
+    """Yield warnings about a file that is usable."""
     if unknown:
         yield f"keys that belong to no adapter: {list_some_keys(unknown)}"
     if base is None:
@@ -120,11 +120,11 @@ def find_oddities(
             yield f"{base.title} has no modules of these names: {list_some_keys(strangers)}"
     still = [module.name for module in facts if module.update_norm == 0]
     if still:
-        yield f"change nothing, all zeros: {list_some_keys(still)}"
+        yield f"all zeros, without effect: {list_some_keys(still)}"
 
 
 def format_json(report: Report) -> str:
-    """Format the report as JSON; numbers that are not finite become null."""
+    """Format the report as JSON, with null for non-finite numbers."""
     content = asdict(report)
     for program, reading in zip(content["programs"], report.programs, strict=True):
         program |= {"amount": reading.amount, "num_used": reading.num_used}
@@ -133,7 +133,7 @@ def format_json(report: Report) -> str:
 
 
 def replace_nonfinite(value: Any) -> Any:
-    """Replace numbers that JSON does not support by None."""
+    """Replace non-finite numbers, which JSON does not support, by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -154,7 +154,7 @@ def format_text(report: Report) -> Iterator[str]:
 
 
 def format_blocks(blocks: Sequence[BlockFacts]) -> Iterator[str]:
-    """Yield one line per block, with one heading per part."""
+    """Yield one line per block, below a heading per part."""
     width = max((len(block.block) for block in blocks), default=0)
     for part in dict.fromkeys(block.part for block in blocks):
         yield f"{part}:"
@@ -190,7 +190,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def print_report(args: argparse.Namespace) -> int:
-    """Print the report and return 1 for an unusable file."""
+    """Print the report. Return 1 if the file is unusable, else 0."""
     path = args.model or args.file
     report = check(path)
     if args.json:

@@ -1,5 +1,5 @@
-"""Measure saved adapter files on the held-out images, all with the same noise and one load of the base model, and
-choose the file to keep. The training options determine the model and the images."""
+"""Measure saved adapter files on the held-out images and choose the one to keep. All files get the same noise, and
+the base model is loaded once. The training options determine the model and the images."""
 
 import argparse
 import logging
@@ -56,21 +56,21 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def choose_seed(seed: int | None, files: Sequence[Path]) -> int:
-    """Return the seed given, else that which the files were trained with; it decides which images are set aside.
+    """Return the given seed, else the seed that the files were trained with; it selects the held-out images.
 
-    Raises UserError if there is none.
+    Raises UserError if the files record no common seed.
     """
     if seed is not None:
         return seed
     found = {read_metadata(path).get("ss_seed", "") for path in files}
     if len(found) != 1 or not (text := found.pop()).isdigit():
-        raise UserError("--seed is not set and the files do not share one; use that of the training")
+        raise UserError("--seed is not set, and the files record no common seed; set --seed to that of the training")
     logger.info("--seed is not set: using %s from the files", text)
     return int(text)
 
 
 def warn_of_other_splits(options: ValidationOptions, files: Sequence[Path], seed: int) -> None:
-    """Say which files may have trained on the images that are set aside here."""
+    """Warn about files that may have been trained on the held-out images."""
     wanted = seed if options.validation_seed is None else options.validation_seed
     for path in files:
         metadata = read_metadata(path)
@@ -82,13 +82,13 @@ def warn_of_other_splits(options: ValidationOptions, files: Sequence[Path], seed
         if float(metadata["ss_validation_split"]) != share or own != str(wanted):
             text = (
                 "%s was trained with --validation_split %s and seed %s, but here they are %g and %d: it may have been "
-                "trained on images that are measured"
+                "trained on the held-out images"
             )
             logger.warning(text, path.name, metadata["ss_validation_split"], own, share, wanted)
 
 
 def measure_files(sides: Sides, found: Sequence[FileLosses]) -> list[Measured]:
-    """Return the files with their losses by image, the base model first."""
+    """Return each file with its mean loss per image, the base model first."""
     unseen = sides.held_out or sides.mirrored
     is_held_out = sides.held_out is not None
 
@@ -113,7 +113,7 @@ def measure_files(sides: Sides, found: Sequence[FileLosses]) -> list[Measured]:
 
 
 def measure_forgetting(one: FileLosses, base: FileLosses, probe: Measurement | None) -> events.Forgotten | None:
-    """Return how much the loss of the forgetting probe rose; None without one, and for the base model itself."""
+    """Return the rise of the loss on the forgetting probe; None without a probe, and for the base model itself."""
     if probe is None or one.row is None or one.probe_NL is None or base.probe_NL is None:
         return None
     before_G, after_G = (average_by_image(losses_NL.mean(1), probe.rows) for losses_NL in (base.probe_NL, one.probe_NL))
@@ -121,7 +121,7 @@ def measure_forgetting(one: FileLosses, base: FileLosses, probe: Measurement | N
 
 
 def record_choice(choice: events.Choice, reports: ReportOptions, saving: SavingOptions) -> None:
-    """Add the choice to the run's events and report, if they exist."""
+    """Append the choice to the run's event file and report, if they exist."""
     line = plain(choice.as_line(time.time()))
     if (path := reports.log_events) and path != "-":
         file = open_event_file(Path(path), goes_on=True)
@@ -134,7 +134,8 @@ def record_choice(choice: events.Choice, reports: ReportOptions, saving: SavingO
 
 
 def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
-    """Measure the files and print the choice. Raises UserError for invalid options and files of other base models."""
+    """Measure the files and print the choice. Raises UserError for invalid options and for files of other base
+    models."""
     base, options = read_training_options(args.script, training)
     options = adjust_for_measuring(options)
     check_values(options)
@@ -144,7 +145,9 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     )
     files = drop_copies(files)
     if options.dataset.dataset_class:
-        raise UserError("--dataset_class: its images are not known one by one, so none can be measured again")
+        raise UserError(
+            "--dataset_class is not supported: images of a custom dataset class cannot be measured one by one"
+        )
     seed = choose_seed(options.run.seed, files)
     warn_of_other_splits(options.validation, files, seed)
     arch = base.build(options)

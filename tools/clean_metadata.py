@@ -1,8 +1,8 @@
-"""Clean tags and captions of drawings in a metadata file, as taggers and caption models write them.
+"""Clean the tags and captions of drawings in a metadata file, as taggers and captioning models write them.
 
-Tags: underscores become spaces; ratings are removed, and so are tags that another one includes ("shirt" with "white
-shirt"). With several people in the image, repeated hair, eyes, sleeves and hairstyles are removed, because nothing
-tells whose they are. Captions: "a cartoon lady" and the like become "a girl".
+Tags: underscores become spaces; ratings are removed, and so are tags contained in a longer one ("shirt" next to "white
+shirt"). If there are several people, repeated tags for hair, eyes, sleeves and hairstyles are removed, because they do
+not tell which person they describe. Captions: "a cartoon lady" and similar terms become "a girl".
 """
 
 import argparse
@@ -32,8 +32,8 @@ OF_ONE_PERSON = (
         r"ponytail|braid|ahoge|twintails|sidelocks|two side up|two tails|[\w-]+ braid|[\w-]+ bun|single (hair|side) bun"
     ),
 )
-SAID_AGAIN = re.compile(r"[\w-]+|hair ornament")  # tags that a longer one can include
-UNDERSCORE = re.compile(r"(?<!\^)_|_(?!\^)")  # except in the emoticon ^_^
+REPEATABLE = re.compile(r"[\w-]+|hair ornament")  # tags that a longer tag can repeat
+UNDERSCORE = re.compile(r"(?<!\^)_|_(?!\^)")  # any underscore except the one in the emoticon ^_^
 
 DRAWN, PEOPLE = "(?:anime|cartoon)", "(?:lady|female|woman|person)"
 CAPTION_RULES = tuple(
@@ -58,23 +58,24 @@ EXAMPLES = """\
 
 
 def clean_tags(text: str) -> str:
-    """Return the tags worth learning, separated by commas."""
+    """Return the tags worth training on, separated by commas."""
     tags = [tag.strip() for tag in UNDERSCORE.sub(" ", text).split(",") if tag.strip()]
     end = next((i for i, tag in enumerate(tags) if i and tag.startswith("rating")), len(tags))
     tags = tags[:end]
     if any("girls" in tag or "boys" in tag for tag in tags):
         tags = drop_attributes(tags)
-    said = [tag for tag in tags if SAID_AGAIN.fullmatch(tag) and any(is_more_exact(other, tag) for other in tags)]
-    return ", ".join(tag for tag in tags if tag not in said)
+    repeated = [tag for tag in tags if REPEATABLE.fullmatch(tag) and any(extends_tag(other, tag) for other in tags)]
+    return ", ".join(tag for tag in tags if tag not in repeated)
 
 
-def is_more_exact(other: str, tag: str) -> bool:
-    """Return True if `other` is `tag` with words before it."""
+def extends_tag(other: str, tag: str) -> bool:
+    """Return True if `other` is `tag` preceded by one or more words."""
     return re.fullmatch(rf"(\w+ )+{re.escape(tag)}", other) is not None
 
 
 def drop_attributes(tags: Sequence[str]) -> list[str]:
-    """Remove repeated attributes from the tags of several people; a single hair length may apply to all."""
+    """Remove ambiguous attributes if there are several people; a single hair length is kept, because all may share
+    it."""
     left = list(tags)
     for pattern in OF_ONE_PERSON:
         found = [tag for tag in left if pattern.fullmatch(tag)]
@@ -85,7 +86,7 @@ def drop_attributes(tags: Sequence[str]) -> list[str]:
 
 
 def clean_caption(text: str) -> str:
-    """Replace the terms for drawn people by one word; each rule is applied until nothing changes."""
+    """Replace terms for drawn people by "girl"; each rule is applied until it changes nothing."""
     for pattern, new in CAPTION_RULES:
         while (changed := pattern.sub(new, text)) != text:
             text = changed
@@ -96,8 +97,8 @@ CLEANERS: dict[str, Callable[[str], str]] = {"tags": clean_tags, "caption": clea
 
 
 def clean(args: argparse.Namespace) -> None:
-    """Read, clean and write; count entries without tags or caption."""
-    if args.old_out_json is not None:  # older form of this command, with a folder before the two files
+    """Read, clean and write the metadata file."""
+    if args.old_out_json is not None:  # older form of this command, which has a folder before the two files
         logger.warning("%s has no effect: all entries of the metadata file are cleaned", args.in_json)
         args.in_json, args.out_json = args.out_json, args.old_out_json
     check_name(args.out_json)

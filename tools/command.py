@@ -1,4 +1,4 @@
-"""Common options, dtypes, start and error handling of the commands for adapter files."""
+"""Shared parts of the command-line tools: common options, dtypes, entry points, error handling."""
 
 import argparse
 import os
@@ -25,27 +25,28 @@ FILE_PRECISIONS = {
     **dict.fromkeys(("fp8", "fp8_e4m3fn", "float8_e4m3fn"), torch.float8_e4m3fn),
     **dict.fromkeys(("fp8_e5m2", "float8_e5m2"), torch.float8_e5m2),
 }
-"""Precisions of whole checkpoints by the words that programs use for them."""
+"""Names of the precisions of whole checkpoints, as other programs spell them."""
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".sft")
 
 
 Action = Callable[[argparse.Namespace], int | None]
-"""The work of a command; returns its exit status, None for success."""
+"""The work of a command. Returns the exit status; None means success."""
 
 
 def run(parser: argparse.ArgumentParser, action: Action, argv: Sequence[str] | None) -> int:
-    """Parse, act, and return the exit status: 0 success, 1 user error, 130 interrupted, else that of the action."""
+    """Parse the command line, run `action` and return the exit status: 0 success, 1 user error, 130 interrupted, or
+    the action's own."""
     return act(partial(action, parser.parse_args(argv)))
 
 
 def act(action: Callable[[], int | None]) -> int:
-    """Act, print a user error as one line, and return the exit status as `run` does."""
+    """Run `action`, print a user error as one line, and return the exit status as `run` does."""
     setup_plain_logging()
     try:
         with hide_library(BITSANDBYTES):
             return action() or 0
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and (error.errno is None or error.filename is None):  # not of the system
+        if isinstance(error, OSError) and (error.errno is None or error.filename is None):  # not from the system
             raise
         print(f"error: {escape_controls(str(error), keep=LINES)}", file=sys.stderr)
         return 1
@@ -55,7 +56,8 @@ def act(action: Callable[[], int | None]) -> int:
 
 
 def command(setup_parser: Callable[[], argparse.ArgumentParser], action: Action) -> Callable[..., int]:
-    """Return the `main` of a command: it takes a command line, by default the process's, and returns the status."""
+    """Return the `main` of a command. It takes a command line (default: that of the process) and returns the exit
+    status."""
 
     def main(argv: Sequence[str] | None = None) -> int:
         return run(setup_parser(), action, argv)
@@ -66,7 +68,7 @@ def command(setup_parser: Callable[[], argparse.ArgumentParser], action: Action)
 def training_command(
     setup_parser: Callable[[], argparse.ArgumentParser], action: Callable[[argparse.Namespace, list[str]], int | None]
 ) -> Callable[..., int]:
-    """Return the `main` of a command that passes the options that it does not know on to a training script."""
+    """Return the `main` of a command that passes unknown options on to a training script."""
 
     def main(argv: Sequence[str] | None = None) -> int:
         return act(partial(action, *setup_parser().parse_known_args(argv)))
@@ -75,7 +77,7 @@ def training_command(
 
 
 def complete_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """Complete a calling program's options: missing ones get their defaults, and paths may be strings."""
+    """Complete the options of a program that calls the command: add missing defaults and convert strings to paths."""
     values = {action.dest: getattr(args, action.dest, action.default) for action in parser._actions}
     for action in parser._actions:
         value = values[action.dest]
@@ -85,7 +87,7 @@ def complete_options(parser: argparse.ArgumentParser, args: argparse.Namespace) 
 
 
 def make_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
-    """Return a parser whose help ends with examples."""
+    """Return a parser that prints `examples` below its help."""
     return add_version(
         argparse.ArgumentParser(
             description=description,
@@ -98,9 +100,9 @@ def make_parser(description: str | None, examples: str) -> argparse.ArgumentPars
 def make_training_parser(
     description: str | None, examples: str, script: str | None = "train_network.py", others: str = "the training"
 ) -> argparse.ArgumentParser:
-    """Return a parser for `training_command`, whose help says which options it leaves to the training.
+    """Return a parser for `training_command`; its help says that all other options are those of `others`.
 
-    `script` is the example of --script; None adds no such option.
+    `script` is the example in the help of --script; None leaves that option out.
     """
     parser = make_parser(description, examples)
     parser.allow_abbrev = False  # abbreviations refer to training options
@@ -111,17 +113,17 @@ def make_training_parser(
 
 
 def add_save_precision(parser: argparse.ArgumentParser, unset: str) -> None:
-    """Add the precision of an adapter file; `unset` describes the default."""
+    """Add --save_precision for an adapter file; `unset` describes the default."""
     parser.add_argument("--save_precision", choices=tuple(SAVE_DTYPES), help=f"precision of the file; unset: {unset}")
 
 
 def add_file_precision(parser: argparse.ArgumentParser) -> None:
-    """Add the precision of a checkpoint, which accepts all words of `FILE_PRECISIONS`."""
+    """Add --save_precision for a checkpoint, which accepts every name in `FILE_PRECISIONS`."""
     parser.add_argument("--save_precision", help="float32, fp16, bf16, fp8 ...; unset: the precision of each tensor")
 
 
 def dtype_of_file(name: str | None) -> torch.dtype | None:
-    """Return the dtype of a precision's name. Raises UserError for an unknown one."""
+    """Return the dtype of a name in `FILE_PRECISIONS`; None for None. Raises UserError for an unknown name."""
     if name is None:
         return None
     if name.lower() not in FILE_PRECISIONS:
@@ -134,12 +136,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
-    """Return the dtype of a precision on the command line."""
+    """Return the dtype of a validated --save_precision; None if unset."""
     return None if name is None else SAVE_DTYPES[name]
 
 
 def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """Raise UserError for an option below 1; None is unset."""
+    """Raise UserError if an option is below 1; None means unset."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -147,7 +149,8 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
 
 
 def resolve_ratios(args: argparse.Namespace, unset: float) -> list[float]:
-    """Return the ratio of each of --models. Raises UserError unless all or none are set."""
+    """Return one ratio per file of --models, `unset` if --ratios is not given. Raises UserError if the counts
+    differ."""
     ratios = args.ratios or [unset] * len(args.models)
     if len(ratios) != len(args.models):
         raise UserError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; use one for each file")
@@ -155,21 +158,21 @@ def resolve_ratios(args: argparse.Namespace, unset: float) -> list[float]:
 
 
 def check_output(flag: str, path: Path, inputs: Iterable[Path | None] = ()) -> None:
-    """Raise UserError unless the extension determines the format and the file can be written."""
+    """Raise UserError unless the extension selects a weight file format and the file can be written."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{flag} {path}: the name must end in one of {', '.join(SUFFIXES)}, which chooses the format")
     check_place(flag, path, inputs)
 
 
 def check_safetensors_output(flag: str, path: Path, inputs: Iterable[Path | None] = ()) -> None:
-    """Raise UserError unless the file can be written as safetensors, the only format."""
+    """Raise UserError unless the file can be written and has an extension of safetensors, the only supported format."""
     if not is_safetensors(path):
         raise UserError(f"{flag} {path}: the name must end in {' or '.join(SAFETENSORS_SUFFIXES)}, the only format")
     check_place(flag, path, inputs)
 
 
 def check_place(flag: str, path: Path, inputs: Iterable[Path | None] = ()) -> None:
-    """Raise UserError if no file of this name can be written, or one of `inputs` would be overwritten."""
+    """Raise UserError if `path` is a folder, cannot be written, or would overwrite one of `inputs`."""
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder; use the name of a file")
     check_not_input(flag, path, inputs)
@@ -177,14 +180,14 @@ def check_place(flag: str, path: Path, inputs: Iterable[Path | None] = ()) -> No
 
 
 def check_new_folder(flag: str, path: Path) -> None:
-    """Raise UserError unless a folder can be created there."""
+    """Raise UserError if `path` exists or cannot be created as a folder."""
     if path.exists():
         raise UserError(f"{flag} {path} already exists; use the name of a new folder")
     check_folder(flag, path)
 
 
 def check_folder(flag: str, path: Path) -> None:
-    """Raise UserError if nothing can be written beside `path`; missing folders will be created."""
+    """Raise UserError if nothing can be created at `path`; missing parent folders are allowed."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
         raise UserError(f"{flag} {path}: {folder} is a file, not a folder; use another folder")
@@ -193,7 +196,7 @@ def check_folder(flag: str, path: Path) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device to compute on. Raises UserError if it cannot be used."""
+    """Return the device of --device. Raises UserError if it cannot be used."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -204,5 +207,5 @@ def resolve_device(name: str) -> torch.device:
 
 
 def with_comment(old: str | None, comment: str) -> str:
-    """Prepend a tool's remark to `ss_training_comment`."""
+    """Return `ss_training_comment` with a tool's remark in front."""
     return f"{comment}; {old}" if old and old != "None" else comment

@@ -1,5 +1,5 @@
-"""Compare runs on one HTML page: differences in options, data and versions, losses on one axis, previews side by side.
-A run is its folder, its report, or a file written by --log_events."""
+"""Compare runs on one HTML page: different options, data and versions, losses on common axes, previews side by side.
+A run is given as its folder, its report, or the file that --log_events wrote."""
 
 import argparse
 import logging

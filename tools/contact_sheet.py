@@ -1,5 +1,5 @@
-"""Generate a contact sheet: the same prompts and seeds with several adapter files and without one, from one load of the
-base model. The training options determine the model and how it is stored."""
+"""Generate a contact sheet: the same prompts and seeds without an adapter and with each of several adapter files,
+loading the base model once. The training options determine the model and how it is stored."""
 
 import argparse
 import logging
@@ -39,7 +39,7 @@ from tools.plan_memory import read_training_options
 
 logger = logging.getLogger(__name__)
 
-LARGEST_IN_REPORT = 1800, 12_000  # pixels of width and height
+LARGEST_IN_REPORT = 1800, 12_000  # maximum width and height in pixels
 
 EXAMPLES = """\
   python3 tools/contact_sheet.py --script train_network.py --config_file configs/quickstart/train.toml \\
@@ -54,8 +54,8 @@ def setup_parser() -> argparse.ArgumentParser:
         "--multipliers",
         type=parse_numbers,
         metavar="A,B,...",
-        help="draw every file at these strengths, side by side, and print how far the images follow them; write the "
-        "list behind =, as in --multipliers=-2,-1,0,1,2",
+        help="draw every file at these strengths, side by side, and print how well the images follow them; "
+        "needs =, as in --multipliers=-2,-1,0,1,2",
     )
     parser.add_argument("--sheet", type=Path, help="PNG to write; unset: <output_name>-sheet.png in --output_dir")
     parser.add_argument("--side", type=int, default=256, help="largest side of an image, in pixels (default: 256)")
@@ -63,23 +63,23 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def parse_numbers(text: str) -> list[float]:
-    """Read numbers between commas. Raises argparse.ArgumentTypeError for anything else."""
+    """Parse numbers separated by commas. Raises argparse.ArgumentTypeError."""
     try:
         found = [float(word) for word in text.split(",")]
     except ValueError:
         found = []
     if not found or not all(map(isfinite, found)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, such as -2,-1,0,1,2")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, such as -2,-1,0,1,2")
     return found
 
 
 def label_rows(files: Sequence[Path]) -> list[str]:
-    """Return the label of each row, the one without an adapter first."""
+    """Return the row labels; the first row has no adapter."""
     return ["without an adapter", *(display_path(path).name.removesuffix(path.suffix) for path in files)]
 
 
 def choose_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
-    """Return the named files, PEFT's in its folders, else the adapter files of the run.
+    """Return the named files, else the adapter files of the run; a PEFT folder is replaced by the file in it.
 
     Raises UserError if there are none.
     """
@@ -98,13 +98,13 @@ def choose_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
 
 
 def find_device() -> torch.device:
-    """Return the accelerator of this machine, else the CPU."""
+    """Return the accelerator of this machine, or the CPU if there is none."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device("cpu") if device is None else device
 
 
 def expand_columns(prompts: Sequence[Prompt], seeds: Sequence[int] | None) -> list[Prompt]:
-    """Return each prompt with each seed."""
+    """Return every combination of a prompt and a seed; without `seeds`, each prompt keeps its own seed, or gets 1."""
     return [replace(p, seed=seed) for p in prompts for seed in seeds or [1 if p.seed is None else p.seed]]
 
 
@@ -116,9 +116,11 @@ def arrange_strips(
     side: int,
     spec: LatentSpec,
 ) -> Image.Image:
-    """Return a row for each file and prompt, with an image for each strength; print their rank correlations.
+    """Arrange one row per file and prompt, with one image per strength; log the rank correlations of strength and
+    change.
 
-    The base model alone stands for strength 0. References, placed as `spec` needs, are on the left of each image.
+    Images of strength 0 come from the base model alone. Reference images, prepared for `spec`, are on the left of each
+    image.
     """
     rows, labels = [], []
     for number, name in enumerate(label_rows(files)[1:]):
@@ -139,7 +141,7 @@ def arrange_strips(
 
 
 def format_correlations(known: Sequence[float], num_images: int) -> str:
-    """Return mean and lowest of the correlations that are numbers, of `num_images` prompts."""
+    """Format the mean and the minimum of the finite correlations among `num_images` rows."""
     if not known:
         return "unknown: all images are equal"
     rest = num_images - len(known)

@@ -1,4 +1,4 @@
-"""Alias of tools/convert_stable_diffusion.py for other programs."""
+"""Alias of tools/convert_stable_diffusion.py under the name that other programs call."""
 
 import sys
 from pathlib import Path

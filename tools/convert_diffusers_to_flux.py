@@ -1,7 +1,6 @@
-"""Convert FLUX.1's or Chroma's transformer from a diffusers folder to one file in the original layout.
+"""Convert the transformer of FLUX.1 or Chroma from a diffusers folder to one file in the original layout.
 
-The weights are the same, except that q, k and v, separate in diffusers, are stacked in one tensor, and that names
-differ.
+The values stay the same. Tensors are renamed, and q, k and v, which diffusers stores separately, are stacked.
 """
 
 import argparse
@@ -31,9 +30,10 @@ EXAMPLES = """\
 
 
 def open_transformer(path: Path) -> Weights:
-    """Open the transformer of a diffusers folder, of its own folder, or of its (first) file, under the original names.
+    """Open a transformer under its original names, from a diffusers folder, the transformer's folder, or its (first)
+    file.
 
-    Raises UserError for one that is missing, incomplete or of another model.
+    Raises UserError if it is missing, incomplete or of another model.
     """
     path = model_lookup.find_model(FLAG, str(path), ((FOLDER, ""),))
     if path.is_dir():

@@ -1,6 +1,7 @@
-"""Rename the keys of an adapter file for ComfyUI, like two commands of sd-scripts that have modules in networks/.
+"""Rename the keys of an adapter file for ComfyUI: the shared code of two sd-scripts commands, whose modules are in
+networks/.
 
-tools/convert_lora.py is the command for users; it supports all base models and namings.
+Users should call tools/convert_lora.py, which supports all base models and namings.
 """
 
 import argparse
@@ -16,8 +17,8 @@ from tools.convert_lora import convert, read_adapter, spec_for_file
 
 
 def command(description: str | None, base: str, to: FileNaming, back: FileNaming | None) -> Callable[..., int]:
-    """Return the `main` of such a module: files of base model `base` get the naming `to`, with `reverse` that of
-    `back`.
+    """Return the `main` of such a module, for files of base model `base`: convert to naming `to`, or with --reverse to
+    naming `back`.
 
     `back` is None if sd-scripts has no naming of its own.
     """
@@ -33,19 +34,21 @@ def setup_parser(description: str | None) -> argparse.ArgumentParser:
     parser = add_version(argparse.ArgumentParser(description=description))
     parser.add_argument("src_path", type=Path, help="the adapter file to read")
     parser.add_argument("dst_path", type=Path, help="the adapter file to write")
-    parser.add_argument("--reverse", action="store_true", help="from ComfyUI's names to those written by training")
+    parser.add_argument(
+        "--reverse", action="store_true", help="rename from ComfyUI's names to those that training writes"
+    )
     return parser
 
 
 def rename(base: str, to: FileNaming, back: FileNaming | None, args: argparse.Namespace) -> None:
-    """Read, rename and write. Raises UserError for a file of another base model, and if there is nothing to rename."""
-    card = spec_for_file(read_adapter(args.src_path, "src_path"), str(args.src_path))
-    if card.name != base:
-        raise UserError(f"{args.src_path} is an adapter of {card.title}; use tools/convert_lora.py")
+    """Read, rename and write the file. Raises UserError for another base model, and if there is nothing to rename."""
+    spec = spec_for_file(read_adapter(args.src_path, "src_path"), str(args.src_path))
+    if spec.name != base:
+        raise UserError(f"{args.src_path} is an adapter of {spec.title}; use tools/convert_lora.py")
     if args.reverse and back is None:
         raise UserError(
-            f"--reverse: {args.src_path} needs no renaming: training and all tools read and write ComfyUI's names for "
-            f"{card.title}; use it with --network_weights as it is"
+            f"--reverse: {args.src_path} needs no renaming, because training and all tools use ComfyUI's names for "
+            f"{spec.title}; pass it to --network_weights as it is"
         )
     check_output("dst_path", args.dst_path, [args.src_path])
     renamed = convert(args.src_path, args.dst_path, (back or to) if args.reverse else to, drop_unsupported=False)

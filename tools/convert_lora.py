@@ -1,8 +1,9 @@
-"""Rename the keys of an adapter file for another program: kohya's, generic or diffusers' names, same effect.
+"""Rename the keys of an adapter file for another program, without changing its effect: kohya's, generic or diffusers'
+names.
 
-Reads files of any trainer, and folders saved by PEFT. In the generic and the diffusers naming alpha is multiplied into
-lora_B: exactly in the file's own dtype if alpha / rank is a power of two, else both factors of the module are written
-as float32.
+Reads files of any trainer and folders saved by PEFT. The generic and diffusers namings have no alpha, so alpha is
+multiplied into lora_B. This is exact in the file's own dtype if alpha / rank is a power of two; otherwise both factors
+of the module are written as float32.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import programs_that_read
-from library.checkpoints.recognition import require_card
+from library.checkpoints.recognition import require_spec
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
 from networks.core.files.foreign_names import add_model
@@ -34,7 +35,7 @@ EXAMPLES = """\
 def spec_for_file(file: AdapterFile, origin: str) -> BaseModelSpec:
     """Return the spec of a file's base model. Raises UserError if it cannot be recognised."""
     shapes = {module.keys[key]: t.shape for module in file.modules.values() for key, t in module.tensors.items()}
-    return require_card(list_specs(), shapes, file.metadata, origin)
+    return require_spec(list_specs(), shapes, file.metadata, origin)
 
 
 def read_adapter(path: Path, flag: str) -> AdapterFile:
@@ -43,7 +44,7 @@ def read_adapter(path: Path, flag: str) -> AdapterFile:
 
 
 def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) -> Renamed:
-    """Write `model` to `save_to` in another naming. Raises UserError with the reason if that is impossible."""
+    """Write `model` to `save_to` in another naming. Raises UserError if that is impossible."""
     file = read_adapter(model, "--model")
     spec = spec_for_file(file, f"--model {model}")
     if not programs_that_read(spec, to):
@@ -78,7 +79,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def best_namings(spec: BaseModelSpec) -> str:
-    """List the namings of a base model that some program reads."""
+    """List the namings that at least one program reads for a base model."""
     return " and ".join(naming for naming in NAMINGS if programs_that_read(spec, naming))
 
 

@@ -1,7 +1,7 @@
-"""Convert Stable Diffusion 1.x and 2.x between one file and a diffusers folder, or write either in another precision.
+"""Convert Stable Diffusion 1.x and 2.x between a single file and a diffusers folder, or change the precision of either.
 
-A name that ends in .safetensors, .ckpt, .pt or .sft is written as a file, one without an extension as a folder. The
-input is recognised.
+A target that ends in .safetensors, .ckpt, .pt or .sft is written as a file, one without an extension as a folder. The
+type of the input is recognised.
 """
 
 import argparse
@@ -53,16 +53,16 @@ EXAMPLES = """\
 
 @dataclass(frozen=True)
 class Opened:
-    """A model to write in another layout."""
+    """A model opened for conversion."""
 
     path: Path
     base: str  # "sd1" or "sd2"
     parts: Mapping[str, Component]
-    whole: Weights | None  # the single file, None for a folder
+    whole: Weights | None  # the single file; None for a folder
 
 
 def open_source(name: str, wanted: str | None, variant: str | None) -> Opened:
-    """Open the model; only headers of its files are read. Raises UserError for one of another kind."""
+    """Open the model; only file headers are read. Raises UserError if it is not the required base model."""
     path, spec = find_base(SOURCE, name, *layouts.PARTS)
     if spec.name not in TITLES:
         raise UserError(f"{SOURCE} {path}: this is {spec.called} model; this command supports only SD 1.x and SD 2.x")
@@ -83,7 +83,7 @@ def open_source(name: str, wanted: str | None, variant: str | None) -> Opened:
 
 
 def write_file(model: Opened, args: argparse.Namespace, dtype: torch.dtype | None) -> int:
-    """Write all parts into one file and return the number of weights."""
+    """Write all parts into one file. Return the number of weights."""
     num = sum(len(part.weights.shapes) for part in model.parts.values())
     named = tqdm(layouts.to_single_file(model.base, model.parts, dtype or torch.float32), "converting", num)
     tensors: dict[str, Tensor] = dict(named)
@@ -104,7 +104,7 @@ def write_file(model: Opened, args: argparse.Namespace, dtype: torch.dtype | Non
 
 
 def parse_metadata(text: str | None) -> dict[str, str]:
-    """Parse `metadata` to a mapping of strings. Raises UserError for anything else."""
+    """Parse --metadata to a mapping of strings. Raises UserError for anything else."""
     try:
         found = {} if text is None else ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -115,7 +115,7 @@ def parse_metadata(text: str | None) -> dict[str, str]:
 
 
 def read_counts(path: Path) -> dict[str, int]:
-    """Return the epochs and steps recorded in a file that a training program pickled."""
+    """Return the epochs and steps that a training program recorded in a pickled checkpoint."""
     content = {} if path.is_dir() or holds_safetensors(path) else load_pickle(path, mmap=True)
     found = {name: content.get(name) for name in COUNTS} if isinstance(content, Mapping) else {}
     return {name: value for name, value in found.items() if isinstance(value, int)}
@@ -147,10 +147,10 @@ def find_reference(model: Opened, name: str | None) -> Path:
 
 
 def write_folder(model: Opened, args: argparse.Namespace, dtype: torch.dtype | None, reference: Path) -> int:
-    """Write the folder, with scheduler and tokenizer of `reference`, and return the number of weights."""
+    """Write the folder, with the scheduler and tokenizer of `reference`. Return the number of weights."""
     other = model_lookup.read_json(reference / "unet" / "config.json")
     is_linear = model.parts["unet"].config.get("use_linear_projection", False)
-    if model.whole is not None and model.base == "sd2":  # the file has matrices, whatever programs expect
+    if model.whole is not None and model.base == "sd2":  # a single file of SD 2.x always stores matrices
         is_linear = args.unet_use_linear_projection or bool(other.get("use_linear_projection"))
     num = 0
     with atomic_folder(args.model_to_save) as folder:
@@ -172,7 +172,7 @@ def write_folder(model: Opened, args: argparse.Namespace, dtype: torch.dtype | N
 
 
 def write_scheduler(reference: Path, folder: Path) -> None:
-    """Write another folder's scheduler as diffusers' DDIMScheduler, and model_index.json."""
+    """Write model_index.json and the reference's scheduler as diffusers' DDIMScheduler."""
     from diffusers import DDIMScheduler
 
     DDIMScheduler.from_pretrained(reference, subfolder="scheduler").save_pretrained(folder / "scheduler")
@@ -199,22 +199,24 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument(TARGET, type=Path, help="the file or, without an extension, the folder to write")
     parser.add_argument("--v1", action="store_true", help="require SD 1.x; the version is recognised anyway")
     parser.add_argument("--v2", action="store_true", help="require SD 2.x; the version is recognised anyway")
-    parser.add_argument("--unet_use_linear_projection", action="store_true", help="in a folder of SD 2.x: as matrices")
+    parser.add_argument("--unet_use_linear_projection", action="store_true", help="folder of SD 2.x: write matrices")
     precision = parser.add_mutually_exclusive_group()
     for name in SAVE_DTYPES:
         precision.add_argument(f"--{name}", action="store_const", const=name, dest="save_precision_as")
-    precision.add_argument("--save_precision_as", choices=tuple(SAVE_DTYPES), help="the same; default: float")
+    precision.add_argument(
+        "--save_precision_as", choices=tuple(SAVE_DTYPES), help="the same as one option (default: float)"
+    )
     parser.add_argument("--epoch", type=int, default=0, help="epochs to record in a .ckpt, added to those of the input")
-    parser.add_argument("--global_step", type=int, default=0, help="steps to record, likewise")
+    parser.add_argument("--global_step", type=int, default=0, help="steps to record, added likewise")
     parser.add_argument("--metadata", help="""metadata of a .safetensors file, as '{"name": "my model"}'""")
     parser.add_argument("--variant", help="variant of a folder's files to read, such as fp16")
     parser.add_argument("--reference_model", help="folder or hub name of a model with scheduler and tokenizer")
-    parser.add_argument("--use_safetensors", action="store_true", help="in a folder: .safetensors instead of .bin")
+    parser.add_argument("--use_safetensors", action="store_true", help="folder: write .safetensors, not .bin")
     return parser
 
 
 def is_file_name(path: Path) -> bool:
-    """Return True if a file is to be written. Raises UserError for an unsupported extension."""
+    """Return True if the target is a file, False for a folder. Raises UserError for an unsupported extension."""
     if path.suffix and path.suffix.lower() not in SUFFIXES:
         raise UserError(
             f"{TARGET} {path} ends in {path.suffix}: a file ends in one of {', '.join(SUFFIXES)}, a folder's name has "

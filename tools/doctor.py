@@ -1,7 +1,7 @@
-"""Examine this machine for training: Python, torch and the GPU, packages, memory, disk, and one product in each number
-format. Each line is a finding; problems come with a fix. Attach the lines to a bug report.
+"""Check whether this machine can train: Python, torch, GPU, packages, memory, disk, and one matrix product per number
+format. Each line is a finding; problems come with a fix. Attach the output to a bug report.
 
-Nothing is changed, and only versions, settings and sizes are read: no token, no file of yours.
+Nothing is changed, and only versions, settings and sizes are read: no tokens, none of your files.
 """
 
 import argparse
@@ -27,24 +27,25 @@ from library.version import add_version  # noqa: E402
 from tools.start import python_problem  # noqa: E402
 
 GIB = 2**30
-LEAST_FREE_GIB = 8  # of main memory, through which checkpoints are loaded
-LEAST_DISK_GIB = 10  # for caches, states and saved files of one training
+LEAST_FREE_GIB = 8  # main memory, through which checkpoints are loaded
+LEAST_DISK_GIB = 10  # for the caches, states and saved files of one training run
 LEAST_SHARED_GIB = 1  # /dev/shm: containers get 64 MB by default
-SIDE = 256  # of the multiplied matrices
+SIDE = 256  # rows and columns of the multiplied matrices
 PINNED_MIB = 256
-SECONDS = 120  # timeout for importing a package in a separate process
+SECONDS = 120  # timeout of a separate process
 OPTIONAL = ("xformers", "triton", "lycoris-lora", "wandb", "prodigyopt", "lion-pytorch", "dadaptation", "schedulefree")
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
     "HF_HOME", "HF_HUB_OFFLINE", "ACCELERATE_CONFIG_FILE", "TORCHINDUCTOR_CACHE_DIR",
 )  # fmt: skip
-# Relative distance (Frobenius) from the float64 product: three times the format's own rounding of random numbers.
+# Relative error (Frobenius norm) against the float64 product: three times the format's own rounding error on random
+# numbers.
 BOUNDS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.2e-2, "float8_e4m3fn": 0.12}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One finding: subject, result, and the fix for a problem or a remark."""
+    """One finding: subject, result, and a fix for a problem or a remark."""
 
     what: str
     found: str
@@ -58,7 +59,7 @@ class Line:
 
 
 def python_lines() -> Iterator[Line]:
-    """Report the interpreter, the system, and the revision of this suite."""
+    """Report the interpreter, the operating system, and the revision of this suite."""
     version = f"{platform.python_version()}, {8 * struct.calcsize('P')} bit, {hide_user_name(sys.executable)}"
     problem = python_problem(sys.version_info[:2])
     fix = f"{problem}; install one of these from https://www.python.org" if problem else ""
@@ -68,7 +69,7 @@ def python_lines() -> Iterator[Line]:
 
 
 def revision() -> str:
-    """Return the current commit and the number of changed files; the folder if git does not know it."""
+    """Return the current commit and the number of files changed since; outside git, the folder."""
     git = ["git", "-C", str(ROOT)]
     commit = output([*git, "log", "-1", "--format=%h of %cs"])
     if commit is None:
@@ -78,17 +79,17 @@ def revision() -> str:
 
 
 def package_lines(requirements: Path = ROOT / "requirements.txt") -> Iterator[Line]:
-    """Compare the installed packages with the required versions, then list optional ones."""
+    """Compare the installed packages with requirements.txt, then list the optional ones."""
     yield from filter(None, map(requirement_line, requirements.read_text(encoding="utf-8").splitlines()))
     there = [f"{name} {version}" for name in OPTIONAL if (version := version_of(name))]
     yield Line("optional packages", ", ".join(there) or "none")
 
 
 def requirement_line(text: str) -> Line | None:
-    """Check the package of a requirements line; return None if the line is not for this Python."""
+    """Check the package of one requirements line; return None if the line does not apply to this Python."""
     try:
         from packaging.requirements import Requirement
-    except ImportError:  # installed with pip and transformers
+    except ImportError:  # packaging comes with pip and transformers
         name = text.split(">")[0].split(";")[0].strip()
         return Line(name, version_of(name) or "missing", "", version_of(name) is None)
     wanted = Requirement(text)
@@ -100,33 +101,33 @@ def requirement_line(text: str) -> Line | None:
     return Line(wanted.name, version_of(wanted.name) or "")
 
 
-def card_lines(torch: Any, cards: Sequence[str]) -> Iterator[Line]:
+def gpu_lines(torch: Any, gpus: Sequence[str]) -> Iterator[Line]:
     """Compare torch's build with the GPUs that NVIDIA's driver lists."""
     made_for = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
     build = next((f"{name} {version}" for name, version in made_for.items() if version), "CPU")
     yield Line("torch build", f"{torch.__version__}, {build}")
-    for card in cards:
-        yield Line("driver's card", card)
+    for gpu in gpus:
+        yield Line("driver's GPU", gpu)
     if not torch.cuda.is_available():
-        if fix := explain_unused_gpu(torch, cards):
-            yield Line("card", "there, but torch cannot use it", fix, True)
+        if fix := explain_unused_gpu(torch, gpus):
+            yield Line("GPU", "present, but torch cannot use it", fix, True)
         elif getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
-            yield Line("card", "Apple's, through MPS")
+            yield Line("GPU", "Apple's, through MPS")
         else:
             slow = "fine for experiments, far too slow for full-size models"
-            yield Line("card", "none: training runs on the processor", slow)
+            yield Line("GPU", "none; training runs on the CPU", slow)
         return
     known = torch.cuda.get_arch_list()
     for number in range(torch.cuda.device_count()):
-        yield card_line(torch, number, known)
+        yield gpu_line(torch, number, known)
 
 
-def card_line(torch: Any, number: int, known: Sequence[str]) -> Line:
-    """Report a GPU that torch sees: memory, and whether this build has kernels for it."""
+def gpu_line(torch: Any, number: int, known: Sequence[str]) -> Line:
+    """Report one GPU that torch sees: free memory, and whether this build of torch has kernels for it."""
     major, minor = torch.cuda.get_device_capability(number)
     free, total = torch.cuda.mem_get_info(number)
     name = f"{torch.cuda.get_device_name(number)}, sm_{major}{minor}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    what = f"card {number}"
+    what = f"GPU {number}"
     if not runs_on(f"sm_{major}{minor}", known):
         return Line(what, name, f"torch has kernels only for {', '.join(known)}: {GET_TORCH}", True)
     if free < 0.8 * total:
@@ -135,7 +136,7 @@ def card_line(torch: Any, number: int, known: Sequence[str]) -> Line:
 
 
 def runs_on(wanted: str, known: Sequence[str]) -> bool:
-    """Return True if kernels for one of `known` run on `wanted`: an older one of its generation, or PTX."""
+    """Return True if kernels compiled for one of `known` run on `wanted`: the same generation and not newer, or PTX."""
     number = int(wanted.removeprefix("sm_"))
     for name in known:
         digits = "".join(c for c in name if c.isdigit())
@@ -146,7 +147,7 @@ def runs_on(wanted: str, known: Sequence[str]) -> bool:
 
 
 def product_lines(torch: Any, device: Any) -> Iterator[Line]:
-    """Compare one product in each number format with float64."""
+    """Compare one matrix product in each number format with float64."""
     generator = torch.Generator().manual_seed(20)
     a, b = (torch.randn(SIDE, SIDE, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
@@ -169,7 +170,7 @@ def product_lines(torch: Any, device: Any) -> Iterator[Line]:
 
 
 def product_line(what: str, multiply: Callable[[], Any], exact: Any, bound: float) -> Line:
-    """Report a product's distance from the exact one; an unsupported format is only a remark."""
+    """Report the relative error of a product; an unsupported format is a remark, not a problem."""
     try:
         off = ((multiply().cpu().double() - exact).norm() / exact.norm()).item()
     except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -184,7 +185,7 @@ def product_line(what: str, multiply: Callable[[], Any], exact: Any, bound: floa
 
 
 def memory_lines(torch: Any | None) -> Iterator[Line]:
-    """Report main memory, how much can be pinned, and the shared memory of worker processes."""
+    """Report main memory, whether it can be pinned, the shared memory of worker processes, and the processor."""
     import psutil
 
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
@@ -202,14 +203,14 @@ def memory_lines(torch: Any | None) -> Iterator[Line]:
 
 
 def check_pinning(torch: Any) -> Line:
-    """Report whether main memory can be pinned, which offloaded blocks need for fast copies."""
+    """Report whether main memory can be pinned, which fast copies of offloaded blocks need."""
     try:
         torch.empty(PINNED_MIB * 2**20, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as error:
         fix = f"offloaded blocks are copied through small buffers, which is slower ({get_first_line(error)})"
         return Line("pinned memory", f"{PINNED_MIB} MiB refused", fix)
     limit = "; Windows allows about half of main memory" if sys.platform == "win32" else ""
-    return Line("pinned memory", f"{PINNED_MIB} MiB given{limit}")
+    return Line("pinned memory", f"{PINNED_MIB} MiB allocated{limit}")
 
 
 def disk_lines(folders: Mapping[str, Path]) -> Iterator[Line]:
@@ -237,14 +238,14 @@ def setting_lines() -> Iterator[Line]:
 
 
 def accelerate_config() -> Path:
-    """Return the path of `accelerate launch`'s settings."""
+    """Return the path of `accelerate launch`'s settings file."""
     given = os.environ.get("ACCELERATE_CONFIG_FILE")
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     return Path(given) if given else Path(home).expanduser() / "accelerate" / "default_config.yaml"
 
 
 def describes_training(line: str) -> bool:
-    """Return True if a line of accelerate's settings describes processes or precision, not other machines."""
+    """Return True if a line of accelerate's settings describes processes or precision, rather than other machines."""
     telling = ("mixed_precision", "distributed_type", "num_processes", "num_machines", "dynamo_backend", "use_cpu")
     return line.strip().startswith(telling)
 
@@ -260,7 +261,7 @@ print("moved" if abs(weight.mean().item() - 0.9) < 0.01 else f"wrong: {{weight.m
 
 
 def eight_bit_line(device: str) -> Line:
-    """Report one step of an 8-bit optimizer, in a separate process, which a broken library may crash."""
+    """Report one step of an 8-bit optimizer, taken in a separate process because a broken library may crash it."""
     if version_of("bitsandbytes") is None:
         return Line("8-bit optimizer", "bitsandbytes is missing", "only *8bit optimizers and nf4 require it")
     command = [sys.executable, "-c", EIGHT_BITS.format(device=device)]
@@ -269,14 +270,14 @@ def eight_bit_line(device: str) -> Line:
     except subprocess.TimeoutExpired:
         return Line("8-bit optimizer", f"no answer in {SECONDS} s", "reinstall bitsandbytes", True)
     if done.stdout.strip().endswith("moved"):
-        return Line("8-bit optimizer", "takes a step")
+        return Line("8-bit optimizer", "works")
     last = (done.stdout.strip() or done.stderr.strip() or f"ended with status {done.returncode}").splitlines()[-1]
     fix = "python3 -m pip install -U bitsandbytes; until it works use --optimizer_type AdamW and no nf4"
     return Line("8-bit optimizer", f"fails: {last}", fix, True)
 
 
 def output(command: Sequence[str]) -> str | None:
-    """Return a program's output; None if it is missing or fails."""
+    """Return a program's standard output; None if the program is missing or fails."""
     try:
         done = subprocess.run(list(command), capture_output=True, text=True, errors="replace", timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired):
@@ -285,7 +286,7 @@ def output(command: Sequence[str]) -> str | None:
 
 
 def hide_user_name(path: str) -> str:
-    """Return a path without the user's name, because the lines are shown to others."""
+    """Return a path without the user's name, because the output is shared with others."""
     home = str(Path.home())
     return f"~{path[len(home) :]}" if home != "/" and path.startswith(home) else path
 
@@ -295,16 +296,16 @@ def get_first_line(error: BaseException) -> str:
 
 
 def iterate_lines(folder: Path) -> Iterator[Line]:
-    """Yield every finding, the slow ones last. `folder` is where trainings write."""
+    """Yield every finding, the slow ones last. `folder` is the output folder of training runs."""
     yield from python_lines()
     yield from package_lines()
     torch: Any = None
     try:
         import torch
-    except Exception as error:  # whatever a broken installation raises, the rest is still reported
+    except Exception as error:  # a broken installation can raise anything; the other checks still run
         yield Line("torch", f"cannot be imported: {get_first_line(error)}", GET_TORCH, True)
     if torch is not None:
-        yield from card_lines(torch, list_nvidia_gpus())
+        yield from gpu_lines(torch, list_nvidia_gpus())
     if version_of("psutil") is not None:
         yield from memory_lines(torch)
     yield from disk_lines({"disk": folder, "temporary files": Path(tempfile.gettempdir())})
@@ -324,7 +325,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the findings. Return the exit status: 0 without problems, else 1."""
+    """Print the findings. Return 0 if there is no problem, else 1."""
     args = setup_parser().parse_args(argv)
     wrong = []
     for line in iterate_lines(args.output_dir.resolve()):

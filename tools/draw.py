@@ -1,7 +1,7 @@
-"""Draw images with a base model and adapter files, at one strength or several side by side.
+"""Draw images with a base model and adapter files, at one strength or at several side by side.
 
-The samplers are those of previews. The base model is recognised from its file; its other files, such as text encoders,
-and how it is stored in memory are options of its training script.
+The samplers are those of the previews. The base model is recognised from its file. Its other files, such as text
+encoders, and its storage in memory are set by the options of its training script.
 """
 
 import argparse
@@ -39,16 +39,16 @@ def setup_parser() -> argparse.ArgumentParser:
     parser = make_training_parser(__doc__, EXAMPLES, None, "the model's training script")
     parser.add_argument("model", help="file, diffusers folder, or name on the Hugging Face hub")
     parser.add_argument("--adapter", nargs="+", action="extend", default=[], metavar="FILE[:STRENGTH]", help="adapters")
-    parser.add_argument("--prompt", nargs="+", default=[], help="a prompt each, with options behind it as in a file")
+    parser.add_argument("--prompt", nargs="+", default=[], help="prompts, with options as in a prompt file")
     parser.add_argument("--prompts", type=Path, help="file with prompts, as --sample_prompts takes it")
-    parser.add_argument("--strengths", type=float, nargs="+", help="factors on all adapters; writes a sheet of rows")
-    parser.add_argument("--seed", type=int, default=1, help="seed of prompts that name none (default: 1)")
+    parser.add_argument("--strengths", type=float, nargs="+", help="factors for all adapters, one row each in a sheet")
+    parser.add_argument("--seed", type=int, default=1, help="seed of prompts without one (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("output/drawn"), help="folder (default: output/drawn)")
     return parser
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
-    """Return the file and the strength of FILE[:STRENGTH]. Raises UserError if there is no such file."""
+    """Parse FILE[:STRENGTH]; the default strength is 1. Raises UserError if the file does not exist."""
     name, _, strength = text.rpartition(":")
     try:
         path, factor = (Path(name), float(strength)) if name else (Path(text), 1.0)
@@ -60,12 +60,12 @@ def parse_adapter(text: str) -> tuple[Path, float]:
 
 
 def scale_strengths(files: Stack, factor: float) -> Stack:
-    """Return the files with their strengths times a factor; without those whose strength is 0."""
+    """Multiply the strengths of the files by `factor`, and drop files of strength 0."""
     return [(file, strength * factor) for file, strength in files if strength * factor]
 
 
 def draw(args: argparse.Namespace, words: Sequence[str]) -> None:
-    """Draw and write the images. Raises UserError for bad options, and for files that do not fit the model."""
+    """Draw and write the images. Raises UserError for invalid options, and for files that do not fit the model."""
     files = [parse_adapter(text) for text in args.adapter]
     if not args.prompt and not args.prompts:
         raise UserError("there is nothing to draw; give --prompt, or --prompts with a file")

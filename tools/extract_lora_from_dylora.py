@@ -1,10 +1,9 @@
 """Extract plain LoRA files of smaller ranks from a file trained with networks.dylora.
 
-DyLoRA trains the first k rows of lora_down and columns of lora_up to be an adapter of rank k. Training at rank k
-computes (alpha / R) * up[:, :k] @ down[:k], with the full rank R: one scale for every rank. A file cut at rank r
-therefore gets the alpha alpha * r / R, so that its alpha / r and its strength are as trained. Modules of another rank
-(convolutions with conv_dim) are cut in proportion, as they were trained: R' becomes R' * r / R, rounded to their own
-unit if the file records one.
+DyLoRA trains the first k rows of lora_down and the first k columns of lora_up as an adapter of rank k. Training at rank
+k computes (alpha / R) * up[:, :k] @ down[:k] with the full rank R, so every rank has the same scale. A file cut at rank
+r therefore gets alpha * r / R as its alpha, which keeps the trained strength. Modules of another rank R' (convolutions
+with conv_dim) are cut in proportion, as in training: to R' * r / R, rounded to their own unit if the file records it.
 """
 
 import argparse
@@ -41,7 +40,7 @@ class Nested:
     """A DyLoRA file and its ranks."""
 
     file: AdapterFile
-    full_rank: int  # of the Linear layers; of the convolutions if there are no others
+    full_rank: int  # of the Linear layers; of the convolutions if there are no Linear layers
     unit: int | None  # the block size in training; None if the file does not record it
     conv_unit: int  # for larger kernels; 1 if the file does not record it
 
@@ -52,15 +51,15 @@ class Nested:
         return list(range(unit, self.full_rank + 1, unit))
 
     def rank_of(self, module: ModuleWeights, rank: int) -> int:
-        """Return a module's rank when the file is cut at `rank`, as in training at that rank."""
+        """Return a module's rank if the file is cut at `rank`, computed as in training."""
         own_unit = self.conv_unit if module.form == "conv" else self.unit or 1
-        if module.rank % own_unit:  # not the unit of its training
+        if module.rank % own_unit:  # recorded for other modules
             own_unit = 1
         return resolve_nested_rank(module.rank, rank, self.full_rank, own_unit)
 
 
 def open_nested(path: Path) -> Nested:
-    """Read a DyLoRA file. Raises UserError for a file that cannot be cut."""
+    """Read a DyLoRA file. Raises UserError if it cannot be cut."""
     file = read_adapter_file(path, "--model")
     require_layouts(file, (lora.LAYOUT, norm.LAYOUT), "cut to a smaller rank")
     dora = [module.name for module in file.modules.values() if module.is_dora]
@@ -93,7 +92,7 @@ def read_network_arguments(metadata: Mapping[str, str]) -> Mapping[str, object]:
 
 
 def read_unit(arguments: Mapping[str, object], names: Sequence[str]) -> int | None:
-    """Return the block size recorded under one of these names, or None."""
+    """Return the block size recorded under the first of these names that has one, or None."""
     for name in names:
         text = str(arguments.get(name, ""))
         if text.isdecimal() and int(text) > 0:
@@ -102,7 +101,7 @@ def read_unit(arguments: Mapping[str, object], names: Sequence[str]) -> int | No
 
 
 def choose_ranks(nested: Nested, unit: int | None, ranks: Sequence[int] | None) -> list[int]:
-    """Return the ranks to cut at. Raises UserError with the possible ones."""
+    """Return the ranks to cut at. Raises UserError listing the possible ones."""
     possible = nested.possible_ranks
     trained = f", trained in units of {nested.unit}" if nested.unit else ""
     if ranks:
@@ -128,7 +127,7 @@ def choose_ranks(nested: Nested, unit: int | None, ranks: Sequence[int] | None) 
 
 
 def format_ranks(numbers: Sequence[int]) -> str:
-    """List numbers in a sentence: all of a few, the two ends of many."""
+    """Format numbers for a message: all of up to 16, else only the ends."""
     if len(numbers) > 16:
         step = numbers[1] - numbers[0]
         return f"{numbers[0]}, {numbers[1]}, ... {numbers[-1]}" if step > 1 else f"{numbers[0]} to {numbers[-1]}"
@@ -136,7 +135,7 @@ def format_ranks(numbers: Sequence[int]) -> str:
 
 
 def cut_module(nested: Nested, module: ModuleWeights, rank: int) -> ModuleWeights:
-    """Cut a module to its first ranks at the same scale; norm weights, which have no rank, are kept."""
+    """Cut a module to its first ranks without changing its scale; norm weights have no rank and are kept."""
     if not module.is_low_rank:
         return module
     own = nested.rank_of(module, rank)
@@ -145,7 +144,7 @@ def cut_module(nested: Nested, module: ModuleWeights, rank: int) -> ModuleWeight
 
 
 def cut_file(nested: Nested, rank: int) -> AdapterFile:
-    """Return the plain LoRA of one rank, with metadata that records this."""
+    """Return the plain LoRA of one rank, with updated metadata."""
     modules = [cut_module(nested, module, rank) for module in nested.file.modules.values()]
     alphas = {module.alpha for module in modules if module.is_low_rank and module.form == "low_rank"} or {
         module.alpha for module in modules if module.is_low_rank
@@ -163,7 +162,7 @@ def cut_file(nested: Nested, rank: int) -> AdapterFile:
 
 
 def set_conv_rank(arguments: str | None, convs: set[tuple[int, float]]) -> str | None:
-    """Return `ss_network_args` with the rank and alpha of the convolutions; None if it does not record them."""
+    """Return `ss_network_args` with the new rank and alpha of the convolutions; None if it does not record them."""
     try:
         recorded = dict(parse_json(arguments or "{}"))
     except (ValueError, TypeError):
@@ -175,15 +174,20 @@ def set_conv_rank(arguments: str | None, convs: set[tuple[int, float]]) -> str |
 
 
 def name_file(save_to: Path, rank: int) -> Path:
-    """Return `<base>-<rank as 4 digits><ext>`."""
+    """Return the file name with the rank as 4 digits: cat.safetensors -> cat-0008.safetensors."""
     return save_to.with_name(f"{save_to.stem}-{rank:04d}{save_to.suffix}")
 
 
 def measure_differences(nested: Nested, ranks: Sequence[int]) -> Iterator[tuple[int, float]]:
-    """Yield (rank, |full - cut| / |full|), Frobenius norms over all modules, in float64 and without building any
-    matrix.
+    """Yield (rank,
+    full - cut
+    /
+    full
+    ) in Frobenius norms over all modules, in float64.
 
-    full - cut is scale * up[:, r:] @ down[r:], and |up @ down|^2 is the sum of (up^T up) * (down down^T).
+    No weight-sized matrix is built: full - cut is scale * up[:, r:] @ down[r:], and
+    up @ down
+    ^2 is the sum of (up^T up) * (down down^T).
     """
     grams = []
     for module in nested.file.modules.values():

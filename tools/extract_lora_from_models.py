@@ -1,9 +1,9 @@
 """Extract a LoRA from the difference between two checkpoints of one base model.
 
-Every layer that networks.lora targets gets the best approximation of its difference at --dim, and with --conv_dim also
-larger kernels. Text encoder layers of a model with a U-Net are omitted if none of them differs by more than --min_diff;
-of other models only the transformer is compared, which must be a file in the original layout. Biases, norm weights and
-layers that LoRA does not target are not included.
+Every layer that networks.lora targets gets the best approximation of its difference at rank --dim; with --conv_dim also
+the larger convolutions. Text encoders of a model with a U-Net are omitted if none of their layers differs by more than
+--min_diff. For other models only the transformer is compared, which must be a file in the original layout. Biases, norm
+weights and layers that LoRA does not target are omitted.
 """
 
 import argparse
@@ -51,7 +51,8 @@ EXAMPLES = """\
 
 
 def subtract_weights(org: BaseModel, tuned: BaseModel, name: str) -> Tensor:
-    """Return the change of a weight, in float64. Raises UserError naming a checkpoint with NaN or infinity."""
+    """Return the difference of one weight, in float64. Raises UserError naming the checkpoint if it has NaN or
+    infinity."""
     weights = [base.read(name).double() for base in (org, tuned)]
     for flag, base, weight in zip(("--model_org", "--model_tuned"), (org, tuned), weights, strict=True):
         if num_bad := int((~torch.isfinite(weight)).sum()):
@@ -63,7 +64,7 @@ def subtract_weights(org: BaseModel, tuned: BaseModel, name: str) -> Tensor:
 
 
 def measure_differences(org: BaseModel, tuned: BaseModel, target_modules: Sequence[TargetModule]) -> dict[str, float]:
-    """Return the largest change of a value in each layer, by name."""
+    """Return the largest absolute difference of a weight in each layer, by module name."""
     return {
         target.name: float(subtract_weights(org, tuned, target.name).abs().max())
         for target in tqdm(target_modules, desc="comparing text encoders", unit="layer")
@@ -73,7 +74,8 @@ def measure_differences(org: BaseModel, tuned: BaseModel, target_modules: Sequen
 def extract_module(
     target: TargetModule, difference: Tensor, rank: int, quantile: float, device: torch.device
 ) -> tuple[ModuleWeights, float, float]:
-    """Return (module, squared norm that it misses, squared norm of the difference), in float64 where possible."""
+    """Return (module, squared norm of the error, squared norm of the difference), in float64 where the device has
+    it."""
     weight = target.module.weight
     assert isinstance(weight, Tensor)
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -91,7 +93,7 @@ def extract_module(
 def extract_modules(
     org: BaseModel, tuned: BaseModel, args: argparse.Namespace, device: torch.device
 ) -> list[ModuleWeights]:
-    """Return the modules of the LoRA. Raises UserError if the checkpoints do not match or are equal."""
+    """Return the modules of the LoRA. Raises UserError if the checkpoints have different layers or are equal."""
     encoder_targets, unet_targets = find_adapter_targets(org, with_convolutions=args.conv_dim is not None)
     check_same_layers(org, tuned, [*encoder_targets, *unet_targets])
     if max(measure_differences(org, tuned, encoder_targets).values(), default=0.0) <= args.min_diff:
@@ -115,7 +117,7 @@ def extract_modules(
 
 
 def check_same_layers(org: BaseModel, tuned: BaseModel, target_modules: Sequence[TargetModule]) -> None:
-    """Raise UserError unless both checkpoints have every layer in the same size."""
+    """Raise UserError unless both checkpoints have every layer, with the same shape."""
     shapes = [read_shapes(base) for base in (org, tuned)]
     for target in target_modules:
         a, b = (of_model.get(target.name) for of_model in shapes)
@@ -170,9 +172,9 @@ def setup_parser() -> argparse.ArgumentParser:
         "--clamp_quantile",
         type=float,
         default=1.0,
-        help="clamp values of the factors to this quantile, in sd-scripts 0.99; costs accuracy (default: 1, off)",
+        help="clamp the factors to this quantile, 0.99 in sd-scripts; costs accuracy (default: 1, off)",
     )
-    parser.add_argument("--min_diff", type=float, default=0.01, help="least change of text encoders (default: 0.01)")
+    parser.add_argument("--min_diff", type=float, default=0.01, help="least change of a text encoder (default: 0.01)")
     parser.add_argument("--v2", action="store_true", help="require SD 2.x; the model is recognised anyway")
     parser.add_argument("--sdxl", action="store_true", help="require SDXL; the model is recognised anyway")
     parser.add_argument("--v_parameterization", action="store_true", help="record that the model predicts velocity")
@@ -188,7 +190,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UserError for invalid values."""
+    """Raise UserError for invalid option values."""
     check_at_least_one(args, "dim", "conv_dim")
     if not 0.5 < args.clamp_quantile <= 1:
         raise UserError(
@@ -198,17 +200,17 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_bases(args: argparse.Namespace, org: BaseModel, tuned: BaseModel) -> None:
-    """Raise UserError unless both checkpoints are of one base model, and of the required one."""
+    """Raise UserError unless both checkpoints have the same base model, and it is the required one."""
     found, other = spec_for(org), spec_for(tuned)
     if found.name != other.name:
-        raise UserError(f"--model_org is of {found.title}, --model_tuned of {other.title}; use two of one model")
+        raise UserError(f"--model_org is {found.called} model, --model_tuned {other.called} model; use two of one kind")
     for flag, base in (("v2", "sd2"), ("sdxl", "sdxl")):
         if getattr(args, flag) and found.name != base:
             raise UserError(f"--{flag}: --model_org {org.path} is of {found.title}; remove --{flag}")
 
 
 def extract(args: argparse.Namespace) -> None:
-    """Read both checkpoints and write their difference."""
+    """Read both checkpoints and write their difference as a LoRA."""
     check(args)
     if args.load_precision is not None:
         logger.warning("--load_precision has no effect: weights are compared in the precision they have")

@@ -1,6 +1,7 @@
-"""Put this suite into a front end, in the place of the sd-scripts that it calls; --restore puts that back.
+"""Install this suite into a front end in place of its sd-scripts; --restore undoes this.
 
-Known are kohya_ss, LoRA_Easy_Training_Scripts, fluxgym and lora-scripts, and every other with a folder `sd-scripts`.
+Supports kohya_ss, LoRA_Easy_Training_Scripts, fluxgym, lora-scripts, and any other front end with an `sd-scripts`
+folder.
 """
 
 import argparse
@@ -22,11 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("sd-scripts", "sd_scripts", "backend/sd_scripts", "scripts/stable", "scripts/dev")  # where front ends look
 FILES = ("*.py", "*.txt", "pyproject.toml", "LICENSE", "README.md")
 PACKAGES = ("configs", "docs", "finetune", "library", "networks", "tools")
-ENVIRONMENTS = ("venv", ".venv")  # LoRA_Easy keeps the environment in the folder of the scripts
-KEPT = ".original"  # ending of the front end's own folder
+ENVIRONMENTS = ("venv", ".venv")  # LoRA_Easy keeps its environment in the scripts' folder
+KEPT = ".original"  # suffix of the front end's own scripts
 
-WHOLE = "trains every weight of a model; this suite trains adapters: use {own}, or sd-scripts for this"
-OTHER = "{what}, which this suite does not do: use sd-scripts for this"
+WHOLE = "trains every weight of a model, but this suite trains only adapters. Use {own}, or sd-scripts"
+OTHER = "{what}, which this suite does not support. Use sd-scripts"
 INVERSION = OTHER.format(what="trains a word of the text encoder (textual inversion)")
 CONTROL = OTHER.format(what="trains a ControlNet")
 TAGGER = OTHER.format(what="writes captions")
@@ -40,7 +41,7 @@ ABSENT = {
         f"finetune/{name}.py": TAGGER for name in ("make_captions", "make_captions_by_git", "tag_images_by_wd14_tagger")
     },
 }
-"""Scripts of sd-scripts that front ends start and that are not here, with what they say and end with."""
+"""Scripts of sd-scripts that front ends start and this suite lacks, with the message that each one exits with."""
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -53,11 +54,11 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def install(args: argparse.Namespace) -> None:
-    """Install or restore. Raises UserError where the folder is no front end."""
+    """Install or restore. Raises UserError if the folder is not a front end."""
     if not args.folder.is_dir():
-        raise UserError(f"{args.folder} is not a folder; name that of the front end")
+        raise UserError(f"{args.folder} is not a folder; use the folder of the front end")
     if ROOT.is_relative_to(args.folder.resolve()) and not args.restore:
-        raise UserError(f"{args.folder} contains this suite; clone it beside the front end and start it from there")
+        raise UserError(f"{args.folder} contains this suite; clone the suite next to the front end and run it there")
     places = [args.folder / name for name in FOLDERS if (args.folder / name).is_dir()]
     if not places:
         raise UserError(
@@ -79,7 +80,7 @@ def install(args: argparse.Namespace) -> None:
 
 
 def copy_to(place: Path) -> None:
-    """Copy the suite, and write the scripts that say what it does not do."""
+    """Copy the suite, and write placeholders for the scripts that it lacks."""
     for source in (path for pattern in (*FILES, *PACKAGES) for path in ROOT.glob(pattern)):
         if source.is_dir():
             shutil.copytree(
@@ -89,8 +90,8 @@ def copy_to(place: Path) -> None:
             place.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, place / source.name)
     requirements = place / "requirements.txt"
-    # Front ends install torch for the user's GPU before these, and `pip install -U` would replace it. LoRA_Easy imports
-    # `library` from its own folder, so these install the suite itself too, as sd-scripts' do.
+    # Front ends install torch for the user's GPU first, and `pip install -U` would replace it, so torch is dropped
+    # here. LoRA_Easy imports `library` from its own folder, so the suite is installed too, as sd-scripts does.
     lines = [line for line in requirements.read_text("utf-8").splitlines(True) if not line.startswith("torch>=")]
     requirements.write_text("".join([*lines, "-e .\n"]), encoding="utf-8")
     for name, sentence in ABSENT.items():
@@ -99,14 +100,14 @@ def copy_to(place: Path) -> None:
 
 
 def replace(place: Path, new: Path, original: Path) -> None:
-    """Put `new` in the place of a folder, which becomes `original`; its environment stays where it is."""
+    """Replace a folder by `new` and keep it as `original`; its virtual environments stay in place."""
     place.rename(original)
     new.rename(place)
     move_environments(original, place)
 
 
 def restore(place: Path, original: Path) -> None:
-    """Put the front end's own folder back. Raises UserError where nothing was installed."""
+    """Put the front end's own folder back. Raises UserError if nothing was installed."""
     if not original.is_dir():
         raise UserError(f"{original} is missing, so nothing was installed into {place}")
     move_environments(place, original)
@@ -116,7 +117,7 @@ def restore(place: Path, original: Path) -> None:
 
 
 def move_environments(source: Path, target: Path) -> None:
-    """Move virtual environments, whose files hold their own path."""
+    """Move virtual environments between folders that swap names, because their files contain their own path."""
     for name in ENVIRONMENTS:
         if (source / name).is_dir():
             (source / name).rename(target / name)

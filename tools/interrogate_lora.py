@@ -1,7 +1,7 @@
-"""Find the words that a LoRA changes most: every token of the vocabulary through the text encoder with and without it.
+"""Find the words that a LoRA changes most, by running every token through the text encoder with and without it.
 
-A LoRA trained on a trigger word changes the features of that word more than others, so the list can reveal a forgotten
-trigger. It needs a text encoder part, and a base model with a U-Net.
+A LoRA trained on a trigger word changes the features of that word more than those of others, so the list can reveal a
+forgotten trigger. The LoRA must have a text encoder part and belong to a base model with a U-Net.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tools.base_models import find_base
 from tools.command import add_device, check_at_least_one, command, make_parser, resolve_device
 from tools.convert_lora import read_adapter
 
-ENCODERS = ("text_encoder.", "text_encoder_2.")  # prefixes of diffusers' names of their modules
+ENCODERS = ("text_encoder.", "text_encoder_2.")  # prefixes of module names in diffusers' naming
 BODY = "text_model."
 EXAMPLES = """\
   python3 tools/interrogate_lora.py --sd_model sd15.safetensors --model cat.safetensors"""
@@ -48,7 +48,7 @@ def open_architecture(flag: str, name: str) -> tuple[BaseModelSpec, Architecture
 
 
 def split_by_encoder(spec: BaseModelSpec, file: AdapterFile, num_encoders: int) -> list[dict[str, ModuleWeights]]:
-    """Return the file's modules of each text encoder, by path. Raises UserError if there are none."""
+    """Return the file's modules by path, one mapping per text encoder. Raises UserError if there are none."""
     require_layouts(file, COMPUTED, "looked into")
     found: list[dict[str, ModuleWeights]] = [{} for _ in range(num_encoders)]
     for name, module in file.modules.items():
@@ -58,7 +58,7 @@ def split_by_encoder(spec: BaseModelSpec, file: AdapterFile, num_encoders: int) 
                 modules[names.diffusers.removeprefix(prefix).removeprefix(BODY)] = module
     if not any(found):
         raise UserError(
-            f"{file.origin} changes no text encoder of {spec.title}, and so no word: it was trained with "
+            f"{file.origin} changes no text encoder of {spec.title}, so it changes no words: it was trained with "
             "--network_train_unet_only, or for another base model"
         )
     return found
@@ -78,14 +78,14 @@ def merge_adapter(encoder: nn.Module, modules: dict[str, ModuleWeights]) -> nn.M
 
 
 def compute_states(encoder: nn.Module, ids_BT: Tensor, clip_skip: int) -> Tensor:
-    """Return the normed states (B, T, W) after the layer of `clip_skip`."""
+    """Return the states (B, T, W) of layer `clip_skip`, counted from the end, after the final norm."""
     states: Sequence[Tensor] = encoder(ids_BT, output_hidden_states=True).hidden_states
     normed: Tensor = clip_body(encoder).final_layer_norm(states[-clip_skip])
     return normed
 
 
 def iterate_batches(tokenizer: Any, batch_size: int) -> Iterator[Tensor]:
-    """Yield IDs of shape (B, 3): begin, one token, end; for all tokens in the order of their IDs."""
+    """Yield token IDs (B, 3): begin, one token, end; over the whole vocabulary in order."""
     for first in range(0, max(tokenizer.all_special_ids) + 1, batch_size):
         ids = range(first, min(first + batch_size, max(tokenizer.all_special_ids) + 1))
         yield torch.tensor([[tokenizer.bos_token_id, token, tokenizer.eos_token_id] for token in ids])
@@ -96,7 +96,10 @@ def measure_changes(
     encoder: nn.Module, modules: dict[str, ModuleWeights], tokenizer: Any, batch_size: int, clip_skip: int,
     device: torch.device,
 ) -> Tensor:  # fmt: skip
-    """Return the change of each token's features: the mean absolute difference over positions and channels."""
+    """Return the change of each token's features: mean absolute difference over positions and channels.
+
+    Raises UserError if the text encoder has fewer layers than `clip_skip`.
+    """
     num_layers = len(clip_body(encoder).encoder.layers)
     if not 1 <= clip_skip <= num_layers:
         raise UserError(
@@ -134,7 +137,7 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sd_model", required=True, help="checkpoint that the LoRA is for: a file or diffusers folder")
     parser.add_argument("--model", type=Path, required=True, help="the LoRA, of any kind and trainer")
     parser.add_argument("--batch_size", type=int, default=16, help="words at a time (default: 16)")
-    parser.add_argument("--clip_skip", type=int, help="compare the output of this layer from the end; unset: the last")
+    parser.add_argument("--clip_skip", type=int, help="layer to compare, counted from the end; unset: the last")
     parser.add_argument("--top", type=int, default=100, help="how many words to show (default: 100)")
     add_device(parser)
     return parser

@@ -1,5 +1,5 @@
-"""Write the images of a dataset file as tar shards, with an index and a dataset file that reads them; on request also
-latents and text features, so that training loads neither VAE nor text encoders."""
+"""Write the images of a dataset file as tar shards, with an index and a dataset file that reads them. On request
+also cache latents and text features, so that training loads neither the VAE nor the text encoders."""
 
 import argparse
 import glob
@@ -68,7 +68,7 @@ SHARD = FileType("a shard of an earlier call", lambda start: False)
 CACHES = ("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk")
 ENDING = ".txt"
 MEMBERS = ("caption_extension", "caption_column", "image_column", "control_dirs", "control_columns")  # keys of sources
-LONGEST_NAME = 90  # bytes, so that names fit into a ustar header
+LONGEST_NAME = 90  # bytes; longer names do not fit into a ustar header
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ class Packed:
 
     image: ScannedImage
     stem: str
-    caption: str | None  # None without a caption; class_tokens may replace it
+    caption: str | None  # None if there is no caption; class_tokens may replace it
 
     @property
     def text(self) -> bytes | None:
-        """Return the bytes of the caption. Raises UserError for one that is not valid text."""
+        """Return the caption as UTF-8; None without a caption. Raises UserError if it cannot be encoded."""
         try:
             return None if self.caption is None else self.caption.encode()
         except UnicodeEncodeError as error:
@@ -92,7 +92,7 @@ class Packed:
 
 
 def choose_extension(image: ScannedImage, content: bytes) -> str:
-    """Return the extension for an image: that of its file, else that of its format."""
+    """Return an image's extension in the shard: that of its file, else that of its format."""
     ending = os.path.splitext(image.key)[1].lower()
     if ending in image_extensions():
         return ending
@@ -101,7 +101,7 @@ def choose_extension(image: ScannedImage, content: bytes) -> str:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    others = "the training, --dataset_config among them"
+    others = "the training, such as --dataset_config"
     parser = make_training_parser(__doc__, EXAMPLES, None, others)
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards, the index and the dataset file")
     parser.add_argument("--shard_mb", type=float, default=1000.0, help="size of a full shard (default: %(default)g)")
@@ -110,7 +110,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def name_members(found: ScannedSubset) -> Iterator[Packed]:
-    """Yield the images of a subset with names for a shard: their own if these are plain and unique."""
+    """Yield the images of a subset with their names in the shard; plain and unique file names are kept."""
     without, names = set(found.without_caption), set[str]()
     digits = len(str(len(found.images)))
     for number, image in enumerate(found.images):
@@ -124,9 +124,9 @@ def name_members(found: ScannedSubset) -> Iterator[Packed]:
 
 
 def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float, storage: Storage) -> str:
-    """Write the images of a subset with their captions, and return the pattern of the files.
+    """Write the images of a subset with their captions. Return the brace pattern of the shard files.
 
-    Finished shards of an earlier call are kept from the first on, as long as this call would write the same.
+    The leading shards of an earlier call are kept, as far as this call would write the same content.
     """
     remove_temporary(out, lambda stem: re.fullmatch(rf"{re.escape(name)}-\d{{5}}", stem) is not None)
     journal, members = Journal(out / f".{name}-shards.json"), iter(name_members(found))
@@ -155,7 +155,7 @@ def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float,
 
 
 def list_shards(out: Path, name: str) -> list[Path]:
-    """Return the files with the names of a subset's shards, in order."""
+    """Return the shard files of a subset in order."""
     found = sorted(out.glob(f"{glob.escape(name)}-*.tar"))
     return [path for path in found if re.fullmatch(rf"{re.escape(name)}-\d{{5}}\.tar", path.name)]
 
@@ -163,7 +163,7 @@ def list_shards(out: Path, name: str) -> list[Path]:
 def write_shard(
     path: Path, members: Iterator[Packed], shard_bytes: float, storage: Storage, bar: Bar
 ) -> tuple[list[Packed], bool]:
-    """Write one shard of the next images; return its images, and whether it is full."""
+    """Write the next images to one shard. Return those images, and whether the shard is full."""
     held: list[Packed] = []
     with tarfile.open(path, "w") as archive:
         for one in members:
@@ -198,12 +198,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Journal:
-    """The file beside a subset's shards that lists the complete ones."""
+    """The file next to a subset's shards that lists the complete ones."""
 
     path: Path
 
     def read(self) -> list[Shard]:
-        """Read the list; empty if there is no file or it is damaged."""
+        """Read the list; return an empty one if the file is missing or damaged."""
         try:
             return [Shard(**row) for row in json.loads(self.path.read_text(encoding="utf-8"))]
         except FileNotFoundError:
@@ -225,7 +225,7 @@ def find_kept_shards(
     shard_bytes: float,
     storage: Storage,
 ) -> tuple[list[Shard], Iterator[Packed]]:
-    """Return the first shards that this call would also write, each read once, and the remaining images.
+    """Return the leading shards that this call would also write, and the remaining images. Reads each kept shard once.
 
     `num_pictures` is the number of `members`.
     """
@@ -242,7 +242,7 @@ def find_kept_shards(
 
 
 def is_kept(shard: Shard, held: Sequence[Packed], path: Path, shard_bytes: float, storage: Storage) -> bool:
-    """Return True if a shard is still what these images give, and is unchanged on disk."""
+    """Return True if a shard would still be written from these images, and its file is unchanged."""
     if len(held) != shard.num_pictures or digest_inputs(held, shard_bytes, storage) != shard.inputs:
         return False
     if path.is_file() and path.stat().st_size == shard.num_bytes and digest_of_file(path) == shard.digest:
@@ -261,14 +261,14 @@ def digest_inputs(members: Sequence[Packed], shard_bytes: float, storage: Storag
 
 
 def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Add a file without owner and time, so that the same images give the same shard."""
+    """Add a file without owner and time, so that equal images give equal shards."""
     info = tarfile.TarInfo(name)
     info.size = len(content)
     archive.addfile(info, io.BytesIO(content))
 
 
 def refuse_other_folders(dataset: DatasetConfig) -> None:
-    """Raise UserError for masks and opposite images in a folder of their own, which shards do not support."""
+    """Raise UserError for separate folders of masks or opposite images, which shards do not support."""
     if dataset.style == "masked":
         source = dataset.subsets[0].conditioning_data_dir
         raise UserError(
@@ -284,7 +284,7 @@ def refuse_other_folders(dataset: DatasetConfig) -> None:
 
 
 def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage) -> list[list[str]]:
-    """Write the shards of every source once, and return the pattern for each subset of each dataset."""
+    """Write each source once. Return the shard pattern of each subset, by dataset."""
     patterns: dict[tuple[Any, ...], str] = {}
     names: set[str] = set()
     wanted: list[list[str]] = []
@@ -308,7 +308,7 @@ def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage)
 
 
 def name_shards(subset: SubsetConfig, taken: set[str]) -> str:
-    """Return a unique name for the shards of a subset, after its folder."""
+    """Return a unique shard name for a subset, derived from its folder."""
     own = safe_name(os.path.splitext(subset.base_name)[0].strip("*?[]{}")).replace("%", "_") or "pictures"
     name, number = own, 2
     while name in taken:
@@ -318,7 +318,7 @@ def name_shards(subset: SubsetConfig, taken: set[str]) -> str:
 
 
 def describe_shards(content: Mapping[str, Any], patterns: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Return the dataset file with shards instead of their sources, without subsets that are never drawn."""
+    """Return the dataset file with shards in place of its sources, without disabled subsets."""
     gone = (*SOURCES, *MEMBERS, "cache_info", "subsets")
 
     def kept(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -333,22 +333,22 @@ def describe_shards(content: Mapping[str, Any], patterns: Sequence[Sequence[str]
 
 
 def is_drawn(subset: Mapping[str, Any], dataset: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
-    """Return True if a subset of the file is used in the run: `num_repeats = 0` disables it."""
+    """Return True unless `num_repeats = 0` disables the subset."""
     name, default = "num_repeats", ALL_KEYS["num_repeats"].default
     tables = (subset, dataset, content.get("general", {}))
     return int(next((table[name] for table in tables if name in table), default)) > 0
 
 
 def read_options(args: argparse.Namespace, training: Sequence[str]) -> TrainOptions:
-    """Return the training options. Raises UserError for missing and contradictory ones."""
+    """Return the training options. Raises UserError for missing or contradictory ones."""
     options: TrainOptions = read_training_options(args.script or "train_network.py", training)[1]
     if options.dataset.dataset_config is None:
         raise UserError("--dataset_config is missing; it lists the images to pack")
     if args.shard_mb <= 0:
         raise UserError(f"--shard_mb is {args.shard_mb:g}, but must be above 0")
-    asked = [name for name in CACHES if options.flat().get(name)]
-    if asked and args.script is None:
-        raise UserError(f"--{asked[0]} requires --script, the training script of the base model")
+    requested = [name for name in CACHES if options.flat().get(name)]
+    if requested and args.script is None:
+        raise UserError(f"--{requested[0]} requires --script, the training script of the base model")
     check_data(options)
     return options
 
@@ -371,7 +371,7 @@ def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
 
 
 def fill_caches(script: str | None, options: TrainOptions) -> None:
-    """Encode what is requested, and store it beside the shards."""
+    """Encode the requested latents and text features and store them next to the shards."""
     caches_text = bool(options.flat().get(CACHES[1]))
     if not options.caching.cache_latents_to_disk and not caches_text:
         return
@@ -385,7 +385,9 @@ def fill_caches(script: str | None, options: TrainOptions) -> None:
         encode_images(arch.load.vae, arch.codec, options.caching, options.run.seed or 0, plan, processes)
     if caches_text:
         if resolve_text_cache(options.network, arch.text_cache) is None:
-            raise UserError(f"--{CACHES[1]} does nothing here: every text encoder trains, or none is cached")
+            raise UserError(
+                f"--{CACHES[1]} has no effect here: every text encoder trains, or none can be cached; remove it"
+            )
         compute = Compute.build(options.precision, processes.device)
         prepare_text(options, arch, plan, compute.device, compute.autocast, [], processes)
 

@@ -1,7 +1,7 @@
-"""Merging of several adapter files into one LoRA, exactly or at a rank: the part of tools/merge_lora.py without a
+"""Merging of several adapter files into one LoRA, exactly or at a fixed rank. tools/merge_lora.py adds merging into a
 checkpoint.
 
-Letters: O rows of a weight, N its columns, R rank.
+Letters: O outputs of a weight, N its flattened inputs, R rank.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from tools.convert_lora import spec_for_file
 
 logger = logging.getLogger(__name__)
 
-WORTH_TELLING = 1e-5  # relative error of a LoRA above which it is reported
+MIN_REPORTED_ERROR = 1e-5  # relative error above which it is logged
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """An adapter file and its strength, as a whole and for each module."""
+    """An adapter file with its strength, for the whole file and for each module."""
 
     file: AdapterFile
     ratio: float
@@ -46,31 +46,32 @@ class Weighted:
     def ratio_of(self, name: str) -> float:
         return self.ratio * self.strength_of(name)
 
-    def leaves_out(self, name: str) -> bool:
+    def is_omitted(self, name: str) -> bool:
         """Return True if a module has strength 0."""
         return self.strength_of(name) == 0
 
 
 Terms = Sequence[tuple[ModuleWeights, float]]
-"""The changes of one module in all files, with their ratios."""
+"""One module's changes from all files, with their ratios."""
 
 Strengths = Callable[[Sequence[float], Sequence[int]], list[float]]
-"""Maps (ratios, ranks) of one module's changes to their strengths."""
+"""Maps the (ratios, ranks) of one module's changes to their strengths."""
 
 
 def keep_ratios(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
-    """Return the ratios as strengths."""
+    """Use the ratios as strengths."""
     return list(ratios)
 
 
 def square_strengths(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
-    """Return sd-scripts' strengths of ratios: both factors are multiplied, and alpha stays while the ranks add."""
+    """Return the strengths of sd-scripts: it multiplies both factors by the ratio, and keeps alpha while the ranks
+    add up."""
     return [ratio * abs(ratio) * rank / sum(ranks) for ratio, rank in zip(ratios, ranks, strict=True)]
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Precision and device of the sums, and the precision of the file; None keeps the dtype of every tensor."""
+    """Precision and device of the computation, and precision of the file; None keeps the dtype of every tensor."""
 
     dtype: torch.dtype
     device: torch.device
@@ -83,15 +84,15 @@ class Arithmetic:
 
 @dataclass(frozen=True)
 class Joining:
-    """Settings for joining the factors of several files exactly."""
+    """Settings for concatenating the factors of several files."""
 
     strengths: Strengths = keep_ratios
-    shuffling: torch.Generator | None = None  # shuffles the ranks, so that no file can be extracted again
+    shuffling: torch.Generator | None = None  # shuffles the ranks so that no file can be recovered
 
 
 @dataclass(frozen=True)
 class Merged:
-    """One module of the LoRA; the squared norms of the sum of the changes and of the error."""
+    """One module of the merged LoRA, with the squared norms of its error and of the exact sum."""
 
     module: ModuleWeights
     missed: float = 0.0
@@ -105,18 +106,18 @@ def merge_adapters(
     base: BaseModel | None = None,
     joining: Joining = Joining(),
 ) -> list[ModuleWeights]:
-    """Merge adapters into the modules of one LoRA in kohya's names, whose change is the sum of ratio * change.
+    """Merge adapters into the modules of one LoRA in kohya's naming, with the change sum(ratio * change).
 
-    `ranks` are those of Linear layers and 1x1 convolutions, and of larger kernels; None joins the factors by `joining`,
-    so the result is exact and the ranks add. The change of OFT, BOFT and DoRA depends on the base weight, which is read
-    from `base`. Raises UserError for kinds that cannot be added.
+    `ranks` is (rank of Linear layers and 1x1 convolutions, rank of larger convolutions). None concatenates the factors
+    by `joining`: the result is exact and the ranks add up. The change of OFT, BOFT and DoRA depends on the base weight,
+    which is read from `base`. Raises UserError for kinds that cannot be added.
     """
     sums: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
         file = rename_to_kohya(adapter.file)
         require_layouts(file, COMPUTED, "merged")
         for name, module in file.modules.items():
-            if adapter.leaves_out(name):
+            if adapter.is_omitted(name):
                 continue
             if full.DIFF_B in module.tensors or (module.layout is full.LAYOUT and len(module.shape) == 1):
                 raise UserError(
@@ -138,18 +139,18 @@ def merge_adapters(
         else:
             merged.append(add_factors(name, terms, ranks, arithmetic, joining))
     missed, total = sum(one.missed for one in merged), sum(one.total for one in merged)
-    if missed > WORTH_TELLING**2 * total:
+    if missed > MIN_REPORTED_ERROR**2 * total:
         logger.info("the LoRA misses %.1f%% of the sum of the changes (norm)", 100 * (missed / total) ** 0.5)
     return [one.module for one in merged]
 
 
 def needs_base(module: ModuleWeights) -> bool:
-    """Return True if the change of a module depends on the base weight."""
+    """Return True if a module's change depends on the base weight, or is not a product of factors."""
     return module.layout is not norm.LAYOUT and (module.is_dora or not module.is_low_rank)
 
 
 def explain_refusal(file: AdapterFile, module: ModuleWeights, has_base: bool) -> str:
-    """Return why a module cannot be merged into a LoRA this way; None if it can."""
+    """Return the message for a module that cannot be merged into a LoRA with these options."""
     what = "DoRA" if module.is_dora else module.layout.words
     if has_base:
         return f"{file.origin}: {module.name} is {what}, not exactly a LoRA; use --new_rank instead of --concat"
@@ -162,7 +163,7 @@ def explain_refusal(file: AdapterFile, module: ModuleWeights, has_base: bool) ->
 
 
 def rename_to_kohya(file: AdapterFile) -> AdapterFile:
-    """Return the file with kohya's names of modules."""
+    """Return the file with kohya's module names."""
     if all(recognise_naming(name) == "kohya" and not name.startswith("oft_") for name in file.modules):
         return file
     return rename(file, spec_for_file(file, file.origin).names, "kohya", keeps_pieces=True).file
@@ -171,8 +172,8 @@ def rename_to_kohya(file: AdapterFile) -> AdapterFile:
 def add_factors(
     name: str, terms: Terms, ranks: tuple[int, int] | None, arithmetic: Arithmetic, joining: Joining
 ) -> Merged:
-    """Add low-rank changes of one module."""
-    # A LoHa does not distinguish 1x1 convolutions and matrices.
+    """Add low-rank changes of one module. Raises UserError if their shapes differ."""
+    # A LoHa does not distinguish 1x1 convolutions from matrices.
     shape = max((module.shape for module, _ in terms), key=len)
     for module, _ in terms:
         if not module.is_low_rank or module.shape[:2] != shape[:2] or prod(module.shape) != prod(shape):
@@ -198,8 +199,9 @@ def add_factors(
 
 
 def approximate(name: str, terms: Terms, ranks: tuple[int, int], weight: Tensor, arithmetic: Arithmetic) -> Merged:
-    """Return the best LoRA for the sum of each file's own change of the base weight."""
-    dtype = torch.promote_types(arithmetic.dtype, torch.float32)  # for the difference of close numbers
+    """Return the best LoRA for the sum of changes that depend on the base weight. Raises UserError for non-finite
+    weights."""
+    dtype = torch.promote_types(arithmetic.dtype, torch.float32)  # the difference of nearly equal numbers
     weight = weight.to(arithmetic.device, dtype)
     change = torch.zeros_like(weight)
     for module, ratio in terms:
@@ -214,12 +216,12 @@ def approximate(name: str, terms: Terms, ranks: tuple[int, int], weight: Tensor,
 
 
 def rank_for(shape: tuple[int, ...], ranks: tuple[int, int]) -> int:
-    """Return the rank of a module with a weight of this shape."""
+    """Return the rank for a weight of this shape."""
     return ranks[1] if len(shape) == 4 and shape[2:] != (1, 1) else ranks[0]
 
 
 def lora_from_factors(name: str, up_OR: Tensor, down_RN: Tensor, shape: tuple[int, ...]) -> ModuleWeights:
-    """Return a LoRA of strength 1."""
+    """Return a LoRA with alpha equal to its rank."""
     alpha = torch.tensor(float(down_RN.shape[0]))
     return ModuleWeights(name, lora.make_tensors(up_OR.cpu(), down_RN.cpu(), shape, alpha), {})
 
@@ -235,9 +237,9 @@ def add_norms(name: str, terms: Terms, joining: Joining) -> ModuleWeights:
 
 
 def largest_ranks(adapters: Sequence[Weighted]) -> tuple[int, int] | None:
-    """Return (rank, rank of larger kernels) of the module with the largest; None if none has a rank.
+    """Return the largest (rank, rank of larger convolutions) among all modules; None if no module has a rank.
 
-    LoKr of two whole matrices, OFT and BOFT have none.
+    LoKr of two whole matrices, OFT and BOFT have no rank.
     """
     modules = [module for adapter in adapters for module in adapter.file.modules.values()]
     ranked = [module for module in modules if module.is_low_rank and not module.layout.is_whole]
@@ -277,12 +279,12 @@ def make_metadata(
 
 
 def find_path(file: AdapterFile) -> Path:
-    """Return the path of a file of `models`."""
+    """Return the path of a file of --models."""
     return Path(file.origin.removeprefix("--models "))
 
 
 def modelspec(save_to: Path, sources_: Sequence[Path]) -> dict[str, str]:
-    """Return title, date and origin of a merged file."""
+    """Return title, date and sources of a merged file as `modelspec.*` keys."""
     return {
         "modelspec.title": save_to.stem,
         "modelspec.date": datetime.now().isoformat(timespec="seconds"),

@@ -1,6 +1,7 @@
-"""Merge LoRA files into FLUX.1, whose transformer, CLIP-L and T5-XXL are separate files, or several into one.
+"""Merge LoRA files into FLUX.1, whose transformer, CLIP-L and T5-XXL are separate files, or several LoRA files into
+one.
 
-Changes of a text encoder whose file is not set are omitted, with a warning.
+Changes of a text encoder are omitted with a warning if its file is not given.
 """
 
 import argparse
@@ -30,7 +31,7 @@ TEXT_ENCODERS = ("lora_te1_", "lora_te3_")
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the options of tools/merge_lora.py with those for the parts of FLUX.1."""
+    """Return the options of tools/merge_lora.py and those for the parts of FLUX.1."""
     parser = merge_lora.setup_parser()
     parser.add_argument("--flux_model", type=Path, dest="sd_model", help="file of the transformer to merge into")
     parser.add_argument("--clip_l", type=Path, help="file of CLIP-L to merge into")
@@ -45,14 +46,14 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def open_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
-    """Return each checkpoint to merge into with the file to write. Raises UserError if one of the two is missing."""
+    """Return each checkpoint with the file to write. Raises UserError if one of the two is missing."""
     parts = [(open_base_model("--flux_model", args.sd_model), args.save_to)] if args.sd_model is not None else []
     for flag, path, save_to, opener in (
         ("--clip_l", args.clip_l, args.clip_l_save_to, open_clip_l),
         ("--t5xxl", args.t5xxl, args.t5xxl_save_to, open_t5xxl),
     ):
         if (path is None) != (save_to is None):
-            raise UserError(f"{flag} and {flag}_save_to belong together: what to merge into, and the file to write")
+            raise UserError(f"{flag} and {flag}_save_to must be used together: the file to read, and the file to write")
         if path is not None:
             check_output(f"{flag}_save_to", save_to, [*args.models, args.sd_model, args.clip_l, args.t5xxl])
             parts.append((opener(flag, path), save_to))
@@ -60,14 +61,14 @@ def open_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
 
 
 def list_modules(parts: Sequence[BaseModel]) -> set[str]:
-    """Return kohya's names of the modules of checkpoints."""
+    """Return the names of all modules of these checkpoints, in kohya's naming."""
     return {module for base in parts for file in base.files for module in file.modules}
 
 
 def check_modules(file: AdapterFile, parts: Sequence[BaseModel]) -> None:
-    """Warn of an adapter's text encoder modules that no checkpoint has.
+    """Warn about text encoder modules of an adapter that no checkpoint has.
 
-    Raises UserError if other modules are missing, or none is left: it was made for another base model.
+    Raises UserError if other modules are missing too, or none is left: the adapter was made for another base model.
     """
     here = list_modules(parts)
     missing = [name for name in file.modules if name not in here]
@@ -85,7 +86,7 @@ def check_modules(file: AdapterFile, parts: Sequence[BaseModel]) -> None:
 
 
 def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
-    """Read, merge and write; `strengths` interprets ratios where factors are joined."""
+    """Read, merge and write; `strengths` interprets the ratios if factors are concatenated."""
     if args.sd_model is None and args.clip_l is None and args.t5xxl is None:
         merge_lora.merge(args, strengths)
         return

@@ -1,12 +1,13 @@
 """Merge LoRA files into a checkpoint, or several LoRA files into one.
 
-With --sd_model the changes are added to the weights of a checkpoint of any supported base model: a file in the original
-layout gives a file, a diffusers folder of a model with a U-Net gives a folder; all other tensors are copied. Without it
-the files become one LoRA whose change is the sum of ratio * change: exactly with --concat (the ranks add), else as the
-best approximation (SVD) at --new_rank, by default the largest rank among the files. LoRA, convolutions, Tucker cores,
-LoHa, LoKr and norm weights can be merged either way. The change of OFT, BOFT and DoRA depends on the base weight: they
-can be merged into a LoRA only at a rank and with --base_model. The change of a LoHa of rank r has rank r * r, that of a
-LoKr the product of the ranks of its matrices: --concat uses these. The log reports the error of the merged LoRA.
+With --sd_model the changes are added to the weights of a checkpoint of any supported base model. A file in the original
+layout results in a file, a diffusers folder of a model with a U-Net in a folder; all other tensors are copied. Without
+--sd_model the files become one LoRA with the change sum(ratio * change): exactly with --concat (the ranks add up),
+otherwise as the best approximation (SVD) at rank --new_rank, by default the largest rank of the files. LoRA,
+convolutions, Tucker cores, LoHa, LoKr and norm weights can be merged in every mode. The change of OFT, BOFT and DoRA
+depends on the base weight: merging them into a LoRA requires a rank and --base_model. With --concat, a LoHa of rank r
+counts as rank r * r, and a LoKr as the product of the ranks of its matrices. The log reports the error of the merged
+LoRA.
 """
 
 import argparse
@@ -83,7 +84,7 @@ EXAMPLES = """\
 def merge_into_checkpoint(
     base: BaseModel, adapters: Sequence[Weighted], save_to: Path, arithmetic: Arithmetic, with_metadata: bool
 ) -> int:
-    """Write the checkpoint with the changes and return the number of changed modules."""
+    """Write the checkpoint with the changes added. Return the number of changed modules."""
     changes = collect_changes(base, adapters)
     metadata = checkpoint_metadata(base, adapters, save_to) if with_metadata else {}
     with tqdm(total=sum(len(file.weights.shapes) for file in base.files), desc="merging", unit="tensor") as progress:
@@ -96,9 +97,9 @@ def merge_into_checkpoint(
 
 
 def collect_changes(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str, list[tuple[ModuleWeights, float]]]:
-    """Map kohya's name of a module to its changes in the order of the files, with their ratios.
+    """Map each module, in kohya's naming, to its changes and their ratios, in the order of the files.
 
-    Raises UserError for modules that the checkpoint lacks: nothing is omitted silently.
+    Raises UserError for modules that the checkpoint lacks, because nothing is omitted silently.
     """
     here = {module for file in base.files for module in file.modules}
     changes: dict[str, list[tuple[ModuleWeights, float]]] = {}
@@ -118,31 +119,31 @@ def collect_changes(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str, 
                 raise make_name_error(adapter.file.origin, found.kohya)
             own[found.kohya] = adapter.file.modules[name]
         for name, module in own.items():
-            if not adapter.leaves_out(name):
+            if not adapter.is_omitted(name):
                 changes.setdefault(name, []).append((module, adapter.ratio_of(name)))
     return changes
 
 
 def suggest_fix(base: BaseModel, missing: Sequence[str], num_modules: int) -> str:
-    """Return what to do about modules that a checkpoint lacks, which may be in another file or nowhere."""
-    have_place = [spec_for(base).names.find(name) is not None for name in missing]
-    if not any(have_place) and 2 * len(missing) < num_modules:  # layers that other programs adapt too
+    """Return what to do about modules that a checkpoint lacks."""
+    are_known = [spec_for(base).names.find(name) is not None for name in missing]
+    if not any(are_known) and 2 * len(missing) < num_modules:  # layers that other programs adapt too
         return "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without the missing modules"
-    if all(have_place) and all(map(is_of_text_encoder, missing)):
+    if all(are_known) and all(map(is_of_text_encoder, missing)):
         return "they belong to a text encoder; use a checkpoint with all parts of the model"
     return "was it made for another base model?"
 
 
 @dataclass(frozen=True)
 class CheckpointMerge:
-    """The changes of a checkpoint by kohya's name of the module, with their ratios, and how they are added."""
+    """The changes by module, in kohya's naming, and the arithmetic that adds them."""
 
     changes: Mapping[str, Sequence[tuple[ModuleWeights, float]]]
     arithmetic: Arithmetic
     progress: "tqdm[None]"
 
     def merge_tensors(self, file: WeightFile) -> dict[str, Tensor]:
-        """Return every tensor of one file, changed by the adapters."""
+        """Return every tensor of one file, with the adapters added."""
         dtype, save_dtype = self.arithmetic.dtype, self.arithmetic.save_dtype
         modules = {stem: module for module, stem in file.stems.items()}
         tensors = {}
@@ -160,7 +161,8 @@ class CheckpointMerge:
         return tensors
 
     def merge_thirds(self, file: WeightFile, key: str, old: Tensor) -> Tensor:
-        """Change the rows of modules that are thirds of a tensor; return the tensor itself if none changes."""
+        """Change the rows of modules that share a tensor (q, k, v); return the tensor itself if none of them
+        changes."""
         changed = [(m, third) for m, third in file.thirds.items() if third.key == key and m in self.changes]
         if not changed:
             return old
@@ -170,13 +172,15 @@ class CheckpointMerge:
             for module, ratio in self.changes[name]:
                 if module.layout is not norm.LAYOUT:
                     if module.changes("bias"):
-                        raise UserError(f"{module.origin}: {name} changes a bias that is stored with others; remove it")
+                        raise UserError(
+                            f"{module.origin}: {name} changes one of several biases stored as one; remove it"
+                        )
                     rows.copy_(module.merged(rows, ratio, self.arithmetic.dtype))
         return new
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write one weight file, whole or not at all."""
+    """Write one weight file atomically."""
     if is_safetensors(path):
         save_safetensors(path, tensors, metadata)
     else:
@@ -184,7 +188,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def write_folder(base: BaseModel, merge: CheckpointMerge, save_to: Path) -> None:
-    """Write a copy of the diffusers folder with changed weights; it appears under its name when it is complete."""
+    """Write a copy of the diffusers folder with changed weights, atomically."""
     parts = {file.part: file for file in base.files}
 
     def replaced(folder: str, names: list[str]) -> list[str]:
@@ -200,7 +204,7 @@ def write_folder(base: BaseModel, merge: CheckpointMerge, save_to: Path) -> None
 
 
 def checkpoint_metadata(base: BaseModel, adapters: Sequence[Weighted], save_to: Path) -> dict[str, str]:
-    """Return the merged checkpoint's metadata: the old one without entries that are no longer true."""
+    """Return the merged checkpoint's metadata, without old entries that no longer hold."""
     old = {} if base.is_folder else read_metadata(base.path)
     kept = {key: value for key, value in old.items() if "hash" not in key}
     return {
@@ -215,7 +219,7 @@ def checkpoint_metadata(base: BaseModel, adapters: Sequence[Weighted], save_to: 
 
 
 def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
-    """Return the command's options; `new_rank` is the default of the option of that name."""
+    """Return the command's options; `new_rank` is the default of --new_rank."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--sd_model", type=Path, help="checkpoint to merge into: a single file or a diffusers folder")
     parser.add_argument("--v2", action="store_true", help="has no effect: checkpoints are recognised")
@@ -236,7 +240,10 @@ def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
 
 
 def resolve_ranks(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tuple[int, int] | None:
-    """Return (rank, rank of larger kernels) of the merged LoRA, or None where factors are joined."""
+    """Return (rank, rank of larger convolutions) of the merged LoRA, or None if factors are concatenated.
+
+    Raises UserError if --new_rank is required but not set.
+    """
     if args.concat:
         return None
     largest = largest_ranks(adapters) or ((1, 1) if all(is_norms(adapter.file) for adapter in adapters) else None)
@@ -255,20 +262,20 @@ def is_norms(file: AdapterFile) -> bool:
 
 
 def check(args: argparse.Namespace) -> list[float]:
-    """Return the ratios. Raises UserError for options that do not go together."""
+    """Return the ratios. Raises UserError for options that exclude each other."""
     ratios = resolve_ratios(args, 1.0)
     if args.sd_model is not None and args.concat:
-        raise UserError("--concat makes one LoRA of several; it has no meaning with --sd_model; remove one of them")
+        raise UserError("--concat makes one LoRA of several and cannot be used with --sd_model; remove one of them")
     if args.sd_model is not None and args.base_model is not None:
-        raise UserError("--base_model is what one LoRA was trained on; it has no meaning with --sd_model")
+        raise UserError("--base_model is only for merging into one LoRA and cannot be used with --sd_model; remove it")
     check_at_least_one(args, "new_rank", "new_conv_rank")
     for flag in ("new_rank", "new_conv_rank"):
         if getattr(args, flag) is None:
             continue
         if args.concat:
-            raise UserError(f"--{flag} and --concat exclude each other: joined factors have the sum of the ranks")
+            raise UserError(f"--{flag} and --concat exclude each other: with --concat the ranks add up")
         if args.sd_model is not None:
-            raise UserError(f"--{flag} is the rank of one LoRA made of several; it has no meaning with --sd_model")
+            raise UserError(f"--{flag} is only for merging into one LoRA and cannot be used with --sd_model; remove it")
     if args.sd_model is not None and args.sd_model.is_dir():
         check_new_folder("--save_to", args.save_to)
     else:
@@ -277,9 +284,9 @@ def check(args: argparse.Namespace) -> list[float]:
 
 
 def log_strengths(ratios: Sequence[float], strengths: Strengths) -> None:
-    """Log the strengths of ratios of joined files if they differ from the ratios, or look unintended.
+    """Log the strengths that ratios stand for with --concat, if they differ from the ratios or look unintended.
 
-    In sd-scripts 1.41 and -1.41 are the difference of two files of one rank.
+    In sd-scripts the ratios 1.41 and -1.41 give the difference of two files of equal rank.
     """
     alike = [1] * len(ratios)
     if strengths is not keep_ratios:
@@ -290,33 +297,34 @@ def log_strengths(ratios: Sequence[float], strengths: Strengths) -> None:
         )  # fmt: skip
     elif len(ratios) > 1 and all(isclose(abs(s), 1, rel_tol=0.02) for s in square_strengths(ratios, alike)):
         logger.warning(
-            "--ratios: %.2f with --concat is %.2f times the change of a file; in sd-scripts, and in %s, it is once the "
-            "change; use 1 for that", abs(ratios[0]), abs(ratios[0]), "networks/merge_lora.py",
+            "--ratios: %.2f with --concat is %.2f times the change of a file. In sd-scripts, and in %s, it means the "
+            "unscaled change; use 1 for that", abs(ratios[0]), abs(ratios[0]), "networks/merge_lora.py",
         )  # fmt: skip
 
 
 def weigh_files(
     files: Sequence[AdapterFile], ratios: Sequence[float], lbws: Sequence[str] | None, base: BaseModel | None
 ) -> list[Weighted]:
-    """Return the files with their strengths; lists by block are for the checkpoint's base model, else each file's."""
+    """Return the files with their strengths. Block lists refer to the base model of `base`, or of each file if it is
+    None."""
     lists = block_weights.parse_lists(lbws, len(files))
     plain = [Weighted(file, ratio) for file, ratio in zip(files, ratios, strict=True)]
     if not lists:
         return plain
-    cards = [spec_for_file(file, file.origin) if base is None else spec_for(base) for file in files]
-    strengths = map(block_weights.strength_by_block, files, cards, lists)
+    specs = [spec_for_file(file, file.origin) if base is None else spec_for(base) for file in files]
+    strengths = map(block_weights.strength_by_block, files, specs, lists)
     return [replace(one, strength_of=strength) for one, strength in zip(plain, strengths, strict=True)]
 
 
 def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
-    """Read, merge and write; `strengths` interprets ratios where factors are joined."""
+    """Read, merge and write; `strengths` interprets the ratios if factors are concatenated."""
     ratios = check(args)
     arithmetic = Arithmetic.from_args(args)
     files = [read_adapter(path, "--models") for path in args.models]
     base = None if args.sd_model is None else open_base_model("--sd_model", args.sd_model)
     adapters = weigh_files(files, ratios, args.lbws, base)
     if base is not None:
-        # Diffusers has several modules for one of the base model.
+        # In diffusers' naming, several modules can make up one of the base model.
         if any(module.pieces for module in base.names.modules):
             adapters = [replace(a, file=rename(a.file, base.names, "kohya", keeps_pieces=True).file) for a in adapters]
         num = merge_into_checkpoint(base, adapters, args.save_to, arithmetic, not args.no_metadata)

@@ -1,7 +1,7 @@
 """Merge checkpoints of one base model: every weight becomes the sum of ratio * weight.
 
-A weight that some files lack counts as the first file's in those; weights that the first file lacks are omitted.
-Integers, such as token positions, are the first file's.
+For a weight that another file lacks, the first file's value is used instead; weights that the first file lacks are
+omitted. Integers, such as token positions, are copied from the first file.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def merge_tensors(
 
 
 def log_differences(models: Sequence[Weights], show_skipped: bool) -> None:
-    """Report the weights that the files do not share, by name if requested. Raises UserError if they share none."""
+    """Log the weights that the files do not share, by name if requested. Raises UserError if they share none."""
     first = models[0].shapes
     for model in models[1:]:
         skipped = [key for key in model.shapes if key not in first]
@@ -78,7 +78,7 @@ def log_differences(models: Sequence[Weights], show_skipped: bool) -> None:
 
 
 def warn_of_nonfinite(output: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Warn of saved weights with NaN or infinity; some checkpoints have them in unused weights."""
+    """Warn about saved weights with NaN or infinity; some checkpoints contain them in unused weights."""
     broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         logger.warning(

@@ -1,7 +1,7 @@
 """Combine the separate files of Stable Diffusion 3 or 3.5 into one file.
 
-Every weight is copied as stored, 8-bit ones with their scales, unless a precision is set. The parts are checked first:
-text encoders that do not fit the transformer are refused.
+Every weight is copied as stored (8-bit weights with their scales), unless a precision is given. The parts are checked
+first: text encoders that do not fit the transformer are rejected.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from tools.command import add_file_precision, check_safetensors_output, command,
 
 logger = logging.getLogger(__name__)
 
-WHOLE = (DENOISER_PREFIX, VAE_PREFIX, *TEXT_PREFIXES.values())  # prefixes of names in a file with several parts
+WHOLE = (DENOISER_PREFIX, VAE_PREFIX, *TEXT_PREFIXES.values())  # name prefixes in a file with several parts
 LDM_VAE = "encoder.mid.block_1.conv1.weight"
 EXAMPLES = """\
   python3 tools/merge_sd3_safetensors.py --dit sd3.5_large.safetensors --clip_l clip_l.safetensors \\
@@ -49,14 +49,14 @@ EXAMPLES = """\
 
 @dataclass(frozen=True)
 class PartFile:
-    """One file, and the prefix of its weights if their names do not tell their part."""
+    """One input file, and the prefix for its weights if their names do not identify the part."""
 
     flag: str
     path: Path
     prefix: str
 
     def names(self, weights: Weights) -> dict[str, str]:
-        """Map the names in the combined file to those in this file."""
+        """Map names in the combined file to names in this file."""
         return {key if key.startswith(WHOLE) else f"{self.prefix}{key}": key for key in weights.shapes}
 
 
@@ -68,20 +68,20 @@ def list_parts(args: argparse.Namespace) -> list[PartFile]:
 
 
 def collect_weights(parts: Sequence[PartFile], opened: Sequence[Weights]) -> dict[str, tuple[Weights, str]]:
-    """Return the source of every weight of the combined file; the last file with a part wins."""
+    """Return the source of every weight of the combined file; if several files contain a part, the last one wins."""
     found: dict[str, tuple[Weights, str]] = {}
     for part, weights in zip(parts, opened, strict=True):
         names = part.names(weights)
         again = [key for key in found if key.startswith(part.prefix)]
         if again:
-            logger.warning("%s replaces that part of %s", part.flag, found[again[0]][0].origin)
+            logger.warning("%s replaces the same part in %s", part.flag, found[again[0]][0].origin)
         found = {key: place for key, place in found.items() if key not in again}
         found |= {new: (weights, old) for new, old in names.items()}
     return found
 
 
 def combine_weights(places: dict[str, tuple[Weights, str]], origin: str) -> Weights:
-    """Return the combined file before it is written."""
+    """Return the combined weights, read on demand from their files."""
 
     def read(key: str) -> torch.Tensor:
         weights, name = places[key]
@@ -91,7 +91,7 @@ def combine_weights(places: dict[str, tuple[Weights, str]], origin: str) -> Weig
 
 
 def check(parts: Sequence[PartFile]) -> None:
-    """Raise UserError unless the files are the parts of one SD3 model, naming the wrong one."""
+    """Raise UserError naming the wrong file unless all files are parts of one SD3 model."""
     opened = [model_lookup.open_file(part.flag, find_file(part)) for part in parts]
     dit = opened[0]
     specs = list_specs()
@@ -103,7 +103,7 @@ def check(parts: Sequence[PartFile]) -> None:
     for part, weights in zip(parts[1:], opened[1:], strict=True):
         if part.flag == "--vae" and not any(key.removeprefix(VAE_PREFIX) == LDM_VAE for key in weights.shapes):
             raise UserError(
-                f"--vae {part.path} has no {LDM_VAE}, so it is not a VAE in the original layout; use the one beside "
+                f"--vae {part.path} has no {LDM_VAE}, so it is not a VAE in the original layout; use the one next to "
                 "the transformer's file instead of diffusers'"
             )
     whole = combine_weights(collect_weights(parts, opened), dit.origin)
@@ -121,7 +121,7 @@ def check(parts: Sequence[PartFile]) -> None:
 
 
 def find_file(part: PartFile) -> Path:
-    """Return the path of a file. Raises UserError if it does not exist, or is a folder."""
+    """Return the path of a file. Raises UserError if it does not exist or is a folder."""
     path = model_lookup.find_model(part.flag, str(part.path), ())
     if path.is_dir():
         raise UserError(f"{part.flag} {path} is a folder; use a weight file")
@@ -129,7 +129,7 @@ def find_file(part: PartFile) -> Path:
 
 
 def merge(args: argparse.Namespace) -> None:
-    """Check the parts, read them and write them as one."""
+    """Check the parts and write them as one file."""
     parts = list_parts(args)
     check_safetensors_output("--output", args.output, [part.path for part in parts])
     dtype = dtype_of_file(args.save_precision)

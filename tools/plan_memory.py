@@ -1,5 +1,5 @@
-"""Predict memory and time of a training on any machine: from the options and the headers of the checkpoint, without a
-GPU and without reading a weight."""
+"""Predict the memory and time of a training run from its options and the headers of the checkpoint. Needs no GPU and
+reads no weights."""
 
 import argparse
 import importlib
@@ -31,7 +31,7 @@ from library.training.planning.fit_run import count_sweep
 from library.training.sweep.combinations import split_options
 from tools.command import make_training_parser, training_command
 
-CARD = torch.device("cuda")  # whose rules apply; none need be present
+GPU = torch.device("cuda")  # the device to plan for; it need not exist
 EXAMPLES = """\
   python3 tools/plan_memory.py --script flux_train_network.py --cards 8GB,12GB,16GB,24GB \\
     --pretrained_model_name_or_path flux1-dev.safetensors --clip_l clip_l.safetensors --t5xxl t5xxl.safetensors \\
@@ -40,8 +40,8 @@ EXAMPLES = """\
 
 
 def spec_of_script(name: str) -> BaseModelSpec:
-    """Return the base model of a training script. Raises UserError naming the scripts if it is none."""
-    found = {card.script: card for card in reversed(list_specs())}
+    """Return the base model of a training script. Raises UserError listing the scripts if there is no such script."""
+    found = {spec.script: spec for spec in reversed(list_specs())}
     script = f"{name.removesuffix('.py')}.py"
     if script not in found:
         raise UserError(f"--script {name} is not a training script; use one of {', '.join(sorted(found, key=len))}")
@@ -49,7 +49,7 @@ def spec_of_script(name: str) -> BaseModelSpec:
 
 
 def read_training_options(script: str, arguments: Sequence[str]) -> tuple[BaseModelSpec, Any]:
-    """Return a script's base model and the options of a training. Raises UserError for invalid ones."""
+    """Return a script's base model and its parsed training options. Raises UserError for invalid options."""
     spec = spec_of_script(script)
     parser = importlib.import_module(spec.script.removesuffix(".py")).setup_parser()
     return spec, spec.options.from_args(parse(parser, arguments))
@@ -62,7 +62,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architecture, BatchShape, CountedRun]:
-    """Count a training with this script and these options; return options, base model, largest batch and count.
+    """Count the operations and memory of a training run; return its options, base model, largest batch and count.
 
     Raises UserError for invalid options.
     """
@@ -70,20 +70,20 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
     if not options.network.network_module:
         raise UserError("--network_module is not set; use networks.lora for a LoRA")
     if options.distributed.shard_base and not options.distributed.shard_group:
-        raise UserError("--shard_base: say with --shard_group over how many processes the base model is to be spread")
+        raise UserError("--shard_base: set --shard_group to the number of processes that share the base model")
     check_requirements(options)
     check_precision(options)
     check_network(options.network)
     data = options.dataset
     batch = largest_batch(load_dataset_config(options)) if data.dataset_config else batch_of_options(data)
-    with mute_logging():  # the run itself will say it
+    with mute_logging():  # the training run itself logs these messages
         options, adapters = split_options(options)
         arch = spec.build(options)
-        return options, arch, batch, count_run(options, arch, batch, CARD, list(adapters.values()))
+        return options, arch, batch, count_run(options, arch, batch, GPU, list(adapters.values()))
 
 
 def batch_of_options(data: DatasetOptions) -> BatchShape:
-    """Return the batch of `resolution` and `train_batch_size`. Raises UserError where no resolution is set."""
+    """Return the batch of --resolution and --train_batch_size. Raises UserError if no resolution is set."""
     if not data.resolution:
         raise UserError("--resolution is not set; set the training size, such as 512 or 512,768")
     sides = parse_numbers("--resolution", data.resolution, int, (1, 2), "512 or 768,512")
@@ -93,7 +93,7 @@ def batch_of_options(data: DatasetOptions) -> BatchShape:
 def largest_batch(config: RunDataConfig) -> BatchShape:
     """Return the largest batch of a data set, whose images need not exist.
 
-    Buckets have as many pixels or slightly fewer; each folder of `control_dirs` counts as one reference.
+    Every bucket has at most as many pixels as the resolution; each folder of `control_dirs` counts as one reference.
     """
     shapes = [
         BatchShape(d.batch_size, *d.resolution, (s.control_resolution or d.resolution,) * len(s.control_dirs))
@@ -104,12 +104,12 @@ def largest_batch(config: RunDataConfig) -> BatchShape:
 
 
 def plan(args: argparse.Namespace, training: Sequence[str]) -> None:
-    """Print a table for each GPU."""
+    """Print a table for each GPU size."""
     sizes = [parse_size("--cards", text) for text in args.cards.split(",")]
     options, arch, batch, counted = count(args.script, training)
     with mute_logging():
         _, adapters = split_options(options)
-        sweep = count_sweep(options, arch, batch, CARD, list(adapters.values()))
+        sweep = count_sweep(options, arch, batch, GPU, list(adapters.values()))
     print(f"{arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
     num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None
     for size in sizes:

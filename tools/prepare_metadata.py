@@ -1,7 +1,7 @@
-"""Encode the images of a metadata file, and record in the file the training size of each.
+"""Encode the images of a metadata file, and record the training size of each image in it.
 
-The latents are stored beside the images, where training with --cache_latents_to_disk and the same sizes finds them.
-Training here needs no sizes in the file: it reads each from the image's header.
+The latents are stored next to the images, where training with --cache_latents_to_disk and the same sizes finds them.
+This suite does not need the recorded sizes: training reads each size from the image's header.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from tools.command import command, make_parser
 
 logger = logging.getLogger(__name__)
 
-LATENT_STEP = 8  # pixels per latent
-TAKEN_OVER = (
+LATENT_STEP = 8  # image pixels per latent cell
+FORWARDED_OPTIONS = (
     "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale", "mixed_precision", "flip_aug",
     "alpha_mask", "skip_existing",
 )  # fmt: skip
@@ -43,7 +43,7 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
             f"{name} is {spec.called} model; encode its images with its training script and --cache_latents_to_disk, "
             "or with tools/make_shards.py"
         )
-    values: dict[str, Any] = {key: getattr(args, key) for key in TAKEN_OVER}
+    values: dict[str, Any] = {key: getattr(args, key) for key in FORWARDED_OPTIONS}
     values |= {
         "pretrained_model_name_or_path": str(path),
         "sdxl": spec.name == "sdxl",
@@ -56,8 +56,8 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**values)
 
 
-def note_sizes(table: dict[str, Any], folder: Path, sizes: dict[str, Size]) -> None:
-    """Write the size of each image's bucket into its entry, in multiples of a latent."""
+def record_sizes(table: dict[str, Any], folder: Path, sizes: dict[str, Size]) -> None:
+    """Write the bucket size of each image into its entry, in pixels, rounded down to whole latent cells."""
     listings: dict[str, dict[str, str]] = {}
     for key, entry in table.items():
         size = sizes.get(find_image(key, str(folder), listings) or "")
@@ -66,7 +66,7 @@ def note_sizes(table: dict[str, Any], folder: Path, sizes: dict[str, Size]) -> N
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Encode the images and write the table."""
+    """Encode the images and write the metadata file."""
     check_name(args.out_json)
     table = read_table(str(args.in_json))
     images = list_images(args.train_data_dir, args.recursive)
@@ -79,7 +79,7 @@ def prepare(args: argparse.Namespace) -> None:
             "tools/captions_to_metadata.py creates entries",
             len(strangers), len(images), args.in_json, strangers[0],
         )  # fmt: skip
-    note_sizes(table, args.train_data_dir, sizes)
+    record_sizes(table, args.train_data_dir, sizes)
     write_table(args.out_json, table)
     print(f"{args.out_json}: sizes of {len(sizes)} images, {len(table)} entries")
 
@@ -89,16 +89,18 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("train_data_dir", type=Path, help="the folder of images")
     parser.add_argument("in_json", type=Path, help="the metadata file to read")
     parser.add_argument("out_json", type=Path, help="the metadata file to write")
-    parser.add_argument("model_name_or_path", help="the base model, whose VAE encodes")
+    parser.add_argument("model_name_or_path", help="the base model whose VAE encodes")
     parser.add_argument("--v2", action="store_true", help="has no effect: checkpoints are recognised")
     parser.add_argument("--batch_size", type=int, default=1, help="images per batch")
     parser.add_argument("--max_data_loader_n_workers", type=int, help="processes that read images")
-    parser.add_argument("--max_resolution", default="512,512", help="width,height whose area the buckets have")
+    parser.add_argument(
+        "--max_resolution", default="512,512", help="width,height; their product is the area of buckets"
+    )
     parser.add_argument("--min_bucket_reso", type=int, default=256, help="shortest side of a bucket")
     parser.add_argument("--max_bucket_reso", type=int, default=1024, help="longest side of a bucket")
     parser.add_argument("--bucket_reso_steps", type=int, default=64, help="sides of buckets are multiples of this")
     parser.add_argument("--bucket_no_upscale", action="store_true", help="never enlarge an image")
-    parser.add_argument("--mixed_precision", choices=tuple(DTYPES), default="no", help="format of the VAE")
+    parser.add_argument("--mixed_precision", choices=tuple(DTYPES), default="no", help="precision of the VAE")
     parser.add_argument("--full_path", action="store_true", help="has no effect: both kinds of keys are found")
     parser.add_argument("--flip_aug", action="store_true", help="encode mirrored copies too")
     parser.add_argument("--alpha_mask", action="store_true", help="keep the alpha channel as a mask")

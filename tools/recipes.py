@@ -1,4 +1,5 @@
-"""List the recipes of configs/recipes for --recipe, or print one: options of a usual training, each with its reason."""
+"""List the recipes of configs/recipes for --recipe, or print one: the options of a typical training run, each with
+its reason."""
 
 import argparse
 import sys
@@ -33,7 +34,7 @@ def show_recipes(args: argparse.Namespace) -> None:
         print((FOLDER / f"{args.name}.toml").read_text(encoding="utf-8"), end="")
     else:
         raise UserError(
-            f"there is no recipe {args.name}{did_you_mean(args.name, recipes)}; without a name all are listed"
+            f"there is no recipe {args.name}{did_you_mean(args.name, recipes)}; run without a name to list all"
         )
 
 

@@ -1,4 +1,4 @@
-"""Build the report of a run from its --log_events file, the same HTML file that the run writes itself, or serve the
+"""Build the report of a run from its --log_events file (the HTML file that the run itself writes), or serve the
 reports of a folder to a browser on this machine."""
 
 import argparse
@@ -28,7 +28,7 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("events", type=Path, help="file of --log_events; with --serve also a report, or a folder")
     parser.add_argument("--serve", action="store_true", help="serve the page, read-only, until Ctrl-C")
     parser.add_argument("--port", type=int, default=8123, help="port to serve on (default: 8123)")
-    parser.add_argument("--output", type=Path, help="HTML file to write; unset: named like the events file, beside it")
+    parser.add_argument("--output", type=Path, help="HTML file to write; unset: next to the events file, with its name")
     return parser
 
 

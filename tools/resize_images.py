@@ -1,8 +1,8 @@
-"""Write the images of a folder smaller, at one or several resolutions, for datasets of several sizes.
+"""Write smaller copies of the images of a folder, at one or several resolutions, for datasets of several sizes.
 
-Each image keeps its aspect ratio; a resolution is an area, so 512x512 gives 362x724 for a tall one. Images are never
-enlarged. `cat.png` becomes `cat+512x512.jpg`; other files are copied, except caches of the old images. Training resizes
-by itself: this saves disk space and the time of reading large files.
+Each image keeps its aspect ratio. A resolution is an area, so 512x512 turns a tall image of ratio 1:2 into 362x724.
+Images are never enlarged. `cat.png` becomes `cat+512x512.jpg`; other files are copied, except caches of the old images.
+Training resizes images by itself: this command saves disk space and the time to read large files.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from tools.command import check_at_least_one, command, make_parser
 DEFAULT_RESOLUTIONS = "512x512,384x384,256x256,128x128"
 FILTERS = {name: name for name in ("area", "cubic", "nearest", "linear", "box")} | {"lanczos4": "lanczos"}
 JPEG_QUALITY = 100
-CACHES = (".npz", "metadata_cache.json")  # endings of files made from the old images
+CACHES = (".npz", "metadata_cache.json")  # endings of files derived from the old images
 EXAMPLES = """\
   python3 tools/resize_images.py pictures pictures_small --max_resolution 1024x1024,512x512 --divisible_by 64 \\
       --copy_associated_files"""
@@ -46,7 +46,7 @@ class Resizing:
     ending: str  # ".png" or ".jpg"
 
     def suffixes(self) -> tuple[str, ...]:
-        """The suffixes of the new files' names."""
+        """Return the suffixes of the new file names."""
         return tuple(f"+{width}x{height}" for width, height in self.resolutions)
 
 
@@ -60,13 +60,13 @@ def parse_resolutions(text: str) -> tuple[Size, ...]:
 
 
 def fit_size(size: Size, limit: Size) -> Size:
-    """Return the size of an image at an area of at most `limit`'s, with its aspect ratio."""
+    """Return an image size scaled down to the area of `limit`, with the same aspect ratio."""
     factor = min(1.0, sqrt(limit[0] * limit[1] / (size[0] * size[1])))
     return (max(1, int(size[0] * factor)), max(1, int(size[1] * factor)))
 
 
 def resize_image(pixels: Pixels, limit: Size, resizing: Resizing) -> Pixels:
-    """Return the image at an area, cropped at the centre to divisible sides."""
+    """Scale an image to the area of `limit`, and crop it at the centre to divisible sides."""
     scaled = resize(pixels, fit_size((pixels.shape[1], pixels.shape[0]), limit), resizing.interpolation)
     height, width = (side - side % resizing.divisible_by for side in scaled.shape[:2])
     top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
@@ -74,7 +74,7 @@ def resize_image(pixels: Pixels, limit: Size, resizing: Resizing) -> Pixels:
 
 
 def write_sizes(image: Path, folder: Path, resizing: Resizing) -> None:
-    """Write one image at every resolution. Raises UserError for one that cannot be read, or is too small."""
+    """Write one image at every resolution. Raises UserError if it cannot be read or is too small."""
     pixels, _ = read_pixels(str(image))
     for limit, suffix in zip(resizing.resolutions, resizing.suffixes(), strict=True):
         found = resize_image(pixels, limit, resizing)
@@ -120,7 +120,8 @@ def resize_all(args: argparse.Namespace) -> None:
 def copy_others(
     files: Sequence[Path], images: Sequence[Path], target: Path, resizing: Resizing, args: argparse.Namespace
 ) -> int:
-    """Copy other files; files named like an image, for each of its sizes if requested."""
+    """Copy the other files. If requested, copy files named like an image once per resolution. Return the number of
+    copies."""
     stems = {image.stem for image in images}
     copies = [
         (file, target / f"{file.stem}{suffix}{file.suffix}")

@@ -1,4 +1,4 @@
-"""Alias of tools/resize_images.py for other programs."""
+"""Alias of tools/resize_images.py under the name that other programs call."""
 
 import sys
 from pathlib import Path

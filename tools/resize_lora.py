@@ -1,7 +1,7 @@
-"""Reduce the rank of a LoRA file: to a fixed one, or for each module by its singular values.
+"""Reduce the rank of a LoRA file, to a fixed rank or to one chosen for each module by its singular values.
 
-The change of a module is decomposed exactly from its small factors. The result is the best approximation of its rank,
-at the same alpha / rank as before. Modules with a Tucker core become plain convolutions of the same effect, LoHa and
+Each module's change is decomposed exactly from its small factors. The result is the best approximation at the new rank,
+with the same alpha / rank as before. Modules with a Tucker core become plain convolutions of the same effect, LoHa and
 LoKr become LoRA; DoRA magnitudes and norm weights are kept.
 """
 
@@ -69,13 +69,13 @@ METHODS: Mapping[str, Callable[[Tensor, float], int]] = {
 
 @dataclass(frozen=True)
 class Measure:
-    """The choice of a module's rank: a fixed one, or by `method` up to it."""
+    """The choice of a module's rank: a fixed rank, or up to that rank by `method`."""
 
     new_rank: int
     new_conv_rank: int
     method: str | None
     param: float
-    lowrank_niter: int = 0  # power iterations that replace the exact decomposition of large modules; 0 for none
+    lowrank_niter: int = 0  # power iterations in place of the exact decomposition of large modules; 0 disables them
 
     def most_of(self, module: ModuleWeights) -> int:
         return self.new_conv_rank if module.is_larger_kernel else self.new_rank
@@ -91,17 +91,17 @@ class Measure:
 
 @dataclass(frozen=True)
 class Resized:
-    """One resized module and the shares that its new rank keeps."""
+    """One resized module, with the shares that its new rank keeps."""
 
     module: ModuleWeights
     old_rank: int
     kept_sum: float | None  # share of the sum of singular values; None if not all were computed
     kept_norm: float  # share of the Frobenius norm
-    ratio: float  # largest singular value / smallest kept one
+    ratio: float  # of the largest singular value to the smallest kept one
 
 
 def resize_module(module: ModuleWeights, measure: Measure, device: torch.device) -> Resized:
-    """Resize a module, computed in float32 on `device`; large ones to a fixed rank approximately, if requested."""
+    """Resize a module in float32 on `device`. Large modules with a fixed rank are approximated if requested."""
     up_OR, down_RN = (factor.to(device) for factor in module.factors())
     num_values = min(*up_OR.shape, len(down_RN.T))
     if measure.method is None and measure.lowrank_niter and num_values > MANY_SINGULAR_VALUES:
@@ -125,13 +125,13 @@ def resize_module(module: ModuleWeights, measure: Measure, device: torch.device)
 
 
 def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbose: bool = False) -> AdapterFile:
-    """Resize every module and update the metadata. Raises UserError for kinds without a rank."""
+    """Resize every module and update the metadata. Raises UserError for adapter kinds without a rank."""
     require_layouts(file, COMPUTED, "resized")
-    turned = next((m for m in file.modules.values() if not m.is_low_rank and m.layout is not norm.LAYOUT), None)
-    if turned is not None:
+    rankless = next((m for m in file.modules.values() if not m.is_low_rank and m.layout is not norm.LAYOUT), None)
+    if rankless is not None:
         raise UserError(
-            f"{file.origin}: {turned.name} is {turned.layout.words}, which has no rank to reduce; convert it to a LoRA "
-            "with tools/merge_lora.py --base_model (the checkpoint that it was trained on) --new_rank"
+            f"{file.origin}: {rankless.name} is {rankless.layout.words}, which has no rank to reduce; convert it to a "
+            "LoRA with tools/merge_lora.py --base_model (the checkpoint that it was trained on) --new_rank"
         )
     modules = []
     kept_norms = []
@@ -156,7 +156,7 @@ def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbo
 
 
 def make_metadata(file: AdapterFile, modules: Sequence[ModuleWeights], measure: Measure) -> dict[str, str]:
-    """Return the file's metadata with the new rank and alpha; "Dynamic" if the modules' ranks differ."""
+    """Return the metadata with the new rank and alpha; "Dynamic" if the modules' values differ."""
     metadata = dict(file.metadata)
     main = [m for m in modules if m.form == "low_rank"] or [m for m in modules if m.is_low_rank]
     ranks, alphas = {module.rank for module in main}, {module.alpha for module in main}
@@ -201,7 +201,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def resolve_measure(args: argparse.Namespace) -> Measure:
-    """Return the measure that the options request. Raises UserError for invalid values."""
+    """Return the requested measure. Raises UserError for invalid option values."""
     check_at_least_one(args, "new_rank", "new_conv_rank")
     conv = args.new_rank if args.new_conv_rank is None else args.new_conv_rank
     method, param = args.dynamic_method, args.dynamic_param
@@ -213,7 +213,7 @@ def resolve_measure(args: argparse.Namespace) -> Measure:
         raise UserError(f"--dynamic_param is {param:g}; {method} needs a share above 0 and up to 1, for example 0.9")
     if args.svd_lowrank_niter < 0:
         raise UserError(
-            f"--svd_lowrank_niter is {args.svd_lowrank_niter}; use 0 for the exact decomposition, 2 is usual"
+            f"--svd_lowrank_niter is {args.svd_lowrank_niter}; use 0 for the exact decomposition, or a number such as 2"
         )
     if args.svd_lowrank_niter and method is not None:
         logger.warning("--svd_lowrank_niter has no effect with --dynamic_method, which needs all singular values")

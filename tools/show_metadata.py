@@ -1,6 +1,6 @@
-"""Show the metadata of a .safetensors file: training settings, model description, commonest tags.
+"""Show the metadata of a .safetensors file: training settings, model description, most frequent tags.
 
-The values are only shown: nothing in them is executed. JSON values are formatted, all others are printed unchanged.
+The values are only shown, never executed. JSON values are formatted, all others are printed unchanged.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.checkpoints.files import file_in_folder, holds_safetensors, read_header, refuse_stranger
+from library.checkpoints.files import file_in_folder, holds_safetensors, read_header, require_weight_file
 from library.errors import UserError
 from library.formatting import escape_controls
 from library.json_text import parse_json
@@ -24,7 +24,7 @@ from tools.command import command, make_parser
 
 TAG_KEY = "ss_tag_frequency"
 TIME_KEYS = ("ss_training_started_at", "ss_training_finished_at")
-LONGEST_TEXT = 2000  # characters shown of one value; embedded images are longer
+LONGEST_TEXT = 2000  # characters of a value; longer ones, such as embedded images, are cut
 SECTIONS = (("modelspec.", "model"), ("ss_", "training"), ("sshs_", "hashes"))
 
 EXAMPLES = """\
@@ -44,7 +44,7 @@ def parse_value(text: str) -> Any:
 
 
 def format_metadata(metadata: Mapping[str, str], num_tags: int) -> Iterator[str]:
-    """Yield all keys in sections, short ones on one line each."""
+    """Yield all keys by section, short values on one line each."""
     if not metadata:
         yield "the file has no metadata"
     shown = set()
@@ -58,7 +58,7 @@ def format_metadata(metadata: Mapping[str, str], num_tags: int) -> Iterator[str]
 
 
 def format_entry(key: str, text: str, num_tags: int) -> Iterator[str]:
-    """Yield one key, with its JSON indented below it."""
+    """Yield the lines of one key, with JSON indented below it."""
     value = parse_value(text)
     if key == TAG_KEY and isinstance(value, dict):
         yield f"  {escape_controls(key)}:"
@@ -73,7 +73,7 @@ def format_entry(key: str, text: str, num_tags: int) -> Iterator[str]:
 
 
 def list_tags(frequencies: Mapping[str, Any], num_tags: int) -> Iterator[str]:
-    """Yield the commonest tags over all folders, then their number."""
+    """Yield the most frequent tags over all folders, then the number of the others."""
     counts: Counter[str] = Counter()
     for tags in frequencies.values():
         if isinstance(tags, dict):
@@ -84,7 +84,7 @@ def list_tags(frequencies: Mapping[str, Any], num_tags: int) -> Iterator[str]:
 
 
 def format_time(key: str, text: str) -> str:
-    """Return a date for Unix times."""
+    """Return a Unix time as a date in brackets; "" for other keys."""
     if key not in TIME_KEYS:
         return ""
     try:
@@ -113,7 +113,7 @@ def show(path: Path, key: str | None, is_json: bool, num_tags: int) -> Iterator[
     path = file_in_folder(path, f"--model {path}")
     if not path.is_file():
         raise UserError(f"--model {path} does not exist")
-    refuse_stranger(path)
+    require_weight_file(path)
     if not holds_safetensors(path):
         raise UserError(f"--model {path}: only safetensors files have metadata")
     metadata = read_header(path).metadata

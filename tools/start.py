@@ -1,11 +1,12 @@
-"""Set up and run: `tools/start.py quickstart` trains a small LoRA, `tools/start.py test` runs the tests,
+"""Set up and run this suite: `tools/start.py quickstart` trains a small LoRA, `tools/start.py test` runs the tests,
 `tools/start.py doctor` checks whether this machine can train.
 
-Needs only Python and its standard library. The packages go into `.venv` in this folder (elsewhere: --venv PATH or the
-variable START_VENV) and are reinstalled only when a requirements file or the environment's Python changes.
+Needs only Python and its standard library. The packages are installed into `.venv` in this folder (elsewhere: --venv
+PATH or the variable START_VENV), and reinstalled only if a requirements file or the environment's Python changes.
 """
 
-# An old Python must be able to parse this file in order to refuse: the syntax is Python 3.6's, annotations are quoted.
+# An old Python must be able to parse this file in order to reject itself, so the syntax is that of Python 3.6 and
+# annotations are quoted.
 
 import argparse
 import hashlib
@@ -31,8 +32,8 @@ RUN_REQUIREMENTS = ("requirements.txt",)
 TEST_REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
 LOCK = ("requirements.lock",)
 SMALLEST_INSTALL_BYTES = 3 * 1024**3  # torch's CPU build and the rest; CUDA builds take about three times as much
-MAX_QUICKSTART_THREADS = 8  # the toy model is too small to feed more
-INTERRUPTED = 130  # what a shell reports after Ctrl-C
+MAX_QUICKSTART_THREADS = 8  # the toy model is too small for more
+INTERRUPTED = 130  # exit status of shells after Ctrl-C
 
 TRAINING_CONFIG = "configs/quickstart/train.toml"
 GPU_TESTS = ("tests/gpu", "tests/simulated_gpu")
@@ -51,7 +52,7 @@ class StartError(Exception):
 
 
 def python_problem(version: "tuple[int, int]") -> "str | None":
-    """Say why this Python cannot be used, or None if it can."""
+    """Return why this Python version is not supported; None if it is."""
     if OLDEST_PYTHON <= version <= NEWEST_PYTHON:
         return None
     age = "too old" if version < OLDEST_PYTHON else "too new"
@@ -60,7 +61,7 @@ def python_problem(version: "tuple[int, int]") -> "str | None":
 
 
 def supported_python_on_path() -> "str | None":
-    """Find the newest usable Python that can be started by name: `python3.13`."""
+    """Return the newest supported Python on the PATH, such as `python3.13`; None if there is none."""
     for minor in range(NEWEST_PYTHON[1], OLDEST_PYTHON[1] - 1, -1):
         name = f"python3.{minor}"
         if shutil.which(name):
@@ -69,7 +70,7 @@ def supported_python_on_path() -> "str | None":
 
 
 def check_python(version: "tuple[int, int]") -> None:
-    """Raise StartError with the fix unless this Python is supported by the packages."""
+    """Raise StartError with the fix if this Python version is not supported."""
     problem = python_problem(version)
     if problem is None:
         return
@@ -87,21 +88,21 @@ def python_path(venv: Path) -> Path:
 
 
 def read_version(python: Path) -> "tuple[int, int, int] | None":
-    """Ask an interpreter for its version; None if it is missing or does not start."""
+    """Return an interpreter's version; None if it is missing or does not start."""
     try:
-        asked = subprocess.run(
+        done = subprocess.run(
             [str(python), "-c", "import sys; print(*sys.version_info[:3])"], stdout=subprocess.PIPE, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    major, minor, micro = map(int, asked.stdout.split())
+    major, minor, micro = map(int, done.stdout.split())
     return major, minor, micro
 
 
 def make_venv(venv: Path) -> None:
     """Create the virtual environment, or recreate it if its Python no longer starts.
 
-    Raises StartError if the folder contains something else, if this Python lacks the modules, or if creation fails.
+    Raises StartError if the folder has other content, if this Python lacks venv or ensurepip, or if creation fails.
     """
     if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
         raise StartError(f"{venv} exists but is not a virtual environment; use another folder with --venv")
@@ -111,9 +112,9 @@ def make_venv(venv: Path) -> None:
             f"Ubuntu get them with `sudo apt install python3-venv` (or `python3.{sys.version_info[1]}-venv`), "
             "then run this command again"
         )
-    print(f"Making the virtual environment {venv}", flush=True)
+    print(f"Creating the virtual environment {venv}", flush=True)
     if run([sys.executable, "-m", "venv", "--clear", str(venv)]) != 0:
-        raise StartError(f"making {venv} failed, see the lines above; delete that folder and run this command again")
+        raise StartError(f"creating {venv} failed, see the lines above; delete that folder and run this command again")
 
 
 def digest_text(path: Path) -> str:
@@ -122,12 +123,13 @@ def digest_text(path: Path) -> str:
 
 
 def make_stamps(venv: Path, version: "tuple[int, int, int]", names: "tuple[str, ...]") -> "dict[Path, str]":
-    """Return the files that record what is installed, and their content for these requirement files and this Python."""
+    """Return the stamp files that record the installed packages, with their content for these requirement files and
+    this Python."""
     return {venv / f"start-{name}.stamp": f"{digest_text(ROOT / name)} {version}" for name in names}
 
 
 def install_command(python: Path, requirement_names: "list[str]") -> "list[str]":
-    """Return the command that installs requirement files: uv's where it is installed, else pip's."""
+    """Return the command that installs requirement files, with uv if it is installed, else with pip."""
     uv = shutil.which("uv")
     if uv is None:
         command = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
@@ -139,7 +141,7 @@ def install_command(python: Path, requirement_names: "list[str]") -> "list[str]"
 
 
 def uv_indexes() -> "list[str]":
-    """Return pip's variables as uv's options; uv does not read them."""
+    """Return uv's options for pip's index variables, which uv does not read."""
     options = {
         "PIP_INDEX_URL": "--index-url", "PIP_EXTRA_INDEX_URL": "--extra-index-url", "PIP_FIND_LINKS": "--find-links",
     }  # fmt: skip
@@ -150,7 +152,7 @@ def uv_indexes() -> "list[str]":
 
 
 def check_disk(venv: Path) -> None:
-    """Raise StartError if the packages cannot fit on the disk of `venv`."""
+    """Raise StartError if the disk of `venv` has too little space for the packages."""
     free_bytes = shutil.disk_usage(str(venv)).free
     if free_bytes < SMALLEST_INSTALL_BYTES:
         raise StartError(
@@ -160,13 +162,13 @@ def check_disk(venv: Path) -> None:
 
 
 def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
-    """Install the requirement files, with the progress on the terminal. Raises StartError with the last lines."""
+    """Install the requirement files and show the progress. Raises StartError with the last error lines."""
     check_disk(venv)
     print("Installing " + " and ".join(requirement_names) + f" into {venv}", flush=True)
     if sys.platform == "linux" and shutil.which("nvidia-smi") is None:
         print(
-            "No NVIDIA card found. On Linux torch comes with CUDA, several GB. For the smaller CPU build, stop\n"
-            "here, set PIP_EXTRA_INDEX_URL to the CPU address that https://pytorch.org/get-started names, start again.",
+            "No NVIDIA GPU found, but on Linux torch includes several GB of CUDA. For the smaller CPU build, stop\n"
+            "here, set PIP_EXTRA_INDEX_URL to the CPU address on https://pytorch.org/get-started, and start again.",
             flush=True,
         )
     last_lines = deque(maxlen=15)  # type: deque[str]
@@ -177,13 +179,13 @@ def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
         raise StartError(
             f"installing the packages failed: {cause}. Its last lines:\n\n"
             + "".join("    " + line for line in last_lines)
-            + "\nRun the same command again to go on: what was downloaded is kept. For a fresh start delete "
+            + "\nRun the same command again to continue; finished downloads are kept. To start over, delete "
             + str(venv)
         )
 
 
 def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
-    """Return the environment's Python once everything in the requirement files is installed.
+    """Return the environment's Python, after installing the requirement files if they are not up to date.
 
     Stamps are removed before the installer starts and written after it ends, so an interrupted installation is
     repeated.
@@ -197,12 +199,12 @@ def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
             raise StartError(f"{python} does not start; delete {venv} and run this command again")
     problem = python_problem(version[:2])
     if problem:
-        raise StartError(f"{venv}: {problem}; delete that folder or name another with --venv")
+        raise StartError(f"{venv}: {problem}; delete that folder or use another one with --venv")
     stamps = make_stamps(venv, version, requirement_names)
     if not all(path.is_file() and path.read_text(encoding="utf-8") == content for path, content in stamps.items()):
         for path in venv.glob("start-*.stamp"):
             path.unlink()
-        # Environments of uv and interrupted ones have no pip.
+        # Environments made by uv, and interrupted ones, have no pip.
         if shutil.which("uv") is None and run([str(python), "-m", "pip", "--version"], quiet=True) != 0:
             run([str(python), "-m", "ensurepip", "--default-pip"])
         install(venv, python, list(requirement_names))
@@ -215,7 +217,7 @@ def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
 
 
 def child_environment() -> "dict[str, str]":
-    """Return the environment of all child processes: UTF-8 output, no model hub, packages from `.venv`."""
+    """Return the environment of all child processes: UTF-8 output, no model hub, no user-site installs by pip."""
     settings = {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PIP_USER": "0"}
     return {**os.environ, **settings}
 
@@ -223,8 +225,9 @@ def child_environment() -> "dict[str, str]":
 def run(command: "list[str]", keep_errors_in: "deque[str] | None" = None, quiet: bool = False) -> int:
     """Run a command in the repository's folder and return its exit status.
 
-    `keep_errors_in` collects the lines of its standard error, which are also shown. After Ctrl-C the command, which
-    receives it too, gets time to save and end; a third Ctrl-C ends it at once. Raises KeyboardInterrupt then.
+    `keep_errors_in` collects the lines of its standard error, which are also shown. After Ctrl-C, which the command
+    receives too, the command gets time to save and exit; the third Ctrl-C kills it. Raises KeyboardInterrupt after any
+    Ctrl-C.
     """
     process = subprocess.Popen(
         command,
@@ -255,7 +258,7 @@ def run(command: "list[str]", keep_errors_in: "deque[str] | None" = None, quiet:
 
 
 def num_threads() -> int:
-    """Return the number of CPU threads worth giving to the toy model."""
+    """Return the number of CPU threads for the toy model."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, MAX_QUICKSTART_THREADS)
 
@@ -268,15 +271,15 @@ def training_command(python: Path, threads: int) -> "list[str]":
 
 
 def image_command(python: Path) -> "list[str]":
-    """Return the command that generates the same prompts without and with the adapter."""
+    """Return the command that draws the same prompts without and with the adapter."""
     command = [str(python), "tools/quickstart/draw_before_after.py", "--base", TOY_BASE, "--lora", ADAPTER]
     return [*command, "--prompts", PROMPTS, "--out", IMAGE]
 
 
 def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "list[str]":
-    """Return the command that runs the fast tier, or with `slow` whole trainings too, on every core.
+    """Return the command that runs the fast tests, or with `slow` also whole training runs, in parallel.
 
-    A `-m` among `pytest_arguments` overrides the tier, and so do files: they run whole.
+    A `-m` among `pytest_arguments` overrides the selection. Test files among them run completely, except GPU tests.
     """
     tier = "not gpu and not nightly" if slow else "not slow and not gpu and not nightly"
     if any(argument.partition("::")[0].endswith(".py") for argument in pytest_arguments):
@@ -285,14 +288,14 @@ def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "
 
 
 def simulated_gpu_command(python: Path, slow: bool) -> "list[str]":
-    """Return the command that runs the tests for GPUs on a simulated one, which is for the whole process."""
+    """Return the command that runs the GPU tests on a simulated GPU, which needs a process of its own."""
     tier = "gpu and not nightly" if slow else "gpu and not slow and not nightly"
     plugin = ["-p", "tests.simulated_gpu.plugin"]
     return [str(python), "-m", "pytest", *plugin, "-m", tier, *parallel_arguments(), *GPU_TESTS]
 
 
 def parallel_arguments() -> "list[str]":
-    """Return pytest's options for as many processes as there are cores."""
+    """Return pytest's options for one worker per core, at most MAX_QUICKSTART_THREADS."""
     return [
         "-n",
         str(num_threads()),
@@ -303,7 +306,7 @@ def parallel_arguments() -> "list[str]":
 
 
 def modification_time(path: Path) -> "int | None":
-    """Return when a file was written, in nanoseconds; None if it does not exist."""
+    """Return a file's modification time in nanoseconds; None if it does not exist."""
     return path.stat().st_mtime_ns if path.exists() else None
 
 
@@ -326,7 +329,7 @@ def quickstart(venv: Path) -> int:
         f"\nDone in {time.monotonic() - started:.0f} s.\n"
         f"  the adapter:             {ROOT / ADAPTER}\n"
         f"  an image, before|after:  {ROOT / IMAGE}\n"
-        f"  how the training went:   {ROOT / REPORT} (opens in any browser)\n"
+        f"  report on the training:  {ROOT / REPORT} (opens in any browser)\n"
         "Training on your own images: README.md",
         flush=True,
     )
@@ -336,20 +339,20 @@ def quickstart(venv: Path) -> int:
 def run_tests(venv: Path, slow: bool, pytest_arguments: "list[str]") -> int:
     """Run the tests. Return pytest's exit status."""
     python = ready_python(venv, TEST_REQUIREMENTS)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores run the tests
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process per core
     on_gpu = 0 if pytest_arguments else run(simulated_gpu_command(python, slow))
     return on_gpu or run(pytest_command(python, slow, pytest_arguments))
 
 
-def examine(venv: Path) -> int:
-    """Examine the machine with the environment's Python, or with this one if there is no environment.
+def run_doctor(venv: Path) -> int:
+    """Run tools/doctor.py with the environment's Python, or with this one if there is no environment.
 
-    Installs nothing. Return the exit status of tools/doctor.py.
+    Installs nothing. Returns the exit status of tools/doctor.py.
     """
     python = python_path(venv)
     if read_version(python) is None:
         print(
-            f"note  {venv} is no environment yet: this Python is looked at; `tools/start.py setup` makes one",
+            f"note  {venv} is not ready, so this Python is checked; `tools/start.py setup` creates it",
             flush=True,
         )
         python = Path(sys.executable)
@@ -357,7 +360,7 @@ def examine(venv: Path) -> int:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line before `--`."""
+    """Return the parser for the arguments before `--`."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--venv",
@@ -369,11 +372,9 @@ def setup_parser() -> argparse.ArgumentParser:
     add_version(parser)
     commands = parser.add_subparsers(dest="command", metavar="quickstart | test | setup | doctor")
     commands.required = True
-    setup = commands.add_parser(
-        "setup", parents=[common], help="only make the environment, with all that the tests need"
-    )
+    setup = commands.add_parser("setup", parents=[common], help="create the environment, with the packages for tests")
     setup.add_argument("--locked", action="store_true", help="the versions in requirements.lock, without test packages")
-    commands.add_parser("doctor", parents=[common], help="say what of this machine is wrong, for you or a bug report")
+    commands.add_parser("doctor", parents=[common], help="check this machine, for you or a bug report")
     commands.add_parser(
         "quickstart", parents=[common], help="train a LoRA on the bundled toy model, draw before | after"
     )
@@ -407,7 +408,7 @@ def main(arguments: "list[str]") -> int:
         if for_pytest:
             parser.error(f"{args.command} takes no arguments after --")
         if args.command == "doctor":
-            return examine(venv)
+            return run_doctor(venv)
         if args.command == "setup":
             print(f"Ready: {ready_python(venv, LOCK if args.locked else TEST_REQUIREMENTS)}")
             return 0

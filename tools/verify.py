@@ -1,8 +1,8 @@
-"""Check a training on this machine with your own base model and options: the denoiser beside diffusers' class, the way
-of saving memory beside the plain one, 20 steps, resuming from the tenth, time and memory beside the plan.
+"""Check training on this machine with your own base model and options: the denoiser against diffusers' class, the
+memory settings against the plain ones, 20 steps, resuming from step 10, and time and memory against the plan.
 
-Ends with a block of text to paste into an issue, without paths, names or captions. Adapters, states and events go into
-a temporary folder.
+Ends with a block of text to paste into an issue, without paths, names or captions. Adapters, states and events go to a
+temporary folder.
 """
 
 import argparse
@@ -43,16 +43,16 @@ from tools.plan_memory import count, read_training_options
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS, RESUMED_AT = 20, 10
-WARM_UP = 5  # steps that are left out of the time
-MOST = 1e-3  # difference to diffusers as a share of the output's largest value; float32, two blocks of each kind
+WARM_UP = 5  # steps left out of the timing
+MAX_DIFFERENCE = 1e-3  # allowed difference, relative to the largest output; float32, two blocks of each kind
 NAME = "verify"
 EXAMPLES = """\
   python3 tools/verify.py --script train_network.py --fit auto \\
     --pretrained_model_name_or_path model.safetensors --train_data_dir my_images \\
     --network_module networks.lora --network_dim 16 --mixed_precision bf16 --cache_latents"""
 
-# What the trial decides itself: its length, its files, and that nothing is uploaded, drawn or tracked.
-DECIDED: Mapping[str, Any] = {
+# Options that the trial sets itself: its length, its files, and no uploads, previews or trackers.
+TRIAL_OPTIONS: Mapping[str, Any] = {
     "max_train_steps": NUM_STEPS,
     "max_train_epochs": None,
     "output_name": NAME,
@@ -75,7 +75,7 @@ DECIDED: Mapping[str, Any] = {
     "no_report": True,
     "quiet": False,  # the result of the self-test is in the log
 }
-# Options that say how a training is run, without a name or a path in them.
+# Options that describe how a training runs and contain no names or paths.
 SHOWN = (
     "network_module", "network_dim", "network_alpha", "optimizer_type", "mixed_precision", "full_bf16", "full_fp16",
     "train_batch_size", "resolution", "gradient_accumulation_steps", "base_format", "base_arithmetic", "fit",
@@ -87,7 +87,7 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Result:
-    """One check: what was compared, what came of it, and whether it is as it should be."""
+    """The result of one check: its subject, what was found, and whether that is wrong."""
 
     what: str
     found: str
@@ -102,11 +102,11 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def verify(args: argparse.Namespace, training: Sequence[str]) -> int:
-    """Run every check and print the block; return 1 if one found something wrong."""
+    """Run every check and print the block to paste. Return 1 if a check failed, else 0."""
     spec, options = read_training_options(args.script, training)
     results: list[Result] = []
     if options.sweep.sweep:
-        raise UserError("--sweep is not verified; leave it out, the adapters of a sweep train as one does")
+        raise UserError("--sweep is not supported here; remove it: each adapter of a sweep trains as a single one does")
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         for result in run_checks(spec, options, training, Path(folder)):
             print(result, flush=True)
@@ -121,7 +121,7 @@ def verify(args: argparse.Namespace, training: Sequence[str]) -> int:
 
 
 def run_checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str], folder: Path) -> Iterator[Result]:
-    """Yield the results; the first run that fails ends the list."""
+    """Yield the results; stop after the first failed training run."""
     with mute_logging():
         denoiser = spec.build(options).load.denoiser()
     yield compare_with_diffusers(denoiser, spec.build.__module__.rpartition(".")[0])
@@ -149,7 +149,8 @@ def run_checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[st
 
 
 def compare_with_diffusers(denoiser: nn.Module, package: str) -> Result:
-    """Compare our class with diffusers': two blocks of each kind, CPU, float32; `package` has the reference."""
+    """Compare our class with that of diffusers: two blocks of each kind, CPU, float32. `package` contains the
+    reference."""
     what = "denoiser"
     if type(denoiser).__module__.startswith("diffusers."):
         return Result(what, f"diffusers' own {type(denoiser).__name__}")
@@ -163,8 +164,10 @@ def compare_with_diffusers(denoiser: nn.Module, package: str) -> Result:
     except MissingClass as error:
         return Result(what, f"not compared: diffusers {version_of('diffusers')} has no {error}")
     distance = float((found - expected).abs().max() / expected.abs().max())
-    is_wrong = not distance <= MOST  # NaN is wrong too
-    return Result(what, f"first and last blocks off diffusers' class by {distance:.1e} of the largest value", is_wrong)
+    is_wrong = not distance <= MAX_DIFFERENCE  # NaN is wrong too
+    return Result(
+        what, f"first and last blocks differ from diffusers' class by {distance:.1e} of the largest value", is_wrong
+    )
 
 
 # Training
@@ -172,7 +175,7 @@ def compare_with_diffusers(denoiser: nn.Module, package: str) -> Result:
 
 @dataclass(frozen=True)
 class Trial:
-    """A short training in a process of its own."""
+    """A short training run in a separate process."""
 
     script: Path
     folder: Path
@@ -186,7 +189,7 @@ class Trial:
         return self.folder / "events.jsonl"
 
     def train(self) -> "subprocess.CompletedProcess[str]":
-        """Run it; its log is the standard error."""
+        """Run the training and print its log if it fails; the log is the standard error."""
         command = [sys.executable, str(self.script), "--config_file", str(self.folder / "options.toml")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
         if done.returncode != 0:
@@ -194,7 +197,7 @@ class Trial:
         return done
 
     def steps(self) -> list[dict[str, Any]]:
-        """Return the events of the steps."""
+        """Return the step events."""
         lines = map(json.loads, self.events.read_text(encoding="utf-8").splitlines())
         return [line for line in lines if line["event"] == "step"]
 
@@ -215,12 +218,13 @@ class Trial:
 
 
 def prepare_trial(spec: BaseModelSpec, options: TrainOptions, folder: Path, changes: Mapping[str, Any]) -> Trial:
-    """Write the options of a short training, those that are decided here in place of the user's."""
+    """Write the options of a short training run, with the settings of `TRIAL_OPTIONS` and `changes` in place of the
+    user's."""
     import toml
 
     folder.mkdir()
     own = {"output_dir": str(folder), "log_events": str(folder / "events.jsonl"), "seed": options.run.seed or 1}
-    values = {**options.flat(), **DECIDED, **own, **changes}
+    values = {**options.flat(), **TRIAL_OPTIONS, **own, **changes}
     defaults = type(options).defaults()
     given = {
         name: [str(item) for item in value] if isinstance(value, list | tuple) else convert_to_toml(value)
@@ -236,7 +240,7 @@ def convert_to_toml(value: Any) -> Any:
 
 
 def find_error(log: str) -> str:
-    """Return the kind of error that ended a run; its text may name files."""
+    """Return the type of the error that ended a run, without its message, which may name files."""
     kinds = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception|Interrupt))\b", log, re.MULTILINE)
     if "out of memory" in log.lower():
         return "out of memory, see above"
@@ -244,19 +248,19 @@ def find_error(log: str) -> str:
 
 
 def compare_files(whole: Path, again: Path) -> Result:
-    """Compare the adapters' tensors byte for byte."""
+    """Compare the tensors of two adapter files byte for byte."""
     from safetensors.torch import load_file
 
     expected, found = load_file(whole), load_file(again)
     what = f"resumed from step {RESUMED_AT}"
     if expected.keys() != found.keys():
-        return Result(what, "the files have other tensors", is_wrong=True)
+        return Result(what, "the files contain different tensors", is_wrong=True)
     other = [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
     if not other:
-        return Result(what, f"equal byte for byte ({len(expected)} tensors)")
+        return Result(what, f"identical ({len(expected)} tensors)")
     size = max(float(tensor.float().abs().max()) for tensor in expected.values())
     most = max(float((expected[name].float() - found[name].float()).abs().max()) for name in other)
-    hint = "kernels that add in any order do that on GPUs; --deterministic decides whether it is more"
+    hint = "usual with GPU kernels that sum in any order; with --deterministic it is a bug"
     return Result(what, f"{len(other)} of {len(expected)} tensors differ by up to {most / size:.1e} ({hint})", True)
 
 
@@ -264,7 +268,7 @@ def compare_files(whole: Path, again: Path) -> Result:
 
 
 def predict_step(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str]) -> Predicted | None:
-    """Predict a step as the options run it; None with --fit, which chooses and checks by itself."""
+    """Predict a step with the run's settings; None with --fit, which chooses and checks by itself."""
     if options.fit.fit is not None:
         return None
     *_, counted = count(spec.script, training)
@@ -274,10 +278,10 @@ def predict_step(spec: BaseModelSpec, options: TrainOptions, training: Sequence[
 
 
 def compare_with_plan(steps: Sequence[Mapping[str, Any]], planned: Predicted | None) -> Iterator[Result]:
-    """Yield time and memory of a step, and what was planned."""
+    """Yield the measured time and memory of a step next to the predicted ones."""
     times = [step["timing"]["seconds"] for step in steps[WARM_UP:] if step["timing"] is not None]
     peaks = [step["memory"]["card_peak"] for step in steps if step["memory"] and step["memory"]["card_peak"]]
-    plan = "chosen by --fit" if planned is None else f"{planned.seconds:.2f} s a pass planned"
+    plan = "chosen by --fit" if planned is None else f"{planned.seconds:.2f} s per batch planned"
     if times:
         yield Result("time of a step", f"{statistics.median(times):.2f} s (median of {len(times)}), {plan}")
     if peaks:
@@ -288,7 +292,7 @@ def compare_with_plan(steps: Sequence[Mapping[str, Any]], planned: Predicted | N
         yield Result("memory of a step", f"not measured without a GPU{plan}")
 
 
-# What the block says of machine and options
+# Description of the machine and the options
 
 
 def describe_machine() -> Iterator[str]:

@@ -1,11 +1,11 @@
 """The keys of adapter files: one grammar for the names that all programs use.
 
-A key is the name of a module and an ending: `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight` of kohya and
-LyCORIS, `diffusion_model.middle_block.1.proj_in.lora_A.weight` after the modules of the original checkpoint,
-`unet.mid_block.attentions.0.proj_in.lora_A.weight` of diffusers, `base_model.model.q_proj.lora_A.x.weight` of PEFT.
+A key is a module name and an ending: `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight` by kohya and LyCORIS,
+`diffusion_model.middle_block.1.proj_in.lora_A.weight` in the module paths of the original checkpoint,
+`unet.mid_block.attentions.0.proj_in.lora_A.weight` by diffusers, `base_model.model.q_proj.lora_A.x.weight` by PEFT.
 
-The grammar is not part of networks/, because keys alone, without a network, tell which programs read a file and which
-base model it is for.
+The grammar is not part of networks/, because the keys alone determine which programs can read a file and which base
+model it belongs to.
 """
 
 import re
@@ -40,14 +40,14 @@ MODELS = (
 """Prefixes of paths in a file that name a model of the pipeline."""
 
 ROOTLESS = (PEFT_PREFIX, "lycoris_", "lora_transformer_", "lora_unet_", "net.", "model.diffusion_model.", *MODELS)
-"""Prefixes of paths that do not tell the model, or belong to the other layout: PEFT's, LyCORIS's as used by SimpleTuner
-and others, and OneTrainer's."""
+"""Path prefixes that do not identify the sub-model, or that belong to the other layout: those of PEFT, of LyCORIS as
+SimpleTuner and others use it, and of OneTrainer."""
 
 TEXT_ENCODERS = ("lora_te", "text_encoder", "clip_l.", "clip_g.", "t5.")
 TEXT_PATHS = ("text_model", "encoder.", "encoder_")  # in CLIP and T5 but in no denoiser
 
 DOWN, UP = "lora_down.weight", "lora_up.weight"
-ENDINGS: tuple[tuple[str, str], ...] = (  # (pattern, kohya's name of the leaf; "" if it is the same)
+ENDINGS: tuple[tuple[str, str], ...] = (  # (pattern, kohya's leaf name; "" keeps the matched text)
     (r"lora_down\.weight|lora_A(?:\.[\w-]+)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight", DOWN),
     (r"lora_up\.weight|lora_B(?:\.[\w-]+)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight", UP),
     (r"dora_scale|lora_magnitude_vector(?:(?:\.[\w-]+)?\.weight)?", "dora_scale"),
@@ -57,14 +57,14 @@ ENDINGS: tuple[tuple[str, str], ...] = (  # (pattern, kohya's name of the leaf; 
     (r"boft_s(?:\.[\w-]+)?", "boft_s"),
     (r"lora_mid\.weight|alpha|w_norm|b_norm|hada_\w+|lokr_\w+|diff(?:_b)?", ""),
 )
-UP_BIASES = (".lora_B.bias", ".lora_up.bias")  # trained by PEFT's lora_bias; no kind here has them
+UP_BIASES = (".lora_B.bias", ".lora_up.bias")  # trained by PEFT's lora_bias; no adapter kind here supports them
 KEY_PATTERNS = tuple((re.compile(rf"(.+?)\.({pattern})"), leaf) for pattern, leaf in ENDINGS)
-# The first form is written by old versions of diffusers, the second by base models' own trainers.
+# Old versions of diffusers write the first form, the trainers of base-model authors the second.
 PROCESSOR_KEY = re.compile(r"(.+)\.processor\.((to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight)")
 OWN_PROCESSOR_KEY = re.compile(r"(.+\.processor\.\w+_lora\d?)\.((down|up)\.weight)")
-KOHYA_KEY = re.compile(r"([^.]+)\.(.+)")  # names of modules have no dots there, so every kind's keys are parsed
-WIDE_LEAVES = frozenset((DOWN, "hada_w1_b"))  # as wide as the input, in Linear layers
-# The product of these leaves' columns is the input width.
+KOHYA_KEY = re.compile(r"([^.]+)\.(.+)")  # splits keys of any kind: kohya's module names have no dots
+WIDE_LEAVES = frozenset((DOWN, "hada_w1_b"))  # second dimension: the layer's input width, for Linear layers
+# The input width is the product of the column counts of these leaves.
 KRONECKER_SIDES = {"lokr_w1": 0, "lokr_w1_b": 0, "lokr_w2": 1, "lokr_w2_b": 1}
 
 
@@ -74,7 +74,7 @@ class AdapterKey:
 
     module: str  # as in the file
     ending: str  # as in the file
-    leaf: str  # kohya's name of the ending
+    leaf: str  # kohya's name of the ending, such as `lora_down.weight`
     naming: Naming
 
     @classmethod
@@ -95,18 +95,22 @@ class AdapterKey:
 
 
 def recognise_naming(name: str) -> Naming:
-    """Return the program whose naming a module's name follows."""
+    """Return the naming that a module's name follows."""
     return next((naming for prefix, naming in PREFIXES if name.startswith(prefix)), "unknown")
 
 
 def composed_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """Return (rows, inputs of the layer) by key, for tensors that determine these of a Linear layer together with
-    others: the first matrix of a LoKr, the blocks of OFT."""
+    """Return (number of rows or blocks, input width of the layer) by key, for tensors that determine the width of a
+    Linear layer only together with others: the first matrix of a LoKr, the blocks of OFT."""
     return {**_kronecker_shapes(shapes), **_block_shapes(shapes)}
 
 
 def _block_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """Return the shapes of OFT layers: blocks of b inputs, as b (b - 1) / 2 angles or whole; one can serve all."""
+    """Return (number of blocks, input width) by key for OFT and BOFT layers.
+
+    Blocks of b inputs are stored as b (b - 1) / 2 angles (oft_R) or as whole matrices (boft_R). A single oft_R block,
+    which serves all inputs, is skipped.
+    """
     found = {}
     for text, shape in shapes.items():
         key = AdapterKey.parse(text)
@@ -118,7 +122,7 @@ def _block_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, i
 
 
 def _kronecker_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """Return (rows, inputs) by the key of the first matrix of each LoKr."""
+    """Return (rows of the first matrix, input width) by the key of the first matrix of each LoKr."""
     firsts: dict[str, tuple[str, int, int]] = {}
     seconds: dict[str, int] = {}
     for text, shape in shapes.items():
@@ -132,7 +136,7 @@ def _kronecker_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[in
 
 
 def lacks_model_prefix(name: str) -> bool:
-    """Return True if a module's prefix does not tell its model in the pipeline and its layout."""
+    """Return True if a module's prefix is ambiguous about its sub-model and naming."""
     is_bare = recognise_naming(name) in ("unknown", "peft") or name.startswith(("lycoris_", "lora_transformer_"))
     return is_bare or f".{PEFT_PREFIX}" in name
 
@@ -145,7 +149,10 @@ def bare_path(name: str) -> str:
 
 
 def replace_module(other: str, key: str, module: str, leaf: str) -> str:
-    """Replace the module in a key by `other`; old diffusers keys have the processor in the middle of the name."""
+    """Replace the module part of a key by `other`.
+
+    Old diffusers keys have the processor in the middle of the module name; they get `leaf` as their new ending.
+    """
     return other + (key[len(module) :] if key.startswith(module) else f".{leaf}")
 
 
@@ -155,11 +162,11 @@ def is_of_text_encoder(name: str) -> bool:
 
 
 def strip_peft_prefix(name: str) -> str:
-    """Strip PEFT's wrapper from a module's name."""
+    """Strip PEFT's wrapper prefix from a module's name."""
     return name.removeprefix(PEFT_PREFIX)
 
 
 def to_underscores(name: str) -> str:
-    """Convert a name to the form in which all namings are compared."""
+    """Convert a name to the underscored form in which names of all namings are compared."""
     name = strip_peft_prefix(name)
     return name.removeprefix("model.").replace(".", "_") if name.startswith("model.diff") else name.replace(".", "_")

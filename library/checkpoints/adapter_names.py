@@ -1,7 +1,7 @@
 """The names of a base model's modules in adapter files.
 
-Three namings are in use: `kohya` (`lora_unet_down_blocks_0_...`), `generic` (the module paths of the original
-checkpoint below `diffusion_model.` and `text_encoders.`) and `diffusers` (its module paths below `unet.` or
+There are three namings: `kohya` (`lora_unet_down_blocks_0_...`), `generic` (the original checkpoint's module paths
+below `diffusion_model.` and `text_encoders.`) and `diffusers` (diffusers' module paths below `unet.` or
 `transformer.`). A base model declares its modules as `BaseNames` in library/architectures/<model>/adapter_names.py.
 """
 
@@ -19,10 +19,10 @@ NAMINGS: tuple[FileNaming, ...] = ("kohya", "generic", "diffusers")
 
 @dataclass(frozen=True)
 class Piece:
-    """One of several diffusers modules whose stacked rows are one module of the original checkpoint."""
+    """One of several diffusers modules that the original checkpoint stacks by rows into one module."""
 
     diffusers: str
-    share: int  # of the rows, in a unit common to all pieces of the module
+    share: int  # number of rows, in a unit common to all pieces of the module
     aliases: tuple[str, ...] = ()  # used by other trainers
 
 
@@ -34,15 +34,15 @@ class ModuleNames:
     generic: str
     diffusers: str | tuple[Piece, ...]
     aliases: tuple[str, ...] = ()  # used by other trainers
-    swaps_pair: bool = False  # diffusers swaps the two halves of its rows, if each has as many as it has inputs
+    swaps_pair: bool = False  # diffusers swaps its two halves of rows, if num_rows == 2 * num_inputs
 
     def is_in_diffusers(self, name: str) -> bool:
-        """Return True if a file uses diffusers' name of the whole module."""
+        """Return True if `name` is diffusers' name of the whole module."""
         return isinstance(self.diffusers, str) and to_underscores(name) == to_underscores(self.diffusers)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """The diffusers modules of this one in row order, if there are several."""
+        """The diffusers modules that make up this one, in row order; empty if diffusers has it as one module."""
         return () if isinstance(self.diffusers, str) else self.diffusers
 
     @property
@@ -54,16 +54,17 @@ class ModuleNames:
 
     @property
     def names_of_pieces(self) -> tuple[tuple[str, ...], ...]:
-        """The names of each piece in files: diffusers' name, its number in the whole, as in OMI's format, aliases."""
+        """The names of each piece: diffusers' name, the generic name with the piece's number (OMI's format),
+        aliases."""
         return tuple((p.diffusers, f"{self.generic}.{i}", *p.aliases) for i, p in enumerate(self.pieces))
 
     def piece_of(self, name: str) -> int | None:
-        """Return the index of the piece called `name` in a file, or None for a name of the whole module."""
+        """Return the index of the piece called `name`, or None if `name` is not a piece."""
         flat = to_underscores(name)
         return next((i for i, names in enumerate(self.names_of_pieces) if flat in map(to_underscores, names)), None)
 
     def in_block(self, number: str) -> "ModuleNames":
-        """Return the names in another block of this layer of block 0, whose paths have no earlier number."""
+        """Return the names of the same layer in block `number`; this one must be in block 0."""
 
         def moved(path: str) -> str:
             return path.replace(".0.", f".{number}.", 1)
@@ -80,7 +81,7 @@ class ModuleNames:
         )
 
 
-OTHER_PREFIXES: Mapping[str, tuple[str, ...]] = {  # of OMI, used by OneTrainer and sd-scripts, and of networks.oft
+OTHER_PREFIXES: Mapping[str, tuple[str, ...]] = {  # used by OMI (OneTrainer, sd-scripts) and networks.oft
     "lora_unet_": ("unet_", "oft_unet_"),
     "lora_te_": ("clip_l_",),
     "lora_te1_": ("clip_l_",),
@@ -90,7 +91,7 @@ OTHER_PREFIXES: Mapping[str, tuple[str, ...]] = {  # of OMI, used by OneTrainer 
 
 
 def _add_other_prefixes(kohya: str) -> Iterator[str]:
-    """Yield kohya's name of a module with the other prefixes that some files use."""
+    """Yield kohya's name of a module with each other prefix that some files use."""
     for prefix, others in OTHER_PREFIXES.items():
         if kohya.startswith(prefix):
             yield from (other + kohya.removeprefix(prefix) for other in others)
@@ -99,8 +100,10 @@ def _add_other_prefixes(kohya: str) -> Iterator[str]:
 def text_module(
     path: str, kohya: str, generic: str, diffusers: str, aliases: tuple[str, ...] = (), *, level: str = ""
 ) -> ModuleNames:
-    """Name a module of a text encoder called `kohya` ("lora_te3"), `generic` ("t5xxl") and `diffusers`
-    ("text_encoder_2") in the three namings. Its path is the same in each; the generic one may put a `level` before it.
+    """Return the names of a text encoder's module in the three namings.
+
+    The text encoder is called `kohya` ("lora_te3"), `generic` ("t5xxl") and `diffusers` ("text_encoder_2"). The path is
+    the same in every naming, except that the generic one may have `level` before it.
     """
     return ModuleNames(
         kohya=f"{kohya}_{path.replace('.', '_')}",
@@ -112,15 +115,17 @@ def text_module(
 
 @dataclass(frozen=True)
 class BaseNames:
-    """The modules of one base model that adapters may target."""
+    """The modules of one base model that adapters can target."""
 
     base: str  # `BaseModelSpec.name`
     modules: tuple[ModuleNames, ...]
     stacks: tuple[str, ...] = ()
-    """Block lists of any length, by kohya's name before the number; `modules` has those of the usual length."""
+    """Block lists of variable length, by kohya's name before the block number; `modules` lists those of the usual
+    length."""
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """(end of the path of a layer that some programs fuse, those of its parts here, equal shares of its rows)."""
-    holds_all_kinds_in_diffusers: bool = False  # some program reads more than LoRA under diffusers' names
+    """Layers that some programs fuse: (end of the fused layer's path, ends of its parts' paths, in equal shares of
+    the rows)."""
+    holds_all_kinds_in_diffusers: bool = False  # some program reads kinds other than LoRA under diffusers' names
 
     @cached_property
     def index(self) -> Mapping[str, ModuleNames]:
@@ -129,12 +134,12 @@ class BaseNames:
         return others | {to_underscores(name): module for module in self.modules for name in module.spellings}
 
     def find(self, name: str) -> ModuleNames | None:
-        """Return the module that `name` in a file means, whole or in part; None if the base model lacks it."""
+        """Return the module that `name` refers to, whole or in part; None if the base model has no such module."""
         flat = to_underscores(name)
         return self.index.get(flat) or self._find_in_longer_stack(flat)
 
     def find_parts(self, name: str) -> tuple[ModuleNames, ...]:
-        """Return the modules whose rows are those of a layer that some programs fuse, in order; () for other names."""
+        """Return the modules that make up a layer that some programs fuse, in row order; () for any other name."""
         flat = to_underscores(name)
         for whole, parts in self.fused:
             if flat.endswith(end := to_underscores(whole)):
@@ -143,7 +148,7 @@ class BaseNames:
         return ()
 
     def _find_in_longer_stack(self, flat: str) -> ModuleNames | None:
-        """Find a module of a block beyond the usual number by the same layer of block 0."""
+        """Find a module in a block beyond the usual number, through the same layer of block 0."""
         for number in re.finditer(r"(?<=_)[1-9]\d*(?=_)", flat):
             first = self.index.get(f"{flat[: number.start()]}0{flat[number.end() :]}")
             if first is None or not any(first.kohya.startswith(f"{stack}_0_") for stack in self.stacks):
@@ -155,9 +160,9 @@ class BaseNames:
 
 
 def add_missing_prefixes(modules: Collection[str], tables: Sequence[BaseNames]) -> dict[str, str]:
-    """Map the modules of a file that no table knows to names with another prefix that some table knows.
+    """Map module names that no table knows to names with another prefix that some table knows.
 
-    The table that knows most of them is used; modules that it does not know either are omitted.
+    The table that recognises most of them is used; modules that it does not recognise either are omitted.
     """
     strangers = [name for name in modules if not any(table.find(name) or table.find_parts(name) for table in tables)]
     found: dict[str, str] = {}
@@ -168,6 +173,6 @@ def add_missing_prefixes(modules: Collection[str], tables: Sequence[BaseNames]) 
 
 
 def _add_model(path: str, table: BaseNames) -> str | None:
-    """Prefix a path with the first model of the pipeline that contains it."""
+    """Prefix a path with the first sub-model of the pipeline that has such a module; None if there is none."""
     names = (f"{model}{path}" for model in MODELS)
     return next((name for name in names if table.find(name) or table.find_parts(name)), None)

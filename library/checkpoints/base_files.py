@@ -1,4 +1,4 @@
-"""The files of a base model: a diffusers folder or a single file, with parts that flags may replace."""
+"""The files of a base model: a diffusers folder or a single file, in which flags may replace parts."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from library.options.model import BASE_FLAG
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """A base model on disk; only headers of its files are read."""
+    """A base model on disk; opening it reads only file headers."""
 
     path: Path
     whole: Weights | None = None  # the tensors of a single file; None for a folder
@@ -28,8 +28,10 @@ class BaseFiles:
     def open_text_encoder(
         self, flag: str, name: str | None, folder: str, prefix: str
     ) -> tuple[dict[str, Any] | None, Weights]:
-        """Open the text encoder that `name` names, or without a name the base model's: its folder, or the whole single
-        file, in which its names begin with `prefix`. The configuration is None for a file.
+        """Open the text encoder `name`, or the base model's own if `name` is None.
+
+        The own one is in `folder` of a diffusers folder, or in the single file under `prefix`; for a single file, the
+        configuration is None and the weights are those of the whole file.
 
         Raises NotThere if the base model has no such encoder.
         """
@@ -43,14 +45,14 @@ class BaseFiles:
 
 
 def open_files(flag: str, path: Path) -> BaseFiles:
-    """Open a base model on disk."""
+    """Open a base model on disk. Raises UserError naming `flag` for a broken file."""
     return BaseFiles(path, None if path.is_dir() else model_lookup.open_file(flag, path), flag)
 
 
 def open_base(name: str | None, give: str, folders: Iterable[str] = ()) -> BaseFiles:
-    """Open the base model that a run names, downloading these `folders` of a hub repository.
+    """Open the base model of a run, downloading `folders` if it is a hub repository.
 
-    Raises UserError saying what to `give` if there is no name.
+    Raises UserError if there is no name; `give` says which option to set.
     """
     return open_files(
         BASE_FLAG, model_lookup.find_model(BASE_FLAG, require_base_name(name, give), [(f,) for f in folders])
@@ -58,8 +60,10 @@ def open_base(name: str | None, give: str, folders: Iterable[str] = ()) -> BaseF
 
 
 def open_without_base(flag: str, name: str | None) -> tuple[BaseFiles, Weights]:
-    """Return the files, and the weights of no denoiser, of a caching command that is given only the encoder that `flag`
-    names; tokenizers are searched beside it. Raises UserError if there is no name."""
+    """Return (files, empty denoiser weights) for a caching command that gets only one encoder, by `flag`.
+
+    Tokenizers are looked for next to the encoder. Raises UserError if there is no name.
+    """
     if name is None:
         raise UserError(f"{flag} is missing: name its file or folder, or the whole model with --dit")
     path = Path(name).expanduser()
@@ -69,7 +73,7 @@ def open_without_base(flag: str, name: str | None) -> tuple[BaseFiles, Weights]:
 
 
 def require_base_name(name: str | None, give: str) -> str:
-    """Return the name of the base model. Raises UserError saying what to `give` if there is none."""
+    """Return the name of the base model. Raises UserError if there is none; `give` says which option to set."""
     if not name:
         raise UserError(f"{BASE_FLAG} is missing: use {give}")
     return name

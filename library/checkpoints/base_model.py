@@ -1,4 +1,4 @@
-"""A base model's checkpoint for merging and extracting: its files and the module of each weight."""
+"""A base model's checkpoint as merging and extraction see it: its files, and the module of each weight."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,13 +13,13 @@ from library.errors import UserError
 
 @dataclass(frozen=True)
 class Third:
-    """One of three modules whose rows are stacked in one tensor: q, k or v."""
+    """The location of q, k or v in one tensor that stacks the rows of all three."""
 
     key: str
     number: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return a view of its rows."""
+        """Return a view of this third's rows."""
         return tensor.chunk(3)[self.number]
 
 
@@ -29,12 +29,12 @@ class WeightFile:
 
     part: str  # "" for a single file, "unet" and "text_encoder" in a diffusers folder
     weights: Weights
-    stems: Mapping[str, str]  # kohya's name of a module -> its stem in the file: weights are `<stem>.weight`
-    thirds: Mapping[str, Third] = field(default_factory=dict)  # kohya's name -> location of its rows
+    stems: Mapping[str, str]  # kohya's module name -> its stem in the file: the weight is `<stem>.weight`
+    thirds: Mapping[str, Third] = field(default_factory=dict)  # kohya's module name -> the location of its rows
 
     @property
     def modules(self) -> frozenset[str]:
-        """kohya's names of all modules."""
+        """kohya's names of all modules in this file."""
         return frozenset((*self.stems, *self.thirds))
 
     def read(self, module: str) -> Tensor:
@@ -55,7 +55,7 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A checkpoint with its modules by their names in adapter files."""
+    """A checkpoint, with its modules by their names in adapter files."""
 
     path: Path
     files: tuple[WeightFile, ...]
@@ -67,7 +67,7 @@ class BaseModel:
         return not (len(self.files) == 1 and self.files[0].part == "")
 
     def read(self, module: str) -> Tensor:
-        """Read the weight of a module, by kohya's name."""
+        """Read the weight of a module, by kohya's name. Raises UserError if there is none."""
         for file in self.files:
             if module in file.modules:
                 return file.read(module)
@@ -77,7 +77,7 @@ class BaseModel:
 def open_single_file(
     path: Path, weights: Weights, names_of: Callable[[str], ModuleNames | None], base: str, architecture: str
 ) -> BaseModel:
-    """Open the checkpoint in a single file; `names_of` returns the names of the layer of a weight `<stem>.weight`."""
+    """Open a single-file checkpoint; `names_of` maps the stem of `<stem>.weight` to the module's names, or None."""
     stems = sorted(key.removesuffix(".weight") for key in weights.shapes if key.endswith(".weight"))
     found = {stem: names for stem in stems if (names := names_of(stem)) is not None}
     file = WeightFile("", weights, {names.kohya: stem for stem, names in found.items()})

@@ -1,7 +1,7 @@
 """The public facts of a base model: its names, how its files are recognised, and which programs read its adapters.
 
-A package of library/architectures declares its specs in spec.py, and no code outside names a package: scripts and tools
-list the specs of all packages and pass them on.
+Each package of library/architectures declares its specs in spec.py. No code outside refers to a particular package:
+scripts and tools list the specs of all packages and pass them on.
 """
 
 import re
@@ -23,22 +23,22 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Certainty(IntEnum):
-    """The strength of a sign; the base model with the strongest sign is recognised."""
+    """The strength of a sign. The base model with the strongest sign is recognised."""
 
-    FAMILY = 1  # common to several models; used if nothing else is found
-    PART = 2  # names of a part shared with other models, such as a text encoder
-    SHARED = 3  # names that another model has too, together with a sign of its own
-    OWN = 4  # names or sizes of only this model
+    FAMILY = 1  # shared by several models; used if nothing stronger is found
+    PART = 2  # names of a part that other models also have, such as a text encoder
+    SHARED = 3  # names that another model also has, combined with a sign that it lacks
+    OWN = 4  # names or sizes that only this model has
 
 
 @dataclass(frozen=True)
 class Sign:
-    """Names in a file, and sizes where names are shared, by which a base model is recognised."""
+    """Evidence of a base model: tensor names in a file, and sizes if other models share the names."""
 
-    pattern: str  # regular expression, searched in names
+    pattern: str  # regular expression, searched in tensor names
     certainty: Certainty = Certainty.OWN
-    width: int | None = None  # a matching tensor has this many inputs
-    num_axes: int | None = None  # ... and this many axes
+    width: int | None = None  # a matching tensor must have this many inputs
+    num_axes: int | None = None  # and this many dimensions
     unless: str = ""  # regular expression that no name may match
 
     def is_in(self, shapes: Shapes) -> bool:
@@ -64,7 +64,7 @@ NONE: frozenset[FileNaming] = frozenset()
 
 @dataclass(frozen=True)
 class Gap:
-    """Modules that a program ignores although it reads their naming."""
+    """Modules that a program ignores, although it reads their naming."""
 
     namings: frozenset[FileNaming]
     modules: str  # pattern of complete underscored names
@@ -73,14 +73,13 @@ class Gap:
 
 @dataclass(frozen=True)
 class Reader:
-    """The adapter files of a base model that one program reads."""
+    """The adapter files of a base model that one program can read."""
 
     denoiser: frozenset[FileNaming]  # namings read
-    text: frozenset[FileNaming]  # namings read for the text encoders
+    text: frozenset[FileNaming]  # namings read, for the text encoders
     gaps: tuple[Gap, ...] = ()
     refuses: Callable[[Mapping[str, FileNaming | None]], str | None] = lambda modules: None
-    """Returns why the program refuses a whole file, from its modules (underscored name -> naming); None if it does
-    not."""
+    """Maps (underscored module name -> naming) to the reason why the program refuses the whole file, or None."""
 
 
 # --- the strength of an adapter by block ---
@@ -88,56 +87,55 @@ class Reader:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """Lists of block weights for a base model: one number for each block that a list of this length names."""
+    """Lists of per-block strengths for a base model, one layout for each supported list length."""
 
-    lists: tuple[tuple[str, ...], ...]  # block names, in lists of different lengths
+    lists: tuple[tuple[str, ...], ...]  # one tuple of block names per list length
     block_of: Callable[[str], str | None]
-    """Returns the block of a module by its generic name; None outside of all blocks."""
-    missing: frozenset[str] = frozenset()  # blocks in some list that this base model lacks
+    """Maps a module's generic name to its block; None if it is in no block."""
+    missing: frozenset[str] = frozenset()  # blocks in some layout that this base model lacks
 
 
 # --- the spec ---
 
 ArgumentForm = Literal["rank", "ranks", "blocks", "flag", "word"]
-"""Forms of a network argument's value: 4; 4,0,4; 0-3,7; True; any text."""
+"""Forms of a network argument's value: `4`; `4,0,4`; `0-3,7`; `True`; any text."""
 
 
 @dataclass(frozen=True)
 class BaseModelSpec:
-    """One base model as code outside its package sees it."""
+    """The public facts of one base model, for code outside its package."""
 
     name: str  # "knots"; `BaseNames.base` of its modules
     title: str  # "Knots 1"
     called: str  # with article, for messages: "a Knots"
     script: str  # "knots_train_network.py"
     options: type[TrainOptions]  # of the script
-    build: Callable[[Any], Any]  # those options -> library.protocols.Architecture
-    checkpoint: tuple[Sign, ...]  # in names of a single file; a folder's U-Net gets the prefix "unet."
+    build: Callable[[Any], Any]  # maps those options to a library.protocols.Architecture
+    checkpoint: tuple[Sign, ...]  # in tensor names of a single file; a folder's U-Net gets the prefix "unet."
     adapter: tuple[Sign, ...]  # in keys of adapter files, with underscores for dots
-    version: str  # pattern at the start of ss_base_model_version
-    architecture: str  # pattern at the start of modelspec.architecture
-    pipelines: tuple[str, ...]  # prefixes of the class names of its diffusers pipelines
-    readers: Mapping[Program, Reader]  # programs not listed read no adapters of it
+    version: str  # regular expression for the start of ss_base_model_version
+    architecture: str  # regular expression for the start of modelspec.architecture
+    pipelines: tuple[str, ...]  # prefixes of its diffusers pipeline class names
+    readers: Mapping[Program, Reader]  # programs not listed read no adapters of this model
     names: BaseNames  # its modules in all namings
     network_arguments: Mapping[str, ArgumentForm]  # specific to this base model
     open_for_merging: Callable[[str, Path], BaseModel]
-    """Opens the checkpoint at a path; the first argument is the flag for error messages."""
+    """Opens the checkpoint at a path. The first argument is the flag for error messages."""
     view_for_networks: Callable[[Path], tuple[list[nn.Module], nn.Module]]
-    """Returns (text encoders, denoiser) of a checkpoint as network modules see them, on the meta device."""
+    """Returns (text encoders, denoiser) of a checkpoint on the meta device, as network modules see them."""
     adapter_metadata: Callable[[str, bool], Mapping[str, str]]
-    """Returns the metadata of an adapter for a checkpoint, from `BaseModel.architecture` and whether it predicts
-    velocity."""
+    """Returns the metadata of an adapter, from `BaseModel.architecture` and whether the model predicts velocity."""
     block_weights: BlockWeights | None = None  # None if no program uses such lists for it
-    script_flag: str = ""  # with which the script trains it
-    prompts_script: str = "train_leco.py"  # that trains concepts from prompts alone
-    folders: tuple[str, ...] = ()  # in a diffusers folder with a U-Net that names no pipeline
+    script_flag: str = ""  # selects this model if the script trains several
+    prompts_script: str = "train_leco.py"  # trains concepts from prompts alone
+    folders: tuple[str, ...] = ()  # identify a diffusers folder with a U-Net that names no pipeline
     variants: Mapping[str, str] = field(default_factory=dict)  # pattern of names -> unsupported model that has them
 
 
 def recognise(
     specs: Sequence[BaseModelSpec], shapes: Shapes, signs_of: Callable[[BaseModelSpec], Sequence[Sign]]
 ) -> BaseModelSpec | None:
-    """Return the base model with the strongest sign in a file, the first of equals; None if there is no sign."""
+    """Return the base model with the strongest sign in a file (the first of equals), or None if there is no sign."""
     found = [
         (max((sign.certainty for sign in signs_of(spec) if sign.is_in(shapes)), default=0), spec) for spec in specs
     ]

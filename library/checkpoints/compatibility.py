@@ -1,7 +1,7 @@
-"""The use of an adapter file by inference programs, judged by its keys and shapes alone.
+"""Compatibility of an adapter file with inference programs, judged by its keys and shapes alone.
 
-The rules were found by giving files of every form to each program's own loading code: ComfyUI 0.29, diffusers 0.42,
-Forge and stable-diffusion.cpp in 2026; "A1111-style" are loaders like that of AUTOMATIC1111's web UI.
+The rules were found by running each program's own loading code on files of every form: ComfyUI 0.29, diffusers 0.42,
+Forge and stable-diffusion.cpp in 2026. "A1111-style" means loaders like that of AUTOMATIC1111's web UI.
 """
 
 import re
@@ -36,22 +36,22 @@ class Key:
 
 @dataclass(frozen=True)
 class Reading:
-    """One program's use of a file."""
+    """One program's use of an adapter file."""
 
     program: Program
     num_keys: int
     unused: tuple[str, ...]  # keys without effect in the program
-    inexact: tuple[str, ...]  # keys that act differently than in training
+    inexact: tuple[str, ...]  # keys that act differently in the program than in training
     reasons: tuple[str, ...]  # one sentence each
 
     @property
     def num_used(self) -> int:
-        """The number of keys that act as trained."""
+        """The number of keys that act as in training."""
         return self.num_keys - len(self.unused) - len(self.inexact)
 
     @property
     def amount(self) -> Amount:
-        """The share of the file that acts as trained."""
+        """How much of the file acts as in training."""
         if self.num_used == self.num_keys:
             return "all"
         return "some" if self.num_used else "none"
@@ -80,9 +80,9 @@ def readings(
     metadata: Mapping[str, str],
     alphas: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Reading, ...]:
-    """Return how each program reads an adapter file with these keys; empty if its base model is not recognised.
+    """Return how each program uses an adapter file with these keys; empty if its base model is not recognised.
 
-    `alphas` has the known values of `alpha` keys: those of OFT are limits, and 0 means none.
+    `alphas` has the known values of `alpha` keys. For OFT, alpha is a limit, and 0 means no limit.
     """
     spec = recognise_adapter(specs, shapes, metadata)
     if spec is None:
@@ -93,15 +93,15 @@ def readings(
 
 
 def parse(text: str, shape: tuple[int, ...]) -> Key:
-    """Parse a key; one with an unknown ending or prefix keeps its text and has no naming."""
+    """Parse a key. A key with an unknown ending or prefix keeps its text as module and has no naming."""
     found = AdapterKey.parse(text)
     if found is None or READ.fullmatch(found.ending) is None:
         return Key(text, to_underscores(text), "", shape, None, name_part(text))
     naming = next((naming for naming in NAMINGS if naming == found.naming), None)
     if re.match(r"model\.diffusion_model\.", found.module) or (naming == "kohya" and "." in found.module):
-        naming = None  # names in a complete checkpoint
+        naming = None  # the naming of complete checkpoints
     if lacks_model_prefix(found.module):
-        naming = None  # programs read some of these, but different ones for each base model
+        naming = None  # programs read some of these, but which ones depends on the base model
     return Key(text, to_underscores(found.module), found.ending, shape, naming, name_part(found.module))
 
 
@@ -111,7 +111,7 @@ def name_part(module: str) -> Part:
 
 @dataclass(frozen=True)
 class Content:
-    """The content of a file as the rules use it."""
+    """The content of an adapter file, as the rules need it."""
 
     spec: BaseModelSpec
     keys: tuple[Key, ...]
@@ -127,21 +127,21 @@ class Content:
 
     @cached_property
     def strangers(self) -> frozenset[str]:
-        """Modules that the base model does not have, whole or fused."""
+        """Modules that the base model lacks, both as whole and as fused layers."""
         names = self.spec.names
         return frozenset(module for module in self.leaves if not (names.find(module) or names.find_parts(module)))
 
     def is_lone(self, key: Key) -> bool:
-        """Return True for the alpha of a module that has no weights."""
+        """Return True if a key belongs to a module that has only an alpha."""
         return self.leaves[key.module].keys() == {"alpha"}
 
 
 def read_by(program: Program, content: Content) -> Reading:
-    """Apply the rules of one program to a file."""
+    """Apply one program's rules to a file."""
     keys = content.keys
     reader = content.spec.readers.get(program)
     if reader is None:
-        reason = f"it takes no adapters of {content.spec.title}"
+        reason = f"it supports no adapters of {content.spec.title}"
         return Reading(program, len(keys), tuple(key.text for key in keys), (), (reason,))
     unused: dict[str, str] = {}
     for key in keys:
@@ -162,7 +162,7 @@ def read_by(program: Program, content: Content) -> Reading:
 
 
 def explain_unused(program: Program, content: Content, key: Key, reader: Reader) -> str | None:
-    """Return why a key has no effect in a program, or None if it has."""
+    """Return why a program ignores a key, or None if it uses it."""
     if key.naming is None:
         return f"it is not known to read keys such as {key.text}"
     if key.naming not in (reader.denoiser if key.part == "denoiser" else reader.text):
@@ -179,7 +179,7 @@ def explain_unused(program: Program, content: Content, key: Key, reader: Reader)
 
 
 def explain_unused_leaf(program: Program, content: Content, key: Key) -> str | None:
-    """Return why a key's kind of weight has no effect in a program, or None if it has."""
+    """Return why a program ignores a key's kind of weight, or None if it uses it."""
     if program == "stable-diffusion.cpp" and key.leaf in NORM | {"dora_scale"}:
         return "it supports neither norm weights nor DoRA: the rest acts as plain LoRA"
     if program in ("Forge", "stable-diffusion.cpp") and content.leaves[key.module].keys() & OFT:
@@ -204,7 +204,7 @@ def explain_unused_leaf(program: Program, content: Content, key: Key) -> str | N
 
 
 def explain_inexact(program: Program, content: Content, key: Key) -> str | None:
-    """Return why a key acts differently than in training, or None if it does not."""
+    """Return why a key acts differently in a program than in training, or None if it does not."""
     leaves = content.leaves[key.module]
     if program in ("ComfyUI", "Forge", "A1111-style") and is_dora_per_output(leaves):
         return "DoRA with one magnitude per output acts differently there than in training"
@@ -217,7 +217,7 @@ def explain_inexact(program: Program, content: Content, key: Key) -> str | None:
 
 
 def is_dora_per_output(leaves: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return True if DoRA's magnitudes are per output row: programs check the length of the first axis."""
+    """Return True if DoRA has one magnitude per output row; programs test this by the length of the first axis."""
     return leaves.get("dora_scale", (1,))[:1] != (1,)
 
 
@@ -225,7 +225,7 @@ def is_dora_per_output(leaves: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def explain_refused(program: Program, content: Content, reader: Reader, num_unknown: int) -> str | None:
-    """Return why a program uses nothing from a file, or None if it reads it."""
+    """Return why a program refuses the whole file, or None if it reads it."""
     if program == "Forge" and num_unknown > FORGE_MAX_UNKNOWN_KEYS:
         return f"it refuses a file with more than {FORGE_MAX_UNKNOWN_KEYS} keys that it does not know"
     if program in ("Forge", "stable-diffusion.cpp") and any(LOKR_CORE in leaves for leaves in content.leaves.values()):
@@ -244,13 +244,13 @@ def mixes_namings(content: Content) -> str | None:
 
 def has_foreign_leaves(content: Content) -> str | None:
     foreign = sorted({key.leaf or key.text for key in content.keys if key.leaf not in DIFFUSERS_LEAVES})
-    return f"it takes nothing from a file with {', '.join(foreign[:3])}" if foreign else None
+    return f"it uses nothing from a file with {', '.join(foreign[:3])}" if foreign else None
 
 
 def has_keys_without_lora(content: Content) -> str | None:
-    """Refuse alphas: outside kohya's naming every key must contain "lora"."""
+    """Refuse separate alphas: in every naming but kohya's, diffusers requires "lora" in each key."""
     odd = [key.text for key in content.keys if key.naming != "kohya" and "lora" not in key.text and key.leaf == "alpha"]
-    return "it refuses .alpha beside lora_A and lora_B" if odd else None
+    return "it refuses .alpha in addition to lora_A and lora_B" if odd else None
 
 
 def has_lone_alphas(content: Content) -> str | None:
@@ -286,7 +286,7 @@ def describe(found: Sequence[Reading]) -> str:
 
 
 def problems(found: Sequence[Reading]) -> Iterator[str]:
-    """Yield one sentence for each program and reason."""
+    """Yield one line for each program and reason."""
     for reading in found:
         for reason in reading.reasons:
             yield f"{reading.program}: {reason}"

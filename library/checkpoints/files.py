@@ -1,4 +1,4 @@
-"""Tensors in files: read lazily and checked, written whole or not at all."""
+"""Reading and writing of weight files: headers are checked, writes are atomic."""
 
 import errno
 import logging
@@ -24,16 +24,16 @@ from library.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format
 LENGTH_BYTES = 8
 MAX_DIMENSIONS = 64  # limit of a tensor in torch
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 WEIGHT_SUFFIXES = (*SAFETENSORS_SUFFIXES, ".ckpt", ".pt", ".pth", ".bin")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02")  # torch's zip archives, and files by torch before 1.6
-FULL_BYTES = 1 << 20  # a disk with less space left counts as full
-PEFT_STEM = "adapter_model"  # of the file that PEFT saves in a folder
-OBJECT_IN_PICKLE = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message about an object that it refuses
-TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{12}")  # stem of an `atomic_path` file that is not complete
+FULL_BYTES = 1 << 20  # a disk with less free space counts as full
+PEFT_STEM = "adapter_model"  # of the weight file that PEFT saves in a folder
+OBJECT_IN_PICKLE = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message about an object that it refuses to load
+TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{12}")  # stem of an incomplete `atomic_path` file
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -48,7 +48,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """The location of one tensor in a safetensors file; offsets are bytes from the start of the data."""
+    """The location of one tensor in a safetensors file. Offsets are bytes from the start of the data."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -62,13 +62,13 @@ class Header:
 
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
-    num_bytes: int  # of the JSON text; the data starts LENGTH_BYTES later
+    num_bytes: int  # length of the JSON text; the data starts LENGTH_BYTES after it
 
 
 def read_header(path: str | Path) -> Header:
-    """Read names, shapes, dtypes and metadata of a safetensors file, without its data.
+    """Read names, shapes, dtypes and metadata of a safetensors file, but not its data.
 
-    Raises UserError naming the file and the problem if it is truncated or not in the format.
+    Raises UserError naming the file and the problem if the file is truncated or invalid.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -96,37 +96,38 @@ def read_header(path: str | Path) -> Header:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file; empty for a file of another kind, which has none."""
+    """Return the metadata of a safetensors file; empty for other file types, which have none."""
     return dict(read_header(path).metadata) if holds_safetensors(path) else {}
 
 
 def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: bool = False) -> dict[str, Tensor]:
-    """Load all tensors of a safetensors file or a pickled one (.ckpt, .pt, .pth, .bin), by name.
+    """Load all tensors of a safetensors or pickled file (.ckpt, .pt, .pth, .bin), by name.
 
     The content determines the format, see `holds_safetensors`. `mmap` leaves the values of a pickled file on disk until
-    they are used, if its format allows it (torch >= 1.6). Pickled files are read with weights_only=True, so nothing
-    inside them is executed; a dictionary `state_dict` in them, as training programs write it, is unwrapped.
+    they are used, if its format allows it (torch >= 1.6). Pickled files are read with weights_only=True, so no code in
+    them is executed; the dictionary `state_dict` that training programs write is unwrapped. Raises UserError for a
+    missing or damaged file.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is a folder, not a weight file")
-    refuse_stranger(path)
+    require_weight_file(path)
     if holds_safetensors(path):
         from safetensors.torch import load_file
 
-        read_header(path)  # its errors say what is wrong with a damaged file
+        read_header(path)  # raises the clearer errors for a damaged file
         return dict(load_file(path, str(device)))
     content = load_pickle(path, device, mmap)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+        raise UserError(f"{path} contains a {type(content).__name__}, not a dictionary of tensors")
     tensors = {str(name): to_tensor(str(name), value) for name, value in content.items()}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def load_pickle(path: Path, device: str | torch.device = "cpu", mmap: bool = False) -> Any:
-    """Load the tensors, numbers and strings of a pickled file without executing anything.
+    """Load the tensors, numbers and strings of a pickled file without executing code.
 
     Raises UserError for a damaged file and for one with other objects.
     """
@@ -139,8 +140,8 @@ def load_pickle(path: Path, device: str | torch.device = "cpu", mmap: bool = Fal
         if found or type(error).__name__ == "UnpicklingError":
             what = f" ({found[1]})" if found else ""
             raise UserError(
-                f"{path} cannot be read as a file of plain tensors: it holds other Python objects{what}, which are not "
-                "opened, because that could run code; convert it to .safetensors with a program you trust"
+                f"{path} cannot be read as a file of plain tensors: it contains other Python objects{what}, which are "
+                "not loaded, because that could run code; convert it to .safetensors with a program you trust"
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
         raise UserError(
@@ -150,14 +151,19 @@ def load_pickle(path: Path, device: str | torch.device = "cpu", mmap: bool = Fal
 
 
 def to_tensor(name: str, value: Any) -> Tensor | None:
-    """Convert a value of a pickled dictionary to a tensor; return None unless it is a weight or an alpha. Alphas may be
-    plain numbers, and dropping them would change the strength."""
+    """Convert a value of a pickled dictionary to a tensor; return None unless it is a weight or an alpha.
+
+    Alphas may be plain numbers; dropping them would change the adapter's strength.
+    """
     is_alpha = name.endswith(".alpha") and isinstance(value, int | float)
     return torch.tensor(float(value), device="cpu") if is_alpha else value if isinstance(value, Tensor) else None
 
 
 def file_in_folder(path: Path, where: str) -> Path:
-    """Return the file in a folder saved by PEFT; return other paths unchanged. Raises UserError for other folders."""
+    """Return the weight file in a folder saved by PEFT; return other paths unchanged.
+
+    Raises UserError naming `where` for any other folder.
+    """
     if not path.is_dir():
         return path
     found = next(
@@ -169,32 +175,34 @@ def file_in_folder(path: Path, where: str) -> Path:
 
 
 def display_path(path: Path) -> Path:
-    """Return the path to show for an adapter file: for PEFT's, whose file names are all the same, the folder."""
+    """Return the path to show for an adapter file: the folder if PEFT saved it, because all of its files have one
+    name."""
     return path.parent if path.stem == PEFT_STEM and path.parent.name else path
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """Return True if a file is to be written as safetensors, by its extension; others are pickled."""
+    """Return True if the extension says that a file is to be written as safetensors; others are pickled."""
     return Path(path).suffix.lower() in SAFETENSORS_SUFFIXES
 
 
 def holds_safetensors(path: str | Path) -> bool:
-    """Return True if an existing file is to be read as safetensors, by its content rather than its name.
+    """Return True if an existing file is to be read as safetensors, judged by its content.
 
-    Only a file that starts like neither format is judged by its extension, so that a damaged one is reported as what it
-    was meant to be.
+    The extension decides only if the file starts like neither format, so that errors about a damaged file name the
+    intended format.
     """
     with Path(path).open("rb") as file:
         start = file.read(LENGTH_BYTES + 1)
     if len(start) > LENGTH_BYTES and start[LENGTH_BYTES:] == b"{":
         (num_bytes,) = struct.unpack("<Q", start[:LENGTH_BYTES])
-        if num_bytes <= MAX_HEADER_BYTES:  # the magic numbers of pickles, read as a length, are far above it
+        if num_bytes <= MAX_HEADER_BYTES:  # pickles, whose first bytes read as a length, are far above it
             return True
     return is_safetensors(path) and not start.startswith(PICKLE_STARTS)
 
 
-def refuse_stranger(path: Path) -> None:
-    """Raise UserError for files that failed downloads leave instead of a checkpoint, saying what they are."""
+def require_weight_file(path: Path) -> None:
+    """Raise UserError for what failed downloads leave in place of a checkpoint: web pages, Git LFS pointers, empty
+    files."""
     with path.open("rb") as file:
         start = file.read(256)
     if not start:
@@ -215,7 +223,7 @@ def refuse_stranger(path: Path) -> None:
 
 @contextmanager
 def full_disk_named(path: str | Path) -> Iterator[None]:
-    """Raise OSError naming `path` instead of the different errors that writers raise when a disk is full."""
+    """Convert the various errors that writers raise on a full disk into one OSError (ENOSPC) that names `path`."""
     from safetensors import SafetensorError
 
     try:
@@ -228,9 +236,9 @@ def full_disk_named(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to; it replaces `path` if the block succeeds.
+    """Yield a temporary path next to `path` for writing; it replaces `path` if the block succeeds.
 
-    If the block fails, the temporary file is removed and an earlier file at `path` is kept. The temporary name keeps
+    If the block fails, the temporary file is removed and an existing file at `path` is kept. The temporary name keeps
     the extension, because writers choose the format by it. Missing parent folders are created.
     """
     path = Path(path)
@@ -251,13 +259,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def remove_temporary(folder: Path, is_wanted: Callable[[str], bool]) -> None:
-    """Remove the temporary files of a process killed inside `atomic_path`, for stems accepted by `is_wanted`.
+    """Remove the temporary files of a process killed inside `atomic_path`, if `is_wanted` accepts their stem.
 
-    Must be called only while no other process writes such files.
+    Call this only while no other process writes such files.
     """
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
         stem = entry.stem
-        while match := TEMPORARY.fullmatch(stem):  # an atomic writer makes a second temporary file
+        while match := TEMPORARY.fullmatch(stem):  # nested atomic writers leave nested names
             stem = match["stem"]
         if stem != entry.stem and entry.is_file() and is_wanted(stem):
             entry.unlink()
@@ -266,7 +274,7 @@ def remove_temporary(folder: Path, is_wanted: Callable[[str], bool]) -> None:
 def save_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors and metadata to a safetensors file, whole or not at all."""
+    """Write tensors and metadata to a safetensors file, atomically."""
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
@@ -276,9 +284,10 @@ def save_safetensors(
 def save_pickle_state_dict(
     path: str | Path, tensors: Mapping[str, Tensor], counts: Mapping[str, int] | None = None
 ) -> None:
-    """Write a .ckpt or .pt file that `torch.load(weights_only=True)` reads, whole or not at all. It has no metadata.
+    """Write a .ckpt or .pt file for `torch.load(weights_only=True)`, atomically and without metadata.
 
-    With `counts`, such as epochs, these are stored beside a dictionary `state_dict`, as training programs do.
+    With `counts`, such as epochs, the tensors are stored in a dictionary `state_dict` next to them, as training
+    programs do.
     """
     with atomic_path(path) as temporary:
         torch.save(dict(tensors) if counts is None else {"state_dict": dict(tensors), **counts}, temporary)
@@ -303,7 +312,7 @@ def _entry(path: Path, name: str, fields: Any) -> TensorEntry:
 
 
 def _check_offsets(path: Path, tensors: Mapping[str, TensorEntry], data_bytes: int) -> None:
-    """Check that every tensor lies inside the data, has the length of its shape, and overlaps none."""
+    """Raise UserError unless every tensor has the length of its shape, and the tensors fill the data without gaps."""
     position, previous = 0, "the header"
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         num_bytes = entry.dtype.itemsize
@@ -330,7 +339,7 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make a rename survive a power cut; Windows has no such call and needs none."""
+    """Flush a folder, so that a rename in it survives a power cut; Windows has no such call and needs none."""
     if sys.platform == "win32":
         return
     handle = os.open(folder, os.O_RDONLY)

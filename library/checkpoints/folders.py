@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all."""
+"""Atomic writing of whole folders."""
 
 import os
 import re
@@ -10,18 +10,18 @@ from uuid import uuid4
 
 from library.checkpoints.files import flush_folder, full_disk_named
 
-LONGEST_ON_WINDOWS = 259  # characters of a path, unless long paths are enabled
+LONGEST_ON_WINDOWS = 259  # characters of a path, without long path support
 UNFINISHED, REPLACED = "unfinished", "replaced"
-ADDED_TO_NAMES = len(f"..{'0' * 12}.{UNFINISHED}")  # characters, while a folder is filled
+ADDED_TO_NAMES = len(f"..{'0' * 12}.{UNFINISHED}")  # characters added to the name while the folder is being filled
 MOVED = re.compile(rf"\.(.+)\.[0-9a-f]{{12}}\.({UNFINISHED}|{REPLACED})")
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` to fill; it replaces `path` if the block succeeds.
+    """Yield a temporary folder next to `path` for filling; it replaces `path` if the block succeeds.
 
-    If the block fails, it is removed and an earlier folder at `path` is kept. `tidy` cleans up after a process that is
-    killed in between.
+    If the block fails, the temporary folder is removed and an existing folder at `path` is kept. `tidy` cleans up after
+    a process that was killed in between.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid4().hex[:12]
@@ -45,15 +45,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder such that no part of it is ever taken for the whole."""
+    """Delete a folder so that a partly deleted one is never taken for complete."""
     gone = path.parent / f".{path.name}.{uuid4().hex[:12]}.{UNFINISHED}"
     os.rename(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
 def tidy(parent: Path, is_wanted: Callable[[str], bool]) -> None:
-    """Clean up after a process that was killed while writing folders, for names accepted by `is_wanted`."""
-    # Unfinished folders are deleted; a folder that was moved away but not yet replaced is restored.
+    """Clean up after a process that was killed while writing folders, for the names that `is_wanted` accepts."""
+    # Unfinished folders are deleted. A folder that was moved away, but has no successor yet, is restored.
     for entry in sorted(parent.iterdir()) if parent.is_dir() else ():
         match = MOVED.fullmatch(entry.name)
         if match is None or not is_wanted(match[1]):

@@ -1,4 +1,4 @@
-"""Checkpoints that store as several tensors what another layout stacks into one."""
+"""Joining of tensors that one checkpoint layout stores separately and another stacks."""
 
 from collections.abc import Mapping
 
@@ -10,10 +10,10 @@ from library.errors import UserError
 
 
 def join_tensors(weights: Weights, parts: Mapping[str, tuple[str, ...]], swapped: str | None = None) -> Weights:
-    """Join the tensors that `parts` lists under their new names when they are read.
+    """Join tensors on reading: `parts` maps each new name to the names whose rows are stacked.
 
-    New names without any part in the checkpoint are omitted; other tensors are kept. If the new name begins with
-    `swapped`, the halves are swapped. Raises UserError naming missing parts of an incomplete tensor.
+    Other tensors are kept; new names without any part in the checkpoint are omitted. New names that begin with
+    `swapped` get their halves swapped. Raises UserError naming the missing parts of an incomplete tensor.
     """
     made: dict[str, tuple[str, ...]] = {}
     shapes: dict[str, tuple[int, ...]] = {}

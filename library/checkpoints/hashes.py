@@ -15,10 +15,10 @@ LEGACY_BYTES = 0x10000
 
 
 def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
-    """Return `sshs_model_hash` and `sshs_legacy_hash` of tensors in their final dtype.
+    """Return (`sshs_model_hash`, `sshs_legacy_hash`) of tensors in their final dtype.
 
-    The first is SHA-256 over the tensor data in file order, regardless of the metadata. The second is the first 8
-    digits of SHA-256 over 64 KiB at 1 MiB of a safetensors file whose metadata has only the ss_* entries.
+    The first is the SHA-256 of the tensor data in file order, without the metadata. The second is the first 8 hex
+    digits of the SHA-256 of the 64 KiB at offset 1 MiB of a safetensors file whose metadata has only the ss_* entries.
     """
     from safetensors.torch import save
 
@@ -30,13 +30,16 @@ def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> t
 
 
 def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata with both sshs hashes of these tensors, replacing earlier ones."""
+    """Return the metadata with both sshs hashes of these tensors, replacing existing ones."""
     model_hash, legacy_hash = sshs_hashes(tensors, metadata)
     return {**metadata, "sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
 
 
 def webui_hash(path: str | Path) -> str:
-    """Return `ss_sd_model_hash`: 8 hex digits over 64 KiB at 1 MiB of a file; NOFILE, or IsADirectory for a folder."""
+    """Return `ss_sd_model_hash`: the first 8 hex digits of the SHA-256 of the 64 KiB at offset 1 MiB of a file.
+
+    Returns "NOFILE" if there is no file, and "IsADirectory" for a folder.
+    """
     path = Path(path)
     if not path.is_file():
         return _word_for_no_file(path)
@@ -46,13 +49,16 @@ def webui_hash(path: str | Path) -> str:
 
 
 def sha256_of_file(path: str | Path) -> str:
-    """Return `ss_new_sd_model_hash`: SHA-256 over a whole file, 64 hex digits; NOFILE, or IsADirectory for a folder."""
+    """Return `ss_new_sd_model_hash`: the SHA-256 of a file, 64 hex digits.
+
+    Returns "NOFILE" if there is no file, and "IsADirectory" for a folder.
+    """
     path = Path(path)
     return _hash_content(path, hashlib.sha256()) if path.is_file() else _word_for_no_file(path)
 
 
 def digest_of_file(path: Path) -> str:
-    """Return BLAKE2b over a whole file, 32 hex digits, to detect changes of our own files."""
+    """Return the BLAKE2b digest of a file, 32 hex digits; used to detect changes of our own files."""
     return _hash_content(path, hashlib.blake2b(digest_size=16))
 
 

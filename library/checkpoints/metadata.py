@@ -1,7 +1,7 @@
 """The metadata of a saved adapter: `ss_*` keys about the training, `modelspec.*` keys about the model.
 
-All values are strings, `str()` of the Python value, so None is "None"; dicts and lists become JSON. Format of
-modelspec.*: the model metadata standard of Stability AI, version 1.0.1.
+All values are strings: `str()` of the Python value, so that None becomes "None", and JSON for dicts and lists. The
+modelspec.* keys follow version 1.0.1 of Stability AI's model metadata standard.
 """
 
 import base64
@@ -36,12 +36,12 @@ RECORDED_OPTIONS = (
     "fp8_base_unet", "validation_seed", "validation_split", "max_validation_steps", "validate_every_n_epochs",
     "validate_every_n_steps", "resize_interpolation",
 )  # fmt: skip
-"""Options whose key in the metadata is their name after `ss_`."""
+"""Options that are recorded under their own name with the prefix `ss_`."""
 RECORDED_FACTS = (
     "session_id", "num_train_images", "num_validation_images", "num_reg_images", "num_batches_per_epoch", "num_epochs",
     "max_train_steps", "seed", "optimizer",
 )  # fmt: skip
-"""Fields of `RunFacts` whose key in the metadata is their name after `ss_`."""
+"""Fields of `RunFacts` that are recorded under their own name with the prefix `ss_`."""
 MODELSPEC_TEXTS = (
     "author", "description", "license", "tags", "usage_hint", "trigger_phrase", "preprocessor", "is_negative_embedding",
     "merged_from",
@@ -50,7 +50,7 @@ MODELSPEC_TEXTS = (
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Facts of a run that are known only after set-up."""
+    """Facts about a run that are known only after its set-up."""
 
     session_id: int
     started_at: float  # Unix time
@@ -61,14 +61,14 @@ class RunFacts:
     num_batches_per_epoch: int
     num_epochs: int
     max_train_steps: int
-    optimizer: str  # full class name and the arguments given
-    has_relative_step: bool  # Adafactor with its own learning rates
+    optimizer: str  # full class name and the given arguments
+    has_relative_step: bool  # True for Adafactor with its own learning rates
     network_args: Mapping[str, Any]  # as passed to the network module
     datasets: Mapping[str, Any]  # the ss_* keys that describe the data; dicts and lists become JSON
 
 
 def training_metadata(options: TrainOptions, architecture: Mapping[str, str], facts: RunFacts) -> dict[str, str]:
-    """Return the `ss_*` keys that are the same in every file of a run, without the hashes of the base files."""
+    """Return the `ss_*` keys that all files of a run share, without the hashes of the base model's files."""
     given = options.flat()
     text_rates = options.network.text_encoder_lr or []
     values: dict[str, Any] = {
@@ -94,7 +94,7 @@ def training_metadata(options: TrainOptions, architecture: Mapping[str, str], fa
 
 
 def base_file_metadata(model: ModelOptions) -> dict[str, str]:
-    """Name and hash the checkpoint and the VAE. Reads both files whole: seconds for a large checkpoint."""
+    """Return names and hashes of the checkpoint and the VAE. Reads both files completely, which takes seconds."""
     found: dict[str, str] = {}
     for key, path in (("sd_model", model.pretrained_model_name_or_path), ("vae", model.vae)):
         if not path:
@@ -109,7 +109,7 @@ def base_file_metadata(model: ModelOptions) -> dict[str, str]:
 
 
 def modelspec_metadata(options: TrainOptions, architecture: Mapping[str, str], saved_at: float) -> dict[str, str]:
-    """Return the `modelspec.*` keys that have a value, for a file saved at `saved_at` (Unix time)."""
+    """Return the non-empty `modelspec.*` keys for a file saved at `saved_at` (Unix time)."""
     texts = options.metadata
     title = texts.metadata_title or options.saving.output_name or f"LoRA@{saved_at}"
     values: dict[str, str | None] = {
@@ -133,7 +133,8 @@ def modelspec_metadata(options: TrainOptions, architecture: Mapping[str, str], s
 def file_metadata(
     training: Mapping[str, str], modelspec: Mapping[str, str], *, step: int, epoch: int, saved_at: float, is_full: bool
 ) -> dict[str, str]:
-    """Return the metadata of one file; `epoch` counts from 1. Unless `is_full`, only what readers need is kept."""
+    """Return the metadata of one file; `epoch` counts from 1. Unless `is_full`, only the `ss_*` keys that readers
+    need are kept."""
     found = dict(training)
     found.update(ss_training_finished_at=str(saved_at), ss_steps=str(step), ss_epoch=str(epoch))
     if not is_full:
@@ -143,7 +144,7 @@ def file_metadata(
 
 @cache
 def commit_hash() -> str | None:
-    """Return the commit of this checkout; None outside git."""
+    """Return the git commit of this checkout; None outside git."""
     here = Path(__file__).parents[2]
     if not (here / ".git").exists():
         return None
@@ -170,9 +171,9 @@ def _timestep_range(low: int | None, high: int | None) -> str | None:
 
 
 def thumbnail_url(value: str | None) -> str | None:
-    """Convert an image file to a data URL; a data URL is returned unchanged.
+    """Return an image file as a data URL; data URLs are returned unchanged.
 
-    Raises UserError if `metadata_thumbnail` is neither.
+    Raises UserError if --metadata_thumbnail is neither.
     """
     if not value or value.startswith("data:"):
         return value

@@ -1,4 +1,4 @@
-"""Location of a model's files: a single file, a diffusers folder, or a hub repository."""
+"""Locating a model's files: a single file, a diffusers folder, or a hub repository."""
 
 import logging
 import re
@@ -17,16 +17,16 @@ logger = logging.getLogger(__name__)
 
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 HUB_TIMEOUT_S = 5.0
-TEXT_STEMS = ("model", "pytorch_model")  # of .safetensors and .bin files
+TEXT_STEMS = ("model", "pytorch_model")  # for .safetensors and .bin files
 WEIGHT_STEMS = {"text_encoder": TEXT_STEMS, "text_encoder_2": TEXT_STEMS, "text_encoder_3": TEXT_STEMS}  # by folder
 PLAIN_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model")
 
 
 def find_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
-    """Return the local file or folder of `name`, downloading it if it names a hub repository.
+    """Return the local file or folder of `name`, downloading it if `name` is a hub repository.
 
-    `parts` lists what is needed of a repository: for each part the folders that may hold it, "" for the top. Raises
-    UserError saying what to do.
+    `parts` lists what is needed from a repository: for each part, the folders that may contain it ("" is the top).
+    Raises UserError saying what to do.
     """
     path = Path(name).expanduser()
     is_local = path.is_absolute() or path.suffix.lower() in WEIGHT_SUFFIXES or not re.fullmatch(HUB_NAME, name)
@@ -34,7 +34,8 @@ def find_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
 
 
 def existing(flag: str, name: str) -> Path:
-    """Return the path of a file or folder. Raises NotThere with the nearest name if it does not exist."""
+    """Return the path of an existing file or folder. Raises NotThere suggesting the nearest name if it does not
+    exist."""
     path = Path(name).expanduser()
     if not path.exists():
         raise NotThere(f"{flag} {name} does not exist{nearby(path)}")
@@ -42,7 +43,10 @@ def existing(flag: str, name: str) -> Path:
 
 
 def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
-    """Download the needed files of a diffusers repository: its configuration, and one format of the weights."""
+    """Download the needed files of a diffusers repository: configurations, and the weights in one format.
+
+    Raises NotThere if the repository can neither be downloaded nor found in the cache.
+    """
     folders = [folder for part in parts for folder in part]
     small = ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"]
     small += [in_repository(folder, "config.json") for folder in folders]
@@ -66,15 +70,15 @@ def in_repository(folder: str, file: str) -> str:
 
 
 def fetch_snapshot(name: str, patterns: Sequence[str]) -> Path:
-    """Return the folder with the files of a hub repository that match `patterns`, downloaded or cached.
+    """Return the folder with those files of a hub repository that match `patterns`, downloaded or cached.
 
-    Raises ConnectionError with the reason if the files are neither on the hub nor in the cache.
+    Raises ConnectionError with the reason if they are neither on the hub nor in the cache.
     """
     from huggingface_hub import HfApi, snapshot_download
 
     refusal = ""
     try:
-        HfApi().repo_info(name, timeout=HUB_TIMEOUT_S)  # snapshot_download alone waits for minutes without a network
+        HfApi().repo_info(name, timeout=HUB_TIMEOUT_S)  # without network, snapshot_download alone waits for minutes
     except Exception as error:  # each network library of the hub client has its own errors
         refusal = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         logger.warning("cannot download %s from the hub (%s); trying the local cache", name, refusal)
@@ -85,7 +89,7 @@ def fetch_snapshot(name: str, patterns: Sequence[str]) -> Path:
 
 
 def weight_files(kind: str) -> tuple[tuple[str, ...], ...]:
-    """Return possible file names (with * for numbered pieces) of a part's weights, one tuple for each format."""
+    """Return the possible weight file names of a part, one tuple per format; * matches the numbers of sharded files."""
     stem, pickled = WEIGHT_STEMS.get(kind, PLAIN_STEMS)
     return (
         (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*-of-*.safetensors"),
@@ -101,7 +105,7 @@ NUM_FORMATS = len(weight_files("unet"))
 def find_weight_file(folder: Path, kind: str, variant: str | None = None) -> Path | None:
     """Return the weight file of one part of a diffusers folder, or None.
 
-    `variant` requires this word, such as `fp16`, in its name.
+    With `variant`, such as "fp16", the name must contain it.
     """
     formats = weight_files(kind)
     if variant is None:
@@ -112,10 +116,10 @@ def find_weight_file(folder: Path, kind: str, variant: str | None = None) -> Pat
 
 
 def open_model(flag: str, name: str, kind: str) -> tuple[dict[str, Any] | None, Weights]:
-    """Open configuration and weights of one model: a file, whose configuration is None, its own folder, or a diffusers
-    folder that has it in `kind`/.
+    """Open the configuration and weights of one model.
 
-    Raises UserError naming `flag` and what is missing.
+    `name` is a file (its configuration is None), the model's own folder, or a diffusers folder that has the model in
+    `kind`/. Raises UserError naming `flag` and what is missing.
     """
     path = find_model(flag, name, (("", kind),))
     if not path.is_dir():
@@ -124,9 +128,9 @@ def open_model(flag: str, name: str, kind: str) -> tuple[dict[str, Any] | None, 
 
 
 def open_part(flag: str, folder: Path, kind: str, variant: str | None = None) -> tuple[dict[str, Any], Weights]:
-    """Open configuration and weights of the part `kind` of a diffusers folder: "unet", "vae", "text_encoder", ...
+    """Open the configuration and weights of the part `kind` of a diffusers folder: "unet", "vae", "text_encoder", ...
 
-    Raises NotThere naming what is missing.
+    `folder` is the part's folder. Raises NotThere naming what is missing.
     """
     if not (folder / "config.json").is_file():
         files = sorted(file.name for file in folder.parent.glob("*") if file.suffix.lower() in WEIGHT_SUFFIXES)
@@ -141,7 +145,7 @@ def open_part(flag: str, folder: Path, kind: str, variant: str | None = None) ->
 
 
 def open_file(flag: str, path: Path) -> Weights:
-    """Open a checkpoint; errors name the flag."""
+    """Open a weight file. Raises UserError naming `flag`."""
     try:
         return open_checkpoint(path)
     except ValueError as error:
@@ -151,7 +155,7 @@ def open_file(flag: str, path: Path) -> Weights:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, {} if there is no such file. Raises UserError naming a damaged one."""
+    """Read a JSON object; return {} if the file does not exist. Raises UserError if it is damaged."""
     try:
         content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -159,5 +163,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, not an object")
+        raise UserError(f"{path} is damaged: it contains a {type(content).__name__}, not an object")
     return content

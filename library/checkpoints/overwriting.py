@@ -1,4 +1,4 @@
-"""The rule for replacing files: a command never overwrites one of its own inputs, nor a file of another type."""
+"""Protection against overwriting: a command replaces neither its own inputs nor a file of another type."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ START_BYTES = 4096
 
 @dataclass(frozen=True)
 class FileType:
-    """A type of file that commands write, recognised by the first `START_BYTES` bytes."""
+    """A type of file that commands write, recognised by its first `START_BYTES` bytes."""
 
     name: str  # with article, for messages
     recognises: Callable[[bytes], bool]
@@ -25,7 +25,7 @@ PNG = FileType("a PNG image", lambda start: start.startswith(b"\x89PNG\r\n\x1a\n
 def check_overwrite(flag: str, path: Path, file_type: FileType, inputs: Iterable[Path | None] = ()) -> None:
     """Raise UserError if writing `path` would destroy one of `inputs` or a file of another type.
 
-    `flag` names the option in messages. Empty files and special files (/dev/null) may be written to.
+    `flag` names the option in messages. Empty files and special files (/dev/null) may be overwritten.
     """
     check_not_input(flag, path, inputs)
     if path.is_dir():
@@ -36,7 +36,7 @@ def check_overwrite(flag: str, path: Path, file_type: FileType, inputs: Iterable
 
 
 def check_start(flag: str, path: Path, start: bytes, file_type: FileType) -> None:
-    """Raise UserError if a file that begins with `start` is not of this type."""
+    """Raise UserError if a non-empty file that begins with `start` is of another type."""
     if start and not file_type.recognises(start):
         raise UserError(
             f"{flag} {path} exists, is not {file_type.name} and would be overwritten; use another name, or move "
@@ -45,7 +45,7 @@ def check_start(flag: str, path: Path, start: bytes, file_type: FileType) -> Non
 
 
 def check_not_input(flag: str, path: Path, inputs: Iterable[Path | None]) -> None:
-    """Raise UserError if `path` is one of `inputs`, also through links, or an existing file in a folder of them."""
+    """Raise UserError if `path` is one of `inputs` or an existing file inside one of them; links are resolved."""
     for given in inputs:
         if given is None or not path.exists() or not given.exists():
             continue
@@ -56,7 +56,7 @@ def check_not_input(flag: str, path: Path, inputs: Iterable[Path | None]) -> Non
 def open_lock_file(path: Path, file_type: FileType) -> IO[str]:
     """Open or create a file whose lock protects other files; its content is kept.
 
-    Raises UserError for a symbolic link, because writing would reach its target, and for a file of another type.
+    Raises UserError for a symbolic link, because writing would follow it, and for a file of another type.
     """
     if path.is_symlink():
         raise UserError(f"{path} is a symbolic link, but must be {file_type.name}; remove the link")

@@ -1,9 +1,8 @@
-"""Checkpoints with weights in 8 or 4 bits, in the two dialects of ComfyUI and its users.
+"""Checkpoints with weights in 8 or 4 bits, in the two formats that ComfyUI and its users write.
 
-The older one has a `scaled_fp8` marker and `<layer>.scale_weight` beside 8-bit weights. The newer one has
-`<layer>.weight_scale`, and describes in `<layer>.comfy_quant` (JSON in bytes) or in the header's
-`_quantization_metadata` how a layer is stored. Names and layouts are those of comfy-kitchen, with whose results the
-tests compare.
+The older format has a `scaled_fp8` marker, and `<layer>.scale_weight` next to 8-bit weights. The newer one has
+`<layer>.weight_scale`, and describes each layer's storage in `<layer>.comfy_quant` (JSON as bytes) or in
+`_quantization_metadata` in the header. Names and layouts follow comfy-kitchen, and the tests compare with its results.
 
 Letters: O outputs, I inputs, G groups of inputs.
 """
@@ -25,33 +24,37 @@ from library.json_text import parse_json
 MARK = "scaled_fp8"
 SCALES = (".scale_weight", ".weight_scale")
 DROPPED = (MARK, ".scale_input", ".input_scale", ".comfy_quant", ".weight_scale_2", *SCALES)
-# The values of the lower three bits of a 4-bit number, whose first bit is the sign.
+# The values of the lower three bits of a 4-bit number (E2M1); the highest bit is the sign.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 NVFP4_GROUP, MXFP8_GROUP = 16, 32  # inputs that share a scale
-E8M0_BIAS = 127  # of scales that are only exponents
-TILE_ROWS, TILE_COLUMNS = 128, 4  # of scales in the order of tensor cores
+E8M0_BIAS = 127  # of scales that have only an exponent
+TILE_ROWS, TILE_COLUMNS = 128, 4  # of scales in tensor core order
 MODEL_PREFIX = re.compile(
     r"model\.diffusion_model\.|cond_stage_model\.|first_stage_model\.|vae\.|(?:text_encoders|conditioner\.embedders)\.\w+\."
 )
-PADDED_TO = {"nvfp4": 16, "mxfp8": 32}  # both sides of a matrix are padded to a multiple
-HALVED = ("nvfp4",)  # formats with two values to a byte
+PADDED_TO = {"nvfp4": 16, "mxfp8": 32}  # both sides of a matrix are padded to a multiple of this
+HALVED = ("nvfp4",)  # formats with two values per byte
 
 Config = Mapping[str, Any]
-"""The description of one layer in a file: `format`, and `convrot` with `convrot_groupsize` for rotated ones."""
+"""The description of one layer: `format`, and for rotated layers `convrot` and `convrot_groupsize`."""
 DEFAULT_CONVROT_GROUP = 256  # comfy-kitchen's
-LARGEST_CONVROT_GROUP = 4**6  # the matrix of the next one takes 2 GiB
+LARGEST_CONVROT_GROUP = 4**6  # the next one's matrix takes 2 GiB
 
 
 def open_checkpoint(path: Path) -> Weights:
-    """Open a weight file, or the index of several, with decoded weights whatever their format."""
+    """Open a weight file, or the index of several, with weights of any supported format decoded.
+
+    Raises UserError as `open_weights` and `with_quantised` do.
+    """
     return with_quantised(open_weights(path))
 
 
 def with_quantised(weights: Weights) -> Weights:
-    """Decode the weights of a checkpoint: scales and markers are hidden, `read` decodes, `quantised` returns codes.
+    """Return the checkpoint with decoded weights: `read` decodes, `quantised` has the codes, scales and markers are
+    hidden.
 
     A checkpoint without quantised weights is returned unchanged. Raises UserError naming the file and the layer for an
-    unknown format and for missing or impossible scales.
+    unknown format and for missing or invalid scales.
     """
     scales = {
         key.removesuffix(suffix): key for suffix in SCALES for key in weights.shapes if key.endswith(suffix)
@@ -93,8 +96,9 @@ def with_quantised(weights: Weights) -> Weights:
 
 
 def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[str, Config]) -> None:
-    """Raise UserError naming the layers whose scale is missing, negative, not finite, or 0 for codes that are not."""
-    # Plain fp8 weights are legitimate if only another model in the file, or only its matrices, are scaled.
+    """Raise UserError naming the layers with missing, negative or non-finite scales, or scales of 0 for codes that
+    are not 0."""
+    # A file may contain plain fp8 weights if only another model in it, or only its matrices, are scaled.
     scaled_kinds = {(model_in_file(key), 2) for key in weights.shapes if key.endswith(MARK)}
     scaled_kinds |= {
         (model_in_file(scale), len(weights.shapes.get(f"{layer}.weight", ()))) for layer, scale in scales.items()
@@ -124,7 +128,7 @@ def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[s
 
 
 def check_layout(weights: Weights, layer: str, scale: str, config: Config) -> None:
-    """Raise UserError naming a layer whose codes, scales and rotation do not fit each other."""
+    """Raise UserError naming a layer if its codes, scales and rotation do not match."""
     name, kind = f"{layer}.weight", config.get("format", "")
     shape, num_scales = weights.shapes[name], prod(weights.shapes[scale])
     if kind in PADDED_TO:
@@ -151,7 +155,7 @@ def check_layout(weights: Weights, layer: str, scale: str, config: Config) -> No
 
 
 def is_tiled(kind: str, shape: tuple[int, ...], num_scales: int) -> bool:
-    """Return True if the scales fill the tiles of a matrix in nvfp4 or mxfp8."""
+    """Return True if the number of scales fits the tiled layout of an nvfp4 or mxfp8 matrix."""
     if len(shape) != 2 or 0 in shape:
         return False
     num_inputs, group = (2 * shape[1], NVFP4_GROUP) if kind in HALVED else (shape[1], MXFP8_GROUP)
@@ -160,12 +164,12 @@ def is_tiled(kind: str, shape: tuple[int, ...], num_scales: int) -> bool:
 
 
 def element_sizes(weights: Weights, *names: str) -> set[int]:
-    """Return the sizes in bytes of the elements of some tensors."""
+    """Return the element sizes of some tensors, in bytes."""
     return {dtype_in_file(weights, name).itemsize for name in names}
 
 
 def model_in_file(key: str) -> str:
-    """Return the prefix of a model in a file that holds several; "" for a key of another file."""
+    """Return the prefix of a sub-model in a file that contains several; "" if the key has none."""
     found = MODEL_PREFIX.match(key)
     return found[0] if found else ""
 
@@ -177,24 +181,24 @@ def is_plain_fp8(weights: Weights, name: str) -> bool:
 
 
 def dtype_in_file(weights: Weights, name: str) -> torch.dtype:
-    """Return a tensor's dtype, from the file's header where there is one."""
+    """Return a tensor's stored dtype, from the header if the file has one."""
     places = weights.read.places if isinstance(weights.read, FromFiles) else {}
     return places[name].entry.dtype if name in places else weights.read(name).dtype
 
 
 def are_possible(weights: Weights, layer: str, scale: str) -> bool:
-    """Return True if scales are finite and positive; rows or groups of zeros may have the scale 0."""
+    """Return True if all scales are finite and positive; a scale may be 0 if all of its codes are."""
     scales = weights.read(scale).float()
     if not scales.isfinite().all() or (scales < 0).any():
         return False
     if (scales > 0).all():
         return True
     codes = weights.read(f"{layer}.weight").float()
-    return not times(codes, reshape_scales((scales == 0).float(), len(codes))).any()
+    return not multiply_scales(codes, reshape_scales((scales == 0).float(), len(codes))).any()
 
 
 def layer_configs(weights: Weights) -> dict[str, Config]:
-    """Return the file's descriptions of its layers, by name. Raises UserError for one that is not JSON."""
+    """Return the file's layer descriptions by layer name. Raises UserError for invalid JSON."""
     found: dict[str, Config] = {}
     try:
         described = parse_json(weights.metadata.get("_quantization_metadata", "{}"))
@@ -212,7 +216,7 @@ def layer_configs(weights: Weights) -> dict[str, Config]:
 
 
 def find_config(layers: Mapping[str, Config], layer: str) -> Config | None:
-    """Return the header's description of a layer, whose name there may lack the prefix of the tensors."""
+    """Return the header's description of a layer; its name there may lack the tensors' prefix."""
     while layer not in layers:
         _, dot, layer = layer.partition(".")
         if not dot:
@@ -221,13 +225,13 @@ def find_config(layers: Mapping[str, Config], layer: str) -> Config | None:
 
 
 def flat(config: Config) -> Config:
-    """Merge the numbers in `params` into a description."""
+    """Merge a description's `params` into its top level."""
     params = config.get("params")
     return {**config, **(params if isinstance(params, dict) else {})}
 
 
 def keepable_format(config: Config, stored_as: str, shape: tuple[int, ...]) -> str | None:
-    """Return the value of `base_format` with the same codes, or None if the weight has to be decoded."""
+    """Return the --base_format with the same codes, or None if the weight must be decoded."""
     if len(shape) != 2:
         return None
     if stored_as == "int8_tensorwise":
@@ -236,12 +240,13 @@ def keepable_format(config: Config, stored_as: str, shape: tuple[int, ...]) -> s
 
 
 def rotation_size(config: Config) -> int:
-    """Return the number of inputs that are rotated together."""
+    """Return the number of inputs that share a rotation."""
     return int(config.get("convrot_groupsize") or DEFAULT_CONVROT_GROUP)
 
 
 def codes_reader(weights: Weights, layer: str, scale: str) -> Callable[[], Mapping[str, Tensor] | None]:
-    """Return a reader of codes (O, I) and scales (), (O, 1) or (O, G, 1), or of None if the weight is not 8-bit."""
+    """Return a function that reads codes (O, I) and scales (), (O, 1) or (O, G, 1); it returns None if the weight is
+    not 8-bit."""
 
     def read() -> Mapping[str, Tensor] | None:
         codes = weights.read(f"{layer}.weight")
@@ -253,28 +258,28 @@ def codes_reader(weights: Weights, layer: str, scale: str) -> Callable[[], Mappi
 
 
 def reshape_scales(scales: Tensor, num_rows: int) -> Tensor:
-    """Reshape scales to (), (O, 1) or (O, G, 1), float32."""
+    """Reshape scales to (), (O, 1) or (O, G, 1), in float32."""
     if scales.numel() == 1:
         return scales.float().reshape(())
     return scales.float().reshape(num_rows, -1, 1) if scales.numel() > num_rows else scales.float().reshape(num_rows, 1)
 
 
 def apply_scales(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
-    """Return codes * scales, rotated back if they were rotated."""
+    """Return codes * scales, with any rotation undone."""
     codes, scales = weights.read(f"{layer}.weight").float(), weights.read(scale)
-    values = times(codes, reshape_scales(scales, len(codes)))
-    return turn_regularly(values, rotation_size(config)) if config.get("convrot") else values
+    values = multiply_scales(codes, reshape_scales(scales, len(codes)))
+    return rotate_groups(values, rotation_size(config)) if config.get("convrot") else values
 
 
-def times(codes: Tensor, scales: Tensor) -> Tensor:
-    """Multiply codes by scales, per tensor, per row, or per group within a row, in the dtype of the codes."""
+def multiply_scales(codes: Tensor, scales: Tensor) -> Tensor:
+    """Multiply codes by scales per tensor, per row, or per group within a row."""
     if scales.ndim < 3:
         return codes * (scales if scales.ndim == 0 else scales.to(codes.dtype).reshape(-1, *[1] * (codes.ndim - 1)))
     grouped = codes.reshape(len(codes), scales.shape[1], -1) * scales.to(codes.dtype)
     return grouped.reshape(codes.shape)
 
 
-def turn_regularly(weight_OI: Tensor, group_size: int) -> Tensor:
+def rotate_groups(weight_OI: Tensor, group_size: int) -> Tensor:
     """Multiply each group of inputs by ConvRot's regular Hadamard matrix, which is its own inverse."""
     matrix = regular_hadamard(group_size).to(weight_OI.device, weight_OI.dtype)
     turned: Tensor = weight_OI.reshape(-1, group_size) @ matrix
@@ -282,7 +287,10 @@ def turn_regularly(weight_OI: Tensor, group_size: int) -> Tensor:
 
 
 def regular_hadamard(size: int) -> Tensor:
-    """Return powers of the 4 x 4 matrix whose rows all sum to 2: symmetric, orthogonal, float64. Size a power of 4."""
+    """Return the regular Hadamard matrix of `size`, a power of 4, in float64: symmetric and orthogonal.
+
+    It is the normalised Kronecker power of the 4 x 4 matrix with row sums of 2.
+    """
     four = 1 - 2 * torch.eye(4, dtype=torch.float64).flip(1)
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
@@ -291,28 +299,29 @@ def regular_hadamard(size: int) -> Tensor:
 
 
 def nvfp4(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
-    """Decode 4-bit numbers, the first of two in the higher bits, with an fp8 scale for each 16 and one for all."""
+    """Decode nvfp4: 4-bit numbers (the first of each byte in its high bits), an fp8 scale per 16 inputs, and one
+    global scale."""
     bytes_OH = weights.read(f"{layer}.weight").view(torch.uint8)
     codes_OI = torch.stack([bytes_OH >> 4, bytes_OH & 15], dim=-1).flatten(1).long()
     table = torch.tensor([*E2M1, *(-number for number in E2M1)])
     whole = weights.read(f"{layer}.weight_scale_2").float().reshape(())
     tiled = weights.read(scale).view(torch.float8_e4m3fn).float()
     scales_OG = untile_scales(tiled, len(codes_OI), codes_OI.shape[1] // NVFP4_GROUP)
-    return times(table[codes_OI], (whole * scales_OG)[..., None])
+    return multiply_scales(table[codes_OI], (whole * scales_OG)[..., None])
 
 
 def mxfp8(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
-    """Decode 8-bit numbers with a power of two for each 32."""
+    """Decode mxfp8: 8-bit numbers with a power-of-two scale per 32 inputs."""
     codes_OI = weights.read(f"{layer}.weight").float()
     exponents = untile_scales(weights.read(scale).view(torch.uint8), len(codes_OI), codes_OI.shape[1] // MXFP8_GROUP)
-    return times(codes_OI, torch.exp2(exponents.float() - E8M0_BIAS)[..., None])
+    return multiply_scales(codes_OI, torch.exp2(exponents.float() - E8M0_BIAS)[..., None])
 
 
 def untile_scales(scales: Tensor, num_rows: int, num_columns: int) -> Tensor:
-    """Reorder scales (O, G) from the order of tensor cores (cuBLAS, block scaling factors layout).
+    """Return scales (O, G) in row order from tensor core order (cuBLAS, "block scaling factors layout").
 
-    Tiles of 128 rows and 4 columns follow each other along the rows; within a tile the four groups of 32 rows lie side
-    by side. Padding of the last tiles is cut.
+    Tiles of 128 rows and 4 columns follow each other along the rows. Within a tile, the four groups of 32 rows are
+    interleaved. The padding of the last tiles is cut.
     """
     across, down = -(-num_columns // TILE_COLUMNS), -(-num_rows // TILE_ROWS)
     tiles = scales.reshape(down, across, 32, 4, TILE_COLUMNS).transpose(2, 3)
@@ -321,7 +330,7 @@ def untile_scales(scales: Tensor, num_rows: int, num_columns: int) -> Tensor:
 
 
 DECODERS: Mapping[str, Callable[[Weights, str, str, Config], Tensor]] = {
-    "": apply_scales,  # the older dialect, and files without a description
+    "": apply_scales,  # the older format, and files without a description
     "float8_e4m3fn": apply_scales,
     "float8_e5m2": apply_scales,
     "int8_tensorwise": apply_scales,

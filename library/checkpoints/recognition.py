@@ -1,4 +1,4 @@
-"""Recognition of an adapter file's base model by its keys."""
+"""Recognition of an adapter file's base model by its keys and metadata."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,11 @@ TEXT_ENCODER = r"(lora_te\d?|text_encoders?(_\d)?)_"
 def recognise_adapter(
     specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]
 ) -> BaseModelSpec | None:
-    """Return the base model whose modules the keys of an adapter file name, or None if they do not tell.
+    """Return the base model of an adapter file, or None if it cannot be recognised.
 
     `shapes` has every key of the file. The base model in the metadata is trusted unless another one has more of the
-    modules. Without it, sizes decide if base models share names. Text encoders are shared by several base models, so a
-    file with only these belongs to the one in its metadata.
+    modules. Without it, sizes decide between base models that share names. Base models share text encoders, so a file
+    with only text encoder keys belongs to the base model in its metadata.
     """
     shapes = _add_models(specs, shapes)
     recorded = base_in_metadata(specs, metadata)
@@ -46,12 +46,12 @@ def recognise_adapter(
 
 
 def keys_of_text_encoders(path: Path) -> list[str]:
-    """Return the keys of an adapter file, or of a PEFT folder, that change a text encoder; only the header is read."""
+    """Return the text encoder keys of an adapter file or PEFT folder; only the header is read."""
     return [key for key in open_weights(file_in_folder(path, str(path))).shapes if is_of_text_encoder(key)]
 
 
 def base_in_metadata(specs: Sequence[BaseModelSpec], metadata: Mapping[str, str]) -> BaseModelSpec | None:
-    """Return the base model named in an adapter file's metadata, or None if it names no known one."""
+    """Return the base model named in an adapter file's metadata, or None if no known one is named."""
     version, architecture = (metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture"))
     by_version = next((spec for spec in specs if re.match(spec.version, version)), None)
     return by_version or next((spec for spec in specs if re.match(spec.architecture, architecture)), None)
@@ -60,16 +60,16 @@ def base_in_metadata(specs: Sequence[BaseModelSpec], metadata: Mapping[str, str]
 def _has_most_modules(
     recorded: BaseModelSpec, specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]]
 ) -> bool:
-    """Return True if a base model has as many of a file's modules as any other, and at least one."""
+    """Return True if no other base model has more of the file's modules than `recorded`, and it has at least one."""
     modules = {found.module for found in map(AdapterKey.parse, shapes) if found is not None}
     num_known = {spec.name: sum(spec.names.find(module) is not None for module in modules) for spec in specs}
     return num_known[recorded.name] == max(num_known.values()) > 0
 
 
-def require_card(
+def require_spec(
     specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str], origin: str
 ) -> BaseModelSpec:
-    """Return the base model of an adapter file. Raises UserError naming `origin` if none is recognised."""
+    """Return the base model of an adapter file. Raises UserError naming `origin` if it is not recognised."""
     spec = recognise_adapter(specs, shapes, metadata)
     if spec is None:
         known = ", ".join(spec.title for spec in specs)
@@ -78,7 +78,7 @@ def require_card(
 
 
 def _add_models(specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
-    """Return shapes by keys that begin with their module and, where known, its model; other keys are kept."""
+    """Complete keys that lack a sub-model prefix where it can be inferred; other keys stay as they are."""
     parsed = {key: AdapterKey.parse(key) for key in shapes}
     open_ones = {found.module for found in parsed.values() if found is not None and lacks_model_prefix(found.module)}
     others = add_missing_prefixes(open_ones, [spec.names for spec in specs]) if open_ones else {}
@@ -95,11 +95,11 @@ def _add_models(specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[in
 
 
 def _flat(key: str) -> str:
-    """Convert a key to the form that signs match; networks.oft has its own prefix for the same names."""
+    """Convert a key to the form that signs are matched against; networks.oft has its own prefix for the same names."""
     return re.sub(r"^oft_unet_", "lora_unet_", to_underscores(key))
 
 
 def _gives_width(key: str) -> bool:
-    """Return True if the second dimension of a key's tensor is the width of the module's input."""
+    """Return True if the second dimension of a key's tensor is the module's input width."""
     found = AdapterKey.parse(key)
     return found is not None and found.leaf in WIDE_LEAVES

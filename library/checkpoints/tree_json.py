@@ -1,4 +1,4 @@
-"""Nested values with tensors, such as an optimizer's state, as plain JSON and a dictionary of tensors.
+"""Serialisation of nested values with tensors, such as an optimizer's state, to plain JSON and a dictionary of tensors.
 
 Nothing is pickled, so reading executes no code, and every number is restored bit for bit.
 """
@@ -14,11 +14,11 @@ from library.errors import UserError
 TENSOR, LIST, TUPLE, TABLE = "tensor", "list", "tuple", "table"
 
 
-def take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Convert `value` to JSON; its tensors are put into `tensors` under names that begin with `name`.
+def dump_tree(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Convert `value` to JSON; its tensors are added to `tensors`, under names that begin with `name`.
 
-    Supports None, bool, int, float, str, tensors, numpy numbers, lists, tuples and dictionaries with plain keys; raises
-    UserError naming anything else.
+    Supports None, bool, int, float, str, tensors, numpy scalars, lists, tuples, and dictionaries with int or str keys.
+    Raises UserError naming anything else.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -30,15 +30,15 @@ def take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         if bad := [key for key in value if type(key) not in (int, str)]:
             raise UserError(f"{name} has the key {bad[0]!r}, which cannot be written")
-        return {TABLE: [[key, take_apart(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
+        return {TABLE: [[key, dump_tree(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
     if type(value) in (list, tuple):
-        items = [take_apart(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+        items = [dump_tree(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
         return {LIST if type(value) is list else TUPLE: items}
     raise UserError(f"{name} is a {type(value).__name__}, which cannot be written without pickle")
 
 
-def put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Invert `take_apart`. Raises UserError for values that it did not write."""
+def load_tree(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Restore a value from the result of `dump_tree`. Raises UserError for anything else."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, dict) and len(value) == 1:
@@ -46,8 +46,8 @@ def put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         if kind == TENSOR and content in tensors:
             return tensors[content]
         if kind == TABLE:
-            return {key: put_together(item, tensors) for key, item in content}
+            return {key: load_tree(item, tensors) for key, item in content}
         if kind in (LIST, TUPLE):
-            items = [put_together(item, tensors) for item in content]
+            items = [load_tree(item, tensors) for item in content]
             return items if kind == LIST else tuple(items)
     raise UserError(f"{value!r} is not part of a nested value")

@@ -21,7 +21,7 @@ from library.checkpoints.files import (
     holds_safetensors,
     load_state_dict,
     read_header,
-    refuse_stranger,
+    require_weight_file,
 )
 from library.errors import UserError, list_few
 from library.json_text import parse_json
@@ -33,21 +33,21 @@ ConfigT = TypeVar("ConfigT")
 class Quantised:
     """A weight stored as 8-bit codes with scales."""
 
-    kind: str  # the value of `base_format` with the same codes
-    group_size: int | None  # inputs that are rotated together; None without rotation
-    read: Callable[[], Mapping[str, Tensor] | None]  # `codes` and `scales`; None if the weight is not 8-bit
+    kind: str  # the --base_format with the same codes
+    group_size: int | None  # inputs that share a rotation; None without rotation
+    read: Callable[[], Mapping[str, Tensor] | None]  # returns `codes` and `scales`, or None if the weight is not 8-bit
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of one or several files."""
+    """The tensors of one or several files: names, shapes, and a function that reads one tensor."""
 
     origin: str  # the path, for messages
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]  # into its own memory
+    read: Callable[[str], Tensor]  # into newly allocated memory
     quantised: Mapping[str, Quantised] = field(default_factory=dict)  # weights that `read` decodes
     metadata: Mapping[str, str] = field(default_factory=dict)  # from the headers
-    padded_to: Mapping[str, int] = field(default_factory=dict)  # matrices whose sides are padded to a multiple
+    padded_to: Mapping[str, int] = field(default_factory=dict)  # matrices whose sides are padded to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,15 @@ class Place:
     entry: TensorEntry
 
     def read(self) -> Tensor:
-        """Read the tensor into its own memory."""
+        """Read the tensor into newly allocated memory. Raises UserError if the file has changed since its header was
+        read."""
         raw = torch.empty(self.entry.end - self.entry.start, dtype=torch.uint8)
         with self._at_start() as file:
             read_into(file, raw.numpy().data, self.path)
         return raw.view(self.entry.dtype).reshape(self.entry.shape)
 
     def pieces(self, num_bytes: int) -> Iterator[Tensor]:
-        """Yield the rows in order, about `num_bytes` at a time, each time in the same memory."""
+        """Yield the rows in order, about `num_bytes` at a time, in a buffer that is reused."""
         shape = self.entry.shape
         size_of_row = prod(shape[1:]) * self.entry.dtype.itemsize
         num_rows = min(shape[0], max(1, num_bytes // max(1, size_of_row)))
@@ -90,7 +91,7 @@ class Place:
 
 @dataclass(frozen=True)
 class FromFiles:
-    """Reads tensors as safetensors files store them."""
+    """A reader of tensors as safetensors files store them."""
 
     places: Mapping[str, Place]
 
@@ -102,11 +103,11 @@ class FromFiles:
 
 
 LoaderT = TypeVar("LoaderT")
-FIRST_FILE = re.compile(r"(.*)00001-of-(\d{5})(\.\w+)")  # of a checkpoint in several files without index
+FIRST_FILE = re.compile(r"(.*)00001-of-(\d{5})(\.\w+)")  # of a sharded checkpoint without index
 
 
 def to_meta_device(loader: LoaderT) -> LoaderT:
-    """Return a copy of a loader, a frozen dataclass, whose models are on the meta device: only shapes, nothing is read.
+    """Return a copy of a loader (a frozen dataclass) whose models are on the meta device; nothing is read.
 
     Every `Weights` in its fields, however deeply nested, returns meta tensors.
     """
@@ -137,10 +138,10 @@ def codes_on_meta_device(quantised: Quantised, shape: tuple[int, ...]) -> Quanti
 
 
 def open_weights(path: Path) -> Weights:
-    """Open a weight file, or a checkpoint in several files by its `*.index.json` or its first file, without decoding.
+    """Open a weight file or a sharded checkpoint (by its `*.index.json` or its first file), without decoding.
 
-    Safetensors and torch's pickles are distinguished by content, not by name. Raises UserError naming the file if it is
-    truncated, something else, or a pickle with more than tensors.
+    Content, not the name, distinguishes safetensors from torch's pickles. Raises UserError naming the file if it is
+    truncated, of another type, or a pickle with more than tensors.
     """
     if path.name.endswith(".index.json"):
         return open_sharded(path)
@@ -150,8 +151,8 @@ def open_weights(path: Path) -> Weights:
 
 
 def open_one(path: Path) -> Weights:
-    """Open one weight file, whatever it is called. Raises UserError as `open_weights` does."""
-    refuse_stranger(path)
+    """Open one weight file, whatever its name. Raises UserError as `open_weights` does."""
+    require_weight_file(path)
     if holds_safetensors(path):
         return open_safetensors(path)
     tensors = load_state_dict(path, mmap=True)
@@ -161,8 +162,8 @@ def open_one(path: Path) -> Weights:
 
 
 def open_safetensors(path: Path) -> Weights:
-    """Open one safetensors file; only its header is read before the first tensor is requested."""
-    # Tensors are read into their own memory, not mapped: the peak is one copy, and the file may change afterwards.
+    """Open one safetensors file; only its header is read until the first tensor is requested."""
+    # Tensors are read into their own memory, not mapped: the peak is one copy, and the file may be replaced afterwards.
     opened = path.stat()
     header = read_header(path)
     data = LENGTH_BYTES + header.num_bytes
@@ -172,9 +173,9 @@ def open_safetensors(path: Path) -> Weights:
 
 
 def fingerprint(*parts: Weights) -> str:
-    """Return a digest of names, shapes, dtypes and values of checkpoints, in this order, independent of file names.
+    """Return a digest of the names, shapes, dtypes and values of checkpoints, independent of file names.
 
-    Reads everything once, tensor by tensor, in several threads.
+    The order of the checkpoints counts. Everything is read once, tensor by tensor, in up to 8 threads.
     """
 
     def digest(place: tuple[Weights, str]) -> bytes:
@@ -193,7 +194,10 @@ def fingerprint(*parts: Weights) -> str:
 
 
 def read_into(file: RawIOBase, buffer: memoryview, path: Path) -> None:
-    """Fill `buffer`; one system call reads at most about 2 GiB."""
+    """Fill `buffer` in several reads, because one system call reads at most about 2 GiB.
+
+    Raises UserError if the file ends early.
+    """
     while buffer:
         num_bytes = file.readinto(buffer)
         if not num_bytes:
@@ -202,11 +206,11 @@ def read_into(file: RawIOBase, buffer: memoryview, path: Path) -> None:
 
 
 def open_sharded(index: Path) -> Weights:
-    """Open the files that an `*.index.json` lists as one checkpoint."""
+    """Open the files listed in an `*.index.json` as one checkpoint. Raises UserError for missing files and tensors."""
     weight_map = read_weight_map(index)
     missing = sorted(name for name in set(weight_map.values()) if not (index.parent / name).is_file())
     if missing:
-        raise UserError(f"{index} lists files that are not beside it: {', '.join(missing)}; download them too")
+        raise UserError(f"{index} lists files that are not next to it: {', '.join(missing)}; download them too")
     files = {name: open_one(index.parent / name) for name in sorted(set(weight_map.values()))}
     absent = sorted(name for name, file in weight_map.items() if name not in files[file].shapes)
     if absent:
@@ -215,17 +219,17 @@ def open_sharded(index: Path) -> Weights:
 
 
 def open_numbered(first: Path, stem: str, count: int, suffix: str) -> Weights:
-    """Open the checkpoint in `count` files whose first one is named. Raises UserError for missing files."""
+    """Open a checkpoint of `count` numbered files, given the first one. Raises UserError for missing files."""
     names = [f"{stem}{number:05}-of-{count:05}{suffix}" for number in range(1, count + 1)]
     missing = [name for name in names if not (first.parent / name).is_file()]
     if missing:
-        raise UserError(f"{first} is the first of {count} files, but these are not beside it: {list_few(missing)}")
+        raise UserError(f"{first} is the first of {count} files, but these are not next to it: {list_few(missing)}")
     files = {name: open_one(first.parent / name) for name in names}
     return join_shards(first, files, {key: name for name in names for key in files[name].shapes})
 
 
 def join_shards(origin: Path, files: Mapping[str, Weights], weight_map: Mapping[str, str]) -> Weights:
-    """Return the tensors of several files as one checkpoint, each from the file that `weight_map` names."""
+    """Combine several files into one checkpoint; `weight_map` names the file of each tensor."""
     shapes = {name: files[file].shapes[name] for name, file in weight_map.items()}
     metadata = {key: value for file in files.values() for key, value in file.metadata.items()}
     places = {}
@@ -238,7 +242,8 @@ def join_shards(origin: Path, files: Mapping[str, Weights], weight_map: Mapping[
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Read the file name of each tensor from an index. Raises UserError for anything else, paths included."""
+    """Read the file name of each tensor from an index. Raises UserError for invalid content and for paths out of the
+    folder."""
     try:
         content = parse_json(index.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -253,7 +258,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def select_weights(weights: Weights, old_names: Mapping[str, str]) -> Weights:
-    """Select tensors by `old_names`, which maps new names to old ones."""
+    """Return the tensors in `old_names`, which maps new names to old ones."""
     given = weights.read
     return replace(
         weights,
@@ -269,22 +274,22 @@ def rename_weights(weights: Weights, rename: Callable[[str], str]) -> Weights:
 
 
 def with_prefix(weights: Weights, prefix: str) -> Weights:
-    """Keep only tensors whose names begin with `prefix`, and strip it."""
+    """Return the tensors with this prefix, without it."""
     return select_weights(weights, {key[len(prefix) :]: key for key in weights.shapes if key.startswith(prefix)})
 
 
 def find_prefix(names: Iterable[str], prefixes: Sequence[str]) -> str:
-    """Return the first of `prefixes` that some name begins with; the last one is "", for files without any."""
+    """Return the first of `prefixes` that some name begins with. The last prefix must be ""."""
     return next(prefix for prefix in prefixes if not prefix or any(name.startswith(prefix) for name in names))
 
 
 def list_first_names(weights: Weights) -> str:
-    """Return three names of a file, for messages about one that holds something else."""
+    """Return the first three tensor names of a file, for messages."""
     return ", ".join(list(weights.shapes)[:3]) or "none"
 
 
 def configure(weights: Weights, read_config: Callable[[Mapping[str, tuple[int, ...]]], ConfigT]) -> ConfigT:
-    """Derive a configuration from the shapes with `read_config`; errors name the file."""
+    """Derive a configuration from the shapes with `read_config`. Raises UserError naming the file for a ValueError."""
     try:
         return read_config(weights.shapes)
     except ValueError as error:

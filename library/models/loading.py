@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.quantised import times, turn_regularly
+from library.checkpoints.quantised import multiply_scales, rotate_groups
 from library.checkpoints.weights import FromFiles, Weights
 from library.errors import NotThere, UserError, list_few
 from library.memory.codecs.codec import AS_IN_FILE, AsInFile, AsRead, Codec, RequestedFormat
@@ -197,8 +197,8 @@ class WeightReader:
         parts = quantised.read()
         if parts is None:
             return False
-        turn = partial(turn_regularly, group_size=quantised.group_size) if quantised.group_size else None
-        keep_in(Scaled(times, turn), layer, parts, self.expected[name].shape, self.dtype)
+        turn = partial(rotate_groups, group_size=quantised.group_size) if quantised.group_size else None
+        keep_in(Scaled(multiply_scales, turn), layer, parts, self.expected[name].shape, self.dtype)
         return True
 
 

@@ -8,7 +8,7 @@ from library.training.command_line.cli import build_parser, check_words
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Every option of this script; front ends read it."""
+    """Return the parser with every option of this script. Front ends read it."""
     return build_parser(KnotsOptions)
 
 

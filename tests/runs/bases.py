@@ -1,4 +1,4 @@
-"""Every base model that is trained, as the suites that run through all of them need it."""
+"""Every base model that can be trained, for the suites that run through all of them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from tests.tiny.zimage import build_tiny_zimage
 
 @dataclass(frozen=True)
 class Base:
-    """A script, a tiny model for it, and the network module that is named after it."""
+    """A training script, a tiny model for it, and the network module named after the base model."""
 
     script: str
     module: str
-    build: Callable[[Path], list[str]]  # writes the model into a folder; gives the arguments that name it
+    build: Callable[[Path], list[str]]  # writes the model into a folder and returns the options that select it
     adapts_text_encoders: bool = True
 
 
@@ -96,5 +96,5 @@ BASES: Mapping[str, Base] = {
 
 
 def base_of(name: str) -> Base:
-    """The base model of that name."""
+    """Return the base model called `name`."""
     return BASES[name]

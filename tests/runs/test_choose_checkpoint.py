@@ -190,7 +190,7 @@ def test_copies_name_no_winner_and_trained_images_choose_nothing(
     assert len({one["loss"] for one in noisy["candidates"]}) == 4
     assert not aside["has_winner"] and aside["suggested"] == copies[0] and aside["num_pictures"] == 8
     assert without["suggested"] is None and "no file is suggested: no image is set aside" in printed.out
-    assert "may have been trained on images that are measured" in printed.err
+    assert "may have been trained on the held-out images" in printed.err
     memories = [one["memorised"] for one in without["candidates"][1:]]
     assert without["num_pictures"] == 24 and memories[0]["unseen"] == "mirrored"
     assert memories[0]["low"] < memories[0]["more"] < memories[0]["high"]
@@ -205,7 +205,10 @@ def test_copies_name_no_winner_and_trained_images_choose_nothing(
         (["--script", "nothing.py"], "is not a training script"),
         (["--script", "train_network.py"], "or --output_dir to search for them"),
         (["--script", "train_network.py", "--files", "no.pt"], "no.pt does not exist"),
-        (["--script", "train_network.py", "--files", "some.pt"], "--seed is not set and the files do not share one"),
+        (
+            ["--script", "train_network.py", "--files", "some.pt"],
+            "--seed is not set, and the files record no common seed",
+        ),
     ],
 )
 def test_what_is_missing_is_said(

@@ -201,7 +201,7 @@ def test_a_fault_in_the_mode_ends_the_run_before_it_begins(
 @pytest.mark.nightly
 @pytest.mark.parametrize("subject", ["flux", "sdxl"])
 def test_the_benchmark_for_cards_runs_in_small(subject: str) -> None:
-    mode = json.dumps({"form": "nf4", "share": 0.5, "runner": "from_main_memory"})
+    mode = json.dumps({"weight_format": "nf4", "share": 0.5, "runner": "from_main_memory"})
     command = [sys.executable, "benchmarks/gpu_memory.py", "--device", "cpu", "--tiny", "--models", subject]
     done = subprocess.run([*command, "--mode", mode], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

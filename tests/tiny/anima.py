@@ -1,4 +1,4 @@
-"""A tiny but complete Anima model: the three files of its release, or with folders in place of two of them."""
+"""A tiny but complete Anima model: the three files of its release, two of which can be folders."""
 
 import json
 import re
@@ -51,8 +51,8 @@ VAE = {
 
 
 def build_tiny_anima(folder: Path, seed: int, prefix: str = "net.", has_folders: bool = False) -> list[str]:
-    """Write a tiny model into `folder` and return the arguments that name it. One seed has the same weights in every
-    form; `has_folders` gives Qwen3 and the VAE as folders, as transformers and diffusers have them."""
+    """Write a tiny model into `folder` and return the options that select it. Equal seeds give equal weights.
+    `has_folders` writes Qwen3 and the VAE as folders, in the layouts of transformers and diffusers."""
     from safetensors.torch import save_file
 
     assert write_t5_tokenizer(folder / "t5_tokenizer") < NUM_T5_WORDS  # as in the real model, which has spare words
@@ -89,7 +89,7 @@ def qwen3_state(seed: int, num_words: int) -> dict[str, Tensor]:
 
 
 def vae_state(seed: int) -> dict[str, Tensor]:
-    """The weights of the VAE under diffusers' names."""
+    """Return the weights of the VAE under diffusers' names."""
     from diffusers import AutoencoderKLQwenImage
 
     with torch.device("meta"):
@@ -98,7 +98,7 @@ def vae_state(seed: int) -> dict[str, Tensor]:
 
 
 def to_original(key: str) -> str:
-    """The original name of a weight of the tiny VAE."""
+    """Return the original name of a weight of the tiny VAE."""
     part, _, rest = key.partition(".")
     if part in inverse(QUANT):
         return f"{inverse(QUANT)[part]}.{rest}"
@@ -119,7 +119,7 @@ def block_tail(tail: str) -> str:
 
 
 def write_qwen3_tokenizer(folder: Path) -> int:
-    """Qwen3's tokenizer with all bytes and a few words; returns the size of its vocabulary."""
+    """Write Qwen3's tokenizer with all bytes and a few words; return its vocabulary size."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
@@ -130,5 +130,5 @@ def write_qwen3_tokenizer(folder: Path) -> int:
 
 
 def tiny_anima(seed: int, config: AnimaConfig | None = None) -> Anima:
-    """The denoiser alone, its weights random."""
+    """Return the denoiser alone, with random weights."""
     return tiny_denoiser(Anima, config or CONFIG, seed)

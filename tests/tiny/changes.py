@@ -11,7 +11,7 @@ from library.protocols import Loader
 
 
 def with_changes(arguments: list[str], flag: str, folder: Path, changes: dict[str, Tensor | None]) -> list[str]:
-    """The arguments with the file of one flag replaced by a changed copy; None takes a tensor out."""
+    """Return the arguments with the file of one flag replaced by a changed copy; None removes a tensor."""
     place = arguments.index(flag) + 1
     tensors = {**load_file(arguments[place]), **changes}
     path = folder / Path(arguments[place]).name
@@ -20,13 +20,13 @@ def with_changes(arguments: list[str], flag: str, folder: Path, changes: dict[st
 
 
 def without(arguments: list[str], flag: str) -> list[str]:
-    """The arguments without a flag and its value."""
+    """Return the arguments without a flag and its value."""
     place = arguments.index(flag)
     return arguments[:place] + arguments[place + 2 :]
 
 
 def in_two_files(arguments: list[str], flags: Sequence[str], folder: Path) -> list[str]:
-    """The arguments with the files of some flags in two numbered files each, named by the first."""
+    """Return the arguments with the file of each flag split into two numbered files, of which the first is named."""
     found = list(arguments)
     for flag in flags:
         place = found.index(flag) + 1

@@ -20,8 +20,8 @@ CONFIG = replace(flux.CONFIG, pooled_width=0, approximator=ApproximatorConfig(in
 
 
 def build_tiny_chroma(folder: Path, seed: int, layout: Layout = "files") -> list[str]:
-    """Write a tiny model into `folder` and return the arguments that name it. One seed has the same weights in every
-    layout."""
+    """Write a tiny model into `folder` and return the options that select it. Equal seeds give equal weights in
+    every layout."""
     num_words = write_t5_tokenizer(folder / ("tokenizer" if layout == "diffusers" else "tokenizer_2"))
     model = tiny_chroma(seed)
     parts: Parts = {
@@ -46,5 +46,5 @@ def build_tiny_chroma(folder: Path, seed: int, layout: Layout = "files") -> list
 
 
 def tiny_chroma(seed: int, config: FluxConfig | None = None) -> Flux:
-    """The denoiser alone, its weights random."""
+    """Return the denoiser alone, with random weights."""
     return tiny_denoiser(Flux, config or CONFIG, seed)

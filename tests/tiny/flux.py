@@ -66,8 +66,8 @@ T5_WORDS = (
 
 
 def build_tiny_flux(folder: Path, seed: int, layout: Layout = "files", has_guidance: bool = True) -> list[str]:
-    """Write a tiny model into `folder` and return the arguments that name it. One seed has the same weights in every
-    layout but for CLIP's activation, which single files have as the exact GELU."""
+    """Write a tiny model into `folder` and return the options that select it. Equal seeds give equal weights in
+    every layout, but single files use the exact GELU in CLIP."""
     num_clip_words = write_tokenizer(folder / "tokenizer")
     num_t5_words = write_t5_tokenizer(folder / "tokenizer_2")
     parts = tiny_parts(seed, num_clip_words, num_t5_words, has_guidance)
@@ -85,7 +85,7 @@ def build_tiny_flux(folder: Path, seed: int, layout: Layout = "files", has_guida
 
 
 def tiny_parts(seed: int, num_clip_words: int, num_t5_words: int, has_guidance: bool) -> Parts:
-    """(config.json, weights) by diffusers' folder names; the denoiser's names are ours, CLIP's begin with
+    """Return (config.json, weights) by diffusers' folder name; the denoiser has our names, CLIP's begin with
     "text_model."."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -104,7 +104,7 @@ def tiny_parts(seed: int, num_clip_words: int, num_t5_words: int, has_guidance: 
 
 
 def tiny_vae(seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, weights)."""
+    """Return (config.json, weights)."""
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
@@ -113,7 +113,7 @@ def tiny_vae(seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def tiny_t5(seed: int, num_words: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, weights)."""
+    """Return (config.json, weights)."""
     from transformers import T5Config, T5EncoderModel
 
     config = {**T5, "vocab_size": num_words}
@@ -124,7 +124,7 @@ def tiny_t5(seed: int, num_words: int) -> tuple[dict[str, Any], dict[str, Tensor
 
 
 def ldm_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The VAE in the layout of ae.safetensors, where attention is made of 1x1 convolutions."""
+    """Return the VAE in the layout of ae.safetensors, where attention is made of 1x1 convolutions."""
     found = {}
     for name, tensor in state.items():
         is_projection = ".attentions." in name and tensor.ndim == 2
@@ -133,7 +133,7 @@ def ldm_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_t5_tokenizer(folder: Path) -> int:
-    """T5's tokenizer with a few letters and words; returns the size of its vocabulary."""
+    """Write T5's tokenizer with a few letters and words; return its vocabulary size."""
     from transformers import T5TokenizerFast
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("\u2581", -3.0)]
@@ -144,5 +144,5 @@ def write_t5_tokenizer(folder: Path) -> int:
 
 
 def tiny_flux(seed: int, has_guidance: bool = True) -> Flux:
-    """The denoiser alone, its weights random."""
+    """Return the denoiser alone, with random weights."""
     return tiny_denoiser(Flux, replace(CONFIG, has_guidance=has_guidance), seed)

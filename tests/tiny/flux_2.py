@@ -64,7 +64,7 @@ MISTRAL = {
 VAE = {key: value for key, value in SD_VAE.items() if key != "scaling_factor"} | {"latent_channels": 32}
 QWEN3_SPECIAL = (*zimage.SPECIAL, "<think>", "</think>")
 MISTRAL_SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "[IMG]")
-MISTRAL_TEMPLATE = (  # what Mistral's does with a system message and one of a user
+MISTRAL_TEMPLATE = (  # like Mistral's, for a system and a user message
     "{{ bos_token }}{% for message in messages %}{% set mark = 'SYSTEM_PROMPT' if message.role == 'system' else 'INST' "
     "%}{{ '[' + mark + ']' + message.content[0].text + '[/' + mark + ']' }}{% endfor %}"
 )
@@ -73,8 +73,8 @@ MISTRAL_TEMPLATE = (  # what Mistral's does with a system message and one of a u
 def build_tiny_flux_2(
     folder: Path, seed: int, layout: Layout = "files", is_dev: bool = False, flag: str = BASE
 ) -> list[str]:
-    """Write a tiny model into `folder` and return the arguments that name it, the base model as `flag`. One seed has
-    the same weights in every layout."""
+    """Write a tiny model into `folder` and return the options that select it, with the base model as `flag`. Equal
+    seeds give equal weights in every layout."""
     write = write_mistral_tokenizer if is_dev else lambda path: write_qwen3_tokenizer(path, QWEN3_SPECIAL)
     parts = tiny_parts(seed, write(folder / "tokenizer"), is_dev)
     if layout == "diffusers":
@@ -97,7 +97,7 @@ def build_tiny_flux_2(
 
 
 def tiny_parts(seed: int, num_words: int, is_dev: bool) -> Parts:
-    """(config.json, weights) by diffusers' folder names; the denoiser's names are ours."""
+    """Return (config.json, weights) by diffusers' folder name; the denoiser has our names."""
     from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
 
     sizes = {**(MISTRAL if is_dev else QWEN3), "vocab_size": num_words}
@@ -113,7 +113,7 @@ def tiny_parts(seed: int, num_words: int, is_dev: bool) -> Parts:
 
 
 def tiny_vae(seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, weights); its statistics are those of a trained batch norm, with positive variances."""
+    """Return (config.json, weights); its batch norm statistics are like trained ones, with positive variances."""
     from diffusers import AutoencoderKLFlux2
 
     with torch.device("meta"):
@@ -125,7 +125,7 @@ def tiny_vae(seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def full_size_encoder(release: str) -> Any:
-    """The whole text encoder of a release on the meta device."""
+    """Return the whole text encoder of a release on the meta device."""
     from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
 
     sizes: dict[str, Any] = {
@@ -146,7 +146,7 @@ def full_size_vae() -> Any:
 
 
 def original_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The VAE in the layout of ae.safetensors."""
+    """Return the VAE in the layout of ae.safetensors."""
     found = ldm_vae(state)
     for ours, theirs in ORIGINAL.items():
         for key in [key for key in found if key.startswith(theirs)]:
@@ -155,7 +155,7 @@ def original_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_mistral_tokenizer(folder: Path) -> int:
-    """Mistral's tokenizer with all bytes, a few words and the marks of a chat; returns the size of its vocabulary."""
+    """Write Mistral's tokenizer with all bytes, a few words and the chat markers; return its vocabulary size."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
@@ -174,5 +174,5 @@ def write_mistral_tokenizer(folder: Path) -> int:
 
 
 def tiny_flux_2(seed: int, is_dev: bool = False) -> Flux2:
-    """The denoiser alone, its weights random."""
+    """Return the denoiser alone, with random weights."""
     return tiny_denoiser(Flux2, replace(CONFIG, has_guidance=is_dev), seed)

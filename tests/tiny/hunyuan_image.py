@@ -42,7 +42,7 @@ VAE = {
     "scaling_factor": 0.75289,
 }
 NUM_QWEN_LAYERS = 4
-QWEN_SHAPES = {  # those that its configuration is read off
+QWEN_SHAPES = {  # from which its configuration is derived
     "embed_tokens.weight": (0, CONFIG.text_width),
     "layers.0.self_attn.k_proj.weight": (CONFIG.text_width, CONFIG.text_width),
     "layers.0.mlp.gate_proj.weight": (96, CONFIG.text_width),
@@ -62,8 +62,8 @@ CAPTION_WORDS = "a photo of a red blue cat dog sitting running in the grass, wit
 
 
 def build_tiny_hunyuan_image(folder: Path, seed: int, layout: Layout = "files") -> list[str]:
-    """Write a tiny model into `folder` and return the arguments that name it. One seed has the same weights in every
-    layout."""
+    """Write a tiny model into `folder` and return the options that select it. Equal seeds give equal weights in
+    every layout."""
     parts = tiny_parts(seed, write_qwen_tokenizer(folder / "tokenizer"))
     if layout == "diffusers":
         return write_folder(
@@ -80,7 +80,7 @@ def build_tiny_hunyuan_image(folder: Path, seed: int, layout: Layout = "files") 
 
 
 def tiny_parts(seed: int, num_words: int) -> Parts:
-    """(config.json, weights) by diffusers' folder names; the denoiser's and the VAE's names are ours and diffusers'."""
+    """Return (config.json, weights) by diffusers' folder name; the denoiser has our names, the VAE diffusers'."""
     from diffusers import AutoencoderKLHunyuanImage
     from transformers import T5Config, T5EncoderModel
 
@@ -101,7 +101,7 @@ def tiny_parts(seed: int, num_words: int) -> Parts:
 
 
 def whole_qwen(num_words: int) -> Any:
-    """transformers' model with all its layers and its last norm, on the meta device."""
+    """Return transformers' model with all of its layers and its last norm, on the meta device."""
     from accelerate import init_empty_weights
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
@@ -112,13 +112,13 @@ def whole_qwen(num_words: int) -> Any:
 
 
 def original_denoiser(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The denoiser in the layout of the original single file, whose first layer is a convolution."""
+    """Return the denoiser in the layout of the original single file, whose first layer is a convolution."""
     original = {to_original(name): tensor for name, tensor in state.items()}
     return original | {"img_in.proj.weight": original["img_in.proj.weight"][:, :, None, None]}
 
 
 def original_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The VAE in the layout of the original single file."""
+    """Return the VAE in the layout of the original single file."""
     return {original_vae_key(name): tensor for name, tensor in state.items()}
 
 
@@ -141,7 +141,7 @@ def original_vae_key(name: str) -> str:
 
 
 def write_qwen_tokenizer(folder: Path) -> int:
-    """A tokenizer of Qwen's kind that knows the words of the template and a few more; returns how many ids it has."""
+    """Write a tokenizer of Qwen's kind with the words of the template and a few more; return its vocabulary size."""
     from tokenizers import trainers
     from transformers import Qwen2Tokenizer
 
@@ -158,5 +158,5 @@ def write_qwen_tokenizer(folder: Path) -> int:
 
 
 def tiny_hunyuan_image(seed: int) -> HunyuanImage:
-    """The denoiser alone, its weights random."""
+    """Return the denoiser alone, with random weights."""
     return tiny_denoiser(HunyuanImage, CONFIG, seed)

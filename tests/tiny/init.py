@@ -1,13 +1,13 @@
-"""Weights for tiny models: random, never ones or zeros, and sized so that a signal keeps its size on its way."""
+"""Weights for tiny models: random, never ones or zeros, and scaled so that signals keep their size."""
 
 import torch
 from torch import Tensor, nn
 
 
 def fixed_init(module: nn.Module, seed: int) -> dict[str, Tensor]:
-    """A state dict for `module` (which may lie on the meta device), the same for the same seed.
+    """Return a state dict for `module` (which may be on the meta device); equal seeds give equal weights.
 
-    Matrices and kernels are normal with variance 1 / fan-in, norm weights lie around 1, biases around 0.
+    Matrices and kernels are normal with variance 1 / fan-in, norm weights are around 1, biases around 0.
     """
     generator = torch.Generator().manual_seed(seed)
     return {name: init_tensor(name, tensor, generator) for name, tensor in sorted(module.state_dict().items())}

@@ -1,4 +1,4 @@
-"""Tiny models whose U-Net sees a mask and the rest of the image too."""
+"""Tiny models whose U-Net also receives a mask and the masked image."""
 
 import json
 import shutil
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from library.models.unet.checkpoint_keys import UNET_PREFIX
 
-NUM_MORE = 5  # channels: the mask, and four of what is kept
+NUM_MORE = 5  # channels: the mask, and four of the masked image's latents
 
 
 def widened(weight: Tensor, seed: int) -> Tensor:
-    """The first layer's weight with further input channels, as large as those there are."""
+    """Return the first layer's weight with NUM_MORE additional input channels of the same scale."""
     shape = len(weight), NUM_MORE, *weight.shape[2:]
     return torch.cat([weight, torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * weight.std()], 1)
 
 
 def widen_folder(plain: Path, target: Path, seed: int) -> Path:
-    """A copy of a diffusers folder as an inpainting model."""
+    """Write a copy of a diffusers folder as an inpainting model."""
     shutil.copytree(plain, target)
     config = json.loads((target / "unet" / "config.json").read_text())
     (target / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": 4 + NUM_MORE}))
@@ -31,7 +31,7 @@ def widen_folder(plain: Path, target: Path, seed: int) -> Path:
 
 
 def widen_file(plain: Path, target: Path, seed: int) -> Path:
-    """A copy of a single file, and of the tokenizer beside it, as an inpainting model."""
+    """Write a copy of a single file, and of the tokenizer next to it, as an inpainting model."""
     target.mkdir()
     shutil.copytree(plain.parent / "tokenizer", target / "tokenizer")
     weights, name = load_file(plain), f"{UNET_PREFIX}input_blocks.0.0.weight"

@@ -44,14 +44,14 @@ QWEN3_VL = {
     "head_dim": 8,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5_000_000.0, "mrope_section": [2, 1, 1]},
 }
-PREFIX = "model."  # of the text encoder's file, which has its vision model too
+PREFIX = "model."  # of the text encoder's file, which also contains its vision model
 
 
 def build_tiny_krea2(
     folder: Path, seed: int, layout: Layout = "files", flag: str = BASE, name: str = "raw"
 ) -> list[str]:
-    """Write a tiny model into `folder` and return the arguments that name it, the base model as `flag`, its transformer
-    called `name`. One seed has the same weights in every layout."""
+    """Write a tiny model into `folder` and return the options that select it, with the base model as `flag` and its
+    transformer called `name`. Equal seeds give equal weights in every layout."""
     parts = tiny_parts(seed, write_qwen3_tokenizer(folder / "tokenizer"))
     if layout == "diffusers":
         index = {"_class_name": "Krea2Pipeline", "is_distilled": False}
@@ -67,7 +67,7 @@ def build_tiny_krea2(
 
 
 def tiny_parts(seed: int, num_words: int) -> Parts:
-    """(config.json, weights) by diffusers' folder names; the denoiser's names are ours, the VAE's diffusers'."""
+    """Return (config.json, weights) by diffusers' folder name; the denoiser has our names, the VAE diffusers'."""
     encoder = tiny_qwen3_vl(seed + 2, num_words, **QWEN3_VL)
     return {
         "transformer": (diffusers_config(CONFIG), tiny_krea2(seed).state_dict()),
@@ -77,7 +77,7 @@ def tiny_parts(seed: int, num_words: int) -> Parts:
 
 
 def full_size_qwen3_vl() -> Any:
-    """The language model of Qwen3-VL 4B on the meta device."""
+    """Return the language model of Qwen3-VL 4B on the meta device."""
     from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
@@ -87,7 +87,7 @@ def full_size_qwen3_vl() -> Any:
 
 
 def full_size_vae() -> Any:
-    """Qwen-Image's VAE on the meta device."""
+    """Return Qwen-Image's VAE on the meta device."""
     from diffusers import AutoencoderKLQwenImage
 
     with torch.device("meta"):
@@ -95,5 +95,5 @@ def full_size_vae() -> Any:
 
 
 def tiny_krea2(seed: int) -> SingleStreamDiT:
-    """The denoiser alone, its weights random."""
+    """Return the denoiser alone, with random weights."""
     return tiny_denoiser(SingleStreamDiT, CONFIG, seed)

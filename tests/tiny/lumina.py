@@ -42,8 +42,8 @@ MERGES = (("c", "a"), ("ca", "t"), ("d", "o"), ("do", "g"), ("r", "e"), ("re", "
 
 
 def build_tiny_lumina(folder: Path, seed: int, layout: Layout = "files") -> list[str]:
-    """Write a tiny model into `folder` and return the arguments that name it. One seed has the same weights in every
-    layout."""
+    """Write a tiny model into `folder` and return the options that select it. Equal seeds give equal weights in
+    every layout."""
     parts = tiny_parts(seed, write_gemma_tokenizer(folder / "tokenizer"))
     if layout == "diffusers":
         return write_folder(
@@ -60,7 +60,7 @@ def build_tiny_lumina(folder: Path, seed: int, layout: Layout = "files") -> list
 
 
 def tiny_parts(seed: int, num_words: int) -> Parts:
-    """(config.json, weights) by diffusers' folder names; the denoiser's names are ours."""
+    """Return (config.json, weights) by diffusers' folder name; the denoiser has our names."""
     from diffusers import AutoencoderKL
 
     gemma = tiny_gemma(num_words)
@@ -76,14 +76,14 @@ def tiny_parts(seed: int, num_words: int) -> Parts:
 
 
 def tiny_gemma(num_words: int) -> Any:
-    """The text encoder as transformers makes it, its weights of no account."""
+    """Return the text encoder as transformers builds it, with arbitrary weights."""
     from transformers import Gemma2Config, Gemma2Model
 
     return Gemma2Model(Gemma2Config(**GEMMA, vocab_size=num_words)).eval()
 
 
 def write_gemma_tokenizer(folder: Path) -> int:
-    """Gemma's tokenizer with letters and a few words; returns the size of its vocabulary."""
+    """Write Gemma's tokenizer with letters and a few words; return its vocabulary size."""
     from transformers import GemmaTokenizer
 
     words = [*SPECIAL, *LETTERS, *("".join(pair) for pair in MERGES)]
@@ -93,5 +93,5 @@ def write_gemma_tokenizer(folder: Path) -> int:
 
 
 def tiny_lumina(seed: int) -> NextDiT:
-    """The denoiser alone, its weights random."""
+    """Return the denoiser alone, with random weights."""
     return tiny_denoiser(NextDiT, CONFIG, seed)

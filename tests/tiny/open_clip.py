@@ -1,4 +1,4 @@
-"""transformers' CLIP weights in OpenCLIP's layout: q, k and v below each other, the projection transposed."""
+"""Conversion of transformers' CLIP weights to OpenCLIP's layout: q, k and v stacked, the projection transposed."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ LAYER = {
 
 
 def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with or without "text_model." in its names."""
+    """Convert `state`, whose names may begin with "text_model."."""
     state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
     found = {
         "token_embedding.weight": state["embeddings.token_embedding.weight"],

@@ -17,7 +17,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def tiny_denoiser(model: Callable[[ConfigT], ModuleT], config: ConfigT, seed: int) -> ModuleT:
-    """A denoiser with random weights, frozen."""
+    """Return a frozen denoiser with random weights."""
     with torch.device("meta"):
         found = model(config)
     found.load_state_dict(fixed_init(found, seed), assign=True)
@@ -29,7 +29,7 @@ def prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_files(folder: Path, files: Mapping[str, tuple[str, dict[str, Tensor]]]) -> list[str]:
-    """Write the file of each flag, of which its stem and weights are given; return the arguments that name them."""
+    """Write one file per flag, from its stem and weights; return the options that name the files."""
     from safetensors.torch import save_file
 
     arguments = []
@@ -47,7 +47,7 @@ def write_whole(
     vae: Mapping[str, Tensor],
     text: dict[str, Tensor],
 ) -> list[str]:
-    """Write a model into one file, as ComfyUI has it, the text encoders under their names in it."""
+    """Write a model into one file in ComfyUI's layout; `text` has the text encoders under their names in that file."""
     state = {**prefixed("model.diffusion_model.", denoiser), **prefixed("vae.", vae), **text}
     return write_files(folder, {flag: (stem, state)})
 
@@ -59,7 +59,7 @@ def write_folder(
     diffusers_state: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
     flag: str = BASE,
 ) -> list[str]:
-    """Write a folder in diffusers' layout, with this model_index.json; `diffusers_state` renames the denoiser's
+    """Write a folder in diffusers' layout with this model_index.json; `diffusers_state` renames the denoiser's
     weights."""
     from safetensors.torch import save_file
 

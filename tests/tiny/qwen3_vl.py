@@ -1,4 +1,4 @@
-"""A tiny Qwen3-VL of transformers, with its vision model, its weights random."""
+"""A tiny Qwen3-VL of transformers, with its vision model and random weights."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ VISION = {
 
 
 def tiny_qwen3_vl(seed: int, num_words: int, **sizes: Any) -> Any:
-    """transformers' Qwen3VLModel; `sizes` replace those of its language model."""
+    """Return transformers' Qwen3VLModel; `sizes` override those of its language model."""
     from transformers import Qwen3VLConfig, Qwen3VLModel
 
     text = {**TEXT, **sizes, "vocab_size": num_words}

@@ -39,8 +39,8 @@ PREFIX = "text_encoders.qwen3vl_8b.transformer."
 
 
 def build_tiny_qwen_image_21(folder: Path, seed: int, layout: Layout = "files", flag: str = BASE) -> list[str]:
-    """Write a tiny model into `folder` and return the arguments that name it, the base model as `flag`. One seed has
-    the same weights in every layout."""
+    """Write a tiny model into `folder` and return the options that select it, with the base model as `flag`. Equal
+    seeds give equal weights in every layout."""
     parts = tiny_parts(seed, write_qwen3_tokenizer(folder / "tokenizer", MARKS))
     if layout == "diffusers":
         return write_folder(folder, {"_class_name": "QwenImage21Pipeline"}, parts, flag=flag)
@@ -53,7 +53,7 @@ def build_tiny_qwen_image_21(folder: Path, seed: int, layout: Layout = "files", 
 
 
 def tiny_parts(seed: int, num_words: int) -> Parts:
-    """(config.json, weights) by diffusers' folder names."""
+    """Return (config.json, weights) by diffusers' folder name."""
     encoder = tiny_text_encoder(seed + 2, num_words)
     config = json.loads(encoder.config.to_json_string())
     return {
@@ -64,7 +64,7 @@ def tiny_parts(seed: int, num_words: int) -> Parts:
 
 
 def tiny_text_encoder(seed: int, num_words: int) -> Any:
-    """transformers' Qwen3VLModel, whose image tokens are those of the tiny tokenizer."""
+    """Return transformers' Qwen3VLModel, whose image tokens are those of the tiny tokenizer."""
     from transformers import Qwen3VLConfig, Qwen3VLModel
 
     ids = {f"{kind}_token_id": num_words - place for place, kind in ((2, "image"), (1, "video"))}
@@ -76,7 +76,7 @@ def tiny_text_encoder(seed: int, num_words: int) -> Any:
 
 
 def tiny_vae(seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, weights)."""
+    """Return (config.json, weights)."""
     from diffusers import AutoencoderKLQwenImage21
 
     with torch.device("meta"):
@@ -85,7 +85,7 @@ def tiny_vae(seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def comfy_vae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the VAE under ComfyUI's names."""
+    """Return the weights of the VAE under ComfyUI's names."""
     blocks = {name: place for place, name in MIDDLE.items()}
 
     def comfy_name(key: str) -> str:
@@ -110,7 +110,7 @@ def comfy_vae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_fused_gates(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the denoiser with the two layers fused that some of ComfyUI's files fuse: gate, then value."""
+    """Return the denoiser's weights with gate and value fused in one layer, as in some of ComfyUI's files."""
     found = {name: tensor for name, tensor in state.items() if not re.search(r"img_mlp\.(proj|gate_layer)\.", name)}
     for name, gate in state.items():
         if "img_mlp.gate_layer." in name:
@@ -120,12 +120,12 @@ def with_fused_gates(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tiny_qwen_image_21(seed: int) -> QwenImage21:
-    """The denoiser alone, its weights random."""
+    """Return the denoiser alone, with random weights."""
     return tiny_denoiser(QwenImage21, CONFIG, seed)
 
 
 def full_size_encoder() -> Any:
-    """Qwen3-VL 8B on the meta device."""
+    """Return Qwen3-VL 8B on the meta device."""
     from transformers import Qwen3VLConfig, Qwen3VLModel
 
     text = {**TEXT, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "vocab_size": 151936}

@@ -74,7 +74,7 @@ SCHEDULER = {
 def build_tiny_sd(folder: Path, seed: int, layout: Layout = "diffusers", is_v2: bool = False) -> Path:
     """Write a tiny model into `folder` and return what --pretrained_model_name_or_path takes.
 
-    Images of 64 px have 8x8 latents. A single file has its tokenizer/ beside it. One seed has the same weights in
+    Images of 64 px have 8x8 latents. A single file has its tokenizer/ next to it. Equal seeds give equal weights in
     every layout.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,8 @@ def build_tiny_sd(folder: Path, seed: int, layout: Layout = "diffusers", is_v2: 
 
 
 def tiny_parts(seed: int, vocab: int, is_v2: bool = False) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """(config.json, weights) of unet, vae and text_encoder; the text encoder's names begin with "text_model."."""
+    """Return (config.json, weights) of unet, vae and text_encoder; the text encoder's names begin with
+    "text_model."."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -120,7 +121,7 @@ def write_folder(folder: Path, parts: Parts) -> Path:
 
 
 def ldm_tensors(states: dict[str, dict[str, Tensor]], is_v2: bool = False) -> dict[str, Tensor]:
-    """The three state dicts in the single-file layout."""
+    """Return the three state dicts in the single-file layout."""
     unet = {UNET_PREFIX + unet_to_ldm(name, UNET_LAYOUT): tensor for name, tensor in states["unet"].items()}
     text = to_open_clip(states["text_encoder"]) if is_v2 else states["text_encoder"]
     clip = {CLIP_PREFIXES["sd2" if is_v2 else "sd1"] + name: tensor for name, tensor in text.items()}
@@ -128,7 +129,7 @@ def ldm_tensors(states: dict[str, dict[str, Tensor]], is_v2: bool = False) -> di
 
 
 def vae_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The VAE in the single-file layout, where its attention is made of 1x1 convolutions."""
+    """Return the VAE in the single-file layout, where its attention is made of 1x1 convolutions."""
     vae = {}
     for name, tensor in state.items():
         is_projection = ".attentions." in name and tensor.ndim == 2
@@ -138,7 +139,7 @@ def vae_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> int:
-    """CLIP's tokenizer with all bytes and a few words, so any caption encodes; returns the size of its vocabulary."""
+    """Write CLIP's tokenizer with all bytes and a few words, so any caption encodes; return its vocabulary size."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     symbols = sorted(ByteLevel.alphabet())
@@ -156,7 +157,7 @@ def write_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> int:
 
 
 def full_size_keys() -> dict[str, Any]:
-    """Facts of the full-size model.
+    """Return facts about the full-size model.
 
     "checkpoint" {name: shape}, "diffusers" {part: {module path: name in the file}}, "lora" {key: shape at rank 4}.
     """

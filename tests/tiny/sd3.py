@@ -30,19 +30,19 @@ PLAIN = MMDiTConfig(
     norms_queries=False,
     dual_attention=frozenset(),
 )
-"""As SD3 medium is: heads 64 wide, no norms of queries."""
+"""Like SD3 medium: heads of width 64, no query norms."""
 
 NORMED = MMDiTConfig(**{**vars(PLAIN), "head_width": 16, "norms_queries": True, "depth": 3})
-"""As SD3.5 large is."""
+"""Like SD3.5 large."""
 
 DUAL = MMDiTConfig(**{**vars(NORMED), "dual_attention": frozenset({0, 1}), "positions_side": 32})
-"""As SD3.5 medium is: the first blocks attend twice."""
+"""Like SD3.5 medium: the first blocks have dual attention."""
 
 CONFIGS = {"sd3-medium": PLAIN, "sd3.5-large": NORMED, "sd3.5-medium": DUAL}
 
 
 def mmdit_weights(config: MMDiTConfig, seed: int) -> dict[str, Tensor]:
-    """Weights of the denoiser under its own names; positions are of the size that cosines have."""
+    """Return weights of the denoiser under its own names; position embeddings have the scale of cosines."""
     with torch.device("meta"):
         model = MMDiT(config)
     weights = fixed_init(model, seed)
@@ -52,7 +52,7 @@ def mmdit_weights(config: MMDiTConfig, seed: int) -> dict[str, Tensor]:
 
 
 def diffusers_mmdit(config: MMDiTConfig, weights: dict[str, Tensor]) -> Any:
-    """diffusers' SD3Transformer2DModel with our weights, which travel through its own reader of original checkpoints.
+    """Return diffusers' SD3Transformer2DModel with our weights, loaded by its own reader of original checkpoints.
 
     Its MLP is always four times as wide as the model.
     """
@@ -80,7 +80,7 @@ def diffusers_mmdit(config: MMDiTConfig, weights: dict[str, Tensor]) -> Any:
 
 
 def tiny_mmdit(config: MMDiTConfig, seed: int) -> MMDiT:
-    """A frozen denoiser in float32."""
+    """Return a frozen denoiser in float32."""
     with torch.device("meta"):
         model = MMDiT(config)
     model.load_state_dict(mmdit_weights(config, seed), assign=True)
@@ -88,7 +88,7 @@ def tiny_mmdit(config: MMDiTConfig, seed: int) -> MMDiT:
 
 
 def full_size_keys() -> dict[str, Any]:
-    """Facts of the full-size models.
+    """Return facts about the full-size models.
 
     "mmdit" {model: {name in the denoiser: shape}}; "parts" {vae, clip_l, clip_g, t5xxl: {name: shape}}; "lora" {model:
     {"default": {key: shape at rank 4}, "variants": {words: network_args, call, num_keys, added, removed, changed}}}.
@@ -125,8 +125,8 @@ VAE = {
 def build_tiny_sd3(folder: Path, seed: int, name: str = "sd3-medium", with_text: bool = True) -> Path:
     """Write a tiny model of the size `name` of CONFIGS as a combined single file, and return its path.
 
-    Beside it lie tokenizer/ and tokenizer_3/ (T5's) and, as files of their own, clip_l, clip_g, t5xxl and vae;
-    `with_text` puts the text encoders into the single file too. Images of 64 px have 8x8 latents.
+    Next to it are tokenizer/, tokenizer_3/ (T5's) and the separate files clip_l, clip_g, t5xxl and vae. `with_text`
+    also puts the text encoders into the single file. Images of 64 px have 8x8 latents.
     """
     from safetensors.torch import save_file
 
@@ -147,7 +147,7 @@ def build_tiny_sd3(folder: Path, seed: int, name: str = "sd3-medium", with_text:
 
 
 def text_modules(vocab: int, t5_vocab: int) -> dict[str, nn.Module]:
-    """clip_l, clip_g and t5xxl on the meta device."""
+    """Return clip_l, clip_g and t5xxl on the meta device."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     ids = {"vocab_size": vocab, "bos_token_id": vocab - 2, "eos_token_id": vocab - 1, "pad_token_id": vocab - 1}
@@ -163,7 +163,8 @@ def text_modules(vocab: int, t5_vocab: int) -> dict[str, nn.Module]:
 
 
 def module_weights(module: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Weights under the names of published files: CLIP's begin with "text_model.", T5's words stand once."""
+    """Return weights under the names of published files: CLIP's begin with "text_model.", T5's word embeddings occur
+    once."""
     weights = fixed_init(module, seed)
     if "shared.weight" in weights:
         return {name: tensor for name, tensor in weights.items() if name != "encoder.embed_tokens.weight"}
@@ -171,7 +172,7 @@ def module_weights(module: nn.Module, seed: int) -> dict[str, Tensor]:
 
 
 def ldm_vae(seed: int) -> dict[str, Tensor]:
-    """The VAE in Stability's layout, where its attention is made of 1x1 convolutions."""
+    """Return the VAE in Stability's layout, where its attention is made of 1x1 convolutions."""
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):

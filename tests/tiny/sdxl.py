@@ -57,7 +57,7 @@ PIPELINE = {
 def build_tiny_sdxl(folder: Path, seed: int, layout: Layout = "diffusers") -> Path:
     """Write a tiny model into `folder` and return what --pretrained_model_name_or_path takes.
 
-    Images of 64 px have 8x8 latents. A single file has its tokenizer/ beside it. One seed has the same weights in
+    Images of 64 px have 8x8 latents. A single file has its tokenizer/ next to it. Equal seeds give equal weights in
     every layout.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,8 @@ def build_tiny_sdxl(folder: Path, seed: int, layout: Layout = "diffusers") -> Pa
 
 
 def tiny_parts(seed: int, vocab: int) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """(config.json, weights) of unet, vae and both text encoders; the text encoders' names begin with "text_model."."""
+    """Return (config.json, weights) of unet, vae and both text encoders; the text encoders' names begin with
+    "text_model."."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -102,7 +103,7 @@ def write_folder(folder: Path, parts: Parts) -> Path:
 
 
 def ldm_tensors(states: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The four state dicts in the single-file layout."""
+    """Return the four state dicts in the single-file layout."""
     unet = {UNET_PREFIX + unet_to_ldm(name, UNET_LAYOUT): tensor for name, tensor in states["unet"].items()}
     clip_l = {CLIP_L_PREFIX + name: tensor for name, tensor in states["text_encoder"].items()}
     clip_g = {CLIP_G_PREFIX + name: tensor for name, tensor in to_open_clip(states["text_encoder_2"]).items()}

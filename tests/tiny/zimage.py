@@ -52,7 +52,7 @@ QWEN3 = {
 }
 MERGES = [("c", "a"), ("ca", "t"), ("d", "o"), ("do", "g"), ("r", "e"), ("re", "d"), ("\u0120", "a")]
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CHAT_TEMPLATE = (  # what Qwen3's does with one message of a user
+CHAT_TEMPLATE = (  # like Qwen3's, for one user message
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
@@ -61,8 +61,8 @@ CHAT_TEMPLATE = (  # what Qwen3's does with one message of a user
 
 
 def build_tiny_zimage(folder: Path, seed: int, layout: Layout = "files", flag: str = BASE) -> list[str]:
-    """Write a tiny model into `folder` and return the arguments that name it, the base model as `flag`. One seed has
-    the same weights in every layout."""
+    """Write a tiny model into `folder` and return the options that select it, with the base model as `flag`. Equal
+    seeds give equal weights in every layout."""
     parts = tiny_parts(seed, write_qwen3_tokenizer(folder / "tokenizer"))
     if layout == "diffusers":
         return write_folder(
@@ -78,7 +78,7 @@ def build_tiny_zimage(folder: Path, seed: int, layout: Layout = "files", flag: s
 
 
 def tiny_parts(seed: int, num_words: int) -> Parts:
-    """(config.json, weights) by diffusers' folder names; the denoiser's names are ours."""
+    """Return (config.json, weights) by diffusers' folder name; the denoiser has our names."""
     from diffusers import AutoencoderKL
     from transformers import Qwen3Config, Qwen3Model
 
@@ -94,7 +94,7 @@ def tiny_parts(seed: int, num_words: int) -> Parts:
 
 
 def full_size_qwen3() -> Any:
-    """Qwen3 4B on the meta device."""
+    """Return Qwen3 4B on the meta device."""
     from transformers import Qwen3Config, Qwen3Model
 
     sizes = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
@@ -103,7 +103,7 @@ def full_size_qwen3() -> Any:
 
 
 def write_qwen3_tokenizer(folder: Path, special: tuple[str, ...] = SPECIAL) -> int:
-    """Qwen3's tokenizer with all bytes, a few words and the marks of a chat; returns the size of its vocabulary."""
+    """Write Qwen3's tokenizer with all bytes, a few words and the chat markers; return its vocabulary size."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
@@ -117,5 +117,5 @@ def write_qwen3_tokenizer(folder: Path, special: tuple[str, ...] = SPECIAL) -> i
 
 
 def tiny_zimage(seed: int) -> ZImage:
-    """The denoiser alone, its weights random."""
+    """Return the denoiser alone, with random weights."""
     return tiny_denoiser(ZImage, CONFIG, seed)

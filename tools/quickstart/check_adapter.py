@@ -1,7 +1,7 @@
 """Measure an adapter on the quickstart's base model: what its images show at several strengths, judged by their pixels.
 
-For each caption and strength: the share of images with the caption's shape and colour, and the mean radius of what they
-show. Over all images of a caption, the rank correlation (Spearman) of strength and radius.
+Prints, for each caption and strength, the share of images with the caption's shape and colour, and the mean radius of
+the shapes. Prints, for each caption, the rank correlation (Spearman) of strength and radius over all its images.
 """
 
 import argparse
@@ -31,14 +31,16 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("adapter", type=Path, help="adapter file that was trained on the base model")
     parser.add_argument("--base", type=Path, default=QUICKSTART / "toy_base", help="diffusers folder")
     parser.add_argument("--captions", nargs="+", required=True, help="captions of the toy world")
-    parser.add_argument("--strengths", type=parse_numbers, default=[0.0, 1.0], help="between commas (default: 0,1)")
-    parser.add_argument("--colour", default="", help="the colour that is counted, for captions that name none")
-    parser.add_argument("--count", type=int, default=32, help="images of each caption and strength (default: 32)")
+    parser.add_argument(
+        "--strengths", type=parse_numbers, default=[0.0, 1.0], help="separated by commas (default: 0,1)"
+    )
+    parser.add_argument("--colour", default="", help="colour to count for captions without one")
+    parser.add_argument("--count", type=int, default=32, help="images per caption and strength (default: 32)")
     return parser
 
 
-def draw_at(base: Path, adapter: Path, strength: float, captions: Sequence[str], count: int) -> list[list[Seen]]:
-    """Return what the images of each caption show; their seeds are 0, 1, ... at every strength."""
+def draw_images(base: Path, adapter: Path, strength: float, captions: Sequence[str], count: int) -> list[list[Seen]]:
+    """Return the contents of `count` images per caption; the seeds are 0, 1, ... at every strength."""
     pipeline: Any = load_pipeline(base)
     if strength:
         merge_lora(pipeline, load_state_dict(adapter), strength)
@@ -49,7 +51,8 @@ def draw_at(base: Path, adapter: Path, strength: float, captions: Sequence[str],
 
 
 def describe(caption: str, colour: str, strengths: Sequence[float], seen: Sequence[Sequence[Seen]]) -> Iterator[str]:
-    """Yield the lines of one caption, whose images are in `seen` by strength; `colour` is counted if it names none."""
+    """Yield the lines of one caption; `seen` has its images by strength, `colour` is counted if the caption names
+    none."""
     wanted = parse_caption(f"{caption} {colour}")
     yield caption
     for strength, images in zip(strengths, seen, strict=True):
@@ -65,8 +68,8 @@ def describe(caption: str, colour: str, strengths: Sequence[float], seen: Sequen
 
 
 def check(args: argparse.Namespace) -> None:
-    """Draw, judge and print."""
-    drawn = [draw_at(args.base, args.adapter, strength, args.captions, args.count) for strength in args.strengths]
+    """Draw, check and print."""
+    drawn = [draw_images(args.base, args.adapter, strength, args.captions, args.count) for strength in args.strengths]
     for number, caption in enumerate(args.captions):
         print("\n".join(describe(caption, args.colour, args.strengths, [one[number] for one in drawn])))
 

@@ -1,7 +1,7 @@
-"""Measure an edit model, or a LoRA of it, on pairs of toy images: how many edits are right, judged by the pixels.
+"""Measure an edit model, or a LoRA of it, on pairs of toy images: the number of correct edits, judged by the pixels.
 
-Each image of --references is edited as the caption of its partner in --results says. The edit is right if it shows the
-shape, colour and background of the partner, and at least half of the pixels of both shapes together are in both.
+Each image of --references is edited with the caption of its partner in --results. An edit is correct if shape, colour
+and background match the partner, and the two shapes overlap by at least half of their union.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def read_image(path: Path) -> ImageArray:
 
 
 def judge(image: ImageArray, wanted: ImageArray) -> dict[str, bool]:
-    """Return which attributes of an image (64, 64, 3) are those of another one, and "place" if its shape lies there."""
+    """Return which attributes of an image (64, 64, 3) match those of `wanted`, and whether the "place" of its shape
+    does."""
     seen, expected = look_at(image), look_at(wanted)
     shown, target = find_foreground(image), find_foreground(wanted)
     return {
@@ -52,7 +53,7 @@ def judge(image: ImageArray, wanted: ImageArray) -> dict[str, bool]:
 
 
 def check_edits(args: argparse.Namespace) -> None:
-    """Draw, judge and print."""
+    """Draw the edits, check and print."""
     wanted = sorted(args.results.glob("*.png"))
     if not wanted:
         raise UserError(f"--results {args.results} has no .png files; make_pairs.py --caption draws pairs")

@@ -1,7 +1,7 @@
-"""Measure the quickstart's base model: how many of its images show their prompt.
+"""Measure the quickstart's base model: the share of its images that show their prompt.
 
-Prompts of the world that it was trained on are sampled with fixed seeds through diffusers' pipeline (DDIM), and every
-image is judged by its pixels. Unseen shapes are counted too: they should almost never appear.
+Prompts of the known toy world are sampled with fixed seeds through diffusers' pipeline (DDIM), and every image is
+judged by its pixels. Shapes outside the training set are counted too: they should almost never appear.
 """
 
 import argparse
@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def draw_prompts(scenes: Sequence[Scene], count: int, seed: int) -> tuple[list[Scene], list[Prompt]]:
-    """Choose scenes, every one at most once before any comes twice, and give each a seed."""
+    """Choose `count` scenes, repeating one only after all have been used, and give each a seed."""
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(len(scenes)) for _ in range(-(-count // len(scenes)))])[:count]
     chosen = [scenes[int(n)] for n in order]
@@ -36,7 +36,7 @@ def draw_prompts(scenes: Sequence[Scene], count: int, seed: int) -> tuple[list[S
 
 
 def measure(images: Sequence[ImageArray], scenes: Sequence[Scene]) -> dict[str, float]:
-    """Return the share of images that are right, for each attribute and for all but the size."""
+    """Return the share of correct images for each attribute, and for all attributes except the size."""
     seen = [look_at(image) for image in images]
     pairs = list(zip(seen, scenes, strict=True))
     shares = {
@@ -46,7 +46,7 @@ def measure(images: Sequence[ImageArray], scenes: Sequence[Scene]) -> dict[str, 
 
 
 def save_grid(images: Sequence[ImageArray], path: Path, num_columns: int = 20) -> None:
-    """Write images side by side into one PNG."""
+    """Write images as a grid into one PNG."""
     from PIL import Image
 
     blank = np.zeros_like(images[0])
@@ -56,12 +56,12 @@ def save_grid(images: Sequence[ImageArray], path: Path, num_columns: int = 20) -
 
 
 def format_shares(shares: dict[str, float]) -> str:
-    """Return shares as "all but size 93 %, shape 95 %"."""
+    """Format shares as "all but size 93.0%, shape 95.0%"."""
     return ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
 
 
 def check(pipeline: Any, count: int, seed: int, image: Path | None) -> list[str]:
-    """Sample and judge; return the result in lines."""
+    """Sample and check images; return the result as lines, and write them to `image` if given."""
     scenes, prompts = draw_prompts(list_scenes(), count, seed)
     images = sample(pipeline, prompts)
     lines = [f"known world, {count} prompts: {format_shares(measure(images, scenes))}"]
@@ -79,14 +79,14 @@ def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "  python3 tools/quickstart/check_toy_base.py --count 200")
     parser.add_argument("--base", type=Path, default=QUICKSTART / "toy_base", help="diffusers folder")
     parser.add_argument("--count", type=int, default=200, help="prompts of the known world, half as many of the unseen")
-    parser.add_argument("--seed", type=int, default=1, help="of the choice of prompts and of their noise")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="that the model computes in")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the prompts and of their noise")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the model")
     parser.add_argument("--image", type=Path, help="write all samples into this PNG as well")
     return parser
 
 
 def print_shares(args: argparse.Namespace) -> None:
-    """Sample, judge and print."""
+    """Sample, check and print."""
     logger.info("DDIM, %d steps, guidance %g, %s", SAMPLING_STEPS, GUIDANCE_SCALE, args.dtype)
     print("\n".join(check(load_pipeline(args.base, DTYPES[args.dtype]), args.count, args.seed, args.image)))
 

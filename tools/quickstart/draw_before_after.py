@@ -1,6 +1,7 @@
-"""Show what a LoRA has taught the quickstart's base model: the same prompts and seeds before and after it.
+"""Show what a LoRA taught the quickstart's base model, with the same prompts and seeds before and after.
 
-Writes one image, `before | after`, and prints in how many samples of each half the checker finds the prompt.
+Writes one image, `before
+after`, and prints the share of samples in each half that show their prompt.
 """
 
 import argparse
@@ -24,14 +25,14 @@ from tools.quickstart.toy_world import QUICKSTART, ImageArray
 logger = logging.getLogger(__name__)
 
 ENLARGEMENT = 2
-NUM_COLUMNS = 4  # of each half
+NUM_COLUMNS = 4  # in each half
 GAP = 8
 TITLE_HEIGHT = 28
 INK, PAPER = (20, 20, 20), (255, 255, 255)
 
 
 def arrange(before: Sequence[ImageArray], after: Sequence[ImageArray], titles: tuple[str, str]) -> Image.Image:
-    """Lay two sets of equally many images side by side, a title above each."""
+    """Lay out two sets of equally many images side by side, with a title above each."""
     cell = before[0].shape[0] * ENLARGEMENT + GAP
     half_width = NUM_COLUMNS * cell + 2 * GAP
     num_rows = -(-len(before) // NUM_COLUMNS)
@@ -51,7 +52,7 @@ def arrange(before: Sequence[ImageArray], after: Sequence[ImageArray], titles: t
 
 
 def draw_before_and_after(base: Path, lora: Path, prompts_file: Path, out: Path) -> tuple[float, float]:
-    """Write the image; return the share of samples that show their prompt, before and after."""
+    """Write the image. Return the shares of samples that show their prompt, before and after."""
     from safetensors.torch import load_file
 
     prompts = read_prompts(prompts_file)
@@ -72,7 +73,7 @@ def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, example)
     parser.add_argument("--base", type=Path, default=QUICKSTART / "toy_base", help="diffusers folder of the base model")
     parser.add_argument("--lora", type=Path, required=True, help="LoRA file (kohya's key names) trained on it")
-    parser.add_argument("--prompts", type=Path, default=QUICKSTART / "prompts.txt", help="prompts, one a line")
+    parser.add_argument("--prompts", type=Path, default=QUICKSTART / "prompts.txt", help="prompts, one per line")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     return parser
 
@@ -80,7 +81,7 @@ def setup_parser() -> argparse.ArgumentParser:
 def draw(args: argparse.Namespace) -> None:
     """Write the image and print the shares."""
     before, after = draw_before_and_after(args.base, args.lora, args.prompts, args.out)
-    print(f"samples that show what their prompt asks for: {before:.0%} before, {after:.0%} after; see {args.out}")
+    print(f"samples that show their prompt: {before:.0%} before, {after:.0%} after; see {args.out}")
 
 
 main = command(setup_parser, draw)

@@ -1,7 +1,7 @@
-"""Draw the quickstart's dataset: images and captions of a shape, by default one that the base model has never seen.
+"""Draw the quickstart's dataset: images and captions of one shape, by default one that the base model has never seen.
 
-Three quarters of the shape's scenes are in the dataset; the prompts cover these and the rest, so that the LoRA is
-tested on the shape and not on the images.
+Three quarters of the shape's scenes are in the dataset. The prompts cover some of these and all the others, which tests
+whether the LoRA learned the shape rather than the images.
 """
 
 import argparse
@@ -25,7 +25,7 @@ PROMPT_OPTIONS = "--w 64 --h 64 --s 20 --l 2"
 
 
 def make_dataset(args: argparse.Namespace) -> None:
-    """Write `shape_00.png` and `shape_00.txt` and so on, and the file of prompts."""
+    """Write `shape_00.png`, `shape_00.txt` and so on, and the file of prompts."""
     rng = np.random.default_rng(args.seed)
     shape, scenes = args.shape, list_scenes((args.shape,))
     shuffled = [scenes[int(n)] for n in rng.permutation(len(scenes))]
@@ -33,8 +33,8 @@ def make_dataset(args: argparse.Namespace) -> None:
     for n, scene in enumerate(shuffled[: args.num_images]):
         Image.fromarray(draw_scene(scene, rng)).save(args.out / f"{shape}_{n:02}.png", optimize=True)
         (args.out / f"{shape}_{n:02}.txt").write_text(scene.caption() + "\n", encoding="utf-8")
-    asked = shuffled[args.num_images :] + shuffled[:NUM_TRAINED_PROMPTS]
-    lines = [f"{scene.caption()} {PROMPT_OPTIONS} --d {n + 1}" for n, scene in enumerate(asked)]
+    prompted = shuffled[args.num_images :] + shuffled[:NUM_TRAINED_PROMPTS]
+    lines = [f"{scene.caption()} {PROMPT_OPTIONS} --d {n + 1}" for n, scene in enumerate(prompted)]
     heading = f"# the first {len(shuffled) - args.num_images} combinations are not in the dataset"
     args.prompts.write_text("\n".join([heading, *lines]) + "\n", encoding="utf-8")
     logger.info("%s: %d images; %s: %d prompts", args.out, args.num_images, args.prompts, len(lines))
@@ -45,8 +45,8 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=QUICKSTART / "dataset", help="folder of images and captions")
     parser.add_argument("--prompts", type=Path, default=QUICKSTART / "prompts.txt", help="file of prompts to write")
     parser.add_argument("--shape", choices=(*HELD_OUT_SHAPES, *KNOWN_SHAPES), default="heart", help="shape to draw")
-    parser.add_argument("--num_images", type=int, default=32, help="of the shape's 42 scenes, one image each")
-    parser.add_argument("--seed", type=int, default=1, help="of the choice of scenes and of the drawing")
+    parser.add_argument("--num_images", type=int, default=32, help="images, of the shape's 42 scenes")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the scenes and the drawing")
     return parser
 
 

@@ -1,8 +1,9 @@
-"""Draw pairs of toy images that differ in one word, with captions that leave the word out or name both.
+"""Draw pairs of toy images that differ in one word, with captions that omit the word or name both.
 
-Both images of a pair have the same place, size and turn as far as the word allows. They are data for
---preference_loss and --pair_slider: `image_dir` is <out>/<first word>, `opposite_dir` <out>/<second word>. With
---caption they are data for edit models: `image_dir` is <out>/<first word>, `control_dirs` are [<out>/<second word>].
+Both images of a pair have the same position, size and rotation, as far as the word allows. By default the pairs are
+data for --preference_loss and --pair_slider: `image_dir` is <out>/<first word>, `opposite_dir` is <out>/<second word>.
+With --caption they are data for edit models: `image_dir` is <out>/<first word>, `control_dirs` is [<out>/<second
+word>].
 """
 
 import argparse
@@ -25,7 +26,7 @@ from tools.quickstart.toy_world import COLOURS, SIZES, Scene, draw_scene, list_s
 EXAMPLES = """\
   python3 tools/quickstart/make_pairs.py --out output/toy_pairs --words blue other
   python3 tools/quickstart/make_pairs.py --out output/toy_edits --caption "make the shape red" --words red other"""
-OTHER = "other"  # another colour in each pair
+OTHER = "other"  # a different other colour in each pair
 WORDS = {"colour": tuple(COLOURS), "size": tuple(SIZES)}
 
 
@@ -37,19 +38,19 @@ def setup_parser() -> argparse.ArgumentParser:
     captions.add_argument("--name_both", action="store_true", help='captions name both words, as in "red or orange"')
     captions.add_argument("--caption", help="caption of every pair, such as the instruction of an edit")
     parser.add_argument("--count", type=int, default=60, help="pairs, of scenes drawn at random (default: 60)")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes and of what they leave open")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes and the drawing")
     return parser
 
 
 def draw_pair(scene: Scene, attribute: str, words: Sequence[str], seed: int) -> list[Image.Image]:
-    """Draw a scene once with each word."""
+    """Draw a scene once with each word, from the same seed."""
     changes: list[dict[str, Any]] = [{attribute: word} for word in words]
     scenes = [replace(scene, **change) for change in changes]
     return [Image.fromarray(draw_scene(one, np.random.default_rng(seed))) for one in scenes]
 
 
 def make_pairs(args: argparse.Namespace) -> None:
-    """Write the images of each word into its folder, and the captions beside those of the first."""
+    """Write each word's images into its folder, and the captions next to those of the first word."""
     attribute = next((name for name, known in WORDS.items() if set(args.words) <= {*known, OTHER}), None)
     if attribute is None or args.words[0] in (OTHER, args.words[1]):
         raise UserError(

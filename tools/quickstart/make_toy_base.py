@@ -1,6 +1,6 @@
 """Train the quickstart's base model: a very small Stable Diffusion 1.x, on images of the toy world.
 
-The result is a diffusers folder: tokenizer, text encoder, VAE, U-Net and scheduler, weights in fp16. Everything is
+The result is a diffusers folder (tokenizer, text encoder, VAE, U-Net, scheduler) with weights in fp16. Everything is
 drawn and trained from fixed seeds, in under two hours on two CPU cores.
 
 Letters of shapes: B images, T the 77 positions of a caption, H and W pixels or latent cells, C channels.
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SCALING_FACTOR = 0.18215  # trainers of SD 1.x multiply latents by this constant without asking the model
+SCALING_FACTOR = 0.18215  # trainers of SD 1.x hardcode this factor
 NUM_TIMESTEPS = 1000
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # how CLIP splits text before BPE
@@ -52,13 +52,13 @@ NUM_POSITIONS = 77
 TEXT_WIDTH = 128
 
 VAE_BATCH_SIZE = 8
-NUM_DOODLES = 3  # of a batch
+NUM_DOODLES = 3  # per batch
 VAE_LEARNING_RATE = 2e-3
-KL_WEIGHT = 1e-3  # of the mean over latents, against the mean over pixels
+KL_WEIGHT = 1e-3  # weight of the mean over latents, relative to the mean over pixels
 UNET_BATCH_SIZE = 32
-IMAGES_PER_CAPTION = 2  # per batch; the text encoder runs once for them
+IMAGES_PER_CAPTION = 2  # per batch; they share one pass of the text encoder
 UNET_LEARNING_RATE = 1e-3
-EMPTY_CAPTION_SHARE = 0.1  # share of empty captions, which train the unconditional prediction
+EMPTY_CAPTION_SHARE = 0.1  # trains the unconditional prediction
 WARMUP_STEPS = 200
 EMA_DECAY = 0.999
 
@@ -67,14 +67,14 @@ EMA_DECAY = 0.999
 
 
 def byte_letters() -> list[str]:
-    """Return the letter that stands for each byte in CLIP's vocabulary, in CLIP's order."""
+    """Return the character that represents each byte in CLIP's vocabulary, in CLIP's order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]
 
 
 def learn_merges(captions: Sequence[str]) -> list[tuple[str, str]]:
-    """Learn byte pair merges from captions, most frequent first, until every word of theirs is one token."""
+    """Learn byte pair merges from captions, most frequent first, until each of their words is one token."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -91,9 +91,9 @@ def learn_merges(captions: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def make_tokenizer(captions: Sequence[str], folder: Path) -> "CLIPTokenizer":
-    """Write a BPE tokenizer in CLIP's file format, trained on captions, to a folder and load it from there.
+    """Train a BPE tokenizer on captions, write it to `folder` in CLIP's file format, and load it from there.
 
-    All 256 bytes are in its vocabulary, so that a word it has never seen becomes several tokens instead of an error.
+    All 256 bytes are in its vocabulary, so an unknown word becomes several tokens instead of an error.
     """
     from transformers import CLIPTokenizer
 
@@ -186,7 +186,7 @@ def make_unet() -> "UNet2DConditionModel":
 
 
 def make_scheduler() -> Any:
-    """Return SD 1.x's noise schedule, with DDIM sampling."""
+    """Return SD 1.x's noise schedule with DDIM sampling."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -205,14 +205,14 @@ def make_scheduler() -> Any:
 
 
 def to_tensor(images: Sequence[ImageArray]) -> Tensor:
-    """Return images as (B, 3, H, W) from -1 to 1, channels last in memory."""
+    """Return images as (B, 3, H, W) in [-1, 1], channels last in memory."""
     pixels_BHWC = torch.from_numpy(np.stack(images)).float() / 127.5 - 1
     return pixels_BHWC.permute(0, 3, 1, 2)
 
 
 class Trainer:
-    """AdamW with a learning rate that rises for a few steps and falls to zero along a cosine, and an exponential moving
-    average of the weights, shorter at the start of the training."""
+    """AdamW with warm-up, cosine decay to zero, and an exponential moving average of the weights, with a shorter
+    average at the start of training."""
 
     def __init__(self, modules: Sequence[nn.Module], learning_rate: float, weight_decay: float, num_steps: int) -> None:
         self.parameters: list[Tensor] = [parameter for module in modules for parameter in module.parameters()]
@@ -227,7 +227,7 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 
     def step(self, loss: Tensor) -> None:
-        """Take one step and move the average towards the new weights."""
+        """Take one optimizer step and update the moving average."""
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -241,13 +241,13 @@ class Trainer:
 
 
 def draw_batch(scenes: Sequence[Scene], rng: np.random.Generator) -> Tensor:
-    """Draw the VAE's next images (B, 3, H, W): scenes and doodles."""
+    """Draw one batch (B, 3, H, W) for the VAE: scenes and doodles."""
     images = [draw_scene(scenes[int(rng.integers(len(scenes)))], rng) for _ in range(VAE_BATCH_SIZE - NUM_DOODLES)]
     return to_tensor(images + [draw_doodle(rng) for _ in range(NUM_DOODLES)])
 
 
 def train_vae(num_steps: int, seed: int) -> "AutoencoderKL":
-    """Train the VAE to give back scenes and doodles through its 8 x 8 latent cells, and rescale its latents."""
+    """Train the VAE to reconstruct scenes and doodles from 8 x 8 latent cells, and rescale its latents."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     scenes = list_scenes()
@@ -264,17 +264,17 @@ def train_vae(num_steps: int, seed: int) -> "AutoencoderKL":
         progress.set_postfix(error=f"{error.abs().mean().item():.4f}", kl=f"{kl.item():.2f}", refresh=False)
     averaged: AutoencoderKL = trainer.averages[0]
     rescale_latents(averaged, to_tensor([draw_scene(scene, rng) for scene in scenes]))
-    return averaged.half().float()  # the U-Net learns the latents of the weights that are saved
+    return averaged.half().float()  # the U-Net trains on latents of the weights as saved
 
 
 @torch.no_grad()
 def rescale_latents(vae: "AutoencoderKL", pixels_BCHW: Tensor) -> None:
-    """Fold a scale and a shift into the VAE: latents times 0.18215 get mean 0 and deviation 1 per channel."""
-    # The 1 x 1 convolutions around the latents absorb them: the VAE's reconstruction is unchanged.
+    """Fold a scale and a shift into the VAE, so that latents times 0.18215 have mean 0 and deviation 1 per channel."""
+    # The 1 x 1 convolutions around the latents absorb both, so the VAE's reconstruction does not change.
     latents_BCHW = vae.encode(pixels_BCHW).latent_dist.mean
     mean_C = latents_BCHW.mean(dim=(0, 2, 3))
     scale_C = 1 / (SCALING_FACTOR * latents_BCHW.std(dim=(0, 2, 3)))
-    before, after = vae.quant_conv, vae.post_quant_conv  # the first gives means and logarithms of variances
+    before, after = vae.quant_conv, vae.post_quant_conv  # the first outputs means and log variances
     after.bias += after.weight[:, :, 0, 0] @ mean_C
     after.weight /= scale_C.view(1, -1, 1, 1)
     num_channels = len(scale_C)
@@ -285,7 +285,7 @@ def rescale_latents(vae: "AutoencoderKL", pixels_BCHW: Tensor) -> None:
 
 @torch.no_grad()
 def draw_latents(vae: "AutoencoderKL", scenes: Sequence[Scene], num_each: int, rng: np.random.Generator) -> Tensor:
-    """Draw and encode images of every scene: scaled latents (scene, image, C, H, W)."""
+    """Draw `num_each` images of every scene and return their scaled latents (scene, image, C, H, W)."""
     return torch.stack(
         [
             vae.encode(to_tensor([draw_scene(scene, rng) for _ in range(num_each)])).latent_dist.mean * SCALING_FACTOR
@@ -297,7 +297,7 @@ def draw_latents(vae: "AutoencoderKL", scenes: Sequence[Scene], num_each: int, r
 def batches(
     latents_SPCHW: Tensor, ids_SKT: Tensor, empty_T: Tensor, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield latents (B, C, H, W) and token ids (B / 2, T), one row for two neighbouring images, without end."""
+    """Yield latents (B, C, H, W) and token ids (B / 2, T) endlessly; one row of ids serves two consecutive images."""
     num_scenes, num_images = latents_SPCHW.shape[:2]
     num_captions = UNET_BATCH_SIZE // IMAGES_PER_CAPTION
     while True:
@@ -312,7 +312,7 @@ def batches(
 def train_unet(
     latents_SPCHW: Tensor, ids_SKT: Tensor, empty_T: Tensor, tokenizer: "CLIPTokenizer", num_steps: int, seed: int
 ) -> tuple["UNet2DConditionModel", "CLIPTextModel"]:
-    """Train the U-Net and the text encoder together to find the noise in latents, given the caption."""
+    """Train the U-Net and the text encoder together to predict the noise in latents, given the caption."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
@@ -360,7 +360,7 @@ def save_base(
     pipeline.save_pretrained(str(out))
     for path in (out / "tokenizer").iterdir():
         path.unlink()
-    for path in tokenizer_files.iterdir():  # CLIP's own four files; what save_pretrained writes depends on its version
+    for path in tokenizer_files.iterdir():  # CLIP's four files; what save_pretrained writes depends on its version
         (out / "tokenizer" / path.name).write_bytes(path.read_bytes())
 
 
@@ -390,10 +390,10 @@ def make_toy_base(args: argparse.Namespace) -> None:
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "  python3 tools/quickstart/make_toy_base.py --out configs/quickstart/toy_base")
     parser.add_argument("--out", type=Path, default=QUICKSTART / "toy_base", help="folder to write")
-    parser.add_argument("--seed", type=int, default=1, help="of the images, the weights and the training")
+    parser.add_argument("--seed", type=int, default=1, help="seed of images, weights and training")
     parser.add_argument("--vae_steps", type=int, default=3000, help="training steps of the VAE")
     parser.add_argument("--unet_steps", type=int, default=5000, help="training steps of U-Net and text encoder")
-    parser.add_argument("--images_per_scene", type=int, default=96, help="images that the U-Net sees of every scene")
+    parser.add_argument("--images_per_scene", type=int, default=96, help="training images of every scene for the U-Net")
     parser.add_argument("--vae", type=Path, help="folder of a VAE to use instead of training one, e.g. OUT/vae")
     return parser
 

@@ -1,9 +1,9 @@
 """Train the toy edit model: a very small FLUX.1 Kontext, on edits of the toy world.
 
-The result is a diffusers folder. Its transformer has learned to keep a picture and to paint its background white, gray
-or black; it has never seen a shape change, so a LoRA has something to teach it. The VAE is that of the quickstart's
-base model, each of its four latent channels four times; the text encoders have random weights, which keep words apart.
-Everything follows from the seed, in 20 minutes on one CPU core.
+The result is a diffusers folder. Its transformer learns to keep an image and to paint its background white, gray or
+black. It never sees a shape change, so a LoRA has something to teach it. The VAE is that of the quickstart's base model
+with each of its four latent channels repeated four times. The text encoders have random weights, which suffice to tell
+words apart. Everything follows from the seed and takes 20 minutes on one CPU core.
 
 Letters of shapes: B images, C channels, H and W latent cells.
 """
@@ -66,12 +66,12 @@ WORDS = (
 )  # fmt: skip
 BATCH_SIZE = 16
 LEARNING_RATE = 2e-3
-SHIFT_OF_LEVELS = 2.0  # toward noise, which four copies of a channel average away
+SHIFT_OF_LEVELS = 2.0  # towards noise: the average of four channel copies is less noisy
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An instruction, and the scene before and after it; `seed` places both alike."""
+    """An instruction with the scenes before and after it; `seed` draws both in the same position and size."""
 
     instruction: str
     before: Scene
@@ -83,7 +83,7 @@ class Edit:
 
 
 def paint_background(scene: Scene, seed: int, rng: np.random.Generator) -> Edit:
-    """Give the background another colour."""
+    """Paint the background in another colour."""
     name = str(rng.choice([one for one in BACKGROUNDS if one != scene.background]))
     return Edit(f"paint the background {name}", scene, replace(scene, background=name), seed)
 
@@ -98,19 +98,19 @@ KNOWN_EDITS: tuple[MakeEdit, ...] = (paint_background, paint_background, keep)
 
 
 def draw_edits(make: MakeEdit, count: int, seed: int) -> list[Edit]:
-    """Draw edits of random scenes, each with a place, a size and shades of its own."""
+    """Draw edits of random scenes, each with its own position, size and shades."""
     rng, scenes = np.random.default_rng(seed), list_scenes()
     return [make(scenes[int(rng.integers(len(scenes)))], int(rng.integers(1 << 31)), rng) for _ in range(count)]
 
 
 def make_vae() -> Any:
-    """Return the quickstart's VAE with 16 latent channels of FLUX.1's scale and shift."""
+    """Return the quickstart's VAE with 16 latent channels in FLUX.1's scale and shift."""
     from diffusers import AutoencoderKL
 
     toy = AutoencoderKL.from_pretrained(str(TOY_BASE / "vae")).float()
     vae = AutoencoderKL.from_config({**toy.config, "latent_channels": 4 * COPIES, "scaling_factor": SCALE})
     state = dict(toy.state_dict())
-    rows = torch.arange(8).repeat_interleave(COPIES)  # of means, then of logarithms of variances
+    rows = torch.arange(8).repeat_interleave(COPIES)  # rows of the means, then of the log variances
     ratio = SCALING_FACTOR / SCALE
     state["encoder.conv_out.weight"] = state["encoder.conv_out.weight"][rows]
     state["encoder.conv_out.bias"] = state["encoder.conv_out.bias"][rows]
@@ -121,7 +121,7 @@ def make_vae() -> Any:
     state["quant_conv.weight"][:half] *= ratio
     state["quant_conv.bias"][:half] = state["quant_conv.bias"][:half] * ratio + SHIFT
     state["quant_conv.bias"][half:] += 2 * np.log(ratio)
-    # The decoder takes the mean of the copies and undoes the scale.
+    # The decoder averages the copies and undoes the scale.
     copies = rows[:half]
     state["post_quant_conv.bias"] = (state["post_quant_conv.bias"] - SHIFT / ratio * after[:, :, 0, 0].sum(1))[copies]
     state["post_quant_conv.weight"] = after[copies][:, copies] / (COPIES * ratio)
@@ -131,7 +131,7 @@ def make_vae() -> Any:
 
 
 def make_text_encoders(num_clip_words: int, num_t5_words: int) -> tuple[Any, Any]:
-    """Return CLIP's and T5's encoder, one narrow layer each, with random weights."""
+    """Return the text encoders of CLIP and T5, with one narrow layer each and random weights."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     ids = {"bos_token_id": num_clip_words - 2, "eos_token_id": num_clip_words - 1, "pad_token_id": num_clip_words - 1}
@@ -147,7 +147,7 @@ def make_text_encoders(num_clip_words: int, num_t5_words: int) -> tuple[Any, Any
 
 
 def write_t5_tokenizer(folder: Path) -> Any:
-    """Write T5's tokenizer with the words of captions and instructions."""
+    """Write a T5 tokenizer that knows the words of captions and instructions."""
     from transformers import T5TokenizerFast
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -3.0), *((f"▁{word}", -2.0) for word in WORDS)]
@@ -158,7 +158,7 @@ def write_t5_tokenizer(folder: Path) -> Any:
 
 
 class Text:
-    """Captions as the trainer encodes them."""
+    """Cached text encoder outputs of captions, as the trainer computes them."""
 
     def __init__(self, folder: Path, encoders: tuple[Any, Any]) -> None:
         from transformers import CLIPTokenizer, T5TokenizerFast
@@ -170,7 +170,7 @@ class Text:
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Return T5's states and CLIP's pooled state."""
+        """Return T5's states (B, 16, 64) and CLIP's pooled states (B, 32)."""
         for caption in captions:
             if caption not in self.known:
                 ids = {
@@ -191,14 +191,14 @@ Batch = tuple[list[str], Tensor, Tensor]
 
 
 def encode_images(vae: nn.Module, images: Sequence[ImageArray]) -> Tensor:
-    """Return the latents of images as the transformer gets them."""
+    """Return the latents of images as the transformer receives them."""
     parts = [to_tensor(images[n : n + BATCH_SIZE]) for n in range(0, len(images), BATCH_SIZE)]
     with torch.no_grad():
         return torch.cat([map_latents("_toy.npz").encode(vae, part, None) for part in tqdm(parts, desc="encode")])
 
 
 def batches(vae: nn.Module, num_edits: int, seed: int) -> Iterator[Batch]:
-    """Yield known edits without end."""
+    """Yield batches of known edits endlessly."""
     rng = np.random.default_rng(seed)
     share = num_edits // len(KNOWN_EDITS)
     edits = [edit for n, make in enumerate(KNOWN_EDITS) for edit in draw_edits(make, share, 10 * seed + n)]
@@ -210,10 +210,10 @@ def batches(vae: nn.Module, num_edits: int, seed: int) -> Iterator[Batch]:
 
 
 def train(text: Text, vae: nn.Module, num_edits: int, num_steps: int, seed: int) -> Flux:
-    """Train the transformer to give the velocity noise - latent."""
+    """Train the transformer to predict the velocity, noise - latents."""
     torch.manual_seed(seed)
     model = Flux(CONFIG)
-    with torch.no_grad():  # at first the input passes through: most of the velocity is the noise in it
+    with torch.no_grad():  # start as a scaled identity: most of the velocity is the input's noise
         nn.init.orthogonal_(model.img_in.weight)
         model.final_layer.linear.weight.copy_(0.7 * model.img_in.weight.T)
     trainer = Trainer([model], LEARNING_RATE, 0.01, num_steps)
@@ -275,9 +275,9 @@ def make_toy_edit_base(out: Path, num_edits: int, num_steps: int, seed: int) -> 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "  python3 tools/quickstart/make_toy_edit_base.py --out output/toy_edit_base")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--num_edits", type=int, default=3000, help="pairs that it sees (default: 3000)")
+    parser.add_argument("--num_edits", type=int, default=3000, help="training pairs (default: 3000)")
     parser.add_argument("--steps", type=int, default=7000, help="training steps of the transformer (default: 7000)")
-    parser.add_argument("--seed", type=int, default=1, help="of the images, the weights and the training (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of images, weights and training (default: 1)")
     return parser
 
 

@@ -22,24 +22,27 @@ BATCH_SIZE = 50
 
 @dataclass(frozen=True)
 class Prompt:
-    """One image to make: a caption and the seed of its noise."""
+    """One image to sample: a caption and the seed of its noise."""
 
     caption: str
     seed: int
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read a file as `sample_prompts` takes it; a prompt without a seed gets its number. Raises UserError."""
+    """Read a file in the format of --sample_prompts; a prompt without a seed gets its position in the file.
+
+    Raises UserError if the file has no prompts.
+    """
     found = evaluation.read_prompts(path)
     if not found:
         raise UserError(
-            f'--prompts {path} holds no prompts; write one a line, e.g. "a large red star on a white background"'
+            f'--prompts {path} contains no prompts; write one per line, e.g. "a large red star on a white background"'
         )
     return [Prompt(spec.prompt, number if spec.seed is None else spec.seed) for number, spec in enumerate(found)]
 
 
 def load_pipeline(base: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a diffusers folder of Stable Diffusion 1.x for sampling with DDIM, without touching the network."""
+    """Load a diffusers folder of Stable Diffusion 1.x with DDIM sampling, without network access."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(
@@ -51,7 +54,7 @@ def load_pipeline(base: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def sample(pipeline: Any, prompts: Sequence[Prompt]) -> list[ImageArray]:
-    """Make one image (64, 64, 3) of every prompt; each depends on its own seed only."""
+    """Sample one image (64, 64, 3) per prompt; each depends only on its own seed."""
     drawn: list[ImageArray] = []
     for start in range(0, len(prompts), BATCH_SIZE):
         part = prompts[start : start + BATCH_SIZE]
@@ -67,7 +70,7 @@ def sample(pipeline: Any, prompts: Sequence[Prompt]) -> list[ImageArray]:
 
 
 def count_right(images: Sequence[ImageArray], prompts: Sequence[Prompt]) -> int:
-    """Return how many images show shape, colour, background and style of their prompt."""
+    """Return the number of images with the shape, colour, background and style of their prompt."""
     return sum(
         look_at(image).shows(parse_caption(prompt.caption)) for image, prompt in zip(images, prompts, strict=True)
     )

@@ -1,8 +1,8 @@
-"""The toy world of the quickstart: drawing of its images, their captions, and recognition of what an image shows.
+"""The toy world of the quickstart: how its images are drawn, captioned and recognised.
 
-An image is 64 x 64 pixels and shows one flat shape on one flat background. The bundled base model is trained on solid
-`KNOWN_SHAPES`; it has never seen `HELD_OUT_SHAPES` and the outlined style, so a LoRA has something to teach it. The
-checker `look_at` measures only pixels and knows nothing of the models.
+An image has 64 x 64 pixels and shows one flat shape on a flat background. The bundled base model is trained on solid
+`KNOWN_SHAPES`. It has never seen `HELD_OUT_SHAPES` or the outlined style, so a LoRA has something to teach it. The
+checker `look_at` uses only pixels, no model.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from scipy import ndimage
 from library.errors import UserError
 
 ImageArray = NDArray[np.uint8]  # (64, 64, 3), RGB
-Points = NDArray[np.float64]  # (n, 2), x to the right and y down, the shape's middle at 0 and its radius about 1
+Points = NDArray[np.float64]  # (n, 2), x to the right and y down, centred at 0 with a radius of about 1
 Plane = NDArray[np.float64]  # (height, width)
 Mask = NDArray[np.bool_]  # (height, width)
 Style = Literal["solid", "outlined"]
@@ -40,7 +40,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "gray": (128, 128, 128),
     "black": (16, 16, 16),
 }
-SIZES: dict[str, tuple[float, float]] = {"small": (11.0, 13.5), "large": (19.0, 24.0)}  # radius in pixels, from and to
+SIZES: dict[str, tuple[float, float]] = {"small": (11.0, 13.5), "large": (19.0, 24.0)}  # range of the radius in pixels
 KNOWN_SHAPES = ("circle", "square", "triangle", "cross", "diamond")
 HELD_OUT_SHAPES = ("star", "heart")
 MAX_TURN_DEGREES = 8.0
@@ -57,7 +57,7 @@ CAPTION_TEMPLATES = (
 
 @dataclass(frozen=True)
 class Scene:
-    """The content of an image in words."""
+    """The content of an image as words."""
 
     shape: str
     colour: str
@@ -77,9 +77,9 @@ def list_scenes(shapes: tuple[str, ...] = KNOWN_SHAPES, style: Style = "solid") 
 
 
 def parse_caption(caption: str) -> Scene:
-    """Parse a caption of the world to its scene; the size is "" if the caption has none.
+    """Parse a caption of the toy world; the size is "" if the caption has none.
 
-    Raises UserError for a caption without a shape, a colour and a background.
+    Raises UserError for a caption without a shape, a colour or a background.
     """
     words = caption.lower().replace(",", " ").split()
     shape, colour, background, size = (
@@ -87,7 +87,9 @@ def parse_caption(caption: str) -> Scene:
         for known in (KNOWN_SHAPES + HELD_OUT_SHAPES, COLOURS, BACKGROUNDS, SIZES)
     )
     if not (shape and colour and background):
-        raise UserError(f'"{caption}" names no scene of the toy world; write e.g. "{list_scenes()[0].caption()}"')
+        raise UserError(
+            f'"{caption}" does not describe a scene of the toy world; write e.g. "{list_scenes()[0].caption()}"'
+        )
     return Scene(shape, colour, background, size, "outlined" if "outlined" in words else "solid")
 
 
@@ -96,7 +98,7 @@ def parse_caption(caption: str) -> Scene:
 
 @cache
 def shape_outline(shape: str) -> Points:
-    """Return the corners of a shape around its middle, about one unit in radius."""
+    """Return the corners of a shape, centred at 0 with a radius of about 1."""
     turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
     up = -np.pi / 2
     match shape:
@@ -120,7 +122,9 @@ def shape_outline(shape: str) -> Points:
             x = 16 * np.sin(turn) ** 3
             y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
             return np.stack([x, -y - 2.0], axis=1) / 15.0
-    raise UserError(f'"{shape}" is no shape of the toy world; it has {", ".join(KNOWN_SHAPES + HELD_OUT_SHAPES)}')
+    raise UserError(
+        f'"{shape}" is not a shape of the toy world; use one of {", ".join(KNOWN_SHAPES + HELD_OUT_SHAPES)}'
+    )
 
 
 def _ring_of_points(angles: NDArray[np.float64], radii: NDArray[np.float64]) -> Points:
@@ -128,26 +132,26 @@ def _ring_of_points(angles: NDArray[np.float64], radii: NDArray[np.float64]) -> 
 
 
 def rotate(points: Points, degrees: float) -> Points:
-    """Turn points around the origin."""
+    """Rotate points around the origin."""
     a = np.deg2rad(degrees)
     turned: Points = points @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
     return turned
 
 
 def fill_polygon(corners: Points, size: int = IMAGE_SIZE, oversampling: int = 4) -> Plane:
-    """Return how much of each pixel a polygon covers, 0 to 1; corners are in pixels."""
+    """Return the coverage of each pixel by a polygon, 0 to 1; corners are in pixels."""
     canvas = Image.new("L", (size * oversampling, size * oversampling))
     ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for x, y in corners * oversampling], fill=255)
     return np.asarray(canvas.reduce(oversampling), dtype=np.float64) / 255.0
 
 
 def paint(image: Plane, coverage: Plane, colour: NDArray[np.float64]) -> Plane:
-    """Lay a colour over a float image (64, 64, 3) where coverage is 1, blending at the edges."""
+    """Blend a colour into a float image (64, 64, 3) by `coverage`, 0 to 1."""
     return image + coverage[..., None] * (colour - image)
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator) -> ImageArray:
-    """Draw a scene; position, exact size, turn and shade are drawn from `rng`."""
+    """Draw a scene; position, exact size, rotation and shade come from `rng`."""
     radius = rng.uniform(*SIZES[scene.size])
     room = IMAGE_SIZE / 2 - 1.12 * radius - 3
     middle = IMAGE_SIZE / 2 + rng.uniform(-room, room, size=2)
@@ -163,7 +167,7 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> ImageArray:
 
 
 def draw_doodle(rng: np.random.Generator) -> ImageArray:
-    """Draw one to three random blobs of random colours: from these and the scenes the VAE learns edges and corners."""
+    """Draw one to three blobs of random shape and colour, which teach the VAE edges and corners."""
     palette = np.array(list(COLOURS.values()) + 3 * list(BACKGROUNDS.values()), dtype=np.float64)
     shades = np.clip(palette[rng.choice(len(palette), 4, replace=False)] + rng.uniform(-15, 15, size=(4, 3)), 0, 255)
     image = np.broadcast_to(shades[0], (IMAGE_SIZE, IMAGE_SIZE, 3))
@@ -185,31 +189,31 @@ def draw_doodle(rng: np.random.Generator) -> ImageArray:
 MAX_BORDER_DEVIATION = (
     24.0  # mean distance (RGB, 0..255) of border pixels from their median; a flat background has under 10
 )
-MAX_COLOUR_DISTANCE = 75.0  # farthest a shape's or background's mean colour may lie from the name it gets
-MIN_CONTRAST = 60.0  # nearest a shape's colour may lie to its background's
+MAX_COLOUR_DISTANCE = 75.0  # from the mean colour of a shape or background to the colour it is named after
+MIN_CONTRAST = 60.0  # least colour distance between shape and background
 MAX_STRAY_SHARE = 0.1  # foreground that is not part of the largest blob, relative to that blob
 MIN_SHAPE_PIXELS = 60
-MIN_OVERLAP = 0.84  # intersection over union with the best template
-MIN_OVERLAP_LEAD = 0.01  # how far it must lie ahead of the best template of any other shape
+MIN_OVERLAP = 0.84  # least intersection over union with the best template
+MIN_OVERLAP_LEAD = 0.01  # least lead over the best template of any other shape
 SMALL_IF_RADIUS_BELOW = 16.0
 OUTLINED_IF_HOLE_SHARE_ABOVE = 0.15
-GRID_SIZE = 48  # the grid on which shapes are compared, after moving them to one centre and one area
+GRID_SIZE = 48  # cells per side of the grid on which aligned shapes are compared
 GRID_HALF_WIDTH = 1.3  # of that grid, in units of the square root of the shape's area
 
 
 @dataclass(frozen=True)
 class Seen:
-    """The checker's result for an image; "" for what it cannot name."""
+    """The checker's result for an image; "" for anything that it cannot name."""
 
     shape: str = ""
     colour: str = ""
     background: str = ""
     size: str = ""
     style: str = ""
-    radius: float = field(default=0.0, compare=False)  # half the longer side in pixels; 0 where no shape stands out
+    radius: float = field(default=0.0, compare=False)  # half the longer side in pixels; 0 if no shape is found
 
     def shows(self, scene: Scene) -> bool:
-        """Return True if shape, colour, background and style are the scene's, regardless of the size."""
+        """Return True if shape, colour, background and style match the scene; the size is ignored."""
         return (self.shape, self.colour, self.background, self.style) == (
             scene.shape,
             scene.colour,
@@ -219,11 +223,11 @@ class Seen:
 
 
 def look_at(image: ImageArray) -> Seen:
-    """Name what an image (64, 64, 3) shows from its pixels alone.
+    """Name the content of an image (64, 64, 3) from its pixels.
 
-    The background is the median of the border, the foreground what differs from it; its filled silhouette is moved to
-    one centre and one area and compared with every shape at every allowed rotation. Blank images, noise, several blobs
-    and silhouettes unlike every shape get "" for the shape.
+    The background is the median of the border, the foreground the pixels that differ from it. The filled silhouette is
+    centred, scaled to a fixed area, and compared with every shape at several rotations. The shape is "" for blank
+    images, noise, several blobs, and silhouettes unlike every shape.
     """
     pixels = image.astype(np.float64)
     border = _border_pixels(pixels)
@@ -255,7 +259,8 @@ def look_at(image: ImageArray) -> Seen:
 
 
 def find_foreground(image: ImageArray) -> Mask:
-    """Return the pixels of an image (64, 64, 3) that differ from its background; none if they differ too little."""
+    """Return a mask of the pixels of an image (64, 64, 3) that differ from the background; empty if the contrast is
+    too low."""
     pixels = image.astype(np.float64)
     distance = np.linalg.norm(pixels - np.median(_border_pixels(pixels), axis=0), axis=2)
     contrast = float(np.quantile(distance, 1 - MIN_SHAPE_PIXELS / distance.size))
@@ -276,7 +281,7 @@ def _nearest_name(colour: NDArray[np.float64], names: dict[str, tuple[int, int, 
 
 
 def _normalized(silhouette: Plane) -> Plane:
-    """Resample a silhouette to the comparison grid: its centre of mass in the middle, its area one."""
+    """Resample a silhouette to the comparison grid, centred at its centre of mass and scaled to a fixed area."""
     row, column = ndimage.center_of_mass(silhouette)
     steps = np.linspace(-GRID_HALF_WIDTH, GRID_HALF_WIDTH, GRID_SIZE) * np.sqrt(silhouette.sum())
     places = np.meshgrid(row + steps, column + steps, indexing="ij")
@@ -286,7 +291,7 @@ def _normalized(silhouette: Plane) -> Plane:
 
 @cache
 def _templates() -> tuple[tuple[str, ...], NDArray[np.float64]]:
-    """Return the shape of each template and the templates (n, 48, 48)."""
+    """Return the shape of each template, and the templates (n, 48, 48)."""
     names = [(shape, turn) for shape in KNOWN_SHAPES + HELD_OUT_SHAPES for turn in np.arange(-12.0, 12.1, 4.0)]
     planes = [
         _normalized(fill_polygon(128 + rotate(shape_outline(shape), turn) * 80, size=256)) for shape, turn in names

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.checkpoints.folders import atomic_folder
 from library.checkpoints.hashes import digest_of_file
-from library.checkpoints.tree_json import put_together, take_apart
+from library.checkpoints.tree_json import dump_tree, load_tree
 from library.errors import UserError
 from library.json_text import parse_json
 from library.training.reporting.progress import Part
@@ -85,7 +85,7 @@ def save_state(
     Raises UserError if a part has a value that cannot be written without pickle.
     """
     tensors: dict[str, Tensor] = {}
-    parts = {name: take_apart(keeper.state_dict(), name, tensors) for name, keeper in keepers.items()}
+    parts = {name: dump_tree(keeper.state_dict(), name, tensors) for name, keeper in keepers.items()}
     with atomic_folder(folder) as temporary:
         save_safetensors(
             temporary / NETWORK_FILE, {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
@@ -212,7 +212,7 @@ def restore(facts: StateManifest, network: nn.Module, keepers: Mapping[str, Stat
             logger.warning("the state %s has no state of the %s, which is reset", facts.path, name)
             continue
         try:
-            keeper.load_state_dict(put_together(facts.parts[name], tensors))
+            keeper.load_state_dict(load_tree(facts.parts[name], tensors))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise UserError(
                 f"the state {facts.path} does not fit the {name} of this run: {shorten_line(str(error))}. Give the "

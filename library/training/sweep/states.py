@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from library.checkpoints.tree_json import put_together
+from library.checkpoints.tree_json import load_tree
 from library.errors import UserError
 from library.options.output.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
@@ -141,4 +141,4 @@ def read_record(facts: StateManifest) -> SweepRecord:
         raise UserError(
             f"--resume {facts.path} is the state of a run without --sweep; leave --sweep out to go on from it"
         )
-    return SweepRecord.of(put_together(facts.parts[PART], {}))
+    return SweepRecord.of(load_tree(facts.parts[PART], {}))

@@ -75,7 +75,7 @@ def test_numbered_files_are_named_by_their_first(name: str, tiny: list[str], tmp
     arguments = in_two_files(tiny, (BASE, "--text_encoder"), tmp_path)
     assert_same_models(opened(name, arguments), opened(name, tiny))
     Path(arguments[1].replace("00001", "00002", 1)).unlink()
-    with pytest.raises(UserError, match=r"is the first of 2 files, but these are not beside it: .*00002-of-00002"):
+    with pytest.raises(UserError, match=r"is the first of 2 files, but these are not next to it: .*00002-of-00002"):
         opened(name, arguments)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from library.architectures.specs import list_specs
 from library.checkpoints.files import save_safetensors
-from library.checkpoints.recognition import keys_of_text_encoders, require_card
+from library.checkpoints.recognition import keys_of_text_encoders, require_spec
 from networks.core.files.adapter_file import parse_adapter
 from networks.core.files.foreign_names import add_model
 from tests.recognising import base_of
@@ -67,13 +67,13 @@ def test_one_key_tells_the_base_model(base: str | None, key: str, shape: tuple[i
 
 def test_an_unknown_base_model_is_refused_and_those_that_are_known_are_named() -> None:
     with pytest.raises(ValueError, match=r"x\.safetensors: its base model .*Anima, FLUX\.1, .*Diffusion 1\.x"):
-        require_card(list_specs(), {"something.else": (4, 4)}, {}, "x.safetensors")
+        require_spec(list_specs(), {"something.else": (4, 4)}, {}, "x.safetensors")
 
 
 def test_a_file_gets_the_card_of_its_base_model() -> None:
     for base, key, shape in CASES:
         if base is not None:
-            assert require_card(list_specs(), {key: shape}, {}, "x").name == base
+            assert require_spec(list_specs(), {key: shape}, {}, "x").name == base
 
 
 LAYER = "encoder.layers.0.mlp.fc1"

@@ -138,7 +138,9 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path) -> None:
             load_state_dict(tmp_path / "a.pt")
         assert said in str(refused.value) and "\n" not in str(refused.value)
     torch.save({"w": Payload}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"it holds other Python objects \(tests.unit.checkpoints.test_files.Payload\)"):
+    with pytest.raises(
+        UserError, match=r"it contains other Python objects \(tests.unit.checkpoints.test_files.Payload\)"
+    ):
         load_state_dict(tmp_path / "a.pt")
 
 

@@ -231,7 +231,7 @@ def test_forge_refuses_more_than_12_unknown_keys(num_unknown: int, amount: str) 
 
 def test_diffusers_refuses_alpha_in_its_own_naming() -> None:
     reading = by("diffusers", ab(SD1_UNET) | {f"{SD1_UNET}.alpha": ()})
-    assert reading.amount == "none" and reading.reasons == ("it refuses .alpha beside lora_A and lora_B",)
+    assert reading.amount == "none" and reading.reasons == ("it refuses .alpha in addition to lora_A and lora_B",)
 
 
 def test_diffusers_refuses_a_mix_of_namings() -> None:
@@ -377,7 +377,7 @@ def test_stable_diffusion_cpp_loses_q_k_v_of_the_text_encoder_of_sd2() -> None:
 
 def test_a_program_without_the_base_model_says_so() -> None:
     reading = by("Forge", ab("diffusion_model.layers.0.attention.qkv", 2304))
-    assert reading.reasons == ("it takes no adapters of Lumina Image 2.0",)
+    assert reading.reasons == ("it supports no adapters of Lumina Image 2.0",)
 
 
 def test_peft_names_are_read_by_none() -> None:

@@ -68,9 +68,9 @@ def test_files_of_an_index_are_one_checkpoint(tmp_path):
     assert_holds_all(open_weights(index))
     assert_holds_all(open_weights(tmp_path / "m-00001-of-00002.safetensors"))
     (tmp_path / "m-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"lists files that are not beside it: m-00002-of-00002.safetensors"):
+    with pytest.raises(ValueError, match=r"lists files that are not next to it: m-00002-of-00002.safetensors"):
         open_weights(index)
-    with pytest.raises(ValueError, match=r"first of 2 files, but these are not beside it: m-00002-of-00002"):
+    with pytest.raises(ValueError, match=r"first of 2 files, but these are not next to it: m-00002-of-00002"):
         open_weights(tmp_path / "m-00001-of-00002.safetensors")
 
 

@@ -40,7 +40,7 @@ def test_the_option_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr(Path, "read_bytes", refused)
-    monkeypatch.setattr(weights, "refuse_stranger", refused)
+    monkeypatch.setattr(weights, "require_weight_file", refused)
     monkeypatch.setattr("library.data.sources.folders.metadata_file.open", refused, raising=False)
     with pytest.raises(UserError, match=rf"{flag} .*{file} cannot be read: Permission denied; change its permissions"):
         read(path)

@@ -96,7 +96,7 @@ def test_two_loras_of_sd_become_one_with_each_block_at_its_strength(
     assert merged.keys() == first.keys() == second.keys()
     for name, change in merged.items():
         torch.testing.assert_close(change, first[name] + second[name], rtol=1e-4, atol=2e-5)  # float32, by SVD
-    assert ("are in no block that a list of 17 names (IN03" in caplog.text) == (length == 17)
+    assert ("are in no block of a list of 17 (IN03" in caplog.text) == (length == 17)
 
 
 @pytest.mark.parametrize("length", [12, 20, 26])

@@ -61,4 +61,4 @@ def test_every_network_module_lists_what_it_takes(found: dict[str, Any]) -> None
 
 def test_an_unknown_script_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--script", "sdxl_train_networks.py"]) == 1
-    assert "is no training script; use sdxl_train_network.py" in capsys.readouterr().err
+    assert "is not a training script; use sdxl_train_network.py" in capsys.readouterr().err

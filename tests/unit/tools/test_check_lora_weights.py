@@ -92,7 +92,7 @@ def test_odd_but_usable_things_are_warnings() -> None:
     assert report.warnings == [
         "keys that belong to no adapter: bundle_emb.x",
         "Stable Diffusion 1.x has no modules of these names: lora_unet_down_blocks_7_conv",
-        "change nothing, all zeros: lora_unet_down_blocks_7_conv",
+        "all zeros, without effect: lora_unet_down_blocks_7_conv",
     ]
 
 

@@ -102,7 +102,7 @@ def test_a_part_that_two_files_have_is_the_one_of_its_own_file(
     save_file(vae, tmp_path / "vae.safetensors")
     out = tmp_path / "all.safetensors"
     assert merge(*words({**parts, "vae": tmp_path / "vae.safetensors"}), "--output", out) == 0
-    assert "--vae replaces that part" in caplog.text
+    assert "--vae replaces the same part" in caplog.text
     found = load_state_dict(out)
     assert all(torch.equal(found[f"first_stage_model.{key}"], tensor) for key, tensor in vae.items())
 

@@ -228,4 +228,4 @@ def test_lines_are_read_and_a_table_is_written(tmp_path: Path, capsys: pytest.Ca
     table = json.loads((tmp_path / "out.json").read_text())
     assert table == {"a.png": {"tags": "long hair", "note": 1}, "b.png": {"caption": "a girl"}}
     assert clean_captions_and_tags.main([words[0], str(tmp_path / "out.jsonl")]) == 1
-    assert "a table is written, not lines" in capsys.readouterr().err
+    assert "is a JSON object, not JSON lines" in capsys.readouterr().err

@@ -40,26 +40,26 @@ DRIVER = ["NVIDIA GeForce RTX 4060, 535.54, 8188 MiB"]
 @pytest.mark.parametrize(
     ("torch_there", "driver", "what", "is_wrong", "fix"),
     [
-        (torch_like(), DRIVER, "card", True, "pytorch.org/get-started"),
-        (torch_like("13.0"), DRIVER, "card", True, "requires CUDA 13.0: update the driver"),
-        (torch_like("13.0"), [], "card", False, "far too slow"),
-        (torch_like("13.0", capability=(8, 9), memory=(7 * GIB, 8 * GIB)), DRIVER, "card 0", False, ""),
-        (torch_like("13.0", capability=(8, 9), memory=(3 * GIB, 8 * GIB)), DRIVER, "card 0", False, "nvidia-smi"),
+        (torch_like(), DRIVER, "GPU", True, "pytorch.org/get-started"),
+        (torch_like("13.0"), DRIVER, "GPU", True, "requires CUDA 13.0: update the driver"),
+        (torch_like("13.0"), [], "GPU", False, "far too slow"),
+        (torch_like("13.0", capability=(8, 9), memory=(7 * GIB, 8 * GIB)), DRIVER, "GPU 0", False, ""),
+        (torch_like("13.0", capability=(8, 9), memory=(3 * GIB, 8 * GIB)), DRIVER, "GPU 0", False, "nvidia-smi"),
         (
             torch_like("13.0", capability=(7, 5), memory=(7 * GIB, 8 * GIB)),
             DRIVER,
-            "card 0",
+            "GPU 0",
             True,
             "kernels only for sm_80",
         ),
-        (torch_like("13.0", capability=(12, 0), memory=(7 * GIB, 8 * GIB)), DRIVER, "card 0", False, ""),
+        (torch_like("13.0", capability=(12, 0), memory=(7 * GIB, 8 * GIB)), DRIVER, "GPU 0", False, ""),
     ],
     ids=["CPU build", "old driver", "no card", "fine", "busy", "card too old", "compiled for a newer card"],
 )
 def test_torch_is_held_to_the_card_and_its_driver(
     torch_there: Any, driver: list[str], what: str, is_wrong: bool, fix: str
 ) -> None:
-    line = found(doctor.card_lines(torch_there, driver), what)
+    line = found(doctor.gpu_lines(torch_there, driver), what)
     assert line.is_wrong is is_wrong
     assert fix in line.fix and bool(line.fix) is bool(fix)
 
@@ -152,4 +152,4 @@ def test_start_runs_it_with_the_environment_or_without(
     ((python, script),) = ran
     assert script == "tools/doctor.py"
     assert python == (str(start.python_path(Path("/some/venv"))) if is_there else sys.executable)
-    assert ("no environment yet" in capsys.readouterr().out) is not is_there
+    assert ("is not ready, so this Python is checked" in capsys.readouterr().out) is not is_there

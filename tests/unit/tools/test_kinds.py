@@ -207,7 +207,9 @@ def test_a_base_model_that_is_not_needed_is_told(
     assert merge_lora.main([*words, str(tmp_path / "b.safetensors")]) == 0
     assert "--base_model has no effect: the changes of --models do not depend on it" in caplog.text
     assert merge_lora.main([*words, str(tmp_path / "c"), "--sd_model", str(tiny_sd_folder)]) == 1
-    assert "--base_model is what one LoRA was trained on; it has no meaning with --sd_model" in capsys.readouterr().err
+    assert (
+        "--base_model is only for merging into one LoRA and cannot be used with --sd_model" in capsys.readouterr().err
+    )
 
 
 def test_it_is_checked_shown_and_converted(

@@ -267,7 +267,7 @@ def test_ratios_that_are_one_in_sd_scripts_are_warned_of(
     a, b = (write_adapter(tmp_path / f"{seed}.safetensors", tiny_sd_file, seed) for seed in (85, 86))
     out = tmp_path / "m.safetensors"
     assert merge("--models", a, b, "--ratios", *ratios, "--concat", "--save_to", out) == 0
-    assert ("1.41 times the change of a file; in sd-scripts" in caplog.text) == is_warned
+    assert ("1.41 times the change of a file. In sd-scripts" in caplog.text) == is_warned
     name = f"{ATTENTION}_proj_in"
     first, second, merged = (read_adapter_file(path).modules[name].weight(torch.float64) for path in (a, b, out))
     torch.testing.assert_close(merged, ratios[0] * first + ratios[1] * second, **FLOAT32_SAME_MATH)

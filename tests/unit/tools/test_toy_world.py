@@ -105,7 +105,7 @@ def test_captions_say_what_is_drawn(template: str, style: Style) -> None:
 
 
 def test_caption_of_another_world_is_an_error() -> None:
-    with pytest.raises(ValueError, match="names no scene of the toy world"):
+    with pytest.raises(ValueError, match="does not describe a scene of the toy world"):
         parse_caption("a photo of a cat")
 
 

@@ -105,7 +105,7 @@ def test_a_class_that_the_installed_diffusers_lacks_is_said_to_be_missing(monkey
     import diffusers
 
     model = denoisers()["lumina"]()
-    assert re.fullmatch(r"first and last blocks off .*", compare_with_diffusers(model, package_of(model)).found)
+    assert re.fullmatch(r"first and last blocks differ .*", compare_with_diffusers(model, package_of(model)).found)
     monkeypatch.delattr(diffusers, "Lumina2Transformer2DModel")
     monkeypatch.delitem(diffusers._class_to_module, "Lumina2Transformer2DModel")
     found = compare_with_diffusers(model, package_of(model))
@@ -130,7 +130,7 @@ def test_files_are_compared_byte_for_byte(tmp_path: Path) -> None:
     save_file({**tensors, "y": torch.tensor([1.0, 1.0, 1.125])}, paths[2])
     save_file({"x": tensors["x"]}, paths[3])
     same, other, fewer = (compare_files(paths[0], path) for path in paths[1:])
-    assert not same.is_wrong and same.found == "equal byte for byte (2 tensors)"
+    assert not same.is_wrong and same.found == "identical (2 tensors)"
     assert other.is_wrong and other.found.startswith("1 of 2 tensors differ by up to 3.1e-02 (")
     assert fewer.is_wrong
 
@@ -143,7 +143,7 @@ def test_time_and_memory_are_put_beside_the_plan() -> None:
     steps = [step(9.0, None)] * 5 + [step(0.5, 3 * 2**30), step(0.75, None), step(0.25, 4 * 2**30)]
     planned = predict(counted_step(), Way(), TYPICAL[0])
     time, memory = compare_with_plan(steps, planned)
-    assert time.found == f"0.50 s (median of 3), {planned.seconds:.2f} s a pass planned"
+    assert time.found == f"0.50 s (median of 3), {planned.seconds:.2f} s per batch planned"
     assert memory.found == f"4.0 GiB in tensors at the peak, {planned.tensor_bytes / 2**30:.1f} GiB planned"
     _, memory = compare_with_plan([step(1.0, None)] * 9, planned)
     assert memory.found.startswith("not measured without a GPU: ")

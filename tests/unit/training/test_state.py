@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.flux.options import FluxOptions
-from library.checkpoints.tree_json import put_together, take_apart
+from library.checkpoints.tree_json import dump_tree, load_tree
 from library.data.plan.dataset_digest import content_digests
 from library.errors import UserError
 from library.options.output.saving import SavingOptions, StateOptions
@@ -68,8 +68,8 @@ def test_nested_values_come_back_as_they_were() -> None:
         "limit": float("inf"),
     }
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(take_apart(value, "x", tensors))
-    again = put_together(json.loads(text), tensors)
+    text = json.dumps(dump_tree(value, "x", tensors))
+    again = load_tree(json.loads(text), tensors)
     assert repr(again) == repr(value)
     assert again["groups"][0]["betas"] == (0.9, 0.1 + 0.2)
     assert again["state"][0]["exp_avg"].dtype == torch.bfloat16
@@ -77,7 +77,7 @@ def test_nested_values_come_back_as_they_were() -> None:
 
 def test_what_only_pickle_could_write_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"optimizer\.state is a Linear"):
-        take_apart({"state": nn.Linear(1, 1)}, "optimizer", {})
+        dump_tree({"state": nn.Linear(1, 1)}, "optimizer", {})
 
 
 def test_a_state_says_where_it_stands(tmp_path: Path) -> None:

@@ -109,8 +109,7 @@ def references_in(folder: str, paths: Sequence[str], stems: Sequence[str], surpl
     if unclear:
         raise UserError(
             f"control_dirs {folder}: {format_count(len(unclear), 'image')} with ambiguous reference images: "
-            f"{list_few(unclear)}; "
-            "keep one of the image's own name, or several numbered _0, _1 and so on without a gap"
+            f"{list_few(unclear)}; keep one of the image's own name, or several numbered _0, _1 and so on without a gap"
         )
     return [tuple(os.path.join(folder, name) for name in matches[stem]) for stem in stems]
 
