@@ -185,7 +185,7 @@ def setup_parser() -> argparse.ArgumentParser:
         help="choose each module's rank by its singular values: sv_ratio keeps those above the largest / PARAM, sv_fro "
         "keeps the share PARAM of the Frobenius norm, sv_cumulative the share PARAM of their sum",
     )
-    parser.add_argument("--dynamic_param", type=float, help="PARAM of the method: above 1 for sv_ratio, else 0 to 1")
+    parser.add_argument("--dynamic_param", type=float, help="PARAM of the method: 1 or more for sv_ratio, else 0 to 1")
     parser.add_argument(
         "--svd_lowrank_niter",
         type=int,

@@ -83,7 +83,7 @@ def build_text(options: AnimaOptions, loader: DitLoader, num_t5_words: int) -> A
     Raises UserError if --t5_tokenizer_path, which replaces these folders for T5's, has no tokenizer.
     """
     text, cache_dir = options.text, options.model.tokenizer_cache_dir
-    folders = [*folders_of(text.qwen3 or ""), loader.path.parent]
+    folders = folders_of(text.qwen3, loader.path)
     qwen3_folders = [folders[0], *(folder / QWEN3_TOKENIZER for folder in folders)]
     t5_folders = [folder / T5_TOKENIZER for folder in folders]
     if text.t5_tokenizer_path:
