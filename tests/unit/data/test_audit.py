@@ -231,6 +231,7 @@ def test_images_with_endings_that_are_not_read_are_named(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     for name in ("b.Jpeg", "c.gif", "d.tiff", "notes.md"):
         (tmp_path / "a" / name).write_bytes(b"x")
+    (tmp_path / "a" / "folder.tiff").mkdir()
     text = audited(config(tmp_path, ""), caplog)
     assert "3 images have unsupported extensions" in text and "b.Jpeg, c.gif, d.tiff" in text
 

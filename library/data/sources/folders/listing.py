@@ -51,7 +51,7 @@ def add_link(found: Folder, entry: os.DirEntry[str], caption_extension: str | No
         reason = "is a broken link" if entry.is_symlink() and not entry.is_dir() else None
     except OSError as error:
         leads_to_file, reason = bool(named.captions), f"cannot be followed: {error.strerror}"
-    if leads_to_file or named.aside:
+    if leads_to_file or (reason is not None and named.aside):
         found.images.extend(named.images)
         found.captions.update(named.captions)  # reading it reports the reason if the link is broken
         found.aside.extend(named.aside)
