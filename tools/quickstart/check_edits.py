@@ -75,7 +75,7 @@ def check_edits(args: argparse.Namespace) -> None:
     drawn = [args.output / f"{number:02}_{number}.png" for number in range(1, len(wanted) + 1)]
     judged = [judge(read_image(image), read_image(path)) for image, path in zip(drawn, wanted, strict=True)]
     num_right = sum(all(one.values()) for one in judged)
-    parts = [f"{name} {sum(one[name] for one in judged)}" for name in ATTRIBUTES]
+    parts = [f"{name} {sum(one[name] for one in judged)}" for name in (*ATTRIBUTES, "place")]
     print(f"{num_right} of {len(judged)} edits are right ({', '.join(parts)})")
 
 
