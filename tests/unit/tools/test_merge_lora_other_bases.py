@@ -115,7 +115,7 @@ def test_two_kinds_of_checkpoints_have_no_difference(
     arguments = ["--model_org", str(tiny_sd2_file), "--model_tuned", str(tiny_sdxl_file)]
     assert extract([*arguments, "--save_to", str(tmp_path / "x.safetensors")]) == 1
     said = capsys.readouterr().err
-    assert "--model_org is a Stable Diffusion 2.x model, --model_tuned a Stable Diffusion XL model" in said
+    assert "--model_org is an SD 2.x model, --model_tuned an SDXL model" in said
 
 
 def test_a_lora_for_another_base_model_is_not_merged(
