@@ -215,7 +215,7 @@ def open_sharded(index: Path) -> Weights:
     absent = sorted(name for name, file in weight_map.items() if name not in files[file].shapes)
     if absent:
         raise UserError(f"{index} lists weights missing from its files: {', '.join(absent[:3])}; download it again")
-    return join_shards(index, files, weight_map)
+    return join_weights(str(index), files, weight_map)
 
 
 def open_numbered(first: Path, stem: str, count: int, suffix: str) -> Weights:
@@ -225,20 +225,21 @@ def open_numbered(first: Path, stem: str, count: int, suffix: str) -> Weights:
     if missing:
         raise UserError(f"{first} is the first of {count} files, but these are not next to it: {list_few(missing)}")
     files = {name: open_one(first.parent / name) for name in names}
-    return join_shards(first, files, {key: name for name in names for key in files[name].shapes})
+    return join_weights(str(first), files, {key: name for name in names for key in files[name].shapes})
 
 
-def join_shards(origin: Path, files: Mapping[str, Weights], weight_map: Mapping[str, str]) -> Weights:
-    """Combine several files into one checkpoint; `weight_map` names the file of each tensor."""
-    shapes = {name: files[file].shapes[name] for name, file in weight_map.items()}
-    metadata = {key: value for file in files.values() for key, value in file.metadata.items()}
-    places = {}
-    for name, file in weight_map.items():
-        if isinstance(reader := files[file].read, FromFiles):
-            places[name] = reader.places[name]
-    are_all = len(places) == len(weight_map)
-    read = FromFiles(places) if are_all else lambda name: files[weight_map[name]].read(name)
-    return Weights(str(origin), shapes, read, metadata=metadata)
+def join_weights(origin: str, parts: Mapping[str, Weights], part_of: Mapping[str, str]) -> Weights:
+    """Combine several parts into one checkpoint; `part_of` names the part of each tensor."""
+    owners = {name: parts[part] for name, part in part_of.items()}
+    places = {name: own.read.places[name] for name, own in owners.items() if isinstance(own.read, FromFiles)}
+    return Weights(
+        origin,
+        shapes={name: own.shapes[name] for name, own in owners.items()},
+        read=FromFiles(places) if len(places) == len(owners) else lambda name: owners[name].read(name),
+        quantised={name: own.quantised[name] for name, own in owners.items() if name in own.quantised},
+        metadata={key: value for part in parts.values() for key, value in part.metadata.items()},
+        padded_to={name: own.padded_to[name] for name, own in owners.items() if name in own.padded_to},
+    )
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

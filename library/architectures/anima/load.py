@@ -1,12 +1,7 @@
 """Loading of Anima checkpoints: the three files of its release (transformer with text adapter, Qwen3, VAE)."""
 
-from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
-
-import torch
 
 from library.architectures.anima.checkpoint_keys import ADAPTER
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
@@ -15,7 +10,14 @@ from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles, require_base_name
 from library.checkpoints.model_lookup import existing
-from library.checkpoints.weights import Weights, configure, list_first_names, with_prefix
+from library.checkpoints.weights import (
+    Weights,
+    configure,
+    join_weights,
+    list_first_names,
+    rename_weights,
+    with_prefix,
+)
 from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.dit_loader import DitLoader, open_dit_loader
@@ -32,8 +34,6 @@ MARK = "blocks.0.adaln_modulation_self_attn.1.weight"
 ADAPTER_MARK = "blocks.0.norm_self_attn.weight"
 QWEN3 = Qwen3Release("--qwen3", "Qwen/Qwen3-0.6B", "text_encoders.qwen3_06b.transformer.model.")
 PREFIXES = ("net.", "model.diffusion_model.", "")
-
-ValueT = TypeVar("ValueT")
 
 
 def open_loader(options: AnimaOptions) -> tuple[DitLoader, AnimaConfig]:
@@ -97,21 +97,9 @@ def open_adapter(name: str) -> Weights:
 
 def with_adapter(base: Weights, adapter: Weights) -> Weights:
     """Return the denoiser's weights with `adapter` in place of its text adapter."""
-
-    def join(of_base: Mapping[str, ValueT], of_adapter: Mapping[str, ValueT]) -> dict[str, ValueT]:
-        kept = {name: value for name, value in of_base.items() if not name.startswith(ADAPTER)}
-        return kept | {f"{ADAPTER}{name}": value for name, value in of_adapter.items()}
-
-    def read(name: str) -> torch.Tensor:
-        return adapter.read(name.removeprefix(ADAPTER)) if name.startswith(ADAPTER) else base.read(name)
-
-    return replace(
-        base,
-        shapes=join(base.shapes, adapter.shapes),
-        read=read,
-        quantised=join(base.quantised, adapter.quantised),
-        padded_to=join(base.padded_to, adapter.padded_to),
-    )
+    parts = {"base": base, "adapter": rename_weights(adapter, lambda name: f"{ADAPTER}{name}")}
+    part_of = {name: "base" for name in base.shapes if not name.startswith(ADAPTER)}
+    return join_weights(base.origin, parts, {**part_of, **dict.fromkeys(parts["adapter"].shapes, "adapter")})
 
 
 def check_fit(loader: DitLoader, config: AnimaConfig) -> None:

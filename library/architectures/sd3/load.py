@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -146,10 +147,10 @@ def with_projection(weights: Weights) -> Weights:
     if embedding is None or any(key.startswith("text_projection") for key in weights.shapes):
         return weights
     width = embedding[1]
-    return Weights(
-        weights.origin,
-        {**weights.shapes, PROJECTION: (width, width)},
-        lambda name: torch.eye(width) if name == PROJECTION else weights.read(name),
+    return replace(
+        weights,
+        shapes={**weights.shapes, PROJECTION: (width, width)},
+        read=lambda name: torch.eye(width) if name == PROJECTION else weights.read(name),
     )
 
 
