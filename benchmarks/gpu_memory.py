@@ -183,6 +183,13 @@ def build_randomly(subject: Subject, mode: Mode, device: torch.device) -> nn.Mod
     return model
 
 
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move a tensor, or the tensors of nested dictionaries; return anything else as it is."""
+    if isinstance(value, dict):
+        return {key: to_device(one, device) for key, one in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
 def measure(subject: Subject, mode: Mode, device: torch.device) -> dict[str, float]:
     """Return the peak GiB and the seconds of a step."""
     model = build_randomly(subject, mode, device)
@@ -193,13 +200,8 @@ def measure(subject: Subject, mode: Mode, device: torch.device) -> dict[str, flo
     network.to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=device.type == "cuda")
 
-    def to_device(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: to_device(one) for key, one in value.items()}
-        return value.to(device) if isinstance(value, Tensor) else value
-
     values, named = subject.values()
-    values, named = tuple(to_device(value) for value in values), to_device(named)
+    values, named = tuple(to_device(value, device) for value in values), to_device(named, device)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks.gpu_memory import RANK, Mode, Subject, build_randomly, flux, random_weight, sdxl  # noqa: E402
+from benchmarks.gpu_memory import RANK, Mode, Subject, build_randomly, flux, random_weight, sdxl, to_device  # noqa: E402
 from library.memory.blocks import BlockRunner, plain, recompute, run_blocks_with, stacks_of  # noqa: E402
 from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
 from library.memory.frozen import frozen_layers, multiply_codes  # noqa: E402
@@ -137,12 +137,6 @@ SUBJECTS: Mapping[str, tuple[Callable[[bool], Subject], Callable[[bool], Peer]]]
     "sd3": (sd3, peer_of_sd3),
     "flux": (flux, peer_of_flux),
 }
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return {key: to_device(one, device) for key, one in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def optimizer_of(parameters: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
