@@ -258,6 +258,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     flush_folder(path.parent)
 
 
+def copy_atomically(source: Path, path: Path) -> None:
+    """Copy a file; `path` is replaced whole or not at all. Missing parent folders are created."""
+    with atomic_path(path) as temporary:
+        shutil.copyfile(source, temporary)
+
+
 def remove_temporary(folder: Path, is_wanted: Callable[[str], bool]) -> None:
     """Remove the temporary files of a process killed inside `atomic_path`, if `is_wanted` accepts their stem.
 

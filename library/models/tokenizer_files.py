@@ -2,13 +2,12 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.files import atomic_path
+from library.checkpoints.files import copy_atomically
 from library.checkpoints.model_lookup import fetch_snapshot
 from library.errors import UserError
 
@@ -50,11 +49,9 @@ class TokenizerFiles:
                 return folder
         downloaded = fetch_snapshot(self.hub_name, self.files)
         if cached is not None:
-            cached.mkdir(parents=True, exist_ok=True)
             for name in self.files:
                 if (downloaded / name).is_file():
-                    with atomic_path(cached / name) as temporary:
-                        shutil.copyfile(downloaded / name, temporary)
+                    copy_atomically(downloaded / name, cached / name)
         return downloaded
 
     def load(self, folders: Sequence[Path], cache_dir: str | None, num_words: int | None, **options: Any) -> Any:

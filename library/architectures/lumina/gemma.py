@@ -4,7 +4,6 @@ Letters: B captions, T tokens, E width.
 """
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.checkpoints.files import atomic_path
+from library.checkpoints.files import copy_atomically
 from library.checkpoints.model_lookup import fetch_snapshot
 from library.checkpoints.weights import Weights, configure, list_first_names, select_weights, with_prefix
 from library.errors import UserError
@@ -131,9 +130,7 @@ def find_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path
             f"{'' if own else ' and give --tokenizer_cache_dir <folder>'}"
         ) from error
     if own is not None:
-        own.mkdir(parents=True, exist_ok=True)
-        with atomic_path(own / TOKENIZER_FILE) as temporary:
-            shutil.copyfile(downloaded, temporary)
+        copy_atomically(downloaded, own / TOKENIZER_FILE)
     return downloaded
 
 
