@@ -58,7 +58,7 @@ ALTERNATIVES: Mapping[str, str] = {
     "use_32bit_attention": "use --mixed_precision no for 32 bits",
     "disable_numpy_memmap": "files are never mapped into memory",
 }
-"""What to use instead of options of other scripts and programs; appended to the error for such an option."""
+"""Replacements for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)
