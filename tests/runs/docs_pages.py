@@ -1,0 +1,22 @@
+"""Commands of a documentation page, run as a reader types them."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.contracts.test_docs_commands import ROOT, commands_of
+
+
+def run_commands(page: str, mark: str, folder: Path) -> str:
+    """Run the Python commands of a page of docs/ that contain `mark` in a folder with the project's configs/, one after
+    another. Return what they print."""
+    (folder / "configs").symlink_to(ROOT / "configs")
+    printed = ""
+    for command in (one for one in commands_of(ROOT / "docs" / page) if mark in one):
+        _, script, *words = shlex.split(command)
+        line = [sys.executable, ROOT / script, *words]
+        done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0, done.stderr
+        printed += done.stdout
+    return printed
