@@ -35,8 +35,7 @@ def unhide_library(name: str) -> None:
 
 
 def is_found_by_diffusers(name: str) -> bool:
-    """Return True if diffusers has already found a library. Its later imports would fail if the library were hidden
-    then."""
+    """Return True if diffusers has already found a library: its later imports would fail if it were hidden then."""
     module = sys.modules.get("diffusers.utils.import_utils")
     return module is not None and bool(getattr(module, f"is_{name}_available", bool)())
 

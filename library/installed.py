@@ -34,8 +34,7 @@ def version_of(package: str) -> str | None:
 
 
 def find_lack(requirement: str) -> Lack | None:
-    """Check the package of a requirement such as "torch>=2.9". Return None if it is met or does not apply to this
-    Python."""
+    """Check a requirement such as "torch>=2.9". Return None if it is met or does not apply to this Python."""
     from packaging.requirements import Requirement
 
     wanted = Requirement(requirement)

@@ -34,8 +34,7 @@ class Loader(Protocol):
     def text_encoders(self) -> list[nn.Module]: ...
     def vae(self) -> nn.Module: ...
     def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
-        """Load the denoiser. With `weight_format`, the weights of its blocks are converted to it while they are
-        read."""
+        """Load the denoiser. With `weight_format`, the weights of its blocks are converted as they are read."""
         ...
 
 
@@ -68,8 +67,7 @@ class LiveText:
 
 @dataclass(frozen=True)
 class TextCacheSpec:
-    """The settings for caching a base model's text features; `keys` name them in its `Conditioning` and in the
-    files."""
+    """The settings for caching a base model's text features; `keys` name them in `Conditioning` and in files."""
 
     options: TextCachingOptions
     suffix: str  # "_te_outputs.npz"

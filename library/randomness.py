@@ -22,6 +22,5 @@ def random_for(seed: int, *place: str | int) -> random.Random:
 
 
 def generator_for(seed: int, *place: str | int) -> torch.Generator:
-    """Return a torch generator seeded for a place of a run. It is on the CPU, so its numbers do not depend on the
-    GPU."""
+    """Return a torch generator seeded for a place of a run. It is on the CPU: its numbers do not depend on the GPU."""
     return torch.Generator().manual_seed(stream_seed(seed, *place))

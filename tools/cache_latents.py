@@ -77,8 +77,7 @@ def cache_to_disk(args: argparse.Namespace) -> None:
 
 
 def cache_images(args: argparse.Namespace, entries: Sequence[tuple[str, MetadataEntry]] | None = None) -> DataPlan:
-    """Encode the images and return the data plan with their buckets; `entries` is the metadata file, if already
-    read."""
+    """Encode the images and return the data plan with their buckets; `entries` is the metadata file if already read."""
     options = read_options(args, cache_latents=True, cache_latents_to_disk=True)
     return caching.cache_images(options, *open_vae(options), entries)
 

@@ -63,8 +63,7 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
 
 
 def read_captions(images: Sequence[Path], extension: str) -> Iterator[tuple[Path, str | None]]:
-    """Yield each image with the text of its caption file, or None if it has none. Raises UserError for invalid
-    UTF-8."""
+    """Yield each image with the text of its caption file, None if it has none. Raises UserError for invalid UTF-8."""
     for image in images:
         file = image.with_suffix(extension)
         yield image, decode_utf8(file.read_bytes(), str(file)).strip() if file.is_file() else None

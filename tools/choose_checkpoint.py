@@ -134,8 +134,7 @@ def record_choice(choice: events.Choice, reports: ReportOptions, saving: SavingO
 
 
 def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
-    """Measure the files and print the choice. Raises UserError for invalid options and for files of other base
-    models."""
+    """Measure the files and print the choice. Raises UserError for invalid options and files of other base models."""
     base, options = read_training_options(args.script, training)
     options = adjust_for_measuring(options)
     check_values(options)

@@ -74,8 +74,7 @@ def extends_tag(other: str, tag: str) -> bool:
 
 
 def drop_attributes(tags: Sequence[str]) -> list[str]:
-    """Remove ambiguous attributes if there are several people; a single hair length is kept, because all may share
-    it."""
+    """Remove ambiguous attributes if there are several people; all may share a single hair length, which is kept."""
     left = list(tags)
     for pattern in OF_ONE_PERSON:
         found = [tag for tag in left if pattern.fullmatch(tag)]

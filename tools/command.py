@@ -56,8 +56,7 @@ def act(action: Callable[[], int | None]) -> int:
 
 
 def command(setup_parser: Callable[[], argparse.ArgumentParser], action: Action) -> Callable[..., int]:
-    """Return the `main` of a command. It takes a command line (default: that of the process) and returns the exit
-    status."""
+    """Return the `main` of a command: it takes a command line (default: the process's) and returns the exit status."""
 
     def main(argv: Sequence[str] | None = None) -> int:
         return run(setup_parser(), action, argv)
@@ -149,8 +148,7 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
 
 
 def resolve_ratios(args: argparse.Namespace, unset: float) -> list[float]:
-    """Return one ratio per file of --models, `unset` if --ratios is not given. Raises UserError if the counts
-    differ."""
+    """Return one ratio per file of --models; without --ratios, `unset`. Raises UserError if the counts differ."""
     ratios = args.ratios or [unset] * len(args.models)
     if len(ratios) != len(args.models):
         raise UserError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; use one for each file")

@@ -51,8 +51,7 @@ EXAMPLES = """\
 
 
 def subtract_weights(org: BaseModel, tuned: BaseModel, name: str) -> Tensor:
-    """Return the difference of one weight, in float64. Raises UserError naming the checkpoint if it has NaN or
-    infinity."""
+    """Return the difference of a weight, in float64. Raises UserError naming a checkpoint with NaN or infinity."""
     weights = [base.read(name).double() for base in (org, tuned)]
     for flag, base, weight in zip(("--model_org", "--model_tuned"), (org, tuned), weights, strict=True):
         if num_bad := int((~torch.isfinite(weight)).sum()):
@@ -74,8 +73,7 @@ def measure_differences(org: BaseModel, tuned: BaseModel, target_modules: Sequen
 def extract_module(
     target: TargetModule, difference: Tensor, rank: int, quantile: float, device: torch.device
 ) -> tuple[ModuleWeights, float, float]:
-    """Return (module, squared norm of the error, squared norm of the difference), in float64 where the device has
-    it."""
+    """Return (module, squared norm of the error, squared norm of the difference), in float64 if the device has it."""
     weight = target.module.weight
     assert isinstance(weight, Tensor)
     dtype = torch.float32 if device.type == "mps" else torch.float64

@@ -64,8 +64,7 @@ def keep_ratios(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
 
 
 def square_strengths(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
-    """Return the strengths of sd-scripts: it multiplies both factors by the ratio, and keeps alpha while the ranks
-    add up."""
+    """Return the strengths of sd-scripts: both factors are multiplied by the ratio; alpha is kept, ranks add up."""
     return [ratio * abs(ratio) * rank / sum(ranks) for ratio, rank in zip(ratios, ranks, strict=True)]
 
 
@@ -199,8 +198,7 @@ def add_factors(
 
 
 def approximate(name: str, terms: Terms, ranks: tuple[int, int], weight: Tensor, arithmetic: Arithmetic) -> Merged:
-    """Return the best LoRA for the sum of changes that depend on the base weight. Raises UserError for non-finite
-    weights."""
+    """Return the best LoRA for a sum of changes that need the base weight. Raises UserError for non-finite weights."""
     dtype = torch.promote_types(arithmetic.dtype, torch.float32)  # the difference of nearly equal numbers
     weight = weight.to(arithmetic.device, dtype)
     change = torch.zeros_like(weight)

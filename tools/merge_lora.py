@@ -161,8 +161,7 @@ class CheckpointMerge:
         return tensors
 
     def merge_thirds(self, file: WeightFile, key: str, old: Tensor) -> Tensor:
-        """Change the rows of modules that share a tensor (q, k, v); return the tensor itself if none of them
-        changes."""
+        """Change the rows of modules that share a tensor (q, k, v); return the same tensor if none changes."""
         changed = [(m, third) for m, third in file.thirds.items() if third.key == key and m in self.changes]
         if not changed:
             return old
@@ -305,8 +304,7 @@ def log_strengths(ratios: Sequence[float], strengths: Strengths) -> None:
 def weigh_files(
     files: Sequence[AdapterFile], ratios: Sequence[float], lbws: Sequence[str] | None, base: BaseModel | None
 ) -> list[Weighted]:
-    """Return the files with their strengths. Block lists refer to the base model of `base`, or of each file if it is
-    None."""
+    """Return the files with their strengths. Block lists are for `base`'s model, or for each file's if it is None."""
     lists = block_weights.parse_lists(lbws, len(files))
     plain = [Weighted(file, ratio) for file, ratio in zip(files, ratios, strict=True)]
     if not lists:

@@ -120,8 +120,7 @@ def resize_all(args: argparse.Namespace) -> None:
 def copy_others(
     files: Sequence[Path], images: Sequence[Path], target: Path, resizing: Resizing, args: argparse.Namespace
 ) -> int:
-    """Copy the other files. If requested, copy files named like an image once per resolution. Return the number of
-    copies."""
+    """Copy the other files, on request those named like an image once per resolution; return the number of copies."""
     stems = {image.stem for image in images}
     copies = [
         (file, target / f"{file.stem}{suffix}{file.suffix}")

@@ -218,8 +218,7 @@ class Trial:
 
 
 def prepare_trial(spec: BaseModelSpec, options: TrainOptions, folder: Path, changes: Mapping[str, Any]) -> Trial:
-    """Write the options of a short training run, with the settings of `TRIAL_OPTIONS` and `changes` in place of the
-    user's."""
+    """Write the options of a short training run: the user's, overridden by `TRIAL_OPTIONS` and `changes`."""
     import toml
 
     folder.mkdir()

@@ -54,8 +54,7 @@ class ModuleNames:
 
     @property
     def names_of_pieces(self) -> tuple[tuple[str, ...], ...]:
-        """The names of each piece: diffusers' name, the generic name with the piece's number (OMI's format),
-        aliases."""
+        """The names of each piece: diffusers' name, the generic name with its number (OMI's format), aliases."""
         return tuple((p.diffusers, f"{self.generic}.{i}", *p.aliases) for i, p in enumerate(self.pieces))
 
     def piece_of(self, name: str) -> int | None:

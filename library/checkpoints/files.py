@@ -175,8 +175,7 @@ def file_in_folder(path: Path, where: str) -> Path:
 
 
 def display_path(path: Path) -> Path:
-    """Return the path to show for an adapter file: the folder if PEFT saved it, because all of its files have one
-    name."""
+    """Return the path to show for an adapter file: the folder if PEFT saved it, because all its files have one name."""
     return path.parent if path.stem == PEFT_STEM and path.parent.name else path
 
 

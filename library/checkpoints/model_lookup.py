@@ -34,8 +34,7 @@ def find_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
 
 
 def existing(flag: str, name: str) -> Path:
-    """Return the path of an existing file or folder. Raises NotThere suggesting the nearest name if it does not
-    exist."""
+    """Return the path of an existing file or folder. Raises NotThere with the nearest name if it does not exist."""
     path = Path(name).expanduser()
     if not path.exists():
         raise NotThere(f"{flag} {name} does not exist{nearby(path)}")

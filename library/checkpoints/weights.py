@@ -60,8 +60,7 @@ class Place:
     entry: TensorEntry
 
     def read(self) -> Tensor:
-        """Read the tensor into newly allocated memory. Raises UserError if the file has changed since its header was
-        read."""
+        """Read the tensor into new memory. Raises UserError if the file has changed since its header was read."""
         raw = torch.empty(self.entry.end - self.entry.start, dtype=torch.uint8)
         with self._at_start() as file:
             read_into(file, raw.numpy().data, self.path)

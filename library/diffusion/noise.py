@@ -17,8 +17,7 @@ def draw_normal(shape: tuple[int, ...], generator: torch.Generator, device: torc
 
 
 def draw_strength(strength: float, is_random: bool, generator: torch.Generator) -> float:
-    """Return `strength`, or a uniform value between 0 and `strength` if it is random. A fixed strength draws
-    nothing."""
+    """Return `strength`, or if random a uniform value between 0 and `strength`. A fixed strength draws nothing."""
     return strength * torch.rand((), generator=generator).item() if is_random else strength
 
 

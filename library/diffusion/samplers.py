@@ -226,7 +226,6 @@ def even_sigmas(num_steps: int) -> Tensor:
 
 
 def build_shifted_sampler(prompt: Prompt, predicts: Velocity = "noise - latent") -> FlowSampler:
-    """Build an Euler sampler on evenly spaced noise levels, shifted toward noise by the prompt's `flow_shift`
-    (--fs)."""
+    """Build an Euler sampler on evenly spaced noise levels, shifted toward noise by the prompt's --fs."""
     assert prompt.flow_shift is not None
     return FlowSampler(shift_sigmas(even_sigmas(prompt.num_steps), prompt.flow_shift), predicts)

@@ -13,8 +13,7 @@ BETA_END = 0.012
 
 
 def scaled_linear_betas() -> Tensor:
-    """Return the betas of latent diffusion (Rombach et al. 2022), whose square roots grow linearly; float64, shape
-    T."""
+    """Return the betas of latent diffusion (Rombach et al. 2022): float64, shape T; their square roots are linear."""
     return torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
 
 
@@ -24,8 +23,7 @@ def abar_of(betas_T: Tensor) -> Tensor:
 
 
 def with_zero_terminal_snr(abar_T: Tensor) -> Tensor:
-    """Shift and scale sqrt(abar) so that its last value is 0 and its first is unchanged (Lin et al. 2024, algorithm
-    1)."""
+    """Shift and scale sqrt(abar): the last value becomes 0, the first is kept (Lin et al. 2024, algorithm 1)."""
     root_T = abar_T.sqrt()
     first, last = root_T[0], root_T[-1]
     return ((root_T - last) * first / (first - last)) ** 2

@@ -17,8 +17,7 @@ from library.options.training.noise import NoiseOptions
 
 
 class LevelSampler(Protocol):
-    """A function that draws shares of noise, shape B. Offsets, if supported, are added to each sample's normal
-    value."""
+    """A function that draws shares of noise, shape B. Offsets, if supported, add to each sample's normal value."""
 
     def __call__(
         self,
@@ -52,8 +51,7 @@ def shift_sigmas(sigmas_B: Tensor, shift: float) -> Tensor:
 
 
 def resolution_shift(latent_height: int, latent_width: int, ends: Ends = FLUX_SHIFT_ENDS, patch: int = PATCH) -> float:
-    """Return a shift e^m with m linear in the number of tokens, so that larger images get more noise. Default:
-    FLUX's."""
+    """Return a shift e^m, m linear in the number of tokens, so that larger images get more noise. Default: FLUX's."""
     (few, low), (many, high) = ends
     num_tokens = (latent_height // patch) * (latent_width // patch)
     return math.exp(low + (high - low) * (num_tokens - few) / (many - few))

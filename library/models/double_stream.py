@@ -314,8 +314,7 @@ class SingleStreamBlock(nn.Module):
         return after_BTM
 
     def parts(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the MLP's input, queries, keys and values, none a view of the fused tensor, which it would keep
-        alive."""
+        """Return the MLP's input, queries, keys and values; none is a view, which would keep the fused tensor alive."""
         qkv, mlp = self.linear1(x_BTM).split(self.widths, dim=-1)
         q, k, v = heads(qkv, self.norm, self.head_width)
         return mlp.contiguous(), q, k, v.contiguous()

@@ -38,8 +38,7 @@ def base_of_file(specs: Sequence[BaseModelSpec], shapes: Shapes) -> BaseModelSpe
 
 
 def base_of_folder(specs: Sequence[BaseModelSpec], class_name: str, unet_shapes: Shapes) -> BaseModelSpec | None:
-    """Return the base model of a diffusers folder with a U-Net, from its pipeline's class name and the U-Net's
-    names."""
+    """Return the base model of a diffusers folder with a U-Net, from its pipeline's class and the U-Net's names."""
     named = bases_of_pipeline(specs, class_name)
     if len(named) == 1:
         return named[0]
@@ -97,8 +96,7 @@ def base_of_parts(specs: Sequence[BaseModelSpec], folder: Path) -> BaseModelSpec
 
 
 def refuse_unknown_folder(flag: str, folder: Path, class_name: str) -> None:
-    """Raise UserError for a folder whose pipeline no script trains; a folder with a U-Net passes, its weights
-    decide."""
+    """Raise UserError for a folder whose pipeline no script trains. One with a U-Net passes: its weights decide."""
     if class_name and not (folder / "unet").is_dir():
         raise UserError(f"{flag} {folder}: its model_index.json names {class_name}, which no script supports")
 
@@ -121,8 +119,7 @@ def refuse_other_file(specs: Sequence[BaseModelSpec], flag: str, weights: Weight
 
 
 def text_encoder_in(flag: str, weights: Weights, prefix: str) -> Weights:
-    """Return the text encoder in a U-Net checkpoint, whose names begin with `prefix`. Raises NotThere if it is
-    missing."""
+    """Return the text encoder in a U-Net checkpoint, below `prefix`. Raises NotThere if it is missing."""
     found = with_prefix(weights, prefix)
     if not found.shapes:
         raise NotThere(

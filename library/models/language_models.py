@@ -36,8 +36,7 @@ PREFIXES = ("model.language_model.", "language_model.model.", "language_model.",
 
 
 def text_encoder_dtype(mixed_precision: str) -> torch.dtype:
-    """Return the dtype of a text encoder that overflows float16: that of --mixed_precision, or bfloat16 in place of
-    float16."""
+    """Return the dtype of a text encoder that overflows float16: that of --mixed_precision, bfloat16 for float16."""
     dtype = DTYPES[mixed_precision]
     return torch.bfloat16 if dtype == torch.float16 else dtype
 

@@ -189,8 +189,7 @@ class WeightReader:
         return value if change is None else change(value)
 
     def keep_quantised(self, name: str, layer: nn.Module, codec: Codec | AsInFile | None) -> bool:
-        """Give a layer its weight as the file stores it. Return False if it is not stored in `codec`, or if it is
-        changed."""
+        """Give a layer its weight as the file stores it. Return False if that is not in `codec`, or is changed."""
         quantised = None if name in self.changes else self.weights.quantised.get(name)
         if quantised is None or codec not in (AS_IN_FILE, load_format(quantised.kind).codec):
             return False

@@ -178,8 +178,7 @@ class JointTransformerBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The last layer, which maps tokens to patches of the velocity. Network modules find its layers by this class
-    name."""
+    """The last layer: tokens to patches of the velocity. Network modules find its layers by this class name."""
 
     def __init__(self, width: int, time_width: int, out_features: int) -> None:
         super().__init__()
@@ -225,8 +224,7 @@ class JointTransformer(nn.Module):
         text_mask: Tensor | None,
         mask: Tensor | None,
     ) -> Tensor:
-        """Refine text and image tokens separately and run the main blocks on both; return the image's tokens, (B, I,
-        M)."""
+        """Refine text and image tokens separately, run the main blocks on both; return the image's, (B, I, M)."""
         L = txt_BLM.shape[1]
         text_rope, image_rope = rope[:, :, :L], rope[:, :, L:]
         for block in self.context_refiner:

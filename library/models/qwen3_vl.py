@@ -65,6 +65,5 @@ empty_qwen3_vl = partial(empty_transformers_model, "qwen3_vl", "Qwen3VLText")
 
 
 def load_qwen3_vl(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-    """Load the encoder in `dtype`, frozen, on the CPU. It has no last norm, so its last states are those of its last
-    layer."""
+    """Load the encoder in `dtype`, frozen, on the CPU. It has no last norm: its last states are the last layer's."""
     return remove_last_norm(load_component(empty_qwen3_vl, component, dtype))

@@ -87,8 +87,7 @@ def cut_patches(image_CHW: Tensor, patch: int, num_frames: int) -> Tensor:
 
 
 def rotary_positions(is_slot_S: Sequence[bool], sides: Sequence[tuple[int, int]]) -> Tensor:
-    """Return positions (time, row, column) of tokens, shape (3, S): text advances on all axes, an image on rows and
-    columns."""
+    """Return positions (time, row, column) of tokens, (3, S): text advances on all axes, an image on row and column."""
     found: list[Tensor] = []
     place, left = 0, iter(sides)
     for is_slot, run in groupby(is_slot_S):

@@ -58,8 +58,7 @@ class Rotary:
 
 
 def axis_table(width: int, extent: int, base: float) -> tuple[Tensor, Tensor]:
-    """Compute cosines and sines of the positions 0 to `extent` - 1 along one axis, on the CPU; each (extent, width /
-    2)."""
+    """Compute cosines and sines of the positions 0 to `extent` - 1 along an axis, on the CPU; (extent, width / 2)."""
     # The angles need float64, which not every device supports: float32 is off by 1e-4 at position 1000.
     frequencies = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.arange(extent, dtype=torch.float64)[:, None] * frequencies

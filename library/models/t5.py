@@ -31,8 +31,7 @@ DISTANCE = 128  # relative positions beyond it share one bucket
 
 
 def t5_component(weights: Weights) -> Component:
-    """Build a text encoder's component from a single file. Raises UserError naming the file if it holds something
-    else."""
+    """Build a text encoder's component from a single file. Raises UserError naming the file for anything else."""
     weights = with_prefix(weights, find_prefix(weights.shapes, T5_XXL_NAMES))
     if not any(name in weights.shapes for name in WORDS) or "encoder.final_layer_norm.weight" not in weights.shapes:
         first = list_first_names(weights)

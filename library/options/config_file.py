@@ -74,8 +74,7 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
 
 
 def refuse_nul(value: Any, shown: str) -> None:
-    """Raise UserError if any string in nested tables and lists contains NUL, which the system takes as the end of a
-    path."""
+    """Raise UserError if a string in nested tables and lists contains NUL, which ends a path for the system."""
     if isinstance(value, str) and "\0" in value:
         raise UserError(f"{shown} has a NUL character in a text: {value[:60]!r}; remove it")
     if isinstance(value, (dict, list)):

@@ -51,8 +51,7 @@ def draw_images(base: Path, adapter: Path, strength: float, captions: Sequence[s
 
 
 def describe(caption: str, colour: str, strengths: Sequence[float], seen: Sequence[Sequence[Seen]]) -> Iterator[str]:
-    """Yield the lines of one caption; `seen` has its images by strength, `colour` is counted if the caption names
-    none."""
+    """Yield the lines of a caption; `seen` has its images by strength, `colour` is counted if it names none."""
     wanted = parse_caption(f"{caption} {colour}")
     yield caption
     for strength, images in zip(strengths, seen, strict=True):

@@ -42,8 +42,7 @@ def read_image(path: Path) -> ImageArray:
 
 
 def judge(image: ImageArray, wanted: ImageArray) -> dict[str, bool]:
-    """Return which attributes of an image (64, 64, 3) match those of `wanted`, and whether the "place" of its shape
-    does."""
+    """Return which attributes of an image (64, 64, 3) match those of `wanted`, and whether its shape's "place" does."""
     seen, expected = look_at(image), look_at(wanted)
     shown, target = find_foreground(image), find_foreground(wanted)
     return {

@@ -259,8 +259,7 @@ def look_at(image: ImageArray) -> Seen:
 
 
 def find_foreground(image: ImageArray) -> Mask:
-    """Return a mask of the pixels of an image (64, 64, 3) that differ from the background; empty if the contrast is
-    too low."""
+    """Return a mask of the pixels of an image (64, 64, 3) that differ from the background; empty for low contrast."""
     pixels = image.astype(np.float64)
     distance = np.linalg.norm(pixels - np.median(_border_pixels(pixels), axis=0), axis=2)
     contrast = float(np.quantile(distance, 1 - MIN_SHAPE_PIXELS / distance.size))

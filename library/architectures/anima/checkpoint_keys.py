@@ -35,8 +35,7 @@ BLOCK: Mapping[str, str] = {
 
 
 def diffusers_path(path: str) -> str:
-    """Return diffusers' path of a layer, below "transformer." or "text_conditioner.". Raises KeyError for other
-    paths."""
+    """Return diffusers' path of a layer, below "transformer." or "text_conditioner."; other paths raise KeyError."""
     if path.startswith(ADAPTER):
         return f"text_conditioner.{path.removeprefix(ADAPTER)}"
     if path.startswith("blocks."):

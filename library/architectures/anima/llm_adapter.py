@@ -30,8 +30,7 @@ class AdapterConfig:
 
 
 class Attention(nn.Module):
-    """Attention to the tokens themselves or to a context, with normalized queries and keys; `output` names the last
-    layer."""
+    """Attention to the tokens themselves or to a context, with normalized q and k; `output` names the last layer."""
 
     def __init__(self, width: int, context_width: int, head_width: int, output: str) -> None:
         super().__init__()

@@ -158,8 +158,7 @@ class Sinusoids(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """The shift, scale and gate that every layer corrects for itself. Network modules find the layers by this class
-    name."""
+    """The shift, scale and gate that each layer corrects for itself. Network modules find them by this class name."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -226,8 +225,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The last layer, which maps tokens to patches of the velocity. Network modules find its layers by this class
-    name."""
+    """The last layer: tokens to patches of the velocity. Network modules find its layers by this class name."""
 
     def __init__(self, width: int, rank: int, out_features: int) -> None:
         super().__init__()

@@ -75,8 +75,7 @@ def read_denoiser(base: BaseFiles) -> Weights:
 
 
 def open_component(part: str, name: str | None, base: BaseFiles) -> Component:
-    """Open a part other than the denoiser, from the file or folder of its flag or from the base model's diffusers
-    folder."""
+    """Open a part from the file or folder of its flag, or from the folder of the base model in diffusers' layout."""
     flag, folder = f"--{part}", FOLDERS[part]
     if name is None and base.whole is not None:
         raise NotThere(f"{flag} is missing: {base.path} is only the transformer")

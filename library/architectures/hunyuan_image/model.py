@@ -146,8 +146,7 @@ class HunyuanImage(StreamTransformer):
 
 
 def positions(num_text: int, H: int, W: int, device: torch.device) -> Tensor:
-    """Return positions of tokens, shape (T, 2): text at (0, 0), which rotates nothing, image tokens at (row,
-    column)."""
+    """Return positions of tokens, shape (T, 2): text at (0, 0), which is not rotated, image at (row, column)."""
     ids_T2 = torch.zeros(num_text + H * W, NUM_AXES, dtype=torch.long, device=device)
     ids_T2[num_text:, 0] = torch.arange(H, device=device).repeat_interleave(W)
     ids_T2[num_text:, 1] = torch.arange(W, device=device).repeat(H)
@@ -233,8 +232,7 @@ class TokenRefiner(nn.Module):
         self.individual_token_refiner = RefinerBlocks(config)
 
     def forward(self, text_BLE: Tensor, timesteps_B: Tensor, mask_BL: Tensor) -> Tensor:
-        """Return the refined tokens, BLM; those with a false mask are not attended to, and their outputs are
-        undefined."""
+        """Return the refined tokens, BLM. Those with a false mask are not attended to; their outputs are undefined."""
         weights_BL1 = mask_BL.float()[..., None]
         mean_BE = (text_BLE * weights_BL1).sum(dim=1) / weights_BL1.sum(dim=1)
         vec_BM = self.t_embedder(timesteps_B, text_BLE.dtype) + self.c_embedder(mean_BE.to(text_BLE.dtype))

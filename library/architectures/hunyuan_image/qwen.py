@@ -102,8 +102,7 @@ def encode_qwen(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def tokenize_qwen(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return (IDs, mask) of captions in the template, both (B, T), padded on the right to the longest; padding has
-    mask 0."""
+    """Return (IDs, mask) of captions in the template, both (B, T), padded on the right; padding has mask 0."""
     texts = [TEMPLATE.replace("{}", caption) for caption in captions]
     length = max_tokens + NUM_TEMPLATE_TOKENS
     found = tokenizer(texts, max_length=length, padding="longest", truncation=True, return_tensors="pt")

@@ -41,8 +41,7 @@ class HunyuanImageText:
         return len(self.qwen_tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"])
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Return Qwen's IDs and mask, (B, 1, T), and ByT5's, (B, 1, G); ByT5's mask is all 0 for a caption without
-        quotes."""
+        """Return Qwen's IDs and mask, (B, 1, T), and ByT5's, (B, 1, G); without quotes ByT5's mask is all 0."""
         ids_BT, mask_BT = tokenize_qwen(self.qwen_tokenizer, captions, MAX_TOKENS)
         glyphs = [glyph_text(caption) for caption in captions]
         glyph_ids_BG, glyph_mask_BG = tokenize_t5(

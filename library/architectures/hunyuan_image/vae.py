@@ -52,8 +52,7 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def vae_from_original(key: str, layers_per_block: int) -> str:
-    """Return diffusers' name of a weight. diffusers lists the blocks of all levels together, a level's resampling
-    last."""
+    """Return diffusers' name of a weight: one list has the blocks of all levels, with a level's resampling last."""
     match = re.fullmatch(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(\w+)\.(.+)", key)
     if match:
         part, block, layer, leaf = match.groups()
@@ -102,7 +101,6 @@ def compute_in_chunks(vae: nn.Module, num_rows: int) -> nn.Module:
 
 
 def load_hunyuan_image_vae(component: MaybeComponent, dtype: torch.dtype, chunk_rows: int | None) -> nn.Module:
-    """Load the VAE in `dtype`, frozen, on the CPU; with `chunk_rows` its convolutions compute that many rows at a
-    time."""
+    """Load the VAE in `dtype`, frozen, on the CPU; `chunk_rows` is how many rows its convolutions compute at once."""
     vae = load_component(empty_vae, component, dtype)
     return vae if chunk_rows is None else compute_in_chunks(vae, chunk_rows)

@@ -23,8 +23,7 @@ LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)  # layers whose states ar
 
 @dataclass(frozen=True)
 class Krea2Text:
-    """The text pipeline of Krea 2: Qwen3-VL reads a caption in the chat template, then the system message is cut
-    off."""
+    """The text pipeline of Krea 2: Qwen3-VL reads a caption in the chat template; the system message is cut off."""
 
     tokenizer: Any  # transformers' Qwen2Tokenizer
     layers: Sequence[int] = LAYERS

@@ -35,8 +35,7 @@ BEGIN, PADDING = "<bos>", "<pad>"
 
 
 def gemma_component(weights: Weights) -> Component:
-    """Build the encoder's component from a single file or a full checkpoint. Raises UserError if it holds something
-    else."""
+    """Build the encoder's component from a single file or a full checkpoint. Raises UserError for anything else."""
     prefix = next((p for p in GEMMA_PREFIXES if f"{p}embed_tokens.weight" in weights.shapes), None)
     if prefix is None or f"{prefix}layers.0.pre_feedforward_layernorm.weight" not in weights.shapes:
         raise UserError(f"{weights.origin} is not a Gemma 2 text encoder (first names: {list_first_names(weights)})")

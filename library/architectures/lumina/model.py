@@ -38,8 +38,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> LuminaConfig:
 
 
 class NextDiT(JointTransformer):
-    """The denoiser, which predicts the velocity latent - noise from noisy latents, times and text; time 1 is the
-    image."""
+    """The denoiser: predicts the velocity latent - noise from noisy latents, times and text; time 1 is the image."""
 
     adapter_targets = TARGETS
 

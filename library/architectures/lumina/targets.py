@@ -6,8 +6,7 @@ from networks.core.targets.targets import AdapterTargets, Embedders, Part
 
 
 def grouped_qkv(num_inputs: int, num_outputs: int) -> tuple[int, ...]:
-    """Return the widths of q, k and v: q has the input's width, and k and v, shared by several queries, halve the
-    rest."""
+    """Return the widths of q, k and v: q is as wide as the input; k and v, shared by queries, halve the rest."""
     rest = (num_outputs - num_inputs) // 2
     return (num_inputs, rest, rest)
 

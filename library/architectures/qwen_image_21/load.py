@@ -72,7 +72,6 @@ def read_denoiser(base: BaseFiles) -> Weights:
 
 
 def open_qwen3_vl(name: str | None, base: BaseFiles) -> tuple[Weights, dict[str, Any] | None]:
-    """Open Qwen3-VL from --text_encoder or from the base model. Return its weights and its folder's configuration,
-    if any."""
+    """Open Qwen3-VL from --text_encoder or the base model; return its weights and the configuration, if in a folder."""
     config, weights = base.open_text_encoder(QWEN3_VL.flag, name, FOLDER, QWEN3_VL.prefix)
     return weights, config

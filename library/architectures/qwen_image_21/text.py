@@ -55,8 +55,7 @@ class QwenImage21Text:
         return Tokens((ids_BT[:, None], mask_BT[:, None]), images=images)
 
     def row(self, caption: str, images: Sequence[Tensor]) -> list[int]:
-        """Return the token IDs of one caption in its template; truncation cuts a long caption and the template's
-        end."""
+        """Return the token IDs of a caption in its template; truncation cuts a long caption and the template's end."""
         text = plain_caption(caption).replace(SLOT, "")
         begin, end = TEMPLATE
         shown = [

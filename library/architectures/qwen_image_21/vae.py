@@ -107,8 +107,7 @@ def open_vae(name: str | None, base: BaseFiles) -> Component:
 
 
 def from_comfy(key: str) -> str:
-    """Return diffusers' name of a weight in ComfyUI's file, where a level lists its blocks, then its resampling
-    layer."""
+    """Return diffusers' name of a weight in ComfyUI's file, where a level lists its blocks, then its resampling."""
     if match := re.fullmatch(r"(encoder|decoder)\.(down|up)samples\.(\d+)\.\2samples\.(\d+)\.(.+)", key):
         part, way, level, place, tail = match.groups()
         resamples = tail.startswith(("resample.", "time_conv."))

@@ -98,8 +98,7 @@ def stretch_positions(denoiser: nn.Module, sizes: Sequence[tuple[int, int]]) -> 
 
 
 def build_text(options: Sd3Options, loader: DitLoader) -> Sd3Text:
-    """Build the text pipeline with the options' token limits and masks; tokenizers are searched next to the base
-    model."""
+    """Build the text pipeline with the options' limits and masks; tokenizers are searched next to the base model."""
     text, cache_dir = options.text, options.model.tokenizer_cache_dir
     clip = load_tokenizer(loader.path, cache_dir, get_first_side(loader.text.component, CLIP_WORDS))
     t5 = None

@@ -136,8 +136,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
             return str(error)
 
     def draft(self, order: BatchOrder) -> PartialBatch:
-        """Read, crop and mirror the images of an order, or read their latents. Raises UserError if only some have
-        latents."""
+        """Read, crop and mirror images, or read their latents. Raises UserError if only some have latents."""
         self.read_ahead(order)
         skipped: list[str] = []
         taken = [self.read_or_replace(order.epoch, draw, skipped) for draw in order.draws]
@@ -266,8 +265,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         return crop_at_centre(sample.shape, is_flipped)
 
     def read_cached(self, number: int, is_flipped: bool) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...]]:
-        """Return (latents, mask, latents of the references) of one draw. Values kept in memory are None or empty
-        here."""
+        """Return (latents, mask, latents of the references) of a draw; values kept in memory are None or empty."""
         sample = self.samples[number]
         subset = self.subsets[sample.subset]
         latent = mask = None
@@ -292,8 +290,7 @@ def pick(stored: Latents, is_flipped: bool) -> tuple[Tensor, Tensor | None, tupl
 def finish_batch(
     draft: PartialBatch, memory: Mapping[int, Latents], texts: Mapping[str, Row], text_padding: Mapping[str, float]
 ) -> Batch:
-    """Add the features that are kept in memory to a batch. Samples without a mask get ones if another sample has a
-    mask."""
+    """Add the features that are kept in memory to a batch. Samples without a mask get ones if another has a mask."""
     latents, masks, references = list(draft.latents), list(draft.masks), list(draft.references)
     for place_, (number, is_flipped) in enumerate(zip(draft.samples, draft.flips, strict=True)):
         if number in memory:
@@ -343,8 +340,7 @@ def locate_corner(placement: Placement) -> tuple[int, int]:
 
 
 def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -> Tensor:
-    """Read the red channel of the mask file, and crop it like the image. A mask of another size is stretched to the
-    target."""
+    """Read the red channel of the mask file, cropped like the image; one of another size is stretched to the target."""
     assert sample.image.mask_path is not None
     red = np.ascontiguousarray(read_pixels(sample.image.mask_path)[0][..., 0])
     if (red.shape[1], red.shape[0]) != sample.image.size:

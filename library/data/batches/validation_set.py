@@ -107,8 +107,7 @@ def make_empty_set() -> ValidationSet:
 def open_validation_set(
     maker: BatchMaker, finish: Callable[[PartialBatch | str], Batch], draws: Draws, identities: Mapping[str, str]
 ) -> ValidationSet:
-    """Build the validation set of the images in `draws`. Images are ordered by content, copies of an image by
-    caption."""
+    """Build the validation set of the images in `draws`, ordered by content; copies of an image by caption."""
 
     def key(draw: int) -> tuple[str, str]:
         image = maker.samples[int(draws.sample_of_draw[draw])].image

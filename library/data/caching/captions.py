@@ -327,8 +327,7 @@ def encode_rows(
 
 
 def describe_size(texts: Sequence[str], spec: TextCacheSpec) -> str:
-    """Return the estimated size of the features as the end of a log line; "" if the base model's spec has no
-    estimate."""
+    """Return the estimated size of the features as the end of a log line; "" if the spec has no estimate."""
     return "" if spec.bytes_of is None else f", about {format_bytes(sum(map(spec.bytes_of, texts)))}"
 
 

@@ -87,8 +87,7 @@ def fill(
 
 
 def assign_jobs(jobs: Sequence[JobT], rank: int, count: int) -> list[JobT]:
-    """Return one process's share of the jobs. Jobs of one file go to the same process, because it writes the whole
-    file."""
+    """Return one process's share of the jobs. Jobs of one file stay together: one process writes the whole file."""
     numbers: dict[str, int] = {}
     return [job for job in jobs if numbers.setdefault(same_file_key(job.path), len(numbers)) % count == rank]
 

@@ -107,15 +107,13 @@ def latent_file(stem: str, size: Size, shape: Shape, spec: LatentSpec) -> Latent
 
 
 def entry_in(archive: Mapping[str, Any], file: LatentFile) -> LatentFile:
-    """Return the location of the entry in this archive. Falls back to an older entry of the right size without
-    suffix."""
+    """Return the location of the entry in this archive, else of an older entry of the right size without suffix."""
     is_there = f"latents{file.tail}" in archive
     return replace(file, tail="") if not is_there and has_older_entry(archive, file) else file
 
 
 def has_older_entry(archive: Mapping[str, Any], file: LatentFile) -> bool:
-    """Return True if the archive has latents without suffix that may be this entry's, because they have the right
-    size."""
+    """Return True if the archive has latents without suffix that may be this entry's: they have the right size."""
     return file.may_lack_tail and "latents" in archive and archive["latents"].shape == file.latent_shape
 
 

@@ -226,8 +226,7 @@ def stack_rows(rows: Sequence[Row], padding: Mapping[str, float]) -> Conditionin
 
 
 def strip_padding(row: Row, padding: Mapping[str, float]) -> Row:
-    """Cut off trailing entries that are padding in all keys of `padding` with that length. `stack_rows` adds them
-    again."""
+    """Cut off trailing entries that are padding in all keys of `padding` with that length; `stack_rows` adds them."""
     trimmed = dict(row)
     for length in {len(row[key]) for key in padding}:
         own = [key for key in padding if len(row[key]) == length]

@@ -50,8 +50,7 @@ def open_image(path: str, content: bytes | io.RawIOBase | None = None) -> Image.
 
 
 def read_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8, without decoding pixels. A PNG's tags count only if they precede the
-    pixels."""
+    """Return the EXIF orientation, 1 to 8, without decoding. A PNG's tags count only if they precede the pixels."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1
     try:

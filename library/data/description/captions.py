@@ -90,8 +90,7 @@ def caption_variant(image: str, text: str, rules: CaptionRules, variant: int) ->
 
 
 def caption_lines(text: str, rules: CaptionRules) -> list[str]:
-    """Return the lines that a draw chooses from: all non-blank lines with enable_wildcard, else the first. Never
-    empty."""
+    """Return the lines to draw from: all non-blank lines with enable_wildcard, else the first. Never empty."""
     lines = text.split("\n")
     if not rules.enable_wildcard:
         return lines[:1]

@@ -1,5 +1,4 @@
-"""The dataset file as frozen values. A value comes from the first that sets it: subset, dataset, general, option,
-default."""
+"""The dataset file as frozen values, each from the first that sets it: subset, dataset, general, option, default."""
 
 import logging
 import os
@@ -384,8 +383,7 @@ def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str
 
 
 def level_offset(attributes: Table) -> float:
-    """Return timestep_sampling.offset of a subset's custom_attributes. Positive values shift noise levels toward
-    noise."""
+    """Return timestep_sampling.offset of a subset's custom_attributes; positive values shift levels toward noise."""
     return float(attributes.get("timestep_sampling", {}).get("offset", 0.0))
 
 

@@ -236,8 +236,7 @@ def log_lengths_later(datasets: Sequence[ScannedDataset], limit: TokenLimit, log
 
 
 def length_lines(datasets: Sequence[ScannedDataset], limit: TokenLimit) -> Iterator[Line]:
-    """Yield a warning about captions that are truncated. The memory it takes does not grow with the number of
-    images."""
+    """Yield a warning about captions that are truncated. Memory does not grow with the number of images."""
     known: dict[str, int] = {}
     shown: dict[str, int] = {}  # token counts of the first few, by key
     hashes = array("q")  # of the affected keys, because an image may be in several datasets

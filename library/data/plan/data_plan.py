@@ -137,8 +137,7 @@ class DataPlan:
         return self.subsets[sample.subset]
 
     def caption_texts(self) -> Iterator[tuple[str, ...]]:
-        """Yield the texts to encode for each sample: the distinct variants of its caption, or none if it is never
-        drawn."""
+        """Yield the texts to encode for each sample: its caption's distinct variants, or none if it is never drawn."""
         for number, sample in enumerate(self.samples):
             if not sample.num_draws:
                 yield ()

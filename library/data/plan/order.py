@@ -29,8 +29,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class EpochBatches(Column[tuple[int, ...]]):
-    """The batches of an epoch, each a tuple of draws. Stored in arrays: at most two numbers per draw, and no
-    objects."""
+    """The batches of an epoch, each a tuple of draws, stored in arrays: at most two numbers per draw, no objects."""
 
     draws: "array[int]"  # bucket by bucket, shuffled within each
     starts: "array[int]"  # of each batch in `draws`, shuffled

@@ -167,8 +167,7 @@ def is_same_file(image: ScannedImage, reference: ScannedImage) -> bool:
 
 
 def is_transparent(reference: ScannedImage, storage: Storage) -> bool:
-    """Return True if the header of an image declares an alpha channel or a transparent colour; False for images at
-    URLs."""
+    """Return True if an image's header declares an alpha channel or transparent colour; False for images at URLs."""
     if is_remote(reference.key):
         return False
     with open_image(reference.key, storage.content(reference)) as image:

@@ -218,8 +218,7 @@ def load_clip(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
 
 
 def hidden_states(encoder: nn.Module, ids_NT: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return the states before the first layer and after each one, and the last states after the final norm; each
-    NTW."""
+    """Return the states before the first layer and after each, and the last ones after the final norm; each NTW."""
     body = clip_body(encoder)
     states = body(send(ids_NT, body.final_layer_norm.weight.device), output_hidden_states=True)
     return states.hidden_states, states.last_hidden_state

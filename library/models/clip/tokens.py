@@ -66,8 +66,7 @@ class ClipTokens:
 
 @dataclass(frozen=True)
 class ChunkedText:
-    """The common part of the U-Net models' text pipelines, which encode captions in chunks of 75 tokens and join
-    them."""
+    """The common part of the U-Net models' text pipelines: captions are encoded in chunks of 75 tokens and joined."""
 
     tokens: ClipTokens
 
@@ -89,8 +88,7 @@ class ChunkedText:
 
 
 def join_chunks(hidden_BLTW: Tensor) -> Tensor:
-    """Join chunks (B, L, 77, W) into (B, 75 L + 2, W): the first begin token, the tokens of each chunk, the last end
-    token."""
+    """Join chunks (B, L, 77, W) into (B, 75 L + 2, W): first begin token, tokens of all chunks, last end token."""
     first_B1W, last_B1W = hidden_BLTW[:, 0, :1], hidden_BLTW[:, -1, -1:]
     return torch.cat([first_B1W, hidden_BLTW[:, :, 1:-1].flatten(1, 2), last_B1W], dim=1)
 

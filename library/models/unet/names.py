@@ -47,8 +47,7 @@ def block_paths(stem: str, layer: int, depth: int, has_shortcut: bool) -> Iterat
 
 
 def unet_module(path: str, layout: UnetLayout, named_after_file: bool) -> ModuleNames:
-    """Name one module; kohya's name follows its path in the single file with `named_after_file`, else diffusers'
-    path."""
+    """Name one module; kohya's name follows the single file's path with `named_after_file`, else diffusers' path."""
     original = unet_to_ldm(f"{path}.weight", layout).removesuffix(".weight")
     names = f"lora_unet_{original.replace('.', '_')}", f"lora_unet_{path.replace('.', '_')}"
     kohya, alias = names if named_after_file else names[::-1]

@@ -1,5 +1,4 @@
-"""The U-Net of Stable Diffusion 1, 2 and XL (diffusers' UNet2DConditionModel), its configuration inferred from
-shapes."""
+"""The U-Net of Stable Diffusion 1, 2 and XL (diffusers' UNet2DConditionModel), configured from its shapes."""
 
 import logging
 import re
@@ -28,8 +27,7 @@ NUM_SIZES = 6  # numbers that SDXL is conditioned on besides the text
 
 
 def unet_component(ldm: Weights, head_width: int | None = None) -> Component:
-    """Build the component of a single file's U-Net, names without prefix. `head_width` None means 8 heads in every
-    level."""
+    """Build the component of a single file's U-Net, names without prefix; `head_width` None: 8 heads at every level."""
     layout = configure(ldm, unet_layout)
     weights = rename_weights(ldm, lambda key: unet_from_ldm(key, layout))
     return Component(configure(weights, lambda shapes: unet_config(shapes, head_width)), weights)
@@ -163,8 +161,7 @@ def unet_stacks(unet: nn.Module) -> Stacks:
 
 
 def unet_chains(unet: nn.Module) -> list[nn.ModuleList]:
-    """Return the transformer blocks of each attention. Residual blocks also feed the up path, so none can be left
-    out."""
+    """Return the transformer blocks of each attention. Residual blocks feed the up path too and cannot be left out."""
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     return [module.transformer_blocks for module in unet.modules() if isinstance(module, Transformer2DModel)]

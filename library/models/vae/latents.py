@@ -13,8 +13,7 @@ from library.protocols import LatentSpec
 
 @dataclass(frozen=True)
 class KlLatents:
-    """Latents of diffusers' AutoencoderKL; the cache holds samples of the posterior, before or after shift and
-    scale."""
+    """Latents of diffusers' AutoencoderKL; the cache holds posterior samples, before or after shift and scale."""
 
     spec: LatentSpec
     scale: float  # scales latents to about unit variance

@@ -155,8 +155,7 @@ def outside_levels(key: str) -> str:
 
 
 def rename_in_block(tail: str) -> str:
-    """Return diffusers' name of a weight inside a residual block; attention and resampling layers have the same
-    names."""
+    """Return diffusers' name of a weight inside a residual block; attention and resampling layers keep theirs."""
     stem, _, leaf = tail.rpartition(".")
     return f"{RESIDUAL.get(stem, stem)}.{leaf}"
 

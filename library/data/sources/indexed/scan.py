@@ -161,8 +161,7 @@ def convert_rows(
 def references_in(
     column: Any, images: ScannedImages, config: SubsetConfig, readers: Sequence[Reader]
 ) -> References | None:
-    """Convert the references of images, or return None if there are none. Raises UserError if only some images have
-    any."""
+    """Convert the references of images; None if there are none. Raises UserError if only some images have any."""
     import pyarrow.compute as compute
 
     counts = compute.list_value_length(column).to_numpy()

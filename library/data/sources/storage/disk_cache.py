@@ -1,5 +1,4 @@
-"""A disk cache of images that were read over the network. Its size is limited: the least recently used images are
-deleted."""
+"""A disk cache of images that were read over the network, limited in size: the least recently used are deleted."""
 
 import os
 import secrets

@@ -76,8 +76,7 @@ def read_url(url: str, start: int, num_bytes: int) -> bytes:
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
-    """Read several (URL, first byte, length) concurrently. The result of a failure is None; `read_url` reports its
-    reason."""
+    """Read several (URL, first byte, length) concurrently; None for a failure, whose reason `read_url` reports."""
     by_protocol: dict[str, list[int]] = {}
     for place, (url, _, _) in enumerate(ranges):
         by_protocol.setdefault(url.partition("://")[0], []).append(place)
@@ -113,8 +112,7 @@ def list_matching_urls(pattern: str) -> list[str]:
 
 
 def check_length(url: str, content: bytes, num_bytes: int) -> bytes:
-    """Return the content if it has the right length. Raises UserError if it is longer, ConnectionError if it is
-    shorter."""
+    """Return content of the right length. Raises UserError if it is longer, ConnectionError if it is shorter."""
     if len(content) > num_bytes:
         raise UserError(
             f"{strip_secrets(url)}: the server sends whole files instead of parts; copy the files to a disk "
@@ -165,8 +163,7 @@ def is_permanent(error: BaseException) -> bool:
 
 
 def clean_message(error: BaseException) -> str:
-    """Return the message of an error in one line. URLs are reduced to host and path, and signed parameters are
-    removed."""
+    """Return an error's message in one line, with URLs reduced to host and path and without signed parameters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return SIGNED.sub(r"\1…", URL.sub(lambda match: strip_secrets(match[0]), text))[:300]
 

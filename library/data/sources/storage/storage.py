@@ -213,8 +213,7 @@ def is_remote(file: str) -> bool:
 
 
 def cache_name(place: Place) -> str:
-    """Return the name of an image in the disk cache. It does not depend on the content, so readers must compare
-    digests."""
+    """Return an image's name in the disk cache. It does not depend on the content: readers must compare digests."""
     size, reader = (place.num_bytes, "") if place.reader is None else ("", place.reader.name)
     return f"{strip_secrets(place.file)} {place.start} {size} {reader}"
 
