@@ -165,7 +165,7 @@ def test_every_kind_of_adapter_trains_and_its_file_is_trained_further(
         "boft_R",
     )  # the last two hold a strength that starts at 0
     moved = [key for key, tensor in first.items() if key.endswith(from_zero) and float(tensor.abs().max()) > 0]
-    assert any(key.startswith(("lora_unet", "diffusion_model")) for key in moved)
+    assert any(key.startswith(("lora_unet", "diffusion_model.", "transformer.")) for key in moved)
     assert any(key.startswith("lora_te") for key in moved) == base.adapts_text_encoders
     path = str(tmp_path / "one" / "mine.safetensors")
     run("two", *words, "--max_train_steps", "1", "--network_weights", path, "--dim_from_weights")
