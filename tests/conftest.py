@@ -17,11 +17,10 @@ MODULES_KEPT = pytest.StashKey[int]()
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark whole training runs and comparisons of whole models as slow, except those that the fast tier needs."""
+    """Mark whole training runs and comparisons of whole models as slow."""
     tests = Path(__file__).parent
     for item in items:
-        folder = item.path.relative_to(tests).parts[0]
-        if folder in SLOW_FOLDERS and not any(map(item.get_closest_marker, ("essential", "nightly"))):
+        if item.path.relative_to(tests).parts[0] in SLOW_FOLDERS and not item.get_closest_marker("nightly"):
             item.add_marker(pytest.mark.slow)
 
 

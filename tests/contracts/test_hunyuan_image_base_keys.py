@@ -16,6 +16,7 @@ from library.models.loading import Component
 from library.models.t5 import empty_t5
 from tests.contracts.full_size import opened, shapes_of_model
 from tests.contracts.test_lora_keys_hunyuan_image import BASE, DENOISER
+from tests.tiers import first_is_fast
 
 
 def test_the_diffusers_layout_gives_our_shapes() -> None:
@@ -69,7 +70,7 @@ def test_the_inventory_is_whole() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("prefix", ["model.", "model.language_model.", "language_model.model.", ""])
+@pytest.mark.parametrize("prefix", first_is_fast(["model.", "model.language_model.", "language_model.model.", ""]))
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "language alone"])
 def test_qwen_loads_under_its_older_and_newer_names(prefix: str, whole: bool) -> None:
     names = shapes_of("qwen2_5_vl")

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from tests.contracts.full_size import facts, view_for_networks
+from tests.tiers import first_is_fast
 
 kohya = pytest.importorskip("lycoris.kohya")
 
 
-@pytest.mark.parametrize("model", ["sd21", "sdxl"])
+@pytest.mark.parametrize("model", first_is_fast(["sd21", "sdxl"]))
 def test_its_modules_have_the_names_of_a_plain_lora(model: str) -> None:
     with torch.device("meta"):
         network = kohya.create_network(1.0, 4, 1, None, *view_for_networks(model), algo="lora", preset="attn-mlp")

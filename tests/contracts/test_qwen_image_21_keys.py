@@ -25,6 +25,7 @@ from networks import dylora, lora_qwen_image_21
 from networks.core.files.reading_writing import collect_saved_tensors
 from tests.contracts.full_size import opened, shapes_of_model
 from tests.recognising import base_of
+from tests.tiers import first_is_fast
 from tests.tiny.qwen_image_21 import FULL_SIZE, full_size_encoder, full_size_vae, with_fused_gates
 
 EMBEDDERS = {"in_dims": "[2,2,2,2]"}
@@ -62,8 +63,10 @@ def test_the_denoiser_loads_from_fused_and_split_gates(prefix: str, is_fused: bo
     assert base_of_file(list_specs(), shapes).name == "qwen_image_21"  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("prefix", "level"), [("model.", "language_model."), ("", "language_model."), ("model.", ""),
-                                               (QWEN3_VL.prefix, "")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prefix", "level"),
+    first_is_fast([("model.", "language_model."), ("", "language_model."), ("model.", ""), (QWEN3_VL.prefix, "")]),
+)
 def test_the_text_encoder_loads_with_its_vision_model(prefix: str, level: str) -> None:
     """ComfyUI's files lack a level of the language model's names."""
     names = shapes_of_model(full_size_encoder())

@@ -21,6 +21,7 @@ from tests.running import Finished, make_images
 from tests.runs.bases import BASES
 from tests.runs.test_memory_modes import DEEPER, WAITING
 from tests.simulated_gpu.device import Simulation
+from tests.tiers import first_is_fast
 from tests.tiny import sd3
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("simulated_gpu")]
@@ -151,7 +152,7 @@ def test_blocks_and_activations_in_main_memory(run: Run, name: str, form: str, t
     assert_same(tmp_path / "out", tmp_path / "plain")
 
 
-@pytest.mark.parametrize("name", ["flux", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", first_is_fast(["flux", "sdxl"]))
 def test_fp16_with_a_loss_scale(run: Run, name: str, tmp_path: Path) -> None:
     run(name, "--mixed_precision", "fp16", *OFFLOADED, "--blocks_to_swap", SWAPPED[name])
     assert any(weight.any() for weight in load_file(tmp_path / "out" / "mine.safetensors").values())
@@ -177,9 +178,7 @@ def test_blocks_that_cannot_be_pinned(run: Run, simulated_gpu: Simulation, tmp_p
     assert_same(tmp_path / "out", tmp_path / "plain")
 
 
-@pytest.mark.parametrize(
-    "name", ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdxl", "hunyuan_image"))]
-)
+@pytest.mark.parametrize("name", first_is_fast(["flux", "sdxl", "hunyuan_image"]))
 def test_previews_and_validation_between_steps(run: Run, name: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     drawing = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "1"]

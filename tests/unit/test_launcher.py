@@ -10,6 +10,7 @@ import pytest
 
 from library import launcher
 from tests.running import ROOT, STARTED
+from tests.tiers import first_is_fast
 
 AT_THE_IMPORT_OF_TORCH = """
 import os, platform, runpy, sys
@@ -31,7 +32,7 @@ GROWING = "expandable_segments:True"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch does not use libgomp")
-@pytest.mark.parametrize("script", STARTED)
+@pytest.mark.parametrize("script", first_is_fast(STARTED))
 @pytest.mark.parametrize(
     ("own", "expected"),
     [

@@ -71,6 +71,7 @@ def tiny(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return DITS[name].build(tmp_path_factory.mktemp(name), 3)
 
 
+@pytest.mark.slow
 def test_numbered_files_are_named_by_their_first(name: str, tiny: list[str], tmp_path: Path) -> None:
     arguments = in_two_files(tiny, (BASE, "--text_encoder"), tmp_path)
     assert_same_models(opened(name, arguments), opened(name, tiny))
@@ -89,6 +90,7 @@ def test_8_bit_files_load_with_their_scales(name: str, tiny: list[str], tmp_path
     torch.testing.assert_close(denoiser.get_parameter(f"{layer}.weight"), codes.float() * scale, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_parts_of_a_folder_can_be_replaced_by_files(name: str, tiny: list[str], tmp_path: Path) -> None:
     folder = DITS[name].build(tmp_path / "folder", 4, "diffusers")
     for part in ("vae", "text_encoder"):

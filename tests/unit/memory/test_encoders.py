@@ -17,12 +17,13 @@ from library.memory.offload.streamed import Waiting
 from library.memory.planner.stages import Stage
 from tests.parity.opened import opened_with
 from tests.runs.bases import BASES
+from tests.tiers import first_is_fast
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a red cat", "dog"], ["a dog"]
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", first_is_fast(["bf16", "no"]))
 @pytest.mark.parametrize("base", BASES)
 def test_streamed_layers_compute_the_same_bits(base: str, precision: str, tmp_path: Path) -> None:
     _, arch = opened_with(base, [*BASES[base].build(tmp_path), "--mixed_precision", precision])

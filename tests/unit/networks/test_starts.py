@@ -14,6 +14,7 @@ from library.memory.frozen import store_in
 from networks import dylora, loha, lora, lora_fa, tlora
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.init import FromStart, make_starting_delta
+from tests.tiers import first_is_fast
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
 from tests.unit.networks.toy import randomize, toy_models
@@ -126,7 +127,7 @@ def outputs(models: tuple[nn.Module, nn.Module]) -> Tensor:
     [{}, {"dora_wd": "True"}, {"dora_wd": "True", "wd_on_output": "True"}, {"rslora": "True"}],
     ids=["plain", "dora", "dora per output", "rslora"],
 )
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", first_is_fast(["pissa", "olora"]))
 def test_a_saved_file_goes_on_with_and_without_the_start(tmp_path: Path, init: str, arguments: dict[str, str]) -> None:
     made, models = network(lora, init=init, **arguments)
     bare = outputs(toy_models(87))

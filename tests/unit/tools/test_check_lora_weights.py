@@ -102,6 +102,7 @@ def test_show_all_keys_lists_each(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(f"{key} float32 {list(t.shape)} norm {float(t.norm()):.4g}" in said for key, t in tensors(956).items())
 
 
+@pytest.mark.slow
 def test_the_old_path_is_the_same_command(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", 957)
     done = subprocess.run(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from library.checkpoints.files import read_metadata
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.targets.targets import TargetModule
+from tests.tiers import first_is_fast
 from tests.tiny.anima import build_tiny_anima
 from tests.tiny.chroma import build_tiny_chroma
 from tests.tiny.flux import build_tiny_flux
@@ -54,7 +55,7 @@ def tuned(base: Path, save_to: Path, target_modules: list[TargetModule]) -> None
     save_file(tensors, save_to)
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", first_is_fast(BASES))
 def test_the_extracted_lora_merged_back_gives_the_tuned_checkpoint(tmp_path: Path, name: str) -> None:
     build, version = BASES[name]
     base = Path(build(tmp_path))

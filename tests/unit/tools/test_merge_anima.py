@@ -14,6 +14,7 @@ from networks import lora_anima
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
 from networks.core.files.renaming import rename
 from tests.parity.test_anima_model import inputs
+from tests.tiers import first_is_fast
 from tests.tiny.anima import build_tiny_anima
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.architectures.anima.test_load import opened
@@ -45,7 +46,9 @@ def merge(base: str, lora: Path, save_to: Path) -> str:
     return str(save_to)
 
 
-@pytest.mark.parametrize(("naming", "prefix"), [("kohya", "net."), ("generic", ""), ("diffusers", "net.")])
+@pytest.mark.parametrize(
+    ("naming", "prefix"), first_is_fast([("kohya", "net."), ("generic", ""), ("diffusers", "net.")])
+)
 def test_the_merged_checkpoint_computes_what_the_adapter_did(tmp_path: Path, naming: Any, prefix: str) -> None:
     base = build_tiny_anima(tmp_path, SEED, prefix)
     everything = {"train_llm_adapter": "True", "include_patterns": ".*"}

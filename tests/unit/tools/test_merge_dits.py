@@ -14,6 +14,7 @@ from networks.core.files.adapter_file import read_adapter_file, save_adapter_fil
 from networks.core.files.renaming import rename
 from tests.parity.denoisers import save_trained
 from tests.parity.test_dit_lora import DITS
+from tests.tiers import first_is_fast
 from tests.tiny.flux_2 import build_tiny_flux_2
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.architectures import test_dit_files
@@ -53,7 +54,7 @@ ARCHITECTURES: Mapping[tuple[str, str], str] = {  # modelspec.architecture of a 
 }
 
 
-@pytest.mark.parametrize("naming", ["kohya", "generic", "diffusers"])
+@pytest.mark.parametrize("naming", first_is_fast(["kohya", "generic", "diffusers"]))
 @pytest.mark.parametrize(("name", "layout"), ARCHITECTURES)
 def test_the_merged_checkpoint_computes_what_the_adapter_did(
     tmp_path: Path, name: str, layout: Any, naming: Any

@@ -13,6 +13,7 @@ from networks import lora_flux
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
 from networks.core.files.renaming import rename
 from tests.parity.test_flux_model import inputs
+from tests.tiers import first_is_fast
 from tests.tiny.flux import build_tiny_flux, tiny_flux
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.networks.toy import randomize
@@ -43,7 +44,7 @@ def merged(base: Path, lora: Path, folder: Path) -> dict[str, torch.Tensor]:
     return load_file(save_to)
 
 
-@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
+@pytest.mark.parametrize("naming", first_is_fast(["kohya", "diffusers"]))
 @pytest.mark.parametrize("split", ["False", "True"])
 def test_the_merged_transformer_predicts_what_the_adapter_did(tmp_path: Path, naming: str, split: str) -> None:
     base = Path(build_tiny_flux(tmp_path, SEED)[1])

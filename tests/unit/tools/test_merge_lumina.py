@@ -16,6 +16,7 @@ from networks import lora_lumina
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
 from networks.core.files.renaming import rename
 from tests.parity.test_lumina_model import inputs
+from tests.tiers import first_is_fast
 from tests.tiny.lumina import build_tiny_lumina
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.architectures.lumina.test_load import opened
@@ -49,7 +50,7 @@ def merge(base: str, lora: Path, save_to: Path) -> str:
     return str(save_to)
 
 
-@pytest.mark.parametrize("naming", ["kohya", "generic", "diffusers"])
+@pytest.mark.parametrize("naming", first_is_fast(["kohya", "generic", "diffusers"]))
 def test_the_merged_checkpoint_computes_what_the_adapter_did(tmp_path: Path, naming: Any) -> None:
     base = build_tiny_lumina(tmp_path, SEED, "whole")[1]
     expected = predictions(base, tmp_path / "lora.safetensors", split_qkv="True", embedder_dims="[2,2,2]")

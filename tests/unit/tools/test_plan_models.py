@@ -9,10 +9,8 @@ import pytest
 from benchmarks.plan_models import CARDS, TABLES, Table, rows_of
 
 PAGE = Path(__file__).parents[3] / "docs" / "memory.md"
-MARKS = {  # of rows that take up to 18 CPU seconds each; all others are nightly
-    "Anima": (),
-    **dict.fromkeys(("SD 1.5", "FLUX.1", "Z-Image", "Qwen-Image 2.1"), pytest.mark.slow),
-}
+# A row takes up to 18 CPU seconds. Models that are not listed are nightly.
+SLOW = ("Anima", "SD 1.5", "FLUX.1", "Z-Image", "Qwen-Image 2.1")
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
 
@@ -25,10 +23,14 @@ def lines_on_page(table: Table) -> list[str]:
     return found[1].splitlines()
 
 
+def mark(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.slow if name in SLOW else pytest.mark.nightly
+
+
 @pytest.mark.parametrize(
     ("table", "name"),
     [
-        pytest.param(table, name, marks=MARKS.get(name, pytest.mark.nightly), id=f"{table.name}-{name}")
+        pytest.param(table, name, marks=mark(name), id=f"{table.name}-{name}")
         for table in TABLES
         for name in table.models
     ],

@@ -17,6 +17,7 @@ from library.options.config_file import read_toml
 from library.options.train import TrainOptions
 from library.training.command_line.cli import build_parser, normalize, parse
 from library.training.config_file import ConfigFileError, read_config, write_config
+from tests.tiers import first_is_fast
 
 ROOT = Path(__file__).parents[3]
 PARSER = build_parser(TrainOptions)
@@ -302,7 +303,7 @@ def test_file_with_every_default_of_a_front_end_changes_nothing(tmp_path: Path) 
         assert TrainOptions.from_args(Namespace(**{**vars(args), "config_file": None})) == TrainOptions()
 
 
-@pytest.mark.parametrize("script", sorted(path.stem for path in ROOT.glob("*train_*.py")))
+@pytest.mark.parametrize("script", first_is_fast(sorted(path.stem for path in ROOT.glob("*train_*.py"))))
 def test_parsing_loads_no_heavy_library(script: str) -> None:
     code = (
         f"import sys; from {script} import setup_parser; from library.training.command_line.cli import parse;"
@@ -314,10 +315,12 @@ def test_parsing_loads_no_heavy_library(script: str) -> None:
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [
-        ('console_log_level = "LOUD"', ["--console_log_level", "LOUD", "WARNING"]),
-        ('console_log_file = "/dev/null/log.txt"', ["--console_log_file", "/dev/null/log.txt"]),
-    ],
+    first_is_fast(
+        [
+            ('console_log_level = "LOUD"', ["--console_log_level", "LOUD", "WARNING"]),
+            ('console_log_file = "/dev/null/log.txt"', ["--console_log_file", "/dev/null/log.txt"]),
+        ]
+    ),
 )
 def test_a_config_file_whose_log_cannot_be_opened_ends_with_status_1(
     tmp_path: Path, line: str, words: list[str]

@@ -10,6 +10,7 @@ import pytest
 
 from library.training.command_line.cli import parse
 from tests.running import ROOT, SCRIPTS
+from tests.tiers import first_is_fast
 
 
 def parser_of(script: str) -> argparse.ArgumentParser:
@@ -84,10 +85,7 @@ def test_misspelt_flag_gets_one_line(typed: list[str], hint: str, capsys: pytest
 
 
 @pytest.mark.parametrize(("word", "status"), [("--help", 0), ("--learning_rat", 2)])
-@pytest.mark.parametrize(
-    "script",
-    [s if s == "train_network" else pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS],
-)
+@pytest.mark.parametrize("script", first_is_fast(sorted(SCRIPTS, key="train_network".__ne__)))
 def test_help_and_unknown_options_are_answered_before_torch_is_imported(script: str, word: str, status: int) -> None:
     command = [sys.executable, "-X", "importtime", str(ROOT / f"{script}.py"), word]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -27,6 +27,7 @@ from library.architectures.flux_2.vae import COUNTER, statistics
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.models.dit_loader import DitLoader
+from tests.tiers import first_is_fast
 from tests.tiny import flux_2 as tiny_flux_2
 from tests.tiny.changes import assert_same_models, rename_token, with_changes, without
 from tests.tiny.flux_2 import CONFIG, build_tiny_flux_2
@@ -62,7 +63,7 @@ def test_every_layout_gives_the_same_models(
     assert_same_models(opened(build_tiny_flux_2(tmp_path, 3, layout, is_dev)), opened(expected))
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("prefix", first_is_fast(["model.diffusion_model.", ""]))
 @pytest.mark.parametrize("is_diffusers", [False, True], ids=["original", "diffusers"])
 def test_a_single_file_has_either_layout_and_either_prefix(
     tiny: list[str], tmp_path: Path, prefix: str, is_diffusers: bool
@@ -73,7 +74,7 @@ def test_a_single_file_has_either_layout_and_either_prefix(
     assert_same_models(opened([BASE, str(tmp_path / "other.safetensors"), *tiny[2:]]), opened(tiny))
 
 
-@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model.", "model.", ""])
+@pytest.mark.parametrize("prefix", first_is_fast(["language_model.model.", "model.language_model.", "model.", ""]))
 def test_mistral_is_read_under_every_prefix_and_without_its_last_layers(
     tiny_dev: list[str], tmp_path: Path, prefix: str
 ) -> None:

@@ -16,6 +16,7 @@ from library.errors import UserError
 from library.models.dit_loader import DitLoader
 from library.types import CaptionWithImages
 from qwen_image_21_train_network import setup_parser
+from tests.tiers import first_is_fast
 from tests.tiny.changes import assert_same_models, with_changes, without
 from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21, comfy_vae, with_fused_gates
 
@@ -35,7 +36,7 @@ def opened(arguments: list[str]) -> DitLoader:
     return open_loader(options_of(arguments))
 
 
-@pytest.mark.parametrize("layout", ["whole", "diffusers"])
+@pytest.mark.parametrize("layout", first_is_fast(["whole", "diffusers"]))
 def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path, layout: Any) -> None:
     """In one file the two gate layers are fused and the VAE has ComfyUI's names."""
     found = opened(build_tiny_qwen_image_21(tmp_path, 3, layout))
@@ -52,7 +53,7 @@ def test_the_vae_has_the_names_of_comfyui_in_a_file_of_its_own(tiny: list[str], 
     assert_same_models(opened([*without(tiny, "--vae"), "--vae", str(tmp_path / "vae.safetensors")]), opened(tiny))
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("prefix", first_is_fast(["model.diffusion_model.", ""]))
 @pytest.mark.parametrize("is_fused", [False, True])
 def test_a_single_file_may_have_fused_gates_and_a_prefix(
     tiny: list[str], tmp_path: Path, prefix: str, is_fused: bool

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.protocols import Architecture
 from library.types import Noised
+from tests.tiers import first_is_fast
 from tests.tiny.sd import build_tiny_sd
 from tests.tolerances import FLOAT32_DEEP
 
@@ -60,7 +61,7 @@ def test_a_prediction_is_of_the_size_of_its_target(open_sd, tiny_sd_folder):
     assert found["decoded"].shape == (2, 3, 64, 64)
 
 
-@pytest.mark.parametrize("variant", ["fp16.safetensors", "bin", "sharded"])
+@pytest.mark.parametrize("variant", first_is_fast(["fp16.safetensors", "bin", "sharded"]))
 def test_a_folder_is_read_in_every_format_of_its_weights(open_sd, tiny_sd_folder, tmp_path, variant):
     folder = tmp_path / "model"
     shutil.copytree(tiny_sd_folder, folder)
@@ -117,7 +118,7 @@ def test_unknown_unet_weights_are_named(open_sd, tiny_sd_file, tmp_path, caplog)
     assert "new_gate.weight" in caplog.text
 
 
-@pytest.mark.parametrize("layout", ["ldm", "prefixed", "diffusers", "folder", "diffusers before 0.12"])
+@pytest.mark.parametrize("layout", first_is_fast(["ldm", "prefixed", "diffusers", "folder", "diffusers before 0.12"]))
 def test_another_vae_replaces_the_own_one(open_sd, tiny_sd_folder, tmp_path, layout):
     """The VAE of a model with another seed, in each form that --vae takes."""
     other = build_tiny_sd(tmp_path / "folder", 12)

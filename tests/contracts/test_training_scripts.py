@@ -14,8 +14,6 @@ from tests.running import Finished, make_images
 from tests.runs.bases import BASES
 from tests.runs.test_resume import ALL_RANDOM, cut_and_go_on
 
-pytestmark = pytest.mark.essential
-
 Train = Callable[..., Finished]
 KINDS = sorted(kind.network_module for kind in list_kinds() if kind.network_module)
 PAIR = '[[prompts]]\ntarget = "a red cat"\npositive = "an cat"\n'
