@@ -10,7 +10,7 @@ from networks.core.targets.targets import TargetModule
 
 
 def take_forward(layer: nn.Module, forward: Forward) -> Forward:
-    """Put `forward` in place of the layer's own; gives the one that was there."""
+    """Replace the forward of a layer and return the previous one."""
     base: Forward = layer.forward
     layer.forward = forward  # type: ignore[assignment]
     return base
@@ -63,12 +63,12 @@ class Adapter:
 
     def merged(self) -> Mapping[str, Tensor]:
         """Return the layer's parameters with the adapter merged in, by name."""
-        found = {}
+        parameters = {}
         for name in self.change.changed_parameters:
             base = getattr(self.target.module, name)
             assert isinstance(base, Tensor)
-            found[name] = self.merged_into(base, name)
-        return found
+            parameters[name] = self.merged_into(base, name)
+        return parameters
 
     def merged_into(self, base: Tensor, name: str) -> Tensor:
         """Return `base` with the adapter merged in. It takes the place of the layer's own parameter `name`."""

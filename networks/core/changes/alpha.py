@@ -185,8 +185,10 @@ class ScaledDelta(nn.Module):
     def in_memory(self, tensors: Mapping[str, Tensor], name: str, source: str) -> Mapping[str, Tensor]:
         if isinstance(self.delta, StoredOtherwise):
             return self.delta.apart(tensors, name, source)
-        own = self.state_dict()
-        return {key: match_shape(tensor, own[key]) if key in own else tensor for key, tensor in tensors.items()}
+        expected = self.state_dict()
+        return {
+            key: match_shape(tensor, expected[key]) if key in expected else tensor for key, tensor in tensors.items()
+        }
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

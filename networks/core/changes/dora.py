@@ -74,8 +74,8 @@ class DoRA(ScaledDelta):
         super().__init__(layer, delta, alpha, drops, has_scalar)
         self.join = join
         scalar = self._parameters.pop(SCALAR)  # magnitudes come first in the optimizer's parameter order
-        found = join.magnitudes() if magnitudes is None else magnitudes
-        self.register_parameter(DORA_SCALE, nn.Parameter(found, requires_grad=magnitudes is None))
+        initial = join.magnitudes() if magnitudes is None else magnitudes
+        self.register_parameter(DORA_SCALE, nn.Parameter(initial, requires_grad=magnitudes is None))
         self.register_parameter(SCALAR, scalar)
 
     @property
@@ -96,11 +96,11 @@ class DoRA(ScaledDelta):
         scales = self.scales()
         if self.join.is_per_output:
             assert self.layer is not None
-            alone = base(x)
-            out = scale_outputs(self.add_to(alone, x, 1.0), scales.flatten(), self.layer)
-            return out if strength == 1 else torch.lerp(alone, out, strength)
-        whole = scales if strength == 1 else 1 + strength * (scales - 1)
-        return self.add_to(base(scale_columns(x, whole)), x, strength, scales)
+            base_out = base(x)
+            out = scale_outputs(self.add_to(base_out, x, 1.0), scales.flatten(), self.layer)
+            return out if strength == 1 else torch.lerp(base_out, out, strength)
+        base_scales = scales if strength == 1 else 1 + strength * (scales - 1)
+        return self.add_to(base(scale_columns(x, base_scales)), x, strength, scales)
 
     def scales(self) -> Tensor:
         """Return the factor of every column or row of the changed weight."""
@@ -137,10 +137,10 @@ class DoRA(ScaledDelta):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoRA":
         """Move or cast, without rounding magnitudes to 16 bits, which would change the base model's columns."""
-        exact = self.dora_scale.detach()
+        unrounded = self.dora_scale.detach()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.dora_scale.dtype.itemsize == 2:
-            self.dora_scale.data = exact.to(self.dora_scale.device)
+            self.dora_scale.data = unrounded.to(self.dora_scale.device)
         return self
 
 
@@ -188,10 +188,10 @@ class Decompose:
         assert magnitudes is not None
         magnitudes = magnitudes.to(base)
         axis = 1 if magnitudes.dim() > 1 and magnitudes.shape[:2] == (1, base.shape[1]) else 0
-        whole = base + change
-        norms = torch.linalg.vector_norm(whole, dim=[d for d in range(whole.dim()) if d != axis], keepdim=True)
+        changed = base + change
+        norms = torch.linalg.vector_norm(changed, dim=[d for d in range(changed.dim()) if d != axis], keepdim=True)
         norms = norms + EPS if axis else norms.clamp_min(TINY**0.5)
-        merged: Tensor = whole * (magnitudes.reshape(norms.shape) / norms)
+        merged: Tensor = changed * (magnitudes.reshape(norms.shape) / norms)
         return merged if strength == 1 else base + strength * (merged - base)
 
     @property
@@ -227,16 +227,16 @@ class Decompose:
         on_host = weight.device == HOST and not torch.compiler.is_compiling()
         if on_host and bool((shares_K >= CANCELLED).all()):
             return norms_K
-        shares, places = torch.topk(shares_K, min(MAX_DIRECT, len(shares_K)), largest=False)
+        shares, indices = torch.topk(shares_K, min(MAX_DIRECT, len(shares_K)), largest=False)
         if self.is_per_output:
-            whole = weight[places].to(up_OR.dtype).flatten(1) + strength * (up_OR[places] @ down_RN)
-            direct = whole.square().sum(1)
+            changed = weight[indices].to(up_OR.dtype).flatten(1) + strength * (up_OR[indices] @ down_RN)
+            direct = changed.square().sum(1)
         else:
-            base = weight[:, places].to(up_OR.dtype).flatten(1)
-            down_chosen = down_RN.view(len(down_RN), weight.shape[1], -1)[:, places].flatten(1)
-            whole = base + strength * (up_OR @ down_chosen)
-            direct = whole.square().sum(0).view(len(places), -1).sum(1)
-        return norms_K.index_put((places,), torch.where(shares < CANCELLED, direct, norms_K[places]))
+            base = weight[:, indices].to(up_OR.dtype).flatten(1)
+            down_chosen = down_RN.view(len(down_RN), weight.shape[1], -1)[:, indices].flatten(1)
+            changed = base + strength * (up_OR @ down_chosen)
+            direct = changed.square().sum(0).view(len(indices), -1).sum(1)
+        return norms_K.index_put((indices,), torch.where(shares < CANCELLED, direct, norms_K[indices]))
 
 
 class _Project(torch.autograd.Function):
@@ -311,8 +311,8 @@ def scale_outputs(out: Tensor, scales_O: Tensor, layer: nn.Module) -> Tensor:
     bias = layer.bias
     if not isinstance(bias, Tensor):
         return scaled
-    kept = (bias * (1 - scales_O)).view(shape if len(shape) == 4 else (-1,))
-    return scaled + kept.to(scaled.dtype)
+    bias_change = (bias * (1 - scales_O)).view(shape if len(shape) == 4 else (-1,))
+    return scaled + bias_change.to(scaled.dtype)
 
 
 def squared_columns(weight: Tensor) -> Tensor:

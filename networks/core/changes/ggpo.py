@@ -54,12 +54,11 @@ class GgpoArguments:
 
 
 class Perturbed(ScaledDelta):
-    """Gradient-guided perturbation, as sd-scripts has it: a LoRA beside which the layer computes with W + P.
+    """Gradient-guided perturbation as in sd-scripts: in training, the layer of a LoRA computes with W + P.
 
-    That is in training and from the first gradient on. P is normal with the deviation (sigma c + beta g^2) / sqrt(O) in
-    each row, drawn anew for every call. With a LoRA of the scale s, c^2 = w^2 + |BA|^2 for every row, w the mean norm
-    of the rows of W, and g = s |B dA + dB A| of the gradients of the step before. Norms of rows come from the factors,
-    no product is built.
+    The noise P starts after the first gradient. It is normal with the deviation (sigma c + beta g^2) / sqrt(O) in each
+    row, and drawn anew for every call. With a LoRA of the scale s, c^2 = w^2 + |BA|^2 for every row, where w is the
+    mean norm of the rows of W, and g = s |B dA + dB A| with the gradients of the previous step.
     """
 
     def __init__(

@@ -80,8 +80,8 @@ class FromStart(FactorPair):
         """Start from up0 = down0 = 0, to be set by `begin_at` or from a file."""
         super().__init__()
         self.rank = rank
-        plain = LowRank(layer, rank)
-        self.lora_down, self.lora_up = plain.lora_down, plain.lora_up
+        lora = LowRank(layer, rank)
+        self.lora_down, self.lora_up = lora.lora_down, lora.lora_up
         for module in (self.lora_down, self.lora_up):
             nn.init.zeros_(get_weight(module))
             module.register_buffer("start", torch.zeros_like(get_weight(module)).detach())
@@ -123,12 +123,12 @@ class FromStart(FactorPair):
                 "twice the rank of the settings. Leave init out to train a plain LoRA further (its own weights are the "
                 "start), or set --network_dim to half the rank if it was trained with the same init"
             )
-        first, moved = tensors[DOWN].float().chunk(2)
+        moved_down, down = tensors[DOWN].float().chunk(2)
         up, start = tensors[UP].float().chunk(2, 1)
         alpha = float(tensors[ALPHA]) if ALPHA in tensors else float(rank)
         return {
             **tensors,
-            DOWN: moved, UP: up, START_DOWN: first - moved, START_UP: start,
+            DOWN: down, UP: up, START_DOWN: moved_down - down, START_UP: start,
             ALPHA: torch.tensor(alpha / 2, dtype=torch.float32),
         }  # fmt: skip
 

@@ -99,7 +99,7 @@ class Orthogonal(nn.Module):
             return self._turned(x, base, turns, strength)
         assert self.layer is not None
         out = scale_outputs(self._turned(x, base, turns, 1.0), scales_O, self.layer)
-        return out if strength == 1 else torch.lerp(alone := base(x), out.to(alone.dtype), strength)
+        return out if strength == 1 else torch.lerp(base_out := base(x), out.to(base_out.dtype), strength)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
         turns = self._turns()
@@ -109,10 +109,10 @@ class Orthogonal(nn.Module):
         if num_columns % turns.shape[2] or (turns.shape[1] > 1 and num_columns != num_turned) or num_rows != len(base):
             raise Misfit("", (num_rows, num_turned), tuple(base.shape))
         base = base.to(torch.promote_types(base.dtype, turns.dtype))
-        whole = turn_rows(base, turns.to(base))
+        rotated = turn_rows(base, turns.to(base))
         if scales_O is not None:
-            whole = whole * scales_O.to(base).view(-1, *(1,) * (base.dim() - 1))
-        return whole if strength == 1 else base + strength * (whole - base)
+            rotated = rotated * scales_O.to(base).view(-1, *(1,) * (base.dim() - 1))
+        return rotated if strength == 1 else base + strength * (rotated - base)
 
     @property
     def size(self) -> ChangeSize:
@@ -143,11 +143,11 @@ class Orthogonal(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Orthogonal":
         """Move or cast the tensors, without rounding those in `rotation.exact` to 16 bits."""
-        exact = {name: self.get_parameter(name).detach() for name in self.rotation.exact}
+        unrounded = {name: self.get_parameter(name).detach() for name in self.rotation.exact}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, kept in exact.items():
+        for name, tensor in unrounded.items():
             if (parameter := self.get_parameter(name)).dtype.itemsize == 2:
-                parameter.data = kept.to(parameter.device)
+                parameter.data = tensor.to(parameter.device)
         return self
 
     @property
@@ -173,8 +173,8 @@ class Orthogonal(nn.Module):
             return base(x + strength * change_of_turn(pixels, turns).movedim(-1, 1))
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        turned: Tensor = _OrthogonalConv.apply(x, turns, self.layer, strength)  # type: ignore[no-untyped-call]
-        return turned
+        out: Tensor = _OrthogonalConv.apply(x, turns, self.layer, strength)  # type: ignore[no-untyped-call]
+        return out
 
 
 def turn(x_TN: Tensor, turns: Tensor, is_transposed: bool = False) -> Tensor:
@@ -210,8 +210,8 @@ def _through(x_TN: Tensor, blocks_Dbb: Tensor) -> Tensor:
     parts = x_TN.reshape(*x_TN.shape[:-1], -1, blocks_Dbb.shape[-1])
     if len(blocks_Dbb) == 1:
         return (parts @ blocks_Dbb[0]).flatten(-2)
-    through: Tensor = torch.einsum("...db,dbc->...dc", parts, blocks_Dbb)
-    return through.flatten(-2)
+    products: Tensor = torch.einsum("...db,dbc->...dc", parts, blocks_Dbb)
+    return products.flatten(-2)
 
 
 def _shuffle(x_TN: Tensor, blocks_Dbb: Tensor, i: int) -> Tensor:
@@ -250,13 +250,13 @@ class _OrthogonalConv(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 x_gradient = conv2d_input(x.shape, weight.detach().to(gradient.dtype), gradient, *geometry)  # type: ignore[no-untyped-call]
             if ctx.needs_input_grad[1]:
-                of_weight = conv2d_weight(x, weight.shape, gradient, *geometry)  # type: ignore[no-untyped-call]
-                (turns_gradient,) = torch.autograd.grad(weight, turns, of_weight.to(weight.dtype))
+                weight_gradient = conv2d_weight(x, weight.shape, gradient, *geometry)  # type: ignore[no-untyped-call]
+                (turns_gradient,) = torch.autograd.grad(weight, turns, weight_gradient.to(weight.dtype))
         return x_gradient, turns_gradient, None, None
 
 
 def _weight_between(layer: nn.Conv2d, turns: Tensor, strength: float) -> Tensor:
     """Return W + strength (W R' - W) in the dtype of the rotation."""
     weight = layer.weight.detach().to(turns.dtype)
-    turned = turn_rows(weight, turns)
-    return turned if strength == 1 else weight + strength * (turned - weight)
+    rotated = turn_rows(weight, turns)
+    return rotated if strength == 1 else weight + strength * (rotated - weight)

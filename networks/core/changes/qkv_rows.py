@@ -41,12 +41,12 @@ def swap_halves(tensors: ModuleTensors) -> dict[str, Tensor] | None:
     by_row: tuple[str, ...] = BY_ROW
     if outer := [tensors[key] for key in OUTER if key in tensors]:
         by_row = INNER if len(outer[0]) == 1 else OUTER
-    moved = [key for key in by_row if key in tensors]
-    if not moved or any(len(tensors[key]) % 2 for key in moved):
+    keys = [key for key in by_row if key in tensors]
+    if not keys or any(len(tensors[key]) % 2 for key in keys):
         return None
     if DORA_SCALE in tensors and len(tensors[DORA_SCALE]) > 1:
-        moved.append(DORA_SCALE)
-    return {**tensors, **{key: tensors[key].roll(len(tensors[key]) // 2, 0) for key in moved}}
+        keys.append(DORA_SCALE)
+    return {**tensors, **{key: tensors[key].roll(len(tensors[key]) // 2, 0) for key in keys}}
 
 
 def join_rows(pieces: Mapping[int, ModuleTensors], rows: Sequence[slice]) -> dict[str, Tensor]:

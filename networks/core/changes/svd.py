@@ -57,9 +57,9 @@ def concatenate(factors: Sequence[tuple[Tensor, Tensor]], strengths: Sequence[fl
     return torch.cat(ups, 1), torch.cat([down_RN for _, down_RN in factors], 0)
 
 
-def rank_by_ratio(s_K: Tensor, most: float) -> int:
-    """Return the number of singular values above the largest one divided by `most`, at least 1."""
-    return max(int((s_K > s_K[0] / most).sum()), 1)
+def rank_by_ratio(s_K: Tensor, ratio: float) -> int:
+    """Return the number of singular values above the largest one divided by `ratio`, at least 1."""
+    return max(int((s_K > s_K[0] / ratio).sum()), 1)
 
 
 def rank_by_sum(s_K: Tensor, share: float) -> int:
