@@ -44,7 +44,9 @@ def to_lora(tensors: Mapping[str, Tensor], origin: str) -> Mapping[str, Tensor]:
         if not len(a_RI) == b_OR.shape[-1] == len(e_R):
             shapes = ", ".join(str(list(factors[parameter_key].shape)) for parameter_key in KEYS)
             raise UserError(f"{origin}: lora_A, lora_B and lora_E of {name} do not fit together: {shapes}")
+        # PEFT saves modules of which pruning left no rank. They change nothing.
         if len(e_R):
+            # In float32 the product is rounded to the dtype of the file only once.
             converted[f"{name}.lora_A.weight"] = (e_R.float()[:, None] * a_RI.float()).to(a_RI.dtype)
             converted[f"{name}.lora_B.weight"] = b_OR
     return converted

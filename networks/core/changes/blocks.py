@@ -73,6 +73,8 @@ def resolve_blocks(settings: NetworkSettings, block_size: int | None, enable_con
     if ignored:
         logger.warning("--network_args %s has no effect: a rotation has no alpha", ", ".join(ignored))
     settings = with_kernels(replace(settings, rank=block_size or settings.rank), enable_conv)
+    # sd-scripts' OFT adapts exactly the modules that include_patterns match; for other kinds they readmit excluded
+    # modules.
     patterns = settings.arguments.of(TargetArguments).include_patterns
     arguments = settings.arguments.replace(TargetArguments, only_patterns=patterns, include_patterns=())
     arguments = arguments.replace(RankArguments, conv_alpha=None, block_alphas=None, conv_block_alphas=None)

@@ -287,6 +287,7 @@ def fill(delta: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             shape = "missing" if matched is None else list(matched.shape)
             raise UserError(f"{name} is {shape}, but {list(like.shape)} fits the rest")
         loaded[name] = matched
+    # Assigned, because a parameter on the meta device has no memory to copy into and a copy would cast to its dtype.
     delta.load_state_dict(loaded, assign=True)
     delta.requires_grad_(False)
 
@@ -299,6 +300,7 @@ def match_shape(tensor: Tensor, like: Tensor) -> Tensor:
     """
     if tensor.shape == like.shape or tensor.dim() < 2 or like.dim() < 2:
         return tensor
+    # Only a matrix and a kernel are two ways to write the same numbers; two kernels of different shapes are not.
     has_same_rows = tensor.shape[0] == like.shape[0] and tensor.numel() == like.numel()
     return tensor.reshape(like.shape) if has_same_rows and 2 in (tensor.dim(), like.dim()) else tensor
 

@@ -33,6 +33,7 @@ class Dropout:
 
     def skips_this_call(self) -> bool:
         """Return True, at random, if the change is dropped in this call. Call it in training only."""
+        # Drawn on the CPU, since the host would have to wait for a number from the GPU.
         return self.module > 0 and float(torch.rand(())) < self.module
 
     def drop(self, hidden: Tensor, layer: nn.Module | None) -> Tensor:

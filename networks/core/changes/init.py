@@ -111,6 +111,7 @@ class FromStart(FactorPair):
             DOWN: torch.cat([tensors[START_DOWN] + down, down]),
             UP: torch.cat([up, tensors[START_UP]], 1),
             **{key: t for key, t in tensors.items() if key not in (DOWN, UP, START_DOWN, START_UP)},
+            # The rank in files is twice as large, and alpha / rank must stay the trained scale.
             ALPHA: tensors[ALPHA] * 2,
         }
 
@@ -148,7 +149,9 @@ def make_starting_delta(init: str, layer: nn.Module, rank: int, scale: float) ->
     if init == ORTHOGONAL:
         return orthogonal(layer, rank)
     delta = FromStart(layer, rank)
+    # A network on the meta device, made to check a run before models are loaded, has no weight to decompose.
     if not (weight := get_weight(layer)).is_meta:
+        # torch's decompositions do not support 16 bits.
         weight_ON = weight.detach().flatten(1).float()
         delta.begin_at(*(olora(weight_ON, rank) if init == OLORA else pissa(init, weight_ON, rank, scale)))
     return cast(Delta, delta)
@@ -195,6 +198,7 @@ def orthogonal(layer: nn.Module, rank: int) -> Delta:
     if not down.is_meta:
         q_RR, _ = torch.linalg.qr(torch.randn(rank, rank))
         down_NR = torch.randn(down[0].numel(), rank // 2) @ q_RR[0::2] / DAMPING
+        # Even and odd rows of an orthogonal matrix are orthogonal to each other, so up @ down is zero.
         up_OR = torch.randn(rank // 2, len(up)).T @ q_RR[1::2] / DAMPING
         down.copy_(down_NR.T.reshape(down.shape))
         up.copy_(up_OR.reshape(up.shape))

@@ -92,6 +92,7 @@ class Orthogonal(nn.Module):
         """Return the layer's output with the change, in the shape and dtype of the layer's own output."""
         if self.training and self.drops.skips_this_call():
             return base(x)
+        # Autocast would multiply the angles in 16 bits, and the blocks would be less orthogonal.
         with torch.autocast(x.device.type, enabled=False):
             turns = self._drop(self._turns())
         scales_O = self.rotation.output_scales()
@@ -122,6 +123,7 @@ class Orthogonal(nn.Module):
     def norm(self) -> Tensor:
         """Return the Frobenius norm of R - 1, to first order, together with the differences of the scales from 1."""
         angles = self.rotation.angles(self._scalar)
+        # R - 1 is 2 * angles to first order.
         square = angles.square().sum() * 4
         if angles.shape[1] == 1 and self.layer is not None:
             square = square * (row_length(self.layer) // angles.shape[2])  # all inputs share the one block
@@ -172,6 +174,7 @@ class Orthogonal(nn.Module):
             pixels = x.movedim(1, -1)
             return base(x + strength * change_of_turn(pixels, turns).movedim(-1, 1))
         if torch.is_autocast_enabled(x.device.type):
+            # Autocast does not know the custom function, so the input is cast here, as autocast does for conv2d.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         out: Tensor = _OrthogonalConv.apply(x, turns, self.layer, strength)  # type: ignore[no-untyped-call]
         return out
@@ -244,6 +247,7 @@ class _OrthogonalConv(torch.autograd.Function):
         layer: nn.Conv2d = ctx.layer
         geometry: Any = (layer.stride, layer.padding, layer.dilation)
         with torch.autocast(gradient.device.type, enabled=False), torch.enable_grad():
+            # The rotated weight was not kept: it is built again, now with a graph that leads back to the turns.
             turns = turns.detach().requires_grad_()
             weight = _weight_between(layer, turns, ctx.strength)
             x_gradient = turns_gradient = None

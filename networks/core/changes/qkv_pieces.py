@@ -59,6 +59,7 @@ class LinearRows(nn.Linear):
 
     def __init__(self, whole: nn.Linear, rows: slice) -> None:
         nn.Module.__init__(self)
+        # nn.Module would register the layer as a child, but it belongs to the base model.
         object.__setattr__(self, "whole", whole)
         self.rows, self.in_features, self.out_features = rows, whole.in_features, rows.stop - rows.start
 
@@ -96,10 +97,12 @@ class InRows(nn.Module):
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
         out = base(x)
         parts, end = [], 0
+        # The changes are in the order of the file, and the outputs are concatenated in the order of the rows.
         for name, change in sorted(self.changes.items(), key=lambda piece: rows_of(piece[0], out.shape[-1]).start):
             rows = rows_of(name, out.shape[-1])
 
             def base_rows(z: Tensor, rows: slice = rows) -> Tensor:
+                # A change that leaves the layer's input alone gets the output that all of them share.
                 return (out if z is x else base(z))[..., rows]
 
             parts += [out[..., end : rows.start]] if end < rows.start else []

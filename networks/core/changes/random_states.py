@@ -25,6 +25,7 @@ class Streams:
 
     def start(self, seeds: Mapping[int, int], device: torch.device) -> None:
         """Seed the streams of a batch. The default generators keep their states."""
+        # Blocks are recomputed within the batch that they belong to, so older states are never asked for.
         self._before.clear()
         with keep_generators(device):
             for index, seed in seeds.items():
@@ -44,6 +45,7 @@ class Streams:
         call = Call(dict(states), device)
         with keep_generators(device):
             yield call
+        # A recomputation draws old numbers again and must not move the streams on.
         if not is_repeated:
             self._now |= call.states
 

@@ -45,6 +45,7 @@ def run_stacked(changes: Sequence[Stackable], x: Tensor, base: Forward, strength
     hidden_MNR = torch.bmm(parts, downs_MRI.transpose(1, 2))
     if hidden_MNR.dtype == out.dtype and out.is_contiguous():
         flat_MNO = out.view(len(changes), -1, out.shape[-1])
+        # One pass over the outputs instead of two: baddbmm adds the products directly.
         return torch.baddbmm(flat_MNO, hidden_MNR, ups_MOR.transpose(1, 2)).view_as(out)
     return out + torch.bmm(hidden_MNR, ups_MOR.transpose(1, 2)).to(out.dtype).view_as(out)
 
@@ -68,6 +69,7 @@ def pad_factors(
     pairs = [[factor.flatten(1) for factor in change.pair()] for change in changes]
     max_rank = max(len(down_RI) for down_RI, _ in pairs)
     scales = [strength * change.scale for change, strength in zip(changes, strengths, strict=True)]
+    # A scale that all changes share is multiplied in once, after stacking, instead of into every factor.
     common = scales[0] if len(set(scales)) == 1 else 1.0
     downs, ups = [], []
     for scales_I, scale, (down_RI, up_OR) in zip(columns, scales, pairs, strict=True):

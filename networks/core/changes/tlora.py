@@ -75,6 +75,7 @@ class NoiseMask:
     def __call__(self, hidden: Tensor, rank: int, layer: nn.Module | None) -> Tensor:
         """Return `hidden`, what lies between down and up, with 0 in the channels that do not act."""
         levels_B = self.noise.levels_B
+        # Previews draw with all ranks, as other programs do with the file.
         if levels_B is None:
             return hidden
         if len(hidden) != len(levels_B):
