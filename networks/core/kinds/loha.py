@@ -104,10 +104,10 @@ class _Hadamard(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         a1, b1, a2, b2 = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            of_first = (a2 @ b2).mul_(grad)
-            first = of_first @ b1.t(), a1.t() @ of_first
-            of_second = torch.matmul(a1, b1, out=of_first).mul_(grad)
-            return *first, of_second @ b2.t(), a2.t() @ of_second
+            first_grad = (a2 @ b2).mul_(grad)
+            factor_grads = first_grad @ b1.t(), a1.t() @ first_grad
+            second_grad = torch.matmul(a1, b1, out=first_grad).mul_(grad)
+            return *factor_grads, second_grad @ b2.t(), a2.t() @ second_grad
 
 
 def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:

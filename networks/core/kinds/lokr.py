@@ -198,8 +198,8 @@ def factorize(size: int, factor: int) -> tuple[int, int]:
     if factor > 0 and size % factor == 0:
         small = min(factor, size // factor)
     else:
-        most = isqrt(size) if factor < 0 else min(isqrt(size), factor)
-        small = next(n for n in range(most, 0, -1) if size % n == 0)
+        largest = isqrt(size) if factor < 0 else min(isqrt(size), factor)
+        small = next(n for n in range(largest, 0, -1) if size % n == 0)
     return small, size // small
 
 
@@ -273,13 +273,13 @@ def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | N
         if key.startswith("lokr_") and key not in known:
             return f"has {keys[key]}, which no known LoKr has"
     for whole, left, right in SIDES:
-        there = [key for key in (left, right) if key in tensors]
-        if whole in tensors and there:
-            return f"has {keys[whole]} and {keys[there[0]]}, two forms of the same matrix"
-        if whole not in tensors and len(there) < 2:
-            found = there[0] if there else next(key for key in tensors if key.startswith("lokr_"))
-            missing = f"its {right if found == left else left}" if there else f"{whole}, or {left} and {right}"
-            return f"has {keys[found]} without {missing}; the file is incomplete"
+        present = [key for key in (left, right) if key in tensors]
+        if whole in tensors and present:
+            return f"has {keys[whole]} and {keys[present[0]]}, two forms of the same matrix"
+        if whole not in tensors and len(present) < 2:
+            present_key = present[0] if present else next(key for key in tensors if key.startswith("lokr_"))
+            missing = f"its {right if present_key == left else left}" if present else f"{whole}, or {left} and {right}"
+            return f"has {keys[present_key]} without {missing}; the file is incomplete"
     if CORE in tensors and W2 in tensors:
         return f"has {keys[CORE]} beside {keys[W2]}, which needs no core"
     sizes = {key: (2, 4) if key == W2 else (4,) if key == CORE else (2,) for key in tensors if key in known}
@@ -331,10 +331,10 @@ def make(request: ChangeRequest) -> Change:
     """Make the change of one layer."""
     if request.tensors is not None:
         return wrap(request, make_like(request.layer, request.tensors))
-    given = request.arguments.of(LokrArguments)
-    factor = -1 if given.factor is None else given.factor
+    lokr = request.arguments.of(LokrArguments)
+    factor = -1 if lokr.factor is None else lokr.factor
     delta = make_fresh(
-        request.layer, request.rank, factor, given.decompose_both, given.full_matrix, has_core=request.has_core
+        request.layer, request.rank, factor, lokr.decompose_both, lokr.full_matrix, has_core=request.has_core
     )
     return wrap(request, delta)
 

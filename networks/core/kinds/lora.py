@@ -94,8 +94,8 @@ def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
 def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
     """Return why the tensors of a module do not fit together, or None if they do."""
     if (DOWN in tensors) != (UP in tensors):
-        there, missing = (keys[DOWN], "up") if DOWN in tensors else (keys[UP], "down")
-        return f"has {there} without its {missing} factor; the file is incomplete"
+        present, missing = (keys[DOWN], "up") if DOWN in tensors else (keys[UP], "down")
+        return f"has {present} without its {missing} factor; the file is incomplete"
     if DOWN not in tensors:
         return None
     up, down, mid = tensors[UP], tensors[DOWN], tensors.get(MID)

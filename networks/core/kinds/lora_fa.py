@@ -53,11 +53,11 @@ def make(request: ChangeRequest) -> Change:
 
 def warn_of_ratios(adapters: Sequence[Adapter], arguments: NetworkArguments) -> None:
     """Warn that LoRA+ ratios only multiply the learning rate, because there is no trained down factor."""
-    given = [name for name in LORAPLUS_RATIOS if getattr(arguments.of(RateArguments), name)]
-    if given:
+    ratios = [name for name in LORAPLUS_RATIOS if getattr(arguments.of(RateArguments), name)]
+    if ratios:
         logger.warning(
             "--network_args %s: networks.lora_fa trains up factors only, so this just multiplies their learning rate",
-            ", ".join(given),
+            ", ".join(ratios),
         )
 
 

@@ -75,11 +75,11 @@ class OrthogonalOutputs(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             turns = [self._drop(turn) for turn in self._turns()]
         is_conv = isinstance(self.layer, nn.Conv2d)
-        alone = out.movedim(1, -1) if is_conv else out
+        base_out = out.movedim(1, -1) if is_conv else out
         bias = None if self.layer is None else self.layer.bias
         if isinstance(bias, Tensor):
-            alone = alone - bias.to(alone.dtype)
-        change = self._rotate_rows(alone, turns)
+            base_out = base_out - bias.to(base_out.dtype)
+        change = self._rotate_rows(base_out, turns)
         return out + (strength * (change.movedim(-1, 1) if is_conv else change)).to(out.dtype)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
@@ -138,11 +138,11 @@ class OrthogonalOutputs(nn.Module):
 
     def _turns(self) -> list[Tensor]:
         """Return the blocks of R minus the identity, (1, D, b, b) for each part."""
-        found = []
+        turns = []
         for angles in self._angles():
-            one = torch.eye(angles.shape[-1], dtype=angles.dtype, device=angles.device)
-            found.append(torch.linalg.solve(one - angles, 2 * angles)[None])
-        return found
+            identity = torch.eye(angles.shape[-1], dtype=angles.dtype, device=angles.device)
+            turns.append(torch.linalg.solve(identity - angles, 2 * angles)[None])
+        return turns
 
     def _drop(self, turns: Tensor) -> Tensor:
         """Drop blocks in training."""
@@ -195,8 +195,8 @@ class FixedMatrices(MergedOnly):
     def _less_one(self) -> Tensor:
         blocks = self.oft_diag
         diagonal = blocks.diagonal(dim1=1, dim2=2).mean()
-        one = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
-        return blocks - one if diagonal > 0.5 else blocks
+        identity = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+        return blocks - identity if diagonal > 0.5 else blocks
 
 
 def _skew(blocks_Dbb: Tensor) -> Tensor:
@@ -253,13 +253,13 @@ def read_matrices(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
 
 def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
     """Return why the tensors of a module are not a valid rotation, or None if they are."""
-    there = [key for key in (BLOCKS, *PIECES, MATRICES) if key in tensors]
-    if not there:
+    present = [key for key in (BLOCKS, *PIECES, MATRICES) if key in tensors]
+    if not present:
         return f"has {keys[RESCALE]} without {BLOCKS}; the file is incomplete"
     pieces = [key for key in PIECES if key in tensors]
     if pieces != list(PIECES[: len(pieces)]):
         return f"has {keys[pieces[-1]]} without all pieces before it; the file is incomplete"
-    for key in there:
+    for key in present:
         shape = list(tensors[key].shape)
         if len(shape) == 4:
             return (
@@ -268,7 +268,7 @@ def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | N
             )
         if len(shape) != 3 or shape[1] != shape[2]:
             return f"has {keys[key]} of the shape {shape}; it needs (blocks, b, b)"
-    num_rows = sum(tensors[key].shape[0] * tensors[key].shape[1] for key in there)
+    num_rows = sum(tensors[key].shape[0] * tensors[key].shape[1] for key in present)
     if RESCALE in tensors and tensors[RESCALE].numel() != num_rows:
         return f"has {keys[RESCALE]} of the shape {list(tensors[RESCALE].shape)}; it needs one number for each output"
     return None
