@@ -52,6 +52,7 @@ def resolve_nested_rank(rank: int, step_rank: int, full_rank: int, unit: int = 1
     It is the same share of the module's rank, rounded to a multiple of `unit` and at least one unit. `rank` must be a
     multiple of `unit`. A module of rank `full_rank` gets exactly `step_rank`.
     """
+    # (2 a + b) // 2 b rounds a / b to the nearest integer, halves up, without floating point.
     num_units = (2 * rank * step_rank + full_rank * unit) // (2 * full_rank * unit)
     return unit * max(1, num_units)
 

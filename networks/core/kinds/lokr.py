@@ -89,6 +89,7 @@ class LoKr(nn.Module):
         """
         x = match_dtype(self.get_parameter(self.fast_key), x)
         if columns is not None:
+            # Neither matrix has a number for each input of the layer, so the input is scaled.
             x = scale_columns(x, columns)
         groups = _unflatten(x, 1 if self._is_conv else x.dim() - 1, self.outer[1], self.inner[1])
         if self.is_whole:
@@ -167,6 +168,7 @@ class LoKr(nn.Module):
         if not isinstance(self.layer, nn.Conv2d):
             return linear(groups, weight)
         num_samples, num_groups = groups.shape[:2]
+        # Groups become samples, so that one convolution serves all of them.
         images = groups.flatten(0, 1)
         layer = self.layer
         if is_pointwise:

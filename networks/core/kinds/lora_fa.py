@@ -43,6 +43,7 @@ def freeze(down: nn.Module, rank: int) -> None:
     """Initialise the weight of a down factor and make it a buffer."""
     weight = get_weight(down).detach()
     nn.init.normal_(weight, std=sqrt(2 / (weight.shape[1] + rank)))
+    # A buffer cannot have the name of a parameter that still exists.
     del down.weight
     down.register_buffer("weight", weight)
 

@@ -46,6 +46,8 @@ class Norm(nn.Module):
         assert layer is not None
         merged = {name: self.merged(getattr(layer, name), strength, name) for name in self.changed_parameters}
         weight, bias = merged["weight"], merged.get("bias")
+        # The sums of weights and float32 changes stay float32: bfloat16 has no number between 1 and 1.0078, and a small
+        # change would be rounded away.
         inputs = x.to(weight.dtype)
         if isinstance(layer, nn.GroupNorm):
             if x.device.type == "cpu" and not x.requires_grad:

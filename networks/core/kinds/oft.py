@@ -78,6 +78,7 @@ class OrthogonalOutputs(nn.Module):
         base_out = out.movedim(1, -1) if is_conv else out
         bias = None if self.layer is None else self.layer.bias
         if isinstance(bias, Tensor):
+            # R rotates W, not the bias.
             base_out = base_out - bias.to(base_out.dtype)
         change = self._rotate_rows(base_out, turns)
         return out + (strength * (change.movedim(-1, 1) if is_conv else change)).to(out.dtype)
@@ -98,6 +99,7 @@ class OrthogonalOutputs(nn.Module):
     @torch.no_grad()
     def norm(self) -> Tensor:
         """Return the Frobenius norm of R - 1, to first order, together with the differences of the scales from 1."""
+        # R - 1 is 2 * angles to first order.
         squares = torch.stack([4 * angles.square().sum() for angles in self._angles()]).sum()
         if self.rescale is not None:
             squares = squares + (self.rescale - 1).square().sum()
@@ -133,6 +135,8 @@ class OrthogonalOutputs(nn.Module):
             return skew_Dbb.new_ones(())
         length = skew_Dbb.norm()
         limit = self.limit * skew_Dbb.shape[0] * skew_Dbb.shape[1]
+        # A factor instead of a condition: the host does not wait for the norm. The limit as a lower bound keeps the
+        # division, and with it the gradient, finite.
         share: Tensor = torch.where(length > limit, limit / length.clamp_min(limit), 1.0)
         return share
 
@@ -314,6 +318,7 @@ def make(request: ChangeRequest) -> Change:
 
 def resolve(settings: NetworkSettings) -> NetworkSettings:
     """Use the rank as the number of blocks, and `network_alpha` as the limit of the angles for all kernels."""
+    # The limit is alpha times the number of outputs, which no angles reach at the usual alphas of a LoRA.
     if settings.alpha >= 1:
         logger.warning(
             "--network_alpha %g limits no angle: networks.oft takes it for the limit, where 0.001 or less holds them",
