@@ -248,6 +248,7 @@ def peft_settings(path: Path) -> PeftSettings | None:
     Raises UserError if adapter_config.json is damaged.
     """
     settings_path = path.parent / PEFT_SETTINGS
+    # Another adapter may lie in the same folder: the settings belong to the file with PEFT's name only.
     if path.stem != PEFT_STEM or not settings_path.is_file():
         return None
     try:
@@ -265,6 +266,7 @@ def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
     part_settings = settings.get(part)
     if part_settings is None:
         part_settings, path = settings.get("", {}), name
+    # PEFT's LoRA has lora_alpha; its LoHa and LoKr have alpha.
     alpha = find_for_layer(
         part_settings.get("alpha_pattern"), path, part_settings.get("lora_alpha", part_settings.get("alpha"))
     )
@@ -280,5 +282,6 @@ def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
 
 def find_for_layer(patterns: Mapping[str, float] | None, path: str, otherwise: float | None) -> float | None:
     """Return the number of the first of PEFT's patterns that matches the end of `path`, or `otherwise`."""
+    # The group keeps the alternatives of a pattern such as to_k|to_q together. PEFT matches the ends of paths.
     number = next((n for p, n in (patterns or {}).items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", path)), otherwise)
     return None if number is None else float(number)

@@ -53,6 +53,7 @@ class FileSpelling:
         restored = dict(module.tensors)
         if module.layout.has_alpha and ALPHA not in spelled.keys:
             restored = fold_alpha(module)
+        # PEFT stores magnitudes in shapes of its own, and the program that wrote the file expects them.
         if DORA_SCALE in restored and qkv_rows.PEFT_MAGNITUDES in spelled.keys.get(DORA_SCALE, ""):
             restored[DORA_SCALE] = qkv_rows.to_peft_magnitudes(restored[DORA_SCALE])
         return {spelled.keys.get(key, f"{spelled.name}.{key}"): tensor for key, tensor in restored.items()}

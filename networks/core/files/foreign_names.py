@@ -42,6 +42,7 @@ def add_model(file: AdapterFile, tables: Sequence[BaseNames]) -> AdapterFile:
     `tables` contains no module, and for a module that occurs twice.
     """
     full_names = add_missing_prefixes(file.modules.keys(), tables)
+    # PEFT's names do not say which model they belong to, so at least one of them must fit a base model.
     known = (n for n in file.modules if not n.startswith(PEFT_PREFIX) or any(table.find(n) for table in tables))
     if not full_names and next(known, None) is None:
         raise UserError(

@@ -165,11 +165,13 @@ def load_into(adapters: Mapping[str, Adapter], file: AdapterFile) -> LoadReport:
             f"{_some(list(adapters))}. Was it made for another base model?"
         )
     for name in fitting:
+        # All modules are checked before one is loaded, so that an error leaves the network as it was.
         check_shapes(name, adapters[name], groups[name], source)
     differences = []
     for name in fitting:
         change, group = adapters[name].change, groups[name]
         if change.size.has_ranks:
+            # Networks keep alpha in float32, so an alpha such as 0.1 is compared in that precision.
             alpha = float(torch.tensor(rank_and_alpha(group)[1], dtype=torch.float32))
             if alpha != change.size.alpha:
                 differences.append(f"alpha is {alpha:g} as in the file, not {change.size.alpha:g}")
@@ -287,8 +289,10 @@ def collect_saved_tensors(
     that naming.
     """
     if naming != "kohya" and names is not None:
+        # Unrounded: the scale is multiplied in first, and the product is rounded to `dtype` once.
         file = sort_tensors(network_tensors(adapters, None), {}, "the adapter")
         plain = [m for m in file.modules.values() if m.layout is lora.LAYOUT and not m.is_dora and names.find(m.name)]
+        # Only some base models have programs that read LoHa, LoKr and DoRA under other names than kohya's.
         fits = names.holds_all_kinds_in_diffusers and not any(find_unsupported_keys(file, names, naming))
         if fits or len(plain) == len(file.modules):
             renamed = adapter_tensors(rename(file, names, naming).file)

@@ -53,6 +53,8 @@ def rename(
     modules: dict[str, ModuleWeights] = {}
     widened = []
     groups = group_by_place(file, names, frozenset(unsupported))
+    # If the parts of one layer stay apart, those of all layers do, so that the network can be saved under the file's
+    # names.
     are_apart = keeps_pieces and any(is_apart(entry, members) for entry, members in groups.items())
     for entry, members in groups.items():
         dtypes = {dtype for member in members for dtype in qkv_rows.dtypes_of(member.tensors)}
@@ -102,6 +104,7 @@ def rename_module(
         yield entry.kohya, split_into_rows(entry, pieces)
         return
     whole = pieces[None] if None in pieces else join_pieces(entry, pieces, origin)
+    # diffusers stores scale before shift in these modulation layers, other programs shift before scale.
     if entry.swaps_pair and entry.is_in_diffusers(whole.name) != (to == "diffusers"):
         whole = swap_halves(whole, origin)
     if to == "kohya":
@@ -168,6 +171,7 @@ def swap_halves(module: ModuleWeights, origin: str) -> ModuleWeights:
     """
     if module.layout is oft_v2.LAYOUT:  # rotates inputs, for all rows alike
         return module
+    # Modulation layers of more than two parts have one order everywhere.
     if module.layout.shape_of is not None and module.shape[0] != 2 * module.shape[1]:
         return module
     swapped = None if module.layout.shape_of is None else qkv_rows.swap_halves(module.tensors)
@@ -282,6 +286,7 @@ def list_some_keys(keys: Iterable[str], limit: int = 6) -> str:
     keys = list(keys)
     if len(keys) <= limit:
         return ", ".join(keys)
+    # Reversed, so that of each kind the first key of the file is kept.
     first_of_kind = {key.removesuffix(".weight").rpartition(".")[2]: key for key in reversed(keys)}
     ordered = [*reversed(first_of_kind.values()), *(key for key in keys if key not in first_of_kind.values())]
     return f"{len(keys)} keys: {', '.join(ordered[:limit])} and {len(keys) - limit} more"

@@ -28,6 +28,7 @@ SHARED = frozenset((ALPHA, DORA_SCALE))
 @cache
 def list_kinds() -> tuple[AdapterKind, ...]:
     """Return every kind, sorted by file name."""
+    # Sorted, so that messages and the order of layouts do not depend on the file system.
     names = sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]))
     return tuple(importlib.import_module(f"{PACKAGE}.{name}").KIND for name in names)
 
@@ -45,6 +46,7 @@ def recognise_layout(tensors: Collection[str]) -> KeyLayout:
     if qkv_pieces.is_in_rows(keys):
         return PIECES
     complete = (layout for layout in list_layouts() if keys.issuperset(layout.needs))
+    # An incomplete module counts as the simplest layout that has one of its keys, which need the fewest others.
     partial = (layout for layout in reversed(list_layouts()) if keys & (layout.keys - SHARED))
     return next(complete, next(partial, OTHER))
 
@@ -79,4 +81,5 @@ def list_held_keys(naming: FileNaming) -> frozenset[str] | None:
     if naming == "kohya":
         return None
     held = {key for layout in list_layouts() if naming in layout.namings for key in layout.keys}
+    # diffusers does not read magnitudes per input. Those per output, which it reads, are added by the caller.
     return frozenset(held - {DORA_SCALE} if naming == "diffusers" else held)
