@@ -170,14 +170,14 @@ def parse_patterns(text: str) -> tuple[str, ...]:
 
 def _expressions(text: str) -> list[tuple[str, str]]:
     """Return (regular expression, text after its last equals sign) of each comma-separated item."""
-    found = []
+    pairs = []
     for item in text.split(","):
         expression, equals, value = item.strip().rpartition("=")
         if not equals or not expression:
             raise UserError(f"expected expression=value with commas between them; {item!r} has no '='")
         _check_expression(expression)
-        found.append((expression, value))
-    return found
+        pairs.append((expression, value))
+    return pairs
 
 
 def _check_expression(pattern: str) -> None:

@@ -102,9 +102,9 @@ class MemberMaker:
         """Make the change of a layer for which a file has several changes of separate rows."""
         layer, changes = target.module, {}
         assert isinstance(layer, nn.Linear)
-        for name, own in qkv_pieces.group_by_rows(tensors).items():
+        for name, piece in qkv_pieces.group_by_rows(tensors).items():
             part = replace(target, module=qkv_pieces.LinearRows(layer, qkv_pieces.rows_of(name, layer.out_features)))
-            request = self.request_of_file(place, part, own, source)
+            request = self.request_of_file(place, part, piece, source)
             changes[name] = self.change(replace(request, qkv_widths=None))
         return qkv_pieces.InRows(changes)
 
@@ -136,7 +136,7 @@ class MemberMaker:
 
 def rates_alone(arguments: NetworkArguments, targets: AdapterTargets, is_denoiser: bool) -> Rules:
     """Make rules for learning rates only, because the file sets the ranks."""
-    without = arguments.replace(
+    without_ranks = arguments.replace(
         RankArguments, block_dims=None, block_alphas=None, conv_block_dims=None, conv_block_alphas=None
     )
-    return make_rules(0, 0.0, without, targets, is_denoiser)
+    return make_rules(0, 0.0, without_ranks, targets, is_denoiser)
