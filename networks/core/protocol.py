@@ -108,6 +108,8 @@ def open_network_module(name: str) -> NetworkModule:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
+        # If the error names the module or a package that contains it, the module does not exist. Otherwise something
+        # that it imports is not installed.
         missing = error.name or name
         if not (name == missing or name.startswith(f"{missing}.")):
             raise UserError(f"--network_module {name} needs the package {missing}, which is not installed") from error
@@ -119,6 +121,7 @@ def open_network_module(name: str) -> NetworkModule:
             "(networks/core/protocol.py says what it must offer)"
         )
     from_weights = getattr(module, "create_network_from_weights", None) or _cannot_read_files(name)
+    # An assertion or ValueError in one of our own modules is a bug and keeps its traceback.
     if not name.startswith(OURS):
         create, from_weights = _explain_errors(name, create), _explain_reading_errors(name, from_weights)
     return NetworkModule(create, from_weights)
@@ -308,6 +311,8 @@ class AdoptedNetwork:
         """Call `prepare_optimizer_params` with three arguments, or with two if it does not accept a third."""
         method = self._method("prepare_optimizer_params")
         try:
+            # The signature is checked instead of trying the call, whose own TypeError would be taken for a wrong number
+            # of arguments.
             inspect.signature(method).bind(text_encoder_lr, unet_lr, learning_rate)
         except TypeError:
             return method(text_encoder_lr, unet_lr)
@@ -338,6 +343,7 @@ def _trained_groups(
     """
     kept: list[dict[str, Any]] = []
     kept_names: list[str] = []
+    # Parameters can come as an iterator, which can be read only once.
     groups = [{**group, "params": list(group["params"])} for group in groups]
     if not any(group["params"] for group in groups):
         raise UserError(

@@ -172,6 +172,7 @@ def _with_dropout(given: dict[str, Any], neuron_dropout: float | None, parse: Pa
 
 def _parse(key: str, value: Any, name: str, parsers: Mapping[str, Parse]) -> Any:
     """Parse one value. Raises UserError naming the argument as the user spelled it."""
+    # A pattern may contain commas, so a list of patterns is parsed as a Python literal.
     is_list = isinstance(value, (list, tuple)) and not name.endswith("_patterns")
     text = ",".join(map(str, value)) if is_list else str(value)
     try:

@@ -56,6 +56,8 @@ class MemberMaker:
             if not settings.rank:
                 continue
             if arguments.of(RankArguments).rslora:
+                # alpha sqrt(rank) / rank = alpha / sqrt(rank): with this alpha the file is a plain LoRA for every
+                # program.
                 settings = replace(settings, alpha=(settings.alpha or settings.rank) * sqrt(settings.rank))
             request = replace(
                 self.request(place, target, settings.rank, settings.alpha),
@@ -79,6 +81,7 @@ class MemberMaker:
         that the file splits into several modules.
         """
         part = place.part
+        # The file decides what is adapted, so exclusions do not apply.
         norms = find_norms(part, place.root, part.blocks + part.conv_blocks, Filters(include=(".*",)))
         for target in (*list_targets(part, place.root, self.targets), *norms):
             group = groups.get(target.name)
@@ -105,6 +108,7 @@ class MemberMaker:
         for name, piece in qkv_pieces.group_by_rows(tensors).items():
             part = replace(target, module=qkv_pieces.LinearRows(layer, qkv_pieces.rows_of(name, layer.out_features)))
             request = self.request_of_file(place, part, piece, source)
+            # A part of a fused layer is one projection already.
             changes[name] = self.change(replace(request, qkv_widths=None))
         return qkv_pieces.InRows(changes)
 

@@ -77,9 +77,11 @@ class SharedLayer:
 
     def stack_changes(self, indices: tuple[int, ...]) -> Sequence[Stackable] | None:
         """Return the changes of these networks if one product can compute all of them, else None."""
+        # The answer is kept, because checking protocols takes a noticeable part of a short step.
         if indices not in self._stacked:
             changes = [self._adapters[index].change for index in indices if index in self._adapters]
             draws = any(self._multiplexer.draws[index] for index in indices)
+            # Networks that draw random numbers need streams of their own, so they run one by one.
             is_possible = len(changes) == len(indices) and not draws and can_be_stacked(changes)
             self._stacked[indices] = changes if is_possible else None  # type: ignore[assignment]
         return self._stacked[indices]

@@ -31,6 +31,7 @@ from networks.core.targets.targets import AdapterTargets
 
 logger = logging.getLogger(__name__)
 
+# The names under which sd-scripts logs learning rates.
 DENOISER_LR_NAME = "unet"
 TEXT_ENCODER_LR_NAME = "textencoder"
 ROUNDING = 1e-6  # keeps norms that were scaled to the limit from being scaled again
@@ -123,6 +124,7 @@ class AdapterNetwork(nn.Module):
     def stack_with(self, others: Sequence["AdapterNetwork"]) -> AdapterMultiplexer:
         """Put this network and others, all of them installed, on one model, where each acts on its own rows."""
         networks = [self, *others]
+        # Adapters of one layer come off in the reverse of the order in which they were installed.
         for network in reversed(networks):
             network.remove()
         return AdapterMultiplexer([[m.adapter for m in n.members] for n in networks], [n.draws for n in networks])
@@ -278,6 +280,7 @@ class AdapterNetwork(nn.Module):
         changes = [m.adapter.change for m in self.members if m.adapter.target.kind != "norm"]
         if not changes:
             return torch.zeros(3)
+        # Everything stays on the device, so that the host does not wait for the norms in each step.
         norms = torch.stack([change.norm() for change in changes])
         ratios = torch.where(norms > limit * (1 + ROUNDING), limit / norms, 1.0)
         for change, ratio in zip(changes, ratios, strict=True):
@@ -317,6 +320,7 @@ class AdapterNetwork(nn.Module):
         part_ratio = rates.loraplus_unet_lr_ratio
         if member.text_encoder is not None:
             part_ratio = rates.loraplus_text_encoder_lr_ratio
+        # sd-scripts takes a ratio of 0 for one that is not given.
         return part_ratio or rates.loraplus_lr_ratio or None
 
 

@@ -122,6 +122,7 @@ def make_rules(
         alpha=alpha,
         conv_rank=ranks.conv_dim or 0,
         conv_alpha=conv_alpha,
+        # conv_dim=0 adapts no larger kernel, but the Linear layers and 1x1 convolutions of these blocks.
         searches_conv_blocks=ranks.conv_dim is not None or ranks.conv_block_dims is not None,
         layout=layout if is_denoiser else None,
         blocks=make_block_table(rank, alpha, conv_alpha, arguments, layout) if is_denoiser else None,

@@ -44,6 +44,8 @@ class Expressions(Generic[Value]):
         is_path = re.fullmatch(expression, target.path) is not None
         if is_path or self.targets.expressions == "path":
             return is_path
+        # sd-scripts' networks.lora searches parts of names, its LoHa and LoKr match whole paths; either form finds a
+        # module.
         return any(re.search(expression, name) for name in self.targets.spelled(target.name))
 
 

@@ -227,6 +227,7 @@ def _walk(root: nn.Module, classes: Sequence[str]) -> Iterator[tuple[str, nn.Mod
             continue
         for child_path, child in block.named_modules():
             path = ".".join(p for p in (block_path, child_path) if p)
+            # Blocks can contain blocks of another given class.
             if path not in seen:
                 seen.add(path)
                 yield path, child
