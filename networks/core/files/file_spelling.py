@@ -44,9 +44,11 @@ class FileSpelling:
             if (rows := ROWS_KEY.fullmatch(parameter_key)) is not None:
                 module, parameter_key = f"{module}.{rows[1]}", rows[5]
             groups.setdefault(module, {})[parameter_key] = tensor
-        return {key: tensor for name, group in groups.items() for key, tensor in self._one(name, group).items()}
+        return {
+            key: tensor for name, group in groups.items() for key, tensor in self._restore_module(name, group).items()
+        }
 
-    def _one(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _restore_module(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         spelled = self.modules[name]
         module = ModuleWeights(spelled.name, tensors, {}, origin=name)
         module = swap_halves(module, name) if spelled.is_swapped else module

@@ -207,7 +207,7 @@ def _skew(blocks_Dbb: Tensor) -> Tensor:
     return blocks_Dbb - blocks_Dbb.mT
 
 
-def further(layer: nn.Module, tensors: ModuleTensors, drops: Dropout = NO_DROPOUT) -> OrthogonalOutputs:
+def make_like(layer: nn.Module, tensors: ModuleTensors, drops: Dropout = NO_DROPOUT) -> OrthogonalOutputs:
     """Make the untrained change of a layer in the form of a file."""
     zeros = {key: torch.zeros_like(t, dtype=torch.float32) for key, t in tensors.items() if key != ALPHA}
     zeros |= {key: tensor.float() for key, tensor in tensors.items() if key == ALPHA}
@@ -310,7 +310,7 @@ class OftArguments:
 def make(request: ChangeRequest) -> Change:
     """Make the change of one layer."""
     if request.tensors is not None:
-        return further(request.layer, request.tensors, request.drops)
+        return make_like(request.layer, request.tensors, request.drops)
     return make_fresh(
         request.layer, request.target.path, request.rank, request.alpha, request.drops, request.qkv_widths
     )

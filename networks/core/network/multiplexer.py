@@ -113,7 +113,7 @@ class SharedLayer:
         parts = []
         with streams as call:
             for index, part, base_out in zip(indices, x.chunk(count), base_outs, strict=True):
-                base = self._base if base_out is None or not self._adds(index) else given(base_out)
+                base = self._base if base_out is None or not self._adds(index) else return_always(base_out)
                 with nullcontext() if call is None else call.of(index):
                     parts.append(self._part(index, part, base))
         return torch.cat(parts)
@@ -134,6 +134,6 @@ class SharedLayer:
         return adapter is None or adapter.change.adds_to_output
 
 
-def given(out: Tensor) -> Callable[[Tensor], Tensor]:
+def return_always(out: Tensor) -> Callable[[Tensor], Tensor]:
     """Return a function that replaces a layer which has already run: it ignores its input and returns `out`."""
     return lambda x: out
