@@ -74,20 +74,18 @@ class Heartbeat:
         """Return a sentence about a lost process, or None if none is known."""
         try:
             for rank in self._watched_ranks:
-                if (found := self._describe_loss(rank)) is not None:
-                    return found
+                if (description := self._describe_loss(rank)) is not None:
+                    return description
             return self.store.get("lost").decode() if self.store.check(["lost"]) else None
         except RuntimeError:
             return UNREACHABLE
 
     @property
     def _watched_ranks(self) -> Sequence[int]:
-        others = [rank for rank in range(self.count) if rank != self.rank]
+        peers = [rank for rank in range(self.count) if rank != self.rank]
         if self.rank == 0:
-            return others
-        return [
-            rank for rank in others if rank == 0 or self._find_host(rank).rpartition(" ")[0] == socket.gethostname()
-        ]
+            return peers
+        return [rank for rank in peers if rank == 0 or self._find_host(rank).rpartition(" ")[0] == socket.gethostname()]
 
     def _find_host(self, rank: int) -> str:
         if rank not in self._hosts:
@@ -107,10 +105,12 @@ class Heartbeat:
         if host == socket.gethostname() or not self.store.check([f"beat/{rank}"]):
             return None
         beat, now = self.store.get(f"beat/{rank}"), time.monotonic()
-        before, at = self._last_beats.get(rank, (b"", now))
-        self._last_beats[rank] = (beat, now if beat != before else at)
+        previous, since = self._last_beats.get(rank, (b"", now))
+        self._last_beats[rank] = (beat, now if beat != previous else since)
         if now - self._last_beats[rank][1] > self.times.silent:
-            return f"process {rank} on {host} has sent nothing for {now - at:.0f} s: its machine or the network is down"
+            return (
+                f"process {rank} on {host} has sent nothing for {now - since:.0f} s: its machine or the network is down"
+            )
         return None
 
     def _set(self, key: str, value: str) -> None:
@@ -120,12 +120,12 @@ class Heartbeat:
             logger.debug("the store is unreachable", exc_info=True)
 
     def _watch(self) -> None:
-        number = 0
+        num_beats = 0
         while not self._is_over.wait(self.times.beat):
-            self._set(f"beat/{self.rank}", str(number := number + 1))
-            found = self.find()
-            if found is not None and not self._is_over.is_set():
-                self.lost = found
+            self._set(f"beat/{self.rank}", str(num_beats := num_beats + 1))
+            description = self.find()
+            if description is not None and not self._is_over.is_set():
+                self.lost = description
                 break
         if self.lost is None:
             return
@@ -142,11 +142,11 @@ class Heartbeat:
 
 def has_ended(process: str) -> bool:
     """Return True if a process, given as "host pid", is known to have ended; always False for another machine."""
-    host, _, number = process.rpartition(" ")
+    host, _, pid = process.rpartition(" ")
     if host != socket.gethostname():
         return False
     try:
-        return bool(psutil.Process(int(number)).status() == psutil.STATUS_ZOMBIE)
+        return bool(psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
     except psutil.AccessDenied:
