@@ -55,6 +55,7 @@ class Heartbeat:
     times: Times = field(default_factory=Times)
     lost: str | None = None  # a sentence about the first lost process
     is_stopping: bool = False  # the loss has been noticed and this process is ending
+    # sys.exit would end the thread of the heartbeat alone, while the main thread may wait in a collective for ever.
     quit: Callable[[int], object] = os._exit
     _is_over: threading.Event = field(default_factory=threading.Event)
     _hosts: dict[int, str] = field(default_factory=dict)  # host and process ID by rank
@@ -95,6 +96,7 @@ class Heartbeat:
     def _describe_loss(self, rank: int) -> str | None:
         process = self._find_host(rank)
         host = process.rpartition(" ")[0]
+        # Checked before the keys: a process that ends between the two checks has set its keys by then.
         has_vanished = has_ended(process)
         if self.store.check([f"failure/{rank}"]):
             return f"process {rank} ended with an error: {self.store.get(f'failure/{rank}').decode()}"
@@ -122,6 +124,7 @@ class Heartbeat:
     def _watch(self) -> None:
         num_beats = 0
         while not self._is_over.wait(self.times.beat):
+            # A counter instead of a time, since the clocks of machines differ.
             self._set(f"beat/{self.rank}", str(num_beats := num_beats + 1))
             description = self.find()
             if description is not None and not self._is_over.is_set():
@@ -136,6 +139,7 @@ class Heartbeat:
         logger.error("%s; this process will end too, within %.0f s", self.lost, self.times.end)
         if self._is_over.wait(self.times.end) or self.is_stopping:
             return
+        # os._exit runs no exit handlers, so the log is flushed here.
         logging.shutdown()
         self.quit(1)
 
@@ -146,6 +150,7 @@ def has_ended(process: str) -> bool:
     if host != socket.gethostname():
         return False
     try:
+        # psutil instead of os.kill(pid, 0), which is Ctrl+C on Windows.
         return bool(psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True

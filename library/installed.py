@@ -41,6 +41,7 @@ def find_lack(requirement: str) -> Lack | None:
     if parsed.marker is not None and not parsed.marker.evaluate():
         return None
     installed = version_of(parsed.name)
+    # Nightly builds are pre-releases, which a specifier excludes by default.
     if installed is not None and parsed.specifier.contains(installed, prereleases=True):
         return None
     return Lack(parsed.name, installed, str(parsed.specifier))
@@ -52,6 +53,7 @@ SECONDS = 20  # for nvidia-smi to answer
 
 def list_nvidia_gpus() -> list[str]:
     """Return "name, driver version, memory" of each GPU that nvidia-smi lists; empty without a driver."""
+    # nvidia-smi finds the GPU that a CPU build of torch does not see.
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS)

@@ -32,6 +32,7 @@ SHORT_SECONDS, POLL_SECONDS = 0.005, 0.1  # seconds between two checks of the st
 LOG_EVERY_SECONDS = 60.0
 SEARCH_S = 5  # seconds to find out why a process ended
 WAIT_FOR_PEERS_S = 6.0  # heartbeats check every 2 s
+# torch words broken connections in many ways. First letters are left out, since their case differs.
 CONNECTION_ERRORS = ("onnection closed", "onnection reset", "onnection refused", "roken pipe", "NCCL", "timed out")
 PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_XPU", "MULTI_HPU")
 
@@ -140,6 +141,7 @@ class Processes:
         if self.count == 1:
             return losses, stops
         all_losses = torch.zeros(num_losses, device=self.device)
+        # Every process fills its own entries and leaves the others 0, so the sum over processes holds all of them.
         all_losses[self.rank :: self.count] = losses.to(self.device, torch.float32)
         has_gradient = [p.grad is not None for p in parameters]
         digests = [0.0] * (0 if order is None else self.count)
@@ -157,6 +159,7 @@ class Processes:
         is_set = [number > 0 for number in flag_sums[: len(parameters) + 1]]
         for parameter, total, is_used in zip(parameters, sums, is_set, strict=False):
             parameter.grad = total.view_as(parameter).to(parameter.dtype) if is_used else None
+        # A view would keep the whole buffer in memory for as long as the losses are used.
         return all_losses.clone(), is_set[-1]
 
     def _all_reduce(self, values: Tensor) -> None:
@@ -197,6 +200,7 @@ class Processes:
         """Wait for a value from another process. Raises ProcessLost if one has ended."""
         assert self.store is not None
         pause = SHORT_SECONDS
+        # Polled, because a blocking get would not notice that the other process has ended.
         while not self.store.check([key]):
             self.require_all()
             time.sleep(pause)
@@ -292,6 +296,7 @@ def from_accelerator(accelerator: Any) -> Processes:
     Raises UserError for unsupported accelerate configurations.
     """
     kind = accelerator.distributed_type.name
+    # FSDP 2 means --shard_base, and its other settings are ignored.
     if kind not in PLAIN and fsdp_version() != 2:
         raise UserError(
             f"accelerate is configured for {kind}, but only plain data-parallel training is supported. Run `accelerate "
@@ -306,6 +311,7 @@ def from_accelerator(accelerator: Any) -> Processes:
     state = accelerator.state
     store, rank, count = join_rendezvous()
     store.set_timeout(timedelta(days=7))
+    # The prefix keeps these keys apart from torch's own in the same store.
     prefixed = PrefixStore("lora", store)
     prefixed.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
     heartbeat = Heartbeat(PrefixStore("lora", store.clone()), rank, count)
