@@ -389,8 +389,8 @@ def _explain_reading_errors(name: str, create: Callable[..., Any]) -> Callable[.
         multiplier: float, file: str, *arguments: Any, **keywords: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         try:
-            found: tuple[Any, dict[str, Tensor]] = create(multiplier, file, *arguments, **keywords)
-            return found
+            result: tuple[Any, dict[str, Tensor]] = create(multiplier, file, *arguments, **keywords)
+            return result
         except AssertionError as error:
             raise UserError(
                 f"--network_module {name} cannot read {file} for this base model ({error}); use one of networks.*, "

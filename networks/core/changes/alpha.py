@@ -157,8 +157,8 @@ class ScaledDelta(nn.Module):
     def norm(self) -> Tensor:
         """Return the Frobenius norm of the change at strength 1, from the factors if the delta has a rank."""
         if self.delta.is_whole:
-            whole: Tensor = torch.linalg.vector_norm(self.weight())
-            return whole  # without a rank the weight is smaller than the products of its factors
+            frobenius: Tensor = torch.linalg.vector_norm(self.weight())
+            return frobenius
         strength = torch.abs(s) if isinstance(s := self.unit_strength, Tensor) else abs(s)
         # |B A|^2 is the sum of (B'B) * (AA'), which needs R x R matrices instead of one of the weight's size. Rounding
         # can make a sum near zero negative.

@@ -139,8 +139,8 @@ def check_alphas(file: AdapterFile) -> AdapterFile:
         module.check(file.origin)
         module.check_values(file.origin)
     if not modules:
-        shown = ", ".join(list(file.unknown)[:3]) or "none"
-        raise UserError(f"{file.origin} has no weights of an adapter (first keys: {shown}); give a LoRA file")
+        first_keys = ", ".join(list(file.unknown)[:3]) or "none"
+        raise UserError(f"{file.origin} has no weights of an adapter (first keys: {first_keys}); give a LoRA file")
     return replace(file, modules=modules)
 
 

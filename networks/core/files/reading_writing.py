@@ -120,8 +120,8 @@ def layouts_for(adapters: Mapping[str, Adapter]) -> tuple[KeyLayout, ...]:
 
 def list_keys(layouts: Sequence[KeyLayout]) -> tuple[str, ...]:
     """Return every parameter key of some layouts: alpha first, dora_scale and the keys of norms last."""
-    own = [layout for layout in layouts if layout is not norm.LAYOUT and layout.read is not None]
-    first = (key for layout in own for key in (*layout.needs, *layout.core, *layout.may_have) if key not in SHARED)
+    readable = [layout for layout in layouts if layout is not norm.LAYOUT and layout.read is not None]
+    first = (key for layout in readable for key in (*layout.needs, *layout.core, *layout.may_have) if key not in SHARED)
     return tuple(dict.fromkeys((ALPHA, *first, DORA_SCALE, *norm.LAYOUT.needs, *norm.LAYOUT.may_have)))
 
 
@@ -240,9 +240,9 @@ def check_layout(name: str, size: ChangeSize, expected: KeyLayout, group: Mappin
             + (f"; use --network_module {layout.network_module}" if layout.network_module else "")
         )
     if layout.has_core(group) != size.has_core:
-        has, wanted = ("a Tucker core", "True") if layout.has_core(group) else ("no Tucker core", "False")
+        has, value = ("a Tucker core", "True") if layout.has_core(group) else ("no Tucker core", "False")
         raise UserError(
-            f"{name} has {has} in {source}; set --network_args use_tucker={wanted}, or add --dim_from_weights to take "
+            f"{name} has {has} in {source}; set --network_args use_tucker={value}, or add --dim_from_weights to take "
             "the form from the file"
         )
     if layout is not expected:

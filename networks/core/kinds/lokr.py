@@ -141,14 +141,14 @@ class LoKr(nn.Module):
 
     def _pair(self, side: int) -> tuple[Tensor, Tensor]:
         """Return the two factors of w1 (L, M) for side 0, or of w2 (K, N * h * w) for side 1."""
-        whole, left, right = SIDES[side]
+        matrix_key, left_key, right_key = SIDES[side]
         if self.is_product[side]:
-            a: Tensor = self.get_parameter(left)
-            b: Tensor = self.get_parameter(right)
+            a: Tensor = self.get_parameter(left_key)
+            b: Tensor = self.get_parameter(right_key)
             if side == 1 and self.has_core:
                 a, b = a.t(), torch.einsum("pqhw,qn->pnhw", self.get_parameter(CORE), b).flatten(1)
             return a, b
-        matrix = self.get_parameter(whole).flatten(1)
+        matrix = self.get_parameter(matrix_key).flatten(1)
         identity = torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
         return (identity, matrix) if matrix.shape[0] < matrix.shape[1] else (matrix, identity)
 
@@ -274,13 +274,17 @@ def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | N
     for key in tensors:
         if key.startswith("lokr_") and key not in known:
             return f"has {keys[key]}, which no known LoKr has"
-    for whole, left, right in SIDES:
-        present = [key for key in (left, right) if key in tensors]
-        if whole in tensors and present:
-            return f"has {keys[whole]} and {keys[present[0]]}, two forms of the same matrix"
-        if whole not in tensors and len(present) < 2:
+    for matrix_key, left_key, right_key in SIDES:
+        present = [key for key in (left_key, right_key) if key in tensors]
+        if matrix_key in tensors and present:
+            return f"has {keys[matrix_key]} and {keys[present[0]]}, two forms of the same matrix"
+        if matrix_key not in tensors and len(present) < 2:
             present_key = present[0] if present else next(key for key in tensors if key.startswith("lokr_"))
-            missing = f"its {right if present_key == left else left}" if present else f"{whole}, or {left} and {right}"
+            missing = (
+                f"its {right_key if present_key == left_key else left_key}"
+                if present
+                else f"{matrix_key}, or {left_key} and {right_key}"
+            )
             return f"has {keys[present_key]} without {missing}; the file is incomplete"
     if CORE in tensors and W2 in tensors:
         return f"has {keys[CORE]} beside {keys[W2]}, which needs no core"

@@ -279,10 +279,10 @@ def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | N
 
 
 def _layout(
-    needs: tuple[str, ...], more: tuple[str, ...], network_module: str, reader: Callable[..., Change] = read
+    needs: tuple[str, ...], optional: tuple[str, ...], network_module: str, reader: Callable[..., Change] = read
 ) -> KeyLayout:
     return KeyLayout(
-        name="oft", words="OFT of outputs", needs=needs, read=reader, may_have=(ALPHA, *more), rank_of=rank_of,
+        name="oft", words="OFT of outputs", needs=needs, read=reader, may_have=(ALPHA, *optional), rank_of=rank_of,
         alpha_is_strength=False, fault=fault, exact=(RESCALE,), network_module=network_module,
     )  # fmt: skip
 

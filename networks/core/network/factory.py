@@ -179,9 +179,9 @@ def check_arguments(kind: AdapterKind, arguments: NetworkArguments) -> None:
 
 def list_refused(kind: AdapterKind, arguments: NetworkArguments) -> Mapping[str, tuple[str, str]]:
     """Return (conflicting part, reason) for each argument that does not work with this kind or the other arguments."""
-    this = "this --network_module"
+    this_module = "this --network_module"
     refused = {
-        n: (this, wrapper_type.made_for)
+        n: (this_module, wrapper_type.made_for)
         for wrapper_type in WRAPPERS
         if wrapper_type not in kind.wrappers
         for n in wrapper_type.switches
@@ -189,7 +189,7 @@ def list_refused(kind: AdapterKind, arguments: NetworkArguments) -> Mapping[str,
     for wrapper in (arguments.of(wrapper_type) for wrapper_type in WRAPPERS):
         if wrapper.is_on:
             refused |= {name: (wrapper.label, why) for name, why in wrapper.excludes.items()}
-    return refused | {name: (this, why) for name, why in kind.refuses.items()}
+    return refused | {name: (this_module, why) for name, why in kind.refuses.items()}
 
 
 def resolve_settings(
