@@ -155,6 +155,7 @@ class Processes:
         *sums, flags, all_losses = torch.split(flat, [*sizes, len(flags), num_losses])
         flag_sums = flags.tolist()
         if order is not None:
+            # Checked before gradients are assigned, so that a step with wrong weights is never applied.
             order.require_same(flag_sums[len(parameters) + 1 :], self.rank)
         is_set = [number > 0 for number in flag_sums[: len(parameters) + 1]]
         for parameter, total, is_used in zip(parameters, sums, is_set, strict=False):

@@ -157,6 +157,7 @@ class ScaledDelta(nn.Module):
     def norm(self) -> Tensor:
         """Return the Frobenius norm of the change at strength 1, from the factors if the delta has a rank."""
         if self.delta.is_whole:
+            # Without a rank the weight is smaller than the products of its factors.
             frobenius: Tensor = torch.linalg.vector_norm(self.weight())
             return frobenius
         strength = torch.abs(s) if isinstance(s := self.unit_strength, Tensor) else abs(s)

@@ -254,6 +254,8 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, up_OR: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
+        # Autograd keeps W0 itself, which the layer has anyway; of a plain product it would keep the copy in the dtype
+        # of `up`.
         projected_RN = up_OR.new_zeros(up_OR.shape[1], weight[0].numel())
         for rows, part_ON in _row_parts(weight, up_OR.dtype):
             projected_RN.addmm_(up_OR[rows].t(), part_ON)

@@ -109,6 +109,7 @@ class ModuleWeights:
         """
         tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in self.tensors.items()}
         if self.layout.has_alpha:
+            # Python's float is float64: alpha keeps all digits, whatever dtype the change is computed in.
             tensors[ALPHA] = torch.tensor(self.alpha, dtype=torch.float64)
         if self.is_dora and self.layout.shape_of is not None:
             tensors[DORA_SCALE] = self.magnitudes.to(dtype or self.magnitudes.dtype)
