@@ -20,16 +20,16 @@ def pause_collection() -> Iterator[None]:
 
 
 @contextmanager
-def freeze_imports(what: str) -> Iterator[None]:
+def freeze_imports(name: str) -> Iterator[None]:
     """Disable the collector during imports and exempt the imported objects from later collections."""
     with pause_collection():
         yield
-        keep_imported(what)
+        keep_imported(name)
 
 
 @cache
-def keep_imported(what: str) -> None:
-    """Exempt all existing objects from later collections, at most once per process and `what`."""
+def keep_imported(name: str) -> None:
+    """Exempt all existing objects from later collections, at most once per process and `name`."""
     # Skip gc.collect() before freezing: finding the 8 MB of garbage that exists after all imports takes a third of a
     # second.
     gc.freeze()

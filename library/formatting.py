@@ -24,4 +24,4 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def escape_controls(text: str, keep: str = "") -> str:
     """Write control characters as escapes, so that names and texts from files cannot steer a terminal."""
-    return CONTROL.sub(lambda found: found[0] if found[0] in keep else f"\\x{ord(found[0]):02x}", text)
+    return CONTROL.sub(lambda match: match[0] if match[0] in keep else f"\\x{ord(match[0]):02x}", text)

@@ -55,6 +55,7 @@ class Heartbeat:
     times: Times = field(default_factory=Times)
     lost: str | None = None  # a sentence about the first lost process
     is_stopping: bool = False  # the loss has been noticed and this process is ending
+    # sys.exit would end the thread of the heartbeat alone, while the main thread may wait in a collective for ever.
     quit: Callable[[int], object] = os._exit
     _is_over: threading.Event = field(default_factory=threading.Event)
     _hosts: dict[int, str] = field(default_factory=dict)  # host and process ID by rank
@@ -74,20 +75,18 @@ class Heartbeat:
         """Return a sentence about a lost process, or None if none is known."""
         try:
             for rank in self._watched_ranks:
-                if (found := self._describe_loss(rank)) is not None:
-                    return found
+                if (description := self._describe_loss(rank)) is not None:
+                    return description
             return self.store.get("lost").decode() if self.store.check(["lost"]) else None
         except RuntimeError:
             return UNREACHABLE
 
     @property
     def _watched_ranks(self) -> Sequence[int]:
-        others = [rank for rank in range(self.count) if rank != self.rank]
+        peers = [rank for rank in range(self.count) if rank != self.rank]
         if self.rank == 0:
-            return others
-        return [
-            rank for rank in others if rank == 0 or self._find_host(rank).rpartition(" ")[0] == socket.gethostname()
-        ]
+            return peers
+        return [rank for rank in peers if rank == 0 or self._find_host(rank).rpartition(" ")[0] == socket.gethostname()]
 
     def _find_host(self, rank: int) -> str:
         if rank not in self._hosts:
@@ -97,6 +96,7 @@ class Heartbeat:
     def _describe_loss(self, rank: int) -> str | None:
         process = self._find_host(rank)
         host = process.rpartition(" ")[0]
+        # Checked before the keys: a process that ends between the two checks has set its keys by then.
         has_vanished = has_ended(process)
         if self.store.check([f"failure/{rank}"]):
             return f"process {rank} ended with an error: {self.store.get(f'failure/{rank}').decode()}"
@@ -107,10 +107,12 @@ class Heartbeat:
         if host == socket.gethostname() or not self.store.check([f"beat/{rank}"]):
             return None
         beat, now = self.store.get(f"beat/{rank}"), time.monotonic()
-        before, at = self._last_beats.get(rank, (b"", now))
-        self._last_beats[rank] = (beat, now if beat != before else at)
+        previous, since = self._last_beats.get(rank, (b"", now))
+        self._last_beats[rank] = (beat, now if beat != previous else since)
         if now - self._last_beats[rank][1] > self.times.silent:
-            return f"process {rank} on {host} has sent nothing for {now - at:.0f} s: its machine or the network is down"
+            return (
+                f"process {rank} on {host} has sent nothing for {now - since:.0f} s: its machine or the network is down"
+            )
         return None
 
     def _set(self, key: str, value: str) -> None:
@@ -120,12 +122,13 @@ class Heartbeat:
             logger.debug("the store is unreachable", exc_info=True)
 
     def _watch(self) -> None:
-        number = 0
+        num_beats = 0
         while not self._is_over.wait(self.times.beat):
-            self._set(f"beat/{self.rank}", str(number := number + 1))
-            found = self.find()
-            if found is not None and not self._is_over.is_set():
-                self.lost = found
+            # A counter instead of a time, since the clocks of machines differ.
+            self._set(f"beat/{self.rank}", str(num_beats := num_beats + 1))
+            description = self.find()
+            if description is not None and not self._is_over.is_set():
+                self.lost = description
                 break
         if self.lost is None:
             return
@@ -136,17 +139,19 @@ class Heartbeat:
         logger.error("%s; this process will end too, within %.0f s", self.lost, self.times.end)
         if self._is_over.wait(self.times.end) or self.is_stopping:
             return
+        # os._exit runs no exit handlers, so the log is flushed here.
         logging.shutdown()
         self.quit(1)
 
 
 def has_ended(process: str) -> bool:
     """Return True if a process, given as "host pid", is known to have ended; always False for another machine."""
-    host, _, number = process.rpartition(" ")
+    host, _, pid = process.rpartition(" ")
     if host != socket.gethostname():
         return False
     try:
-        return bool(psutil.Process(int(number)).status() == psutil.STATUS_ZOMBIE)
+        # psutil instead of os.kill(pid, 0), which is Ctrl+C on Windows.
+        return bool(psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
     except psutil.AccessDenied:

@@ -47,4 +47,5 @@ def import_diffusers_hiding_libraries() -> None:
         import diffusers.utils.import_utils  # noqa: F401  # looks while it is imported
         from transformers.utils import is_scipy_available
 
+        # transformers checks when it is first asked and keeps the answer.
         is_scipy_available()

@@ -11,8 +11,8 @@ def upload(args: argparse.Namespace, src: str | Path, dest_suffix: str = "", for
 
     options = HubOptions.from_args(argparse.Namespace(**{**HubOptions.defaults(), **vars(args)}))
     path = Path(src)
-    place = f"{options.huggingface_path_in_repo or ''}{dest_suffix}".strip("/")
-    hub.upload(options, path, place or ("" if path.is_dir() else path.name))
+    path_in_repo = f"{options.huggingface_path_in_repo or ''}{dest_suffix}".strip("/")
+    hub.upload(options, path, path_in_repo or ("" if path.is_dir() else path.name))
 
 
 AS_IMPORTED = dict(globals())  # detects names that a program patches, which has no effect

@@ -37,13 +37,14 @@ def find_lack(requirement: str) -> Lack | None:
     """Check a requirement such as "torch>=2.9". Return None if it is met or does not apply to this Python."""
     from packaging.requirements import Requirement
 
-    wanted = Requirement(requirement)
-    if wanted.marker is not None and not wanted.marker.evaluate():
+    parsed = Requirement(requirement)
+    if parsed.marker is not None and not parsed.marker.evaluate():
         return None
-    found = version_of(wanted.name)
-    if found is not None and wanted.specifier.contains(found, prereleases=True):
+    installed = version_of(parsed.name)
+    # Nightly builds are pre-releases, which a specifier excludes by default.
+    if installed is not None and parsed.specifier.contains(installed, prereleases=True):
         return None
-    return Lack(wanted.name, found, str(wanted.specifier))
+    return Lack(parsed.name, installed, str(parsed.specifier))
 
 
 GET_TORCH = "see https://pytorch.org/get-started for the command that installs torch for your GPU"
@@ -52,12 +53,13 @@ SECONDS = 20  # for nvidia-smi to answer
 
 def list_nvidia_gpus() -> list[str]:
     """Return "name, driver version, memory" of each GPU that nvidia-smi lists; empty without a driver."""
+    # nvidia-smi finds the GPU that a CPU build of torch does not see.
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS)
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+    return [line.strip() for line in result.stdout.splitlines() if line.strip()] if result.returncode == 0 else []
 
 
 def explain_unused_gpu(torch: Any, gpus: Iterable[str]) -> str | None:
@@ -72,8 +74,8 @@ def explain_unused_gpu(torch: Any, gpus: Iterable[str]) -> str | None:
 def check_gpu_is_used(torch: Any) -> None:
     """Raise UserError if training would run on the CPU although the machine has an NVIDIA GPU. An explicit choice of
     the CPU is accepted."""
-    asks_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    if asks_for_cpu or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or torch.accelerator.is_available():
+    is_cpu_requested = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if is_cpu_requested or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or torch.accelerator.is_available():
         return
     gpus = list_nvidia_gpus()
     if reason := explain_unused_gpu(torch, gpus):
@@ -95,5 +97,5 @@ def check_installed(what: str, needed: Mapping[str, str]) -> None:
     requirements = [package + specifier for package, specifier in needed.items()]
     lacks = [lack for requirement in requirements if (lack := find_lack(requirement)) is not None]
     if lacks:
-        found = "; ".join(f"{lack.package} {lack}" for lack in lacks)
-        raise UserError(f"The installed packages cannot train {what}: {found}. Run {install_command(requirements)}")
+        listed = "; ".join(f"{lack.package} {lack}" for lack in lacks)
+        raise UserError(f"The installed packages cannot train {what}: {listed}. Run {install_command(requirements)}")

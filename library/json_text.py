@@ -21,6 +21,7 @@ def parse_json(text: str | bytes, allow_nan: bool = True) -> Any:
     try:
         text = text if isinstance(text, str) else text.decode(json.detect_encoding(text))
         value = json.loads(text, parse_constant=None if allow_nan else refuse_constant)
+        # Writing the value again takes as long as reading it, so only texts with an escaped surrogate are checked.
         if SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:

@@ -32,6 +32,7 @@ SHORT_SECONDS, POLL_SECONDS = 0.005, 0.1  # seconds between two checks of the st
 LOG_EVERY_SECONDS = 60.0
 SEARCH_S = 5  # seconds to find out why a process ended
 WAIT_FOR_PEERS_S = 6.0  # heartbeats check every 2 s
+# torch words broken connections in many ways. First letters are left out, since their case differs.
 CONNECTION_ERRORS = ("onnection closed", "onnection reset", "onnection refused", "roken pipe", "NCCL", "timed out")
 PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_XPU", "MULTI_HPU")
 
@@ -67,31 +68,31 @@ class Processes:
     def num_machines(self) -> int:
         return -(-self.count // self.local_count)
 
-    def share(self, what: str, text: str) -> str:
+    def share(self, key: str, text: str) -> str:
         """Return the main process's text in every process; blocks until it is available."""
         if self.store is None:
             return text
         if self.is_main:
-            self.store.set(what, text)
-        return self._wait_for(what)
+            self.store.set(key, text)
+        return self._wait_for(key)
 
-    def merged(self, what: str, own: Mapping[int, str]) -> dict[int, str]:
-        """Merge the mappings of all processes; every process must call it, once per `what`."""
+    def merged(self, key: str, values: Mapping[int, str]) -> dict[int, str]:
+        """Merge the mappings of all processes; every process must call it, once per `key`."""
         if self.store is None:
-            return dict(own)
-        self.store.set(f"{what} {self.rank}", json.dumps(list(own.items())))
+            return dict(values)
+        self.store.set(f"{key} {self.rank}", json.dumps(list(values.items())))
         return {
-            int(number): str(text)
+            int(index): str(text)
             for rank in range(self.count)
-            for number, text in json.loads(self._wait_for(f"{what} {rank}"))
+            for index, text in json.loads(self._wait_for(f"{key} {rank}"))
         }
 
-    def require_same(self, what: str, own: str) -> None:
-        """Raise UserError if `own`, a description of this process's `what`, differs from that of the main process."""
-        main = self.share(f"same {what}", own)
-        if own != main:
+    def require_same(self, what: str, value: str) -> None:
+        """Raise UserError if `value`, a description of this process's `what`, differs from that of the main process."""
+        expected = self.share(f"same {what}", value)
+        if value != expected:
             raise UserError(
-                f"{what} of process {self.rank} differs from the main process: {own} here, {main} there. Use the "
+                f"{what} of process {self.rank} differs from the main process: {value} here, {expected} there. Use the "
                 "same on every machine"
             )
 
@@ -105,23 +106,23 @@ class Processes:
             self.store.set(key, folder)
         return self._wait_for(key)
 
-    def wait_for_all(self, what: str) -> None:
-        """Block until every process has called this with the same `what`, which must be unique in the run.
+    def wait_for_all(self, task: str) -> None:
+        """Block until every process has called this with the same `task`, which must be unique in the run.
 
         Uses no collective and has no timeout, because one process may have hours more work than another. Raises
         ProcessLost if one has ended.
         """
         if self.store is None:
             return
-        self.store.set(f"{what}/{self.rank}", "1")
-        missing = [f"{what}/{rank}" for rank in range(self.count)]
-        said_at = time.monotonic()
+        self.store.set(f"{task}/{self.rank}", "1")
+        missing = [f"{task}/{rank}" for rank in range(self.count)]
+        logged_at = time.monotonic()
         while missing := [key for key in missing if not self.store.check([key])]:
             self.require_all()
             time.sleep(POLL_SECONDS)
-            if time.monotonic() - said_at > LOG_EVERY_SECONDS:
-                said_at = time.monotonic()
-                logger.info("%s: waiting for %d of %d processes", what, len(missing), self.count)
+            if time.monotonic() - logged_at > LOG_EVERY_SECONDS:
+                logged_at = time.monotonic()
+                logger.info("%s: waiting for %d of %d processes", task, len(missing), self.count)
 
     def exchange(
         self,
@@ -139,25 +140,28 @@ class Processes:
         """
         if self.count == 1:
             return losses, stops
-        shared = torch.zeros(num_losses, device=self.device)
-        shared[self.rank :: self.count] = losses.to(self.device, torch.float32)
+        all_losses = torch.zeros(num_losses, device=self.device)
+        # Every process fills its own entries and leaves the others 0, so the sum over processes holds all of them.
+        all_losses[self.rank :: self.count] = losses.to(self.device, torch.float32)
         has_gradient = [p.grad is not None for p in parameters]
-        orders = [0.0] * (0 if order is None else self.count)
+        digests = [0.0] * (0 if order is None else self.count)
         if order is not None:
-            orders[self.rank] = float(order.digest)
-        flags = torch.tensor([*has_gradient, stops, *orders], dtype=torch.float32, device=self.device)
+            digests[self.rank] = float(order.digest)
+        flags = torch.tensor([*has_gradient, stops, *digests], dtype=torch.float32, device=self.device)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([g.reshape(-1).to(self.device, torch.float32) for g in gradients] + [flags, shared])
+        flat = torch.cat([g.reshape(-1).to(self.device, torch.float32) for g in gradients] + [flags, all_losses])
         self._all_reduce(flat)
         sizes = [p.numel() for p in parameters]
-        *sums, flags, shared = torch.split(flat, [*sizes, len(flags), num_losses])
-        counts = flags.tolist()
+        *sums, flags, all_losses = torch.split(flat, [*sizes, len(flags), num_losses])
+        flag_sums = flags.tolist()
         if order is not None:
-            order.require_same(counts[len(parameters) + 1 :], self.rank)
-        is_there = [number > 0 for number in counts[: len(parameters) + 1]]
-        for parameter, total, is_used in zip(parameters, sums, is_there, strict=False):
+            # Checked before gradients are assigned, so that a step with wrong weights is never applied.
+            order.require_same(flag_sums[len(parameters) + 1 :], self.rank)
+        is_set = [number > 0 for number in flag_sums[: len(parameters) + 1]]
+        for parameter, total, is_used in zip(parameters, sums, is_set, strict=False):
             parameter.grad = total.view_as(parameter).to(parameter.dtype) if is_used else None
-        return shared.clone(), is_there[-1]
+        # A view would keep the whole buffer in memory for as long as the losses are used.
+        return all_losses.clone(), is_set[-1]
 
     def _all_reduce(self, values: Tensor) -> None:
         """Sum a tensor over all processes in place. Raises ProcessLost if the collective fails."""
@@ -168,17 +172,17 @@ class Processes:
 
     def lost(self) -> str:
         """Describe the process that was lost. Marks this process as ending because of it."""
-        return self._found(SEARCH_S) or "the connection to another process broke; see its own log for the reason"
+        return self._find_lost(SEARCH_S) or "the connection to another process broke; see its own log for the reason"
 
-    def _found(self, num_looks: int) -> str | None:
+    def _find_lost(self, num_looks: int) -> str | None:
         """Look for a lost process up to `num_looks` times, a second apart; return its description, or None."""
         if self.heartbeat is None:
             return None
-        for number in range(num_looks):
-            if (found := self.heartbeat.lost or self.heartbeat.find()) is not None:
+        for look in range(num_looks):
+            if (description := self.heartbeat.lost or self.heartbeat.find()) is not None:
                 self.heartbeat.is_stopping = True
-                return found
-            if number + 1 < num_looks:
+                return description
+            if look + 1 < num_looks:
                 time.sleep(1)
         return None
 
@@ -197,6 +201,7 @@ class Processes:
         """Wait for a value from another process. Raises ProcessLost if one has ended."""
         assert self.store is not None
         pause = SHORT_SECONDS
+        # Polled, because a blocking get would not notice that the other process has ended.
         while not self.store.check([key]):
             self.require_all()
             time.sleep(pause)
@@ -229,8 +234,8 @@ class Processes:
             is_broken = isinstance(error, torch.distributed.DistError) or (
                 isinstance(error, RuntimeError) and any(word in str(error) for word in CONNECTION_ERRORS)
             )
-            if (is_broken or isinstance(error, signals)) and (found := self._found(SEARCH_S if is_broken else 1)):
-                raise ProcessLost(f"{found} ({format_first_line(error)})") from error
+            if (is_broken or isinstance(error, signals)) and (lost := self._find_lost(SEARCH_S if is_broken else 1)):
+                raise ProcessLost(f"{lost} ({format_first_line(error)})") from error
             with suppress(RuntimeError):  # the store may be unreachable
                 if not self.store.check([f"failure/{self.rank}"]):
                     self.store.set(f"failure/{self.rank}", format_first_line(error))
@@ -242,11 +247,11 @@ class Processes:
         """Let the main process wait up to WAIT_FOR_PEERS_S for the others to end, because the store ends with it."""
         if self.rank != 0 or self.heartbeat is None or self.store is None:
             return
-        end = time.monotonic() + WAIT_FOR_PEERS_S
-        others = list(range(1, self.count))
-        while others and time.monotonic() < end:
+        deadline = time.monotonic() + WAIT_FOR_PEERS_S
+        peers = list(range(1, self.count))
+        while peers and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-            others = [r for r in others if not (self.store.check([f"over/{r}"]) or self.store.check([f"failure/{r}"]))]
+            peers = [r for r in peers if not (self.store.check([f"over/{r}"]) or self.store.check([f"failure/{r}"]))]
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
         """Return the sum of `values` over all processes, on the CPU. A collective: every process must call it."""
@@ -292,6 +297,7 @@ def from_accelerator(accelerator: Any) -> Processes:
     Raises UserError for unsupported accelerate configurations.
     """
     kind = accelerator.distributed_type.name
+    # FSDP 2 means --shard_base, and its other settings are ignored.
     if kind not in PLAIN and fsdp_version() != 2:
         raise UserError(
             f"accelerate is configured for {kind}, but only plain data-parallel training is supported. Run `accelerate "
@@ -306,8 +312,9 @@ def from_accelerator(accelerator: Any) -> Processes:
     state = accelerator.state
     store, rank, count = join_rendezvous()
     store.set_timeout(timedelta(days=7))
-    shared = PrefixStore("lora", store)
-    shared.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
+    # The prefix keeps these keys apart from torch's own in the same store.
+    prefixed = PrefixStore("lora", store)
+    prefixed.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
     heartbeat = Heartbeat(PrefixStore("lora", store.clone()), rank, count)
     heartbeat.start()
     return Processes(
@@ -316,7 +323,7 @@ def from_accelerator(accelerator: Any) -> Processes:
         local_rank=state.local_process_index,
         local_count=local_count(count),
         device=accelerator.device,
-        store=shared,
+        store=prefixed,
         heartbeat=heartbeat,
     )
 
@@ -339,10 +346,10 @@ def register_rendezvous() -> str:
     """Register `join_rendezvous` as a rendezvous handler of torch, and return the URL that selects it."""
     from torch.distributed.rendezvous import register_rendezvous_handler
 
-    def found(url: str, **given: Any) -> Iterator[tuple[Any, int, int]]:
+    def handler(url: str, **keywords: Any) -> Iterator[tuple[Any, int, int]]:
         yield join_rendezvous()
 
-    register_rendezvous_handler("attempt", found)  # type: ignore[no-untyped-call]
+    register_rendezvous_handler("attempt", handler)  # type: ignore[no-untyped-call]
     return "attempt://"
 
 
@@ -351,15 +358,15 @@ def check_count(launched: int, count: int) -> None:
     if launched == count:
         return
     if count == 1 and not torch.accelerator.is_available():
-        why = "torch sees no GPU, so the processes cannot connect"
+        reason = "torch sees no GPU, so the processes cannot connect"
         fix = "Run `nvidia-smi` and check that torch is built for this GPU"
     else:
-        why = "its configuration differs"
+        reason = "its configuration differs"
         fix = "Run `accelerate config` again"
     raise UserError(
-        f"the launcher started {launched} processes, but accelerate connects only {count}: {why}. Each would train the "
-        f"whole run and write the same files. {fix}, or start one process: python3 instead of accelerate launch, or "
-        "--num_processes 1"
+        f"the launcher started {launched} processes, but accelerate connects only {count}: {reason}. Each would train "
+        f"the whole run and write the same files. {fix}, or start one process: python3 instead of accelerate launch, "
+        "or --num_processes 1"
     )
 
 

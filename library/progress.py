@@ -23,14 +23,14 @@ class Bar:
 
     title: str
     total: int
-    shown: Any  # the tqdm bar
+    tqdm_bar: Any
     listener: Listener | None
     done: int = 0
 
     def update(self, count: int) -> None:
         """Add `count` to the finished part."""
         self.done += count
-        self.shown.update(count)
+        self.tqdm_bar.update(count)
         self.tell("progress")
 
     def tell(self, state: State) -> None:
@@ -42,8 +42,8 @@ class Bar:
 def progress_bar(title: str, total: int, leave: bool = True) -> Iterator[Bar]:
     """Show a progress bar on standard error in the main process, and report to the listener set by `listening`."""
     is_main = launched_rank() == 0
-    with tqdm(total=total, desc=title, disable=not is_main, leave=leave, smoothing=0, dynamic_ncols=True) as shown:
-        bar = Bar(title.rstrip("…"), total, shown, LISTENER.get() if is_main and total else None)
+    with tqdm(total=total, desc=title, disable=not is_main, leave=leave, smoothing=0, dynamic_ncols=True) as tqdm_bar:
+        bar = Bar(title.rstrip("…"), total, tqdm_bar, LISTENER.get() if is_main and total else None)
         bar.tell("begin")
         try:
             yield bar

@@ -12,6 +12,7 @@ import torch
 
 def stream_seed(seed: int, *place: str | int) -> int:
     """Return a 63-bit seed for a place of a run. Equal places have equal seeds, different places unrelated ones."""
+    # The types tell 1 from "1". Python's own hash of a string differs between processes.
     text = "\x1f".join(f"{type(word).__name__}:{word}" for word in (seed, *place))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 

@@ -10,14 +10,14 @@ USUAL = 0.6  # minimum share of matching letters
 def nearest_name(given: str, known: Iterable[str], least: float = USUAL) -> str | None:
     """Return the known name closest to `given`, ignoring case; None if none reaches the similarity `least`."""
     by_lower_case = {name.lower(): name for name in known}
-    near = get_close_matches(given.lower(), by_lower_case, n=1, cutoff=least)
-    return by_lower_case[near[0]] if near else None
+    matches = get_close_matches(given.lower(), by_lower_case, n=1, cutoff=least)
+    return by_lower_case[matches[0]] if matches else None
 
 
 def did_you_mean(given: str, known: Iterable[str], least: float = USUAL) -> str:
     """Return " (did you mean ...?)" for an unknown name, or ""."""
-    near = nearest_name(given, known, least)
-    return f" (did you mean {near}?)" if near else ""
+    nearest = nearest_name(given, known, least)
+    return f" (did you mean {nearest}?)" if nearest else ""
 
 
 def nearby(path: Path, is_folder: bool = False) -> str:
@@ -26,8 +26,8 @@ def nearby(path: Path, is_folder: bool = False) -> str:
     With `is_folder`, only folders are suggested.
     """
     if path.parent.is_dir():
-        others = (other.name for other in path.parent.iterdir() if other.is_dir() or not is_folder)
-        near = nearest_name(path.name, others)
-        return f"; did you mean {path.parent / near}?" if near else ""
+        names = (other.name for other in path.parent.iterdir() if other.is_dir() or not is_folder)
+        nearest = nearest_name(path.name, names)
+        return f"; did you mean {path.parent / nearest}?" if nearest else ""
     existing = next((parent for parent in path.parents if parent.is_dir()), None)
     return f"; only {existing} exists" if existing and existing != Path(".") else ""

@@ -13,8 +13,8 @@ def setup_logging(args: argparse.Namespace | None = None, log_level: str | None 
     if root.handlers and not reset:
         return
     root.handlers.clear()
-    asked = {} if args is None else vars(args)
-    options = ConsoleOptions.from_args(argparse.Namespace(**{**ConsoleOptions.defaults(), **asked}))
+    values = {} if args is None else vars(args)
+    options = ConsoleOptions.from_args(argparse.Namespace(**{**ConsoleOptions.defaults(), **values}))
     console.setup_logging(options)
     if log_level is not None:
         root.setLevel(log_level)

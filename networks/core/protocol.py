@@ -78,7 +78,7 @@ class Merging:
 class Multiplexer(Protocol):
     """A switch that selects which of several networks on one model act, by their index in a list."""
 
-    def only(self, place: int) -> AbstractContextManager[None]:
+    def only(self, index: int) -> AbstractContextManager[None]:
         """Run the model with one network alone inside the block."""
         ...
 
@@ -93,7 +93,7 @@ class Multiplexer(Protocol):
         """
         ...
 
-    def share_stacked(self, places: Sequence[int]) -> float:
+    def share_stacked(self, indices: Sequence[int]) -> float:
         """Return the share of layers in which these networks are one product. In other layers they run in turn."""
         ...
 
@@ -108,6 +108,8 @@ def open_network_module(name: str) -> NetworkModule:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
+        # If the error names the module or a package that contains it, the module does not exist. Otherwise something
+        # that it imports is not installed.
         missing = error.name or name
         if not (name == missing or name.startswith(f"{missing}.")):
             raise UserError(f"--network_module {name} needs the package {missing}, which is not installed") from error
@@ -119,6 +121,7 @@ def open_network_module(name: str) -> NetworkModule:
             "(networks/core/protocol.py says what it must offer)"
         )
     from_weights = getattr(module, "create_network_from_weights", None) or _cannot_read_files(name)
+    # An assertion or ValueError in one of our own modules is a bug and keeps its traceback.
     if not name.startswith(OURS):
         create, from_weights = _explain_errors(name, create), _explain_reading_errors(name, from_weights)
     return NetworkModule(create, from_weights)
@@ -166,14 +169,14 @@ def multiplex(networks: Sequence["AdoptedNetwork"], name: str) -> Multiplexer:
     `name` is their network module, for messages. Raises UserError if the networks do not support it.
     """
     method = networks[0]._method("stack_with")
-    if method is None or any(type(one.module) is not type(networks[0].module) for one in networks):
+    if method is None or any(type(other.module) is not type(networks[0].module) for other in networks):
         raise UserError(
             f"--sweep does not work with --network_module {name}: its adapters take the layers of the base model for "
             "themselves, so that several of them cannot act on rows of their own; use one of networks.*, or train one "
             "after the other"
         )
-    turns: Multiplexer = method([network.module for network in networks[1:]])
-    return turns
+    multiplexer: Multiplexer = method([network.module for network in networks[1:]])
+    return multiplexer
 
 
 class AdoptedNetwork:
@@ -207,8 +210,8 @@ class AdoptedNetwork:
 
     def merging(self, weights: Mapping[str, Tensor], device: torch.device | str) -> Iterable[Merging]:
         """Yield the merges of `merge_to` one parameter at a time, for callers that stream the base weights."""
-        found: Iterable[Merging] = self._needed("merging", "--base_weights")(weights, device)
-        return found
+        merges: Iterable[Merging] = self._needed("merging", "--base_weights")(weights, device)
+        return merges
 
     def enable_gradient_checkpointing(self) -> None:
         """Notify the network that layers are recomputed in the backward pass."""
@@ -266,8 +269,8 @@ class AdoptedNetwork:
     @property
     def looks_at_gradients(self) -> bool:
         """True if the network uses `note_gradients`, or has `on_gradients` and does not declare whether it uses it."""
-        asked = self._method("looks_at_gradients")
-        return self._method("on_gradients") is not None and (asked is None or asked())
+        declaration = self._method("looks_at_gradients")
+        return self._method("on_gradients") is not None and (declaration is None or declaration())
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the optimizer updates and whose gradient norm is clipped."""
@@ -275,13 +278,13 @@ class AdoptedNetwork:
 
     def _trainable_parameters(self) -> list[nn.Parameter]:
         method = self._method("get_trainable_params")
-        found = self.module.parameters() if method is None else method()
-        return [parameter for parameter in found if parameter.requires_grad]
+        parameters = self.module.parameters() if method is None else method()
+        return [parameter for parameter in parameters if parameter.requires_grad]
 
     def set_multiplier(self, multiplier: float) -> None:
         """Set the strength of the network; 0 disables it."""
-        set_it = self._needed("set_multiplier", "training on prompts, pairs or with differential output preservation")
-        set_it(multiplier)
+        method = self._needed("set_multiplier", "training on prompts, pairs or with differential output preservation")
+        method(multiplier)
 
     @property
     def can_limit_norms(self) -> bool:
@@ -294,10 +297,10 @@ class AdoptedNetwork:
         Our networks return it on the device. Third-party networks return numbers, which need a synchronisation.
         """
         if (method := self._method("limit_norms")) is not None:
-            found: Tensor = method(limit)
-            return found
-        found = self._needed("apply_max_norm_regularization", "--scale_weight_norms")(limit, device)
-        return torch.tensor([float(value) for value in found], dtype=torch.float64)
+            numbers: Tensor = method(limit)
+            return numbers
+        numbers = self._needed("apply_max_norm_regularization", "--scale_weight_norms")(limit, device)
+        return torch.tensor([float(value) for value in numbers], dtype=torch.float64)
 
     def save_weights(self, path: str | Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
         """Write the network atomically; the extension decides the format."""
@@ -308,6 +311,8 @@ class AdoptedNetwork:
         """Call `prepare_optimizer_params` with three arguments, or with two if it does not accept a third."""
         method = self._method("prepare_optimizer_params")
         try:
+            # The signature is checked instead of trying the call, whose own TypeError would be taken for a wrong number
+            # of arguments.
             inspect.signature(method).bind(text_encoder_lr, unet_lr, learning_rate)
         except TypeError:
             return method(text_encoder_lr, unet_lr)
@@ -338,6 +343,7 @@ def _trained_groups(
     """
     kept: list[dict[str, Any]] = []
     kept_names: list[str] = []
+    # Parameters can come as an iterator, which can be read only once.
     groups = [{**group, "params": list(group["params"])} for group in groups]
     if not any(group["params"] for group in groups):
         raise UserError(
@@ -383,8 +389,8 @@ def _explain_reading_errors(name: str, create: Callable[..., Any]) -> Callable[.
         multiplier: float, file: str, *arguments: Any, **keywords: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         try:
-            found: tuple[Any, dict[str, Tensor]] = create(multiplier, file, *arguments, **keywords)
-            return found
+            result: tuple[Any, dict[str, Tensor]] = create(multiplier, file, *arguments, **keywords)
+            return result
         except AssertionError as error:
             raise UserError(
                 f"--network_module {name} cannot read {file} for this base model ({error}); use one of networks.*, "
@@ -415,5 +421,5 @@ def _suggest_module(name: str) -> str:
     if package is not None:
         return f"install it with: pip install {package}"
     known = [*_own_modules(), "lycoris.kohya"]
-    near = nearest_name(name, known)
-    return f"did you mean {near}?" if near else f"there are: {', '.join(known)}, or a Python file of your own"
+    nearest = nearest_name(name, known)
+    return f"did you mean {nearest}?" if nearest else f"there are: {', '.join(known)}, or a Python file of your own"

@@ -55,7 +55,9 @@ def argument(
 
 def list_declared(group: type[Any]) -> dict[str, Argument]:
     """Return the declared arguments of a group by name."""
-    return {one.name: one.metadata["argument"] for one in fields(group) if "argument" in one.metadata}
+    return {
+        declared.name: declared.metadata["argument"] for declared in fields(group) if "argument" in declared.metadata
+    }
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class NetworkArguments:
 
     def of(self, group: type[Group]) -> Group:
         """Return the values of one group."""
-        found: Group = self.groups.get(group) or group()
-        return found
+        values: Group = self.groups.get(group) or group()
+        return values
 
     def replace(self, group: type[Any], **values: Any) -> "NetworkArguments":
         """Return a copy with other values in one group."""
@@ -78,10 +80,10 @@ class NetworkArguments:
     def given(self) -> dict[str, Any]:
         """The arguments that differ from their defaults, by name."""
         return {
-            one.name: getattr(values, one.name)
+            declared.name: getattr(values, declared.name)
             for values in self.groups.values()
-            for one in fields(values)
-            if getattr(values, one.name) != one.default
+            for declared in fields(values)
+            if getattr(values, declared.name) != declared.default
         }
 
 
@@ -119,22 +121,31 @@ def read_groups(
     `neuron_dropout`. Raises UserError naming the argument for an unknown key, an invalid value, or two spellings with
     different values. Warns about arguments that have no effect without another one.
     """
-    known: dict[str, Argument] = {name: one for group in groups for name, one in list_declared(group).items()}
-    aliases = {alias: name for group in groups for name, one in list_declared(group).items() for alias in one.aliases}
+    known: dict[str, Argument] = {
+        name: declaration for group in groups for name, declaration in list_declared(group).items()
+    }
+    aliases = {
+        alias: name
+        for group in groups
+        for name, declaration in list_declared(group).items()
+        for alias in declaration.aliases
+    }
     parsers = {n: a.parse for n, a in known.items()} | {name: OF_MODELS[form] for name, form in of_models.items()}
     given = {key: value for key, value in items.items() if value is not None}
     given = _with_dropout(given, neuron_dropout, parsers["neuron_dropout"])
     unknown = next((key for key in given if aliases.get(key, key) not in parsers), None)
     if unknown is not None:
-        near = nearest_name(unknown, (*parsers, *aliases), least=0.5)
-        meaning = known[name].help if near and (name := aliases.get(near, near)) in known else ""
-        hint = f"did you mean {near}? {meaning}".rstrip() if near else f"known: {', '.join(parsers)}"
+        nearest = nearest_name(unknown, (*parsers, *aliases), least=0.5)
+        meaning = known[name].help if nearest and (name := aliases.get(nearest, nearest)) in known else ""
+        hint = f"did you mean {nearest}? {meaning}".rstrip() if nearest else f"known: {', '.join(parsers)}"
         raise UserError(f"--network_args {unknown}={given[unknown]}: there is no argument {unknown}; {hint}")
     parsed = {key: _parse(key, value, aliases.get(key, key), parsers) for key, value in given.items()}
     of_model = {key: value for key, value in parsed.items() if key in of_models}
-    own = _merge_aliases({key: value for key, value in parsed.items() if key not in of_models}, aliases)
-    made = {group: group(**{name: own[name] for name in list_declared(group) if name in own}) for group in groups}
-    arguments = NetworkArguments(made, of_model)
+    values = _merge_aliases({key: value for key, value in parsed.items() if key not in of_models}, aliases)
+    group_values = {
+        group: group(**{name: values[name] for name in list_declared(group) if name in values}) for group in groups
+    }
+    arguments = NetworkArguments(group_values, of_model)
     _warn_of_idle(arguments, known)
     return arguments
 
@@ -161,6 +172,7 @@ def _with_dropout(given: dict[str, Any], neuron_dropout: float | None, parse: Pa
 
 def _parse(key: str, value: Any, name: str, parsers: Mapping[str, Parse]) -> Any:
     """Parse one value. Raises UserError naming the argument as the user spelled it."""
+    # A pattern may contain commas, so a list of patterns is parsed as a Python literal.
     is_list = isinstance(value, (list, tuple)) and not name.endswith("_patterns")
     text = ",".join(map(str, value)) if is_list else str(value)
     try:

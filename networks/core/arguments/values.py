@@ -157,6 +157,7 @@ def parse_expression_rates(text: str) -> tuple[tuple[str, float], ...]:
 def parse_patterns(text: str) -> tuple[str, ...]:
     """Parse regular expressions: a single one, quoted or not, or a Python list of strings."""
     try:
+        # sd-scripts takes Python literals. A bare expression, which is none, is accepted too.
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
@@ -170,14 +171,15 @@ def parse_patterns(text: str) -> tuple[str, ...]:
 
 def _expressions(text: str) -> list[tuple[str, str]]:
     """Return (regular expression, text after its last equals sign) of each comma-separated item."""
-    found = []
+    pairs = []
     for item in text.split(","):
+        # The last equals sign separates, since an expression can contain others.
         expression, equals, value = item.strip().rpartition("=")
         if not equals or not expression:
             raise UserError(f"expected expression=value with commas between them; {item!r} has no '='")
         _check_expression(expression)
-        found.append((expression, value))
-    return found
+        pairs.append((expression, value))
+    return pairs
 
 
 def _check_expression(pattern: str) -> None:

@@ -29,22 +29,24 @@ def to_lora(tensors: Mapping[str, Tensor], origin: str) -> Mapping[str, Tensor]:
     Modules with rank 0 are dropped. Files without AdaLoRA are returned unchanged. Raises UserError if a module lacks
     one of the three tensors or their shapes do not fit together.
     """
-    found = {key: match for key in tensors if (match := KEY.fullmatch(key)) is not None}
-    if not any(match["factor"] == "E" for match in found.values()):
+    matches = {key: match for key in tensors if (match := KEY.fullmatch(key)) is not None}
+    if not any(match["factor"] == "E" for match in matches.values()):
         return tensors
     modules: dict[str, dict[str, Tensor]] = {}
-    for key, match in found.items():
+    for key, match in matches.items():
         modules.setdefault(match["module"], {})[match["factor"]] = tensors[key]
-    made = {key: tensor for key, tensor in tensors.items() if key not in found}
-    for name, own in modules.items():
-        missing = [parameter_key for parameter_key in KEYS if parameter_key not in own]
+    converted = {key: tensor for key, tensor in tensors.items() if key not in matches}
+    for name, factors in modules.items():
+        missing = [parameter_key for parameter_key in KEYS if parameter_key not in factors]
         if missing:
             raise UserError(f"{origin} has {name} without its lora_{missing[0]}; the file is incomplete")
-        a_RI, b_OR, e_R = own["A"], own["B"], own["E"].flatten()
+        a_RI, b_OR, e_R = factors["A"], factors["B"], factors["E"].flatten()
         if not len(a_RI) == b_OR.shape[-1] == len(e_R):
-            shapes = ", ".join(str(list(own[parameter_key].shape)) for parameter_key in KEYS)
+            shapes = ", ".join(str(list(factors[parameter_key].shape)) for parameter_key in KEYS)
             raise UserError(f"{origin}: lora_A, lora_B and lora_E of {name} do not fit together: {shapes}")
+        # PEFT saves modules of which pruning left no rank. They change nothing.
         if len(e_R):
-            made[f"{name}.lora_A.weight"] = (e_R.float()[:, None] * a_RI.float()).to(a_RI.dtype)
-            made[f"{name}.lora_B.weight"] = b_OR
-    return made
+            # In float32 the product is rounded to the dtype of the file only once.
+            converted[f"{name}.lora_A.weight"] = (e_R.float()[:, None] * a_RI.float()).to(a_RI.dtype)
+            converted[f"{name}.lora_B.weight"] = b_OR
+    return converted

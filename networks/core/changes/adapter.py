@@ -10,7 +10,7 @@ from networks.core.targets.targets import TargetModule
 
 
 def take_forward(layer: nn.Module, forward: Forward) -> Forward:
-    """Put `forward` in place of the layer's own; gives the one that was there."""
+    """Replace the forward of a layer and return the previous one."""
     base: Forward = layer.forward
     layer.forward = forward  # type: ignore[assignment]
     return base
@@ -20,6 +20,7 @@ def give_forward_back(layer: nn.Module, forward: Forward, base: Forward, path: s
     """Undo `take_forward`. Raises UserError naming the layer where something wrapped it again since."""
     if layer.__dict__.get("forward") != forward:
         raise UserError(f"{path} was wrapped again after this adapter; remove the later wrapping first")
+    # Without the attribute of the instance the method of the layer's class is found again.
     del layer.__dict__["forward"]
     if base != layer.forward:  # it was wrapped before us
         layer.forward = base  # type: ignore[assignment]
@@ -63,12 +64,12 @@ class Adapter:
 
     def merged(self) -> Mapping[str, Tensor]:
         """Return the layer's parameters with the adapter merged in, by name."""
-        found = {}
+        parameters = {}
         for name in self.change.changed_parameters:
             base = getattr(self.target.module, name)
             assert isinstance(base, Tensor)
-            found[name] = self.merged_into(base, name)
-        return found
+            parameters[name] = self.merged_into(base, name)
+        return parameters
 
     def merged_into(self, base: Tensor, name: str) -> Tensor:
         """Return `base` with the adapter merged in. It takes the place of the layer's own parameter `name`."""

@@ -27,6 +27,7 @@ def wrap(request: ChangeRequest, delta: Delta, alpha: float | None = None) -> Ch
         return DoRA(layer, delta, alpha, join, drops, has_scalar)
     tlora, ggpo = request.arguments.of(TLoraArguments), request.arguments.of(GgpoArguments)
     is_masked = tlora.tlora and request.is_denoiser
+    # Captions are encoded once for all noise levels, so the mask acts in the denoiser only.
     mask = NoiseMask(tlora.tlora_min_rank, tlora.tlora_power, request.noise) if is_masked else None
     if ggpo.is_on:
         return Perturbed(layer, delta, alpha, ggpo, drops, has_scalar, mask)
@@ -62,6 +63,7 @@ def read_with(
 
     def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
         make = make_core if make_core is not None and any(key in tensors for key in core) else make_delta
+        # On the meta device no initial values are drawn. The file's tensors replace them anyway.
         with torch.device("meta"):
             delta = make(layer or stand_in(shape_of("", tensors)), rank_of(tensors))
         return read_delta(delta, tensors, layer)

@@ -65,6 +65,7 @@ class ScaledDelta(nn.Module):
             self.add_module(name, child)
         for name, parameter in delta.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
+        # nn.Module would register the delta as a child, and keys would get a level that files do not have.
         object.__setattr__(self, "delta", delta)
         object.__setattr__(self, "layer", layer)  # not registered: it belongs to the base model
         self.delta: Delta
@@ -72,6 +73,7 @@ class ScaledDelta(nn.Module):
         self.register_parameter(SCALAR, nn.Parameter(torch.tensor(0.0)) if has_scalar else None)
         if has_scalar:
             delta.start_moving()
+        # The strength in the forward pass comes from alpha_value, so a training state that is loaded must set it too.
         self.register_load_state_dict_post_hook(lambda change, _: change.read_alpha())  # type: ignore[no-untyped-call]
 
     @property
@@ -155,9 +157,12 @@ class ScaledDelta(nn.Module):
     def norm(self) -> Tensor:
         """Return the Frobenius norm of the change at strength 1, from the factors if the delta has a rank."""
         if self.delta.is_whole:
-            whole: Tensor = torch.linalg.vector_norm(self.weight())
-            return whole  # without a rank the weight is smaller than the products of its factors
+            # Without a rank the weight is smaller than the products of its factors.
+            frobenius: Tensor = torch.linalg.vector_norm(self.weight())
+            return frobenius
         strength = torch.abs(s) if isinstance(s := self.unit_strength, Tensor) else abs(s)
+        # |B A|^2 is the sum of (B'B) * (AA'), which needs R x R matrices instead of one of the weight's size. Rounding
+        # can make a sum near zero negative.
         up_OR, down_RN = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in self.delta.factors())
         square = ((up_OR.t() @ up_OR) * (down_RN @ down_RN.t())).sum()
         return square.clamp_min(0).sqrt() * strength
@@ -168,6 +173,7 @@ class ScaledDelta(nn.Module):
         parts = {name: part for name, part in list_parts(self.delta).items() if part.is_floating_point()}
         starts = [part for name, part in parts.items() if name.endswith(START)]
         others = [part for name, part in parts.items() if not name.endswith(START)]
+        # The down factor of LoRA-FA is frozen and must stay as it was drawn, so the other factor takes the whole ratio.
         trained = [part for part in others if part.requires_grad] or others
         for part in (*trained, *starts):  # a factor is its start plus its movement
             part.mul_(ratio.to(part) ** (1 / len(trained)))
@@ -175,6 +181,7 @@ class ScaledDelta(nn.Module):
     def stored_tensors(self) -> Mapping[str, Tensor]:
         """Return the tensors as stored in files, with the trained strength multiplied in."""
         tensors = dict(self.state_dict())
+        # A cast to 16 bits rounds the buffer, while alpha_value stays exact.
         if not tensors[ALPHA].is_meta:
             tensors[ALPHA] = torch.tensor(self.alpha_value, dtype=torch.float32)
         if SCALAR in tensors:
@@ -185,8 +192,10 @@ class ScaledDelta(nn.Module):
     def in_memory(self, tensors: Mapping[str, Tensor], name: str, source: str) -> Mapping[str, Tensor]:
         if isinstance(self.delta, StoredOtherwise):
             return self.delta.apart(tensors, name, source)
-        own = self.state_dict()
-        return {key: match_shape(tensor, own[key]) if key in own else tensor for key, tensor in tensors.items()}
+        expected = self.state_dict()
+        return {
+            key: match_shape(tensor, expected[key]) if key in expected else tensor for key, tensor in tensors.items()
+        }
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -202,5 +211,6 @@ class ScaledDelta(nn.Module):
 
     def read_alpha(self) -> None:
         """Copy the loaded alpha to `alpha_value`."""
+        # Networks are also made on the meta device, to check a run before anything is loaded.
         if not self.alpha.is_meta:
             self.alpha_value = float(self.alpha)

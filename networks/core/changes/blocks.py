@@ -69,11 +69,13 @@ def resolve_blocks(settings: NetworkSettings, block_size: int | None, enable_con
     """
     if block_size is not None and settings.is_rank_given and block_size != settings.rank:
         logger.warning("--network_dim %d has no effect: --network_args block_size=%d", settings.rank, block_size)
-    given = [name for name in ALPHAS if name in settings.arguments.given]
-    if given:
-        logger.warning("--network_args %s has no effect: a rotation has no alpha", ", ".join(given))
+    ignored = [name for name in ALPHAS if name in settings.arguments.given]
+    if ignored:
+        logger.warning("--network_args %s has no effect: a rotation has no alpha", ", ".join(ignored))
     settings = with_kernels(replace(settings, rank=block_size or settings.rank), enable_conv)
-    chosen = settings.arguments.of(TargetArguments).include_patterns
-    arguments = settings.arguments.replace(TargetArguments, only_patterns=chosen, include_patterns=())
+    # sd-scripts' OFT adapts exactly the modules that include_patterns match; for other kinds they readmit excluded
+    # modules.
+    patterns = settings.arguments.of(TargetArguments).include_patterns
+    arguments = settings.arguments.replace(TargetArguments, only_patterns=patterns, include_patterns=())
     arguments = arguments.replace(RankArguments, conv_alpha=None, block_alphas=None, conv_block_alphas=None)
     return replace(settings, arguments=arguments)

@@ -280,27 +280,29 @@ def fill(delta: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Raises UserError if a tensor is missing or has another shape.
     """
-    own, given = delta.state_dict(), {}
-    for name, tensor in own.items():
-        found = match_shape(tensors[name], tensor) if name in tensors else None
-        if found is None or found.shape != tensor.shape:
-            shape = "missing" if found is None else list(found.shape)
-            raise UserError(f"{name} is {shape}, but {list(tensor.shape)} fits the rest")
-        given[name] = found
-    delta.load_state_dict(given, assign=True)
+    expected, loaded = delta.state_dict(), {}
+    for name, like in expected.items():
+        matched = match_shape(tensors[name], like) if name in tensors else None
+        if matched is None or matched.shape != like.shape:
+            shape = "missing" if matched is None else list(matched.shape)
+            raise UserError(f"{name} is {shape}, but {list(like.shape)} fits the rest")
+        loaded[name] = matched
+    # Assigned, because a parameter on the meta device has no memory to copy into and a copy would cast to its dtype.
+    delta.load_state_dict(loaded, assign=True)
     delta.requires_grad_(False)
 
 
-def match_shape(found: Tensor, own: Tensor) -> Tensor:
-    """Reshape a file's tensor to the shape of `own`, if the two differ only in how a kernel is written.
+def match_shape(tensor: Tensor, like: Tensor) -> Tensor:
+    """Reshape a file's tensor to the shape of `like`, if the two differ only in how a kernel is written.
 
     Some programs store a convolution as a matrix, without its kernel. Some checkpoints have a 1x1 convolution in place
     of a Linear layer. Other tensors are returned unchanged.
     """
-    if found.shape == own.shape or found.dim() < 2 or own.dim() < 2:
-        return found
-    has_same_rows = found.shape[0] == own.shape[0] and found.numel() == own.numel()
-    return found.reshape(own.shape) if has_same_rows and 2 in (found.dim(), own.dim()) else found
+    if tensor.shape == like.shape or tensor.dim() < 2 or like.dim() < 2:
+        return tensor
+    # Only a matrix and a kernel are two ways to write the same numbers; two kernels of different shapes are not.
+    has_same_rows = tensor.shape[0] == like.shape[0] and tensor.numel() == like.numel()
+    return tensor.reshape(like.shape) if has_same_rows and 2 in (tensor.dim(), like.dim()) else tensor
 
 
 def check_kernel(layer: nn.Module) -> nn.Module:

@@ -19,6 +19,8 @@ from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.parameter_keys import DORA_SCALE
 
 EPS = 1.1920929e-07  # float32 epsilon, which readers of dora_scale add to column norms
+# The expanded norm is a difference of numbers near |W0|^2. Where 1/500 of a column's norm is left, float32 makes its
+# scale wrong by more than 1e-3; the direct sum keeps it within 1e-4.
 CANCELLED = 1e-3  # share of |W0|^2 below which the expanded norm is too inaccurate and is summed directly
 MAX_DIRECT = 64  # columns or rows that are summed directly per call
 LOST = 1e-7  # share of |W0|^2 below which the expanded norm is rounding noise
@@ -74,8 +76,8 @@ class DoRA(ScaledDelta):
         super().__init__(layer, delta, alpha, drops, has_scalar)
         self.join = join
         scalar = self._parameters.pop(SCALAR)  # magnitudes come first in the optimizer's parameter order
-        found = join.magnitudes() if magnitudes is None else magnitudes
-        self.register_parameter(DORA_SCALE, nn.Parameter(found, requires_grad=magnitudes is None))
+        initial = join.magnitudes() if magnitudes is None else magnitudes
+        self.register_parameter(DORA_SCALE, nn.Parameter(initial, requires_grad=magnitudes is None))
         self.register_parameter(SCALAR, scalar)
 
     @property
@@ -96,11 +98,12 @@ class DoRA(ScaledDelta):
         scales = self.scales()
         if self.join.is_per_output:
             assert self.layer is not None
-            alone = base(x)
-            out = scale_outputs(self.add_to(alone, x, 1.0), scales.flatten(), self.layer)
-            return out if strength == 1 else torch.lerp(alone, out, strength)
-        whole = scales if strength == 1 else 1 + strength * (scales - 1)
-        return self.add_to(base(scale_columns(x, whole)), x, strength, scales)
+            base_out = base(x)
+            out = scale_outputs(self.add_to(base_out, x, 1.0), scales.flatten(), self.layer)
+            return out if strength == 1 else torch.lerp(base_out, out, strength)
+        # W0 + s (c (W0 + dW) - W0) = (1 + s (c - 1)) W0 + s c dW, with the column scales c and the strength s.
+        base_scales = scales if strength == 1 else 1 + strength * (scales - 1)
+        return self.add_to(base(scale_columns(x, base_scales)), x, strength, scales)
 
     def scales(self) -> Tensor:
         """Return the factor of every column or row of the changed weight."""
@@ -137,10 +140,10 @@ class DoRA(ScaledDelta):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoRA":
         """Move or cast, without rounding magnitudes to 16 bits, which would change the base model's columns."""
-        exact = self.dora_scale.detach()
+        unrounded = self.dora_scale.detach()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.dora_scale.dtype.itemsize == 2:
-            self.dora_scale.data = exact.to(self.dora_scale.device)
+            self.dora_scale.data = unrounded.to(self.dora_scale.device)
         return self
 
 
@@ -175,6 +178,7 @@ class Decompose:
         self, weight: Tensor, magnitudes: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float
     ) -> Tensor:
         dtype = torch.promote_types(up_OR.dtype, torch.float32)
+        # Autocast would compute the products, and with them the norms, in 16 bits.
         with torch.autocast(weight.device.type, enabled=False):
             up_OR, down_RN = up_OR.to(dtype), down_RN.to(dtype)
             strength = strength.to(dtype) if isinstance(strength, Tensor) else strength
@@ -188,10 +192,11 @@ class Decompose:
         assert magnitudes is not None
         magnitudes = magnitudes.to(base)
         axis = 1 if magnitudes.dim() > 1 and magnitudes.shape[:2] == (1, base.shape[1]) else 0
-        whole = base + change
-        norms = torch.linalg.vector_norm(whole, dim=[d for d in range(whole.dim()) if d != axis], keepdim=True)
+        changed = base + change
+        norms = torch.linalg.vector_norm(changed, dim=[d for d in range(changed.dim()) if d != axis], keepdim=True)
+        # Readers of dora_scale add the epsilon to column norms; PEFT adds none to row norms, which must only not be 0.
         norms = norms + EPS if axis else norms.clamp_min(TINY**0.5)
-        merged: Tensor = whole * (magnitudes.reshape(norms.shape) / norms)
+        merged: Tensor = changed * (magnitudes.reshape(norms.shape) / norms)
         return merged if strength == 1 else base + strength * (merged - base)
 
     @property
@@ -201,6 +206,7 @@ class Decompose:
 
     def _squared_norms(self, weight: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float) -> Tensor:
         """Return the squared norm of W0 + strength * up @ down for every column or row."""
+        # The norms of W0 are computed once. They follow a layer that is moved after the network was made.
         if self._squares_K.device != weight.device or self._squares_K.dtype != up_OR.dtype:
             self._squares_K = self._squares_K.to(weight.device, up_OR.dtype)
         if self.is_per_output:
@@ -213,6 +219,7 @@ class Decompose:
             cross_N = (crossed_RN * down_RN).sum(0)
             product_N = ((up_OR.t() @ up_OR @ down_RN) * down_RN).sum(0)
             changes_K = (2 * strength * cross_N + strength**2 * product_N).view(weight.shape[1], -1).sum(1)
+        # Rounding can make the expansion zero or negative.
         norms_K = torch.maximum(self._squares_K + changes_K, LOST * self._squares_K)
         return self._direct_where_cancelled(norms_K, weight, up_OR, down_RN, strength)
 
@@ -224,19 +231,21 @@ class Decompose:
         At most MAX_DIRECT are summed. The number is fixed so that a GPU needs no synchronisation with the host.
         """
         shares_K = norms_K.detach() / self._squares_K.clamp_min(TINY)
+        # The short cut asks for values: on a GPU the host would wait for them, and a compiled graph would break. There
+        # the direct sums are always computed.
         on_host = weight.device == HOST and not torch.compiler.is_compiling()
         if on_host and bool((shares_K >= CANCELLED).all()):
             return norms_K
-        shares, places = torch.topk(shares_K, min(MAX_DIRECT, len(shares_K)), largest=False)
+        shares, indices = torch.topk(shares_K, min(MAX_DIRECT, len(shares_K)), largest=False)
         if self.is_per_output:
-            whole = weight[places].to(up_OR.dtype).flatten(1) + strength * (up_OR[places] @ down_RN)
-            direct = whole.square().sum(1)
+            changed = weight[indices].to(up_OR.dtype).flatten(1) + strength * (up_OR[indices] @ down_RN)
+            direct = changed.square().sum(1)
         else:
-            base = weight[:, places].to(up_OR.dtype).flatten(1)
-            down_chosen = down_RN.view(len(down_RN), weight.shape[1], -1)[:, places].flatten(1)
-            whole = base + strength * (up_OR @ down_chosen)
-            direct = whole.square().sum(0).view(len(places), -1).sum(1)
-        return norms_K.index_put((places,), torch.where(shares < CANCELLED, direct, norms_K[places]))
+            base = weight[:, indices].to(up_OR.dtype).flatten(1)
+            down_chosen = down_RN.view(len(down_RN), weight.shape[1], -1)[:, indices].flatten(1)
+            changed = base + strength * (up_OR @ down_chosen)
+            direct = changed.square().sum(0).view(len(indices), -1).sum(1)
+        return norms_K.index_put((indices,), torch.where(shares < CANCELLED, direct, norms_K[indices]))
 
 
 class _Project(torch.autograd.Function):
@@ -245,6 +254,8 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, up_OR: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
+        # Autograd keeps W0 itself, which the layer has anyway; of a plain product it would keep the copy in the dtype
+        # of `up`.
         projected_RN = up_OR.new_zeros(up_OR.shape[1], weight[0].numel())
         for rows, part_ON in _row_parts(weight, up_OR.dtype):
             projected_RN.addmm_(up_OR[rows].t(), part_ON)
@@ -285,6 +296,7 @@ class _ScaleColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, columns: Tensor) -> Tensor:
         ctx.save_for_backward(x, columns)
+        # With `out` torch computes in the wider dtype and rounds once to that of x.
         return torch.mul(x, columns, out=torch.empty_like(x))
 
     @staticmethod
@@ -311,8 +323,9 @@ def scale_outputs(out: Tensor, scales_O: Tensor, layer: nn.Module) -> Tensor:
     bias = layer.bias
     if not isinstance(bias, Tensor):
         return scaled
-    kept = (bias * (1 - scales_O)).view(shape if len(shape) == 4 else (-1,))
-    return scaled + kept.to(scaled.dtype)
+    # The output includes the bias, which a change of the weight must not scale: s * bias + (1 - s) * bias = bias.
+    bias_change = (bias * (1 - scales_O)).view(shape if len(shape) == 4 else (-1,))
+    return scaled + bias_change.to(scaled.dtype)
 
 
 def squared_columns(weight: Tensor) -> Tensor:
@@ -333,6 +346,7 @@ def squared_rows(weight: Tensor) -> Tensor:
 def _row_parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield (slice of rows, these rows as a matrix in `dtype`): all rows if that needs no copy, else a few."""
     is_view = weight.dtype == dtype and weight.is_contiguous()
+    # A cast, or flattening a channels-last weight, makes a copy. In parts that copy stays small.
     step = len(weight) if is_view else max(1, CHUNK_VALUES // weight[0].numel())
     for first in range(0, len(weight), step):
         yield slice(first, first + step), weight[first : first + step].to(dtype).flatten(1)

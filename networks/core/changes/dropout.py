@@ -24,8 +24,8 @@ class Dropout:
     @classmethod
     def of(cls, arguments: NetworkArguments) -> "Dropout":
         """Read the probabilities from the network arguments."""
-        given = arguments.of(DropoutArguments)
-        return cls(given.neuron_dropout, given.rank_dropout, given.module_dropout)
+        dropouts = arguments.of(DropoutArguments)
+        return cls(dropouts.neuron_dropout, dropouts.rank_dropout, dropouts.module_dropout)
 
     @property
     def is_on(self) -> bool:
@@ -33,6 +33,7 @@ class Dropout:
 
     def skips_this_call(self) -> bool:
         """Return True, at random, if the change is dropped in this call. Call it in training only."""
+        # Drawn on the CPU, since the host would have to wait for a number from the GPU.
         return self.module > 0 and float(torch.rand(())) < self.module
 
     def drop(self, hidden: Tensor, layer: nn.Module | None) -> Tensor:
@@ -55,7 +56,7 @@ def num_channels(hidden: Tensor, layer: nn.Module | None) -> int:
 
 def per_channel(keep_BK: Tensor, hidden: Tensor, layer: nn.Module | None) -> Tensor:
     """Return 0 or 1 for every sample and channel, in a shape that broadcasts with `hidden`."""
-    others = (1,) * (hidden.dim() - 2)
+    ones = (1,) * (hidden.dim() - 2)
     num_samples, num_kept = keep_BK.shape
-    shape = (num_kept, *others) if isinstance(layer, nn.Conv2d) else (*others, num_kept)
+    shape = (num_kept, *ones) if isinstance(layer, nn.Conv2d) else (*ones, num_kept)
     return keep_BK.to(hidden.dtype).view(num_samples, *shape)

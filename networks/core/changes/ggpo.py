@@ -54,12 +54,11 @@ class GgpoArguments:
 
 
 class Perturbed(ScaledDelta):
-    """Gradient-guided perturbation, as sd-scripts has it: a LoRA beside which the layer computes with W + P.
+    """Gradient-guided perturbation as in sd-scripts: in training, the layer of a LoRA computes with W + P.
 
-    That is in training and from the first gradient on. P is normal with the deviation (sigma c + beta g^2) / sqrt(O) in
-    each row, drawn anew for every call. With a LoRA of the scale s, c^2 = w^2 + |BA|^2 for every row, w the mean norm
-    of the rows of W, and g = s |B dA + dB A| of the gradients of the step before. Norms of rows come from the factors,
-    no product is built.
+    The noise P starts after the first gradient. It is normal with the deviation (sigma c + beta g^2) / sqrt(O) in each
+    row, and drawn anew for every call. With a LoRA of the scale s, c^2 = w^2 + |BA|^2 for every row, where w is the
+    mean norm of the rows of W, and g = s |B dA + dB A| with the gradients of the previous step.
     """
 
     def __init__(
@@ -99,13 +98,18 @@ class Perturbed(ScaledDelta):
         if up.grad is None or down.grad is None:
             return  # no learning rate
         b, a, db, da = (t.detach().flatten(1).float() for t in (up, down, up.grad, down.grad))
+        # Row norms from R x R matrices: |b A|^2 = b (A A') b' for a row b of B. No product of the weight's size is
+        # built.
         squares_O = self.base_norm.to(b.device) ** 2 + _along(b, a @ a.T, b)
         grads_O = _along(b, da @ da.T, b) + 2 * _along(b, da @ a.T, db) + _along(db, a @ a.T, db)
+        # Rounding can make the expanded square of the gradient negative.
         noise_O = self.sigma * squares_O.sqrt() + self.beta * self.scale**2 * grads_O.clamp_min(0)
         self.get_buffer(DEVIATION).copy_(noise_O / sqrt(len(b)))
         self.is_perturbed = True
 
     def stored_tensors(self) -> Mapping[str, Tensor]:
+        # Other programs would not know the deviations. Training states have them, so that a resumed run repeats the
+        # noise.
         return {key: tensor for key, tensor in super().stored_tensors().items() if key != DEVIATION}
 
     @torch.no_grad()
@@ -149,6 +153,7 @@ class _Noise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: nn.Module, deviations_O: Tensor, seed: int) -> Tensor:
         ctx.layer, ctx.deviations_O, ctx.seed, ctx.shape = layer, deviations_O, seed, x.shape
         noise = draw(layer, deviations_O, seed, x.dtype)
+        # x and the noise have the dtype of the layer's output already.
         with torch.autocast(x.device.type, enabled=False):
             if not isinstance(layer, nn.Conv2d):
                 return linear(x, noise)

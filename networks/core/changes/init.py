@@ -80,8 +80,8 @@ class FromStart(FactorPair):
         """Start from up0 = down0 = 0, to be set by `begin_at` or from a file."""
         super().__init__()
         self.rank = rank
-        plain = LowRank(layer, rank)
-        self.lora_down, self.lora_up = plain.lora_down, plain.lora_up
+        lora = LowRank(layer, rank)
+        self.lora_down, self.lora_up = lora.lora_down, lora.lora_up
         for module in (self.lora_down, self.lora_up):
             nn.init.zeros_(get_weight(module))
             module.register_buffer("start", torch.zeros_like(get_weight(module)).detach())
@@ -111,6 +111,7 @@ class FromStart(FactorPair):
             DOWN: torch.cat([tensors[START_DOWN] + down, down]),
             UP: torch.cat([up, tensors[START_UP]], 1),
             **{key: t for key, t in tensors.items() if key not in (DOWN, UP, START_DOWN, START_UP)},
+            # The rank in files is twice as large, and alpha / rank must stay the trained scale.
             ALPHA: tensors[ALPHA] * 2,
         }
 
@@ -123,12 +124,12 @@ class FromStart(FactorPair):
                 "twice the rank of the settings. Leave init out to train a plain LoRA further (its own weights are the "
                 "start), or set --network_dim to half the rank if it was trained with the same init"
             )
-        first, moved = tensors[DOWN].float().chunk(2)
+        moved_down, down = tensors[DOWN].float().chunk(2)
         up, start = tensors[UP].float().chunk(2, 1)
         alpha = float(tensors[ALPHA]) if ALPHA in tensors else float(rank)
         return {
             **tensors,
-            DOWN: moved, UP: up, START_DOWN: first - moved, START_UP: start,
+            DOWN: down, UP: up, START_DOWN: moved_down - down, START_UP: start,
             ALPHA: torch.tensor(alpha / 2, dtype=torch.float32),
         }  # fmt: skip
 
@@ -148,7 +149,9 @@ def make_starting_delta(init: str, layer: nn.Module, rank: int, scale: float) ->
     if init == ORTHOGONAL:
         return orthogonal(layer, rank)
     delta = FromStart(layer, rank)
+    # A network on the meta device, made to check a run before models are loaded, has no weight to decompose.
     if not (weight := get_weight(layer)).is_meta:
+        # torch's decompositions do not support 16 bits.
         weight_ON = weight.detach().flatten(1).float()
         delta.begin_at(*(olora(weight_ON, rank) if init == OLORA else pissa(init, weight_ON, rank, scale)))
     return cast(Delta, delta)
@@ -195,6 +198,7 @@ def orthogonal(layer: nn.Module, rank: int) -> Delta:
     if not down.is_meta:
         q_RR, _ = torch.linalg.qr(torch.randn(rank, rank))
         down_NR = torch.randn(down[0].numel(), rank // 2) @ q_RR[0::2] / DAMPING
+        # Even and odd rows of an orthogonal matrix are orthogonal to each other, so up @ down is zero.
         up_OR = torch.randn(rank // 2, len(up)).T @ q_RR[1::2] / DAMPING
         down.copy_(down_NR.T.reshape(down.shape))
         up.copy_(up_OR.reshape(up.shape))

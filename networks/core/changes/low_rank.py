@@ -92,6 +92,8 @@ def run_like(layer: nn.Module, x: Tensor, weight: Tensor, columns: Tensor | None
     if not isinstance(layer, nn.Conv2d):
         return linear(x, weight)
     pixels_BHWI = pixels_in_rows(x)
+    # torch's convolution copies a channels-last input first. A 1x1 convolution of it is a matrix product, which does
+    # not.
     if pixels_BHWI is not None and looks_at_one_pixel(layer):
         return linear(pixels_BHWI, weight.flatten(1)).permute(0, 3, 1, 2)
     return conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)

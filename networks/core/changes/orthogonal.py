@@ -92,6 +92,7 @@ class Orthogonal(nn.Module):
         """Return the layer's output with the change, in the shape and dtype of the layer's own output."""
         if self.training and self.drops.skips_this_call():
             return base(x)
+        # Autocast would multiply the angles in 16 bits, and the blocks would be less orthogonal.
         with torch.autocast(x.device.type, enabled=False):
             turns = self._drop(self._turns())
         scales_O = self.rotation.output_scales()
@@ -99,7 +100,7 @@ class Orthogonal(nn.Module):
             return self._turned(x, base, turns, strength)
         assert self.layer is not None
         out = scale_outputs(self._turned(x, base, turns, 1.0), scales_O, self.layer)
-        return out if strength == 1 else torch.lerp(alone := base(x), out.to(alone.dtype), strength)
+        return out if strength == 1 else torch.lerp(base_out := base(x), out.to(base_out.dtype), strength)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
         turns = self._turns()
@@ -109,10 +110,10 @@ class Orthogonal(nn.Module):
         if num_columns % turns.shape[2] or (turns.shape[1] > 1 and num_columns != num_turned) or num_rows != len(base):
             raise Misfit("", (num_rows, num_turned), tuple(base.shape))
         base = base.to(torch.promote_types(base.dtype, turns.dtype))
-        whole = turn_rows(base, turns.to(base))
+        rotated = turn_rows(base, turns.to(base))
         if scales_O is not None:
-            whole = whole * scales_O.to(base).view(-1, *(1,) * (base.dim() - 1))
-        return whole if strength == 1 else base + strength * (whole - base)
+            rotated = rotated * scales_O.to(base).view(-1, *(1,) * (base.dim() - 1))
+        return rotated if strength == 1 else base + strength * (rotated - base)
 
     @property
     def size(self) -> ChangeSize:
@@ -122,6 +123,7 @@ class Orthogonal(nn.Module):
     def norm(self) -> Tensor:
         """Return the Frobenius norm of R - 1, to first order, together with the differences of the scales from 1."""
         angles = self.rotation.angles(self._scalar)
+        # R - 1 is 2 * angles to first order.
         square = angles.square().sum() * 4
         if angles.shape[1] == 1 and self.layer is not None:
             square = square * (row_length(self.layer) // angles.shape[2])  # all inputs share the one block
@@ -143,11 +145,11 @@ class Orthogonal(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Orthogonal":
         """Move or cast the tensors, without rounding those in `rotation.exact` to 16 bits."""
-        exact = {name: self.get_parameter(name).detach() for name in self.rotation.exact}
+        unrounded = {name: self.get_parameter(name).detach() for name in self.rotation.exact}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, kept in exact.items():
+        for name, tensor in unrounded.items():
             if (parameter := self.get_parameter(name)).dtype.itemsize == 2:
-                parameter.data = kept.to(parameter.device)
+                parameter.data = tensor.to(parameter.device)
         return self
 
     @property
@@ -172,9 +174,10 @@ class Orthogonal(nn.Module):
             pixels = x.movedim(1, -1)
             return base(x + strength * change_of_turn(pixels, turns).movedim(-1, 1))
         if torch.is_autocast_enabled(x.device.type):
+            # Autocast does not know the custom function, so the input is cast here, as autocast does for conv2d.
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        turned: Tensor = _OrthogonalConv.apply(x, turns, self.layer, strength)  # type: ignore[no-untyped-call]
-        return turned
+        out: Tensor = _OrthogonalConv.apply(x, turns, self.layer, strength)  # type: ignore[no-untyped-call]
+        return out
 
 
 def turn(x_TN: Tensor, turns: Tensor, is_transposed: bool = False) -> Tensor:
@@ -210,8 +213,8 @@ def _through(x_TN: Tensor, blocks_Dbb: Tensor) -> Tensor:
     parts = x_TN.reshape(*x_TN.shape[:-1], -1, blocks_Dbb.shape[-1])
     if len(blocks_Dbb) == 1:
         return (parts @ blocks_Dbb[0]).flatten(-2)
-    through: Tensor = torch.einsum("...db,dbc->...dc", parts, blocks_Dbb)
-    return through.flatten(-2)
+    products: Tensor = torch.einsum("...db,dbc->...dc", parts, blocks_Dbb)
+    return products.flatten(-2)
 
 
 def _shuffle(x_TN: Tensor, blocks_Dbb: Tensor, i: int) -> Tensor:
@@ -244,19 +247,20 @@ class _OrthogonalConv(torch.autograd.Function):
         layer: nn.Conv2d = ctx.layer
         geometry: Any = (layer.stride, layer.padding, layer.dilation)
         with torch.autocast(gradient.device.type, enabled=False), torch.enable_grad():
+            # The rotated weight was not kept: it is built again, now with a graph that leads back to the turns.
             turns = turns.detach().requires_grad_()
             weight = _weight_between(layer, turns, ctx.strength)
             x_gradient = turns_gradient = None
             if ctx.needs_input_grad[0]:
                 x_gradient = conv2d_input(x.shape, weight.detach().to(gradient.dtype), gradient, *geometry)  # type: ignore[no-untyped-call]
             if ctx.needs_input_grad[1]:
-                of_weight = conv2d_weight(x, weight.shape, gradient, *geometry)  # type: ignore[no-untyped-call]
-                (turns_gradient,) = torch.autograd.grad(weight, turns, of_weight.to(weight.dtype))
+                weight_gradient = conv2d_weight(x, weight.shape, gradient, *geometry)  # type: ignore[no-untyped-call]
+                (turns_gradient,) = torch.autograd.grad(weight, turns, weight_gradient.to(weight.dtype))
         return x_gradient, turns_gradient, None, None
 
 
 def _weight_between(layer: nn.Conv2d, turns: Tensor, strength: float) -> Tensor:
     """Return W + strength (W R' - W) in the dtype of the rotation."""
     weight = layer.weight.detach().to(turns.dtype)
-    turned = turn_rows(weight, turns)
-    return turned if strength == 1 else weight + strength * (turned - weight)
+    rotated = turn_rows(weight, turns)
+    return rotated if strength == 1 else weight + strength * (rotated - weight)

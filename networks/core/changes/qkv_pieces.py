@@ -29,12 +29,12 @@ def is_in_rows(tensors: Collection[str]) -> bool:
 
 def group_by_rows(tensors: ModuleTensors) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of each part by the name of its rows."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for text, tensor in tensors.items():
-        match = ROWS_KEY.fullmatch(text)
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = ROWS_KEY.fullmatch(key)
         if match is not None:
-            found.setdefault(match[1], {})[match[5]] = tensor
-    return found
+            groups.setdefault(match[1], {})[match[5]] = tensor
+    return groups
 
 
 def split_piece_key(module: str, key: str) -> tuple[str, str]:
@@ -48,8 +48,8 @@ def rows_of(name: str, num_rows: int) -> slice:
     match = ROWS_KEY.fullmatch(f"{name}.weight")
     assert match is not None
     first, stop, total = (int(number) for number in match.groups()[1:4])
-    unit, rest = divmod(num_rows, total)
-    if rest:
+    unit, remainder = divmod(num_rows, total)
+    if remainder:
         raise Misfit("", (total,), (num_rows,))
     return slice(first * unit, stop * unit)
 
@@ -59,6 +59,7 @@ class LinearRows(nn.Linear):
 
     def __init__(self, whole: nn.Linear, rows: slice) -> None:
         nn.Module.__init__(self)
+        # nn.Module would register the layer as a child, but it belongs to the base model.
         object.__setattr__(self, "whole", whole)
         self.rows, self.in_features, self.out_features = rows, whole.in_features, rows.stop - rows.start
 
@@ -87,7 +88,7 @@ class InRows(nn.Module):
 
     @property
     def fast_keys(self) -> frozenset[str]:
-        return frozenset(f"{name}.{key}" for name, one in self.changes.items() for key in one.fast_keys)
+        return frozenset(f"{name}.{key}" for name, change in self.changes.items() for key in change.fast_keys)
 
     @property
     def changes(self) -> dict[str, Change]:
@@ -96,10 +97,12 @@ class InRows(nn.Module):
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
         out = base(x)
         parts, end = [], 0
+        # The changes are in the order of the file, and the outputs are concatenated in the order of the rows.
         for name, change in sorted(self.changes.items(), key=lambda piece: rows_of(piece[0], out.shape[-1]).start):
             rows = rows_of(name, out.shape[-1])
 
             def base_rows(z: Tensor, rows: slice = rows) -> Tensor:
+                # A change that leaves the layer's input alone gets the output that all of them share.
                 return (out if z is x else base(z))[..., rows]
 
             parts += [out[..., end : rows.start]] if end < rows.start else []
@@ -108,17 +111,19 @@ class InRows(nn.Module):
         return torch.cat([*parts, out[..., end:]], -1) if end < out.shape[-1] else torch.cat(parts, -1)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
-        whole: Tensor | None = None
+        result: Tensor | None = None
         for name, change in self.changes.items():
             rows = rows_of(name, len(base))
             part = change.merged(base[rows], strength)
-            whole = base.to(part.dtype, copy=True) if whole is None else whole
-            whole[rows] = part
-        assert whole is not None
-        return whole
+            result = base.to(part.dtype, copy=True) if result is None else result
+            result[rows] = part
+        assert result is not None
+        return result
 
     def norm(self) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(torch.stack([one.norm().double() for one in self.changes.values()]))
+        norm: Tensor = torch.linalg.vector_norm(
+            torch.stack([change.norm().double() for change in self.changes.values()])
+        )
         return norm
 
     def scale_(self, ratio: Tensor) -> None:
@@ -131,8 +136,8 @@ class InRows(nn.Module):
 
     def load(self, tensors: ModuleTensors) -> None:
         changes = self.changes
-        for name, own in group_by_rows(tensors).items():
-            changes[name].load(own)
+        for name, group in group_by_rows(tensors).items():
+            changes[name].load(group)
 
 
 def changes_in(change: Change) -> Iterator[Change]:

@@ -28,6 +28,7 @@ def dtypes_of(tensors: ModuleTensors) -> frozenset[torch.dtype]:
 
 def take_rows(tensors: ModuleTensors, rows: slice) -> dict[str, Tensor]:
     """Return the LoRA of some rows: these rows of up and of magnitudes per output, and all of down."""
+    # Cloned, because safetensors refuses tensors that share memory, and all parts have the same down factor.
     magnitudes = {DORA_SCALE: tensors[DORA_SCALE][rows].clone()} if DORA_SCALE in tensors else {}
     return {DOWN: tensors[DOWN].clone(), UP: tensors[UP][rows].clone(), **magnitudes}
 
@@ -40,13 +41,15 @@ def swap_halves(tensors: ModuleTensors) -> dict[str, Tensor] | None:
     """Return the tensors with the two halves of the layer's rows exchanged, or None if that is impossible."""
     by_row: tuple[str, ...] = BY_ROW
     if outer := [tensors[key] for key in OUTER if key in tensors]:
+        # Rows of a Kronecker product are grouped by the rows of its first matrix; if that has one row, they are those
+        # of the second.
         by_row = INNER if len(outer[0]) == 1 else OUTER
-    moved = [key for key in by_row if key in tensors]
-    if not moved or any(len(tensors[key]) % 2 for key in moved):
+    keys = [key for key in by_row if key in tensors]
+    if not keys or any(len(tensors[key]) % 2 for key in keys):
         return None
     if DORA_SCALE in tensors and len(tensors[DORA_SCALE]) > 1:
-        moved.append(DORA_SCALE)
-    return {**tensors, **{key: tensors[key].roll(len(tensors[key]) // 2, 0) for key in moved}}
+        keys.append(DORA_SCALE)
+    return {**tensors, **{key: tensors[key].roll(len(tensors[key]) // 2, 0) for key in keys}}
 
 
 def join_rows(pieces: Mapping[int, ModuleTensors], rows: Sequence[slice]) -> dict[str, Tensor]:
@@ -57,8 +60,11 @@ def join_rows(pieces: Mapping[int, ModuleTensors], rows: Sequence[slice]) -> dic
     """
     downs = [tensors[DOWN] for tensors in pieces.values()]
     ups = [tensors[UP] for tensors in pieces.values()]
+    # A LoRA of the whole layer that was split has the same down factor in each part, and joining restores its rank.
     is_shared = all(torch.equal(down, downs[0]) for down in downs)
     down = downs[0] if is_shared else torch.cat(downs)
+    # An up factor is float32 where a scale was multiplied into it that 16 bits cannot hold. PEFT multiplies factors of
+    # one dtype, so down becomes float32 too.
     dtype = torch.float32 if any(up.dtype == torch.float32 for up in ups) else down.dtype
     up = torch.zeros(rows[-1].stop, down.shape[0], dtype=dtype)
     for n, i in enumerate(pieces):

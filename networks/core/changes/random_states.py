@@ -25,25 +25,27 @@ class Streams:
 
     def start(self, seeds: Mapping[int, int], device: torch.device) -> None:
         """Seed the streams of a batch. The default generators keep their states."""
+        # Blocks are recomputed within the batch that they belong to, so older states are never asked for.
         self._before.clear()
         with keep_generators(device):
-            for place, seed in seeds.items():
+            for index, seed in seeds.items():
                 torch.manual_seed(seed)
-                self._now[place] = state_of(device)
+                self._now[index] = state_of(device)
 
     @contextmanager
-    def call(self, places: Sequence[int], device: torch.device) -> Iterator["Call"]:
+    def call(self, indices: Sequence[int], device: torch.device) -> Iterator["Call"]:
         """Provide the streams for one call of a layer inside the block, and restore the default generators afterwards.
 
-        The adapters at `places` draw in turn.
+        The adapters at `indices` draw one after the other.
         """
         ticket = int(torch.randint(NUM_TICKETS, ()))
         is_repeated = ticket in self._before
-        states = self._before[ticket] if is_repeated else {place: self._now[place] for place in places}
+        states = self._before[ticket] if is_repeated else {index: self._now[index] for index in indices}
         self._before[ticket] = dict(states)
         call = Call(dict(states), device)
         with keep_generators(device):
             yield call
+        # A recomputation draws old numbers again and must not move the streams on.
         if not is_repeated:
             self._now |= call.states
 
@@ -55,16 +57,16 @@ class Call:
         self.states, self._device = states, device
 
     @contextmanager
-    def of(self, place: int) -> Iterator[None]:
-        """Draw from the stream of the adapter at `place` inside the block."""
-        set_state(self.states[place], self._device)
+    def of(self, index: int) -> Iterator[None]:
+        """Draw from the stream of the adapter at `index` inside the block."""
+        set_state(self.states[index], self._device)
         yield
-        self.states[place] = state_of(self._device)
+        self.states[index] = state_of(self._device)
 
 
 def state_of(device: torch.device) -> State:
-    on_card = device.type == "cuda"
-    return (torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_card else []))
+    is_cuda = device.type == "cuda"
+    return (torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if is_cuda else []))
 
 
 def set_state(state: State, device: torch.device) -> None:

@@ -36,6 +36,7 @@ def largest_of_product(
     right_NK, lower_KR = torch.linalg.qr(down_RN.T)
     core_KK = upper_KR @ lower_KR.T
     num_vectors = min(rank + OVERSAMPLED, *core_KK.shape)
+    # Drawn on the CPU and then moved, so that a file gives the same result on every device.
     random = torch.randn(core_KK.shape[1], num_vectors, generator=generator)
     range_Kq, _ = torch.linalg.qr(core_KK @ random.to(core_KK))
     for _ in range(num_iterations):
@@ -57,9 +58,9 @@ def concatenate(factors: Sequence[tuple[Tensor, Tensor]], strengths: Sequence[fl
     return torch.cat(ups, 1), torch.cat([down_RN for _, down_RN in factors], 0)
 
 
-def rank_by_ratio(s_K: Tensor, most: float) -> int:
-    """Return the number of singular values above the largest one divided by `most`, at least 1."""
-    return max(int((s_K > s_K[0] / most).sum()), 1)
+def rank_by_ratio(s_K: Tensor, ratio: float) -> int:
+    """Return the number of singular values above the largest one divided by `ratio`, at least 1."""
+    return max(int((s_K > s_K[0] / ratio).sum()), 1)
 
 
 def rank_by_sum(s_K: Tensor, share: float) -> int:
@@ -91,11 +92,13 @@ def best_factors(matrix_ON: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     projected_rN = u_Or.T @ matrix_ON
     s_r = torch.linalg.vector_norm(projected_rN, dim=1)
     root_r = s_r.sqrt()
+    # A direction without any weight stays zero instead of becoming 0 * inf.
     return u_Or * root_r, projected_rN * torch.where(s_r > 0, 1 / root_r, 0)[:, None]
 
 
 def clamp_factors(up: Tensor, down: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
     """Clamp both factors to the given quantile of all their values, and to its negative."""
     values = torch.cat([up.flatten(), down.flatten()])
+    # torch.quantile refuses more than 2^24 values.
     limit = float(values.kthvalue(max(round(quantile * len(values)), 1)).values)
     return up.clamp(-limit, limit), down.clamp(-limit, limit)

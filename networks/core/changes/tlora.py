@@ -63,18 +63,19 @@ class NoiseMask:
 
     def ranks(self, rank: int, levels_B: Tensor) -> Tensor:
         """Return r for every sample, integers from `least` (or R if that is smaller) to R."""
-        least = min(self.least, rank)
+        min_rank = min(self.least, rank)
         shares_B = (1 - levels_B.float()).clamp(0, 1) ** self.power
-        return (shares_B * (rank - least) + ROUNDED).floor().long().clamp_max(rank - least) + least
+        return (shares_B * (rank - min_rank) + ROUNDED).floor().long().clamp_max(rank - min_rank) + min_rank
 
     def kept(self, rank: int, num_channels: int, levels_B: Tensor) -> Tensor:
         """Return a mask (B, K), True for active channels. Each group of R channels counts as a separate adapter."""
-        place_K = torch.arange(num_channels, device=levels_B.device) % rank
-        return place_K < self.ranks(rank, levels_B)[:, None]
+        index_K = torch.arange(num_channels, device=levels_B.device) % rank
+        return index_K < self.ranks(rank, levels_B)[:, None]
 
     def __call__(self, hidden: Tensor, rank: int, layer: nn.Module | None) -> Tensor:
         """Return `hidden`, what lies between down and up, with 0 in the channels that do not act."""
         levels_B = self.noise.levels_B
+        # Previews draw with all ranks, as other programs do with the file.
         if levels_B is None:
             return hidden
         if len(hidden) != len(levels_B):

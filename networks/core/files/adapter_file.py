@@ -88,11 +88,11 @@ def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
 
 def open_adapter(path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> AdapterFile:
     """Read an adapter file for a network, which checks it. `tensors` are its tensors if they were read before."""
-    given = read_adapters(path) if tensors is None else tensors
+    flat = read_adapters(path) if tensors is None else tensors
     if not Path(path).exists():
-        return sort_tensors(given, {}, str(path))
-    whole = file_in_folder(Path(path), str(path))
-    return replace(sort_tensors(given, read_metadata(whole), str(path)), peft_settings=peft_settings(whole))
+        return sort_tensors(flat, {}, str(path))
+    file_path = file_in_folder(Path(path), str(path))
+    return replace(sort_tensors(flat, read_metadata(file_path), str(path)), peft_settings=peft_settings(file_path))
 
 
 def read_adapters(path: str | Path) -> dict[str, Tensor]:
@@ -102,21 +102,21 @@ def read_adapters(path: str | Path) -> dict[str, Tensor]:
 
 def sort_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str) -> AdapterFile:
     """Group the tensors of an adapter file by module, including damaged modules. Keys are parsed only here."""
-    own_tensors: dict[str, dict[str, Tensor]] = {}
+    groups: dict[str, dict[str, Tensor]] = {}
     keys: dict[str, dict[str, str]] = {}
     unknown: dict[str, Tensor] = {}
     clashes = []
     for key, tensor in to_lora(tensors, origin).items():
-        found = AdapterKey.parse(key)
-        if found is None:
+        parsed = AdapterKey.parse(key)
+        if parsed is None:
             unknown[key] = tensor
             continue
-        name, parameter_key = split_piece_key(found.module, found.leaf)
+        name, parameter_key = split_piece_key(parsed.module, parsed.leaf)
         if parameter_key in keys.get(name, {}):
             clashes.append((keys[name][parameter_key], key))
-        own_tensors.setdefault(name, {})[parameter_key] = tensor
+        groups.setdefault(name, {})[parameter_key] = tensor
         keys.setdefault(name, {})[parameter_key] = key
-    modules = {name: ModuleWeights(name, group, keys[name], origin=origin) for name, group in own_tensors.items()}
+    modules = {name: ModuleWeights(name, group, keys[name], origin=origin) for name, group in groups.items()}
     return AdapterFile(origin, modules, dict(metadata), unknown, tuple(clashes))
 
 
@@ -139,8 +139,8 @@ def check_alphas(file: AdapterFile) -> AdapterFile:
         module.check(file.origin)
         module.check_values(file.origin)
     if not modules:
-        shown = ", ".join(list(file.unknown)[:3]) or "none"
-        raise UserError(f"{file.origin} has no weights of an adapter (first keys: {shown}); give a LoRA file")
+        first_keys = ", ".join(list(file.unknown)[:3]) or "none"
+        raise UserError(f"{file.origin} has no weights of an adapter (first keys: {first_keys}); give a LoRA file")
     return replace(file, modules=modules)
 
 
@@ -210,10 +210,10 @@ def require_layouts(file: AdapterFile, layouts: Collection[KeyLayout], purpose: 
             f"{', '.join(module.tensors)})"
         )
     for module in file.modules.values():
-        if (beside := module.beside) is not None:
+        if (unknown_key := module.beside) is not None:
             raise UserError(
-                f"{file.origin} has {module.keys[beside]}, which is not understood beside {module.layout.words}, so it "
-                f"cannot be {purpose}; use the program that wrote it"
+                f"{file.origin} has {module.keys[unknown_key]}, which is not understood beside {module.layout.words}, "
+                f"so it cannot be {purpose}; use the program that wrote it"
             )
     if file.unknown:
         advice = BIASES if all(key.endswith(UP_BIASES) for key in file.unknown) else WITHOUT_THEM
@@ -247,13 +247,14 @@ def peft_settings(path: Path) -> PeftSettings | None:
 
     Raises UserError if adapter_config.json is damaged.
     """
-    beside = path.parent / PEFT_SETTINGS
-    if path.stem != PEFT_STEM or not beside.is_file():
+    settings_path = path.parent / PEFT_SETTINGS
+    # Another adapter may lie in the same folder: the settings belong to the file with PEFT's name only.
+    if path.stem != PEFT_STEM or not settings_path.is_file():
         return None
     try:
-        return {"": dict(parse_json(beside.read_text(encoding="utf-8")))}
+        return {"": dict(parse_json(settings_path.read_text(encoding="utf-8")))}
     except (ValueError, TypeError) as error:
-        raise UserError(f"{beside} is damaged: {error}") from error
+        raise UserError(f"{settings_path} is damaged: {error}") from error
 
 
 def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
@@ -262,21 +263,25 @@ def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
         return module
     name = strip_peft_prefix(module.name)
     part, _, path = name.partition(".")
-    own = settings.get(part)
-    if own is None:
-        own, path = settings.get("", {}), name
-    alpha = find_for_layer(own.get("alpha_pattern"), path, own.get("lora_alpha", own.get("alpha")))
+    part_settings = settings.get(part)
+    if part_settings is None:
+        part_settings, path = settings.get("", {}), name
+    # PEFT's LoRA has lora_alpha; its LoHa and LoKr have alpha.
+    alpha = find_for_layer(
+        part_settings.get("alpha_pattern"), path, part_settings.get("lora_alpha", part_settings.get("alpha"))
+    )
     if alpha is None:
         return module
     if module.layout.is_whole:  # PEFT divides by the requested rank even if no factor has it
-        rank = find_for_layer(own.get("rank_pattern"), path, own.get("r")) or module.rank
+        rank = find_for_layer(part_settings.get("rank_pattern"), path, part_settings.get("r")) or module.rank
         scaled = module.tensors[module.layout.scaled].float() * (alpha / rank)
         return replace(module, tensors={**module.tensors, module.layout.scaled: scaled})
-    factor = math.sqrt(module.rank) if own.get("use_rslora") else 1.0  # rank-stabilised: alpha / sqrt(rank)
-    return replace(module, alpha_elsewhere=alpha_of(alpha * factor, module.rank, own))
+    factor = math.sqrt(module.rank) if part_settings.get("use_rslora") else 1.0  # rank-stabilised: alpha / sqrt(rank)
+    return replace(module, alpha_elsewhere=alpha_of(alpha * factor, module.rank, part_settings))
 
 
 def find_for_layer(patterns: Mapping[str, float] | None, path: str, otherwise: float | None) -> float | None:
     """Return the number of the first of PEFT's patterns that matches the end of `path`, or `otherwise`."""
-    found = next((n for p, n in (patterns or {}).items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", path)), otherwise)
-    return None if found is None else float(found)
+    # The group keeps the alternatives of a pattern such as to_k|to_q together. PEFT matches the ends of paths.
+    number = next((n for p, n in (patterns or {}).items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", path)), otherwise)
+    return None if number is None else float(number)

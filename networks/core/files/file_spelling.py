@@ -45,31 +45,32 @@ class FileSpelling:
                 module, parameter_key = f"{module}.{rows[1]}", rows[5]
             groups.setdefault(module, {})[parameter_key] = tensor
         return {
-            key: tensor for name, own_tensors in groups.items() for key, tensor in self._one(name, own_tensors).items()
+            key: tensor for name, group in groups.items() for key, tensor in self._restore_module(name, group).items()
         }
 
-    def _one(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _restore_module(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         spelled = self.modules[name]
         module = ModuleWeights(spelled.name, tensors, {}, origin=name)
         module = swap_halves(module, name) if spelled.is_swapped else module
-        found = dict(module.tensors)
+        restored = dict(module.tensors)
         if module.layout.has_alpha and ALPHA not in spelled.keys:
-            found = fold_alpha(module)
-        if DORA_SCALE in found and qkv_rows.PEFT_MAGNITUDES in spelled.keys.get(DORA_SCALE, ""):
-            found[DORA_SCALE] = qkv_rows.to_peft_magnitudes(found[DORA_SCALE])
-        return {spelled.keys.get(key, f"{spelled.name}.{key}"): tensor for key, tensor in found.items()}
+            restored = fold_alpha(module)
+        # PEFT stores magnitudes in shapes of its own, and the program that wrote the file expects them.
+        if DORA_SCALE in restored and qkv_rows.PEFT_MAGNITUDES in spelled.keys.get(DORA_SCALE, ""):
+            restored[DORA_SCALE] = qkv_rows.to_peft_magnitudes(restored[DORA_SCALE])
+        return {spelled.keys.get(key, f"{spelled.name}.{key}"): tensor for key, tensor in restored.items()}
 
 
 def recognise_spelling(read: AdapterFile, names: BaseNames) -> FileSpelling:
     """Return the names that a file has for its modules, which must belong to the base model of `names`."""
-    others = add_missing_prefixes(read.modules.keys(), [names])
+    full_names = add_missing_prefixes(read.modules.keys(), [names])
     modules = {}
     for name, module in read.modules.items():
-        known = others.get(name, name)
-        found = names.find(known)
-        assert found is not None
-        piece = found.piece_of(known)
-        own = found.kohya if piece is None else f"{found.kohya}.{rows_name(*split_shares(found, piece))}"
-        is_swapped = found.swaps_pair and found.is_in_diffusers(known)
-        modules[own] = Spelled(name, module.keys, is_swapped)
+        full_name = full_names.get(name, name)
+        entry = names.find(full_name)
+        assert entry is not None
+        piece = entry.piece_of(full_name)
+        network_name = entry.kohya if piece is None else f"{entry.kohya}.{rows_name(*split_shares(entry, piece))}"
+        is_swapped = entry.swaps_pair and entry.is_in_diffusers(full_name)
+        modules[network_name] = Spelled(name, module.keys, is_swapped)
     return FileSpelling(modules)

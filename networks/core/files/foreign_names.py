@@ -29,9 +29,9 @@ def to_own_names(file: AdapterFile, names: BaseNames | None, keeps_pieces: bool 
 
 def is_foreign(module: str, names: BaseNames) -> bool:
     """Return True if a module of this base model has a name other than kohya's."""
-    found = names.find(module)
-    if found is not None:
-        return found.kohya != module
+    entry = names.find(module)
+    if entry is not None:
+        return entry.kohya != module
     return module.startswith(PEFT_PREFIX) or bool(names.find_parts(module) or add_missing_prefixes([module], [names]))
 
 
@@ -41,17 +41,18 @@ def add_model(file: AdapterFile, tables: Sequence[BaseNames]) -> AdapterFile:
     Modules of a base model in `tables` get its names; others are unchanged. Raises UserError for a PEFT file of which
     `tables` contains no module, and for a module that occurs twice.
     """
-    others = add_missing_prefixes(file.modules.keys(), tables)
+    full_names = add_missing_prefixes(file.modules.keys(), tables)
+    # PEFT's names do not say which model they belong to, so at least one of them must fit a base model.
     known = (n for n in file.modules if not n.startswith(PEFT_PREFIX) or any(table.find(n) for table in tables))
-    if not others and next(known, None) is None:
+    if not full_names and next(known, None) is None:
         raise UserError(
             f"{file.origin}: PEFT wrote it for a model that is none of those known here (first module: "
             f"{bare_path(next(iter(file.modules)))}); names of diffusers' and of the original modules are known"
         )
     modules: dict[str, ModuleWeights] = {}
     for name, module in file.modules.items():
-        other = others.get(name, name)
-        for part in split_fused(_rename(module, other) if other != name else module, tables, file.origin):
+        full_name = full_names.get(name, name)
+        for part in split_fused(_rename(module, full_name) if full_name != name else module, tables, file.origin):
             if part.name in modules:
                 raise make_name_error(file.origin, part.name)
             modules[part.name] = part
@@ -63,7 +64,7 @@ def split_fused(module: ModuleWeights, tables: Sequence[BaseNames], origin: str)
 
     Raises UserError for one that is no LoRA, plain or with magnitudes per output.
     """
-    parts = next((found for table in tables if (found := table.find_parts(module.name))), ())
+    parts = next((entries for table in tables if (entries := table.find_parts(module.name))), ())
     if not parts:
         return [module]
     can_split = module.layout is lora.LAYOUT and (module.is_dora_per_output or not module.is_dora)

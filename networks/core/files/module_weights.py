@@ -97,10 +97,10 @@ class ModuleWeights:
     @property
     def magnitudes(self) -> Tensor:
         """The magnitudes of DoRA: (O, 1), (1, I), (O, 1, 1, 1) or (1, I, 1, 1)."""
-        found = self.tensors[DORA_SCALE]
-        if f".{qkv_rows.PEFT_MAGNITUDES}" in self.keys.get(DORA_SCALE, "") or found.dim() == 1:
-            return qkv_rows.peft_magnitudes(found, len(self.shape))
-        return found
+        stored = self.tensors[DORA_SCALE]
+        if f".{qkv_rows.PEFT_MAGNITUDES}" in self.keys.get(DORA_SCALE, "") or stored.dim() == 1:
+            return qkv_rows.peft_magnitudes(stored, len(self.shape))
+        return stored
 
     def change(self, dtype: torch.dtype | None = torch.float32) -> Change:
         """Make the change of the module's layer, in `dtype` or with None in the dtypes of the file.
@@ -109,6 +109,7 @@ class ModuleWeights:
         """
         tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in self.tensors.items()}
         if self.layout.has_alpha:
+            # Python's float is float64: alpha keeps all digits, whatever dtype the change is computed in.
             tensors[ALPHA] = torch.tensor(self.alpha, dtype=torch.float64)
         if self.is_dora and self.layout.shape_of is not None:
             tensors[DORA_SCALE] = self.magnitudes.to(dtype or self.magnitudes.dtype)
@@ -158,12 +159,10 @@ class ModuleWeights:
         kept = {
             parameter_key: tensor for parameter_key, tensor in self.tensors.items() if parameter_key not in replaced
         }
-        made = {
-            parameter_key: t.to(dtype) for parameter_key, t in lora.make_tensors(up_OR, down_RN, self.shape).items()
-        }
+        new = {parameter_key: t.to(dtype) for parameter_key, t in lora.make_tensors(up_OR, down_RN, self.shape).items()}
         # New factors keep the positions of the old ones, so that the order of keys does not change.
-        order = [parameter_key for parameter_key in self.tensors if parameter_key in kept or parameter_key in made]
-        tensors = {parameter_key: {**kept, **made}[parameter_key] for parameter_key in dict.fromkeys((*order, *made))}
+        order = [parameter_key for parameter_key in self.tensors if parameter_key in kept or parameter_key in new]
+        tensors = {parameter_key: {**kept, **new}[parameter_key] for parameter_key in dict.fromkeys((*order, *new))}
         if ALPHA in tensors:
             tensors[ALPHA] = alpha_tensor(scale * down_RN.shape[0], like=tensors[ALPHA])
         keys = {parameter_key: key for parameter_key, key in self.keys.items() if parameter_key in tensors}
@@ -174,18 +173,18 @@ class ModuleWeights:
         layout = self.layout
         if (unusable := next(self._unusable(), None)) is not None:
             raise UserError(f"{origin} has {unusable}")
-        wrong = layout.fault(self.name, self.tensors, self.keys) if layout.fault is not None else None
-        if wrong is not None:
-            raise UserError(f"{origin}{'' if wrong.startswith(':') else ' '}{wrong}")
+        fault = layout.fault(self.name, self.tensors, self.keys) if layout.fault is not None else None
+        if fault is not None:
+            raise UserError(f"{origin}{'' if fault.startswith(':') else ' '}{fault}")
         missing = [key for key in layout.needs if key not in self.tensors] if layout.rank_of is not None else []
         if missing:
-            there = next(self.keys[key] for key in self.tensors if key != ALPHA)
-            raise UserError(f"{origin} has {there} without its {missing[0]}; the file is incomplete")
+            present_key = next(self.keys[key] for key in self.tensors if key != ALPHA)
+            raise UserError(f"{origin} has {present_key} without its {missing[0]}; the file is incomplete")
 
     def check_values(self, origin: str) -> None:
         """Raise UserError if values are not finite."""
-        if (wrong := next(value_problems(self), None)) is not None:
-            raise UserError(f"{origin}: {wrong}; the file is damaged, take another one or one of an earlier step")
+        if (problem := next(value_problems(self), None)) is not None:
+            raise UserError(f"{origin}: {problem}; the file is damaged, take another one or one of an earlier step")
 
     def _unusable(self) -> Iterator[str]:
         """Yield a phrase for each tensor that no kind of adapter can use."""

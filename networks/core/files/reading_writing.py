@@ -59,17 +59,17 @@ def usable_modules(file: AdapterFile, layouts: Sequence[KeyLayout] = ()) -> dict
     layouts = layouts or list_layouts()
     refuse_strangers(file)
     known = list_keys(layouts)
-    own = {key.removeprefix(f"{name}.") for name, module in file.modules.items() for key in module.keys.values()}
-    own = {parameter_key for parameter_key in own if PIECES not in layouts or not is_in_rows((parameter_key,))}
-    foreign = sorted(own - set(known))
+    keys = {key.removeprefix(f"{name}.") for name, module in file.modules.items() for key in module.keys.values()}
+    keys = {parameter_key for parameter_key in keys if PIECES not in layouts or not is_in_rows((parameter_key,))}
+    foreign = sorted(keys - set(known))
     if foreign:
-        others = (layout for layout in list_layouts() if layout.network_module and foreign[0] in layout.keys)
-        other = next((layout.network_module for layout in others), "")
+        candidates = (layout for layout in list_layouts() if layout.network_module and foreign[0] in layout.keys)
+        network_module = next((layout.network_module for layout in candidates), "")
         fix = "For files made by LyCORIS use --network_module lycoris.kohya"
         raise UserError(
             f"{file.origin} has keys such as *.{foreign[0]} that this network module cannot use; it reads "
             f"{', '.join(f'*.{known_key}' for known_key in known)}. "
-            + (f"Use --network_module {other}" if other else fix)
+            + (f"Use --network_module {network_module}" if network_module else fix)
         )
     usable = {}
     for name, module in file.modules.items():
@@ -120,8 +120,8 @@ def layouts_for(adapters: Mapping[str, Adapter]) -> tuple[KeyLayout, ...]:
 
 def list_keys(layouts: Sequence[KeyLayout]) -> tuple[str, ...]:
     """Return every parameter key of some layouts: alpha first, dora_scale and the keys of norms last."""
-    own = [layout for layout in layouts if layout is not norm.LAYOUT and layout.read is not None]
-    first = (key for layout in own for key in (*layout.needs, *layout.core, *layout.may_have) if key not in SHARED)
+    readable = [layout for layout in layouts if layout is not norm.LAYOUT and layout.read is not None]
+    first = (key for layout in readable for key in (*layout.needs, *layout.core, *layout.may_have) if key not in SHARED)
     return tuple(dict.fromkeys((ALPHA, *first, DORA_SCALE, *norm.LAYOUT.needs, *norm.LAYOUT.may_have)))
 
 
@@ -129,15 +129,15 @@ def check_complete(module: str, group: Mapping[str, Tensor], source: str) -> Non
     """Raise UserError if a module lacks keys that its layout needs."""
     layout = recognise_layout(group)
     if layout is PIECES:
-        for name, own in group_by_rows(group).items():
-            check_complete(f"{module}.{name}", own, source)
+        for name, piece in group_by_rows(group).items():
+            check_complete(f"{module}.{name}", piece, source)
         return
     if all(key in group for key in layout.needs) and (layout.needs or group.keys() <= {ALPHA}):
         return
-    has = f"{source}: {module} has {' and '.join(group)}"
+    start = f"{source}: {module} has {' and '.join(group)}"
     if layout.together and any(key in group for key in layout.ends or layout.needs):
-        raise UserError(f"{has}, but {layout.together} belong together")
-    raise UserError(f"{has} alone; the file is incomplete")
+        raise UserError(f"{start}, but {layout.together} belong together")
+    raise UserError(f"{start} alone; the file is incomplete")
 
 
 def rank_and_alpha(group: Mapping[str, Tensor]) -> tuple[int, float]:
@@ -165,21 +165,23 @@ def load_into(adapters: Mapping[str, Adapter], file: AdapterFile) -> LoadReport:
             f"{_some(list(adapters))}. Was it made for another base model?"
         )
     for name in fitting:
+        # All modules are checked before one is loaded, so that an error leaves the network as it was.
         check_shapes(name, adapters[name], groups[name], source)
-    changed = []
+    differences = []
     for name in fitting:
         change, group = adapters[name].change, groups[name]
         if change.size.has_ranks:
+            # Networks keep alpha in float32, so an alpha such as 0.1 is compared in that precision.
             alpha = float(torch.tensor(rank_and_alpha(group)[1], dtype=torch.float32))
             if alpha != change.size.alpha:
-                changed.append(f"alpha is {alpha:g} as in the file, not {change.size.alpha:g}")
+                differences.append(f"alpha is {alpha:g} as in the file, not {change.size.alpha:g}")
         change.load(group)
     return LoadReport(
         source=source,
         num_loaded=len(fitting),
         missing=tuple(name for name in adapters if name not in groups),
         unknown=tuple(name for name in groups if name not in adapters),
-        alphas=tuple(dict.fromkeys(changed)),
+        alphas=tuple(dict.fromkeys(differences)),
     )
 
 
@@ -198,9 +200,9 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
     """Raise UserError if weights of a file do not fit an adapter."""
     change = adapter.change
     assert isinstance(change, nn.Module)
-    own, size = change.state_dict(), adapter.change.size
+    expected, size = change.state_dict(), adapter.change.size
     if size.has_ranks:
-        check_layout(name, size, recognise_layout(own), group, source)
+        check_layout(name, size, recognise_layout(expected), group, source)
     if size.rank is not None and (rank := rank_and_alpha(group)[0]) != size.rank:
         has, gives, take = (f"rank {rank}", f"rank {size.rank}", "ranks")
         if size.block_sizes:
@@ -210,8 +212,8 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
             f"--dim_from_weights to take the {take} from the file, or set --network_dim={rank}"
         )
     for key in group:
-        if key != ALPHA and (key not in own or group[key].shape != own[key].shape):
-            needed = f"needs {list(own[key].shape)}" if key in own else "has none"
+        if key != ALPHA and (key not in expected or group[key].shape != expected[key].shape):
+            needed = f"needs {list(expected[key].shape)}" if key in expected else "has none"
             if size.block_sizes or fits_layer(name, adapter, group):
                 raise UserError(
                     f"{name}.{key} has the shape {list(group[key].shape)} in {source}, but with these --network_args "
@@ -229,24 +231,24 @@ def fits_layer(name: str, adapter: Adapter, group: Mapping[str, Tensor]) -> bool
     return shape_of is not None and prod(shape_of(name, group)) == num_values and DORA_SCALE not in group
 
 
-def check_layout(name: str, size: ChangeSize, own: KeyLayout, group: Mapping[str, Tensor], source: str) -> None:
+def check_layout(name: str, size: ChangeSize, expected: KeyLayout, group: Mapping[str, Tensor], source: str) -> None:
     """Raise UserError if the file stores the module in another form than the settings request."""
     layout = recognise_layout(group)
-    if layout.network_module != own.network_module:
+    if layout.network_module != expected.network_module:
         raise UserError(
-            f"{name} is {layout.words} in {source}, but --network_module makes it {own.words}"
+            f"{name} is {layout.words} in {source}, but --network_module makes it {expected.words}"
             + (f"; use --network_module {layout.network_module}" if layout.network_module else "")
         )
     if layout.has_core(group) != size.has_core:
-        has, wanted = ("a Tucker core", "True") if layout.has_core(group) else ("no Tucker core", "False")
+        has, value = ("a Tucker core", "True") if layout.has_core(group) else ("no Tucker core", "False")
         raise UserError(
-            f"{name} has {has} in {source}; set --network_args use_tucker={wanted}, or add --dim_from_weights to take "
+            f"{name} has {has} in {source}; set --network_args use_tucker={value}, or add --dim_from_weights to take "
             "the form from the file"
         )
-    if layout is not own:
+    if layout is not expected:
         raise UserError(
             f"{name} is made of {' and '.join(layout.needs)} in {source}, but the settings make it of "
-            f"{' and '.join(own.needs)}; add --dim_from_weights to take the form from the file"
+            f"{' and '.join(expected.needs)}; add --dim_from_weights to take the form from the file"
         )
     if DORA_SCALE not in group:
         return
@@ -273,24 +275,28 @@ def network_tensors(adapters: Mapping[str, Adapter], dtype: torch.dtype | None) 
     tensors = {}
     for name, adapter in adapters.items():
         for key, tensor in adapter.change.stored_tensors().items():
-            wanted = tensor.dtype if dtype is None or key in exact else dtype
-            tensors[f"{name}.{key}"] = tensor.detach().to("cpu", wanted).contiguous()
+            target_dtype = tensor.dtype if dtype is None or key in exact else dtype
+            tensors[f"{name}.{key}"] = tensor.detach().to("cpu", target_dtype).contiguous()
     return tensors
 
 
 def collect_saved_tensors(
     adapters: Mapping[str, Adapter], dtype: torch.dtype | None, names: BaseNames | None, naming: FileNaming
 ) -> Mapping[str, Tensor]:
-    """Return the weights as `network_tensors` does, in another naming where they all are plain LoRA of known modules,
-    or where some program reads other kinds in that naming too; their strength is multiplied in before they are rounded
-    to `dtype`."""
+    """Return the weights in the naming of the base model's files, on the CPU, in `dtype` or unchanged.
+
+    They have kohya's names instead if some module is not a plain LoRA of a known layer and no program reads its kind in
+    that naming.
+    """
     if naming != "kohya" and names is not None:
+        # Unrounded: the scale is multiplied in first, and the product is rounded to `dtype` once.
         file = sort_tensors(network_tensors(adapters, None), {}, "the adapter")
         plain = [m for m in file.modules.values() if m.layout is lora.LAYOUT and not m.is_dora and names.find(m.name)]
+        # Only some base models have programs that read LoHa, LoKr and DoRA under other names than kohya's.
         fits = names.holds_all_kinds_in_diffusers and not any(find_unsupported_keys(file, names, naming))
         if fits or len(plain) == len(file.modules):
-            found = adapter_tensors(rename(file, names, naming).file)
-            return found if dtype is None else {key: tensor.to(dtype) for key, tensor in found.items()}
+            renamed = adapter_tensors(rename(file, names, naming).file)
+            return renamed if dtype is None else {key: tensor.to(dtype) for key, tensor in renamed.items()}
     return network_tensors(adapters, dtype)
 
 

@@ -44,19 +44,21 @@ def rename(
     """
     if not keeps_pieces and not drop_unsupported and to != "diffusers":
         refuse_apart(file, names)
-    lost = list(find_unsupported_keys(file, names, to, keeps_pieces))
-    if lost and not drop_unsupported:
+    unsupported = list(find_unsupported_keys(file, names, to, keeps_pieces))
+    if unsupported and not drop_unsupported:
         raise UserError(
-            f"{file.origin}: the {to} naming has no place for {list_some_keys(lost)}; `tools/convert_lora.py "
+            f"{file.origin}: the {to} naming has no place for {list_some_keys(unsupported)}; `tools/convert_lora.py "
             "--drop_unsupported` leaves them out, which changes what the adapter does"
         )
     modules: dict[str, ModuleWeights] = {}
     widened = []
-    groups = group_by_place(file, names, frozenset(lost))
-    are_apart = keeps_pieces and any(is_apart(found, members) for found, members in groups.items())
-    for found, members in groups.items():
+    groups = group_by_place(file, names, frozenset(unsupported))
+    # If the parts of one layer stay apart, those of all layers do, so that the network can be saved under the file's
+    # names.
+    are_apart = keeps_pieces and any(is_apart(entry, members) for entry, members in groups.items())
+    for entry, members in groups.items():
         dtypes = {dtype for member in members for dtype in qkv_rows.dtypes_of(member.tensors)}
-        for name, tensors in rename_module(found, members, to, file.origin, are_apart):
+        for name, tensors in rename_module(entry, members, to, file.origin, are_apart):
             is_peft_dora = to == "diffusers" and DORA_SCALE in tensors and are_per_output(tensors[DORA_SCALE])
             if is_peft_dora:
                 tensors = {**tensors, DORA_SCALE: qkv_rows.to_peft_magnitudes(tensors[DORA_SCALE])}
@@ -67,90 +69,95 @@ def rename(
     if not modules:
         raise UserError(f"{file.origin}: the {to} naming can hold none of its {len(file.modules)} modules")
     renamed = file.with_modules(modules.values(), file.metadata)
-    return Renamed(AdapterFile(file.origin, renamed.modules, renamed.metadata, {}), tuple(lost), tuple(widened))
+    return Renamed(AdapterFile(file.origin, renamed.modules, renamed.metadata, {}), tuple(unsupported), tuple(widened))
 
 
-def group_by_place(file: AdapterFile, names: BaseNames, lost: frozenset[str]) -> dict[ModuleNames, list[ModuleWeights]]:
-    """Group a file's modules, without the keys in `lost`, by the base model's module that contains them."""
+def group_by_place(
+    file: AdapterFile, names: BaseNames, unsupported: frozenset[str]
+) -> dict[ModuleNames, list[ModuleWeights]]:
+    """Group a file's modules, without the keys in `unsupported`, by the base model's module that contains them."""
     groups: dict[ModuleNames, list[ModuleWeights]] = {}
     for module in file.modules.values():
-        found = names.find(module.name)
-        kept = {key: tensor for key, tensor in module.tensors.items() if module.keys[key] not in lost}
-        if found is not None and kept:
-            groups.setdefault(found, []).append(replace(module, tensors=kept))
+        entry = names.find(module.name)
+        kept = {key: tensor for key, tensor in module.tensors.items() if module.keys[key] not in unsupported}
+        if entry is not None and kept:
+            groups.setdefault(entry, []).append(replace(module, tensors=kept))
     return groups
 
 
 def rename_module(
-    found: ModuleNames, members: Sequence[ModuleWeights], to: FileNaming, origin: str, are_apart: bool
+    entry: ModuleNames, members: Sequence[ModuleWeights], to: FileNaming, origin: str, are_apart: bool
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield (name, tensors) of one module of the base model; several if diffusers splits it.
 
     With `are_apart`, parts stay separate even if they could be joined.
     """
-    pieces = {found.piece_of(member.name): member for member in members}
+    pieces = {entry.piece_of(member.name): member for member in members}
     if len(pieces) < len(members) or (len(members) > 1 and None in pieces):
-        raise make_name_error(origin, found.kohya)
+        raise make_name_error(origin, entry.kohya)
     if None not in pieces and to == "diffusers":
-        for i, piece in enumerate(found.pieces):
+        for i, piece in enumerate(entry.pieces):
             if i in pieces:
                 yield piece.diffusers, fold_alpha(pieces[i])
         return
-    if None not in pieces and (are_apart or not can_join(found, pieces.values())):
-        yield found.kohya, split_into_rows(found, pieces)
+    if None not in pieces and (are_apart or not can_join(entry, pieces.values())):
+        yield entry.kohya, split_into_rows(entry, pieces)
         return
-    whole = pieces[None] if None in pieces else join_pieces(found, pieces, origin)
-    if found.swaps_pair and found.is_in_diffusers(whole.name) != (to == "diffusers"):
+    whole = pieces[None] if None in pieces else join_pieces(entry, pieces, origin)
+    # diffusers stores scale before shift in these modulation layers, other programs shift before scale.
+    if entry.swaps_pair and entry.is_in_diffusers(whole.name) != (to == "diffusers"):
         whole = swap_halves(whole, origin)
     if to == "kohya":
-        yield found.kohya, with_alpha_tensor(whole)
+        yield entry.kohya, with_alpha_tensor(whole)
     elif to == "generic":
-        yield found.generic, fold_alpha(whole)
-    elif isinstance(found.diffusers, str):
-        yield found.diffusers, fold_alpha(whole)
+        yield entry.generic, fold_alpha(whole)
+    elif isinstance(entry.diffusers, str):
+        yield entry.diffusers, fold_alpha(whole)
     else:
-        yield from split_rows(found, fold_alpha(whole), origin)
+        yield from split_rows(entry, fold_alpha(whole), origin)
 
 
-def can_join(found: ModuleNames, pieces: Collection[ModuleWeights]) -> bool:
+def can_join(entry: ModuleNames, pieces: Collection[ModuleWeights]) -> bool:
     """Return True if parts can be joined to one LoRA: plain ones, or all parts with magnitudes per output."""
     if not all(piece.layout is lora.LAYOUT for piece in pieces):
         return False
     num_dora = sum(piece.is_dora for piece in pieces)
-    return num_dora == 0 or (all(p.is_dora_per_output for p in pieces) and len(pieces) == len(found.pieces))
+    return num_dora == 0 or (all(p.is_dora_per_output for p in pieces) and len(pieces) == len(entry.pieces))
 
 
-def is_apart(found: ModuleNames, members: Sequence[ModuleWeights]) -> bool:
+def is_apart(entry: ModuleNames, members: Sequence[ModuleWeights]) -> bool:
     """Return True if these are parts of a layer that cannot be joined to one adapter."""
-    pieces = [m for m in members if found.piece_of(m.name) is not None and m.layout.read is not None]
-    return bool(pieces) and not can_join(found, pieces)
+    pieces = [m for m in members if entry.piece_of(m.name) is not None and m.layout.read is not None]
+    return bool(pieces) and not can_join(entry, pieces)
 
 
-def split_into_rows(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights]) -> dict[str, Tensor]:
+def split_into_rows(entry: ModuleNames, pieces: Mapping[int | None, ModuleWeights]) -> dict[str, Tensor]:
     """Return each part as a change of its own rows."""
     tensors = {}
-    for i in range(len(found.pieces)):
+    for i in range(len(entry.pieces)):
         if i in pieces:
-            own = with_alpha_tensor(pieces[i])
-            own |= {ALPHA: own[ALPHA].reshape(())} if ALPHA in own else {}
-            tensors.update({f"{rows_name(*split_shares(found, i))}.{key}": tensor for key, tensor in own.items()})
+            piece_tensors = with_alpha_tensor(pieces[i])
+            piece_tensors |= {ALPHA: piece_tensors[ALPHA].reshape(())} if ALPHA in piece_tensors else {}
+            tensors.update(
+                {f"{rows_name(*split_shares(entry, i))}.{key}": tensor for key, tensor in piece_tensors.items()}
+            )
     return tensors
 
 
-def split_shares(found: ModuleNames, i: int) -> tuple[int, int, int]:
+def split_shares(entry: ModuleNames, i: int) -> tuple[int, int, int]:
     """Return (first, end, total) of the rows of part i, in units that all parts have in common."""
-    shares = [piece.share for piece in found.pieces]
+    shares = [piece.share for piece in entry.pieces]
     return sum(shares[:i]), sum(shares[: i + 1]), sum(shares)
 
 
 def refuse_apart(file: AdapterFile, names: BaseNames) -> None:
     """Raise UserError for parts of a layer that cannot be joined to one adapter."""
-    for found, members in group_by_place(file, names, frozenset()).items():
-        if is_apart(found, members):
+    for entry, members in group_by_place(file, names, frozenset()).items():
+        if is_apart(entry, members):
             module = next((m for m in members if m.is_dora or m.layout is not lora.LAYOUT), members[0])
-            what = "DoRA" if module.is_dora else module.layout.words
+            kind = "DoRA" if module.is_dora else module.layout.words
             raise UserError(
-                f"{file.origin}: {module.name} is {what} of a part of {found.kohya}, which is one layer outside of "
+                f"{file.origin}: {module.name} is {kind} of a part of {entry.kohya}, which is one layer outside of "
                 "diffusers and has no such factors there. With --dim_from_weights it can be trained further. "
                 "It can be merged: into a checkpoint, with --base_weights, or into a LoRA with tools/merge_lora.py "
                 "--base_model and --new_rank"
@@ -164,6 +171,7 @@ def swap_halves(module: ModuleWeights, origin: str) -> ModuleWeights:
     """
     if module.layout is oft_v2.LAYOUT:  # rotates inputs, for all rows alike
         return module
+    # Modulation layers of more than two parts have one order everywhere.
     if module.layout.shape_of is not None and module.shape[0] != 2 * module.shape[1]:
         return module
     swapped = None if module.layout.shape_of is None else qkv_rows.swap_halves(module.tensors)
@@ -179,15 +187,15 @@ def find_unsupported_keys(
     file: AdapterFile, names: BaseNames, to: FileNaming, keeps_pieces: bool = False
 ) -> Iterator[str]:
     """Yield the keys that a naming does not support: all keys of a module that needs one of them, else single keys."""
-    like: FileNaming = "generic" if to == "diffusers" and names.holds_all_kinds_in_diffusers else to
+    holding_naming: FileNaming = "generic" if to == "diffusers" and names.holds_all_kinds_in_diffusers else to
     for module in file.modules.values():
-        found = names.find(module.name)
-        if found is None:
+        entry = names.find(module.name)
+        if entry is None:
             yield from module.keys.values()
             continue
         # Joined parts support only the keys that diffusers has.
-        is_piece = found.piece_of(module.name) is not None
-        held = list_held_keys("diffusers" if is_piece else like)
+        is_piece = entry.piece_of(module.name) is not None
+        held = list_held_keys("diffusers" if is_piece else holding_naming)
         if held is not None and module.layout is lora.LAYOUT and module.is_dora_per_output:
             held |= {DORA_SCALE}  # PEFT has magnitudes of this kind only
         if is_piece and keeps_pieces and module.layout.read is not None:
@@ -218,35 +226,35 @@ def fold_alpha(module: ModuleWeights) -> dict[str, Tensor]:
 
 
 def split_rows(
-    found: ModuleNames, tensors: Mapping[str, Tensor], origin: str
+    entry: ModuleNames, tensors: Mapping[str, Tensor], origin: str
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield (name, tensors) of one LoRA per part."""
-    num_rows, num_shares = qkv_rows.num_rows(tensors), sum(piece.share for piece in found.pieces)
+    num_rows, num_shares = qkv_rows.num_rows(tensors), sum(piece.share for piece in entry.pieces)
     if num_rows % num_shares:
-        raise UserError(f"{origin}: {found.kohya} has {num_rows} outputs, which is no multiple of {num_shares}")
-    for piece, of_piece in zip(found.pieces, rows_of_pieces(found, num_rows // num_shares), strict=True):
-        yield piece.diffusers, qkv_rows.take_rows(tensors, of_piece)
+        raise UserError(f"{origin}: {entry.kohya} has {num_rows} outputs, which is no multiple of {num_shares}")
+    for piece, rows in zip(entry.pieces, rows_of_pieces(entry, num_rows // num_shares), strict=True):
+        yield piece.diffusers, qkv_rows.take_rows(tensors, rows)
 
 
-def rows_of_pieces(found: ModuleNames, unit: int) -> Iterator[slice]:
+def rows_of_pieces(entry: ModuleNames, unit: int) -> Iterator[slice]:
     """Yield the rows of each part, `unit` rows per share."""
     first = 0
-    for piece in found.pieces:
+    for piece in entry.pieces:
         yield slice(first, first + piece.share * unit)
         first += piece.share * unit
 
 
-def join_pieces(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights], origin: str) -> ModuleWeights:
+def join_pieces(entry: ModuleNames, pieces: Mapping[int | None, ModuleWeights], origin: str) -> ModuleWeights:
     """Join the LoRAs of all parts to one. Rows of parts that the file lacks are zero.
 
     Raises UserError if the sizes of the parts do not fit together.
     """
     folded = {i: fold_alpha(module) for i, module in pieces.items() if i is not None}
-    units = {qkv_rows.num_rows(folded[i]) / piece.share for i, piece in enumerate(found.pieces) if i in folded}
+    units = {qkv_rows.num_rows(folded[i]) / piece.share for i, piece in enumerate(entry.pieces) if i in folded}
     if len(units) > 1 or not next(iter(units)).is_integer():
-        raise UserError(f"{origin}: the sizes of the pieces of {found.kohya} do not fit together")
-    tensors = qkv_rows.join_rows(folded, list(rows_of_pieces(found, int(next(iter(units))))))
-    return ModuleWeights(found.kohya, tensors, {key: f"{found.kohya}.{key}" for key in tensors})
+        raise UserError(f"{origin}: the sizes of the pieces of {entry.kohya} do not fit together")
+    tensors = qkv_rows.join_rows(folded, list(rows_of_pieces(entry, int(next(iter(units))))))
+    return ModuleWeights(entry.kohya, tensors, {key: f"{entry.kohya}.{key}" for key in tensors})
 
 
 def fold_scale(tensors: Mapping[str, Tensor], scaled: str, scale: float) -> dict[str, Tensor]:
@@ -273,11 +281,12 @@ def ending(key: str, naming: FileNaming, is_peft_dora: bool) -> str:
     return key if naming == "kohya" else qkv_rows.SPELLED_ELSEWHERE.get(key, key)
 
 
-def list_some_keys(keys: Iterable[str], most: int = 6) -> str:
+def list_some_keys(keys: Iterable[str], limit: int = 6) -> str:
     """Format keys for a sentence. Of many, show a few, one of each kind first."""
     keys = list(keys)
-    if len(keys) <= most:
+    if len(keys) <= limit:
         return ", ".join(keys)
+    # Reversed, so that of each kind the first key of the file is kept.
     first_of_kind = {key.removesuffix(".weight").rpartition(".")[2]: key for key in reversed(keys)}
     ordered = [*reversed(first_of_kind.values()), *(key for key in keys if key not in first_of_kind.values())]
-    return f"{len(keys)} keys: {', '.join(ordered[:most])} and {len(keys) - most} more"
+    return f"{len(keys)} keys: {', '.join(ordered[:limit])} and {len(keys) - limit} more"

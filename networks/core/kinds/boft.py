@@ -42,6 +42,7 @@ class Boft(nn.Module):
     at one. Both are float32.
     """
 
+    # bfloat16 would change the rows of the base model by up to 0.4 %.
     exact: tuple[str, ...] = (SCALES,)
 
     def __init__(self, blocks_FDbb: Tensor, scales_O1: Tensor) -> None:
@@ -55,9 +56,9 @@ class Boft(nn.Module):
         return (blocks_FDbb.mT - blocks_FDbb) / 2
 
     def turns(self, angles_FDbb: Tensor) -> Tensor:
-        one = torch.eye(self.block_size, dtype=angles_FDbb.dtype, device=angles_FDbb.device)
+        identity = torch.eye(self.block_size, dtype=angles_FDbb.dtype, device=angles_FDbb.device)
         # (1 + A) / (1 - A) - 1 with A = -S; both factors commute.
-        turns: Tensor = torch.linalg.solve(one - angles_FDbb, 2 * angles_FDbb)
+        turns: Tensor = torch.linalg.solve(identity - angles_FDbb, 2 * angles_FDbb)
         return turns
 
     def output_scales(self) -> Tensor:
@@ -70,6 +71,7 @@ class Boft(nn.Module):
     @torch.no_grad()
     def scale_(self, ratio: Tensor, scalar: Tensor | float) -> None:
         self.boft_R.mul_(ratio.to(self.boft_R))
+        # Scales change nothing at 1, so only their distance from 1 is scaled.
         self.boft_s.sub_(1).mul_(ratio.to(self.boft_s)).add_(1)
 
     def in_files(self, scalar: Tensor | float) -> Mapping[str, Tensor]:
@@ -86,9 +88,11 @@ def sizes_for(num_columns: int, wanted: int, num_blocks: int, num_factors: int, 
         size = block_size_for(num_columns, wanted, may_adjust)
         return num_columns // size, size
     sizes = [size for size in range(2, num_columns + 1) if fits(num_columns, size, num_factors)]
-    asked = num_columns // num_blocks if num_blocks and num_columns % num_blocks == 0 else 0 if num_blocks else wanted
-    if asked in sizes:
-        return num_columns // asked, asked
+    requested = (
+        num_columns // num_blocks if num_blocks and num_columns % num_blocks == 0 else 0 if num_blocks else wanted
+    )
+    if requested in sizes:
+        return num_columns // requested, requested
     setting = f"boft_block_num={num_blocks}" if num_blocks else f"block_size={wanted}"
     if not sizes or num_blocks or not may_adjust:
         raise UserError(
@@ -104,6 +108,7 @@ def fits(num_columns: int, size: int, num_factors: int) -> bool:
     """Return True if `num_columns` inputs can be divided into blocks of this size."""
     if num_columns % size:
         return False
+    # Factors after the first permute half blocks within groups of up to 2^(F - 1) blocks.
     return num_factors == 1 or (size % 2 == 0 and num_columns // size % 2 ** (num_factors - 1) == 0)
 
 
@@ -122,8 +127,8 @@ def make_fresh(
     if tensors is not None:
         shape = tuple(tensors[BLOCKS].shape)
     else:
-        many, size = sizes_for(row_length(layer), block_size, num_blocks, num_factors, may_adjust)
-        shape = (num_factors, many, size, size)
+        count, size = sizes_for(row_length(layer), block_size, num_blocks, num_factors, may_adjust)
+        shape = (num_factors, count, size, size)
     scales = torch.ones(weight_shape(layer)[0], 1, dtype=torch.float32)
     return Orthogonal(layer, Boft(torch.zeros(shape, dtype=torch.float32), scales), drops, has_scalar)
 
@@ -144,15 +149,15 @@ def to_own_form(tensors: ModuleTensors) -> dict[str, Tensor]:
 def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
     """Make the change of a module from a file."""
     refuse_magnitudes(tensors)
-    own = to_own_form(tensors)
-    return Orthogonal(layer, Boft(own[BLOCKS], own[SCALES])).requires_grad_(False)
+    converted = to_own_form(tensors)
+    return Orthogonal(layer, Boft(converted[BLOCKS], converted[SCALES])).requires_grad_(False)
 
 
 def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
     """Return why the tensors of a module are not a valid rotation, or None if they are."""
-    for key, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
+    for key, partner in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
         if key not in tensors:
-            return f"has {keys[other]} without its {key}; the file is incomplete"
+            return f"has {keys[partner]} without its {key}; the file is incomplete"
     shape = tuple(tensors[BLOCKS].shape)
     if len(shape) != 4 or shape[2] != shape[3] or not fits(shape[1] * shape[2], shape[2], shape[0]):
         return f"has {keys[BLOCKS]} of the shape {list(shape)}; it needs (factors, blocks, b, b)"
@@ -191,22 +196,22 @@ class BoftArguments:
 
 def make(request: ChangeRequest) -> Change:
     """Make the change of one layer."""
-    own = request.arguments.of(BoftArguments)
+    boft = request.arguments.of(BoftArguments)
     return make_fresh(
         request.layer, request.rank, request.drops, request.has_scalar, request.tensors,
-        num_blocks=own.block_num, num_factors=own.boft_n_butterfly_factor, may_adjust=own.auto_adjust,
+        num_blocks=boft.block_num, num_factors=boft.boft_n_butterfly_factor, may_adjust=boft.auto_adjust,
     )  # fmt: skip
 
 
 def resolve(settings: NetworkSettings) -> NetworkSettings:
     """Use the block size as the rank. Raises UserError if both a size and a number of blocks are given."""
-    own = settings.arguments.of(BoftArguments)
-    if own.block_size and own.block_num:
+    boft = settings.arguments.of(BoftArguments)
+    if boft.block_size and boft.block_num:
         raise UserError(
-            f"--network_args block_size={own.block_size} and boft_block_num={own.block_num} say the same in two ways; "
-            "give one of them"
+            f"--network_args block_size={boft.block_size} and boft_block_num={boft.block_num} say the same in two "
+            "ways; give one of them"
         )
-    return resolve_blocks(settings, own.block_size, own.enable_conv)
+    return resolve_blocks(settings, boft.block_size, boft.enable_conv)
 
 
 def prepare(adapters: Sequence[Adapter], arguments: NetworkArguments) -> None:

@@ -52,6 +52,7 @@ def resolve_nested_rank(rank: int, step_rank: int, full_rank: int, unit: int = 1
     It is the same share of the module's rank, rounded to a multiple of `unit` and at least one unit. `rank` must be a
     multiple of `unit`. A module of rank `full_rank` gets exactly `step_rank`.
     """
+    # (2 a + b) // 2 b rounds a / b to the nearest integer, halves up, without floating point.
     num_units = (2 * rank * step_rank + full_rank * unit) // (2 * full_rank * unit)
     return unit * max(1, num_units)
 
@@ -67,8 +68,8 @@ class NestedRank(FactorPair):
     def __init__(self, layer: nn.Module, rank: int) -> None:
         super().__init__()
         self.rank = rank
-        full = LowRank(layer, rank)
-        self.lora_down, self.lora_up = full.lora_down, full.lora_up
+        lora = LowRank(layer, rank)
+        self.lora_down, self.lora_up = lora.lora_down, lora.lora_up
         self._rows: tuple[int, int] | None = None  # of this step: first trained row, end of the multiplied rows
 
     def use_rows(self, first_learning: int, end: int) -> None:
@@ -114,9 +115,9 @@ def make(request: ChangeRequest) -> Change:
 
 def prepare(adapters: Sequence[Adapter], arguments: NetworkArguments) -> StartStep:
     """Check the ranks and return the function that draws one for each optimizer step."""
-    own = arguments.of(DyloraArguments)
-    check_units(adapters, own)
-    return partial(draw_rank, own)
+    dylora = arguments.of(DyloraArguments)
+    check_units(adapters, dylora)
+    return partial(draw_rank, dylora)
 
 
 def draw_rank(arguments: DyloraArguments, adapters: Sequence[Adapter], seed: int, step: int) -> None:
@@ -131,14 +132,14 @@ def draw_rank(arguments: DyloraArguments, adapters: Sequence[Adapter], seed: int
         return
     full_rank, unit = largest_rank(modules, arguments)
     ranks = range(unit, full_rank + 1, unit)
-    drawn = random_for(seed, STREAM, step).randrange(len(ranks))
+    index = random_for(seed, STREAM, step).randrange(len(ranks))
     rows: dict[tuple[int, int], tuple[int, int]] = {}  # by (rank, unit), of which a network has few
     for target, delta in modules:
         key = (delta.rank, resolve_unit(target, arguments))
         if key not in rows:
-            ladder = [resolve_nested_rank(key[0], rank, full_rank, key[1]) for rank in ranks[: drawn + 1]]
-            below = max((rank for rank in ladder if rank < ladder[-1]), default=0)
-            rows[key] = (0 if arguments.train_all_ranks else below, ladder[-1])
+            nested_ranks = [resolve_nested_rank(key[0], rank, full_rank, key[1]) for rank in ranks[: index + 1]]
+            previous = max((rank for rank in nested_ranks if rank < nested_ranks[-1]), default=0)
+            rows[key] = (0 if arguments.train_all_ranks else previous, nested_ranks[-1])
         delta.use_rows(*rows[key])
 
 
@@ -177,8 +178,8 @@ def resolve_unit(target: TargetModule, arguments: DyloraArguments) -> int:
 
 def list_nested_modules(adapters: Sequence[Adapter]) -> list[tuple[TargetModule, NestedRank]]:
     """Return the modules that have a rank; trained norms have none."""
-    found = [(adapter.target, delta_of(adapter.change)) for adapter in adapters]
-    return [(target, delta) for target, delta in found if isinstance(delta, NestedRank)]
+    deltas = [(adapter.target, delta_of(adapter.change)) for adapter in adapters]
+    return [(target, delta) for target, delta in deltas if isinstance(delta, NestedRank)]
 
 
 KIND = AdapterKind(

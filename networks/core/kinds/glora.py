@@ -34,13 +34,13 @@ class GLoRA(MergedOnly):
         self.register_buffer(ALPHA, tensors.get(ALPHA))
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
-        own = self._weight_alone()
-        if match_shape(own, base).shape != base.shape:
-            raise Misfit("", tuple(own.shape), tuple(base.shape))
+        weight_delta = self._weight_alone()
+        if match_shape(weight_delta, base).shape != base.shape:
+            raise Misfit("", tuple(weight_delta.shape), tuple(base.shape))
         a1_IR, a2_RI = (self._matrix(key).to(base.device) for key in (A1, A2))
         # The kernel's axes come first, so that the inputs are the columns.
-        turned = (base.movedim(1, -1) @ a1_IR @ a2_RI).movedim(-1, 1)
-        return base + strength * self._scale * (turned + match_shape(own, base).to(base.device))
+        input_delta = (base.movedim(1, -1) @ a1_IR @ a2_RI).movedim(-1, 1)
+        return base + strength * self._scale * (input_delta + match_shape(weight_delta, base).to(base.device))
 
     def norm(self) -> Tensor:
         """Return the norm of a1 a2 and b1 b2 together. The norm of W a1 a2 would depend on the weight."""
@@ -49,8 +49,8 @@ class GLoRA(MergedOnly):
 
     def scale_(self, ratio: Tensor) -> None:
         for key in (A2, B2):
-            own = self.get_buffer(key)
-            own.mul_(ratio.to(own))
+            factor = self.get_buffer(key)
+            factor.mul_(ratio.to(factor))
 
     @property
     def _scale(self) -> float:
@@ -79,8 +79,8 @@ def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | N
     """Return why the factors of a module do not fit together, or None if they do."""
     if not all(key in tensors for key in NEEDS):
         return None  # reported as missing by the caller
-    inner = [tensors[A1].shape[1], tensors[A2].shape[0], tensors[B1].shape[1], tensors[B2].shape[0]]
-    if len(set(inner)) == 1 and tensors[A1].shape[0] == tensors[A2].shape[1] == tensors[B2].shape[1]:
+    ranks = [tensors[A1].shape[1], tensors[A2].shape[0], tensors[B1].shape[1], tensors[B2].shape[0]]
+    if len(set(ranks)) == 1 and tensors[A1].shape[0] == tensors[A2].shape[1] == tensors[B2].shape[1]:
         return None
     shapes = ", ".join(str(list(tensors[key].shape)) for key in NEEDS)
     return f": the factors of {name} do not fit together: a1, a2, b1 and b2 are {shapes}; LyCORIS before 2.0 has others"

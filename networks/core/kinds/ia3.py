@@ -31,8 +31,8 @@ class IA3(MergedOnly):
         if base.dim() < 2 or base.shape[axis] != self.weight.numel():
             needed = [*base.shape[:axis], self.weight.numel(), *base.shape[axis + 1 :]]
             raise Misfit("", tuple(needed), tuple(base.shape))
-        numbers = self.weight.flatten().to(base.device).view(-1, *(1,) * (base.dim() - axis - 1))
-        return base + strength * base * numbers
+        scales = self.weight.flatten().to(base.device).view(-1, *(1,) * (base.dim() - axis - 1))
+        return base + strength * base * scales
 
     def norm(self) -> Tensor:
         """Return the norm of `weight`, the distance of the factors from 1. The change depends on the base weight."""

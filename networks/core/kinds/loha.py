@@ -45,6 +45,7 @@ class LoHa(nn.Module):
         self.layer: nn.Module
         object.__setattr__(self, "layer", check_kernel(layer))  # not registered: it belongs to the base model
         num_outputs, num_columns = self.shape[0], prod(self.shape[1:])
+        # Two factors of rank R^2 have R^2 (O + N) numbers to multiply by, the whole matrix has O N.
         self.is_narrow = rank**2 * (num_outputs + num_columns) < num_outputs * num_columns
         a, b = ((rank, num_outputs), (rank, self.shape[1])) if has_core else ((num_outputs, rank), (rank, num_columns))
         cores = dict.fromkeys(CORE if has_core else (), (rank, rank, *self.shape[2:]))
@@ -70,6 +71,7 @@ class LoHa(nn.Module):
         return factor_hadamard(*self._pairs())
 
     def weight(self) -> Tensor:
+        # ScaledDelta applies alpha / rank once, as LyCORIS's forward pass does; its get_merged_weight applies it twice.
         return hadamard(*self._pairs()).view(self.shape)
 
     def _pairs(self) -> list[Tensor]:
@@ -104,10 +106,11 @@ class _Hadamard(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         a1, b1, a2, b2 = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            of_first = (a2 @ b2).mul_(grad)
-            first = of_first @ b1.t(), a1.t() @ of_first
-            of_second = torch.matmul(a1, b1, out=of_first).mul_(grad)
-            return *first, of_second @ b2.t(), a2.t() @ of_second
+            first_grad = (a2 @ b2).mul_(grad)
+            factor_grads = first_grad @ b1.t(), a1.t() @ first_grad
+            # The first gradient has been used. Its memory, as large as the weight, is used again.
+            second_grad = torch.matmul(a1, b1, out=first_grad).mul_(grad)
+            return *factor_grads, second_grad @ b2.t(), a2.t() @ second_grad
 
 
 def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:

@@ -89,6 +89,7 @@ class LoKr(nn.Module):
         """
         x = match_dtype(self.get_parameter(self.fast_key), x)
         if columns is not None:
+            # Neither matrix has a number for each input of the layer, so the input is scaled.
             x = scale_columns(x, columns)
         groups = _unflatten(x, 1 if self._is_conv else x.dim() - 1, self.outer[1], self.inner[1])
         if self.is_whole:
@@ -140,14 +141,14 @@ class LoKr(nn.Module):
 
     def _pair(self, side: int) -> tuple[Tensor, Tensor]:
         """Return the two factors of w1 (L, M) for side 0, or of w2 (K, N * h * w) for side 1."""
-        whole, left, right = SIDES[side]
+        matrix_key, left_key, right_key = SIDES[side]
         if self.is_product[side]:
-            a: Tensor = self.get_parameter(left)
-            b: Tensor = self.get_parameter(right)
+            a: Tensor = self.get_parameter(left_key)
+            b: Tensor = self.get_parameter(right_key)
             if side == 1 and self.has_core:
                 a, b = a.t(), torch.einsum("pqhw,qn->pnhw", self.get_parameter(CORE), b).flatten(1)
             return a, b
-        matrix = self.get_parameter(whole).flatten(1)
+        matrix = self.get_parameter(matrix_key).flatten(1)
         identity = torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
         return (identity, matrix) if matrix.shape[0] < matrix.shape[1] else (matrix, identity)
 
@@ -167,6 +168,7 @@ class LoKr(nn.Module):
         if not isinstance(self.layer, nn.Conv2d):
             return linear(groups, weight)
         num_samples, num_groups = groups.shape[:2]
+        # Groups become samples, so that one convolution serves all of them.
         images = groups.flatten(0, 1)
         layer = self.layer
         if is_pointwise:
@@ -198,8 +200,8 @@ def factorize(size: int, factor: int) -> tuple[int, int]:
     if factor > 0 and size % factor == 0:
         small = min(factor, size // factor)
     else:
-        most = isqrt(size) if factor < 0 else min(isqrt(size), factor)
-        small = next(n for n in range(most, 0, -1) if size % n == 0)
+        largest = isqrt(size) if factor < 0 else min(isqrt(size), factor)
+        small = next(n for n in range(largest, 0, -1) if size % n == 0)
     return small, size // small
 
 
@@ -272,14 +274,18 @@ def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | N
     for key in tensors:
         if key.startswith("lokr_") and key not in known:
             return f"has {keys[key]}, which no known LoKr has"
-    for whole, left, right in SIDES:
-        there = [key for key in (left, right) if key in tensors]
-        if whole in tensors and there:
-            return f"has {keys[whole]} and {keys[there[0]]}, two forms of the same matrix"
-        if whole not in tensors and len(there) < 2:
-            found = there[0] if there else next(key for key in tensors if key.startswith("lokr_"))
-            missing = f"its {right if found == left else left}" if there else f"{whole}, or {left} and {right}"
-            return f"has {keys[found]} without {missing}; the file is incomplete"
+    for matrix_key, left_key, right_key in SIDES:
+        present = [key for key in (left_key, right_key) if key in tensors]
+        if matrix_key in tensors and present:
+            return f"has {keys[matrix_key]} and {keys[present[0]]}, two forms of the same matrix"
+        if matrix_key not in tensors and len(present) < 2:
+            present_key = present[0] if present else next(key for key in tensors if key.startswith("lokr_"))
+            missing = (
+                f"its {right_key if present_key == left_key else left_key}"
+                if present
+                else f"{matrix_key}, or {left_key} and {right_key}"
+            )
+            return f"has {keys[present_key]} without {missing}; the file is incomplete"
     if CORE in tensors and W2 in tensors:
         return f"has {keys[CORE]} beside {keys[W2]}, which needs no core"
     sizes = {key: (2, 4) if key == W2 else (4,) if key == CORE else (2,) for key in tensors if key in known}
@@ -331,10 +337,10 @@ def make(request: ChangeRequest) -> Change:
     """Make the change of one layer."""
     if request.tensors is not None:
         return wrap(request, make_like(request.layer, request.tensors))
-    given = request.arguments.of(LokrArguments)
-    factor = -1 if given.factor is None else given.factor
+    lokr = request.arguments.of(LokrArguments)
+    factor = -1 if lokr.factor is None else lokr.factor
     delta = make_fresh(
-        request.layer, request.rank, factor, given.decompose_both, given.full_matrix, has_core=request.has_core
+        request.layer, request.rank, factor, lokr.decompose_both, lokr.full_matrix, has_core=request.has_core
     )
     return wrap(request, delta)
 

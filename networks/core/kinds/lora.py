@@ -41,6 +41,7 @@ def make_pair(request: ChangeRequest, make_delta: MakeDelta, make_split: MakeSpl
     if (widths := request.split_widths) is not None:
         if request.tensors is not None:
             check_apart(request, widths)
+            # Files hold one LoRA of N times the rank and alpha of each projection.
             rank, alpha = rank // len(widths), alpha / len(widths)
         assert isinstance(layer, nn.Linear)
         return wrap(request, make_split(layer, rank, widths), alpha)
@@ -50,6 +51,7 @@ def make_pair(request: ChangeRequest, make_delta: MakeDelta, make_split: MakeSpl
                 f"--network_args init={init.init}: {request.target.name} has rank {rank} in {request.source}, but "
                 "files trained with it have even ranks; leave init out to train it further as it is"
             )
+        # Files have twice the rank and alpha of the settings.
         return wrap(request, FromStart(layer, rank // 2), alpha / 2)
     if init.init is not None and request.tensors is None:
         return wrap(request, make_starting_delta(init.init, layer, rank, (alpha or rank) / rank))
@@ -94,8 +96,8 @@ def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
 def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
     """Return why the tensors of a module do not fit together, or None if they do."""
     if (DOWN in tensors) != (UP in tensors):
-        there, missing = (keys[DOWN], "up") if DOWN in tensors else (keys[UP], "down")
-        return f"has {there} without its {missing} factor; the file is incomplete"
+        present, missing = (keys[DOWN], "up") if DOWN in tensors else (keys[UP], "down")
+        return f"has {present} without its {missing} factor; the file is incomplete"
     if DOWN not in tensors:
         return None
     up, down, mid = tensors[UP], tensors[DOWN], tensors.get(MID)

@@ -43,6 +43,7 @@ def freeze(down: nn.Module, rank: int) -> None:
     """Initialise the weight of a down factor and make it a buffer."""
     weight = get_weight(down).detach()
     nn.init.normal_(weight, std=sqrt(2 / (weight.shape[1] + rank)))
+    # A buffer cannot have the name of a parameter that still exists.
     del down.weight
     down.register_buffer("weight", weight)
 
@@ -53,11 +54,11 @@ def make(request: ChangeRequest) -> Change:
 
 def warn_of_ratios(adapters: Sequence[Adapter], arguments: NetworkArguments) -> None:
     """Warn that LoRA+ ratios only multiply the learning rate, because there is no trained down factor."""
-    given = [name for name in LORAPLUS_RATIOS if getattr(arguments.of(RateArguments), name)]
-    if given:
+    ratios = [name for name in LORAPLUS_RATIOS if getattr(arguments.of(RateArguments), name)]
+    if ratios:
         logger.warning(
             "--network_args %s: networks.lora_fa trains up factors only, so this just multiplies their learning rate",
-            ", ".join(given),
+            ", ".join(ratios),
         )
 
 

@@ -46,14 +46,16 @@ class Norm(nn.Module):
         assert layer is not None
         merged = {name: self.merged(getattr(layer, name), strength, name) for name in self.changed_parameters}
         weight, bias = merged["weight"], merged.get("bias")
-        given = x.to(weight.dtype)
+        # The sums of weights and float32 changes stay float32: bfloat16 has no number between 1 and 1.0078, and a small
+        # change would be rounded away.
+        inputs = x.to(weight.dtype)
         if isinstance(layer, nn.GroupNorm):
             if x.device.type == "cpu" and not x.requires_grad:
-                given = given.contiguous()  # torch crashes in backward: channels-last input without a gradient
-            y = group_norm(given, layer.num_groups, weight, bias, layer.eps)
+                inputs = inputs.contiguous()  # torch crashes in backward: channels-last input without a gradient
+            y = group_norm(inputs, layer.num_groups, weight, bias, layer.eps)
         else:
             assert isinstance(layer, nn.LayerNorm)
-            y = layer_norm(given, layer.normalized_shape, weight, bias, layer.eps)
+            y = layer_norm(inputs, layer.normalized_shape, weight, bias, layer.eps)
         # Under autocast norms compute and return float32, but not on the CPU.
         gives_float32 = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
         return y if gives_float32 else y.to(x.dtype)

@@ -75,11 +75,12 @@ class OrthogonalOutputs(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             turns = [self._drop(turn) for turn in self._turns()]
         is_conv = isinstance(self.layer, nn.Conv2d)
-        alone = out.movedim(1, -1) if is_conv else out
+        base_out = out.movedim(1, -1) if is_conv else out
         bias = None if self.layer is None else self.layer.bias
         if isinstance(bias, Tensor):
-            alone = alone - bias.to(alone.dtype)
-        change = self._rotate_rows(alone, turns)
+            # R rotates W, not the bias.
+            base_out = base_out - bias.to(base_out.dtype)
+        change = self._rotate_rows(base_out, turns)
         return out + (strength * (change.movedim(-1, 1) if is_conv else change)).to(out.dtype)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
@@ -98,6 +99,7 @@ class OrthogonalOutputs(nn.Module):
     @torch.no_grad()
     def norm(self) -> Tensor:
         """Return the Frobenius norm of R - 1, to first order, together with the differences of the scales from 1."""
+        # R - 1 is 2 * angles to first order.
         squares = torch.stack([4 * angles.square().sum() for angles in self._angles()]).sum()
         if self.rescale is not None:
             squares = squares + (self.rescale - 1).square().sum()
@@ -133,16 +135,18 @@ class OrthogonalOutputs(nn.Module):
             return skew_Dbb.new_ones(())
         length = skew_Dbb.norm()
         limit = self.limit * skew_Dbb.shape[0] * skew_Dbb.shape[1]
+        # A factor instead of a condition: the host does not wait for the norm. The limit as a lower bound keeps the
+        # division, and with it the gradient, finite.
         share: Tensor = torch.where(length > limit, limit / length.clamp_min(limit), 1.0)
         return share
 
     def _turns(self) -> list[Tensor]:
         """Return the blocks of R minus the identity, (1, D, b, b) for each part."""
-        found = []
+        turns = []
         for angles in self._angles():
-            one = torch.eye(angles.shape[-1], dtype=angles.dtype, device=angles.device)
-            found.append(torch.linalg.solve(one - angles, 2 * angles)[None])
-        return found
+            identity = torch.eye(angles.shape[-1], dtype=angles.dtype, device=angles.device)
+            turns.append(torch.linalg.solve(identity - angles, 2 * angles)[None])
+        return turns
 
     def _drop(self, turns: Tensor) -> Tensor:
         """Drop blocks in training."""
@@ -195,15 +199,15 @@ class FixedMatrices(MergedOnly):
     def _less_one(self) -> Tensor:
         blocks = self.oft_diag
         diagonal = blocks.diagonal(dim1=1, dim2=2).mean()
-        one = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
-        return blocks - one if diagonal > 0.5 else blocks
+        identity = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+        return blocks - identity if diagonal > 0.5 else blocks
 
 
 def _skew(blocks_Dbb: Tensor) -> Tensor:
     return blocks_Dbb - blocks_Dbb.mT
 
 
-def further(layer: nn.Module, tensors: ModuleTensors, drops: Dropout = NO_DROPOUT) -> OrthogonalOutputs:
+def make_like(layer: nn.Module, tensors: ModuleTensors, drops: Dropout = NO_DROPOUT) -> OrthogonalOutputs:
     """Make the untrained change of a layer in the form of a file."""
     zeros = {key: torch.zeros_like(t, dtype=torch.float32) for key, t in tensors.items() if key != ALPHA}
     zeros |= {key: tensor.float() for key, tensor in tensors.items() if key == ALPHA}
@@ -253,13 +257,13 @@ def read_matrices(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
 
 def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
     """Return why the tensors of a module are not a valid rotation, or None if they are."""
-    there = [key for key in (BLOCKS, *PIECES, MATRICES) if key in tensors]
-    if not there:
+    present = [key for key in (BLOCKS, *PIECES, MATRICES) if key in tensors]
+    if not present:
         return f"has {keys[RESCALE]} without {BLOCKS}; the file is incomplete"
     pieces = [key for key in PIECES if key in tensors]
     if pieces != list(PIECES[: len(pieces)]):
         return f"has {keys[pieces[-1]]} without all pieces before it; the file is incomplete"
-    for key in there:
+    for key in present:
         shape = list(tensors[key].shape)
         if len(shape) == 4:
             return (
@@ -268,17 +272,17 @@ def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | N
             )
         if len(shape) != 3 or shape[1] != shape[2]:
             return f"has {keys[key]} of the shape {shape}; it needs (blocks, b, b)"
-    num_rows = sum(tensors[key].shape[0] * tensors[key].shape[1] for key in there)
+    num_rows = sum(tensors[key].shape[0] * tensors[key].shape[1] for key in present)
     if RESCALE in tensors and tensors[RESCALE].numel() != num_rows:
         return f"has {keys[RESCALE]} of the shape {list(tensors[RESCALE].shape)}; it needs one number for each output"
     return None
 
 
 def _layout(
-    needs: tuple[str, ...], more: tuple[str, ...], network_module: str, reader: Callable[..., Change] = read
+    needs: tuple[str, ...], optional: tuple[str, ...], network_module: str, reader: Callable[..., Change] = read
 ) -> KeyLayout:
     return KeyLayout(
-        name="oft", words="OFT of outputs", needs=needs, read=reader, may_have=(ALPHA, *more), rank_of=rank_of,
+        name="oft", words="OFT of outputs", needs=needs, read=reader, may_have=(ALPHA, *optional), rank_of=rank_of,
         alpha_is_strength=False, fault=fault, exact=(RESCALE,), network_module=network_module,
     )  # fmt: skip
 
@@ -306,7 +310,7 @@ class OftArguments:
 def make(request: ChangeRequest) -> Change:
     """Make the change of one layer."""
     if request.tensors is not None:
-        return further(request.layer, request.tensors, request.drops)
+        return make_like(request.layer, request.tensors, request.drops)
     return make_fresh(
         request.layer, request.target.path, request.rank, request.alpha, request.drops, request.qkv_widths
     )
@@ -314,6 +318,7 @@ def make(request: ChangeRequest) -> Change:
 
 def resolve(settings: NetworkSettings) -> NetworkSettings:
     """Use the rank as the number of blocks, and `network_alpha` as the limit of the angles for all kernels."""
+    # The limit is alpha times the number of outputs, which no angles reach at the usual alphas of a LoRA.
     if settings.alpha >= 1:
         logger.warning(
             "--network_alpha %g limits no angle: networks.oft takes it for the limit, where 0.001 or less holds them",

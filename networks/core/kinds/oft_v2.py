@@ -188,25 +188,25 @@ class OftV2Arguments:
 
 def make(request: ChangeRequest) -> Change:
     """Make the change of one layer."""
-    own = request.arguments.of(OftV2Arguments)
+    oft = request.arguments.of(OftV2Arguments)
     return make_fresh(
         request.layer, request.rank, request.drops, request.has_scalar, request.tensors,
-        eps=own.coft_eps if own.coft else None, is_shared=own.block_share, may_adjust=own.auto_adjust,
+        eps=oft.coft_eps if oft.coft else None, is_shared=oft.block_share, may_adjust=oft.auto_adjust,
     )  # fmt: skip
 
 
 def resolve(settings: NetworkSettings) -> NetworkSettings:
-    own = settings.arguments.of(OftV2Arguments)
-    return resolve_blocks(settings, own.block_size, own.enable_conv)
+    oft = settings.arguments.of(OftV2Arguments)
+    return resolve_blocks(settings, oft.block_size, oft.enable_conv)
 
 
 def prepare(adapters: Sequence[Adapter], arguments: NetworkArguments) -> StartStep | None:
     """Log the meaning of the settings. With COFT, return the function that limits every rotation before each batch."""
-    own = arguments.of(OftV2Arguments)
+    oft = arguments.of(OftV2Arguments)
     logger.info("OFT: --network_dim is the size of the blocks; --network_alpha does not count")
-    if own.block_share and arguments.of(DropoutArguments).neuron_dropout:
+    if oft.block_share and arguments.of(DropoutArguments).neuron_dropout:
         logger.warning("--network_dropout has no effect with block_share: there is one block, which is never left out")
-    return limit if own.coft else None
+    return limit if oft.coft else None
 
 
 def limit(adapters: Sequence[Adapter], seed: int, step: int) -> None:

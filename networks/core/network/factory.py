@@ -111,12 +111,12 @@ def create_network_from_weights(
     arguments = parse_arguments({**network_args, **kind.presets}, neuron_dropout, targets.known_arguments)
     check_arguments(kind, arguments)
     warn_of_ranks(arguments)
-    given = open_adapter(file, weights_sd)
-    own = to_own_names(given, targets.names, keeps_pieces=True)
+    adapter_file = open_adapter(file, weights_sd)
+    renamed = to_own_names(adapter_file, targets.names, keeps_pieces=True)
     layouts = list_layouts() if for_inference else (*kind.layouts, norm.LAYOUT)
-    modules = usable_modules(own, (*layouts, PIECES))
+    modules = usable_modules(renamed, (*layouts, PIECES))
     groups = {name: module.tensors for name, module in modules.items()}
-    spelling = None if for_inference else spelling_to_keep(kind, groups, given, targets)
+    spelling = None if for_inference else spelling_to_keep(kind, groups, adapter_file, targets)
     maker = MemberMaker(kind, targets, arguments, multiplier, NoiseLevels())
     members: list[Member] = []
     for place in places(targets, text_encoder, unet):
@@ -129,13 +129,13 @@ def create_network_from_weights(
         check_forms(kind, arguments, groups, str(file))
         network.start_step = kind.prepare([member.adapter for member in members], arguments)
     network.train(not for_inference)
-    return network, adapter_tensors(own)
+    return network, adapter_tensors(renamed)
 
 
 def report_new_members(targets: AdapterTargets, arguments: NetworkArguments, members: Sequence[Member]) -> None:
     """Warn about arguments for layers that are not adapted. Log the modules (`verbose`) and an `init` from weights."""
     target_modules = [member.adapter.target for member in members]
-    ranks, chosen = arguments.of(RankArguments), arguments.of(TargetArguments)
+    ranks, selection = arguments.of(RankArguments), arguments.of(TargetArguments)
     rates = arguments.of(RateArguments)
     if ranks.conv_dim is not None and not any(target.kind == "conv" for target in target_modules):
         if targets.denoiser.conv_blocks:
@@ -147,7 +147,7 @@ def report_new_members(targets: AdapterTargets, arguments: NetworkArguments, mem
             )
         else:
             logger.warning("--network_args conv_dim has no effect: no convolution larger than 1x1 is adapted here")
-    if chosen.train_norm and not any(target.kind == "norm" for target in target_modules):
+    if selection.train_norm and not any(target.kind == "norm" for target in target_modules):
         logger.warning("--network_args train_norm has no effect: the adapted blocks have no norms with weights")
     paths = [path for target in target_modules for path in (*targets.spelled(target.name), target.path)]
     entries = {
@@ -158,7 +158,7 @@ def report_new_members(targets: AdapterTargets, arguments: NetworkArguments, mem
         unused = [e for e, value in pairs if value and not any(re.search(e, path) for path in paths)]
         if unused:
             logger.warning("--network_args %s: nothing is adapted that %s fits", name, " or ".join(unused))
-    if chosen.verbose:
+    if selection.verbose:
         for member in members:
             logger.info("%s: rank %d", member.adapter.target.name, member.settings.rank)
     if (init := arguments.of(InitArguments)).starts_at_weight:
@@ -170,21 +170,26 @@ def report_new_members(targets: AdapterTargets, arguments: NetworkArguments, mem
 
 def check_arguments(kind: AdapterKind, arguments: NetworkArguments) -> None:
     """Raise UserError for an argument that this kind does not support; warn about arguments of other kinds."""
-    for name, (beside, reason) in list_refused(kind, arguments).items():
+    for name, (conflict, reason) in list_refused(kind, arguments).items():
         if arguments.given.get(name):
-            raise UserError(f"--network_args {name} does not work with {beside}: {reason}")
+            raise UserError(f"--network_args {name} does not work with {conflict}: {reason}")
     for owners, names in strangers(kind, arguments).items():
         logger.warning("--network_args %s has no effect; it belongs to %s", ", ".join(names), owners)
 
 
 def list_refused(kind: AdapterKind, arguments: NetworkArguments) -> Mapping[str, tuple[str, str]]:
     """Return (conflicting part, reason) for each argument that does not work with this kind or the other arguments."""
-    this = "this --network_module"
-    refused = {n: (this, one.made_for) for one in WRAPPERS if one not in kind.wrappers for n in one.switches}
-    for wrapper in (arguments.of(one) for one in WRAPPERS):
+    this_module = "this --network_module"
+    refused = {
+        n: (this_module, wrapper_type.made_for)
+        for wrapper_type in WRAPPERS
+        if wrapper_type not in kind.wrappers
+        for n in wrapper_type.switches
+    }
+    for wrapper in (arguments.of(wrapper_type) for wrapper_type in WRAPPERS):
         if wrapper.is_on:
             refused |= {name: (wrapper.label, why) for name, why in wrapper.excludes.items()}
-    return refused | {name: (this, why) for name, why in kind.refuses.items()}
+    return refused | {name: (this_module, why) for name, why in kind.refuses.items()}
 
 
 def resolve_settings(
@@ -203,21 +208,21 @@ def resolve_settings(
 
 def check_forms(kind: AdapterKind, arguments: NetworkArguments, groups: Groups, source: str) -> None:
     """Raise UserError if a file to be trained further has features that this kind does not support."""
-    parts = [own for group in groups.values() for own in (group_by_rows(group).values() or [group])]
-    found = {
-        "use_tucker": any(recognise_layout(own).has_core(own) for own in parts),
-        "dora_wd": any(DORA_SCALE in own for own in parts),
+    parts = [part for group in groups.values() for part in (group_by_rows(group).values() or [group])]
+    features = {
+        "use_tucker": any(recognise_layout(part).has_core(part) for part in parts),
+        "dora_wd": any(DORA_SCALE in part for part in parts),
     }
     refused = list_refused(kind, arguments)
-    for name, is_there in found.items():
-        if is_there and name in refused:
+    for name, is_present in features.items():
+        if is_present and name in refused:
             raise UserError(
                 f"{source} was trained with {name}, which does not work with this --network_module: {refused[name][1]}"
             )
 
 
 def spelling_to_keep(
-    kind: AdapterKind, groups: Groups, given: AdapterFile, targets: AdapterTargets
+    kind: AdapterKind, groups: Groups, file: AdapterFile, targets: AdapterTargets
 ) -> FileSpelling | None:
     """Return the names of a file that splits layers, under which the network is saved again; None for other files.
 
@@ -225,16 +230,16 @@ def spelling_to_keep(
     """
     if not any(recognise_layout(group) is PIECES for group in groups.values()):
         return None
-    check_pieces(kind, groups, given.origin)
+    check_pieces(kind, groups, file.origin)
     assert targets.names is not None
-    return recognise_spelling(given, targets.names)
+    return recognise_spelling(file, targets.names)
 
 
 def check_pieces(kind: AdapterKind, groups: Groups, source: str) -> None:
     """Raise UserError if a file has a separate part of a layer that this kind cannot train."""
     for module, group in groups.items():
-        for name, own in group_by_rows(group).items():
-            layout = recognise_layout(own)
+        for name, piece in group_by_rows(group).items():
+            layout = recognise_layout(piece)
             if layout.is_low_rank and layout in kind.layouts:
                 continue
             fix = "merge it with --base_weights"
@@ -249,12 +254,12 @@ def check_pieces(kind: AdapterKind, groups: Groups, source: str) -> None:
 def warn_of_ranks(arguments: NetworkArguments) -> None:
     """Warn about arguments that a file overrides."""
     init, known = arguments.of(InitArguments), list_arguments()
-    given = [name for name in arguments.given if name in known and known[name].is_fixed_by_file]
-    given += ["init"] if init.is_on and not init.starts_at_weight else []
-    given += [name for name, value in arguments.of_model.items() if value]
-    if given:
+    overridden = [name for name in arguments.given if name in known and known[name].is_fixed_by_file]
+    overridden += ["init"] if init.is_on and not init.starts_at_weight else []
+    overridden += [name for name, value in arguments.of_model.items() if value]
+    if overridden:
         logger.warning(
-            "--dim_from_weights takes ranks, alphas and forms from the file: %s has no effect", ", ".join(given)
+            "--dim_from_weights takes ranks, alphas and forms from the file: %s has no effect", ", ".join(overridden)
         )
 
 
@@ -273,12 +278,12 @@ def targets_of(denoiser: nn.Module) -> AdapterTargets:
 def places(targets: AdapterTargets, text_encoder: TextEncoder, denoiser: nn.Module) -> list[Place]:
     """Return the parts of the base model in file order, text encoders first."""
     encoders = [text_encoder] if isinstance(text_encoder, nn.Module) else list(text_encoder or [])
-    found = [
+    encoder_places = [
         Place(part, encoder, index)
         for index, (part, encoder) in enumerate(zip(targets.text_encoders, encoders, strict=False))
         if encoder is not None
     ]
-    return [*found, Place(targets.denoiser, denoiser, None)]
+    return [*encoder_places, Place(targets.denoiser, denoiser, None)]
 
 
 def new_places(

@@ -56,6 +56,8 @@ class MemberMaker:
             if not settings.rank:
                 continue
             if arguments.of(RankArguments).rslora:
+                # alpha sqrt(rank) / rank = alpha / sqrt(rank): with this alpha the file is a plain LoRA for every
+                # program.
                 settings = replace(settings, alpha=(settings.alpha or settings.rank) * sqrt(settings.rank))
             request = replace(
                 self.request(place, target, settings.rank, settings.alpha),
@@ -79,6 +81,7 @@ class MemberMaker:
         that the file splits into several modules.
         """
         part = place.part
+        # The file decides what is adapted, so exclusions do not apply.
         norms = find_norms(part, place.root, part.blocks + part.conv_blocks, Filters(include=(".*",)))
         for target in (*list_targets(part, place.root, self.targets), *norms):
             group = groups.get(target.name)
@@ -102,9 +105,10 @@ class MemberMaker:
         """Make the change of a layer for which a file has several changes of separate rows."""
         layer, changes = target.module, {}
         assert isinstance(layer, nn.Linear)
-        for name, own in qkv_pieces.group_by_rows(tensors).items():
+        for name, piece in qkv_pieces.group_by_rows(tensors).items():
             part = replace(target, module=qkv_pieces.LinearRows(layer, qkv_pieces.rows_of(name, layer.out_features)))
-            request = self.request_of_file(place, part, own, source)
+            request = self.request_of_file(place, part, piece, source)
+            # A part of a fused layer is one projection already.
             changes[name] = self.change(replace(request, qkv_widths=None))
         return qkv_pieces.InRows(changes)
 
@@ -136,7 +140,7 @@ class MemberMaker:
 
 def rates_alone(arguments: NetworkArguments, targets: AdapterTargets, is_denoiser: bool) -> Rules:
     """Make rules for learning rates only, because the file sets the ranks."""
-    without = arguments.replace(
+    without_ranks = arguments.replace(
         RankArguments, block_dims=None, block_alphas=None, conv_block_dims=None, conv_block_alphas=None
     )
-    return make_rules(0, 0.0, without, targets, is_denoiser)
+    return make_rules(0, 0.0, without_ranks, targets, is_denoiser)

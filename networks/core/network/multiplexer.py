@@ -28,16 +28,16 @@ class AdapterMultiplexer:
         self.device = torch.device("cpu")
         self.has_streams = False
         layers: dict[nn.Module, dict[int, Adapter]] = {}
-        for place, network in enumerate(networks):
+        for index, network in enumerate(networks):
             for adapter in network:
-                layers.setdefault(adapter.target.module, {})[place] = adapter
+                layers.setdefault(adapter.target.module, {})[index] = adapter
         self.draws = tuple(draws)
         self.layers = [SharedLayer(layer, adapters, self) for layer, adapters in layers.items()]
 
     @contextmanager
-    def only(self, place: int) -> Iterator[None]:
+    def only(self, index: int) -> Iterator[None]:
         """Run the model with one network inside the block. The numbers are those that it computes alone."""
-        with self._acting((place,)):
+        with self._acting((index,)):
             yield
 
     @contextmanager
@@ -48,90 +48,92 @@ class AdapterMultiplexer:
         keys are indices of networks, the values seeds of their random streams. Without `draws`, which is for runs that
         do not depend on random numbers, all networks share one stream.
         """
-        self.device, self.has_streams = device, draws and any(self.draws[place] for place in seeds)
+        self.device, self.has_streams = device, draws and any(self.draws[index] for index in seeds)
         if self.has_streams:
             self.streams.start(seeds, device)
         with self._acting(tuple(seeds)):
             yield
 
     @contextmanager
-    def _acting(self, places: tuple[int, ...]) -> Iterator[None]:
-        before, self.acting = self.acting, places
+    def _acting(self, indices: tuple[int, ...]) -> Iterator[None]:
+        previous, self.acting = self.acting, indices
         try:
             yield
         finally:
-            self.acting = before
+            self.acting = previous
 
-    def share_stacked(self, places: Sequence[int]) -> float:
+    def share_stacked(self, indices: Sequence[int]) -> float:
         """Return the share of layers that compute the adapters of these networks in one product."""
-        return sum(layer.stack_changes(tuple(places)) is not None for layer in self.layers) / len(self.layers)
+        return sum(layer.stack_changes(tuple(indices)) is not None for layer in self.layers) / len(self.layers)
 
 
 class SharedLayer:
     """One layer of the base model with the adapters that several networks have for it."""
 
-    def __init__(self, layer: nn.Module, adapters: Mapping[int, Adapter], turns: AdapterMultiplexer) -> None:
-        self._adapters, self._turns = adapters, turns
+    def __init__(self, layer: nn.Module, adapters: Mapping[int, Adapter], multiplexer: AdapterMultiplexer) -> None:
+        self._adapters, self._multiplexer = adapters, multiplexer
         self._stacked: dict[tuple[int, ...], Sequence[Stackable] | None] = {}
         self._base: Forward = take_forward(layer, self.forward)
 
-    def stack_changes(self, places: tuple[int, ...]) -> Sequence[Stackable] | None:
+    def stack_changes(self, indices: tuple[int, ...]) -> Sequence[Stackable] | None:
         """Return the changes of these networks if one product can compute all of them, else None."""
-        if places not in self._stacked:
-            found = [self._adapters[place].change for place in places if place in self._adapters]
-            draws = any(self._turns.draws[place] for place in places)
-            is_possible = len(found) == len(places) and not draws and can_be_stacked(found)
-            self._stacked[places] = found if is_possible else None  # type: ignore[assignment]
-        return self._stacked[places]
+        # The answer is kept, because checking protocols takes a noticeable part of a short step.
+        if indices not in self._stacked:
+            changes = [self._adapters[index].change for index in indices if index in self._adapters]
+            draws = any(self._multiplexer.draws[index] for index in indices)
+            # Networks that draw random numbers need streams of their own, so they run one by one.
+            is_possible = len(changes) == len(indices) and not draws and can_be_stacked(changes)
+            self._stacked[indices] = changes if is_possible else None  # type: ignore[assignment]
+        return self._stacked[indices]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, where each part of the rows has the change of its network."""
-        places = self._turns.acting
-        if len(places) == 1:
-            return self._part(places[0], x, self._base)
-        if not places:
+        indices = self._multiplexer.acting
+        if len(indices) == 1:
+            return self._part(indices[0], x, self._base)
+        if not indices:
             raise RuntimeError("a layer that several adapters share runs, but nobody has said which of them act")
-        if len(x) % len(places):
-            raise RuntimeError(f"a layer runs {len(x)} rows, which are not those of {len(places)} adapters")
-        strengths = [self._strength(place) for place in places]
+        if len(x) % len(indices):
+            raise RuntimeError(f"a layer runs {len(x)} rows, which are not those of {len(indices)} adapters")
+        strengths = [self._strength(index) for index in indices]
         if not any(strengths):
             return self._base(x)
-        if (changes := self.stack_changes(places)) is not None:
+        if (changes := self.stack_changes(indices)) is not None:
             return run_stacked(changes, x, self._base, strengths)
-        return self._one_by_one(places, x)
+        return self._one_by_one(indices, x)
 
-    def _one_by_one(self, places: Sequence[int], x: Tensor) -> Tensor:
+    def _one_by_one(self, indices: Sequence[int], x: Tensor) -> Tensor:
         """Run the parts one after the other. The layer itself runs once for all changes that only add to its output."""
-        count = len(places)
-        out = self._base(x) if any(self._adds(place) for place in places) else None
-        outs = [None] * count if out is None else list(out.chunk(count))
-        draws = any(self._turns.draws[place] for place in places if place in self._adapters)
-        has_streams = draws and self._turns.has_streams
-        streams = self._turns.streams.call(places, self._turns.device) if has_streams else nullcontext()
+        count = len(indices)
+        out = self._base(x) if any(self._adds(index) for index in indices) else None
+        base_outs = [None] * count if out is None else list(out.chunk(count))
+        draws = any(self._multiplexer.draws[index] for index in indices if index in self._adapters)
+        has_streams = draws and self._multiplexer.has_streams
+        streams = self._multiplexer.streams.call(indices, self._multiplexer.device) if has_streams else nullcontext()
         parts = []
         with streams as call:
-            for place, part, done in zip(places, x.chunk(count), outs, strict=True):
-                base = self._base if done is None or not self._adds(place) else given(done)
-                with nullcontext() if call is None else call.of(place):
-                    parts.append(self._part(place, part, base))
+            for index, part, base_out in zip(indices, x.chunk(count), base_outs, strict=True):
+                base = self._base if base_out is None or not self._adds(index) else return_always(base_out)
+                with nullcontext() if call is None else call.of(index):
+                    parts.append(self._part(index, part, base))
         return torch.cat(parts)
 
-    def _part(self, place: int, x: Tensor, base: Forward) -> Tensor:
+    def _part(self, index: int, x: Tensor, base: Forward) -> Tensor:
         """Return the output of one network for its rows."""
-        adapter = self._adapters.get(place)
+        adapter = self._adapters.get(index)
         if adapter is None or adapter.multiplier == 0:
             return base(x)
         return adapter.change.forward(x, base, adapter.multiplier)
 
-    def _strength(self, place: int) -> float:
-        return self._adapters[place].multiplier if place in self._adapters else 0.0
+    def _strength(self, index: int) -> float:
+        return self._adapters[index].multiplier if index in self._adapters else 0.0
 
-    def _adds(self, place: int) -> bool:
+    def _adds(self, index: int) -> bool:
         """Return True if a network leaves the layer's input unchanged and only adds to its output, or does nothing."""
-        adapter = self._adapters.get(place)
+        adapter = self._adapters.get(index)
         return adapter is None or adapter.change.adds_to_output
 
 
-def given(out: Tensor) -> Callable[[Tensor], Tensor]:
+def return_always(out: Tensor) -> Callable[[Tensor], Tensor]:
     """Return a function that replaces a layer which has already run: it ignores its input and returns `out`."""
     return lambda x: out

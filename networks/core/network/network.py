@@ -31,6 +31,7 @@ from networks.core.targets.targets import AdapterTargets
 
 logger = logging.getLogger(__name__)
 
+# The names under which sd-scripts logs learning rates.
 DENOISER_LR_NAME = "unet"
 TEXT_ENCODER_LR_NAME = "textencoder"
 ROUNDING = 1e-6  # keeps norms that were scaled to the limit from being scaled again
@@ -123,6 +124,7 @@ class AdapterNetwork(nn.Module):
     def stack_with(self, others: Sequence["AdapterNetwork"]) -> AdapterMultiplexer:
         """Put this network and others, all of them installed, on one model, where each acts on its own rows."""
         networks = [self, *others]
+        # Adapters of one layer come off in the reverse of the order in which they were installed.
         for network in reversed(networks):
             network.remove()
         return AdapterMultiplexer([[m.adapter for m in n.members] for n in networks], [n.draws for n in networks])
@@ -216,11 +218,11 @@ class AdapterNetwork(nn.Module):
                 trained.add(parameter)
         self._untrained = [p for p in self.parameters() if p not in trained]
         self._freeze_untrained()
-        made = [{"params": params, "lr": lr} for (_, lr), params in groups.items()]
+        optimizer_groups = [{"params": params, "lr": lr} for (_, lr), params in groups.items()]
         names = _distinct([name for name, _ in groups])
-        if made:
-            logger.info(describe_rates(made, names))
-        return made, names
+        if optimizer_groups:
+            logger.info(describe_rates(optimizer_groups, names))
+        return optimizer_groups, names
 
     def prepare_optimizer_params(
         self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
@@ -278,12 +280,13 @@ class AdapterNetwork(nn.Module):
         changes = [m.adapter.change for m in self.members if m.adapter.target.kind != "norm"]
         if not changes:
             return torch.zeros(3)
+        # Everything stays on the device, so that the host does not wait for the norms in each step.
         norms = torch.stack([change.norm() for change in changes])
         ratios = torch.where(norms > limit * (1 + ROUNDING), limit / norms, 1.0)
         for change, ratio in zip(changes, ratios, strict=True):
             change.scale_(ratio)
-        after = norms * ratios
-        return torch.stack([(ratios < 1).sum().to(after.dtype), after.mean(), after.max()])
+        scaled_norms = norms * ratios
+        return torch.stack([(ratios < 1).sum().to(scaled_norms.dtype), scaled_norms.mean(), scaled_norms.max()])
 
     def _freeze_untrained(self) -> None:
         for parameter in self._untrained:
@@ -293,31 +296,32 @@ class AdapterNetwork(nn.Module):
         self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None
     ) -> Callable[[Member], float]:
         """Return a function from members to learning rates. The last value also applies to further text encoders."""
-        listed = [text_encoder_lr] if isinstance(text_encoder_lr, (int, float)) else list(text_encoder_lr or [])
+        encoder_rates = [text_encoder_lr] if isinstance(text_encoder_lr, (int, float)) else list(text_encoder_lr or [])
         num_encoders = len(self.targets.text_encoders)
-        lost = listed[num_encoders:]
-        if set(lost) - set(listed[:num_encoders][-1:]):  # front ends write one value twice for all base models
+        unused = encoder_rates[num_encoders:]
+        if set(unused) - set(encoder_rates[:num_encoders][-1:]):  # front ends write one value twice for all base models
             logger.warning(
                 "--text_encoder_lr has %d values, but the base model has %d text encoder(s); %s has no effect",
-                len(listed), num_encoders, lost,
+                len(encoder_rates), num_encoders, unused,
             )  # fmt: skip
 
         def rate(member: Member) -> float:
             if member.text_encoder is None:
                 return float(default_lr or 0 if unet_lr is None else unet_lr)
-            if not listed:
+            if not encoder_rates:
                 return float(default_lr or 0)
-            return float(listed[min(member.text_encoder, len(listed) - 1)])
+            return float(encoder_rates[min(member.text_encoder, len(encoder_rates) - 1)])
 
         return rate
 
     def _loraplus_ratio(self, member: Member) -> float | None:
         """Return the LoRA+ ratio of a member, or None. A part's own ratio of 0 or None means the general one."""
         rates = self.arguments.of(RateArguments)
-        own = rates.loraplus_unet_lr_ratio
+        part_ratio = rates.loraplus_unet_lr_ratio
         if member.text_encoder is not None:
-            own = rates.loraplus_text_encoder_lr_ratio
-        return own or rates.loraplus_lr_ratio or None
+            part_ratio = rates.loraplus_text_encoder_lr_ratio
+        # sd-scripts takes a ratio of 0 for one that is not given.
+        return part_ratio or rates.loraplus_lr_ratio or None
 
 
 def as_module(adapter: Adapter) -> nn.Module:

@@ -21,7 +21,7 @@ FORMS: Mapping[str, Callable[[ChangeSize], bool]] = {  # names in log lines
 def describe_part(part: str, adapters: Sequence[Adapter], layout: BlockList | None) -> Iterator[str]:
     """Yield log lines on one part of the base model: modules, ranks, alphas, parameters; by block if blocks differ."""
     num_norms = sum(a.target.kind == "norm" for a in adapters)
-    modules = [(a.target, one.size) for a in adapters if a.target.kind != "norm" for one in changes_in(a.change)]
+    modules = [(a.target, change.size) for a in adapters if a.target.kind != "norm" for change in changes_in(a.change)]
     num_values = sum(p.numel() for a in adapters if isinstance(a.change, nn.Module) for p in a.change.parameters())
     scaled = [size for _, size in modules if size.has_ranks]
     forms = [f"{words} in {count}" for words, has_it in FORMS.items() if (count := sum(map(has_it, scaled)))]
@@ -37,8 +37,8 @@ def describe_part(part: str, adapters: Sequence[Adapter], layout: BlockList | No
         if (block := layout.index_of(target.path)) is not None:
             blocks.setdefault(block, []).append(size)
     if any(len({_measure(size) for target, size in modules if target.kind == kind}) > 1 for kind in ("plain", "conv")):
-        for block, inside in sorted(blocks.items()):
-            yield f"  block {block}: {len(inside)} modules, {_ranks(inside)}"
+        for block, sizes in sorted(blocks.items()):
+            yield f"  block {block}: {len(sizes)} modules, {_ranks(sizes)}"
 
 
 def describe_rates(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
@@ -55,9 +55,9 @@ def _measure(size: ChangeSize) -> tuple[int | None, float]:
 
 
 def _ranks(sizes: Sequence[ChangeSize]) -> str:
-    turned = sorted({block_size for size in sizes for block_size in size.block_sizes})
+    rotation_sizes = sorted({block_size for size in sizes for block_size in size.block_sizes})
     scaled = [size for size in sizes if size.has_ranks]
     ranks = ", ".join(map(str, sorted({size.rank for size in scaled if size.rank is not None})))
     alphas = ", ".join(f"{alpha:g}" for alpha in sorted({size.alpha for size in scaled}))
-    blocks = [f"blocks of {', '.join(map(str, turned))}"] if turned else []
-    return ", ".join([*blocks, *([f"rank {ranks}, alpha {alphas}"] if scaled or not turned else [])])
+    blocks = [f"blocks of {', '.join(map(str, rotation_sizes))}"] if rotation_sizes else []
+    return ", ".join([*blocks, *([f"rank {ranks}, alpha {alphas}"] if scaled or not rotation_sizes else [])])

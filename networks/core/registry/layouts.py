@@ -28,6 +28,7 @@ SHARED = frozenset((ALPHA, DORA_SCALE))
 @cache
 def list_kinds() -> tuple[AdapterKind, ...]:
     """Return every kind, sorted by file name."""
+    # Sorted, so that messages and the order of layouts do not depend on the file system.
     names = sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]))
     return tuple(importlib.import_module(f"{PACKAGE}.{name}").KIND for name in names)
 
@@ -35,18 +36,19 @@ def list_kinds() -> tuple[AdapterKind, ...]:
 @cache
 def list_layouts() -> tuple[KeyLayout, ...]:
     """Return every layout once, those with most required keys first: LoRA with a core has all keys that LoRA needs."""
-    found = dict.fromkeys(layout for kind in list_kinds() for layout in (*kind.layouts, *kind.merged_layouts))
-    return tuple(sorted(found, key=lambda layout: -len(layout.needs)))
+    unique = dict.fromkeys(layout for kind in list_kinds() for layout in (*kind.layouts, *kind.merged_layouts))
+    return tuple(sorted(unique, key=lambda layout: -len(layout.needs)))
 
 
 def recognise_layout(tensors: Collection[str]) -> KeyLayout:
     """Return the layout of a module with these parameter keys. For an incomplete module it is one that shares a key."""
-    there = frozenset(tensors)
-    if qkv_pieces.is_in_rows(there):
+    keys = frozenset(tensors)
+    if qkv_pieces.is_in_rows(keys):
         return PIECES
-    complete = (layout for layout in list_layouts() if there.issuperset(layout.needs))
-    begun = (layout for layout in reversed(list_layouts()) if there & (layout.keys - SHARED))
-    return next(complete, next(begun, OTHER))
+    complete = (layout for layout in list_layouts() if keys.issuperset(layout.needs))
+    # An incomplete module counts as the simplest layout that has one of its keys, which need the fewest others.
+    partial = (layout for layout in reversed(list_layouts()) if keys & (layout.keys - SHARED))
+    return next(complete, next(partial, OTHER))
 
 
 def make_change(tensors: ModuleTensors, layer: nn.Module | None = None) -> Change:
@@ -63,7 +65,7 @@ def make_change(tensors: ModuleTensors, layer: nn.Module | None = None) -> Chang
 def read_pieces(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
     """Make the change, for merging, of a layer with changes of separate rows."""
     return qkv_pieces.InRows(
-        {name: make_change(own) for name, own in qkv_pieces.group_by_rows(tensors).items()}
+        {name: make_change(group) for name, group in qkv_pieces.group_by_rows(tensors).items()}
     ).requires_grad_(False)
 
 
@@ -79,4 +81,5 @@ def list_held_keys(naming: FileNaming) -> frozenset[str] | None:
     if naming == "kohya":
         return None
     held = {key for layout in list_layouts() if naming in layout.namings for key in layout.keys}
+    # diffusers does not read magnitudes per input. Those per output, which it reads, are added by the caller.
     return frozenset(held - {DORA_SCALE} if naming == "diffusers" else held)

@@ -27,7 +27,7 @@ def list_groups() -> tuple[type, ...]:
 @cache
 def list_arguments() -> Mapping[str, Argument]:
     """Return the declaration of every network argument except those of base models."""
-    return {name: one for group in list_groups() for name, one in list_declared(group).items()}
+    return {name: declaration for group in list_groups() for name, declaration in list_declared(group).items()}
 
 
 def parse_arguments(
@@ -43,11 +43,11 @@ def parse_arguments(
 
 def strangers(kind: AdapterKind, arguments: NetworkArguments) -> Mapping[str, list[str]]:
     """Return the given arguments that belong to other kinds only, by the network modules of those kinds."""
-    own = list_declared(kind.arguments)
-    found: dict[str, list[str]] = {}
+    kind_names = list_declared(kind.arguments)
+    names_by_owner: dict[str, list[str]] = {}
     names = [name for other in list_kinds() for name in list_declared(other.arguments)]
     for name in dict.fromkeys(names):
-        if name in arguments.given and name not in own:
+        if name in arguments.given and name not in kind_names:
             owners = [other.network_module for other in list_kinds() if name in list_declared(other.arguments)]
-            found.setdefault(" and ".join(filter(None, (", ".join(owners[:-1]), owners[-1]))), []).append(name)
-    return found
+            names_by_owner.setdefault(" and ".join(filter(None, (", ".join(owners[:-1]), owners[-1]))), []).append(name)
+    return names_by_owner

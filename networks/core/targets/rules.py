@@ -95,8 +95,8 @@ class Rules:
         rank, alpha = self._by_size_and_block(target)
         if self.choices is None:
             return rank, alpha
-        chosen = self.choices.rank_of(target, rank)
-        return chosen, alpha if chosen == rank else self.alpha
+        chosen_rank = self.choices.rank_of(target, rank)
+        return chosen_rank, alpha if chosen_rank == rank else self.alpha
 
     def _by_size_and_block(self, target: TargetModule) -> tuple[int, float]:
         block = self.layout.index_of(target.path) if self.layout and self.blocks else None
@@ -122,6 +122,7 @@ def make_rules(
         alpha=alpha,
         conv_rank=ranks.conv_dim or 0,
         conv_alpha=conv_alpha,
+        # conv_dim=0 adapts no larger kernel, but the Linear layers and 1x1 convolutions of these blocks.
         searches_conv_blocks=ranks.conv_dim is not None or ranks.conv_block_dims is not None,
         layout=layout if is_denoiser else None,
         blocks=make_block_table(rank, alpha, conv_alpha, arguments, layout) if is_denoiser else None,
@@ -136,8 +137,8 @@ def make_block_table(
     rank: int, alpha: float, conv_alpha: float, arguments: NetworkArguments, layout: BlockList | None
 ) -> BlockTable | None:
     """Return ranks and alphas per block, or None if no argument refers to blocks."""
-    own = arguments.of(RankArguments)
-    if own.block_dims is None and not _factor_lists(arguments):
+    ranks = arguments.of(RankArguments)
+    if ranks.block_dims is None and not _factor_lists(arguments):
         return None
     num_blocks = len(_needed(layout, arguments).patterns)
 
@@ -152,10 +153,10 @@ def make_block_table(
         return tuple(values)
 
     return BlockTable(
-        ranks=tuple(int(r) for r in full("block_dims", own.block_dims, rank)),
-        alphas=full("block_alphas", own.block_alphas, alpha),
-        conv_ranks=tuple(int(r) for r in full("conv_block_dims", own.conv_block_dims, own.conv_dim or 0)),
-        conv_alphas=full("conv_block_alphas", own.conv_block_alphas, conv_alpha),
+        ranks=tuple(int(r) for r in full("block_dims", ranks.block_dims, rank)),
+        alphas=full("block_alphas", ranks.block_alphas, alpha),
+        conv_ranks=tuple(int(r) for r in full("conv_block_dims", ranks.conv_block_dims, ranks.conv_dim or 0)),
+        conv_alphas=full("conv_block_alphas", ranks.conv_block_alphas, conv_alpha),
     )
 
 
@@ -163,16 +164,16 @@ def make_lr_factors(arguments: NetworkArguments, layout: BlockList | None) -> Lr
     """Return the factors of the three *_lr_weight lists, or None. Factors up to block_lr_zero_threshold become 0."""
     if not _factor_lists(arguments):
         return None
-    layout, own = _needed(layout, arguments), arguments.of(RateArguments)
+    layout, rates = _needed(layout, arguments), arguments.of(RateArguments)
     pad = (1.0,) * layout.padding
     factors = (
         *pad,
-        *_side("down_lr_weight", own.down_lr_weight, layout.down),
-        *_side("mid_lr_weight", own.mid_lr_weight, layout.mid),
-        *_side("up_lr_weight", own.up_lr_weight, layout.up),
+        *_side("down_lr_weight", rates.down_lr_weight, layout.down),
+        *_side("mid_lr_weight", rates.mid_lr_weight, layout.mid),
+        *_side("up_lr_weight", rates.up_lr_weight, layout.up),
         *pad,
     )
-    return LrFactors(layout, tuple(f if f > own.block_lr_zero_threshold else 0.0 for f in factors))
+    return LrFactors(layout, tuple(f if f > rates.block_lr_zero_threshold else 0.0 for f in factors))
 
 
 def preset_factors(preset: LrPreset, num_blocks: int) -> tuple[float, ...]:

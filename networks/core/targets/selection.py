@@ -35,15 +35,17 @@ class Expressions(Generic[Value]):
 
     def find(self, target: TargetModule) -> tuple[int, Value] | None:
         """Return (index of the entry, its value) of the first match, or None."""
-        for number, (expression, value) in enumerate(self.entries):
+        for index, (expression, value) in enumerate(self.entries):
             if self._fits(expression, target):
-                return number, value
+                return index, value
         return None
 
     def _fits(self, expression: str, target: TargetModule) -> bool:
         is_path = re.fullmatch(expression, target.path) is not None
         if is_path or self.targets.expressions == "path":
             return is_path
+        # sd-scripts' networks.lora searches parts of names, its LoHa and LoKr match whole paths; either form finds a
+        # module.
         return any(re.search(expression, name) for name in self.targets.spelled(target.name))
 
 
@@ -71,10 +73,10 @@ class Choices:
         embedders = self.targets.embedders
         if embedders is None or embedders.argument not in self.arguments.of_model:
             return rank
-        number = embedders.index_of(target.path)
-        if number is None or (target.kind == "conv" and self.arguments.of(RankArguments).conv_dim is not None):
+        index = embedders.index_of(target.path)
+        if index is None or (target.kind == "conv" and self.arguments.of(RankArguments).conv_dim is not None):
             return rank
-        return int(self.arguments.of_model[embedders.argument][number])
+        return int(self.arguments.of_model[embedders.argument][index])
 
 
 def select_targets(
@@ -98,8 +100,8 @@ def select_targets(
 
 def build_filters(arguments: NetworkArguments) -> Filters:
     """Return the filters from the user's patterns."""
-    own = arguments.of(TargetArguments)
-    return Filters(own.exclude_patterns, own.include_patterns, own.only_patterns)
+    patterns = arguments.of(TargetArguments)
+    return Filters(patterns.exclude_patterns, patterns.include_patterns, patterns.only_patterns)
 
 
 def list_targets(part: Part, root: nn.Module, targets: AdapterTargets) -> list[TargetModule]:
@@ -113,8 +115,8 @@ def list_targets(part: Part, root: nn.Module, targets: AdapterTargets) -> list[T
 
 def extra_classes(part: Part, arguments: NetworkArguments) -> tuple[str, ...]:
     """Return the block classes that arguments add to the search."""
-    wanted = (names for argument, names in part.extra_blocks.items() if arguments.of_model.get(argument))
-    return tuple(name for names in wanted for name in names)
+    class_lists = (names for argument, names in part.extra_blocks.items() if arguments.of_model.get(argument))
+    return tuple(name for names in class_lists for name in names)
 
 
 def check_choices(targets: AdapterTargets, arguments: NetworkArguments, denoiser: nn.Module) -> None:
@@ -122,10 +124,10 @@ def check_choices(targets: AdapterTargets, arguments: NetworkArguments, denoiser
     given = arguments.of_model
     for name, pattern in targets.block_choices.items():
         num_blocks = count_blocks(denoiser, pattern)
-        wanted = given[name].indices if name in given else None
-        if wanted and max(wanted) >= num_blocks:
+        indices = given[name].indices if name in given else None
+        if indices and max(indices) >= num_blocks:
             raise UserError(
-                f"--network_args {name} names block {max(wanted)}, but the base model has {num_blocks} of them: "
+                f"--network_args {name} names block {max(indices)}, but the base model has {num_blocks} of them: "
                 f"0 to {num_blocks - 1}"
             )
     embedders = targets.embedders

@@ -123,14 +123,14 @@ class AdapterTargets:
         """Return a module's name in files, and its aliases in other programs that use kohya's naming."""
         module = self.names.find(name) if self.names else None
         prefixes = tuple(f"{part.prefix}_" for part in (self.denoiser, *self.text_encoders))
-        return (name, *(other for other in (module.aliases if module else ()) if other.startswith(prefixes)))
+        return (name, *(alias for alias in (module.aliases if module else ()) if alias.startswith(prefixes)))
 
     def widths_of(self, path: str, module: nn.Module) -> tuple[int, ...] | None:
         """Return the outputs of each projection of a fused layer, or None for other layers."""
-        split = next((split for pattern, split in self.fused.items() if re.search(pattern, path)), None)
-        if split is None or not isinstance(module, nn.Linear):
+        widths = next((widths for pattern, widths in self.fused.items() if re.search(pattern, path)), None)
+        if widths is None or not isinstance(module, nn.Linear):
             return None
-        return split(module.in_features, module.out_features)
+        return widths(module.in_features, module.out_features)
 
 
 @dataclass(frozen=True)
@@ -190,18 +190,20 @@ def find_embedders(
     part: Part, root: nn.Module, embedders: Embedders, blocks: Sequence[TargetModule]
 ) -> list[TargetModule]:
     """Return every Linear and Conv2d of the embedders, in the order of declaration, without those found in blocks."""
-    taken = {target.path for target in blocks}
+    block_paths = {target.path for target in blocks}
     return [
         TargetModule(target_name(part, path), path, module, kind)
         for path, module in root.named_modules()
-        if (kind := adaptation_kind(module)) is not None and path not in taken and embedders.index_of(path) is not None
+        if (kind := adaptation_kind(module)) is not None
+        and path not in block_paths
+        and embedders.index_of(path) is not None
     ]
 
 
 def count_blocks(root: nn.Module, pattern: str) -> int:
     """Return the number of blocks of a model. The group of `pattern` matches the number of a block."""
-    found = (re.search(pattern, path) for path, _ in root.named_modules())
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+    matches = (re.search(pattern, path) for path, _ in root.named_modules())
+    return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
 
 def find_norms(
@@ -225,6 +227,7 @@ def _walk(root: nn.Module, classes: Sequence[str]) -> Iterator[tuple[str, nn.Mod
             continue
         for child_path, child in block.named_modules():
             path = ".".join(p for p in (block_path, child_path) if p)
+            # Blocks can contain blocks of another given class.
             if path not in seen:
                 seen.add(path)
                 yield path, child

@@ -244,7 +244,7 @@ def test_magnitudes_of_peft_get_the_dimensions_of_the_weight() -> None:
 
 def test_of_many_keys_one_of_each_kind_is_shown_first() -> None:
     many = [f"m{i}.lora_down.weight" for i in range(5)] + ["m0.dora_scale", "m1.dora_scale", "n.w_norm"]
-    assert list_some_keys(many, most=4) == (
+    assert list_some_keys(many, limit=4) == (
         "8 keys: m0.lora_down.weight, m0.dora_scale, n.w_norm, m1.lora_down.weight and 4 more"
     )
-    assert list_some_keys(many[:2], most=4) == "m0.lora_down.weight, m1.lora_down.weight"
+    assert list_some_keys(many[:2], limit=4) == "m0.lora_down.weight, m1.lora_down.weight"
