@@ -81,12 +81,12 @@ class CompiledBlock(nn.Module):
         """The class of the block, without the BlockBody that wraps a library's block."""
         return type(getattr(self.block, "block", self.block))
 
-    def warn_once(self, given: Any) -> None:
+    def warn_once(self, inputs: Any) -> None:
         """Warn once per kind of block, with the shapes of the first inputs that run uncompiled."""
         if self.kind in self.warned_kinds:
             return
         self.warned_kinds.add(self.kind)
-        shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves(given) if isinstance(t, Tensor) and t.ndim > 1)
+        shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim > 1)
         logger.warning(
             "%s was compiled %d times (--compile_cache_size_limit); inputs of new sizes run uncompiled from here on, "
             "the first with shapes %s",
@@ -107,15 +107,15 @@ class Compiled:
         self.warned_kinds: set[type] = set()
 
     def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any:
-        found = self.blocks.get(block)
-        if found is None:
-            found = (
+        runnable = self.blocks.get(block)
+        if runnable is None:
+            runnable = (
                 block
                 if is_offloaded(block)
                 else CompiledBlock(block, self.settings, self.begun_kinds, self.warned_kinds)
             )
-            self.blocks[block] = found
-        return self.runner(found, *inputs, **named)
+            self.blocks[block] = runnable
+        return self.runner(runnable, *inputs, **named)
 
 
 def is_offloaded(block: nn.Module) -> bool:

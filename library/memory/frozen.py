@@ -140,15 +140,17 @@ def layers_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
     Blocks are members of module lists. Layers outside them, such as embedders and the last layer, are small and stay
     unchanged; so do norms.
     """
-    stems = [
+    prefixes = [
         f"{path}.{name}."
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         for name, _ in module.named_children()
     ]
-    starts = tuple(stem.removeprefix(".") for stem in stems)
+    block_prefixes = tuple(prefix.removeprefix(".") for prefix in prefixes)
     return {
-        path: layer for path, layer in model.named_modules() if f"{path}.".startswith(starts) and can_be_frozen(layer)
+        path: layer
+        for path, layer in model.named_modules()
+        if f"{path}.".startswith(block_prefixes) and can_be_frozen(layer)
     }
 
 
@@ -163,9 +165,9 @@ def store_in(codec: Codec, layer: nn.Module, weight: Tensor | None = None) -> No
 
     `weight` replaces the layer's own, which may have no values yet.
     """
-    whole = layer.weight if weight is None else weight
-    assert isinstance(whole, Tensor)
-    keep_in(codec, layer, codec.encode(whole), whole.shape, whole.dtype)
+    original = layer.weight if weight is None else weight
+    assert isinstance(original, Tensor)
+    keep_in(codec, layer, codec.encode(original), original.shape, original.dtype)
 
 
 def keep_in(decoder: Decoder, layer: nn.Module, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> None:

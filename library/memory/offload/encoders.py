@@ -52,15 +52,15 @@ def place_encoders(encoders: Sequence[nn.Module], device: torch.device, free_byt
     for size, encoder in sorted(zip(sizes, encoders, strict=True), key=lambda pair: pair[0], reverse=True):
         if free_bytes is None or total + MARGIN_BYTES <= free_bytes:
             break
-        least = count_streamed_bytes(encoder)
-        if least >= size:  # with few layers, two slots take as much
+        streamed_size = count_streamed_bytes(encoder)
+        if streamed_size >= size:  # with few layers, two slots take as much
             continue
-        total += least - size
+        total += streamed_size - size
         logger.info(
             "%s (%s) does not fit the GPU beside the others: its layers are streamed from main memory, %s at a time",
             type(encoder).__name__,
             format_bytes(size),
-            format_bytes(least),
+            format_bytes(streamed_size),
         )
         stream_layers(encoder, device)
     for encoder in encoders:

@@ -29,11 +29,11 @@ def pin(masters: Sequence[Tensor], reserve: int = 0) -> Pinned:
     # torch allocates its own pinned memory in powers of two, up to twice the requested size. Each buffer is unpinned
     # before it is freed: memory that is freed while pinned stays registered, so a later buffer at its address cannot be
     # pinned, for example when --fit makes several rings.
-    limit, taken, reason = int(MOST * psutil.virtual_memory().total), 0, None
+    limit, pinned_bytes, reason = int(MOST * psutil.virtual_memory().total), 0, None
     pinned: list[Tensor] = []
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     for master in (masters[i] for i in spread_order(len(masters))):
-        if taken + len(master) > limit:
+        if pinned_bytes + len(master) > limit:
             reason = f"{sum(map(len, masters)) / 1e9:.1f} GB is more than {MOST:.0%} of main memory"
             break
         status = runtime.cudaHostRegister(master.data_ptr(), len(master), 0)
@@ -44,7 +44,7 @@ def pin(masters: Sequence[Tensor], reserve: int = 0) -> Pinned:
                 reserve -= len(pinned[-1])
                 runtime.cudaHostUnregister(pinned.pop().data_ptr())
             break
-        taken += len(master)
+        pinned_bytes += len(master)
         pinned.append(master)
     for master in pinned:
         weakref.finalize(master, unpin, master.data_ptr()).atexit = False

@@ -161,7 +161,7 @@ class OperationCounter(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and self._answers is not None and isinstance(args[0], FakeTensor):
             return self._answers[arithmetic_kind(args[0].dtype)]
         if func is aten.index.Tensor and self._answers is not None:
-            args = args[0], [place for index in args[1] for place in expand_mask(index)], *args[2:]
+            args = args[0], [expanded for index in args[1] for expanded in expand_mask(index)], *args[2:]
         out = run_operation(func, args, kwargs)
         self.flops += count_flops(func, args, kwargs, out)
         if launches_kernel(func):

@@ -51,9 +51,9 @@ class MarkedRunner:
     def _new_bytes(self, inputs: Any) -> int:
         tensors = [t for t in tree_leaves(inputs) if is_tensor(t) and t.requires_grad]
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
-        fresh = [storage.nbytes() for key, storage in storages.items() if key not in self._seen]
+        new_sizes = [storage.nbytes() for key, storage in storages.items() if key not in self._seen]
         self._seen |= set(storages)
-        return sum(fresh)
+        return sum(new_sizes)
 
     def _mark_backward(self, outputs: Any, number: int) -> None:
         begun: list[bool] = []
@@ -139,9 +139,9 @@ class Timeline:
         places, stands = [], []
         for number, block in enumerate(plain.blocks):
             first = len(blocks)
-            own = repeats.own.get(block, [block])
-            blocks += own
-            stands += [number] * len(own)
+            represented = repeats.own.get(block, [block])
+            blocks += represented
+            stands += [number] * len(represented)
             if block in repeats.alike:
                 earlier, others = repeats.alike[block]
                 place = plain.blocks.index(earlier)
@@ -234,8 +234,8 @@ def count_optimizer(
         segment = counter.segments[-1]
         for parameter in parameters:
             parameter.grad = None
-    more = state_left_out(optimizer, all_parameters) if is_short else 0
-    return CountedOptimizer(segment.delta + more, segment.rise + more)
+    left_out_bytes = state_left_out(optimizer, all_parameters) if is_short else 0
+    return CountedOptimizer(segment.delta + left_out_bytes, segment.rise + left_out_bytes)
 
 
 def has_state_first(optimizer: torch.optim.Optimizer) -> bool:
@@ -257,7 +257,7 @@ def short_walk(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
             num_needed = len(kept) + 1
         kept.append(parameter)
         # Cut back to the first parameter of this kind after the needed ones: the parameters in between are a loop.
-        kinds = [describe_parameter(one) for one in kept[max(num_needed - 1, 0) :]]
+        kinds = [describe_parameter(p) for p in kept[max(num_needed - 1, 0) :]]
         del kept[max(num_needed - 1, 0) + kinds.index(describe_parameter(parameter)) + 1 :]
     return kept
 
@@ -268,5 +268,5 @@ def describe_parameter(parameter: Tensor) -> Hashable:
 
 def state_left_out(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> int:
     """Return the state bytes of the parameters that the optimizer does not have."""
-    sizes = {describe_parameter(one): bytes_touched(values) for one, values in optimizer.state.items()}
-    return sum(sizes[describe_parameter(one)] for one in parameters if one not in optimizer.state)
+    sizes = {describe_parameter(p): bytes_touched(values) for p, values in optimizer.state.items()}
+    return sum(sizes[describe_parameter(p)] for p in parameters if p not in optimizer.state)
