@@ -25,10 +25,10 @@ class RecomputeFromMainMemory:
         self.last: Callable[[], BlockInputs | None] = lambda: None
 
     def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any:
-        # Only inputs that carry a gradient are moved: frozen ones, such as positions and masks, are shared by all
-        # blocks and would be copied once per block.
         if not torch.is_grad_enabled():
             return block(*inputs, **named)
+        # Only inputs that carry a gradient are moved: frozen ones, such as positions and masks, are shared by all
+        # blocks and would be copied once per block.
         moved_ids = {
             id(value) for value in (*inputs, *named.values()) if isinstance(value, Tensor) and value.requires_grad
         }

@@ -48,6 +48,7 @@ class CompiledBlock(nn.Module):
         self.block = block
         self.settings = settings
         self.begun_kinds, self.warned_kinds = begun_kinds, warned_kinds
+        # The bound method runs the block's hooks and adapters. torch would wrap the module itself in another one.
         self.run: Any = torch.compile(
             block.__call__,
             backend=settings.backend,
@@ -66,7 +67,9 @@ class CompiledBlock(nn.Module):
             logger.info("compiling %s; the first steps can take minutes", self.kind.__name__)
         # These settings are per thread, and autograd recomputes blocks in its own threads.
         _dynamo.config.recompile_limit = self.settings.most_graphs
+        # The second limit is on all blocks that share code; 256 is torch's default.
         _dynamo.config.accumulated_recompile_limit = max(256, 4 * self.settings.most_graphs)
+        # At the limit dynamo would otherwise run the block uncompiled with a message that does not name the option.
         _dynamo.config.fail_on_recompile_limit_hit = True
         try:
             return self.run(*inputs, **named)

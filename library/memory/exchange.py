@@ -35,6 +35,7 @@ def exchange(model: nn.Module, other: nn.Module) -> None:
         for pair in zip(ours, theirs, strict=True):
             swap(*pair)
             swapped.append(pair)
+    # Ctrl+C must not leave a mixture of the two models either.
     except BaseException:
         for pair in swapped:
             swap(*pair)

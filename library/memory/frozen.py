@@ -58,6 +58,7 @@ class FrozenLayer(nn.Module):
         codes = self.own_codes()
         if codes is not None:
             return output(x, codes, bias)
+        # With the bias inside the product, plain storage gives the bits of nn.Linear and nn.Conv2d.
         return self.compute(x, self.weight_in(x.dtype), bias)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -71,6 +72,7 @@ class FrozenLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         device = input.device.type
         if torch.is_autocast_enabled(device):
+            # The weight is decoded to the dtype of the input, so autocast's cast has to come first.
             input = input.to(torch.get_autocast_dtype(device))
         product: Tensor = _Product.apply(input, self, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
         return product
@@ -146,6 +148,7 @@ def layers_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, nn.ModuleList)
         for name, _ in module.named_children()
     ]
+    # The path of a model that is a module list itself is empty.
     block_prefixes = tuple(prefix.removeprefix(".") for prefix in prefixes)
     return {
         path: layer

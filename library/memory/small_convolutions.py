@@ -22,7 +22,10 @@ def is_better(outputs: torch.Size, weight: Tensor, layer: nn.Conv2d) -> bool:
     """
     return (
         weight.device.type == "cpu"
+        # For larger images oneDNN is faster: 47 ms instead of 79 for 320 channels at 64 x 64. The input of a 1x1 kernel
+        # already is the matrix, but torch copies it first: 0.09 of 4.6 s per step of a U-Net at 256 px.
         and (outputs[0] * outputs[2] * outputs[3] < outputs[1] or layer.kernel_size == (1, 1))
+        # In any other layout `view_as_matrix` would copy the weight in each call.
         and weight.is_contiguous(memory_format=torch.channels_last)
         and layer.groups == 1
         and layer.dilation == (1, 1)
@@ -57,6 +60,7 @@ def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, layer: n
     columns_BHWN = gradient.permute(0, 2, 3, 1) @ view_as_matrix(weight)
     rows, columns = columns_BHWN.shape[1:3]
     columns_BHWhwI = columns_BHWN.view(*columns_BHWN.shape[:3], *weight.shape[2:], channels)
+    # The columns of a 1x1 kernel with stride 1 are the pixels themselves, so nothing has to be added up.
     if columns_BHWhwI.shape[1:5] == (height, width, 1, 1):
         return columns_BHWhwI[:, :, :, 0, 0].permute(0, 3, 1, 2)
     x_BHWI = gradient.new_zeros(batch, height + 2 * top, width + 2 * left, channels)
@@ -66,6 +70,7 @@ def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, layer: n
                 columns_BHWhwI[:, :, :, i, j]
             )
     inner_BHWI = x_BHWI[:, top : top + height, left : left + width]
+    # Cutting off the border leaves gaps between the rows. Without a border nothing is copied.
     return inner_BHWI.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
@@ -91,6 +96,7 @@ class FewPixels(nn.Conv2d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        # `_Product` computes no gradient of the weight, and `linear` needs both factors in one dtype.
         is_plain = x.dim() == 4 and dtype == weight.dtype and not weight.requires_grad
         if not is_plain or not is_better(shape_of_output(x.shape, self), weight, self):
             convolved: Tensor = super()._conv_forward(x, weight, bias)
@@ -126,4 +132,5 @@ def quicken(module: nn.Module) -> None:
     """
     for layer in module.modules():
         if pads_with_zeros(layer):
+            # The layer itself changes, so that hooks and references to it stay valid.
             layer.__class__ = FewPixels

@@ -22,6 +22,7 @@ def encode_in_chunks(weight: Tensor, encode: Callable[[Tensor], Parts]) -> Parts
     for first in range(0, num_rows, rows):
         for name, part in encode(weight_OI[first : first + rows]).items():
             if name not in joined:
+                # The first chunk is a whole one, so its parts tell how long the joined parts are.
                 joined[name] = part.new_empty((ceil(len(part) * num_rows / rows), *part.shape[1:]))
             start = filled.get(name, 0)
             filled[name] = start + len(part)

@@ -45,6 +45,7 @@ def place_encoders(encoders: Sequence[nn.Module], device: torch.device, free_byt
     devices other than CUDA all encoders are moved.
     """
     if free_bytes is None and device.type == "cuda":
+        # The driver counts memory that torch has cached as used, but the encoders can have it.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free_bytes = torch.cuda.mem_get_info(device)[0] + unused
     sizes = [bytes_of(encoder) for encoder in encoders]
@@ -64,11 +65,13 @@ def place_encoders(encoders: Sequence[nn.Module], device: torch.device, free_byt
         )
         stream_layers(encoder, device)
     for encoder in encoders:
+        # For a streamed encoder this moves the rest: embeddings, norms, biases and the last layer.
         encoder.to(device)
 
 
 def stream_layers(encoder: nn.Module, device: torch.device) -> None:
     """Offload all layers of a frozen encoder but the last to main memory, and stream their weights through slots."""
     layers = encoder_layers(encoder)
+    # Only frozen layers fetch their weight through a handle. Plain storage changes no bit.
     store_all_in(Plain(), (module for layer in layers for module in layer.modules()))
     stream([layers], [len(layers) - 1], device)

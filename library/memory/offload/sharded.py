@@ -43,6 +43,7 @@ class ShardedBlock(nn.Module):
 
         super().__init__()
         for number, share in enumerate(shares):
+            # Placeholders on the meta device, so that no process holds the whole block.
             placeholder = torch.empty(share.shape, dtype=torch.uint8, device="meta")
             self.register_parameter(f"layer_{number}", nn.Parameter(placeholder, requires_grad=False))
         fully_shard(self, mesh=mesh)
@@ -163,12 +164,14 @@ class ShardedModel:
             return
         layout = list(spans([layer]))
         num_bytes = padded(layout[-1].end, ALIGNMENT * self.group_size)
+        # As bytes, weights in every format can be sharded.
         buffer = torch.zeros(num_bytes, dtype=torch.uint8)
         for span in layout:
             span.within(buffer).copy_(layer.own_parts()[span.name])
             delattr(layer, span.name)
         length = num_bytes // self.group_size
         start = self.mesh.get_local_rank("shard") * length
+        # A view would keep the whole weight in memory.
         shard = buffer[start : start + length].clone().to(self.device)
         placements = [Replicate()] * (self.mesh.ndim - 1) + [Shard(0)]
         distributed = DTensor.from_local(shard, self.mesh, placements, run_check=False, shape=buffer.shape, stride=(1,))
@@ -220,6 +223,7 @@ class ShardedModel:
             yield
         finally:
             self.ring.turns = None
+            # Also after an error, because the followers wait for the next number.
             self.tell(NOBODY)
 
     def tell(self, number: int) -> None:

@@ -74,6 +74,7 @@ def take_out(number: int, layout: Sequence[Span], make_master: MakeMaster) -> Te
     for span in layout:
         if not is_filled:
             span.within(master).copy_(span.layer.own_parts()[span.name])
+        # Part by part, so that a block is never in memory twice.
         delattr(span.layer, span.name)
     return master
 

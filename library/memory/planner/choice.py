@@ -23,6 +23,7 @@ class Allowed:
         """Yield every combination, with the fixed number of offloaded blocks or none."""
         for weight_format in self.weight_formats:
             for every in self.recompute_every:
+                # Without recomputation no block inputs are kept that could be offloaded.
                 for wait in self.inputs_wait if every is not None else (False,):
                     yield Way(weight_format, every, wait, self.num_offloaded or 0, self.shared_by)
 
@@ -61,6 +62,7 @@ def fit_way(step: CountedStep, way: Way, allowed: Allowed, card: Gpu, correction
     prediction = predict(step, way, card, correction)
     if allowed.num_offloaded is not None or allowed.shared_by > 1:
         return prediction
+    # As few blocks as possible, because each needs main memory that can be pinned.
     for num_offloaded in range(1, step.most_offloaded + 1):
         if prediction.device_bytes <= card.memory_bytes:
             break

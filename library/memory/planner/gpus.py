@@ -88,6 +88,7 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None
         for name, flops in PEAKS:
             if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", device_name):  # an "RTX A4000" is not an A40
                 return flops
+    # The benchmark reports the share that a whole step reaches; the peak is the speed of the product itself.
     return benchmark_gpu(device, 0, dtype).flops / REACHED
 
 

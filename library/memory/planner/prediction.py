@@ -99,9 +99,8 @@ def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> 
     weight_bytes = denoiser_bytes + encoder_bytes + step.other_bytes
     kept_bytes = step.optimizer.state + step.held_gradient_bytes
     passes = step.gradientless
-    prefetched_bytes = max(
-        waiting_inputs(step, way), default=0
-    )  # inputs of a block are fetched while the next is recomputed
+    # The inputs of a block are fetched while the next one in forward order is recomputed, so those of two exist.
+    prefetched_bytes = max(waiting_inputs(step, way), default=0)
     peak_bytes = max(compute_peak_bytes(moves) + prefetched_bytes, 0 if passes is None else passes.peak_bytes)
     pass_bytes = kept_bytes + peak_bytes + step.weights.decoded_bytes(cost)
     optimizer_bytes = step.gradient_bytes + max(step.optimizer.rise, step.optimizer.state)
@@ -111,7 +110,9 @@ def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> 
     input_bytes = sum(waiting_inputs(step, way))
     seconds = predict_seconds(moves, cost.slowdown, streamed_bytes, input_bytes, card, passes)
     seconds *= 1 + COST_OF_WAITING * len(offloaded) / max(1, len(block_sizes))
+    # The allocator's overhead comes from temporary tensors; weights are allocated once.
     device_bytes = weight_bytes + round((1 + ALLOCATOR_SHARE) * training_bytes) + CONTEXT_BYTES
+    # The tensors of the passes are freed before the optimizer steps, so the larger of the two is the peak.
     peak = FORWARD_BACKWARD if pass_bytes >= optimizer_bytes else OPTIMIZER_STEP
     return Predicted(
         way,

@@ -50,6 +50,7 @@ class MarkedRunner:
 
     def _new_bytes(self, inputs: Any) -> int:
         tensors = [t for t in tree_leaves(inputs) if is_tensor(t) and t.requires_grad]
+        # Blocks pass tensors and views of them on; their memory counts for the first block that gets it.
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
         new_sizes = [storage.nbytes() for key, storage in storages.items() if key not in self._seen]
         self._seen |= set(storages)
@@ -212,16 +213,14 @@ Groups = Sequence[Mapping[str, Any]]
 def count_optimizer(
     build: Callable[[Groups], torch.optim.Optimizer], groups: Groups, counter: OperationCounter
 ) -> CountedOptimizer:
-    """Count one optimizer step with zero gradients.
-
-    Adam allocates the state of a whole group first, and then updates one parameter after the other. So one group is
-    counted with fewer parameters, and the state of the others is added. For a large U-Net that saves an eighth of the
-    whole count.
-    """
+    """Count one optimizer step with zero gradients."""
     all_parameters = [parameter for group in groups for parameter in group["params"]]
     counter.leave_out(all_parameters)
     with counter:  # constructors that read fake tensors get its `answers`
         optimizer, parameters = build(groups), all_parameters
+        # Adam allocates the state of a whole group first, and then updates one parameter after the other. So one group
+        # is counted with fewer parameters, and the state of the others is added: for a large U-Net, 18 of 1444
+        # parameters give the same bytes in 0.15 instead of 9.5 CPU seconds.
         is_short = len(groups) == 1 and has_state_first(optimizer)
         if is_short:
             parameters = short_walk(all_parameters)

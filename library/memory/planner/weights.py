@@ -124,6 +124,7 @@ class ModelWeights:
         """Return the bytes on the device with the blocks in `waiting` offloaded, including their slots."""
         sizes = self.block_bytes(cost)
         resident = sum(size for place, size in enumerate(sizes) if place not in waiting)
+        # Every slot has the size of the largest offloaded block.
         slots = NUM_SLOTS * max((sizes[place] for place in waiting), default=0)
         return self.fixed_bytes + bytes_of_all(self._counts[0], cost) + resident + slots
 
@@ -134,6 +135,7 @@ class ModelWeights:
 
     def decoded_bytes(self, cost: StorageCost) -> int:
         """Return the peak bytes of decoding one weight."""
+        # Layers decode their weight for each computation and keep no copy, so that only one is decoded at a time.
         return round(cost.num_copies * self._largest_bytes)
 
 
