@@ -65,7 +65,7 @@ def needs_negative(prompt: Prompt) -> bool:
 
 def limit_length(guided_BCHW: Tensor, positive_BCHW: Tensor, limit: float) -> Tensor:
     """Scale a guided prediction down to at most `limit` times the norm of the unguided one, for each sample."""
-    longest_B: Tensor = limit * torch.linalg.vector_norm(positive_BCHW.flatten(1), dim=1)
-    length_B: Tensor = torch.linalg.vector_norm(guided_BCHW.flatten(1), dim=1)
-    shares_B: Tensor = (longest_B / length_B.clamp(min=1e-12)).clamp(max=1.0)
-    return guided_BCHW * shares_B.view(-1, 1, 1, 1)
+    limits_B: Tensor = limit * torch.linalg.vector_norm(positive_BCHW.flatten(1), dim=1)
+    norms_B: Tensor = torch.linalg.vector_norm(guided_BCHW.flatten(1), dim=1)
+    factors_B: Tensor = (limits_B / norms_B.clamp(min=1e-12)).clamp(max=1.0)
+    return guided_BCHW * factors_B.view(-1, 1, 1, 1)

@@ -51,16 +51,16 @@ class DDPM:
 
         Offsets are ignored.
         """
-        o = self.noise
+        options = self.noise
         clean = clean_BCHW.float()
         noise_BCHW = self.draw_noise(clean, generator)
-        drawn_B = draw_timesteps(
+        cpu_timesteps_B = draw_timesteps(
             len(clean), self.min_timestep, self.max_timestep, generator, num_timesteps=len(self.abar_T)
         )
-        timesteps_B = send(drawn_B, clean.device)
+        timesteps_B = send(cpu_timesteps_B, clean.device)
         input_noise_BCHW = noise_BCHW
-        if o.ip_noise_gamma:
-            gamma = draw_strength(o.ip_noise_gamma, o.ip_noise_gamma_random_strength, generator)
+        if options.ip_noise_gamma:
+            gamma = draw_strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, generator)
             input_noise_BCHW = noise_BCHW + gamma * draw_normal(clean.shape, generator, clean.device)
         signal_B111, noise_B111 = self._scales(timesteps_B)
         return Noised(
@@ -73,13 +73,15 @@ class DDPM:
 
     def draw_noise(self, clean_BCHW: Tensor, generator: torch.Generator) -> Tensor:
         """Draw noise for latents, float32, with the requested noise offset and multi-resolution noise."""
-        o, clean = self.noise, clean_BCHW.float()
+        options, clean = self.noise, clean_BCHW.float()
         noise_BCHW = draw_normal(clean.shape, generator, clean.device)
-        if o.noise_offset:
-            strength = draw_strength(o.noise_offset, o.noise_offset_random_strength, generator)
-            noise_BCHW = add_offset(noise_BCHW, clean, strength, o.adaptive_noise_scale, generator)
-        if o.multires_noise_iterations:
-            noise_BCHW = add_coarse_noise(noise_BCHW, o.multires_noise_iterations, o.multires_noise_discount, generator)
+        if options.noise_offset:
+            strength = draw_strength(options.noise_offset, options.noise_offset_random_strength, generator)
+            noise_BCHW = add_offset(noise_BCHW, clean, strength, options.adaptive_noise_scale, generator)
+        if options.multires_noise_iterations:
+            noise_BCHW = add_coarse_noise(
+                noise_BCHW, options.multires_noise_iterations, options.multires_noise_discount, generator
+            )
         return noise_BCHW
 
     def noise_levels(self, noised: Noised) -> Tensor:

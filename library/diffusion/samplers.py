@@ -68,20 +68,20 @@ def build_ddpm_sampler(name: str, num_steps: int, *, predicts_velocity: bool, ze
 
     name = ALIASES.get(name, name)
     class_name, keywords = SAMPLERS[name]
-    kind = getattr(diffusers, class_name)
+    scheduler_class = getattr(diffusers, class_name)
     schedule: dict[str, Any] = {
         "num_train_timesteps": NUM_TIMESTEPS,
         "prediction_type": "v_prediction" if predicts_velocity else "epsilon",
     }
     if zero_terminal_snr:
         schedule["trained_betas"] = betas_of(ddpm_abar(zero_terminal_snr=True).clamp(min=LEAST_ABAR)).tolist()
-        if "timestep_spacing" in inspect.signature(kind.__init__).parameters:
+        if "timestep_spacing" in inspect.signature(scheduler_class.__init__).parameters:
             schedule["timestep_spacing"] = "trailing"
     else:
         schedule |= {"beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # "dpmsolver" is deprecated in diffusers
-        scheduler = kind(**schedule, **keywords)
+        scheduler = scheduler_class(**schedule, **keywords)
     scheduler.set_timesteps(num_steps)
     return (MultistepSampler if name == "lms" else DdpmSampler)(scheduler, zero_terminal_snr)
 
@@ -133,8 +133,8 @@ class MultistepSampler(DdpmSampler):
         slope_BCHW = (stepped - latents_BCHW) / (sigmas[index + 1] - sigmas[index])
         self._slopes = [slope_BCHW, *self._slopes][: self._order]
         weights = adams_bashforth(sigmas, index, len(self._slopes))
-        parts = [float(weight) * slope for weight, slope in zip(weights, self._slopes, strict=True)]
-        return latents_BCHW + torch.stack(parts).sum(0)
+        terms = [float(weight) * slope for weight, slope in zip(weights, self._slopes, strict=True)]
+        return latents_BCHW + torch.stack(terms).sum(0)
 
 
 class AncestralSampler:
@@ -146,8 +146,8 @@ class AncestralSampler:
     """
 
     def __init__(self, num_steps: int, predicts_velocity: bool, zero_terminal_snr: bool) -> None:
-        width = NUM_TIMESTEPS // num_steps
-        timesteps = [width * n for n in reversed(range(num_steps))]
+        spacing = NUM_TIMESTEPS // num_steps
+        timesteps = [spacing * n for n in reversed(range(num_steps))]
         if zero_terminal_snr:
             timesteps = [round(NUM_TIMESTEPS - NUM_TIMESTEPS * n / num_steps) - 1 for n in range(num_steps)]
         abars: list[float] = ddpm_abar(zero_terminal_snr).clamp(min=LEAST_ABAR)[timesteps].tolist()

@@ -52,9 +52,9 @@ def shift_sigmas(sigmas_B: Tensor, shift: float) -> Tensor:
 
 def resolution_shift(latent_height: int, latent_width: int, ends: Ends = FLUX_SHIFT_ENDS, patch: int = PATCH) -> float:
     """Return a shift e^m, m linear in the number of tokens, so that larger images get more noise. Default: FLUX's."""
-    (few, low), (many, high) = ends
+    (min_tokens, low), (max_tokens, high) = ends
     num_tokens = (latent_height // patch) * (latent_width // patch)
-    return math.exp(low + (high - low) * (num_tokens - few) / (many - few))
+    return math.exp(low + (high - low) * (num_tokens - min_tokens) / (max_tokens - min_tokens))
 
 
 def draw_moved_normal(num_samples: int, generator: torch.Generator, offsets_B: Tensor | None) -> Tensor:
@@ -148,8 +148,8 @@ def build_level_sampler(
             # The table descends, so a draw near 1 means little noise.
             away_B = None if offsets_B is None else -offsets_B
             u_B = draw_scheme(weighting, num_samples, generator, away_B)
-            places_B = (u_B * TABLE_SIZE).long().clamp(max=TABLE_SIZE - 1)
-            return shift_sigmas((TABLE_SIZE - places_B) / TABLE_SIZE, shift)
+            indices_B = (u_B * TABLE_SIZE).long().clamp(max=TABLE_SIZE - 1)
+            return shift_sigmas((TABLE_SIZE - indices_B) / TABLE_SIZE, shift)
         if kind == "logsnr":
             return draw_logsnr(*style, num_samples, generator, offsets_B)
         if kind in ("uniform", "nextdit_shift"):
@@ -167,7 +167,7 @@ def build_level_sampler(
             return q_B
         first, second = HYBRID_SHARES[kind]
         u_B = torch.rand(num_samples, generator=generator)
-        style_B, detail_B = (draw_logsnr(*of, num_samples, generator) for of in (style, DETAIL_LOGSNR))
+        style_B, detail_B = (draw_logsnr(*logsnr, num_samples, generator) for logsnr in (style, DETAIL_LOGSNR))
         return torch.where(u_B < first, q_B, torch.where(u_B < second, style_B, detail_B))
 
     return draw
