@@ -60,6 +60,7 @@ class DDPM:
         timesteps_B = send(cpu_timesteps_B, clean.device)
         input_noise_BCHW = noise_BCHW
         if options.ip_noise_gamma:
+            # Only the input is perturbed; the target keeps the plain noise (Ning et al. 2023, arXiv:2301.11706).
             gamma = draw_strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, generator)
             input_noise_BCHW = noise_BCHW + gamma * draw_normal(clean.shape, generator, clean.device)
         signal_B111, noise_B111 = self._scales(timesteps_B)
@@ -140,15 +141,14 @@ class DDPM:
 def build_ddpm(noise: NoiseOptions, weighting: LossOptions, predicts_velocity: bool) -> DDPM:
     """Build the objective of the models that were trained on `ddpm_abar`.
 
-    Loss weights use the signal-to-noise ratios of the unchanged schedule even with zero terminal SNR: the changed
-    schedule ends at 0, where min-SNR and debiased weights would be 0 / 0 and 1 / 0.
-
     Raises UserError for timesteps outside the schedule and for invalid Huber thresholds.
     """
     min_timestep, max_timestep = resolve_timestep_range(noise, NUM_TIMESTEPS)
     check_huber(weighting)
     return DDPM(
         abar_T=ddpm_abar(noise.zero_terminal_snr),
+        # Loss weights use the unchanged schedule, as in sd-scripts: the one with zero terminal SNR ends at 0, where
+        # min-SNR and debiased weights would be 0 / 0 and 1 / 0.
         snr_T=snr_of(ddpm_abar(zero_terminal_snr=False)),
         predicts_velocity=predicts_velocity,
         min_timestep=min_timestep,
