@@ -280,7 +280,7 @@ class DoubleStreamBlock(nn.Module):
         img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)
         img_qkv = self.img_attn.queries_keys_values(modulate(self.img_norm1(img_BTM), *img_mod[:2]))
         txt_qkv = self.txt_attn.queries_keys_values(modulate(self.txt_norm1(txt_BLM), *txt_mod[:2]))
-        q, k, v = (torch.cat(both, dim=2) for both in zip(txt_qkv, img_qkv, strict=True))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
         attended_BTM = attend(q, k, v, rope, mask)
         num_text = txt_BLM.shape[1]
         img_BTM = img_BTM + img_mod[2] * self.img_attn.proj(attended_BTM[:, num_text:])
@@ -310,8 +310,8 @@ class SingleStreamBlock(nn.Module):
         attended_BTM = attend(q, k, v, rope, mask)
         del q, k, v  # attention keeps their rotated copies
         y_BTM: Tensor = self.linear2(torch.cat([attended_BTM, self.activation(mlp)], dim=-1))
-        after_BTM: Tensor = x_BTM + gate * y_BTM
-        return after_BTM
+        out_BTM: Tensor = x_BTM + gate * y_BTM
+        return out_BTM
 
     def parts(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the MLP's input, queries, keys and values; none is a view, which would keep the fused tensor alive."""

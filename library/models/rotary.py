@@ -48,12 +48,12 @@ class Rotary:
     def __call__(self, positions: Tensor, extents: Sequence[int]) -> Rope:
         """Return the angles of tokens at integer `positions`, (..., T, A), on their device; those on axis a are
         below `extents[a]`."""
-        places = positions.long().unbind(-1)
-        turned = [
-            [part[place] for part in self.tables(width, extent, self.base, positions.device)]
-            for width, extent, place in zip(self.widths, extents, places, strict=True)
+        indices = positions.long().unbind(-1)
+        axes = [
+            [table[index] for table in self.tables(width, extent, self.base, positions.device)]
+            for width, extent, index in zip(self.widths, extents, indices, strict=True)
         ]
-        cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*turned, strict=True))
+        cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*axes, strict=True))
         return torch.stack([cos, sin], dim=-1)
 
 
@@ -71,8 +71,8 @@ def apply_rope(x_BNTD: Tensor, rope: Rope) -> Tensor:
     # passes anyway, use real arithmetic.
     pairs = x_BNTD.float().unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call]
     if x_BNTD.device.type in HAVE_COMPLEX and not torch.compiler.is_compiling():
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
     else:
         (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
-        turned = torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1)
-    return turned.flatten(-2).to(x_BNTD.dtype)
+        rotated = torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1)
+    return rotated.flatten(-2).to(x_BNTD.dtype)

@@ -108,9 +108,9 @@ def encode_t5(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> Ten
     """
     device = next(encoder.parameters()).device
     mask = None if mask_BT is None else send(mask_BT, device)
-    kind = device.type
-    is_float16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    with torch.autocast(kind, torch.bfloat16) if is_float16 else nullcontext():
+    device_type = device.type
+    is_float16 = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
+    with torch.autocast(device_type, torch.bfloat16) if is_float16 else nullcontext():
         hidden_BTW: Tensor = encoder(send(ids_BT, device), attention_mask=mask).last_hidden_state
     return hidden_BTW
 
@@ -118,8 +118,8 @@ def encode_t5(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> Ten
 def tokenize_t5(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """Return (IDs, mask) of shape (B, length): a caption's tokens, the end token, padding; the mask is 0 for
     padding."""
-    found = tokenizer(list(captions), max_length=length, padding="max_length", truncation=True, return_tensors="pt")
-    return found["input_ids"], found["attention_mask"]
+    encoding = tokenizer(list(captions), max_length=length, padding="max_length", truncation=True, return_tensors="pt")
+    return encoding["input_ids"], encoding["attention_mask"]
 
 
 def count_t5_tokens(tokenizer: Any, caption: str) -> int:

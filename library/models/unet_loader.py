@@ -50,8 +50,8 @@ class UnetLoader:
     @property
     def num_words(self) -> int | None:
         """The size of the vocabulary that all text encoders share; None if none is present."""
-        found = [get_first_side(clip, CLIP_WORDS) for clip in self.parts.clips]
-        return min((number for number in found if number is not None), default=None)
+        sizes = [get_first_side(clip, CLIP_WORDS) for clip in self.parts.clips]
+        return min((number for number in sizes if number is not None), default=None)
 
     def text_encoders(self) -> list[nn.Module]:
         return [load_clip(clip, self.dtype) for clip in self.parts.clips]

@@ -81,21 +81,21 @@ def from_open_clip(weights: Weights) -> Weights:
     transposed weight. A key "text_projection.weight" already has Linear's layout.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    places: dict[str, tuple[str, str | int | None]] = {}  # new name -> (old name, third of the rows or "transposed")
+    sources: dict[str, tuple[str, str | int | None]] = {}  # new name -> (old name, third of the rows or "transposed")
     for key, shape in weights.shapes.items():
         packed = re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", key)
         if packed:
             for third, name in enumerate(THIRDS):
                 new = f"encoder.layers.{packed[1]}.self_attn.{name}.{packed[2]}"
-                places[new], shapes[new] = (key, third), (shape[0] // 3, *shape[1:])
+                sources[new], shapes[new] = (key, third), (shape[0] // 3, *shape[1:])
         elif key == "text_projection":
-            places[PROJECTION], shapes[PROJECTION] = (key, "transposed"), shape[::-1]
+            sources[PROJECTION], shapes[PROJECTION] = (key, "transposed"), shape[::-1]
         elif key not in OPEN_CLIP_LEFT_OUT:
             new = open_clip_name(key)
-            places[new], shapes[new] = (key, None), shape
+            sources[new], shapes[new] = (key, None), shape
 
     def read(name: str) -> Tensor:
-        old, part = places[name]
+        old, part = sources[name]
         tensor = weights.read(old)
         if isinstance(part, int):
             return tensor.chunk(3)[part].clone()
@@ -184,9 +184,9 @@ def empty_clip(config: Mapping[str, Any], projects: bool = False) -> Any:
     """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    kind = CLIPTextModelWithProjection if projects else CLIPTextModel
+    model_class = CLIPTextModelWithProjection if projects else CLIPTextModel
     with torch.device("meta"):
-        clip = kind(CLIPTextConfig.from_dict(dict(config)))
+        clip = model_class(CLIPTextConfig.from_dict(dict(config)))
     position_ids = torch.arange(clip.config.max_position_embeddings).expand((1, -1))
     clip_body(clip).embeddings.register_buffer("position_ids", position_ids, persistent=False)
     return clip

@@ -74,9 +74,9 @@ def find_vae(
 
 def check_channels(model: str, flag: str, component: Component, num_channels: int) -> None:
     """Raise UserError if a VAE's number of latent channels differs from the base model's."""
-    found = shape_of(component.weights.shapes, "decoder.conv_in.weight")[1]
-    if found != num_channels:
+    channels = shape_of(component.weights.shapes, "decoder.conv_in.weight")[1]
+    if channels != num_channels:
         raise UserError(
-            f"{flag} {component.weights.origin} has {found} latent channels, but {model} needs {num_channels}; use its "
-            "ae.safetensors"
+            f"{flag} {component.weights.origin} has {channels} latent channels, but {model} needs {num_channels}; "
+            "use its ae.safetensors"
         )
