@@ -19,6 +19,7 @@ from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.sinusoids import sinusoids
 
 EPS = 1e-6
+# The sinusoids were trained on timesteps of 0 to 1000 (time_factor in the original code).
 LEVEL_SCALE = 1000
 SWAPPED = "final_layer.adaLN_modulation.1"  # diffusers has shift and scale in reverse order
 ATTENTION: Layers = {  # layers of double blocks -> diffusers' paths
@@ -268,6 +269,7 @@ class DoubleStreamBlock(nn.Module):
         self.img_attn = SelfAttention(config)
         self.img_norm2 = make_norm(width)
         self.img_mlp = make_mlp(config)
+        # Rows 0 to 5 are shift, scale and gate of the image's two parts.
         self.txt_mod = make_modulation(2, 6)
         self.txt_norm1 = make_norm(width)
         self.txt_attn = SelfAttention(config)

@@ -112,6 +112,7 @@ def suggest_fix(found: BaseModelSpec, wanted: BaseModelSpec) -> str:
 def refuse_other_file(specs: Sequence[BaseModelSpec], flag: str, weights: Weights, wanted: str) -> None:
     """Raise UserError if a single file is not a checkpoint of the U-Net model `wanted`, and say what it is."""
     names = list(weights.shapes)
+    # Variants have the names of the model that they vary, so they have to be refused first.
     refuse_variants(specs, flag, weights.origin, weights.shapes)
     refuse_other(specs, flag, weights.origin, base_of_file(specs, weights.shapes), wanted, "checkpoint")
     if not any(re.match(UNET_NAME, name) for name in names):

@@ -119,9 +119,10 @@ class ChatText:
         return Tokens((encoding["input_ids"][:, None].long(), encoding["attention_mask"][:, None]))
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """Return the features of `encode_states`. Autocast is off, because the encoder's states overflow float16."""
+        """Return the features of `encode_states`."""
         (encoder,) = encoders
         ids_BS, mask_BS = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
+        # The encoder's states overflow float16.
         with torch.autocast(next(encoder.parameters()).device.type, enabled=False):
             return self.encode_states(encoder, ids_BS, mask_BS)
 

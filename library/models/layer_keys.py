@@ -77,6 +77,7 @@ class LayerKeys:
                 name.removeprefix(f"{stack.theirs}.") for name in present if name.startswith(f"{stack.theirs}.")
             ]
             numbers = sorted({int(name.partition(".")[0]) for name in block_names})
+            # A block that is itself a layer has an empty name in its stack.
             paths += [f"{stack.ours}.{number}.{layer}".rstrip(".") for number in numbers for layer in stack.layers]
         keys = (f"{path}.{leaf}" for path in paths for leaf in self.leaves(path))
         yield from (key for key in keys if not present.isdisjoint(self.source_keys(key)))

@@ -28,6 +28,8 @@ from library.models.shapes import shape_of
 
 logger = logging.getLogger(__name__)
 
+# Bytes that are converted at a time, few enough to stay in the processor's cache: reading a U-Net checkpoint from
+# float16 into bfloat16 takes 0.95 instead of 1.25 CPU seconds.
 BYTES_IN_CACHE = 1 << 19
 
 
@@ -94,6 +96,7 @@ def empty_transformers_model(family: str, kind: str, config: Mapping[str, Any], 
 
     configuration = import_module(f"transformers.models.{family}.configuration_{family}")
     modeling = import_module(f"transformers.models.{family}.modeling_{family}")
+    # An encoder runs once per caption, so a cache of keys and values would only take memory.
     settings = getattr(configuration, f"{kind}Config").from_dict({**config, "use_cache": False}, **options)
     with init_empty_weights(include_buffers=False):
         return getattr(modeling, f"{kind}Model")(settings)
@@ -135,6 +138,7 @@ def materialise(
     Raises UserError naming missing weights and wrong shapes; warns of unknown names.
     """
     expected = model.state_dict()
+    # Names and shapes are known before any weight is read, so a wrong file is refused at once.
     check_names(weights, expected, type(model).__name__)
     check_shapes(weights, expected, type(model).__name__)
     layout = channels_last_where_it_fits(expected.values())
@@ -142,6 +146,7 @@ def materialise(
     reader = WeightReader(weights, expected, dtype, layout, request.changes)
     stored = store_blocks(model, reader, request)
     tensors = {name: reader.read(name) for name in expected if name not in stored}
+    # Stored layers have other parameters than `weight`, and have them already.
     model.load_state_dict(tensors, assign=True, strict=not stored)
     return model.requires_grad_(False).eval()
 
@@ -154,6 +159,7 @@ def check_names(weights: Weights, expected: Mapping[str, Tensor], model: str) ->
             f"{weights.origin} is incomplete: {len(missing)} of the {len(expected)} weights of {model} are missing: "
             f"{list_few(missing)}"
         )
+    # Older versions of transformers saved position_ids, which are no weights.
     unknown = [name for name in weights.shapes if name not in expected and not name.endswith("position_ids")]
     if unknown:
         logger.warning(
@@ -206,6 +212,7 @@ def store_blocks(model: nn.Module, reader: WeightReader, request: AsRead) -> set
     if request.codec is None and request.take is None:
         return set()
     codec = None if isinstance(request.codec, AsInFile) else request.codec
+    # `take` needs the parts of a frozen layer; plain storage changes no value.
     if codec is None and request.take is not None:
         codec = Plain()
     stored = set()

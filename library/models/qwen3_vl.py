@@ -55,6 +55,7 @@ def qwen3_vl_component(weights: Weights, folder_config: Mapping[str, Any] | None
 def qwen3_vl_config(shapes: Shapes) -> dict[str, Any]:
     """Return the arguments of transformers' Qwen3VLTextConfig."""
     head_width = shape_of(shapes, MARK)[0]
+    # Qwen3-VL divides the 64 frequencies of its heads into 24, 20 and 20; tiny models keep the shares.
     section = head_width // 2 * 5 // 16  # the frequencies for rows, and for columns; the others are for time
     config = decoder_config(shapes, head_width, ROPE_BASE, EPS)
     return {

@@ -98,6 +98,7 @@ def rotary_positions(is_slot_S: Sequence[bool], sides: Sequence[tuple[int, int]]
             height, width = next(remaining)
             grid_S2 = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2)
             positions_S3 = torch.cat([torch.zeros(num_tokens, 1, dtype=torch.long), grid_S2], dim=1)
+            # As in transformers: the text after an image continues behind its longer side.
             advance = max(height, width)
         else:
             positions_S3, advance = torch.arange(num_tokens)[:, None].expand(-1, 3), num_tokens

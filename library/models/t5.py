@@ -72,12 +72,10 @@ def t5_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def empty_t5(config: Mapping[str, Any]) -> Any:
-    """Build transformers' T5EncoderModel on the meta device; both names of the word embedding are one module.
-
-    T5's own dropout is off: it would act whenever a module is in train mode.
-    """
+    """Build transformers' T5EncoderModel on the meta device; both names of the word embedding are one module."""
     from transformers import T5Config, T5EncoderModel
 
+    # T5's own dropout would act whenever a module is in train mode.
     with torch.device("meta"):
         model = T5EncoderModel(T5Config.from_dict({**config, "dropout_rate": 0.0}))
     model.encoder.embed_tokens = model.shared  # transformers 5 makes two, which would take twice the memory
@@ -97,6 +95,7 @@ def precisions(dtype: torch.dtype) -> str:
 def load_t5(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     """Load the encoder with its weights in `t5_dtype(dtype)`, frozen, on the CPU."""
     model: Any = empty_t5(component.config)
+    # The module's state has the shared embedding under both names.
     names = {WORDS[1]: WORDS[0]} | {key: key for key in component.weights.shapes}
     return materialise(model, select_weights(component.weights, names), t5_dtype(dtype))
 
@@ -130,6 +129,7 @@ def count_t5_tokens(tokenizer: Any, caption: str) -> int:
 def holds_t5_tokenizer(folder: Path) -> bool:
     """Return True if a folder has the files of T5's tokenizer."""
     is_t5 = (folder / "spiece.model").is_file()
+    # Folders of byte-pair tokenizers, such as CLIP's, have a tokenizer.json too, beside merges.txt.
     return is_t5 or ((folder / "tokenizer.json").is_file() and not (folder / "merges.txt").is_file())
 
 

@@ -51,6 +51,7 @@ class TokenizerFiles:
         if cached is not None:
             for name in self.files:
                 if (downloaded / name).is_file():
+                    # Whole or not at all: the next start would find a file that was cut off before it asks the hub.
                     copy_atomically(downloaded / name, cached / name)
         return downloaded
 

@@ -36,6 +36,7 @@ def unet_component(ldm: Weights, head_width: int | None = None) -> Component:
 def unet_layout(ldm_shapes: Shapes) -> UnetLayout:
     """Return layers per block and attention levels of a U-Net in the single-file layout, names without prefix."""
     num_blocks = count(ldm_shapes, r"input_blocks\.(\d+)\.")
+    # Downsampling ends a level: with two residual blocks per level, it is in input blocks 3, 6 and 9.
     ends = [n for n in range(num_blocks) if f"input_blocks.{n}.0.op.weight" in ldm_shapes]
     per_level = ends[0] if ends else num_blocks
     if ends != [per_level * (level + 1) for level in range(len(ends))]:

@@ -62,6 +62,7 @@ def find_vae(
         return base.flag, *base.open_folder(FOLDER)
     else:
         weights = base.whole
+    # In a base model's file, names without a prefix belong to the denoiser.
     prefixes = VAE_PREFIXES if name is not None else VAE_PREFIXES[:-1]
     prefix = next((p for p in prefixes if any(f"{p}{mark}" in weights.shapes for mark in marks)), None)
     if prefix is None:

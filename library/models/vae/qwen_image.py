@@ -53,13 +53,11 @@ class QwenImageLatents:
     spec: LatentSpec
 
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        """Return the posterior's mean, normalized by each channel's mean and deviation, float32; nothing is sampled.
-
-        The VAE's parts are called one by one: a call of the whole VAE caches every layer's input for a next frame,
-        which an image does not have.
-        """
+        """Return the posterior's mean, normalized by each channel's mean and deviation, float32; nothing is sampled."""
         model: Any = vae
         frames = pixels_BCHW[:, :, None].to(model.device, model.dtype)
+        # The parts are called one by one: a call of the whole VAE caches every layer's input for a next frame, which an
+        # image does not have.
         posterior_mean, _ = model.quant_conv(model.encoder(frames)).chunk(2, dim=1)
         latents_BCHW: Tensor = posterior_mean[:, :, 0].float()
         mean, std = statistics(latents_BCHW.device)
@@ -74,6 +72,7 @@ class QwenImageLatents:
         mean, std = statistics(latents_BCHW.device)
         frames = (latents_BCHW.float() * std + mean)[:, :, None]
         pixels_BCHW: Tensor = model.decoder(model.post_quant_conv(frames.to(model.device, model.dtype)))[:, :, 0]
+        # Clamped as in a call of diffusers' VAE.
         return pixels_BCHW.float().clamp(-1, 1)
 
 
@@ -171,6 +170,7 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
         "z_dim": shape_of(shapes, "decoder.conv_in.weight")[1],
         "dim_mult": [shape_of(shapes, f"encoder.down_blocks.{n}.conv1.weight")[0] // base for n in last_blocks],
         "num_res_blocks": resampling[0] if resampling else len(layers),
+        # diffusers' spelling.
         "temperal_downsample": [f"encoder.down_blocks.{n}.time_conv.weight" in shapes for n in resampling],
         "input_channels": shape_of(shapes, "encoder.conv_in.weight")[1],
     }

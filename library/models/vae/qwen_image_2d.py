@@ -65,6 +65,7 @@ def replace_layers_for_images(vae: Any) -> Any:
     """
     from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d, QwenImageRMS_norm
 
+    # A list, because the loop changes the tree that it walks.
     for module in list(vae.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, QwenImageCausalConv3d) and name != "time_conv":
