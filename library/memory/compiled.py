@@ -43,7 +43,7 @@ class CompiledBlock(nn.Module):
     def __init__(
         self, block: nn.Module, settings: CompileSettings, begun_kinds: set[type], warned_kinds: set[type]
     ) -> None:
-        """`begun_kinds` and `warned_kinds` collect the kinds of blocks whose compiling or end of it was logged."""
+        """`begun_kinds` collects kinds whose compilation was logged, `warned_kinds` those that reached the limit."""
         super().__init__()
         self.block = block
         self.settings = settings
