@@ -28,6 +28,7 @@ def invert_losses(losses: Tensor) -> Tensor:
     """Return the margins of these losses, float64: the implicit rewards of the preferred images minus those of the
     rejected ones."""
     losses = losses.double().clamp(min=LEAST_LOSS)
+    # This is -log(exp(losses) - 1), without overflow for large losses and without cancellation for small ones.
     return -(losses + torch.log(-torch.expm1(-losses)))
 
 

@@ -83,9 +83,11 @@ class FlowMatching:
         noise_BCHW = self.draw_noise(clean, generator)
         input_noise_BCHW = noise_BCHW
         if self.noise.ip_noise_gamma:
+            # Only the input is perturbed; the target keeps the plain noise (Ning et al. 2023, arXiv:2301.11706).
             gamma = draw_strength(self.noise.ip_noise_gamma, self.noise.ip_noise_gamma_random_strength, generator)
             input_noise_BCHW = noise_BCHW + gamma * draw_normal(clean.shape, generator, clean.device)
         B, _, H, W = clean.shape
+        # Timesteps stay in float32: those of bfloat16 are 4 apart between 512 and 1000.
         timesteps_B = send(self.draw_timesteps(B, H, W, generator, offsets_B), clean.device)
         sigmas_B = timesteps_B / NUM_TIMESTEPS
         sigmas_B111 = sigmas_B.view(-1, 1, 1, 1)
@@ -110,6 +112,7 @@ class FlowMatching:
         if self.timestep is not None or lowest >= highest:
             return torch.full((B,), float(highest if self.timestep is None else self.timestep))
         timesteps_B = self.draw_levels(B, H, W, generator, offsets_B) * (highest - lowest) + lowest
+        # A drawn level of 1 would be `highest` itself, which is outside of the range.
         return timesteps_B.floor().clamp(max=highest - 1) if self.has_whole_timesteps else timesteps_B
 
     def noise_levels(self, noised: Noised) -> Tensor:
@@ -137,6 +140,7 @@ class FlowMatching:
         """Return the error of every latent value times the weight of its noise level, float32, shape BCHW."""
         threshold_B = None
         if self.weighting.loss_type in ("huber", "smooth_l1"):
+            # Infinite for pure noise, where the "snr" schedule gives huber_c as it should.
             noise_per_signal_B = noised.sigmas_B / (1 - noised.sigmas_B)
             threshold_B = huber_threshold(self.weighting, noise_per_signal_B, noised.timesteps_B, NUM_TIMESTEPS)
         error_BCHW = pointwise_error(prediction_BCHW, target_BCHW, self.weighting.loss_type, threshold_B)

@@ -21,13 +21,14 @@ def apply_guidance(
     """Return the guided prediction for a prompt, float32. `progress` is the share of steps up to and including this
     one, above 0 and at most 1.
 
-    The model is called twice rather than once with both prompts: the prompts may differ in length, and the memory for
-    one image suffices. `negative` may be None unless `needs_negative`.
+    `negative` may be None unless `needs_negative`.
     """
     positive_BCHW = predict(positive).float()
     if not needs_negative(prompt) or not is_guided_at(prompt, progress):
         return positive_BCHW
     assert negative is not None
+    # The model is called twice rather than once with both prompts: the prompts may differ in length, and the memory for
+    # one image suffices.
     return guide(predict(negative).float(), positive_BCHW, prompt)
 
 
@@ -65,7 +66,8 @@ def needs_negative(prompt: Prompt) -> bool:
 
 def limit_length(guided_BCHW: Tensor, positive_BCHW: Tensor, limit: float) -> Tensor:
     """Scale a guided prediction down to at most `limit` times the norm of the unguided one, for each sample."""
-    longest_B: Tensor = limit * torch.linalg.vector_norm(positive_BCHW.flatten(1), dim=1)
-    length_B: Tensor = torch.linalg.vector_norm(guided_BCHW.flatten(1), dim=1)
-    shares_B: Tensor = (longest_B / length_B.clamp(min=1e-12)).clamp(max=1.0)
-    return guided_BCHW * shares_B.view(-1, 1, 1, 1)
+    limits_B: Tensor = limit * torch.linalg.vector_norm(positive_BCHW.flatten(1), dim=1)
+    norms_B: Tensor = torch.linalg.vector_norm(guided_BCHW.flatten(1), dim=1)
+    # A prediction of zeros would divide 0 by 0.
+    factors_B: Tensor = (limits_B / norms_B.clamp(min=1e-12)).clamp(max=1.0)
+    return guided_BCHW * factors_B.view(-1, 1, 1, 1)

@@ -74,5 +74,6 @@ def blank(pixels_BCHW: Tensor, masks_B1HW: Tensor) -> Tensor:
 def mask_channels(masks_B1HW: Tensor, kept_BChw: Tensor) -> Tensor:
     """Return the channels that are appended to the noisy latents, shape (B, 1 + C, h, w): the mask at the size of
     the latents, then the latents of the blanked image."""
+    # "nearest" as in diffusers' pipelines, so that the mask stays 0 or 1.
     masks_B1hw = interpolate(masks_B1HW, size=kept_BChw.shape[-2:], mode="nearest")
     return torch.cat([masks_B1hw.to(kept_BChw), kept_BChw], 1)

@@ -45,9 +45,8 @@ def add_coarse_noise(noise_BCHW: Tensor, num_iterations: int, discount: float, g
     """Add increasingly coarse noise ("multi-resolution noise"), then rescale each sample to unit standard deviation.
 
     Pass i adds discount**i times white noise at 1 / r**i of the size, resized bilinearly; r is drawn uniformly from [2,
-    4) for each pass. The passes end early once a side has one value. The deviation is taken per sample, so that an
-    image's noise does not depend on the rest of its batch. Source: Jonathan Whitaker, "Multi-resolution noise for
-    diffusion model training".
+    4) for each pass. The passes end early once a side has one value. Source: Jonathan Whitaker, "Multi-resolution
+    noise for diffusion model training".
     """
     B, C, H, W = noise_BCHW.shape
     for i in range(num_iterations):
@@ -57,4 +56,5 @@ def add_coarse_noise(noise_BCHW: Tensor, num_iterations: int, discount: float, g
         noise_BCHW = noise_BCHW + discount**i * interpolate(coarse_BChw, (H, W), mode="bilinear")
         if h == 1 or w == 1:
             break
+    # Per sample, so that an image's noise does not depend on the rest of its batch.
     return noise_BCHW / noise_BCHW.std((1, 2, 3), keepdim=True)

@@ -51,16 +51,17 @@ class DDPM:
 
         Offsets are ignored.
         """
-        o = self.noise
+        options = self.noise
         clean = clean_BCHW.float()
         noise_BCHW = self.draw_noise(clean, generator)
-        drawn_B = draw_timesteps(
+        cpu_timesteps_B = draw_timesteps(
             len(clean), self.min_timestep, self.max_timestep, generator, num_timesteps=len(self.abar_T)
         )
-        timesteps_B = send(drawn_B, clean.device)
+        timesteps_B = send(cpu_timesteps_B, clean.device)
         input_noise_BCHW = noise_BCHW
-        if o.ip_noise_gamma:
-            gamma = draw_strength(o.ip_noise_gamma, o.ip_noise_gamma_random_strength, generator)
+        if options.ip_noise_gamma:
+            # Only the input is perturbed; the target keeps the plain noise (Ning et al. 2023, arXiv:2301.11706).
+            gamma = draw_strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, generator)
             input_noise_BCHW = noise_BCHW + gamma * draw_normal(clean.shape, generator, clean.device)
         signal_B111, noise_B111 = self._scales(timesteps_B)
         return Noised(
@@ -73,13 +74,15 @@ class DDPM:
 
     def draw_noise(self, clean_BCHW: Tensor, generator: torch.Generator) -> Tensor:
         """Draw noise for latents, float32, with the requested noise offset and multi-resolution noise."""
-        o, clean = self.noise, clean_BCHW.float()
+        options, clean = self.noise, clean_BCHW.float()
         noise_BCHW = draw_normal(clean.shape, generator, clean.device)
-        if o.noise_offset:
-            strength = draw_strength(o.noise_offset, o.noise_offset_random_strength, generator)
-            noise_BCHW = add_offset(noise_BCHW, clean, strength, o.adaptive_noise_scale, generator)
-        if o.multires_noise_iterations:
-            noise_BCHW = add_coarse_noise(noise_BCHW, o.multires_noise_iterations, o.multires_noise_discount, generator)
+        if options.noise_offset:
+            strength = draw_strength(options.noise_offset, options.noise_offset_random_strength, generator)
+            noise_BCHW = add_offset(noise_BCHW, clean, strength, options.adaptive_noise_scale, generator)
+        if options.multires_noise_iterations:
+            noise_BCHW = add_coarse_noise(
+                noise_BCHW, options.multires_noise_iterations, options.multires_noise_discount, generator
+            )
         return noise_BCHW
 
     def noise_levels(self, noised: Noised) -> Tensor:
@@ -138,15 +141,14 @@ class DDPM:
 def build_ddpm(noise: NoiseOptions, weighting: LossOptions, predicts_velocity: bool) -> DDPM:
     """Build the objective of the models that were trained on `ddpm_abar`.
 
-    Loss weights use the signal-to-noise ratios of the unchanged schedule even with zero terminal SNR: the changed
-    schedule ends at 0, where min-SNR and debiased weights would be 0 / 0 and 1 / 0.
-
     Raises UserError for timesteps outside the schedule and for invalid Huber thresholds.
     """
     min_timestep, max_timestep = resolve_timestep_range(noise, NUM_TIMESTEPS)
     check_huber(weighting)
     return DDPM(
         abar_T=ddpm_abar(noise.zero_terminal_snr),
+        # Loss weights use the unchanged schedule, as in sd-scripts: the one with zero terminal SNR ends at 0, where
+        # min-SNR and debiased weights would be 0 / 0 and 1 / 0.
         snr_T=snr_of(ddpm_abar(zero_terminal_snr=False)),
         predicts_velocity=predicts_velocity,
         min_timestep=min_timestep,

@@ -51,6 +51,7 @@ class Sampler(Protocol):
         ...
 
 
+# diffusers' value for an abar of 0, by which most methods would divide.
 LEAST_ABAR = 2.0**-24
 DDPM_SAMPLER = "ddpm"
 """The stochastic sampler of Ho et al. 2020, which adds noise in each step. Not a value of `sample_sampler`."""
@@ -59,8 +60,7 @@ DDPM_SAMPLER = "ddpm"
 def build_ddpm_sampler(name: str, num_steps: int, *, predicts_velocity: bool, zero_terminal_snr: bool) -> Sampler:
     """Build the sampler `name` (a key of SAMPLERS or ALIASES, or DDPM_SAMPLER) for a DDPM model.
 
-    A schedule with zero terminal SNR starts at the last timestep (Lin et al. 2024). Its abar is set to LEAST_ABAR
-    instead of 0 there, because most methods divide by it.
+    A schedule with zero terminal SNR starts at the last timestep (Lin et al. 2024).
     """
     if name == DDPM_SAMPLER:
         return AncestralSampler(num_steps, predicts_velocity, zero_terminal_snr)
@@ -68,20 +68,20 @@ def build_ddpm_sampler(name: str, num_steps: int, *, predicts_velocity: bool, ze
 
     name = ALIASES.get(name, name)
     class_name, keywords = SAMPLERS[name]
-    kind = getattr(diffusers, class_name)
+    scheduler_class = getattr(diffusers, class_name)
     schedule: dict[str, Any] = {
         "num_train_timesteps": NUM_TIMESTEPS,
         "prediction_type": "v_prediction" if predicts_velocity else "epsilon",
     }
     if zero_terminal_snr:
         schedule["trained_betas"] = betas_of(ddpm_abar(zero_terminal_snr=True).clamp(min=LEAST_ABAR)).tolist()
-        if "timestep_spacing" in inspect.signature(kind.__init__).parameters:
+        if "timestep_spacing" in inspect.signature(scheduler_class.__init__).parameters:
             schedule["timestep_spacing"] = "trailing"
     else:
         schedule |= {"beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # "dpmsolver" is deprecated in diffusers
-        scheduler = kind(**schedule, **keywords)
+        scheduler = scheduler_class(**schedule, **keywords)
     scheduler.set_timesteps(num_steps)
     return (MultistepSampler if name == "lms" else DdpmSampler)(scheduler, zero_terminal_snr)
 
@@ -98,6 +98,7 @@ class DdpmSampler:
         self.scheduler = scheduler
         sigmas_T = sigmas_of(ddpm_abar(zero_terminal_snr)).numpy()
         timesteps_N = scheduler.timesteps.double().numpy()
+        # Timesteps of some schedulers lie between those of the table.
         sigmas_N = np.interp(timesteps_N, np.arange(len(sigmas_T)), sigmas_T)
         self.levels = [Level(float(t), float(sigma)) for t, sigma in zip(timesteps_N, sigmas_N, strict=True)]
         self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
@@ -133,8 +134,8 @@ class MultistepSampler(DdpmSampler):
         slope_BCHW = (stepped - latents_BCHW) / (sigmas[index + 1] - sigmas[index])
         self._slopes = [slope_BCHW, *self._slopes][: self._order]
         weights = adams_bashforth(sigmas, index, len(self._slopes))
-        parts = [float(weight) * slope for weight, slope in zip(weights, self._slopes, strict=True)]
-        return latents_BCHW + torch.stack(parts).sum(0)
+        terms = [float(weight) * slope for weight, slope in zip(weights, self._slopes, strict=True)]
+        return latents_BCHW + torch.stack(terms).sum(0)
 
 
 class AncestralSampler:
@@ -146,8 +147,9 @@ class AncestralSampler:
     """
 
     def __init__(self, num_steps: int, predicts_velocity: bool, zero_terminal_snr: bool) -> None:
-        width = NUM_TIMESTEPS // num_steps
-        timesteps = [width * n for n in reversed(range(num_steps))]
+        spacing = NUM_TIMESTEPS // num_steps
+        # diffusers' spacings: "leading", and "trailing" for a schedule that has to start at its last timestep.
+        timesteps = [spacing * n for n in reversed(range(num_steps))]
         if zero_terminal_snr:
             timesteps = [round(NUM_TIMESTEPS - NUM_TIMESTEPS * n / num_steps) - 1 for n in range(num_steps)]
         abars: list[float] = ddpm_abar(zero_terminal_snr).clamp(min=LEAST_ABAR)[timesteps].tolist()
@@ -181,6 +183,7 @@ def adams_bashforth(positions: Any, index: int, order: int) -> list[float]:
 
     Each weight is the integral of a Lagrange basis polynomial over the step.
     """
+    # Positions count from the current one, where the antiderivatives are 0.
     origin = positions[index]
     nodes = [positions[index - back] - origin for back in range(order)]
     end = positions[index + 1] - origin
@@ -201,6 +204,7 @@ class FlowSampler:
     def __init__(self, sigmas_N: Tensor, predicts: Velocity = "noise - latent") -> None:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
+        # The noise levels are shifted already, and the scheduler would shift them again.
         self.scheduler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS, shift=1.0)
         self.scheduler.set_timesteps(sigmas=sigmas_N.double().tolist())
         self.levels = [Level(sigma * NUM_TIMESTEPS, sigma) for sigma in sigmas_N.double().tolist()]

@@ -14,6 +14,7 @@ BETA_END = 0.012
 
 def scaled_linear_betas() -> Tensor:
     """Return the betas of latent diffusion (Rombach et al. 2022): float64, shape T; their square roots are linear."""
+    # In float32, 1 - abar of the first timesteps would have only four correct digits.
     return torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
 
 

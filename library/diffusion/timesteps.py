@@ -33,6 +33,7 @@ class LevelSampler(Protocol):
 TABLE_SIZE = 1000
 PATCH = 2  # side, in latents, of the patch that most transformers read as one token
 Ends = tuple[tuple[int, float], tuple[int, float]]
+# As in diffusers' `calculate_shift`, where m is called mu.
 FLUX_SHIFT_ENDS: Ends = ((256, 0.5), (4096, 1.15))  # (tokens, m) at both ends of FLUX.1's training sizes
 QWEN_SHIFT_ENDS: Ends = ((256, 0.5), (8192, 0.9))
 KREA2_SHIFT_ENDS: Ends = ((256, 0.5), (6400, 1.15))
@@ -52,9 +53,9 @@ def shift_sigmas(sigmas_B: Tensor, shift: float) -> Tensor:
 
 def resolution_shift(latent_height: int, latent_width: int, ends: Ends = FLUX_SHIFT_ENDS, patch: int = PATCH) -> float:
     """Return a shift e^m, m linear in the number of tokens, so that larger images get more noise. Default: FLUX's."""
-    (few, low), (many, high) = ends
+    (min_tokens, low), (max_tokens, high) = ends
     num_tokens = (latent_height // patch) * (latent_width // patch)
-    return math.exp(low + (high - low) * (num_tokens - few) / (many - few))
+    return math.exp(low + (high - low) * (num_tokens - min_tokens) / (max_tokens - min_tokens))
 
 
 def draw_moved_normal(num_samples: int, generator: torch.Generator, offsets_B: Tensor | None) -> Tensor:
@@ -85,6 +86,7 @@ def draw_scheme(
     u_B = torch.rand(num_samples, generator=generator)
     if options.weighting_scheme == "mode":
         c = options.mode_scale
+        # Rounding, and large scales, lead outside of 0..1.
         return (1 - u_B - c * ((math.pi / 2 * u_B).cos().square() - 1 + u_B)).clamp(0, 1)
     return u_B
 
@@ -148,8 +150,9 @@ def build_level_sampler(
             # The table descends, so a draw near 1 means little noise.
             away_B = None if offsets_B is None else -offsets_B
             u_B = draw_scheme(weighting, num_samples, generator, away_B)
-            places_B = (u_B * TABLE_SIZE).long().clamp(max=TABLE_SIZE - 1)
-            return shift_sigmas((TABLE_SIZE - places_B) / TABLE_SIZE, shift)
+            # A draw of exactly 1 has no entry.
+            indices_B = (u_B * TABLE_SIZE).long().clamp(max=TABLE_SIZE - 1)
+            return shift_sigmas((TABLE_SIZE - indices_B) / TABLE_SIZE, shift)
         if kind == "logsnr":
             return draw_logsnr(*style, num_samples, generator, offsets_B)
         if kind in ("uniform", "nextdit_shift"):
@@ -167,7 +170,7 @@ def build_level_sampler(
             return q_B
         first, second = HYBRID_SHARES[kind]
         u_B = torch.rand(num_samples, generator=generator)
-        style_B, detail_B = (draw_logsnr(*of, num_samples, generator) for of in (style, DETAIL_LOGSNR))
+        style_B, detail_B = (draw_logsnr(*logsnr, num_samples, generator) for logsnr in (style, DETAIL_LOGSNR))
         return torch.where(u_B < first, q_B, torch.where(u_B < second, style_B, detail_B))
 
     return draw
@@ -199,6 +202,7 @@ def check_timestep_range(min_timestep: int, max_timestep: int, num_timesteps: in
     """Raise UserError for limits outside the schedule."""
     if not 0 <= min_timestep < num_timesteps:
         raise UserError(f"--min_timestep is {min_timestep}; it must lie in 0..{num_timesteps - 1}")
+    # From an empty range every sample gets `max_timestep` itself, so it must be in the schedule.
     highest = num_timesteps if min_timestep < max_timestep else num_timesteps - 1
     if not 0 <= max_timestep <= highest:
         raise UserError(

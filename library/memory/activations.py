@@ -25,18 +25,20 @@ class RecomputeFromMainMemory:
         self.last: Callable[[], BlockInputs | None] = lambda: None
 
     def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any:
-        # Only inputs that carry a gradient are moved: frozen ones, such as positions and masks, are shared by all
-        # blocks and would be copied once per block.
         if not torch.is_grad_enabled():
             return block(*inputs, **named)
-        own = {id(value) for value in (*inputs, *named.values()) if isinstance(value, Tensor) and value.requires_grad}
-        places = {identify_values(value) for value in (*inputs, *named.values()) if id(value) in own}
+        # Only inputs that carry a gradient are moved: frozen ones, such as positions and masks, are shared by all
+        # blocks and would be copied once per block.
+        moved_ids = {
+            id(value) for value in (*inputs, *named.values()) if isinstance(value, Tensor) and value.requires_grad
+        }
+        moved_keys = {identify_values(value) for value in (*inputs, *named.values()) if id(value) in moved_ids}
         # Autograd's graph keeps the inputs alive. A strong reference here would also keep those of a discarded graph.
-        kept = BlockInputs(self.last, self.streams)
-        self.last = weakref.ref(kept)
+        block_inputs = BlockInputs(self.last, self.streams)
+        self.last = weakref.ref(block_inputs)
 
         def pack(tensor: Tensor) -> Tensor | tuple[BlockInputs, int]:
-            return (kept, kept.add(tensor)) if identify_values(tensor) in places else tensor
+            return (block_inputs, block_inputs.add(tensor)) if identify_values(tensor) in moved_keys else tensor
 
         with saved_tensors_hooks(pack, unpack):
             return recompute(block, *inputs, **named)
@@ -45,8 +47,8 @@ class RecomputeFromMainMemory:
 def unpack(packed: Tensor | tuple["BlockInputs", int]) -> Tensor:
     if isinstance(packed, Tensor):
         return packed
-    kept, i = packed
-    return kept.take(i)
+    block_inputs, i = packed
+    return block_inputs.take(i)
 
 
 def identify_values(tensor: Tensor) -> tuple[int, torch.Size]:
@@ -81,9 +83,9 @@ class BlockInputs:
         """Return a tensor on its device, and start fetching the inputs of the block that is recomputed next."""
         if i not in self.fetched:
             self.fetch()
-        before = self.before()
-        if before is not None and not before.fetched:
-            before.fetch()
+        previous = self.before()
+        if previous is not None and not previous.fetched:
+            previous.fetch()
         tensor, arrived = self.fetched.pop(i)
         if arrived is not None:
             torch.cuda.current_stream(tensor.device).wait_event(arrived)
@@ -91,15 +93,15 @@ class BlockInputs:
 
     def fetch(self) -> None:
         """Start copying all tensors to their devices."""
-        for i, (waiting, device) in enumerate(self.waiting):
-            self.fetched[i] = self.start(waiting, device) if device.type == "cuda" else (waiting.to(device), None)
+        for i, (host_copy, device) in enumerate(self.waiting):
+            self.fetched[i] = self.start(host_copy, device) if device.type == "cuda" else (host_copy.to(device), None)
 
-    def start(self, waiting: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Event]:
+    def start(self, host_copy: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Event]:
         stream = self.stream(device)
-        fetched = torch.empty_like(waiting, device=device)
+        fetched = torch.empty_like(host_copy, device=device)
         stream.wait_stream(torch.cuda.current_stream(device))  # it may still use the memory of `fetched`
         with torch.cuda.stream(stream):
-            fetched.copy_(waiting, non_blocking=True)
+            fetched.copy_(host_copy, non_blocking=True)
         fetched.record_stream(stream)  # freed during the copy if the backward pass ends early
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record(stream)

@@ -43,11 +43,12 @@ class CompiledBlock(nn.Module):
     def __init__(
         self, block: nn.Module, settings: CompileSettings, begun_kinds: set[type], warned_kinds: set[type]
     ) -> None:
-        """`begun_kinds` and `warned_kinds` collect the kinds of blocks whose compiling or end of it was logged."""
+        """`begun_kinds` collects kinds whose compilation was logged, `warned_kinds` those that reached the limit."""
         super().__init__()
         self.block = block
         self.settings = settings
         self.begun_kinds, self.warned_kinds = begun_kinds, warned_kinds
+        # The bound method runs the block's hooks and adapters. torch would wrap the module itself in another one.
         self.run: Any = torch.compile(
             block.__call__,
             backend=settings.backend,
@@ -66,7 +67,9 @@ class CompiledBlock(nn.Module):
             logger.info("compiling %s; the first steps can take minutes", self.kind.__name__)
         # These settings are per thread, and autograd recomputes blocks in its own threads.
         _dynamo.config.recompile_limit = self.settings.most_graphs
+        # The second limit is on all blocks that share code; 256 is torch's default.
         _dynamo.config.accumulated_recompile_limit = max(256, 4 * self.settings.most_graphs)
+        # At the limit dynamo would otherwise run the block uncompiled with a message that does not name the option.
         _dynamo.config.fail_on_recompile_limit_hit = True
         try:
             return self.run(*inputs, **named)
@@ -81,12 +84,12 @@ class CompiledBlock(nn.Module):
         """The class of the block, without the BlockBody that wraps a library's block."""
         return type(getattr(self.block, "block", self.block))
 
-    def warn_once(self, given: Any) -> None:
+    def warn_once(self, inputs: Any) -> None:
         """Warn once per kind of block, with the shapes of the first inputs that run uncompiled."""
         if self.kind in self.warned_kinds:
             return
         self.warned_kinds.add(self.kind)
-        shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves(given) if isinstance(t, Tensor) and t.ndim > 1)
+        shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim > 1)
         logger.warning(
             "%s was compiled %d times (--compile_cache_size_limit); inputs of new sizes run uncompiled from here on, "
             "the first with shapes %s",
@@ -107,15 +110,15 @@ class Compiled:
         self.warned_kinds: set[type] = set()
 
     def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any:
-        found = self.blocks.get(block)
-        if found is None:
-            found = (
+        runnable = self.blocks.get(block)
+        if runnable is None:
+            runnable = (
                 block
                 if is_offloaded(block)
                 else CompiledBlock(block, self.settings, self.begun_kinds, self.warned_kinds)
             )
-            self.blocks[block] = found
-        return self.runner(found, *inputs, **named)
+            self.blocks[block] = runnable
+        return self.runner(runnable, *inputs, **named)
 
 
 def is_offloaded(block: nn.Module) -> bool:

@@ -25,6 +25,7 @@ def bytes_of(*modules: nn.Module) -> int:
 
 def release_memory(keep_cache: bool = False) -> None:
     """Collect garbage and free torch's cached GPU memory. `keep_cache` (--highvram) keeps the cache."""
+    # Tensors in reference cycles would keep their memory from being returned to the driver.
     gc.collect()
     if keep_cache:
         return

@@ -27,22 +27,23 @@ def exchange(model: nn.Module, other: nn.Module) -> None:
     Tensors keep their memory, which compiled code may refer to. If a copy fails, earlier exchanges are undone. Raises
     UserError, before any exchange, if the models are stored differently.
     """
-    mine, theirs = tensors_of(model), tensors_of(other)
-    if [(t.shape, t.dtype) for t in mine] != [(t.shape, t.dtype) for t in theirs]:
+    ours, theirs = tensors_of(model), tensors_of(other)
+    if [(t.shape, t.dtype) for t in ours] != [(t.shape, t.dtype) for t in theirs]:
         raise UserError("the weights are stored differently from those of the model that is trained")
-    done: list[tuple[Tensor, Tensor]] = []
+    swapped: list[tuple[Tensor, Tensor]] = []
     try:
-        for pair in zip(mine, theirs, strict=True):
+        for pair in zip(ours, theirs, strict=True):
             swap(*pair)
-            done.append(pair)
+            swapped.append(pair)
+    # Ctrl+C must not leave a mixture of the two models either.
     except BaseException:
-        for pair in done:
+        for pair in swapped:
             swap(*pair)
         raise
 
 
 def swap(first: Tensor, second: Tensor) -> None:
     """Exchange the values of two tensors in place."""
-    kept = first.to(second.device, copy=True)
+    saved = first.to(second.device, copy=True)
     first.copy_(second)
-    second.copy_(kept)
+    second.copy_(saved)

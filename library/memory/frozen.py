@@ -58,6 +58,7 @@ class FrozenLayer(nn.Module):
         codes = self.own_codes()
         if codes is not None:
             return output(x, codes, bias)
+        # With the bias inside the product, plain storage gives the bits of nn.Linear and nn.Conv2d.
         return self.compute(x, self.weight_in(x.dtype), bias)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -71,6 +72,7 @@ class FrozenLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         device = input.device.type
         if torch.is_autocast_enabled(device):
+            # The weight is decoded to the dtype of the input, so autocast's cast has to come first.
             input = input.to(torch.get_autocast_dtype(device))
         product: Tensor = _Product.apply(input, self, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
         return product
@@ -140,15 +142,18 @@ def layers_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
     Blocks are members of module lists. Layers outside them, such as embedders and the last layer, are small and stay
     unchanged; so do norms.
     """
-    stems = [
+    prefixes = [
         f"{path}.{name}."
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         for name, _ in module.named_children()
     ]
-    starts = tuple(stem.removeprefix(".") for stem in stems)
+    # The path of a model that is a module list itself is empty.
+    block_prefixes = tuple(prefix.removeprefix(".") for prefix in prefixes)
     return {
-        path: layer for path, layer in model.named_modules() if f"{path}.".startswith(starts) and can_be_frozen(layer)
+        path: layer
+        for path, layer in model.named_modules()
+        if f"{path}.".startswith(block_prefixes) and can_be_frozen(layer)
     }
 
 
@@ -163,9 +168,9 @@ def store_in(codec: Codec, layer: nn.Module, weight: Tensor | None = None) -> No
 
     `weight` replaces the layer's own, which may have no values yet.
     """
-    whole = layer.weight if weight is None else weight
-    assert isinstance(whole, Tensor)
-    keep_in(codec, layer, codec.encode(whole), whole.shape, whole.dtype)
+    original = layer.weight if weight is None else weight
+    assert isinstance(original, Tensor)
+    keep_in(codec, layer, codec.encode(original), original.shape, original.dtype)
 
 
 def keep_in(decoder: Decoder, layer: nn.Module, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> None:

@@ -102,8 +102,8 @@ def assemble(path: Path, layout: CheckpointLayout, parts: Sequence[tuple[str, We
 
 
 def whole_modules(placed: Sequence[Placed]) -> Mapping[str, str]:
-    return {names.kohya: place for names, place in placed if isinstance(place, str)}
+    return {names.kohya: location for names, location in placed if isinstance(location, str)}
 
 
 def packed_modules(placed: Sequence[Placed]) -> Mapping[str, Third]:
-    return {names.kohya: place for names, place in placed if isinstance(place, Third)}
+    return {names.kohya: location for names, location in placed if isinstance(location, Third)}

@@ -133,11 +133,11 @@ def open_dit(model: ModelOptions, text_encoder: str | None, title: str) -> BaseF
 
     Raises UserError naming the flag if it is missing or broken.
     """
-    given = {"text_encoder": text_encoder, "vae": model.vae}
+    replacements = {"text_encoder": text_encoder, "vae": model.vae}
     return open_base(
         model.pretrained_model_name_or_path,
         f"the file of {title}'s transformer, or a diffusers folder",
-        [folder for folder in ("transformer", "text_encoder", "vae") if given.get(folder) is None],
+        [folder for folder in ("transformer", "text_encoder", "vae") if replacements.get(folder) is None],
     )
 
 
@@ -170,7 +170,7 @@ def recorded_as_distilled(path: Path) -> bool | None:
     return None if recorded is None else bool(recorded)
 
 
-def name_in_folder(given: str) -> str:
+def name_in_folder(name: str) -> str:
     """Return "<parent folder>/<name>" of a file or folder, in lower case."""
-    path = Path(given).expanduser().absolute()
+    path = Path(name).expanduser().absolute()
     return f"{path.parent.name}/{path.name}".lower()

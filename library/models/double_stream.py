@@ -19,6 +19,7 @@ from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.sinusoids import sinusoids
 
 EPS = 1e-6
+# The sinusoids were trained on timesteps of 0 to 1000 (time_factor in the original code).
 LEVEL_SCALE = 1000
 SWAPPED = "final_layer.adaLN_modulation.1"  # diffusers has shift and scale in reverse order
 ATTENTION: Layers = {  # layers of double blocks -> diffusers' paths
@@ -268,6 +269,7 @@ class DoubleStreamBlock(nn.Module):
         self.img_attn = SelfAttention(config)
         self.img_norm2 = make_norm(width)
         self.img_mlp = make_mlp(config)
+        # Rows 0 to 5 are shift, scale and gate of the image's two parts.
         self.txt_mod = make_modulation(2, 6)
         self.txt_norm1 = make_norm(width)
         self.txt_attn = SelfAttention(config)
@@ -280,7 +282,7 @@ class DoubleStreamBlock(nn.Module):
         img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)
         img_qkv = self.img_attn.queries_keys_values(modulate(self.img_norm1(img_BTM), *img_mod[:2]))
         txt_qkv = self.txt_attn.queries_keys_values(modulate(self.txt_norm1(txt_BLM), *txt_mod[:2]))
-        q, k, v = (torch.cat(both, dim=2) for both in zip(txt_qkv, img_qkv, strict=True))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
         attended_BTM = attend(q, k, v, rope, mask)
         num_text = txt_BLM.shape[1]
         img_BTM = img_BTM + img_mod[2] * self.img_attn.proj(attended_BTM[:, num_text:])
@@ -310,8 +312,8 @@ class SingleStreamBlock(nn.Module):
         attended_BTM = attend(q, k, v, rope, mask)
         del q, k, v  # attention keeps their rotated copies
         y_BTM: Tensor = self.linear2(torch.cat([attended_BTM, self.activation(mlp)], dim=-1))
-        after_BTM: Tensor = x_BTM + gate * y_BTM
-        return after_BTM
+        out_BTM: Tensor = x_BTM + gate * y_BTM
+        return out_BTM
 
     def parts(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the MLP's input, queries, keys and values; none is a view, which would keep the fused tensor alive."""

@@ -58,18 +58,18 @@ def base_of_checkpoint(specs: Sequence[BaseModelSpec], flag: str, path: Path) ->
     """
     if not path.is_dir():
         weights = model_lookup.open_file(flag, path)
-        found = base_of_file(specs, weights.shapes)
-        return found or refuse_unknown_file(flag, weights)
+        spec = base_of_file(specs, weights.shapes)
+        return spec or refuse_unknown_file(flag, weights)
     class_name = read_json(path / "model_index.json").get("_class_name", "")
     named = bases_of_pipeline(specs, class_name)
     if not named:
         refuse_unknown_folder(flag, path, class_name)
     if len(named) == 1:
         return named[0]
-    found = base_of_folder(specs, class_name, model_lookup.open_part(flag, path / "unet", "unet")[1].shapes)
-    if found is None:  # every U-Net with weights is recognised as this family
+    spec = base_of_folder(specs, class_name, model_lookup.open_part(flag, path / "unet", "unet")[1].shapes)
+    if spec is None:  # every U-Net with weights is recognised as this family
         raise UserError(f"{flag} {path}: its U-Net has no weights; download it again")
-    return found
+    return spec
 
 
 def refuse_other_folder(specs: Sequence[BaseModelSpec], flag: str, folder: Path, wanted: str) -> None:
@@ -90,9 +90,9 @@ def base_of_parts(specs: Sequence[BaseModelSpec], folder: Path) -> BaseModelSpec
     """Return the base model with all of its subfolders present; the one with most subfolders if several have, None
     if they tie."""
     complete = [spec for spec in specs if spec.folders and all((folder / name).is_dir() for name in spec.folders)]
-    most = max((len(spec.folders) for spec in complete), default=0)
-    found = [spec for spec in complete if len(spec.folders) == most]
-    return found[0] if len(found) == 1 else None
+    max_folders = max((len(spec.folders) for spec in complete), default=0)
+    candidates = [spec for spec in complete if len(spec.folders) == max_folders]
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def refuse_unknown_folder(flag: str, folder: Path, class_name: str) -> None:
@@ -112,6 +112,7 @@ def suggest_fix(found: BaseModelSpec, wanted: BaseModelSpec) -> str:
 def refuse_other_file(specs: Sequence[BaseModelSpec], flag: str, weights: Weights, wanted: str) -> None:
     """Raise UserError if a single file is not a checkpoint of the U-Net model `wanted`, and say what it is."""
     names = list(weights.shapes)
+    # Variants have the names of the model that they vary, so they have to be refused first.
     refuse_variants(specs, flag, weights.origin, weights.shapes)
     refuse_other(specs, flag, weights.origin, base_of_file(specs, weights.shapes), wanted, "checkpoint")
     if not any(re.match(UNET_NAME, name) for name in names):
@@ -120,33 +121,35 @@ def refuse_other_file(specs: Sequence[BaseModelSpec], flag: str, weights: Weight
 
 def text_encoder_in(flag: str, weights: Weights, prefix: str) -> Weights:
     """Return the text encoder in a U-Net checkpoint, below `prefix`. Raises NotThere if it is missing."""
-    found = with_prefix(weights, prefix)
-    if not found.shapes:
+    encoder = with_prefix(weights, prefix)
+    if not encoder.shapes:
         raise NotThere(
             f"{flag} {weights.origin} has a U-Net but no text encoder (nothing begins with {prefix!r}); "
             "use a full checkpoint"
         )
-    return found
+    return encoder
 
 
 def refuse_variants(specs: Sequence[BaseModelSpec], flag: str, origin: str, shapes: Shapes) -> None:
     """Raise UserError for an unsupported variant of a known model."""
-    for pattern, what in (item for spec in specs for item in spec.variants.items()):
+    for pattern, description in (item for spec in specs for item in spec.variants.items()):
         if any(re.search(pattern, name) for name in shapes):
-            raise UserError(f"{flag} {origin}: this is {what}")
+            raise UserError(f"{flag} {origin}: this is {description}")
 
 
 def refuse_unknown_file(flag: str, weights: Weights) -> NoReturn:
     """Raise UserError for a file in which no base model is recognised, and say what it is."""
     names = list(weights.shapes)
-    what = next((what for marks, what in NO_MODELS if any(m in name for name in names for m in marks)), None)
-    if what:
-        raise UserError(f"{flag} {weights.origin}: this is {what}")
-    of_denoiser = [name for name in names if name.startswith(UNET_PREFIX)]
-    if of_denoiser:
+    description = next(
+        (description for marks, description in NO_MODELS if any(m in name for name in names for m in marks)), None
+    )
+    if description:
+        raise UserError(f"{flag} {weights.origin}: this is {description}")
+    denoiser_names = [name for name in names if name.startswith(UNET_PREFIX)]
+    if denoiser_names:
         raise UserError(
             f"{flag} {weights.origin}: its denoiser belongs to no supported model (first names: "
-            f"{', '.join(of_denoiser[:3])})"
+            f"{', '.join(denoiser_names[:3])})"
         )
     raise UserError(
         f"{flag} {weights.origin} is not a checkpoint of a supported base model "
@@ -243,9 +246,12 @@ def find_spec(specs: Sequence[BaseModelSpec], name: str) -> BaseModelSpec:
 
 def warn_of_other_prediction(path: Path, predicts_velocity: bool) -> None:
     """Warn if a diffusers folder was trained with another prediction type than this run uses."""
-    learned = read_json(path / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
-    if predicts_velocity != (learned == "v_prediction"):
-        verb = "add" if learned == "v_prediction" else "remove"
+    prediction_type = read_json(path / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+    if predicts_velocity != (prediction_type == "v_prediction"):
+        verb = "add" if prediction_type == "v_prediction" else "remove"
         logger.warning(
-            "%s: the model was trained to predict %s; %s --v_parameterization to do the same", path, learned, verb
+            "%s: the model was trained to predict %s; %s --v_parameterization to do the same",
+            path,
+            prediction_type,
+            verb,
         )

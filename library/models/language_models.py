@@ -108,7 +108,7 @@ class ChatText:
         Truncation cuts the end of a long caption and of its template.
         """
         begin, end = self.template
-        found = self.tokenizer(
+        encoding = self.tokenizer(
             [f"{begin}{caption.replace(self.removed, '') if self.removed else caption}{end}" for caption in captions],
             add_special_tokens=False,
             padding=self.padding,
@@ -116,12 +116,13 @@ class ChatText:
             max_length=self.num_tokens,
             return_tensors="pt",
         )
-        return Tokens((found["input_ids"][:, None].long(), found["attention_mask"][:, None]))
+        return Tokens((encoding["input_ids"][:, None].long(), encoding["attention_mask"][:, None]))
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """Return the features of `encode_states`. Autocast is off, because the encoder's states overflow float16."""
+        """Return the features of `encode_states`."""
         (encoder,) = encoders
         ids_BS, mask_BS = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
+        # The encoder's states overflow float16.
         with torch.autocast(next(encoder.parameters()).device.type, enabled=False):
             return self.encode_states(encoder, ids_BS, mask_BS)
 
@@ -131,9 +132,9 @@ def with_first_layers(component: Component, num_layers: int, what: str) -> Compo
 
     Raises UserError if it has fewer; `what` names it in the message.
     """
-    found = component.config["num_hidden_layers"]
-    if found < num_layers:
-        raise UserError(f"{what} {component.weights.origin} has {found} layers, but the first {num_layers} are used")
+    depth = component.config["num_hidden_layers"]
+    if depth < num_layers:
+        raise UserError(f"{what} {component.weights.origin} has {depth} layers, but the first {num_layers} are used")
     names = component.weights.shapes
     kept = {key: key for key in names if not key.startswith("layers.") or int(key.split(".")[1]) < num_layers}
     return Component({**component.config, "num_hidden_layers": num_layers}, select_weights(component.weights, kept))
@@ -145,8 +146,8 @@ def encode_layers(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor, layers: S
     `layers` may include the encoder's last layer only if its last norm is removed (`remove_last_norm`).
     """
     device = next(encoder.parameters()).device
-    found = encoder(send(ids_BS, device), attention_mask=send(mask_BS, device), output_hidden_states=True)
-    return torch.cat([found.hidden_states[layer] for layer in layers], dim=-1)
+    outputs = encoder(send(ids_BS, device), attention_mask=send(mask_BS, device), output_hidden_states=True)
+    return torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
 
 
 def remove_last_norm(encoder: nn.Module) -> nn.Module:

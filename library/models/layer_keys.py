@@ -56,9 +56,9 @@ class LayerKeys:
 
     def sources(self, path: str) -> tuple[str, ...]:
         """Return diffusers' paths of the layers that one of ours stacks. Raises KeyError for other paths."""
-        if (found := self.split(path)) is None:
+        if (parts := self.split(path)) is None:
             return (self.top[path],)
-        stack, number, layer = found
+        stack, number, layer = parts
         return tuple(f"{stack.theirs}.{number}.{name}".rstrip(".") for name in stack.layers[layer])
 
     def source_keys(self, key: str) -> tuple[str, ...]:
@@ -70,14 +70,17 @@ class LayerKeys:
 
     def our_keys(self, names: Iterable[str]) -> Iterator[str]:
         """Yield our names of the weights of a model in diffusers' layout."""
-        has = set(names)
+        present = set(names)
         paths = list(self.top)
         for stack in self.stacks:
-            below = [name.removeprefix(f"{stack.theirs}.") for name in has if name.startswith(f"{stack.theirs}.")]
-            numbers = sorted({int(name.partition(".")[0]) for name in below})
+            block_names = [
+                name.removeprefix(f"{stack.theirs}.") for name in present if name.startswith(f"{stack.theirs}.")
+            ]
+            numbers = sorted({int(name.partition(".")[0]) for name in block_names})
+            # A block that is itself a layer has an empty name in its stack.
             paths += [f"{stack.ours}.{number}.{layer}".rstrip(".") for number in numbers for layer in stack.layers]
         keys = (f"{path}.{leaf}" for path in paths for leaf in self.leaves(path))
-        yield from (key for key in keys if not has.isdisjoint(self.source_keys(key)))
+        yield from (key for key in keys if not present.isdisjoint(self.source_keys(key)))
 
     def from_diffusers(self, weights: Weights) -> Weights:
         """Rename a model in diffusers' layout to our names; stacked tensors are joined when they are read.
@@ -89,8 +92,8 @@ class LayerKeys:
 
     def is_linear(self, path: str) -> bool:
         """Return True for the path of a Linear layer in our layout."""
-        found = self.split(path)
-        return (path in self.top if found is None else found[2] in found[0].layers) and not self.is_other(path)
+        parts = self.split(path)
+        return (path in self.top if parts is None else parts[2] in parts[0].layers) and not self.is_other(path)
 
     def linear_paths(self, num_blocks: Mapping[str, int]) -> Iterator[str]:
         """Yield the path of every Linear layer; `num_blocks` is the number of blocks of each stack."""

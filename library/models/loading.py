@@ -28,6 +28,8 @@ from library.models.shapes import shape_of
 
 logger = logging.getLogger(__name__)
 
+# Bytes that are converted at a time, few enough to stay in the processor's cache: reading a U-Net checkpoint from
+# float16 into bfloat16 takes 0.95 instead of 1.25 CPU seconds.
 BYTES_IN_CACHE = 1 << 19
 
 
@@ -94,6 +96,7 @@ def empty_transformers_model(family: str, kind: str, config: Mapping[str, Any], 
 
     configuration = import_module(f"transformers.models.{family}.configuration_{family}")
     modeling = import_module(f"transformers.models.{family}.modeling_{family}")
+    # An encoder runs once per caption, so a cache of keys and values would only take memory.
     settings = getattr(configuration, f"{kind}Config").from_dict({**config, "use_cache": False}, **options)
     with init_empty_weights(include_buffers=False):
         return getattr(modeling, f"{kind}Model")(settings)
@@ -116,10 +119,10 @@ def check_text_width(flag: str, component: MaybeComponent, embedding: str, width
 
     `embedding` is the name of its word embedding; `expected` names the right encoder in the message.
     """
-    if isinstance(component, Component) and (found := shape_of(component.weights.shapes, embedding)[1]) != width:
+    if isinstance(component, Component) and (text_width := shape_of(component.weights.shapes, embedding)[1]) != width:
         raise UserError(
-            f"{flag} {component.weights.origin} has width {found}, but the transformer expects text features of width "
-            f"{width}; use {expected}"
+            f"{flag} {component.weights.origin} has width {text_width}, but the transformer expects text features of "
+            f"width {width}; use {expected}"
         )
 
 
@@ -135,14 +138,16 @@ def materialise(
     Raises UserError naming missing weights and wrong shapes; warns of unknown names.
     """
     expected = model.state_dict()
+    # Names and shapes are known before any weight is read, so a wrong file is refused at once.
     check_names(weights, expected, type(model).__name__)
     check_shapes(weights, expected, type(model).__name__)
     layout = channels_last_where_it_fits(expected.values())
     request = weight_format if isinstance(weight_format, AsRead) else AsRead(weight_format)
     reader = WeightReader(weights, expected, dtype, layout, request.changes)
     stored = store_blocks(model, reader, request)
-    read = {name: reader.read(name) for name in expected if name not in stored}
-    model.load_state_dict(read, assign=True, strict=not stored)
+    tensors = {name: reader.read(name) for name in expected if name not in stored}
+    # Stored layers have other parameters than `weight`, and have them already.
+    model.load_state_dict(tensors, assign=True, strict=not stored)
     return model.requires_grad_(False).eval()
 
 
@@ -154,6 +159,7 @@ def check_names(weights: Weights, expected: Mapping[str, Tensor], model: str) ->
             f"{weights.origin} is incomplete: {len(missing)} of the {len(expected)} weights of {model} are missing: "
             f"{list_few(missing)}"
         )
+    # Older versions of transformers saved position_ids, which are no weights.
     unknown = [name for name in weights.shapes if name not in expected and not name.endswith("position_ids")]
     if unknown:
         logger.warning(
@@ -196,8 +202,8 @@ class WeightReader:
         parts = quantised.read()
         if parts is None:
             return False
-        turn = partial(rotate_groups, group_size=quantised.group_size) if quantised.group_size else None
-        keep_in(Scaled(multiply_scales, turn), layer, parts, self.expected[name].shape, self.dtype)
+        rotate = partial(rotate_groups, group_size=quantised.group_size) if quantised.group_size else None
+        keep_in(Scaled(multiply_scales, rotate), layer, parts, self.expected[name].shape, self.dtype)
         return True
 
 
@@ -206,6 +212,7 @@ def store_blocks(model: nn.Module, reader: WeightReader, request: AsRead) -> set
     if request.codec is None and request.take is None:
         return set()
     codec = None if isinstance(request.codec, AsInFile) else request.codec
+    # `take` needs the parts of a frozen layer; plain storage changes no value.
     if codec is None and request.take is not None:
         codec = Plain()
     stored = set()
@@ -233,15 +240,15 @@ def cast(value: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tens
     return join_pieces(torch.split(value, num_rows), torch.empty_like(value, dtype=dtype, memory_format=layout))
 
 
-def join_pieces(pieces: Iterable[Tensor], found: Tensor) -> Tensor:
-    """Copy the rows of all pieces into `found`, converted to its dtype and layout, and return it."""
+def join_pieces(pieces: Iterable[Tensor], joined: Tensor) -> Tensor:
+    """Copy the rows of all pieces into `joined`, converted to its dtype and layout, and return it."""
     first = 0
     for rows in pieces:
-        target = found[first : first + len(rows)]
-        is_slow = (rows.dtype, found.dtype) == (torch.float16, torch.bfloat16)
-        target.copy_((rows.float().to(found.dtype) if is_slow else rows).reshape(target.shape))
+        target = joined[first : first + len(rows)]
+        is_slow = (rows.dtype, joined.dtype) == (torch.float16, torch.bfloat16)
+        target.copy_((rows.float().to(joined.dtype) if is_slow else rows).reshape(target.shape))
         first += len(rows)
-    return found
+    return joined
 
 
 def read_as(weights: Weights, name: str, expected: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
@@ -250,11 +257,11 @@ def read_as(weights: Weights, name: str, expected: Tensor, dtype: torch.dtype, l
     Weights that need conversion are read through a buffer that stays in the processor's cache. Raises UserError like
     `read_number`.
     """
-    place = weights.read.places.get(name) if isinstance(weights.read, FromFiles) else None
+    source = weights.read.places.get(name) if isinstance(weights.read, FromFiles) else None
     layout = layout if expected.ndim == 4 else torch.contiguous_format
-    if place is None or place.entry.dtype == dtype or not place.entry.dtype.is_floating_point or expected.ndim < 2:
+    if source is None or source.entry.dtype == dtype or not source.entry.dtype.is_floating_point or expected.ndim < 2:
         return cast(read_number(weights, name, expected), dtype, layout)
-    return join_pieces(place.pieces(BYTES_IN_CACHE), torch.empty(expected.shape, dtype=dtype, memory_format=layout))
+    return join_pieces(source.pieces(BYTES_IN_CACHE), torch.empty(expected.shape, dtype=dtype, memory_format=layout))
 
 
 def read_number(weights: Weights, name: str, expected: Tensor) -> Tensor:
@@ -264,10 +271,10 @@ def read_number(weights: Weights, name: str, expected: Tensor) -> Tensor:
     """
     value = weights.read(name)
     if expected.is_floating_point() and not value.is_floating_point():
-        kind = str(value.dtype).removeprefix("torch.")
+        dtype_name = str(value.dtype).removeprefix("torch.")
         raise UserError(
-            f"{weights.origin}: {name} holds integers ({kind}), so this is a quantised checkpoint in an unsupported "
-            "format; use one in float32, float16, bfloat16 or float8"
+            f"{weights.origin}: {name} holds integers ({dtype_name}), so this is a quantised checkpoint in an "
+            "unsupported format; use one in float32, float16, bfloat16 or float8"
         )
     if name in weights.padded_to:
         value = value[tuple(map(slice, expected.shape))]
@@ -276,10 +283,10 @@ def read_number(weights: Weights, name: str, expected: Tensor) -> Tensor:
 
 def fits(weights: Weights, name: str, shape: tuple[int, ...]) -> bool:
     """Return True if a weight has this shape once its padding is removed."""
-    has, multiple = weights.shapes[name], weights.padded_to.get(name)
+    stored_shape, multiple = weights.shapes[name], weights.padded_to.get(name)
     if multiple is None:
-        return is_same_matrix(has, shape)
-    return has == shape or has == tuple(-(-side // multiple) * multiple for side in shape)
+        return is_same_matrix(stored_shape, shape)
+    return stored_shape == shape or stored_shape == tuple(-(-side // multiple) * multiple for side in shape)
 
 
 def is_same_matrix(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

@@ -65,10 +65,10 @@ def read_sizes(
     width, in_features = shape("x_embedder.weight")
     (head_width,) = shape("layers.0.attention.q_norm.weight")
     num_outputs = shape("layers.0.attention.qkv.weight")[0]
-    num_kv_heads, rest = divmod(num_outputs - width, 2 * head_width)
+    num_kv_heads, remainder = divmod(num_outputs - width, 2 * head_width)
     num_heads = width // head_width
     is_even = num_kv_heads >= 1 and (num_heads % num_kv_heads == 0 if is_grouped else num_heads == num_kv_heads)
-    if width % head_width or head_width % head_step or rest or not is_even:
+    if width % head_width or head_width % head_step or remainder or not is_even:
         raise UserError(
             f"not a {title} model: width {width}, heads of {head_width}, {num_outputs} outputs of q, k and v"
         )
@@ -165,8 +165,8 @@ class JointTransformerBlock(nn.Module):
         attended = self.attention(self.attention_norm1(x_BTM) * scale_attention, rope, mask)
         x_BTM = x_BTM + gate_attention * self.attention_norm2(attended)
         fed = self.feed_forward(self.ffn_norm1(x_BTM) * scale_mlp)
-        after_BTM: Tensor = x_BTM + gate_mlp * self.ffn_norm2(fed)
-        return after_BTM
+        y_BTM: Tensor = x_BTM + gate_mlp * self.ffn_norm2(fed)
+        return y_BTM
 
     def modulation(self, time_BV: Tensor | None) -> tuple[Tensor | float, ...]:
         """Return scale and gate of attention, then of the feed-forward layer: each (B, 1, M), or 1 without

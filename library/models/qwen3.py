@@ -50,11 +50,11 @@ def open_qwen3(name: str | None, release: Qwen3Release) -> Component:
 
 def qwen3_component(weights: Weights, release: Qwen3Release) -> Component:
     """Build the encoder's component from shapes. Raises UserError if the weights are something else."""
-    found = extract_decoder(weights, release.prefixes)
-    if found is None or MARK not in found.shapes:
+    decoder = extract_decoder(weights, release.prefixes)
+    if decoder is None or MARK not in decoder.shapes:
         first = list_first_names(weights)
         raise UserError(f"{release.flag} {weights.origin} is not a Qwen3 text encoder (first names: {first})")
-    return Component(configure(found, qwen3_config), found)
+    return Component(configure(decoder, qwen3_config), decoder)
 
 
 def qwen3_config(shapes: Shapes) -> dict[str, Any]:

@@ -26,20 +26,22 @@ VISION = "visual."
 KIND = "qwen3_vl"  # model_type in its folder's config.json
 
 
-def qwen3_vl_component(weights: Weights, given: Mapping[str, Any] | None, release: Qwen3Release) -> Component:
-    """Build the encoder's component from shapes; `given` is its folder's configuration, None for a file.
+def qwen3_vl_component(weights: Weights, folder_config: Mapping[str, Any] | None, release: Qwen3Release) -> Component:
+    """Build the encoder's component from shapes; `folder_config` is None for a file.
 
     Raises UserError if the weights are something else. Warns of a file that may hold Qwen3, which has the same names
     and sizes.
     """
-    kind = str((given or {}).get("model_type", KIND))
-    found = extract_decoder(weights, (release.prefix, *PREFIXES)) if kind.startswith(KIND) else None
-    if found is None or MARK not in found.shapes:
-        what = f"{kind}'s" if found is None and kind != KIND else f"first names: {list_first_names(weights)}"
-        raise UserError(
-            f"{release.flag} {weights.origin} is not a Qwen3-VL text encoder ({what}); use {release.hub_name}"
+    model_type = str((folder_config or {}).get("model_type", KIND))
+    decoder = extract_decoder(weights, (release.prefix, *PREFIXES)) if model_type.startswith(KIND) else None
+    if decoder is None or MARK not in decoder.shapes:
+        reason = (
+            f"{model_type}'s" if decoder is None and model_type != KIND else f"first names: {list_first_names(weights)}"
         )
-    if given is None and not any(VISION in name for name in weights.shapes):
+        raise UserError(
+            f"{release.flag} {weights.origin} is not a Qwen3-VL text encoder ({reason}); use {release.hub_name}"
+        )
+    if folder_config is None and not any(VISION in name for name in weights.shapes):
         logger.warning(
             "%s %s has no vision model. If it is Qwen3, which has the same sizes, it encodes captions wrongly; then "
             "use %s",
@@ -47,17 +49,18 @@ def qwen3_vl_component(weights: Weights, given: Mapping[str, Any] | None, releas
             weights.origin,
             release.hub_name,
         )
-    return Component(configure(found, qwen3_vl_config), found)
+    return Component(configure(decoder, qwen3_vl_config), decoder)
 
 
 def qwen3_vl_config(shapes: Shapes) -> dict[str, Any]:
     """Return the arguments of transformers' Qwen3VLTextConfig."""
     head_width = shape_of(shapes, MARK)[0]
-    side = head_width // 2 * 5 // 16  # the frequencies for rows, and for columns; the others are for time
+    # Qwen3-VL divides the 64 frequencies of its heads into 24, 20 and 20; tiny models keep the shares.
+    section = head_width // 2 * 5 // 16  # the frequencies for rows, and for columns; the others are for time
     config = decoder_config(shapes, head_width, ROPE_BASE, EPS)
     return {
         **config,
-        "rope_scaling": {"rope_type": "default", "mrope_section": [head_width // 2 - 2 * side, side, side]},
+        "rope_scaling": {"rope_type": "default", "mrope_section": [head_width // 2 - 2 * section, section, section]},
     }
 
 

@@ -25,8 +25,8 @@ def vision_component(weights: Weights) -> Component | None:
     prefix = next((name.removesuffix(mark) for name in weights.shapes if name.endswith(mark)), None)
     if prefix is None:
         return None
-    found = with_prefix(weights, find_prefix(weights.shapes, (f"{prefix}{VISION}",)))
-    return Component(configure(found, vision_config), found)
+    vision = with_prefix(weights, find_prefix(weights.shapes, (f"{prefix}{VISION}",)))
+    return Component(configure(vision, vision_config), vision)
 
 
 def vision_config(shapes: Shapes) -> dict[str, Any]:
@@ -61,19 +61,21 @@ def encode_with_images(
     ids_S, patch = send(ids_S, weight.device), tower.config.patch_size
     grids = [(1, image.shape[-2] // patch, image.shape[-1] // patch) for image in images]
     patches_P = torch.cat([cut_patches(image, patch, tower.config.temporal_patch_size) for image in images])
-    seen = tower(send(patches_P, weight.device).to(weight.dtype), grid_thw=send(torch.tensor(grids), weight.device))
+    image_features = tower(
+        send(patches_P, weight.device).to(weight.dtype), grid_thw=send(torch.tensor(grids), weight.device)
+    )
     is_slot_S = ids_S == slot
     words_SE = model.embed_tokens(ids_S)
-    words_SE = words_SE.masked_scatter(is_slot_S[:, None], seen.pooler_output.to(words_SE.dtype))
-    sides = [(height // MERGE, width // MERGE) for _, height, width in grids]
-    positions_3S = send(rotary_positions(is_slot_S.tolist(), sides), weight.device)
-    found = model(
+    words_SE = words_SE.masked_scatter(is_slot_S[:, None], image_features.pooler_output.to(words_SE.dtype))
+    token_grids = [(height // MERGE, width // MERGE) for _, height, width in grids]
+    positions_3S = send(rotary_positions(is_slot_S.tolist(), token_grids), weight.device)
+    outputs = model(
         inputs_embeds=words_SE[None],
         position_ids=positions_3S[:, None],
         visual_pos_masks=is_slot_S[None],
-        deepstack_visual_embeds=seen.deepstack_features,
+        deepstack_visual_embeds=image_features.deepstack_features,
     )
-    states_SE: Tensor = found.last_hidden_state[0]
+    states_SE: Tensor = outputs.last_hidden_state[0]
     return states_SE
 
 
@@ -88,17 +90,18 @@ def cut_patches(image_CHW: Tensor, patch: int, num_frames: int) -> Tensor:
 
 def rotary_positions(is_slot_S: Sequence[bool], sides: Sequence[tuple[int, int]]) -> Tensor:
     """Return positions (time, row, column) of tokens, (3, S): text advances on all axes, an image on row and column."""
-    found: list[Tensor] = []
-    place, left = 0, iter(sides)
+    positions: list[Tensor] = []
+    offset, remaining = 0, iter(sides)
     for is_slot, run in groupby(is_slot_S):
-        number = len(list(run))
+        num_tokens = len(list(run))
         if is_slot:
-            height, width = next(left)
+            height, width = next(remaining)
             grid_S2 = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2)
-            positions_S3 = torch.cat([torch.zeros(number, 1, dtype=torch.long), grid_S2], dim=1)
+            positions_S3 = torch.cat([torch.zeros(num_tokens, 1, dtype=torch.long), grid_S2], dim=1)
+            # As in transformers: the text after an image continues behind its longer side.
             advance = max(height, width)
         else:
-            positions_S3, advance = torch.arange(number)[:, None].expand(-1, 3), number
-        found.append(place + positions_S3)
-        place += advance
-    return torch.cat(found).T
+            positions_S3, advance = torch.arange(num_tokens)[:, None].expand(-1, 3), num_tokens
+        positions.append(offset + positions_S3)
+        offset += advance
+    return torch.cat(positions).T

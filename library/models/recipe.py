@@ -70,8 +70,8 @@ def folders_of(*files: str | Path | None) -> list[Path]:
 def tokenizer_folders(base: str | Path, encoder: str | None, names: Sequence[str] = ("tokenizer",)) -> list[Path]:
     """Return the folders to search for a tokenizer: those of these names in or next to the base model and the
     encoder, then the encoder's own folder."""
-    beside = folders_of(base, encoder)
-    return [folder / name for folder in beside for name in names] + beside[1:]
+    model_folders = folders_of(base, encoder)
+    return [folder / name for folder in model_folders for name in names] + model_folders[1:]
 
 
 def explain_ignored_attention(attn_mode: str | None) -> dict[str, str]:

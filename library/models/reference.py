@@ -68,8 +68,8 @@ def select_first_and_last(state: Mapping[str, Tensor], stacks: Sequence[str]) ->
     numbers = {
         stack: sorted({int(name.split(".")[1]) for name in state if name.startswith(f"{stack}.")}) for stack in stacks
     }
-    kept = {stack: list(dict.fromkeys((found[0], found[-1]))) for stack, found in numbers.items()}
-    taken: dict[str, Tensor] = {}
+    kept = {stack: list(dict.fromkeys((indices[0], indices[-1]))) for stack, indices in numbers.items()}
+    selected: dict[str, Tensor] = {}
     for name, tensor in state.items():
         stack, _, rest = name.partition(".")
         if stack in kept:
@@ -77,8 +77,8 @@ def select_first_and_last(state: Mapping[str, Tensor], stacks: Sequence[str]) ->
             if int(number) not in kept[stack]:
                 continue
             name = f"{stack}.{kept[stack].index(int(number))}.{inner}"
-        taken[name] = tensor.float()
-    return taken, [len(kept[stack]) for stack in stacks]
+        selected[name] = tensor.float()
+    return selected, [len(kept[stack]) for stack in stacks]
 
 
 def split_weights(
@@ -88,14 +88,14 @@ def split_weights(
 
     `rows` are the sizes of all parts but the last. The halves of weights below `swapped` are swapped first.
     """
-    found: dict[str, Tensor] = {}
+    named_parts: dict[str, Tensor] = {}
     for key, tensor in state.items():
         names = source_keys(key)
         tensor = swap_halves(tensor) if swapped and key.startswith(swapped) else tensor
         first = rows[: len(names) - 1]
         parts = torch.split(tensor, [*first, len(tensor) - sum(first)])
-        found |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
-    return found
+        named_parts |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
+    return named_parts
 
 
 def with_weights(model: Any, state: Mapping[str, Tensor]) -> Any:

@@ -16,6 +16,7 @@ def sinusoids(values_B: Tensor, num_features: int = FREQUENCIES) -> Tensor:
     """Embed each value as cosines, then sines, of decreasing frequencies, float32, shape BF."""
     half = num_features // 2
     exponents = torch.arange(half, dtype=torch.float32, device=values_B.device) / half
+    # In bfloat16, timesteps between 512 and 1000 would be rounded to multiples of 4.
     angles = values_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

@@ -72,12 +72,10 @@ def t5_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def empty_t5(config: Mapping[str, Any]) -> Any:
-    """Build transformers' T5EncoderModel on the meta device; both names of the word embedding are one module.
-
-    T5's own dropout is off: it would act whenever a module is in train mode.
-    """
+    """Build transformers' T5EncoderModel on the meta device; both names of the word embedding are one module."""
     from transformers import T5Config, T5EncoderModel
 
+    # T5's own dropout would act whenever a module is in train mode.
     with torch.device("meta"):
         model = T5EncoderModel(T5Config.from_dict({**config, "dropout_rate": 0.0}))
     model.encoder.embed_tokens = model.shared  # transformers 5 makes two, which would take twice the memory
@@ -97,6 +95,7 @@ def precisions(dtype: torch.dtype) -> str:
 def load_t5(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     """Load the encoder with its weights in `t5_dtype(dtype)`, frozen, on the CPU."""
     model: Any = empty_t5(component.config)
+    # The module's state has the shared embedding under both names.
     names = {WORDS[1]: WORDS[0]} | {key: key for key in component.weights.shapes}
     return materialise(model, select_weights(component.weights, names), t5_dtype(dtype))
 
@@ -108,9 +107,9 @@ def encode_t5(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> Ten
     """
     device = next(encoder.parameters()).device
     mask = None if mask_BT is None else send(mask_BT, device)
-    kind = device.type
-    is_float16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    with torch.autocast(kind, torch.bfloat16) if is_float16 else nullcontext():
+    device_type = device.type
+    is_float16 = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
+    with torch.autocast(device_type, torch.bfloat16) if is_float16 else nullcontext():
         hidden_BTW: Tensor = encoder(send(ids_BT, device), attention_mask=mask).last_hidden_state
     return hidden_BTW
 
@@ -118,8 +117,8 @@ def encode_t5(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> Ten
 def tokenize_t5(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """Return (IDs, mask) of shape (B, length): a caption's tokens, the end token, padding; the mask is 0 for
     padding."""
-    found = tokenizer(list(captions), max_length=length, padding="max_length", truncation=True, return_tensors="pt")
-    return found["input_ids"], found["attention_mask"]
+    encoding = tokenizer(list(captions), max_length=length, padding="max_length", truncation=True, return_tensors="pt")
+    return encoding["input_ids"], encoding["attention_mask"]
 
 
 def count_t5_tokens(tokenizer: Any, caption: str) -> int:
@@ -130,6 +129,7 @@ def count_t5_tokens(tokenizer: Any, caption: str) -> int:
 def holds_t5_tokenizer(folder: Path) -> bool:
     """Return True if a folder has the files of T5's tokenizer."""
     is_t5 = (folder / "spiece.model").is_file()
+    # Folders of byte-pair tokenizers, such as CLIP's, have a tokenizer.json too, beside merges.txt.
     return is_t5 or ((folder / "tokenizer.json").is_file() and not (folder / "merges.txt").is_file())
 
 

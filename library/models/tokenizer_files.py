@@ -51,6 +51,7 @@ class TokenizerFiles:
         if cached is not None:
             for name in self.files:
                 if (downloaded / name).is_file():
+                    # Whole or not at all: the next start would find a file that was cut off before it asks the hub.
                     copy_atomically(downloaded / name, cached / name)
         return downloaded
 
@@ -98,8 +99,10 @@ def read_tokenizer_folder(kind: str, folder: Path, **options: Any) -> Any:
     import transformers
 
     def read() -> Any:
-        more = {} if transformers.__version__.split(".")[0] >= "5" else tokens_for_transformers_4(folder)
-        return getattr(transformers, kind).from_pretrained(str(folder), local_files_only=True, **more, **options)
+        extra_tokens = {} if transformers.__version__.split(".")[0] >= "5" else tokens_for_transformers_4(folder)
+        return getattr(transformers, kind).from_pretrained(
+            str(folder), local_files_only=True, **extra_tokens, **options
+        )
 
     return read_tokenizer(read, folder)
 
@@ -117,10 +120,10 @@ def tokens_for_transformers_4(folder: Path) -> dict[str, Any]:
 def check_marks(tokenizer: Any, marks: Sequence[str], hub_name: str) -> None:
     """Raise UserError if a tokenizer lacks special tokens of a chat template; `hub_name` has the right tokenizer."""
     words = tokenizer.get_vocab()
-    lacks = [mark for mark in marks if mark not in words]
-    if lacks:
+    missing = [mark for mark in marks if mark not in words]
+    if missing:
         raise UserError(
-            f"the tokenizer {tokenizer.name_or_path} has no {lacks[0]}: it belongs to another model; use that of "
+            f"the tokenizer {tokenizer.name_or_path} has no {missing[0]}: it belongs to another model; use that of "
             f"{hub_name}"
         )
 

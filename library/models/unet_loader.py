@@ -50,8 +50,9 @@ class UnetLoader:
     @property
     def num_words(self) -> int | None:
         """The size of the vocabulary that all text encoders share; None if none is present."""
-        found = [get_first_side(clip, CLIP_WORDS) for clip in self.parts.clips]
-        return min((number for number in found if number is not None), default=None)
+        sizes = [get_first_side(clip, CLIP_WORDS) for clip in self.parts.clips]
+        # The smallest, so that no token ID lies beyond the embeddings of any encoder.
+        return min((number for number in sizes if number is not None), default=None)
 
     def text_encoders(self) -> list[nn.Module]:
         return [load_clip(clip, self.dtype) for clip in self.parts.clips]
@@ -84,6 +85,7 @@ def open_unet_loader(
         path=base.path,
         parts=parts,
         vae_component=open_if_there(
+            # A run whose latents are cached on disk may lack the VAE.
             options.caching.cache_latents_to_disk,
             lambda: vae_of_base(base) if vae is None else open_vae(vae, needs),
         ),

@@ -17,13 +17,14 @@ def encode_in_chunks(weight: Tensor, encode: Callable[[Tensor], Parts]) -> Parts
     num_rows = len(weight_OI)
     rows = min(num_rows, max(1, NUM_VALUES // weight_OI.shape[1] // STEP) * STEP)
     rows = num_rows if weight.is_meta else rows  # meta tensors cost no memory
-    whole: dict[str, Tensor] = {}
+    joined: dict[str, Tensor] = {}
     filled: dict[str, int] = {}
     for first in range(0, num_rows, rows):
         for name, part in encode(weight_OI[first : first + rows]).items():
-            if name not in whole:
-                whole[name] = part.new_empty((ceil(len(part) * num_rows / rows), *part.shape[1:]))
+            if name not in joined:
+                # The first chunk is a whole one, so its parts tell how long the joined parts are.
+                joined[name] = part.new_empty((ceil(len(part) * num_rows / rows), *part.shape[1:]))
             start = filled.get(name, 0)
             filled[name] = start + len(part)
-            whole[name][start : filled[name]] = part
-    return whole
+            joined[name][start : filled[name]] = part
+    return joined

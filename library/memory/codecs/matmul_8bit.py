@@ -72,11 +72,13 @@ def products_of_rounded(x_TK: Tensor, kind: torch.dtype, codes_KN: Tensor, dtype
     Up to MOST_TWICE tokens are rounded to about 16 bits, as two 8-bit parts.
     """
     rounded_TK, factors_T1 = round_tokens(x_TK, kind)
+    # Nothing averages out the rounding of a token that modulates a whole image. Rounded once, its product is off by
+    # 3.4 % in int8 and 1.0 % in fp8; with the remainders by 0.012 % and 0.06 %.
     if len(x_TK) > MOST_TWICE:
         return product(rounded_TK, codes_KN, dtype) * factors_T1
-    left_TK, factors_of_left_T1 = round_tokens(x_TK / factors_T1 - rounded_TK.float(), kind)
-    large_TN, small_TN = product(torch.cat([rounded_TK, left_TK]), codes_KN, dtype).chunk(2)
-    return (large_TN + small_TN * factors_of_left_T1) * factors_T1
+    remainders_TK, remainder_factors_T1 = round_tokens(x_TK / factors_T1 - rounded_TK.float(), kind)
+    large_TN, small_TN = product(torch.cat([rounded_TK, remainders_TK]), codes_KN, dtype).chunk(2)
+    return (large_TN + small_TN * remainder_factors_T1) * factors_T1
 
 
 def round_tokens(x_TK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -85,12 +87,12 @@ def round_tokens(x_TK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     # range is enough.
     # Constants defined outside of functions become inputs of the compiled graph, which torch.compile loses in autograd
     # passes.
-    own = torch.int8 if kind == torch.int8 else FP8
+    rounded_dtype = torch.int8 if kind == torch.int8 else FP8
     largest_T1 = torch.linalg.vector_norm(x_TK, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
-    largest = 127.0 if own == torch.int8 else 448.0
+    largest = 127.0 if rounded_dtype == torch.int8 else 448.0
     factors_T1 = (largest_T1 / largest).clamp(min=torch.finfo(torch.float32).tiny)  # avoids 0 / 0 for all-zero tokens
     scaled_TK = x_TK / factors_T1
-    return (scaled_TK.round_() if own == torch.int8 else scaled_TK).to(own), factors_T1
+    return (scaled_TK.round_() if rounded_dtype == torch.int8 else scaled_TK).to(rounded_dtype), factors_T1
 
 
 def product(a_TK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,11 +101,12 @@ def product(a_TK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> Tensor:
     It is int32 for int8. For fp8 it is bfloat16 if `dtype` is, else float32, because float16 would overflow.
     """
     if a_TK.dtype == torch.int8:
-        few = max(0, FEWEST_ROWS - len(a_TK))
-        return torch._int_mm(pad(a_TK, (0, 0, 0, few)) if few else a_TK, b_KN)[: len(a_TK)]
+        num_missing = max(0, FEWEST_ROWS - len(a_TK))
+        return torch._int_mm(pad(a_TK, (0, 0, 0, num_missing)) if num_missing else a_TK, b_KN)[: len(a_TK)]
+    # The scales of tokens and rows are applied after the product.
     one = torch.ones((), device=a_TK.device)
-    kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    return torch._scaled_mm(a_TK, b_KN, one, one, out_dtype=kind)
+    out_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    return torch._scaled_mm(a_TK, b_KN, one, one, out_dtype=out_dtype)
 
 
 def columns_first(codes_KN: Tensor) -> Tensor:

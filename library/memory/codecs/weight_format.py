@@ -24,5 +24,5 @@ class WeightFormat:
 
 def load_format(name: str) -> WeightFormat:
     """Import the format named by --base_format. Optional packages are imported only when a format uses them."""
-    found: WeightFormat = importlib.import_module(f"library.memory.formats.{name}").FORMAT
-    return found
+    weight_format: WeightFormat = importlib.import_module(f"library.memory.formats.{name}").FORMAT
+    return weight_format

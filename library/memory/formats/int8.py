@@ -33,6 +33,7 @@ class Int8Rows:
     def encode_rows(self, weight_OI: Tensor) -> Parts:
         values_OI = turn(weight_OI.float()) if self.is_rotated else weight_OI.float()
         largest_O1 = values_OI.abs().amax(dim=1, keepdim=True)
+        # A row of zeros would divide 0 by 0.
         scales_O1 = torch.where(largest_O1 > 0, largest_O1 / LARGEST, 1.0)
         return {"codes": (values_OI / scales_O1).round().to(torch.int8), "scales": scales_O1}
 
@@ -70,6 +71,7 @@ def matrices_forgotten() -> Iterator[None]:
 @cache
 def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the symmetric orthogonal matrix (size, size) of Sylvester's construction; `size` is a power of two."""
+    # In float64, 1 / sqrt(size) is rounded only once, to `dtype`.
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])

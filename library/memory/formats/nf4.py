@@ -31,6 +31,7 @@ class Nf4:
         parts = encode_in_chunks(weight, encode_rows)
         if not self.is_double:
             return parts
+        # As bitsandbytes does: the 8-bit code is finest around 0, but scales are positive.
         mean = parts["absmax"].mean()
         absmax, state = functional().quantize_blockwise(parts["absmax"] - mean, blocksize=FACTOR_GROUP)
         return {

@@ -45,6 +45,7 @@ def place_encoders(encoders: Sequence[nn.Module], device: torch.device, free_byt
     devices other than CUDA all encoders are moved.
     """
     if free_bytes is None and device.type == "cuda":
+        # The driver counts memory that torch has cached as used, but the encoders can have it.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free_bytes = torch.cuda.mem_get_info(device)[0] + unused
     sizes = [bytes_of(encoder) for encoder in encoders]
@@ -52,23 +53,25 @@ def place_encoders(encoders: Sequence[nn.Module], device: torch.device, free_byt
     for size, encoder in sorted(zip(sizes, encoders, strict=True), key=lambda pair: pair[0], reverse=True):
         if free_bytes is None or total + MARGIN_BYTES <= free_bytes:
             break
-        least = count_streamed_bytes(encoder)
-        if least >= size:  # with few layers, two slots take as much
+        streamed_size = count_streamed_bytes(encoder)
+        if streamed_size >= size:  # with few layers, two slots take as much
             continue
-        total += least - size
+        total += streamed_size - size
         logger.info(
             "%s (%s) does not fit the GPU beside the others: its layers are streamed from main memory, %s at a time",
             type(encoder).__name__,
             format_bytes(size),
-            format_bytes(least),
+            format_bytes(streamed_size),
         )
         stream_layers(encoder, device)
     for encoder in encoders:
+        # For a streamed encoder this moves the rest: embeddings, norms, biases and the last layer.
         encoder.to(device)
 
 
 def stream_layers(encoder: nn.Module, device: torch.device) -> None:
     """Offload all layers of a frozen encoder but the last to main memory, and stream their weights through slots."""
     layers = encoder_layers(encoder)
+    # Only frozen layers fetch their weight through a handle. Plain storage changes no bit.
     store_all_in(Plain(), (module for layer in layers for module in layer.modules()))
     stream([layers], [len(layers) - 1], device)

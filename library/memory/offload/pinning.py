@@ -26,26 +26,27 @@ def pin(masters: Sequence[Tensor], reserve: int = 0) -> Pinned:
     The pinned ones are spread over the sequence, so that unpinned ones do not follow each other. If the system refuses,
     some are unpinned again, so that `reserve` bytes can still be pinned.
     """
-    # torch allocates its own pinned memory in powers of two, up to twice the requested size. Each buffer is unpinned
-    # before it is freed: memory that is freed while pinned stays registered, so a later buffer at its address cannot be
-    # pinned, for example when --fit makes several rings.
-    limit, taken, reason = int(MOST * psutil.virtual_memory().total), 0, None
+    limit, pinned_bytes, reason = int(MOST * psutil.virtual_memory().total), 0, None
     pinned: list[Tensor] = []
+    # torch's own pinned memory comes in powers of two, up to twice the requested size.
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     for master in (masters[i] for i in spread_order(len(masters))):
-        if taken + len(master) > limit:
+        if pinned_bytes + len(master) > limit:
             reason = f"{sum(map(len, masters)) / 1e9:.1f} GB is more than {MOST:.0%} of main memory"
             break
         status = runtime.cudaHostRegister(master.data_ptr(), len(master), 0)
         if int(status) != 0:
             clear_last_error()
             reason = f"cudaHostRegister failed: {runtime.cudaGetErrorString(status)}"
+            # The other buffers are staged, for which `reserve` bytes must be pinned: WSL2 pins 0.5 to 1 GiB in total.
             while pinned and reserve > 0:
                 reserve -= len(pinned[-1])
                 runtime.cudaHostUnregister(pinned.pop().data_ptr())
             break
-        taken += len(master)
+        pinned_bytes += len(master)
         pinned.append(master)
+    # Memory that is freed while pinned stays registered, so a later buffer at its address cannot be pinned, for example
+    # when --fit makes several rings. At exit the system unpins everything.
     for master in pinned:
         weakref.finalize(master, unpin, master.data_ptr()).atexit = False
     return Pinned(frozenset(master.data_ptr() for master in pinned), reason)

@@ -28,5 +28,5 @@ class Readback:
         """Wait for the copy and return the values."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        found: list[float] = self._values.tolist()
-        return found
+        numbers: list[float] = self._values.tolist()
+        return numbers

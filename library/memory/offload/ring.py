@@ -41,6 +41,7 @@ class Ring(Generic[MasterT, SlotT]):
     def turn_to(self, block: int) -> None:
         """Release the block that has computed, and prefetch the next block into its slot."""
         if self.turns is not None:
+            # The fetch of a sharded block is a collective, for which the other processes have to know the block.
             self.turns(block)
         self.digest = (31 * self.digest + block + 1) % MOST_DIGEST
         self.followers[self.before, self.now] = block

@@ -43,8 +43,9 @@ class ShardedBlock(nn.Module):
 
         super().__init__()
         for number, share in enumerate(shares):
-            whole = torch.empty(share.shape, dtype=torch.uint8, device="meta")
-            self.register_parameter(f"layer_{number}", nn.Parameter(whole, requires_grad=False))
+            # Placeholders on the meta device, so that no process holds the whole block.
+            placeholder = torch.empty(share.shape, dtype=torch.uint8, device="meta")
+            self.register_parameter(f"layer_{number}", nn.Parameter(placeholder, requires_grad=False))
         fully_shard(self, mesh=mesh)
         self.load_state_dict({f"layer_{number}": share for number, share in enumerate(shares)}, assign=True)
 
@@ -72,17 +73,17 @@ class GatheredStreams:
     def start(self, slot: int, master: ShardedBlock) -> None:
         self.slots[slot] = []
         self.arrived(slot)  # a prefetched block that was never requested
-        held = self.held[slot]
-        if held is not None:
-            held.part()
+        old = self.held[slot]
+        if old is not None:
+            old.part()
         self.held[slot] = master
         self.coming[slot] = master.begin()
 
     def ready(self, slot: int) -> None:
         self.arrived(slot)
-        held = self.held[slot]
-        assert held is not None
-        self.slots[slot] = held.whole()
+        block = self.held[slot]
+        assert block is not None
+        self.slots[slot] = block.whole()
 
     def arrived(self, slot: int) -> None:
         arrival = self.coming.pop(slot, None)
@@ -163,16 +164,18 @@ class ShardedModel:
             return
         layout = list(spans([layer]))
         num_bytes = padded(layout[-1].end, ALIGNMENT * self.group_size)
-        whole = torch.zeros(num_bytes, dtype=torch.uint8)
+        # As bytes, weights in every format can be sharded.
+        buffer = torch.zeros(num_bytes, dtype=torch.uint8)
         for span in layout:
-            span.within(whole).copy_(layer.own_parts()[span.name])
+            span.within(buffer).copy_(layer.own_parts()[span.name])
             delattr(layer, span.name)
         length = num_bytes // self.group_size
         start = self.mesh.get_local_rank("shard") * length
-        own = whole[start : start + length].clone().to(self.device)
+        # A view would keep the whole weight in memory.
+        shard = buffer[start : start + length].clone().to(self.device)
         placements = [Replicate()] * (self.mesh.ndim - 1) + [Shard(0)]
-        shared = DTensor.from_local(own, self.mesh, placements, run_check=False, shape=whole.shape, stride=(1,))
-        self.shares[layer] = Share(layout, shared)
+        distributed = DTensor.from_local(shard, self.mesh, placements, run_check=False, shape=buffer.shape, stride=(1,))
+        self.shares[layer] = Share(layout, distributed)
         layer.handle = self.shares[layer]
 
     def resolve(self, stacks: Stacks) -> None:
@@ -184,8 +187,8 @@ class ShardedModel:
         blocks += [[layer] for layer in self.shares if layer not in inside]
         blocks = [layers for layers in blocks if layers]
         self.sizes = [sum(self.shares[layer].bytes.numel() for layer in layers) for layers in blocks]
-        shelves = [ShardedBlock([self.shares[layer].bytes for layer in layers], self.mesh) for layers in blocks]
-        self.ring = Ring(shelves, GatheredStreams(NUM_SLOTS))
+        sharded_blocks = [ShardedBlock([self.shares[layer].bytes for layer in layers], self.mesh) for layers in blocks]
+        self.ring = Ring(sharded_blocks, GatheredStreams(NUM_SLOTS))
         for number, layers in enumerate(blocks):
             for place, layer in enumerate(layers):
                 layer.handle = Shelved(self.ring, number, place, self.shares.pop(layer).layout)
@@ -220,6 +223,7 @@ class ShardedModel:
             yield
         finally:
             self.ring.turns = None
+            # Also after an error, because the followers wait for the next number.
             self.tell(NOBODY)
 
     def tell(self, number: int) -> None:
@@ -229,10 +233,10 @@ class ShardedModel:
     def follow(self, leader: int) -> None:
         """Gather the blocks that the leader requests, until it is done."""
         assert self.ring is not None
-        said = torch.zeros(1, dtype=torch.int64, device=self.device)
+        message = torch.zeros(1, dtype=torch.int64, device=self.device)
         while True:
-            dist.broadcast(said, leader, group=self.group)
-            number = int(said)
+            dist.broadcast(message, leader, group=self.group)
+            number = int(message)
             if number == NOBODY:
                 return
             self.ring.need(number)

@@ -33,9 +33,11 @@ def spans(layers: Iterable[FrozenLayer]) -> Iterator[Span]:
     for layer in layers:
         for name, part in layer.own_parts().items():
             # Convolutions compute with channels last, see library.memory.devices.place.
-            wanted = part.to("meta", memory_format=torch.channels_last if part.ndim == 4 else torch.contiguous_format)
+            meta_part = part.to(
+                "meta", memory_format=torch.channels_last if part.ndim == 4 else torch.contiguous_format
+            )
             end = start + part.numel() * part.element_size()
-            yield Span(layer, name, wanted, start, end)
+            yield Span(layer, name, meta_part, start, end)
             start = -(-end // ALIGNMENT) * ALIGNMENT
 
 

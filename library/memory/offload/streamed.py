@@ -74,6 +74,7 @@ def take_out(number: int, layout: Sequence[Span], make_master: MakeMaster) -> Te
     for span in layout:
         if not is_filled:
             span.within(master).copy_(span.layer.own_parts()[span.name])
+        # Part by part, so that a block is never in memory twice.
         delattr(span.layer, span.name)
     return master
 
@@ -98,21 +99,21 @@ class Waiting:
 def open_streams(masters: Sequence[Tensor], device: torch.device) -> Streams[Tensor, Tensor]:
     """Open the fastest streams from these masters to the device, and log the choice."""
     largest, total = max(map(len, masters)), sum(map(len, masters))
-    what = f"{len(masters)} blocks ({total / 1e9:.2f} GB) are offloaded to main memory"
+    summary = f"{len(masters)} blocks ({total / 1e9:.2f} GB) are offloaded to main memory"
     if device.type != "cuda":
-        logger.info("%s; without a GPU this saves nothing and copies each block in every pass", what)
+        logger.info("%s; without a GPU this saves nothing and copies each block in every pass", summary)
         return HostStreams(NUM_SLOTS, largest, device)
     pinned = pin(masters, reserve=staging_bytes(largest))
     if pinned.reason is None:
-        logger.info("%s (pinned): they are copied while others compute", what)
+        logger.info("%s (pinned): they are copied while others compute", summary)
         return CudaStreams(NUM_SLOTS, largest, device)
-    left = [len(master) for master in masters if master.data_ptr() not in pinned.addresses]
+    unpinned_sizes = [len(master) for master in masters if master.data_ptr() not in pinned.addresses]
     logger.warning(
         "%s, of which %d (%.2f GB) cannot be pinned: %s. These are copied twice, which can take longer than computing "
         "the others",
-        what,
-        len(left),
-        sum(left) / 1e9,
+        summary,
+        len(unpinned_sizes),
+        sum(unpinned_sizes) / 1e9,
         pinned.reason,
     )
     return StagedStreams(NUM_SLOTS, largest, device, pinned.addresses)

@@ -103,6 +103,7 @@ class StagedStreams(CudaStreams):
         self.given: dict[int, Future[None]] = {}
 
     def start(self, slot: int, master: Tensor) -> None:
+        # The event is recorded here because every thread has a current stream of its own.
         free = torch.cuda.Event()  # type: ignore[no-untyped-call]
         free.record(torch.cuda.current_stream(self.slots[slot].device))
         # Pinned masters use the thread too, so that copies are queued in the order of the requests.

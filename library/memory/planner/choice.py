@@ -23,6 +23,7 @@ class Allowed:
         """Yield every combination, with the fixed number of offloaded blocks or none."""
         for weight_format in self.weight_formats:
             for every in self.recompute_every:
+                # Without recomputation no block inputs are kept that could be offloaded.
                 for wait in self.inputs_wait if every is not None else (False,):
                     yield Way(weight_format, every, wait, self.num_offloaded or 0, self.shared_by)
 
@@ -38,16 +39,18 @@ class Choice:
     @property
     def least(self) -> Predicted:
         """The candidate that needs the least memory."""
-        return min(self.candidates, key=lambda found: found.device_bytes)
+        return min(self.candidates, key=lambda candidate: candidate.device_bytes)
 
 
 def choose(step: CountedStep, allowed: Allowed, card: Gpu, correction: float = 1.0) -> Choice:
     """Choose the simplest candidate within `WORTH` of the fastest time; of equals, the faster or smaller one."""
     candidates = tuple(fit_way(step, way, allowed, card, correction) for way in allowed.ways())
-    fitting = [found for found in candidates if found.device_bytes <= card.memory_bytes]
-    least_s = min((found.seconds for found in fitting), default=0.0)
-    near = [found for found in fitting if (1 - WORTH) * found.seconds <= least_s]
-    chosen = min(near, key=lambda found: (found.way.complexity, found.seconds, found.device_bytes), default=None)
+    fitting = [candidate for candidate in candidates if candidate.device_bytes <= card.memory_bytes]
+    least_s = min((candidate.seconds for candidate in fitting), default=0.0)
+    near = [candidate for candidate in fitting if (1 - WORTH) * candidate.seconds <= least_s]
+    chosen = min(
+        near, key=lambda candidate: (candidate.way.complexity, candidate.seconds, candidate.device_bytes), default=None
+    )
     return Choice(card, candidates, chosen)
 
 
@@ -56,11 +59,12 @@ def fit_way(step: CountedStep, way: Way, allowed: Allowed, card: Gpu, correction
 
     A fixed number of offloaded blocks is kept, and a sharded model offloads none.
     """
-    found = predict(step, way, card, correction)
+    prediction = predict(step, way, card, correction)
     if allowed.num_offloaded is not None or allowed.shared_by > 1:
-        return found
-    for number in range(1, step.most_offloaded + 1):
-        if found.device_bytes <= card.memory_bytes:
+        return prediction
+    # As few blocks as possible, because each needs main memory that can be pinned.
+    for num_offloaded in range(1, step.most_offloaded + 1):
+        if prediction.device_bytes <= card.memory_bytes:
             break
-        found = predict(step, replace(way, num_offloaded=number), card, correction)
-    return found
+        prediction = predict(step, replace(way, num_offloaded=num_offloaded), card, correction)
+    return prediction

@@ -54,7 +54,8 @@ NO_KERNEL = {
 }
 
 # Six of seven calls of a step that reach FakeTensorMode. Its rules give equal sizes and dtypes for them, but take four
-# times as long as the operation itself. (Strides along axes of one element are those of the operation.)
+# times as long as the operation itself: counting SDXL takes 14.9 instead of 27.6 CPU seconds without them. (Strides
+# along axes of one element are those of the operation.)
 DIRECT = {
     aten._to_copy,
     aten._unsafe_view,
@@ -73,9 +74,12 @@ def run_operation(func: Any, args: Any, kwargs: Any) -> Any:
     packet = func._overloadpacket
     if packet in DIRECT or packet in FILLS:
         tensors: list[Any] = [value for value in args if isinstance(value, Tensor)]
+        # FakeTensorMode also carries the value of a fake tensor that has one (`constant`); a direct call would lose it.
         are_fake = all(isinstance(tensor, FakeTensor) and tensor.constant is None for tensor in tensors)
+        # A fill changes nothing that a fake tensor has.
         if are_fake and packet in FILLS:
             return args[0]
+        # The result gets the fake device of the input, so copies to another device take the usual way.
         if are_fake and "device" not in kwargs:
             with in_kernel_invocation_manager(tensors[0].fake_mode):
                 out = func(*args, **kwargs)
@@ -161,13 +165,14 @@ class OperationCounter(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and self._answers is not None and isinstance(args[0], FakeTensor):
             return self._answers[arithmetic_kind(args[0].dtype)]
         if func is aten.index.Tensor and self._answers is not None:
-            args = args[0], [place for index in args[1] for place in expand_mask(index)], *args[2:]
+            args = args[0], [expanded for index in args[1] for expanded in expand_mask(index)], *args[2:]
         out = run_operation(func, args, kwargs)
         self.flops += count_flops(func, args, kwargs, out)
         if launches_kernel(func):
             self.launches += 1
             self.moved += bytes_touched(args, out)
         for tensor in tree_leaves(out):
+            # Storages on the meta device report bytes, but have no memory.
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 self._note(tensor.untyped_storage())
         return out
@@ -206,6 +211,7 @@ class OperationCounter(TorchDispatchMode):
         self._sizes[key] = size = storage.nbytes()
         self.live += size
         self.peak = max(self.peak, self.live)
+        # torch keeps the Python object of a storage for as long as the storage exists.
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:

@@ -17,22 +17,22 @@ def give_fakes(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Floating-point tensors get `dtype`, or keep theirs if it is None. Weights of convolutions become channels last, as
     on a GPU. A tensor that several modules share stays shared.
     """
-    made: dict[int, Tensor] = {}
+    fakes: dict[int, Tensor] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, old in held.items():
+        for registry in (module._parameters, module._buffers):
+            for name, old in registry.items():
                 if old is not None:
-                    if id(old) not in made:
-                        made[id(old)] = make_fake(old, dtype)
-                    held[name] = made[id(old)]  # type: ignore[assignment]
+                    if id(old) not in fakes:
+                        fakes[id(old)] = make_fake(old, dtype)
+                    registry[name] = fakes[id(old)]  # type: ignore[assignment]
     return model
 
 
 def make_fake(old: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Return an empty tensor or parameter of the same shape."""
     layout = torch.channels_last if old.ndim == 4 else torch.contiguous_format
-    kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
-    new = torch.empty(old.shape, dtype=kind, memory_format=layout)
+    new_dtype = dtype if dtype is not None and old.is_floating_point() else old.dtype
+    new = torch.empty(old.shape, dtype=new_dtype, memory_format=layout)
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 

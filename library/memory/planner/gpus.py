@@ -84,10 +84,11 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None
     if device.type != "cuda":
         return None
     if dtype in (torch.bfloat16, torch.float16):
-        found = torch.cuda.get_device_name(device)
+        device_name = torch.cuda.get_device_name(device)
         for name, flops in PEAKS:
-            if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", found):  # an "RTX A4000" is not an A40
+            if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", device_name):  # an "RTX A4000" is not an A40
                 return flops
+    # The benchmark reports the share that a whole step reaches; the peak is the speed of the product itself.
     return benchmark_gpu(device, 0, dtype).flops / REACHED
 
 
@@ -126,20 +127,20 @@ def parse_size(flag: str, text: str) -> MemorySize:
     A whole number of gigabytes, such as "12GB" or "12", is the nominal size of a GPU. "11500MB", "12GiB" and "11.5GB"
     are exact. Raises UserError naming `flag` for anything else, and for more memory than any GPU has.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    if found is None or found[2] not in UNITS or float(found[1]) <= 0:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in UNITS or float(match[1]) <= 0:
         raise UserError(f"{flag}: {text!r} is not a memory size; use e.g. 12GB or 11500MB")
-    num_bytes = round(float(found[1]) * UNITS[found[2]])
+    num_bytes = round(float(match[1]) * UNITS[match[2]])
     if num_bytes > LARGEST_GPU:
         raise UserError(f"{flag}: {text!r} is {num_bytes / GIB:g} GiB, more than any GPU has; use e.g. 24GB")
-    return MemorySize(num_bytes, "." not in found[1] and found[2] in NAMES_A_GPU)
+    return MemorySize(num_bytes, "." not in match[1] and match[2] in NAMES_A_GPU)
 
 
 def typical_gpu(size: MemorySize) -> Gpu:
     """Return a common GPU with about this memory: the largest that does not have more, or the smallest."""
-    smaller = [card for card in TYPICAL if reported_bytes(card.memory_bytes) <= size.num_bytes]
-    like = smaller[-1] if smaller else TYPICAL[0]
-    return replace(like, memory_bytes=size.free_bytes, nominal_bytes=size.num_bytes if size.names_gpu else None)
+    smaller = [gpu for gpu in TYPICAL if reported_bytes(gpu.memory_bytes) <= size.num_bytes]
+    closest = smaller[-1] if smaller else TYPICAL[0]
+    return replace(closest, memory_bytes=size.free_bytes, nominal_bytes=size.num_bytes if size.names_gpu else None)
 
 
 def benchmark_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, side: int = 4096) -> Gpu:
@@ -147,36 +148,36 @@ def benchmark_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, s
 
     This takes about 0.1 s.
     """
-    on_card = device.type == "cuda"
+    on_gpu = device.type == "cuda"
 
     def seconds(run: Callable[[], object]) -> float:
         run()  # warm-up
-        best = float("inf")
+        best_s = float("inf")
         for _ in range(3):
-            began = time.perf_counter()
+            start = time.perf_counter()
             run()
-            if on_card:
+            if on_gpu:
                 torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - began)
-        return best
+            best_s = min(best_s, time.perf_counter() - start)
+        return best_s
 
     matrix = torch.randn(side, side, dtype=dtype, device=device)
-    host = torch.empty(side, side, dtype=dtype, pin_memory=on_card)
-    product = seconds(lambda: matrix @ matrix)
+    host = torch.empty(side, side, dtype=dtype, pin_memory=on_gpu)
+    product_s = seconds(lambda: matrix @ matrix)
     num_bytes = host.numel() * host.element_size()
-    copy = seconds(lambda: matrix.copy_(host, non_blocking=True))
-    within = seconds(lambda: matrix.clone())  # read and written
+    copy_s = seconds(lambda: matrix.copy_(host, non_blocking=True))
+    clone_s = seconds(lambda: matrix.clone())  # read and written
     pageable = torch.empty_like(host, pin_memory=False)
-    staged = seconds(lambda: pageable.copy_(host))
-    name = torch.cuda.get_device_name(device) if on_card else "this processor"
+    staged_s = seconds(lambda: pageable.copy_(host))
+    name = torch.cuda.get_device_name(device) if on_gpu else "this processor"
     return Gpu(
         name,
         memory_bytes,
-        flops=REACHED * 2 * side**3 / product,
-        bus=num_bytes / copy,
-        bandwidth=2 * num_bytes / within,
+        flops=REACHED * 2 * side**3 / product_s,
+        bus=num_bytes / copy_s,
+        bandwidth=2 * num_bytes / clone_s,
         pinnable_bytes=max_pinned_bytes(),
-        staging=num_bytes / staged,
+        staging=num_bytes / staged_s,
     )
 
 

@@ -87,31 +87,43 @@ def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> 
     """
     cost = StorageCost.of(way.weight_format)
     cost = cost.of_8bit_matmul() if step.multiplies_codes else cost
-    waiting = step.offloaded_indices(way.num_offloaded)
+    offloaded = step.offloaded_indices(way.num_offloaded)
     moves = list(apply_way(step, way))
     denoiser_format, text_format = step.own_formats
-    text = StorageCost.of(text_format if way.weight_format == denoiser_format else way.weight_format)
-    encoders = sum(encoder.resident_bytes(text, ()) for encoder in step.encoders)
+    text_cost = StorageCost.of(text_format if way.weight_format == denoiser_format else way.weight_format)
+    encoder_bytes = sum(encoder.resident_bytes(text_cost, ()) for encoder in step.encoders)
     if way.shared_by > 1:
-        own = step.weights.shared_bytes(cost, way.shared_by)
+        denoiser_bytes = step.weights.shared_bytes(cost, way.shared_by)
     else:
-        own = step.weights.resident_bytes(cost, waiting)
-    weights = own + encoders + step.other_bytes
-    held = step.optimizer.state + step.held_gradient_bytes
+        denoiser_bytes = step.weights.resident_bytes(cost, offloaded)
+    weight_bytes = denoiser_bytes + encoder_bytes + step.other_bytes
+    kept_bytes = step.optimizer.state + step.held_gradient_bytes
     passes = step.gradientless
-    ahead = max(waiting_inputs(step, way), default=0)  # inputs of a block are fetched while the next is recomputed
-    highest = max(compute_peak_bytes(moves) + ahead, 0 if passes is None else passes.peak_bytes)
-    within = held + highest + step.weights.decoded_bytes(cost)
-    stepping = step.gradient_bytes + max(step.optimizer.rise, step.optimizer.state)
-    changing = step.adapter_bytes + round(correction * max(within, stepping))
-    sizes = step.weights.block_bytes(cost)
-    streamed = sum(sizes[place] for place in waiting)
-    inputs = sum(waiting_inputs(step, way))
-    seconds = predict_seconds(moves, cost.slowdown, streamed, inputs, card, passes)
-    seconds *= 1 + COST_OF_WAITING * len(waiting) / max(1, len(sizes))
-    device = weights + round((1 + ALLOCATOR_SHARE) * changing) + CONTEXT_BYTES
-    peak = FORWARD_BACKWARD if within >= stepping else OPTIMIZER_STEP
-    return Predicted(way, weights, weights + changing, device, seconds, streamed + inputs, peak, cost.error)
+    # The inputs of a block are fetched while the next one in forward order is recomputed, so those of two exist.
+    prefetched_bytes = max(waiting_inputs(step, way), default=0)
+    peak_bytes = max(compute_peak_bytes(moves) + prefetched_bytes, 0 if passes is None else passes.peak_bytes)
+    pass_bytes = kept_bytes + peak_bytes + step.weights.decoded_bytes(cost)
+    optimizer_bytes = step.gradient_bytes + max(step.optimizer.rise, step.optimizer.state)
+    training_bytes = step.adapter_bytes + round(correction * max(pass_bytes, optimizer_bytes))
+    block_sizes = step.weights.block_bytes(cost)
+    streamed_bytes = sum(block_sizes[place] for place in offloaded)
+    input_bytes = sum(waiting_inputs(step, way))
+    seconds = predict_seconds(moves, cost.slowdown, streamed_bytes, input_bytes, card, passes)
+    seconds *= 1 + COST_OF_WAITING * len(offloaded) / max(1, len(block_sizes))
+    # The allocator's overhead comes from temporary tensors; weights are allocated once.
+    device_bytes = weight_bytes + round((1 + ALLOCATOR_SHARE) * training_bytes) + CONTEXT_BYTES
+    # The tensors of the passes are freed before the optimizer steps, so the larger of the two is the peak.
+    peak = FORWARD_BACKWARD if pass_bytes >= optimizer_bytes else OPTIMIZER_STEP
+    return Predicted(
+        way,
+        weight_bytes,
+        weight_bytes + training_bytes,
+        device_bytes,
+        seconds,
+        streamed_bytes + input_bytes,
+        peak,
+        cost.error,
+    )
 
 
 def apply_way(step: CountedStep, way: Way) -> list[Move]:
@@ -150,14 +162,14 @@ def predict_seconds(
     in the second pass. They share the bus. Computing is the sum of arithmetic, memory traffic of the GPU and kernel
     launches. Large models hide part of the last two, small ones do not.
     """
-    computing = {False: 0.0, True: 0.0}
+    compute_s = {False: 0.0, True: 0.0}
     for move in moves:
         segment = move.segment
         seconds = slowdown * segment.flops / card.flops + segment.moved / card.bandwidth + segment.launches * LAUNCH_S
-        computing[move.is_backward] += seconds
-    copying = card.copy_seconds(streamed) + inputs / card.bus
-    total = sum(max(seconds, copying) for seconds in computing.values())
+        compute_s[move.is_backward] += seconds
+    copy_s = card.copy_seconds(streamed) + inputs / card.bus
+    total = sum(max(seconds, copy_s) for seconds in compute_s.values())
     if gradientless is None:
         return total
-    streaming = gradientless.num_passes * card.copy_seconds(streamed)
-    return total + max(gradientless.num_batches * computing[False], streaming)
+    stream_s = gradientless.num_passes * card.copy_seconds(streamed)
+    return total + max(gradientless.num_batches * compute_s[False], stream_s)

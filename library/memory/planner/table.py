@@ -14,7 +14,7 @@ def format_gib(num_bytes: int) -> str:
 
 def select_shown(choice: Choice) -> tuple[Predicted, ...]:
     """Return the candidates that fit, or all if none does."""
-    fitting = tuple(found for found in choice.candidates if found.device_bytes <= choice.card.memory_bytes)
+    fitting = tuple(candidate for candidate in choice.candidates if candidate.device_bytes <= choice.card.memory_bytes)
     return fitting or choice.candidates
 
 
@@ -25,32 +25,32 @@ def iterate_rows(
 
     There is a column for the error if a weight format is used, and one for the hours if `num_passes` is known.
     """
-    rounds = any(found.error is not None for found in choice.candidates)
+    has_errors = any(candidate.error is not None for candidate in choice.candidates)
     yield (
         *("", "options", "GPU memory", "free", "tensors", "main memory"),
-        *(["error"] if rounds else []),
+        *(["error"] if has_errors else []),
         "batch",
         *(["run"] if num_passes else []),
     )
-    for found in select_shown(choice):
-        fits = found.device_bytes <= choice.card.memory_bytes
+    for candidate in select_shown(choice):
+        fits = candidate.device_bytes <= choice.card.memory_bytes
         yield (
-            "->" if found is choice.chosen else "" if fits else "x",
-            describe(found.way),
-            format_gib(found.device_bytes),
-            format_gib(max(0, choice.card.memory_bytes - found.device_bytes)),
-            format_gib(found.tensor_bytes),
-            format_gib(found.host_bytes) if found.host_bytes else "",
-            *(["" if found.error is None else f"{100 * found.error:.1f} %"] if rounds else []),
-            f"{found.seconds:.2f} s",
-            *([f"{found.seconds * num_passes / 3600:.1f} h"] if num_passes else []),
+            "->" if candidate is choice.chosen else "" if fits else "x",
+            describe(candidate.way),
+            format_gib(candidate.device_bytes),
+            format_gib(max(0, choice.card.memory_bytes - candidate.device_bytes)),
+            format_gib(candidate.tensor_bytes),
+            format_gib(candidate.host_bytes) if candidate.host_bytes else "",
+            *(["" if candidate.error is None else f"{100 * candidate.error:.1f} %"] if has_errors else []),
+            f"{candidate.seconds:.2f} s",
+            *([f"{candidate.seconds * num_passes / 3600:.1f} h"] if num_passes else []),
         )
 
 
 def format_table(choice: Choice, describe: Callable[[Way], str], num_passes: int | None = None) -> list[str]:
     """Format the shown candidates as aligned lines with the chosen one marked, and count the others."""
     lines = columns([*iterate_rows(choice, describe, num_passes)])
-    others = [found.device_bytes for found in choice.candidates if found not in select_shown(choice)]
+    others = [candidate.device_bytes for candidate in choice.candidates if candidate not in select_shown(choice)]
     if others:
         count = format_count(len(others), "other configuration")
         lines.append(f"too large: {count}; the smallest needs {format_gib(min(others))}")

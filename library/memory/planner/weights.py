@@ -69,12 +69,12 @@ class StorageCost:
         """
         if name is None:
             return cls(lambda matrix: matrix.own_bytes, 0, 1.0)
-        found = load_format(name)
+        weight_format = load_format(name)
         return cls(
-            lambda matrix: found.num_bytes(matrix.rows, matrix.columns, matrix.itemsize),
-            found.num_copies,
-            found.slowdown,
-            found.error,
+            lambda matrix: weight_format.num_bytes(matrix.rows, matrix.columns, matrix.itemsize),
+            weight_format.num_copies,
+            weight_format.slowdown,
+            weight_format.error,
         )
 
     def of_8bit_matmul(self) -> "StorageCost":
@@ -99,12 +99,12 @@ class ModelWeights:
         """
         layers = {layer: Matrix.of_layer(layer) for layer in storable}
         by_block = [[layer for layer in block.modules() if layer in layers] for block in blocks]
-        inside = {layer for found in by_block for layer in found}
+        inside = {layer for block_layers in by_block for layer in block_layers}
         fixed = bytes_of(model) - sum(matrix.own_bytes for matrix in layers.values())
         return cls(
             fixed,
             tuple(matrix for layer, matrix in layers.items() if layer not in inside),
-            tuple(tuple(layers[layer] for layer in found) for found in by_block),
+            tuple(tuple(layers[layer] for layer in block_layers) for block_layers in by_block),
         )
 
     # A model has few kinds of matrices, and a search computes their bytes thousands of times.
@@ -123,9 +123,10 @@ class ModelWeights:
     def resident_bytes(self, cost: StorageCost, waiting: Collection[int]) -> int:
         """Return the bytes on the device with the blocks in `waiting` offloaded, including their slots."""
         sizes = self.block_bytes(cost)
-        staying = sum(size for place, size in enumerate(sizes) if place not in waiting)
+        resident = sum(size for place, size in enumerate(sizes) if place not in waiting)
+        # Every slot has the size of the largest offloaded block.
         slots = NUM_SLOTS * max((sizes[place] for place in waiting), default=0)
-        return self.fixed_bytes + bytes_of_all(self._counts[0], cost) + staying + slots
+        return self.fixed_bytes + bytes_of_all(self._counts[0], cost) + resident + slots
 
     def shared_bytes(self, cost: StorageCost, num_processes: int) -> int:
         """Return the bytes on one device if the weights are sharded over `num_processes`."""
@@ -134,6 +135,7 @@ class ModelWeights:
 
     def decoded_bytes(self, cost: StorageCost) -> int:
         """Return the peak bytes of decoding one weight."""
+        # Layers decode their weight for each computation and keep no copy, so that only one is decoded at a time.
         return round(cost.num_copies * self._largest_bytes)
 
 

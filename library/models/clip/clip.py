@@ -19,6 +19,7 @@ from library.models.loading import Component, MaybeComponent, materialise
 from library.models.names import inverse, swap_stem
 from library.models.shapes import Shapes, choose_num_heads, count, shape_of
 
+# CLIP-L has 12 heads at width 768, OpenCLIP-H 16 at 1024, bigG 20 at 1280.
 HEAD_WIDTH = 64
 PROJECTION = "text_projection.weight"
 CLIP_WORDS = "embeddings.token_embedding.weight"
@@ -75,29 +76,28 @@ def clip_from_any(key: str) -> str:
 
 
 def from_open_clip(weights: Weights) -> Weights:
-    """Rename OpenCLIP's text encoder to transformers' names, splitting in_proj into q, k and v.
-
-    The projection is transposed: OpenCLIP multiplies by `text_projection` from the right, torch's Linear by the
-    transposed weight. A key "text_projection.weight" already has Linear's layout.
-    """
+    """Rename OpenCLIP's text encoder to transformers' names, splitting in_proj into q, k and v."""
     shapes: dict[str, tuple[int, ...]] = {}
-    places: dict[str, tuple[str, str | int | None]] = {}  # new name -> (old name, third of the rows or "transposed")
+    sources: dict[str, tuple[str, str | int | None]] = {}  # new name -> (old name, third of the rows or "transposed")
     for key, shape in weights.shapes.items():
         packed = re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", key)
         if packed:
             for third, name in enumerate(THIRDS):
                 new = f"encoder.layers.{packed[1]}.self_attn.{name}.{packed[2]}"
-                places[new], shapes[new] = (key, third), (shape[0] // 3, *shape[1:])
+                sources[new], shapes[new] = (key, third), (shape[0] // 3, *shape[1:])
+        # OpenCLIP multiplies by this matrix from the right, torch's Linear by the transposed weight. A key
+        # "text_projection.weight" already has Linear's layout.
         elif key == "text_projection":
-            places[PROJECTION], shapes[PROJECTION] = (key, "transposed"), shape[::-1]
+            sources[PROJECTION], shapes[PROJECTION] = (key, "transposed"), shape[::-1]
         elif key not in OPEN_CLIP_LEFT_OUT:
             new = open_clip_name(key)
-            places[new], shapes[new] = (key, None), shape
+            sources[new], shapes[new] = (key, None), shape
 
     def read(name: str) -> Tensor:
-        old, part = places[name]
+        old, part = sources[name]
         tensor = weights.read(old)
         if isinstance(part, int):
+            # A view would keep all three in memory.
             return tensor.chunk(3)[part].clone()
         return tensor.t().contiguous() if part == "transposed" else tensor
 
@@ -171,6 +171,7 @@ def clip_config(shapes: Shapes, activation: str = "quick_gelu") -> dict[str, Any
         "num_attention_heads": choose_num_heads(width, width // HEAD_WIDTH),
         "max_position_embeddings": shape_of(shapes, "embeddings.position_embedding.weight")[0],
         "hidden_act": activation,
+        # The last two tokens of CLIP's vocabulary are begin and end.
         "bos_token_id": vocab - 2,
         "eos_token_id": vocab - 1,
         "pad_token_id": vocab - 1,
@@ -184,9 +185,9 @@ def empty_clip(config: Mapping[str, Any], projects: bool = False) -> Any:
     """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    kind = CLIPTextModelWithProjection if projects else CLIPTextModel
+    model_class = CLIPTextModelWithProjection if projects else CLIPTextModel
     with torch.device("meta"):
-        clip = kind(CLIPTextConfig.from_dict(dict(config)))
+        clip = model_class(CLIPTextConfig.from_dict(dict(config)))
     position_ids = torch.arange(clip.config.max_position_embeddings).expand((1, -1))
     clip_body(clip).embeddings.register_buffer("position_ids", position_ids, persistent=False)
     return clip
@@ -210,6 +211,7 @@ def load_clip(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     projects = PROJECTION in component.weights.shapes
     encoder: nn.Module = empty_clip(component.config, projects)
     body = select_weights(component.weights, {key: key for key in component.weights.shapes if key != PROJECTION})
+    # Names begin below the body, whose path depends on the class and on the version of transformers.
     materialise(clip_body(encoder), body, dtype)
     if projects:
         weight = select_weights(component.weights, {"weight": PROJECTION})
@@ -226,6 +228,7 @@ def hidden_states(encoder: nn.Module, ids_NT: Tensor) -> tuple[tuple[Tensor, ...
 
 def pool_at_end(normed_NTW: Tensor, ids_NT: Tensor, end_id: int, projection: nn.Module) -> Tensor:
     """Return the projected state at the first end-of-text token, NP."""
+    # `argmax` returns the first end token, also where the padding repeats it.
     end_N = send((ids_NT == end_id).int().argmax(dim=1), normed_NTW.device)
     pooled_NP: Tensor = projection(normed_NTW[torch.arange(len(end_N), device=normed_NTW.device), end_N])
     return pooled_NP

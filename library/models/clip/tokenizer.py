@@ -34,12 +34,12 @@ def load_tokenizer(model: Path, cache_dir: str | None, num_words: int | None) ->
 
 def find_tokenizer(model: Path, cache_dir: str | None) -> Path:
     """Find the folder of the tokenizer, downloading it if needed."""
-    beside = (model if model.is_dir() else model.parent) / "tokenizer"
+    tokenizer_folder = (model if model.is_dir() else model.parent) / "tokenizer"
     try:
-        return TOKENIZER.find([beside], cache_dir)
+        return TOKENIZER.find([tokenizer_folder], cache_dir)
     except ConnectionError as error:
         raise UserError(
             f"{model} has no tokenizer, and {TOKENIZER_HUB_NAME} cannot be downloaded ({error}). Put "
-            f"vocab.json and merges.txt (or tokenizer.json) of {TOKENIZER_HUB_NAME} into {beside}, or into "
+            f"vocab.json and merges.txt (or tokenizer.json) of {TOKENIZER_HUB_NAME} into {tokenizer_folder}, or into "
             f"{TOKENIZER.cache_place(cache_dir)}"
         ) from error

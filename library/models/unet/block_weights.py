@@ -29,8 +29,8 @@ def block_of(generic: str) -> str | None:
     """Return the block of a module by its generic name; None outside of all blocks, such as for the output layer."""
     if is_of_text_encoder(generic):
         return BASE
-    if found := NUMBERED.match(generic):
-        return side(SIDES[found[1]], int(found[2]))[0]
+    if match := NUMBERED.match(generic):
+        return side(SIDES[match[1]], int(match[2]))[0]
     if generic.startswith("diffusion_model.middle_block."):
         return MID
     return "IN00" if generic.startswith(("diffusion_model.time_embed.", "diffusion_model.label_emb.")) else None

@@ -61,6 +61,7 @@ def unet_from_ldm(key: str, layout: UnetLayout) -> str:
     side, block, part, tail = match[1], int(match[2]), int(match[3]), match[4]
     per_level = layout.layers_per_block + 1
     down = side == "input_blocks"
+    # Input block 0 is the first convolution.
     level, layer = divmod(block - 1 if down else block, per_level)
     stem = f"{'down' if down else 'up'}_blocks.{level}"
     if down and tail.startswith("op."):
@@ -85,6 +86,7 @@ def unet_to_ldm(key: str, layout: UnetLayout) -> str:
     if kind == "downsamplers":
         return f"input_blocks.{first + layout.layers_per_block + 1}.0.op.{tail.removeprefix('conv.')}"
     if kind == "upsamplers":
+        # Upsampling comes after the residual block, and after the attention if there is one.
         has_attention = layout.has_attention[layout.num_levels - 1 - level]
         return f"output_blocks.{first + layout.layers_per_block}.{2 if has_attention else 1}.{tail}"
     block = f"input_blocks.{first + layer + 1}" if side == "down" else f"output_blocks.{first + layer}"

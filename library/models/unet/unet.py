@@ -36,6 +36,7 @@ def unet_component(ldm: Weights, head_width: int | None = None) -> Component:
 def unet_layout(ldm_shapes: Shapes) -> UnetLayout:
     """Return layers per block and attention levels of a U-Net in the single-file layout, names without prefix."""
     num_blocks = count(ldm_shapes, r"input_blocks\.(\d+)\.")
+    # Downsampling ends a level: with two residual blocks per level, it is in input blocks 3, 6 and 9.
     ends = [n for n in range(num_blocks) if f"input_blocks.{n}.0.op.weight" in ldm_shapes]
     per_level = ends[0] if ends else num_blocks
     if ends != [per_level * (level + 1) for level in range(len(ends))]:
@@ -46,7 +47,7 @@ def unet_layout(ldm_shapes: Shapes) -> UnetLayout:
 
 def layout_of_config(config: Mapping[str, Any]) -> UnetLayout:
     """Return the layout that the configuration in a diffusers folder describes."""
-    attends = tuple(kind.startswith("CrossAttn") for kind in config.get("down_block_types", ()))
+    attends = tuple(block_type.startswith("CrossAttn") for block_type in config.get("down_block_types", ()))
     return UnetLayout(int(config.get("layers_per_block", 2)), attends)
 
 
@@ -56,7 +57,7 @@ def unet_config(shapes: Shapes, head_width: int | None = None) -> dict[str, Any]
     channels = tuple(shape_of(shapes, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in levels)
     stems = [f"down_blocks.{i}.attentions.0" for i in levels]
     has_attention = [f"{stem}.proj_in.weight" in shapes for stem in stems]
-    sample = next((stem for stem, has in zip(stems, has_attention, strict=True) if has), "mid_block.attentions.0")
+    attention = next((stem for stem, has in zip(stems, has_attention, strict=True) if has), "mid_block.attentions.0")
     # Levels without attention get the middle's depth: diffusers builds the middle like the coarsest level.
     depths = tuple(
         num_transformers(shapes, stem if has else "mid_block.attentions.0")
@@ -70,11 +71,11 @@ def unet_config(shapes: Shapes, head_width: int | None = None) -> dict[str, Any]
         "layers_per_block": count(shapes, r"down_blocks\.0\.resnets\.(\d+)\."),
         "down_block_types": tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in has_attention),
         "up_block_types": tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(has_attention)),
-        "cross_attention_dim": shape_of(shapes, f"{sample}.transformer_blocks.0.attn2.to_k.weight")[1],
+        "cross_attention_dim": shape_of(shapes, f"{attention}.transformer_blocks.0.attn2.to_k.weight")[1],
         "transformer_layers_per_block": depths[0] if len(set(depths)) == 1 else depths,
         # diffusers uses this name for the number of heads.
         "attention_head_dim": heads[0] if len(set(heads)) == 1 else tuple(heads),
-        "use_linear_projection": len(shape_of(shapes, f"{sample}.proj_in.weight")) == 2,
+        "use_linear_projection": len(shape_of(shapes, f"{attention}.proj_in.weight")) == 2,
         "norm_num_groups": norm_groups(*channels),
     }
 

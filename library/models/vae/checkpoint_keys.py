@@ -27,6 +27,7 @@ def vae_from_ldm(key: str, num_levels: int) -> str:
     if match is None:
         return key
     down, level, kind, layer, tail = match[1], int(match[3]), match[4], match[5], match[6]
+    # Stability numbers the decoder's levels from the finest, diffusers from the coarsest.
     stem = f"encoder.down_blocks.{level}" if down else f"decoder.up_blocks.{num_levels - 1 - level}"
     if layer is None:
         return f"{stem}.{kind}rs.0.{tail}"

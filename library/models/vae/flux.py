@@ -62,6 +62,7 @@ def find_vae(
         return base.flag, *base.open_folder(FOLDER)
     else:
         weights = base.whole
+    # In a base model's file, names without a prefix belong to the denoiser.
     prefixes = VAE_PREFIXES if name is not None else VAE_PREFIXES[:-1]
     prefix = next((p for p in prefixes if any(f"{p}{mark}" in weights.shapes for mark in marks)), None)
     if prefix is None:
@@ -74,9 +75,9 @@ def find_vae(
 
 def check_channels(model: str, flag: str, component: Component, num_channels: int) -> None:
     """Raise UserError if a VAE's number of latent channels differs from the base model's."""
-    found = shape_of(component.weights.shapes, "decoder.conv_in.weight")[1]
-    if found != num_channels:
+    channels = shape_of(component.weights.shapes, "decoder.conv_in.weight")[1]
+    if channels != num_channels:
         raise UserError(
-            f"{flag} {component.weights.origin} has {found} latent channels, but {model} needs {num_channels}; use its "
-            "ae.safetensors"
+            f"{flag} {component.weights.origin} has {channels} latent channels, but {model} needs {num_channels}; "
+            "use its ae.safetensors"
         )

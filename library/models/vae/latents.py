@@ -30,6 +30,7 @@ class KlLatents:
         latents_BCHW: Tensor = posterior.mean.float()
         if generators is not None:
             assert len(generators) == len(pixels_BCHW)
+            # From each image's own generator, so that latents do not depend on the batch.
             noise_BCHW = torch.stack([torch.randn(latents_BCHW.shape[1:], generator=g) for g in generators])
             latents_BCHW = latents_BCHW + posterior.std.float() * send(noise_BCHW, latents_BCHW.device)
         return (latents_BCHW - self.shift) * self.scale if self.caches_normalized else latents_BCHW

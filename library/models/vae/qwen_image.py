@@ -53,15 +53,13 @@ class QwenImageLatents:
     spec: LatentSpec
 
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        """Return the posterior's mean, normalized by each channel's mean and deviation, float32; nothing is sampled.
-
-        The VAE's parts are called one by one: a call of the whole VAE caches every layer's input for a next frame,
-        which an image does not have.
-        """
+        """Return the posterior's mean, normalized by each channel's mean and deviation, float32; nothing is sampled."""
         model: Any = vae
         frames = pixels_BCHW[:, :, None].to(model.device, model.dtype)
-        middle, _ = model.quant_conv(model.encoder(frames)).chunk(2, dim=1)
-        latents_BCHW: Tensor = middle[:, :, 0].float()
+        # The parts are called one by one: a call of the whole VAE caches every layer's input for a next frame, which an
+        # image does not have.
+        posterior_mean, _ = model.quant_conv(model.encoder(frames)).chunk(2, dim=1)
+        latents_BCHW: Tensor = posterior_mean[:, :, 0].float()
         mean, std = statistics(latents_BCHW.device)
         return (latents_BCHW - mean) / std
 
@@ -74,6 +72,7 @@ class QwenImageLatents:
         mean, std = statistics(latents_BCHW.device)
         frames = (latents_BCHW.float() * std + mean)[:, :, None]
         pixels_BCHW: Tensor = model.decoder(model.post_quant_conv(frames.to(model.device, model.dtype)))[:, :, 0]
+        # Clamped as in a call of diffusers' VAE.
         return pixels_BCHW.float().clamp(-1, 1)
 
 
@@ -98,10 +97,10 @@ def open_vae(model: str, name: str | None, base: BaseFiles | None = None) -> Com
         return vae_component(model, model_lookup.open_model(FLAG, name, FOLDER)[1])
     if base is not None and base.whole is None:
         return vae_component(model, base.open_folder(FOLDER)[1])
-    found = with_prefix(base.whole, WHOLE) if base is not None and base.whole is not None else None
-    if found is None or not found.shapes:
+    weights = with_prefix(base.whole, WHOLE) if base is not None and base.whole is not None else None
+    if weights is None or not weights.shapes:
         raise NotThere(f"{FLAG} is missing: use {FILE}, or a folder in diffusers' layout")
-    return vae_component(model, found)
+    return vae_component(model, weights)
 
 
 def vae_component(model: str, weights: Weights) -> Component:
@@ -137,9 +136,9 @@ def from_original(key: str, num_blocks: int) -> str:
     if match := re.fullmatch(r"encoder\.downsamples\.(\d+)\.(.+)", key):
         return f"encoder.down_blocks.{match[1]}.{rename_in_block(match[2])}"
     if match := re.fullmatch(r"decoder\.upsamples\.(\d+)\.(.+)", key):
-        level, place = divmod(int(match[1]), num_blocks + 1)
-        inside = "upsamplers.0" if place == num_blocks else f"resnets.{place}"
-        return f"decoder.up_blocks.{level}.{inside}.{rename_in_block(match[2])}"
+        level, index = divmod(int(match[1]), num_blocks + 1)
+        layer = "upsamplers.0" if index == num_blocks else f"resnets.{index}"
+        return f"decoder.up_blocks.{level}.{layer}.{rename_in_block(match[2])}"
     return outside_levels(key)
 
 
@@ -165,12 +164,13 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
     base = shape_of(shapes, "encoder.conv_in.weight")[0]
     layers = sorted({int(m[1]) for key in shapes if (m := re.match(r"encoder\.down_blocks\.(\d+)\.", key))})
     resampling = [n for n in layers if f"encoder.down_blocks.{n}.resample.1.weight" in shapes]
-    last = [n - 1 for n in resampling] + layers[-1:]  # the last residual block of each level
+    last_blocks = [n - 1 for n in resampling] + layers[-1:]  # the last residual block of each level
     return {
         "base_dim": base,
         "z_dim": shape_of(shapes, "decoder.conv_in.weight")[1],
-        "dim_mult": [shape_of(shapes, f"encoder.down_blocks.{n}.conv1.weight")[0] // base for n in last],
+        "dim_mult": [shape_of(shapes, f"encoder.down_blocks.{n}.conv1.weight")[0] // base for n in last_blocks],
         "num_res_blocks": resampling[0] if resampling else len(layers),
+        # diffusers' spelling.
         "temperal_downsample": [f"encoder.down_blocks.{n}.time_conv.weight" in shapes for n in resampling],
         "input_channels": shape_of(shapes, "encoder.conv_in.weight")[1],
     }

@@ -27,7 +27,7 @@ class ImageConv(nn.Module):
     def __init__(self, conv: nn.Conv3d) -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
-        self.padding = tuple(side // 2 for side in conv.kernel_size[1:])
+        self.padding = tuple(size // 2 for size in conv.kernel_size[1:])
 
     def forward(self, x_BCTHW: Tensor, earlier: None = None) -> Tensor:
         """Return the output, shape BCTHW."""
@@ -65,6 +65,7 @@ def replace_layers_for_images(vae: Any) -> Any:
     """
     from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d, QwenImageRMS_norm
 
+    # A list, because the loop changes the tree that it walks.
     for module in list(vae.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, QwenImageCausalConv3d) and name != "time_conv":

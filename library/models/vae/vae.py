@@ -50,6 +50,7 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
         "down_block_types": ("DownEncoderBlock2D",) * len(channels),
         "up_block_types": ("UpDecoderBlock2D",) * len(channels),
         "norm_num_groups": norm_groups(*channels),
+        # VAEs with 16 channels have neither of the two.
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
     }
@@ -91,6 +92,7 @@ def open_vae(name: str, needs: VaeNeeds) -> Component:
     if config is not None:
         refuse_no_vae(name, weights, needs.base)
         component = vae_of_folder(config, weights)
+        # Folders saved by early versions of diffusers do not name it; this is diffusers' default.
         scale = config.get("scaling_factor", 0.18215)
         if scale != needs.scale:
             logger.warning(
