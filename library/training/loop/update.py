@@ -80,15 +80,15 @@ class Updates:
         """
         if self._last is None:
             return
-        taken, self._last = self._last, None
-        if not taken.is_judged and self._allows(taken.window, taken.numbers):
+        pending, self._last = self._last, None
+        if not pending.is_judged and self._allows(pending.window, pending.numbers):
             self._run.optimization.schedule.step()
-        *losses, norm = taken.numbers.read()
+        *losses, norm = pending.numbers.read()
         limited = None
-        if taken.limited is not None:
-            count, mean, maximum = taken.limited.read()
+        if pending.limited is not None:
+            count, mean, maximum = pending.limited.read()
             limited = LimitedNorms(int(count), mean, maximum)
-        self._tell(StepResult(taken.window, losses, norm, taken.rates, limited))
+        self._tell(StepResult(pending.window, losses, norm, pending.rates, limited))
 
     @contextmanager
     def reported_at_end(self) -> Iterator[None]:
@@ -101,7 +101,7 @@ class Updates:
             except UserError:  # a damaged step takes precedence
                 raise
             except Exception as second:
-                logger.debug("the last step could not be told either:", exc_info=second)
+                logger.debug("the last step could not be reported either:", exc_info=second)
             raise
         self.tell()
 
@@ -153,7 +153,7 @@ def skips_by_itself(run: Run) -> bool:
 
 @contextmanager
 def left_out_if(optimizer: Optimizer, is_damaged: Tensor) -> Iterator[None]:
-    """Inside, a step of such an optimizer changes nothing, its count of steps included, where `is_damaged` is true."""
+    """Make a fused optimizer's step in the block change nothing, not even its step count, if `is_damaged` is true."""
     fused: Any = optimizer
     fused.found_inf = is_damaged.float()
     try:
