@@ -96,7 +96,10 @@ class AdapterRun:
         num_losses, sharded = len(window.places), run.context.models.sharded
         order = None if sharded is None else Order(sharded.digest, sharded.group_size)
         losses, stops = run.processes.exchange(parameters, local_losses, num_losses, wants_stop, order)
+        # The previous step is judged only now, when the device has this step's gradients queued, and before this step
+        # uses the learning rate that follows from it.
         self.updates.tell()
+        # Cleared by `advance`: an error in between leaves weights that belong to no step, which get no state.
         self.progress.is_moving = True
         with explain_out_of_memory(
             "the optimizer moved the weights", run.options, device, "", lambda: measure_sizes(run)
@@ -116,6 +119,8 @@ class AdapterRun:
             writer.save_weights_of_end(progress.step, window.epoch)
         is_due = writer.schedule.saves_step(progress.step) or prepared.previews.are_due(progress.step)
         is_due = is_due or validation.is_due(progress.step) or window.ends_epoch or is_last or stops
+        # The step's result decides the learning rate and the running average, which a state stores and previews,
+        # validation and files are recorded with.
         if is_due or not self.updates.reports_late:
             self.updates.tell()
         if not stops:
@@ -197,6 +202,7 @@ class AdapterRun:
             "step previews": step_event(progress.step),
             "epoch previews": epoch_event(epoch),
         }
+        # Processes must agree on what is left to draw, because with a sharded model all of them take part.
         for part, event in preview_events.items():
             is_drawn = previews.are_drawn(event, state.written_at)  # other ranks have no prompts
             if run.processes.share(f"drawn {part} {run.label}", "yes" if is_drawn else "no") == "yes":
@@ -216,6 +222,7 @@ def report_step(run: Run, progress: Progress, charts: Charts, bar: StepBar, resu
         if math.isfinite(loss):
             progress.average.add(place, loss)
         if charts.are_on:
+            # The x values of sd-scripts: one point per batch, under the count of steps that are finished after it.
             step = window.step + 1 if place == window.places[-1] else window.step
             values = step_values(run, loss, progress.average.mean, result.rates, result.limited)
             charts.log_step(values, step, window.epoch)
@@ -232,6 +239,7 @@ def step_values(
     effective = effective_rates(run.optimization.optimizer, run.optimization.built.name)
     is_first_text_encoder = not run.options.network.network_train_unet_only
     values = rate_values(rates, run.optimization.group_names, effective, is_first_text_encoder)
+    # sd-scripts charts the first group's rate of ProdigyPlus under this name.
     if effective is not None and "prodigyplus" in run.optimization.built.name.lower():
         values["lr/d*lr"] = effective[0]
     norm_values = {} if norms is None else norms.chart_values()

@@ -21,6 +21,7 @@ class CudaCopies:
         """`on_host` names the features that stay on the host."""
         self._device, self._on_host = device, on_host
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # One event is enough, because only one batch is copied ahead.
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def start(self, batch: Batch) -> Batch:

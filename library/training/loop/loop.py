@@ -67,6 +67,7 @@ def train(
     num_profiled = run.options.trackers.profile if is_main else 0
     profile = adapters[0].writer.names.path_with_ending("-profile.json.gz")
     with ExitStack() as stack:
+        # At exit torch waits five seconds for each worker that still runs, kills it and prints a traceback.
         stack.callback(run.batches.close)
         stack.enter_context(bar)
         profile_step = stack.enter_context(profile_steps(num_profiled, profile, run.context.device))
@@ -131,6 +132,7 @@ def end_worse(
         return active
     losses = {adapter.run.label: adapter.validation.record.losses_after(step) for adapter in active}
     measured = {label: losses_G for label, losses_G in losses.items() if losses_G is not None}
+    # Adapters are compared pair by pair on the same images after the same step.
     if len(measured) < len(active):
         return active
     worse = find_worse(measured, num_adapters, active[0].validation.record.num_evaluations)
@@ -181,6 +183,8 @@ def accumulate_gradients(
     num_local = len(window.share(run.processes.rank, run.processes.count))
     for number, place in enumerate(assign_places(run, window)):
         batch = next(batches)
+        # The true number of batches, which is smaller in the last window of an epoch; sd-scripts always divides by the
+        # full one. A padding batch is divided by infinity, so its gradient is zero.
         size = len(window.places) if number < num_local else math.inf
         doing = f"computing step {window.step + 1}, forward and backward"
         shape, predicted = describe_shape(batch), partial(memory_hints, runs, batch)
@@ -216,6 +220,7 @@ def backward(run: Run, batch: Batch, batch_number: int, window_size: float, step
         for pass_batch in split_passes(run.context, batch):
             with run.times.counted(pass_batch) as begin_backward:
                 with run.times.stage("forward"):
+                    # Seeded for each pass, so both sides of a pair get the same dropout.
                     start_batch(run.context, batch_number, step)
                     loss = loss_of(run.context, pass_batch, batch_number)
                     scaled = loss / window_size
@@ -224,4 +229,5 @@ def backward(run: Run, batch: Batch, batch_number: int, window_size: float, step
                     scaler = run.optimization.scaler
                     torch.autograd.backward(scaled if scaler is None else scaler.scale(scaled))
             losses.append(loss.detach().float())
+    # `split_passes` gives each side of a pair half the weight, so the sum is the loss of the batch.
     return torch.stack(losses).sum()

@@ -71,6 +71,7 @@ def backward_stacked(
             scaled = [p if s is None else s.scale(p) for p, s in zip(parts, scalers, strict=True)]
         begin_backward()
         with times.stage("backward"):
+            # One pass for the sum of the losses: no adapter has a gradient from another one's loss.
             torch.autograd.backward(scaled)
     return [loss.detach().float() for loss in losses_M]
 
@@ -100,6 +101,7 @@ def make_for_each_seed(contexts: Sequence[StepContext], make: Callable[[StepCont
     """Call `make` once for each distinct seed, and return a result for each context."""
     made: dict[int, T] = {}
     for context in contexts:
+        # Adapters with equal seeds get equal noise, so the VAE encodes the images once for them.
         if context.seed not in made:
             made[context.seed] = make(context)
     return [made[context.seed] for context in contexts]

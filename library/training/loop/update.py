@@ -68,6 +68,7 @@ class Updates:
         numbers = self._update(window, losses)
         limited = None
         if self._norm_limit is not None:
+            # After the optimizer step. sd-scripts limits norms after every batch that a step accumulates.
             limited = Readback(run.context.network.limit_norms(self._norm_limit, run.context.device))
         if run.optimization.average is not None:
             run.optimization.average.update()
@@ -111,6 +112,7 @@ class Updates:
         parameters = run.context.network.trainable_parameters()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         values = torch.cat([losses.to(norm.device), norm.float().view(1)])
+        # Losses and norm travel together: the host reads from the device once per step.
         numbers = Readback(values)
         if self.reports_late:
             with left_out_if(optimizer, (~values.isfinite()).any()):
@@ -120,6 +122,7 @@ class Updates:
             self._move(parameters, norm, window.step)
             run.optimization.schedule.step()
         if scaler is not None:
+            # Also after a skipped step: it halves the loss scale once `unscale_` has found an overflow.
             scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return numbers
@@ -155,6 +158,7 @@ def skips_by_itself(run: Run) -> bool:
 def left_out_if(optimizer: Optimizer, is_damaged: Tensor) -> Iterator[None]:
     """Make a fused optimizer's step in the block change nothing, not even its step count, if `is_damaged` is true."""
     fused: Any = optimizer
+    # GradScaler sets this attribute too; torch's fused kernels leave everything unchanged if it is 1.
     fused.found_inf = is_damaged.float()
     try:
         yield
@@ -167,6 +171,7 @@ def round_weights(run: Run, step: int) -> AbstractContextManager[None]:
     if not (run.options.optimizer.stochastic_rounding and run.options.precision.full_bf16):
         return nullcontext()
     device = run.context.device
+    # Seeded by step, so that a resumed run rounds as the uninterrupted one.
     generator = torch.Generator(device).manual_seed(stream_seed(run.context.seed, "rounding", step))
     return stochastic_rounding(run.context.network.trainable_parameters(), generator)
 
