@@ -142,8 +142,8 @@ def preserve_output(
     """Return the target; for samples marked for preservation, the prediction of the model without its adapter
     (differential output preservation)."""
     target_BCHW = objective.target(noised)
-    keep = [bool(attributes.get(PRESERVATION)) for attributes in batch.attributes]
-    if not any(keep) and not context.preserves_in_step:
+    is_preserved = [bool(attributes.get(PRESERVATION)) for attributes in batch.attributes]
+    if not any(is_preserved) and not context.preserves_in_step:
         return target_BCHW
     if context.models.sharded is not None and not context.preserves_in_step:
         raise UserError(
@@ -159,5 +159,5 @@ def preserve_output(
             base_BCHW = objective.estimate(output_BCHW, noised)
     finally:
         acting.set_multiplier(1.0)
-    keep_B111 = send(torch.tensor(keep), target_BCHW.device).view(-1, 1, 1, 1)
-    return torch.where(keep_B111, base_BCHW.to(target_BCHW.dtype), target_BCHW)
+    is_preserved_B111 = send(torch.tensor(is_preserved), target_BCHW.device).view(-1, 1, 1, 1)
+    return torch.where(is_preserved_B111, base_BCHW.to(target_BCHW.dtype), target_BCHW)
