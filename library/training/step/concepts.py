@@ -34,6 +34,7 @@ def draw_partly(context: StepContext, batch: Batch, concept: Concept, batch_numb
     prompt = build_prompt(context, batch, concept)
     sampler = context.arch.preview.sampler(prompt)
     predict = build_predictor(context, batch, [caption])
+    # At scale 1 guidance gives the prediction for the caption, whatever that for the other prompt is.
     predict_both = (
         predict if concept.guidance == 1 else build_predictor(context, batch, [concept.unconditional, caption])
     )
@@ -48,6 +49,7 @@ def draw_partly(context: StepContext, batch: Batch, concept: Concept, batch_numb
     blank_BCHW = torch.zeros(len(batch.keys), spec.channels, height, width, device=context.device)
     noise_BCHW = context.arch.objective.draw_noise(blank_BCHW, generator)
     context.network.set_multiplier(concept.multiplier)
+    # T-LoRA's ranks are masked by noise level in training alone; latents are drawn with all ranks, as previews are.
     context.network.set_noise_levels(None)
     with torch.no_grad(), eval_mode([context.network.module]):
         latents_BCHW = denoise(sampler, guided_prediction, sampler.start(noise_BCHW), generator, concept.num_denoised)

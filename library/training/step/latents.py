@@ -63,6 +63,7 @@ def build_image_features(
 def load_references(context: StepContext, batch: Batch) -> Conditioning:
     """Return the normalized latents of the batch's reference images on the device. They are not random."""
     latents = [send(reference, context.device).float() for reference in batch.reference_latents]
+    # Without generators the VAE returns the mode of its posterior, as diffusers encodes reference images.
     latents += [encode(context, reference, None) for reference in batch.reference_pixels]
     return reference_features([context.arch.codec.normalize(reference) for reference in latents])
 

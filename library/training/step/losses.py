@@ -38,6 +38,7 @@ def start_batch(context: StepContext, batch_number: int, step: int) -> None:
     seed = stream_seed(context.seed, "step", batch_number)
     torch.manual_seed(seed)
     random.seed(seed)
+    # numpy takes seeds of 32 bits; those of `stream_seed` have 63.
     np.random.seed(seed % 2**32)
     context.network.start_step(*context.models.network_view)
     context.network.start_optimizer_step(context.seed, step)
@@ -153,6 +154,7 @@ def preserve_output(
     acting.set_multiplier(0.0)
     try:
         with torch.no_grad(), context.autocast():
+            # The conditioning at hand was computed with the text encoder's adapter, which has to be off as well.
             if context.trains_text_encoder:
                 conditioning = condition()
             output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)

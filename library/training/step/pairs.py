@@ -72,6 +72,7 @@ def losses_of_pairs(
         return compute_masked_means(loss_BCHW, pair_batch.masks_B1HW)
 
     context.network.set_noise_levels(objective.noise_levels(joined))
+    # The reference comes first, while no activations are kept for the backward pass.
     context.network.set_multiplier(0.0)
     try:
         with torch.no_grad():
