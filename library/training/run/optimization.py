@@ -51,17 +51,17 @@ def warn_of_idle_rate(network: AdoptedNetwork) -> None:
 
 
 def build_average(
-    wanted: AveragingOptions, optimizer_type: str, network: AdoptedNetwork, is_schedule_free: bool
+    options: AveragingOptions, optimizer_type: str, network: AdoptedNetwork, is_schedule_free: bool
 ) -> WeightAverage | None:
     """Build the moving average of the weights. Raises UserError with an optimizer that averages by itself."""
-    if not wanted.ema_decay:
+    if not options.ema_decay:
         return None
     if is_schedule_free:
         raise UserError(
-            f"--ema_decay {wanted.ema_decay} does not work with --optimizer_type {optimizer_type}: "
+            f"--ema_decay {options.ema_decay} does not work with --optimizer_type {optimizer_type}: "
             "schedule-free optimizers save, draw and validate an average of their own; leave one of them out"
         )
-    return WeightAverage(network.trainable_parameters(), wanted.ema_decay, wanted.ema_update_after_step)
+    return WeightAverage(network.trainable_parameters(), options.ema_decay, options.ema_update_after_step)
 
 
 def gradient_scaler(options: PrecisionOptions, device: torch.device) -> torch.amp.GradScaler | None:

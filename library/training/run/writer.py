@@ -65,11 +65,11 @@ def bytes_of_state(run: Run) -> int:
     """Estimate the size of a state: weights, buffers and optimizer state, or two tensors per weight before there is
     any."""
     network = run.context.network
-    memory = [value for state in run.optimization.optimizer.state.values() for value in state.values()]
-    tensors = [value for value in memory if isinstance(value, Tensor)]
-    trained = network.trainable_parameters()
-    expected = () if tensors else 2 * trained
-    averaged = () if run.optimization.average is None else run.optimization.average.values or trained
+    state_values = [value for state in run.optimization.optimizer.state.values() for value in state.values()]
+    tensors = [value for value in state_values if isinstance(value, Tensor)]
+    parameters = network.trainable_parameters()
+    expected = () if tensors else 2 * parameters
+    averaged = () if run.optimization.average is None else run.optimization.average.values or parameters
     return sum(t.nbytes for t in (*network.module.state_dict().values(), *tensors, *expected, *averaged))
 
 
