@@ -195,6 +195,7 @@ def convert_scalar(value: Any, action: argparse.Action) -> Any:
 
 def to_whole(value: int | float) -> int | None:
     """Return a number as an integer; None if it is not finite."""
+    # inf - inf and NaN - NaN are NaN; `isfinite` would raise OverflowError for integers that no float holds.
     return int(value) if value - value == 0 else None
 
 

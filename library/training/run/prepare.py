@@ -51,6 +51,7 @@ def prepare(
     `options` and `seed` are those shared by all `adapters`: images, base model, plan. Raises UserError for settings
     that can only be checked here, such as a network argument.
     """
+    # Raises for a wrong value, which would otherwise be noticed only once everything is loaded and cached.
     save_dtype(options.saving.save_precision)
     require_same_data(data, processes)
     compute = Compute.build(options.precision, processes.device)
@@ -69,6 +70,7 @@ def prepare(
     prompts = read_wanted_prompts(options.preview, arch) if processes.is_main else []
     if prompts:
         with needing("--sample_prompts draws images; give the VAE, or leave it out"):
+            # Reads the header of the file only, which is enough to notice that there is none.
             to_meta_device(arch.load).vae()
     texts = collect_texts(prompts, arch)
     network_module = options.network.network_module or ""
@@ -89,6 +91,7 @@ def prepare(
     # After all adapters are attached, because blocks are compiled with them.
     choose_block_runner(options.memory, options.compiling, options.trains_text_encoders, arch, loaded.models, networks)
     times = StepTimes(compute.device, processes.count, measure_peak_flops(compute.device, compute.dtype))
+    # After everything that encodes has left memory: the batches take latents and features from the finished caches.
     batches = open_batches(data, loaded.latents, loaded.texts)
     shared = Shared(arch, loaded, compute, processes, data, batches, plan, times, multiplexer, sweep)
     charts = Charts(accelerator)

@@ -117,7 +117,9 @@ def prepare_run(
         writer.check_space()
     if state is not None:  # after every stateful part exists, and before anything is drawn or measured
         go_on(run, progress, validation, state)
+    # The main process alone reads the prompts, but with a sharded model the others compute its blocks with it.
     is_drawing = run.processes.share(f"are there previews {run.label}", "yes" if prompts else "no") == "yes"
     previews = Previews(run, charts, prompts, encoded, is_drawing)
+    # With --initial_step the run leaves the state's step, so nothing is left to do at it.
     resumed = state if state is not None and state.step == progress.step else None
     return PreparedRun(run, progress, writer, charts, previews, validation, resumed)

@@ -100,6 +100,7 @@ def test_itself(run: Run) -> None:
         for parameter in network.parameters():
             parameter.grad = None
         plain = compute_gradients(run, recorder.calls, 0.0)
+        # Rounding to nearest changes a number by at most eps / 2 of its size.
         noisy = compute_gradients(run, recorder.calls, torch.finfo(context_dtype(run)).eps / 2)
     context.arch.run_blocks_with(context.models.denoiser, block_runner(run.options.memory))
     compared = {name: gradients[name] for name in plain if name in gradients}

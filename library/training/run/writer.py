@@ -51,6 +51,7 @@ def go_on(run: Run, progress: Progress, validation: Validation, state: StateMani
     first_step = progress.step
     data, optimization = run.data, run.optimization
     report_differences(state, run.options, data.identity_with_contents, run.processes.count, data.image_paths)
+    # `restore` replaces the rates of this run by those of the state.
     rates = base_rates(optimization.optimizer)
     restore(state, run.context.network.module, stateful_parts(run, progress, validation))
     follow_rates(optimization.schedule, optimization.optimizer, rates)
@@ -77,6 +78,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
     """Build the writer of checkpoints; base files are hashed in the background meanwhile."""
     options, data, plan, built = run.options, run.data, run.plan, run.optimization.built
     facts = RunFacts(
+        # Not drawn from a seeded generator, so that runs with one seed can be told apart.
         session_id=secrets.randbelow(2**32),
         started_at=time.time(),
         seed=run.context.seed,
