@@ -49,8 +49,8 @@ def code_dtype(name: str) -> torch.dtype:
 def kinds_in_file(arch: Architecture) -> set[torch.dtype]:
     """Return the dtypes of 8-bit codes in the checkpoint. Raises UserError if none can be multiplied."""
     layers = frozen_layers(to_meta_device(arch.load).denoiser(AS_IN_FILE))
-    found = [layer.decoder.codes(layer.own_parts()) for layer in layers if isinstance(layer, FrozenLinear)]
-    kinds = {codes.codes_OI.dtype for codes in found if codes is not None and codes.can_be_multiplied}
+    all_codes = [layer.decoder.codes(layer.own_parts()) for layer in layers if isinstance(layer, FrozenLinear)]
+    kinds = {codes.codes_OI.dtype for codes in all_codes if codes is not None and codes.can_be_multiplied}
     if not kinds:
         raise UserError(
             "--base_arithmetic 8bit multiplies weights that are stored in 8 bits, and the checkpoint has none that can "
@@ -95,13 +95,16 @@ def make_inputs(kind: torch.dtype, side: int, compute: Compute) -> tuple[Tensor,
 
 def measure_error(x: Tensor, weight: Codes) -> float:
     """Return the relative error of a product, the worse of output and gradient."""
-    whole = weight.codes_OI.double().cpu() * weight.scales.double().cpu()
+    decoded = weight.codes_OI.double().cpu() * weight.scales.double().cpu()
     exact = x.double().cpu()
 
-    def share(found: Tensor, wanted: Tensor) -> float:
-        return float((found.double().cpu() - wanted).norm() / wanted.norm())
+    def relative_error(product: Tensor, reference: Tensor) -> float:
+        return float((product.double().cpu() - reference).norm() / reference.norm())
 
-    return max(share(output(x, weight, None), exact @ whole.t()), share(input_gradient(x, weight), exact @ whole))
+    return max(
+        relative_error(output(x, weight, None), exact @ decoded.t()),
+        relative_error(input_gradient(x, weight), exact @ decoded),
+    )
 
 
 def name_device(device: torch.device) -> str:
