@@ -53,6 +53,8 @@ def deterministic(is_enabled: bool) -> Iterator[None]:
     benchmarks, fills = torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
+    # Otherwise torch writes NaN into every new buffer, to show reads of uninitialized memory: gigabytes of ring slots,
+    # staging buffers and activations in each step, without an effect on results.
     memory.fill_uninitialized_memory = False
     logger.info("--deterministic: kernels whose sums have one order; on a card steps may take longer")
     try:

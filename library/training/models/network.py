@@ -16,6 +16,7 @@ from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt, open_ne
 
 def network_keywords(options: NetworkOptions) -> dict[str, Any]:
     """Return the keyword arguments for the module: strings, and `dropout` from its own option if not among them."""
+    # LyCORIS reads `dropout`, where the modules of sd-scripts take the parameter `neuron_dropout`.
     return {"dropout": options.network_dropout, **parse_network_args(options.network_args)}
 
 
@@ -28,6 +29,7 @@ def open_network(
     built, which needs its parameters. Raises UserError if the module cannot be imported, an argument is wrong, or a
     file does not fit.
     """
+    # The initial weights depend on the seed alone, not on what was loaded, cached or merged before.
     torch.manual_seed(stream_seed(seed, "adapter"))
     announce(f"import network module: {options.network_module}")
     assert options.network_module is not None

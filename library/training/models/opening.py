@@ -112,6 +112,7 @@ def open_accelerator(
     with freeze_imports("accelerate"), hide_library("boto3"):  # accelerate imports boto3 for Amazon's SageMaker
         from accelerate import Accelerator, InitProcessGroupKwargs
 
+    # After a restart the launcher's store still holds the addresses of the dead processes, for which torch would wait.
     group_kwargs = InitProcessGroupKwargs(
         timeout=timedelta(minutes=timeout_minutes) if timeout_minutes else None,
         init_method=register_rendezvous() if restart_count() else None,
