@@ -46,12 +46,12 @@ class WeightAverage:
         if not self.values:
             yield
             return
-        kept = [parameter.detach().clone() for parameter in self.parameters]
+        trained = [parameter.detach().clone() for parameter in self.parameters]
         try:
             self._put(self.values)
             yield
         finally:
-            self._put(kept)
+            self._put(trained)
 
     @torch.no_grad()
     def _put(self, values: Sequence[Tensor]) -> None:

@@ -79,10 +79,10 @@ def follow_rates(schedule: Schedule, optimizer: Optimizer, rates: Sequence[float
     if isinstance(schedule, RatesOfGroups) and schedule.refresh is not None:
         return  # the optimizer sets its own rates
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        before = group.get("initial_lr", group["lr"])
-        if rate is None or rate == before:
+        old_rate = group.get("initial_lr", group["lr"])
+        if rate is None or rate == old_rate:
             continue
-        group["lr"] = group["lr"] * rate / before if before else rate
+        group["lr"] = group["lr"] * rate / old_rate if old_rate else rate
         if "initial_lr" in group:
             group["initial_lr"] = rate
     if isinstance(schedule, LRScheduler):
@@ -227,16 +227,16 @@ def schedule_of_class(
     options: ScheduleOptions, optimizer: Optimizer, arguments: Mapping[str, Any], warmup_steps: int
 ) -> LRScheduler:
     """Build a third-party schedule as cls(optimizer, **lr_scheduler_args)."""
-    wanted = options.lr_scheduler_type
+    name = options.lr_scheduler_type
     if warmup_steps:
         raise UserError(
-            f"--lr_warmup_steps is {options.lr_warmup_steps}, but --lr_scheduler_type {wanted} takes all its settings "
+            f"--lr_warmup_steps is {options.lr_warmup_steps}, but --lr_scheduler_type {name} takes all its settings "
             "from --lr_scheduler_args; leave --lr_warmup_steps out"
         )
     if options.lr_scheduler != ScheduleOptions.lr_scheduler:
-        logger.warning("--lr_scheduler %s has no effect: --lr_scheduler_type %s wins", options.lr_scheduler, wanted)
-    path = wanted if "." in wanted else f"{torch.optim.lr_scheduler.__name__}.{wanted}"
-    cls = import_class(path, "--lr_scheduler_type", wanted)
+        logger.warning("--lr_scheduler %s has no effect: --lr_scheduler_type %s wins", options.lr_scheduler, name)
+    path = name if "." in name else f"{torch.optim.lr_scheduler.__name__}.{name}"
+    cls = import_class(path, "--lr_scheduler_type", name)
     if issubclass(cls, ReduceLROnPlateau):
         check_name("reduce_lr_on_plateau", [])
     schedule: LRScheduler = call_with_keywords(
@@ -309,11 +309,11 @@ def adafactor_rates(options: ScheduleOptions, built: BuiltOptimizer, warmup_step
 
 def warn_of_idle_schedule(options: ScheduleOptions, built: BuiltOptimizer) -> None:
     """Warn of a schedule that a schedule-free optimizer does not use."""
-    asked = options.lr_scheduler_type or options.lr_scheduler
-    if asked != CONSTANT or options.lr_warmup_steps or options.lr_scheduler_args:
+    name = options.lr_scheduler_type or options.lr_scheduler
+    if name != CONSTANT or options.lr_warmup_steps or options.lr_scheduler_args:
         logger.warning(
             "%s needs no schedule: --lr_scheduler %s and its settings have no effect. Warm-up is "
             "--optimizer_args warmup_steps=N, where the optimizer has it",
             built.name.partition("(")[0],
-            asked,
+            name,
         )

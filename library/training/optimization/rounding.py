@@ -32,15 +32,15 @@ def step_in_float32(
 ) -> Iterator[None]:
     """Make bf16 weights and their gradients float32 inside the block; afterwards `to_bf16` rounds the weights, and
     gradients are cleared."""
-    rounded = [parameter for parameter in parameters if parameter.dtype == torch.bfloat16]
-    for parameter in rounded:
+    bf16_parameters = [parameter for parameter in parameters if parameter.dtype == torch.bfloat16]
+    for parameter in bf16_parameters:
         gradient, parameter.grad = parameter.grad, None
         parameter.data = parameter.data.float()
         parameter.grad = None if gradient is None else gradient.float()
     try:
         yield
     finally:
-        for parameter in rounded:
+        for parameter in bf16_parameters:
             parameter.grad = None
             parameter.data = to_bf16(parameter.data)
 
