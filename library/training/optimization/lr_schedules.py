@@ -82,6 +82,7 @@ def follow_rates(schedule: Schedule, optimizer: Optimizer, rates: Sequence[float
         old_rate = group.get("initial_lr", group["lr"])
         if rate is None or rate == old_rate:
             continue
+        # The ratio keeps the position on the schedule.
         group["lr"] = group["lr"] * rate / old_rate if old_rate else rate
         if "initial_lr" in group:
             group["initial_lr"] = rate
@@ -89,6 +90,7 @@ def follow_rates(schedule: Schedule, optimizer: Optimizer, rates: Sequence[float
         schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         if isinstance(schedule, LambdaLR):  # the curve may belong to another number of steps
             for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+                # The schedule itself would follow its new curve a step late, as it writes rates only when it steps.
                 group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
         schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
@@ -118,6 +120,7 @@ def build_named_schedule(
 
     decay_steps = resolve_num_steps(options.lr_decay_steps, max_train_steps, "--lr_decay_steps")
     warmup, length = {"num_warmup_steps": warmup_steps}, {"num_training_steps": max_train_steps}
+    # transformers counts whole waves here (0.5 is its default); the option counts half ones, as in sd-scripts.
     half_waves = {"num_cycles": options.lr_scheduler_num_cycles / 2}
     arguments_of: dict[str, dict[str, Any]] = {
         CONSTANT: {},
@@ -143,6 +146,7 @@ def build_named_schedule(
     check_settings(name, options, arguments, warmup_steps, decay_steps, max_train_steps)
     ours = arguments_of[name]
     if "min_lr" in arguments:
+        # transformers refuses both.
         ours.pop("min_lr_rate", None)
     set_elsewhere = {
         "optimizer": "",

@@ -63,6 +63,7 @@ class MuonWithAdamW(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        # Loading replaces the state and the groups that the parts share.
         self._parts = self._make_parts()
 
     def _make_parts(self) -> list[tuple[Optimizer, list[int]]]:

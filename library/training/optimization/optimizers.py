@@ -23,6 +23,7 @@ from library.training.optimization.rounding import step_in_float32
 logger = logging.getLogger(__name__)
 
 FLAG = "--optimizer_args"
+# As in sd-scripts, unless --optimizer_args names another momentum.
 NESTEROV = {"momentum": 0.9, "nesterov": True}
 
 KNOWN: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -99,6 +100,7 @@ class BuiltOptimizer:
                 self.optimizer.eval()  # type: ignore[attr-defined]
 
     def _at_its_precision(self) -> AbstractContextManager[None]:
+        # The optimizer keeps float32 state then, with which a swap of bf16 weights fails.
         return step_in_float32(self._parameters) if self.moves_in_float32 else nullcontext()
 
     @property
@@ -132,6 +134,7 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
             "Adafactor with relative_step=True sets its own learning rates: --learning_rate, --unet_lr and "
             "--text_encoder_lr have no effect; relative_step=False in --optimizer_args uses them"
         )
+        # Adafactor refuses a rate beside relative_step.
         ours["lr"] = None
         for group in parameter_groups:
             group.pop("lr", None)
@@ -140,6 +143,7 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
     if cls.__module__.startswith(FINDS_ITS_RATE):
         check_rates(parameter_groups, options.learning_rate, cls.__name__)
     if cls is torch.optim.AdamW and can_fuse(parameter_groups, arguments):
+        # The fused step can also be skipped by a flag on the device, so the host need not wait for the losses.
         ours["fused"] = True
 
     listed = ",".join(f"{key}={value}" for key, value in keywords.items())
@@ -213,6 +217,7 @@ def resolve_optimizer_type(options: OptimizerOptions) -> str:
 
 def class_path(optimizer_type: str) -> tuple[str, Mapping[str, Any]]:
     """Return the class path that `optimizer_type` means, and the arguments that the name implies."""
+    # sd-scripts ignores the case of these names, but not that of torch's classes.
     by_lower_case = {name.lower(): entry for name, entry in KNOWN.items()}
     if optimizer_type.lower() in by_lower_case:
         return by_lower_case[optimizer_type.lower()]
@@ -306,6 +311,7 @@ def check_fused_backward_pass(is_adafactor: bool, optimizer_type: str) -> None:
 def check_rates(groups: Sequence[Mapping[str, Any]], learning_rate: float, name: str) -> None:
     """Check learning rates for optimizers that estimate one rate for all groups; ours scale it, and should be 1.0."""
     rates = [float(group.get("lr", learning_rate)) for group in groups]
+    # The threshold of sd-scripts.
     if max(rates) <= 0.1:
         logger.warning(
             "%s finds the learning rate by itself and multiplies it by ours, which is %s; it is meant to be about 1.0",
