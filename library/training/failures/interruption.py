@@ -64,22 +64,22 @@ class Interruption:
 
     def _watch(self, reader: int, writer: int) -> None:
         """End the process if a signal is not handled in time; send one if the launcher is gone."""
-        ends_at, number, is_reported = float("inf"), 0, False
+        deadline, number, is_reported = float("inf"), 0, False
         while not self._is_over:
             time.sleep(POLL_S)
             if self._is_over:  # the loop checks `is_requested`; a signal would be the second
                 break
             try:
-                stops = [n for n in os.read(reader, 64) if n in STOP_SIGNALS]
+                stop_signals = [n for n in os.read(reader, 64) if n in STOP_SIGNALS]
             except BlockingIOError:
-                stops = []
-            if stops and not number:
-                ends_at, number = time.monotonic() + GRACE_S, stops[0]
+                stop_signals = []
+            if stop_signals and not number:
+                deadline, number = time.monotonic() + GRACE_S, stop_signals[0]
             if self._launcher is not None and os.getppid() != self._launcher and not is_reported:
                 is_reported = True
                 logger.warning("the launcher of this run is gone before the first step; ending")
                 os.kill(os.getpid(), signal.SIGTERM)
-            if time.monotonic() > ends_at and not self._is_over:
+            if time.monotonic() > deadline and not self._is_over:
                 name = signal.Signals(number).name
                 logger.error("%s received while others were waited for: nothing was trained, nothing to save", name)
                 logging.shutdown()
