@@ -130,9 +130,11 @@ def find_all_savings(
         yield "--text_encoder_cpu encodes captions on the CPU, which is slow"
     is_adamw = (values["optimizer_type"] or "AdamW").lower() == "adamw" and not values["use_8bit_adam"]
     if is_adamw and sizes.num_trained:
+        # AdamW keeps two numbers of 4 bytes for each parameter, its 8-bit version two of 1 byte.
         saved = format_bytes(6 * sizes.num_trained)
         yield f"--optimizer_type AdamW8bit keeps the optimizer's memory in 8 bits: {saved} less"
     if sizes.num_trained:
+        # Weight, gradient and two numbers of the optimizer, 4 bytes each.
         held = format_bytes(16 * sizes.num_trained)
         yield f"a smaller --network_dim shrinks the adapter, its gradient and its optimizer, about {held} together"
     if device.type == "cpu":
