@@ -250,33 +250,35 @@ class OptimizerState:
         if strip_arguments(state_dict["name"]) != strip_arguments(self.name):
             raise UserError(f"it is the state of {state_dict['name']}, but this run uses {self.name}")
         saved = state_dict["state"]
-        for own, other in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
-            for name in own.keys() - {"params"}:
-                if name not in other or not is_alike(own[name], other[name]):
-                    raise UserError(f"{name} of a group of parameters is {other.get(name)!r}, here it is {own[name]!r}")
+        for own_group, saved_group in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
+            for name in own_group.keys() - {"params"}:
+                if name not in saved_group or not is_alike(own_group[name], saved_group[name]):
+                    raise UserError(
+                        f"{name} of a group of parameters is {saved_group.get(name)!r}, here it is {own_group[name]!r}"
+                    )
         self.optimizer.load_state_dict(saved)
         if state_dict.get("weights") not in (None, self.weight_dtypes()):
             return
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        numbers = [number for group in saved["param_groups"] for number in group["params"]]
-        for parameter, number in zip(parameters, numbers, strict=True):
-            for key, value in saved["state"].get(number, {}).items():
+        indices = [index for group in saved["param_groups"] for index in group["params"]]
+        for parameter, index in zip(parameters, indices, strict=True):
+            for key, value in saved["state"].get(index, {}).items():
                 loaded = self.optimizer.state[parameter].get(key)
                 if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
                     self.optimizer.state[parameter][key] = value.to(loaded.device)
 
 
-def is_alike(own: Any, saved: Any) -> bool:
+def is_alike(current: Any, saved: Any) -> bool:
     """Return True if two settings are compatible: both numbers, tuples of one length, or of one type; a switch may
     be unset."""
-    if own is None or isinstance(own, bool):
-        return saved is None or own is None or isinstance(saved, bool)
-    if isinstance(own, list | tuple):
-        is_same_length = isinstance(saved, list | tuple) and len(own) == len(saved)
-        return is_same_length and all(is_alike(a, b) for a, b in zip(own, saved, strict=True))
-    if isinstance(own, int | float | Tensor):
+    if current is None or isinstance(current, bool):
+        return saved is None or current is None or isinstance(saved, bool)
+    if isinstance(current, list | tuple):
+        is_same_length = isinstance(saved, list | tuple) and len(current) == len(saved)
+        return is_same_length and all(is_alike(a, b) for a, b in zip(current, saved, strict=True))
+    if isinstance(current, int | float | Tensor):
         return isinstance(saved, int | float | Tensor) and not isinstance(saved, bool)
-    return type(own) is type(saved)
+    return type(current) is type(saved)
 
 
 def strip_arguments(name: str) -> str:
@@ -311,10 +313,10 @@ def newest_state(folder: Path, names: tuple[str, ...]) -> StateManifest | None:
 
     Of two states of one step, return the one after which less work remains.
     """
-    found = [
+    candidates = [
         (facts.step, len(facts.done), facts.path.stat().st_mtime, facts) for facts in iterate_states(folder, names)
     ]
-    for *_, facts in sorted(found, key=lambda item: item[:3], reverse=True):
+    for *_, facts in sorted(candidates, key=lambda item: item[:3], reverse=True):
         if are_undamaged([facts]):
             return facts
     return None
