@@ -161,6 +161,7 @@ class Schedule:
         """Return the step whose file is deleted once that of `step` is written, by --save_last_n_steps."""
         if self.keep_steps is None or self.every_n_steps is None:
             return None
+        # As in sd-scripts: --save_last_n_steps counts steps, not files.
         outdated = step - self.keep_steps - 1
         outdated -= outdated % self.every_n_steps
         return outdated if outdated > 0 else None
@@ -169,6 +170,7 @@ class Schedule:
         """Return the epoch whose file is deleted once that of `epoch` is written, by --save_last_n_epochs."""
         if self.keep_epochs is None or self.every_n_epochs is None:
             return None
+        # As in sd-scripts: --save_last_n_epochs counts saved epochs.
         outdated = epoch - self.keep_epochs * self.every_n_epochs
         return outdated if outdated > 0 else None
 
@@ -255,6 +257,7 @@ class Writer:
         path, state_options = self.names.of_end(), self.options.state
         location = self.write(path, progress.step, epoch, is_last=True)
         if state_options.save_state or state_options.save_state_on_train_end or state_options.autoresume:
+            # A later start with this state writes the file again unless it is in its place.
             done = {*progress.done, "end"} if location == path else progress.done
             self._save_state(path, progress.step, epoch, done, is_last=True)
         if location != path:
@@ -297,6 +300,7 @@ class Writer:
         Raises NonFiniteWeights, keeping an earlier file, if the weights are damaged; NotWrittenError if no location can
         take the file.
         """
+        # Front ends read this line, "removing old checkpoint" and "model saved." from the output.
         announce(f"\nsaving checkpoint: {path}")
         saved_at = time.time()
         dtype = save_dtype(self.options.saving.save_precision)
@@ -449,6 +453,7 @@ def readers_line(specs: Sequence[BaseModelSpec], path: Path) -> str | None:
         return None
     try:
         weights = open_safetensors(path)
+        # For OFT the value of alpha, not only its key, decides which programs read the file.
         alpha_keys = [
             f"{key.removesuffix('.oft_blocks')}.alpha" for key in weights.shapes if key.endswith(".oft_blocks")
         ]
@@ -461,6 +466,7 @@ def readers_line(specs: Sequence[BaseModelSpec], path: Path) -> str | None:
 
 def bytes_in_file(module: nn.Module, dtype: torch.dtype | None) -> int:
     """Estimate the size of an adapter's file; its metadata take a few kilobytes."""
+    # A cast on the meta device allocates nothing.
     return sum((p if dtype is None else p.to("meta", dtype)).nbytes for p in module.parameters())
 
 

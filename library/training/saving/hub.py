@@ -38,6 +38,7 @@ class Uploads:
 
     def afterwards(self, action: Callable[[], None]) -> None:
         """Call `action`, such as a deletion, now or after the pending background uploads."""
+        # The pool has one thread, so an action that is submitted now runs after the uploads before it.
         if all(future.done() for future in self.waiting):
             action()
         else:

@@ -55,6 +55,7 @@ def places(path: Path, ending: str) -> Iterator[Path]:
     for folder in (path.parent, path.absolute().parent.parent, Path(tempfile.gettempdir())):
         numbers = iter(range(2, 10_000))
         location = folder / f"{name}{ending}"
+        # `exists` would take a broken link for a free name.
         while os.path.lexists(location):
             location = folder / f"{name}-{next(numbers)}{ending}"
         yield location

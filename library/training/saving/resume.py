@@ -207,6 +207,7 @@ def resolve_starting_steps(
 def record_options(options: Options) -> dict[str, Any]:
     """Return the options to store in a state: plain values without passwords."""
     values = {name: value for name, value in options.flat().items() if name not in SECRETS}
+    # Through JSON, so that values compare equal to those that are read from a state.
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain
 
@@ -245,6 +246,7 @@ def option_differences(facts: StateManifest, options: Options, num_processes: in
     if facts.num_processes != num_processes:
         compared.discard("gradient_accumulation_steps")  # `report_differences` says what both together do
     for name in sorted(now.keys() & compared):
+        # A state from before the option existed was trained with its default.
         before = facts.options.get(name, json.loads(json.dumps(defaults[name], default=str)))
         if before == now[name]:
             continue
@@ -257,6 +259,7 @@ def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
     changed = [name for name in ("pictures", "captions", "settings") if before.get(name) != now[name]]
     if not changed:
         return
+    # The keys of states call images pictures.
     names, counts = " and ".join(changed).replace("pictures", "images"), ""
     if now["num_pictures"]:
         counts = f"; {before.get('num_pictures')} images in {before.get('num_batches')} batches then"

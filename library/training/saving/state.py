@@ -104,6 +104,7 @@ def save_state(
             "dataset": dataset,
             "parts": parts,
         }
+        # Reading a state forms the same text again: JSON keeps the order of keys and the value of floats.
         facts["digest"] = digest_of_text(json.dumps(facts, ensure_ascii=False))
         with (temporary / FACTS_FILE).open("w", encoding="utf-8") as file:
             json.dump(facts, file, ensure_ascii=False)
