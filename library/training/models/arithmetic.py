@@ -96,11 +96,12 @@ def make_inputs(kind: torch.dtype, side: int, compute: Compute) -> tuple[Tensor,
 
 def measure_error(x: Tensor, weight: Codes) -> float:
     """Return the relative error of a product, the worse of output and gradient."""
-    decoded = weight.codes_OI.double().cpu() * weight.scales.double().cpu()
-    exact = x.double().cpu()
+    # On the CPU first: Apple's GPUs have no float64.
+    decoded = weight.codes_OI.cpu().double() * weight.scales.cpu().double()
+    exact = x.cpu().double()
 
     def relative_error(product: Tensor, reference: Tensor) -> float:
-        return float((product.double().cpu() - reference).norm() / reference.norm())
+        return float((product.cpu().double() - reference).norm() / reference.norm())
 
     return max(
         relative_error(output(x, weight, None), exact @ decoded.t()),
