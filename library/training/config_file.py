@@ -148,6 +148,7 @@ def convert(value: Any, action: argparse.Action) -> Any:
     if value == "" or (value is False and (action.default is None or isinstance(action.default, str))):
         return action.default
     if isinstance(value, list):
+        # Dataset files have lists for these two options, the command line has text.
         if action.dest == "resolution" and 1 <= len(value) <= 2 and all(type(side) is int for side in value):
             return ",".join(str(side) for side in value)
         if action.dest == "face_crop_aug_range" and len(value) == 2 and all(type(x) in (int, float) for x in value):

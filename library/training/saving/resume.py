@@ -104,11 +104,13 @@ def find_state(options: TrainOptions, processes: Processes) -> StateManifest | N
     """
     facts = None
     if processes.is_main:
+        # These write nothing, and so they delete nothing.
         if not (options.faults.dry_run or options.dataset.debug_dataset):
             clear_up(options.saving)
         facts = find_named_or_newest(options.state, options.hub, options.saving)
     path = processes.share("state", "" if facts is None else str(facts.path))
     if path and not processes.is_main:
+        # A named state may be downloaded, to a folder of its own on each machine.
         is_named = options.state.resume
         facts = find_named_or_newest(options.state, options.hub, options.saving) if is_named else state_of_main(path)
     if path and facts is not None:

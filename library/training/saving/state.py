@@ -87,6 +87,7 @@ def save_state(
     tensors: dict[str, Tensor] = {}
     parts = {name: dump_tree(keeper.state_dict(), name, tensors) for name, keeper in keepers.items()}
     with atomic_folder(folder) as temporary:
+        # Cloned, because safetensors refuses tensors that share memory and `cpu()` copies nothing on the CPU.
         save_safetensors(
             temporary / NETWORK_FILE, {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
         )
@@ -229,12 +230,7 @@ def shorten_line(text: str, length: int = 300) -> str:
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """An optimizer whose state keeps its dtypes when loaded.
-
-    torch casts loaded state to the dtype of the weights, which rounds the float32 state of bfloat16 weights. The cast
-    is kept if the weights themselves had another dtype, as in mixed precision, because the step would not accept other
-    state.
-    """
+    """An optimizer whose state keeps its dtypes when loaded, unless the weights had another dtype when it was saved."""
 
     optimizer: Optimizer
     name: str
@@ -258,6 +254,8 @@ class OptimizerState:
                         f"{name} of a group of parameters is {saved_group.get(name)!r}, here it is {own_group[name]!r}"
                     )
         self.optimizer.load_state_dict(saved)
+        # torch has cast the state to the dtype of the weights, which rounds the float32 state of bf16 weights. If the
+        # weights had another dtype when the state was saved, the cast stays, because the step accepts no other state.
         if state_dict.get("weights") not in (None, self.weight_dtypes()):
             return
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

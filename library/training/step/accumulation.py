@@ -23,6 +23,7 @@ class Window:
     def share(self, rank: int, num_processes: int) -> range:
         """Return the positions that one process computes; empty if the last window of an epoch is shorter than the
         group."""
+        # Strided, so that `Processes.exchange` can put the losses of all processes in the order of the window.
         return self.places[rank::num_processes]
 
     def stand_in(self, rank: int, num_processes: int) -> int | None:

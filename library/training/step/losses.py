@@ -36,6 +36,7 @@ def start_batch(context: StepContext, batch_number: int, step: int) -> None:
     `step` is the number of finished optimizer steps.
     """
     seed = stream_seed(context.seed, "step", batch_number)
+    # torch's dropout and third-party networks draw from the global generators.
     torch.manual_seed(seed)
     random.seed(seed)
     # numpy takes seeds of 32 bits; those of `stream_seed` have 63.
