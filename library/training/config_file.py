@@ -48,35 +48,35 @@ def read_config(
     Raises ConfigFileError.
     """
     warnings: list[str] = []
-    given = flatten(load_toml(path), path, warnings)
-    values = read_values(given, str(path), actions, warnings, elsewhere)
+    raw_values = flatten(load_toml(path), path, warnings)
+    values = read_values(raw_values, str(path), actions, warnings, elsewhere)
     return Config(path, values, warnings)
 
 
 def read_values(
-    given: Mapping[str, Any], where: str, actions: Mapping[str, argparse.Action], warnings: list[str],
+    raw_values: Mapping[str, Any], where: str, actions: Mapping[str, argparse.Action], warnings: list[str],
     elsewhere: Callable[[str], str] = lambda option: "",
 ) -> dict[str, Any]:  # fmt: skip
-    """Convert the options in `given`, which were read from `where`, and append messages to `warnings`.
+    """Convert the options in `raw_values`, which were read from `where`, and append messages to `warnings`.
 
     Raises ConfigFileError for an invalid value.
     """
     values: dict[str, Any] = {}
     unknown: list[str] = []
-    for key, value in given.items():
+    for key, value in raw_values.items():
         if key in ("config_file", "output_config"):
             continue  # an option about the file itself
         if key not in actions:
-            others = elsewhere(key)
-            if not others:
+            other_scripts = elsewhere(key)
+            if not other_scripts:
                 unknown.append(key + nearest(key, actions))
             elif value is not False and value not in ("", []):  # front ends write every field
-                warnings.append(f"{where}: ignored: {key}{others}")
+                warnings.append(f"{where}: ignored: {key}{other_scripts}")
             continue
         converted = convert(value, actions[key])
         if isinstance(converted, Refused):
-            shown = json.dumps(value, default=str)
-            raise ConfigFileError(f"{where}: {key} is {shown}, but --{key} takes {converted.wanted}")
+            text = json.dumps(value, default=str)
+            raise ConfigFileError(f"{where}: {key} is {text}, but --{key} takes {converted.wanted}")
         values[key] = converted
         if key == "max_token_length" and converted is not None:
             values[key] = to_whole_chunks(converted, where, warnings)
@@ -120,10 +120,10 @@ def to_whole_chunks(max_token_length: int, where: str, warnings: list[str]) -> i
     """Convert a caption length in tokens: captions are read in chunks of 75 tokens, and one chunk is the default."""
     if max_token_length < 75:
         raise ConfigFileError(f"{where}: max_token_length is {max_token_length}; use 75, 150 or 225")
-    whole = max_token_length // 75 * 75
-    if whole != max_token_length:
-        warnings.append(f"{where}: max_token_length {max_token_length} acts as {whole}: chunks have 75 tokens")
-    return whole if whole > 75 else None
+    rounded = max_token_length // 75 * 75
+    if rounded != max_token_length:
+        warnings.append(f"{where}: max_token_length {max_token_length} acts as {rounded}: chunks have 75 tokens")
+    return rounded if rounded > 75 else None
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ def convert(value: Any, action: argparse.Action) -> Any:
     if value == "" or (value is False and (action.default is None or isinstance(action.default, str))):
         return action.default
     if isinstance(value, list):
+        # Dataset files have lists for these two options, the command line has text.
         if action.dest == "resolution" and 1 <= len(value) <= 2 and all(type(side) is int for side in value):
             return ",".join(str(side) for side in value)
         if action.dest == "face_crop_aug_range" and len(value) == 2 and all(type(x) in (int, float) for x in value):
@@ -195,6 +196,7 @@ def convert_scalar(value: Any, action: argparse.Action) -> Any:
 
 def to_whole(value: int | float) -> int | None:
     """Return a number as an integer; None if it is not finite."""
+    # inf - inf and NaN - NaN are NaN; `isfinite` would raise OverflowError for integers that no float holds.
     return int(value) if value - value == 0 else None
 
 

@@ -25,7 +25,7 @@ class SweepRecord:
     ended: dict[str, Ended] = field(default_factory=dict)  # by label
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seed": self.seed, "ended": {label: asdict(one) for label, one in self.ended.items()}}
+        return {"seed": self.seed, "ended": {label: asdict(adapter) for label, adapter in self.ended.items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Do nothing: `of` has read the record before the adapters are built."""
@@ -33,4 +33,4 @@ class SweepRecord:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "SweepRecord":
         """Build a record from a state dict."""
-        return cls(int(values["seed"]), {label: Ended(**one) for label, one in values["ended"].items()})
+        return cls(int(values["seed"]), {label: Ended(**fields) for label, fields in values["ended"].items()})

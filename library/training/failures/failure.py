@@ -37,6 +37,7 @@ def save_on_error(writer: Writer, progress: Progress, plan: Plan) -> Iterator[No
         if not writer.is_main or progress.step == first_step or progress.ended:
             raise
         try:
+            # The epoch of the last finished step; `epoch_of` takes the number of steps before it.
             message = writer.save_failed(progress, plan.epoch_of(progress.step - 1))
         except Exception as second:  # the cause may prevent saving too; the first error counts
             logger.error("saving failed too: %s: %s", type(second).__name__, second)

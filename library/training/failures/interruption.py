@@ -37,6 +37,7 @@ class Interruption:
         self._signal: int | None = None
         self._is_deferred = False
         self._is_over = False
+        # `accelerate launch` sets this variable in every process that it starts.
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
     def install(self) -> None:
@@ -47,6 +48,7 @@ class Interruption:
         if os.name == "posix":  # other systems cannot poll a pipe
             reader, writer = os.pipe()
             for end in (reader, writer):
+                # Python requires it of the writing end; the thread polls the reading end.
                 os.set_blocking(end, False)
             signal.set_wakeup_fd(writer)  # written at once, wherever the main thread is
             threading.Thread(target=self._watch, args=(reader, writer), daemon=True).start()
@@ -64,24 +66,25 @@ class Interruption:
 
     def _watch(self, reader: int, writer: int) -> None:
         """End the process if a signal is not handled in time; send one if the launcher is gone."""
-        ends_at, number, is_reported = float("inf"), 0, False
+        deadline, number, is_reported = float("inf"), 0, False
         while not self._is_over:
             time.sleep(POLL_S)
             if self._is_over:  # the loop checks `is_requested`; a signal would be the second
                 break
             try:
-                stops = [n for n in os.read(reader, 64) if n in STOP_SIGNALS]
+                stop_signals = [n for n in os.read(reader, 64) if n in STOP_SIGNALS]
             except BlockingIOError:
-                stops = []
-            if stops and not number:
-                ends_at, number = time.monotonic() + GRACE_S, stops[0]
+                stop_signals = []
+            if stop_signals and not number:
+                deadline, number = time.monotonic() + GRACE_S, stop_signals[0]
             if self._launcher is not None and os.getppid() != self._launcher and not is_reported:
                 is_reported = True
                 logger.warning("the launcher of this run is gone before the first step; ending")
                 os.kill(os.getpid(), signal.SIGTERM)
-            if time.monotonic() > ends_at and not self._is_over:
+            if time.monotonic() > deadline and not self._is_over:
                 name = signal.Signals(number).name
                 logger.error("%s received while others were waited for: nothing was trained, nothing to save", name)
+                # `os._exit` skips all clean-up, and `sys.exit` would end this thread alone.
                 logging.shutdown()
                 os._exit(128 + number)
         os.close(reader)
@@ -104,6 +107,7 @@ class Interruption:
         if self._signal is not None and number == HANGUP:
             return
         if self._signal is not None:
+            # By its default action the process ends with the status that shells expect of the signal.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return

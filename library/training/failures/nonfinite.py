@@ -81,20 +81,20 @@ class NonFiniteGuard:
 
     def explain(self, window: Window, losses: Sequence[float], norm: float) -> str:
         """Describe a damaged step: its number, images, noise levels, and the module that the trace found."""
-        broken = {place: loss for place, loss in zip(window.places, losses, strict=True) if not isfinite(loss)}
-        what = f"loss {next(iter(broken.values()))}" if broken else f"gradient norm {norm} with a finite loss"
+        non_finite = {place: loss for place, loss in zip(window.places, losses, strict=True) if not isfinite(loss)}
+        damage = f"loss {next(iter(non_finite.values()))}" if non_finite else f"gradient norm {norm} with a finite loss"
         samples, trace = [], None
         step_of = partial(self.run.plan.step_of, window.epoch)
-        for place in broken or window.places:
+        for place in non_finite or window.places:
             # Every draw is a function of the seed and its place, so the batch can be made once more.
             (batch,) = self.run.batches.of_epoch(window.epoch, [place], step_of, 0, False)
-            number = self.run.plan.batch_number(window.epoch, place)
-            timesteps = add_noise_to(self.run.context, batch, number).timesteps_B.tolist()
+            batch_number = self.run.plan.batch_number(window.epoch, place)
+            timesteps = add_noise_to(self.run.context, batch, batch_number).timesteps_B.tolist()
             samples += [f"{key} (timestep {t:g})" for key, t in zip(batch.keys, timesteps, strict=True)]
             if self.run.options.faults.trace_nonfinite and not self.was_traced:
-                trace = find_first_damage(self.run, batch, number, window.step)
+                trace = find_first_damage(self.run, batch, batch_number, window.step)
                 self.was_traced = True
-        explanation = f"step {window.step + 1}: {what}; images: {list_few(samples, MAX_NAMED)}"
+        explanation = f"step {window.step + 1}: {damage}; images: {list_few(samples, MAX_NAMED)}"
         return explanation if trace is None else f"{explanation}; {trace}"
 
     def report(self, step: int) -> None:

@@ -61,14 +61,14 @@ def find_first_damage(run: Run, batch: Batch, batch_number: int, step: int) -> s
     Checks every output separately, so it is slow.
     """
     parameters, trace = run.context.network.trainable_parameters(), Trace()
-    kept = [parameter.grad for parameter in parameters]  # gradients of a later step may exist
+    saved_gradients = [parameter.grad for parameter in parameters]  # gradients of a later step may exist
     for parameter in parameters:
         parameter.grad = None
     try:
         with run.context.alone(), watch_modules(list_models(run), trace):
-            for one in split_passes(run.context, batch):
+            for pass_batch in split_passes(run.context, batch):
                 start_batch(run.context, batch_number, step)
-                loss = loss_of(run.context, one, batch_number)
+                loss = loss_of(run.context, pass_batch, batch_number)
                 if trace.damaged_output is None:
                     scaler = run.optimization.scaler
                     torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
@@ -76,7 +76,7 @@ def find_first_damage(run: Run, batch: Batch, batch_number: int, step: int) -> s
         damaged = [names[id(p)] for p in parameters if p.grad is not None and not is_finite(p.grad)]
         return trace.sentence(f"adapter.{damaged[0]}" if damaged else None)
     finally:
-        for parameter, gradient in zip(parameters, kept, strict=True):
+        for parameter, gradient in zip(parameters, saved_gradients, strict=True):
             parameter.grad = gradient
 
 

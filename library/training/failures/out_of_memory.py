@@ -110,9 +110,9 @@ def find_savings(
     `is_predicted` excludes block running and weight formats, which the planner covers. `ignored` holds the options
     without effect if prompts are trained without images, else None.
     """
-    idle = tuple(f"--{name} " for name in ignored or ())
-    every = find_all_savings(values, sizes, device, is_predicted)
-    yield from (line for line in every if not line.startswith(idle))
+    ignored_flags = tuple(f"--{name} " for name in ignored or ())
+    savings = find_all_savings(values, sizes, device, is_predicted)
+    yield from (line for line in savings if not line.startswith(ignored_flags))
     if ignored is not None:
         yield "a smaller batch_size in the --prompts_file needs as much less for activations"
 
@@ -129,10 +129,12 @@ def find_all_savings(
             yield "--text_encoder_batch_size 1 encodes one caption at a time"
         yield "--text_encoder_cpu encodes captions on the CPU, which is slow"
     is_adamw = (values["optimizer_type"] or "AdamW").lower() == "adamw" and not values["use_8bit_adam"]
-    if is_adamw and sizes.num_trained:  # which keeps two 32-bit numbers for each parameter
+    if is_adamw and sizes.num_trained:
+        # AdamW keeps two numbers of 4 bytes for each parameter, its 8-bit version two of 1 byte.
         saved = format_bytes(6 * sizes.num_trained)
         yield f"--optimizer_type AdamW8bit keeps the optimizer's memory in 8 bits: {saved} less"
     if sizes.num_trained:
+        # Weight, gradient and two numbers of the optimizer, 4 bytes each.
         held = format_bytes(16 * sizes.num_trained)
         yield f"a smaller --network_dim shrinks the adapter, its gradient and its optimizer, about {held} together"
     if device.type == "cpu":
@@ -145,10 +147,10 @@ def activation_savings(values: Mapping[str, Any], is_predicted: bool) -> Iterato
             "--gradient_checkpointing keeps only the inputs of the blocks, which is most of what a step needs besides "
             "the weights"
         )
-    size = values["train_batch_size"]
-    if size > 1 and values["dataset_config"] is None:
+    batch_size = values["train_batch_size"]
+    if batch_size > 1 and values["dataset_config"] is None:
         yield (
-            f"--train_batch_size {size // 2} needs {size // 2 / size:.0%} of the activations; "
+            f"--train_batch_size {batch_size // 2} needs {batch_size // 2 / batch_size:.0%} of the activations; "
             "--gradient_accumulation_steps makes up for it"
         )
     elif values["dataset_config"] is not None:

@@ -55,12 +55,12 @@ def tile_vae(vae: nn.Module) -> Iterator[None]:
     from diffusers import AutoencoderKL
 
     model: Any = vae
-    changed: dict[str, int] = {}
+    tile_sizes: dict[str, int] = {}
     if isinstance(model, AutoencoderKL):
         downscale = 2 ** (len(model.config.block_out_channels) - 1)
-        changed = {"tile_sample_min_size": TILE, "tile_latent_min_size": TILE // downscale}
-    before = {name: getattr(model, name) for name in changed}
-    vars(model).update(changed)
+        tile_sizes = {"tile_sample_min_size": TILE, "tile_latent_min_size": TILE // downscale}
+    before = {name: getattr(model, name) for name in tile_sizes}
+    vars(model).update(tile_sizes)
     model.enable_tiling()
     try:
         yield

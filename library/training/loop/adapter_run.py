@@ -51,9 +51,9 @@ class AdapterRun:
         self.prepared, self._interruption = prepared, interruption
         self.run, self.progress, self.validation = prepared.run, prepared.progress, prepared.validation
         self._guard = NonFiniteGuard(self.run)
-        tell = partial(report_step, self.run, self.progress, prepared.charts, bar)
+        report = partial(report_step, self.run, self.progress, prepared.charts, bar)
         with self.named():
-            self.updates = Updates(self.run, self._guard, resolve_norm_limit(self.run), tell)
+            self.updates = Updates(self.run, self._guard, resolve_norm_limit(self.run), report)
 
     def named(self) -> AbstractContextManager[None]:
         """Prefix log lines in the block with the adapter's name, where several train in one run."""
@@ -86,17 +86,20 @@ class AdapterRun:
     def start_epoch(self) -> None:
         self.run.context.network.start_epoch(*self.run.context.models.network_view)
 
-    def move(self, window: Window, own_losses: Tensor, wants_stop: bool) -> bool:
+    def move(self, window: Window, local_losses: Tensor, wants_stop: bool) -> bool:
         """Apply the gradients of `window`. Return True if any process requests a stop.
 
-        `own_losses` are the losses of this process's batches. Raises NonFiniteError if the adapter cannot continue.
+        `local_losses` are the losses of this process's batches. Raises NonFiniteError if the adapter cannot continue.
         """
         run, device = self.run, self.run.context.device
         parameters = run.context.network.trainable_parameters()
         num_losses, sharded = len(window.places), run.context.models.sharded
         order = None if sharded is None else Order(sharded.digest, sharded.group_size)
-        losses, stops = run.processes.exchange(parameters, own_losses, num_losses, wants_stop, order)
+        losses, stops = run.processes.exchange(parameters, local_losses, num_losses, wants_stop, order)
+        # The previous step is judged only now, when the device has this step's gradients queued, and before this step
+        # uses the learning rate that follows from it.
         self.updates.tell()
+        # Cleared by `advance`: an error in between leaves weights that belong to no step, which get no state.
         self.progress.is_moving = True
         with explain_out_of_memory(
             "the optimizer moved the weights", run.options, device, "", lambda: measure_sizes(run)
@@ -116,6 +119,8 @@ class AdapterRun:
             writer.save_weights_of_end(progress.step, window.epoch)
         is_due = writer.schedule.saves_step(progress.step) or prepared.previews.are_due(progress.step)
         is_due = is_due or validation.is_due(progress.step) or window.ends_epoch or is_last or stops
+        # The step's result decides the learning rate and the running average, which a state stores and previews,
+        # validation and files are recorded with.
         if is_due or not self.updates.reports_late:
             self.updates.tell()
         if not stops:
@@ -191,15 +196,19 @@ class AdapterRun:
         count.
         """
         run, progress, previews = self.run, self.progress, self.prepared.previews
-        finished_epochs, rest = divmod(progress.step, run.plan.steps_per_epoch)
-        epoch = finished_epochs + bool(rest)
-        drawn: dict[Part, str] = {"step previews": step_event(progress.step), "epoch previews": epoch_event(epoch)}
-        for part, event in drawn.items():
+        finished_epochs, steps_into_epoch = divmod(progress.step, run.plan.steps_per_epoch)
+        epoch = finished_epochs + bool(steps_into_epoch)
+        preview_events: dict[Part, str] = {
+            "step previews": step_event(progress.step),
+            "epoch previews": epoch_event(epoch),
+        }
+        # Processes must agree on what is left to draw, because with a sharded model all of them take part.
+        for part, event in preview_events.items():
             is_drawn = previews.are_drawn(event, state.written_at)  # other ranks have no prompts
             if run.processes.share(f"drawn {part} {run.label}", "yes" if is_drawn else "no") == "yes":
                 progress.done.add(part)
         self._after_step(epoch)
-        if not rest or progress.step >= run.plan.max_train_steps:
+        if not steps_into_epoch or progress.step >= run.plan.max_train_steps:
             self._after_epoch(epoch)
 
 
@@ -213,6 +222,7 @@ def report_step(run: Run, progress: Progress, charts: Charts, bar: StepBar, resu
         if math.isfinite(loss):
             progress.average.add(place, loss)
         if charts.are_on:
+            # The x values of sd-scripts: one point per batch, under the count of steps that are finished after it.
             step = window.step + 1 if place == window.places[-1] else window.step
             values = step_values(run, loss, progress.average.mean, result.rates, result.limited)
             charts.log_step(values, step, window.epoch)
@@ -229,7 +239,8 @@ def step_values(
     effective = effective_rates(run.optimization.optimizer, run.optimization.built.name)
     is_first_text_encoder = not run.options.network.network_train_unet_only
     values = rate_values(rates, run.optimization.group_names, effective, is_first_text_encoder)
+    # sd-scripts charts the first group's rate of ProdigyPlus under this name.
     if effective is not None and "prodigyplus" in run.optimization.built.name.lower():
         values["lr/d*lr"] = effective[0]
-    limited = {} if norms is None else norms.chart_values()
-    return {**run.times.chart_values(), **limited, "loss/current": loss, "loss/average": average, **values}
+    norm_values = {} if norms is None else norms.chart_values()
+    return {**run.times.chart_values(), **norm_values, "loss/current": loss, "loss/average": average, **values}

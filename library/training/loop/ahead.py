@@ -21,6 +21,7 @@ class CudaCopies:
         """`on_host` names the features that stay on the host."""
         self._device, self._on_host = device, on_host
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # One event is enough, because only one batch is copied ahead.
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def start(self, batch: Batch) -> Batch:
@@ -30,12 +31,12 @@ class CudaCopies:
         return copied
 
     def ready(self, batch: Batch) -> None:
-        computes = torch.cuda.current_stream(self._device)
-        computes.wait_event(self._done)
+        compute_stream = torch.cuda.current_stream(self._device)
+        compute_stream.wait_event(self._done)
 
         def note(tensor: Tensor) -> Tensor:
             if is_on(tensor, self._device):
-                tensor.record_stream(computes)  # no reuse of its memory before the compute stream is done
+                tensor.record_stream(compute_stream)  # no reuse of its memory before the compute stream is done
             return tensor
 
         move_batch(batch, self._on_host, note)
@@ -43,12 +44,12 @@ class CudaCopies:
 
 def move_batch(batch: Batch, on_host: Sequence[str], move: Callable[[Tensor], Tensor]) -> Batch:
     """Return a batch with its large tensors passed through `move`."""
-    found: dict[str, Any] = {name: getattr(batch, name) for name in TENSORS}
-    found = {name: None if tensor is None else move(tensor) for name, tensor in found.items()}
+    moved: dict[str, Any] = {name: getattr(batch, name) for name in TENSORS}
+    moved = {name: None if tensor is None else move(tensor) for name, tensor in moved.items()}
     if batch.conditioning is not None:
         features = batch.conditioning.items()
-        found["conditioning"] = {name: t if name in on_host else move(t) for name, t in features}
-    return replace(batch, **found)
+        moved["conditioning"] = {name: feature if name in on_host else move(feature) for name, feature in features}
+    return replace(batch, **moved)
 
 
 class Ahead:

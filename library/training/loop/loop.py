@@ -56,95 +56,99 @@ def train(
     run, step = adapters[0].run, adapters[0].progress.step  # shared by all adapters
     plan, is_main = run.plan, run.processes.is_main
     bar = StepBar(plan.max_train_steps, step, is_main)
-    adapter_runs = [AdapterRun(one, interruption, bar) for one in adapters]
+    adapter_runs = [AdapterRun(adapter, interruption, bar) for adapter in adapters]
     num_adapters = len(adapters) + (0 if run.sweep is None else len(run.sweep.ended))  # including those that have ended
     stops = False
     epoch = plan.epoch_of(step)
-    for one in adapter_runs:
-        with one.named():
-            one.begin()
+    for adapter in adapter_runs:
+        with adapter.named():
+            adapter.begin()
     delete_outdated(adapter_runs)
     num_profiled = run.options.trackers.profile if is_main else 0
     profile = adapters[0].writer.names.path_with_ending("-profile.json.gz")
     with ExitStack() as stack:
+        # At exit torch waits five seconds for each worker that still runs, kills it and prints a traceback.
         stack.callback(run.batches.close)
         stack.enter_context(bar)
         profile_step = stack.enter_context(profile_steps(num_profiled, profile, run.context.device))
-        for one in adapter_runs:
-            stack.enter_context(one.updates.reported_at_end())
+        for adapter in adapter_runs:
+            stack.enter_context(adapter.updates.reported_at_end())
         run.times.start()
-        going = end_stopped(adapter_runs, epoch)
-        for epoch in plan.epochs(step) if step < plan.max_train_steps and going else ():
+        active = end_stopped(adapter_runs, epoch)
+        for epoch in plan.epochs(step) if step < plan.max_train_steps and active else ():
             announce_epoch(epoch, plan.num_epochs)
-            for one in going:
-                one.start_epoch()
-            ahead = iterate_batches(run, epoch, step)
-            batches = ahead if watch is None else watch.noting(ahead)
+            for adapter in active:
+                adapter.start_epoch()
+            prefetcher = iterate_batches(run, epoch, step)
+            batches = prefetcher if watch is None else watch.noting(prefetcher)
             for window in plan.windows(epoch, step):
                 if watch is not None:
                     watch.before_step()
-                losses = accumulate_gradients([one.run for one in going], window, batches, ahead.fetch, memory_hints)
+                losses = accumulate_gradients(
+                    [adapter.run for adapter in active], window, batches, prefetcher.fetch, memory_hints
+                )
                 wants_stop = interruption.is_requested
-                for one, own_losses in zip(going, losses, strict=True):
-                    with one.ending_alone(len(going) > 1):
-                        stops = one.move(window, own_losses, wants_stop) or stops
+                for adapter, local_losses in zip(active, losses, strict=True):
+                    with adapter.ending_alone(len(active) > 1):
+                        stops = adapter.move(window, local_losses, wants_stop) or stops
                 run.times.end_step()
                 profile_step()
                 if watch is not None:
                     watch.after_step()
                 step += 1
-                for one in going:
-                    with one.ending_alone(len(going) > 1):
-                        one.finish_step(window, stops)
-                delete_outdated(going)
+                for adapter in active:
+                    with adapter.ending_alone(len(active) > 1):
+                        adapter.finish_step(window, stops)
+                delete_outdated(active)
                 if find_worse is not None:
-                    going = end_worse(going, step, epoch, num_adapters, find_worse)
-                going = end_stopped(going, epoch)
-                if stops or not going:
+                    active = end_worse(active, step, epoch, num_adapters, find_worse)
+                active = end_stopped(active, epoch)
+                if stops or not active:
                     break
-            if stops or not going:
+            if stops or not active:
                 break
     run.batches.report_skipped(logger)
-    for one in going:
-        with one.named():
-            one.end(epoch)
+    for adapter in active:
+        with adapter.named():
+            adapter.end(epoch)
 
 
 def delete_outdated(adapter_runs: Sequence[AdapterRun]) -> None:
     """Delete outdated files once every adapter has saved this step: a sweep resumes from a step that all adapters
     have."""
-    writers = [one.prepared.writer for one in adapter_runs]
-    if all(w.rotation.saved_step == one.progress.step for w, one in zip(writers, adapter_runs, strict=True)):
-        for one, writer in zip(adapter_runs, writers, strict=True):
-            with one.named():
+    writers = [adapter.prepared.writer for adapter in adapter_runs]
+    if all(w.rotation.saved_step == adapter.progress.step for w, adapter in zip(writers, adapter_runs, strict=True)):
+        for adapter, writer in zip(adapter_runs, writers, strict=True):
+            with adapter.named():
                 writer.delete_outdated()
 
 
 def end_worse(
-    going: list[AdapterRun], step: int, epoch: int, num_adapters: int, find_worse: FindWorse
+    active: list[AdapterRun], step: int, epoch: int, num_adapters: int, find_worse: FindWorse
 ) -> list[AdapterRun]:
     """End the adapters that are significantly worse, after saving their files. Return the others."""
-    after = going[0].run.options.sweep.sweep_stop_after if going else None
+    after = active[0].run.options.sweep.sweep_stop_after if active else None
     if after is None or step < after:
-        return going
-    losses = {one.run.label: one.validation.record.losses_after(step) for one in going}
-    measured = {label: found for label, found in losses.items() if found is not None}
-    if len(measured) < len(going):
-        return going
-    worse = find_worse(measured, num_adapters, going[0].validation.record.num_evaluations)
-    for one in (one for one in going if one.run.label in worse):
-        with one.named():
-            one.drop(epoch)
-    return [one for one in going if not one.progress.ended]
+        return active
+    losses = {adapter.run.label: adapter.validation.record.losses_after(step) for adapter in active}
+    measured = {label: losses_G for label, losses_G in losses.items() if losses_G is not None}
+    # Adapters are compared pair by pair on the same images after the same step.
+    if len(measured) < len(active):
+        return active
+    worse = find_worse(measured, num_adapters, active[0].validation.record.num_evaluations)
+    for adapter in (adapter for adapter in active if adapter.run.label in worse):
+        with adapter.named():
+            adapter.drop(epoch)
+    return [adapter for adapter in active if not adapter.progress.ended]
 
 
 def end_stopped(adapter_runs: Sequence[AdapterRun], epoch: int) -> list[AdapterRun]:
     """End the adapters whose validation stopped them, after saving. Return those that keep training."""
-    for one in adapter_runs:
-        if one.validation.stop_reason is not None and not one.progress.ended:
-            with one.named():
-                one.end(epoch)
-    return [one for one in adapter_runs if not one.progress.ended]
+    for adapter in adapter_runs:
+        if adapter.validation.stop_reason is not None and not adapter.progress.ended:
+            with adapter.named():
+                adapter.end(epoch)
+    return [adapter for adapter in adapter_runs if not adapter.progress.ended]
 
 
 def iterate_batches(run: Run, epoch: int, first_step: int) -> Ahead:
@@ -176,11 +180,12 @@ def accumulate_gradients(
     """
     run = runs[0]
     losses: list[list[Tensor]] = [[] for _ in runs]
-    num_own = len(window.share(run.processes.rank, run.processes.count))
+    num_local = len(window.share(run.processes.rank, run.processes.count))
     for number, place in enumerate(assign_places(run, window)):
         batch = next(batches)
-        # A padding batch is divided by infinity, so its gradient is zero.
-        size = len(window.places) if number < num_own else math.inf
+        # The true number of batches, which is smaller in the last window of an epoch; sd-scripts always divides by the
+        # full one. A padding batch is divided by infinity, so its gradient is zero.
+        size = len(window.places) if number < num_local else math.inf
         doing = f"computing step {window.step + 1}, forward and backward"
         shape, predicted = describe_shape(batch), partial(memory_hints, runs, batch)
         with explain_out_of_memory(
@@ -188,13 +193,13 @@ def accumulate_gradients(
         ):
             batch_number = run.plan.batch_number(window.epoch, place)
             if is_stacked(runs, batch):
-                found = backward_stacked(runs, batch, batch_number, size, window.step)
+                batch_losses = backward_stacked(runs, batch, batch_number, size, window.step)
             else:
-                found = [backward(own, batch, batch_number, size, window.step) for own in runs]
-        for own, loss in zip(losses, found, strict=True):
-            own.append(loss)
+                batch_losses = [backward(adapter, batch, batch_number, size, window.step) for adapter in runs]
+        for adapter_losses, loss in zip(losses, batch_losses, strict=True):
+            adapter_losses.append(loss)
         fetch_next()
-    return [torch.stack(own[:num_own]) if num_own else torch.zeros(0) for own in losses]
+    return [torch.stack(adapter_losses[:num_local]) if num_local else torch.zeros(0) for adapter_losses in losses]
 
 
 def assign_places(run: Run, window: Window) -> list[int]:
@@ -202,25 +207,27 @@ def assign_places(run: Run, window: Window) -> list[int]:
     model needs one."""
     processes = run.processes
     share = [*window.share(processes.rank, processes.count)]
-    stand_in = None
+    padding = None
     if run.context.models.sharded is not None:
-        stand_in = window.stand_in(processes.rank, processes.count)
-    return share if stand_in is None else [*share, stand_in]
+        padding = window.stand_in(processes.rank, processes.count)
+    return share if padding is None else [*share, padding]
 
 
 def backward(run: Run, batch: Batch, batch_number: int, window_size: float, step: int) -> Tensor:
     """Accumulate the gradient of one batch. Return its loss."""
     losses = []
     with run.context.alone():
-        for one in split_passes(run.context, batch):
-            with run.times.counted(one) as turn_back:
+        for pass_batch in split_passes(run.context, batch):
+            with run.times.counted(pass_batch) as begin_backward:
                 with run.times.stage("forward"):
+                    # Seeded for each pass, so both sides of a pair get the same dropout.
                     start_batch(run.context, batch_number, step)
-                    loss = loss_of(run.context, one, batch_number)
+                    loss = loss_of(run.context, pass_batch, batch_number)
                     scaled = loss / window_size
-                turn_back()
+                begin_backward()
                 with run.times.stage("backward"):
                     scaler = run.optimization.scaler
                     torch.autograd.backward(scaled if scaler is None else scaler.scale(scaled))
             losses.append(loss.detach().float())
+    # `split_passes` gives each side of a pair half the weight, so the sum is the loss of the batch.
     return torch.stack(losses).sum()

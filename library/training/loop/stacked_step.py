@@ -60,25 +60,26 @@ def backward_stacked(
     first, contexts, times = runs[0], [run.context for run in runs], runs[0].times
     assert first.turns is not None
     seeds = {run.place: stream_seed(run.context.seed, "step", batch_number) for run in runs}
-    many = repeat_batch(batch, len(runs))
-    with first.turns.together(seeds, first.context.device), times.counted(many) as turn_back:
+    repeated_batch = repeat_batch(batch, len(runs))
+    with first.turns.together(seeds, first.context.device), times.counted(repeated_batch) as begin_backward:
         with times.stage("forward"):
             for context in contexts:
                 start_batch(context, batch_number, step)
-            losses_M = compute_stacked_losses(contexts, batch, many, batch_number)
+            losses_M = compute_stacked_losses(contexts, batch, repeated_batch, batch_number)
             scalers = [run.optimization.scaler for run in runs]
             parts = [loss / window_size for loss in losses_M]
             scaled = [p if s is None else s.scale(p) for p, s in zip(parts, scalers, strict=True)]
-        turn_back()
+        begin_backward()
         with times.stage("backward"):
+            # One pass for the sum of the losses: no adapter has a gradient from another one's loss.
             torch.autograd.backward(scaled)
     return [loss.detach().float() for loss in losses_M]
 
 
 def compute_stacked_losses(
-    contexts: Sequence[StepContext], batch: Batch, many: Batch, batch_number: int
+    contexts: Sequence[StepContext], batch: Batch, repeated_batch: Batch, batch_number: int
 ) -> Sequence[Tensor]:
-    """Return each adapter's loss, scalars with gradient; `many` repeats the batch once per adapter."""
+    """Return each adapter's loss, scalars with gradient; `repeated_batch` repeats the batch once per adapter."""
     first, count = contexts[0], len(contexts)
     noised = make_for_each_seed(contexts, lambda context: add_noise_to(context, batch, batch_number, is_checked=False))
     extra = make_for_each_seed(
@@ -88,8 +89,10 @@ def compute_stacked_losses(
         ),
     )
     joined = join_noised(noised)
-    condition = partial(encode_stacked, contexts, batch, many, batch_number, extra)
-    losses_MB = compute_losses(first, first.arch.objective, many, joined, condition, StackedNetworks(contexts))
+    condition = partial(encode_stacked, contexts, batch, repeated_batch, batch_number, extra)
+    losses_MB = compute_losses(
+        first, first.arch.objective, repeated_batch, joined, condition, StackedNetworks(contexts)
+    )
     weights_B = send(batch.loss_weights_B, losses_MB.device)
     return [(losses_B * weights_B).mean() for losses_B in losses_MB.chunk(count)]
 
@@ -98,6 +101,7 @@ def make_for_each_seed(contexts: Sequence[StepContext], make: Callable[[StepCont
     """Call `make` once for each distinct seed, and return a result for each context."""
     made: dict[int, T] = {}
     for context in contexts:
+        # Adapters with equal seeds get equal noise, so the VAE encodes the images once for them.
         if context.seed not in made:
             made[context.seed] = make(context)
     return [made[context.seed] for context in contexts]
@@ -106,17 +110,17 @@ def make_for_each_seed(contexts: Sequence[StepContext], make: Callable[[StepCont
 def encode_stacked(
     contexts: Sequence[StepContext],
     batch: Batch,
-    many: Batch,
+    repeated_batch: Batch,
     batch_number: int,
     extra: Sequence[Conditioning],
 ) -> Conditioning:
     """Return the text conditioning of all rows. Text encoders that train run once on the captions of all adapters."""
     if contexts[0].trains_text_encoder:
-        whole = build_conditioning(contexts[0], many, join_conditioning(extra))
+        conditioning = build_conditioning(contexts[0], repeated_batch, join_conditioning(extra))
         parts = [
             vary(c, part, batch_number)
-            for c, part in zip(contexts, split_conditioning(whole, len(contexts)), strict=True)
+            for c, part in zip(contexts, split_conditioning(conditioning, len(contexts)), strict=True)
         ]
     else:
-        parts = [encode_varied(c, batch, batch_number, one) for c, one in zip(contexts, extra, strict=True)]
+        parts = [encode_varied(c, batch, batch_number, features) for c, features in zip(contexts, extra, strict=True)]
     return join_conditioning(parts)

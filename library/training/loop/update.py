@@ -68,6 +68,7 @@ class Updates:
         numbers = self._update(window, losses)
         limited = None
         if self._norm_limit is not None:
+            # After the optimizer step. sd-scripts limits norms after every batch that a step accumulates.
             limited = Readback(run.context.network.limit_norms(self._norm_limit, run.context.device))
         if run.optimization.average is not None:
             run.optimization.average.update()
@@ -80,15 +81,15 @@ class Updates:
         """
         if self._last is None:
             return
-        taken, self._last = self._last, None
-        if not taken.is_judged and self._allows(taken.window, taken.numbers):
+        pending, self._last = self._last, None
+        if not pending.is_judged and self._allows(pending.window, pending.numbers):
             self._run.optimization.schedule.step()
-        *losses, norm = taken.numbers.read()
+        *losses, norm = pending.numbers.read()
         limited = None
-        if taken.limited is not None:
-            count, mean, maximum = taken.limited.read()
+        if pending.limited is not None:
+            count, mean, maximum = pending.limited.read()
             limited = LimitedNorms(int(count), mean, maximum)
-        self._tell(StepResult(taken.window, losses, norm, taken.rates, limited))
+        self._tell(StepResult(pending.window, losses, norm, pending.rates, limited))
 
     @contextmanager
     def reported_at_end(self) -> Iterator[None]:
@@ -101,7 +102,7 @@ class Updates:
             except UserError:  # a damaged step takes precedence
                 raise
             except Exception as second:
-                logger.debug("the last step could not be told either:", exc_info=second)
+                logger.debug("the last step could not be reported either:", exc_info=second)
             raise
         self.tell()
 
@@ -111,6 +112,7 @@ class Updates:
         parameters = run.context.network.trainable_parameters()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         values = torch.cat([losses.to(norm.device), norm.float().view(1)])
+        # Losses and norm travel together: the host reads from the device once per step.
         numbers = Readback(values)
         if self.reports_late:
             with left_out_if(optimizer, (~values.isfinite()).any()):
@@ -120,6 +122,7 @@ class Updates:
             self._move(parameters, norm, window.step)
             run.optimization.schedule.step()
         if scaler is not None:
+            # Also after a skipped step: it halves the loss scale once `unscale_` has found an overflow.
             scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return numbers
@@ -153,8 +156,9 @@ def skips_by_itself(run: Run) -> bool:
 
 @contextmanager
 def left_out_if(optimizer: Optimizer, is_damaged: Tensor) -> Iterator[None]:
-    """Inside, a step of such an optimizer changes nothing, its count of steps included, where `is_damaged` is true."""
+    """Make a fused optimizer's step in the block change nothing, not even its step count, if `is_damaged` is true."""
     fused: Any = optimizer
+    # GradScaler sets this attribute too; torch's fused kernels leave everything unchanged if it is 1.
     fused.found_inf = is_damaged.float()
     try:
         yield
@@ -167,6 +171,7 @@ def round_weights(run: Run, step: int) -> AbstractContextManager[None]:
     if not (run.options.optimizer.stochastic_rounding and run.options.precision.full_bf16):
         return nullcontext()
     device = run.context.device
+    # Seeded by step, so that a resumed run rounds as the uninterrupted one.
     generator = torch.Generator(device).manual_seed(stream_seed(run.context.seed, "rounding", step))
     return stochastic_rounding(run.context.network.trainable_parameters(), generator)
 

@@ -17,6 +17,7 @@ from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)
 
+# On GPUs the kernels need sizes that are multiples of 8 or 16, and torch._int_mm at least 17 rows.
 SIDE = 128  # of the test matrices
 MOST_ERROR = 0.1  # relative error of a product; fp8 has 3 to 4 %
 NEEDS = "int8 needs a card of compute capability 7.5 (RTX 20), 8-bit floating point 8.9 (RTX 40, H100)"
@@ -49,8 +50,8 @@ def code_dtype(name: str) -> torch.dtype:
 def kinds_in_file(arch: Architecture) -> set[torch.dtype]:
     """Return the dtypes of 8-bit codes in the checkpoint. Raises UserError if none can be multiplied."""
     layers = frozen_layers(to_meta_device(arch.load).denoiser(AS_IN_FILE))
-    found = [layer.decoder.codes(layer.own_parts()) for layer in layers if isinstance(layer, FrozenLinear)]
-    kinds = {codes.codes_OI.dtype for codes in found if codes is not None and codes.can_be_multiplied}
+    all_codes = [layer.decoder.codes(layer.own_parts()) for layer in layers if isinstance(layer, FrozenLinear)]
+    kinds = {codes.codes_OI.dtype for codes in all_codes if codes is not None and codes.can_be_multiplied}
     if not kinds:
         raise UserError(
             "--base_arithmetic 8bit multiplies weights that are stored in 8 bits, and the checkpoint has none that can "
@@ -95,13 +96,17 @@ def make_inputs(kind: torch.dtype, side: int, compute: Compute) -> tuple[Tensor,
 
 def measure_error(x: Tensor, weight: Codes) -> float:
     """Return the relative error of a product, the worse of output and gradient."""
-    whole = weight.codes_OI.double().cpu() * weight.scales.double().cpu()
-    exact = x.double().cpu()
+    # On the CPU first: Apple's GPUs have no float64.
+    decoded = weight.codes_OI.cpu().double() * weight.scales.cpu().double()
+    exact = x.cpu().double()
 
-    def share(found: Tensor, wanted: Tensor) -> float:
-        return float((found.double().cpu() - wanted).norm() / wanted.norm())
+    def relative_error(product: Tensor, reference: Tensor) -> float:
+        return float((product.cpu().double() - reference).norm() / reference.norm())
 
-    return max(share(output(x, weight, None), exact @ whole.t()), share(input_gradient(x, weight), exact @ whole))
+    return max(
+        relative_error(output(x, weight, None), exact @ decoded.t()),
+        relative_error(input_gradient(x, weight), exact @ decoded),
+    )
 
 
 def name_device(device: torch.device) -> str:

@@ -30,6 +30,7 @@ def choose_block_runner(
 ) -> None:
     """Set how blocks run: plain or recomputed, compiled or not. The base model stays in evaluation mode."""
     for model in (models.denoiser, *models.text_encoders):
+        # Also with recomputation, for which sd-scripts switches to training mode and so to the dropout of 0.1 in T5.
         model.eval().requires_grad_(False)
     for network in networks:
         network.module.train()

@@ -49,8 +49,8 @@ def check_batches(
                 network_options.text_encoder_lr, network_options.unet_lr, optimizer.learning_rate
             )
         # Some optimizers inspect their parameters when built, which fails on the meta device.
-        stand_ins = [{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups]
-        built = build_optimizer(optimizer, stand_ins)
+        dummy_groups = [{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups]
+        built = build_optimizer(optimizer, dummy_groups)
         schedule = build_schedule(scheduler, built, max_train_steps)
         take_first_step(scheduler, schedule)
 
@@ -62,8 +62,8 @@ def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:
     try:
         schedule.step()
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        given = " ".join(options.lr_scheduler_args or []) or "no --lr_scheduler_args"
-        raise UserError(f"--lr_scheduler_type {options.lr_scheduler_type} fails with {given}: {error}") from error
+        arguments = " ".join(options.lr_scheduler_args or []) or "no --lr_scheduler_args"
+        raise UserError(f"--lr_scheduler_type {options.lr_scheduler_type} fails with {arguments}: {error}") from error
 
 
 def models_on_meta_device(arch: Architecture) -> Models:

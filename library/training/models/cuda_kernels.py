@@ -23,9 +23,9 @@ def cuda_kernels(options: KernelOptions) -> Iterator[None]:
     Settings that are not requested stay as torch, or a program that imports a script, has set them. Enter before
     anything runs on a GPU, and outside `deterministic`, which disables cuDNN's benchmark.
     """
-    asked = [f"--{name}" for name, value in options.flat().items() if value]
-    if asked and not torch.cuda.is_available():
-        logger.warning("%s: no effect, as torch finds no CUDA card", " and ".join(asked))
+    flags = [f"--{name}" for name, value in options.flat().items() if value]
+    if flags and not torch.cuda.is_available():
+        logger.warning("%s: no effect, as torch finds no CUDA card", " and ".join(flags))
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = (matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark)
     if options.cuda_allow_tf32:
@@ -39,12 +39,12 @@ def cuda_kernels(options: KernelOptions) -> Iterator[None]:
 
 
 @contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Let torch take the kernels whose sums have one order, where it has them, and warn where it has none.
+def deterministic(is_enabled: bool) -> Iterator[None]:
+    """Make torch use kernels that add in a fixed order inside the block, and warn where there is none.
 
-    To be entered before anything is computed on a card. On the CPU the sums have one order anyway.
+    Enter before anything is computed on a GPU. On the CPU sums always have a fixed order.
     """
-    if not wanted:
+    if not is_enabled:
         yield
         return
     os.environ.setdefault(WORKSPACE, FIXED_WORKSPACES)
@@ -53,8 +53,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
     benchmarks, fills = torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
-    # It finds reads of memory that nobody wrote, and writes NaN into every buffer for that: gigabytes of slots, staging
-    # and activations in each step.
+    # Otherwise torch writes NaN into every new buffer, to show reads of uninitialized memory: gigabytes of ring slots,
+    # staging buffers and activations in each step, without an effect on results.
     memory.fill_uninitialized_memory = False
     logger.info("--deterministic: kernels whose sums have one order; on a card steps may take longer")
     try:

@@ -70,9 +70,9 @@ def count_offloaded_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
     UserError if there are not enough blocks.
     """
     if num_blocks > (most := most_offloaded(stacks)):
-        has = " and ".join(str(len(stack)) for stack in stacks)
+        sizes = " and ".join(str(len(stack)) for stack in stacks)
         raise UserError(
-            f"--blocks_to_swap {num_blocks}: the model has {has} blocks and must keep {NUM_STAYING} of each kind on "
+            f"--blocks_to_swap {num_blocks}: the model has {sizes} blocks and must keep {NUM_STAYING} of each kind on "
             f"the GPU, so at most {most} can be swapped"
         )
     if len(stacks) == 1:
@@ -114,9 +114,9 @@ def resolve_base(
 
     Call after other adapters are merged, and before the adapter is attached, which may read the weights.
     """
-    kept = sum(isinstance(layer.decoder, Scaled) for layer in frozen_layers(models.denoiser))
-    if kept:
-        logger.info("denoiser: %d layers in 8 bits, as the file has them", kept)
+    num_scaled = sum(isinstance(layer.decoder, Scaled) for layer in frozen_layers(models.denoiser))
+    if num_scaled:
+        logger.info("denoiser: %d layers in 8 bits, as the file has them", num_scaled)
     if precision.denoiser_format is not None:
         count = store_in_format(precision.denoiser_format, models.denoiser)
         logger.info("denoiser: %d layers in %s", count, precision.denoiser_format)
@@ -136,14 +136,14 @@ def use_8bit_matmul(denoiser: nn.Module) -> None:
     """Make the denoiser's layers multiply in 8 bits, and log those that cannot. Call before weights are offloaded."""
     layers = list(frozen_layers(denoiser))
     count = multiply_codes(layers)
-    left = Counter(explain_no_matmul(layer) for layer in layers if not layer.multiplies_codes)
+    reasons = Counter(explain_no_matmul(layer) for layer in layers if not layer.multiplies_codes)
     if not count:
         raise UserError(
             "--base_arithmetic 8bit: no layer of the denoiser supports 8-bit products; remove --base_arithmetic"
         )
-    why = ", ".join(f"{number} {reason}" for reason, number in left.items())
-    stay = f"; {left.total()} are decoded: {why}" if left else ""
-    logger.info("denoiser: %d layers multiply in 8 bits%s", count, stay)
+    listed = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
+    decoded = f"; {reasons.total()} are decoded: {listed}" if reasons else ""
+    logger.info("denoiser: %d layers multiply in 8 bits%s", count, decoded)
 
 
 def explain_no_matmul(layer: FrozenLayer) -> str:
@@ -180,17 +180,17 @@ def offload_blocks(num_blocks: int, stacks: Stacks, device: torch.device, proces
     these files they are unlinked, so that the memory is freed as soon as the last process ends.
     """
     store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
-    waiting = count_offloaded_blocks(num_blocks, stacks)
+    num_offloaded = count_offloaded_blocks(num_blocks, stacks)
     if processes.local_count == 1:
-        stream(stacks, waiting, device)
+        stream(stacks, num_offloaded, device)
         return
     num_bytes = sum(bytes_of_parts(block) for stack in stacks for block in stack)
     folder = Path(processes.shared_folder("weights", place_for(num_bytes)))
     if processes.is_local_main:
-        stream(stacks, waiting, device, share_masters(folder, is_first=True))
+        stream(stacks, num_offloaded, device, share_masters(folder, is_first=True))
     processes.wait_for_all("weights in main memory")
     if not processes.is_local_main:
-        stream(stacks, waiting, device, share_masters(folder, is_first=False))
+        stream(stacks, num_offloaded, device, share_masters(folder, is_first=False))
     processes.wait_for_all("mapping the weights in main memory")
     if processes.is_local_main:
         shutil.rmtree(folder, ignore_errors=True)  # Windows keeps mapped files until the process ends

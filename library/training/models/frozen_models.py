@@ -41,11 +41,11 @@ def load_frozen(
     merges, is_ours = bool(options.base_weights), reader.startswith(OURS)
     assert is_ours or sharded is None or not merges
     changes = changes_while_reading(options, arch, text_encoders, compute, reader) if is_ours else {}
-    wanted = format_while_reading(format_name, merges, merges_afterwards=not is_ours)
+    codec = format_while_reading(format_name, merges, merges_afterwards=not is_ours)
     if changes or sharded is not None:
-        denoiser = arch.load.denoiser(AsRead(wanted, changes, None if sharded is None else sharded.take))
+        denoiser = arch.load.denoiser(AsRead(codec, changes, None if sharded is None else sharded.take))
     else:
-        denoiser = arch.load.denoiser(wanted)
+        denoiser = arch.load.denoiser(codec)
     models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser), sharded)
     if not is_ours:
         merge_into_whole(options, models, compute, reader)
@@ -54,34 +54,34 @@ def load_frozen(
     return models
 
 
-def iterate_base_weights(wanted: NetworkOptions) -> Iterator[tuple[str, float]]:
+def iterate_base_weights(options: NetworkOptions) -> Iterator[tuple[str, float]]:
     """Yield the adapter files to merge with their multipliers (1 if missing)."""
-    multipliers = wanted.base_weights_multiplier or []
-    for place, file in enumerate(wanted.base_weights or ()):
-        yield file, multipliers[place] if place < len(multipliers) else 1.0
+    multipliers = options.base_weights_multiplier or []
+    for index, file in enumerate(options.base_weights or ()):
+        yield file, multipliers[index] if index < len(multipliers) else 1.0
 
 
 def changes_while_reading(
-    wanted: NetworkOptions, arch: Architecture, text_encoders: list[nn.Module], compute: Compute, reader: str
+    options: NetworkOptions, arch: Architecture, text_encoders: list[nn.Module], compute: Compute, reader: str
 ) -> Mapping[str, Change]:
     """Return the changes of the denoiser's parameters by name; text encoders are changed at once."""
-    if not wanted.base_weights:
+    if not options.base_weights:
         return {}
     meta = to_meta_device(arch.load).denoiser()
     names = {layer: name for name, layer in meta.named_modules()}
     text_encoder, denoiser = arch.view(text_encoders, meta)
-    found: dict[str, list[Change]] = defaultdict(list)
-    for file, multiplier in iterate_base_weights(wanted):
+    changes_by_name: dict[str, list[Change]] = defaultdict(list)
+    for file, multiplier in iterate_base_weights(options):
         network, weights = open_network_module(reader).create_network_from_weights(
             multiplier, file, None, text_encoder, denoiser, for_inference=True
         )
         for part in adopt(network).merging(weights, compute.device):
             if part.layer in names:
-                found[f"{names[part.layer]}.{part.parameter}"].append(part.merged)
+                changes_by_name[f"{names[part.layer]}.{part.parameter}"].append(part.merged)
             else:
                 parameter = getattr(part.layer, part.parameter)
                 parameter.data.copy_(apply_changes([part.merged], parameter.data))
-    return {name: partial(apply_changes, changes) for name, changes in found.items()}
+    return {name: partial(apply_changes, changes) for name, changes in changes_by_name.items()}
 
 
 @torch.no_grad()
@@ -92,10 +92,10 @@ def apply_changes(changes: Sequence[Change], value: Tensor) -> Tensor:
     return value
 
 
-def merge_into_whole(wanted: NetworkOptions, models: Models, compute: Compute, reader: str) -> None:
+def merge_into_whole(options: NetworkOptions, models: Models, compute: Compute, reader: str) -> None:
     """Let a third-party network module merge adapters into models that are completely loaded."""
     text_encoder, denoiser = models.network_view
-    for file, multiplier in iterate_base_weights(wanted):
+    for file, multiplier in iterate_base_weights(options):
         network, weights = open_network_module(reader).create_network_from_weights(
             multiplier, file, models.vae, text_encoder, denoiser, for_inference=True
         )

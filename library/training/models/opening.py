@@ -57,9 +57,9 @@ def open_training_data(options: TrainOptions, arch: Architecture, seed: int, num
         return open_data_plan(options, arch, seed, num_processes)
     cls = import_class(name, "--dataset_class", name)
     warn_of_replaced(options.flat())
-    own = open_own_dataset(cls, options.dataset, options.model.max_token_length, arch.codec.spec, seed)
-    own.audit(logger)
-    return own
+    dataset = open_own_dataset(cls, options.dataset, options.model.max_token_length, arch.codec.spec, seed)
+    dataset.audit(logger)
+    return dataset
 
 
 def require_no_text_changes(options: NetworkOptions) -> None:
@@ -112,7 +112,8 @@ def open_accelerator(
     with freeze_imports("accelerate"), hide_library("boto3"):  # accelerate imports boto3 for Amazon's SageMaker
         from accelerate import Accelerator, InitProcessGroupKwargs
 
-    limits = InitProcessGroupKwargs(
+    # After a restart the launcher's store still holds the addresses of the dead processes, for which torch would wait.
+    group_kwargs = InitProcessGroupKwargs(
         timeout=timedelta(minutes=timeout_minutes) if timeout_minutes else None,
         init_method=register_rendezvous() if restart_count() else None,
     )
@@ -120,5 +121,5 @@ def open_accelerator(
         mixed_precision=mixed_precision,
         log_with=tracker_kind(trackers),
         project_dir=run_folder(trackers),
-        kwargs_handlers=[limits],
+        kwargs_handlers=[group_kwargs],
     )

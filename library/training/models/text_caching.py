@@ -109,18 +109,21 @@ def prepare_text(
     """
     spec = resolve_text_cache(options.network, arch.text_cache)
     on_cpu = arch.text_cache is not None and arch.text_cache.options.text_encoder_cpu
-    encodes_on = torch.device("cpu") if on_cpu else device
+    encoder_device = torch.device("cpu") if on_cpu else device
     if data.prompts is not None:
-        encoders = open_encoders(arch, encodes_on, autocast)  # which leave memory afterwards
-        shown, trained = encode_each(encoders.prompts, prompts), encode_each(encoders.captions, data.prompts)
-        return RunText([], prompts=shown, concepts=trained)
+        encoders = open_encoders(arch, encoder_device, autocast)  # which leave memory afterwards
+        preview_features = encode_each(encoders.prompts, prompts)
+        concept_features = encode_each(encoders.captions, data.prompts)
+        return RunText([], prompts=preview_features, concepts=concept_features)
     if spec is None:
         is_adapted = not options.network.network_train_unet_only
         if on_cpu and is_adapted:
             logger.warning("--text_encoder_cpu has no effect: text encoders that get an adapter stay on the card")
-        return RunText([encoder.to(device if is_adapted else encodes_on) for encoder in arch.load.text_encoders()])
+        return RunText([encoder.to(device if is_adapted else encoder_device) for encoder in arch.load.text_encoders()])
 
-    encoding = TextEncoding(spec, partial(open_encoders, arch, encodes_on, autocast), options.precision.mixed_precision)
+    encoding = TextEncoding(
+        spec, partial(open_encoders, arch, encoder_device, autocast), options.precision.mixed_precision
+    )
     assert data.image_plan is not None, "options refuse caches of a user's class"
     cached = cache_texts(data.image_plan, encoding, prompts, options.caching.skip_cache_check, processes)
     features = {text: stack_rows([row], {}) for text, row in cached.prompts.items()}

@@ -17,6 +17,7 @@ def check_format(name: str | None) -> None:
     package = None if name is None else load_format(name).required_package
     if package is None:
         return
+    # bitsandbytes is hidden from diffusers and peft, which import it without need, and so from `find_spec`.
     unhide_library(package)
     if importlib.util.find_spec(package) is None:
         raise UserError(

@@ -33,6 +33,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Add the weights after an optimizer step."""
+        # bf16 has too few bits for an average: updates of (1 - decay) times a difference would be lost to rounding.
         weights = [parameter.detach().float() for parameter in self.parameters]
         if not self.values:
             self.values = [weight.clone() for weight in weights]
@@ -46,12 +47,12 @@ class WeightAverage:
         if not self.values:
             yield
             return
-        kept = [parameter.detach().clone() for parameter in self.parameters]
+        trained = [parameter.detach().clone() for parameter in self.parameters]
         try:
             self._put(self.values)
             yield
         finally:
-            self._put(kept)
+            self._put(trained)
 
     @torch.no_grad()
     def _put(self, values: Sequence[Tensor]) -> None:
@@ -68,4 +69,5 @@ class WeightAverage:
         if values and [tuple(value.shape) for value in values] != shapes:
             raise UserError("it is the average of other weights; give the network options that it was trained with")
         self.num_updates = state_dict["num_updates"]
+        # No values are saved before the first update, hence not strict.
         self.values = [v.to(p.device, torch.float32) for v, p in zip(values, self.parameters, strict=False)]

@@ -79,16 +79,18 @@ def follow_rates(schedule: Schedule, optimizer: Optimizer, rates: Sequence[float
     if isinstance(schedule, RatesOfGroups) and schedule.refresh is not None:
         return  # the optimizer sets its own rates
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        before = group.get("initial_lr", group["lr"])
-        if rate is None or rate == before:
+        old_rate = group.get("initial_lr", group["lr"])
+        if rate is None or rate == old_rate:
             continue
-        group["lr"] = group["lr"] * rate / before if before else rate
+        # The ratio keeps the position on the schedule.
+        group["lr"] = group["lr"] * rate / old_rate if old_rate else rate
         if "initial_lr" in group:
             group["initial_lr"] = rate
     if isinstance(schedule, LRScheduler):
         schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         if isinstance(schedule, LambdaLR):  # the curve may belong to another number of steps
             for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+                # The schedule itself would follow its new curve a step late, as it writes rates only when it steps.
                 group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
         schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
@@ -118,6 +120,7 @@ def build_named_schedule(
 
     decay_steps = resolve_num_steps(options.lr_decay_steps, max_train_steps, "--lr_decay_steps")
     warmup, length = {"num_warmup_steps": warmup_steps}, {"num_training_steps": max_train_steps}
+    # transformers counts whole waves here (0.5 is its default); the option counts half ones, as in sd-scripts.
     half_waves = {"num_cycles": options.lr_scheduler_num_cycles / 2}
     arguments_of: dict[str, dict[str, Any]] = {
         CONSTANT: {},
@@ -143,6 +146,7 @@ def build_named_schedule(
     check_settings(name, options, arguments, warmup_steps, decay_steps, max_train_steps)
     ours = arguments_of[name]
     if "min_lr" in arguments:
+        # transformers refuses both.
         ours.pop("min_lr_rate", None)
     set_elsewhere = {
         "optimizer": "",
@@ -227,16 +231,16 @@ def schedule_of_class(
     options: ScheduleOptions, optimizer: Optimizer, arguments: Mapping[str, Any], warmup_steps: int
 ) -> LRScheduler:
     """Build a third-party schedule as cls(optimizer, **lr_scheduler_args)."""
-    wanted = options.lr_scheduler_type
+    name = options.lr_scheduler_type
     if warmup_steps:
         raise UserError(
-            f"--lr_warmup_steps is {options.lr_warmup_steps}, but --lr_scheduler_type {wanted} takes all its settings "
+            f"--lr_warmup_steps is {options.lr_warmup_steps}, but --lr_scheduler_type {name} takes all its settings "
             "from --lr_scheduler_args; leave --lr_warmup_steps out"
         )
     if options.lr_scheduler != ScheduleOptions.lr_scheduler:
-        logger.warning("--lr_scheduler %s has no effect: --lr_scheduler_type %s wins", options.lr_scheduler, wanted)
-    path = wanted if "." in wanted else f"{torch.optim.lr_scheduler.__name__}.{wanted}"
-    cls = import_class(path, "--lr_scheduler_type", wanted)
+        logger.warning("--lr_scheduler %s has no effect: --lr_scheduler_type %s wins", options.lr_scheduler, name)
+    path = name if "." in name else f"{torch.optim.lr_scheduler.__name__}.{name}"
+    cls = import_class(path, "--lr_scheduler_type", name)
     if issubclass(cls, ReduceLROnPlateau):
         check_name("reduce_lr_on_plateau", [])
     schedule: LRScheduler = call_with_keywords(
@@ -309,11 +313,11 @@ def adafactor_rates(options: ScheduleOptions, built: BuiltOptimizer, warmup_step
 
 def warn_of_idle_schedule(options: ScheduleOptions, built: BuiltOptimizer) -> None:
     """Warn of a schedule that a schedule-free optimizer does not use."""
-    asked = options.lr_scheduler_type or options.lr_scheduler
-    if asked != CONSTANT or options.lr_warmup_steps or options.lr_scheduler_args:
+    name = options.lr_scheduler_type or options.lr_scheduler
+    if name != CONSTANT or options.lr_warmup_steps or options.lr_scheduler_args:
         logger.warning(
             "%s needs no schedule: --lr_scheduler %s and its settings have no effect. Warm-up is "
             "--optimizer_args warmup_steps=N, where the optimizer has it",
             built.name.partition("(")[0],
-            asked,
+            name,
         )

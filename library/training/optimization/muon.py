@@ -55,23 +55,24 @@ class MuonWithAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part, own_groups in self._parts:
-            for group, number in zip(part.param_groups, own_groups, strict=True):
+        for part, numbers in self._parts:
+            for group, number in zip(part.param_groups, numbers, strict=True):
                 group["lr"] = self.param_groups[number]["lr"]
             part.step()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        # Loading replaces the state and the groups that the parts share.
         self._parts = self._make_parts()
 
     def _make_parts(self) -> list[tuple[Optimizer, list[int]]]:
         """Build Muon and AdamW on parts of our groups; their state is ours."""
         parts: list[tuple[Optimizer, list[int]]] = []
         for is_muon in (True, False):
-            chosen = [[p for p in group["params"] if is_matrix(p) == is_muon] for group in self.param_groups]
-            numbers = [number for number, weights in enumerate(chosen) if weights]
-            groups = [{"params": chosen[number], "lr": self.param_groups[number]["lr"]} for number in numbers]
+            selected = [[p for p in group["params"] if is_matrix(p) == is_muon] for group in self.param_groups]
+            numbers = [number for number, weights in enumerate(selected) if weights]
+            groups = [{"params": selected[number], "lr": self.param_groups[number]["lr"]} for number in numbers]
             if not groups:
                 continue
             make: Callable[..., Optimizer] = torch.optim.Muon if is_muon else torch.optim.AdamW

@@ -23,6 +23,7 @@ from library.training.optimization.rounding import step_in_float32
 logger = logging.getLogger(__name__)
 
 FLAG = "--optimizer_args"
+# As in sd-scripts, unless --optimizer_args names another momentum.
 NESTEROV = {"momentum": 0.9, "nesterov": True}
 
 KNOWN: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -99,6 +100,7 @@ class BuiltOptimizer:
                 self.optimizer.eval()  # type: ignore[attr-defined]
 
     def _at_its_precision(self) -> AbstractContextManager[None]:
+        # The optimizer keeps float32 state then, with which a swap of bf16 weights fails.
         return step_in_float32(self._parameters) if self.moves_in_float32 else nullcontext()
 
     @property
@@ -112,26 +114,27 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
     A schedule-free optimizer starts in training mode. Raises UserError for an unknown name, a missing library (naming
     what to install), and arguments that are unreadable, unknown or refused.
     """
-    wanted = resolve_optimizer_type(options)
-    path, implied = class_path(wanted)
-    cls = import_optimizer(path, wanted)
-    given = read_keyword_args(options.optimizer_args, FLAG)
-    keywords = {**implied, **given}
+    optimizer_type = resolve_optimizer_type(options)
+    path, implied = class_path(optimizer_type)
+    cls = import_optimizer(path, optimizer_type)
+    arguments = read_keyword_args(options.optimizer_args, FLAG)
+    keywords = {**implied, **arguments}
     parameter_groups = [{**group, "params": list(group["params"])} for group in groups]
     ours: dict[str, Any] = {"lr": options.learning_rate}
 
     is_adafactor = f"{cls.__module__}.{cls.__qualname__}" == KNOWN["Adafactor"][0]
     has_relative_step = False
     if is_adafactor:
-        keywords = adafactor_keywords(given)
+        keywords = adafactor_keywords(arguments)
         has_relative_step = keywords["relative_step"]
     if options.fused_backward_pass:
-        check_fused_backward_pass(is_adafactor, wanted)
+        check_fused_backward_pass(is_adafactor, optimizer_type)
     if has_relative_step:
         logger.warning(
             "Adafactor with relative_step=True sets its own learning rates: --learning_rate, --unet_lr and "
             "--text_encoder_lr have no effect; relative_step=False in --optimizer_args uses them"
         )
+        # Adafactor refuses a rate beside relative_step.
         ours["lr"] = None
         for group in parameter_groups:
             group.pop("lr", None)
@@ -139,10 +142,11 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
         logger.info("Adafactor clips updates by itself; --max_grad_norm 0 is the usual setting with it")
     if cls.__module__.startswith(FINDS_ITS_RATE):
         check_rates(parameter_groups, options.learning_rate, cls.__name__)
-    if cls is torch.optim.AdamW and can_fuse(parameter_groups, given):
+    if cls is torch.optim.AdamW and can_fuse(parameter_groups, arguments):
+        # The fused step can also be skipped by a flag on the device, so the host need not wait for the losses.
         ours["fused"] = True
 
-    shown = ",".join(f"{key}={value}" for key, value in keywords.items())
+    listed = ",".join(f"{key}={value}" for key, value in keywords.items())
 
     def build(groups: Sequence[Mapping[str, Any]]) -> BuiltOptimizer:
         optimizer = call_with_keywords(
@@ -155,7 +159,7 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
         )
         built = BuiltOptimizer(
             optimizer=optimizer,
-            name=f"{cls.__module__}.{cls.__qualname__}{f'({shown})' if shown else ''}",
+            name=f"{cls.__module__}.{cls.__qualname__}{f'({listed})' if listed else ''}",
             is_schedule_free=cls.__name__.lower().endswith("schedulefree"),
             has_relative_step=has_relative_step,
             moves_in_float32=options.stochastic_rounding,
@@ -163,8 +167,8 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
         built.train()
         return built
 
-    if given:
-        check_step(build(build_small_groups(parameter_groups)), wanted, given)
+    if arguments:
+        check_step(build(build_small_groups(parameter_groups)), optimizer_type, arguments)
     return build(parameter_groups)
 
 
@@ -177,7 +181,7 @@ def build_small_groups(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     ]
 
 
-def check_step(built: BuiltOptimizer, wanted: str, given: Mapping[str, Any]) -> None:
+def check_step(built: BuiltOptimizer, optimizer_type: str, arguments: Mapping[str, Any]) -> None:
     """Take one step with small dummy weights.
 
     Most optimizers check their arguments only in the first step, after models are loaded and caches made. Raises
@@ -192,34 +196,40 @@ def check_step(built: BuiltOptimizer, wanted: str, given: Mapping[str, Any]) -> 
                 weight.grad = torch.randn(weight.shape, generator=generator).to(weight)
             optimizer.step()
     except Exception as error:
-        text = " ".join(f"{key}={value!r}" for key, value in given.items())
+        text = " ".join(f"{key}={value!r}" for key, value in arguments.items())
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--optimizer_type {wanted} fails with {FLAG} {text}: {reason}; change or drop them") from error
+        raise UserError(
+            f"--optimizer_type {optimizer_type} fails with {FLAG} {text}: {reason}; change or drop them"
+        ) from error
 
 
 def resolve_optimizer_type(options: OptimizerOptions) -> str:
     """Return the optimizer's name, which older options may set too. Raises UserError if two are named."""
     aliases = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
-    asked = [flag for flag in aliases if getattr(options, flag)]
-    if len(asked) + bool(options.optimizer_type) > 1:
-        names = " and ".join(f"--{name}" for name in [*asked, *["optimizer_type"] * bool(options.optimizer_type)])
+    given_aliases = [flag for flag in aliases if getattr(options, flag)]
+    if len(given_aliases) + bool(options.optimizer_type) > 1:
+        names = " and ".join(
+            f"--{name}" for name in [*given_aliases, *["optimizer_type"] * bool(options.optimizer_type)]
+        )
         raise UserError(f"{names} name different optimizers; keep one of them")
-    return aliases[asked[0]] if asked else options.optimizer_type or "AdamW"
+    return aliases[given_aliases[0]] if given_aliases else options.optimizer_type or "AdamW"
 
 
-def class_path(wanted: str) -> tuple[str, Mapping[str, Any]]:
-    """Return the class path that `wanted` means, and the arguments that the name implies."""
+def class_path(optimizer_type: str) -> tuple[str, Mapping[str, Any]]:
+    """Return the class path that `optimizer_type` means, and the arguments that the name implies."""
+    # sd-scripts ignores the case of these names, but not that of torch's classes.
     by_lower_case = {name.lower(): entry for name, entry in KNOWN.items()}
-    if wanted.lower() in by_lower_case:
-        return by_lower_case[wanted.lower()]
-    if "." in wanted:
-        return wanted, {}
+    if optimizer_type.lower() in by_lower_case:
+        return by_lower_case[optimizer_type.lower()]
+    if "." in optimizer_type:
+        return optimizer_type, {}
     of_torch = {name for name, value in vars(torch.optim).items() if inspect.isclass(value) and name != "Optimizer"}
-    if wanted in of_torch:
-        return f"torch.optim.{wanted}", {}
+    if optimizer_type in of_torch:
+        return f"torch.optim.{optimizer_type}", {}
     raise UserError(
-        f"--optimizer_type {wanted} is unknown{did_you_mean(wanted, [*KNOWN, *of_torch])}. It may be one of "
-        f"{', '.join(KNOWN)}, a class of torch.optim in its exact spelling, or a path such as package.module.Class"
+        f"--optimizer_type {optimizer_type} is unknown{did_you_mean(optimizer_type, [*KNOWN, *of_torch])}. It may be "
+        f"one of {', '.join(KNOWN)}, a class of torch.optim in its exact spelling, or a path such as "
+        "package.module.Class"
     )
 
 
@@ -242,10 +252,10 @@ def import_class(path: str, flag: str, wanted: str) -> type[Any]:
             raise UserError(f"{flag} {wanted}: there is no module {missing}; check the path") from error
         raise UserError(f"{flag} {wanted} needs the library {missing}: pip install {package}") from error
     except ImportError as error:
-        found = describe_package(module_name)
+        described = describe_package(module_name)
         raise UserError(
-            f"{flag} {wanted}: {found} cannot be imported: {error}; install another version: "
-            f"pip install --upgrade {found.partition(' ')[0]}"
+            f"{flag} {wanted}: {described} cannot be imported: {error}; install another version: "
+            f"pip install --upgrade {described.partition(' ')[0]}"
         ) from error
     value = getattr(module, class_name, None)
     if not inspect.isclass(value):
@@ -265,29 +275,33 @@ def describe_package(module_name: str) -> str:
         return package
 
 
-def import_optimizer(path: str, wanted: str) -> type[Optimizer]:
+def import_optimizer(path: str, optimizer_type: str) -> type[Optimizer]:
     unhide_library(BITSANDBYTES)
-    cls = import_class(path, "--optimizer_type", wanted)
+    cls = import_class(path, "--optimizer_type", optimizer_type)
     if not issubclass(cls, Optimizer):
-        raise UserError(f"--optimizer_type {wanted}: {path} is not an optimizer (a subclass of torch.optim.Optimizer)")
+        raise UserError(
+            f"--optimizer_type {optimizer_type}: {path} is not an optimizer (a subclass of torch.optim.Optimizer)"
+        )
     if issubclass(cls, torch.optim.LBFGS | torch.optim.SparseAdam):
-        raise UserError(f"--optimizer_type {wanted} cannot train an adapter by gradient steps; AdamW can")
+        raise UserError(f"--optimizer_type {optimizer_type} cannot train an adapter by gradient steps; AdamW can")
     return cls
 
 
-def adafactor_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
+def adafactor_keywords(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Resolve relative_step in the arguments: on by default, and always with warmup_init."""
-    keywords = {"relative_step": True, **given}
+    keywords = {"relative_step": True, **arguments}
     if keywords.get("warmup_init") and not keywords["relative_step"]:
         logger.warning("Adafactor with warmup_init=True needs relative_step=True, which is switched on")
         keywords["relative_step"] = True
     return keywords
 
 
-def check_fused_backward_pass(is_adafactor: bool, wanted: str) -> None:
+def check_fused_backward_pass(is_adafactor: bool, optimizer_type: str) -> None:
     """Refuse or warn of the fused backward pass, which is for full fine-tuning and does not help small adapters."""
     if not is_adafactor:
-        raise UserError(f"--fused_backward_pass works with --optimizer_type Adafactor only, not {wanted}; leave it out")
+        raise UserError(
+            f"--fused_backward_pass works with --optimizer_type Adafactor only, not {optimizer_type}; leave it out"
+        )
     logger.warning(
         "--fused_backward_pass has no effect: it frees each gradient as soon as it is used, which saves gigabytes in "
         "full fine-tuning; the gradients of an adapter are as small as the adapter"
@@ -297,6 +311,7 @@ def check_fused_backward_pass(is_adafactor: bool, wanted: str) -> None:
 def check_rates(groups: Sequence[Mapping[str, Any]], learning_rate: float, name: str) -> None:
     """Check learning rates for optimizers that estimate one rate for all groups; ours scale it, and should be 1.0."""
     rates = [float(group.get("lr", learning_rate)) for group in groups]
+    # The threshold of sd-scripts.
     if max(rates) <= 0.1:
         logger.warning(
             "%s finds the learning rate by itself and multiplies it by ours, which is %s; it is meant to be about 1.0",
@@ -312,9 +327,9 @@ def check_rates(groups: Sequence[Mapping[str, Any]], learning_rate: float, name:
         )
 
 
-def can_fuse(groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> bool:
+def can_fuse(groups: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> bool:
     """Return True if torch's fused step supports these parameters and the user has not chosen another one."""
-    if any(given.get(key) is not None for key in ("fused", "foreach")) or given.get("differentiable"):
+    if any(arguments.get(key) is not None for key in ("fused", "foreach")) or arguments.get("differentiable"):
         return False
     parameters = [p for group in groups for p in group["params"]]
     return all(p.is_floating_point() and p.device.type in FUSED_DEVICES for p in parameters)

@@ -32,15 +32,16 @@ def step_in_float32(
 ) -> Iterator[None]:
     """Make bf16 weights and their gradients float32 inside the block; afterwards `to_bf16` rounds the weights, and
     gradients are cleared."""
-    rounded = [parameter for parameter in parameters if parameter.dtype == torch.bfloat16]
-    for parameter in rounded:
+    bf16_parameters = [parameter for parameter in parameters if parameter.dtype == torch.bfloat16]
+    for parameter in bf16_parameters:
+        # torch accepts a gradient only in its parameter's dtype.
         gradient, parameter.grad = parameter.grad, None
         parameter.data = parameter.data.float()
         parameter.grad = None if gradient is None else gradient.float()
     try:
         yield
     finally:
-        for parameter in rounded:
+        for parameter in bf16_parameters:
             parameter.grad = None
             parameter.data = to_bf16(parameter.data)
 
@@ -49,4 +50,5 @@ def round_to_bf16(values: Tensor, generator: torch.Generator) -> Tensor:
     """Round each float32 value to one of its two neighbours in bf16, with probabilities by distance."""
     noise = torch.randint(1 << LOST_BITS, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     bits = (values.contiguous().view(torch.int32) + noise) >> LOST_BITS << LOST_BITS
+    # Noise added to the bits of a NaN may carry into the sign and give a finite number.
     return torch.where(values.isfinite(), bits.view(torch.float32), values).bfloat16()

@@ -50,11 +50,11 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
     doing, predicted = "training the largest batch (--dry_run)", partial(memory_hints, runs, batch)
     with explain_out_of_memory(doing, run.options, run.context.device, shape, lambda: sizes, predicted):
         loss = forward_and_backward(runs, batch, place)
-        for one in runs:
-            with round_weights(one, 0):
-                one.optimization.optimizer.step()
-            one.optimization.optimizer.zero_grad(set_to_none=True)
-            with show_weights(one, FILES):  # fails here if the weights to save cannot be swapped in
+        for adapter in runs:
+            with round_weights(adapter, 0):
+                adapter.optimization.optimizer.step()
+            adapter.optimization.optimizer.zero_grad(set_to_none=True)
+            with show_weights(adapter, FILES):  # fails here if the weights to save cannot be swapped in
                 pass
         if run.context.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.context.device)
@@ -73,8 +73,8 @@ def forward_and_backward(runs: Sequence[Run], batch: Batch, place: int) -> float
         losses = backward_stacked(runs, batch, place, 1, 0)
     else:
         losses = [backward(run, batch, place, 1, 0) for run in runs]
-    found = [loss.item() for loss in losses]
-    return next((loss for loss in found if not math.isfinite(loss)), found[0])
+    values = [loss.item() for loss in losses]
+    return next((loss for loss in values if not math.isfinite(loss)), values[0])
 
 
 def report(run: Run, writer: Writer, sizes: Sizes, shape: str, loss: float, seconds: float) -> None:

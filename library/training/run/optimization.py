@@ -45,23 +45,24 @@ def build_optimization(
 def warn_of_idle_rate(network: AdoptedNetwork) -> None:
     """Warn if a learning rate is set for text encoders that have no adapter."""
     names = [name for name, _ in network.module.named_parameters()]
+    # Other names do not tell which parameters belong to text encoders.
     is_kohyas = any(name.startswith("lora_unet") for name in names)
     if is_kohyas and not any(name.startswith("lora_te") for name in names):
         logger.warning("--text_encoder_lr has no effect: no text encoder has an adapter")
 
 
 def build_average(
-    wanted: AveragingOptions, optimizer_type: str, network: AdoptedNetwork, is_schedule_free: bool
+    options: AveragingOptions, optimizer_type: str, network: AdoptedNetwork, is_schedule_free: bool
 ) -> WeightAverage | None:
     """Build the moving average of the weights. Raises UserError with an optimizer that averages by itself."""
-    if not wanted.ema_decay:
+    if not options.ema_decay:
         return None
     if is_schedule_free:
         raise UserError(
-            f"--ema_decay {wanted.ema_decay} does not work with --optimizer_type {optimizer_type}: "
+            f"--ema_decay {options.ema_decay} does not work with --optimizer_type {optimizer_type}: "
             "schedule-free optimizers save, draw and validate an average of their own; leave one of them out"
         )
-    return WeightAverage(network.trainable_parameters(), wanted.ema_decay, wanted.ema_update_after_step)
+    return WeightAverage(network.trainable_parameters(), options.ema_decay, options.ema_update_after_step)
 
 
 def gradient_scaler(options: PrecisionOptions, device: torch.device) -> torch.amp.GradScaler | None:
@@ -76,6 +77,7 @@ def gradient_scaler(options: PrecisionOptions, device: torch.device) -> torch.am
 
 def allow_fp16_gradients(scaler: torch.amp.GradScaler) -> None:
     """Accept gradients of an fp16 adapter, which GradScaler refuses by default."""
+    # GradScaler has no public switch for this; sd-scripts replaces the same method.
     patched: Any = scaler
     unscale = patched._unscale_grads_
     patched._unscale_grads_ = lambda optimizer, inv_scale, found_inf, _: unscale(optimizer, inv_scale, found_inf, True)

@@ -51,54 +51,63 @@ def prepare(
     `options` and `seed` are those shared by all `adapters`: images, base model, plan. Raises UserError for settings
     that can only be checked here, such as a network argument.
     """
+    # Raises for a wrong value, which would otherwise be noticed only once everything is loaded and cached.
     save_dtype(options.saving.save_precision)
     require_same_data(data, processes)
     compute = Compute.build(options.precision, processes.device)
     plan = Plan.build(options.run, data.num_batches, processes.count)
-    first_steps = resolve_starting_steps([one.options for one in adapters], plan, [one.state for one in adapters])
+    first_steps = resolve_starting_steps(
+        [adapter.options for adapter in adapters], plan, [adapter.state for adapter in adapters]
+    )
     # Check what needs no weights before reading them and encoding images, which takes minutes.
     check_base(options.precision.denoiser_format, options.memory.num_offloaded, arch)
     if options.precision.multiplies_codes:
         check_arithmetic(options.precision.denoiser_format, options.network.network_module, arch, compute)
-    for one in adapters:
-        check_batches(one.options.network, one.options.optimizer, one.options.schedule, arch, plan.max_train_steps)
+    for adapter in adapters:
+        check_batches(
+            adapter.options.network, adapter.options.optimizer, adapter.options.schedule, arch, plan.max_train_steps
+        )
     prompts = read_wanted_prompts(options.preview, arch) if processes.is_main else []
     if prompts:
         with needing("--sample_prompts draws images; give the VAE, or leave it out"):
+            # Reads the header of the file only, which is enough to notice that there is none.
             to_meta_device(arch.load).vae()
     texts = collect_texts(prompts, arch)
-    reader = options.network.network_module or ""
-    loaded = load_models(options, arch, seed, data, compute, texts, processes, reader)
+    network_module = options.network.network_module or ""
+    loaded = load_models(options, arch, seed, data, compute, texts, processes, network_module)
     resolve_base(options.precision, options.memory.num_offloaded, arch, loaded.models, compute, processes)
     # After the base model has its weight formats and devices: a network module may read the weights that it adapts.
     networks = []
-    for one in adapters:
-        with log_prefix(one.label):
-            networks.append(open_network(one.options.network, one.options.precision, one.seed, loaded.models, compute))
-    turns = None
+    for adapter in adapters:
+        with log_prefix(adapter.label):
+            networks.append(
+                open_network(adapter.options.network, adapter.options.precision, adapter.seed, loaded.models, compute)
+            )
+    multiplexer = None
     if len(networks) > 1:
-        turns = multiplex(networks, options.network.network_module or "")
-        share = None if data.prompts is not None else turns.share_stacked(range(len(networks)))
+        multiplexer = multiplex(networks, options.network.network_module or "")
+        share = None if data.prompts is not None else multiplexer.share_stacked(range(len(networks)))
         logger.info("%s", format_sharing(len(networks), share))
     # After all adapters are attached, because blocks are compiled with them.
     choose_block_runner(options.memory, options.compiling, options.trains_text_encoders, arch, loaded.models, networks)
     times = StepTimes(compute.device, processes.count, measure_peak_flops(compute.device, compute.dtype))
+    # After everything that encodes has left memory: the batches take latents and features from the finished caches.
     batches = open_batches(data, loaded.latents, loaded.texts)
-    shared = Shared(arch, loaded, compute, processes, data, batches, plan, times, turns, sweep)
+    shared = Shared(arch, loaded, compute, processes, data, batches, plan, times, multiplexer, sweep)
     charts = Charts(accelerator)
     prepared = []
-    for place, (one, network, first_step) in enumerate(zip(adapters, networks, first_steps, strict=True)):
-        with log_prefix(one.label):
-            run = build_run(one, network, shared, place)
-            prepared.append(prepare_run(run, one, Progress(first_step), charts, prompts, loaded.prompts))
+    for index, (adapter, network, first_step) in enumerate(zip(adapters, networks, first_steps, strict=True)):
+        with log_prefix(adapter.label):
+            run = build_run(adapter, network, shared, index)
+            prepared.append(prepare_run(run, adapter, Progress(first_step), charts, prompts, loaded.prompts))
     if processes.is_main:
         start_trackers(accelerator, options.trackers, loggable_options(options))
         num_validation = prepared[0].validation.num_images
         counts = ImageCounts(data.num_train_images, num_validation, data.num_reg_images)
         announce_run(plan, counts, data.batch_sizes, options.run.gradient_accumulation_steps)
-        for one, ready in zip(adapters, prepared, strict=True):
-            resumed_from = None if one.state is None else str(one.state.path)
-            one.events.emit(build_plan_event(ready.run, counts, ready.progress.step, resumed_from))
+        for adapter, prepared_run in zip(adapters, prepared, strict=True):
+            resumed_from = None if adapter.state is None else str(adapter.state.path)
+            adapter.events.emit(build_plan_event(prepared_run.run, counts, prepared_run.progress.step, resumed_from))
     return prepared
 
 
@@ -119,6 +128,8 @@ def format_sharing(count: int, share: float | None) -> str:
 def require_same_data(data: TrainingData, processes: Processes) -> None:
     """Raise UserError if processes found different images, because their shares of an epoch would not match."""
     if processes.count > 1:
-        found = data.identity
-        size = f"{found['num_pictures']} images in {found['num_batches']} batches"
-        processes.require_same("the dataset", f"{size} ({found['pictures']}, {found['captions']}, {found['settings']})")
+        identity = data.identity
+        size = f"{identity['num_pictures']} images in {identity['num_batches']} batches"
+        processes.require_same(
+            "the dataset", f"{size} ({identity['pictures']}, {identity['captions']}, {identity['settings']})"
+        )

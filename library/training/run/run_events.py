@@ -50,16 +50,16 @@ def open_events(
     goes to standard error.
     """
     with ExitStack() as stack:
-        of_each = [(options, Events(open_sinks(options, stack))) for options in adapters]
-        events = EventsOfAll([one for _, one in of_each])
+        streams = [(options, Events(open_sinks(options, stack))) for options in adapters]
+        events = EventsOfAll([stream for _, stream in streams])
         if not events.is_on:
             warnings.tell(events)  # from here on warnings are not buffered
             yield events
             return
         stack.callback(events.close)
         stack.enter_context(listening(events.tell_progress))
-        for options, one in of_each:
-            one.emit(Start(hide_secrets(command, options), list_changed_options(options), versions()))
+        for options, stream in streams:
+            stream.emit(Start(hide_secrets(command, options), list_changed_options(options), versions()))
         warnings.tell(events)
         try:
             yield events
@@ -76,7 +76,7 @@ def open_events(
 
 def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
     """Open the sinks of a run's events: none in a dry run, which writes nothing, and none outside the main process."""
-    path, goes_on = options.reports.log_events, bool(options.state.resume or options.state.autoresume)
+    path, resumes = options.reports.log_events, bool(options.state.resume or options.state.autoresume)
     if launched_rank() != 0 or options.faults.dry_run or options.dataset.debug_dataset:
         return []
     sinks: list[Sink] = []
@@ -84,10 +84,10 @@ def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
         sinks.append(JsonLines(sys.stdout, f"{FLAG} -", closes=False))
         stack.enter_context(redirect_stdout(sys.stderr))
     elif path:
-        sinks.append(open_event_file(Path(path), goes_on))
+        sinks.append(open_event_file(Path(path), resumes))
     if not options.reports.no_report:
         report = Names.build(options.saving).of_report()
-        sinks.append(ReportWriter(report, earlier_record(report) if goes_on else None, options.reports.report_live))
+        sinks.append(ReportWriter(report, earlier_record(report) if resumes else None, options.reports.report_live))
         sinks.append(IndexWriter(report.parent))  # after the report, which it reads
     return sinks
 
@@ -115,9 +115,9 @@ def list_changed_options(options: Options) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Return the installed versions of the packages that compute."""
     installed = {package: version_of(package) for package in PACKAGES}
-    found = {"python": python_version()} | {name: version for name, version in installed.items() if version}
+    packages = {"python": python_version()} | {name: version for name, version in installed.items() if version}
     commit = commit_hash()
-    return found if commit is None else {"commit": commit, **found}
+    return packages if commit is None else {"commit": commit, **packages}
 
 
 def format_error(error: BaseException) -> str:

@@ -49,10 +49,10 @@ def request_adapter(
 
     All adapters are validated with the noise of the run's seed.
     """
-    own = options.run.seed if label and options.run.seed is not None else seed
-    if own != seed and options.validation.validation_seed is None:
+    adapter_seed = options.run.seed if label and options.run.seed is not None else seed
+    if adapter_seed != seed and options.validation.validation_seed is None:
         options = options.with_values({"validation_seed": seed})
-    return AdapterRequest(options, own, state, events, label)
+    return AdapterRequest(options, adapter_seed, state, events, label)
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class Shared:
     sweep: SweepRecord | None
 
 
-def build_run(wanted: AdapterRequest, network: AdoptedNetwork, shared: Shared, place: int) -> Run:
+def build_run(request: AdapterRequest, network: AdoptedNetwork, shared: Shared, place: int) -> Run:
     """Build the run of the adapter at `place`."""
-    options, arch, compute = wanted.options, shared.arch, shared.compute
+    options, arch, compute = request.options, shared.arch, shared.compute
     models = shared.loaded.models
     optimization = build_optimization(options, network, models, shared.plan.max_train_steps, compute.device)
     alone = nullcontext if shared.turns is None else partial(shared.turns.only, place)
     context = step_context(
-        options.trains_text_encoders, options.caching.vae_batch_size, arch, wanted.seed, shared.loaded, network,
+        options.trains_text_encoders, options.caching.vae_batch_size, arch, request.seed, shared.loaded, network,
         compute, alone, options.pairs,
     )  # fmt: skip
     context = replace(context, preserves_in_step=preserves_in_step(shared.data, models.sharded))
@@ -91,9 +91,9 @@ def build_run(wanted: AdapterRequest, network: AdoptedNetwork, shared: Shared, p
         context=context,
         optimization=optimization,
         times=shared.times,
-        events=wanted.events,
-        norms=NormMeter(wanted.events.is_on),
-        label=wanted.label,
+        events=request.events,
+        norms=NormMeter(request.events.is_on),
+        label=request.label,
         place=place,
         turns=shared.turns,
         sweep=shared.sweep,
@@ -102,14 +102,14 @@ def build_run(wanted: AdapterRequest, network: AdoptedNetwork, shared: Shared, p
 
 def prepare_run(
     run: Run,
-    wanted: AdapterRequest,
+    request: AdapterRequest,
     progress: Progress,
     charts: Charts,
     prompts: Sequence[Prompt],
     encoded: Mapping[str, Conditioning] | None,
 ) -> PreparedRun:
     """Build everything that writes, draws and validates for one adapter, and restore its state."""
-    state = wanted.state
+    state = request.state
     charts = charts.named(run.label)
     validation = Validation(run, charts)
     writer = build_writer(run, progress, validation)
@@ -117,7 +117,9 @@ def prepare_run(
         writer.check_space()
     if state is not None:  # after every stateful part exists, and before anything is drawn or measured
         go_on(run, progress, validation, state)
+    # The main process alone reads the prompts, but with a sharded model the others compute its blocks with it.
     is_drawing = run.processes.share(f"are there previews {run.label}", "yes" if prompts else "no") == "yes"
     previews = Previews(run, charts, prompts, encoded, is_drawing)
+    # With --initial_step the run leaves the state's step, so nothing is left to do at it.
     resumed = state if state is not None and state.step == progress.step else None
     return PreparedRun(run, progress, writer, charts, previews, validation, resumed)

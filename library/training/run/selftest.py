@@ -82,7 +82,7 @@ class Finding:
 
     @property
     def is_wrong(self) -> bool:
-        return not self.error <= MOST * self.floor  # also False for NaN
+        return not self.error <= MOST * self.floor  # written so that NaN is wrong too
 
 
 def test_itself(run: Run) -> None:
@@ -96,14 +96,15 @@ def test_itself(run: Run) -> None:
         passes = split_passes(context, batch)  # the first pass leaves the adapter at its strength
         start_batch(context, 0, 0)
         torch.autograd.backward(loss_of(context, next(passes), 0))
-        found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         for parameter in network.parameters():
             parameter.grad = None
         plain = compute_gradients(run, recorder.calls, 0.0)
+        # Rounding to nearest changes a number by at most eps / 2 of its size.
         noisy = compute_gradients(run, recorder.calls, torch.finfo(context_dtype(run)).eps / 2)
     context.arch.run_blocks_with(context.models.denoiser, block_runner(run.options.memory))
-    inside = {name: found[name] for name in plain if name in found}
-    report([compare(name, gradient, plain[name], noisy[name]) for name, gradient in inside.items()], recorder.calls)
+    compared = {name: gradients[name] for name in plain if name in gradients}
+    report([compare(name, gradient, plain[name], noisy[name]) for name, gradient in compared.items()], recorder.calls)
 
 
 def context_dtype(run: Run) -> torch.dtype:
@@ -122,13 +123,13 @@ def compute_gradients(run: Run, calls: Sequence[Call], noise: float) -> Gradient
     parameters = {name: p for name, p in run.context.network.module.named_parameters() if p.requires_grad}
     total: Gradients = {}
 
-    def given(value: Tensor) -> Tensor:
+    def make_leaf(value: Tensor) -> Tensor:
         if not value.requires_grad:
             return value
         return perturb(value.detach(), noise, generator).to(device).requires_grad_()
 
     for call in calls:
-        inputs, named = tree_map_only(Tensor, given, (call.inputs, call.named))
+        inputs, named = tree_map_only(Tensor, make_leaf, (call.inputs, call.named))
         with plain_weights(call.block, device), run.context.autocast():
             outputs = tree_flatten(call.block(*inputs, **named))[0]
             ends = [outputs[place] for place in call.gradients]
@@ -153,20 +154,20 @@ def perturb(value: Tensor, noise: float, generator: torch.Generator) -> Tensor:
 @contextmanager
 def plain_weights(block: nn.Module, device: torch.device) -> Iterator[None]:
     """Give the layers of an offloaded block temporary copies of their weights."""
-    waiting = {layer: layer.handle for layer in frozen_layers(block) if isinstance(layer.handle, Waiting | Shelved)}
+    handles = {layer: layer.handle for layer in frozen_layers(block) if isinstance(layer.handle, Waiting | Shelved)}
     try:
-        for layer, handle in waiting.items():
+        for layer, handle in handles.items():
             layer.handle = partial(dict, handle.copied(device))
         yield
     finally:
-        for layer, handle in waiting.items():
+        for layer, handle in handles.items():
             layer.handle = handle
 
 
-def compare(name: str, found: Tensor, plain: Tensor, noisy: Tensor) -> Finding:
+def compare(name: str, gradient: Tensor, plain: Tensor, noisy: Tensor) -> Finding:
     """Compare gradients, relative to the size of the plain one."""
     size = plain.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
-    error = float((found.float() - plain.float()).norm() / size)
+    error = float((gradient.float() - plain.float()).norm() / size)
     return Finding(name, error, float((noisy.float() - plain.float()).norm() / size))
 
 
@@ -177,7 +178,7 @@ def report(findings: Sequence[Finding], calls: Sequence[Call]) -> None:
         return
     worst = sorted(findings, key=lambda finding: finding.error / max(finding.floor, 1e-30), reverse=True)
     wrong = [finding for finding in findings if finding.is_wrong]
-    lines = [f"{one.name}: off by {one.error:.1e}, rounding alone by {one.floor:.1e}" for one in worst[:NUM_SHOWN]]
+    lines = [f"{f.name}: off by {f.error:.1e}, rounding alone by {f.floor:.1e}" for f in worst[:NUM_SHOWN]]
     if wrong:
         raise UserError(
             f"--selftest: {len(wrong)} of {len(findings)} gradients in {len(calls)} blocks are not those of the plain "

@@ -37,8 +37,8 @@ def sharding_values(options: TrainOptions, processes: Processes) -> dict[str, An
 
     Raises UserError, before anything is read, if the base model cannot be sharded; warns if sharding has no effect.
     """
-    wanted = options.distributed
-    if not wanted.shard_base:
+    distributed = options.distributed
+    if not distributed.shard_base:
         return {}
     if options.concepts is not None:  # accelerate's FSDP2 setting is known only here
         reason = type(options).facts()["shard_base"].refused_by_leco
@@ -46,7 +46,7 @@ def sharding_values(options: TrainOptions, processes: Processes) -> dict[str, An
     if processes.count == 1:
         logger.warning("--shard_base has no effect with one process; accelerate launch --num_processes 2 starts two")
         return {"shard_base": False, "shard_group": None}
-    size = wanted.shard_group or processes.local_count
+    size = distributed.shard_group or processes.local_count
     if size == 1:
         raise UserError(
             "--shard_base: each machine has one process, so nothing would be spread; --shard_group "
@@ -63,10 +63,10 @@ def sharding_values(options: TrainOptions, processes: Processes) -> dict[str, An
             "--shard_base and --blocks_to_swap put the same weights at two places, spread over cards and in main "
             "memory; leave one of them out"
         )
-    reader = options.network.network_module or ""
-    if options.network.base_weights and not reader.startswith(OURS):
+    module = options.network.network_module or ""
+    if options.network.base_weights and not module.startswith(OURS):
         raise UserError(
-            f"--base_weights and --shard_base with --network_module {reader}: its networks are merged into whole "
+            f"--base_weights and --shard_base with --network_module {module}: its networks are merged into whole "
             "weights, which no process has; merge the files into the base model with tools/merge_lora.py first, or "
             "use one of networks.*"
         )

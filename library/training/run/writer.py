@@ -51,6 +51,7 @@ def go_on(run: Run, progress: Progress, validation: Validation, state: StateMani
     first_step = progress.step
     data, optimization = run.data, run.optimization
     report_differences(state, run.options, data.identity_with_contents, run.processes.count, data.image_paths)
+    # `restore` replaces the rates of this run by those of the state.
     rates = base_rates(optimization.optimizer)
     restore(state, run.context.network.module, stateful_parts(run, progress, validation))
     follow_rates(optimization.schedule, optimization.optimizer, rates)
@@ -65,11 +66,11 @@ def bytes_of_state(run: Run) -> int:
     """Estimate the size of a state: weights, buffers and optimizer state, or two tensors per weight before there is
     any."""
     network = run.context.network
-    memory = [value for state in run.optimization.optimizer.state.values() for value in state.values()]
-    tensors = [value for value in memory if isinstance(value, Tensor)]
-    trained = network.trainable_parameters()
-    expected = () if tensors else 2 * trained
-    averaged = () if run.optimization.average is None else run.optimization.average.values or trained
+    state_values = [value for state in run.optimization.optimizer.state.values() for value in state.values()]
+    tensors = [value for value in state_values if isinstance(value, Tensor)]
+    parameters = network.trainable_parameters()
+    expected = () if tensors else 2 * parameters
+    averaged = () if run.optimization.average is None else run.optimization.average.values or parameters
     return sum(t.nbytes for t in (*network.module.state_dict().values(), *tensors, *expected, *averaged))
 
 
@@ -77,6 +78,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
     """Build the writer of checkpoints; base files are hashed in the background meanwhile."""
     options, data, plan, built = run.options, run.data, run.plan, run.optimization.built
     facts = RunFacts(
+        # Not drawn from a seeded generator, so that runs with one seed can be told apart.
         session_id=secrets.randbelow(2**32),
         started_at=time.time(),
         seed=run.context.seed,

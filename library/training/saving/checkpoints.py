@@ -161,16 +161,18 @@ class Schedule:
         """Return the step whose file is deleted once that of `step` is written, by --save_last_n_steps."""
         if self.keep_steps is None or self.every_n_steps is None:
             return None
-        last = step - self.keep_steps - 1
-        last -= last % self.every_n_steps
-        return last if last > 0 else None
+        # As in sd-scripts: --save_last_n_steps counts steps, not files.
+        outdated = step - self.keep_steps - 1
+        outdated -= outdated % self.every_n_steps
+        return outdated if outdated > 0 else None
 
     def outdated_epoch(self, epoch: int) -> int | None:
         """Return the epoch whose file is deleted once that of `epoch` is written, by --save_last_n_epochs."""
         if self.keep_epochs is None or self.every_n_epochs is None:
             return None
-        gone = epoch - self.keep_epochs * self.every_n_epochs
-        return gone if gone > 0 else None
+        # As in sd-scripts: --save_last_n_epochs counts saved epochs.
+        outdated = epoch - self.keep_epochs * self.every_n_epochs
+        return outdated if outdated > 0 else None
 
     def outdates_stop(self, stop: int, step: int, epoch: int) -> bool:
         """Return True if the files of a run stopped after `stop` are outdated once those of `step` are written.
@@ -179,8 +181,8 @@ class Schedule:
         """
         if self.every_n_steps is not None:
             return self.keep_steps is not None and stop < step - self.keep_steps
-        gone = self.outdated_epoch(epoch)
-        return gone is not None and stop <= gone * step // epoch
+        outdated = self.outdated_epoch(epoch)
+        return outdated is not None and stop <= outdated * step // epoch
 
 
 @dataclass
@@ -252,13 +254,14 @@ class Writer:
         """
         if not self.is_main:
             return
-        path, wanted = self.names.of_end(), self.options.state
-        place = self.write(path, progress.step, epoch, is_last=True)
-        if wanted.save_state or wanted.save_state_on_train_end or wanted.autoresume:
-            done = {*progress.done, "end"} if place == path else progress.done
+        path, state_options = self.names.of_end(), self.options.state
+        location = self.write(path, progress.step, epoch, is_last=True)
+        if state_options.save_state or state_options.save_state_on_train_end or state_options.autoresume:
+            # A later start with this state writes the file again unless it is in its place.
+            done = {*progress.done, "end"} if location == path else progress.done
             self._save_state(path, progress.step, epoch, done, is_last=True)
-        if place != path:
-            raise SavedElsewhere(f"training is complete, but {path} could not be written: the adapter is {place}")
+        if location != path:
+            raise SavedElsewhere(f"training is complete, but {path} could not be written: the adapter is {location}")
         announce("model saved.")
 
     def save_interrupted(self, progress: Progress, epoch: int) -> None:
@@ -275,9 +278,9 @@ class Writer:
         If the optimizer had updated only part of the weights, they belong to no step and get no state.
         """
         if progress.is_moving:
-            place = self.write(self.names.of_step(progress.step), progress.step, epoch, is_last=True)
+            location = self.write(self.names.of_step(progress.step), progress.step, epoch, is_last=True)
             moved = f"the error came while step {progress.step + 1} moved the weights"
-            return f"{moved}; as they are, they are saved as {place}"
+            return f"{moved}; as they are, they are saved as {location}"
         return (
             f"training ended after step {progress.step}; the adapter and the state of that step are saved: when the "
             f"cause is mended, give the same command with {self._save_unfinished(progress, epoch)}"
@@ -297,6 +300,7 @@ class Writer:
         Raises NonFiniteWeights, keeping an earlier file, if the weights are damaged; NotWrittenError if no location can
         take the file.
         """
+        # Front ends read this line, "removing old checkpoint" and "model saved." from the output.
         announce(f"\nsaving checkpoint: {path}")
         saved_at = time.time()
         dtype = save_dtype(self.options.saving.save_precision)
@@ -307,17 +311,19 @@ class Writer:
                     "files saved before stay"
                 )
             metadata = self._metadata(step, epoch, saved_at)
-            place = write_somewhere(
+            location = write_somewhere(
                 path,
                 f".{self.names.extension}",
                 bytes_in_file(self.network.module, dtype),
-                lambda place: self.network.save_weights(place, dtype, metadata),
+                lambda location: self.network.save_weights(location, dtype, metadata),
             )
-        self._keep_newest_rescue("weights", place, path)
-        self.events.emit(Saved("weights", self.names.find_purpose(path), step, epoch, str(place), count_bytes(place)))
-        self._tell_readers(place)
-        self.uploads.send(place, is_last)
-        return place
+        self._keep_newest_rescue("weights", location, path)
+        self.events.emit(
+            Saved("weights", self.names.find_purpose(path), step, epoch, str(location), count_bytes(location))
+        )
+        self._tell_readers(location)
+        self.uploads.send(location, is_last)
+        return location
 
     def check_space(self) -> None:
         """Check before training that the disk has room for what the run will write.
@@ -331,11 +337,11 @@ class Writer:
         free = free_bytes(folder)
         if free is None:
             return
-        wanted, dtype = self.options.state, save_dtype(self.options.saving.save_precision)
+        state_options, dtype = self.options.state, save_dtype(self.options.saving.save_precision)
         one_file, one_state = bytes_in_file(self.network.module, dtype), self.state_bytes()
         num_files = self.schedule.most_files(self.options.run.max_train_steps)
-        num_states = self._states.most_files(self.options.run.max_train_steps) if wanted.save_state else 0
-        num_states += wanted.save_state or wanted.save_state_on_train_end or wanted.autoresume
+        num_states = self._states.most_files(self.options.run.max_train_steps) if state_options.save_state else 0
+        num_states += state_options.save_state or state_options.save_state_on_train_end or state_options.autoresume
         needed = one_file * (num_files + 1) + one_state * num_states
         space = f"--output_dir {folder}: {format_bytes(free)} are free on its disk"
         if free < one_file:
@@ -375,22 +381,24 @@ class Writer:
         """Write the state that belongs to a weights file. Return its folder. Raises NotWrittenError."""
         folder = state_folder(weights)
         announce(f"\nsaving state: {folder}")
-        place = write_somewhere(
-            folder, "", self.state_bytes(), lambda place: self.write_state(place, step, epoch, done)
+        location = write_somewhere(
+            folder, "", self.state_bytes(), lambda location: self.write_state(location, step, epoch, done)
         )
-        self._keep_newest_rescue("state", place, folder)
-        self.events.emit(Saved("state", self.names.find_purpose(weights), step, epoch, str(place), count_bytes(place)))
+        self._keep_newest_rescue("state", location, folder)
+        self.events.emit(
+            Saved("state", self.names.find_purpose(weights), step, epoch, str(location), count_bytes(location))
+        )
         if self.options.hub.save_state_to_huggingface:
-            self.uploads.send(place, is_last)
-        return place
+            self.uploads.send(location, is_last)
+        return location
 
-    def _keep_newest_rescue(self, kind: str, place: Path, path: Path) -> None:
+    def _keep_newest_rescue(self, kind: str, location: Path, path: Path) -> None:
         """Delete the previous file in another location, so that a run does not fill the disk for temporary files."""
-        older = self.rescued.pop(kind, None) if place != path else None
+        older = self.rescued.pop(kind, None) if location != path else None
         if older is not None:
             delete(older)
-        if place != path:
-            self.rescued[kind] = place
+        if location != path:
+            self.rescued[kind] = location
 
     def _save_and_outdate(
         self, part: Part, name_of: Callable[[int], Path], number: int, outdated: tuple[int | None, int | None],
@@ -410,13 +418,15 @@ class Writer:
     def _outdate_stops(self, progress: Progress, epoch: int) -> None:
         """Delete files of stops between scheduled saves; if no other states are saved, keep that of the last stop."""
         step, stops = progress.step, progress.stops
-        kept = max(stops, default=0) if not self.options.state.save_state else None
-        weights = [stop for stop in stops if self.schedule.outdates_stop(stop, step, epoch)]
-        states = [stop for stop in stops if self._states.outdates_stop(stop, step, epoch) and stop != kept]
+        kept_stop = max(stops, default=0) if not self.options.state.save_state else None
+        weight_stops = [stop for stop in stops if self.schedule.outdates_stop(stop, step, epoch)]
+        state_stops = [stop for stop in stops if self._states.outdates_stop(stop, step, epoch) and stop != kept_stop]
         deletions = self.rotation.deletions
-        deletions += [partial(remove, "checkpoint", self.names.of_step(stop), self.events) for stop in weights]
-        deletions += [partial(remove, "state", state_folder(self.names.of_step(stop)), self.events) for stop in states]
-        progress.stops = [stop for stop in stops if stop not in weights or stop not in states]
+        deletions += [partial(remove, "checkpoint", self.names.of_step(stop), self.events) for stop in weight_stops]
+        deletions += [
+            partial(remove, "state", state_folder(self.names.of_step(stop)), self.events) for stop in state_stops
+        ]
+        progress.stops = [stop for stop in stops if stop not in weight_stops or stop not in state_stops]
 
     def _tell_readers(self, path: Path) -> None:
         """Log which programs read a file's keys; for later files of a run only if that has changed."""
@@ -443,16 +453,20 @@ def readers_line(specs: Sequence[BaseModelSpec], path: Path) -> str | None:
         return None
     try:
         weights = open_safetensors(path)
-        limits = [f"{key.removesuffix('.oft_blocks')}.alpha" for key in weights.shapes if key.endswith(".oft_blocks")]
-        alphas = {key: float(weights.read(key)) for key in limits if weights.shapes.get(key) == ()}
+        # For OFT the value of alpha, not only its key, decides which programs read the file.
+        alpha_keys = [
+            f"{key.removesuffix('.oft_blocks')}.alpha" for key in weights.shapes if key.endswith(".oft_blocks")
+        ]
+        alphas = {key: float(weights.read(key)) for key in alpha_keys if weights.shapes.get(key) == ()}
     except (OSError, ValueError) as error:  # a third-party network may write any content
         return f"its keys cannot be read back: {error}"
-    found = readings(specs, weights.shapes, weights.metadata, alphas)
-    return f"{len(weights.shapes)} keys, {describe(found)}" if found else None
+    readers = readings(specs, weights.shapes, weights.metadata, alphas)
+    return f"{len(weights.shapes)} keys, {describe(readers)}" if readers else None
 
 
 def bytes_in_file(module: nn.Module, dtype: torch.dtype | None) -> int:
     """Estimate the size of an adapter's file; its metadata take a few kilobytes."""
+    # A cast on the meta device allocates nothing.
     return sum((p if dtype is None else p.to("meta", dtype)).nbytes for p in module.parameters())
 
 
@@ -464,8 +478,8 @@ def count_bytes(path: Path) -> int:
 
 def weights_are_finite(module: nn.Module) -> bool:
     """Return True if no weight is NaN or infinite. Reads one value from the device."""
-    found = [parameter.detach().isfinite().all() for parameter in module.parameters()]
-    return not found or bool(torch.stack([one.to(found[0].device) for one in found]).all())
+    flags = [parameter.detach().isfinite().all() for parameter in module.parameters()]
+    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
 
 
 def save_dtype(save_precision: str | None) -> torch.dtype | None:

@@ -29,36 +29,37 @@ class Uploads:
         if not self.options.huggingface_repo_id:
             return
         folder = self.options.huggingface_path_in_repo
-        place = f"{folder}/{path.name}" if folder else path.name
-        self.waiting.append(self.pool.submit(upload, self.options, path, place))
+        path_in_repo = f"{folder}/{path.name}" if folder else path.name
+        self.waiting.append(self.pool.submit(upload, self.options, path, path_in_repo))
         if is_last or not self.options.async_upload:
-            for sent in self.waiting:
-                sent.result()
+            for future in self.waiting:
+                future.result()
             self.waiting.clear()
 
     def afterwards(self, action: Callable[[], None]) -> None:
         """Call `action`, such as a deletion, now or after the pending background uploads."""
-        if all(sent.done() for sent in self.waiting):
+        # The pool has one thread, so an action that is submitted now runs after the uploads before it.
+        if all(future.done() for future in self.waiting):
             action()
         else:
             self.waiting.append(self.pool.submit(action))
 
 
-def upload(options: HubOptions, path: Path, place: str) -> None:
-    """Upload a file or folder to `place` in the repository ("" for its root); log errors."""
+def upload(options: HubOptions, path: Path, path_in_repo: str) -> None:
+    """Upload a file or folder to `path_in_repo` in the repository ("" for its root); log errors."""
     repo = options.huggingface_repo_id
     kind = {"repo_id": repo, "repo_type": options.huggingface_repo_type}
     try:
         api = client(options)
         make_repository(api, options)
         if path.is_dir():
-            api.upload_folder(folder_path=str(path), path_in_repo=place, **kind)
+            api.upload_folder(folder_path=str(path), path_in_repo=path_in_repo, **kind)
         else:
-            api.upload_file(path_or_fileobj=str(path), path_in_repo=place, **kind)
+            api.upload_file(path_or_fileobj=str(path), path_in_repo=path_in_repo, **kind)
     except Exception as error:  # the network and the server may raise anything; the file on disk is safe
         logger.error("%s could not be uploaded to %s: %s: %s", path, repo, type(error).__name__, error)
     else:
-        logger.info("uploaded %s to %s as %s", path, repo, place or "its top folder")
+        logger.info("uploaded %s to %s as %s", path, repo, path_in_repo or "its top folder")
 
 
 def client(options: HubOptions) -> Any:
@@ -92,9 +93,9 @@ def fetch_state(name: str, options: HubOptions) -> Path:
 
     Raises UserError for another form of name, or if nothing is found there.
     """
-    place, _, rest = name.partition(":")
-    revision, _, kind = rest.partition(":")
-    owner, _, tail = place.partition("/")
+    location, _, suffix = name.partition(":")
+    revision, _, kind = suffix.partition(":")
+    owner, _, tail = location.partition("/")
     repo, _, folder = tail.partition("/")
     if not (owner and repo and folder):
         raise UserError(

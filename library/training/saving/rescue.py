@@ -31,20 +31,20 @@ def write_somewhere(path: Path, ending: str, num_bytes: int, write: Callable[[Pa
     NotWrittenError.
     """
     failures: list[str] = []
-    for place in places(path, ending):
+    for location in places(path, ending):
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            free = free_bytes(place.parent)
+            location.parent.mkdir(parents=True, exist_ok=True)
+            free = free_bytes(location.parent)
             if free is not None and free < num_bytes:
                 raise OSError(errno.ENOSPC, f"{free:,} bytes are free on the disk, about {num_bytes:,} are needed")
-            write(place)
+            write(location)
         except WRITE_ERRORS as error:
-            failures.append(f"{place} ({error})")
-            logger.debug("%s cannot be written:", place, exc_info=error)
+            failures.append(f"{location} ({error})")
+            logger.debug("%s cannot be written:", location, exc_info=error)
             continue
         if failures:
-            logger.error("%s cannot be written; it is saved as %s", failures[0], place)
-        return place
+            logger.error("%s cannot be written; it is saved as %s", failures[0], location)
+        return location
     raise NotWrittenError(f"{path} cannot be written anywhere: {'; '.join(failures)}")
 
 
@@ -54,10 +54,11 @@ def places(path: Path, ending: str) -> Iterator[Path]:
     name = f"{path.name.removesuffix(ending)}-rescued"
     for folder in (path.parent, path.absolute().parent.parent, Path(tempfile.gettempdir())):
         numbers = iter(range(2, 10_000))
-        place = folder / f"{name}{ending}"
-        while os.path.lexists(place):
-            place = folder / f"{name}-{next(numbers)}{ending}"
-        yield place
+        location = folder / f"{name}{ending}"
+        # `exists` would take a broken link for a free name.
+        while os.path.lexists(location):
+            location = folder / f"{name}-{next(numbers)}{ending}"
+        yield location
 
 
 def free_bytes(folder: Path) -> int | None:

@@ -62,8 +62,8 @@ def rates_of_state(options: Options, facts: StateManifest | None) -> dict[str, A
     values, defaults = options.flat(), type(options).defaults()
     kept = {
         name: facts.options[name]
-        for name, about in type(options).facts().items()
-        if about.on_resume == "new rate"
+        for name, declaration in type(options).facts().items()
+        if declaration.on_resume == "new rate"
         and values[name] == defaults[name]
         and facts.options.get(name, values[name]) != values[name]
     }
@@ -72,29 +72,29 @@ def rates_of_state(options: Options, facts: StateManifest | None) -> dict[str, A
     return kept
 
 
-def batches_of_state(own: int, facts: StateManifest | None, num_processes: int) -> dict[str, Any]:
+def batches_of_state(accumulation: int, facts: StateManifest | None, num_processes: int) -> dict[str, Any]:
     """Return the gradient accumulation with which a step averages as many batches as with the state's processes.
 
-    A value (`own`) that differs from the state's is kept. Raises UserError if the batches cannot be divided.
+    A value (`accumulation`) that differs from the state's is kept. Raises UserError if the batches cannot be divided.
     """
     if facts is None or facts.num_processes == num_processes:
         return {}
-    if own != int(facts.options.get("gradient_accumulation_steps", own)):
+    if accumulation != int(facts.options.get("gradient_accumulation_steps", accumulation)):
         return {}
-    whole = facts.num_processes * own
-    if whole % num_processes:
-        fitting = [str(n) for n in range(1, whole + 1) if whole % n == 0]
+    total = facts.num_processes * accumulation
+    if total % num_processes:
+        fitting = [str(n) for n in range(1, total + 1) if total % n == 0]
         raise UserError(
-            f"the state {facts.path} was saved by {facts.num_processes} processes, which averaged {whole} batches in "
+            f"the state {facts.path} was saved by {facts.num_processes} processes, which averaged {total} batches in "
             f"each step; {num_processes} cannot share these out. Start {' or '.join(fitting)} processes, or set "
             "another --gradient_accumulation_steps to go on with other steps"
         )
     logger.info(
         "the state comes from %d processes and this run has %d: --gradient_accumulation_steps %d keeps the %d batches "
         "of a step",
-        facts.num_processes, num_processes, whole // num_processes, whole,
+        facts.num_processes, num_processes, total // num_processes, total,
     )  # fmt: skip
-    return {"gradient_accumulation_steps": whole // num_processes}
+    return {"gradient_accumulation_steps": total // num_processes}
 
 
 def find_state(options: TrainOptions, processes: Processes) -> StateManifest | None:
@@ -104,11 +104,13 @@ def find_state(options: TrainOptions, processes: Processes) -> StateManifest | N
     """
     facts = None
     if processes.is_main:
+        # These write nothing, and so they delete nothing.
         if not (options.faults.dry_run or options.dataset.debug_dataset):
             clear_up(options.saving)
         facts = find_named_or_newest(options.state, options.hub, options.saving)
     path = processes.share("state", "" if facts is None else str(facts.path))
     if path and not processes.is_main:
+        # A named state may be downloaded, to a folder of its own on each machine.
         is_named = options.state.resume
         facts = find_named_or_newest(options.state, options.hub, options.saving) if is_named else state_of_main(path)
     if path and facts is not None:
@@ -127,13 +129,13 @@ def clear_up(saving: SavingOptions) -> None:
             remove_temporary(names.folder / folder, partial(is_preview_stem, saving))
 
 
-def find_named_or_newest(wanted: StateOptions, hub: HubOptions, saving: SavingOptions) -> StateManifest | None:
+def find_named_or_newest(options: StateOptions, hub: HubOptions, saving: SavingOptions) -> StateManifest | None:
     """Find the state that the options name, or the newest one."""
-    if wanted.resume:
-        named = read_facts(fetch_state(wanted.resume, hub) if hub.resume_from_huggingface else Path(wanted.resume))
+    if options.resume:
+        named = read_facts(fetch_state(options.resume, hub) if hub.resume_from_huggingface else Path(options.resume))
         require_undamaged(named)
         return named
-    if not wanted.autoresume or not saving.output_dir:
+    if not options.autoresume or not saving.output_dir:
         return None
     names = Names.build(saving)
     facts = newest_state(names.folder, names.starts)
@@ -152,23 +154,23 @@ def state_of_main(path: str) -> StateManifest:
     return read_facts(Path(path))
 
 
-def resolve_starting_step(wanted: StateOptions, saving: SavingOptions, plan: Plan, facts: StateManifest | None) -> int:
+def resolve_starting_step(options: StateOptions, saving: SavingOptions, plan: Plan, facts: StateManifest | None) -> int:
     """Return the number of finished steps at the start: from the options, else from the state, else 0.
 
     A step inside an epoch restarts the epoch unless its first batches are to be skipped. Raises AlreadyComplete or
     UserError if no step is left.
     """
     step, source = (0, "") if facts is None else (facts.step, f"the state {facts.path}")
-    if wanted.initial_step is not None or wanted.initial_epoch is not None:
-        if wanted.initial_step is not None:
-            step, source = wanted.initial_step, f"--initial_step {wanted.initial_step}"
+    if options.initial_step is not None or options.initial_epoch is not None:
+        if options.initial_step is not None:
+            step, source = options.initial_step, f"--initial_step {options.initial_step}"
         else:
-            assert wanted.initial_epoch is not None
-            step = (wanted.initial_epoch - 1) * plan.steps_per_epoch
-            source = f"--initial_epoch {wanted.initial_epoch}"
-        inside = step % plan.steps_per_epoch
-        if inside and not wanted.skip_until_initial_step:
-            step -= inside
+            assert options.initial_epoch is not None
+            step = (options.initial_epoch - 1) * plan.steps_per_epoch
+            source = f"--initial_epoch {options.initial_epoch}"
+        steps_into_epoch = step % plan.steps_per_epoch
+        if steps_into_epoch and not options.skip_until_initial_step:
+            step -= steps_into_epoch
             logger.info(
                 "%s lies inside epoch %d, which is trained as a whole from step %d on; --skip_until_initial_step "
                 "begins inside it", source, plan.epoch_of(step), step,
@@ -181,7 +183,7 @@ def resolve_starting_step(wanted: StateOptions, saving: SavingOptions, plan: Pla
         return step
     if step and step >= plan.max_train_steps:
         message = f"{source} is at step {step} of {plan.max_train_steps}: nothing is left to train"
-        if wanted.autoresume and facts is not None and not wanted.resume:
+        if options.autoresume and facts is not None and not options.resume:
             raise AlreadyComplete(message)
         raise UserError(f"{message}; raise --max_train_steps or --max_train_epochs to train longer")
     return step
@@ -193,9 +195,9 @@ def resolve_starting_steps(
     """Return each adapter's number of finished steps. Raises AlreadyComplete if all adapters are complete."""
     steps: list[int | None] = []
     complete = AlreadyComplete()
-    for wanted, facts in zip(options, states, strict=True):
+    for adapter_options, facts in zip(options, states, strict=True):
         try:
-            steps.append(resolve_starting_step(wanted.state, wanted.saving, plan, facts))
+            steps.append(resolve_starting_step(adapter_options.state, adapter_options.saving, plan, facts))
         except AlreadyComplete as error:
             steps.append(None)
             complete = error
@@ -207,6 +209,7 @@ def resolve_starting_steps(
 def record_options(options: Options) -> dict[str, Any]:
     """Return the options to store in a state: plain values without passwords."""
     values = {name: value for name, value in options.flat().items() if name not in SECRETS}
+    # Through JSON, so that values compare equal to those that are read from a state.
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain
 
@@ -227,9 +230,9 @@ def report_differences(
     for line in (*dataset_differences(facts.dataset, dataset), *content_differences(facts.dataset, dataset, paths)):
         logger.warning("%s: the run continues, but differs from an uninterrupted one", line)
     accumulation = options.flat()["gradient_accumulation_steps"]
-    before = facts.num_processes * int(facts.options.get("gradient_accumulation_steps", accumulation))
+    batches_before = facts.num_processes * int(facts.options.get("gradient_accumulation_steps", accumulation))
     if facts.num_processes != num_processes:
-        is_same = before == num_processes * accumulation
+        is_same = batches_before == num_processes * accumulation
         logger.log(
             logging.INFO if is_same else logging.WARNING,
             "the state comes from %d processes and this run has %d: a step averages %s",
@@ -240,15 +243,16 @@ def report_differences(
 def option_differences(facts: StateManifest, options: Options, num_processes: int) -> Iterator[tuple[int, str]]:
     """Yield a line for every changed option that affects training."""
     now, defaults = record_options(options), type(options).defaults()
-    about = type(options).facts()
-    compared = {name for name in about if not about[name].may_change_on_resume}
+    declarations = type(options).facts()
+    compared = {name for name in declarations if not declarations[name].may_change_on_resume}
     if facts.num_processes != num_processes:
         compared.discard("gradient_accumulation_steps")  # `report_differences` says what both together do
     for name in sorted(now.keys() & compared):
+        # A state from before the option existed was trained with its default.
         before = facts.options.get(name, json.loads(json.dumps(defaults[name], default=str)))
         if before == now[name]:
             continue
-        level, effect = EFFECTS[about[name].on_resume]
+        level, effect = EFFECTS[declarations[name].on_resume]
         yield level, f"--{name} was {before} in the state and is {now[name]}{effect}"
 
 
@@ -257,6 +261,7 @@ def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
     changed = [name for name in ("pictures", "captions", "settings") if before.get(name) != now[name]]
     if not changed:
         return
+    # The keys of states call images pictures.
     names, counts = " and ".join(changed).replace("pictures", "images"), ""
     if now["num_pictures"]:
         counts = f"; {before.get('num_pictures')} images in {before.get('num_batches')} batches then"

@@ -17,8 +17,8 @@ STEP_IN_NAME = re.compile(r"-step(\d{8})$")
 
 def files_of_run(names: Names) -> list[Path]:
     """Return the run's files, sorted by training steps, then by name."""
-    found = (path for path in names.folder.glob(f"*.{names.extension}") if names.has_stem(path.stem))
-    return sorted(found, key=lambda path: (read_num_steps(path), path.name))
+    paths = (path for path in names.folder.glob(f"*.{names.extension}") if names.has_stem(path.stem))
+    return sorted(paths, key=lambda path: (read_num_steps(path), path.name))
 
 
 def read_num_steps(path: Path) -> int:
@@ -34,16 +34,16 @@ def drop_copies(files: Sequence[Path]) -> list[Path]:
     Tensors are compared byte for byte; metadata about training may differ.
     """
     kept: dict[Hashable, list[Path]] = {}
-    found = []
+    distinct = []
     for path in files:
-        alike = kept.setdefault(read_outline(path), [])
-        earlier = next((other for other in alike if has_same_data(path, other)), None)
+        same_outline = kept.setdefault(read_outline(path), [])
+        earlier = next((other for other in same_outline if has_same_data(path, other)), None)
         if earlier is None:
-            alike.append(path)
-            found.append(path)
+            same_outline.append(path)
+            distinct.append(path)
         else:
             logger.info("%s has the same adapter as %s and is skipped", path, earlier)
-    return found
+    return distinct
 
 
 def read_outline(path: Path) -> Hashable:
@@ -63,12 +63,12 @@ def read_outline(path: Path) -> Hashable:
 
 def has_same_data(path: Path, other: Path) -> bool:
     """Return True if two files are equal, except for the headers of safetensors files."""
-    with path.open("rb") as one, other.open("rb") as two:
-        for file, name in ((one, path), (two, other)):
+    with path.open("rb") as first, other.open("rb") as second:
+        for file, name in ((first, path), (second, other)):
             file.seek(LENGTH_BYTES + read_header(name).num_bytes if holds_safetensors(name) else 0)
         while True:
-            chunk = one.read(CHUNK_BYTES)
-            if chunk != two.read(CHUNK_BYTES):
+            chunk = first.read(CHUNK_BYTES)
+            if chunk != second.read(CHUNK_BYTES):
                 return False
             if not chunk:
                 return True

@@ -87,6 +87,7 @@ def save_state(
     tensors: dict[str, Tensor] = {}
     parts = {name: dump_tree(keeper.state_dict(), name, tensors) for name, keeper in keepers.items()}
     with atomic_folder(folder) as temporary:
+        # Cloned, because safetensors refuses tensors that share memory and `cpu()` copies nothing on the CPU.
         save_safetensors(
             temporary / NETWORK_FILE, {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
         )
@@ -104,6 +105,7 @@ def save_state(
             "dataset": dataset,
             "parts": parts,
         }
+        # Reading a state forms the same text again: JSON keeps the order of keys and the value of floats.
         facts["digest"] = digest_of_text(json.dumps(facts, ensure_ascii=False))
         with (temporary / FACTS_FILE).open("w", encoding="utf-8") as file:
             json.dump(facts, file, ensure_ascii=False)
@@ -228,12 +230,7 @@ def shorten_line(text: str, length: int = 300) -> str:
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """An optimizer whose state keeps its dtypes when loaded.
-
-    torch casts loaded state to the dtype of the weights, which rounds the float32 state of bfloat16 weights. The cast
-    is kept if the weights themselves had another dtype, as in mixed precision, because the step would not accept other
-    state.
-    """
+    """An optimizer whose state keeps its dtypes when loaded, unless the weights had another dtype when it was saved."""
 
     optimizer: Optimizer
     name: str
@@ -250,33 +247,37 @@ class OptimizerState:
         if strip_arguments(state_dict["name"]) != strip_arguments(self.name):
             raise UserError(f"it is the state of {state_dict['name']}, but this run uses {self.name}")
         saved = state_dict["state"]
-        for own, other in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
-            for name in own.keys() - {"params"}:
-                if name not in other or not is_alike(own[name], other[name]):
-                    raise UserError(f"{name} of a group of parameters is {other.get(name)!r}, here it is {own[name]!r}")
+        for own_group, saved_group in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
+            for name in own_group.keys() - {"params"}:
+                if name not in saved_group or not is_alike(own_group[name], saved_group[name]):
+                    raise UserError(
+                        f"{name} of a group of parameters is {saved_group.get(name)!r}, here it is {own_group[name]!r}"
+                    )
         self.optimizer.load_state_dict(saved)
+        # torch has cast the state to the dtype of the weights, which rounds the float32 state of bf16 weights. If the
+        # weights had another dtype when the state was saved, the cast stays, because the step accepts no other state.
         if state_dict.get("weights") not in (None, self.weight_dtypes()):
             return
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        numbers = [number for group in saved["param_groups"] for number in group["params"]]
-        for parameter, number in zip(parameters, numbers, strict=True):
-            for key, value in saved["state"].get(number, {}).items():
+        indices = [index for group in saved["param_groups"] for index in group["params"]]
+        for parameter, index in zip(parameters, indices, strict=True):
+            for key, value in saved["state"].get(index, {}).items():
                 loaded = self.optimizer.state[parameter].get(key)
                 if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
                     self.optimizer.state[parameter][key] = value.to(loaded.device)
 
 
-def is_alike(own: Any, saved: Any) -> bool:
+def is_alike(current: Any, saved: Any) -> bool:
     """Return True if two settings are compatible: both numbers, tuples of one length, or of one type; a switch may
     be unset."""
-    if own is None or isinstance(own, bool):
-        return saved is None or own is None or isinstance(saved, bool)
-    if isinstance(own, list | tuple):
-        is_same_length = isinstance(saved, list | tuple) and len(own) == len(saved)
-        return is_same_length and all(is_alike(a, b) for a, b in zip(own, saved, strict=True))
-    if isinstance(own, int | float | Tensor):
+    if current is None or isinstance(current, bool):
+        return saved is None or current is None or isinstance(saved, bool)
+    if isinstance(current, list | tuple):
+        is_same_length = isinstance(saved, list | tuple) and len(current) == len(saved)
+        return is_same_length and all(is_alike(a, b) for a, b in zip(current, saved, strict=True))
+    if isinstance(current, int | float | Tensor):
         return isinstance(saved, int | float | Tensor) and not isinstance(saved, bool)
-    return type(own) is type(saved)
+    return type(current) is type(saved)
 
 
 def strip_arguments(name: str) -> str:
@@ -311,10 +312,10 @@ def newest_state(folder: Path, names: tuple[str, ...]) -> StateManifest | None:
 
     Of two states of one step, return the one after which less work remains.
     """
-    found = [
+    candidates = [
         (facts.step, len(facts.done), facts.path.stat().st_mtime, facts) for facts in iterate_states(folder, names)
     ]
-    for *_, facts in sorted(found, key=lambda item: item[:3], reverse=True):
+    for *_, facts in sorted(candidates, key=lambda item: item[:3], reverse=True):
         if are_undamaged([facts]):
             return facts
     return None

@@ -23,6 +23,7 @@ class Window:
     def share(self, rank: int, num_processes: int) -> range:
         """Return the positions that one process computes; empty if the last window of an epoch is shorter than the
         group."""
+        # Strided, so that `Processes.exchange` can put the losses of all processes in the order of the window.
         return self.places[rank::num_processes]
 
     def stand_in(self, rank: int, num_processes: int) -> int | None:
@@ -30,8 +31,8 @@ class Window:
 
         Another rank computes the same batch, so no other parameter of an adapter receives a gradient.
         """
-        most = ceil(len(self.places) / num_processes)
-        return None if len(self.share(rank, num_processes)) == most else self.places[-1]
+        largest_share = ceil(len(self.places) / num_processes)
+        return None if len(self.share(rank, num_processes)) == largest_share else self.places[-1]
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ class Plan:
 
     def windows(self, epoch: int, first_step: int) -> Iterator[Window]:
         """Yield the windows of an epoch that follow `first_step` finished steps, up to the end of the run."""
-        before = (epoch - 1) * self.steps_per_epoch
-        for step in range(max(before, first_step), min(before + self.steps_per_epoch, self.max_train_steps)):
-            first = (step - before) * self.accumulation
+        epoch_start = (epoch - 1) * self.steps_per_epoch
+        for step in range(max(epoch_start, first_step), min(epoch_start + self.steps_per_epoch, self.max_train_steps)):
+            first = (step - epoch_start) * self.accumulation
             last = min(first + self.accumulation, self.num_batches)
             yield Window(step, epoch, range(first, last), last == self.num_batches)
 

@@ -20,7 +20,7 @@ from library.training.step.modes import eval_mode
 from library.training.step.text_features import build_conditioning
 from library.types import Batch, Concept, Noised, Prompt
 
-Answers = Mapping[str, Tensor]
+Predictions = Mapping[str, Tensor]
 """The denoiser's output for each text, float32."""
 
 
@@ -33,12 +33,15 @@ def draw_partly(context: StepContext, batch: Batch, concept: Concept, batch_numb
     (caption,) = set(batch.captions)
     prompt = build_prompt(context, batch, concept)
     sampler = context.arch.preview.sampler(prompt)
-    ask = build_question(context, batch, [caption])
-    ask_both = ask if concept.guidance == 1 else build_question(context, batch, [concept.unconditional, caption])
+    predict = build_predictor(context, batch, [caption])
+    # At scale 1 guidance gives the prediction for the caption, whatever that for the other prompt is.
+    predict_both = (
+        predict if concept.guidance == 1 else build_predictor(context, batch, [concept.unconditional, caption])
+    )
 
-    def say(noised: Noised, progress: float) -> Tensor:
-        said = (ask_both if is_guided_at(prompt, progress) else ask)(noised)
-        return guide(said[concept.unconditional], said[caption], prompt) if len(said) > 1 else said[caption]
+    def guided_prediction(noised: Noised, progress: float) -> Tensor:
+        outputs = (predict_both if is_guided_at(prompt, progress) else predict)(noised)
+        return guide(outputs[concept.unconditional], outputs[caption], prompt) if len(outputs) > 1 else outputs[caption]
 
     generator = generator_for(context.seed, "concept", batch_number)
     spec = context.arch.codec.spec
@@ -46,43 +49,46 @@ def draw_partly(context: StepContext, batch: Batch, concept: Concept, batch_numb
     blank_BCHW = torch.zeros(len(batch.keys), spec.channels, height, width, device=context.device)
     noise_BCHW = context.arch.objective.draw_noise(blank_BCHW, generator)
     context.network.set_multiplier(concept.multiplier)
+    # T-LoRA's ranks are masked by noise level in training alone; latents are drawn with all ranks, as previews are.
     context.network.set_noise_levels(None)
     with torch.no_grad(), eval_mode([context.network.module]):
-        latents_BCHW = denoise(sampler, say, sampler.start(noise_BCHW), generator, concept.num_denoised)
+        latents_BCHW = denoise(sampler, guided_prediction, sampler.start(noise_BCHW), generator, concept.num_denoised)
     assert latents_BCHW is not None
-    place = concept.num_denoised
-    return add_noise_at(sampler.levels[place], sampler.denoiser_input(latents_BCHW, place))
+    index = concept.num_denoised
+    return add_noise_at(sampler.levels[index], sampler.denoiser_input(latents_BCHW, index))
 
 
 def compute_target(context: StepContext, batch: Batch, concept: Concept, noised: Noised) -> Tensor:
     """Compute the target of the denoiser's output, float32, from the base model's outputs for up to three prompts."""
-    both_ends = [concept.positive, concept.unconditional] if concept.push else []
+    poles = [concept.positive, concept.unconditional] if concept.push else []
     context.network.set_multiplier(0.0)
     try:
         with torch.no_grad():
-            said = build_question(context, batch, [concept.neutral, *both_ends])(noised)
+            outputs = build_predictor(context, batch, [concept.neutral, *poles])(noised)
     finally:
         context.network.set_multiplier(concept.multiplier)
-    if not both_ends:
-        return said[concept.neutral]
-    return concept_target(said[concept.neutral], said[concept.positive], said[concept.unconditional], concept.push)
+    if not poles:
+        return outputs[concept.neutral]
+    return concept_target(
+        outputs[concept.neutral], outputs[concept.positive], outputs[concept.unconditional], concept.push
+    )
 
 
-def build_question(context: StepContext, batch: Batch, texts: Sequence[str]) -> Callable[[Noised], Answers]:
-    """Return a function that asks the denoiser about several texts in one call, equal ones once."""
+def build_predictor(context: StepContext, batch: Batch, texts: Sequence[str]) -> Callable[[Noised], Predictions]:
+    """Return a function that predicts for several texts in one call of the denoiser; equal texts are predicted once."""
     texts = list(dict.fromkeys(texts))
     count, size = len(texts), len(batch.keys)
-    many = replace(repeat_batch(batch, count), captions=[text for text in texts for _ in range(size)])
+    repeated_batch = replace(repeat_batch(batch, count), captions=[text for text in texts for _ in range(size)])
     with torch.no_grad(), context.autocast():
-        conditioning = build_conditioning(context, many, {})
+        conditioning = build_conditioning(context, repeated_batch, {})
 
-    def ask(noised: Noised) -> Answers:
+    def predict(noised: Noised) -> Predictions:
         repeated = join_noised([noised] * count)
         with context.autocast():
-            output_BCHW = context.arch.predict(context.models.denoiser, repeated, conditioning, many)
+            output_BCHW = context.arch.predict(context.models.denoiser, repeated, conditioning, repeated_batch)
         return dict(zip(texts, output_BCHW.float().chunk(count), strict=True))
 
-    return ask
+    return predict
 
 
 def build_prompt(context: StepContext, batch: Batch, concept: Concept) -> Prompt:

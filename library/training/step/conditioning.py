@@ -42,6 +42,7 @@ class CaptionMemo:
                 row = {name: tensor[0] for name, tensor in self._encode([caption]).items()}
             self._rows[caption] = row
             self._bytes += sum(tensor.nbytes for tensor in row.values())
+            # The caption just added stays, even if it alone is larger than the limit.
             while self._bytes > self._limit_bytes and len(self._rows) > 1:
                 _, oldest = self._rows.popitem(last=False)
                 self._bytes -= sum(tensor.nbytes for tensor in oldest.values())

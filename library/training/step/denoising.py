@@ -8,13 +8,13 @@ from torch import Tensor
 from library.diffusion.samplers import Level, Sampler
 from library.types import Noised
 
-Say = Callable[[Noised, float], Tensor]
+Predict = Callable[[Noised, float], Tensor]
 """(latents with noise, progress after this step from 0 to 1) -> the guided prediction, float32."""
 
 
 def denoise(
     sampler: Sampler,
-    say: Say,
+    predict: Predict,
     latents_BCHW: Tensor,
     generator: torch.Generator,
     num_calls: int | None = None,
@@ -27,7 +27,7 @@ def denoise(
     """
     for n, level in enumerate(sampler.levels[:num_calls]):
         noised = add_noise_at(level, sampler.denoiser_input(latents_BCHW, n))
-        prediction_BCHW = say(noised, (n + 1) / len(sampler.levels))
+        prediction_BCHW = predict(noised, (n + 1) / len(sampler.levels))
         latents_BCHW = sampler.step(prediction_BCHW, latents_BCHW, n, generator)
         if not goes_on():
             return None

@@ -19,16 +19,16 @@ def join_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def split_conditioning(whole: Conditioning, count: int) -> list[Conditioning]:
+def split_conditioning(conditioning: Conditioning, count: int) -> list[Conditioning]:
     """Split the result of `join_conditioning` into `count` equal parts."""
-    chunks: Mapping[str, Sequence[Tensor]] = {name: tensor.chunk(count) for name, tensor in whole.items()}
+    chunks: Mapping[str, Sequence[Tensor]] = {name: tensor.chunk(count) for name, tensor in conditioning.items()}
     return [{name: tensors[i] for name, tensors in chunks.items()} for i in range(count)]
 
 
 def repeat_batch(batch: Batch, count: int) -> Batch:
     """Repeat a batch `count` times; images and latents are left out, because they are noised before."""
 
-    def times(tensor: Tensor | None) -> Tensor | None:
+    def repeat(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else torch.cat([tensor] * count)
 
     features = batch.conditioning
@@ -42,8 +42,8 @@ def repeat_batch(batch: Batch, count: int) -> Batch:
         reference_latents=(),
         conditioning=None if features is None else {name: torch.cat([t] * count) for name, t in features.items()},
         loss_weights_B=torch.cat([batch.loss_weights_B] * count),
-        masks_B1HW=times(batch.masks_B1HW),
+        masks_B1HW=repeat(batch.masks_B1HW),
         sizes_B6=torch.cat([batch.sizes_B6] * count),
         attributes=batch.attributes * count,
-        crops_B2=times(batch.crops_B2),
+        crops_B2=repeat(batch.crops_B2),
     )

@@ -33,8 +33,10 @@ def load_latents(
     generators = [generator_of(place) for place in range(len(batch.keys))]
     latents_BCHW = encode(context, batch.pixels_BCHW, generators)
     if is_checked and not latents_BCHW.isfinite().all():
-        broken = [key for key, one in zip(batch.keys, latents_BCHW, strict=True) if not one.isfinite().all()]
-        raise UserError(f"the VAE gives NaN for {', '.join(broken)}; add --no_half_vae, or use a VAE made for fp16")
+        damaged = [
+            key for key, latents_CHW in zip(batch.keys, latents_BCHW, strict=True) if not latents_CHW.isfinite().all()
+        ]
+        raise UserError(f"the VAE gives NaN for {', '.join(damaged)}; add --no_half_vae, or use a VAE made for fp16")
     return latents_BCHW
 
 
@@ -44,10 +46,10 @@ def encode(context: StepContext, pixels_BCHW: Tensor, generators: Sequence[torch
     vae, count, parts = context.models.vae, context.vae_batch_size, []
     assert vae is not None
     with torch.no_grad():
-        for first in range(0, len(pixels_BCHW), count):
-            some = slice(first, first + count)
-            pixels = send(pixels_BCHW[some], context.device)
-            parts.append(context.arch.codec.encode(vae, pixels, None if generators is None else generators[some]))
+        for start in range(0, len(pixels_BCHW), count):
+            chunk = slice(start, start + count)
+            pixels = send(pixels_BCHW[chunk], context.device)
+            parts.append(context.arch.codec.encode(vae, pixels, None if generators is None else generators[chunk]))
     return torch.cat(parts).float()
 
 
@@ -60,9 +62,10 @@ def build_image_features(
 
 def load_references(context: StepContext, batch: Batch) -> Conditioning:
     """Return the normalized latents of the batch's reference images on the device. They are not random."""
-    latents = [send(one, context.device).float() for one in batch.reference_latents]
-    latents += [encode(context, one, None) for one in batch.reference_pixels]
-    return reference_features([context.arch.codec.normalize(one) for one in latents])
+    latents = [send(reference, context.device).float() for reference in batch.reference_latents]
+    # Without generators the VAE returns the mode of its posterior, as diffusers encodes reference images.
+    latents += [encode(context, reference, None) for reference in batch.reference_pixels]
+    return reference_features([context.arch.codec.normalize(reference) for reference in latents])
 
 
 def build_inpainting(context: StepContext, batch: Batch, seed: int, place_of: Callable[[int], Place]) -> Conditioning:
@@ -86,6 +89,6 @@ def encode_masked(
     """Encode images with their masked area removed; a mask is 1 where the model paints. `generator_of` is as in
     `load_latents`."""
     assert batch.pixels_BCHW is not None
-    kept = replace(batch, pixels_BCHW=blank(batch.pixels_BCHW, masks_B1HW))
-    latents_BCHW = context.arch.codec.normalize(load_latents(context, kept, generator_of))
+    masked = replace(batch, pixels_BCHW=blank(batch.pixels_BCHW, masks_B1HW))
+    latents_BCHW = context.arch.codec.normalize(load_latents(context, masked, generator_of))
     return {FEATURE: mask_channels(send(masks_B1HW, context.device), latents_BCHW)}

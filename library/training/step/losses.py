@@ -36,8 +36,10 @@ def start_batch(context: StepContext, batch_number: int, step: int) -> None:
     `step` is the number of finished optimizer steps.
     """
     seed = stream_seed(context.seed, "step", batch_number)
+    # torch's dropout and third-party networks draw from the global generators.
     torch.manual_seed(seed)
     random.seed(seed)
+    # numpy takes seeds of 32 bits; those of `stream_seed` have 63.
     np.random.seed(seed % 2**32)
     context.network.start_step(*context.models.network_view)
     context.network.start_optimizer_step(context.seed, step)
@@ -142,8 +144,8 @@ def preserve_output(
     """Return the target; for samples marked for preservation, the prediction of the model without its adapter
     (differential output preservation)."""
     target_BCHW = objective.target(noised)
-    keep = [bool(attributes.get(PRESERVATION)) for attributes in batch.attributes]
-    if not any(keep) and not context.preserves_in_step:
+    is_preserved = [bool(attributes.get(PRESERVATION)) for attributes in batch.attributes]
+    if not any(is_preserved) and not context.preserves_in_step:
         return target_BCHW
     if context.models.sharded is not None and not context.preserves_in_step:
         raise UserError(
@@ -153,11 +155,12 @@ def preserve_output(
     acting.set_multiplier(0.0)
     try:
         with torch.no_grad(), context.autocast():
+            # The conditioning at hand was computed with the text encoder's adapter, which has to be off as well.
             if context.trains_text_encoder:
                 conditioning = condition()
             output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)
             base_BCHW = objective.estimate(output_BCHW, noised)
     finally:
         acting.set_multiplier(1.0)
-    keep_B111 = send(torch.tensor(keep), target_BCHW.device).view(-1, 1, 1, 1)
-    return torch.where(keep_B111, base_BCHW.to(target_BCHW.dtype), target_BCHW)
+    is_preserved_B111 = send(torch.tensor(is_preserved), target_BCHW.device).view(-1, 1, 1, 1)
+    return torch.where(is_preserved_B111, base_BCHW.to(target_BCHW.dtype), target_BCHW)

@@ -17,4 +17,5 @@ def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes:
+            # `train(mode)` would set the children too.
             module.training = mode

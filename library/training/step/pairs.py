@@ -58,21 +58,21 @@ def losses_of_pairs(
     """Return the preference loss of each pair, shape P.
 
     `noised` holds the images and their partners with the same noise; `condition` returns the text conditioning of P
-    captions. The reference is the base model with the adapter switched off, so no second model is loaded. Its pass
-    comes first, while no activations are kept for the backward pass.
+    captions. The reference is the base model with the adapter switched off, so no second model is loaded.
     """
-    both, joined = repeat_batch(batch, 2), join_noised(noised)
+    pair_batch, joined = repeat_batch(batch, 2), join_noised(noised)
 
     def errors() -> Tensor:
         with context.autocast():
             conditioning = condition()
             conditioning = join_conditioning([conditioning, conditioning])
-            output_BCHW = context.arch.predict(context.models.denoiser, joined, conditioning, both)
+            output_BCHW = context.arch.predict(context.models.denoiser, joined, conditioning, pair_batch)
             prediction_BCHW = objective.estimate(output_BCHW, joined)
         loss_BCHW = objective.loss(prediction_BCHW, objective.target(joined), joined)
-        return compute_masked_means(loss_BCHW, both.masks_B1HW)
+        return compute_masked_means(loss_BCHW, pair_batch.masks_B1HW)
 
     context.network.set_noise_levels(objective.noise_levels(joined))
+    # The reference comes first, while no activations are kept for the backward pass.
     context.network.set_multiplier(0.0)
     try:
         with torch.no_grad():

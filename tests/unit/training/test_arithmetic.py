@@ -18,6 +18,7 @@ from library.training.command_line.checks import check
 from library.training.models.arithmetic import check_arithmetic, try_kind
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import use_8bit_matmul
+from tests.device_standin import device_without_float64
 from tests.unit.training.test_checks import NEEDED
 from tests.weight_formats import CODECS, EIGHT_BIT_FORMATS
 
@@ -84,6 +85,11 @@ def test_a_product_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: honest(a, b).roll(1, 0))
     with pytest.raises(UserError, match=r"a product of int8 on this cpu is off by \d+%; leave it out"):
         try_kind(torch.int8, COMPUTE)
+
+
+def test_products_are_checked_on_a_device_without_float64() -> None:
+    with device_without_float64() as device:
+        try_kind(torch.int8, Compute(device, torch.float32, nullcontext))
 
 
 def test_modules_of_others_are_warned_of(tiny_sd_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
