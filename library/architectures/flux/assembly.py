@@ -157,24 +157,24 @@ def build_objective(options: FluxOptions) -> FlowMatching:
 
 def build_text(options: FluxOptions, loader: DitLoader) -> FluxText:
     """Build the text pipeline. Tokenizers are searched next to the base model, T5's also next to its encoder."""
-    usual = T5_TOKENS_SCHNELL if is_schnell(loader.denoiser_weights) else T5_TOKENS_DEV
+    default_length = T5_TOKENS_SCHNELL if is_schnell(loader.denoiser_weights) else T5_TOKENS_DEV
     clip = load_tokenizer(
         loader.path, options.model.tokenizer_cache_dir, get_first_side(loader.text.component, CLIP_WORDS)
     )
-    return FluxText(ClipTokens(clip), build_t5_text(options, loader, usual, ("tokenizer_2",)))
+    return FluxText(ClipTokens(clip), build_t5_text(options, loader, default_length, ("tokenizer_2",)))
 
 
-def build_t5_text(options: FluxOptions, loader: DitLoader, usual: int, folders: Sequence[str]) -> T5Text:
-    """Build T5's text pipeline; `usual` is the default token limit.
+def build_t5_text(options: FluxOptions, loader: DitLoader, default_length: int, folders: Sequence[str]) -> T5Text:
+    """Build T5's text pipeline; `default_length` is the token limit unless an option sets it.
 
     The tokenizer is searched in `folders` next to the base model and the encoder.
     """
     length = options.flux.t5xxl_max_token_length
-    beside = folders_of(loader.path, options.flux.t5xxl)
+    model_folders = folders_of(loader.path, options.flux.t5xxl)
     cache_dir, num_words = options.model.tokenizer_cache_dir, get_first_side(loader.texts[-1].component, T5_WORDS[0])
     return T5Text(
-        tokenizer=load_t5_tokenizer([f / name for f in beside for name in folders], cache_dir, num_words),
-        num_tokens=usual if length is None else length,
+        tokenizer=load_t5_tokenizer([f / name for f in model_folders for name in folders], cache_dir, num_words),
+        num_tokens=default_length if length is None else length,
         masks_padding=options.flux.apply_t5_attn_mask,
     )
 

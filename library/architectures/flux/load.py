@@ -42,11 +42,11 @@ def open_loader(options: FluxOptions) -> DitLoader:
     """
     flux, folders = options.flux, FOLDERS[options.flux.model_type]
     title = find_spec(list_specs(), flux.model_type).title
-    given = {"clip_l": flux.clip_l, "t5xxl": flux.t5xxl, "ae": flux.ae}
+    paths = {"clip_l": flux.clip_l, "t5xxl": flux.t5xxl, "ae": flux.ae}
     base = open_base(
         options.model.pretrained_model_name_or_path,
         f"the file of {title}'s transformer, or a diffusers folder",
-        [folder for part, folder in folders.items() if given.get(part) is None],
+        [folder for part, folder in folders.items() if paths.get(part) is None],
     )
     weights = read_denoiser(base, flux.model_type)
     config = configure(weights, read_config)

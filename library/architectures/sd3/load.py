@@ -76,9 +76,9 @@ def open_checkpoint(name: str | None) -> tuple[Path, Weights]:
     path = existing(BASE_FLAG, require_base_name(name, "the .safetensors file of an SD3 or SD3.5 model"))
     specs = list_specs()
     weights = open_single_file(specs, BASE_FLAG, path, "sd3", ADVICE)
-    found = base_of_file(specs, weights.shapes)
-    refuse_other(specs, BASE_FLAG, str(path), found, "sd3", "checkpoint")
-    if found is None:
+    spec = base_of_file(specs, weights.shapes)
+    refuse_other(specs, BASE_FLAG, str(path), spec, "sd3", "checkpoint")
+    if spec is None:
         why = "it has no joint_blocks, so it is not an SD3 checkpoint"
         raise UserError(f"{BASE_FLAG} {path}: {why} (first names: {list_first_names(weights)})")
     return path, weights
@@ -128,13 +128,13 @@ def open_t5(options: Sd3TextOptions, base: Weights) -> Component:
 def text_weights(name: str, options: Sd3TextOptions, base: Weights) -> Weights | None:
     """Return a text encoder's weights without prefix, from its option's file or folder, else from the base; None
     without it."""
-    given: str | None = getattr(options, name)
+    file_name: str | None = getattr(options, name)
     prefix = TEXT_PREFIXES[name]
-    if given is None:
+    if file_name is None:
         weights = with_prefix(base, prefix)
         return weights if weights.shapes else None
     flag = f"--{name}"
-    path = existing(flag, given)
+    path = existing(flag, file_name)
     weights = (
         model_lookup.open_part(flag, path, "text_encoder")[1] if path.is_dir() else model_lookup.open_file(flag, path)
     )

@@ -258,8 +258,8 @@ class SingleDiTBlock(nn.Module):
         after_BTM: Tensor = x_BTM + parts[2][:, None] * self.attn.proj(attended_BTM)
         if self.has_dual_attention:
             shift_BM, scale_BM, gate_BM = parts[6:]
-            own = self.attn2.queries_keys_values(modulate(self.norm1(x_BTM), shift_BM, scale_BM))
-            after_BTM = after_BTM + gate_BM[:, None] * self.attn2.proj(attend(*own))
+            qkv = self.attn2.queries_keys_values(modulate(self.norm1(x_BTM), shift_BM, scale_BM))
+            after_BTM = after_BTM + gate_BM[:, None] * self.attn2.proj(attend(*qkv))
         mlp_BTM: Tensor = self.mlp(modulate(self.norm2(after_BTM), shift_mlp_BM, scale_mlp_BM))
         return after_BTM + parts[5][:, None] * mlp_BTM
 
