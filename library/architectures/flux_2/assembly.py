@@ -56,8 +56,8 @@ def build(options: Flux2Options) -> Architecture:
     """
     RECIPE.check(options)
     loader, release = open_loader(options)
-    given = options.model.pretrained_model_name_or_path or ""
-    distilled = is_distilled(release, options.parts.model_version, given, loader.path)
+    base_name = options.model.pretrained_model_name_or_path or ""
+    distilled = is_distilled(release, options.parts.model_version, base_name, loader.path)
     if distilled and not options.network.base_weights:
         logger.warning(
             "%s is %s, which is distilled: training undoes the distillation. Train on FLUX.2 klein base, whose "

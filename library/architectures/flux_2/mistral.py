@@ -35,11 +35,11 @@ def mistral_component(weights: Weights, flag: str, prefix: str) -> Component:
 
     Raises UserError if the weights are something else.
     """
-    found = extract_decoder(weights, (prefix, *PREFIXES))
-    if found is None or "layers.0.self_attn.q_norm.weight" in found.shapes:
-        first = list_first_names(weights)
-        raise UserError(f"{flag} {weights.origin} is not a Mistral 3 text encoder (first names: {first})")
-    return Component(configure(found, mistral_config), found)
+    decoder = extract_decoder(weights, (prefix, *PREFIXES))
+    if decoder is None or "layers.0.self_attn.q_norm.weight" in decoder.shapes:
+        first_names = list_first_names(weights)
+        raise UserError(f"{flag} {weights.origin} is not a Mistral 3 text encoder (first names: {first_names})")
+    return Component(configure(decoder, mistral_config), decoder)
 
 
 def mistral_config(shapes: Shapes) -> dict[str, Any]:

@@ -141,8 +141,8 @@ class HunyuanImage(StreamTransformer):
 
     def embed_text(self, *text: Tensor) -> Tensor:
         """Embed glyphs, then text, as tokens, BLM."""
-        glyphs_BGE, *more = text
-        return torch.cat([self.byt5_in(glyphs_BGE), self.txt_in(*more)], dim=1)
+        glyphs_BGE, *text_inputs = text
+        return torch.cat([self.byt5_in(glyphs_BGE), self.txt_in(*text_inputs)], dim=1)
 
 
 def positions(num_text: int, H: int, W: int, device: torch.device) -> Tensor:

@@ -64,6 +64,6 @@ def diffusers_config(config: HunyuanImageConfig) -> dict[str, Any]:
 
 def diffusers_state(state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
     """Return the weights under diffusers' names, with stacked ones split; diffusers' first layer is a convolution."""
-    found = split_weights(state, lambda key: KEYS.source_keys(to_original(key)), [model_width] * 3, SWAPPED)
-    first = "x_embedder.proj.weight"
-    return {**found, first: found[first][:, :, None, None]}
+    weights = split_weights(state, lambda key: KEYS.source_keys(to_original(key)), [model_width] * 3, SWAPPED)
+    input_key = "x_embedder.proj.weight"
+    return {**weights, input_key: weights[input_key][:, :, None, None]}

@@ -24,8 +24,8 @@ QUOTED = re.compile('"(.*?)"|\u2018(.*?)\u2019|\u201c(.*?)\u201d')
 
 def glyph_text(caption: str) -> str | None:
     """Return ByT5's text for a caption: `Text "..."` and a full stop for each quoted part; None without quotes."""
-    pieces = ["".join(found) for found in QUOTED.findall(caption)]
-    return "".join(f'Text "{piece}". ' for piece in pieces) or None
+    quotes = ["".join(groups) for groups in QUOTED.findall(caption)]
+    return "".join(f'Text "{quote}". ' for quote in quotes) or None
 
 
 @dataclass(frozen=True)

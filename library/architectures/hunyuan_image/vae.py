@@ -62,8 +62,8 @@ def vae_from_original(key: str, layers_per_block: int) -> str:
         return key
     stack, level, block, leaf = match.groups()
     num_blocks = layers_per_block + (stack == "decoder.up")
-    place = int(level) * (num_blocks + 1) + (num_blocks if block is None else int(block))
-    return f"{stack}_blocks.{place}.{leaf.replace('nin_shortcut', 'conv_shortcut')}"
+    index = int(level) * (num_blocks + 1) + (num_blocks if block is None else int(block))
+    return f"{stack}_blocks.{index}.{leaf.replace('nin_shortcut', 'conv_shortcut')}"
 
 
 empty_vae = partial(empty_diffusers_model, "AutoencoderKLHunyuanImage")
@@ -79,7 +79,7 @@ class ChunkedConv2d(nn.Conv2d):
         if height <= self.num_rows:
             return super().forward(input)
         framed = pad(input, (0, 0, border, border))
-        pieces = [
+        chunks = [
             conv2d(
                 framed[..., first : min(first + self.num_rows, height) + 2 * border, :],
                 self.weight,
@@ -88,7 +88,7 @@ class ChunkedConv2d(nn.Conv2d):
             )
             for first in range(0, height, self.num_rows)
         ]
-        return torch.cat(pieces, dim=-2)
+        return torch.cat(chunks, dim=-2)
 
 
 def compute_in_chunks(vae: nn.Module, num_rows: int) -> nn.Module:

@@ -111,13 +111,14 @@ def open_qwen3_vl(name: str | None, base: BaseFiles) -> Component:
     return with_first_layers(qwen3_vl_component(weights, config, QWEN3_VL), LAYERS[-1], QWEN3_VL.flag)
 
 
-def is_turbo(variant: str | None, given: str, path: Path) -> bool:
+def is_turbo(variant: str | None, base_name: str, path: Path) -> bool:
     """Return True for a distilled checkpoint.
 
     Turbo and Raw have the same names and shapes. The first of these decides: --dit_variant; `is_distilled` in the
-    folder's model_index.json; the word "turbo" in the `given` name or that of its parent folder.
+    folder's model_index.json; the word "turbo" in `base_name`, the name that was given, or in that of its
+    parent folder.
     """
     if variant is not None:
         return variant == "turbo"
     recorded = recorded_as_distilled(path)
-    return re.search(r"(?<![a-z])turbo", name_in_folder(given)) is not None if recorded is None else recorded
+    return re.search(r"(?<![a-z])turbo", name_in_folder(base_name)) is not None if recorded is None else recorded

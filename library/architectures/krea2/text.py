@@ -52,8 +52,8 @@ class Krea2Text:
         positions, so the states of the other tokens are the same.
         """
         texts = [f"{BEGIN}{caption}" for caption in captions]
-        found = self.tokenizer(texts, truncation=True, max_length=self.num_begin + self.max_tokens, verbose=False)
-        rows = [[*ids, *self.end] for ids in found["input_ids"]]
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.num_begin + self.max_tokens, verbose=False)
+        rows = [[*ids, *self.end] for ids in encoded["input_ids"]]
         T = max(map(len, rows))
         ids_BT = torch.tensor([row + [self.end[0]] * (T - len(row)) for row in rows])
         mask_BT = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])

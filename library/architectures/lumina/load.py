@@ -31,11 +31,11 @@ def open_loader(options: LuminaOptions) -> DitLoader:
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
     gemma, ae = options.lumina.gemma2, options.lumina.ae
-    given = {"text_encoder": gemma, "vae": ae}
+    paths = {"text_encoder": gemma, "vae": ae}
     base = open_base(
         options.model.pretrained_model_name_or_path,
         "the file of Lumina's transformer, or a diffusers folder",
-        [folder for folder in ("transformer", "text_encoder", "vae") if given.get(folder) is None],
+        [folder for folder in ("transformer", "text_encoder", "vae") if paths.get(folder) is None],
     )
     weights = read_denoiser(base)
     config = configure(weights, read_config)

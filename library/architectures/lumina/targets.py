@@ -7,8 +7,8 @@ from networks.core.targets.targets import AdapterTargets, Embedders, Part
 
 def grouped_qkv(num_inputs: int, num_outputs: int) -> tuple[int, ...]:
     """Return the widths of q, k and v: q is as wide as the input; k and v, shared by queries, halve the rest."""
-    rest = (num_outputs - num_inputs) // 2
-    return (num_inputs, rest, rest)
+    kv_width = (num_outputs - num_inputs) // 2
+    return (num_inputs, kv_width, kv_width)
 
 
 TARGETS = AdapterTargets(

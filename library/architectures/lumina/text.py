@@ -38,8 +38,8 @@ class LuminaText:
         return f"{self.system_prompt}{PROMPT_START}{caption}" if self.system_prompt and caption else caption
 
     def tokenize_caption(self, caption: str) -> list[int]:
-        found = self.tokenizer(self.with_instruction(caption), add_special_tokens=False, verbose=False)
-        ids: list[int] = found["input_ids"]
+        encoded = self.tokenizer(self.with_instruction(caption), add_special_tokens=False, verbose=False)
+        ids: list[int] = encoded["input_ids"]
         return ids
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:

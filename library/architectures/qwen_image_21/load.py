@@ -59,8 +59,8 @@ def build_loader(
     if isinstance(loader.text.component, Absent):
         return loader
     vision = vision_component(qwen3_vl()[0])
-    parts = () if vision is None else (Part(vision, loader.text.dtype, load_vision),)
-    return replace(loader, texts=(loader.text, *parts))
+    vision_parts = () if vision is None else (Part(vision, loader.text.dtype, load_vision),)
+    return replace(loader, texts=(loader.text, *vision_parts))
 
 
 open_encoder = partial(dit_loader.open_encoder, open_loader, build_loader)

@@ -43,13 +43,13 @@ class QwenImage21Text:
         return len(self.ids(caption))
 
     def ids(self, text: str) -> list[int]:
-        found: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
-        return found
+        token_ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        return token_ids
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Return IDs and their mask, (B, 1, T), 0 for padding, and the images of each caption."""
-        images = tuple(one.read() if isinstance(one, CaptionWithImages) else () for one in captions)
-        rows = [torch.tensor(self.row(one, seen)) for one, seen in zip(captions, images, strict=True)]
+        images = tuple(caption.read() if isinstance(caption, CaptionWithImages) else () for caption in captions)
+        rows = [torch.tensor(self.row(caption, shown)) for caption, shown in zip(captions, images, strict=True)]
         ids_BT = pad_sequence(rows, batch_first=True)
         mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         return Tokens((ids_BT[:, None], mask_BT[:, None]), images=images)
@@ -58,12 +58,12 @@ class QwenImage21Text:
         """Return the token IDs of a caption in its template; truncation cuts a long caption and the template's end."""
         text = plain_caption(caption).replace(SLOT, "")
         begin, end = TEMPLATE
-        shown = [
+        image_texts = [
             f"<image{number}>{VISION_BEGIN}{SLOT * self.num_slots(image)}{VISION_END}"
             for number, image in enumerate(images, start=1)
         ]
-        most = len(self.ids(SYSTEM)) + sum(map(self.num_slots, images)) + NUM_TOKENS
-        return self.ids(f"{SYSTEM}{begin}{' '.join(shown)}{text or ' '}{end}")[:most]
+        max_length = len(self.ids(SYSTEM)) + sum(map(self.num_slots, images)) + NUM_TOKENS
+        return self.ids(f"{SYSTEM}{begin}{' '.join(image_texts)}{text or ' '}{end}")[:max_length]
 
     def num_slots(self, image_CHW: Tensor) -> int:
         H, W = image_CHW.shape[-2:]
@@ -120,10 +120,12 @@ def encode_states(
             f"{FLAG} has no vision model, which reference images require; use a complete file or folder of Qwen3-VL 8B"
         )
     rows = []
-    for ids_T, mask_T, seen in zip(ids_BT, mask_BT, images, strict=True):
+    for ids_T, mask_T, references in zip(ids_BT, mask_BT, images, strict=True):
         ids_S = ids_T[mask_T.bool()]
-        if seen:
-            states_SE = encode_with_images(language, vision[0], ids_S, slot, [composite_on_white(one) for one in seen])
+        if references:
+            states_SE = encode_with_images(
+                language, vision[0], ids_S, slot, [composite_on_white(image) for image in references]
+            )
         else:
             states_SE = language(send(ids_S[None], device)).last_hidden_state[0]
         rows.append(pad(states_SE, (0, 0, 0, len(ids_T) - len(ids_S))))
