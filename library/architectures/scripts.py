@@ -35,6 +35,7 @@ def script_of(package: str) -> Script:
     classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, TrainOptions)]
     script_classes = [cls for cls in classes if cls is not TrainOptions]
     name = getattr(module, "SCRIPT", f"{package}_train_network.py")
+    # A module may import a class that it extends. Its own class is the last one, because names keep their order.
     return Script(name, script_classes[-1] if script_classes else TrainOptions, getattr(module, "INSTEAD", {}))
 
 

@@ -99,6 +99,8 @@ def unet_view(unet: nn.Module, layout: UnetLayout) -> nn.Module:
         elif kind in RENAMED:
             modules[block_file_path(path, layout)] = BLOCKS[kind]()
     root = SdxlUNet2DConditionModel()
+    # sd-scripts creates adapters, and writes .ckpt files, in the order of this layout. diffusers registers up_blocks
+    # before mid_block, and attentions before resnets.
     for path in sorted(modules, key=layout_sort_key):
         put(root, path, modules[path])
     return root
@@ -110,6 +112,7 @@ def file_path(path: str, layout: UnetLayout) -> str:
 
 def block_file_path(path: str, layout: UnetLayout) -> str:
     """Return the path of a renamed block: that of one of its layers, without the layer's name."""
+    # The table of names has layers only, of which every residual block has conv1, and every sampler has conv.
     layer = "conv1" if ".resnets." in path else "conv"
     parent = file_path(f"{path}.{layer}", layout)
     return parent.removesuffix(".in_layers.2").removesuffix(".op").removesuffix(".conv")
