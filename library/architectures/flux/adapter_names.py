@@ -49,6 +49,7 @@ def clip_module(path: str) -> ModuleNames:
 
 
 def t5_module(path: str) -> ModuleNames:
+    # Trainers that number the encoders without a gap have T5 as the second, sd-scripts as the third.
     aliases = (f"lora_te2_{path.replace('.', '_')}",)
     return text_module(path, "lora_te3", "t5xxl", "text_encoder_2", aliases)
 

@@ -109,6 +109,7 @@ def build_flux(options: FluxOptions) -> Architecture:
 
 def build_chroma(options: FluxOptions) -> Architecture:
     CHROMA_RECIPE.check(options)
+    # Encoding, caches and metadata must all see the mask, so it is set before they read the options.
     options = with_masked_padding(options)
     warn_of_unusual(options)
     loader = open_loader(options)
@@ -146,6 +147,7 @@ def warn_of_unusual(options: FluxOptions) -> None:
     """Warn of settings that differ from those that Chroma was trained with."""
     values, facts = options.flat(), type(options).facts()
     for name, usual in CHROMA_USUAL.items():
+        # Training by prompts alone ignores options that need images, so their values mean nothing there.
         has_effect = options.concepts is None or not facts[name].needs_images
         if has_effect and values[name] != usual:
             logger.warning("--%s is %s; Chroma was trained with --%s %s", name, values[name], name, usual)
@@ -187,6 +189,7 @@ def build_text_cache(options: FluxOptions, loader: DitLoader, text: FluxText) ->
         options=options.text_caching,
         suffix="_flux_te.npz",
         keys=("l_pooled", "t5_out", "t5_attn_mask"),
+        # A folder's configuration may name another activation than is assumed for a file, and no weight shows it.
         encoders=lambda: f"{fingerprint(clip.weights, t5.weights)} {clip.config['hidden_act']}",
         settings=f"{precisions(loader.dtype)} {text.t5.num_tokens} {masks}",
         tokenizers=(text.clip.tokenizer, text.t5.tokenizer),
@@ -207,6 +210,7 @@ def build_t5_cache(options: FluxOptions, loader: DitLoader, text: T5Text) -> Tex
         encoders=lambda: fingerprint(loader.text.component.weights),
         settings=f"{precisions(loader.dtype)} {text.num_tokens} {text.masks_padding}",
         tokenizers=(text.tokenizer,),
+        # sd-scripts takes only files with every key of FLUX.1's, though Chroma has no CLIP-L.
         constants={
             "l_pooled": torch.zeros(77, 1),
             "txt_ids": torch.zeros(text.num_tokens, 3),

@@ -127,6 +127,7 @@ class Flux(StreamTransformer):
         dtype = self.img_in.weight.dtype
         patches_BTF = torch.cat([patchify(image, PATCH).to(dtype) for image in images], dim=1)
         vecs = self.modulation(sigmas_B, pooled_BE, guidance_B, dtype)
+        # Positions on each axis are below these numbers, by which tables of angles are kept, not made in every step.
         extents = (len(sides), *map(max, zip(*sides, strict=True)))
         rope = self.rotary(positions(text_BLE.shape[1], sides, patches_BTF.device), extents)
         mask = None if text_mask_BL is None else key_mask(text_mask_BL.bool(), patches_BTF.shape[1])

@@ -26,6 +26,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
     pooled_BC = torch.randn(2, config.pooled_width, generator=generator) if config.pooled_width else None
     # diffusers' class for Chroma takes no guidance and assumes zero.
     guidance_B = torch.zeros(2) if config.approximator else torch.tensor([1.0, 3.5]) if config.has_guidance else None
+    # diffusers' class returns patches, ours whole latents.
     found_BTF = patchify(ours(latents_BCHW, sigmas_B, text_BLC, pooled_BC, guidance_B), PATCH)
     optional_inputs = {} if config.approximator else {"pooled_projections": pooled_BC, "guidance": guidance_B}
     h = SIDE // PATCH

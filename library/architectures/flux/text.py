@@ -62,6 +62,7 @@ class FluxText:
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """Return {"l_pooled": (B, W), "t5_out": (B, T, W), "t5_attn_mask": (B, T)}. Gradients flow."""
+        # T5's pipeline expects its encoder and its IDs first, as for Chroma.
         t5_features = self.t5.encode(encoders[1:], Tokens(tokens.ids_BLT[1:]))
         return {**self.encode_clip(encoders, tokens), **t5_features}
 

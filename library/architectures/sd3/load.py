@@ -135,6 +135,7 @@ def text_weights(name: str, options: Sd3TextOptions, base: Weights) -> Weights |
         return weights if weights.shapes else None
     flag = f"--{name}"
     path = existing(flag, file_name)
+    # The option may also name a checkpoint with several models.
     weights = (
         model_lookup.open_part(flag, path, "text_encoder")[1] if path.is_dir() else model_lookup.open_file(flag, path)
     )
@@ -156,6 +157,7 @@ def with_projection(weights: Weights) -> Weights:
 
 def check_widths(config: MMDiTConfig, clips: Sequence[MaybeComponent], t5: Sequence[MaybeComponent]) -> None:
     """Raise UserError if the present text encoders do not fit the denoiser."""
+    # Files of CLIP-L and CLIP-G given for one another have the right sum of widths, so their order is checked too.
     pooled = [clip.weights.shapes[PROJECTION][0] for clip in clips if isinstance(clip, Component)]
     if len(pooled) == len(clips) == 2 and (sum(pooled) != config.pooled_width or pooled[0] > pooled[1]):
         raise UserError(

@@ -40,6 +40,7 @@ def scaled_positions(h: int, w: int, side: int, corner: tuple[int, int] | None, 
     """
     full_side = table_side(side)
     top, left = ((full_side - h) // 2, (full_side - w) // 2) if corner is None else corner
+    # float64, in which diffusers computes its table of sines and cosines.
     y_h, x_w = (
         (torch.arange(n, dtype=torch.float64) + start - (full_side - side) / 2) * BASE_SIZE / side
         for n, start in ((h, top), (w, left))

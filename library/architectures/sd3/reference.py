@@ -17,6 +17,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
     assert isinstance(denoiser, MMDiT)
     last = denoiser.config.depth - 1
     new_indices = {0: 0, last: min(last, 1)}
+    # The short copy numbers its blocks anew.
     dual = frozenset(new_indices[block] for block in denoiser.config.dual_attention if block in new_indices)
     ours = shorten_model(denoiser, {"joint_blocks": "depth"}, dual_attention=dual)
     config = ours.config

@@ -80,6 +80,7 @@ class Sd3Text:
 
 def mask_to_end(ids_BT: Tensor, end_id: int) -> Tensor:
     """Return a mask that is 1 up to and including the first end token, 0 in the padding after it."""
+    # CLIP-L is padded with the end token, so only the first one belongs to the caption.
     is_end_BT = (ids_BT == end_id).int()
     return ((is_end_BT.cumsum(dim=1) - is_end_BT) == 0).long()
 
