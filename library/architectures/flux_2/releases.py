@@ -63,6 +63,7 @@ def qwen3_encoder(size: str) -> TextEncoder:
     )
 
 
+# With the line break of the reference implementation's message, in the middle of a sentence.
 SYSTEM_MESSAGE = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
     "relationships, object\nattribution and actions without speculation."
@@ -78,6 +79,7 @@ MISTRAL = TextEncoder(
     component=lambda weights: mistral.mistral_component(weights, FLAG, MISTRAL_PREFIX),
     empty=mistral.empty_mistral,
     load_tokenizer=mistral.load_mistral_tokenizer,
+    # diffusers' pipeline deletes the token too, because Mistral's processor counts it as an image.
     removed="[IMG]",
 )
 
@@ -119,6 +121,7 @@ def recognise_release(config: Flux2Config, version: str | None, origin: str) -> 
 
     Raises UserError if --model_version contradicts the file.
     """
+    # A file without a guidance input is a klein, even if its text is as wide as dev's.
     klein = next((release for release in RELEASES if release.text_width == config.text_width), KLEIN_4B)
     recognised = DEV if config.has_guidance else KLEIN_4B if klein is DEV else klein
     if version is None:
@@ -148,6 +151,7 @@ def recognise_encoder(weights: Weights, version: str | None) -> TextEncoder:
                 f"needs width {requested.encoder_width}; use {requested.encoder.hub_name}"
             )
         return requested.encoder
+    # Qwen3 has norms of queries and keys, Mistral has none.
     if not any(name.endswith("q_norm.weight") for name in weights.shapes):
         return MISTRAL
     return KLEIN_9B.encoder if width == KLEIN_9B.encoder_width else KLEIN_4B.encoder

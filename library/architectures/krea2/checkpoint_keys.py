@@ -67,5 +67,6 @@ def from_diffusers(weights: Weights) -> Weights:
     """
     names = {theirs: key for key in KEYS.our_keys(weights.shapes) for theirs in KEYS.source_keys(key)}
     renamed = rename_weights(weights, lambda key: names.get(key, key))
+    # Loading reshapes a weight to its parameter, so only the declared shape changes here.
     flat = {key: (prod(shape),) for key, shape in renamed.shapes.items() if key.endswith(".mod.lin")}
     return replace(renamed, shapes={**renamed.shapes, **flat})

@@ -93,6 +93,7 @@ def open_turbo(options: Krea2Options, loader: DitLoader) -> DitLoader | None:
     weights = read_denoiser(open_files(TURBO_FLAG, find_model(TURBO_FLAG, name, (("transformer",),))))
     if configure(weights, read_config) != configure(base, read_config):
         raise UserError(f"{TURBO_FLAG} {name} and the base {base.origin} have different sizes; use two of one size")
+    # Weights are exchanged tensor by tensor in place, which needs two files of one form.
     if {k: q.kind for k, q in weights.quantised.items()} != {k: q.kind for k, q in base.quantised.items()}:
         raise UserError(
             f"{TURBO_FLAG} {name} is stored differently from the base {base.origin}: one has 8-bit weights where the "
@@ -121,4 +122,5 @@ def is_turbo(variant: str | None, base_name: str, path: Path) -> bool:
     if variant is not None:
         return variant == "turbo"
     recorded = recorded_as_distilled(path)
+    # No letter may precede the word, as in "deturbo".
     return re.search(r"(?<![a-z])turbo", name_in_folder(base_name)) is not None if recorded is None else recorded

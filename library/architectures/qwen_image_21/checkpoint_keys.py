@@ -43,6 +43,7 @@ def split_gates(weights: Weights) -> Weights:
         if name not in halves:
             return weights.read(name)
         key, half = halves[name]
+        # A copy, because a view would keep the other half in memory.
         return weights.read(key).chunk(2)[half].clone()
 
     quantised = {

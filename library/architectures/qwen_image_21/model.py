@@ -143,6 +143,8 @@ def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, segments: Segments, m
     outputs = []
     for first, end, is_text in segments:
         queries, keys, values = q_BNTD[:, :, first:end], k_BNTD[:, :, :end], v_BNTD[:, :, :end]
+        # torch aligns a causal mask at the top left, which is right for as many queries as keys, so only for the first
+        # segment.
         causal = None
         if is_text and first:
             causal = torch.ones(end - first, end, dtype=torch.bool, device=queries.device).tril(first)
@@ -269,6 +271,7 @@ class QwenImage21(nn.Module):
             mask = send(key_mask(lengths, L, num_clean, x_BTM.shape[1]), device)
 
         embed = self.time_text_embed["timestep_embedder"]
+        # Level 0 is the same for all samples, so it is embedded once.
         vec_XM = embed(torch.cat([sigmas_B, torch.zeros_like(sigmas_B[:1])]), dtype)  # X: the samples, then level 0
         modulation_X4 = self.modulation(vec_XM)
         clean_B4 = modulation_X4[-1:].expand(len(sigmas_B), -1)
@@ -292,9 +295,11 @@ class QwenImage21(nn.Module):
 
     def rope(self, positions: Tensor, L: int, sides: Sequence[tuple[int, int]]) -> Rope:
         """Return the angles of tokens; `positions` are negative in the first half of an image."""
+        # Captions have many lengths: a rounded extent reuses the tables that are kept for it.
         extent = L + sum(map(max, sides))
         extent += -extent % EXTENT_STEP
         table = self.rotary(positions.abs(), (extent,) * len(ROPE_SHARES))
+        # The opposite angle has the same cosine and the opposite sine, so tables need no negative positions.
         signs = positions.sign().to(table.dtype).chunk(len(ROPE_SHARES), dim=-1)
         pair_signs = [
             sign.expand(*sign.shape[:-1], width // 2) for sign, width in zip(signs, self.rotary.widths, strict=True)

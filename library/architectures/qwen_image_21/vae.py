@@ -48,13 +48,14 @@ class RgbaLatents:
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         """Return the posterior's mean, normalized by each channel's mean and deviation, float32; nothing is sampled.
 
-        Pixels without alpha are opaque. The VAE's parts are called one by one unless it works in tiles: a call of the
-        whole VAE keeps every layer's input for a next frame, which an image does not have.
+        Pixels without alpha are opaque.
         """
         model: Any = vae
         if pixels_BCHW.shape[1] == 3:
             pixels_BCHW = pad(pixels_BCHW, (0, 0, 0, 0, 0, 1), value=1.0)
         frames = pixels_BCHW[:, :, None].to(model.device, model.dtype)
+        # A call of the whole VAE keeps every layer's input for a next frame, which an image does not have. Tiling needs
+        # that call all the same.
         if model.use_tiling:
             mean = model.encode(frames).latent_dist.mean
         else:
@@ -75,6 +76,7 @@ class RgbaLatents:
             decoded = model.decode(frames).sample
         else:
             decoded = model.decoder(model.post_quant_conv(frames), first_chunk=True)
+        # diffusers clamps in `decode`, which is not called without tiling.
         pixels_BCHW: Tensor = decoded[:, :, 0].float().clamp(-1, 1)
         return pixels_BCHW
 
