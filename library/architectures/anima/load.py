@@ -99,6 +99,7 @@ def open_adapter(name: str) -> Weights:
 
 def with_adapter(base: Weights, adapter: Weights) -> Weights:
     """Return the denoiser's weights with `adapter` in place of its text adapter."""
+    # Either file may store some weights in 8 bits, which joining keeps.
     parts = {"base": base, "adapter": rename_weights(adapter, lambda name: f"{ADAPTER}{name}")}
     part_of = {name: "base" for name in base.shapes if not name.startswith(ADAPTER)}
     return join_weights(base.origin, parts, {**part_of, **dict.fromkeys(parts["adapter"].shapes, "adapter")})

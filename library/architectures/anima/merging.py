@@ -26,6 +26,7 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder; for Anima use the transformer's file")
     weights = model_lookup.open_file(flag, path)
+    # A file with the text adapter alone can be merged into, too.
     marks = (MARK, f"llm_adapter.{ADAPTER_MARK}")
     prefix = next((p for p in PREFIXES if any(p + mark in weights.shapes for mark in marks)), None)
     if prefix is None:

@@ -54,6 +54,7 @@ class AnimaText:
         return {
             "prompt_embeds": states_BSE,
             "attn_mask": send(mask_BS, device),
+            # 32 bits, as in sd-scripts' cache files.
             "t5_input_ids": send(ids_BL.int(), device),
             "t5_attn_mask": send(mask_BL.int(), device),
         }

@@ -97,6 +97,7 @@ def build_text_cache(options: HunyuanImageOptions, loader: DitLoader, text: Huny
 
     def encoders() -> str:
         qwen, byt5 = (part.component for part in loader.texts)
+        # A folder may set another number of heads, which no weight shows.
         return f"{fingerprint(qwen.weights, byt5.weights)} {qwen.config['num_attention_heads']}"
 
     return TextCacheSpec(

@@ -48,6 +48,7 @@ def open_loader(options: HunyuanImageOptions) -> DitLoader:
     )
     weights = read_denoiser(base)
     config = configure(weights, read_config)
+    # sd-scripts runs this VAE in float16 under bf16 too.
     is_float32 = options.model.no_half_vae or DTYPES[options.precision.mixed_precision] == torch.float32
     loader = open_dit_loader(
         options,

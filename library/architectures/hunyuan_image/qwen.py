@@ -43,6 +43,7 @@ def qwen_component(weights: Weights, config: Mapping[str, Any] | None = None) ->
     Raises UserError naming the file if it holds something else.
     """
     decoder = extract_decoder(weights, PREFIXES)
+    # Qwen3 has the same names, but no biases.
     if decoder is None or "layers.0.self_attn.q_proj.bias" not in decoder.shapes:
         raise UserError(f"{weights.origin} is not a Qwen2.5-VL text encoder (first names: {list_first_names(weights)})")
     weights = decoder
@@ -65,6 +66,7 @@ def qwen_config(shapes: Shapes, folder_config: Mapping[str, Any]) -> dict[str, A
     """Return the arguments of transformers' Qwen2_5_VLTextConfig; `folder_config` is a folder's, or empty."""
     vocab, width = shape_of(shapes, WORDS)
     num_keys = shape_of(shapes, "layers.0.self_attn.k_proj.weight")[0]
+    # Tiny models have narrower heads than 128, which only a folder's configuration says.
     num_heads = folder_config.get("num_attention_heads") or max(width // HEAD_WIDTH, 1)
     head_width = width // num_heads
     if num_heads * head_width != width or num_keys % head_width:
@@ -81,11 +83,12 @@ def qwen_config(shapes: Shapes, folder_config: Mapping[str, Any]) -> dict[str, A
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": ROPE_BASE,
+            # Without images the three positions of a token are equal, so any sections give the same angles.
             "mrope_section": [
                 head_width // 8,
                 num_spatial_pairs // 2,
                 num_spatial_pairs - num_spatial_pairs // 2,
-            ],  # without images all sections are equal
+            ],
         },
         "bos_token_id": None,  # used only for text generation
         "eos_token_id": None,
@@ -109,6 +112,7 @@ def encode_qwen(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 def tokenize_qwen(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
     """Return (IDs, mask) of captions in the template, both (B, T), padded on the right; padding has mask 0."""
+    # Not `format`, which would read braces in captions.
     texts = [TEMPLATE.replace("{}", caption) for caption in captions]
     length = max_tokens + NUM_TEMPLATE_TOKENS
     encoded = tokenizer(texts, max_length=length, padding="longest", truncation=True, return_tensors="pt")

@@ -23,6 +23,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
         generator, ours.config.in_features, ours.config.text_width
     )
     glyphs_BGE = torch.randn(2, 5, ours.config.glyph_width, generator=generator)
+    # A sample without quotes has no glyph token to attend to.
     glyph_mask_BG = torch.tensor([[0, 0, 0, 0, 0], [1, 1, 1, 0, 0]])
     timesteps_B = 1000 * sigmas_B
     found_BCHW: Tensor = ours(latents_BCHW, timesteps_B, text_BLE, mask_BL, glyphs_BGE, glyph_mask_BG)

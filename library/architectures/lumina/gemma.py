@@ -63,6 +63,7 @@ def gemma_config(shapes: Shapes) -> dict[str, Any]:
     """Return the arguments of transformers' Gemma2Config."""
     vocab, width = shape_of(shapes, "embed_tokens.weight")
     num_keys = shape_of(shapes, "layers.0.self_attn.k_proj.weight")[0]
+    # min: a model narrower than a usual head has one head of keys.
     head_width = min(HEAD_WIDTH, num_keys)
     return {
         "vocab_size": vocab,
@@ -114,6 +115,7 @@ def find_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path
     """Return the path of the tokenizer's file, downloading it if needed. Raises UserError if it cannot be
     downloaded."""
     cache = Path(cache_dir).expanduser() if cache_dir else None
+    # A download is saved under the name of the first repository, whichever it comes from.
     cache_folder = None if cache is None else cache / next(iter(HUB)).replace("/", "_")
     cache_folders = [] if cache is None or cache_folder is None else [cache_folder, *sorted(cache.glob(HUB_CACHE))]
     for folder in (*folders, *cache_folders):

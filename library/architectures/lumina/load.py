@@ -68,6 +68,7 @@ def open_gemma(name: str | None, base: BaseFiles) -> Component:
     try:
         return gemma_component(weights) if config is None else gemma_of_folder(config, weights)
     except UserError as error:
+        # The readers' messages name only the file; if an option named it, the message begins with the option.
         if name is None:
             raise
         raise UserError(f"{GEMMA_FLAG} {error}") from error

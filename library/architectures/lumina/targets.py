@@ -14,6 +14,7 @@ def grouped_qkv(num_inputs: int, num_outputs: int) -> tuple[int, ...]:
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("JointTransformerBlock", "FinalLayer")),
     text_encoders=(
+        # sd-scripts' list, with classes that only older versions of transformers have.
         Part("lora_te", blocks=("Gemma2Attention", "Gemma2FlashAttention2", "Gemma2SdpaAttention", "Gemma2MLP")),
     ),
     ranks={

@@ -44,6 +44,7 @@ class LuminaText:
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Return IDs and their mask, both (B, 1, T), 0 for padding: the begin token, the caption, padding."""
+        # As in sd-scripts' cache files.
         length = -(-self.num_tokens // MULTIPLE) * MULTIPLE
         begin, padding = self.tokenizer.convert_tokens_to_ids([BEGIN, PADDING])
         rows = [[begin, *self.tokenize_caption(caption)][: self.num_tokens] for caption in captions]
