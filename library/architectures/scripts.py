@@ -33,9 +33,10 @@ def list_scripts() -> tuple[Script, ...]:
 def script_of(package: str) -> Script:
     module = importlib.import_module(f"library.architectures.{package}.options")
     classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, TrainOptions)]
-    own = [kind for kind in classes if kind is not TrainOptions]
+    script_classes = [cls for cls in classes if cls is not TrainOptions]
     name = getattr(module, "SCRIPT", f"{package}_train_network.py")
-    return Script(name, own[-1] if own else TrainOptions, getattr(module, "INSTEAD", {}))
+    # A module may import a class that it extends. Its own class is the last one, because names keep their order.
+    return Script(name, script_classes[-1] if script_classes else TrainOptions, getattr(module, "INSTEAD", {}))
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class OtherScripts:
         if self.name in has:
             return ""
         instead = self.scripts[self.name][1].get(option) if self.name in self.scripts else None
-        whose = describe_scripts(has, list(self.scripts)) if has else None
-        hint = "; ".join(words for words in (whose, instead) if words)
+        owners = describe_scripts(has, list(self.scripts)) if has else None
+        hint = "; ".join(part for part in (owners, instead) if part)
         return f" ({hint})" if hint else ""
 
 
@@ -68,6 +69,6 @@ def describe_scripts(has: list[str], scripts: list[str]) -> str:
     lack = [script for script in scripts if script not in has]
     if not lack:
         return "an option of every other script"
-    named = has if len(has) <= len(lack) else lack
-    listed = " and ".join(filter(None, (", ".join(named[:-1]), named[-1])))
-    return f"an option of {listed}" if named is has else f"an option of every script but {listed}"
+    shorter = has if len(has) <= len(lack) else lack
+    listed = " and ".join(filter(None, (", ".join(shorter[:-1]), shorter[-1])))
+    return f"an option of {listed}" if shorter is has else f"an option of every script but {listed}"

@@ -74,6 +74,7 @@ def build(options: AnimaOptions) -> Architecture:
 
 
 def build_objective(options: AnimaOptions) -> FlowMatching:
+    # sd-scripts applies --weighting_scheme to Anima's loss always, to FLUX.1's only with sigma_scaled.
     return build_sampled_flow(options, always_weights_loss=True)
 
 
@@ -83,6 +84,7 @@ def build_text(options: AnimaOptions, loader: DitLoader, num_t5_words: int) -> A
     Raises UserError if --t5_tokenizer_path, which replaces these folders for T5's, has no tokenizer.
     """
     text, cache_dir = options.text, options.model.tokenizer_cache_dir
+    # --qwen3 may be a folder of transformers, with the tokenizer beside the weights.
     folders = folders_of(text.qwen3, loader.path)
     qwen3_folders = [folders[0], *(folder / QWEN3_TOKENIZER for folder in folders)]
     t5_folders = [folder / T5_TOKENIZER for folder in folders]
@@ -99,11 +101,7 @@ def build_text(options: AnimaOptions, loader: DitLoader, num_t5_words: int) -> A
 
 
 def build_text_cache(options: AnimaOptions, loader: DitLoader, text: AnimaText) -> TextCacheSpec:
-    """Return the cache format, which matches sd-scripts'.
-
-    Its dropout rate is 0 in every file, because dropped captions are cached separately.
-    """
-
+    """Return the cache format, which matches sd-scripts'."""
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_anima_te.npz",
@@ -111,6 +109,7 @@ def build_text_cache(options: AnimaOptions, loader: DitLoader, text: AnimaText) 
         encoders=lambda: fingerprint(loader.text.component.weights),
         settings=f"{loader.dtype} {text.identity}",
         tokenizers=(text.qwen3_tokenizer, text.t5_tokenizer),
+        # sd-scripts would apply the rate of the file in every later run. Here dropped captions are cached separately.
         constants={"caption_dropout_rate": torch.tensor(0.0)},
     )
 

@@ -72,13 +72,13 @@ def open_base(name: str | None) -> tuple[Path, Weights]:
     return path, read_denoiser(path, open_single_file(list_specs(), BASE_FLAG, path, "anima", advice))
 
 
-def read_denoiser(path: Path, whole: Weights) -> Weights:
+def read_denoiser(path: Path, weights: Weights) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it if it is known."""
-    prefix = next((p for p in PREFIXES if f"{p}{MARK}" in whole.shapes), None)
+    prefix = next((p for p in PREFIXES if f"{p}{MARK}" in weights.shapes), None)
     if prefix is None:
         why = f"it has no {MARK}, so it is not an Anima transformer"
-        refuse_transformer(list_specs(), BaseFiles(path, whole), whole, "anima", why)
-    return with_prefix(whole, prefix)
+        refuse_transformer(list_specs(), BaseFiles(path, weights), weights, "anima", why)
+    return with_prefix(weights, prefix)
 
 
 def open_adapter(name: str) -> Weights:
@@ -90,13 +90,16 @@ def open_adapter(name: str) -> Weights:
     prefixes = (*(f"{p}{ADAPTER}" for p in PREFIXES), "")
     prefix = next((p for p in prefixes if f"{p}{ADAPTER_MARK}" in weights.shapes), None)
     if prefix is None:
-        first = list_first_names(weights)
-        raise UserError(f"{ADAPTER_FLAG} {name} is not a text adapter: it has no {ADAPTER_MARK} (first names: {first})")
+        first_names = list_first_names(weights)
+        raise UserError(
+            f"{ADAPTER_FLAG} {name} is not a text adapter: it has no {ADAPTER_MARK} (first names: {first_names})"
+        )
     return with_prefix(weights, prefix)
 
 
 def with_adapter(base: Weights, adapter: Weights) -> Weights:
     """Return the denoiser's weights with `adapter` in place of its text adapter."""
+    # Either file may store some weights in 8 bits, which joining keeps.
     parts = {"base": base, "adapter": rename_weights(adapter, lambda name: f"{ADAPTER}{name}")}
     part_of = {name: "base" for name in base.shapes if not name.startswith(ADAPTER)}
     return join_weights(base.origin, parts, {**part_of, **dict.fromkeys(parts["adapter"].shapes, "adapter")})

@@ -26,6 +26,7 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder; for Anima use the transformer's file")
     weights = model_lookup.open_file(flag, path)
+    # A file with the text adapter alone can be merged into, too.
     marks = (MARK, f"llm_adapter.{ADAPTER_MARK}")
     prefix = next((p for p in PREFIXES if any(p + mark in weights.shapes for mark in marks)), None)
     if prefix is None:
@@ -38,9 +39,9 @@ def target_names(stem: str, prefix: str) -> ModuleNames | None:
     if stem.startswith(QWEN3.prefix):
         return qwen3_module(stem.removeprefix(QWEN3.prefix)) if stem.endswith(LAYER_LINEAR) else None
     path = stem.removeprefix(prefix)
-    stack, _, rest = path.rpartition("blocks.")
+    stack, _, block_path = path.rpartition("blocks.")
     layers = {"": tuple(BLOCK), "llm_adapter.": ADAPTER_BLOCK}.get(stack, ())
-    is_layer = rest.partition(".")[2] in layers or path in TOP
+    is_layer = block_path.partition(".")[2] in layers or path in TOP
     return denoiser_module(path) if stem.startswith(prefix) and is_layer and not path.endswith("_norm") else None
 
 

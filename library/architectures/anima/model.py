@@ -53,12 +53,12 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> AnimaConfig:
     head_width = shape("blocks.0.self_attn.q_norm.weight")[0]
     adapter_width = shape("llm_adapter.embed.weight")[1]
     adapter_head = shape("llm_adapter.blocks.0.self_attn.q_norm.weight")[0]
-    for name, whole, head, least in (
+    for name, model_width, width_of_head, min_width in (
         ("width", width, head_width, MIN_HEAD_WIDTH),
         ("llm_adapter width", adapter_width, adapter_head, 2),
     ):
-        if whole % head or head % 2 or head < least:
-            raise UserError(f"not an Anima model: {name} {whole} with heads of {head}")
+        if model_width % width_of_head or width_of_head % 2 or width_of_head < min_width:
+            raise UserError(f"not an Anima model: {name} {model_width} with heads of {width_of_head}")
     adapter = AdapterConfig(
         num_words=shape("llm_adapter.embed.weight")[0],
         width=adapter_width,

@@ -17,8 +17,8 @@ Angles = tuple[Tensor, Tensor]
 
 def split_head(head_width: int) -> tuple[int, int, int]:
     """Return the number of values of a head that rotate with (frame, row, column): 44, 42 and 42 of 128."""
-    side = head_width // 6 * 2
-    return head_width - 2 * side, side, side
+    spatial = head_width // 6 * 2
+    return head_width - 2 * spatial, spatial, spatial
 
 
 def stretched_base(width: int) -> float:
@@ -28,13 +28,13 @@ def stretched_base(width: int) -> float:
 
 def image_angles(tables: AxisTables, head_width: int, h: int, w: int, device: torch.device) -> Angles:
     """Return the angles of an image's patches in row order. The image is frame 0, whose values do not rotate."""
-    first, side, _ = split_head(head_width)
-    base = stretched_base(side)
-    rows, columns = tables(side, h, base, device), tables(side, w, base, device)
+    frame_width, side_width, _ = split_head(head_width)
+    base = stretched_base(side_width)
+    rows, columns = tables(side_width, h, base, device), tables(side_width, w, base, device)
     cos_of_row, sin_of_row = (table.repeat_interleave(w, 0) for table in rows)
     cos_of_column, sin_of_column = (table.repeat(h, 1) for table in columns)
-    still = torch.zeros(h * w, first // 2, device=device)
-    return torch.cat([still + 1, cos_of_row, cos_of_column], -1), torch.cat([still, sin_of_row, sin_of_column], -1)
+    zeros = torch.zeros(h * w, frame_width // 2, device=device)
+    return torch.cat([zeros + 1, cos_of_row, cos_of_column], -1), torch.cat([zeros, sin_of_row, sin_of_column], -1)
 
 
 def text_angles(tables: AxisTables, head_width: int, num_tokens: int, device: torch.device) -> Angles:
@@ -46,5 +46,5 @@ def apply_rope(x_BNTD: Tensor, angles: Angles) -> Tensor:
     """Rotate each pair of values of a head by its angle."""
     cos, sin = angles
     first, second = x_BNTD.float().chunk(2, dim=-1)
-    turned = torch.cat([cos * first - sin * second, sin * first + cos * second], dim=-1)
-    return turned.to(x_BNTD.dtype)
+    rotated = torch.cat([cos * first - sin * second, sin * first + cos * second], dim=-1)
+    return rotated.to(x_BNTD.dtype)

@@ -75,11 +75,11 @@ def conditioner_config(config: AdapterConfig) -> dict[str, Any]:
 
 def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Return the weights under diffusers' names, grouped by its two models."""
-    found: dict[str, dict[str, Tensor]] = {"transformer": {}, "text_conditioner": {}}
+    states: dict[str, dict[str, Tensor]] = {"transformer": {}, "text_conditioner": {}}
     for key, tensor in state.items():
         model, _, name = diffusers_key(key).partition(".")
-        found[model][name] = tensor
-    return found
+        states[model][name] = tensor
+    return states
 
 
 def diffusers_key(key: str) -> str:

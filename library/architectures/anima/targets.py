@@ -17,6 +17,7 @@ TARGETS = AdapterTargets(
     text_encoders=(
         Part(
             "lora_te",
+            # sd-scripts' list; transformers has only the first two classes.
             blocks=("Qwen3Attention", "Qwen3MLP", "Qwen3SdpaAttention", "Qwen3FlashAttention2"),
             exclude=LEFT_OUT,
         ),

@@ -35,14 +35,14 @@ class AnimaText:
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Return Qwen3's IDs and mask (B, 1, S), then T5's (B, 1, L); masks are 0 for padding."""
-        found = self.qwen3_tokenizer(
+        encoded = self.qwen3_tokenizer(
             list(captions),
             max_length=self.num_qwen3_tokens,
             padding="max_length",
             truncation=True,
             return_tensors="pt",
         )
-        ids_BS, mask_BS = found["input_ids"].long(), found["attention_mask"]
+        ids_BS, mask_BS = encoded["input_ids"].long(), encoded["attention_mask"]
         ids_BL, mask_BL = tokenize_t5(self.t5_tokenizer, captions, self.num_t5_tokens)
         return Tokens(tuple(tokens[:, None] for tokens in (ids_BS, mask_BS, ids_BL, mask_BL)))
 
@@ -54,6 +54,7 @@ class AnimaText:
         return {
             "prompt_embeds": states_BSE,
             "attn_mask": send(mask_BS, device),
+            # 32 bits, as in sd-scripts' cache files.
             "t5_input_ids": send(ids_BL.int(), device),
             "t5_attn_mask": send(mask_BL.int(), device),
         }

@@ -36,10 +36,12 @@ def chroma_paths() -> Iterator[str]:
 
 
 def denoiser_module(path: str) -> ModuleNames:
-    own = (f"diffusion_model.{path.removesuffix(layer)}processor.{name}"
+    xlabs_names = (f"diffusion_model.{path.removesuffix(layer)}processor.{name}"
            for name, layer in PROCESSORS.items() if path.endswith(f".{layer}"))  # fmt: skip
     shares = LINEAR1_SHARES if path.endswith(".linear1") else ()
-    return name_layer(path, KEYS.sources(path), shares=shares, aliases=tuple(own), swaps_pair=path == KEYS.swapped)
+    return name_layer(
+        path, KEYS.sources(path), shares=shares, aliases=tuple(xlabs_names), swaps_pair=path == KEYS.swapped
+    )
 
 
 def clip_module(path: str) -> ModuleNames:
@@ -47,14 +49,15 @@ def clip_module(path: str) -> ModuleNames:
 
 
 def t5_module(path: str) -> ModuleNames:
+    # Trainers that number the encoders without a gap have T5 as the second, sd-scripts as the third.
     aliases = (f"lora_te2_{path.replace('.', '_')}",)
     return text_module(path, "lora_te3", "t5xxl", "text_encoder_2", aliases)
 
 
 def chroma_t5_module(path: str) -> ModuleNames:
     """Name a module of Chroma's T5. It is the only text encoder, so OneTrainer does not number it."""
-    found = t5_module(path)
-    return replace(found, aliases=(*found.aliases, f"lora_te_{path.replace('.', '_')}"))
+    names = t5_module(path)
+    return replace(names, aliases=(*names.aliases, f"lora_te_{path.replace('.', '_')}"))
 
 
 NAMES = BaseNames(

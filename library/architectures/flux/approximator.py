@@ -40,9 +40,10 @@ def read_approximator(shapes: Mapping[str, tuple[int, ...]]) -> ApproximatorConf
 def modulation_inputs(sigmas_B: Tensor, guidance_B: Tensor, num_rows: int, in_features: int) -> Tensor:
     """Return the input for each row, float32, shape BVF: noise level and guidance, equal for all rows, then the
     row's index."""
+    # All three inputs are scaled by 1000, the row's number too, as in diffusers' class.
     features_BF = [sinusoids(1000 * values_B.float(), in_features // 4) for values_B in (sigmas_B, guidance_B)]
     rows_VF = sinusoids(1000 * torch.arange(num_rows, device=sigmas_B.device), in_features // 2)
-    features_BVF = [values[:, None].expand(-1, num_rows, -1) for values in features_BF]
+    features_BVF = [features[:, None].expand(-1, num_rows, -1) for features in features_BF]
     return torch.cat([*features_BVF, rows_VF.expand(len(sigmas_B), -1, -1)], dim=-1)
 
 

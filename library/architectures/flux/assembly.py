@@ -109,6 +109,7 @@ def build_flux(options: FluxOptions) -> Architecture:
 
 def build_chroma(options: FluxOptions) -> Architecture:
     CHROMA_RECIPE.check(options)
+    # Encoding, caches and metadata must all see the mask, so it is set before they read the options.
     options = with_masked_padding(options)
     warn_of_unusual(options)
     loader = open_loader(options)
@@ -146,6 +147,7 @@ def warn_of_unusual(options: FluxOptions) -> None:
     """Warn of settings that differ from those that Chroma was trained with."""
     values, facts = options.flat(), type(options).facts()
     for name, usual in CHROMA_USUAL.items():
+        # Training by prompts alone ignores options that need images, so their values mean nothing there.
         has_effect = options.concepts is None or not facts[name].needs_images
         if has_effect and values[name] != usual:
             logger.warning("--%s is %s; Chroma was trained with --%s %s", name, values[name], name, usual)
@@ -157,24 +159,24 @@ def build_objective(options: FluxOptions) -> FlowMatching:
 
 def build_text(options: FluxOptions, loader: DitLoader) -> FluxText:
     """Build the text pipeline. Tokenizers are searched next to the base model, T5's also next to its encoder."""
-    usual = T5_TOKENS_SCHNELL if is_schnell(loader.denoiser_weights) else T5_TOKENS_DEV
+    default_length = T5_TOKENS_SCHNELL if is_schnell(loader.denoiser_weights) else T5_TOKENS_DEV
     clip = load_tokenizer(
         loader.path, options.model.tokenizer_cache_dir, get_first_side(loader.text.component, CLIP_WORDS)
     )
-    return FluxText(ClipTokens(clip), build_t5_text(options, loader, usual, ("tokenizer_2",)))
+    return FluxText(ClipTokens(clip), build_t5_text(options, loader, default_length, ("tokenizer_2",)))
 
 
-def build_t5_text(options: FluxOptions, loader: DitLoader, usual: int, folders: Sequence[str]) -> T5Text:
-    """Build T5's text pipeline; `usual` is the default token limit.
+def build_t5_text(options: FluxOptions, loader: DitLoader, default_length: int, folders: Sequence[str]) -> T5Text:
+    """Build T5's text pipeline; `default_length` is the token limit unless an option sets it.
 
     The tokenizer is searched in `folders` next to the base model and the encoder.
     """
     length = options.flux.t5xxl_max_token_length
-    beside = folders_of(loader.path, options.flux.t5xxl)
+    model_folders = folders_of(loader.path, options.flux.t5xxl)
     cache_dir, num_words = options.model.tokenizer_cache_dir, get_first_side(loader.texts[-1].component, T5_WORDS[0])
     return T5Text(
-        tokenizer=load_t5_tokenizer([f / name for f in beside for name in folders], cache_dir, num_words),
-        num_tokens=usual if length is None else length,
+        tokenizer=load_t5_tokenizer([f / name for f in model_folders for name in folders], cache_dir, num_words),
+        num_tokens=default_length if length is None else length,
         masks_padding=options.flux.apply_t5_attn_mask,
     )
 
@@ -187,6 +189,7 @@ def build_text_cache(options: FluxOptions, loader: DitLoader, text: FluxText) ->
         options=options.text_caching,
         suffix="_flux_te.npz",
         keys=("l_pooled", "t5_out", "t5_attn_mask"),
+        # A folder's configuration may name another activation than is assumed for a file, and no weight shows it.
         encoders=lambda: f"{fingerprint(clip.weights, t5.weights)} {clip.config['hidden_act']}",
         settings=f"{precisions(loader.dtype)} {text.t5.num_tokens} {masks}",
         tokenizers=(text.clip.tokenizer, text.t5.tokenizer),
@@ -207,6 +210,7 @@ def build_t5_cache(options: FluxOptions, loader: DitLoader, text: T5Text) -> Tex
         encoders=lambda: fingerprint(loader.text.component.weights),
         settings=f"{precisions(loader.dtype)} {text.num_tokens} {text.masks_padding}",
         tokenizers=(text.tokenizer,),
+        # sd-scripts takes only files with every key of FLUX.1's, though Chroma has no CLIP-L.
         constants={
             "l_pooled": torch.zeros(77, 1),
             "txt_ids": torch.zeros(text.num_tokens, 3),

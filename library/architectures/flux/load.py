@@ -42,11 +42,11 @@ def open_loader(options: FluxOptions) -> DitLoader:
     """
     flux, folders = options.flux, FOLDERS[options.flux.model_type]
     title = find_spec(list_specs(), flux.model_type).title
-    given = {"clip_l": flux.clip_l, "t5xxl": flux.t5xxl, "ae": flux.ae}
+    paths = {"clip_l": flux.clip_l, "t5xxl": flux.t5xxl, "ae": flux.ae}
     base = open_base(
         options.model.pretrained_model_name_or_path,
         f"the file of {title}'s transformer, or a diffusers folder",
-        [folder for part, folder in folders.items() if given.get(part) is None],
+        [folder for part, folder in folders.items() if paths.get(part) is None],
     )
     weights = read_denoiser(base, flux.model_type)
     config = configure(weights, read_config)
@@ -92,11 +92,13 @@ def read_denoiser(base: BaseFiles, kind: str) -> Weights:
 
 
 def open_clip(name: str | None, base: BaseFiles, folder: str) -> Component:
-    """Open CLIP-L from `clip_l` or from the base model. FLUX.1 was trained with the exact GELU in CLIP-L."""
+    """Open CLIP-L from `clip_l` or from the base model."""
     config, weights = base.open_text_encoder("--clip_l", name, folder, CLIP_PREFIXES[0])
     if config is not None:
         return clip_of_folder(config, weights)
     weights = with_prefix(weights, find_prefix(weights.shapes, CLIP_PREFIXES))
+    # sd-scripts builds FLUX.1's CLIP-L with the exact GELU, though SD 1.x, SDXL and SD3 have quick_gelu with the same
+    # weights. `logit_scale`, the temperature of CLIP's contrastive loss, is no part of an encoder.
     return clip_component(select_weights(weights, {key: key for key in weights.shapes if key != "logit_scale"}), "gelu")
 
 

@@ -93,17 +93,17 @@ class Flux(StreamTransformer):
         self.config = config
         self.adapter_targets = TARGETS if config.approximator is None else CHROMA_TARGETS
         c = config
-        last: nn.Module
+        last_modulation: nn.Module
         if c.approximator is not None:
             self.distilled_guidance_layer = Approximator(c.approximator, c.width)
-            last = GivenModulation(0, 2)
+            last_modulation = GivenModulation(0, 2)
         else:
             self.time_in = MLPEmbedder(FREQUENCIES, c.width)
             self.vector_in = MLPEmbedder(c.pooled_width, c.width)
             if c.has_guidance:
                 self.guidance_in = MLPEmbedder(FREQUENCIES, c.width)
-            last = LastModulation(c.width)
-        self.add_streams(c, partial(make_modulation, c), last)
+            last_modulation = LastModulation(c.width)
+        self.add_streams(c, partial(make_modulation, c), last_modulation)
 
     def forward(
         self,
@@ -127,6 +127,7 @@ class Flux(StreamTransformer):
         dtype = self.img_in.weight.dtype
         patches_BTF = torch.cat([patchify(image, PATCH).to(dtype) for image in images], dim=1)
         vecs = self.modulation(sigmas_B, pooled_BE, guidance_B, dtype)
+        # Positions on each axis are below these numbers, by which tables of angles are kept, not made in every step.
         extents = (len(sides), *map(max, zip(*sides, strict=True)))
         rope = self.rotary(positions(text_BLE.shape[1], sides, patches_BTF.device), extents)
         mask = None if text_mask_BL is None else key_mask(text_mask_BL.bool(), patches_BTF.shape[1])

@@ -65,6 +65,7 @@ class FluxModelOptions(Options):
 class FluxPredictionOptions(FlowPredictionOptions):
     """The interpretation of the denoiser's output."""
 
+    # sd-scripts' default, although the loss then compares an estimate of the latent with a velocity: a run only warns.
     model_prediction_type: str = redeclare(FlowPredictionOptions, "model_prediction_type", "sigma_scaled")
 
 

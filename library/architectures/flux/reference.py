@@ -26,8 +26,9 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
     pooled_BC = torch.randn(2, config.pooled_width, generator=generator) if config.pooled_width else None
     # diffusers' class for Chroma takes no guidance and assumes zero.
     guidance_B = torch.zeros(2) if config.approximator else torch.tensor([1.0, 3.5]) if config.has_guidance else None
+    # diffusers' class returns patches, ours whole latents.
     found_BTF = patchify(ours(latents_BCHW, sigmas_B, text_BLC, pooled_BC, guidance_B), PATCH)
-    named = {} if config.approximator else {"pooled_projections": pooled_BC, "guidance": guidance_B}
+    optional_inputs = {} if config.approximator else {"pooled_projections": pooled_BC, "guidance": guidance_B}
     h = SIDE // PATCH
     expected_BTF: Tensor = diffusers_model(ours)(
         patchify(latents_BCHW, PATCH),
@@ -35,7 +36,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
         timestep=sigmas_B,
         img_ids=torch.cartesian_prod(torch.arange(1), torch.arange(h), torch.arange(h)).float(),
         txt_ids=torch.zeros(text_BLC.shape[1], 3),
-        **named,
+        **optional_inputs,
     ).sample
     return found_BTF, expected_BTF
 
@@ -49,7 +50,7 @@ def diffusers_model(denoiser: Flux) -> Any:
 
 def diffusers_config(config: FluxConfig) -> dict[str, Any]:
     """Return the arguments of diffusers' class, whose MLP is always four times as wide as the model."""
-    found: dict[str, Any] = {
+    shared: dict[str, Any] = {
         "in_channels": config.in_features,
         "num_layers": config.num_double,
         "num_single_layers": config.num_single,
@@ -59,13 +60,13 @@ def diffusers_config(config: FluxConfig) -> dict[str, Any]:
         "axes_dims_rope": list(config.rope_axes),
     }
     if config.approximator is None:
-        return {**found, "pooled_projection_dim": config.pooled_width, "guidance_embeds": config.has_guidance}
-    parts = asdict(config.approximator)
+        return {**shared, "pooled_projection_dim": config.pooled_width, "guidance_embeds": config.has_guidance}
+    approximator = asdict(config.approximator)
     return {
-        **found,
-        "approximator_num_channels": parts["in_features"],
-        "approximator_hidden_dim": parts["hidden_width"],
-        "approximator_layers": parts["depth"],
+        **shared,
+        "approximator_num_channels": approximator["in_features"],
+        "approximator_hidden_dim": approximator["hidden_width"],
+        "approximator_layers": approximator["depth"],
     }
 
 

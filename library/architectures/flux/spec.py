@@ -22,6 +22,7 @@ from library.checkpoints.base_model_spec import (
 )
 
 WIDTH = 3072
+# What ComfyUI, Forge and diffusers read was found by giving their loading code files with every layer in each naming.
 NO_T5 = Gap(ALL, r"(lora_te3|text_encoder_2|text_encoders_t5xxl)_.*", "it does not support LoRA for FLUX.1's T5")
 T5_OF_DIFFUSERS = Gap(
     DIFFUSERS, r"text_encoder_2_encoder_block_.*", "it does not support LoRA for T5 under diffusers' names"

@@ -62,8 +62,9 @@ class FluxText:
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """Return {"l_pooled": (B, W), "t5_out": (B, T, W), "t5_attn_mask": (B, T)}. Gradients flow."""
-        of_t5 = self.t5.encode(encoders[1:], Tokens(tokens.ids_BLT[1:]))
-        return {**self.encode_clip(encoders, tokens), **of_t5}
+        # T5's pipeline expects its encoder and its IDs first, as for Chroma.
+        t5_features = self.t5.encode(encoders[1:], Tokens(tokens.ids_BLT[1:]))
+        return {**self.encode_clip(encoders, tokens), **t5_features}
 
     def encode_clip(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """Return {"l_pooled": (B, W)}, which needs only CLIP-L, the first of `encoders`. Gradients flow."""

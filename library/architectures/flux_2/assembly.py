@@ -56,8 +56,8 @@ def build(options: Flux2Options) -> Architecture:
     """
     RECIPE.check(options)
     loader, release = open_loader(options)
-    given = options.model.pretrained_model_name_or_path or ""
-    distilled = is_distilled(release, options.parts.model_version, given, loader.path)
+    base_name = options.model.pretrained_model_name_or_path or ""
+    distilled = is_distilled(release, options.parts.model_version, base_name, loader.path)
     if distilled and not options.network.base_weights:
         logger.warning(
             "%s is %s, which is distilled: training undoes the distillation. Train on FLUX.2 klein base, whose "
@@ -75,6 +75,7 @@ def build_for_caching(options: Flux2Options) -> Architecture:
     RECIPE.check(options)
     loader, encoder = open_encoder(options, FLAG)
     text = build_text(options, loader, encoder)
+    # Without a denoiser the release is unknown. Nothing is drawn or saved, so DEV's settings do.
     return assemble(options, loader, text, build_preview(text, DEV, distilled=True), modelspec_architecture(DEV))
 
 
@@ -130,6 +131,7 @@ def build_preview(text: ChatText, release: Release, distilled: bool) -> Preview:
     has_input = release is DEV
     return Preview(
         defaults=PromptDefaults(
+            # dev is distilled for guidance only, not for few steps.
             num_steps=4 if distilled and not has_input else 50,
             width=1024,
             height=1024,

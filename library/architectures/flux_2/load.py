@@ -57,6 +57,7 @@ def open_encoder(options: Flux2Options, flag: str) -> tuple[DitLoader, TextEncod
         return loader, release.encoder
     base, nothing = open_encoder_files(options.model, options.parts.text_encoder, flag)
     version = options.parts.model_version
+    # For latents only the VAE is opened, so any text encoder will do.
     encoder = release_named(version or "dev").encoder
     if flag == FLAG:
         encoder = recognise_encoder(model_lookup.open_model(FLAG, str(base.path), FOLDER)[1], version)

@@ -35,11 +35,12 @@ def mistral_component(weights: Weights, flag: str, prefix: str) -> Component:
 
     Raises UserError if the weights are something else.
     """
-    found = extract_decoder(weights, (prefix, *PREFIXES))
-    if found is None or "layers.0.self_attn.q_norm.weight" in found.shapes:
-        first = list_first_names(weights)
-        raise UserError(f"{flag} {weights.origin} is not a Mistral 3 text encoder (first names: {first})")
-    return Component(configure(found, mistral_config), found)
+    decoder = extract_decoder(weights, (prefix, *PREFIXES))
+    # Qwen3 has the same names, and norms of queries and keys besides.
+    if decoder is None or "layers.0.self_attn.q_norm.weight" in decoder.shapes:
+        first_names = list_first_names(weights)
+        raise UserError(f"{flag} {weights.origin} is not a Mistral 3 text encoder (first names: {first_names})")
+    return Component(configure(decoder, mistral_config), decoder)
 
 
 def mistral_config(shapes: Shapes) -> dict[str, Any]:
@@ -47,11 +48,13 @@ def mistral_config(shapes: Shapes) -> dict[str, Any]:
     return decoder_config(shapes, HEAD_WIDTH, ROPE_BASE, EPS)
 
 
+# transformers' default for this class is a window of 4096 tokens, which Mistral 3 does not have.
 empty_mistral = partial(empty_transformers_model, "mistral", "Mistral", sliding_window=None)
 
 
 def load_mistral_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
     """Load Mistral 3's tokenizer, padding on the left, as described at `TokenizerFiles.load`."""
     tokenizer = FILES.load(folders, cache_dir, num_words, padding_side="left")
+    # A folder may hold tokenizer.json alone, which names no padding token.
     tokenizer.pad_token = tokenizer.pad_token or PADDING
     return tokenizer

@@ -111,8 +111,9 @@ class Flux2(StreamTransformer):
         sides = [image.shape[-2:] for image in images]
         L, device, dtype = text_BLE.shape[1], latents_BChw.device, self.img_in.weight.dtype
         patches_BTC = torch.cat([patchify(image, 1).to(dtype) for image in images], dim=1)
-        placed = [image_positions(h, w, device, REFERENCE_STEP * i) for i, (h, w) in enumerate(sides)]
-        positions_T4 = torch.cat([text_positions(L, device), *placed])
+        image_positions_T4 = [image_positions(h, w, device, REFERENCE_STEP * i) for i, (h, w) in enumerate(sides)]
+        positions_T4 = torch.cat([text_positions(L, device), *image_positions_T4])
+        # Positions on each axis are below the numbers by which tables of angles are kept.
         num_times = REFERENCE_STEP * len(references) + 1
         rope = self.rotary(positions_T4, (num_times, *map(max, zip(*sides, strict=True)), L))
         vecs = self.modulation(sigmas_B, guidance_B, dtype)

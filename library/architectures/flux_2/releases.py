@@ -63,6 +63,7 @@ def qwen3_encoder(size: str) -> TextEncoder:
     )
 
 
+# With the line break of the reference implementation's message, in the middle of a sentence.
 SYSTEM_MESSAGE = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
     "relationships, object\nattribution and actions without speculation."
@@ -78,6 +79,7 @@ MISTRAL = TextEncoder(
     component=lambda weights: mistral.mistral_component(weights, FLAG, MISTRAL_PREFIX),
     empty=mistral.empty_mistral,
     load_tokenizer=mistral.load_mistral_tokenizer,
+    # diffusers' pipeline deletes the token too, because Mistral's processor counts it as an image.
     removed="[IMG]",
 )
 
@@ -119,18 +121,19 @@ def recognise_release(config: Flux2Config, version: str | None, origin: str) -> 
 
     Raises UserError if --model_version contradicts the file.
     """
+    # A file without a guidance input is a klein, even if its text is as wide as dev's.
     klein = next((release for release in RELEASES if release.text_width == config.text_width), KLEIN_4B)
-    found = DEV if config.has_guidance else KLEIN_4B if klein is DEV else klein
+    recognised = DEV if config.has_guidance else KLEIN_4B if klein is DEV else klein
     if version is None:
-        return found
-    named = release_named(version)
+        return recognised
+    requested = release_named(version)
     is_of_known_size = config.text_width in (release.text_width for release in RELEASES)
-    if (named is DEV) != config.has_guidance or (named is not found and is_of_known_size):
+    if (requested is DEV) != config.has_guidance or (requested is not recognised and is_of_known_size):
         raise UserError(
-            f"--model_version is {version}, but {origin} is the transformer of {found.title}, with text features of "
-            f"width {config.text_width}; use --model_version {found.name}, or the file of {named.title}"
+            f"--model_version is {version}, but {origin} is the transformer of {recognised.title}, with text features "
+            f"of width {config.text_width}; use --model_version {recognised.name}, or the file of {requested.title}"
         )
-    return named
+    return requested
 
 
 def recognise_encoder(weights: Weights, version: str | None) -> TextEncoder:
@@ -140,14 +143,15 @@ def recognise_encoder(weights: Weights, version: str | None) -> TextEncoder:
     """
     width = next((shape[1] for name, shape in weights.shapes.items() if name.endswith(WORDS)), None)
     if version is not None:
-        named = release_named(version)
-        others = [release.title for release in RELEASES if release is not named and release.encoder_width == width]
+        requested = release_named(version)
+        others = [release.title for release in RELEASES if release is not requested and release.encoder_width == width]
         if others:
             raise UserError(
                 f"{FLAG} {weights.origin} has width {width}, which is for {others[0]}, but --model_version {version} "
-                f"needs width {named.encoder_width}; use {named.encoder.hub_name}"
+                f"needs width {requested.encoder_width}; use {requested.encoder.hub_name}"
             )
-        return named.encoder
+        return requested.encoder
+    # Qwen3 has norms of queries and keys, Mistral has none.
     if not any(name.endswith("q_norm.weight") for name in weights.shapes):
         return MISTRAL
     return KLEIN_9B.encoder if width == KLEIN_9B.encoder_width else KLEIN_4B.encoder
@@ -166,16 +170,16 @@ def check_encoder(release: Release, encoder: MaybeComponent, config: Flux2Config
         )
 
 
-def is_distilled(release: Release, version: str | None, given: str, path: Path) -> bool:
+def is_distilled(release: Release, version: str | None, base_name: str, path: Path) -> bool:
     """Return True for a distilled model: dev, and klein without base.
 
     Distilled and base klein have the same names and shapes. The first of these decides: --model_version; `is_distilled`
-    in the folder's model_index.json; whether the `given` name or its parent folder's has "klein", and neither has
-    "base".
+    in the folder's model_index.json; whether `base_name`, the name that was given, or its parent folder's has "klein",
+    and neither has "base".
     """
     if release is DEV:
         return True
     if version is not None:
         return "base" not in version
-    recorded, name = recorded_as_distilled(path), name_in_folder(given)
+    recorded, name = recorded_as_distilled(path), name_in_folder(base_name)
     return "klein" in name and "base" not in name if recorded is None else recorded

@@ -18,6 +18,7 @@ OTHERS = (
     r"_attn_to_gate_|_ff_(gate|up|down)_|_img_mlp_(gate_(layer|up)|proj|out)_"
     r"|(?<!single)_transformer_blocks_(8|9|\d\d)_"
 )
+# klein 4B is as wide as FLUX.1, but its SwiGLU has another width inside.
 KLEIN_4B_MLP, KLEIN_4B_SINGLE = 9216, 12288  # inputs of the second layers of its MLP and of its single blocks
 
 NO_NUMBERS = Gap(

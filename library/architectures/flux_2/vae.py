@@ -77,6 +77,7 @@ def statistics(vae: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
 def open_vae(model: str, name: str | None, base: BaseFiles) -> Component:
     """Open the VAE from --vae or from the base model. Raises UserError for another kind of VAE."""
     flag, config, weights = find_vae(name, base, "--vae")
+    # A folder's config.json has the decoder's widths; for a file they are read from shapes.
     if config is None:
         weights = rename_weights(weights, original_to_diffusers)
         component = single_vae(weights, (BATCH_NORM,))
@@ -111,6 +112,7 @@ def decoder_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 def empty_vae(config: Mapping[str, Any]) -> Any:
     """Build diffusers' AutoencoderKLFlux2 on the meta device; its batch norm is replaced by `BatchStatistics`."""
+    # torch's batch norm would require the counter, which some files lack.
     vae = empty_diffusers_model("AutoencoderKLFlux2", config)
     with torch.device("meta"):
         vae.bn = BatchStatistics(vae.bn.num_features, vae.bn.eps)
@@ -130,6 +132,7 @@ class BatchStatistics(nn.Module):
 def load_flux_2_vae(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     """Load the VAE in `dtype`, its statistics in float32, frozen, on the CPU."""
     vae = materialise(empty_vae(component.config), component.weights, dtype)
+    # Latents are normalized in float32, so the statistics are not rounded to the VAE's dtype.
     for name in STATISTICS:
         setattr(vae.get_submodule("bn"), name, component.weights.read(f"{BATCH_NORM}{name}").float())
     return vae

@@ -15,10 +15,10 @@ def is_target(path: str) -> bool:
 
 def denoiser_module(path: str) -> ModuleNames:
     """Name a layer by its original path, which sd-scripts uses; our files use the names of ComfyUI's model."""
-    theirs, named = underscore(path), from_original(path)
+    original_name, comfy_path = underscore(path), from_original(path)
     shares = LINEAR1_SHARES if path.endswith(".linear1") else ()
-    aliases = (theirs,) if theirs != underscore(named) else ()
-    return name_layer(named, KEYS.sources(path), shares=shares, aliases=aliases)
+    aliases = (original_name,) if original_name != underscore(comfy_path) else ()
+    return name_layer(comfy_path, KEYS.sources(path), shares=shares, aliases=aliases)
 
 
 PATHS = filter(is_target, KEYS.linear_paths(NUM_BLOCKS))

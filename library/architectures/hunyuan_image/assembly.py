@@ -83,11 +83,11 @@ def build_text(options: HunyuanImageOptions, loader: DitLoader) -> HunyuanImageT
     no files."""
     from transformers import ByT5Tokenizer
 
-    named = options.hunyuan_image.text_encoder
-    beside = folders_of(loader.path, named)
-    folders = [folder / "tokenizer" for folder in beside]
-    if named and Path(named).expanduser().is_dir():
-        folders.append(beside[1])
+    encoder_path = options.hunyuan_image.text_encoder
+    model_folders = folders_of(loader.path, encoder_path)
+    folders = [folder / "tokenizer" for folder in model_folders]
+    if encoder_path and Path(encoder_path).expanduser().is_dir():
+        folders.append(model_folders[1])
     cache_dir = options.model.tokenizer_cache_dir
     return HunyuanImageText(load_qwen_tokenizer(folders, cache_dir, loader.num_words), ByT5Tokenizer())
 
@@ -97,6 +97,7 @@ def build_text_cache(options: HunyuanImageOptions, loader: DitLoader, text: Huny
 
     def encoders() -> str:
         qwen, byt5 = (part.component for part in loader.texts)
+        # A folder may set another number of heads, which no weight shows.
         return f"{fingerprint(qwen.weights, byt5.weights)} {qwen.config['num_attention_heads']}"
 
     return TextCacheSpec(

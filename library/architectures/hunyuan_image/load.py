@@ -39,15 +39,16 @@ def open_loader(options: HunyuanImageOptions) -> DitLoader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    own = options.hunyuan_image
-    given = {"vae": options.model.vae, "text_encoder": own.text_encoder, "byt5": own.byt5}
+    model_options = options.hunyuan_image
+    paths = {"vae": options.model.vae, "text_encoder": model_options.text_encoder, "byt5": model_options.byt5}
     base = open_base(
         options.model.pretrained_model_name_or_path,
         "hunyuanimage2.1.safetensors, or a diffusers folder",
-        ["transformer", *(folder for part, folder in FOLDERS.items() if given[part] is None)],
+        ["transformer", *(folder for part, folder in FOLDERS.items() if paths[part] is None)],
     )
     weights = read_denoiser(base)
     config = configure(weights, read_config)
+    # sd-scripts runs this VAE in float16 under bf16 too.
     is_float32 = options.model.no_half_vae or DTYPES[options.precision.mixed_precision] == torch.float32
     loader = open_dit_loader(
         options,
@@ -56,13 +57,13 @@ def open_loader(options: HunyuanImageOptions) -> DitLoader:
         partial(HunyuanImage, config),
         texts=[
             (
-                lambda: open_component("text_encoder", own.text_encoder, base),
-                choose_load(load_qwen, "Qwen2.5-VL", own.fp8_vl),
+                lambda: open_component("text_encoder", model_options.text_encoder, base),
+                choose_load(load_qwen, "Qwen2.5-VL", model_options.fp8_vl),
             ),
-            (lambda: open_component("byt5", own.byt5, base), load_t5),
+            (lambda: open_component("byt5", model_options.byt5, base), load_t5),
         ],
-        vae=lambda: check_vae(open_component("vae", given["vae"], base)),
-        load_vae=partial(load_hunyuan_image_vae, chunk_rows=own.vae_chunk_size or None),
+        vae=lambda: check_vae(open_component("vae", paths["vae"], base)),
+        load_vae=partial(load_hunyuan_image_vae, chunk_rows=model_options.vae_chunk_size or None),
         vae_dtype=torch.float32 if is_float32 else torch.float16,
     )
     check_fit(loader, config)
@@ -103,10 +104,10 @@ def component_of_file(part: str, weights: Weights) -> Component:
 def check_vae(component: Component) -> Component:
     """Raise UserError if a VAE's latents differ from HunyuanImage 2.1's in shape; warn of another scale."""
     origin, config = component.weights.origin, component.config
-    found = (config.get("latent_channels"), config.get("spatial_compression_ratio"))
-    if MARK not in component.weights.shapes or found != (SPEC.channels, SPEC.downscale):
+    latent_shape = (config.get("latent_channels"), config.get("spatial_compression_ratio"))
+    if MARK not in component.weights.shapes or latent_shape != (SPEC.channels, SPEC.downscale):
         raise UserError(
-            f"--vae {origin} has {found[0]} channels per {found[1]} pixels, but {MODEL} needs "
+            f"--vae {origin} has {latent_shape[0]} channels per {latent_shape[1]} pixels, but {MODEL} needs "
             f"{SPEC.channels} per {SPEC.downscale}; use hunyuan_image_2.1_vae_fp16.safetensors"
         )
     scale = config.get("scaling_factor") or SCALE

@@ -83,6 +83,7 @@ def refuse_variants(shapes: Mapping[str, tuple[int, ...]]) -> None:
             f"this is a distilled HunyuanImage 2.1 (it has {' and '.join(marks)}): training would undo its few-step "
             "distillation. Train on hunyuanimage2.1.safetensors; the adapter works with both"
         )
+    # The refiner's first layer is a convolution over frames too, so its weight has a fifth axis.
     if len(shapes.get("img_in.proj.weight", ())) == 5:
         raise UserError("this is the refiner of HunyuanImage 2.1, which cannot be trained; use the base model")
 
@@ -141,8 +142,8 @@ class HunyuanImage(StreamTransformer):
 
     def embed_text(self, *text: Tensor) -> Tensor:
         """Embed glyphs, then text, as tokens, BLM."""
-        glyphs_BGE, *more = text
-        return torch.cat([self.byt5_in(glyphs_BGE), self.txt_in(*more)], dim=1)
+        glyphs_BGE, *text_inputs = text
+        return torch.cat([self.byt5_in(glyphs_BGE), self.txt_in(*text_inputs)], dim=1)
 
 
 def positions(num_text: int, H: int, W: int, device: torch.device) -> Tensor:
@@ -233,6 +234,7 @@ class TokenRefiner(nn.Module):
 
     def forward(self, text_BLE: Tensor, timesteps_B: Tensor, mask_BL: Tensor) -> Tensor:
         """Return the refined tokens, BLM. Those with a false mask are not attended to; their outputs are undefined."""
+        # The sums over up to a thousand tokens are taken in float32.
         weights_BL1 = mask_BL.float()[..., None]
         mean_BE = (text_BLE * weights_BL1).sum(dim=1) / weights_BL1.sum(dim=1)
         vec_BM = self.t_embedder(timesteps_B, text_BLE.dtype) + self.c_embedder(mean_BE.to(text_BLE.dtype))

@@ -89,4 +89,5 @@ class HunyuanImageOptions(TrainOptions):
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
         """Collect the parsed values, and train only the denoiser, because the text encoders have no adapters."""
         options = super().from_args(args)
+        # A request to train only the text encoders is left for the recipe to refuse.
         return options.with_values({"network_train_unet_only": not options.network.network_train_text_encoder_only})

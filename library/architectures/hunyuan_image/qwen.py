@@ -42,32 +42,36 @@ def qwen_component(weights: Weights, config: Mapping[str, Any] | None = None) ->
 
     Raises UserError naming the file if it holds something else.
     """
-    found = extract_decoder(weights, PREFIXES)
-    if found is None or "layers.0.self_attn.q_proj.bias" not in found.shapes:
+    decoder = extract_decoder(weights, PREFIXES)
+    # Qwen3 has the same names, but no biases.
+    if decoder is None or "layers.0.self_attn.q_proj.bias" not in decoder.shapes:
         raise UserError(f"{weights.origin} is not a Qwen2.5-VL text encoder (first names: {list_first_names(weights)})")
-    weights = found
+    weights = decoder
     num_layers = count(weights.shapes, r"layers\.(\d+)\.") - NUM_UNUSED_LAYERS
     if num_layers < 1:
         raise UserError(f"{weights.origin} has {num_layers + NUM_UNUSED_LAYERS} layers; Qwen2.5-VL 7B has 28")
     kept = [key for key in weights.shapes if key == WORDS or is_used(key, num_layers)]
     weights = select_weights(weights, {key: key for key in kept})
-    given = dict(config or {})
-    return Component(configure(weights, lambda shapes: qwen_config(shapes, given.get("text_config", given))), weights)
+    folder_config = dict(config or {})
+    return Component(
+        configure(weights, lambda shapes: qwen_config(shapes, folder_config.get("text_config", folder_config))), weights
+    )
 
 
 def is_used(key: str, num_layers: int) -> bool:
     return key.startswith("layers.") and int(key.split(".")[1]) < num_layers
 
 
-def qwen_config(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of transformers' Qwen2_5_VLTextConfig; `given` is a folder's configuration."""
+def qwen_config(shapes: Shapes, folder_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of transformers' Qwen2_5_VLTextConfig; `folder_config` is a folder's, or empty."""
     vocab, width = shape_of(shapes, WORDS)
     num_keys = shape_of(shapes, "layers.0.self_attn.k_proj.weight")[0]
-    num_heads = given.get("num_attention_heads") or max(width // HEAD_WIDTH, 1)
+    # Tiny models have narrower heads than 128, which only a folder's configuration says.
+    num_heads = folder_config.get("num_attention_heads") or max(width // HEAD_WIDTH, 1)
     head_width = width // num_heads
     if num_heads * head_width != width or num_keys % head_width:
         raise UserError(f"width {width} with {num_heads} heads and keys of {num_keys}; Qwen2.5-VL has heads of 128")
-    rest = head_width // 2 - head_width // 8
+    num_spatial_pairs = head_width // 2 - head_width // 8
     return {
         "vocab_size": vocab,
         "hidden_size": width,
@@ -79,7 +83,12 @@ def qwen_config(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": ROPE_BASE,
-            "mrope_section": [head_width // 8, rest // 2, rest - rest // 2],  # without images all sections are equal
+            # Without images the three positions of a token are equal, so any sections give the same angles.
+            "mrope_section": [
+                head_width // 8,
+                num_spatial_pairs // 2,
+                num_spatial_pairs - num_spatial_pairs // 2,
+            ],
         },
         "bos_token_id": None,  # used only for text generation
         "eos_token_id": None,
@@ -103,10 +112,11 @@ def encode_qwen(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 def tokenize_qwen(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
     """Return (IDs, mask) of captions in the template, both (B, T), padded on the right; padding has mask 0."""
+    # Not `format`, which would read braces in captions.
     texts = [TEMPLATE.replace("{}", caption) for caption in captions]
     length = max_tokens + NUM_TEMPLATE_TOKENS
-    found = tokenizer(texts, max_length=length, padding="longest", truncation=True, return_tensors="pt")
-    return found["input_ids"], found["attention_mask"]
+    encoded = tokenizer(texts, max_length=length, padding="longest", truncation=True, return_tensors="pt")
+    return encoded["input_ids"], encoded["attention_mask"]
 
 
 def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:

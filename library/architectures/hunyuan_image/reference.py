@@ -23,6 +23,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
         generator, ours.config.in_features, ours.config.text_width
     )
     glyphs_BGE = torch.randn(2, 5, ours.config.glyph_width, generator=generator)
+    # A sample without quotes has no glyph token to attend to.
     glyph_mask_BG = torch.tensor([[0, 0, 0, 0, 0], [1, 1, 1, 0, 0]])
     timesteps_B = 1000 * sigmas_B
     found_BCHW: Tensor = ours(latents_BCHW, timesteps_B, text_BLE, mask_BL, glyphs_BGE, glyph_mask_BG)
@@ -64,6 +65,6 @@ def diffusers_config(config: HunyuanImageConfig) -> dict[str, Any]:
 
 def diffusers_state(state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
     """Return the weights under diffusers' names, with stacked ones split; diffusers' first layer is a convolution."""
-    found = split_weights(state, lambda key: KEYS.source_keys(to_original(key)), [model_width] * 3, SWAPPED)
-    first = "x_embedder.proj.weight"
-    return {**found, first: found[first][:, :, None, None]}
+    weights = split_weights(state, lambda key: KEYS.source_keys(to_original(key)), [model_width] * 3, SWAPPED)
+    input_key = "x_embedder.proj.weight"
+    return {**weights, input_key: weights[input_key][:, :, None, None]}

@@ -24,8 +24,8 @@ QUOTED = re.compile('"(.*?)"|\u2018(.*?)\u2019|\u201c(.*?)\u201d')
 
 def glyph_text(caption: str) -> str | None:
     """Return ByT5's text for a caption: `Text "..."` and a full stop for each quoted part; None without quotes."""
-    pieces = ["".join(found) for found in QUOTED.findall(caption)]
-    return "".join(f'Text "{piece}". ' for piece in pieces) or None
+    quotes = ["".join(groups) for groups in QUOTED.findall(caption)]
+    return "".join(f'Text "{quote}". ' for quote in quotes) or None
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class HunyuanImageText:
         """Return {"vlm_embed": (B, T - 34, E), "vlm_mask": (B, T - 34), "byt5_embed": (B, G, E), "byt5_mask": (B, G),
         "ocr_mask": (B,)}.
 
-        "ocr_mask" is true for captions with quotes; without them ByT5's states are 0. Autocast is off, because Qwen's
-        states overflow float16.
+        "ocr_mask" is true for captions with quotes; without them ByT5's states are 0.
         """
         qwen, byt5 = encoders
         ids_BT, mask_BT, glyph_ids_BG, glyph_mask_BG = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
         device = next(qwen.parameters()).device
+        # Qwen's states overflow float16.
         with torch.autocast(device.type, enabled=False):
             states_BTE = encode_qwen(qwen, ids_BT, mask_BT)
             glyphs_BGE = encode_glyphs(byt5, glyph_ids_BG, glyph_mask_BG)

@@ -61,9 +61,10 @@ def vae_from_original(key: str, layers_per_block: int) -> str:
     if match is None:
         return key
     stack, level, block, leaf = match.groups()
+    # The decoder has one block more than the encoder on each level.
     num_blocks = layers_per_block + (stack == "decoder.up")
-    place = int(level) * (num_blocks + 1) + (num_blocks if block is None else int(block))
-    return f"{stack}_blocks.{place}.{leaf.replace('nin_shortcut', 'conv_shortcut')}"
+    index = int(level) * (num_blocks + 1) + (num_blocks if block is None else int(block))
+    return f"{stack}_blocks.{index}.{leaf.replace('nin_shortcut', 'conv_shortcut')}"
 
 
 empty_vae = partial(empty_diffusers_model, "AutoencoderKLHunyuanImage")
@@ -78,8 +79,9 @@ class ChunkedConv2d(nn.Conv2d):
         height, border = input.shape[-2], int(self.padding[0])
         if height <= self.num_rows:
             return super().forward(input)
+        # Pad above and below once: then every chunk sees the rows that the whole convolution would see.
         framed = pad(input, (0, 0, border, border))
-        pieces = [
+        chunks = [
             conv2d(
                 framed[..., first : min(first + self.num_rows, height) + 2 * border, :],
                 self.weight,
@@ -88,13 +90,14 @@ class ChunkedConv2d(nn.Conv2d):
             )
             for first in range(0, height, self.num_rows)
         ]
-        return torch.cat(pieces, dim=-2)
+        return torch.cat(chunks, dim=-2)
 
 
 def compute_in_chunks(vae: nn.Module, num_rows: int) -> nn.Module:
     """Make the VAE's convolutions, all of stride 1, compute `num_rows` rows at a time; in place."""
     for layer in vae.modules():
         if type(layer) is nn.Conv2d:
+            # Parameters, their names and their place in the model stay the same.
             layer.__class__ = ChunkedConv2d
             layer.num_rows = num_rows  # type: ignore[assignment]
     return vae

@@ -55,6 +55,7 @@ def build(options: Krea2Options) -> Architecture:
     """
     RECIPE.check(options)
     loader = open_loader(options)
+    # By the given name, because a repository of the hub lies in a cache folder whose name says nothing.
     turbo = is_turbo(options.parts.dit_variant, options.model.pretrained_model_name_or_path or "", loader.path)
     if turbo and not options.network.base_weights:
         logger.warning(

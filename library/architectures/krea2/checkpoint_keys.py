@@ -66,6 +66,7 @@ def from_diffusers(weights: Weights) -> Weights:
     A block's modulation has six rows in diffusers' layout and is one vector in ours, in the same order.
     """
     names = {theirs: key for key in KEYS.our_keys(weights.shapes) for theirs in KEYS.source_keys(key)}
-    found = rename_weights(weights, lambda key: names.get(key, key))
-    flat = {key: (prod(shape),) for key, shape in found.shapes.items() if key.endswith(".mod.lin")}
-    return replace(found, shapes={**found.shapes, **flat})
+    renamed = rename_weights(weights, lambda key: names.get(key, key))
+    # Loading reshapes a weight to its parameter, so only the declared shape changes here.
+    flat = {key: (prod(shape),) for key, shape in renamed.shapes.items() if key.endswith(".mod.lin")}
+    return replace(renamed, shapes={**renamed.shapes, **flat})

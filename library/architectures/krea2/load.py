@@ -93,6 +93,7 @@ def open_turbo(options: Krea2Options, loader: DitLoader) -> DitLoader | None:
     weights = read_denoiser(open_files(TURBO_FLAG, find_model(TURBO_FLAG, name, (("transformer",),))))
     if configure(weights, read_config) != configure(base, read_config):
         raise UserError(f"{TURBO_FLAG} {name} and the base {base.origin} have different sizes; use two of one size")
+    # Weights are exchanged tensor by tensor in place, which needs two files of one form.
     if {k: q.kind for k, q in weights.quantised.items()} != {k: q.kind for k, q in base.quantised.items()}:
         raise UserError(
             f"{TURBO_FLAG} {name} is stored differently from the base {base.origin}: one has 8-bit weights where the "
@@ -111,13 +112,15 @@ def open_qwen3_vl(name: str | None, base: BaseFiles) -> Component:
     return with_first_layers(qwen3_vl_component(weights, config, QWEN3_VL), LAYERS[-1], QWEN3_VL.flag)
 
 
-def is_turbo(variant: str | None, given: str, path: Path) -> bool:
+def is_turbo(variant: str | None, base_name: str, path: Path) -> bool:
     """Return True for a distilled checkpoint.
 
     Turbo and Raw have the same names and shapes. The first of these decides: --dit_variant; `is_distilled` in the
-    folder's model_index.json; the word "turbo" in the `given` name or that of its parent folder.
+    folder's model_index.json; the word "turbo" in `base_name`, the name that was given, or in that of its
+    parent folder.
     """
     if variant is not None:
         return variant == "turbo"
     recorded = recorded_as_distilled(path)
-    return re.search(r"(?<![a-z])turbo", name_in_folder(given)) is not None if recorded is None else recorded
+    # No letter may precede the word, as in "deturbo".
+    return re.search(r"(?<![a-z])turbo", name_in_folder(base_name)) is not None if recorded is None else recorded

@@ -87,8 +87,8 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> Krea2Config:
 def read_sizes(read: ShapeReader, block: str) -> AttentionConfig:
     """Read the sizes of a block. Raises UserError for invalid ones."""
     width, head_width = read.shape(f"{block}.attn.wq.weight")[0], read.shape(f"{block}.attn.qknorm.qnorm.scale")[0]
-    num_kv_heads, rest = divmod(read.shape(f"{block}.attn.wk.weight")[0], head_width)
-    if width % head_width or rest or (width // head_width) % num_kv_heads:
+    num_kv_heads, remainder = divmod(read.shape(f"{block}.attn.wk.weight")[0], head_width)
+    if width % head_width or remainder or (width // head_width) % num_kv_heads:
         raise UserError(
             f"not a Krea 2 model: {block} has width {width}, heads of {head_width} and {num_kv_heads} heads of keys"
         )
@@ -213,10 +213,10 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x_BTM: Tensor, modulation_BV: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
         rows = (modulation_BV + self.mod.lin)[:, None].chunk(NUM_MODULATIONS, dim=-1)
         scale_attn, shift_attn, gate_attn, scale_mlp, shift_mlp, gate_mlp = rows
-        attended = self.attn((1 + scale_attn) * self.prenorm(x_BTM) + shift_attn, rope, mask)
-        x_BTM = x_BTM + gate_attn * attended
-        fed = self.mlp((1 + scale_mlp) * self.postnorm(x_BTM) + shift_mlp)
-        after_BTM: Tensor = x_BTM + gate_mlp * fed
+        attended_BTM = self.attn((1 + scale_attn) * self.prenorm(x_BTM) + shift_attn, rope, mask)
+        x_BTM = x_BTM + gate_attn * attended_BTM
+        mlp_BTM = self.mlp((1 + scale_mlp) * self.postnorm(x_BTM) + shift_mlp)
+        after_BTM: Tensor = x_BTM + gate_mlp * mlp_BTM
         return after_BTM
 
 
@@ -287,7 +287,7 @@ class SingleStreamDiT(nn.Module):
 
 def positions(num_text: int, h: int, w: int, device: torch.device) -> Tensor:
     """Return positions of the tokens, shape (T, 3): text at (0, 0, 0), row y and column x of the image at (0, y, x)."""
-    found_T3 = torch.zeros(num_text + h * w, 3, dtype=torch.long, device=device)
-    found_T3[num_text:, 1] = torch.arange(h, device=device).repeat_interleave(w)
-    found_T3[num_text:, 2] = torch.arange(w, device=device).repeat(h)
-    return found_T3
+    positions_T3 = torch.zeros(num_text + h * w, 3, dtype=torch.long, device=device)
+    positions_T3[num_text:, 1] = torch.arange(h, device=device).repeat_interleave(w)
+    positions_T3[num_text:, 2] = torch.arange(w, device=device).repeat(h)
+    return positions_T3

@@ -22,12 +22,12 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
     inputs = random_inputs(generator, c.in_features // PATCH**2, c.num_states * c.fusion.width)
     latents_BCHW, sigmas_B, text_BLF, mask_BL = inputs
     side = torch.arange(SIDE // PATCH)
-    placed = torch.cartesian_prod(torch.arange(1), side, side)
+    image_positions_T3 = torch.cartesian_prod(torch.arange(1), side, side)
     expected_BTF: Tensor = theirs(
         patchify(latents_BCHW, PATCH),
         encoder_hidden_states=text_BLF.unflatten(-1, (c.num_states, -1)),  # type: ignore[no-untyped-call]
         timestep=sigmas_B,
-        position_ids=torch.cat([placed.new_zeros(text_BLF.shape[1], 3), placed]),
+        position_ids=torch.cat([image_positions_T3.new_zeros(text_BLF.shape[1], 3), image_positions_T3]),
         encoder_attention_mask=mask_BL.bool(),
         return_dict=False,
     )[0]

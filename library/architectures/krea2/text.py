@@ -46,26 +46,22 @@ class Krea2Text:
         return len(self.tokenizer(caption, verbose=False)["input_ids"])
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Return token IDs and their mask, both (B, 1, T), 0 for padding, which comes last; a long caption is cut.
-
-        The model was trained with padding before the end of the template. That padding was masked and took no
-        positions, so the states of the other tokens are the same.
-        """
+        """Return token IDs and their mask, both (B, 1, T), 0 for padding, which comes last; a long caption is cut."""
         texts = [f"{BEGIN}{caption}" for caption in captions]
-        found = self.tokenizer(texts, truncation=True, max_length=self.num_begin + self.max_tokens, verbose=False)
-        rows = [[*ids, *self.end] for ids in found["input_ids"]]
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.num_begin + self.max_tokens, verbose=False)
+        rows = [[*ids, *self.end] for ids in encoded["input_ids"]]
+        # The model was trained with padding before the end of the template. That padding was masked and took no
+        # positions, so the states of the other tokens are the same. Which token pads is arbitrary.
         T = max(map(len, rows))
         ids_BT = torch.tensor([row + [self.end[0]] * (T - len(row)) for row in rows])
         mask_BT = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
         return Tokens((ids_BT[:, None], mask_BT[:, None]))
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """Return {"hidden_state": (B, L, F), "attention_mask": (B, L)}; states of padding are 0.
-
-        Autocast is off, because the encoder's states overflow float16.
-        """
+        """Return {"hidden_state": (B, L, F), "attention_mask": (B, L)}; states of padding are 0."""
         (encoder,) = encoders
         ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
+        # The encoder's states overflow float16.
         with torch.autocast(next(encoder.parameters()).device.type, enabled=False):
             states_BTF = encode_layers(encoder, ids_BT, mask_BT, self.layers)
         mask_BL, states_BLF = mask_BT[:, self.num_begin :], states_BTF[:, self.num_begin :]

@@ -69,6 +69,7 @@ def build(options: LuminaOptions) -> Architecture:
 
 
 def build_objective(options: LuminaOptions) -> FlowMatching:
+    # The model predicts toward the image, the opposite of most flow models.
     return build_sampled_flow(options, options.flow_prediction.model_prediction_type, target_kind="latent - noise")
 
 
@@ -83,6 +84,7 @@ def build_text(options: LuminaOptions, loader: DitLoader) -> LuminaText:
         num_tokens=options.lumina.gemma2_max_token_length or GEMMA_TOKENS,
         system_prompt=options.lumina.system_prompt,
     )
+    # A space, because an empty caption gets no instruction.
     num_instruction = text.count_tokens(" ") if text.system_prompt else 0
     if num_instruction >= text.max_tokens:
         raise UserError(
@@ -120,6 +122,7 @@ def build_preview(text: LuminaText) -> Preview:
             renorm_cfg=1.0,
             flow_shift=6.0,
         ),
+        # `format_prompt` adds the instruction to prompts alone: negative prompts get none.
         text=replace(text, system_prompt=""),
         predict=lambda prompt: predict,
         sampler=partial(build_shifted_sampler, predicts="latent - noise"),

@@ -28,6 +28,7 @@ BLOCK: Layers = {
     "ffn_norm2": ("ffn_norm2",),
     "adaLN_modulation.1": ("norm1.linear",),
 }
+# The context refiner does not depend on the noise level.
 CONTEXT_BLOCK = {name: theirs for name, theirs in BLOCK.items() if not name.startswith("adaLN")}
 CONTEXT_BLOCK["attention_norm1"] = ("norm1",)  # a plain norm in diffusers
 KEYS = next_dit_keys(TOP, BLOCK, CONTEXT_BLOCK)

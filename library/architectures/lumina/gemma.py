@@ -63,6 +63,7 @@ def gemma_config(shapes: Shapes) -> dict[str, Any]:
     """Return the arguments of transformers' Gemma2Config."""
     vocab, width = shape_of(shapes, "embed_tokens.weight")
     num_keys = shape_of(shapes, "layers.0.self_attn.k_proj.weight")[0]
+    # min: a model narrower than a usual head has one head of keys.
     head_width = min(HEAD_WIDTH, num_keys)
     return {
         "vocab_size": vocab,
@@ -85,8 +86,8 @@ def encode_gemma(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Return the states before the last layer, BTE; padding, where the mask is 0, is not attended to. Gradients
     flow."""
     device = next(encoder.parameters()).device
-    found = encoder(send(ids_BT, device), attention_mask=send(mask_BT, device), output_hidden_states=True)
-    states_BTE: Tensor = found.hidden_states[-2]
+    outputs = encoder(send(ids_BT, device), attention_mask=send(mask_BT, device), output_hidden_states=True)
+    states_BTE: Tensor = outputs.hidden_states[-2]
     return states_BTE
 
 
@@ -101,11 +102,11 @@ def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
     file = find_gemma_tokenizer(folders, cache_dir)
     logger.info("Gemma tokenizer: %s", file)
     tokenizer = read_tokenizer(lambda: PreTrainedTokenizerFast(tokenizer_file=str(file)), file)
-    words = tokenizer.get_vocab()
-    lacks = [word for word in (BEGIN, PADDING) if word not in words]
-    if lacks or (num_words is not None and max(words.values()) >= num_words):
-        excess = f"has token IDs up to {max(words.values())}, but Gemma has {num_words} embeddings"
-        why = f"has no {lacks[0]}" if lacks else excess
+    vocabulary = tokenizer.get_vocab()
+    missing = [word for word in (BEGIN, PADDING) if word not in vocabulary]
+    if missing or (num_words is not None and max(vocabulary.values()) >= num_words):
+        excess = f"has token IDs up to {max(vocabulary.values())}, but Gemma has {num_words} embeddings"
+        why = f"has no {missing[0]}" if missing else excess
         raise UserError(f"the tokenizer {file} {why}: it belongs to another model; replace it with the right one")
     return tokenizer
 
@@ -114,22 +115,23 @@ def find_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path
     """Return the path of the tokenizer's file, downloading it if needed. Raises UserError if it cannot be
     downloaded."""
     cache = Path(cache_dir).expanduser() if cache_dir else None
-    own = None if cache is None else cache / next(iter(HUB)).replace("/", "_")
-    cached = [] if cache is None or own is None else [own, *sorted(cache.glob(HUB_CACHE))]
-    for folder in (*folders, *cached):
+    # A download is saved under the name of the first repository, whichever it comes from.
+    cache_folder = None if cache is None else cache / next(iter(HUB)).replace("/", "_")
+    cache_folders = [] if cache is None or cache_folder is None else [cache_folder, *sorted(cache.glob(HUB_CACHE))]
+    for folder in (*folders, *cache_folders):
         if (folder / TOKENIZER_FILE).is_file():
             return folder / TOKENIZER_FILE
     try:
         downloaded = download_tokenizer()
     except ConnectionError as error:
-        place = own or f"<folder>/{next(iter(HUB)).replace('/', '_')}"
+        suggestion = cache_folder or f"<folder>/{next(iter(HUB)).replace('/', '_')}"
         raise UserError(
             f"Gemma's tokenizer is in none of {', '.join(map(str, folders))}, and it cannot be downloaded ({error}). "
-            f"Put {TOKENIZER_FILE} of Gemma 2 into one of them, or into {place}"
-            f"{'' if own else ' and give --tokenizer_cache_dir <folder>'}"
+            f"Put {TOKENIZER_FILE} of Gemma 2 into one of them, or into {suggestion}"
+            f"{'' if cache_folder else ' and give --tokenizer_cache_dir <folder>'}"
         ) from error
-    if own is not None:
-        copy_atomically(downloaded, own / TOKENIZER_FILE)
+    if cache_folder is not None:
+        copy_atomically(downloaded, cache_folder / TOKENIZER_FILE)
     return downloaded
 
 

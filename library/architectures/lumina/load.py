@@ -31,11 +31,11 @@ def open_loader(options: LuminaOptions) -> DitLoader:
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
     gemma, ae = options.lumina.gemma2, options.lumina.ae
-    given = {"text_encoder": gemma, "vae": ae}
+    paths = {"text_encoder": gemma, "vae": ae}
     base = open_base(
         options.model.pretrained_model_name_or_path,
         "the file of Lumina's transformer, or a diffusers folder",
-        [folder for folder in ("transformer", "text_encoder", "vae") if given.get(folder) is None],
+        [folder for folder in ("transformer", "text_encoder", "vae") if paths.get(folder) is None],
     )
     weights = read_denoiser(base)
     config = configure(weights, read_config)
@@ -68,6 +68,7 @@ def open_gemma(name: str | None, base: BaseFiles) -> Component:
     try:
         return gemma_component(weights) if config is None else gemma_of_folder(config, weights)
     except UserError as error:
+        # The readers' messages name only the file; if an option named it, the message begins with the option.
         if name is None:
             raise
         raise UserError(f"{GEMMA_FLAG} {error}") from error

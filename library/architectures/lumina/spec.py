@@ -28,13 +28,13 @@ def refuse_parts_of_blocks(modules: Mapping[str, FileNaming | None]) -> str | No
         return None
     stacks: dict[str, dict[int, set[str]]] = {}
     for module in modules:
-        place = re.fullmatch(r"diffusion_model_(layers|noise_refiner|context_refiner)_(\d+)_(.*)", module)
-        if place is None:
+        match = re.fullmatch(r"diffusion_model_(layers|noise_refiner|context_refiner)_(\d+)_(.*)", module)
+        if match is None:
             return f"it refuses Lumina 2's {module} in the generic naming, where it expects only blocks"
-        stacks.setdefault(place[1], {}).setdefault(int(place[2]), set()).add(place[3])
+        stacks.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
     for stack, blocks in stacks.items():
-        whole = BLOCK - {"adaLN_modulation_1"} if stack == "context_refiner" else BLOCK
-        if blocks.keys() != set(range(len(blocks))) or any(found != whole for found in blocks.values()):
+        required = BLOCK - {"adaLN_modulation_1"} if stack == "context_refiner" else BLOCK
+        if blocks.keys() != set(range(len(blocks))) or any(layers != required for layers in blocks.values()):
             return f"it requires every module of every block of Lumina 2's {stack} in the generic naming"
     return None
 

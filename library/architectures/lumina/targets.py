@@ -7,13 +7,14 @@ from networks.core.targets.targets import AdapterTargets, Embedders, Part
 
 def grouped_qkv(num_inputs: int, num_outputs: int) -> tuple[int, ...]:
     """Return the widths of q, k and v: q is as wide as the input; k and v, shared by queries, halve the rest."""
-    rest = (num_outputs - num_inputs) // 2
-    return (num_inputs, rest, rest)
+    kv_width = (num_outputs - num_inputs) // 2
+    return (num_inputs, kv_width, kv_width)
 
 
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("JointTransformerBlock", "FinalLayer")),
     text_encoders=(
+        # sd-scripts' list, with classes that only older versions of transformers have.
         Part("lora_te", blocks=("Gemma2Attention", "Gemma2FlashAttention2", "Gemma2SdpaAttention", "Gemma2MLP")),
     ),
     ranks={

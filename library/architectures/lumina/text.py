@@ -38,12 +38,13 @@ class LuminaText:
         return f"{self.system_prompt}{PROMPT_START}{caption}" if self.system_prompt and caption else caption
 
     def tokenize_caption(self, caption: str) -> list[int]:
-        found = self.tokenizer(self.with_instruction(caption), add_special_tokens=False, verbose=False)
-        ids: list[int] = found["input_ids"]
+        encoded = self.tokenizer(self.with_instruction(caption), add_special_tokens=False, verbose=False)
+        ids: list[int] = encoded["input_ids"]
         return ids
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Return IDs and their mask, both (B, 1, T), 0 for padding: the begin token, the caption, padding."""
+        # As in sd-scripts' cache files.
         length = -(-self.num_tokens // MULTIPLE) * MULTIPLE
         begin, padding = self.tokenizer.convert_tokens_to_ids([BEGIN, PADDING])
         rows = [[begin, *self.tokenize_caption(caption)][: self.num_tokens] for caption in captions]

@@ -107,7 +107,13 @@ def build_preview(text: QwenImage21Text) -> Preview:
     """Build the preview settings that the model was made for, without guidance."""
     return Preview(
         defaults=PromptDefaults(
-            num_steps=40, width=1024, height=1024, scale=1.0, size_step=LATENTS.bucket_step, flow_shift=0.0
+            num_steps=40,
+            width=1024,
+            height=1024,
+            scale=1.0,
+            size_step=LATENTS.bucket_step,
+            # 0 stands for the shift by image size.
+            flow_shift=0.0,
         ),
         text=text,
         predict=lambda prompt: predict,

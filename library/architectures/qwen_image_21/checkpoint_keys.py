@@ -37,19 +37,22 @@ def split_gates(weights: Weights) -> Weights:
     if not fused:
         return weights
     kept = {key: shape for key, shape in weights.shapes.items() if key not in fused}
-    shapes = {new: (weights.shapes[key][0] // 2, *weights.shapes[key][1:]) for new, (key, _) in halves.items()}
+    shapes = {new_key: (weights.shapes[key][0] // 2, *weights.shapes[key][1:]) for new_key, (key, _) in halves.items()}
 
     def read(name: str) -> Tensor:
         if name not in halves:
             return weights.read(name)
         key, half = halves[name]
+        # A copy, because a view would keep the other half in memory.
         return weights.read(key).chunk(2)[half].clone()
 
     quantised = {
-        new: take_quantised_half(weights.quantised[k], i) for new, (k, i) in halves.items() if k in weights.quantised
+        new_key: take_quantised_half(weights.quantised[k], i)
+        for new_key, (k, i) in halves.items()
+        if k in weights.quantised
     }
-    others = {name: one for name, one in weights.quantised.items() if name in kept}
-    return replace(weights, shapes={**kept, **shapes}, read=read, quantised={**others, **quantised})
+    kept_quantised = {name: codes for name, codes in weights.quantised.items() if name in kept}
+    return replace(weights, shapes={**kept, **shapes}, read=read, quantised={**kept_quantised, **quantised})
 
 
 def take_quantised_half(quantised: Quantised, half: int) -> Quantised:

@@ -45,6 +45,7 @@ def open_loader(options: QwenImage21Options) -> DitLoader:
 def build_loader(
     options: QwenImage21Options, base: BaseFiles, weights: Weights, build: Callable[[], nn.Module] | None = None
 ) -> DitLoader:
+    # The language and the vision model are in the same files, whose headers are read once.
     qwen3_vl = cache(lambda: open_qwen3_vl(options.parts.text_encoder, base))
     load_text = choose_load(load_qwen3_vl, "Qwen3-VL", options.parts.fp8_vl)
     loader = open_dit_loader(
@@ -58,9 +59,10 @@ def build_loader(
     )
     if isinstance(loader.text.component, Absent):
         return loader
+    # Only reference images need the vision model, so files without it are accepted here.
     vision = vision_component(qwen3_vl()[0])
-    parts = () if vision is None else (Part(vision, loader.text.dtype, load_vision),)
-    return replace(loader, texts=(loader.text, *parts))
+    vision_parts = () if vision is None else (Part(vision, loader.text.dtype, load_vision),)
+    return replace(loader, texts=(loader.text, *vision_parts))
 
 
 open_encoder = partial(dit_loader.open_encoder, open_loader, build_loader)

@@ -140,17 +140,19 @@ def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, segments: Segments, m
     the keys of the noisy image. The padding of captions is last before the noisy image, so only the noisy image could
     see it.
     """
-    parts = []
+    outputs = []
     for first, end, is_text in segments:
-        part, keys, values = q_BNTD[:, :, first:end], k_BNTD[:, :, :end], v_BNTD[:, :, :end]
+        queries, keys, values = q_BNTD[:, :, first:end], k_BNTD[:, :, :end], v_BNTD[:, :, :end]
+        # torch aligns a causal mask at the top left, which is right for as many queries as keys, so only for the first
+        # segment.
         causal = None
         if is_text and first:
-            causal = torch.ones(end - first, end, dtype=torch.bool, device=part.device).tril(first)
+            causal = torch.ones(end - first, end, dtype=torch.bool, device=queries.device).tril(first)
         is_causal = is_text and not first
-        parts.append(scaled_dot_product_attention(part, keys, values, attn_mask=causal, is_causal=is_causal))
+        outputs.append(scaled_dot_product_attention(queries, keys, values, attn_mask=causal, is_causal=is_causal))
     num_clean = segments[-1][1]
-    parts.append(scaled_dot_product_attention(q_BNTD[:, :, num_clean:], k_BNTD, v_BNTD, attn_mask=mask))
-    return torch.cat(parts, dim=2)
+    outputs.append(scaled_dot_product_attention(q_BNTD[:, :, num_clean:], k_BNTD, v_BNTD, attn_mask=mask))
+    return torch.cat(outputs, dim=2)
 
 
 class FeedForward(nn.Module):
@@ -269,6 +271,7 @@ class QwenImage21(nn.Module):
             mask = send(key_mask(lengths, L, num_clean, x_BTM.shape[1]), device)
 
         embed = self.time_text_embed["timestep_embedder"]
+        # Level 0 is the same for all samples, so it is embedded once.
         vec_XM = embed(torch.cat([sigmas_B, torch.zeros_like(sigmas_B[:1])]), dtype)  # X: the samples, then level 0
         modulation_X4 = self.modulation(vec_XM)
         clean_B4 = modulation_X4[-1:].expand(len(sigmas_B), -1)
@@ -285,21 +288,23 @@ class QwenImage21(nn.Module):
         """Return the whole sequence, BTM, and its segments before the last image, the noisy one."""
         txt_BLM = self.txt_in(text_BLE)
         tokens = [patchify(image, 1).to(txt_BLM.dtype) for image in images]
-        img = self.img_in(torch.cat(tokens, dim=1)).split([one.shape[1] for one in tokens], dim=1)
+        embedded_images = self.img_in(torch.cat(tokens, dim=1)).split([t.shape[1] for t in tokens], dim=1)
         texts = [txt_BLM[:, first:end] for first, end in pairwise((0, *places, txt_BLM.shape[1]))]
-        parts = [part for pair in zip(texts, img, strict=True) for part in pair]
+        parts = [part for pair in zip(texts, embedded_images, strict=True) for part in pair]
         return torch.cat(parts, dim=1), split_segments([part.shape[1] for part in parts[:-1]])
 
     def rope(self, positions: Tensor, L: int, sides: Sequence[tuple[int, int]]) -> Rope:
         """Return the angles of tokens; `positions` are negative in the first half of an image."""
-        end = L + sum(map(max, sides))
-        end += -end % EXTENT_STEP
-        table = self.rotary(positions.abs(), (end,) * len(ROPE_SHARES))
+        # Captions have many lengths: a rounded extent reuses the tables that are kept for it.
+        extent = L + sum(map(max, sides))
+        extent += -extent % EXTENT_STEP
+        table = self.rotary(positions.abs(), (extent,) * len(ROPE_SHARES))
+        # The opposite angle has the same cosine and the opposite sine, so tables need no negative positions.
         signs = positions.sign().to(table.dtype).chunk(len(ROPE_SHARES), dim=-1)
-        of_pairs = [
+        pair_signs = [
             sign.expand(*sign.shape[:-1], width // 2) for sign, width in zip(signs, self.rotary.widths, strict=True)
         ]
-        return torch.stack([table[..., 0], table[..., 1] * torch.cat(of_pairs, dim=-1)], dim=-1)
+        return torch.stack([table[..., 0], table[..., 1] * torch.cat(pair_signs, dim=-1)], dim=-1)
 
 
 def split_segments(lengths: Sequence[int]) -> Segments:
@@ -323,13 +328,13 @@ def positions(length: int, L: int, places: Sequence[int], sides: Sequence[tuple[
     Text advances on all three axes. An image has one time, and its rows and columns are centred at 0; time then
     advances by its longer side. Positions of text after `length` tokens are arbitrary.
     """
-    found, time = [], 0
+    parts, time = [], 0
     padding = [0] * len(places) + [L - length]
-    for (first, end), more, (h, w) in zip(pairwise((0, *places, length)), padding, sides, strict=True):
-        found.append(torch.arange(time, time + end - first + more)[:, None].expand(-1, 3))
+    for (first, end), num_padding, (h, w) in zip(pairwise((0, *places, length)), padding, sides, strict=True):
+        parts.append(torch.arange(time, time + end - first + num_padding)[:, None].expand(-1, 3))
         time += end - first
         rows, columns = (torch.arange(side) - (side - side // 2) for side in (h, w))
         grid = torch.cartesian_prod(rows, columns)
-        found.append(torch.cat([torch.full((h * w, 1), time), grid], dim=1))
+        parts.append(torch.cat([torch.full((h * w, 1), time), grid], dim=1))
         time += max(h, w)
-    return torch.cat(found)
+    return torch.cat(parts)

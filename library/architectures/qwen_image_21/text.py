@@ -43,27 +43,30 @@ class QwenImage21Text:
         return len(self.ids(caption))
 
     def ids(self, text: str) -> list[int]:
-        found: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
-        return found
+        token_ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        return token_ids
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Return IDs and their mask, (B, 1, T), 0 for padding, and the images of each caption."""
-        images = tuple(one.read() if isinstance(one, CaptionWithImages) else () for one in captions)
-        rows = [torch.tensor(self.row(one, seen)) for one, seen in zip(captions, images, strict=True)]
+        images = tuple(caption.read() if isinstance(caption, CaptionWithImages) else () for caption in captions)
+        rows = [torch.tensor(self.row(caption, shown)) for caption, shown in zip(captions, images, strict=True)]
         ids_BT = pad_sequence(rows, batch_first=True)
         mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         return Tokens((ids_BT[:, None], mask_BT[:, None]), images=images)
 
     def row(self, caption: str, images: Sequence[Tensor]) -> list[int]:
         """Return the token IDs of a caption in its template; truncation cuts a long caption and the template's end."""
+        # A slot in a caption would be taken for a part of an image.
         text = plain_caption(caption).replace(SLOT, "")
         begin, end = TEMPLATE
-        shown = [
+        image_texts = [
             f"<image{number}>{VISION_BEGIN}{SLOT * self.num_slots(image)}{VISION_END}"
             for number, image in enumerate(images, start=1)
         ]
-        most = len(self.ids(SYSTEM)) + sum(map(self.num_slots, images)) + NUM_TOKENS
-        return self.ids(f"{SYSTEM}{begin}{' '.join(shown)}{text or ' '}{end}")[:most]
+        # The limit counts what the denoiser gets: neither the system message nor the slots of images.
+        max_length = len(self.ids(SYSTEM)) + sum(map(self.num_slots, images)) + NUM_TOKENS
+        # An empty caption is a space, as in diffusers' pipeline.
+        return self.ids(f"{SYSTEM}{begin}{' '.join(image_texts)}{text or ' '}{end}")[:max_length]
 
     def num_slots(self, image_CHW: Tensor) -> int:
         H, W = image_CHW.shape[-2:]
@@ -73,10 +76,10 @@ class QwenImage21Text:
         """Return {"hidden_state": (B, T, E), "attention_mask": (B, T), "image_places": (B, R)}.
 
         These are the states of text tokens without the system message, and the number of such tokens before each image.
-        Autocast is off, because the encoder's states overflow float16.
         """
         ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
         first, slot = len(self.ids(SYSTEM)), self.tokenizer.convert_tokens_to_ids(SLOT)
+        # The encoder's states overflow float16.
         with torch.autocast(next(encoders[0].parameters()).device.type, enabled=False):
             states_BTE = encode_states(encoders, ids_BT, mask_BT, slot, tokens.images)
         if not any(tokens.images):
@@ -91,6 +94,7 @@ class QwenImage21Text:
         rows = [states_TE[is_text_T] for states_TE, is_text_T in zip(states_BTE, is_text_BT, strict=True)]
         masks = [torch.ones(len(row), dtype=mask_BT.dtype) for row in rows]
         vision_end = self.tokenizer.convert_tokens_to_ids(VISION_END)
+        # An image's slots end before this token. The caption, which follows all images, may contain the token too.
         places = [
             torch.nonzero(ids_T[is_text_T] == vision_end)[: len(images), 0]
             for ids_T, is_text_T, images in zip(ids_BT, is_text_BT, tokens.images, strict=True)
@@ -120,10 +124,12 @@ def encode_states(
             f"{FLAG} has no vision model, which reference images require; use a complete file or folder of Qwen3-VL 8B"
         )
     rows = []
-    for ids_T, mask_T, seen in zip(ids_BT, mask_BT, images, strict=True):
+    for ids_T, mask_T, references in zip(ids_BT, mask_BT, images, strict=True):
         ids_S = ids_T[mask_T.bool()]
-        if seen:
-            states_SE = encode_with_images(language, vision[0], ids_S, slot, [composite_on_white(one) for one in seen])
+        if references:
+            states_SE = encode_with_images(
+                language, vision[0], ids_S, slot, [composite_on_white(image) for image in references]
+            )
         else:
             states_SE = language(send(ids_S[None], device)).last_hidden_state[0]
         rows.append(pad(states_SE, (0, 0, 0, len(ids_T) - len(ids_S))))

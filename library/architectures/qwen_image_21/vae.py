@@ -48,18 +48,19 @@ class RgbaLatents:
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         """Return the posterior's mean, normalized by each channel's mean and deviation, float32; nothing is sampled.
 
-        Pixels without alpha are opaque. The VAE's parts are called one by one unless it works in tiles: a call of the
-        whole VAE keeps every layer's input for a next frame, which an image does not have.
+        Pixels without alpha are opaque.
         """
         model: Any = vae
         if pixels_BCHW.shape[1] == 3:
             pixels_BCHW = pad(pixels_BCHW, (0, 0, 0, 0, 0, 1), value=1.0)
         frames = pixels_BCHW[:, :, None].to(model.device, model.dtype)
+        # A call of the whole VAE keeps every layer's input for a next frame, which an image does not have. Tiling needs
+        # that call all the same.
         if model.use_tiling:
-            middle = model.encode(frames).latent_dist.mean
+            mean = model.encode(frames).latent_dist.mean
         else:
-            middle, _ = model.quant_conv(model.encoder(frames)).chunk(2, dim=1)
-        latents_BCHW: Tensor = middle[:, :, 0].float()
+            mean, _ = model.quant_conv(model.encoder(frames)).chunk(2, dim=1)
+        latents_BCHW: Tensor = mean[:, :, 0].float()
         mean_C11, deviation_C11 = statistics(model, latents_BCHW.device)
         return (latents_BCHW - mean_C11) / deviation_C11
 
@@ -72,10 +73,11 @@ class RgbaLatents:
         mean_C11, deviation_C11 = statistics(model, latents_BCHW.device)
         frames = (latents_BCHW.float() * deviation_C11 + mean_C11)[:, :, None].to(model.device, model.dtype)
         if model.use_tiling:
-            found = model.decode(frames).sample
+            decoded = model.decode(frames).sample
         else:
-            found = model.decoder(model.post_quant_conv(frames), first_chunk=True)
-        pixels_BCHW: Tensor = found[:, :, 0].float().clamp(-1, 1)
+            decoded = model.decoder(model.post_quant_conv(frames), first_chunk=True)
+        # diffusers clamps in `decode`, which is not called without tiling.
+        pixels_BCHW: Tensor = decoded[:, :, 0].float().clamp(-1, 1)
         return pixels_BCHW
 
 
@@ -98,10 +100,11 @@ def open_vae(name: str | None, base: BaseFiles) -> Component:
             f"{flag} {weights.origin} is not the VAE of Qwen-Image 2.1 (first names: {list_first_names(weights)})"
         )
     component = Component(config or configure(weights, vae_config), weights)
-    found = shape_of(weights.shapes, MARKS[0])[1]
-    if found != CHANNELS:
+    num_channels = shape_of(weights.shapes, MARKS[0])[1]
+    if num_channels != CHANNELS:
         raise UserError(
-            f"{flag} {weights.origin} has {found} latent channels, but Qwen-Image 2.1 needs {CHANNELS}; use its own VAE"
+            f"{flag} {weights.origin} has {num_channels} latent channels, but Qwen-Image 2.1 needs {CHANNELS}; use its "
+            "own VAE"
         )
     return component
 
@@ -109,9 +112,9 @@ def open_vae(name: str | None, base: BaseFiles) -> Component:
 def from_comfy(key: str) -> str:
     """Return diffusers' name of a weight in ComfyUI's file, where a level lists its blocks, then its resampling."""
     if match := re.fullmatch(r"(encoder|decoder)\.(down|up)samples\.(\d+)\.\2samples\.(\d+)\.(.+)", key):
-        part, way, level, place, tail = match.groups()
+        part, way, level, index, tail = match.groups()
         resamples = tail.startswith(("resample.", "time_conv."))
-        inside = f"{way}sampler" if resamples else f"resnets.{place}"
+        inside = f"{way}sampler" if resamples else f"resnets.{index}"
         return f"{part}.{way}_blocks.{level}.{inside}.{rename_in_block(tail)}"
     return outside_levels(key)
 

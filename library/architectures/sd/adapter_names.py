@@ -14,6 +14,7 @@ from library.models.unet.checkpoint_keys import UnetLayout
 LAYOUT = UnetLayout(layers_per_block=2, has_attention=(True, True, True, False))
 DEPTHS = (1, 1, 1, 1)
 NUM_SD1_LAYERS = 12
+# The text encoders of the two generations have the same name in kohya's and diffusers' files, but not in generic ones.
 GENERIC_ENCODERS = {"sd1": "clip_l", "sd2": "clip_h"}
 
 

@@ -76,6 +76,7 @@ def build_text(model: ModelOptions, loader: UnetLoader) -> ClipText:
             model.clip_skip,
         )
     tokenizer = load_tokenizer(loader.path, model.tokenizer_cache_dir, loader.num_words)
+    # Config files of sd-scripts may hold limits that it never checked, such as 255, which acts as 225.
     num_chunks = (model.max_token_length or CHUNK_TOKENS) // CHUNK_TOKENS
     return ClipText(
         tokens=ClipTokens(tokenizer, num_chunks, model.weighted_captions),
@@ -88,6 +89,7 @@ def metadata(is_v2: bool, predicts_velocity: bool) -> dict[str, str]:
     """Return the base model's metadata of files trained on it."""
     version = "sd_v2" if is_v2 else "sd_v1"
     architecture = "stable-diffusion-v1"
+    # The 768 px release of SD 2.x predicts velocity, the 512 px one noise.
     if is_v2:
         architecture = "stable-diffusion-v2-768-v" if predicts_velocity else "stable-diffusion-v2-512"
     return {

@@ -60,21 +60,24 @@ def build_unused_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype | Non
     """Return the tensors of an SD 2.x file that are unused, but that programs need to recognise and load it: the
     last layer (here a copy of the one before), the text projection and the temperature."""
     prefix = CLIP_PREFIXES["sd2"]
-    last = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix + LAST_LAYER)}
-    copies = {key.replace(LAST_LAYER, ONE_MORE): tensor.clone() for key, tensor in last.items()}
-    words = tensors[f"{prefix}token_embedding.weight"]
-    projection = torch.ones(words.shape[1], words.shape[1], dtype=words.dtype)
+    last_layer = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix + LAST_LAYER)}
+    # safetensors refuses tensors that share memory.
+    copies = {key.replace(LAST_LAYER, ONE_MORE): tensor.clone() for key, tensor in last_layer.items()}
+    embedding = tensors[f"{prefix}token_embedding.weight"]
+    # Nothing reads these two. Ones are what sd-scripts' converter writes, so the files of both are equal.
+    projection = torch.ones(embedding.shape[1], embedding.shape[1], dtype=embedding.dtype)
     return {**copies, f"{prefix}text_projection": projection, f"{prefix}logit_scale": torch.tensor(1, dtype=dtype)}
 
 
-def other_weights(whole: Weights, found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def other_weights(file_weights: Weights, converted: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield the remaining weights of a single file as stored: averages of training, schedule buffers, position IDs."""
     prefix = CLIP_PREFIXES["sd1"]
-    for key in whole.shapes:
+    for key in file_weights.shapes:
+        # The oldest checkpoints have the text encoder's names without "text_model.", which other programs expect.
         is_old = key.startswith(tuple(f"{prefix}{part}." for part in ("embeddings", "encoder", "final_layer_norm")))
         name = f"{prefix}text_model.{key.removeprefix(prefix)}" if is_old else key
-        if name not in found:
-            yield name, whole.read(key)
+        if name not in converted:
+            yield name, file_weights.read(key)
 
 
 def to_folder(part: str, component: Component, dtype: torch.dtype, is_linear: bool) -> Iterator[tuple[str, Tensor]]:
@@ -87,6 +90,7 @@ def to_folder(part: str, component: Component, dtype: torch.dtype, is_linear: bo
         weights = rename_weights(drop_position_ids(weights), lambda key: f"text_model.{key}")
     for key in weights.shapes:
         value = weights.read(key)
+        # diffusers' VAE has matrices; its U-Net has either, as use_linear_projection says.
         if part != "text_encoder" and is_projection(key):
             value = as_matrix(value) if part == "vae" or is_linear else as_convolution(value)
         yield key, value.to(dtype)
@@ -98,8 +102,8 @@ def folder_config(
     """Return config.json of a part, inferred from its weights; what a U-Net's weights do not tell comes from
     `reference`, another model's configuration."""
     if part == "unet":
-        found = {**reference, **config, "use_linear_projection": is_linear}
-        return {"_class_name": "UNet2DConditionModel", **found}
+        unet_config = {**reference, **config, "use_linear_projection": is_linear}
+        return {"_class_name": "UNet2DConditionModel", **unet_config}
     if part == "vae":
         return {"sample_size": VAE_SIDE, **config, "_class_name": "AutoencoderKL"}
     return {**config, "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}

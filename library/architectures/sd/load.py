@@ -53,6 +53,8 @@ def single_file_parts(flag: str, weights: Weights, base: str) -> dict[str, Compo
     """
     refuse_other_file(list_specs(), flag, weights, base)
     clip = text_encoder_in(flag, weights, CLIP_PREFIXES[base])
+    # Shapes show neither the heads nor the activation. SD 1.x has a fixed number of heads and OpenAI's text encoder,
+    # SD 2.x a fixed width of a head and OpenCLIP's.
     return {
         "unet": unet_component(with_prefix(weights, UNET_PREFIX), HEAD_WIDTH if base == "sd2" else None),
         "text_encoder": clip_component(clip, "gelu", num_layers=NUM_SD2_LAYERS)

@@ -21,6 +21,7 @@ from library.models.unet.spec import (
 from library.options.train import TrainOptions
 
 SD1_TEXT_WIDTH, SD2_TEXT_WIDTH = 768, 1024
+# Found by giving stable-diffusion.cpp files with every layer.
 NO_OUTER_LAYERS = Gap(
     ALL,
     r".*_(conv_in|conv_out|time_embedding_linear_[12])",
@@ -30,6 +31,7 @@ PACKED_QKV = Gap(
     KOHYA, r"lora_te_.*_self_attn_[qkv]_proj", "q, k and v of SD 2's text encoder are one matrix in the checkpoint"
 )
 
+# Lists of --lbws with 17 numbers name only these blocks, lists with 26 all.
 WITH_ATTENTION = (BASE, *side("IN", 1, 2, 4, 5, 7, 8), MID, *side("OUT", *range(3, 12)))
 BLOCK_WEIGHTS = BlockWeights((WITH_ATTENTION, every_block()), block_of)
 

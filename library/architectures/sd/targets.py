@@ -28,6 +28,7 @@ def unet_block_list() -> BlockList:
         ]
 
     down = patterns("down")[:11]  # the coarsest level has no downsampler
+    # The lists are sd-scripts', whose entry 0 belongs to no block.
     return BlockList(("", *down, r"^mid_block\.", *patterns("up")), down=12, mid=1, up=12)
 
 
@@ -67,6 +68,7 @@ def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Mo
     if not text_encoders:
         return [], unet_view(denoiser)
     (encoder,) = text_encoders
+    # Not a list: LyCORIS numbers the prefixes of encoders in a list (lora_te1), and files of SD have lora_te.
     return ClipView(encoder), unet_view(denoiser)
 
 

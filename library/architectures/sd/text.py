@@ -35,6 +35,7 @@ class ClipText(ChunkedText):
         if self.clip_skip == 1:
             hidden_NTW = encoder(ids_NT).last_hidden_state
         else:
+            # Hidden states come without the last norm, which the U-Net was trained with.
             states = encoder(ids_NT, output_hidden_states=True).hidden_states
             hidden_NTW = body.final_layer_norm(states[-self.clip_skip])
         hidden_BLTW = hidden_NTW.unflatten(0, ids_BLT.shape[:2])

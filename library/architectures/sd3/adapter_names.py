@@ -41,6 +41,8 @@ KEYS = LayerKeys(EMBEDDERS, (Stack("joint_blocks", "transformer_blocks", BLOCK),
 
 def denoiser_module(path: str) -> ModuleNames:
     """Name a layer. Modulations of two parts have the shift first here, and the scale first in diffusers."""
+    # These are the last layer's, and that of the text stream in the last block, which has only shift and scale.
+    # `ModuleNames.swaps_pair` tells it from the others by its number of rows.
     swaps_pair = path.endswith("adaLN_modulation.1") and ".x_block." not in path
     return name_layer(path, KEYS.sources(path), swaps_pair=swaps_pair)
 

@@ -101,6 +101,7 @@ def build_text(options: Sd3Options, loader: DitLoader) -> Sd3Text:
     """Build the text pipeline with the options' limits and masks; tokenizers are searched next to the base model."""
     text, cache_dir = options.text, options.model.tokenizer_cache_dir
     clip = load_tokenizer(loader.path, cache_dir, get_first_side(loader.text.component, CLIP_WORDS))
+    # Without T5 the loader has two encoders.
     t5 = None
     for part in loader.texts[2:]:
         folders = [folder / T5_TOKENIZER for folder in folders_of(loader.path, text.t5xxl)]
@@ -148,6 +149,7 @@ def build_variation(options: Sd3Options, loader: DitLoader) -> Variation | None:
     text, position = options.text, options.sd3.pos_emb_random_crop_rate
     if not any((text.clip_l_dropout_rate, text.clip_g_dropout_rate, text.t5_dropout_rate, position)):
         return None
+    # The features have the channels of both CLIPs side by side, and only CLIP-L's file tells where its own end.
     with needing("--clip_l_dropout_rate and similar options need CLIP-L's file to know its features"):
         clip_l = loader.text.component.weights.shapes
     return Variation(

@@ -39,8 +39,10 @@ class Variation:
         changed = dict(conditioning)
         for parts, drops_B in zip(self._parts(), drops_EB, strict=True):
             for name, channels in parts.items():
+                # T5's features are missing if the run has no T5.
                 if name in changed and drops_B.any():
                     changed[name] = zero_range(changed[name], channels, drops_B)
+        # All samples share the place, because the denoiser cuts one window of the table for a batch.
         if is_shifted:
             changed["position"] = place_2.expand(B, 2)
         return changed
@@ -59,5 +61,6 @@ def zero_range(features: Tensor, channels: tuple[int, int | None], drops_B: Tens
     """Zero the given range of the features' last axis in dropped samples."""
     is_kept = torch.ones(features.shape[-1], dtype=torch.bool)
     is_kept[slice(*channels)] = False
+    # The draws are on the host, so the mask is made there and sent without waiting for the GPU.
     keeps = is_kept | ~drops_B.view(-1, *(1,) * (features.dim() - 1))
     return features * send(keeps.to(features.dtype), features.device)

@@ -76,9 +76,9 @@ def open_checkpoint(name: str | None) -> tuple[Path, Weights]:
     path = existing(BASE_FLAG, require_base_name(name, "the .safetensors file of an SD3 or SD3.5 model"))
     specs = list_specs()
     weights = open_single_file(specs, BASE_FLAG, path, "sd3", ADVICE)
-    found = base_of_file(specs, weights.shapes)
-    refuse_other(specs, BASE_FLAG, str(path), found, "sd3", "checkpoint")
-    if found is None:
+    spec = base_of_file(specs, weights.shapes)
+    refuse_other(specs, BASE_FLAG, str(path), spec, "sd3", "checkpoint")
+    if spec is None:
         why = "it has no joint_blocks, so it is not an SD3 checkpoint"
         raise UserError(f"{BASE_FLAG} {path}: {why} (first names: {list_first_names(weights)})")
     return path, weights
@@ -128,13 +128,14 @@ def open_t5(options: Sd3TextOptions, base: Weights) -> Component:
 def text_weights(name: str, options: Sd3TextOptions, base: Weights) -> Weights | None:
     """Return a text encoder's weights without prefix, from its option's file or folder, else from the base; None
     without it."""
-    given: str | None = getattr(options, name)
+    file_name: str | None = getattr(options, name)
     prefix = TEXT_PREFIXES[name]
-    if given is None:
+    if file_name is None:
         weights = with_prefix(base, prefix)
         return weights if weights.shapes else None
     flag = f"--{name}"
-    path = existing(flag, given)
+    path = existing(flag, file_name)
+    # The option may also name a checkpoint with several models.
     weights = (
         model_lookup.open_part(flag, path, "text_encoder")[1] if path.is_dir() else model_lookup.open_file(flag, path)
     )
@@ -156,6 +157,7 @@ def with_projection(weights: Weights) -> Weights:
 
 def check_widths(config: MMDiTConfig, clips: Sequence[MaybeComponent], t5: Sequence[MaybeComponent]) -> None:
     """Raise UserError if the present text encoders do not fit the denoiser."""
+    # Files of CLIP-L and CLIP-G given for one another have the right sum of widths, so their order is checked too.
     pooled = [clip.weights.shapes[PROJECTION][0] for clip in clips if isinstance(clip, Component)]
     if len(pooled) == len(clips) == 2 and (sum(pooled) != config.pooled_width or pooled[0] > pooled[1]):
         raise UserError(

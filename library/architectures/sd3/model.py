@@ -51,6 +51,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTConfig:
     shape, depth = read.shape, read.count("joint_blocks")
     width, in_channels, patch, _ = shape("x_embedder.proj.weight")
     norm = "joint_blocks.0.x_block.attn.ln_q.weight"
+    # min: a model that is narrower than a usual head has one head.
     head_width = shapes[norm][0] if norm in shapes else min(HEAD_WIDTH, width)
     num_positions = shape("pos_embed")[-2]
     side = math.isqrt(num_positions)
@@ -258,8 +259,9 @@ class SingleDiTBlock(nn.Module):
         after_BTM: Tensor = x_BTM + parts[2][:, None] * self.attn.proj(attended_BTM)
         if self.has_dual_attention:
             shift_BM, scale_BM, gate_BM = parts[6:]
-            own = self.attn2.queries_keys_values(modulate(self.norm1(x_BTM), shift_BM, scale_BM))
-            after_BTM = after_BTM + gate_BM[:, None] * self.attn2.proj(attend(*own))
+            # It reads the block's input like the first attention, not the first one's output.
+            qkv = self.attn2.queries_keys_values(modulate(self.norm1(x_BTM), shift_BM, scale_BM))
+            after_BTM = after_BTM + gate_BM[:, None] * self.attn2.proj(attend(*qkv))
         mlp_BTM: Tensor = self.mlp(modulate(self.norm2(after_BTM), shift_mlp_BM, scale_mlp_BM))
         return after_BTM + parts[5][:, None] * mlp_BTM
 

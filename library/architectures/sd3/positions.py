@@ -23,7 +23,7 @@ def nearest_side(h: int, w: int, sides: Sequence[int]) -> int:
     """Return the s whose area is nearest to the image's, or the image's longer side if that table is too small."""
     ascending = sorted(set(sides))
     middles = [(a**2 + b**2) // 2 for a, b in pairwise(ascending)]
-    side = next((s for s, most in zip(ascending, middles, strict=False) if h * w <= most), ascending[-1])
+    side = next((s for s, limit in zip(ascending, middles, strict=False) if h * w <= limit), ascending[-1])
     return side if max(h, w) <= table_side(side) else max(h, w)
 
 
@@ -40,9 +40,10 @@ def scaled_positions(h: int, w: int, side: int, corner: tuple[int, int] | None, 
     """
     full_side = table_side(side)
     top, left = ((full_side - h) // 2, (full_side - w) // 2) if corner is None else corner
+    # float64, in which diffusers computes its table of sines and cosines.
     y_h, x_w = (
-        (torch.arange(n, dtype=torch.float64) + first - (full_side - side) / 2) * BASE_SIZE / side
-        for n, first in ((h, top), (w, left))
+        (torch.arange(n, dtype=torch.float64) + start - (full_side - side) / 2) * BASE_SIZE / side
+        for n, start in ((h, top), (w, left))
     )
     across = _waves(x_w, width // 2)[None, :].expand(h, -1, -1)
     down = _waves(y_h, width // 2)[:, None].expand(-1, w, -1)

@@ -43,5 +43,6 @@ def join_context(conditioning: Conditioning, width: int) -> Tensor:
 def locate_corner(shares_B2: Tensor, h: int, w: int, side: int) -> tuple[int, int]:
     """Return top and left of h x w patches in a table of positions; each row of `shares_B2` is the same share of
     free space."""
+    # Shares are below 1, so the last corner is `side - h` rows down. They are on the host: nothing waits for the GPU.
     top, left = shares_B2[0].tolist()
     return int(top * (side - h + 1)), int(left * (side - w + 1))

@@ -16,8 +16,9 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
 
     assert isinstance(denoiser, MMDiT)
     last = denoiser.config.depth - 1
-    kept = {0: 0, last: min(last, 1)}
-    dual = frozenset(kept[block] for block in denoiser.config.dual_attention if block in kept)
+    new_indices = {0: 0, last: min(last, 1)}
+    # The short copy numbers its blocks anew.
+    dual = frozenset(new_indices[block] for block in denoiser.config.dual_attention if block in new_indices)
     ours = shorten_model(denoiser, {"joint_blocks": "depth"}, dual_attention=dual)
     config = ours.config
     latents_BCHW, _, context_BLC, _ = random_inputs(generator, config.in_channels, config.context_width)

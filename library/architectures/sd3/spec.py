@@ -24,6 +24,7 @@ T5_OF_DIFFUSERS = Gap(
 
 def adapter_metadata(architecture: str, predicts_velocity: bool) -> dict[str, str]:
     """Return the metadata of an adapter for a checkpoint, including the model's version."""
+    # sd-scripts writes only "medium", "5-medium" or "5-large".
     version = architecture.removeprefix("stable-diffusion-3-")
     return {**RECIPE.of_checkpoint(architecture), "ss_base_model_version": version}
 

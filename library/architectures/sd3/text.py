@@ -41,12 +41,12 @@ class Sd3Text:
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Return token IDs of shape (B, 1, 77) for CLIP-L and CLIP-G; (B, 1, T) for T5, and its mask, 0 for padding."""
-        large, _ = self.clip.tokenize(captions)
-        giant, _ = self.clip.tokenize(captions, OPEN_CLIP_PAD)
+        clip_l_ids, _ = self.clip.tokenize(captions)
+        clip_g_ids, _ = self.clip.tokenize(captions, OPEN_CLIP_PAD)
         if self.t5_tokenizer is None:
-            return Tokens((large, giant))
+            return Tokens((clip_l_ids, clip_g_ids))
         ids_BT, mask_BT = tokenize_t5(self.t5_tokenizer, captions, self.num_t5_tokens)
-        return Tokens((large, giant, ids_BT[:, None], mask_BT[:, None]))
+        return Tokens((clip_l_ids, clip_g_ids, ids_BT[:, None], mask_BT[:, None]))
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """Return features under the names of the cache; gradients flow.
@@ -55,12 +55,12 @@ class Sd3Text:
         concatenated. "lg_pooled" (B, P of both) are the projected states of the end token. "t5_out" (B, T, W) are T5's
         last states. The masks are 1 for tokens.
         """
-        found = self.encode_clips(encoders, tokens)
+        features = self.encode_clips(encoders, tokens)
         if self.t5_tokenizer is None:
-            return found
+            return features
         ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT[2:])
         t5_out = encode_t5(encoders[2], ids_BT, mask_BT if self.masks_t5 else None)
-        return {**found, "t5_out": t5_out, "t5_attn_mask": send(mask_BT, t5_out.device)}
+        return {**features, "t5_out": t5_out, "t5_attn_mask": send(mask_BT, t5_out.device)}
 
     def encode_clips(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """Return the features that need only CLIP-L and CLIP-G, the first two of `encoders`."""
@@ -80,6 +80,7 @@ class Sd3Text:
 
 def mask_to_end(ids_BT: Tensor, end_id: int) -> Tensor:
     """Return a mask that is 1 up to and including the first end token, 0 in the padding after it."""
+    # CLIP-L is padded with the end token, so only the first one belongs to the caption.
     is_end_BT = (ids_BT == end_id).int()
     return ((is_end_BT.cumsum(dim=1) - is_end_BT) == 0).long()
 
@@ -89,5 +90,5 @@ def encode_clip(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> t
     model: Any = encoder
     device = clip_body(encoder).final_layer_norm.weight.device
     mask_BT = None if mask_BT is None else send(mask_BT, device)
-    found = model(send(ids_BT, device), attention_mask=mask_BT, output_hidden_states=True)
-    return found.hidden_states[-2], found.text_embeds
+    outputs = model(send(ids_BT, device), attention_mask=mask_BT, output_hidden_states=True)
+    return outputs.hidden_states[-2], outputs.text_embeds

@@ -72,6 +72,7 @@ def build(options: SdxlOptions) -> Architecture:
         stacks=unet_stacks,
         chains=unet_chains,
         inpaints=loader.inpaints,
+        # Its activations exceed float16's largest value, so latents become NaN; there are VAEs fixed for fp16.
         vae_overflows_in_fp16=True,
         tells_sizes=True,
     )

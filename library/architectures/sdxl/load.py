@@ -49,6 +49,7 @@ def open_parts(files: BaseFiles, may_lack_text: bool = False) -> UnetParts:
 def folder_parts(files: BaseFiles, may_lack_text: bool = False) -> UnetParts:
     """Open the parts of a diffusers folder."""
     unet = Component(*open_unet_folder(list_specs(), files, "sdxl"))
+    # The refiner has the second text encoder alone.
     if not (files.path / "text_encoder").is_dir() and (files.path / "text_encoder_2").is_dir():
         raise UserError(f"{files.flag} {files.path}: this is the SDXL refiner; only the base model can be trained")
 
@@ -56,6 +57,7 @@ def folder_parts(files: BaseFiles, may_lack_text: bool = False) -> UnetParts:
         return clip_of_folder(*files.open_folder(folder), projects=projects)
 
     clip_g = open_if_there(may_lack_text, lambda: clip("text_encoder_2", True))
+    # The pooled features need the projection: without it the error should name the file, before anything is loaded.
     if isinstance(clip_g, Component):
         configure(clip_g.weights, lambda shapes: shape_of(shapes, PROJECTION))
     return UnetParts(unet, (open_if_there(may_lack_text, lambda: clip("text_encoder", False)), clip_g))
@@ -74,6 +76,7 @@ def single_file_parts(flag: str, weights: Weights, may_lack_text: bool = False) 
     clip_l = open_if_there(may_lack_text, lambda: clip(CLIP_L_PREFIX, "quick_gelu", False))
     clip_g = open_if_there(may_lack_text, lambda: clip(CLIP_G_PREFIX, "gelu", True))
     unet = unet_component(with_prefix(weights, UNET_PREFIX), HEAD_WIDTH)
+    # The layer that embeds pooled text and sizes shows only the sum of their widths.
     pooled_width = clip_g.config["projection_dim"] if isinstance(clip_g, Component) else POOLED_WIDTH
     sizes = configure(unet.weights, lambda shapes: size_embedding_config(shapes, pooled_width))
     return UnetParts(Component({**unet.config, **sizes}, unet.weights), (clip_l, clip_g))

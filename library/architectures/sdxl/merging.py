@@ -39,6 +39,6 @@ def view_for_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     parts = open_parts(open_files("the checkpoint", path))
     clip_l, clip_g = parts.clips
     encoders = [empty_clip(clip_l.config), empty_clip(clip_g.config, projects=True)]
-    seen, unet = build_view(recognise_unet_layout(parts.unet))(encoders, empty_unet(parts.unet.config))
-    assert isinstance(seen, list)
-    return seen, unet
+    encoder_views, unet = build_view(recognise_unet_layout(parts.unet))(encoders, empty_unet(parts.unet.config))
+    assert isinstance(encoder_views, list)
+    return encoder_views, unet

@@ -20,6 +20,8 @@ from library.models.unet.spec import ADAPTED_TEXT_INPUT, ADAPTED_UNET, READERS
 
 TEXT_WIDTH = 2048
 
+# Lists of --lbws with 12, 20 and 26 numbers: the blocks with attention, SDXL's blocks, and those of SD 1.x, of which
+# SDXL lacks six.
 WITH_ATTENTION = (BASE, *side("IN", 4, 5, 7, 8), MID, *side("OUT", *range(6)))
 OWN_BLOCKS = (BASE, *side("IN", *range(9)), MID, *side("OUT", *range(9)))
 BLOCK_WEIGHTS = BlockWeights(

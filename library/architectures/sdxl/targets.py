@@ -86,21 +86,23 @@ def build_view(layout: UnetLayout) -> AdapterView:
 
 def unet_view(unet: nn.Module, layout: UnetLayout) -> nn.Module:
     """Return diffusers' U-Net under the paths of the single-file layout."""
-    placed: dict[str, nn.Module] = {}  # path in files -> a real module, or an empty block of the view
-    hidden: list[str] = []  # diffusers' paths of blocks that are placed whole
+    modules: dict[str, nn.Module] = {}  # path in files -> a real module, or an empty block of the view
+    whole_blocks: list[str] = []  # diffusers' paths of blocks that are placed whole
     for path, module in unet.named_modules():
-        if any(path.startswith(f"{block}.") for block in hidden):
+        if any(path.startswith(f"{block}.") for block in whole_blocks):
             continue
         kind = type(module).__name__
         has_weights = bool(list(module.parameters(recurse=False)))
         if kind in WHOLE or has_weights:
-            placed[file_path(path, layout)] = module
-            hidden.append(path)
+            modules[file_path(path, layout)] = module
+            whole_blocks.append(path)
         elif kind in RENAMED:
-            placed[block_file_path(path, layout)] = BLOCKS[kind]()
+            modules[block_file_path(path, layout)] = BLOCKS[kind]()
     root = SdxlUNet2DConditionModel()
-    for path in sorted(placed, key=layout_sort_key):
-        put(root, path, placed[path])
+    # sd-scripts creates adapters, and writes .ckpt files, in the order of this layout. diffusers registers up_blocks
+    # before mid_block, and attentions before resnets.
+    for path in sorted(modules, key=layout_sort_key):
+        put(root, path, modules[path])
     return root
 
 
@@ -110,6 +112,7 @@ def file_path(path: str, layout: UnetLayout) -> str:
 
 def block_file_path(path: str, layout: UnetLayout) -> str:
     """Return the path of a renamed block: that of one of its layers, without the layer's name."""
+    # The table of names has layers only, of which every residual block has conv1, and every sampler has conv.
     layer = "conv1" if ".resnets." in path else "conv"
     parent = file_path(f"{path}.{layer}", layout)
     return parent.removesuffix(".in_layers.2").removesuffix(".op").removesuffix(".conv")
@@ -119,9 +122,9 @@ def layout_sort_key(path: str) -> tuple[tuple[int, str], ...]:
     """Return the sort key of the single-file layout's order: numbers by value, input to output."""
     tops = ("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out")
     inner = ("in_layers", "emb_layers", "out_layers", "skip_connection")
-    first, *rest = path.split(".")
-    ranks = [(tops.index(first), "")]
-    for name in rest:
+    top, *names = path.split(".")
+    ranks = [(tops.index(top), "")]
+    for name in names:
         ranks.append((int(name), "") if name.isdigit() else (inner.index(name) if name in inner else 0, name))
     return tuple(ranks)
 
@@ -129,11 +132,11 @@ def layout_sort_key(path: str) -> tuple[tuple[int, str], ...]:
 def put(root: nn.Module, path: str, module: nn.Module) -> None:
     """Add a module to the tree at `path`, creating missing containers."""
     *parents, name = path.split(".")
-    here = root
+    container = root
     for parent in parents:
-        below = here._modules.get(parent)
-        if below is None:
-            below = nn.Module()
-            here.add_module(parent, below)
-        here = below
-    here.add_module(name, module)
+        child = container._modules.get(parent)
+        if child is None:
+            child = nn.Module()
+            container.add_module(parent, child)
+        container = child
+    container.add_module(name, module)

@@ -56,6 +56,7 @@ def build(options: ZImageOptions) -> Architecture:
     """
     RECIPE.check(options)
     loader = open_loader(options)
+    # By the given name, because a repository of the hub lies in a cache folder whose name says nothing.
     turbo = is_turbo(options.parts.model_version, options.model.pretrained_model_name_or_path or "")
     if turbo and not options.network.base_weights:
         logger.warning(
@@ -92,6 +93,7 @@ def assemble(options: ZImageOptions, loader: DitLoader, turbo: bool) -> Architec
 
 
 def build_objective(options: ZImageOptions) -> FlowMatching:
+    # The model predicts toward the image, the opposite of most flow models.
     return build_sampled_flow(options, options.flow_prediction.model_prediction_type, target_kind="latent - noise")
 
 

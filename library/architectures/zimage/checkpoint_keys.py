@@ -8,6 +8,7 @@ from library.models.next_dit import next_dit_keys
 DIFFUSERS_MARK = "all_x_embedder.2-1.weight"
 PAD_TOKENS = ("cap_pad_token", "x_pad_token")  # parameters of the model itself, (1, M)
 
+# diffusers keeps the first and last layers by patch size: "2-1" is 2 x 2 latents of one frame.
 TOP: Mapping[str, str] = {
     "x_embedder": "all_x_embedder.2-1",
     "final_layer.linear": "all_final_layer.2-1.linear",

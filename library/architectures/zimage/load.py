@@ -71,13 +71,13 @@ def open_qwen3(name: str | None, base: BaseFiles) -> Component:
     return qwen3_component(weights, QWEN3)
 
 
-def is_turbo(version: str | None, given: str) -> bool:
+def is_turbo(version: str | None, base_name: str) -> bool:
     """Return True for a distilled checkpoint.
 
-    Turbo and Base have the same names and shapes. --model_version decides, or without it the word "turbo" in the
-    `given` name or that of its parent folder, unless "de" precedes it.
+    Turbo and Base have the same names and shapes. --model_version decides, or without it the word "turbo" in
+    `base_name`, the name that was given, or that of its parent folder, unless "de" precedes it.
     """
     if version is not None:
         return version == "turbo"
-    name = name_in_folder(given)
+    name = name_in_folder(base_name)
     return re.search(r"(?<![a-z])turbo", name) is not None and re.search(r"de[-_ ]?turbo", name) is None

@@ -68,6 +68,7 @@ class ZImage(JointTransformer):
         lengths = [int(length) for length in text_mask_BL.sum(1).tolist()]
         filled = [round_up(length) for length in lengths]
         L, num_image = max(filled), round_up(h * w)
+        # The text is computed up to the longest caption only, then filled up to the longest multiple of 32.
         txt_BLM = self.cap_embedder(text_BLE[:, : max(lengths)].to(dtype))
         txt_BLM = fill(txt_BLM, self.cap_pad_token, send(filler_mask(lengths, L), device))
         img_BIM = self.x_embedder(patchify(latents_BCHW, PATCH, channels_last=True).to(dtype))
@@ -108,6 +109,7 @@ def positions(num_text: int, L: int, h: int, w: int, num_image: int) -> Tensor:
     text_L3 = torch.zeros(L, 3, dtype=torch.long)
     text_L3[:, 0] = torch.arange(1, L + 1)
     image_I3 = torch.zeros(num_image, 3, dtype=torch.long)
+    # The image follows the caption's own fillers, so its position does not depend on other captions of the batch.
     image_I3[: h * w, 0] = num_text + 1
     image_I3[: h * w, 1] = torch.arange(h).repeat_interleave(w)
     image_I3[: h * w, 2] = torch.arange(w).repeat(h)

@@ -12,6 +12,7 @@ from library.models.transformer_file import TransformerFile
 
 WIDTH = 3840
 
+# ComfyUI does not find what musubi-tuner saves by default: diffusers' paths under kohya's prefix.
 SPLIT_NAMES = Gap(
     KOHYA,
     r"lora_unet_(.*_attention_to_(q|k|v|out_0)|all_.*)",
