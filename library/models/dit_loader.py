@@ -14,8 +14,16 @@ from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.models.language_models import WORDS, text_encoder_dtype
-from library.models.loading import Component, LoadPart, MaybeComponent, get_first_side, materialise, open_if_there
+from library.models.language_models import WORDS
+from library.models.loading import (
+    Component,
+    LoadPart,
+    MaybeComponent,
+    get_first_side,
+    materialise,
+    open_if_there,
+    text_encoder_dtype,
+)
 from library.models.vae.vae import resolve_vae_dtype
 from library.options.caching import CachingOptions, TextCachingOptions
 from library.options.dit import DitTrainOptions
@@ -110,7 +118,7 @@ def open_dit_loader(
         denoiser_weights=weights,
         dtype=DTYPES[precision],
         texts=tuple(
-            Part(open_if_there(texts_are_cached, open_it), text_dtype or text_encoder_dtype(precision), load)
+            Part(open_if_there(texts_are_cached, open_it), text_dtype or text_encoder_dtype(DTYPES[precision]), load)
             for open_it, load in texts
         ),
         vae_part=Part(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights, select_weights, with_prefix
 from library.errors import UserError
-from library.memory.devices import DTYPES, send
+from library.memory.devices import send
 from library.memory.formats.fp8 import Fp8Rows
 from library.memory.frozen import layers_in_blocks, store_all_in
 from library.models.loading import Component, LoadPart, MaybeComponent
@@ -33,12 +33,6 @@ DESCRIBE = (  # the text before a caption in pipelines with a Qwen-VL
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
 )
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")  # in files
-
-
-def text_encoder_dtype(mixed_precision: str) -> torch.dtype:
-    """Return the dtype of a text encoder that overflows float16: that of --mixed_precision, bfloat16 for float16."""
-    dtype = DTYPES[mixed_precision]
-    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def choose_load(load: LoadPart, name: str, in_8_bits: bool) -> LoadPart:

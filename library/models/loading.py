@@ -109,6 +109,11 @@ def load_component(
     return materialise(build(component.config), component.weights, dtype)
 
 
+def text_encoder_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a text encoder whose states overflow float16: bfloat16 instead of float16, else `dtype`."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
 def get_first_side(component: Component | Absent, name: str) -> int | None:
     """Return the first dimension of a weight, for embeddings the vocabulary size; None if the files are missing."""
     return None if isinstance(component, Absent) else shape_of(component.weights.shapes, name)[0]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from library.checkpoints.weights import Weights, configure, find_prefix, list_first_names, select_weights, with_prefix
 from library.errors import UserError
 from library.memory.devices import send
-from library.models.loading import Component, MaybeComponent, materialise
+from library.models.loading import Component, MaybeComponent, materialise, text_encoder_dtype
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import TokenizerFiles
 
@@ -82,28 +82,23 @@ def empty_t5(config: Mapping[str, Any]) -> Any:
     return model
 
 
-def t5_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return T5's dtype if other models run in `dtype`: bfloat16 instead of float16, whose range its states exceed."""
-    return torch.bfloat16 if dtype == torch.float16 else dtype
-
-
 def precisions(dtype: torch.dtype) -> str:
     """Name the precisions of CLIP's and T5's features, for the identity of their caches."""
-    return str(dtype) if t5_dtype(dtype) == dtype else f"{dtype}, T5 {t5_dtype(dtype)}"
+    return str(dtype) if text_encoder_dtype(dtype) == dtype else f"{dtype}, T5 {text_encoder_dtype(dtype)}"
 
 
 def load_t5(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-    """Load the encoder with its weights in `t5_dtype(dtype)`, frozen, on the CPU."""
+    """Load the encoder with its weights in `text_encoder_dtype(dtype)`, frozen, on the CPU."""
     model: Any = empty_t5(component.config)
     # The module's state has the shared embedding under both names.
     names = {WORDS[1]: WORDS[0]} | {key: key for key in component.weights.shapes}
-    return materialise(model, select_weights(component.weights, names), t5_dtype(dtype))
+    return materialise(model, select_weights(component.weights, names), text_encoder_dtype(dtype))
 
 
 def encode_t5(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
     """Return the last states, after the final norm, BTW; tokens whose mask is 0 are not attended to.
 
-    Under autocast to float16 the encoder runs in bfloat16, see `t5_dtype`.
+    Under autocast to float16 the encoder runs in bfloat16, see `text_encoder_dtype`.
     """
     device = next(encoder.parameters()).device
     mask = None if mask_BT is None else send(mask_BT, device)

@@ -23,9 +23,9 @@ class TokenizerFiles:
     hub_name: str
     files: tuple[str, ...]  # files to download from the repository
     are_in: Callable[[Path], bool]  # returns True if a folder has the tokenizer
-    owner: str = ""  # the text encoder, in messages
-    needed: str = ""  # the files to put into a folder, in messages
-    kind: str = ""  # transformers' tokenizer class
+    owner: str  # the text encoder, in messages
+    needed: str  # the files to put into a folder, in messages
+    kind: str  # transformers' tokenizer class
 
     def cache_folder(self, cache_dir: str | None) -> Path | None:
         """Return the subfolder of --tokenizer_cache_dir for the files; None if the option is not set."""

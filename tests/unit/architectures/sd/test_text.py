@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from library.models import tokenizer_files
-from library.models.clip.tokenizer import TOKENIZER_HUB_NAME, find_tokenizer, load_tokenizer
+from library.models.clip.tokenizer import TOKENIZER, load_tokenizer
 
 
 def test_a_caption_is_wrapped_and_filled_with_the_end_token(open_sd, tiny_sd_folder):
@@ -69,8 +69,8 @@ def test_clip_skip_two_leaves_the_last_layer_out(open_sd, tiny_sd_folder):
 
 
 def test_the_tokenizer_lies_in_the_folder_or_beside_the_file(tiny_sd_folder, tiny_sd_file):
-    assert find_tokenizer(tiny_sd_folder, None) == tiny_sd_folder / "tokenizer"
-    assert find_tokenizer(tiny_sd_file, None) == tiny_sd_file.parent / "tokenizer"
+    for model, folder in ((tiny_sd_folder, tiny_sd_folder), (tiny_sd_file, tiny_sd_file.parent)):
+        assert load_tokenizer(model, None, 522).name_or_path == str(folder / "tokenizer")
 
 
 def test_the_tokenizer_is_read_from_the_cache_folder(tiny_sd_file, tmp_path):
@@ -92,7 +92,7 @@ def test_a_download_is_kept_in_the_cache_folder(tiny_sd_file, tmp_path, monkeypa
     monkeypatch.setattr(tokenizer_files, "fetch_snapshot", fetch)
     for _ in range(2):
         load_tokenizer(tmp_path / "alone.safetensors", str(tmp_path / "cache"), 522)
-    assert asked == [TOKENIZER_HUB_NAME]
+    assert asked == [TOKENIZER.hub_name]
 
 
 def test_without_any_tokenizer_the_error_says_what_to_put_where(tmp_path, monkeypatch):
@@ -120,5 +120,5 @@ def test_a_tokenizer_with_more_words_than_the_text_encoder_is_refused(open_sd, t
     vocab["<|endoftext|>"] = 60_000
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     shutil.copy(tiny_sd_file, tmp_path)
-    with pytest.raises(ValueError, match=r"has token IDs up to 60000, but the text encoder has 522 embeddings"):
+    with pytest.raises(ValueError, match=r"has token IDs up to 60000, but CLIP has 522 embeddings"):
         open_sd(tmp_path / tiny_sd_file.name)
