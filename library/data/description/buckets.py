@@ -148,20 +148,20 @@ def _floored_ratio(size: Size, step: int) -> float:
 
 def assign_shapes(images: Sequence[Size], rules: BucketRules) -> list[Shape]:
     """Return the shape of every image, in order."""
-    known: dict[Size, Shape] = {}
+    shape_by_size: dict[Size, Shape] = {}
     if rules.enable_bucket and not rules.no_upscale:
         buckets = bucket_sizes(rules.resolution, rules.min_reso, rules.max_reso, rules.step)
     for image in images:
-        if image in known:
+        if image in shape_by_size:
             continue
         if not rules.enable_bucket:
-            known[image] = Shape(rules.resolution, cover(image, rules.resolution))
+            shape_by_size[image] = Shape(rules.resolution, cover(image, rules.resolution))
         elif rules.no_upscale:
-            known[image] = shape_without_upscale(image, rules.resolution, rules.step)
+            shape_by_size[image] = shape_without_upscale(image, rules.resolution, rules.step)
         else:
             bucket = nearest_bucket(image, buckets)
-            known[image] = Shape(bucket, cover(image, bucket))
-    return [known[image] for image in images]
+            shape_by_size[image] = Shape(bucket, cover(image, bucket))
+    return [shape_by_size[image] for image in images]
 
 
 @dataclass(frozen=True)

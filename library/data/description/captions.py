@@ -85,8 +85,8 @@ def caption_variant(image: str, text: str, rules: CaptionRules, variant: int) ->
     a draw uses. Tag warm-up is not supported, because it changes captions in every step.
     """
     folder, name = os.path.split(os.path.abspath(image))
-    place = ascii(os.path.basename(folder)), ascii(os.path.splitext(name)[0])  # names may hold bytes that are not text
-    return arrange_caption(text, rules, random_for(0, "caption variant", *place, variant), 0, 0)
+    names = ascii(os.path.basename(folder)), ascii(os.path.splitext(name)[0])  # names may hold bytes that are not text
+    return arrange_caption(text, rules, random_for(0, "caption variant", *names, variant), 0, 0)
 
 
 def caption_lines(text: str, rules: CaptionRules) -> list[str]:
@@ -140,9 +140,9 @@ def split_tags(caption: str, rules: CaptionRules) -> tuple[list[str], list[str],
     """
     separator, marker = rules.caption_separator, rules.keep_tokens_separator
     if marker and marker in caption:
-        head, movable, *tail = caption.split(marker, 2)
-        rest = "".join(tail).replace(marker, separator)  # further markers are not part of the text
-        parts = [[tag.strip() for tag in part.split(separator) if tag.strip()] for part in (head, movable, rest)]
+        head, movable, *tail_parts = caption.split(marker, 2)
+        tail_text = "".join(tail_parts).replace(marker, separator)  # further markers are not part of the text
+        parts = [[tag.strip() for tag in part.split(separator) if tag.strip()] for part in (head, movable, tail_text)]
         return parts[0], parts[1], parts[2]
     tags = [tag.strip() for tag in caption.strip().split(separator)]
     return tags[: rules.keep_tokens], tags[rules.keep_tokens :], []

@@ -8,8 +8,8 @@ PLUGINS = {"avif": "pillow_avif", "jxl": "pillow_jxl"}
 
 def image_extensions() -> tuple[str, ...]:
     """Return the extensions of image files, with dot, in lower and upper case, including those of plug-ins."""
-    found = [*EXTENSIONS, *(extension for extension in PLUGINS if load_plugin(extension))]
-    return tuple(f".{extension}" for extension in found) + tuple(f".{extension.upper()}" for extension in found)
+    names = [*EXTENSIONS, *(extension for extension in PLUGINS if load_plugin(extension))]
+    return tuple(f".{extension}" for extension in names) + tuple(f".{extension.upper()}" for extension in names)
 
 
 def load_plugin(extension: str) -> bool:

@@ -48,10 +48,10 @@ class NoDataFound(UserError):
 
 def strip_secrets(url: str) -> str:
     """Remove user, password, signature and other parameters from a URL. Paths are returned unchanged."""
-    scheme, mark, rest = url.partition("://")
-    if not mark:
+    scheme, separator, address = url.partition("://")
+    if not separator:
         return url
-    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    host, slash, path = re.split(r"[?#]", address, maxsplit=1)[0].partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
@@ -172,23 +172,23 @@ def read_description(path: str) -> dict[str, Any]:
 
     Raises UserError if it is missing, or naming the file, line and column of a mistake.
     """
-    named, extension = f"--dataset_config {path}", os.path.splitext(path)[1].lower()
+    label, extension = f"--dataset_config {path}", os.path.splitext(path)[1].lower()
     if extension not in (".toml", ".json"):
-        raise UserError(f"{named}: the file must end in .toml or .json")
+        raise UserError(f"{label}: the file must end in .toml or .json")
     if extension == ".toml":
         return read_toml(Path(path), "--dataset_config")
     try:
         raw = Path(path).read_bytes()
-        content = parse_json(decode_utf8(raw, named))
+        content = parse_json(decode_utf8(raw, label))
     except FileNotFoundError:
         raise UserError(f"--dataset_config is {path}, but there is no such file") from None
     except OSError as error:
-        raise UserError(f"{named} cannot be read: {error.strerror}; change its permissions") from error
+        raise UserError(f"{label} cannot be read: {error.strerror}; change its permissions") from error
     except InvalidJson as error:
-        raise UserError(f"{named} is not valid JSON: {error}") from None
+        raise UserError(f"{label} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{named}: expected a table with general and datasets, got {type(content).__name__}")
-    refuse_nul(content, named)
+        raise UserError(f"{label}: expected a table with general and datasets, got {type(content).__name__}")
+    refuse_nul(content, label)
     return content
 
 
@@ -218,8 +218,8 @@ def find_problems(content: Table, masked_loss: bool) -> list[str]:
         except ValueError as error:
             problems.append(f"{place}: {error}")
             continue
-        own = {name: value for name, value in dataset.items() if name != "subsets"}
-        problems += table_problems(own, place, "dataset", style)
+        dataset_values = {name: value for name, value in dataset.items() if name != "subsets"}
+        problems += table_problems(dataset_values, place, "dataset", style)
         for j, subset in enumerate(subsets):
             subset_place = f"{place}['subsets'][{j}]"
             problems += table_problems(subset, subset_place, "subset", style)
@@ -235,15 +235,16 @@ def find_problems(content: Table, masked_loss: bool) -> list[str]:
 
 def source_problems(subset: Table, place: str) -> list[str]:
     """Return the mistakes in the image source of a subset: it must have exactly one, with keys that the source uses."""
-    given = [name for name in SOURCES if name in subset]
-    if not given:
+    given_sources = [name for name in SOURCES if name in subset]
+    if not given_sources:
         return [f"{place}['image_dir'] is missing: set a folder, or tar files as shards, or Parquet files as parquet"]
-    if len(given) > 1:
-        return [f"{place} has {' and '.join(given)}; each is a separate source; use two subsets"]
+    if len(given_sources) > 1:
+        return [f"{place} has {' and '.join(given_sources)}; each is a separate source; use two subsets"]
     return [
-        f"{place}['{name}'] has no effect with {given[0]}; it is for {' and '.join(sources)}"
+        f"{place}['{name}'] has no effect with {given_sources[0]}; it is for {' and '.join(sources)}"
         for name in subset
-        if (sources := [source for source in SOURCES if name in keys_used_by(source)]) and given[0] not in sources
+        if (sources := [source for source in SOURCES if name in keys_used_by(source)])
+        and given_sources[0] not in sources
     ]
 
 
@@ -346,18 +347,20 @@ def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style
         raise UserError(f"{place}['resolution'] is missing; set it there, in [general], or with --resolution")
     if values["batch_size"] < 1:
         raise UserError(f"{place}['batch_size'] is {values['batch_size']}, but must be at least 1")
-    skipped = values["skip_image_resolution"]
-    if skipped is not None and min(skipped) < 0:
-        raise UserError(f"{place}['skip_image_resolution'] is {list(skipped)}; use sizes in pixels; 0 skips nothing")
+    skip_resolution = values["skip_image_resolution"]
+    if skip_resolution is not None and min(skip_resolution) < 0:
+        raise UserError(
+            f"{place}['skip_image_resolution'] is {list(skip_resolution)}; use sizes in pixels; 0 skips nothing"
+        )
     if values.pop("network_multiplier") != 1.0:
         logger.warning("%s['network_multiplier'] has no effect: adapters are trained at multiplier 1", place)
     subsets = []
     for j, subset in enumerate(dataset["subsets"]):
-        built = build_subset(subset, tables, style, f"{place}['subsets'][{j}]")
-        if built.num_repeats < 1:
-            logger.warning("%s is skipped: num_repeats is %d", built.source, built.num_repeats)
+        subset_config = build_subset(subset, tables, style, f"{place}['subsets'][{j}]")
+        if subset_config.num_repeats < 1:
+            logger.warning("%s is skipped: num_repeats is %d", subset_config.source, subset_config.num_repeats)
             continue
-        subsets.append(built)
+        subsets.append(subset_config)
     interpolation = resolve_value(ALL_KEYS["resize_interpolation"], tables)
     return DatasetConfig(style=style, resize_interpolation=interpolation, subsets=tuple(subsets), **values)
 
@@ -375,9 +378,9 @@ def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str
         values["caption_extension"] = f".{extension}"
     check_subset(values, rules, place)
     check_level_offset(values["custom_attributes"], place)
-    files = {name: values.pop(name) for name in FILE_SOURCES}
-    source = next((name for name in FILE_SOURCES if files[name]), "image_dir")
-    patterns = files.get(source, ())
+    patterns_by_source = {name: values.pop(name) for name in FILE_SOURCES}
+    source = next((name for name in FILE_SOURCES if patterns_by_source[name]), "image_dir")
+    patterns = patterns_by_source.get(source, ())
     source = "metadata_file" if style == "metadata" else source
     return SubsetConfig(style=style, captions=rules, source_key=source, patterns=patterns, **values)
 
