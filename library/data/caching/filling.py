@@ -71,19 +71,19 @@ def fill(
         clear_left_overs(os.path.dirname(job.path) for job in jobs)
 
     def stale_ones(candidates: Sequence[JobT], when: str) -> list[Found[JobT]]:
-        found = check_files(codec, candidates, skips_check, num_threads)
-        usable.extend(one.job for one in found if one.verdict.fault is None)
+        results = check_files(codec, candidates, skips_check, num_threads)
+        usable.extend(result.job for result in results if result.verdict.fault is None)
         processes.wait_for_all(f"{codec.words.checking}{when}")  # so that all processes split the same list
-        return [one for one in found if one.verdict.fault is not None]
+        return [result for result in results if result.verdict.fault is not None]
 
     stale = stale_ones(jobs, "")
     codec.make(assign_jobs(stale, processes.rank, processes.count))
     processes.wait_for_all(codec.words.caching)
     if processes.num_machines > 1:  # files on another machine's local disk are missing here
-        stale = stale_ones([one.asked for one in stale], " again")
+        stale = stale_ones([result.asked for result in stale], " again")
         codec.make(assign_jobs(stale, processes.local_rank, processes.local_count))
         processes.wait_for_all(f"{codec.words.caching} again")
-    return [*usable, *(one.asked for one in stale)]
+    return [*usable, *(result.asked for result in stale)]
 
 
 def assign_jobs(jobs: Sequence[JobT], rank: int, count: int) -> list[JobT]:
@@ -96,7 +96,7 @@ def check_files(codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num
     """Check the file of each job, and log the result."""
 
     def look(job: JobT) -> Found[JobT]:
-        first = Verdict(MISSING)
+        rejection = Verdict(MISSING)
         for candidate in codec.candidates(job):
             if skips_check:
                 verdict = Verdict(None if os.access(candidate.path, os.R_OK) else MISSING)
@@ -104,22 +104,22 @@ def check_files(codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num
                 verdict = codec.judge(candidate)
             if verdict.fault is None:
                 return Found(job, candidate, verdict)
-            if first.fault == MISSING:
-                first = verdict
-        return Found(job, job, first)
+            if rejection.fault == MISSING:
+                rejection = verdict
+        return Found(job, job, rejection)
 
-    found = read_many(look, jobs, num_threads, f"checking {codec.words.name}")
-    report_check(codec.words, found, skips_check)
-    codec.remark(found)
-    return found
+    results = read_many(look, jobs, num_threads, f"checking {codec.words.name}")
+    report_check(codec.words, results, skips_check)
+    codec.remark(results)
+    return results
 
 
 def report_check(words: CacheWords, found: Sequence[Found[JobT]], skips_check: bool) -> None:
     """Log how many entries are reused, missing and stale, and why."""
     faults: dict[str, list[str]] = defaultdict(list)
-    for one in found:
-        if one.verdict.fault is not None:
-            faults[one.verdict.fault].append(one.path)
+    for result in found:
+        if result.verdict.fault is not None:
+            faults[result.verdict.fault].append(result.path)
     missing = faults.pop(MISSING, [])
     num_stale = sum(len(paths) for paths in faults.values())
     reasons = "; ".join(f"{len(paths)} {reason}: {list_few(paths, 2)}" for reason, paths in faults.items())

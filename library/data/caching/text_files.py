@@ -122,12 +122,12 @@ def judge(file: TextFile, texts: Sequence[str], identity: Identity) -> Verdict:
         require_plain_file(file.path)
         with zipfile.ZipFile(file.path) as archive:
             require_small(archive)
-            found = {info.filename.removesuffix(".npy"): info.CRC for info in archive.infolist()}
-            notes = {NOTE: npy_array(archive.read(f"{NOTE}.npy"))} if NOTE in found else {}
-        note = Note.read(notes)
+            crc_by_name = {info.filename.removesuffix(".npy"): info.CRC for info in archive.infolist()}
+            note_entry = {NOTE: npy_array(archive.read(f"{NOTE}.npy"))} if NOTE in crc_by_name else {}
+        note = Note.read(note_entry)
     except DAMAGE as error:
         return Verdict(describe_damage(error))
-    if note is None or any(found.get(name) != checksum for name, checksum in note.checksums.items()):
+    if note is None or any(crc_by_name.get(name) != checksum for name, checksum in note.checksums.items()):
         return Verdict(FOREIGN)
     if note.identity != identity.encoders:
         return Verdict("made with other text encoders or settings")
@@ -229,14 +229,14 @@ def strip_padding(row: Row, padding: Mapping[str, float]) -> Row:
     """Cut off trailing entries that are padding in all keys of `padding` with that length; `stack_rows` adds them."""
     trimmed = dict(row)
     for length in {len(row[key]) for key in padding}:
-        own = [key for key in padding if len(row[key]) == length]
+        keys = [key for key in padding if len(row[key]) == length]
         are_padding_T = [
             (row[key] == padding[key]).flatten(1).all(1) if row[key].ndim > 1 else row[key] == padding[key]
-            for key in own
+            for key in keys
         ]
         used_T = ~torch.stack(are_padding_T).all(0)
-        most = int(used_T.nonzero().max()) + 1 if used_T.any() else 1
-        trimmed |= {key: row[key][:most] for key in own}
+        used_length = int(used_T.nonzero().max()) + 1 if used_T.any() else 1
+        trimmed |= {key: row[key][:used_length] for key in keys}
     return trimmed
 
 
