@@ -82,8 +82,8 @@ class PlannedBatches:
         Raises UserError naming an image that cannot be read.
         """
         assert epoch >= 1, epoch
-        draws = epoch_batches(self.plan.draws.buckets, self.plan.seed, epoch)
-        orders = Orders(epoch, draws, places, step_of)
+        batches = epoch_batches(self.plan.draws.buckets, self.plan.seed, epoch)
+        orders = Orders(epoch, batches, places, step_of)
         if not self._needs_workers:
             num_workers = 0
         num_workers = min(num_workers, os.cpu_count() or 1, self.plan.num_batches)
@@ -122,10 +122,10 @@ class PlannedBatches:
     def _finished(self, draft: PartialBatch | str) -> Batch:
         if isinstance(draft, str):
             raise UserError(draft)
-        for skipped in draft.skipped:
-            if skipped not in self._skipped:
-                logger.warning("%s; skipping it and using another image of its bucket", skipped)
-            self._skipped[skipped] += 1
+        for message in draft.skipped:
+            if message not in self._skipped:
+                logger.warning("%s; skipping it and using another image of its bucket", message)
+            self._skipped[message] += 1
         return finish_batch(draft, self._latents.memory, self._texts.memory, self._texts.padding)
 
     @cached_property
