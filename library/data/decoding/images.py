@@ -65,10 +65,10 @@ def read_size(path: str, content: bytes | io.RawIOBase | None = None) -> Size:
     an open file."""
     with open_image(path, content) as image:
         width, height = image.size
-        turned = read_orientation(image) >= 5
+        is_transposed = read_orientation(image) >= 5
     if width <= 0 or height <= 0:
         raise UserError(f"{path} is {width}x{height} pixels")
-    return (height, width) if turned else (width, height)
+    return (height, width) if is_transposed else (width, height)
 
 
 def decode_all(image: Image.Image, path: str) -> None:
@@ -173,11 +173,11 @@ def crop_at_face(
     `zoom` is drawn from `zoom_range`, but the image is enlarged only as far as needed to cover the target. The face is
     near the centre; `wanders` moves it by a triangularly distributed offset that shows more of the background.
     """
-    size, short = max(face.width, face.height), min(target)
-    least = max(target[0] / image[0], target[1] / image[1])
-    ceiling = max(1.0, least)
-    low = min(ceiling, max(least, short / (size * zoom_range[1])))
-    high = min(ceiling, max(low, short / (size * zoom_range[0])))
+    face_side, short_side = max(face.width, face.height), min(target)
+    min_scale = max(target[0] / image[0], target[1] / image[1])
+    max_scale = max(1.0, min_scale)
+    low = min(max_scale, max(min_scale, short_side / (face_side * zoom_range[1])))
+    high = min(max_scale, max(low, short_side / (face_side * zoom_range[0])))
     scale = rng.uniform(low, high)
     resized = (max(target[0], int(image[0] * scale + 0.5)), max(target[1], int(image[1] * scale + 0.5)))
     corner = []
@@ -188,7 +188,7 @@ def crop_at_face(
             reach = max(length - middle, middle)
             start += rng.randint(0, reach) + rng.randint(0, reach) - reach
         elif zoom_range[0] != zoom_range[1]:
-            jitter = int(size * scale) // 20
+            jitter = int(face_side * scale) // 20
             start += rng.randint(-jitter, jitter)
         corner.append(max(0, min(start, length - side)))
     return Placement(resized, corner[0], corner[1], target, is_flipped)
@@ -198,8 +198,8 @@ def place(pixels: Pixels, placement: Placement, interpolation: str | None) -> Pi
     """Resize, crop and mirror an array."""
     resized = resize(pixels, placement.resized, interpolation)
     width, height = placement.target
-    cut = resized[placement.top : placement.top + height, placement.left : placement.left + width]
-    return np.array(cut[:, ::-1] if placement.is_flipped else cut, order="C")
+    cropped = resized[placement.top : placement.top + height, placement.left : placement.left + width]
+    return np.array(cropped[:, ::-1] if placement.is_flipped else cropped, order="C")
 
 
 def choose_filter(size: Size, target: Size, interpolation: str | None) -> str:

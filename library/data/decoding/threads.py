@@ -23,12 +23,12 @@ def read_many(
     # only after a block in which reads had to wait.
     values: list[Value] = []
     blocks = (items[start : start + BLOCK] for start in range(0, len(items), BLOCK))
-    shown = nullcontext() if title is None else progress_bar(title, len(items), leave=False)
-    with shown as bar:
-        for found in _read_blocks(function, blocks, num_threads):
-            values += found
+    bar_context = nullcontext() if title is None else progress_bar(title, len(items), leave=False)
+    with bar_context as bar:
+        for block_values in _read_blocks(function, blocks, num_threads):
+            values += block_values
             if bar is not None:
-                bar.update(len(found))
+                bar.update(len(block_values))
     return values
 
 
@@ -45,5 +45,5 @@ def _read_blocks(
         if num_threads > 1 and waited > SLOW_READ_S * len(block):
             break
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        rest = (block[i : i + 16] for block in blocks for i in range(0, len(block), 16))
-        yield from pool.map(read, rest)
+        chunks = (block[i : i + 16] for block in blocks for i in range(0, len(block), 16))
+        yield from pool.map(read, chunks)

@@ -22,19 +22,19 @@ class Column(Sequence[Item]):
     """A sequence whose items are created on access by `item`. A slice is a list of items."""
 
     @abstractmethod
-    def item(self, place: int) -> Item:
+    def item(self, index: int) -> Item:
         """Create the item at an index from 0."""
 
     @overload
-    def __getitem__(self, place: int) -> Item: ...
+    def __getitem__(self, index: int) -> Item: ...
     @overload
-    def __getitem__(self, place: slice) -> list[Item]: ...
-    def __getitem__(self, place: int | slice) -> Item | list[Item]:
-        if isinstance(place, slice):
-            return [self.item(i) for i in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        return self.item(place % len(self))
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self.item(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.item(index % len(self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +60,9 @@ class Texts(Column[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def item(self, place: int) -> str:
-        start = self.ends[place - 1] if place else 0
-        return self.content[start : self.ends[place]].tobytes().decode(errors=ERRORS)
+    def item(self, index: int) -> str:
+        start = self.ends[index - 1] if index else 0
+        return self.content[start : self.ends[index]].tobytes().decode(errors=ERRORS)
 
     def __iter__(self) -> Iterator[str]:
         start = 0
@@ -111,8 +111,8 @@ class Texts(Column[str]):
             block = slice(first, first + BLOCK)
             low = int(ends[first] - lengths[first])
             high = int(ends[block][-1])
-            moved = starts[block] - (ends[block] - lengths[block])
-            content[low:high] = self.content[np.arange(low, high) + np.repeat(moved, lengths[block])]
+            offsets = starts[block] - (ends[block] - lengths[block])
+            content[low:high] = self.content[np.arange(low, high) + np.repeat(offsets, lengths[block])]
         return Texts(content, ends)
 
 
@@ -130,8 +130,8 @@ class Sizes(Column[Size]):
     def __len__(self) -> int:
         return len(self.array_N2)
 
-    def item(self, place: int) -> Size:
-        width, height = self.array_N2[place].tolist()
+    def item(self, index: int) -> Size:
+        width, height = self.array_N2[index].tolist()
         return width, height
 
     def __iter__(self) -> Iterator[Size]:
