@@ -282,9 +282,9 @@ def build_plan(
     if options.caching.cache_dir is not None and not any(subset.patterns for subset in subsets):
         logger.warning("--cache_dir has no effect: it is for shards and parquet; image files have caches beside them")
     storage = Storage(options.caching.cache_dir, options.caching.remote_cache_gb)
-    found = collect(config, storage)
-    check_images(found)
-    split = split_datasets(found, seed)
+    scanned = collect(config, storage)
+    check_images(scanned)
+    split = split_datasets(scanned, seed)
     datasets = (*split.trained, *split.set_aside)
     num_trained = len(split.trained)
     rules = tuple(bucket_rules(dataset.config, spec) for dataset in datasets)
@@ -352,9 +352,9 @@ def drop_unused_face_crops(config: RunDataConfig, caches_latents: bool) -> RunDa
     datasets = []
     for dataset in config.datasets:
         reason = "enable_bucket" if dataset.enable_bucket else "cache_latents" if caches_latents else None
-        zoomed = [subset.source for subset in dataset.subsets if subset.face_crop_aug_range is not None]
-        if reason is not None and zoomed:
-            logger.warning("face_crop_aug_range has no effect with %s: %s", reason, list_few(zoomed))
+        affected = [subset.source for subset in dataset.subsets if subset.face_crop_aug_range is not None]
+        if reason is not None and affected:
+            logger.warning("face_crop_aug_range has no effect with %s: %s", reason, list_few(affected))
             dataset = replace(dataset, subsets=tuple(replace(s, face_crop_aug_range=None) for s in dataset.subsets))
         datasets.append(dataset)
     return replace(config, datasets=tuple(datasets))

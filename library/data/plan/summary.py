@@ -149,16 +149,21 @@ def bucket_info(rule: BucketRules, samples: Samples, dataset: int) -> dict[str, 
         return None
     counts: Counter[tuple[int, int]] = Counter()
     errors: list[float] = []
-    known: dict[tuple[int, Size], float] = {}
-    own = samples.own(dataset)
-    rows = zip(samples.shape_N[own].tolist(), samples.sizes()[own].tolist(), samples.draws_N[own].tolist(), strict=True)
+    error_by_size: dict[tuple[int, Size], float] = {}
+    dataset_rows = samples.own(dataset)
+    rows = zip(
+        samples.shape_N[dataset_rows].tolist(),
+        samples.sizes()[dataset_rows].tolist(),
+        samples.draws_N[dataset_rows].tolist(),
+        strict=True,
+    )
     for shape, (width, height), num_draws in rows:
         if num_draws:
             bucket = samples.shapes[shape].bucket
             counts[bucket] += num_draws
-            if (shape, (width, height)) not in known:
-                known[shape, (width, height)] = ratio_error(bucket, (width, height))
-            errors.append(known[shape, (width, height)])
+            if (shape, (width, height)) not in error_by_size:
+                error_by_size[shape, (width, height)] = ratio_error(bucket, (width, height))
+            errors.append(error_by_size[shape, (width, height)])
     buckets = {
         str(index): {"resolution": list(size), "count": counts[size]} for index, size in enumerate(sorted(counts))
     }
