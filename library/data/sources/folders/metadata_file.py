@@ -90,7 +90,7 @@ def _checked(value: Any, place: str) -> dict[str, Any]:
 def _references(value: Mapping[str, Any], place: str = "") -> tuple[str, ...]:
     """Return the reference images, in order. Raises UserError if their numbers have a gap, or if a value is not a
     string."""
-    numbered = sorted((int(found[1]), name) for name in value if (found := REFERENCE.fullmatch(name)))
+    numbered = sorted((int(match[1]), name) for name in value if (match := REFERENCE.fullmatch(name)))
     names = [name for _, name in numbered]
     if "control_path" in value:
         names = ["control_path", *names]

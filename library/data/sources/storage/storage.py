@@ -131,13 +131,13 @@ class Storage:
                 if len(self.opened.files) >= MOST_OPEN:
                     self.opened.files.pop(next(iter(self.opened.files)))
                 self.opened.files[file] = open_file()
-            found: T = self.opened.files[file]
-            return found
+            opened: T = self.opened.files[file]
+            return opened
 
     def shared(self, kind: type[T]) -> T:
         """Return the instance of a class that all readers of this process share."""
-        found: T = self.opened.shared.setdefault(kind, kind())
-        return found
+        instance: T = self.opened.shared.setdefault(kind, kind())
+        return instance
 
     def read_range(self, file: str, start: int, num_bytes: int) -> bytes:
         """Read a byte range of a file. Raises UserError if the file cannot be read or is too short."""
@@ -181,13 +181,13 @@ class Storage:
         num_names = count_names(pattern)
         if num_names > MOST_NAMES:
             raise UserError(f"{strip_secrets(pattern)!r} lists {num_names} files; the maximum is {MOST_NAMES}")
-        found: list[str] = []
+        paths: list[str] = []
         for path in expand_pattern(pattern):
             if is_remote(path):
-                found += object_storage.list_matching_urls(path) if GLOB_IN_URL.search(path) else [path]
+                paths += object_storage.list_matching_urls(path) if GLOB_IN_URL.search(path) else [path]
             else:
-                found += sorted(glob(path)) if GLOB.search(path) and not os.path.exists(path) else [path]
-        return found
+                paths += sorted(glob(path)) if GLOB.search(path) and not os.path.exists(path) else [path]
+        return paths
 
     def cache_stem(self, image: ScannedImage) -> str:
         """Return the path prefix of an image's cache files: next to an image, or in a folder next to its larger file.
@@ -239,4 +239,4 @@ def expand_pattern(pattern: str) -> list[str]:
     else:
         middles = match["choices"].split(",")
     before, after = pattern[: match.start()], pattern[match.end() :]
-    return [before + middle + rest for middle in middles for rest in expand_pattern(after)]
+    return [before + middle + suffix for middle in middles for suffix in expand_pattern(after)]
