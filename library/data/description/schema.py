@@ -51,6 +51,7 @@ def strip_secrets(url: str) -> str:
     scheme, separator, address = url.partition("://")
     if not separator:
         return url
+    # Signatures and tokens are parameters. A password may contain @, so the host begins after the last one.
     host, slash, path = re.split(r"[?#]", address, maxsplit=1)[0].partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
@@ -150,6 +151,7 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
         if getattr(data, flag):
             logger.warning("--%s is ignored: --dataset_config describes the data", flag)
     path = str(data.dataset_config)
+    # Datasets without subsets get theirs first, so that the checks know one form only.
     content = with_subsets(read_description(path), path)
     problems = find_problems(content, data.masked_loss)
     if problems:
@@ -255,6 +257,7 @@ def is_table_list(value: Any) -> bool:
 def resolve_style(dataset: Table, masked_loss: bool) -> Style:
     """Return the style of a dataset's subsets. Raises UserError if styles are mixed."""
     subsets: Sequence[Table] = dataset["subsets"]
+    # As in sd-scripts, masks decide before metadata files.
     if masked_loss and subsets and all("conditioning_data_dir" in subset for subset in subsets):
         return "masked"
     if any("conditioning_data_dir" in subset for subset in subsets):
@@ -299,6 +302,7 @@ def explain_where_it_belongs(key: Key, level: Level) -> str:
 def option_values(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of options that are defaults of keys, checked like values of the file. None means not given."""
     values = {key.name: options[key.flag] for key in ALL_KEYS.values() if key.flag}
+    # sd-scripts has the option under both spellings, and the misspelt one wins.
     values["caption_extension"] = options["caption_extention"] or options["caption_extension"]
     for name in ("resolution", "skip_image_resolution"):
         if isinstance(values[name], str):
@@ -311,7 +315,8 @@ def option_values(options: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         key = ALL_KEYS[name]
         if isinstance(value, float) and value.is_integer() and key.kind.fits(1) and not isinstance(key.default, float):
-            values[name] = int(value)  # some front ends write every number with a decimal point
+            # Some front ends write every number with a decimal point.
+            values[name] = int(value)
         elif isinstance(value, int) and not key.kind.fits(value) and key.kind.fits(float(value)):
             values[name] = float(value)
         if values[name] is not None and not key.kind.fits(values[name]):
@@ -334,6 +339,7 @@ def resolve_value(key: Key, tables: Sequence[Table]) -> Any:
     """Return the first value that is set, converted. `tables` are ordered by precedence."""
     for table in tables:
         value = table.get(key.name)
+        # false, 0 and "" are values too: in the file they override the command line, as in sd-scripts.
         if value is not None:
             return key.kind.convert(value)
     return key.default
@@ -357,6 +363,7 @@ def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style
     subsets = []
     for j, subset in enumerate(dataset["subsets"]):
         subset_config = build_subset(subset, tables, style, f"{place}['subsets'][{j}]")
+        # As in sd-scripts, 0 repeats switch a subset off.
         if subset_config.num_repeats < 1:
             logger.warning("%s is skipped: num_repeats is %d", subset_config.source, subset_config.num_repeats)
             continue
@@ -486,6 +493,7 @@ def folder_dataset(data: DatasetOptions, fallbacks: Table) -> DatasetConfig:
 
 def num_images_in(folder: str) -> int:
     """Count the images of a folder by extension, without its subfolders."""
+    # Imported here because it imports Pillow, which nothing else in this module needs.
     from library.data.description.image_extensions import image_extensions
 
     return sum(os.path.splitext(name)[1] in image_extensions() for name in os.listdir(folder))
@@ -501,7 +509,9 @@ def list_numbered_folders(flag: str, parent: str, is_reg: bool) -> list[Table]:
     if not os.path.isdir(parent):
         raise (UserError if is_reg else NoDataFound)(f"{flag} {explain_missing_folder(parent)}")
     subsets: list[Table] = []
+    # Sorted, because the order of the file system, which sd-scripts takes, differs between machines.
     for name in sorted(entry.name for entry in os.scandir(parent) if os.path.isdir(entry.path)):
+        # Further underscores belong to the class: 10_my_cat is 10 repeats of my_cat.
         number, _, class_tokens = name.partition("_")
         try:
             num_repeats = int(number)
