@@ -74,6 +74,7 @@ class TextEncoding:
     def identity(self) -> Identity:
         """Return digests of everything that determines the features. Raises NotThere if the files of the encoders
         are missing."""
+        # Settings also have a digest of their own: it is compared where the encoders are missing.
         return Identity(
             self._digest(f"{self.spec.encoders()} "), self._digest(""), digest_vocabularies(self.spec.tokenizers)
         )
@@ -127,19 +128,26 @@ def cache_texts(
         jobs, files = plan_jobs(plan, spec)
         empty_job = plan_shared_job(plan, spec, "empty_prompt", [""])
         prompts_job = plan_shared_job(plan, spec, "preview_prompts", prompts)
+        # Computed when it is first needed: the digest of the encoders reads all their weights.
         identity = cache(lambda: compute_identity(encoding, [empty_job, *jobs]))
         if not skips_check and any(os.path.exists(job.path) for job in (empty_job, *jobs)):
-            identity()  # compute it before several threads need it
+            # functools.cache has no lock: threads that check files at once would each compute it.
+            identity()
+        # A training image with a damaged reference is replaced by another one. A preview prompt has no replacement, so
+        # a damaged reference there is an error.
         caption_codec = text_codec(lambda: skip_damaged(open_encoders().captions), spec, identity)
         prompt_codec = text_codec(lambda: encode_all(open_encoders().prompts), spec, identity)
         fill(caption_codec, [empty_job, *jobs], skips_check, plan.num_workers, processes)
         if prompts:
+            # Only the main process has prompts, so it must not wait for the others here.
             fill(prompt_codec, [prompts_job], skips_check, plan.num_workers, ALONE)
         store = TextStore(files, {"": empty_job.file.read("")}, spec.padding)
         return CachedTexts(store, {text: prompts_job.file.read(text) for text in prompts})
+    # The order is the same in every process: `exchange_rows` names captions by their index.
     texts = list(dict.fromkeys(["", *(text for texts in plan.caption_texts() for text in texts)]))
     size = describe_size([*texts, *prompts], spec)
     logger.info("caching text encoder outputs of %d captions in memory%s", len(texts) + len(prompts), size)
+    # Every machine encodes all captions, because the folder of the exchange is local to it.
     share = texts[processes.local_rank :: processes.local_count]
     with progress_bar(WORDS.caching, len(share) + len(prompts)) as bar:
         rows = encode_rows(share, lambda: skip_damaged(open_encoders().captions), spec, bar)
@@ -171,6 +179,8 @@ def exchange_rows(rows: Mapping[str, Row], texts: Sequence[str], processes: Proc
     folder = Path(processes.shared_folder("texts"))
     numbers = {text: number for number, text in enumerate(texts)}
     local_tensors = {f"{numbers[text]}/{name}": tensor for text, row in rows.items() for name, tensor in row.items()}
+    # One file per process, which the others read whole. Latents have a file per image, because loader workers read
+    # them.
     save_safetensors(folder / f"{processes.local_rank}.safetensors", local_tensors)
     processes.wait_for_all(WORDS.caching)
     all_rows: dict[str, dict[str, Tensor]] = {}
@@ -192,6 +202,7 @@ def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFile
     locate_file = partial(usual_text_file, spec.suffix, spec.keys)
     has_N = np.zeros(len(plan.samples), dtype=bool)
     for number, texts in enumerate(plan.caption_texts()):
+        # The empty prompt is the same for all images and has a file of its own.
         captions = [text for text in texts if text]
         if captions:
             has_N[number] = True
@@ -206,6 +217,7 @@ def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFile
 def plan_shared_job(plan: DataPlan, spec: TextCacheSpec, name: str, texts: Sequence[str]) -> Job:
     """Plan the captions that belong to no image. They are cached in a hidden file in the first image folder."""
     stem_of = plan.storage.cache_stem
+    # min(), so that the folder does not depend on the order of the subsets.
     folder = min(os.path.dirname(os.path.abspath(stem_of(sample.image))) for sample in plan.samples)
     return Job(TextFile(os.path.join(folder, f".{name}{spec.suffix}"), spec.keys), tuple(texts))
 
@@ -248,9 +260,11 @@ def write_files(
             for result in group:
                 file, kept = result.asked.file, result.verdict.kept
                 available = [text for text in result.asked.texts if text in kept or text in rows]
+                # The archive is replaced as a whole, so its valid captions are read back.
                 features = {text: file.read(text) if text in kept else rows[text] for text in available}
                 if features:  # empty if all references are damaged
                     write_texts(file.path, features, spec.keys, spec.constants, identity(), spec.keeps_bits)
+            # Captions that later files share are not encoded twice, but few are kept: one can take 31 MB.
             rows = dict(islice(((text, row) for text, row in rows.items() if uses[text] > 1), MAX_REPEATED))
 
 
@@ -288,6 +302,7 @@ def skip_damaged(encode: Encode) -> EncodeSome:
         try:
             return texts, encode(texts)
         except DamagedImage:
+            # The error names one image, but several captions of the batch may have damaged references.
             fault_by_text = {text: find_damaged_reference(text) for text in texts}
         damaged = sorted({fault for fault in fault_by_text.values() if fault is not None})
         logger.warning("captions of images with a damaged reference are not encoded: %s", list_few(damaged))
@@ -320,6 +335,7 @@ def encode_rows(
         assert not encoded_texts or set(encoded) == set(spec.keys), (set(encoded), spec.keys)
         for index, text in enumerate(encoded_texts):
             row = strip_padding({name: encoded[name][index] for name in spec.keys}, spec.padding)
+            # A view would keep the features of the whole batch alive, padding included.
             rows[text] = {name: tensor.clone() for name, tensor in row.items()}
             check_row(text, rows[text])
         bar.update(len(batch))

@@ -73,13 +73,17 @@ def fill(
     def stale_ones(candidates: Sequence[JobT], when: str) -> list[Found[JobT]]:
         results = check_files(codec, candidates, skips_check, num_threads)
         usable.extend(result.job for result in results if result.verdict.fault is None)
-        processes.wait_for_all(f"{codec.words.checking}{when}")  # so that all processes split the same list
+        # A process that already writes would shorten the list of one that still checks, and all must split the same
+        # list.
+        processes.wait_for_all(f"{codec.words.checking}{when}")
         return [result for result in results if result.verdict.fault is not None]
 
     stale = stale_ones(jobs, "")
     codec.make(assign_jobs(stale, processes.rank, processes.count))
     processes.wait_for_all(codec.words.caching)
-    if processes.num_machines > 1:  # files on another machine's local disk are missing here
+    # Files on another machine's local disk are missing here, and each machine has to make them itself. On a shared disk
+    # this check finds nothing.
+    if processes.num_machines > 1:
         stale = stale_ones([result.asked for result in stale], " again")
         codec.make(assign_jobs(stale, processes.local_rank, processes.local_count))
         processes.wait_for_all(f"{codec.words.caching} again")
@@ -104,6 +108,7 @@ def check_files(codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num
                 verdict = codec.judge(candidate)
             if verdict.fault is None:
                 return Found(job, candidate, verdict)
+            # What is wrong with an existing file says more than that a further name is missing.
             if rejection.fault == MISSING:
                 rejection = verdict
         return Found(job, job, rejection)

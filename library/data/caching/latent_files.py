@@ -137,6 +137,7 @@ def latents_in(archive: Mapping[str, Any], file: LatentFile, needs_flipped: bool
             )
         if values.dtype.kind != "f":
             raise EntryError(f"holding a mask of the type {values.dtype}")
+        # Masks in memory have 8 bits per pixel, a quarter of the file's float32.
         alpha = torch.from_numpy(np.rint(values * 255).astype(np.uint8))
     return Latents(latents, flipped, alpha, references, flipped_references)
 
@@ -247,6 +248,7 @@ def origin_fault(origin: Origin, image: ScannedImage, expected: Expected, storag
     version = storage.version(image)
     if origin.picture != os.path.basename(image.key) or origin.picture_bytes != version.num_bytes:
         return "made from another image"
+    # A copied or touched file has another time, but only another content makes the entry stale.
     if origin.picture_mtime_ns != version.stamp and content_hash(storage.whole(image)[1]) != origin.picture_hash:
         return "made from another image"
     if not image.references:
@@ -282,9 +284,11 @@ def foreign_fault(archive: Mapping[str, Any], file: LatentFile, image: ScannedIm
     for name, expected in (("original_size", size), ("crop_ltrb", crop_ltrb(file.bucket, size))):
         key = f"{name}{file.tail}"
         values = np.asarray(archive[key]) if key in archive else np.empty(0)
+        # Other programs may store integers. Complex numbers would be compared by their real parts.
         is_comparable = values.dtype.kind in "iuf" and values.shape == (len(expected),)
         if not is_comparable or not np.allclose(values, expected, rtol=0, atol=0.01):
             return "made for another size or crop"
+    # An image in a larger file has no time of its own.
     if image.place is None and os.stat(file.path).st_mtime_ns < os.stat(image.key).st_mtime_ns:
         return "older than the image"
     return None
@@ -296,6 +300,7 @@ def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) 
     Raises UserError naming a folder that cannot be written.
     """
     values: dict[str, Any] = {
+        # float32 is what sd-scripts writes, and numpy has no bfloat16.
         "latents": latents.latents_CHW.float().numpy(),
         "original_size": np.array(size, dtype=np.int64),
         "crop_ltrb": np.array(crop_ltrb(file.bucket, size), dtype=np.float64),

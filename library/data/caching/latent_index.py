@@ -75,6 +75,7 @@ class VerifiedEntries:
 
     def stamp_of_image(self, image: ScannedImage, now_ns: float) -> int:
         """Return a number that changes when an image is replaced."""
+        # hash() of a tuple of integers is the same in every process, so it can be stored.
         return compute_stamp(os.stat(image.key), now_ns) if image.place is None else hash(self.storage.version(image))
 
     def note_written(self, file: LatentFile) -> None:
@@ -87,6 +88,7 @@ class VerifiedEntries:
         now_ns = time.time_ns()
         for (path, tail), written in self.written.items():
             folder, name = os.path.split(path)
+            # Another run may have replaced the entry meanwhile.
             if (path, tail) in self.marks and os.path.exists(path) and compute_stamp(os.stat(path), now_ns) == written:
                 self.sure.setdefault(folder, {})[name + tail] = written, self.marks[path, tail]
         for folder, rows in self.sure.items():
@@ -104,7 +106,9 @@ def compute_mark(file: LatentFile, image: ScannedImage, image_stamps: Sequence[i
     if image.references:
         names = [os.path.basename(reference.key) for reference in image.references]
         facts += (names, reference_stamps, file.reference_shapes, expected.shape.references)
+    # File names may contain bytes that are not valid text.
     digest = blake2b(repr((VERSION, facts, expected)).encode(errors="surrogatepass"), digest_size=8)
+    # 63 bits, because the archive holds signed integers; the last one is the FOREIGN bit.
     return (int.from_bytes(digest.digest(), "little") >> 1) & ~FOREIGN
 
 

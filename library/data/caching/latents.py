@@ -131,6 +131,7 @@ def cache_latents(
         encode_jobs([result.asked for result in share])
         entries.write()
 
+    # Shared out within each machine, because the folder of the exchange is local to it.
     encode_jobs(kept[processes.local_rank :: processes.local_count])
     if on_disk:
         skips_check = options.skip_cache_check
@@ -140,14 +141,17 @@ def cache_latents(
         )
         kept += fill(codec, on_disk, skips_check, plan.num_workers, processes)
     else:
+        # The files of the exchange must be complete before they are read; `fill` waits in the other case.
         processes.wait_for_all(WORDS.caching)
     files = {user: job.file for job in kept if job.file is not None for user in job.users}
+    # Every process draws the replacements itself, so all must know the same damaged images.
     damaged = processes.merged("damaged images", damaged)
     if damaged:
         problems = sorted(set(damaged.values()))
         logger.warning(
             "%d damaged images are skipped, using others of their buckets: %s", len(problems), list_few(problems)
         )
+    # Raises now, before the denoiser is loaded, if an image has no replacement.
     for number in damaged:
         find_replacement(plan.samples, plan.subsets, number, damaged.keys())
     usable = {user: file for user, file in files.items() if user not in damaged}
@@ -181,6 +185,7 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
     """
     groups: dict[tuple[str, tuple[ScannedImage, ...], Shape, bool, bool, str | None], list[int]] = defaultdict(list)
     for number, sample in enumerate(plan.samples):
+        # Regularisation images that are not needed, and images outside of a limited plan, are never drawn.
         if sample.num_draws:
             interpolation = plan.subset_of(sample).resize_interpolation
             is_opaque = plan.spec.has_alpha and plan.subset_of(sample).alpha_mask
@@ -207,6 +212,7 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
             len(left_out),
             list_few(left_out),
         )
+    # By area as in sd-scripts; equal sizes follow each other, because `equal_batches` joins neighbours only.
     return sorted(jobs, key=lambda job: (math.prod(job.sample.shape.bucket), job.sample.shape.sizes))
 
 
@@ -313,8 +319,10 @@ def encode_all(
                     writes.append(writer.submit(write_job, job, latents, origin, entries))
                 yield job, latents
             bar.update(len(batch))
+            # A disk slower than the VAE would otherwise collect all latents in memory.
             while len(writes) > MAX_WAITING_WRITES:
                 writes.popleft().result()
+        # Raises the error of a failed write.
         for write in writes:
             write.result()
 
@@ -351,6 +359,7 @@ def decode_ahead(
     remaining = iter(batches)
     try:
         while True:
+            # At least two batches, so that the next one is decoded while a large one is encoded.
             while sum(len(futures) for _, futures in waiting) < 2 * num_threads or len(waiting) < 2:
                 batch = next(remaining, None)
                 if batch is None:
@@ -390,6 +399,7 @@ def decode_image(job: Job, image: ScannedImage, shape: Shape, storage: Storage, 
     placement = crop_at_centre(shape)
     placed_alpha = None
     if is_masked:
+        # As in sd-scripts, an image without alpha counts as opaque.
         opaque = np.full(rgb.shape[:2], 255, dtype=np.uint8)
         placed_alpha = place(opaque if alpha is None else alpha, placement, job.interpolation)
     pixels = with_alpha(rgb, None if is_masked else alpha) if job.has_alpha else rgb
@@ -407,7 +417,9 @@ def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode
     flipped_references: list[tuple[Tensor, ...]] = [()] * len(jobs)
     if jobs[0].needs_flipped:
         flipped_references = encode_references(jobs, decoded, encode, seed, is_flipped=True)
+        # As in sd-scripts, the mirrored pixels are encoded: mirrored latents are not those of the mirrored image.
         flipped_BCHW = encode(pixels_BCHW.flip(-1), seed_generators(jobs, decoded, seed, is_flipped=True))
+    # clone(), because a view would keep the latents of the whole batch alive.
     return [
         Latents(
             plain_BCHW[i].clone(),
@@ -431,6 +443,8 @@ def encode_references(
     encoded = []
     for references in zip(*(item.references for item in decoded), strict=True):
         pixels_BCHW = torch.stack([to_pixels(item.image) for item in references])
+        # A reference of an edit model is the posterior's mode, as in diffusers. A partner is a sample: if only one
+        # image of a pair had the posterior's noise, the noise would tell the two apart.
         generators = seed_generators(jobs, decoded, seed, is_flipped) if jobs[0].is_pair else None
         encoded.append(encode(pixels_BCHW.flip(-1) if is_flipped else pixels_BCHW, generators))
     return [tuple(latents_BCHW[i].clone() for latents_BCHW in encoded) for i in range(len(decoded))]
@@ -438,6 +452,7 @@ def encode_references(
 
 def seed_generators(jobs: Sequence[Job], decoded: Sequence[Decoded], seed: int, is_flipped: bool) -> list[Generator]:
     """Return a generator for each image, seeded by its content and size, not by its name or folder."""
+    # Copies of a data set under other names then have the same latents, and their validation the same loss.
     hashes_and_buckets = [(image.file_hash, *job.sample.shape.bucket) for job, image in zip(jobs, decoded, strict=True)]
     return [generator_for(seed, "vae", *hash_and_bucket, int(is_flipped)) for hash_and_bucket in hashes_and_buckets]
 
@@ -471,6 +486,7 @@ def describe_origin(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
         resized=list(job.sample.shape.resized),
         interpolation=job.interpolation,
         vae=job.name_vae(vae_identity),
+        # `write_entry` computes them from the arrays.
         checksums={},
         references=[
             mark_of_reference(reference.file_hash, reference.version, shape)
