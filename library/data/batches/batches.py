@@ -230,6 +230,8 @@ class BatchMaker(Dataset[PartialBatch | str]):
         rng = random_for(self.seed, "caption", order.epoch, draw)
         if not self.num_variants:
             return compose_caption(text, rules, rng, order.epoch, order.step, self.max_train_steps)
+        # compose_caption decides on dropout first, too, so the same draws are dropped with and without cached text
+        # features.
         if is_dropped(rules, rng, order.epoch):
             return ""
         return caption_variant(sample.image.key, text, rules, rng.randrange(self.num_variants))
@@ -250,7 +252,8 @@ class BatchMaker(Dataset[PartialBatch | str]):
         reference_pixels = read_placed_references(
             sample, placement, subset.resize_interpolation, self.storage, self.has_alpha
         )
-        if subset.color_aug:  # change all alike, so that a pair keeps its difference
+        if subset.color_aug:
+            # Equal generators change an image and its references alike, so that a pair keeps its difference.
             rngs = [random_for(self.seed, "colour", epoch, draw) for _ in range(1 + len(reference_pixels))]
             image, *reference_pixels = map(change_colour, [image, *reference_pixels], rngs)
         references = tuple(map(to_pixels, reference_pixels))
@@ -303,6 +306,7 @@ def finish_batch(
     for index, (number, is_flipped) in enumerate(zip(draft.samples, draft.flips, strict=True)):
         if number in memory:
             latents[index], mask, references[index] = pick(memory[number], is_flipped)
+            # A mask file, which the worker has read, wins over the alpha of the cached image.
             masks[index] = masks[index] if masks[index] is not None else mask
     cached_latents = [latent for latent in latents if latent is not None]
     rows = (
@@ -337,6 +341,7 @@ def collect_sizes(sample: Sample, is_flipped: bool) -> tuple[float, ...]:
     width, height = sample.image.size
     target_width, target_height = sample.shape.bucket
     left, top, right, _ = crop_ltrb(sample.shape.bucket, sample.image.size)
+    # The order and the mirrored left edge are sd-scripts'.
     return height, width, top, target_width - right if is_flipped else left, target_height, target_width
 
 
@@ -352,6 +357,7 @@ def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -
     assert sample.image.mask_path is not None
     red = np.ascontiguousarray(read_pixels(sample.image.mask_path)[0][..., 0])
     if (red.shape[1], red.shape[0]) != sample.image.size:
+        # Only without buckets, see `check_mask_sizes`; sd-scripts stretches such masks, too.
         placement = Placement(placement.target, 0, 0, placement.target, placement.is_flipped)
     return to_mask(place(red, placement, interpolation))
 
@@ -359,12 +365,14 @@ def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -
 def start_worker(_: int) -> None:
     """Initialize a worker: ignore SIGINT and SIGHUP, which the main process handles, end on SIGTERM, and use OpenCV
     without threads."""
+    # A forked worker inherits the main process's handlers, which wait for the end of a step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "win32":
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     import cv2
 
+    # OpenCV would start a thread per core in every worker.
     cv2.setNumThreads(0)
 
 

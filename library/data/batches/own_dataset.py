@@ -52,6 +52,7 @@ class OwnDataset:
     @property
     def num_train_images(self) -> int:
         num_images = int(getattr(self._source, "num_train_images", 0))
+        # A class derived from sd-scripts' MinimalDataset has 0 here unless it sets the number.
         return num_images or self.num_batches * self.batch_sizes[0]
 
     @property

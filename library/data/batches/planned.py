@@ -86,6 +86,7 @@ class PlannedBatches:
         orders = Orders(epoch, batches, places, step_of)
         if not self._needs_workers:
             num_workers = 0
+        # As in sd-scripts, at most one worker per core. More workers than batches would be idle.
         num_workers = min(num_workers, os.cpu_count() or 1, self.plan.num_batches)
         if num_workers == 0:
             return (self._finished(self._maker[order]) for order in orders)
@@ -130,6 +131,7 @@ class PlannedBatches:
 
     @cached_property
     def _for_workers(self) -> BatchMaker | SharedMaker:
+        # A forked worker reads the columns in its parent's memory without a copy.
         return self._maker if multiprocessing.get_start_method() == "fork" else SharedMaker.of(self._maker)
 
     def _from_workers(self, orders: Orders, num_workers: int, persistent_workers: bool) -> Generator[Batch, None, None]:
@@ -138,6 +140,7 @@ class PlannedBatches:
             self._orders = BatchSampler(orders)
             loader = DataLoader(
                 self._for_workers,
+                # An order is a whole batch already.
                 batch_size=None,
                 sampler=self._orders,
                 num_workers=num_workers,

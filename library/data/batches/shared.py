@@ -32,6 +32,7 @@ class SharedMaker(Dataset[PartialBatch | str]):
     def of(cls, maker: BatchMaker) -> "SharedMaker":
         """Move the columns of a maker into shared memory. Raises UserError if there is no room."""
         buffers: list[pickle.PickleBuffer] = []
+        # Protocol 5 hands out the memory of arrays instead of copying it into the pickle.
         content = pickle.dumps(maker, protocol=5, buffer_callback=buffers.append)
         views = [buffer.raw() for buffer in buffers]
         sizes = tuple(view.nbytes for view in views)
@@ -65,4 +66,5 @@ def split_columns(columns: Tensor, sizes: tuple[int, ...]) -> list[np.ndarray[tu
     """Return a view of each column's bytes."""
     values = columns.numpy()
     starts = accumulate(map(aligned, sizes), initial=0)
+    # Not strict: `starts` also has the end of the last column.
     return [values[start : start + size] for start, size in zip(starts, sizes, strict=False)]
