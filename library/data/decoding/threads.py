@@ -41,9 +41,11 @@ def _read_blocks(
     for block in blocks:
         wall, cpu = time.perf_counter(), time.thread_time()
         yield read(block)
+        # Wall time minus CPU time is the time this thread waited for the disk, or for other threads.
         waited = time.perf_counter() - wall - (time.thread_time() - cpu)
         if num_threads > 1 and waited > SLOW_READ_S * len(block):
             break
+    # `blocks` is an iterator: the pool gets the blocks that are left.
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
         chunks = (block[i : i + 16] for block in blocks for i in range(0, len(block), 16))
         yield from pool.map(read, chunks)

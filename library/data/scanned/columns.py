@@ -51,6 +51,7 @@ class Texts(Column[str]):
         while block := list(islice(remaining, BLOCK)):
             joined = "".join(block)
             part = joined.encode(errors=ERRORS)
+            # In ASCII a text has as many bytes as characters, which is faster to count.
             is_ascii = len(part) == len(joined)
             sizes = map(len, block) if is_ascii else (len(text.encode(errors=ERRORS)) for text in block)
             lengths.append(np.fromiter(sizes, dtype=np.int64, count=len(block)))
@@ -71,6 +72,7 @@ class Texts(Column[str]):
             part = self.content[start : ends[-1]].tobytes()
             edges = [0, *(ends - start).tolist()]
             start = int(ends[-1])
+            # In ASCII the edges in bytes are those in characters, so a block is decoded once and cut as text.
             text = part.decode(errors=ERRORS)
             if len(text) == len(part):
                 yield from [text[a:b] for a, b in pairwise(edges)]
@@ -87,6 +89,7 @@ class Texts(Column[str]):
     @property
     def has_lines(self) -> bool:
         """True if any text has more than one line."""
+        # In UTF-8 the byte of a newline occurs in no other character.
         return bool((self.content == ord("\n")).any())
 
     @property
@@ -97,6 +100,7 @@ class Texts(Column[str]):
     def lowered(self) -> "Texts":
         """Return the texts in lower case."""
         content = self.content.tobytes()
+        # The lower case of other letters may have another number of bytes.
         if content.isascii():
             return Texts(np.frombuffer(content.lower(), dtype=np.uint8), self.ends)
         return Texts.of(map(str.lower, self))
@@ -107,6 +111,7 @@ class Texts(Column[str]):
         ends = np.cumsum(lengths)
         content = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
         starts = self.ends[rows] - lengths
+        # By blocks, because the indices take eight bytes for each byte of text.
         for first in range(0, len(ends), BLOCK):
             block = slice(first, first + BLOCK)
             low = int(ends[first] - lengths[first])

@@ -206,6 +206,7 @@ class ScannedImages(Column[ScannedImage]):
         sizes = map(tuple, iterate_in_blocks(self.sizes_N2))
         masks, tags = self.masks or nothing, self.tags or nothing
         references: Any = self.references or repeat(())
+        # Not strict, because repeat() never ends.
         rows: Any = zip(self.each_key(), self.captions, sizes, masks, tags, places, references, strict=False)
         return map(ScannedImage._make, rows)
 

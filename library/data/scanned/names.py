@@ -16,6 +16,7 @@ def safe_name(name: str) -> str:
 def folder_name(folder: str) -> str:
     """Convert the path or URL of a folder to a readable and unique name."""
     location = folder if "://" in folder else os.path.abspath(folder)
+    # The digest tells folders of one name apart.
     return f"{safe_name(os.path.basename(location)) or 'images'}-{short_digest(location)[:8]}"
 
 
@@ -30,6 +31,8 @@ def ignores_case(folder: str) -> bool:
     """Return True if the file system of a folder ignores case in names; False if the folder is empty or missing."""
     try:
         with os.scandir(folder or ".") as entries:
+            # An existing file is looked up under its name in the other case, so nothing has to be written to the
+            # folder.
             name = next((entry.name for entry in entries if entry.name.swapcase() != entry.name), None)
         return name is not None and os.path.samefile(
             *(os.path.join(folder, variant) for variant in (name, name.swapcase()))
