@@ -56,7 +56,8 @@ def audit_lines(
     num_draws = np.bincount(subset_N, samples.draws_N, num_subsets).astype(int).tolist()
     unused = np.bincount(subset_N, samples.draws_N == 0, num_subsets).astype(int).tolist()
     first_subset = 0
-    warned: set[str] = set()  # texts already shown: datasets of several sizes share their folders
+    # Datasets of several sizes share their folders, and each warning about a folder is shown once.
+    warned: set[str] = set()
     for number, (dataset, rule) in enumerate(zip(datasets, rules, strict=True)):
         yield logging.INFO, f"dataset {number + 1}: {describe_size(rule)}, batch size {dataset.config.batch_size}"
         for index, subset in enumerate(dataset.subsets, first_subset):
@@ -232,6 +233,7 @@ def log_lengths_later(datasets: Sequence[ScannedDataset], limit: TokenLimit, log
 
     counted = itertools.count()
     log.info("searching for captions longer than the model's %d tokens in the background", limit.max_tokens)
+    # A daemon, so that the end of the run does not wait for the count.
     threading.Thread(target=work, name="count tokens", daemon=True).start()
 
 

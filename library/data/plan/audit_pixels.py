@@ -146,6 +146,7 @@ def connect_groups(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
 
     def find(index: int) -> int:
         while parent.setdefault(index, index) != index:
+            # Path halving keeps the chains short.
             parent[index] = parent[parent[index]]
             index = parent[index]
         return index

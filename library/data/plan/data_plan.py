@@ -173,6 +173,7 @@ class DataPlan:
             self.config, self.datasets, self.rules, self.samples, frequencies, described, batches_per_step
         )
 
+    # Counting the tags of a million captions takes 3 s, and both the report and the metadata need them.
     @cached_property
     def _tag_frequencies(self) -> list[TagFrequency]:
         return [tag_frequency(dataset) for dataset in self.datasets]
@@ -269,14 +270,17 @@ def build_plan(
     UserError for other mistakes in the description.
     """
     config = load_dataset_config(options)
+    # A dry run writes nothing.
     if options.faults.dry_run:
         config = config.with_subsets(keeps_index=False)
     if entries is not None:
         config = config.with_subsets(entries=entries)
+    # The description is checked before the images are listed, which takes longer.
     check_pairs(config, options.pairs.are_trained)
     caches_latents = options.caching.cache_latents or options.caching.cache_latents_to_disk
     if caches_latents:
         check_drawing(config)
+    # A warning instead of an error: front ends send this key with enable_bucket, and sd-scripts ignores it there.
     config = drop_unused_face_crops(config, caches_latents)
     subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
     if options.caching.cache_dir is not None and not any(subset.patterns for subset in subsets):
@@ -330,6 +334,7 @@ def bucket_rules(config: DatasetConfig, spec: LatentSpec) -> BucketRules:
         config.enable_bucket,
         config.min_bucket_reso,
         config.max_bucket_reso,
+        # 0 selects the step of the base model, see `flat_datasets`.
         config.bucket_reso_steps or spec.bucket_step,
         config.bucket_no_upscale,
         spec.bucket_step,

@@ -81,7 +81,9 @@ def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) 
         numbers = zip(
             *scanned.sizes_N2.T.tolist(), samples.shape_N[rows].tolist(), samples.draws_N[rows].tolist(), strict=True
         )
-        parts_by_row: dict[tuple[int, ...], str] = {}  # everything but the name; equal for many images
+        # The digested text is the repr of one tuple per image: states hold digests of it. The part that many images
+        # share is built once.
+        parts_by_row: dict[tuple[int, ...], str] = {}  # everything but the name
         parts: list[str] = []
         for name, row in zip(scanned.names, numbers, strict=True):
             if row not in parts_by_row:

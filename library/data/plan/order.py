@@ -50,6 +50,7 @@ def epoch_batches(buckets: Sequence[Bucket], seed: int, epoch: int) -> EpochBatc
     batches as a whole."""
     batches = EpochBatches(array("i"), array("i"), array("i"), tuple(bucket.batch_size for bucket in buckets))
     for number, bucket in enumerate(buckets):
+        # random.shuffle orders an array as it would a list, without an object for each draw.
         draws = array("i", np.asarray(bucket.draws, dtype=np.int32).tobytes())
         random_for(seed, "draw order", epoch, number).shuffle(draws)
         first = len(batches.draws)
@@ -75,6 +76,7 @@ def regularisation_repeats(num_train_draws: int, repeats: Sequence[int]) -> list
     Images are used with their own `repeats`, one after another, until the sum is reached. If they run out first,
     further rounds add one draw to each. Images that are not needed get 0.
     """
+    # Both passes are sd-scripts': of more images than needed, the first ones are used.
     draws = [0] * len(repeats)
     total = 0
     for i, count in enumerate(repeats):

@@ -69,6 +69,7 @@ class Samples(Column[Sample]):
         for subset, (dataset, images) in enumerate(zip(self.dataset_of_subset, self.subsets, strict=True)):
             subset_rows = slice(first, first + len(images))
             shapes = map(self.shapes.__getitem__, iterate_in_blocks(self.shape_N[subset_rows]))
+            # Not strict, because repeat() never ends.
             rows = zip(
                 images,
                 repeat(dataset),
@@ -206,6 +207,7 @@ def unique_sizes(images: ScannedImages) -> tuple[list[tuple[Size, ...]], NDArray
     axis = None if codes_NK.shape[1] == 1 else 0
     codes_M, row_N = np.unique(codes_NK, axis=axis, return_inverse=True)
     rows = codes_M.reshape(len(codes_M), -1).tolist()
+    # A code of 0 is a missing reference.
     return [tuple((code >> 32, code & 0xFFFFFFFF) for code in row if code) for row in rows], row_N.reshape(-1)
 
 
@@ -225,6 +227,7 @@ def resolve_fixed_shape(image: Size, target: Size, subset: SubsetConfig) -> Shap
     """Return the shape of an image without buckets: scaled to just cover the target. With random_crop, larger images
     keep their size."""
     if subset.random_crop and image[0] >= target[0] and image[1] >= target[1]:
+        # As in sd-scripts, such an image is not scaled.
         return Shape(target, image)
     return Shape(target, cover(image, target))
 
@@ -234,6 +237,7 @@ def draws_of_dataset(dataset: ScannedDataset) -> NDArray[np.int32]:
     balanced number."""
     repeats = [(subset.config, subset.config.num_repeats, len(subset.images)) for subset in dataset.subsets]
     num_train_draws = sum(count * images for config, count, images in repeats if not config.is_reg)
+    # Before the draws are laid out: 10^9 repeats would take all memory.
     check_draws(num_train_draws)
     reg_repeats = [n for config, count, images in repeats if config.is_reg for n in [count] * images]
     reg_draws = iter(regularisation_repeats(num_train_draws, reg_repeats))
@@ -274,9 +278,11 @@ def build_draws(samples: Samples, configs: Sequence[DatasetConfig], chosen: Cont
     index_of_bucket = {key: index for index, key in enumerate(sorted(set(keys)))}
     bucket_of_pair = np.array([index_of_bucket[key] for key in keys], dtype=np.int32)
     bucket_of_draw = np.repeat(bucket_of_pair[pair_N], counts_N) if len(pairs) else np.empty(0, dtype=np.int32)
+    # A stable sort keeps the draws of a bucket in order, and the seeded shuffle of an epoch starts from this order.
     draws_by_bucket = np.split(
         np.argsort(bucket_of_draw, kind="stable").astype(np.int32), np.cumsum(np.bincount(bucket_of_draw))
     )
+    # Not strict: np.split also returns the empty rest.
     buckets = tuple(
         Bucket(dataset, size, configs[dataset].batch_size, draws, tuple(references))
         for (dataset, (size, *references)), draws in zip(index_of_bucket, draws_by_bucket, strict=False)
@@ -297,6 +303,7 @@ def find_replacement(
     fits = np.array([shape.sizes == damaged.shape.sizes for shape in samples.shapes])
     is_reg = np.array([subset.is_reg for subset in subsets])
     is_alike_N = (samples.draws_N > 0) & (samples.dataset_of_each() == damaged.dataset) & fits[samples.shape_N]
+    # The loss of regularisation images has another weight, so only one of them replaces another.
     is_alike_N &= is_reg[samples.subset_of_each()] == is_reg[damaged.subset]
     is_alike_N[list(broken)] = False
     alike = np.flatnonzero(is_alike_N)
@@ -328,6 +335,7 @@ def find_duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[
 def may_share_stems(images: ScannedImages) -> bool:
     """Return True if any two names may be equal apart from the extension. Only hashes are compared."""
     names = images.names if images.places is None else images.each_key()
+    # Equal hashes of different names only cost the full comparison.
     hashes_N = np.fromiter((hash(name.rpartition(".")[0]) for name in names), dtype=np.int64, count=len(images))
     hashes_N.sort()
     return bool((hashes_N[1:] == hashes_N[:-1]).any())

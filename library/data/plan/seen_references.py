@@ -94,6 +94,7 @@ def digest_references(sample: Sample, interpolation: str | None, contents: Mappi
         (contents[reference.key] if reference.place is None else reference.place.digest, shape.bucket, shape.resized)
         for reference, shape in zip(sample.image.references, sample.shape.references, strict=True)
     ]
+    # 0 stands for a sample without references.
     return max(1, int.from_bytes(blake2b(f"{records} {interpolation}".encode(), digest_size=8).digest(), "big"))
 
 
@@ -102,6 +103,7 @@ def read_placed_references(
 ) -> list[Pixels]:
     """Read and place the references of a sample; RGBA with `has_alpha`. A reference with the size and shape of its
     image is cropped like the image, others at the centre. All are mirrored like the image."""
+    # The shape of a reference has no references itself, so the image's are left out of the comparison.
     image_shape, placed_references = replace(sample.shape, references=()), []
     for reference, shape in zip(sample.image.references, sample.shape.references, strict=True):
         rgb, alpha = read_pixels(reference.key, storage.content(reference))

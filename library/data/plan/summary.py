@@ -126,6 +126,7 @@ def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
     for subset in dataset.subsets:
         name = subset.config.base_name
         counts = frequency.setdefault(name, Counter())
+        # As in sd-scripts, only the tags of a metadata file count, not its captions.
         texts = subset.images.captions if subset.images.tags is None else subset.images.tags
         for text in texts:
             if "\n" in text:
@@ -133,6 +134,7 @@ def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
             tags = dict.fromkeys([tag.strip().lower() for tag in text.split(",")])
             tags.pop("", None)
             counts.update(tags.keys())
+            # Pruned on the way, because sentences as captions would fill the memory with tags that occur once.
             if len(counts) > 2 * MOST_TAGS:
                 frequency[name] = counts = commonest(counts)
     return {name: dict(commonest(counts)) for name, counts in frequency.items()}

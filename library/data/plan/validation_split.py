@@ -50,6 +50,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     if not any(held_out_share(subset.config) for subset in subsets):
         return Split(tuple(datasets), ())
+    # By id, because subsets contain arrays and have no hash.
     identities = dict(zip(map(id, subsets), identities_by_subset(subsets), strict=True))
     specs = [
         SplitSpec(
@@ -98,6 +99,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
             subsets=tuple(
                 replace(kept(subset, is_aside=True), config=unchanging(subset.config))
                 for subset in dataset.subsets
+                # Other subsets only leave out their copies of held-out images.
                 if held_out_share(subset.config)
             ),
         )
@@ -115,6 +117,7 @@ def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[
     """
     aside: set[str] = set()
     trained = set(always_trained)
+    # A subset that holds out everything must choose before another one claims its copies for training.
     for spec in sorted(specs, key=lambda spec: -spec.share):
         counts = Counter(spec.identities)
         num_images = len(spec.identities)
@@ -122,6 +125,7 @@ def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[
         num_wanted = min(round(num_images * spec.share), limit)
         num_aside = sum(count for identity, count in counts.items() if identity in aside)
         available = counts.keys() - aside - trained
+        # Ranks do not depend on the share, so a larger share holds out the same images and more.
         ranks = {identity: stream_seed(spec.seed, "validation split", identity) for identity in available}
         for identity in sorted(available, key=lambda identity: (ranks[identity], identity)):
             if num_aside >= num_wanted:
