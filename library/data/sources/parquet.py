@@ -92,6 +92,7 @@ def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storag
                 rows += pool.map(partial(row_of_url, folder=folder, storage=storage), images, lines)
             else:
                 references = zip(*(batch[name] for name in columns.references), strict=True)
+                # Not strict, because repeat() never ends.
                 for image, caption, row_references in zip(images, lines, chain(references, repeat(())), strict=False):
                     name, number = f"{len(rows):0{digits}}", len(rows)
                     row = row_of_bytes(name, number, image, caption, shown)

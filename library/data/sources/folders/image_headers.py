@@ -18,6 +18,7 @@ _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 _PNG_MODES = {(8, 0), (8, 2), (8, 3), (8, 4), (8, 6), (16, 0), (16, 2), (16, 6), (1, 0), (1, 3)}  # (depth, colour type)
 _PNG_HARMLESS = (b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME", b"PLTE", b"tRNS")
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
+# 0xE1 is left out: it holds EXIF and XMP.
 _JPEG_SKIPPED = (0xDB, 0xC4, 0xDD, 0xFE, 0xE0, 0xE2, 0xEE)  # tables, restart, comment, JFIF, ICC, Adobe
 
 
@@ -42,6 +43,7 @@ def _png_size(head: bytes, file_bytes: int) -> Size | None:
         return None
     position = 33
     while (kind := head[position + 4 : position + 8]) != b"IDAT":
+        # Pillow takes a text chunk with the keyword exif for EXIF.
         is_text = kind == b"tEXt" and not head.startswith(b"exif\x00", position + 8)
         if not is_text and kind not in _PNG_HARMLESS:  # also true at the end of the head
             return None
@@ -78,6 +80,7 @@ def _webp_size(head: bytes, file_bytes: int) -> Size | None:
     kind = head[12:16]
     if kind == b"VP8 " and head[23:26] == b"\x9d\x01\x2a":
         width, height = struct.unpack_from("<HH", head, 26)
+        # The upper two bits are a scale for display.
         return width & 0x3FFF, height & 0x3FFF
     if kind == b"VP8L" and head[20] == 0x2F:
         (bits,) = struct.unpack_from("<I", head, 21)

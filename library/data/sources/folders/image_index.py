@@ -49,6 +49,7 @@ def compute_stamp(status: os.stat_result, now_ns: float = math.inf) -> int:
     edited_ns = status.st_mtime_ns
     if edited_ns > now_ns - SETTLED_NS:
         return UNSETTLED
+    # hash() of a tuple of integers is the same in every process, so it can be stored.
     return hash((status.st_size, edited_ns, status.st_ctime_ns))
 
 
@@ -57,9 +58,11 @@ def read_stamped(path: str, num_bytes: int | None = None) -> tuple[os.stat_resul
     read."""
     handle = os.open(path, READ_FLAGS)
     try:
+        # An edit during the reading then leaves an outdated stamp, and the file is read again at the next start.
         status = os.fstat(handle)
         num_wanted = status.st_size if num_bytes is None or status.st_size < num_bytes else num_bytes
         content = os.read(handle, num_wanted)
+        # A single call may return fewer bytes than requested.
         while len(content) < num_wanted and (more := os.read(handle, num_wanted - len(content))):
             content += more
     finally:

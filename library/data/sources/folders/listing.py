@@ -29,6 +29,8 @@ def list_files(folder: str, caption_extension: str | None = None) -> Folder:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
+                # Without following links, this usually needs no system call; only links and special entries are looked
+                # up.
                 if entry.is_file(follow_symlinks=False):
                     files.append(entry.name)
                 else:
@@ -97,6 +99,7 @@ def list_indexed_files(index: FolderIndex, caption_extension: str, num_threads: 
         compute_stamps(index.folder, captions.names, num_threads),
     )
     edited = [*images.edited(stamps[0]), *captions.edited(stamps[1])]
+    # A file that became a folder or a broken link has another stamp, too.
     if not all(os.path.isfile(os.path.join(index.folder, name)) for name in edited):
         return None
     return Folder(images.names, [], set(), new_files.aside, stamps)

@@ -49,6 +49,7 @@ def _values(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except OSError as error:
         raise UserError(f"metadata_file {path} cannot be read: {error.strerror}; change its permissions") from error
     text = decode_utf8(content, f"metadata_file {path}")
+    # StringIO splits at newlines only. str.splitlines would also split at U+2028, which JSON allows inside strings.
     yield from _json_lines(path, io.StringIO(text)) if path.lower().endswith(".jsonl") else _json_table(path, text)
 
 

@@ -83,5 +83,6 @@ def combine_caption(entry: MetadataEntry, rules: CaptionRules) -> str:
         lines = lines[:1]
     tags = (entry.tags or "").strip().replace("\n", rules.caption_separator)
     if tags:
+        # As in sd-scripts, no space is added after the separator.
         lines = [f"{line}{rules.caption_separator}{tags}" for line in lines] or [tags]
     return "\n".join(lines)

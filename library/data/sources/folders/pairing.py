@@ -120,6 +120,7 @@ def matches_by_stem(candidates: dict[str, list[str]], stems: set[str]) -> tuple[
     """Return (the references of each image by stem, in order of their numbers; references that belong to no image)."""
     matches: dict[str, list[str]] = defaultdict(list)
     surplus: list[str] = []
+    # Shorter names first, so that _2 precedes _10.
     for stem, names in sorted(candidates.items(), key=lambda item: (len(item[0]), item[0])):
         numbered = NUMBERED.fullmatch(stem)
         if stem in stems:  # even if the stem itself ends in a number

@@ -42,6 +42,7 @@ def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
     try:
         texts = read_with_index(listing, index, contents, files, num_threads)
     except NotUtf8:
+        # The error names one file; this raises one error for all of them.
         check_encodings(folder, (file for file in files if file is not None))
         raise
     listing.captions = parse_captions(texts, config.captions)
@@ -94,6 +95,7 @@ def read_with_index(
     """Set the sizes, and return the text of each image's caption file. Both come from the index, or from files that
     it lacks."""
     config, folder = listing.config, index.folder
+    # Images can share a caption file: crops of faces, and names that differ only in the extension.
     names = list(dict.fromkeys(file for file in files if file is not None))
     known_captions = index.captions.get(config.caption_extension, Table())
     captions = update_table(known_captions, folder, names, read_caption, num_threads, None, contents.stamps[1])

@@ -96,6 +96,7 @@ class KeptGroups:
 
     def __init__(self, max_bytes: int = 256 << 20) -> None:
         self.max_bytes = max_bytes
+        # For all files together: with a thousand files, a group of 30 MB each would take 30 GB.
         self._values: OrderedDict[tuple[str, str, int], Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -182,7 +183,8 @@ class ParquetRows:
         """Return (first row of the group, its values)."""
         group = bisect_right(self._firsts, row) - 1
         key = self.shown, column, group
-        with self._lock:  # a file must be read by one thread at a time
+        # A file must be read by one thread at a time.
+        with self._lock:
             values = self._kept.get(key)
             if values is None:
                 values = self._column(column, group)

@@ -77,6 +77,7 @@ def describe_files(
     files = [file for pattern in config.patterns for file in storage.matching(pattern)]
     if not files:
         raise UserError(f"{key} = {config.source!r} matched no files; check bucket, path and pattern")
+    # count() for each file is quadratic, so it runs only if a file is repeated.
     repeated = sorted({file for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
     if repeated:
         raise UserError(f"{key} = {config.source!r} lists a file twice: {list_few(map(strip_secrets, repeated))}")
@@ -88,6 +89,7 @@ def describe_files(
     if "caption_extension" in values:
         values["caption_extension"] = config.caption_extension.removeprefix(".")
     folder = os.path.dirname(shown[0])
+    # Names relative to the folder, so that a moved folder keeps its index.
     indexed_files = IndexedFiles(
         [name.removeprefix(f"{folder}/") for name in shown], stamps, f"{key} {list(values.values())}"
     )

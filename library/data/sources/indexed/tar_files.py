@@ -16,6 +16,7 @@ from library.formatting import escape_controls
 BLOCK = 512
 LONGEST_NAME = 1 << 16
 NAME_ERRORS = "backslashreplace"  # bytes of names that are not UTF-8 become \\xe9, which every file can hold
+# str.isdigit accepts ³, and int() refuses more than 4,300 digits.
 NUMBER = re.compile(r"[0-9]{1,20}")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
@@ -47,6 +48,7 @@ def iterate_members(window: Window, shown: str) -> Iterator[Member]:
     if window.file_bytes < BLOCK:
         raise UserError(f"{shown} is not a tar file: it has {window.file_bytes} bytes; check the path or the address")
     position, next_name, next_bytes = 0, None, None
+    # An empty block ends the archive, as in Python's tarfile.
     while len(block := window.read(position, BLOCK)) == BLOCK and block.strip(b"\0"):
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", NAME_ERRORS)
@@ -56,6 +58,7 @@ def iterate_members(window: Window, shown: str) -> Iterator[Member]:
         num_bytes = info.size if next_bytes is None else next_bytes
         if num_bytes < 0:
             raise UserError(f"{shown} is damaged at byte {position}: a size is negative; copy it again")
+        # These have no content, whatever their size field says.
         if info.type in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE):
             num_bytes = 0
         if start + num_bytes > window.file_bytes:
@@ -75,9 +78,11 @@ def iterate_members(window: Window, shown: str) -> Iterator[Member]:
                 next_name = records.get("path", next_name)
                 if not NUMBER.fullmatch(records.get("size", "0")):
                     raise UserError(f"{shown} has a damaged header at byte {start}; rewrite it")
+                # This record replaces the size field, whose eleven octal digits end at 8 GB.
                 next_bytes = int(records["size"]) if "size" in records else None
             continue
         if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
+            # Names reach logs, and control characters could act on the terminal.
             yield Member(escape_controls(next_name or info.name), start, num_bytes)
         elif info.type == tarfile.GNUTYPE_SPARSE:
             raise UserError(f"{shown}: {info.name} is stored with holes (GNU sparse); write the tar file without -S")

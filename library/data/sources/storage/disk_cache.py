@@ -34,7 +34,8 @@ class DiskCache:
         path = self.path(name)
         try:
             content = path.read_bytes()
-            os.utime(path)  # mark as used
+            # The modification time stands for the last use, because many file systems are mounted without access times.
+            os.utime(path)
         except OSError:
             return None
         return content

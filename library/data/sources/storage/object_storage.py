@@ -55,6 +55,7 @@ def stamp_of_url(url: str) -> FileStamp:
         info = file_system.info(path, **_limit(file_system))
         if info.get("size") is None:
             raise UserError(f"{strip_secrets(url)}: the server does not report its size, so parts cannot be read")
+        # Only one mark: a hub does not report each of them every time, and a stamp of several would change.
         return FileStamp(int(info["size"]), next((str(info[name]) for name in MARKS if info.get(name)), ""))
 
     return retry(ask, url)

@@ -20,6 +20,7 @@ from library.errors import UserError
 
 CHUNK_BYTES = 5120  # the end of an image, the next header, and the start of the next image
 BRACES = re.compile(r"\{(?:(?P<first>[0-9]{1,18})\.\.(?P<last>[0-9]{1,18})|(?P<choices>[^{}]*,[^{}]*))\}")
+# In a URL `?` begins the parameters.
 GLOB, GLOB_IN_URL = re.compile(r"[*?\[]"), re.compile(r"\*")
 REMOTE_CHUNK_BYTES = 16384  # a request takes longer than transferring this much
 READ_FOLDER = "read"
@@ -108,6 +109,7 @@ class Storage:
 
     def _read_remote(self, place: Place) -> bytes:
         content = self.disk_cache.get(cache_name(place))
+        # The cached file may be damaged, or older than the index.
         if content is not None and digest_content(content) == place.digest:
             return content
         if place.reader is not None:
@@ -144,6 +146,7 @@ class Storage:
         if is_remote(file):
             return object_storage.read_url(file, start, num_bytes)
         try:
+            # Without a buffer exactly the range is read, but a single call may return fewer bytes.
             with open(file, "rb", buffering=0) as opened:
                 opened.seek(start)
                 content = opened.read(num_bytes)
@@ -186,6 +189,7 @@ class Storage:
             if is_remote(path):
                 paths += object_storage.list_matching_urls(path) if GLOB_IN_URL.search(path) else [path]
             else:
+                # The name of an existing file may contain brackets.
                 paths += sorted(glob(path)) if GLOB.search(path) and not os.path.exists(path) else [path]
         return paths
 
