@@ -85,6 +85,7 @@ class PromptPairs:
     @property
     def identity(self) -> dict[str, Any]:
         """A description of the pairs that two runs can compare."""
+        # `place` names the file, which may be moved.
         texts = repr([{**asdict(pair), "place": ""} for pair in self.pairs])
         return {
             "num_pictures": 0,
@@ -170,9 +171,11 @@ class PromptPairs:
     def _drawn(self, number: int) -> Drawn:
         num_rounds, index = divmod(number, len(self.pairs))
         order = list(range(len(self.pairs)))
+        # Every pair comes once before any is repeated; sd-scripts draws with replacement.
         random_for(self.seed, "concept order", num_rounds).shuffle(order)
         pair = self.pairs[order[index]]
         rng = random_for(self.seed, "concept", number)
+        # The range is LECO's: at least one step, and never all of them.
         num_denoised = rng.randint(1, self.num_steps - 1)
         height, width = draw_size(pair.height, rng) if pair.has_drawn_size else (pair.height, pair.width)
         sizes = size_conditioning(height, width, rng if pair.dynamic_crops else None)
@@ -206,6 +209,7 @@ class PromptPairs:
 
 def draw_size(most: int, rng: Random) -> tuple[int, int]:
     """Draw height and width independently between half of `most` and `most`, as multiples of STEP_OF_DRAWN_SIDES."""
+    # Half of the side to the whole side, as in LECO.
     low, high = max(1, most // 2 // STEP_OF_DRAWN_SIDES), max(1, most // STEP_OF_DRAWN_SIDES)
     height, width = (STEP_OF_DRAWN_SIDES * rng.randint(low, high) for _ in range(2))
     return height, width
@@ -216,6 +220,7 @@ def size_conditioning(height: int, width: int, rng: Random | None) -> tuple[int,
     as large."""
     if rng is None:
         return height, width, 0, 0, height, width
+    # The range is LECO's.
     scale = 1 + 2 * rng.random()
     original = int(height * scale), int(width * scale)
     top, left = (

@@ -224,6 +224,7 @@ def build_pair(place: str, values: Mapping[str, Any], size: Any = None) -> Promp
                     f"{FLAG} {place}: {key} has no effect with action {PRESERVE}, which keeps what the base model "
                     "predicts for target; remove it"
                 )
+        # With a push of 0 the training target is the base model's prediction for `neutral`, here that for `target`.
         values = {**values, "neutral": values["target"]}
     return PromptPair(
         place=place,
