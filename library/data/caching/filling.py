@@ -70,7 +70,7 @@ def fill(
     if processes.is_main:
         clear_left_overs(os.path.dirname(job.path) for job in jobs)
 
-    def stale_ones(candidates: Sequence[JobT], when: str) -> list[Found[JobT]]:
+    def find_stale(candidates: Sequence[JobT], when: str) -> list[Found[JobT]]:
         results = check_files(codec, candidates, skips_check, num_threads)
         usable.extend(result.job for result in results if result.verdict.fault is None)
         # A process that already writes would shorten the list of one that still checks, and all must split the same
@@ -78,13 +78,13 @@ def fill(
         processes.wait_for_all(f"{codec.words.checking}{when}")
         return [result for result in results if result.verdict.fault is not None]
 
-    stale = stale_ones(jobs, "")
+    stale = find_stale(jobs, "")
     codec.make(assign_jobs(stale, processes.rank, processes.count))
     processes.wait_for_all(codec.words.caching)
     # Files on another machine's local disk are missing here, and each machine has to make them itself. On a shared disk
     # this check finds nothing.
     if processes.num_machines > 1:
-        stale = stale_ones([result.asked for result in stale], " again")
+        stale = find_stale([result.asked for result in stale], " again")
         codec.make(assign_jobs(stale, processes.local_rank, processes.local_count))
         processes.wait_for_all(f"{codec.words.caching} again")
     return [*usable, *(result.asked for result in stale)]
@@ -99,7 +99,7 @@ def assign_jobs(jobs: Sequence[JobT], rank: int, count: int) -> list[JobT]:
 def check_files(codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num_threads: int) -> list[Found[JobT]]:
     """Check the file of each job, and log the result."""
 
-    def look(job: JobT) -> Found[JobT]:
+    def check(job: JobT) -> Found[JobT]:
         rejection = Verdict(MISSING)
         for candidate in codec.candidates(job):
             if skips_check:
@@ -113,7 +113,7 @@ def check_files(codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num
                 rejection = verdict
         return Found(job, job, rejection)
 
-    results = read_many(look, jobs, num_threads, f"checking {codec.words.name}")
+    results = read_many(check, jobs, num_threads, f"checking {codec.words.name}")
     report_check(codec.words, results, skips_check)
     codec.remark(results)
     return results

@@ -121,13 +121,13 @@ _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 def replace_wildcards(caption: str, rng: random.Random) -> str:
     """Replace `{a|b}` by one of its alternatives, and `{{`, `}}` by literal braces; keep `{}`. Braces do not nest."""
 
-    def chosen(match: re.Match[str]) -> str:
+    def choose_alternative(match: re.Match[str]) -> str:
         if match[1] is None:
             return "{" if match[0] == "{{" else "}"
         alternatives: list[str] = match[1].split("|")
         return rng.choice(alternatives)
 
-    return _WILDCARD.sub(chosen, caption)
+    return _WILDCARD.sub(choose_alternative, caption)
 
 
 def has_nested_wildcard(caption: str) -> bool:

@@ -66,7 +66,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
     identity_by_key: dict[str, str] = {}
     lines: list[Line] = []
 
-    def kept(subset: ScannedSubset, is_aside: bool) -> ScannedSubset:
+    def select_side(subset: ScannedSubset, is_aside: bool) -> ScannedSubset:
         subset_identities = identities[id(subset)]
         rows = np.flatnonzero(
             np.fromiter((identity in aside for identity in subset_identities), dtype=bool, count=len(subset_identities))
@@ -75,7 +75,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
         return replace(subset, images=subset.images.take(rows))
 
     for subset in subsets:
-        held_out_images = kept(subset, is_aside=True).images
+        held_out_images = select_side(subset, is_aside=True).images
         identity_by_key.update(
             zip(
                 held_out_images.each_key(),
@@ -85,7 +85,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
         )
         lines += split_lines(subset, len(held_out_images))
     trained = drop_empty(
-        replace(dataset, subsets=tuple(kept(subset, is_aside=False) for subset in dataset.subsets))
+        replace(dataset, subsets=tuple(select_side(subset, is_aside=False) for subset in dataset.subsets))
         for dataset in datasets
     )
     if not any(not subset.config.is_reg for dataset in trained for subset in dataset.subsets):
@@ -97,7 +97,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
         replace(
             dataset,
             subsets=tuple(
-                replace(kept(subset, is_aside=True), config=unchanging(subset.config))
+                replace(select_side(subset, is_aside=True), config=unchanging(subset.config))
                 for subset in dataset.subsets
                 # Other subsets only leave out their copies of held-out images.
                 if held_out_share(subset.config)

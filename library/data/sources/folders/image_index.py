@@ -110,14 +110,14 @@ def compute_stamps(folder: str, names: Sequence[str], num_threads: int) -> Stamp
     """Return the stamps of files; UNSETTLED if a file is missing."""
     now_ns = time.time_ns()
 
-    def look(name: str) -> int:
+    def stamp_of(name: str) -> int:
         try:
             return compute_stamp(os.stat(prefix + name, dir_fd=handle), now_ns)
         except OSError:
             return UNSETTLED
 
     with open_folders(folder) as (prefix, handle):
-        return np.array(read_many(look, names, num_threads), dtype=np.int64)
+        return np.array(read_many(stamp_of, names, num_threads), dtype=np.int64)
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def read_stamps(
 ) -> list[FileStamp]:
     """Return the stamp of every file. Raises UserError naming the missing ones."""
 
-    def look(file: str) -> FileStamp | None:
+    def read_stamp(file: str) -> FileStamp | None:
         try:
             return storage.stamp(file)
         except FileNotFoundError:
@@ -110,7 +110,7 @@ def read_stamps(
             raise UserError(f"{strip_secrets(file)} cannot be read: {error.strerror or error}") from None
 
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        stamps = list(pool.map(look, files))
+        stamps = list(pool.map(read_stamp, files))
     missing = [name for name, stamp in zip(shown, stamps, strict=True) if stamp is None]
     if missing:
         raise UserError(f"{key}: {len(missing)} of {len(files)} files are missing: {list_few(missing)}")
