@@ -23,16 +23,16 @@ def show_batches(data: TrainingData) -> None:
         shapes[
             ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor is not None)
         ] += 1
-        for place, key in enumerate(batch.keys):
-            samples[key].append(describe_sample(batch, place))
+        for position, key in enumerate(batch.keys):
+            samples[key].append(describe_sample(batch, position))
     for shape, count in shapes.items():
         logger.info("%d x %s", count, shape)
     references = references_by_key(data)
     for key, lines in islice(samples.items(), MOST_IMAGES):
         others = len(set(lines)) - 1
         varied = f"; {others} more with another caption or crop" if others else ""
-        shown = " <- ".join([key, *references.get(key, ())])
-        logger.info("  %s: %s%s%s", shown, lines[0], f", {len(lines)} times" if len(lines) > 1 else "", varied)
+        names = " <- ".join([key, *references.get(key, ())])
+        logger.info("  %s: %s%s%s", names, lines[0], f", {len(lines)} times" if len(lines) > 1 else "", varied)
     if len(samples) > MOST_IMAGES:
         logger.info("  and %d more images", len(samples) - MOST_IMAGES)
 
@@ -40,7 +40,9 @@ def show_batches(data: TrainingData) -> None:
 def references_by_key(data: TrainingData) -> dict[str, tuple[str, ...]]:
     """Return the reference files of each image that has references."""
     samples = () if data.image_plan is None else data.image_plan.samples
-    return {one.image.key: tuple(r.key for r in one.image.references) for one in samples if one.image.references}
+    return {
+        sample.image.key: tuple(r.key for r in sample.image.references) for sample in samples if sample.image.references
+    }
 
 
 def describe_sample(batch: Batch, place: int) -> str:

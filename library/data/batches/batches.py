@@ -139,23 +139,25 @@ class BatchMaker(Dataset[PartialBatch | str]):
         """Read, crop and mirror images, or read their latents. Raises UserError if only some have latents."""
         self.read_ahead(order)
         skipped: list[str] = []
-        taken = [self.read_or_replace(order.epoch, draw, skipped) for draw in order.draws]
-        samples = [self.samples[one.number] for one in taken]
-        latents = [one.latent for one in taken if one.image is None]
-        if 0 < len(latents) < len(taken):
+        drawn_samples = [self.read_or_replace(order.epoch, draw, skipped) for draw in order.draws]
+        samples = [self.samples[drawn.number] for drawn in drawn_samples]
+        latents = [drawn.latent for drawn in drawn_samples if drawn.image is None]
+        if 0 < len(latents) < len(drawn_samples):
             keys = ", ".join(sample.image.key for sample in samples)
             raise UserError(f"only some of these images have cached latents: {keys}")
-        batch = self.plain_batch(order, taken, samples)
-        texts = [self.text_key(one, caption) for one, caption in zip(taken, batch.captions, strict=True)]
+        batch = self.plain_batch(order, drawn_samples, samples)
+        text_keys = [
+            self.text_key(drawn, caption) for drawn, caption in zip(drawn_samples, batch.captions, strict=True)
+        ]
         return PartialBatch(
             batch=batch,
-            samples=[one.number for one in taken],
-            flips=[one.is_flipped for one in taken],
+            samples=[drawn.number for drawn in drawn_samples],
+            flips=[drawn.is_flipped for drawn in drawn_samples],
             latents=latents,
-            masks=[one.mask for one in taken],
-            texts=[self.text_row(one.number, text) for one, text in zip(taken, texts, strict=True)],
-            text_keys=texts,
-            references=[one.references if one.image is None else () for one in taken],
+            masks=[drawn.mask for drawn in drawn_samples],
+            texts=[self.text_row(drawn.number, text) for drawn, text in zip(drawn_samples, text_keys, strict=True)],
+            text_keys=text_keys,
+            references=[drawn.references if drawn.image is None else () for drawn in drawn_samples],
             skipped=skipped,
         )
 
@@ -165,30 +167,34 @@ class BatchMaker(Dataset[PartialBatch | str]):
         unread = [number for number in numbers if number not in self.in_memory and number not in self.files]
         self.storage.read_ahead(self.samples[number].image for number in unread)
 
-    def plain_batch(self, order: BatchOrder, taken: Sequence[DrawnSample], samples: Sequence[Sample]) -> Batch:
+    def plain_batch(self, order: BatchOrder, drawn_samples: Sequence[DrawnSample], samples: Sequence[Sample]) -> Batch:
         """Make the batch without latents, masks and text features, which `finish_batch` adds."""
         subsets = [self.subsets[sample.subset] for sample in samples]
-        drawn = list(zip(samples, order.draws, [one.is_flipped for one in taken], strict=True))
-        pixels = [to_pixels(one.image) for one in taken if one.image is not None]
-        corners = [locate_corner(self.placement(sample, order.epoch, draw, flip)) for sample, draw, flip in drawn]
+        sample_draws = list(zip(samples, order.draws, [drawn.is_flipped for drawn in drawn_samples], strict=True))
+        pixels = [to_pixels(drawn.image) for drawn in drawn_samples if drawn.image is not None]
+        corners = [
+            locate_corner(self.placement(sample, order.epoch, draw, flip)) for sample, draw, flip in sample_draws
+        ]
         return Batch(
             keys=[sample.image.key for sample in samples],
-            captions=[self.caption(sample, order, draw) for sample, draw, _ in drawn],
+            captions=[self.caption(sample, order, draw) for sample, draw, _ in sample_draws],
             pixels_BCHW=torch.stack(pixels) if pixels else None,
             latents_BCHW=None,
             conditioning=None,
             loss_weights_B=torch.tensor([self.prior_loss_weight if subset.is_reg else 1.0 for subset in subsets]),
             masks_B1HW=None,
-            sizes_B6=torch.tensor([collect_sizes(sample, flip) for sample, _, flip in drawn], dtype=torch.float32),
+            sizes_B6=torch.tensor(
+                [collect_sizes(sample, flip) for sample, _, flip in sample_draws], dtype=torch.float32
+            ),
             attributes=[subset.custom_attributes for subset in subsets],
             crops_B2=torch.tensor(corners, dtype=torch.float32),
-            reference_pixels=stack_references([one.references for one in taken if one.image is not None]),
+            reference_pixels=stack_references([drawn.references for drawn in drawn_samples if drawn.image is not None]),
         )
 
-    def text_key(self, taken: DrawnSample, caption: str) -> str:
+    def text_key(self, drawn: DrawnSample, caption: str) -> str:
         """Return the key of the text features of a draw: its caption, combined with its references if text encoders
         see them."""
-        return caption if self.seen is None else self.seen.key(taken.number, caption, taken.is_flipped)
+        return caption if self.seen is None else self.seen.key(drawn.number, caption, drawn.is_flipped)
 
     def text_row(self, number: int, text: str) -> Row | None:
         """Read the cached features of a text; None if the sample has no file or the text is empty."""
@@ -224,6 +230,8 @@ class BatchMaker(Dataset[PartialBatch | str]):
         rng = random_for(self.seed, "caption", order.epoch, draw)
         if not self.num_variants:
             return compose_caption(text, rules, rng, order.epoch, order.step, self.max_train_steps)
+        # compose_caption decides on dropout first, too, so the same draws are dropped with and without cached text
+        # features.
         if is_dropped(rules, rng, order.epoch):
             return ""
         return caption_variant(sample.image.key, text, rules, rng.randrange(self.num_variants))
@@ -238,14 +246,17 @@ class BatchMaker(Dataset[PartialBatch | str]):
         rgb, alpha = read_pixels(sample.image.key, self.storage.content(sample.image))
         check_size(sample.image, rgb)
         placement = self.placement(sample, epoch, draw, is_flipped)
-        shown_alpha = None if subset.alpha_mask else alpha
-        whole = with_alpha(rgb, shown_alpha) if self.has_alpha else rgb
-        image = place(whole, placement, subset.resize_interpolation)
-        shown = read_placed_references(sample, placement, subset.resize_interpolation, self.storage, self.has_alpha)
-        if subset.color_aug:  # change all alike, so that a pair keeps its difference
-            rngs = [random_for(self.seed, "colour", epoch, draw) for _ in range(1 + len(shown))]
-            image, *shown = map(change_colour, [image, *shown], rngs)
-        references = tuple(map(to_pixels, shown))
+        image_alpha = None if subset.alpha_mask else alpha
+        pixels = with_alpha(rgb, image_alpha) if self.has_alpha else rgb
+        image = place(pixels, placement, subset.resize_interpolation)
+        reference_pixels = read_placed_references(
+            sample, placement, subset.resize_interpolation, self.storage, self.has_alpha
+        )
+        if subset.color_aug:
+            # Equal generators change an image and its references alike, so that a pair keeps its difference.
+            rngs = [random_for(self.seed, "colour", epoch, draw) for _ in range(1 + len(reference_pixels))]
+            image, *reference_pixels = map(change_colour, [image, *reference_pixels], rngs)
+        references = tuple(map(to_pixels, reference_pixels))
         if sample.image.mask_path is not None:
             return image, file_mask(sample, placement, subset.resize_interpolation), references
         if subset.alpha_mask and alpha is not None:
@@ -292,11 +303,12 @@ def finish_batch(
 ) -> Batch:
     """Add the features that are kept in memory to a batch. Samples without a mask get ones if another has a mask."""
     latents, masks, references = list(draft.latents), list(draft.masks), list(draft.references)
-    for place_, (number, is_flipped) in enumerate(zip(draft.samples, draft.flips, strict=True)):
+    for index, (number, is_flipped) in enumerate(zip(draft.samples, draft.flips, strict=True)):
         if number in memory:
-            latents[place_], mask, references[place_] = pick(memory[number], is_flipped)
-            masks[place_] = masks[place_] if masks[place_] is not None else mask
-    present = [latent for latent in latents if latent is not None]
+            latents[index], mask, references[index] = pick(memory[number], is_flipped)
+            # A mask file, which the worker has read, wins over the alpha of the cached image.
+            masks[index] = masks[index] if masks[index] is not None else mask
+    cached_latents = [latent for latent in latents if latent is not None]
     rows = (
         [texts[key] if row is None else row for key, row in zip(draft.text_keys, draft.texts, strict=True)]
         if texts
@@ -304,7 +316,7 @@ def finish_batch(
     )
     return replace(
         draft.batch,
-        latents_BCHW=torch.stack(present) if present else None,
+        latents_BCHW=torch.stack(cached_latents) if cached_latents else None,
         conditioning=stack_rows(rows, text_padding) if rows else None,
         masks_B1HW=stack_masks(masks),
         reference_latents=stack_references(references),
@@ -313,7 +325,7 @@ def finish_batch(
 
 def stack_references(references: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Stack references (CHW) across samples into one BCHW tensor per reference number."""
-    return tuple(torch.stack(same) for same in zip(*references, strict=True))
+    return tuple(torch.stack(reference) for reference in zip(*references, strict=True))
 
 
 def stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
@@ -329,6 +341,7 @@ def collect_sizes(sample: Sample, is_flipped: bool) -> tuple[float, ...]:
     width, height = sample.image.size
     target_width, target_height = sample.shape.bucket
     left, top, right, _ = crop_ltrb(sample.shape.bucket, sample.image.size)
+    # The order and the mirrored left edge are sd-scripts'.
     return height, width, top, target_width - right if is_flipped else left, target_height, target_width
 
 
@@ -344,6 +357,7 @@ def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -
     assert sample.image.mask_path is not None
     red = np.ascontiguousarray(read_pixels(sample.image.mask_path)[0][..., 0])
     if (red.shape[1], red.shape[0]) != sample.image.size:
+        # Only without buckets, see `check_mask_sizes`; sd-scripts stretches such masks, too.
         placement = Placement(placement.target, 0, 0, placement.target, placement.is_flipped)
     return to_mask(place(red, placement, interpolation))
 
@@ -351,12 +365,14 @@ def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -
 def start_worker(_: int) -> None:
     """Initialize a worker: ignore SIGINT and SIGHUP, which the main process handles, end on SIGTERM, and use OpenCV
     without threads."""
+    # A forked worker inherits the main process's handlers, which wait for the end of a step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "win32":
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     import cv2
 
+    # OpenCV would start a thread per core in every worker.
     cv2.setNumThreads(0)
 
 

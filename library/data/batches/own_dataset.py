@@ -52,6 +52,7 @@ class OwnDataset:
     @property
     def num_train_images(self) -> int:
         num_images = int(getattr(self._source, "num_train_images", 0))
+        # A class derived from sd-scripts' MinimalDataset has 0 here unless it sets the number.
         return num_images or self.num_batches * self.batch_sizes[0]
 
     @property
@@ -147,11 +148,11 @@ def build_batch(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:
     tensor = pixels if latents is None else latents
     count, channels = len(captions), 3 if latents is None else spec.channels
     if not isinstance(tensor, Tensor) or tensor.dim() != 4 or tensor.shape[:2] != (count, channels):
-        found = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise UserError(f"{place}: expected ({count}, {channels}, height, width) for {count} captions, not {found}")
+        actual = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise UserError(f"{place}: expected ({count}, {channels}, height, width) for {count} captions, not {actual}")
     scale = 1 if latents is None else spec.downscale
-    target = [[side * scale for side in tensor.shape[2:]]] * count
-    targets = read_number_pairs(item, "target_sizes_hw", target)
+    default_targets = [[side * scale for side in tensor.shape[2:]]] * count
+    targets = read_number_pairs(item, "target_sizes_hw", default_targets)
     sizes = [
         read_number_pairs(item, "original_sizes_hw", targets),
         read_number_pairs(item, "crop_top_lefts", [[0, 0]] * count),
@@ -167,7 +168,7 @@ def build_batch(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:
         loss_weights_B=torch.ones(count) if weights is None else torch.as_tensor(weights, dtype=torch.float32),
         masks_B1HW=None if masks is None else torch.as_tensor(masks, dtype=torch.float32)[:, None],
         sizes_B6=torch.cat(sizes, dim=1),
-        attributes=[dict(one) for one in item.get("custom_attributes") or [{}] * count],
+        attributes=[dict(table) for table in item.get("custom_attributes") or [{}] * count],
     )
 
 

@@ -82,10 +82,11 @@ class PlannedBatches:
         Raises UserError naming an image that cannot be read.
         """
         assert epoch >= 1, epoch
-        draws = epoch_batches(self.plan.draws.buckets, self.plan.seed, epoch)
-        orders = Orders(epoch, draws, places, step_of)
+        batches = epoch_batches(self.plan.draws.buckets, self.plan.seed, epoch)
+        orders = Orders(epoch, batches, places, step_of)
         if not self._needs_workers:
             num_workers = 0
+        # As in sd-scripts, at most one worker per core. More workers than batches would be idle.
         num_workers = min(num_workers, os.cpu_count() or 1, self.plan.num_batches)
         if num_workers == 0:
             return (self._finished(self._maker[order]) for order in orders)
@@ -122,14 +123,15 @@ class PlannedBatches:
     def _finished(self, draft: PartialBatch | str) -> Batch:
         if isinstance(draft, str):
             raise UserError(draft)
-        for skipped in draft.skipped:
-            if skipped not in self._skipped:
-                logger.warning("%s; skipping it and using another image of its bucket", skipped)
-            self._skipped[skipped] += 1
+        for message in draft.skipped:
+            if message not in self._skipped:
+                logger.warning("%s; skipping it and using another image of its bucket", message)
+            self._skipped[message] += 1
         return finish_batch(draft, self._latents.memory, self._texts.memory, self._texts.padding)
 
     @cached_property
     def _for_workers(self) -> BatchMaker | SharedMaker:
+        # A forked worker reads the columns in its parent's memory without a copy.
         return self._maker if multiprocessing.get_start_method() == "fork" else SharedMaker.of(self._maker)
 
     def _from_workers(self, orders: Orders, num_workers: int, persistent_workers: bool) -> Generator[Batch, None, None]:
@@ -138,6 +140,7 @@ class PlannedBatches:
             self._orders = BatchSampler(orders)
             loader = DataLoader(
                 self._for_workers,
+                # An order is a whole batch already.
                 batch_size=None,
                 sampler=self._orders,
                 num_workers=num_workers,

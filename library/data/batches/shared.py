@@ -32,9 +32,10 @@ class SharedMaker(Dataset[PartialBatch | str]):
     def of(cls, maker: BatchMaker) -> "SharedMaker":
         """Move the columns of a maker into shared memory. Raises UserError if there is no room."""
         buffers: list[pickle.PickleBuffer] = []
+        # Protocol 5 hands out the memory of arrays instead of copying it into the pickle.
         content = pickle.dumps(maker, protocol=5, buffer_callback=buffers.append)
-        raw = [buffer.raw() for buffer in buffers]
-        sizes = tuple(one.nbytes for one in raw)
+        views = [buffer.raw() for buffer in buffers]
+        sizes = tuple(view.nbytes for view in views)
         columns = torch.empty(sum(map(aligned, sizes)), dtype=torch.uint8)
         try:
             columns.share_memory_()  # type: ignore[no-untyped-call]
@@ -43,8 +44,8 @@ class SharedMaker(Dataset[PartialBatch | str]):
                 f"--max_data_loader_n_workers: shared memory has no room for the {len(columns) / 1e6:.0f} MB that "
                 f"describe the images ({error}); enlarge it (docker run --shm-size), or use 0"
             ) from error
-        for column, one in zip(split_columns(columns, sizes), raw, strict=True):
-            column[:] = np.frombuffer(one, dtype=np.uint8)
+        for column, view in zip(split_columns(columns, sizes), views, strict=True):
+            column[:] = np.frombuffer(view, dtype=np.uint8)
         return cls(content, columns, sizes)
 
     @cached_property
@@ -65,4 +66,5 @@ def split_columns(columns: Tensor, sizes: tuple[int, ...]) -> list[np.ndarray[tu
     """Return a view of each column's bytes."""
     values = columns.numpy()
     starts = accumulate(map(aligned, sizes), initial=0)
+    # Not strict: `starts` also has the end of the last column.
     return [values[start : start + size] for start, size in zip(starts, sizes, strict=False)]

@@ -74,6 +74,7 @@ class TextEncoding:
     def identity(self) -> Identity:
         """Return digests of everything that determines the features. Raises NotThere if the files of the encoders
         are missing."""
+        # Settings also have a digest of their own: it is compared where the encoders are missing.
         return Identity(
             self._digest(f"{self.spec.encoders()} "), self._digest(""), digest_vocabularies(self.spec.tokenizers)
         )
@@ -125,21 +126,28 @@ def cache_texts(
     open_encoders = cache(encoding.open_encoders)
     if spec.options.cache_text_encoder_outputs_to_disk:
         jobs, files = plan_jobs(plan, spec)
-        empty = plan_shared_job(plan, spec, "empty_prompt", [""])
-        shown = plan_shared_job(plan, spec, "preview_prompts", prompts)
-        identity = cache(lambda: compute_identity(encoding, [empty, *jobs]))
-        if not skips_check and any(os.path.exists(job.path) for job in (empty, *jobs)):
-            identity()  # compute it before several threads need it
-        of_captions = text_codec(lambda: skip_damaged(open_encoders().captions), spec, identity)
-        of_prompts = text_codec(lambda: encode_all(open_encoders().prompts), spec, identity)
-        fill(of_captions, [empty, *jobs], skips_check, plan.num_workers, processes)
+        empty_job = plan_shared_job(plan, spec, "empty_prompt", [""])
+        prompts_job = plan_shared_job(plan, spec, "preview_prompts", prompts)
+        # Computed when it is first needed: the digest of the encoders reads all their weights.
+        identity = cache(lambda: compute_identity(encoding, [empty_job, *jobs]))
+        if not skips_check and any(os.path.exists(job.path) for job in (empty_job, *jobs)):
+            # functools.cache has no lock: threads that check files at once would each compute it.
+            identity()
+        # A training image with a damaged reference is replaced by another one. A preview prompt has no replacement, so
+        # a damaged reference there is an error.
+        caption_codec = text_codec(lambda: skip_damaged(open_encoders().captions), spec, identity)
+        prompt_codec = text_codec(lambda: encode_all(open_encoders().prompts), spec, identity)
+        fill(caption_codec, [empty_job, *jobs], skips_check, plan.num_workers, processes)
         if prompts:
-            fill(of_prompts, [shown], skips_check, plan.num_workers, ALONE)
-        store = TextStore(files, {"": empty.file.read("")}, spec.padding)
-        return CachedTexts(store, {text: shown.file.read(text) for text in prompts})
+            # Only the main process has prompts, so it must not wait for the others here.
+            fill(prompt_codec, [prompts_job], skips_check, plan.num_workers, ALONE)
+        store = TextStore(files, {"": empty_job.file.read("")}, spec.padding)
+        return CachedTexts(store, {text: prompts_job.file.read(text) for text in prompts})
+    # The order is the same in every process: `exchange_rows` names captions by their index.
     texts = list(dict.fromkeys(["", *(text for texts in plan.caption_texts() for text in texts)]))
     size = describe_size([*texts, *prompts], spec)
     logger.info("caching text encoder outputs of %d captions in memory%s", len(texts) + len(prompts), size)
+    # Every machine encodes all captions, because the folder of the exchange is local to it.
     share = texts[processes.local_rank :: processes.local_count]
     with progress_bar(WORDS.caching, len(share) + len(prompts)) as bar:
         rows = encode_rows(share, lambda: skip_damaged(open_encoders().captions), spec, bar)
@@ -170,15 +178,17 @@ def exchange_rows(rows: Mapping[str, Row], texts: Sequence[str], processes: Proc
         return rows
     folder = Path(processes.shared_folder("texts"))
     numbers = {text: number for number, text in enumerate(texts)}
-    own = {f"{numbers[text]}/{name}": tensor for text, row in rows.items() for name, tensor in row.items()}
-    save_safetensors(folder / f"{processes.local_rank}.safetensors", own)
+    local_tensors = {f"{numbers[text]}/{name}": tensor for text, row in rows.items() for name, tensor in row.items()}
+    # One file per process, which the others read whole. Latents have a file per image, because loader workers read
+    # them.
+    save_safetensors(folder / f"{processes.local_rank}.safetensors", local_tensors)
     processes.wait_for_all(WORDS.caching)
-    found: dict[str, dict[str, Tensor]] = {}
+    all_rows: dict[str, dict[str, Tensor]] = {}
     for rank in range(processes.local_count):
         for key, tensor in load_state_dict(folder / f"{rank}.safetensors").items():
             number, _, name = key.partition("/")
-            found.setdefault(texts[int(number)], {})[name] = tensor
-    return dict(found)
+            all_rows.setdefault(texts[int(number)], {})[name] = tensor
+    return dict(all_rows)
 
 
 def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFiles[TextFile]]:
@@ -187,27 +197,29 @@ def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFile
     Samples share a file if they share an image, or if the names of their images differ only in the extension. The file
     holds the captions of all of them.
     """
-    texts_of: dict[str, dict[str, None]] = defaultdict(dict)
+    texts_by_key: dict[str, dict[str, None]] = defaultdict(dict)
     paths: dict[str, str] = {}
-    usual = partial(usual_text_file, spec.suffix, spec.keys)
+    locate_file = partial(usual_text_file, spec.suffix, spec.keys)
     has_N = np.zeros(len(plan.samples), dtype=bool)
     for number, texts in enumerate(plan.caption_texts()):
-        wanted = [text for text in texts if text]
-        if wanted:
+        # The empty prompt is the same for all images and has a file of its own.
+        captions = [text for text in texts if text]
+        if captions:
             has_N[number] = True
-            path = usual(plan.samples[number], plan.storage).path
+            path = locate_file(plan.samples[number], plan.storage).path
             key = same_file_key(path)
             paths.setdefault(key, path)
-            texts_of[key].update(dict.fromkeys(wanted))
-    jobs = [Job(TextFile(paths[key], spec.keys), tuple(texts)) for key, texts in texts_of.items()]
-    return jobs, CacheFiles(usual, has_N)
+            texts_by_key[key].update(dict.fromkeys(captions))
+    jobs = [Job(TextFile(paths[key], spec.keys), tuple(texts)) for key, texts in texts_by_key.items()]
+    return jobs, CacheFiles(locate_file, has_N)
 
 
 def plan_shared_job(plan: DataPlan, spec: TextCacheSpec, name: str, texts: Sequence[str]) -> Job:
     """Plan the captions that belong to no image. They are cached in a hidden file in the first image folder."""
     stem_of = plan.storage.cache_stem
-    first = min(os.path.dirname(os.path.abspath(stem_of(sample.image))) for sample in plan.samples)
-    return Job(TextFile(os.path.join(first, f".{name}{spec.suffix}"), spec.keys), tuple(texts))
+    # min(), so that the folder does not depend on the order of the subsets.
+    folder = min(os.path.dirname(os.path.abspath(stem_of(sample.image))) for sample in plan.samples)
+    return Job(TextFile(os.path.join(folder, f".{name}{spec.suffix}"), spec.keys), tuple(texts))
 
 
 def text_codec(encode: Callable[[], EncodeSome], spec: TextCacheSpec, identity: Callable[[], Identity]) -> Codec[Job]:
@@ -218,9 +230,9 @@ def text_codec(encode: Callable[[], EncodeSome], spec: TextCacheSpec, identity: 
 
     def make(share: Sequence[Found[Job]]) -> None:
         if share:
-            count, first = sum(len(list_missing(one)) for one in share), share[0]
-            what = f"{format_count(count, 'caption')} must be encoded ({first.path} is {first.verdict.fault})"
-            with needing(f"{what}; {ADD_ENCODERS.format('text encoders')}"):
+            count, first = sum(len(list_missing(result)) for result in share), share[0]
+            reason = f"{format_count(count, 'caption')} must be encoded ({first.path} is {first.verdict.fault})"
+            with needing(f"{reason}; {ADD_ENCODERS.format('text encoders')}"):
                 encode()
             write_files(share, encode, spec, identity)
 
@@ -234,23 +246,25 @@ def write_files(
     identity: Callable[[], Identity],
 ) -> None:
     """Encode the captions that are missing in the files, and write the files."""
-    uses = Counter(text for one in missing for text in list_missing(one))
+    uses = Counter(text for result in missing for text in list_missing(result))
     count = uses.total()
-    size = describe_size([text for one in missing for text in list_missing(one)], spec)
+    size = describe_size([text for result in missing for text in list_missing(result)], spec)
     logger.info("caching text encoder outputs of %d captions on disk%s", count, size)
     rows: dict[str, Row] = {}
     with progress_bar(WORDS.caching, count) as bar:
         for group in group_jobs(missing, spec.options.text_encoder_batch_size or 1):
-            needed = [text for one in group for text in list_missing(one)]
-            new = [text for text in dict.fromkeys(needed) if text not in rows]
-            rows.update(encode_rows(new, encode, spec, bar))
-            bar.update(len(needed) - len(new))
-            for one in group:
-                file, kept = one.asked.file, one.verdict.kept
-                known = [text for text in one.asked.texts if text in kept or text in rows]
-                features = {text: file.read(text) if text in kept else rows[text] for text in known}
+            group_texts = [text for result in group for text in list_missing(result)]
+            new_texts = [text for text in dict.fromkeys(group_texts) if text not in rows]
+            rows.update(encode_rows(new_texts, encode, spec, bar))
+            bar.update(len(group_texts) - len(new_texts))
+            for result in group:
+                file, kept = result.asked.file, result.verdict.kept
+                available = [text for text in result.asked.texts if text in kept or text in rows]
+                # The archive is replaced as a whole, so its valid captions are read back.
+                features = {text: file.read(text) if text in kept else rows[text] for text in available}
                 if features:  # empty if all references are damaged
                     write_texts(file.path, features, spec.keys, spec.constants, identity(), spec.keeps_bits)
+            # Captions that later files share are not encoded twice, but few are kept: one can take 31 MB.
             rows = dict(islice(((text, row) for text, row in rows.items() if uses[text] > 1), MAX_REPEATED))
 
 
@@ -266,9 +280,9 @@ def group_jobs(missing: Sequence[Found[Job]], batch_size: int) -> Iterator[list[
     """Group neighbouring files that together have a batch of captions to encode."""
     group: list[Found[Job]] = []
     count = 0
-    for one in missing:
-        group.append(one)
-        count += len(list_missing(one))
+    for result in missing:
+        group.append(result)
+        count += len(list_missing(result))
         if count >= batch_size:
             yield group
             group, count = [], 0
@@ -288,11 +302,12 @@ def skip_damaged(encode: Encode) -> EncodeSome:
         try:
             return texts, encode(texts)
         except DamagedImage:
-            faults = {text: find_damaged_reference(text) for text in texts}
-        damaged = sorted({fault for fault in faults.values() if fault is not None})
+            # The error names one image, but several captions of the batch may have damaged references.
+            fault_by_text = {text: find_damaged_reference(text) for text in texts}
+        damaged = sorted({fault for fault in fault_by_text.values() if fault is not None})
         logger.warning("captions of images with a damaged reference are not encoded: %s", list_few(damaged))
-        left = [text for text, fault in faults.items() if fault is None]
-        return left, encode(left) if left else {}
+        intact = [text for text, fault in fault_by_text.items() if fault is None]
+        return intact, encode(intact) if intact else {}
 
     return run
 
@@ -312,14 +327,15 @@ def encode_rows(
 ) -> dict[str, Row]:
     """Encode captions to features on the CPU, `text_encoder_batch_size` at a time."""
     rows: dict[str, Row] = {}
-    count = spec.options.text_encoder_batch_size or 1
-    for first in range(0, len(texts), count):
-        batch = texts[first : first + count]
-        able, features = encode()(batch)
+    batch_size = spec.options.text_encoder_batch_size or 1
+    for first in range(0, len(texts), batch_size):
+        batch = texts[first : first + batch_size]
+        encoded_texts, features = encode()(batch)
         encoded = {name: tensor.detach().cpu() for name, tensor in features.items()}
-        assert not able or set(encoded) == set(spec.keys), (set(encoded), spec.keys)
-        for place, text in enumerate(able):
-            row = strip_padding({name: encoded[name][place] for name in spec.keys}, spec.padding)
+        assert not encoded_texts or set(encoded) == set(spec.keys), (set(encoded), spec.keys)
+        for index, text in enumerate(encoded_texts):
+            row = strip_padding({name: encoded[name][index] for name in spec.keys}, spec.padding)
+            # A view would keep the features of the whole batch alive, padding included.
             rows[text] = {name: tensor.clone() for name, tensor in row.items()}
             check_row(text, rows[text])
         bar.update(len(batch))

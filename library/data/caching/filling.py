@@ -70,20 +70,24 @@ def fill(
     if processes.is_main:
         clear_left_overs(os.path.dirname(job.path) for job in jobs)
 
-    def stale_ones(candidates: Sequence[JobT], when: str) -> list[Found[JobT]]:
-        found = check_files(codec, candidates, skips_check, num_threads)
-        usable.extend(one.job for one in found if one.verdict.fault is None)
-        processes.wait_for_all(f"{codec.words.checking}{when}")  # so that all processes split the same list
-        return [one for one in found if one.verdict.fault is not None]
+    def find_stale(candidates: Sequence[JobT], when: str) -> list[Found[JobT]]:
+        results = check_files(codec, candidates, skips_check, num_threads)
+        usable.extend(result.job for result in results if result.verdict.fault is None)
+        # A process that already writes would shorten the list of one that still checks, and all must split the same
+        # list.
+        processes.wait_for_all(f"{codec.words.checking}{when}")
+        return [result for result in results if result.verdict.fault is not None]
 
-    stale = stale_ones(jobs, "")
+    stale = find_stale(jobs, "")
     codec.make(assign_jobs(stale, processes.rank, processes.count))
     processes.wait_for_all(codec.words.caching)
-    if processes.num_machines > 1:  # files on another machine's local disk are missing here
-        stale = stale_ones([one.asked for one in stale], " again")
+    # Files on another machine's local disk are missing here, and each machine has to make them itself. On a shared disk
+    # this check finds nothing.
+    if processes.num_machines > 1:
+        stale = find_stale([result.asked for result in stale], " again")
         codec.make(assign_jobs(stale, processes.local_rank, processes.local_count))
         processes.wait_for_all(f"{codec.words.caching} again")
-    return [*usable, *(one.asked for one in stale)]
+    return [*usable, *(result.asked for result in stale)]
 
 
 def assign_jobs(jobs: Sequence[JobT], rank: int, count: int) -> list[JobT]:
@@ -95,8 +99,8 @@ def assign_jobs(jobs: Sequence[JobT], rank: int, count: int) -> list[JobT]:
 def check_files(codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num_threads: int) -> list[Found[JobT]]:
     """Check the file of each job, and log the result."""
 
-    def look(job: JobT) -> Found[JobT]:
-        first = Verdict(MISSING)
+    def check(job: JobT) -> Found[JobT]:
+        rejection = Verdict(MISSING)
         for candidate in codec.candidates(job):
             if skips_check:
                 verdict = Verdict(None if os.access(candidate.path, os.R_OK) else MISSING)
@@ -104,22 +108,23 @@ def check_files(codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num
                 verdict = codec.judge(candidate)
             if verdict.fault is None:
                 return Found(job, candidate, verdict)
-            if first.fault == MISSING:
-                first = verdict
-        return Found(job, job, first)
+            # What is wrong with an existing file says more than that a further name is missing.
+            if rejection.fault == MISSING:
+                rejection = verdict
+        return Found(job, job, rejection)
 
-    found = read_many(look, jobs, num_threads, f"checking {codec.words.name}")
-    report_check(codec.words, found, skips_check)
-    codec.remark(found)
-    return found
+    results = read_many(check, jobs, num_threads, f"checking {codec.words.name}")
+    report_check(codec.words, results, skips_check)
+    codec.remark(results)
+    return results
 
 
 def report_check(words: CacheWords, found: Sequence[Found[JobT]], skips_check: bool) -> None:
     """Log how many entries are reused, missing and stale, and why."""
     faults: dict[str, list[str]] = defaultdict(list)
-    for one in found:
-        if one.verdict.fault is not None:
-            faults[one.verdict.fault].append(one.path)
+    for result in found:
+        if result.verdict.fault is not None:
+            faults[result.verdict.fault].append(result.path)
     missing = faults.pop(MISSING, [])
     num_stale = sum(len(paths) for paths in faults.values())
     reasons = "; ".join(f"{len(paths)} {reason}: {list_few(paths, 2)}" for reason, paths in faults.items())

@@ -108,8 +108,8 @@ def latent_file(stem: str, size: Size, shape: Shape, spec: LatentSpec) -> Latent
 
 def entry_in(archive: Mapping[str, Any], file: LatentFile) -> LatentFile:
     """Return the location of the entry in this archive, else of an older entry of the right size without suffix."""
-    is_there = f"latents{file.tail}" in archive
-    return replace(file, tail="") if not is_there and has_older_entry(archive, file) else file
+    has_entry = f"latents{file.tail}" in archive
+    return replace(file, tail="") if not has_entry and has_older_entry(archive, file) else file
 
 
 def has_older_entry(archive: Mapping[str, Any], file: LatentFile) -> bool:
@@ -137,6 +137,7 @@ def latents_in(archive: Mapping[str, Any], file: LatentFile, needs_flipped: bool
             )
         if values.dtype.kind != "f":
             raise EntryError(f"holding a mask of the type {values.dtype}")
+        # Masks in memory have 8 bits per pixel, a quarter of the file's float32.
         alpha = torch.from_numpy(np.rint(values * 255).astype(np.uint8))
     return Latents(latents, flipped, alpha, references, flipped_references)
 
@@ -247,6 +248,7 @@ def origin_fault(origin: Origin, image: ScannedImage, expected: Expected, storag
     version = storage.version(image)
     if origin.picture != os.path.basename(image.key) or origin.picture_bytes != version.num_bytes:
         return "made from another image"
+    # A copied or touched file has another time, but only another content makes the entry stale.
     if origin.picture_mtime_ns != version.stamp and content_hash(storage.whole(image)[1]) != origin.picture_hash:
         return "made from another image"
     if not image.references:
@@ -260,10 +262,10 @@ def references_fault(origin: Origin, image: ScannedImage, shape: Shape, storage:
     """Return what has changed about the reference images since the entry was written, or None."""
     if len(origin.references) != len(image.references):
         return "made with another number of reference images"
-    for noted, reference, its_shape in zip(origin.references, image.references, shape.references, strict=True):
-        digest, num_bytes, stamp, *sizes = noted
+    for record, reference, reference_shape in zip(origin.references, image.references, shape.references, strict=True):
+        digest, num_bytes, stamp, *sizes = record
         version = storage.version(reference)
-        if sizes != [list(its_shape.bucket), list(its_shape.resized)]:
+        if sizes != [list(reference_shape.bucket), list(reference_shape.resized)]:
             return "made for another size of its reference images"
         is_same_file = (num_bytes, stamp) == version
         if not is_same_file and content_hash(storage.whole(reference)[1]) != digest:
@@ -279,12 +281,14 @@ def mark_of_reference(digest: str, version: Version, shape: Shape) -> list[Any]:
 def foreign_fault(archive: Mapping[str, Any], file: LatentFile, image: ScannedImage) -> str | None:
     """Return why an entry by another program is invalid, or None."""
     size = image.size
-    for name, wanted in (("original_size", size), ("crop_ltrb", crop_ltrb(file.bucket, size))):
+    for name, expected in (("original_size", size), ("crop_ltrb", crop_ltrb(file.bucket, size))):
         key = f"{name}{file.tail}"
         values = np.asarray(archive[key]) if key in archive else np.empty(0)
-        is_like = values.dtype.kind in "iuf" and values.shape == (len(wanted),)
-        if not is_like or not np.allclose(values, wanted, rtol=0, atol=0.01):
+        # Other programs may store integers. Complex numbers would be compared by their real parts.
+        is_comparable = values.dtype.kind in "iuf" and values.shape == (len(expected),)
+        if not is_comparable or not np.allclose(values, expected, rtol=0, atol=0.01):
             return "made for another size or crop"
+    # An image in a larger file has no time of its own.
     if image.place is None and os.stat(file.path).st_mtime_ns < os.stat(image.key).st_mtime_ns:
         return "older than the image"
     return None
@@ -296,6 +300,7 @@ def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) 
     Raises UserError naming a folder that cannot be written.
     """
     values: dict[str, Any] = {
+        # float32 is what sd-scripts writes, and numpy has no bfloat16.
         "latents": latents.latents_CHW.float().numpy(),
         "original_size": np.array(size, dtype=np.int64),
         "crop_ltrb": np.array(crop_ltrb(file.bucket, size), dtype=np.float64),
@@ -303,11 +308,11 @@ def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) 
     if latents.flipped_CHW is not None:
         values["latents_flipped"] = latents.flipped_CHW.float().numpy()
     for flipped, references in (("", latents.references), ("_flipped", latents.flipped_references)):
-        values |= {f"reference_{r}{flipped}": one.float().numpy() for r, one in enumerate(references)}
+        values |= {f"reference_{r}{flipped}": reference.float().numpy() for r, reference in enumerate(references)}
     if latents.alpha_HW is not None:
         values["alpha_mask"] = latents.alpha_HW.numpy().astype(np.float32) / 255
-    note = asdict(origin) | {"checksums": compute_checksums(values, "")}
-    values["origin"] = np.frombuffer(json.dumps(note).encode(), dtype=np.uint8)
+    record = asdict(origin) | {"checksums": compute_checksums(values, "")}
+    values["origin"] = np.frombuffer(json.dumps(record).encode(), dtype=np.uint8)
     arrays = other_entries(file) | {f"{name}{file.tail}": array for name, array in values.items()}
     with open_to_write(file.path, WORDS) as temporary, temporary.open("wb") as target:
         np.savez(target, **arrays)
@@ -319,11 +324,13 @@ def other_entries(file: LatentFile) -> dict[str, Any]:
     An entry of this size without suffix is left out, because the new entry replaces it.
     """
     names = ("latents", "latents_flipped", "original_size", "crop_ltrb", "alpha_mask", "origin")
-    own = {f"{name}{file.tail}" for name in names}
+    replaced_keys = {f"{name}{file.tail}" for name in names}
     try:
         with open_npz(file.path) as archive:
             if has_older_entry(archive, file):
-                own |= set(names)
-            return {key: archive[key] for key in archive if key not in own and not is_reference(key, file.tail)}
+                replaced_keys |= set(names)
+            return {
+                key: archive[key] for key in archive if key not in replaced_keys and not is_reference(key, file.tail)
+            }
     except DAMAGE:
         return {}

@@ -52,7 +52,7 @@ class VerifiedEntries:
         """Return the verdict of `judge`, taken from the index if nothing has changed."""
         folder, name = os.path.split(file.path)
         now_ns = time.time_ns()
-        image_stamps = [self.stamp_of_image(one, now_ns) for one in (image, *image.references)]
+        image_stamps = [self.stamp_of_image(each, now_ns) for each in (image, *image.references)]
         mark = compute_mark(file, image, image_stamps, expected)
         if UNSETTLED not in image_stamps:
             self.marks[file.path, file.tail] = mark
@@ -63,15 +63,19 @@ class VerifiedEntries:
         is_resolved = UNSETTLED not in (stamp, *image_stamps)
         row = self.known.get(folder, {}).get(name + file.tail)
         if is_resolved and row is not None and row[0] == stamp and row[1] | FOREIGN == mark | FOREIGN:
-            found = Verdict(None, is_foreign=bool(row[1] & FOREIGN))
+            entry_verdict = Verdict(None, is_foreign=bool(row[1] & FOREIGN))
         else:
-            found = judge(file, image, expected, self.storage)
-        if is_resolved and found.fault is None:
-            self.sure.setdefault(folder, {})[name + file.tail] = stamp, mark | FOREIGN if found.is_foreign else mark
-        return found
+            entry_verdict = judge(file, image, expected, self.storage)
+        if is_resolved and entry_verdict.fault is None:
+            self.sure.setdefault(folder, {})[name + file.tail] = (
+                stamp,
+                mark | FOREIGN if entry_verdict.is_foreign else mark,
+            )
+        return entry_verdict
 
     def stamp_of_image(self, image: ScannedImage, now_ns: float) -> int:
         """Return a number that changes when an image is replaced."""
+        # hash() of a tuple of integers is the same in every process, so it can be stored.
         return compute_stamp(os.stat(image.key), now_ns) if image.place is None else hash(self.storage.version(image))
 
     def note_written(self, file: LatentFile) -> None:
@@ -84,6 +88,7 @@ class VerifiedEntries:
         now_ns = time.time_ns()
         for (path, tail), written in self.written.items():
             folder, name = os.path.split(path)
+            # Another run may have replaced the entry meanwhile.
             if (path, tail) in self.marks and os.path.exists(path) and compute_stamp(os.stat(path), now_ns) == written:
                 self.sure.setdefault(folder, {})[name + tail] = written, self.marks[path, tail]
         for folder, rows in self.sure.items():
@@ -94,14 +99,16 @@ class VerifiedEntries:
 
 def compute_mark(file: LatentFile, image: ScannedImage, image_stamps: Sequence[int], expected: Expected) -> int:
     """Return a digest of everything that an entry is checked against: 63 bits, of which the last is 0."""
-    own_stamp, *reference_stamps = image_stamps
+    image_stamp, *reference_stamps = image_stamps
     facts: tuple[object, ...] = (
-        os.path.basename(image.key), image.size, own_stamp, file.tail, file.latent_shape, file.bucket,
+        os.path.basename(image.key), image.size, image_stamp, file.tail, file.latent_shape, file.bucket,
     )  # fmt: skip
     if image.references:
-        names = [os.path.basename(one.key) for one in image.references]
+        names = [os.path.basename(reference.key) for reference in image.references]
         facts += (names, reference_stamps, file.reference_shapes, expected.shape.references)
+    # File names may contain bytes that are not valid text.
     digest = blake2b(repr((VERSION, facts, expected)).encode(errors="surrogatepass"), digest_size=8)
+    # 63 bits, because the archive holds signed integers; the last one is the FOREIGN bit.
     return (int.from_bytes(digest.digest(), "little") >> 1) & ~FOREIGN
 
 

@@ -128,9 +128,10 @@ def cache_latents(
                 memory.update((user, latents) for user in job.users)
 
     def make(share: Sequence[Found[Job]]) -> None:
-        encode_jobs([one.asked for one in share])
+        encode_jobs([result.asked for result in share])
         entries.write()
 
+    # Shared out within each machine, because the folder of the exchange is local to it.
     encode_jobs(kept[processes.local_rank :: processes.local_count])
     if on_disk:
         skips_check = options.skip_cache_check
@@ -140,14 +141,17 @@ def cache_latents(
         )
         kept += fill(codec, on_disk, skips_check, plan.num_workers, processes)
     else:
+        # The files of the exchange must be complete before they are read; `fill` waits in the other case.
         processes.wait_for_all(WORDS.caching)
     files = {user: job.file for job in kept if job.file is not None for user in job.users}
+    # Every process draws the replacements itself, so all must know the same damaged images.
     damaged = processes.merged("damaged images", damaged)
     if damaged:
         problems = sorted(set(damaged.values()))
         logger.warning(
             "%d damaged images are skipped, using others of their buckets: %s", len(problems), list_few(problems)
         )
+    # Raises now, before the denoiser is loaded, if an image has no replacement.
     for number in damaged:
         find_replacement(plan.samples, plan.subsets, number, damaged.keys())
     usable = {user: file for user, file in files.items() if user not in damaged}
@@ -164,13 +168,13 @@ def files_by_sample(files: Mapping[int, LatentFile], plan: DataPlan) -> CacheFil
 
 def assign_exchange_files(jobs: Sequence[Job], folder: str, plan: DataPlan) -> list[Job]:
     """Assign files in `folder` to jobs whose latents would stay in memory, so that processes can exchange them."""
-    passed = []
+    jobs_with_files = []
     for number, job in enumerate(jobs):
         if job.file is None:
             path = os.path.join(folder, f"{number}{plan.spec.cache_suffix}")
             job = replace(job, file=replace(locate_file(job.sample, plan), path=path))
-        passed.append(job)
-    return passed
+        jobs_with_files.append(job)
+    return jobs_with_files
 
 
 def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
@@ -181,6 +185,7 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
     """
     groups: dict[tuple[str, tuple[ScannedImage, ...], Shape, bool, bool, str | None], list[int]] = defaultdict(list)
     for number, sample in enumerate(plan.samples):
+        # Regularisation images that are not needed, and images outside of a limited plan, are never drawn.
         if sample.num_draws:
             interpolation = plan.subset_of(sample).resize_interpolation
             is_opaque = plan.spec.has_alpha and plan.subset_of(sample).alpha_mask
@@ -207,6 +212,7 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
             len(left_out),
             list_few(left_out),
         )
+    # By area as in sd-scripts; equal sizes follow each other, because `equal_batches` joins neighbours only.
     return sorted(jobs, key=lambda job: (math.prod(job.sample.shape.bucket), job.sample.shape.sizes))
 
 
@@ -253,9 +259,9 @@ def judge_job(entries: VerifiedEntries, vae: str, job: Job) -> Verdict:
 
 def log_unknown_origins(found: Sequence[Found[Job]]) -> None:
     """Log entries that are used although their VAE or base model is unknown."""
-    used = [one for one in found if one.verdict.fault is None]
-    old_names = [one.job.path for one in used if one.job.path != one.path]
-    foreign = [one.path for one in used if one.verdict.is_foreign and one.job.path == one.path]
+    used = [result for result in found if result.verdict.fault is None]
+    old_names = [result.job.path for result in used if result.job.path != result.path]
+    foreign = [result.path for result in used if result.verdict.is_foreign and result.job.path == result.path]
     if foreign:
         logger.info(
             "%d cache entries do not name their VAE; delete them if they were made with another one: %s",
@@ -288,8 +294,8 @@ def encode_all(
     thread writes the files."""
     if not jobs:
         return
-    missing = f"{format_count(len(jobs), 'image')} must be encoded, such as {jobs[0].sample.image.key}"
-    with needing(f"{missing}; {ADD_ENCODERS.format('VAE')}"):
+    message = f"{format_count(len(jobs), 'image')} must be encoded, such as {jobs[0].sample.image.key}"
+    with needing(f"{message}; {ADD_ENCODERS.format('VAE')}"):
         load_vae()
     logger.info("caching latents...")
     batches = list(equal_batches(jobs, vae_batch_size))
@@ -301,9 +307,11 @@ def encode_all(
     ):
         writes: deque[Future[None]] = deque()
         for batch, results in decode_ahead(batches, plan.storage, max(1, plan.num_workers)):
-            yield from ((job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, DamagedImage))
-            pairs = [(job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, Decoded)]
-            jobs_left, decoded = [job for job, _ in pairs], [one for _, one in pairs]
+            yield from (
+                (job, result) for job, result in zip(batch, results, strict=True) if isinstance(result, DamagedImage)
+            )
+            pairs = [(job, result) for job, result in zip(batch, results, strict=True) if isinstance(result, Decoded)]
+            jobs_left, decoded = [job for job, _ in pairs], [result for _, result in pairs]
             for (job, image), latents in zip(pairs, encode_batch(jobs_left, decoded, encode, seed), strict=True):
                 check_latents(job, latents, plan)
                 if job.file is not None:
@@ -311,8 +319,10 @@ def encode_all(
                     writes.append(writer.submit(write_job, job, latents, origin, entries))
                 yield job, latents
             bar.update(len(batch))
+            # A disk slower than the VAE would otherwise collect all latents in memory.
             while len(writes) > MAX_WAITING_WRITES:
                 writes.popleft().result()
+        # Raises the error of a failed write.
         for write in writes:
             write.result()
 
@@ -349,6 +359,7 @@ def decode_ahead(
     remaining = iter(batches)
     try:
         while True:
+            # At least two batches, so that the next one is decoded while a large one is encoded.
             while sum(len(futures) for _, futures in waiting) < 2 * num_threads or len(waiting) < 2:
                 batch = next(remaining, None)
                 if batch is None:
@@ -372,12 +383,12 @@ def decode_or_damage(job: Job, storage: Storage) -> Decoded | DamagedImage:
 
 def decode(job: Job, storage: Storage) -> Decoded:
     """Read, resize and crop the image of a job and its references. Each file is read once."""
-    own, shape = job.sample.image, job.sample.shape
+    image, shape = job.sample.image, job.sample.shape
     references = tuple(
-        decode_image(job, image, its_shape, storage, is_masked=False)
-        for image, its_shape in zip(own.references, shape.references, strict=True)
+        decode_image(job, reference, reference_shape, storage, is_masked=False)
+        for reference, reference_shape in zip(image.references, shape.references, strict=True)
     )
-    return replace(decode_image(job, own, shape, storage, job.needs_alpha), references=references)
+    return replace(decode_image(job, image, shape, storage, job.needs_alpha), references=references)
 
 
 def decode_image(job: Job, image: ScannedImage, shape: Shape, storage: Storage, is_masked: bool) -> Decoded:
@@ -388,24 +399,27 @@ def decode_image(job: Job, image: ScannedImage, shape: Shape, storage: Storage, 
     placement = crop_at_centre(shape)
     placed_alpha = None
     if is_masked:
+        # As in sd-scripts, an image without alpha counts as opaque.
         opaque = np.full(rgb.shape[:2], 255, dtype=np.uint8)
         placed_alpha = place(opaque if alpha is None else alpha, placement, job.interpolation)
-    whole = with_alpha(rgb, None if is_masked else alpha) if job.has_alpha else rgb
-    return Decoded(place(whole, placement, job.interpolation), placed_alpha, version, content_hash(content))
+    pixels = with_alpha(rgb, None if is_masked else alpha) if job.has_alpha else rgb
+    return Decoded(place(pixels, placement, job.interpolation), placed_alpha, version, content_hash(content))
 
 
 def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode, seed: int) -> list[Latents]:
     """Encode images of one bucket with their references, and mirrored copies of both if needed."""
     if not jobs:
         return []
-    pixels_BCHW = torch.stack([to_pixels(one.image) for one in decoded])
+    pixels_BCHW = torch.stack([to_pixels(item.image) for item in decoded])
     plain_BCHW = encode(pixels_BCHW, seed_generators(jobs, decoded, seed, is_flipped=False))
     references = encode_references(jobs, decoded, encode, seed, is_flipped=False)
     flipped_BCHW: Tensor | None = None
     flipped_references: list[tuple[Tensor, ...]] = [()] * len(jobs)
     if jobs[0].needs_flipped:
         flipped_references = encode_references(jobs, decoded, encode, seed, is_flipped=True)
+        # As in sd-scripts, the mirrored pixels are encoded: mirrored latents are not those of the mirrored image.
         flipped_BCHW = encode(pixels_BCHW.flip(-1), seed_generators(jobs, decoded, seed, is_flipped=True))
+    # clone(), because a view would keep the latents of the whole batch alive.
     return [
         Latents(
             plain_BCHW[i].clone(),
@@ -414,7 +428,7 @@ def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode
             references[i],
             flipped_references[i],
         )
-        for i, alpha in enumerate(one.alpha for one in decoded)
+        for i, alpha in enumerate(item.alpha for item in decoded)
     ]
 
 
@@ -427,8 +441,10 @@ def encode_references(
     the two differ only in their content.
     """
     encoded = []
-    for same in zip(*(one.references for one in decoded), strict=True):
-        pixels_BCHW = torch.stack([to_pixels(one.image) for one in same])
+    for references in zip(*(item.references for item in decoded), strict=True):
+        pixels_BCHW = torch.stack([to_pixels(item.image) for item in references])
+        # A reference of an edit model is the posterior's mode, as in diffusers. A partner is a sample: if only one
+        # image of a pair had the posterior's noise, the noise would tell the two apart.
         generators = seed_generators(jobs, decoded, seed, is_flipped) if jobs[0].is_pair else None
         encoded.append(encode(pixels_BCHW.flip(-1) if is_flipped else pixels_BCHW, generators))
     return [tuple(latents_BCHW[i].clone() for latents_BCHW in encoded) for i in range(len(decoded))]
@@ -436,14 +452,15 @@ def encode_references(
 
 def seed_generators(jobs: Sequence[Job], decoded: Sequence[Decoded], seed: int, is_flipped: bool) -> list[Generator]:
     """Return a generator for each image, seeded by its content and size, not by its name or folder."""
-    hashes_and_buckets = [(one.file_hash, *job.sample.shape.bucket) for job, one in zip(jobs, decoded, strict=True)]
-    return [generator_for(seed, "vae", *place, int(is_flipped)) for place in hashes_and_buckets]
+    # Copies of a data set under other names then have the same latents, and their validation the same loss.
+    hashes_and_buckets = [(image.file_hash, *job.sample.shape.bucket) for job, image in zip(jobs, decoded, strict=True)]
+    return [generator_for(seed, "vae", *hash_and_bucket, int(is_flipped)) for hash_and_bucket in hashes_and_buckets]
 
 
 def check_latents(job: Job, latents: Latents, plan: DataPlan) -> None:
     """Raise UserError naming the image if its latents contain NaN or do not have the base model's shape."""
-    for reference, one in zip(job.sample.image.references, latents.references, strict=True):
-        if not torch.isfinite(one).all():
+    for reference, encoded in zip(job.sample.image.references, latents.references, strict=True):
+        if not torch.isfinite(encoded).all():
             raise UserError(f"the VAE gives NaN for {reference.key}; add --no_half_vae, or use a VAE made for fp16")
     path = job.sample.image.key
     for tensor in (latents.latents_CHW, latents.flipped_CHW):
@@ -451,9 +468,11 @@ def check_latents(job: Job, latents: Latents, plan: DataPlan) -> None:
             continue
         if not torch.isfinite(tensor).all():
             raise UserError(f"the VAE gives NaN for {path}; add --no_half_vae, or use a VAE made for fp16")
-        wanted = locate_file(job.sample, plan).latent_shape
-        if tuple(tensor.shape) != wanted:
-            raise UserError(f"the VAE gives latents of shape {tuple(tensor.shape)} for {path}, but {wanted} is needed")
+        expected_shape = locate_file(job.sample, plan).latent_shape
+        if tuple(tensor.shape) != expected_shape:
+            raise UserError(
+                f"the VAE gives latents of shape {tuple(tensor.shape)} for {path}, but {expected_shape} is needed"
+            )
 
 
 def describe_origin(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
@@ -467,10 +486,11 @@ def describe_origin(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
         resized=list(job.sample.shape.resized),
         interpolation=job.interpolation,
         vae=job.name_vae(vae_identity),
+        # `write_entry` computes them from the arrays.
         checksums={},
         references=[
-            mark_of_reference(one.file_hash, one.version, shape)
-            for one, shape in zip(decoded.references, job.sample.shape.references, strict=True)
+            mark_of_reference(reference.file_hash, reference.version, shape)
+            for reference, shape in zip(decoded.references, job.sample.shape.references, strict=True)
         ],
         is_pair=job.is_pair,
     )

@@ -122,18 +122,21 @@ def judge(file: TextFile, texts: Sequence[str], identity: Identity) -> Verdict:
         require_plain_file(file.path)
         with zipfile.ZipFile(file.path) as archive:
             require_small(archive)
-            found = {info.filename.removesuffix(".npy"): info.CRC for info in archive.infolist()}
-            notes = {NOTE: npy_array(archive.read(f"{NOTE}.npy"))} if NOTE in found else {}
-        note = Note.read(notes)
+            # The directory of the archive has a CRC of every entry, so rewritten entries are found without reading
+            # them. A flipped bit in an entry is found by zipfile when it is read.
+            crc_by_name = {info.filename.removesuffix(".npy"): info.CRC for info in archive.infolist()}
+            note_entry = {NOTE: npy_array(archive.read(f"{NOTE}.npy"))} if NOTE in crc_by_name else {}
+        note = Note.read(note_entry)
     except DAMAGE as error:
         return Verdict(describe_damage(error))
-    if note is None or any(found.get(name) != checksum for name, checksum in note.checksums.items()):
+    if note is None or any(crc_by_name.get(name) != checksum for name, checksum in note.checksums.items()):
         return Verdict(FOREIGN)
     if note.identity != identity.encoders:
         return Verdict("made with other text encoders or settings")
     if identity.is_of_files and note.settings != identity.settings:
         older = "" if note.settings else ", or before files recorded them"
         return Verdict(f"made with other settings{older}")
+    # Files that do not record the tokenizer are used.
     if note.tokenizers not in (None, identity.tokenizers):
         return Verdict("made with another tokenizer")
     if not all(entry_name(key, n) in note.checksums for key in file.keys for n in range(len(note.texts))):
@@ -153,6 +156,7 @@ def row_in(archive: Mapping[str, Any], note: Note, number: int, keys: Sequence[s
         values, dtype = np.asarray(archive[entry_name(key, number)]), DTYPES[note.dtypes[key]]
         is_bits = dtype == torch.bfloat16 and values.dtype == np.uint16
         tensor = torch.from_numpy(values.view(np.int16) if is_bits else values)
+        # tensor.to() would drop the imaginary part of complex numbers.
         if not is_bits and not torch.can_cast(tensor.dtype, dtype):
             raise EntryError(
                 f"holding {key} of the type {values.dtype}, which cannot be converted to {note.dtypes[key]}"
@@ -180,6 +184,7 @@ def write_texts(
         for key in keys:
             dtypes[key] = str(row[key].dtype).removeprefix("torch.")
             arrays[entry_name(key, number)] = to_array(row[key], keeps_bits or number > 0)
+    # Entries are serialized here instead of by np.savez, because the note holds their CRCs.
     contents = {name: npy_bytes(array) for name, array in arrays.items()}
     checksums = {name: zlib.crc32(content) for name, content in contents.items()}
     texts = list(map(str, rows))
@@ -216,6 +221,7 @@ def stack_rows(rows: Sequence[Row], padding: Mapping[str, float]) -> Conditionin
     for key in rows[0]:
         tensors = [row[key] for row in rows]
         dtype = tensors[0].dtype
+        # Files of other programs may hold float32 where ours have the encoders' dtype.
         for tensor in tensors[1:]:
             dtype = torch.promote_types(dtype, tensor.dtype)
         if key in padding:
@@ -228,15 +234,16 @@ def stack_rows(rows: Sequence[Row], padding: Mapping[str, float]) -> Conditionin
 def strip_padding(row: Row, padding: Mapping[str, float]) -> Row:
     """Cut off trailing entries that are padding in all keys of `padding` with that length; `stack_rows` adds them."""
     trimmed = dict(row)
+    # Each length separately: tokens and, for example, the positions of reference images differ in number.
     for length in {len(row[key]) for key in padding}:
-        own = [key for key in padding if len(row[key]) == length]
+        keys = [key for key in padding if len(row[key]) == length]
         are_padding_T = [
             (row[key] == padding[key]).flatten(1).all(1) if row[key].ndim > 1 else row[key] == padding[key]
-            for key in own
+            for key in keys
         ]
         used_T = ~torch.stack(are_padding_T).all(0)
-        most = int(used_T.nonzero().max()) + 1 if used_T.any() else 1
-        trimmed |= {key: row[key][:most] for key in own}
+        used_length = int(used_T.nonzero().max()) + 1 if used_T.any() else 1
+        trimmed |= {key: row[key][:used_length] for key in keys}
     return trimmed
 
 

@@ -85,6 +85,7 @@ class PromptPairs:
     @property
     def identity(self) -> dict[str, Any]:
         """A description of the pairs that two runs can compare."""
+        # `place` names the file, which may be moved.
         texts = repr([{**asdict(pair), "place": ""} for pair in self.pairs])
         return {
             "num_pictures": 0,
@@ -154,8 +155,8 @@ class PromptPairs:
     def limited_to_largest_batch(self) -> tuple["PromptPairs", int]:
         """Return self and the index of the batch that needs the most memory, and among those the most time."""
 
-        def need(place: int) -> tuple[int, bool, int]:
-            drawn = self._drawn(place)
+        def need(number: int) -> tuple[int, bool, int]:
+            drawn = self._drawn(number)
             takes_both_ends = drawn.pair.push != 0  # both ends and the neutral prompt are predicted in one call
             return drawn.num_pixels, takes_both_ends, drawn.num_denoised
 
@@ -168,11 +169,13 @@ class PromptPairs:
         """Do nothing: there are no worker processes."""
 
     def _drawn(self, number: int) -> Drawn:
-        turn, place = divmod(number, len(self.pairs))
+        num_rounds, index = divmod(number, len(self.pairs))
         order = list(range(len(self.pairs)))
-        random_for(self.seed, "concept order", turn).shuffle(order)
-        pair = self.pairs[order[place]]
+        # Every pair comes once before any is repeated; sd-scripts draws with replacement.
+        random_for(self.seed, "concept order", num_rounds).shuffle(order)
+        pair = self.pairs[order[index]]
         rng = random_for(self.seed, "concept", number)
+        # The range is LECO's: at least one step, and never all of them.
         num_denoised = rng.randint(1, self.num_steps - 1)
         height, width = draw_size(pair.height, rng) if pair.has_drawn_size else (pair.height, pair.width)
         sizes = size_conditioning(height, width, rng if pair.dynamic_crops else None)
@@ -206,6 +209,7 @@ class PromptPairs:
 
 def draw_size(most: int, rng: Random) -> tuple[int, int]:
     """Draw height and width independently between half of `most` and `most`, as multiples of STEP_OF_DRAWN_SIDES."""
+    # Half of the side to the whole side, as in LECO.
     low, high = max(1, most // 2 // STEP_OF_DRAWN_SIDES), max(1, most // STEP_OF_DRAWN_SIDES)
     height, width = (STEP_OF_DRAWN_SIDES * rng.randint(low, high) for _ in range(2))
     return height, width
@@ -216,9 +220,13 @@ def size_conditioning(height: int, width: int, rng: Random | None) -> tuple[int,
     as large."""
     if rng is None:
         return height, width, 0, 0, height, width
+    # The range is LECO's.
     scale = 1 + 2 * rng.random()
     original = int(height * scale), int(width * scale)
-    top, left = (rng.randrange(max(1, whole - side)) for whole, side in zip(original, (height, width), strict=True))
+    top, left = (
+        rng.randrange(max(1, original_side - side))
+        for original_side, side in zip(original, (height, width), strict=True)
+    )
     return *original, top, left, height, width
 
 
@@ -234,10 +242,12 @@ def open_prompt_pairs(
     step = arch.preview.defaults.size_step
     for pair in pairs:
         check_size(pair, step)
-    if idle := [pair for pair in pairs if pair.dynamic_crops and not arch.tells_sizes]:
-        logger.warning("%s %s: dynamic_crops has no effect: the base model has no size input", FLAG, idle[0].place)
+    if ignored_crops := [pair for pair in pairs if pair.dynamic_crops and not arch.tells_sizes]:
+        logger.warning(
+            "%s %s: dynamic_crops has no effect: the base model has no size input", FLAG, ignored_crops[0].place
+        )
     num_batches = run.max_train_steps * run.gradient_accumulation_steps * num_processes
-    found = PromptPairs(
+    prompt_pairs = PromptPairs(
         pairs,
         concepts.max_denoising_steps,
         resolve_guidance(concepts, arch.preview.defaults),
@@ -246,14 +256,14 @@ def open_prompt_pairs(
         num_batches,
         run.max_train_steps,
     )
-    for text in found.prompts:
+    for text in prompt_pairs.prompts:
         if (num_tokens := arch.text.count_tokens(text)) > arch.text.max_tokens:
             logger.warning(
                 "%s: a prompt has %d tokens, of which only the first %d are used: %s",
                 FLAG, num_tokens, arch.text.max_tokens, text,
             )  # fmt: skip
-    found.audit(logger)
-    return found
+    prompt_pairs.audit(logger)
+    return prompt_pairs
 
 
 def resolve_guidance(concepts: ConceptOptions, defaults: PromptDefaults) -> float:

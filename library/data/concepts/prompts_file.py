@@ -110,27 +110,31 @@ class Entry(NamedTuple):
 
 def split_entries(tables: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], list[Entry]]:
     """Return (the defaults above the entries, the entries)."""
-    heads = [name for name in ("prompts", "targets", "slider") if name in tables]
-    if len(heads) > 1:
-        raise UserError(f"{FLAG} {path} has {' and '.join(heads)}, but only one of them may be used; use two files")
+    kinds = [name for name in ("prompts", "targets", "slider") if name in tables]
+    if len(kinds) > 1:
+        raise UserError(f"{FLAG} {path} has {' and '.join(kinds)}, but only one of them may be used; use two files")
     shared = dict(tables)
-    if heads == ["slider"]:
+    if kinds == ["slider"]:
         inner = shared.pop("slider")
         if shared or not isinstance(inner, dict):
             raise UserError(f"{FLAG} {path}: all keys belong in [slider]: move {', '.join(shared) or 'it'} there")
         shared = dict(inner)
-    head = "prompts" if heads == ["prompts"] else "targets"
-    if head not in shared:
+    kind = "prompts" if kinds == ["prompts"] else "targets"
+    if kind not in shared:
         if "target" not in shared and "target_class" not in shared:
             raise UserError(f'{FLAG} {path} names no prompts; it needs [[prompts]] with target = "...", or [[targets]]')
         return {}, [Entry(str(path), shared, is_pair="target_class" not in shared)]
-    listed = shared.pop(head)
-    if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
-        raise UserError(f"{FLAG} {path}: {head} is not a list of tables; begin each entry with [[{head}]]")
+    entry_tables = shared.pop(kind)
+    if (
+        not isinstance(entry_tables, list)
+        or not entry_tables
+        or not all(isinstance(entry, dict) for entry in entry_tables)
+    ):
+        raise UserError(f"{FLAG} {path}: {kind} is not a list of tables; begin each entry with [[{kind}]]")
     entries = []
-    for number, values in enumerate(listed, start=1):
-        is_pair = "target_class" not in values if head == "prompts" else "target" in values
-        entries.append(Entry(f"{path}, [[{head}]] number {number}", values, is_pair))
+    for number, values in enumerate(entry_tables, start=1):
+        is_pair = "target_class" not in values if kind == "prompts" else "target" in values
+        entries.append(Entry(f"{path}, [[{kind}]] number {number}", values, is_pair))
     return shared, entries
 
 
@@ -150,19 +154,19 @@ def unknown_key_error(key: str, known: Sequence[str], place: str) -> UserError:
 
 def build_pairs(entry: Entry, shared: Mapping[str, Any], folder: Path, warn: Warn) -> list[PromptPair]:
     """Return the pairs of an entry. `shared` holds the defaults; paths of files are relative to `folder`."""
-    place, own = entry.place, entry.values
-    if "target" in own and "target_class" in own:
+    place, entry_values = entry.place, entry.values
+    if "target" in entry_values and "target_class" in entry_values:
         raise UserError(
             f"{FLAG} {place} has target and target_class; the first defines a pair, the second a slider: keep one"
         )
-    for key in own:
+    for key in entry_values:
         if key not in entry.keys:
             raise unknown_key_error(key, entry.keys, place)
     inherited = {key: value for key, value in shared.items() if key in entry.keys}
     for group in ((*NEUTRAL_LISTS, "neutral"), ("resolution", "resolutions")):
-        if own.keys() & set(group):  # an entry overrides a group of keys as a whole
+        if entry_values.keys() & set(group):  # an entry overrides a group of keys as a whole
             inherited = {key: value for key, value in inherited.items() if key not in group}
-    values = {key: check_value(key, value, place) for key, value in {**inherited, **own}.items()}
+    values = {key: check_value(key, value, place) for key, value in {**inherited, **entry_values}.items()}
     if entry.is_pair and "target" not in values:
         raise UserError(f'{FLAG} {place} has no target; add target = "..."')
     pairs = [build_pair(place, values)] if entry.is_pair else list(slider_pairs(place, values, folder, warn))
@@ -176,36 +180,36 @@ def build_pairs(entry: Entry, shared: Mapping[str, Any], folder: Path, warn: War
 
 def check_value(key: str, value: Any, place: str) -> Any:
     """Check the type and range of a value, and return it. Sizes and lists are checked where they are used."""
-    what = f"{FLAG} {place}: {key} is {value!r}"
+    prefix = f"{FLAG} {place}: {key} is {value!r}"
     if key in TEXT_KEYS:
         if not isinstance(value, str):
-            raise UserError(f"{what}; use text in quotes")
+            raise UserError(f"{prefix}; use text in quotes")
         if key == "action" and value not in (ERASE, ENHANCE, PRESERVE):
-            raise UserError(f'{what}; use "{ERASE}", which is the default, "{ENHANCE}" or "{PRESERVE}"')
+            raise UserError(f'{prefix}; use "{ERASE}", which is the default, "{ENHANCE}" or "{PRESERVE}"')
         return value
     if key in FLAG_KEYS:
         if not isinstance(value, bool):
-            raise UserError(f"{what}; use true or false")
+            raise UserError(f"{prefix}; use true or false")
         return value
     if key in (*NEUTRAL_LISTS, "resolution", "resolutions"):
         return value
     if not is_finite_number(value):
-        raise UserError(f"{what}; use a number")
+        raise UserError(f"{prefix}; use a number")
     if key == "batch_size":
-        return check_integer(value, 1, LARGEST_BATCH, what)
+        return check_integer(value, 1, LARGEST_BATCH, prefix)
     if key == "weight" and value <= 0:
-        raise UserError(f"{what}; the loss is multiplied by it, so it must be above 0")
+        raise UserError(f"{prefix}; the loss is multiplied by it, so it must be above 0")
     if key == "multiplier" and value == 0:
-        raise UserError(f"{what}, with which the adapter learns nothing; the default is 1.0")
+        raise UserError(f"{prefix}, with which the adapter learns nothing; the default is 1.0")
     if abs(value) > LARGEST_NUMBER:
-        raise UserError(f"{what}; use a number of at most {LARGEST_NUMBER:g}")
+        raise UserError(f"{prefix}; use a number of at most {LARGEST_NUMBER:g}")
     return float(value)
 
 
-def check_integer(value: Any, least: int, most: int, what: str) -> int:
+def check_integer(value: Any, least: int, most: int, prefix: str) -> int:
     """Return `value` as an integer. Raises UserError if it is none or out of range."""
     if not is_finite_number(value) or value != int(value) or not least <= value <= most:
-        raise UserError(f"{what}; use an integer from {least} to {most}")
+        raise UserError(f"{prefix}; use an integer from {least} to {most}")
     return int(value)
 
 
@@ -220,6 +224,7 @@ def build_pair(place: str, values: Mapping[str, Any], size: Any = None) -> Promp
                     f"{FLAG} {place}: {key} has no effect with action {PRESERVE}, which keeps what the base model "
                     "predicts for target; remove it"
                 )
+        # With a push of 0 the training target is the base model's prediction for `neutral`, here that for `target`.
         values = {**values, "neutral": values["target"]}
     return PromptPair(
         place=place,
@@ -241,11 +246,11 @@ def build_pair(place: str, values: Mapping[str, Any], size: Any = None) -> Promp
 
 def parse_size(value: Any, place: str) -> tuple[int, int]:
     """Parse a single side or [height, width] to (height, width)."""
-    what = f"{FLAG} {place}: resolution is {value!r}"
+    prefix = f"{FLAG} {place}: resolution is {value!r}"
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) != 2:
-        raise UserError(f"{what}; use one side, such as 512, or [height, width]")
-    height, width = (check_integer(side, 1, LARGEST_SIDE, what) for side in sides)
+        raise UserError(f"{prefix}; use one side, such as 512, or [height, width]")
+    height, width = (check_integer(side, 1, LARGEST_SIDE, prefix) for side in sides)
     return height, width
 
 
@@ -255,7 +260,7 @@ def parse_sizes(values: Mapping[str, Any], place: str, warn: Warn) -> list[tuple
         raise UserError(f"{FLAG} {place} has both resolution and resolutions; keep one")
     value = values.get("resolutions", values.get("resolution", DEFAULT_SIDE))
     if isinstance(value, list) and value and isinstance(value[0], list):
-        return [parse_size(one, place) for one in value]
+        return [parse_size(size, place) for size in value]
     height, width = parse_size(value, place)
     if "resolutions" in values and isinstance(value, list):
         warn(
@@ -276,23 +281,23 @@ def slider_pairs(place: str, values: Mapping[str, Any], folder: Path, warn: Warn
         raise UserError(f"{FLAG} {place}: positive and negative are both {positive!r}; use two ends")
     multiplier = values.get("multiplier", 1.0)
     if has_positive and has_negative:
-        ways = [
+        directions = [
             (negative, positive, ERASE, multiplier),
             (positive, negative, ENHANCE, multiplier),
             (positive, negative, ERASE, -multiplier),
             (negative, positive, ENHANCE, -multiplier),
         ]
     elif has_negative:
-        ways = [(negative, "", ERASE, multiplier), (negative, "", ENHANCE, -multiplier)]
+        directions = [(negative, "", ERASE, multiplier), (negative, "", ENHANCE, -multiplier)]
     else:
-        ways = [(positive, "", ENHANCE, multiplier), (positive, "", ERASE, -multiplier)]
+        directions = [(positive, "", ENHANCE, multiplier), (positive, "", ERASE, -multiplier)]
     sizes = parse_sizes(values, place, warn)
     for neutral in read_neutral_prompts(values, place, folder):
         for size in sizes:
-            for end, other_end, action, strength in ways:
-                more = {"target": values.get("target_class", ""), "positive": end, "unconditional": other_end}
-                more |= {"neutral": neutral, "action": action, "multiplier": strength}
-                yield build_pair(place, {**values, **more}, size)
+            for end, other_end, action, strength in directions:
+                overrides = {"target": values.get("target_class", ""), "positive": end, "unconditional": other_end}
+                overrides |= {"neutral": neutral, "action": action, "multiplier": strength}
+                yield build_pair(place, {**values, **overrides}, size)
 
 
 def read_neutral_prompts(values: Mapping[str, Any], place: str, folder: Path) -> list[str]:
@@ -302,25 +307,25 @@ def read_neutral_prompts(values: Mapping[str, Any], place: str, folder: Path) ->
         raise UserError(f"{FLAG} {place} has both neutral and {lists[0]}; keep one")
     if not lists:
         return [values.get("neutral", "")]
-    found: list[str] = []
+    prompts: list[str] = []
     if "neutrals" in values:
         listed = values["neutrals"]
-        if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
+        if not isinstance(listed, list) or not all(isinstance(prompt, str) for prompt in listed):
             raise UserError(f'{FLAG} {place}: neutrals is {listed!r}; use a list of texts, such as ["", "a photo"]')
-        found += listed
+        prompts += listed
     for key in ("neutral_prompt_file", "prompt_file"):
         if key in values:
-            found += read_lines(folder / values[key], f"{FLAG} {place}: {key}")
-    if not found:
+            prompts += read_lines(folder / values[key], f"{FLAG} {place}: {key}")
+    if not prompts:
         raise UserError(f'{FLAG} {place}: {" and ".join(lists)} contain no prompt; use [""] for the empty one')
-    return found
+    return prompts
 
 
-def read_lines(path: Path, what: str) -> list[str]:
+def read_lines(path: Path, prefix: str) -> list[str]:
     """Return the non-empty lines of a text file."""
     if not path.is_file():
-        raise UserError(f"{what} is {path}, but there is no such file; the path is relative to the TOML file")
-    lines = decode_utf8(path.read_bytes(), f"{what} {path}").splitlines()
+        raise UserError(f"{prefix} is {path}, but there is no such file; the path is relative to the TOML file")
+    lines = decode_utf8(path.read_bytes(), f"{prefix} {path}").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 

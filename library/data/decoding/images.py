@@ -51,6 +51,7 @@ def open_image(path: str, content: bytes | io.RawIOBase | None = None) -> Image.
 
 def read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8, without decoding. A PNG's tags count only if they precede the pixels."""
+    # For such a PNG, getexif() decodes all pixels to look for tags behind them.
     if image.format == "PNG" and "exif" not in image.info:
         return 1
     try:
@@ -65,10 +66,11 @@ def read_size(path: str, content: bytes | io.RawIOBase | None = None) -> Size:
     an open file."""
     with open_image(path, content) as image:
         width, height = image.size
-        turned = read_orientation(image) >= 5
+        # Orientations 5 to 8 swap width and height.
+        is_transposed = read_orientation(image) >= 5
     if width <= 0 or height <= 0:
         raise UserError(f"{path} is {width}x{height} pixels")
-    return (height, width) if turned else (width, height)
+    return (height, width) if is_transposed else (width, height)
 
 
 def decode_all(image: Image.Image, path: str) -> None:
@@ -109,6 +111,7 @@ def has_alpha(image: Image.Image) -> bool:
 def _from_16_bits(image: Image.Image) -> Pixels:
     # Pillow's own conversion clips at 255, which turns 16-bit grey images white.
     grey = np.asarray(image).astype(np.int64)
+    # 257 = 65535 / 255; 128 rounds to the nearest.
     grey_8bit = ((np.clip(grey, 0, 65535) + 128) // 257).astype(np.uint8)
     return np.repeat(grey_8bit[..., None], 3, axis=2)
 
@@ -173,11 +176,11 @@ def crop_at_face(
     `zoom` is drawn from `zoom_range`, but the image is enlarged only as far as needed to cover the target. The face is
     near the centre; `wanders` moves it by a triangularly distributed offset that shows more of the background.
     """
-    size, short = max(face.width, face.height), min(target)
-    least = max(target[0] / image[0], target[1] / image[1])
-    ceiling = max(1.0, least)
-    low = min(ceiling, max(least, short / (size * zoom_range[1])))
-    high = min(ceiling, max(low, short / (size * zoom_range[0])))
+    face_side, short_side = max(face.width, face.height), min(target)
+    min_scale = max(target[0] / image[0], target[1] / image[1])
+    max_scale = max(1.0, min_scale)
+    low = min(max_scale, max(min_scale, short_side / (face_side * zoom_range[1])))
+    high = min(max_scale, max(low, short_side / (face_side * zoom_range[0])))
     scale = rng.uniform(low, high)
     resized = (max(target[0], int(image[0] * scale + 0.5)), max(target[1], int(image[1] * scale + 0.5)))
     corner = []
@@ -186,9 +189,11 @@ def crop_at_face(
         start = middle - side // 2
         if wanders:
             reach = max(length - middle, middle)
+            # As in sd-scripts; the sum of two uniform draws has a triangular distribution.
             start += rng.randint(0, reach) + rng.randint(0, reach) - reach
         elif zoom_range[0] != zoom_range[1]:
-            jitter = int(size * scale) // 20
+            # A twentieth of the face, as in sd-scripts.
+            jitter = int(face_side * scale) // 20
             start += rng.randint(-jitter, jitter)
         corner.append(max(0, min(start, length - side)))
     return Placement(resized, corner[0], corner[1], target, is_flipped)
@@ -198,14 +203,16 @@ def place(pixels: Pixels, placement: Placement, interpolation: str | None) -> Pi
     """Resize, crop and mirror an array."""
     resized = resize(pixels, placement.resized, interpolation)
     width, height = placement.target
-    cut = resized[placement.top : placement.top + height, placement.left : placement.left + width]
-    return np.array(cut[:, ::-1] if placement.is_flipped else cut, order="C")
+    cropped = resized[placement.top : placement.top + height, placement.left : placement.left + width]
+    # A copy, because a mirrored view has negative strides, which torch.from_numpy refuses.
+    return np.array(cropped[:, ::-1] if placement.is_flipped else cropped, order="C")
 
 
 def choose_filter(size: Size, target: Size, interpolation: str | None) -> str:
     """Return the resampling filter: `interpolation` if given, else area if no side grows, else lanczos."""
     if interpolation is not None:
         return interpolation
+    # The defaults are sd-scripts'.
     return "area" if target[0] <= size[0] and target[1] <= size[1] else "lanczos"
 
 
@@ -230,6 +237,7 @@ def resize(pixels: Pixels, target: Size, interpolation: str | None) -> Pixels:
     import cv2
 
     kinds: dict[str, int] = {
+        # The exact variant, as in sd-scripts.
         "nearest": cv2.INTER_NEAREST_EXACT,
         "bilinear": cv2.INTER_LINEAR,
         "linear": cv2.INTER_LINEAR,
@@ -246,6 +254,7 @@ def change_colour(rgb: Pixels, rng: random.Random) -> Pixels:
     apply a gamma of 0.95 to 1.05. Alpha is unchanged."""
     if rgb.shape[2] == 4:
         return with_alpha(change_colour(np.ascontiguousarray(rgb[..., :3]), rng), rgb[..., 3])
+    # Probabilities and ranges are sd-scripts'.
     if rng.random() >= 0.33:
         return rgb
     if rng.random() < 0.5:
@@ -265,5 +274,6 @@ def turn_hue(rgb: Pixels, half_degrees: float) -> Pixels:
 
 def apply_gamma(rgb: Pixels, gamma: float) -> Pixels:
     """Raise values, scaled to 0..1, to the power `gamma`. Black and white are unchanged."""
+    # sd-scripts raises 0..255 itself to the power, so white becomes 193 at a gamma of 0.95.
     table = np.rint(255 * (np.arange(256) / 255) ** gamma).astype(np.uint8)
     return table[rgb]

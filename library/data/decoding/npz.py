@@ -34,6 +34,7 @@ DAMAGE = (
 MISSING, DAMAGED = "missing", "damaged"
 
 MOST_BYTES = 1 << 30  # of all arrays in an archive; our largest, eight captions of T5, have 64 MB
+# The first form is that of `atomic_path`, the second that of earlier versions.
 LEFT_OVER = re.compile(r"\.(.+\.[0-9a-f]{12}\.npz|.+\.npz\.\d+\.tmp)")
 DEAD_AFTER_S = 3600.0  # writing takes seconds, and other runs may be writing into the folder
 

@@ -23,12 +23,12 @@ def read_many(
     # only after a block in which reads had to wait.
     values: list[Value] = []
     blocks = (items[start : start + BLOCK] for start in range(0, len(items), BLOCK))
-    shown = nullcontext() if title is None else progress_bar(title, len(items), leave=False)
-    with shown as bar:
-        for found in _read_blocks(function, blocks, num_threads):
-            values += found
+    bar_context = nullcontext() if title is None else progress_bar(title, len(items), leave=False)
+    with bar_context as bar:
+        for block_values in _read_blocks(function, blocks, num_threads):
+            values += block_values
             if bar is not None:
-                bar.update(len(found))
+                bar.update(len(block_values))
     return values
 
 
@@ -41,9 +41,11 @@ def _read_blocks(
     for block in blocks:
         wall, cpu = time.perf_counter(), time.thread_time()
         yield read(block)
+        # Wall time minus CPU time is the time this thread waited for the disk, or for other threads.
         waited = time.perf_counter() - wall - (time.thread_time() - cpu)
         if num_threads > 1 and waited > SLOW_READ_S * len(block):
             break
+    # `blocks` is an iterator: the pool gets the blocks that are left.
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        rest = (block[i : i + 16] for block in blocks for i in range(0, len(block), 16))
-        yield from pool.map(read, rest)
+        chunks = (block[i : i + 16] for block in blocks for i in range(0, len(block), 16))
+        yield from pool.map(read, chunks)

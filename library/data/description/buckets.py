@@ -51,12 +51,14 @@ class BucketRules:
                 f"resolution is {resolution[0]}x{resolution[1]}; the maximum is {MOST_PIXELS // 10**6} megapixels, "
                 "such as 4096x4096, and base models work best far below it"
             )
+        # Without buckets the other keys have no effect, so their defaults need not fit the resolution.
         if not self.enable_bucket:
             return self
         if step <= 0 or step % needed_step:
             raise UserError(
                 f"bucket_reso_steps is {step}, but this model needs a multiple of {needed_step}; set {needed_step}"
             )
+        # The limits are unused here, so they need not fit the resolution. sd-scripts refuses those that do not.
         if self.no_upscale:
             logger.warning("bucket_no_upscale: min_bucket_reso and max_bucket_reso have no effect")
             return self
@@ -81,6 +83,7 @@ class BucketRules:
             raise UserError(f"min_bucket_reso is {low}, more than the shorter side of the resolution {resolution}")
         if high < max(resolution):
             raise UserError(f"max_bucket_reso is {high}, less than the longer side of the resolution {resolution}")
+        # A min_reso below the step, such as the 0 of `flat_datasets`, rounds down to 0, which no bucket can have.
         return replace(self, min_reso=max(low, step), max_reso=high)
 
 
@@ -89,6 +92,7 @@ def bucket_sizes(resolution: Size, low: int, high: int, step: int) -> list[Size]
     both orientations."""
     area = resolution[0] * resolution[1]
     side = math.isqrt(area) // step * step
+    # The loop does not always yield the square: for 768x512 in steps of 64, width 576 gives height 640.
     sizes = {(side, side)}
     # A wider bucket would be lower than `low`. Without this bound, a huge `high` would make the loop endless in
     # practice.
@@ -96,6 +100,7 @@ def bucket_sizes(resolution: Size, low: int, high: int, step: int) -> list[Size]
         height = min(high, area // width // step * step)
         if height >= low:
             sizes |= {(width, height), (height, width)}
+    # In the order of sd-scripts: `nearest_bucket` takes the first of equally near buckets.
     return sorted(sizes)
 
 
@@ -105,6 +110,7 @@ def cover(image: Size, target: Size) -> Size:
         scale = target[1] / image[1]
     else:
         scale = target[0] / image[0]
+    # Halves round up as in sd-scripts; round() would take the even neighbour.
     return int(image[0] * scale + 0.5), int(image[1] * scale + 0.5)
 
 
@@ -130,12 +136,15 @@ def shape_without_upscale(image: Size, resolution: Size, step: int) -> Shape:
         ratio = width / height
         ideal_width = math.sqrt(area * ratio)
         ideal_height = area / ideal_width
+        # As in sd-scripts, either side of the ideal size is rounded down to the step and the other one follows. The
+        # candidate whose bucket has the nearer aspect ratio wins.
         wide = int(ideal_width + 0.5) // step * step
         by_width = (wide, int(wide / ratio + 0.5))
         tall = int(ideal_height + 0.5) // step * step
         by_height = (int(tall * ratio + 0.5), tall)
         candidates = [size for size in (by_height, by_width) if min(size) > 0]
         resized = min(candidates, key=lambda size: abs(_floored_ratio(size, step) - ratio), default=image)
+    # Without max(), a 63x300 image would get a bucket of 0x256, as it does in sd-scripts.
     bucket = (max(resized[0] // step * step, step), max(resized[1] // step * step, step))
     if resized[0] < bucket[0] or resized[1] < bucket[1]:
         resized = cover(image, bucket)
@@ -148,20 +157,20 @@ def _floored_ratio(size: Size, step: int) -> float:
 
 def assign_shapes(images: Sequence[Size], rules: BucketRules) -> list[Shape]:
     """Return the shape of every image, in order."""
-    known: dict[Size, Shape] = {}
+    shape_by_size: dict[Size, Shape] = {}
     if rules.enable_bucket and not rules.no_upscale:
         buckets = bucket_sizes(rules.resolution, rules.min_reso, rules.max_reso, rules.step)
     for image in images:
-        if image in known:
+        if image in shape_by_size:
             continue
         if not rules.enable_bucket:
-            known[image] = Shape(rules.resolution, cover(image, rules.resolution))
+            shape_by_size[image] = Shape(rules.resolution, cover(image, rules.resolution))
         elif rules.no_upscale:
-            known[image] = shape_without_upscale(image, rules.resolution, rules.step)
+            shape_by_size[image] = shape_without_upscale(image, rules.resolution, rules.step)
         else:
             bucket = nearest_bucket(image, buckets)
-            known[image] = Shape(bucket, cover(image, bucket))
-    return [known[image] for image in images]
+            shape_by_size[image] = Shape(bucket, cover(image, bucket))
+    return [shape_by_size[image] for image in images]
 
 
 @dataclass(frozen=True)

@@ -54,24 +54,31 @@ def is_dropped(rules: CaptionRules, rng: random.Random, epoch: int) -> bool:
     """Return True if the draw gets the empty prompt in place of its caption."""
     if rules.caption_dropout_rate > 0 and rng.random() < rules.caption_dropout_rate:
         return True
+    # Epochs count from 1. sd-scripts calls the first batch's epoch 0, so it always drops that batch's captions.
     return rules.caption_dropout_every_n_epochs > 0 and epoch % rules.caption_dropout_every_n_epochs == 0
 
 
 def arrange_caption(text: str, rules: CaptionRules, rng: random.Random, step: int, max_train_steps: int) -> str:
     """Compose a caption from a line of `text` with prefix, suffix, wildcards and tag rules, without caption dropout."""
     lines = caption_lines(text, rules)
+    # The drawn line gets both affixes: sd-scripts adds the prefix to the first line and the suffix to the last one.
+    # They precede the wildcards, so that they may contain some.
     caption = with_affixes(rng.choice(lines) if len(lines) > 1 else lines[0], rules)
     if rules.enable_wildcard:
         caption = replace_wildcards(caption, rng)
+    # A marker is removed even if no tag moves; sd-scripts then leaves it in the prompt.
     has_marker = bool(rules.keep_tokens_separator) and rules.keep_tokens_separator in caption
     if has_marker or rules.moves_tags:
         head, movable, tail = split_tags(caption, rules)
+        # Before the shuffle, so that warm-up adds tags in the order of the file.
         movable = warm_up_tags(movable, rules, step, max_train_steps)
         if rules.shuffle_caption:
             rng.shuffle(movable)
         if rules.caption_tag_dropout_rate > 0:
             movable = [tag for tag in movable if rng.random() >= rules.caption_tag_dropout_rate]
+        # As in sd-scripts, a comma and a space join the tags whatever caption_separator is.
         caption = ", ".join(head + movable + tail)
+    # Replaced last, so that the tags it joins move and drop together.
     if rules.secondary_separator:
         caption = caption.replace(rules.secondary_separator, rules.caption_separator)
     return caption
@@ -84,9 +91,11 @@ def caption_variant(image: str, text: str, rules: CaptionRules, variant: int) ->
     The variants do not depend on the run's seed, so that other runs can reuse them. The seed only decides which variant
     a draw uses. Tag warm-up is not supported, because it changes captions in every step.
     """
+    # Only the folder's name and the stem count, so a moved dataset and an image saved in another format keep their
+    # variants.
     folder, name = os.path.split(os.path.abspath(image))
-    place = ascii(os.path.basename(folder)), ascii(os.path.splitext(name)[0])  # names may hold bytes that are not text
-    return arrange_caption(text, rules, random_for(0, "caption variant", *place, variant), 0, 0)
+    names = ascii(os.path.basename(folder)), ascii(os.path.splitext(name)[0])  # names may hold bytes that are not text
+    return arrange_caption(text, rules, random_for(0, "caption variant", *names, variant), 0, 0)
 
 
 def caption_lines(text: str, rules: CaptionRules) -> list[str]:
@@ -112,13 +121,13 @@ _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 def replace_wildcards(caption: str, rng: random.Random) -> str:
     """Replace `{a|b}` by one of its alternatives, and `{{`, `}}` by literal braces; keep `{}`. Braces do not nest."""
 
-    def chosen(match: re.Match[str]) -> str:
+    def choose_alternative(match: re.Match[str]) -> str:
         if match[1] is None:
             return "{" if match[0] == "{{" else "}"
         alternatives: list[str] = match[1].split("|")
         return rng.choice(alternatives)
 
-    return _WILDCARD.sub(chosen, caption)
+    return _WILDCARD.sub(choose_alternative, caption)
 
 
 def has_nested_wildcard(caption: str) -> bool:
@@ -140,9 +149,9 @@ def split_tags(caption: str, rules: CaptionRules) -> tuple[list[str], list[str],
     """
     separator, marker = rules.caption_separator, rules.keep_tokens_separator
     if marker and marker in caption:
-        head, movable, *tail = caption.split(marker, 2)
-        rest = "".join(tail).replace(marker, separator)  # further markers are not part of the text
-        parts = [[tag.strip() for tag in part.split(separator) if tag.strip()] for part in (head, movable, rest)]
+        head, movable, *tail_parts = caption.split(marker, 2)
+        tail_text = "".join(tail_parts).replace(marker, separator)  # further markers are not part of the text
+        parts = [[tag.strip() for tag in part.split(separator) if tag.strip()] for part in (head, movable, tail_text)]
         return parts[0], parts[1], parts[2]
     tags = [tag.strip() for tag in caption.strip().split(separator)]
     return tags[: rules.keep_tokens], tags[rules.keep_tokens :], []

@@ -35,9 +35,13 @@ def with_subset(dataset: Any, outer: Sequence[Mapping[str, Any]], path: str) -> 
     resolution = next((table["resolution"] for table in (dataset, *outer) if "resolution" in table), MAX_BUCKET)
     sides = resolution if isinstance(resolution, list) else [resolution]
     longest = max((side for side in sides if isinstance(side, int)), default=MAX_BUCKET)
-    usual = {"bucket_reso_steps": BUCKET_STEP, "min_bucket_reso": BUCKET_STEP, "max_bucket_reso": 4 * longest}
-    given = {key for table in (dataset, *outer) for key in table}
+    bucket_defaults = {"bucket_reso_steps": BUCKET_STEP, "min_bucket_reso": BUCKET_STEP, "max_bucket_reso": 4 * longest}
+    given_keys = {key for table in (dataset, *outer) for key in table}
     names = SOURCES | REFERENCES
-    own = {key: value for key, value in dataset.items() if key not in names and key != CACHES}
+    dataset_values = {key: value for key, value in dataset.items() if key not in names and key != CACHES}
     subset = {name: dataset[key] for key, name in names.items() if key in dataset}
-    return {**{key: value for key, value in usual.items() if key not in given}, **own, "subsets": [subset]}
+    return {
+        **{key: value for key, value in bucket_defaults.items() if key not in given_keys},
+        **dataset_values,
+        "subsets": [subset],
+    }

@@ -33,6 +33,7 @@ def _is_pair(value: Any, of: type) -> bool:
 
 # bool is a subclass of int in Python, and sd-scripts accepts it in dataset files.
 INT = Kind("an int", lambda v: isinstance(v, int) and abs(v) < LARGEST, int)
+# As in sd-scripts, an integer is an error for these keys: `face_crop_aug_range = [1, 3]`.
 FLOAT = Kind("a float (with a decimal point)", lambda v: isinstance(v, float) and math.isfinite(v))
 NUMBER = Kind("a number", lambda v: isinstance(v, (int, float)) and abs(v) < LARGEST, float)
 TEXT = Kind("a string", lambda v: isinstance(v, str))
@@ -121,6 +122,7 @@ SUBSET_KEYS = (
     Key("caption_column", TEXT, None, GDS, ("dreambooth",)),
     Key("class_tokens", TEXT, None, GDS, ("dreambooth",)),
     Key("is_reg", BOOL, False, ONLY_S, ("dreambooth",)),
+    # sd-scripts refuses alpha_mask above a subset.
     Key("alpha_mask", BOOL, False, ONLY_S, ("dreambooth", "metadata"), "alpha_mask"),
     Key("caption_extension", TEXT, ".caption", GDS, ("dreambooth", "masked"), "caption_extension"),
     Key("cache_info", BOOL, False, GDS, ("dreambooth", "masked")),  # no option: that has its own warning

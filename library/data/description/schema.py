@@ -48,10 +48,11 @@ class NoDataFound(UserError):
 
 def strip_secrets(url: str) -> str:
     """Remove user, password, signature and other parameters from a URL. Paths are returned unchanged."""
-    scheme, mark, rest = url.partition("://")
-    if not mark:
+    scheme, separator, address = url.partition("://")
+    if not separator:
         return url
-    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    # Signatures and tokens are parameters. A password may contain @, so the host begins after the last one.
+    host, slash, path = re.split(r"[?#]", address, maxsplit=1)[0].partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
@@ -150,6 +151,7 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
         if getattr(data, flag):
             logger.warning("--%s is ignored: --dataset_config describes the data", flag)
     path = str(data.dataset_config)
+    # Datasets without subsets get theirs first, so that the checks know one form only.
     content = with_subsets(read_description(path), path)
     problems = find_problems(content, data.masked_loss)
     if problems:
@@ -172,23 +174,23 @@ def read_description(path: str) -> dict[str, Any]:
 
     Raises UserError if it is missing, or naming the file, line and column of a mistake.
     """
-    named, extension = f"--dataset_config {path}", os.path.splitext(path)[1].lower()
+    label, extension = f"--dataset_config {path}", os.path.splitext(path)[1].lower()
     if extension not in (".toml", ".json"):
-        raise UserError(f"{named}: the file must end in .toml or .json")
+        raise UserError(f"{label}: the file must end in .toml or .json")
     if extension == ".toml":
         return read_toml(Path(path), "--dataset_config")
     try:
         raw = Path(path).read_bytes()
-        content = parse_json(decode_utf8(raw, named))
+        content = parse_json(decode_utf8(raw, label))
     except FileNotFoundError:
         raise UserError(f"--dataset_config is {path}, but there is no such file") from None
     except OSError as error:
-        raise UserError(f"{named} cannot be read: {error.strerror}; change its permissions") from error
+        raise UserError(f"{label} cannot be read: {error.strerror}; change its permissions") from error
     except InvalidJson as error:
-        raise UserError(f"{named} is not valid JSON: {error}") from None
+        raise UserError(f"{label} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{named}: expected a table with general and datasets, got {type(content).__name__}")
-    refuse_nul(content, named)
+        raise UserError(f"{label}: expected a table with general and datasets, got {type(content).__name__}")
+    refuse_nul(content, label)
     return content
 
 
@@ -218,8 +220,8 @@ def find_problems(content: Table, masked_loss: bool) -> list[str]:
         except ValueError as error:
             problems.append(f"{place}: {error}")
             continue
-        own = {name: value for name, value in dataset.items() if name != "subsets"}
-        problems += table_problems(own, place, "dataset", style)
+        dataset_values = {name: value for name, value in dataset.items() if name != "subsets"}
+        problems += table_problems(dataset_values, place, "dataset", style)
         for j, subset in enumerate(subsets):
             subset_place = f"{place}['subsets'][{j}]"
             problems += table_problems(subset, subset_place, "subset", style)
@@ -235,15 +237,16 @@ def find_problems(content: Table, masked_loss: bool) -> list[str]:
 
 def source_problems(subset: Table, place: str) -> list[str]:
     """Return the mistakes in the image source of a subset: it must have exactly one, with keys that the source uses."""
-    given = [name for name in SOURCES if name in subset]
-    if not given:
+    given_sources = [name for name in SOURCES if name in subset]
+    if not given_sources:
         return [f"{place}['image_dir'] is missing: set a folder, or tar files as shards, or Parquet files as parquet"]
-    if len(given) > 1:
-        return [f"{place} has {' and '.join(given)}; each is a separate source; use two subsets"]
+    if len(given_sources) > 1:
+        return [f"{place} has {' and '.join(given_sources)}; each is a separate source; use two subsets"]
     return [
-        f"{place}['{name}'] has no effect with {given[0]}; it is for {' and '.join(sources)}"
+        f"{place}['{name}'] has no effect with {given_sources[0]}; it is for {' and '.join(sources)}"
         for name in subset
-        if (sources := [source for source in SOURCES if name in keys_used_by(source)]) and given[0] not in sources
+        if (sources := [source for source in SOURCES if name in keys_used_by(source)])
+        and given_sources[0] not in sources
     ]
 
 
@@ -254,6 +257,7 @@ def is_table_list(value: Any) -> bool:
 def resolve_style(dataset: Table, masked_loss: bool) -> Style:
     """Return the style of a dataset's subsets. Raises UserError if styles are mixed."""
     subsets: Sequence[Table] = dataset["subsets"]
+    # As in sd-scripts, masks decide before metadata files.
     if masked_loss and subsets and all("conditioning_data_dir" in subset for subset in subsets):
         return "masked"
     if any("conditioning_data_dir" in subset for subset in subsets):
@@ -298,6 +302,7 @@ def explain_where_it_belongs(key: Key, level: Level) -> str:
 def option_values(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of options that are defaults of keys, checked like values of the file. None means not given."""
     values = {key.name: options[key.flag] for key in ALL_KEYS.values() if key.flag}
+    # sd-scripts has the option under both spellings, and the misspelt one wins.
     values["caption_extension"] = options["caption_extention"] or options["caption_extension"]
     for name in ("resolution", "skip_image_resolution"):
         if isinstance(values[name], str):
@@ -310,7 +315,8 @@ def option_values(options: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         key = ALL_KEYS[name]
         if isinstance(value, float) and value.is_integer() and key.kind.fits(1) and not isinstance(key.default, float):
-            values[name] = int(value)  # some front ends write every number with a decimal point
+            # Some front ends write every number with a decimal point.
+            values[name] = int(value)
         elif isinstance(value, int) and not key.kind.fits(value) and key.kind.fits(float(value)):
             values[name] = float(value)
         if values[name] is not None and not key.kind.fits(values[name]):
@@ -333,6 +339,7 @@ def resolve_value(key: Key, tables: Sequence[Table]) -> Any:
     """Return the first value that is set, converted. `tables` are ordered by precedence."""
     for table in tables:
         value = table.get(key.name)
+        # false, 0 and "" are values too: in the file they override the command line, as in sd-scripts.
         if value is not None:
             return key.kind.convert(value)
     return key.default
@@ -346,18 +353,21 @@ def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style
         raise UserError(f"{place}['resolution'] is missing; set it there, in [general], or with --resolution")
     if values["batch_size"] < 1:
         raise UserError(f"{place}['batch_size'] is {values['batch_size']}, but must be at least 1")
-    skipped = values["skip_image_resolution"]
-    if skipped is not None and min(skipped) < 0:
-        raise UserError(f"{place}['skip_image_resolution'] is {list(skipped)}; use sizes in pixels; 0 skips nothing")
+    skip_resolution = values["skip_image_resolution"]
+    if skip_resolution is not None and min(skip_resolution) < 0:
+        raise UserError(
+            f"{place}['skip_image_resolution'] is {list(skip_resolution)}; use sizes in pixels; 0 skips nothing"
+        )
     if values.pop("network_multiplier") != 1.0:
         logger.warning("%s['network_multiplier'] has no effect: adapters are trained at multiplier 1", place)
     subsets = []
     for j, subset in enumerate(dataset["subsets"]):
-        built = build_subset(subset, tables, style, f"{place}['subsets'][{j}]")
-        if built.num_repeats < 1:
-            logger.warning("%s is skipped: num_repeats is %d", built.source, built.num_repeats)
+        subset_config = build_subset(subset, tables, style, f"{place}['subsets'][{j}]")
+        # As in sd-scripts, 0 repeats switch a subset off.
+        if subset_config.num_repeats < 1:
+            logger.warning("%s is skipped: num_repeats is %d", subset_config.source, subset_config.num_repeats)
             continue
-        subsets.append(built)
+        subsets.append(subset_config)
     interpolation = resolve_value(ALL_KEYS["resize_interpolation"], tables)
     return DatasetConfig(style=style, resize_interpolation=interpolation, subsets=tuple(subsets), **values)
 
@@ -375,9 +385,9 @@ def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str
         values["caption_extension"] = f".{extension}"
     check_subset(values, rules, place)
     check_level_offset(values["custom_attributes"], place)
-    files = {name: values.pop(name) for name in FILE_SOURCES}
-    source = next((name for name in FILE_SOURCES if files[name]), "image_dir")
-    patterns = files.get(source, ())
+    patterns_by_source = {name: values.pop(name) for name in FILE_SOURCES}
+    source = next((name for name in FILE_SOURCES if patterns_by_source[name]), "image_dir")
+    patterns = patterns_by_source.get(source, ())
     source = "metadata_file" if style == "metadata" else source
     return SubsetConfig(style=style, captions=rules, source_key=source, patterns=patterns, **values)
 
@@ -483,6 +493,7 @@ def folder_dataset(data: DatasetOptions, fallbacks: Table) -> DatasetConfig:
 
 def num_images_in(folder: str) -> int:
     """Count the images of a folder by extension, without its subfolders."""
+    # Imported here because it imports Pillow, which nothing else in this module needs.
     from library.data.description.image_extensions import image_extensions
 
     return sum(os.path.splitext(name)[1] in image_extensions() for name in os.listdir(folder))
@@ -498,7 +509,9 @@ def list_numbered_folders(flag: str, parent: str, is_reg: bool) -> list[Table]:
     if not os.path.isdir(parent):
         raise (UserError if is_reg else NoDataFound)(f"{flag} {explain_missing_folder(parent)}")
     subsets: list[Table] = []
+    # Sorted, because the order of the file system, which sd-scripts takes, differs between machines.
     for name in sorted(entry.name for entry in os.scandir(parent) if os.path.isdir(entry.path)):
+        # Further underscores belong to the class: 10_my_cat is 10 repeats of my_cat.
         number, _, class_tokens = name.partition("_")
         try:
             num_repeats = int(number)

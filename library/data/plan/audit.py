@@ -56,7 +56,8 @@ def audit_lines(
     num_draws = np.bincount(subset_N, samples.draws_N, num_subsets).astype(int).tolist()
     unused = np.bincount(subset_N, samples.draws_N == 0, num_subsets).astype(int).tolist()
     first_subset = 0
-    warned: set[str] = set()  # texts already shown: datasets of several sizes share their folders
+    # Datasets of several sizes share their folders, and each warning about a folder is shown once.
+    warned: set[str] = set()
     for number, (dataset, rule) in enumerate(zip(datasets, rules, strict=True)):
         yield logging.INFO, f"dataset {number + 1}: {describe_size(rule)}, batch size {dataset.config.batch_size}"
         for index, subset in enumerate(dataset.subsets, first_subset):
@@ -107,8 +108,8 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
         reasons = list_few([f"{shorten_path(path, config.source)} {reason}" for path, reason in subset.dropped])
         yield logging.WARNING, f"{source} {format_count(len(subset.dropped), 'image')} skipped: {reasons}"
     if subset.small:
-        what = f"{len(subset.small)} {kind} are skipped by skip_image_resolution"
-        yield logging.INFO, f"{source} {what}: {list_few_paths(subset.small, config.source)}"
+        text = f"{len(subset.small)} {kind} are skipped by skip_image_resolution"
+        yield logging.INFO, f"{source} {text}: {list_few_paths(subset.small, config.source)}"
     if subset.without_caption:
         level = logging.INFO if config.class_tokens else logging.WARNING
         effect = f"using '{config.class_tokens}'" if config.class_tokens else "trained with an empty prompt"
@@ -120,8 +121,8 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
         )
     if subset.empty_caption:
         empty = subset.empty_caption
-        shown = list_few_paths(empty, config.source)
-        yield logging.WARNING, f"{source} {format_count(len(empty), 'empty caption')}: {shown}"
+        examples = list_few_paths(empty, config.source)
+        yield logging.WARNING, f"{source} {format_count(len(empty), 'empty caption')}: {examples}"
     yield from wording_lines(subset, source)
     if config.captions.enable_wildcard:
         is_nested = np.fromiter(map(has_nested_wildcard, subset.images.captions), dtype=bool)
@@ -134,8 +135,8 @@ def warn_about(subset: ScannedSubset, is_affected: NDArray[np.bool_], text: str)
     `{}` in `text` stands for their number."""
     rows = np.flatnonzero(is_affected)
     if len(rows):
-        shown = list_few_paths(subset.images.keys_at(rows[:MOST_SHOWN]), subset.config.source, len(rows))
-        yield logging.WARNING, f"{text.format(len(rows))}: {shown}"
+        examples = list_few_paths(subset.images.keys_at(rows[:MOST_SHOWN]), subset.config.source, len(rows))
+        yield logging.WARNING, f"{text.format(len(rows))}: {examples}"
 
 
 def shorten_path(path: str, folder: str) -> str:
@@ -158,9 +159,9 @@ def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
         has_own &= ~np.fromiter((key in without for key in images.each_key()), dtype=bool, count=len(images))
     num_own = int(has_own.sum())
     if num_own > MOST_ALIKE:
-        own = compress(images.captions, has_own)
-        first = next(own)
-        if all(caption == first for caption in own):
+        own_captions = compress(images.captions, has_own)
+        first = next(own_captions)
+        if all(caption == first for caption in own_captions):
             effect = "so no word is learned for what differs between the images"
             yield logging.WARNING, f"{source} all {num_own} captions are the same, {effect}: {first[:80]!r}"
     is_named = np.zeros(len(images), dtype=bool)
@@ -181,29 +182,29 @@ def captions_with_names(images: ScannedImages) -> Iterator[int]:
 
 def warn_enlarged(samples: Samples, dataset: int) -> Iterator[Line]:
     """Yield a warning about images much smaller than the training size, which teach blur."""
-    own = samples.own(dataset)
+    dataset_rows = samples.own(dataset)
     resized_M = np.array([shape.resized[0] for shape in samples.shapes])
-    widths_N = samples.sizes()[own, 0]
-    rows = np.flatnonzero(resized_M[samples.shape_N[own]] > MOST_ENLARGED * widths_N) + own.start
+    widths_N = samples.sizes()[dataset_rows, 0]
+    rows = np.flatnonzero(resized_M[samples.shape_N[dataset_rows]] > MOST_ENLARGED * widths_N) + dataset_rows.start
     if len(rows):
         sizes = [f"{width}x{height}" for width, height in samples.sizes()[rows[:MOST_SHOWN]].tolist()]
         keys = map(os.path.basename, samples.keys_at(rows[:MOST_SHOWN]))
-        shown = list_few([f"{key} ({size})" for key, size in zip(keys, sizes, strict=True)], MOST_SHOWN, len(rows))
+        examples = list_few([f"{key} ({size})" for key, size in zip(keys, sizes, strict=True)], MOST_SHOWN, len(rows))
         effect = f"upscaled more than {MOST_ENLARGED}x; the LoRA may learn blur"
-        yield logging.WARNING, f"  {format_count(len(rows), 'image')} {effect}: {shown}"
+        yield logging.WARNING, f"  {format_count(len(rows), 'image')} {effect}: {examples}"
 
 
 def cropping_lines(dataset: ScannedDataset, rule: BucketRules) -> Iterator[Line]:
     """Yield a warning about images that are scaled or cropped because buckets are disabled."""
-    counts = [(subset.images.sizes_N2 != rule.resolution).any(axis=1) for subset in dataset.subsets]
-    count = int(sum(is_other.sum() for is_other in counts))
+    is_other_by_subset = [(subset.images.sizes_N2 != rule.resolution).any(axis=1) for subset in dataset.subsets]
+    count = int(sum(is_other.sum() for is_other in is_other_by_subset))
     if count:
-        first: list[str] = []
-        for subset, is_other in zip(dataset.subsets, counts, strict=True):
-            first += map(os.path.basename, subset.images.keys_at(np.flatnonzero(is_other)[:MOST_SHOWN]))
+        names: list[str] = []
+        for subset, is_other in zip(dataset.subsets, is_other_by_subset, strict=True):
+            names += map(os.path.basename, subset.images.keys_at(np.flatnonzero(is_other)[:MOST_SHOWN]))
         size = f"{rule.resolution[0]}x{rule.resolution[1]}"
         effect = f"not of {size}, scaled or cropped to it because enable_bucket is off"
-        yield logging.WARNING, f"  {format_count(count, 'image')} {effect}: {list_few(first, MOST_SHOWN, count)}"
+        yield logging.WARNING, f"  {format_count(count, 'image')} {effect}: {list_few(names, MOST_SHOWN, count)}"
 
 
 def pair_lines(datasets: Sequence[ScannedDataset]) -> Iterator[Line]:
@@ -232,13 +233,14 @@ def log_lengths_later(datasets: Sequence[ScannedDataset], limit: TokenLimit, log
 
     counted = itertools.count()
     log.info("searching for captions longer than the model's %d tokens in the background", limit.max_tokens)
+    # A daemon, so that the end of the run does not wait for the count.
     threading.Thread(target=work, name="count tokens", daemon=True).start()
 
 
 def length_lines(datasets: Sequence[ScannedDataset], limit: TokenLimit) -> Iterator[Line]:
     """Yield a warning about captions that are truncated. Memory does not grow with the number of images."""
-    known: dict[str, int] = {}
-    shown: dict[str, int] = {}  # token counts of the first few, by key
+    num_tokens: dict[str, int] = {}
+    count_by_key: dict[str, int] = {}  # token counts of the first few, by key
     hashes = array("q")  # of the affected keys, because an image may be in several datasets
     for dataset in datasets:
         for subset in dataset.subsets:
@@ -247,17 +249,17 @@ def length_lines(datasets: Sequence[ScannedDataset], limit: TokenLimit) -> Itera
                 for caption in iterate_fullest_captions(text, subset.config.captions):
                     if len(caption.encode()) < limit.max_tokens:
                         continue  # a token has at least one byte, except the begin token
-                    if caption not in known:
-                        if len(known) >= MOST_REMEMBERED:
-                            known.clear()
-                        known[caption] = limit.count(caption)
-                    if known[caption] > limit.max_tokens:
+                    if caption not in num_tokens:
+                        if len(num_tokens) >= MOST_REMEMBERED:
+                            num_tokens.clear()
+                        num_tokens[caption] = limit.count(caption)
+                    if num_tokens[caption] > limit.max_tokens:
                         key = images[row].key
                         hashes.append(hash(key))
-                        if key in shown or len(shown) < 5:
-                            shown[key] = max(known[caption], shown.get(key, 0))
+                        if key in count_by_key or len(count_by_key) < 5:
+                            count_by_key[key] = max(num_tokens[caption], count_by_key.get(key, 0))
     if hashes:
-        examples = [f"{key} ({count})" for key, count in shown.items()]
+        examples = [f"{key} ({count})" for key, count in count_by_key.items()]
         count = len(np.unique(np.frombuffer(hashes, dtype=np.int64)))
         yield (
             logging.WARNING,

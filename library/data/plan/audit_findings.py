@@ -56,16 +56,16 @@ def inspect(
 def find_file_kinds(measured: Sequence[PixelMeasures], masked: set[str]) -> Iterator[Finding]:
     """Yield findings about kinds of files. Transparency is expected in the images of `masked`, whose alpha is used."""
     yield from make_finding(
-        [(one.path, f"{one.num_frames} frames") for one in measured if one.num_frames > 1],
+        [(image.path, f"{image.num_frames} frames") for image in measured if image.num_frames > 1],
         "{} animated; only the first frame is trained",
     )
-    transparent = [one for one in measured if one.transparent > TRANSPARENT and one.path not in masked]
+    transparent = [image for image in measured if image.transparent > TRANSPARENT and image.path not in masked]
     yield from make_finding(
-        [(one.path, f"{one.transparent:.0%}") for one in transparent],
+        [(image.path, f"{image.transparent:.0%}") for image in transparent],
         "{} partly transparent; the colors hidden there are trained: set alpha_mask = true, or flatten the image",
     )
     yield from make_finding(
-        [(one.path, "") for one in measured if one.is_cmyk],
+        [(image.path, "") for image in measured if image.is_cmyk],
         "{} in CMYK, whose colors change in the conversion to RGB; re-save as sRGB",
     )
 
@@ -84,29 +84,29 @@ def find_large_crops(samples: Sequence[Sample]) -> Iterator[Finding]:
 
 def collect_findings(measured: Sequence[PixelMeasures], trained: set[str]) -> Iterator[Finding]:
     """Yield the findings about the measured pixels, most severe first."""
-    damaged = [(one.path, one.problem) for one in measured if one.problem is not None]
+    damaged = [(image.path, image.problem) for image in measured if image.problem is not None]
     yield from make_finding(damaged, "{} cannot be decoded and would be skipped; re-save or remove")
-    whole = [one for one in measured if one.problem is None]
-    empty = [one for one in whole if one.contrast < EMPTY]
+    decodable = [image for image in measured if image.problem is None]
+    empty = [image for image in decodable if image.contrast < EMPTY]
     yield from make_finding(
-        [(one.path, f"contrast {one.contrast:.1f}") for one in empty],
+        [(image.path, f"contrast {image.contrast:.1f}") for image in empty],
         "{} of a single colour; remove",
     )
-    shown = [one for one in whole if one.contrast >= EMPTY]  # images of a single colour are all similar
-    groups = connect_groups(list(similar_pairs([one.hash for one in shown], MOST_BITS)))
+    detailed = [image for image in decodable if image.contrast >= EMPTY]  # images of a single colour are all similar
+    groups = connect_groups(list(similar_pairs([image.hash for image in detailed], MOST_BITS)))
     across: list[tuple[str, str]] = []
     within: list[tuple[str, str]] = []
     for number, group in enumerate(groups, 1):
-        paths = [shown[place].path for place in group]
-        kinds = {path in trained for path in paths}
-        (across if len(kinds) == 2 else within).extend((path, f"group {number}") for path in paths)
+        paths = [detailed[index].path for index in group]
+        are_trained = {path in trained for path in paths}
+        (across if len(are_trained) == 2 else within).extend((path, f"group {number}") for path in paths)
     yield from make_finding(
         [(path, f"{note}, {'trained' if path in trained else 'validation'}") for path, note in across],
         "{} near-duplicated between training and validation, which then measures memorization; keep each motif on one "
         "side",
     )
     yield from make_finding(within, "{} near-duplicated; consider keeping one per group")
-    blurred = [(one.path, f"sharpness {one.sharpness:.0f}") for one in shown if one.sharpness < BLURRED]
+    blurred = [(image.path, f"sharpness {image.sharpness:.0f}") for image in detailed if image.sharpness < BLURRED]
     yield from make_finding(blurred, "{} blurred all over; the LoRA may learn blur: remove or replace")
 
 

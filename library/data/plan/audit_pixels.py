@@ -115,11 +115,11 @@ def measure_all_pixels(
             return PixelMeasures(image.key, problem=str(error))
 
     with ThreadPoolExecutor(threads) as pool, progress_bar("examining images", len(images)) as bar:
-        found = []
-        for one in pool.map(measure, images):
-            found.append(one)
+        measures = []
+        for measured in pool.map(measure, images):
+            measures.append(measured)
             bar.update(1)
-        return found
+        return measures
 
 
 def similar_pairs(hashes: Sequence[int], most_bits: int) -> Iterator[tuple[int, int]]:
@@ -130,30 +130,31 @@ def similar_pairs(hashes: Sequence[int], most_bits: int) -> Iterator[tuple[int, 
     edges = [HASH_BITS * band // num_bands for band in range(num_bands + 1)]
     seen: set[tuple[int, int]] = set()
     for low, high in pairwise(edges):
-        places: dict[int, list[int]] = {}
-        for place, value in enumerate(hashes):
-            same = places.setdefault((value >> low) & ((1 << (high - low)) - 1), [])
-            for other in same:
-                if (hashes[other] ^ value).bit_count() <= most_bits and (other, place) not in seen:
-                    seen.add((other, place))
-                    yield other, place
-            same.append(place)
+        indices_by_band: dict[int, list[int]] = {}
+        for index, value in enumerate(hashes):
+            same_band = indices_by_band.setdefault((value >> low) & ((1 << (high - low)) - 1), [])
+            for other in same_band:
+                if (hashes[other] ^ value).bit_count() <= most_bits and (other, index) not in seen:
+                    seen.add((other, index))
+                    yield other, index
+            same_band.append(index)
 
 
 def connect_groups(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
     """Return the connected components of the pairs, as sorted lists of indices."""
-    leader: dict[int, int] = {}
+    parent: dict[int, int] = {}
 
-    def find(place: int) -> int:
-        while leader.setdefault(place, place) != place:
-            leader[place] = leader[leader[place]]
-            place = leader[place]
-        return place
+    def find(index: int) -> int:
+        while parent.setdefault(index, index) != index:
+            # Path halving keeps the chains short.
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
 
     for a, b in pairs:
         first, second = sorted((find(a), find(b)))
-        leader[second] = first
+        parent[second] = first
     groups: dict[int, list[int]] = {}
-    for place in sorted(leader):
-        groups.setdefault(find(place), []).append(place)
+    for index in sorted(parent):
+        groups.setdefault(find(index), []).append(index)
     return list(groups.values())

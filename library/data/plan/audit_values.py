@@ -28,7 +28,7 @@ def dataset_facts(
     `frequencies` has the tag frequency of each dataset.
     """
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
-    dropped = [one for subset in subsets for one in list_untrained(subset)]
+    dropped = [skipped for subset in subsets for skipped in list_untrained(subset)]
     tags: Counter[str] = Counter()
     for frequency in frequencies:
         for counts in frequency.values():

@@ -49,22 +49,22 @@ def collect_dataset(config: DatasetConfig, scan: Callable[[SubsetConfig], Scanne
             continue
         seen.add(source)
         limit = config.skip_image_resolution
-        if (found := scan(subset)) is not None:
-            subsets.append(found if limit is None else drop_small(found, limit))
+        if (scanned := scan(subset)) is not None:
+            subsets.append(scanned if limit is None else drop_small(scanned, limit))
     return ScannedDataset(config, tuple(subsets))
 
 
-def drop_small(found: ScannedSubset, limit: Size) -> ScannedSubset:
+def drop_small(subset: ScannedSubset, limit: Size) -> ScannedSubset:
     """Keep only images with an area larger than that of `limit`. The captions of the others are not reported as
     missing or empty."""
-    sizes_N2 = found.images.sizes_N2.astype(np.int64)
+    sizes_N2 = subset.images.sizes_N2.astype(np.int64)
     is_small = sizes_N2.prod(axis=1) <= math.prod(limit)
-    small = found.images.keys_at(np.flatnonzero(is_small))
+    small = subset.images.keys_at(np.flatnonzero(is_small))
     left_out = set(small)
     return replace(
-        found,
-        images=found.images.take(np.flatnonzero(~is_small)),
-        without_caption=tuple(path for path in found.without_caption if path not in left_out),
-        empty_caption=tuple(path for path in found.empty_caption if path not in left_out),
+        subset,
+        images=subset.images.take(np.flatnonzero(~is_small)),
+        without_caption=tuple(path for path in subset.without_caption if path not in left_out),
+        empty_caption=tuple(path for path in subset.empty_caption if path not in left_out),
         small=small,
     )

@@ -173,6 +173,7 @@ class DataPlan:
             self.config, self.datasets, self.rules, self.samples, frequencies, described, batches_per_step
         )
 
+    # Counting the tags of a million captions takes 3 s, and both the report and the metadata need them.
     @cached_property
     def _tag_frequencies(self) -> list[TagFrequency]:
         return [tag_frequency(dataset) for dataset in self.datasets]
@@ -269,22 +270,25 @@ def build_plan(
     UserError for other mistakes in the description.
     """
     config = load_dataset_config(options)
+    # A dry run writes nothing.
     if options.faults.dry_run:
         config = config.with_subsets(keeps_index=False)
     if entries is not None:
         config = config.with_subsets(entries=entries)
+    # The description is checked before the images are listed, which takes longer.
     check_pairs(config, options.pairs.are_trained)
     caches_latents = options.caching.cache_latents or options.caching.cache_latents_to_disk
     if caches_latents:
         check_drawing(config)
+    # A warning instead of an error: front ends send this key with enable_bucket, and sd-scripts ignores it there.
     config = drop_unused_face_crops(config, caches_latents)
     subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
     if options.caching.cache_dir is not None and not any(subset.patterns for subset in subsets):
         logger.warning("--cache_dir has no effect: it is for shards and parquet; image files have caches beside them")
     storage = Storage(options.caching.cache_dir, options.caching.remote_cache_gb)
-    found = collect(config, storage)
-    check_images(found)
-    split = split_datasets(found, seed)
+    scanned = collect(config, storage)
+    check_images(scanned)
+    split = split_datasets(scanned, seed)
     datasets = (*split.trained, *split.set_aside)
     num_trained = len(split.trained)
     rules = tuple(bucket_rules(dataset.config, spec) for dataset in datasets)
@@ -330,6 +334,7 @@ def bucket_rules(config: DatasetConfig, spec: LatentSpec) -> BucketRules:
         config.enable_bucket,
         config.min_bucket_reso,
         config.max_bucket_reso,
+        # 0 selects the step of the base model, see `flat_datasets`.
         config.bucket_reso_steps or spec.bucket_step,
         config.bucket_no_upscale,
         spec.bucket_step,
@@ -352,9 +357,9 @@ def drop_unused_face_crops(config: RunDataConfig, caches_latents: bool) -> RunDa
     datasets = []
     for dataset in config.datasets:
         reason = "enable_bucket" if dataset.enable_bucket else "cache_latents" if caches_latents else None
-        zoomed = [subset.source for subset in dataset.subsets if subset.face_crop_aug_range is not None]
-        if reason is not None and zoomed:
-            logger.warning("face_crop_aug_range has no effect with %s: %s", reason, list_few(zoomed))
+        affected = [subset.source for subset in dataset.subsets if subset.face_crop_aug_range is not None]
+        if reason is not None and affected:
+            logger.warning("face_crop_aug_range has no effect with %s: %s", reason, list_few(affected))
             dataset = replace(dataset, subsets=tuple(replace(s, face_crop_aug_range=None) for s in dataset.subsets))
         datasets.append(dataset)
     return replace(config, datasets=tuple(datasets))

@@ -75,15 +75,17 @@ def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) 
             subset.pop("is_forgetting_probe")  # changes the list of images, too
     images, captions = blake2b(digest_size=16), blake2b(digest_size=16)
     first = 0
-    for subset, own in enumerate(samples.subsets):
-        rows = slice(first, first + len(own))
-        first += len(own)
+    for subset, scanned in enumerate(samples.subsets):
+        rows = slice(first, first + len(scanned))
+        first += len(scanned)
         numbers = zip(
-            *own.sizes_N2.T.tolist(), samples.shape_N[rows].tolist(), samples.draws_N[rows].tolist(), strict=True
+            *scanned.sizes_N2.T.tolist(), samples.shape_N[rows].tolist(), samples.draws_N[rows].tolist(), strict=True
         )
-        parts_by_row: dict[tuple[int, ...], str] = {}  # everything but the name; equal for many images
+        # The digested text is the repr of one tuple per image: states hold digests of it. The part that many images
+        # share is built once.
+        parts_by_row: dict[tuple[int, ...], str] = {}  # everything but the name
         parts: list[str] = []
-        for name, row in zip(own.names, numbers, strict=True):
+        for name, row in zip(scanned.names, numbers, strict=True):
             if row not in parts_by_row:
                 width, height, shape, num_draws = row
                 parts_by_row[row] = repr(((width, height), subset, samples.shapes[shape], num_draws))[1:]
@@ -92,10 +94,10 @@ def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) 
                 images.update("".join(parts).encode())
                 parts.clear()
         images.update("".join(parts).encode())
-        for shape, references in zip(samples.shape_N[rows].tolist(), own.references or (), strict=False):
-            named = [(basename(one.key), one.size) for one in references]
-            images.update(f"{named!a}{samples.shapes[shape].references}".encode())
-        remaining = iter(own.captions)
+        for shape, references in zip(samples.shape_N[rows].tolist(), scanned.references or (), strict=False):
+            names_and_sizes = [(basename(reference.key), reference.size) for reference in references]
+            images.update(f"{names_and_sizes!a}{samples.shapes[shape].references}".encode())
+        remaining = iter(scanned.captions)
         while block := list(islice(remaining, AT_ONCE)):
             captions.update("".join([f"{caption!a}\0" for caption in block]).encode())
     return {

@@ -43,49 +43,49 @@ def folder_lines(subset: ScannedSubset) -> Iterator[Line]:
 def caption_lines(subset: ScannedSubset, unread: Sequence[str], source: str) -> Iterator[Line]:
     """Yield lines about captions whose extension is not caption_extension, and about captions without an image.
     Captions of unsupported images are not counted."""
-    wanted = subset.config.caption_extension
+    extension = subset.config.caption_extension
     stems = {os.path.splitext(os.path.basename(path))[0] for path in subset.without_caption}
-    beside_of = Counter(name.rpartition(".")[2] for name in subset.aside if os.path.splitext(name)[0] in stems)
-    for ending, beside in sorted(beside_of.items()):
+    count_by_ending = Counter(name.rpartition(".")[2] for name in subset.aside if os.path.splitext(name)[0] in stems)
+    for ending, count in sorted(count_by_ending.items()):
         if ending.lower() in CAPTION_ENDINGS:
             yield (
                 logging.WARNING,
-                f"{source} {beside} of the missing captions exist as .{ending} files, but caption_extension is "
-                f'{wanted}: set caption_extension = ".{ending}", or --caption_extension .{ending}',
+                f"{source} {count} of the missing captions exist as .{ending} files, but caption_extension is "
+                f'{extension}: set caption_extension = ".{ending}", or --caption_extension .{ending}',
             )
-    described = {os.path.splitext(name)[0] for name in unread}
-    alone = [name for name in subset.alone if name[: -len(wanted)] not in described]
+    image_stems = {os.path.splitext(name)[0] for name in unread}
+    alone = [name for name in subset.alone if name[: -len(extension)] not in image_stems]
     if alone:
         yield logging.WARNING, f"{source} {format_count(len(alone), 'caption')} without an image: {list_few(alone)}"
 
 
 def equal_images(images: ScannedImages) -> Iterator[tuple[str, str]]:
     """Yield (path, path of a later copy) of images with the same content. Only files of equal size are read."""
-    of_size: dict[int, list[str]] = defaultdict(list)
+    paths_by_size: dict[int, list[str]] = defaultdict(list)
     for path in images.each_key():
-        of_size[os.path.getsize(path)].append(path)
-    for paths in of_size.values():
-        first: dict[str, str] = {}
+        paths_by_size[os.path.getsize(path)].append(path)
+    for paths in paths_by_size.values():
+        path_by_digest: dict[str, str] = {}
         for path in paths if len(paths) > 1 else ():
             with open(path, "rb") as file:
                 digest = hashlib.sha256(file.read()).hexdigest()
-            if digest in first:
-                yield first[digest], path
+            if digest in path_by_digest:
+                yield path_by_digest[digest], path
             else:
-                first[digest] = path
+                path_by_digest[digest] = path
 
 
 def images_below(folder: str) -> str:
     """Return a hint about images in the subfolders of a folder that has none itself, or ""."""
-    found: dict[str, int] = {}
+    count_by_folder: dict[str, int] = {}
     endings = image_extensions()
-    for number, (inside, _, names) in enumerate(os.walk(folder)):
+    for number, (subfolder, _, names) in enumerate(os.walk(folder)):
         if number > MOST_VISITED:
             break
         count = sum(name.endswith(endings) for name in names)
-        if count and inside != folder:
-            found[inside] = count
-    if not found:
+        if count and subfolder != folder:
+            count_by_folder[subfolder] = count
+    if not count_by_folder:
         return ""
-    places = list_few([f"{path} ({count})" for path, count in found.items()], 3)
-    return f"; {sum(found.values())} are in its subfolders, which are not searched: {places}"
+    examples = list_few([f"{path} ({count})" for path, count in count_by_folder.items()], 3)
+    return f"; {sum(count_by_folder.values())} are in its subfolders, which are not searched: {examples}"

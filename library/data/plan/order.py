@@ -39,8 +39,8 @@ class EpochBatches(Column[tuple[int, ...]]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def item(self, place: int) -> tuple[int, ...]:
-        start = self.starts[place]
+    def item(self, index: int) -> tuple[int, ...]:
+        start = self.starts[index]
         bucket = bisect_right(self.ends, start)
         return tuple(self.draws[start : min(start + self.batch_sizes[bucket], self.ends[bucket])])
 
@@ -48,16 +48,17 @@ class EpochBatches(Column[tuple[int, ...]]):
 def epoch_batches(buckets: Sequence[Bucket], seed: int, epoch: int) -> EpochBatches:
     """Return the batches of an epoch (from 1). Every draw occurs once; draws are shuffled within their bucket, and
     batches as a whole."""
-    found = EpochBatches(array("i"), array("i"), array("i"), tuple(bucket.batch_size for bucket in buckets))
+    batches = EpochBatches(array("i"), array("i"), array("i"), tuple(bucket.batch_size for bucket in buckets))
     for number, bucket in enumerate(buckets):
+        # random.shuffle orders an array as it would a list, without an object for each draw.
         draws = array("i", np.asarray(bucket.draws, dtype=np.int32).tobytes())
         random_for(seed, "draw order", epoch, number).shuffle(draws)
-        first = len(found.draws)
-        found.draws.extend(draws)
-        found.starts.extend(range(first, len(found.draws), bucket.batch_size))
-        found.ends.append(len(found.draws))
-    random_for(seed, "batch order", epoch).shuffle(found.starts)
-    return found
+        first = len(batches.draws)
+        batches.draws.extend(draws)
+        batches.starts.extend(range(first, len(batches.draws), bucket.batch_size))
+        batches.ends.append(len(batches.draws))
+    random_for(seed, "batch order", epoch).shuffle(batches.starts)
+    return batches
 
 
 def plain_batches(buckets: Sequence[Bucket]) -> tuple[tuple[int, ...], ...]:
@@ -75,17 +76,18 @@ def regularisation_repeats(num_train_draws: int, repeats: Sequence[int]) -> list
     Images are used with their own `repeats`, one after another, until the sum is reached. If they run out first,
     further rounds add one draw to each. Images that are not needed get 0.
     """
-    used = [0] * len(repeats)
+    # Both passes are sd-scripts': of more images than needed, the first ones are used.
+    draws = [0] * len(repeats)
     total = 0
     for i, count in enumerate(repeats):
         if total >= num_train_draws:
-            return used
-        used[i] = count
+            return draws
+        draws[i] = count
         total += count
     while repeats and total < num_train_draws:
-        for i in range(len(used)):
+        for i in range(len(draws)):
             if total >= num_train_draws:
                 break
-            used[i] += 1
+            draws[i] += 1
             total += 1
-    return used
+    return draws

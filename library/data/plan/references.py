@@ -35,10 +35,10 @@ def check_references(subsets: Sequence[SubsetConfig], samples: Samples, spec: La
             check_differences(subset.opposite_dir, images)
         count = len(images.references.paths)
         if not subset.opposite_dir and count > spec.max_references:
-            most = f"takes at most {spec.max_references}" if spec.max_references else "takes none"
+            limit = f"takes at most {spec.max_references}" if spec.max_references else "takes none"
             raise UserError(
                 f"{subset.source} has {format_count(count, 'reference image')} for each image (control_dirs, "
-                f"control_directory or control_path), but this base model {most}; remove them, or train an edit model"
+                f"control_directory or control_path), but this base model {limit}; remove them, or train an edit model"
             )
         for name in ("random_crop", "face_crop_aug_range"):
             if getattr(subset, name):
@@ -62,8 +62,8 @@ def check_pairs(config: RunDataConfig, are_trained: bool) -> None:
 
 def check_differences(opposite_dir: str, images: ScannedImages) -> None:
     """Raise UserError for pairs of equal files, from which nothing can be learned."""
-    found = read_many(lambda image: is_same_file(image, image.references[0]), list(images), NUM_THREADS)
-    if same := [image.key for image, is_same in zip(images, found, strict=True) if is_same]:
+    are_same = read_many(lambda image: is_same_file(image, image.references[0]), list(images), NUM_THREADS)
+    if same := [image.key for image, is_same in zip(images, are_same, strict=True) if is_same]:
         raise UserError(
             f"opposite_dir {opposite_dir}: {format_count(len(same), 'image')} equal to the partner, which teaches "
             f"nothing: {list_few(same)}; replace or remove them"
@@ -73,15 +73,15 @@ def check_differences(opposite_dir: str, images: ScannedImages) -> None:
 def check_crops(name: str, subset: SubsetConfig, samples: Samples, numbers: range) -> None:
     """Raise UserError for references that cannot be cropped like their image."""
     is_other_M = [
-        any((one.bucket, one.resized) != (shape.bucket, shape.resized) for one in shape.references)
+        any((reference.bucket, reference.resized) != (shape.bucket, shape.resized) for reference in shape.references)
         for shape in samples.shapes
     ]
-    other = [number for number in numbers if is_other_M[samples.shape_N[number]]]
-    if other:
+    mismatched = [number for number in numbers if is_other_M[samples.shape_N[number]]]
+    if mismatched:
         raise UserError(
             f"{subset.source}: {name} crops images where reference images of another size cannot follow: "
-            f"{list_few(samples.keys_at(np.array(other[:3])), count=len(other))}; remove {name}, control_resolution "
-            "and control_no_resize, or give the references the sizes of their images"
+            f"{list_few(samples.keys_at(np.array(mismatched[:3])), count=len(mismatched))}; remove {name}, "
+            "control_resolution and control_no_resize, or give the references the sizes of their images"
         )
 
 
@@ -97,10 +97,10 @@ def reference_lines(subset: ScannedSubset, storage: Storage, has_alpha: bool) ->
         return
     counts = sorted({len(row) for row in references})
     count = format_count(counts[-1], "reference image")
-    number = f"{counts[0]} to {count}" if counts[0] < counts[-1] else count
+    description = f"{counts[0]} to {count}" if counts[0] < counts[-1] else count
     if config.opposite_dir:
-        number = f"one partner in {config.opposite_dir}"
-    yield logging.INFO, f"{source} {number} for each image, {describe_sizes(config)}"
+        description = f"one partner in {config.opposite_dir}"
+    yield logging.INFO, f"{source} {description} for each image, {describe_sizes(config)}"
     if subset.surplus:
         effect = "without an image of its name, not used"
         yield (
@@ -131,12 +131,12 @@ def ratio_lines(images: ScannedImages, source: str, advice: str) -> Iterator[Lin
     is_other_NR = (np.abs(ratios_NR / ratios_N1 - 1) > RATIO_TOLERANCE) & (sizes_NR2[..., 0] > 0)
     rows = np.flatnonzero(is_other_NR.any(axis=1))
     if len(rows):
-        shown = list_few([os.path.basename(key) for key in images.keys_at(rows[:3])], 3, len(rows))
+        examples = list_few([os.path.basename(key) for key in images.keys_at(rows[:3])], 3, len(rows))
         yield (
             logging.WARNING,
             (
                 f"{source} {format_count(len(rows), 'image')} with a reference image of another aspect ratio, which is "
-                f"cropped to theirs{advice}: {shown}"
+                f"cropped to theirs{advice}: {examples}"
             ),
         )
 
@@ -146,15 +146,20 @@ def content_lines(images: ScannedImages, source: str, storage: Storage, has_alph
     transparency. Images at URLs are not fetched to find these."""
     pairs = [(image, reference) for image in images for reference in image.references]
 
-    found = read_many(lambda pair: (is_same_file(*pair), is_transparent(pair[1], storage)), pairs, NUM_THREADS)
-    same = [os.path.basename(image.key) for (image, _), (is_same, _) in zip(pairs, found, strict=True) if is_same]
+    checks = read_many(lambda pair: (is_same_file(*pair), is_transparent(pair[1], storage)), pairs, NUM_THREADS)
+    same = [os.path.basename(image.key) for (image, _), (is_same, _) in zip(pairs, checks, strict=True) if is_same]
     if same:
         effect = "equal to its reference image, which teaches the model to change nothing"
         yield logging.WARNING, f"{source} {format_count(len(same), 'image')} {effect}: {list_few(same)}"
-    alpha = [os.path.basename(one.key) for (_, one), (_, has) in zip(pairs, found, strict=True) if has]
-    if alpha and not has_alpha:
+    transparent = [
+        os.path.basename(reference.key) for (_, reference), (_, is_alpha) in zip(pairs, checks, strict=True) if is_alpha
+    ]
+    if transparent and not has_alpha:
         effect = "with an alpha channel, which is dropped: transparent parts show the colours stored under them"
-        yield logging.WARNING, f"{source} {format_count(len(alpha), 'reference image')} {effect}: {list_few(alpha)}"
+        yield (
+            logging.WARNING,
+            f"{source} {format_count(len(transparent), 'reference image')} {effect}: {list_few(transparent)}",
+        )
 
 
 def is_same_file(image: ScannedImage, reference: ScannedImage) -> bool:

@@ -57,20 +57,26 @@ class Samples(Column[Sample]):
         """The index after the last sample of each subset."""
         return list(accumulate(map(len, self.subsets)))
 
-    def item(self, place: int) -> Sample:
-        subset = bisect_right(self.ends, place)
+    def item(self, index: int) -> Sample:
+        subset = bisect_right(self.ends, index)
         images = self.subsets[subset]
-        image = images[place - self.ends[subset] + len(images)]
-        shape = self.shapes[self.shape_N[place]]
-        return Sample(image, self.dataset_of_subset[subset], subset, shape, int(self.draws_N[place]))
+        image = images[index - self.ends[subset] + len(images)]
+        shape = self.shapes[self.shape_N[index]]
+        return Sample(image, self.dataset_of_subset[subset], subset, shape, int(self.draws_N[index]))
 
     def __iter__(self) -> Iterator[Sample]:
         first = 0
         for subset, (dataset, images) in enumerate(zip(self.dataset_of_subset, self.subsets, strict=True)):
-            own = slice(first, first + len(images))
-            shapes = map(self.shapes.__getitem__, iterate_in_blocks(self.shape_N[own]))
+            subset_rows = slice(first, first + len(images))
+            shapes = map(self.shapes.__getitem__, iterate_in_blocks(self.shape_N[subset_rows]))
+            # Not strict, because repeat() never ends.
             rows = zip(
-                images, repeat(dataset), repeat(subset), shapes, iterate_in_blocks(self.draws_N[own]), strict=False
+                images,
+                repeat(dataset),
+                repeat(subset),
+                shapes,
+                iterate_in_blocks(self.draws_N[subset_rows]),
+                strict=False,
             )
             yield from map(Sample._make, rows)
             first += len(images)
@@ -86,23 +92,23 @@ class Samples(Column[Sample]):
     def own(self, dataset: int) -> slice:
         """Return the indices of a dataset's samples."""
         edges = [0, *self.ends]
-        subsets = [place for place, number in enumerate(self.dataset_of_subset) if number == dataset]
+        subsets = [index for index, number in enumerate(self.dataset_of_subset) if number == dataset]
         return slice(edges[subsets[0]], edges[subsets[-1] + 1]) if subsets else slice(0, 0)
 
     def keys_at(self, numbers: NDArray[Any]) -> list[str]:
         """Return the image keys of these samples, whose numbers must be sorted."""
-        found: list[str] = []
+        keys: list[str] = []
         first = 0
         for images in self.subsets:
-            own = numbers[(numbers >= first) & (numbers < first + len(images))]
-            found += images.keys_at(own - first)
+            subset_numbers = numbers[(numbers >= first) & (numbers < first + len(images))]
+            keys += images.keys_at(subset_numbers - first)
             first += len(images)
-        return found
+        return keys
 
     @property
     def reference_paths(self) -> list[str]:
         """The files of all reference images, image by image."""
-        return [one.key for images in self.subsets for row in images.references or () for one in row]
+        return [reference.key for images in self.subsets for row in images.references or () for reference in row]
 
     def sizes(self) -> NDArray[np.int32]:
         """Width and height of each image, shape (N, 2)."""
@@ -111,8 +117,8 @@ class Samples(Column[Sample]):
     def changed(self, shapes: Mapping[int, Shape], draws_N: NDArray[np.int32]) -> "Samples":
         """Return a copy with other numbers of draws, and with other shapes for the samples in `shapes`."""
         shape_N = self.shape_N.copy()
-        for place, number in enumerate(shapes, len(self.shapes)):
-            shape_N[number] = place
+        for shape_index, number in enumerate(shapes, len(self.shapes)):
+            shape_N[number] = shape_index
         return replace(self, shapes=(*self.shapes, *shapes.values()), shape_N=shape_N, draws_N=draws_N)
 
 
@@ -176,15 +182,15 @@ def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRule
         draws.append(draws_of_dataset(dataset))
         for subset in dataset.subsets:
             sizes_M, size_N = unique_sizes(subset.images)
-            sizes = [first for first, *_ in sizes_M]
+            sizes = [image_size for image_size, *_ in sizes_M]
             if rule.enable_bucket:
-                found = assign_shapes(sizes, rule)
+                size_shapes = assign_shapes(sizes, rule)
             else:
-                found = [resolve_fixed_shape(size, rule.resolution, subset.config) for size in sizes]
+                size_shapes = [resolve_fixed_shape(size, rule.resolution, subset.config) for size in sizes]
             if subset.images.references is not None:
-                found = with_references(found, sizes_M, subset.config, rule.needed_step)
-            places = [shapes.setdefault(shape, len(shapes)) for shape in found]
-            columns.append(np.array(places, dtype=np.int32)[size_N])
+                size_shapes = with_references(size_shapes, sizes_M, subset.config, rule.needed_step)
+            shape_indices = [shapes.setdefault(shape, len(shapes)) for shape in size_shapes]
+            columns.append(np.array(shape_indices, dtype=np.int32)[size_N])
     subsets = tuple(subset.images for dataset in datasets for subset in dataset.subsets)
     dataset_of_subset = tuple(number for number, dataset in enumerate(datasets) for _ in dataset.subsets)
     return Samples(
@@ -194,14 +200,15 @@ def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRule
 
 def unique_sizes(images: ScannedImages) -> tuple[list[tuple[Size, ...]], NDArray[np.int64]]:
     """Return (the distinct rows of sizes of an image and its references, the row of each image)."""
-    own_N12 = images.sizes_N2[:, None]
-    sizes_NK2 = own_N12 if images.references is None else np.hstack([own_N12, images.references.sizes_NR2])
+    image_N12 = images.sizes_N2[:, None]
+    sizes_NK2 = image_N12 if images.references is None else np.hstack([image_N12, images.references.sizes_NR2])
     codes_NK = sizes_NK2[..., 0].astype(np.int64) << 32 | sizes_NK2[..., 1]
     # Without references, comparing codes as plain numbers is many times faster than comparing rows.
     axis = None if codes_NK.shape[1] == 1 else 0
-    codes_M, place_N = np.unique(codes_NK, axis=axis, return_inverse=True)
+    codes_M, row_N = np.unique(codes_NK, axis=axis, return_inverse=True)
     rows = codes_M.reshape(len(codes_M), -1).tolist()
-    return [tuple((code >> 32, code & 0xFFFFFFFF) for code in row if code) for row in rows], place_N.reshape(-1)
+    # A code of 0 is a missing reference.
+    return [tuple((code >> 32, code & 0xFFFFFFFF) for code in row if code) for row in rows], row_N.reshape(-1)
 
 
 def with_references(
@@ -211,8 +218,8 @@ def with_references(
     references'."""
     rules = ReferenceRules(subset.control_resolution, subset.control_no_resize, step)
     return [
-        replace(shape, references=tuple(rules.shape(size, own, shape) for size in references))
-        for shape, (own, *references) in zip(shapes, sizes, strict=True)
+        replace(shape, references=tuple(rules.shape(size, image_size, shape) for size in references))
+        for shape, (image_size, *references) in zip(shapes, sizes, strict=True)
     ]
 
 
@@ -220,6 +227,7 @@ def resolve_fixed_shape(image: Size, target: Size, subset: SubsetConfig) -> Shap
     """Return the shape of an image without buckets: scaled to just cover the target. With random_crop, larger images
     keep their size."""
     if subset.random_crop and image[0] >= target[0] and image[1] >= target[1]:
+        # As in sd-scripts, such an image is not scaled.
         return Shape(target, image)
     return Shape(target, cover(image, target))
 
@@ -229,12 +237,13 @@ def draws_of_dataset(dataset: ScannedDataset) -> NDArray[np.int32]:
     balanced number."""
     repeats = [(subset.config, subset.config.num_repeats, len(subset.images)) for subset in dataset.subsets]
     num_train_draws = sum(count * images for config, count, images in repeats if not config.is_reg)
+    # Before the draws are laid out: 10^9 repeats would take all memory.
     check_draws(num_train_draws)
-    reg = [n for config, count, images in repeats if config.is_reg for n in [count] * images]
-    balanced = iter(regularisation_repeats(num_train_draws, reg))
+    reg_repeats = [n for config, count, images in repeats if config.is_reg for n in [count] * images]
+    reg_draws = iter(regularisation_repeats(num_train_draws, reg_repeats))
     return join_columns(
         [
-            np.array(list(islice(balanced, images)), dtype=np.int32)
+            np.array(list(islice(reg_draws, images)), dtype=np.int32)
             if config.is_reg
             else np.full(images, count, dtype=np.int32)
             for config, count, images in repeats
@@ -266,13 +275,17 @@ def build_draws(samples: Samples, configs: Sequence[DatasetConfig], chosen: Cont
     # Number the few occurring pairs of dataset and shape first, then the buckets.
     pairs, pair_N = np.unique(dataset_N.astype(np.int64) << 32 | samples.shape_N, return_inverse=True)
     keys = [(int(pair >> 32), samples.shapes[pair & 0xFFFFFFFF].sizes) for pair in pairs]
-    places = {key: place for place, key in enumerate(sorted(set(keys)))}
-    place_of_pair = np.array([places[key] for key in keys], dtype=np.int32)
-    place_of_draw = np.repeat(place_of_pair[pair_N], counts_N) if len(pairs) else np.empty(0, dtype=np.int32)
-    members = np.split(np.argsort(place_of_draw, kind="stable").astype(np.int32), np.cumsum(np.bincount(place_of_draw)))
+    index_of_bucket = {key: index for index, key in enumerate(sorted(set(keys)))}
+    bucket_of_pair = np.array([index_of_bucket[key] for key in keys], dtype=np.int32)
+    bucket_of_draw = np.repeat(bucket_of_pair[pair_N], counts_N) if len(pairs) else np.empty(0, dtype=np.int32)
+    # A stable sort keeps the draws of a bucket in order, and the seeded shuffle of an epoch starts from this order.
+    draws_by_bucket = np.split(
+        np.argsort(bucket_of_draw, kind="stable").astype(np.int32), np.cumsum(np.bincount(bucket_of_draw))
+    )
+    # Not strict: np.split also returns the empty rest.
     buckets = tuple(
         Bucket(dataset, size, configs[dataset].batch_size, draws, tuple(references))
-        for (dataset, (size, *references)), draws in zip(places, members, strict=False)
+        for (dataset, (size, *references)), draws in zip(index_of_bucket, draws_by_bucket, strict=False)
         if len(draws)
     )
     return Draws(sample_of_draw, buckets)
@@ -290,6 +303,7 @@ def find_replacement(
     fits = np.array([shape.sizes == damaged.shape.sizes for shape in samples.shapes])
     is_reg = np.array([subset.is_reg for subset in subsets])
     is_alike_N = (samples.draws_N > 0) & (samples.dataset_of_each() == damaged.dataset) & fits[samples.shape_N]
+    # The loss of regularisation images has another weight, so only one of them replaces another.
     is_alike_N &= is_reg[samples.subset_of_each()] == is_reg[damaged.subset]
     is_alike_N[list(broken)] = False
     alike = np.flatnonzero(is_alike_N)
@@ -299,8 +313,8 @@ def find_replacement(
             "repair or remove it"
         )
     alike = np.roll(alike, -int(np.searchsorted(alike, number)))
-    own = alike[samples.subset_of_each()[alike] == damaged.subset]
-    return int(own[0] if len(own) else alike[0])
+    same_subset = alike[samples.subset_of_each()[alike] == damaged.subset]
+    return int(same_subset[0] if len(same_subset) else alike[0])
 
 
 def find_duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[str, str]]:
@@ -310,17 +324,18 @@ def find_duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[
         for subset in dataset.subsets:
             if not may_share_stems(subset.images):
                 continue
-            seen: dict[str, str] = {}
+            key_by_stem: dict[str, str] = {}
             for key in subset.images.each_key():
                 stem = os.path.splitext(key)[0]
-                if stem in seen and seen[stem] != key:
-                    yield seen[stem], key
-                seen[stem] = key
+                if stem in key_by_stem and key_by_stem[stem] != key:
+                    yield key_by_stem[stem], key
+                key_by_stem[stem] = key
 
 
 def may_share_stems(images: ScannedImages) -> bool:
     """Return True if any two names may be equal apart from the extension. Only hashes are compared."""
     names = images.names if images.places is None else images.each_key()
+    # Equal hashes of different names only cost the full comparison.
     hashes_N = np.fromiter((hash(name.rpartition(".")[0]) for name in names), dtype=np.int64, count=len(images))
     hashes_N.sort()
     return bool((hashes_N[1:] == hashes_N[:-1]).any())

@@ -36,18 +36,27 @@ class SeenReferences:
     ) -> "SeenReferences":
         """Compute the digests of all samples that are drawn. Raises UserError for subsets that change reference
         images in every draw."""
-        shown = {number: one for number, one in enumerate(samples) if one.image.references and one.num_draws}
-        for config in [subsets[row] for row in dict.fromkeys(one.subset for one in shown.values())]:
+        sample_by_number = {
+            number: sample for number, sample in enumerate(samples) if sample.image.references and sample.num_draws
+        }
+        for config in [subsets[row] for row in dict.fromkeys(sample.subset for sample in sample_by_number.values())]:
             for name in ("random_crop", "color_aug", "face_crop_aug_range"):
                 if getattr(config, name):
                     raise UserError(
                         f"{config.source}: {name} changes reference images in every draw, but the text encoder, "
                         "whose outputs are cached, sees them too; remove it"
                     )
-        paths = list({one.key: None for sample in shown.values() for one in sample.image.references if not one.place})
+        paths = list(
+            {
+                reference.key: None
+                for sample in sample_by_number.values()
+                for reference in sample.image.references
+                if not reference.place
+            }
+        )
         contents = dict(zip(paths, read_many(content_digest, paths, num_threads, "reading references"), strict=True))
         digests_N = np.zeros(len(samples), dtype=np.uint64)
-        for number, sample in shown.items():
+        for number, sample in sample_by_number.items():
             digests_N[number] = digest_references(sample, subsets[sample.subset].resize_interpolation, contents)
         return cls(digests_N, storage, has_alpha)
 
@@ -81,11 +90,12 @@ class SeenReferences:
 
 def digest_references(sample: Sample, interpolation: str | None, contents: Mapping[str, str]) -> int:
     """Return a digest of the references of a sample; never 0. `contents` maps files to digests."""
-    shown = [
-        (contents[one.key] if one.place is None else one.place.digest, shape.bucket, shape.resized)
-        for one, shape in zip(sample.image.references, sample.shape.references, strict=True)
+    records = [
+        (contents[reference.key] if reference.place is None else reference.place.digest, shape.bucket, shape.resized)
+        for reference, shape in zip(sample.image.references, sample.shape.references, strict=True)
     ]
-    return max(1, int.from_bytes(blake2b(f"{shown} {interpolation}".encode(), digest_size=8).digest(), "big"))
+    # 0 stands for a sample without references.
+    return max(1, int.from_bytes(blake2b(f"{records} {interpolation}".encode(), digest_size=8).digest(), "big"))
 
 
 def read_placed_references(
@@ -93,11 +103,14 @@ def read_placed_references(
 ) -> list[Pixels]:
     """Read and place the references of a sample; RGBA with `has_alpha`. A reference with the size and shape of its
     image is cropped like the image, others at the centre. All are mirrored like the image."""
-    own, found = replace(sample.shape, references=()), []
+    # The shape of a reference has no references itself, so the image's are left out of the comparison.
+    image_shape, placed_references = replace(sample.shape, references=()), []
     for reference, shape in zip(sample.image.references, sample.shape.references, strict=True):
         rgb, alpha = read_pixels(reference.key, storage.content(reference))
         check_size(reference, rgb)
-        is_alike = shape == own and reference.size == sample.image.size
-        placed = placement if is_alike else crop_at_centre(shape, placement.is_flipped)
-        found.append(place(with_alpha(rgb, alpha) if has_alpha else rgb, placed, interpolation))
-    return found
+        is_alike = shape == image_shape and reference.size == sample.image.size
+        reference_placement = placement if is_alike else crop_at_centre(shape, placement.is_flipped)
+        placed_references.append(
+            place(with_alpha(rgb, alpha) if has_alpha else rgb, reference_placement, interpolation)
+        )
+    return placed_references

@@ -126,6 +126,7 @@ def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
     for subset in dataset.subsets:
         name = subset.config.base_name
         counts = frequency.setdefault(name, Counter())
+        # As in sd-scripts, only the tags of a metadata file count, not its captions.
         texts = subset.images.captions if subset.images.tags is None else subset.images.tags
         for text in texts:
             if "\n" in text:
@@ -133,6 +134,7 @@ def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
             tags = dict.fromkeys([tag.strip().lower() for tag in text.split(",")])
             tags.pop("", None)
             counts.update(tags.keys())
+            # Pruned on the way, because sentences as captions would fill the memory with tags that occur once.
             if len(counts) > 2 * MOST_TAGS:
                 frequency[name] = counts = commonest(counts)
     return {name: dict(commonest(counts)) for name, counts in frequency.items()}
@@ -149,16 +151,21 @@ def bucket_info(rule: BucketRules, samples: Samples, dataset: int) -> dict[str, 
         return None
     counts: Counter[tuple[int, int]] = Counter()
     errors: list[float] = []
-    known: dict[tuple[int, Size], float] = {}
-    own = samples.own(dataset)
-    rows = zip(samples.shape_N[own].tolist(), samples.sizes()[own].tolist(), samples.draws_N[own].tolist(), strict=True)
+    error_by_size: dict[tuple[int, Size], float] = {}
+    dataset_rows = samples.own(dataset)
+    rows = zip(
+        samples.shape_N[dataset_rows].tolist(),
+        samples.sizes()[dataset_rows].tolist(),
+        samples.draws_N[dataset_rows].tolist(),
+        strict=True,
+    )
     for shape, (width, height), num_draws in rows:
         if num_draws:
             bucket = samples.shapes[shape].bucket
             counts[bucket] += num_draws
-            if (shape, (width, height)) not in known:
-                known[shape, (width, height)] = ratio_error(bucket, (width, height))
-            errors.append(known[shape, (width, height)])
+            if (shape, (width, height)) not in error_by_size:
+                error_by_size[shape, (width, height)] = ratio_error(bucket, (width, height))
+            errors.append(error_by_size[shape, (width, height)])
     buckets = {
         str(index): {"resolution": list(size), "count": counts[size]} for index, size in enumerate(sorted(counts))
     }

@@ -50,9 +50,14 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     if not any(held_out_share(subset.config) for subset in subsets):
         return Split(tuple(datasets), ())
+    # By id, because subsets contain arrays and have no hash.
     identities = dict(zip(map(id, subsets), identities_by_subset(subsets), strict=True))
     specs = [
-        SplitSpec(identities[id(subset)], share, seed if (own := subset.config.validation_seed) is None else own)
+        SplitSpec(
+            identities[id(subset)],
+            share,
+            seed if (subset_seed := subset.config.validation_seed) is None else subset_seed,
+        )
         for subset in subsets
         if (share := held_out_share(subset.config))
     ]
@@ -61,19 +66,26 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
     identity_by_key: dict[str, str] = {}
     lines: list[Line] = []
 
-    def kept(subset: ScannedSubset, is_aside: bool) -> ScannedSubset:
-        own = identities[id(subset)]
-        rows = np.flatnonzero(np.fromiter((one in aside for one in own), dtype=bool, count=len(own)) == is_aside)
+    def select_side(subset: ScannedSubset, is_aside: bool) -> ScannedSubset:
+        subset_identities = identities[id(subset)]
+        rows = np.flatnonzero(
+            np.fromiter((identity in aside for identity in subset_identities), dtype=bool, count=len(subset_identities))
+            == is_aside
+        )
         return replace(subset, images=subset.images.take(rows))
 
     for subset in subsets:
-        measured_ones = kept(subset, is_aside=True).images
+        held_out_images = select_side(subset, is_aside=True).images
         identity_by_key.update(
-            zip(measured_ones.each_key(), (one for one in identities[id(subset)] if one in aside), strict=True)
+            zip(
+                held_out_images.each_key(),
+                (identity for identity in identities[id(subset)] if identity in aside),
+                strict=True,
+            )
         )
-        lines += split_lines(subset, len(measured_ones))
+        lines += split_lines(subset, len(held_out_images))
     trained = drop_empty(
-        replace(dataset, subsets=tuple(kept(subset, is_aside=False) for subset in dataset.subsets))
+        replace(dataset, subsets=tuple(select_side(subset, is_aside=False) for subset in dataset.subsets))
         for dataset in datasets
     )
     if not any(not subset.config.is_reg for dataset in trained for subset in dataset.subsets):
@@ -81,18 +93,19 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
             "validation_split and is_forgetting_probe hold out every image, so nothing is left to train on; use less "
             "than 1.0, and leave some subset without is_forgetting_probe"
         )
-    measured = drop_empty(
+    held_out = drop_empty(
         replace(
             dataset,
             subsets=tuple(
-                replace(kept(subset, is_aside=True), config=unchanging(subset.config))
+                replace(select_side(subset, is_aside=True), config=unchanging(subset.config))
                 for subset in dataset.subsets
+                # Other subsets only leave out their copies of held-out images.
                 if held_out_share(subset.config)
             ),
         )
         for dataset in datasets
     )
-    return Split(trained, measured, identity_by_key, tuple(lines))
+    return Split(trained, held_out, identity_by_key, tuple(lines))
 
 
 def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[str]:
@@ -104,16 +117,18 @@ def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[
     """
     aside: set[str] = set()
     trained = set(always_trained)
-    for wish in sorted(specs, key=lambda wish: -wish.share):
-        counts = Counter(wish.identities)
-        num_images = len(wish.identities)
-        limit = num_images if wish.share == 1 else num_images - 1
-        wanted = min(round(num_images * wish.share), limit)
+    # A subset that holds out everything must choose before another one claims its copies for training.
+    for spec in sorted(specs, key=lambda spec: -spec.share):
+        counts = Counter(spec.identities)
+        num_images = len(spec.identities)
+        limit = num_images if spec.share == 1 else num_images - 1
+        num_wanted = min(round(num_images * spec.share), limit)
         num_aside = sum(count for identity, count in counts.items() if identity in aside)
-        free = counts.keys() - aside - trained
-        ranks = {identity: stream_seed(wish.seed, "validation split", identity) for identity in free}
-        for identity in sorted(free, key=lambda identity: (ranks[identity], identity)):
-            if num_aside >= wanted:
+        available = counts.keys() - aside - trained
+        # Ranks do not depend on the share, so a larger share holds out the same images and more.
+        ranks = {identity: stream_seed(spec.seed, "validation split", identity) for identity in available}
+        for identity in sorted(available, key=lambda identity: (ranks[identity], identity)):
+            if num_aside >= num_wanted:
                 break
             if num_aside + counts[identity] <= limit:
                 aside.add(identity)
@@ -181,9 +196,9 @@ def identities_by_subset(subsets: Sequence[ScannedSubset]) -> list[list[str]]:
     """Return the identity of every image of each subset, which copies share: a hash of the file, or the digest in
     the index of larger files."""
     files = sorted({key for subset in subsets if subset.images.places is None for key in subset.images.each_key()})
-    read = hash_files(files)
+    identity_by_path = hash_files(files)
     return [
-        [read[key] for key in subset.images.each_key()]
+        [identity_by_path[key] for key in subset.images.each_key()]
         if (places := subset.images.places) is None
         else [digest.tobytes().hex() for digest in places.digest_N16]
         for subset in subsets
@@ -192,9 +207,9 @@ def identities_by_subset(subsets: Sequence[ScannedSubset]) -> list[list[str]]:
 
 def identities_of_images(images: Iterable[ScannedImage]) -> dict[str, str]:
     """Return the identity of each image, by key."""
-    placed = {image.key: image.place for image in images}
-    read = hash_files([key for key, place in placed.items() if place is None])
-    return read | {key: place.digest for key, place in placed.items() if place is not None}
+    place_by_key = {image.key: image.place for image in images}
+    identity_by_path = hash_files([key for key, place in place_by_key.items() if place is None])
+    return identity_by_path | {key: place.digest for key, place in place_by_key.items() if place is not None}
 
 
 def hash_files(paths: Sequence[str]) -> dict[str, str]:

@@ -22,19 +22,19 @@ class Column(Sequence[Item]):
     """A sequence whose items are created on access by `item`. A slice is a list of items."""
 
     @abstractmethod
-    def item(self, place: int) -> Item:
+    def item(self, index: int) -> Item:
         """Create the item at an index from 0."""
 
     @overload
-    def __getitem__(self, place: int) -> Item: ...
+    def __getitem__(self, index: int) -> Item: ...
     @overload
-    def __getitem__(self, place: slice) -> list[Item]: ...
-    def __getitem__(self, place: int | slice) -> Item | list[Item]:
-        if isinstance(place, slice):
-            return [self.item(i) for i in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        return self.item(place % len(self))
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self.item(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.item(index % len(self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,7 @@ class Texts(Column[str]):
         while block := list(islice(remaining, BLOCK)):
             joined = "".join(block)
             part = joined.encode(errors=ERRORS)
+            # In ASCII a text has as many bytes as characters, which is faster to count.
             is_ascii = len(part) == len(joined)
             sizes = map(len, block) if is_ascii else (len(text.encode(errors=ERRORS)) for text in block)
             lengths.append(np.fromiter(sizes, dtype=np.int64, count=len(block)))
@@ -60,9 +61,9 @@ class Texts(Column[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def item(self, place: int) -> str:
-        start = self.ends[place - 1] if place else 0
-        return self.content[start : self.ends[place]].tobytes().decode(errors=ERRORS)
+    def item(self, index: int) -> str:
+        start = self.ends[index - 1] if index else 0
+        return self.content[start : self.ends[index]].tobytes().decode(errors=ERRORS)
 
     def __iter__(self) -> Iterator[str]:
         start = 0
@@ -71,6 +72,7 @@ class Texts(Column[str]):
             part = self.content[start : ends[-1]].tobytes()
             edges = [0, *(ends - start).tolist()]
             start = int(ends[-1])
+            # In ASCII the edges in bytes are those in characters, so a block is decoded once and cut as text.
             text = part.decode(errors=ERRORS)
             if len(text) == len(part):
                 yield from [text[a:b] for a, b in pairwise(edges)]
@@ -87,6 +89,7 @@ class Texts(Column[str]):
     @property
     def has_lines(self) -> bool:
         """True if any text has more than one line."""
+        # In UTF-8 the byte of a newline occurs in no other character.
         return bool((self.content == ord("\n")).any())
 
     @property
@@ -97,6 +100,7 @@ class Texts(Column[str]):
     def lowered(self) -> "Texts":
         """Return the texts in lower case."""
         content = self.content.tobytes()
+        # The lower case of other letters may have another number of bytes.
         if content.isascii():
             return Texts(np.frombuffer(content.lower(), dtype=np.uint8), self.ends)
         return Texts.of(map(str.lower, self))
@@ -107,12 +111,13 @@ class Texts(Column[str]):
         ends = np.cumsum(lengths)
         content = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
         starts = self.ends[rows] - lengths
+        # By blocks, because the indices take eight bytes for each byte of text.
         for first in range(0, len(ends), BLOCK):
             block = slice(first, first + BLOCK)
             low = int(ends[first] - lengths[first])
             high = int(ends[block][-1])
-            moved = starts[block] - (ends[block] - lengths[block])
-            content[low:high] = self.content[np.arange(low, high) + np.repeat(moved, lengths[block])]
+            offsets = starts[block] - (ends[block] - lengths[block])
+            content[low:high] = self.content[np.arange(low, high) + np.repeat(offsets, lengths[block])]
         return Texts(content, ends)
 
 
@@ -130,8 +135,8 @@ class Sizes(Column[Size]):
     def __len__(self) -> int:
         return len(self.array_N2)
 
-    def item(self, place: int) -> Size:
-        width, height = self.array_N2[place].tolist()
+    def item(self, index: int) -> Size:
+        width, height = self.array_N2[index].tolist()
         return width, height
 
     def __iter__(self) -> Iterator[Size]:

@@ -167,7 +167,7 @@ class References:
 
     def take(self, rows: NDArray[Any]) -> "References":
         """Return the references of the images at `rows`."""
-        places = None if self.places is None else tuple(one.take(rows) for one in self.places)
+        places = None if self.places is None else tuple(column.take(rows) for column in self.places)
         return References(tuple(paths.take(rows) for paths in self.paths), self.sizes_NR2[rows], places)
 
 
@@ -187,17 +187,17 @@ class ScannedImages(Column[ScannedImage]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def item(self, place: int) -> ScannedImage:
-        width, height = self.sizes_N2[place].tolist()
-        name, places = self.names[place], self.places
+    def item(self, index: int) -> ScannedImage:
+        width, height = self.sizes_N2[index].tolist()
+        name, places = self.names[index], self.places
         return ScannedImage(
-            (self.prefix if places is None else places.prefixes[places.file_N[place]]) + name,
-            self.captions[place],
+            (self.prefix if places is None else places.prefixes[places.file_N[index]]) + name,
+            self.captions[index],
             (width, height),
-            None if self.masks is None else self.masks[place],
-            None if self.tags is None else self.tags[place],
-            None if places is None else places.of(place, name),
-            () if self.references is None else self.references.of_image(place),
+            None if self.masks is None else self.masks[index],
+            None if self.tags is None else self.tags[index],
+            None if places is None else places.of(index, name),
+            () if self.references is None else self.references.of_image(index),
         )
 
     def __iter__(self) -> Iterator[ScannedImage]:
@@ -206,6 +206,7 @@ class ScannedImages(Column[ScannedImage]):
         sizes = map(tuple, iterate_in_blocks(self.sizes_N2))
         masks, tags = self.masks or nothing, self.tags or nothing
         references: Any = self.references or repeat(())
+        # Not strict, because repeat() never ends.
         rows: Any = zip(self.each_key(), self.captions, sizes, masks, tags, places, references, strict=False)
         return map(ScannedImage._make, rows)
 

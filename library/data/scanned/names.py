@@ -15,8 +15,9 @@ def safe_name(name: str) -> str:
 
 def folder_name(folder: str) -> str:
     """Convert the path or URL of a folder to a readable and unique name."""
-    whole = folder if "://" in folder else os.path.abspath(folder)
-    return f"{safe_name(os.path.basename(whole)) or 'images'}-{short_digest(whole)[:8]}"
+    location = folder if "://" in folder else os.path.abspath(folder)
+    # The digest tells folders of one name apart.
+    return f"{safe_name(os.path.basename(location)) or 'images'}-{short_digest(location)[:8]}"
 
 
 def same_file_key(path: str) -> str:
@@ -30,8 +31,12 @@ def ignores_case(folder: str) -> bool:
     """Return True if the file system of a folder ignores case in names; False if the folder is empty or missing."""
     try:
         with os.scandir(folder or ".") as entries:
+            # An existing file is looked up under its name in the other case, so nothing has to be written to the
+            # folder.
             name = next((entry.name for entry in entries if entry.name.swapcase() != entry.name), None)
-        return name is not None and os.path.samefile(*(os.path.join(folder, one) for one in (name, name.swapcase())))
+        return name is not None and os.path.samefile(
+            *(os.path.join(folder, variant) for variant in (name, name.swapcase()))
+        )
     except OSError:  # no such folder, or no file of the swapped name
         return False
 

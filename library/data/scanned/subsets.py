@@ -70,8 +70,8 @@ class Listing:
             sizes, dropped = self.sizes, []
         else:
             sizes = Sizes.of([(0, 0) if isinstance(size, str) else size for size in self.sizes])
-            whys = zip(self.names, self.sizes, strict=True)
-            dropped = [(self.prefix + name, why) for name, why in whys if isinstance(why, str)]
+            named_sizes = zip(self.names, self.sizes, strict=True)
+            dropped = [(self.prefix + name, reason) for name, reason in named_sizes if isinstance(reason, str)]
         references = None if self.references is None else References.of(self.references)
         images = ScannedImages(
             Texts.of(self.names), self.captions, sizes.array_N2, self.prefix, masks, tags, references=references

@@ -63,8 +63,8 @@ SOURCE = Source(KEYS, scan)
 
 def columns_in(opened: ParquetRows, config: SubsetConfig) -> Columns:
     """Find the columns of an open Parquet file."""
-    named = config.image_column, config.caption_column, config.control_columns
-    return find_columns(opened.schema, *named, opened.shown)
+    column_keys = config.image_column, config.caption_column, config.control_columns
+    return find_columns(opened.schema, *column_keys, opened.shown)
 
 
 def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storage) -> list[Row]:
@@ -83,8 +83,8 @@ def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storag
     digits, folder = len(str(opened.num_rows)), os.path.dirname(file)
     rows: list[Row] = []
     with ThreadPoolExecutor(URLS_AT_ONCE, thread_name_prefix="look at URLs") as pool:
-        wanted = [name for name in (columns.image, columns.caption, *columns.references) if name is not None]
-        for batch in opened.batches(wanted):
+        column_names = [name for name in (columns.image, columns.caption, *columns.references) if name is not None]
+        for batch in opened.batches(column_names):
             images = batch[columns.image]
             captions = [None] * len(images) if columns.caption is None else batch[columns.caption]
             lines = [None if caption is None else caption_lines(caption, shown) for caption in captions]
@@ -92,12 +92,16 @@ def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storag
                 rows += pool.map(partial(row_of_url, folder=folder, storage=storage), images, lines)
             else:
                 references = zip(*(batch[name] for name in columns.references), strict=True)
-                for image, caption, own in zip(images, lines, chain(references, repeat(())), strict=False):
+                # Not strict, because repeat() never ends.
+                for image, caption, row_references in zip(images, lines, chain(references, repeat(())), strict=False):
                     name, number = f"{len(rows):0{digits}}", len(rows)
                     row = row_of_bytes(name, number, image, caption, shown)
-                    named = zip(columns.references, own, strict=False)
-                    parts = [row_of_bytes(f"{name}.{column}", number, part, None, shown) for column, part in named]
-                    rows.append(row.with_references(parts))
+                    named_references = zip(columns.references, row_references, strict=False)
+                    reference_rows = [
+                        row_of_bytes(f"{name}.{column}", number, reference, None, shown)
+                        for column, reference in named_references
+                    ]
+                    rows.append(row.with_references(reference_rows))
     return rows
 
 
@@ -112,15 +116,15 @@ def row_of_url(url: str | None, caption: str | None, folder: str, storage: Stora
     """Return the index row of an image outside the file: at a URL, or at a path relative to the Parquet file."""
     if not url:
         return Row("?", 0, 0, 0, 0, caption, bytes(16), "has no URL")
-    whole = url if is_remote(url) else f"{folder}/{url}" if folder else url
-    if is_remote(whole):
+    location = url if is_remote(url) else f"{folder}/{url}" if folder else url
+    if is_remote(location):
         storage.required_cache_dir("images at URLs")
-    shown = strip_secrets(whole)
+    shown = strip_secrets(location)
     try:
-        window = storage.window(whole)
-        found = build_row(window, Member(shown, 0, window.file_bytes), "")
+        window = storage.window(location)
+        row = build_row(window, Member(shown, 0, window.file_bytes), "")
     except FileNotFoundError:
-        return Row(shown, 0, 0, 0, 0, caption, bytes(16), "does not exist", whole)
+        return Row(shown, 0, 0, 0, 0, caption, bytes(16), "does not exist", location)
     except UserError as error:
-        return Row(shown, 0, 0, 0, 0, caption, bytes(16), str(error).removeprefix(shown).strip(), whole)
-    return found._replace(caption=caption, url=whole)
+        return Row(shown, 0, 0, 0, 0, caption, bytes(16), str(error).removeprefix(shown).strip(), location)
+    return row._replace(caption=caption, url=location)

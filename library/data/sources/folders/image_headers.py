@@ -18,6 +18,7 @@ _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 _PNG_MODES = {(8, 0), (8, 2), (8, 3), (8, 4), (8, 6), (16, 0), (16, 2), (16, 6), (1, 0), (1, 3)}  # (depth, colour type)
 _PNG_HARMLESS = (b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME", b"PLTE", b"tRNS")
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
+# 0xE1 is left out: it holds EXIF and XMP.
 _JPEG_SKIPPED = (0xDB, 0xC4, 0xDD, 0xFE, 0xE0, 0xE2, 0xEE)  # tables, restart, comment, JFIF, ICC, Adobe
 
 
@@ -40,35 +41,36 @@ def _png_size(head: bytes, file_bytes: int) -> Size | None:
         return None
     if zlib.crc32(head[12:29]) != checksum:
         return None
-    place = 33
-    while (kind := head[place + 4 : place + 8]) != b"IDAT":
-        is_text = kind == b"tEXt" and not head.startswith(b"exif\x00", place + 8)
+    position = 33
+    while (kind := head[position + 4 : position + 8]) != b"IDAT":
+        # Pillow takes a text chunk with the keyword exif for EXIF.
+        is_text = kind == b"tEXt" and not head.startswith(b"exif\x00", position + 8)
         if not is_text and kind not in _PNG_HARMLESS:  # also true at the end of the head
             return None
-        (num_bytes,) = struct.unpack_from(">I", head, place)
-        end = place + 8 + num_bytes
-        if len(head) < end + 4 or zlib.crc32(head[place + 4 : end]) != struct.unpack_from(">I", head, end)[0]:
+        (num_bytes,) = struct.unpack_from(">I", head, position)
+        end = position + 8 + num_bytes
+        if len(head) < end + 4 or zlib.crc32(head[position + 4 : end]) != struct.unpack_from(">I", head, end)[0]:
             return None
-        place = end + 4
+        position = end + 4
     return width, height
 
 
 def _jpeg_size(head: bytes, file_bytes: int) -> Size | None:
-    size, place, length = None, 2, len(head)
-    while place + 10 <= length:
-        if head[place] != 0xFF:
+    size, position, length = None, 2, len(head)
+    while position + 10 <= length:
+        if head[position] != 0xFF:
             return None
-        marker = head[place + 1]
-        num_bytes = head[place + 2] << 8 | head[place + 3]
+        marker = head[position + 1]
+        num_bytes = head[position + 2] << 8 | head[position + 3]
         if marker in _JPEG_FRAMES:
-            if size is not None or head[place + 4] != 8 or head[place + 9] not in (1, 3, 4):
+            if size is not None or head[position + 4] != 8 or head[position + 9] not in (1, 3, 4):
                 return None
-            size = (head[place + 7] << 8 | head[place + 8], head[place + 5] << 8 | head[place + 6])
+            size = (head[position + 7] << 8 | head[position + 8], head[position + 5] << 8 | head[position + 6])
         elif marker == 0xDA:  # pixels follow
             return size
         elif marker not in _JPEG_SKIPPED or num_bytes < 2:
             return None
-        place += 2 + num_bytes
+        position += 2 + num_bytes
     return None
 
 
@@ -78,6 +80,7 @@ def _webp_size(head: bytes, file_bytes: int) -> Size | None:
     kind = head[12:16]
     if kind == b"VP8 " and head[23:26] == b"\x9d\x01\x2a":
         width, height = struct.unpack_from("<HH", head, 26)
+        # The upper two bits are a scale for display.
         return width & 0x3FFF, height & 0x3FFF
     if kind == b"VP8L" and head[20] == 0x2F:
         (bits,) = struct.unpack_from("<I", head, 21)

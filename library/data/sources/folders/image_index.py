@@ -49,6 +49,7 @@ def compute_stamp(status: os.stat_result, now_ns: float = math.inf) -> int:
     edited_ns = status.st_mtime_ns
     if edited_ns > now_ns - SETTLED_NS:
         return UNSETTLED
+    # hash() of a tuple of integers is the same in every process, so it can be stored.
     return hash((status.st_size, edited_ns, status.st_ctime_ns))
 
 
@@ -57,10 +58,12 @@ def read_stamped(path: str, num_bytes: int | None = None) -> tuple[os.stat_resul
     read."""
     handle = os.open(path, READ_FLAGS)
     try:
+        # An edit during the reading then leaves an outdated stamp, and the file is read again at the next start.
         status = os.fstat(handle)
-        wanted = status.st_size if num_bytes is None or status.st_size < num_bytes else num_bytes
-        content = os.read(handle, wanted)
-        while len(content) < wanted and (more := os.read(handle, wanted - len(content))):
+        num_wanted = status.st_size if num_bytes is None or status.st_size < num_bytes else num_bytes
+        content = os.read(handle, num_wanted)
+        # A single call may return fewer bytes than requested.
+        while len(content) < num_wanted and (more := os.read(handle, num_wanted - len(content))):
             content += more
     finally:
         os.close(handle)
@@ -95,26 +98,26 @@ class Table(Generic[Value]):
             if same.all():
                 return None
             return [value if is_same else None for value, is_same in zip(self.values, same.tolist(), strict=True)]
-        rows = dict(zip(self.names, zip(self.stamps.tolist(), self.values, strict=True), strict=True))
-        found: list[Value | None] = []
+        row_by_name = dict(zip(self.names, zip(self.stamps.tolist(), self.values, strict=True), strict=True))
+        values: list[Value | None] = []
         for name, stamp in zip(names, stamps.tolist(), strict=True):
-            row = rows.get(name)
-            found.append(row[1] if row is not None and row[0] == stamp != UNSETTLED else None)
-        return found
+            row = row_by_name.get(name)
+            values.append(row[1] if row is not None and row[0] == stamp != UNSETTLED else None)
+        return values
 
 
 def compute_stamps(folder: str, names: Sequence[str], num_threads: int) -> Stamps:
     """Return the stamps of files; UNSETTLED if a file is missing."""
     now_ns = time.time_ns()
 
-    def look(name: str) -> int:
+    def stamp_of(name: str) -> int:
         try:
-            return compute_stamp(os.stat(before + name, dir_fd=handle), now_ns)
+            return compute_stamp(os.stat(prefix + name, dir_fd=handle), now_ns)
         except OSError:
             return UNSETTLED
 
-    with open_folders(folder) as (before, handle):
-        return np.array(read_many(look, names, num_threads), dtype=np.int64)
+    with open_folders(folder) as (prefix, handle):
+        return np.array(read_many(stamp_of, names, num_threads), dtype=np.int64)
 
 
 @contextmanager
@@ -147,18 +150,18 @@ def update_table(
         return read(f"{folder}/{name}")
 
     if not table.names:
-        found = read_many(read_file, names, num_threads, title)
-        stamps = np.array([stamp for stamp, _ in found], dtype=np.int64)
-        return Table(names, stamps, [value for _, value in found])
+        stamped_values = read_many(read_file, names, num_threads, title)
+        stamps = np.array([stamp for stamp, _ in stamped_values], dtype=np.int64)
+        return Table(names, stamps, [value for _, value in stamped_values])
     stamps = compute_stamps(folder, names, num_threads) if stamps is None else stamps
-    known = table.known(names, stamps)
-    if known is None:
+    known_values = table.known(names, stamps)
+    if known_values is None:
         return table
-    unknown = [place for place, value in enumerate(known) if value is None]
-    found = read_many(read_file, [names[place] for place in unknown], num_threads, title)
-    values: Any = known
-    for place, (stamp, value) in zip(unknown, found, strict=True):
-        stamps[place], values[place] = stamp, value
+    unknown_rows = [row for row, value in enumerate(known_values) if value is None]
+    stamped_values = read_many(read_file, [names[row] for row in unknown_rows], num_threads, title)
+    values: Any = known_values
+    for row, (stamp, value) in zip(unknown_rows, stamped_values, strict=True):
+        stamps[row], values[row] = stamp, value
     return Table(names, stamps, values)
 
 

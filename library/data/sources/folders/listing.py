@@ -29,34 +29,36 @@ def list_files(folder: str, caption_extension: str | None = None) -> Folder:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
+                # Without following links, this usually needs no system call; only links and special entries are looked
+                # up.
                 if entry.is_file(follow_symlinks=False):
                     files.append(entry.name)
                 else:
                     others.append(entry)
     except OSError as error:
         raise make_listing_error(folder, error) from error
-    found = classify_names(files, caption_extension)
+    contents = classify_names(files, caption_extension)
     for entry in others:
-        add_link(found, entry, caption_extension)
-    found.images.sort()
-    found.dropped.sort()
-    return found
+        add_link(contents, entry, caption_extension)
+    contents.images.sort()
+    contents.dropped.sort()
+    return contents
 
 
-def add_link(found: Folder, entry: os.DirEntry[str], caption_extension: str | None) -> None:
+def add_link(contents: Folder, entry: os.DirEntry[str], caption_extension: str | None) -> None:
     """Add the target of a link, or of another special entry, unless it is a folder."""
-    named = classify_names([entry.name], caption_extension)
+    classified = classify_names([entry.name], caption_extension)
     try:
         leads_to_file = entry.is_file()
         reason = "is a broken link" if entry.is_symlink() and not entry.is_dir() else None
     except OSError as error:
-        leads_to_file, reason = bool(named.captions), f"cannot be followed: {error.strerror}"
-    if leads_to_file or (reason is not None and named.aside):
-        found.images.extend(named.images)
-        found.captions.update(named.captions)  # reading it reports the reason if the link is broken
-        found.aside.extend(named.aside)
-    elif reason is not None and named.images:
-        found.dropped.append((entry.path, reason))
+        leads_to_file, reason = bool(classified.captions), f"cannot be followed: {error.strerror}"
+    if leads_to_file or (reason is not None and classified.aside):
+        contents.images.extend(classified.images)
+        contents.captions.update(classified.captions)  # reading it reports the reason if the link is broken
+        contents.aside.extend(classified.aside)
+    elif reason is not None and classified.images:
+        contents.dropped.append((entry.path, reason))
 
 
 def classify_names(names: Iterable[str], caption_extension: str | None) -> Folder:
@@ -83,23 +85,24 @@ def list_indexed_files(index: FolderIndex, caption_extension: str, num_threads: 
     if caption_extension not in index.paired:
         return None
     images, captions = index.sizes, index.captions[caption_extension]
-    known = {*images.names, *captions.names}
+    indexed_names = {*images.names, *captions.names}
     try:
         listed = set(os.listdir(index.folder))
     except OSError as error:
         raise make_listing_error(index.folder, error) from error
-    others = listed - known
-    rest = classify_names(others, caption_extension)
-    if len(listed) - len(others) < len(known) or rest.images or rest.captions:
+    new_names = listed - indexed_names
+    new_files = classify_names(new_names, caption_extension)
+    if len(listed) - len(new_names) < len(indexed_names) or new_files.images or new_files.captions:
         return None
     stamps = (
         compute_stamps(index.folder, images.names, num_threads),
         compute_stamps(index.folder, captions.names, num_threads),
     )
     edited = [*images.edited(stamps[0]), *captions.edited(stamps[1])]
+    # A file that became a folder or a broken link has another stamp, too.
     if not all(os.path.isfile(os.path.join(index.folder, name)) for name in edited):
         return None
-    return Folder(images.names, [], set(), rest.aside, stamps)
+    return Folder(images.names, [], set(), new_files.aside, stamps)
 
 
 def make_listing_error(folder: str, error: OSError) -> UserError:

@@ -49,6 +49,7 @@ def _values(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except OSError as error:
         raise UserError(f"metadata_file {path} cannot be read: {error.strerror}; change its permissions") from error
     text = decode_utf8(content, f"metadata_file {path}")
+    # StringIO splits at newlines only. str.splitlines would also split at U+2028, which JSON allows inside strings.
     yield from _json_lines(path, io.StringIO(text)) if path.lower().endswith(".jsonl") else _json_table(path, text)
 
 
@@ -90,7 +91,7 @@ def _checked(value: Any, place: str) -> dict[str, Any]:
 def _references(value: Mapping[str, Any], place: str = "") -> tuple[str, ...]:
     """Return the reference images, in order. Raises UserError if their numbers have a gap, or if a value is not a
     string."""
-    numbered = sorted((int(found[1]), name) for name in value if (found := REFERENCE.fullmatch(name)))
+    numbered = sorted((int(match[1]), name) for name in value if (match := REFERENCE.fullmatch(name)))
     names = [name for _, name in numbered]
     if "control_path" in value:
         names = ["control_path", *names]

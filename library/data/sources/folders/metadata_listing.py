@@ -36,9 +36,11 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
         listing.names.append(path)
         captions.append(caption)
         tags.append(entry.tags or "")
-        found = [(one, find_image(one, config.image_dir, listings)) for one in entry.references]
-        missing += [one for one, file in found if file is None]
-        references.append(tuple(file for _, file in found if file is not None))
+        reference_files = [
+            (reference, find_image(reference, config.image_dir, listings)) for reference in entry.references
+        ]
+        missing += [reference for reference, file in reference_files if file is None]
+        references.append(tuple(file for _, file in reference_files if file is not None))
     listing.captions, listing.tags = Texts.of(captions), tags
     listing.sizes = sizes_anywhere(
         listing.names, num_threads, f"reading sizes of {config.base_name}", config.keeps_index
@@ -62,9 +64,9 @@ def find_image(key: str, image_dir: str | None, listings: dict[str, dict[str, st
     """Find the file of a metadata key: a path with or without extension; absolute, relative to image_dir, or
     relative to the working folder."""
     path = key if os.path.isabs(key) else os.path.join(image_dir or "", key)
-    for whole in (path, key):  # `full_path` of sd-scripts' tools writes paths as typed
-        if os.path.isfile(whole):
-            return whole
+    for candidate in (path, key):  # `full_path` of sd-scripts' tools writes paths as typed
+        if os.path.isfile(candidate):
+            return candidate
     folder, name = os.path.split(path)
     if folder not in listings:
         images = list_files(folder or ".").images if os.path.isdir(folder or ".") else []
@@ -81,5 +83,6 @@ def combine_caption(entry: MetadataEntry, rules: CaptionRules) -> str:
         lines = lines[:1]
     tags = (entry.tags or "").strip().replace("\n", rules.caption_separator)
     if tags:
+        # As in sd-scripts, no space is added after the separator.
         lines = [f"{line}{rules.caption_separator}{tags}" for line in lines] or [tags]
     return "\n".join(lines)

@@ -34,8 +34,8 @@ def list_stems(listing: Listing) -> list[str]:
 def add_masks(listing: Listing) -> None:
     """Find the mask of every image. Raises UserError for images without a mask and masks without an image."""
     folder = listing.config.conditioning_data_dir or ""
-    found = names_by_stem("conditioning_data_dir", folder)
-    masks = {stem: os.path.join(folder, names[0]) for stem, names in found.items()}
+    mask_names = names_by_stem("conditioning_data_dir", folder)
+    masks = {stem: os.path.join(folder, names[0]) for stem, names in mask_names.items()}
     stems = list_stems(listing)
     missing = [path for path, stem in zip(listing.paths, stems, strict=True) if stem not in masks]
     if missing:
@@ -68,36 +68,38 @@ def add_references(listing: Listing, num_threads: int) -> None:
 def add_reference_paths(listing: Listing, paths: Sequence[tuple[str, ...]], num_threads: int) -> None:
     """Set the references of each image, and read their sizes. Raises UserError for references that cannot be read."""
     config = listing.config
-    every = [path for row in paths for path in row]
-    sizes = sizes_anywhere(every, num_threads, f"reading sizes of {config.base_name}'s references", config.keeps_index)
-    found: dict[str, Size | str] = dict(zip(every, sizes, strict=True))
-    broken = [f"{path} {size}" for path, size in found.items() if isinstance(size, str)]
+    all_paths = [path for row in paths for path in row]
+    sizes = sizes_anywhere(
+        all_paths, num_threads, f"reading sizes of {config.base_name}'s references", config.keeps_index
+    )
+    size_or_reason: dict[str, Size | str] = dict(zip(all_paths, sizes, strict=True))
+    broken = [f"{path} {size}" for path, size in size_or_reason.items() if isinstance(size, str)]
     if broken:
         raise UserError(
             f"{len(broken)} reference images cannot be read: {list_few(broken)}; re-save them, or remove them together "
             "with their images"
         )
-    known = {path: size for path, size in found.items() if not isinstance(size, str)}
-    listing.references = [[(path, known[path]) for path in row] for row in paths]
+    size_by_path = {path: size for path, size in size_or_reason.items() if not isinstance(size, str)}
+    listing.references = [[(path, size_by_path[path]) for path in row] for row in paths]
 
 
 def opposites_in(folder: str, paths: Sequence[str], stems: Sequence[str], surplus: list[str]) -> list[str]:
     """Return the partner of each image in `opposite_dir`. Images without a counterpart are added to `surplus`."""
-    found = names_by_stem("opposite_dir", folder)
-    unclear = [path for path, stem in zip(paths, stems, strict=True) if len(found.get(stem, ())) != 1]
+    partners = names_by_stem("opposite_dir", folder)
+    unclear = [path for path, stem in zip(paths, stems, strict=True) if len(partners.get(stem, ())) != 1]
     if unclear:
         raise UserError(
             f"opposite_dir {folder}: {len(unclear)} of {len(paths)} images do not have exactly one partner of their "
             f"name there: {list_few(unclear)}; add or remove images"
         )
-    surplus += [os.path.join(folder, name) for stem in sorted(found.keys() - set(stems)) for name in found[stem]]
-    return [os.path.join(folder, found[stem][0]) for stem in stems]
+    surplus += [os.path.join(folder, name) for stem in sorted(partners.keys() - set(stems)) for name in partners[stem]]
+    return [os.path.join(folder, partners[stem][0]) for stem in stems]
 
 
 def references_in(folder: str, paths: Sequence[str], stems: Sequence[str], surplus: list[str]) -> list[tuple[str, ...]]:
     """Return each image's references in a folder, in order. References of no image are added to `surplus`."""
-    found = names_by_stem("control_dirs", folder)
-    matches, surplus_names = matches_by_stem(found, set(stems))
+    candidates = names_by_stem("control_dirs", folder)
+    matches, surplus_names = matches_by_stem(candidates, set(stems))
     surplus += [os.path.join(folder, name) for name in surplus_names]
     missing = [path for path, stem in zip(paths, stems, strict=True) if stem not in matches]
     if missing:
@@ -114,11 +116,12 @@ def references_in(folder: str, paths: Sequence[str], stems: Sequence[str], surpl
     return [tuple(os.path.join(folder, name) for name in matches[stem]) for stem in stems]
 
 
-def matches_by_stem(found: dict[str, list[str]], stems: set[str]) -> tuple[dict[str, list[str]], list[str]]:
+def matches_by_stem(candidates: dict[str, list[str]], stems: set[str]) -> tuple[dict[str, list[str]], list[str]]:
     """Return (the references of each image by stem, in order of their numbers; references that belong to no image)."""
     matches: dict[str, list[str]] = defaultdict(list)
     surplus: list[str] = []
-    for stem, names in sorted(found.items(), key=lambda item: (len(item[0]), item[0])):
+    # Shorter names first, so that _2 precedes _10.
+    for stem, names in sorted(candidates.items(), key=lambda item: (len(item[0]), item[0])):
         numbered = NUMBERED.fullmatch(stem)
         if stem in stems:  # even if the stem itself ends in a number
             matches[stem] += names

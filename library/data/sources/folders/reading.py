@@ -50,6 +50,7 @@ def read_caption(path: str) -> tuple[int, str]:
         raise NotUtf8(f"the caption file {path} {describe_encoding(content, error)}") from None
     except OSError as error:
         raise UserError(f"the caption file {path} cannot be read: {error.strerror}") from None
+    # All lines are kept, so that one index serves runs with and without enable_wildcard.
     return compute_stamp(status, time.time_ns()), stripped_lines(text.removeprefix("\ufeff"))
 
 
@@ -76,6 +77,7 @@ def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_ind
         by_folder[os.path.dirname(path)].append(os.path.basename(path))
     sizes: dict[str, Size | str] = {}
     for folder, names in by_folder.items():
+        # Names in the order of the index need no look-up one by one.
         names.sort()
         index = open_index(folder or ".")
         table = update_table(index.sizes, folder or ".", names, read_image_size, num_threads, title)
@@ -97,6 +99,7 @@ def parse_caption(text: str, rules: CaptionRules) -> str:
 
 def parse_captions(texts: Sequence[str], rules: CaptionRules) -> Texts:
     """Return the captions from the texts of caption files, as a column."""
+    # The column of an index is used as it is, without an object for each caption.
     if isinstance(texts, Texts) and not texts.has_lines:
         return texts
     return Texts.of(parse_caption(text, rules) for text in texts)

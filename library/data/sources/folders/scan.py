@@ -32,16 +32,17 @@ def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
         return listing
     index = open_index(folder)
     files: Sequence[str | None]
-    if inside := list_indexed_files(index, config.caption_extension, num_threads):
+    if contents := list_indexed_files(index, config.caption_extension, num_threads):
         files = index.captions[config.caption_extension].names
     else:
-        inside = list_files(folder, config.caption_extension)
-        files = caption_files(folder, inside, config.caption_extension)
-    listing.names, listing.dropped, listing.aside = inside.images, inside.dropped, inside.aside
-    listing.alone = sorted(lone_captions(inside.captions, files))
+        contents = list_files(folder, config.caption_extension)
+        files = caption_files(folder, contents, config.caption_extension)
+    listing.names, listing.dropped, listing.aside = contents.images, contents.dropped, contents.aside
+    listing.alone = sorted(lone_captions(contents.captions, files))
     try:
-        texts = read_with_index(listing, index, inside, files, num_threads)
+        texts = read_with_index(listing, index, contents, files, num_threads)
     except NotUtf8:
+        # The error names one file; this raises one error for all of them.
         check_encodings(folder, (file for file in files if file is not None))
         raise
     listing.captions = parse_captions(texts, config.captions)
@@ -53,50 +54,53 @@ def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
 def lone_captions(captions: Collection[str], files: Sequence[str | None]) -> set[str]:
     """Return the captions that belong to no image. Captions that the file system finds under a name in other case
     belong to one."""
-    found = {file.casefold() for file in files if file is not None and file not in captions}
-    return {name for name in set(captions).difference(files) if name.casefold() not in found}
+    in_other_case = {file.casefold() for file in files if file is not None and file not in captions}
+    return {name for name in set(captions).difference(files) if name.casefold() not in in_other_case}
 
 
 def note_missing(listing: Listing, files: Sequence[str | None]) -> None:
     """Use class_tokens for images without a caption file, and record missing and empty captions."""
     captions = list(listing.captions)
-    for place, (path, file) in enumerate(zip(listing.paths, files, strict=True)):
+    for index, (path, file) in enumerate(zip(listing.paths, files, strict=True)):
         if file is None:
-            captions[place] = listing.config.class_tokens or ""
+            captions[index] = listing.config.class_tokens or ""
             listing.without_caption.append(path)
-        elif not captions[place]:
+        elif not captions[index]:
             listing.empty_caption.append(path)
     listing.captions = Texts.of(captions)
 
 
-def caption_files(folder: str, inside: Folder, extension: str) -> Sequence[str | None]:
+def caption_files(folder: str, contents: Folder, extension: str) -> Sequence[str | None]:
     """Return the name of each image's caption file, or None."""
-    own = list_own_captions(inside.images, extension)
-    if inside.captions.issuperset(own):
-        return own
-    return [name if name in inside.captions else find_other_caption_file(folder, name, extension) for name in own]
+    own_names = list_own_captions(contents.images, extension)
+    if contents.captions.issuperset(own_names):
+        return own_names
+    return [
+        name if name in contents.captions else find_other_caption_file(folder, name, extension) for name in own_names
+    ]
 
 
-def find_other_caption_file(folder: str, own: str, extension: str) -> str | None:
+def find_other_caption_file(folder: str, own_name: str, extension: str) -> str | None:
     """Return the caption file of an image whose own file is not listed: a name in other case, or that of the image
     that a face was cropped from."""
-    names, stem = [own], own.removesuffix(extension)  # the file system may find names in other case
+    names, stem = [own_name], own_name.removesuffix(extension)  # the file system may find names in other case
     if stem.count("_") >= 4:  # face detection names its crops `..._cx_cy_w_h`
         names.append(stem.rsplit("_", 4)[0] + extension)
     return next((name for name in names if os.path.isfile(os.path.join(folder, name))), None)
 
 
 def read_with_index(
-    listing: Listing, index: FolderIndex, inside: Folder, files: Sequence[str | None], num_threads: int
+    listing: Listing, index: FolderIndex, contents: Folder, files: Sequence[str | None], num_threads: int
 ) -> Sequence[str]:
     """Set the sizes, and return the text of each image's caption file. Both come from the index, or from files that
     it lacks."""
     config, folder = listing.config, index.folder
+    # Images can share a caption file: crops of faces, and names that differ only in the extension.
     names = list(dict.fromkeys(file for file in files if file is not None))
     known_captions = index.captions.get(config.caption_extension, Table())
-    captions = update_table(known_captions, folder, names, read_caption, num_threads, None, inside.stamps[1])
+    captions = update_table(known_captions, folder, names, read_caption, num_threads, None, contents.stamps[1])
     title = f"reading sizes of {config.base_name}"
-    sizes = update_table(index.sizes, folder, inside.images, read_image_size, num_threads, title, inside.stamps[0])
+    sizes = update_table(index.sizes, folder, contents.images, read_image_size, num_threads, title, contents.stamps[0])
     if config.keeps_index:
         index.replace_with(sizes, index.captions | {config.caption_extension: captions})
     listing.sizes = sizes.values

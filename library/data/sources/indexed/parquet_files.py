@@ -46,8 +46,12 @@ def find_columns(schema: Any, image: str | None, caption: str | None, references
     the columns."""
     names = list(schema.names)
     listed = f"it has {', '.join(names) or 'none'}"
-    named = (("image_column", image), ("caption_column", caption), *(("control_columns", one) for one in references))
-    for key, name in named:
+    requested = (
+        ("image_column", image),
+        ("caption_column", caption),
+        *(("control_columns", reference) for reference in references),
+    )
+    for key, name in requested:
         if name is not None and name not in names:
             raise UserError(f"{key} is {name!r}, but {shown} has no such column; {listed}")
     image = image or next((name for name in (*IMAGE_COLUMNS, *URL_COLUMNS) if name in names), None)
@@ -56,18 +60,19 @@ def find_columns(schema: Any, image: str | None, caption: str | None, references
     caption = caption or next((name for name in CAPTION_COLUMNS if name in names), None)
     if caption is not None and not is_text(schema.field(caption).type):
         raise UserError(f"caption_column {caption!r} of {shown} has {schema.field(caption).type}, but must be text")
-    found = tuple(bytes_column(schema, one) for one in references)
-    for one, column in zip(references, found, strict=True):
+    reference_columns = tuple(bytes_column(schema, reference) for reference in references)
+    for reference, column in zip(references, reference_columns, strict=True):
         if column is None:
             raise UserError(
-                f"control_columns {one!r} of {shown} has {schema.field(one).type}, but must have image bytes"
+                f"control_columns {reference!r} of {shown} has {schema.field(reference).type}, but must "
+                "have image bytes"
             )
     column, kind = bytes_column(schema, image), schema.field(image).type
     if column is None and not is_text(kind):
         raise UserError(f"image_column {image!r} of {shown} has {kind}, but must have image bytes or URLs")
-    if column is None and found:
+    if column is None and reference_columns:
         raise UserError(f"control_columns: {shown} has URLs in {image!r}; references require images in the file too")
-    return Columns(column or image, column is None, caption, tuple(filter(None, found)))
+    return Columns(column or image, column is None, caption, tuple(filter(None, reference_columns)))
 
 
 def bytes_column(schema: Any, name: str) -> str | None:
@@ -91,6 +96,7 @@ class KeptGroups:
 
     def __init__(self, max_bytes: int = 256 << 20) -> None:
         self.max_bytes = max_bytes
+        # For all files together: with a thousand files, a group of 30 MB each would take 30 GB.
         self._values: OrderedDict[tuple[str, str, int], Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -135,12 +141,12 @@ class ParquetRows:
 
     def largest_group(self, column: str) -> tuple[int, int]:
         """Return (rows, bytes) of the largest row group of a column, all of which is read for one image."""
-        found = [(0, 0)]
+        sizes = [(0, 0)]
         for group in map(self._file.metadata.row_group, range(self._file.num_row_groups)):
-            for place in range(group.num_columns):
-                if group.column(place).path_in_schema == column:
-                    found.append((group.num_rows, group.column(place).total_compressed_size))
-        return max(found, key=lambda pair: pair[1])
+            for index in range(group.num_columns):
+                if group.column(index).path_in_schema == column:
+                    sizes.append((group.num_rows, group.column(index).total_compressed_size))
+        return max(sizes, key=lambda pair: pair[1])
 
     @property
     def num_rows(self) -> int:
@@ -171,13 +177,14 @@ class ParquetRows:
     def group(self, column: str, row: int) -> Iterator[tuple[int, bytes]]:
         """Yield (row, bytes) of all rows that are read together with a row."""
         first, values = self._group(column, row)
-        return ((first + place, value.as_py()) for place, value in enumerate(values) if value.is_valid)
+        return ((first + offset, value.as_py()) for offset, value in enumerate(values) if value.is_valid)
 
     def _group(self, column: str, row: int) -> tuple[int, Any]:
         """Return (first row of the group, its values)."""
         group = bisect_right(self._firsts, row) - 1
         key = self.shown, column, group
-        with self._lock:  # a file must be read by one thread at a time
+        # A file must be read by one thread at a time.
+        with self._lock:
             values = self._kept.get(key)
             if values is None:
                 values = self._column(column, group)

@@ -67,9 +67,9 @@ def build_table(rows: Sequence[Row], number: int) -> Any:
     """Return the rows of file `number` as a table."""
     import pyarrow as pa
 
-    of_rows = [[row[i] for row in rows] for i in range(len(Row._fields) - 1)]
-    references = [[one._asdict() for one in row.references] for row in rows]
-    columns = [[number] * len(rows), *of_rows, references]
+    row_columns = [[row[i] for row in rows] for i in range(len(Row._fields) - 1)]
+    references = [[reference._asdict() for reference in row.references] for row in rows]
+    columns = [[number] * len(rows), *row_columns, references]
     schema = schema_of_rows()
     return pa.table([pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)], schema=schema)
 
@@ -86,9 +86,9 @@ def read_index(
 
     An unreadable index is rebuilt. It stays in memory if it cannot be written, or if `is_kept` is False.
     """
-    known = open_index(path, files)
-    if known is not None:
-        return known
+    index = open_index(path, files)
+    if index is not None:
+        return index
     if not is_kept:
         return make_index(path, files, rows_of, num_threads, title, None)
     with ExitStack() as stack:
@@ -99,9 +99,9 @@ def read_index(
             message = "%s cannot be written, so every start rebuilds it (%s); set --cache_dir to a writable folder"
             logger.warning(message, path, getattr(error, "strerror", error))
             return make_index(path, files, rows_of, num_threads, title, None)
-        known = open_index(path, files)  # another process may have built it meanwhile
-        if known is not None:
-            return known
+        index = open_index(path, files)  # another process may have built it meanwhile
+        if index is not None:
+            return index
         return make_index(path, files, rows_of, num_threads, title, path.with_name(f"{path.name}.parts"))
 
 
@@ -165,11 +165,11 @@ def make_index(
     """Read the files that are not yet known, `num_threads` at a time, and write the index unless `parts` is None."""
     import pyarrow as pa
 
-    found = known_tables(path, files)
+    tables = known_tables(path, files)
 
     def rows_or_part(number: int) -> Any:
-        mark = short_digest(f"{VERSION} {files.rule} {files.names[number]} {files.stamps[number]}")
-        part = None if parts is None else parts / f"{mark}.parquet"
+        digest = short_digest(f"{VERSION} {files.rule} {files.names[number]} {files.stamps[number]}")
+        part = None if parts is None else parts / f"{digest}.parquet"
         if part is not None and (table := open_part(part)) is not None:
             return table
         table = build_table(rows_of(number), number)
@@ -177,16 +177,16 @@ def make_index(
             write_table(table, part)
         return table
 
-    missing = [number for number in range(len(files.names)) if number not in found]
+    missing = [number for number in range(len(files.names)) if number not in tables]
     pool = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="index")
     try:
         with progress_bar(title, len(missing)) as bar:
             for number, table in zip(missing, pool.map(rows_or_part, missing), strict=True):
-                found[number] = with_number(table, number)
+                tables[number] = with_number(table, number)
                 bar.update(1)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    table = pa.concat_tables([found[number] for number in range(len(files.names))]).combine_chunks()
+    table = pa.concat_tables([tables[number] for number in range(len(files.names))]).combine_chunks()
     table = table.replace_schema_metadata({ABOUT: files.about()})
     if parts is not None:
         write_table(table, path)
@@ -200,21 +200,23 @@ def known_tables(path: Path, files: IndexedFiles) -> dict[int, Any]:
     try:
         table = parquet.read_table(path)
         about = json.loads(table.schema.metadata[ABOUT])
-        old = {name: (place, FileStamp(*stamp)) for place, (name, *stamp) in enumerate(about["files"])}
+        old_files = {name: (old_number, FileStamp(*stamp)) for old_number, (name, *stamp) in enumerate(about["files"])}
         if (about["version"], about["rule"]) != (VERSION, files.rule):
             return {}
-        stamps = [stamp for _, stamp in old.values()]
-        if not is_plausible(table, IndexedFiles(list(old), stamps, files.rule)):
+        stamps = [stamp for _, stamp in old_files.values()]
+        if not is_plausible(table, IndexedFiles(list(old_files), stamps, files.rule)):
             return {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    edges = np.searchsorted(table["file"].to_numpy(), np.arange(len(old) + 1))
-    found: dict[int, Any] = {}
+    edges = np.searchsorted(table["file"].to_numpy(), np.arange(len(old_files) + 1))
+    tables: dict[int, Any] = {}
     for number, (name, stamp) in enumerate(zip(files.names, files.stamps, strict=True)):
-        place, before = old.get(name, (0, None))
-        if before == stamp:
-            found[number] = with_number(table.slice(edges[place], edges[place + 1] - edges[place]), number)
-    return found
+        old_number, old_stamp = old_files.get(name, (0, None))
+        if old_stamp == stamp:
+            tables[number] = with_number(
+                table.slice(edges[old_number], edges[old_number + 1] - edges[old_number]), number
+            )
+    return tables
 
 
 def with_number(table: Any, number: int) -> Any:

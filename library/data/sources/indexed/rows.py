@@ -67,38 +67,38 @@ class CaptionRule:
 def rows_of_tar(window: Window, shown: str, rule: CaptionRule) -> list[Row]:
     """Return the images of a tar file, in order. Raises UserError if it is damaged, or if captions are not UTF-8."""
     endings = {ending[1:] for ending in image_extensions()}
-    wanted = (rule.ending, "txt", "json")
+    caption_endings = (rule.ending, "txt", "json")
     images: dict[str, Row] = {}
-    second: list[Row] = []
+    duplicates: list[Row] = []
     references: dict[str, dict[int, Row]] = {}  # by number, -1 if unnumbered
     texts: dict[str, dict[str, str]] = {}
     for member in iterate_members(window, shown):
         if member.ending in endings:
             row = build_row(window, member, shown)
             if member.stem in images:
-                second.append(row._replace(problem=f"is skipped: {images[member.stem].name} has the same name"))
+                duplicates.append(row._replace(problem=f"is skipped: {images[member.stem].name} has the same name"))
             else:
                 images[member.stem] = row
         elif (reference := REFERENCE.fullmatch(member.ending)) and reference[2].lower() in endings:
             number = -1 if reference[1] is None else int(reference[1])
             references.setdefault(member.stem, {})[number] = build_row(window, member, shown)
-        elif member.ending in wanted:
+        elif member.ending in caption_endings:
             text = read_caption_text(window, member, shown, rule)
             if text is not None:
                 texts.setdefault(member.stem, {})[member.ending] = text
-    found = [
+    image_rows = [
         with_numbered(row, references.pop(stem, {}))._replace(
-            caption=next((said[ending] for ending in wanted if ending in said), None)
+            caption=next((stem_texts[ending] for ending in caption_endings if ending in stem_texts), None)
         )
         for stem, row in images.items()
-        for said in (texts.get(stem, {}),)
+        for stem_texts in (texts.get(stem, {}),)
     ]
     unused = [
         row._replace(problem="is a reference image without an image")
-        for own in references.values()
-        for row in own.values()
+        for stem_references in references.values()
+        for row in stem_references.values()
     ]
-    return sorted([*found, *second, *unused], key=lambda row: row.start)
+    return sorted([*image_rows, *duplicates, *unused], key=lambda row: row.start)
 
 
 def with_numbered(row: Row, references: Mapping[int, Row]) -> Row:
@@ -138,12 +138,12 @@ def read_caption_text(window: Window, member: Member, shown: str, rule: CaptionR
     content = window.read(member.start, member.num_bytes)
     try:
         text = content.decode("utf-8-sig")
-        said = read_caption_field(parse_json(text), rule.field) if member.ending == "json" else text
+        caption = read_caption_field(parse_json(text), rule.field) if member.ending == "json" else text
     except UnicodeDecodeError as error:
         raise UserError(f"the caption {name} is not UTF-8: byte {error.start}; rewrite the tar file") from None
     except ValueError as error:
         raise UserError(f"{name} is not valid JSON: {error}") from None
-    return None if said is None else stripped_lines(said)
+    return None if caption is None else stripped_lines(caption)
 
 
 def read_caption_field(value: Any, field: str | None) -> str | None:

@@ -46,14 +46,19 @@ def scan_files(
     references; nothing if images are byte ranges. Raises UserError for files that are missing, damaged or of another
     kind.
     """
-    paths, shown, known = describe_files(config, storage, num_threads, keys)
-    files = [SourceFile(*file) for file in zip(paths, shown, (stamp.num_bytes for stamp in known.stamps), strict=True)]
-    path, title = index_path(shown, known, storage), f"indexing {config.base_name}"
-    table = read_index(path, known, lambda number: read_rows(files[number]), num_threads, title, config.keeps_index)
-    found = convert_rows(table, config, paths, shown, open_readers(files[0]))
+    paths, shown, indexed_files = describe_files(config, storage, num_threads, keys)
+    files = [
+        SourceFile(*file)
+        for file in zip(paths, shown, (stamp.num_bytes for stamp in indexed_files.stamps), strict=True)
+    ]
+    path, title = index_path(shown, indexed_files, storage), f"indexing {config.base_name}"
+    table = read_index(
+        path, indexed_files, lambda number: read_rows(files[number]), num_threads, title, config.keeps_index
+    )
+    subset = convert_rows(table, config, paths, shown, open_readers(files[0]))
     del table
     release_memory()
-    return found
+    return subset
 
 
 def release_memory() -> None:
@@ -72,9 +77,10 @@ def describe_files(
     files = [file for pattern in config.patterns for file in storage.matching(pattern)]
     if not files:
         raise UserError(f"{key} = {config.source!r} matched no files; check bucket, path and pattern")
-    twice = sorted({file for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
-    if twice:
-        raise UserError(f"{key} = {config.source!r} lists a file twice: {list_few(map(strip_secrets, twice))}")
+    # count() for each file is quadratic, so it runs only if a file is repeated.
+    repeated = sorted({file for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
+    if repeated:
+        raise UserError(f"{key} = {config.source!r} lists a file twice: {list_few(map(strip_secrets, repeated))}")
     if any(map(is_remote, files)):
         storage.required_cache_dir(f"{key} at a URL")
     shown = [strip_secrets(file) for file in files]
@@ -83,8 +89,11 @@ def describe_files(
     if "caption_extension" in values:
         values["caption_extension"] = config.caption_extension.removeprefix(".")
     folder = os.path.dirname(shown[0])
-    known = IndexedFiles([name.removeprefix(f"{folder}/") for name in shown], stamps, f"{key} {list(values.values())}")
-    return files, shown, known
+    # Names relative to the folder, so that a moved folder keeps its index.
+    indexed_files = IndexedFiles(
+        [name.removeprefix(f"{folder}/") for name in shown], stamps, f"{key} {list(values.values())}"
+    )
+    return files, shown, indexed_files
 
 
 def read_stamps(
@@ -92,7 +101,7 @@ def read_stamps(
 ) -> list[FileStamp]:
     """Return the stamp of every file. Raises UserError naming the missing ones."""
 
-    def look(file: str) -> FileStamp | None:
+    def read_stamp(file: str) -> FileStamp | None:
         try:
             return storage.stamp(file)
         except FileNotFoundError:
@@ -101,11 +110,11 @@ def read_stamps(
             raise UserError(f"{strip_secrets(file)} cannot be read: {error.strerror or error}") from None
 
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        found = list(pool.map(look, files))
-    missing = [name for name, stamp in zip(shown, found, strict=True) if stamp is None]
+        stamps = list(pool.map(read_stamp, files))
+    missing = [name for name, stamp in zip(shown, stamps, strict=True) if stamp is None]
     if missing:
         raise UserError(f"{key}: {len(missing)} of {len(files)} files are missing: {list_few(missing)}")
-    return [stamp for stamp in found if stamp is not None]
+    return [stamp for stamp in stamps if stamp is not None]
 
 
 def index_path(shown: Sequence[str], files: IndexedFiles, storage: Storage) -> Path:
@@ -174,27 +183,32 @@ def references_in(
             f"{list_few(images.keys_at(missing[:3]), count=len(missing))}; add them, or put these "
             "images into files of their own"
         )
-    own = images.places
-    assert own is not None
-    prefixes = [own.prefixes[file] for file in own.file_N]
+    places = images.places
+    assert places is not None
+    prefixes = [places.prefixes[file] for file in places.file_N]
     rows: list[list[dict[str, Any]]] = column.to_pylist()
-    nothing: dict[str, Any] = {"name": "", "start": 0, "num_bytes": 0, "width": 0, "height": 0, "digest": bytes(16)}
-    columns = [[row[r] if r < len(row) else nothing for row in rows] for r in range(counts.max())]
+    placeholder: dict[str, Any] = {"name": "", "start": 0, "num_bytes": 0, "width": 0, "height": 0, "digest": bytes(16)}
+    columns = [[row[r] if r < len(row) else placeholder for row in rows] for r in range(counts.max())]
     return References(
         tuple(
-            Texts.of(p + one["name"] if one["name"] else "" for p, one in zip(prefixes, of, strict=True))
-            for of in columns
+            Texts.of(
+                p + reference["name"] if reference["name"] else ""
+                for p, reference in zip(prefixes, values, strict=True)
+            )
+            for values in columns
         ),
-        np.array([[(one["width"], one["height"]) for one in of] for of in columns], dtype=np.int32).swapaxes(0, 1),
+        np.array(
+            [[(reference["width"], reference["height"]) for reference in values] for values in columns], dtype=np.int32
+        ).swapaxes(0, 1),
         tuple(
             replace(
-                own,
-                start_N=np.array([one["start"] for one in of]),
-                bytes_N=np.array([one["num_bytes"] for one in of]),
-                digest_N16=np.array([list(one["digest"]) for one in of], dtype=np.uint8),
+                places,
+                start_N=np.array([reference["start"] for reference in values]),
+                bytes_N=np.array([reference["num_bytes"] for reference in values]),
+                digest_N16=np.array([list(reference["digest"]) for reference in values], dtype=np.uint8),
                 reader=readers[r] if readers else None,
             )
-            for r, of in enumerate(columns)
+            for r, values in enumerate(columns)
         ),
     )
 
@@ -213,8 +227,8 @@ def copy_texts(column: Any) -> Texts:
     if not len(array):
         return Texts.of(())
     edges = np.frombuffer(offsets, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
-    whole = np.frombuffer(content if content is not None else b"", dtype=np.uint8)
-    return Texts(whole[edges[0] : edges[-1]].copy(), edges[1:] - edges[0])
+    all_bytes = np.frombuffer(content if content is not None else b"", dtype=np.uint8)
+    return Texts(all_bytes[edges[0] : edges[-1]].copy(), edges[1:] - edges[0])
 
 
 def convert_digests(column: Any) -> NDArray[np.uint8]:

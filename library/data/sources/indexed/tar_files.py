@@ -16,6 +16,7 @@ from library.formatting import escape_controls
 BLOCK = 512
 LONGEST_NAME = 1 << 16
 NAME_ERRORS = "backslashreplace"  # bytes of names that are not UTF-8 become \\xe9, which every file can hold
+# str.isdigit accepts ³, and int() refuses more than 4,300 digits.
 NUMBER = re.compile(r"[0-9]{1,20}")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
@@ -46,16 +47,18 @@ def iterate_members(window: Window, shown: str) -> Iterator[Member]:
     """
     if window.file_bytes < BLOCK:
         raise UserError(f"{shown} is not a tar file: it has {window.file_bytes} bytes; check the path or the address")
-    place, next_name, next_bytes = 0, None, None
-    while len(block := window.read(place, BLOCK)) == BLOCK and block.strip(b"\0"):
+    position, next_name, next_bytes = 0, None, None
+    # An empty block ends the archive, as in Python's tarfile.
+    while len(block := window.read(position, BLOCK)) == BLOCK and block.strip(b"\0"):
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", NAME_ERRORS)
         except tarfile.HeaderError:
-            raise UserError(f"{shown} {describe_block_fault(block, place)}") from None
-        start = place + BLOCK
+            raise UserError(f"{shown} {describe_block_fault(block, position)}") from None
+        start = position + BLOCK
         num_bytes = info.size if next_bytes is None else next_bytes
         if num_bytes < 0:
-            raise UserError(f"{shown} is damaged at byte {place}: a size is negative; copy it again")
+            raise UserError(f"{shown} is damaged at byte {position}: a size is negative; copy it again")
+        # These have no content, whatever their size field says.
         if info.type in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE):
             num_bytes = 0
         if start + num_bytes > window.file_bytes:
@@ -63,7 +66,7 @@ def iterate_members(window: Window, shown: str) -> Iterator[Member]:
                 f"{shown} is truncated: {info.name} would end at byte {start + num_bytes}, but the file has "
                 f"{window.file_bytes}; copy it again"
             )
-        place = start + -(-num_bytes // BLOCK) * BLOCK
+        position = start + -(-num_bytes // BLOCK) * BLOCK
         if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
             if num_bytes > LONGEST_NAME:
                 raise UserError(f"{shown} has a name of {num_bytes} bytes at byte {start}; it is damaged; rewrite it")
@@ -75,36 +78,38 @@ def iterate_members(window: Window, shown: str) -> Iterator[Member]:
                 next_name = records.get("path", next_name)
                 if not NUMBER.fullmatch(records.get("size", "0")):
                     raise UserError(f"{shown} has a damaged header at byte {start}; rewrite it")
+                # This record replaces the size field, whose eleven octal digits end at 8 GB.
                 next_bytes = int(records["size"]) if "size" in records else None
             continue
         if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
+            # Names reach logs, and control characters could act on the terminal.
             yield Member(escape_controls(next_name or info.name), start, num_bytes)
         elif info.type == tarfile.GNUTYPE_SPARSE:
             raise UserError(f"{shown}: {info.name} is stored with holes (GNU sparse); write the tar file without -S")
         next_name, next_bytes = None, None
 
 
-def pax_records(content: bytes, shown: str, place: int) -> dict[str, str]:
+def pax_records(content: bytes, shown: str, position: int) -> dict[str, str]:
     """Parse the records of an extended header, a sequence of `length key=value` lines."""
     records: dict[str, str] = {}
-    rest = content
-    while rest.strip(b"\0"):
-        length, space, _ = rest.partition(b" ")
+    remaining = content
+    while remaining.strip(b"\0"):
+        length, space, _ = remaining.partition(b" ")
         if (
             not space
             or not NUMBER.fullmatch(length.decode("latin-1"))
-            or not len(length) + 1 < int(length) <= len(rest)
+            or not len(length) + 1 < int(length) <= len(remaining)
         ):
-            raise UserError(f"{shown} has a damaged header at byte {place}; rewrite it")
-        key, _, value = rest[len(length) + 1 : int(length)].rstrip(b"\n").partition(b"=")
+            raise UserError(f"{shown} has a damaged header at byte {position}; rewrite it")
+        key, _, value = remaining[len(length) + 1 : int(length)].rstrip(b"\n").partition(b"=")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", NAME_ERRORS)
-        rest = rest[int(length) :]
+        remaining = remaining[int(length) :]
     return records
 
 
-def describe_block_fault(block: bytes, place: int) -> str:
+def describe_block_fault(block: bytes, position: int) -> str:
     """Describe what is wrong with a block that should be a header."""
     kind = COMPRESSED.get(block[:2])
-    if place == 0 and kind is not None:
+    if position == 0 and kind is not None:
         return f"is compressed ({kind}), so its images cannot be read one by one; unpack it to .tar"
-    return "is not a tar file" if place == 0 else f"is damaged at byte {place}; copy it again"
+    return "is not a tar file" if position == 0 else f"is damaged at byte {position}; copy it again"

@@ -34,7 +34,8 @@ class DiskCache:
         path = self.path(name)
         try:
             content = path.read_bytes()
-            os.utime(path)  # mark as used
+            # The modification time stands for the last use, because many file systems are mounted without access times.
+            os.utime(path)
         except OSError:
             return None
         return content
@@ -62,17 +63,17 @@ class DiskCache:
     def prune(self) -> None:
         """Delete the least recently used files if the cache exceeds its size."""
         self.num_written = 0
-        found: list[tuple[float, int, str]] = []
+        files: list[tuple[float, int, str]] = []
         for entry in (entry for folder in Path(self.folder).glob("??") for entry in os.scandir(folder)):
             try:
                 status = entry.stat()
             except FileNotFoundError:  # another process deleted it first
                 continue
-            found.append((status.st_mtime, status.st_size, entry.path))
-        total = sum(size for _, size, _ in found)
+            files.append((status.st_mtime, status.st_size, entry.path))
+        total = sum(size for _, size, _ in files)
         if total <= self.max_bytes:
             return
-        for _, size, path in sorted(found):
+        for _, size, path in sorted(files):
             if total <= KEPT_OF_FULL * self.max_bytes:
                 return
             Path(path).unlink(missing_ok=True)

@@ -55,6 +55,7 @@ def stamp_of_url(url: str) -> FileStamp:
         info = file_system.info(path, **_limit(file_system))
         if info.get("size") is None:
             raise UserError(f"{strip_secrets(url)}: the server does not report its size, so parts cannot be read")
+        # Only one mark: a hub does not report each of them every time, and a stamp of several would change.
         return FileStamp(int(info["size"]), next((str(info[name]) for name in MARKS if info.get(name)), ""))
 
     return retry(ask, url)
@@ -78,24 +79,24 @@ def read_url(url: str, start: int, num_bytes: int) -> bytes:
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
     """Read several (URL, first byte, length) concurrently; None for a failure, whose reason `read_url` reports."""
     by_protocol: dict[str, list[int]] = {}
-    for place, (url, _, _) in enumerate(ranges):
-        by_protocol.setdefault(url.partition("://")[0], []).append(place)
-    found: list[bytes | None] = [None] * len(ranges)
-    for places in by_protocol.values():
-        urls = [ranges[place][0] for place in places]
+    for index, (url, _, _) in enumerate(ranges):
+        by_protocol.setdefault(url.partition("://")[0], []).append(index)
+    results: list[bytes | None] = [None] * len(ranges)
+    for indices in by_protocol.values():
+        urls = [ranges[index][0] for index in indices]
         file_system = open_file_system(urls[0])[0]
         paths = [open_file_system(url)[1] for url in urls]
-        starts = [ranges[place][1] for place in places]
-        ends = [ranges[place][1] + ranges[place][2] for place in places]
+        starts = [ranges[index][1] for index in indices]
+        ends = [ranges[index][1] + ranges[index][2] for index in indices]
         try:
             limit = _limit(file_system)
             contents: list[Any] = file_system.cat_ranges(paths, starts, ends, on_error="return", **limit)
         except Exception:  # each range is then read alone, which reports the error
             continue
-        for place, content in zip(places, contents, strict=True):
-            if isinstance(content, bytes) and len(content) == ranges[place][2]:
-                found[place] = content
-    return found
+        for index, content in zip(indices, contents, strict=True):
+            if isinstance(content, bytes) and len(content) == ranges[index][2]:
+                results[index] = content
+    return results
 
 
 def list_matching_urls(pattern: str) -> list[str]:
@@ -136,8 +137,12 @@ def retry(ask: Callable[[], Value], url: str) -> Value:
         except Exception as error:
             # Libraries raise their own errors for a broken connection, from botocore's to aiohttp's. fsspec's HTTP file
             # system raises FileNotFoundError for any response; the actual error is its cause.
-            answer = error.__cause__ if isinstance(error, FileNotFoundError) else None
-            cause = error if answer is None or not type(answer).__module__.startswith("aiohttp") else answer
+            response_error = error.__cause__ if isinstance(error, FileNotFoundError) else None
+            cause = (
+                error
+                if response_error is None or not type(response_error).__module__.startswith("aiohttp")
+                else response_error
+            )
             if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in MISSING_STATUSES:
                 raise FileNotFoundError(strip_secrets(url)) from None
             reason = clean_message(cause)

@@ -24,8 +24,8 @@ class Window:
         num_bytes = max(0, min(num_bytes, self.file_bytes - start))
         offset = start - self._start
         if not 0 <= offset <= offset + num_bytes <= len(self._kept):
-            wanted = min(max(num_bytes, self._chunk_bytes), self.file_bytes - start)
-            self._start, self._kept, offset = start, self._fetch(start, wanted) if num_bytes else b"", 0
+            num_fetched = min(max(num_bytes, self._chunk_bytes), self.file_bytes - start)
+            self._start, self._kept, offset = start, self._fetch(start, num_fetched) if num_bytes else b"", 0
         return self._kept[offset : offset + num_bytes]
 
 
@@ -52,7 +52,7 @@ class RangeFile(io.RawIOBase):
         return self._place
 
     def read(self, size: int = -1) -> bytes:
-        left = max(0, self._num_bytes - self._place)
-        content = self._window.read(self._first + self._place, left if size < 0 else min(size, left))
+        remaining = max(0, self._num_bytes - self._place)
+        content = self._window.read(self._first + self._place, remaining if size < 0 else min(size, remaining))
         self._place += len(content)
         return content

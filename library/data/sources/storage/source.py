@@ -21,5 +21,5 @@ class Source:
 
 def load_source(key: str) -> Source:
     """Import the source that a key of a dataset file names."""
-    found: Source = importlib.import_module(f"library.data.sources.{key}").SOURCE
-    return found
+    source: Source = importlib.import_module(f"library.data.sources.{key}").SOURCE
+    return source

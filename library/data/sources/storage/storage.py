@@ -20,6 +20,7 @@ from library.errors import UserError
 
 CHUNK_BYTES = 5120  # the end of an image, the next header, and the start of the next image
 BRACES = re.compile(r"\{(?:(?P<first>[0-9]{1,18})\.\.(?P<last>[0-9]{1,18})|(?P<choices>[^{}]*,[^{}]*))\}")
+# In a URL `?` begins the parameters.
 GLOB, GLOB_IN_URL = re.compile(r"[*?\[]"), re.compile(r"\*")
 REMOTE_CHUNK_BYTES = 16384  # a request takes longer than transferring this much
 READ_FOLDER = "read"
@@ -108,6 +109,7 @@ class Storage:
 
     def _read_remote(self, place: Place) -> bytes:
         content = self.disk_cache.get(cache_name(place))
+        # The cached file may be damaged, or older than the index.
         if content is not None and digest_content(content) == place.digest:
             return content
         if place.reader is not None:
@@ -131,19 +133,20 @@ class Storage:
                 if len(self.opened.files) >= MOST_OPEN:
                     self.opened.files.pop(next(iter(self.opened.files)))
                 self.opened.files[file] = open_file()
-            found: T = self.opened.files[file]
-            return found
+            opened: T = self.opened.files[file]
+            return opened
 
     def shared(self, kind: type[T]) -> T:
         """Return the instance of a class that all readers of this process share."""
-        found: T = self.opened.shared.setdefault(kind, kind())
-        return found
+        instance: T = self.opened.shared.setdefault(kind, kind())
+        return instance
 
     def read_range(self, file: str, start: int, num_bytes: int) -> bytes:
         """Read a byte range of a file. Raises UserError if the file cannot be read or is too short."""
         if is_remote(file):
             return object_storage.read_url(file, start, num_bytes)
         try:
+            # Without a buffer exactly the range is read, but a single call may return fewer bytes.
             with open(file, "rb", buffering=0) as opened:
                 opened.seek(start)
                 content = opened.read(num_bytes)
@@ -181,13 +184,14 @@ class Storage:
         num_names = count_names(pattern)
         if num_names > MOST_NAMES:
             raise UserError(f"{strip_secrets(pattern)!r} lists {num_names} files; the maximum is {MOST_NAMES}")
-        found: list[str] = []
+        paths: list[str] = []
         for path in expand_pattern(pattern):
             if is_remote(path):
-                found += object_storage.list_matching_urls(path) if GLOB_IN_URL.search(path) else [path]
+                paths += object_storage.list_matching_urls(path) if GLOB_IN_URL.search(path) else [path]
             else:
-                found += sorted(glob(path)) if GLOB.search(path) and not os.path.exists(path) else [path]
-        return found
+                # The name of an existing file may contain brackets.
+                paths += sorted(glob(path)) if GLOB.search(path) and not os.path.exists(path) else [path]
+        return paths
 
     def cache_stem(self, image: ScannedImage) -> str:
         """Return the path prefix of an image's cache files: next to an image, or in a folder next to its larger file.
@@ -239,4 +243,4 @@ def expand_pattern(pattern: str) -> list[str]:
     else:
         middles = match["choices"].split(",")
     before, after = pattern[: match.start()], pattern[match.end() :]
-    return [before + middle + rest for middle in middles for rest in expand_pattern(after)]
+    return [before + middle + suffix for middle in middles for suffix in expand_pattern(after)]
