@@ -41,6 +41,7 @@ from library.data.decoding.npz import (
 from library.data.description.buckets import Shape, Size, crop_ltrb
 from library.data.scanned.images import ScannedImage, Version
 from library.data.sources.storage.storage import Storage
+from library.json_text import parse_json
 from library.protocols import LatentSpec
 
 WORDS = CacheWords(
@@ -183,7 +184,7 @@ def origin_in(archive: Mapping[str, Any], tail: str) -> Origin | None:
     if key not in archive:
         return None
     try:
-        origin = Origin(**json.loads(np.asarray(archive[key]).tobytes()))
+        origin = Origin(**parse_json(np.asarray(archive[key]).tobytes()))
     except (ValueError, TypeError):
         return None
     return origin if origin.checksums == compute_checksums(archive, tail) else None

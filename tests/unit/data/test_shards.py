@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pyarrow.parquet import read_table, write_table
 
 from library.data.caching.latents import cache_latents
 from library.data.sources import parquet, shards
@@ -270,6 +271,17 @@ def test_a_damaged_index_is_made_again(content: bytes, images: Path, tmp_path: P
     expected = list(open_subset(tmp_path, subset).samples)
     (index,) = index_files(tmp_path / "shards")
     index.write_bytes(content)
+    assert list(open_subset(tmp_path, subset).samples) == expected
+
+
+def test_an_index_whose_record_is_nested_too_deeply_is_made_again(images: Path, tmp_path: Path) -> None:
+    """Python's JSON parser ends with RecursionError there."""
+    subset = subset_of("tar txt", images, tmp_path)
+    expected = list(open_subset(tmp_path, subset).samples)
+    (index,) = index_files(tmp_path / "shards")
+    table = read_table(index)
+    record = table.schema.metadata | {parquet_index.ABOUT: b"[" * 100_000}
+    write_table(table.replace_schema_metadata(record), index)
     assert list(open_subset(tmp_path, subset).samples) == expected
 
 

@@ -25,6 +25,7 @@ from library.data.decoding.threads import read_many
 from library.data.description.buckets import Size
 from library.data.scanned.columns import Sizes, Texts
 from library.errors import UserError
+from library.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ def list_own_captions(images: Sequence[str], ending: str) -> list[str]:
 
 def read_tables(archive: Mapping[str, Any]) -> tuple[Table[Size | str], dict[str, Table[str]], frozenset[str]]:
     """Return the tables of an archive as fields of a FolderIndex. Raises one of DAMAGE if they are invalid."""
-    about = json.loads(archive["about"].tobytes())
+    about = parse_json(archive["about"].tobytes())
     if about["version"] != VERSION:
         raise UserError(f"it has version {about['version']}, this program writes {VERSION}")
     sizes = _table(archive["picture_names"], archive["picture_stamps"], Sizes(archive["picture_sizes"].reshape(-1, 2)))

@@ -24,6 +24,7 @@ from library.data.scanned.names import short_digest
 from library.data.sources.indexed.parquet_files import pyarrow_parquet
 from library.data.sources.indexed.rows import Row
 from library.errors import UserError
+from library.json_text import parse_json
 from library.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -199,7 +200,7 @@ def known_tables(path: Path, files: IndexedFiles) -> dict[int, Any]:
     parquet = pyarrow_parquet()
     try:
         table = parquet.read_table(path)
-        about = json.loads(table.schema.metadata[ABOUT])
+        about = parse_json(table.schema.metadata[ABOUT])
         old_files = {name: (old_number, FileStamp(*stamp)) for old_number, (name, *stamp) in enumerate(about["files"])}
         if (about["version"], about["rule"]) != (VERSION, files.rule):
             return {}
