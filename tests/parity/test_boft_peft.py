@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from library.architectures.sd.targets import view
 from library.checkpoints.files import load_state_dict
 from networks import boft
-from networks.core.changes.orthogonal import Orthogonal, turn
+from networks.core.changes.orthogonal import Orthogonal, rotate
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.kinds.boft import BLOCKS, SCALES, Boft, fits, make_fresh, read, sizes_for
 from tests.parity.test_lora_merge import tiny_clip
@@ -88,9 +88,9 @@ def test_products_of_factors_are_those_of_peft(num_columns: int, size: int, num_
     whole = dense(change.get_parameter(BLOCKS).detach())
     one = torch.eye(num_columns, dtype=torch.float64)
     torch.testing.assert_close(whole @ whole.t(), one, **FLOAT64)
-    turns = change.rotation.turns(change.rotation.angles(1.0)).detach()
-    torch.testing.assert_close(turn(one, turns), whole, **FLOAT64)
-    torch.testing.assert_close(turn(one, turns, is_transposed=True), whole.t(), **FLOAT64)
+    residuals = change.rotation.residuals(change.rotation.angles(1.0)).detach()
+    torch.testing.assert_close(rotate(one, residuals), whole, **FLOAT64)
+    torch.testing.assert_close(rotate(one, residuals, is_transposed=True), whole.t(), **FLOAT64)
     expected = change.get_parameter(SCALES) * (whole @ layer.weight.t()).t()
     torch.testing.assert_close(change.merged(layer.weight), expected, **FLOAT64)
     x = torch.randn(3, num_columns, dtype=torch.float64, requires_grad=True)

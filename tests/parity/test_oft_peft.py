@@ -99,7 +99,7 @@ def test_blocks_are_the_cayley_transform_up_to_the_fifth_power() -> None:
         assert torch.equal(skew, -skew.mT)
         one = torch.eye(5, dtype=torch.float64)
         exact = torch.linalg.solve(one - skew, one + skew)
-        error = (one + rotation.turns(skew[None])[0] - exact).abs().max().item()
+        error = (one + rotation.residuals(skew[None])[0] - exact).abs().max().item()
         assert 0 < error < 3 * skew.norm(dim=(1, 2)).max().item() ** 4
 
 

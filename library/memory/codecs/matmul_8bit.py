@@ -26,11 +26,11 @@ MOST_TWICE = FEWEST_ROWS // 2  # largest number of tokens with multiplied roundi
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight stored as `turn(codes * scales)`; `turn` is its own inverse and its own transpose."""
+    """A weight stored as `rotation(codes * scales)`; `rotation` is its own inverse and its own transpose."""
 
     codes_OI: Tensor
     scales: Tensor  # () or (O, 1)
-    turn: Callable[[Tensor], Tensor] | None = None
+    rotation: Callable[[Tensor], Tensor] | None = None
 
     @property
     def can_be_multiplied(self) -> bool:
@@ -49,8 +49,8 @@ class Codes:
 def output(x: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
     """Multiply x (..., I) by the weight's transpose; return (..., O) in the dtype of x."""
     x_TI = x.reshape(-1, x.shape[-1])
-    turned_TI = x_TI if weight.turn is None else weight.turn(x_TI)
-    y_TO = products_of_rounded(turned_TI, weight.codes_OI.dtype, weight.codes_OI.t(), x.dtype)
+    rotated_TI = x_TI if weight.rotation is None else weight.rotation(x_TI)
+    y_TO = products_of_rounded(rotated_TI, weight.codes_OI.dtype, weight.codes_OI.t(), x.dtype)
     y_TO *= weight.scales_of_outputs
     if bias is not None:
         y_TO += bias
@@ -62,32 +62,32 @@ def input_gradient(gradient: Tensor, weight: Codes) -> Tensor:
     scaled_TO = gradient.reshape(-1, gradient.shape[-1]) * weight.scales_of_outputs
     codes_OI = columns_first(weight.codes_OI) if gradient.device.type == "cuda" else weight.codes_OI
     dx_TI = products_of_rounded(scaled_TO, weight.codes_OI.dtype, codes_OI, gradient.dtype).to(gradient.dtype)
-    dx_TI = dx_TI if weight.turn is None else weight.turn(dx_TI)
+    dx_TI = dx_TI if weight.rotation is None else weight.rotation(dx_TI)
     return dx_TI.reshape(*gradient.shape[:-1], -1)
 
 
-def products_of_rounded(x_TK: Tensor, kind: torch.dtype, codes_KN: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply x, rounded to 8 bits, by codes of dtype `kind`. Return (T, N) in float32.
+def products_of_rounded(x_TK: Tensor, code_dtype: torch.dtype, codes_KN: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply x, rounded to 8 bits, by codes of dtype `code_dtype`. Return (T, N) in float32.
 
     Up to MOST_TWICE tokens are rounded to about 16 bits, as two 8-bit parts.
     """
-    rounded_TK, factors_T1 = round_tokens(x_TK, kind)
+    rounded_TK, factors_T1 = round_tokens(x_TK, code_dtype)
     # Nothing averages out the rounding of a token that modulates a whole image. Rounded once, its product is off by
     # 3.4 % in int8 and 1.0 % in fp8; with the remainders by 0.012 % and 0.06 %.
     if len(x_TK) > MOST_TWICE:
         return product(rounded_TK, codes_KN, dtype) * factors_T1
-    remainders_TK, remainder_factors_T1 = round_tokens(x_TK / factors_T1 - rounded_TK.float(), kind)
+    remainders_TK, remainder_factors_T1 = round_tokens(x_TK / factors_T1 - rounded_TK.float(), code_dtype)
     large_TN, small_TN = product(torch.cat([rounded_TK, remainders_TK]), codes_KN, dtype).chunk(2)
     return (large_TN + small_TN * remainder_factors_T1) * factors_T1
 
 
-def round_tokens(x_TK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+def round_tokens(x_TK: Tensor, code_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Round each token to 8 bits. Return the numbers (T, K) and the tokens' scales (T, 1) in float32."""
     # For e5m2 codes the activations are e4m3: torch requires one side to be, and with a scale per token its smaller
     # range is enough.
     # Constants defined outside of functions become inputs of the compiled graph, which torch.compile loses in autograd
     # passes.
-    rounded_dtype = torch.int8 if kind == torch.int8 else FP8
+    rounded_dtype = torch.int8 if code_dtype == torch.int8 else FP8
     largest_T1 = torch.linalg.vector_norm(x_TK, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
     largest = 127.0 if rounded_dtype == torch.int8 else 448.0
     factors_T1 = (largest_T1 / largest).clamp(min=torch.finfo(torch.float32).tiny)  # avoids 0 / 0 for all-zero tokens

@@ -14,15 +14,15 @@ from library.memory.codecs.matmul_8bit import Codes
 class Scaled:
     """Storage in two parts: 8-bit `codes` (O, I), and `scales` per tensor, per row or per group within a row.
 
-    `times(codes, scales)` multiplies them. `turn` undoes a rotation of the inputs.
+    `times(codes, scales)` multiplies them. `rotation` undoes a rotation of the inputs.
     """
 
     times: Callable[[Tensor, Tensor], Tensor]
-    turn: Callable[[Tensor], Tensor] | None = None
+    rotation: Callable[[Tensor], Tensor] | None = None
 
     def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         values = self.times(parts["codes"].to(dtype), parts["scales"])
-        return (values if self.turn is None else self.turn(values)).reshape(shape)
+        return (values if self.rotation is None else self.rotation(values)).reshape(shape)
 
     def codes(self, parts: Parts) -> Codes:
-        return Codes(parts["codes"], parts["scales"], self.turn)
+        return Codes(parts["codes"], parts["scales"], self.rotation)

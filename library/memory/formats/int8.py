@@ -31,7 +31,7 @@ class Int8Rows:
         return encode_in_chunks(weight, self.encode_rows)
 
     def encode_rows(self, weight_OI: Tensor) -> Parts:
-        values_OI = turn(weight_OI.float()) if self.is_rotated else weight_OI.float()
+        values_OI = rotate(weight_OI.float()) if self.is_rotated else weight_OI.float()
         largest_O1 = values_OI.abs().amax(dim=1, keepdim=True)
         # A row of zeros would divide 0 by 0.
         scales_O1 = torch.where(largest_O1 > 0, largest_O1 / LARGEST, 1.0)
@@ -41,17 +41,17 @@ class Int8Rows:
         # On GPUs this is one kernel, which reads the codes and writes the weight. A cast before it would write and read
         # the weight once more. CPUs make a copy either way.
         weight_OI = torch.mul(parts["codes"], parts["scales"].to(dtype))
-        return (turn(weight_OI) if self.is_rotated else weight_OI).reshape(shape)
+        return (rotate(weight_OI) if self.is_rotated else weight_OI).reshape(shape)
 
     def codes(self, parts: Parts) -> Codes:
-        return Codes(parts["codes"], parts["scales"], turn if self.is_rotated else None)
+        return Codes(parts["codes"], parts["scales"], rotate if self.is_rotated else None)
 
 
-def turn(weight_OI: Tensor) -> Tensor:
+def rotate(weight_OI: Tensor) -> Tensor:
     """Multiply each group of inputs by a Hadamard matrix, which is its own inverse."""
     size = group_size(weight_OI.shape[1])
-    turned: Tensor = weight_OI.reshape(-1, size) @ hadamard(size, weight_OI.dtype, weight_OI.device)
-    return turned.reshape(weight_OI.shape)
+    rotated: Tensor = weight_OI.reshape(-1, size) @ hadamard(size, weight_OI.dtype, weight_OI.device)
+    return rotated.reshape(weight_OI.shape)
 
 
 def group_size(num_inputs: int) -> int:

@@ -23,7 +23,7 @@ class Rotation(Protocol):
     """An orthogonal N x N matrix R with few parameters, which are named as in files.
 
     R is a product of F factors. Each has D blocks of b x b on its diagonal and a different order of its inputs, see
-    `turn`. D is N / b, or 1 if all inputs share one block. Implementations are modules.
+    `rotate`. D is N / b, or 1 if all inputs share one block. Implementations are modules.
     """
 
     block_size: int
@@ -33,8 +33,8 @@ class Rotation(Protocol):
         """Return the skew-symmetric angles times `scalar`, (F, D, b, b). The rotations are 1 + 2 angles + ..."""
         ...
 
-    def turns(self, angles_FDbb: Tensor) -> Tensor:
-        """Return the blocks for these angles minus the identity, (F, D, b, b)."""
+    def residuals(self, angles_FDbb: Tensor) -> Tensor:
+        """Return R - 1 for these angles: the blocks minus the identity, (F, D, b, b)."""
         ...
 
     def output_scales(self) -> Tensor | None:
@@ -94,23 +94,24 @@ class Orthogonal(nn.Module):
             return base(x)
         # Autocast would multiply the angles in 16 bits, and the blocks would be less orthogonal.
         with torch.autocast(x.device.type, enabled=False):
-            turns = self._drop(self._turns())
+            residuals = self._drop(self._residuals())
         scales_O = self.rotation.output_scales()
         if scales_O is None:
-            return self._turned(x, base, turns, strength)
+            return self._run_rotated(x, base, residuals, strength)
         assert self.layer is not None
-        out = scale_outputs(self._turned(x, base, turns, 1.0), scales_O, self.layer)
+        out = scale_outputs(self._run_rotated(x, base, residuals, 1.0), scales_O, self.layer)
         return out if strength == 1 else torch.lerp(base_out := base(x), out.to(base_out.dtype), strength)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
-        turns = self._turns()
-        num_columns, num_turned = base[0].numel(), turns.shape[1] * turns.shape[2]
+        residuals = self._residuals()
+        num_blocks, block_size = residuals.shape[1:3]
+        num_columns, num_rotated = base[0].numel(), num_blocks * block_size
         scales_O = self.rotation.output_scales()
         num_rows = len(base) if scales_O is None else len(scales_O)
-        if num_columns % turns.shape[2] or (turns.shape[1] > 1 and num_columns != num_turned) or num_rows != len(base):
-            raise Misfit("", (num_rows, num_turned), tuple(base.shape))
-        base = base.to(torch.promote_types(base.dtype, turns.dtype))
-        rotated = turn_rows(base, turns.to(base))
+        if num_columns % block_size or (num_blocks > 1 and num_columns != num_rotated) or num_rows != len(base):
+            raise Misfit("", (num_rows, num_rotated), tuple(base.shape))
+        base = base.to(torch.promote_types(base.dtype, residuals.dtype))
+        rotated = rotate_rows(base, residuals.to(base))
         if scales_O is not None:
             rotated = rotated * scales_O.to(base).view(-1, *(1,) * (base.dim() - 1))
         return rotated if strength == 1 else base + strength * (rotated - base)
@@ -156,56 +157,56 @@ class Orthogonal(nn.Module):
     def _scalar(self) -> Tensor | float:
         return 1.0 if self.scalar is None else self.scalar
 
-    def _turns(self) -> Tensor:
-        return self.rotation.turns(self.rotation.angles(self._scalar))
+    def _residuals(self) -> Tensor:
+        return self.rotation.residuals(self.rotation.angles(self._scalar))
 
-    def _drop(self, turns: Tensor) -> Tensor:
+    def _drop(self, residuals: Tensor) -> Tensor:
         """Drop blocks in training. A block that all inputs share is never dropped."""
-        if not self.training or self.drops.neuron == 0 or turns.shape[1] == 1:
-            return turns
-        keep_FD = torch.rand(turns.shape[:2], device=turns.device) > self.drops.neuron
-        return turns * keep_FD[..., None, None].to(turns.dtype)
+        if not self.training or self.drops.neuron == 0 or residuals.shape[1] == 1:
+            return residuals
+        keep_FD = torch.rand(residuals.shape[:2], device=residuals.device) > self.drops.neuron
+        return residuals * keep_FD[..., None, None].to(residuals.dtype)
 
-    def _turned(self, x: Tensor, base: Forward, turns: Tensor, strength: float) -> Tensor:
+    def _run_rotated(self, x: Tensor, base: Forward, residuals: Tensor, strength: float) -> Tensor:
         """Run the layer on rotated inputs."""
         if not isinstance(self.layer, nn.Conv2d):
-            return base(x + strength * change_of_turn(x, turns))
+            return base(x + strength * rotation_change(x, residuals))
         if self.layer.kernel_size == (1, 1):
             pixels = x.movedim(1, -1)
-            return base(x + strength * change_of_turn(pixels, turns).movedim(-1, 1))
+            return base(x + strength * rotation_change(pixels, residuals).movedim(-1, 1))
         if torch.is_autocast_enabled(x.device.type):
             # Autocast does not know the custom function, so the input is cast here, as autocast does for conv2d.
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        out: Tensor = _OrthogonalConv.apply(x, turns, self.layer, strength)  # type: ignore[no-untyped-call]
+        out: Tensor = _OrthogonalConv.apply(x, residuals, self.layer, strength)  # type: ignore[no-untyped-call]
         return out
 
 
-def turn(x_TN: Tensor, turns: Tensor, is_transposed: bool = False) -> Tensor:
+def rotate(x_TN: Tensor, residuals: Tensor, is_transposed: bool = False) -> Tensor:
     """Return x R, or x R' with `is_transposed`.
 
-    R is the product of P_i (1 + turns_i) P_i' from the last factor to the first, as in BOFT (Liu et al. 2024,
+    R is the product of P_i (1 + residuals_i) P_i' from the last factor to the first, as in BOFT (Liu et al. 2024,
     arXiv:2311.06243). P_0 is the identity. P_i permutes every 2^(i + 1) neighbouring half blocks, so that half blocks
     that are 2^i apart form one block. A transposition of axes changes the order; no N x N matrix is built.
     """
-    num_factors = len(turns)
+    num_factors = len(residuals)
     for i in range(num_factors) if is_transposed else reversed(range(num_factors)):
-        blocks_Dbb = turns[i].mT if is_transposed else turns[i]
+        blocks_Dbb = residuals[i].mT if is_transposed else residuals[i]
         x_TN = x_TN + _unshuffle(_through(_shuffle(x_TN, blocks_Dbb, i), blocks_Dbb), blocks_Dbb, i)
     return x_TN
 
 
-def change_of_turn(x_TN: Tensor, turns: Tensor) -> Tensor:
+def rotation_change(x_TN: Tensor, residuals: Tensor) -> Tensor:
     """Return x R - x. R is near the identity, and 16 bits represent the difference more accurately than R."""
     if not torch.is_autocast_enabled(x_TN.device.type):
-        turns = turns.to(x_TN.dtype)
-    if len(turns) == 1:
-        return _through(x_TN, turns[0])
-    return turn(x_TN, turns) - x_TN
+        residuals = residuals.to(x_TN.dtype)
+    if len(residuals) == 1:
+        return _through(x_TN, residuals[0])
+    return rotate(x_TN, residuals) - x_TN
 
 
-def turn_rows(weight: Tensor, turns: Tensor) -> Tensor:
+def rotate_rows(weight: Tensor, residuals: Tensor) -> Tensor:
     """Return W R' for a weight (O, I) or (O, I, h, w): every row of N numbers is rotated."""
-    return turn(weight.flatten(1), turns, is_transposed=True).view_as(weight)
+    return rotate(weight.flatten(1), residuals, is_transposed=True).view_as(weight)
 
 
 def _through(x_TN: Tensor, blocks_Dbb: Tensor) -> Tensor:
@@ -233,34 +234,34 @@ class _OrthogonalConv(torch.autograd.Function):
     """A convolution with a rotated weight that keeps only the rotation and the input for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, turns: Tensor, layer: nn.Conv2d, strength: float) -> Tensor:
-        ctx.save_for_backward(x, turns)
+    def forward(ctx: Any, x: Tensor, residuals: Tensor, layer: nn.Conv2d, strength: float) -> Tensor:
+        ctx.save_for_backward(x, residuals)
         ctx.layer, ctx.strength = layer, strength
-        weight = _weight_between(layer, turns, strength).to(x.dtype)
+        weight = _weight_between(layer, residuals, strength).to(x.dtype)
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
-        x, turns = ctx.saved_tensors
+        x, residuals = ctx.saved_tensors
         layer: nn.Conv2d = ctx.layer
         geometry: Any = (layer.stride, layer.padding, layer.dilation)
         with torch.autocast(gradient.device.type, enabled=False), torch.enable_grad():
-            # The rotated weight was not kept: it is built again, now with a graph that leads back to the turns.
-            turns = turns.detach().requires_grad_()
-            weight = _weight_between(layer, turns, ctx.strength)
-            x_gradient = turns_gradient = None
+            # The rotated weight was not kept: it is built again, now with a graph that leads back to the residuals.
+            residuals = residuals.detach().requires_grad_()
+            weight = _weight_between(layer, residuals, ctx.strength)
+            x_gradient = residuals_gradient = None
             if ctx.needs_input_grad[0]:
                 x_gradient = conv2d_input(x.shape, weight.detach().to(gradient.dtype), gradient, *geometry)  # type: ignore[no-untyped-call]
             if ctx.needs_input_grad[1]:
                 weight_gradient = conv2d_weight(x, weight.shape, gradient, *geometry)  # type: ignore[no-untyped-call]
-                (turns_gradient,) = torch.autograd.grad(weight, turns, weight_gradient.to(weight.dtype))
-        return x_gradient, turns_gradient, None, None
+                (residuals_gradient,) = torch.autograd.grad(weight, residuals, weight_gradient.to(weight.dtype))
+        return x_gradient, residuals_gradient, None, None
 
 
-def _weight_between(layer: nn.Conv2d, turns: Tensor, strength: float) -> Tensor:
+def _weight_between(layer: nn.Conv2d, residuals: Tensor, strength: float) -> Tensor:
     """Return W + strength (W R' - W) in the dtype of the rotation."""
-    weight = layer.weight.detach().to(turns.dtype)
-    rotated = turn_rows(weight, turns)
+    weight = layer.weight.detach().to(residuals.dtype)
+    rotated = rotate_rows(weight, residuals)
     return rotated if strength == 1 else weight + strength * (rotated - weight)

@@ -55,11 +55,11 @@ class Boft(nn.Module):
         blocks_FDbb = self.boft_R.to(torch.promote_types(self.boft_R.dtype, torch.float32)) * scalar
         return (blocks_FDbb.mT - blocks_FDbb) / 2
 
-    def turns(self, angles_FDbb: Tensor) -> Tensor:
+    def residuals(self, angles_FDbb: Tensor) -> Tensor:
         identity = torch.eye(self.block_size, dtype=angles_FDbb.dtype, device=angles_FDbb.device)
         # (1 + A) / (1 - A) - 1 with A = -S; both factors commute.
-        turns: Tensor = torch.linalg.solve(identity - angles_FDbb, 2 * angles_FDbb)
-        return turns
+        residuals: Tensor = torch.linalg.solve(identity - angles_FDbb, 2 * angles_FDbb)
+        return residuals
 
     def output_scales(self) -> Tensor:
         return self.boft_s.flatten()
@@ -187,7 +187,7 @@ class BoftArguments:
     block_num: int = argument(
         parse_rank, 0, "How many blocks, in place of their size.", aliases=("boft_block_num",), is_fixed_by_file=True
     )
-    boft_n_butterfly_factor: int = argument(parse_unit, 1, "How many factors turn one after the other.")
+    boft_n_butterfly_factor: int = argument(parse_unit, 1, "How many factors rotate one after the other.")
     enable_conv: bool = argument(
         parse_bool, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
     )

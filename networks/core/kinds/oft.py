@@ -20,7 +20,7 @@ from networks.core.arguments.values import parse_bool
 from networks.core.changes.blocks import REFUSED, refuse_magnitudes, with_kernels
 from networks.core.changes.change import Change, ChangeSize, Forward, MergedOnly, Misfit, ModuleTensors, get_weight
 from networks.core.changes.dropout import NO_DROPOUT, Dropout
-from networks.core.changes.orthogonal import change_of_turn
+from networks.core.changes.orthogonal import rotation_change
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.changes.request import ChangeRequest
 from networks.core.registry.adapter_kind import AdapterKind
@@ -73,23 +73,23 @@ class OrthogonalOutputs(nn.Module):
         if self.training and self.drops.skips_this_call():
             return out
         with torch.autocast(x.device.type, enabled=False):
-            turns = [self._drop(turn) for turn in self._turns()]
+            residuals = [self._drop(residual) for residual in self._residuals()]
         is_conv = isinstance(self.layer, nn.Conv2d)
         base_out = out.movedim(1, -1) if is_conv else out
         bias = None if self.layer is None else self.layer.bias
         if isinstance(bias, Tensor):
             # R rotates W, not the bias.
             base_out = base_out - bias.to(base_out.dtype)
-        change = self._rotate_rows(base_out, turns)
+        change = self._rotate_rows(base_out, residuals)
         return out + (strength * (change.movedim(-1, 1) if is_conv else change)).to(out.dtype)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
-        turns = self._turns()
-        num_rows = sum(turn.shape[1] * turn.shape[2] for turn in turns)
+        residuals = self._residuals()
+        num_rows = sum(residual.shape[1] * residual.shape[2] for residual in residuals)
         if num_rows != len(base):
             raise Misfit("", (num_rows, *base.shape[1:]), tuple(base.shape))
-        base = base.to(torch.promote_types(base.dtype, turns[0].dtype))
-        change = self._rotate_rows(base.flatten(1).t(), [turn.to(base) for turn in turns]).t()
+        base = base.to(torch.promote_types(base.dtype, residuals[0].dtype))
+        change = self._rotate_rows(base.flatten(1).t(), [residual.to(base) for residual in residuals]).t()
         return base + strength * change.reshape(base.shape)
 
     @property
@@ -140,26 +140,26 @@ class OrthogonalOutputs(nn.Module):
         share: Tensor = torch.where(length > limit, limit / length.clamp_min(limit), 1.0)
         return share
 
-    def _turns(self) -> list[Tensor]:
+    def _residuals(self) -> list[Tensor]:
         """Return the blocks of R minus the identity, (1, D, b, b) for each part."""
-        turns = []
+        residuals = []
         for angles in self._angles():
             identity = torch.eye(angles.shape[-1], dtype=angles.dtype, device=angles.device)
-            turns.append(torch.linalg.solve(identity - angles, 2 * angles)[None])
-        return turns
+            residuals.append(torch.linalg.solve(identity - angles, 2 * angles)[None])
+        return residuals
 
-    def _drop(self, turns: Tensor) -> Tensor:
+    def _drop(self, residuals: Tensor) -> Tensor:
         """Drop blocks in training."""
         if not self.training or self.drops.neuron == 0:
-            return turns
-        keep_FD = torch.rand(turns.shape[:2], device=turns.device) > self.drops.neuron
-        return turns * keep_FD[..., None, None].to(turns.dtype)
+            return residuals
+        keep_FD = torch.rand(residuals.shape[:2], device=residuals.device) > self.drops.neuron
+        return residuals * keep_FD[..., None, None].to(residuals.dtype)
 
-    def _rotate_rows(self, rows_TO: Tensor, turns: Sequence[Tensor]) -> Tensor:
+    def _rotate_rows(self, rows_TO: Tensor, residuals: Sequence[Tensor]) -> Tensor:
         """Return the change of rows of O numbers, s * (y R) - y with the scales s, part by part."""
-        widths = [turn.shape[1] * turn.shape[2] for turn in turns]
+        widths = [residual.shape[1] * residual.shape[2] for residual in residuals]
         parts = torch.split(rows_TO, widths, dim=-1)
-        change = torch.cat([change_of_turn(part, turn) for part, turn in zip(parts, turns, strict=True)], dim=-1)
+        change = torch.cat([rotation_change(p, residual) for p, residual in zip(parts, residuals, strict=True)], dim=-1)
         if self.rescale is None:
             return change
         scales_O = self.rescale.flatten().to(change.dtype)
@@ -186,17 +186,17 @@ class FixedMatrices(MergedOnly):
         if blocks.shape[0] * blocks.shape[1] != len(base):
             raise Misfit("", (blocks.shape[0] * blocks.shape[1], *base.shape[1:]), tuple(base.shape))
         base = base.to(torch.promote_types(base.dtype, blocks.dtype))
-        change = change_of_turn(base.flatten(1).t(), self._less_one()[None].to(base)).t()
+        change = rotation_change(base.flatten(1).t(), self._residual()[None].to(base)).t()
         return base + strength * change.reshape(base.shape)
 
     def norm(self) -> Tensor:
-        norm: Tensor = self._less_one().norm()
+        norm: Tensor = self._residual().norm()
         return norm
 
     def scale_(self, ratio: Tensor) -> None:
         raise UserError(f"{MATRICES} of LyCORIS is not trained, so it has no norm to limit")
 
-    def _less_one(self) -> Tensor:
+    def _residual(self) -> Tensor:
         blocks = self.oft_diag
         diagonal = blocks.diagonal(dim1=1, dim2=2).mean()
         identity = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)

@@ -58,7 +58,7 @@ class OftV2(nn.Module):
         upper = upper.view(1, -1, self.block_size, self.block_size)
         return upper - upper.mT
 
-    def turns(self, angles_FDbb: Tensor) -> Tensor:
+    def residuals(self, angles_FDbb: Tensor) -> Tensor:
         square = angles_FDbb @ angles_FDbb
         return 2 * (angles_FDbb + square + square @ angles_FDbb) + square @ square
 

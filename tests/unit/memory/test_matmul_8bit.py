@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from library.memory.codecs.codec import Codec
 from library.memory.codecs.matmul_8bit import FP8, Codes, columns_first, input_gradient, output
-from library.memory.formats.int8 import turn
+from library.memory.formats.int8 import rotate
 from library.memory.frozen import multiply_codes, store_all_in, store_in
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.weight_formats import CODECS, EIGHT_BIT_FORMATS
@@ -106,9 +106,9 @@ def test_numbers_that_8_bits_hold_are_multiplied_exactly(kind: torch.dtype) -> N
 
 def test_one_scale_for_all_and_turned_codes_of_a_file() -> None:
     codes_OI = whole_numbers((16, 64), torch.int8, seed=10).to(torch.int8)
-    weight = Codes(codes_OI, torch.tensor(0.25), turn)
-    decoded = turn(0.25 * codes_OI.double())
-    x = turn(whole_numbers((20, 64), torch.int8, seed=11))  # turned again it is whole numbers
+    weight = Codes(codes_OI, torch.tensor(0.25), rotate)
+    decoded = rotate(0.25 * codes_OI.double())
+    x = rotate(whole_numbers((20, 64), torch.int8, seed=11))  # rotated again it is whole numbers
     torch.testing.assert_close(output(x, weight, None).double(), x.double() @ decoded.T, rtol=1e-4, atol=1e-2)
     gradient = whole_numbers((20, 16), torch.int8, seed=12)
     torch.testing.assert_close(
