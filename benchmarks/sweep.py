@@ -127,16 +127,16 @@ def shared(block: nn.Module, args: argparse.Namespace) -> AdapterMultiplexer:
 
 def passes(block: nn.Module, args: argparse.Namespace, run: Callable[[int], Tensor]) -> tuple[Work, Work]:
     """Return forward and backward of `run(samples)`: with all adapters at once, and with one after another."""
-    turns = shared(block.requires_grad_(False).eval(), args)
+    multiplexer = shared(block.requires_grad_(False).eval(), args)
     seeds = dict.fromkeys(range(args.adapters), 0)
 
     def together() -> None:
-        with turns.together(seeds, CPU):
+        with multiplexer.together(seeds, CPU):
             run(args.adapters).square().mean().backward()
 
     def apart() -> None:
         for place in range(args.adapters):
-            with turns.only(place):
+            with multiplexer.only(place):
                 run(1).square().mean().backward()
 
     return together, apart

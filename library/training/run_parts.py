@@ -50,6 +50,6 @@ class Run:
     events: Events = field(default_factory=Events)
     norms: NormMeter = field(default_factory=NormMeter)
     label: str = ""  # the adapter's name in a sweep
-    place: int = 0  # its index in the sweep
-    turns: Multiplexer | None = None  # selects the active adapters; None for a single one
+    adapter_index: int = 0  # its index in the sweep
+    multiplexer: Multiplexer | None = None  # selects the active adapters; None for a single one
     sweep: SweepRecord | None = None  # shared by the adapters of a sweep; None without one

@@ -83,13 +83,13 @@ class Multiplexer(Protocol):
         ...
 
     def together(
-        self, seeds: Mapping[int, int], device: torch.device, draws: bool = True
+        self, seeds: Mapping[int, int], device: torch.device, has_own_streams: bool = True
     ) -> AbstractContextManager[None]:
         """Run several networks inside the block, each on its own part of the rows.
 
         The first axis of every input must consist of equal parts, one for each key of `seeds`, which maps network
-        indices to seeds. Each network draws its dropout from a stream with its seed. Pass `draws` False if random
-        numbers do not matter.
+        indices to seeds. Each network draws its dropout from a stream with its seed; without `has_own_streams`, where
+        random numbers do not matter, all share one stream.
         """
         ...
 

@@ -139,7 +139,7 @@ def test_convolutions_and_norms(fresh_process: None, tmp_path: Path) -> None:
 def test_kinds_and_dropouts_that_run_in_turn(fresh_process: None, tmp_path: Path) -> None:
     runs = prepared(tmp_path, "anima", OTHERS, "--gradient_checkpointing")
     compare(runs, SUMS_OF_A_PASS)
-    assert runs[0].turns is not None and runs[0].turns.share_stacked(range(len(runs))) == 0
+    assert runs[0].multiplexer is not None and runs[0].multiplexer.share_stacked(range(len(runs))) == 0
 
 
 @pytest.mark.parametrize("mode", MODES)

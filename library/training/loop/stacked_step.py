@@ -58,10 +58,10 @@ def backward_stacked(
     Noise, noise levels and dropout are functions of each adapter's seed, as in a run of that adapter alone.
     """
     first, contexts, times = runs[0], [run.context for run in runs], runs[0].times
-    assert first.turns is not None
-    seeds = {run.place: stream_seed(run.context.seed, "step", batch_number) for run in runs}
+    assert first.multiplexer is not None
+    seeds = {run.adapter_index: stream_seed(run.context.seed, "step", batch_number) for run in runs}
     repeated_batch = repeat_batch(batch, len(runs))
-    with first.turns.together(seeds, first.context.device), times.counted(repeated_batch) as begin_backward:
+    with first.multiplexer.together(seeds, first.context.device), times.counted(repeated_batch) as begin_backward:
         with times.stage("forward"):
             for context in contexts:
                 start_batch(context, batch_number, step)

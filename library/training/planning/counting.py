@@ -436,11 +436,11 @@ def count_step(
     if a step has several passes. `advance` is called after each."""
     arch, models, networks = meta.arch, meta.models, meta.networks
     loaded = LoadedModels(models, live_text(options.network, arch.text_cache), None)
-    turns = multiplex(networks, options.network.network_module or "") if len(networks) > 1 else None
+    multiplexer = multiplex(networks, options.network.network_module or "") if len(networks) > 1 else None
     trains_text = options.trains_text_encoders
     contexts = []
     for i, one in enumerate(networks):
-        only = nullcontext if turns is None else partial(turns.only, i)
+        only = nullcontext if multiplexer is None else partial(multiplexer.only, i)
         contexts.append(
             step_context(trains_text, options.caching.vae_batch_size, arch, 0, loaded, one, meta.compute, only)
         )
@@ -456,13 +456,13 @@ def count_step(
         for encoder in models.text_encoders if trains_text else []:
             run_encoder_layers_with(encoder, runner)
 
-    def acting() -> AbstractContextManager[None]:
-        if turns is None:
+    def activate_adapters() -> AbstractContextManager[None]:
+        if multiplexer is None:
             return nullcontext()
-        return turns.together(seeds, CPU, draws=False) if alone is None else turns.only(alone)
+        return multiplexer.together(seeds, CPU, has_own_streams=False) if alone is None else multiplexer.only(alone)
 
     def loss() -> Tensor:
-        if turns is None or alone is not None:
+        if multiplexer is None or alone is not None:
             return loss_of(contexts[alone or 0], batch, 0)
         losses = compute_stacked_losses(contexts, batch, repeat_batch(batch, len(contexts)), 0)
         return torch.stack(list(losses)).sum()
@@ -476,7 +476,7 @@ def count_step(
         for one in networks:
             one.start_step(*models.network_view)
             one.start_optimizer_step(0, 0)
-        with acting():
+        with activate_adapters():
             counted = count_pass(loss, give_runner, runner, counter, num_passes)
         advance()
         return counted

@@ -67,16 +67,16 @@ class Shared:
     batches: TrainingBatches
     plan: Plan
     times: StepTimes
-    turns: Multiplexer | None  # None for a single adapter
+    multiplexer: Multiplexer | None  # None for a single adapter
     sweep: SweepRecord | None
 
 
-def build_run(request: AdapterRequest, network: AdoptedNetwork, shared: Shared, place: int) -> Run:
-    """Build the run of the adapter at `place`."""
+def build_run(request: AdapterRequest, network: AdoptedNetwork, shared: Shared, adapter_index: int) -> Run:
+    """Build the run of the adapter with this index in the sweep."""
     options, arch, compute = request.options, shared.arch, shared.compute
     models = shared.loaded.models
     optimization = build_optimization(options, network, models, shared.plan.max_train_steps, compute.device)
-    alone = nullcontext if shared.turns is None else partial(shared.turns.only, place)
+    alone = nullcontext if shared.multiplexer is None else partial(shared.multiplexer.only, adapter_index)
     context = step_context(
         options.trains_text_encoders, options.caching.vae_batch_size, arch, request.seed, shared.loaded, network,
         compute, alone, options.pairs,
@@ -94,8 +94,8 @@ def build_run(request: AdapterRequest, network: AdoptedNetwork, shared: Shared, 
         events=request.events,
         norms=NormMeter(request.events.is_on),
         label=request.label,
-        place=place,
-        turns=shared.turns,
+        adapter_index=adapter_index,
+        multiplexer=shared.multiplexer,
         sweep=shared.sweep,
     )
 

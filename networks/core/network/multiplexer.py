@@ -18,12 +18,12 @@ class AdapterMultiplexer:
     A layer raises RuntimeError if it runs outside of `only` and `together`.
     """
 
-    def __init__(self, networks: Sequence[Sequence[Adapter]], draws: Sequence[bool]) -> None:
+    def __init__(self, networks: Sequence[Sequence[Adapter]], are_random: Sequence[bool]) -> None:
         """Take the forward of every layer that one of the networks, given by their adapters, adapts; none is installed.
 
-        `draws` has True for networks that leave something out at random, or add noise, in training.
+        `are_random` has True for networks that leave something out at random, or add noise, in training.
         """
-        self.acting: tuple[int, ...] = ()
+        self.active: tuple[int, ...] = ()
         self.streams = Streams()
         self.device = torch.device("cpu")
         self.has_streams = False
@@ -31,36 +31,36 @@ class AdapterMultiplexer:
         for index, network in enumerate(networks):
             for adapter in network:
                 layers.setdefault(adapter.target.module, {})[index] = adapter
-        self.draws = tuple(draws)
+        self.are_random = tuple(are_random)
         self.layers = [SharedLayer(layer, adapters, self) for layer, adapters in layers.items()]
 
     @contextmanager
     def only(self, index: int) -> Iterator[None]:
         """Run the model with one network inside the block. The numbers are those that it computes alone."""
-        with self._acting((index,)):
+        with self._activate((index,)):
             yield
 
     @contextmanager
-    def together(self, seeds: Mapping[int, int], device: torch.device, draws: bool = True) -> Iterator[None]:
+    def together(self, seeds: Mapping[int, int], device: torch.device, has_own_streams: bool = True) -> Iterator[None]:
         """Run several networks inside the block, each on its own part of the rows.
 
         The first axis of every layer's input consists of equal parts, one for each key of `seeds`, in this order. The
-        keys are indices of networks, the values seeds of their random streams. Without `draws`, which is for runs that
-        do not depend on random numbers, all networks share one stream.
+        keys are indices of networks, the values seeds of their random streams. Without `has_own_streams`, which is for
+        runs that do not depend on random numbers, all networks share one stream.
         """
-        self.device, self.has_streams = device, draws and any(self.draws[index] for index in seeds)
+        self.device, self.has_streams = device, has_own_streams and any(self.are_random[index] for index in seeds)
         if self.has_streams:
             self.streams.start(seeds, device)
-        with self._acting(tuple(seeds)):
+        with self._activate(tuple(seeds)):
             yield
 
     @contextmanager
-    def _acting(self, indices: tuple[int, ...]) -> Iterator[None]:
-        previous, self.acting = self.acting, indices
+    def _activate(self, indices: tuple[int, ...]) -> Iterator[None]:
+        previous, self.active = self.active, indices
         try:
             yield
         finally:
-            self.acting = previous
+            self.active = previous
 
     def share_stacked(self, indices: Sequence[int]) -> float:
         """Return the share of layers that compute the adapters of these networks in one product."""
@@ -80,15 +80,15 @@ class SharedLayer:
         # The answer is kept, because checking protocols takes a noticeable part of a short step.
         if indices not in self._stacked:
             changes = [self._adapters[index].change for index in indices if index in self._adapters]
-            draws = any(self._multiplexer.draws[index] for index in indices)
+            is_random = any(self._multiplexer.are_random[index] for index in indices)
             # Networks that draw random numbers need streams of their own, so they run one by one.
-            is_possible = len(changes) == len(indices) and not draws and can_be_stacked(changes)
+            is_possible = len(changes) == len(indices) and not is_random and can_be_stacked(changes)
             self._stacked[indices] = changes if is_possible else None  # type: ignore[assignment]
         return self._stacked[indices]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, where each part of the rows has the change of its network."""
-        indices = self._multiplexer.acting
+        indices = self._multiplexer.active
         if len(indices) == 1:
             return self._part(indices[0], x, self._base)
         if not indices:
@@ -107,8 +107,8 @@ class SharedLayer:
         count = len(indices)
         out = self._base(x) if any(self._adds(index) for index in indices) else None
         base_outs = [None] * count if out is None else list(out.chunk(count))
-        draws = any(self._multiplexer.draws[index] for index in indices if index in self._adapters)
-        has_streams = draws and self._multiplexer.has_streams
+        is_random = any(self._multiplexer.are_random[index] for index in indices if index in self._adapters)
+        has_streams = is_random and self._multiplexer.has_streams
         streams = self._multiplexer.streams.call(indices, self._multiplexer.device) if has_streams else nullcontext()
         parts = []
         with streams as call:

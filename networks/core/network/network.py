@@ -86,7 +86,7 @@ class AdapterNetwork(nn.Module):
         return {member.adapter.target.name: member.adapter for member in self.members}
 
     @property
-    def draws(self) -> bool:
+    def is_random(self) -> bool:
         """True if the adapters use dropout or noise in training."""
         return Dropout.of(self.arguments).is_on or self.arguments.of(GgpoArguments).is_on
 
@@ -127,7 +127,7 @@ class AdapterNetwork(nn.Module):
         # Adapters of one layer come off in the reverse of the order in which they were installed.
         for network in reversed(networks):
             network.remove()
-        return AdapterMultiplexer([[m.adapter for m in n.members] for n in networks], [n.draws for n in networks])
+        return AdapterMultiplexer([[m.adapter for m in n.members] for n in networks], [n.is_random for n in networks])
 
     def merge_to(
         self,
