@@ -152,7 +152,7 @@ def ready(options: object) -> "tuple[DataPlan, object]":
     spec = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_sd.npz", had_keys_without_size=True)
     plan = build_plan(options, spec, 1, None, None)  # type: ignore[arg-type]
     plan.audit(logging.getLogger("audit"))
-    return plan, open_batches(plan).of_epoch(1, range(plan.num_batches), int, 0, False)
+    return plan, open_batches(plan).iterate_epoch(1, range(plan.num_batches), int, 0, False)
 
 
 def bytes_to_worker(plan: "DataPlan") -> int:

@@ -86,7 +86,7 @@ def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Wor
     runs = [one.run for one in prepared]
     for run in runs:
         run.context.network.start_epoch(*run.context.models.network_view)
-    batches = list(runs[0].batches.of_epoch(1, range(4), lambda place: 0, 0, False))
+    batches = list(runs[0].batches.iterate_epoch(1, range(4), lambda index: 0, 0, False))
 
     def update(run: Run) -> None:
         torch.nn.utils.clip_grad_norm_(run.context.network.trainable_parameters(), 1.0)

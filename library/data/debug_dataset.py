@@ -16,7 +16,7 @@ def show_batches(data: TrainingData) -> None:
     """Log the shapes of the first epoch's batches, then each image once: caption, sizes, loss weight, attributes."""
     shapes: Counter[str] = Counter()
     samples: defaultdict[str, list[str]] = defaultdict(list)  # descriptions of its draws, by image
-    for batch in open_batches(data).of_epoch(1, range(data.num_batches), lambda index: index, 0, False):
+    for batch in open_batches(data).iterate_epoch(1, range(data.num_batches), lambda index: index, 0, False):
         tensors = {"pixels": batch.pixels_BCHW, "latents": batch.latents_BCHW, "masks": batch.masks_B1HW}
         tensors |= {f"reference {r} pixels": tensor for r, tensor in enumerate(batch.reference_pixels)}
         tensors |= {f"reference {r} latents": tensor for r, tensor in enumerate(batch.reference_latents)}

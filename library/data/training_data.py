@@ -20,15 +20,15 @@ class TrainingBatches(Protocol):
     def validation(self) -> ValidationSet:
         """The held-out images."""
 
-    def of_epoch(
+    def iterate_epoch(
         self,
         epoch: int,
-        places: Sequence[int],
+        batch_indices: Sequence[int],
         step_of: Callable[[int], int],
         num_workers: int,
         persistent_workers: bool,
     ) -> Iterator[Batch]:
-        """Yield the batches of an epoch (from 1) at `places` (from 0); `step_of(i)` is the step of batch i."""
+        """Yield the batches of an epoch (from 1) at `batch_indices` (from 0); `step_of(i)` is the step of batch i."""
 
     def report_skipped(self, log: logging.Logger) -> None:
         """Log how often damaged images were skipped, if any."""

@@ -109,7 +109,7 @@ def gradients_of(run: Run) -> Iterator[tuple[str, torch.Tensor]]:
 
 def compare(runs: list[Run], tolerance: float) -> None:
     """Losses and gradients of a window of two batches, together and of each adapter alone."""
-    (batch,) = runs[0].batches.of_epoch(1, [0], lambda place: 0, 0, False)
+    (batch,) = runs[0].batches.iterate_epoch(1, [0], lambda index: 0, 0, False)
     together = [backward_stacked(runs, batch, number, 2, 3) for number in (6, 7)]
     found = [dict(gradients_of(run)) for run in runs]
     for i, (run, gradients) in enumerate(zip(runs, found, strict=True)):
@@ -158,7 +158,7 @@ def test_the_shared_step_takes_what_is_counted(fresh_process: None, tmp_path: Pa
     more = ["--cache_latents", "--network_train_unet_only", *(["--gradient_checkpointing"] if recomputes else [])]
     two = {label: KINDS[label] for label in ("LoRA", "DoRA")}
     runs = prepared(tmp_path, "flux", two, *more, size="256,192")
-    context, (batch,) = runs[0].context, runs[0].batches.of_epoch(1, [0], lambda place: 0, 0, False)
+    context, (batch,) = runs[0].context, runs[0].batches.iterate_epoch(1, [0], lambda index: 0, 0, False)
     shape = BatchShape(2, 256, 192)
     adapters = [run.options for run in runs]
     counted = count_run(adapters[0], context.arch, shape, CPU, adapters).step

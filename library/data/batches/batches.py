@@ -84,14 +84,14 @@ class Orders:
 
     epoch: int
     batches: Sequence[tuple[int, ...]]  # the draws of every batch of the epoch
-    places: Sequence[int]  # indices of the requested batches in the epoch
+    batch_indices: Sequence[int]  # indices of the requested batches in the epoch
     step_of: Callable[[int], int]  # optimizer step of a batch, by its index
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.batch_indices)
 
     def __iter__(self) -> Iterator[BatchOrder]:
-        return (BatchOrder(self.epoch, self.step_of(place), self.batches[place]) for place in self.places)
+        return (BatchOrder(self.epoch, self.step_of(i), self.batches[i]) for i in self.batch_indices)
 
 
 @dataclass

@@ -90,18 +90,18 @@ class OwnDataset:
         """An empty set: nothing is held out."""
         return make_empty_set()
 
-    def of_epoch(
+    def iterate_epoch(
         self,
         epoch: int,
-        places: Sequence[int],
+        batch_indices: Sequence[int],
         step_of: Callable[[int], int],
         num_workers: int,
         persistent_workers: bool,
     ) -> Iterator[Batch]:
-        """Yield the batches of an epoch at `places`. They are made in this process, on request."""
+        """Yield the batches of an epoch at `batch_indices`. They are made in this process, on request."""
         order = list(range(self.num_batches))
         random_for(self._seed, "batch order", epoch).shuffle(order)
-        return (self._batch(epoch, order[place]) for place in places)
+        return (self._batch(epoch, order[batch_index]) for batch_index in batch_indices)
 
     def audit(self, log: logging.Logger) -> None:
         log.info("%s %s: %d batches per epoch, made in this process", FLAG, self._name, self.num_batches)

@@ -68,22 +68,22 @@ class PlannedBatches:
         maker = replace(self._maker, seed=plan.validation_seed, is_mirrored=is_mirrored)
         return open_validation_set(maker, self._finished, draws, identities)
 
-    def of_epoch(
+    def iterate_epoch(
         self,
         epoch: int,
-        places: Sequence[int],
+        batch_indices: Sequence[int],
         step_of: Callable[[int], int],
         num_workers: int,
         persistent_workers: bool,
     ) -> Iterator[Batch]:
-        """Yield the batches of an epoch (from 1) at `places` (from 0), in their order. Other batches are not read.
+        """Yield the batches of an epoch (from 1) at `batch_indices` (from 0), in their order. No others are read.
 
         `step_of(i)` is the optimizer step of batch i. With `persistent_workers` the worker processes run until `close`.
         Raises UserError naming an image that cannot be read.
         """
         assert epoch >= 1, epoch
         batches = epoch_batches(self.plan.draws.buckets, self.plan.seed, epoch)
-        orders = Orders(epoch, batches, places, step_of)
+        orders = Orders(epoch, batches, batch_indices, step_of)
         if not self._needs_workers:
             num_workers = 0
         # As in sd-scripts, at most one worker per core. More workers than batches would be idle.

@@ -35,20 +35,20 @@ class ValidationSet:
     def num_batches(self) -> int:
         return len(self.draws)
 
-    def select_places(self, count: int | None) -> list[int]:
+    def select_batches(self, count: int | None) -> list[int]:
         """Return the indices of at most `count` batches (None: all), evenly spread."""
         if count is None or count >= self.num_batches:
             return list(range(self.num_batches))
         return [i * self.num_batches // count for i in range(count)]
 
-    def names(self, place: int) -> list[tuple[str | int, ...]]:
+    def identify_images(self, batch_index: int) -> list[tuple[str | int, ...]]:
         """Identify each image of a batch regardless of its file name: content digest, width and height."""
-        samples = [self._sample(draw) for draw in self.draws[place]]
+        samples = [self._sample(draw) for draw in self.draws[batch_index]]
         return [(self.identities[sample.image.key], *sample.shape.bucket) for sample in samples]
 
-    def labels(self, place: int) -> list[str]:
+    def labels(self, batch_index: int) -> list[str]:
         """Name each image of a batch for messages: folder and file."""
-        paths = [self._sample(draw).image.key for draw in self.draws[place]]
+        paths = [self._sample(draw).image.key for draw in self.draws[batch_index]]
         # Escaped, because a file name may contain bytes that are not text.
         return [ascii(os.path.join(*os.path.abspath(path).split(os.sep)[-2:])) for path in paths]
 
@@ -64,20 +64,20 @@ class ValidationSet:
     def _sample(self, draw: int) -> Sample:
         return self.maker.samples[int(self.maker.sample_of_draw[draw])]
 
-    def batches(self, places: Sequence[int], num_threads: int) -> Iterator[Batch]:
-        """Yield the batches at `places`. `num_threads` threads read ahead; 0 reads in this thread.
+    def batches(self, batch_indices: Sequence[int], num_threads: int) -> Iterator[Batch]:
+        """Yield the batches at `batch_indices`. `num_threads` threads read ahead; 0 reads in this thread.
 
         Raises UserError naming an image that cannot be read.
         """
-        if num_threads == 0 or all(sample in self.maker.in_memory for sample in self.iterate_samples(places)):
-            for place in places:
-                yield self.finish(self.maker[self._order(place)])
+        if num_threads == 0 or all(sample in self.maker.in_memory for sample in self.iterate_samples(batch_indices)):
+            for batch_index in batch_indices:
+                yield self.finish(self.maker[self._order(batch_index)])
             return
         pool = ThreadPoolExecutor(num_threads, thread_name_prefix="validation")
         try:
             waiting: deque[Future[PartialBatch | str]] = deque()
-            for place in places:
-                waiting.append(pool.submit(self.maker.__getitem__, self._order(place)))
+            for batch_index in batch_indices:
+                waiting.append(pool.submit(self.maker.__getitem__, self._order(batch_index)))
                 if len(waiting) > num_threads:
                     yield self.finish(waiting.popleft().result())
             while waiting:
@@ -85,12 +85,12 @@ class ValidationSet:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def iterate_samples(self, places: Sequence[int]) -> Iterator[int]:
-        """Yield the indices of the samples in the batches at `places`."""
-        return (int(self.maker.sample_of_draw[draw]) for place in places for draw in self.draws[place])
+    def iterate_samples(self, batch_indices: Sequence[int]) -> Iterator[int]:
+        """Yield the indices of the samples in the batches at `batch_indices`."""
+        return (int(self.maker.sample_of_draw[draw]) for i in batch_indices for draw in self.draws[i])
 
-    def _order(self, place: int) -> BatchOrder:
-        return BatchOrder(epoch=1, step=0, draws=self.draws[place])
+    def _order(self, batch_index: int) -> BatchOrder:
+        return BatchOrder(epoch=1, step=0, draws=self.draws[batch_index])
 
 
 def make_empty_set() -> ValidationSet:

@@ -108,16 +108,16 @@ class PromptPairs:
         """An empty set: nothing is held out."""
         return make_empty_set()
 
-    def of_epoch(
+    def iterate_epoch(
         self,
         epoch: int,
-        places: Sequence[int],
+        batch_indices: Sequence[int],
         step_of: Callable[[int], int],
         num_workers: int,
         persistent_workers: bool,
     ) -> Iterator[Batch]:
-        """Yield the batches at `places`. They are made in this process, on request."""
-        return (self._batch(place) for place in places)
+        """Yield the batches at `batch_indices`. They are made in this process, on request."""
+        return (self._batch(batch_index) for batch_index in batch_indices)
 
     def audit(self, log: logging.Logger) -> None:
         """Log a summary of the prompt pairs."""

@@ -25,14 +25,14 @@ class Measurement:
     """Held-out images, the noise levels to measure, and the seed of the noise."""
 
     images: ValidationSet
-    places: Sequence[int]  # indices of the batches to measure
+    batch_indices: Sequence[int]  # indices of the batches to measure
     levels: Sequence[int]
     seed: int
     noise: Sequence[Name] | None = None  # the name that seeds each row's noise; None uses the image's own
 
     @cached_property
     def _names(self) -> list[list[Name]]:
-        return [self.images.names(place) for place in self.places]
+        return [self.images.identify_images(i) for i in self.batch_indices]
 
     @cached_property
     def rows(self) -> list[Name]:
@@ -47,7 +47,7 @@ class Measurement:
     @cached_property
     def labels(self) -> list[str]:
         """The name of each row's image in messages."""
-        return [label for place in self.places for label in self.images.labels(place)]
+        return [label for i in self.batch_indices for label in self.images.labels(i)]
 
     def losses(
         self,
@@ -61,14 +61,14 @@ class Measurement:
 
         `evaluating` puts the models into evaluation mode if they are not; `title` is that of the progress bar.
         """
-        numbers = list(range(processes.rank, len(self.places), processes.count))
+        numbers = list(range(processes.rank, len(self.batch_indices), processes.count))
         num_own = len(numbers)
-        if context.models.sharded is not None and num_own < ceil(len(self.places) / processes.count):
-            numbers.append(len(self.places) - 1)  # padding, to stay in step with other ranks
+        if context.models.sharded is not None and num_own < ceil(len(self.batch_indices) / processes.count):
+            numbers.append(len(self.batch_indices) - 1)  # padding, to stay in step with other ranks
         names = self.rows if self.noise is None else self.noise
         losses_NL = torch.zeros(len(self.rows), len(self.levels), dtype=torch.float64)
         with evaluating or nullcontext(), progress_bar(title, len(numbers), leave=False) as bar:
-            batches = self.images.batches([self.places[i] for i in numbers], num_threads)
+            batches = self.images.batches([self.batch_indices[i] for i in numbers], num_threads)
             for number, (i, batch) in enumerate(zip(numbers, batches, strict=True)):
                 first = sum(map(len, self._names[:i]))
                 rows = slice(first, first + len(batch.keys))

@@ -73,8 +73,8 @@ def resolve_measurements(
     found = []
     for is_probe in (False, True):
         images = aside.of_probe(is_probe)
-        places = images.select_places(wanted.max_validation_steps or None)
-        found.append(Measurement(images, places, noise_levels(noise), seed))
+        batch_indices = images.select_batches(wanted.max_validation_steps or None)
+        found.append(Measurement(images, batch_indices, noise_levels(noise), seed))
     return found[0], found[1]
 
 

@@ -81,14 +81,14 @@ class NonFiniteGuard:
 
     def explain(self, window: Window, losses: Sequence[float], norm: float) -> str:
         """Describe a damaged step: its number, images, noise levels, and the module that the trace found."""
-        non_finite = {place: loss for place, loss in zip(window.places, losses, strict=True) if not isfinite(loss)}
+        non_finite = {i: loss for i, loss in zip(window.batch_indices, losses, strict=True) if not isfinite(loss)}
         damage = f"loss {next(iter(non_finite.values()))}" if non_finite else f"gradient norm {norm} with a finite loss"
         samples, trace = [], None
         step_of = partial(self.run.plan.step_of, window.epoch)
-        for place in non_finite or window.places:
+        for batch_index in non_finite or window.batch_indices:
             # Every draw is a function of the seed and its place, so the batch can be made once more.
-            (batch,) = self.run.batches.of_epoch(window.epoch, [place], step_of, 0, False)
-            batch_number = self.run.plan.batch_number(window.epoch, place)
+            (batch,) = self.run.batches.iterate_epoch(window.epoch, [batch_index], step_of, 0, False)
+            batch_number = self.run.plan.batch_number(window.epoch, batch_index)
             timesteps = add_noise_to(self.run.context, batch, batch_number).timesteps_B.tolist()
             samples += [f"{key} (timestep {t:g})" for key, t in zip(batch.keys, timesteps, strict=True)]
             if self.run.options.faults.trace_nonfinite and not self.was_traced:

@@ -93,7 +93,7 @@ class AdapterRun:
         """
         run, device = self.run, self.run.context.device
         parameters = run.context.network.trainable_parameters()
-        num_losses, sharded = len(window.places), run.context.models.sharded
+        num_losses, sharded = len(window.batch_indices), run.context.models.sharded
         order = None if sharded is None else Order(sharded.digest, sharded.group_size)
         losses, stops = run.processes.exchange(parameters, local_losses, num_losses, wants_stop, order)
         # The previous step is judged only now, when the device has this step's gradients queued, and before this step
@@ -218,12 +218,12 @@ def report_step(run: Run, progress: Progress, charts: Charts, bar: StepBar, resu
     Non-finite losses are left out of the average, because their step was skipped.
     """
     window = result.window
-    for place, loss in zip(window.places, result.losses, strict=True):
+    for batch_index, loss in zip(window.batch_indices, result.losses, strict=True):
         if math.isfinite(loss):
-            progress.average.add(place, loss)
+            progress.average.add(batch_index, loss)
         if charts.are_on:
             # The x values of sd-scripts: one point per batch, under the count of steps that are finished after it.
-            step = window.step + 1 if place == window.places[-1] else window.step
+            step = window.step + 1 if batch_index == window.batch_indices[-1] else window.step
             values = step_values(run, loss, progress.average.mean, result.rates, result.limited)
             charts.log_step(values, step, window.epoch)
     if run.events.is_on:

@@ -155,16 +155,16 @@ def iterate_batches(run: Run, epoch: int, first_step: int) -> Ahead:
     """Iterate over this process's batches of an epoch that follow `first_step` finished steps; no others are loaded."""
     dataset, cache = run.options.dataset, run.context.arch.text_cache
     windows = run.plan.windows(epoch, first_step)
-    places = array("i", (place for window in windows for place in assign_places(run, window)))  # up to a million
-    batches = run.batches.of_epoch(
+    batch_indices = array("i", (i for window in windows for i in assign_batches(run, window)))  # up to a million
+    batches = run.batches.iterate_epoch(
         epoch,
-        places,
+        batch_indices,
         partial(run.plan.step_of, epoch),
         dataset.max_data_loader_n_workers,
         dataset.persistent_data_loader_workers,
     )
     device, on_host = run.context.device, () if cache is None else cache.on_host
-    return Ahead(batches, len(places), CudaCopies(device, on_host) if device.type == "cuda" else None, run.times)
+    return Ahead(batches, len(batch_indices), CudaCopies(device, on_host) if device.type == "cuda" else None, run.times)
 
 
 def accumulate_gradients(
@@ -181,17 +181,17 @@ def accumulate_gradients(
     run = runs[0]
     losses: list[list[Tensor]] = [[] for _ in runs]
     num_local = len(window.share(run.processes.rank, run.processes.count))
-    for number, place in enumerate(assign_places(run, window)):
+    for number, batch_index in enumerate(assign_batches(run, window)):
         batch = next(batches)
         # The true number of batches, which is smaller in the last window of an epoch; sd-scripts always divides by the
         # full one. A padding batch is divided by infinity, so its gradient is zero.
-        size = len(window.places) if number < num_local else math.inf
+        size = len(window.batch_indices) if number < num_local else math.inf
         doing = f"computing step {window.step + 1}, forward and backward"
         shape, predicted = describe_shape(batch), partial(memory_hints, runs, batch)
         with explain_out_of_memory(
             doing, run.options, run.context.device, shape, lambda: measure_sizes(run), predicted
         ):
-            batch_number = run.plan.batch_number(window.epoch, place)
+            batch_number = run.plan.batch_number(window.epoch, batch_index)
             if is_stacked(runs, batch):
                 batch_losses = backward_stacked(runs, batch, batch_number, size, window.step)
             else:
@@ -202,14 +202,14 @@ def accumulate_gradients(
     return [torch.stack(adapter_losses[:num_local]) if num_local else torch.zeros(0) for adapter_losses in losses]
 
 
-def assign_places(run: Run, window: Window) -> list[int]:
-    """Return the positions that this process computes: its share of the window, and a padding batch if a sharded
-    model needs one."""
+def assign_batches(run: Run, window: Window) -> list[int]:
+    """Return the indices of the batches that this process computes: its share of the window, and a padding batch if a
+    sharded model needs one."""
     processes = run.processes
     share = [*window.share(processes.rank, processes.count)]
     padding = None
     if run.context.models.sharded is not None:
-        padding = window.stand_in(processes.rank, processes.count)
+        padding = window.padding_batch(processes.rank, processes.count)
     return share if padding is None else [*share, padding]
 
 

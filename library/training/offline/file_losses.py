@@ -82,7 +82,7 @@ def losses_of_files(
     uncached = PlannedBatches(plan, NO_LATENTS, NO_TEXTS)
     aside, probe = resolve_measurements(options.validation, options.noise, uncached.validation, seed)
     has_flips = any(s.config.flip_aug for dataset in plan.datasets for s in dataset.subsets)
-    kept_aside = {sample for one in (aside, probe) for sample in one.images.iterate_samples(one.places)}
+    kept_aside = {sample for one in (aside, probe) for sample in one.images.iterate_samples(one.batch_indices)}
     plan, numbers = plan.limited_to_measured(len(aside.rows) or MOST_MIRRORED, kept_aside)
     if not aside.rows:  # mirrored images have no cached latents
         options = options.with_values({"cache_latents": False, "cache_latents_to_disk": False})
@@ -126,7 +126,7 @@ def losses_of_files(
 
 def select_all(images: ValidationSet, like: Measurement) -> Measurement:
     """Return a measurement of all of these images, with the noise levels and the seed of another one."""
-    return replace(like, images=images, places=images.select_places(None))
+    return replace(like, images=images, batch_indices=images.select_batches(None))
 
 
 def check_text_parts(rows: Sequence[Row]) -> None:

@@ -16,17 +16,17 @@ class LossAverage:
     losses: dict[int, float] = field(default_factory=dict)
     total: float = 0.0
 
-    def add(self, place: int, loss: float) -> None:
-        """Replace the loss of the batch at position `place`."""
-        self.total += loss - self.losses.get(place, 0.0)
-        self.losses[place] = loss
+    def add(self, batch_index: int, loss: float) -> None:
+        """Replace the loss of a batch."""
+        self.total += loss - self.losses.get(batch_index, 0.0)
+        self.losses[batch_index] = loss
         if not isfinite(self.total):  # a running sum would stay NaN after the NaN is replaced
             self.total = fsum(self.losses.values())
 
-    def keep_places_below(self, num_batches: int) -> None:
+    def keep_batches_below(self, num_batches: int) -> None:
         """Drop the losses of positions at and above `num_batches`."""
-        if any(place >= num_batches for place in self.losses):
-            self.losses = {place: loss for place, loss in self.losses.items() if place < num_batches}
+        if any(batch_index >= num_batches for batch_index in self.losses):
+            self.losses = {batch_index: loss for batch_index, loss in self.losses.items() if batch_index < num_batches}
             self.total = fsum(self.losses.values())
 
     @property

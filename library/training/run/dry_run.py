@@ -37,19 +37,19 @@ DRY_RUN_VALUES: dict[str, Any] = {  # caches stay in memory, no trackers, no upl
 }
 
 
-def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
-    """Train one step on the batch at `place` of the first epoch, then run a second pass, and log the memory needed.
+def try_largest_batch(runs: Sequence[Run], writer: Writer, batch_index: int) -> None:
+    """Train one step on a batch of the first epoch, then run a second pass, and log the memory needed.
 
     `runs` holds all adapters. The second pass runs with the optimizer state allocated, so it shows the peak of
     training. Raises UserError if the loss is not finite, OutOfMemoryError if memory runs out.
     """
     run = runs[0]
-    (batch,) = run.batches.of_epoch(1, [place], lambda place: 0, 0, False)
+    (batch,) = run.batches.iterate_epoch(1, [batch_index], lambda index: 0, 0, False)
     shape, sizes = describe_shape(batch), measure_sizes(run)
     logger.info("dry run: memory while loading and caching: %s", memory_figures(run.context.device))
     doing, predicted = "training the largest batch (--dry_run)", partial(memory_hints, runs, batch)
     with explain_out_of_memory(doing, run.options, run.context.device, shape, lambda: sizes, predicted):
-        loss = forward_and_backward(runs, batch, place)
+        loss = forward_and_backward(runs, batch, batch_index)
         for adapter in runs:
             with round_weights(adapter, 0):
                 adapter.optimization.optimizer.step()
@@ -59,20 +59,20 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
         if run.context.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.context.device)
         started = time.perf_counter()
-        forward_and_backward(runs, batch, place)
+        forward_and_backward(runs, batch, batch_index)
         seconds = time.perf_counter() - started
     if not math.isfinite(loss):
-        add_noise_to(run.context, batch, place)  # raises the error that names the VAE
+        add_noise_to(run.context, batch, batch_index)  # raises the error that names the VAE
         raise UserError(f"--dry_run: the loss of the largest batch is {loss}; images: {', '.join(batch.keys)}")
     report(run, writer, sizes, shape, loss, seconds)
 
 
-def forward_and_backward(runs: Sequence[Run], batch: Batch, place: int) -> float:
+def forward_and_backward(runs: Sequence[Run], batch: Batch, batch_index: int) -> float:
     """Run one pass with gradients. Return the first adapter's loss, or a non-finite one of any adapter."""
     if is_stacked(runs, batch):
-        losses = backward_stacked(runs, batch, place, 1, 0)
+        losses = backward_stacked(runs, batch, batch_index, 1, 0)
     else:
-        losses = [backward(run, batch, place, 1, 0) for run in runs]
+        losses = [backward(run, batch, batch_index, 1, 0) for run in runs]
     values = [loss.item() for loss in losses]
     return next((loss for loss in values if not math.isfinite(loss)), values[0])
 

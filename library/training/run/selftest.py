@@ -89,7 +89,7 @@ def test_itself(run: Run) -> None:
     """Compare the first batch's gradients in the run's mode with plain ones. Raises UserError if they differ."""
     context = run.context
     network = context.network.module
-    (batch,) = run.batches.of_epoch(1, [0], lambda place: 0, 0, False)
+    (batch,) = run.batches.iterate_epoch(1, [0], lambda index: 0, 0, False)
     recorder = Recorder(block_runner(run.options.memory))
     context.arch.run_blocks_with(context.models.denoiser, recorder)
     with context.alone(), eval_mode([network]):  # no dropout: both passes must see the same network

@@ -58,7 +58,7 @@ def go_on(run: Run, progress: Progress, validation: Validation, state: StateMani
     progress.step = first_step
     if first_step == state.step:
         progress.done = set(state.done)
-    progress.average.keep_places_below(run.plan.num_batches)  # images may have been removed since
+    progress.average.keep_batches_below(run.plan.num_batches)  # images may have been removed since
     logger.info("resuming from %s at step %d of %d", state.path, first_step, run.plan.max_train_steps)
 
 

@@ -17,22 +17,22 @@ class Window:
 
     step: int  # steps finished before this one
     epoch: int  # from 1
-    places: range  # the batches' positions in the epoch, from 0
+    batch_indices: range  # in the epoch, from 0
     ends_epoch: bool
 
     def share(self, rank: int, num_processes: int) -> range:
-        """Return the positions that one process computes; empty if the last window of an epoch is shorter than the
-        group."""
+        """Return the indices of the batches that one process computes; empty if the last window of an epoch is shorter
+        than the group."""
         # Strided, so that `Processes.exchange` can put the losses of all processes in the order of the window.
-        return self.places[rank::num_processes]
+        return self.batch_indices[rank::num_processes]
 
-    def stand_in(self, rank: int, num_processes: int) -> int | None:
+    def padding_batch(self, rank: int, num_processes: int) -> int | None:
         """Return the padding batch of a rank that has one batch fewer, so that all ranks run the same collectives.
 
         Another rank computes the same batch, so no other parameter of an adapter receives a gradient.
         """
-        largest_share = ceil(len(self.places) / num_processes)
-        return None if len(self.share(rank, num_processes)) == largest_share else self.places[-1]
+        largest_share = ceil(len(self.batch_indices) / num_processes)
+        return None if len(self.share(rank, num_processes)) == largest_share else self.batch_indices[-1]
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ class Plan:
             last = min(first + self.accumulation, self.num_batches)
             yield Window(step, epoch, range(first, last), last == self.num_batches)
 
-    def step_of(self, epoch: int, place: int) -> int:
-        """Return the number of steps finished before batch `place` (from 0) of `epoch` (from 1) is used."""
-        return (epoch - 1) * self.steps_per_epoch + place // self.accumulation
+    def step_of(self, epoch: int, batch_index: int) -> int:
+        """Return the number of steps finished before batch `batch_index` (from 0) of `epoch` (from 1) is used."""
+        return (epoch - 1) * self.steps_per_epoch + batch_index // self.accumulation
 
-    def batch_number(self, epoch: int, place: int) -> int:
+    def batch_number(self, epoch: int, batch_index: int) -> int:
         """Return the number of a batch in the whole run, from 0."""
-        return (epoch - 1) * self.num_batches + place
+        return (epoch - 1) * self.num_batches + batch_index

@@ -62,8 +62,8 @@ def batches_of(
 ) -> list[Batch]:
     """The batches of an epoch, one optimizer step each."""
     batches = open_batches(found) if isinstance(found, DataPlan) else found
-    places = range(first, batches.plan.num_batches)
-    return list(batches.of_epoch(epoch, places, lambda i: (epoch - 1) * 100 + i, workers, persistent))
+    batch_indices = range(first, batches.plan.num_batches)
+    return list(batches.iterate_epoch(epoch, batch_indices, lambda i: (epoch - 1) * 100 + i, workers, persistent))
 
 
 def validation_of(plan: DataPlan) -> ValidationSet:

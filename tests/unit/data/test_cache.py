@@ -509,7 +509,7 @@ def test_a_damaged_image_is_left_out_and_named(folder, options, caplog):
     path.write_bytes(path.read_bytes()[:5000])
     batches, _ = cache(folder, options=options)
     assert "1 damaged images are skipped" in caplog.text and "p2.png is damaged" in caplog.text
-    found = list(batches.of_epoch(1, range(batches.plan.num_batches), int, 0, False))
+    found = list(batches.iterate_epoch(1, range(batches.plan.num_batches), int, 0, False))
     drawn = [key for batch in found for key in batch.keys]
     assert all(batch.latents_BCHW is not None for batch in found)
     assert len(drawn) == batches.plan.num_train_images and str(path) not in drawn

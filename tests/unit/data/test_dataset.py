@@ -97,7 +97,7 @@ def test_workers_that_live_on_give_every_epoch_right_even_after_one_was_left_ear
     plan = plan_of(rich)
     lasting = open_batches(plan)
     plain = {epoch: [content_of(batch) for batch in batches_of(plan, epoch)] for epoch in (1, 2)}
-    early = iter(lasting.of_epoch(1, range(plan.num_batches), lambda i: i, 2, True))
+    early = iter(lasting.iterate_epoch(1, range(plan.num_batches), lambda i: i, 2, True))
     assert content_of(next(early)) == plain[1][0]
     children = {child.pid for child in multiprocessing.active_children()}
     early.close()
@@ -117,7 +117,7 @@ def wait_for(condition, seconds: float = 10) -> bool:
 
 def test_no_worker_is_left_when_an_epoch_is_broken_off(rich):
     plan = plan_of(rich)
-    batches = iter(open_batches(plan).of_epoch(1, range(plan.num_batches), lambda i: i, 2, False))
+    batches = iter(open_batches(plan).iterate_epoch(1, range(plan.num_batches), lambda i: i, 2, False))
     next(batches)
     assert len(multiprocessing.active_children()) == 2
     batches.close()
@@ -214,7 +214,7 @@ def test_the_warm_up_of_tags_follows_the_step(tmp_path):
     options = with_folders(options, tmp_path, "a")
     plan = plan_of(options)
     for step, count in ((0, 1), (4, 3), (8, 5)):
-        (batch,) = open_batches(plan).of_epoch(1, [0], lambda i, step=step: step, 0, False)
+        (batch,) = open_batches(plan).iterate_epoch(1, [0], lambda i, step=step: step, 0, False)
         assert batch.captions[0].count(",") == count - 1
 
 

@@ -39,8 +39,8 @@ class ScannedImages:
 DATA = DatasetOptions(dataset_class="my.Pictures", resolution="512,768")
 
 
-def captions(data: OwnDataset, epoch: int, places: range) -> list[str]:
-    return [batch.captions[0] for batch in data.of_epoch(epoch, places, lambda place: 0, 0, False)]
+def captions(data: OwnDataset, epoch: int, batch_indices: range) -> list[str]:
+    return [batch.captions[0] for batch in data.iterate_epoch(epoch, batch_indices, lambda index: 0, 0, False)]
 
 
 def test_it_is_made_and_asked_as_sd_scripts_does() -> None:
@@ -95,4 +95,4 @@ def test_a_class_of_another_kind_is_named_with_what_it_must_offer() -> None:
     with pytest.raises(ValueError, match="has no batches"):
         OwnDataset([], "my.Thing", 3, SPEC)
     with pytest.raises(ValueError, match="batch 0 is int, not a mapping"):
-        next(OwnDataset([5], "my.Thing", 3, SPEC).of_epoch(1, [0], lambda place: 0, 0, False))
+        next(OwnDataset([5], "my.Thing", 3, SPEC).iterate_epoch(1, [0], lambda index: 0, 0, False))

@@ -44,12 +44,12 @@ def test_nothing_that_is_made_of_a_plan_changes_it(options: TrainOptions) -> Non
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.num_variants = 3  # type: ignore[misc]
     fixed = plan.with_fixed_captions(3)
-    limited, place = plan.limited_to_largest_batch()
+    limited, batch_index = plan.limited_to_largest_batch()
     measured, numbers = plan.limited_to_measured(2, list(validation_of(plan).iterate_samples([0])))
-    assert fixed.num_variants == 3 and len(numbers) == 2 and place < plan.num_batches
+    assert fixed.num_variants == 3 and len(numbers) == 2 and batch_index < plan.num_batches
     assert sum(limited.samples.draws_N > 0) == 2 and sum(measured.samples.draws_N > 0) > 2
     latents = cache_latents(limited, averaging_vae(), lambda: "vae", CachingOptions(cache_latents=True), 1)
-    (batch,) = open_batches(limited, latents).of_epoch(1, [place], lambda place: 0, 0, False)
+    (batch,) = open_batches(limited, latents).iterate_epoch(1, [batch_index], lambda index: 0, 0, False)
     assert batch.latents_BCHW is not None and len(latents.memory) == 2
     assert drawn(plan) == before and pickle.dumps(plan) == fields
 

@@ -31,7 +31,7 @@ def pairs_of(*pairs: PromptPair, seed: int = 7, num_batches: int = 400, steps: i
 
 
 def batches_of(data: PromptPairs, count: int | None = None) -> Iterator[Batch]:
-    return data.of_epoch(1, range(data.num_batches if count is None else count), lambda place: place, 0, False)
+    return data.iterate_epoch(1, range(data.num_batches if count is None else count), lambda index: index, 0, False)
 
 
 def concept_of(batch: Batch) -> Concept:
@@ -68,7 +68,7 @@ def test_a_batch_depends_on_the_seed_and_its_number_alone() -> None:
     varied = replace(PAIR, width=512, dynamic_resolution=True, dynamic_crops=True)
     data = pairs_of(varied)
     whole = [batch.sizes_B6.tolist() for batch in batches_of(data, 20)]
-    (again,) = data.of_epoch(1, [13], lambda place: place, 0, False)
+    (again,) = data.iterate_epoch(1, [13], lambda index: index, 0, False)
     assert again.sizes_B6.tolist() == whole[13]
     assert [batch.sizes_B6.tolist() for batch in batches_of(pairs_of(varied, seed=8), 20)] != whole
 
@@ -93,7 +93,7 @@ def test_the_largest_batch_has_the_most_pixels_predictions_and_denoising_steps()
     small, large = replace(PAIR, batch_size=1), replace(PAIR, batch_size=2)
     kept = replace(large, action="preserve")
     data, place = pairs_of(small, large, kept).limited_to_largest_batch()
-    (batch,) = data.of_epoch(1, [place], lambda p: p, 0, False)
+    (batch,) = data.iterate_epoch(1, [place], lambda p: p, 0, False)
     assert len(batch.keys) == 2 and concept_of(batch).push and concept_of(batch).num_denoised == 9
 
 

@@ -101,7 +101,7 @@ def test_they_are_split_as_the_folder_is(kind: str, images: Path, tmp_path: Path
     for source in ("folder", kind):
         found = open_subset(tmp_path, subset_of(source, images, tmp_path) + settings)
         validation = validation_of(found)
-        names = [validation.names(place) for place in range(validation.num_batches)]
+        names = [validation.identify_images(i) for i in range(validation.num_batches)]
         captions = [batch.captions for batch in validation.batches(range(validation.num_batches), 0)]
         aside.append((names, captions, found.num_train_images))
     assert aside[0] == aside[1] and aside[0][2] == 8

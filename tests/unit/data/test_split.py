@@ -35,7 +35,7 @@ def trained(plan: DataPlan) -> set[str]:
 
 def set_aside(plan: DataPlan) -> list[str]:
     images = validation_of(plan)
-    return [key for batch in images.batches(images.select_places(None), 0) for key in batch.keys]
+    return [key for batch in images.batches(images.select_batches(None), 0) for key in batch.keys]
 
 
 # Which images

@@ -55,12 +55,12 @@ def changing(tmp_path: Path, crop: bool = True) -> DataPlan:
 
 def contents(plan: DataPlan, num_threads: int = 0) -> list[tuple[object, ...]]:
     images = validation_of(plan)
-    return [content_of(batch) for batch in images.batches(images.select_places(None), num_threads)]
+    return [content_of(batch) for batch in images.batches(images.select_batches(None), num_threads)]
 
 
 def test_nothing_is_shuffled_dropped_cropped_at_random_or_mirrored(tmp_path):
     plan = changing(tmp_path)
-    batches = list(validation_of(plan).batches(validation_of(plan).select_places(None), 0))
+    batches = list(validation_of(plan).batches(validation_of(plan).select_batches(None), 0))
     keys = [key for batch in batches for key in batch.keys]
     assert len(keys) == 6 and Counter(os.path.basename(os.path.dirname(key)) for key in keys) == {"wide": 3, "tall": 3}
     for batch in batches:
@@ -114,8 +114,8 @@ def test_another_one_that_is_set_aside_stands_in_for_a_damaged_image(tmp_path, n
 
 def test_a_limit_on_batches_spreads_over_all_of_them(tmp_path):
     images = validation_of(changing(tmp_path))
-    assert images.select_places(None) == images.select_places(9) == [0, 1, 2, 3]
-    assert images.select_places(2) == [0, 2] and images.select_places(1) == [0]
+    assert images.select_batches(None) == images.select_batches(9) == [0, 1, 2, 3]
+    assert images.select_batches(2) == [0, 2] and images.select_batches(1) == [0]
 
 
 def test_names_and_order_follow_the_contents_and_not_what_files_are_called(tmp_path):
@@ -129,11 +129,11 @@ def test_names_and_order_follow_the_contents_and_not_what_files_are_called(tmp_p
             target.write_bytes(image.read_bytes())
             target.with_suffix(".txt").write_bytes(image.with_suffix(".txt").read_bytes())
     two = validation_of(plan_of(write_config(tmp_path / "two" / "data.toml", CHANGING.replace("CROP", "true"))))
-    assert [one.names(place) for place in range(4)] == [two.names(place) for place in range(4)]
-    assert len({name for place in range(4) for name in one.names(place)}) == 6
+    assert [one.identify_images(i) for i in range(4)] == [two.identify_images(i) for i in range(4)]
+    assert len({name for i in range(4) for name in one.identify_images(i)}) == 6
     captions = [[batch.captions for batch in images.batches(range(4), 0)] for images in (one, two)]
     assert captions[0] == captions[1]
-    assert {label.split("/")[0] for place in range(4) for label in one.labels(place)} == {"'wide", "'tall"}
+    assert {label.split("/")[0] for i in range(4) for label in one.labels(i)} == {"'wide", "'tall"}
 
 
 def test_copies_of_an_image_have_one_name(tmp_path):
@@ -144,7 +144,7 @@ def test_copies_of_an_image_have_one_name(tmp_path):
     text += "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/c'\n"
     write_folder(tmp_path / "c", 1, seed=2)
     images = validation_of(plan_of(write_config(tmp_path / "data.toml", text)))
-    names = images.names(0)
+    names = images.identify_images(0)
     assert names[0] == names[1] != names[2] == names[3]
 
 
@@ -155,12 +155,12 @@ def test_cached_latents_serve_both_sides(tmp_path, to_disk):
     options = CachingOptions(cache_latents=True, cache_latents_to_disk=to_disk)
     validation = open_batches(plan, cache_latents(plan, averaging_vae(calls), lambda: "vae", options, 1)).validation
     assert sum(calls) == 6 * 2 + 6  # mirrored copies of what is trained only
-    batches = list(validation.batches(validation.select_places(None), 2))
+    batches = list(validation.batches(validation.select_batches(None), 2))
     assert all(batch.latents_BCHW is not None and batch.pixels_BCHW is None for batch in batches)
     plan = changing_again(tmp_path)
     again = open_batches(plan, cache_latents(plan, averaging_vae(calls), lambda: "vae", options, 1)).validation
     assert sum(calls) == 18 * (1 if to_disk else 2)
-    for batch, other in zip(batches, again.batches(again.select_places(None), 0), strict=True):
+    for batch, other in zip(batches, again.batches(again.select_batches(None), 0), strict=True):
         assert batch.latents_BCHW is not None and other.latents_BCHW is not None
         assert torch.equal(batch.latents_BCHW, other.latents_BCHW)
 
@@ -177,9 +177,10 @@ def test_trained_images_can_be_measured_as_those_that_are_set_aside(tmp_path):
     kept = {sample.image.key for sample in limited.samples if sample.num_draws}
     assert len(numbers) == 4 and len(kept) == 6 and len(kept & aside) == 2  # one batch of two
     plain, mirrored = (open_batches(limited).measured(numbers, is_mirrored) for is_mirrored in (False, True))
-    places = plain.select_places(None)
-    assert plain.num_images == 4 and [plain.names(i) for i in places] == [mirrored.names(i) for i in places]
-    for one, other in zip(plain.batches(places, 0), mirrored.batches(places, 0), strict=True):
+    batch_indices = plain.select_batches(None)
+    assert plain.num_images == 4
+    assert [plain.identify_images(i) for i in batch_indices] == [mirrored.identify_images(i) for i in batch_indices]
+    for one, other in zip(plain.batches(batch_indices, 0), mirrored.batches(batch_indices, 0), strict=True):
         assert one.keys == other.keys and not aside & set(one.keys) and one.captions == other.captions
         assert one.pixels_BCHW is not None and other.pixels_BCHW is not None
         assert torch.equal(one.pixels_BCHW.flip(-1), other.pixels_BCHW)

@@ -96,7 +96,7 @@ def run_of(max_grad_norm: float = 0.0, batches: tuple[Batch, ...] = (), **option
     schedule = build_schedule(options.schedule, built, options.run.max_train_steps)
     optimization = Optimization(built, schedule, None, ["unet"])
     data: Any = None
-    drawn: Any = SimpleNamespace(of_epoch=lambda epoch, places, *_: iter([batches[place] for place in places]))
+    drawn: Any = SimpleNamespace(iterate_epoch=lambda epoch, indices, *_: iter([batches[i] for i in indices]))
     plan = Plan(num_batches=4, accumulation=2, max_train_steps=10)
     return Run(options, ALONE, data, drawn, plan, context, optimization)
 

@@ -29,9 +29,9 @@ def test_every_batch_of_an_epoch_is_in_one_window_and_windows_never_cross_epochs
     p = plan(num_batches, accumulation, max_train_epochs=2)
     for epoch in (1, 2):
         windows = list(p.windows(epoch, 0))
-        assert [place for window in windows for place in window.places] == list(range(num_batches))
+        assert [batch_index for window in windows for batch_index in window.batch_indices] == list(range(num_batches))
         assert [window.step for window in windows] == [(epoch - 1) * p.steps_per_epoch + i for i in range(len(windows))]
-        assert all(len(window.places) == accumulation for window in windows[:-1])
+        assert all(len(window.batch_indices) == accumulation for window in windows[:-1])
         assert [window.ends_epoch for window in windows] == [False] * (len(windows) - 1) + [True]
 
 
@@ -50,7 +50,7 @@ def test_processes_share_the_batches_of_one_process_that_accumulates_more(num_pr
     assert shared == alone
     for window in shared.windows(1, 0):
         shares = [list(window.share(rank, num_processes)) for rank in range(num_processes)]
-        assert sorted(place for share in shares for place in share) == list(window.places)
+        assert sorted(batch_index for share in shares for batch_index in share) == list(window.batch_indices)
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 

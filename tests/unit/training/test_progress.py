@@ -14,12 +14,12 @@ def test_each_place_of_an_epoch_counts_with_its_last_loss() -> None:
 
 def test_places_that_a_smaller_dataset_does_not_have_are_forgotten() -> None:
     average = LossAverage({0: 0.1, 1: 0.2, 2: 9.0}, 9.3)
-    average.keep_places_below(2)
+    average.keep_batches_below(2)
     assert average.mean == pytest.approx(0.15, rel=1e-15)
 
 
 def test_an_average_that_loses_no_place_keeps_every_bit() -> None:
     total = 0.1 + 0.2 + 0.3  # not the correctly rounded sum
     average = LossAverage({0: 0.1, 1: 0.2, 2: 0.3}, total)
-    average.keep_places_below(3)
+    average.keep_batches_below(3)
     assert average.total == total

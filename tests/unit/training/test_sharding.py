@@ -69,8 +69,8 @@ def test_one_that_has_no_batch_left_goes_along_with_another() -> None:
     window = Window(3, 1, range(8, 13), True)
     shares = [window.share(rank, 4) for rank in range(4)]
     assert [len(share) for share in shares] == [2, 1, 1, 1]
-    assert [window.stand_in(rank, 4) for rank in range(4)] == [None, 12, 12, 12]
-    assert [replace(window, places=range(8, 12)).stand_in(rank, 4) for rank in range(4)] == [None] * 4
+    assert [window.padding_batch(rank, 4) for rank in range(4)] == [None, 12, 12, 12]
+    assert [replace(window, batch_indices=range(8, 12)).padding_batch(rank, 4) for rank in range(4)] == [None] * 4
 
 
 def test_orders_are_compared_within_a_group_only() -> None:
