@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.memory.small_convolutions import quicken
+from library.memory.small_convolutions import use_matmul_convolutions
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --save_precision
@@ -67,18 +67,18 @@ def place(module: nn.Module, device: torch.device) -> nn.Module:
         moved = moved.to(memory_format=layout)  # type: ignore[call-overload]
         if device.type == "cpu":
             protect_group_norms(moved)
-            quicken(moved)
+            use_matmul_convolutions(moved)
     return moved
 
 
 def protect_group_norms(module: nn.Module) -> None:
-    """Protect a model's group norms from a crash in torch's backward pass on the CPU, see `survivable`."""
+    """Protect a model's group norms from a crash in torch's backward pass on the CPU, see `make_input_contiguous`."""
     for layer in module.modules():
-        if isinstance(layer, nn.GroupNorm) and survivable not in layer._forward_pre_hooks.values():
-            layer.register_forward_pre_hook(survivable)
+        if isinstance(layer, nn.GroupNorm) and make_input_contiguous not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(make_input_contiguous)
 
 
-def survivable(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def make_input_contiguous(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Make the input of a group norm contiguous if it needs no gradient."""
     # On the CPU torch 2.13 crashes with a segmentation fault in the backward pass of a group norm whose weight has a
     # gradient and whose channels-last input has none. Only inputs before the first adapter have none.

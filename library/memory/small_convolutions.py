@@ -90,7 +90,7 @@ def view_as_matrix(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
 
 
-class FewPixels(nn.Conv2d):
+class MatmulConv2d(nn.Conv2d):
     """A convolution with a frozen weight that uses the matrix product where it is faster."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -106,7 +106,7 @@ class FewPixels(nn.Conv2d):
 
 
 # Network modules find layers by class name.
-FewPixels.__name__ = FewPixels.__qualname__ = "Conv2d"
+MatmulConv2d.__name__ = MatmulConv2d.__qualname__ = "Conv2d"
 
 
 class _Product(torch.autograd.Function):
@@ -125,7 +125,7 @@ class _Product(torch.autograd.Function):
         return input_gradient(gradient, weight, ctx.shape, ctx.layer), None, None, None
 
 
-def quicken(module: nn.Module) -> None:
+def use_matmul_convolutions(module: nn.Module) -> None:
     """Let the frozen convolutions of a model use the matrix product if it is faster, in place.
 
     Call this after the model is channels last.
@@ -133,4 +133,4 @@ def quicken(module: nn.Module) -> None:
     for layer in module.modules():
         if pads_with_zeros(layer):
             # The layer itself changes, so that hooks and references to it stay valid.
-            layer.__class__ = FewPixels
+            layer.__class__ = MatmulConv2d

@@ -99,7 +99,7 @@ def real_step(options: TrainOptions, arch: Architecture, shape: BatchShape, reco
 
 
 def planned_peak(counted: CountedRun, recomputes: bool) -> int:
-    return compute_peak_bytes(list(counted.step.timeline.moves(lambda place: recomputes, lambda place: True)))
+    return compute_peak_bytes(list(counted.step.timeline.expand(lambda i: recomputes, lambda i: True)))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_the_step_of_pairs_takes_what_is_counted(
     step = count_run(options, arch, shape, CPU).step
     torch.manual_seed(96)
     real = allocated_peak(real_step(options, arch, shape, recomputes))
-    counted = compute_peak_bytes(list(step.timeline.moves(lambda place: recomputes, lambda place: True)))
+    counted = compute_peak_bytes(list(step.timeline.expand(lambda i: recomputes, lambda i: True)))
     assert counted + step.held_gradient_bytes == pytest.approx(real, rel=SHARES.get(name, SHARE))
     assert (step.held_gradient_bytes > 0) == (words[0] == "--pair_slider")
     assert (step.gradientless is None) == (words[0] == "--pair_slider")
@@ -156,7 +156,7 @@ def test_the_reference_of_preferences_takes_a_forward_pass(tmp_path: Path) -> No
     assert (
         0
         < step.gradientless.peak_bytes
-        < compute_peak_bytes(list(step.timeline.moves(lambda _: False, lambda _: True)))
+        < compute_peak_bytes(list(step.timeline.expand(lambda _: False, lambda _: True)))
     )
 
 

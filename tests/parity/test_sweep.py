@@ -170,7 +170,7 @@ def test_the_shared_step_takes_what_is_counted(fresh_process: None, tmp_path: Pa
         for run in runs:
             run.context.captions([caption])
     real = allocated_peak(lambda: backward_stacked(runs, batch, 0, 1, 0))
-    planned = compute_peak_bytes(list(counted.timeline.moves(lambda place: recomputes, lambda place: True)))
+    planned = compute_peak_bytes(list(counted.timeline.expand(lambda i: recomputes, lambda i: True)))
     assert planned == pytest.approx(real, rel=0.03)
     sizes = [sum(p.numel() * 4 for p in run.context.network.trainable_parameters()) for run in runs]
     assert (alone.gradient_bytes, counted.gradient_bytes) == (sizes[0], sum(sizes))

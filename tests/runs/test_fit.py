@@ -109,7 +109,7 @@ def test_a_budget_that_nothing_fits_ends_the_run_before_anything_is_loaded(train
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ("auto", "--fit auto asks the card what is free on it, and there is none"),
+        ("auto", "--fit auto measures the free memory of the GPU, and there is none"),
         ("lots", "'lots' is not a memory size"),
     ],
 )

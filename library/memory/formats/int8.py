@@ -60,7 +60,7 @@ def group_size(num_inputs: int) -> int:
 
 
 @contextmanager
-def matrices_forgotten() -> Iterator[None]:
+def clear_hadamard_cache() -> Iterator[None]:
     """Clear the matrix cache after the block, because tensors made inside it may be fake."""
     try:
         yield

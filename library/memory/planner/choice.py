@@ -15,7 +15,7 @@ class Allowed:
 
     weight_formats: Sequence[str | None] = (None,)
     recompute_every: Sequence[int | None] = (None, 3, 2, 1)
-    inputs_wait: Sequence[bool] = (False, True)
+    offloads_inputs: Sequence[bool] = (False, True)
     num_offloaded: int | None = None  # None: chosen by the planner
     shared_by: int = 1  # processes; with more than one, no block is offloaded
 
@@ -24,7 +24,7 @@ class Allowed:
         for weight_format in self.weight_formats:
             for every in self.recompute_every:
                 # Without recomputation no block inputs are kept that could be offloaded.
-                for wait in self.inputs_wait if every is not None else (False,):
+                for wait in self.offloads_inputs if every is not None else (False,):
                     yield Way(weight_format, every, wait, self.num_offloaded or 0, self.shared_by)
 
 
@@ -32,7 +32,7 @@ class Allowed:
 class Choice:
     """All candidates on a GPU, each with the fewest offloaded blocks that make it fit, and the chosen candidate."""
 
-    card: Gpu
+    gpu: Gpu
     candidates: tuple[Predicted, ...]
     chosen: Predicted | None  # None if nothing fits
 
@@ -42,29 +42,29 @@ class Choice:
         return min(self.candidates, key=lambda candidate: candidate.device_bytes)
 
 
-def choose(step: CountedStep, allowed: Allowed, card: Gpu, correction: float = 1.0) -> Choice:
+def choose(step: CountedStep, allowed: Allowed, gpu: Gpu, correction: float = 1.0) -> Choice:
     """Choose the simplest candidate within `WORTH` of the fastest time; of equals, the faster or smaller one."""
-    candidates = tuple(fit_way(step, way, allowed, card, correction) for way in allowed.ways())
-    fitting = [candidate for candidate in candidates if candidate.device_bytes <= card.memory_bytes]
+    candidates = tuple(fit_way(step, way, allowed, gpu, correction) for way in allowed.ways())
+    fitting = [candidate for candidate in candidates if candidate.device_bytes <= gpu.memory_bytes]
     least_s = min((candidate.seconds for candidate in fitting), default=0.0)
     near = [candidate for candidate in fitting if (1 - WORTH) * candidate.seconds <= least_s]
     chosen = min(
         near, key=lambda candidate: (candidate.way.complexity, candidate.seconds, candidate.device_bytes), default=None
     )
-    return Choice(card, candidates, chosen)
+    return Choice(gpu, candidates, chosen)
 
 
-def fit_way(step: CountedStep, way: Way, allowed: Allowed, card: Gpu, correction: float) -> Predicted:
+def fit_way(step: CountedStep, way: Way, allowed: Allowed, gpu: Gpu, correction: float) -> Predicted:
     """Predict a way with the fewest offloaded blocks that make it fit, or with the maximum if it does not fit.
 
     A fixed number of offloaded blocks is kept, and a sharded model offloads none.
     """
-    prediction = predict(step, way, card, correction)
+    prediction = predict(step, way, gpu, correction)
     if allowed.num_offloaded is not None or allowed.shared_by > 1:
         return prediction
     # As few blocks as possible, because each needs main memory that can be pinned.
     for num_offloaded in range(1, step.most_offloaded + 1):
-        if prediction.device_bytes <= card.memory_bytes:
+        if prediction.device_bytes <= gpu.memory_bytes:
             break
-        prediction = predict(step, replace(way, num_offloaded=num_offloaded), card, correction)
+        prediction = predict(step, replace(way, num_offloaded=num_offloaded), gpu, correction)
     return prediction

@@ -37,7 +37,7 @@ def make_fake(old: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 @contextmanager
-def norms_as_on_cards() -> Iterator[None]:
+def emulate_cuda_norms() -> Iterator[None]:
     """Make CPU autocast compute norms in float32 and return float32 inside the block, as CUDA autocast does.
 
     The list of these functions is in ATen/autocast_mode.h.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from library.memory.planner.gpus import GIB, LAUNCH_S, Gpu
-from library.memory.planner.steps import CountedOptimizer, Move, Timeline, compute_peak_bytes
+from library.memory.planner.steps import CountedOptimizer, StepSegment, Timeline, compute_peak_bytes
 from library.memory.planner.weights import ModelWeights, StorageCost
 
 # Assumptions until a GPU has been measured: the CUDA context with the workspaces of its libraries, and the overhead of
@@ -13,7 +13,7 @@ CONTEXT_BYTES = 7 * GIB // 10
 ALLOCATOR_SHARE = 0.05
 
 # Share of time that offloading all blocks costs. 5 % are published for 47 of 48 blocks on an H100.
-COST_OF_WAITING = 0.05
+COST_OF_OFFLOADING = 0.05
 
 FORWARD_BACKWARD, OPTIMIZER_STEP = "forward and backward pass", "optimizer step"
 
@@ -24,17 +24,17 @@ class Way:
 
     weight_format: str | None = None  # of the frozen weights; None for the dtype of --mixed_precision
     recompute_every: int | None = None  # n recomputes every n-th block; None for none
-    inputs_wait: bool = False  # inputs of recomputed blocks are kept in main memory between the passes
+    offloads_inputs: bool = False  # inputs of recomputed blocks are kept in main memory between the passes
     num_offloaded: int = 0  # --blocks_to_swap
     shared_by: int = 1  # processes over which the denoiser is sharded, --shard_base
 
     @property
     def complexity(self) -> int:
         """Number of features added to a plain step. Those that need main memory count twice, since pinning can fail."""
-        return (self.recompute_every is not None) + 2 * self.inputs_wait + 2 * (self.num_offloaded > 0)
+        return (self.recompute_every is not None) + 2 * self.offloads_inputs + 2 * (self.num_offloaded > 0)
 
-    def recomputes(self, place: int) -> bool:
-        return self.recompute_every is not None and place % self.recompute_every == 0
+    def recomputes(self, block_index: int) -> bool:
+        return self.recompute_every is not None and block_index % self.recompute_every == 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class CountedStep:
     """A counted training step. Bytes are those of tensors."""
 
     timeline: Timeline
-    first_place: int  # index of the denoiser's first block in the timeline; trained text encoders come before
+    first_block_index: int  # index of the denoiser's first block in the timeline; trained text encoders come before
     weights: ModelWeights  # of the denoiser
     encoders: tuple[ModelWeights, ...]  # of the text encoders that stay in memory
     own_formats: tuple[str | None, str | None]  # of denoiser and text encoders, as set by the user
@@ -80,7 +80,7 @@ class Predicted:
     error: float | None  # of the weight format, relative to a layer's output; None without a format
 
 
-def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> Predicted:
+def predict(step: CountedStep, way: Way, gpu: Gpu, correction: float = 1.0) -> Predicted:
     """Predict the memory and time of a way.
 
     `correction` is the measured ratio of real to counted bytes of a step's tensors, without weights.
@@ -88,7 +88,7 @@ def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> 
     cost = StorageCost.of(way.weight_format)
     cost = cost.of_8bit_matmul() if step.multiplies_codes else cost
     offloaded = step.offloaded_indices(way.num_offloaded)
-    moves = list(apply_way(step, way))
+    parts = list(apply_way(step, way))
     denoiser_format, text_format = step.own_formats
     text_cost = StorageCost.of(text_format if way.weight_format == denoiser_format else way.weight_format)
     encoder_bytes = sum(encoder.resident_bytes(text_cost, ()) for encoder in step.encoders)
@@ -100,16 +100,16 @@ def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> 
     kept_bytes = step.optimizer.state + step.held_gradient_bytes
     passes = step.gradientless
     # The inputs of a block are fetched while the next one in forward order is recomputed, so those of two exist.
-    prefetched_bytes = max(waiting_inputs(step, way), default=0)
-    peak_bytes = max(compute_peak_bytes(moves) + prefetched_bytes, 0 if passes is None else passes.peak_bytes)
+    prefetched_bytes = max(offloaded_input_bytes(step, way), default=0)
+    peak_bytes = max(compute_peak_bytes(parts) + prefetched_bytes, 0 if passes is None else passes.peak_bytes)
     pass_bytes = kept_bytes + peak_bytes + step.weights.decoded_bytes(cost)
     optimizer_bytes = step.gradient_bytes + max(step.optimizer.rise, step.optimizer.state)
     training_bytes = step.adapter_bytes + round(correction * max(pass_bytes, optimizer_bytes))
     block_sizes = step.weights.block_bytes(cost)
-    streamed_bytes = sum(block_sizes[place] for place in offloaded)
-    input_bytes = sum(waiting_inputs(step, way))
-    seconds = predict_seconds(moves, cost.slowdown, streamed_bytes, input_bytes, card, passes)
-    seconds *= 1 + COST_OF_WAITING * len(offloaded) / max(1, len(block_sizes))
+    streamed_bytes = sum(block_sizes[block_index] for block_index in offloaded)
+    input_bytes = sum(offloaded_input_bytes(step, way))
+    seconds = predict_seconds(parts, cost.slowdown, streamed_bytes, input_bytes, gpu, passes)
+    seconds *= 1 + COST_OF_OFFLOADING * len(offloaded) / max(1, len(block_sizes))
     # The allocator's overhead comes from temporary tensors; weights are allocated once.
     device_bytes = weight_bytes + round((1 + ALLOCATOR_SHARE) * training_bytes) + CONTEXT_BYTES
     # The tensors of the passes are freed before the optimizer steps, so the larger of the two is the peak.
@@ -126,34 +126,34 @@ def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> 
     )
 
 
-def apply_way(step: CountedStep, way: Way) -> list[Move]:
+def apply_way(step: CountedStep, way: Way) -> list[StepSegment]:
     """Return the segments of the step as this way runs it. Blocks of trained text encoders are numbered separately."""
 
-    def recomputes(place: int) -> bool:
-        if place < step.first_place:
-            return way.recomputes(place)
-        return way.recomputes(place - step.first_place)
+    def recomputes(block_index: int) -> bool:
+        if block_index < step.first_block_index:
+            return way.recomputes(block_index)
+        return way.recomputes(block_index - step.first_block_index)
 
-    return list(step.timeline.moves(recomputes, lambda place: not way.inputs_wait))
+    return list(step.timeline.expand(recomputes, lambda block_index: not way.offloads_inputs))
 
 
-def waiting_inputs(step: CountedStep, way: Way) -> list[int]:
+def offloaded_input_bytes(step: CountedStep, way: Way) -> list[int]:
     """Return the bytes of the inputs of each block that are offloaded between its forward and backward pass."""
-    if not way.inputs_wait:
+    if not way.offloads_inputs:
         return []
     return [
-        step.timeline.input_bytes(place)
-        for place in range(len(step.timeline.blocks))
-        if way.recomputes(place if place < step.first_place else place - step.first_place)
+        step.timeline.input_bytes(block_index)
+        for block_index in range(len(step.timeline.blocks))
+        if way.recomputes(block_index if block_index < step.first_block_index else block_index - step.first_block_index)
     ]
 
 
 def predict_seconds(
-    moves: list[Move],
+    parts: list[StepSegment],
     slowdown: float,
     streamed: int,
     inputs: int,
-    card: Gpu,
+    gpu: Gpu,
     gradientless: GradientlessPasses | None = None,
 ) -> float:
     """Return the seconds of a step: in each pass the longer of computing and copying, which run in parallel.
@@ -163,13 +163,13 @@ def predict_seconds(
     launches. Large models hide part of the last two, small ones do not.
     """
     compute_s = {False: 0.0, True: 0.0}
-    for move in moves:
-        segment = move.segment
-        seconds = slowdown * segment.flops / card.flops + segment.moved / card.bandwidth + segment.launches * LAUNCH_S
-        compute_s[move.is_backward] += seconds
-    copy_s = card.copy_seconds(streamed) + inputs / card.bus
+    for part in parts:
+        segment = part.segment
+        seconds = slowdown * segment.flops / gpu.flops + segment.moved / gpu.bandwidth + segment.launches * LAUNCH_S
+        compute_s[part.is_backward] += seconds
+    copy_s = gpu.copy_seconds(streamed) + inputs / gpu.bus
     total = sum(max(seconds, copy_s) for seconds in compute_s.values())
     if gradientless is None:
         return total
-    stream_s = gradientless.num_passes * card.copy_seconds(streamed)
+    stream_s = gradientless.num_passes * gpu.copy_seconds(streamed)
     return total + max(gradientless.num_batches * compute_s[False], stream_s)

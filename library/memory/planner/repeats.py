@@ -43,10 +43,10 @@ def split_runs(stack: Iterable[nn.Module]) -> list[list[nn.Module]]:
 class Repeats:
     """The blocks that counted blocks represent."""
 
-    own: Mapping[nn.Module, Sequence[nn.Module]]  # by counted block, itself included
+    represented: Mapping[nn.Module, Sequence[nn.Module]]  # by counted block, itself included
     # By the only counted block of a run: a block of an earlier run with the same structure, and the other blocks of the
     # run, which that block represents.
-    alike: Mapping[nn.Module, tuple[nn.Module, Sequence[nn.Module]]]
+    by_earlier_run: Mapping[nn.Module, tuple[nn.Module, Sequence[nn.Module]]]
 
 
 @contextmanager
@@ -58,8 +58,8 @@ def shorten_runs(stacks: Sequence[nn.ModuleList], shares: bool = True) -> Iterat
     the same sizes, see `Timeline.build`.
     """
     originals = [list(stack) for stack in stacks]
-    own: dict[nn.Module, Sequence[nn.Module]] = {}
-    alike: dict[nn.Module, tuple[nn.Module, Sequence[nn.Module]]] = {}
+    represented: dict[nn.Module, Sequence[nn.Module]] = {}
+    by_earlier_run: dict[nn.Module, tuple[nn.Module, Sequence[nn.Module]]] = {}
     second_blocks: dict[tuple[Any, ...], nn.Module] = {}  # second blocks of earlier runs, by structure
     try:
         for stack in stacks:
@@ -70,16 +70,16 @@ def shorten_runs(stacks: Sequence[nn.ModuleList], shares: bool = True) -> Iterat
                 earlier = second_blocks.get(build) if shares else None
                 if earlier is not None and len(run) > 1:
                     kept.append(run[0])
-                    own[run[0]] = run[:1]
-                    alike[run[0]] = earlier, run[1:]
+                    represented[run[0]] = run[:1]
+                    by_earlier_run[run[0]] = earlier, run[1:]
                     continue
                 kept += run[:NUM_COUNTED]
-                own |= {block: [block] for block in run[: NUM_COUNTED - 1]}
-                own[kept[-1]] = run[NUM_COUNTED - 1 :] or [kept[-1]]
+                represented |= {block: [block] for block in run[: NUM_COUNTED - 1]}
+                represented[kept[-1]] = run[NUM_COUNTED - 1 :] or [kept[-1]]
                 if len(run) > 1:
                     second_blocks[build] = run[1]
             replace_blocks(stack, kept)
-        yield Repeats(own, alike)
+        yield Repeats(represented, by_earlier_run)
     finally:
         for stack, blocks in zip(stacks, originals, strict=True):
             replace_blocks(stack, blocks)

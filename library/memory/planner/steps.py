@@ -110,12 +110,12 @@ def count_pass(
 
 
 @dataclass(frozen=True)
-class Move:
-    """A segment of the whole model's step. `place` is the block's index in the whole model, None outside of blocks."""
+class StepSegment:
+    """A segment of the whole model's step. `block_index` counts the model's blocks; None outside of blocks."""
 
     segment: Segment
     is_backward: bool
-    place: int | None
+    block_index: int | None
 
 
 class DifferentInputs(Exception):
@@ -128,30 +128,30 @@ class Timeline:
 
     plain: CountedPass
     recomputed: CountedPass
-    blocks: tuple[nn.Module, ...]  # of the whole model, by place
-    places: tuple[range, ...]  # by number of a counted block: the places that run when it runs
-    stands: tuple[int, ...]  # by place: the number of the counted block that represents it
+    blocks: tuple[nn.Module, ...]  # of the whole model
+    block_indices: tuple[range, ...]  # by number of a counted block: the blocks that run when it runs
+    representatives: tuple[int, ...]  # by block: the number of the counted block for it
 
     @classmethod
     def build(cls, plain: CountedPass, recomputed: CountedPass, repeats: Repeats) -> "Timeline":
         """Expand a counted step. Raises DifferentInputs if a block cannot represent those of another run."""
         assert [s.label for s in plain.segments] == [s.label for s in recomputed.segments], "the passes differ"
         blocks: list[nn.Module] = []
-        places, stands = [], []
+        block_indices, representatives = [], []
         for number, block in enumerate(plain.blocks):
             first = len(blocks)
-            represented = repeats.own.get(block, [block])
+            represented = repeats.represented.get(block, [block])
             blocks += represented
-            stands += [number] * len(represented)
-            if block in repeats.alike:
-                earlier, others = repeats.alike[block]
-                place = plain.blocks.index(earlier)
-                if plain.input_shapes[place] != plain.input_shapes[number]:
+            representatives += [number] * len(represented)
+            if block in repeats.by_earlier_run:
+                earlier, others = repeats.by_earlier_run[block]
+                representative = plain.blocks.index(earlier)
+                if plain.input_shapes[representative] != plain.input_shapes[number]:
                     raise DifferentInputs
                 blocks += others
-                stands += [place] * len(others)
-            places.append(range(first, len(blocks)))
-        return cls(plain, recomputed, tuple(blocks), tuple(places), tuple(stands))
+                representatives += [representative] * len(others)
+            block_indices.append(range(first, len(blocks)))
+        return cls(plain, recomputed, tuple(blocks), tuple(block_indices), tuple(representatives))
 
     @cached_property
     def by_label(self) -> Mapping[tuple[str, int], tuple[Segment, Segment]]:
@@ -159,27 +159,27 @@ class Timeline:
         pairs = zip(self.plain.segments, self.recomputed.segments, strict=True)
         return {plain.label: (plain, recomputed) for plain, recomputed in pairs if plain.label is not None}
 
-    def input_bytes(self, place: int) -> int:
+    def input_bytes(self, block_index: int) -> int:
         """Return the bytes of a block's inputs that no earlier block had."""
-        return self.recomputed.input_bytes[self.stands[place]]
+        return self.recomputed.input_bytes[self.representatives[block_index]]
 
-    def moves(self, recomputes: Callable[[int], bool], keeps_inputs: Callable[[int], bool]) -> Iterator[Move]:
-        """Yield the step with the blocks at some places recomputed, and their inputs kept on the device or offloaded.
+    def expand(self, recomputes: Callable[[int], bool], keeps_inputs: Callable[[int], bool]) -> Iterator[StepSegment]:
+        """Yield the step with some blocks recomputed, and their inputs kept on the device or offloaded.
 
         Offloaded inputs leave the device when their block is done, and return when its backward pass begins.
         """
         for counted in self.plain.segments:
             if counted.label is None:
-                yield Move(counted, False, None)
+                yield StepSegment(counted, False, None)
                 continue
             name, number = counted.label
             is_backward = name == BACKWARD
-            places = self.places[number]
-            for place in reversed(places) if is_backward else places:
-                segment = self.by_label[name, self.stands[place]][recomputes(place)]
-                if recomputes(place) and not keeps_inputs(place):
-                    segment = drop_input(segment, self.input_bytes(place), is_backward)
-                yield Move(segment, is_backward, place)
+            block_indices = self.block_indices[number]
+            for block_index in reversed(block_indices) if is_backward else block_indices:
+                segment = self.by_label[name, self.representatives[block_index]][recomputes(block_index)]
+                if recomputes(block_index) and not keeps_inputs(block_index):
+                    segment = drop_input(segment, self.input_bytes(block_index), is_backward)
+                yield StepSegment(segment, is_backward, block_index)
 
 
 def drop_input(segment: Segment, input_bytes: int, is_backward: bool) -> Segment:
@@ -189,12 +189,12 @@ def drop_input(segment: Segment, input_bytes: int, is_backward: bool) -> Segment
     return replace(segment, delta=segment.delta - input_bytes)
 
 
-def compute_peak_bytes(moves: Iterator[Move] | Sequence[Move]) -> int:
+def compute_peak_bytes(parts: Iterator[StepSegment] | Sequence[StepSegment]) -> int:
     """Return the peak bytes relative to the start of the step."""
     live = peak = 0
-    for move in moves:
-        peak = max(peak, live + move.segment.rise)
-        live += move.segment.delta
+    for part in parts:
+        peak = max(peak, live + part.segment.rise)
+        live += part.segment.delta
     return peak
 
 

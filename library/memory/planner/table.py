@@ -14,7 +14,7 @@ def format_gib(num_bytes: int) -> str:
 
 def select_shown(choice: Choice) -> tuple[Predicted, ...]:
     """Return the candidates that fit, or all if none does."""
-    fitting = tuple(candidate for candidate in choice.candidates if candidate.device_bytes <= choice.card.memory_bytes)
+    fitting = tuple(candidate for candidate in choice.candidates if candidate.device_bytes <= choice.gpu.memory_bytes)
     return fitting or choice.candidates
 
 
@@ -33,12 +33,12 @@ def iterate_rows(
         *(["run"] if num_passes else []),
     )
     for candidate in select_shown(choice):
-        fits = candidate.device_bytes <= choice.card.memory_bytes
+        fits = candidate.device_bytes <= choice.gpu.memory_bytes
         yield (
             "->" if candidate is choice.chosen else "" if fits else "x",
             describe(candidate.way),
             format_gib(candidate.device_bytes),
-            format_gib(max(0, choice.card.memory_bytes - candidate.device_bytes)),
+            format_gib(max(0, choice.gpu.memory_bytes - candidate.device_bytes)),
             format_gib(candidate.tensor_bytes),
             format_gib(candidate.host_bytes) if candidate.host_bytes else "",
             *(["" if candidate.error is None else f"{100 * candidate.error:.1f} %"] if has_errors else []),

@@ -49,10 +49,10 @@ def gpu_like(device: torch.device) -> Gpu:
     return typical_gpu(MemorySize(torch.cuda.get_device_properties(device).total_memory if is_gpu else 0))
 
 
-def lines(step: CountedStep, used: Way, allowed: Allowed, card: Gpu) -> Iterator[str]:
-    now = predict(step, used, card)
+def lines(step: CountedStep, used: Way, allowed: Allowed, gpu: Gpu) -> Iterator[str]:
+    now = predict(step, used, gpu)
     best = now.device_bytes
-    for found in sorted(candidates(step, allowed, card), key=lambda found: (found.seconds, found.device_bytes)):
+    for found in sorted(candidates(step, allowed, gpu), key=lambda found: (found.seconds, found.device_bytes)):
         if found.device_bytes < best - WORTH * now.device_bytes:
             best = found.device_bytes
             percent = round(100 * (found.seconds / now.seconds - 1))
@@ -60,12 +60,12 @@ def lines(step: CountedStep, used: Way, allowed: Allowed, card: Gpu) -> Iterator
             yield f"{describe(found.way)} needs {format_gib(now.device_bytes - best)} less and takes {time}"
 
 
-def candidates(step: CountedStep, allowed: Allowed, card: Gpu) -> Iterator[Predicted]:
+def candidates(step: CountedStep, allowed: Allowed, gpu: Gpu) -> Iterator[Predicted]:
     """Yield every configuration with no blocks offloaded, half of them, and as many as possible."""
     most = step.most_offloaded if allowed.shared_by == 1 else 0
     numbers = sorted({0, most // 2, most})
     for way in allowed.ways():
-        yield from (predict(step, replace(way, num_offloaded=number), card) for number in numbers)
+        yield from (predict(step, replace(way, num_offloaded=number), gpu) for number in numbers)
 
 
 def pick_evenly(found: Sequence[str]) -> list[str]:

@@ -82,19 +82,19 @@ class MemoryWatch:
 
     def _correct(self, measured: int) -> None:
         """Choose again by the measurement, among options that can change during training: how blocks run."""
-        chosen, card = self._chosen, self._fitted.choice.card
+        chosen, gpu = self._chosen, self._fitted.choice.gpu
         fixed = chosen.weight_bytes + self._fitted.counted.step.adapter_bytes
         factor = max(0.0, (measured - fixed) / (chosen.tensor_bytes - fixed))
         allowed = replace(
             self._fitted.allowed, weight_formats=(chosen.way.weight_format,), num_offloaded=chosen.way.num_offloaded
         )
-        choice = choose(self._fitted.counted.step, allowed, card, factor)
+        choice = choose(self._fitted.counted.step, allowed, gpu, factor)
         if choice.chosen is None:
-            room = card.memory_bytes - (measured - chosen.tensor_bytes)
+            room = gpu.memory_bytes - (measured - chosen.tensor_bytes)
             logger.warning(
                 "nothing that can be changed while training makes it fit %s; where memory runs out, start again with "
                 "--fit %dMB, which leaves as much room",
-                format_gib(card.memory_bytes),
+                format_gib(gpu.memory_bytes),
                 room // MIB,
             )
         elif choice.chosen.way == chosen.way:

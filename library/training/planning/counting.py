@@ -23,12 +23,12 @@ from library.errors import NotThere
 from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_layers_with
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES, bytes_of, tensors_of
-from library.memory.formats.int8 import matrices_forgotten
+from library.memory.formats.int8 import clear_hadamard_cache
 from library.memory.frozen import frozen_layers, layers_in_blocks, multiply_codes
 from library.memory.offload.encoders import least_bytes
 from library.memory.offload.streamed import choose_blocks
 from library.memory.planner.counter import OperationCounter
-from library.memory.planner.fakes import give_fakes, norms_as_on_cards
+from library.memory.planner.fakes import emulate_cuda_norms, give_fakes
 from library.memory.planner.prediction import CountedStep, GradientlessPasses
 from library.memory.planner.repeats import Repeats, shorten_runs
 from library.memory.planner.stages import Stage, max_images
@@ -138,9 +138,9 @@ def count_run(
         mute_logging(),
         pause_collection(),  # looking for cycles takes an eighth of the time, and counts depend on when it happens
         torch.random.fork_rng(devices=[]),
-        matrices_forgotten(),
+        clear_hadamard_cache(),
         FakeTensorMode(allow_non_fake_inputs=True),
-        nullcontext() if device.type == "cpu" else norms_as_on_cards(),
+        nullcontext() if device.type == "cpu" else emulate_cuda_norms(),
     ):
         meta = run_on_meta_device(options, arch, adapters)
         bar.update(1)
@@ -192,7 +192,7 @@ def count_run(
 
     step = CountedStep(
         timeline=timeline,
-        first_place=places[0],
+        first_block_index=places[0],
         weights=ModelWeights.of(denoiser, storable_layers(denoiser), blocks),
         encoders=tuple(ModelWeights.of(e, storable_layers(e), ()) for e in meta.models.text_encoders),
         own_formats=(options.precision.denoiser_format, options.precision.text_encoder_format),

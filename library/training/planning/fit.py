@@ -45,11 +45,11 @@ class Fit:
 
     def lines(self) -> Iterator[str]:
         """Yield the table, and how to pin its marked line."""
-        card = self.choice.card
-        of = "" if card.nominal_bytes is None else f" free of {card.nominal_bytes / GIB:g} GB"
+        gpu = self.choice.gpu
+        of = "" if gpu.nominal_bytes is None else f" free of {gpu.nominal_bytes / GIB:g} GB"
         yield (
-            f"{format_gib(card.memory_bytes)}{of} (counted as {card.name}: {card.flops / 1e12:.1f} TFLOP/s, "
-            f"{card.bus / 1e9:.1f} GB/s from main memory), predicted:"
+            f"{format_gib(gpu.memory_bytes)}{of} (counted as {gpu.name}: {gpu.flops / 1e12:.1f} TFLOP/s, "
+            f"{gpu.bus / 1e9:.1f} GB/s from main memory), predicted:"
         )
         yield from format_table(self.choice, describe, self.num_passes)
         if self.options.precision.multiplies_codes:
@@ -74,9 +74,9 @@ class Fit:
     def sweep_line(self, sweep: "Sweep") -> str:
         """Describe how many adapters fit with the chosen configuration, else with the smallest one."""
         found = self.choice.chosen or self.choice.least
-        alone = predict(sweep.alone.step, found.way, self.choice.card)
+        alone = predict(sweep.alone.step, found.way, self.choice.gpu)
         each = (found.device_bytes - alone.device_bytes) / (sweep.num_adapters - 1)
-        most = max(0, int((self.choice.card.memory_bytes - alone.device_bytes) // each) + 1)
+        most = max(0, int((self.choice.gpu.memory_bytes - alone.device_bytes) // each) + 1)
         return (
             f"{sweep.num_adapters} adapters share the step (--sweep): with {describe(found.way)} one takes "
             f"{format_gib(alone.device_bytes)} and each more {format_gib(round(each))}; about {most} fit"
@@ -96,7 +96,7 @@ class Fit:
     def preview_line(self, preview: CountedPreview) -> str:
         need = preview.peak(self.counted.step, self.choice.chosen or self.choice.least)
         line = f"previews of {preview.width}x{preview.height}: {format_gib(need)}"
-        if need <= self.choice.card.memory_bytes:
+        if need <= self.choice.gpu.memory_bytes:
             return line
         return f"{line}, more than there is: the VAE decodes them in tiles, or on the processor"
 
@@ -107,7 +107,7 @@ class Fit:
 
     def is_streamed(self, stage: Stage) -> bool:
         size = self.stage_sizes[stage.option]
-        return size > 0 and stage.is_streamed(size, self.choice.card.memory_bytes - CONTEXT_BYTES)
+        return size > 0 and stage.is_streamed(size, self.choice.gpu.memory_bytes - CONTEXT_BYTES)
 
     def stage_line(self, stage: Stage) -> str:
         size, need = self.stage_sizes[stage.option], format_gib(self.stage_bytes(stage))
@@ -121,7 +121,7 @@ class Fit:
         least, step = self.choice.least, self.counted.step
         training = step.adapter_bytes + step.gradient_bytes + step.optimizer.state
         activations = least.tensor_bytes - least.weight_bytes - training
-        missing = format_gib(least.device_bytes - self.choice.card.memory_bytes)
+        missing = format_gib(least.device_bytes - self.choice.gpu.memory_bytes)
         smaller = "--train_batch_size or --resolution" if self.options.concepts is None else IN_PROMPTS
         return (
             f"nothing fits: the least is {format_gib(least.device_bytes)} with {describe(least.way)}, {missing} too "
@@ -141,14 +141,14 @@ SMALLER_WEIGHTS = "--base_format or --fit_formats int8 nf4 store them in fewer b
 
 
 def fit_to(
-    counted: CountedRun, options: TrainOptions, card: Gpu, sweep: Sweep | None = None, num_steps: int | None = None
+    counted: CountedRun, options: TrainOptions, gpu: Gpu, sweep: Sweep | None = None, num_steps: int | None = None
 ) -> Fit:
     """Choose the configuration for a GPU; options that the user has set are kept.
 
     `num_steps` is the number of optimizer steps, or None if unknown.
     """
     values, defaults = options.flat(), type(options).defaults()
-    room = card.memory_bytes - CONTEXT_BYTES
+    room = gpu.memory_bytes - CONTEXT_BYTES
     sizes = {}
     for stage in counted.stages:
         wanted = values[stage.option]
@@ -159,4 +159,4 @@ def fit_to(
     )
     num_sides = 1 if options.pairs.pair_slider is None else 2
     num_passes = None if num_steps is None else num_steps * options.run.gradient_accumulation_steps * num_sides
-    return Fit(options, counted, allowed, choose(counted.step, allowed, card), sizes, sweep, num_passes)
+    return Fit(options, counted, allowed, choose(counted.step, allowed, gpu), sizes, sweep, num_passes)

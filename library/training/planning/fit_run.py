@@ -33,7 +33,7 @@ def largest_batch(sizes: BatchSizes) -> BatchShape:
 def free_memory(device: torch.device) -> int:
     """Return the GPU memory available to a run, including this process's existing context."""
     if device.type != "cuda":
-        raise UserError("--fit auto asks the card what is free on it, and there is none; give a size such as 12GB")
+        raise UserError("--fit auto measures the free memory of the GPU, and there is none; give a size such as 12GB")
     return torch.cuda.mem_get_info(device)[0] + BARE_CONTEXT_BYTES - MARGIN_BYTES
 
 
@@ -45,11 +45,11 @@ def measure_gpu(wanted: str, mixed_precision: str, processes: Processes) -> Gpu:
     size = None if wanted == "auto" else parse_size("--fit", wanted)
     room = free_memory(processes.device) if size is None else size.free_bytes
     room = min(map(int, processes.merged("room", {processes.rank: str(room)}).values()))
-    card = benchmark_gpu(processes.device, room, DTYPES[mixed_precision])
-    speeds = processes.share("speed", f"{card.flops} {card.bus} {card.bandwidth} {card.staging}").split()
+    gpu = benchmark_gpu(processes.device, room, DTYPES[mixed_precision])
+    speeds = processes.share("speed", f"{gpu.flops} {gpu.bus} {gpu.bandwidth} {gpu.staging}").split()
     flops, bus, bandwidth, staging = map(float, speeds)
     nominal = size.num_bytes if size is not None and size.names_gpu else None
-    return replace(card, flops=flops, bus=bus, bandwidth=bandwidth, staging=staging, nominal_bytes=nominal)
+    return replace(gpu, flops=flops, bus=bus, bandwidth=bandwidth, staging=staging, nominal_bytes=nominal)
 
 
 def count_adapter_run(
@@ -105,11 +105,11 @@ def fit_run(
     Raises UserError if nothing fits.
     """
     assert options.fit.fit is not None
-    card = measure_gpu(options.fit.fit, options.precision.mixed_precision, processes)
+    gpu = measure_gpu(options.fit.fit, options.precision.mixed_precision, processes)
     batch = largest_batch(sizes)
     counted = count_adapter_run(options, arch, batch, processes.device, adapters)
     sweep = count_sweep(options, arch, batch, processes.device, adapters)
-    found = fit_to(counted, options, card, sweep, sizes.max_train_steps)
+    found = fit_to(counted, options, gpu, sweep, sizes.max_train_steps)
     if found.choice.chosen is None:
         raise UserError("\n  ".join([f"--fit {options.fit.fit}", *found.lines()]))
     for line in found.lines() if processes.is_main else ():

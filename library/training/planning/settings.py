@@ -22,7 +22,7 @@ def resolve_way(memory: MemoryOptions, precision: PrecisionOptions, distributed:
     return Way(
         weight_format=precision.denoiser_format,
         recompute_every=memory.gradient_checkpointing_every if memory.recomputes else None,
-        inputs_wait=memory.offloads_inputs,
+        offloads_inputs=memory.offloads_inputs,
         num_offloaded=memory.num_offloaded,
         shared_by=num_shares(distributed),
     )
@@ -38,7 +38,7 @@ def option_values(way: Way) -> dict[str, Any]:
         "base_format": way.weight_format,
         "gradient_checkpointing": way.recompute_every is not None,
         "gradient_checkpointing_every": way.recompute_every or 1,
-        "cpu_offload_checkpointing": way.inputs_wait,
+        "cpu_offload_checkpointing": way.offloads_inputs,
         "blocks_to_swap": way.num_offloaded or None,
         "shard_base": way.shared_by > 1,
         "shard_group": way.shared_by if way.shared_by > 1 else None,
@@ -51,7 +51,7 @@ def changes(options: TrainOptions, way: Way) -> dict[str, Any]:
     found = {name: value for name, value in option_values(way).items() if value != values[name]}
     if way.weight_format == options.precision.denoiser_format:  # whichever option requested it
         found.pop("base_format", None)
-    if options.memory.unsloth_offload_checkpointing and way.inputs_wait:
+    if options.memory.unsloth_offload_checkpointing and way.offloads_inputs:
         found.pop("gradient_checkpointing", None)
         found.pop("cpu_offload_checkpointing", None)
     return found
@@ -73,7 +73,7 @@ def resolve_allowed(fit: FitOptions, memory: MemoryOptions, way: Way) -> Allowed
     return Allowed(
         weight_formats=tuple(fit.fit_formats or (way.weight_format,)),
         recompute_every=(way.recompute_every,) if memory.recomputes else EVERY,
-        inputs_wait=(True,) if way.inputs_wait or memory.cpu_offload_checkpointing else (False, True),
+        offloads_inputs=(True,) if way.offloads_inputs or memory.cpu_offload_checkpointing else (False, True),
         num_offloaded=memory.blocks_to_swap,
         shared_by=way.shared_by,
     )

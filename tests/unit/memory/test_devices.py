@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from library.memory.devices import is_on, release_memory, survivable
+from library.memory.devices import is_on, make_input_contiguous, release_memory
 from tests.running import ROOT
 
 BACKENDS = {"cuda": "torch.cuda", "mps": "torch.mps"}
@@ -59,9 +59,9 @@ def test_a_group_norm_of_a_frozen_model_can_be_trained_on_the_cpu() -> None:
 def test_only_an_input_without_gradient_changes_its_layout() -> None:
     norm = nn.GroupNorm(2, 8)
     x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
-    (changed,) = survivable(norm, (x,)) or ()
+    (changed,) = make_input_contiguous(norm, (x,)) or ()
     assert changed.is_contiguous() and torch.equal(changed, x)
-    assert survivable(norm, (x.clone().requires_grad_(),)) is None
-    assert survivable(norm, (x.contiguous(),)) is None
+    assert make_input_contiguous(norm, (x.clone().requires_grad_(),)) is None
+    assert make_input_contiguous(norm, (x.contiguous(),)) is None
     with torch.no_grad():
-        assert survivable(norm, (x,)) is None
+        assert make_input_contiguous(norm, (x,)) is None

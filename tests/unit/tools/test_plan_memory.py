@@ -120,8 +120,8 @@ def test_full_size_models_come_to_what_whole_models_were_counted_as(name: str, t
     step = counted.step
     fixed = step.weights.resident_bytes(StorageCost.of(None), ()) + step.adapter_bytes
     ways = [
-        list(step.timeline.moves(recomputes, lambda place: True))
-        for recomputes in (lambda place: False, lambda place: True)
+        list(step.timeline.expand(recomputes, lambda i: True))
+        for recomputes in (lambda i: False, lambda i: True)
     ]
     found = [(fixed + compute_peak_bytes(moves)) / GIB for moves in ways]
     found += [sum(move.segment.flops for move in moves) / 1e12 for moves in ways]

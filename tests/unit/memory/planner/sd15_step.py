@@ -63,7 +63,7 @@ def planned_bytes(side: int, recomputes: bool) -> int:
             passes.append(
                 count_pass(lambda: loss_of(unet, side), lambda r: run_unet_blocks_with(unet, r), runner, counter)
             )
-    moves = Timeline.build(passes[0], passes[1], repeats).moves(lambda place: recomputes, lambda place: True)
+    moves = Timeline.build(passes[0], passes[1], repeats).expand(lambda i: recomputes, lambda i: True)
     return fixed + compute_peak_bytes(list(moves))
 
 

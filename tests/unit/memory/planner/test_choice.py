@@ -120,7 +120,7 @@ def test_nothing_waits_in_main_memory_where_the_base_is_shared() -> None:
 
 def test_inputs_of_two_blocks_stay_and_all_are_copied_beside_computing() -> None:
     step, slow = counted_step(), card(0, bus=1e3)
-    stays, waits = (predict(step, Way(recompute_every=1, inputs_wait=wait), card(0)) for wait in (False, True))
+    stays, waits = (predict(step, Way(recompute_every=1, offloads_inputs=wait), card(0)) for wait in (False, True))
     assert waits.host_bytes == NUM_BLOCKS * KEPT_WHEN_RECOMPUTED
     assert stays.tensor_bytes - waits.tensor_bytes == (NUM_BLOCKS - 2) * KEPT_WHEN_RECOMPUTED
     assert waits.seconds == stays.seconds
@@ -152,7 +152,7 @@ def test_none_that_fits_is_a_tenth_faster_than_the_choice_and_no_simpler_one_as_
 def test_offloading_is_chosen_only_where_it_saves_a_tenth(bus: float, offloads: bool) -> None:
     """Recomputing takes a third longer. Offloading takes 4 % longer on a fast bus, and on a slow one a quarter, which
     is less than a tenth faster than recomputing."""
-    step, allowed = counted_step(), Allowed(recompute_every=(None, 1), inputs_wait=(False,))
+    step, allowed = counted_step(), Allowed(recompute_every=(None, 1), offloads_inputs=(False,))
     choice = choose(step, allowed, card(predict(step, Way(num_offloaded=4), card(0)).device_bytes, bus))
     times = {found.way.recompute_every: found.seconds for found in choice.candidates}
     assert times[None] < times[1] and (times[None] < 0.9 * times[1]) == offloads
@@ -172,7 +172,7 @@ def test_blocks_that_cannot_be_pinned_are_copied_at_the_speed_of_staging() -> No
 def test_offloaded_inputs_are_copied_beside_the_arithmetic() -> None:
     """80 MiB in each pass, beside 32 and 96 s of arithmetic."""
     for bus, seconds in ((40 * MIB, 32 + 96), (2 * MIB, 40 + 96)):
-        found = predict(counted_step(), Way(recompute_every=1, inputs_wait=True), card(0, bus=bus))
+        found = predict(counted_step(), Way(recompute_every=1, offloads_inputs=True), card(0, bus=bus))
         assert found.seconds == pytest.approx(seconds)
 
 
@@ -184,7 +184,7 @@ def test_wsl_pins_half_a_gibibyte_whatever_there_is(release: str, gib: float, mo
 
 
 def test_what_is_fixed_is_the_only_candidate() -> None:
-    allowed = Allowed(weight_formats=("fp8",), recompute_every=(2,), inputs_wait=(True,), num_offloaded=4)
+    allowed = Allowed(weight_formats=("fp8",), recompute_every=(2,), offloads_inputs=(True,), num_offloaded=4)
     choice = choose(counted_step(), allowed, card(GIB))
     assert [found.way for found in choice.candidates] == [Way("fp8", 2, True, 4)]
 
@@ -218,7 +218,7 @@ def test_the_weights_of_a_model_are_sorted_by_what_can_be_done_with_them() -> No
 
 
 def test_the_table_marks_what_is_chosen_and_counts_what_does_not_fit() -> None:
-    allowed = Allowed(recompute_every=(None, 1), inputs_wait=(False,), num_offloaded=0)
+    allowed = Allowed(recompute_every=(None, 1), offloads_inputs=(False,), num_offloaded=0)
     choice = choose(counted_step(), allowed, card(2 * GIB))
     first, recomputed, last = format_table(choice, lambda way: f"every {way.recompute_every}")
     assert first.split() == ["options", "GPU", "memory", "free", "tensors", "main", "memory", "batch"]

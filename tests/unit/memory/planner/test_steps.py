@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from library.memory.blocks import BlockRunner, plain, recompute
 from library.memory.devices import tensors_of
 from library.memory.planner.counter import OperationCounter
-from library.memory.planner.fakes import give_fakes, norms_as_on_cards
+from library.memory.planner.fakes import emulate_cuda_norms, give_fakes
 from library.memory.planner.repeats import Repeats, shorten_runs
 from library.memory.planner.steps import (
     CountedPass,
@@ -35,10 +35,10 @@ WIDTH, NUM_BLOCKS, TOKENS, RANK = 96, 6, 160, 5
 SHARE = 0.03  # what counting two blocks of six may be off by
 ANSWERS = {"int": 1, "float": 0.5, "bool": True}
 WAYS: dict[str, Callable[[int], bool]] = {
-    "keeps all": lambda place: False,
-    "recomputes all": lambda place: True,
-    "recomputes every second": lambda place: place % 2 == 0,
-    "recomputes every third": lambda place: place % 3 == 0,
+    "keeps all": lambda i: False,
+    "recomputes all": lambda i: True,
+    "recomputes every second": lambda i: i % 2 == 0,
+    "recomputes every third": lambda i: i % 3 == 0,
 }
 
 
@@ -95,7 +95,7 @@ def test_the_peak_of_a_step_is_what_the_allocator_sees(way: str, dtype: torch.dt
     model = model_of()
     model.runner = chosen(WAYS[way])
     real = allocated_peak(lambda: loss_of(model, dtype).backward(), multiplies_bf16=dtype is not None)
-    planned = compute_peak_bytes(counted(dtype).moves(WAYS[way], lambda place: True))
+    planned = compute_peak_bytes(counted(dtype).expand(WAYS[way], lambda i: True))
     assert planned == pytest.approx(real, rel=SHARE)
 
 
@@ -105,7 +105,7 @@ def test_gradients_that_are_there_already_are_not_made_again(way: str) -> None:
     model.runner = chosen(WAYS[way])
     loss_of(model).backward()
     real = allocated_peak(lambda: loss_of(model).backward())
-    assert compute_peak_bytes(counted(num_passes=2).moves(WAYS[way], lambda place: True)) == pytest.approx(
+    assert compute_peak_bytes(counted(num_passes=2).expand(WAYS[way], lambda i: True)) == pytest.approx(
         real, rel=SHARE
     )
 
@@ -120,7 +120,7 @@ def test_arithmetic_is_that_of_torchs_own_counter(way: str) -> None:
     forward = 2 * 2 * 2 * TOKENS**2 * WIDTH
     num_recomputed = sum(WAYS[way](place) for place in range(NUM_BLOCKS))
     attention = NUM_BLOCKS * (forward + forward * 5 // 2) + num_recomputed * forward
-    planned = sum(move.segment.flops for move in counted().moves(WAYS[way], lambda place: True))
+    planned = sum(move.segment.flops for move in counted().expand(WAYS[way], lambda i: True))
     assert planned == counter.get_total_flops() + attention
 
 
@@ -141,8 +141,8 @@ def test_kernels_and_the_bytes_they_move_are_counted() -> None:
 
 def test_inputs_that_wait_in_main_memory_leave_and_come_back() -> None:
     timeline = counted()
-    kept = compute_peak_bytes(timeline.moves(lambda place: True, lambda place: True))
-    away = compute_peak_bytes(timeline.moves(lambda place: True, lambda place: False))
+    kept = compute_peak_bytes(timeline.expand(lambda i: True, lambda i: True))
+    away = compute_peak_bytes(timeline.expand(lambda i: True, lambda i: False))
     sizes = 2 * TOKENS * WIDTH * 4
     # The input of the first block has no gradient and stays; the peak is reached in the last block of the second kind,
     # when the others of the first kind are away, and those of the second kind but its own.
@@ -158,7 +158,7 @@ def test_blocks_with_other_adapters_are_not_alike() -> None:
         model.adapters.append(type(model.adapters[0])(layer, RANK + 1))
     with shorten_runs([model.attending, model.widening], shares=False) as repeats:
         assert len(model.attending) == 2
-        assert [len(repeats.own[block]) for block in model.widening] == [1, 2, 1, 1, 1]
+        assert [len(repeats.represented[block]) for block in model.widening] == [1, 2, 1, 1, 1]
 
 
 def three_stacks() -> tuple[MadeUp, list[nn.ModuleList]]:
@@ -192,8 +192,8 @@ def count_stacks(shares: bool) -> Timeline:
 def test_one_block_of_a_stack_is_enough_where_another_stack_is_alike(way: str) -> None:
     few, more = (count_stacks(shares) for shares in (True, False))
     assert len(few.blocks) == len(more.blocks) == 2 * NUM_BLOCKS
-    for keeps_inputs in (lambda place: True, lambda place: False):
-        found, expected = (list(one.moves(WAYS[way], keeps_inputs)) for one in (few, more))
+    for keeps_inputs in (lambda i: True, lambda i: False):
+        found, expected = (list(one.expand(WAYS[way], keeps_inputs)) for one in (few, more))
         assert compute_peak_bytes(found) == compute_peak_bytes(expected)
         for value in ("flops", "moved", "launches"):
             totals = [sum(getattr(move.segment, value) for move in moves) for moves in (found, expected)]
@@ -209,15 +209,15 @@ def test_a_block_does_not_stand_for_one_with_other_inputs() -> None:
         Timeline.build(counted, counted, repeats)
     alike = replace(counted, input_shapes=shapes[:2] * 2)
     timeline = Timeline.build(alike, alike, repeats)
-    assert timeline.blocks == (first, earlier, other, last) and timeline.stands == (0, 1, 2, 1)
+    assert timeline.blocks == (first, earlier, other, last) and timeline.representatives == (0, 1, 2, 1)
 
 
 def test_without_equal_inputs_two_blocks_of_each_stack_are_counted() -> None:
     asked: list[int] = []
 
     def count(repeats: Repeats) -> Timeline:
-        asked.append(len(repeats.alike))
-        if repeats.alike:
+        asked.append(len(repeats.by_earlier_run))
+        if repeats.by_earlier_run:
             raise DifferentInputs
         return Timeline(NOTHING, NOTHING, (), (), ())
 
@@ -266,7 +266,7 @@ def test_norms_can_be_counted_as_a_card_computes_them() -> None:
     x = torch.randn(2, 8)
     with torch.autocast("cpu", torch.bfloat16):
         half = norm(x.bfloat16())
-        with norms_as_on_cards():
+        with emulate_cuda_norms():
             full = norm(x.bfloat16())
     assert (half.dtype, full.dtype) == (torch.bfloat16, torch.float32)
     assert norm(x.bfloat16().float()).dtype == torch.float32, "the rule ends with the block"

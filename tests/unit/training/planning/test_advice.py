@@ -31,7 +31,7 @@ def test_each_line_saves_more_and_takes_longer_than_the_one_before() -> None:
 
 def test_recomputing_all_blocks_of_the_made_up_step_costs_a_third() -> None:
     """Of 8 blocks each keeps 300 MiB or 10; the one that runs keeps all; the allocator adds 5 %."""
-    options = [line for line in hints(Way(), inputs_wait=(False,), recompute_every=(1,)) if "blocks" not in line[0]]
+    options = [line for line in hints(Way(), offloads_inputs=(False,), recompute_every=(1,)) if "blocks" not in line[0]]
     assert options == [("--gradient_checkpointing", round(7 * 290 * 1.05 / 1024, 1), 33)]
 
 

@@ -59,5 +59,5 @@ def test_encoders_that_are_streamed_need_less() -> None:
 
 
 def test_the_search_space_is_that_of_the_options() -> None:
-    assert fitted(8).allowed == Allowed(inputs_wait=(False, True))
-    assert choose(counted_step(), fitted(8).allowed, fitted(8).choice.card).chosen == fitted(8).choice.chosen
+    assert fitted(8).allowed == Allowed(offloads_inputs=(False, True))
+    assert choose(counted_step(), fitted(8).allowed, fitted(8).choice.gpu).chosen == fitted(8).choice.chosen
