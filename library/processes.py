@@ -1,7 +1,7 @@
 """The processes of a run: ranks, communication, and the sum of their gradients.
 
 `accelerate launch --num_processes N` starts N processes. Every step averages an accumulation window of batches (see
-library/training/loop/accumulation.py). Each process computes its share of the window, and the gradients are summed in
+library/training/step/accumulation.py). Each process computes its share of the window, and the gradients are summed in
 one flat buffer. N processes therefore equal one process that accumulates N times as many batches: the same batches,
 noise, steps and learning rates.
 """

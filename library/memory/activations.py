@@ -61,7 +61,7 @@ class BlockInputs:
 
     def __init__(self, before: Callable[[], "BlockInputs | None"], streams: CopyStreams) -> None:
         self.before, self.streams = before, streams
-        self.waiting: list[tuple[Tensor, torch.device]] = []
+        self.offloaded: list[tuple[Tensor, torch.device]] = []
         self.fetched: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
 
     def add(self, tensor: Tensor) -> int:
@@ -76,8 +76,8 @@ class BlockInputs:
             tensor.record_stream(stream)  # the caller may free it before it is copied
         else:
             copy.copy_(tensor)
-        self.waiting.append((copy, tensor.device))
-        return len(self.waiting) - 1
+        self.offloaded.append((copy, tensor.device))
+        return len(self.offloaded) - 1
 
     def take(self, i: int) -> Tensor:
         """Return a tensor on its device, and start fetching the inputs of the block that is recomputed next."""
@@ -93,7 +93,7 @@ class BlockInputs:
 
     def fetch(self) -> None:
         """Start copying all tensors to their devices."""
-        for i, (host_copy, device) in enumerate(self.waiting):
+        for i, (host_copy, device) in enumerate(self.offloaded):
             self.fetched[i] = self.start(host_copy, device) if device.type == "cuda" else (host_copy.to(device), None)
 
     def start(self, host_copy: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Event]:

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from library.memory.blocks import BlockRunner
 from library.memory.frozen import frozen_layers
-from library.memory.offload.sharded import Shelved
-from library.memory.offload.streamed import Waiting
+from library.memory.offload.sharded import ShardedHandle
+from library.memory.offload.streamed import OffloadedHandle
 
 logger = logging.getLogger(__name__)
 
@@ -123,4 +123,4 @@ class Compiled:
 
 def is_offloaded(block: nn.Module) -> bool:
     """Return True if a block's weights arrive through a ring while it computes, where compiled code reads too early."""
-    return any(isinstance(layer.handle, Waiting | Shelved) for layer in frozen_layers(block))
+    return any(isinstance(layer.handle, OffloadedHandle | ShardedHandle) for layer in frozen_layers(block))

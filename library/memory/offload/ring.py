@@ -30,19 +30,19 @@ class Ring(Generic[MasterT, SlotT]):
         self.followers: dict[tuple[int | None, int | None], int] = {}
         self.num_missed = 0  # blocks that were not prefetched
         self.digest = 0  # hash of all requested blocks, in order
-        self.turns: Callable[[int], None] | None = None  # called with each block before it is fetched
+        self.on_request: Callable[[int], None] | None = None  # called with each block before it is fetched
 
     def need(self, block: int) -> SlotT:
         """Return the slot that holds a block, on the device."""
         if block != self.now:
-            self.turn_to(block)
+            self.advance_to(block)
         return self.streams.slots[self.held.index(block)]
 
-    def turn_to(self, block: int) -> None:
+    def advance_to(self, block: int) -> None:
         """Release the block that has computed, and prefetch the next block into its slot."""
-        if self.turns is not None:
+        if self.on_request is not None:
             # The fetch of a sharded block is a collective, for which the other processes have to know the block.
-            self.turns(block)
+            self.on_request(block)
         self.digest = (31 * self.digest + block + 1) % MOST_DIGEST
         self.followers[self.before, self.now] = block
         if block not in self.held:

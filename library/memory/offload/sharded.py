@@ -92,16 +92,16 @@ class GatheredStreams:
 
 
 @dataclass(frozen=True)
-class Shelved:
+class ShardedHandle:
     """Handle of a layer whose weight is sharded by block."""
 
     ring: Ring[ShardedBlock, list[Tensor]]
     number: int  # index of its block in the ring
-    place: int  # index among the layers of the block
+    layer_index: int  # index among the layers of the block
     layout: Sequence[Span]
 
     def __call__(self) -> Parts:
-        return parts_in(self.layout, self.ring.need(self.number)[self.place])
+        return parts_in(self.layout, self.ring.need(self.number)[self.layer_index])
 
     def copied(self, device: torch.device) -> Parts:
         """Return copies of the parts, which stay valid when other blocks are fetched."""
@@ -190,8 +190,8 @@ class ShardedModel:
         sharded_blocks = [ShardedBlock([self.shares[layer].bytes for layer in layers], self.mesh) for layers in blocks]
         self.ring = Ring(sharded_blocks, GatheredStreams(NUM_SLOTS))
         for number, layers in enumerate(blocks):
-            for place, layer in enumerate(layers):
-                layer.handle = Shelved(self.ring, number, place, self.shares.pop(layer).layout)
+            for layer_index, layer in enumerate(layers):
+                layer.handle = ShardedHandle(self.ring, number, layer_index, self.shares.pop(layer).layout)
 
     @property
     def digest(self) -> int:
@@ -218,15 +218,15 @@ class ShardedModel:
     def lead(self) -> Iterator[None]:
         """Let this process compute alone inside the block, while the others of its group call `follow`."""
         assert self.ring is not None
-        self.ring.turns = self.tell
+        self.ring.on_request = self.broadcast_request
         try:
             yield
         finally:
-            self.ring.turns = None
+            self.ring.on_request = None
             # Also after an error, because the followers wait for the next number.
-            self.tell(NOBODY)
+            self.broadcast_request(NOBODY)
 
-    def tell(self, number: int) -> None:
+    def broadcast_request(self, number: int) -> None:
         """Broadcast the number of the requested block to the followers."""
         dist.broadcast(torch.tensor([number], device=self.device), dist.get_rank(), group=self.group)
 

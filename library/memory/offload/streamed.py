@@ -35,14 +35,15 @@ def allocate_own_master(block: int, num_bytes: int) -> tuple[Tensor, bool]:
 
 
 def stream(
-    stacks: Stacks, waiting: Sequence[int], device: torch.device, make_master: MakeMaster = allocate_own_master
+    stacks: Stacks, num_offloaded: Sequence[int], device: torch.device, make_master: MakeMaster = allocate_own_master
 ) -> Ring[Tensor, Tensor] | None:
-    """Keep `waiting[i]` blocks of stack i in main memory, and provide their weights through slots on `device`.
+    """Keep `num_offloaded[i]` blocks of stack i in main memory, and provide their weights through slots on `device`.
 
     The weights of these blocks must be frozen, see `library.memory.frozen`. Norms, biases and all other parameters stay
     on the model's device. Return the ring, or None if no block is offloaded.
     """
-    blocks = [stack[i] for stack, count in zip(stacks, waiting, strict=True) for i in choose_blocks(len(stack), count)]
+    counts = zip(stacks, num_offloaded, strict=True)
+    blocks = [stack[i] for stack, count in counts for i in choose_blocks(len(stack), count)]
     if not blocks:
         return None
     layouts = [list(spans(frozen_layers(block))) for block in blocks]
@@ -50,7 +51,7 @@ def stream(
     ring = Ring(masters, open_streams(masters, device))
     for number, layout in enumerate(layouts):
         for layer in {span.layer: None for span in layout}:
-            layer.handle = Waiting(ring, number, [span for span in layout if span.layer is layer])
+            layer.handle = OffloadedHandle(ring, number, [span for span in layout if span.layer is layer])
     return ring
 
 
@@ -80,7 +81,7 @@ def take_out(number: int, layout: Sequence[Span], make_master: MakeMaster) -> Te
 
 
 @dataclass(frozen=True)
-class Waiting:
+class OffloadedHandle:
     """Handle of a layer whose block is offloaded to main memory."""
 
     ring: Ring[Tensor, Tensor]

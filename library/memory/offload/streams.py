@@ -97,17 +97,17 @@ class StagedStreams(CudaStreams):
         self.staging = staging_buffers(min(piece, num_bytes))
         # Recorded when the GPU has read the buffer. The events are blocking, so that the waiting thread does not occupy
         # a core.
-        self.left = [torch.cuda.Event(blocking=True) for _ in self.staging]  # type: ignore[no-untyped-call]
-        self.turn = 0
+        self.read_events = [torch.cuda.Event(blocking=True) for _ in self.staging]  # type: ignore[no-untyped-call]
+        self.next_buffer = 0
         self.worker = ThreadPoolExecutor(1, "weights")
-        self.given: dict[int, Future[None]] = {}
+        self.pending: dict[int, Future[None]] = {}
 
     def start(self, slot: int, master: Tensor) -> None:
         # The event is recorded here because every thread has a current stream of its own.
         free = torch.cuda.Event()  # type: ignore[no-untyped-call]
         free.record(torch.cuda.current_stream(self.slots[slot].device))
         # Pinned masters use the thread too, so that copies are queued in the order of the requests.
-        self.given[slot] = self.worker.submit(self.stage, slot, master, free)
+        self.pending[slot] = self.worker.submit(self.stage, slot, master, free)
 
     def stage(self, slot: int, master: Tensor, free: torch.cuda.Event) -> None:
         """Copy one block; a single thread runs these in the order of the requests."""
@@ -116,15 +116,15 @@ class StagedStreams(CudaStreams):
             self.copy(slot, master)
             return
         for first in range(0, len(master), self.piece):
-            i, self.turn = self.turn, (self.turn + 1) % NUM_STAGING
-            self.left[i].synchronize()  # the only wait, and it blocks only this thread
+            i, self.next_buffer = self.next_buffer, (self.next_buffer + 1) % NUM_STAGING
+            self.read_events[i].synchronize()  # the only wait, and it blocks only this thread
             part = master[first : first + self.piece]
             staged = self.staging[i][: len(part)].copy_(part)
             self.copy(slot, staged, first)
-            self.left[i].record(self.copies)
+            self.read_events[i].record(self.copies)
 
     def ready(self, slot: int) -> None:
-        self.given[slot].result()
+        self.pending[slot].result()
         super().ready(slot)
 
 

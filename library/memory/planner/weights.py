@@ -120,12 +120,12 @@ class ModelWeights:
         """Return the bytes of each offloadable block."""
         return [bytes_of_all(counts, cost) for counts in self._counts[1]]
 
-    def resident_bytes(self, cost: StorageCost, waiting: Collection[int]) -> int:
-        """Return the bytes on the device with the blocks in `waiting` offloaded, including their slots."""
+    def resident_bytes(self, cost: StorageCost, offloaded: Collection[int]) -> int:
+        """Return the bytes on the device with the blocks in `offloaded` offloaded, including their slots."""
         sizes = self.block_bytes(cost)
-        resident = sum(size for place, size in enumerate(sizes) if place not in waiting)
+        resident = sum(size for i, size in enumerate(sizes) if i not in offloaded)
         # Every slot has the size of the largest offloaded block.
-        slots = NUM_SLOTS * max((sizes[place] for place in waiting), default=0)
+        slots = NUM_SLOTS * max((sizes[i] for i in offloaded), default=0)
         return self.fixed_bytes + bytes_of_all(self._counts[0], cost) + resident + slots
 
     def shared_bytes(self, cost: StorageCost, num_processes: int) -> int:

@@ -25,7 +25,7 @@ def cuda_kernels(options: KernelOptions) -> Iterator[None]:
     """
     flags = [f"--{name}" for name, value in options.flat().items() if value]
     if flags and not torch.cuda.is_available():
-        logger.warning("%s: no effect, as torch finds no CUDA card", " and ".join(flags))
+        logger.warning("%s: no effect, as torch finds no CUDA GPU", " and ".join(flags))
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = (matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark)
     if options.cuda_allow_tf32:
@@ -56,7 +56,7 @@ def deterministic(is_enabled: bool) -> Iterator[None]:
     # Otherwise torch writes NaN into every new buffer, to show reads of uninitialized memory: gigabytes of ring slots,
     # staging buffers and activations in each step, without an effect on results.
     memory.fill_uninitialized_memory = False
-    logger.info("--deterministic: kernels whose sums have one order; on a card steps may take longer")
+    logger.info("--deterministic: deterministic kernels are used; steps on a GPU may take longer")
     try:
         yield
     finally:

@@ -152,7 +152,7 @@ def explain_no_matmul(layer: FrozenLayer) -> str:
         return "convolutions"
     codes = layer.decoder.codes(layer.handle())
     if codes is None or codes.scales.ndim > 2:
-        return "whose form has factors within a row or no codes"
+        return "whose weight format has several scales per row or no 8-bit codes"
     return "whose sizes are no multiples of 8 (int8) or 16 (fp8)"
 
 

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from library.errors import UserError
 from library.memory.blocks import BlockRunner
 from library.memory.frozen import frozen_layers
-from library.memory.offload.sharded import Shelved
-from library.memory.offload.streamed import Waiting
+from library.memory.offload.sharded import ShardedHandle
+from library.memory.offload.streamed import OffloadedHandle
 from library.training.models.block_running import block_runner
 from library.training.run_parts import Run
 from library.training.step.losses import loss_of, start_batch
@@ -154,7 +154,8 @@ def perturb(value: Tensor, noise: float, generator: torch.Generator) -> Tensor:
 @contextmanager
 def plain_weights(block: nn.Module, device: torch.device) -> Iterator[None]:
     """Give the layers of an offloaded block temporary copies of their weights."""
-    handles = {layer: layer.handle for layer in frozen_layers(block) if isinstance(layer.handle, Waiting | Shelved)}
+    kinds = OffloadedHandle | ShardedHandle
+    handles = {layer: layer.handle for layer in frozen_layers(block) if isinstance(layer.handle, kinds)}
     try:
         for layer, handle in handles.items():
             layer.handle = partial(dict, handle.copied(device))

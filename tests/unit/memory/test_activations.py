@@ -74,7 +74,7 @@ def test_inputs_of_a_graph_that_is_dropped_are_freed() -> None:
     run = RecomputeFromMainMemory()
     y = run(nn.Linear(6, 6), torch.randn(2, 6).requires_grad_() * 2)
     kept = run.last()
-    assert kept is not None and len(kept.waiting) == 1
+    assert kept is not None and len(kept.offloaded) == 1
     found = weakref.ref(kept)
     del kept, y
     assert found() is None and run.last() is None

@@ -264,8 +264,8 @@ def test_memory_that_is_not_pinned_goes_through_buffers_that_are(monkeypatch: py
     streams.start(1, torch.full((5,), 8, dtype=torch.uint8))
     streams.ready(1)
     assert [slot[0].item() for slot in streams.slots] == [7, 8]
-    assert streams.staging[0] is not streams.staging[1] and streams.turn == 0
-    assert all(vars(event)["is_blocking"] for event in streams.left), "the thread does not spin"
+    assert streams.staging[0] is not streams.staging[1] and streams.next_buffer == 0
+    assert all(vars(event)["is_blocking"] for event in streams.read_events), "the thread does not spin"
 
 
 def test_a_block_larger_than_a_buffer_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

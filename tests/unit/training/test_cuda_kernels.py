@@ -66,7 +66,7 @@ def test_a_machine_without_a_card_is_told(monkeypatch: pytest.MonkeyPatch, caplo
     with caplog.at_level(logging.WARNING), cuda_kernels(KernelOptions()):
         assert not caplog.messages
     with caplog.at_level(logging.WARNING), cuda_kernels(KernelOptions(cuda_allow_tf32=True)):
-        assert caplog.messages == ["--cuda_allow_tf32: no effect, as torch finds no CUDA card"]
+        assert caplog.messages == ["--cuda_allow_tf32: no effect, as torch finds no CUDA GPU"]
 
 
 @pytest.mark.slow
