@@ -14,6 +14,7 @@ from torch import Tensor
 
 from library.diffusion.noise import draw_normal, draw_strength
 from library.diffusion.timesteps import (
+    NUM_TIMESTEPS,
     PATCH,
     LevelSampler,
     build_level_sampler,
@@ -30,7 +31,6 @@ from library.types import Noised
 
 logger = logging.getLogger(__name__)
 
-NUM_TIMESTEPS = 1000
 Target = Literal["noise - latent", "latent - noise", "latent"]
 
 IGNORES: Mapping[str, str] = dict.fromkeys(  # options without effect on a flow model

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from library.diffusion.noise import add_coarse_noise, add_offset, draw_normal, draw_strength
-from library.diffusion.schedules import NUM_TIMESTEPS, ddpm_abar, sigmas_of, snr_of
-from library.diffusion.timesteps import draw_timesteps, resolve_timestep_range
+from library.diffusion.schedules import ddpm_abar, sigmas_of, snr_of
+from library.diffusion.timesteps import NUM_TIMESTEPS, draw_timesteps, resolve_timestep_range
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error, snr_weights
 from library.memory.devices import send
 from library.options.training.loss import LossOptions

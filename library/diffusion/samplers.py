@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from library.diffusion.noise import draw_normal
-from library.diffusion.schedules import BETA_END, BETA_START, NUM_TIMESTEPS, ddpm_abar, sigmas_of
-from library.diffusion.timesteps import shift_sigmas
+from library.diffusion.schedules import BETA_END, BETA_START, ddpm_abar, sigmas_of
+from library.diffusion.timesteps import NUM_TIMESTEPS, shift_sigmas
 from library.options.output.samplers import ALIASES, SAMPLERS
 from library.types import Prompt
 

@@ -7,7 +7,8 @@ latent + sqrt(1 - abar) * noise. Tables are float64 on the CPU; callers cast the
 import torch
 from torch import Tensor
 
-NUM_TIMESTEPS = 1000
+from library.diffusion.timesteps import NUM_TIMESTEPS
+
 BETA_START = 0.00085
 BETA_END = 0.012
 

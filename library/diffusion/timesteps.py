@@ -30,7 +30,7 @@ class LevelSampler(Protocol):
     ) -> Tensor: ...
 
 
-TABLE_SIZE = 1000
+NUM_TIMESTEPS = 1000  # discrete noise levels of the DDPM models, and the scale of flow timesteps
 PATCH = 2  # side, in latents, of the patch that most transformers read as one token
 Ends = tuple[tuple[int, float], tuple[int, float]]
 # As in diffusers' `calculate_shift`, where m is called mu.
@@ -43,7 +43,7 @@ ENDS = {"qwen": QWEN_SHIFT_ENDS, "krea2": KREA2_SHIFT_ENDS}  # by a part of the 
 HYBRID_SHARES = {"qinglong_flux": (0.79, 0.9), "qinglong_qwen": (0.95, 0.95)}
 DETAIL_LOGSNR = (5.36, 1.0)  # mean and standard deviation
 SMALLEST_DRAW = 1e-7  # minimum of NextDiT's draws
-FINEST_LEVEL = 1 / TABLE_SIZE  # lower levels get the weight of this one, because sigma ** -2 is infinite at 0
+FINEST_LEVEL = 1 / NUM_TIMESTEPS  # lower levels get the weight of this one, because sigma ** -2 is infinite at 0
 
 
 def shift_sigmas(sigmas_B: Tensor, shift: float) -> Tensor:
@@ -151,8 +151,8 @@ def build_level_sampler(
             away_B = None if offsets_B is None else -offsets_B
             u_B = draw_scheme(weighting, num_samples, generator, away_B)
             # A draw of exactly 1 has no entry.
-            indices_B = (u_B * TABLE_SIZE).long().clamp(max=TABLE_SIZE - 1)
-            return shift_sigmas((TABLE_SIZE - indices_B) / TABLE_SIZE, shift)
+            indices_B = (u_B * NUM_TIMESTEPS).long().clamp(max=NUM_TIMESTEPS - 1)
+            return shift_sigmas((NUM_TIMESTEPS - indices_B) / NUM_TIMESTEPS, shift)
         if kind == "logsnr":
             return draw_logsnr(*style, num_samples, generator, offsets_B)
         if kind in ("uniform", "nextdit_shift"):

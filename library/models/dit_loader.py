@@ -127,12 +127,12 @@ def open_dit_loader(
     )
 
 
-def check_input_width(path: Path, found: int, expected: int, unit: str, title: str) -> None:
+def check_input_width(path: Path, num_inputs: int, expected: int, unit: str, title: str) -> None:
     """Raise UserError if the transformer at `path` takes another number of values per `unit` than the VAE produces."""
-    if found != expected:
+    if num_inputs != expected:
         raise UserError(
-            f"{BASE_FLAG} {path}: the transformer takes {found} values per {unit}, but only {expected} are supported; "
-            f"use a checkpoint of {title}"
+            f"{BASE_FLAG} {path}: the transformer takes {num_inputs} values per {unit}, but only {expected} are "
+            f"supported; use a checkpoint of {title}"
         )
 
 

@@ -72,16 +72,16 @@ def base_of_checkpoint(specs: Sequence[BaseModelSpec], flag: str, path: Path) ->
     return spec
 
 
-def refuse_other_folder(specs: Sequence[BaseModelSpec], flag: str, folder: Path, wanted: str) -> None:
-    """Raise UserError if a diffusers folder belongs to another model than `wanted`, by the pipeline that it names or
+def refuse_other_folder(specs: Sequence[BaseModelSpec], flag: str, folder: Path, expected: str) -> None:
+    """Raise UserError if a diffusers folder belongs to another model than `expected`, by the pipeline that it names or
     else by its subfolders, or if it names a pipeline that no script trains.
 
     An unknown pipeline with a U-Net passes: the U-Net's weights tell more than a name.
     """
     class_name = read_json(folder / "model_index.json").get("_class_name", "")
     named = bases_of_pipeline(specs, class_name)
-    is_named = len(named) == 1 or (named and not find_spec(specs, wanted).folders)
-    refuse_other(specs, flag, str(folder), named[0] if is_named else base_of_parts(specs, folder), wanted)
+    is_named = len(named) == 1 or (named and not find_spec(specs, expected).folders)
+    refuse_other(specs, flag, str(folder), named[0] if is_named else base_of_parts(specs, folder), expected)
     if not named:
         refuse_unknown_folder(flag, folder, class_name)
 
@@ -101,20 +101,20 @@ def refuse_unknown_folder(flag: str, folder: Path, class_name: str) -> None:
         raise UserError(f"{flag} {folder}: its model_index.json names {class_name}, which no script supports")
 
 
-def suggest_fix(found: BaseModelSpec, wanted: BaseModelSpec) -> str:
-    """Return the advice for a model of another kind than the wanted one: the flag or the script that trains it."""
-    if found.script == wanted.script:
-        return f"add {found.script_flag}" if found.script_flag else f"remove {wanted.script_flag}"
-    flag = f" with {found.script_flag}" if found.script_flag else ""
-    return f"use {found.script}{flag}, or {found.prompts_script} to train from prompts alone"
+def suggest_fix(recognised: BaseModelSpec, expected: BaseModelSpec) -> str:
+    """Return the advice for a model of another kind than the expected one: the flag or the script that trains it."""
+    if recognised.script == expected.script:
+        return f"add {recognised.script_flag}" if recognised.script_flag else f"remove {expected.script_flag}"
+    flag = f" with {recognised.script_flag}" if recognised.script_flag else ""
+    return f"use {recognised.script}{flag}, or {recognised.prompts_script} to train from prompts alone"
 
 
-def refuse_other_file(specs: Sequence[BaseModelSpec], flag: str, weights: Weights, wanted: str) -> None:
-    """Raise UserError if a single file is not a checkpoint of the U-Net model `wanted`, and say what it is."""
+def refuse_other_file(specs: Sequence[BaseModelSpec], flag: str, weights: Weights, expected: str) -> None:
+    """Raise UserError if a single file is not a checkpoint of the U-Net model `expected`, and say what it is."""
     names = list(weights.shapes)
     # Variants have the names of the model that they vary, so they have to be refused first.
     refuse_variants(specs, flag, weights.origin, weights.shapes)
-    refuse_other(specs, flag, weights.origin, base_of_file(specs, weights.shapes), wanted, "checkpoint")
+    refuse_other(specs, flag, weights.origin, base_of_file(specs, weights.shapes), expected, "checkpoint")
     if not any(re.match(UNET_NAME, name) for name in names):
         refuse_unknown_file(flag, weights)
 
@@ -157,42 +157,41 @@ def refuse_unknown_file(flag: str, weights: Weights) -> NoReturn:
     )
 
 
-def refuse_other_model(specs: Sequence[BaseModelSpec], flag: str, origin: str, shapes: Shapes, wanted: str) -> None:
-    """Raise UserError for a file that holds another base model than `wanted`, or an unsupported variant."""
+def refuse_other_model(specs: Sequence[BaseModelSpec], flag: str, origin: str, shapes: Shapes, expected: str) -> None:
+    """Raise UserError for a file that holds another base model than `expected`, or an unsupported variant."""
     refuse_variants(specs, flag, origin, shapes)
-    refuse_other(specs, flag, origin, base_of_file(specs, shapes), wanted)
+    refuse_other(specs, flag, origin, base_of_file(specs, shapes), expected)
 
 
 def refuse_other(
     specs: Sequence[BaseModelSpec],
     flag: str,
     origin: str,
-    found: BaseModelSpec | None,
-    wanted: str,
+    recognised: BaseModelSpec | None,
+    expected: str,
     kind: str = "model",
 ) -> None:
     """Raise UserError if another base model was recognised in a folder or file; None means that no model was."""
-    if found is not None and found.name != wanted:
-        raise UserError(
-            f"{flag} {origin}: this is {found.called} {kind}; {suggest_fix(found, find_spec(specs, wanted))}"
-        )
+    if recognised is not None and recognised.name != expected:
+        fix = suggest_fix(recognised, find_spec(specs, expected))
+        raise UserError(f"{flag} {origin}: this is {recognised.called} {kind}; {fix}")
 
 
-def open_unet_folder(specs: Sequence[BaseModelSpec], base: BaseFiles, wanted: str) -> tuple[dict[str, Any], Weights]:
+def open_unet_folder(specs: Sequence[BaseModelSpec], base: BaseFiles, expected: str) -> tuple[dict[str, Any], Weights]:
     """Open the configuration and the weights of a diffusers folder's U-Net. Raises UserError for another model than
-    `wanted`."""
-    refuse_other_folder(specs, base.flag, base.path, wanted)
+    `expected`."""
+    refuse_other_folder(specs, base.flag, base.path, expected)
     config, weights = base.open_folder("unet")
     class_name = read_json(base.path / "model_index.json").get("_class_name", "")
-    refuse_other(specs, base.flag, str(base.path), base_of_folder(specs, class_name, weights.shapes), wanted)
+    refuse_other(specs, base.flag, str(base.path), base_of_folder(specs, class_name, weights.shapes), expected)
     return config, weights
 
 
-def open_transformer(specs: Sequence[BaseModelSpec], base: BaseFiles, wanted: str) -> Weights:
+def open_transformer(specs: Sequence[BaseModelSpec], base: BaseFiles, expected: str) -> Weights:
     """Open the denoiser of a base model, names without prefix. Raises UserError for a folder of another model than
-    `wanted`."""
+    `expected`."""
     if base.whole is None:
-        refuse_other_folder(specs, base.flag, base.path, wanted)
+        refuse_other_folder(specs, base.flag, base.path, expected)
         return base.open_folder("transformer")[1]
     return with_prefix(base.whole, find_prefix(base.whole.shapes, DENOISER_PREFIXES))
 
@@ -200,43 +199,43 @@ def open_transformer(specs: Sequence[BaseModelSpec], base: BaseFiles, wanted: st
 def open_denoiser(
     specs: Sequence[BaseModelSpec],
     base: BaseFiles,
-    wanted: str,
+    expected: str,
     mark: str,
     diffusers_mark: str | None = None,
     from_diffusers: Callable[[Weights], Weights] = lambda weights: weights,
 ) -> Weights:
-    """Open the denoiser of `wanted` under the names of its original layout, which include `mark`.
+    """Open the denoiser of `expected` under the names of its original layout, which include `mark`.
 
     Weights that include `diffusers_mark` are in diffusers' layout, and `from_diffusers` renames them. Raises UserError
     for another model, naming it.
     """
-    weights = open_transformer(specs, base, wanted)
+    weights = open_transformer(specs, base, expected)
     refuse_variants(specs, base.flag, str(base.path), weights.shapes)
     if diffusers_mark in weights.shapes:
         weights = from_diffusers(weights)
     if mark not in weights.shapes:
-        why = f"it has no {mark}, so it is not a {find_spec(specs, wanted).title} transformer"
-        refuse_transformer(specs, base, base.whole or weights, wanted, why)
+        why = f"it has no {mark}, so it is not a {find_spec(specs, expected).title} transformer"
+        refuse_transformer(specs, base, base.whole or weights, expected, why)
     return weights
 
 
-def open_single_file(specs: Sequence[BaseModelSpec], flag: str, path: Path, wanted: str, advice: str) -> Weights:
+def open_single_file(specs: Sequence[BaseModelSpec], flag: str, path: Path, expected: str, advice: str) -> Weights:
     """Open the file of a base model that exists only as a single file.
 
     Raises UserError for a folder, naming its model if that is another one, else with `advice`.
     """
     if path.is_dir():
-        refuse_other_folder(specs, flag, path, wanted)
+        refuse_other_folder(specs, flag, path, expected)
         raise UserError(f"{flag} {path} is a folder; {advice}")
     return model_lookup.open_file(flag, path)
 
 
 def refuse_transformer(
-    specs: Sequence[BaseModelSpec], base: BaseFiles, weights: Weights, wanted: str, why: str
+    specs: Sequence[BaseModelSpec], base: BaseFiles, weights: Weights, expected: str, why: str
 ) -> NoReturn:
-    """Raise UserError for weights that are not a denoiser of `wanted`, naming their model if it is recognised, else
+    """Raise UserError for weights that are not a denoiser of `expected`, naming their model if it is recognised, else
     with `why`."""
-    refuse_other_model(specs, base.flag, str(base.path), (base.whole or weights).shapes, wanted)
+    refuse_other_model(specs, base.flag, str(base.path), (base.whole or weights).shapes, expected)
     raise UserError(f"{base.flag} {base.path}: {why} (first names: {list_first_names(weights)})")
 
 

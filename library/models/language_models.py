@@ -121,14 +121,14 @@ class ChatText:
             return self.encode_states(encoder, ids_BS, mask_BS)
 
 
-def with_first_layers(component: Component, num_layers: int, what: str) -> Component:
+def with_first_layers(component: Component, num_layers: int, label: str) -> Component:
     """Return an encoder with only its first `num_layers` layers.
 
-    Raises UserError if it has fewer; `what` names it in the message.
+    Raises UserError if it has fewer; `label` names it in the message.
     """
     depth = component.config["num_hidden_layers"]
     if depth < num_layers:
-        raise UserError(f"{what} {component.weights.origin} has {depth} layers, but the first {num_layers} are used")
+        raise UserError(f"{label} {component.weights.origin} has {depth} layers, but the first {num_layers} are used")
     names = component.weights.shapes
     kept = {key: key for key in names if not key.startswith("layers.") or int(key.split(".")[1]) < num_layers}
     return Component({**component.config, "num_hidden_layers": num_layers}, select_weights(component.weights, kept))

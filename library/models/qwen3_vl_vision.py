@@ -88,10 +88,13 @@ def cut_patches(image_CHW: Tensor, patch: int, num_frames: int) -> Tensor:
     return frames.reshape(-1, C * num_frames * patch**2)
 
 
-def rotary_positions(is_slot_S: Sequence[bool], sides: Sequence[tuple[int, int]]) -> Tensor:
-    """Return positions (time, row, column) of tokens, (3, S): text advances on all axes, an image on row and column."""
+def rotary_positions(is_slot_S: Sequence[bool], grids: Sequence[tuple[int, int]]) -> Tensor:
+    """Return positions (time, row, column) of tokens, (3, S): text advances on all axes, an image on row and column.
+
+    `grids` has the rows and columns of each image's tokens.
+    """
     positions: list[Tensor] = []
-    offset, remaining = 0, iter(sides)
+    offset, remaining = 0, iter(grids)
     for is_slot, run in groupby(is_slot_S):
         num_tokens = len(list(run))
         if is_slot:

@@ -115,14 +115,14 @@ class LLMAdapter(nn.Module):
         head_width, device = self.config.head_width, x_BLE.device
         angles = text_angles(self.tables, head_width, ids_BL.shape[1], device)
         source_angles = text_angles(self.tables, head_width, source_BSE.shape[1], device)
-        mask, source_mask = key_mask(mask_BL), key_mask(source_mask_BS)
+        mask, source_mask = make_attention_mask(mask_BL), make_attention_mask(source_mask_BS)
         for block in self.blocks:
             x_BLE = block(x_BLE, source_BSE, mask, source_mask, angles, source_angles)
         x_BLE = self.norm(self.out_proj(x_BLE)) * mask_BL[..., None].to(x_BLE.dtype)
         return pad(x_BLE, (0, 0, 0, max(MIN_TOKENS - x_BLE.shape[1], 0)))
 
 
-def key_mask(mask_BT: Tensor) -> Tensor:
+def make_attention_mask(mask_BT: Tensor) -> Tensor:
     """Return the mask of keys, shape (B, 1, 1, T)."""
     # A caption without any token attends to all of its padding. Qwen3's states are zero there and contribute nothing,
     # while a softmax over no token at all is NaN.

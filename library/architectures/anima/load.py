@@ -20,7 +20,7 @@ from library.checkpoints.weights import (
 )
 from library.errors import UserError
 from library.memory.devices import DTYPES
-from library.models.dit_loader import DitLoader, open_dit_loader
+from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
 from library.models.identify import open_single_file, refuse_transformer
 from library.models.loading import Absent
 from library.models.qwen3 import Qwen3Release, load_qwen3, open_qwen3
@@ -107,11 +107,7 @@ def with_adapter(base: Weights, adapter: Weights) -> Weights:
 
 def check_fit(loader: DitLoader, config: AnimaConfig) -> None:
     """Raise UserError if the parts do not fit together."""
-    if config.channels != CHANNELS:
-        raise UserError(
-            f"{BASE_FLAG} {loader.path}: the transformer takes {config.channels} channels, but the VAE has "
-            f"{CHANNELS}; it is not an Anima model"
-        )
+    check_input_width(loader.path, config.channels, CHANNELS, "latent pixel", "Anima")
     if config.adapter.width != config.text_width:
         raise UserError(
             f"{BASE_FLAG} {loader.path}: its text adapter has width {config.adapter.width}, but the transformer "

@@ -16,12 +16,11 @@ from library.checkpoints.base_files import BaseFiles, open_base
 from library.checkpoints.weights import Weights, configure, rename_weights
 from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
-from library.models.dit_loader import DitLoader, open_dit_loader
+from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
 from library.models.identify import open_denoiser
 from library.models.language_models import WORDS, choose_load
 from library.models.loading import Component, check_text_width, get_first_side
 from library.models.t5 import load_t5, t5_component, t5_of_folder
-from library.options.model import BASE_FLAG
 from library.protocols import LatentSpec
 
 logger = logging.getLogger(__name__)
@@ -118,11 +117,7 @@ def check_vae(component: Component) -> Component:
 
 def check_fit(loader: DitLoader, config: HunyuanImageConfig) -> None:
     """Raise UserError if the parts do not fit together."""
-    if config.in_features != SPEC.channels:
-        raise UserError(
-            f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} channels, but only {SPEC.channels} "
-            "are supported"
-        )
+    check_input_width(loader.path, config.in_features, SPEC.channels, "token", MODEL)
     qwen, byt5 = (part.component for part in loader.texts)
     check_text_width("--text_encoder", qwen, WORDS, config.text_width, f"{MODEL}'s Qwen2.5-VL")
     check_text_width("--byt5", byt5, GLYPH_WORDS, config.glyph_width, f"{MODEL}'s ByT5")

@@ -268,7 +268,7 @@ class QwenImage21(nn.Module):
         rope = self.rope(send(positions_BT3, device)[:, None], L, sides)
         mask = None
         if min(lengths) < L:
-            mask = send(key_mask(lengths, L, num_clean, x_BTM.shape[1]), device)
+            mask = send(mask_caption_padding(lengths, L, num_clean, x_BTM.shape[1]), device)
 
         embed = self.time_text_embed["timestep_embedder"]
         # Level 0 is the same for all samples, so it is embedded once.
@@ -313,7 +313,7 @@ def split_segments(lengths: Sequence[int]) -> Segments:
     return tuple((first, end, i % 2 == 0) for i, (first, end) in enumerate(pairwise((0, *ends))))
 
 
-def key_mask(lengths: Sequence[int], L: int, num_clean: int, num_tokens: int) -> Tensor:
+def mask_caption_padding(lengths: Sequence[int], L: int, num_clean: int, num_tokens: int) -> Tensor:
     """Return the keys that the noisy image attends to, shape (B, 1, 1, T), on the host: all but the padding of
     captions, which is right before it."""
     padding_B = torch.tensor([L - length for length in lengths])[:, None]

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from library.checkpoints.overwriting import PNG, check_overwrite
-from library.diffusion.flow import NUM_TIMESTEPS, FlowMatching
-from library.diffusion.timesteps import scheme_weights
+from library.diffusion.flow import FlowMatching
+from library.diffusion.timesteps import NUM_TIMESTEPS, scheme_weights
 from library.errors import UserError
 from library.launcher import launched_rank
 from library.options.base import Options
