@@ -36,7 +36,7 @@ from library.architectures.lumina.model import LuminaConfig, NextDiT  # noqa: E4
 from library.architectures.qwen_image_21.model import QwenImage21  # noqa: E402
 from library.architectures.sd3.model import MMDiT, MMDiTConfig  # noqa: E402
 from library.architectures.zimage.model import ZImage  # noqa: E402
-from library.memory.devices import place  # noqa: E402
+from library.memory.devices import move_to_device  # noqa: E402
 from library.memory.planner.counter import OperationCounter  # noqa: E402
 from tests.parity import (  # noqa: E402  # noqa: E402
     test_anima_model,
@@ -96,7 +96,7 @@ def ours_of(kind: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype) -
     """Return our model with random weights, laid out in memory as in training."""
     with torch.device("meta"):
         model = kind(config)
-    return place(fill_randomly(model, dtype), torch.device("cpu"))
+    return move_to_device(fill_randomly(model, dtype), torch.device("cpu"))
 
 
 def theirs_of(name: str, ours: nn.Module, dtype: torch.dtype) -> Any:

@@ -56,7 +56,7 @@ def channels_last_where_it_fits(weights: Iterable[Tensor]) -> torch.memory_forma
     return torch.channels_last if all(weight.ndim <= 4 for weight in weights) else torch.contiguous_format
 
 
-def place(module: nn.Module, device: torch.device) -> nn.Module:
+def move_to_device(module: nn.Module, device: torch.device) -> nn.Module:
     """Move a frozen model to `device`, in channels-last format if possible.
 
     On the CPU also protect its group norms, and let small convolutions use a matrix product.

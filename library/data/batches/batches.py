@@ -22,12 +22,12 @@ from library.data.decoding.images import (
     DamagedImage,
     Pixels,
     Placement,
+    apply_placement,
     change_colour,
     crop_at_centre,
     crop_at_face,
     crop_at_random,
     parse_face,
-    place,
     read_pixels,
     with_alpha,
 )
@@ -248,7 +248,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         placement = self.placement(sample, epoch, draw, is_flipped)
         image_alpha = None if subset.alpha_mask else alpha
         pixels = with_alpha(rgb, image_alpha) if self.has_alpha else rgb
-        image = place(pixels, placement, subset.resize_interpolation)
+        image = apply_placement(pixels, placement, subset.resize_interpolation)
         reference_pixels = read_placed_references(
             sample, placement, subset.resize_interpolation, self.storage, self.has_alpha
         )
@@ -260,7 +260,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         if sample.image.mask_path is not None:
             return image, file_mask(sample, placement, subset.resize_interpolation), references
         if subset.alpha_mask and alpha is not None:
-            return image, to_mask(place(alpha, placement, subset.resize_interpolation)), references
+            return image, to_mask(apply_placement(alpha, placement, subset.resize_interpolation)), references
         return image, None, references
 
     def placement(self, sample: Sample, epoch: int, draw: int, is_flipped: bool) -> Placement:
@@ -359,7 +359,7 @@ def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -
     if (red.shape[1], red.shape[0]) != sample.image.size:
         # Only without buckets, see `check_mask_sizes`; sd-scripts stretches such masks, too.
         placement = Placement(placement.target, 0, 0, placement.target, placement.is_flipped)
-    return to_mask(place(red, placement, interpolation))
+    return to_mask(apply_placement(red, placement, interpolation))
 
 
 def start_worker(_: int) -> None:

@@ -27,7 +27,7 @@ from library.data.caching.latent_files import (
 )
 from library.data.caching.latent_index import VerifiedEntries
 from library.data.caching.stores import CacheFiles, LatentStore, usual_latent_file
-from library.data.decoding.images import DamagedImage, Pixels, crop_at_centre, place, read_pixels, with_alpha
+from library.data.decoding.images import DamagedImage, Pixels, apply_placement, crop_at_centre, read_pixels, with_alpha
 from library.data.decoding.npz import Verdict
 from library.data.decoding.tensors import to_pixels
 from library.data.description.buckets import Shape
@@ -401,9 +401,9 @@ def decode_image(job: Job, image: ScannedImage, shape: Shape, storage: Storage, 
     if is_masked:
         # As in sd-scripts, an image without alpha counts as opaque.
         opaque = np.full(rgb.shape[:2], 255, dtype=np.uint8)
-        placed_alpha = place(opaque if alpha is None else alpha, placement, job.interpolation)
+        placed_alpha = apply_placement(opaque if alpha is None else alpha, placement, job.interpolation)
     pixels = with_alpha(rgb, None if is_masked else alpha) if job.has_alpha else rgb
-    return Decoded(place(pixels, placement, job.interpolation), placed_alpha, version, content_hash(content))
+    return Decoded(apply_placement(pixels, placement, job.interpolation), placed_alpha, version, content_hash(content))
 
 
 def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode, seed: int) -> list[Latents]:

@@ -199,7 +199,7 @@ def crop_at_face(
     return Placement(resized, corner[0], corner[1], target, is_flipped)
 
 
-def place(pixels: Pixels, placement: Placement, interpolation: str | None) -> Pixels:
+def apply_placement(pixels: Pixels, placement: Placement, interpolation: str | None) -> Pixels:
     """Resize, crop and mirror an array."""
     resized = resize(pixels, placement.resized, interpolation)
     width, height = placement.target

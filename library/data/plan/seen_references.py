@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from library.data.decoding.images import Pixels, Placement, crop_at_centre, place, read_pixels, with_alpha
+from library.data.decoding.images import Pixels, Placement, apply_placement, crop_at_centre, read_pixels, with_alpha
 from library.data.decoding.tensors import to_pixels
 from library.data.decoding.threads import read_many
 from library.data.description.schema import SubsetConfig
@@ -111,6 +111,6 @@ def read_placed_references(
         is_alike = shape == image_shape and reference.size == sample.image.size
         reference_placement = placement if is_alike else crop_at_centre(shape, placement.is_flipped)
         placed_references.append(
-            place(with_alpha(rgb, alpha) if has_alpha else rgb, reference_placement, interpolation)
+            apply_placement(with_alpha(rgb, alpha) if has_alpha else rgb, reference_placement, interpolation)
         )
     return placed_references

@@ -32,7 +32,7 @@ def spans(layers: Iterable[FrozenLayer]) -> Iterator[Span]:
     start = 0
     for layer in layers:
         for name, part in layer.own_parts().items():
-            # Convolutions compute with channels last, see library.memory.devices.place.
+            # Convolutions compute with channels last, see library.memory.devices.move_to_device.
             meta_part = part.to(
                 "meta", memory_format=torch.channels_last if part.ndim == 4 else torch.contiguous_format
             )

@@ -5,7 +5,7 @@ from itertools import islice
 
 from PIL import Image
 
-from library.data.decoding.images import Pixels, crop_at_centre, place, read_pixels
+from library.data.decoding.images import Pixels, apply_placement, crop_at_centre, read_pixels
 from library.data.plan.data_plan import DataPlan
 from library.data.plan.samples import Sample
 from library.errors import UserError
@@ -45,4 +45,4 @@ def place_images(sample: Sample, plan: DataPlan) -> Iterator[Pixels]:
     """Yield an image and its references, resized and cropped."""
     images, shapes = (sample.image, *sample.image.references), (sample.shape, *sample.shape.references)
     for image, shape in zip(images, shapes, strict=True):
-        yield place(read_pixels(image.key, plan.storage.content(image))[0], crop_at_centre(shape), None)
+        yield apply_placement(read_pixels(image.key, plan.storage.content(image))[0], crop_at_centre(shape), None)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from library.diffusion.guidance import apply_guidance, needs_negative
 from library.errors import UserError
-from library.memory.devices import place, release_memory
+from library.memory.devices import move_to_device, release_memory
 from library.options.output.preview import PreviewOptions
 from library.options.training.averaging import PREVIEWS
 from library.progress import progress_bar
@@ -216,7 +216,7 @@ class Previews:
             with evaluating(run, PREVIEWS), with_preview_weights(context.arch.preview, precision, denoiser):
                 vae = context.models.vae
                 if vae is None:
-                    vae = place(context.arch.load.vae(), context.device)
+                    vae = move_to_device(context.arch.load.vae(), context.device)
                 num_calls = sum(len(context.arch.preview.sampler(prompt).levels) for prompt in self._prompts)
                 with progress_bar("previews", num_calls, leave=False) as bar:
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from library.data.decoding.images import Pixels, crop_at_centre, place, read_pixels, with_alpha
+from library.data.decoding.images import Pixels, apply_placement, crop_at_centre, read_pixels, with_alpha
 from library.data.decoding.tensors import to_pixels
 from library.data.description.buckets import ReferenceRules, Shape, cover
 from library.data.plan.dataset_digest import content_digest
@@ -46,7 +46,7 @@ def read_placed_references(prompt: Prompt, spec: LatentSpec) -> list[Pixels]:
         rgb, alpha = read_pixels(str(path))
         size = rgb.shape[1], rgb.shape[0]
         whole = with_alpha(rgb, alpha) if spec.has_alpha else rgb
-        found.append(place(whole, crop_at_centre(rules.shape(size, size, Shape(size, size))), None))
+        found.append(apply_placement(whole, crop_at_centre(rules.shape(size, size, Shape(size, size))), None))
     return found
 
 
@@ -90,7 +90,7 @@ def inpainting_feature(context: StepContext, prompt: Prompt, batch: Batch, seed:
     if alpha is None or alpha.min() >= OPAQUE:
         mask_HW = draw_mask(*size, np.random.default_rng(seed))
     else:
-        mask_HW = (place(alpha, placement, None) < OPAQUE).astype(np.float32)
-    shown = replace(batch, pixels_BCHW=to_pixels(place(rgb, placement, None))[None])
+        mask_HW = (apply_placement(alpha, placement, None) < OPAQUE).astype(np.float32)
+    shown = replace(batch, pixels_BCHW=to_pixels(apply_placement(rgb, placement, None))[None])
     masks_B1HW = torch.from_numpy(mask_HW)[None, None]
     return encode_masked(context, shown, masks_B1HW, lambda _: torch.Generator().manual_seed(seed))

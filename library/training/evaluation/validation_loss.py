@@ -12,6 +12,7 @@ from math import nan, sqrt
 import torch
 from torch import Generator, Tensor
 
+from library.diffusion.timesteps import NUM_TIMESTEPS
 from library.options.training.noise import NoiseOptions
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
@@ -24,7 +25,6 @@ from library.training.step.text_features import build_conditioning
 from library.types import Batch, Noised
 
 NUM_LEVELS = 4
-NUM_TIMESTEPS = 1000
 
 Name = tuple[str | int, ...]
 """The identity of an image."""

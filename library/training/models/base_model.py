@@ -12,7 +12,7 @@ from library.data.caching.latents import cache_latents
 from library.data.caching.stores import NO_LATENTS, NO_TEXTS, LatentStore, TextStore
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import TrainingData
-from library.memory.devices import place, release_memory
+from library.memory.devices import move_to_device, release_memory
 from library.options.caching import CachingOptions
 from library.options.train import TrainOptions
 from library.processes import Processes
@@ -74,7 +74,7 @@ def prepare_vae(
     if data.prompts is not None:
         return None, NO_LATENTS
     if not caching.cache_latents:
-        return place(arch.load.vae(), processes.device), NO_LATENTS
+        return move_to_device(arch.load.vae(), processes.device), NO_LATENTS
     assert data.image_plan is not None, "options refuse caches of a user's class"
     return None, encode_images(arch.load.vae, arch.codec, caching, seed, data.image_plan, processes)
 
@@ -94,7 +94,7 @@ def encode_images(
 
     @cache
     def vae() -> nn.Module:
-        return place(load_vae(), processes.device)
+        return move_to_device(load_vae(), processes.device)
 
     fallback = VaeFallback()
 

@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.memory.blocks import Stacks
 from library.memory.codecs.plain import Plain
 from library.memory.codecs.scaled import Scaled
-from library.memory.devices import place
+from library.memory.devices import move_to_device
 from library.memory.frozen import (
     FrozenLayer,
     FrozenLinear,
@@ -129,7 +129,7 @@ def resolve_base(
         offload_blocks(num_offloaded, arch.stacks(models.denoiser), compute.device, processes)
     if models.sharded is not None:
         shard_blocks(models.sharded, models.denoiser, arch.stacks(models.denoiser))
-    place(models.denoiser, compute.device)
+    move_to_device(models.denoiser, compute.device)
 
 
 def use_8bit_matmul(denoiser: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from library.checkpoints.recognition import keys_of_text_encoders
 from library.errors import UserError
-from library.memory.devices import place, release_memory
+from library.memory.devices import move_to_device, release_memory
 from library.options.machine.memory import MemoryOptions, PrecisionOptions
 from library.options.training.network import NetworkOptions
 from library.protocols import Architecture
@@ -85,7 +85,7 @@ def load(
         encoded = encode_prompts(arch, encoders, compute.autocast, prompts)
         encoders = []
         release_memory(memory.highvram)
-    vae = place(arch.load.vae(), compute.device)
+    vae = move_to_device(arch.load.vae(), compute.device)
     models = load_frozen(network, precision.denoiser_format, arch, encoders, vae, compute, READER)
     arch.fit_to_sizes(models.denoiser, [(prompt.width, prompt.height) for prompt in prompts])
     resolve_models(precision, memory.num_offloaded, arch, models, compute)

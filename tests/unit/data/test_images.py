@@ -13,12 +13,12 @@ from library.data.decoding.images import (
     Face,
     Placement,
     apply_gamma,
+    apply_placement,
     change_colour,
     crop_at_centre,
     crop_at_face,
     crop_at_random,
     parse_face,
-    place,
     read_pixels,
     read_size,
     resize,
@@ -156,8 +156,9 @@ def test_box_is_pillows():
 def test_the_middle_is_cut_and_mirrored():
     pixels = noise((20, 31, 3))
     shape = Shape(bucket=(16, 20), resized=(31, 20))
-    assert np.array_equal(place(pixels, crop_at_centre(shape), None), pixels[:, 7:23])
-    assert np.array_equal(place(pixels, crop_at_centre(shape, is_flipped=True), None), pixels[:, 7:23][:, ::-1])
+    assert np.array_equal(apply_placement(pixels, crop_at_centre(shape), None), pixels[:, 7:23])
+    mirrored = apply_placement(pixels, crop_at_centre(shape, is_flipped=True), None)
+    assert np.array_equal(mirrored, pixels[:, 7:23][:, ::-1])
 
 
 def test_random_crops_reach_both_ends_and_lie_inside():

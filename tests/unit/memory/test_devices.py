@@ -38,10 +38,10 @@ def test_the_cache_of_the_card_that_is_there_is_emptied(monkeypatch: pytest.Monk
 CRASH = """
 import sys, torch
 from torch import nn
-from library.memory.devices import place
+from library.memory.devices import move_to_device
 layers = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 3))
 layers.requires_grad_(False)
-place(place(layers, torch.device("cpu")), torch.device("cpu"))
+move_to_device(move_to_device(layers, torch.device("cpu")), torch.device("cpu"))
 assert len(layers[1]._forward_pre_hooks) == 1
 layers[1].weight.requires_grad_(True)
 layers(torch.randn(2, 4, 8, 8)).square().sum().backward()

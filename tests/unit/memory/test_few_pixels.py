@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from library.memory import small_convolutions
 from library.memory.codecs.plain import Plain
-from library.memory.devices import place
+from library.memory.devices import move_to_device
 from library.memory.frozen import store_in
 
 SHAPES = [
@@ -47,7 +47,7 @@ def counted() -> Iterator[list[str]]:
 
 
 def frozen(layer: nn.Conv2d) -> nn.Conv2d:
-    placed = place(nn.Sequential(layer), torch.device("cpu")).requires_grad_(False)
+    placed = move_to_device(nn.Sequential(layer), torch.device("cpu")).requires_grad_(False)
     (inner,) = placed.children()
     assert isinstance(inner, nn.Conv2d)
     return inner

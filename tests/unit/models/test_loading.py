@@ -10,7 +10,7 @@ from torch import nn
 
 from library.checkpoints.weights import Weights, open_weights
 from library.errors import UserError
-from library.memory.devices import place
+from library.memory.devices import move_to_device
 from library.models import loading
 from library.models.loading import cast, materialise
 
@@ -52,7 +52,7 @@ def test_convolution_weights_come_in_the_layout_that_they_keep(has_frames: bool)
     weight = loaded.get_parameter("0.weight")
     assert weight.is_contiguous(memory_format=torch.channels_last) is not has_frames
     assert torch.equal(weight, tensors["0.weight"].float())
-    assert place(loaded, torch.device("cpu")).get_parameter("0.weight").data_ptr() == weight.data_ptr()
+    assert move_to_device(loaded, torch.device("cpu")).get_parameter("0.weight").data_ptr() == weight.data_ptr()
 
 
 @pytest.mark.parametrize("layout", [torch.preserve_format, torch.channels_last], ids=["as it is", "channels last"])

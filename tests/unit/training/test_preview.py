@@ -176,7 +176,7 @@ def test_whatever_fails_is_logged(
         raise error
 
     previews, _ = previews_of(run, SMALL)
-    monkeypatch.setattr("library.training.evaluation.preview.place", fail)
+    monkeypatch.setattr("library.training.evaluation.preview.move_to_device", fail)
     with caplog.at_level(logging.ERROR):
         previews.after_step(2, 1, Interruption())
     assert str(error) in caplog.text and "training continues" in caplog.text
