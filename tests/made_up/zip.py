@@ -7,7 +7,7 @@ from zipfile import BadZipFile, ZipFile
 
 from library.data.description.image_extensions import image_extensions
 from library.data.description.schema import SubsetConfig, strip_secrets
-from library.data.scanned.images import OpenFiles, Place
+from library.data.scanned.images import ImageLocation, OpenFiles
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.reading import stripped_lines
 from library.data.sources.indexed.rows import Row, row_of_bytes
@@ -25,11 +25,11 @@ class ZipReader:
 
     name: str = "zip"
 
-    def read(self, files: OpenFiles, place: Place) -> bytes:
-        return files.kept_open(place.file, lambda: open_archive(files, place.file)).read(place.name)
+    def read(self, files: OpenFiles, location: ImageLocation) -> bytes:
+        return files.kept_open(location.file, lambda: open_archive(files, location.file)).read(location.name)
 
-    def read_group(self, files: OpenFiles, place: Place) -> Iterator[tuple[int, bytes]]:
-        yield place.start, self.read(files, place)
+    def read_group(self, files: OpenFiles, location: ImageLocation) -> Iterator[tuple[int, bytes]]:
+        yield location.start, self.read(files, location)
 
 
 def open_archive(files: OpenFiles, file: str) -> ZipFile:
@@ -41,7 +41,7 @@ def open_archive(files: OpenFiles, file: str) -> ZipFile:
 
 
 def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
-    """List the images in the order of the files and of their places in them."""
+    """List the images in the order of the files and of their positions in them."""
 
     def read_rows(file: SourceFile) -> Sequence[Row]:
         with open_archive(storage, file.path) as archive:
@@ -53,7 +53,7 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
                     beside = str(path.with_suffix(config.caption_extension))
                     caption = stripped_lines(archive.read(beside).decode()) if beside in members else None
                     content = archive.read(info)
-                    rows.append(row_of_bytes(info.filename, info.header_offset, content, caption, file.shown))
+                    rows.append(row_of_bytes(info.filename, info.header_offset, content, caption, file.label))
         return rows
 
     return scan_files(config, storage, num_threads, KEYS, read_rows, lambda file: [ZipReader()])

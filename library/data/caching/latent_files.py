@@ -290,7 +290,7 @@ def foreign_fault(archive: Mapping[str, Any], file: LatentFile, image: ScannedIm
         if not is_comparable or not np.allclose(values, expected, rtol=0, atol=0.01):
             return "made for another size or crop"
     # An image in a larger file has no time of its own.
-    if image.place is None and os.stat(file.path).st_mtime_ns < os.stat(image.key).st_mtime_ns:
+    if image.location is None and os.stat(file.path).st_mtime_ns < os.stat(image.key).st_mtime_ns:
         return "older than the image"
     return None
 

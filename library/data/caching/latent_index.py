@@ -76,7 +76,9 @@ class VerifiedEntries:
     def stamp_of_image(self, image: ScannedImage, now_ns: float) -> int:
         """Return a number that changes when an image is replaced."""
         # hash() of a tuple of integers is the same in every process, so it can be stored.
-        return compute_stamp(os.stat(image.key), now_ns) if image.place is None else hash(self.storage.version(image))
+        if image.location is not None:
+            return hash(self.storage.version(image))
+        return compute_stamp(os.stat(image.key), now_ns)
 
     def note_written(self, file: LatentFile) -> None:
         """Record that this run has just written an entry."""

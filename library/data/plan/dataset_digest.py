@@ -36,8 +36,8 @@ def image_digests(samples: Samples, num_threads: int) -> list[str]:
         for images in samples.subsets
         for digest in (
             content_digests(list(images.each_key()), num_threads)
-            if images.places is None
-            else [digest.tobytes().hex()[:8] for digest in images.places.digest_N16]
+            if images.locations is None
+            else [digest.tobytes().hex()[:8] for digest in images.locations.digest_N16]
         )
     ] + content_digests(samples.reference_paths, num_threads)
 

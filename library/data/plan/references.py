@@ -164,8 +164,8 @@ def content_lines(images: ScannedImages, source: str, storage: Storage, has_alph
 
 def is_same_file(image: ScannedImage, reference: ScannedImage) -> bool:
     """Return True if both files appear to have the same content, by their digests."""
-    if image.place is not None and reference.place is not None:
-        return image.place.digest == reference.place.digest
+    if image.location is not None and reference.location is not None:
+        return image.location.digest == reference.location.digest
     if image.size != reference.size or os.path.getsize(image.key) != os.path.getsize(reference.key):
         return False
     return content_digest(image.key) == content_digest(reference.key)

@@ -334,7 +334,7 @@ def find_duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[
 
 def may_share_stems(images: ScannedImages) -> bool:
     """Return True if any two names may be equal apart from the extension. Only hashes are compared."""
-    names = images.names if images.places is None else images.each_key()
+    names = images.names if images.locations is None else images.each_key()
     # Equal hashes of different names only cost the full comparison.
     hashes_N = np.fromiter((hash(name.rpartition(".")[0]) for name in names), dtype=np.int64, count=len(images))
     hashes_N.sort()

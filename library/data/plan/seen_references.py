@@ -51,7 +51,7 @@ class SeenReferences:
                 reference.key: None
                 for sample in sample_by_number.values()
                 for reference in sample.image.references
-                if not reference.place
+                if not reference.location
             }
         )
         contents = dict(zip(paths, read_many(content_digest, paths, num_threads, "reading references"), strict=True))
@@ -91,8 +91,8 @@ class SeenReferences:
 def digest_references(sample: Sample, interpolation: str | None, contents: Mapping[str, str]) -> int:
     """Return a digest of the references of a sample; never 0. `contents` maps files to digests."""
     records = [
-        (contents[reference.key] if reference.place is None else reference.place.digest, shape.bucket, shape.resized)
-        for reference, shape in zip(sample.image.references, sample.shape.references, strict=True)
+        (contents[one.key] if one.location is None else one.location.digest, shape.bucket, shape.resized)
+        for one, shape in zip(sample.image.references, sample.shape.references, strict=True)
     ]
     # 0 stands for a sample without references.
     return max(1, int.from_bytes(blake2b(f"{records} {interpolation}".encode(), digest_size=8).digest(), "big"))

@@ -195,21 +195,21 @@ def split_lines(subset: ScannedSubset, num_aside: int) -> Iterator[Line]:
 def identities_by_subset(subsets: Sequence[ScannedSubset]) -> list[list[str]]:
     """Return the identity of every image of each subset, which copies share: a hash of the file, or the digest in
     the index of larger files."""
-    files = sorted({key for subset in subsets if subset.images.places is None for key in subset.images.each_key()})
+    files = sorted({key for subset in subsets if subset.images.locations is None for key in subset.images.each_key()})
     identity_by_path = hash_files(files)
     return [
         [identity_by_path[key] for key in subset.images.each_key()]
-        if (places := subset.images.places) is None
-        else [digest.tobytes().hex() for digest in places.digest_N16]
+        if (locations := subset.images.locations) is None
+        else [digest.tobytes().hex() for digest in locations.digest_N16]
         for subset in subsets
     ]
 
 
 def identities_of_images(images: Iterable[ScannedImage]) -> dict[str, str]:
     """Return the identity of each image, by key."""
-    place_by_key = {image.key: image.place for image in images}
-    identity_by_path = hash_files([key for key, place in place_by_key.items() if place is None])
-    return identity_by_path | {key: place.digest for key, place in place_by_key.items() if place is not None}
+    location_by_key = {image.key: image.location for image in images}
+    identity_by_path = hash_files([key for key, location in location_by_key.items() if location is None])
+    return identity_by_path | {key: location.digest for key, location in location_by_key.items() if location is not None}
 
 
 def hash_files(paths: Sequence[str]) -> dict[str, str]:

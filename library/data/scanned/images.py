@@ -63,19 +63,19 @@ class Reader(Protocol):
 
     @property
     def name(self) -> str:
-        """A part of names in the disk cache, which distinguishes equal places of different readers."""
+        """A part of names in the disk cache, which distinguishes equal locations of different readers."""
         ...
 
-    def read(self, files: OpenFiles, place: "Place") -> bytes:
+    def read(self, files: OpenFiles, location: "ImageLocation") -> bytes:
         """Return the bytes of one image. Raises UserError for a file that was replaced or cannot be read."""
         ...
 
-    def read_group(self, files: OpenFiles, place: "Place") -> Iterator[tuple[int, bytes]]:
+    def read_group(self, files: OpenFiles, location: "ImageLocation") -> Iterator[tuple[int, bytes]]:
         """Yield (start, bytes) of the image and all others that must be read with it."""
         ...
 
 
-class Place(NamedTuple):
+class ImageLocation(NamedTuple):
     """The location of an image in a larger file: a byte range of a tar file, or a row of a Parquet file."""
 
     file: str  # a path or a URL
@@ -94,16 +94,16 @@ class ScannedImage(NamedTuple):
     size: Size  # width, height, upright
     mask_path: str | None = None
     tags: str | None = None  # the tags field of a metadata file, for statistics
-    place: Place | None = None  # None: the image is the file `key`
+    location: ImageLocation | None = None  # None: the image is the file `key`
     references: tuple["ScannedImage", ...] = ()  # in the order of the edit model's inputs
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
+class ImageLocations:
     """The locations of N images."""
 
     files: tuple[str, ...]  # paths and URLs to open
-    shown: tuple[str, ...]  # prefixes of keys, without secrets; "" for images at URLs
+    labels: tuple[str, ...]  # prefixes of keys, without secrets; "" for images at URLs
     file_N: NDArray[np.int32]
     start_N: NDArray[np.int64]
     bytes_N: NDArray[np.int64]
@@ -111,18 +111,18 @@ class Places:
     reader: Reader | None = None
     urls: Texts | None = None  # URLs of images that are separate files
 
-    def of(self, number: int, name: str) -> Place:
+    def of(self, number: int, name: str) -> ImageLocation:
         """Return the location of one image."""
         file = self.files[self.file_N[number]] if self.urls is None else self.urls[number]
         start, num_bytes = int(self.start_N[number]), int(self.bytes_N[number])
-        return Place(file, name, start, num_bytes, self.digest_N16[number].tobytes().hex(), self.reader)
+        return ImageLocation(file, name, start, num_bytes, self.digest_N16[number].tobytes().hex(), self.reader)
 
     @property
     def prefixes(self) -> list[str]:
         """The prefix of keys for the images of each file."""
-        return [f"{file}/" if file else "" for file in self.shown]
+        return [f"{file}/" if file else "" for file in self.labels]
 
-    def take(self, rows: NDArray[Any]) -> "Places":
+    def take(self, rows: NDArray[Any]) -> "ImageLocations":
         """Return the locations of the images at `rows`."""
         return replace(
             self,
@@ -140,7 +140,7 @@ class References:
 
     paths: tuple[Texts, ...]
     sizes_NR2: NDArray[np.int32]
-    places: tuple[Places, ...] | None = None  # None: each reference is a file
+    locations: tuple[ImageLocations, ...] | None = None  # None: each reference is a file
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[tuple[str, Size]]]) -> "References":
@@ -156,7 +156,7 @@ class References:
             zip(zip(*self.paths, strict=True), iterate_in_blocks(self.sizes_NR2), strict=True)
         ):
             yield tuple(
-                ScannedImage(path, "", tuple(size), place=self.places[r].of(n, path) if self.places else None)
+                ScannedImage(path, "", tuple(size), location=self.locations[r].of(n, path) if self.locations else None)
                 for r, (path, size) in enumerate(zip(paths, sizes, strict=True))
                 if path
             )
@@ -167,8 +167,8 @@ class References:
 
     def take(self, rows: NDArray[Any]) -> "References":
         """Return the references of the images at `rows`."""
-        places = None if self.places is None else tuple(column.take(rows) for column in self.places)
-        return References(tuple(paths.take(rows) for paths in self.paths), self.sizes_NR2[rows], places)
+        locations = None if self.locations is None else tuple(column.take(rows) for column in self.locations)
+        return References(tuple(paths.take(rows) for paths in self.paths), self.sizes_NR2[rows], locations)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +181,7 @@ class ScannedImages(Column[ScannedImage]):
     prefix: str = ""
     masks: Texts | None = None
     tags: Texts | None = None
-    places: Places | None = None
+    locations: ImageLocations | None = None
     references: References | None = None
 
     def __len__(self) -> int:
@@ -189,25 +189,25 @@ class ScannedImages(Column[ScannedImage]):
 
     def item(self, index: int) -> ScannedImage:
         width, height = self.sizes_N2[index].tolist()
-        name, places = self.names[index], self.places
+        name, locations = self.names[index], self.locations
         return ScannedImage(
-            (self.prefix if places is None else places.prefixes[places.file_N[index]]) + name,
+            (self.prefix if locations is None else locations.prefixes[locations.file_N[index]]) + name,
             self.captions[index],
             (width, height),
             None if self.masks is None else self.masks[index],
             None if self.tags is None else self.tags[index],
-            None if places is None else places.of(index, name),
+            None if locations is None else locations.of(index, name),
             () if self.references is None else self.references.of_image(index),
         )
 
     def __iter__(self) -> Iterator[ScannedImage]:
         nothing: Iterator[None] = repeat(None)
-        places = nothing if self.places is None else map(self.places.of, range(len(self)), self.names)
+        locations = nothing if self.locations is None else map(self.locations.of, range(len(self)), self.names)
         sizes = map(tuple, iterate_in_blocks(self.sizes_N2))
         masks, tags = self.masks or nothing, self.tags or nothing
         references: Any = self.references or repeat(())
         # Not strict, because repeat() never ends.
-        rows: Any = zip(self.each_key(), self.captions, sizes, masks, tags, places, references, strict=False)
+        rows: Any = zip(self.each_key(), self.captions, sizes, masks, tags, locations, references, strict=False)
         return map(ScannedImage._make, rows)
 
     def __eq__(self, other: object) -> bool:
@@ -219,14 +219,14 @@ class ScannedImages(Column[ScannedImage]):
 
     def each_key(self) -> Iterator[str]:
         """Yield the key of each image, in order."""
-        if self.places is None:
+        if self.locations is None:
             return map(self.prefix.__add__, self.names) if self.prefix else iter(self.names)
-        prefixes = map(self.places.prefixes.__getitem__, iterate_in_blocks(self.places.file_N))
+        prefixes = map(self.locations.prefixes.__getitem__, iterate_in_blocks(self.locations.file_N))
         return map(str.__add__, prefixes, self.names)
 
     def keys_at(self, rows: NDArray[Any]) -> Sequence[str]:
         """Return the keys of the images at `rows`."""
-        if self.places is None and not self.prefix:
+        if self.locations is None and not self.prefix:
             return self.names.take(rows)
         return Texts.of(self.take(rows).each_key())
 
@@ -239,7 +239,7 @@ class ScannedImages(Column[ScannedImage]):
             sizes_N2=self.sizes_N2[rows],
             masks=None if self.masks is None else self.masks.take(rows),
             tags=None if self.tags is None else self.tags.take(rows),
-            places=None if self.places is None else self.places.take(rows),
+            locations=None if self.locations is None else self.locations.take(rows),
             references=None if self.references is None else self.references.take(rows),
         )
 

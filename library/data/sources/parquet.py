@@ -9,7 +9,7 @@ from functools import partial
 from itertools import chain, repeat
 
 from library.data.description.schema import SubsetConfig, strip_secrets
-from library.data.scanned.images import OpenFiles, Place, Reader
+from library.data.scanned.images import ImageLocation, OpenFiles, Reader
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.reading import MOST_CAPTION_BYTES, stripped_lines
 from library.data.sources.indexed.parquet_files import Columns, KeptGroups, ParquetRows, find_columns
@@ -33,11 +33,11 @@ class ParquetReader:
 
     name: str  # name of the column
 
-    def read(self, files: OpenFiles, place: Place) -> bytes:
-        return self._rows(files, place.file).value(self.name, place.start)
+    def read(self, files: OpenFiles, location: ImageLocation) -> bytes:
+        return self._rows(files, location.file).value(self.name, location.start)
 
-    def read_group(self, files: OpenFiles, place: Place) -> Iterator[tuple[int, bytes]]:
-        return self._rows(files, place.file).group(self.name, place.start)
+    def read_group(self, files: OpenFiles, location: ImageLocation) -> Iterator[tuple[int, bytes]]:
+        return self._rows(files, location.file).group(self.name, location.start)
 
     def _rows(self, files: OpenFiles, file: str) -> ParquetRows:
         return files.kept_open(
@@ -49,10 +49,10 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
     """List the images in the order of the files and their rows."""
 
     def read_rows(file: SourceFile) -> Sequence[Row]:
-        return rows_of_parquet(file.path, file.shown, config, storage)
+        return rows_of_parquet(file.path, file.label, config, storage)
 
     def open_readers(file: SourceFile) -> list[Reader]:
-        columns = columns_in(ParquetRows(storage.file(file.path), file.shown), config)
+        columns = columns_in(ParquetRows(storage.file(file.path), file.label), config)
         return [ParquetReader(name) for name in (columns.image, *columns.references)]
 
     return scan_files(config, storage, num_threads, KEYS, read_rows, open_readers)
@@ -64,19 +64,19 @@ SOURCE = Source(KEYS, scan)
 def columns_in(opened: ParquetRows, config: SubsetConfig) -> Columns:
     """Find the columns of an open Parquet file."""
     column_keys = config.image_column, config.caption_column, config.control_columns
-    return find_columns(opened.schema, *column_keys, opened.shown)
+    return find_columns(opened.schema, *column_keys, opened.label)
 
 
-def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storage) -> list[Row]:
+def rows_of_parquet(file: str, label: str, config: SubsetConfig, storage: Storage) -> list[Row]:
     """Read the index rows of a Parquet file."""
-    opened = ParquetRows(storage.file(file), shown)
+    opened = ParquetRows(storage.file(file), label)
     columns = columns_in(opened, config)
     num_rows, num_bytes = opened.largest_group(columns.image)
     if num_bytes > MOST_GROUP_BYTES and not columns.is_url:
         logger.warning(
             "%s: reading one image reads %d rows (%.0f MB), because a row group is the smallest unit; "
             "tools/make_shards.py writes tar files, whose images are read one by one",
-            shown,
+            label,
             num_rows,
             num_bytes / 1e6,
         )
@@ -87,7 +87,7 @@ def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storag
         for batch in opened.batches(column_names):
             images = batch[columns.image]
             captions = [None] * len(images) if columns.caption is None else batch[columns.caption]
-            lines = [None if caption is None else caption_lines(caption, shown) for caption in captions]
+            lines = [None if caption is None else caption_lines(caption, label) for caption in captions]
             if columns.is_url:
                 rows += pool.map(partial(row_of_url, folder=folder, storage=storage), images, lines)
             else:
@@ -95,20 +95,20 @@ def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storag
                 # Not strict, because repeat() never ends.
                 for image, caption, row_references in zip(images, lines, chain(references, repeat(())), strict=False):
                     name, number = f"{len(rows):0{digits}}", len(rows)
-                    row = row_of_bytes(name, number, image, caption, shown)
+                    row = row_of_bytes(name, number, image, caption, label)
                     named_references = zip(columns.references, row_references, strict=False)
                     reference_rows = [
-                        row_of_bytes(f"{name}.{column}", number, reference, None, shown)
+                        row_of_bytes(f"{name}.{column}", number, reference, None, label)
                         for column, reference in named_references
                     ]
                     rows.append(row.with_references(reference_rows))
     return rows
 
 
-def caption_lines(caption: str, shown: str) -> str:
+def caption_lines(caption: str, label: str) -> str:
     """Return the stripped lines of a caption. Raises UserError for a text that is too long to be one."""
     if len(caption) > MOST_CAPTION_BYTES:
-        raise UserError(f"{shown} has a caption of {len(caption) / 1e6:.1f} MB; no caption is that long")
+        raise UserError(f"{label} has a caption of {len(caption) / 1e6:.1f} MB; no caption is that long")
     return stripped_lines(caption)
 
 
@@ -119,12 +119,12 @@ def row_of_url(url: str | None, caption: str | None, folder: str, storage: Stora
     location = url if is_remote(url) else f"{folder}/{url}" if folder else url
     if is_remote(location):
         storage.required_cache_dir("images at URLs")
-    shown = strip_secrets(location)
+    label = strip_secrets(location)
     try:
         window = storage.window(location)
-        row = build_row(window, Member(shown, 0, window.file_bytes), "")
+        row = build_row(window, Member(label, 0, window.file_bytes), "")
     except FileNotFoundError:
-        return Row(shown, 0, 0, 0, 0, caption, bytes(16), "does not exist", location)
+        return Row(label, 0, 0, 0, 0, caption, bytes(16), "does not exist", location)
     except UserError as error:
-        return Row(shown, 0, 0, 0, 0, caption, bytes(16), str(error).removeprefix(shown).strip(), location)
+        return Row(label, 0, 0, 0, 0, caption, bytes(16), str(error).removeprefix(label).strip(), location)
     return row._replace(caption=caption, url=location)

@@ -13,11 +13,11 @@ KEYS = ("caption_extension", "caption_column")
 
 
 def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
-    """List the images in the order of the files and of their places in them."""
+    """List the images in the order of the files and of their positions in them."""
     rule = CaptionRule(config.caption_extension.removeprefix("."), config.caption_column)
 
     def read_rows(file: SourceFile) -> Sequence[Row]:
-        return rows_of_tar(storage.window(file.path, file.num_bytes), file.shown, rule)
+        return rows_of_tar(storage.window(file.path, file.num_bytes), file.label, rule)
 
     return scan_files(config, storage, num_threads, KEYS, read_rows)
 

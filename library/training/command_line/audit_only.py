@@ -79,7 +79,7 @@ def show_images(finding: Finding, plan: DataPlan) -> Sequence[FoundImage]:
             thumbnail = encode_data_url(Image.fromarray(read_pixels(key, content)[0]))
         except (UserError, OSError):
             thumbnail = None
-        found.append(FoundImage(str(Path(key)) if images[key].place is None else key, note, thumbnail))
+        found.append(FoundImage(str(Path(key)) if images[key].location is None else key, note, thumbnail))
     return found
 
 

@@ -14,7 +14,7 @@ from library.data.description.schema import DatasetConfig, SubsetConfig
 from library.data.plan.order import Bucket, epoch_batches
 from library.data.plan.samples import Sample, build_draws, build_samples
 from library.data.scanned.columns import BLOCK, Texts
-from library.data.scanned.images import Place, Places, ScannedImage, ScannedImages
+from library.data.scanned.images import ImageLocation, ImageLocations, ScannedImage, ScannedImages
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.randomness import random_for
 from tests.unit.data.builders import plan_of, write_config, write_folder
@@ -53,7 +53,7 @@ def made_up(count: int, seed: int) -> ScannedImages:
         names=Texts.of(f"{i:07}.jpg" for i in range(count)),
         captions=Texts.of(f"an image, number {i}, of {i % 97}" for i in range(count)),
         sizes_N2=rng.integers(40, 200, (count, 2), dtype=np.int32),
-        places=Places(
+        locations=ImageLocations(
             ("a/one.tar?key", "two.tar", ""),
             ("a/one.tar", "two.tar", ""),
             np.sort(rng.integers(0, 3, count, dtype=np.int32)),
@@ -72,13 +72,13 @@ def test_images_are_the_same_one_by_one_in_a_row_and_taken_out() -> None:
     assert list(images.take(rows)) == [listed[row] for row in rows]
     assert list(images.keys_at(rows)) == [listed[row].key for row in rows]
     assert listed[0].key == "a/one.tar/0000000.jpg" and listed[49].key == "0000049.jpg"
-    assert listed[0].place.file == "a/one.tar?key"
-    assert listed[49].place == Place(
+    assert listed[0].location.file == "a/one.tar?key"
+    assert listed[49].location == ImageLocation(
         "",
         "0000049.jpg",
-        int(images.places.start_N[49]),
-        int(images.places.bytes_N[49]),
-        bytes(images.places.digest_N16[49].tolist()).hex(),
+        int(images.locations.start_N[49]),
+        int(images.locations.bytes_N[49]),
+        bytes(images.locations.digest_N16[49].tolist()).hex(),
     )
 
 

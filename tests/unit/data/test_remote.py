@@ -192,7 +192,7 @@ def test_an_answer_that_takes_too_long_is_asked_for_again(
     monkeypatch.setattr(object_storage, "TIMEOUT_S", 0.3)
     shards.wait_s, shards.waits = 1.0, 1
     began = time.monotonic()
-    place = found.samples[0].image.place
+    place = found.samples[0].image.location
     assert place is not None and len(found.storage.read(place)) == place.num_bytes
     assert time.monotonic() - began < 0.95 and "trying again" in caplog.text
 
@@ -325,6 +325,6 @@ def test_storage_travels_without_what_it_has_opened(shards: ObjectStore, tmp_pat
     contents(found)
     travelled = pickle.loads(pickle.dumps(found.storage))
     assert travelled == found.storage and travelled.opened.cache is None
-    place = found.samples[3].image.place
+    place = found.samples[3].image.location
     assert place is not None and travelled.read(place) == found.storage.read(place)
     assert isinstance(travelled, Storage)

@@ -165,11 +165,11 @@ def test_of_a_parquet_file_no_more_than_a_group_of_rows_is_read_for_an_image(
     found = open_subset(tmp_path, subset_of("parquet table", images, tmp_path))
     sizes = [(tmp_path / "rows" / f"{i}.parquet").stat().st_size for i in range(2)]
     counted = CountedReads(monkeypatch)
-    place = found.samples[7].image.place
+    place = found.samples[7].image.location
     assert place is not None and found.storage.read(place) == sorted(images.glob("p07.*"))[0].read_bytes()
     assert counted.num_bytes < 0.7 * sizes[1] + (1 << 16), "the end of the file and the first of its two groups"
     counted.reads.clear()
-    assert found.storage.read(found.samples[8].image.place) and counted.reads == []  # of the same group
+    assert found.storage.read(found.samples[8].image.location) and counted.reads == []  # of the same group
 
 
 def test_no_more_groups_of_rows_stay_in_memory_than_a_size_allows(
@@ -184,7 +184,7 @@ def test_no_more_groups_of_rows_stay_in_memory_than_a_size_allows(
     groups.max_bytes = 150_000
     files = sorted(path for path in images.iterdir() if path.suffix != ".txt")
     for number in [0, 54, 20, 13, 40, 1, 54]:
-        place = found.samples[number].image.place
+        place = found.samples[number].image.location
         assert place is not None and found.storage.read(place) == files[number % 11].read_bytes()
         assert groups.num_bytes <= 150_000 and len(opened.files) <= 3
     assert groups.num_bytes > 50_000

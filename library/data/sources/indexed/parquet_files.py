@@ -41,7 +41,7 @@ class Columns(NamedTuple):
     references: tuple[str, ...] = ()
 
 
-def find_columns(schema: Any, image: str | None, caption: str | None, references: Sequence[str], shown: str) -> Columns:
+def find_columns(schema: Any, image: str | None, caption: str | None, references: Sequence[str], label: str) -> Columns:
     """Find the columns of a file: the named ones, or else the first with a usual name. Raises UserError that lists
     the columns."""
     names = list(schema.names)
@@ -53,25 +53,25 @@ def find_columns(schema: Any, image: str | None, caption: str | None, references
     )
     for key, name in requested:
         if name is not None and name not in names:
-            raise UserError(f"{key} is {name!r}, but {shown} has no such column; {listed}")
+            raise UserError(f"{key} is {name!r}, but {label} has no such column; {listed}")
     image = image or next((name for name in (*IMAGE_COLUMNS, *URL_COLUMNS) if name in names), None)
     if image is None:
-        raise UserError(f"{shown} has no image column with a usual name; set image_column, {listed}")
+        raise UserError(f"{label} has no image column with a usual name; set image_column, {listed}")
     caption = caption or next((name for name in CAPTION_COLUMNS if name in names), None)
     if caption is not None and not is_text(schema.field(caption).type):
-        raise UserError(f"caption_column {caption!r} of {shown} has {schema.field(caption).type}, but must be text")
+        raise UserError(f"caption_column {caption!r} of {label} has {schema.field(caption).type}, but must be text")
     reference_columns = tuple(bytes_column(schema, reference) for reference in references)
     for reference, column in zip(references, reference_columns, strict=True):
         if column is None:
             raise UserError(
-                f"control_columns {reference!r} of {shown} has {schema.field(reference).type}, but must "
+                f"control_columns {reference!r} of {label} has {schema.field(reference).type}, but must "
                 "have image bytes"
             )
     column, kind = bytes_column(schema, image), schema.field(image).type
     if column is None and not is_text(kind):
-        raise UserError(f"image_column {image!r} of {shown} has {kind}, but must have image bytes or URLs")
+        raise UserError(f"image_column {image!r} of {label} has {kind}, but must have image bytes or URLs")
     if column is None and reference_columns:
-        raise UserError(f"control_columns: {shown} has URLs in {image!r}; references require images in the file too")
+        raise UserError(f"control_columns: {label} has URLs in {image!r}; references require images in the file too")
     return Columns(column or image, column is None, caption, tuple(filter(None, reference_columns)))
 
 
@@ -121,14 +121,14 @@ class KeptGroups:
 class ParquetRows:
     """An open Parquet file."""
 
-    def __init__(self, file: io.RawIOBase, shown: str, kept: KeptGroups | None = None) -> None:
+    def __init__(self, file: io.RawIOBase, label: str, kept: KeptGroups | None = None) -> None:
         """Open a Parquet file. Raises UserError if it is not one, or is damaged."""
         parquet = pyarrow_parquet()
-        self.shown = shown
+        self.label = label
         try:
             self._file = parquet.ParquetFile(file, pre_buffer=False)
         except (OSError, ValueError) as error:
-            raise UserError(f"{shown} is not a Parquet file, or is damaged: {error}") from None
+            raise UserError(f"{label} is not a Parquet file, or is damaged: {error}") from None
         counts = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         self._firsts = list(accumulate(counts, initial=0))[:-1]
         self._kept = kept or KeptGroups()
@@ -164,13 +164,13 @@ class ParquetRows:
             for batch in self._file.iter_batches(batch_size=num_rows, columns=list(columns)):
                 yield {name: _values(batch, name) for name in columns}
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{self.shown} is damaged: {error}") from None
+            raise UserError(f"{self.label} is damaged: {error}") from None
 
     def value(self, column: str, row: int) -> bytes:
         """Return the bytes in a row of a column. Raises UserError if there are none, because the file was replaced."""
         first, values = self._group(column, row)
         if row - first >= len(values) or not values[row - first].is_valid:
-            raise UserError(f"{self.shown} has no image in row {row}: it was replaced since the start; restart the run")
+            raise UserError(f"{self.label} has no image in row {row}: it was replaced since the start; restart the run")
         content: bytes = values[row - first].as_py()
         return content
 
@@ -182,7 +182,7 @@ class ParquetRows:
     def _group(self, column: str, row: int) -> tuple[int, Any]:
         """Return (first row of the group, its values)."""
         group = bisect_right(self._firsts, row) - 1
-        key = self.shown, column, group
+        key = self.label, column, group
         # A file must be read by one thread at a time.
         with self._lock:
             values = self._kept.get(key)
@@ -197,7 +197,7 @@ class ParquetRows:
         try:
             return _leaf(self._file.read_row_group(group, columns=[column], use_threads=False), column)
         except (OSError, KeyError, pa.ArrowException) as error:
-            raise UserError(f"{self.shown} cannot be read any more: {error}") from None
+            raise UserError(f"{self.label} cannot be read any more: {error}") from None
 
 
 def _leaf(table: Any, column: str) -> Any:

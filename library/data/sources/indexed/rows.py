@@ -64,7 +64,7 @@ class CaptionRule:
     field: str | None  # field of .json members; None tries CAPTION_FIELDS
 
 
-def rows_of_tar(window: Window, shown: str, rule: CaptionRule) -> list[Row]:
+def rows_of_tar(window: Window, label: str, rule: CaptionRule) -> list[Row]:
     """Return the images of a tar file, in order. Raises UserError if it is damaged, or if captions are not UTF-8."""
     endings = {ending[1:] for ending in image_extensions()}
     caption_endings = (rule.ending, "txt", "json")
@@ -72,18 +72,18 @@ def rows_of_tar(window: Window, shown: str, rule: CaptionRule) -> list[Row]:
     duplicates: list[Row] = []
     references: dict[str, dict[int, Row]] = {}  # by number, -1 if unnumbered
     texts: dict[str, dict[str, str]] = {}
-    for member in iterate_members(window, shown):
+    for member in iterate_members(window, label):
         if member.ending in endings:
-            row = build_row(window, member, shown)
+            row = build_row(window, member, label)
             if member.stem in images:
                 duplicates.append(row._replace(problem=f"is skipped: {images[member.stem].name} has the same name"))
             else:
                 images[member.stem] = row
         elif (reference := REFERENCE.fullmatch(member.ending)) and reference[2].lower() in endings:
             number = -1 if reference[1] is None else int(reference[1])
-            references.setdefault(member.stem, {})[number] = build_row(window, member, shown)
+            references.setdefault(member.stem, {})[number] = build_row(window, member, label)
         elif member.ending in caption_endings:
-            text = read_caption_text(window, member, shown, rule)
+            text = read_caption_text(window, member, label, rule)
             if text is not None:
                 texts.setdefault(member.stem, {})[member.ending] = text
     image_rows = [
@@ -110,11 +110,11 @@ def with_numbered(row: Row, references: Mapping[int, Row]) -> Row:
     return row.with_references(references[number] for number in numbers)
 
 
-def build_row(window: Window, member: Member, shown: str) -> Row:
+def build_row(window: Window, member: Member, label: str) -> Row:
     """Return the row of an image without its caption, from the start and the end of its content."""
     head = window.read(member.start, min(HEAD_BYTES, member.num_bytes))
     part = RangeFile(window, member.start, member.num_bytes)
-    size, problem = measure_image(f"{shown}/{member.name}", head, member.num_bytes, part)
+    size, problem = measure_image(f"{label}/{member.name}", head, member.num_bytes, part)
     tail = window.read(member.start + max(0, member.num_bytes - END_BYTES), min(END_BYTES, member.num_bytes))
     digest = bytes.fromhex(digest_of_ends(head[:END_BYTES] + tail, member.num_bytes))
     return Row(member.name, member.start, member.num_bytes, *size, None, digest, problem)
@@ -129,10 +129,10 @@ def measure_image(path: str, head: bytes, num_bytes: int, content: bytes | Range
         return (0, 0), str(error).removeprefix(path).strip() or "cannot be read"
 
 
-def read_caption_text(window: Window, member: Member, shown: str, rule: CaptionRule) -> str | None:
+def read_caption_text(window: Window, member: Member, label: str, rule: CaptionRule) -> str | None:
     """Return the stripped lines of a caption member; None for a .json without a caption. Raises UserError if it
     cannot be read."""
-    name = f"{shown}/{member.name}"
+    name = f"{label}/{member.name}"
     if member.num_bytes > MOST_CAPTION_BYTES:
         raise UserError(f"the caption {name} has {member.num_bytes / 1e6:.1f} MB, too much for a caption")
     content = window.read(member.start, member.num_bytes)
@@ -154,9 +154,9 @@ def read_caption_field(value: Any, field: str | None) -> str | None:
     return next((value[name] for name in fields if isinstance(value.get(name), str)), None)
 
 
-def row_of_bytes(name: str, number: int, content: bytes | None, caption: str | None, shown: str) -> Row:
+def row_of_bytes(name: str, number: int, content: bytes | None, caption: str | None, label: str) -> Row:
     """Return the row of an image whose bytes are a value in a Parquet file."""
     if content is None:
         return Row(name, number, 0, 0, 0, caption, bytes(16), "has no bytes in the file")
-    size, problem = measure_image(f"{shown}/{name}", content[:HEAD_BYTES], len(content), content)
+    size, problem = measure_image(f"{label}/{name}", content[:HEAD_BYTES], len(content), content)
     return Row(name, number, len(content), *size, caption, bytes.fromhex(digest_content(content)), problem)

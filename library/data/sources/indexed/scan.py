@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from library.data.description.schema import SubsetConfig, strip_secrets
 from library.data.scanned.columns import Texts
-from library.data.scanned.images import FileStamp, Places, Reader, References, ScannedImages
+from library.data.scanned.images import FileStamp, ImageLocations, Reader, References, ScannedImages
 from library.data.scanned.names import folder_name, short_digest
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.reading import parse_captions
@@ -27,7 +27,7 @@ class SourceFile:
     """One of the larger files of a subset."""
 
     path: str  # or URL
-    shown: str  # path or URL without secrets, for messages and keys
+    label: str  # path or URL without secrets, for messages and keys
     num_bytes: int
 
 
@@ -39,23 +39,23 @@ def scan_files(
     read_rows: Callable[[SourceFile], Sequence[Row]],
     open_readers: Callable[[SourceFile], Sequence[Reader]] = lambda file: (),
 ) -> ScannedSubset:
-    """List the images of larger files, in the order of the files and of their places in them.
+    """List the images of larger files, in the order of the files and of their positions in them.
 
     `read_rows` lists a file that is not indexed. `keys` are the keys of the subset that affect its result.
     `open_readers`, given the first file, returns the reader of the images of all files, followed by those of the
     references; nothing if images are byte ranges. Raises UserError for files that are missing, damaged or of another
     kind.
     """
-    paths, shown, indexed_files = describe_files(config, storage, num_threads, keys)
+    paths, labels, indexed_files = describe_files(config, storage, num_threads, keys)
     files = [
         SourceFile(*file)
-        for file in zip(paths, shown, (stamp.num_bytes for stamp in indexed_files.stamps), strict=True)
+        for file in zip(paths, labels, (stamp.num_bytes for stamp in indexed_files.stamps), strict=True)
     ]
-    path, title = index_path(shown, indexed_files, storage), f"indexing {config.base_name}"
+    path, title = index_path(labels, indexed_files, storage), f"indexing {config.base_name}"
     table = read_index(
         path, indexed_files, lambda number: read_rows(files[number]), num_threads, title, config.keeps_index
     )
-    subset = convert_rows(table, config, paths, shown, open_readers(files[0]))
+    subset = convert_rows(table, config, paths, labels, open_readers(files[0]))
     del table
     release_memory()
     return subset
@@ -83,21 +83,21 @@ def describe_files(
         raise UserError(f"{key} = {config.source!r} lists a file twice: {list_few(map(strip_secrets, repeated))}")
     if any(map(is_remote, files)):
         storage.required_cache_dir(f"{key} at a URL")
-    shown = [strip_secrets(file) for file in files]
-    stamps = read_stamps(files, shown, key, storage, num_threads)
+    labels = [strip_secrets(file) for file in files]
+    stamps = read_stamps(files, labels, key, storage, num_threads)
     values = {name: getattr(config, name) for name in keys}
     if "caption_extension" in values:
         values["caption_extension"] = config.caption_extension.removeprefix(".")
-    folder = os.path.dirname(shown[0])
+    folder = os.path.dirname(labels[0])
     # Names relative to the folder, so that a moved folder keeps its index.
     indexed_files = IndexedFiles(
-        [name.removeprefix(f"{folder}/") for name in shown], stamps, f"{key} {list(values.values())}"
+        [name.removeprefix(f"{folder}/") for name in labels], stamps, f"{key} {list(values.values())}"
     )
-    return files, shown, indexed_files
+    return files, labels, indexed_files
 
 
 def read_stamps(
-    files: Sequence[str], shown: Sequence[str], key: str, storage: Storage, num_threads: int
+    files: Sequence[str], labels: Sequence[str], key: str, storage: Storage, num_threads: int
 ) -> list[FileStamp]:
     """Return the stamp of every file. Raises UserError naming the missing ones."""
 
@@ -111,16 +111,16 @@ def read_stamps(
 
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
         stamps = list(pool.map(read_stamp, files))
-    missing = [name for name, stamp in zip(shown, stamps, strict=True) if stamp is None]
+    missing = [name for name, stamp in zip(labels, stamps, strict=True) if stamp is None]
     if missing:
         raise UserError(f"{key}: {len(missing)} of {len(files)} files are missing: {list_few(missing)}")
     return [stamp for stamp in stamps if stamp is not None]
 
 
-def index_path(shown: Sequence[str], files: IndexedFiles, storage: Storage) -> Path:
+def index_path(labels: Sequence[str], files: IndexedFiles, storage: Storage) -> Path:
     """Return the path of the index of these files, next to the first of them or in `cache_dir`. Its name is unique
     to them."""
-    folder = os.path.dirname(shown[0])
+    folder = os.path.dirname(labels[0])
     name = f".picture_index-{short_digest(' '.join([files.rule, *files.names]))[:12]}.parquet"
     if storage.cache_dir is not None:
         return Path(storage.cache_dir, folder_name(folder), name)
@@ -128,13 +128,13 @@ def index_path(shown: Sequence[str], files: IndexedFiles, storage: Storage) -> P
 
 
 def convert_rows(
-    table: Any, config: SubsetConfig, files: Sequence[str], shown: Sequence[str], readers: Sequence[Reader]
+    table: Any, config: SubsetConfig, files: Sequence[str], labels: Sequence[str], readers: Sequence[Reader]
 ) -> ScannedSubset:
     """Convert the rows of an index to images. Raises UserError if only some images have references."""
     import pyarrow.compute as compute
 
     is_url = bool(compute.any(compute.is_valid(table["url"])).as_py())
-    prefixes = [""] * len(shown) if is_url else list(shown)
+    prefixes = [""] * len(labels) if is_url else list(labels)
     problems = table.filter(compute.is_valid(table["problem"])).select(["file", "name", "problem"]).to_pylist()
     dropped = tuple(("/".join(filter(None, (prefixes[row["file"]], row["name"]))), row["problem"]) for row in problems)
     if problems:
@@ -145,7 +145,7 @@ def convert_rows(
         names=copy_texts(table["name"]),
         captions=parse_captions(captions, config.captions),
         sizes_N2=np.stack([numbers(table["width"], np.int32), numbers(table["height"], np.int32)], axis=1),
-        places=Places(
+        locations=ImageLocations(
             tuple(files),
             tuple(prefixes),
             numbers(table["file"], np.int32),
@@ -183,9 +183,9 @@ def references_in(
             f"{list_few(images.keys_at(missing[:3]), count=len(missing))}; add them, or put these "
             "images into files of their own"
         )
-    places = images.places
-    assert places is not None
-    prefixes = [places.prefixes[file] for file in places.file_N]
+    locations = images.locations
+    assert locations is not None
+    prefixes = [locations.prefixes[file] for file in locations.file_N]
     rows: list[list[dict[str, Any]]] = column.to_pylist()
     placeholder: dict[str, Any] = {"name": "", "start": 0, "num_bytes": 0, "width": 0, "height": 0, "digest": bytes(16)}
     columns = [[row[r] if r < len(row) else placeholder for row in rows] for r in range(counts.max())]
@@ -202,7 +202,7 @@ def references_in(
         ).swapaxes(0, 1),
         tuple(
             replace(
-                places,
+                locations,
                 start_N=np.array([reference["start"] for reference in values]),
                 bytes_N=np.array([reference["num_bytes"] for reference in values]),
                 digest_N16=np.array([list(reference["digest"]) for reference in values], dtype=np.uint8),

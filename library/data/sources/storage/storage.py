@@ -11,7 +11,7 @@ from math import prod
 from typing import Any, TypeVar
 
 from library.data.description.schema import strip_secrets
-from library.data.scanned.images import FileStamp, Place, ScannedImage, Version, digest_content
+from library.data.scanned.images import FileStamp, ImageLocation, ScannedImage, Version, digest_content
 from library.data.scanned.names import folder_name, safe_name, short_digest
 from library.data.sources.storage import object_storage
 from library.data.sources.storage.disk_cache import DiskCache
@@ -54,12 +54,12 @@ class Storage:
 
     def content(self, image: ScannedImage) -> bytes | None:
         """Return the bytes of an image; None for an image in its own file, which Pillow opens itself."""
-        return None if image.place is None else self.read(image.place)
+        return None if image.location is None else self.read(image.location)
 
     def whole(self, image: ScannedImage) -> tuple[Version, bytes]:
         """Return the version and the bytes of an image. Raises UserError if it cannot be read."""
-        if image.place is not None:
-            return self.version(image), self.read(image.place)
+        if image.location is not None:
+            return self.version(image), self.read(image.location)
         try:
             version = self.version(image)
             with open(image.key, "rb") as file:
@@ -69,29 +69,29 @@ class Storage:
 
     def version(self, image: ScannedImage) -> Version:
         """Return the version that cached entries are compared with. Raises OSError for a missing file."""
-        if image.place is not None:
-            return Version(image.place.num_bytes, int(image.place.digest[:15], 16))
+        if image.location is not None:
+            return Version(image.location.num_bytes, int(image.location.digest[:15], 16))
         status = os.stat(image.key)
         return Version(status.st_size, status.st_mtime_ns)
 
-    def read(self, place: Place) -> bytes:
-        """Return the bytes at a place. Raises UserError if the file cannot be read, is too short, or was replaced."""
-        if is_remote(place.file):
-            return self._read_remote(place)
-        if place.reader is not None:
-            return place.reader.read(self, place)
-        return self.read_range(place.file, place.start, place.num_bytes)
+    def read(self, location: ImageLocation) -> bytes:
+        """Return the bytes of an image. Raises UserError if the file cannot be read, is too short, or was replaced."""
+        if is_remote(location.file):
+            return self._read_remote(location)
+        if location.reader is not None:
+            return location.reader.read(self, location)
+        return self.read_range(location.file, location.start, location.num_bytes)
 
     def read_ahead(self, images: Iterable[ScannedImage]) -> None:
         """Fetch images at URLs to the disk cache concurrently, which takes one round trip instead of one per image."""
-        places = [image.place for image in images if image.place is not None]
-        places = [place for place in places if is_remote(place.file) and place.reader is None]
-        missing = [place for place in dict.fromkeys(places) if not self.disk_cache.path(cache_name(place)).exists()]
+        locations = [image.location for image in images if image.location is not None]
+        locations = [location for location in locations if is_remote(location.file) and location.reader is None]
+        missing = [one for one in dict.fromkeys(locations) if not self.disk_cache.path(cache_name(one)).exists()]
         if len(missing) > 1:
-            ranges = [(place.file, place.start, place.num_bytes) for place in missing]
-            for place, content in zip(missing, object_storage.read_ranges(ranges), strict=True):
+            ranges = [(location.file, location.start, location.num_bytes) for location in missing]
+            for location, content in zip(missing, object_storage.read_ranges(ranges), strict=True):
                 if content is not None:
-                    self.disk_cache.put(cache_name(place), content)
+                    self.disk_cache.put(cache_name(location), content)
 
     @property
     def disk_cache(self) -> DiskCache:
@@ -107,21 +107,21 @@ class Storage:
             raise UserError(f"{what} require --cache_dir, a folder for the index and downloaded images")
         return self.cache_dir
 
-    def _read_remote(self, place: Place) -> bytes:
-        content = self.disk_cache.get(cache_name(place))
+    def _read_remote(self, location: ImageLocation) -> bytes:
+        content = self.disk_cache.get(cache_name(location))
         # The cached file may be damaged, or older than the index.
-        if content is not None and digest_content(content) == place.digest:
+        if content is not None and digest_content(content) == location.digest:
             return content
-        if place.reader is not None:
+        if location.reader is not None:
             # The whole row group has to be read. Keep its other images, because each will be drawn sooner or later.
-            for start, value in place.reader.read_group(self, place):
-                self.disk_cache.put(cache_name(place._replace(start=start)), value)
-                content = value if start == place.start else content
+            for start, value in location.reader.read_group(self, location):
+                self.disk_cache.put(cache_name(location._replace(start=start)), value)
+                content = value if start == location.start else content
         else:
-            content = self.read_range(place.file, place.start, place.num_bytes)
-            self.disk_cache.put(cache_name(place), content)
-        if content is None or digest_content(content) != place.digest:
-            raise UserError(f"{strip_secrets(place.file)} was replaced since it was indexed; restart the run")
+            content = self.read_range(location.file, location.start, location.num_bytes)
+            self.disk_cache.put(cache_name(location), content)
+        if content is None or digest_content(content) != location.digest:
+            raise UserError(f"{strip_secrets(location.file)} was replaced since it was indexed; restart the run")
         return content
 
     # Files
@@ -199,11 +199,11 @@ class Storage:
         Under `cache_dir`, each folder of larger files has a folder of its own, because two may contain files of the
         same name.
         """
-        place = image.place
-        if place is None:
+        location = image.location
+        if location is None:
             return os.path.splitext(image.key)[0]
-        shard = image.key.removesuffix(place.name).rstrip("/")
-        name = safe_name(os.path.splitext(place.name)[0]) if shard else short_digest(image.key)
+        shard = image.key.removesuffix(location.name).rstrip("/")
+        name = safe_name(os.path.splitext(location.name)[0]) if shard else short_digest(image.key)
         folder, file = os.path.split(shard)
         if is_remote(image.key):
             self.required_cache_dir("caches of images at URLs")
@@ -216,10 +216,10 @@ def is_remote(file: str) -> bool:
     return "://" in file
 
 
-def cache_name(place: Place) -> str:
+def cache_name(location: ImageLocation) -> str:
     """Return an image's name in the disk cache. It does not depend on the content: readers must compare digests."""
-    size, reader = (place.num_bytes, "") if place.reader is None else ("", place.reader.name)
-    return f"{strip_secrets(place.file)} {place.start} {size} {reader}"
+    size, reader = (location.num_bytes, "") if location.reader is None else ("", location.reader.name)
+    return f"{strip_secrets(location.file)} {location.start} {size} {reader}"
 
 
 def count_names(pattern: str) -> int:
