@@ -19,8 +19,8 @@ import numpy as np
 from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, save_safetensors
-from library.data.caching.filling import ADD_ENCODERS, Codec, Found, fill
-from library.data.caching.stores import CacheFiles, TextStore, usual_text_file
+from library.data.caching.filling import ADD_ENCODERS, CheckedJob, Codec, fill
+from library.data.caching.stores import CacheFiles, TextStore, default_text_file
 from library.data.caching.text_files import WORDS, Identity, Row, TextFile, judge, strip_padding, write_texts
 from library.data.decoding.images import DamagedImage
 from library.data.decoding.npz import MISSING, Verdict
@@ -199,7 +199,7 @@ def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFile
     """
     texts_by_key: dict[str, dict[str, None]] = defaultdict(dict)
     paths: dict[str, str] = {}
-    locate_file = partial(usual_text_file, spec.suffix, spec.keys)
+    locate_file = partial(default_text_file, spec.suffix, spec.keys)
     has_N = np.zeros(len(plan.samples), dtype=bool)
     for number, texts in enumerate(plan.caption_texts()):
         # The empty prompt is the same for all images and has a file of its own.
@@ -228,7 +228,7 @@ def text_codec(encode: Callable[[], EncodeSome], spec: TextCacheSpec, identity: 
     def judge_job(job: Job) -> Verdict:
         return judge(job.file, job.texts, identity()) if os.path.exists(job.path) else Verdict(MISSING)
 
-    def make(share: Sequence[Found[Job]]) -> None:
+    def make(share: Sequence[CheckedJob[Job]]) -> None:
         if share:
             count, first = sum(len(list_missing(result)) for result in share), share[0]
             reason = f"{format_count(count, 'caption')} must be encoded ({first.path} is {first.verdict.fault})"
@@ -240,7 +240,7 @@ def text_codec(encode: Callable[[], EncodeSome], spec: TextCacheSpec, identity: 
 
 
 def write_files(
-    missing: Sequence[Found[Job]],
+    missing: Sequence[CheckedJob[Job]],
     encode: Callable[[], EncodeSome],
     spec: TextCacheSpec,
     identity: Callable[[], Identity],
@@ -258,8 +258,8 @@ def write_files(
             rows.update(encode_rows(new_texts, encode, spec, bar))
             bar.update(len(group_texts) - len(new_texts))
             for result in group:
-                file, kept = result.asked.file, result.verdict.kept
-                available = [text for text in result.asked.texts if text in kept or text in rows]
+                file, kept = result.requested.file, result.verdict.kept
+                available = [text for text in result.requested.texts if text in kept or text in rows]
                 # The archive is replaced as a whole, so its valid captions are read back.
                 features = {text: file.read(text) if text in kept else rows[text] for text in available}
                 if features:  # empty if all references are damaged
@@ -268,17 +268,17 @@ def write_files(
             rows = dict(islice(((text, row) for text, row in rows.items() if uses[text] > 1), MAX_REPEATED))
 
 
-def list_missing(found: Found[Job]) -> list[str]:
+def list_missing(found: CheckedJob[Job]) -> list[str]:
     """Return the captions to encode for a file."""
-    return [text for text in found.asked.texts if text not in found.verdict.kept]
+    return [text for text in found.requested.texts if text not in found.verdict.kept]
 
 
 # Encoding
 
 
-def group_jobs(missing: Sequence[Found[Job]], batch_size: int) -> Iterator[list[Found[Job]]]:
+def group_jobs(missing: Sequence[CheckedJob[Job]], batch_size: int) -> Iterator[list[CheckedJob[Job]]]:
     """Group neighbouring files that together have a batch of captions to encode."""
-    group: list[Found[Job]] = []
+    group: list[CheckedJob[Job]] = []
     count = 0
     for result in missing:
         group.append(result)

@@ -34,17 +34,17 @@ JobT = TypeVar("JobT", bound=HasPath)
 
 
 @dataclass(frozen=True, slots=True)
-class Found(Generic[JobT]):
+class CheckedJob(Generic[JobT]):
     """A job with the result of checking its file on disk."""
 
-    asked: JobT
+    requested: JobT
     job: JobT  # with the file that was found, which may have another name
     verdict: Verdict
 
     @property
     def path(self) -> str:
         """The path that the job requests, which is written if the file must be remade."""
-        return self.asked.path
+        return self.requested.path
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Codec(Generic[JobT]):
 
     words: CacheWords
     judge: Callable[[JobT], Verdict]
-    make: Callable[[Sequence[Found[JobT]]], None]  # encodes and writes; called in every process, even with no jobs
+    make: Callable[[Sequence[CheckedJob[JobT]]], None]  # encodes and writes; called in every process, even with no jobs
     candidates: Callable[[JobT], Iterable[JobT]] = lambda job: (job,)  # the job with each possible file name
-    remark: Callable[[Sequence[Found[JobT]]], None] = lambda found: None  # logs further remarks after a check
+    remark: Callable[[Sequence[CheckedJob[JobT]]], None] = lambda found: None  # logs further remarks after a check
 
 
 def fill(
@@ -70,7 +70,7 @@ def fill(
     if processes.is_main:
         clear_left_overs(os.path.dirname(job.path) for job in jobs)
 
-    def find_stale(candidates: Sequence[JobT], when: str) -> list[Found[JobT]]:
+    def find_stale(candidates: Sequence[JobT], when: str) -> list[CheckedJob[JobT]]:
         results = check_files(codec, candidates, skips_check, num_threads)
         usable.extend(result.job for result in results if result.verdict.fault is None)
         # A process that already writes would shorten the list of one that still checks, and all must split the same
@@ -84,10 +84,10 @@ def fill(
     # Files on another machine's local disk are missing here, and each machine has to make them itself. On a shared disk
     # this check finds nothing.
     if processes.num_machines > 1:
-        stale = find_stale([result.asked for result in stale], " again")
+        stale = find_stale([result.requested for result in stale], " again")
         codec.make(assign_jobs(stale, processes.local_rank, processes.local_count))
         processes.wait_for_all(f"{codec.words.caching} again")
-    return [*usable, *(result.asked for result in stale)]
+    return [*usable, *(result.requested for result in stale)]
 
 
 def assign_jobs(jobs: Sequence[JobT], rank: int, count: int) -> list[JobT]:
@@ -96,10 +96,12 @@ def assign_jobs(jobs: Sequence[JobT], rank: int, count: int) -> list[JobT]:
     return [job for job in jobs if numbers.setdefault(same_file_key(job.path), len(numbers)) % count == rank]
 
 
-def check_files(codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num_threads: int) -> list[Found[JobT]]:
+def check_files(
+    codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num_threads: int
+) -> list[CheckedJob[JobT]]:
     """Check the file of each job, and log the result."""
 
-    def check(job: JobT) -> Found[JobT]:
+    def check(job: JobT) -> CheckedJob[JobT]:
         rejection = Verdict(MISSING)
         for candidate in codec.candidates(job):
             if skips_check:
@@ -107,11 +109,11 @@ def check_files(codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num
             else:
                 verdict = codec.judge(candidate)
             if verdict.fault is None:
-                return Found(job, candidate, verdict)
+                return CheckedJob(job, candidate, verdict)
             # What is wrong with an existing file says more than that a further name is missing.
             if rejection.fault == MISSING:
                 rejection = verdict
-        return Found(job, job, rejection)
+        return CheckedJob(job, job, rejection)
 
     results = read_many(check, jobs, num_threads, f"checking {codec.words.name}")
     report_check(codec.words, results, skips_check)
@@ -119,7 +121,7 @@ def check_files(codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num
     return results
 
 
-def report_check(words: CacheWords, found: Sequence[Found[JobT]], skips_check: bool) -> None:
+def report_check(words: CacheWords, found: Sequence[CheckedJob[JobT]], skips_check: bool) -> None:
     """Log how many entries are reused, missing and stale, and why."""
     faults: dict[str, list[str]] = defaultdict(list)
     for result in found:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from library.data.caching.filling import ADD_ENCODERS, Codec, Found, fill
+from library.data.caching.filling import ADD_ENCODERS, CheckedJob, Codec, fill
 from library.data.caching.latent_files import (
     WORDS,
     Expected,
@@ -26,7 +26,7 @@ from library.data.caching.latent_files import (
     write_entry,
 )
 from library.data.caching.latent_index import VerifiedEntries
-from library.data.caching.stores import CacheFiles, LatentStore, usual_latent_file
+from library.data.caching.stores import CacheFiles, LatentStore, default_latent_file
 from library.data.decoding.images import DamagedImage, Pixels, apply_placement, crop_at_centre, read_pixels, with_alpha
 from library.data.decoding.npz import Verdict
 from library.data.decoding.tensors import to_pixels
@@ -127,8 +127,8 @@ def cache_latents(
             elif job.file is None:
                 memory.update((user, latents) for user in job.users)
 
-    def make(share: Sequence[Found[Job]]) -> None:
-        encode_jobs([result.asked for result in share])
+    def make(share: Sequence[CheckedJob[Job]]) -> None:
+        encode_jobs([result.requested for result in share])
         entries.write()
 
     # Shared out within each machine, because the folder of the exchange is local to it.
@@ -162,8 +162,8 @@ def files_by_sample(files: Mapping[int, LatentFile], plan: DataPlan) -> CacheFil
     """Return the files by sample index."""
     has_N = np.zeros(len(plan.samples), dtype=bool)
     has_N[list(files)] = True
-    others = {number: file for number, file in files.items() if locate_file(plan.samples[number], plan) != file}
-    return CacheFiles(partial(usual_latent_file, plan.spec), has_N, others)
+    renamed_files = {number: file for number, file in files.items() if locate_file(plan.samples[number], plan) != file}
+    return CacheFiles(partial(default_latent_file, plan.spec), has_N, renamed_files)
 
 
 def assign_exchange_files(jobs: Sequence[Job], folder: str, plan: DataPlan) -> list[Job]:
@@ -217,7 +217,7 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
 
 
 def locate_file(sample: Sample, plan: DataPlan) -> LatentFile:
-    return usual_latent_file(plan.spec, sample, plan.storage)
+    return default_latent_file(plan.spec, sample, plan.storage)
 
 
 # Validity of files
@@ -257,7 +257,7 @@ def judge_job(entries: VerifiedEntries, vae: str, job: Job) -> Verdict:
     return entries.verdict(job.file, job.sample.image, expected)
 
 
-def log_unknown_origins(found: Sequence[Found[Job]]) -> None:
+def log_unknown_origins(found: Sequence[CheckedJob[Job]]) -> None:
     """Log entries that are used although their VAE or base model is unknown."""
     used = [result for result in found if result.verdict.fault is None]
     old_names = [result.job.path for result in used if result.job.path != result.path]

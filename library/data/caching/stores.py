@@ -17,12 +17,12 @@ from library.protocols import LatentSpec
 FileT = TypeVar("FileT")
 
 
-def usual_latent_file(spec: LatentSpec, sample: Sample, storage: Storage) -> LatentFile:
+def default_latent_file(spec: LatentSpec, sample: Sample, storage: Storage) -> LatentFile:
     """Return the usual location of a sample's latents."""
     return latent_file(storage.cache_stem(sample.image), sample.image.size, sample.shape, spec)
 
 
-def usual_text_file(suffix: str, keys: tuple[str, ...], sample: Sample, storage: Storage) -> TextFile:
+def default_text_file(suffix: str, keys: tuple[str, ...], sample: Sample, storage: Storage) -> TextFile:
     """Return the location of a sample's text features; samples that share an image share the file."""
     return TextFile(os.path.abspath(storage.cache_stem(sample.image)) + suffix, keys)
 
@@ -35,16 +35,16 @@ def no_file(sample: Sample, storage: Storage) -> NoReturn:
 class CacheFiles(Generic[FileT]):
     """The files of a cache. Their names follow from the samples, so only their existence is stored."""
 
-    usual: Callable[[Sample, Storage], FileT] = no_file
+    default_file: Callable[[Sample, Storage], FileT] = no_file
     has_N: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=bool))
-    others: Mapping[int, FileT] = field(default_factory=dict)  # files with other names, by sample
+    renamed_files: Mapping[int, FileT] = field(default_factory=dict)  # files with other names, by sample
 
     def __contains__(self, number: int) -> bool:
         return number < len(self.has_N) and bool(self.has_N[number])
 
     def file(self, number: int, sample: Sample, storage: Storage) -> FileT:
         """Return the file of a sample, which must have one."""
-        return self.others.get(number) or self.usual(sample, storage)
+        return self.renamed_files.get(number) or self.default_file(sample, storage)
 
 
 @dataclass(frozen=True)

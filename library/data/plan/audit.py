@@ -182,7 +182,7 @@ def captions_with_names(images: ScannedImages) -> Iterator[int]:
 
 def warn_enlarged(samples: Samples, dataset: int) -> Iterator[Line]:
     """Yield a warning about images much smaller than the training size, which teach blur."""
-    dataset_rows = samples.own(dataset)
+    dataset_rows = samples.slice_of(dataset)
     resized_M = np.array([shape.resized[0] for shape in samples.shapes])
     widths_N = samples.sizes()[dataset_rows, 0]
     rows = np.flatnonzero(resized_M[samples.shape_N[dataset_rows]] > MOST_ENLARGED * widths_N) + dataset_rows.start

@@ -89,7 +89,7 @@ class Samples(Column[Sample]):
         """Return the dataset of each sample, as an index."""
         return np.repeat(np.array(self.dataset_of_subset, dtype=np.int32), list(map(len, self.subsets)))
 
-    def own(self, dataset: int) -> slice:
+    def slice_of(self, dataset: int) -> slice:
         """Return the indices of a dataset's samples."""
         edges = [0, *self.ends]
         subsets = [index for index, number in enumerate(self.dataset_of_subset) if number == dataset]

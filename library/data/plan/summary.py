@@ -152,7 +152,7 @@ def bucket_info(rule: BucketRules, samples: Samples, dataset: int) -> dict[str, 
     counts: Counter[tuple[int, int]] = Counter()
     errors: list[float] = []
     error_by_size: dict[tuple[int, Size], float] = {}
-    dataset_rows = samples.own(dataset)
+    dataset_rows = samples.slice_of(dataset)
     rows = zip(
         samples.shape_N[dataset_rows].tolist(),
         samples.sizes()[dataset_rows].tolist(),

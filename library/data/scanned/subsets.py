@@ -63,7 +63,7 @@ class Listing:
         """The path of each image."""
         return [self.prefix + name for name in self.names]
 
-    def found(self) -> ScannedSubset:
+    def to_subset(self) -> ScannedSubset:
         """Return the scan result. Images without a size are moved to `dropped`."""
         masks, tags = (None if texts is None else Texts.of(texts) for texts in (self.masks, self.tags))
         if isinstance(self.sizes, Sizes):  # from an index, in which all images have a size

@@ -15,7 +15,7 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
     if config.style == "masked":
         add_masks(listing)
     add_references(listing, num_threads)
-    return listing.found()
+    return listing.to_subset()
 
 
 SOURCE = Source(("caption_extension", "cache_info", "control_dirs", "opposite_dir"), scan)

@@ -12,7 +12,7 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
     """List the images in the order of the file."""
     listing = list_metadata(config, num_threads)
     add_references(listing, num_threads)
-    return listing.found()
+    return listing.to_subset()
 
 
 SOURCE = Source(("control_dirs", "opposite_dir"), scan)

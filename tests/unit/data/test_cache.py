@@ -635,6 +635,6 @@ def test_where_latents_on_disk_lie_is_not_kept_for_each_image(tmp_path: Path) ->
     found = plan_of(write_config(tmp_path / "data.toml", config))
     store = cache_latents(found, averaging_vae(), lambda: "vae", DISK, 1)
     files = store.files
-    names = [os.path.basename(files.others[number].path) for number in files.others]
+    names = [os.path.basename(files.renamed_files[number].path) for number in files.renamed_files]
     assert names == ["p7.npz"] and int(files.has_N.sum()) == 40 and len(store.memory) == 1
     assert [content_of(batch) for batch in batches_of(open_batches(found, store))] == expected

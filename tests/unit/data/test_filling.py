@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from library.data.caching.filling import Codec, Found, fill
+from library.data.caching.filling import CheckedJob, Codec, fill
 from library.data.decoding.npz import MISSING, CacheWords, Verdict, open_to_write
 from library.errors import UserError
 from library.processes import ALONE, Processes
@@ -43,10 +43,10 @@ class Cache:
             return Verdict(MISSING)
         return Verdict(None if path.read_text() == job.word else "of another word")
 
-    def make(self, share: Sequence[Found[Job]]) -> None:
+    def make(self, share: Sequence[CheckedJob[Job]]) -> None:
         for one in share:
             with open_to_write(one.path, WORDS) as temporary:
-                temporary.write_text(one.asked.word)
+                temporary.write_text(one.requested.word)
             self.made.append(Path(one.path).name)
 
 
