@@ -115,10 +115,10 @@ class Way:
     parameters: list[nn.Parameter]
 
 
-def ours(name: str, layer: Any, delta: Delta, join: Any = None, has_scalar: bool = False) -> Way:
-    """Return one of our adapters that adds `delta` to the weight; `join` makes it a DoRA."""
+def ours(name: str, layer: Any, delta: Delta, decomposition: Any = None, has_scalar: bool = False) -> Way:
+    """Return one of our adapters that adds `delta` to the weight; `decomposition` makes it a DoRA."""
     change = ScaledDelta(layer, delta, float(delta.rank), has_scalar=has_scalar)
-    return perturb(name, layer, change if join is None else DoRA(change, join))
+    return perturb(name, layer, change if decomposition is None else DoRA(change, decomposition))
 
 
 def perturb(name: str, layer: Any, change: Any) -> Way:

@@ -126,7 +126,7 @@ class Content:
         return found
 
     @cached_property
-    def strangers(self) -> frozenset[str]:
+    def unknown_modules(self) -> frozenset[str]:
         """Modules that the base model lacks, both as whole and as fused layers."""
         names = self.spec.names
         return frozenset(module for module in self.leaves if not (names.find(module) or names.find_parts(module)))
@@ -170,7 +170,7 @@ def explain_unused(program: Program, content: Content, key: Key, reader: Reader)
         return f"it does not read {what}the {key.naming} naming"
     if key.module.startswith(OFT_PREFIX) and program != "A1111-style":
         return f"it does not look for names that begin with {OFT_PREFIX}"
-    if key.module in content.strangers:
+    if key.module in content.unknown_modules:
         return f"{content.spec.title} has no modules with some of the file's names"
     for gap in reader.gaps:
         if key.naming in gap.namings and re.fullmatch(gap.modules, key.module):

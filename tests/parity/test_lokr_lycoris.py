@@ -47,8 +47,8 @@ def pair(name: str, form: str, is_dora: bool, has_scalar: bool) -> tuple[Adapter
         layer, 2, asked.get("factor", -1), asked.get("decompose_both", False),
         asked.get("full_matrix", False), form == "core",
     )  # fmt: skip
-    join = Decompose(layer.weight) if is_dora else None
-    ours = adapter_on(layer, delta, 3.0, join, has_scalar=has_scalar)
+    decomposition = Decompose(layer.weight) if is_dora else None
+    ours = adapter_on(layer, delta, 3.0, decomposition, has_scalar=has_scalar)
     theirs = lokr.LokrModule(
         "x", layer, 1.0, 2, 3.0, use_scalar=has_scalar, weight_decompose=is_dora, wd_on_out=False, **asked
     )

@@ -38,8 +38,8 @@ def pair(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> tuple[A
     kind = adaptation_kind(layer)
     assert kind is not None
     delta = (Tucker if is_tucker else LowRank)(layer, 4)
-    join = Decompose(layer.weight) if is_dora else None
-    ours = adapter_on(layer, delta, 3.0, join, has_scalar=has_scalar)
+    decomposition = Decompose(layer.weight) if is_dora else None
+    ours = adapter_on(layer, delta, 3.0, decomposition, has_scalar=has_scalar)
     theirs = locon.LoConModule(
         "x", layer, 1.0, 4, 3.0, use_tucker=is_tucker, use_scalar=has_scalar, weight_decompose=is_dora, wd_on_out=False
     )

@@ -23,8 +23,8 @@ def wrap(request: ChangeRequest, delta: Delta, alpha: float | None = None) -> Ch
     alpha = request.alpha if alpha is None else alpha
     if request.is_decomposed:
         has_constant_norm = request.arguments.of(DoraArguments).dora_constant_norm
-        join = Decompose(get_weight(layer), has_constant_norm, request.is_per_output)
-        return DoRA(layer, delta, alpha, join, drops, has_scalar)
+        decomposition = Decompose(get_weight(layer), has_constant_norm, request.is_per_output)
+        return DoRA(layer, delta, alpha, decomposition, drops, has_scalar)
     tlora, ggpo = request.arguments.of(TLoraArguments), request.arguments.of(GgpoArguments)
     is_masked = tlora.tlora and request.is_denoiser
     # Captions are encoded once for all noise levels, so the mask acts in the denoiser only.
@@ -43,8 +43,8 @@ def read_delta(delta: Delta, tensors: ModuleTensors, layer: nn.Module | None) ->
         change = ScaledDelta(layer, delta, alpha)
     else:
         weight = None if layer is None else get_weight(layer)
-        join = Decompose(weight, is_per_output=are_per_output(magnitudes))
-        change = DoRA(layer, delta, alpha, join, magnitudes=magnitudes)
+        decomposition = Decompose(weight, is_per_output=are_per_output(magnitudes))
+        change = DoRA(layer, delta, alpha, decomposition, magnitudes=magnitudes)
     change.alpha_value = alpha  # an alpha of 0 in a file means 0, not the rank
     return change
 

@@ -67,26 +67,26 @@ class DoRA(ScaledDelta):
         layer: nn.Module | None,
         delta: Delta,
         alpha: float,
-        join: "Decompose",
+        decomposition: "Decompose",
         drops: Dropout = NO_DROPOUT,
         has_scalar: bool = False,
         magnitudes: Tensor | None = None,
     ) -> None:
         """`magnitudes` are those of a file, not trained; by default they are trained and start at the norms of W0."""
         super().__init__(layer, delta, alpha, drops, has_scalar)
-        self.join = join
+        self.decomposition = decomposition
         scalar = self._parameters.pop(SCALAR)  # magnitudes come first in the optimizer's parameter order
-        initial = join.magnitudes() if magnitudes is None else magnitudes
+        initial = decomposition.magnitudes() if magnitudes is None else magnitudes
         self.register_parameter(DORA_SCALE, nn.Parameter(initial, requires_grad=magnitudes is None))
         self.register_parameter(SCALAR, scalar)
 
     @property
     def size(self) -> ChangeSize:
-        return replace(super().size, magnitudes="output" if self.join.is_per_output else "input")
+        return replace(super().size, magnitudes="output" if self.decomposition.is_per_output else "input")
 
     @property
     def is_pair(self) -> bool:
-        return super().is_pair and not self.join.is_per_output
+        return super().is_pair and not self.decomposition.is_per_output
 
     def columns(self) -> Tensor | None:
         return self.scales()
@@ -96,7 +96,7 @@ class DoRA(ScaledDelta):
         if self.training and self.drops.skips_this_call():
             return base(x)
         scales = self.scales()
-        if self.join.is_per_output:
+        if self.decomposition.is_per_output:
             assert self.layer is not None
             base_out = base(x)
             out = scale_outputs(self.add_to(base_out, x, 1.0), scales.flatten(), self.layer)
@@ -112,7 +112,7 @@ class DoRA(ScaledDelta):
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
         change = self.weight_for(base)
         base = base.to(torch.promote_types(base.dtype, change.dtype))
-        return self.join.merge(base, change, strength, self.dora_scale)
+        return self.decomposition.merge(base, change, strength, self.dora_scale)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -136,7 +136,7 @@ class DoRA(ScaledDelta):
         if device is not None:
             strength = strength.to(device) if isinstance(strength, Tensor) else strength
             up_OR, down_RN = up_OR.to(device), down_RN.to(device)
-        return self.join.scales(get_weight(self.layer), magnitudes, up_OR, down_RN, strength)
+        return self.decomposition.scales(get_weight(self.layer), magnitudes, up_OR, down_RN, strength)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoRA":
         """Move or cast, without rounding magnitudes to 16 bits, which would change the base model's columns."""

@@ -210,7 +210,7 @@ def require_layouts(file: AdapterFile, layouts: Collection[KeyLayout], purpose: 
             f"{', '.join(module.tensors)})"
         )
     for module in file.modules.values():
-        if (unknown_key := module.beside) is not None:
+        if (unknown_key := module.unexpected_key) is not None:
             raise UserError(
                 f"{file.origin} has {module.keys[unknown_key]}, which is not understood beside {module.layout.words}, "
                 f"so it cannot be {purpose}; use the program that wrote it"

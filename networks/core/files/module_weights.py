@@ -44,7 +44,7 @@ class ModuleWeights:
         return "conv" if layout is lora.LAYOUT and prod(self.shape[2:]) > 1 else layout.name
 
     @property
-    def beside(self) -> str | None:
+    def unexpected_key(self) -> str | None:
         """A parameter key that the layout does not know, such as a bias change in a LoRA, or None."""
         if self.layout is PIECES:  # each was checked before it became a part of the layer
             return None

@@ -57,7 +57,7 @@ def usable_modules(file: AdapterFile, layouts: Sequence[KeyLayout] = ()) -> dict
     and for incomplete or invalid tensors.
     """
     layouts = layouts or list_layouts()
-    refuse_strangers(file)
+    check_belongs_to_base(file)
     known = list_keys(layouts)
     keys = {key.removeprefix(f"{name}.") for name, module in file.modules.items() for key in module.keys.values()}
     keys = {parameter_key for parameter_key in keys if PIECES not in layouts or not is_in_rows((parameter_key,))}
@@ -81,7 +81,7 @@ def usable_modules(file: AdapterFile, layouts: Sequence[KeyLayout] = ()) -> dict
     return usable
 
 
-def refuse_strangers(file: AdapterFile) -> None:
+def check_belongs_to_base(file: AdapterFile) -> None:
     """Raise UserError for keys of no adapter, and for a file with modules that are not in this base model.
 
     Modules of this base model have kohya's names here.

@@ -21,11 +21,11 @@ from networks.core.files.file_spelling import FileSpelling, recognise_spelling
 from networks.core.files.foreign_names import to_own_names
 from networks.core.files.reading_writing import usable_modules
 from networks.core.kinds import norm
-from networks.core.network.members import MemberMaker, Place, rates_alone
+from networks.core.network.members import AdaptedModel, MemberMaker, rates_alone
 from networks.core.network.network import AdapterNetwork, Member
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.layouts import PIECES, list_layouts, recognise_layout
-from networks.core.registry.parsing import WRAPPERS, list_arguments, parse_arguments, strangers
+from networks.core.registry.parsing import WRAPPERS, list_arguments, list_ignored, parse_arguments
 from networks.core.targets.rules import make_rules
 from networks.core.targets.selection import check_choices
 from networks.core.targets.targets import AdapterTargets
@@ -75,9 +75,9 @@ def create_network(
     check_choices(targets, arguments, unet)
     maker = MemberMaker(kind, targets, arguments, multiplier, NoiseLevels())
     members: list[Member] = []
-    for place in new_places(kind, targets, arguments, text_encoder, unet):
-        rules = make_rules(rank, settings.alpha, arguments, targets, is_denoiser=place.is_denoiser)
-        members += maker.fresh(place, rules)
+    for model in narrow_adapted_models(kind, targets, arguments, text_encoder, unet):
+        rules = make_rules(rank, settings.alpha, arguments, targets, is_denoiser=model.is_denoiser)
+        members += maker.fresh(model, rules)
     if not members:
         raise UserError(
             f"nothing to train: with --network_dim {rank} and these --network_args every module has the rank 0"
@@ -119,9 +119,9 @@ def create_network_from_weights(
     spelling = None if for_inference else spelling_to_keep(kind, groups, adapter_file, targets)
     maker = MemberMaker(kind, targets, arguments, multiplier, NoiseLevels())
     members: list[Member] = []
-    for place in places(targets, text_encoder, unet):
-        rules = rates_alone(arguments, targets, is_denoiser=place.is_denoiser)
-        members += maker.of_file(place, rules, groups, str(file), is_merged=for_inference)
+    for model in list_adapted_models(targets, text_encoder, unet):
+        rules = rates_alone(arguments, targets, is_denoiser=model.is_denoiser)
+        members += maker.of_file(model, rules, groups, str(file), is_merged=for_inference)
     if not members:
         raise UserError(f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?")
     network = AdapterNetwork(members, targets, arguments, maker.noise, str(file), spelling)
@@ -173,7 +173,7 @@ def check_arguments(kind: AdapterKind, arguments: NetworkArguments) -> None:
     for name, (conflict, reason) in list_refused(kind, arguments).items():
         if arguments.given.get(name):
             raise UserError(f"--network_args {name} does not work with {conflict}: {reason}")
-    for owners, names in strangers(kind, arguments).items():
+    for owners, names in list_ignored(kind, arguments).items():
         logger.warning("--network_args %s has no effect; it belongs to %s", ", ".join(names), owners)
 
 
@@ -275,23 +275,23 @@ def targets_of(denoiser: nn.Module) -> AdapterTargets:
     return targets
 
 
-def places(targets: AdapterTargets, text_encoder: TextEncoder, denoiser: nn.Module) -> list[Place]:
+def list_adapted_models(targets: AdapterTargets, text_encoder: TextEncoder, denoiser: nn.Module) -> list[AdaptedModel]:
     """Return the parts of the base model in file order, text encoders first."""
     encoders = [text_encoder] if isinstance(text_encoder, nn.Module) else list(text_encoder or [])
-    encoder_places = [
-        Place(part, encoder, index)
+    adapted_encoders = [
+        AdaptedModel(part, encoder, index)
         for index, (part, encoder) in enumerate(zip(targets.text_encoders, encoders, strict=False))
         if encoder is not None
     ]
-    return [*encoder_places, Place(targets.denoiser, denoiser, None)]
+    return [*adapted_encoders, AdaptedModel(targets.denoiser, denoiser, None)]
 
 
-def new_places(
+def narrow_adapted_models(
     kind: AdapterKind, targets: AdapterTargets, arguments: NetworkArguments, text_encoder: TextEncoder,
     denoiser: nn.Module,
-) -> Iterator[Place]:  # fmt: skip
+) -> Iterator[AdaptedModel]:  # fmt: skip
     """Yield the parts of the base model that get new adapters, narrowed to the modules that the kind adapts."""
-    for place in places(targets, text_encoder, denoiser):
-        part = kind.narrow(place.part, place.is_denoiser, arguments)
-        if part is not None and (not place.part.needs or arguments.of_model.get(place.part.needs)):
-            yield replace(place, part=part)
+    for model in list_adapted_models(targets, text_encoder, denoiser):
+        part = kind.narrow(model.part, model.is_denoiser, arguments)
+        if part is not None and (not model.part.needs or arguments.of_model.get(model.part.needs)):
+            yield replace(model, part=part)

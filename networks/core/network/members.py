@@ -25,8 +25,8 @@ from networks.core.targets.targets import AdapterTargets, Filters, Part, TargetM
 
 
 @dataclass(frozen=True)
-class Place:
-    """One part of the base model in which target modules are searched."""
+class AdaptedModel:
+    """A denoiser or text encoder in which target modules are searched."""
 
     part: Part
     root: nn.Module
@@ -47,11 +47,11 @@ class MemberMaker:
     multiplier: float
     noise: NoiseLevels
 
-    def fresh(self, place: Place, rules: Rules) -> Iterator[Member]:
+    def fresh(self, model: AdaptedModel, rules: Rules) -> Iterator[Member]:
         """Yield the new adapters of one part of the base model, as the arguments request."""
         arguments, dora = self.arguments, self.arguments.of(DoraArguments)
-        classes = rules.classes(place.part)
-        for target in select_targets(place.part, place.root, self.targets, arguments, classes):
+        classes = rules.classes(model.part)
+        for target in select_targets(model.part, model.root, self.targets, arguments, classes):
             settings = rules.resolve_settings(target)
             if not settings.rank:
                 continue
@@ -60,69 +60,71 @@ class MemberMaker:
                 # program.
                 settings = replace(settings, alpha=(settings.alpha or settings.rank) * sqrt(settings.rank))
             request = replace(
-                self.request(place, target, settings.rank, settings.alpha),
+                self.request(model, target, settings.rank, settings.alpha),
                 has_core=arguments.of(StructureArguments).use_tucker and target.kind == "conv",
                 is_decomposed=dora.dora_wd,
                 is_per_output=dora.wd_on_output,
             )
-            yield self.member(place, target, self.change(request), settings)
+            yield self.member(model, target, self.change(request), settings)
         if arguments.of(TargetArguments).train_norm:
-            classes += extra_classes(place.part, arguments)
-            for target in find_norms(place.part, place.root, classes, build_filters(arguments)):
+            classes += extra_classes(model.part, arguments)
+            for target in find_norms(model.part, model.root, classes, build_filters(arguments)):
                 if (norm_settings := rules.resolve_norm_settings(target)) is not None:
-                    yield self.member(place, target, norm.make_fresh_norm(target.module), norm_settings)
+                    yield self.member(model, target, norm.make_fresh_norm(target.module), norm_settings)
 
     def of_file(
-        self, place: Place, rules: Rules, groups: Mapping[str, ModuleTensors], source: str, is_merged: bool
+        self, model: AdaptedModel, rules: Rules, groups: Mapping[str, ModuleTensors], source: str, is_merged: bool
     ) -> Iterator[Member]:
         """Yield the adapters of one part of the base model for which a file has weights.
 
         Modules with a layout that the kind does not train get changes for merging only. With `is_merged` so do layers
         that the file splits into several modules.
         """
-        part = place.part
+        part = model.part
         # The file decides what is adapted, so exclusions do not apply.
-        norms = find_norms(part, place.root, part.blocks + part.conv_blocks, Filters(include=(".*",)))
-        for target in (*list_targets(part, place.root, self.targets), *norms):
+        norms = find_norms(part, model.root, part.blocks + part.conv_blocks, Filters(include=(".*",)))
+        for target in (*list_targets(part, model.root, self.targets), *norms):
             group = groups.get(target.name)
             if group is None or target.kind not in (layout := recognise_layout(group)).targets:
                 continue
             if layout is norm.LAYOUT:
-                yield self.member(place, target, norm.make_fresh_norm(target.module), rules.with_rate(target, 0, 0.0))
+                yield self.member(model, target, norm.make_fresh_norm(target.module), rules.with_rate(target, 0, 0.0))
                 continue
             assert layout.rank_of is not None
             settings = rules.with_rate(target, layout.rank_of(group), layout.alpha_of(group))
             if layout is PIECES and not is_merged:
-                change = self.change_in_rows(place, target, group, source)
+                change = self.change_in_rows(model, target, group, source)
                 settings = rules.with_rate(target, 0, 0.0)
             elif layout not in self.kind.layouts:
                 change = make_change(group, target.module)
             else:
-                change = self.change(self.request_of_file(place, target, group, source))
-            yield self.member(place, target, change, settings)
+                change = self.change(self.request_of_file(model, target, group, source))
+            yield self.member(model, target, change, settings)
 
-    def change_in_rows(self, place: Place, target: TargetModule, tensors: ModuleTensors, source: str) -> Change:
+    def change_in_rows(self, model: AdaptedModel, target: TargetModule, tensors: ModuleTensors, source: str) -> Change:
         """Make the change of a layer for which a file has several changes of separate rows."""
         layer, changes = target.module, {}
         assert isinstance(layer, nn.Linear)
         for name, piece in qkv_pieces.group_by_rows(tensors).items():
             part = replace(target, module=qkv_pieces.LinearRows(layer, qkv_pieces.rows_of(name, layer.out_features)))
-            request = self.request_of_file(place, part, piece, source)
+            request = self.request_of_file(model, part, piece, source)
             # A part of a fused layer is one projection already.
             changes[name] = self.change(replace(request, qkv_widths=None))
         return qkv_pieces.InRows(changes)
 
-    def request(self, place: Place, target: TargetModule, rank: int, alpha: float) -> ChangeRequest:
-        widths = self.targets.widths_of(target.path, target.module) if place.is_denoiser else None
-        return ChangeRequest(target, rank, alpha, self.arguments, self.noise, place.is_denoiser, widths)
+    def request(self, model: AdaptedModel, target: TargetModule, rank: int, alpha: float) -> ChangeRequest:
+        widths = self.targets.widths_of(target.path, target.module) if model.is_denoiser else None
+        return ChangeRequest(target, rank, alpha, self.arguments, self.noise, model.is_denoiser, widths)
 
-    def request_of_file(self, place: Place, target: TargetModule, tensors: ModuleTensors, source: str) -> ChangeRequest:
+    def request_of_file(
+        self, model: AdaptedModel, target: TargetModule, tensors: ModuleTensors, source: str
+    ) -> ChangeRequest:
         """Return the request for a change in the form of a module in a file. Magnitudes can be new."""
         layout, dora = recognise_layout(tensors), self.arguments.of(DoraArguments)
         assert layout.rank_of is not None
         has_magnitudes = DORA_SCALE in tensors
         return replace(
-            self.request(place, target, layout.rank_of(tensors), layout.alpha_of(tensors)),
+            self.request(model, target, layout.rank_of(tensors), layout.alpha_of(tensors)),
             tensors=tensors,
             source=source,
             has_core=layout.has_core(tensors),
@@ -134,8 +136,8 @@ class MemberMaker:
         assert self.kind.make is not None
         return self.kind.make(request)
 
-    def member(self, place: Place, target: TargetModule, change: Change, settings: TargetSettings) -> Member:
-        return Member(Adapter(target, change, self.multiplier), place.text_encoder, settings)
+    def member(self, model: AdaptedModel, target: TargetModule, change: Change, settings: TargetSettings) -> Member:
+        return Member(Adapter(target, change, self.multiplier), model.text_encoder, settings)
 
 
 def rates_alone(arguments: NetworkArguments, targets: AdapterTargets, is_denoiser: bool) -> Rules:

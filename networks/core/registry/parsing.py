@@ -41,7 +41,7 @@ def parse_arguments(
     return arguments
 
 
-def strangers(kind: AdapterKind, arguments: NetworkArguments) -> Mapping[str, list[str]]:
+def list_ignored(kind: AdapterKind, arguments: NetworkArguments) -> Mapping[str, list[str]]:
     """Return the given arguments that belong to other kinds only, by the network modules of those kinds."""
     kind_names = list_declared(kind.arguments)
     names_by_owner: dict[str, list[str]] = {}

@@ -71,7 +71,7 @@ def formula(layer: Any, adapter: Adapter, multiplier: float, is_constant: bool =
     """W0 + s (m (W0 + dW) / |W0 + dW| - W0), from whole matrices."""
     scalar = 1.0 if adapter.change.scalar is None else adapter.change.scalar
     whole = layer.weight + product_of(adapter) * scalar * 2.0 / 3
-    is_per_output = adapter.change.join.is_per_output
+    is_per_output = adapter.change.decomposition.is_per_output
     axes = [1 if is_per_output else 0, 2, 3][: whole.dim() - 1]
     norm = whole.square().sum(axes, keepdim=True).sqrt() + (0 if is_per_output else EPS)
     norm = norm.detach() if is_constant else norm
@@ -184,7 +184,7 @@ def columns_of(adapter: Adapter) -> Tensor:
     assert adapter.change.dora_scale is not None
     weight = adapter.target.module.weight
     assert isinstance(weight, Tensor)
-    return adapter.change.join.scales(
+    return adapter.change.decomposition.scales(
         weight, adapter.change.dora_scale, *adapter.change.factors(), adapter.change.scale
     )
 
