@@ -31,9 +31,9 @@ class Bar:
         """Add `count` to the finished part."""
         self.done += count
         self.tqdm_bar.update(count)
-        self.tell("progress")
+        self.notify("progress")
 
-    def tell(self, state: State) -> None:
+    def notify(self, state: State) -> None:
         if self.listener is not None:
             self.listener(self.title, state, self.done, self.total)
 
@@ -44,11 +44,11 @@ def progress_bar(title: str, total: int, leave: bool = True) -> Iterator[Bar]:
     is_main = launched_rank() == 0
     with tqdm(total=total, desc=title, disable=not is_main, leave=leave, smoothing=0, dynamic_ncols=True) as tqdm_bar:
         bar = Bar(title.rstrip("…"), total, tqdm_bar, LISTENER.get() if is_main and total else None)
-        bar.tell("begin")
+        bar.notify("begin")
         try:
             yield bar
         finally:
-            bar.tell("end")
+            bar.notify("end")
 
 
 @contextmanager

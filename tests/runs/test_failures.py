@@ -86,14 +86,14 @@ def test_an_error_before_the_first_step_has_ended_writes_nothing(
 def test_weights_that_are_moved_in_part_get_no_state(
     train: Train, base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, count = Updates.take, iter(range(9))
+    honest, count = Updates.apply, iter(range(9))
 
     def step(*arguments: Any) -> None:
         honest(*arguments)
         if next(count) == 2:
             raise RuntimeError("the card is gone")
 
-    monkeypatch.setattr(Updates, "take", step)
+    monkeypatch.setattr(Updates, "apply", step)
     done = train(base_arguments)
     assert done.status == 1
     assert "the error came while step 3 moved the weights; as they are, they are saved as" in done.stderr

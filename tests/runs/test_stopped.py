@@ -33,14 +33,14 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     from library.training.loop.update import Updates
 
     def arrange(number: int, name: int) -> None:
-        honest = Updates.take
+        honest = Updates.apply
 
         def step(updates: Updates, window: Any, losses: Any) -> None:
             if window.step + 1 == number:
                 os.kill(os.getpid(), name)
             honest(updates, window, losses)
 
-        monkeypatch.setattr(Updates, "take", step)
+        monkeypatch.setattr(Updates, "apply", step)
 
     return arrange
 

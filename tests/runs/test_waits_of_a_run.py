@@ -65,7 +65,7 @@ def test_a_run_waits_once_a_step(
 ) -> None:
     """Watched are the steps between the first one, which makes what all use, and the last one."""
     watch = NoReading()
-    take, read = Updates.take, Readback.read
+    take, read = Updates.apply, Readback.read
 
     def watched_take(updates: Updates, window: Any, losses: Any) -> None:
         watch.is_on = watch.is_on and window.step + 1 < NUM_STEPS
@@ -76,7 +76,7 @@ def test_a_run_waits_once_a_step(
         with watch.allowed():
             return read(readback)
 
-    monkeypatch.setattr(Updates, "take", watched_take)
+    monkeypatch.setattr(Updates, "apply", watched_take)
     monkeypatch.setattr(Readback, "read", watched_read)
     monkeypatch.setattr(OnDevice, "tolist", lambda tensor: watch.tolist(tensor))
     with device_without_float64() as device, watch:

@@ -52,7 +52,7 @@ class StepWaits:
         self.found: Counter[str] = Counter()
         self.num_steps = 0
         self._simulation, self._monkeypatch = simulated_gpu, monkeypatch
-        for owner, name in ((loop, "accumulate_gradients"), (AdapterRun, "move"), (StepTimes, "end_step")):
+        for owner, name in ((loop, "accumulate_gradients"), (AdapterRun, "apply_gradients"), (StepTimes, "end_step")):
             self._watch(owner, name)
 
     def start(self) -> None:
@@ -161,7 +161,7 @@ def test_fp16_with_a_loss_scale(run: Run, name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_fp16_with_an_optimizer_that_is_not_fused(run: Run) -> None:
     """Its loss scale is read on the host before every update."""
-    reads = frozenset({"item at library/training/loop/update.py (_move)"})
+    reads = frozenset({"item at library/training/loop/update.py (_step_optimizer)"})
     run("flux", "--mixed_precision", "fp16", "--optimizer_type", "SGD", allowed=reads)
 
 

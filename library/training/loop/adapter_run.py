@@ -52,10 +52,10 @@ class AdapterRun:
         self.run, self.progress, self.validation = prepared.run, prepared.progress, prepared.validation
         self._guard = NonFiniteGuard(self.run)
         report = partial(report_step, self.run, self.progress, prepared.charts, bar)
-        with self.named():
+        with self.prefix_logs():
             self.updates = Updates(self.run, self._guard, resolve_norm_limit(self.run), report)
 
-    def named(self) -> AbstractContextManager[None]:
+    def prefix_logs(self) -> AbstractContextManager[None]:
         """Prefix log lines in the block with the adapter's name, where several train in one run."""
         return log_prefix(self.run.label)
 
@@ -63,7 +63,7 @@ class AdapterRun:
     def ending_alone(self, has_others: bool) -> Iterator[None]:
         """On a non-finite loss inside the block, save and end this adapter if `has_others`; else the error
         propagates."""
-        with self.named():
+        with self.prefix_logs():
             try:
                 with save_last_good(self.prepared.writer) if has_others else log_prefix(""):
                     yield
@@ -86,7 +86,7 @@ class AdapterRun:
     def start_epoch(self) -> None:
         self.run.context.network.start_epoch(*self.run.context.models.network_view)
 
-    def move(self, window: Window, local_losses: Tensor, wants_stop: bool) -> bool:
+    def apply_gradients(self, window: Window, local_losses: Tensor, wants_stop: bool) -> bool:
         """Apply the gradients of `window`. Return True if any process requests a stop.
 
         `local_losses` are the losses of this process's batches. Raises NonFiniteError if the adapter cannot continue.
@@ -98,14 +98,14 @@ class AdapterRun:
         losses, stops = run.processes.exchange(parameters, local_losses, num_losses, wants_stop, order)
         # The previous step is judged only now, when the device has this step's gradients queued, and before this step
         # uses the learning rate that follows from it.
-        self.updates.tell()
+        self.updates.report()
         # Cleared by `advance`: an error in between leaves weights that belong to no step, which get no state.
-        self.progress.is_moving = True
+        self.progress.is_updating = True
         with explain_out_of_memory(
             "the optimizer moved the weights", run.options, device, "", lambda: measure_sizes(run)
         ):
             with run.times.stage("optimizer"):
-                self.updates.take(window, losses)
+                self.updates.apply(window, losses)
         return stops
 
     def finish_step(self, window: Window, stops: bool) -> None:
@@ -122,7 +122,7 @@ class AdapterRun:
         # The step's result decides the learning rate and the running average, which a state stores and previews,
         # validation and files are recorded with.
         if is_due or not self.updates.reports_late:
-            self.updates.tell()
+            self.updates.report()
         if not stops:
             with run.times.stage("validation"):
                 ends_epoch = window.ends_epoch or is_last

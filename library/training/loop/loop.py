@@ -61,7 +61,7 @@ def train(
     stops = False
     epoch = plan.epoch_of(step)
     for adapter in adapter_runs:
-        with adapter.named():
+        with adapter.prefix_logs():
             adapter.begin()
     delete_outdated(adapter_runs)
     num_profiled = run.options.trackers.profile if is_main else 0
@@ -74,7 +74,7 @@ def train(
         for adapter in adapter_runs:
             stack.enter_context(adapter.updates.reported_at_end())
         run.times.start()
-        active = end_stopped(adapter_runs, epoch)
+        active = end_early_stopped(adapter_runs, epoch)
         for epoch in plan.epochs(step) if step < plan.max_train_steps and active else ():
             announce_epoch(epoch, plan.num_epochs)
             for adapter in active:
@@ -90,7 +90,7 @@ def train(
                 wants_stop = interruption.is_requested
                 for adapter, local_losses in zip(active, losses, strict=True):
                     with adapter.ending_alone(len(active) > 1):
-                        stops = adapter.move(window, local_losses, wants_stop) or stops
+                        stops = adapter.apply_gradients(window, local_losses, wants_stop) or stops
                 run.times.end_step()
                 profile_step()
                 if watch is not None:
@@ -102,14 +102,14 @@ def train(
                 delete_outdated(active)
                 if find_worse is not None:
                     active = end_worse(active, step, epoch, num_adapters, find_worse)
-                active = end_stopped(active, epoch)
+                active = end_early_stopped(active, epoch)
                 if stops or not active:
                     break
             if stops or not active:
                 break
     run.batches.report_skipped(logger)
     for adapter in active:
-        with adapter.named():
+        with adapter.prefix_logs():
             adapter.end(epoch)
 
 
@@ -119,7 +119,7 @@ def delete_outdated(adapter_runs: Sequence[AdapterRun]) -> None:
     writers = [adapter.prepared.writer for adapter in adapter_runs]
     if all(w.rotation.saved_step == adapter.progress.step for w, adapter in zip(writers, adapter_runs, strict=True)):
         for adapter, writer in zip(adapter_runs, writers, strict=True):
-            with adapter.named():
+            with adapter.prefix_logs():
                 writer.delete_outdated()
 
 
@@ -137,16 +137,16 @@ def end_worse(
         return active
     worse = find_worse(measured, num_adapters, active[0].validation.record.num_evaluations)
     for adapter in (adapter for adapter in active if adapter.run.label in worse):
-        with adapter.named():
+        with adapter.prefix_logs():
             adapter.drop(epoch)
     return [adapter for adapter in active if not adapter.progress.ended]
 
 
-def end_stopped(adapter_runs: Sequence[AdapterRun], epoch: int) -> list[AdapterRun]:
+def end_early_stopped(adapter_runs: Sequence[AdapterRun], epoch: int) -> list[AdapterRun]:
     """End the adapters whose validation stopped them, after saving. Return those that keep training."""
     for adapter in adapter_runs:
         if adapter.validation.stop_reason is not None and not adapter.progress.ended:
-            with adapter.named():
+            with adapter.prefix_logs():
                 adapter.end(epoch)
     return [adapter for adapter in adapter_runs if not adapter.progress.ended]
 

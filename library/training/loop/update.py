@@ -46,14 +46,14 @@ class Updates:
     """
 
     def __init__(
-        self, run: Run, guard: NonFiniteGuard, norm_limit: float | None, tell: Callable[[StepResult], None]
+        self, run: Run, guard: NonFiniteGuard, norm_limit: float | None, report: Callable[[StepResult], None]
     ) -> None:
         """`norm_limit` is the limit of --scale_weight_norms."""
-        self._run, self._guard, self._norm_limit, self._tell = run, guard, norm_limit, tell
+        self._run, self._guard, self._norm_limit, self._report = run, guard, norm_limit, report
         self._last: PendingStep | None = None
         self.reports_late = skips_by_itself(run)
 
-    def take(self, window: Window, losses: Tensor) -> None:
+    def apply(self, window: Window, losses: Tensor) -> None:
         """Clip the gradients of `window`, update the weights and clear the gradients; `losses` are those of its
         batches.
 
@@ -74,7 +74,7 @@ class Updates:
             run.optimization.average.update()
         self._last = PendingStep(window, numbers, rates, limited, is_judged=not self.reports_late)
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """Report the last step if that is pending, and advance the learning rate.
 
         Raises NonFiniteError if the run should end.
@@ -89,7 +89,7 @@ class Updates:
         if pending.limited is not None:
             count, mean, maximum = pending.limited.read()
             limited = LimitedNorms(int(count), mean, maximum)
-        self._tell(StepResult(pending.window, losses, norm, pending.rates, limited))
+        self._report(StepResult(pending.window, losses, norm, pending.rates, limited))
 
     @contextmanager
     def reported_at_end(self) -> Iterator[None]:
@@ -98,13 +98,13 @@ class Updates:
             yield
         except Exception:
             try:
-                self.tell()
+                self.report()
             except UserError:  # a damaged step takes precedence
                 raise
             except Exception as second:
                 logger.debug("the last step could not be reported either:", exc_info=second)
             raise
-        self.tell()
+        self.report()
 
     def _update(self, window: Window, losses: Tensor) -> Readback:
         """Return the losses and the gradient norm."""
@@ -116,10 +116,10 @@ class Updates:
         numbers = Readback(values)
         if self.reports_late:
             with left_out_if(optimizer, (~values.isfinite()).any()):
-                self._move(parameters, norm, window.step)
+                self._step_optimizer(parameters, norm, window.step)
         elif self._allows(window, numbers):
             run.context.network.note_gradients()
-            self._move(parameters, norm, window.step)
+            self._step_optimizer(parameters, norm, window.step)
             run.optimization.schedule.step()
         if scaler is not None:
             # Also after a skipped step: it halves the loss scale once `unscale_` has found an overflow.
@@ -131,7 +131,7 @@ class Updates:
         *losses, norm = numbers.read()
         return self._guard.allows_step(window, losses, norm)
 
-    def _move(self, parameters: list[nn.Parameter], norm: Tensor, step: int) -> None:
+    def _step_optimizer(self, parameters: list[nn.Parameter], norm: Tensor, step: int) -> None:
         run, scaler = self._run, self._run.optimization.scaler
         max_norm = run.options.optimizer.max_grad_norm
         if max_norm != 0:

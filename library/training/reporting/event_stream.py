@@ -256,7 +256,7 @@ class WarningEvents(logging.Handler):
         if self._events is not None:
             self._events.end("stopped")
 
-    def tell(self, events: EventsOfAll) -> None:
+    def connect(self, events: EventsOfAll) -> None:
         """Send warnings to these events from now on."""
         self._events = events
         for event in self._waiting:

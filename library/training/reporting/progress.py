@@ -40,7 +40,7 @@ class Progress:
 
     step: int = 0  # finished optimizer steps
     average: LossAverage = field(default_factory=LossAverage)
-    is_moving: bool = False  # True while the optimizer updates the weights, which then belong to no step
+    is_updating: bool = False  # True while the optimizer updates the weights, which then belong to no step
     done: set[Part] = field(default_factory=set)  # finished work scheduled after `step`
     stops: list[int] = field(default_factory=list)  # steps after which a stopped run was saved, until rotated
     ended: str = ""  # why the adapter ended before the others
@@ -48,7 +48,7 @@ class Progress:
     def advance(self) -> None:
         """Count a step and clear the work done after the previous one."""
         self.step += 1
-        self.is_moving = False
+        self.is_updating = False
         self.done.clear()
 
     def state_dict(self) -> dict[str, Any]:

@@ -53,14 +53,14 @@ def open_events(
         streams = [(options, Events(open_sinks(options, stack))) for options in adapters]
         events = EventsOfAll([stream for _, stream in streams])
         if not events.is_on:
-            warnings.tell(events)  # from here on warnings are not buffered
+            warnings.connect(events)  # from here on warnings are not buffered
             yield events
             return
         stack.callback(events.close)
         stack.enter_context(listening(events.tell_progress))
         for options, stream in streams:
             stream.emit(Start(hide_secrets(command, options), list_changed_options(options), versions()))
-        warnings.tell(events)
+        warnings.connect(events)
         try:
             yield events
         except AlreadyComplete:

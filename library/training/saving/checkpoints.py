@@ -277,7 +277,7 @@ class Writer:
 
         If the optimizer had updated only part of the weights, they belong to no step and get no state.
         """
-        if progress.is_moving:
+        if progress.is_updating:
             location = self.write(self.names.of_step(progress.step), progress.step, epoch, is_last=True)
             moved = f"the error came while step {progress.step + 1} moved the weights"
             return f"{moved}; as they are, they are saved as {location}"

@@ -106,7 +106,7 @@ def test_warnings_from_before_there_are_events_are_told_too() -> None:
     with capture_warnings() as warnings:
         logging.getLogger("library.somewhere").warning("early %d", 1)
         events = Events([sink])
-        warnings.tell(events)
+        warnings.connect(events)
         logging.getLogger("library.somewhere").error("late")
         logging.getLogger("library.somewhere").info("no matter")
         events.close()
@@ -120,7 +120,7 @@ def test_warnings_of_a_silent_run_are_not_kept() -> None:
         logging.getLogger("library.somewhere").warning("an hour later")
         assert not silent.is_on
         events = Events([sink])
-        warnings.tell(events)
+        warnings.connect(events)
         events.close()
     assert sink.lines == []
 
@@ -129,7 +129,7 @@ def test_a_process_that_another_thread_ends_tells_that_it_was_stopped() -> None:
     """`Interruption` does so where the main thread waits inside of torch; logging is shut down before."""
     sink = Kept()
     with capture_warnings() as warnings:
-        warnings.tell(Events([sink]))
+        warnings.connect(Events([sink]))
         logging.getLogger("library.somewhere").error("SIGINT received")
         ending = threading.Thread(target=warnings.close)
         ending.start()

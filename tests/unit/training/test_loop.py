@@ -108,8 +108,8 @@ def weight_of(run: Run) -> float:
 def step(run: Run, window: Window, *batches: Batch) -> list[float]:
     told: list[StepResult] = []
     updates = Updates(run, NonFiniteGuard(run), None, told.append)
-    updates.take(window, accumulate_gradients([run], window, iter(batches))[0])
-    updates.tell()
+    updates.apply(window, accumulate_gradients([run], window, iter(batches))[0])
+    updates.report()
     return told[0].losses
 
 

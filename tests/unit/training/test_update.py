@@ -45,8 +45,8 @@ def taken(values: list[float], is_late: bool, **options: Any) -> tuple[Run, list
         for step, batch in enumerate(batches):
             window = Window(step, 1, range(step, step + 1), False)
             losses = accumulate_gradients([run], window, iter([batch]))[0]
-            updates.tell()
-            updates.take(window, losses)
+            updates.report()
+            updates.apply(window, losses)
             weights.append(run.context.network.module.weight.detach().clone())  # type: ignore[operator, union-attr]
     return run, told, weights
 
@@ -75,10 +75,10 @@ def test_a_step_is_told_when_the_next_one_is_computed() -> None:
     told: list[StepResult] = []
     updates = Updates(run, NonFiniteGuard(run), None, told.append)
     window = Window(0, 1, range(1), False)
-    updates.take(window, accumulate_gradients([run], window, iter([batch_of(2.0)]))[0])
+    updates.apply(window, accumulate_gradients([run], window, iter([batch_of(2.0)]))[0])
     assert not told and run.optimization.schedule.state_dict()["last_epoch"] == 0
-    updates.tell()
-    updates.tell()
+    updates.report()
+    updates.report()
     assert [one.losses for one in told] == [[pytest.approx(16.0)]]
     assert told[0].norm == pytest.approx(16.0)
     assert run.optimization.schedule.state_dict()["last_epoch"] == 1
@@ -90,7 +90,7 @@ def test_an_error_leaves_no_step_untold_and_stays_the_error() -> None:
     updates = Updates(run, NonFiniteGuard(run), None, told.append)
     window = Window(0, 1, range(1), False)
     with pytest.raises(UserError, match="no such image"), updates.reported_at_end():
-        updates.take(window, accumulate_gradients([run], window, iter([batch_of(2.0)]))[0])
+        updates.apply(window, accumulate_gradients([run], window, iter([batch_of(2.0)]))[0])
         raise UserError("no such image")
     assert len(told) == 1
 
