@@ -209,7 +209,9 @@ def identities_of_images(images: Iterable[ScannedImage]) -> dict[str, str]:
     """Return the identity of each image, by key."""
     location_by_key = {image.key: image.location for image in images}
     identity_by_path = hash_files([key for key, location in location_by_key.items() if location is None])
-    return identity_by_path | {key: location.digest for key, location in location_by_key.items() if location is not None}
+    return identity_by_path | {
+        key: location.digest for key, location in location_by_key.items() if location is not None
+    }
 
 
 def hash_files(paths: Sequence[str]) -> dict[str, str]:

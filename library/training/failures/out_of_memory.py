@@ -91,7 +91,7 @@ def memory_figures(device: torch.device) -> str:
         free, total = torch.cuda.mem_get_info(device)
         peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return (
-            f"peak {format_bytes(peak)} in tensors, {format_bytes(reserved)} taken from the card, "
+            f"peak {format_bytes(peak)} in tensors, {format_bytes(reserved)} taken from the GPU, "
             f"{format_bytes(free)} of {format_bytes(total)} free now"
         )
     peak, total = peak_of_main_memory() or 0, psutil.virtual_memory().total

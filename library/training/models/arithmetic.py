@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # On GPUs the kernels need sizes that are multiples of 8 or 16, and torch._int_mm at least 17 rows.
 SIDE = 128  # of the test matrices
 MOST_ERROR = 0.1  # relative error of a product; fp8 has 3 to 4 %
-NEEDS = "int8 needs a card of compute capability 7.5 (RTX 20), 8-bit floating point 8.9 (RTX 40, H100)"
+NEEDS = "int8 needs a GPU of compute capability 7.5 (RTX 20), 8-bit floating point 8.9 (RTX 40, H100)"
 
 
 def check_arithmetic(name: str | None, module: str | None, arch: Architecture, compute: Compute) -> None:

@@ -57,7 +57,7 @@ def check_main_memory(format_name: str | None, num_offloaded: int, denoiser: nn.
     if needed > free:
         raise UserError(
             f"--blocks_to_swap {num_offloaded}: the denoiser takes {needed / 1e9:.1f} GB of main "
-            f"memory on its way to the card and {free / 1e9:.1f} GB are free; close other programs, or store it in "
+            f"memory on its way to the GPU and {free / 1e9:.1f} GB are free; close other programs, or store it in "
             "fewer bits with --base_format int8 or nf4"
         )
 

@@ -118,7 +118,7 @@ def prepare_text(
     if spec is None:
         is_adapted = not options.network.network_train_unet_only
         if on_cpu and is_adapted:
-            logger.warning("--text_encoder_cpu has no effect: text encoders that get an adapter stay on the card")
+            logger.warning("--text_encoder_cpu has no effect: text encoders that get an adapter stay on the GPU")
         return RunText([encoder.to(device if is_adapted else encoder_device) for encoder in arch.load.text_encoders()])
 
     encoding = TextEncoding(

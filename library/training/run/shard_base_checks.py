@@ -60,7 +60,7 @@ def sharding_values(options: TrainOptions, processes: Processes) -> dict[str, An
         )
     if options.memory.blocks_to_swap:
         raise UserError(
-            "--shard_base and --blocks_to_swap put the same weights at two places, spread over cards and in main "
+            "--shard_base and --blocks_to_swap put the same weights at two places, sharded over GPUs and in main "
             "memory; leave one of them out"
         )
     module = options.network.network_module or ""

@@ -119,10 +119,7 @@ def test_full_size_models_come_to_what_whole_models_were_counted_as(name: str, t
     )  # fmt: skip
     step = counted.step
     fixed = step.weights.resident_bytes(StorageCost.of(None), ()) + step.adapter_bytes
-    ways = [
-        list(step.timeline.expand(recomputes, lambda i: True))
-        for recomputes in (lambda i: False, lambda i: True)
-    ]
+    ways = [list(step.timeline.expand(recomputes, lambda i: True)) for recomputes in (lambda i: False, lambda i: True)]
     found = [(fixed + compute_peak_bytes(moves)) / GIB for moves in ways]
     found += [sum(move.segment.flops for move in moves) / 1e12 for moves in ways]
     assert found == pytest.approx(PROTOTYPE[name], rel=0.01)

@@ -105,9 +105,7 @@ def test_gradients_that_are_there_already_are_not_made_again(way: str) -> None:
     model.runner = chosen(WAYS[way])
     loss_of(model).backward()
     real = allocated_peak(lambda: loss_of(model).backward())
-    assert compute_peak_bytes(counted(num_passes=2).expand(WAYS[way], lambda i: True)) == pytest.approx(
-        real, rel=SHARE
-    )
+    assert compute_peak_bytes(counted(num_passes=2).expand(WAYS[way], lambda i: True)) == pytest.approx(real, rel=SHARE)
 
 
 @pytest.mark.parametrize("way", WAYS)
