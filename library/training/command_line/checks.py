@@ -128,9 +128,9 @@ def refuse_passwords(options: Options) -> None:
     """Raise UserError for a URL with a password, because log, events, report and metadata store options."""
     for name, value in options.flat().items():
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and (found := PASSWORD.search(text)):
+            if isinstance(text, str) and (match := PASSWORD.search(text)):
                 raise UserError(
-                    f"--{name} has a URL with a password, {found['scheme']}…@{found['host']}, which logs and files "
+                    f"--{name} has a URL with a password, {match['scheme']}…@{match['host']}, which logs and files "
                     "would keep. No option takes one; give a file or a folder"
                 )
 
@@ -195,10 +195,10 @@ def check_overwriting(options: TrainOptions) -> None:
     """Raise UserError if the run would overwrite one of its inputs, or if the report would overwrite another file."""
     inputs = find_input_files(options, is_resumed=bool(options.state.resume or options.state.autoresume))
     names = Names.build(options.saving)
-    for given in inputs:
-        is_of_run = names.has_stem(given.stem) and given.suffix == names.of_end().suffix
-        if is_of_run and given.parent.resolve() == names.folder.resolve():
-            check_not_input("--output_name:", given, [given])
+    for input_path in inputs:
+        is_of_run = names.has_stem(input_path.stem) and input_path.suffix == names.of_end().suffix
+        if is_of_run and input_path.parent.resolve() == names.folder.resolve():
+            check_not_input("--output_name:", input_path, [input_path])
     values = options.flat()
     for name, facts in type(options).facts().items():
         if facts.names_output and values[name]:
@@ -215,9 +215,9 @@ def find_input_files(options: Options, is_resumed: bool) -> list[Path]:
     """
     outputs = {name for name, facts in type(options).facts().items() if facts.names_output}
     left_out = {*outputs, *(["network_weights"] if is_resumed else [])}
-    read = [value for name, value in options.flat().items() if name not in left_out]
-    texts = [text for value in read for text in (value if isinstance(value, list) else [value])]
-    return [Path(text) for text in texts if isinstance(text, str | Path) and os.path.isfile(text)]
+    values = [value for name, value in options.flat().items() if name not in left_out]
+    candidates = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    return [Path(text) for text in candidates if isinstance(text, str | Path) and os.path.isfile(text)]
 
 
 def check_output_name(name: str) -> None:
@@ -285,12 +285,12 @@ def nearest_folder(folder: Path) -> Path:
 
 def check_folder(flag: str, folder: Path) -> None:
     """Raise UserError if a folder is a file, or cannot be created or written to."""
-    there = nearest_folder(folder)
-    if not there.is_dir():
-        raise UserError(f"--{flag} {folder}: {there} is a file, not a folder; name another place")
-    if not os.access(there, os.W_OK | os.X_OK):
+    nearest = nearest_folder(folder)
+    if not nearest.is_dir():
+        raise UserError(f"--{flag} {folder}: {nearest} is a file, not a folder; name another place")
+    if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(
-            f"--{flag} {folder}: nothing can be written in {there}; change its permissions or name another place"
+            f"--{flag} {folder}: nothing can be written in {nearest}; change its permissions or name another place"
         )
 
 
@@ -311,11 +311,11 @@ def check_arithmetic(precision: PrecisionOptions, merges: bool) -> None:
     if not precision.multiplies_codes:
         return
     name = precision.denoiser_format
-    multiplied = [other for other in BASE_FORMATS if load_format(other).supports_8bit_matmul]
-    if name not in (None, *multiplied):
+    supported = [other for other in BASE_FORMATS if load_format(other).supports_8bit_matmul]
+    if name not in (None, *supported):
         raise UserError(
             f"--base_arithmetic 8bit multiplies weights that are stored in 8 bits, and --base_format {name} has none; "
-            f"use --base_format {' or '.join(multiplied)}, or leave out --base_arithmetic"
+            f"use --base_format {' or '.join(supported)}, or leave out --base_arithmetic"
         )
     if name is None and merges:
         raise UserError(
@@ -411,11 +411,11 @@ def find_doubtful(options: TrainOptions) -> Iterator[str]:
             "--zero_terminal_snr leaves no signal at the last timestep, where a model that predicts noise learns "
             "nothing; it is meant for --v_parameterization"
         )
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if options.precision.mixed_precision == "no" and launched != "no":
+    launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if options.precision.mixed_precision == "no" and launcher_precision != "no":
         yield (
-            f"accelerate launch has --mixed_precision {launched}, which has no effect: the script's own option counts, "
-            f"and that is no; give --mixed_precision {launched} to the script"
+            f"accelerate launch has --mixed_precision {launcher_precision}, which has no effect: the script's own "
+            f"option counts, and that is no; give --mixed_precision {launcher_precision} to the script"
         )
     if options.precision.mixed_precision == "bf16" and (gpu := gpu_without_bf16()) is not None:
         yield (

@@ -99,9 +99,9 @@ def train_as_asked(
     command: Sequence[str] | None = None,
 ) -> bool:
     """Check the options, then train, or show timesteps or the dataset. Return True if the run is complete."""
-    if latents is not None and objective is not None and (asked := resolve_timestep_preview(options)) is not None:
+    if latents is not None and objective is not None and (preview := resolve_timestep_preview(options)) is not None:
         check_values(options)
-        show_timesteps(asked, options.saving, options.run.seed or 0, objective(options), latents.downscale)
+        show_timesteps(preview, options.saving, options.run.seed or 0, objective(options), latents.downscale)
         return True
     with capture_warnings() as warnings:
         check(options)

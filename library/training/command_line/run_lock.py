@@ -96,8 +96,8 @@ def acquire(path: Path) -> IO[str] | None:
         file.close()
     file.seek(0)
     file.truncate()
-    own = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    file.write(json.dumps(own))
+    owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    file.write(json.dumps(owner))
     file.flush()
     return file
 
@@ -128,8 +128,8 @@ def read_holder(file: IO[str]) -> str:
     """Describe the process whose name is in the file."""
     file.seek(0)
     try:
-        found = parse_json(file.read())
-        return f"process {found['process']} on {found['host']}, since {found['since']}"
+        owner = parse_json(file.read())
+        return f"process {owner['process']} on {owner['host']}, since {owner['since']}"
     except (ValueError, KeyError, TypeError):
         return "it has not said which yet"
 
