@@ -93,10 +93,10 @@ def is_clearly_worse(losses_G: Tensor, best_G: Tensor, num_compared: int) -> boo
 
 def average_by_image(losses_N: Tensor, images: Sequence[Hashable]) -> Tensor:
     """Average the rows of each image, shape G, float64; `images` identifies the image of each row."""
-    numbers = {image: i for i, image in enumerate(dict.fromkeys(images))}
-    index_N = torch.tensor([numbers[image] for image in images])
-    sums_G = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, index_N, losses_N.double())
-    return sums_G / torch.bincount(index_N, minlength=len(numbers))
+    index_by_image = {image: i for i, image in enumerate(dict.fromkeys(images))}
+    index_N = torch.tensor([index_by_image[image] for image in images])
+    sums_G = torch.zeros(len(index_by_image), dtype=torch.float64).index_add_(0, index_N, losses_N.double())
+    return sums_G / torch.bincount(index_N, minlength=len(index_by_image))
 
 
 def estimate(values_G: Tensor, level: float = 1 - CONFIDENCE) -> Estimate:
@@ -121,5 +121,5 @@ def make_interval(mean: float, error: float, degrees: int, level: float) -> Esti
 
     if isnan(error):
         return Estimate(mean, nan, nan, nan)
-    reach = float(stdtrit(degrees, 1 - level / 2)) * error
-    return Estimate(mean, mean - reach, mean + reach, error)
+    half_width = float(stdtrit(degrees, 1 - level / 2)) * error
+    return Estimate(mean, mean - half_width, mean + half_width, error)

@@ -241,16 +241,19 @@ class Previews:
     def _report_strengths(self, drawn: Sequence[Drawn], step: int, epoch: int) -> None:
         """Log how the images of each prompt respond to its strengths, if it has several."""
         for strip in group_strips(drawn):
-            found = measure_response([one.prompt.strength for one in strip], [one.image for one in strip])
+            response = measure_response(
+                [preview.prompt.strength for preview in strip], [preview.image for preview in strip]
+            )
             logger.info(
                 "%s: rank correlation of strength and change %.2f, strengths %s",
-                strip[0].prompt.text, found.correlation, ", ".join(f"{strength:g}" for strength in found.strengths),
+                strip[0].prompt.text, response.correlation,
+                ", ".join(f"{strength:g}" for strength in response.strengths),
             )  # fmt: skip
             if self._run.events.is_on:
-                prompt, correlation = strip[0].prompt, found.correlation
+                prompt, correlation = strip[0].prompt, response.correlation
                 self._run.events.emit(
                     Strengths(
-                        step, epoch, prompt.text, prompt.seed, found.strengths, found.changes,
+                        step, epoch, prompt.text, prompt.seed, response.strengths, response.changes,
                         correlation if isfinite(correlation) else None,
                     )
                 )  # fmt: skip
@@ -290,10 +293,10 @@ class Previews:
 def group_strips(drawn: Sequence[Drawn]) -> Iterator[list[Drawn]]:
     """Yield groups of images that differ only in strength, if large enough to compare."""
     groups = defaultdict[Prompt, list[Drawn]](list)
-    for one in drawn:
-        groups[replace(one.prompt, strength=1.0)].append(one)
+    for preview in drawn:
+        groups[replace(preview.prompt, strength=1.0)].append(preview)
     for group in groups.values():
-        if len({one.prompt.strength for one in group}) >= FEWEST:
+        if len({preview.prompt.strength for preview in group}) >= FEWEST:
             yield group
 
 
@@ -307,12 +310,12 @@ def epoch_event(epoch: int) -> str:
     return f"e{epoch:06d}"
 
 
-def give_up(what: str, error: Exception) -> None:
+def give_up(task: str, error: Exception) -> None:
     """Log why something was not drawn; re-raise requests to end the run."""
     if isinstance(error, Interrupted):
         raise error
     with tqdm.external_write_mode():
-        logger.error("%s failed, training continues: %s: %s", what, type(error).__name__, error)
+        logger.error("%s failed, training continues: %s: %s", task, type(error).__name__, error)
     logger.debug("where it failed:", exc_info=error)
 
 
@@ -347,15 +350,15 @@ def draw_latents(
         raise make_reference_error(prompt)
     extra = prompt_conditioning(context, vae, prompt, batch, generator.initial_seed())
 
-    def say(noised: Noised, progress: float) -> Tensor:
-        def ask(conditioning: Conditioning) -> Tensor:
+    def predict_guided(noised: Noised, progress: float) -> Tensor:
+        def predict_conditional(conditioning: Conditioning) -> Tensor:
             with context.autocast():
                 return predict(context.models.denoiser, noised, {**conditioning, **extra}, batch)
 
-        return apply_guidance(ask, positive, negative, prompt, progress)
+        return apply_guidance(predict_conditional, positive, negative, prompt, progress)
 
     noise_BCHW = torch.randn(shape, generator=generator).to(context.device)
-    latents_BCHW = denoise(sampler, say, sampler.start(noise_BCHW), generator, goes_on=goes_on)
+    latents_BCHW = denoise(sampler, predict_guided, sampler.start(noise_BCHW), generator, goes_on=goes_on)
     if latents_BCHW is not None and not latents_BCHW.isfinite().all():
         raise UserError("the latents are NaN: the denoiser overflows, or the adapter has diverged")
     return latents_BCHW

@@ -152,12 +152,12 @@ def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
 
 def parse_strip(line: str, place: str) -> Iterator[PromptSpec]:
     """Yield the prompt of a line; with several strengths (`--am -2,-1,0,1,2`) one per strength, all with one seed."""
-    found = STRIP.search(line)
-    if found is None:
+    match = STRIP.search(line)
+    if match is None:
         yield parse_line(line, place)
         return
-    for strength in found[2].split(","):
-        spec = parse_line(f"{line[: found.start(2)]}{strength}{line[found.end(2) :]}", place)
+    for strength in match[2].split(","):
+        spec = parse_line(f"{line[: match.start(2)]}{strength}{line[match.end(2) :]}", place)
         yield replace(spec, seed=SEED_OF_STRIP if spec.seed is None else spec.seed)
 
 
@@ -314,24 +314,24 @@ def require_file(path: Path, key: str, place: str) -> Path:
 
 def read_references(spec: PromptSpec, max_references: int) -> tuple[Path, ...]:
     """Return a prompt's reference images; none, with a warning, for a model without them."""
-    given = spec.control_image_path or ()
-    if given and not max_references:
+    paths = spec.control_image_path or ()
+    if paths and not max_references:
         take_setting(spec, REFERENCES, None)
         return ()
-    if len(given) > max_references:
+    if len(paths) > max_references:
         raise UserError(
-            f"{FLAG} {spec.place}: {label(REFERENCES)} names {len(given)} images, but this base model takes at most "
+            f"{FLAG} {spec.place}: {label(REFERENCES)} names {len(paths)} images, but this base model takes at most "
             f"{max_references}"
         )
-    return tuple(require_file(Path(path), REFERENCES, spec.place) for path in given)
+    return tuple(require_file(Path(path), REFERENCES, spec.place) for path in paths)
 
 
 def round_side(wanted: int, step: int, place: str) -> int:
     """Return an image side that the base model supports: a multiple of `step`, at least 64."""
-    drawn = max(SMALLEST_SIDE, wanted - wanted % step)
-    if drawn != wanted:
-        logger.info("%s: a side of %d is drawn as %d, a multiple of %d", place, wanted, drawn, step)
-    return drawn
+    rounded = max(SMALLEST_SIDE, wanted - wanted % step)
+    if rounded != wanted:
+        logger.info("%s: a side of %d is drawn as %d, a multiple of %d", place, wanted, rounded, step)
+    return rounded
 
 
 def take_setting(spec: PromptSpec, key: str, default: Any) -> Any:

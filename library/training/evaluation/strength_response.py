@@ -34,9 +34,9 @@ def measure_response(strengths: Sequence[float], images: Sequence[Image.Image]) 
     assert len(set(strengths)) >= FEWEST
     ordered = sorted(zip(strengths, images, strict=True), key=lambda pair: pair[0])
     pixels = [np.asarray(image.convert("RGB"), dtype=np.float64).ravel() / 255 for _, image in ordered]
-    line = pixels[-1] - pixels[0]
-    length = float(line @ line)
-    changes = [float((one - pixels[0]) @ line) / length if length else nan for one in pixels]
+    direction = pixels[-1] - pixels[0]
+    length = float(direction @ direction)
+    changes = [float((values - pixels[0]) @ direction) / length if length else nan for values in pixels]
     return StrengthResponse([strength for strength, _ in ordered], changes)
 
 

@@ -65,17 +65,17 @@ class Timetable:
 
 
 def resolve_measurements(
-    wanted: ValidationOptions, noise: NoiseOptions, aside: ValidationSet, seed: int
+    options: ValidationOptions, noise: NoiseOptions, held_out: ValidationSet, seed: int
 ) -> tuple[Measurement, Measurement]:
     """Return the measurements of the images held out for validation, and of the forgetting probe; `seed` is that of
     the run, which one of the options replaces."""
-    seed = seed if wanted.validation_seed is None else wanted.validation_seed
-    found = []
+    seed = seed if options.validation_seed is None else options.validation_seed
+    measurements = []
     for is_probe in (False, True):
-        images = aside.of_probe(is_probe)
-        places = images.select_places(wanted.max_validation_steps or None)
-        found.append(Measurement(images, places, noise_levels(noise), seed))
-    return found[0], found[1]
+        images = held_out.of_probe(is_probe)
+        places = images.select_places(options.max_validation_steps or None)
+        measurements.append(Measurement(images, places, noise_levels(noise), seed))
+    return measurements[0], measurements[1]
 
 
 def warn_of_idle_options(options: ValidationOptions) -> None:
@@ -198,8 +198,10 @@ class Validation:
 
     def _measure(self, measurement: Measurement, kind: Kind, step: int) -> Evaluation:
         run, num_threads = self._run, self._run.options.dataset.max_data_loader_n_workers
-        shown = evaluating(run, VALIDATION)
-        return Evaluation(step, measurement.losses(run.context, run.processes, num_threads, BARS[kind], shown))
+        evaluation_mode = evaluating(run, VALIDATION)
+        return Evaluation(
+            step, measurement.losses(run.context, run.processes, num_threads, BARS[kind], evaluation_mode)
+        )
 
     def _measure_probe(self, kind: Kind, step: int) -> None:
         """Measure the forgetting probe after `step` once, and log and emit its loss."""

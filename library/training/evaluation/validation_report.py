@@ -29,8 +29,8 @@ def log_evaluation(
         names = list_few(labels[i] for i in broken_N.nonzero().flatten().tolist())
         logger.error("%s after step %d: the loss is not finite for %s", title, evaluation.step, names)
     at_levels = ", ".join(f"{t}: {x:.4f}" for t, x in zip(levels, evaluation.level_means, strict=True))
-    place = f"after step {evaluation.step}" if evaluation.step else "before the first step"
-    text = f"{title} {place}: loss {evaluation.mean:.4f} on {len(before.images)} images (noise level {at_levels})"
+    when = f"after step {evaluation.step}" if evaluation.step else "before the first step"
+    text = f"{title} {when}: loss {evaluation.mean:.4f} on {len(before.images)} images (noise level {at_levels})"
     if preference is not None:
         margin = "not a number" if preference.margin is None else f"{preference.margin:.4g}"
         text += f"; preferred images ahead in {preference.accuracy:.1%}, mean margin {margin}"
@@ -84,8 +84,8 @@ def build_event(
 ) -> events.Validation:
     zeros_N1 = torch.zeros_like(evaluation.losses_NL)[:, :1]
     errors = [
-        finite(estimate_paired_difference(one, zeros_N1, record.images).standard_error)
-        for one in (evaluation.losses_NL, *evaluation.losses_NL.T[:, :, None])
+        finite(estimate_paired_difference(losses, zeros_N1, record.images).standard_error)
+        for losses in (evaluation.losses_NL, *evaluation.losses_NL.T[:, :, None])
     ]
     by_level = zip(levels, evaluation.level_means, errors[1:], strict=True)
     return events.Validation(

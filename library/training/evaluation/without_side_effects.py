@@ -51,9 +51,9 @@ def show_weights(run: Run, use: str) -> Iterator[None]:
 def random_streams_kept(device: torch.device) -> Iterator[None]:
     """Restore the generators of torch (CPU and GPU) and Python after the block."""
     state = random.getstate()
-    cards = [device.index or 0] if device.type in ("cuda", "xpu") else []
+    gpus = [device.index or 0] if device.type in ("cuda", "xpu") else []
     try:
-        with torch.random.fork_rng(devices=cards, device_type=device.type if cards else "cuda"):
+        with torch.random.fork_rng(devices=gpus, device_type=device.type if gpus else "cuda"):
             yield
     finally:
         random.setstate(state)
