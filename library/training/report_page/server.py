@@ -41,12 +41,12 @@ def pages(source: Path) -> dict[str, Path]:
     """Return the files to serve by their names in the address ("" is the first page). Raises UserError without any."""
     if not source.is_dir():
         return {"": source}
-    found = {path.name: path for path in sorted(source.glob(f"*{ENDING}"))}
-    if not found:
+    files = {path.name: path for path in sorted(source.glob(f"*{ENDING}"))}
+    if not files:
         raise UserError(f"{source} has no report yet; start the run first, or name another folder")
     if (source / FILE_NAME).is_file():
-        found[FILE_NAME] = source / FILE_NAME
-    return {"": found.get(FILE_NAME) or next(iter(found.values())), **found}
+        files[FILE_NAME] = source / FILE_NAME
+    return {"": files.get(FILE_NAME) or next(iter(files.values())), **files}
 
 
 def page_at(path: Path) -> str:

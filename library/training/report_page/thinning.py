@@ -73,8 +73,8 @@ class Curves:
             self.by_name = {name: curve.halved() for name, curve in self.by_name.items()}
         for name, value in values.items():
             if value is not None:
-                kept = round_value(value)
-                self.by_name.setdefault(name, Curve()).add((step - 1) // self.width, kept, kept, kept, 1)
+                rounded = round_value(value)
+                self.by_name.setdefault(name, Curve()).add((step - 1) // self.width, rounded, rounded, rounded, 1)
 
     def cut(self, step: int) -> None:
         """Drop the buckets after that of `step`."""
@@ -87,8 +87,8 @@ class Curves:
         """Return plain values; minimum, maximum and count are omitted if every bucket has one value."""
         columns = {}
         for name, curve in self.by_name.items():
-            kept = COLUMNS if max(curve.count, default=0) > 1 else COLUMNS[:1]
-            columns[name] = {column: getattr(curve, column) for column in kept}
+            column_names = COLUMNS if max(curve.count, default=0) > 1 else COLUMNS[:1]
+            columns[name] = {column: getattr(curve, column) for column in column_names}
         return {"width": self.width, "columns": columns}
 
     @classmethod
@@ -141,7 +141,7 @@ class Kept:
         while len(self.items) > self.limit:
             self.stride *= 2
             last = self.items[-1]
-            self.items = [one for one in self.items if one["number"] % self.stride == 0 or one is last]
+            self.items = [entry for entry in self.items if entry["number"] % self.stride == 0 or entry is last]
 
     def at_step(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """Return the last table if it is of the step of `item`, else add that."""
