@@ -62,18 +62,18 @@ class SlowdownWatch:
         if self._baseline is not None:
             self._baseline.append(step)
             if len(self._baseline) == NUM_BASELINE:
-                self._middle = median(one.total for one in self._baseline)
-                self._waiting = median(one.waiting for one in self._baseline)
+                self._middle = median(s.total for s in self._baseline)
+                self._waiting = median(s.waiting for s in self._baseline)
                 self._before, self._baseline = self._read(), None
             return None
         self._recent.append(step)
         if len(self._recent) < NUM_RECENT or self._num_steps % CHECK_EVERY:
             return None
-        now = median(one.total for one in self._recent)
+        now = median(s.total for s in self._recent)
         if now < SLOWDOWN * self._middle:
             return None
         self._is_over = True
-        waiting = median(one.waiting for one in self._recent) - self._waiting
+        waiting = median(s.waiting for s in self._recent) - self._waiting
         causes = [*find_causes(self._before, self._read())]
         if waiting > (now - self._middle) / 2:
             causes.insert(

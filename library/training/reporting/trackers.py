@@ -54,10 +54,10 @@ def start_trackers(accelerator: Any, trackers: TrackerOptions, config: Mapping[s
     )
     if trackers.wandb_run_name:
         init.setdefault("wandb", {})["name"] = trackers.wandb_run_name
-    shown = dict(config) if trackers.log_config else None
+    logged_config = dict(config) if trackers.log_config else None
     silence_tensorboard_thread()
     try:
-        accelerator.init_trackers(trackers.log_tracker_name or "network_train", config=shown, init_kwargs=init)
+        accelerator.init_trackers(trackers.log_tracker_name or "network_train", config=logged_config, init_kwargs=init)
     except OSError as error:
         logger.warning("--logging_dir %s: charts are off, it cannot be written: %s", trackers.logging_dir, error)
         accelerator.trackers = []
@@ -138,13 +138,15 @@ class Charts:
                 if tracker.name == "wandb":
                     import wandb
 
-                    shown = {
-                        f"{self._prefix}sample_{one.index}": wandb.Image(one.image, caption=one.prompt.text)
-                        for one in images
+                    wandb_images = {
+                        f"{self._prefix}sample_{preview.index}": wandb.Image(preview.image, caption=preview.prompt.text)
+                        for preview in images
                     }
-                    tracker.log({**shown, "global_step": step, "epoch": epoch})
+                    tracker.log({**wandb_images, "global_step": step, "epoch": epoch})
                 else:
-                    arrays = {f"{self._prefix}sample_{one.index}": np.asarray(one.image)[None] for one in images}
+                    arrays = {
+                        f"{self._prefix}sample_{preview.index}": np.asarray(preview.image)[None] for preview in images
+                    }
                     tracker.log_images(arrays, step=step, dataformats="NHWC")
 
     def close(self) -> None:
