@@ -71,6 +71,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     Sets up logging first, so that messages about the file go where the user wants them. Exits with status 2 for a bad
     option, 1 for a bad config file, and 0 after writing a config file.
     """
+    # Parsed alone first, because the command line may name a config file and a recipe, which go beneath it.
     typed = parse_words(parser, argv)
     if typed.output_config and not typed.config_file:
         parser.error("--output_config needs --config_file with the path of the file to write")
@@ -133,6 +134,7 @@ def collect_typed_values(parser: argparse.ArgumentParser, words: Sequence[str]) 
     for word in words:
         flag, equals, value = word.partition("=")
         if word.startswith("--"):
+            # argparse accepts abbreviations, so the word may be the beginning of an option.
             action = flags.get(flag) or next((flags[name] for name in flags if name.startswith(flag)), None)
             values = values_by_flag.setdefault(action.option_strings[0] if action else flag, [])
             values.append([value] if equals else [])
@@ -150,6 +152,7 @@ def from_program(parser: argparse.ArgumentParser, args: argparse.Namespace) -> a
     setup_logging(ConsoleOptions.from_args(argparse.Namespace(**{**ConsoleOptions.defaults(), **vars(args)})))
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     toml_values = {name: to_toml_value(value) for name, value in vars(args).items() if value is not None}
+    # A program's namespace has a value for every option. Only those that differ from the default override the recipe.
     unchanged = {name for name, value in toml_values.items() if name in actions and value == actions[name].default}
     warnings: list[str] = []
     changed = {name: value for name, value in toml_values.items() if name not in unchanged}
@@ -173,6 +176,7 @@ def start_logging(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     try:
         setup_logging(ConsoleOptions.from_args(args))
     except ValueError as error:
+        # The requested log failed, so the error goes to a console with default options.
         setup_logging(ConsoleOptions())
         logger.error("%s", error)
         parser.exit(1)
@@ -203,6 +207,7 @@ def refuse_misread(parser: argparse.ArgumentParser, words: Sequence[str]) -> Non
         other_scripts = describe_other_options(parser)(flag.removeprefix("--"))
         for action, *_ in parser._get_option_tuples(flag) if other_scripts else ():
             try:
+                # Only a value that the abbreviated option cannot take shows that another script's option was meant.
                 parser._get_value(action, value if equals else following)
             except argparse.ArgumentError:
                 parser.error(f"unrecognized arguments: {word}{other_scripts}")

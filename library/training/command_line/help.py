@@ -115,6 +115,7 @@ class TrainingParser(argparse.ArgumentParser):
         name, none matches.
         """
         matches: list[Any] = super()._get_option_tuples(option_string)  # type: ignore[misc]
+        # Front ends and guides abbreviate options of sd-scripts, which options of our own must not make ambiguous.
         reference_matches = [entry for entry in matches if entry[0].dest not in self._own]
         candidates = reference_matches if len(matches) > 1 and reference_matches else matches
         name = option_string.partition("=")[0].lstrip("-")

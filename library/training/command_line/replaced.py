@@ -55,6 +55,7 @@ def refuse_replaced(trainer: object) -> None:
 
     In sd-scripts every trainer is a NetworkTrainer, so replacements there apply to all.
     """
+    # Looked up rather than imported: a program cannot have changed a script that it has not imported.
     base_trainer = vars(sys.modules[FIRST_SCRIPT]).get(FIRST_TRAINER) if FIRST_SCRIPT in sys.modules else None
     names = {*dir(trainer), *dir(base_trainer)}
     replaced_by_work = {work: [name for name in methods if name in names] for work, methods in NEVER_CALLED.items()}
@@ -72,6 +73,7 @@ def refuse_replaced(trainer: object) -> None:
 
 def find_changed_modules() -> dict[str, list[str]]:
     """Return what a program has changed in the modules that keep their original contents."""
+    # sys.modules also holds None, for libraries that are hidden from others.
     modules = {name: vars(module) for name, module in sys.modules.items() if isinstance(module, ModuleType)}
     changed = {}
     for name, values in sorted(modules.items()):

@@ -97,6 +97,7 @@ def draw_levels(
     generator = torch.Generator().manual_seed(seed)
     offsets_B = torch.full((NUM_DRAWS,), offset)
     timesteps_B = objective.draw_timesteps(NUM_DRAWS, latent_height, latent_width, generator, offsets_B)
+    # Pure noise, timestep 1000, belongs to the last bin.
     bins_B = (timesteps_B / BIN_SIZE).long().clamp(max=NUM_BINS - 1)
     bin_centres: Tensor = (torch.arange(NUM_BINS) + 0.5) / NUM_BINS
     return DrawnLevels(

@@ -117,6 +117,7 @@ def train_alone(
         is_over = train_network(ResolvedOptions(shared, adapters), build, interruption, events)
         events.end("finished" if is_over else "stopped")
     if shared.sweep.sweep and not shared.reports.no_report and launched_rank() == 0:
+        # The page reads the adapters' reports, which are complete once the events have ended.
         complete_sweep_page(options, adapters)
     return is_over
 
@@ -137,6 +138,7 @@ def train_network(
     )
     processes = from_accelerator(accelerator)
     if processes.is_local_main:
+        # Killed runs may leave shared weights in memory and latents on disk, tens of gigabytes for a large model.
         delete_abandoned_folders((IN_MEMORY, gettempdir()))
     with processes.taking_part(Interrupted):
         run = resolve_run(options, arch, processes)
@@ -218,6 +220,7 @@ def train_resolved(
         explain_out_of_memory("loading the models and caching", options, accelerator.device, ""),
         hide_library(BITSANDBYTES),
     ):
+        # An adapter that a sweep ended before a resume stays ended.
         requests = [
             runs.request_adapter(adapter_options, run.seed, states.by_label.get(label), adapter_events, label)
             for (label, adapter_options), adapter_events in zip(run.options.adapters.items(), events.each, strict=True)
@@ -248,6 +251,7 @@ def train_prepared(
 
     Progress is saved if an error or a non-finite number ends the run.
     """
+    # From here on there is progress to save, so a signal ends the run after its step.
     interruption.defer()
     first = prepared[0]
     started, first_step = time.monotonic(), first.progress.step
@@ -257,6 +261,7 @@ def train_prepared(
             for adapter in prepared:
                 stack.enter_context(save_last_good(adapter.writer))
                 stack.enter_context(save_on_error(adapter.writer, adapter.progress, adapter.run.plan))
+            # Entered last, so that other processes hear of a failure before this one saves.
             stack.enter_context(processes.reporting_failures())
             train(prepared, interruption, MemoryWatch.build(first.run, fitted), memory_hints, clearly_worse)
     finally:
