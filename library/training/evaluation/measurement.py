@@ -66,6 +66,7 @@ class Measurement:
         if context.models.sharded is not None and num_local < ceil(len(self.places) / processes.count):
             indices.append(len(self.places) - 1)  # padding, to stay in step with other ranks
         names = self.rows if self.noise is None else self.noise
+        # Rows that other ranks measure stay 0 here, so that the sum over all ranks collects them.
         losses_NL = torch.zeros(len(self.rows), len(self.levels), dtype=torch.float64)
         with evaluating or nullcontext(), progress_bar(title, len(indices), leave=False) as bar:
             batches = self.images.batches([self.places[i] for i in indices], num_threads)

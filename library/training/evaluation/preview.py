@@ -201,6 +201,8 @@ class Previews:
         interrupted."""
         shared = self._shared_base
         if shared is not None and not self._run.processes.is_main:
+            # Gathering a block of the sharded base model is a collective: this rank takes part until the main one is
+            # done.
             shared.follow(0)
         if not self._prompts:
             return True
@@ -209,12 +211,14 @@ class Previews:
 
     def _draw_each(self, event: str, step: int, epoch: int, interruption: Interruption) -> bool:
         run, context, drawn = self._run, self._run.context, []
+        # Front ends look for this line, which is sd-scripts'.
         announce(f"\ngenerating sample images at step / サンプル画像生成 ステップ: {step}")
         try:
             release_memory(run.options.memory.highvram)
             denoiser, precision = context.models.denoiser, run.options.precision
             with evaluating(run, PREVIEWS), with_preview_weights(context.arch.preview, precision, denoiser):
                 vae = context.models.vae
+                # A run with cached latents has unloaded the VAE. It is loaded for these previews alone.
                 if vae is None:
                     vae = place(context.arch.load.vae(), context.device)
                 num_calls = sum(len(context.arch.preview.sampler(prompt).levels) for prompt in self._prompts)
@@ -263,6 +267,7 @@ class Previews:
     ) -> list[Drawn]:
         """Draw and write one image. Return None if that fails or the run is interrupted."""
         run, prompt = self._run, self._prompts[index]
+        # A network of a third party may have a multiplier of its own, so it is set only where the prompt asks for one.
         if prompt.strength != 1:
             run.context.network.set_multiplier(prompt.strength)
         try:
@@ -348,6 +353,7 @@ def draw_latents(
     positive, negative = (move_conditioning(encoded.get(text), context.device) for text in texts)
     if positive is None:
         raise make_reference_error(prompt)
+    # initial_seed draws nothing, so that the noise stays the first draw.
     extra = prompt_conditioning(context, vae, prompt, batch, generator.initial_seed())
 
     def predict_guided(noised: Noised, progress: float) -> Tensor:
@@ -357,6 +363,7 @@ def draw_latents(
 
         return apply_guidance(predict_conditional, positive, negative, prompt, progress)
 
+    # Drawn on the CPU and then moved: a GPU's generator gives other numbers for the same seed.
     noise_BCHW = torch.randn(shape, generator=generator).to(context.device)
     latents_BCHW = denoise(sampler, predict_guided, sampler.start(noise_BCHW), generator, goes_on=goes_on)
     if latents_BCHW is not None and not latents_BCHW.isfinite().all():

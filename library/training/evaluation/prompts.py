@@ -228,6 +228,7 @@ def check_setting(key: str, value: Any, place: str) -> Any:
     if key == "seed" and value == -1:
         return None
     (low, high), kind = RANGES[key], type(RANGES[key][0])
+    # A whole float such as 512.0 passes, because some front ends write every number so.
     if not is_finite_number(value) or value != kind(value):
         number = "a whole number" if kind is int else "a number"
         raise UserError(f"{FLAG} {place}: {label(key)} is {value!r}; give {number}")
@@ -328,6 +329,7 @@ def read_references(spec: PromptSpec, max_references: int) -> tuple[Path, ...]:
 
 def round_side(wanted: int, step: int, place: str) -> int:
     """Return an image side that the base model supports: a multiple of `step`, at least 64."""
+    # sd-scripts rounds down too, with the same smallest side.
     rounded = max(SMALLEST_SIDE, wanted - wanted % step)
     if rounded != wanted:
         logger.info("%s: a side of %d is drawn as %d, a multiple of %d", place, wanted, rounded, step)

@@ -23,7 +23,7 @@ from library.training.step.pairs import losses_of_pairs, prefers, split_pairs, s
 from library.training.step.text_features import build_conditioning
 from library.types import Batch, Noised
 
-NUM_LEVELS = 4
+NUM_LEVELS = 4  # as in sd-scripts
 NUM_TIMESTEPS = 1000
 
 Name = tuple[str | int, ...]

@@ -83,6 +83,7 @@ def build_event(
     preference: events.Preference | None = None,
 ) -> events.Validation:
     zeros_N1 = torch.zeros_like(evaluation.losses_NL)[:, :1]
+    # The paired difference to zero has the standard error of the mean itself.
     errors = [
         finite(estimate_paired_difference(losses, zeros_N1, record.images).standard_error)
         for losses in (evaluation.losses_NL, *evaluation.losses_NL.T[:, :, None])

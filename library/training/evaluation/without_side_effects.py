@@ -50,6 +50,7 @@ def show_weights(run: Run, use: str) -> Iterator[None]:
 @contextmanager
 def random_streams_kept(device: torch.device) -> Iterator[None]:
     """Restore the generators of torch (CPU and GPU) and Python after the block."""
+    # fork_rng covers torch's generators only.
     state = random.getstate()
     gpus = [device.index or 0] if device.type in ("cuda", "xpu") else []
     try:
