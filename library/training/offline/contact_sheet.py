@@ -134,6 +134,7 @@ def fit_image(image: Image.Image, side: int) -> Image.Image:
     """Return the image, shrunk if it is larger than `side`."""
     if max(image.size) <= side:
         return image
+    # thumbnail works in place.
     copy = image.copy()
     copy.thumbnail((side, side), Image.Resampling.LANCZOS)
     return copy

@@ -79,6 +79,8 @@ def losses_of_files(
 
     Raises UserError for a file that does not fit.
     """
+    # Resolved twice: the first time only to learn which images are held out. Those, and as many trained ones, are then
+    # encoded and measured.
     uncached = PlannedBatches(plan, NO_LATENTS, NO_TEXTS)
     held_out, probe = resolve_measurements(options.validation, options.noise, uncached.validation, seed)
     has_flips = any(s.config.flip_aug for dataset in plan.datasets for s in dataset.subsets)
@@ -95,6 +97,7 @@ def losses_of_files(
     held_out, probe = resolve_measurements(options.validation, options.noise, batches.validation, seed)
     trained = select_all(batches.measured(indices), held_out)
     if held_out.rows:
+        # Both groups are measured with the same noise, so that only their images differ.
         measurements = Sides(held_out, replace(trained, noise=held_out.rows), None)
     elif has_flips:
         logger.warning("trained images are not compared with their mirror images: --flip_aug trained these too")
