@@ -84,6 +84,7 @@ class MemoryWatch:
         """Choose again by the measurement, among options that can change during training: how blocks run."""
         chosen, card = self._chosen, self._fitted.choice.card
         fixed = chosen.weight_bytes + self._fitted.counted.step.adapter_bytes
+        # Weights and adapter have known sizes. What the measurement corrects is the rest, the activations.
         factor = max(0.0, (measured - fixed) / (chosen.tensor_bytes - fixed))
         allowed = replace(
             self._fitted.allowed, weight_formats=(chosen.way.weight_format,), num_offloaded=chosen.way.num_offloaded

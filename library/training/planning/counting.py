@@ -139,9 +139,11 @@ def count_run(
         progress_bar("counting memory…", NUM_COUNTS, leave=False) as bar,
         mute_logging(),
         pause_collection(),  # looking for cycles takes an eighth of the time, and counts depend on when it happens
+        # Building the adapter draws from the global generator, whose state the run needs unchanged.
         torch.random.fork_rng(devices=[]),
         matrices_forgotten(),
         FakeTensorMode(allow_non_fake_inputs=True),
+        # Fakes are CPU tensors, and autocast treats norms there otherwise than on a GPU.
         nullcontext() if device.type == "cpu" else norms_as_on_cards(),
     ):
         meta = run_on_meta_device(options, arch, adapters)
@@ -179,6 +181,7 @@ def count_run(
         )
         bar.update(1)
     vae = [] if meta.models.vae is None else [meta.models.vae]
+    # Layers of trained text encoders are in the timeline too, but only the denoiser's blocks can be offloaded.
     denoiser_modules = set(denoiser.modules())
     places = [place for place, block in enumerate(timeline.blocks) if block in denoiser_modules]
     blocks = [timeline.blocks[place] for place in places]
@@ -472,6 +475,7 @@ def count_step(
         return torch.stack(list(losses)).sum()
 
     def count(runner: BlockRunner) -> CountedPass:
+        # As at the start of a step; the count before this one has left gradients.
         for parameter in (p for network in networks for p in network.trainable_parameters()):
             parameter.grad = None
         counter = counter_for(arch)
@@ -485,11 +489,13 @@ def count_step(
         advance()
         return counted
 
+    # From these two the planner composes every choice of recomputed blocks.
     return Timeline.build(count(plain), count(recompute), repeats)
 
 
 def add_optimizers(optimizers: Sequence[CountedOptimizer]) -> CountedOptimizer:
     """Add up optimizers that step one after another."""
+    # What an optimizer takes only during its step is free again when the next one steps.
     states = sum(optimizer.state for optimizer in optimizers)
     return CountedOptimizer(states, states + max(optimizer.rise - optimizer.state for optimizer in optimizers))
 

@@ -51,6 +51,7 @@ def changes(options: TrainOptions, way: Way) -> dict[str, Any]:
     changed = {name: value for name, value in option_values(way).items() if value != values[name]}
     if way.weight_format == options.precision.denoiser_format:  # whichever option requested it
         changed.pop("base_format", None)
+    # That option means both already.
     if options.memory.unsloth_offload_checkpointing and way.inputs_wait:
         changed.pop("gradient_checkpointing", None)
         changed.pop("cpu_offload_checkpointing", None)
