@@ -124,6 +124,7 @@ class Record:
             }
         )
         del self.sessions[:-MOST_SESSIONS]
+        # The new process reads the data and loads the models again.
         self.audit, self.findings, self.stages, self.began = None, [], {}, {}
 
     def _audit(self, line: Line) -> None:
@@ -147,6 +148,7 @@ class Record:
         first_step = line["first_step"]
         if first_step == 0:
             self._forget_earlier_sessions()
+        # Steps after the resumed state were lost with their process, and are trained again.
         self.curves.cut(first_step)
         for name in KEPT:
             getattr(self, name).keep_up_to(first_step)

@@ -69,6 +69,7 @@ class Handler(BaseHTTPRequestHandler):
         if not LOCAL.fullmatch(self.headers.get("Host", "")):
             return self.send_error(403, "Only for browsers on this machine")
         try:
+            # Listed anew for each request, because reports appear while the server runs.
             content = page_at(pages(self.source)[self.path.lstrip("/")]).encode()
         except KeyError:
             return self.send_error(404)
@@ -77,6 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))
+        # The page of a running training changes every few seconds.
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
         self.wfile.write(content)

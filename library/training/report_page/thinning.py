@@ -73,6 +73,8 @@ class Curves:
             self.by_name = {name: curve.halved() for name, curve in self.by_name.items()}
         for name, value in values.items():
             if value is not None:
+                # Rounded when added and not when saved, so that a report that is read back continues with the same
+                # numbers.
                 rounded = round_value(value)
                 self.by_name.setdefault(name, Curve()).add((step - 1) // self.width, rounded, rounded, rounded, 1)
 
@@ -134,6 +136,7 @@ class Kept:
 
     def add(self, item: Mapping[str, Any]) -> None:
         """Add the next table."""
+        # The last table is kept whatever the stride, but only while it is the last.
         if self.items and self.items[-1]["number"] % self.stride:
             self.items.pop()
         self.items.append({"number": self.num_seen, **item})

@@ -87,6 +87,7 @@ def build_report(record: Record, reload_s: int | None = None) -> str:
 def write_page(path: Path, page: str) -> None:
     """Write a page atomically."""
     with atomic_path(path) as temporary:
+        # Without newline, Windows would write other bytes than the report that is rebuilt from the events elsewhere.
         temporary.write_text(page, encoding="utf-8", newline="\n")
 
 
