@@ -124,6 +124,7 @@ def write_grid(path: Path, drawn: Sequence[Drawn]) -> None:
 def write_image(path: Path, drawn: Drawn) -> None:
     """Write a PNG atomically, with the prompt in the text field that other programs read."""
     info = PngInfo()
+    # Prompts may be in any language, and PNG's tEXt chunk holds Latin-1 only.
     info.add_itxt("parameters", format_parameters(drawn.prompt))
     with atomic_path(path) as temporary:
         drawn.image.save(temporary, format="PNG", pnginfo=info)

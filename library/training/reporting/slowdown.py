@@ -130,6 +130,7 @@ def read_throttling(uuid: str) -> tuple[str, ...]:
     nvml: Any = pynvml
     try:
         nvml.nvmlInit()
+        # By UUID, because CUDA_VISIBLE_DEVICES renumbers torch's devices but not NVML's.
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
     except nvml.NVMLError:

@@ -58,6 +58,7 @@ class NormMeter:
         if pairs is None:
             return None
         values = pairs.read()
+        # A third-party network may name more groups than the optimizer has.
         return {name: Norms(*pair) for name, *pair in zip(names, values[::2], values[1::2], strict=False)}
 
 
@@ -116,4 +117,5 @@ def peak_of_main_memory() -> int | None:
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts in bytes, Linux in kilobytes.
     return peak if sys.platform == "darwin" else peak * 1024

@@ -57,6 +57,7 @@ def start_trackers(accelerator: Any, trackers: TrackerOptions, config: Mapping[s
     logged_config = dict(config) if trackers.log_config else None
     silence_tensorboard_thread()
     try:
+        # The default name is sd-scripts', and part of the path of TensorBoard's files.
         accelerator.init_trackers(trackers.log_tracker_name or "network_train", config=logged_config, init_kwargs=init)
     except OSError as error:
         logger.warning("--logging_dir %s: charts are off, it cannot be written: %s", trackers.logging_dir, error)
@@ -127,6 +128,7 @@ class Charts:
         for tracker in self._trackers():
             with self._given_up_on_failure(tracker):
                 if tracker.name == "wandb":
+                    # wandb drops values of a step before the last one that it got, so its own counter stays in use.
                     tracker.log({**values, "global_step": step, "epoch": epoch})
                 else:
                     tracker.log(values, step=x)
@@ -154,5 +156,6 @@ class Charts:
         for tracker in self._trackers():
             with self._given_up_on_failure(tracker):
                 tracker.finish()
+        # They have ended above; accelerate would end them again, and let their errors through.
         self._accelerator.trackers = []
         self._accelerator.end_training()
