@@ -70,6 +70,7 @@ def split_options(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
     for line in describe_strengths(adapters, find_kept_strengths(options.network, swept)):
         logger.info("%s", line)
     values = options.flat()
+    # These belong to the run, not to its first adapter.
     of_all = {name: values[name] for name in ("sweep", "output_name", "seed", "log_events")}
     return combinations[0].options.with_values(of_all), {
         combination.label: combination.options for combination in combinations
@@ -183,6 +184,7 @@ def resolve_adapter(
             overrides[table] = [*others, *([] if text == NONE else [f"{key}={text}"])]
         else:
             overrides[name] = parse_value(type(options), name, text)
+    # Every adapter has an event stream of its own, which one file cannot hold.
     if options.reports.log_events:
         path = Path(options.reports.log_events)
         overrides["log_events"] = str(path.with_name(f"{path.stem}-{label}{path.suffix}"))

@@ -90,6 +90,7 @@ def rank(adapters: Sequence[Measured]) -> Ranking:
     choice = choose(torch.tensor([adapter.losses_G for adapter in measured], dtype=torch.float64)) if measured else None
     if choice is None:
         return Ranking([Ranked(adapter, None) for adapter in adapters], 0)
+    # NaN compares as neither smaller nor larger than a number, so it has a key of its own to come last.
     pairs = sorted(
         zip(measured, choice.files, strict=True), key=lambda pair: (isnan(pair[1].loss.mean), pair[1].loss.mean)
     )

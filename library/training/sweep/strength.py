@@ -34,6 +34,7 @@ class Strength:
         if self.rank_name == NETWORK_DIM:
             return {"network_alpha": alpha}
         others = [item for item in network.network_args or () if item.partition("=")[0] != "conv_alpha"]
+        # Nine digits restore every float32.
         return {"network_args": [*others, f"conv_alpha={alpha:.9g}"]} if alpha != self.alpha else {}
 
 
