@@ -155,10 +155,10 @@ class Previews:
         cached: Mapping[str, Conditioning] | None = None,
         is_drawing: bool = False,
     ) -> None:
-        """`encoded` is the result of `encode_prompts`, or None if text encoders train and it changes.
+        """`cached` holds the features of text encoders that are not in memory, by text.
 
-        `cached` holds the features of unloaded encoders. `is_drawing` is True if the main process draws; only it has
-        prompts, and processes that share its base model take part.
+        `is_drawing` is True if the main process draws; only it has prompts, and processes that share its base model
+        take part.
         """
         self._run, self._charts, self._prompts, self._cached = run, charts, prompts, cached
         sharded = run.context.models.sharded
@@ -265,7 +265,7 @@ class Previews:
     def _draw_one(
         self, event: str, step: int, epoch: int, index: int, vae: nn.Module, goes_on: Callable[[], bool]
     ) -> list[Drawn]:
-        """Draw and write one image. Return None if that fails or the run is interrupted."""
+        """Draw and write one image. Return it in a list, which is empty if that fails or the run is interrupted."""
         run, prompt = self._run, self._prompts[index]
         # A network of a third party may have a multiplier of its own, so it is set only where the prompt asks for one.
         if prompt.strength != 1:

@@ -1,9 +1,8 @@
 """How images respond to an adapter's strength: one prompt and seed drawn at several strengths.
 
 The change of an image is its projection, in pixel space, onto the line from the image of the lowest strength (0) to
-that of the highest (1): (image - first) . (last - first) /
-last - first
-^2. Its rank correlation with the strength (Spearman 1904) is 1 if every higher strength goes further, however unevenly.
+that of the highest (1): (image - first) . (last - first) / |last - first|^2. Its rank correlation with the strength
+(Spearman 1904) is 1 if every higher strength goes further, however unevenly.
 """
 
 from collections.abc import Sequence

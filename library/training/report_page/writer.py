@@ -60,7 +60,7 @@ class ReportWriter:
             write_page(self.path, build_report(self._record, self._reload_s))
         except OSError as error:
             if not self._is_reported:
-                logger.warning("%s cannot be written ; trying again later: %s", self.path, error)
+                logger.warning("%s cannot be written; trying again later: %s", self.path, error)
             self._is_reported = True
         self._due = self._clock() + (self._reload_s or EVERY_S)
 

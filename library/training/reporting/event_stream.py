@@ -253,7 +253,7 @@ class WarningEvents(logging.Handler):
         return tuple(self._waiting)
 
     def close(self) -> None:
-        """Do nothing: logging shuts down before the run only if another thread is ending the process."""
+        """End the events: logging shuts down before the run only if another thread is ending the process."""
         super().close()
         if self._events is not None:
             self._events.end("stopped")
