@@ -106,34 +106,34 @@ def draw_levels(
     )
 
 
-def table_lines(drawn: DrawnLevels) -> list[str]:
+def table_lines(levels: DrawnLevels) -> list[str]:
     """Return a row for each bin: its timesteps, its share of the draws, its loss weight, and a bar."""
     lines = ["timesteps   share  loss weight"]
-    for i, (share, weight) in enumerate(zip(drawn.shares, drawn.weights, strict=True)):
-        bar = "#" * round(MOST_MARKS * share / max(drawn.shares))
+    for i, (share, weight) in enumerate(zip(levels.shares, levels.weights, strict=True)):
+        bar = "#" * round(MOST_MARKS * share / max(levels.shares))
         lines.append(f"{i * BIN_SIZE:4d}-{(i + 1) * BIN_SIZE - 1:4d}  {share:6.2%}  {weight:11.4g}  {bar}".rstrip())
     return lines
 
 
-def plot(drawn: DrawnLevels, title: str) -> Image.Image:
+def plot(levels: DrawnLevels, title: str) -> Image.Image:
     """Plot the shares as bars and the weights as a line, each scaled to the plot's height."""
     width, bottom = NUM_BINS * BAR_WIDTH + 2 * MARGIN, MARGIN + PLOT_HEIGHT
     image = Image.new("RGB", (width, bottom + 2 * MARGIN), "white")
     draw = ImageDraw.Draw(image)
     draw.text((MARGIN, 10), title, fill="black")
     lefts = [MARGIN + i * BAR_WIDTH for i in range(NUM_BINS)]
-    for left, share in zip(lefts, drawn.shares, strict=True):
-        height = round(PLOT_HEIGHT * share / max(drawn.shares))
+    for left, share in zip(lefts, levels.shares, strict=True):
+        height = round(PLOT_HEIGHT * share / max(levels.shares))
         if height:
             draw.rectangle((left, bottom - height, left + BAR_WIDTH - 2, bottom - 1), fill=BAR_COLOUR)
     points = [
-        (left + BAR_WIDTH / 2, bottom - PLOT_HEIGHT * weight / max(drawn.weights))
-        for left, weight in zip(lefts, drawn.weights, strict=True)
+        (left + BAR_WIDTH / 2, bottom - PLOT_HEIGHT * weight / max(levels.weights))
+        for left, weight in zip(lefts, levels.weights, strict=True)
     ]
     draw.line(points, fill=WEIGHT_COLOUR, width=2)
     draw.line((MARGIN, bottom, width - MARGIN, bottom), fill="black")
     for timestep in range(0, NUM_TIMESTEPS + 1, NUM_TIMESTEPS // 5):
         draw.text((MARGIN + timestep * BAR_WIDTH // BIN_SIZE, bottom + 4), str(timestep), fill="black", anchor="ma")
-    draw.text((MARGIN, bottom + 24), f"bars: share of the draws, most {max(drawn.shares):.2%}", fill=BAR_COLOUR)
-    draw.text((width // 2, bottom + 24), f"line: loss weight, most {max(drawn.weights):.4g}", fill=WEIGHT_COLOUR)
+    draw.text((MARGIN, bottom + 24), f"bars: share of the draws, most {max(levels.shares):.2%}", fill=BAR_COLOUR)
+    draw.text((width // 2, bottom + 24), f"line: loss weight, most {max(levels.weights):.4g}", fill=WEIGHT_COLOUR)
     return image

@@ -185,9 +185,10 @@ def memory_line(choice: events.Choice) -> str | None:
     unseen = "images that were set aside" if memory.unseen == "held-out" else "their mirror images"
     is_clear = memory.low is not None and memory.low > 0
     doubt = "" if is_clear else ", not significant"
-    side = "more" if memory.more >= 0 else "less"
+    direction = "more" if memory.more >= 0 else "less"
     change = (
-        f"{abs(memory.more):.5f}{format_interval(memory.low, memory.high)} {side} on trained images than on {unseen}"
+        f"{abs(memory.more):.5f}{format_interval(memory.low, memory.high)} {direction} on trained images than on "
+        f"{unseen}"
     )
     return f"memorization gap: with {Path(candidate.file).name} the loss fell by {change}{doubt}"
 

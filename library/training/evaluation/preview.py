@@ -131,8 +131,8 @@ def encode_prompts(
     with torch.no_grad(), autocast():
         for text in collect_texts(prompts, arch):
             features = encode(text_encoders, arch.preview.text.tokenize([text]))
-            kept = {} if cached is None else cached[text]
-            encoded[text] = {**kept, **{name: tensor.cpu() for name, tensor in features.items()}}
+            cached_features = {} if cached is None else cached[text]
+            encoded[text] = {**cached_features, **{name: tensor.cpu() for name, tensor in features.items()}}
     return encoded
 
 

@@ -180,12 +180,12 @@ def parse_line(line: str, place: str) -> PromptSpec:
             )
         if key in table and key != REFERENCES:
             raise UserError(f"{FLAG} {place}: --{letters} is given twice; keep one")
-        value, _, rest = (text.strip(), "", "") if key in WORDS else text.strip().partition(" ")
+        value, _, trailing = (text.strip(), "", "") if key in WORDS else text.strip().partition(" ")
         if key == REFERENCES:
             table[key] = [*table.get(key, []), value]
         else:
             table[key] = number_in(value, key) if key in RANGES else value
-        words.append(rest.strip())
+        words.append(trailing.strip())
     return parse_prompt_table({"prompt": " ".join(filter(None, words)), **table}, place)
 
 
@@ -239,11 +239,11 @@ def check_setting(key: str, value: Any, place: str) -> Any:
     return kind(value)
 
 
-def check_sampler(name: Any, what: str) -> None:
-    """Raise UserError for an unknown sampler; `what` names its place."""
+def check_sampler(name: Any, setting: str) -> None:
+    """Raise UserError for an unknown sampler; `setting` names it in the message."""
     known = [*SAMPLERS, *ALIASES]
     if name not in known:
-        raise UserError(f"{what} is {name!r}{did_you_mean(str(name), known, NEAR)}; use one of {', '.join(known)}")
+        raise UserError(f"{setting} is {name!r}{did_you_mean(str(name), known, NEAR)}; use one of {', '.join(known)}")
 
 
 def label(key: str) -> str:

@@ -137,8 +137,8 @@ class Validation:
             self._draw_charts(evaluation, {"loss/validation/step_average": evaluation.mean}, 0)
             return False  # an untrained adapter is not worth a file
         if self.record.is_resumed and progress.step and self.record.measured_step != progress.step:
-            epochs, rest = divmod(progress.step, self._run.plan.steps_per_epoch)
-            return self.after_step(progress.step, epochs + bool(rest), not rest, progress.average.mean)
+            epochs, remainder = divmod(progress.step, self._run.plan.steps_per_epoch)
+            return self.after_step(progress.step, epochs + bool(remainder), not remainder, progress.average.mean)
         return False
 
     def is_due(self, step: int) -> bool:
@@ -220,8 +220,8 @@ class Validation:
 
     def _is_kept(self, step: int) -> bool:
         """Return True if the losses after `step` are needed later: those of files, the first, the best and the last."""
-        epochs, rest = divmod(step, self._run.plan.steps_per_epoch)
-        ends_saved_epoch = not rest and self._schedule.saves_epoch(epochs)
+        epochs, remainder = divmod(step, self._run.plan.steps_per_epoch)
+        ends_saved_epoch = not remainder and self._schedule.saves_epoch(epochs)
         is_marked = step in (0, self.record.best_step, self.record.measured_step, self._run.plan.max_train_steps)
         return is_marked or ends_saved_epoch or self._schedule.saves_step(step)
 

@@ -42,13 +42,13 @@ def format_comparison(evaluation: Evaluation, first: Evaluation, before: Validat
     difference = estimate_paired_difference(evaluation.losses_NL, first.losses_NL, before.images)
     error = "" if isnan(difference.standard_error) else f" ± {difference.standard_error:.4f}"
     doubt = "" if difference.is_clear else ", which may be chance"
-    side = "below" if difference.mean < 0 else "above"
+    direction = "below" if difference.mean < 0 else "above"
     rank = (
         "the lowest so far"
         if evaluation.mean < before.best_loss
         else f"the lowest was {before.best_loss:.4f} after step {before.best_step}"
     )
-    return f"; {abs(difference.mean):.4f}{error} {side} that after step {first.step}{doubt}; {rank}"
+    return f"; {abs(difference.mean):.4f}{error} {direction} that after step {first.step}{doubt}; {rank}"
 
 
 def measure_preference(evaluation: Evaluation) -> events.Preference:

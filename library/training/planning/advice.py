@@ -65,8 +65,8 @@ def lines(step: CountedStep, used: Way, allowed: Allowed, card: Gpu) -> Iterator
 def candidates(step: CountedStep, allowed: Allowed, card: Gpu) -> Iterator[Predicted]:
     """Yield every configuration with no blocks offloaded, half of them, and as many as possible."""
     # --shard_base excludes offloaded blocks.
-    most = step.most_offloaded if allowed.shared_by == 1 else 0
-    counts = sorted({0, most // 2, most})
+    max_offloaded = step.most_offloaded if allowed.shared_by == 1 else 0
+    counts = sorted({0, max_offloaded // 2, max_offloaded})
     for way in allowed.ways():
         yield from (predict(step, replace(way, num_offloaded=num_offloaded), card) for num_offloaded in counts)
 

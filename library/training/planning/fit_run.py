@@ -37,12 +37,12 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + BARE_CONTEXT_BYTES - MARGIN_BYTES
 
 
-def measure_gpu(wanted: str, mixed_precision: str, processes: Processes) -> Gpu:
-    """Return this process's device with the memory that the user allows (`wanted`: a size or "auto").
+def measure_gpu(size_or_auto: str, mixed_precision: str, processes: Processes) -> Gpu:
+    """Return this process's device with the memory that the user allows (`size_or_auto`: such as "12GB", or "auto").
 
     Several processes choose alike: they use the least memory of any, and the main process's speed.
     """
-    size = None if wanted == "auto" else parse_size("--fit", wanted)
+    size = None if size_or_auto == "auto" else parse_size("--fit", size_or_auto)
     available_bytes = free_memory(processes.device) if size is None else size.free_bytes
     available_bytes = min(map(int, processes.merged("room", {processes.rank: str(available_bytes)}).values()))
     card = benchmark_gpu(processes.device, available_bytes, DTYPES[mixed_precision])

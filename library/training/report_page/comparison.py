@@ -80,8 +80,8 @@ def is_measured_alike(records: Sequence[Record]) -> bool:
     for record in records:
         options, plan = record.sessions[-1]["options"], record.plan or {}
         seed = options.get("validation_seed", plan.get("seed"))
-        others = [options.get(name) for name in MEASURED_AS_SAID if name != "validation_seed"]
-        keys.append((plan.get("pictures", {}).get("validation"), seed, others))
+        other_options = [options.get(name) for name in MEASURED_AS_SAID if name != "validation_seed"]
+        keys.append((plan.get("pictures", {}).get("validation"), seed, other_options))
     return all(key == keys[0] for key in keys)
 
 

@@ -161,14 +161,14 @@ class Record:
 
     def _forget_earlier_sessions(self) -> None:
         """Drop earlier runs in the same events file when a run begins."""
-        kept = {"updated", "audit", "findings", "stages", "began", "num_warnings_left_out"}
+        kept_fields = {"updated", "audit", "findings", "stages", "began", "num_warnings_left_out"}
         session_start = self.sessions[-1]["time"] if self.sessions else 0.0
         fresh = Record(
             sessions=self.sessions[-1:],
             warnings=[warning for warning in self.warnings if warning["session"] == session_start],
         )
         for f in fields(self):
-            if f.name not in kept:
+            if f.name not in kept_fields:
                 setattr(self, f.name, getattr(fresh, f.name))
 
     def _step(self, line: Line) -> None:

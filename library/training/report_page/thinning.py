@@ -33,9 +33,9 @@ class Curve:
             for column in (self.total, self.low, self.high):
                 column += [None] * missing
             self.count += [0] * missing
-        before, least, most = self.total[bucket], self.low[bucket], self.high[bucket]
-        if before is not None and least is not None and most is not None:
-            total, low, high = round_value(before + total), min(least, low), max(most, high)
+        previous_total, previous_low, previous_high = self.total[bucket], self.low[bucket], self.high[bucket]
+        if previous_total is not None and previous_low is not None and previous_high is not None:
+            total, low, high = round_value(previous_total + total), min(previous_low, low), max(previous_high, high)
         self.total[bucket], self.low[bucket], self.high[bucket] = total, low, high
         self.count[bucket] += count
 

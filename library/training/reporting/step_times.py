@@ -189,10 +189,10 @@ class StepTimes:
         if not self._num_steps or self._seconds <= 0:
             return None
         shares = [f"{name} {100 * self._parts[name] / self._seconds:.0f} %" for name in IN_STEP]
-        rest = self._seconds - sum(self._parts[name] for name in IN_STEP)
+        overhead = self._seconds - sum(self._parts[name] for name in IN_STEP)
         text = (
             f"a step took {self._seconds / self._num_steps:.3g} s ({', '.join(shares)}, the rest "
-            f"{100 * max(0.0, rest) / self._seconds:.0f} %), "
+            f"{100 * max(0.0, overhead) / self._seconds:.0f} %), "
             f"{self._num_images * self.num_processes / self._seconds:.3g} pictures/s"
         )
         recent = [figures for figures in self._recent if figures.flops]
@@ -201,9 +201,9 @@ class StepTimes:
             text += f", {speed / 1e12:.3g} TFLOP/s"
             if self.peak is not None:
                 text += f" on each card, {100 * speed / self.peak:.0f} % of {self.peak / 1e12:.0f} (MFU)"
-        whole = self._seconds + sum(self._parts[name] for name in BETWEEN)
+        total_seconds = self._seconds + sum(self._parts[name] for name in BETWEEN)
         between = [
-            f"{name} {self._parts[name]:.1f} s ({100 * self._parts[name] / whole:.0f} % of the time)"
+            f"{name} {self._parts[name]:.1f} s ({100 * self._parts[name] / total_seconds:.0f} % of the time)"
             for name in BETWEEN
             if self._parts[name] >= 0.05
         ]

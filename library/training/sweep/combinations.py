@@ -180,8 +180,10 @@ def resolve_adapter(
     for name, text in chosen.items():
         table, _, key = name.partition(".")
         if key:
-            others = [item for item in overrides.get(table, values[table]) or () if item.partition("=")[0] != key]
-            overrides[table] = [*others, *([] if text == NONE else [f"{key}={text}"])]
+            other_arguments = [
+                item for item in overrides.get(table, values[table]) or () if item.partition("=")[0] != key
+            ]
+            overrides[table] = [*other_arguments, *([] if text == NONE else [f"{key}={text}"])]
         else:
             overrides[name] = parse_value(type(options), name, text)
     # Every adapter has an event stream of its own, which one file cannot hold.

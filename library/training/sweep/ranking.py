@@ -95,8 +95,8 @@ def rank(adapters: Sequence[Measured]) -> Ranking:
         zip(measured, choice.files, strict=True), key=lambda pair: (isnan(pair[1].loss.mean), pair[1].loss.mean)
     )
     rows = [Ranked(adapter, compared) for adapter, compared in pairs]
-    others = [Ranked(adapter, None) for adapter in adapters if not adapter.losses_G]
-    return Ranking([*rows, *others], choice.num_images)
+    unmeasured = [Ranked(adapter, None) for adapter in adapters if not adapter.losses_G]
+    return Ranking([*rows, *unmeasured], choice.num_images)
 
 
 def format_ranking(ranking: Ranking) -> list[str]:

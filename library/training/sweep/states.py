@@ -84,8 +84,8 @@ def newest_of_all(options: StateOptions, adapters: Mapping[str, SavingOptions]) 
     if not options.autoresume:
         return {}
     states: dict[str, dict[int, StateManifest]] = {}
-    for label, own in adapters.items():
-        names = Names.build(own)
+    for label, saving in adapters.items():
+        names = Names.build(saving)
         # Of two states of one step the one after which less is left to do.
         found_states = sorted(iterate_states(names.folder, names.starts), key=lambda facts: len(facts.done))
         states[label] = {facts.step: facts for facts in found_states}

@@ -33,9 +33,8 @@ class Strength:
         alpha = self.alpha_at(rank)
         if self.rank_name == NETWORK_DIM:
             return {"network_alpha": alpha}
-        others = [item for item in network.network_args or () if item.partition("=")[0] != "conv_alpha"]
-        # Nine digits restore every float32.
-        return {"network_args": [*others, f"conv_alpha={alpha:.9g}"]} if alpha != self.alpha else {}
+        other_arguments = [item for item in network.network_args or () if item.partition("=")[0] != "conv_alpha"]
+        return {"network_args": [*other_arguments, f"conv_alpha={alpha:.9g}"]} if alpha != self.alpha else {}
 
 
 def find_kept_strengths(network: NetworkOptions, words: Mapping[str, Sequence[str]]) -> list[Strength]:
@@ -46,15 +45,15 @@ def find_kept_strengths(network: NetworkOptions, words: Mapping[str, Sequence[st
     arguments = parse_network_args(network.network_args)
     ranks = {NETWORK_DIM: str(network.network_dim or ""), CONV_DIM: arguments.get("conv_dim", "")}
     alphas = {NETWORK_DIM: str(network.network_alpha), CONV_DIM: arguments.get("conv_alpha", DEFAULT_CONV_ALPHA)}
-    kept = []
+    strengths = []
     for name, alpha_name in ALPHA_NAMES.items():
         if name in words and alpha_name not in words:
             known = [int(text) for text in (ranks[name], *words[name]) if text.isdecimal() and int(text)]
             try:
-                kept += [Strength(name, float(alphas[name]), rank) for rank in known[:1]]
+                strengths += [Strength(name, float(alphas[name]), rank) for rank in known[:1]]
             except ValueError as error:
                 raise UserError(f"--network_args conv_alpha={alphas[name]} is not a number; correct it") from error
-    return kept
+    return strengths
 
 
 def is_alpha_strength(network: NetworkOptions) -> bool:
