@@ -167,6 +167,7 @@ def parse_line(line: str, place: str) -> PromptSpec:
     Words after an option's value also belong to the prompt, unless the option takes a text, which extends to the next
     option.
     """
+    # sd-scripts looks for options in the text as well, where "n dogs" becomes a negative prompt.
     prompt, *options = OPTION.split(line.strip())
     words, table = [prompt.strip()], dict[str, Any]()
     for option in options:

@@ -19,6 +19,7 @@ def evaluating(run: Run, use: str) -> Iterator[None]:
     full strength, which each batch of a concept sets again. The random streams of torch and Python are restored.
     """
     run.context.network.set_noise_levels(None)
+    # Other runs never change the strength, and a third-party network may have set one of its own.
     if run.options.concepts is not None:
         run.context.network.set_multiplier(1.0)
     modules = [run.context.models.denoiser, *run.context.models.text_encoders, run.context.network.module]

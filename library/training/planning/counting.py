@@ -355,6 +355,7 @@ def count_rise(
 
 def count_images(arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage:
     """Count encoding the largest images with their references before training."""
+    # A reference may be larger than its image.
     width, height = max(((shape.width, shape.height), *shape.reference_sizes), key=prod)
     pixels_BCHW = torch.empty(1, 3, height, width)
     generators = [generator_for(0, "planned")]

@@ -27,6 +27,7 @@ def tracker_kind(options: TrackerOptions) -> str | None:
     """
     kind = options.log_with
     if kind is None:
+        # sd-scripts, too, takes TensorBoard where only a folder is given.
         kind = "tensorboard" if options.logging_dir else None
     if kind in ("tensorboard", "all") and not options.logging_dir:
         raise UserError(f"--log_with {kind} needs --logging_dir, the folder for tensorboard's files")

@@ -87,6 +87,7 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
     names = [name for name, _ in swept]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--sweep names {repeated} twice; give all of its values in one word")
+    # Counted before they are listed, because a few options with many values each make millions.
     num_adapters = prod(len(texts) for _, texts in swept)
     if num_adapters > MOST_ADAPTERS:
         raise UserError(f"--sweep names {num_adapters} adapters; at most {MOST_ADAPTERS} can be trained in one run")

@@ -58,6 +58,7 @@ def find_states(options: TrainOptions, adapters: Mapping[str, TrainOptions], pro
     shared = processes.share("states", json.dumps({label: str(facts.path) for label, facts in states.items()}))
     if not processes.is_main:
         states = {label: read_facts(Path(path)) for label, path in json.loads(shared).items()}
+    # On another machine the same paths may hold other states.
     processes.require_same("the states", f"those of step {[facts.step for facts in states.values()]}")
     if not states:
         return FoundStates({})
