@@ -269,7 +269,8 @@ class Record:
         for name, annotation in {**get_type_hints(cls), **SAVED_AS}.items():
             check_value(restored[name], annotation, name)
         restored["curves"] = Curves.from_json(restored["curves"])
-        restored["smoothed"] = Smoothed(**restored["smoothed"])
+        smoothed = restored["smoothed"]
+        restored["smoothed"] = Smoothed(**{f.name: smoothed[f.name] for f in fields(Smoothed) if f.name in smoothed})
         restored |= {name: Kept.from_json(limit, restored[name]) for name, limit in KEPT.items()}
         return cls(**restored)
 
