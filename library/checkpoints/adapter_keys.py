@@ -111,14 +111,14 @@ def _block_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, i
     Blocks of b inputs are stored as b (b - 1) / 2 angles (oft_R) or as whole matrices (boft_R). A single oft_R block,
     which serves all inputs, is skipped.
     """
-    found = {}
+    block_shapes = {}
     for text, shape in shapes.items():
         key = AdapterKey.parse(text)
         if key is not None and key.leaf == "oft_R.weight" and len(shape) == 2 and shape[0] > 1:
-            found[text] = (shape[0], shape[0] * ((1 + isqrt(1 + 8 * shape[1])) // 2))
+            block_shapes[text] = (shape[0], shape[0] * ((1 + isqrt(1 + 8 * shape[1])) // 2))
         elif key is not None and key.leaf == "boft_R" and len(shape) == 4:
-            found[text] = (shape[1], shape[1] * shape[2])
-    return found
+            block_shapes[text] = (shape[1], shape[1] * shape[2])
+    return block_shapes
 
 
 def _kronecker_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
@@ -126,12 +126,12 @@ def _kronecker_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[in
     firsts: dict[str, tuple[str, int, int]] = {}
     seconds: dict[str, int] = {}
     for text, shape in shapes.items():
-        found = AdapterKey.parse(text)
-        side = None if found is None or len(shape) != 2 else KRONECKER_SIDES.get(found.leaf)
-        if found is not None and side == 0:
-            firsts[found.module] = text, shape[0], shape[1]
-        elif found is not None and side == 1:
-            seconds[found.module] = shape[1]
+        parsed = AdapterKey.parse(text)
+        side = None if parsed is None or len(shape) != 2 else KRONECKER_SIDES.get(parsed.leaf)
+        if parsed is not None and side == 0:
+            firsts[parsed.module] = text, shape[0], shape[1]
+        elif parsed is not None and side == 1:
+            seconds[parsed.module] = shape[1]
     return {key: (rows, columns * seconds[m]) for m, (key, rows, columns) in firsts.items() if m in seconds}
 
 

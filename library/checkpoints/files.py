@@ -131,17 +131,17 @@ def load_pickle(path: Path, device: str | torch.device = "cpu", mmap: bool = Fal
 
     Raises UserError for a damaged file and for one with other objects.
     """
-    maps = mmap and is_zipfile(path) and not is_safetensors(path)  # given a path, torch.load goes by its extension
+    uses_mmap = mmap and is_zipfile(path) and not is_safetensors(path)  # given a path, torch.load goes by its extension
     try:
         with path.open("rb") as file:
-            return torch.load(path if maps else file, map_location=device, weights_only=True, mmap=maps)
+            return torch.load(path if uses_mmap else file, map_location=device, weights_only=True, mmap=uses_mmap)
     except Exception as error:  # unpickling a damaged file can raise anything
-        found = OBJECT_IN_PICKLE.search(str(error))
-        if found or type(error).__name__ == "UnpicklingError":
-            what = f" ({found[1]})" if found else ""
+        foreign_object = OBJECT_IN_PICKLE.search(str(error))
+        if foreign_object or type(error).__name__ == "UnpicklingError":
+            object_name = f" ({foreign_object[1]})" if foreign_object else ""
             raise UserError(
-                f"{path} cannot be read as a file of plain tensors: it contains other Python objects{what}, which are "
-                "not loaded, because that could run code; convert it to .safetensors with a program you trust"
+                f"{path} cannot be read as a file of plain tensors: it contains other Python objects{object_name}, which "
+                "are not loaded, because that could run code; convert it to .safetensors with a program you trust"
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
         raise UserError(
@@ -166,12 +166,12 @@ def file_in_folder(path: Path, where: str) -> Path:
     """
     if not path.is_dir():
         return path
-    found = next(
+    weight_file = next(
         (file for suffix in ("safetensors", "bin") if (file := path / f"{PEFT_STEM}.{suffix}").is_file()), None
     )
-    if found is None:
+    if weight_file is None:
         raise UserError(f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves; use an adapter file")
-    return found
+    return weight_file
 
 
 def display_path(path: Path) -> Path:

@@ -46,9 +46,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def remove_folder(path: Path) -> None:
     """Delete a folder so that a partly deleted one is never taken for complete."""
-    gone = path.parent / f".{path.name}.{uuid4().hex[:12]}.{UNFINISHED}"
-    os.rename(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    renamed = path.parent / f".{path.name}.{uuid4().hex[:12]}.{UNFINISHED}"
+    os.rename(path, renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def tidy(parent: Path, is_wanted: Callable[[str], bool]) -> None:

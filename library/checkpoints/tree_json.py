@@ -28,8 +28,8 @@ def dump_tree(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {TENSOR: name}
     if isinstance(value, Mapping):
-        if bad := [key for key in value if type(key) not in (int, str)]:
-            raise UserError(f"{name} has the key {bad[0]!r}, which cannot be written")
+        if unsupported := [key for key in value if type(key) not in (int, str)]:
+            raise UserError(f"{name} has the key {unsupported[0]!r}, which cannot be written")
         return {TABLE: [[key, dump_tree(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
     if type(value) in (list, tuple):
         items = [dump_tree(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
