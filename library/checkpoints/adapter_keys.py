@@ -80,7 +80,10 @@ class AdapterKey:
     @classmethod
     def parse(cls, text: str) -> "AdapterKey | None":
         """Parse a key; return None if it belongs to no kind of adapter."""
+        # The processor is dropped from the module's name: base models are recognised by the layer's name right after
+        # the attention's.
         if match := PROCESSOR_KEY.fullmatch(text):
+            # diffusers' to_out is a list of the layer and a dropout.
             layer = "to_out.0" if match[3] == "to_out" else match[3]
             module = f"{match[1]}.{layer}"
             return cls(module, match[2], DOWN if match[4] == "down" else UP, recognise_naming(module))
@@ -115,6 +118,7 @@ def _block_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, i
     for text, shape in shapes.items():
         key = AdapterKey.parse(text)
         if key is not None and key.leaf == "oft_R.weight" and len(shape) == 2 and shape[0] > 1:
+            # b (b - 1) / 2 angles, solved for b.
             block_shapes[text] = (shape[0], shape[0] * ((1 + isqrt(1 + 8 * shape[1])) // 2))
         elif key is not None and key.leaf == "boft_R" and len(shape) == 4:
             block_shapes[text] = (shape[1], shape[1] * shape[2])
@@ -143,6 +147,7 @@ def lacks_model_prefix(name: str) -> bool:
 
 def bare_path(name: str) -> str:
     """Strip all prefixes from the name of a module."""
+    # Prefixes nest: scripts that wrap one sub-model with PEFT write `unet.base_model.model.<path>`.
     while (path := next((name[len(p) :] for p in ROOTLESS if name.startswith(p)), name)) != name:
         name = path
     return name
@@ -169,4 +174,5 @@ def strip_peft_prefix(name: str) -> str:
 def to_underscores(name: str) -> str:
     """Convert a name to the underscored form in which names of all namings are compared."""
     name = strip_peft_prefix(name)
+    # The paths of complete checkpoints have `model.` in front of the generic naming's `diffusion_model.`.
     return name.removeprefix("model.").replace(".", "_") if name.startswith("model.diff") else name.replace(".", "_")

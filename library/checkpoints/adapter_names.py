@@ -148,6 +148,7 @@ class BaseNames:
 
     def _find_in_longer_stack(self, flat: str) -> ModuleNames | None:
         """Find a module in a block beyond the usual number, through the same layer of block 0."""
+        # An underscored name does not show which of its numbers is the block's, so each one is tried.
         for number in re.finditer(r"(?<=_)[1-9]\d*(?=_)", flat):
             first = self.index.get(f"{flat[: number.start()]}0{flat[number.end() :]}")
             if first is None or not any(first.kohya.startswith(f"{stack}_0_") for stack in self.stacks):

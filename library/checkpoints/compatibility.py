@@ -19,6 +19,7 @@ from library.checkpoints.recognition import recognise_adapter
 Part = Literal["denoiser", "text"]
 Amount = Literal["all", "some", "none"]
 
+# Beyond this number Forge drops the whole file (measured with dfdcbab).
 FORGE_MAX_UNKNOWN_KEYS = 12
 
 
@@ -151,6 +152,7 @@ def read_by(program: Program, content: Content) -> Reading:
     refusal = explain_refused(program, content, reader, len(unused))
     if refusal is not None:
         return Reading(program, len(keys), tuple(key.text for key in keys), (), (refusal,))
+    # These are added after the refusal, because Forge knows the keys and does not count them as unknown.
     unused |= {key.text: "alphas without weights change nothing" for key in keys if content.is_lone(key)}
     inexact = {
         key.text: reason_inexact
@@ -206,11 +208,15 @@ def explain_unused_leaf(program: Program, content: Content, key: Key) -> str | N
 def explain_inexact(program: Program, content: Content, key: Key) -> str | None:
     """Return why a key acts differently in a program than in training, or None if it does not."""
     leaves = content.leaves[key.module]
+    # Training divides by the norm of base + change, ComfyUI and Forge by that of the base alone. In measured files the
+    # difference is 1 to 3 % of the change.
     if program in ("ComfyUI", "Forge", "A1111-style") and is_dora_per_output(leaves):
         return "DoRA with one magnitude per output acts differently there than in training"
     has_limit = "alpha" in leaves and key.module not in content.without_limit
     if program == "ComfyUI" and leaves.keys() & OFT and (has_limit or "rescale" in leaves):
         return "it limits OFT rotations to alpha, not alpha times the outputs, and ignores rescale"
+    # With the core's inputs and outputs swapped in our formula, the mean difference from its image falls from 0.41 to
+    # 0.05.
     if program == "stable-diffusion.cpp" and leaves.keys() & {"lora_mid.weight", "hada_t1", "hada_t2"}:
         return "it multiplies Tucker cores the wrong way round"
     return None

@@ -32,6 +32,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         with full_disk_named(path):
             yield temporary
         flush_folder(temporary)
+        # A rename cannot replace a folder that has content.
         if path.exists():
             os.rename(path, replaced)
         os.rename(temporary, path)

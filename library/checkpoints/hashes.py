@@ -22,6 +22,7 @@ def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> t
     """
     from safetensors.torch import save
 
+    # Users edit the other entries later, and the hash must still identify the adapter.
     ss_metadata = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     file_bytes = memoryview(save({name: tensor.contiguous() for name, tensor in tensors.items()}, ss_metadata))
     (header_bytes,) = struct.unpack("<Q", file_bytes[:LENGTH_BYTES])

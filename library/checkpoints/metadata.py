@@ -22,6 +22,7 @@ from library.options.train import TrainOptions
 from library.options.training.averaging import FILES
 from library.version import NAME, VERSION
 
+# The keys that sd-scripts writes even with --no_metadata.
 KEPT_WITHOUT_METADATA = (
     "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
 )  # fmt: skip
@@ -75,6 +76,7 @@ def training_metadata(options: TrainOptions, architecture: Mapping[str, str], fa
         **{f"ss_{name}": option_values[name] for name in RECORDED_OPTIONS},
         **{f"ss_{name}": getattr(facts, name) for name in RECORDED_FACTS},
         "ss_training_started_at": facts.started_at,
+        # sd-scripts records a number or a list, depending on the base model. A number alone would lose the other rates.
         "ss_text_encoder_lr": text_rates if len(text_rates) > 1 else next(iter(text_rates), None),
         "ss_gradient_checkpointing": options.memory.recomputes,
         "ss_sd_scripts_commit_hash": commit_hash() or "(unknown)",
@@ -82,6 +84,7 @@ def training_metadata(options: TrainOptions, architecture: Mapping[str, str], fa
         "ss_debiased_estimation": options.loss.debiased_estimation_loss,
     }
     if facts.has_relative_step:
+        # sd-scripts clears these options when Adafactor finds its own rates, and records them as cleared.
         values.update(ss_learning_rate=None, ss_text_encoder_lr=None, ss_unet_lr=None)
         values["ss_lr_scheduler"] = f"adafactor:{options.optimizer.learning_rate}"
     if options.network.network_args is not None:
@@ -146,6 +149,7 @@ def file_metadata(
 def commit_hash() -> str | None:
     """Return the git commit of this checkout; None outside git."""
     checkout = Path(__file__).parents[2]
+    # git would otherwise answer for a repository further up, such as that of a front end.
     if not (checkout / ".git").exists():
         return None
     command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]

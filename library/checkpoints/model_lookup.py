@@ -29,6 +29,7 @@ def find_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
     Raises UserError saying what to do.
     """
     path = Path(name).expanduser()
+    # A mistyped path must end in an error with the nearest file name, not in a request to the hub.
     is_local = path.is_absolute() or path.suffix.lower() in WEIGHT_SUFFIXES or not re.fullmatch(HUB_NAME, name)
     return existing(flag, name) if path.exists() or is_local else fetch_model(flag, name, parts)
 

@@ -60,7 +60,9 @@ def open_lock_file(path: Path, file_type: FileType) -> IO[str]:
     """
     if path.is_symlink():
         raise UserError(f"{path} is a symbolic link, but must be {file_type.name}; remove the link")
+    # O_NOFOLLOW, which Windows lacks, refuses a link that is created after the check above.
     handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    # A file of another type need not be UTF-8, but its start has to be readable to be refused.
     file = os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
     try:
         check_start("the lock file", path, file.read(START_BYTES).encode(), file_type)

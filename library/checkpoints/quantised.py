@@ -117,6 +117,7 @@ def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[s
                 missing.append(layer)
             elif prod(weights.shapes[global_key]) != 1 or not 0 < float(weights.read(global_key)) < torch.inf:
                 impossible.append(layer)
+        # The scales of mxfp8 have only an exponent, so none of them is negative or 0.
         elif configs.get(layer, {}).get("format") != "mxfp8" and not are_possible(weights, layer, scales[layer]):
             impossible.append(layer)
     for layers, problem in ((missing, "have no scale"), (impossible, "have scales that are negative, not finite or 0")):

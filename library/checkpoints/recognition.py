@@ -39,6 +39,7 @@ def recognise_adapter(
         return recorded
     products = composed_shapes(shapes)
     return recognise(
+        # `recognise` takes the first of equally strong signs, so the recorded base model goes first.
         sorted(specs, key=lambda spec: spec is not recorded),
         {_flat(key): tuple(shape) if _gives_width(key) else products.get(key, ()) for key, shape in shapes.items()},
         lambda spec: spec.adapter,
