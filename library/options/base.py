@@ -79,11 +79,11 @@ def option(default: Any, help: str, **keywords: Any) -> Any:
     `keywords` are fields of `Facts` and arguments of `ArgumentParser.add_argument`. `needs` and `requires` may be
     single strings.
     """
-    given = {f.name: keywords.pop(f.name) for f in fields(Facts) if f.name in keywords}
+    facts = {f.name: keywords.pop(f.name) for f in fields(Facts) if f.name in keywords}
     for name in ("needs", "requires"):
-        if isinstance(given.get(name), str):
-            given[name] = (given[name],)
-    return field(default=default, metadata={"help": help, FACTS: Facts(**given), **keywords})
+        if isinstance(facts.get(name), str):
+            facts[name] = (facts[name],)
+    return field(default=default, metadata={"help": help, FACTS: Facts(**facts), **keywords})
 
 
 def redeclare(kind: type["Options"], name: str, default: Any, **argparse_kwargs: Any) -> Any:
@@ -144,10 +144,10 @@ class Options:
     @cache
     def facts(cls) -> Mapping[str, Facts]:
         """Return the facts of every option of this class and its groups by name, in order of declaration."""
-        found: dict[str, Facts] = {}
+        by_name: dict[str, Facts] = {}
         for f, kind in typed_fields(cls):
-            found |= kind.facts() if is_group(kind) else {f.name: replace(f.metadata[FACTS], **cls._facts)}
-        return found
+            by_name |= kind.facts() if is_group(kind) else {f.name: replace(f.metadata[FACTS], **cls._facts)}
+        return by_name
 
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> None:

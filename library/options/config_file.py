@@ -73,10 +73,10 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
     return tables
 
 
-def refuse_nul(value: Any, shown: str) -> None:
+def refuse_nul(value: Any, origin: str) -> None:
     """Raise UserError if a string in nested tables and lists contains NUL, which ends a path for the system."""
     if isinstance(value, str) and "\0" in value:
-        raise UserError(f"{shown} has a NUL character in a text: {value[:60]!r}; remove it")
+        raise UserError(f"{origin} has a NUL character in a text: {value[:60]!r}; remove it")
     if isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
-            refuse_nul(item, shown)
+            refuse_nul(item, origin)

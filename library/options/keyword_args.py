@@ -60,5 +60,5 @@ def call_with_keywords(
     try:
         return target(*positional, **{**(ours or {}), **keywords})
     except (TypeError, ValueError, AssertionError, NotImplementedError, LookupError, ArithmeticError) as error:
-        given = ", ".join(f"{key}={value}" for key, value in keywords.items()) or "no arguments"
-        raise UserError(f"{name} refuses its settings ({flag}: {given}): {error}") from error
+        settings = ", ".join(f"{key}={value}" for key, value in keywords.items()) or "no arguments"
+        raise UserError(f"{name} refuses its settings ({flag}: {settings}): {error}") from error
