@@ -35,6 +35,7 @@ class ConfigFileOptions(Options, affects_training=False):
     )
 
 
+# The standard library has tomllib since Python 3.11.
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -66,6 +67,7 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
     try:
         tables: dict[str, Any] = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError alone: an integer of more than 4,300 digits
+        # tomllib's words for the backslashes of Windows paths: most are unescaped, that of \Users begins a hex value.
         is_about_backslash = any(words in str(error) for words in ("Unescaped", "Invalid hex value"))
         hint = "; " + BACKSLASH_HINT if is_about_backslash else ""
         raise UserError(f"{flag} {path} is not valid TOML: {error}{hint}") from None

@@ -29,6 +29,7 @@ def likely_encoding(content: bytes) -> str | None:
     """Return the most likely encoding of a text that is not UTF-8; None if none fits."""
     from charset_normalizer import from_bytes
 
+    # Tested before the statistics, which take short Latin-1 texts for Cyrillic.
     if LATIN_WORD.search(content) and not NOT_LATIN.search(content):
         return COMMON["cp1252"]
 
