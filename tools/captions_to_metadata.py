@@ -41,11 +41,11 @@ def list_images(folder: Path, is_recursive: bool) -> list[Path]:
         raise UserError(f"{folder} is not a folder")
     endings = image_extensions()
     entries = folder.rglob("*") if is_recursive else folder.iterdir()
-    found = sorted(path for path in entries if path.suffix in endings and path.is_file())
-    if not found:
-        below = "" if is_recursive else "; --recursive with --full_path searches its subfolders"
-        raise UserError(f"{folder} has no images{below}")
-    return found
+    images = sorted(path for path in entries if path.suffix in endings and path.is_file())
+    if not images:
+        hint = "" if is_recursive else "; --recursive with --full_path searches its subfolders"
+        raise UserError(f"{folder} has no images{hint}")
+    return images
 
 
 def check_name(path: Path) -> None:

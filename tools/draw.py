@@ -64,14 +64,14 @@ def scale_strengths(files: Stack, factor: float) -> Stack:
     return [(file, strength * factor) for file, strength in files if strength * factor]
 
 
-def draw(args: argparse.Namespace, words: Sequence[str]) -> None:
+def draw(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Draw and write the images. Raises UserError for invalid options, and for files that do not fit the model."""
     files = [parse_adapter(text) for text in args.adapter]
     if not args.prompt and not args.prompts:
         raise UserError("there is nothing to draw; give --prompt, or --prompts with a file")
     path, spec = find_base("MODEL", args.model, "unet", "transformer", "text_encoder")
-    own = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(path)]
-    _, options = read_training_options(spec.script, [*own, *words])
+    model_options = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(path)]
+    _, options = read_training_options(spec.script, [*model_options, *training])
     check_precision(options)
     arch = spec.build(options)
     specs = [parse_line(line, f"--prompt {number}") for number, line in enumerate(args.prompt, 1)]
@@ -101,7 +101,7 @@ def draw(args: argparse.Namespace, words: Sequence[str]) -> None:
     if args.strengths is not None:
         labels = [f"strength {factor:g}" for factor in factors]
         with atomic_path(sheet) as temporary:
-            arrange(rows, labels, [f"{one.seed}: {one.text}" for one in prompts], 512).save(temporary, format="PNG")
+            arrange(rows, labels, [f"{p.seed}: {p.text}" for p in prompts], 512).save(temporary, format="PNG")
         logger.info("wrote %s", sheet)
 
 

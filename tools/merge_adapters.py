@@ -137,10 +137,10 @@ def merge_adapters(
             merged.append(approximate(name, terms, ranks, base.read(name), arithmetic))
         else:
             merged.append(add_factors(name, terms, ranks, arithmetic, joining))
-    missed, total = sum(one.missed for one in merged), sum(one.total for one in merged)
+    missed, total = sum(result.missed for result in merged), sum(result.total for result in merged)
     if missed > MIN_REPORTED_ERROR**2 * total:
         logger.info("the LoRA misses %.1f%% of the sum of the changes (norm)", 100 * (missed / total) ** 0.5)
-    return [one.module for one in merged]
+    return [result.module for result in merged]
 
 
 def needs_base(module: ModuleWeights) -> bool:
@@ -150,13 +150,13 @@ def needs_base(module: ModuleWeights) -> bool:
 
 def explain_refusal(file: AdapterFile, module: ModuleWeights, has_base: bool) -> str:
     """Return the message for a module that cannot be merged into a LoRA with these options."""
-    what = "DoRA" if module.is_dora else module.layout.words
+    kind = "DoRA" if module.is_dora else module.layout.words
     if has_base:
-        return f"{file.origin}: {module.name} is {what}, not exactly a LoRA; use --new_rank instead of --concat"
+        return f"{file.origin}: {module.name} is {kind}, not exactly a LoRA; use --new_rank instead of --concat"
     has_no_factors = module.layout in (full.LAYOUT, PIECES) and not module.is_dora
-    why = "which has no factors to add" if has_no_factors else "whose change depends on the base weight"
+    reason = "which has no factors to add" if has_no_factors else "whose change depends on the base weight"
     return (
-        f"{file.origin}: {module.name} is {what}, {why}; set --base_model to the checkpoint that it "
+        f"{file.origin}: {module.name} is {kind}, {reason}; set --base_model to the checkpoint that it "
         "was trained on and a rank with --new_rank, or merge it into a checkpoint with --sd_model"
     )
 
@@ -259,10 +259,10 @@ def make_metadata(
             logger.warning("--models were made for different base models: %s is %s", key, " and ".join(values))
         if values:
             metadata[key] = values[0]
-    main = plain or conv
-    if main:
-        dim = str(main.copy().pop()) if len(main) == 1 else "Dynamic"
-        metadata.update(ss_network_dim=dim, ss_network_alpha=f"{dim}.0" if len(main) == 1 else dim)
+    ranks = plain or conv
+    if ranks:
+        dim = str(ranks.copy().pop()) if len(ranks) == 1 else "Dynamic"
+        metadata.update(ss_network_dim=dim, ss_network_alpha=f"{dim}.0" if len(ranks) == 1 else dim)
     if plain and len(conv) == 1:
         rank = str(conv.pop())
         metadata["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": f"{rank}.0"})
@@ -281,10 +281,10 @@ def find_path(file: AdapterFile) -> Path:
     return Path(file.origin.removeprefix("--models "))
 
 
-def modelspec(save_to: Path, sources_: Sequence[Path]) -> dict[str, str]:
+def modelspec(save_to: Path, sources: Sequence[Path]) -> dict[str, str]:
     """Return title, date and sources of a merged file as `modelspec.*` keys."""
     return {
         "modelspec.title": save_to.stem,
         "modelspec.date": datetime.now().isoformat(timespec="seconds"),
-        "modelspec.merged_from": ", ".join(path.stem for path in sources_),
+        "modelspec.merged_from": ", ".join(path.stem for path in sources),
     }

@@ -90,12 +90,12 @@ def python_path(venv: Path) -> Path:
 def read_version(python: Path) -> "tuple[int, int, int] | None":
     """Return an interpreter's version; None if it is missing or does not start."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [str(python), "-c", "import sys; print(*sys.version_info[:3])"], stdout=subprocess.PIPE, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    major, minor, micro = map(int, done.stdout.split())
+    major, minor, micro = map(int, process.stdout.split())
     return major, minor, micro
 
 
@@ -174,8 +174,8 @@ def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
     last_lines = deque(maxlen=15)  # type: deque[str]
     exit_code = run(install_command(python, requirement_names), keep_errors_in=last_lines)
     if exit_code != 0:
-        full = any("No space left" in line or "not enough space" in line.lower() for line in last_lines)
-        cause = "the disk is full" if full else f"the installer ended with status {exit_code}"
+        is_full = any("No space left" in line or "not enough space" in line.lower() for line in last_lines)
+        cause = "the disk is full" if is_full else f"the installer ended with status {exit_code}"
         raise StartError(
             f"installing the packages failed: {cause}. Its last lines:\n\n"
             + "".join("    " + line for line in last_lines)
@@ -340,8 +340,8 @@ def run_tests(venv: Path, slow: bool, pytest_arguments: "list[str]") -> int:
     """Run the tests. Return pytest's exit status."""
     python = ready_python(venv, TEST_REQUIREMENTS)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process per core
-    on_gpu = 0 if pytest_arguments else run(simulated_gpu_command(python, slow))
-    return on_gpu or run(pytest_command(python, slow, pytest_arguments))
+    gpu_status = 0 if pytest_arguments else run(simulated_gpu_command(python, slow))
+    return gpu_status or run(pytest_command(python, slow, pytest_arguments))
 
 
 def run_doctor(venv: Path) -> int:
@@ -395,13 +395,13 @@ def split_at_dashes(arguments: "list[str]") -> "tuple[list[str], list[str]]":
 
 def main(arguments: "list[str]") -> int:
     """Run the command line and return the exit status."""
-    ours, for_pytest = split_at_dashes(arguments)
+    own_arguments, for_pytest = split_at_dashes(arguments)
     try:
         check_python(sys.version_info[:2])
         if isinstance(sys.stdout, io.TextIOWrapper):  # a Windows console may lack a character of a path
             sys.stdout.reconfigure(errors="backslashreplace")
         parser = setup_parser()
-        args = parser.parse_args(ours)
+        args = parser.parse_args(own_arguments)
         venv = Path(os.path.abspath(str(args.venv)))
         if args.command == "test":
             return run_tests(venv, args.slow, for_pytest)

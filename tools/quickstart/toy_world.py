@@ -134,8 +134,8 @@ def _ring_of_points(angles: NDArray[np.float64], radii: NDArray[np.float64]) -> 
 def rotate(points: Points, degrees: float) -> Points:
     """Rotate points around the origin."""
     a = np.deg2rad(degrees)
-    turned: Points = points @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
-    return turned
+    rotated: Points = points @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
+    return rotated
 
 
 def fill_polygon(corners: Points, size: int = IMAGE_SIZE, oversampling: int = 4) -> Plane:
@@ -153,8 +153,8 @@ def paint(image: Plane, coverage: Plane, colour: NDArray[np.float64]) -> Plane:
 def draw_scene(scene: Scene, rng: np.random.Generator) -> ImageArray:
     """Draw a scene; position, exact size, rotation and shade come from `rng`."""
     radius = rng.uniform(*SIZES[scene.size])
-    room = IMAGE_SIZE / 2 - 1.12 * radius - 3
-    middle = IMAGE_SIZE / 2 + rng.uniform(-room, room, size=2)
+    margin = IMAGE_SIZE / 2 - 1.12 * radius - 3
+    middle = IMAGE_SIZE / 2 + rng.uniform(-margin, margin, size=2)
     corners = rotate(shape_outline(scene.shape), rng.uniform(-MAX_TURN_DEGREES, MAX_TURN_DEGREES)) * radius
     background = np.array(BACKGROUNDS[scene.background]) + rng.uniform(-6, 6)
     colour = np.array(COLOURS[scene.colour]) + rng.uniform(-8, 8, size=3)
@@ -283,8 +283,8 @@ def _normalized(silhouette: Plane) -> Plane:
     """Resample a silhouette to the comparison grid, centred at its centre of mass and scaled to a fixed area."""
     row, column = ndimage.center_of_mass(silhouette)
     steps = np.linspace(-GRID_HALF_WIDTH, GRID_HALF_WIDTH, GRID_SIZE) * np.sqrt(silhouette.sum())
-    places = np.meshgrid(row + steps, column + steps, indexing="ij")
-    normalized: Plane = ndimage.map_coordinates(silhouette, places, order=1, mode="grid-constant")
+    coordinates = np.meshgrid(row + steps, column + steps, indexing="ij")
+    normalized: Plane = ndimage.map_coordinates(silhouette, coordinates, order=1, mode="grid-constant")
     return normalized
 
 
