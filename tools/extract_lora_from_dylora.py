@@ -179,16 +179,9 @@ def name_file(save_to: Path, rank: int) -> Path:
 
 
 def measure_differences(nested: Nested, ranks: Sequence[int]) -> Iterator[tuple[int, float]]:
-    """Yield (rank,
-    full - cut
-    /
-    full
-    ) in Frobenius norms over all modules, in float64.
-
-    No weight-sized matrix is built: full - cut is scale * up[:, r:] @ down[r:], and
-    up @ down
-    ^2 is the sum of (up^T up) * (down down^T).
-    """
+    """Yield (rank, ||full - cut|| / ||full||) in Frobenius norms over all modules, in float64."""
+    # Gram matrices avoid matrices of a weight's size: full - cut is scale * up[:, r:] @ down[r:], and
+    # ||up @ down||^2 is the sum of (up^T up) * (down down^T).
     grams = []
     for module in nested.file.modules.values():
         if module.is_low_rank:

@@ -1,7 +1,6 @@
 """Show what a LoRA taught the quickstart's base model, with the same prompts and seeds before and after.
 
-Writes one image, `before
-after`, and prints the share of samples in each half that show their prompt.
+Writes one image, `before | after`, and prints the share of samples in each half that show their prompt.
 """
 
 import argparse
