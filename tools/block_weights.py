@@ -89,6 +89,7 @@ def strength_by_block(file: AdapterFile, spec: BaseModelSpec, numbers: tuple[flo
             f"--lbws has a list of {len(numbers)} numbers, but {file.origin} is for {spec.title}, "
             f"which needs {format_lengths(spec)}"
         )
+    # The strength acts on the change. sd-scripts multiplies both factors by it, so that 0.5 acts as 0.25 there.
     strength = BlockStrength(spec, dict(zip(names, numbers, strict=True)))
     if not any(map(strength, file.modules)):
         raise UserError(f"--lbws gives every module of {file.origin} strength 0; remove the file or use other numbers")

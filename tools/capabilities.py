@@ -71,6 +71,7 @@ def describe_options(script: str) -> Iterator[dict[str, Any]]:
     kinds: list[type[Options]] = [LecoOptions]
     kinds += [spec.options for spec in list_specs() if script in (spec.script, spec.prompts_script)]
     facts = {name: option_facts for kind in kinds for name, option_facts in kind.facts().items()}
+    # argparse has no public way to list the groups of a parser.
     for group in parser._action_groups:
         for action in group._group_actions:
             if action.dest != "help":

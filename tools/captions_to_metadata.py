@@ -52,6 +52,7 @@ def check_name(path: Path) -> None:
     """Raise UserError if the name ends in .jsonl, or the file cannot be written."""
     if path.suffix.lower() == ".jsonl":
         raise UserError(f"{path}: the metadata file is a JSON object, not JSON lines; use a name that ends in .json")
+    # No inputs are passed: as in sd-scripts, several calls may collect into one file, which is then also read.
     check_place("out_json", path)
     check_overwrite("out_json", path, METADATA)
 

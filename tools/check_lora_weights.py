@@ -92,6 +92,7 @@ def judge(
             continue
         problem = structure_problem(module)
         if problem is None:
+            # Applied once, here: PEFT's recorded alpha is multiplied into a LoKr of whole matrices.
             facts.append(module_facts(with_alpha(module, recorded)))
         else:
             file_problems.append(problem)

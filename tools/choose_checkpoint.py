@@ -76,6 +76,7 @@ def warn_of_other_splits(options: ValidationOptions, files: Sequence[Path], seed
         metadata = read_metadata(path)
         if "ss_validation_split" not in metadata:
             continue
+        # All metadata values are strings; "None" is an option that was not set.
         file_seed = metadata.get("ss_validation_seed", "None")
         file_seed = metadata.get("ss_seed", "") if file_seed == "None" else file_seed
         share = options.validation_split
@@ -133,6 +134,7 @@ def record_choice(choice: events.Choice, reports: ReportOptions, saving: SavingO
         file.take([line])
         file.close()
     if saving.output_dir and (report := Names.build(saving).of_report()).is_file():
+        # A run that is still going on rewrites its report; the lock keeps the two writers apart.
         with run_lock(saving):
             add_event(report, line)
         logger.info("updated %s", report)

@@ -60,6 +60,7 @@ EXAMPLES = """\
 def clean_tags(text: str) -> str:
     """Return the tags worth training on, separated by commas."""
     tags = [tag.strip() for tag in UNDERSCORE.sub(" ", text).split(",") if tag.strip()]
+    # As in sd-scripts, everything from the rating on is cut: DeepDanbooru writes it after the tags.
     end = next((i for i, tag in enumerate(tags) if i and tag.startswith("rating")), len(tags))
     tags = tags[:end]
     if any("girls" in tag or "boys" in tag for tag in tags):

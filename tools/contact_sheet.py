@@ -187,6 +187,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
         sheet.save(temporary, format="PNG")
     logger.info("wrote %s", target)
     if options.saving.output_dir and (report := Names.build(options.saving).of_report()).is_file():
+        # A run that is still going on rewrites its report; the lock keeps the two writers apart.
         with run_lock(options.saving):
             add_sheet(report, encode_data_url(sheet, *LARGEST_IN_REPORT))
         logger.info("updated %s", report)

@@ -85,11 +85,13 @@ def open_source(name: str, required: str | None, variant: str | None) -> Opened:
 def write_file(model: Opened, args: argparse.Namespace, dtype: torch.dtype | None) -> int:
     """Write all parts into one file. Return the number of weights."""
     num_weights = sum(len(part.weights.shapes) for part in model.parts.values())
+    # sd-scripts writes 32 bits unless told otherwise, whatever the input has.
     named = tqdm(layouts.to_single_file(model.base, model.parts, dtype or torch.float32), "converting", num_weights)
     tensors: dict[str, Tensor] = dict(named)
     if model.whole is not None:
         tensors.update(layouts.other_weights(model.whole, tensors))
     elif model.base == "sd2":
+        # A diffusers folder lacks tensors by which programs recognise a single file of SD 2.x.
         tensors.update(layouts.build_unused_tensors(tensors, dtype))
     if is_safetensors(args.model_to_save):
         if args.epoch or args.global_step:
@@ -162,6 +164,7 @@ def write_folder(model: Opened, args: argparse.Namespace, dtype: torch.dtype | N
             (folder / part).mkdir()
             config = layouts.folder_config(part, component.config, reference_config, is_linear)
             write_json(folder / part / "config.json", config)
+            # Every part gets the requested precision; sd-scripts leaves the U-Net of a folder in 32 bits.
             named = layouts.to_folder(part, component, dtype or torch.float32, is_linear)
             tensors = dict(tqdm(named, part, len(component.weights.shapes)))
             formats = model_lookup.weight_files(part)

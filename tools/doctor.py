@@ -140,6 +140,7 @@ def runs_on(architecture: str, known: Sequence[str]) -> bool:
     number = int(architecture.removeprefix("sm_"))
     for name in known:
         digits = "".join(c for c in name if c.isdigit())
+        # sm_ names machine code; compute_ names PTX, which the driver compiles for newer GPUs.
         exact = name.startswith("sm_") and int(digits) // 10 == number // 10 and int(digits) <= number
         if exact or (name.startswith("compute_") and int(digits) <= number):
             return True
@@ -158,6 +159,7 @@ def product_lines(torch: Any, device: Any) -> Iterator[Line]:
 
     def fp8() -> Any:
         scale, dtype = torch.ones((), device=device), torch.float8_e4m3fn
+        # The kernel takes the second matrix in column-major order only.
         columns = b.t().contiguous().to(device, dtype).t()
         return torch._scaled_mm(a.to(device, dtype), columns, scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
 
@@ -165,6 +167,7 @@ def product_lines(torch: Any, device: Any) -> Iterator[Line]:
         multiply = fp8 if name.startswith("float8") else partial(plain, name)
         yield product_line(f"product in {name}", multiply, exact, bound)
     codes = [(matrix * 40).round().clamp(-127, 127).to(torch.int8) for matrix in (a, b)]
+    # Integers are summed exactly, so no difference is allowed.
     exact_sums = codes[0].double() @ codes[1].double()
     yield product_line("product in int8", lambda: torch._int_mm(*(m.to(device) for m in codes)), exact_sums, 0.0)
 
@@ -242,6 +245,7 @@ def setting_lines() -> Iterator[Line]:
 def accelerate_config() -> Path:
     """Return the path of `accelerate launch`'s settings file."""
     custom_path = os.environ.get("ACCELERATE_CONFIG_FILE")
+    # The rest follows accelerate/commands/config/config_args.py, which is not imported because it loads torch.
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     return Path(custom_path) if custom_path else Path(home).expanduser() / "accelerate" / "default_config.yaml"
 
@@ -252,6 +256,8 @@ def describes_training(line: str) -> bool:
     return line.strip().startswith(prefixes)
 
 
+# bitsandbytes keeps states of fewer than 4,096 values in 32 bits, so the weight has more. The first step of Adam moves
+# every value by the learning rate.
 EIGHT_BITS = """
 import torch, bitsandbytes
 from bitsandbytes.optim import AdamW8bit

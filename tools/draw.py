@@ -49,6 +49,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def parse_adapter(text: str) -> tuple[Path, float]:
     """Parse FILE[:STRENGTH]; the default strength is 1. Raises UserError if the file does not exist."""
+    # A colon may belong to the path instead, as in C:\adapter.safetensors.
     name, _, strength = text.rpartition(":")
     try:
         path, factor = (Path(name), float(strength)) if name else (Path(text), 1.0)

@@ -193,6 +193,7 @@ def measure_differences(nested: Nested, ranks: Sequence[int]) -> Iterator[tuple[
         for module, gram_RR in grams:
             module_rank = nested.rank_of(module, rank)
             missed += float(gram_RR[module_rank:, module_rank:].sum())
+        # Rounding can leave a sum near 0 negative.
         yield rank, (max(missed, 0.0) / full) ** 0.5 if full > 0 else 0.0
 
 

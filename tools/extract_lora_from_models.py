@@ -54,6 +54,7 @@ def subtract_weights(org: BaseModel, tuned: BaseModel, name: str) -> Tensor:
     """Return the difference of a weight, in float64. Raises UserError naming a checkpoint with NaN or infinity."""
     weights = [base.read(name).double() for base in (org, tuned)]
     for flag, base, weight in zip(("--model_org", "--model_tuned"), (org, tuned), weights, strict=True):
+        # NaN exceeds no --min_diff, so a damaged text encoder would count as unchanged.
         if num_bad := int((~torch.isfinite(weight)).sum()):
             raise UserError(
                 f"{flag} {base.path}: {name} has {num_bad} of {weight.numel()} values that are not finite; the "
@@ -76,6 +77,7 @@ def extract_module(
     """Return (module, squared norm of the error, squared norm of the difference), in float64 if the device has it."""
     weight = target.module.weight
     assert isinstance(weight, Tensor)
+    # MPS has no float64.
     dtype = torch.float32 if device.type == "mps" else torch.float64
     matrix_ON = difference.to(device, dtype).flatten(1)
     up_OR, down_RN = best_factors(matrix_ON, rank)
@@ -131,6 +133,7 @@ def read_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for file in base.files:
         for module in file.modules:
+            # One checkpoint may store a projection as a 1x1 convolution, the other as a matrix.
             shape = file.shape(module)
             shapes[module] = shape[:2] if set(shape[2:]) == {1} else shape
     return shapes

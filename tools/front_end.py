@@ -72,6 +72,7 @@ def install(args: argparse.Namespace) -> None:
             copy_to(folder)
             logger.info("updated %s", folder)
         else:
+            # Copied to a new folder first: if the copy fails, the front end still has its own scripts.
             new = folder.with_name(f"{folder.name}.new")
             shutil.rmtree(new, ignore_errors=True)
             copy_to(new)

@@ -86,6 +86,7 @@ def compute_states(encoder: nn.Module, ids_BT: Tensor, clip_skip: int) -> Tensor
 
 def iterate_batches(tokenizer: Any, batch_size: int) -> Iterator[Tensor]:
     """Yield token IDs (B, 3): begin, one token, end; over the whole vocabulary in order."""
+    # The special tokens end the vocabulary of CLIP.
     for first in range(0, max(tokenizer.all_special_ids) + 1, batch_size):
         ids = range(first, min(first + batch_size, max(tokenizer.all_special_ids) + 1))
         yield torch.tensor([[tokenizer.bos_token_id, token, tokenizer.eos_token_id] for token in ids])

@@ -64,6 +64,7 @@ EXAMPLES = """\
 DESCRIPTION = "dataset.toml"
 FIRST_LINE = "# Written by tools/make_shards.py and replaced by its next call."
 SHARDS_FILE = FileType("a dataset file of make_shards.py", lambda start: start.startswith(FIRST_LINE.encode()))
+# No content proves that a shard is one of ours, so shards that no journal lists are never overwritten.
 SHARD = FileType("a shard of an earlier call", lambda start: False)
 CACHES = ("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk")
 ENDING = ".txt"
@@ -138,6 +139,7 @@ def write_shards(subset: ScannedSubset, out: Path, name: str, shard_bytes: float
     if not journal.path.exists():  # no earlier call wrote shards of this name
         for path in list_shards(out, name):
             check_overwrite("--out", path, SHARD)
+        # Written before the first shard, so that the next call takes the shards of an interrupted one for ours.
         journal.write([])
     shards, members = find_kept_shards(journal.read(), members, len(subset.images), out, shard_bytes, storage)
     with progress_bar(f"packing {name}", len(subset.images)) as bar:
@@ -239,6 +241,7 @@ def find_kept_shards(
     for shard in known:
         shard_members = list(islice(members, shard.num_pictures))
         num_left -= len(shard_members)
+        # Counted: taking the next image to see if there is one, and putting it back, would nest an iterator per shard.
         grows = num_left > 0 and not shard.is_full
         if grows or not is_kept(shard, shard_members, out / shard.name, shard_bytes, storage):
             return kept, chain(shard_members, members)
@@ -294,6 +297,7 @@ def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage)
     names: set[str] = set()
     patterns_by_dataset: list[list[str]] = []
     for dataset in config.datasets:
+        # All datasets are checked before the first is packed, which can take long.
         refuse_other_folders(dataset)
     for dataset in config.datasets:
         patterns_by_dataset.append([])

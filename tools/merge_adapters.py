@@ -163,6 +163,7 @@ def explain_refusal(file: AdapterFile, module: ModuleWeights, has_base: bool) ->
 
 def rename_to_kohya(file: AdapterFile) -> AdapterFile:
     """Return the file with kohya's module names."""
+    # networks.oft writes kohya's module names with a prefix of its own.
     if all(recognise_naming(name) == "kohya" and not name.startswith("oft_") for name in file.modules):
         return file
     return rename(file, spec_for_file(file, file.origin).names, "kohya", keeps_pieces=True).file
@@ -278,6 +279,7 @@ def make_metadata(
 
 def find_path(file: AdapterFile) -> Path:
     """Return the path of a file of --models."""
+    # The origin is the path as messages show it, with its flag.
     return Path(file.origin.removeprefix("--models "))
 
 

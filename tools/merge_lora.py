@@ -336,6 +336,7 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     joining = Joining()
     if args.concat:
         log_strengths(ratios, strengths)
+        # A fixed seed would allow anyone to undo the shuffling.
         shuffling = generator_for(secrets.randbits(62), "--shuffle") if args.shuffle else None
         joining = Joining(strengths, shuffling)
     modules = merge_adapters(adapters, resolve_ranks(args, adapters), arithmetic, trained_on, joining)

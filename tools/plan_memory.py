@@ -41,6 +41,7 @@ EXAMPLES = """\
 
 def spec_of_script(name: str) -> BaseModelSpec:
     """Return the base model of a training script. Raises UserError listing the scripts if there is no such script."""
+    # Of several base models with one script, the first needs no flag to be selected.
     specs = {spec.script: spec for spec in reversed(list_specs())}
     script = f"{name.removesuffix('.py')}.py"
     if script not in specs:

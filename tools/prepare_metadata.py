@@ -70,6 +70,8 @@ def prepare(args: argparse.Namespace) -> None:
     check_name(args.out_json)
     table = read_table(str(args.in_json))
     images = list_images(args.train_data_dir, args.recursive)
+    # The plan gets the entries instead of reading the file again, so that the images that are encoded and the entries
+    # that are written agree even if the file changes meanwhile.
     plan = cache_images(resolve_options(args), parse_entries(table))
     sizes = {sample.image.key: sample.shape.bucket for sample in plan.samples}
     without_entry = [path for path in images if str(path) not in sizes]

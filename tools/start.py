@@ -148,6 +148,7 @@ def uv_indexes() -> "list[str]":
     words = [
         word for name, option in options.items() for url in os.environ.get(name, "").split() for word in (option, url)
     ]
+    # By default uv takes a package from the first index that has it; pip compares the versions of all indexes.
     return [*words, "--index-strategy", "unsafe-best-match"] if "--extra-index-url" in words else words
 
 
@@ -254,6 +255,7 @@ def run(command: "list[str]", keep_errors_in: "deque[str] | None" = None, quiet:
                 process.kill()
     if num_interrupts:
         raise KeyboardInterrupt
+    # A shell reports death by signal n as status 128 + n, subprocess as -n.
     return int(128 - exit_code if exit_code < 0 else exit_code)
 
 
@@ -265,6 +267,7 @@ def num_threads() -> int:
 
 def training_command(python: Path, threads: int) -> "list[str]":
     """Return `accelerate launch train_network.py` for the quickstart, independent of an accelerate config file."""
+    # --quiet, because accelerate otherwise prints a traceback of its own below our error.
     launch = [str(python), "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(threads)]
     return [*launch, "train_network.py", "--config_file", TRAINING_CONFIG]
@@ -316,6 +319,8 @@ def quickstart(venv: Path) -> int:
     started = time.monotonic()
     for command, product in ((training_command(python, num_threads()), ADAPTER), (image_command(python), IMAGE)):
         print("\n$ " + " ".join(command), flush=True)
+        # A training run that is stopped ends with status 0 and saves under another name, and the file of an earlier run
+        # may exist, so the exit status alone does not show success.
         before = modification_time(ROOT / product)
         exit_code = run(command)
         if exit_code != 0:

@@ -125,6 +125,7 @@ def run_checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[st
     with mute_logging():
         denoiser = spec.build(options).load.denoiser()
     yield compare_with_diffusers(denoiser, spec.build.__module__.rpartition(".")[0])
+    # Each trial loads its own copy in another process; memory may not suffice for two.
     del denoiser
     uninterrupted = prepare_trial(spec, options, folder / "whole", {"selftest": True})
     print(f"training {NUM_STEPS} steps ...", file=sys.stderr, flush=True)
@@ -312,6 +313,7 @@ def describe_machine() -> Iterator[str]:
 
 def list_options(spec: BaseModelSpec, values: dict[str, Any], defaults: Mapping[str, Any], way: Way) -> Iterator[str]:
     if not str(values["network_module"]).startswith(OURS):
+        # The path of somebody's own module can name its author.
         values["network_module"] = "of others"
     changed = [(name, values[name]) for name in SHOWN if name in values and values[name] != defaults[name]]
     options = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changed)

@@ -254,6 +254,7 @@ def make_toy_edit_base(out: Path, num_edits: int, num_steps: int, seed: int) -> 
         (out / "tokenizer" / path.name).write_bytes(path.read_bytes())
     num_clip_words = len(json.loads((out / "tokenizer" / "vocab.json").read_text(encoding="utf-8")))
     num_t5_words = len(write_t5_tokenizer(out / "tokenizer_2").get_vocab())
+    # Rounded to fp16 first, so that the transformer trains on outputs of the weights as saved.
     vae, encoders = make_vae().half().float(), make_text_encoders(num_clip_words, num_t5_words)
     clip, t5 = encoders = encoders[0].half().float(), encoders[1].half().float()
     vae_config = {name: value for name, value in vae.config.items() if name != "_name_or_path"}
@@ -261,6 +262,7 @@ def make_toy_edit_base(out: Path, num_edits: int, num_steps: int, seed: int) -> 
     clip_config = {**clip.config.to_dict(), "architectures": ["CLIPTextModel"]}
     t5_config = {**t5.config.to_dict(), "architectures": ["T5EncoderModel"]}
     save_part(out / "text_encoder", clip_config, clip.state_dict(), "model")
+    # It is tied to shared.weight, which the file has.
     t5_state = {name: tensor for name, tensor in t5.state_dict().items() if name != "encoder.embed_tokens.weight"}
     save_part(out / "text_encoder_2", t5_config, t5_state, "model")
     (out / "model_index.json").write_text(json.dumps({"_class_name": "FluxKontextPipeline"}) + "\n", encoding="utf-8")

@@ -243,6 +243,7 @@ def look_at(image: ImageArray) -> Seen:
     if blob.sum() < MIN_SHAPE_PIXELS or foreground.sum() - blob.sum() > MAX_STRAY_SHARE * blob.sum():
         return Seen(background=background_name)
     silhouette = ndimage.binary_fill_holes(blob)
+    # Pixels at the edge are blended with the background, so the colour is measured inside.
     core = ndimage.binary_erosion(blob, border_value=1)
     colour = pixels[core if core.sum() >= 12 else blob].mean(axis=0)
     is_outlined = (silhouette.sum() - blob.sum()) / silhouette.sum() > OUTLINED_IF_HOLE_SHARE_ABOVE
@@ -262,6 +263,7 @@ def find_foreground(image: ImageArray) -> Mask:
     """Return a mask of the pixels of an image (64, 64, 3) that differ from the background; empty for low contrast."""
     pixels = image.astype(np.float64)
     distance = np.linalg.norm(pixels - np.median(_border_pixels(pixels), axis=0), axis=2)
+    # At least MIN_SHAPE_PIXELS pixels differ by this much, so that a few noisy ones do not count as contrast.
     contrast = float(np.quantile(distance, 1 - MIN_SHAPE_PIXELS / distance.size))
     differs: Mask = distance > (contrast / 2 if contrast >= MIN_CONTRAST else np.inf)
     return differs
