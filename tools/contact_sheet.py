@@ -175,8 +175,8 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     columns, spec = expand_columns(resolve_all(specs, arch), args.seeds), arch.codec.spec
     if args.multipliers is not None:
         stacks: list[Stack] = [[(file, s)] if s else [] for file in files for s in args.multipliers]
-        drawn = list(draw(stacks, columns, device))
-        sheet = arrange_strips(drawn, files, columns, args.multipliers, args.side, spec)
+        drawn_rows = list(draw(stacks, columns, device))
+        sheet = arrange_strips(drawn_rows, files, columns, args.multipliers, args.side, spec)
     else:
         images = list(draw([[], *([(file, 1.0)] for file in files)], columns, device))
         images = [

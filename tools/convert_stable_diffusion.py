@@ -71,9 +71,9 @@ def open_source(name: str, required: str | None, variant: str | None) -> Opened:
     if not path.is_dir():
         if variant is not None:
             raise UserError(f"--variant selects files in a diffusers folder, but {SOURCE} {path} is a file; remove it")
-        whole = model_lookup.open_file(SOURCE, path)
-        parts = {**single_file_parts(SOURCE, whole, spec.name), "vae": vae_of_checkpoint(SOURCE, whole)}
-        return Opened(path, spec.name, parts, whole)
+        weights = model_lookup.open_file(SOURCE, path)
+        parts = {**single_file_parts(SOURCE, weights, spec.name), "vae": vae_of_checkpoint(SOURCE, weights)}
+        return Opened(path, spec.name, parts, weights)
     unet, vae, text = (model_lookup.open_part(SOURCE, path / part, part, variant) for part in layouts.PARTS)
     parts = {"unet": Component(*unet), "vae": vae_of_folder(*vae), "text_encoder": clip_of_folder(*text)}
     return Opened(path, spec.name, parts, None)
@@ -86,8 +86,10 @@ def write_file(model: Opened, args: argparse.Namespace, dtype: torch.dtype | Non
     """Write all parts into one file. Return the number of weights."""
     num_weights = sum(len(part.weights.shapes) for part in model.parts.values())
     # sd-scripts writes 32 bits unless told otherwise, whatever the input has.
-    named = tqdm(layouts.to_single_file(model.base, model.parts, dtype or torch.float32), "converting", num_weights)
-    tensors: dict[str, Tensor] = dict(named)
+    named_tensors = tqdm(
+        layouts.to_single_file(model.base, model.parts, dtype or torch.float32), "converting", num_weights
+    )
+    tensors: dict[str, Tensor] = dict(named_tensors)
     if model.whole is not None:
         tensors.update(layouts.other_weights(model.whole, tensors))
     elif model.base == "sd2":
@@ -165,8 +167,8 @@ def write_folder(model: Opened, args: argparse.Namespace, dtype: torch.dtype | N
             config = layouts.folder_config(part, component.config, reference_config, is_linear)
             write_json(folder / part / "config.json", config)
             # Every part gets the requested precision; sd-scripts leaves the U-Net of a folder in 32 bits.
-            named = layouts.to_folder(part, component, dtype or torch.float32, is_linear)
-            tensors = dict(tqdm(named, part, len(component.weights.shapes)))
+            named_tensors = layouts.to_folder(part, component, dtype or torch.float32, is_linear)
+            tensors = dict(tqdm(named_tensors, part, len(component.weights.shapes)))
             formats = model_lookup.weight_files(part)
             if args.use_safetensors:
                 save_safetensors(folder / part / formats[0][0], tensors, {"format": "pt"})

@@ -117,19 +117,19 @@ def gpu_lines(torch: Any, gpus: Sequence[str]) -> Iterator[Line]:
             slow = "fine for experiments, far too slow for full-size models"
             yield Line("GPU", "none; training runs on the CPU", slow)
         return
-    known = torch.cuda.get_arch_list()
+    architectures = torch.cuda.get_arch_list()
     for number in range(torch.cuda.device_count()):
-        yield gpu_line(torch, number, known)
+        yield gpu_line(torch, number, architectures)
 
 
-def gpu_line(torch: Any, number: int, known: Sequence[str]) -> Line:
+def gpu_line(torch: Any, number: int, architectures: Sequence[str]) -> Line:
     """Report one GPU that torch sees: free memory, and whether this build of torch has kernels for it."""
     major, minor = torch.cuda.get_device_capability(number)
     free, total = torch.cuda.mem_get_info(number)
     name = f"{torch.cuda.get_device_name(number)}, sm_{major}{minor}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
     subject = f"GPU {number}"
-    if not runs_on(f"sm_{major}{minor}", known):
-        return Line(subject, name, f"torch has kernels only for {', '.join(known)}: {GET_TORCH}", True)
+    if not runs_on(f"sm_{major}{minor}", architectures):
+        return Line(subject, name, f"torch has kernels only for {', '.join(architectures)}: {GET_TORCH}", True)
     if free < 0.8 * total:
         return Line(subject, name, "other programs use its memory: list them with `nvidia-smi` and close them")
     return Line(subject, name)

@@ -93,8 +93,8 @@ def draw(args: argparse.Namespace, training: Sequence[str]) -> None:
         check_overwrite("--output", target, PNG, inputs)
     rows = []
     stacks, device = [scale_strengths(files, factor) for factor in factors], find_device()
-    drawn = draw_rows(options.network, options.precision, options.memory, arch, stacks, prompts, device)
-    for factor, images in zip(factors, drawn, strict=True):
+    drawn_rows = draw_rows(options.network, options.precision, options.memory, arch, stacks, prompts, device)
+    for factor, images in zip(factors, drawn_rows, strict=True):
         for number, (prompt, image) in enumerate(zip(prompts, images, strict=True), 1):
             write_image(targets[factor, number], Drawn(number, prompt, image))
             logger.info("wrote %s", targets[factor, number])

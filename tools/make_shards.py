@@ -225,7 +225,7 @@ class Journal:
 
 
 def find_kept_shards(
-    known: Sequence[Shard],
+    recorded: Sequence[Shard],
     members: Iterator[Packed],
     num_pictures: int,
     out: Path,
@@ -238,7 +238,7 @@ def find_kept_shards(
     """
     kept: list[Shard] = []
     num_left = num_pictures
-    for shard in known:
+    for shard in recorded:
         shard_members = list(islice(members, shard.num_pictures))
         num_left -= len(shard_members)
         # Counted: taking the next image to see if there is one, and putting it back, would nest an iterator per shard.

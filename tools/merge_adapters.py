@@ -271,8 +271,8 @@ def make_metadata(
     if with_modelspec:
         first = next((f.metadata for f in files if "modelspec.architecture" in f.metadata), {})
         metadata["modelspec.sai_model_spec"] = "1.0.1"
-        kept = ("architecture", "implementation", "prediction_type", "resolution")
-        metadata.update({key: first[key] for name in kept if (key := f"modelspec.{name}") in first})
+        copied_keys = ("architecture", "implementation", "prediction_type", "resolution")
+        metadata.update({key: first[key] for name in copied_keys if (key := f"modelspec.{name}") in first})
         metadata.update(modelspec(save_to, [find_path(file) for file in files]))
     return metadata
 

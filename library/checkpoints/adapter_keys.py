@@ -131,10 +131,10 @@ def _kronecker_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[in
     seconds: dict[str, int] = {}
     for text, shape in shapes.items():
         parsed = AdapterKey.parse(text)
-        side = None if parsed is None or len(shape) != 2 else KRONECKER_SIDES.get(parsed.leaf)
-        if parsed is not None and side == 0:
+        position = None if parsed is None or len(shape) != 2 else KRONECKER_SIDES.get(parsed.leaf)
+        if parsed is not None and position == 0:
             firsts[parsed.module] = text, shape[0], shape[1]
-        elif parsed is not None and side == 1:
+        elif parsed is not None and position == 1:
             seconds[parsed.module] = shape[1]
     return {key: (rows, columns * seconds[m]) for m, (key, rows, columns) in firsts.items() if m in seconds}
 

@@ -129,8 +129,8 @@ class BaseNames:
     @cached_property
     def index(self) -> Mapping[str, ModuleNames]:
         """All spellings of module names, with underscores instead of dots."""
-        others = {other: module for module in self.modules for other in _add_other_prefixes(module.kohya)}
-        return others | {to_underscores(name): module for module in self.modules for name in module.spellings}
+        other_spellings = {other: module for module in self.modules for other in _add_other_prefixes(module.kohya)}
+        return other_spellings | {to_underscores(name): module for module in self.modules for name in module.spellings}
 
     def find(self, name: str) -> ModuleNames | None:
         """Return the module that `name` refers to, whole or in part; None if the base model has no such module."""

@@ -114,18 +114,18 @@ def to_meta_device(loader: LoaderT) -> LoaderT:
     Every `Weights` in its fields, however deeply nested, returns meta tensors.
     """
 
-    def without_values(value: Any) -> Any:
+    def on_meta_device(value: Any) -> Any:
         if isinstance(value, Weights):
             shapes = value.shapes
             quantised = {name: codes_on_meta_device(q, shapes[name]) for name, q in value.quantised.items()}
             return replace(value, read=lambda name: torch.empty(shapes[name], device="meta"), quantised=quantised)
         if isinstance(value, list | tuple):
-            return type(value)(without_values(item) for item in value)
+            return type(value)(on_meta_device(item) for item in value)
         if is_dataclass(value) and not isinstance(value, type):
-            return replace(value, **{f.name: without_values(getattr(value, f.name)) for f in fields(value) if f.init})
+            return replace(value, **{f.name: on_meta_device(getattr(value, f.name)) for f in fields(value) if f.init})
         return value
 
-    meta_loader: LoaderT = without_values(loader)
+    meta_loader: LoaderT = on_meta_device(loader)
     return meta_loader
 
 

@@ -70,9 +70,13 @@ def describe(caption: str, colour: str, strengths: Sequence[float], seen: Sequen
 
 def check(args: argparse.Namespace) -> None:
     """Draw, check and print."""
-    drawn = [draw_images(args.base, args.adapter, strength, args.captions, args.count) for strength in args.strengths]
+    images_by_strength = [
+        draw_images(args.base, args.adapter, strength, args.captions, args.count) for strength in args.strengths
+    ]
     for number, caption in enumerate(args.captions):
-        print("\n".join(describe(caption, args.colour, args.strengths, [images[number] for images in drawn])))
+        print(
+            "\n".join(describe(caption, args.colour, args.strengths, [images[number] for images in images_by_strength]))
+        )
 
 
 main = command(setup_parser, check)

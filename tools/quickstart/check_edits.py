@@ -73,8 +73,8 @@ def check_edits(args: argparse.Namespace) -> None:
     arguments = [str(args.base), "--prompts", str(prompts), "--output", str(args.output), *adapter]
     if draw.main([*arguments, "--t5xxl_max_token_length", "16"]):
         raise UserError("the images could not be drawn")
-    drawn = [args.output / f"{number:02}_{number}.png" for number in range(1, len(partners) + 1)]
-    judged = [judge(read_image(image), read_image(path)) for image, path in zip(drawn, partners, strict=True)]
+    image_paths = [args.output / f"{number:02}_{number}.png" for number in range(1, len(partners) + 1)]
+    judged = [judge(read_image(image), read_image(path)) for image, path in zip(image_paths, partners, strict=True)]
     num_right = sum(all(matches.values()) for matches in judged)
     parts = [f"{name} {sum(matches[name] for matches in judged)}" for name in (*ATTRIBUTES, "place")]
     print(f"{num_right} of {len(judged)} edits are right ({', '.join(parts)})")

@@ -83,8 +83,8 @@ def parse_caption(caption: str) -> Scene:
     """
     words = caption.lower().replace(",", " ").split()
     shape, colour, background, size = (
-        next((word for word in words if word in known), "")
-        for known in (KNOWN_SHAPES + HELD_OUT_SHAPES, COLOURS, BACKGROUNDS, SIZES)
+        next((word for word in words if word in vocabulary), "")
+        for vocabulary in (KNOWN_SHAPES + HELD_OUT_SHAPES, COLOURS, BACKGROUNDS, SIZES)
     )
     if not (shape and colour and background):
         raise UserError(
