@@ -95,6 +95,7 @@ def check(parts: Sequence[PartFile]) -> None:
     opened = [model_lookup.open_file(part.flag, find_file(part)) for part in parts]
     dit = opened[0]
     specs = list_specs()
+    # Other base models are recognised by prefixed names, which a file of the denoiser alone lacks.
     prefixed = {f"{DENOISER_PREFIX}{key}": shape for key, shape in dit.shapes.items()}
     spec = base_of_file(specs, {**prefixed, **dit.shapes})
     refuse_other(specs, "--dit", dit.origin, spec, "sd3", "transformer")

@@ -87,6 +87,7 @@ def learn_merges(captions: Sequence[str]) -> list[tuple[str, str]]:
     )
     trainer = trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False)
     tokenizer.train_from_iterator(captions, trainer)
+    # tokenizers gives access to the merges through its JSON only.
     return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
