@@ -36,7 +36,7 @@ SECONDS = 120  # timeout of a separate process
 OPTIONAL = ("xformers", "triton", "lycoris-lora", "wandb", "prodigyopt", "lion-pytorch", "dadaptation", "schedulefree")
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
-    "HF_HOME", "HF_HUB_OFFLINE", "ACCELERATE_CONFIG_FILE", "TORCHINDUCTOR_CACHE_DIR",
+    "HF_HOME", "HF_HUB_OFFLINE", "TORCHINDUCTOR_CACHE_DIR",
 )  # fmt: skip
 # Relative error (Frobenius norm) against the float64 product: three times the format's own rounding error on random
 # numbers.
@@ -244,10 +244,9 @@ def setting_lines() -> Iterator[Line]:
 
 def accelerate_config() -> Path:
     """Return the path of `accelerate launch`'s settings file."""
-    custom_path = os.environ.get("ACCELERATE_CONFIG_FILE")
-    # The rest follows accelerate/commands/config/config_args.py, which is not imported because it loads torch.
+    # As in accelerate/commands/config/config_args.py, which is not imported because it loads torch.
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(custom_path) if custom_path else Path(home).expanduser() / "accelerate" / "default_config.yaml"
+    return Path(home).expanduser() / "accelerate" / "default_config.yaml"
 
 
 def describes_training(line: str) -> bool:
