@@ -86,9 +86,7 @@ class NaiveLora(nn.Module):
 
 
 class MaterialisedDora(nn.Module):
-    """DoRA that builds the weight m (W0 + dW) /
-    W0 + dW
-    in every call."""
+    """DoRA that builds the weight m (W0 + dW) / |W0 + dW| in every call."""
 
     def __init__(self, layer: Any, delta: LowRank, scale: float) -> None:
         super().__init__()

@@ -42,6 +42,7 @@ def find_adapter_targets(base: BaseModel, with_convolutions: bool) -> tuple[list
     targets = denoiser.adapter_targets
     assert isinstance(targets, AdapterTargets)
     classes = targets.denoiser.blocks + (targets.denoiser.conv_blocks if with_convolutions else ())
+    # Targets of text encoders are declared even for checkpoints that come without them.
     text = [
         target
         for part, encoder in zip(targets.text_encoders, encoders, strict=bool(encoders))

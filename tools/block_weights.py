@@ -41,9 +41,9 @@ class BlockStrength:
 
     def block_of(self, name: str) -> str | None:
         """Return the block of a module, named in any naming; None if the module is in no block."""
-        found, lists = self.spec.names.find(name), self.spec.block_weights
+        names, lists = self.spec.names.find(name), self.spec.block_weights
         assert lists is not None
-        return None if found is None else lists.block_of(found.generic)
+        return None if names is None else lists.block_of(names.generic)
 
 
 def parse_lists(texts: Sequence[str] | None, num_files: int) -> list[tuple[float, ...]]:
@@ -64,12 +64,12 @@ def parse_lists(texts: Sequence[str] | None, num_files: int) -> list[tuple[float
 def parse_list(text: str) -> tuple[float, ...]:
     """Parse `[1, 0.5]` or `1,0.5`. Raises UserError for anything but finite numbers."""
     try:
-        found = parse_json(text if text.strip().startswith("[") else f"[{text}]")
+        numbers = parse_json(text if text.strip().startswith("[") else f"[{text}]")
     except ValueError:
-        found = None
-    if not isinstance(found, list) or not all(map(is_finite_number, found)):
+        numbers = None
+    if not isinstance(numbers, list) or not all(map(is_finite_number, numbers)):
         raise UserError(f'--lbws has "{text}", which is not a list of numbers; write it as [1,0,0.5,...]')
-    return tuple(float(value) for value in found)
+    return tuple(float(value) for value in numbers)
 
 
 def strength_by_block(file: AdapterFile, spec: BaseModelSpec, numbers: tuple[float, ...]) -> Callable[[str], float]:
@@ -89,6 +89,7 @@ def strength_by_block(file: AdapterFile, spec: BaseModelSpec, numbers: tuple[flo
             f"--lbws has a list of {len(numbers)} numbers, but {file.origin} is for {spec.title}, "
             f"which needs {format_lengths(spec)}"
         )
+    # The strength acts on the change. sd-scripts multiplies both factors by it, so that 0.5 acts as 0.25 there.
     strength = BlockStrength(spec, dict(zip(names, numbers, strict=True)))
     if not any(map(strength, file.modules)):
         raise UserError(f"--lbws gives every module of {file.origin} strength 0; remove the file or use other numbers")
@@ -101,10 +102,10 @@ def warn_about_uncovered_modules(file: AdapterFile, lists: BlockWeights, strengt
     blocks = [strength.block_of(name) for name in file.modules]
     uncovered = sorted({block or "outside of all blocks" for block in blocks if block not in strength.by_block})
     if uncovered:
-        num = sum(block not in strength.by_block for block in blocks)
+        num_uncovered = sum(block not in strength.by_block for block in blocks)
         logger.warning(
             "--lbws: %d of the %d modules of %s are in no block of a list of %d (%s); they keep --ratios",
-            num, len(blocks), file.origin, len(strength.by_block), ", ".join(uncovered),
+            num_uncovered, len(blocks), file.origin, len(strength.by_block), ", ".join(uncovered),
         )  # fmt: skip
     ineffective = [
         block for block, value in strength.by_block.items() if block in lists.missing and value not in (0, 1)

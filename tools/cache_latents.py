@@ -52,8 +52,8 @@ def read_options(args: argparse.Namespace, **values: bool) -> TrainOptions:
     if args.sdxl and args.flux:
         raise UserError("--sdxl and --flux name two base models; remove one of them")
     kind: type[TrainOptions] = SdxlOptions if args.sdxl else FluxOptions if args.flux else TrainOptions
-    skips = {"skip_cache_check": args.skip_existing or args.skip_cache_check}
-    options = kind.from_args(argparse.Namespace(**{**vars(args), **skips, **values}))
+    overrides = {"skip_cache_check": args.skip_existing or args.skip_cache_check}
+    options = kind.from_args(argparse.Namespace(**{**vars(args), **overrides, **values}))
     check_data(options)
     return options
 

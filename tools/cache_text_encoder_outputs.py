@@ -21,8 +21,8 @@ __all__ = ["cache_to_disk", "main", "setup_parser", "train_util"]
 
 def cache_to_disk(args: argparse.Namespace) -> None:
     """Encode every caption whose cache entry is missing or stale. Raises UserError."""
-    wanted = {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
-    options = read_options(args, network_train_unet_only=True, **wanted)
+    caching = {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
+    options = read_options(args, network_train_unet_only=True, **caching)
     arch = BUILD[type(options)](options)
     if arch.text_cache is None:
         raise UserError(

@@ -70,7 +70,8 @@ def describe_options(script: str) -> Iterator[dict[str, Any]]:
     parser = importlib.import_module(script.removesuffix(".py")).setup_parser()
     kinds: list[type[Options]] = [LecoOptions]
     kinds += [spec.options for spec in list_specs() if script in (spec.script, spec.prompts_script)]
-    facts = {name: one for kind in kinds for name, one in kind.facts().items()}
+    facts = {name: option_facts for kind in kinds for name, option_facts in kind.facts().items()}
+    # argparse has no public way to list the groups of a parser.
     for group in parser._action_groups:
         for action in group._group_actions:
             if action.dest != "help":
@@ -78,12 +79,12 @@ def describe_options(script: str) -> Iterator[dict[str, Any]]:
 
 
 def describe_option(action: argparse.Action, group: str, facts: Facts) -> dict[str, Any]:
-    kind = "flag" if action.nargs == 0 else TYPES[action.type or str]
+    type_name = "flag" if action.nargs == 0 else TYPES[action.type or str]
     return {
         "name": action.dest,
         "flag": action.option_strings[0],
         "group": group,
-        "type": kind,
+        "type": type_name,
         "is_list": action.nargs not in (None, 0, "?"),
         "default": action.default,
         "choices": None if action.choices is None else list(action.choices),
@@ -103,7 +104,7 @@ def describe_option(action: argparse.Action, group: str, facts: Facts) -> dict[s
 def describe_kind(kind: AdapterKind) -> dict[str, Any]:
     """Return an adapter kind with the network arguments that it accepts."""
     groups = (*COMMON, DoraArguments, *kind.wrappers, kind.arguments)
-    defaults = {one.name: one.default for group in groups for one in fields(group)}
+    defaults = {f.name: f.default for group in groups for f in fields(group)}
     return {
         "network_module": kind.network_module,
         "adapter": kind.layouts[0].words,
@@ -111,27 +112,27 @@ def describe_kind(kind: AdapterKind) -> dict[str, Any]:
         "arguments": [
             {
                 "name": name,
-                "aliases": list(found.aliases),
+                "aliases": list(argument.aliases),
                 "default": defaults[name],
-                "needs": found.requires.words if found.requires else None,
-                "help": found.help,
+                "needs": argument.requires.words if argument.requires else None,
+                "help": argument.help,
             }
             for group in groups
-            for name, found in list_declared(group).items()
+            for name, argument in list_declared(group).items()
             if name not in kind.refuses
         ],
     }
 
 
-def show(found: Mapping[str, Any]) -> Iterator[str]:
+def show(capabilities: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of the short, human-readable list."""
-    yield f"{found['name']} {found['version']}"
-    for model in found["base_models"]:
+    yield f"{capabilities['name']} {capabilities['version']}"
+    for model in capabilities["base_models"]:
         yield f"  {model['title']:24} {model['script']} {model['script_flag'] or ''}".rstrip()
-    for module in found["network_modules"]:
+    for module in capabilities["network_modules"]:
         yield f"  --network_module {module['network_module']:16} {module['adapter']}"
-    yield f"  --base_format {', '.join(found['base_formats'])}"
-    for script in found["scripts"]:
+    yield f"  --base_format {', '.join(capabilities['base_formats'])}"
+    for script in capabilities["scripts"]:
         yield f"  {script['name']}: {len(script['options'])} options"
 
 
@@ -139,13 +140,13 @@ def print_capabilities(args: argparse.Namespace) -> None:
     """Print the capabilities. Raises UserError for an unknown script."""
     scripts = sorted(path.name for pattern in SCRIPTS for path in ROOT.glob(pattern))
     if args.script and args.script not in scripts:
-        near = nearest_name(args.script, scripts)
-        raise UserError(f"--script {args.script} is not a training script; use {near or ', '.join(scripts)}")
-    found = list_capabilities([args.script] if args.script else scripts)
+        suggestion = nearest_name(args.script, scripts)
+        raise UserError(f"--script {args.script} is not a training script; use {suggestion or ', '.join(scripts)}")
+    capabilities = list_capabilities([args.script] if args.script else scripts)
     if args.json:
-        print(json.dumps(found, ensure_ascii=True))
+        print(json.dumps(capabilities, ensure_ascii=True))
     else:
-        print("\n".join(show(found)))
+        print("\n".join(show(capabilities)))
 
 
 main = command(setup_parser, print_capabilities)

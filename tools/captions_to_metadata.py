@@ -41,17 +41,18 @@ def list_images(folder: Path, is_recursive: bool) -> list[Path]:
         raise UserError(f"{folder} is not a folder")
     endings = image_extensions()
     entries = folder.rglob("*") if is_recursive else folder.iterdir()
-    found = sorted(path for path in entries if path.suffix in endings and path.is_file())
-    if not found:
-        below = "" if is_recursive else "; --recursive with --full_path searches its subfolders"
-        raise UserError(f"{folder} has no images{below}")
-    return found
+    images = sorted(path for path in entries if path.suffix in endings and path.is_file())
+    if not images:
+        hint = "" if is_recursive else "; --recursive with --full_path searches its subfolders"
+        raise UserError(f"{folder} has no images{hint}")
+    return images
 
 
 def check_name(path: Path) -> None:
     """Raise UserError if the name ends in .jsonl, or the file cannot be written."""
     if path.suffix.lower() == ".jsonl":
         raise UserError(f"{path}: the metadata file is a JSON object, not JSON lines; use a name that ends in .json")
+    # No inputs are passed: as in sd-scripts, several calls may collect into one file, which is then also read.
     check_place("out_json", path)
     check_overwrite("out_json", path, METADATA)
 

@@ -83,27 +83,30 @@ def judge(
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     specs = list_specs()
     base = recognise_adapter(specs, shapes, metadata)
-    found: list[str] = []
+    file_problems: list[str] = []
     facts: list[ModuleFacts] = []
-    lone = [module.keys[ALPHA] for module in modules.values() if module.tensors.keys() == {ALPHA}]
+    lone_alphas = [module.keys[ALPHA] for module in modules.values() if module.tensors.keys() == {ALPHA}]
     for module in tqdm(modules.values(), desc="modules", disable=None, leave=False):
-        found += value_problems(module)
-        if module.keys.get(ALPHA) in lone:
+        file_problems += value_problems(module)
+        if module.keys.get(ALPHA) in lone_alphas:
             continue
-        wrong = structure_problem(module)
-        if wrong is None:
+        problem = structure_problem(module)
+        if problem is None:
+            # Applied once, here: PEFT's recorded alpha is multiplied into a LoKr of whole matrices.
             facts.append(module_facts(with_alpha(module, recorded)))
         else:
-            found.append(wrong)
-    if len(modules) == len(lone):
-        found.append(f"the file contains no adapter weights (first keys: {', '.join(list(tensors)[:3]) or 'none'})")
+            file_problems.append(problem)
+    if len(modules) == len(lone_alphas):
+        file_problems.append(
+            f"the file contains no adapter weights (first keys: {', '.join(list(tensors)[:3]) or 'none'})"
+        )
     warnings = list(find_warnings(list(modules.values()), facts, list(file.unknown), base))
-    if lone and len(modules) > len(lone):
-        warnings.append(f"alphas without weights, which have no effect: {list_some_keys(lone)}")
+    if lone_alphas and len(modules) > len(lone_alphas):
+        warnings.append(f"alphas without weights, which have no effect: {list_some_keys(lone_alphas)}")
     name = base.name if base else None
     alphas = {key: float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha") and tensor.numel() == 1}
     programs = readings(specs, shapes, metadata, alphas)
-    return Report(origin, name, count_dtypes(tensors), facts, group_by_block(facts), programs, found, warnings)
+    return Report(origin, name, count_dtypes(tensors), facts, group_by_block(facts), programs, file_problems, warnings)
 
 
 def find_warnings(
@@ -115,12 +118,12 @@ def find_warnings(
     if base is None:
         yield "the base model cannot be recognised from the keys"
     else:
-        strangers = [module.name for module in modules if base.names.find(module.name) is None]
-        if strangers:
-            yield f"{base.title} has no modules of these names: {list_some_keys(strangers)}"
-    still = [module.name for module in facts if module.update_norm == 0]
-    if still:
-        yield f"all zeros, without effect: {list_some_keys(still)}"
+        foreign = [module.name for module in modules if base.names.find(module.name) is None]
+        if foreign:
+            yield f"{base.title} has no modules of these names: {list_some_keys(foreign)}"
+    unchanged = [module.name for module in facts if module.update_norm == 0]
+    if unchanged:
+        yield f"all zeros, without effect: {list_some_keys(unchanged)}"
 
 
 def format_json(report: Report) -> str:
@@ -180,12 +183,12 @@ def list_keys(path: Path) -> Iterator[str]:
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", type=Path, help="the adapter file, or a folder saved by PEFT")
-    which.add_argument("file", type=Path, nargs="?", help="the same, as a positional argument")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="print everything as JSON, single modules included")
-    how.add_argument("-s", "--show_all_keys", action="store_true", help="also list every key: dtype, shape, norm")
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--model", type=Path, help="the adapter file, or a folder saved by PEFT")
+    inputs.add_argument("file", type=Path, nargs="?", help="the same, as a positional argument")
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument("--json", action="store_true", help="print everything as JSON, single modules included")
+    formats.add_argument("-s", "--show_all_keys", action="store_true", help="also list every key: dtype, shape, norm")
     return parser
 
 

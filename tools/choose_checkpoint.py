@@ -62,8 +62,8 @@ def choose_seed(seed: int | None, files: Sequence[Path]) -> int:
     """
     if seed is not None:
         return seed
-    found = {read_metadata(path).get("ss_seed", "") for path in files}
-    if len(found) != 1 or not (text := found.pop()).isdigit():
+    seeds = {read_metadata(path).get("ss_seed", "") for path in files}
+    if len(seeds) != 1 or not (text := seeds.pop()).isdigit():
         raise UserError("--seed is not set, and the files record no common seed; set --seed to that of the training")
     logger.info("--seed is not set: using %s from the files", text)
     return int(text)
@@ -71,52 +71,58 @@ def choose_seed(seed: int | None, files: Sequence[Path]) -> int:
 
 def warn_of_other_splits(options: ValidationOptions, files: Sequence[Path], seed: int) -> None:
     """Warn about files that may have been trained on the held-out images."""
-    wanted = seed if options.validation_seed is None else options.validation_seed
+    split_seed = seed if options.validation_seed is None else options.validation_seed
     for path in files:
         metadata = read_metadata(path)
         if "ss_validation_split" not in metadata:
             continue
-        own = metadata.get("ss_validation_seed", "None")
-        own = metadata.get("ss_seed", "") if own == "None" else own
+        # All metadata values are strings; "None" is an option that was not set.
+        file_seed = metadata.get("ss_validation_seed", "None")
+        file_seed = metadata.get("ss_seed", "") if file_seed == "None" else file_seed
         share = options.validation_split
-        if float(metadata["ss_validation_split"]) != share or own != str(wanted):
-            text = (
+        if float(metadata["ss_validation_split"]) != share or file_seed != str(split_seed):
+            message = (
                 "%s was trained with --validation_split %s and seed %s, but here they are %g and %d: it may have been "
                 "trained on the held-out images"
             )
-            logger.warning(text, path.name, metadata["ss_validation_split"], own, share, wanted)
+            logger.warning(message, path.name, metadata["ss_validation_split"], file_seed, share, split_seed)
 
 
-def measure_files(sides: Sides, found: Sequence[FileLosses]) -> list[Measured]:
+def measure_files(sides: Sides, losses_by_file: Sequence[FileLosses]) -> list[Measured]:
     """Return each file with its mean loss per image, the base model first."""
     unseen = sides.held_out or sides.mirrored
     is_held_out = sides.held_out is not None
 
-    def by_its_images(one: FileLosses, of_trained: bool) -> torch.Tensor:
-        losses_NL = one.trained_NL if of_trained else one.held_out_NL if is_held_out else one.mirrored_NL
+    def by_its_images(losses: FileLosses, of_trained: bool) -> torch.Tensor:
+        losses_NL = losses.trained_NL if of_trained else losses.held_out_NL if is_held_out else losses.mirrored_NL
         measurement = sides.trained if of_trained else unseen
         assert losses_NL is not None and measurement is not None
         return average_by_image(losses_NL.mean(1), measurement.rows)
 
-    base, measured = found[0], []
-    for one in found:
+    base, measured = losses_by_file[0], []
+    for file_losses in losses_by_file:
         memory = None
-        if one.row is not None and unseen is not None:
+        if file_losses.row is not None and unseen is not None:
             unseen_pair, trained_pair = (
-                (by_its_images(base, of_trained), by_its_images(one, of_trained)) for of_trained in (False, True)
+                (by_its_images(base, of_trained), by_its_images(file_losses, of_trained))
+                for of_trained in (False, True)
             )
             memory = memorised(unseen_pair, trained_pair, "held-out" if is_held_out else "mirrored")
-        losses_G = by_its_images(one, of_trained=not is_held_out)
-        file, step = (None, 0) if one.row is None else (display_path(one.row), read_num_steps(one.row))
-        measured.append(Measured(file, step, losses_G, memory, measure_forgetting(one, base, sides.probe)))
+        losses_G = by_its_images(file_losses, of_trained=not is_held_out)
+        file, step = (
+            (None, 0) if file_losses.row is None else (display_path(file_losses.row), read_num_steps(file_losses.row))
+        )
+        measured.append(Measured(file, step, losses_G, memory, measure_forgetting(file_losses, base, sides.probe)))
     return measured
 
 
-def measure_forgetting(one: FileLosses, base: FileLosses, probe: Measurement | None) -> events.Forgotten | None:
+def measure_forgetting(file_losses: FileLosses, base: FileLosses, probe: Measurement | None) -> events.Forgotten | None:
     """Return the rise of the loss on the forgetting probe; None without a probe, and for the base model itself."""
-    if probe is None or one.row is None or one.probe_NL is None or base.probe_NL is None:
+    if probe is None or file_losses.row is None or file_losses.probe_NL is None or base.probe_NL is None:
         return None
-    before_G, after_G = (average_by_image(losses_NL.mean(1), probe.rows) for losses_NL in (base.probe_NL, one.probe_NL))
+    before_G, after_G = (
+        average_by_image(losses_NL.mean(1), probe.rows) for losses_NL in (base.probe_NL, file_losses.probe_NL)
+    )
     return forgotten(before_G, after_G)
 
 
@@ -128,6 +134,7 @@ def record_choice(choice: events.Choice, reports: ReportOptions, saving: SavingO
         file.take([line])
         file.close()
     if saving.output_dir and (report := Names.build(saving).of_report()).is_file():
+        # A run that is still going on rewrites its report; the lock keeps the two writers apart.
         with run_lock(saving):
             add_event(report, line)
         logger.info("updated %s", report)

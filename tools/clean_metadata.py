@@ -60,6 +60,7 @@ EXAMPLES = """\
 def clean_tags(text: str) -> str:
     """Return the tags worth training on, separated by commas."""
     tags = [tag.strip() for tag in UNDERSCORE.sub(" ", text).split(",") if tag.strip()]
+    # As in sd-scripts, everything from the rating on is cut: DeepDanbooru writes it after the tags.
     end = next((i for i, tag in enumerate(tags) if i and tag.startswith("rating")), len(tags))
     tags = tags[:end]
     if any("girls" in tag or "boys" in tag for tag in tags):
@@ -75,13 +76,13 @@ def extends_tag(other: str, tag: str) -> bool:
 
 def drop_attributes(tags: Sequence[str]) -> list[str]:
     """Remove ambiguous attributes if there are several people; all may share a single hair length, which is kept."""
-    left = list(tags)
+    kept = list(tags)
     for pattern in OF_ONE_PERSON:
-        found = [tag for tag in left if pattern.fullmatch(tag)]
-        if len(found) > 1:
-            left = [tag for tag in left if tag not in found]
-    colours = [tag for tag in left if HAIR.fullmatch(tag) and not HAIR_LENGTH.fullmatch(tag)]
-    return [tag for tag in left if tag not in colours] if len(colours) > 1 else left
+        matches = [tag for tag in kept if pattern.fullmatch(tag)]
+        if len(matches) > 1:
+            kept = [tag for tag in kept if tag not in matches]
+    colours = [tag for tag in kept if HAIR.fullmatch(tag) and not HAIR_LENGTH.fullmatch(tag)]
+    return [tag for tag in kept if tag not in colours] if len(colours) > 1 else kept
 
 
 def clean_caption(text: str) -> str:

@@ -43,11 +43,13 @@ def act(action: Callable[[], int | None]) -> int:
     """Run `action`, print a user error as one line, and return the exit status as `run` does."""
     setup_plain_logging()
     try:
+        # diffusers imports it if it is installed, which takes 3 CPU s and prints a note about a missing kernel.
         with hide_library(BITSANDBYTES):
             return action() or 0
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and (error.errno is None or error.filename is None):  # not from the system
             raise
+        # Names in files may contain escape sequences, which must not reach the terminal.
         print(f"error: {escape_controls(str(error), keep=LINES)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -196,6 +198,7 @@ def check_folder(flag: str, path: Path) -> None:
 def resolve_device(name: str) -> torch.device:
     """Return the device of --device. Raises UserError if it cannot be used."""
     try:
+        # torch.device accepts devices that this machine lacks; only an allocation shows that one can be used.
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

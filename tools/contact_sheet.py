@@ -65,12 +65,12 @@ def setup_parser() -> argparse.ArgumentParser:
 def parse_numbers(text: str) -> list[float]:
     """Parse numbers separated by commas. Raises argparse.ArgumentTypeError."""
     try:
-        found = [float(word) for word in text.split(",")]
+        numbers = [float(part) for part in text.split(",")]
     except ValueError:
-        found = []
-    if not found or not all(map(isfinite, found)):
+        numbers = []
+    if not numbers or not all(map(isfinite, numbers)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, such as -2,-1,0,1,2")
-    return found
+    return numbers
 
 
 def label_rows(files: Sequence[Path]) -> list[str]:
@@ -91,10 +91,10 @@ def choose_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
     if not saving.output_dir:
         raise UserError("no adapter files: set --files, or --output_dir to search for them")
     names = Names.build(saving)
-    found = files_of_run(names)
-    if not found:
+    files = files_of_run(names)
+    if not files:
         raise UserError(f"--output_dir {names.folder} contains no adapter files of this name; list some with --files")
-    return found
+    return files
 
 
 def find_device() -> torch.device:
@@ -124,19 +124,21 @@ def arrange_strips(
     """
     rows, labels = [], []
     for number, name in enumerate(label_rows(files)[1:]):
-        of_file = drawn[number * len(multipliers) : (number + 1) * len(multipliers)]
-        found = []
+        file_rows = drawn[number * len(multipliers) : (number + 1) * len(multipliers)]
+        correlations = []
         for column, prompt in enumerate(prompts):
-            row = [images[column] for images in of_file]
+            row = [images[column] for images in file_rows]
             label = f"{name}, {prompt.seed}: {prompt.text}"
             if len(set(multipliers)) >= FEWEST:
-                found.append(measure_response(multipliers, row).correlation)
-                label = f"{found[-1]:.2f} {label}"
+                correlations.append(measure_response(multipliers, row).correlation)
+                label = f"{correlations[-1]:.2f} {label}"
             rows.append([show_with_references(prompt, image, spec) for image in row])
             labels.append(label)
-        if found:
-            known = [one for one in found if isfinite(one)]
-            logger.info("%s: rank correlation of strength and change %s", name, format_correlations(known, len(found)))
+        if correlations:
+            finite = [c for c in correlations if isfinite(c)]
+            logger.info(
+                "%s: rank correlation of strength and change %s", name, format_correlations(finite, len(correlations))
+            )
     return arrange(rows, labels, [f"strength {strength:g}" for strength in multipliers], side)
 
 
@@ -144,9 +146,9 @@ def format_correlations(known: Sequence[float], num_images: int) -> str:
     """Format the mean and the minimum of the finite correlations among `num_images` rows."""
     if not known:
         return "unknown: all images are equal"
-    rest = num_images - len(known)
-    equal = f"; {rest} do not change" if rest else ""
-    return f"{mean(known):.2f} on average, lowest {min(known):.2f}, {len(known)} prompts and seeds{equal}"
+    num_unchanged = num_images - len(known)
+    suffix = f"; {num_unchanged} do not change" if num_unchanged else ""
+    return f"{mean(known):.2f} on average, lowest {min(known):.2f}, {len(known)} prompts and seeds{suffix}"
 
 
 def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
@@ -173,16 +175,19 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     columns, spec = expand_columns(resolve_all(specs, arch), args.seeds), arch.codec.spec
     if args.multipliers is not None:
         stacks: list[Stack] = [[(file, s)] if s else [] for file in files for s in args.multipliers]
-        drawn = list(draw(stacks, columns, device))
-        sheet = arrange_strips(drawn, files, columns, args.multipliers, args.side, spec)
+        drawn_rows = list(draw(stacks, columns, device))
+        sheet = arrange_strips(drawn_rows, files, columns, args.multipliers, args.side, spec)
     else:
         images = list(draw([[], *([(file, 1.0)] for file in files)], columns, device))
-        images = [[show_with_references(p, one, spec) for p, one in zip(columns, row, strict=True)] for row in images]
+        images = [
+            [show_with_references(p, image, spec) for p, image in zip(columns, row, strict=True)] for row in images
+        ]
         sheet = arrange(images, label_rows(files), [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)
     with atomic_path(target) as temporary:
         sheet.save(temporary, format="PNG")
     logger.info("wrote %s", target)
     if options.saving.output_dir and (report := Names.build(options.saving).of_report()).is_file():
+        # A run that is still going on rewrites its report; the lock keeps the two writers apart.
         with run_lock(options.saving):
             add_sheet(report, encode_data_url(sheet, *LARGEST_IN_REPORT))
         logger.info("updated %s", report)

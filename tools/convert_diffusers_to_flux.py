@@ -37,20 +37,20 @@ def open_transformer(path: Path) -> Weights:
     """
     path = model_lookup.find_model(FLAG, str(path), ((FOLDER, ""),))
     if path.is_dir():
-        own = path / FOLDER if (path / FOLDER).is_dir() else path
-        weights = model_lookup.open_part(FLAG, own, FOLDER)[1]
+        folder = path / FOLDER if (path / FOLDER).is_dir() else path
+        weights = model_lookup.open_part(FLAG, folder, FOLDER)[1]
     else:
         weights = model_lookup.open_file(FLAG, path)
     if DIFFUSERS_MARK not in weights.shapes:
-        first = list_first_names(weights)
-        raise UserError(f"{FLAG} {path} is not a FLUX.1 transformer in diffusers' layout (first names: {first})")
+        first_names = list_first_names(weights)
+        raise UserError(f"{FLAG} {path} is not a FLUX.1 transformer in diffusers' layout (first names: {first_names})")
     original = KEYS.from_diffusers(weights)
     spec = base_of_file(list_specs(), original.shapes)
     if spec is None or spec.name not in MODELS:
         raise UserError(f"{FLAG} {path} is {'of an unknown model' if spec is None else f'{spec.called} model'}")
-    strangers = sorted(set(original.shapes) - set(KEYS.our_keys(weights.shapes)))
-    if strangers:
-        raise UserError(f"{FLAG} {path}: {strangers[0]} does not exist in the original layout; this is another variant")
+    unknown = sorted(set(original.shapes) - set(KEYS.our_keys(weights.shapes)))
+    if unknown:
+        raise UserError(f"{FLAG} {path}: {unknown[0]} does not exist in the original layout; this is another variant")
     return original
 
 

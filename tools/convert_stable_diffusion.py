@@ -61,19 +61,19 @@ class Opened:
     whole: Weights | None  # the single file; None for a folder
 
 
-def open_source(name: str, wanted: str | None, variant: str | None) -> Opened:
+def open_source(name: str, required: str | None, variant: str | None) -> Opened:
     """Open the model; only file headers are read. Raises UserError if it is not the required base model."""
     path, spec = find_base(SOURCE, name, *layouts.PARTS)
     if spec.name not in TITLES:
         raise UserError(f"{SOURCE} {path}: this is {spec.called} model; this command supports only SD 1.x and SD 2.x")
-    if wanted not in (None, spec.name):
-        raise UserError(f"{SOURCE} {path}: this is {spec.called} model; remove --{'v1' if wanted == 'sd1' else 'v2'}")
+    if required not in (None, spec.name):
+        raise UserError(f"{SOURCE} {path}: this is {spec.called} model; remove --{'v1' if required == 'sd1' else 'v2'}")
     if not path.is_dir():
         if variant is not None:
             raise UserError(f"--variant selects files in a diffusers folder, but {SOURCE} {path} is a file; remove it")
-        whole = model_lookup.open_file(SOURCE, path)
-        parts = {**single_file_parts(SOURCE, whole, spec.name), "vae": vae_of_checkpoint(SOURCE, whole)}
-        return Opened(path, spec.name, parts, whole)
+        weights = model_lookup.open_file(SOURCE, path)
+        parts = {**single_file_parts(SOURCE, weights, spec.name), "vae": vae_of_checkpoint(SOURCE, weights)}
+        return Opened(path, spec.name, parts, weights)
     unet, vae, text = (model_lookup.open_part(SOURCE, path / part, part, variant) for part in layouts.PARTS)
     parts = {"unet": Component(*unet), "vae": vae_of_folder(*vae), "text_encoder": clip_of_folder(*text)}
     return Opened(path, spec.name, parts, None)
@@ -84,12 +84,16 @@ def open_source(name: str, wanted: str | None, variant: str | None) -> Opened:
 
 def write_file(model: Opened, args: argparse.Namespace, dtype: torch.dtype | None) -> int:
     """Write all parts into one file. Return the number of weights."""
-    num = sum(len(part.weights.shapes) for part in model.parts.values())
-    named = tqdm(layouts.to_single_file(model.base, model.parts, dtype or torch.float32), "converting", num)
-    tensors: dict[str, Tensor] = dict(named)
+    num_weights = sum(len(part.weights.shapes) for part in model.parts.values())
+    # sd-scripts writes 32 bits unless told otherwise, whatever the input has.
+    named_tensors = tqdm(
+        layouts.to_single_file(model.base, model.parts, dtype or torch.float32), "converting", num_weights
+    )
+    tensors: dict[str, Tensor] = dict(named_tensors)
     if model.whole is not None:
         tensors.update(layouts.other_weights(model.whole, tensors))
     elif model.base == "sd2":
+        # A diffusers folder lacks tensors by which programs recognise a single file of SD 2.x.
         tensors.update(layouts.build_unused_tensors(tensors, dtype))
     if is_safetensors(args.model_to_save):
         if args.epoch or args.global_step:
@@ -98,27 +102,31 @@ def write_file(model: Opened, args: argparse.Namespace, dtype: torch.dtype | Non
     else:
         if args.metadata is not None:
             logger.warning("--metadata has no effect: only a .safetensors file can store it")
-        before = read_counts(model.path)
-        save_pickle_state_dict(args.model_to_save, tensors, {n: getattr(args, n) + before.get(n, 0) for n in COUNTS})
+        old_counts = read_counts(model.path)
+        save_pickle_state_dict(
+            args.model_to_save, tensors, {n: getattr(args, n) + old_counts.get(n, 0) for n in COUNTS}
+        )
     return len(tensors)
 
 
 def parse_metadata(text: str | None) -> dict[str, str]:
     """Parse --metadata to a mapping of strings. Raises UserError for anything else."""
     try:
-        found = {} if text is None else ast.literal_eval(text)
+        metadata = {} if text is None else ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        found = None
-    if not isinstance(found, dict) or not all(isinstance(word, str) for item in found.items() for word in item):
+        metadata = None
+    if not isinstance(metadata, dict) or not all(
+        isinstance(string, str) for item in metadata.items() for string in item
+    ):
         raise UserError(f"""--metadata {text} is not a mapping of strings; write it as '{{"name": "my model"}}'""")
-    return found
+    return metadata
 
 
 def read_counts(path: Path) -> dict[str, int]:
     """Return the epochs and steps that a training program recorded in a pickled checkpoint."""
     content = {} if path.is_dir() or holds_safetensors(path) else load_pickle(path, mmap=True)
-    found = {name: content.get(name) for name in COUNTS} if isinstance(content, Mapping) else {}
-    return {name: value for name, value in found.items() if isinstance(value, int)}
+    counts = {name: content.get(name) for name in COUNTS} if isinstance(content, Mapping) else {}
+    return {name: value for name, value in counts.items() if isinstance(value, int)}
 
 
 # --- a diffusers folder ---
@@ -132,8 +140,8 @@ def find_reference(model: Opened, name: str | None) -> Path:
         path = Path(name).expanduser()
     else:
         try:
-            wanted = ("scheduler/*.json", "tokenizer/*", "unet/config.json")
-            path = model_lookup.fetch_snapshot(name or REFERENCES[model.base], wanted)
+            patterns = ("scheduler/*.json", "tokenizer/*", "unet/config.json")
+            path = model_lookup.fetch_snapshot(name or REFERENCES[model.base], patterns)
         except ConnectionError as error:
             raise UserError(
                 f"--reference_model {name or 'is not set'}: a file has neither scheduler nor tokenizer, and "
@@ -148,27 +156,28 @@ def find_reference(model: Opened, name: str | None) -> Path:
 
 def write_folder(model: Opened, args: argparse.Namespace, dtype: torch.dtype | None, reference: Path) -> int:
     """Write the folder, with the scheduler and tokenizer of `reference`. Return the number of weights."""
-    other = model_lookup.read_json(reference / "unet" / "config.json")
+    reference_config = model_lookup.read_json(reference / "unet" / "config.json")
     is_linear = model.parts["unet"].config.get("use_linear_projection", False)
     if model.whole is not None and model.base == "sd2":  # a single file of SD 2.x always stores matrices
-        is_linear = args.unet_use_linear_projection or bool(other.get("use_linear_projection"))
-    num = 0
+        is_linear = args.unet_use_linear_projection or bool(reference_config.get("use_linear_projection"))
+    num_weights = 0
     with atomic_folder(args.model_to_save) as folder:
         for part, component in model.parts.items():
             (folder / part).mkdir()
-            config = layouts.folder_config(part, component.config, other, is_linear)
+            config = layouts.folder_config(part, component.config, reference_config, is_linear)
             write_json(folder / part / "config.json", config)
-            named = layouts.to_folder(part, component, dtype or torch.float32, is_linear)
-            tensors = dict(tqdm(named, part, len(component.weights.shapes)))
+            # Every part gets the requested precision; sd-scripts leaves the U-Net of a folder in 32 bits.
+            named_tensors = layouts.to_folder(part, component, dtype or torch.float32, is_linear)
+            tensors = dict(tqdm(named_tensors, part, len(component.weights.shapes)))
             formats = model_lookup.weight_files(part)
             if args.use_safetensors:
                 save_safetensors(folder / part / formats[0][0], tensors, {"format": "pt"})
             else:
                 save_pickle_state_dict(folder / part / formats[2][0], tensors)
-            num += len(tensors)
+            num_weights += len(tensors)
         shutil.copytree(reference / "tokenizer", folder / "tokenizer")
         write_scheduler(reference, folder)
-    return num
+    return num_weights
 
 
 def write_scheduler(reference: Path, folder: Path) -> None:
@@ -182,8 +191,8 @@ def write_scheduler(reference: Path, folder: Path) -> None:
         "scheduler": ("diffusers", "DDIMScheduler"),
         **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None)),
     }  # fmt: skip
-    about = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
-    write_json(folder / "model_index.json", {**about, **parts})
+    header = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+    write_json(folder / "model_index.json", {**header, **parts})
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -242,10 +251,10 @@ def convert(args: argparse.Namespace) -> None:
         check_new_folder(TARGET, args.model_to_save)
     model = open_source(args.model_to_load, "sd1" if args.v1 else "sd2" if args.v2 else None, args.variant)
     if to_file:
-        num = write_file(model, args, dtype)
+        num_weights = write_file(model, args, dtype)
     else:
-        num = write_folder(model, args, dtype, find_reference(model, args.reference_model))
-    print(f"{args.model_to_save}: {num} weights of {TITLES[model.base]}")
+        num_weights = write_folder(model, args, dtype, find_reference(model, args.reference_model))
+    print(f"{args.model_to_save}: {num_weights} weights of {TITLES[model.base]}")
 
 
 main = command(setup_parser, convert)

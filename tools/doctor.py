@@ -36,7 +36,7 @@ SECONDS = 120  # timeout of a separate process
 OPTIONAL = ("xformers", "triton", "lycoris-lora", "wandb", "prodigyopt", "lion-pytorch", "dadaptation", "schedulefree")
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
-    "HF_HOME", "HF_HUB_OFFLINE", "ACCELERATE_CONFIG_FILE", "TORCHINDUCTOR_CACHE_DIR",
+    "HF_HOME", "HF_HUB_OFFLINE", "TORCHINDUCTOR_CACHE_DIR",
 )  # fmt: skip
 # Relative error (Frobenius norm) against the float64 product: three times the format's own rounding error on random
 # numbers.
@@ -81,8 +81,8 @@ def revision() -> str:
 def package_lines(requirements: Path = ROOT / "requirements.txt") -> Iterator[Line]:
     """Compare the installed packages with requirements.txt, then list the optional ones."""
     yield from filter(None, map(requirement_line, requirements.read_text(encoding="utf-8").splitlines()))
-    there = [f"{name} {version}" for name in OPTIONAL if (version := version_of(name))]
-    yield Line("optional packages", ", ".join(there) or "none")
+    installed = [f"{name} {version}" for name in OPTIONAL if (version := version_of(name))]
+    yield Line("optional packages", ", ".join(installed) or "none")
 
 
 def requirement_line(text: str) -> Line | None:
@@ -92,19 +92,19 @@ def requirement_line(text: str) -> Line | None:
     except ImportError:  # packaging comes with pip and transformers
         name = text.split(">")[0].split(";")[0].strip()
         return Line(name, version_of(name) or "missing", "", version_of(name) is None)
-    wanted = Requirement(text)
-    if wanted.marker is not None and not wanted.marker.evaluate():
+    requirement = Requirement(text)
+    if requirement.marker is not None and not requirement.marker.evaluate():
         return None
     lack = find_lack(text)
     if lack is not None:
         return Line(lack.package, str(lack), install_command([lack.package + lack.needed]), True)
-    return Line(wanted.name, version_of(wanted.name) or "")
+    return Line(requirement.name, version_of(requirement.name) or "")
 
 
 def gpu_lines(torch: Any, gpus: Sequence[str]) -> Iterator[Line]:
     """Compare torch's build with the GPUs that NVIDIA's driver lists."""
-    made_for = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
-    build = next((f"{name} {version}" for name, version in made_for.items() if version), "CPU")
+    backends = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    build = next((f"{name} {version}" for name, version in backends.items() if version), "CPU")
     yield Line("torch build", f"{torch.__version__}, {build}")
     for gpu in gpus:
         yield Line("driver's GPU", gpu)
@@ -117,29 +117,30 @@ def gpu_lines(torch: Any, gpus: Sequence[str]) -> Iterator[Line]:
             slow = "fine for experiments, far too slow for full-size models"
             yield Line("GPU", "none; training runs on the CPU", slow)
         return
-    known = torch.cuda.get_arch_list()
+    architectures = torch.cuda.get_arch_list()
     for number in range(torch.cuda.device_count()):
-        yield gpu_line(torch, number, known)
+        yield gpu_line(torch, number, architectures)
 
 
-def gpu_line(torch: Any, number: int, known: Sequence[str]) -> Line:
+def gpu_line(torch: Any, number: int, architectures: Sequence[str]) -> Line:
     """Report one GPU that torch sees: free memory, and whether this build of torch has kernels for it."""
     major, minor = torch.cuda.get_device_capability(number)
     free, total = torch.cuda.mem_get_info(number)
     name = f"{torch.cuda.get_device_name(number)}, sm_{major}{minor}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    what = f"GPU {number}"
-    if not runs_on(f"sm_{major}{minor}", known):
-        return Line(what, name, f"torch has kernels only for {', '.join(known)}: {GET_TORCH}", True)
+    subject = f"GPU {number}"
+    if not runs_on(f"sm_{major}{minor}", architectures):
+        return Line(subject, name, f"torch has kernels only for {', '.join(architectures)}: {GET_TORCH}", True)
     if free < 0.8 * total:
-        return Line(what, name, "other programs use its memory: list them with `nvidia-smi` and close them")
-    return Line(what, name)
+        return Line(subject, name, "other programs use its memory: list them with `nvidia-smi` and close them")
+    return Line(subject, name)
 
 
-def runs_on(wanted: str, known: Sequence[str]) -> bool:
-    """Return True if kernels compiled for one of `known` run on `wanted`: the same generation and not newer, or PTX."""
-    number = int(wanted.removeprefix("sm_"))
+def runs_on(architecture: str, known: Sequence[str]) -> bool:
+    """Return True if kernels for one of `known` run on `architecture`: the same generation and not newer, or PTX."""
+    number = int(architecture.removeprefix("sm_"))
     for name in known:
         digits = "".join(c for c in name if c.isdigit())
+        # sm_ names machine code; compute_ names PTX, which the driver compiles for newer GPUs.
         exact = name.startswith("sm_") and int(digits) // 10 == number // 10 and int(digits) <= number
         if exact or (name.startswith("compute_") and int(digits) <= number):
             return True
@@ -157,31 +158,33 @@ def product_lines(torch: Any, device: Any) -> Iterator[Line]:
         return a.to(device, dtype) @ b.to(device, dtype)
 
     def fp8() -> Any:
-        one, dtype = torch.ones((), device=device), torch.float8_e4m3fn
+        scale, dtype = torch.ones((), device=device), torch.float8_e4m3fn
+        # The kernel takes the second matrix in column-major order only.
         columns = b.t().contiguous().to(device, dtype).t()
-        return torch._scaled_mm(a.to(device, dtype), columns, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        return torch._scaled_mm(a.to(device, dtype), columns, scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
 
     for name, bound in BOUNDS.items():
         multiply = fp8 if name.startswith("float8") else partial(plain, name)
         yield product_line(f"product in {name}", multiply, exact, bound)
-    whole = [(matrix * 40).round().clamp(-127, 127).to(torch.int8) for matrix in (a, b)]
-    sums = whole[0].double() @ whole[1].double()
-    yield product_line("product in int8", lambda: torch._int_mm(*(m.to(device) for m in whole)), sums, 0.0)
+    codes = [(matrix * 40).round().clamp(-127, 127).to(torch.int8) for matrix in (a, b)]
+    # Integers are summed exactly, so no difference is allowed.
+    exact_sums = codes[0].double() @ codes[1].double()
+    yield product_line("product in int8", lambda: torch._int_mm(*(m.to(device) for m in codes)), exact_sums, 0.0)
 
 
-def product_line(what: str, multiply: Callable[[], Any], exact: Any, bound: float) -> Line:
+def product_line(subject: str, multiply: Callable[[], Any], exact: Any, bound: float) -> Line:
     """Report the relative error of a product; an unsupported format is a remark, not a problem."""
     try:
-        off = ((multiply().cpu().double() - exact).norm() / exact.norm()).item()
+        relative_error = ((multiply().cpu().double() - exact).norm() / exact.norm()).item()
     except (RuntimeError, ValueError, NotImplementedError) as error:
         return Line(
-            what, "cannot be computed here", f"options that require it end with an error ({get_first_line(error)})"
+            subject, "cannot be computed here", f"options that require it end with an error ({get_first_line(error)})"
         )
-    found = f"off by {off:.1e}"
-    if not off <= bound:
+    result = f"off by {relative_error:.1e}"
+    if not relative_error <= bound:
         fix = f"more than {bound:.0e}: the GPU, its driver or its clock is unreliable; try another driver"
-        return Line(what, found, fix, True)
-    return Line(what, found)
+        return Line(subject, result, fix, True)
+    return Line(subject, result)
 
 
 def memory_lines(torch: Any | None) -> Iterator[Line]:
@@ -189,9 +192,9 @@ def memory_lines(torch: Any | None) -> Iterator[Line]:
     import psutil
 
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-    found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free, {swap.total / GIB:.1f} GiB swap"
-    few = f"less than {LEAST_FREE_GIB} GiB: close programs, or training may end when the system runs out"
-    yield Line("main memory", found, few if memory.available < LEAST_FREE_GIB * GIB else "")
+    summary = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free, {swap.total / GIB:.1f} GiB swap"
+    warning = f"less than {LEAST_FREE_GIB} GiB: close programs, or training may end when the system runs out"
+    yield Line("main memory", summary, warning if memory.available < LEAST_FREE_GIB * GIB else "")
     if torch is not None and torch.cuda.is_available():
         yield check_pinning(torch)
     shared = Path("/dev/shm")
@@ -215,11 +218,13 @@ def check_pinning(torch: Any) -> Line:
 
 def disk_lines(folders: Mapping[str, Path]) -> Iterator[Line]:
     """Report free disk space where files are written."""
-    for what, folder in folders.items():
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(there).free / GIB
+    for subject, folder in folders.items():
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free / GIB
         hint = f"less than {LEAST_DISK_GIB} GiB: caches, states and files of one training need about this much"
-        yield Line(what, f"{free:.0f} GiB free at {hide_user_name(str(folder))}", hint if free < LEAST_DISK_GIB else "")
+        yield Line(
+            subject, f"{free:.0f} GiB free at {hide_user_name(str(folder))}", hint if free < LEAST_DISK_GIB else ""
+        )
 
 
 def setting_lines() -> Iterator[Line]:
@@ -229,27 +234,29 @@ def setting_lines() -> Iterator[Line]:
             yield Line(name, hide_user_name(os.environ[name]))
     path = accelerate_config()
     if path.is_file():
-        kept = [
+        settings = [
             line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if describes_training(line)
         ]
-        yield Line("accelerate's settings", f"{hide_user_name(str(path))}: {'; '.join(kept)}")
+        yield Line("accelerate's settings", f"{hide_user_name(str(path))}: {'; '.join(settings)}")
     else:
         yield Line("accelerate's settings", "none; the command line decides")
 
 
 def accelerate_config() -> Path:
     """Return the path of `accelerate launch`'s settings file."""
-    given = os.environ.get("ACCELERATE_CONFIG_FILE")
+    # As in accelerate/commands/config/config_args.py, which is not imported because it loads torch.
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(given) if given else Path(home).expanduser() / "accelerate" / "default_config.yaml"
+    return Path(home).expanduser() / "accelerate" / "default_config.yaml"
 
 
 def describes_training(line: str) -> bool:
     """Return True if a line of accelerate's settings describes processes or precision, rather than other machines."""
-    telling = ("mixed_precision", "distributed_type", "num_processes", "num_machines", "dynamo_backend", "use_cpu")
-    return line.strip().startswith(telling)
+    prefixes = ("mixed_precision", "distributed_type", "num_processes", "num_machines", "dynamo_backend", "use_cpu")
+    return line.strip().startswith(prefixes)
 
 
+# bitsandbytes keeps states of fewer than 4,096 values in 32 bits, so the weight has more. The first step of Adam moves
+# every value by the learning rate.
 EIGHT_BITS = """
 import torch, bitsandbytes
 from bitsandbytes.optim import AdamW8bit
@@ -266,23 +273,25 @@ def eight_bit_line(device: str) -> Line:
         return Line("8-bit optimizer", "bitsandbytes is missing", "only *8bit optimizers and nf4 require it")
     command = [sys.executable, "-c", EIGHT_BITS.format(device=device)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS)
+        process = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return Line("8-bit optimizer", f"no answer in {SECONDS} s", "reinstall bitsandbytes", True)
-    if done.stdout.strip().endswith("moved"):
+    if process.stdout.strip().endswith("moved"):
         return Line("8-bit optimizer", "works")
-    last = (done.stdout.strip() or done.stderr.strip() or f"ended with status {done.returncode}").splitlines()[-1]
+    last_line = (
+        process.stdout.strip() or process.stderr.strip() or f"ended with status {process.returncode}"
+    ).splitlines()[-1]
     fix = "python3 -m pip install -U bitsandbytes; until it works use --optimizer_type AdamW and no nf4"
-    return Line("8-bit optimizer", f"fails: {last}", fix, True)
+    return Line("8-bit optimizer", f"fails: {last_line}", fix, True)
 
 
 def output(command: Sequence[str]) -> str | None:
     """Return a program's standard output; None if the program is missing or fails."""
     try:
-        done = subprocess.run(list(command), capture_output=True, text=True, errors="replace", timeout=SECONDS)
+        process = subprocess.run(list(command), capture_output=True, text=True, errors="replace", timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout if done.returncode == 0 else None
+    return process.stdout if process.returncode == 0 else None
 
 
 def hide_user_name(path: str) -> str:
@@ -319,21 +328,21 @@ def iterate_lines(folder: Path) -> Iterator[Line]:
 def setup_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_version(parser)
-    where = "where trainings write (default: this folder)"
-    parser.add_argument("--output_dir", type=Path, default=Path.cwd(), help=where)
+    help_text = "where trainings write (default: this folder)"
+    parser.add_argument("--output_dir", type=Path, default=Path.cwd(), help=help_text)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the findings. Return 0 if there is no problem, else 1."""
     args = setup_parser().parse_args(argv)
-    wrong = []
+    problems = []
     for line in iterate_lines(args.output_dir.resolve()):
         print(line, flush=True)
         if line.is_wrong:
-            wrong.append(line.what)
-    print(f"\n{len(wrong)} wrong: {', '.join(wrong)}" if wrong else "\nNothing is wrong.")
-    return 1 if wrong else 0
+            problems.append(line.what)
+    print(f"\n{len(problems)} wrong: {', '.join(problems)}" if problems else "\nNothing is wrong.")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def parse_adapter(text: str) -> tuple[Path, float]:
     """Parse FILE[:STRENGTH]; the default strength is 1. Raises UserError if the file does not exist."""
+    # A colon may belong to the path instead, as in C:\adapter.safetensors.
     name, _, strength = text.rpartition(":")
     try:
         path, factor = (Path(name), float(strength)) if name else (Path(text), 1.0)
@@ -64,14 +65,14 @@ def scale_strengths(files: Stack, factor: float) -> Stack:
     return [(file, strength * factor) for file, strength in files if strength * factor]
 
 
-def draw(args: argparse.Namespace, words: Sequence[str]) -> None:
+def draw(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Draw and write the images. Raises UserError for invalid options, and for files that do not fit the model."""
     files = [parse_adapter(text) for text in args.adapter]
     if not args.prompt and not args.prompts:
         raise UserError("there is nothing to draw; give --prompt, or --prompts with a file")
     path, spec = find_base("MODEL", args.model, "unet", "transformer", "text_encoder")
-    own = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(path)]
-    _, options = read_training_options(spec.script, [*own, *words])
+    model_options = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(path)]
+    _, options = read_training_options(spec.script, [*model_options, *training])
     check_precision(options)
     arch = spec.build(options)
     specs = [parse_line(line, f"--prompt {number}") for number, line in enumerate(args.prompt, 1)]
@@ -92,8 +93,8 @@ def draw(args: argparse.Namespace, words: Sequence[str]) -> None:
         check_overwrite("--output", target, PNG, inputs)
     rows = []
     stacks, device = [scale_strengths(files, factor) for factor in factors], find_device()
-    drawn = draw_rows(options.network, options.precision, options.memory, arch, stacks, prompts, device)
-    for factor, images in zip(factors, drawn, strict=True):
+    drawn_rows = draw_rows(options.network, options.precision, options.memory, arch, stacks, prompts, device)
+    for factor, images in zip(factors, drawn_rows, strict=True):
         for number, (prompt, image) in enumerate(zip(prompts, images, strict=True), 1):
             write_image(targets[factor, number], Drawn(number, prompt, image))
             logger.info("wrote %s", targets[factor, number])
@@ -101,7 +102,7 @@ def draw(args: argparse.Namespace, words: Sequence[str]) -> None:
     if args.strengths is not None:
         labels = [f"strength {factor:g}" for factor in factors]
         with atomic_path(sheet) as temporary:
-            arrange(rows, labels, [f"{one.seed}: {one.text}" for one in prompts], 512).save(temporary, format="PNG")
+            arrange(rows, labels, [f"{p.seed}: {p.text}" for p in prompts], 512).save(temporary, format="PNG")
         logger.info("wrote %s", sheet)
 
 

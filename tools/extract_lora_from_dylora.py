@@ -52,10 +52,10 @@ class Nested:
 
     def rank_of(self, module: ModuleWeights, rank: int) -> int:
         """Return a module's rank if the file is cut at `rank`, computed as in training."""
-        own_unit = self.conv_unit if module.form == "conv" else self.unit or 1
-        if module.rank % own_unit:  # recorded for other modules
-            own_unit = 1
-        return resolve_nested_rank(module.rank, rank, self.full_rank, own_unit)
+        unit = self.conv_unit if module.form == "conv" else self.unit or 1
+        if module.rank % unit:  # recorded for other modules
+            unit = 1
+        return resolve_nested_rank(module.rank, rank, self.full_rank, unit)
 
 
 def open_nested(path: Path) -> Nested:
@@ -138,9 +138,9 @@ def cut_module(nested: Nested, module: ModuleWeights, rank: int) -> ModuleWeight
     """Cut a module to its first ranks without changing its scale; norm weights have no rank and are kept."""
     if not module.is_low_rank:
         return module
-    own = nested.rank_of(module, rank)
+    module_rank = nested.rank_of(module, rank)
     up_OR, down_RN = module.factors(dtype=None)
-    return module.with_factors(up_OR[:, :own], down_RN[:own], module.scale)
+    return module.with_factors(up_OR[:, :module_rank], down_RN[:module_rank], module.scale)
 
 
 def cut_file(nested: Nested, rank: int) -> AdapterFile:
@@ -179,16 +179,9 @@ def name_file(save_to: Path, rank: int) -> Path:
 
 
 def measure_differences(nested: Nested, ranks: Sequence[int]) -> Iterator[tuple[int, float]]:
-    """Yield (rank,
-    full - cut
-    /
-    full
-    ) in Frobenius norms over all modules, in float64.
-
-    No weight-sized matrix is built: full - cut is scale * up[:, r:] @ down[r:], and
-    up @ down
-    ^2 is the sum of (up^T up) * (down down^T).
-    """
+    """Yield (rank, ||full - cut|| / ||full||) in Frobenius norms over all modules, in float64."""
+    # Gram matrices avoid matrices of a weight's size: full - cut is scale * up[:, r:] @ down[r:], and
+    # ||up @ down||^2 is the sum of (up^T up) * (down down^T).
     grams = []
     for module in nested.file.modules.values():
         if module.is_low_rank:
@@ -196,11 +189,12 @@ def measure_differences(nested: Nested, ranks: Sequence[int]) -> Iterator[tuple[
             grams.append((module, module.scale**2 * (up_OR.T @ up_OR) * (down_RN @ down_RN.T)))
     full = sum(float(gram_RR.sum()) for _, gram_RR in grams)
     for rank in ranks:
-        left = 0.0
+        missed = 0.0
         for module, gram_RR in grams:
-            own = nested.rank_of(module, rank)
-            left += float(gram_RR[own:, own:].sum())
-        yield rank, (max(left, 0.0) / full) ** 0.5 if full > 0 else 0.0
+            module_rank = nested.rank_of(module, rank)
+            missed += float(gram_RR[module_rank:, module_rank:].sum())
+        # Rounding can leave a sum near 0 negative.
+        yield rank, (max(missed, 0.0) / full) ** 0.5 if full > 0 else 0.0
 
 
 def setup_parser() -> argparse.ArgumentParser:

@@ -54,6 +54,7 @@ def subtract_weights(org: BaseModel, tuned: BaseModel, name: str) -> Tensor:
     """Return the difference of a weight, in float64. Raises UserError naming a checkpoint with NaN or infinity."""
     weights = [base.read(name).double() for base in (org, tuned)]
     for flag, base, weight in zip(("--model_org", "--model_tuned"), (org, tuned), weights, strict=True):
+        # NaN exceeds no --min_diff, so a damaged text encoder would count as unchanged.
         if num_bad := int((~torch.isfinite(weight)).sum()):
             raise UserError(
                 f"{flag} {base.path}: {name} has {num_bad} of {weight.numel()} values that are not finite; the "
@@ -76,6 +77,7 @@ def extract_module(
     """Return (module, squared norm of the error, squared norm of the difference), in float64 if the device has it."""
     weight = target.module.weight
     assert isinstance(weight, Tensor)
+    # MPS has no float64.
     dtype = torch.float32 if device.type == "mps" else torch.float64
     matrix_ON = difference.to(device, dtype).flatten(1)
     up_OR, down_RN = best_factors(matrix_ON, rank)
@@ -118,7 +120,7 @@ def check_same_layers(org: BaseModel, tuned: BaseModel, target_modules: Sequence
     """Raise UserError unless both checkpoints have every layer, with the same shape."""
     shapes = [read_shapes(base) for base in (org, tuned)]
     for target in target_modules:
-        a, b = (of_model.get(target.name) for of_model in shapes)
+        a, b = (model_shapes.get(target.name) for model_shapes in shapes)
         if a != b:
             raise UserError(
                 f"--model_tuned {tuned.path} is not a tuned --model_org {org.path}: {target.name} has shape "
@@ -128,12 +130,13 @@ def check_same_layers(org: BaseModel, tuned: BaseModel, target_modules: Sequence
 
 def read_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
     """Return the shape of every module's weight; a 1x1 convolution counts as a matrix."""
-    found = {}
+    shapes = {}
     for file in base.files:
         for module in file.modules:
+            # One checkpoint may store a projection as a 1x1 convolution, the other as a matrix.
             shape = file.shape(module)
-            found[module] = shape[:2] if set(shape[2:]) == {1} else shape
-    return found
+            shapes[module] = shape[:2] if set(shape[2:]) == {1} else shape
+    return shapes
 
 
 def make_metadata(args: argparse.Namespace, base: BaseModel) -> dict[str, str]:
@@ -199,12 +202,14 @@ def check(args: argparse.Namespace) -> None:
 
 def check_bases(args: argparse.Namespace, org: BaseModel, tuned: BaseModel) -> None:
     """Raise UserError unless both checkpoints have the same base model, and it is the required one."""
-    found, other = spec_for(org), spec_for(tuned)
-    if found.name != other.name:
-        raise UserError(f"--model_org is {found.called} model, --model_tuned {other.called} model; use two of one kind")
+    org_spec, tuned_spec = spec_for(org), spec_for(tuned)
+    if org_spec.name != tuned_spec.name:
+        raise UserError(
+            f"--model_org is {org_spec.called} model, --model_tuned {tuned_spec.called} model; use two of one kind"
+        )
     for flag, base in (("v2", "sd2"), ("sdxl", "sdxl")):
-        if getattr(args, flag) and found.name != base:
-            raise UserError(f"--{flag}: --model_org {org.path} is of {found.title}; remove --{flag}")
+        if getattr(args, flag) and org_spec.name != base:
+            raise UserError(f"--{flag}: --model_org {org.path} is of {org_spec.title}; remove --{flag}")
 
 
 def extract(args: argparse.Namespace) -> None:

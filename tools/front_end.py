@@ -59,24 +59,25 @@ def install(args: argparse.Namespace) -> None:
         raise UserError(f"{args.folder} is not a folder; use the folder of the front end")
     if ROOT.is_relative_to(args.folder.resolve()) and not args.restore:
         raise UserError(f"{args.folder} contains this suite; clone the suite next to the front end and run it there")
-    places = [args.folder / name for name in FOLDERS if (args.folder / name).is_dir()]
-    if not places:
+    folders = [args.folder / name for name in FOLDERS if (args.folder / name).is_dir()]
+    if not folders:
         raise UserError(
             f"{args.folder} has none of the folders {', '.join(FOLDERS)}; is it a front end for sd-scripts?"
         )
-    for place in places:
-        original = place.with_name(place.name + KEPT)
+    for folder in folders:
+        original = folder.with_name(folder.name + KEPT)
         if args.restore:
-            restore(place, original)
+            restore(folder, original)
         elif original.exists():
-            copy_to(place)
-            logger.info("updated %s", place)
+            copy_to(folder)
+            logger.info("updated %s", folder)
         else:
-            new = place.with_name(f"{place.name}.new")
+            # Copied to a new folder first: if the copy fails, the front end still has its own scripts.
+            new = folder.with_name(f"{folder.name}.new")
             shutil.rmtree(new, ignore_errors=True)
             copy_to(new)
-            replace(place, new, original)
-            logger.info("installed into %s; the front end's own scripts are in %s", place, original)
+            replace(folder, new, original)
+            logger.info("installed into %s; the front end's own scripts are in %s", folder, original)
 
 
 def copy_to(place: Path) -> None:

@@ -50,18 +50,18 @@ def open_architecture(flag: str, name: str) -> tuple[BaseModelSpec, Architecture
 def split_by_encoder(spec: BaseModelSpec, file: AdapterFile, num_encoders: int) -> list[dict[str, ModuleWeights]]:
     """Return the file's modules by path, one mapping per text encoder. Raises UserError if there are none."""
     require_layouts(file, COMPUTED, "looked into")
-    found: list[dict[str, ModuleWeights]] = [{} for _ in range(num_encoders)]
+    modules_by_encoder: list[dict[str, ModuleWeights]] = [{} for _ in range(num_encoders)]
     for name, module in file.modules.items():
         names = spec.names.find(name)
-        for prefix, modules in zip(ENCODERS, found, strict=False):
+        for prefix, modules in zip(ENCODERS, modules_by_encoder, strict=False):
             if names is not None and isinstance(names.diffusers, str) and names.diffusers.startswith(prefix):
                 modules[names.diffusers.removeprefix(prefix).removeprefix(BODY)] = module
-    if not any(found):
+    if not any(modules_by_encoder):
         raise UserError(
             f"{file.origin} changes no text encoder of {spec.title}, so it changes no words: it was trained with "
             "--network_train_unet_only, or for another base model"
         )
-    return found
+    return modules_by_encoder
 
 
 def merge_adapter(encoder: nn.Module, modules: dict[str, ModuleWeights]) -> nn.Module:
@@ -86,6 +86,7 @@ def compute_states(encoder: nn.Module, ids_BT: Tensor, clip_skip: int) -> Tensor
 
 def iterate_batches(tokenizer: Any, batch_size: int) -> Iterator[Tensor]:
     """Yield token IDs (B, 3): begin, one token, end; over the whole vocabulary in order."""
+    # The special tokens end the vocabulary of CLIP.
     for first in range(0, max(tokenizer.all_special_ids) + 1, batch_size):
         ids = range(first, min(first + batch_size, max(tokenizer.all_special_ids) + 1))
         yield torch.tensor([[tokenizer.bos_token_id, token, tokenizer.eos_token_id] for token in ids])
@@ -107,11 +108,11 @@ def measure_changes(
         )
     plain, changed = encoder.to(device), merge_adapter(encoder, modules).to(device)
     batches = list(iterate_batches(tokenizer, batch_size))
-    found = []
+    changes = []
     for ids_BT in tqdm(batches, desc="words", unit="batch"):
         states = [compute_states(model, ids_BT.to(device), clip_skip) for model in (plain, changed)]
-        found.append((states[1] - states[0]).abs().mean(dim=(1, 2)).float().cpu())
-    return torch.cat(found)
+        changes.append((states[1] - states[0]).abs().mean(dim=(1, 2)).float().cpu())
+    return torch.cat(changes)
 
 
 def interrogate(args: argparse.Namespace) -> None:
@@ -126,9 +127,9 @@ def interrogate(args: argparse.Namespace) -> None:
     sums_N = sum(measure_changes(*pair, tokenizer, args.batch_size, clip_skip, device) for pair in parts)
     assert isinstance(sums_N, Tensor)
     means_N = sums_N / len(parts)
-    for place, token in enumerate(means_N.argsort(descending=True)[: args.top].tolist()):
+    for position, token in enumerate(means_N.argsort(descending=True)[: args.top].tolist()):
         word = tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens([token]))
-        print(f"[{place:3d}]: {token:5d} {word:<20s}: {means_N[token]:.5f}")
+        print(f"[{position:3d}]: {token:5d} {word:<20s}: {means_N[token]:.5f}")
 
 
 def setup_parser() -> argparse.ArgumentParser:

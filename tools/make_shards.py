@@ -64,6 +64,7 @@ EXAMPLES = """\
 DESCRIPTION = "dataset.toml"
 FIRST_LINE = "# Written by tools/make_shards.py and replaced by its next call."
 SHARDS_FILE = FileType("a dataset file of make_shards.py", lambda start: start.startswith(FIRST_LINE.encode()))
+# No content proves that a shard is one of ours, so shards that no journal lists are never overwritten.
 SHARD = FileType("a shard of an earlier call", lambda start: False)
 CACHES = ("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk")
 ENDING = ".txt"
@@ -109,43 +110,49 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def name_members(found: ScannedSubset) -> Iterator[Packed]:
+def name_members(subset: ScannedSubset) -> Iterator[Packed]:
     """Yield the images of a subset with their names in the shard; plain and unique file names are kept."""
-    without, names = set(found.without_caption), set[str]()
-    digits = len(str(len(found.images)))
-    for number, image in enumerate(found.images):
-        own = os.path.splitext(os.path.basename(image.key))[0]
-        is_plain = own == safe_name(own) and "." not in own and len(own) <= LONGEST_NAME and own not in names
-        stem = own if is_plain else f"{number:0{digits}}"
+    uncaptioned, names = set(subset.without_caption), set[str]()
+    digits = len(str(len(subset.images)))
+    for number, image in enumerate(subset.images):
+        file_stem = os.path.splitext(os.path.basename(image.key))[0]
+        is_plain = (
+            file_stem == safe_name(file_stem)
+            and "." not in file_stem
+            and len(file_stem) <= LONGEST_NAME
+            and file_stem not in names
+        )
+        stem = file_stem if is_plain else f"{number:0{digits}}"
         while stem in names:
             stem += "_"
         names.add(stem)
-        yield Packed(image, stem, None if image.key in without else image.caption)
+        yield Packed(image, stem, None if image.key in uncaptioned else image.caption)
 
 
-def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float, storage: Storage) -> str:
+def write_shards(subset: ScannedSubset, out: Path, name: str, shard_bytes: float, storage: Storage) -> str:
     """Write the images of a subset with their captions. Return the brace pattern of the shard files.
 
     The leading shards of an earlier call are kept, as far as this call would write the same content.
     """
     remove_temporary(out, lambda stem: re.fullmatch(rf"{re.escape(name)}-\d{{5}}", stem) is not None)
-    journal, members = Journal(out / f".{name}-shards.json"), iter(name_members(found))
+    journal, members = Journal(out / f".{name}-shards.json"), iter(name_members(subset))
     if not journal.path.exists():  # no earlier call wrote shards of this name
         for path in list_shards(out, name):
             check_overwrite("--out", path, SHARD)
+        # Written before the first shard, so that the next call takes the shards of an interrupted one for ours.
         journal.write([])
-    shards, members = find_kept_shards(journal.read(), members, len(found.images), out, shard_bytes, storage)
-    with progress_bar(f"packing {name}", len(found.images)) as bar:
+    shards, members = find_kept_shards(journal.read(), members, len(subset.images), out, shard_bytes, storage)
+    with progress_bar(f"packing {name}", len(subset.images)) as bar:
         if shards:
             bar.update(sum(shard.num_pictures for shard in shards))
             logger.info("keeping %d shards of %s with %d images", len(shards), name, bar.done)
         while (first := next(members, None)) is not None:
             path = out / f"{name}-{len(shards):05}.tar"
             with atomic_path(path) as temporary:
-                held, is_full = write_shard(temporary, chain([first], members), shard_bytes, storage, bar)
-                inputs = digest_inputs(held, shard_bytes, storage)
+                written, is_full = write_shard(temporary, chain([first], members), shard_bytes, storage, bar)
+                inputs = digest_inputs(written, shard_bytes, storage)
                 size, digest = temporary.stat().st_size, digest_of_file(temporary)
-            shards.append(Shard(path.name, size, digest, len(held), is_full, inputs))
+            shards.append(Shard(path.name, size, digest, len(written), is_full, inputs))
             journal.write(shards)
     for path in list_shards(out, name):
         if path.name not in {shard.name for shard in shards}:
@@ -156,29 +163,29 @@ def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float,
 
 def list_shards(out: Path, name: str) -> list[Path]:
     """Return the shard files of a subset in order."""
-    found = sorted(out.glob(f"{glob.escape(name)}-*.tar"))
-    return [path for path in found if re.fullmatch(rf"{re.escape(name)}-\d{{5}}\.tar", path.name)]
+    candidates = sorted(out.glob(f"{glob.escape(name)}-*.tar"))
+    return [path for path in candidates if re.fullmatch(rf"{re.escape(name)}-\d{{5}}\.tar", path.name)]
 
 
 def write_shard(
     path: Path, members: Iterator[Packed], shard_bytes: float, storage: Storage, bar: Bar
 ) -> tuple[list[Packed], bool]:
     """Write the next images to one shard. Return those images, and whether the shard is full."""
-    held: list[Packed] = []
+    written: list[Packed] = []
     with tarfile.open(path, "w") as archive:
-        for one in members:
-            content, text = storage.whole(one.image)[1], one.text
-            add_member(archive, f"{one.stem}{choose_extension(one.image, content)}", content)
+        for member in members:
+            content, text = storage.whole(member.image)[1], member.text
+            add_member(archive, f"{member.stem}{choose_extension(member.image, content)}", content)
             if text is not None:
-                add_member(archive, f"{one.stem}{ENDING}", text)
-            for number, reference in enumerate(one.image.references):
+                add_member(archive, f"{member.stem}{ENDING}", text)
+            for number, reference in enumerate(member.image.references):
                 content = storage.whole(reference)[1]
-                add_member(archive, f"{one.stem}.control_{number}{choose_extension(reference, content)}", content)
-            held.append(one)
+                add_member(archive, f"{member.stem}.control_{number}{choose_extension(reference, content)}", content)
+            written.append(member)
             bar.update(1)
             if archive.offset >= shard_bytes:
-                return held, True
-    return held, False
+                return written, True
+    return written, False
 
 
 # Finished shards of earlier calls
@@ -218,7 +225,7 @@ class Journal:
 
 
 def find_kept_shards(
-    known: Sequence[Shard],
+    recorded: Sequence[Shard],
     members: Iterator[Packed],
     num_pictures: int,
     out: Path,
@@ -231,19 +238,20 @@ def find_kept_shards(
     """
     kept: list[Shard] = []
     num_left = num_pictures
-    for shard in known:
-        held = list(islice(members, shard.num_pictures))
-        num_left -= len(held)
+    for shard in recorded:
+        shard_members = list(islice(members, shard.num_pictures))
+        num_left -= len(shard_members)
+        # Counted: taking the next image to see if there is one, and putting it back, would nest an iterator per shard.
         grows = num_left > 0 and not shard.is_full
-        if grows or not is_kept(shard, held, out / shard.name, shard_bytes, storage):
-            return kept, chain(held, members)
+        if grows or not is_kept(shard, shard_members, out / shard.name, shard_bytes, storage):
+            return kept, chain(shard_members, members)
         kept.append(shard)
     return kept, members
 
 
-def is_kept(shard: Shard, held: Sequence[Packed], path: Path, shard_bytes: float, storage: Storage) -> bool:
+def is_kept(shard: Shard, members: Sequence[Packed], path: Path, shard_bytes: float, storage: Storage) -> bool:
     """Return True if a shard would still be written from these images, and its file is unchanged."""
-    if len(held) != shard.num_pictures or digest_inputs(held, shard_bytes, storage) != shard.inputs:
+    if len(members) != shard.num_pictures or digest_inputs(members, shard_bytes, storage) != shard.inputs:
         return False
     if path.is_file() and path.stat().st_size == shard.num_bytes and digest_of_file(path) == shard.digest:
         return True
@@ -253,10 +261,10 @@ def is_kept(shard: Shard, held: Sequence[Packed], path: Path, shard_bytes: float
 
 def digest_inputs(members: Sequence[Packed], shard_bytes: float, storage: Storage) -> str:
     digest = blake2b(f"{shard_bytes}".encode(), digest_size=16)
-    for one in members:
-        references = [(reference.key, tuple(storage.version(reference))) for reference in one.image.references]
-        own = (one.stem, one.image.key, tuple(storage.version(one.image)), one.text)
-        digest.update(repr((*own, references) if references else own).encode())
+    for member in members:
+        references = [(reference.key, tuple(storage.version(reference))) for reference in member.image.references]
+        identity = (member.stem, member.image.key, tuple(storage.version(member.image)), member.text)
+        digest.update(repr((*identity, references) if references else identity).encode())
     return digest.hexdigest()
 
 
@@ -287,47 +295,48 @@ def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage)
     """Write each source once. Return the shard pattern of each subset, by dataset."""
     patterns: dict[tuple[Any, ...], str] = {}
     names: set[str] = set()
-    wanted: list[list[str]] = []
+    patterns_by_dataset: list[list[str]] = []
     for dataset in config.datasets:
+        # All datasets are checked before the first is packed, which can take long.
         refuse_other_folders(dataset)
     for dataset in config.datasets:
-        wanted.append([])
+        patterns_by_dataset.append([])
         for subset in dataset.subsets:
             rules = subset.captions
             files = (subset.source, subset.caption_extension, subset.caption_column, subset.image_column)
             references = (subset.control_dirs, subset.control_columns)
             key = (files, references, rules.enable_wildcard, rules.caption_separator)  # the rules that change captions
             if key not in patterns:
-                found = load_source(subset.source_key).scan(subset, storage, 16)
-                if not found.images:
+                scanned = load_source(subset.source_key).scan(subset, storage, 16)
+                if not scanned.images:
                     raise NoDataFound(f"there are no images in {subset.source}; remove the subset")
                 name = name_shards(subset, names)
-                patterns[key] = write_shards(found, out, name, shard_bytes, storage)
-            wanted[-1].append((out / patterns[key]).resolve().as_posix())
-    return wanted
+                patterns[key] = write_shards(scanned, out, name, shard_bytes, storage)
+            patterns_by_dataset[-1].append((out / patterns[key]).resolve().as_posix())
+    return patterns_by_dataset
 
 
 def name_shards(subset: SubsetConfig, taken: set[str]) -> str:
     """Return a unique shard name for a subset, derived from its folder."""
-    own = safe_name(os.path.splitext(subset.base_name)[0].strip("*?[]{}")).replace("%", "_") or "pictures"
-    name, number = own, 2
+    base = safe_name(os.path.splitext(subset.base_name)[0].strip("*?[]{}")).replace("%", "_") or "pictures"
+    name, number = base, 2
     while name in taken:
-        name, number = f"{own}_{number}", number + 1
+        name, number = f"{base}_{number}", number + 1
     taken.add(name)
     return name
 
 
 def describe_shards(content: Mapping[str, Any], patterns: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Return the dataset file with shards in place of its sources, without disabled subsets."""
-    gone = (*SOURCES, *MEMBERS, "cache_info", "subsets")
+    replaced_keys = (*SOURCES, *MEMBERS, "cache_info", "subsets")
 
     def kept(table: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in table.items() if name not in gone}
+        return {name: value for name, value in table.items() if name not in replaced_keys}
 
     datasets = []
-    for dataset, wanted in zip(content["datasets"], patterns, strict=True):
+    for dataset, subset_patterns in zip(content["datasets"], patterns, strict=True):
         subsets = [subset for subset in dataset["subsets"] if is_drawn(subset, dataset, content)]
-        shards = [{"shards": pattern, **kept(subset)} for subset, pattern in zip(subsets, wanted, strict=True)]
+        shards = [{"shards": pattern, **kept(subset)} for subset, pattern in zip(subsets, subset_patterns, strict=True)]
         datasets.append({**kept(dataset), "subsets": shards})
     return {"general": {**kept(content.get("general", {})), "caption_extension": ENDING}, "datasets": datasets}
 

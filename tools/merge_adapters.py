@@ -137,10 +137,10 @@ def merge_adapters(
             merged.append(approximate(name, terms, ranks, base.read(name), arithmetic))
         else:
             merged.append(add_factors(name, terms, ranks, arithmetic, joining))
-    missed, total = sum(one.missed for one in merged), sum(one.total for one in merged)
+    missed, total = sum(result.missed for result in merged), sum(result.total for result in merged)
     if missed > MIN_REPORTED_ERROR**2 * total:
         logger.info("the LoRA misses %.1f%% of the sum of the changes (norm)", 100 * (missed / total) ** 0.5)
-    return [one.module for one in merged]
+    return [result.module for result in merged]
 
 
 def needs_base(module: ModuleWeights) -> bool:
@@ -150,19 +150,20 @@ def needs_base(module: ModuleWeights) -> bool:
 
 def explain_refusal(file: AdapterFile, module: ModuleWeights, has_base: bool) -> str:
     """Return the message for a module that cannot be merged into a LoRA with these options."""
-    what = "DoRA" if module.is_dora else module.layout.words
+    kind = "DoRA" if module.is_dora else module.layout.words
     if has_base:
-        return f"{file.origin}: {module.name} is {what}, not exactly a LoRA; use --new_rank instead of --concat"
+        return f"{file.origin}: {module.name} is {kind}, not exactly a LoRA; use --new_rank instead of --concat"
     has_no_factors = module.layout in (full.LAYOUT, PIECES) and not module.is_dora
-    why = "which has no factors to add" if has_no_factors else "whose change depends on the base weight"
+    reason = "which has no factors to add" if has_no_factors else "whose change depends on the base weight"
     return (
-        f"{file.origin}: {module.name} is {what}, {why}; set --base_model to the checkpoint that it "
+        f"{file.origin}: {module.name} is {kind}, {reason}; set --base_model to the checkpoint that it "
         "was trained on and a rank with --new_rank, or merge it into a checkpoint with --sd_model"
     )
 
 
 def rename_to_kohya(file: AdapterFile) -> AdapterFile:
     """Return the file with kohya's module names."""
+    # networks.oft writes kohya's module names with a prefix of its own.
     if all(recognise_naming(name) == "kohya" and not name.startswith("oft_") for name in file.modules):
         return file
     return rename(file, spec_for_file(file, file.origin).names, "kohya", keeps_pieces=True).file
@@ -259,10 +260,10 @@ def make_metadata(
             logger.warning("--models were made for different base models: %s is %s", key, " and ".join(values))
         if values:
             metadata[key] = values[0]
-    main = plain or conv
-    if main:
-        dim = str(main.copy().pop()) if len(main) == 1 else "Dynamic"
-        metadata.update(ss_network_dim=dim, ss_network_alpha=f"{dim}.0" if len(main) == 1 else dim)
+    ranks = plain or conv
+    if ranks:
+        dim = str(ranks.copy().pop()) if len(ranks) == 1 else "Dynamic"
+        metadata.update(ss_network_dim=dim, ss_network_alpha=f"{dim}.0" if len(ranks) == 1 else dim)
     if plain and len(conv) == 1:
         rank = str(conv.pop())
         metadata["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": f"{rank}.0"})
@@ -270,21 +271,22 @@ def make_metadata(
     if with_modelspec:
         first = next((f.metadata for f in files if "modelspec.architecture" in f.metadata), {})
         metadata["modelspec.sai_model_spec"] = "1.0.1"
-        kept = ("architecture", "implementation", "prediction_type", "resolution")
-        metadata.update({key: first[key] for name in kept if (key := f"modelspec.{name}") in first})
+        copied_keys = ("architecture", "implementation", "prediction_type", "resolution")
+        metadata.update({key: first[key] for name in copied_keys if (key := f"modelspec.{name}") in first})
         metadata.update(modelspec(save_to, [find_path(file) for file in files]))
     return metadata
 
 
 def find_path(file: AdapterFile) -> Path:
     """Return the path of a file of --models."""
+    # The origin is the path as messages show it, with its flag.
     return Path(file.origin.removeprefix("--models "))
 
 
-def modelspec(save_to: Path, sources_: Sequence[Path]) -> dict[str, str]:
+def modelspec(save_to: Path, sources: Sequence[Path]) -> dict[str, str]:
     """Return title, date and sources of a merged file as `modelspec.*` keys."""
     return {
         "modelspec.title": save_to.stem,
         "modelspec.date": datetime.now().isoformat(timespec="seconds"),
-        "modelspec.merged_from": ", ".join(path.stem for path in sources_),
+        "modelspec.merged_from": ", ".join(path.stem for path in sources),
     }

@@ -70,8 +70,8 @@ def check_modules(file: AdapterFile, parts: Sequence[BaseModel]) -> None:
 
     Raises UserError if other modules are missing too, or none is left: the adapter was made for another base model.
     """
-    here = list_modules(parts)
-    missing = [name for name in file.modules if name not in here]
+    known = list_modules(parts)
+    missing = [name for name in file.modules if name not in known]
     others = [name for name in missing if not name.startswith(TEXT_ENCODERS)]
     if others or len(missing) == len(file.modules):
         raise UserError(
@@ -99,8 +99,8 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     for file in files:
         check_modules(file, [base for base, _ in parts])
     for base, save_to in parts:
-        here = list_modules([base])
-        kept = [{name: module for name, module in file.modules.items() if name in here} for file in files]
+        known = list_modules([base])
+        kept = [{name: module for name, module in file.modules.items() if name in known} for file in files]
         adapters = [Weighted(replace(f, modules=m), ratio) for f, m, ratio in zip(files, kept, ratios, strict=True)]
         with_metadata = bool(base.architecture) and not args.no_metadata  # a text encoder alone has no architecture
         num = merge_into_checkpoint(base, adapters, save_to, arithmetic, with_metadata)

@@ -101,24 +101,28 @@ def collect_changes(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str, 
 
     Raises UserError for modules that the checkpoint lacks, because nothing is omitted silently.
     """
-    here = {module for file in base.files for module in file.modules}
+    base_modules = {module for file in base.files for module in file.modules}
     changes: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
         require_layouts(adapter.file, COMPUTED, "merged")
         names = {name: base.names.find(name) for name in adapter.file.modules}
-        missing = [name for name, found in names.items() if found is None or found.kohya not in here]
+        missing = [
+            name
+            for name, module_names in names.items()
+            if module_names is None or module_names.kohya not in base_modules
+        ]
         if missing:
             raise UserError(
                 f"{adapter.file.origin}: {len(missing)} of its {len(names)} modules are not in --sd_model {base.path}; "
                 f"the first is {missing[0]}; {suggest_fix(base, missing, len(names))}"
             )
-        own: dict[str, ModuleWeights] = {}
-        for name, found in names.items():
-            assert found is not None
-            if found.kohya in own:
-                raise make_name_error(adapter.file.origin, found.kohya)
-            own[found.kohya] = adapter.file.modules[name]
-        for name, module in own.items():
+        renamed: dict[str, ModuleWeights] = {}
+        for name, module_names in names.items():
+            assert module_names is not None
+            if module_names.kohya in renamed:
+                raise make_name_error(adapter.file.origin, module_names.kohya)
+            renamed[module_names.kohya] = adapter.file.modules[name]
+        for name, module in renamed.items():
             if not adapter.is_omitted(name):
                 changes.setdefault(name, []).append((module, adapter.ratio_of(name)))
     return changes
@@ -150,9 +154,9 @@ class CheckpointMerge:
         for key in file.weights.shapes:
             old = file.weights.read(key)
             stem, _, parameter_key = key.rpartition(".")
-            own = self.changes.get(modules.get(stem, ""), ())
-            new = old.to(self.arithmetic.device) if own else self.merge_thirds(file, key, old)
-            for module, ratio in own:
+            module_changes = self.changes.get(modules.get(stem, ""), ())
+            new = old.to(self.arithmetic.device) if module_changes else self.merge_thirds(file, key, old)
+            for module, ratio in module_changes:
                 if module.changes(parameter_key):
                     new = module.merged(new, ratio, dtype, parameter_key)
             is_number = old.is_floating_point()
@@ -287,14 +291,14 @@ def log_strengths(ratios: Sequence[float], strengths: Strengths) -> None:
 
     In sd-scripts the ratios 1.41 and -1.41 give the difference of two files of equal rank.
     """
-    alike = [1] * len(ratios)
+    equal_ranks = [1] * len(ratios)
     if strengths is not keep_ratios:
         logger.info(
             "--ratios with --concat act as in sd-scripts: as %s if the ranks are equal; tools/merge_lora.py uses "
             "them unchanged",
-            ", ".join(f"{strength:.2f}" for strength in strengths(ratios, alike)),
+            ", ".join(f"{strength:.2f}" for strength in strengths(ratios, equal_ranks)),
         )  # fmt: skip
-    elif len(ratios) > 1 and all(isclose(abs(s), 1, rel_tol=0.02) for s in square_strengths(ratios, alike)):
+    elif len(ratios) > 1 and all(isclose(abs(s), 1, rel_tol=0.02) for s in square_strengths(ratios, equal_ranks)):
         logger.warning(
             "--ratios: %.2f with --concat is %.2f times the change of a file. In sd-scripts, and in %s, it means the "
             "unscaled change; use 1 for that", abs(ratios[0]), abs(ratios[0]), "networks/merge_lora.py",
@@ -306,12 +310,12 @@ def weigh_files(
 ) -> list[Weighted]:
     """Return the files with their strengths. Block lists are for `base`'s model, or for each file's if it is None."""
     lists = block_weights.parse_lists(lbws, len(files))
-    plain = [Weighted(file, ratio) for file, ratio in zip(files, ratios, strict=True)]
+    unweighted = [Weighted(file, ratio) for file, ratio in zip(files, ratios, strict=True)]
     if not lists:
-        return plain
+        return unweighted
     specs = [spec_for_file(file, file.origin) if base is None else spec_for(base) for file in files]
     strengths = map(block_weights.strength_by_block, files, specs, lists)
-    return [replace(one, strength_of=strength) for one, strength in zip(plain, strengths, strict=True)]
+    return [replace(adapter, strength_of=strength) for adapter, strength in zip(unweighted, strengths, strict=True)]
 
 
 def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
@@ -332,6 +336,7 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     joining = Joining()
     if args.concat:
         log_strengths(ratios, strengths)
+        # A fixed seed would allow anyone to undo the shuffling.
         shuffling = generator_for(secrets.randbits(62), "--shuffle") if args.shuffle else None
         joining = Joining(strengths, shuffling)
     modules = merge_adapters(adapters, resolve_ranks(args, adapters), arithmetic, trained_on, joining)

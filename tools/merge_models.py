@@ -119,11 +119,11 @@ def merge(args: argparse.Namespace) -> None:
     dtype = SAVE_DTYPES[args.saving_precision]
     saved = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     warn_of_nonfinite(args.output, saved)
-    kept = read_metadata(args.models[0])
-    about: dict[str, str] = {
-        key: kept[key] for key in ("modelspec.sai_model_spec", "modelspec.architecture") if key in kept
+    metadata = read_metadata(args.models[0])
+    kept: dict[str, str] = {
+        key: metadata[key] for key in ("modelspec.sai_model_spec", "modelspec.architecture") if key in metadata
     }
-    write(args.output, saved, {**about, **modelspec(args.output, args.models)})
+    write(args.output, saved, {**kept, **modelspec(args.output, args.models)})
     print(f"{args.output}: {len(tensors)} weights of {len(models)} files")
 
 

@@ -63,21 +63,21 @@ class PartFile:
 def list_parts(args: argparse.Namespace) -> list[PartFile]:
     """Return the given files, the transformer first."""
     texts = [(f"--{name}", getattr(args, name), prefix) for name, prefix in TEXT_PREFIXES.items()]
-    given = [("--dit", args.dit, DENOISER_PREFIX), ("--vae", args.vae, VAE_PREFIX), *texts]
-    return [PartFile(flag, path, prefix) for flag, path, prefix in given if path is not None]
+    files = [("--dit", args.dit, DENOISER_PREFIX), ("--vae", args.vae, VAE_PREFIX), *texts]
+    return [PartFile(flag, path, prefix) for flag, path, prefix in files if path is not None]
 
 
 def collect_weights(parts: Sequence[PartFile], opened: Sequence[Weights]) -> dict[str, tuple[Weights, str]]:
     """Return the source of every weight of the combined file; if several files contain a part, the last one wins."""
-    found: dict[str, tuple[Weights, str]] = {}
+    sources: dict[str, tuple[Weights, str]] = {}
     for part, weights in zip(parts, opened, strict=True):
         names = part.names(weights)
-        again = [key for key in found if key.startswith(part.prefix)]
-        if again:
-            logger.warning("%s replaces the same part in %s", part.flag, found[again[0]][0].origin)
-        found = {key: place for key, place in found.items() if key not in again}
-        found |= {new: (weights, old) for new, old in names.items()}
-    return found
+        replaced = [key for key in sources if key.startswith(part.prefix)]
+        if replaced:
+            logger.warning("%s replaces the same part in %s", part.flag, sources[replaced[0]][0].origin)
+        sources = {key: source for key, source in sources.items() if key not in replaced}
+        sources |= {new: (weights, old) for new, old in names.items()}
+    return sources
 
 
 def combine_weights(places: dict[str, tuple[Weights, str]], origin: str) -> Weights:
@@ -95,10 +95,11 @@ def check(parts: Sequence[PartFile]) -> None:
     opened = [model_lookup.open_file(part.flag, find_file(part)) for part in parts]
     dit = opened[0]
     specs = list_specs()
+    # Other base models are recognised by prefixed names, which a file of the denoiser alone lacks.
     prefixed = {f"{DENOISER_PREFIX}{key}": shape for key, shape in dit.shapes.items()}
-    found = base_of_file(specs, {**prefixed, **dit.shapes})
-    refuse_other(specs, "--dit", dit.origin, found, "sd3", "transformer")
-    if found is None:
+    spec = base_of_file(specs, {**prefixed, **dit.shapes})
+    refuse_other(specs, "--dit", dit.origin, spec, "sd3", "transformer")
+    if spec is None:
         raise UserError(f"--dit {dit.origin} has no joint_blocks, so it is not a transformer of SD3")
     for part, weights in zip(parts[1:], opened[1:], strict=True):
         if part.flag == "--vae" and not any(key.removeprefix(VAE_PREFIX) == LDM_VAE for key in weights.shapes):
@@ -106,16 +107,16 @@ def check(parts: Sequence[PartFile]) -> None:
                 f"--vae {part.path} has no {LDM_VAE}, so it is not a VAE in the original layout; use the one next to "
                 "the transformer's file instead of diffusers'"
             )
-    whole = combine_weights(collect_weights(parts, opened), dit.origin)
-    there = [name for name in TEXT_PREFIXES if text_weights(name, Sd3TextOptions(), whole) is not None]
-    clips = [open_clip(name, Sd3TextOptions(), whole) for name in ("clip_l", "clip_g") if name in there]
-    t5 = [open_t5(Sd3TextOptions(), whole)] if "t5xxl" in there else []
-    check_widths(configure(read_denoiser(whole), read_config), clips if len(clips) == 2 else [], t5)
-    missing = [f"--{name}" for name in TEXT_PREFIXES if name not in there]
-    if not any(key.startswith(VAE_PREFIX) for key in whole.shapes):
+    combined = combine_weights(collect_weights(parts, opened), dit.origin)
+    present = [name for name in TEXT_PREFIXES if text_weights(name, Sd3TextOptions(), combined) is not None]
+    clips = [open_clip(name, Sd3TextOptions(), combined) for name in ("clip_l", "clip_g") if name in present]
+    t5 = [open_t5(Sd3TextOptions(), combined)] if "t5xxl" in present else []
+    check_widths(configure(read_denoiser(combined), read_config), clips if len(clips) == 2 else [], t5)
+    missing = [f"--{name}" for name in TEXT_PREFIXES if name not in present]
+    if not any(key.startswith(VAE_PREFIX) for key in combined.shapes):
         missing.append("--vae")
     else:
-        vae_of_checkpoint("--vae", whole)
+        vae_of_checkpoint("--vae", combined)
     if missing:
         logger.warning("the combined file will lack %s, which no input contains", ", ".join(missing))
 
@@ -136,10 +137,10 @@ def merge(args: argparse.Namespace) -> None:
     check(parts)
     # Scales of 8-bit weights belong to their weights: either both are copied, or the weights are decoded.
     opened = [open_weights(p.path) if dtype is None else model_lookup.open_file(p.flag, p.path) for p in parts]
-    whole = combine_weights(collect_weights(parts, opened), str(args.output))
+    combined = combine_weights(collect_weights(parts, opened), str(args.output))
     tensors = {}
-    for key in tqdm(whole.shapes, desc="merging", unit="tensor"):
-        tensor = whole.read(key)
+    for key in tqdm(combined.shapes, desc="merging", unit="tensor"):
+        tensor = combined.read(key)
         tensors[key] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
     kept = {key: value for key, value in read_metadata(args.dit).items() if "hash" not in key}
     save_safetensors(args.output, tensors, kept or {"format": "pt"})

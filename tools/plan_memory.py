@@ -41,11 +41,12 @@ EXAMPLES = """\
 
 def spec_of_script(name: str) -> BaseModelSpec:
     """Return the base model of a training script. Raises UserError listing the scripts if there is no such script."""
-    found = {spec.script: spec for spec in reversed(list_specs())}
+    # Of several base models with one script, the first needs no flag to be selected.
+    specs = {spec.script: spec for spec in reversed(list_specs())}
     script = f"{name.removesuffix('.py')}.py"
-    if script not in found:
-        raise UserError(f"--script {name} is not a training script; use one of {', '.join(sorted(found, key=len))}")
-    return found[script]
+    if script not in specs:
+        raise UserError(f"--script {name} is not a training script; use one of {', '.join(sorted(specs, key=len))}")
+    return specs[script]
 
 
 def read_training_options(script: str, arguments: Sequence[str]) -> tuple[BaseModelSpec, Any]:

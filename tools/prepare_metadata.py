@@ -70,14 +70,16 @@ def prepare(args: argparse.Namespace) -> None:
     check_name(args.out_json)
     table = read_table(str(args.in_json))
     images = list_images(args.train_data_dir, args.recursive)
+    # The plan gets the entries instead of reading the file again, so that the images that are encoded and the entries
+    # that are written agree even if the file changes meanwhile.
     plan = cache_images(resolve_options(args), parse_entries(table))
     sizes = {sample.image.key: sample.shape.bucket for sample in plan.samples}
-    strangers = [path for path in images if str(path) not in sizes]
-    if strangers:
+    without_entry = [path for path in images if str(path) not in sizes]
+    if without_entry:
         logger.warning(
             "skipping %d of %d images without an entry in %s; the first is %s; "
             "tools/captions_to_metadata.py creates entries",
-            len(strangers), len(images), args.in_json, strangers[0],
+            len(without_entry), len(images), args.in_json, without_entry[0],
         )  # fmt: skip
     record_sizes(table, args.train_data_dir, sizes)
     write_table(args.out_json, table)

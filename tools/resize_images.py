@@ -52,9 +52,9 @@ class Resizing:
 
 def parse_resolutions(text: str) -> tuple[Size, ...]:
     """Parse `1024x1024,512x512` to sizes. Raises UserError for anything else."""
-    found = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in text.split(",")]
-    sizes = tuple((int(match[1]), int(match[2])) for match in found if match is not None)
-    if len(sizes) < len(found) or not all(map(min, sizes)):
+    matches = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in text.split(",")]
+    sizes = tuple((int(match[1]), int(match[2])) for match in matches if match is not None)
+    if len(sizes) < len(matches) or not all(map(min, sizes)):
         raise UserError(f'--max_resolution is "{text}"; use sizes such as 1024x1024, separated by commas')
     return sizes
 
@@ -77,11 +77,11 @@ def write_sizes(image: Path, folder: Path, resizing: Resizing) -> None:
     """Write one image at every resolution. Raises UserError if it cannot be read or is too small."""
     pixels, _ = read_pixels(str(image))
     for limit, suffix in zip(resizing.resolutions, resizing.suffixes(), strict=True):
-        found = resize_image(pixels, limit, resizing)
-        if 0 in found.shape:
+        resized = resize_image(pixels, limit, resizing)
+        if 0 in resized.shape:
             raise UserError(f"{image} has less than --divisible_by {resizing.divisible_by} pixels on a side")
         with atomic_path(folder / f"{image.stem}{suffix}{resizing.ending}") as temporary:
-            Image.fromarray(found).save(temporary, quality=JPEG_QUALITY)
+            Image.fromarray(resized).save(temporary, quality=JPEG_QUALITY)
 
 
 def check_names(images: Sequence[Path]) -> None:

@@ -99,9 +99,9 @@ def shorten(text: str) -> str:
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", type=Path, help="a .safetensors file")
-    which.add_argument("file", type=Path, nargs="?", help="the same, as a positional argument")
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--model", type=Path, help="a .safetensors file")
+    inputs.add_argument("file", type=Path, nargs="?", help="the same, as a positional argument")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, with nested JSON unpacked")
     parser.add_argument("--key", help="print only this value, unchanged")
     parser.add_argument("--num_tags", type=int, default=20, help="tags to list")

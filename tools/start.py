@@ -90,12 +90,12 @@ def python_path(venv: Path) -> Path:
 def read_version(python: Path) -> "tuple[int, int, int] | None":
     """Return an interpreter's version; None if it is missing or does not start."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [str(python), "-c", "import sys; print(*sys.version_info[:3])"], stdout=subprocess.PIPE, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    major, minor, micro = map(int, done.stdout.split())
+    major, minor, micro = map(int, process.stdout.split())
     return major, minor, micro
 
 
@@ -148,6 +148,7 @@ def uv_indexes() -> "list[str]":
     words = [
         word for name, option in options.items() for url in os.environ.get(name, "").split() for word in (option, url)
     ]
+    # By default uv takes a package from the first index that has it; pip compares the versions of all indexes.
     return [*words, "--index-strategy", "unsafe-best-match"] if "--extra-index-url" in words else words
 
 
@@ -174,8 +175,8 @@ def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
     last_lines = deque(maxlen=15)  # type: deque[str]
     exit_code = run(install_command(python, requirement_names), keep_errors_in=last_lines)
     if exit_code != 0:
-        full = any("No space left" in line or "not enough space" in line.lower() for line in last_lines)
-        cause = "the disk is full" if full else f"the installer ended with status {exit_code}"
+        is_full = any("No space left" in line or "not enough space" in line.lower() for line in last_lines)
+        cause = "the disk is full" if is_full else f"the installer ended with status {exit_code}"
         raise StartError(
             f"installing the packages failed: {cause}. Its last lines:\n\n"
             + "".join("    " + line for line in last_lines)
@@ -254,6 +255,7 @@ def run(command: "list[str]", keep_errors_in: "deque[str] | None" = None, quiet:
                 process.kill()
     if num_interrupts:
         raise KeyboardInterrupt
+    # A shell reports death by signal n as status 128 + n, subprocess as -n.
     return int(128 - exit_code if exit_code < 0 else exit_code)
 
 
@@ -265,6 +267,7 @@ def num_threads() -> int:
 
 def training_command(python: Path, threads: int) -> "list[str]":
     """Return `accelerate launch train_network.py` for the quickstart, independent of an accelerate config file."""
+    # --quiet, because accelerate otherwise prints a traceback of its own below our error.
     launch = [str(python), "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(threads)]
     return [*launch, "train_network.py", "--config_file", TRAINING_CONFIG]
@@ -316,6 +319,8 @@ def quickstart(venv: Path) -> int:
     started = time.monotonic()
     for command, product in ((training_command(python, num_threads()), ADAPTER), (image_command(python), IMAGE)):
         print("\n$ " + " ".join(command), flush=True)
+        # A training run that is stopped ends with status 0 and saves under another name, and the file of an earlier run
+        # may exist, so the exit status alone does not show success.
         before = modification_time(ROOT / product)
         exit_code = run(command)
         if exit_code != 0:
@@ -340,8 +345,8 @@ def run_tests(venv: Path, slow: bool, pytest_arguments: "list[str]") -> int:
     """Run the tests. Return pytest's exit status."""
     python = ready_python(venv, TEST_REQUIREMENTS)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process per core
-    on_gpu = 0 if pytest_arguments else run(simulated_gpu_command(python, slow))
-    return on_gpu or run(pytest_command(python, slow, pytest_arguments))
+    gpu_status = 0 if pytest_arguments else run(simulated_gpu_command(python, slow))
+    return gpu_status or run(pytest_command(python, slow, pytest_arguments))
 
 
 def run_doctor(venv: Path) -> int:
@@ -395,13 +400,13 @@ def split_at_dashes(arguments: "list[str]") -> "tuple[list[str], list[str]]":
 
 def main(arguments: "list[str]") -> int:
     """Run the command line and return the exit status."""
-    ours, for_pytest = split_at_dashes(arguments)
+    own_arguments, for_pytest = split_at_dashes(arguments)
     try:
         check_python(sys.version_info[:2])
         if isinstance(sys.stdout, io.TextIOWrapper):  # a Windows console may lack a character of a path
             sys.stdout.reconfigure(errors="backslashreplace")
         parser = setup_parser()
-        args = parser.parse_args(ours)
+        args = parser.parse_args(own_arguments)
         venv = Path(os.path.abspath(str(args.venv)))
         if args.command == "test":
             return run_tests(venv, args.slow, for_pytest)

@@ -125,24 +125,25 @@ def run_checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[st
     with mute_logging():
         denoiser = spec.build(options).load.denoiser()
     yield compare_with_diffusers(denoiser, spec.build.__module__.rpartition(".")[0])
+    # Each trial loads its own copy in another process; memory may not suffice for two.
     del denoiser
-    whole = prepare_trial(spec, options, folder / "whole", {"selftest": True})
+    uninterrupted = prepare_trial(spec, options, folder / "whole", {"selftest": True})
     print(f"training {NUM_STEPS} steps ...", file=sys.stderr, flush=True)
-    done = whole.train()
-    yield from whole.results(done)
-    if done.returncode:
+    process = uninterrupted.train()
+    yield from uninterrupted.results(process)
+    if process.returncode:
         return
     state = folder / "whole" / f"{NAME}-step{RESUMED_AT:08d}-state"
-    again = prepare_trial(spec, options, folder / "again", {"resume": str(state)})
+    resumed = prepare_trial(spec, options, folder / "again", {"resume": str(state)})
     print(f"resuming from step {RESUMED_AT} ...", file=sys.stderr, flush=True)
-    done = again.train()
-    if done.returncode:
-        yield Result("resuming", f"failed: {find_error(done.stderr)}", is_wrong=True)
+    process = resumed.train()
+    if process.returncode:
+        yield Result("resuming", f"failed: {find_error(process.stderr)}", is_wrong=True)
         return
-    yield compare_files(whole.adapter, again.adapter)
+    yield compare_files(uninterrupted.adapter, resumed.adapter)
     with mute_logging():
         planned = predict_step(spec, options, training)
-    yield from compare_with_plan(whole.steps(), planned)
+    yield from compare_with_plan(uninterrupted.steps(), planned)
 
 
 # The denoiser
@@ -151,22 +152,22 @@ def run_checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[st
 def compare_with_diffusers(denoiser: nn.Module, package: str) -> Result:
     """Compare our class with that of diffusers: two blocks of each kind, CPU, float32. `package` contains the
     reference."""
-    what = "denoiser"
+    subject = "denoiser"
     if type(denoiser).__module__.startswith("diffusers."):
-        return Result(what, f"diffusers' own {type(denoiser).__name__}")
+        return Result(subject, f"diffusers' own {type(denoiser).__name__}")
     name = f"{package}.reference"
     if importlib.util.find_spec(name) is None:
-        return Result(what, "not compared: no class of diffusers is known for this base model")
+        return Result(subject, "not compared: no class of diffusers is known for this base model")
     reference: Any = importlib.import_module(name)
     try:
         with torch.no_grad():
-            found, expected = reference.outputs(denoiser, torch.Generator().manual_seed(0))
+            output, expected = reference.outputs(denoiser, torch.Generator().manual_seed(0))
     except MissingClass as error:
-        return Result(what, f"not compared: diffusers {version_of('diffusers')} has no {error}")
-    distance = float((found - expected).abs().max() / expected.abs().max())
+        return Result(subject, f"not compared: diffusers {version_of('diffusers')} has no {error}")
+    distance = float((output - expected).abs().max() / expected.abs().max())
     is_wrong = not distance <= MAX_DIFFERENCE  # NaN is wrong too
     return Result(
-        what, f"first and last blocks differ from diffusers' class by {distance:.1e} of the largest value", is_wrong
+        subject, f"first and last blocks differ from diffusers' class by {distance:.1e} of the largest value", is_wrong
     )
 
 
@@ -191,24 +192,24 @@ class Trial:
     def train(self) -> "subprocess.CompletedProcess[str]":
         """Run the training and print its log if it fails; the log is the standard error."""
         command = [sys.executable, str(self.script), "--config_file", str(self.folder / "options.toml")]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
-        if done.returncode != 0:
-            print(done.stderr, file=sys.stderr)
-        return done
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
+        if process.returncode != 0:
+            print(process.stderr, file=sys.stderr)
+        return process
 
     def steps(self) -> list[dict[str, Any]]:
         """Return the step events."""
         lines = map(json.loads, self.events.read_text(encoding="utf-8").splitlines())
         return [line for line in lines if line["event"] == "step"]
 
-    def results(self, done: "subprocess.CompletedProcess[str]") -> Iterator[Result]:
-        found = re.search(r"self-test: (\d+ gradients in \d+ blocks .*)", done.stderr)
-        wrong = "--selftest:" in done.stderr
-        if found is not None or wrong:
-            text = found[1] if found is not None else "gradients differ from the plain mode, see above"
-            yield Result("way of saving memory", text, wrong)
-        if done.returncode:
-            yield Result(f"{NUM_STEPS} steps", f"failed: {find_error(done.stderr)}", is_wrong=True)
+    def results(self, process: "subprocess.CompletedProcess[str]") -> Iterator[Result]:
+        match = re.search(r"self-test: (\d+ gradients in \d+ blocks .*)", process.stderr)
+        has_failed = "--selftest:" in process.stderr
+        if match is not None or has_failed:
+            text = match[1] if match is not None else "gradients differ from the plain mode, see above"
+            yield Result("way of saving memory", text, has_failed)
+        if process.returncode:
+            yield Result(f"{NUM_STEPS} steps", f"failed: {find_error(process.stderr)}", is_wrong=True)
             return
         losses = [step["loss"] for step in self.steps()]
         finite = [loss for loss in losses if loss is not None]
@@ -222,15 +223,15 @@ def prepare_trial(spec: BaseModelSpec, options: TrainOptions, folder: Path, chan
     import toml
 
     folder.mkdir()
-    own = {"output_dir": str(folder), "log_events": str(folder / "events.jsonl"), "seed": options.run.seed or 1}
-    values = {**options.flat(), **TRIAL_OPTIONS, **own, **changes}
+    trial_files = {"output_dir": str(folder), "log_events": str(folder / "events.jsonl"), "seed": options.run.seed or 1}
+    values = {**options.flat(), **TRIAL_OPTIONS, **trial_files, **changes}
     defaults = type(options).defaults()
-    given = {
+    changed = {
         name: [str(item) for item in value] if isinstance(value, list | tuple) else convert_to_toml(value)
         for name, value in values.items()
         if name in defaults and value is not None and value != defaults[name]
     }
-    (folder / "options.toml").write_text(toml.dumps(given), encoding="utf-8")
+    (folder / "options.toml").write_text(toml.dumps(changed), encoding="utf-8")
     return Trial(ROOT / spec.script, folder)
 
 
@@ -246,21 +247,25 @@ def find_error(log: str) -> str:
     return f"{kinds[-1]}, see above" if kinds else "see above"
 
 
-def compare_files(whole: Path, again: Path) -> Result:
+def compare_files(uninterrupted: Path, resumed: Path) -> Result:
     """Compare the tensors of two adapter files byte for byte."""
     from safetensors.torch import load_file
 
-    expected, found = load_file(whole), load_file(again)
-    what = f"resumed from step {RESUMED_AT}"
-    if expected.keys() != found.keys():
-        return Result(what, "the files contain different tensors", is_wrong=True)
-    other = [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
-    if not other:
-        return Result(what, f"identical ({len(expected)} tensors)")
-    size = max(float(tensor.float().abs().max()) for tensor in expected.values())
-    most = max(float((expected[name].float() - found[name].float()).abs().max()) for name in other)
+    expected, tensors = load_file(uninterrupted), load_file(resumed)
+    subject = f"resumed from step {RESUMED_AT}"
+    if expected.keys() != tensors.keys():
+        return Result(subject, "the files contain different tensors", is_wrong=True)
+    different = [name for name, tensor in expected.items() if not torch.equal(tensor, tensors[name])]
+    if not different:
+        return Result(subject, f"identical ({len(expected)} tensors)")
+    largest = max(float(tensor.float().abs().max()) for tensor in expected.values())
+    largest_difference = max(float((expected[name].float() - tensors[name].float()).abs().max()) for name in different)
     hint = "usual with GPU kernels that sum in any order; with --deterministic it is a bug"
-    return Result(what, f"{len(other)} of {len(expected)} tensors differ by up to {most / size:.1e} ({hint})", True)
+    return Result(
+        subject,
+        f"{len(different)} of {len(expected)} tensors differ by up to {largest_difference / largest:.1e} ({hint})",
+        True,
+    )
 
 
 # The plan
@@ -308,10 +313,11 @@ def describe_machine() -> Iterator[str]:
 
 def list_options(spec: BaseModelSpec, values: dict[str, Any], defaults: Mapping[str, Any], way: Way) -> Iterator[str]:
     if not str(values["network_module"]).startswith(OURS):
+        # The path of somebody's own module can name its author.
         values["network_module"] = "of others"
-    given = [(name, values[name]) for name in SHOWN if name in values and values[name] != defaults[name]]
-    shown = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given)
-    yield f"{spec.script} {shown}; {describe(way)}"
+    changed = [(name, values[name]) for name in SHOWN if name in values and values[name] != defaults[name]]
+    options = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changed)
+    yield f"{spec.script} {options}; {describe(way)}"
 
 
 main = training_command(setup_parser, verify)

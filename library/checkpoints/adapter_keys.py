@@ -80,7 +80,10 @@ class AdapterKey:
     @classmethod
     def parse(cls, text: str) -> "AdapterKey | None":
         """Parse a key; return None if it belongs to no kind of adapter."""
+        # The processor is dropped from the module's name: base models are recognised by the layer's name right after
+        # the attention's.
         if match := PROCESSOR_KEY.fullmatch(text):
+            # diffusers' to_out is a list of the layer and a dropout.
             layer = "to_out.0" if match[3] == "to_out" else match[3]
             module = f"{match[1]}.{layer}"
             return cls(module, match[2], DOWN if match[4] == "down" else UP, recognise_naming(module))
@@ -111,14 +114,15 @@ def _block_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, i
     Blocks of b inputs are stored as b (b - 1) / 2 angles (oft_R) or as whole matrices (boft_R). A single oft_R block,
     which serves all inputs, is skipped.
     """
-    found = {}
+    block_shapes = {}
     for text, shape in shapes.items():
         key = AdapterKey.parse(text)
         if key is not None and key.leaf == "oft_R.weight" and len(shape) == 2 and shape[0] > 1:
-            found[text] = (shape[0], shape[0] * ((1 + isqrt(1 + 8 * shape[1])) // 2))
+            # b (b - 1) / 2 angles, solved for b.
+            block_shapes[text] = (shape[0], shape[0] * ((1 + isqrt(1 + 8 * shape[1])) // 2))
         elif key is not None and key.leaf == "boft_R" and len(shape) == 4:
-            found[text] = (shape[1], shape[1] * shape[2])
-    return found
+            block_shapes[text] = (shape[1], shape[1] * shape[2])
+    return block_shapes
 
 
 def _kronecker_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
@@ -126,12 +130,12 @@ def _kronecker_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[in
     firsts: dict[str, tuple[str, int, int]] = {}
     seconds: dict[str, int] = {}
     for text, shape in shapes.items():
-        found = AdapterKey.parse(text)
-        side = None if found is None or len(shape) != 2 else KRONECKER_SIDES.get(found.leaf)
-        if found is not None and side == 0:
-            firsts[found.module] = text, shape[0], shape[1]
-        elif found is not None and side == 1:
-            seconds[found.module] = shape[1]
+        parsed = AdapterKey.parse(text)
+        position = None if parsed is None or len(shape) != 2 else KRONECKER_SIDES.get(parsed.leaf)
+        if parsed is not None and position == 0:
+            firsts[parsed.module] = text, shape[0], shape[1]
+        elif parsed is not None and position == 1:
+            seconds[parsed.module] = shape[1]
     return {key: (rows, columns * seconds[m]) for m, (key, rows, columns) in firsts.items() if m in seconds}
 
 
@@ -143,6 +147,7 @@ def lacks_model_prefix(name: str) -> bool:
 
 def bare_path(name: str) -> str:
     """Strip all prefixes from the name of a module."""
+    # Prefixes nest: scripts that wrap one sub-model with PEFT write `unet.base_model.model.<path>`.
     while (path := next((name[len(p) :] for p in ROOTLESS if name.startswith(p)), name)) != name:
         name = path
     return name
@@ -169,4 +174,5 @@ def strip_peft_prefix(name: str) -> str:
 def to_underscores(name: str) -> str:
     """Convert a name to the underscored form in which names of all namings are compared."""
     name = strip_peft_prefix(name)
+    # The paths of complete checkpoints have `model.` in front of the generic naming's `diffusion_model.`.
     return name.removeprefix("model.").replace(".", "_") if name.startswith("model.diff") else name.replace(".", "_")

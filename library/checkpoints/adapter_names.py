@@ -48,9 +48,9 @@ class ModuleNames:
     @property
     def spellings(self) -> tuple[str, ...]:
         """All names of this module."""
-        whole = (self.diffusers,) if isinstance(self.diffusers, str) else ()
-        of_pieces = (name for names in self.names_of_pieces for name in names)
-        return (self.kohya, self.generic, *whole, *of_pieces, *self.aliases)
+        whole_name = (self.diffusers,) if isinstance(self.diffusers, str) else ()
+        piece_names = (name for names in self.names_of_pieces for name in names)
+        return (self.kohya, self.generic, *whole_name, *piece_names, *self.aliases)
 
     @property
     def names_of_pieces(self) -> tuple[tuple[str, ...], ...]:
@@ -65,17 +65,17 @@ class ModuleNames:
     def in_block(self, number: str) -> "ModuleNames":
         """Return the names of the same layer in block `number`; this one must be in block 0."""
 
-        def moved(path: str) -> str:
+        def renumber(path: str) -> str:
             return path.replace(".0.", f".{number}.", 1)
 
-        whole = self.diffusers
+        diffusers = self.diffusers
         return replace(
             self,
             kohya=self.kohya.replace("_0_", f"_{number}_", 1),
-            generic=moved(self.generic),
-            diffusers=moved(whole)
-            if isinstance(whole, str)
-            else tuple(replace(piece, diffusers=moved(piece.diffusers), aliases=()) for piece in whole),
+            generic=renumber(self.generic),
+            diffusers=renumber(diffusers)
+            if isinstance(diffusers, str)
+            else tuple(replace(piece, diffusers=renumber(piece.diffusers), aliases=()) for piece in diffusers),
             aliases=(),
         )
 
@@ -129,8 +129,8 @@ class BaseNames:
     @cached_property
     def index(self) -> Mapping[str, ModuleNames]:
         """All spellings of module names, with underscores instead of dots."""
-        others = {other: module for module in self.modules for other in _add_other_prefixes(module.kohya)}
-        return others | {to_underscores(name): module for module in self.modules for name in module.spellings}
+        other_spellings = {other: module for module in self.modules for other in _add_other_prefixes(module.kohya)}
+        return other_spellings | {to_underscores(name): module for module in self.modules for name in module.spellings}
 
     def find(self, name: str) -> ModuleNames | None:
         """Return the module that `name` refers to, whole or in part; None if the base model has no such module."""
@@ -140,14 +140,15 @@ class BaseNames:
     def find_parts(self, name: str) -> tuple[ModuleNames, ...]:
         """Return the modules that make up a layer that some programs fuse, in row order; () for any other name."""
         flat = to_underscores(name)
-        for whole, parts in self.fused:
-            if flat.endswith(end := to_underscores(whole)):
-                found = [self.find(flat.removesuffix(end) + to_underscores(part)) for part in parts]
-                return tuple(module for module in found if module is not None)
+        for fused_path, parts in self.fused:
+            if flat.endswith(end := to_underscores(fused_path)):
+                modules = [self.find(flat.removesuffix(end) + to_underscores(part)) for part in parts]
+                return tuple(module for module in modules if module is not None)
         return ()
 
     def _find_in_longer_stack(self, flat: str) -> ModuleNames | None:
         """Find a module in a block beyond the usual number, through the same layer of block 0."""
+        # An underscored name does not show which of its numbers is the block's, so each one is tried.
         for number in re.finditer(r"(?<=_)[1-9]\d*(?=_)", flat):
             first = self.index.get(f"{flat[: number.start()]}0{flat[number.end() :]}")
             if first is None or not any(first.kohya.startswith(f"{stack}_0_") for stack in self.stacks):
@@ -163,12 +164,12 @@ def add_missing_prefixes(modules: Collection[str], tables: Sequence[BaseNames]) 
 
     The table that recognises most of them is used; modules that it does not recognise either are omitted.
     """
-    strangers = [name for name in modules if not any(table.find(name) or table.find_parts(name) for table in tables)]
-    found: dict[str, str] = {}
-    for table in tables if strangers else ():
-        here = {name: other for name in strangers if (other := _add_model(bare_path(name), table)) is not None}
-        found = here if len(here) > len(found) else found
-    return found
+    unknown = [name for name in modules if not any(table.find(name) or table.find_parts(name) for table in tables)]
+    prefixed: dict[str, str] = {}
+    for table in tables if unknown else ():
+        candidates = {name: other for name in unknown if (other := _add_model(bare_path(name), table)) is not None}
+        prefixed = candidates if len(candidates) > len(prefixed) else prefixed
+    return prefixed
 
 
 def _add_model(path: str, table: BaseNames) -> str | None:

@@ -79,6 +79,6 @@ def open_single_file(
 ) -> BaseModel:
     """Open a single-file checkpoint; `names_of` maps the stem of `<stem>.weight` to the module's names, or None."""
     stems = sorted(key.removesuffix(".weight") for key in weights.shapes if key.endswith(".weight"))
-    found = {stem: names for stem in stems if (names := names_of(stem)) is not None}
-    file = WeightFile("", weights, {names.kohya: stem for stem, names in found.items()})
-    return BaseModel(path, (file,), BaseNames(base, tuple(found.values())), architecture)
+    names_by_stem = {stem: names for stem in stems if (names := names_of(stem)) is not None}
+    file = WeightFile("", weights, {names.kohya: stem for stem, names in names_by_stem.items()})
+    return BaseModel(path, (file,), BaseNames(base, tuple(names_by_stem.values())), architecture)

@@ -42,12 +42,12 @@ class Sign:
     unless: str = ""  # regular expression that no name may match
 
     def is_in(self, shapes: Shapes) -> bool:
-        found = [shape for name, shape in shapes.items() if re.search(self.pattern, name)]
+        matching = [shape for name, shape in shapes.items() if re.search(self.pattern, name)]
         if self.width is not None:
-            found = [shape for shape in found if shape[1:2] == (self.width,)]
+            matching = [shape for shape in matching if shape[1:2] == (self.width,)]
         if self.num_axes is not None:
-            found = [shape for shape in found if len(shape) == self.num_axes]
-        return bool(found) and not (self.unless and any(re.search(self.unless, name) for name in shapes))
+            matching = [shape for shape in matching if len(shape) == self.num_axes]
+        return bool(matching) and not (self.unless and any(re.search(self.unless, name) for name in shapes))
 
 
 # --- what inference programs read ---
@@ -136,8 +136,8 @@ def recognise(
     specs: Sequence[BaseModelSpec], shapes: Shapes, signs_of: Callable[[BaseModelSpec], Sequence[Sign]]
 ) -> BaseModelSpec | None:
     """Return the base model with the strongest sign in a file (the first of equals), or None if there is no sign."""
-    found = [
+    candidates = [
         (max((sign.certainty for sign in signs_of(spec) if sign.is_in(shapes)), default=0), spec) for spec in specs
     ]
-    certainty, spec = max(found, key=lambda pair: pair[0], default=(0, None))
+    certainty, spec = max(candidates, key=lambda pair: pair[0], default=(0, None))
     return spec if certainty else None

@@ -19,6 +19,7 @@ from library.checkpoints.recognition import recognise_adapter
 Part = Literal["denoiser", "text"]
 Amount = Literal["all", "some", "none"]
 
+# Beyond this number Forge drops the whole file (measured with dfdcbab).
 FORGE_MAX_UNKNOWN_KEYS = 12
 
 
@@ -94,15 +95,15 @@ def readings(
 
 def parse(text: str, shape: tuple[int, ...]) -> Key:
     """Parse a key. A key with an unknown ending or prefix keeps its text as module and has no naming."""
-    found = AdapterKey.parse(text)
-    if found is None or READ.fullmatch(found.ending) is None:
+    parsed = AdapterKey.parse(text)
+    if parsed is None or READ.fullmatch(parsed.ending) is None:
         return Key(text, to_underscores(text), "", shape, None, name_part(text))
-    naming = next((naming for naming in NAMINGS if naming == found.naming), None)
-    if re.match(r"model\.diffusion_model\.", found.module) or (naming == "kohya" and "." in found.module):
+    naming = next((naming for naming in NAMINGS if naming == parsed.naming), None)
+    if re.match(r"model\.diffusion_model\.", parsed.module) or (naming == "kohya" and "." in parsed.module):
         naming = None  # the naming of complete checkpoints
-    if lacks_model_prefix(found.module):
+    if lacks_model_prefix(parsed.module):
         naming = None  # programs read some of these, but which ones depends on the base model
-    return Key(text, to_underscores(found.module), found.ending, shape, naming, name_part(found.module))
+    return Key(text, to_underscores(parsed.module), parsed.ending, shape, naming, name_part(parsed.module))
 
 
 def name_part(module: str) -> Part:
@@ -120,10 +121,10 @@ class Content:
     @cached_property
     def leaves(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         """Shapes by module and leaf."""
-        found: dict[str, dict[str, tuple[int, ...]]] = {}
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         for key in self.keys:
-            found.setdefault(key.module, {})[key.leaf] = key.shape
-        return found
+            shapes.setdefault(key.module, {})[key.leaf] = key.shape
+        return shapes
 
     @cached_property
     def unknown_modules(self) -> frozenset[str]:
@@ -151,11 +152,12 @@ def read_by(program: Program, content: Content) -> Reading:
     refusal = explain_refused(program, content, reader, len(unused))
     if refusal is not None:
         return Reading(program, len(keys), tuple(key.text for key in keys), (), (refusal,))
+    # These are added after the refusal, because Forge knows the keys and does not count them as unknown.
     unused |= {key.text: "alphas without weights change nothing" for key in keys if content.is_lone(key)}
     inexact = {
-        key.text: why
+        key.text: reason_inexact
         for key in keys
-        if key.text not in unused and (why := explain_inexact(program, content, key)) is not None
+        if key.text not in unused and (reason_inexact := explain_inexact(program, content, key)) is not None
     }
     reasons = tuple(dict.fromkeys([*unused.values(), *inexact.values()]))
     return Reading(program, len(keys), tuple(unused), tuple(inexact), reasons)
@@ -166,8 +168,8 @@ def explain_unused(program: Program, content: Content, key: Key, reader: Reader)
     if key.naming is None:
         return f"it is not known to read keys such as {key.text}"
     if key.naming not in (reader.denoiser if key.part == "denoiser" else reader.text):
-        what = "text encoder keys in " if key.part == "text" else "keys in "
-        return f"it does not read {what}the {key.naming} naming"
+        subject = "text encoder keys in " if key.part == "text" else "keys in "
+        return f"it does not read {subject}the {key.naming} naming"
     if key.module.startswith(OFT_PREFIX) and program != "A1111-style":
         return f"it does not look for names that begin with {OFT_PREFIX}"
     if key.module in content.unknown_modules:
@@ -206,11 +208,15 @@ def explain_unused_leaf(program: Program, content: Content, key: Key) -> str | N
 def explain_inexact(program: Program, content: Content, key: Key) -> str | None:
     """Return why a key acts differently in a program than in training, or None if it does not."""
     leaves = content.leaves[key.module]
+    # Training divides by the norm of base + change, ComfyUI and Forge by that of the base alone. In measured files the
+    # difference is 1 to 3 % of the change.
     if program in ("ComfyUI", "Forge", "A1111-style") and is_dora_per_output(leaves):
         return "DoRA with one magnitude per output acts differently there than in training"
     has_limit = "alpha" in leaves and key.module not in content.without_limit
     if program == "ComfyUI" and leaves.keys() & OFT and (has_limit or "rescale" in leaves):
         return "it limits OFT rotations to alpha, not alpha times the outputs, and ignores rescale"
+    # With the core's inputs and outputs swapped in our formula, the mean difference from its image falls from 0.41 to
+    # 0.05.
     if program == "stable-diffusion.cpp" and leaves.keys() & {"lora_mid.weight", "hada_t1", "hada_t2"}:
         return "it multiplies Tucker cores the wrong way round"
     return None
@@ -249,8 +255,10 @@ def has_foreign_leaves(content: Content) -> str | None:
 
 def has_keys_without_lora(content: Content) -> str | None:
     """Refuse separate alphas: in every naming but kohya's, diffusers requires "lora" in each key."""
-    odd = [key.text for key in content.keys if key.naming != "kohya" and "lora" not in key.text and key.leaf == "alpha"]
-    return "it refuses .alpha in addition to lora_A and lora_B" if odd else None
+    alphas = [
+        key.text for key in content.keys if key.naming != "kohya" and "lora" not in key.text and key.leaf == "alpha"
+    ]
+    return "it refuses .alpha in addition to lora_A and lora_B" if alphas else None
 
 
 def has_lone_alphas(content: Content) -> str | None:
@@ -273,20 +281,20 @@ def programs_that_read(spec: BaseModelSpec, naming: FileNaming) -> list[Program]
 # --- messages ---
 
 
-def describe(found: Sequence[Reading]) -> str:
+def describe(program_readings: Sequence[Reading]) -> str:
     """Summarise in one line which programs use all, some or none of the keys."""
-    if not found:
+    if not program_readings:
         return "its base model cannot be recognised from its keys"
     groups = (
-        ("all used by", [r.program for r in found if r.amount == "all"]),
-        ("some by", [f"{r.program} ({r.num_used} of {r.num_keys})" for r in found if r.amount == "some"]),
-        ("none by", [r.program for r in found if r.amount == "none"]),
+        ("all used by", [r.program for r in program_readings if r.amount == "all"]),
+        ("some by", [f"{r.program} ({r.num_used} of {r.num_keys})" for r in program_readings if r.amount == "some"]),
+        ("none by", [r.program for r in program_readings if r.amount == "none"]),
     )
-    return "; ".join(f"{what} {', '.join(programs)}" for what, programs in groups if programs)
+    return "; ".join(f"{label} {', '.join(programs)}" for label, programs in groups if programs)
 
 
-def problems(found: Sequence[Reading]) -> Iterator[str]:
+def problems(program_readings: Sequence[Reading]) -> Iterator[str]:
     """Yield one line for each program and reason."""
-    for reading in found:
+    for reading in program_readings:
         for reason in reading.reasons:
             yield f"{reading.program}: {reason}"

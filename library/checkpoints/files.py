@@ -131,17 +131,17 @@ def load_pickle(path: Path, device: str | torch.device = "cpu", mmap: bool = Fal
 
     Raises UserError for a damaged file and for one with other objects.
     """
-    maps = mmap and is_zipfile(path) and not is_safetensors(path)  # given a path, torch.load goes by its extension
+    uses_mmap = mmap and is_zipfile(path) and not is_safetensors(path)  # given a path, torch.load goes by its extension
     try:
         with path.open("rb") as file:
-            return torch.load(path if maps else file, map_location=device, weights_only=True, mmap=maps)
+            return torch.load(path if uses_mmap else file, map_location=device, weights_only=True, mmap=uses_mmap)
     except Exception as error:  # unpickling a damaged file can raise anything
-        found = OBJECT_IN_PICKLE.search(str(error))
-        if found or type(error).__name__ == "UnpicklingError":
-            what = f" ({found[1]})" if found else ""
+        foreign_object = OBJECT_IN_PICKLE.search(str(error))
+        if foreign_object or type(error).__name__ == "UnpicklingError":
+            object_name = f" ({foreign_object[1]})" if foreign_object else ""
             raise UserError(
-                f"{path} cannot be read as a file of plain tensors: it contains other Python objects{what}, which are "
-                "not loaded, because that could run code; convert it to .safetensors with a program you trust"
+                f"{path} cannot be read as a file of plain tensors: it contains other Python objects{object_name}, "
+                "which are not loaded, because that could run code; convert it to .safetensors with a program you trust"
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
         raise UserError(
@@ -156,6 +156,7 @@ def to_tensor(name: str, value: Any) -> Tensor | None:
     Alphas may be plain numbers; dropping them would change the adapter's strength.
     """
     is_alpha = name.endswith(".alpha") and isinstance(value, int | float)
+    # On the CPU even where a caller has made another device the default: networks are first tried on the meta device.
     return torch.tensor(float(value), device="cpu") if is_alpha else value if isinstance(value, Tensor) else None
 
 
@@ -166,12 +167,12 @@ def file_in_folder(path: Path, where: str) -> Path:
     """
     if not path.is_dir():
         return path
-    found = next(
+    weight_file = next(
         (file for suffix in ("safetensors", "bin") if (file := path / f"{PEFT_STEM}.{suffix}").is_file()), None
     )
-    if found is None:
+    if weight_file is None:
         raise UserError(f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves; use an adapter file")
-    return found
+    return weight_file
 
 
 def display_path(path: Path) -> Path:
@@ -192,6 +193,8 @@ def holds_safetensors(path: str | Path) -> bool:
     """
     with Path(path).open("rb") as file:
         start = file.read(LENGTH_BYTES + 1)
+    # Tested before the pickle marks, because the length of a header of 640 bytes is stored as 80 02, as a pickle
+    # begins.
     if len(start) > LENGTH_BYTES and start[LENGTH_BYTES:] == b"{":
         (num_bytes,) = struct.unpack("<Q", start[:LENGTH_BYTES])
         if num_bytes <= MAX_HEADER_BYTES:  # pickles, whose first bytes read as a length, are far above it
@@ -228,6 +231,7 @@ def full_disk_named(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, RuntimeError, shutil.Error) as error:
+        # torch's own message is "unexpected pos 64 vs 0", so the free space has to tell whether the disk is the cause.
         if "No space left" in str(error) or shutil.disk_usage(Path(path).parent).free < FULL_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
@@ -249,6 +253,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with full_disk_named(path):
             yield temporary
         temporary.chmod(mode)  # some writers restrict the permissions
+        # Before the rename: otherwise a power cut can leave the new name with an empty file.
         _flush_to_disk(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -283,6 +288,7 @@ def save_safetensors(
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
+        # safetensors refuses views that are not contiguous.
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, dict(metadata) if metadata else None)
 
 
@@ -318,6 +324,7 @@ def _entry(path: Path, name: str, fields: Any) -> TensorEntry:
 
 def _check_offsets(path: Path, tensors: Mapping[str, TensorEntry], data_bytes: int) -> None:
     """Raise UserError unless every tensor has the length of its shape, and the tensors fill the data without gaps."""
+    # The format forbids gaps, so that a file cannot hide other content between its tensors.
     position, previous = 0, "the header"
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         num_bytes = entry.dtype.itemsize

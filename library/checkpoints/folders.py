@@ -32,6 +32,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         with full_disk_named(path):
             yield temporary
         flush_folder(temporary)
+        # A rename cannot replace a folder that has content.
         if path.exists():
             os.rename(path, replaced)
         os.rename(temporary, path)
@@ -46,9 +47,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def remove_folder(path: Path) -> None:
     """Delete a folder so that a partly deleted one is never taken for complete."""
-    gone = path.parent / f".{path.name}.{uuid4().hex[:12]}.{UNFINISHED}"
-    os.rename(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    renamed = path.parent / f".{path.name}.{uuid4().hex[:12]}.{UNFINISHED}"
+    os.rename(path, renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def tidy(parent: Path, is_wanted: Callable[[str], bool]) -> None:

@@ -32,17 +32,17 @@ def join_tensors(weights: Weights, parts: Mapping[str, tuple[str, ...]], swapped
             renamed[key] = names[0]
         else:
             stacked[key] = names
-    taken = {*renamed.values(), *(name for names in stacked.values() for name in names)}
-    others = {name: name for name in weights.shapes if name not in taken}
-    kept = select_weights(weights, {**renamed, **others})
+    joined = {*renamed.values(), *(name for names in stacked.values() for name in names)}
+    others = {name: name for name in weights.shapes if name not in joined}
+    unstacked = select_weights(weights, {**renamed, **others})
 
     def read(key: str) -> Tensor:
         if key not in stacked:
-            return kept.read(key)
+            return unstacked.read(key)
         tensor = torch.cat([weights.read(name) for name in stacked[key]])
         return swap_halves(tensor) if key in swaps else tensor
 
-    return replace(kept, shapes={**shapes, **kept.shapes}, read=read)
+    return replace(unstacked, shapes={**shapes, **unstacked.shapes}, read=read)
 
 
 def swap_halves(tensor: Tensor) -> Tensor:

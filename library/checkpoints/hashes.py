@@ -22,11 +22,12 @@ def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> t
     """
     from safetensors.torch import save
 
-    ours = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    image = memoryview(save({name: tensor.contiguous() for name, tensor in tensors.items()}, ours))
-    (header_bytes,) = struct.unpack("<Q", image[:LENGTH_BYTES])
-    whole = hashlib.sha256(image[LENGTH_BYTES + header_bytes :]).hexdigest()
-    return whole, _short(image[LEGACY_OFFSET : LEGACY_OFFSET + LEGACY_BYTES])
+    # Users edit the other entries later, and the hash must still identify the adapter.
+    ss_metadata = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    file_bytes = memoryview(save({name: tensor.contiguous() for name, tensor in tensors.items()}, ss_metadata))
+    (header_bytes,) = struct.unpack("<Q", file_bytes[:LENGTH_BYTES])
+    model_hash = hashlib.sha256(file_bytes[LENGTH_BYTES + header_bytes :]).hexdigest()
+    return model_hash, _short(file_bytes[LEGACY_OFFSET : LEGACY_OFFSET + LEGACY_BYTES])
 
 
 def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from library.options.train import TrainOptions
 from library.options.training.averaging import FILES
 from library.version import NAME, VERSION
 
+# The keys that sd-scripts writes even with --no_metadata.
 KEPT_WITHOUT_METADATA = (
     "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
 )  # fmt: skip
@@ -69,12 +70,13 @@ class RunFacts:
 
 def training_metadata(options: TrainOptions, architecture: Mapping[str, str], facts: RunFacts) -> dict[str, str]:
     """Return the `ss_*` keys that all files of a run share, without the hashes of the base model's files."""
-    given = options.flat()
+    option_values = options.flat()
     text_rates = options.network.text_encoder_lr or []
     values: dict[str, Any] = {
-        **{f"ss_{name}": given[name] for name in RECORDED_OPTIONS},
+        **{f"ss_{name}": option_values[name] for name in RECORDED_OPTIONS},
         **{f"ss_{name}": getattr(facts, name) for name in RECORDED_FACTS},
         "ss_training_started_at": facts.started_at,
+        # sd-scripts records a number or a list, depending on the base model. A number alone would lose the other rates.
         "ss_text_encoder_lr": text_rates if len(text_rates) > 1 else next(iter(text_rates), None),
         "ss_gradient_checkpointing": options.memory.recomputes,
         "ss_sd_scripts_commit_hash": commit_hash() or "(unknown)",
@@ -82,6 +84,7 @@ def training_metadata(options: TrainOptions, architecture: Mapping[str, str], fa
         "ss_debiased_estimation": options.loss.debiased_estimation_loss,
     }
     if facts.has_relative_step:
+        # sd-scripts clears these options when Adafactor finds its own rates, and records them as cleared.
         values.update(ss_learning_rate=None, ss_text_encoder_lr=None, ss_unet_lr=None)
         values["ss_lr_scheduler"] = f"adafactor:{options.optimizer.learning_rate}"
     if options.network.network_args is not None:
@@ -95,17 +98,17 @@ def training_metadata(options: TrainOptions, architecture: Mapping[str, str], fa
 
 def base_file_metadata(model: ModelOptions) -> dict[str, str]:
     """Return names and hashes of the checkpoint and the VAE. Reads both files completely, which takes seconds."""
-    found: dict[str, str] = {}
+    metadata: dict[str, str] = {}
     for key, path in (("sd_model", model.pretrained_model_name_or_path), ("vae", model.vae)):
         if not path:
             continue
         if not Path(path).exists():
-            found[f"ss_{key}_name"] = path
+            metadata[f"ss_{key}_name"] = path
             continue
-        found[f"ss_{key}_name"] = Path(path).name
-        found[f"ss_{key}_hash"] = webui_hash(path)
-        found[f"ss_new_{key}_hash"] = sha256_of_file(path)
-    return found
+        metadata[f"ss_{key}_name"] = Path(path).name
+        metadata[f"ss_{key}_hash"] = webui_hash(path)
+        metadata[f"ss_new_{key}_hash"] = sha256_of_file(path)
+    return metadata
 
 
 def modelspec_metadata(options: TrainOptions, architecture: Mapping[str, str], saved_at: float) -> dict[str, str]:
@@ -122,12 +125,12 @@ def modelspec_metadata(options: TrainOptions, architecture: Mapping[str, str], s
         "thumbnail": thumbnail_url(texts.metadata_thumbnail),
     }
     values.update((name, getattr(texts, f"metadata_{name}")) for name in MODELSPEC_TEXTS)
-    found = {key: value for key, value in architecture.items() if key.startswith("modelspec.")}
+    metadata = {key: value for key, value in architecture.items() if key.startswith("modelspec.")}
     if options.dataset.resolution:
         sides = [int(side) for side in str(options.dataset.resolution).split(",")]
-        found["modelspec.resolution"] = f"{sides[0]}x{sides[-1]}"
-    found.update((f"modelspec.{name}", value) for name, value in values.items() if value)
-    return found
+        metadata["modelspec.resolution"] = f"{sides[0]}x{sides[-1]}"
+    metadata.update((f"modelspec.{name}", value) for name, value in values.items() if value)
+    return metadata
 
 
 def file_metadata(
@@ -135,25 +138,26 @@ def file_metadata(
 ) -> dict[str, str]:
     """Return the metadata of one file; `epoch` counts from 1. Unless `is_full`, only the `ss_*` keys that readers
     need are kept."""
-    found = dict(training)
-    found.update(ss_training_finished_at=str(saved_at), ss_steps=str(step), ss_epoch=str(epoch))
+    metadata = dict(training)
+    metadata.update(ss_training_finished_at=str(saved_at), ss_steps=str(step), ss_epoch=str(epoch))
     if not is_full:
-        found = {key: found[key] for key in KEPT_WITHOUT_METADATA if key in found}
-    return {**found, **modelspec}
+        metadata = {key: metadata[key] for key in KEPT_WITHOUT_METADATA if key in metadata}
+    return {**metadata, **modelspec}
 
 
 @cache
 def commit_hash() -> str | None:
     """Return the git commit of this checkout; None outside git."""
-    here = Path(__file__).parents[2]
-    if not (here / ".git").exists():
+    checkout = Path(__file__).parents[2]
+    # git would otherwise answer for a repository further up, such as that of a front end.
+    if not (checkout / ".git").exists():
         return None
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 def _text(value: Any) -> str:
@@ -178,7 +182,7 @@ def thumbnail_url(value: str | None) -> str | None:
     if not value or value.startswith("data:"):
         return value
     path = Path(value)
-    kind = mimetypes.guess_type(path.name)[0]
-    if not path.is_file() or kind is None or not kind.startswith("image/"):
+    mime_type = mimetypes.guess_type(path.name)[0]
+    if not path.is_file() or mime_type is None or not mime_type.startswith("image/"):
         raise UserError(f"--metadata_thumbnail is {value}, which is not an image file; use a PNG, JPEG or WebP file")
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return f"data:{mime_type};base64,{base64.b64encode(path.read_bytes()).decode()}"

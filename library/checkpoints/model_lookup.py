@@ -29,6 +29,7 @@ def find_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
     Raises UserError saying what to do.
     """
     path = Path(name).expanduser()
+    # A mistyped path must end in an error with the nearest file name, not in a request to the hub.
     is_local = path.is_absolute() or path.suffix.lower() in WEIGHT_SUFFIXES or not re.fullmatch(HUB_NAME, name)
     return existing(flag, name) if path.exists() or is_local else fetch_model(flag, name, parts)
 
@@ -47,13 +48,13 @@ def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
     Raises NotThere if the repository can neither be downloaded nor found in the cache.
     """
     folders = [folder for part in parts for folder in part]
-    small = ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"]
-    small += [in_repository(folder, "config.json") for folder in folders]
+    small_files = ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"]
+    small_files += [in_repository(folder, "config.json") for folder in folders]
     snapshot = Path()
     for num_format in range(NUM_FORMATS):
         weights = [in_repository(folder, file) for folder in folders for file in weight_files(folder)[num_format]]
         try:
-            snapshot = fetch_snapshot(name, [*small, *weights])
+            snapshot = fetch_snapshot(name, [*small_files, *weights])
         except ConnectionError as error:
             raise NotThere(
                 f"{flag} {name} is neither a file nor a folder, and cannot be downloaded from the hub ({error}). "
@@ -75,16 +76,16 @@ def fetch_snapshot(name: str, patterns: Sequence[str]) -> Path:
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    refusal = ""
+    hub_error = ""
     try:
         HfApi().repo_info(name, timeout=HUB_TIMEOUT_S)  # without network, snapshot_download alone waits for minutes
     except Exception as error:  # each network library of the hub client has its own errors
-        refusal = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        logger.warning("cannot download %s from the hub (%s); trying the local cache", name, refusal)
+        hub_error = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        logger.warning("cannot download %s from the hub (%s); trying the local cache", name, hub_error)
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=bool(refusal)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=bool(hub_error)))
     except (OSError, ValueError) as error:  # ValueError: not a valid repository name
-        raise ConnectionError(refusal or str(error)) from error
+        raise ConnectionError(hub_error or str(error)) from error
 
 
 def weight_files(kind: str) -> tuple[tuple[str, ...], ...]:

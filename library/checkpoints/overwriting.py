@@ -46,10 +46,10 @@ def check_start(flag: str, path: Path, start: bytes, file_type: FileType) -> Non
 
 def check_not_input(flag: str, path: Path, inputs: Iterable[Path | None]) -> None:
     """Raise UserError if `path` is one of `inputs` or an existing file inside one of them; links are resolved."""
-    for given in inputs:
-        if given is None or not path.exists() or not given.exists():
+    for input_path in inputs:
+        if input_path is None or not path.exists() or not input_path.exists():
             continue
-        if path.samefile(given) or (given.is_dir() and given.resolve() in path.resolve().parents):
+        if path.samefile(input_path) or (input_path.is_dir() and input_path.resolve() in path.resolve().parents):
             raise UserError(f"{flag} {path} is also read by this command and would be lost; use another name")
 
 
@@ -60,7 +60,9 @@ def open_lock_file(path: Path, file_type: FileType) -> IO[str]:
     """
     if path.is_symlink():
         raise UserError(f"{path} is a symbolic link, but must be {file_type.name}; remove the link")
+    # O_NOFOLLOW, which Windows lacks, refuses a link that is created after the check above.
     handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    # A file of another type need not be UTF-8, but its start has to be readable to be refused.
     file = os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
     try:
         check_start("the lock file", path, file.read(START_BYTES).encode(), file_type)

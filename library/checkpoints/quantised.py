@@ -84,15 +84,15 @@ def with_quantised(weights: Weights) -> Weights:
             return weights.read(name)
         return DECODERS[formats[name]](weights, layer, scales[layer], configs.get(layer, {}))
 
-    kept = {}
+    quantised = {}
     for name, layer in layers.items():
         config = configs.get(layer, {})
         kind = keepable_format(config, formats[name], shapes[name])
         if kind is not None:
             size = rotation_size(config) if config.get("convrot") else None
-            kept[name] = Quantised(kind, size, codes_reader(weights, layer, scales[layer]))
-    padded = {name: PADDED_TO[kind] for name, kind in formats.items() if kind in PADDED_TO}
-    return replace(weights, shapes=shapes, read=read, quantised=kept, padded_to=padded)
+            quantised[name] = Quantised(kind, size, codes_reader(weights, layer, scales[layer]))
+    padded_to = {name: PADDED_TO[kind] for name, kind in formats.items() if kind in PADDED_TO}
+    return replace(weights, shapes=shapes, read=read, quantised=quantised, padded_to=padded_to)
 
 
 def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[str, Config]) -> None:
@@ -112,11 +112,12 @@ def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[s
             if layer in configs or ((model_in_file(name), len(shape)) in scaled_kinds and is_plain_fp8(weights, name)):
                 missing.append(layer)
         elif configs.get(layer, {}).get("format") == "nvfp4":
-            whole = f"{layer}.weight_scale_2"
-            if whole not in weights.shapes:
+            global_key = f"{layer}.weight_scale_2"
+            if global_key not in weights.shapes:
                 missing.append(layer)
-            elif prod(weights.shapes[whole]) != 1 or not 0 < float(weights.read(whole)) < torch.inf:
+            elif prod(weights.shapes[global_key]) != 1 or not 0 < float(weights.read(global_key)) < torch.inf:
                 impossible.append(layer)
+        # The scales of mxfp8 have only an exponent, so none of them is negative or 0.
         elif configs.get(layer, {}).get("format") != "mxfp8" and not are_possible(weights, layer, scales[layer]):
             impossible.append(layer)
     for layers, problem in ((missing, "have no scale"), (impossible, "have scales that are negative, not finite or 0")):
@@ -134,9 +135,9 @@ def check_layout(weights: Weights, layer: str, scale: str, config: Config) -> No
     if kind in PADDED_TO:
         fits = is_tiled(kind, shape, num_scales) and element_sizes(weights, name, scale) == {1}
     else:
-        num_groups, rest = divmod(num_scales, shape[0] if shape else 1)
-        is_grouped = not rest and num_groups > 1 and len(shape) == 2 and shape[1] % num_groups == 0
-        fits = num_scales == 1 or (num_groups == 1 and not rest) or is_grouped
+        num_groups, remainder = divmod(num_scales, shape[0] if shape else 1)
+        is_grouped = not remainder and num_groups > 1 and len(shape) == 2 and shape[1] % num_groups == 0
+        fits = num_scales == 1 or (num_groups == 1 and not remainder) or is_grouped
     if not fits:
         raise UserError(
             f"{weights.origin}: {layer} has {num_scales} scales for a weight of shape {list(shape)} stored as "
@@ -170,8 +171,8 @@ def element_sizes(weights: Weights, *names: str) -> set[int]:
 
 def model_in_file(key: str) -> str:
     """Return the prefix of a sub-model in a file that contains several; "" if the key has none."""
-    found = MODEL_PREFIX.match(key)
-    return found[0] if found else ""
+    match = MODEL_PREFIX.match(key)
+    return match[0] if match else ""
 
 
 def is_plain_fp8(weights: Weights, name: str) -> bool:
@@ -199,20 +200,20 @@ def are_possible(weights: Weights, layer: str, scale: str) -> bool:
 
 def layer_configs(weights: Weights) -> dict[str, Config]:
     """Return the file's layer descriptions by layer name. Raises UserError for invalid JSON."""
-    found: dict[str, Config] = {}
+    configs: dict[str, Config] = {}
     try:
-        described = parse_json(weights.metadata.get("_quantization_metadata", "{}"))
-        layers = described.get("layers") if isinstance(described, dict) else None
+        header = parse_json(weights.metadata.get("_quantization_metadata", "{}"))
+        layers = header.get("layers") if isinstance(header, dict) else None
         layers = layers if isinstance(layers, dict) else {}
         for key in weights.shapes:
             layer, dot, last = key.rpartition(".")
             if last == "comfy_quant":
-                found[layer] = parse_json(bytes(weights.read(key).to(torch.uint8).flatten().tolist()))
-            elif dot and last == "weight" and (named := find_config(layers, layer)) is not None:
-                found.setdefault(layer, named)
+                configs[layer] = parse_json(bytes(weights.read(key).to(torch.uint8).flatten().tolist()))
+            elif dot and last == "weight" and (header_config := find_config(layers, layer)) is not None:
+                configs.setdefault(layer, header_config)
     except ValueError as error:
         raise UserError(f"{weights.origin}: the JSON description of its weights is invalid: {error}") from error
-    return {layer: flat(config) for layer, config in found.items() if isinstance(config, dict)}
+    return {layer: flat(config) for layer, config in configs.items() if isinstance(config, dict)}
 
 
 def find_config(layers: Mapping[str, Config], layer: str) -> Config | None:
@@ -282,8 +283,8 @@ def multiply_scales(codes: Tensor, scales: Tensor) -> Tensor:
 def rotate_groups(weight_OI: Tensor, group_size: int) -> Tensor:
     """Multiply each group of inputs by ConvRot's regular Hadamard matrix, which is its own inverse."""
     matrix = regular_hadamard(group_size).to(weight_OI.device, weight_OI.dtype)
-    turned: Tensor = weight_OI.reshape(-1, group_size) @ matrix
-    return turned.reshape(weight_OI.shape)
+    rotated: Tensor = weight_OI.reshape(-1, group_size) @ matrix
+    return rotated.reshape(weight_OI.shape)
 
 
 def regular_hadamard(size: int) -> Tensor:
@@ -291,10 +292,10 @@ def regular_hadamard(size: int) -> Tensor:
 
     It is the normalised Kronecker power of the 4 x 4 matrix with row sums of 2.
     """
-    four = 1 - 2 * torch.eye(4, dtype=torch.float64).flip(1)
+    hadamard_4 = 1 - 2 * torch.eye(4, dtype=torch.float64).flip(1)
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
-        matrix = torch.kron(matrix, four) / 2
+        matrix = torch.kron(matrix, hadamard_4) / 2
     return matrix
 
 
@@ -304,10 +305,10 @@ def nvfp4(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
     bytes_OH = weights.read(f"{layer}.weight").view(torch.uint8)
     codes_OI = torch.stack([bytes_OH >> 4, bytes_OH & 15], dim=-1).flatten(1).long()
     table = torch.tensor([*E2M1, *(-number for number in E2M1)])
-    whole = weights.read(f"{layer}.weight_scale_2").float().reshape(())
+    global_scale = weights.read(f"{layer}.weight_scale_2").float().reshape(())
     tiled = weights.read(scale).view(torch.float8_e4m3fn).float()
     scales_OG = untile_scales(tiled, len(codes_OI), codes_OI.shape[1] // NVFP4_GROUP)
-    return multiply_scales(table[codes_OI], (whole * scales_OG)[..., None])
+    return multiply_scales(table[codes_OI], (global_scale * scales_OG)[..., None])
 
 
 def mxfp8(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:

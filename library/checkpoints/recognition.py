@@ -39,6 +39,7 @@ def recognise_adapter(
         return recorded
     products = composed_shapes(shapes)
     return recognise(
+        # `recognise` takes the first of equally strong signs, so the recorded base model goes first.
         sorted(specs, key=lambda spec: spec is not recorded),
         {_flat(key): tuple(shape) if _gives_width(key) else products.get(key, ()) for key, shape in shapes.items()},
         lambda spec: spec.adapter,
@@ -61,7 +62,7 @@ def _has_most_modules(
     recorded: BaseModelSpec, specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]]
 ) -> bool:
     """Return True if no other base model has more of the file's modules than `recorded`, and it has at least one."""
-    modules = {found.module for found in map(AdapterKey.parse, shapes) if found is not None}
+    modules = {key.module for key in map(AdapterKey.parse, shapes) if key is not None}
     num_known = {spec.name: sum(spec.names.find(module) is not None for module in modules) for spec in specs}
     return num_known[recorded.name] == max(num_known.values()) > 0
 
@@ -80,18 +81,20 @@ def require_spec(
 def _add_models(specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
     """Complete keys that lack a sub-model prefix where it can be inferred; other keys stay as they are."""
     parsed = {key: AdapterKey.parse(key) for key in shapes}
-    open_ones = {found.module for found in parsed.values() if found is not None and lacks_model_prefix(found.module)}
-    others = add_missing_prefixes(open_ones, [spec.names for spec in specs]) if open_ones else {}
+    unprefixed = {k.module for k in parsed.values() if k is not None and lacks_model_prefix(k.module)}
+    prefixed = add_missing_prefixes(unprefixed, [spec.names for spec in specs]) if unprefixed else {}
 
-    def whole(key: str) -> str:
-        found = parsed[key]
+    def complete(key: str) -> str:
+        parsed_key = parsed[key]
         return (
             key
-            if found is None
-            else replace_module(others.get(found.module, found.module), key, found.module, found.leaf)
+            if parsed_key is None
+            else replace_module(
+                prefixed.get(parsed_key.module, parsed_key.module), key, parsed_key.module, parsed_key.leaf
+            )
         )
 
-    return {whole(key): shape for key, shape in shapes.items()}
+    return {complete(key): shape for key, shape in shapes.items()}
 
 
 def _flat(key: str) -> str:
@@ -101,5 +104,5 @@ def _flat(key: str) -> str:
 
 def _gives_width(key: str) -> bool:
     """Return True if the second dimension of a key's tensor is the module's input width."""
-    found = AdapterKey.parse(key)
-    return found is not None and found.leaf in WIDE_LEAVES
+    parsed = AdapterKey.parse(key)
+    return parsed is not None and parsed.leaf in WIDE_LEAVES

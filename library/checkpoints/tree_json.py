@@ -20,16 +20,19 @@ def dump_tree(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     Supports None, bool, int, float, str, tensors, numpy scalars, lists, tuples, and dictionaries with int or str keys.
     Raises UserError naming anything else.
     """
+    # np.float64 is a subclass of float, but the exact types below exclude it.
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Tensor):
+        # Cloned, because safetensors refuses tensors that share memory.
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {TENSOR: name}
     if isinstance(value, Mapping):
-        if bad := [key for key in value if type(key) not in (int, str)]:
-            raise UserError(f"{name} has the key {bad[0]!r}, which cannot be written")
+        if unsupported := [key for key in value if type(key) not in (int, str)]:
+            raise UserError(f"{name} has the key {unsupported[0]!r}, which cannot be written")
+        # Pairs, because the keys of a JSON object are strings and the parameters of an optimizer's state are numbered.
         return {TABLE: [[key, dump_tree(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
     if type(value) in (list, tuple):
         items = [dump_tree(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]

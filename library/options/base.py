@@ -73,17 +73,19 @@ class Facts:
         return self.kept_in_state or self.ignored is not None or not self.affects_training
 
 
+# Options that sd-scripts has keep its defaults, because command lines and configuration files rely on them
+# (tests/contracts/test_flags.py).
 def option(default: Any, help: str, **keywords: Any) -> Any:
     """Declare a field of an Options class. The flag is the name of the field: `max_grad_norm` is --max_grad_norm.
 
     `keywords` are fields of `Facts` and arguments of `ArgumentParser.add_argument`. `needs` and `requires` may be
     single strings.
     """
-    given = {f.name: keywords.pop(f.name) for f in fields(Facts) if f.name in keywords}
+    facts = {f.name: keywords.pop(f.name) for f in fields(Facts) if f.name in keywords}
     for name in ("needs", "requires"):
-        if isinstance(given.get(name), str):
-            given[name] = (given[name],)
-    return field(default=default, metadata={"help": help, FACTS: Facts(**given), **keywords})
+        if isinstance(facts.get(name), str):
+            facts[name] = (facts[name],)
+    return field(default=default, metadata={"help": help, FACTS: Facts(**facts), **keywords})
 
 
 def redeclare(kind: type["Options"], name: str, default: Any, **argparse_kwargs: Any) -> Any:
@@ -116,6 +118,7 @@ def int_or_float(text: str) -> int | float:
 
 def scalar_type(hint: Any) -> Any:
     """Return the type of an option's single value, for example float for an optional list of floats."""
+    # `float | None` is a types.UnionType, whose origin is not typing.Union.
     if get_origin(hint) is Union or type(hint).__name__ == "UnionType":
         hint = next(kind for kind in get_args(hint) if kind is not type(None))
     return get_args(hint)[0] if get_origin(hint) is list else hint
@@ -141,13 +144,14 @@ class Options:
             yield from kind.leaves() if is_group(kind) else ((f, kind),)
 
     @classmethod
+    # Cached: a start asks about ten times, and reading the type hints of some forty classes takes 3 ms each time.
     @cache
     def facts(cls) -> Mapping[str, Facts]:
         """Return the facts of every option of this class and its groups by name, in order of declaration."""
-        found: dict[str, Facts] = {}
+        by_name: dict[str, Facts] = {}
         for f, kind in typed_fields(cls):
-            found |= kind.facts() if is_group(kind) else {f.name: replace(f.metadata[FACTS], **cls._facts)}
-        return found
+            by_name |= kind.facts() if is_group(kind) else {f.name: replace(f.metadata[FACTS], **cls._facts)}
+        return by_name
 
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> None:

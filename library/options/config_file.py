@@ -35,6 +35,7 @@ class ConfigFileOptions(Options, affects_training=False):
     )
 
 
+# The standard library has tomllib since Python 3.11.
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -66,6 +67,7 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
     try:
         tables: dict[str, Any] = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError alone: an integer of more than 4,300 digits
+        # tomllib's words for the backslashes of Windows paths: most are unescaped, that of \Users begins a hex value.
         is_about_backslash = any(words in str(error) for words in ("Unescaped", "Invalid hex value"))
         hint = "; " + BACKSLASH_HINT if is_about_backslash else ""
         raise UserError(f"{flag} {path} is not valid TOML: {error}{hint}") from None
@@ -73,10 +75,10 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
     return tables
 
 
-def refuse_nul(value: Any, shown: str) -> None:
+def refuse_nul(value: Any, origin: str) -> None:
     """Raise UserError if a string in nested tables and lists contains NUL, which ends a path for the system."""
     if isinstance(value, str) and "\0" in value:
-        raise UserError(f"{shown} has a NUL character in a text: {value[:60]!r}; remove it")
+        raise UserError(f"{origin} has a NUL character in a text: {value[:60]!r}; remove it")
     if isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
-            refuse_nul(item, shown)
+            refuse_nul(item, origin)

@@ -29,6 +29,7 @@ def likely_encoding(content: bytes) -> str | None:
     """Return the most likely encoding of a text that is not UTF-8; None if none fits."""
     from charset_normalizer import from_bytes
 
+    # Tested before the statistics, which take short Latin-1 texts for Cyrillic.
     if LATIN_WORD.search(content) and not NOT_LATIN.search(content):
         return COMMON["cp1252"]
 
@@ -36,17 +37,17 @@ def likely_encoding(content: bytes) -> str | None:
     return None if best is None else COMMON.get(best.encoding, best.encoding)
 
 
-def decode_utf8(content: bytes, what: str) -> str:
-    """Decode UTF-8 with or without a byte order mark. Raises NotUtf8, a UserError starting with `what`, for other
+def decode_utf8(content: bytes, origin: str) -> str:
+    """Decode UTF-8 with or without a byte order mark. Raises NotUtf8, a UserError starting with `origin`, for other
     encodings."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise NotUtf8(f"{what} {describe_encoding(content, error)}") from None
+        raise NotUtf8(f"{origin} {describe_encoding(content, error)}") from None
 
 
 def describe_encoding(content: bytes, error: UnicodeDecodeError) -> str:
     """Return the end of a message that starts with the file's name: the first invalid byte and the likely encoding."""
     likely = likely_encoding(content)
-    fits = f"it looks like {likely}" if likely else "no encoding fits"
-    return f"is not UTF-8 text: byte {error.start} cannot be read, and {fits}; save it as UTF-8"
+    guess = f"it looks like {likely}" if likely else "no encoding fits"
+    return f"is not UTF-8 text: byte {error.start} cannot be read, and {guess}; save it as UTF-8"

@@ -59,6 +59,7 @@ def call_with_keywords(
             raise UserError(f"{flag} {key} is unknown to {name}; it accepts {known or 'none'}")
     try:
         return target(*positional, **{**(ours or {}), **keywords})
+    # Libraries refuse values with many types of errors: betas=(0.9,) of an optimizer is an IndexError.
     except (TypeError, ValueError, AssertionError, NotImplementedError, LookupError, ArithmeticError) as error:
-        given = ", ".join(f"{key}={value}" for key, value in keywords.items()) or "no arguments"
-        raise UserError(f"{name} refuses its settings ({flag}: {given}): {error}") from error
+        settings = ", ".join(f"{key}={value}" for key, value in keywords.items()) or "no arguments"
+        raise UserError(f"{name} refuses its settings ({flag}: {settings}): {error}") from error

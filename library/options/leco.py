@@ -58,15 +58,17 @@ def leco_options(kind: type[TrainOptions]) -> type[TrainOptions]:
     if kind is TrainOptions:
         return LecoOptions
     hints = get_type_hints(kind)
-    forms = [name for name, hint in hints.items() if is_group(hint) and issubclass(hint, FlowPredictionOptions)]
+    prediction_groups = [
+        name for name, hint in hints.items() if is_group(hint) and issubclass(hint, FlowPredictionOptions)
+    ]
     namespace = {
         "__doc__": "All options of training by prompts for one base model.",
         "__module__": kind.__module__,
-        "__annotations__": dict.fromkeys(forms, FlowPredictionOptions),
-        **{name: group(FlowPredictionOptions) for name in forms},
+        "__annotations__": dict.fromkeys(prediction_groups, FlowPredictionOptions),
+        **{name: group(FlowPredictionOptions) for name in prediction_groups},
     }
-    made = type(kind.__name__.replace("Options", "LecoOptions"), (PromptTraining, kind), namespace)
-    return dataclass(frozen=True)(made)
+    options_class = type(kind.__name__.replace("Options", "LecoOptions"), (PromptTraining, kind), namespace)
+    return dataclass(frozen=True)(options_class)
 
 
 def list_refused_by_leco(kind: type[Options]) -> dict[str, str]:

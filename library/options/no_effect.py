@@ -33,9 +33,9 @@ def find_unused(options: Options, ignores: Mapping[str, str]) -> Iterator[str]:
     for name, facts in type(options).facts().items():
         if not is_set(values[name], defaults[name]):
             continue
-        why = ignores.get(name) or facts.ignored
-        if why is not None:
-            yield f"--{name} has no effect: {why}"
+        reason = ignores.get(name) or facts.ignored
+        if reason is not None:
+            yield f"--{name} has no effect: {reason}"
         elif facts.unless is not None and is_given(values[facts.unless], defaults[facts.unless]):
             yield f"--{name} has no effect with --{facts.unless}"
         elif line := unmet(facts.needs, values):
@@ -47,9 +47,9 @@ def unmet(needs: tuple[str, ...], values: Mapping[str, Any]) -> str | None:
     known = [need for need in needs if need.partition("=")[0] in values]
     if not known or any(is_met(need, values) for need in known):
         return None
-    other, equals, wanted = known[0].partition("=")
+    other, equals, accepted = known[0].partition("=")
     if equals:
-        return f"with --{other} {values[other]}; it is for {wanted.replace('|', ' or ')}"
+        return f"with --{other} {values[other]}; it is for {accepted.replace('|', ' or ')}"
     return f"without {describe_needs(known)}"
 
 
@@ -61,5 +61,5 @@ def describe_needs(needs: Sequence[str]) -> str:
 
 def is_met(need: str, values: Mapping[str, Any]) -> bool:
     """Return True if a need is met: the option is requested, or has one of the values after "="."""
-    other, equals, wanted = need.partition("=")
-    return str(values[other]) in wanted.split("|") if equals else is_requested(values[other])
+    other, equals, accepted = need.partition("=")
+    return str(values[other]) in accepted.split("|") if equals else is_requested(values[other])

@@ -17,6 +17,7 @@ def is_number(value: object) -> TypeGuard[int | float]:
 
 def is_finite_number(value: object) -> TypeGuard[int | float]:
     """Return True for numbers that a float can hold; TOML and JSON have integers beyond that, NaN and infinity."""
+    # math.isfinite raises OverflowError for integers that no float can hold.
     return is_number(value) and abs(value) <= sys.float_info.max
 
 
@@ -42,5 +43,6 @@ def check_number(name: str, number: float, facts: Facts) -> None:
         raise UserError(f"--{name} is {number}; use a number above {facts.above}, or leave it out")
     if facts.at_most is not None and number > facts.at_most:
         raise UserError(f"--{name} is {number}; use at most {facts.at_most}, or leave it out")
+    # Floats may be larger: only whole numbers are stored as 64-bit integers.
     if isinstance(number, int) and abs(number) >= LARGEST:
         raise UserError(f"--{name} is {number}; use a number below 2^63")

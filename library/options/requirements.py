@@ -34,19 +34,19 @@ def check_required(name: str, needs: tuple[str, ...], values: Mapping[str, Any])
     if not needs or any(is_met(need, values) for need in needs):
         return
     other, is_value, _ = needs[0].partition("=")
-    now = f", but that is {values[other]}" if is_value else ", which is not set"
+    current = f", but that is {values[other]}" if is_value else ", which is not set"
     raise UserError(
-        f"{flag_with_value(name, values[name])} needs {describe_needs(needs)}{now}; set it, or leave out --{name}"
+        f"{flag_with_value(name, values[name])} needs {describe_needs(needs)}{current}; set it, or leave out --{name}"
     )
 
 
 def check_excluded(name: str, excludes: Mapping[str, str], values: Mapping[str, Any]) -> None:
     """Raise UserError if a given option excludes another option that is also given."""
-    for need, why in excludes.items():
+    for need, reason in excludes.items():
         other = need.partition("=")[0]
         if values.get(other) is not None and is_met(need, values):
-            both = [flag_with_value(name, values[name]), flag_with_value(other, values[other])]
-            raise UserError(f"{both[0]} does not work with {both[1]}: {why}; leave one of them out")
+            flags = [flag_with_value(name, values[name]), flag_with_value(other, values[other])]
+            raise UserError(f"{flags[0]} does not work with {flags[1]}: {reason}; leave one of them out")
 
 
 def flag_with_value(name: str, value: Any) -> str:

@@ -52,25 +52,31 @@ def draw_images(base: Path, adapter: Path, strength: float, captions: Sequence[s
 
 def describe(caption: str, colour: str, strengths: Sequence[float], seen: Sequence[Sequence[Seen]]) -> Iterator[str]:
     """Yield the lines of a caption; `seen` has its images by strength, `colour` is counted if it names none."""
-    wanted = parse_caption(f"{caption} {colour}")
+    expected = parse_caption(f"{caption} {colour}")
     yield caption
     for strength, images in zip(strengths, seen, strict=True):
-        shape = sum(one.shape == wanted.shape for one in images) / len(images)
-        painted = sum(one.colour == wanted.colour for one in images) / len(images)
-        radii = [one.radius for one in images if one.radius]
+        shape_share = sum(image.shape == expected.shape for image in images) / len(images)
+        colour_share = sum(image.colour == expected.colour for image in images) / len(images)
+        radii = [image.radius for image in images if image.radius]
         radius = f"{mean(radii):.1f} px" if radii else "unknown"
-        yield f"  strength {strength:4g}: shape {shape:.1%}, colour {painted:.1%}, radius {radius}"
+        yield f"  strength {strength:4g}: shape {shape_share:.1%}, colour {colour_share:.1%}, radius {radius}"
     if len(strengths) > 1:
-        points = [(s, one.radius) for s, images in zip(strengths, seen, strict=True) for one in images if one.radius]
+        points = [
+            (s, image.radius) for s, images in zip(strengths, seen, strict=True) for image in images if image.radius
+        ]
         correlation = rank_correlation([s for s, _ in points], [radius for _, radius in points])
         yield f"  rank correlation of strength and radius: {correlation:.2f}, {len(points)} images"
 
 
 def check(args: argparse.Namespace) -> None:
     """Draw, check and print."""
-    drawn = [draw_images(args.base, args.adapter, strength, args.captions, args.count) for strength in args.strengths]
+    images_by_strength = [
+        draw_images(args.base, args.adapter, strength, args.captions, args.count) for strength in args.strengths
+    ]
     for number, caption in enumerate(args.captions):
-        print("\n".join(describe(caption, args.colour, args.strengths, [one[number] for one in drawn])))
+        print(
+            "\n".join(describe(caption, args.colour, args.strengths, [images[number] for images in images_by_strength]))
+        )
 
 
 main = command(setup_parser, check)

@@ -41,40 +41,42 @@ def read_image(path: Path) -> ImageArray:
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def judge(image: ImageArray, wanted: ImageArray) -> dict[str, bool]:
-    """Return which attributes of an image (64, 64, 3) match those of `wanted`, and whether its shape's "place" does."""
-    seen, expected = look_at(image), look_at(wanted)
-    shown, target = find_foreground(image), find_foreground(wanted)
+def judge(image: ImageArray, partner: ImageArray) -> dict[str, bool]:
+    """Return which attributes of an image (64, 64, 3) match its partner's, and whether its shape's "place" does."""
+    seen, expected = look_at(image), look_at(partner)
+    foreground, partner_foreground = find_foreground(image), find_foreground(partner)
     return {
         **{name: getattr(seen, name) == getattr(expected, name) for name in ATTRIBUTES},
-        "place": bool((shown & target).sum() >= LEAST_OVERLAP * (shown | target).sum()),
+        "place": bool(
+            (foreground & partner_foreground).sum() >= LEAST_OVERLAP * (foreground | partner_foreground).sum()
+        ),
     }
 
 
 def check_edits(args: argparse.Namespace) -> None:
     """Draw the edits, check and print."""
-    wanted = sorted(args.results.glob("*.png"))
-    if not wanted:
+    partners = sorted(args.results.glob("*.png"))
+    if not partners:
         raise UserError(f"--results {args.results} has no .png files; make_pairs.py --caption draws pairs")
-    missing = [path.name for path in wanted if not (args.references / path.name).is_file()]
+    missing = [path.name for path in partners if not (args.references / path.name).is_file()]
     if missing:
         raise UserError(f"--references {args.references} lacks {list_few(missing)}, which --results has")
     lines = [
         f"{path.with_suffix('.txt').read_text(encoding='utf-8').strip()} --ci {args.references / path.name} "
         f"{PROMPT_OPTIONS} --d {number}"
-        for number, path in enumerate(wanted, 1)
+        for number, path in enumerate(partners, 1)
     ]
     args.output.mkdir(parents=True, exist_ok=True)
     prompts = args.output / "prompts.txt"
     prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
     adapter = [] if args.adapter is None else ["--adapter", str(args.adapter)]
-    words = [str(args.base), "--prompts", str(prompts), "--output", str(args.output), *adapter]
-    if draw.main([*words, "--t5xxl_max_token_length", "16"]):
+    arguments = [str(args.base), "--prompts", str(prompts), "--output", str(args.output), *adapter]
+    if draw.main([*arguments, "--t5xxl_max_token_length", "16"]):
         raise UserError("the images could not be drawn")
-    drawn = [args.output / f"{number:02}_{number}.png" for number in range(1, len(wanted) + 1)]
-    judged = [judge(read_image(image), read_image(path)) for image, path in zip(drawn, wanted, strict=True)]
-    num_right = sum(all(one.values()) for one in judged)
-    parts = [f"{name} {sum(one[name] for one in judged)}" for name in (*ATTRIBUTES, "place")]
+    image_paths = [args.output / f"{number:02}_{number}.png" for number in range(1, len(partners) + 1)]
+    judged = [judge(read_image(image), read_image(path)) for image, path in zip(image_paths, partners, strict=True)]
+    num_right = sum(all(matches.values()) for matches in judged)
+    parts = [f"{name} {sum(matches[name] for matches in judged)}" for name in (*ATTRIBUTES, "place")]
     print(f"{num_right} of {len(judged)} edits are right ({', '.join(parts)})")
 
 

@@ -1,7 +1,6 @@
 """Show what a LoRA taught the quickstart's base model, with the same prompts and seeds before and after.
 
-Writes one image, `before
-after`, and prints the share of samples in each half that show their prompt.
+Writes one image, `before | after`, and prints the share of samples in each half that show their prompt.
 """
 
 import argparse
@@ -42,8 +41,8 @@ def arrange(before: Sequence[ImageArray], after: Sequence[ImageArray], titles: t
         left = half * half_width + GAP
         pen.text((left, GAP), title, fill=INK, font=ImageFont.load_default(size=14))
         for n, image in enumerate(images):
-            shown = Image.fromarray(image).resize((cell - GAP, cell - GAP), Image.Resampling.NEAREST)
-            page.paste(shown, (left + n % NUM_COLUMNS * cell, TITLE_HEIGHT + n // NUM_COLUMNS * cell))
+            enlarged = Image.fromarray(image).resize((cell - GAP, cell - GAP), Image.Resampling.NEAREST)
+            page.paste(enlarged, (left + n % NUM_COLUMNS * cell, TITLE_HEIGHT + n // NUM_COLUMNS * cell))
             left_edge, top = left + n % NUM_COLUMNS * cell - 1, TITLE_HEIGHT + n // NUM_COLUMNS * cell - 1
             box = (left_edge, top, left_edge + cell - GAP + 1, top + cell - GAP + 1)
             pen.rectangle(box, outline=(200, 200, 200))

@@ -46,7 +46,7 @@ def draw_pair(scene: Scene, attribute: str, words: Sequence[str], seed: int) -> 
     """Draw a scene once with each word, from the same seed."""
     changes: list[dict[str, Any]] = [{attribute: word} for word in words]
     scenes = [replace(scene, **change) for change in changes]
-    return [Image.fromarray(draw_scene(one, np.random.default_rng(seed))) for one in scenes]
+    return [Image.fromarray(draw_scene(variant, np.random.default_rng(seed))) for variant in scenes]
 
 
 def make_pairs(args: argparse.Namespace) -> None:
@@ -61,13 +61,18 @@ def make_pairs(args: argparse.Namespace) -> None:
     scenes = [scene for scene in list_scenes() if getattr(scene, attribute) == args.words[0]]
     for number in range(args.count):
         scene = scenes[int(rng.integers(len(scenes)))]
-        others = [word for word in WORDS[attribute] if word != args.words[0]]
-        drawn = [args.words[0], others[number % len(others)] if args.words[1] == OTHER else args.words[1]]
-        for word, image in zip(args.words, draw_pair(scene, attribute, drawn, 1000 * args.seed + number), strict=True):
+        other_words = [word for word in WORDS[attribute] if word != args.words[0]]
+        pair_words = [
+            args.words[0],
+            other_words[number % len(other_words)] if args.words[1] == OTHER else args.words[1],
+        ]
+        for word, image in zip(
+            args.words, draw_pair(scene, attribute, pair_words, 1000 * args.seed + number), strict=True
+        ):
             (args.out / word).mkdir(parents=True, exist_ok=True)
             image.save(args.out / word / f"{number:03}.png")
-        named = " or ".join(drawn) if args.name_both else ""
-        caption = args.caption or " ".join(scene.caption().replace(args.words[0], named).split())
+        both_words = " or ".join(pair_words) if args.name_both else ""
+        caption = args.caption or " ".join(scene.caption().replace(args.words[0], both_words).split())
         (args.out / args.words[0] / f"{number:03}.txt").write_text(caption + "\n", encoding="utf-8")
 
 

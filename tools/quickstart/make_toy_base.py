@@ -87,6 +87,7 @@ def learn_merges(captions: Sequence[str]) -> list[tuple[str, str]]:
     )
     trainer = trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False)
     tokenizer.train_from_iterator(captions, trainer)
+    # tokenizers gives access to the merges through its JSON only.
     return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
@@ -99,6 +100,7 @@ def make_tokenizer(captions: Sequence[str], folder: Path) -> "CLIPTokenizer":
 
     merges = learn_merges(captions)
     letters = byte_letters()
+    # In the order of CLIP's vocabulary: bytes, bytes that end a word, merges, special tokens.
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(left + right for left, right in merges), BEGIN, END]
     vocabulary = {token: n for n, token in enumerate(dict.fromkeys(tokens))}
     special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
@@ -275,11 +277,13 @@ def rescale_latents(vae: "AutoencoderKL", pixels_BCHW: Tensor) -> None:
     mean_C = latents_BCHW.mean(dim=(0, 2, 3))
     scale_C = 1 / (SCALING_FACTOR * latents_BCHW.std(dim=(0, 2, 3)))
     before, after = vae.quant_conv, vae.post_quant_conv  # the first outputs means and log variances
+    # The bias comes first, because it needs the weight before scaling.
     after.bias += after.weight[:, :, 0, 0] @ mean_C
     after.weight /= scale_C.view(1, -1, 1, 1)
     num_channels = len(scale_C)
     before.weight[:num_channels] *= scale_C.view(-1, 1, 1, 1)
     before.bias[:num_channels] = (before.bias[:num_channels] - mean_C) * scale_C
+    # A scale s adds 2 log s to a log variance.
     before.bias[num_channels:] += 2 * scale_C.log()
 
 

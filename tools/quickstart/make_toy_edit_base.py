@@ -84,8 +84,8 @@ class Edit:
 
 def paint_background(scene: Scene, seed: int, rng: np.random.Generator) -> Edit:
     """Paint the background in another colour."""
-    name = str(rng.choice([one for one in BACKGROUNDS if one != scene.background]))
-    return Edit(f"paint the background {name}", scene, replace(scene, background=name), seed)
+    new_colour = str(rng.choice([colour for colour in BACKGROUNDS if colour != scene.background]))
+    return Edit(f"paint the background {new_colour}", scene, replace(scene, background=new_colour), seed)
 
 
 def keep(scene: Scene, seed: int, rng: np.random.Generator) -> Edit:
@@ -254,6 +254,7 @@ def make_toy_edit_base(out: Path, num_edits: int, num_steps: int, seed: int) -> 
         (out / "tokenizer" / path.name).write_bytes(path.read_bytes())
     num_clip_words = len(json.loads((out / "tokenizer" / "vocab.json").read_text(encoding="utf-8")))
     num_t5_words = len(write_t5_tokenizer(out / "tokenizer_2").get_vocab())
+    # Rounded to fp16 first, so that the transformer trains on outputs of the weights as saved.
     vae, encoders = make_vae().half().float(), make_text_encoders(num_clip_words, num_t5_words)
     clip, t5 = encoders = encoders[0].half().float(), encoders[1].half().float()
     vae_config = {name: value for name, value in vae.config.items() if name != "_name_or_path"}
@@ -261,13 +262,14 @@ def make_toy_edit_base(out: Path, num_edits: int, num_steps: int, seed: int) -> 
     clip_config = {**clip.config.to_dict(), "architectures": ["CLIPTextModel"]}
     t5_config = {**t5.config.to_dict(), "architectures": ["T5EncoderModel"]}
     save_part(out / "text_encoder", clip_config, clip.state_dict(), "model")
-    t5_state = {name: one for name, one in t5.state_dict().items() if name != "encoder.embed_tokens.weight"}
+    # It is tied to shared.weight, which the file has.
+    t5_state = {name: tensor for name, tensor in t5.state_dict().items() if name != "encoder.embed_tokens.weight"}
     save_part(out / "text_encoder_2", t5_config, t5_state, "model")
     (out / "model_index.json").write_text(json.dumps({"_class_name": "FluxKontextPipeline"}) + "\n", encoding="utf-8")
     model = train(Text(out, encoders), vae, num_edits, num_steps, seed)
-    theirs = diffusers_model(model)
+    diffusers_transformer = diffusers_model(model)
     state = diffusers_state(model.state_dict(), CONFIG.width)
-    save_part(out / "transformer", json.loads(theirs.to_json_string()), state, "diffusion_pytorch_model")
+    save_part(out / "transformer", json.loads(diffusers_transformer.to_json_string()), state, "diffusion_pytorch_model")
     weights = list(out.rglob("*.safetensors"))
     logger.info("%s: %.1f MB of weights", out, sum(path.stat().st_size for path in weights) / 1e6)
 

@@ -33,12 +33,12 @@ def read_prompts(path: Path) -> list[Prompt]:
 
     Raises UserError if the file has no prompts.
     """
-    found = evaluation.read_prompts(path)
-    if not found:
+    specs = evaluation.read_prompts(path)
+    if not specs:
         raise UserError(
             f'--prompts {path} contains no prompts; write one per line, e.g. "a large red star on a white background"'
         )
-    return [Prompt(spec.prompt, number if spec.seed is None else spec.seed) for number, spec in enumerate(found)]
+    return [Prompt(spec.prompt, number if spec.seed is None else spec.seed) for number, spec in enumerate(specs)]
 
 
 def load_pipeline(base: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -57,12 +57,12 @@ def sample(pipeline: Any, prompts: Sequence[Prompt]) -> list[ImageArray]:
     """Sample one image (64, 64, 3) per prompt; each depends only on its own seed."""
     drawn: list[ImageArray] = []
     for start in range(0, len(prompts), BATCH_SIZE):
-        part = prompts[start : start + BATCH_SIZE]
+        batch = prompts[start : start + BATCH_SIZE]
         images = pipeline(
-            [prompt.caption for prompt in part],
+            [prompt.caption for prompt in batch],
             num_inference_steps=SAMPLING_STEPS,
             guidance_scale=GUIDANCE_SCALE,
-            generator=[torch.Generator().manual_seed(prompt.seed) for prompt in part],
+            generator=[torch.Generator().manual_seed(prompt.seed) for prompt in batch],
             output_type="np",
         ).images
         drawn += list(np.rint(images * 255).astype(np.uint8))

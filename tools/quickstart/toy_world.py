@@ -83,8 +83,8 @@ def parse_caption(caption: str) -> Scene:
     """
     words = caption.lower().replace(",", " ").split()
     shape, colour, background, size = (
-        next((word for word in words if word in known), "")
-        for known in (KNOWN_SHAPES + HELD_OUT_SHAPES, COLOURS, BACKGROUNDS, SIZES)
+        next((word for word in words if word in vocabulary), "")
+        for vocabulary in (KNOWN_SHAPES + HELD_OUT_SHAPES, COLOURS, BACKGROUNDS, SIZES)
     )
     if not (shape and colour and background):
         raise UserError(
@@ -134,8 +134,8 @@ def _ring_of_points(angles: NDArray[np.float64], radii: NDArray[np.float64]) -> 
 def rotate(points: Points, degrees: float) -> Points:
     """Rotate points around the origin."""
     a = np.deg2rad(degrees)
-    turned: Points = points @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
-    return turned
+    rotated: Points = points @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
+    return rotated
 
 
 def fill_polygon(corners: Points, size: int = IMAGE_SIZE, oversampling: int = 4) -> Plane:
@@ -153,8 +153,8 @@ def paint(image: Plane, coverage: Plane, colour: NDArray[np.float64]) -> Plane:
 def draw_scene(scene: Scene, rng: np.random.Generator) -> ImageArray:
     """Draw a scene; position, exact size, rotation and shade come from `rng`."""
     radius = rng.uniform(*SIZES[scene.size])
-    room = IMAGE_SIZE / 2 - 1.12 * radius - 3
-    middle = IMAGE_SIZE / 2 + rng.uniform(-room, room, size=2)
+    margin = IMAGE_SIZE / 2 - 1.12 * radius - 3
+    middle = IMAGE_SIZE / 2 + rng.uniform(-margin, margin, size=2)
     corners = rotate(shape_outline(scene.shape), rng.uniform(-MAX_TURN_DEGREES, MAX_TURN_DEGREES)) * radius
     background = np.array(BACKGROUNDS[scene.background]) + rng.uniform(-6, 6)
     colour = np.array(COLOURS[scene.colour]) + rng.uniform(-8, 8, size=3)
@@ -243,6 +243,7 @@ def look_at(image: ImageArray) -> Seen:
     if blob.sum() < MIN_SHAPE_PIXELS or foreground.sum() - blob.sum() > MAX_STRAY_SHARE * blob.sum():
         return Seen(background=background_name)
     silhouette = ndimage.binary_fill_holes(blob)
+    # Pixels at the edge are blended with the background, so the colour is measured inside.
     core = ndimage.binary_erosion(blob, border_value=1)
     colour = pixels[core if core.sum() >= 12 else blob].mean(axis=0)
     is_outlined = (silhouette.sum() - blob.sum()) / silhouette.sum() > OUTLINED_IF_HOLE_SHARE_ABOVE
@@ -262,6 +263,7 @@ def find_foreground(image: ImageArray) -> Mask:
     """Return a mask of the pixels of an image (64, 64, 3) that differ from the background; empty for low contrast."""
     pixels = image.astype(np.float64)
     distance = np.linalg.norm(pixels - np.median(_border_pixels(pixels), axis=0), axis=2)
+    # At least MIN_SHAPE_PIXELS pixels differ by this much, so that a few noisy ones do not count as contrast.
     contrast = float(np.quantile(distance, 1 - MIN_SHAPE_PIXELS / distance.size))
     differs: Mask = distance > (contrast / 2 if contrast >= MIN_CONTRAST else np.inf)
     return differs
@@ -283,8 +285,8 @@ def _normalized(silhouette: Plane) -> Plane:
     """Resample a silhouette to the comparison grid, centred at its centre of mass and scaled to a fixed area."""
     row, column = ndimage.center_of_mass(silhouette)
     steps = np.linspace(-GRID_HALF_WIDTH, GRID_HALF_WIDTH, GRID_SIZE) * np.sqrt(silhouette.sum())
-    places = np.meshgrid(row + steps, column + steps, indexing="ij")
-    normalized: Plane = ndimage.map_coordinates(silhouette, places, order=1, mode="grid-constant")
+    coordinates = np.meshgrid(row + steps, column + steps, indexing="ij")
+    normalized: Plane = ndimage.map_coordinates(silhouette, coordinates, order=1, mode="grid-constant")
     return normalized
 
 

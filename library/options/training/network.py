@@ -24,6 +24,7 @@ class NetworkOptions(Options):
         help="Rank of the adapter: higher learns more detail and makes a larger file. Unset leaves it to the module, 4"
         " for networks.lora.",
     )
+    # The default does not follow the rank, as in sd-scripts: a LoRA of rank 32 without --network_alpha acts at 1/32.
     network_alpha: float = option(
         1,
         usual=True,

@@ -18,6 +18,7 @@ class OptimizerOptions(Options):
     )
     use_8bit_adam: bool = option(False, help="Old name of --optimizer_type AdamW8bit.")
     use_lion_optimizer: bool = option(False, help="Old name of --optimizer_type Lion.")
+    # sd-scripts' default, which is for training whole models and low for a LoRA.
     learning_rate: float = option(
         2e-06,
         on_resume="new rate",

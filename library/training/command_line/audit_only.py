@@ -37,7 +37,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEven
     """
     began = time.time()
     plan = audit_images(options, latents)
-    warned = warnings.kept()  # findings below have their own section
+    warning_events = warnings.kept()  # findings below have their own section
     has_alpha = plan.spec.has_alpha
     findings = inspect(plan.samples, plan.subsets, len(plan.split.trained), plan.storage, has_alpha=has_alpha)
     for finding in findings:
@@ -47,7 +47,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEven
     if options.saving.output_dir:
         events = [
             Start(None, list_changed_options(options), versions()),
-            *warned,
+            *warning_events,
             Audit(**plan.facts(), pairs=show_pairs(plan)),
             *(FindingEvent(finding.text, show_images(finding, plan), len(finding.images)) for finding in findings),
             End("finished", None, time.time() - began, None, None, None),
@@ -72,15 +72,15 @@ def show_images(finding: Finding, plan: DataPlan) -> Sequence[FoundImage]:
     """Return a finding's first images, with thumbnails of those that can be decoded."""
     notes = dict(finding.images[:MOST_SHOWN])
     images = {sample.image.key: sample.image for sample in plan.samples if sample.image.key in notes}
-    found = []
+    found_images = []
     for key, note in notes.items():
         try:
             content = plan.storage.content(images[key])
             thumbnail = encode_data_url(Image.fromarray(read_pixels(key, content)[0]))
         except (UserError, OSError):
             thumbnail = None
-        found.append(FoundImage(str(Path(key)) if images[key].location is None else key, note, thumbnail))
-    return found
+        found_images.append(FoundImage(str(Path(key)) if images[key].location is None else key, note, thumbnail))
+    return found_images
 
 
 def collect_events(events: Sequence[Event]) -> Record:

@@ -63,14 +63,14 @@ def add_command_options(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 
 def with_command_options(args: argparse.Namespace, batch_size: str, **values: object) -> argparse.Namespace:
     """Translate the options of `add_command_options`; `batch_size` is the name of that option."""
-    given = {"skip_cache_check": args.skip_existing or args.skip_cache_check}
+    overrides = {"skip_cache_check": args.skip_existing or args.skip_cache_check}
     if args.batch_size is not None:
         if args.batch_size < 1:
             raise UserError(f"--batch_size is {args.batch_size}, but must be at least 1")
-        given[batch_size] = args.batch_size
+        overrides[batch_size] = args.batch_size
     if args.num_workers is not None:
-        given["max_data_loader_n_workers"] = args.num_workers
-    return argparse.Namespace(**{**vars(args), **given, **values})
+        overrides["max_data_loader_n_workers"] = args.num_workers
+    return argparse.Namespace(**{**vars(args), **overrides, **values})
 
 
 def cache_images_to_disk(
@@ -81,8 +81,8 @@ def cache_images_to_disk(
 ) -> None:
     """Run musubi-tuner's command that encodes images, with a script's options; `open_vae` returns a loader of the
     VAE. Raises UserError."""
-    caches = {"cache_latents": True, "cache_latents_to_disk": True}
-    options = kind.from_args(with_command_options(args, "vae_batch_size", **caches))
+    cache_options = {"cache_latents": True, "cache_latents_to_disk": True}
+    options = kind.from_args(with_command_options(args, "vae_batch_size", **cache_options))
     check_data(options)
     cache_images(options, codec, open_vae(options))
 
@@ -92,8 +92,8 @@ def cache_captions_to_disk(
 ) -> None:
     """Run musubi-tuner's command that encodes captions, with a script's options; `build` builds the architecture.
     Raises UserError."""
-    caches = {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
-    options = kind.from_args(with_command_options(args, "text_encoder_batch_size", **caches))
+    cache_options = {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
+    options = kind.from_args(with_command_options(args, "text_encoder_batch_size", **cache_options))
     check_data(options)
     cache_captions(options, build(options))
 

@@ -55,6 +55,7 @@ SQUARES_IN_DTYPE_OF_WEIGHTS = (
 def check(options: TrainOptions) -> None:
     """Raise UserError naming every unsupported flag, else the first contradiction, with what to do."""
     check_data(options)  # values first: the other checks read them
+    # A look at the data needs no base model and writes no adapter.
     if not options.dataset.only_looks:
         check_required(
             options.model.pretrained_model_name_or_path, options.network.network_module, options.saving.output_dir
@@ -128,9 +129,9 @@ def refuse_passwords(options: Options) -> None:
     """Raise UserError for a URL with a password, because log, events, report and metadata store options."""
     for name, value in options.flat().items():
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and (found := PASSWORD.search(text)):
+            if isinstance(text, str) and (match := PASSWORD.search(text)):
                 raise UserError(
-                    f"--{name} has a URL with a password, {found['scheme']}…@{found['host']}, which logs and files "
+                    f"--{name} has a URL with a password, {match['scheme']}…@{match['host']}, which logs and files "
                     "would keep. No option takes one; give a file or a folder"
                 )
 
@@ -180,6 +181,7 @@ def check_output(options: TrainOptions) -> None:
         if folder:
             check_folder(flag, Path(folder))
     check_output_name(saving.output_name or "")
+    # Read now, because a wrong path would otherwise fail at the first save and lose the training.
     thumbnail_url(options.metadata.metadata_thumbnail)
     names = Names.build(saving)
     check_lengths(names)
@@ -195,10 +197,12 @@ def check_overwriting(options: TrainOptions) -> None:
     """Raise UserError if the run would overwrite one of its inputs, or if the report would overwrite another file."""
     inputs = find_input_files(options, is_resumed=bool(options.state.resume or options.state.autoresume))
     names = Names.build(options.saving)
-    for given in inputs:
-        is_of_run = names.has_stem(given.stem) and given.suffix == names.of_end().suffix
-        if is_of_run and given.parent.resolve() == names.folder.resolve():
-            check_not_input("--output_name:", given, [given])
+    # Every save writes a file of the run's name with a step or an epoch, so inputs of such names would be overwritten
+    # too.
+    for input_path in inputs:
+        is_of_run = names.has_stem(input_path.stem) and input_path.suffix == names.of_end().suffix
+        if is_of_run and input_path.parent.resolve() == names.folder.resolve():
+            check_not_input("--output_name:", input_path, [input_path])
     values = options.flat()
     for name, facts in type(options).facts().items():
         if facts.names_output and values[name]:
@@ -215,9 +219,9 @@ def find_input_files(options: Options, is_resumed: bool) -> list[Path]:
     """
     outputs = {name for name, facts in type(options).facts().items() if facts.names_output}
     left_out = {*outputs, *(["network_weights"] if is_resumed else [])}
-    read = [value for name, value in options.flat().items() if name not in left_out]
-    texts = [text for value in read for text in (value if isinstance(value, list) else [value])]
-    return [Path(text) for text in texts if isinstance(text, str | Path) and os.path.isfile(text)]
+    values = [value for name, value in options.flat().items() if name not in left_out]
+    candidates = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    return [Path(text) for text in candidates if isinstance(text, str | Path) and os.path.isfile(text)]
 
 
 def check_output_name(name: str) -> None:
@@ -242,6 +246,7 @@ def check_lengths(names: Names) -> None:
             f"--output_name {names.output_name} is too long: files of the run would have names of {name_length}, but "
             f"{longest_name} are possible, in {'characters' if os.name == 'nt' else 'bytes'}; use a shorter one"
         )
+    # The 2 are the separators before the state's folder and before its file.
     length = path_length(os.path.abspath(names.folder)) + name_length + len(FILE_OF_STATE) + 2
     if length > longest_path:
         raise UserError(
@@ -260,6 +265,7 @@ def path_limits(folder: Path) -> tuple[int, int]:
     """Return the maximum lengths of a name and of a path in a folder."""
     if sys.platform == "win32":
         return 255, 32_000 if has_long_paths() else LONGEST_ON_WINDOWS
+    # PATH_MAX counts the terminating null byte.
     return os.pathconf(folder, "PC_NAME_MAX"), os.pathconf(folder, "PC_PATH_MAX") - 1
 
 
@@ -285,12 +291,12 @@ def nearest_folder(folder: Path) -> Path:
 
 def check_folder(flag: str, folder: Path) -> None:
     """Raise UserError if a folder is a file, or cannot be created or written to."""
-    there = nearest_folder(folder)
-    if not there.is_dir():
-        raise UserError(f"--{flag} {folder}: {there} is a file, not a folder; name another place")
-    if not os.access(there, os.W_OK | os.X_OK):
+    nearest = nearest_folder(folder)
+    if not nearest.is_dir():
+        raise UserError(f"--{flag} {folder}: {nearest} is a file, not a folder; name another place")
+    if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(
-            f"--{flag} {folder}: nothing can be written in {there}; change its permissions or name another place"
+            f"--{flag} {folder}: nothing can be written in {nearest}; change its permissions or name another place"
         )
 
 
@@ -311,11 +317,11 @@ def check_arithmetic(precision: PrecisionOptions, merges: bool) -> None:
     if not precision.multiplies_codes:
         return
     name = precision.denoiser_format
-    multiplied = [other for other in BASE_FORMATS if load_format(other).supports_8bit_matmul]
-    if name not in (None, *multiplied):
+    supported = [other for other in BASE_FORMATS if load_format(other).supports_8bit_matmul]
+    if name not in (None, *supported):
         raise UserError(
             f"--base_arithmetic 8bit multiplies weights that are stored in 8 bits, and --base_format {name} has none; "
-            f"use --base_format {' or '.join(multiplied)}, or leave out --base_arithmetic"
+            f"use --base_format {' or '.join(supported)}, or leave out --base_arithmetic"
         )
     if name is None and merges:
         raise UserError(
@@ -346,6 +352,7 @@ def check_compiling(compiling: CompileOptions) -> None:
     from torch._dynamo import list_backends
 
     flag = "compile_backend" if compiling.compile else "dynamo_backend"
+    # By default torch leaves out debug backends such as eager, which the options accept.
     backend, known = getattr(compiling, flag), list_backends(exclude_tags=())
     if backend not in known:
         raise UserError(f"--{flag} {backend}: this torch has no such compiler; use one of {', '.join(sorted(known))}")
@@ -364,6 +371,7 @@ def warn_of_fp16_vae(model: ModelOptions, mixed_precision: str) -> None:
 
 def gpu_without_bf16() -> str | None:
     """Return the name of a CUDA GPU older than Ampere, the first generation with bf16 tensor cores; else None."""
+    # ROCm numbers its GPUs by another scheme, so the comparison would say nothing there.
     if not torch.cuda.is_available() or torch.version.hip or torch.cuda.get_device_capability() >= (8, 0):
         return None
     return torch.cuda.get_device_name()
@@ -411,11 +419,12 @@ def find_doubtful(options: TrainOptions) -> Iterator[str]:
             "--zero_terminal_snr leaves no signal at the last timestep, where a model that predicts noise learns "
             "nothing; it is meant for --v_parameterization"
         )
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if options.precision.mixed_precision == "no" and launched != "no":
+    # accelerate launch passes its own option on in this variable.
+    launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if options.precision.mixed_precision == "no" and launcher_precision != "no":
         yield (
-            f"accelerate launch has --mixed_precision {launched}, which has no effect: the script's own option counts, "
-            f"and that is no; give --mixed_precision {launched} to the script"
+            f"accelerate launch has --mixed_precision {launcher_precision}, which has no effect: the script's own "
+            f"option counts, and that is no; give --mixed_precision {launcher_precision} to the script"
         )
     if options.precision.mixed_precision == "bf16" and (gpu := gpu_without_bf16()) is not None:
         yield (
@@ -433,6 +442,7 @@ def find_doubtful_rates(network: NetworkOptions, optimizer: OptimizerOptions) ->
         return
     is_named = network.unet_lr is not None or network.network_train_text_encoder_only
     if not is_named and rate == OptimizerOptions.learning_rate:
+        # Lion's authors recommend rates 3 to 10 times lower than Adam's (Chen et al. 2023).
         usual = "3e-5" if "lion" in name.lower() else "1e-4"
         rank, alpha = network.network_dim, network.network_alpha
         weaker = f", and --network_alpha {alpha:g} of --network_dim {rank} weakens it more"

@@ -71,10 +71,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     Sets up logging first, so that messages about the file go where the user wants them. Exits with status 2 for a bad
     option, 1 for a bad config file, and 0 after writing a config file.
     """
+    # Parsed alone first, because the command line may name a config file and a recipe, which go beneath it.
     typed = parse_words(parser, argv)
     if typed.output_config and not typed.config_file:
         parser.error("--output_config needs --config_file with the path of the file to write")
-    beneath: list[Config] = []  # later ones override earlier ones
+    configs: list[Config] = []  # later ones override earlier ones
     try:
         if typed.output_config:
             start_logging(parser, typed)
@@ -83,26 +84,26 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
             parser.exit(0)
         actions = {action.dest: action for action in parser._actions if action.dest != "help"}
         if typed.config_file:
-            beneath = [read_config(config_path(typed.config_file), actions, describe_other_options(parser))]
-        asked = {name: value for one in beneath for name, value in one.values.items()} | list_given_values(
+            configs = [read_config(config_path(typed.config_file), actions, describe_other_options(parser))]
+        requested = {name: value for config in configs for name, value in config.values.items()} | list_given_values(
             typed, parser
         )
-        if recipe := asked.get("recipe"):
-            beneath = [
-                read_recipe(recipe, script_name(parser), asked, actions, describe_other_options(parser)),
-                *beneath,
+        if recipe := requested.get("recipe"):
+            configs = [
+                read_recipe(recipe, script_name(parser), requested, actions, describe_other_options(parser)),
+                *configs,
             ]
     except ConfigFileError as error:
         start_logging(parser, typed)
         logger.error("%s", error)
         parser.exit(1)
     # argparse only sets defaults that the namespace lacks, so the command line overrides the files.
-    values = {name: value for one in beneath for name, value in one.values.items()}
+    values = {name: value for config in configs for name, value in config.values.items()}
     args = parse_words(parser, argv, argparse.Namespace(**values))
     start_logging(parser, args)
-    for one in beneath:
-        logger.info("options are read from %s", one.path)
-        for warning in one.warnings:
+    for config in configs:
+        logger.info("options are read from %s", config.path)
+        for warning in config.warnings:
             logger.warning("%s", warning)
     warn_of_repeats(parser, argv)
     return normalize(unset_empty(args, parser))
@@ -117,42 +118,45 @@ def check_words(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def warn_of_repeats(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
     """Warn of options that are typed more than once: only the last one counts, and lists do not add up."""
-    for flag, given in collect_typed_values(parser, sys.argv[1:] if argv is None else argv).items():
-        lost = [word for words in given[:-1] for word in words if word not in given[-1]]
-        if lost and flag.removeprefix("--") not in SECRETS:
+    for flag, occurrences in collect_typed_values(parser, sys.argv[1:] if argv is None else argv).items():
+        ignored = [word for words in occurrences[:-1] for word in words if word not in occurrences[-1]]
+        if ignored and flag.removeprefix("--") not in SECRETS:
             logger.warning(
-                "%s is given %d times and the last one counts: %s has no effect%s", flag, len(given), " ".join(lost),
+                "%s is given %d times and the last one counts: %s has no effect%s",
+                flag, len(occurrences), " ".join(ignored),
                 f"; write all values behind one {flag}" if parser._option_string_actions[flag].nargs else "",
             )  # fmt: skip
 
 
 def collect_typed_values(parser: argparse.ArgumentParser, words: Sequence[str]) -> Mapping[str, list[list[str]]]:
     """Return the values of each option on a command line, one list per occurrence."""
-    flags, found = parser._option_string_actions, dict[str, list[list[str]]]()
+    flags, values_by_flag = parser._option_string_actions, dict[str, list[list[str]]]()
     for word in words:
         flag, equals, value = word.partition("=")
         if word.startswith("--"):
+            # argparse accepts abbreviations, so the word may be the beginning of an option.
             action = flags.get(flag) or next((flags[name] for name in flags if name.startswith(flag)), None)
-            values = found.setdefault(action.option_strings[0] if action else flag, [])
+            values = values_by_flag.setdefault(action.option_strings[0] if action else flag, [])
             values.append([value] if equals else [])
-        elif found:
+        elif values_by_flag:
             values[-1].append(word)
-    return found
+    return values_by_flag
 
 
-def from_program(parser: argparse.ArgumentParser, given: argparse.Namespace) -> argparse.Namespace:
+def from_program(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Read the options of a program that calls a trainer; missing ones and None get defaults, and values are converted
     as in a config file.
 
     Raises ConfigFileError for an invalid value.
     """
-    setup_logging(ConsoleOptions.from_args(argparse.Namespace(**{**ConsoleOptions.defaults(), **vars(given)})))
+    setup_logging(ConsoleOptions.from_args(argparse.Namespace(**{**ConsoleOptions.defaults(), **vars(args)})))
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    plain = {name: to_toml_value(value) for name, value in vars(given).items() if value is not None}
-    unchanged = {name for name, value in plain.items() if name in actions and value == actions[name].default}
+    toml_values = {name: to_toml_value(value) for name, value in vars(args).items() if value is not None}
+    # A program's namespace has a value for every option. Only those that differ from the default override the recipe.
+    unchanged = {name for name, value in toml_values.items() if name in actions and value == actions[name].default}
     warnings: list[str] = []
-    asked = {name: value for name, value in plain.items() if name not in unchanged}
-    values = read_values(asked, "the calling program", actions, warnings, describe_other_options(parser))
+    changed = {name: value for name, value in toml_values.items() if name not in unchanged}
+    values = read_values(changed, "the calling program", actions, warnings, describe_other_options(parser))
     if name := values.get("recipe"):
         recipe = read_recipe(name, script_name(parser), values, actions, describe_other_options(parser))
         values, warnings = {**recipe.values, **values}, [*recipe.warnings, *warnings]
@@ -172,17 +176,21 @@ def start_logging(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     try:
         setup_logging(ConsoleOptions.from_args(args))
     except ValueError as error:
+        # The requested log failed, so the error goes to a console with default options.
         setup_logging(ConsoleOptions())
         logger.error("%s", error)
         parser.exit(1)
 
 
 def parse_words(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, beneath: argparse.Namespace | None = None
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, namespace: argparse.Namespace | None = None
 ) -> argparse.Namespace:
-    """Parse `argv`, which overrides `beneath`. For an unknown option, exit with status 2 and name the nearest one."""
+    """Parse `argv`, which overrides the values of `namespace`.
+
+    For an unknown option, exit with status 2 and name the nearest one.
+    """
     refuse_misread(parser, sys.argv[1:] if argv is None else argv)
-    args, unknown = parser.parse_known_args(argv, beneath)
+    args, unknown = parser.parse_known_args(argv, namespace)
     if unknown:
         hints = [word + hint(parser, word.split("=")[0]) if word.startswith("-") else word for word in unknown]
         parser.error(f"unrecognized arguments: {' '.join(hints)}")
@@ -196,12 +204,13 @@ def refuse_misread(parser: argparse.ArgumentParser, words: Sequence[str]) -> Non
         flag, equals, value = word.partition("=")
         if not flag.startswith("--") or flag in parser._option_string_actions:
             continue
-        others = describe_other_options(parser)(flag.removeprefix("--"))
-        for action, *_ in parser._get_option_tuples(flag) if others else ():
+        other_scripts = describe_other_options(parser)(flag.removeprefix("--"))
+        for action, *_ in parser._get_option_tuples(flag) if other_scripts else ():
             try:
+                # Only a value that the abbreviated option cannot take shows that another script's option was meant.
                 parser._get_value(action, value if equals else following)
             except argparse.ArgumentError:
-                parser.error(f"unrecognized arguments: {word}{others}")
+                parser.error(f"unrecognized arguments: {word}{other_scripts}")
 
 
 def hint(parser: argparse.ArgumentParser, flag: str) -> str:

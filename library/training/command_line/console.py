@@ -74,6 +74,7 @@ def forgive_write_errors() -> None:
         stream = getattr(sys, name)
         if stream is None:  # the process was started with this descriptor closed
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        # A stream that a program has replaced stays as it is.
         elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
             setattr(sys, name, forgiving(stream))
 
@@ -83,8 +84,10 @@ def forgiving(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     Unicode."""
     if sys.platform == "win32" and stream.isatty():
         return stream
+    # Text that is still buffered would otherwise appear after later lines.
     with suppress(OSError):
         stream.flush()
+    # The replaced stream still owns the descriptor.
     file: Any = ForgivingFile(stream.fileno(), "w", closefd=False)
     is_unbuffered = isinstance(stream.buffer, io.RawIOBase)  # python -u
     return io.TextIOWrapper(
@@ -115,6 +118,8 @@ def setup_logging(options: ConsoleOptions) -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
+            # UTF-8 also where the locale says otherwise, as in a pipe on Windows; PYTHONIOENCODING is the user's
+            # choice. File names may hold bytes that are no text, which backslashreplace can still show.
             encoding = stream.encoding if "PYTHONIOENCODING" in os.environ else "utf-8"
             stream.reconfigure(encoding=encoding, errors="backslashreplace", line_buffering=True)
     root = logging.getLogger()
@@ -130,6 +135,7 @@ def setup_logging(options: ConsoleOptions) -> None:
         if not isinstance(handler, logging.FileHandler) and resolve_log_level(options) > logging.DEBUG:
             handler.addFilter(WithoutNoise())
         root.addHandler(handler)
+    # Warnings of libraries become records of py.warnings, which NOISE filters and a log file keeps.
     logging.captureWarnings(True)
     root.setLevel(
         resolve_log_level(options) if launched_rank() == 0 else max(resolve_log_level(options), logging.ERROR)
@@ -161,6 +167,7 @@ def build_handlers(options: ConsoleOptions) -> list[logging.Handler]:
         except OSError as error:
             raise UserError(f"--console_log_file {path} cannot be written: {error.strerror}") from error
         file.setFormatter(DATED)
+        # Front ends show standard error; with a log file alone, a failed run would leave them the exit status only.
         errors = build_stderr_handler()
         errors.setLevel(logging.ERROR)
         return [file, errors]

@@ -114,11 +114,12 @@ class TrainingParser(argparse.ArgumentParser):
         If several match, options that sd-scripts lacks are excluded; if another script has an option of that exact
         name, none matches.
         """
-        found: list[Any] = super()._get_option_tuples(option_string)  # type: ignore[misc]
-        listed = [entry for entry in found if entry[0].dest not in self._own]
-        meant = listed if len(found) > 1 and listed else found
+        matches: list[Any] = super()._get_option_tuples(option_string)  # type: ignore[misc]
+        # Front ends and guides abbreviate options of sd-scripts, which options of our own must not make ambiguous.
+        reference_matches = [entry for entry in matches if entry[0].dest not in self._own]
+        candidates = reference_matches if len(matches) > 1 and reference_matches else matches
         name = option_string.partition("=")[0].lstrip("-")
-        return [] if len(meant) > 1 and self.elsewhere(name) else meant
+        return [] if len(candidates) > 1 and self.elsewhere(name) else candidates
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         # 75 is not a choice of the caption length, but sd-scripts' documentation calls it the default.

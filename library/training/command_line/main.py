@@ -44,6 +44,7 @@ def main(
     With `latents`, which determine bucket sizes, batches can be shown without a base model. A flow model also passes
     its `objective`, to show its timesteps.
     """
+    # First of all, because a closed pipe or a full disk behind the output must not end a run.
     forgive_write_errors()
     interruption = Interruption()
     interruption.install()
@@ -99,10 +100,12 @@ def train_as_asked(
     command: Sequence[str] | None = None,
 ) -> bool:
     """Check the options, then train, or show timesteps or the dataset. Return True if the run is complete."""
-    if latents is not None and objective is not None and (asked := resolve_timestep_preview(options)) is not None:
+    # Timesteps need neither a model nor images, so only the values are checked.
+    if latents is not None and objective is not None and (preview := resolve_timestep_preview(options)) is not None:
         check_values(options)
-        show_timesteps(asked, options.saving, options.run.seed or 0, objective(options), latents.downscale)
+        show_timesteps(preview, options.saving, options.run.seed or 0, objective(options), latents.downscale)
         return True
+    # The events open later; warnings of the checks are kept for them and for the page of an audit.
     with capture_warnings() as warnings:
         check(options)
         if latents is not None and options.dataset.audit_only:

@@ -23,21 +23,21 @@ def show_pairs(plan: DataPlan | None) -> list[FoundImage]:
 
 def iterate_pairs(plan: DataPlan) -> Iterator[FoundImage]:
     """Yield images with references that can be decoded; subsets without references are not read."""
-    first = 0
+    start = 0
     for images in plan.samples.subsets:
-        numbers = range(first, first + len(images))
-        first += len(images)
-        for number in numbers if images.references is not None else ():
-            sample = plan.samples[number]
+        indices = range(start, start + len(images))
+        start += len(images)
+        for index in indices if images.references is not None else ():
+            sample = plan.samples[index]
             if not sample.image.references:
                 continue
             try:
-                image, *references = [Image.fromarray(one) for one in place_images(sample, plan)]
+                image, *references = [Image.fromarray(pixels) for pixels in place_images(sample, plan)]
             except UserError:
                 continue
-            shown = show_beside(references, image)
+            row = show_beside(references, image)
             num_images = 1 + len(references)
-            thumbnail = encode_data_url(shown, num_images * THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+            thumbnail = encode_data_url(row, num_images * THUMBNAIL_SIDE, THUMBNAIL_SIDE)
             yield FoundImage(sample.image.key, sample.image.caption, thumbnail)
 
 

@@ -53,11 +53,11 @@ def read_requested(words: Sequence[str]) -> tuple[str, str]:
     parser = argparse.ArgumentParser(add_help=False)
     for name in (BASE, PROMPTS, CONFIG):
         parser.add_argument(f"--{name}", nargs="?")  # a missing value is reported by the full parser
-    asked = vars(parser.parse_known_args(words)[0])
-    kept = {}
-    if asked[CONFIG] and config_path(asked[CONFIG]).is_file():
-        kept = flatten(load_toml(config_path(asked[CONFIG])), config_path(asked[CONFIG]), [])
-    base, prompts = (str(asked[name] or kept.get(name) or "") for name in (BASE, PROMPTS))
+    typed = vars(parser.parse_known_args(words)[0])
+    from_file = {}
+    if typed[CONFIG] and config_path(typed[CONFIG]).is_file():
+        from_file = flatten(load_toml(config_path(typed[CONFIG])), config_path(typed[CONFIG]), [])
+    base, prompts = (str(typed[name] or from_file.get(name) or "") for name in (BASE, PROMPTS))
     return base, prompts
 
 

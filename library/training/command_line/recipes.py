@@ -38,11 +38,11 @@ def read_head(path: Path) -> Recipe:
 def read_recipe(
     name: str,
     script: str,
-    asked: Mapping[str, Any],
+    requested: Mapping[str, Any],
     actions: Mapping[str, argparse.Action],
     elsewhere: Callable[[str], str],
 ) -> Config:
-    """Return a recipe's options like those of a config file; images that `asked` names replace its dataset.
+    """Return a recipe's options like those of a config file; images that `requested` names replace its dataset.
 
     Raises ConfigFileError for an unknown name, or for another script's recipe.
     """
@@ -58,7 +58,7 @@ def read_recipe(
     tables = {table: values for table, values in load_toml(path).items() if table != HEAD}
     warnings: list[str] = []
     values = read_values(flatten(tables, path, warnings), str(path), actions, warnings, elsewhere)
-    if any(asked.get(option) for option in IMAGES):
+    if any(requested.get(option) for option in IMAGES):
         values.pop("dataset_config", None)
     for option in values.keys() & set(PATHS):
         values[option] = type(values[option])(FOLDER / values[option])

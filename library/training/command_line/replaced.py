@@ -55,10 +55,11 @@ def refuse_replaced(trainer: object) -> None:
 
     In sd-scripts every trainer is a NetworkTrainer, so replacements there apply to all.
     """
-    first = vars(sys.modules[FIRST_SCRIPT]).get(FIRST_TRAINER) if FIRST_SCRIPT in sys.modules else None
-    names = {*dir(trainer), *dir(first)}
-    found = {work: [name for name in methods if name in names] for work, methods in NEVER_CALLED.items()}
-    replaced = [f"{', '.join(methods)} ({work})" for work, methods in found.items() if methods]
+    # Looked up rather than imported: a program cannot have changed a script that it has not imported.
+    base_trainer = vars(sys.modules[FIRST_SCRIPT]).get(FIRST_TRAINER) if FIRST_SCRIPT in sys.modules else None
+    names = {*dir(trainer), *dir(base_trainer)}
+    replaced_by_work = {work: [name for name in methods if name in names] for work, methods in NEVER_CALLED.items()}
+    replaced = [f"{', '.join(methods)} ({work})" for work, methods in replaced_by_work.items() if methods]
     if replaced:
         raise UserError(
             f"this program replaces methods of {type(trainer).__name__} that are never called here: "
@@ -72,11 +73,12 @@ def refuse_replaced(trainer: object) -> None:
 
 def find_changed_modules() -> dict[str, list[str]]:
     """Return what a program has changed in the modules that keep their original contents."""
+    # sys.modules also holds None, for libraries that are hidden from others.
     modules = {name: vars(module) for name, module in sys.modules.items() if isinstance(module, ModuleType)}
     changed = {}
     for name, values in sorted(modules.items()):
         if name.startswith("library.") and KEPT in values:
-            before = values[KEPT]
-            own = {KEPT, *(key for key, value in values.items() if key in before and before[key] is value)}
-            changed[name] = sorted(key for key in values if key not in own and not key.startswith("__"))
+            originals = values[KEPT]
+            unchanged = {KEPT, *(key for key, value in values.items() if key in originals and originals[key] is value)}
+            changed[name] = sorted(key for key in values if key not in unchanged and not key.startswith("__"))
     return {name: keys for name, keys in changed.items() if keys}

@@ -33,6 +33,7 @@ FAR_BYTE = 1 << 30  # Windows forbids reading locked bytes, so the lock lies beh
 @contextmanager
 def run_locks(adapters: Iterable[SavingOptions]) -> Iterator[None]:
     """Hold the locks of all names that a run writes."""
+    # Without a sweep, the shared options and those of the only adapter name the same files.
     by_name = {saving.output_name: saving for saving in adapters}
     with ExitStack() as stack:
         for saving in by_name.values():
@@ -58,6 +59,7 @@ def run_lock(saving: SavingOptions) -> Iterator[None]:
     finally:
         if file is not None:
             release(file, path)
+        # A run that ends before it has written anything leaves no empty folder.
         if is_new_folder:
             with suppress(OSError):  # the folder is not empty
                 path.parent.rmdir()
@@ -96,14 +98,16 @@ def acquire(path: Path) -> IO[str] | None:
         file.close()
     file.seek(0)
     file.truncate()
-    own = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    file.write(json.dumps(own))
+    # Another run that is refused reads this to name the process that it has to wait for.
+    owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    file.write(json.dumps(owner))
     file.flush()
     return file
 
 
 def release(file: IO[str], path: Path) -> None:
     """Release the lock and delete its file, in the order that the system allows."""
+    # Windows deletes no open file. Elsewhere the file goes first, so that no other run locks one that is about to go.
     if sys.platform == "win32":
         file.close()
     with suppress(OSError):  # on Windows another run may have it open
@@ -128,8 +132,8 @@ def read_holder(file: IO[str]) -> str:
     """Describe the process whose name is in the file."""
     file.seek(0)
     try:
-        found = parse_json(file.read())
-        return f"process {found['process']} on {found['host']}, since {found['since']}"
+        owner = parse_json(file.read())
+        return f"process {owner['process']} on {owner['host']}, since {owner['since']}"
     except (ValueError, KeyError, TypeError):
         return "it has not said which yet"
 

@@ -45,34 +45,34 @@ def resolve_timestep_preview(options: Options) -> TimestepPreviewOptions | None:
 
 
 def show_timesteps(
-    asked: TimestepPreviewOptions, saving: SavingOptions, seed: int, objective: FlowMatching, downscale: int
+    options: TimestepPreviewOptions, saving: SavingOptions, seed: int, objective: FlowMatching, downscale: int
 ) -> None:
     """Draw timesteps as training does, and show them on the console or as an image in the output folder.
 
     `downscale` is in pixels per latent. Raises UserError for an invalid resolution, or an image without a folder.
     """
-    height, width = read_resolution(asked.show_timesteps_resolution)
-    place = image_place(saving) if asked.show_timesteps == "image" else None
-    offset = asked.show_timesteps_offset
+    height, width = read_resolution(options.show_timesteps_resolution)
+    image_path = image_place(saving) if options.show_timesteps == "image" else None
+    offset = options.show_timesteps_offset
     if offset and not objective.takes_offset:
         logger.warning(
             "--show_timesteps_offset %g has no effect: no normal value that it could move is behind these draws; one "
             "is behind those of --timestep_sampling sigmoid and shift and of --weighting_scheme logit_normal",
             offset,
         )
-    drawn = draw_levels(objective, height // downscale, width // downscale, offset, seed)
+    levels = draw_levels(objective, height // downscale, width // downscale, offset, seed)
     if launched_rank() != 0:
         return
     title = f"{NUM_DRAWS} draws of noise levels, 0 is the image and 1000 pure noise, at {width}x{height}"
     title += f" with an offset of {offset:g}" if offset and objective.takes_offset else ""
-    if place is None:
-        for line in (title, *table_lines(drawn)):
+    if image_path is None:
+        for line in (title, *table_lines(levels)):
             announce(line)
     else:
-        check_overwrite("--show_timesteps image:", place, PNG)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        plot(drawn, title).save(place)
-        logger.info("the distribution of noise levels is in %s", place)
+        check_overwrite("--show_timesteps image:", image_path, PNG)
+        image_path.parent.mkdir(parents=True, exist_ok=True)
+        plot(levels, title).save(image_path)
+        logger.info("the distribution of noise levels is in %s", image_path)
 
 
 def read_resolution(text: str) -> tuple[int, int]:
@@ -97,42 +97,43 @@ def draw_levels(
     generator = torch.Generator().manual_seed(seed)
     offsets_B = torch.full((NUM_DRAWS,), offset)
     timesteps_B = objective.draw_timesteps(NUM_DRAWS, latent_height, latent_width, generator, offsets_B)
+    # Pure noise, timestep 1000, belongs to the last bin.
     bins_B = (timesteps_B / BIN_SIZE).long().clamp(max=NUM_BINS - 1)
-    middles: Tensor = (torch.arange(NUM_BINS) + 0.5) / NUM_BINS
+    bin_centres: Tensor = (torch.arange(NUM_BINS) + 0.5) / NUM_BINS
     return DrawnLevels(
         shares=(torch.bincount(bins_B, minlength=NUM_BINS) / NUM_DRAWS).tolist(),
-        weights=scheme_weights(objective.loss_scheme, middles).tolist(),
+        weights=scheme_weights(objective.loss_scheme, bin_centres).tolist(),
     )
 
 
-def table_lines(drawn: DrawnLevels) -> list[str]:
+def table_lines(levels: DrawnLevels) -> list[str]:
     """Return a row for each bin: its timesteps, its share of the draws, its loss weight, and a bar."""
     lines = ["timesteps   share  loss weight"]
-    for i, (share, weight) in enumerate(zip(drawn.shares, drawn.weights, strict=True)):
-        bar = "#" * round(MOST_MARKS * share / max(drawn.shares))
+    for i, (share, weight) in enumerate(zip(levels.shares, levels.weights, strict=True)):
+        bar = "#" * round(MOST_MARKS * share / max(levels.shares))
         lines.append(f"{i * BIN_SIZE:4d}-{(i + 1) * BIN_SIZE - 1:4d}  {share:6.2%}  {weight:11.4g}  {bar}".rstrip())
     return lines
 
 
-def plot(drawn: DrawnLevels, title: str) -> Image.Image:
+def plot(levels: DrawnLevels, title: str) -> Image.Image:
     """Plot the shares as bars and the weights as a line, each scaled to the plot's height."""
     width, bottom = NUM_BINS * BAR_WIDTH + 2 * MARGIN, MARGIN + PLOT_HEIGHT
     image = Image.new("RGB", (width, bottom + 2 * MARGIN), "white")
-    pen = ImageDraw.Draw(image)
-    pen.text((MARGIN, 10), title, fill="black")
+    draw = ImageDraw.Draw(image)
+    draw.text((MARGIN, 10), title, fill="black")
     lefts = [MARGIN + i * BAR_WIDTH for i in range(NUM_BINS)]
-    for left, share in zip(lefts, drawn.shares, strict=True):
-        height = round(PLOT_HEIGHT * share / max(drawn.shares))
+    for left, share in zip(lefts, levels.shares, strict=True):
+        height = round(PLOT_HEIGHT * share / max(levels.shares))
         if height:
-            pen.rectangle((left, bottom - height, left + BAR_WIDTH - 2, bottom - 1), fill=BAR_COLOUR)
+            draw.rectangle((left, bottom - height, left + BAR_WIDTH - 2, bottom - 1), fill=BAR_COLOUR)
     points = [
-        (left + BAR_WIDTH / 2, bottom - PLOT_HEIGHT * weight / max(drawn.weights))
-        for left, weight in zip(lefts, drawn.weights, strict=True)
+        (left + BAR_WIDTH / 2, bottom - PLOT_HEIGHT * weight / max(levels.weights))
+        for left, weight in zip(lefts, levels.weights, strict=True)
     ]
-    pen.line(points, fill=WEIGHT_COLOUR, width=2)
-    pen.line((MARGIN, bottom, width - MARGIN, bottom), fill="black")
+    draw.line(points, fill=WEIGHT_COLOUR, width=2)
+    draw.line((MARGIN, bottom, width - MARGIN, bottom), fill="black")
     for timestep in range(0, NUM_TIMESTEPS + 1, NUM_TIMESTEPS // 5):
-        pen.text((MARGIN + timestep * BAR_WIDTH // BIN_SIZE, bottom + 4), str(timestep), fill="black", anchor="ma")
-    pen.text((MARGIN, bottom + 24), f"bars: share of the draws, most {max(drawn.shares):.2%}", fill=BAR_COLOUR)
-    pen.text((width // 2, bottom + 24), f"line: loss weight, most {max(drawn.weights):.4g}", fill=WEIGHT_COLOUR)
+        draw.text((MARGIN + timestep * BAR_WIDTH // BIN_SIZE, bottom + 4), str(timestep), fill="black", anchor="ma")
+    draw.text((MARGIN, bottom + 24), f"bars: share of the draws, most {max(levels.shares):.2%}", fill=BAR_COLOUR)
+    draw.text((width // 2, bottom + 24), f"line: loss weight, most {max(levels.weights):.4g}", fill=WEIGHT_COLOUR)
     return image

@@ -76,7 +76,7 @@ class ResolvedOptions(Generic[OptionsT]):
 
     def with_values(self, values: Mapping[str, Any]) -> "ResolvedOptions[OptionsT]":
         """Override options by name."""
-        adapters = {label: own.with_values(values) for label, own in self.adapters.items()}
+        adapters = {label: options.with_values(values) for label, options in self.adapters.items()}
         return ResolvedOptions(self.shared.with_values(values), adapters)
 
 
@@ -93,7 +93,7 @@ class ResolvedRun(Generic[OptionsT]):
 
 
 def train_alone(
-    asked: OptionsT,
+    options: OptionsT,
     build: Callable[[OptionsT], Architecture],
     interruption: Interruption,
     command: Sequence[str] | None,
@@ -102,14 +102,14 @@ def train_alone(
     """Train while no other run writes the same files, and emit events. Return True if the run is complete."""
     check_installed("adapters", NEEDED_BY_ALL)
     check_gpu_is_used(torch)
-    shared, adapters = split_options(asked)
-    for label, own in adapters.items() if shared.sweep.sweep else ():
+    shared, adapters = split_options(options)
+    for label, adapter_options in adapters.items() if shared.sweep.sweep else ():
         with log_prefix(label):
-            check(own)
+            check(adapter_options)
     # A dry run and a look at the dataset write nothing, so they may run next to a run of the same name.
     writes = not (shared.faults.dry_run or shared.dataset.debug_dataset)
     with (
-        run_locks([one.saving for one in (shared, *adapters.values())] if writes else []),
+        run_locks([run_options.saving for run_options in (shared, *adapters.values())] if writes else []),
         open_events(adapters.values(), command, warnings) as events,
         cuda_kernels(shared.kernels),
         deterministic(shared.faults.deterministic),
@@ -117,7 +117,8 @@ def train_alone(
         is_over = train_network(ResolvedOptions(shared, adapters), build, interruption, events)
         events.end("finished" if is_over else "stopped")
     if shared.sweep.sweep and not shared.reports.no_report and launched_rank() == 0:
-        complete_sweep_page(asked, adapters)
+        # The page reads the adapters' reports, which are complete once the events have ended.
+        complete_sweep_page(options, adapters)
     return is_over
 
 
@@ -137,6 +138,7 @@ def train_network(
     )
     processes = from_accelerator(accelerator)
     if processes.is_local_main:
+        # Killed runs may leave shared weights in memory and latents on disk, tens of gigabytes for a large model.
         delete_abandoned_folders((IN_MEMORY, gettempdir()))
     with processes.taking_part(Interrupted):
         run = resolve_run(options, arch, processes)
@@ -156,7 +158,9 @@ def open_architecture(options: ResolvedOptions[OptionsT], build: Callable[[Optio
     with freeze_imports("tokenizers"):
         import_diffusers_hiding_libraries()
         with hide_library(BITSANDBYTES):
-            for module in filter(None, dict.fromkeys(own.network.network_module for own in options.adapters.values())):
+            for module in filter(
+                None, dict.fromkeys(adapter.network.network_module for adapter in options.adapters.values())
+            ):
                 open_network_module(module)
         arch = build(options.shared)
     report_unused(options.shared, arch.ignores)
@@ -172,11 +176,11 @@ def resolve_run(options: ResolvedOptions[OptionsT], arch: Architecture, processe
 
     States are read before the data, because a resumed run keeps its state's seed, which sets the order of the data.
     """
-    asked = options.shared
-    sharding = sharding_values(asked, processes)
-    states = find_states(asked, options.adapters, processes)
-    rates = rates_of_state(asked, states.by_label.get(""))
-    batches = batches_of_state(asked.run.gradient_accumulation_steps, states.of_run, processes.count)
+    shared = options.shared
+    sharding = sharding_values(shared, processes)
+    states = find_states(shared, options.adapters, processes)
+    rates = rates_of_state(shared, states.by_label.get(""))
+    batches = batches_of_state(shared.run.gradient_accumulation_steps, states.of_run, processes.count)
     options = options.with_values(sharding | rates | batches)
     if processes.is_main:
         check_repository(options.shared.hub)
@@ -194,8 +198,8 @@ def fit_to_memory(run: ResolvedRun[OptionsT], processes: Processes, events: Even
     fit = fit_run(run.options.shared, run.arch, sizes, processes, [*run.options.adapters.values()])
     chosen = fit.choice.chosen
     assert chosen is not None, "fit_run raises where nothing fits"
-    for each in events.each:
-        each.planned = Planned(chosen.device_bytes, chosen.tensor_bytes, chosen.seconds)
+    for adapter_events in events.each:
+        adapter_events.planned = Planned(chosen.device_bytes, chosen.tensor_bytes, chosen.seconds)
     return replace(run, options=run.options.with_values(fit.values()), fit=fit)
 
 
@@ -216,18 +220,19 @@ def train_resolved(
         explain_out_of_memory("loading the models and caching", options, accelerator.device, ""),
         hide_library(BITSANDBYTES),
     ):
-        wanted = [
-            runs.request_adapter(own, run.seed, states.by_label.get(label), each, label)
-            for (label, own), each in zip(run.options.adapters.items(), events.each, strict=True)
+        # An adapter that a sweep ended before a resume stays ended.
+        requests = [
+            runs.request_adapter(adapter_options, run.seed, states.by_label.get(label), adapter_events, label)
+            for (label, adapter_options), adapter_events in zip(run.options.adapters.items(), events.each, strict=True)
             if sweep is None or label not in sweep.ended
         ]
-        prepared = prepare(options, run.arch, run.seed, data, accelerator, processes, wanted, sweep)
+        prepared = prepare(options, run.arch, run.seed, data, accelerator, processes, requests, sweep)
     first = prepared[0]
     if options.faults.selftest:
         with explain_out_of_memory("testing itself (--selftest)", options, accelerator.device, ""):
             test_itself(first.run)
     if largest is not None:
-        try_largest_batch([one.run for one in prepared], first.writer, largest)
+        try_largest_batch([adapter.run for adapter in prepared], first.writer, largest)
         return True
     is_over = train_prepared(prepared, events, interruption, processes, run.fit)
     if processes.is_main and sweep is not None and is_over:
@@ -246,28 +251,32 @@ def train_prepared(
 
     Progress is saved if an error or a non-finite number ends the run.
     """
+    # From here on there is progress to save, so a signal ends the run after its step.
     interruption.defer()
     first = prepared[0]
     started, first_step = time.monotonic(), first.progress.step
     try:
         with ExitStack() as stack:
             stack.enter_context(events.stage("training"))
-            for one in prepared:
-                stack.enter_context(save_last_good(one.writer))
-                stack.enter_context(save_on_error(one.writer, one.progress, one.run.plan))
+            for adapter in prepared:
+                stack.enter_context(save_last_good(adapter.writer))
+                stack.enter_context(save_on_error(adapter.writer, adapter.progress, adapter.run.plan))
+            # Entered last, so that other processes hear of a failure before this one saves.
             stack.enter_context(processes.reporting_failures())
             train(prepared, interruption, MemoryWatch.build(first.run, fitted), memory_hints, clearly_worse)
     finally:
         first.charts.close()
     if processes.is_main and (speed := first.run.times.summary()) is not None:
         logger.info("%s", speed)
-        for each in events.each:
-            each.summary = speed
+        for adapter_events in events.each:
+            adapter_events.summary = speed
     last_step = first.run.plan.max_train_steps
-    are_over = [one.progress.step >= last_step or bool(one.progress.ended) for one in prepared]
-    for one in (one for one, is_over in zip(prepared, are_over, strict=True) if processes.is_main and is_over):
-        with log_prefix(one.run.label):
-            log_end(one, first_step, time.monotonic() - started)
+    are_over = [adapter.progress.step >= last_step or bool(adapter.progress.ended) for adapter in prepared]
+    for adapter in (
+        adapter for adapter, is_over in zip(prepared, are_over, strict=True) if processes.is_main and is_over
+    ):
+        with log_prefix(adapter.run.label):
+            log_end(adapter, first_step, time.monotonic() - started)
     return all(are_over)
 
 
@@ -281,12 +290,16 @@ def rank_adapters(
     log_ranking(rank(collect_standing(prepared, sweep)), title, page)
 
 
-def complete_sweep_page(asked: OptionsT, adapters: Mapping[str, OptionsT]) -> None:
+def complete_sweep_page(options: OptionsT, adapters: Mapping[str, OptionsT]) -> None:
     """Add charts and previews to the page of a finished sweep, once all reports are written."""
-    page = Names.build(asked.saving).of_sweep()
+    page = Names.build(options.saving).of_sweep()
     if page.exists():
-        chosen = {one.label: one.chosen for one in expand_combinations(asked)}
-        add_runs(page, chosen, {label: Names.build(own.saving).of_report() for label, own in adapters.items()})
+        chosen = {combination.label: combination.chosen for combination in expand_combinations(options)}
+        add_runs(
+            page,
+            chosen,
+            {label: Names.build(adapter_options.saving).of_report() for label, adapter_options in adapters.items()},
+        )
 
 
 def log_end(prepared: PreparedRun, first_step: int, seconds: float) -> None:
@@ -300,7 +313,7 @@ def log_end(prepared: PreparedRun, first_step: int, seconds: float) -> None:
         run.events.emit(choice)
         logger.info("%s", format_choice(choice))
     rank = f" of rank {network.network_dim}" if network.network_dim else ""
-    what = f"{network.network_module}{rank} on {run.context.arch.name}"
+    trained = f"{network.network_module}{rank} on {run.context.arch.name}"
     best, run.events.file = prepared.validation.record.best, str(names.of_end())
     num_steps = prepared.progress.step - first_step
-    logger.info("%s", format_finished(what, num_steps, seconds, names.of_end(), best, names.of_best()))
+    logger.info("%s", format_finished(trained, num_steps, seconds, names.of_end(), best, names.of_best()))

@@ -72,6 +72,7 @@ def choose(losses_FG: Tensor, num_baselines: int = 0) -> Choice | None:
     if not any(i >= num_baselines for i in finite):
         return None
     best = min((i for i in finite if i >= num_baselines), key=means.__getitem__)
+    # Files saved after the same step are equal; counting them as comparisons would only widen the intervals.
     num_different = len({tuple(losses_FG[i].tolist()) for i in finite})
     level = (1 - CONFIDENCE) / max(1, num_different - 1)
     files = []
@@ -93,10 +94,10 @@ def is_clearly_worse(losses_G: Tensor, best_G: Tensor, num_compared: int) -> boo
 
 def average_by_image(losses_N: Tensor, images: Sequence[Hashable]) -> Tensor:
     """Average the rows of each image, shape G, float64; `images` identifies the image of each row."""
-    numbers = {image: i for i, image in enumerate(dict.fromkeys(images))}
-    index_N = torch.tensor([numbers[image] for image in images])
-    sums_G = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, index_N, losses_N.double())
-    return sums_G / torch.bincount(index_N, minlength=len(numbers))
+    index_by_image = {image: i for i, image in enumerate(dict.fromkeys(images))}
+    index_N = torch.tensor([index_by_image[image] for image in images])
+    sums_G = torch.zeros(len(index_by_image), dtype=torch.float64).index_add_(0, index_N, losses_N.double())
+    return sums_G / torch.bincount(index_N, minlength=len(index_by_image))
 
 
 def estimate(values_G: Tensor, level: float = 1 - CONFIDENCE) -> Estimate:
@@ -112,14 +113,16 @@ def estimate_of_difference(values_G: Tensor, others_G: Tensor, level: float = 1 
     counts = len(values_G), len(others_G)
     mean = (values_G.mean() - others_G.mean()).item()
     variances = (values.var().item() / len(values) if len(values) > 1 else nan for values in (values_G, others_G))
+    # At most Welch's degrees of freedom, so the interval is never too narrow.
     return make_interval(mean, sqrt(sum(variances)), min(counts) - 1, level)
 
 
 def make_interval(mean: float, error: float, degrees: int, level: float) -> Estimate:
     """Return Student's t interval around a mean with a standard error; NaN if the error is NaN."""
+    # Imported here, because scipy takes half a second to import and only runs with validation need it.
     from scipy.special import stdtrit
 
     if isnan(error):
         return Estimate(mean, nan, nan, nan)
-    reach = float(stdtrit(degrees, 1 - level / 2)) * error
-    return Estimate(mean, mean - reach, mean + reach, error)
+    half_width = float(stdtrit(degrees, 1 - level / 2)) * error
+    return Estimate(mean, mean - half_width, mean + half_width, error)

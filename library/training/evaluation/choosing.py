@@ -48,8 +48,8 @@ def choose_saved(files: Sequence[Path], record: ValidationRecord, measures_what_
     if len(files) < 2:
         return None
     files = drop_copies(files)
-    found = [(path, read_num_steps(path)) for path in files] if measures_what_is_saved else []
-    known = [(path, step) for path, step in found if step and step in record.row_losses]  # 0: unknown
+    saved = [(path, read_num_steps(path)) for path in files] if measures_what_is_saved else []
+    known = [(path, step) for path, step in saved if step and step in record.row_losses]  # 0: unknown
     measured = [Measured(path, step, record.image_losses(step)) for path, step in known]
     if 0 in record.row_losses:
         measured.insert(0, Measured(None, 0, record.image_losses(0)))
@@ -66,13 +66,13 @@ def choose_measured(measured: Sequence[Measured], is_held_out: bool = True) -> e
     (`is_held_out` False).
     """
     has_base = measured[0].file is None
-    found = choose(torch.stack([one.losses_G for one in measured]), int(has_base))
-    if found is None:
+    choice = choose(torch.stack([entry.losses_G for entry in measured]), int(has_base))
+    if choice is None:
         return None
     candidates = [
         events.Candidate(
-            file=None if one.file is None else str(one.file),
-            step=one.step,
+            file=None if entry.file is None else str(entry.file),
+            step=entry.step,
             loss=compared.loss.mean,
             low=compared.loss.low,
             high=compared.loss.high,
@@ -80,47 +80,47 @@ def choose_measured(measured: Sequence[Measured], is_held_out: bool = True) -> e
             difference_low=compared.to_best.low,
             difference_high=compared.to_best.high,
             is_worse=compared.is_worse,
-            memorised=one.memorised,
-            forgotten=one.forgotten,
+            memorised=entry.memorised,
+            forgotten=entry.forgotten,
         )
-        for one, compared in zip(measured, found.files, strict=True)
+        for entry, compared in zip(measured, choice.files, strict=True)
     ]
-    is_enough = found.num_images >= MIN_IMAGES and is_held_out
+    is_enough = choice.num_images >= MIN_IMAGES and is_held_out
     return events.Choice(
-        suggested=candidates[found.suggested].file if is_enough else None,
-        step=candidates[found.suggested].step if is_enough else None,
-        has_winner=found.has_winner,
-        reason=explain_choice(found, measured) if is_held_out else TRAINED_ONLY,
-        num_pictures=found.num_images,
+        suggested=candidates[choice.suggested].file if is_enough else None,
+        step=candidates[choice.suggested].step if is_enough else None,
+        has_winner=choice.has_winner,
+        reason=explain_choice(choice, measured) if is_held_out else TRAINED_ONLY,
+        num_pictures=choice.num_images,
         confidence=CONFIDENCE,
         candidates=candidates,
     )
 
 
-def explain_choice(found: Choice, measured: Sequence[Measured]) -> str:
+def explain_choice(choice: Choice, measured: Sequence[Measured]) -> str:
     """Explain the choice in a sentence without its full stop."""
     has_base = measured[0].file is None
-    files = found.files[int(has_base) :]
-    if found.num_images < MIN_IMAGES:
-        images = format_count(found.num_images, "image")
+    files = choice.files[int(has_base) :]
+    if choice.num_images < MIN_IMAGES:
+        images = format_count(choice.num_images, "image")
         return f"too few images to tell ({images}); set at least {MIN_IMAGES} aside with --validation_split"
     if all(file.is_copy for file in files):
         text = "all files measure the same" if len(files) > 1 else "there is one file"
-    elif found.has_winner:
+    elif choice.has_winner:
         text = "every other file is significantly worse"
-    elif found.suggested == found.best:
+    elif choice.suggested == choice.best:
         count = sum(not file.is_worse and not file.is_copy for file in files)
         text = (
             "the lowest loss, and no earlier file is within one standard error; not significantly lower than "
             f"{count} other{'' if count == 1 else 's'}"
         )
     else:
-        gap, best = found.files[found.suggested].to_best, measured[found.best].name
+        gap, best = choice.files[choice.suggested].to_best, measured[choice.best].name
         text = (
             f"the earliest within one standard error of the lowest loss, that of {best}, which is {gap.mean:.3g} lower "
             f"(standard error {gap.error:.3g})"
         )
-    if has_base and not found.files[0].is_worse:
+    if has_base and not choice.files[0].is_worse:
         text += "; no file is significantly better than the model before training"
     return text
 
@@ -135,35 +135,35 @@ def memorised(
     """
     falls_unseen_G, falls_trained_G = (before - after for before, after in (unseen, trained))
     if kind == "mirrored":
-        found = estimate(falls_trained_G - falls_unseen_G)
+        excess = estimate(falls_trained_G - falls_unseen_G)
     else:
-        found = estimate_of_difference(falls_trained_G, falls_unseen_G)
-    return events.Memorised(found.mean, found.low, found.high, kind)
+        excess = estimate_of_difference(falls_trained_G, falls_unseen_G)
+    return events.Memorised(excess.mean, excess.low, excess.high, kind)
 
 
 def forgotten(before_G: Tensor, after_G: Tensor) -> events.Forgotten:
     """Estimate how much the losses of the forgetting probe's images rose."""
-    found = estimate(after_G - before_G)
-    return events.Forgotten(found.mean, found.low, found.high)
+    rise = estimate(after_G - before_G)
+    return events.Forgotten(rise.mean, rise.low, rise.high)
 
 
 def format_candidates(choice: events.Choice) -> list[str]:
     """Format all files as aligned lines."""
-    has_probe = any(one.forgotten is not None for one in choice.candidates)
+    has_probe = any(candidate.forgotten is not None for candidate in choice.candidates)
     heads = ("file", "step", "loss", "difference from best", "significant", "memorization gap")
     rows: list[tuple[str, ...]] = [(*heads, *(("forgetting",) if has_probe else ()))]
-    for one in choice.candidates:
+    for candidate in choice.candidates:
         rows.append(
             (
-                "before training" if one.file is None else Path(one.file).name,
-                str(one.step),
-                f"{one.loss:.5f}{format_interval(one.low, one.high)}",
-                f"{one.difference:.5f}{format_interval(one.difference_low, one.difference_high)}"
-                if one.difference
+                "before training" if candidate.file is None else Path(candidate.file).name,
+                str(candidate.step),
+                f"{candidate.loss:.5f}{format_interval(candidate.low, candidate.high)}",
+                f"{candidate.difference:.5f}{format_interval(candidate.difference_low, candidate.difference_high)}"
+                if candidate.difference
                 else "-",
-                "yes" if one.is_worse else "no" if one.difference else "-",
-                format_memory(one.memorised),
-                *((format_memory(one.forgotten),) if has_probe else ()),
+                "yes" if candidate.is_worse else "no" if candidate.difference else "-",
+                format_memory(candidate.memorised),
+                *((format_memory(candidate.forgotten),) if has_probe else ()),
             )
         )
     return align_columns(rows)
@@ -176,20 +176,21 @@ def format_memory(memory: events.Memorised | events.Forgotten | None) -> str:
 
 def memory_line(choice: events.Choice) -> str | None:
     """Describe the memorization of the suggested file, else of the last one; None if it was not measured."""
-    files = [one for one in choice.candidates if one.memorised is not None]
+    files = [candidate for candidate in choice.candidates if candidate.memorised is not None]
     if not files:
         return None
-    one = next((one for one in files if one.file == choice.suggested), files[-1])
-    memory = one.memorised
-    assert memory is not None and one.file is not None
+    candidate = next((candidate for candidate in files if candidate.file == choice.suggested), files[-1])
+    memory = candidate.memorised
+    assert memory is not None and candidate.file is not None
     unseen = "images that were set aside" if memory.unseen == "held-out" else "their mirror images"
     is_clear = memory.low is not None and memory.low > 0
     doubt = "" if is_clear else ", not significant"
-    side = "more" if memory.more >= 0 else "less"
+    direction = "more" if memory.more >= 0 else "less"
     change = (
-        f"{abs(memory.more):.5f}{format_interval(memory.low, memory.high)} {side} on trained images than on {unseen}"
+        f"{abs(memory.more):.5f}{format_interval(memory.low, memory.high)} {direction} on trained images than on "
+        f"{unseen}"
     )
-    return f"memorization gap: with {Path(one.file).name} the loss fell by {change}{doubt}"
+    return f"memorization gap: with {Path(candidate.file).name} the loss fell by {change}{doubt}"
 
 
 def format_interval(low: float | None, high: float | None) -> str:

@@ -61,19 +61,20 @@ class Measurement:
 
         `evaluating` puts the models into evaluation mode if they are not; `title` is that of the progress bar.
         """
-        numbers = list(range(processes.rank, len(self.batch_indices), processes.count))
-        num_own = len(numbers)
-        if context.models.sharded is not None and num_own < ceil(len(self.batch_indices) / processes.count):
-            numbers.append(len(self.batch_indices) - 1)  # padding, to stay in step with other ranks
+        indices = list(range(processes.rank, len(self.batch_indices), processes.count))
+        num_local = len(indices)
+        if context.models.sharded is not None and num_local < ceil(len(self.batch_indices) / processes.count):
+            indices.append(len(self.batch_indices) - 1)  # padding, to stay in step with other ranks
         names = self.rows if self.noise is None else self.noise
+        # Rows that other ranks measure stay 0 here, so that the sum over all ranks collects them.
         losses_NL = torch.zeros(len(self.rows), len(self.levels), dtype=torch.float64)
-        with evaluating or nullcontext(), progress_bar(title, len(numbers), leave=False) as bar:
-            batches = self.images.batches([self.batch_indices[i] for i in numbers], num_threads)
-            for number, (i, batch) in enumerate(zip(numbers, batches, strict=True)):
+        with evaluating or nullcontext(), progress_bar(title, len(indices), leave=False) as bar:
+            batches = self.images.batches([self.batch_indices[i] for i in indices], num_threads)
+            for position, (i, batch) in enumerate(zip(indices, batches, strict=True)):
                 first = sum(map(len, self._names[:i]))
                 rows = slice(first, first + len(batch.keys))
                 losses = batch_losses(context, batch, names[rows], self.levels, self.seed)
-                if number < num_own:
+                if position < num_local:
                     losses_NL[rows] = losses
                 bar.update(1)
         return processes.sum_over_processes(losses_NL)

@@ -131,8 +131,8 @@ def encode_prompts(
     with torch.no_grad(), autocast():
         for text in collect_texts(prompts, arch):
             features = encode(text_encoders, arch.preview.text.tokenize([text]))
-            kept = {} if cached is None else cached[text]
-            encoded[text] = {**kept, **{name: tensor.cpu() for name, tensor in features.items()}}
+            cached_features = {} if cached is None else cached[text]
+            encoded[text] = {**cached_features, **{name: tensor.cpu() for name, tensor in features.items()}}
     return encoded
 
 
@@ -155,10 +155,10 @@ class Previews:
         cached: Mapping[str, Conditioning] | None = None,
         is_drawing: bool = False,
     ) -> None:
-        """`encoded` is the result of `encode_prompts`, or None if text encoders train and it changes.
+        """`cached` holds the features of text encoders that are not in memory, by text.
 
-        `cached` holds the features of unloaded encoders. `is_drawing` is True if the main process draws; only it has
-        prompts, and processes that share its base model take part.
+        `is_drawing` is True if the main process draws; only it has prompts, and processes that share its base model
+        take part.
         """
         self._run, self._charts, self._prompts, self._cached = run, charts, prompts, cached
         sharded = run.context.models.sharded
@@ -201,6 +201,8 @@ class Previews:
         interrupted."""
         shared = self._shared_base
         if shared is not None and not self._run.processes.is_main:
+            # Gathering a block of the sharded base model is a collective: this rank takes part until the main one is
+            # done.
             shared.follow(0)
         if not self._prompts:
             return True
@@ -209,12 +211,14 @@ class Previews:
 
     def _draw_each(self, event: str, step: int, epoch: int, interruption: Interruption) -> bool:
         run, context, drawn = self._run, self._run.context, []
+        # Front ends look for this line, which is sd-scripts'.
         announce(f"\ngenerating sample images at step / サンプル画像生成 ステップ: {step}")
         try:
             release_memory(run.options.memory.highvram)
             denoiser, precision = context.models.denoiser, run.options.precision
             with evaluating(run, PREVIEWS), with_preview_weights(context.arch.preview, precision, denoiser):
                 vae = context.models.vae
+                # A run with cached latents has unloaded the VAE. It is loaded for these previews alone.
                 if vae is None:
                     vae = move_to_device(context.arch.load.vae(), context.device)
                 num_calls = sum(len(context.arch.preview.sampler(prompt).levels) for prompt in self._prompts)
@@ -241,16 +245,19 @@ class Previews:
     def _report_strengths(self, drawn: Sequence[Drawn], step: int, epoch: int) -> None:
         """Log how the images of each prompt respond to its strengths, if it has several."""
         for strip in group_strips(drawn):
-            found = measure_response([one.prompt.strength for one in strip], [one.image for one in strip])
+            response = measure_response(
+                [preview.prompt.strength for preview in strip], [preview.image for preview in strip]
+            )
             logger.info(
                 "%s: rank correlation of strength and change %.2f, strengths %s",
-                strip[0].prompt.text, found.correlation, ", ".join(f"{strength:g}" for strength in found.strengths),
+                strip[0].prompt.text, response.correlation,
+                ", ".join(f"{strength:g}" for strength in response.strengths),
             )  # fmt: skip
             if self._run.events.is_on:
-                prompt, correlation = strip[0].prompt, found.correlation
+                prompt, correlation = strip[0].prompt, response.correlation
                 self._run.events.emit(
                     Strengths(
-                        step, epoch, prompt.text, prompt.seed, found.strengths, found.changes,
+                        step, epoch, prompt.text, prompt.seed, response.strengths, response.changes,
                         correlation if isfinite(correlation) else None,
                     )
                 )  # fmt: skip
@@ -258,8 +265,9 @@ class Previews:
     def _draw_one(
         self, event: str, step: int, epoch: int, index: int, vae: nn.Module, goes_on: Callable[[], bool]
     ) -> list[Drawn]:
-        """Draw and write one image. Return None if that fails or the run is interrupted."""
+        """Draw and write one image. Return it in a list, which is empty if that fails or the run is interrupted."""
         run, prompt = self._run, self._prompts[index]
+        # A network of a third party may have a multiplier of its own, so it is set only where the prompt asks for one.
         if prompt.strength != 1:
             run.context.network.set_multiplier(prompt.strength)
         try:
@@ -290,10 +298,10 @@ class Previews:
 def group_strips(drawn: Sequence[Drawn]) -> Iterator[list[Drawn]]:
     """Yield groups of images that differ only in strength, if large enough to compare."""
     groups = defaultdict[Prompt, list[Drawn]](list)
-    for one in drawn:
-        groups[replace(one.prompt, strength=1.0)].append(one)
+    for preview in drawn:
+        groups[replace(preview.prompt, strength=1.0)].append(preview)
     for group in groups.values():
-        if len({one.prompt.strength for one in group}) >= FEWEST:
+        if len({preview.prompt.strength for preview in group}) >= FEWEST:
             yield group
 
 
@@ -307,12 +315,12 @@ def epoch_event(epoch: int) -> str:
     return f"e{epoch:06d}"
 
 
-def give_up(what: str, error: Exception) -> None:
+def give_up(task: str, error: Exception) -> None:
     """Log why something was not drawn; re-raise requests to end the run."""
     if isinstance(error, Interrupted):
         raise error
     with tqdm.external_write_mode():
-        logger.error("%s failed, training continues: %s: %s", what, type(error).__name__, error)
+        logger.error("%s failed, training continues: %s: %s", task, type(error).__name__, error)
     logger.debug("where it failed:", exc_info=error)
 
 
@@ -345,17 +353,19 @@ def draw_latents(
     positive, negative = (move_conditioning(encoded.get(text), context.device) for text in texts)
     if positive is None:
         raise make_reference_error(prompt)
+    # initial_seed draws nothing, so that the noise stays the first draw.
     extra = prompt_conditioning(context, vae, prompt, batch, generator.initial_seed())
 
-    def say(noised: Noised, progress: float) -> Tensor:
-        def ask(conditioning: Conditioning) -> Tensor:
+    def predict_guided(noised: Noised, progress: float) -> Tensor:
+        def predict_conditional(conditioning: Conditioning) -> Tensor:
             with context.autocast():
                 return predict(context.models.denoiser, noised, {**conditioning, **extra}, batch)
 
-        return apply_guidance(ask, positive, negative, prompt, progress)
+        return apply_guidance(predict_conditional, positive, negative, prompt, progress)
 
+    # Drawn on the CPU and then moved: a GPU's generator gives other numbers for the same seed.
     noise_BCHW = torch.randn(shape, generator=generator).to(context.device)
-    latents_BCHW = denoise(sampler, say, sampler.start(noise_BCHW), generator, goes_on=goes_on)
+    latents_BCHW = denoise(sampler, predict_guided, sampler.start(noise_BCHW), generator, goes_on=goes_on)
     if latents_BCHW is not None and not latents_BCHW.isfinite().all():
         raise UserError("the latents are NaN: the denoiser overflows, or the adapter has diverged")
     return latents_BCHW

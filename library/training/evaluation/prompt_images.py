@@ -32,7 +32,7 @@ def prompt_conditioning(
     """
     if not prompt.reference_paths:
         return inpainting_feature(context, prompt, batch, seed)
-    pixels = tuple(to_pixels(one)[None] for one in read_placed_references(prompt, context.arch.codec.spec))
+    pixels = tuple(to_pixels(reference)[None] for reference in read_placed_references(prompt, context.arch.codec.spec))
     with_vae = replace(context, models=replace(context.models, vae=vae))
     references = load_references(with_vae, replace(batch, reference_pixels=pixels))
     return {**references, **inpainting_feature(context, prompt, batch, seed)}
@@ -41,13 +41,13 @@ def prompt_conditioning(
 def read_placed_references(prompt: Prompt, spec: LatentSpec) -> list[Pixels]:
     """Read a prompt's reference images, resized to about its area with their own aspect ratios and sides that are
     multiples of the bucket step."""
-    rules, found = ReferenceRules((prompt.width, prompt.height), False, spec.bucket_step), []
+    rules, placed = ReferenceRules((prompt.width, prompt.height), False, spec.bucket_step), []
     for path in prompt.reference_paths:
         rgb, alpha = read_pixels(str(path))
         size = rgb.shape[1], rgb.shape[0]
-        whole = with_alpha(rgb, alpha) if spec.has_alpha else rgb
-        found.append(apply_placement(whole, crop_at_centre(rules.shape(size, size, Shape(size, size))), None))
-    return found
+        pixels = with_alpha(rgb, alpha) if spec.has_alpha else rgb
+        placed.append(apply_placement(pixels, crop_at_centre(rules.shape(size, size, Shape(size, size))), None))
+    return placed
 
 
 def resolve_seen_text(prompt: Prompt, text: str, arch: Architecture) -> str:
@@ -62,18 +62,20 @@ def resolve_seen_text(prompt: Prompt, text: str, arch: Architecture) -> str:
 
 def show_beside(references: Sequence[Image.Image], image: Image.Image) -> Image.Image:
     """Return an image with its reference images on the left, at its height."""
-    scaled = [one.resize((max(1, round(one.width * image.height / one.height)), image.height)) for one in references]
-    row = Image.new(image.mode, (sum(one.width + GAP for one in scaled) + image.width, image.height))
+    scaled = [
+        tile.resize((max(1, round(tile.width * image.height / tile.height)), image.height)) for tile in references
+    ]
+    row = Image.new(image.mode, (sum(tile.width + GAP for tile in scaled) + image.width, image.height))
     left = 0
-    for one in (*scaled, image):
-        row.paste(one, (left, 0))
-        left += one.width + GAP
+    for tile in (*scaled, image):
+        row.paste(tile, (left, 0))
+        left += tile.width + GAP
     return row
 
 
 def show_with_references(prompt: Prompt, image: Image.Image, spec: LatentSpec) -> Image.Image:
     """Return a prompt's image with its reference images on the left; unchanged if it has none."""
-    references = [Image.fromarray(one) for one in read_placed_references(prompt, spec)]
+    references = [Image.fromarray(pixels) for pixels in read_placed_references(prompt, spec)]
     return show_beside(references, image) if references else image
 
 
@@ -91,6 +93,6 @@ def inpainting_feature(context: StepContext, prompt: Prompt, batch: Batch, seed:
         mask_HW = draw_mask(*size, np.random.default_rng(seed))
     else:
         mask_HW = (apply_placement(alpha, placement, None) < OPAQUE).astype(np.float32)
-    shown = replace(batch, pixels_BCHW=to_pixels(apply_placement(rgb, placement, None))[None])
+    image_batch = replace(batch, pixels_BCHW=to_pixels(apply_placement(rgb, placement, None))[None])
     masks_B1HW = torch.from_numpy(mask_HW)[None, None]
-    return encode_masked(context, shown, masks_B1HW, lambda _: torch.Generator().manual_seed(seed))
+    return encode_masked(context, image_batch, masks_B1HW, lambda _: torch.Generator().manual_seed(seed))

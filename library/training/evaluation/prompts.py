@@ -152,12 +152,12 @@ def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
 
 def parse_strip(line: str, place: str) -> Iterator[PromptSpec]:
     """Yield the prompt of a line; with several strengths (`--am -2,-1,0,1,2`) one per strength, all with one seed."""
-    found = STRIP.search(line)
-    if found is None:
+    match = STRIP.search(line)
+    if match is None:
         yield parse_line(line, place)
         return
-    for strength in found[2].split(","):
-        spec = parse_line(f"{line[: found.start(2)]}{strength}{line[found.end(2) :]}", place)
+    for strength in match[2].split(","):
+        spec = parse_line(f"{line[: match.start(2)]}{strength}{line[match.end(2) :]}", place)
         yield replace(spec, seed=SEED_OF_STRIP if spec.seed is None else spec.seed)
 
 
@@ -167,6 +167,7 @@ def parse_line(line: str, place: str) -> PromptSpec:
     Words after an option's value also belong to the prompt, unless the option takes a text, which extends to the next
     option.
     """
+    # sd-scripts looks for options in the text as well, where "n dogs" becomes a negative prompt.
     prompt, *options = OPTION.split(line.strip())
     words, table = [prompt.strip()], dict[str, Any]()
     for option in options:
@@ -180,12 +181,12 @@ def parse_line(line: str, place: str) -> PromptSpec:
             )
         if key in table and key != REFERENCES:
             raise UserError(f"{FLAG} {place}: --{letters} is given twice; keep one")
-        value, _, rest = (text.strip(), "", "") if key in WORDS else text.strip().partition(" ")
+        value, _, trailing = (text.strip(), "", "") if key in WORDS else text.strip().partition(" ")
         if key == REFERENCES:
             table[key] = [*table.get(key, []), value]
         else:
             table[key] = number_in(value, key) if key in RANGES else value
-        words.append(rest.strip())
+        words.append(trailing.strip())
     return parse_prompt_table({"prompt": " ".join(filter(None, words)), **table}, place)
 
 
@@ -228,6 +229,7 @@ def check_setting(key: str, value: Any, place: str) -> Any:
     if key == "seed" and value == -1:
         return None
     (low, high), kind = RANGES[key], type(RANGES[key][0])
+    # A whole float such as 512.0 passes, because some front ends write every number so.
     if not is_finite_number(value) or value != kind(value):
         number = "a whole number" if kind is int else "a number"
         raise UserError(f"{FLAG} {place}: {label(key)} is {value!r}; give {number}")
@@ -238,11 +240,11 @@ def check_setting(key: str, value: Any, place: str) -> Any:
     return kind(value)
 
 
-def check_sampler(name: Any, what: str) -> None:
-    """Raise UserError for an unknown sampler; `what` names its place."""
+def check_sampler(name: Any, setting: str) -> None:
+    """Raise UserError for an unknown sampler; `setting` names it in the message."""
     known = [*SAMPLERS, *ALIASES]
     if name not in known:
-        raise UserError(f"{what} is {name!r}{did_you_mean(str(name), known, NEAR)}; use one of {', '.join(known)}")
+        raise UserError(f"{setting} is {name!r}{did_you_mean(str(name), known, NEAR)}; use one of {', '.join(known)}")
 
 
 def label(key: str) -> str:
@@ -314,24 +316,25 @@ def require_file(path: Path, key: str, place: str) -> Path:
 
 def read_references(spec: PromptSpec, max_references: int) -> tuple[Path, ...]:
     """Return a prompt's reference images; none, with a warning, for a model without them."""
-    given = spec.control_image_path or ()
-    if given and not max_references:
+    paths = spec.control_image_path or ()
+    if paths and not max_references:
         take_setting(spec, REFERENCES, None)
         return ()
-    if len(given) > max_references:
+    if len(paths) > max_references:
         raise UserError(
-            f"{FLAG} {spec.place}: {label(REFERENCES)} names {len(given)} images, but this base model takes at most "
+            f"{FLAG} {spec.place}: {label(REFERENCES)} names {len(paths)} images, but this base model takes at most "
             f"{max_references}"
         )
-    return tuple(require_file(Path(path), REFERENCES, spec.place) for path in given)
+    return tuple(require_file(Path(path), REFERENCES, spec.place) for path in paths)
 
 
 def round_side(wanted: int, step: int, place: str) -> int:
     """Return an image side that the base model supports: a multiple of `step`, at least 64."""
-    drawn = max(SMALLEST_SIDE, wanted - wanted % step)
-    if drawn != wanted:
-        logger.info("%s: a side of %d is drawn as %d, a multiple of %d", place, wanted, drawn, step)
-    return drawn
+    # sd-scripts rounds down too, with the same smallest side.
+    rounded = max(SMALLEST_SIDE, wanted - wanted % step)
+    if rounded != wanted:
+        logger.info("%s: a side of %d is drawn as %d, a multiple of %d", place, wanted, rounded, step)
+    return rounded
 
 
 def take_setting(spec: PromptSpec, key: str, default: Any) -> Any:

@@ -1,9 +1,8 @@
 """How images respond to an adapter's strength: one prompt and seed drawn at several strengths.
 
 The change of an image is its projection, in pixel space, onto the line from the image of the lowest strength (0) to
-that of the highest (1): (image - first) . (last - first) /
-last - first
-^2. Its rank correlation with the strength (Spearman 1904) is 1 if every higher strength goes further, however unevenly.
+that of the highest (1): (image - first) . (last - first) / |last - first|^2. Its rank correlation with the strength
+(Spearman 1904) is 1 if every higher strength goes further, however unevenly.
 """
 
 from collections.abc import Sequence
@@ -34,9 +33,9 @@ def measure_response(strengths: Sequence[float], images: Sequence[Image.Image]) 
     assert len(set(strengths)) >= FEWEST
     ordered = sorted(zip(strengths, images, strict=True), key=lambda pair: pair[0])
     pixels = [np.asarray(image.convert("RGB"), dtype=np.float64).ravel() / 255 for _, image in ordered]
-    line = pixels[-1] - pixels[0]
-    length = float(line @ line)
-    changes = [float((one - pixels[0]) @ line) / length if length else nan for one in pixels]
+    direction = pixels[-1] - pixels[0]
+    length = float(direction @ direction)
+    changes = [float((values - pixels[0]) @ direction) / length if length else nan for values in pixels]
     return StrengthResponse([strength for strength, _ in ordered], changes)
 
 

@@ -24,7 +24,7 @@ from library.training.step.pairs import losses_of_pairs, prefers, split_pairs, s
 from library.training.step.text_features import build_conditioning
 from library.types import Batch, Noised
 
-NUM_LEVELS = 4
+NUM_LEVELS = 4  # as in sd-scripts
 
 Name = tuple[str | int, ...]
 """The identity of an image."""
@@ -47,10 +47,10 @@ def batch_losses(context: StepContext, batch: Batch, names: Sequence[Name], leve
     The result depends on the weights, the image and the seed: an image has its own noise at every level, in any batch.
     Call inside `evaluating`.
     """
-    place = stream_seed(seed, "validation", *(word for name in names for word in name))
-    torch.manual_seed(place)  # third-party network modules may draw even in evaluation mode
-    random.seed(place)
-    passes = [losses_at_levels(context, one, names, levels, seed) for one in split_passes(context, batch)]
+    batch_seed = stream_seed(seed, "validation", *(word for name in names for word in name))
+    torch.manual_seed(batch_seed)  # third-party network modules may draw even in evaluation mode
+    random.seed(batch_seed)
+    passes = [losses_at_levels(context, pass_batch, names, levels, seed) for pass_batch in split_passes(context, batch)]
     return torch.stack(passes).mean(0)
 
 
@@ -108,10 +108,10 @@ def estimate_paired_difference(now_NL: Tensor, before_NL: Tensor, images: Sequen
     """
     differences_N = (now_NL.double() - before_NL.double()).mean(1)
     mean = differences_N.mean()
-    numbers = {image: i for i, image in enumerate(dict.fromkeys(images))}
-    if len(numbers) < 2:
+    index_by_image = {image: i for i, image in enumerate(dict.fromkeys(images))}
+    if len(index_by_image) < 2:
         return Difference(mean.item(), nan)
-    index_N = torch.tensor([numbers[image] for image in images])
-    sums_G = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, index_N, differences_N - mean)
-    G, N = len(numbers), len(images)
+    index_N = torch.tensor([index_by_image[image] for image in images])
+    sums_G = torch.zeros(len(index_by_image), dtype=torch.float64).index_add_(0, index_N, differences_N - mean)
+    G, N = len(index_by_image), len(images)
     return Difference(mean.item(), sqrt(G / (G - 1) * sums_G.square().sum().item()) / N)

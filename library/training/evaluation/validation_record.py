@@ -122,5 +122,6 @@ class ValidationRecord:
             self.first = Evaluation(int(first["step"]), torch.tensor(first["losses"], dtype=torch.float64))
         if best is not None:
             self.best_step, self.best_loss = int(best["step"]), float(best["loss"])
+        # Older states have neither of these.
         self.row_losses = {int(step): losses for step, losses in state_dict.get("kept", {}).items()}
         self.num_evaluations, self.num_worse = state_dict.get("counts", (0, 0))

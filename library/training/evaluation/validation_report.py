@@ -29,8 +29,8 @@ def log_evaluation(
         names = list_few(labels[i] for i in broken_N.nonzero().flatten().tolist())
         logger.error("%s after step %d: the loss is not finite for %s", title, evaluation.step, names)
     at_levels = ", ".join(f"{t}: {x:.4f}" for t, x in zip(levels, evaluation.level_means, strict=True))
-    place = f"after step {evaluation.step}" if evaluation.step else "before the first step"
-    text = f"{title} {place}: loss {evaluation.mean:.4f} on {len(before.images)} images (noise level {at_levels})"
+    when = f"after step {evaluation.step}" if evaluation.step else "before the first step"
+    text = f"{title} {when}: loss {evaluation.mean:.4f} on {len(before.images)} images (noise level {at_levels})"
     if preference is not None:
         margin = "not a number" if preference.margin is None else f"{preference.margin:.4g}"
         text += f"; preferred images ahead in {preference.accuracy:.1%}, mean margin {margin}"
@@ -42,13 +42,13 @@ def format_comparison(evaluation: Evaluation, first: Evaluation, before: Validat
     difference = estimate_paired_difference(evaluation.losses_NL, first.losses_NL, before.images)
     error = "" if isnan(difference.standard_error) else f" ± {difference.standard_error:.4f}"
     doubt = "" if difference.is_clear else ", which may be chance"
-    side = "below" if difference.mean < 0 else "above"
+    direction = "below" if difference.mean < 0 else "above"
     rank = (
         "the lowest so far"
         if evaluation.mean < before.best_loss
         else f"the lowest was {before.best_loss:.4f} after step {before.best_step}"
     )
-    return f"; {abs(difference.mean):.4f}{error} {side} that after step {first.step}{doubt}; {rank}"
+    return f"; {abs(difference.mean):.4f}{error} {direction} that after step {first.step}{doubt}; {rank}"
 
 
 def measure_preference(evaluation: Evaluation) -> events.Preference:
@@ -83,9 +83,10 @@ def build_event(
     preference: events.Preference | None = None,
 ) -> events.Validation:
     zeros_N1 = torch.zeros_like(evaluation.losses_NL)[:, :1]
+    # The paired difference to zero has the standard error of the mean itself.
     errors = [
-        finite(estimate_paired_difference(one, zeros_N1, record.images).standard_error)
-        for one in (evaluation.losses_NL, *evaluation.losses_NL.T[:, :, None])
+        finite(estimate_paired_difference(losses, zeros_N1, record.images).standard_error)
+        for losses in (evaluation.losses_NL, *evaluation.losses_NL.T[:, :, None])
     ]
     by_level = zip(levels, evaluation.level_means, errors[1:], strict=True)
     return events.Validation(

@@ -19,6 +19,7 @@ def evaluating(run: Run, use: str) -> Iterator[None]:
     full strength, which each batch of a concept sets again. The random streams of torch and Python are restored.
     """
     run.context.network.set_noise_levels(None)
+    # Other runs never change the strength, and a third-party network may have set one of its own.
     if run.options.concepts is not None:
         run.context.network.set_multiplier(1.0)
     modules = [run.context.models.denoiser, *run.context.models.text_encoders, run.context.network.module]
@@ -50,10 +51,11 @@ def show_weights(run: Run, use: str) -> Iterator[None]:
 @contextmanager
 def random_streams_kept(device: torch.device) -> Iterator[None]:
     """Restore the generators of torch (CPU and GPU) and Python after the block."""
+    # fork_rng covers torch's generators only.
     state = random.getstate()
-    cards = [device.index or 0] if device.type in ("cuda", "xpu") else []
+    gpus = [device.index or 0] if device.type in ("cuda", "xpu") else []
     try:
-        with torch.random.fork_rng(devices=cards, device_type=device.type if cards else "cuda"):
+        with torch.random.fork_rng(devices=gpus, device_type=device.type if gpus else "cuda"):
             yield
     finally:
         random.setstate(state)

@@ -33,6 +33,7 @@ def resolve_models(
     resolve_base(precision, num_offloaded, arch, models, compute, replace(ALONE, device=compute.device))
     for model in (models.denoiser, *models.text_encoders):
         model.eval().requires_grad_(False)
+    # Nothing is differentiated, so nothing has to be recomputed.
     arch.run_blocks_with(models.denoiser, plain)
 
 
@@ -61,6 +62,7 @@ def install_adapters(files: Stack, models: Models, compute: Compute) -> Iterator
                 strength, str(file), models.vae, text_encoders, denoiser, for_inference=True
             )
             network.apply_to(text_encoders, denoiser)
+            # Registered before the weights are loaded, so that a file that does not fit leaves no adapter behind.
             applied.callback(network.remove)
             logger.info("%s", network.load_weights(str(file)))
             network.to(compute.device).eval()

@@ -116,14 +116,14 @@ def arrange(
     rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], side: int
 ) -> Image.Image:
     """Arrange the images as a table, each at most `side` pixels wide and high, with labels on the left and above."""
-    small = [[fit_image(image, side) for image in row] for row in rows]
-    width, height = (max(image.size[axis] for row in small for image in row) + GAP for axis in (0, 1))
+    thumbnails = [[fit_image(image, side) for image in row] for row in rows]
+    width, height = (max(image.size[axis] for row in thumbnails for image in row) + GAP for axis in (0, 1))
     sheet = Image.new("RGB", (LABEL_WIDTH + len(column_labels) * width, LABEL_HEIGHT + len(rows) * height), PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
     for column, label in enumerate(column_labels):
         write(pen, font, label, (LABEL_WIDTH + column * width, GAP), width - GAP, LABEL_HEIGHT // LINE)
-    for number, (label, row) in enumerate(zip(row_labels, small, strict=True)):
-        top = LABEL_HEIGHT + number * height
+    for row_index, (label, row) in enumerate(zip(row_labels, thumbnails, strict=True)):
+        top = LABEL_HEIGHT + row_index * height
         write(pen, font, label, (GAP, top), LABEL_WIDTH - 2 * GAP, max(1, height // LINE))
         for column, image in enumerate(row):
             sheet.paste(composite_on_white(image), (LABEL_WIDTH + column * width, top))
@@ -134,6 +134,7 @@ def fit_image(image: Image.Image, side: int) -> Image.Image:
     """Return the image, shrunk if it is larger than `side`."""
     if max(image.size) <= side:
         return image
+    # thumbnail works in place.
     copy = image.copy()
     copy.thumbnail((side, side), Image.Resampling.LANCZOS)
     return copy

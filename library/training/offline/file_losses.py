@@ -79,12 +79,16 @@ def losses_of_files(
 
     Raises UserError for a file that does not fit.
     """
+    # Resolved twice: the first time only to learn which images are held out. Those, and as many trained ones, are then
+    # encoded and measured.
     uncached = PlannedBatches(plan, NO_LATENTS, NO_TEXTS)
-    aside, probe = resolve_measurements(options.validation, options.noise, uncached.validation, seed)
+    held_out, probe = resolve_measurements(options.validation, options.noise, uncached.validation, seed)
     has_flips = any(s.config.flip_aug for dataset in plan.datasets for s in dataset.subsets)
-    kept_aside = {sample for one in (aside, probe) for sample in one.images.iterate_samples(one.batch_indices)}
-    plan, numbers = plan.limited_to_measured(len(aside.rows) or MOST_MIRRORED, kept_aside)
-    if not aside.rows:  # mirrored images have no cached latents
+    held_out_samples = {
+        sample for part in (held_out, probe) for sample in part.images.iterate_samples(part.batch_indices)
+    }
+    plan, indices = plan.limited_to_measured(len(held_out.rows) or MOST_MIRRORED, held_out_samples)
+    if not held_out.rows:  # mirrored images have no cached latents
         options = options.with_values({"cache_latents": False, "cache_latents_to_disk": False})
     compute, processes = Compute.build(options.precision, device), replace(ALONE, device=device)
     loaded = load_models(options, arch, seed, plan, compute, (), processes, READER)
@@ -92,19 +96,20 @@ def losses_of_files(
         check_text_parts(rows)
     resolve_models(options.precision, options.memory.num_offloaded, arch, loaded.models, compute)
     batches = PlannedBatches(plan, loaded.latents, loaded.texts)
-    aside, probe = resolve_measurements(options.validation, options.noise, batches.validation, seed)
-    trained = select_all(batches.measured(numbers), aside)
-    if aside.rows:
-        sides = Sides(aside, replace(trained, noise=aside.rows), None)
+    held_out, probe = resolve_measurements(options.validation, options.noise, batches.validation, seed)
+    trained = select_all(batches.measured(indices), held_out)
+    if held_out.rows:
+        # Both groups are measured with the same noise, so that only their images differ.
+        measurements = Sides(held_out, replace(trained, noise=held_out.rows), None)
     elif has_flips:
         logger.warning("trained images are not compared with their mirror images: --flip_aug trained these too")
-        sides = Sides(None, trained, None)
+        measurements = Sides(None, trained, None)
     else:
-        sides = Sides(None, trained, select_all(batches.measured(numbers, is_mirrored=True), aside))
-    sides = replace(sides, probe=probe if probe.rows else None)
+        measurements = Sides(None, trained, select_all(batches.measured(indices, is_mirrored=True), held_out))
+    measurements = replace(measurements, probe=probe if probe.rows else None)
     num_threads = options.dataset.max_data_loader_n_workers
 
-    def measured() -> Iterator[FileLosses]:
+    def measure_files() -> Iterator[FileLosses]:
         for row in rows:
             name = "the base model" if row is None else row.name
             with (
@@ -115,13 +120,20 @@ def losses_of_files(
                     options.trains_text_encoders, options.caching.vae_batch_size, arch, seed, loaded, network,
                     compute, pairs=options.pairs,
                 )  # fmt: skip
-                found = [
-                    None if side is None else side.losses(context, processes, num_threads, f"measuring {name}")
-                    for side in (sides.held_out, sides.trained, sides.mirrored, sides.probe)
+                losses = [
+                    None
+                    if measurement is None
+                    else measurement.losses(context, processes, num_threads, f"measuring {name}")
+                    for measurement in (
+                        measurements.held_out,
+                        measurements.trained,
+                        measurements.mirrored,
+                        measurements.probe,
+                    )
                 ]
-            yield FileLosses(row, *found)
+            yield FileLosses(row, *losses)
 
-    return sides, measured()
+    return measurements, measure_files()
 
 
 def select_all(images: ValidationSet, like: Measurement) -> Measurement:

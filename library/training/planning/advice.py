@@ -34,7 +34,7 @@ def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
         return []
     shape = shape_of_batch(batch, run.context.arch.codec.spec.downscale)
     try:
-        step = count_run(run.options, run.context.arch, shape, device, [one.options for one in runs]).step
+        step = count_run(run.options, run.context.arch, shape, device, [r.options for r in runs]).step
     except NotThere:  # a run with cached features may lack the text encoders that counting needs
         return []
     fewer = ["fewer adapters in one --sweep need about that much less"] if len(runs) > 1 else []
@@ -50,25 +50,28 @@ def gpu_like(device: torch.device) -> Gpu:
 
 
 def lines(step: CountedStep, used: Way, allowed: Allowed, gpu: Gpu) -> Iterator[str]:
-    now = predict(step, used, gpu)
-    best = now.device_bytes
-    for found in sorted(candidates(step, allowed, gpu), key=lambda found: (found.seconds, found.device_bytes)):
-        if found.device_bytes < best - WORTH * now.device_bytes:
-            best = found.device_bytes
-            percent = round(100 * (found.seconds / now.seconds - 1))
+    current = predict(step, used, gpu)
+    best = current.device_bytes
+    for candidate in sorted(
+        candidates(step, allowed, gpu), key=lambda candidate: (candidate.seconds, candidate.device_bytes)
+    ):
+        if candidate.device_bytes < best - WORTH * current.device_bytes:
+            best = candidate.device_bytes
+            percent = round(100 * (candidate.seconds / current.seconds - 1))
             time = f"{percent} % longer" if percent > 0 else "no longer"
-            yield f"{describe(found.way)} needs {format_gib(now.device_bytes - best)} less and takes {time}"
+            yield f"{describe(candidate.way)} needs {format_gib(current.device_bytes - best)} less and takes {time}"
 
 
 def candidates(step: CountedStep, allowed: Allowed, gpu: Gpu) -> Iterator[Predicted]:
     """Yield every configuration with no blocks offloaded, half of them, and as many as possible."""
-    most = step.most_offloaded if allowed.shared_by == 1 else 0
-    numbers = sorted({0, most // 2, most})
+    # --shard_base excludes offloaded blocks.
+    max_offloaded = step.most_offloaded if allowed.shared_by == 1 else 0
+    counts = sorted({0, max_offloaded // 2, max_offloaded})
     for way in allowed.ways():
-        yield from (predict(step, replace(way, num_offloaded=number), gpu) for number in numbers)
+        yield from (predict(step, replace(way, num_offloaded=num_offloaded), gpu) for num_offloaded in counts)
 
 
-def pick_evenly(found: Sequence[str]) -> list[str]:
+def pick_evenly(hints: Sequence[str]) -> list[str]:
     """Return at most `MOST_LINES` of many lines, evenly spread, the last of them included."""
-    every = ceil(len(found) / MOST_LINES) or 1
-    return list(reversed(found[::-1][::every]))
+    stride = ceil(len(hints) / MOST_LINES) or 1
+    return list(reversed(hints[::-1][::stride]))

@@ -70,32 +70,33 @@ class MemoryWatch:
         if self.is_over or self._num_steps < FIRST_STEP:
             return
         planned, measured = self._chosen.tensor_bytes, self._gauge.peak()
-        share = measured / planned - 1
-        if share <= TOLERATED and self._largest < self._fitted.counted.batch.num_pixels:
+        excess = measured / planned - 1
+        if excess <= TOLERATED and self._largest < self._fitted.counted.batch.num_pixels:
             return
         self.is_over = True
         logger.info("memory of a step: %s planned, %s measured", format_gib(planned), format_gib(measured))
-        if abs(share) > TOLERATED:
-            direction = "more" if share > 0 else "less"
-            logger.warning("a step takes %.0f %% %s memory than was planned", abs(100 * share), direction)
+        if abs(excess) > TOLERATED:
+            direction = "more" if excess > 0 else "less"
+            logger.warning("a step takes %.0f %% %s memory than was planned", abs(100 * excess), direction)
             self._correct(measured)
 
     def _correct(self, measured: int) -> None:
         """Choose again by the measurement, among options that can change during training: how blocks run."""
         chosen, gpu = self._chosen, self._fitted.choice.gpu
         fixed = chosen.weight_bytes + self._fitted.counted.step.adapter_bytes
+        # Weights and adapter have known sizes. What the measurement corrects is the rest, the activations.
         factor = max(0.0, (measured - fixed) / (chosen.tensor_bytes - fixed))
         allowed = replace(
             self._fitted.allowed, weight_formats=(chosen.way.weight_format,), num_offloaded=chosen.way.num_offloaded
         )
         choice = choose(self._fitted.counted.step, allowed, gpu, factor)
         if choice.chosen is None:
-            room = gpu.memory_bytes - (measured - chosen.tensor_bytes)
+            remaining_bytes = gpu.memory_bytes - (measured - chosen.tensor_bytes)
             logger.warning(
                 "nothing that can be changed while training makes it fit %s; where memory runs out, start again with "
                 "--fit %dMB, which leaves as much room",
                 format_gib(gpu.memory_bytes),
-                room // MIB,
+                remaining_bytes // MIB,
             )
         elif choice.chosen.way == chosen.way:
             logger.info("keeping the configuration: %s", describe(chosen.way))

@@ -94,8 +94,10 @@ class BatchShape:
 def shape_of_batch(batch: Batch, downscale: int) -> BatchShape:
     """Return the sizes of a batch's images; `downscale` is in pixels per latent."""
     height, width = batch.height_width
-    scaled = [(one, 1) for one in batch.reference_pixels] + [(one, downscale) for one in batch.reference_latents]
-    references = tuple((one.shape[-1] * scale, one.shape[-2] * scale) for one, scale in scaled)
+    scaled = [(tensor, 1) for tensor in batch.reference_pixels] + [
+        (tensor, downscale) for tensor in batch.reference_latents
+    ]
+    references = tuple((tensor.shape[-1] * scale, tensor.shape[-2] * scale) for tensor, scale in scaled)
     return BatchShape(len(batch.keys), width, height, references)
 
 
@@ -137,9 +139,11 @@ def count_run(
         progress_bar("counting memory…", NUM_COUNTS, leave=False) as bar,
         mute_logging(),
         pause_collection(),  # looking for cycles takes an eighth of the time, and counts depend on when it happens
+        # Building the adapter draws from the global generator, whose state the run needs unchanged.
         torch.random.fork_rng(devices=[]),
         clear_hadamard_cache(),
         FakeTensorMode(allow_non_fake_inputs=True),
+        # Fakes are CPU tensors, and autocast treats norms there otherwise than on a GPU.
         nullcontext() if device.type == "cpu" else emulate_cuda_norms(),
     ):
         meta = run_on_meta_device(options, arch, adapters)
@@ -171,16 +175,17 @@ def count_run(
         )
         optimizer = add_optimizers(
             [
-                count_update(own.optimizer, own.network, bool(own.averaging.ema_decay), arch, one)
-                for own, one in zip(adapters, networks, strict=True)
+                count_update(adapter.optimizer, adapter.network, bool(adapter.averaging.ema_decay), arch, network)
+                for adapter, network in zip(adapters, networks, strict=True)
             ]
         )
         bar.update(1)
     vae = [] if meta.models.vae is None else [meta.models.vae]
-    own = set(denoiser.modules())
-    places = [place for place, block in enumerate(timeline.blocks) if block in own]
+    # Layers of trained text encoders are in the timeline too, but only the denoiser's blocks can be offloaded.
+    denoiser_modules = set(denoiser.modules())
+    places = [place for place, block in enumerate(timeline.blocks) if block in denoiser_modules]
     blocks = [timeline.blocks[place] for place in places]
-    gradients = sum(p.nbytes for one in networks for p in one.trainable_parameters())
+    gradients = sum(p.nbytes for network in networks for p in network.trainable_parameters())
     stacks, indices = arch.stacks(denoiser), {block: i for i, block in enumerate(blocks)}
 
     def offloaded_indices(num_blocks: int) -> list[int]:
@@ -197,7 +202,7 @@ def count_run(
         encoders=tuple(ModelWeights.of(e, storable_layers(e), ()) for e in meta.models.text_encoders),
         own_formats=(options.precision.denoiser_format, options.precision.text_encoder_format),
         other_bytes=bytes_of(*vae),
-        adapter_bytes=bytes_of(*(one.module for one in networks)),
+        adapter_bytes=bytes_of(*(network.module for network in networks)),
         gradient_bytes=gradients,
         held_gradient_bytes=gradients if passes_accumulate(options.run, options.pairs) else 0,
         optimizer=optimizer,
@@ -252,7 +257,7 @@ def run_on_meta_device(options: TrainOptions, arch: Architecture, adapters: Sequ
         staying = encoders[: 0 if live is None else live.num_encoders]
     needs_vae = not has_latents(options.caching, options.concepts)
     models = Models(denoiser, staying, vae if needs_vae else None, arch.view(staying, denoiser))
-    networks = [network_on_meta_device(own.network, own.precision, arch, models) for own in adapters]
+    networks = [network_on_meta_device(adapter.network, adapter.precision, arch, models) for adapter in adapters]
     return MetaRun(arch, Compute.build(options.precision, CPU), models, encoders, vae, networks)
 
 
@@ -262,23 +267,23 @@ def has_latents(caching: CachingOptions, concepts: ConceptOptions | None) -> boo
 
 
 def network_on_meta_device(
-    wanted: NetworkOptions, precision: PrecisionOptions, arch: Architecture, models: Models
+    options: NetworkOptions, precision: PrecisionOptions, arch: Architecture, models: Models
 ) -> AdoptedNetwork:
     """Attach the adapter to the models."""
-    assert wanted.network_module is not None
-    module = open_network_module(wanted.network_module)
-    if wanted.dim_from_weights:
+    assert options.network_module is not None
+    module = open_network_module(options.network_module)
+    if options.dim_from_weights:
         with unset_fake_temporarily():  # the file's real values determine ranks and forms
-            network = adopt(create(wanted, module, models))
+            network = adopt(create(options, module, models))
         give_fakes(network.module)
     else:
         with counter_for(arch):  # returns plausible values where a network module reads them
-            network = adopt(create(wanted, module, models))
+            network = adopt(create(options, module, models))
     with counter_for(arch):
         network.apply_to(
             *models.network_view,
-            not wanted.network_train_unet_only,
-            not wanted.network_train_text_encoder_only,
+            not options.network_train_unet_only,
+            not options.network_train_text_encoder_only,
         )
     if precision.full_fp16 or precision.full_bf16:
         give_fakes(network.module, DTYPES[precision.mixed_precision])
@@ -337,25 +342,26 @@ def fake_batch(arch: Architecture, shape: BatchShape, conditioning: Conditioning
 
 
 def count_rise(
-    arch: Architecture, models: Sequence[nn.Module], run: Callable[[], T], given: Sequence[Tensor] = ()
+    arch: Architecture, models: Sequence[nn.Module], run: Callable[[], T], inputs: Sequence[Tensor] = ()
 ) -> tuple[int, T]:
     """Run `run` and return the peak bytes that it takes beyond the weights of `models` and the `given` tensors, with
     its result."""
     counter = counter_for(arch)
-    counter.leave_out([*tensors_of(*models), *given])
+    counter.leave_out([*tensors_of(*models), *inputs])
     with counter, torch.no_grad():
-        found = run()
-    return counter.peak, found
+        result = run()
+    return counter.peak, result
 
 
 def count_images(arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage:
     """Count encoding the largest images with their references before training."""
+    # A reference may be larger than its image.
     width, height = max(((shape.width, shape.height), *shape.reference_sizes), key=prod)
     pixels_BCHW = torch.empty(1, 3, height, width)
     generators = [generator_for(0, "planned")]
-    one, _ = count_rise(arch, [vae], lambda: arch.codec.encode(vae, pixels_BCHW, generators))
-    most = max_images(width * height)
-    return Stage("encoding images", "vae_batch_size", bytes_of(vae), one, one, most=most)
+    bytes_of_one, _ = count_rise(arch, [vae], lambda: arch.codec.encode(vae, pixels_BCHW, generators))
+    max_batch = max_images(width * height)
+    return Stage("encoding images", "vae_batch_size", bytes_of(vae), bytes_of_one, bytes_of_one, most=max_batch)
 
 
 def count_captions(
@@ -384,14 +390,14 @@ def count_captions(
             return count_rise(arch, encoders, run, list(chain.from_iterable(tokens.images)))
 
     counted = {count: encode(count) for count in {1, batch_size}}
-    one, all_of_batch = counted[1][0], counted[batch_size][0]
+    bytes_of_one, all_of_batch = counted[1][0], counted[batch_size][0]
     # Encoding the negative texts as well would take a twentieth of the whole count; captions need at least as much.
-    each_more = one if batch_size == 1 else (all_of_batch - one) // (batch_size - 1)
+    each_more = bytes_of_one if batch_size == 1 else (all_of_batch - bytes_of_one) // (batch_size - 1)
     features = {name: tensor for name, tensor in counted[batch_size][1].items() if name in spec.keys}
     if spec.options.text_encoder_cpu:
         return None, features
     weights, streamed = bytes_of(*encoders), least_bytes(encoders)
-    return Stage("encoding captions", "text_encoder_batch_size", weights, one, each_more, streamed), features
+    return Stage("encoding captions", "text_encoder_batch_size", weights, bytes_of_one, each_more, streamed), features
 
 
 def count_prompts(
@@ -417,16 +423,16 @@ def encode_longest(meta: MetaRun, count: int) -> Conditioning:
 
 def count_prediction(meta: MetaRun, rows: BatchShape, features: Conditioning) -> int:
     """Return the peak bytes of a denoiser call without gradients for these images, excluding weights."""
-    arch, asked = meta.arch, fake_batch(meta.arch, rows, features, True)
-    assert asked.latents_BCHW is not None
-    clean_BCHW = asked.latents_BCHW
+    arch, batch = meta.arch, fake_batch(meta.arch, rows, features, True)
+    assert batch.latents_BCHW is not None
+    clean_BCHW = batch.latents_BCHW
 
-    def ask() -> Tensor:
+    def predict() -> Tensor:
         with meta.compute.autocast():
             noised = arch.objective.corrupt(clean_BCHW, generator_for(0, "planned"))
-            return arch.predict(meta.models.denoiser, noised, features, asked)
+            return arch.predict(meta.models.denoiser, noised, features, batch)
 
-    return count_rise(arch, [meta.models.denoiser, *(one.module for one in meta.networks)], ask)[0]
+    return count_rise(arch, [meta.models.denoiser, *(network.module for network in meta.networks)], predict)[0]
 
 
 def count_step(
@@ -439,16 +445,16 @@ def count_step(
     multiplexer = multiplex(networks, options.network.network_module or "") if len(networks) > 1 else None
     trains_text = options.trains_text_encoders
     contexts = []
-    for i, one in enumerate(networks):
-        only = nullcontext if multiplexer is None else partial(multiplexer.only, i)
+    for i, network in enumerate(networks):
+        activate = nullcontext if multiplexer is None else partial(multiplexer.only, i)
         contexts.append(
-            step_context(trains_text, options.caching.vae_batch_size, arch, 0, loaded, one, meta.compute, only)
+            step_context(trains_text, options.caching.vae_batch_size, arch, 0, loaded, network, meta.compute, activate)
         )
     seeds = dict.fromkeys(range(len(networks)), 0)
-    sizes = [sum(p.numel() for p in one.trainable_parameters()) for one in networks]
+    sizes = [sum(p.numel() for p in network.trainable_parameters()) for network in networks]
     # With prompts and pairs, adapters run one after another; the largest is counted.
     runs_alone = options.concepts is not None or options.pairs.are_trained
-    alone = sizes.index(max(sizes)) if runs_alone else None
+    counted_index = sizes.index(max(sizes)) if runs_alone else None
     num_passes = 2 if passes_accumulate(options.run, options.pairs) else 1
 
     def give_runner(runner: BlockRunner) -> None:
@@ -459,35 +465,42 @@ def count_step(
     def activate_adapters() -> AbstractContextManager[None]:
         if multiplexer is None:
             return nullcontext()
-        return multiplexer.together(seeds, CPU, has_own_streams=False) if alone is None else multiplexer.only(alone)
+        return (
+            multiplexer.together(seeds, CPU, has_own_streams=False)
+            if counted_index is None
+            else multiplexer.only(counted_index)
+        )
 
     def loss() -> Tensor:
-        if multiplexer is None or alone is not None:
-            return loss_of(contexts[alone or 0], batch, 0)
+        if multiplexer is None or counted_index is not None:
+            return loss_of(contexts[counted_index or 0], batch, 0)
         losses = compute_stacked_losses(contexts, batch, repeat_batch(batch, len(contexts)), 0)
         return torch.stack(list(losses)).sum()
 
     def count(runner: BlockRunner) -> CountedPass:
-        for parameter in (p for one in networks for p in one.trainable_parameters()):
+        # As at the start of a step; the count before this one has left gradients.
+        for parameter in (p for network in networks for p in network.trainable_parameters()):
             parameter.grad = None
         counter = counter_for(arch)
-        staying = [models.denoiser, *models.text_encoders, *(one.module for one in networks)]
+        staying = [models.denoiser, *models.text_encoders, *(network.module for network in networks)]
         counter.leave_out(tensors_of(*staying, *([] if models.vae is None else [models.vae])))
-        for one in networks:
-            one.start_step(*models.network_view)
-            one.start_optimizer_step(0, 0)
+        for network in networks:
+            network.start_step(*models.network_view)
+            network.start_optimizer_step(0, 0)
         with activate_adapters():
             counted = count_pass(loss, give_runner, runner, counter, num_passes)
         advance()
         return counted
 
+    # From these two the planner composes every choice of recomputed blocks.
     return Timeline.build(count(plain), count(recompute), repeats)
 
 
 def add_optimizers(optimizers: Sequence[CountedOptimizer]) -> CountedOptimizer:
     """Add up optimizers that step one after another."""
-    states = sum(one.state for one in optimizers)
-    return CountedOptimizer(states, states + max(one.rise - one.state for one in optimizers))
+    # What an optimizer takes only during its step is free again when the next one steps.
+    states = sum(optimizer.state for optimizer in optimizers)
+    return CountedOptimizer(states, states + max(optimizer.rise - optimizer.state for optimizer in optimizers))
 
 
 def count_update(
@@ -495,6 +508,8 @@ def count_update(
 ) -> CountedOptimizer:
     """Count the state of the optimizer and of the moving average, which is float32."""
     groups, _ = network.parameter_groups(rates.text_encoder_lr, rates.unet_lr, optimizer.learning_rate)
-    counted = count_optimizer(lambda given: build_optimizer(optimizer, given).optimizer, groups, counter_for(arch))
+    counted = count_optimizer(
+        lambda param_groups: build_optimizer(optimizer, param_groups).optimizer, groups, counter_for(arch)
+    )
     averages = 4 * sum(p.numel() for p in network.trainable_parameters()) if is_averaged else 0
     return CountedOptimizer(counted.state + averages, counted.rise + averages)

@@ -46,9 +46,9 @@ class Fit:
     def lines(self) -> Iterator[str]:
         """Yield the table, and how to pin its marked line."""
         gpu = self.choice.gpu
-        of = "" if gpu.nominal_bytes is None else f" free of {gpu.nominal_bytes / GIB:g} GB"
+        nominal = "" if gpu.nominal_bytes is None else f" free of {gpu.nominal_bytes / GIB:g} GB"
         yield (
-            f"{format_gib(gpu.memory_bytes)}{of} (counted as {gpu.name}: {gpu.flops / 1e12:.1f} TFLOP/s, "
+            f"{format_gib(gpu.memory_bytes)}{nominal} (counted as {gpu.name}: {gpu.flops / 1e12:.1f} TFLOP/s, "
             f"{gpu.bus / 1e9:.1f} GB/s from main memory), predicted:"
         )
         yield from format_table(self.choice, describe, self.num_passes)
@@ -73,25 +73,26 @@ class Fit:
 
     def sweep_line(self, sweep: "Sweep") -> str:
         """Describe how many adapters fit with the chosen configuration, else with the smallest one."""
-        found = self.choice.chosen or self.choice.least
-        alone = predict(sweep.alone.step, found.way, self.choice.gpu)
-        each = (found.device_bytes - alone.device_bytes) / (sweep.num_adapters - 1)
-        most = max(0, int((self.choice.gpu.memory_bytes - alone.device_bytes) // each) + 1)
+        predicted = self.choice.chosen or self.choice.least
+        alone = predict(sweep.alone.step, predicted.way, self.choice.gpu)
+        bytes_per_adapter = (predicted.device_bytes - alone.device_bytes) / (sweep.num_adapters - 1)
+        max_adapters = max(0, int((self.choice.gpu.memory_bytes - alone.device_bytes) // bytes_per_adapter) + 1)
         return (
-            f"{sweep.num_adapters} adapters share the step (--sweep): with {describe(found.way)} one takes "
-            f"{format_gib(alone.device_bytes)} and each more {format_gib(round(each))}; about {most} fit"
+            f"{sweep.num_adapters} adapters share the step (--sweep): with {describe(predicted.way)} one takes "
+            f"{format_gib(alone.device_bytes)} and each more {format_gib(round(bytes_per_adapter))}; "
+            f"about {max_adapters} fit"
         )
 
     def peak_line(self, chosen: Predicted) -> str:
         """Name the stage of the run with the highest GPU peak; each stage frees its memory."""
-        needs = {f"training ({chosen.peak})": chosen.device_bytes}
-        needs |= {
+        peaks = {f"training ({chosen.peak})": chosen.device_bytes}
+        peaks |= {
             stage.name: self.stage_bytes(stage) for stage in self.counted.stages if self.stage_sizes[stage.option]
         }
         if (preview := self.counted.preview) is not None:
-            needs["previews"] = preview.peak(self.counted.step, chosen)
-        name = max(needs, key=lambda stage: needs[stage])
-        return f"peak of the run: {name}, {format_gib(needs[name])}"
+            peaks["previews"] = preview.peak(self.counted.step, chosen)
+        name = max(peaks, key=lambda stage: peaks[stage])
+        return f"peak of the run: {name}, {format_gib(peaks[name])}"
 
     def preview_line(self, preview: CountedPreview) -> str:
         need = preview.peak(self.counted.step, self.choice.chosen or self.choice.least)
@@ -148,12 +149,12 @@ def fit_to(
     `num_steps` is the number of optimizer steps, or None if unknown.
     """
     values, defaults = options.flat(), type(options).defaults()
-    room = gpu.memory_bytes - CONTEXT_BYTES
+    available_bytes = gpu.memory_bytes - CONTEXT_BYTES
     sizes = {}
     for stage in counted.stages:
-        wanted = values[stage.option]
-        is_free = wanted == defaults[stage.option]
-        sizes[stage.option] = stage.most_that_fits(room) if is_free else wanted
+        batch_size = values[stage.option]
+        is_free = batch_size == defaults[stage.option]
+        sizes[stage.option] = stage.most_that_fits(available_bytes) if is_free else batch_size
     allowed = resolve_allowed(
         options.fit, options.memory, resolve_way(options.memory, options.precision, options.distributed)
     )

@@ -37,15 +37,15 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + BARE_CONTEXT_BYTES - MARGIN_BYTES
 
 
-def measure_gpu(wanted: str, mixed_precision: str, processes: Processes) -> Gpu:
-    """Return this process's device with the memory that the user allows (`wanted`: a size or "auto").
+def measure_gpu(size_or_auto: str, mixed_precision: str, processes: Processes) -> Gpu:
+    """Return this process's device with the memory that the user allows (`size_or_auto`: such as "12GB", or "auto").
 
     Several processes choose alike: they use the least memory of any, and the main process's speed.
     """
-    size = None if wanted == "auto" else parse_size("--fit", wanted)
-    room = free_memory(processes.device) if size is None else size.free_bytes
-    room = min(map(int, processes.merged("room", {processes.rank: str(room)}).values()))
-    gpu = benchmark_gpu(processes.device, room, DTYPES[mixed_precision])
+    size = None if size_or_auto == "auto" else parse_size("--fit", size_or_auto)
+    available_bytes = free_memory(processes.device) if size is None else size.free_bytes
+    available_bytes = min(map(int, processes.merged("room", {processes.rank: str(available_bytes)}).values()))
+    gpu = benchmark_gpu(processes.device, available_bytes, DTYPES[mixed_precision])
     speeds = processes.share("speed", f"{gpu.flops} {gpu.bus} {gpu.bandwidth} {gpu.staging}").split()
     flops, bus, bandwidth, staging = map(float, speeds)
     nominal = size.num_bytes if size is not None and size.names_gpu else None
@@ -86,7 +86,7 @@ def count_sweep(
     """Count the adapter with the highest rank of several; None for a single one."""
     if len(adapters) < 2:
         return None
-    largest = max(adapters, key=lambda own: own.network.network_dim or 0)
+    largest = max(adapters, key=lambda adapter: adapter.network.network_dim or 0)
     return Sweep(len(adapters), count_adapter_run(options, arch, batch, device, [largest]))
 
 
@@ -109,9 +109,9 @@ def fit_run(
     batch = largest_batch(sizes)
     counted = count_adapter_run(options, arch, batch, processes.device, adapters)
     sweep = count_sweep(options, arch, batch, processes.device, adapters)
-    found = fit_to(counted, options, gpu, sweep, sizes.max_train_steps)
-    if found.choice.chosen is None:
-        raise UserError("\n  ".join([f"--fit {options.fit.fit}", *found.lines()]))
-    for line in found.lines() if processes.is_main else ():
+    fit = fit_to(counted, options, gpu, sweep, sizes.max_train_steps)
+    if fit.choice.chosen is None:
+        raise UserError("\n  ".join([f"--fit {options.fit.fit}", *fit.lines()]))
+    for line in fit.lines() if processes.is_main else ():
         logger.info("%s", line)
-    return found
+    return fit

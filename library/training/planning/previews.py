@@ -29,8 +29,8 @@ class CountedPreview:
 
     def peak(self, step: CountedStep, chosen: Predicted) -> int:
         """Return the GPU memory for a preview in a run configured as `chosen`."""
-        kept = chosen.weight_bytes + step.adapter_bytes + step.optimizer.state + self.vae_bytes
-        return kept + round((1 + ALLOCATOR_SHARE) * self.decoding_bytes) + CONTEXT_BYTES
+        resident_bytes = chosen.weight_bytes + step.adapter_bytes + step.optimizer.state + self.vae_bytes
+        return resident_bytes + round((1 + ALLOCATOR_SHARE) * self.decoding_bytes) + CONTEXT_BYTES
 
 
 def largest_preview(options: PreviewOptions, arch: Architecture) -> tuple[int, int] | None:

@@ -48,19 +48,20 @@ def option_values(way: Way) -> dict[str, Any]:
 def changes(options: TrainOptions, way: Way) -> dict[str, Any]:
     """Return a configuration's options that differ from the user's."""
     values = options.flat()
-    found = {name: value for name, value in option_values(way).items() if value != values[name]}
+    changed = {name: value for name, value in option_values(way).items() if value != values[name]}
     if way.weight_format == options.precision.denoiser_format:  # whichever option requested it
-        found.pop("base_format", None)
+        changed.pop("base_format", None)
+    # That option means both already.
     if options.memory.unsloth_offload_checkpointing and way.offloads_inputs:
-        found.pop("gradient_checkpointing", None)
-        found.pop("cpu_offload_checkpointing", None)
-    return found
+        changed.pop("gradient_checkpointing", None)
+        changed.pop("cpu_offload_checkpointing", None)
+    return changed
 
 
 def format_options(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """Format options as typed, leaving out defaults."""
-    given = [(name, value) for name, value in values.items() if value != defaults[name]]
-    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given)
+    chosen = [(name, value) for name, value in values.items() if value != defaults[name]]
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in chosen)
 
 
 def describe(way: Way) -> str:

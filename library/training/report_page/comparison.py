@@ -23,11 +23,11 @@ def file_of_run(path: Path) -> Path:
     several."""
     if not path.is_dir():
         return path
-    found = sorted(path.glob(f"*{ENDING}"))
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        raise UserError(f"{path} holds {len(found)} reports of runs ({names}); name a report or a file of events")
-    return found[0]
+    reports = sorted(path.glob(f"*{ENDING}"))
+    if len(reports) != 1:
+        names = ", ".join(file.name for file in reports) or "none"
+        raise UserError(f"{path} holds {len(reports)} reports of runs ({names}); name a report or a file of events")
+    return reports[0]
 
 
 def read_run(path: Path) -> Record:
@@ -66,9 +66,9 @@ def describe_run(record: Record) -> dict[str, Any]:
     session, plan, audit = record.sessions[-1], record.plan or {}, record.audit or {}
     options = {f"--{name}": v for name, v in sorted(session["options"].items()) if name not in NAMES_ONLY}
     sources = [subset for dataset in audit.get("datasets", ()) for subset in dataset["subsets"]]
-    data = {f"images of {one['source']}": f"{one['num_pictures']} x {one['num_repeats']}" for one in sources} | {
-        "images left out": audit.get("num_dropped", 0)
-    }
+    data = {
+        f"images of {source['source']}": f"{source['num_pictures']} x {source['num_repeats']}" for source in sources
+    } | {"images left out": audit.get("num_dropped", 0)}
     versions = {f"version of {name}": value for name, value in session["versions"].items()}
     return {**options, **{name.replace("_", " "): plan.get(name) for name in OF_PLAN}, **data, **versions}
 
@@ -76,13 +76,13 @@ def describe_run(record: Record) -> dict[str, Any]:
 def is_measured_alike(records: Sequence[Record]) -> bool:
     """Return True if validation losses are comparable: held-out images selected by the same options, and equally
     many."""
-    seen = []
+    keys = []
     for record in records:
         options, plan = record.sessions[-1]["options"], record.plan or {}
         seed = options.get("validation_seed", plan.get("seed"))
-        others = [options.get(name) for name in MEASURED_AS_SAID if name != "validation_seed"]
-        seen.append((plan.get("pictures", {}).get("validation"), seed, others))
-    return all(one == seen[0] for one in seen)
+        other_options = [options.get(name) for name in MEASURED_AS_SAID if name != "validation_seed"]
+        keys.append((plan.get("pictures", {}).get("validation"), seed, other_options))
+    return all(key == keys[0] for key in keys)
 
 
 def build_comparison(paths: Sequence[Path]) -> str:

@@ -73,7 +73,7 @@ def summarize(record: Record, path: Path) -> dict[str, Any]:
 def find_last_preview(record: Record) -> tuple[str, str | None]:
     """Return (prompt number, data: URL) of the first of the latest previews; ("", None) without previews."""
     for item in reversed(record.previews.items):
-        if found := sorted(item["pictures"].items(), key=lambda pair: int(pair[0])):
-            number, image = found[0]
+        if images := sorted(item["pictures"].items(), key=lambda pair: int(pair[0])):
+            number, image = images[0]
             return number, image
     return "", None

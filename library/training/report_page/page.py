@@ -60,6 +60,7 @@ def to_script(data: Mapping[str, Any]) -> str:
 
 def read_data(page: str) -> dict[str, Any]:
     """Return the data that `build_page` was given. Raises ValueError if there are none."""
+    # to_script leaves no < in the data, so the first END behind START is theirs.
     start = page.find(START)
     end = page.find(END, start)
     if start < 0 or end < 0:

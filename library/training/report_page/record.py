@@ -99,15 +99,15 @@ class Record:
     def add(self, line: Line) -> None:
         """Add an event; unknown events, for example of later versions, are ignored."""
         self.updated = line["time"]
-        take = {
+        handler = {
             "start": self._start, "audit": self._audit, "finding": self._finding, "stage": self._stage,
             "plan": self._plan, "step": self._step, "validation": self._validation, "choice": self._choice,
             "forgetting": self._forgetting,
             "preview": self._preview, "strengths": self._strengths,
             "saved": self._saved, "removed": self._removed, "warning": self._warning, "end": self._end,
         }.get(line["event"])  # fmt: skip
-        if take is not None:
-            take(line)
+        if handler is not None:
+            handler(line)
 
     # One method per event:
 
@@ -124,6 +124,7 @@ class Record:
             }
         )
         del self.sessions[:-MOST_SESSIONS]
+        # The new process reads the data and loads the models again.
         self.audit, self.findings, self.stages, self.began = None, [], {}, {}
 
     def _audit(self, line: Line) -> None:
@@ -147,6 +148,7 @@ class Record:
         first_step = line["first_step"]
         if first_step == 0:
             self._forget_earlier_sessions()
+        # Steps after the resumed state were lost with their process, and are trained again.
         self.curves.cut(first_step)
         for name in KEPT:
             getattr(self, name).keep_up_to(first_step)
@@ -159,11 +161,14 @@ class Record:
 
     def _forget_earlier_sessions(self) -> None:
         """Drop earlier runs in the same events file when a run begins."""
-        kept = {"updated", "audit", "findings", "stages", "began", "num_warnings_left_out"}
-        number = self.sessions[-1]["time"] if self.sessions else 0.0
-        fresh = Record(sessions=self.sessions[-1:], warnings=[one for one in self.warnings if one["session"] == number])
+        kept_fields = {"updated", "audit", "findings", "stages", "began", "num_warnings_left_out"}
+        session_start = self.sessions[-1]["time"] if self.sessions else 0.0
+        fresh = Record(
+            sessions=self.sessions[-1:],
+            warnings=[warning for warning in self.warnings if warning["session"] == session_start],
+        )
         for f in fields(self):
-            if f.name not in kept:
+            if f.name not in kept_fields:
                 setattr(self, f.name, getattr(fresh, f.name))
 
     def _step(self, line: Line) -> None:
@@ -221,13 +226,13 @@ class Record:
         self.num_removed += 1
 
     def _drop_file(self, path: str) -> None:
-        self.files = [one for one in self.files if one["file"] != path]
+        self.files = [file for file in self.files if file["file"] != path]
 
     def _warning(self, line: Line) -> None:
         session = self.sessions[-1]["time"] if self.sessions else 0.0
-        for one in self.warnings:
-            if (one["text"], one["session"]) == (line["text"], session):
-                one["count"] += 1
+        for warning in self.warnings:
+            if (warning["text"], warning["session"]) == (line["text"], session):
+                warning["count"] += 1
                 return
         if len(self.warnings) >= MOST_WARNINGS:
             self.num_warnings_left_out += 1
@@ -258,15 +263,16 @@ class Record:
         """Restore a record from `as_json`. Raises ValueError for other values."""
         if values.get("version") != VERSION:
             raise ValueError(f"its data have version {str(values.get('version'))[:20]}, not {VERSION}")
-        given: dict[str, Any] = {f.name: values.get(f.name) for f in fields(cls)}
+        restored: dict[str, Any] = {f.name: values.get(f.name) for f in fields(cls)}
         for name in LATER:  # missing in older reports
-            given[name] = given[name] or Kept(KEPT[name]).as_json()
+            restored[name] = restored[name] or Kept(KEPT[name]).as_json()
         for name, annotation in {**get_type_hints(cls), **SAVED_AS}.items():
-            check_value(given[name], annotation, name)
-        given["curves"] = Curves.from_json(given["curves"])
-        given["smoothed"] = Smoothed(**given["smoothed"])
-        given |= {name: Kept.from_json(limit, given[name]) for name, limit in KEPT.items()}
-        return cls(**given)
+            check_value(restored[name], annotation, name)
+        restored["curves"] = Curves.from_json(restored["curves"])
+        smoothed = restored["smoothed"]
+        restored["smoothed"] = Smoothed(**{f.name: smoothed[f.name] for f in fields(Smoothed) if f.name in smoothed})
+        restored |= {name: Kept.from_json(limit, restored[name]) for name, limit in KEPT.items()}
+        return cls(**restored)
 
 
 SAVED_AS = {  # fields of Record that have other types as plain values

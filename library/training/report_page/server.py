@@ -41,12 +41,12 @@ def pages(source: Path) -> dict[str, Path]:
     """Return the files to serve by their names in the address ("" is the first page). Raises UserError without any."""
     if not source.is_dir():
         return {"": source}
-    found = {path.name: path for path in sorted(source.glob(f"*{ENDING}"))}
-    if not found:
+    files = {path.name: path for path in sorted(source.glob(f"*{ENDING}"))}
+    if not files:
         raise UserError(f"{source} has no report yet; start the run first, or name another folder")
     if (source / FILE_NAME).is_file():
-        found[FILE_NAME] = source / FILE_NAME
-    return {"": found.get(FILE_NAME) or next(iter(found.values())), **found}
+        files[FILE_NAME] = source / FILE_NAME
+    return {"": files.get(FILE_NAME) or next(iter(files.values())), **files}
 
 
 def page_at(path: Path) -> str:
@@ -69,6 +69,7 @@ class Handler(BaseHTTPRequestHandler):
         if not LOCAL.fullmatch(self.headers.get("Host", "")):
             return self.send_error(403, "Only for browsers on this machine")
         try:
+            # Listed anew for each request, because reports appear while the server runs.
             content = page_at(pages(self.source)[self.path.lstrip("/")]).encode()
         except KeyError:
             return self.send_error(404)
@@ -77,6 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))
+        # The page of a running training changes every few seconds.
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
         self.wfile.write(content)

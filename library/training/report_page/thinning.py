@@ -33,9 +33,9 @@ class Curve:
             for column in (self.total, self.low, self.high):
                 column += [None] * missing
             self.count += [0] * missing
-        before, least, most = self.total[bucket], self.low[bucket], self.high[bucket]
-        if before is not None and least is not None and most is not None:
-            total, low, high = round_value(before + total), min(least, low), max(most, high)
+        previous_total, previous_low, previous_high = self.total[bucket], self.low[bucket], self.high[bucket]
+        if previous_total is not None and previous_low is not None and previous_high is not None:
+            total, low, high = round_value(previous_total + total), min(previous_low, low), max(previous_high, high)
         self.total[bucket], self.low[bucket], self.high[bucket] = total, low, high
         self.count[bucket] += count
 
@@ -73,8 +73,10 @@ class Curves:
             self.by_name = {name: curve.halved() for name, curve in self.by_name.items()}
         for name, value in values.items():
             if value is not None:
-                kept = round_value(value)
-                self.by_name.setdefault(name, Curve()).add((step - 1) // self.width, kept, kept, kept, 1)
+                # Rounded when added and not when saved, so that a report that is read back continues with the same
+                # numbers.
+                rounded = round_value(value)
+                self.by_name.setdefault(name, Curve()).add((step - 1) // self.width, rounded, rounded, rounded, 1)
 
     def cut(self, step: int) -> None:
         """Drop the buckets after that of `step`."""
@@ -87,8 +89,8 @@ class Curves:
         """Return plain values; minimum, maximum and count are omitted if every bucket has one value."""
         columns = {}
         for name, curve in self.by_name.items():
-            kept = COLUMNS if max(curve.count, default=0) > 1 else COLUMNS[:1]
-            columns[name] = {column: getattr(curve, column) for column in kept}
+            column_names = COLUMNS if max(curve.count, default=0) > 1 else COLUMNS[:1]
+            columns[name] = {column: getattr(curve, column) for column in column_names}
         return {"width": self.width, "columns": columns}
 
     @classmethod
@@ -134,6 +136,7 @@ class Kept:
 
     def add(self, item: Mapping[str, Any]) -> None:
         """Add the next table."""
+        # The last table is kept whatever the stride, but only while it is the last.
         if self.items and self.items[-1]["number"] % self.stride:
             self.items.pop()
         self.items.append({"number": self.num_seen, **item})
@@ -141,7 +144,7 @@ class Kept:
         while len(self.items) > self.limit:
             self.stride *= 2
             last = self.items[-1]
-            self.items = [one for one in self.items if one["number"] % self.stride == 0 or one is last]
+            self.items = [entry for entry in self.items if entry["number"] % self.stride == 0 or entry is last]
 
     def at_step(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """Return the last table if it is of the step of `item`, else add that."""

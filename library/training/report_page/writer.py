@@ -60,7 +60,7 @@ class ReportWriter:
             write_page(self.path, build_report(self._record, self._reload_s))
         except OSError as error:
             if not self._is_reported:
-                logger.warning("%s cannot be written ; trying again later: %s", self.path, error)
+                logger.warning("%s cannot be written; trying again later: %s", self.path, error)
             self._is_reported = True
         self._due = self._clock() + (self._reload_s or EVERY_S)
 
@@ -87,6 +87,7 @@ def build_report(record: Record, reload_s: int | None = None) -> str:
 def write_page(path: Path, page: str) -> None:
     """Write a page atomically."""
     with atomic_path(path) as temporary:
+        # Without newline, Windows would write other bytes than the report that is rebuilt from the events elsewhere.
         temporary.write_text(page, encoding="utf-8", newline="\n")
 
 

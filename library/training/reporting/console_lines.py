@@ -24,6 +24,7 @@ def announce(text: str) -> None:
         return
     encoding, text = sys.stdout.encoding or "utf-8", escape_controls(text, keep="\n\t")
     try:
+        # A console whose encoding lacks the Japanese characters shows ? instead of ending the run.
         sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding) + "\n")
         sys.stdout.flush()
     except OSError as error:  # a full disk, or a closed pipe
@@ -61,6 +62,7 @@ class StepBar:
     """The progress bar `steps` on standard error, followed by the loss; of several adapters, the lowest."""
 
     def __init__(self, max_train_steps: int, finished_steps: int, is_shown: bool) -> None:
+        # The description and smoothing=0 are sd-scripts'; front ends parse this bar.
         self._bar = tqdm(
             total=max_train_steps,
             initial=finished_steps,
@@ -80,6 +82,7 @@ class StepBar:
 
     def show(self, step: int, values: dict[str, float], label: str = "") -> None:
         """Show an adapter's finished steps and its `bar_values`."""
+        # Every adapter of a sweep reports the step; the bar moves with the first of them.
         self._bar.update(max(0, step - self._step))
         self._step = max(step, self._step)
         self._values[label] = values
@@ -146,6 +149,7 @@ def rate_values(
         if effective is not None:
             values[f"lr/d*lr/{names[i]}"] = effective[i]
     for i, rate in enumerate(rates):
+        # sd-scripts logs these names besides those of the groups, and dashboards may chart either.
         is_text_encoder = i == 0 and first_is_text_encoder
         values.setdefault("lr/textencoder" if is_text_encoder else f"lr/group{i}", float(rate))
         if effective is not None and not is_text_encoder:

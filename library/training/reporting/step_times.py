@@ -129,9 +129,9 @@ class StepTimes:
             for name, began, ended in spans:
                 parts[name] += span(began, ended)
             seconds = 0.0 if first is None else span(first, last) - between
-            found = StepFigures(seconds, parts, num_images, flops)
-            self._note_if_slow(found, new_shapes)
-            return found
+            measured = StepFigures(seconds, parts, num_images, flops)
+            self._note_if_slow(measured, new_shapes)
+            return measured
 
         self._late = figures
 
@@ -139,15 +139,15 @@ class StepTimes:
         """Collect the measurements of the last finished step."""
         if self._late is None:
             return
-        found, self._late = self._late(), None
+        figures, self._late = self._late(), None
         if self._num_steps or self._recent:  # the first step initializes
             self._num_steps += 1
-            self._num_images += found.num_images
-            self._seconds += found.seconds
-            for name, seconds in found.parts.items():
+            self._num_images += figures.num_images
+            self._seconds += figures.seconds
+            for name, seconds in figures.parts.items():
                 self._parts[name] += seconds
-        self._recent.append(found)
-        if warning := self._watch.add(StepSeconds(found.seconds, found.parts.get("waiting for data", 0.0))):
+        self._recent.append(figures)
+        if warning := self._watch.add(StepSeconds(figures.seconds, figures.parts.get("waiting for data", 0.0))):
             with tqdm.external_write_mode():
                 logger.warning("%s", warning)
 
@@ -169,18 +169,18 @@ class StepTimes:
 
     def chart_values(self) -> dict[str, float]:
         """The values of the last measured step by their chart names; empty before the first."""
-        if (found := self.last) is None or found.seconds <= 0:
+        if (figures := self.last) is None or figures.seconds <= 0:
             return {}
         values = {
-            "speed/seconds_per_step": found.seconds,
-            "speed/images_per_second": found.num_images * self.num_processes / found.seconds,
+            "speed/seconds_per_step": figures.seconds,
+            "speed/images_per_second": figures.num_images * self.num_processes / figures.seconds,
         }
-        if found.flops:
-            values["speed/tflops_per_second"] = found.flops / found.seconds / 1e12
+        if figures.flops:
+            values["speed/tflops_per_second"] = figures.flops / figures.seconds / 1e12
             if self.peak is not None:
-                values["speed/mfu"] = found.flops / found.seconds / self.peak
+                values["speed/mfu"] = figures.flops / figures.seconds / self.peak
         for name in IN_STEP:
-            values[f"speed/share_{name.replace(' ', '_')}"] = found.parts.get(name, 0.0) / found.seconds
+            values[f"speed/share_{name.replace(' ', '_')}"] = figures.parts.get(name, 0.0) / figures.seconds
         return values
 
     def summary(self) -> str | None:
@@ -189,33 +189,33 @@ class StepTimes:
         if not self._num_steps or self._seconds <= 0:
             return None
         shares = [f"{name} {100 * self._parts[name] / self._seconds:.0f} %" for name in IN_STEP]
-        rest = self._seconds - sum(self._parts[name] for name in IN_STEP)
+        overhead = self._seconds - sum(self._parts[name] for name in IN_STEP)
         text = (
             f"a step took {self._seconds / self._num_steps:.3g} s ({', '.join(shares)}, the rest "
-            f"{100 * max(0.0, rest) / self._seconds:.0f} %), "
+            f"{100 * max(0.0, overhead) / self._seconds:.0f} %), "
             f"{self._num_images * self.num_processes / self._seconds:.3g} pictures/s"
         )
-        recent = [found for found in self._recent if found.flops]
+        recent = [figures for figures in self._recent if figures.flops]
         if recent:
-            speed = median(found.flops / found.seconds for found in recent if found.flops)
+            speed = median(figures.flops / figures.seconds for figures in recent if figures.flops)
             text += f", {speed / 1e12:.3g} TFLOP/s"
             if self.peak is not None:
                 text += f" on each card, {100 * speed / self.peak:.0f} % of {self.peak / 1e12:.0f} (MFU)"
-        whole = self._seconds + sum(self._parts[name] for name in BETWEEN)
+        total_seconds = self._seconds + sum(self._parts[name] for name in BETWEEN)
         between = [
-            f"{name} {self._parts[name]:.1f} s ({100 * self._parts[name] / whole:.0f} % of the time)"
+            f"{name} {self._parts[name]:.1f} s ({100 * self._parts[name] / total_seconds:.0f} % of the time)"
             for name in BETWEEN
             if self._parts[name] >= 0.05
         ]
         return text + (f"; besides, {', '.join(between)}" if between else "")
 
-    def _note_if_slow(self, found: StepFigures, new: set[BatchShape]) -> None:
+    def _note_if_slow(self, figures: StepFigures, new_shapes: set[BatchShape]) -> None:
         """Log a step that took much longer than the median, with the cause if known."""
-        if len(self._recent) < NUM_KNOWN or found.flops is None:  # its typical duration is unknown
+        if len(self._recent) < NUM_KNOWN or figures.flops is None:  # its typical duration is unknown
             return
-        middle = median(before.seconds for before in self._recent)
-        extra = found.seconds - middle
-        if found.seconds < SLOW * middle or extra < LEAST_EXTRA_S:
+        typical_seconds = median(earlier.seconds for earlier in self._recent)
+        extra = figures.seconds - typical_seconds
+        if figures.seconds < SLOW * typical_seconds or extra < LEAST_EXTRA_S:
             return
         now = self.clock()
         if self._noted_at is not None and now - self._noted_at < QUIET_S:
@@ -224,25 +224,25 @@ class StepTimes:
         pressure = measure_pressure(self.device)  # read only here: torch builds a large table for it
         faults = {name: count - self._pressure[name] for name, count in pressure.items()}
         self._pressure = pressure
-        waiting = found.parts.get("waiting for data", 0.0)
-        middle_offloaded = median(before.parts.get("waiting for data", 0.0) for before in self._recent)
-        middle_flops = median(before.flops or 0.0 for before in self._recent)
-        if waiting - middle_offloaded > extra / 2:
+        waiting = figures.parts.get("waiting for data", 0.0)
+        typical_waiting = median(earlier.parts.get("waiting for data", 0.0) for earlier in self._recent)
+        typical_flops = median(earlier.flops or 0.0 for earlier in self._recent)
+        if waiting - typical_waiting > extra / 2:
             reason = f"waited {waiting:.2f} s for images"
-        elif new:
-            reason = "first batch of " + ", ".join(f"{n} of {w}x{h}" for n, h, w in sorted(new))
+        elif new_shapes:
+            reason = "first batch of " + ", ".join(f"{n} of {w}x{h}" for n, h, w in sorted(new_shapes))
         elif faults["retries"]:
             reason = f"GPU memory was full and was defragmented {faults['retries']} times"
         elif faults["pages"] > MANY_PAGES:
             reason = f"main memory was full: {faults['pages']} pages were swapped in from disk"
-        elif (found.flops or 0.0) > SLOW * middle_flops > 0:
+        elif (figures.flops or 0.0) > SLOW * typical_flops > 0:
             reason = "larger or more images than usual"
         elif self._noted_unknown:  # once is enough: a busy machine has one every minute
             return
         else:
             reason, self._noted_unknown = "cause unknown", True
         with tqdm.external_write_mode():
-            logger.info("slow step: %.2f s (typical: %.2f s), %s", found.seconds, middle, reason)
+            logger.info("slow step: %.2f s (typical: %.2f s), %s", figures.seconds, typical_seconds, reason)
 
 
 def span(began: Any, ended: Any) -> float:

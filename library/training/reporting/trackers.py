@@ -27,6 +27,7 @@ def tracker_kind(options: TrackerOptions) -> str | None:
     """
     kind = options.log_with
     if kind is None:
+        # sd-scripts, too, takes TensorBoard where only a folder is given.
         kind = "tensorboard" if options.logging_dir else None
     if kind in ("tensorboard", "all") and not options.logging_dir:
         raise UserError(f"--log_with {kind} needs --logging_dir, the folder for tensorboard's files")
@@ -54,10 +55,11 @@ def start_trackers(accelerator: Any, trackers: TrackerOptions, config: Mapping[s
     )
     if trackers.wandb_run_name:
         init.setdefault("wandb", {})["name"] = trackers.wandb_run_name
-    shown = dict(config) if trackers.log_config else None
+    logged_config = dict(config) if trackers.log_config else None
     silence_tensorboard_thread()
     try:
-        accelerator.init_trackers(trackers.log_tracker_name or "network_train", config=shown, init_kwargs=init)
+        # The default name is sd-scripts', and part of the path of TensorBoard's files.
+        accelerator.init_trackers(trackers.log_tracker_name or "network_train", config=logged_config, init_kwargs=init)
     except OSError as error:
         logger.warning("--logging_dir %s: charts are off, it cannot be written: %s", trackers.logging_dir, error)
         accelerator.trackers = []
@@ -127,6 +129,7 @@ class Charts:
         for tracker in self._trackers():
             with self._given_up_on_failure(tracker):
                 if tracker.name == "wandb":
+                    # wandb drops values of a step before the last one that it got, so its own counter stays in use.
                     tracker.log({**values, "global_step": step, "epoch": epoch})
                 else:
                     tracker.log(values, step=x)
@@ -138,13 +141,15 @@ class Charts:
                 if tracker.name == "wandb":
                     import wandb
 
-                    shown = {
-                        f"{self._prefix}sample_{one.index}": wandb.Image(one.image, caption=one.prompt.text)
-                        for one in images
+                    wandb_images = {
+                        f"{self._prefix}sample_{preview.index}": wandb.Image(preview.image, caption=preview.prompt.text)
+                        for preview in images
                     }
-                    tracker.log({**shown, "global_step": step, "epoch": epoch})
+                    tracker.log({**wandb_images, "global_step": step, "epoch": epoch})
                 else:
-                    arrays = {f"{self._prefix}sample_{one.index}": np.asarray(one.image)[None] for one in images}
+                    arrays = {
+                        f"{self._prefix}sample_{preview.index}": np.asarray(preview.image)[None] for preview in images
+                    }
                     tracker.log_images(arrays, step=step, dataformats="NHWC")
 
     def close(self) -> None:
@@ -152,5 +157,6 @@ class Charts:
         for tracker in self._trackers():
             with self._given_up_on_failure(tracker):
                 tracker.finish()
+        # They have ended above; accelerate would end them again, and let their errors through.
         self._accelerator.trackers = []
         self._accelerator.end_training()

@@ -59,15 +59,22 @@ def split_options(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
     """
     if not options.sweep.sweep:
         return options, {"": options}
-    found = expand_combinations(options)
-    logger.info("--sweep: %d adapters in one run: %s", len(found), ", ".join(one.label for one in found))
-    words = dict(parse_word(item, options) for item in options.sweep.sweep)
-    adapters = [(one.options.network, one.chosen) for one in found]
-    for line in describe_strengths(adapters, find_kept_strengths(options.network, words)):
+    combinations = expand_combinations(options)
+    logger.info(
+        "--sweep: %d adapters in one run: %s",
+        len(combinations),
+        ", ".join(combination.label for combination in combinations),
+    )
+    swept = dict(parse_word(item, options) for item in options.sweep.sweep)
+    adapters = [(combination.options.network, combination.chosen) for combination in combinations]
+    for line in describe_strengths(adapters, find_kept_strengths(options.network, swept)):
         logger.info("%s", line)
     values = options.flat()
+    # These belong to the run, not to its first adapter.
     of_all = {name: values[name] for name in ("sweep", "output_name", "seed", "log_events")}
-    return found[0].options.with_values(of_all), {one.label: one.options for one in found}
+    return combinations[0].options.with_values(of_all), {
+        combination.label: combination.options for combination in combinations
+    }
 
 
 def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
@@ -75,33 +82,38 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
 
     Raises UserError for an option that cannot be swept, an invalid value, and labels that clash.
     """
-    words = [parse_word(item, options) for item in options.sweep.sweep or ()]
-    short = sweep_names(type(options))
-    names = [name for name, _ in words]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"--sweep names {twice} twice; give all of its values in one word")
-    num_adapters = prod(len(texts) for _, texts in words)
+    swept = [parse_word(item, options) for item in options.sweep.sweep or ()]
+    short_names = sweep_names(type(options))
+    names = [name for name, _ in swept]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--sweep names {repeated} twice; give all of its values in one word")
+    # Counted before they are listed, because a few options with many values each make millions.
+    num_adapters = prod(len(texts) for _, texts in swept)
     if num_adapters > MOST_ADAPTERS:
         raise UserError(f"--sweep names {num_adapters} adapters; at most {MOST_ADAPTERS} can be trained in one run")
     warn_of_replaced(options, names)
-    strengths = find_kept_strengths(options.network, dict(words))
-    found = []
-    for texts in product(*(texts for _, texts in words)):
+    strengths = find_kept_strengths(options.network, dict(swept))
+    combinations = []
+    for texts in product(*(texts for _, texts in swept)):
         chosen = dict(zip(names, texts, strict=True))
         label = "-".join(
             # optimizer_args.weight_decay is weightdecay
-            f"{short.get(name, name.rpartition('.')[2].replace('_', ''))}{short_value(text)}"
+            f"{short_names.get(name, name.rpartition('.')[2].replace('_', ''))}{short_value(text)}"
             for name, text in chosen.items()
         )
-        found.append(Combination(label, chosen, resolve_adapter(options, chosen, label, strengths)))
-    if len(found) < 2:
+        combinations.append(Combination(label, chosen, resolve_adapter(options, chosen, label, strengths)))
+    if len(combinations) < 2:
         raise UserError(f"--sweep {' '.join(options.sweep.sweep or ())} names a single adapter; give it two or more")
-    labels = [one.label.casefold() for one in found]  # file names ignore case on Windows and macOS
-    if clash := next((one.label for one in found if labels.count(one.label.casefold()) > 1), None):
+    labels = [
+        combination.label.casefold() for combination in combinations
+    ]  # file names ignore case on Windows and macOS
+    if clash := next(
+        (combination.label for combination in combinations if labels.count(combination.label.casefold()) > 1), None
+    ):
         raise UserError(
             f"--sweep: two adapters would have the name {clash}; give values whose names differ in more than case"
         )
-    return found
+    return combinations
 
 
 def parse_word(item: str, options: Options) -> tuple[str, list[str]]:
@@ -111,8 +123,8 @@ def parse_word(item: str, options: Options) -> tuple[str, list[str]]:
     texts = [value.strip() for value in text.split("|" if "|" in text else ",")]
     if not equals or not name or not all(texts):
         raise UserError(f"--sweep {item!r}: {FORM}")
-    if twice := next((value for value in texts if texts.count(value) > 1), None):
-        raise UserError(f"--sweep {name}: {twice} stands there twice")
+    if repeated := next((value for value in texts if texts.count(value) > 1), None):
+        raise UserError(f"--sweep {name}: {repeated} stands there twice")
     swept = sweep_names(type(options))
     if name in swept or (name.partition(".")[0] in TABLES and "." in name):
         return name, texts
@@ -138,10 +150,10 @@ def warn_of_replaced(options: Options, names: Sequence[str]) -> None:
     for name in names:
         table, _, key = name.partition(".")
         if key:
-            given = any(item.partition("=")[0] == key for item in values[table] or ())
+            is_given = any(item.partition("=")[0] == key for item in values[table] or ())
         else:  # the seed still sets the order of images, and the module must be named
-            given = name not in ("seed", "network_module") and is_set(values[name], defaults[name])
-        if given and ALPHA_NAMES.get(name, name) in names:  # otherwise alpha belongs to the given rank
+            is_given = name not in ("seed", "network_module") and is_set(values[name], defaults[name])
+        if is_given and ALPHA_NAMES.get(name, name) in names:  # otherwise alpha belongs to the given rank
             logger.warning("--%s has no effect: --sweep gives every adapter its own", f"{table} {key}" if key else name)
 
 
@@ -162,24 +174,30 @@ def resolve_adapter(
 ) -> OptionsT:
     """Return the options of one adapter. Raises UserError for a value that is invalid or has no effect."""
     values = options.flat()
-    new: dict[str, Any] = {"sweep": None, "output_name": "-".join(filter(None, (options.saving.output_name, label)))}
+    overrides: dict[str, Any] = {
+        "sweep": None,
+        "output_name": "-".join(filter(None, (options.saving.output_name, label))),
+    }
     for name, text in chosen.items():
         table, _, key = name.partition(".")
         if key:
-            others = [item for item in new.get(table, values[table]) or () if item.partition("=")[0] != key]
-            new[table] = [*others, *([] if text == NONE else [f"{key}={text}"])]
+            other_arguments = [
+                item for item in overrides.get(table, values[table]) or () if item.partition("=")[0] != key
+            ]
+            overrides[table] = [*other_arguments, *([] if text == NONE else [f"{key}={text}"])]
         else:
-            new[name] = parse_value(type(options), name, text)
+            overrides[name] = parse_value(type(options), name, text)
+    # Every adapter has an event stream of its own, which one file cannot hold.
     if options.reports.log_events:
         path = Path(options.reports.log_events)
-        new["log_events"] = str(path.with_name(f"{path.stem}-{label}{path.suffix}"))
-    found = options.with_values(new)
-    if is_alpha_strength(found.network):
+        overrides["log_events"] = str(path.with_name(f"{path.stem}-{label}{path.suffix}"))
+    resolved = options.with_values(overrides)
+    if is_alpha_strength(resolved.network):
         for strength in strengths:
-            found = found.with_values(strength.as_option(found.network, chosen[strength.rank_name]))
-    for line in find_idle_words(found, found.network, chosen):
+            resolved = resolved.with_values(strength.as_option(resolved.network, chosen[strength.rank_name]))
+    for line in find_idle_words(resolved, resolved.network, chosen):
         raise UserError(f"--sweep {line}")
-    return found
+    return resolved
 
 
 def parse_value(kind: type[Options], name: str, text: str) -> Any:
@@ -190,13 +208,13 @@ def parse_value(kind: type[Options], name: str, text: str) -> Any:
         return None
     read = field.metadata.get("type", scalar_type(hint))
     try:
-        found = [read(part) for part in text.split()] if field.metadata.get("nargs") else read(text)
+        value = [read(part) for part in text.split()] if field.metadata.get("nargs") else read(text)
     except (ValueError, ArgumentTypeError) as error:
         raise UserError(f"--sweep {name}: {text!r} is no value of --{name}: {error}") from error
-    for number in found if isinstance(found, list) else [found]:
+    for number in value if isinstance(value, list) else [value]:
         if isinstance(number, int | float):
             check_number(name, number, facts)
-    return found
+    return value
 
 
 def find_idle_words(options: Options, network: NetworkOptions, chosen: Mapping[str, str]) -> Iterator[str]:

@@ -63,57 +63,60 @@ class Ranking:
         if self.num_images < 2:
             return "a single image tells no difference from chance; set more aside with --validation_split"
         best = known[0].measured.label
-        rest = [row.measured.label for row in known[1:] if row.compared is not None and not row.compared.is_worse]
-        if not rest:
+        rivals = [row.measured.label for row in known[1:] if row.compared is not None and not row.compared.is_worse]
+        if not rivals:
             return f"{best} is significantly better than every other adapter"
-        return f"{best} has the lowest loss, not significantly lower than {', '.join(rest)}"
+        return f"{best} has the lowest loss, not significantly lower than {', '.join(rivals)}"
 
 
 def collect_standing(prepared: Sequence[PreparedRun], sweep: SweepRecord) -> list[Measured]:
     """Collect what is known of each adapter; the record alone knows those that ended before a resume."""
-    here = {one.run.label for one in prepared}
-    found = [
+    current_labels = {adapter.run.label for adapter in prepared}
+    standing = [
         Measured(label, ended.step, ended.losses_G, ended.why, None)
         for label, ended in sweep.ended.items()
-        if label not in here
+        if label not in current_labels
     ]
-    for one in prepared:
-        path, losses_G = one.writer.names.of_end(), one.validation.record.last_losses()
+    for adapter in prepared:
+        path, losses_G = adapter.writer.names.of_end(), adapter.validation.record.last_losses()
         file = path.name if path.exists() else None
-        found.append(Measured(one.run.label, one.progress.step, losses_G, one.progress.ended, file))
-    return found
+        standing.append(Measured(adapter.run.label, adapter.progress.step, losses_G, adapter.progress.ended, file))
+    return standing
 
 
 def rank(adapters: Sequence[Measured]) -> Ranking:
     """Rank adapters by their last validation."""
-    known = [one for one in adapters if one.losses_G]
-    found = choose(torch.tensor([one.losses_G for one in known], dtype=torch.float64)) if known else None
-    if found is None:
-        return Ranking([Ranked(one, None) for one in adapters], 0)
-    pairs = sorted(zip(known, found.files, strict=True), key=lambda pair: (isnan(pair[1].loss.mean), pair[1].loss.mean))
-    rows = [Ranked(one, compared) for one, compared in pairs]
-    others = [Ranked(one, None) for one in adapters if not one.losses_G]
-    return Ranking([*rows, *others], found.num_images)
+    measured = [adapter for adapter in adapters if adapter.losses_G]
+    choice = choose(torch.tensor([adapter.losses_G for adapter in measured], dtype=torch.float64)) if measured else None
+    if choice is None:
+        return Ranking([Ranked(adapter, None) for adapter in adapters], 0)
+    # NaN compares as neither smaller nor larger than a number, so it has a key of its own to come last.
+    pairs = sorted(
+        zip(measured, choice.files, strict=True), key=lambda pair: (isnan(pair[1].loss.mean), pair[1].loss.mean)
+    )
+    rows = [Ranked(adapter, compared) for adapter, compared in pairs]
+    unmeasured = [Ranked(adapter, None) for adapter in adapters if not adapter.losses_G]
+    return Ranking([*rows, *unmeasured], choice.num_images)
 
 
 def format_ranking(ranking: Ranking) -> list[str]:
     rows = [("", "adapter", "step", "loss", "difference from best", "significant", "")]
-    for place, row in enumerate(ranking.rows, 1):
-        one, compared = row.measured, row.compared
+    for position, row in enumerate(ranking.rows, 1):
+        adapter, compared = row.measured, row.compared
         if compared is None:
-            rows.append(("-", one.label, str(one.step), "-", "-", "-", one.ended))
+            rows.append(("-", adapter.label, str(adapter.step), "-", "-", "-", adapter.ended))
             continue
         loss, gap = compared.loss, compared.to_best
         is_best = row is ranking.rows[0] or compared.is_copy
         rows.append(
             (
-                str(place),
-                one.label,
-                str(one.step),
+                str(position),
+                adapter.label,
+                str(adapter.step),
                 f"{loss.mean:.5f}{format_interval(loss.low, loss.high)}",
                 "-" if is_best else f"{gap.mean:.5f}{format_interval(gap.low, gap.high)}",
                 "-" if is_best else "yes" if compared.is_worse else "no",
-                one.ended,
+                adapter.ended,
             )
         )
     return align_columns(rows)
@@ -160,8 +163,8 @@ def build_page_data(ranking: Ranking, title: str) -> Mapping[str, Any]:
         for row in ranking.rows
     ]
     data = {"title": title, "verdict": ranking.verdict, "num_pictures": ranking.num_images, "rows": rows}
-    found: dict[str, Any] = plain({**data, "confidence": CONFIDENCE})
-    return found
+    payload: dict[str, Any] = plain({**data, "confidence": CONFIDENCE})
+    return payload
 
 
 def clearly_worse(losses: Mapping[str, Sequence[float]], num_adapters: int, num_looks: int) -> list[str]:

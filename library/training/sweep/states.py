@@ -49,52 +49,53 @@ def find_states(options: TrainOptions, adapters: Mapping[str, TrainOptions], pro
     if not options.sweep.sweep:
         facts = find_state(options, processes)
         return FoundStates({} if facts is None else {"": facts})
-    found: dict[str, StateManifest] = {}
+    states: dict[str, StateManifest] = {}
     if processes.is_main:
         writes = not (options.faults.dry_run or options.dataset.debug_dataset)
-        for own in adapters.values() if writes else ():
-            clear_up(own.saving)
-        found = newest_of_all(options.state, {label: own.saving for label, own in adapters.items()})
-    shared = processes.share("states", json.dumps({label: str(facts.path) for label, facts in found.items()}))
+        for adapter in adapters.values() if writes else ():
+            clear_up(adapter.saving)
+        states = newest_of_all(options.state, {label: adapter.saving for label, adapter in adapters.items()})
+    shared = processes.share("states", json.dumps({label: str(facts.path) for label, facts in states.items()}))
     if not processes.is_main:
-        found = {label: read_facts(Path(path)) for label, path in json.loads(shared).items()}
-    processes.require_same("the states", f"those of step {[facts.step for facts in found.values()]}")
-    if not found:
+        states = {label: read_facts(Path(path)) for label, path in json.loads(shared).items()}
+    # On another machine the same paths may hold other states.
+    processes.require_same("the states", f"those of step {[facts.step for facts in states.values()]}")
+    if not states:
         return FoundStates({})
-    seed = read_record(next(iter(found.values()))).seed
-    return FoundStates(found, SweepRecord(seed, find_ended(found.values())))
+    seed = read_record(next(iter(states.values()))).seed
+    return FoundStates(states, SweepRecord(seed, find_ended(states.values())))
 
 
-def newest_of_all(wanted: StateOptions, adapters: Mapping[str, SavingOptions]) -> dict[str, StateManifest]:
+def newest_of_all(options: StateOptions, adapters: Mapping[str, SavingOptions]) -> dict[str, StateManifest]:
     """Find complete states of the latest step that all adapters have, as seen by this process.
 
     Raises UserError if states exist but no such step, because starting from the beginning would overwrite them.
     """
-    if wanted.resume:
-        found = find_states_of_step(Path(wanted.resume), adapters)
-        missing = [label for label in adapters if label not in {**found, **find_ended(found.values())}]
+    if options.resume:
+        chosen = find_states_of_step(Path(options.resume), adapters)
+        missing = [label for label in adapters if label not in {**chosen, **find_ended(chosen.values())}]
         if missing:
             raise UserError(
-                f"--resume {wanted.resume}: there is no whole state of that step of {', '.join(missing)}; name a state "
-                "of a step of which every adapter of --sweep has one"
+                f"--resume {options.resume}: there is no whole state of that step of {', '.join(missing)}; name a "
+                "state of a step of which every adapter of --sweep has one"
             )
-        for facts in found.values():
+        for facts in chosen.values():
             require_undamaged(facts)
-        return found
-    if not wanted.autoresume:
+        return chosen
+    if not options.autoresume:
         return {}
     states: dict[str, dict[int, StateManifest]] = {}
-    for label, own in adapters.items():
-        names = Names.build(own)
+    for label, saving in adapters.items():
+        names = Names.build(saving)
         # Of two states of one step the one after which less is left to do.
         found_states = sorted(iterate_states(names.folder, names.starts), key=lambda facts: len(facts.done))
         states[label] = {facts.step: facts for facts in found_states}
     for step in sorted({step for steps in states.values() for step in steps}, reverse=True):
-        found = {label: steps[step] for label, steps in states.items() if step in steps}
-        if all(label in {**found, **find_ended(found.values())} for label in adapters) and are_undamaged(
-            found.values()
+        chosen = {label: steps[step] for label, steps in states.items() if step in steps}
+        if all(label in {**chosen, **find_ended(chosen.values())} for label in adapters) and are_undamaged(
+            chosen.values()
         ):
-            return found
+            return chosen
     if not any(states.values()):
         logger.info("--autoresume: there is no state of an adapter of --sweep; starting from the beginning")
         return {}
@@ -118,13 +119,13 @@ def find_states_of_step(named: Path, adapters: Mapping[str, SavingOptions]) -> d
             f"{next(iter(names.values()))}-step00000010-state, and the others are found beside it"
         )
     step = read_facts(named).step
-    rest = named.name.removeprefix(match["start"])
-    found = {}
+    suffix = named.name.removeprefix(match["start"])
+    states = {}
     for label, name in names.items():
-        folder = named.with_name(f"{name}{rest}")
+        folder = named.with_name(f"{name}{suffix}")
         if folder.is_dir() and (facts := read_facts(folder)).step == step:
-            found[label] = facts
-    return found
+            states[label] = facts
+    return states
 
 
 def find_ended(states: Iterable[StateManifest]) -> dict[str, Ended]:

@@ -33,8 +33,8 @@ class Strength:
         alpha = self.alpha_at(rank)
         if self.rank_name == NETWORK_DIM:
             return {"network_alpha": alpha}
-        others = [item for item in network.network_args or () if item.partition("=")[0] != "conv_alpha"]
-        return {"network_args": [*others, f"conv_alpha={alpha:.9g}"]} if alpha != self.alpha else {}
+        other_arguments = [item for item in network.network_args or () if item.partition("=")[0] != "conv_alpha"]
+        return {"network_args": [*other_arguments, f"conv_alpha={alpha:.9g}"]} if alpha != self.alpha else {}
 
 
 def find_kept_strengths(network: NetworkOptions, words: Mapping[str, Sequence[str]]) -> list[Strength]:
@@ -45,31 +45,31 @@ def find_kept_strengths(network: NetworkOptions, words: Mapping[str, Sequence[st
     arguments = parse_network_args(network.network_args)
     ranks = {NETWORK_DIM: str(network.network_dim or ""), CONV_DIM: arguments.get("conv_dim", "")}
     alphas = {NETWORK_DIM: str(network.network_alpha), CONV_DIM: arguments.get("conv_alpha", DEFAULT_CONV_ALPHA)}
-    found = []
+    strengths = []
     for name, alpha_name in ALPHA_NAMES.items():
         if name in words and alpha_name not in words:
             known = [int(text) for text in (ranks[name], *words[name]) if text.isdecimal() and int(text)]
             try:
-                found += [Strength(name, float(alphas[name]), rank) for rank in known[:1]]
+                strengths += [Strength(name, float(alphas[name]), rank) for rank in known[:1]]
             except ValueError as error:
                 raise UserError(f"--network_args conv_alpha={alphas[name]} is not a number; correct it") from error
-    return found
+    return strengths
 
 
 def is_alpha_strength(network: NetworkOptions) -> bool:
     """Return True if the strength is alpha / rank; with rslora one alpha suits all ranks."""
-    turns = (network.network_module or "").startswith(ROTATIONS)
-    return not turns and not is_switched_on(network.network_args, "rslora")
+    is_rotation = (network.network_module or "").startswith(ROTATIONS)
+    return not is_rotation and not is_switched_on(network.network_args, "rslora")
 
 
 def describe_strengths(
     adapters: Sequence[tuple[NetworkOptions, Mapping[str, str]]], strengths: Sequence[Strength]
 ) -> Iterator[str]:
     """Yield a line for each swept rank; `adapters` holds each adapter's options and swept values."""
-    ours = [(network, chosen) for network, chosen in adapters if is_alpha_strength(network)]
-    for strength in strengths if ours else ():
+    affected = [(network, chosen) for network, chosen in adapters if is_alpha_strength(network)]
+    for strength in strengths if affected else ():
         name, alpha_name = (full.rpartition(".")[2] for full in (strength.rank_name, ALPHA_NAMES[strength.rank_name]))
-        ranks = dict.fromkeys(chosen[strength.rank_name] for _, chosen in ours)
+        ranks = dict.fromkeys(chosen[strength.rank_name] for _, chosen in affected)
         pairs = ", ".join(f"alpha {strength.alpha_at(rank):g} at rank {rank}" for rank in ranks)
         if strength.alpha:  # 0 means the rank
             yield (

@@ -110,9 +110,10 @@ def test_little_memory_and_disk_are_noted(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_settings_are_told_without_what_is_private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = tmp_path / "default_config.yaml"
+    config = tmp_path / "huggingface" / "accelerate" / "default_config.yaml"
+    config.parent.mkdir(parents=True)
     config.write_text("mixed_precision: bf16\nmain_process_ip: 10.0.0.7\nnum_processes: 2\n")
-    monkeypatch.setenv("ACCELERATE_CONFIG_FILE", str(config))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     text = "\n".join(map(str, doctor.setting_lines()))

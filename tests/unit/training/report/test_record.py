@@ -30,6 +30,12 @@ def test_a_record_that_was_written_and_read_goes_on_as_the_one_in_memory(num_ste
         assert folded(lines[stop:], Record.from_json(half)).as_json() == whole.as_json()
 
 
+def test_fields_of_a_later_version_are_ignored() -> None:
+    values = Record().as_json()
+    later = {**values, "new": 1, "smoothed": {**values["smoothed"], "new": 1}}
+    assert Record.from_json(later).as_json() == values
+
+
 def test_the_smoothed_loss_is_an_average_of_all_losses_the_older_the_less() -> None:
     rng = random.Random(1)
     losses = [rng.random() for _ in range(50)]
