@@ -1,4 +1,4 @@
-"""The files of base models with musubi-tuner's options: forms that load alike, and files of other models."""
+"""Files of the base models that use musubi-tuner's options: layouts that load alike, and files of other models."""
 
 import importlib
 import re
@@ -29,10 +29,10 @@ BASE = "--pretrained_model_name_or_path"
 
 @dataclass(frozen=True)
 class Dit:
-    """A tiny model of one of them."""
+    """A tiny model of one base model that uses musubi-tuner's options."""
 
     build: Callable[..., list[str]]  # folder, seed, layout
-    layer: str  # stored in 8 bits in files that have one scale for each layer
+    layer: str  # stored as fp8 codes with one scale
     mark: str  # a token of the text encoder's template
     hub_name: str  # of the text encoder
 
@@ -51,14 +51,16 @@ def spec_of(name: str) -> BaseModelSpec:
     return next(spec for spec in list_specs() if spec.script == f"{BASES[name].script}.py")
 
 
-def parsed(spec: BaseModelSpec, arguments: list[str]) -> Any:
+def parse_options(spec: BaseModelSpec, arguments: list[str]) -> Any:
     parser = importlib.import_module(spec.script.removesuffix(".py")).setup_parser()
     return spec.options.from_args(parser.parse_args(arguments))
 
 
-def opened(name: str, arguments: list[str]) -> Loader:
-    found = importlib.import_module(f"library.architectures.{name}.load").open_loader(parsed(spec_of(name), arguments))
-    return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]  # FLUX.2 adds its release
+def open_tiny(name: str, arguments: list[str]) -> Loader:
+    loaded = importlib.import_module(f"library.architectures.{name}.load").open_loader(
+        parse_options(spec_of(name), arguments)
+    )
+    return loaded[0] if isinstance(loaded, tuple) else loaded  # type: ignore[no-any-return]  # FLUX.2 adds its release
 
 
 @pytest.fixture(scope="module", params=DITS)
@@ -72,21 +74,21 @@ def tiny(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.slow
-def test_numbered_files_are_named_by_their_first(name: str, tiny: list[str], tmp_path: Path) -> None:
+def test_a_sharded_model_is_given_by_its_first_file(name: str, tiny: list[str], tmp_path: Path) -> None:
     arguments = in_two_files(tiny, (BASE, "--text_encoder"), tmp_path)
-    assert_same_models(opened(name, arguments), opened(name, tiny))
+    assert_same_models(open_tiny(name, arguments), open_tiny(name, tiny))
     Path(arguments[1].replace("00001", "00002", 1)).unlink()
     with pytest.raises(UserError, match=r"is the first of 2 files, but these are not next to it: .*00002-of-00002"):
-        opened(name, arguments)
+        open_tiny(name, arguments)
 
 
-def test_8_bit_files_load_with_their_scales(name: str, tiny: list[str], tmp_path: Path) -> None:
+def test_fp8_files_load_with_their_scales(name: str, tiny: list[str], tmp_path: Path) -> None:
     state, layer = load_file(tiny[1]), DITS[name].layer
     scale = state[f"{layer}.weight"].abs().max() / 448
     codes = (state[f"{layer}.weight"] / scale).to(torch.float8_e4m3fn)
     other = {**state, f"{layer}.weight": codes, f"{layer}.scale_weight": scale, "scaled_fp8": torch.zeros(2)}
     save_file(other, tmp_path / "fp8.safetensors")
-    denoiser = opened(name, [BASE, str(tmp_path / "fp8.safetensors"), *tiny[2:]]).denoiser()
+    denoiser = open_tiny(name, [BASE, str(tmp_path / "fp8.safetensors"), *tiny[2:]]).denoiser()
     torch.testing.assert_close(denoiser.get_parameter(f"{layer}.weight"), codes.float() * scale, rtol=1e-6, atol=0)
 
 
@@ -95,32 +97,32 @@ def test_parts_of_a_folder_can_be_replaced_by_files(name: str, tiny: list[str], 
     folder = DITS[name].build(tmp_path / "folder", 4, "diffusers")
     for part in ("vae", "text_encoder"):
         shutil.rmtree(tmp_path / "folder" / part)
-    found = opened(name, [*folder, *tiny[tiny.index("--vae") :]]).text_encoders()[0].state_dict()
-    expected = opened(name, tiny).text_encoders()[0].state_dict()
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    actual = open_tiny(name, [*folder, *tiny[tiny.index("--vae") :]]).text_encoders()[0].state_dict()
+    expected = open_tiny(name, tiny).text_encoders()[0].state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in actual.items())
 
 
 @pytest.mark.parametrize("flag", ["--vae", "--text_encoder"])
-def test_a_missing_part_is_asked_for_by_its_flag(name: str, tiny: list[str], flag: str) -> None:
+def test_the_error_for_a_missing_part_names_its_flag(name: str, tiny: list[str], flag: str) -> None:
     with pytest.raises(UserError, match=f"{flag} is missing"):
-        opened(name, without(tiny, flag))
+        open_tiny(name, without(tiny, flag))
 
 
-def test_a_tokenizer_without_the_marks_of_the_template_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_tokenizer_without_the_special_tokens_of_the_template_is_refused(name: str, tmp_path: Path) -> None:
     dit = DITS[name]
     arguments = dit.build(tmp_path, 3)
     rename_token(tmp_path / "tokenizer", dit.mark)
     message = f"has no {dit.mark}: it belongs to another model; use that of {dit.hub_name}"
     with pytest.raises(UserError, match=re.escape(message)):
-        spec_of(name).build(parsed(spec_of(name), arguments))
+        spec_of(name).build(parse_options(spec_of(name), arguments))
 
 
 # Other models' files
 
 
 @pytest.fixture(scope="module")
-def of_others(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[str]]:
-    """The arguments that name a tiny model of each base model, those with musubi-tuner's options in one file."""
+def arguments_by_model(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[str]]:
+    """Return the arguments for a tiny model of each base model; those with musubi-tuner's options are single files."""
     folders = {name: tmp_path_factory.mktemp(name) for name in BASES}
     return {
         name: DITS[name].build(folder, 5, "whole") if name in DITS else BASES[name].build(folder)
@@ -137,14 +139,14 @@ def of_others(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[str
         if (one in DITS or other in DITS) and BASES[one].script != BASES[other].script
     ],
 )
-def test_a_script_names_the_one_for_a_file_of_another_model(
-    script_of: str, file_of: str, of_others: Mapping[str, list[str]]
+def test_the_error_for_a_file_of_another_model_names_its_script(
+    script_of: str, file_of: str, arguments_by_model: Mapping[str, list[str]]
 ) -> None:
-    arguments, other = list(of_others[script_of]), of_others[file_of]
+    arguments, other = list(arguments_by_model[script_of]), arguments_by_model[file_of]
     arguments[arguments.index(BASE) + 1] = other[other.index(BASE) + 1]
     is_called = rf"this is {re.escape(spec_of(file_of).called)} (model|checkpoint); " if file_of in DITS else ""
     with pytest.raises(UserError, match=rf"{is_called}use {BASES[file_of].script}\.py"):
-        spec_of(script_of).build(parsed(spec_of(script_of), arguments))
+        spec_of(script_of).build(parse_options(spec_of(script_of), arguments))
 
 
 @pytest.mark.parametrize(
@@ -155,4 +157,4 @@ def test_a_script_names_the_one_for_a_file_of_another_model(
 def test_a_folder_is_recognised_by_its_pipeline(name: str, build: Callable[..., list[str]], tmp_path: Path) -> None:
     flux = spec_of("flux")
     with pytest.raises(UserError, match=rf"this is {re.escape(spec_of(name).called)} model; use {name}_train_network"):
-        flux.build(parsed(flux, build(tmp_path, 3, "diffusers")[:2]))
+        flux.build(parse_options(flux, build(tmp_path, 3, "diffusers")[:2]))

@@ -17,7 +17,7 @@ from tests.parity.test_anima_model import inputs
 from tests.tiers import first_is_fast
 from tests.tiny.anima import build_tiny_anima
 from tests.tolerances import FLOAT32_DEEP
-from tests.unit.architectures.anima.test_load import opened
+from tests.unit.architectures.anima.test_load import open_tiny
 from tests.unit.networks.toy import randomize
 from tools import merge_lora
 
@@ -26,7 +26,7 @@ SEED = 33
 
 def prediction(base: list[str], lora: Path | None = None, **arguments: str) -> Tensor:
     """Return the denoiser's prediction; with a random adapter, which is saved as `lora`, if that is given."""
-    denoiser = opened(base).denoiser()
+    denoiser = open_tiny(base).denoiser()
     if lora is not None:
         network = lora_anima.create_network(1.0, 4, 2, None, [], denoiser, **arguments)
         randomize(network, 3)

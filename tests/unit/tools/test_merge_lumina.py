@@ -19,7 +19,7 @@ from tests.parity.test_lumina_model import inputs
 from tests.tiers import first_is_fast
 from tests.tiny.lumina import build_tiny_lumina
 from tests.tolerances import FLOAT32_DEEP
-from tests.unit.architectures.lumina.test_load import opened
+from tests.unit.architectures.lumina.test_load import open_tiny
 from tests.unit.networks.toy import randomize
 from tools import merge_lora
 
@@ -28,7 +28,7 @@ SEED = 33
 
 def predictions(base: str, lora: Path | None = None, **arguments: str) -> list[Tensor]:
     """Return the outputs of the denoiser and of Gemma; with a random adapter, saved as `lora`, if that is given."""
-    loader = opened(["--pretrained_model_name_or_path", base])
+    loader = open_tiny(["--pretrained_model_name_or_path", base])
     denoiser, encoders = loader.denoiser(), loader.text_encoders()
     if lora is not None:
         views: Any = view_both(encoders, denoiser)

@@ -20,7 +20,7 @@ def options_of(arguments: list[str]) -> AnimaOptions:
     return AnimaOptions.from_args(setup_parser().parse_args(arguments))
 
 
-def opened(arguments: list[str]) -> DitLoader:
+def open_tiny(arguments: list[str]) -> DitLoader:
     return open_loader(options_of(arguments))[0]
 
 
@@ -34,8 +34,8 @@ def arguments(folder: Path) -> list[str]:
     return build_tiny_anima(folder, seed=71)
 
 
-def changed(source: Path, target: Path, drop: str = "", rename: tuple[str, str] = ("", "")) -> str:
-    """A copy of a file without the weights that `drop` fits, beginnings of names changed."""
+def write_changed_copy(source: Path, target: Path, drop: str = "", rename: tuple[str, str] = ("", "")) -> str:
+    """Copy a checkpoint without the weights that match `drop`, replacing the prefix `rename[0]` by `rename[1]`."""
     state = {
         rename[1] + key.removeprefix(rename[0]): tensor
         for key, tensor in load_file(source).items()
@@ -45,22 +45,22 @@ def changed(source: Path, target: Path, drop: str = "", rename: tuple[str, str] 
     return str(target)
 
 
-def test_sizes_are_read_off_the_weights(arguments: list[str]) -> None:
+def test_sizes_are_read_from_the_weights(arguments: list[str]) -> None:
     loader, config = open_loader(options_of(arguments))
     assert config == CONFIG
     assert loader.text_encoders()[0].config.rope_parameters["rope_theta"] == 1e6  # type: ignore[union-attr, index]
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_models_come_frozen_in_the_precision_of_the_run(arguments: list[str], precision: str) -> None:
-    loader = opened([*arguments, "--mixed_precision", precision, "--no_half_vae"])
+def test_models_are_loaded_frozen_and_in_the_precision_of_the_run(arguments: list[str], precision: str) -> None:
+    loader = open_tiny([*arguments, "--mixed_precision", precision, "--no_half_vae"])
     dtype = {"no": torch.float32, "bf16": torch.bfloat16}[precision]
-    for module, wanted in (
+    for module, expected in (
         (loader.denoiser(), dtype),
         (loader.text_encoders()[0], dtype),
         (loader.vae(), torch.float32),
     ):
-        assert {weight.dtype for weight in module.parameters()} == {wanted}
+        assert {weight.dtype for weight in module.parameters()} == {expected}
         assert not any(weight.requires_grad for weight in module.parameters()) and not module.training
 
 
@@ -74,23 +74,23 @@ def test_models_come_frozen_in_the_precision_of_the_run(arguments: list[str], pr
         ("--vae", r"decoder", "is not the VAE of Qwen-Image"),
     ],
 )
-def test_files_that_lack_what_tells_them_are_named(
+def test_files_without_identifying_weights_are_refused_by_name(
     arguments: list[str], tmp_path: Path, flag: str, drop: str, message: str
 ) -> None:
     source = Path(arguments[arguments.index(flag) + 1])
     with pytest.raises(ValueError, match=message) as error:
-        opened([*arguments, flag, changed(source, tmp_path / "less.safetensors", drop)])
+        open_tiny([*arguments, flag, write_changed_copy(source, tmp_path / "less.safetensors", drop)])
     assert "less.safetensors" in str(error.value)
 
 
 @pytest.mark.parametrize("part", ["transformer", "qwen3"])
-def test_a_file_that_lacks_one_weight_is_told_when_it_loads(arguments: list[str], tmp_path: Path, part: str) -> None:
+def test_a_file_that_lacks_one_weight_is_refused_when_it_loads(arguments: list[str], tmp_path: Path, part: str) -> None:
     flag, drop = {
         "transformer": ("--pretrained_model_name_or_path", r"blocks\.1\.self_attn\.q_proj"),
         "qwen3": ("--qwen3", r"layers\.1\.mlp\.up_proj"),
     }[part]
     source = Path(arguments[arguments.index(flag) + 1])
-    loader = opened([*arguments, flag, changed(source, tmp_path / "less.safetensors", drop)])
+    loader = open_tiny([*arguments, flag, write_changed_copy(source, tmp_path / "less.safetensors", drop)])
     with pytest.raises(ValueError, match=r"less\.safetensors is incomplete: .* are missing: "):
         loader.denoiser() if part == "transformer" else loader.text_encoders()
 
@@ -102,28 +102,28 @@ def test_a_text_encoder_of_another_width_is_refused(arguments: list[str], tmp_pa
     }
     save_file(state, tmp_path / "narrow.safetensors")
     with pytest.raises(ValueError, match=r"--qwen3 .*narrow.safetensors has width 32, .* expects 40; use Qwen/Qwen3"):
-        opened([*arguments, "--qwen3", str(tmp_path / "narrow.safetensors")])
+        open_tiny([*arguments, "--qwen3", str(tmp_path / "narrow.safetensors")])
 
 
 @pytest.mark.parametrize("prefix", ["net.llm_adapter.", "llm_adapter.", ""])
-def test_a_text_adapter_from_a_file_of_its_own_is_taken(arguments: list[str], tmp_path: Path, prefix: str) -> None:
+def test_a_text_adapter_from_a_separate_file_is_used(arguments: list[str], tmp_path: Path, prefix: str) -> None:
     other = build_tiny_anima(tmp_path, seed=72)
-    alone = changed(
+    alone = write_changed_copy(
         Path(other[1]), tmp_path / "adapter.safetensors", r"^net\.(?!llm_adapter)", ("net.llm_adapter.", prefix)
     )
-    bare = changed(Path(arguments[1]), tmp_path / "bare.safetensors", "llm_adapter")
-    given = opened([*arguments, "--pretrained_model_name_or_path", bare, "--llm_adapter_path", alone]).denoiser()
-    own, others = (opened(words).denoiser().state_dict() for words in (arguments, other))
-    for key, tensor in given.state_dict().items():
-        assert torch.equal(tensor, (others if key.startswith("llm_adapter.") else own)[key])
+    bare = write_changed_copy(Path(arguments[1]), tmp_path / "bare.safetensors", "llm_adapter")
+    denoiser = open_tiny([*arguments, "--pretrained_model_name_or_path", bare, "--llm_adapter_path", alone]).denoiser()
+    base_weights, adapter_weights = (open_tiny(options).denoiser().state_dict() for options in (arguments, other))
+    for key, tensor in denoiser.state_dict().items():
+        assert torch.equal(tensor, (adapter_weights if key.startswith("llm_adapter.") else base_weights)[key])
 
 
-def test_a_text_adapter_of_another_file_keeps_how_both_files_store_their_weights() -> None:
-    def stored(names: list[str]) -> Weights:
+def test_adding_a_text_adapter_keeps_the_storage_formats_of_both_files() -> None:
+    def quantised_weights(names: list[str]) -> Weights:
         quantised = {name: Quantised("int8", None, dict) for name in names}
         shapes, padded_to = dict.fromkeys(names, (2, 2)), dict.fromkeys(names, 16)
         return Weights("file", shapes, lambda name: torch.zeros(2, 2), quantised, padded_to=padded_to)
 
-    joined = with_adapter(stored(["a.weight", f"{ADAPTER}old.weight"]), stored(["new.weight"]))
+    joined = with_adapter(quantised_weights(["a.weight", f"{ADAPTER}old.weight"]), quantised_weights(["new.weight"]))
     for values in (joined.shapes, joined.quantised, joined.padded_to):
         assert set(values) == {"a.weight", f"{ADAPTER}new.weight"}

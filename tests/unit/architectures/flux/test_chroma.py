@@ -1,4 +1,4 @@
-"""Files and options with --model_type chroma."""
+"""Files and options of --model_type chroma."""
 
 import logging
 import re
@@ -20,7 +20,7 @@ from tests.tiny.chroma import build_tiny_chroma
 from tests.tiny.flux import build_tiny_flux
 
 BASE = "--pretrained_model_name_or_path"
-USUAL = ["--guidance_scale", "0", "--timestep_sampling", "sigmoid", "--model_prediction_type", "raw"]
+CHROMA_DEFAULTS = ["--guidance_scale", "0", "--timestep_sampling", "sigmoid", "--model_prediction_type", "raw"]
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +32,19 @@ def options_of(arguments: list[str]) -> FluxOptions:
     return FluxOptions.from_args(setup_parser().parse_args(arguments))
 
 
-def built(arguments: list[str]) -> Architecture:
+def build_arch(arguments: list[str]) -> Architecture:
     return build(options_of(arguments))
 
 
 def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path) -> None:
     expected = open_loader(options_of(tiny))
     for layout in ("whole", "diffusers"):
-        found = open_loader(options_of(build_tiny_chroma(tmp_path / layout, 6, layout)))  # type: ignore[arg-type]
-        assert len(found.text_encoders()) == 1
+        actual = open_loader(options_of(build_tiny_chroma(tmp_path / layout, 6, layout)))  # type: ignore[arg-type]
+        assert len(actual.text_encoders()) == 1
         for theirs, ours in (
-            (expected.denoiser(), found.denoiser()),
-            (expected.vae(), found.vae()),
-            *zip(expected.text_encoders(), found.text_encoders(), strict=True),
+            (expected.denoiser(), actual.denoiser()),
+            (expected.vae(), actual.vae()),
+            *zip(expected.text_encoders(), actual.text_encoders(), strict=True),
         ):
             state = ours.state_dict()
             assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
@@ -61,50 +61,50 @@ def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path) -> 
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_a_file_that_does_not_fit_is_named(
+def test_an_incompatible_file_is_refused_with_the_reason(
     tiny: list[str], tmp_path: Path, flag: str, changes: dict[str, torch.Tensor | None], message: str
 ) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        built(with_changes(tiny, flag, tmp_path, changes))
+        build_arch(with_changes(tiny, flag, tmp_path, changes))
 
 
-def test_parts_that_are_missing_are_asked_for_and_clip_is_none_of_them(tiny: list[str]) -> None:
+def test_the_vae_and_t5_are_required_but_clip_is_not(tiny: list[str]) -> None:
     for flag in ("--ae", "--t5xxl"):
         with pytest.raises(UserError, match=f"{flag} is missing"):
-            built(without(tiny, flag))
+            build_arch(without(tiny, flag))
 
 
 @pytest.mark.parametrize("layout", ["files", "diffusers"])
-def test_the_other_model_of_the_script_is_told_with_the_flag(tmp_path: Path, layout: str) -> None:
+def test_flux_and_chroma_files_are_recognised_and_the_error_names_the_flag(tmp_path: Path, layout: str) -> None:
     flux = build_tiny_flux(tmp_path / "flux", 7, layout)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="this is a FLUX model; remove --model_type chroma"):
-        built([*flux, "--model_type", "chroma"])
+        build_arch([*flux, "--model_type", "chroma"])
     chroma = build_tiny_chroma(tmp_path / "chroma", 7, layout)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="this is a Chroma model; add --model_type chroma"):
-        built([*without(chroma, "--model_type"), "--clip_l", "x"])
+        build_arch([*without(chroma, "--model_type"), "--clip_l", "x"])
 
 
-def test_the_mask_of_the_padding_is_always_on_and_in_the_file(
+def test_the_padding_mask_is_always_on_and_recorded_in_the_metadata(
     tiny: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    arch = built([*tiny, *USUAL])
+    arch = build_arch([*tiny, *CHROMA_DEFAULTS])
     assert "--apply_t5_attn_mask is enabled: Chroma was trained" in caplog.text
     assert arch.metadata["ss_apply_t5_attn_mask"] == "True" and arch.metadata["ss_model_type"] == "chroma"
     assert arch.metadata["ss_base_model_version"] == "chroma" and arch.metadata["ss_guidance_scale"] == "0.0"
     assert arch.metadata["modelspec.architecture"] == "chroma/lora"
     assert arch.metadata["modelspec.implementation"] == "https://huggingface.co/lodestones/Chroma"
     caplog.clear()
-    built([*tiny, *USUAL, "--apply_t5_attn_mask"])
+    build_arch([*tiny, *CHROMA_DEFAULTS, "--apply_t5_attn_mask"])
     assert "apply_t5_attn_mask" not in caplog.text
 
 
-def test_settings_that_chroma_was_not_made_with_are_warned_of(
+def test_settings_that_chroma_was_not_trained_with_are_warned_about(
     tiny: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    built([*tiny, *USUAL])
+    build_arch([*tiny, *CHROMA_DEFAULTS])
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
-    built(tiny)
+    build_arch(tiny)
     for line in (
         "--guidance_scale is 3.5; Chroma was trained with --guidance_scale 0.0",
         "--timestep_sampling is sigma; Chroma was trained with --timestep_sampling sigmoid",
@@ -113,29 +113,33 @@ def test_settings_that_chroma_was_not_made_with_are_warned_of(
         assert line in caplog.text
 
 
-def test_clip_is_said_to_be_unused(tiny: list[str]) -> None:
-    assert built([*tiny, "--clip_l", "nowhere.safetensors"]).ignores["clip_l"] == "Chroma reads captions only with T5"
+def test_clip_is_reported_as_unused(tiny: list[str]) -> None:
+    assert (
+        build_arch([*tiny, "--clip_l", "nowhere.safetensors"]).ignores["clip_l"] == "Chroma reads captions only with T5"
+    )
 
 
-def test_a_text_cache_is_of_t5_alone_and_has_what_sd_scripts_reads(tiny: list[str], tmp_path: Path) -> None:
-    spec = built([*tiny, "--t5xxl_max_token_length", "24"]).text_cache
+def test_the_text_cache_holds_t5_features_and_the_other_entries_that_sd_scripts_reads(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    spec = build_arch([*tiny, "--t5xxl_max_token_length", "24"]).text_cache
     assert spec is not None and spec.keys == ("t5_out", "t5_attn_mask")
     assert {name: tuple(value.shape) for name, value in spec.constants.items()} == {
         "l_pooled": (77, 1), "txt_ids": (24, 3), "apply_t5_attn_mask": (),
     }  # fmt: skip
     others = [[*tiny, "--t5xxl_max_token_length", "23"], build_tiny_chroma(tmp_path, 8)]
-    for other in (built(arguments).text_cache for arguments in others):
+    for other in (build_arch(arguments).text_cache for arguments in others):
         assert other is not None and (other.encoders(), other.settings) != (spec.encoders(), spec.settings)
 
 
-def test_padding_in_t5_changes_no_token_of_the_caption(tiny: list[str]) -> None:
-    """Longer padding is masked: the caption's states are the same to rounding."""
+def test_t5_padding_does_not_change_the_states_of_a_caption(tiny: list[str]) -> None:
+    """Padding is masked, so the caption's states agree up to rounding whatever its length."""
     states = []
     for length in ("8", "20"):
-        arch = built([*tiny, "--t5xxl_max_token_length", length])
-        found = arch.text.encode(arch.load.text_encoders(), arch.text.tokenize(["a red cat"]))
-        num_tokens = int(found["t5_attn_mask"].sum())
-        states.append(found["t5_out"][:, :num_tokens])
+        arch = build_arch([*tiny, "--t5xxl_max_token_length", length])
+        features = arch.text.encode(arch.load.text_encoders(), arch.text.tokenize(["a red cat"]))
+        num_tokens = int(features["t5_attn_mask"].sum())
+        states.append(features["t5_out"][:, :num_tokens])
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
 
 
@@ -150,7 +154,7 @@ def test_padding_in_t5_changes_no_token_of_the_caption(tiny: list[str]) -> None:
     ],
     ids=str,
 )
-def test_an_adapter_file_is_told_by_its_layers_and_then_by_its_header(
+def test_an_adapter_is_recognised_by_its_layers_and_then_by_its_metadata(
     modules: tuple[str, ...], version: str | None, base: str
 ) -> None:
     shapes = {f"lora_unet_{module}.lora_down.weight": (4, 3072) for module in modules}

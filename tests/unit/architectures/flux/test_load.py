@@ -1,4 +1,4 @@
-"""Files that make no FLUX.1 model are refused with what they are and what to do."""
+"""FLUX.1 models load alike in every layout; other files are refused with what they are and what to do."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return build_tiny_flux(tmp_path_factory.mktemp("flux"), 3)
 
 
-def opened(arguments: list[str]) -> DitLoader:
+def open_tiny(arguments: list[str]) -> DitLoader:
     return open_loader(FluxOptions.from_args(setup_parser().parse_args(arguments)))
 
 
@@ -54,21 +54,21 @@ BASE = "--pretrained_model_name_or_path"
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_file_that_does_not_fit_is_named(
+def test_an_incompatible_file_is_refused_with_the_reason(
     tiny: list[str], tmp_path: Path, flag: str, changes: dict[str, torch.Tensor | None], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        opened(with_changes(tiny, flag, tmp_path, changes))
+        open_tiny(with_changes(tiny, flag, tmp_path, changes))
 
 
 @pytest.mark.parametrize("flag", ["--ae", "--clip_l", "--t5xxl"])
-def test_a_missing_part_is_asked_for_by_its_flag(tiny: list[str], flag: str) -> None:
+def test_the_error_for_a_missing_part_names_its_flag(tiny: list[str], flag: str) -> None:
     with pytest.raises(ValueError, match=f"{flag} is missing"):
-        opened(without(tiny, flag))
+        open_tiny(without(tiny, flag))
 
 
-def test_a_weight_that_lacks_is_noticed_when_the_model_is_loaded(tiny: list[str], tmp_path: Path) -> None:
-    loader = opened(with_changes(tiny, BASE, tmp_path, {"double_blocks.1.img_mlp.2.bias": None}))
+def test_a_missing_weight_is_reported_when_the_model_is_loaded(tiny: list[str], tmp_path: Path) -> None:
+    loader = open_tiny(with_changes(tiny, BASE, tmp_path, {"double_blocks.1.img_mlp.2.bias": None}))
     with pytest.raises(
         ValueError, match=r"flux1.safetensors is incomplete: 1 of the .* double_blocks.1.img_mlp.2.bias"
     ):
@@ -77,32 +77,32 @@ def test_a_weight_that_lacks_is_noticed_when_the_model_is_loaded(tiny: list[str]
 
 @pytest.mark.parametrize("prefix", ["vae.", "first_stage_model."])
 def test_a_vae_with_a_prefix_loads_the_same(tiny: list[str], tmp_path: Path, prefix: str) -> None:
-    place = tiny.index("--ae") + 1
+    index = tiny.index("--ae") + 1
     path = tmp_path / "ae.safetensors"
-    save_file({prefix + name: tensor for name, tensor in load_file(tiny[place]).items()}, path)
-    found = opened([*tiny[:place], str(path), *tiny[place + 1 :]]).vae().state_dict()
-    expected = opened(tiny).vae().state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    save_file({prefix + name: tensor for name, tensor in load_file(tiny[index]).items()}, path)
+    actual = open_tiny([*tiny[:index], str(path), *tiny[index + 1 :]]).vae().state_dict()
+    expected = open_tiny(tiny).vae().state_dict()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path) -> None:
-    expected = opened(tiny)
+    expected = open_tiny(tiny)
     for layout in ("whole", "diffusers"):
-        found = opened(build_tiny_flux(tmp_path / layout, 3, layout))  # type: ignore[arg-type]
-        assert_same_models(found, expected)
+        actual = open_tiny(build_tiny_flux(tmp_path / layout, 3, layout))  # type: ignore[arg-type]
+        assert_same_models(actual, expected)
 
 
 def test_parts_of_a_folder_can_be_replaced_by_files(tiny: list[str], tmp_path: Path) -> None:
     folder = build_tiny_flux(tmp_path / "folder", 4, "diffusers")
     shutil.rmtree(tmp_path / "folder" / "vae")
-    place = tiny.index("--ae")
-    loader = opened([*folder, *tiny[place : place + 2]])
-    expected = opened(tiny).vae().state_dict()
+    index = tiny.index("--ae")
+    loader = open_tiny([*folder, *tiny[index : index + 2]])
+    expected = open_tiny(tiny).vae().state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loader.vae().state_dict().items())
 
 
-def test_models_come_in_the_precision_of_the_run_and_frozen(tiny: list[str]) -> None:
-    loader = opened([*tiny, "--mixed_precision", "bf16", "--no_half_vae"])
+def test_models_are_loaded_frozen_and_in_the_precision_of_the_run(tiny: list[str]) -> None:
+    loader = open_tiny([*tiny, "--mixed_precision", "bf16", "--no_half_vae"])
     assert {p.dtype for p in loader.denoiser().parameters()} == {torch.bfloat16}
     assert {p.dtype for p in loader.vae().parameters()} == {torch.float32}
     assert not any(p.requires_grad for model in loader.text_encoders() for p in model.parameters())

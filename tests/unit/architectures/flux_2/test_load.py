@@ -1,4 +1,4 @@
-"""Every form of a FLUX.2 model loads alike, and files that make none are refused with what they are."""
+"""FLUX.2 models load alike in every layout; other files are refused with what they are."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def options_of(arguments: list[str]) -> Flux2Options:
     return Flux2Options.from_args(setup_parser().parse_args(arguments))
 
 
-def opened(arguments: list[str]) -> DitLoader:
+def open_tiny(arguments: list[str]) -> DitLoader:
     return open_loader(options_of(arguments))[0]
 
 
@@ -60,41 +60,41 @@ def test_every_layout_gives_the_same_models(
     request: pytest.FixtureRequest, tmp_path: Path, layout: Any, is_dev: bool
 ) -> None:
     expected = request.getfixturevalue("tiny_dev" if is_dev else "tiny")
-    assert_same_models(opened(build_tiny_flux_2(tmp_path, 3, layout, is_dev)), opened(expected))
+    assert_same_models(open_tiny(build_tiny_flux_2(tmp_path, 3, layout, is_dev)), open_tiny(expected))
 
 
 @pytest.mark.parametrize("prefix", first_is_fast(["model.diffusion_model.", ""]))
 @pytest.mark.parametrize("is_diffusers", [False, True], ids=["original", "diffusers"])
-def test_a_single_file_has_either_layout_and_either_prefix(
+def test_a_single_file_may_have_either_layout_and_either_prefix(
     tiny: list[str], tmp_path: Path, prefix: str, is_diffusers: bool
 ) -> None:
     state = load_file(tiny[1])
     state = diffusers_state(state, CONFIG.width) if is_diffusers else state
     save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "other.safetensors")
-    assert_same_models(opened([BASE, str(tmp_path / "other.safetensors"), *tiny[2:]]), opened(tiny))
+    assert_same_models(open_tiny([BASE, str(tmp_path / "other.safetensors"), *tiny[2:]]), open_tiny(tiny))
 
 
 @pytest.mark.parametrize("prefix", first_is_fast(["language_model.model.", "model.language_model.", "model.", ""]))
-def test_mistral_is_read_under_every_prefix_and_without_its_last_layers(
+def test_mistral_loads_with_every_prefix_and_without_its_last_layers(
     tiny_dev: list[str], tmp_path: Path, prefix: str
 ) -> None:
-    """Some files have the 30 layers alone that are used, and the words of its tokenizer beside them."""
+    """Some files hold only the 30 layers that are used, along with the tokenizer's vocabulary."""
     state = {name.removeprefix("language_model.model."): tensor for name, tensor in load_file(tiny_dev[5]).items()}
     state = {prefix + name: tensor for name, tensor in state.items() if not name.startswith("layers.30.")}
     others = {"tekken_model": torch.zeros(4, dtype=torch.uint8), "vision_tower.ln_pre.weight": torch.ones(2)}
     save_file({**state, **others}, tmp_path / "mistral.safetensors")
     shutil.copytree(Path(tiny_dev[1]).parent / "tokenizer", tmp_path / "tokenizer")
-    assert_same_models(opened([*tiny_dev[:5], str(tmp_path / "mistral.safetensors")]), opened(tiny_dev))
+    assert_same_models(open_tiny([*tiny_dev[:5], str(tmp_path / "mistral.safetensors")]), open_tiny(tiny_dev))
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
-def test_the_statistics_of_the_vae_stay_in_32_bits(tiny: list[str], tmp_path: Path, layout: str) -> None:
+def test_the_statistics_of_the_vae_stay_in_float32(tiny: list[str], tmp_path: Path, layout: str) -> None:
     _, state = tiny_flux_2.tiny_vae(4)
     if layout == "original":
         state = {name: tensor for name, tensor in tiny_flux_2.original_vae(state).items() if name != COUNTER}
     save_file(state, tmp_path / "vae.safetensors")
     arguments = [*without(tiny, "--vae"), "--vae", str(tmp_path / "vae.safetensors"), "--mixed_precision", "bf16"]
-    vae = opened(arguments).vae()
+    vae = open_tiny(arguments).vae()
     mean, deviation = statistics(vae, torch.device("cpu"))
     assert next(vae.parameters()).dtype == torch.bfloat16 and mean.shape == (128, 1, 1)
     torch.testing.assert_close(mean.flatten(), state["bn.running_mean"], rtol=0, atol=0)
@@ -129,28 +129,28 @@ def test_the_statistics_of_the_vae_stay_in_32_bits(tiny: list[str], tmp_path: Pa
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_file_that_does_not_fit_is_named(
+def test_an_incompatible_file_is_refused_with_the_reason(
     tiny: list[str], tmp_path: Path, flag: str, changes: dict[str, torch.Tensor | None], message: str
 ) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        opened(with_changes(tiny, flag, tmp_path, changes)).text_encoders()
+        open_tiny(with_changes(tiny, flag, tmp_path, changes)).text_encoders()
 
 
 def test_a_shallow_text_encoder_is_refused(tiny: list[str], tmp_path: Path) -> None:
     state = {k: v for k, v in load_file(tiny[5]).items() if not re.match(r"model\.layers\.(2[3-9])\.", k)}
     save_file(state, tmp_path / "shallow.safetensors")
     with pytest.raises(UserError, match=r"shallow\.safetensors has 23 layers, but the first 27 are"):
-        opened([*tiny[:5], str(tmp_path / "shallow.safetensors")])
+        open_tiny([*tiny[:5], str(tmp_path / "shallow.safetensors")])
 
 
-def test_the_text_encoder_of_the_other_kind_is_refused(tiny: list[str], tiny_dev: list[str]) -> None:
+def test_klein_and_dev_refuse_the_text_encoder_of_the_other(tiny: list[str], tiny_dev: list[str]) -> None:
     with pytest.raises(UserError, match=r"--text_encoder .* is not a Qwen3 text encoder"):
-        opened([*tiny[:5], tiny_dev[5]])
+        open_tiny([*tiny[:5], tiny_dev[5]])
     with pytest.raises(UserError, match=r"--text_encoder .* is not a Mistral 3 text encoder"):
-        opened([*tiny_dev[:5], tiny[5]])
+        open_tiny([*tiny_dev[:5], tiny[5]])
 
 
-def test_a_tokenizer_without_the_marks_of_devs_template_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_without_the_special_tokens_of_devs_template_is_refused(tmp_path: Path) -> None:
     arguments = build_tiny_flux_2(tmp_path, 3, is_dev=True)
     rename_token(tmp_path / "tokenizer", "[SYSTEM_PROMPT]")
     message = r"has no \[SYSTEM_PROMPT\]: it belongs to another model; use that of mistralai/Mistral-Small-3\.1-24B"
@@ -162,31 +162,33 @@ def test_a_tokenizer_without_the_marks_of_devs_template_is_refused(tmp_path: Pat
 @pytest.mark.parametrize("is_dev", [False, True], ids=["klein", "dev"])
 def test_the_text_encoder_may_be_kept_in_8_bits(request: pytest.FixtureRequest, is_dev: bool) -> None:
     arguments = request.getfixturevalue("tiny_dev" if is_dev else "tiny")
-    (whole,), (small,) = (opened([*arguments, *more]).text_encoders() for more in ([], ["--fp8_text_encoder"]))
+    (full,), (quantised,) = (open_tiny([*arguments, *more]).text_encoders() for more in ([], ["--fp8_text_encoder"]))
     ids = torch.arange(8)[None]
-    expected, found = whole(ids).last_hidden_state, small(ids).last_hidden_state
-    assert not torch.equal(found, expected)
-    assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.95
+    expected, actual = full(ids).last_hidden_state, quantised(ids).last_hidden_state
+    assert not torch.equal(actual, expected)
+    assert torch.nn.functional.cosine_similarity(actual, expected, dim=-1).min() > 0.95
 
 
-# Which FLUX.2 it is
+# Recognising the release
 
 
 @pytest.mark.parametrize("config", [tiny_flux_2.DEV, tiny_flux_2.KLEIN_4B, tiny_flux_2.KLEIN_9B])
-def test_a_release_is_recognised_by_its_sizes_and_checked_against_the_option(config: Any) -> None:
-    found = recognise_release(config, None, "a.safetensors")
+def test_a_release_is_recognised_by_its_sizes_and_checked_against_model_version(config: Any) -> None:
+    release = recognise_release(config, None, "a.safetensors")
     sizes = [tiny_flux_2.DEV, tiny_flux_2.KLEIN_4B, tiny_flux_2.KLEIN_9B]
-    assert found is (DEV, KLEIN_4B, KLEIN_9B)[sizes.index(config)] and found.text_width == config.text_width
+    assert release is (DEV, KLEIN_4B, KLEIN_9B)[sizes.index(config)] and release.text_width == config.text_width
     for version in VERSIONS:
-        if version.replace("base-", "") == found.name:
-            assert recognise_release(config, version, "a.safetensors") is found
+        if version.replace("base-", "") == release.name:
+            assert recognise_release(config, version, "a.safetensors") is release
             continue
-        message = f"--model_version is {version}, but a.safetensors is the transformer of {found.title}, with text feat"
+        message = (
+            f"--model_version is {version}, but a.safetensors is the transformer of {release.title}, with text feat"
+        )
         with pytest.raises(UserError, match=message):
             recognise_release(config, version, "a.safetensors")
 
 
-def test_a_klein_of_another_size_is_what_the_option_says() -> None:
+def test_model_version_decides_for_a_klein_of_unknown_size() -> None:
     assert recognise_release(tiny_flux_2.CONFIG, "klein-base-9b", "a") is KLEIN_9B
     with pytest.raises(UserError, match=r"--model_version is dev, but a is the transformer of FLUX\.2 klein 4B"):
         recognise_release(tiny_flux_2.CONFIG, "dev", "a")
@@ -205,7 +207,7 @@ def test_a_klein_of_another_size_is_what_the_option_says() -> None:
         (4096, True, "dev", "has width 4096, which is for FLUX.2 klein 9B, but --model_version dev needs width 5120"),
     ],
 )  # fmt: skip
-def test_a_text_encoder_without_a_denoiser_is_told_by_its_names_and_width(
+def test_a_text_encoder_alone_is_recognised_by_its_names_and_width(
     width: int, is_qwen3: bool, version: str | None, expected: Any
 ) -> None:
     shapes = {"model.embed_tokens.weight": (9, width)} | (
@@ -231,13 +233,15 @@ def test_a_text_encoder_without_a_denoiser_is_told_by_its_names_and_width(
         ("klein-base-4b", "flux-2-klein-4b.safetensors", False),
     ],
 )
-def test_a_distilled_klein_is_recognised_by_option_or_name(version: str | None, path: str, expected: bool) -> None:
+def test_a_distilled_klein_is_recognised_by_model_version_or_file_name(
+    version: str | None, path: str, expected: bool
+) -> None:
     assert is_distilled(KLEIN_4B, version, path, Path(path)) is expected
     assert is_distilled(DEV, version, path, Path(path)) is True
 
 
 @pytest.mark.parametrize("distilled", [False, True])
-def test_a_folder_says_whether_it_is_distilled(tmp_path: Path, distilled: bool) -> None:
+def test_a_distilled_folder_is_recognised_by_its_model_index(tmp_path: Path, distilled: bool) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"is_distilled": distilled}))
     assert is_distilled(KLEIN_9B, None, "klein", tmp_path) is distilled
     assert is_distilled(KLEIN_9B, "klein-9b", "klein", tmp_path) is True
@@ -247,7 +251,7 @@ def test_a_folder_says_whether_it_is_distilled(tmp_path: Path, distilled: bool) 
     ("version", "steps", "scale", "guidance", "warns"),
     [("klein-4b", 4, 1.0, None, True), ("klein-base-4b", 50, 4.0, None, False), ("dev", 50, 1.0, 4.0, True)],
 )
-def test_a_distilled_model_without_a_training_adapter_is_warned_of_once(
+def test_a_distilled_model_without_a_training_adapter_is_warned_about_once(
     request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture, version: str, steps: int, scale: float,
     guidance: float | None, warns: bool,
 ) -> None:  # fmt: skip

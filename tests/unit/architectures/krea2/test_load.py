@@ -1,4 +1,4 @@
-"""Every form of a Krea 2 model loads alike, and files that make none are refused with what they are."""
+"""Krea 2 models load alike in every layout; other files are refused with what they are."""
 
 import json
 import re
@@ -33,29 +33,29 @@ def options_of(arguments: list[str]) -> Krea2Options:
     return Krea2Options.from_args(setup_parser().parse_args(arguments))
 
 
-def opened(arguments: list[str]) -> DitLoader:
+def open_tiny(arguments: list[str]) -> DitLoader:
     return open_loader(options_of(arguments))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["whole", "diffusers"])
 def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path, layout: Any) -> None:
-    assert_same_models(opened(build_tiny_krea2(tmp_path, 3, layout)), opened(tiny))
+    assert_same_models(open_tiny(build_tiny_krea2(tmp_path, 3, layout)), open_tiny(tiny))
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("is_diffusers", [False, True], ids=["original", "diffusers"])
-def test_a_single_file_has_either_layout_and_either_prefix(
+def test_a_single_file_may_have_either_layout_and_either_prefix(
     tiny: list[str], tmp_path: Path, prefix: str, is_diffusers: bool
 ) -> None:
     state = load_file(tiny[1])
     state = diffusers_state(state) if is_diffusers else state
     save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "other.safetensors")
-    for more in ([], ["--mixed_precision", "bf16"]):  # the modulation is reshaped, and converted too
-        found = opened([BASE, str(tmp_path / "other.safetensors"), *tiny[2:], *more]).denoiser().state_dict()
-        expected = opened([*tiny, *more]).denoiser().state_dict()
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    for more in ([], ["--mixed_precision", "bf16"]):  # the modulation is reshaped and also cast
+        actual = open_tiny([BASE, str(tmp_path / "other.safetensors"), *tiny[2:], *more]).denoiser().state_dict()
+        expected = open_tiny([*tiny, *more]).denoiser().state_dict()
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(
@@ -77,29 +77,29 @@ def test_a_single_file_has_either_layout_and_either_prefix(
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_file_that_does_not_fit_is_named(
+def test_an_incompatible_file_is_refused_with_the_reason(
     tiny: list[str], tmp_path: Path, flag: str, changes: dict[str, torch.Tensor | None], message: str
 ) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        opened(with_changes(tiny, flag, tmp_path, changes))
+        open_tiny(with_changes(tiny, flag, tmp_path, changes))
 
 
 def test_a_shallow_text_encoder_is_refused(tiny: list[str], tmp_path: Path) -> None:
     state = {k: v for k, v in load_file(tiny[5]).items() if not re.search(r"language_model\.layers\.3\d\.", k)}
     save_file(state, tmp_path / "shallow.safetensors")
     with pytest.raises(UserError, match=r"shallow\.safetensors has 30 layers, but the first 35 are used"):
-        opened([*tiny[:5], str(tmp_path / "shallow.safetensors")])
+        open_tiny([*tiny[:5], str(tmp_path / "shallow.safetensors")])
 
 
 def test_the_text_encoder_may_be_kept_in_8_bits(tiny: list[str]) -> None:
-    (whole,), (small,) = opened(tiny).text_encoders(), opened([*tiny, "--fp8_text_encoder"]).text_encoders()
+    (full,), (quantised,) = open_tiny(tiny).text_encoders(), open_tiny([*tiny, "--fp8_text_encoder"]).text_encoders()
     ids = torch.arange(8)[None]
-    expected, found = (encode_layers(encoder, ids, torch.ones_like(ids), LAYERS[:3]) for encoder in (whole, small))
-    assert not torch.equal(found, expected)  # later layers of a model this narrow multiply what is rounded
-    assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.97
+    expected, actual = (encode_layers(encoder, ids, torch.ones_like(ids), LAYERS[:3]) for encoder in (full, quantised))
+    assert not torch.equal(actual, expected)  # later layers of so narrow a model amplify the rounding error
+    assert torch.nn.functional.cosine_similarity(actual, expected, dim=-1).min() > 0.97
 
 
-# Which Krea 2 it is
+# Recognising Turbo
 
 
 @pytest.mark.parametrize(
@@ -114,18 +114,20 @@ def test_the_text_encoder_may_be_kept_in_8_bits(tiny: list[str]) -> None:
         ("raw", "krea2_turbo.safetensors", False),
     ],
 )
-def test_turbo_is_recognised_by_option_or_name(variant: str | None, path: str, expected: bool) -> None:
+def test_turbo_is_recognised_by_dit_variant_or_file_name(variant: str | None, path: str, expected: bool) -> None:
     assert is_turbo(variant, path, Path(path)) is expected
 
 
-def test_a_folder_says_whether_it_is_distilled(tmp_path: Path) -> None:
+def test_a_distilled_folder_is_recognised_by_its_model_index(tmp_path: Path) -> None:
     (tmp_path / "turbo").mkdir()
     for is_distilled in (True, False):
         (tmp_path / "turbo" / "model_index.json").write_text(json.dumps({"is_distilled": is_distilled}))
         assert is_turbo(None, str(tmp_path / "turbo"), tmp_path / "turbo") is is_distilled
 
 
-def test_turbo_without_a_training_adapter_is_warned_of_once(tiny: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_turbo_without_a_training_adapter_is_warned_about_once(
+    tiny: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     for variant in ("turbo", "raw"):
         build(options_of([*tiny, "--dit_variant", variant]))
     assert caplog.text.count("is Krea 2 Turbo, which is distilled") == 1
@@ -137,12 +139,12 @@ def test_turbo_without_a_training_adapter_is_warned_of_once(tiny: list[str], cap
 # Turbo for previews
 
 
-def test_turbo_is_opened_for_previews(tiny: list[str], tmp_path: Path) -> None:
+def test_turbo_dit_is_loaded_for_previews(tiny: list[str], tmp_path: Path) -> None:
     turbo = build_tiny_krea2(tmp_path, 8, name="turbo")
     preview = build(options_of([*tiny, "--turbo_dit", turbo[1]])).preview
     assert preview.load_denoiser is not None and (preview.defaults.num_steps, preview.defaults.scale) == (8, 1.0)
-    found, expected = preview.load_denoiser(None).state_dict(), opened(turbo).denoiser().state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    actual, expected = preview.load_denoiser(None).state_dict(), open_tiny(turbo).denoiser().state_dict()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
     assert build(options_of(tiny)).preview.load_denoiser is None
 
 
@@ -157,7 +159,7 @@ def test_turbo_is_opened_for_previews(tiny: list[str], tmp_path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_turbo_that_cannot_stand_in_is_refused(
+def test_a_turbo_dit_that_cannot_replace_the_base_is_refused(
     tiny: list[str], tmp_path: Path, changes: dict[str, Any], more: list[str], message: str
 ) -> None:
     turbo = build_tiny_krea2(tmp_path, 8, name="turbo")

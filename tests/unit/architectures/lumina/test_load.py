@@ -1,4 +1,4 @@
-"""Files that make no Lumina Image 2.0 model are refused with what they are and what to do."""
+"""Lumina Image 2.0 models load alike in every layout; other files are refused with what they are and what to do."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return build_tiny_lumina(tmp_path_factory.mktemp("lumina"), 3)
 
 
-def opened(arguments: list[str]) -> DitLoader:
+def open_tiny(arguments: list[str]) -> DitLoader:
     return open_loader(LuminaOptions.from_args(setup_parser().parse_args(arguments)))
 
 
@@ -60,58 +60,58 @@ def opened(arguments: list[str]) -> DitLoader:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_file_that_does_not_fit_is_named(
+def test_an_incompatible_file_is_refused_with_the_reason(
     tiny: list[str], tmp_path: Path, flag: str, changes: dict[str, torch.Tensor | None], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        opened(with_changes(tiny, flag, tmp_path, changes))
+        open_tiny(with_changes(tiny, flag, tmp_path, changes))
 
 
 @pytest.mark.parametrize("flag", ["--ae", "--gemma2"])
-def test_a_missing_part_is_asked_for_by_its_flag(tiny: list[str], flag: str) -> None:
-    place = tiny.index(flag)
+def test_the_error_for_a_missing_part_names_its_flag(tiny: list[str], flag: str) -> None:
+    index = tiny.index(flag)
     with pytest.raises(ValueError, match=f"{flag} is missing"):
-        opened(tiny[:place] + tiny[place + 2 :])
+        open_tiny(tiny[:index] + tiny[index + 2 :])
 
 
 @pytest.mark.parametrize("part", ["denoiser", "text_encoders"])
-def test_a_weight_that_lacks_is_noticed_when_the_model_is_loaded(tiny: list[str], tmp_path: Path, part: str) -> None:
+def test_a_missing_weight_is_reported_when_the_model_is_loaded(tiny: list[str], tmp_path: Path, part: str) -> None:
     flag, name = {
         "denoiser": (BASE, "layers.1.feed_forward.w2.weight"),
         "text_encoders": ("--gemma2", "model.layers.1.mlp.up_proj.weight"),
     }[part]
-    loader = opened(with_changes(tiny, flag, tmp_path, {name: None}))
+    loader = open_tiny(with_changes(tiny, flag, tmp_path, {name: None}))
     with pytest.raises(ValueError, match=f"is incomplete: 1 of the .* {name.removeprefix('model.')}"):
         getattr(loader, part)()
 
 
 def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path) -> None:
-    expected = opened(tiny)
+    expected = open_tiny(tiny)
     for layout in ("whole", "diffusers"):
-        found = opened(build_tiny_lumina(tmp_path / layout, 3, layout))  # type: ignore[arg-type]
-        assert_same_models(found, expected)
+        actual = open_tiny(build_tiny_lumina(tmp_path / layout, 3, layout))  # type: ignore[arg-type]
+        assert_same_models(actual, expected)
 
 
 def test_parts_of_a_folder_can_be_replaced_by_files(tiny: list[str], tmp_path: Path) -> None:
     folder = build_tiny_lumina(tmp_path / "folder", 4, "diffusers")
     for name in ("vae", "text_encoder"):
         shutil.rmtree(tmp_path / "folder" / name)
-    loader = opened([*folder, *tiny[tiny.index("--ae") :]])
-    expected = opened(tiny).text_encoders()[0].state_dict()
+    loader = open_tiny([*folder, *tiny[tiny.index("--ae") :]])
+    expected = open_tiny(tiny).text_encoders()[0].state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loader.text_encoders()[0].state_dict().items())
 
 
-def test_a_folder_of_another_encoder_is_refused(tiny: list[str], tmp_path: Path) -> None:
+def test_a_folder_of_another_text_encoder_is_refused(tiny: list[str], tmp_path: Path) -> None:
     build_tiny_lumina(tmp_path / "folder", 4, "diffusers")
     config = tmp_path / "folder" / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "gemma3_text"}))
-    place = tiny.index("--gemma2") + 1
+    index = tiny.index("--gemma2") + 1
     with pytest.raises(ValueError, match=r"^--gemma2 .* config.json names model_type 'gemma3_text'"):
-        opened([*tiny[:place], str(config.parent)])
+        open_tiny([*tiny[:index], str(config.parent)])
 
 
-def test_models_come_in_the_precision_of_the_run_and_frozen(tiny: list[str]) -> None:
-    loader = opened([*tiny, "--mixed_precision", "bf16", "--no_half_vae"])
+def test_models_are_loaded_frozen_and_in_the_precision_of_the_run(tiny: list[str]) -> None:
+    loader = open_tiny([*tiny, "--mixed_precision", "bf16", "--no_half_vae"])
     assert {p.dtype for p in loader.denoiser().parameters()} == {torch.bfloat16}
     assert {p.dtype for p in loader.vae().parameters()} == {torch.float32}
     (gemma,) = loader.text_encoders()

@@ -1,4 +1,4 @@
-"""Captions of Lumina Image 2.0: what Gemma reads, and which of its states the denoiser listens to."""
+"""Captions of Lumina Image 2.0: the tokens that Gemma reads and the hidden states that the denoiser receives."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from library.architectures.lumina.gemma import find_gemma_tokenizer, load_gemma_
 from library.architectures.lumina.text import LuminaText
 from tests.tiny.lumina import build_tiny_lumina
 from tests.tolerances import EXACT, FLOAT32_SAME_MATH
-from tests.unit.architectures.lumina.test_load import opened
+from tests.unit.architectures.lumina.test_load import open_tiny
 
 BEGIN, PADDING = 2, 0
 
@@ -28,52 +28,55 @@ def text(tiny: list[str]) -> LuminaText:
     return LuminaText(tokenizer, num_tokens=20)
 
 
-def test_a_caption_stands_behind_the_begin_token_and_before_padding(text: LuminaText) -> None:
+def test_a_caption_follows_the_begin_token_and_precedes_padding(text: LuminaText) -> None:
     ids, mask = (tensor[:, 0] for tensor in text.tokenize(["red cat", "", "dog" * 40]).ids_BLT)
     assert ids.shape == mask.shape == (3, 24)  # a multiple of 8; the caption ends at 20
-    words = text.tokenize_caption("red cat")
-    assert ids[0].tolist() == [BEGIN, *words, *[PADDING] * (23 - len(words))]
-    assert mask.sum(1).tolist() == [1 + len(words), 1, 20]
-    assert text.count_tokens("red cat") == len(words)
+    caption_ids = text.tokenize_caption("red cat")
+    assert ids[0].tolist() == [BEGIN, *caption_ids, *[PADDING] * (23 - len(caption_ids))]
+    assert mask.sum(1).tolist() == [1 + len(caption_ids), 1, 20]
+    assert text.count_tokens("red cat") == len(caption_ids)
     assert ids[2, :20].tolist() == [BEGIN, *text.tokenize_caption("dog" * 40)[:19]] and not mask[2, 20:].any()
 
 
-def test_the_instruction_stands_before_captions_that_say_something(text: LuminaText) -> None:
-    told = replace(text, system_prompt="be good", num_tokens=64)
-    assert told.with_instruction("a cat") == "be good <Prompt Start> a cat"
-    assert told.with_instruction("") == ""
-    (ids, _), (plain, _) = told.tokenize(["a cat"]).ids_BLT, replace(text, num_tokens=64).tokenize(["a cat"]).ids_BLT
+def test_the_system_prompt_precedes_captions_that_are_not_empty(text: LuminaText) -> None:
+    instructed = replace(text, system_prompt="be good", num_tokens=64)
+    assert instructed.with_instruction("a cat") == "be good <Prompt Start> a cat"
+    assert instructed.with_instruction("") == ""
+    (ids, _), (plain, _) = (
+        instructed.tokenize(["a cat"]).ids_BLT,
+        replace(text, num_tokens=64).tokenize(["a cat"]).ids_BLT,
+    )
     assert not torch.equal(ids, plain)
-    assert told.count_tokens("a cat") == text.count_tokens("be good <Prompt Start> a cat")
-    for one, other in zip(
-        told.tokenize([""]).ids_BLT, replace(text, num_tokens=64).tokenize([""]).ids_BLT, strict=True
+    assert instructed.count_tokens("a cat") == text.count_tokens("be good <Prompt Start> a cat")
+    for actual, expected in zip(
+        instructed.tokenize([""]).ids_BLT, replace(text, num_tokens=64).tokenize([""]).ids_BLT, strict=True
     ):
-        assert torch.equal(one, other)
+        assert torch.equal(actual, expected)
 
 
-def test_the_denoiser_gets_what_goes_into_the_last_layer(tiny: list[str], text: LuminaText) -> None:
-    (encoder,) = opened(tiny).text_encoders()
+def test_the_denoiser_gets_the_input_of_the_last_layer(tiny: list[str], text: LuminaText) -> None:
+    (encoder,) = open_tiny(tiny).text_encoders()
     seen: list[torch.Tensor] = []
     last = encoder.layers[-1]  # type: ignore[index]
     handle = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    found = text.encode([encoder], text.tokenize(["red cat", "a dog"]))
+    features = text.encode([encoder], text.tokenize(["red cat", "a dog"]))
     handle.remove()
-    torch.testing.assert_close(found["hidden_state"], seen[0], **EXACT)
-    assert found["hidden_state"].shape == (2, 24, 32)
+    torch.testing.assert_close(features["hidden_state"], seen[0], **EXACT)
+    assert features["hidden_state"].shape == (2, 24, 32)
 
 
-def test_gemma_caps_its_attention_logits_whatever_transformers_defaults_to(
+def test_gemma_caps_its_attention_logits_whatever_the_default_of_transformers(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import Gemma2Model
 
     monkeypatch.setattr(Gemma2Model, "_supports_sdpa", True)  # as up to 5.0; sdpa does not cap
-    (encoder,) = opened(tiny).text_encoders()
+    (encoder,) = open_tiny(tiny).text_encoders()
     assert encoder.config._attn_implementation == "eager"  # type: ignore[union-attr]
 
 
 def test_padding_does_not_change_the_states_of_a_caption(tiny: list[str], text: LuminaText) -> None:
-    (encoder,) = opened(tiny).text_encoders()
+    (encoder,) = open_tiny(tiny).text_encoders()
     few, many = replace(text, num_tokens=8), replace(text, num_tokens=40)
     short, long = (kind.encode([encoder], kind.tokenize(["red cat"])) for kind in (few, many))
     num = int(short["attention_mask"].sum())
@@ -91,26 +94,26 @@ def test_the_tokenizer_is_found_where_sd_scripts_keeps_it(
         find_gemma_tokenizer([tmp_path / "tokenizer"], str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"and give --tokenizer_cache_dir <folder>$"):
         find_gemma_tokenizer([tmp_path / "tokenizer"], None)
-    place = tmp_path / "cache" / "models--google--gemma-2-2b" / "snapshots" / "0123"
-    place.mkdir(parents=True)
-    (place / "tokenizer.json").write_text("{}")
-    assert find_gemma_tokenizer([tmp_path / "tokenizer"], str(tmp_path / "cache")) == place / "tokenizer.json"
+    snapshot = tmp_path / "cache" / "models--google--gemma-2-2b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.json").write_text("{}")
+    assert find_gemma_tokenizer([tmp_path / "tokenizer"], str(tmp_path / "cache")) == snapshot / "tokenizer.json"
 
 
-def test_a_downloaded_tokenizer_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def test_a_downloaded_tokenizer_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[str] = []
 
-    def second_gives(name: str, patterns: Sequence[str]) -> Path:
-        asked.append(name)
+    def succeed_on_the_second(name: str, patterns: Sequence[str]) -> Path:
+        requests.append(name)
         if name != "google/gemma-2-2b":
             raise ConnectionError("gone")
         (tmp_path / "hub").mkdir(exist_ok=True)
         (tmp_path / "hub" / "tokenizer.json").write_text("{}")
         return tmp_path / "hub"
 
-    monkeypatch.setattr(gemma, "fetch_snapshot", second_gives)
+    monkeypatch.setattr(gemma, "fetch_snapshot", succeed_on_the_second)
     cache = tmp_path / "cache"
     assert find_gemma_tokenizer([tmp_path / "none"], str(cache)) == tmp_path / "hub" / "tokenizer.json"
-    assert asked == ["Alpha-VLLM/Lumina-Image-2.0", "google/gemma-2-2b"]
-    kept = find_gemma_tokenizer([tmp_path / "none"], str(cache))
-    assert kept == cache / "Alpha-VLLM_Lumina-Image-2.0" / "tokenizer.json" and len(asked) == 2
+    assert requests == ["Alpha-VLLM/Lumina-Image-2.0", "google/gemma-2-2b"]
+    cached = find_gemma_tokenizer([tmp_path / "none"], str(cache))
+    assert cached == cache / "Alpha-VLLM_Lumina-Image-2.0" / "tokenizer.json" and len(requests) == 2

@@ -1,4 +1,4 @@
-"""Every form of a Qwen-Image 2.1 model loads alike, and files that make none are refused with what they are."""
+"""Qwen-Image 2.1 models load alike in every layout; other files are refused with what they are."""
 
 import re
 import shutil
@@ -32,25 +32,27 @@ def options_of(arguments: list[str]) -> QwenImage21Options:
     return QwenImage21Options.from_args(setup_parser().parse_args(arguments))
 
 
-def opened(arguments: list[str]) -> DitLoader:
+def open_tiny(arguments: list[str]) -> DitLoader:
     return open_loader(options_of(arguments))
 
 
 @pytest.mark.parametrize("layout", first_is_fast(["whole", "diffusers"]))
 def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path, layout: Any) -> None:
-    """In one file the two gate layers are fused and the VAE has ComfyUI's names."""
-    found = opened(build_tiny_qwen_image_21(tmp_path, 3, layout))
-    assert len(found.text_encoders()) == 2  # the vision model too
-    assert_same_models(found, opened(tiny))
+    """A single file fuses the two gate layers and uses ComfyUI's names for the VAE."""
+    actual = open_tiny(build_tiny_qwen_image_21(tmp_path, 3, layout))
+    assert len(actual.text_encoders()) == 2  # the vision model too
+    assert_same_models(actual, open_tiny(tiny))
 
 
-def test_the_vae_has_the_names_of_comfyui_in_a_file_of_its_own(tiny: list[str], tmp_path: Path) -> None:
+def test_a_separate_vae_file_may_have_the_names_of_comfyui(tiny: list[str], tmp_path: Path) -> None:
     state = comfy_vae(load_file(tiny[3]))
     assert "decoder.upsamples.0.upsamples.2.resample.1.weight" in state
     assert "encoder.downsamples.1.downsamples.1.time_conv.weight" in state
     assert "encoder.middle.0.residual.0.gamma" in state and "conv2.weight" in state
     save_file(state, tmp_path / "vae.safetensors")
-    assert_same_models(opened([*without(tiny, "--vae"), "--vae", str(tmp_path / "vae.safetensors")]), opened(tiny))
+    assert_same_models(
+        open_tiny([*without(tiny, "--vae"), "--vae", str(tmp_path / "vae.safetensors")]), open_tiny(tiny)
+    )
 
 
 @pytest.mark.parametrize("prefix", first_is_fast(["model.diffusion_model.", ""]))
@@ -61,13 +63,11 @@ def test_a_single_file_may_have_fused_gates_and_a_prefix(
     state = load_file(tiny[1])
     state = with_fused_gates(state) if is_fused else state
     save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "other.safetensors")
-    assert_same_models(opened([BASE, str(tmp_path / "other.safetensors"), *tiny[2:]]), opened(tiny))
+    assert_same_models(open_tiny([BASE, str(tmp_path / "other.safetensors"), *tiny[2:]]), open_tiny(tiny))
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["one scale", "a scale per row"])
-def test_8_bit_files_with_fused_gates_load_with_their_scales_and_keep_their_codes(
-    tiny: list[str], tmp_path: Path, per_row: bool
-) -> None:
+def test_fp8_files_with_fused_gates_keep_their_codes_and_scales(tiny: list[str], tmp_path: Path, per_row: bool) -> None:
     state = with_fused_gates(load_file(tiny[1]))
     name = "transformer_blocks.0.img_mlp.gate_up"
     weight = state[f"{name}.weight"]
@@ -75,7 +75,7 @@ def test_8_bit_files_with_fused_gates_load_with_their_scales_and_keep_their_code
     codes = (weight / scale).to(torch.float8_e4m3fn)
     more = {f"{name}.weight": codes, f"{name}.scale_weight": scale, "scaled_fp8": torch.zeros(2)}
     save_file({**state, **more}, tmp_path / "fp8.safetensors")
-    loader = opened([BASE, str(tmp_path / "fp8.safetensors"), *tiny[2:]])
+    loader = open_tiny([BASE, str(tmp_path / "fp8.safetensors"), *tiny[2:]])
     mlp: Any = loader.denoiser().get_submodule("transformer_blocks.0.img_mlp")
     gate, value = (codes.float() * scale).chunk(2)
     torch.testing.assert_close(mlp.gate_layer.weight, gate, rtol=1e-6, atol=0)
@@ -109,14 +109,14 @@ def test_8_bit_files_with_fused_gates_load_with_their_scales_and_keep_their_code
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_file_that_does_not_fit_is_named(
+def test_an_incompatible_file_is_refused_with_the_reason(
     tiny: list[str], tmp_path: Path, flag: str, changes: dict[str, torch.Tensor | None], message: str
 ) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        opened(with_changes(tiny, flag, tmp_path, changes)).text_encoders()
+        open_tiny(with_changes(tiny, flag, tmp_path, changes)).text_encoders()
 
 
-def test_a_text_encoder_without_its_vision_model_reads_captions_but_no_references(
+def test_a_text_encoder_without_its_vision_model_encodes_captions_but_not_references(
     tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     changes = {name: None for name in load_file(tiny[5]) if ".visual." in name}
@@ -126,14 +126,14 @@ def test_a_text_encoder_without_its_vision_model_reads_captions_but_no_reference
     encoders = arch.load.text_encoders()
     assert "has no vision model" in caplog.text and len(encoders) == 1
     arch.text.encode(encoders, arch.text.tokenize(["a cat"]))
-    seen = CaptionWithImages("a cat", "digest", lambda: (torch.zeros(3, 32, 32),))
+    with_images = CaptionWithImages("a cat", "digest", lambda: (torch.zeros(3, 32, 32),))
     with pytest.raises(UserError, match="--text_encoder has no vision model, which reference images require; use"):
-        arch.text.encode(encoders, arch.text.tokenize([seen]))
+        arch.text.encode(encoders, arch.text.tokenize([with_images]))
 
 
 def test_the_language_model_may_be_kept_in_8_bits(tiny: list[str]) -> None:
-    (whole, _), (small, _) = (opened([*tiny, *more]).text_encoders() for more in ([], ["--fp8_vl"]))
+    (full, _), (quantised, _) = (open_tiny([*tiny, *more]).text_encoders() for more in ([], ["--fp8_vl"]))
     ids = torch.arange(8)[None]
-    expected, found = whole(ids).last_hidden_state, small(ids).last_hidden_state
-    assert not torch.equal(found, expected)
-    assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.95
+    expected, actual = full(ids).last_hidden_state, quantised(ids).last_hidden_state
+    assert not torch.equal(actual, expected)
+    assert torch.nn.functional.cosine_similarity(actual, expected, dim=-1).min() > 0.95

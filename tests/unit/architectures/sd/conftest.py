@@ -16,9 +16,9 @@ Open = Callable[..., Architecture]
 
 @pytest.fixture
 def open_sd() -> Open:
-    """open_sd(path, vae=..., mixed_precision=..., xformers=True): the architecture of a checkpoint."""
+    """Return a function that builds the architecture of a checkpoint: open_sd(path, vae=..., mixed_precision=...)."""
 
-    def opened(path: Path | str | None, mixed_precision: str = "no", xformers: bool = False, **model: object):
+    def build_arch(path: Path | str | None, mixed_precision: str = "no", xformers: bool = False, **model: object):
         return build(
             TrainOptions(
                 model=ModelOptions(pretrained_model_name_or_path=None if path is None else str(path), **model),
@@ -27,4 +27,4 @@ def open_sd() -> Open:
             )
         )
 
-    return opened
+    return build_arch

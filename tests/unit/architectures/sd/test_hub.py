@@ -1,4 +1,4 @@
-"""Models by the name of a hub repository, with a stand-in for the hub."""
+"""Models given as a repository name on the Hugging Face Hub, with a fake hub."""
 
 import fnmatch
 import shutil
@@ -11,7 +11,7 @@ from library.checkpoints.model_lookup import find_model
 
 
 class Hub:
-    """A repository: what is asked for is copied from `folder` into `snapshot`."""
+    """A fake repository that copies requested files from `folder` to `snapshot`."""
 
     def __init__(self, folder: Path, snapshot: Path) -> None:
         self.folder, self.snapshot = folder, snapshot
@@ -30,10 +30,10 @@ class Hub:
 @pytest.fixture
 def hub(tmp_path, monkeypatch, tiny_sd_folder) -> Hub:
     shutil.copytree(tiny_sd_folder, tmp_path / "repository")
-    made = Hub(tmp_path / "repository", tmp_path / "snapshot")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", made.download)
+    fake = Hub(tmp_path / "repository", tmp_path / "snapshot")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.download)
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda self, name, timeout: None)
-    return made
+    return fake
 
 
 def test_a_repository_loads_like_its_folder(hub, open_sd):
@@ -57,7 +57,7 @@ def test_only_one_format_of_the_weights_is_downloaded(hub, open_sd):
     }
 
 
-def test_a_repository_that_has_only_half_precision_is_taken(hub, open_sd):
+def test_a_repository_with_only_half_precision_weights_loads(hub, open_sd):
     for part, stem in (
         ("unet", "diffusion_pytorch_model"),
         ("vae", "diffusion_pytorch_model"),
@@ -68,7 +68,7 @@ def test_a_repository_that_has_only_half_precision_is_taken(hub, open_sd):
 
 
 @pytest.mark.parametrize("has_subfolder", [True, False])
-def test_a_vae_by_name_needs_nothing_else_of_its_repository(hub, open_sd, tiny_sd_folder, has_subfolder):
+def test_a_vae_by_name_downloads_nothing_else_of_its_repository(hub, open_sd, tiny_sd_folder, has_subfolder):
     if not has_subfolder:
         for file in (hub.folder / "vae").iterdir():
             shutil.copy(file, hub.folder / file.name)
@@ -77,7 +77,7 @@ def test_a_vae_by_name_needs_nothing_else_of_its_repository(hub, open_sd, tiny_s
     assert not any(path.startswith(("unet/", "text_encoder/")) for path in hub.got)
 
 
-def test_a_hub_that_refuses_names_the_flag_and_the_way_out(monkeypatch, tmp_path):
+def test_an_error_of_the_hub_names_the_flag_and_a_solution(monkeypatch, tmp_path):
     def refuse(self, name, timeout):
         raise OSError("no route to host")
 

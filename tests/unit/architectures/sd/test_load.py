@@ -1,4 +1,4 @@
-"""Checkpoints to modules: the same weights whatever the file, in the training dtype, without a detour."""
+"""Loading SD 1.x: every file format gives the same weights, in the training dtype and without extra copies."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from tests.tiny.sd import build_tiny_sd
 from tests.tolerances import FLOAT32_DEEP
 
 
-def outputs(arch: Architecture) -> dict[str, Tensor]:
+def compute_outputs(arch: Architecture) -> dict[str, Tensor]:
     """Return the outputs of each of the three models for fixed inputs."""
     generator = torch.Generator().manual_seed(31)
     pixels_BCHW = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
@@ -39,30 +39,30 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-def test_a_single_file_says_bit_for_bit_what_the_folder_says(open_sd, tiny_sd_folder, tiny_sd_file):
-    assert_same(outputs(open_sd(tiny_sd_file)), outputs(open_sd(tiny_sd_folder)))
+def test_a_single_file_matches_the_folder_bit_for_bit(open_sd, tiny_sd_folder, tiny_sd_file):
+    assert_same(compute_outputs(open_sd(tiny_sd_file)), compute_outputs(open_sd(tiny_sd_folder)))
 
 
-def test_a_ckpt_says_bit_for_bit_what_the_folder_says(open_sd, tiny_sd_folder, tmp_path):
-    assert_same(outputs(open_sd(build_tiny_sd(tmp_path, 11, "ckpt"))), outputs(open_sd(tiny_sd_folder)))
+def test_a_ckpt_matches_the_folder_bit_for_bit(open_sd, tiny_sd_folder, tmp_path):
+    assert_same(compute_outputs(open_sd(build_tiny_sd(tmp_path, 11, "ckpt"))), compute_outputs(open_sd(tiny_sd_folder)))
 
 
-def test_a_ckpt_of_torch_before_1_6_is_read(open_sd, tiny_sd_file, tmp_path):
+def test_a_ckpt_written_by_torch_before_1_6_loads(open_sd, tiny_sd_file, tmp_path):
     shutil.copytree(tiny_sd_file.parent / "tokenizer", tmp_path / "tokenizer")
     torch.save(load_file(tiny_sd_file), tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
-    assert_same(outputs(open_sd(tmp_path / "old.ckpt")), outputs(open_sd(tiny_sd_file)))
+    assert_same(compute_outputs(open_sd(tmp_path / "old.ckpt")), compute_outputs(open_sd(tiny_sd_file)))
 
 
-def test_a_prediction_is_of_the_size_of_its_target(open_sd, tiny_sd_folder):
-    found = outputs(open_sd(tiny_sd_folder))
-    assert 0.2 < found["prediction"].std() < 3
-    assert found["hidden_state"].shape == (2, 77, 32)
-    assert found["encoded"].shape == (2, 4, 8, 8)
-    assert found["decoded"].shape == (2, 3, 64, 64)
+def test_outputs_have_the_expected_shapes_and_scale(open_sd, tiny_sd_folder):
+    outputs = compute_outputs(open_sd(tiny_sd_folder))
+    assert 0.2 < outputs["prediction"].std() < 3
+    assert outputs["hidden_state"].shape == (2, 77, 32)
+    assert outputs["encoded"].shape == (2, 4, 8, 8)
+    assert outputs["decoded"].shape == (2, 3, 64, 64)
 
 
 @pytest.mark.parametrize("variant", first_is_fast(["fp16.safetensors", "bin", "sharded"]))
-def test_a_folder_is_read_in_every_format_of_its_weights(open_sd, tiny_sd_folder, tmp_path, variant):
+def test_a_folder_loads_with_every_format_of_its_weights(open_sd, tiny_sd_folder, tmp_path, variant):
     folder = tmp_path / "model"
     shutil.copytree(tiny_sd_folder, folder)
     for part, stem, pickled in (
@@ -84,18 +84,18 @@ def test_a_folder_is_read_in_every_format_of_its_weights(open_sd, tiny_sd_folder
             (folder / part / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         else:
             save_file(tensors, folder / part / f"{stem}.{variant}")
-    assert_same(outputs(open_sd(folder)), outputs(open_sd(tiny_sd_folder)))
+    assert_same(compute_outputs(open_sd(folder)), compute_outputs(open_sd(tiny_sd_folder)))
 
 
 def test_text_encoder_names_may_lack_text_model(open_sd, tiny_sd_file, tmp_path):
     shutil.copytree(tiny_sd_file.parent / "tokenizer", tmp_path / "tokenizer")
     tensors = {k.replace("transformer.text_model.", "transformer."): v for k, v in load_file(tiny_sd_file).items()}
     save_file(tensors, tmp_path / "short.safetensors")
-    assert_same(outputs(open_sd(tmp_path / "short.safetensors")), outputs(open_sd(tiny_sd_file)))
+    assert_same(compute_outputs(open_sd(tmp_path / "short.safetensors")), compute_outputs(open_sd(tiny_sd_file)))
 
 
-def test_averages_buffers_and_flat_vae_attention_change_nothing(open_sd, tiny_sd_file, tmp_path, caplog):
-    """Names that real checkpoints also have: EMA weights, the noise schedule, position ids, 2-D attention weights."""
+def test_ema_weights_buffers_and_2d_vae_attention_change_nothing(open_sd, tiny_sd_file, tmp_path, caplog):
+    """Real checkpoints also contain EMA weights, the noise schedule, position ids and 2-D attention weights."""
     shutil.copytree(tiny_sd_file.parent / "tokenizer", tmp_path / "tokenizer")
     tensors = load_file(tiny_sd_file)
     tensors = {k: v.squeeze() if ".attn_1." in k and v.ndim == 4 else v for k, v in tensors.items()}
@@ -104,11 +104,11 @@ def test_averages_buffers_and_flat_vae_attention_change_nothing(open_sd, tiny_sd
     tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None] + 5
     save_file(tensors, tmp_path / "extra.safetensors")
     with caplog.at_level(logging.WARNING):
-        assert_same(outputs(open_sd(tmp_path / "extra.safetensors")), outputs(open_sd(tiny_sd_file)))
+        assert_same(compute_outputs(open_sd(tmp_path / "extra.safetensors")), compute_outputs(open_sd(tiny_sd_file)))
     assert [r.message for r in caplog.records if "library" in r.name] == []
 
 
-def test_unknown_unet_weights_are_named(open_sd, tiny_sd_file, tmp_path, caplog):
+def test_unknown_unet_weights_are_warned_about_by_name(open_sd, tiny_sd_file, tmp_path, caplog):
     shutil.copytree(tiny_sd_file.parent / "tokenizer", tmp_path / "tokenizer")
     save_file(
         {**load_file(tiny_sd_file), "model.diffusion_model.new_gate.weight": torch.randn(2)}, tmp_path / "m.safetensors"
@@ -119,8 +119,8 @@ def test_unknown_unet_weights_are_named(open_sd, tiny_sd_file, tmp_path, caplog)
 
 
 @pytest.mark.parametrize("layout", first_is_fast(["ldm", "prefixed", "diffusers", "folder", "diffusers before 0.12"]))
-def test_another_vae_replaces_the_own_one(open_sd, tiny_sd_folder, tmp_path, layout):
-    """The VAE of a model with another seed, in each form that --vae takes."""
+def test_another_vae_replaces_that_of_the_checkpoint(open_sd, tiny_sd_folder, tmp_path, layout):
+    """Load the VAE of a model with another seed in each form that --vae accepts."""
     other = build_tiny_sd(tmp_path / "folder", 12)
     single = {k: v for k, v in load_file(build_tiny_sd(tmp_path / "file", 12, "safetensors")).items()}
     prefix = "first_stage_model."
@@ -140,12 +140,12 @@ def test_another_vae_replaces_the_own_one(open_sd, tiny_sd_folder, tmp_path, lay
                 tensors = {k.replace(f".{new}.", f".{name}."): v for k, v in tensors.items()}
             assert any(".proj_attn." in k for k in tensors)
         save_file(tensors, path)
-    found = open_sd(tiny_sd_folder, vae=str(path)).load.vae().state_dict()
-    wanted = open_sd(other).load.vae().state_dict()
-    own = open_sd(tiny_sd_folder).load.vae().state_dict()
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert not torch.equal(found["decoder.conv_in.weight"], own["decoder.conv_in.weight"])
+    actual = open_sd(tiny_sd_folder, vae=str(path)).load.vae().state_dict()
+    expected = open_sd(other).load.vae().state_dict()
+    original = open_sd(tiny_sd_folder).load.vae().state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert not torch.equal(actual["decoder.conv_in.weight"], original["decoder.conv_in.weight"])
 
 
 @pytest.mark.parametrize(
@@ -157,19 +157,19 @@ def test_another_vae_replaces_the_own_one(open_sd, tiny_sd_folder, tmp_path, lay
         ("bf16", True, torch.bfloat16, torch.float32),
     ],
 )
-def test_models_come_frozen_in_the_training_dtype(
+def test_models_are_loaded_frozen_and_in_the_training_dtype(
     open_sd, tiny_sd_file, mixed_precision, no_half_vae, dtype, vae_dtype
 ):
     load = open_sd(tiny_sd_file, mixed_precision, no_half_vae=no_half_vae).load
-    for model, wanted in ((load.denoiser(), dtype), (load.text_encoders()[0], dtype), (load.vae(), vae_dtype)):
-        assert {p.dtype for p in model.parameters()} == {wanted}
+    for model, expected in ((load.denoiser(), dtype), (load.text_encoders()[0], dtype), (load.vae(), vae_dtype)):
+        assert {p.dtype for p in model.parameters()} == {expected}
         assert not any(p.requires_grad for p in model.parameters())
         assert not any(m.training for m in model.modules())
         assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"cpu"}
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes that operations make on the CPU, and the draws of random numbers there."""
+    """A dispatch mode that counts the bytes allocated and the random numbers drawn on the CPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,21 +187,21 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("mixed_precision", "bytes_made"), [("no", 4), ("bf16", 4 + 2)])
-def test_loading_makes_each_weight_once_and_initialises_none(open_sd, tiny_sd_file, mixed_precision, bytes_made):
-    """From a float32 file each weight is read into place, or read and cast; kernels get their layout with the cast."""
+def test_loading_allocates_each_weight_once_and_initialises_none(open_sd, tiny_sd_file, mixed_precision, bytes_made):
+    """Float32 weights are read into place, or read and cast; convolution kernels change their layout in the cast."""
     load = open_sd(tiny_sd_file, mixed_precision).load
     for get in (load.denoiser, load.vae, lambda: load.text_encoders()[0]):
-        with Allocations() as made:
+        with Allocations() as allocations:
             model = get()
         weights = list(model.parameters())
-        wanted = bytes_made * sum(p.numel() for p in weights)
+        expected = bytes_made * sum(p.numel() for p in weights)
         if mixed_precision == "no":
-            wanted += 4 * sum(p.numel() for p in weights if p.ndim == 4)
-        assert made.num_draws == 0
-        assert wanted <= made.num_bytes <= wanted + 2048  # position ids and the like
+            expected += 4 * sum(p.numel() for p in weights if p.ndim == 4)
+        assert allocations.num_draws == 0
+        assert expected <= allocations.num_bytes <= expected + 2048  # position ids and the like
 
 
-def test_a_model_is_read_without_the_others(open_sd, tiny_sd_folder, tmp_path):
+def test_a_model_loads_without_reading_the_others(open_sd, tiny_sd_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_sd_folder, folder)
     load = open_sd(folder).load
@@ -211,7 +211,7 @@ def test_a_model_is_read_without_the_others(open_sd, tiny_sd_folder, tmp_path):
 
 
 def test_the_file_may_be_replaced_after_loading(open_sd, tmp_path):
-    """Weights are copies: a checkpoint that is overwritten during the run changes nothing."""
+    """Weights are copies, so overwriting the checkpoint during the run has no effect."""
     path = build_tiny_sd(tmp_path, 13, "safetensors")
     unet = open_sd(path).load.denoiser()
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
@@ -221,8 +221,8 @@ def test_the_file_may_be_replaced_after_loading(open_sd, tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in unet.state_dict().items())
 
 
-def test_a_file_that_changes_before_it_is_read_is_named(open_sd, tmp_path):
-    """Weights are read hours after the header, when latents were cached in between."""
+def test_a_file_that_changes_before_it_is_read_is_refused_by_name(open_sd, tmp_path):
+    """Weights may be read hours after the header if latents are cached in between."""
     path = build_tiny_sd(tmp_path, 13, "safetensors")
     load = open_sd(path).load
     build_tiny_sd(tmp_path, 14, "safetensors")
@@ -230,12 +230,12 @@ def test_a_file_that_changes_before_it_is_read_is_named(open_sd, tmp_path):
         load.denoiser()
 
 
-def test_text_positions_are_right_although_no_file_has_them(open_sd, tiny_sd_folder):
+def test_position_ids_are_right_although_no_file_has_them(open_sd, tiny_sd_folder):
     (encoder,) = open_sd(tiny_sd_folder).load.text_encoders()
     assert torch.equal(encoder.embeddings.position_ids, torch.arange(77)[None])
 
 
-def test_the_unet_gives_the_same_in_channels_last(open_sd, tiny_sd_folder):
+def test_the_unet_gives_the_same_output_in_channels_last(open_sd, tiny_sd_folder):
     arch = open_sd(tiny_sd_folder)
     unet = arch.load.denoiser()
     latents_BCHW = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(32))
@@ -246,7 +246,7 @@ def test_the_unet_gives_the_same_in_channels_last(open_sd, tiny_sd_folder):
     torch.testing.assert_close(plain, last, **FLOAT32_DEEP)
 
 
-def test_a_velocity_model_without_the_flag_is_pointed_out(open_sd, tiny_sd_folder, tmp_path, caplog):
+def test_a_v_prediction_model_without_the_flag_is_warned_about(open_sd, tiny_sd_folder, tmp_path, caplog):
     folder = tmp_path / "model"
     shutil.copytree(tiny_sd_folder, folder)
     (folder / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
@@ -255,13 +255,13 @@ def test_a_velocity_model_without_the_flag_is_pointed_out(open_sd, tiny_sd_folde
     assert "add --v_parameterization" in caplog.text
 
 
-def test_metadata_names_the_model(open_sd, tiny_sd_folder):
+def test_metadata_names_the_model_and_its_prediction_type(open_sd, tiny_sd_folder):
     plain, velocity = open_sd(tiny_sd_folder).metadata, open_sd(tiny_sd_folder, v_parameterization=True).metadata
     assert (plain["ss_base_model_version"], velocity["ss_base_model_version"]) == ("sd_v1", "sd_v1_v")
     assert (plain["modelspec.prediction_type"], velocity["modelspec.prediction_type"]) == ("epsilon", "v")
 
 
-def test_mem_eff_attn_says_what_is_used(tiny_sd_folder, caplog):
+def test_mem_eff_attn_reports_that_sdpa_is_used(tiny_sd_folder, caplog):
     from library.models.unet_loader import should_use_xformers
     from library.options.machine.memory import MemoryOptions
 
@@ -271,8 +271,8 @@ def test_mem_eff_attn_says_what_is_used(tiny_sd_folder, caplog):
 
 
 @pytest.mark.parametrize("xformers", [False, True])
-def test_every_attention_runs_in_torchs_own_kernel(open_sd, tiny_sd_folder, monkeypatch, caplog, xformers):
-    """Also where xformers is asked for and is not there, as front ends do by default."""
+def test_all_attention_layers_use_sdpa(open_sd, tiny_sd_folder, monkeypatch, caplog, xformers):
+    """Fall back to SDPA if --xformers is given but not installed; front ends set it by default."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     unet = open_sd(tiny_sd_folder, xformers=xformers).load.denoiser()
     assert ("the package xformers is not installed" in caplog.text) == xformers

@@ -1,4 +1,4 @@
-"""Files that are no SD 1.x checkpoint are refused with what they are and what to do."""
+"""Files that are not SD 1.x checkpoints are refused with what they are and what to do."""
 
 import json
 import re
@@ -31,7 +31,7 @@ OTHER_FILES = {
 
 
 @pytest.mark.parametrize("kind", OTHER_FILES)
-def test_other_files_are_called_what_they_are(open_sd, tmp_path, kind):
+def test_the_error_for_another_kind_of_file_says_what_it_is(open_sd, tmp_path, kind):
     names, message = OTHER_FILES[kind]
     save_file({name: torch.randn(2, 2) for name in names}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=re.escape(message)) as error:
@@ -39,20 +39,20 @@ def test_other_files_are_called_what_they_are(open_sd, tmp_path, kind):
     assert "--pretrained_model_name_or_path" in str(error.value) and "model.safetensors" in str(error.value)
 
 
-def changed(tiny_sd_file: Path, folder: Path, **changes: torch.Tensor | None) -> Path:
+def write_changed_copy(tiny_sd_file: Path, folder: Path, **changes: torch.Tensor | None) -> Path:
     tensors = {**load_file(tiny_sd_file), **changes}
     shutil.copytree(tiny_sd_file.parent / "tokenizer", folder / "tokenizer")
     save_file({k: v for k, v in tensors.items() if v is not None}, folder / "changed.safetensors")
     return folder / "changed.safetensors"
 
 
-def test_a_unet_for_wider_text_is_sd2(open_sd, tiny_sd_file, tmp_path):
+def test_a_unet_with_wider_cross_attention_is_recognised_as_sd2(open_sd, tiny_sd_file, tmp_path):
     name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     with pytest.raises(ValueError, match=r"SD 2.x checkpoint; add --v2"):
-        open_sd(changed(tiny_sd_file, tmp_path, **{name: torch.randn(16, 1024)}))
+        open_sd(write_changed_copy(tiny_sd_file, tmp_path, **{name: torch.randn(16, 1024)}))
 
 
-def test_v2_for_an_older_checkpoint_is_to_be_left_out(open_sd, tiny_sd_file, tiny_sd_folder):
+def test_v2_is_refused_for_an_sd1_checkpoint(open_sd, tiny_sd_file, tiny_sd_folder):
     with pytest.raises(ValueError, match=r"this is an SD 1.x checkpoint; remove --v2"):
         open_sd(tiny_sd_file, v2=True)
     with pytest.raises(ValueError, match=r"this is an SD 1.x model; remove --v2"):
@@ -66,53 +66,57 @@ def test_v2_for_an_older_checkpoint_is_to_be_left_out(open_sd, tiny_sd_file, tin
         (8, r"takes 8 input channels, but only 4 \(plain\) and 9 \(inpainting\)"),
     ],
 )
-def test_a_model_that_is_told_more_than_latents_is_refused(open_sd, tiny_sd_file, tmp_path, channels, message):
+def test_a_unet_with_extra_input_channels_is_refused(open_sd, tiny_sd_file, tmp_path, channels, message):
     name = "model.diffusion_model.input_blocks.0.0.weight"
-    path = changed(tiny_sd_file, tmp_path, **{name: torch.randn(16, channels, 3, 3)})
+    path = write_changed_copy(tiny_sd_file, tmp_path, **{name: torch.randn(16, channels, 3, 3)})
     with pytest.raises(ValueError, match=message):
         open_sd(path)
 
 
-def test_missing_weights_are_counted_and_named(open_sd, tiny_sd_file, tmp_path):
-    gone = [
+def test_missing_weights_are_reported_with_their_number_and_names(open_sd, tiny_sd_file, tmp_path):
+    dropped = [
         "model.diffusion_model.middle_block.0.in_layers.2.bias",
         "model.diffusion_model.out.2.bias",
         "model.diffusion_model.time_embed.2.weight",
     ]
-    load = open_sd(changed(tiny_sd_file, tmp_path, **dict.fromkeys(gone))).load
+    load = open_sd(write_changed_copy(tiny_sd_file, tmp_path, **dict.fromkeys(dropped))).load
     with pytest.raises(ValueError, match=r"incomplete: 3 of the \d+ weights of UNet2DConditionModel are missing") as e:
         load.denoiser()
     assert all(name in str(e.value) for name in ("time_embedding.linear_2.weight", "conv_out.bias"))
 
 
-def test_a_weight_of_another_shape_is_named_with_both_shapes(open_sd, tiny_sd_file, tmp_path):
-    load = open_sd(changed(tiny_sd_file, tmp_path, **{"model.diffusion_model.out.0.bias": torch.randn(5)})).load
+def test_a_weight_of_wrong_shape_is_reported_with_both_shapes(open_sd, tiny_sd_file, tmp_path):
+    load = open_sd(
+        write_changed_copy(tiny_sd_file, tmp_path, **{"model.diffusion_model.out.0.bias": torch.randn(5)})
+    ).load
     with pytest.raises(ValueError, match=r"conv_norm_out.bias has shape \(5,\) instead of \(16,\)"):
         load.denoiser()
 
 
-def test_a_checkpoint_without_vae_asks_for_one(open_sd, tiny_sd_file, tiny_sd_folder, tmp_path):
-    gone = {name: None for name in load_file(tiny_sd_file) if name.startswith("first_stage_model.")}
-    path = changed(tiny_sd_file, tmp_path, **gone)
+def test_the_error_for_a_checkpoint_without_a_vae_suggests_the_vae_flag(
+    open_sd, tiny_sd_file, tiny_sd_folder, tmp_path
+):
+    dropped = {name: None for name in load_file(tiny_sd_file) if name.startswith("first_stage_model.")}
+    path = write_changed_copy(tiny_sd_file, tmp_path, **dropped)
     with pytest.raises(ValueError, match=r"has no VAE .*; use --vae"):
         open_sd(path)
     assert open_sd(path, vae=str(tiny_sd_folder)).load.vae() is not None
 
 
 def test_a_checkpoint_without_text_encoder_is_refused(open_sd, tiny_sd_file, tmp_path):
-    gone = {name: None for name in load_file(tiny_sd_file) if name.startswith("cond_stage_model.")}
+    dropped = {name: None for name in load_file(tiny_sd_file) if name.startswith("cond_stage_model.")}
     with pytest.raises(ValueError, match="has a U-Net but no text encoder"):
-        open_sd(changed(tiny_sd_file, tmp_path, **gone))
+        open_sd(write_changed_copy(tiny_sd_file, tmp_path, **dropped))
 
 
-def test_a_truncated_file_is_named(open_sd, tiny_sd_file, tmp_path):
+def test_a_truncated_safetensors_file_is_refused_by_name(open_sd, tiny_sd_file, tmp_path):
     path = tmp_path / "half.safetensors"
     path.write_bytes(tiny_sd_file.read_bytes()[:500_000])
     with pytest.raises(ValueError, match=r"half.safetensors is not a complete safetensors file: it is truncated"):
         open_sd(path)
 
 
-def test_a_truncated_ckpt_is_named(open_sd, tmp_path):
+def test_a_truncated_ckpt_is_refused_by_name(open_sd, tmp_path):
     path = build_tiny_sd(tmp_path, 14, "ckpt")
     path.write_bytes(path.read_bytes()[:400_000])
     with pytest.raises(ValueError, match=r"--pretrained_model_name_or_path: .*tiny_sd.ckpt"):
@@ -129,13 +133,13 @@ def test_a_truncated_ckpt_is_named(open_sd, tmp_path):
         (b"PK\x03\x04" + bytes(range(200)), "cannot be read as a file of plain tensors"),
     ],
 )
-def test_what_downloads_leave_behind_is_recognised(open_sd, tmp_path, content, message):
+def test_leftovers_of_failed_downloads_are_recognised(open_sd, tmp_path, content, message):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(message)):
         open_sd(tmp_path / "model.safetensors")
 
 
-class Mischief:
+class MaliciousPickle:
     def __init__(self, target: Path) -> None:
         self.target = target
 
@@ -143,8 +147,8 @@ class Mischief:
         return Path.touch, (self.target,)
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(open_sd, tmp_path):
-    torch.save({"state_dict": {}, "callback": Mischief(tmp_path / "ran")}, tmp_path / "evil.ckpt")
+def test_a_pickle_with_code_is_refused_and_not_executed(open_sd, tmp_path):
+    torch.save({"state_dict": {}, "callback": MaliciousPickle(tmp_path / "ran")}, tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match=r"could run code; convert it to .safetensors"):
         open_sd(tmp_path / "evil.ckpt")
     assert not (tmp_path / "ran").exists()
@@ -158,19 +162,19 @@ def test_a_pickle_with_code_is_refused_and_not_run(open_sd, tmp_path):
         ("StableDiffusion3Pipeline", "this is an SD3 model; use sd3_train_network.py"),
     ],
 )
-def test_folders_of_other_models_are_called_what_they_are(open_sd, tiny_sd_folder, tmp_path, index, message):
+def test_the_error_for_the_folder_of_another_model_says_what_it_is(open_sd, tiny_sd_folder, tmp_path, index, message):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": index}))
     with pytest.raises(ValueError, match=message):
         open_sd(tmp_path)
 
 
-def test_a_folder_that_only_holds_checkpoints_points_at_the_file(open_sd, tmp_path):
+def test_the_error_for_a_folder_of_checkpoints_suggests_the_file(open_sd, tmp_path):
     (tmp_path / "anything.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"is not a diffusers folder: .* to use anything.safetensors in it, give"):
         open_sd(tmp_path)
 
 
-def test_a_folder_without_weights_says_which_file_it_expects(open_sd, tiny_sd_folder, tmp_path):
+def test_the_error_for_a_folder_without_weights_names_the_expected_file(open_sd, tiny_sd_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_sd_folder, folder)
     (folder / "text_encoder" / "model.safetensors").unlink()
@@ -178,12 +182,12 @@ def test_a_folder_without_weights_says_which_file_it_expects(open_sd, tiny_sd_fo
         open_sd(folder)
 
 
-def test_a_mistyped_path_gets_the_nearest_name(open_sd, tiny_sd_file):
+def test_the_error_for_a_mistyped_path_suggests_the_nearest_name(open_sd, tiny_sd_file):
     with pytest.raises(ValueError, match=r"does not exist; did you mean .*tiny_sd.safetensors\?"):
         open_sd(tiny_sd_file.with_name("tinysd.safetensors"))
 
 
-def test_no_model_at_all_names_the_flag(open_sd):
+def test_the_error_for_a_missing_model_names_the_flag(open_sd):
     with pytest.raises(ValueError, match="--pretrained_model_name_or_path is missing"):
         open_sd(None)
 
@@ -197,7 +201,7 @@ def test_a_vae_with_16_channels_is_refused(open_sd, tiny_sd_file, tmp_path):
         open_sd(tiny_sd_file, vae=str(tmp_path / "ae.safetensors"))
 
 
-def test_a_file_without_decoder_is_no_vae(open_sd, tiny_sd_file, tmp_path):
+def test_a_file_without_a_decoder_is_refused_as_vae(open_sd, tiny_sd_file, tmp_path):
     save_file({"thing": torch.randn(2)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"--vae .* is not a VAE for SD 1\.x: .*first names: thing"):
         open_sd(tiny_sd_file, vae=str(tmp_path / "x.safetensors"))

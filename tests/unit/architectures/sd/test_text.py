@@ -1,4 +1,4 @@
-"""Captions to token ids and on to the text encoder."""
+"""SD 1.x captions: token ids, text encoder states and where the tokenizer is found."""
 
 import shutil
 
@@ -9,7 +9,7 @@ from library.models import tokenizer_files
 from library.models.clip.tokenizer import TOKENIZER, load_tokenizer
 
 
-def test_a_caption_is_wrapped_and_filled_with_the_end_token(open_sd, tiny_sd_folder):
+def test_a_caption_is_wrapped_and_padded_with_the_end_token(open_sd, tiny_sd_folder):
     text = open_sd(tiny_sd_folder).text
     begin, end = text.tokenizer.bos_token_id, text.tokenizer.eos_token_id
     (ids_BLT,) = text.tokenize(["red cat", ""]).ids_BLT
@@ -20,7 +20,9 @@ def test_a_caption_is_wrapped_and_filled_with_the_end_token(open_sd, tiny_sd_fol
 
 
 @pytest.mark.parametrize(("max_token_length", "max_tokens"), [(None, 75), (150, 150), (225, 225)])
-def test_long_captions_are_counted_whole_and_cut_at_the_limit(open_sd, tiny_sd_folder, max_token_length, max_tokens):
+def test_long_captions_are_counted_in_full_and_truncated_at_the_limit(
+    open_sd, tiny_sd_folder, max_token_length, max_tokens
+):
     text = open_sd(tiny_sd_folder, max_token_length=max_token_length).text
     caption = " ".join(["cat"] * 400)
     assert (text.max_tokens, text.count_tokens(caption)) == (max_tokens, 400)
@@ -32,7 +34,7 @@ def test_long_captions_are_counted_whole_and_cut_at_the_limit(open_sd, tiny_sd_f
     assert set(ids_BLT[0, :, -1].tolist()) == {text.tokenizer.eos_token_id}
 
 
-def test_emphasis_is_no_part_of_the_token_count(open_sd, tiny_sd_folder):
+def test_emphasis_notation_is_not_counted_as_tokens(open_sd, tiny_sd_folder):
     caption = "(red:1.4) [cat]"
     assert open_sd(tiny_sd_folder, weighted_captions=True).text.count_tokens(caption) == 2
     assert open_sd(tiny_sd_folder).text.count_tokens(caption) > 2
@@ -59,7 +61,7 @@ def test_gradients_reach_the_first_layer(open_sd, tiny_sd_folder, clip_skip, che
     assert weight.grad is not None and weight.grad.abs().sum() > 0
 
 
-def test_clip_skip_two_leaves_the_last_layer_out(open_sd, tiny_sd_folder):
+def test_clip_skip_2_leaves_the_last_layer_out(open_sd, tiny_sd_folder):
     arch = open_sd(tiny_sd_folder, clip_skip=2)
     (encoder,) = arch.load.text_encoders()
     tokens = arch.text.tokenize(["red dog"])
@@ -68,7 +70,7 @@ def test_clip_skip_two_leaves_the_last_layer_out(open_sd, tiny_sd_folder):
     assert torch.equal(arch.text.encode([encoder], tokens)["hidden_state"], before)
 
 
-def test_the_tokenizer_lies_in_the_folder_or_beside_the_file(tiny_sd_folder, tiny_sd_file):
+def test_the_tokenizer_is_found_in_the_folder_or_next_to_the_file(tiny_sd_folder, tiny_sd_file):
     for model, folder in ((tiny_sd_folder, tiny_sd_folder), (tiny_sd_file, tiny_sd_file.parent)):
         assert load_tokenizer(model, None, 522).name_or_path == str(folder / "tokenizer")
 
@@ -82,20 +84,20 @@ def test_the_tokenizer_is_read_from_the_cache_folder(tiny_sd_file, tmp_path):
     assert ids == load_tokenizer(tiny_sd_file, None, 522)("a red cat")["input_ids"]
 
 
-def test_a_download_is_kept_in_the_cache_folder(tiny_sd_file, tmp_path, monkeypatch):
-    asked = []
+def test_a_downloaded_tokenizer_is_kept_in_the_cache_folder(tiny_sd_file, tmp_path, monkeypatch):
+    requests = []
 
     def fetch(name, patterns):
-        asked.append(name)
+        requests.append(name)
         return tiny_sd_file.parent / "tokenizer"
 
     monkeypatch.setattr(tokenizer_files, "fetch_snapshot", fetch)
     for _ in range(2):
         load_tokenizer(tmp_path / "alone.safetensors", str(tmp_path / "cache"), 522)
-    assert asked == [TOKENIZER.hub_name]
+    assert requests == [TOKENIZER.hub_name]
 
 
-def test_without_any_tokenizer_the_error_says_what_to_put_where(tmp_path, monkeypatch):
+def test_the_error_for_a_missing_tokenizer_says_which_files_to_put_where(tmp_path, monkeypatch):
     def fetch(name, patterns):
         raise ConnectionError("timed out")
 
@@ -110,8 +112,8 @@ def test_without_any_tokenizer_the_error_says_what_to_put_where(tmp_path, monkey
     assert str(tmp_path / "kept" / "openai_clip-vit-large-patch14") in str(error.value)
 
 
-def test_a_tokenizer_with_more_words_than_the_text_encoder_is_refused(open_sd, tiny_sd_file, tmp_path):
-    """A tokenizer/ beside a single file may belong to another model."""
+def test_a_tokenizer_with_more_tokens_than_the_text_encoder_is_refused(open_sd, tiny_sd_file, tmp_path):
+    """A tokenizer/ folder next to a single file may belong to another model."""
     import json
 
     folder = tmp_path / "tokenizer"

@@ -1,11 +1,11 @@
-"""SD 1.x as network modules see it: names as in files, layers that are the real ones."""
+"""The view of SD 1.x for network modules: names as in adapter files, and the models' own layers."""
 
 import torch
 
 from library.types import Noised
 
 
-def test_text_encoder_paths_begin_with_text_model_whatever_transformers_does(open_sd, tiny_sd_folder):
+def test_text_encoder_paths_begin_with_text_model_in_every_transformers_version(open_sd, tiny_sd_folder):
     arch = open_sd(tiny_sd_folder)
     (encoder,) = arch.load.text_encoders()
     text_view, _ = arch.view([encoder], arch.load.denoiser())
@@ -15,7 +15,7 @@ def test_text_encoder_paths_begin_with_text_model_whatever_transformers_does(ope
     assert {id(p) for p in text_view.parameters()} == {id(p) for p in encoder.parameters()}
 
 
-def test_a_forward_changed_through_the_view_acts_in_the_models(open_sd, tiny_sd_folder):
+def test_a_forward_replaced_through_the_view_affects_the_models(open_sd, tiny_sd_folder):
     arch = open_sd(tiny_sd_folder)
     encoders, unet = arch.load.text_encoders(), arch.load.denoiser()
     text_view, unet_view = arch.view(encoders, unet)
@@ -35,7 +35,7 @@ def test_a_forward_changed_through_the_view_acts_in_the_models(open_sd, tiny_sd_
     assert not torch.allclose(arch.predict(unet, noised, text, None), prediction)
 
 
-def test_the_declaration_is_no_part_of_the_weights(open_sd, tiny_sd_folder):
+def test_adapter_targets_do_not_change_the_state_dict(open_sd, tiny_sd_folder):
     arch = open_sd(tiny_sd_folder)
     unet = arch.load.denoiser()
     names = list(unet.state_dict())

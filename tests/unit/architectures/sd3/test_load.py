@@ -1,4 +1,4 @@
-"""Checkpoints of Stable Diffusion 3 in all their forms give the same weights; others are refused by name."""
+"""Every form of a Stable Diffusion 3 checkpoint gives the same weights; other files are refused by name."""
 
 import logging
 from argparse import Namespace
@@ -21,31 +21,31 @@ from tests.tiny.sd3 import CONFIGS, build_tiny_sd3
 
 
 def options_of(path: Path | str | None, **flags: Any) -> Sd3Options:
-    given = {"pretrained_model_name_or_path": None if path is None else str(path), **flags}
-    assert given.keys() <= Sd3Options.defaults().keys()
-    return Sd3Options.from_args(Namespace(**{**Sd3Options.defaults(), **given}))
+    options = {"pretrained_model_name_or_path": None if path is None else str(path), **flags}
+    assert options.keys() <= Sd3Options.defaults().keys()
+    return Sd3Options.from_args(Namespace(**{**Sd3Options.defaults(), **options}))
 
 
 def open_tiny(path: Path | str | None, **flags: Any) -> DitLoader:
     return open_loader(options_of(path, **flags))[0]
 
 
-def refusal(path: Path | str | None, **flags: Any) -> str:
+def catch_refusal(path: Path | str | None, **flags: Any) -> str:
     with pytest.raises(ValueError) as refused:
         open_tiny(path, **flags)
     return str(refused.value)
 
 
-def state(module: nn.Module) -> dict[str, Tensor]:
+def float_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in module.state_dict().items()}
 
 
-def own_files(folder: Path) -> dict[str, str]:
+def encoder_files(folder: Path) -> dict[str, str]:
     return {name: str(folder / f"{name}.safetensors") for name in ("clip_l", "clip_g", "t5xxl")}
 
 
-def rewritten(path: Path, target: Path, change: Any) -> Path:
-    """A copy of a single file with other names, the tokenizers beside it."""
+def write_renamed_copy(path: Path, target: Path, change: Any) -> Path:
+    """Copy a single file with its names mapped by `change`, and link the tokenizers next to it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {new: tensor for key, tensor in load_file(path).items() if (new := change(key)) is not None}
     save_file(tensors, target)
@@ -54,35 +54,37 @@ def rewritten(path: Path, target: Path, change: Any) -> Path:
     return target
 
 
-def test_encoders_inside_the_single_file_are_those_of_their_own_files(sd3_file: Path, sd3_without_text: Path) -> None:
+def test_text_encoders_in_the_single_file_match_the_separate_files(sd3_file: Path, sd3_without_text: Path) -> None:
     inside = open_tiny(sd3_file).text_encoders()
-    separate = open_tiny(sd3_without_text, **own_files(sd3_file.parent)).text_encoders()
+    separate = open_tiny(sd3_without_text, **encoder_files(sd3_file.parent)).text_encoders()
     assert [type(encoder).__name__ for encoder in inside] == [
         "CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel",
     ]  # fmt: skip
     for name, a, b in zip(("clip_l", "clip_g", "t5xxl"), inside, separate, strict=True):
         in_file = load_file(sd3_file.parent / f"{name}.safetensors")
-        assert state(a).keys() == state(b).keys()
-        assert all(torch.equal(state(a)[key], state(b)[key]) for key in state(a))
-        have = {key.removeprefix("text_model."): tensor for key, tensor in state(a).items()}
-        assert all(torch.equal(have[key.removeprefix("text_model.")], tensor) for key, tensor in in_file.items())
+        assert float_state(a).keys() == float_state(b).keys()
+        assert all(torch.equal(float_state(a)[key], float_state(b)[key]) for key in float_state(a))
+        loaded = {key.removeprefix("text_model."): tensor for key, tensor in float_state(a).items()}
+        assert all(torch.equal(loaded[key.removeprefix("text_model.")], tensor) for key, tensor in in_file.items())
 
 
 @pytest.mark.parametrize("prefix", [DENOISER_PREFIX, ""])
-def test_the_denoiser_is_found_with_and_without_its_prefix(sd3_file: Path, tmp_path: Path, prefix: str) -> None:
-    path = rewritten(sd3_file, tmp_path / "m" / "a.safetensors", lambda key: key.replace(DENOISER_PREFIX, prefix, 1))
+def test_the_denoiser_loads_with_and_without_its_prefix(sd3_file: Path, tmp_path: Path, prefix: str) -> None:
+    path = write_renamed_copy(
+        sd3_file, tmp_path / "m" / "a.safetensors", lambda key: key.replace(DENOISER_PREFIX, prefix, 1)
+    )
     expected = {
         key.removeprefix(DENOISER_PREFIX): tensor
         for key, tensor in load_file(sd3_file).items()
         if key.startswith(DENOISER_PREFIX)
     }
-    found = state(open_tiny(path).denoiser())
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in found)
+    actual = float_state(open_tiny(path).denoiser())
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in actual)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_size_is_told_by_its_weights(tmp_path: Path, name: str) -> None:
+def test_every_size_is_recognised_by_its_weights(tmp_path: Path, name: str) -> None:
     _, config = open_loader(options_of(build_tiny_sd3(tmp_path / "m", 22, name)))
     assert config == CONFIGS[name]
     version = {"sd3-medium": "medium", "sd3.5-large": "5-large", "sd3.5-medium": "5-medium"}[name]
@@ -90,7 +92,7 @@ def test_every_size_is_told_by_its_weights(tmp_path: Path, name: str) -> None:
     assert metadata(Sd3Options(), config)["modelspec.architecture"] == f"stable-diffusion-3-{version}/lora"
 
 
-def test_everything_comes_in_the_training_dtype_and_frozen(sd3_file: Path) -> None:
+def test_models_are_loaded_frozen_and_in_the_training_dtype(sd3_file: Path) -> None:
     loader = open_tiny(sd3_file, mixed_precision="bf16", no_half_vae=True)
     models = [*loader.text_encoders(), loader.denoiser()]
     assert {p.dtype for model in models for p in model.parameters()} == {torch.bfloat16}
@@ -99,24 +101,24 @@ def test_everything_comes_in_the_training_dtype_and_frozen(sd3_file: Path) -> No
     assert not any(module.training for model in models for module in model.modules())
 
 
-def test_a_vae_of_its_own_takes_the_place_of_the_base_models(sd3_file: Path, tmp_path: Path) -> None:
-    without = rewritten(
+def test_a_separate_vae_replaces_that_of_the_checkpoint(sd3_file: Path, tmp_path: Path) -> None:
+    without = write_renamed_copy(
         sd3_file, tmp_path / "m" / "a.safetensors", lambda key: None if key.startswith("first_stage") else key
     )
-    assert "has no VAE" in refusal(without) and "--vae" in refusal(without)
-    given = state(open_tiny(without, vae=str(sd3_file.parent / "vae.safetensors")).vae())
-    own = state(open_tiny(sd3_file).vae())
-    assert given.keys() == own.keys() and all(torch.equal(given[key], own[key]) for key in own)
+    assert "has no VAE" in catch_refusal(without) and "--vae" in catch_refusal(without)
+    actual = float_state(open_tiny(without, vae=str(sd3_file.parent / "vae.safetensors")).vae())
+    expected = float_state(open_tiny(sd3_file).vae())
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
-def test_a_missing_clip_is_asked_for(sd3_without_text: Path) -> None:
-    assert "has no text encoder clip_l" in refusal(sd3_without_text)
-    files = own_files(sd3_without_text.parent)
-    assert "use --clip_g" in refusal(sd3_without_text, clip_l=files["clip_l"])
+def test_the_error_for_a_missing_clip_names_its_flag(sd3_without_text: Path) -> None:
+    assert "has no text encoder clip_l" in catch_refusal(sd3_without_text)
+    files = encoder_files(sd3_without_text.parent)
+    assert "use --clip_g" in catch_refusal(sd3_without_text, clip_l=files["clip_l"])
 
 
-def test_without_t5_training_goes_on_with_a_warning(sd3_without_text: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files = own_files(sd3_without_text.parent)
+def test_training_without_t5_is_warned_about(sd3_without_text: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = encoder_files(sd3_without_text.parent)
     del files["t5xxl"]
     with caplog.at_level(logging.WARNING):
         arch = build(options_of(sd3_without_text, **files))
@@ -127,7 +129,7 @@ def test_without_t5_training_goes_on_with_a_warning(sd3_without_text: Path, capl
     assert "t5_out" not in arch.text.encode(encoders, arch.text.tokenize(["a cat"]))
 
 
-def test_clip_l_without_a_projection_has_the_identity(sd3_file: Path, tmp_path: Path) -> None:
+def test_clip_l_without_a_projection_uses_the_identity(sd3_file: Path, tmp_path: Path) -> None:
     tensors = load_file(sd3_file.parent / "clip_l.safetensors")
     del tensors["text_projection.weight"]
     save_file(tensors, tmp_path / "clip_l.safetensors")
@@ -135,50 +137,50 @@ def test_clip_l_without_a_projection_has_the_identity(sd3_file: Path, tmp_path: 
     assert torch.equal(encoder.text_projection.weight, torch.eye(16))
 
 
-def test_clip_g_without_a_projection_is_incomplete(sd3_file: Path, tmp_path: Path) -> None:
+def test_clip_g_without_a_projection_is_refused(sd3_file: Path, tmp_path: Path) -> None:
     tensors = load_file(sd3_file.parent / "clip_g.safetensors")
     del tensors["text_projection.weight"]
     save_file(tensors, tmp_path / "clip_g.safetensors")
-    said = refusal(sd3_file, clip_g=str(tmp_path / "clip_g.safetensors"))
-    assert "clip_g.safetensors" in said and "text_projection.weight" in said
+    message = catch_refusal(sd3_file, clip_g=str(tmp_path / "clip_g.safetensors"))
+    assert "clip_g.safetensors" in message and "text_projection.weight" in message
 
 
 def test_encoders_of_other_models_are_refused(sd3_file: Path) -> None:
-    files = own_files(sd3_file.parent)
-    assert "--clip_l and --clip_g have 16 and 16 pooled features" in refusal(sd3_file, clip_g=files["clip_l"])
-    assert "is not a T5 encoder" in refusal(sd3_file, t5xxl=files["clip_l"])
-    swapped = refusal(sd3_file, clip_l=files["clip_g"], clip_g=files["clip_l"])
+    files = encoder_files(sd3_file.parent)
+    assert "--clip_l and --clip_g have 16 and 16 pooled features" in catch_refusal(sd3_file, clip_g=files["clip_l"])
+    assert "is not a T5 encoder" in catch_refusal(sd3_file, t5xxl=files["clip_l"])
+    swapped = catch_refusal(sd3_file, clip_l=files["clip_g"], clip_g=files["clip_l"])
     assert "have 32 and 16 pooled features" in swapped and "not swapped" in swapped
 
 
-def test_weights_that_are_missing_are_named(sd3_file: Path, tmp_path: Path) -> None:
-    lost = f"{DENOISER_PREFIX}joint_blocks.1.x_block.mlp.fc2.bias"
-    path = rewritten(sd3_file, tmp_path / "m" / "a.safetensors", lambda key: None if key == lost else key)
+def test_missing_weights_are_reported_by_name(sd3_file: Path, tmp_path: Path) -> None:
+    dropped = f"{DENOISER_PREFIX}joint_blocks.1.x_block.mlp.fc2.bias"
+    path = write_renamed_copy(sd3_file, tmp_path / "m" / "a.safetensors", lambda key: None if key == dropped else key)
     with pytest.raises(ValueError, match=r"incomplete: 1 of the .* missing: joint_blocks\.1\.x_block\.mlp\.fc2\.bias"):
         open_tiny(path).denoiser()
 
 
 def test_other_models_are_refused_with_the_script_that_trains_them(tiny_sd_file: Path, tmp_path: Path) -> None:
-    assert "this is an SD 1.x checkpoint; use train_network.py" in refusal(tiny_sd_file)
+    assert "this is an SD 1.x checkpoint; use train_network.py" in catch_refusal(tiny_sd_file)
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(3, 1)}, tmp_path / "flux.safetensors")
-    assert "this is a FLUX checkpoint; use flux_train_network.py" in refusal(tmp_path / "flux.safetensors")
+    assert "this is a FLUX checkpoint; use flux_train_network.py" in catch_refusal(tmp_path / "flux.safetensors")
     save_file({"lora_unet_a.lora_down.weight": torch.ones(3, 1)}, tmp_path / "lora.safetensors")
-    assert "no joint_blocks" in refusal(tmp_path / "lora.safetensors")
+    assert "no joint_blocks" in catch_refusal(tmp_path / "lora.safetensors")
 
 
-def test_what_is_no_single_file_is_refused(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    assert "is a folder; SD3 requires a single file" in refusal(tmp_path)
-    assert "--pretrained_model_name_or_path is missing" in refusal(None)
-    assert "does not exist" in refusal(tmp_path / "nothing.safetensors")
+def test_a_path_that_is_not_a_single_file_is_refused(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    assert "is a folder; SD3 requires a single file" in catch_refusal(tmp_path)
+    assert "--pretrained_model_name_or_path is missing" in catch_refusal(None)
+    assert "does not exist" in catch_refusal(tmp_path / "nothing.safetensors")
 
 
-def test_prefixes_are_those_of_published_files() -> None:
+def test_prefixes_match_published_files() -> None:
     assert TEXT_PREFIXES["clip_l"] == "text_encoders.clip_l.transformer."
     assert DENOISER_PREFIX == "model.diffusion_model."
 
 
 @pytest.mark.parametrize(("flag", "value"), [("clip_skip", 2), ("noise_offset", 0.1), ("save_clip", True)])
-def test_options_without_effect_are_told(
+def test_options_without_effect_are_warned_about(
     sd3_file: Path, caplog: pytest.LogCaptureFixture, flag: str, value: Any
 ) -> None:
     options = options_of(sd3_file, **{flag: value})
@@ -193,7 +195,7 @@ def test_weighted_captions_are_refused(sd3_file: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["clip_l_dropout_rate", "t5_dropout_rate", "pos_emb_random_crop_rate"])
-def test_rates_are_shares(sd3_file: Path, flag: str) -> None:
+def test_dropout_rates_must_lie_between_0_and_1(sd3_file: Path, flag: str) -> None:
     assert build(options_of(sd3_file)).vary is None
     assert build(options_of(sd3_file, **{flag: 0.5})).vary is not None
     with pytest.raises(ValueError, match=f"--{flag} is 1.5; it is a share"):

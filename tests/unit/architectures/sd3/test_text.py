@@ -1,4 +1,4 @@
-"""Captions to SD3's conditioning, against transformers called plainly, caption by caption."""
+"""SD3's text conditioning, compared with calling transformers for each caption separately."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,36 +41,36 @@ def clip_ids(text: Sd3Text, caption: str, pad: int | None) -> Tensor:
 
 
 @torch.no_grad()
-def test_clip_features_are_the_states_before_the_last_layer_and_the_projected_end(
+def test_clip_features_are_the_penultimate_states_and_the_projected_end_token(
     parts: tuple[Sd3Text, list[nn.Module]],
 ) -> None:
     text, encoders = parts
-    found = encode(parts, CAPTIONS)
+    features = encode(parts, CAPTIONS)
     for b, caption in enumerate(CAPTIONS):
         states, pooled = [], []
         for encoder, pad in zip(encoders[:2], (None, 0), strict=True):
-            answer: Any = encoder(clip_ids(text, caption, pad), output_hidden_states=True)
-            states.append(answer.hidden_states[-2])
-            pooled.append(answer.text_embeds)
-        torch.testing.assert_close(found["lg_out"][b], torch.cat(states, -1)[0], **FLOAT32_DEEP)
-        torch.testing.assert_close(found["lg_pooled"][b], torch.cat(pooled, -1)[0], **FLOAT32_DEEP)
+            output: Any = encoder(clip_ids(text, caption, pad), output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+            pooled.append(output.text_embeds)
+        torch.testing.assert_close(features["lg_out"][b], torch.cat(states, -1)[0], **FLOAT32_DEEP)
+        torch.testing.assert_close(features["lg_pooled"][b], torch.cat(pooled, -1)[0], **FLOAT32_DEEP)
 
 
 @torch.no_grad()
 def test_t5_features_are_its_last_states(parts: tuple[Sd3Text, list[nn.Module]]) -> None:
     text, encoders = parts
-    found = encode(parts, CAPTIONS)
-    assert found["t5_out"].shape == (3, NUM_T5_TOKENS, 96)
+    features = encode(parts, CAPTIONS)
+    assert features["t5_out"].shape == (3, NUM_T5_TOKENS, 96)
     for b, caption in enumerate(CAPTIONS):
         ids = text.t5_tokenizer(caption)["input_ids"]
         padded = torch.tensor([ids + [0] * (NUM_T5_TOKENS - len(ids))])
-        answer: Any = encoders[2](padded)
-        torch.testing.assert_close(found["t5_out"][b], answer.last_hidden_state[0], **FLOAT32_DEEP)
-        assert found["t5_attn_mask"][b].tolist() == [1] * len(ids) + [0] * (NUM_T5_TOKENS - len(ids))
+        output: Any = encoders[2](padded)
+        torch.testing.assert_close(features["t5_out"][b], output.last_hidden_state[0], **FLOAT32_DEEP)
+        assert features["t5_attn_mask"][b].tolist() == [1] * len(ids) + [0] * (NUM_T5_TOKENS - len(ids))
 
 
 @torch.no_grad()
-def test_a_masked_t5_reads_a_caption_as_if_nothing_followed(parts: tuple[Sd3Text, list[nn.Module]]) -> None:
+def test_masked_t5_padding_does_not_affect_a_caption(parts: tuple[Sd3Text, list[nn.Module]]) -> None:
     text, encoders = parts
     ids = text.t5_tokenizer(CAPTIONS[0])["input_ids"]
     alone: Any = encoders[2](torch.tensor([ids]))
@@ -79,8 +79,8 @@ def test_a_masked_t5_reads_a_caption_as_if_nothing_followed(parts: tuple[Sd3Text
     assert (plain["t5_out"][0, : len(ids)] - alone.last_hidden_state[0]).abs().max() > 1e-3
 
 
-def test_masks_of_clip_change_only_the_padding(parts: tuple[Sd3Text, list[nn.Module]]) -> None:
-    """CLIP looks back only, so what a caption's own tokens see is the same."""
+def test_clip_masks_change_only_the_padding(parts: tuple[Sd3Text, list[nn.Module]]) -> None:
+    """CLIP's attention is causal, so a caption's own tokens are unaffected by what follows."""
     masked, plain = encode(parts, CAPTIONS, masks_clip=True), encode(parts, CAPTIONS)
     for b in range(len(CAPTIONS)):
         count = int(plain["clip_l_attn_mask"][b].sum())
@@ -94,13 +94,13 @@ def test_masks_end_with_the_first_end_token() -> None:
     assert mask_to_end(ids, 9).tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [1] * 6]
 
 
-def test_a_caption_is_encoded_as_it_is_alone(parts: tuple[Sd3Text, list[nn.Module]]) -> None:
+def test_a_caption_is_encoded_independently_of_its_batch(parts: tuple[Sd3Text, list[nn.Module]]) -> None:
     together, alone = encode(parts, CAPTIONS), encode(parts, CAPTIONS[2:])
     for name in together:
         torch.testing.assert_close(together[name][2:], alone[name], **FLOAT32_DEEP)
 
 
-def test_long_captions_are_cut_and_counted(parts: tuple[Sd3Text, list[nn.Module]]) -> None:
+def test_long_captions_are_truncated_but_counted_in_full(parts: tuple[Sd3Text, list[nn.Module]]) -> None:
     text, _ = parts
     long = " ".join(["cat"] * 300)
     ids = text.tokenize([long]).ids_BLT
@@ -111,24 +111,24 @@ def test_long_captions_are_cut_and_counted(parts: tuple[Sd3Text, list[nn.Module]
     assert wide.max_tokens == 255 and wide.count_tokens(long) > 255
 
 
-def test_t5_must_have_room_for_a_token(sd3_file: Path) -> None:
+def test_a_t5_token_limit_below_2_is_refused(sd3_file: Path) -> None:
     with pytest.raises(ValueError, match="--t5xxl_max_token_length is 1; use at least 2"):
         check_ranges(options_of(sd3_file, t5xxl_max_token_length=1))
 
 
-def test_the_cache_knows_what_decides_its_values(sd3_file: Path) -> None:
+def test_the_cache_identity_changes_with_every_setting_that_changes_its_values(sd3_file: Path) -> None:
     def identity(**flags: Any) -> str:
         spec = build(options_of(sd3_file, **flags)).text_cache
         assert spec is not None
         return f"{spec.encoders()} {spec.settings}"
 
     variants = [{}, {"apply_t5_attn_mask": True}, {"apply_lg_attn_mask": True}, {"t5xxl_max_token_length": 20}]
-    found = [identity(**flags) for flags in (*variants, {"mixed_precision": "bf16"})]
-    assert len(set(found)) == 5
-    assert identity() == found[0]
+    identities = [identity(**flags) for flags in (*variants, {"mixed_precision": "bf16"})]
+    assert len(set(identities)) == 5
+    assert identity() == identities[0]
 
 
-def test_the_cache_has_the_entries_of_sd_scripts(sd3_file: Path) -> None:
+def test_the_cache_has_the_same_entries_as_sd_scripts(sd3_file: Path) -> None:
     spec = build(options_of(sd3_file, apply_t5_attn_mask=True)).text_cache
     assert spec is not None and spec.suffix == "_sd3_te.npz"
     assert {*spec.keys, *spec.constants} == {

@@ -1,4 +1,4 @@
-"""Every form of a Z-Image model loads alike, and files that make none are refused with what they are."""
+"""Z-Image models load alike in every layout; other files are refused with what they are."""
 
 import re
 from pathlib import Path
@@ -30,18 +30,18 @@ def options_of(arguments: list[str]) -> ZImageOptions:
     return ZImageOptions.from_args(setup_parser().parse_args(arguments))
 
 
-def opened(arguments: list[str]) -> DitLoader:
+def open_tiny(arguments: list[str]) -> DitLoader:
     return open_loader(options_of(arguments))
 
 
 @pytest.mark.parametrize("layout", ["whole", "diffusers"])
 def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path, layout: Any) -> None:
-    assert_same_models(opened(build_tiny_zimage(tmp_path, 3, layout)), opened(tiny))
+    assert_same_models(open_tiny(build_tiny_zimage(tmp_path, 3, layout)), open_tiny(tiny))
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("is_diffusers", [False, True], ids=["original", "diffusers"])
-def test_a_single_file_has_either_layout_and_either_prefix(
+def test_a_single_file_may_have_either_layout_and_either_prefix(
     tiny: list[str], tmp_path: Path, prefix: str, is_diffusers: bool
 ) -> None:
     state = load_file(tiny[1])
@@ -49,7 +49,7 @@ def test_a_single_file_has_either_layout_and_either_prefix(
         del state["norm_final.weight"]
         state = diffusers_state(state, CONFIG.width)
     save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "other.safetensors")
-    assert_same_models(opened([BASE, str(tmp_path / "other.safetensors"), *tiny[2:]]), opened(tiny))
+    assert_same_models(open_tiny([BASE, str(tmp_path / "other.safetensors"), *tiny[2:]]), open_tiny(tiny))
 
 
 @pytest.mark.parametrize(
@@ -70,22 +70,22 @@ def test_a_single_file_has_either_layout_and_either_prefix(
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_file_that_does_not_fit_is_named(
+def test_an_incompatible_file_is_refused_with_the_reason(
     tiny: list[str], tmp_path: Path, flag: str, changes: dict[str, torch.Tensor | None], message: str
 ) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        opened(with_changes(tiny, flag, tmp_path, changes))
+        open_tiny(with_changes(tiny, flag, tmp_path, changes))
 
 
 def test_the_text_encoder_may_be_kept_in_8_bits(tiny: list[str]) -> None:
-    (whole,), (small,) = opened(tiny).text_encoders(), opened([*tiny, "--fp8_llm"]).text_encoders()
+    (full,), (quantised,) = open_tiny(tiny).text_encoders(), open_tiny([*tiny, "--fp8_llm"]).text_encoders()
     ids = torch.arange(8)[None]
-    expected, found = whole(ids).last_hidden_state, small(ids).last_hidden_state
-    assert not torch.equal(found, expected)
-    assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.98
+    expected, actual = full(ids).last_hidden_state, quantised(ids).last_hidden_state
+    assert not torch.equal(actual, expected)
+    assert torch.nn.functional.cosine_similarity(actual, expected, dim=-1).min() > 0.98
 
 
-# Which Z-Image it is
+# Recognising Turbo
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,13 @@ def test_the_text_encoder_may_be_kept_in_8_bits(tiny: list[str]) -> None:
         ("de-turbo", "z_image_turbo.safetensors", False),
     ],
 )
-def test_turbo_is_recognised_by_option_or_name(version: str | None, path: str, expected: bool) -> None:
+def test_turbo_is_recognised_by_model_version_or_file_name(version: str | None, path: str, expected: bool) -> None:
     assert is_turbo(version, path) is expected
 
 
-def test_turbo_without_a_training_adapter_is_warned_of_once(tiny: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_turbo_without_a_training_adapter_is_warned_about_once(
+    tiny: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     turbo, base = (build(options_of([*tiny, "--model_version", version])) for version in ("turbo", "base"))
     assert caplog.text.count("is Z-Image Turbo, which is distilled") == 1
     assert (turbo.preview.defaults.num_steps, turbo.preview.defaults.scale) == (8, 1.0)
