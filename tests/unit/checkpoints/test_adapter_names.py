@@ -13,7 +13,8 @@ from networks.core.files.foreign_names import add_model
 from tests.recognising import base_of
 
 ATTN2 = "transformer_blocks_0_attn2_to_k.lora_down.weight"
-OLD = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight"  # of older diffusers
+# The naming of older diffusers versions.
+OLD_DIFFUSERS = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight"
 
 CASES = [
     ("sd1", "lora_unet_down_blocks_0_attentions_0_" + ATTN2, (4, 768)),
@@ -26,10 +27,10 @@ CASES = [
     ("sd2", "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight", (4, 1024)),
     ("sd2", "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora.down.weight", (4, 1024)),
     ("sdxl", "lora_unet_input_blocks_4_1_" + ATTN2, (4, 2048)),
-    ("sd1", OLD, (4, 768)),
-    ("sd2", f"unet.{OLD}", (4, 1024)),
-    ("sdxl", OLD, (4, 2048)),
-    ("sdxl", f"unet.{OLD}", (4, 2048)),
+    ("sd1", OLD_DIFFUSERS, (4, 768)),
+    ("sd2", f"unet.{OLD_DIFFUSERS}", (4, 1024)),
+    ("sdxl", OLD_DIFFUSERS, (4, 2048)),
+    ("sdxl", f"unet.{OLD_DIFFUSERS}", (4, 2048)),
     ("sdxl", "lora_unet_middle_block_1_transformer_blocks_9_attn1_to_q.lora_down.weight", (4, 1280)),
     ("sdxl", "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", (4, 1280)),
     ("sdxl", "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q.lora_A.weight", (4, 640)),
@@ -61,30 +62,30 @@ CASES = [
 
 
 @pytest.mark.parametrize(("base", "key", "shape"), CASES, ids=[f"{base}: {key}" for base, key, _ in CASES])
-def test_one_key_tells_the_base_model(base: str | None, key: str, shape: tuple[int, ...]) -> None:
+def test_the_base_model_is_recognised_from_one_key(base: str | None, key: str, shape: tuple[int, ...]) -> None:
     assert base_of({key: shape}) == base
 
 
-def test_an_unknown_base_model_is_refused_and_those_that_are_known_are_named() -> None:
+def test_the_error_for_an_unknown_base_model_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"x\.safetensors: its base model .*Anima, FLUX\.1, .*Diffusion 1\.x"):
         require_spec(list_specs(), {"something.else": (4, 4)}, {}, "x.safetensors")
 
 
-def test_a_file_gets_the_card_of_its_base_model() -> None:
+def test_every_recognised_file_gets_the_spec_of_its_base_model() -> None:
     for base, key, shape in CASES:
         if base is not None:
             assert require_spec(list_specs(), {key: shape}, {}, "x").name == base
 
 
 LAYER = "encoder.layers.0.mlp.fc1"
-OF_TEXT = (
+TEXT_ENCODER_NAMES = (
     "lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
     f"text_encoder.text_model.{LAYER}", f"text_encoder_2.{LAYER}", f"clip_g.text_model.{LAYER}",
     f"text_encoders.clip_l.transformer.text_model.{LAYER}", "t5.encoder.block.0.layer.0.SelfAttention.q",
     f"base_model.model.text_model.{LAYER}", f"base_model.model.{LAYER}", f"text_encoder.base_model.model.{LAYER}",
     "lycoris_text_model_encoder_layers_0_mlp_fc1", f"text_model.{LAYER}",
 )  # fmt: skip
-OF_DENOISER = (
+DENOISER_NAMES = (
     "lora_unet_mid_block_attentions_0_proj_in", "unet.mid_block.attentions.0.proj_in", "net.blocks.0.self_attn.q_proj",
     "lora_transformer_transformer_blocks_0_attn_to_q", "transformer.context_embedder", "lora_unet_txt_in",
     "base_model.model.transformer_blocks.0.attn.to_q", "text_conditioner.blocks.0.self_attn.q_proj",
@@ -92,18 +93,20 @@ OF_DENOISER = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*OF_TEXT, *OF_DENOISER])
-def test_text_encoders_are_told_in_every_naming(name: str, tmp_path: Path) -> None:
-    """Also in a folder by PEFT: outputs of text encoders that --base_weights change are not to be cached before."""
+@pytest.mark.parametrize("name", [*TEXT_ENCODER_NAMES, *DENOISER_NAMES])
+def test_text_encoder_keys_are_recognised_in_every_naming(name: str, tmp_path: Path) -> None:
+    """PEFT folders count too: text encoder outputs must not be cached before --base_weights have been merged."""
     key = f"{name}.lora_A.weight"
     save_safetensors(tmp_path / "adapter_model.safetensors", {key: torch.ones(2, 3)})
-    expected = [key] if name in OF_TEXT else []
+    expected = [key] if name in TEXT_ENCODER_NAMES else []
     assert keys_of_text_encoders(tmp_path) == keys_of_text_encoders(tmp_path / "adapter_model.safetensors") == expected
 
 
-def test_a_key_with_a_processor_in_its_name_has_a_readable_one_in_a_model() -> None:
+def test_attention_processor_keys_are_converted_to_lora_keys() -> None:
     down, up = torch.ones(4, 768), torch.ones(320, 4)
-    file = parse_adapter({OLD: down, OLD.replace("down.weight", "up.weight"): up}, {}, "old.safetensors")
+    file = parse_adapter(
+        {OLD_DIFFUSERS: down, OLD_DIFFUSERS.replace("down.weight", "up.weight"): up}, {}, "old.safetensors"
+    )
     (module,) = add_model(file, [spec.names for spec in list_specs()]).modules.values()
-    assert module.name == f"unet.{OLD.partition('.processor')[0]}.to_k"
+    assert module.name == f"unet.{OLD_DIFFUSERS.partition('.processor')[0]}.to_k"
     assert set(module.keys.values()) == {f"{module.name}.lora_down.weight", f"{module.name}.lora_up.weight"}

@@ -1,4 +1,4 @@
-"""Tensors in files: what is read is whole, what is written is whole or not there."""
+"""Tensor files: damaged files are refused, and files are written completely or not at all."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from library.checkpoints.files import (
 )
 from library.errors import UserError
 
-TWO = {
+TWO_TENSORS = {
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
     "b": {"dtype": "F16", "shape": [4], "data_offsets": [24, 32]},
 }
@@ -33,9 +33,9 @@ def write_raw(path: Path, header: Any, data: bytes, num_bytes: int | None = None
     return path
 
 
-def test_a_hand_made_file_is_read_as_the_format_says(tmp_path: Path) -> None:
+def test_a_hand_made_file_is_read_according_to_the_format(tmp_path: Path) -> None:
     values = struct.pack("<6f", 1, 2, 3, 4, 5, 6.5) + struct.pack("<4e", -1, 0.5, 2, 1024)
-    path = write_raw(tmp_path / "x.safetensors", {"__metadata__": {"ss_steps": "7"}, **TWO}, values)
+    path = write_raw(tmp_path / "x.safetensors", {"__metadata__": {"ss_steps": "7"}, **TWO_TENSORS}, values)
     tensors = load_state_dict(path)
     assert tensors["a"].tolist() == [[1, 2, 3], [4, 5, 6.5]]
     assert tensors["b"].dtype == torch.float16 and tensors["b"].tolist() == [-1, 0.5, 2, 1024]
@@ -43,23 +43,23 @@ def test_a_hand_made_file_is_read_as_the_format_says(tmp_path: Path) -> None:
 
 
 def test_the_header_is_read_without_the_data(tmp_path: Path) -> None:
-    path = write_raw(tmp_path / "x.safetensors", TWO, bytes(32))
+    path = write_raw(tmp_path / "x.safetensors", TWO_TENSORS, bytes(32))
     header = read_header(path)
     assert header.tensors["b"].shape == (4,) and header.tensors["b"].dtype == torch.float16
-    assert header.metadata == {} and header.num_bytes == len(json.dumps(TWO))
+    assert header.metadata == {} and header.num_bytes == len(json.dumps(TWO_TENSORS))
 
 
 def entry(**changes: Any) -> dict[str, Any]:
-    return {"a": TWO["a"], "b": {**TWO["b"], **changes}}
+    return {"a": TWO_TENSORS["a"], "b": {**TWO_TENSORS["b"], **changes}}
 
 
 @pytest.mark.parametrize(
     ("header", "data", "num_bytes", "problem"),
     [
-        (TWO, bytes(32), 2**60, "header would be 1152921504606846976 bytes"),
-        (TWO, b"", 5000, "truncated: 128 of 5000 header bytes exist"),
-        (TWO, bytes(31), None, "'b' ends at byte 32"),
-        (TWO, bytes(33), None, "1 bytes follow the last tensor"),
+        (TWO_TENSORS, bytes(32), 2**60, "header would be 1152921504606846976 bytes"),
+        (TWO_TENSORS, b"", 5000, "truncated: 128 of 5000 header bytes exist"),
+        (TWO_TENSORS, bytes(31), None, "'b' ends at byte 32"),
+        (TWO_TENSORS, bytes(33), None, "1 bytes follow the last tensor"),
         (b"{nonsense", b"", None, "not valid JSON"),
         (b"[1, 2]", b"", None, "not a JSON object"),
         (entry(data_offsets=[16, 24]), bytes(24), None, "'b' overlaps 'a'"),
@@ -73,7 +73,7 @@ def entry(**changes: Any) -> dict[str, Any]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_broken_file_is_named_with_its_problem(
+def test_a_broken_file_is_refused_with_its_name_and_problem(
     tmp_path: Path, header: Any, data: bytes, num_bytes: int | None, problem: str
 ) -> None:
     path = write_raw(tmp_path / "broken.safetensors", header, data, num_bytes)
@@ -82,13 +82,13 @@ def test_a_broken_file_is_named_with_its_problem(
     assert problem in str(caught.value) and "broken.safetensors" in str(caught.value)
 
 
-def test_a_file_of_three_bytes_is_named(tmp_path: Path) -> None:
+def test_a_file_of_three_bytes_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "short.safetensors").write_bytes(b"abc")
     with pytest.raises(ValueError, match=r"short\.safetensors.*only 3 bytes"):
         read_header(tmp_path / "short.safetensors")
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing\.safetensors does not exist"):
         load_state_dict(tmp_path / "nothing.safetensors")
     with pytest.raises(ValueError, match="is a folder"):
@@ -96,7 +96,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extension", ["ckpt", "pt"])
-def test_pickled_files_come_back_as_they_were(tmp_path: Path, extension: str) -> None:
+def test_pickled_tensors_survive_a_round_trip(tmp_path: Path, extension: str) -> None:
     tensors = {"w": torch.randn(3, 5), "alpha": torch.tensor(2.0)}
     save_pickle_state_dict(tmp_path / f"x.{extension}", tensors)
     loaded = load_state_dict(tmp_path / f"x.{extension}")
@@ -122,21 +122,21 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: py
     assert not Path("should-not-be-made").exists()
 
 
-def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path) -> None:
+def test_errors_about_unreadable_files_are_one_line(tmp_path: Path) -> None:
     torch.save({"w": torch.randn(4000)}, tmp_path / "a.pt")
-    whole = (tmp_path / "a.pt").read_bytes()
+    content_of_file = (tmp_path / "a.pt").read_bytes()
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
-    for content, said in (
+    for content, message in (
         (b"", "is empty; download or copy it again"),
-        (whole[: len(whole) // 2], "it is truncated or damaged ("),
+        (content_of_file[: len(content_of_file) // 2], "it is truncated or damaged ("),
         (pointer, "is a Git LFS pointer, not the file itself"),
         (b"<!DOCTYPE html><html>", "is a web page, not a checkpoint"),
         (b"Entry not found", "is a text file, not a checkpoint; it begins with 'Entry not found'"),
     ):
         (tmp_path / "a.pt").write_bytes(content)
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(UserError) as error:
             load_state_dict(tmp_path / "a.pt")
-        assert said in str(refused.value) and "\n" not in str(refused.value)
+        assert message in str(error.value) and "\n" not in str(error.value)
     torch.save({"w": Payload}, tmp_path / "a.pt")
     with pytest.raises(
         UserError, match=r"it contains other Python objects \(tests.unit.checkpoints.test_files.Payload\)"
@@ -156,7 +156,7 @@ def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["adapter.safetensors"]
 
 
-def test_the_temporary_file_lies_beside_the_target_and_keeps_its_extension(tmp_path: Path) -> None:
+def test_the_temporary_file_is_next_to_the_target_and_keeps_its_extension(tmp_path: Path) -> None:
     with atomic_path(tmp_path / "new" / "x.safetensors") as temporary:
         assert temporary.parent == tmp_path / "new" and temporary.suffix == ".safetensors"
         assert not (tmp_path / "new" / "x.safetensors").exists()
@@ -165,22 +165,22 @@ def test_the_temporary_file_lies_beside_the_target_and_keeps_its_extension(tmp_p
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
-def test_a_written_file_can_be_read_by_whom_a_plain_one_can(tmp_path: Path) -> None:
+def test_a_written_file_has_the_default_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     save_safetensors(tmp_path / "x.safetensors", {"w": torch.ones(2)})
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "x.safetensors")}
     assert len(modes) == 1
 
 
-def test_tensors_that_are_views_are_written_by_value(tmp_path: Path) -> None:
+def test_views_are_written_by_value(tmp_path: Path) -> None:
     matrix = torch.randn(4, 6)
     save_safetensors(tmp_path / "x.safetensors", {"t": matrix.t(), "half": matrix.bfloat16()[::2]})
     loaded = load_state_dict(tmp_path / "x.safetensors")
     assert torch.equal(loaded["t"], matrix.t()) and torch.equal(loaded["half"], matrix.bfloat16()[::2])
 
 
-def test_an_alpha_that_was_pickled_as_a_number_is_read(tmp_path: Path) -> None:
+def test_an_alpha_pickled_as_a_number_is_loaded(tmp_path: Path) -> None:
     torch.save({"a.alpha": 4, "b.alpha": 0.5, "a.lora_up.weight": torch.ones(2, 2), "epoch": 3}, tmp_path / "a.pt")
-    found = load_state_dict(tmp_path / "a.pt")
-    assert found.keys() == {"a.alpha", "b.alpha", "a.lora_up.weight"}
-    assert (float(found["a.alpha"]), float(found["b.alpha"])) == (4.0, 0.5)
+    tensors = load_state_dict(tmp_path / "a.pt")
+    assert tensors.keys() == {"a.alpha", "b.alpha", "a.lora_up.weight"}
+    assert (float(tensors["a.alpha"]), float(tensors["b.alpha"])) == (4.0, 0.5)

@@ -10,7 +10,7 @@ from library.errors import UserError
 PARTS = {"qkv": ("q", "k"), "out": ("o",), "last": ("norm",), "absent": ("x", "y")}
 
 
-def stored(names: str) -> Weights:
+def weights_of(names: str) -> Weights:
     tensors = {name: torch.randn(4, 3, generator=torch.Generator().manual_seed(ord(name[0]))) for name in names.split()}
     return Weights(
         "file",
@@ -22,7 +22,7 @@ def stored(names: str) -> Weights:
 
 
 def test_parts_are_stacked_and_halves_swapped() -> None:
-    weights = stored("q k o norm z")
+    weights = weights_of("q k o norm z")
     joined = join_tensors(weights, PARTS, "last")
     assert joined.shapes == {"qkv": (8, 3), "out": (4, 3), "last": (4, 3), "z": (4, 3)}
     assert torch.equal(joined.read("qkv"), torch.cat([weights.read("q"), weights.read("k")]))
@@ -31,11 +31,11 @@ def test_parts_are_stacked_and_halves_swapped() -> None:
 
 
 def test_tensors_that_are_only_renamed_keep_their_stored_form() -> None:
-    joined = join_tensors(stored("q k o norm z"), PARTS, "last")
+    joined = join_tensors(weights_of("q k o norm z"), PARTS, "last")
     assert {name: quantised.kind for name, quantised in joined.quantised.items()} == {"out": "o", "z": "z"}
     assert joined.padded_to == {"out": 16, "z": 16}
 
 
-def test_a_tensor_that_lacks_parts_is_named() -> None:
+def test_a_missing_part_of_a_tensor_is_named() -> None:
     with pytest.raises(UserError, match="file is incomplete: k is missing"):
-        join_tensors(stored("q o"), PARTS)
+        join_tensors(weights_of("q o"), PARTS)

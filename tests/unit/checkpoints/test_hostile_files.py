@@ -1,4 +1,4 @@
-"""Weights made to do harm: refused by name, before memory is taken for what they claim."""
+"""Malicious weight files are refused by name before memory is allocated for the sizes that they claim."""
 
 import json
 import struct
@@ -19,7 +19,7 @@ from tests.running import ROOT
 from tests.tiers import first_is_fast
 
 
-def write(path: Path, header: bytes, data: bytes = b"\0" * 8, num_bytes: int | None = None) -> Path:
+def write_raw(path: Path, header: bytes, data: bytes = b"\0" * 8, num_bytes: int | None = None) -> Path:
     path.write_bytes(struct.pack("<Q", len(header) if num_bytes is None else num_bytes) + header + data)
     return path
 
@@ -29,7 +29,7 @@ def entry(**fields: Any) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("header", "words"),
+    ("header", "message"),
     [
         (b"[" * 200_000, "not valid JSON"),
         (b"null", "not a JSON object"),
@@ -51,11 +51,11 @@ def entry(**fields: Any) -> bytes:
         (b'{"__metadata__":{"a":{}}}', "its metadata"),
     ],
 )  # fmt: skip
-def test_a_header_that_lies_is_refused(tmp_path: Path, header: bytes, words: str) -> None:
-    path = write(tmp_path / "evil.safetensors", header)
+def test_an_invalid_header_is_refused(tmp_path: Path, header: bytes, message: str) -> None:
+    path = write_raw(tmp_path / "evil.safetensors", header)
     with pytest.raises(ValueError) as refused:
         read_header(path)
-    assert "evil.safetensors" in str(refused.value) and words in str(refused.value)
+    assert "evil.safetensors" in str(refused.value) and message in str(refused.value)
     assert len(str(refused.value)) < 1000
 
 
@@ -67,7 +67,7 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: bytes, words: str
 ).map(lambda value: json.dumps(value).encode())))  # fmt: skip
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_any_header_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, header: bytes) -> None:
-    path = write(tmp_path_factory.getbasetemp() / "any.safetensors", header)
+    path = write_raw(tmp_path_factory.getbasetemp() / "any.safetensors", header)
     try:
         read_header(path)
     except ValueError as refused:
@@ -76,9 +76,9 @@ def test_any_header_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the memory of a process")
 @pytest.mark.parametrize("claimed", first_is_fast([2**63, 99_000_000, 100_000_001]))
-def test_a_header_that_claims_more_than_the_file_has_takes_no_memory(tmp_path: Path, claimed: int) -> None:
-    """A process with 64 MB to spare refuses it, so nothing of the claimed size was asked for."""
-    path = write(tmp_path / "evil.safetensors", b"{}", num_bytes=claimed)
+def test_a_header_that_claims_more_than_the_file_has_allocates_no_memory(tmp_path: Path, claimed: int) -> None:
+    """A process limited to 64 MB of extra memory refuses the file, so it never allocates the claimed size."""
+    path = write_raw(tmp_path / "evil.safetensors", b"{}", num_bytes=claimed)
     code = (
         "import resource, sys; from library.checkpoints.files import read_header\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
@@ -91,7 +91,7 @@ def test_a_header_that_claims_more_than_the_file_has_takes_no_memory(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ("{", "not valid JSON"),
         ("[" * 200_000, "not valid JSON"),
@@ -102,11 +102,11 @@ def test_a_header_that_claims_more_than_the_file_has_takes_no_memory(tmp_path: P
         ('{"weight_map": {"b": "part.safetensors"}}', "missing from its files: b"),
     ],
 )
-def test_an_index_that_lies_is_refused(tmp_path: Path, content: str, words: str) -> None:
+def test_an_invalid_index_is_refused(tmp_path: Path, content: str, message: str) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "part.safetensors")
     save_file({"a": torch.ones(2)}, tmp_path.parent / "outside.safetensors")
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(content)
     with pytest.raises(ValueError) as refused:
         open_weights(path)
-    assert words in str(refused.value) and path.name in str(refused.value)
+    assert message in str(refused.value) and path.name in str(refused.value)

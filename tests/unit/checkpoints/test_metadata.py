@@ -1,4 +1,4 @@
-"""Options in the metadata of files, where readers of LoRA files expect one spelling."""
+"""Options in the metadata of files, in the form that readers of LoRA files expect."""
 
 import argparse
 import importlib
@@ -27,7 +27,7 @@ FACTS = RunFacts(
 
 
 def metadata_of(script: str, arguments: str) -> Mapping[str, str]:
-    """Return the metadata of a run of `script`."""
+    """Return the training metadata of `script` for command-line `arguments`."""
     options_type = SCRIPTS[script].options
     parser = argparse.ArgumentParser()
     options_type.add_to(parser)
@@ -50,10 +50,10 @@ def metadata_of(script: str, arguments: str) -> Mapping[str, str]:
         ("hunyuan_image_train_network", "5e-5", "[5e-05]"),
     ],
 )
-def test_every_rate_of_a_text_encoder_is_told(script: str, rates: str, value: str) -> None:
+def test_all_text_encoder_learning_rates_are_recorded(script: str, rates: str, value: str) -> None:
     assert metadata_of(script, f"--text_encoder_lr {rates}")["ss_text_encoder_lr"] == value
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
-def test_no_rate_of_text_encoders_is_none(script: str) -> None:
+def test_an_unset_text_encoder_learning_rate_is_recorded_as_none(script: str) -> None:
     assert metadata_of(script, "--learning_rate 1e-4")["ss_text_encoder_lr"] == "None"

@@ -1,4 +1,4 @@
-"""Every rule about what programs do with adapter files, one case each."""
+"""The rules for which keys of an adapter file each inference program uses, one case each."""
 
 import re
 from collections.abc import Callable
@@ -25,34 +25,34 @@ def kohya(path: str, width: int = 768, num_outputs: int = 320) -> Shapes:
     return {f"{name}.alpha": (), f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
 
 
-def ab(path: str, width: int = 768, num_outputs: int = 320) -> Shapes:
+def peft(path: str, width: int = 768, num_outputs: int = 320) -> Shapes:
     return {f"{path}.lora_A.weight": (4, width), f"{path}.lora_B.weight": (num_outputs, 4)}
 
 
 def clips(make: Callable[[str, int], Shapes], prefix: str, width: int = 768) -> Shapes:
-    """Seven modules of a text encoder."""
-    found: Shapes = {}
+    """Return seven modules of a text encoder."""
+    shapes: Shapes = {}
     for layer in range(7):
-        found |= make(prefix + CLIP.format(layer), width)
-    return found
+        shapes |= make(prefix + CLIP.format(layer), width)
+    return shapes
 
 
-def amounts(shapes: Shapes) -> str:
-    """One letter per program: A all, S some, N none."""
+def usage_letters(shapes: Shapes) -> str:
+    """Return one letter per program: A if it uses all keys, S some, N none."""
     return "".join(reading.amount[0].upper() for reading in readings(list_specs(), shapes, {}))
 
 
-def by(program: str, shapes: Shapes) -> Reading:
+def reading_of(program: str, shapes: Shapes) -> Reading:
     return next(reading for reading in readings(list_specs(), shapes, {}) if reading.program == program)
 
 
 def lumina_block(place: str, has_modulation: bool = True) -> Shapes:
-    """Every module of one block in the generic naming."""
+    """Return every module of one block in the generic naming."""
     names = ["attention.qkv", "attention.out", *(f"feed_forward.w{n}" for n in (1, 2, 3))]
-    found: Shapes = {}
+    shapes: Shapes = {}
     for name in [*names, *(["adaLN_modulation.1"] if has_modulation else [])]:
-        found |= ab(f"diffusion_model.{place}.{name}", 2304)
-    return found
+        shapes |= peft(f"diffusion_model.{place}.{name}", 2304)
+    return shapes
 
 
 CHROMA = kohya("unet.double_blocks.0.img_attn_qkv", 3072) | kohya("unet.distilled_guidance_layer.in_proj", 64)
@@ -60,57 +60,57 @@ CHROMA_T5: Shapes = {"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down
                      "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_up.weight": (4096, 4)}  # fmt: skip
 NAMINGS = [  # ComfyUI, Forge, A1111-style, diffusers, stable-diffusion.cpp
     ("kohya", "AAAAA", kohya(SD1_UNET) | clips(kohya, "text_encoder.")),
-    ("generic", "ANNNS", ab(SD1_ORIGINAL) | clips(ab, "text_encoders.clip_l.transformer.")),
-    ("generic without text encoder", "AANNA", ab(SD1_ORIGINAL)),
-    ("mixed: generic U-Net, kohya text encoder", "AASNA", ab(SD1_ORIGINAL) | clips(kohya, "text_encoder.")),
-    ("diffusers", "SNNAS", ab(SD1_UNET) | ab(SD1_FF) | clips(ab, "text_encoder.")),
+    ("generic", "ANNNS", peft(SD1_ORIGINAL) | clips(peft, "text_encoders.clip_l.transformer.")),
+    ("generic without text encoder", "AANNA", peft(SD1_ORIGINAL)),
+    ("mixed: generic U-Net, kohya text encoder", "AASNA", peft(SD1_ORIGINAL) | clips(kohya, "text_encoder.")),
+    ("diffusers", "SNNAS", peft(SD1_UNET) | peft(SD1_FF) | clips(peft, "text_encoder.")),
     ("sd2 kohya", "AAAAS", kohya(SD1_UNET, 1024) | clips(kohya, "text_encoder.", 1024)),
-    ("sd2 diffusers", "SNNAS", ab(SD1_UNET, 1024) | clips(ab, "text_encoder.", 1024)),
+    ("sd2 diffusers", "SNNAS", peft(SD1_UNET, 1024) | clips(peft, "text_encoder.", 1024)),
     ("sdxl kohya", "AAAAA", kohya("unet.input_blocks.4.1.transformer_blocks.0.attn2.to_k", 2048)),
     ("flux kohya", "AANAA", kohya("unet.double_blocks.0.img_attn_qkv", 3072)),
-    ("flux generic", "AANNA", ab("diffusion_model.double_blocks.0.img_attn.qkv", 3072)),
-    ("flux diffusers", "AANAA", ab("transformer.single_transformer_blocks.0.attn.to_q", 3072)),
+    ("flux generic", "AANNA", peft("diffusion_model.double_blocks.0.img_attn.qkv", 3072)),
+    ("flux diffusers", "AANAA", peft("transformer.single_transformer_blocks.0.attn.to_q", 3072)),
     ("chroma kohya", "SANNS", CHROMA | CHROMA_T5),
-    ("chroma generic", "AANNA", ab("diffusion_model.distilled_guidance_layer.in_proj", 64)),
-    ("chroma diffusers", "NNNAA", ab("transformer.distilled_guidance_layer.in_proj", 64)),
+    ("chroma generic", "AANNA", peft("diffusion_model.distilled_guidance_layer.in_proj", 64)),
+    ("chroma diffusers", "NNNAA", peft("transformer.distilled_guidance_layer.in_proj", 64)),
     ("sd3 kohya", "AANNN", kohya("unet.joint_blocks.0.x_block_attn_qkv", 1536)),
-    ("sd3 generic", "AANNA", ab("diffusion_model.joint_blocks.0.x_block.attn.qkv", 1536)),
-    ("sd3 diffusers", "ANNAA", ab("transformer.transformer_blocks.0.attn.to_q", 1536)),
+    ("sd3 generic", "AANNA", peft("diffusion_model.joint_blocks.0.x_block.attn.qkv", 1536)),
+    ("sd3 diffusers", "ANNAA", peft("transformer.transformer_blocks.0.attn.to_q", 1536)),
     ("lumina kohya", "ANNNN", kohya("unet.layers.0.attention.qkv", 2304)),
     ("lumina generic, a whole block", "ANNAN", lumina_block("layers.0")),
-    ("lumina generic, a part of a block", "ANNNN", ab("diffusion_model.layers.0.attention.qkv", 2304)),
-    ("lumina diffusers", "NNNAN", ab("transformer.noise_refiner.0.attn.to_q", 2304)),
-    ("zimage, as it is saved", "ANNAN", ab("diffusion_model.layers.0.attention.to_q", 3840)),
-    ("zimage, its last part", "ANNAN", ab("diffusion_model.layers.0.attention.to_out.0", 3840)),
-    ("zimage diffusers", "ANNAN", ab("transformer.layers.0.attention.to_q", 3840)),
+    ("lumina generic, a part of a block", "ANNNN", peft("diffusion_model.layers.0.attention.qkv", 2304)),
+    ("lumina diffusers", "NNNAN", peft("transformer.noise_refiner.0.attn.to_q", 2304)),
+    ("zimage, as it is saved", "ANNAN", peft("diffusion_model.layers.0.attention.to_q", 3840)),
+    ("zimage, its last part", "ANNAN", peft("diffusion_model.layers.0.attention.to_out.0", 3840)),
+    ("zimage diffusers", "ANNAN", peft("transformer.layers.0.attention.to_q", 3840)),
     ("zimage kohya", "ANNAN", kohya("unet.layers.0.attention.qkv", 3840)),
     ("zimage kohya, by musubi-tuner", "NNNAN", kohya("unet.layers.0.attention.to_q", 3840)),
-    ("zimage generic", "ANNNN", ab("diffusion_model.layers.0.attention.qkv", 3840)),
-    ("zimage generic, feed-forward", "ANNAN", ab("diffusion_model.layers.0.feed_forward.w1", 3840)),
-    ("flux.2, as it is saved", "ANNAN", ab("diffusion_model.double_blocks.0.img_attn.qkv", 4096)),
-    ("flux.2 klein 4B", "ANNAN", ab("diffusion_model.single_blocks.0.linear2", 12288)),
-    ("flux.2 diffusers", "ANNAN", ab("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", 3072)),
+    ("zimage generic", "ANNNN", peft("diffusion_model.layers.0.attention.qkv", 3840)),
+    ("zimage generic, feed-forward", "ANNAN", peft("diffusion_model.layers.0.feed_forward.w1", 3840)),
+    ("flux.2, as it is saved", "ANNAN", peft("diffusion_model.double_blocks.0.img_attn.qkv", 4096)),
+    ("flux.2 klein 4B", "ANNAN", peft("diffusion_model.single_blocks.0.linear2", 12288)),
+    ("flux.2 diffusers", "ANNAN", peft("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", 3072)),
     ("flux.2 kohya", "ANNAN", kohya("unet.double_blocks.0.txt_mlp.2", 9216)),
     ("flux.2 kohya, modulation", "ANNNN", kohya("unet.single_stream_modulation.lin", 3072)),
-    ("flux.2 diffusers, modulation", "NNNAN", ab("transformer.single_stream_modulation.linear", 3072)),
-    ("krea 2, as it is saved", "ANNAN", ab("diffusion_model.blocks.0.attn.wq", 6144)),
+    ("flux.2 diffusers, modulation", "NNNAN", peft("transformer.single_stream_modulation.linear", 3072)),
+    ("krea 2, as it is saved", "ANNAN", peft("diffusion_model.blocks.0.attn.wq", 6144)),
     ("krea 2 kohya", "ANNNN", kohya("unet.blocks.0.mlp.gate", 6144)),
     ("krea 2 kohya, diffusers' paths", "NNNNN", kohya("unet.transformer_blocks.0.attn.to_gate", 6144)),
-    ("krea 2 diffusers", "ANNAN", ab("transformer.transformer_blocks.0.ff.gate", 6144)),
-    ("krea 2, diffusers' paths in ComfyUI's place", "NNNNN", ab("diffusion_model.text_fusion.projector", 12)),
-    ("qwen-image 2.1, as it is saved", "ANNAN", ab("transformer.transformer_blocks.0.img_mlp.gate_layer", 4096)),
-    ("qwen-image 2.1 generic", "ANNAN", ab("diffusion_model.transformer_blocks.31.attn.to_q", 4096)),
-    ("qwen-image 2.1 generic, gates", "NNNAN", ab("diffusion_model.transformer_blocks.0.img_mlp.gate_layer", 4096)),
-    ("qwen-image 2.1 generic, fused", "ANNNN", ab("diffusion_model.transformer_blocks.0.img_mlp.gate_up", 4096)),
-    ("qwen-image 2.1 diffusers, fused", "NNNNN", ab("transformer.transformer_blocks.0.img_mlp.gate_up", 4096)),
+    ("krea 2 diffusers", "ANNAN", peft("transformer.transformer_blocks.0.ff.gate", 6144)),
+    ("krea 2, diffusers' paths in ComfyUI's place", "NNNNN", peft("diffusion_model.text_fusion.projector", 12)),
+    ("qwen-image 2.1, as it is saved", "ANNAN", peft("transformer.transformer_blocks.0.img_mlp.gate_layer", 4096)),
+    ("qwen-image 2.1 generic", "ANNAN", peft("diffusion_model.transformer_blocks.31.attn.to_q", 4096)),
+    ("qwen-image 2.1 generic, gates", "NNNAN", peft("diffusion_model.transformer_blocks.0.img_mlp.gate_layer", 4096)),
+    ("qwen-image 2.1 generic, fused", "ANNNN", peft("diffusion_model.transformer_blocks.0.img_mlp.gate_up", 4096)),
+    ("qwen-image 2.1 diffusers, fused", "NNNNN", peft("transformer.transformer_blocks.0.img_mlp.gate_up", 4096)),
     ("qwen-image 2.1 kohya", "ANNAN", kohya("unet.transformer_blocks.0.img_mlp.out", 12288)),
     ("qwen-image 2.1 kohya, proj", "NNNAN", kohya("unet.transformer_blocks.0.img_mlp.proj", 4096)),
     ("qwen-image 2.1 kohya, gates", "NNNNN", kohya("unet.transformer_blocks.0.img_mlp.gate_layer", 4096)),
     ("hunyuan, the module paths", "NNNNN", kohya("unet.double_blocks.0.img_mlp.fc1", 3584)),
     ("hunyuan, ComfyUI's names", "ANNNN", kohya("unet.double_blocks.0.img_mlp.0", 3584)),
-    ("hunyuan diffusers", "NNNNN", ab("transformer.single_transformer_blocks.0.attn.to_q", 3584)),
-    ("hunyuan diffusers, double blocks", "NNNNN", ab("transformer.transformer_blocks.0.attn.to_q", 3584)),
-    ("hunyuan generic", "ANNNN", ab("diffusion_model.double_blocks.0.img_attn.qkv", 3584)),
+    ("hunyuan diffusers", "NNNNN", peft("transformer.single_transformer_blocks.0.attn.to_q", 3584)),
+    ("hunyuan diffusers, double blocks", "NNNNN", peft("transformer.transformer_blocks.0.attn.to_q", 3584)),
+    ("hunyuan generic", "ANNNN", peft("diffusion_model.double_blocks.0.img_attn.qkv", 3584)),
     ("anima kohya, self attention", "ANNNA", kohya("unet.blocks.0.self_attn.q_proj", 2048)),
     ("anima kohya, cross attention", "ANNNN", kohya("unet.blocks.0.cross_attn.q_proj", 2048)),
     ("anima kohya, output", "ANNNN", kohya("unet.blocks.0.self_attn.output_proj", 2048)),
@@ -118,13 +118,13 @@ NAMINGS = [  # ComfyUI, Forge, A1111-style, diffusers, stable-diffusion.cpp
      | kohya("unet.x_embedder.proj.1", 72) | kohya("unet.t_embedder.1.linear_1", 2048)
      | kohya("unet.final_layer.linear", 2048) | kohya("unet.blocks.0.adaln_modulation_mlp.1", 2048)),
     ("anima kohya, text adapter", "ANNNN", kohya("unet.llm_adapter.blocks.0.self_attn.q_proj", 1024)),
-    ("anima generic", "ANNAA", ab("diffusion_model.blocks.0.cross_attn.q_proj", 2048)),
+    ("anima generic", "ANNAA", peft("diffusion_model.blocks.0.cross_attn.q_proj", 2048)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("expected", "shapes"), [case[1:] for case in NAMINGS], ids=[case[0] for case in NAMINGS])
-def test_naming(expected: str, shapes: Shapes) -> None:
-    assert amounts(shapes) == expected
+def test_each_program_uses_the_expected_share_of_each_naming(expected: str, shapes: Shapes) -> None:
+    assert usage_letters(shapes) == expected
 
 
 NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -162,187 +162,201 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("expected", "shapes"), [case[1:] for case in KINDS], ids=[case[0] for case in KINDS])
-def test_kind_of_weights(expected: str, shapes: Shapes) -> None:
-    assert amounts(shapes) == expected
+def test_each_program_uses_the_expected_share_of_each_kind_of_weights(expected: str, shapes: Shapes) -> None:
+    assert usage_letters(shapes) == expected
 
 
 @pytest.mark.parametrize(("alpha", "amount"), [(0.0, "all"), (0.1, "none")])
-def test_comfyui_applies_oft_of_lycoris_as_trained_unless_it_has_a_limit(alpha: float, amount: str) -> None:
-    """LyCORIS writes the limit, 0 for none, as alpha."""
+def test_comfyui_applies_oft_of_lycoris_unless_it_has_a_constraint(alpha: float, amount: str) -> None:
+    """LyCORIS stores the constraint as alpha, 0 meaning none."""
     shapes: Shapes = {f"{NAME}.oft_blocks": (5, 64, 64), f"{NAME}.alpha": ()}
     assert readings(list_specs(), shapes, {}, {f"{NAME}.alpha": alpha})[0].amount == amount
 
 
-def test_modules_that_the_base_model_lacks_are_used_by_none() -> None:
-    strangers = kohya("unet.down_blocks.7.attentions.0.proj_in")
-    for reading in readings(list_specs(), LORA | strangers, {}):
-        assert reading.unused == tuple(strangers)
+def test_modules_that_the_base_model_lacks_are_used_by_no_program() -> None:
+    unknown = kohya("unet.down_blocks.7.attentions.0.proj_in")
+    for reading in readings(list_specs(), LORA | unknown, {}):
+        assert reading.unused == tuple(unknown)
         assert reading.reasons == ("Stable Diffusion 1.x has no modules with some of the file's names",)
 
 
-def test_a_module_that_flux_lacks_makes_diffusers_refuse_kohyas_names() -> None:
+def test_diffusers_refuses_kohya_names_with_a_module_that_flux_lacks() -> None:
     block = kohya("unet.double_blocks.0.img_attn_qkv", 3072)
-    assert by("diffusers", block).amount == "all"
-    assert by("diffusers", block | kohya("unet.double_blocks.0.img_attn_nothing", 3072)).amount == "none"
+    assert reading_of("diffusers", block).amount == "all"
+    assert reading_of("diffusers", block | kohya("unet.double_blocks.0.img_attn_nothing", 3072)).amount == "none"
 
 
-def test_alphas_without_weights_are_used_by_none_and_do_not_make_forge_refuse_the_file() -> None:
+def test_alphas_without_weights_are_unused_but_accepted_by_forge() -> None:
     names = [f"lora_unet_mid_block_resnets_{n}_conv{i}" for n in (0, 1) for i in (1, 2)]
     names += [f"lora_unet_down_blocks_{n}_resnets_{m}_conv{i}" for n in range(3) for m in (0, 1) for i in (1, 2)]
     lone: Shapes = {f"{name}.alpha": () for name in names}
-    found = {reading.program: reading for reading in readings(list_specs(), LORA | lone, {})}
-    assert found["ComfyUI"].unused == found["Forge"].unused == tuple(lone) and len(lone) == 16
-    assert found["ComfyUI"].reasons == ("alphas without weights change nothing",)
-    assert found["diffusers"].reasons == ("it refuses a file with alphas that have no weights",)
+    readings_by_program = {reading.program: reading for reading in readings(list_specs(), LORA | lone, {})}
+    assert (
+        readings_by_program["ComfyUI"].unused == readings_by_program["Forge"].unused == tuple(lone) and len(lone) == 16
+    )
+    assert readings_by_program["ComfyUI"].reasons == ("alphas without weights change nothing",)
+    assert readings_by_program["diffusers"].reasons == ("it refuses a file with alphas that have no weights",)
 
 
-def test_comfyui_does_not_find_the_approximator_of_chroma_under_the_names_of_diffusers() -> None:
-    """All other modules of a full-size file."""
+def test_comfyui_ignores_chromas_approximator_under_diffusers_names() -> None:
+    """It uses all other modules of a full-size file."""
     shapes: Shapes = {}
     for module in CHROMA_NAMES.modules:
         names = [module.diffusers] if isinstance(module.diffusers, str) else [p.diffusers for p in module.pieces]
         for name in names:
             if re.match(r"transformer\.(single_)?transformer_blocks|.*distilled_guidance_layer", name):
-                shapes |= ab(name, 3072)
-    reading = by("ComfyUI", shapes)
+                shapes |= peft(name, 3072)
+    reading = reading_of("ComfyUI", shapes)
     assert (reading.num_used, reading.num_keys) == (836, 860)
 
 
-def test_comfyui_loses_the_attention_layers_of_diffusers_names_and_nothing_else() -> None:
-    reading = by("ComfyUI", ab(SD1_UNET) | ab(SD1_FF) | ab("text_encoder." + CLIP.format(0)))
-    assert reading.unused == tuple(ab(SD1_UNET)) and reading.inexact == ()
+def test_comfyui_ignores_only_the_attention_layers_of_diffusers_names() -> None:
+    reading = reading_of("ComfyUI", peft(SD1_UNET) | peft(SD1_FF) | peft("text_encoder." + CLIP.format(0)))
+    assert reading.unused == tuple(peft(SD1_UNET)) and reading.inexact == ()
 
 
 def test_stable_diffusion_cpp_applies_a_tucker_core_wrongly() -> None:
-    reading = by("stable-diffusion.cpp", LORA | {f"{NAME}.lora_mid.weight": (4, 4, 3, 3)})
+    reading = reading_of("stable-diffusion.cpp", LORA | {f"{NAME}.lora_mid.weight": (4, 4, 3, 3)})
     assert reading.unused == () and len(reading.inexact) == 4 and "Tucker" in reading.reasons[0]
 
 
 def test_dora_per_output_is_applied_but_not_as_trained() -> None:
-    reading = by("Forge", LORA | {f"{NAME}.dora_scale": (320, 1)})
+    reading = reading_of("Forge", LORA | {f"{NAME}.dora_scale": (320, 1)})
     assert reading.unused == () and len(reading.inexact) == 4 and "per output" in reading.reasons[0]
 
 
 @pytest.mark.parametrize(("num_unknown", "amount"), [(12, "some"), (13, "none")])
 def test_forge_refuses_more_than_12_unknown_keys(num_unknown: int, amount: str) -> None:
     extra = {f"{NAME}.extra_{i}": (1,) for i in range(num_unknown)}
-    assert by("Forge", LORA | extra).amount == amount
+    assert reading_of("Forge", LORA | extra).amount == amount
 
 
 def test_diffusers_refuses_alpha_in_its_own_naming() -> None:
-    reading = by("diffusers", ab(SD1_UNET) | {f"{SD1_UNET}.alpha": ()})
+    reading = reading_of("diffusers", peft(SD1_UNET) | {f"{SD1_UNET}.alpha": ()})
     assert reading.amount == "none" and reading.reasons == ("it refuses .alpha in addition to lora_A and lora_B",)
 
 
 def test_diffusers_refuses_a_mix_of_namings() -> None:
-    reading = by("diffusers", ab(SD1_UNET) | clips(kohya, "text_encoder."))
+    reading = reading_of("diffusers", peft(SD1_UNET) | clips(kohya, "text_encoder."))
     assert reading.amount == "none" and "mixes" in reading.reasons[0]
 
 
 def test_diffusers_refuses_the_final_layer_of_lumina_in_the_generic_naming() -> None:
-    body, last = lumina_block("layers.0"), ab("diffusion_model.final_layer.linear", 2304)
-    assert by("diffusers", body).amount == "all"
-    assert by("diffusers", body | last).amount == "none"
+    body, last = lumina_block("layers.0"), peft("diffusion_model.final_layer.linear", 2304)
+    assert reading_of("diffusers", body).amount == "all"
+    assert reading_of("diffusers", body | last).amount == "none"
 
 
 @pytest.mark.parametrize("path", ["unet.img_in", "unet.time_in.in_layer", "unet.guidance_in.out_layer"])
 def test_diffusers_ignores_the_input_layers_of_flux(path: str) -> None:
-    reading = by("diffusers", kohya("unet.double_blocks.0.img_attn_qkv", 3072) | kohya(path, 3072))
+    reading = reading_of("diffusers", kohya("unet.double_blocks.0.img_attn_qkv", 3072) | kohya(path, 3072))
     assert reading.unused == tuple(kohya(path, 3072))
 
 
-def test_diffusers_takes_clip_but_not_t5_of_flux() -> None:
+def test_diffusers_uses_flux_adapters_of_clip_but_not_of_t5() -> None:
     clip = {k.replace("lora_te_", "lora_te1_"): s for k, s in kohya("text_encoder." + CLIP.format(0)).items()}
     t5 = {
         k.replace("lora_te_", "lora_te3_"): s for k, s in kohya("text_encoder.encoder.block.0.layer.0.q", 4096).items()
     }
-    reading = by("diffusers", kohya("unet.double_blocks.0.img_attn_qkv", 3072) | clip | t5)
+    reading = reading_of("diffusers", kohya("unet.double_blocks.0.img_attn_qkv", 3072) | clip | t5)
     assert reading.unused == tuple(t5) and len(t5) == 3
 
 
 @pytest.mark.parametrize(
     "path", ["img_in", "txt_in", "time_in.in_layer", "vector_in.out_layer", "guidance_in.in_layer"]
 )
-def test_stable_diffusion_cpp_loses_the_input_layers_of_flux_in_kohyas_names(path: str) -> None:
+def test_stable_diffusion_cpp_ignores_the_input_layers_of_flux_in_kohya_names(path: str) -> None:
     block = kohya("unet.double_blocks.0.img_attn_qkv", 3072)
-    assert by("stable-diffusion.cpp", block | kohya(f"unet.{path}", 3072)).unused == tuple(kohya(f"unet.{path}", 3072))
-    block = ab("diffusion_model.double_blocks.0.img_attn.qkv", 3072)
-    assert by("stable-diffusion.cpp", block | ab(f"diffusion_model.{path}", 3072)).amount == "all"
+    assert reading_of("stable-diffusion.cpp", block | kohya(f"unet.{path}", 3072)).unused == tuple(
+        kohya(f"unet.{path}", 3072)
+    )
+    block = peft("diffusion_model.double_blocks.0.img_attn.qkv", 3072)
+    assert reading_of("stable-diffusion.cpp", block | peft(f"diffusion_model.{path}", 3072)).amount == "all"
 
 
 T5 = "encoder.block.{}.layer.0.SelfAttention.q"
 
 
 def t5_blocks(prefix: str) -> Shapes:
-    """Seven modules of T5 under diffusers' names: more keys than Forge puts up with."""
-    found: Shapes = {}
+    """Return seven modules of T5 under diffusers' names: more unknown keys than Forge tolerates."""
+    shapes: Shapes = {}
     for block in range(7):
-        found |= ab(prefix + T5.format(block), 4096)
-    return found
+        shapes |= peft(prefix + T5.format(block), 4096)
+    return shapes
 
 
-def test_nobody_but_stable_diffusion_cpp_reads_t5_of_flux_under_diffusers_names() -> None:
-    denoiser = ab("transformer.single_transformer_blocks.0.attn.to_q", 3072)
+def test_comfyui_diffusers_and_forge_do_not_read_t5_of_flux_under_diffusers_names() -> None:
+    denoiser = peft("transformer.single_transformer_blocks.0.attn.to_q", 3072)
     t5 = t5_blocks("text_encoder_2.")
-    assert by("ComfyUI", denoiser | t5).unused == tuple(t5)
-    assert by("diffusers", denoiser | t5).unused == tuple(t5)
-    assert by("Forge", denoiser | t5).amount == "none"
+    assert reading_of("ComfyUI", denoiser | t5).unused == tuple(t5)
+    assert reading_of("diffusers", denoiser | t5).unused == tuple(t5)
+    assert reading_of("Forge", denoiser | t5).amount == "none"
 
 
-def test_nobody_reads_t5_of_sd3_under_diffusers_names() -> None:
-    denoiser, t5 = ab("transformer.transformer_blocks.0.attn.to_q", 1536), t5_blocks("text_encoder_3.")
-    assert by("ComfyUI", denoiser | t5).unused == tuple(t5)
-    assert by("diffusers", denoiser | t5).unused == tuple(t5)
-    assert by("Forge", denoiser | t5).amount == "none"
+def test_comfyui_diffusers_and_forge_do_not_read_t5_of_sd3_under_diffusers_names() -> None:
+    denoiser, t5 = peft("transformer.transformer_blocks.0.attn.to_q", 1536), t5_blocks("text_encoder_3.")
+    assert reading_of("ComfyUI", denoiser | t5).unused == tuple(t5)
+    assert reading_of("diffusers", denoiser | t5).unused == tuple(t5)
+    assert reading_of("Forge", denoiser | t5).amount == "none"
 
 
-TEXT_ONLY = clips(ab, "text_encoder.") | clips(ab, "text_encoder_2.", 1280)
+TEXT_ONLY = clips(peft, "text_encoder.") | clips(peft, "text_encoder_2.", 1280)
 BOTH_CLIPS = {f"lora_te{n}_{CLIP.format(0).replace('.', '_')}.lora_down.weight": (4, 768) for n in (1, 2)}
 
 
 @pytest.mark.parametrize("version", ["sdxl_base_v1-0", "5-medium"])
-def test_forge_reads_text_encoders_alone_under_diffusers_names(version: str) -> None:
-    """Beside a denoiser of that naming it refuses the file for the denoiser's keys."""
-    found = {r.program: r.amount for r in readings(list_specs(), TEXT_ONLY, {"ss_base_model_version": version})}
-    assert found["Forge"] == "all" and found["ComfyUI"] == "all" and found["A1111-style"] == "none"
-    denoiser = {key for n in range(7) for key in ab(f"unet.down_blocks.1.attentions.{n}.proj_in", 640)}
-    assert by("Forge", TEXT_ONLY | dict.fromkeys(denoiser, (4, 640))).amount == "none"
+def test_forge_reads_files_of_text_encoders_only_under_diffusers_names(version: str) -> None:
+    """With a denoiser in the same naming, Forge refuses the file because of the denoiser's keys."""
+    amounts_by_program = {
+        r.program: r.amount for r in readings(list_specs(), TEXT_ONLY, {"ss_base_model_version": version})
+    }
+    assert (
+        amounts_by_program["Forge"] == "all"
+        and amounts_by_program["ComfyUI"] == "all"
+        and amounts_by_program["A1111-style"] == "none"
+    )
+    denoiser = {key for n in range(7) for key in peft(f"unet.down_blocks.1.attentions.{n}.proj_in", 640)}
+    assert reading_of("Forge", TEXT_ONLY | dict.fromkeys(denoiser, (4, 640))).amount == "none"
 
 
 @pytest.mark.parametrize(
-    ("version", "shapes", "says"),
+    ("version", "shapes", "reason"),
     [
-        ("5-medium", BOTH_CLIPS, "it does not read text encoder keys in the kohya naming"),  # of SD3, not of SDXL
+        (
+            "5-medium",
+            BOTH_CLIPS,
+            "it does not read text encoder keys in the kohya naming",
+        ),  # SD3's encoders, not SDXL's
         ("flux1", kohya("text_encoder." + T5.format(0), 4096), "it does not support LoRA for FLUX.1's T5"),
         ("lumina2", kohya("text_encoder.layers.0.self_attn.q_proj", 2304), "it does not read text encoder keys"),
         ("anima", kohya("text_encoder.layers.0.self_attn.q_proj", 1024), "it does not read text encoder keys"),
     ],
 )
-def test_files_of_text_encoders_are_of_the_base_model_that_their_metadata_names(
-    version: str, shapes: Shapes, says: str
+def test_metadata_names_the_base_model_of_files_of_text_encoders_only(
+    version: str, shapes: Shapes, reason: str
 ) -> None:
     shapes = {key.replace("lora_te_encoder_block", "lora_te3_encoder_block"): shape for key, shape in shapes.items()}
-    (found,) = (
+    (reading,) = (
         r for r in readings(list_specs(), shapes, {"ss_base_model_version": version}) if r.program == "diffusers"
     )
-    assert found.amount == "none" and found.reasons[0].startswith(says)
+    assert reading.amount == "none" and reading.reasons[0].startswith(reason)
 
 
-HUNYUAN = ab("diffusion_model.double_blocks.0.img_attn.qkv", 48)
+HUNYUAN = peft("diffusion_model.double_blocks.0.img_attn.qkv", 48)
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "is_told"),
+    ("key", "value", "is_recognised"),
     [
         ("ss_base_model_version", "hunyuan-image-2.1", True),
         ("modelspec.architecture", "hunyuan-image-2.1/lora", True),
-        ("modelspec.architecture", "anima-preview/lora", False),  # whose names these are not
+        ("modelspec.architecture", "anima-preview/lora", False),  # its names differ from these
         ("modelspec.architecture", "something-else/lora", False),
     ],
 )
-def test_the_header_tells_base_models_with_the_same_names_apart(key: str, value: str, is_told: bool) -> None:
+def test_metadata_distinguishes_base_models_with_the_same_names(key: str, value: str, is_recognised: bool) -> None:
     spec = recognise_adapter(list_specs(), HUNYUAN, {key: value})
-    assert spec is not None and spec.name == ("hunyuan_image" if is_told else "flux")
+    assert spec is not None and spec.name == ("hunyuan_image" if is_recognised else "flux")
 
 
 HEADERS = {
@@ -356,47 +370,48 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("spec", list_specs(), ids=lambda spec: spec.name)
-def test_the_header_names_the_base_model_in_two_ways(spec: BaseModelSpec) -> None:
+def test_the_base_model_is_recognised_from_either_metadata_field(spec: BaseModelSpec) -> None:
     version, architecture = HEADERS[spec.name]
     assert base_in_metadata(list_specs(), {"ss_base_model_version": version}) is spec
     assert base_in_metadata(list_specs(), {"modelspec.architecture": f"{architecture}/lora"}) is spec
 
 
-def test_the_denoiser_says_more_than_the_metadata() -> None:
-    shapes = ab("diffusion_model.blocks.0.cross_attn.q_proj", 2048)
+def test_denoiser_keys_take_precedence_over_the_metadata() -> None:
+    shapes = peft("diffusion_model.blocks.0.cross_attn.q_proj", 2048)
     assert readings(list_specs(), shapes, {"ss_base_model_version": "flux1"}) == readings(list_specs(), shapes, {})
 
 
-def test_stable_diffusion_cpp_loses_q_k_v_of_the_text_encoder_of_sd2() -> None:
+def test_stable_diffusion_cpp_ignores_q_k_v_of_the_text_encoder_of_sd2() -> None:
     out = "text_encoder.text_model.encoder.layers.0.self_attn.out_proj"
-    reading = by(
-        "stable-diffusion.cpp", kohya(SD1_UNET, 1024) | kohya("text_encoder." + CLIP.format(0), 1024) | kohya(out)
+    reading = reading_of(
+        "stable-diffusion.cpp",
+        kohya(SD1_UNET, 1024) | kohya("text_encoder." + CLIP.format(0), 1024) | kohya(out),
     )
     assert reading.unused == tuple(kohya("text_encoder." + CLIP.format(0)))
 
 
-def test_a_program_without_the_base_model_says_so() -> None:
-    reading = by("Forge", ab("diffusion_model.layers.0.attention.qkv", 2304))
+def test_a_program_that_does_not_support_the_base_model_is_reported() -> None:
+    reading = reading_of("Forge", peft("diffusion_model.layers.0.attention.qkv", 2304))
     assert reading.reasons == ("it supports no adapters of Lumina Image 2.0",)
 
 
-def test_peft_names_are_read_by_none() -> None:
-    assert amounts(ab(f"base_model.model.{SD1_UNET}")) == "NNNNN"
+def test_peft_names_are_read_by_no_program() -> None:
+    assert usage_letters(peft(f"base_model.model.{SD1_UNET}")) == "NNNNN"
 
 
-def test_the_line_groups_programs_by_what_they_use() -> None:
-    line = describe(readings(list_specs(), ab(SD1_UNET) | ab(SD1_FF), {}))
+def test_the_summary_groups_programs_by_the_keys_they_use() -> None:
+    line = describe(readings(list_specs(), peft(SD1_UNET) | peft(SD1_FF), {}))
     assert line == "all used by diffusers, stable-diffusion.cpp; some by ComfyUI (2 of 4); none by Forge, A1111-style"
 
 
-def test_the_line_for_an_unknown_base_model() -> None:
+def test_the_summary_for_an_unknown_base_model_says_so() -> None:
     assert readings(list_specs(), {"x.lora_A.weight": (4, 4)}, {}) == ()
     assert describe(()) == "its base model cannot be recognised from its keys"
 
 
-def test_reasons_are_given_once_and_name_the_program() -> None:
-    found = readings(list_specs(), LORA | {f"{NAME}.dora_scale": (1, 768)}, {})
-    assert list(problems(found)) == [
+def test_reasons_are_listed_once_with_the_program() -> None:
+    results = readings(list_specs(), LORA | {f"{NAME}.dora_scale": (1, 768)}, {})
+    assert list(problems(results)) == [
         "diffusers: it drops dora_scale: the rest acts as plain LoRA",
         "stable-diffusion.cpp: it supports neither norm weights nor DoRA: the rest acts as plain LoRA",
     ]
