@@ -1,4 +1,4 @@
-"""The flow matching objective against a literal float64 recomputation that replays its draws."""
+"""The flow matching objective, compared with a float64 computation from the same random draws."""
 
 import logging
 import math
@@ -42,32 +42,32 @@ def latents(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def flow(
     target: Target = "noise - latent", prediction: str = "raw", scheme: str = "none", **flags: Any
 ) -> FlowMatching:
-    whole = {name: flags.pop(name, False) for name in ("has_whole_timesteps", "tells_whole_timesteps")}
+    timestep_settings = {name: flags.pop(name, False) for name in ("has_whole_timesteps", "tells_whole_timesteps")}
     levels = build_shifted_scheme(FlowWeightingOptions(), 1.0)
     options = options_of(**flags)
-    return FlowMatching(options.noise, options.loss, levels, target, prediction, scheme, **whole)
+    return FlowMatching(options.noise, options.loss, levels, target, prediction, scheme, **timestep_settings)
 
 
 def corrupt(objective: FlowMatching, clean: Tensor, seed: int = 3) -> Noised:
     return objective.corrupt(clean, torch.Generator().manual_seed(seed))
 
 
-def column(values_B: Tensor) -> Tensor:
+def as_column(values_B: Tensor) -> Tensor:
     return values_B.double().view(-1, 1, 1, 1)
 
 
-def test_it_is_an_objective() -> None:
+def test_flow_matching_implements_the_objective_protocol() -> None:
     objective: Objective = flow()
     assert isinstance(objective.at_timestep(500), FlowMatching)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_latents_lie_on_the_line_between_clean_and_noise(dtype: torch.dtype) -> None:
+def test_noised_latents_interpolate_between_clean_latents_and_noise(dtype: torch.dtype) -> None:
     clean = latents(1, dtype)
     noised = corrupt(flow(), clean)
     g = torch.Generator().manual_seed(3)
     noise, sigmas = torch.randn(B, C, H, W, generator=g), torch.rand(B, generator=g)
-    exact = (1 - column(sigmas)) * clean.double() + column(sigmas) * noise.double()
+    exact = (1 - as_column(sigmas)) * clean.double() + as_column(sigmas) * noise.double()
     assert noised.latents_BCHW.dtype == dtype
     torch.testing.assert_close(
         noised.latents_BCHW.double(), exact.to(dtype).double(), rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-6
@@ -76,7 +76,7 @@ def test_latents_lie_on_the_line_between_clean_and_noise(dtype: torch.dtype) -> 
     torch.testing.assert_close(noised.sigmas_B, sigmas)
 
 
-def test_levels_are_float32_whatever_the_latents_are() -> None:
+def test_noise_levels_are_float32_for_every_dtype_of_the_latents() -> None:
     noised = corrupt(flow(), latents(1, torch.bfloat16))
     assert noised.sigmas_B.dtype == noised.timesteps_B.dtype == torch.float32
     assert not torch.equal(noised.timesteps_B, noised.timesteps_B.bfloat16().float()), "nothing is rounded to bf16"
@@ -85,11 +85,11 @@ def test_levels_are_float32_whatever_the_latents_are() -> None:
 
 @pytest.mark.parametrize("target", ["noise - latent", "latent - noise", "latent"])
 @pytest.mark.parametrize("prediction", ["raw", "additive", "sigma_scaled"])
-def test_estimate_and_target(target: Target, prediction: str) -> None:
+def test_estimate_and_target_match_their_formulas(target: Target, prediction: str) -> None:
     objective = flow(target, prediction)
     noised = corrupt(objective, latents(2))
     output = latents(4)
-    x, sigma = noised.latents_BCHW.double(), column(noised.sigmas_B)
+    x, sigma = noised.latents_BCHW.double(), as_column(noised.sigmas_B)
     estimates = {"raw": output.double(), "additive": output.double() + x, "sigma_scaled": x - sigma * output.double()}
     velocity = noised.noise_BCHW.double() - noised.clean_BCHW.double()
     targets = {"noise - latent": velocity, "latent - noise": -velocity, "latent": noised.clean_BCHW.double()}
@@ -113,21 +113,21 @@ def test_estimates_are_float32_under_autocast() -> None:
 
 @pytest.mark.parametrize("scheme", ["none", "uniform", "sigma_sqrt", "cosmap"])
 @pytest.mark.parametrize("loss_type", ["l2", "l1", "huber", "smooth_l1"])
-def test_loss_in_float64(scheme: str, loss_type: str) -> None:
+def test_the_loss_matches_a_float64_computation(scheme: str, loss_type: str) -> None:
     objective = flow(scheme=scheme, loss_type=loss_type, huber_c=0.2)
     noised, prediction, target = corrupt(objective, latents(2)), latents(5), latents(6)
-    sigma, d = column(noised.sigmas_B), prediction.double() - target.double()
-    c = (1 - 0.2) * (1 - sigma) ** 2 + 0.2  # 1 / (1 + noise per signal) is the share of the latent
+    sigma, d = as_column(noised.sigmas_B), prediction.double() - target.double()
+    c = (1 - 0.2) * (1 - sigma) ** 2 + 0.2  # 1 / (1 + noise-to-signal ratio) is the share of the latent
     arc = (d**2 + c**2).sqrt() - c
     error = {"l2": d**2, "l1": d.abs(), "huber": 2 * c * arc, "smooth_l1": 2 * arc}[loss_type]
     weight = {"sigma_sqrt": sigma**-2, "cosmap": 2 / (math.pi * ((1 - sigma) ** 2 + sigma**2))}.get(scheme, 1.0)
-    found = objective.loss(prediction, target, noised)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), error * weight, rtol=1e-4, atol=1e-6)
+    loss = objective.loss(prediction, target, noised)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), error * weight, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("schedule", "threshold"), [("constant", 0.3), ("exponential", math.exp(math.log(0.3) * 0.8))])
-def test_other_huber_schedules(schedule: str, threshold: float) -> None:
+def test_huber_loss_follows_constant_and_exponential_schedules(schedule: str, threshold: float) -> None:
     objective = flow(loss_type="huber", huber_schedule=schedule, huber_c=0.3).at_timestep(800)
     noised, prediction, target = corrupt(objective, latents(2)), latents(5), latents(6)
     d = prediction.double() - target.double()
@@ -135,7 +135,7 @@ def test_other_huber_schedules(schedule: str, threshold: float) -> None:
     torch.testing.assert_close(objective.loss(prediction, target, noised).double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_loss_is_finite_at_both_ends() -> None:
+def test_loss_and_gradient_are_finite_at_both_ends_of_the_schedule() -> None:
     clean = latents(2)
     for timestep in (0, 999, 1000):
         objective = replace(
@@ -149,13 +149,13 @@ def test_loss_is_finite_at_both_ends() -> None:
         assert loss.isfinite().all() and output.grad is not None and output.grad.isfinite().all(), timestep
 
 
-def test_without_noise_there_is_nothing_to_learn() -> None:
+def test_the_loss_is_zero_without_noise() -> None:
     objective = flow("latent", "sigma_scaled", "sigma_sqrt").at_timestep(0)
     noised = corrupt(objective, latents(2))
     assert objective.loss(objective.estimate(latents(7), noised), objective.target(noised), noised).eq(0).all()
 
 
-def test_ip_noise_gamma_reaches_the_input_only() -> None:
+def test_ip_noise_gamma_affects_only_the_input() -> None:
     clean = latents(2)
     noised = corrupt(flow(ip_noise_gamma=0.25), clean)
     g = torch.Generator().manual_seed(3)
@@ -164,12 +164,12 @@ def test_ip_noise_gamma_reaches_the_input_only() -> None:
         torch.randn(B, C, H, W, generator=g),
         torch.rand(B, generator=g),
     )
-    exact = (1 - column(sigmas)) * clean.double() + column(sigmas) * (noise.double() + 0.25 * extra.double())
+    exact = (1 - as_column(sigmas)) * clean.double() + as_column(sigmas) * (noise.double() + 0.25 * extra.double())
     torch.testing.assert_close(noised.latents_BCHW.double(), exact, rtol=1e-5, atol=1e-6)
     assert torch.equal(flow().target(noised), noise - clean)
 
 
-def test_random_ip_noise_is_one_share_for_the_batch() -> None:
+def test_random_ip_noise_strength_is_drawn_once_per_batch() -> None:
     clean = torch.zeros(B, C, H, W)
     objective = replace(flow(ip_noise_gamma=0.8, ip_noise_gamma_random_strength=True), timestep=1000)
     noised = corrupt(objective, clean)
@@ -182,7 +182,7 @@ def test_random_ip_noise_is_one_share_for_the_batch() -> None:
     torch.testing.assert_close(noised.latents_BCHW, noise + 0.8 * strength * extra)
 
 
-def test_limits_stretch_the_levels_over_their_range() -> None:
+def test_timestep_limits_rescale_the_noise_levels_to_their_range() -> None:
     clean = torch.zeros(50_000, 1, 1, 1)
     noised = corrupt(flow(min_timestep=200, max_timestep=700), clean)
     inside = (noised.timesteps_B.double() - 200) / 500
@@ -191,11 +191,13 @@ def test_limits_stretch_the_levels_over_their_range() -> None:
     assert (inside.sort().values - steps).abs().max() < 1.95 / 50_000**0.5
 
 
-def test_a_denoiser_that_is_told_whole_timesteps_sees_noise_at_the_exact_level() -> None:
-    exact, told = (corrupt(flow(tells_whole_timesteps=whole), torch.zeros(500, 1, 1, 1)) for whole in (False, True))
-    assert torch.equal(told.sigmas_B, exact.sigmas_B) and torch.equal(told.latents_BCHW, exact.latents_BCHW)
-    assert torch.equal(told.timesteps_B, exact.timesteps_B.floor()) and not torch.equal(
-        told.timesteps_B, exact.timesteps_B
+def test_timesteps_rounded_for_the_denoiser_do_not_change_the_noise_level() -> None:
+    exact, rounded = (
+        corrupt(flow(tells_whole_timesteps=rounds), torch.zeros(500, 1, 1, 1)) for rounds in (False, True)
+    )
+    assert torch.equal(rounded.sigmas_B, exact.sigmas_B) and torch.equal(rounded.latents_BCHW, exact.latents_BCHW)
+    assert torch.equal(rounded.timesteps_B, exact.timesteps_B.floor()) and not torch.equal(
+        rounded.timesteps_B, exact.timesteps_B
     )
 
 
@@ -207,21 +209,21 @@ def test_whole_timesteps_stay_below_the_upper_limit() -> None:
     assert corrupt(flow(has_whole_timesteps=True), torch.zeros(4000, 1, 1, 1)).timesteps_B.max() <= 999
 
 
-def test_one_level_for_validation() -> None:
-    for whole in (True, False):
-        noised = corrupt(flow(has_whole_timesteps=whole).at_timestep(400), latents(2))
+def test_at_timestep_fixes_the_noise_level() -> None:
+    for has_whole_timesteps in (True, False):
+        noised = corrupt(flow(has_whole_timesteps=has_whole_timesteps).at_timestep(400), latents(2))
         assert noised.timesteps_B.tolist() == [400.0] * B
         assert noised.sigmas_B.tolist() == pytest.approx([0.4] * B)
 
 
-def test_limits_outside_the_schedule_are_refused() -> None:
+def test_invalid_limits_and_huber_thresholds_are_refused() -> None:
     with pytest.raises(ValueError, match="--max_timestep is 1001"):
         flow(max_timestep=1001)
     with pytest.raises(ValueError, match=r"--huber_c is 0\.0"):
         flow(loss_type="huber", huber_c=0.0)
 
 
-def sampled_flow(
+def build_with_warnings(
     caplog: pytest.LogCaptureFixture, prediction: str = "raw", **settings: Any
 ) -> tuple[FlowMatching, str]:
     weighting = {k: settings.pop(k) for k in list(settings) if k in vars(FlowWeightingOptions())}
@@ -238,15 +240,15 @@ def sampled_flow(
     return objective, caplog.text
 
 
-def test_sigma_scaled_is_kept_and_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    objective, warned = sampled_flow(caplog, "sigma_scaled", weighting_scheme="cosmap")
+def test_sigma_scaled_is_used_but_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    objective, warned = build_with_warnings(caplog, "sigma_scaled", weighting_scheme="cosmap")
     assert "--model_prediction_type sigma_scaled converts the output" in warned and "raw" in warned
     assert (objective.prediction_type, objective.target_kind) == ("sigma_scaled", "noise - latent")
     assert objective.loss_scheme == "cosmap"
 
 
-def test_raw_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    objective, warned = sampled_flow(caplog, "raw")
+def test_raw_prediction_gives_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    objective, warned = build_with_warnings(caplog, "raw")
     assert not warned and objective.loss_scheme == "none"
 
 
@@ -257,10 +259,10 @@ def test_raw_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
         ({"weighting_scheme": "cosmap"}, "--weighting_scheme cosmap has no effect: it requires --model_pred"),
     ],
 )
-def test_settings_without_effect_are_told(
+def test_settings_without_effect_are_warned_about(
     caplog: pytest.LogCaptureFixture, settings: dict[str, Any], message: str
 ) -> None:
-    assert message in sampled_flow(caplog, **settings)[1]
+    assert message in build_with_warnings(caplog, **settings)[1]
 
 
 @pytest.mark.parametrize(
@@ -273,7 +275,7 @@ def test_settings_without_effect_are_told(
         ({"min_snr_gamma": 5.0}, "--min_snr_gamma has no effect: it is for DDPM models"),
     ],
 )
-def test_settings_of_another_kind_are_told(settings: dict[str, Any], message: str) -> None:
+def test_settings_of_other_objectives_are_reported_as_unused(settings: dict[str, Any], message: str) -> None:
     assert list(find_unused(AnimaOptions(), IGNORES)) == []
     (line,) = find_unused(AnimaOptions().with_values(settings), IGNORES)
     assert line.startswith(message)

@@ -18,8 +18,8 @@ def prompt_of(**values: Any) -> Prompt:
     return Prompt(**{**common, **unset, **values})  # type: ignore[arg-type]
 
 
-def asked(progress: float = 0.5, **values: Any) -> tuple[Tensor, int]:
-    """The prediction, and how often the model was called."""
+def guide(progress: float = 0.5, **values: Any) -> tuple[Tensor, int]:
+    """Return the guided prediction and the number of model calls."""
     calls = []
 
     def predict(conditioning: Conditioning) -> Tensor:
@@ -30,23 +30,23 @@ def asked(progress: float = 0.5, **values: Any) -> tuple[Tensor, int]:
     return prediction, len(calls)
 
 
-def test_guidance_goes_away_from_the_negative_prompt() -> None:
-    assert asked()[0].flatten().tolist() == [5.0, -4.0]  # 1 + 2 * (3 - 1), 4 + 2 * (0 - 4)
+def test_guidance_moves_away_from_the_negative_prompt() -> None:
+    assert guide()[0].flatten().tolist() == [5.0, -4.0]  # 1 + 2 * (3 - 1), 4 + 2 * (0 - 4)
 
 
-def test_without_guidance_the_model_is_asked_once() -> None:
-    prediction, num_calls = asked(scale=1.0)
+def test_without_guidance_the_model_is_called_once() -> None:
+    prediction, num_calls = guide(scale=1.0)
     assert num_calls == 1 and torch.equal(prediction, POSITIVE)
 
 
-def test_guidance_ends_after_its_share_of_the_steps() -> None:
-    assert asked(0.25, cfg_trunc_ratio=0.25)[1] == 2
-    prediction, num_calls = asked(0.5, cfg_trunc_ratio=0.25)
+def test_guidance_ends_after_cfg_trunc_ratio_of_the_steps() -> None:
+    assert guide(0.25, cfg_trunc_ratio=0.25)[1] == 2
+    prediction, num_calls = guide(0.5, cfg_trunc_ratio=0.25)
     assert num_calls == 1 and torch.equal(prediction, POSITIVE)
 
 
-def test_what_has_grown_beyond_the_limit_is_shortened_to_it() -> None:
-    plain, limited, loose = (asked(renorm_cfg=limit)[0] for limit in (0.0, 1.0, 10.0))
+def test_renorm_cfg_limits_the_norm_of_the_prediction() -> None:
+    plain, limited, loose = (guide(renorm_cfg=limit)[0] for limit in (0.0, 1.0, 10.0))
     assert torch.equal(plain, loose)
     torch.testing.assert_close(limited.norm(), POSITIVE.norm(), **FLOAT32_SAME_MATH)
     torch.testing.assert_close(limited / limited.norm(), plain / plain.norm(), **FLOAT32_SAME_MATH)

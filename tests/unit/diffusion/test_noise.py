@@ -1,4 +1,4 @@
-"""Additions to white noise: offsets and coarse grain."""
+"""Noise offsets and multiresolution noise."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def offset_of(clean_BCHW: Tensor, strength: float, adaptive: float | None, seed:
     return added[:, :, 0, 0]
 
 
-def test_an_offset_is_normal_with_the_strength_as_its_deviation() -> None:
+def test_an_offset_is_normal_with_the_strength_as_standard_deviation() -> None:
     added = offset_of(normal((2000, 4, 2, 2), 41), 0.15, None, seed=42)
     assert added.mean().item() == pytest.approx(0, abs=0.15 * 3.3 / 8000**0.5)
     assert added.std().item() == pytest.approx(0.15, rel=0.03)
@@ -34,7 +34,7 @@ def test_an_adaptive_offset_follows_the_mean_of_each_channel() -> None:
     torch.testing.assert_close(offset_of(clean, 0.1, 0.7, seed=45).double(), strengths * draws, rtol=1e-4, atol=2e-6)
 
 
-def test_an_adaptive_offset_never_turns_negative() -> None:
+def test_the_strength_of_an_adaptive_offset_never_turns_negative() -> None:
     clean = torch.full((1, 2, 3, 3), 4.0)
     clean[:, 1] = 0.05
     added, plain = offset_of(clean, 0.1, -1.0, seed=46), offset_of(clean, 1.0, None, seed=46)
@@ -42,7 +42,7 @@ def test_an_adaptive_offset_never_turns_negative() -> None:
     assert (added / plain)[0, 1].item() == pytest.approx(0.05, rel=1e-4)
 
 
-def test_a_random_strength_is_a_uniform_share() -> None:
+def test_a_random_strength_is_a_uniform_fraction() -> None:
     generator = torch.Generator().manual_seed(47)
     drawn = torch.tensor([draw_strength(0.4, True, generator) for _ in range(4000)])
     assert 0 <= drawn.min() < 0.001
@@ -53,50 +53,50 @@ def test_a_random_strength_is_a_uniform_share() -> None:
     assert torch.equal(generator.get_state(), state), "a fixed strength draws nothing"
 
 
-def coarse(noise_BCHW: Tensor, iterations: int, discount: float, seed: int) -> Tensor:
+def coarsen(noise_BCHW: Tensor, iterations: int, discount: float, seed: int) -> Tensor:
     return add_coarse_noise(noise_BCHW, iterations, discount, torch.Generator().manual_seed(seed))
 
 
 def test_every_sample_of_coarse_noise_has_unit_deviation() -> None:
-    mixed = coarse(normal((5, 4, 16, 24), 48), 6, 0.8, seed=49)
+    mixed = coarsen(normal((5, 4, 16, 24), 48), 6, 0.8, seed=49)
     assert mixed.std((1, 2, 3)).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
 
 
-def test_coarse_noise_correlates_neighbours_as_far_as_its_discount_says() -> None:
+def test_coarse_noise_correlates_neighbours_more_with_a_larger_discount() -> None:
     def correlation(noise_BCHW: Tensor) -> float:
         return (noise_BCHW[..., :-1] * noise_BCHW[..., 1:]).mean().item()
 
     white = normal((16, 4, 32, 32), 50)
-    weak, strong = (correlation(coarse(white, 8, discount, seed=51)) for discount in (0.3, 0.9))
+    weak, strong = (correlation(coarsen(white, 8, discount, seed=51)) for discount in (0.3, 0.9))
     assert abs(correlation(white)) < 0.02
     assert 0.01 < weak < strong
     assert strong > 0.3
 
 
-def test_the_first_pass_is_as_fine_as_the_noise_itself() -> None:
+def test_the_first_pass_has_the_resolution_of_the_noise() -> None:
     white = normal((2, 3, 9, 7), 52)
     generator = torch.Generator().manual_seed(53)
     torch.rand((), generator=generator)
     expected = (white + torch.randn(2, 3, 9, 7, generator=generator)).double()
     expected = expected / expected.std((1, 2, 3), keepdim=True)
-    torch.testing.assert_close(coarse(white, 1, 0.3, seed=53).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(coarsen(white, 1, 0.3, seed=53).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_passes_end_once_a_side_is_one_value() -> None:
+def test_passes_end_once_a_side_has_shrunk_to_one() -> None:
     white = normal((1, 4, 4, 40), 54)
     # r is at least 2, so pass 2 shrinks a side of 4 to 1 and later passes draw nothing
-    assert torch.equal(coarse(white, 3, 0.5, seed=55), coarse(white, 50, 0.5, seed=55))
-    assert not torch.equal(coarse(white, 1, 0.5, seed=55), coarse(white, 2, 0.5, seed=55))
+    assert torch.equal(coarsen(white, 3, 0.5, seed=55), coarsen(white, 50, 0.5, seed=55))
+    assert not torch.equal(coarsen(white, 1, 0.5, seed=55), coarsen(white, 2, 0.5, seed=55))
 
 
-def test_noise_is_a_function_of_its_place() -> None:
+def test_noise_depends_only_on_seed_and_step() -> None:
     white = normal((2, 4, 8, 8), 56)
-    one, again, other = (add_coarse_noise(white, 4, 0.5, generator_for(7, "noise", step)) for step in (3, 3, 4))
-    assert torch.equal(one, again)
-    assert not torch.allclose(one, other)
+    first, again, other = (add_coarse_noise(white, 4, 0.5, generator_for(7, "noise", step)) for step in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
 
 
 def test_coarse_noise_of_a_sample_ignores_its_neighbours() -> None:
     white = normal((2, 4, 8, 8), 57)
     louder = torch.cat([white[:1], 9 * white[1:]])
-    assert torch.equal(coarse(white, 5, 0.6, seed=58)[0], coarse(louder, 5, 0.6, seed=58)[0])
+    assert torch.equal(coarsen(white, 5, 0.6, seed=58)[0], coarsen(louder, 5, 0.6, seed=58)[0])

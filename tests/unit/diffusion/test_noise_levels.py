@@ -1,4 +1,4 @@
-"""The noise levels of flow matching models have the distributions that their names say."""
+"""The noise levels of flow matching models follow the distributions that their names promise."""
 
 import math
 from collections.abc import Callable
@@ -23,8 +23,8 @@ KS_LIMIT = 1.95 / N**0.5  # Kolmogorov-Smirnov's 99.9 % point
 Cdf = Callable[[Tensor], Tensor]
 
 
-def distance(drawn: Tensor, cdf: Cdf) -> float:
-    """Kolmogorov-Smirnov: the largest distance of the distribution of a sample from `cdf`."""
+def ks_distance(drawn: Tensor, cdf: Cdf) -> float:
+    """Return the Kolmogorov-Smirnov statistic: the largest distance of the empirical distribution from `cdf`."""
     values = drawn.double().sort().values
     below = torch.arange(len(values), dtype=torch.float64) / len(values)
     exact = cdf(values)
@@ -35,7 +35,7 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
 
-def sampling(**settings: Any) -> Tensor:
+def sample_levels(**settings: Any) -> Tensor:
     weighting = {k: settings.pop(k) for k in list(settings) if k in vars(FlowWeightingOptions())}
     size, patch = settings.pop("size", (64, 64)), settings.pop("patch", 2)
     draw = build_level_sampler(FlowSamplingOptions(**settings), FlowWeightingOptions(**weighting), patch)
@@ -46,8 +46,8 @@ def logit_normal(mean: float, deviation: float) -> Cdf:
     return lambda x: 0.5 * (1 + torch.erf((torch.logit(x) - mean) / (deviation * math.sqrt(2))))
 
 
-def unshifted(shift: float, cdf: Cdf) -> Cdf:
-    """The distribution before s q / (1 + (s - 1) q), which grows with q."""
+def shifted(shift: float, cdf: Cdf) -> Cdf:
+    """Return the distribution after the shift s q / (1 + (s - 1) q), which grows with q."""
     return lambda x: cdf(x / (shift - (shift - 1) * x))
 
 
@@ -55,31 +55,35 @@ def uniform(x: Tensor) -> Tensor:
     return x.clamp(0, 1)
 
 
-def test_the_test_tells_distributions_apart() -> None:
-    assert distance(sampling(timestep_sampling="uniform"), logit_normal(0, 1)) > 20 * KS_LIMIT
-    assert distance(sampling(timestep_sampling="sigmoid", sigmoid_scale=1.05), logit_normal(0, 1)) > 2 * KS_LIMIT
+def test_the_statistic_distinguishes_distributions() -> None:
+    assert ks_distance(sample_levels(timestep_sampling="uniform"), logit_normal(0, 1)) > 20 * KS_LIMIT
+    assert (
+        ks_distance(sample_levels(timestep_sampling="sigmoid", sigmoid_scale=1.05), logit_normal(0, 1)) > 2 * KS_LIMIT
+    )
 
 
-def test_uniform() -> None:
-    assert distance(sampling(timestep_sampling="uniform", discrete_flow_shift=9.0), uniform) < KS_LIMIT
+def test_uniform_sampling_is_uniform_and_ignores_the_shift() -> None:
+    assert ks_distance(sample_levels(timestep_sampling="uniform", discrete_flow_shift=9.0), uniform) < KS_LIMIT
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.5])
-def test_sigmoid(scale: float) -> None:
-    assert distance(sampling(timestep_sampling="sigmoid", sigmoid_scale=scale), logit_normal(0, scale)) < KS_LIMIT
+def test_sigmoid_sampling_is_logit_normal(scale: float) -> None:
+    assert (
+        ks_distance(sample_levels(timestep_sampling="sigmoid", sigmoid_scale=scale), logit_normal(0, scale)) < KS_LIMIT
+    )
 
 
 @pytest.mark.parametrize("shift", [0.6, 3.0, 6.0])
-def test_shift(shift: float) -> None:
-    drawn = sampling(timestep_sampling="shift", discrete_flow_shift=shift, sigmoid_scale=1.3)
-    assert distance(drawn, logit_normal(math.log(shift), 1.3)) < KS_LIMIT, "a shift moves the logit by its logarithm"
+def test_shift_sampling_adds_the_log_shift_to_the_logit(shift: float) -> None:
+    drawn = sample_levels(timestep_sampling="shift", discrete_flow_shift=shift, sigmoid_scale=1.3)
+    assert ks_distance(drawn, logit_normal(math.log(shift), 1.3)) < KS_LIMIT, "a shift moves the logit by its logarithm"
 
 
 @pytest.mark.parametrize(("size", "m"), [((32, 32), 0.5), ((128, 128), 1.15), ((64, 128), 0.5 + 0.65 * 1792 / 3840)])
 def test_flux_shift_grows_with_the_image(size: tuple[int, int], m: float) -> None:
     assert resolution_shift(*size) == pytest.approx(math.exp(m))
     assert resolution_shift(size[0] + 1, size[1] + 1) == pytest.approx(math.exp(m)), "half a token does not count"
-    assert distance(sampling(timestep_sampling="flux_shift", size=size), logit_normal(m, 1)) < KS_LIMIT
+    assert ks_distance(sample_levels(timestep_sampling="flux_shift", size=size), logit_normal(m, 1)) < KS_LIMIT
 
 
 @pytest.mark.parametrize(
@@ -95,16 +99,16 @@ def test_flux_shift_grows_with_the_image(size: tuple[int, int], m: float) -> Non
     ],
 )
 def test_shifts_count_the_tokens_of_the_denoiser(kind: str, size: tuple[int, int], m: float) -> None:
-    assert distance(sampling(timestep_sampling=kind, size=size, patch=1), logit_normal(m, 1)) < KS_LIMIT
+    assert ks_distance(sample_levels(timestep_sampling=kind, size=size, patch=1), logit_normal(m, 1)) < KS_LIMIT
     twice = (2 * size[0], 2 * size[1])
-    assert distance(sampling(timestep_sampling=kind, size=twice), logit_normal(m, 1)) < KS_LIMIT
+    assert ks_distance(sample_levels(timestep_sampling=kind, size=twice), logit_normal(m, 1)) < KS_LIMIT
 
 
 @pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (-6.0, 2.0)])
 def test_logsnr_has_a_normal_log_snr(mean: float, deviation: float) -> None:
     """log((1 - sigma) / sigma) is half of the log-SNR, so the logit of the level is normal too."""
-    drawn = sampling(timestep_sampling="logsnr", logit_mean=mean, logit_std=deviation)
-    assert distance(drawn, logit_normal(-mean / 2, deviation / 2)) < KS_LIMIT
+    drawn = sample_levels(timestep_sampling="logsnr", logit_mean=mean, logit_std=deviation)
+    assert ks_distance(drawn, logit_normal(-mean / 2, deviation / 2)) < KS_LIMIT
 
 
 def mixture(*parts: tuple[float, Cdf]) -> Cdf:
@@ -121,34 +125,34 @@ def mixture(*parts: tuple[float, Cdf]) -> Cdf:
         ("qinglong_qwen", mixture((0.95, logit_normal(0.9, 1)), (0.05, logit_normal(-2.68, 0.5)))),
     ],
 )
-def test_hybrids_mix_a_shift_with_two_log_snrs(kind: str, expected: Cdf) -> None:
+def test_hybrids_are_mixtures_of_shift_and_log_snr_distributions(kind: str, expected: Cdf) -> None:
     size = (64, 64) if kind == "qinglong_flux" else (64, 128)
     settings = {"logit_mean": -6.0, "logit_std": 2.0, "size": size, "patch": 1}
-    assert distance(sampling(timestep_sampling=kind, **settings), expected) < KS_LIMIT
+    assert ks_distance(sample_levels(timestep_sampling=kind, **settings), expected) < KS_LIMIT
 
 
-def test_nextdit_shift_pushes_uniform_draws() -> None:
-    drawn = sampling(timestep_sampling="nextdit_shift", size=(32, 32))
-    assert distance(drawn, unshifted(math.exp(0.5), uniform)) < KS_LIMIT
+def test_nextdit_shift_shifts_uniform_draws() -> None:
+    drawn = sample_levels(timestep_sampling="nextdit_shift", size=(32, 32))
+    assert ks_distance(drawn, shifted(math.exp(0.5), uniform)) < KS_LIMIT
     assert drawn.min() > 0
 
 
 def test_sigma_takes_entries_of_a_shifted_table() -> None:
-    drawn = sampling(timestep_sampling="sigma", discrete_flow_shift=3.0)
+    drawn = sample_levels(timestep_sampling="sigma", discrete_flow_shift=3.0)
     table = [3 * (i / 1000) / (1 + 2 * i / 1000) for i in range(1, 1001)]
     torch.testing.assert_close(drawn.unique(), torch.tensor(table), rtol=1e-6, atol=0)
-    assert distance(drawn, unshifted(3.0, uniform)) < KS_LIMIT + 1 / 1000, "a table of 1000 steps is that coarse"
+    assert ks_distance(drawn, shifted(3.0, uniform)) < KS_LIMIT + 1 / 1000, "a table of 1000 steps is that coarse"
 
 
 def test_sigma_descends_from_pure_noise_as_the_draw_grows() -> None:
-    drawn = sampling(
+    drawn = sample_levels(
         timestep_sampling="sigma", discrete_flow_shift=1.0, weighting_scheme="logit_normal", logit_mean=1.0
     )
-    assert distance(drawn, logit_normal(-1.0, 1.0)) < KS_LIMIT + 1 / 1000
+    assert ks_distance(drawn, logit_normal(-1.0, 1.0)) < KS_LIMIT + 1 / 1000
 
 
 def mode_cdf(scale: float) -> Cdf:
-    """By bisection of the draw, which falls as u grows."""
+    """Compute the distribution by bisection, since the level falls as u grows."""
 
     def cdf(x: Tensor) -> Tensor:
         low, high = torch.zeros_like(x), torch.ones_like(x)
@@ -162,42 +166,42 @@ def mode_cdf(scale: float) -> Cdf:
 
 
 @pytest.mark.parametrize("scale", [-0.8, 0.0, 1.29, 1.75])
-def test_mode(scale: float) -> None:
+def test_mode_sampling_follows_its_distribution(scale: float) -> None:
     drawn = draw_scheme(FlowWeightingOptions("mode", mode_scale=scale), N, generator())
     assert drawn.min() >= 0 and drawn.max() <= 1
-    assert distance(drawn, mode_cdf(scale)) < KS_LIMIT
+    assert ks_distance(drawn, mode_cdf(scale)) < KS_LIMIT
 
 
 @pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (-0.7, 0.4)])
-def test_logit_normal(mean: float, deviation: float) -> None:
+def test_logit_normal_sampling_follows_its_distribution(mean: float, deviation: float) -> None:
     options = FlowWeightingOptions("logit_normal", logit_mean=mean, logit_std=deviation)
-    assert distance(draw_scheme(options, N, generator()), logit_normal(mean, deviation)) < KS_LIMIT
+    assert ks_distance(draw_scheme(options, N, generator()), logit_normal(mean, deviation)) < KS_LIMIT
 
 
 @pytest.mark.parametrize("scheme", ["uniform", "none", "sigma_sqrt", "cosmap"])
 def test_schemes_that_weight_the_loss_draw_uniformly(scheme: str) -> None:
-    assert distance(draw_scheme(FlowWeightingOptions(scheme), N, generator()), uniform) < KS_LIMIT
+    assert ks_distance(draw_scheme(FlowWeightingOptions(scheme), N, generator()), uniform) < KS_LIMIT
 
 
-def test_training_shift_of_sd3() -> None:
+def test_the_training_shift_of_sd3_adds_its_logarithm_to_the_logit() -> None:
     draw = build_shifted_scheme(FlowWeightingOptions("logit_normal", logit_mean=0.2), 3.0)
-    assert distance(draw(N, 64, 64, generator()), logit_normal(0.2 + math.log(3), 1.0)) < KS_LIMIT
+    assert ks_distance(draw(N, 64, 64, generator()), logit_normal(0.2 + math.log(3), 1.0)) < KS_LIMIT
 
 
-def test_shift_in_float64() -> None:
+def test_shifted_sigmas_match_a_float64_computation() -> None:
     sigmas = torch.linspace(0, 1, 101)
     expected = [4.5 * s / (1 + 3.5 * s) for s in sigmas.double().tolist()]
     torch.testing.assert_close(shift_sigmas(sigmas, 4.5).double(), torch.tensor(expected).double(), rtol=1e-6, atol=0)
     assert torch.equal(shift_sigmas(sigmas, 1.0), sigmas)
 
 
-def test_weights_in_float64() -> None:
+def test_scheme_weights_match_their_formulas() -> None:
     sigmas = [0.001, 0.1, 0.5, 0.93, 1.0]
-    found = {s: scheme_weights(s, torch.tensor(sigmas)).tolist() for s in ("sigma_sqrt", "cosmap", "mode", "uniform")}
-    assert found["sigma_sqrt"] == pytest.approx([s**-2 for s in sigmas])
-    assert found["cosmap"] == pytest.approx([2 / (math.pi * ((1 - s) ** 2 + s**2)) for s in sigmas])
-    assert found["mode"] == found["uniform"] == [1.0] * 5
+    weights = {s: scheme_weights(s, torch.tensor(sigmas)).tolist() for s in ("sigma_sqrt", "cosmap", "mode", "uniform")}
+    assert weights["sigma_sqrt"] == pytest.approx([s**-2 for s in sigmas])
+    assert weights["cosmap"] == pytest.approx([2 / (math.pi * ((1 - s) ** 2 + s**2)) for s in sigmas])
+    assert weights["mode"] == weights["uniform"] == [1.0] * 5
 
 
-def test_a_level_without_noise_has_a_weight() -> None:
+def test_weights_stay_finite_without_noise() -> None:
     assert scheme_weights("sigma_sqrt", torch.tensor([0.0, 1e-5])).tolist() == pytest.approx([1e6, 1e6])

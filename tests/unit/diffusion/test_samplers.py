@@ -1,4 +1,4 @@
-"""From noise to latents: what every sampler has in common, and the parts that are ours."""
+"""Samplers: properties that all share, and the parts implemented in this project."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from library.options.output.samplers import ALIASES, SAMPLERS
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 
 
-def walk(sampler: Sampler, clean_BCHW: Tensor, seed: int = 0) -> Tensor:
-    """Sample with a denoiser that knows the clean latents: it names the noise in what it is shown."""
+def sample(sampler: Sampler, clean_BCHW: Tensor, seed: int = 0) -> Tensor:
+    """Sample with a perfect denoiser, which knows the clean latents and predicts the exact noise in its input."""
     generator = torch.Generator().manual_seed(seed)
     x_BCHW = sampler.start(torch.randn(clean_BCHW.shape, generator=generator))
     for n, level in enumerate(sampler.levels):
@@ -23,32 +23,34 @@ def walk(sampler: Sampler, clean_BCHW: Tensor, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ALIASES)
-def test_another_name_of_a_sampler_means_the_same_scheduler(name: str) -> None:
-    made = [build_ddpm_sampler(n, 4, predicts_velocity=False, zero_terminal_snr=False) for n in (name, ALIASES[name])]
-    assert made[0].levels == made[1].levels and type(made[0]) is type(made[1])
+def test_an_alias_of_a_sampler_gives_the_same_scheduler(name: str) -> None:
+    samplers = [
+        build_ddpm_sampler(n, 4, predicts_velocity=False, zero_terminal_snr=False) for n in (name, ALIASES[name])
+    ]
+    assert samplers[0].levels == samplers[1].levels and type(samplers[0]) is type(samplers[1])
 
 
 @pytest.mark.parametrize("num_steps", [3, 20])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_perfect_denoiser_is_followed_to_the_clean_latents(name: str, num_steps: int) -> None:
-    """The noise of the level that a method ends on stays: sigma is 0.04 at timestep 1, 0.03 at 0."""
+def test_a_perfect_denoiser_leads_to_the_clean_latents(name: str, num_steps: int) -> None:
+    """The noise of a sampler's last level remains: sigma is 0.04 at timestep 1 and 0.03 at timestep 0."""
     clean_BCHW = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(1))
     sampler = build_ddpm_sampler(name, num_steps, predicts_velocity=False, zero_terminal_snr=False)
-    error_BCHW = walk(sampler, clean_BCHW) - clean_BCHW
+    error_BCHW = sample(sampler, clean_BCHW) - clean_BCHW
     ends_at_noise = name in ("ddim", "pndm", "dpmsolver")
     assert error_BCHW.std() < (0.05 if ends_at_noise else 1e-3)
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("ddim", "pndm")])
 def test_one_step_is_enough_for_a_perfect_denoiser(name: str) -> None:
-    """But for the two that count timesteps from the clean end, as their papers do: one step of theirs is timestep 1."""
+    """DDIM and PNDM are excluded: they count timesteps from the clean end, so their one step is timestep 1."""
     clean_BCHW = torch.ones(1, 4, 2, 2)
     sampler = build_ddpm_sampler(name, 1, predicts_velocity=False, zero_terminal_snr=False)
-    assert (walk(sampler, clean_BCHW) - clean_BCHW).abs().max() < 0.15
+    assert (sample(sampler, clean_BCHW) - clean_BCHW).abs().max() < 0.15
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_schedule_that_ends_in_noise_alone_is_walked_from_its_end(name: str) -> None:
+def test_sampling_with_zero_terminal_snr_starts_at_the_last_timestep(name: str) -> None:
     sampler = build_ddpm_sampler(name, 8, predicts_velocity=True, zero_terminal_snr=True)
     assert sampler.levels[0].timestep == 999
     x_BCHW = sampler.start(torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(2)))
@@ -60,8 +62,8 @@ def test_a_schedule_that_ends_in_noise_alone_is_walked_from_its_end(name: str) -
 
 @pytest.mark.parametrize("velocity", [False, True])
 @pytest.mark.parametrize("num_steps", [2, 7, 10, 40])
-def test_the_ancestral_steps_are_those_of_diffusers(num_steps: int, velocity: bool) -> None:
-    """Its tables are float32, which near abar 1 leaves five digits of 1 - abar."""
+def test_ancestral_steps_match_diffusers(num_steps: int, velocity: bool) -> None:
+    """The tolerance allows for diffusers' float32 tables, which keep five digits of 1 - abar near abar 1."""
     import diffusers
 
     scheduler = diffusers.DDPMScheduler(
@@ -73,16 +75,16 @@ def test_the_ancestral_steps_are_those_of_diffusers(num_steps: int, velocity: bo
     assert [level.timestep for level in ours.levels] == scheduler.timesteps.tolist()
     x_BCHW = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(4))
     for n, timestep in enumerate(scheduler.timesteps):
-        said_BCHW = torch.randn(x_BCHW.shape, generator=torch.Generator().manual_seed(n))
-        theirs = scheduler.step(said_BCHW, timestep, x_BCHW, generator=torch.Generator().manual_seed(9)).prev_sample
-        found = ours.step(said_BCHW, x_BCHW, n, torch.Generator().manual_seed(9))
-        torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-4)
+        output_BCHW = torch.randn(x_BCHW.shape, generator=torch.Generator().manual_seed(n))
+        theirs = scheduler.step(output_BCHW, timestep, x_BCHW, generator=torch.Generator().manual_seed(9)).prev_sample
+        actual = ours.step(output_BCHW, x_BCHW, n, torch.Generator().manual_seed(9))
+        torch.testing.assert_close(actual, theirs, rtol=1e-4, atol=1e-4)
         x_BCHW = theirs
 
 
 @pytest.mark.parametrize("num_steps", [3, 10])
-def test_an_ancestral_way_from_noise_alone_begins_at_its_end(num_steps: int) -> None:
-    """A denoiser that knows the clean latents leads there, whatever noise is drawn on the way."""
+def test_ancestral_sampling_with_zero_terminal_snr_starts_at_the_last_timestep(num_steps: int) -> None:
+    """A perfect denoiser leads to the clean latents whatever noise is added in between."""
     ours = build_ddpm_sampler("ddpm", num_steps, predicts_velocity=True, zero_terminal_snr=True)
     assert ours.levels[0].timestep == 999 and len(ours.levels) == num_steps
     clean_BCHW = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(1))
@@ -98,14 +100,14 @@ def test_an_ancestral_way_from_noise_alone_begins_at_its_end(num_steps: int) -> 
 @pytest.mark.parametrize("name", ["euler_a", "dpm_2_a"])
 def test_ancestral_noise_comes_from_the_generator_of_the_image(name: str) -> None:
     clean_BCHW = torch.zeros(1, 4, 4, 4)
-    one, same, other = (
-        walk(build_ddpm_sampler(name, 3, predicts_velocity=False, zero_terminal_snr=False), clean_BCHW, seed)
+    first, same, other = (
+        sample(build_ddpm_sampler(name, 3, predicts_velocity=False, zero_terminal_snr=False), clean_BCHW, seed)
         for seed in (3, 3, 4)
     )
-    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert torch.equal(first, same) and not torch.equal(first, other)
 
 
-def test_multistep_weights_are_those_of_the_textbook_on_even_steps() -> None:
+def test_multistep_weights_on_even_steps_match_the_textbook() -> None:
     """Adams-Bashforth of order 4: (55, -59, 37, -9) / 24 of the step."""
     weights = adams_bashforth([0.0, 0.5, 1.0, 1.5, 2.0], 3, 4)
     torch.testing.assert_close(
@@ -123,13 +125,13 @@ def test_multistep_integrates_a_cubic_slope_exactly_on_uneven_steps() -> None:
     assert total == pytest.approx(exact[4] - exact[3], rel=1e-12)
 
 
-def test_betas_give_back_their_running_product() -> None:
+def test_betas_are_recovered_from_their_cumulative_product() -> None:
     torch.testing.assert_close(betas_of(abar_of(scaled_linear_betas())), scaled_linear_betas(), **FLOAT64)
     assert betas_of(ddpm_abar(zero_terminal_snr=True))[-1] == 1
 
 
 @pytest.mark.parametrize("num_steps", [1, 4, 20])
-def test_a_straight_flow_ends_at_its_clean_latents(num_steps: int) -> None:
+def test_a_straight_flow_ends_at_the_clean_latents(num_steps: int) -> None:
     generator = torch.Generator().manual_seed(5)
     clean_BCHW, noise_BCHW = torch.randn(2, 1, 4, 4, 4, generator=generator)
     sampler = FlowSampler(even_sigmas(num_steps))
@@ -141,7 +143,7 @@ def test_a_straight_flow_ends_at_its_clean_latents(num_steps: int) -> None:
     torch.testing.assert_close(x_BCHW, clean_BCHW, **FLOAT32_SAME_MATH)
 
 
-def test_levels_of_a_flow_are_the_ones_given() -> None:
+def test_a_flow_sampler_uses_the_given_levels() -> None:
     sigmas_N = 3 * even_sigmas(4) / (1 + 2 * even_sigmas(4))
     levels = FlowSampler(sigmas_N).levels
     assert [level.sigma for level in levels] == pytest.approx([1.0, 0.9, 0.75, 0.5])

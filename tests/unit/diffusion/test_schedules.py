@@ -1,4 +1,4 @@
-"""The noise schedule against diffusers and literal values."""
+"""The noise schedule, compared with diffusers and literal values."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def reference(**settings: bool) -> DDPMScheduler:
     return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **settings)
 
 
-def test_the_table_is_that_of_stable_diffusion() -> None:
+def test_the_table_matches_stable_diffusion() -> None:
     abar_T = ddpm_abar(zero_terminal_snr=False)
     assert abar_T.dtype == torch.float64
     assert abar_T.shape == (1000,)
@@ -35,7 +35,7 @@ def test_zero_terminal_snr_agrees_with_diffusers_and_keeps_the_first_value() -> 
     torch.testing.assert_close(abar_T[:-1], theirs[:-1], rtol=2e-3, atol=1e-7)
 
 
-def test_signal_to_noise_and_sigma_are_two_views_of_the_table() -> None:
+def test_snr_and_sigma_agree() -> None:
     abar_T = ddpm_abar(zero_terminal_snr=True)
     torch.testing.assert_close(sigmas_of(abar_T)[:-1] ** -2, snr_of(abar_T)[:-1], rtol=1e-12, atol=0)
     assert sigmas_of(abar_T)[-1] == torch.inf

@@ -19,7 +19,7 @@ def test_timesteps_are_uniform_below_the_upper_limit() -> None:
     assert chi_square < 72.1, "the 99.9 % point of chi-square with 39 degrees of freedom"
 
 
-def test_the_whole_schedule_is_reached() -> None:
+def test_every_timestep_of_the_schedule_is_drawn() -> None:
     counts = torch.bincount(draw(100_000, 0, 1000, seed=32), minlength=1000)
     assert len(counts) == 1000
     assert counts.min() > 50
@@ -29,7 +29,7 @@ def test_the_whole_schedule_is_reached() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(400, 400), (700, 400), (999, 999), (0, 0)])
-def test_without_room_between_the_limits_every_sample_gets_the_upper_one(low: int, high: int) -> None:
+def test_an_empty_range_gives_every_sample_the_upper_limit(low: int, high: int) -> None:
     generator = torch.Generator().manual_seed(33)
     before = generator.get_state()
     assert draw_timesteps(5, low, high, generator, num_timesteps=1000).tolist() == [high] * 5

@@ -1,4 +1,4 @@
-"""The error of one value and the weight of its noise level, against plain arithmetic."""
+"""Pointwise errors and the weights of noise levels, compared with plain arithmetic."""
 
 import math
 
@@ -17,16 +17,16 @@ def weights(predicts_velocity: bool, **settings: float | bool) -> list[float]:
     return snr_weights(LossOptions(**settings), snr_T, predicts_velocity).tolist()  # type: ignore[arg-type]
 
 
-def test_without_options_every_level_counts_the_same() -> None:
+def test_without_options_every_level_has_weight_1() -> None:
     assert weights(False) == weights(True) == [1.0] * len(SNRS)
 
 
-def test_min_snr() -> None:
+def test_min_snr_gamma_matches_its_formula() -> None:
     assert weights(False, min_snr_gamma=5.0) == pytest.approx([min(s, 5.0) / s for s in SNRS])
     assert weights(True, min_snr_gamma=5.0) == pytest.approx([min(s, 5.0) / (s + 1) for s in SNRS])
 
 
-def test_scale_v_pred_loss_like_noise_pred() -> None:
+def test_scale_v_pred_loss_like_noise_pred_matches_its_formula() -> None:
     expected = [min(s, 1000) / (min(s, 1000) + 1) for s in SNRS]
     assert weights(True, scale_v_pred_loss_like_noise_pred=True) == pytest.approx(expected)
 
@@ -36,7 +36,7 @@ def test_v_pred_like_loss_adds_a_share_of_the_velocity_loss() -> None:
     assert weights(False, v_pred_like_loss=0.4) == pytest.approx(expected)
 
 
-def test_debiased_estimation() -> None:
+def test_debiased_estimation_matches_its_formula() -> None:
     assert weights(False, debiased_estimation_loss=True) == pytest.approx([min(s, 1000) ** -0.5 for s in SNRS])
     assert weights(True, debiased_estimation_loss=True) == pytest.approx([1 / (min(s, 1000) + 1) for s in SNRS])
 
@@ -61,7 +61,7 @@ def pair(seed: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("loss_type", ["huber", "smooth_l1"])
-def test_huber_and_smooth_l1_in_float64(loss_type: str) -> None:
+def test_huber_and_smooth_l1_match_a_float64_computation(loss_type: str) -> None:
     prediction, target = pair(61)
     c_B = torch.tensor([1.0, 0.1, 0.003])
     d, c = (prediction - target).double(), c_B.double().view(3, 1, 1, 1)
@@ -70,14 +70,14 @@ def test_huber_and_smooth_l1_in_float64(loss_type: str) -> None:
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_huber_is_square_for_small_and_straight_for_large_differences() -> None:
+def test_huber_is_quadratic_for_small_and_linear_for_large_differences() -> None:
     d = torch.tensor([1e-4, 50.0]).view(2, 1, 1, 1)
     small, large = pointwise_error(d, torch.zeros_like(d), "huber", torch.tensor([0.5, 0.5])).flatten().tolist()
     assert small == pytest.approx(1e-8, rel=1e-5), "no cancellation"
     assert large == pytest.approx(2 * 0.5 * (50 - 0.5), rel=1e-3)
 
 
-def test_huber_has_a_gradient_where_prediction_and_target_agree() -> None:
+def test_the_gradient_of_huber_is_zero_where_prediction_and_target_agree() -> None:
     prediction = torch.zeros(1, 1, 1, 2, requires_grad=True)
     pointwise_error(prediction, torch.tensor([[[[0.0, 0.3]]]]), "huber", torch.tensor([0.1])).sum().backward()
     assert prediction.grad is not None
@@ -85,7 +85,7 @@ def test_huber_has_a_gradient_where_prediction_and_target_agree() -> None:
     assert prediction.grad.flatten().tolist() == pytest.approx([0.0, expected])
 
 
-def test_square_and_absolute_errors() -> None:
+def test_l2_and_l1_are_squared_and_absolute_errors() -> None:
     prediction, target = pair(62)
     torch.testing.assert_close(pointwise_error(prediction, target, "l2", None), (prediction - target) ** 2)
     torch.testing.assert_close(pointwise_error(prediction, target, "l1", None), (prediction - target).abs())
@@ -103,27 +103,27 @@ def test_errors_are_float32_under_autocast(loss_type: str) -> None:
     torch.testing.assert_close(loss, exact.float())
 
 
-def threshold(schedule: str, **settings: float) -> list[float]:
+def huber_thresholds(schedule: str, **settings: float) -> list[float]:
     options = LossOptions(loss_type="huber", huber_schedule=schedule, **settings)  # type: ignore[arg-type]
     sigmas_B, timesteps_B = torch.tensor([0.0, 0.03, 1.0, 14.6, torch.inf]), torch.tensor([0, 1, 300, 999, 999])
     return huber_threshold(options, sigmas_B, timesteps_B, 1000).tolist()
 
 
-def test_thresholds_of_each_schedule() -> None:
-    assert threshold("constant", huber_c=0.2) == pytest.approx([0.2] * 5)
+def test_huber_thresholds_match_the_formula_of_each_schedule() -> None:
+    assert huber_thresholds("constant", huber_c=0.2) == pytest.approx([0.2] * 5)
     exponential = [math.exp(math.log(0.2) * t / 1000) for t in (0, 1, 300, 999, 999)]
-    assert threshold("exponential", huber_c=0.2) == pytest.approx(exponential)
+    assert huber_thresholds("exponential", huber_c=0.2) == pytest.approx(exponential)
     snr = [0.8 / (1 + s) ** 2 + 0.2 for s in (0.0, 0.03, 1.0, 14.6)]
-    assert threshold("snr", huber_c=0.2) == pytest.approx([*snr, 0.2])
+    assert huber_thresholds("snr", huber_c=0.2) == pytest.approx([*snr, 0.2])
 
 
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
-def test_huber_scale_acts_in_every_schedule(schedule: str) -> None:
-    plain, scaled = threshold(schedule), threshold(schedule, huber_scale=1.75)
+def test_huber_scale_applies_to_every_schedule(schedule: str) -> None:
+    plain, scaled = huber_thresholds(schedule), huber_thresholds(schedule, huber_scale=1.75)
     assert scaled == pytest.approx([1.75 * c for c in plain])
 
 
-def test_thresholds_that_make_no_loss_are_refused() -> None:
+def test_huber_thresholds_that_are_not_positive_are_refused() -> None:
     for settings, message in (({"huber_c": 0.0}, "--huber_c is 0.0"), ({"huber_scale": -1.0}, "--huber_scale is -1.0")):
         with pytest.raises(ValueError, match=message):
-            threshold("snr", **settings)
+            huber_thresholds("snr", **settings)
