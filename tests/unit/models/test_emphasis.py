@@ -1,4 +1,4 @@
-"""The emphasis notation, piece by piece."""
+"""Parsing of the emphasis notation in captions."""
 
 import pytest
 from hypothesis import given
@@ -27,18 +27,18 @@ CASES = {
 
 
 @pytest.mark.parametrize("caption", CASES)
-def test_a_caption_is_cut_into_weighted_pieces(caption):
-    found, wanted = parse_emphasis(caption), CASES[caption]
-    assert [text for text, _ in found] == [text for text, _ in wanted]
-    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in wanted], rel=1e-12)
+def test_a_caption_is_split_into_weighted_pieces(caption):
+    actual, expected = parse_emphasis(caption), CASES[caption]
+    assert [text for text, _ in actual] == [text for text, _ in expected]
+    assert [weight for _, weight in actual] == pytest.approx([weight for _, weight in expected], rel=1e-12)
 
 
 @given(st.text(alphabet="ab ,:.1()[]\\"))
-def test_no_text_is_lost_but_notation(caption):
-    kept = "".join(text for text, _ in parse_emphasis(caption))
-    assert [c for c in kept if c in "ab ,"] == [c for c in caption if c in "ab ,"] or ":" in caption
+def test_only_notation_is_removed_from_the_text(caption):
+    text_of_pieces = "".join(text for text, _ in parse_emphasis(caption))
+    assert [c for c in text_of_pieces if c in "ab ,"] == [c for c in caption if c in "ab ,"] or ":" in caption
 
 
 @given(st.text(alphabet="ab ,é:.1"))
-def test_a_caption_without_brackets_is_one_piece_of_weight_one(caption):
+def test_a_caption_without_brackets_is_one_piece_of_weight_1(caption):
     assert parse_emphasis(caption) == ([(caption, 1.0)] if caption else [])

@@ -1,4 +1,4 @@
-"""Weights into modules."""
+"""Loading weights into modules."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def weights(dtype: torch.dtype) -> Weights:
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
 def test_a_quantised_checkpoint_is_refused_by_name(dtype: torch.dtype) -> None:
-    """Its whole numbers mean nothing without their scales."""
+    """Integer weights are meaningless without their scales."""
     with torch.device("meta"):
         layer = nn.Linear(3, 2)
     with pytest.raises(UserError, match=r"model.safetensors: weight holds integers \(.*\).*quantised checkpoint"):
@@ -30,7 +30,7 @@ def test_a_quantised_checkpoint_is_refused_by_name(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
-def test_real_numbers_of_every_width_are_loaded(dtype: torch.dtype) -> None:
+def test_floats_of_every_width_are_loaded(dtype: torch.dtype) -> None:
     with torch.device("meta"):
         layer = nn.Linear(3, 2)
     loaded = materialise(layer, weights(dtype), torch.float32)
@@ -38,8 +38,8 @@ def test_real_numbers_of_every_width_are_loaded(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("has_frames", [False, True], ids=["pictures", "frames"])
-def test_convolution_weights_come_in_the_layout_that_they_keep(has_frames: bool) -> None:
-    """So that placing the model copies nothing; one with convolutions over frames stays as it is."""
+def test_convolution_weights_are_loaded_in_their_final_memory_format(has_frames: bool) -> None:
+    """Moving the model then copies nothing; a model with 3-D convolutions stays contiguous."""
     with torch.device("meta"):
         layers: list[nn.Module] = [nn.Conv2d(3, 5, 2), *([nn.Conv3d(2, 2, 2)] if has_frames else [])]
         model = nn.Sequential(*layers)
@@ -57,35 +57,35 @@ def test_convolution_weights_come_in_the_layout_that_they_keep(has_frames: bool)
 
 @pytest.mark.parametrize("layout", [torch.preserve_format, torch.channels_last], ids=["as it is", "channels last"])
 @pytest.mark.parametrize("bytes_at_once", [100, 1 << 19], ids=["in parts", "whole"])
-def test_every_float16_becomes_the_nearest_bfloat16(
+def test_every_float16_is_rounded_to_the_nearest_bfloat16(
     layout: torch.memory_format, bytes_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "BYTES_IN_CACHE", bytes_at_once)
     bits = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(83)).to(torch.int32)
     value = bits.to(torch.int16).view(torch.float16).reshape(64, 32, 8, 4)
-    found = cast(value, torch.bfloat16, layout)
-    assert found.is_contiguous(memory_format=torch.channels_last) == (layout is torch.channels_last)
-    # to the nearest, ties to even: bfloat16 is the upper half of float32, which holds every float16
+    actual = cast(value, torch.bfloat16, layout)
+    assert actual.is_contiguous(memory_format=torch.channels_last) == (layout is torch.channels_last)
+    # Round to nearest, ties to even: bfloat16 is the upper half of float32, which represents every float16.
     upper = value.float().numpy().view(np.uint32).astype(np.uint64)
     nearest = (upper + 0x7FFF + ((upper >> 16) & 1)) >> 16
-    of_numbers = ~value.isnan().numpy()
-    assert np.array_equal(found.contiguous().view(torch.uint16).numpy()[of_numbers], nearest[of_numbers])
-    assert np.array_equal(found.isnan().numpy(), ~of_numbers)
+    is_number = ~value.isnan().numpy()
+    assert np.array_equal(actual.contiguous().view(torch.uint16).numpy()[is_number], nearest[is_number])
+    assert np.array_equal(actual.isnan().numpy(), ~is_number)
 
 
-def test_a_single_float16_and_none_at_all_are_cast_too() -> None:
+def test_scalar_and_empty_float16_tensors_are_cast() -> None:
     for value in (torch.tensor(0.1, dtype=torch.float16), torch.empty(0, 3, dtype=torch.float16)):
-        found = cast(value, torch.bfloat16, torch.preserve_format)
-        assert found.shape == value.shape
-        assert torch.equal(found, value.to(torch.bfloat16))
+        actual = cast(value, torch.bfloat16, torch.preserve_format)
+        assert actual.shape == value.shape
+        assert torch.equal(actual, value.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("bytes_at_once", [64, 1 << 19], ids=["in parts", "whole"])
-def test_what_changes_on_the_way_from_a_file_is_what_torch_makes_of_it(
+def test_weights_converted_while_loading_match_a_cast_by_torch(
     stored: torch.dtype, bytes_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In pieces that the next overwrites; kernels of one number are matrices in some files."""
+    """Weights are converted through a reused buffer; some files store 1x1 kernels as matrices."""
     monkeypatch.setattr(loading, "BYTES_IN_CACHE", bytes_at_once)
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(5, 7, 3), nn.Linear(9, 4), nn.Conv2d(6, 8, 1, bias=False), nn.Embedding(0, 3))

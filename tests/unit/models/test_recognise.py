@@ -30,7 +30,7 @@ PROJECTION = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
 SPECS = list_specs()
 
 
-def named(spec: BaseModelSpec | None) -> str | None:
+def name_of(spec: BaseModelSpec | None) -> str | None:
     return spec.name if spec else None
 
 
@@ -39,7 +39,7 @@ def weights(*names: str) -> Weights:
 
 
 @pytest.mark.parametrize(
-    ("shapes", "wanted"),
+    ("shapes", "expected"),
     [
         ({ATTENTION: (320, 768)}, "sd1"),
         ({ATTENTION: (320, 1024)}, "sd2"),
@@ -47,20 +47,20 @@ def weights(*names: str) -> Weights:
         ({ATTENTION: (16, 32), PROJECTION: (16, 16)}, "sd2"),
     ],
 )
-def test_generations_differ_by_the_width_of_the_text_and_small_ones_by_their_projections(shapes, wanted):
-    assert named(base_of_file(SPECS, shapes)) == wanted
+def test_sd1_and_sd2_are_distinguished_by_text_width_and_projections(shapes, expected):
+    assert name_of(base_of_file(SPECS, shapes)) == expected
 
 
-def test_a_file_without_a_unet_is_of_no_base_model():
+def test_a_file_without_a_unet_has_no_base_model():
     assert base_of_file(SPECS, {"encoder.conv_in.weight": (1,)}) is None
 
 
-def test_the_size_embedding_makes_a_unet_sdxls_whatever_the_pipeline_is_called():
-    assert named(base_of_folder(SPECS, "", {"add_embedding.linear_1.weight": (4, 4)})) == "sdxl"
-    assert named(base_of_folder(SPECS, "StableDiffusionXLImg2ImgPipeline", {})) == "sdxl"
+def test_a_size_embedding_or_an_sdxl_pipeline_identifies_sdxl():
+    assert name_of(base_of_folder(SPECS, "", {"add_embedding.linear_1.weight": (4, 4)})) == "sdxl"
+    assert name_of(base_of_folder(SPECS, "StableDiffusionXLImg2ImgPipeline", {})) == "sdxl"
 
 
-def test_the_way_out_is_a_flag_between_generations_and_a_script_between_models():
+def test_the_suggested_fix_is_a_flag_or_another_script():
     sd1, sd2, sdxl, flux = (find_spec(SPECS, name) for name in ("sd1", "sd2", "sdxl", "flux"))
     assert suggest_fix(sd2, sd1) == "add --v2"
     assert suggest_fix(sd1, sd2) == "remove --v2"
@@ -69,45 +69,47 @@ def test_the_way_out_is_a_flag_between_generations_and_a_script_between_models()
     assert suggest_fix(flux, sdxl) == f"use flux_train_network.py, {prompts}"
 
 
-def test_the_refiner_is_called_by_its_name():
+def test_the_error_for_the_sdxl_refiner_names_it():
     refiner = weights("conditioner.embedders.0.model.ln_final.weight", "model.diffusion_model.label_emb.0.0.weight")
     with pytest.raises(ValueError, match=r"--flag a\.safetensors: this is the SDXL refiner; only the base model can"):
         refuse_other_file(SPECS, "--flag", refiner, "sdxl")
 
 
-def test_an_sdxl_file_without_its_second_text_encoder_names_what_is_missing():
-    found = checkpoint("sdxl")
-    found = select_weights(found, {name: name for name in found.shapes if not name.startswith(CLIP_G_PREFIX)})
+def test_the_error_for_an_sdxl_file_without_its_second_text_encoder_names_it():
+    weights_of_file = checkpoint("sdxl")
+    weights_of_file = select_weights(
+        weights_of_file, {name: name for name in weights_of_file.shapes if not name.startswith(CLIP_G_PREFIX)}
+    )
     with pytest.raises(ValueError, match=r"has a U-Net but no text encoder .*conditioner.embedders.1.model"):
-        single_file_parts("--flag", found)
+        single_file_parts("--flag", weights_of_file)
 
 
-@pytest.mark.parametrize("wanted", ["sd1", "sdxl"])
-def test_a_file_of_an_unknown_transformer_is_not_taken_for_a_unet(wanted: str) -> None:
-    """Files of all parts begin their denoiser's names alike, whatever it is."""
-    found = weights("model.diffusion_model.blocks.0.attn.qkv.weight", "vae.encoder.conv_in.weight")
-    assert base_of_file(SPECS, found.shapes) is None
+@pytest.mark.parametrize("expected", ["sd1", "sdxl"])
+def test_a_file_of_an_unknown_transformer_is_not_recognised_as_a_unet(expected: str) -> None:
+    """Combined files give the denoiser the same prefix for every model."""
+    file_weights = weights("model.diffusion_model.blocks.0.attn.qkv.weight", "vae.encoder.conv_in.weight")
+    assert base_of_file(SPECS, file_weights.shapes) is None
     with pytest.raises(ValueError, match=r"its denoiser belongs to no supported model .*blocks\.0\.attn\.qkv"):
-        refuse_other_file(SPECS, "--flag", found, wanted)
+        refuse_other_file(SPECS, "--flag", file_weights, expected)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_chroma_shares_a_script_with_the_model_that_it_looks_like_and_has_a_flag(prefix: str) -> None:
+def test_the_errors_for_chroma_and_flux_suggest_model_type(prefix: str) -> None:
     blocks = f"{prefix}double_blocks.0.img_attn.qkv.weight"
     chroma, flux = weights(blocks, f"{prefix}distilled_guidance_layer.in_proj.weight"), weights(blocks)
-    for wanted, found, way in (
+    for expected, actual, message in (
         ("lumina", chroma, r"Chroma model; use flux_train_network\.py with --model_type chroma"),
         ("flux", chroma, "Chroma model; add --model_type chroma"),
         ("chroma", flux, "FLUX model; remove --model_type chroma"),
     ):
-        with pytest.raises(ValueError, match=f"this is a {way}"):
-            refuse_other_model(SPECS, "--flag", "a.safetensors", found.shapes, wanted)
+        with pytest.raises(ValueError, match=f"this is a {message}"):
+            refuse_other_model(SPECS, "--flag", "a.safetensors", actual.shapes, expected)
     refuse_other_model(SPECS, "--flag", "a.safetensors", chroma.shapes, "chroma")
     with pytest.raises(ValueError, match="this is a Chroma Radiance model, which has no latents"):
         refuse_other_model(SPECS, "--flag", "a", weights(*chroma.shapes, f"{prefix}nerf_image_embedder.x").shapes, "x")
 
 
-def test_a_unet_with_two_text_encoders_is_sdxls_where_nothing_names_the_pipeline(tmp_path: Path) -> None:
+def test_an_unnamed_folder_with_two_text_encoders_is_recognised_as_sdxl(tmp_path: Path) -> None:
     for part in ("unet", "text_encoder", "text_encoder_2"):
         (tmp_path / part).mkdir()
     with pytest.raises(ValueError, match=r"this is an SDXL model; use sdxl_train_network\.py"):
@@ -115,7 +117,7 @@ def test_a_unet_with_two_text_encoders_is_sdxls_where_nothing_names_the_pipeline
     refuse_other_folder(SPECS, "--flag", tmp_path, "sdxl")
 
 
-FULL_SIZE = [  # (file of names, where they are in it, the base model)
+FULL_SIZE = [  # (file of names, path to them in it, base model)
     ("sd15", ("checkpoint",), "sd1"), ("sd21", ("checkpoint",), "sd2"), ("sdxl", ("checkpoint",), "sdxl"),
     ("flux1", ("components", "dit"), "flux"), ("chroma", ("components", "dit"), "chroma"),
     ("lumina2", ("components", "dit"), "lumina"),
@@ -125,23 +127,23 @@ FULL_SIZE = [  # (file of names, where they are in it, the base model)
 
 
 @pytest.mark.parametrize(("file", "path", "base"), FULL_SIZE)
-def test_one_base_model_has_the_surest_sign_in_each_checkpoint_that_people_have(
-    file: str, path: tuple[str, ...], base: str
-) -> None:
+def test_full_size_checkpoints_match_one_base_model_best(file: str, path: tuple[str, ...], base: str) -> None:
     content = facts(file)
     for step in path:
         content = content[step]
     shapes = {key: tuple(shape) for key, shape in content.items()}
-    surest = {spec.name: max((s.certainty for s in spec.checkpoint if s.is_in(shapes)), default=0) for spec in SPECS}
-    assert [name for name, certainty in surest.items() if certainty == max(surest.values())] == [base]
+    best_certainty = {
+        spec.name: max((s.certainty for s in spec.checkpoint if s.is_in(shapes)), default=0) for spec in SPECS
+    }
+    assert [name for name, certainty in best_certainty.items() if certainty == max(best_certainty.values())] == [base]
 
 
-def test_a_file_of_the_unet_alone_is_enough_where_nothing_needs_the_rest() -> None:
-    """Its size embedding cannot be told from the file alone: bigG's width is that of every SDXL model."""
-    found = checkpoint("sdxl")
-    alone = select_weights(found, {name: name for name in found.shapes if name.startswith(UNET_PREFIX)})
-    whole, lone = single_file_parts("--flag", found), single_file_parts("--flag", alone, may_lack_text=True)
-    assert lone.unet.config == whole.unet.config
-    assert all(isinstance(clip, Absent) for clip in lone.clips)
+def test_a_unet_alone_loads_where_the_text_encoders_are_optional() -> None:
+    """The file alone does not determine the size embedding, so the width of bigG in every SDXL model is assumed."""
+    full_file = checkpoint("sdxl")
+    unet_file = select_weights(full_file, {name: name for name in full_file.shapes if name.startswith(UNET_PREFIX)})
+    full, unet_only = single_file_parts("--flag", full_file), single_file_parts("--flag", unet_file, may_lack_text=True)
+    assert unet_only.unet.config == full.unet.config
+    assert all(isinstance(clip, Absent) for clip in unet_only.clips)
     with pytest.raises(NotThere, match=r"--flag sdxl has a U-Net but no text encoder.*use a full checkpoint"):
-        lone.clips[1].config  # noqa: B018
+        unet_only.clips[1].config  # noqa: B018

@@ -1,4 +1,4 @@
-"""Folders of diffusers whose pipeline no script trains are told by the name of that pipeline."""
+"""Diffusers folders of a pipeline that no script trains are refused with the name of that pipeline."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tools.base_models import open_base_model
 UNKNOWN = ("SanaPipeline", "QwenImagePipeline", "PixArtSigmaPipeline")
 
 
-def folder_of(path: Path, class_name: str | None) -> Path:
+def write_folder(path: Path, class_name: str | None) -> Path:
     path.mkdir()
     (path / "model_index.json").write_text(json.dumps({} if class_name is None else {"_class_name": class_name}))
     return path
@@ -22,8 +22,10 @@ def folder_of(path: Path, class_name: str | None) -> Path:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("class_name", UNKNOWN[:2])
-def test_no_script_takes_them_for_another_model(train, tmp_path: Path, script: str, class_name: str) -> None:
-    folder = folder_of(tmp_path / "model", class_name)
+def test_no_script_accepts_the_folder_of_an_unknown_pipeline(
+    train, tmp_path: Path, script: str, class_name: str
+) -> None:
+    folder = write_folder(tmp_path / "model", class_name)
     make_images(tmp_path / "data" / "1_a", 1)
     done: Finished = train(
         ["--pretrained_model_name_or_path", str(folder), "--train_data_dir", str(tmp_path / "data"), "--resolution",
@@ -33,21 +35,21 @@ def test_no_script_takes_them_for_another_model(train, tmp_path: Path, script: s
     assert f"{folder}: its model_index.json names {class_name}, which no script supports" in done.stderr, done.stderr
 
 
-def test_known_folders_are_sent_to_their_script_and_unnamed_ones_pass(tmp_path: Path) -> None:
+def test_the_error_for_a_known_pipeline_names_its_script_and_unnamed_folders_pass(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"this is an SDXL model; use sdxl_train_network\.py"):
-        refuse_other_folder(list_specs(), "--x", folder_of(tmp_path / "a", "StableDiffusionXLPipeline"), "flux")
+        refuse_other_folder(list_specs(), "--x", write_folder(tmp_path / "a", "StableDiffusionXLPipeline"), "flux")
     with pytest.raises(UserError, match=r"this is an SD 1\.x model; use train_network\.py"):
-        refuse_other_folder(list_specs(), "--x", folder_of(tmp_path / "b", "StableDiffusionPipeline"), "flux")
-    refuse_other_folder(list_specs(), "--x", folder_of(tmp_path / "c", "FluxPipeline"), "flux")
-    refuse_other_folder(list_specs(), "--x", folder_of(tmp_path / "d", None), "flux")
+        refuse_other_folder(list_specs(), "--x", write_folder(tmp_path / "b", "StableDiffusionPipeline"), "flux")
+    refuse_other_folder(list_specs(), "--x", write_folder(tmp_path / "c", "FluxPipeline"), "flux")
+    refuse_other_folder(list_specs(), "--x", write_folder(tmp_path / "d", None), "flux")
     with pytest.raises(UserError, match=r"this is a Chroma model; add --model_type chroma"):
-        refuse_other_folder(list_specs(), "--x", folder_of(tmp_path / "f", "ChromaPipeline"), "flux")
-    custom = folder_of(tmp_path / "e", "SomebodysOwnPipeline")
+        refuse_other_folder(list_specs(), "--x", write_folder(tmp_path / "f", "ChromaPipeline"), "flux")
+    custom = write_folder(tmp_path / "e", "SomebodysOwnPipeline")
     (custom / "unet").mkdir()
-    refuse_other_folder(list_specs(), "--x", custom, "sd1")  # its U-Net tells more than its name
+    refuse_other_folder(list_specs(), "--x", custom, "sd1")  # its U-Net takes precedence over its name
 
 
 @pytest.mark.parametrize("class_name", UNKNOWN)
-def test_no_tool_takes_them_for_another_model(tmp_path: Path, class_name: str) -> None:
+def test_no_tool_accepts_the_folder_of_an_unknown_pipeline(tmp_path: Path, class_name: str) -> None:
     with pytest.raises(UserError, match=rf"names {class_name}, which no script supports"):
-        open_base_model("--sd_model", folder_of(tmp_path / "model", class_name))
+        open_base_model("--sd_model", write_folder(tmp_path / "model", class_name))
