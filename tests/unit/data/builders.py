@@ -1,4 +1,4 @@
-"""Small data sets on disk and the options that read them."""
+"""Small datasets on disk and the options that read them."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -21,14 +21,14 @@ SPEC = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_sd.npz
 
 
 def options_of(arguments: str = "", *more: str) -> TrainOptions:
-    """The options that a command line gives; `more` holds arguments with spaces in them."""
+    """Parse a command line into options; `more` holds arguments that contain spaces."""
     parser = argparse.ArgumentParser()
     TrainOptions.add_to(parser)
     return TrainOptions.from_args(parser.parse_args([*arguments.split(), *more]))
 
 
 def write_image(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, mode: str = "RGB") -> Path:
-    """An image of noise; `size` is (width, height)."""
+    """Write an image of random noise; `size` is (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     channels = {"RGB": 3, "RGBA": 4}[mode]
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
@@ -39,7 +39,7 @@ def write_image(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, mod
 def write_folder(
     folder: Path, count: int, size: tuple[int, int] = (64, 64), caption: str | None = "a tag", seed: int = 0
 ) -> Path:
-    """Images p0.png, p1.png, ... with captions in .txt files."""
+    """Write images p0.png, p1.png, ... with captions in .txt files."""
     for i in range(count):
         path = write_image(folder / f"p{i}.png", size, seed=100 * seed + i)
         if caption is not None:
@@ -48,7 +48,7 @@ def write_folder(
 
 
 def write_config(path: Path, text: str) -> TrainOptions:
-    """The options of a run with this dataset file; {here} in it is the file's folder."""
+    """Write a dataset file and return the options of a run with it; {here} stands for the file's folder."""
     path.write_text(text.replace("{here}", path.parent.as_posix()), encoding="utf-8")
     return options_of("--dataset_config", str(path))
 
@@ -58,28 +58,28 @@ def plan_of(options: TrainOptions, seed: int = 1, spec: LatentSpec = SPEC) -> Da
 
 
 def batches_of(
-    found: DataPlan | PlannedBatches, epoch: int = 1, first: int = 0, workers: int = 0, persistent: bool = False
+    source: DataPlan | PlannedBatches, epoch: int = 1, first: int = 0, workers: int = 0, persistent: bool = False
 ) -> list[Batch]:
-    """The batches of an epoch, one optimizer step each."""
-    batches = open_batches(found) if isinstance(found, DataPlan) else found
+    """Return the batches of an epoch, one optimizer step each."""
+    batches = open_batches(source) if isinstance(source, DataPlan) else source
     batch_indices = range(first, batches.plan.num_batches)
     return list(batches.iterate_epoch(epoch, batch_indices, lambda i: (epoch - 1) * 100 + i, workers, persistent))
 
 
 def validation_of(plan: DataPlan) -> ValidationSet:
-    """The images that are set aside, nothing cached."""
+    """Return the validation set of a plan, with nothing cached."""
     return open_batches(plan).validation
 
 
 def content_of(batch: Batch) -> tuple[object, ...]:
-    """Return what must be equal for two batches to be the same, bit for bit."""
+    """Return everything that two bit-for-bit equal batches have in common."""
     images = (batch.pixels_BCHW, batch.latents_BCHW, batch.masks_B1HW)
     tensors = (*images, batch.loss_weights_B, batch.sizes_B6, batch.crops_B2)
     return (batch.keys, batch.captions, batch.attributes, *(None if t is None else t.tolist() for t in tensors))
 
 
 def averaging_vae(calls: list[int] | None = None) -> Callable[[Tensor, Sequence[Generator] | None], Tensor]:
-    """Eight by eight means as latents, with a little posterior noise from each image's generator."""
+    """Return an encoder whose latents are means of 8 x 8 pixels plus a little noise from each image's generator."""
 
     def encode(pixels_BCHW: Tensor, generators: Sequence[Generator] | None) -> Tensor:
         if calls is not None:

@@ -1,4 +1,4 @@
-"""A real S3 server on loopback, moto's, whose answers can be cut off, slowed down and counted."""
+"""A local S3 server (moto) whose responses can be cut off, delayed and counted."""
 
 import threading
 import time
@@ -13,8 +13,8 @@ SECRET = "s3cr3t-of-the-tests"
 
 
 @dataclass
-class Asked:
-    """One answer to a request for an object."""
+class Request:
+    """A request for an object that was answered."""
 
     key: str
     range: str | None
@@ -23,18 +23,18 @@ class Asked:
 
 @dataclass
 class ObjectStore:
-    """The server and what it is to do wrong."""
+    """The server and the faults that it simulates."""
 
     url: str
-    asked: list[Asked] = field(default_factory=list)
-    cuts: int = 0  # so many answers end after half of their bytes
-    wait_s: float = 0.0  # before each answer
-    waits: int = 0  # so many answers wait
-    statuses: list[str] = field(default_factory=list)  # of the next answers, in place of what was asked for
+    requests: list[Request] = field(default_factory=list)
+    cuts: int = 0  # the number of responses to cut off after half of their bytes
+    wait_s: float = 0.0  # the delay before each response
+    waits: int = 0  # the number of responses to delay
+    statuses: list[str] = field(default_factory=list)  # statuses of the next responses, sent instead of the object
 
     @property
     def num_bytes(self) -> int:
-        return sum(one.num_bytes for one in self.asked)
+        return sum(request.num_bytes for request in self.requests)
 
     def fill(self, folder: Path, prefix: str = "") -> None:
         """Put the files of a folder into the bucket."""
@@ -45,12 +45,12 @@ class ObjectStore:
             client.put_object(Bucket=BUCKET, Key=f"{prefix}{file.name}", Body=file.read_bytes())
 
     def reset(self) -> None:
-        """Empty the bucket, forget what was asked, and do everything right."""
+        """Empty the bucket, forget the requests and stop simulating faults."""
         import boto3
 
-        for one in boto3.client("s3").list_objects_v2(Bucket=BUCKET).get("Contents", []):
-            self.remove(one["Key"])
-        self.asked.clear()
+        for entry in boto3.client("s3").list_objects_v2(Bucket=BUCKET).get("Contents", []):
+            self.remove(entry["Key"])
+        self.requests.clear()
         self.cuts, self.waits, self.statuses = 0, 0, []
 
     def remove(self, key: str) -> None:
@@ -59,8 +59,8 @@ class ObjectStore:
         boto3.client("s3").delete_object(Bucket=BUCKET, Key=key)
 
 
-class Faults:
-    """Wraps the server: counts answers to GET, and spoils those that are to be spoiled."""
+class FaultyApp:
+    """A WSGI wrapper around the server that counts responses to GET and simulates the faults."""
 
     def __init__(self, app: Callable[..., Iterable[bytes]], store: ObjectStore) -> None:
         self.app, self.store, self.lock = app, store, threading.Lock()
@@ -78,21 +78,21 @@ class Faults:
             start_response(status, [("Content-Length", "0")])
             return [b""]
         body = b"".join(self.app(environ, start_response))
-        asked = Asked(environ["PATH_INFO"].rpartition("/")[2], environ.get("HTTP_RANGE"), len(body))
+        request = Request(environ["PATH_INFO"].rpartition("/")[2], environ.get("HTTP_RANGE"), len(body))
         with self.lock:
-            self.store.asked.append(asked)
+            self.store.requests.append(request)
         return cut(body) if is_cut else [body]
 
 
 def cut(body: bytes) -> Iterator[bytes]:
-    """Half of an answer, then nothing but a closed connection."""
+    """Yield half of a response, then close the connection."""
     yield body[: len(body) // 2]
     raise ConnectionAbortedError("the test cuts it off")
 
 
 @contextmanager
 def object_store(monkeypatch: Any) -> Iterator[ObjectStore]:
-    """A server with an empty bucket; the environment has its address and the keys."""
+    """Start a server with an empty bucket and set its address and credentials in the environment."""
     import boto3
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
@@ -105,7 +105,7 @@ def object_store(monkeypatch: Any) -> Iterator[ObjectStore]:
 
     store = ObjectStore("")
     server = make_server(
-        "127.0.0.1", 0, Faults(DomainDispatcherApplication(create_backend_app), store), threaded=True,
+        "127.0.0.1", 0, FaultyApp(DomainDispatcherApplication(create_backend_app), store), threaded=True,
         request_handler=Silent,
     )  # fmt: skip
     store.url = f"http://127.0.0.1:{server.server_port}"

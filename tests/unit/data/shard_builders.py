@@ -1,4 +1,4 @@
-"""Small tar shards and Parquet files of images that lie in a folder, and data sets that read them."""
+"""Small tar shards and Parquet files made from a folder of images, and datasets that read them."""
 
 import io
 import json
@@ -18,7 +18,7 @@ DATASET += "max_bucket_reso = 128\n[[datasets.subsets]]\n"
 
 
 def write_tar(path: Path, members: Sequence[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT) -> Path:
-    """A tar file of these members, in order."""
+    """Write a tar file with these members, in order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=form) as archive:
         for name, content in members:
@@ -29,7 +29,7 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]], form: int = tarf
 
 
 def shards_of(folder: Path, target: Path, count: int, caption: str = "txt") -> list[Path]:
-    """The images of a folder in `count` shards, in order of their names, with what their .txt files say."""
+    """Pack the images of a folder and their captions into `count` shards, in order of their names."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
     size = -(-len(files) // count)
     paths = []
@@ -37,40 +37,44 @@ def shards_of(folder: Path, target: Path, count: int, caption: str = "txt") -> l
         members = []
         for file in files[number * size : (number + 1) * size]:
             members.append((file.name, file.read_bytes()))
-            said = file.with_suffix(".txt")
-            if said.exists():
-                text = said.read_bytes() if caption == "txt" else json.dumps({"caption": said.read_text()}).encode()
+            caption_file = file.with_suffix(".txt")
+            if caption_file.exists():
+                text = (
+                    caption_file.read_bytes()
+                    if caption == "txt"
+                    else json.dumps({"caption": caption_file.read_text()}).encode()
+                )
                 members.append((f"{file.stem}.{caption}", text))
         paths.append(write_tar(target / f"{number:04}.tar", members))
     return paths
 
 
 def write_parquet(path: Path, columns: Mapping[str, list[object]], group: int = 3) -> Path:
-    """A Parquet file with so many rows in a group."""
+    """Write a Parquet file with `group` rows in each row group."""
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pa.table(dict(columns)), path, row_group_size=group)
     return path
 
 
 def open_subset(folder: Path, subset: str, *arguments: str) -> DataPlan:
-    """The training set of one subset; {here} is the folder."""
+    """Build the plan of one subset; {here} stands for the folder."""
     options = write_config(folder / "data.toml", DATASET + subset)
     values = dict(zip(arguments[::2], arguments[1::2], strict=True))
     return plan_of(options.with_values({name: values[name] for name in values}))
 
 
 class CountedReads:
-    """A counter of reads from larger files."""
+    """A log of the ranges that are read from files."""
 
     def __init__(self, monkeypatch) -> None:
         self.reads: list[tuple[str, int, int]] = []
         plain = Storage.read_range
 
-        def counting(storage: Storage, file: str, start: int, num_bytes: int) -> bytes:
+        def record_read(storage: Storage, file: str, start: int, num_bytes: int) -> bytes:
             self.reads.append((Path(file).name, start, num_bytes))
             return plain(storage, file, start, num_bytes)
 
-        monkeypatch.setattr(Storage, "read_range", counting)
+        monkeypatch.setattr(Storage, "read_range", record_read)
 
     @property
     def num_bytes(self) -> int:

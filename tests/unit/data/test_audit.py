@@ -1,4 +1,4 @@
-"""The audit of the data before any model is loaded."""
+"""The dataset audit, which runs before any model is loaded."""
 
 import logging
 import threading
@@ -12,7 +12,7 @@ from library.data.plan.data_plan import build_plan
 from tests.unit.data.builders import SPEC, options_of, plan_of, write_config, write_folder, write_image
 
 
-def audited(options, caplog, count_tokens=None, max_tokens=None) -> str:
+def audit_log(options, caplog, count_tokens=None, max_tokens=None) -> str:
     plan = build_plan(options, SPEC, 1, count_tokens, max_tokens)
     caplog.clear()
     with caplog.at_level(logging.INFO):
@@ -20,7 +20,7 @@ def audited(options, caplog, count_tokens=None, max_tokens=None) -> str:
     return caplog.text
 
 
-def config(tmp_path: Path, subset: str, dataset: str = "", more: str = ""):
+def write_one_subset(tmp_path: Path, subset: str, dataset: str = "", more: str = ""):
     head = f"[[datasets]]\nresolution = 64\nbatch_size = 2\n{dataset}\n[[datasets.subsets]]\nimage_dir = '{{here}}/a'\n"
     return write_config(tmp_path / "data.toml", f"{head}caption_extension = '.txt'\n{subset}\n{more}")
 
@@ -28,8 +28,10 @@ def config(tmp_path: Path, subset: str, dataset: str = "", more: str = ""):
 def test_images_repeats_draws_and_buckets_are_counted(tmp_path, caplog):
     write_folder(tmp_path / "a", 2, (64, 64))
     write_image(tmp_path / "a/wide.png", (140, 30))
-    text = audited(
-        config(tmp_path, "num_repeats = 3", "enable_bucket = true\nmin_bucket_reso = 32\nbucket_reso_steps = 64"),
+    text = audit_log(
+        write_one_subset(
+            tmp_path, "num_repeats = 3", "enable_bucket = true\nmin_bucket_reso = 32\nbucket_reso_steps = 64"
+        ),
         caplog,
     )
     assert "dataset 1: area of 64x64 in buckets of 64 to 1024 by 64, batch size 2" in text
@@ -40,83 +42,85 @@ def test_images_repeats_draws_and_buckets_are_counted(tmp_path, caplog):
 def test_missing_and_empty_captions_are_counted_with_examples(tmp_path, caplog):
     write_folder(tmp_path / "a", 7, caption=None)
     (tmp_path / "a/p0.txt").write_text("")
-    text = audited(config(tmp_path, ""), caplog)
+    text = audit_log(write_one_subset(tmp_path, ""), caplog)
     assert "6 images without a caption file, trained with an empty prompt: p1.png, p2.png, p3.png and 3 more" in text
     assert "1 empty caption: " in text and text.count("WARNING") == 2
 
 
-def test_captions_that_class_tokens_stand_in_for_are_no_warning(tmp_path, caplog):
+def test_missing_captions_replaced_by_class_tokens_give_no_warning(tmp_path, caplog):
     write_folder(tmp_path / "a", 2, caption=None)
-    text = audited(config(tmp_path, "class_tokens = 'a cat'"), caplog)
+    text = audit_log(write_one_subset(tmp_path, "class_tokens = 'a cat'"), caplog)
     assert "2 images without a caption file, using 'a cat'" in text and "WARNING" not in text
 
 
-def test_images_left_out_are_named_with_the_reason(tmp_path, caplog):
+def test_skipped_images_are_reported_with_the_reason(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     (tmp_path / "a/bad.png").write_bytes(b"")
-    assert "1 image skipped: " in audited(config(tmp_path, ""), caplog)
+    assert "1 image skipped: " in audit_log(write_one_subset(tmp_path, ""), caplog)
     assert "bad.png is empty" in caplog.text
 
 
-def test_captions_beyond_the_token_limit_are_counted_in_their_fullest_form(tmp_path, caplog):
+def test_captions_beyond_the_token_limit_are_counted_with_all_affixes(tmp_path, caplog):
     write_folder(tmp_path / "a", 2, caption="x" * 90)
     (tmp_path / "a/p1.txt").write_text("one two three four")
-    options = config(tmp_path, "caption_prefix = 'zero'\nkeep_tokens_separator = '|||'")
+    options = write_one_subset(tmp_path, "caption_prefix = 'zero'\nkeep_tokens_separator = '|||'")
 
-    def words(caption: str) -> int:
+    def count_words(caption: str) -> int:
         return len(caption.split())
 
-    text = audited(options, caplog, words, 4)
+    text = audit_log(options, caplog, count_words, 4)
     assert "1 caption longer than the model's 4 tokens" in text and "p1.png (5)" in text
-    assert "longer" not in audited(options, caplog, words, 5)
+    assert "longer" not in audit_log(options, caplog, count_words, 5)
 
 
-def test_very_many_captions_are_counted_beside_the_run(tmp_path, caplog, monkeypatch):
+def test_many_captions_are_counted_in_the_background(tmp_path, caplog, monkeypatch):
     write_folder(tmp_path / "a", 40, caption="one two three four")
-    may_go, threads = threading.Event(), []
+    may_count, threads = threading.Event(), []
 
-    def words(caption: str) -> int:
-        assert may_go.wait(60)
+    def count_words(caption: str) -> int:
+        assert may_count.wait(60)
         threads.append(threading.current_thread().name)
         return len(caption.split())
 
     monkeypatch.setattr("library.data.plan.data_plan.MOST_COUNTED_AT_START", 39)
-    text = audited(config(tmp_path, ""), caplog, words, 4)
+    text = audit_log(write_one_subset(tmp_path, ""), caplog, count_words, 4)
     assert "40 images" in text and "in the background" in text and "are longer" not in text
-    (counting,) = (thread for thread in threading.enumerate() if thread.name == "count tokens")
-    may_go.set()
-    counting.join(60)
+    (counter,) = (thread for thread in threading.enumerate() if thread.name == "count tokens")
+    may_count.set()
+    counter.join(60)
     assert "40 captions longer than the model's 4 tokens" in caplog.text and set(threads) == {"count tokens"}
 
 
-def test_images_of_one_stem_are_named(tmp_path, caplog):
+def test_images_that_share_a_caption_file_are_reported(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     write_image(tmp_path / "a/p0.bmp")
-    text = audited(config(tmp_path, ""), caplog)
+    text = audit_log(write_one_subset(tmp_path, ""), caplog)
     assert "1 image with the caption file of another: " in text and "p0.bmp and " in text
 
 
-def test_without_buckets_images_of_another_size_are_named(tmp_path, caplog):
+def test_without_buckets_images_of_another_size_are_reported(tmp_path, caplog):
     write_folder(tmp_path / "a", 1, (80, 64))
-    assert "1 image not of 64x64, scaled or cropped to it" in audited(config(tmp_path, ""), caplog)
+    assert "1 image not of 64x64, scaled or cropped to it" in audit_log(write_one_subset(tmp_path, ""), caplog)
 
 
-def test_braces_in_braces_are_named(tmp_path, caplog):
+def test_nested_braces_are_reported(tmp_path, caplog):
     write_folder(tmp_path / "a", 1, caption="{a|{b|c}}")
-    assert "1 captions have nested braces" in audited(config(tmp_path, "enable_wildcard = true"), caplog)
+    assert "1 captions have nested braces" in audit_log(write_one_subset(tmp_path, "enable_wildcard = true"), caplog)
 
 
-def test_regularisation_images_that_are_too_many_are_counted(tmp_path, caplog):
+def test_surplus_regularisation_images_are_counted(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     write_folder(tmp_path / "r", 3)
     more = "[[datasets.subsets]]\nimage_dir = '{here}/r'\nis_reg = true\nclass_tokens = 'x'\n"
-    assert "2 regularisation images are not needed and unused" in audited(config(tmp_path, "", more=more), caplog)
+    assert "2 regularisation images are not needed and unused" in audit_log(
+        write_one_subset(tmp_path, "", more=more), caplog
+    )
 
 
-# What the saved file says
+# Metadata of the saved file
 
 
-def test_metadata_of_folders(tmp_path):
+def test_metadata_of_training_folders_has_the_keys_of_sd_scripts(tmp_path):
     write_folder(tmp_path / "train/3_cat", 2, (64, 64), "a cat, Grass")
     write_folder(tmp_path / "reg/1_animal", 1, (64, 64), None)
     arguments = "--resolution 64 --enable_bucket --min_bucket_reso 64 --max_bucket_reso 128 --caption_extension .txt"
@@ -124,8 +128,8 @@ def test_metadata_of_folders(tmp_path):
         f"{arguments} --train_batch_size 2 --gradient_accumulation_steps 3 --keep_tokens 1",
         "--train_data_dir", f"{tmp_path}/train", "--reg_data_dir", f"{tmp_path}/reg",
     )  # fmt: skip
-    found = build_plan(options, SPEC, 1, None, None).metadata(options.dataset, batches_per_step=2 * 3)
-    assert found == {
+    metadata = build_plan(options, SPEC, 1, None, None).metadata(options.dataset, batches_per_step=2 * 3)
+    assert metadata == {
         "ss_batch_size_per_device": 2,
         "ss_total_batch_size": 12,
         "ss_resolution": "(64, 64)",
@@ -146,22 +150,22 @@ def test_metadata_of_folders(tmp_path):
 
 
 @pytest.mark.parametrize("has_buckets", [True, False])
-def test_metadata_of_a_dataset_file(tmp_path, has_buckets):
+def test_metadata_of_a_dataset_file_describes_every_dataset(tmp_path, has_buckets):
     write_folder(tmp_path / "a", 2, (96, 64), "x, y")
     bucket = "enable_bucket = true\nmin_bucket_reso = 64\nmax_bucket_reso = 128\n" if has_buckets else ""
     subset = "[[datasets.subsets]]\nimage_dir = '{here}/a/'\ncaption_extension = '.txt'\n"
-    one = f"[[datasets]]\nresolution = 64\n{bucket}{subset}"
+    dataset = f"[[datasets]]\nresolution = 64\n{bucket}{subset}"
     options = write_config(
-        tmp_path / "data.toml", one + "num_repeats = 2\nclass_tokens = 'c'\n" + one.replace("64", "128", 1)
+        tmp_path / "data.toml", dataset + "num_repeats = 2\nclass_tokens = 'c'\n" + dataset.replace("64", "128", 1)
     )
-    found = build_plan(options, SPEC, 1, None, None).metadata(options.dataset)
-    assert found.keys() == {"ss_datasets", "ss_tag_frequency", "ss_dataset_dirs"}
-    assert found["ss_tag_frequency"] == {"a": {"x": 2, "y 0": 1, "y 1": 1}}
-    assert found["ss_dataset_dirs"] == {
+    metadata = build_plan(options, SPEC, 1, None, None).metadata(options.dataset)
+    assert metadata.keys() == {"ss_datasets", "ss_tag_frequency", "ss_dataset_dirs"}
+    assert metadata["ss_tag_frequency"] == {"a": {"x": 2, "y 0": 1, "y 1": 1}}
+    assert metadata["ss_dataset_dirs"] == {
         "a": {"n_repeats": 2, "img_count": 2},
         "a (2)": {"n_repeats": 1, "img_count": 2},
     }
-    first, second = found["ss_datasets"]
+    first, second = metadata["ss_datasets"]
     info = {"buckets": {"0": {"resolution": [64, 64], "count": 4}}, "mean_img_ar_error": 0.5} if has_buckets else None
     assert first == {
         "is_dreambooth": True,
@@ -204,106 +208,106 @@ def test_tags_of_metadata_files_are_counted_without_captions(tmp_path):
     write_folder(tmp_path / "a", 1)
     (tmp_path / "meta.json").write_text('{"p0": {"caption": "words", "tags": "x, Y, x"}}')
     options = options_of("--resolution 64", "--train_data_dir", f"{tmp_path}/a", "--in_json", f"{tmp_path}/meta.json")
-    found = build_plan(options, SPEC, 1, None, None).metadata(options.dataset)
-    assert found["ss_tag_frequency"] == {"meta.json": {"x": 1, "y": 1}}
-    assert found["ss_dataset_dirs"] == {"meta.json": {"n_repeats": 1, "img_count": 1}}
-    assert found["ss_bucket_info"] == "null"
+    metadata = build_plan(options, SPEC, 1, None, None).metadata(options.dataset)
+    assert metadata["ss_tag_frequency"] == {"meta.json": {"x": 1, "y": 1}}
+    assert metadata["ss_dataset_dirs"] == {"meta.json": {"n_repeats": 1, "img_count": 1}}
+    assert metadata["ss_bucket_info"] == "null"
 
 
-def test_captions_under_another_ending_are_counted_with_the_key_to_set(tmp_path, caplog):
+def test_captions_with_another_extension_are_counted_with_the_key_to_set(tmp_path, caplog):
     write_folder(tmp_path / "a", 3)
-    text = audited(other_ending(tmp_path), caplog)
+    text = audit_log(write_config_with_default_extension(tmp_path), caplog)
     assert "3 of the missing captions exist as .txt files, but caption_extension is .caption: set " in text
     assert 'caption_extension = ".txt"' in text
 
 
-def other_ending(tmp_path: Path):
+def write_config_with_default_extension(tmp_path: Path):
     text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
     return write_config(tmp_path / "data.toml", text)
 
 
-def test_captions_that_all_fit_are_not_spoken_of(tmp_path, caplog):
+def test_captions_without_problems_give_no_warning(tmp_path, caplog):
     write_folder(tmp_path / "a", 3)
-    assert "WARNING" not in audited(config(tmp_path, ""), caplog)
+    assert "WARNING" not in audit_log(write_one_subset(tmp_path, ""), caplog)
 
 
-def test_images_with_endings_that_are_not_read_are_named(tmp_path, caplog):
+def test_images_with_unsupported_extensions_are_reported(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     for name in ("b.Jpeg", "c.gif", "d.tiff", "notes.md"):
         (tmp_path / "a" / name).write_bytes(b"x")
     (tmp_path / "a" / "folder.tiff").mkdir()
-    text = audited(config(tmp_path, ""), caplog)
+    text = audit_log(write_one_subset(tmp_path, ""), caplog)
     assert "3 images have unsupported extensions" in text and "b.Jpeg, c.gif, d.tiff" in text
 
 
-def test_captions_without_an_image_are_named(tmp_path, caplog):
+def test_captions_without_an_image_are_reported(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     (tmp_path / "a/lost.txt").write_text("a cat")
     (tmp_path / "a/p0_1_2_3_4.txt").write_text("a face")
     write_image(tmp_path / "a/face_1_2_3_4.png", seed=9)
     (tmp_path / "a/face.txt").write_text("of the cutting")
-    text = audited(config(tmp_path, ""), caplog)
+    text = audit_log(write_one_subset(tmp_path, ""), caplog)
     assert "2 captions without an image: lost.txt, p0_1_2_3_4.txt" in text
 
 
-def test_equal_images_are_named(tmp_path, caplog):
+def test_duplicate_images_are_reported(tmp_path, caplog):
     write_folder(tmp_path / "a", 2)
     (tmp_path / "a/q.png").write_bytes((tmp_path / "a/p1.png").read_bytes())
     (tmp_path / "a/q.txt").write_text("a tag")
-    assert "1 duplicate image, each trained twice: q.png = p1.png" in audited(config(tmp_path, ""), caplog)
+    assert "1 duplicate image, each trained twice: q.png = p1.png" in audit_log(write_one_subset(tmp_path, ""), caplog)
 
 
-def test_images_that_are_enlarged_much_are_named(tmp_path, caplog):
+def test_strongly_upscaled_images_are_reported(tmp_path, caplog):
     write_image(tmp_path / "a/tiny.png", (8, 8)).with_suffix(".txt").write_text("a")
     write_image(tmp_path / "a/large.png", (44, 44)).with_suffix(".txt").write_text("a")
-    text = audited(config(tmp_path, "", "enable_bucket = true\nmin_bucket_reso = 64"), caplog)
+    text = audit_log(write_one_subset(tmp_path, "", "enable_bucket = true\nmin_bucket_reso = 64"), caplog)
     assert "1 image upscaled more than 1.5x" in text and "tiny.png (8x8)" in text
 
 
-@pytest.mark.parametrize(("count", "is_told"), [(9, True), (8, False)])
-def test_one_caption_for_all_is_named_where_images_are_many(tmp_path, caplog, count, is_told):
+@pytest.mark.parametrize(("count", "is_reported"), [(9, True), (8, False)])
+def test_one_caption_for_many_images_is_reported(tmp_path, caplog, count, is_reported):
     for number in range(count):
         write_image(tmp_path / f"a/p{number}.png", (64, 64)).with_suffix(".txt").write_text("a photo of sks")
-    text = audited(config(tmp_path, ""), caplog)
-    assert ("all 9 captions are the same" in text and "'a photo of sks'" in text) is is_told
+    text = audit_log(write_one_subset(tmp_path, ""), caplog)
+    assert ("all 9 captions are the same" in text and "'a photo of sks'" in text) is is_reported
 
 
-def test_a_stand_in_for_missing_captions_is_no_fault(tmp_path, caplog):
+def test_class_tokens_for_all_images_are_not_reported(tmp_path, caplog):
     write_folder(tmp_path / "a", 12, caption=None)
-    assert "captions are the same" not in audited(config(tmp_path, "class_tokens = 'sks'"), caplog)
+    assert "captions are the same" not in audit_log(write_one_subset(tmp_path, "class_tokens = 'sks'"), caplog)
 
 
-def test_captions_with_the_name_of_their_file_are_named(tmp_path, caplog):
+def test_captions_that_contain_their_file_name_are_reported(tmp_path, caplog):
     for stem, caption in (("IMG_0815", "img_0815, a cat"), ("IMG_0816", "a cat"), ("cats", "two cats"), ("a1", "a1")):
         write_image(tmp_path / f"a/{stem}.png", (64, 64)).with_suffix(".txt").write_text(caption)
-    assert "captions that contain their own file name: 1: " in (text := audited(config(tmp_path, ""), caplog))
+    assert "captions that contain their own file name: 1: " in (
+        text := audit_log(write_one_subset(tmp_path, ""), caplog)
+    )
     assert "IMG_0815.png" in text.partition("contain their own file name")[2].splitlines()[0]
 
 
-def test_images_in_folders_below_are_counted_where_none_is_found(tmp_path):
+def test_images_in_subfolders_are_counted_if_the_folder_has_none(tmp_path):
     write_folder(tmp_path / "a" / "more" / "deep", 3)
     with pytest.raises(NoDataFound, match=r"no training images in .*; 3 are in its subfolders, .*deep \(3\)"):
-        build_plan(config(tmp_path, ""), SPEC, 1, None, None)
+        build_plan(write_one_subset(tmp_path, ""), SPEC, 1, None, None)
 
 
-def test_of_more_tags_than_a_file_holds_the_commonest_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tag_frequency_keeps_only_the_most_common_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path / "pictures", 12, caption="a cat, it sat on the mat of number")
-    config = '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{here}/pictures"\n'
-    options = write_config(tmp_path / "data.toml", config + 'caption_extension = ".txt"\n')
-    whole = plan_of(options).metadata(options.dataset)["ss_tag_frequency"]["pictures"]
-    assert len(whole) == 13 and whole["a cat"] == 12
+    text = '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{here}/pictures"\n'
+    options = write_config(tmp_path / "data.toml", text + 'caption_extension = ".txt"\n')
+    all_tags = plan_of(options).metadata(options.dataset)["ss_tag_frequency"]["pictures"]
+    assert len(all_tags) == 13 and all_tags["a cat"] == 12
     monkeypatch.setattr(summary, "MOST_TAGS", 3)
     few = plan_of(options).metadata(options.dataset)["ss_tag_frequency"]["pictures"]
-    assert len(few) == 3 and few["a cat"] == 12 and all(whole[tag] == count for tag, count in few.items())
+    assert len(few) == 3 and few["a cat"] == 12 and all(all_tags[tag] == count for tag, count in few.items())
 
 
-def test_files_that_are_left_aside_are_named_by_what_they_are(tmp_path, caplog):
-    """Endings in another case and of other programs; captions of such images are not alone, folders are no files."""
+def test_unused_files_are_reported_by_kind(tmp_path, caplog):
+    """Report unsupported extensions, including other cases of supported ones, but not the captions of such images."""
     write_folder(tmp_path / "a", 2)
     for name in ("b.GIF", "c.Png", "b.txt", "d.TXT", "e.json", "txt", "f.npz", "lost.txt"):
         (tmp_path / "a" / name).write_text("x")
-    text = audited(config(tmp_path, ""), caplog)
+    text = audit_log(write_one_subset(tmp_path, ""), caplog)
     assert "2 images have unsupported extensions; convert or rename them to .png or .jpg: b.GIF, c.Png" in text
     assert "1 caption without an image: lost.txt" in text

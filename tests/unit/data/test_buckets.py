@@ -1,4 +1,4 @@
-"""Bucket sizes, and which one an image gets."""
+"""Bucket sizes and the assignment of images to buckets."""
 
 import math
 
@@ -10,11 +10,11 @@ from library.data.description.buckets import BucketRules, assign_shapes, bucket_
 from library.errors import UserError
 
 
-def sizes(text: str) -> list[tuple[int, int]]:
+def parse_sizes(text: str) -> list[tuple[int, int]]:
     return [(int(w), int(h)) for w, h in (size.split("x") for size in text.split())]
 
 
-def rules(no_upscale: bool = False, resolution: tuple[int, int] = (512, 512)) -> BucketRules:
+def bucket_rules(no_upscale: bool = False, resolution: tuple[int, int] = (512, 512)) -> BucketRules:
     return BucketRules(resolution, True, 256, 1024, 64, no_upscale, 64).checked()
 
 
@@ -34,18 +34,18 @@ LISTS = [
 
 
 @pytest.mark.parametrize(("arguments", "expected"), LISTS)
-def test_bucket_lists(arguments, expected):
-    assert bucket_sizes(*arguments) == sizes(expected)
+def test_bucket_sizes_match_the_reference_lists(arguments, expected):
+    assert bucket_sizes(*arguments) == parse_sizes(expected)
 
 
 @pytest.mark.parametrize(
     ("arguments", "count"), [(((1024, 1024), 256, 2048, 64), 41), (((1024, 1024), 512, 2048, 32), 65)]
 )
-def test_number_of_buckets_at_1024(arguments, count):
+def test_the_number_of_buckets_at_1024_matches_the_reference(arguments, count):
     assert len(bucket_sizes(*arguments)) == count
 
 
-ASSIGNED = [  # image, (bucket, resized), the same without upscaling
+ASSIGNED = [  # image, (bucket, resized), (bucket, resized) without upscaling
     ("512x512", "512x512 512x512", "512x512 512x512"),
     ("1000x1000", "512x512 512x512", "512x512 512x512"),
     ("300x200", "640x384 640x427", "256x192 300x200"),
@@ -58,19 +58,19 @@ ASSIGNED = [  # image, (bucket, resized), the same without upscaling
 
 
 @pytest.mark.parametrize(("image", "default", "no_upscale"), ASSIGNED)
-def test_assignment_at_512(image, default, no_upscale):
+def test_images_are_assigned_to_the_expected_buckets_at_512(image, default, no_upscale):
     for no_upscaling, expected in ((False, default), (True, no_upscale)):
-        (shape,) = assign_shapes(sizes(image), rules(no_upscaling))
-        assert [shape.bucket, shape.resized] == sizes(expected)
+        (shape,) = assign_shapes(parse_sizes(image), bucket_rules(no_upscaling))
+        assert [shape.bucket, shape.resized] == parse_sizes(expected)
 
 
 def test_a_small_image_keeps_its_size_without_upscaling():
-    (shape,) = assign_shapes([(70, 70)], rules(no_upscale=True))
+    (shape,) = assign_shapes([(70, 70)], bucket_rules(no_upscale=True))
     assert (shape.bucket, shape.resized) == ((64, 64), (70, 70))
 
 
 def test_a_side_below_the_step_gets_a_bucket_of_one_step():
-    (shape,) = assign_shapes([(63, 300)], rules(no_upscale=True))
+    (shape,) = assign_shapes([(63, 300)], bucket_rules(no_upscale=True))
     assert (shape.bucket, shape.resized) == ((64, 256), (64, 305))
 
 
@@ -82,7 +82,7 @@ def test_a_side_below_the_step_gets_a_bucket_of_one_step():
         ((384, 640), (800, 1200), (0, 32, 384, 608)),
     ],
 )
-def test_crop_of_size_conditioning(bucket, image, expected):
+def test_the_crop_for_size_conditioning_matches_the_reference(bucket, image, expected):
     assert crop_ltrb(bucket, image) == pytest.approx(expected, abs=1e-9)
 
 
@@ -92,8 +92,8 @@ side = st.integers(1, 4000)
 @given(
     st.lists(st.tuples(side, side), min_size=1, max_size=20), st.booleans(), st.sampled_from([(512, 512), (768, 512)])
 )
-def test_every_image_covers_its_bucket_on_at_least_one_side_exactly_or_is_not_enlarged(images, no_upscale, resolution):
-    rule = rules(no_upscale, resolution)
+def test_images_cover_their_bucket_and_fit_one_side_exactly_unless_upscaling_is_off(images, no_upscale, resolution):
+    rule = bucket_rules(no_upscale, resolution)
     for image, shape in zip(images, assign_shapes(images, rule), strict=True):
         assert min(shape.bucket) >= 64 and all(side % 64 == 0 for side in shape.bucket)
         assert shape.resized[0] >= shape.bucket[0] and shape.resized[1] >= shape.bucket[1]
@@ -105,28 +105,28 @@ def test_every_image_covers_its_bucket_on_at_least_one_side_exactly_or_is_not_en
             assert math.prod(shape.bucket) <= math.prod(resolution)
 
 
-def test_without_buckets_every_image_is_cut_to_the_resolution():
+def test_without_buckets_every_image_is_cropped_to_the_resolution():
     rule = BucketRules((320, 192), False, 256, 1024, 64, False, 64).checked()
     shapes = assign_shapes([(320, 192), (1000, 300), (20, 60)], rule)
     assert {shape.bucket for shape in shapes} == {(320, 192)}
     assert [shape.resized for shape in shapes] == [(320, 192), (640, 192), (320, 960)]
 
 
-def test_a_resolution_that_is_no_multiple_of_the_step_is_said(caplog):
+def test_a_resolution_that_is_not_a_multiple_of_the_step_is_warned_about(caplog):
     BucketRules((70, 70), True, 64, 128, 64, False, 64).checked()
     assert (
         "resolution 70x70 is not a multiple of bucket_reso_steps 64: square images are trained at 64x64" in caplog.text
     )
 
 
-def test_limits_are_rounded_to_the_step_and_said_so(caplog):
+def test_limits_are_rounded_to_the_step_with_a_warning(caplog):
     rule = BucketRules((512, 512), True, 300, 1000, 64, False, 64).checked()
     assert (rule.min_reso, rule.max_reso) == (256, 1024)
     assert "300..1000 are rounded to 256..1024" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (((512, 512), True, 576, 1024, 64, False, 64), "min_bucket_reso is 576"),
         (((512, 512), True, 256, 448, 64, False, 64), "max_bucket_reso is 448"),
@@ -135,8 +135,8 @@ def test_limits_are_rounded_to_the_step_and_said_so(caplog):
         (((8192, 8192), True, 256, 8192, 64, False, 64), "resolution is 8192x8192; the maximum is 16 megapixels"),
     ],
 )
-def test_limits_that_do_not_fit_are_named(arguments, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_limits_raise_errors_that_name_them(arguments, message):
+    with pytest.raises(ValueError, match=message):
         BucketRules(*arguments).checked()
 
 
@@ -144,15 +144,15 @@ def test_the_step_is_only_checked_with_buckets():
     assert not BucketRules((512, 512), False, 256, 1024, 17, False, 64).checked().enable_bucket
 
 
-def test_a_step_above_the_resolution_is_named():
+def test_a_step_above_the_resolution_is_refused():
     with pytest.raises(UserError, match=r"bucket_reso_steps is 1024, more than the shorter side .* lower"):
         BucketRules((512, 512), True, 256, 2048, 1024, False, 64).checked()
 
 
-def test_a_step_above_the_lowest_side_makes_it_the_lowest_side():
+def test_a_step_above_the_minimum_side_becomes_the_minimum_side():
     limits = BucketRules((512, 512), True, 64, 1024, 128, False, 64).checked()
     assert bucket_sizes((512, 512), limits.min_reso, limits.max_reso, limits.step)[0][0] == 128
 
 
-def test_a_huge_upper_limit_ends_at_once():
+def test_a_huge_upper_limit_takes_no_time():
     assert bucket_sizes((512, 512), 256, 2**70, 64) == bucket_sizes((512, 512), 256, 1024, 64)

@@ -1,4 +1,4 @@
-"""Cached latents: shared with sd-scripts, and never stale."""
+"""Cached latents: compatible with sd-scripts and never stale."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ from tests.unit.test_processes import Board
 
 DISK = CachingOptions(cache_latents=True, cache_latents_to_disk=True, vae_batch_size=2)
 MEMORY = CachingOptions(cache_latents=True, vae_batch_size=2)
-TAIL = "_8x8"  # of the keys of an entry at 64x64
+TAIL = "_8x8"  # the suffix of an entry's keys at 64x64
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def cache(
     spec: LatentSpec = SPEC,
     seed: int = 1,
 ) -> tuple[PlannedBatches, int]:
-    """Batches with cached latents, and how many images (and mirrored copies) were encoded for it."""
+    """Return batches with cached latents, and the number of images (and mirrored copies) that were encoded."""
     calls: list[int] = []
     plan = open_folder(folder, arguments, spec)
     store = cache_latents(plan, averaging_vae(calls), lambda: vae, options, seed)
@@ -71,25 +71,25 @@ def file_of(folder: Path, name: str = "p0_0064x0064_sd.npz") -> Path:
 
 
 def latents_by_key(batches: PlannedBatches) -> dict[str, list]:
-    found = {}
+    latents = {}
     for batch in batches_of(batches):
         assert batch.pixels_BCHW is None and batch.latents_BCHW is not None
-        found.update(zip(batch.keys, batch.latents_BCHW.tolist(), strict=True))
-    return found
+        latents.update(zip(batch.keys, batch.latents_BCHW.tolist(), strict=True))
+    return latents
 
 
 def rewrite(path: Path, keeps_origin: bool = False, tail: str = TAIL, **changes: np.ndarray | None) -> None:
-    """Write the one entry of a file again as another program would: some arrays changed or (None) left out."""
+    """Rewrite a file's only entry as another program would, with some arrays changed or (None) omitted."""
     with np.load(path) as archive:
         arrays = {key.removesuffix(TAIL): archive[key] for key in archive.files}
     arrays |= {**({} if keeps_origin else {"origin": None}), **changes}
     np.savez(path, **{key + tail: array for key, array in arrays.items() if array is not None})
 
 
-# Names and layout
+# File names and layout
 
 
-def test_files_have_the_names_and_the_layout_of_sd_scripts(folder):
+def test_files_have_the_names_and_layout_of_sd_scripts(folder):
     cache(folder)
     names = sorted(path.name for path in (folder / "2_a").glob("*.npz"))
     assert names == ["p0_0064x0064_sd.npz", "p1_0080x0064_sd.npz", "p2_0064x0070_sd.npz"]
@@ -105,14 +105,14 @@ def test_files_have_the_names_and_the_layout_of_sd_scripts(folder):
 
 
 def cache_larger(folder: Path) -> int:
-    """Cache the images at 128x64; how many were encoded."""
+    """Cache the images at 128x64 and return the number that was encoded."""
     calls: list[int] = []
     larger = plan_of(options_of("--resolution 128,64", "--train_data_dir", str(folder)))
     cache_latents(larger, averaging_vae(calls), lambda: "vae", DISK, 1)
     return sum(calls)
 
 
-def test_keys_carry_the_size_and_other_sizes_stay(folder):
+def test_keys_contain_the_size_and_entries_of_other_sizes_are_kept(folder):
     cache(folder)
     num_encoded = cache_larger(folder)
     with np.load(file_of(folder)) as archive:
@@ -122,13 +122,13 @@ def test_keys_carry_the_size_and_other_sizes_stay(folder):
 
 
 @pytest.mark.parametrize("keeps_origin", [False, True])
-def test_an_entry_without_a_size_is_used_for_the_size_that_it_has_and_no_other(folder, keeps_origin, caplog):
-    """Entries of one set at two sizes would both find it, and one of them would train on latents of the other."""
-    wanted = latents_by_key(cache(folder)[0])
+def test_an_entry_without_a_size_in_its_key_is_used_only_for_its_own_size(folder, keeps_origin, caplog):
+    """Otherwise a dataset with two sizes would use the entry for both and train one of them on the other's latents."""
+    expected = latents_by_key(cache(folder)[0])
     for path in (folder / "2_a").glob("*.npz"):
         rewrite(path, keeps_origin, tail="")
     batches, num_encoded = cache(folder)
-    assert num_encoded == 0 and latents_by_key(batches) == wanted
+    assert num_encoded == 0 and latents_by_key(batches) == expected
     with caplog.at_level(logging.INFO):
         assert cache_larger(folder) == 3
     assert "3 without latents of this size" in caplog.text
@@ -137,7 +137,7 @@ def test_an_entry_without_a_size_is_used_for_the_size_that_it_has_and_no_other(f
     assert cache(folder)[1] == cache_larger(folder) == 0
 
 
-def test_an_entry_without_a_size_is_not_for_base_models_that_never_had_such(folder):
+def test_an_entry_without_a_size_is_ignored_for_base_models_that_never_wrote_one(folder):
     spec = replace(SPEC, had_keys_without_size=False)
     cache(folder, spec=spec)
     for path in (folder / "2_a").glob("*.npz"):
@@ -145,7 +145,7 @@ def test_an_entry_without_a_size_is_not_for_base_models_that_never_had_such(fold
     assert cache(folder, spec=spec)[1] == 3
 
 
-def test_a_new_entry_takes_the_place_of_one_without_a_size(folder):
+def test_a_new_entry_replaces_one_without_a_size(folder):
     cache(folder)
     for path in (folder / "2_a").glob("*.npz"):
         rewrite(path, tail="", crop_ltrb=np.array([1.0, 0, 64, 64]))
@@ -154,7 +154,7 @@ def test_a_new_entry_takes_the_place_of_one_without_a_size(folder):
         assert set(archive.files) == {f"{key}_8x8" for key in ("latents", "original_size", "crop_ltrb", "origin")}
 
 
-def test_mirrored_copies_are_encodings_of_the_mirrored_image_and_are_drawn(folder):
+def test_mirrored_latents_encode_the_mirrored_image_and_are_drawn(folder):
     batches, num_encoded = cache(folder, "--flip_aug")
     assert num_encoded == 6
     pixels = torch.from_numpy(np.array(Image.open(folder / "2_a/p0.png"))).permute(2, 0, 1)[None] / 127.5 - 1
@@ -172,7 +172,7 @@ def test_mirrored_copies_are_encodings_of_the_mirrored_image_and_are_drawn(folde
     assert all(latent in (plain, flipped) for latent in drawn) and plain in drawn and flipped in drawn
 
 
-def test_masks_are_kept_in_the_file_and_mirrored_with_the_draw(folder):
+def test_masks_are_stored_in_the_file_and_mirrored_with_the_image(folder):
     path = write_image(folder / "2_a/q.png", (64, 64), seed=30, mode="RGBA")
     alpha = np.array(Image.open(path))[..., 3].astype(np.float32) / 255
     for options in (DISK, MEMORY):
@@ -193,14 +193,14 @@ def test_masks_are_kept_in_the_file_and_mirrored_with_the_draw(folder):
         assert mask.dtype == np.float32 and np.abs(mask - alpha).max() < 1e-6
 
 
-def test_a_mask_in_the_file_is_not_used_when_it_is_not_asked_for(folder):
+def test_a_mask_in_the_file_is_ignored_without_alpha_mask(folder):
     write_image(folder / "2_a/q.png", (64, 64), seed=31, mode="RGBA")
     cache(folder, "--alpha_mask")
     batches, num_encoded = cache(folder)
     assert num_encoded == 0 and all(batch.masks_B1HW is None for batch in batches_of(batches))
 
 
-# The numbers do not depend on how they came about
+# Latents do not depend on how they are computed
 
 
 def test_memory_disk_and_batching_give_the_same_latents(folder):
@@ -215,7 +215,7 @@ def test_memory_disk_and_batching_give_the_same_latents(folder):
     assert latents_by_key(cache(folder)[0]) == expected
 
 
-def test_another_seed_samples_the_posterior_otherwise(folder):
+def test_another_seed_samples_the_posterior_differently(folder):
     first = latents_by_key(cache(folder, options=MEMORY)[0])
     second = latents_by_key(cache(folder, options=MEMORY, seed=2)[0])
     assert all(first[key] != second[key] for key in first)
@@ -244,11 +244,11 @@ def test_only_subsets_that_mirror_get_mirrored_copies(tmp_path, options):
     assert sorted(name for name, _ in drawn) == ["a", "a", "b"]
 
 
-def test_one_image_in_two_datasets_is_encoded_once_at_one_size_and_apart_at_two(tmp_path):
+def test_an_image_in_two_datasets_is_encoded_once_per_size(tmp_path):
     write_image(tmp_path / "a/p.png", (64, 64))
-    one = "[[datasets]]\nresolution = {}\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
+    dataset = "[[datasets]]\nresolution = {}\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
     for sizes, num_encoded in (((64, 64), 1), ((64, 128), 2)):
-        text = "".join(one.replace("{}", str(size)) for size in sizes)
+        text = "".join(dataset.replace("{}", str(size)) for size in sizes)
         plan = plan_of(write_config(tmp_path / "data.toml", text))
         calls: list[int] = []
         batches = open_batches(
@@ -264,9 +264,9 @@ def test_one_image_in_two_datasets_is_encoded_once_at_one_size_and_apart_at_two(
 def test_images_that_share_a_file_name_do_not_share_latents(tmp_path):
     write_image(tmp_path / "2_a/p.png", seed=40)
     write_image(tmp_path / "2_a/p.bmp", seed=41)
-    found = latents_by_key(cache(tmp_path)[0])
-    assert found == latents_by_key(cache(tmp_path, options=MEMORY)[0])
-    assert len(found) == 2 and len({str(latent) for latent in found.values()}) == 2
+    latents = latents_by_key(cache(tmp_path)[0])
+    assert latents == latents_by_key(cache(tmp_path, options=MEMORY)[0])
+    assert len(latents) == 2 and len({str(latent) for latent in latents.values()}) == 2
 
 
 # What makes an entry stale
@@ -310,11 +310,11 @@ def put_other_size(folder: Path) -> None:
     rewrite(file_of(folder), original_size=np.array([64, 65]))
 
 
-def lose_latents(folder: Path) -> None:
+def drop_latents(folder: Path) -> None:
     rewrite(file_of(folder), keeps_origin=True, latents=None)
 
 
-def make_it_older_than_the_image(folder: Path) -> None:
+def make_older_than_image(folder: Path) -> None:
     rewrite(file_of(folder))
     os.utime(file_of(folder), (1, 1))
 
@@ -331,11 +331,11 @@ def make_it_older_than_the_image(folder: Path) -> None:
         (put_text, "1 holding latents of the type <U3"),
         (put_other_crop, "1 made for another size or crop"),
         (put_other_size, "1 made for another size or crop"),
-        (lose_latents, "1 without latents of this size"),
-        (make_it_older_than_the_image, "1 older than the image"),
+        (drop_latents, "1 without latents of this size"),
+        (make_older_than_image, "1 older than the image"),
     ],
 )
-def test_an_entry_that_is_not_true_is_made_again_alone_and_said_so(folder, caplog, spoil, reason):
+def test_only_the_stale_entry_is_encoded_again_with_a_warning(folder, caplog, spoil, reason):
     before = {key: value for key, value in latents_by_key(cache(folder)[0]).items() if "p0" not in key}
     spoil(folder)
     caplog.clear()
@@ -345,9 +345,9 @@ def test_an_entry_that_is_not_true_is_made_again_alone_and_said_so(folder, caplo
     assert "latent cache: 2 entries reused, 0 to encode, 1 stale" in line
     assert re.search(reason, line)
     assert "p0_0064x0064_sd.npz" in line
-    found = latents_by_key(batches)
-    assert {key: value for key, value in found.items() if "p0" not in key} == before
-    assert found == latents_by_key(cache(folder, options=MEMORY)[0])
+    latents = latents_by_key(batches)
+    assert {key: value for key, value in latents.items() if "p0" not in key} == before
+    assert latents == latents_by_key(cache(folder, options=MEMORY)[0])
     assert cache(folder)[1] == 0
 
 
@@ -355,13 +355,13 @@ def test_an_entry_that_is_not_true_is_made_again_alone_and_said_so(folder, caplo
     ("arguments", "vae"),
     [("", "another vae"), ("--resize_interpolation bicubic", "vae"), ("--flip_aug", "vae"), ("--alpha_mask", "vae")],
 )
-def test_other_settings_make_every_entry_again(folder, arguments, vae):
+def test_changed_settings_invalidate_every_entry(folder, arguments, vae):
     cache(folder)
     assert cache(folder, arguments, vae=vae)[1] == (6 if arguments == "--flip_aug" else 3)
     assert cache(folder, arguments, vae=vae)[1] == 0
 
 
-def test_another_bucket_of_the_same_shape_of_image_is_noticed(folder):
+def test_another_resolution_encodes_every_image_again(folder):
     cache(folder)
     plan = plan_of(options_of("--resolution 128", "--train_data_dir", str(folder)))
     calls: list[int] = []
@@ -369,7 +369,7 @@ def test_another_bucket_of_the_same_shape_of_image_is_noticed(folder):
     assert sum(calls) == 3
 
 
-def test_a_stale_mirrored_copy_does_not_survive_its_entry(folder):
+def test_a_stale_mirrored_copy_is_removed_with_its_entry(folder):
     cache(folder, "--flip_aug")
     cache(folder, vae="other")
     with np.load(file_of(folder)) as archive:
@@ -382,7 +382,7 @@ def test_an_image_that_was_only_touched_is_not_encoded_again(folder):
     assert cache(folder)[1] == 0
 
 
-def test_entries_of_sd_scripts_are_used_and_their_unknown_vae_is_said(folder, caplog):
+def test_entries_of_sd_scripts_are_used_and_their_unknown_vae_is_reported(folder, caplog):
     cache(folder)
     for path in (folder / "2_a").glob("*.npz"):
         rewrite(path)
@@ -391,8 +391,8 @@ def test_entries_of_sd_scripts_are_used_and_their_unknown_vae_is_said(folder, ca
     assert "3 cache entries do not name their VAE" in caplog.text
 
 
-def test_sizes_that_another_program_wrote_are_real_numbers(folder, caplog):
-    """The real part of these would fit."""
+def test_complex_sizes_from_another_program_are_rejected(folder, caplog):
+    """Their real part would match the image."""
     cache(folder)
     rewrite(file_of(folder), original_size=np.array([64 + 1j, 64 + 1j], np.complex64))
     with caplog.at_level(logging.INFO):
@@ -400,7 +400,7 @@ def test_sizes_that_another_program_wrote_are_real_numbers(folder, caplog):
     assert "1 made for another size or crop" in caplog.text
 
 
-def test_a_note_does_not_vouch_for_latents_that_another_program_wrote(folder, caplog):
+def test_an_origin_note_is_ignored_if_another_program_replaced_the_latents(folder, caplog):
     cache(folder)
     latents = np.ones((4, 8, 8), np.float32)
     rewrite(file_of(folder), keeps_origin=True, latents=latents)
@@ -410,7 +410,7 @@ def test_a_note_does_not_vouch_for_latents_that_another_program_wrote(folder, ca
     assert latents.tolist() in latents_by_key(batches).values()
 
 
-def test_the_old_name_without_a_size_is_used_where_no_other_is_and_said_so(folder, caplog):
+def test_a_file_with_an_old_name_is_used_if_there_is_no_other(folder, caplog):
     cache(folder)
     rewrite(file_of(folder))
     os.rename(file_of(folder), file_of(folder, "p0.npz"))
@@ -419,17 +419,17 @@ def test_the_old_name_without_a_size_is_used_where_no_other_is_and_said_so(folde
     assert not file_of(folder).exists() and len(latents_by_key(batches)) == 3
 
 
-def test_an_old_name_of_another_shape_is_left_alone_and_not_used(folder):
+def test_a_file_with_an_old_name_and_another_shape_is_neither_used_nor_changed(folder):
     np.savez(file_of(folder, "p0.npz"), latents=np.zeros((4, 9, 9), np.float32))
     assert cache(folder)[1] == 3
     with np.load(file_of(folder, "p0.npz")) as archive:
         assert archive["latents"].shape == (4, 9, 9)
 
 
-# Without a check
+# --skip_cache_check
 
 
-def test_skipping_the_check_demands_only_that_the_file_is_there(folder, caplog):
+def test_skip_cache_check_requires_only_that_the_file_exists(folder, caplog):
     cache(folder)
     skipping = CachingOptions(cache_latents=True, cache_latents_to_disk=True, skip_cache_check=True)
     file_of(folder).unlink()
@@ -439,105 +439,105 @@ def test_skipping_the_check_demands_only_that_the_file_is_there(folder, caplog):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "message"),
     [(put_other_shape, "holding latents of shape"), (put_whole_numbers, "holding latents of the type int64"),
      (truncate, "damaged")],
 )  # fmt: skip
-def test_what_skipping_lets_through_stops_the_run_by_name(folder, spoil, words):
+def test_an_invalid_file_passed_by_skip_cache_check_stops_the_run(folder, spoil, message):
     cache(folder)
     spoil(folder)
     skipping = CachingOptions(cache_latents=True, cache_latents_to_disk=True, skip_cache_check=True)
     batches, _ = cache(folder, options=skipping)
-    with pytest.raises(ValueError, match=rf"p0_0064x0064_sd\.npz is {words}"):
+    with pytest.raises(ValueError, match=rf"p0_0064x0064_sd\.npz is {message}"):
         batches_of(batches)
 
 
 # Interruption and failure
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped_and_leaves_nothing_half_done(folder):
+def test_an_interrupted_run_resumes_and_leaves_no_partial_files(folder):
     encode, calls = averaging_vae(), []
 
-    def interrupted(pixels, generators):
+    def encode_once_then_interrupt(pixels, generators):
         if calls:
             raise KeyboardInterrupt
         calls.append(1)
         return encode(pixels, generators)
 
     with pytest.raises(KeyboardInterrupt):
-        cache_latents(open_folder(folder), interrupted, lambda: "vae", DISK, 1)
+        cache_latents(open_folder(folder), encode_once_then_interrupt, lambda: "vae", DISK, 1)
     assert sorted(path.suffix for path in (folder / "2_a").iterdir()) == [".npz", ".npz", ".png", ".png", ".png"]
     batches, num_encoded = cache(folder)
     assert num_encoded == 1
     assert latents_by_key(batches) == latents_by_key(cache(folder, options=MEMORY)[0])
 
 
-def test_a_write_that_fails_keeps_the_old_file_and_names_the_way_out(folder, monkeypatch):
+def test_a_failed_write_keeps_the_old_file_and_suggests_a_solution(folder, monkeypatch):
     cache(folder)
     before = file_of(folder).read_bytes()
 
-    def full(*_: object) -> None:
+    def fail_to_sync(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", fail_to_sync)
     with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\); .*use --cache_latents to"):
         cache(folder, vae="another vae")
     assert file_of(folder).read_bytes() == before
     assert not list((folder / "2_a").glob(".*"))
 
 
-def test_nan_from_the_vae_names_the_image_and_the_way_out(folder):
+def test_the_error_for_nan_from_the_vae_names_the_image_and_a_solution(folder):
     encode = averaging_vae()
 
-    def broken(pixels, generators):
+    def encode_nan(pixels, generators):
         latents = encode(pixels, generators)
         latents[-1, 0, 0, 0] = float("nan")
         return latents
 
     with pytest.raises(ValueError, match=r"the VAE gives NaN for .*p1\.png; add --no_half_vae"):
-        cache_latents(open_folder(folder), broken, lambda: "vae", MEMORY, 1)
+        cache_latents(open_folder(folder), encode_nan, lambda: "vae", MEMORY, 1)
 
 
-def test_latents_of_another_shape_than_the_base_models_are_refused(folder):
+def test_latents_whose_shape_does_not_match_the_base_model_are_refused(folder):
     with pytest.raises(ValueError, match=r"shape \(4, 8, 8\) for .*, but \(16, 8, 8\) is needed"):
         cache(folder, spec=LatentSpec(16, 8, 64, "_x.npz", False))
 
 
 @pytest.mark.parametrize("options", [DISK, MEMORY])
-def test_a_damaged_image_is_left_out_and_named(folder, options, caplog):
+def test_a_damaged_image_is_skipped_and_reported(folder, options, caplog):
     path = folder / "2_a/p2.png"
     path.write_bytes(path.read_bytes()[:5000])
     batches, _ = cache(folder, options=options)
     assert "1 damaged images are skipped" in caplog.text and "p2.png is damaged" in caplog.text
-    found = list(batches.iterate_epoch(1, range(batches.plan.num_batches), int, 0, False))
-    drawn = [key for batch in found for key in batch.keys]
-    assert all(batch.latents_BCHW is not None for batch in found)
+    drawn_batches = list(batches.iterate_epoch(1, range(batches.plan.num_batches), int, 0, False))
+    drawn = [key for batch in drawn_batches for key in batch.keys]
+    assert all(batch.latents_BCHW is not None for batch in drawn_batches)
     assert len(drawn) == batches.plan.num_train_images and str(path) not in drawn
 
 
-def test_damaged_images_without_another_of_their_size_end_the_start(folder):
+def test_a_damaged_image_without_a_replacement_stops_the_run_at_the_start(folder):
     for path in (folder / "2_a").glob("*.png"):
         path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"\.png is damaged; no other image of its size can replace it"):
         cache(folder, options=MEMORY)
 
 
-def test_the_vae_is_loaded_before_images_are_encoded_and_hashed_for_files_alone(folder: Path) -> None:
-    """Hashing a VAE takes as long as loading it."""
-    told: list[str] = []
+def test_the_vae_is_loaded_before_encoding_and_hashed_only_for_caches_on_disk(folder: Path) -> None:
+    """Hashing a VAE takes as long as loading it, so it happens only when needed."""
+    events: list[str] = []
 
     def encode(pixels_BCHW: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
-        told.append("encoded")
+        events.append("encoded")
         return averaging_vae()(pixels_BCHW, generators)
 
     def identity() -> str:
-        told.append("hashed")
+        events.append("hashed")
         return "vae"
 
-    for options, wanted in ((MEMORY, {"loaded", "encoded"}), (DISK, {"loaded", "encoded", "hashed"})):
-        told.clear()
-        cache_latents(open_folder(folder), encode, identity, options, 1, load_vae=lambda: told.append("loaded"))
-        assert set(told) == wanted and told.index("loaded") < told.index("encoded")
+    for options, expected in ((MEMORY, {"loaded", "encoded"}), (DISK, {"loaded", "encoded", "hashed"})):
+        events.clear()
+        cache_latents(open_folder(folder), encode, identity, options, 1, load_vae=lambda: events.append("loaded"))
+        assert set(events) == expected and events.index("loaded") < events.index("encoded")
 
 
 def test_regularisation_images_that_are_not_needed_are_not_encoded(tmp_path):
@@ -553,7 +553,7 @@ def test_regularisation_images_that_are_not_needed_are_not_encoded(tmp_path):
     assert len(latents_by_key(batches)) == 2
 
 
-def test_masks_of_files_are_drawn_with_cached_latents(tmp_path):
+def test_mask_files_are_used_with_cached_latents(tmp_path):
     write_image(tmp_path / "a/p.png", (64, 64))
     mask = write_image(tmp_path / "m/p.png", (64, 64), seed=60)
     config = tmp_path / "data.toml"
@@ -571,7 +571,7 @@ def test_masks_of_files_are_drawn_with_cached_latents(tmp_path):
 
 
 def cache_on_machines(folders: list[Path], options: CachingOptions) -> list[tuple[dict[str, list], int]]:
-    """The latents that each of several machines of one process draws by the image's name, and how many it encoded."""
+    """Cache on machines of one process each; return each one's latents by image name and the number it encoded."""
     board = Board()
 
     def run(rank: int) -> tuple[dict[str, list], int]:
@@ -586,22 +586,22 @@ def cache_on_machines(folders: list[Path], options: CachingOptions) -> list[tupl
 
 
 @pytest.mark.parametrize("options", [DISK, MEMORY], ids=["disk", "memory"])
-def test_machines_with_disks_of_their_own_each_have_every_latent(folder, tmp_path_factory, options):
+def test_machines_with_separate_disks_each_cache_every_latent(folder, tmp_path_factory, options):
     other = tmp_path_factory.mktemp("machine") / "data"
     shutil.copytree(folder, other)
     first, second = cache_on_machines([folder, other], options)
     alone, _ = cache(folder, options=MEMORY)
-    wanted = {Path(key).name: value for key, value in latents_by_key(alone).items()}
-    assert first[0] == second[0] == wanted
+    expected = {Path(key).name: value for key, value in latents_by_key(alone).items()}
+    assert first[0] == second[0] == expected
 
 
-def test_machines_with_a_common_disk_share_the_work_out(folder):
+def test_machines_with_a_shared_disk_divide_the_work(folder):
     first, second = cache_on_machines([folder, folder], DISK)
     assert first[0] == second[0] and first[1] + second[1] == 3
 
 
 def test_a_file_is_written_by_one_process_only(folder):
-    """Two processes that add an entry to one file at once would each write it without the other's."""
+    """Two processes that add an entry to the same file at once would each lose the other's."""
     text = "".join(
         f"[[datasets]]\nresolution = [{width}, 64]\n[[datasets.subsets]]\nimage_dir = '{{here}}/2_a'\n"
         for width in (64, 128)
@@ -614,7 +614,7 @@ def test_a_file_is_written_by_one_process_only(folder):
     assert paths[0] and paths[1] and not paths[0] & paths[1]
 
 
-def test_latents_in_memory_do_not_come_from_old_files_beside_the_images(folder):
+def test_latents_in_memory_are_not_read_from_old_files(folder):
     cache(folder)
     for path in (folder / "2_a").glob("*_sd.npz"):
         path.rename(path.with_name(path.name.partition("_")[0] + ".npz"))
@@ -622,8 +622,8 @@ def test_latents_in_memory_do_not_come_from_old_files_beside_the_images(folder):
     assert [count for _, count in encoded] == [3, 3]
 
 
-def test_where_latents_on_disk_lie_is_not_kept_for_each_image(tmp_path: Path) -> None:
-    """Two images of one name, of which one stays in memory, an old name, and the rest, which only follow a rule."""
+def test_paths_of_latent_files_are_not_stored_per_image(tmp_path: Path) -> None:
+    """Only exceptions are stored: one of two images with the same stem, kept in memory, and a file with an old name."""
     for i in range(40):
         write_image(tmp_path / "a" / f"p{i}.png", (64, 64), seed=i)
     write_image(tmp_path / "a" / "p3.jpg", (64, 64), seed=77)
@@ -632,9 +632,9 @@ def test_where_latents_on_disk_lie_is_not_kept_for_each_image(tmp_path: Path) ->
     first = open_batches(plan, cache_latents(plan, averaging_vae(), lambda: "vae", DISK, 1))
     expected = [content_of(batch) for batch in batches_of(first)]
     os.rename(tmp_path / "a" / "p7_0064x0064_sd.npz", tmp_path / "a" / "p7.npz")
-    found = plan_of(write_config(tmp_path / "data.toml", config))
-    store = cache_latents(found, averaging_vae(), lambda: "vae", DISK, 1)
+    new_plan = plan_of(write_config(tmp_path / "data.toml", config))
+    store = cache_latents(new_plan, averaging_vae(), lambda: "vae", DISK, 1)
     files = store.files
     names = [os.path.basename(files.renamed_files[number].path) for number in files.renamed_files]
     assert names == ["p7.npz"] and int(files.has_N.sum()) == 40 and len(store.memory) == 1
-    assert [content_of(batch) for batch in batches_of(open_batches(found, store))] == expected
+    assert [content_of(batch) for batch in batches_of(open_batches(new_plan, store))] == expected

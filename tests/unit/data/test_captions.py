@@ -1,4 +1,4 @@
-"""Captions as they are composed when their images are drawn."""
+"""Composition of captions at the time their images are drawn."""
 
 import random
 
@@ -16,99 +16,99 @@ from library.data.description.captions import (
 )
 
 
-def composed(
+def compose(
     text: str, epoch: int = 1, step: int = 0, seed: int = 0, max_train_steps: int = 100, **rules: object
 ) -> str:
     return compose_caption(text, CaptionRules(**rules), random.Random(seed), epoch, step, max_train_steps)  # type: ignore[arg-type]
 
 
-def drawn(text: str, times: int = 200, **rules: object) -> set[str]:
-    return {composed(text, seed=seed, **rules) for seed in range(times)}
+def compose_many(text: str, times: int = 200, **rules: object) -> set[str]:
+    return {compose(text, seed=seed, **rules) for seed in range(times)}
 
 
-def test_the_marker_of_kept_tags_never_reaches_the_prompt():
-    assert composed("a, b ||| c, d ||| e", keep_tokens_separator="|||") == "a, b, c, d, e"
-    assert composed("a ||| b ||| c ||| d", keep_tokens_separator="|||") == "a, b, c, d"
+def test_the_keep_tokens_separator_never_reaches_the_prompt():
+    assert compose("a, b ||| c, d ||| e", keep_tokens_separator="|||") == "a, b, c, d, e"
+    assert compose("a ||| b ||| c ||| d", keep_tokens_separator="|||") == "a, b, c, d"
 
 
-def test_marked_head_and_tail_stay_while_the_middle_is_shuffled_and_blanks_go():
-    prompts = drawn("a, b ||| c, d,, x ||| e", keep_tokens_separator="|||", shuffle_caption=True)
+def test_only_tags_between_keep_tokens_separators_are_shuffled_and_blanks_removed():
+    prompts = compose_many("a, b ||| c, d,, x ||| e", keep_tokens_separator="|||", shuffle_caption=True)
     assert len(prompts) == 6
     assert all(p.startswith("a, b, ") and p.endswith(", e") for p in prompts)
     assert all(sorted(p.split(", ")) == ["a", "b", "c", "d", "e", "x"] for p in prompts)
 
 
-def test_blank_tags_stay_when_tags_are_kept_by_number():
-    prompts = drawn("a,b,,c", shuffle_caption=True, keep_tokens=1)
+def test_blank_tags_are_kept_with_keep_tokens():
+    prompts = compose_many("a,b,,c", shuffle_caption=True, keep_tokens=1)
     assert "a, c, , b" in prompts
     assert len(prompts) == 6 and all(p.startswith("a, ") for p in prompts)
 
 
-def test_tags_are_joined_by_commas_whatever_separated_them():
-    assert "a, b, c" in drawn("a;b;c", shuffle_caption=True, caption_separator=";")
+def test_tags_are_joined_by_commas_whatever_their_separator():
+    assert "a, b, c" in compose_many("a;b;c", shuffle_caption=True, caption_separator=";")
 
 
 def test_the_secondary_separator_becomes_the_separator():
-    assert composed("a, x;;;y;;;z, b", secondary_separator=";;;") == "a, x,y,z, b"
+    assert compose("a, x;;;y;;;z, b", secondary_separator=";;;") == "a, x,y,z, b"
 
 
 def test_tags_joined_by_the_secondary_separator_move_together():
-    assert all("x,y" in p for p in drawn("a, x;;;y, b", secondary_separator=";;;", shuffle_caption=True))
+    assert all("x,y" in p for p in compose_many("a, x;;;y, b", secondary_separator=";;;", shuffle_caption=True))
 
 
 def test_without_wildcards_the_first_line_is_used_between_prefix_and_suffix():
-    assert composed("l1\nl2", caption_prefix="P", caption_suffix="S") == "P l1 S"
-    assert composed("l1\nl2", caption_prefix="P") == "P l1"
+    assert compose("l1\nl2", caption_prefix="P", caption_suffix="S") == "P l1 S"
+    assert compose("l1\nl2", caption_prefix="P") == "P l1"
 
 
-def test_every_line_that_can_be_drawn_gets_prefix_and_suffix():
-    lines = drawn("l1\n\nl2\nl3", enable_wildcard=True, caption_prefix="P", caption_suffix="S")
+def test_every_line_gets_the_prefix_and_suffix():
+    lines = compose_many("l1\n\nl2\nl3", enable_wildcard=True, caption_prefix="P", caption_suffix="S")
     assert lines == {"P l1 S", "P l2 S", "P l3 S"}
 
 
 @pytest.mark.parametrize(("step", "count"), [(0, 1), (1, 1), (5, 3), (9, 5), (10, 6), (50, 6)])
-def test_tags_appear_one_after_another_over_a_tenth_of_the_run(step, count):
-    assert composed("a,b,c,d,e,f", step=step, token_warmup_step=0.1) == ", ".join("abcdef"[:count])
+def test_tag_warm_up_adds_one_tag_after_another(step, count):
+    assert compose("a,b,c,d,e,f", step=step, token_warmup_step=0.1) == ", ".join("abcdef"[:count])
 
 
-def test_warm_up_starts_at_the_smallest_number_of_tags():
-    assert composed("a,b,c,d,e,f", step=5, token_warmup_step=10, token_warmup_min=2) == "a, b, c, d"
+def test_tag_warm_up_starts_at_token_warmup_min():
+    assert compose("a,b,c,d,e,f", step=5, token_warmup_step=10, token_warmup_min=2) == "a, b, c, d"
 
 
 @pytest.mark.parametrize(("epoch", "is_dropped"), [(0, True), (1, False), (2, True), (3, False), (4, True)])
-def test_every_second_epoch_has_no_captions(epoch, is_dropped):
-    assert (composed("a, b", epoch=epoch, caption_dropout_every_n_epochs=2) == "") == is_dropped
+def test_captions_are_dropped_in_every_second_epoch(epoch, is_dropped):
+    assert (compose("a, b", epoch=epoch, caption_dropout_every_n_epochs=2) == "") == is_dropped
 
 
 def test_captions_are_dropped_at_their_rate():
-    dropped = sum(composed("a", seed=seed, caption_dropout_rate=0.3) == "" for seed in range(4000))
+    dropped = sum(compose("a", seed=seed, caption_dropout_rate=0.3) == "" for seed in range(4000))
     assert 0.27 < dropped / 4000 < 0.33
 
 
-def test_tags_are_dropped_at_their_rate_but_not_kept_ones():
-    prompts = [composed("k, b, c", seed=s, keep_tokens=1, caption_tag_dropout_rate=0.25) for s in range(4000)]
+def test_tags_except_kept_ones_are_dropped_at_their_rate():
+    prompts = [compose("k, b, c", seed=s, keep_tokens=1, caption_tag_dropout_rate=0.25) for s in range(4000)]
     assert all(p.startswith("k") for p in prompts)
     assert 0.22 < sum("b" not in p for p in prompts) / 4000 < 0.28
 
 
 def test_wildcards_choose_among_all_alternatives():
-    assert drawn("{red|green|blue} hat", enable_wildcard=True) == {"red hat", "green hat", "blue hat"}
+    assert compose_many("{red|green|blue} hat", enable_wildcard=True) == {"red hat", "green hat", "blue hat"}
 
 
 def test_braces_are_plain_text_without_wildcards():
-    assert composed("{a|b} {{c}}") == "{a|b} {{c}}"
+    assert compose("{a|b} {{c}}") == "{a|b} {{c}}"
 
 
 @pytest.mark.parametrize(
     ("text", "result"),
     [("{{a|b}}", "{a|b}"), ("{x}", "x"), ("{}", "{}"), ("{{{x}}}", "{x}"), ("a } b { c", "a } b { c")],
 )
-def test_braces_that_are_no_choice(text, result):
+def test_braces_without_alternatives_are_unwrapped_or_kept(text, result):
     assert replace_wildcards(text, random.Random(3)) == result
 
 
 def test_a_prefix_may_hold_wildcards():
-    assert drawn("x", enable_wildcard=True, caption_prefix="{a|b}") == {"a x", "b x"}
+    assert compose_many("x", enable_wildcard=True, caption_prefix="{a|b}") == {"a x", "b x"}
 
 
 def test_nested_braces_are_recognised():
@@ -116,7 +116,7 @@ def test_nested_braces_are_recognised():
     assert not has_nested_wildcard("{a|b} {c} {{d}}")
 
 
-def test_the_fullest_caption_has_affixes_and_no_markers():
+def test_the_fullest_caption_has_affixes_and_no_separators():
     rules = CaptionRules(
         enable_wildcard=True, caption_prefix="P", keep_tokens_separator="|||", secondary_separator=";;;"
     )
@@ -126,14 +126,14 @@ def test_the_fullest_caption_has_affixes_and_no_markers():
 @given(
     tags=st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=8), keep=st.integers(0, 9), seed=st.integers(0, 99)
 )
-def test_shuffling_loses_no_tag_and_moves_no_kept_one(tags, keep, seed):
-    prompt = composed(",".join(tags), seed=seed, shuffle_caption=True, keep_tokens=keep).split(", ")
+def test_shuffling_keeps_every_tag_and_does_not_move_kept_ones(tags, keep, seed):
+    prompt = compose(",".join(tags), seed=seed, shuffle_caption=True, keep_tokens=keep).split(", ")
     assert sorted(prompt) == sorted(tags)
     assert prompt[:keep] == tags[:keep]
 
 
 @given(st.text(alphabet="ab, |;", max_size=30))
-def test_the_parts_of_a_marked_caption_hold_no_marker(text):
+def test_the_parts_of_a_split_caption_contain_no_separator(text):
     parts = split_tags(text, CaptionRules(keep_tokens_separator="||"))
     if "||" in text:
         assert not any("||" in tag or not tag for part in parts for tag in part)

@@ -1,4 +1,4 @@
-"""Images as columns: what comes out is what went in, and nothing is an object that need not be one."""
+"""Columnar storage of images: values survive a round trip, and no Python object is kept per image."""
 
 import gc
 import os
@@ -29,7 +29,7 @@ def random_texts(alphabet: str, count: int, seed: int) -> list[str]:
 
 @pytest.mark.parametrize("alphabet", ALPHABETS.values(), ids=list(ALPHABETS))
 @pytest.mark.parametrize("count", [0, 1, 300, BLOCK + 3])
-def test_a_column_gives_back_its_texts(alphabet: str, count: int) -> None:
+def test_a_text_column_survives_a_round_trip(alphabet: str, count: int) -> None:
     texts = random_texts(alphabet, count, seed=count)
     column = Texts.of(texts)
     places = random.Random(count).choices(range(-count, count), k=min(count, 50))
@@ -42,12 +42,12 @@ def test_a_column_gives_back_its_texts(alphabet: str, count: int) -> None:
         column[count]
 
 
-def test_columns_that_differ_in_where_a_text_ends_differ() -> None:
+def test_text_columns_with_different_boundaries_are_not_equal() -> None:
     assert Texts.of(["ab", "c"]) != Texts.of(["a", "bc"])
 
 
-def made_up(count: int, seed: int) -> ScannedImages:
-    """Images in three files, the last of which stands for files of their own."""
+def make_images(count: int, seed: int) -> ScannedImages:
+    """Build images in three files, the last of which means that each image is a separate file."""
     rng = np.random.default_rng(seed)
     return ScannedImages(
         names=Texts.of(f"{i:07}.jpg" for i in range(count)),
@@ -64,8 +64,8 @@ def made_up(count: int, seed: int) -> ScannedImages:
     )
 
 
-def test_images_are_the_same_one_by_one_in_a_row_and_taken_out() -> None:
-    images = made_up(50, seed=3)
+def test_images_are_equal_however_they_are_accessed() -> None:
+    images = make_images(50, seed=3)
     listed = list(images)
     rows = np.array([4, 49, 4, 0])
     assert listed == [images[i] for i in range(50)]
@@ -85,7 +85,7 @@ def test_images_are_the_same_one_by_one_in_a_row_and_taken_out() -> None:
 RULES = BucketRules((96, 96), True, 64, 128, 32, False, 32).checked()
 
 
-def found_in(images: ScannedImages, **changed: object) -> ScannedDataset:
+def dataset_of(images: ScannedImages, **changed: object) -> ScannedDataset:
     values = {name: None for name in SubsetConfig.__dataclass_fields__}
     subset = SubsetConfig(**values | {"style": "dreambooth", "num_repeats": 2, "is_reg": False} | changed)
     values = {name: None for name in DatasetConfig.__dataclass_fields__}
@@ -93,8 +93,8 @@ def found_in(images: ScannedImages, **changed: object) -> ScannedDataset:
     return ScannedDataset(config, (ScannedSubset(subset, images),))
 
 
-def test_samples_are_the_same_one_by_one_and_in_a_row() -> None:
-    datasets = [found_in(made_up(20, seed=1)), found_in(made_up(30, seed=2), num_repeats=5)]
+def test_samples_are_equal_however_they_are_accessed() -> None:
+    datasets = [dataset_of(make_images(20, seed=1)), dataset_of(make_images(30, seed=2), num_repeats=5)]
     samples = build_samples(datasets, [RULES, RULES])
     listed = list(samples)
     assert listed == [samples[i] for i in range(50)] == samples[:50] and listed[-1] == samples[-1]
@@ -111,8 +111,8 @@ def test_samples_are_the_same_one_by_one_and_in_a_row() -> None:
         samples[50]
 
 
-def test_every_draw_lies_in_the_bucket_of_its_sample() -> None:
-    datasets = [found_in(made_up(40, seed=5)), found_in(made_up(25, seed=6), num_repeats=3)]
+def test_every_draw_is_in_the_bucket_of_its_sample() -> None:
+    datasets = [dataset_of(make_images(40, seed=5)), dataset_of(make_images(25, seed=6), num_repeats=3)]
     samples = build_samples(datasets, [RULES, RULES])
     draws = build_draws(samples, [dataset.config for dataset in datasets], {0, 1})
     expected: dict[tuple[int, tuple[int, int]], list[Sample]] = {}
@@ -125,7 +125,7 @@ def test_every_draw_lies_in_the_bucket_of_its_sample() -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 88])
-def test_the_order_of_an_epoch_is_that_of_shuffled_lists(seed: int) -> None:
+def test_the_order_of_an_epoch_matches_shuffled_lists(seed: int) -> None:
     buckets = [
         Bucket(0, (64, 64), 4, range(0, 23)),
         Bucket(0, (96, 64), 3, range(23, 30)),
@@ -137,52 +137,52 @@ def test_the_order_of_an_epoch_is_that_of_shuffled_lists(seed: int) -> None:
         random_for(seed, "draw order", 6, number).shuffle(draws)
         expected += [tuple(draws[i : i + bucket.batch_size]) for i in range(0, len(draws), bucket.batch_size)]
     random_for(seed, "batch order", 6).shuffle(expected)
-    found = epoch_batches(buckets, seed, 6)
-    assert list(found) == expected and found[2:4] == expected[2:4] and len(found) == len(expected)
+    actual = epoch_batches(buckets, seed, 6)
+    assert list(actual) == expected and actual[2:4] == expected[2:4] and len(actual) == len(expected)
 
 
-def test_a_plan_and_an_order_of_many_images_are_few_objects() -> None:
+def test_the_plan_and_order_of_many_images_take_few_objects() -> None:
     count = 20_000
-    images = made_up(count, seed=9)
+    images = make_images(count, seed=9)
     gc.collect()
     before = sys.getallocatedblocks()
-    samples = build_samples([found_in(images)], [RULES])
-    draws = build_draws(samples, [found_in(images).config], {0})
+    samples = build_samples([dataset_of(images)], [RULES])
+    draws = build_draws(samples, [dataset_of(images).config], {0})
     order = epoch_batches(draws.buckets, 1, 1)
     gc.collect()
     assert (sys.getallocatedblocks() - before) / count < 0.2, "an object for each image would be 1 and more"
     assert len(order) >= 2 * count / 3 and isinstance(samples[5].image, ScannedImage)
 
 
-def test_a_folder_becomes_few_objects(tmp_path) -> None:
-    """Measured between two sizes of one folder: what a run keeps besides its images is the same."""
-    kept = []
+def test_a_folder_of_images_takes_few_objects(tmp_path) -> None:
+    """Compare two folder sizes, since what a run allocates apart from its images is constant."""
+    num_blocks = []
     for count in (20, 220):
         write_folder(tmp_path / f"pictures{count}", count)
         config = f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{{here}}/pictures{count}"\n'
         options = write_config(tmp_path / f"{count}.toml", config + 'caption_extension = ".txt"\n')
-        plan_of(options)  # what is made once in a process
+        plan_of(options)  # allocate what a process allocates only once
         gc.collect()
         before = sys.getallocatedblocks()
         plan = plan_of(options)
         gc.collect()
-        kept.append(sys.getallocatedblocks() - before)
+        num_blocks.append(sys.getallocatedblocks() - before)
         del plan
-    assert (kept[1] - kept[0]) / 200 < 0.2
+    assert (num_blocks[1] - num_blocks[0]) / 200 < 0.2
 
 
 def private_bytes() -> int:
-    """Return the bytes that this process has written to and shares with no other."""
+    """Return the number of bytes in this process's private dirty pages."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty:"))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells")
-def test_a_forked_worker_copies_nothing_of_the_images_it_looks_at() -> None:
-    """Objects would be copied with their pages, for looking at one changes its count of references."""
+def test_a_forked_worker_copies_no_memory_of_the_images_it_reads() -> None:
+    """Python objects would be copied with their pages, since reading one changes its reference count."""
     count = 300_000
-    samples = build_samples([found_in(made_up(count, seed=4))], [RULES])
+    samples = build_samples([dataset_of(make_images(count, seed=4))], [RULES])
     gc.collect()
     ours, theirs = os.pipe()
     if (worker := os.fork()) == 0:

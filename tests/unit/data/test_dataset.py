@@ -1,4 +1,4 @@
-"""Batches: a function of seed, epoch and place."""
+"""Batches are determined by the seed, the epoch and their index."""
 
 import dataclasses
 import logging
@@ -82,18 +82,18 @@ def test_batches_do_not_depend_on_the_number_of_workers(rich):
         assert [content_of(batch) for batch in batches_of(plan, epoch=2, workers=workers)] == alone
 
 
-def test_an_epoch_can_begin_in_the_middle_without_reading_what_was_before(rich, monkeypatch):
+def test_an_epoch_can_start_in_the_middle_without_reading_earlier_batches(rich, monkeypatch):
     plan = plan_of(rich)
-    whole = [content_of(batch) for batch in batches_of(plan, epoch=3)]
+    all_batches = [content_of(batch) for batch in batches_of(plan, epoch=3)]
     read = []
     original = BatchMaker.draft
     monkeypatch.setattr(BatchMaker, "draft", lambda self, order: read.append(order) or original(self, order))
-    assert [content_of(batch) for batch in batches_of(plan, epoch=3, first=4)] == whole[4:]
-    assert len(read) == len(whole) - 4
-    assert batches_of(plan, epoch=3, first=len(whole)) == []
+    assert [content_of(batch) for batch in batches_of(plan, epoch=3, first=4)] == all_batches[4:]
+    assert len(read) == len(all_batches) - 4
+    assert batches_of(plan, epoch=3, first=len(all_batches)) == []
 
 
-def test_workers_that_live_on_give_every_epoch_right_even_after_one_was_left_early(rich):
+def test_persistent_workers_give_correct_epochs_even_after_one_is_left_early(rich):
     plan = plan_of(rich)
     lasting = open_batches(plan)
     plain = {epoch: [content_of(batch) for batch in batches_of(plan, epoch)] for epoch in (1, 2)}
@@ -115,7 +115,7 @@ def wait_for(condition, seconds: float = 10) -> bool:
     return condition()
 
 
-def test_no_worker_is_left_when_an_epoch_is_broken_off(rich):
+def test_no_worker_remains_after_an_epoch_is_aborted(rich):
     plan = plan_of(rich)
     batches = iter(open_batches(plan).iterate_epoch(1, range(plan.num_batches), lambda i: i, 2, False))
     next(batches)
@@ -125,8 +125,8 @@ def test_no_worker_is_left_when_an_epoch_is_broken_off(rich):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bug_in_making_batches_keeps_its_traceback(rich, monkeypatch, workers):
-    """Only a UserError becomes a sentence, also where a worker process raises it."""
+def test_an_unexpected_error_while_building_a_batch_keeps_its_traceback(rich, monkeypatch, workers):
+    """Only a UserError is reported without a traceback, even if a worker process raises it."""
 
     def fail(error):
         def draft(self, order):
@@ -142,7 +142,7 @@ def test_a_bug_in_making_batches_keeps_its_traceback(rich, monkeypatch, workers)
     assert not isinstance(raised.value, UserError)
 
 
-def test_what_workers_need_travels_to_fresh_processes(rich):
+def test_a_batch_maker_can_be_pickled_for_spawned_workers(rich):
     plan = plan_of(rich)
     maker = build_batch_maker(plan, NO_LATENTS, NO_TEXTS)
     order = BatchOrder(2, 7, (0, 1))
@@ -150,7 +150,7 @@ def test_what_workers_need_travels_to_fresh_processes(rich):
     assert isinstance(draft, PartialBatch) and content_of(draft.batch) == content_of(expected.batch)
 
 
-def test_workers_import_nothing_heavy():
+def test_workers_import_no_heavy_packages():
     heavy = "('transformers', 'diffusers', 'cv2')"
     code = f"import sys, library.data.batches.batches; print([m for m in {heavy} if m in sys.modules])"
     root = Path(__file__).parents[3]
@@ -158,7 +158,7 @@ def test_workers_import_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-def test_every_draw_comes_once_in_an_epoch_and_other_epochs_draw_otherwise(rich):
+def test_every_image_is_drawn_once_per_repeat_and_epochs_differ(rich):
     plan = plan_of(rich)
     epochs = [batches_of(plan, epoch) for epoch in (1, 2)]
     counts = [Counter(os.path.basename(os.path.dirname(k)) for b in batches for k in b.keys) for batches in epochs]
@@ -169,7 +169,7 @@ def test_every_draw_comes_once_in_an_epoch_and_other_epochs_draw_otherwise(rich)
     assert (plan.num_train_images, plan.num_reg_images) == (11, 2)
 
 
-def test_batches_hold_one_size_of_one_dataset(rich):
+def test_each_batch_has_one_size_and_one_dataset(rich):
     sizes = Counter()
     for batch in batches_of(plan_of(rich)):
         assert batch.pixels_BCHW is not None
@@ -180,7 +180,7 @@ def test_batches_hold_one_size_of_one_dataset(rich):
     assert sum(sizes.values()) == 19 and sizes[64, 64] == 3
 
 
-def test_regularisation_images_carry_the_prior_weight_and_attributes_stay_with_their_subset(rich):
+def test_prior_loss_weight_and_custom_attributes_apply_to_their_subsets(rich):
     seen = set()
     for batch in batches_of(plan_of(rich)):
         for key, weight, attributes in zip(batch.keys, batch.loss_weights_B.tolist(), batch.attributes, strict=True):
@@ -191,10 +191,10 @@ def test_regularisation_images_carry_the_prior_weight_and_attributes_stay_with_t
     assert seen == {"wide", "tall", "reg"}
 
 
-def test_draws_of_one_epoch_do_not_share_their_chances(tmp_path):
+def test_draws_of_one_epoch_are_randomised_independently(tmp_path):
     write_folder(tmp_path / "60_a", 2, caption="a, b, c, d, e, f")
     options = "--caption_extension .txt --shuffle_caption --caption_dropout_rate 0.5 --flip_aug --train_batch_size 8"
-    batches = batches_of(folder_set(tmp_path, options))
+    batches = batches_of(open_folder(tmp_path, options))
     captions = [caption for batch in batches for caption in batch.captions]
     dropped = captions.count("")
     assert 40 < dropped < 80 and len(set(captions)) > 0.9 * (len(captions) - dropped)
@@ -202,13 +202,13 @@ def test_draws_of_one_epoch_do_not_share_their_chances(tmp_path):
     assert len(corners) == 4  # two images, each plain and mirrored
 
 
-def test_another_seed_draws_other_batches(rich):
+def test_another_seed_gives_other_batches(rich):
     assert [content_of(b) for b in batches_of(plan_of(rich, 1))] != [
         content_of(b) for b in batches_of(plan_of(rich, 2))
     ]
 
 
-def test_the_warm_up_of_tags_follows_the_step(tmp_path):
+def test_tag_warm_up_follows_the_step(tmp_path):
     write_folder(tmp_path / "a", 1, caption="a,b,c,d,e")
     options = options_of("--caption_extension .txt --resolution 64 --token_warmup_step 0.5 --max_train_steps 16")
     options = with_folders(options, tmp_path, "a")
@@ -218,7 +218,7 @@ def test_the_warm_up_of_tags_follows_the_step(tmp_path):
         assert batch.captions[0].count(",") == count - 1
 
 
-def test_a_share_of_warm_up_follows_the_epochs(tmp_path):
+def test_max_train_epochs_determines_the_steps_of_tag_warm_up(tmp_path):
     write_folder(tmp_path / "a", 4, caption="a,b,c,d,e")
     options = with_folders(
         options_of("--resolution 64 --max_train_epochs 3 --gradient_accumulation_steps 3"), tmp_path, "a"
@@ -227,7 +227,7 @@ def test_a_share_of_warm_up_follows_the_epochs(tmp_path):
 
 
 def with_folders(options, tmp_path: Path, *names: str):
-    """Options that train the folders below tmp_path, each once."""
+    """Return options that train these folders in tmp_path, each once."""
     for name in names:
         (tmp_path / "train").mkdir(exist_ok=True)
         os.rename(tmp_path / name, tmp_path / "train" / f"1_{name}")
@@ -235,23 +235,23 @@ def with_folders(options, tmp_path: Path, *names: str):
     return dataclasses.replace(options, dataset=data)
 
 
-def folder_set(tmp_path: Path, arguments: str):
+def open_folder(tmp_path: Path, arguments: str):
     return plan_of(options_of(f"--resolution 64 {arguments}", "--train_data_dir", str(tmp_path)))
 
 
-def test_pixels_lie_between_minus_one_and_one_and_are_the_images(tmp_path):
+def test_pixels_are_the_image_scaled_to_minus_one_to_one(tmp_path):
     path = write_image(tmp_path / "1_a/p.png", seed=8)
-    (batch,) = batches_of(folder_set(tmp_path, ""))
+    (batch,) = batches_of(open_folder(tmp_path, ""))
     expected = np.asarray(Image.open(path)).astype(np.float64).transpose(2, 0, 1) / 255 * 2 - 1
     assert batch.pixels_BCHW is not None and batch.pixels_BCHW.dtype == torch.float32
     assert np.abs(batch.pixels_BCHW[0].numpy() - expected).max() < 1e-6
 
 
-def test_half_of_the_draws_are_mirrored_and_say_so_in_their_crop(tmp_path):
+def test_half_of_the_draws_are_mirrored(tmp_path):
     path = write_image(tmp_path / "200_a/p.png", (64, 96), seed=9)
     pixels = torch.from_numpy(np.array(Image.open(path))[16:80]).permute(2, 0, 1) / 127.5 - 1
     count = 0
-    for batch in batches_of(folder_set(tmp_path, "--flip_aug --train_batch_size 50")):
+    for batch in batches_of(open_folder(tmp_path, "--flip_aug --train_batch_size 50")):
         for image in batch.pixels_BCHW:
             is_plain, is_mirrored = torch.allclose(image, pixels), torch.allclose(image, pixels.flip(-1))
             assert is_plain != is_mirrored
@@ -259,29 +259,29 @@ def test_half_of_the_draws_are_mirrored_and_say_so_in_their_crop(tmp_path):
     assert 70 < count < 130
 
 
-def test_sizes_are_original_crop_and_target_height_first_and_mirrored_with_the_image(tmp_path):
+def test_size_conditioning_is_height_first_and_mirrored_with_the_image(tmp_path):
     write_image(tmp_path / "8_a/p.png", (101, 70))
-    rows = {tuple(row) for b in batches_of(folder_set(tmp_path, "--flip_aug")) for row in b.sizes_B6.tolist()}
+    rows = {tuple(row) for b in batches_of(open_folder(tmp_path, "--flip_aug")) for row in b.sizes_B6.tolist()}
     # 101x70 fitted inside 64x64 is 64 wide and 44.356 high: top 9, left 0, right 64.
     assert rows == {(70.0, 101.0, 9.0, 0.0, 64.0, 64.0)}
     write_image(tmp_path / "8_a/p.png", (70, 101))
     rows = {
         tuple(round(v, 3) for v in r)
-        for b in batches_of(folder_set(tmp_path, "--flip_aug"))
+        for b in batches_of(open_folder(tmp_path, "--flip_aug"))
         for r in b.sizes_B6.tolist()
     }
     # Fitted it is 44.356 wide: left 9, right 53.356, mirrored left 10.644.
     assert rows == {(101, 70, 0, 9, 64, 64), (101, 70, 0, 10.644, 64, 64)}
 
 
-def test_real_crops_are_where_the_pixels_come_from_random_and_mirrored_ones_too(tmp_path):
-    """The red of each pixel is its column in the image, the green its row."""
+def test_crop_offsets_match_the_pixels_for_random_and_mirrored_crops(tmp_path):
+    """The red value of each pixel is its column, the green value its row."""
     width, height = 101, 90
     columns, rows = np.meshgrid(np.arange(width, dtype=np.uint8), np.arange(height, dtype=np.uint8))
     (tmp_path / "40_a").mkdir()
     Image.fromarray(np.stack([columns, rows, rows], -1)).save(tmp_path / "40_a" / "p.png")
     seen = set()
-    for batch in batches_of(folder_set(tmp_path, "--flip_aug --random_crop --train_batch_size 8")):
+    for batch in batches_of(open_folder(tmp_path, "--flip_aug --random_crop --train_batch_size 8")):
         for image, (top, left) in zip(batch.pixels_BCHW, batch.crops_B2.tolist(), strict=True):
             first, last, row = ((image[c, 0, x] + 1) * 127.5 for c, x in ((0, 0), (0, -1), (1, 0)))
             is_mirrored = first > last
@@ -291,19 +291,19 @@ def test_real_crops_are_where_the_pixels_come_from_random_and_mirrored_ones_too(
     assert len(seen) > 20 and {is_mirrored for is_mirrored, *_ in seen} == {True, False}
 
 
-def test_real_crops_of_resized_images_lie_in_the_resized_image(tmp_path):
+def test_crop_offsets_of_resized_images_refer_to_the_resized_image(tmp_path):
     write_image(tmp_path / "8_a/p.png", (101, 70))
-    rows = {tuple(row) for b in batches_of(folder_set(tmp_path, "")) for row in b.crops_B2.tolist()}
+    rows = {tuple(row) for b in batches_of(open_folder(tmp_path, "")) for row in b.crops_B2.tolist()}
     # Covering 64x64 the image is 64 high and 92.34 wide, so 92: (92 - 64) // 2 columns are cut off at the left.
     assert rows == {(0.0, 14.0)}
 
 
-def test_random_crops_without_buckets_cut_from_the_image_as_it_is(tmp_path):
+def test_random_crops_without_buckets_do_not_resize_the_image(tmp_path):
     (tmp_path / "20_a").mkdir()
     ys, xs = np.mgrid[0:80, 0:90].astype(np.uint8)
     Image.fromarray(np.stack([xs, ys, xs], 2)).save(tmp_path / "20_a/p.png")
     corners = set()
-    for batch in batches_of(folder_set(tmp_path, "--random_crop")):
+    for batch in batches_of(open_folder(tmp_path, "--random_crop")):
         lefts_HW, tops_HW, _ = (batch.pixels_BCHW[0] + 1) * 127.5
         left, top = round(lefts_HW[0, 0].item()), round(tops_HW[0, 0].item())
         assert torch.allclose(lefts_HW[5], torch.arange(left, left + 64.0), atol=1e-3)
@@ -312,26 +312,26 @@ def test_random_crops_without_buckets_cut_from_the_image_as_it_is(tmp_path):
     assert len(corners) > 10
 
 
-def test_face_crops_follow_the_name_of_the_file(tmp_path):
+def test_face_crops_follow_the_face_position_in_the_file_name(tmp_path):
     pixels = np.zeros((200, 200, 3), dtype=np.uint8)
     pixels[140:160, 30:50] = 255
     (tmp_path / "1_a").mkdir()
     Image.fromarray(pixels).save(tmp_path / "1_a/p_40_150_20_20.png")
-    (batch,) = batches_of(folder_set(tmp_path, "--face_crop_aug_range 2.0,2.0"))
+    (batch,) = batches_of(open_folder(tmp_path, "--face_crop_aug_range 2.0,2.0"))
     bright = (batch.pixels_BCHW[0, 0] > 0).nonzero().float().mean(0)
-    # An image is not enlarged beyond its size, so the face stays 20 wide, in the middle.
+    # An image is not upscaled, so the face stays 20 wide, in the middle.
     assert torch.allclose(bright, torch.tensor([31.5, 31.5]), atol=1.5)
 
 
 # Masks
 
 
-def test_alpha_masks_follow_the_crop_and_the_mirror_and_others_get_ones(tmp_path):
+def test_alpha_masks_are_cropped_and_mirrored_and_opaque_images_get_ones(tmp_path):
     path = write_image(tmp_path / "10_a/p.png", (96, 64), seed=11, mode="RGBA")
     write_image(tmp_path / "10_a/q.png", (96, 64), seed=12)
     expected = torch.from_numpy(np.array(Image.open(path))[:, 16:80, 3]) / 255
     mirrored = set()
-    for batch in batches_of(folder_set(tmp_path, "--alpha_mask --flip_aug --train_batch_size 20")):
+    for batch in batches_of(open_folder(tmp_path, "--alpha_mask --flip_aug --train_batch_size 20")):
         assert batch.masks_B1HW is not None and batch.masks_B1HW.shape == (20, 1, 64, 64)
         for key, mask in zip(batch.keys, batch.masks_B1HW[:, 0], strict=True):
             if key.endswith("q.png"):
@@ -343,13 +343,13 @@ def test_alpha_masks_follow_the_crop_and_the_mirror_and_others_get_ones(tmp_path
     assert mirrored == {True, False}
 
 
-def test_without_alpha_mask_transparency_is_no_mask(tmp_path):
+def test_without_alpha_mask_transparency_is_ignored(tmp_path):
     write_image(tmp_path / "1_a/p.png", mode="RGBA")
-    (batch,) = batches_of(folder_set(tmp_path, ""))
+    (batch,) = batches_of(open_folder(tmp_path, ""))
     assert batch.masks_B1HW is None
 
 
-def masked_set(tmp_path: Path, keys: str = ""):
+def open_masked(tmp_path: Path, keys: str = ""):
     path = tmp_path / "data.toml"
     path.write_text(
         f"[[datasets]]\nresolution = 64\n{keys}\n[[datasets.subsets]]\nimage_dir = '{tmp_path.as_posix()}/a'\n"
@@ -361,50 +361,50 @@ def masked_set(tmp_path: Path, keys: str = ""):
 def test_masks_are_the_red_channel_cropped_like_the_image(tmp_path):
     write_image(tmp_path / "a/p.png", (96, 64))
     mask = write_image(tmp_path / "m/p.png", (96, 64), seed=13)
-    (batch,) = batches_of(masked_set(tmp_path, "enable_bucket = true\nmin_bucket_reso = 64\nbucket_no_upscale = true"))
+    (batch,) = batches_of(open_masked(tmp_path, "enable_bucket = true\nmin_bucket_reso = 64\nbucket_no_upscale = true"))
     assert batch.masks_B1HW is not None and batch.masks_B1HW.shape == (1, 1, 64, 64)
     assert torch.allclose(batch.masks_B1HW[0, 0], torch.from_numpy(np.array(Image.open(mask))[:, 16:80, 0]) / 255)
 
 
-def test_with_buckets_a_mask_of_another_size_is_named_and_without_it_is_stretched(tmp_path):
+def test_a_mask_of_another_size_is_refused_with_buckets_and_resized_without(tmp_path):
     write_image(tmp_path / "a/p.png", (96, 64))
     write_image(tmp_path / "m/p.png", (32, 32), seed=14)
     with pytest.raises(ValueError, match=r"p\.png is 32x32, its image 96x64"):
-        masked_set(tmp_path, "enable_bucket = true\nmin_bucket_reso = 64")
-    (batch,) = batches_of(masked_set(tmp_path))
+        open_masked(tmp_path, "enable_bucket = true\nmin_bucket_reso = 64")
+    (batch,) = batches_of(open_masked(tmp_path))
     assert batch.masks_B1HW is not None and batch.masks_B1HW.shape == (1, 1, 64, 64)
 
 
-# What stops a run
+# Errors and damaged images
 
 
-def test_a_damaged_image_is_named_with_and_without_workers(tmp_path):
+def test_a_damaged_image_without_a_replacement_is_named_with_and_without_workers(tmp_path):
     path = write_image(tmp_path / "1_a/p.png", (90, 90))
     path.write_bytes(path.read_bytes()[:9000])
-    plan = folder_set(tmp_path, "")
+    plan = open_folder(tmp_path, "")
     for workers in (0, 1):
         with pytest.raises(ValueError, match=r"^\S*p\.png is damaged: [^\n]*; no other image of its size can"):
             batches_of(plan, workers=workers)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_another_image_of_its_size_stands_in_for_a_damaged_one_and_it_is_counted(tmp_path, caplog, workers):
+def test_a_damaged_image_is_replaced_by_one_of_its_size_and_reported(tmp_path, caplog, workers):
     damaged = write_image(tmp_path / "2_a/p1.png", (90, 90))
     for name, size in (("2_a/p2.png", (90, 90)), ("1_b/p3.png", (90, 90)), ("1_b/p4.png", (90, 90))):
         write_image(tmp_path / name, size, seed=3)
-    whole = [key for batch in batches_of(folder_set(tmp_path, "")) for key in batch.keys]
+    expected = [key for batch in batches_of(open_folder(tmp_path, "")) for key in batch.keys]
     damaged.write_bytes(damaged.read_bytes()[:9000])
-    batches = open_batches(folder_set(tmp_path, ""))
-    found = [key for batch in batches_of(batches, workers=workers) for key in batch.keys]
-    assert found == [key.replace("p1.png", "p2.png") for key in whole], "of its own folder, in its place"
+    batches = open_batches(open_folder(tmp_path, ""))
+    actual = [key for batch in batches_of(batches, workers=workers) for key in batch.keys]
+    assert actual == [key.replace("p1.png", "p2.png") for key in expected], "of its own folder, in its place"
     assert caplog.text.count("p1.png is damaged") == 1
     batches.report_skipped(logging.getLogger())
     assert "skipped 1 damaged image (2 draws)" in caplog.text
 
 
-def test_an_image_that_changed_its_size_during_the_run_is_named(tmp_path):
+def test_an_image_that_changes_its_size_during_the_run_is_refused_by_name(tmp_path):
     path = write_image(tmp_path / "1_a/p.png")
-    plan = folder_set(tmp_path, "")
+    plan = open_folder(tmp_path, "")
     write_image(path, (70, 70))
     with pytest.raises(ValueError, match=r"p\.png is 70x70, but was"):
         batches_of(plan)
@@ -412,30 +412,30 @@ def test_an_image_that_changed_its_size_during_the_run_is_named(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--random_crop", "--color_aug"])
 @pytest.mark.parametrize("cache", ["--cache_latents", "--cache_latents_to_disk"])
-def test_images_that_change_cannot_be_cached(tmp_path, flag, cache):
+def test_random_crop_and_color_aug_cannot_be_combined_with_latent_caches(tmp_path, flag, cache):
     write_image(tmp_path / "1_a/p.png")
     with pytest.raises(ValueError, match=rf"{flag.split()[0]} .*--cache_latents"):
-        folder_set(tmp_path, f"{flag} {cache}")
+        open_folder(tmp_path, f"{flag} {cache}")
 
 
 @pytest.mark.parametrize("reason", ["enable_bucket", "cache_latents"])
-def test_face_crops_are_ignored_with_buckets_and_caches_as_in_sd_scripts(tmp_path, caplog, reason):
+def test_face_crops_are_ignored_with_buckets_and_caches_like_in_sd_scripts(tmp_path, caplog, reason):
     write_image(tmp_path / "1_a/p_10_20_5_5.png")
-    plan = folder_set(tmp_path, f"--face_crop_aug_range 1,2 --min_bucket_reso 64 --{reason}")
+    plan = open_folder(tmp_path, f"--face_crop_aug_range 1,2 --min_bucket_reso 64 --{reason}")
     assert [subset.face_crop_aug_range for subset in plan.subsets] == [None]
     assert f"face_crop_aug_range has no effect with {reason}: {tmp_path / '1_a'}" in caplog.text
 
 
-def test_debugging_shows_every_image_once_with_its_samples(rich, caplog):
+def test_debug_dataset_lists_every_image_once_with_its_samples(rich, caplog):
     with caplog.at_level(logging.INFO):
         show_batches(plan_of(rich))
     lines = [line for line in caplog.messages if "loss weight" in line]
-    times = [int(found[1]) if (found := re.search(r", (\d+) times", line)) else 1 for line in lines]
+    times = [int(match[1]) if (match := re.search(r", (\d+) times", line)) else 1 for line in lines]
     assert len({line.split(": ")[0] for line in lines}) == len(lines) and sum(times) == 19
     assert "x pixels (3, 3, 64, 64)" in caplog.text and "loss weight 0.25" in caplog.text
 
 
-def test_a_resolution_that_no_latents_have_is_said(tmp_path, caplog):
+def test_a_resolution_that_is_not_a_multiple_of_a_latent_is_warned_about(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     subset = "[[datasets]]\nresolution = 70\nenable_bucket = false\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
     with caplog.at_level(logging.WARNING):

@@ -1,4 +1,4 @@
-"""Text in another encoding than UTF-8 is named with the one that fits."""
+"""Errors for text that is not UTF-8 suggest the likely encoding."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("text", "encoding", "name"), CASES)
-def test_the_encoding_that_fits_is_found(text: str, encoding: str, name: str) -> None:
+def test_the_likely_encoding_is_detected(text: str, encoding: str, name: str) -> None:
     assert (likely_encoding(text.encode(encoding)) or "").startswith(name)
 
 
@@ -53,7 +53,7 @@ def test_captions_of_all_subsets_are_listed_at_once(tmp_path: Path) -> None:
         collect(config)
 
 
-def test_toml_and_prompts_in_other_encodings_are_named_too(tmp_path: Path) -> None:
+def test_errors_for_toml_and_prompt_files_suggest_the_encoding(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_bytes("image_dir = 'bilder/mädchen, größe'".encode("latin-1"))
     with pytest.raises(UserError, match="it looks like Latin-1"):
         read_toml(tmp_path / "a.toml", "--dataset_config")
@@ -63,7 +63,7 @@ def test_toml_and_prompts_in_other_encodings_are_named_too(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["meta.json", "meta.jsonl"])
-def test_a_metadata_file_in_another_encoding_is_named_with_it(tmp_path: Path, name: str) -> None:
+def test_the_error_for_a_metadata_file_suggests_the_encoding(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path / "a", 1)
     line = '{"image_path": "p0.png", "caption": "猫、座っている、青い空"}'
     (tmp_path / name).write_bytes((line if name.endswith("l") else f'{{"p0": {line}}}').encode("cp932"))
@@ -74,20 +74,20 @@ def test_a_metadata_file_in_another_encoding_is_named_with_it(tmp_path: Path, na
 
 
 @pytest.mark.parametrize("path", [r"C:\data\cat", r"C:\users\me"])
-def test_a_windows_path_in_double_quotes_is_told_how_to_be_written(tmp_path: Path, path: str) -> None:
+def test_the_error_for_a_windows_path_in_double_quotes_suggests_single_quotes(tmp_path: Path, path: str) -> None:
     (tmp_path / "a.toml").write_text(f'image_dir = "{path}"')
     with pytest.raises(UserError, match="write paths with / or in single quotes"):
         read_toml(tmp_path / "a.toml", "--dataset_config")
 
 
-def test_other_mistakes_in_toml_get_no_such_hint(tmp_path: Path) -> None:
+def test_other_toml_errors_do_not_suggest_single_quotes(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text('image_dir = "a\\\\b"\nx = \n')
     with pytest.raises(UserError) as raised:
         read_toml(tmp_path / "a.toml", "--dataset_config")
     assert "quotes" not in str(raised.value)
 
 
-def test_a_backslash_that_became_a_tab_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_backslash_parsed_as_a_tab_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     subset = '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "C:\\train"'
     collect(load_dataset_config(write_config(tmp_path / "data.toml", subset)))
     assert "in single quotes" in caplog.text

@@ -1,4 +1,4 @@
-"""Common behaviour of the caches of latents and of text features, tried with a cache of small text files."""
+"""Behaviour shared by the latent and the text feature cache, tested with a cache of small text files."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ class Job:
 
 @dataclass
 class Cache:
-    """Files that hold a word each; `made` are those that were written."""
+    """A cache of files with one word each; `made` lists those that were written."""
 
     made: list[str] = field(default_factory=list)
 
@@ -44,17 +44,17 @@ class Cache:
         return Verdict(None if path.read_text() == job.word else "of another word")
 
     def make(self, share: Sequence[CheckedJob[Job]]) -> None:
-        for one in share:
-            with open_to_write(one.path, WORDS) as temporary:
-                temporary.write_text(one.requested.word)
-            self.made.append(Path(one.path).name)
+        for checked in share:
+            with open_to_write(checked.path, WORDS) as temporary:
+                temporary.write_text(checked.requested.word)
+            self.made.append(Path(checked.path).name)
 
 
 def jobs_of(folder: Path, *words: str) -> list[Job]:
     return [Job(str(folder / f"{word}.txt"), word) for word in words]
 
 
-def test_what_is_true_is_left_and_what_is_not_is_named_with_its_reason(
+def test_valid_files_are_reused_and_stale_ones_reported_with_the_reason(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     jobs, cache = jobs_of(tmp_path, "a", "b", "c", "d"), Cache()
@@ -62,16 +62,16 @@ def test_what_is_true_is_left_and_what_is_not_is_named_with_its_reason(
     Path(jobs[1].path).write_text("x")
     (tmp_path / "c.old").write_text("c")
     with caplog.at_level(logging.INFO):
-        found = fill(cache.codec, jobs, False, 1, ALONE)
+        results = fill(cache.codec, jobs, False, 1, ALONE)
     assert cache.made == ["b.txt", "d.txt"]
-    assert sorted(Path(job.path).name for job in found) == ["a.txt", "b.txt", "c.old", "d.txt"]
+    assert sorted(Path(job.path).name for job in results) == ["a.txt", "b.txt", "c.old", "d.txt"]
     line = "word cache: 2 words reused, 1 to encode, 1 stale (1 of another word: "
     assert f"{line}{jobs[1].path})" in caplog.text
     fill(cache.codec, jobs, False, 1, ALONE)
     assert len(cache.made) == 2
 
 
-def test_unchecked_files_are_trusted_by_each_of_their_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipping_the_check_trusts_files_under_either_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     jobs, cache = jobs_of(tmp_path, "a", "b"), Cache()
     (tmp_path / "a.old").write_text("x")
     with caplog.at_level(logging.INFO):
@@ -81,8 +81,8 @@ def test_unchecked_files_are_trusted_by_each_of_their_names(tmp_path: Path, capl
 
 
 @pytest.mark.parametrize("per_machine", [3, 1], ids=["one machine", "machines with disks of their own"])
-def test_processes_share_files_out_and_each_machine_has_them_all(tmp_path: Path, per_machine: int) -> None:
-    """Two jobs of one file go to one process, or the second would write over the first."""
+def test_processes_divide_the_files_and_each_machine_has_all(tmp_path: Path, per_machine: int) -> None:
+    """Two jobs of the same file go to one process; otherwise the second would overwrite the first."""
     board, words = Board(), ["a", "b", "c", "d", "e"]
 
     def run(rank: int) -> list[str]:
@@ -93,15 +93,15 @@ def test_processes_share_files_out_and_each_machine_has_them_all(tmp_path: Path,
         return cache.made
 
     with ThreadPoolExecutor(3) as pool:
-        made = list(pool.map(run, range(3)))
+        written_by_process = list(pool.map(run, range(3)))
     num_machines = 3 // per_machine
     for machine in range(num_machines):
         assert sorted(path.stem for path in (tmp_path / str(machine)).iterdir()) == words
-    assert sum("a.txt" in own for own in made) == num_machines
-    assert sorted(set(word for own in made for word in own)) == [f"{word}.txt" for word in words]
+    assert sum("a.txt" in written for written in written_by_process) == num_machines
+    assert sorted(set(word for written in written_by_process for word in written)) == [f"{word}.txt" for word in words]
 
 
-def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_path: Path) -> None:
+def test_the_error_for_an_unwritable_folder_suggests_a_solution(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"the word cache .* cannot be written .*use --cache_words to keep words"):
         fill(Cache().codec, jobs_of(tmp_path / "file", "a"), False, 1, ALONE)

@@ -1,4 +1,4 @@
-"""Dataset files of musubi-tuner, whose datasets are folders or JSONL files themselves."""
+"""Dataset files of musubi-tuner, where each dataset is a folder or a JSONL file."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from library.errors import UserError
 from library.options.train import TrainOptions
 
 
-def read(path: Path, text: str) -> RunDataConfig:
+def read_config(path: Path, text: str) -> RunDataConfig:
     path.write_text(text)
     return load_dataset_config(TrainOptions().with_values({"dataset_config": str(path)}))
 
@@ -26,7 +26,7 @@ bucket_no_upscale = false
 
 
 def test_a_dataset_that_is_a_folder_has_one_subset(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = read(
+    config = read_config(
         tmp_path / "data.toml",
         f"""{GENERAL}
 [[datasets]]
@@ -40,7 +40,7 @@ resolution = 512
 bucket_no_upscale = true
 """,
     )
-    first, second = found.datasets
+    first, second = config.datasets
     assert (first.resolution, first.batch_size, first.enable_bucket) == ((960, 544), 2, True)
     assert (first.min_bucket_reso, first.max_bucket_reso, first.bucket_reso_steps) == (0, 3840, 0)
     (subset,) = first.subsets
@@ -51,17 +51,17 @@ bucket_no_upscale = true
     assert caplog.text.count("cache_directory has no effect: caches are kept beside the images") == 1
 
 
-def test_it_is_the_same_as_a_subset_written_out(tmp_path: Path) -> None:
-    flat = read(tmp_path / "a.toml", f'{GENERAL}[[datasets]]\nimage_directory = "images"\nflip_aug = true\n')
+def test_a_flat_dataset_equals_one_with_a_subset(tmp_path: Path) -> None:
+    flat = read_config(tmp_path / "a.toml", f'{GENERAL}[[datasets]]\nimage_directory = "images"\nflip_aug = true\n')
     steps = "bucket_reso_steps = 0\nmin_bucket_reso = 0\nmax_bucket_reso = 3840\nflip_aug = true\n"
     nested = f'{GENERAL}[[datasets]]\n{steps}[[datasets.subsets]]\nimage_dir = "images"\n'
-    assert flat == read(tmp_path / "b.toml", nested)
+    assert flat == read_config(tmp_path / "b.toml", nested)
 
 
-def test_json_files_too(tmp_path: Path) -> None:
+def test_json_files_may_be_flat(tmp_path: Path) -> None:
     content = {"datasets": [{"image_directory": "images", "resolution": 256}]}
-    found = read(tmp_path / "data.json", json.dumps(content))
-    assert found.datasets[0].subsets[0].image_dir == "images"
+    config = read_config(tmp_path / "data.json", json.dumps(content))
+    assert config.datasets[0].subsets[0].image_dir == "images"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,6 @@ def test_json_files_too(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_keys_raise_errors_that_name_them(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read(tmp_path / "data.toml", text)
+        read_config(tmp_path / "data.toml", text)

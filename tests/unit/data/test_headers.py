@@ -1,4 +1,4 @@
-"""Sizes from the first bytes are Pillow's sizes, or none."""
+"""Image sizes read from the first bytes match Pillow's or are None."""
 
 import io
 import struct
@@ -16,7 +16,7 @@ from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
 MODES = {"PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"), "JPEG": ("RGB", "L", "CMYK"), "WEBP": ("RGB", "RGBA")}
 
 
-def encoded(kind: str, mode: str, size: tuple[int, int], **arguments: object) -> bytes:
+def encode_image(kind: str, mode: str, size: tuple[int, int], **arguments: object) -> bytes:
     target = io.BytesIO()
     pixels = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.new("I;16", size, 777) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
@@ -24,8 +24,8 @@ def encoded(kind: str, mode: str, size: tuple[int, int], **arguments: object) ->
     return target.getvalue()
 
 
-def by_pillow(content: bytes) -> tuple[int, int] | None:
-    """Pillow's upright size; None where it cannot open the image."""
+def size_by_pillow(content: bytes) -> tuple[int, int] | None:
+    """Return Pillow's size after applying the orientation, or None if it cannot open the image."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             width, height = image.size
@@ -34,75 +34,75 @@ def by_pillow(content: bytes) -> tuple[int, int] | None:
         return None
 
 
-def ours(content: bytes) -> tuple[int, int] | None:
+def size_by_header(content: bytes) -> tuple[int, int] | None:
     return plain_size(content[:HEAD_BYTES], len(content))
 
 
 @pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind, modes in MODES.items() for mode in modes])
 @pytest.mark.parametrize("size", [(1, 1), (17, 300), (640, 1)])
-def test_plain_images_have_their_size(kind, mode, size):
-    content = encoded(kind, mode, size)
-    assert by_pillow(content) == size
-    assert ours(content) in (size, None)
+def test_plain_images_give_their_size(kind, mode, size):
+    content = encode_image(kind, mode, size)
+    assert size_by_pillow(content) == size
+    assert size_by_header(content) in (size, None)
     if (kind, mode) != ("WEBP", "RGBA"):
-        assert ours(content) == size
+        assert size_by_header(content) == size
 
 
 @pytest.mark.parametrize(
     "arguments", [{"progressive": True}, {"quality": 100}, {"comment": b"x" * 999}, {"dpi": (9, 9)}]
 )
-def test_jpegs_of_several_makes(arguments):
-    assert ours(encoded("JPEG", "RGB", (40, 30), **arguments)) == (40, 30)
+def test_jpegs_with_various_options_give_their_size(arguments):
+    assert size_by_header(encode_image("JPEG", "RGB", (40, 30), **arguments)) == (40, 30)
 
 
-def test_lossless_webp():
-    assert ours(encoded("WEBP", "RGB", (40, 30), lossless=True)) == (40, 30)
+def test_lossless_webp_gives_its_size():
+    assert size_by_header(encode_image("WEBP", "RGB", (40, 30), lossless=True)) == (40, 30)
 
 
-def test_png_with_text():
+def test_a_png_with_text_gives_its_size_unless_the_text_may_be_exif():
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", "a cat")
-    assert ours(encoded("PNG", "RGB", (40, 30), pnginfo=info)) == (40, 30)
+    assert size_by_header(encode_image("PNG", "RGB", (40, 30), pnginfo=info)) == (40, 30)
     info.add_text("exif", "II*")
-    assert ours(encoded("PNG", "RGB", (40, 30), pnginfo=info)) is None
+    assert size_by_header(encode_image("PNG", "RGB", (40, 30), pnginfo=info)) is None
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", MODES)
-def test_an_image_that_may_be_turned_is_left_to_pillow(kind, orientation):
+def test_an_image_with_an_exif_orientation_is_left_to_pillow(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    content = encoded(kind, "RGB", (40, 30), exif=exif)
-    assert ours(content) is None and by_pillow(content) == ((40, 30) if orientation < 5 else (30, 40))
+    content = encode_image(kind, "RGB", (40, 30), exif=exif)
+    assert size_by_header(content) is None and size_by_pillow(content) == ((40, 30) if orientation < 5 else (30, 40))
 
 
 def test_an_orientation_in_xmp_is_left_to_pillow():
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"></x:xmpmeta>'
-    content = encoded("JPEG", "RGB", (40, 30), xmp=xmp)
-    assert ours(content) is None and by_pillow(content) == (30, 40)
+    content = encode_image("JPEG", "RGB", (40, 30), xmp=xmp)
+    assert size_by_header(content) is None and size_by_pillow(content) == (30, 40)
 
 
 def test_a_png_with_a_wrong_checksum_is_left_to_pillow():
-    content = bytearray(encoded("PNG", "RGB", (40, 30)))
+    content = bytearray(encode_image("PNG", "RGB", (40, 30)))
     content[19] ^= 1
-    assert ours(bytes(content)) is None and by_pillow(bytes(content)) is None
+    assert size_by_header(bytes(content)) is None and size_by_pillow(bytes(content)) is None
 
 
 def test_images_too_large_to_be_plain_are_left_to_pillow():
-    content = bytearray(encoded("PNG", "RGB", (40, 30)))
+    content = bytearray(encode_image("PNG", "RGB", (40, 30)))
     content[16:24] = struct.pack(">II", 60000, 60000)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    assert ours(bytes(content)) is None and by_pillow(bytes(content)) is None
+    assert size_by_header(bytes(content)) is None and size_by_pillow(bytes(content)) is None
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from([*MODES]), st.data())
-def test_a_damaged_header_never_gets_another_size_than_pillows(kind, data):
-    content = bytearray(encoded(kind, "RGB", (40, 30)))
+def test_a_damaged_header_never_gives_a_size_that_differs_from_pillows(kind, data):
+    content = bytearray(encode_image(kind, "RGB", (40, 30)))
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, min(len(content), 300) - 1))] = data.draw(st.integers(0, 255))
     del content[data.draw(st.integers(20, len(content))) :]
-    size = ours(bytes(content))
-    theirs = by_pillow(bytes(content))
-    # Pillow also looks into the tables of a JPEG and the pixels of a WebP, and refuses some that are damaged there.
+    size = size_by_header(bytes(content))
+    theirs = size_by_pillow(bytes(content))
+    # Pillow also reads the tables of a JPEG and the pixels of a WebP, so it rejects some files that are damaged there.
     assert size is None or size == theirs or (theirs is None and kind != "PNG")

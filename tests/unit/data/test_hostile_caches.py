@@ -1,4 +1,4 @@
-"""Hostile files under the names of caches and captions: pipes, bombs, other kinds of files, left-overs of the dead."""
+"""Hostile files in place of caches and captions: pipes, zip bombs, other formats, leftovers of killed processes."""
 
 import os
 import time
@@ -22,8 +22,8 @@ def put_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-def put_one_array(path: Path) -> None:
-    """A .npy file, which numpy opens as an array and not as an archive."""
+def put_npy(path: Path) -> None:
+    """Replace a file by an .npy file, which NumPy opens as an array instead of an archive."""
     np.save(path.with_suffix(".npy"), np.zeros(3))
     path.with_suffix(".npy").replace(path)
 
@@ -34,17 +34,17 @@ def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def put_bomb(path: Path) -> None:
-    """A small file that unpacks to more than the limit: the directory alone tells."""
+    """Replace a file by a small archive that unpacks to more than the limit, as its directory shows."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("latents.npy", "w") as entry:
         entry.write(bytes(npz.MOST_BYTES + 1))
     assert path.stat().st_size < 1 << 16
 
 
-SPOILED = [put_pipe, put_one_array, put_bomb]
+ATTACKS = [put_pipe, put_npy, put_bomb]
 
 
-@pytest.mark.parametrize("spoil", SPOILED)
-def test_latents_are_made_anew(folder: Path, spoil, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+@pytest.mark.parametrize("spoil", ATTACKS)
+def test_hostile_latent_files_are_encoded_again(folder: Path, spoil, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     before = latents_by_key(cache(folder)[0])
     spoil(file_of(folder))
     plan, num_encoded = cache(folder)
@@ -52,8 +52,8 @@ def test_latents_are_made_anew(folder: Path, spoil, caplog: pytest.LogCaptureFix
     assert "1 damaged" in caplog.text
 
 
-@pytest.mark.parametrize("spoil", SPOILED)
-def test_encoded_captions_are_made_anew(tmp_path: Path, spoil) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("spoil", ATTACKS)
+def test_hostile_text_cache_files_are_encoded_again(tmp_path: Path, spoil) -> None:  # type: ignore[no-untyped-def]
     first = texts.cache(texts.write_data(tmp_path))
     spoil(texts.file_of(tmp_path))
     again = texts.cache(tmp_path)
@@ -61,14 +61,14 @@ def test_encoded_captions_are_made_anew(tmp_path: Path, spoil) -> None:  # type:
     assert texts.cache(tmp_path).num_loads == 0
 
 
-def test_a_pipe_in_the_place_of_an_image_is_no_image(tmp_path: Path) -> None:
+def test_a_pipe_named_like_an_image_is_ignored(tmp_path: Path) -> None:
     write_folder(tmp_path / "1_a", 2)
     put_pipe(tmp_path / "1_a/p0.png")
     assert plan_of(options_of("--resolution 64 --train_data_dir", str(tmp_path))).num_train_images == 1
 
 
 @pytest.mark.parametrize("kind", ["pipe", "large"])
-def test_a_caption_file_that_is_none_is_named(tmp_path: Path, kind: str) -> None:
+def test_a_pipe_as_caption_file_is_ignored_and_a_huge_one_refused(tmp_path: Path, kind: str) -> None:
     write_folder(tmp_path / "1_a", 1)
     options = options_of("--resolution 64 --caption_extension .txt --train_data_dir", str(tmp_path))
     if kind == "pipe":
@@ -80,16 +80,16 @@ def test_a_caption_file_that_is_none_is_named(tmp_path: Path, kind: str) -> None
         plan_of(options)
 
 
-def test_what_dead_processes_left_is_cleared_away_and_what_may_be_alive_stays(folder: Path) -> None:  # noqa: F811
-    beside = folder / "2_a"
+def test_old_temporary_files_are_removed_and_recent_ones_kept(folder: Path) -> None:  # noqa: F811
+    images_folder = folder / "2_a"
     old = [".p0_0064x0064_sd.0123456789ab.npz", ".p0_0064x0064_sd.npz.4711.tmp", "..latent_index.0123456789ab.npz"]
     young = [".p1_0064x0064_sd.0123456789ab.npz"]
     others = [".p2_notes.npz", "p3.0123456789ab.npz"]
     for name in (*old, *young, *others):
-        (beside / name).write_bytes(b"half")
+        (images_folder / name).write_bytes(b"half")
     for name in (*old, *others):
-        os.utime(beside / name, (time.time() - 2 * npz.DEAD_AFTER_S,) * 2)
+        os.utime(images_folder / name, (time.time() - 2 * npz.DEAD_AFTER_S,) * 2)
     cache(folder)
-    left = {path.name for path in beside.iterdir()}
-    assert not left & set(old)
-    assert left >= {*young, *others}
+    remaining = {path.name for path in images_folder.iterdir()}
+    assert not remaining & set(old)
+    assert remaining >= {*young, *others}

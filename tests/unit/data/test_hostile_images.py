@@ -1,4 +1,4 @@
-"""Images and caches made to do harm: left out or refused by name, before memory is taken for what they claim."""
+"""Malicious images and caches are skipped or refused by name before memory is allocated for the sizes they claim."""
 
 import errno
 import io
@@ -18,7 +18,7 @@ from tests.unit.data.test_cache import cache, file_of, latents_by_key
 
 
 def png(width: int, height: int) -> bytes:
-    """A whole PNG file that claims a size and holds a few bytes."""
+    """Return a complete PNG file that claims a size but has only a few bytes of data."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checksum = zlib.crc32(kind + content)
@@ -29,7 +29,7 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def test_an_image_that_claims_a_hundred_thousand_pixels_a_side_is_refused(tmp_path: Path) -> None:
+def test_an_image_that_claims_100000_pixels_per_side_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     path.write_bytes(png(100_000, 100_000))
     for read in (read_size, read_pixels):
@@ -37,7 +37,7 @@ def test_an_image_that_claims_a_hundred_thousand_pixels_a_side_is_refused(tmp_pa
             read(str(path))
 
 
-def test_it_is_left_out_of_the_training_set_by_name(tmp_path: Path) -> None:
+def test_an_oversized_image_is_skipped_and_reported(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data" / "1_thing", 2)
     (folder / "bomb.png").write_bytes(png(100_000, 100_000))
     plan = plan_of(options_of(f"--train_data_dir {tmp_path / 'data'} --resolution 64"))
@@ -56,7 +56,7 @@ def test_an_animated_image_gives_its_first_frame(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"not an image at all"])
-def test_an_empty_or_foreign_file_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_an_image_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "odd name (1) [ä].png"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"odd name \(1\) \[ä\]\.png"):
@@ -64,13 +64,13 @@ def test_an_empty_or_foreign_file_is_named(tmp_path: Path, content: bytes) -> No
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg", ".webp"])
-def test_every_truncation_is_named_or_still_a_whole_image(tmp_path: Path, ending: str) -> None:
-    """Cut after every 97 bytes: never another error than ours, never another size."""
-    whole = write_image(tmp_path / f"whole{ending}", (40, 24)).read_bytes()
+def test_a_truncated_image_is_refused_by_name_or_still_complete(tmp_path: Path, ending: str) -> None:
+    """Truncating the file at every 97th byte never gives an unexpected error or another size."""
+    content = write_image(tmp_path / f"whole{ending}", (40, 24)).read_bytes()
     path = tmp_path / f"cut{ending}"
     num_refused = 0
-    for length in range(0, len(whole), 97):
-        path.write_bytes(whole[:length])
+    for length in range(0, len(content), 97):
+        path.write_bytes(content[:length])
         try:
             assert read_pixels(str(path))[0].shape == (24, 40, 3)
         except ValueError as error:
@@ -79,7 +79,7 @@ def test_every_truncation_is_named_or_still_a_whole_image(tmp_path: Path, ending
     assert num_refused > 0
 
 
-def test_a_latent_file_that_claims_terabytes_is_made_again(tmp_path: Path) -> None:
+def test_a_latent_file_that_claims_terabytes_is_encoded_again(tmp_path: Path) -> None:
     write_folder(tmp_path / "2_a", 1)
     first, _ = cache(tmp_path)
     path = file_of(tmp_path)
@@ -95,8 +95,8 @@ def test_a_latent_file_that_claims_terabytes_is_made_again(tmp_path: Path) -> No
     assert latents_by_key(first) == latents_by_key(again)
 
 
-def test_a_folder_without_rights_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system's answer is given by hand: root, who may run this test, is never refused."""
+def test_a_folder_without_permissions_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The permission error is simulated, because root may run this test and is never refused."""
 
     def refuse(folder: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", folder)

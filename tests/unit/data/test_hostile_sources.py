@@ -1,4 +1,4 @@
-"""Tar files, Parquet files, indexes and servers that are damaged, hostile or not what they are taken for."""
+"""Tar files, Parquet files, indexes and servers that are damaged, hostile or of another kind."""
 
 import io
 import logging
@@ -28,16 +28,16 @@ def png(seed: int = 3) -> bytes:
     return content.getvalue()
 
 
-def pax(value: str, key: str = "size") -> bytes:
-    """A tar file whose image has an extended header with one record, written as it is."""
+def tar_with_record(value: str, key: str = "size") -> bytes:
+    """Return a tar file whose image has a PAX header with this record, unescaped."""
     record = f" {key}={value}\n".encode()
     length = len(record) + 1
     while len(str(length)) + len(record) != length:
         length += 1
-    return extended(str(length).encode() + record)
+    return tar_with_pax_header(str(length).encode() + record)
 
 
-def extended(records: bytes) -> bytes:
+def tar_with_pax_header(records: bytes) -> bytes:
     header = tarfile.TarInfo("x")
     header.type, header.size = tarfile.XHDTYPE, len(records)
     image = tarfile.TarInfo("a.png")
@@ -46,7 +46,7 @@ def extended(records: bytes) -> bytes:
     return header.tobuf() + padded[0] + image.tobuf() + padded[1] + bytes(1024)
 
 
-def negative_size() -> bytes:
+def tar_with_negative_size() -> bytes:
     block = bytearray(tarfile.TarInfo("a.png").tobuf())
     block[124:136] = b"\xff" * 12  # -1 in base 256
     block[148:156] = b" " * 8
@@ -55,18 +55,21 @@ def negative_size() -> bytes:
 
 
 TARS = {
-    "negative size": (negative_size(), r"0\.tar is damaged at byte 0: a size is negative"),
-    "superscript": (pax("³"), r"0\.tar has a damaged header at byte 512"),
-    "5,000 digits": (pax("9" * 5000), r"0\.tar has a damaged header at byte 512"),
-    "length superscript": (extended("³ path=x\n".encode()), r"0\.tar has a damaged header at byte 512"),
-    "length 5,000 digits": (extended(b"1" * 5000 + b" path=x\n"), r"0\.tar has a damaged header at byte 512"),
+    "negative size": (tar_with_negative_size(), r"0\.tar is damaged at byte 0: a size is negative"),
+    "superscript": (tar_with_record("³"), r"0\.tar has a damaged header at byte 512"),
+    "5,000 digits": (tar_with_record("9" * 5000), r"0\.tar has a damaged header at byte 512"),
+    "length superscript": (tar_with_pax_header("³ path=x\n".encode()), r"0\.tar has a damaged header at byte 512"),
+    "length 5,000 digits": (
+        tar_with_pax_header(b"1" * 5000 + b" path=x\n"),
+        r"0\.tar has a damaged header at byte 512",
+    ),
     "login page": (b"<html>please log in</html>", r"0\.tar is not a tar file: it has 26 bytes"),
     "empty": (b"", r"0\.tar is not a tar file: it has 0 bytes"),
 }
 
 
 @pytest.mark.parametrize("name", TARS)
-def test_a_hostile_tar_file_is_named(name: str, tmp_path: Path) -> None:
+def test_a_hostile_tar_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
     content, message = TARS[name]
     (tmp_path / "0.tar").write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -74,23 +77,25 @@ def test_a_hostile_tar_file_is_named(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such files")
-def test_devices_and_pipes_are_no_shards(tmp_path: Path) -> None:
+def test_devices_and_pipes_are_refused_as_shards(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.tar")
     for path in ("/dev/zero", (tmp_path / "pipe.tar").as_posix()):
         with pytest.raises(UserError, match=r"(zero|pipe\.tar) is not a tar file: it has 0 bytes"):
             open_subset(tmp_path, f'shards = "{path}"')
 
 
-def test_names_that_no_terminal_or_file_holds_are_written_as_escapes(tmp_path: Path) -> None:
+def test_undecodable_and_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
     names = ["caf\udce9.png", "red\x1b[31m.png"]
     members = [(name, png(place)) for place, name in enumerate(names)]
     write_tar(tmp_path / "0.tar", [*members, ("caf\udce9.txt", b"coffee")])
-    found = open_subset(tmp_path, 'shards = "{here}/0.tar"\nclass_tokens = "x"')
-    images = found.datasets[0].subsets[0].images
+    plan = open_subset(tmp_path, 'shards = "{here}/0.tar"\nclass_tokens = "x"')
+    images = plan.datasets[0].subsets[0].images
     shown = [(image.key.rpartition("/")[2], image.caption) for image in images]
     assert shown == [(r"caf\xe9.png", "coffee"), (r"red\x1b[31m.png", "x")]
-    assert len(batches_of(found)) == 1
-    assert len(open_subset(tmp_path, 'shards = "{here}/0.tar"').datasets[0].subsets[0].images) == 2  # from the index
+    assert len(batches_of(plan)) == 1
+    assert (
+        len(open_subset(tmp_path, 'shards = "{here}/0.tar"').datasets[0].subsets[0].images) == 2
+    )  # now read from the index
 
 
 @pytest.mark.parametrize("key", ["shards", "image_dir", "parquet"])
@@ -100,7 +105,7 @@ def test_a_path_with_a_nul_character_is_refused(key: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("pattern", ["{000000000..999999999}.tar", "{0..999}{0..999}{0..999}.tar"])
-def test_a_pattern_is_counted_before_it_is_listed(pattern: str, tmp_path: Path) -> None:
+def test_an_oversized_pattern_is_refused_before_it_is_expanded(pattern: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lists 1000000000 files; the maximum is 1000000"):
         open_subset(tmp_path, f'shards = "{pattern}"')
 
@@ -125,12 +130,12 @@ def test_a_caption_of_megabytes_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_large_values_are_read_a_few_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Five of 200 MB in a table, and a real image."""
+    """Five values of 200 MB in a table are skipped, and the real image is used."""
     images = [{"bytes": bytes(200 << 20), "path": str(number)} for number in range(5)] + [{"bytes": png(), "path": "x"}]
     write_parquet(tmp_path / "a.parquet", {"image": images}, group=6)
     del images
-    found = open_subset(tmp_path, 'parquet = "{here}/a.parquet"\nclass_tokens = "x"')
-    (subset,) = found.datasets[0].subsets
+    plan = open_subset(tmp_path, 'parquet = "{here}/a.parquet"\nclass_tokens = "x"')
+    (subset,) = plan.datasets[0].subsets
     assert len(subset.images) == 1 and len(subset.dropped) == 5
 
 
@@ -148,23 +153,23 @@ INDEXES = {
 
 
 @pytest.mark.parametrize("column", INDEXES)
-def test_an_index_with_impossible_rows_is_made_again(
+def test_an_index_with_impossible_rows_is_rebuilt(
     column: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     subset = shards(tmp_path)
-    wanted = [image.key for image in open_subset(tmp_path, subset).datasets[0].subsets[0].images]
+    expected = [image.key for image in open_subset(tmp_path, subset).datasets[0].subsets[0].images]
     (path,) = tmp_path.glob(".picture_index-*.parquet")
     table = parquet.read_table(path)
     field = table.schema.field(column)
     values = pa.array(INDEXES[column], field.type)
     parquet.write_table(table.set_column(table.schema.get_field_index(column), field, values), path)
     with caplog.at_level(logging.WARNING):
-        found = open_subset(tmp_path, subset)
-    assert [image.key for image in found.datasets[0].subsets[0].images] == wanted
-    assert "is damaged and is rebuilt" in caplog.text and len(batches_of(found)) == 1
+        plan = open_subset(tmp_path, subset)
+    assert [image.key for image in plan.datasets[0].subsets[0].images] == expected
+    assert "is damaged and is rebuilt" in caplog.text and len(batches_of(plan)) == 1
 
 
-def test_an_index_without_a_column_is_made_again(tmp_path: Path) -> None:
+def test_an_index_without_a_column_is_rebuilt(tmp_path: Path) -> None:
     subset = shards(tmp_path)
     open_subset(tmp_path, subset)
     (path,) = tmp_path.glob(".picture_index-*.parquet")
@@ -177,7 +182,7 @@ def test_an_index_without_a_column_is_made_again(tmp_path: Path) -> None:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers with the next of `statuses`, and then with the content."""
+    """A handler that responds with the next of `statuses`, or with the content if none is left."""
 
     statuses: ClassVar[list[int]] = []
     content: ClassVar[bytes] = b""
@@ -193,8 +198,8 @@ class Handler(BaseHTTPRequestHandler):
         type(self).num_requests += 1
         status = self.statuses.pop(0) if self.statuses else 200
         first, last = 0, len(self.content) - 1
-        if status == 200 and (wanted := self.headers.get("Range")):
-            first, last = (int(part) for part in wanted.removeprefix("bytes=").split("-"))
+        if status == 200 and (byte_range := self.headers.get("Range")):
+            first, last = (int(part) for part in byte_range.removeprefix("bytes=").split("-"))
             status = 206
         part = self.content[first : last + 1] if status in (200, 206) else b""
         self.send_response(status)
@@ -213,7 +218,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """A server with one tar file, as the URL of that file."""
+    """Serve one tar file and return its URL."""
     monkeypatch.setattr(object_storage, "FIRST_WAIT_S", 0.001)
     write_tar(tmp_path / "made.tar", [("a.png", png()), ("a.txt", b"a cat")])
     Handler.statuses, Handler.num_requests = [], 0
@@ -231,13 +236,13 @@ def open_url(tmp_path: Path, url: str):
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
-def test_a_server_that_fails_at_the_start_is_asked_again(
+def test_requests_to_a_server_that_fails_at_first_are_retried(
     status: int, address: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Handler.statuses = [status] * 4  # HEAD and GET of two attempts
+    Handler.statuses = [status] * 4  # HEAD and GET of two attempts each
     with caplog.at_level(logging.WARNING):
-        found = open_url(tmp_path, address)
-    assert [image.caption for image in found.datasets[0].subsets[0].images] == ["a cat"]
+        plan = open_url(tmp_path, address)
+    assert [image.caption for image in plan.datasets[0].subsets[0].images] == ["a cat"]
     assert caplog.text.count(f"{status}") >= 2 and "trying again" in caplog.text
 
 
@@ -250,7 +255,7 @@ def test_a_server_that_fails_at_the_start_is_asked_again(
         (404, r"1 of 1 files are missing: .*0\.tar"),
     ],
 )
-def test_the_reason_of_the_server_is_told(status: int, message: str, address: str, tmp_path: Path) -> None:
+def test_the_error_contains_the_reason_of_the_server(status: int, message: str, address: str, tmp_path: Path) -> None:
     Handler.statuses = [status] * 200
     with pytest.raises(UserError, match=message):
         open_url(tmp_path, address)
@@ -258,7 +263,7 @@ def test_the_reason_of_the_server_is_told(status: int, message: str, address: st
         assert Handler.num_requests < 25  # one attempt; a redirect is followed ten times
 
 
-def test_a_login_page_in_place_of_a_tar_file_is_named(address: str, tmp_path: Path) -> None:
+def test_a_login_page_in_place_of_a_tar_file_is_refused(address: str, tmp_path: Path) -> None:
     Handler.content = b"<html>please log in</html>"
     with pytest.raises(UserError, match=r"0\.tar is not a tar file: it has 26 bytes"):
         open_url(tmp_path, address)

@@ -1,4 +1,4 @@
-"""The index of a folder saves reading, and never says anything but what reading would say."""
+"""The index of a folder saves reading its files and always agrees with them."""
 
 import os
 import shutil
@@ -32,16 +32,16 @@ num_repeats = 2
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Five images and captions whose last edit is long ago, in a folder that counts as large."""
+    """Write five images and captions with old modification times, in a folder that counts as large."""
     monkeypatch.setattr(image_index, "MIN_FILES", 1)
     folder = write_folder(tmp_path / "pictures", 4, caption="a tag")
     write_image(folder / "wide.png", (128, 64))
     (folder / "p3.txt").write_text("\ufefffirst\r\n\r\nsecond ねこ\n", encoding="utf-8")
-    age(folder)
+    make_old(folder)
     return folder
 
 
-def age(folder: Path) -> None:
+def make_old(folder: Path) -> None:
     for path in folder.iterdir():
         os.utime(path, (LONG_AGO, LONG_AGO))
 
@@ -51,67 +51,67 @@ def build(folder: Path, subset: str = "") -> DataPlan:
 
 
 def fields_of(built: DataPlan) -> tuple[object, ...]:
-    """All that a build finds, as plain values."""
+    """Return everything in a plan as plain values."""
     buckets = [(b.dataset, b.size, b.batch_size, list(b.draws)) for b in built.draws.buckets]
     return (built.datasets, built.rules, list(built.samples), built.draws.sample_of_draw.tolist(), buckets)
 
 
-def from_scratch(folder: Path, subset: str = "") -> DataPlan:
-    """A build of a copy without an index, put in the folder's place for the time."""
-    kept = folder.with_name("kept")
-    folder.rename(kept)
-    shutil.copytree(kept, folder, symlinks=True, ignore=shutil.ignore_patterns(image_index.FILE_NAME))
+def build_without_index(folder: Path, subset: str = "") -> DataPlan:
+    """Build from a copy of the folder without its index, which temporarily replaces the folder."""
+    original = folder.with_name("kept")
+    folder.rename(original)
+    shutil.copytree(original, folder, symlinks=True, ignore=shutil.ignore_patterns(image_index.FILE_NAME))
     try:
         return build(folder, subset)
     finally:
         shutil.rmtree(folder)
-        kept.rename(folder)
+        original.rename(folder)
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of files that are read."""
+def read_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that records the names of files as they are read."""
     names: list[str] = []
     read_stamped = reading.read_stamped
 
-    def noted(path: str, num_bytes: int | None = None) -> tuple[os.stat_result, bytes]:
+    def recording(path: str, num_bytes: int | None = None) -> tuple[os.stat_result, bytes]:
         names.append(os.path.basename(path))
         return read_stamped(path, num_bytes)
 
-    monkeypatch.setattr(reading, "read_stamped", noted)
+    monkeypatch.setattr(reading, "read_stamped", recording)
     return names
 
 
 @pytest.mark.parametrize("subset", ["", 'enable_wildcard = true\nclass_tokens = "cat"\n'])
-def test_a_build_from_the_index_equals_one_from_scratch_and_reads_nothing(folder, opened, subset):
+def test_a_build_from_the_index_equals_one_from_scratch_and_reads_nothing(folder, read_names, subset):
     first = fields_of(build(folder, subset))
-    assert (folder / image_index.FILE_NAME).is_file() and len(opened) == 9
-    opened.clear()
+    assert (folder / image_index.FILE_NAME).is_file() and len(read_names) == 9
+    read_names.clear()
     assert fields_of(build(folder, subset)) == first
-    assert opened == []
-    assert fields_of(from_scratch(folder, subset)) == first
+    assert read_names == []
+    assert fields_of(build_without_index(folder, subset)) == first
 
 
-def test_one_index_serves_wildcards_and_first_lines(folder, opened):
+def test_one_index_serves_wildcards_and_first_lines(folder, read_names):
     plain = build(folder).samples[3].image.caption
-    opened.clear()
+    read_names.clear()
     assert (plain, build(folder, "enable_wildcard = true\n").samples[3].image.caption) == (
         "first",
         "first\nsecond ねこ",
     )
-    assert opened == []
+    assert read_names == []
 
 
-def test_captions_with_other_endings_have_their_own_table(folder, opened):
+def test_captions_with_another_extension_have_their_own_table(folder, read_names):
     (folder / "p0.note").write_text("another")
-    age(folder)
+    make_old(folder)
     other = CONFIG.replace(".txt", ".note")
     for _ in range(2):
-        opened.clear()
+        read_names.clear()
         build(folder)
-        noted = plan_of(write_config(folder.parent / "note.toml", other))
-        assert [sample.image.caption for sample in noted.samples][:2] == ["another", ""]
-    assert opened == []
+        other_plan = plan_of(write_config(folder.parent / "note.toml", other))
+        assert [sample.image.caption for sample in other_plan.samples][:2] == ["another", ""]
+    assert read_names == []
 
 
 def keep_times(path: Path, change: object) -> None:
@@ -162,7 +162,7 @@ EDITS = {
 }
 
 
-if os.name == "nt":  # where a file has no time of its last change of any kind
+if os.name == "nt":  # Windows has no change time for files
     EDITS = {name: edit for name, edit in EDITS.items() if "time put back" not in name or "another size" in name}
 
 
@@ -173,20 +173,20 @@ def spoil(folder: Path, change: object) -> None:
 
 
 def give_all_captions(folder: Path) -> None:
-    """Every image has its own caption file, which is what a folder is recognised by without looking through it."""
+    """Give every image a caption file, which allows checking the folder without listing it."""
     (folder / "wide.txt").write_text("one, two")
-    age(folder)
+    make_old(folder)
 
 
-def test_a_folder_whose_files_are_known_is_not_looked_through(folder, opened, monkeypatch):
+def test_a_folder_with_a_complete_index_is_not_listed(folder, read_names, monkeypatch):
     give_all_captions(folder)
     first = fields_of(build(folder))
-    opened.clear()
+    read_names.clear()
     (folder / "p2.txt").write_text("another")
     assert fields_of(build(folder)) != first
     monkeypatch.setattr(scan, "list_files", None)
     build(folder)
-    assert set(opened) == {"p2.txt"}
+    assert set(read_names) == {"p2.txt"}
 
 
 @pytest.mark.parametrize("all_have_captions", [False, True])
@@ -197,39 +197,39 @@ def test_every_kind_of_edit_is_noticed(folder, edit, all_have_captions):
     before = fields_of(build(folder))
     edit(folder)
     after = fields_of(build(folder))
-    assert after == fields_of(from_scratch(folder))
+    assert after == fields_of(build_without_index(folder))
     assert fields_of(build(folder)) == after
     if edit not in (EDITS["everything touched"], *(EDITS[name] for name in EDITS if name.startswith("index"))):
         assert after != before
 
 
-def test_only_what_was_edited_is_read_again(folder, opened):
+def test_only_edited_files_are_read_again(folder, read_names):
     build(folder)
-    opened.clear()
+    read_names.clear()
     (folder / "p0.txt").write_text("edited")
     build(folder)
-    assert opened == ["p0.txt"]
+    assert read_names == ["p0.txt"]
 
 
-def test_a_file_that_was_edited_a_moment_ago_is_read_again(folder, opened):
-    (folder / "p0.txt").touch()  # a second edit within the tick of the clock would leave size and time as they are
+def test_a_recently_edited_file_is_read_again(folder, read_names):
+    (folder / "p0.txt").touch()  # a second edit within one clock tick would keep the size and time
     build(folder)
-    opened.clear()
+    read_names.clear()
     build(folder)
-    assert opened == ["p0.txt"]
+    assert read_names == ["p0.txt"]
 
 
-def test_a_damaged_index_is_made_again_and_said_so(folder, caplog, opened):
+def test_a_damaged_index_is_rebuilt_with_a_warning(folder, caplog, read_names):
     build(folder)
     spoil(folder, lambda content: content[:100])
     build(folder)
     assert "cannot be used and is rebuilt" in caplog.text
-    opened.clear()
+    read_names.clear()
     build(folder)
-    assert opened == []
+    assert read_names == []
 
 
-def test_an_index_of_another_version_is_made_again(folder, monkeypatch, opened):
+def test_an_index_of_another_version_is_rebuilt(folder, monkeypatch, read_names):
     monkeypatch.setattr(image_index, "VERSION", 0)
     build(folder)
     monkeypatch.undo()
@@ -240,7 +240,7 @@ def test_an_index_of_another_version_is_made_again(folder, monkeypatch, opened):
 
 @pytest.mark.skipif(os.name == "nt", reason="folders cannot be read-only there")
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_has_no_index_and_no_error(folder):
+def test_a_read_only_folder_gets_no_index_and_no_error(folder):
     folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
     try:
         build(folder)
@@ -249,7 +249,7 @@ def test_a_read_only_folder_has_no_index_and_no_error(folder):
     assert not (folder / image_index.FILE_NAME).exists()
 
 
-def test_an_index_that_cannot_be_written_is_no_error(folder, monkeypatch, caplog):
+def test_failing_to_write_the_index_is_not_an_error(folder, monkeypatch, caplog):
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -263,7 +263,7 @@ def test_small_folders_get_no_index(tmp_path):
     assert not list((tmp_path / "pictures").glob(".*"))
 
 
-def test_images_that_a_metadata_file_names_are_remembered_too(folder, opened):
+def test_images_listed_in_a_metadata_file_are_indexed_too(folder, read_names):
     (folder.parent / "meta.json").write_text('{"p1": {"caption": "x"}, "wide": {"caption": "y"}}')
     config = CONFIG.replace('caption_extension = ".txt"', 'metadata_file = "{here}/meta.json"')
 
@@ -271,14 +271,14 @@ def test_images_that_a_metadata_file_names_are_remembered_too(folder, opened):
         return plan_of(write_config(folder.parent / "meta.toml", config)).datasets[0].subsets[0]
 
     first = read()
-    assert [image.size for image in first.images] == [(64, 64), (128, 64)] and opened == ["p1.png", "wide.png"]
-    assert read() == first and len(opened) == 2
+    assert [image.size for image in first.images] == [(64, 64), (128, 64)] and read_names == ["p1.png", "wide.png"]
+    assert read() == first and len(read_names) == 2
     Image.new("RGB", (96, 64)).save(folder / "wide.png")
     assert read().images[1].size == (96, 64)
 
 
 @pytest.mark.parametrize("is_slow", [False, True])
-def test_blocks_keep_the_order_and_the_first_mistake(monkeypatch, is_slow):
+def test_parallel_reads_keep_the_order_and_raise_the_first_error(monkeypatch, is_slow):
     monkeypatch.setattr("library.data.decoding.threads.SLOW_READ_S", -1 if is_slow else 60)
     items = list(range(3 * BLOCK + 7))
     for num_threads in (4, 0):  # 0: a run without data loader workers

@@ -1,4 +1,4 @@
-"""Images as arrays."""
+"""Reading, resizing, cropping and colour changes of images."""
 
 import io
 import random
@@ -32,73 +32,73 @@ def noise(shape: tuple[int, ...], seed: int = 5) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def saved(path: Path, image: Image.Image, **kwargs: object) -> str:
+def save_image(path: Path, image: Image.Image, **kwargs: object) -> str:
     image.save(path, **kwargs)
     return str(path)
 
 
-def test_rgb_is_read_as_it_is(tmp_path):
+def test_rgb_is_read_unchanged(tmp_path):
     pixels = noise((20, 30, 3))
-    rgb, alpha = read_pixels(saved(tmp_path / "a.png", Image.fromarray(pixels)))
+    rgb, alpha = read_pixels(save_image(tmp_path / "a.png", Image.fromarray(pixels)))
     assert np.array_equal(rgb, pixels) and alpha is None
 
 
-def test_transparency_is_kept_apart_and_does_not_change_colours(tmp_path):
+def test_alpha_is_returned_separately_and_does_not_change_colours(tmp_path):
     pixels = noise((20, 30, 4))
-    rgb, alpha = read_pixels(saved(tmp_path / "a.png", Image.fromarray(pixels)))
+    rgb, alpha = read_pixels(save_image(tmp_path / "a.png", Image.fromarray(pixels)))
     assert np.array_equal(rgb, pixels[..., :3]) and np.array_equal(alpha, pixels[..., 3])
 
 
-def test_grey_with_transparency(tmp_path):
+def test_greyscale_with_alpha_becomes_rgb_and_alpha(tmp_path):
     pixels = noise((20, 30, 2))
-    rgb, alpha = read_pixels(saved(tmp_path / "a.png", Image.fromarray(pixels, mode="LA")))
+    rgb, alpha = read_pixels(save_image(tmp_path / "a.png", Image.fromarray(pixels, mode="LA")))
     assert all(np.array_equal(rgb[..., c], pixels[..., 0]) for c in range(3))
     assert np.array_equal(alpha, pixels[..., 1])
 
 
-def test_palettes_with_and_without_a_transparent_colour(tmp_path):
+def test_palette_images_become_rgb_with_alpha_for_a_transparent_colour(tmp_path):
     image = Image.fromarray(noise((20, 30, 3))).quantize(7)
-    rgb, alpha = read_pixels(saved(tmp_path / "a.png", image))
+    rgb, alpha = read_pixels(save_image(tmp_path / "a.png", image))
     assert np.array_equal(rgb, np.asarray(image.convert("RGB"))) and alpha is None
-    rgb, alpha = read_pixels(saved(tmp_path / "b.png", image, transparency=3))
+    rgb, alpha = read_pixels(save_image(tmp_path / "b.png", image, transparency=3))
     assert np.array_equal(rgb, np.asarray(image.convert("RGB")))
     assert np.array_equal(alpha, np.where(np.asarray(image) == 3, 0, 255))
 
 
 @pytest.mark.parametrize("mode", ["1", "L"])
-def test_black_and_white_and_grey(tmp_path, mode):
+def test_bilevel_and_greyscale_images_become_rgb(tmp_path, mode):
     image = Image.fromarray(noise((20, 30))).convert(mode)
-    rgb, _ = read_pixels(saved(tmp_path / "a.png", image))
+    rgb, _ = read_pixels(save_image(tmp_path / "a.png", image))
     assert np.array_equal(rgb, np.asarray(image.convert("RGB")))
 
 
 def test_sixteen_bit_grey_keeps_its_range(tmp_path):
     grey = np.linspace(0, 65535, 600).reshape(20, 30).astype(np.uint16)
-    rgb, _ = read_pixels(saved(tmp_path / "a.png", Image.fromarray(grey)))
+    rgb, _ = read_pixels(save_image(tmp_path / "a.png", Image.fromarray(grey)))
     assert np.abs(rgb[..., 1].astype(float) - grey / 257).max() <= 0.5
     assert (rgb.min(), rgb.max()) == (0, 255)
 
 
 def test_cmyk_becomes_rgb(tmp_path):
     image = Image.new("RGB", (40, 24), (200, 30, 90)).convert("CMYK")
-    rgb, _ = read_pixels(saved(tmp_path / "a.jpg", image, quality=95))
+    rgb, _ = read_pixels(save_image(tmp_path / "a.jpg", image, quality=95))
     assert np.abs(rgb.reshape(-1, 3).mean(0) - (200, 30, 90)).max() < 4
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("ending", ["png", "webp"])
-def test_images_are_turned_upright(tmp_path, orientation, ending):
+def test_images_are_rotated_upright(tmp_path, orientation, ending):
     exif = Image.Exif()
     exif[0x0112] = orientation
     kwargs = {"lossless": True} if ending == "webp" else {}
-    path = saved(tmp_path / f"a.{ending}", Image.fromarray(noise((20, 30, 3))), exif=exif, **kwargs)
+    path = save_image(tmp_path / f"a.{ending}", Image.fromarray(noise((20, 30, 3))), exif=exif, **kwargs)
     rgb, _ = read_pixels(path)
     with Image.open(path) as image:
         assert np.array_equal(rgb, np.asarray(ImageOps.exif_transpose(image)))
     assert (rgb.shape[1], rgb.shape[0]) == read_size(path)
 
 
-def test_an_image_that_is_cut_off_is_named(tmp_path):
+def test_a_truncated_image_is_refused_by_name(tmp_path):
     for name in ("a.png", "a.jpg", "a.webp", "a.bmp"):
         path = write_image(tmp_path / name, (90, 90))
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -106,7 +106,7 @@ def test_an_image_that_is_cut_off_is_named(tmp_path):
             read_pixels(str(path))
 
 
-def test_the_content_of_a_file_can_be_handed_in():
+def test_pixels_can_be_read_from_bytes():
     buffer = io.BytesIO()
     Image.fromarray(noise((8, 9, 3))).save(buffer, "png")
     assert np.array_equal(read_pixels("not there.png", buffer.getvalue())[0], noise((8, 9, 3)))
@@ -115,13 +115,13 @@ def test_the_content_of_a_file_can_be_handed_in():
 # Resizing
 
 
-def test_shrinking_takes_the_mean_of_areas():
+def test_downscaling_averages_areas():
     pixels = noise((64, 96, 3))
     means = pixels.reshape(16, 4, 24, 4, 3).astype(float).mean((1, 3))
     assert np.abs(resize(pixels, (24, 16), None) - means).max() <= 0.5 + 1e-9
 
 
-def test_enlarging_is_lanczos_also_where_one_side_shrinks():
+def test_upscaling_uses_lanczos_even_if_one_side_shrinks():
     pixels = noise((40, 40, 3))
     for target in ((80, 80), (80, 20)):
         expected = np.asarray(Image.fromarray(pixels).resize(target, Image.Resampling.LANCZOS))
@@ -139,12 +139,12 @@ def test_enlarging_is_lanczos_also_where_one_side_shrinks():
         ("area", cv2.INTER_AREA),
     ],
 )
-def test_filters_of_opencv(name, kind):
+def test_named_filters_match_opencv(name, kind):
     pixels = noise((40, 56, 3))
     assert np.array_equal(resize(pixels, (90, 30), name), cv2.resize(pixels, (90, 30), interpolation=kind))
 
 
-def test_box_is_pillows():
+def test_the_box_filter_matches_pillow():
     pixels = noise((40, 56, 3))
     expected = np.asarray(Image.fromarray(pixels).resize((30, 22), Image.Resampling.BOX))
     assert np.array_equal(resize(pixels, (30, 22), "box"), expected)
@@ -153,7 +153,7 @@ def test_box_is_pillows():
 # Cropping
 
 
-def test_the_middle_is_cut_and_mirrored():
+def test_centre_crops_may_be_mirrored():
     pixels = noise((20, 31, 3))
     shape = Shape(bucket=(16, 20), resized=(31, 20))
     assert np.array_equal(apply_placement(pixels, crop_at_centre(shape), None), pixels[:, 7:23])
@@ -161,7 +161,7 @@ def test_the_middle_is_cut_and_mirrored():
     assert np.array_equal(mirrored, pixels[:, 7:23][:, ::-1])
 
 
-def test_random_crops_reach_both_ends_and_lie_inside():
+def test_random_crops_reach_both_edges_and_stay_inside():
     shape = Shape(bucket=(16, 16), resized=(19, 16))
     lefts = {crop_at_random(shape, random.Random(seed)).left for seed in range(100)}
     assert lefts == {0, 1, 2, 3}
@@ -177,7 +177,7 @@ def test_random_crops_reach_both_ends_and_lie_inside():
         ("a_1_2_0_0.png", None),
     ],
 )
-def test_faces_in_file_names(name, face):
+def test_faces_are_parsed_from_file_names(name, face):
     assert parse_face(f"/some_1_2_3_4/{name}") == face
 
 
@@ -218,7 +218,7 @@ def test_gamma_keeps_black_and_white(gamma):
     assert np.abs(changed[0, :, 0] - expected).max() <= 0.5 and changed[0, 255, 0] == 255
 
 
-def test_hue_turns_and_keeps_brightness_and_greys():
+def test_hue_shifts_keep_brightness_and_greys():
     red = np.full((2, 2, 3), (200, 40, 40), dtype=np.uint8)
     turned = turn_hue(red, 8)
     hsv = cv2.cvtColor(turned, cv2.COLOR_RGB2HSV)[0, 0]
@@ -228,11 +228,11 @@ def test_hue_turns_and_keeps_brightness_and_greys():
     assert np.array_equal(turn_hue(grey, 5), grey)
 
 
-def test_one_draw_in_three_changes_colours():
+def test_about_a_third_of_the_draws_change_colours():
     pixels = noise((8, 8, 3))
     changed = sum(not np.array_equal(change_colour(pixels, random.Random(seed)), pixels) for seed in range(2000))
     assert 0.28 < changed / 2000 < 0.36
 
 
-def test_a_placement_is_a_value():
+def test_equal_placements_compare_equal():
     assert Placement((8, 8), 0, 0, (8, 8)) == Placement((8, 8), 0, 0, (8, 8), False)

@@ -1,4 +1,4 @@
-"""The index of latents saves opening cache files, and never lets a stale one pass."""
+"""The index of latents saves opening cache files and never accepts a stale one."""
 
 import os
 import time
@@ -12,13 +12,13 @@ from library.data.decoding.npz import Verdict
 from library.data.sources.folders import image_index
 from tests.unit.data.test_cache import (
     cache,
+    drop_latents,
     edit_image,
     file_of,
     flip_bits,
     folder,  # noqa: F401, a fixture
     latents_by_key,
-    lose_latents,
-    make_it_older_than_the_image,
+    make_older_than_image,
     put_nan,
     put_other_crop,
     put_other_shape,
@@ -27,40 +27,40 @@ from tests.unit.data.test_cache import (
     truncate,
 )
 
-TICK_S = 0.02  # more than a tick of the clock that files get their times from
+TICK_S = 0.02  # longer than a clock tick of file timestamps
 
 
 @pytest.fixture(autouse=True)
-def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The cache files that are opened for a check. Every folder counts as large, files as settled at once."""
+def checked_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record the cache files opened for a check; count every folder as large and files as settled at once."""
     monkeypatch.setattr(image_index, "MIN_FILES", 1)
     monkeypatch.setattr(image_index, "SETTLED_NS", 0)
     names: list[str] = []
     judge = latent_index.judge
 
-    def judging(file, image, expected, storage) -> Verdict:
+    def record_check(file, image, expected, storage) -> Verdict:
         names.append(os.path.basename(file.path))
         return judge(file, image, expected, storage)
 
-    monkeypatch.setattr(latent_index, "judge", judging)
+    monkeypatch.setattr(latent_index, "judge", record_check)
     return names
 
 
-def resolve() -> None:
+def wait_a_tick() -> None:
     time.sleep(TICK_S)
 
 
-def test_entries_that_were_written_or_checked_are_not_opened_again(folder, judged):  # noqa: F811
+def test_written_or_checked_entries_are_not_opened_again(folder, checked_files):  # noqa: F811
     first = latents_by_key(cache(folder)[0])
-    resolve()
-    judged.clear()
+    wait_a_tick()
+    checked_files.clear()
     plan, num_encoded = cache(folder)
-    assert (num_encoded, judged) == (0, [])
+    assert (num_encoded, checked_files) == (0, [])
     assert latents_by_key(plan) == first
     (folder / "2_a" / latent_index.FILE_NAME).unlink()
-    assert cache(folder)[1] == 0 and len(judged) == 3
-    judged.clear()
-    assert cache(folder)[1] == 0 and judged == []
+    assert cache(folder)[1] == 0 and len(checked_files) == 3
+    checked_files.clear()
+    assert cache(folder)[1] == 0 and checked_files == []
 
 
 @pytest.mark.parametrize(
@@ -73,98 +73,98 @@ def test_entries_that_were_written_or_checked_are_not_opened_again(folder, judge
         put_other_shape,
         put_other_crop,
         put_other_size,
-        lose_latents,
-        make_it_older_than_the_image,
+        drop_latents,
+        make_older_than_image,
     ],
 )
-def test_an_entry_that_is_not_true_any_more_is_noticed(folder, judged, spoil: Callable[[Path], None]):  # noqa: F811
+def test_an_entry_that_became_stale_is_noticed(folder, checked_files, spoil: Callable[[Path], None]):  # noqa: F811
     cache(folder)
-    resolve()
+    wait_a_tick()
     cache(folder)
     spoil(folder)
-    resolve()
-    judged.clear()
+    wait_a_tick()
+    checked_files.clear()
     assert cache(folder)[1] == 1
-    assert judged == ["p0_0064x0064_sd.npz"]
-    resolve()
-    judged.clear()
-    assert cache(folder)[1] == 0 and judged == []
+    assert checked_files == ["p0_0064x0064_sd.npz"]
+    wait_a_tick()
+    checked_files.clear()
+    assert cache(folder)[1] == 0 and checked_files == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "vae"),
     [("", "another vae"), ("--resize_interpolation bicubic", "vae"), ("--flip_aug", "vae"), ("--alpha_mask", "vae")],
 )
-def test_other_settings_are_checked_anew(folder, arguments, vae):  # noqa: F811
+def test_changed_settings_invalidate_indexed_entries(folder, arguments, vae):  # noqa: F811
     cache(folder)
-    resolve()
+    wait_a_tick()
     assert cache(folder)[1] == 0
     assert cache(folder, arguments, vae=vae)[1] > 0
 
 
-def test_only_files_of_known_endings_lie_beside_images(folder):  # noqa: F811
-    """kohya-colab trains no folder in which anything else lies than images, captions and .npz."""
+def test_caches_add_only_npz_files_to_image_folders(folder):  # noqa: F811
+    """kohya-colab rejects folders with files other than images, captions and .npz."""
     cache(folder)
-    resolve()
+    wait_a_tick()
     cache(folder)
     names = {path.name for path in (folder / "2_a").iterdir()}
     assert {latent_index.FILE_NAME, image_index.FILE_NAME} <= names
     assert {Path(name).suffix for name in names} <= {".png", ".txt", ".npz"}
 
 
-def test_entries_of_other_programs_stay_known_as_such(folder, judged, caplog):  # noqa: F811
+def test_entries_of_other_programs_are_still_recognised_from_the_index(folder, checked_files, caplog):  # noqa: F811
     cache(folder)
-    resolve()
+    wait_a_tick()
     for path in (folder / "2_a").glob("p*.npz"):
         rewrite(path)
-    resolve()
+    wait_a_tick()
     for _ in range(2):
-        judged.clear()
+        checked_files.clear()
         caplog.clear()
         caplog.set_level("INFO")
         assert cache(folder)[1] == 0
         assert "3 cache entries do not name their VAE" in caplog.text
-    assert judged == []
+    assert checked_files == []
 
 
-def test_an_entry_that_another_run_replaced_meanwhile_is_checked(folder, judged, monkeypatch):  # noqa: F811
+def test_an_entry_replaced_by_another_run_is_checked(folder, checked_files, monkeypatch):  # noqa: F811
     note_written = latent_index.VerifiedEntries.note_written
 
-    def replaced(self, file) -> None:
+    def replace_after_writing(self, file) -> None:
         note_written(self, file)
-        resolve()
+        wait_a_tick()
         if os.path.basename(file.path).startswith("p0"):
             rewrite(Path(file.path))
 
-    monkeypatch.setattr(latent_index.VerifiedEntries, "note_written", replaced)
+    monkeypatch.setattr(latent_index.VerifiedEntries, "note_written", replace_after_writing)
     cache(folder)
-    resolve()
-    judged.clear()
+    wait_a_tick()
+    checked_files.clear()
     cache(folder)
-    assert judged == ["p0_0064x0064_sd.npz"]
+    assert checked_files == ["p0_0064x0064_sd.npz"]
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 99, b"PK\x03\x04" + bytes(99)])
-def test_a_damaged_index_is_made_again(folder, judged, caplog, content):  # noqa: F811
+def test_a_damaged_index_is_rebuilt(folder, checked_files, caplog, content):  # noqa: F811
     cache(folder)
-    resolve()
+    wait_a_tick()
     (folder / "2_a" / latent_index.FILE_NAME).write_bytes(content)
-    judged.clear()
-    assert cache(folder)[1] == 0 and len(judged) == 3
+    checked_files.clear()
+    assert cache(folder)[1] == 0 and len(checked_files) == 3
     assert "cannot be used and is rebuilt" in caplog.text
-    judged.clear()
-    assert cache(folder)[1] == 0 and judged == []
+    checked_files.clear()
+    assert cache(folder)[1] == 0 and checked_files == []
 
 
-def test_entries_of_two_sizes_in_one_file(folder, judged):  # noqa: F811
+def test_entries_of_two_sizes_in_one_file_are_both_indexed(folder, checked_files):  # noqa: F811
     for _ in range(2):
         for arguments in ("", "--resolution 128,64"):
             cache(folder, arguments)
-            resolve()
-    judged.clear()
+            wait_a_tick()
+    checked_files.clear()
     for arguments in ("", "--resolution 128,64"):
         assert cache(folder, arguments)[1] == 0
-    assert judged == []
+    assert checked_files == []
 
 
 def test_small_folders_and_unsettled_files_have_no_index(folder, monkeypatch):  # noqa: F811

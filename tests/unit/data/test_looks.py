@@ -1,4 +1,4 @@
-"""The audit of pixels: twins, blur, one colour, damage."""
+"""The audit of pixels: near-duplicates, blur, single colours and damage."""
 
 import itertools
 import random
@@ -23,7 +23,7 @@ TRAINED = (256, 256)
 
 
 def scene(seed: int, side: int = 400) -> Image.Image:
-    """Coarse and fine structure with a few shapes whose edges are sharp."""
+    """Draw an image with coarse and fine structure and a few shapes with sharp edges."""
     rng = np.random.default_rng(seed)
     summed = np.zeros((side, side, 3))
     for cells, strength in ((4, 110), (12, 60), (40, 30), (200, 20)):
@@ -37,8 +37,8 @@ def scene(seed: int, side: int = 400) -> Image.Image:
     return image
 
 
-def looked_at(image: Image.Image, path: Path, **how: int) -> PixelMeasures:
-    image.save(path, **how)
+def measure_image(image: Image.Image, path: Path, **save_options: int) -> PixelMeasures:
+    image.save(path, **save_options)
     return measure_pixels(str(path), TRAINED)
 
 
@@ -47,25 +47,27 @@ def bits_between(a: PixelMeasures, b: PixelMeasures) -> int:
 
 
 @pytest.mark.slow
-def test_copies_are_near_and_other_images_far(tmp_path: Path) -> None:
+def test_copies_have_similar_hashes_and_other_images_do_not(tmp_path: Path) -> None:
     scenes = [scene(seed) for seed in range(610, 618)]
-    looks = [looked_at(image, tmp_path / f"{n}.png") for n, image in enumerate(scenes)]
+    looks = [measure_image(image, tmp_path / f"{n}.png") for n, image in enumerate(scenes)]
     assert min(bits_between(a, b) for a, b in itertools.combinations(looks, 2)) > 2 * MOST_BITS
     for n, (image, look) in enumerate(zip(scenes, looks, strict=True)):
-        smaller = looked_at(image.resize((300, 300)), tmp_path / f"{n}s.png")
-        poorer = looked_at(image, tmp_path / f"{n}q.jpg", quality=35)
-        brighter = looked_at(image.point(lambda v: min(255, v * 1.15)), tmp_path / f"{n}b.png")
+        smaller = measure_image(image.resize((300, 300)), tmp_path / f"{n}s.png")
+        poorer = measure_image(image, tmp_path / f"{n}q.jpg", quality=35)
+        brighter = measure_image(image.point(lambda v: min(255, v * 1.15)), tmp_path / f"{n}b.png")
         assert max(bits_between(look, other) for other in (smaller, poorer, brighter)) <= MOST_BITS
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
-def test_blur_is_told_from_a_blurred_background(tmp_path: Path, suffix: str) -> None:
+def test_blur_is_distinguished_from_a_blurred_background(tmp_path: Path, suffix: str) -> None:
     image = scene(77)
     blurred = image.filter(ImageFilter.GaussianBlur(5))
     subject = blurred.copy()
     subject.paste(image.crop((0, 0, 120, 120)), (150, 150))
-    found = [looked_at(i, tmp_path / f"x{n}{suffix}").sharpness for n, i in enumerate((image, subject, blurred))]
-    assert found[0] > 2 * BLURRED and found[1] > 2 * BLURRED and found[2] < BLURRED / 2
+    sharpness = [
+        measure_image(i, tmp_path / f"x{n}{suffix}").sharpness for n, i in enumerate((image, subject, blurred))
+    ]
+    assert sharpness[0] > 2 * BLURRED and sharpness[1] > 2 * BLURRED and sharpness[2] < BLURRED / 2
 
 
 def test_sharpness_is_the_variance_of_the_laplacian_of_the_sharpest_tile() -> None:
@@ -76,27 +78,27 @@ def test_sharpness_is_the_variance_of_the_laplacian_of_the_sharpest_tile() -> No
     assert measure_sharpness(pixels) == pytest.approx(max(tile.var() for tile in tiles), rel=1e-9)
 
 
-def test_every_pair_is_found_that_comparing_all_finds() -> None:
+def test_similar_pairs_match_an_exhaustive_comparison() -> None:
     rng = random.Random(31)
     hashes = [rng.getrandbits(HASH_BITS) for _ in range(150)]
     for value in hashes[:60]:
         flipped = rng.sample(range(HASH_BITS), rng.randint(0, 10))
         hashes.append(value ^ sum(1 << bit for bit in flipped))
-    found = list(similar_pairs(hashes, MOST_BITS))
+    pairs = list(similar_pairs(hashes, MOST_BITS))
     near = {
         (a, b)
         for a, b in itertools.combinations(range(len(hashes)), 2)
         if (hashes[a] ^ hashes[b]).bit_count() <= MOST_BITS
     }
-    assert len(found) == len(set(found)) and {tuple(sorted(pair)) for pair in found} == near
+    assert len(pairs) == len(set(pairs)) and {tuple(sorted(pair)) for pair in pairs} == near
     assert len(near) > 20
 
 
-def test_pairs_that_hang_together_are_one_group() -> None:
+def test_connected_pairs_form_one_group() -> None:
     assert connect_groups([(5, 2), (7, 8), (2, 9), (8, 7)]) == [[2, 5, 9], [7, 8]]
 
 
-def test_what_stands_out_is_told_with_its_images_and_nothing_else() -> None:
+def test_findings_list_exactly_the_conspicuous_images() -> None:
     fine = {"sharpness": 4 * BLURRED, "contrast": 5 * EMPTY}
     rng = random.Random(82)
     first, second, third, fourth = (rng.getrandbits(HASH_BITS) for _ in range(4))
@@ -106,11 +108,11 @@ def test_what_stands_out_is_told_with_its_images_and_nothing_else() -> None:
         PixelMeasures("red", 0, 0.0, 0.5), PixelMeasures("blue", 0, 0.0, 0.5),
         PixelMeasures("soft", fourth, BLURRED / 2, 5 * EMPTY), PixelMeasures("cut", problem="image file is truncated"),
     ]  # fmt: skip
-    found = {
+    findings = {
         f.text.partition("image")[2].removeprefix("s").strip()[:16]: [path for path, _ in f.images]
         for f in collect_findings(looks, {"a", "b", "c"})
     }
-    assert found == {
+    assert findings == {
         "cannot be decode": ["cut"],
         "of a single colo": ["red", "blue"],
         "near-duplicated ": ["c", "v"],
@@ -122,12 +124,12 @@ def test_what_stands_out_is_told_with_its_images_and_nothing_else() -> None:
     assert list(collect_findings([looks[4]], {"alone"})) == []
 
 
-def test_images_of_16_bits_and_turned_ones_look_as_they_are_trained(tmp_path: Path) -> None:
-    """Pillow alone would make the first white and leave the second lying on its side."""
+def test_16_bit_and_rotated_images_are_measured_as_they_are_trained(tmp_path: Path) -> None:
+    """Pillow alone would turn the first image white and not rotate the second one."""
     image = scene(41).convert("L")
-    plain = looked_at(image, tmp_path / "plain.png")
+    plain = measure_image(image, tmp_path / "plain.png")
     deep = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
-    assert looked_at(deep, tmp_path / "deep.png") == replace(plain, path=str(tmp_path / "deep.png"))
+    assert measure_image(deep, tmp_path / "deep.png") == replace(plain, path=str(tmp_path / "deep.png"))
     turned = image.transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -136,7 +138,7 @@ def test_images_of_16_bits_and_turned_ones_look_as_they_are_trained(tmp_path: Pa
 
 
 @pytest.mark.parametrize("at", [45, 60, 400])
-def test_damage_of_any_kind_is_told(tmp_path: Path, at: int) -> None:
+def test_any_damage_is_reported(tmp_path: Path, at: int) -> None:
     path = tmp_path / "broken.png"
     scene(4).save(path)
     content = bytearray(path.read_bytes())
@@ -145,7 +147,7 @@ def test_damage_of_any_kind_is_told(tmp_path: Path, at: int) -> None:
     assert measure_pixels(str(path), TRAINED).problem
 
 
-def test_an_image_that_is_cut_off_is_told_and_not_raised(tmp_path: Path) -> None:
+def test_a_truncated_image_is_reported_without_raising(tmp_path: Path) -> None:
     path = tmp_path / "cut.jpg"
     scene(3).save(path)
     path.write_bytes(path.read_bytes()[:2000])

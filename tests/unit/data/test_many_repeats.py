@@ -1,4 +1,4 @@
-"""An epoch is put in order as a whole, so its length has a limit."""
+"""The length of an epoch is limited, because its whole order is built at once."""
 
 import logging
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.unit.data.builders import options_of, plan_of, write_folder
 
 
 @pytest.mark.parametrize("has_regularisation", [False, True])
-def test_an_epoch_that_is_too_long_is_refused_before_it_is_laid_out(tmp_path: Path, has_regularisation: bool) -> None:
+def test_an_epoch_that_is_too_long_is_refused_before_it_is_ordered(tmp_path: Path, has_regularisation: bool) -> None:
     write_folder(tmp_path / "data/1000000000_cat", 2)
     write_folder(tmp_path / "reg/1_cat", 1)
     reg = ["--reg_data_dir", str(tmp_path / "reg")] if has_regularisation else []
@@ -19,7 +19,7 @@ def test_an_epoch_that_is_too_long_is_refused_before_it_is_laid_out(tmp_path: Pa
         plan_of(options_of("--resolution 64 --train_data_dir", str(tmp_path / "data"), *reg))
 
 
-def test_a_long_one_is_warned_of(
+def test_a_long_epoch_is_warned_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(samples, "MANY_DRAWS", 100)

@@ -1,4 +1,4 @@
-"""Pairs of images by opposite_dir: found, drawn alike, and checked before anything loads."""
+"""Image pairs of opposite_dir: matched by name, augmented alike and checked before any model is loaded."""
 
 import json
 import logging
@@ -36,21 +36,26 @@ def plan(folder: Path, keys: str = PAIR, head: str = HEAD, more: str = "", train
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """Two images with partners of other sizes, one of them of another format."""
+    """Write two images with partners of other sizes, one of them in another format."""
     write_folder(tmp_path / "good", 2)
     write_image(tmp_path / "bad" / "p0.png", (96, 96), seed=7)
     write_image(tmp_path / "bad" / "p1.webp", (32, 64), seed=8)
     return tmp_path
 
 
-def test_an_image_is_paired_with_that_of_its_name_at_its_size(pairs: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A base model that takes no references trains pairs too; the order of the model's draws is that of the images."""
+def test_an_image_is_paired_with_the_one_of_its_name_resized_to_it(
+    pairs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Base models without reference images can train pairs; partners are in the order of their images."""
     write_image(pairs / "bad" / "p2.png")
-    found = plan(pairs)
+    data_plan = plan(pairs)
     with caplog.at_level(logging.INFO):
-        found.audit(logging.getLogger("audit"))
-    (batch,) = batches_of(found)
-    partners = {sample.image.key: [Path(one.key).name for one in sample.image.references] for sample in found.samples}
+        data_plan.audit(logging.getLogger("audit"))
+    (batch,) = batches_of(data_plan)
+    partners = {
+        sample.image.key: [Path(reference.key).name for reference in sample.image.references]
+        for sample in data_plan.samples
+    }
     assert [partners[key] for key in batch.keys] == [
         [Path(key).stem + (".png" if key.endswith("p0.png") else ".webp")] for key in batch.keys
     ]
@@ -61,29 +66,31 @@ def test_an_image_is_paired_with_that_of_its_name_at_its_size(pairs: Path, caplo
 
 
 @pytest.mark.parametrize("to_disk", [False, True], ids=["memory", "disk"])
-def test_cached_partners_are_samples_with_the_noise_of_their_images(pairs: Path, to_disk: bool) -> None:
-    """Both images of a pair get equal noise, which otherwise would tell the preferred from the rejected one."""
-    found = plan(pairs, f"{PAIR}flip_aug = true\n")
+def test_cached_partners_are_sampled_with_the_noise_of_their_images(pairs: Path, to_disk: bool) -> None:
+    """Both images of a pair get the same noise, which otherwise would tell the preferred from the rejected one."""
+    data_plan = plan(pairs, f"{PAIR}flip_aug = true\n")
     options = CachingOptions(cache_latents=True, cache_latents_to_disk=to_disk)
     cached, encode = (
-        open_batches(found, cache_latents(found, averaging_vae(), lambda: "vae", options, 1)),
+        open_batches(data_plan, cache_latents(data_plan, averaging_vae(), lambda: "vae", options, 1)),
         averaging_vae(),
     )
     for epoch in (1, 2):
-        for plain, stored in zip(batches_of(found, epoch), batches_of(cached, epoch), strict=True):
+        for plain, stored in zip(batches_of(data_plan, epoch), batches_of(cached, epoch), strict=True):
             noise = stored.latents_BCHW - encode(plain.pixels_BCHW, None)
             assert 0.008 < float(noise.std()) < 0.012
             torch.testing.assert_close(stored.reference_latents[0] - encode(plain.reference_pixels[0], None), noise)
 
 
-def test_an_entry_with_a_reference_image_is_not_used_for_a_pair(pairs: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cache_entry_with_a_reference_image_is_not_used_for_a_pair(
+    pairs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The reference of an edit model is encoded without noise."""
     calls: list[int] = []
 
-    def cache(found: DataPlan) -> int:
+    def cache(data_plan: DataPlan) -> int:
         calls.clear()
         options = CachingOptions(cache_latents=True, cache_latents_to_disk=True)
-        cache_latents(found, averaging_vae(calls), lambda: "vae", options, 1)
+        cache_latents(data_plan, averaging_vae(calls), lambda: "vae", options, 1)
         return sum(calls)
 
     edit = write_config(pairs / "edit.toml", f"{HEAD}{SUBSET}control_dirs = '{{here}}/bad'\n")
@@ -106,7 +113,7 @@ def test_an_entry_with_a_reference_image_is_not_used_for_a_pair(pairs: Path, cap
         ("damaged", r"1 reference images cannot be read: .*p0.png is not an image"),
     ],
 )
-def test_images_without_a_partner_of_their_own_are_named(pairs: Path, change: str, message: str) -> None:
+def test_images_without_exactly_one_valid_partner_are_refused_by_name(pairs: Path, change: str, message: str) -> None:
     if change == "missing":
         (pairs / "bad" / "p1.webp").unlink()
     elif change == "twice":
@@ -122,17 +129,17 @@ def test_images_without_a_partner_of_their_own_are_named(pairs: Path, change: st
 
 
 @pytest.mark.parametrize("keys", ["control_dirs = '{here}/bad'", "control_resolution = 64", "is_reg = true"])
-def test_keys_that_do_not_go_with_pairs_are_refused(pairs: Path, keys: str) -> None:
+def test_keys_that_do_not_work_with_pairs_are_refused(pairs: Path, keys: str) -> None:
     with pytest.raises(UserError, match=rf"{keys.split()[0]} does not work with opposite_dir"):
         plan(pairs, PAIR + keys)
 
 
-def test_output_preservation_does_not_go_with_pairs(pairs: Path) -> None:
+def test_output_preservation_does_not_work_with_pairs(pairs: Path) -> None:
     with pytest.raises(UserError, match=r"diff_output_preservation trains toward the base model's own predictions"):
         plan(pairs, PAIR + "custom_attributes = {diff_output_preservation = true}")
 
 
-def test_pairs_and_the_option_that_trains_them_need_each_other(pairs: Path) -> None:
+def test_pairs_require_preference_loss_and_vice_versa(pairs: Path) -> None:
     with pytest.raises(UserError, match=r"has opposite_dir, whose pairs are trained with --preference_loss dpo or"):
         plan(pairs, trains="")
     with pytest.raises(
@@ -143,16 +150,16 @@ def test_pairs_and_the_option_that_trains_them_need_each_other(pairs: Path) -> N
     more = "\n[[datasets.subsets]]\nimage_dir = '{here}/other'\n"
     with pytest.raises(UserError, match=r"other has no pairs"):
         plan(pairs, more=more)
-    found = plan(pairs, more=f"{more}is_forgetting_probe = true\n")
-    assert validation_of(found).of_probe(True).num_images == 1, "a probe is measured as it is"
+    data_plan = plan(pairs, more=f"{more}is_forgetting_probe = true\n")
+    assert validation_of(data_plan).of_probe(True).num_images == 1, "a probe is measured as it is"
 
 
 def test_metadata_files_are_paired_by_folder_and_not_by_control_path(pairs: Path) -> None:
     table = {f"{pairs.as_posix()}/good/p{i}.png": {"caption": "x"} for i in range(2)}
     (pairs / "meta.json").write_text(json.dumps(table))
     head = HEAD.replace("caption_extension = '.txt'\n", "")
-    found = plan(pairs, f"metadata_file = '{{here}}/meta.json'\n{PAIR}", head)
-    assert all(len(sample.image.references) == 1 for sample in found.samples)
+    data_plan = plan(pairs, f"metadata_file = '{{here}}/meta.json'\n{PAIR}", head)
+    assert all(len(sample.image.references) == 1 for sample in data_plan.samples)
     for entry in table.values():
         entry["control_path"] = f"{pairs.as_posix()}/bad/p0.png"
     (pairs / "meta.json").write_text(json.dumps(table))

@@ -1,4 +1,4 @@
-"""Order of draws, and how often regularisation images are drawn."""
+"""The order of draws and the number of times regularisation images are drawn."""
 
 from collections import Counter
 
@@ -15,7 +15,7 @@ BUCKETS = (
 )
 
 
-def test_every_epoch_has_every_draw_once_in_batches_of_one_bucket():
+def test_every_epoch_has_every_draw_once_and_each_batch_one_bucket():
     for epoch in (1, 2, 3):
         batches = epoch_batches(BUCKETS, seed=4, epoch=epoch)
         assert Counter(draw for batch in batches for draw in batch) == Counter(range(18))
@@ -23,7 +23,7 @@ def test_every_epoch_has_every_draw_once_in_batches_of_one_bucket():
         assert all(any(set(batch) <= set(bucket.draws) for bucket in BUCKETS) for batch in batches)
 
 
-def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
+def test_the_order_depends_only_on_seed_and_epoch():
     first = epoch_batches(BUCKETS, seed=4, epoch=2)
     epoch_batches(BUCKETS, seed=4, epoch=7)
     assert epoch_batches(BUCKETS, seed=4, epoch=2) == first
@@ -35,7 +35,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
     [
         (4, [1], [4]),
         (10, [1, 1, 1], [4, 3, 3]),
-        (5, [2, 2, 2, 2], [2, 2, 2, 0]),  # the third one passes the sum
+        (5, [2, 2, 2, 2], [2, 2, 2, 0]),  # the third image exceeds the required sum
         (3, [1, 1, 1, 1], [1, 1, 1, 0]),
         (0, [3, 1], [0, 0]),
         (7, [], []),
@@ -46,7 +46,7 @@ def test_regularisation_images_are_repeated_until_there_are_enough(num_train_dra
 
 
 @given(st.integers(0, 60), st.lists(st.integers(1, 5), min_size=1, max_size=8))
-def test_regularisation_reaches_the_sum_and_passes_it_by_less_than_one_image(num_train_draws, repeats):
+def test_regularisation_exceeds_the_training_draws_by_less_than_one_image(num_train_draws, repeats):
     used = regularisation_repeats(num_train_draws, repeats)
     assert sum(used) >= num_train_draws
     assert sum(used) - num_train_draws < max(repeats)

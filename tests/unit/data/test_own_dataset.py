@@ -1,4 +1,4 @@
-"""Batches from a class of the user's own."""
+"""Batches from a user-defined class (--dataset_class)."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ def item(seed: int = 1, count: int = 2, **changes: Any) -> dict[str, Any]:
     return {"images": pixels, "captions": [f"caption {seed} {n}" for n in range(count)], "input_ids": None, **changes}
 
 
-class ScannedImages:
+class UserDataset:
     batch_size = 2
     num_train_images = 7
 
     def __init__(self, tokenizer: None, max_token_length: int | None, resolution: Any, debug_dataset: bool) -> None:
-        self.given = (tokenizer, max_token_length, resolution, debug_dataset)
+        self.arguments = (tokenizer, max_token_length, resolution, debug_dataset)
         self.epochs: list[int] = []
 
     def set_current_epoch(self, epoch: int) -> None:
@@ -43,26 +43,26 @@ def captions(data: OwnDataset, epoch: int, batch_indices: range) -> list[str]:
     return [batch.captions[0] for batch in data.iterate_epoch(epoch, batch_indices, lambda index: 0, 0, False)]
 
 
-def test_it_is_made_and_asked_as_sd_scripts_does() -> None:
-    data = open_own_dataset(ScannedImages, DATA, 150, SPEC, seed=3)
-    assert data._source.given == (None, 150, (512, 768), False)
+def test_a_dataset_class_is_called_like_in_sd_scripts() -> None:
+    data = open_own_dataset(UserDataset, DATA, 150, SPEC, seed=3)
+    assert data._source.arguments == (None, 150, (512, 768), False)
     assert (data.num_batches, data.batch_sizes, data.num_train_images, data.num_reg_images) == (4, [2], 7, 0)
     first, second = captions(data, 1, range(4)), captions(data, 2, range(4))
     assert sorted(first) == sorted(second) == [f"caption {10 + n} 0" for n in range(4)]
     assert first != second
-    assert captions(data, 2, range(2, 4)) == second[2:]  # a resumed run reads on from its place
+    assert captions(data, 2, range(2, 4)) == second[2:]  # a resumed run continues at its batch
     assert data._source.epochs[-1] == 2
     assert data.validation.num_batches == 0
 
 
-def test_all_parts_of_a_batch_are_taken_over() -> None:
-    given = item(
+def test_all_parts_of_a_batch_are_used() -> None:
+    entry = item(
         count=2, loss_weights=torch.tensor([1.0, 0.5]), alpha_masks=torch.rand(2, 16, 24), image_keys=["a", 7],
         original_sizes_hw=torch.tensor([[30, 40], [50, 60]]), crop_top_lefts=torch.tensor([[1, 2], [3, 4]]),
         custom_attributes=[{"diff_output_preservation": True}, {}],
     )  # fmt: skip
-    batch = build_batch(given, "batch 0", SPEC)
-    assert batch.pixels_BCHW is not None and torch.equal(batch.pixels_BCHW, given["images"])
+    batch = build_batch(entry, "batch 0", SPEC)
+    assert batch.pixels_BCHW is not None and torch.equal(batch.pixels_BCHW, entry["images"])
     assert batch.latents_BCHW is None and batch.keys == ["a", "7"]
     assert batch.loss_weights_B.tolist() == [1.0, 0.5]
     assert batch.masks_B1HW is not None and batch.masks_B1HW.shape == (2, 1, 16, 24)
@@ -73,7 +73,7 @@ def test_all_parts_of_a_batch_are_taken_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("content", "message"),
     [
         ({"images": torch.zeros(1, 3, 8, 8)}, "batch 5 has no `captions`"),
         ({"captions": ["a"]}, "batch 5 has neither `images` nor `latents`"),
@@ -82,12 +82,12 @@ def test_all_parts_of_a_batch_are_taken_over() -> None:
         ({"captions": ["a"], "images": [1, 2]}, "not list"),
     ],
 )
-def test_what_does_not_fit_is_named(given: dict[str, Any], message: str) -> None:
+def test_invalid_batches_raise_errors_that_name_them(content: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_batch(given, "batch 5", SPEC)
+        build_batch(content, "batch 5", SPEC)
 
 
-def test_a_class_of_another_kind_is_named_with_what_it_must_offer() -> None:
+def test_errors_for_an_unsuitable_class_say_what_it_must_provide() -> None:
     with pytest.raises(ValueError, match=r"is called with \(tokenizer=None, max_token_length"):
         open_own_dataset(dict.fromkeys, DATA, None, SPEC, seed=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must return the number of its batches from len\(\)"):

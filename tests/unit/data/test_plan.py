@@ -1,4 +1,4 @@
-"""The plan of a run's data is decided once: whoever needs something else makes another plan of it."""
+"""The data plan of a run is immutable; variations are derived plans."""
 
 import dataclasses
 import pickle
@@ -27,20 +27,20 @@ from tests.unit.data.builders import (
 def options(tmp_path: Path) -> TrainOptions:
     write_folder(tmp_path / "2_a", 5, (64, 64), "one, two", seed=1)
     write_folder(tmp_path / "1_b", 3, (96, 64), "three, four", seed=2)
-    words = "--resolution 64 --enable_bucket --min_bucket_reso 64 --train_batch_size 2 --caption_extension .txt"
-    return options_of(f"{words} --shuffle_caption --validation_split 0.3", "--train_data_dir", str(tmp_path))
+    command = "--resolution 64 --enable_bucket --min_bucket_reso 64 --train_batch_size 2 --caption_extension .txt"
+    return options_of(f"{command} --shuffle_caption --validation_split 0.3", "--train_data_dir", str(tmp_path))
 
 
-def drawn(plan: DataPlan) -> list[object]:
-    """Everything that comes of a plan."""
-    aside = validation_of(plan)
-    images = [content_of(batch) for batch in aside.batches(range(aside.num_batches), 0)]
+def draw_everything(plan: DataPlan) -> list[object]:
+    """Return everything that is drawn from a plan."""
+    validation = validation_of(plan)
+    images = [content_of(batch) for batch in validation.batches(range(validation.num_batches), 0)]
     return [*(content_of(batch) for epoch in (1, 2) for batch in batches_of(plan, epoch)), *images]
 
 
-def test_nothing_that_is_made_of_a_plan_changes_it(options: TrainOptions) -> None:
+def test_deriving_plans_does_not_change_the_original(options: TrainOptions) -> None:
     plan = plan_of(options)
-    before, fields = drawn(plan), pickle.dumps(plan)
+    before, fields = draw_everything(plan), pickle.dumps(plan)
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.num_variants = 3  # type: ignore[misc]
     fixed = plan.with_fixed_captions(3)
@@ -51,19 +51,19 @@ def test_nothing_that_is_made_of_a_plan_changes_it(options: TrainOptions) -> Non
     latents = cache_latents(limited, averaging_vae(), lambda: "vae", CachingOptions(cache_latents=True), 1)
     (batch,) = open_batches(limited, latents).iterate_epoch(1, [batch_index], lambda index: 0, 0, False)
     assert batch.latents_BCHW is not None and len(latents.memory) == 2
-    assert drawn(plan) == before and pickle.dumps(plan) == fields
+    assert draw_everything(plan) == before and pickle.dumps(plan) == fields
 
 
-def test_batches_with_and_without_a_cache_can_be_drawn_side_by_side(options: TrainOptions) -> None:
+def test_batches_with_and_without_a_cache_agree_side_by_side(options: TrainOptions) -> None:
     plan = plan_of(options)
     plain = open_batches(plan)
     cached = open_batches(
         plan, cache_latents(plan, averaging_vae(), lambda: "vae", CachingOptions(cache_latents=True), 1)
     )
-    for one, other in zip(batches_of(plain), batches_of(cached), strict=True):
-        assert one.keys == other.keys and one.captions == other.captions
-        assert one.pixels_BCHW is not None and one.latents_BCHW is None
-        assert other.pixels_BCHW is None and other.latents_BCHW is not None
+    for from_pixels, from_cache in zip(batches_of(plain), batches_of(cached), strict=True):
+        assert from_pixels.keys == from_cache.keys and from_pixels.captions == from_cache.captions
+        assert from_pixels.pixels_BCHW is not None and from_pixels.latents_BCHW is None
+        assert from_cache.pixels_BCHW is None and from_cache.latents_BCHW is not None
 
 
 def test_captions_that_change_with_the_step_cannot_be_fixed(options: TrainOptions) -> None:

@@ -1,4 +1,4 @@
-"""Batches of prompts: in which order, what is drawn for each, and what is known of them."""
+"""Batches of prompt pairs: their order, random values and metadata."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def concept_of(batch: Batch) -> Concept:
     return batch.concept
 
 
-def test_a_batch_says_what_its_pair_says() -> None:
+def test_a_batch_has_the_values_of_its_pair() -> None:
     (batch,) = batches_of(pairs_of(PAIR), 1)
     assert batch.captions == ["van gogh"] * 3 and batch.height_width == (512, 768)
     assert batch.loss_weights_B.tolist() == [0.5] * 3
@@ -49,74 +49,74 @@ def test_a_batch_says_what_its_pair_says() -> None:
     assert (concept.push, concept.multiplier, concept.num_steps, concept.guidance) == (-1.5, -2.0, 10, 2.5)
 
 
-def test_every_pair_comes_once_before_any_comes_again_and_each_time_in_another_order() -> None:
+def test_every_pair_is_drawn_once_per_round_in_varying_order() -> None:
     pairs = [replace(PAIR, target=name) for name in "abcde"]
     order = [batch.captions[0] for batch in batches_of(pairs_of(*pairs), 50)]
     rounds = ["".join(order[first : first + 5]) for first in range(0, 50, 5)]
-    assert all(sorted(one) == list("abcde") for one in rounds)
+    assert all(sorted(targets) == list("abcde") for targets in rounds)
     assert len(set(rounds)) > 5
 
 
-def test_how_far_is_drawn_is_even_from_one_to_one_below_all() -> None:
-    """Each of nine counts is binomial with a mean of 111 and a deviation of 9.9; four of those are never left."""
+def test_the_number_of_denoising_steps_is_uniform_below_the_maximum() -> None:
+    """Each of nine counts is binomial with mean 111 and standard deviation 9.9; allow four standard deviations."""
     counts = Counter(concept_of(batch).num_denoised for batch in batches_of(pairs_of(PAIR, num_batches=1000)))
     assert sorted(counts) == list(range(1, 10))
     assert all(abs(count - 1000 / 9) < 40 for count in counts.values())
 
 
-def test_a_batch_depends_on_the_seed_and_its_number_alone() -> None:
+def test_a_batch_depends_only_on_the_seed_and_its_index() -> None:
     varied = replace(PAIR, width=512, dynamic_resolution=True, dynamic_crops=True)
     data = pairs_of(varied)
-    whole = [batch.sizes_B6.tolist() for batch in batches_of(data, 20)]
+    sizes = [batch.sizes_B6.tolist() for batch in batches_of(data, 20)]
     (again,) = data.iterate_epoch(1, [13], lambda index: index, 0, False)
-    assert again.sizes_B6.tolist() == whole[13]
-    assert [batch.sizes_B6.tolist() for batch in batches_of(pairs_of(varied, seed=8), 20)] != whole
+    assert again.sizes_B6.tolist() == sizes[13]
+    assert [batch.sizes_B6.tolist() for batch in batches_of(pairs_of(varied, seed=8), 20)] != sizes
 
 
-def test_drawn_sides_are_from_half_to_all_in_steps_of_64() -> None:
+def test_dynamic_resolution_draws_sides_from_half_to_full_in_steps_of_64() -> None:
     sides = {draw_size(512, random_for(1, "size", n)) for n in range(300)}
     assert {side for size in sides for side in size} == {256, 320, 384, 448, 512}
     assert len(sides) == 25
     assert {draw_size(64, random_for(1, "size", n)) for n in range(20)} == {(64, 64)}
 
 
-def test_drawn_crops_lie_inside_an_image_up_to_three_times_as_large() -> None:
-    found = [size_conditioning(512, 768, random_for(1, "crop", n)) for n in range(300)]
-    for height, width, top, left, *target in found:
+def test_dynamic_crops_are_inside_an_image_up_to_three_times_as_large() -> None:
+    conditionings = [size_conditioning(512, 768, random_for(1, "crop", n)) for n in range(300)]
+    for height, width, top, left, *target in conditionings:
         assert target == [512, 768]
         assert 512 <= height < 3 * 512 and 768 <= width < 3 * 768
         assert 0 <= top <= max(0, height - 512) and 0 <= left <= max(0, width - 768)
-    assert max(top for _, _, top, *_ in found) > 700
+    assert max(top for _, _, top, *_ in conditionings) > 700
 
 
 def test_the_largest_batch_has_the_most_pixels_predictions_and_denoising_steps() -> None:
     small, large = replace(PAIR, batch_size=1), replace(PAIR, batch_size=2)
-    kept = replace(large, action="preserve")
-    data, place = pairs_of(small, large, kept).limited_to_largest_batch()
-    (batch,) = data.iterate_epoch(1, [place], lambda p: p, 0, False)
+    preserved = replace(large, action="preserve")
+    data, index = pairs_of(small, large, preserved).limited_to_largest_batch()
+    (batch,) = data.iterate_epoch(1, [index], lambda p: p, 0, False)
     assert len(batch.keys) == 2 and concept_of(batch).push and concept_of(batch).num_denoised == 9
 
 
-def test_files_tell_the_prompts_as_those_of_sd_scripts_do() -> None:
+def test_metadata_lists_the_prompts_like_sd_scripts() -> None:
     data = pairs_of(*(replace(PAIR, target=f"é{n}") for n in range(20)))
-    told = data.metadata(DatasetOptions(), 1)
-    assert (told["ss_leco_prompt_count"], told["ss_leco_prompts_file"]) == (20, "prompts.toml")
-    preview = json.loads(told["ss_leco_preview"])
-    assert len(preview) == 16 and "é0" in told["ss_leco_preview"]
+    metadata = data.metadata(DatasetOptions(), 1)
+    assert (metadata["ss_leco_prompt_count"], metadata["ss_leco_prompts_file"]) == (20, "prompts.toml")
+    preview = json.loads(metadata["ss_leco_preview"])
+    assert len(preview) == 16 and "é0" in metadata["ss_leco_preview"]
     assert preview[0] == {
         "target": "é0", "positive": "van gogh", "unconditional": "", "neutral": "art", "action": "erase",
         "multiplier": -2.0, "weight": 0.5,
     }  # fmt: skip
 
 
-def test_other_prompts_are_another_dataset_and_a_moved_file_is_not() -> None:
+def test_the_identity_depends_on_the_prompts_but_not_on_the_path() -> None:
     here = pairs_of(PAIR).identity
     assert pairs_of(replace(PAIR, place="elsewhere.toml")).identity == here
     assert pairs_of(replace(PAIR, neutral="a photo")).identity != here
     assert pairs_of(replace(PAIR, batch_size=1)).identity != here
 
 
-def opened(text: str, folder: Path, tells_sizes: bool = True) -> PromptPairs:
+def open_pairs(text: str, folder: Path, tells_sizes: bool = True) -> PromptPairs:
     path = folder / "prompts.toml"
     path.write_text(text)
     arch: Any = SimpleNamespace(
@@ -128,21 +128,23 @@ def opened(text: str, folder: Path, tells_sizes: bool = True) -> PromptPairs:
     return open_prompt_pairs(ConceptOptions(str(path), 40, 3.0), run, arch, 1, 2)
 
 
-def test_the_run_is_one_epoch_of_all_its_batches(tmp_path: Path) -> None:
-    assert opened('[[prompts]]\ntarget = "x"\n', tmp_path).num_batches == 5 * 3 * 2
+def test_a_run_is_one_epoch_of_all_batches(tmp_path: Path) -> None:
+    assert open_pairs('[[prompts]]\ntarget = "x"\n', tmp_path).num_batches == 5 * 3 * 2
 
 
 @pytest.mark.parametrize(("side", "near"), [(500, 496), (32, 64)])
-def test_a_size_that_the_model_cannot_draw_is_refused(tmp_path: Path, side: int, near: int) -> None:
+def test_a_size_that_the_model_cannot_generate_is_refused(tmp_path: Path, side: int, near: int) -> None:
     with pytest.raises(
         ValueError, match=f"resolution has a side of {side}; use {near}, at least 64 and a multiple of 8"
     ):
-        opened(f'[[prompts]]\ntarget = "x"\nresolution = {side}\n', tmp_path)
+        open_pairs(f'[[prompts]]\ntarget = "x"\nresolution = {side}\n', tmp_path)
 
 
-def test_what_is_cut_and_what_does_nothing_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_prompts_and_options_without_effect_are_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
-        opened('[[prompts]]\ntarget = "one two three four"\ndynamic_crops = true\n', tmp_path, tells_sizes=False)
+        open_pairs('[[prompts]]\ntarget = "one two three four"\ndynamic_crops = true\n', tmp_path, tells_sizes=False)
     crops, cut = (record.message for record in caplog.records)
     assert "dynamic_crops has no effect: the base model has no size input" in crops
     assert "a prompt has 4 tokens, of which only the first 3 are used: one two three four" in cut

@@ -1,4 +1,4 @@
-"""--prompts_file: what each form means, and what is said of mistakes."""
+"""The forms of --prompts_file and the errors for mistakes in them."""
 
 import logging
 from pathlib import Path
@@ -9,38 +9,38 @@ from library.data.concepts.prompts_file import PromptPair, read_prompt_pairs
 from library.errors import UserError
 
 
-def written(folder: Path, text: str, name: str = "prompts.toml") -> Path:
+def write_file(folder: Path, text: str, name: str = "prompts.toml") -> Path:
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def pairs_in(folder: Path, text: str) -> list[PromptPair]:
-    return read_prompt_pairs(written(folder, text))
+def read_pairs(folder: Path, text: str) -> list[PromptPair]:
+    return read_prompt_pairs(write_file(folder, text))
 
 
 def fields_of(pair: PromptPair) -> tuple[str, str, str, str, str, float]:
     return pair.target, pair.positive, pair.unconditional, pair.neutral, pair.action, pair.multiplier
 
 
-def refusal(folder: Path, text: str, name: str = "prompts.toml") -> str:
+def catch_refusal(folder: Path, text: str, name: str = "prompts.toml") -> str:
     with pytest.raises(ValueError) as refused:
-        read_prompt_pairs(written(folder, text, name))
+        read_prompt_pairs(write_file(folder, text, name))
     message = str(refused.value)
     assert message.startswith("--prompts_file ") and name in message and "\n" not in message
     return message
 
 
-def test_a_target_alone_is_erased_with_the_defaults(tmp_path: Path) -> None:
-    (pair,) = pairs_in(tmp_path, '[[prompts]]\ntarget = "van gogh"\n')
+def test_a_target_alone_is_erased_with_default_values(tmp_path: Path) -> None:
+    (pair,) = read_pairs(tmp_path, '[[prompts]]\ntarget = "van gogh"\n')
     assert fields_of(pair) == ("van gogh", "van gogh", "", "", "erase", 1.0)
     assert (pair.height, pair.width, pair.batch_size, pair.weight, pair.guidance_scale) == (512, 512, 1, 1.0, 1.0)
     assert not pair.dynamic_resolution and not pair.dynamic_crops
     assert pair.push == -1.0
 
 
-def test_everything_can_be_said(tmp_path: Path) -> None:
-    (pair,) = pairs_in(
+def test_every_key_of_a_prompt_is_read(tmp_path: Path) -> None:
+    (pair,) = read_pairs(
         tmp_path,
         """
         [[prompts]]
@@ -62,22 +62,22 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
     assert pair.dynamic_crops
 
 
-def test_neutral_is_the_unconditional_prompt_where_nothing_is_said(tmp_path: Path) -> None:
-    (pair,) = pairs_in(tmp_path, '[[prompts]]\ntarget = "cat"\nunconditional = "ugly"\n')
+def test_neutral_defaults_to_the_unconditional_prompt(tmp_path: Path) -> None:
+    (pair,) = read_pairs(tmp_path, '[[prompts]]\ntarget = "cat"\nunconditional = "ugly"\n')
     assert pair.neutral == "ugly"
 
 
-def test_what_stands_above_holds_for_all_that_say_nothing_else(tmp_path: Path) -> None:
+def test_top_level_keys_are_defaults_for_all_entries(tmp_path: Path) -> None:
     text = (
         'resolution = 768\naction = "enhance"\n[[prompts]]\ntarget = "a"\n[[prompts]]\ntarget = "b"\nresolution = 256\n'
     )
-    first, second = pairs_in(tmp_path, text)
+    first, second = read_pairs(tmp_path, text)
     assert (first.height, second.height) == (768, 256)
     assert first.action == second.action == "enhance"
 
 
-def test_a_slider_with_both_ends_is_four_pairs(tmp_path: Path) -> None:
-    pairs = pairs_in(
+def test_a_slider_with_both_ends_gives_four_pairs(tmp_path: Path) -> None:
+    pairs = read_pairs(
         tmp_path,
         """
         guidance_scale = 2.0
@@ -106,12 +106,12 @@ def test_a_slider_with_both_ends_is_four_pairs(tmp_path: Path) -> None:
         ("negative", [("", "old", "", "", "erase", 1.0), ("", "old", "", "", "enhance", -1.0)]),
     ],
 )
-def test_a_slider_with_one_end_is_two_pairs(tmp_path: Path, end: str, expected: list[object]) -> None:
-    assert [fields_of(pair) for pair in pairs_in(tmp_path, f'[[targets]]\n{end} = "old"\n')] == expected
+def test_a_slider_with_one_end_gives_two_pairs(tmp_path: Path, end: str, expected: list[object]) -> None:
+    assert [fields_of(pair) for pair in read_pairs(tmp_path, f'[[targets]]\n{end} = "old"\n')] == expected
 
 
 def test_a_slider_has_its_pairs_for_each_neutral_prompt_and_size(tmp_path: Path) -> None:
-    written(tmp_path, "a painting\n\n  a photo \n", "neutrals.txt")
+    write_file(tmp_path, "a painting\n\n  a photo \n", "neutrals.txt")
     text = """
         neutrals = ["", "a drawing"]
         neutral_prompt_file = "neutrals.txt"
@@ -123,7 +123,7 @@ def test_a_slider_has_its_pairs_for_each_neutral_prompt_and_size(tmp_path: Path)
         neutral = "a house"
         resolution = 64
     """
-    pairs = pairs_in(tmp_path, text)
+    pairs = read_pairs(tmp_path, text)
     first, second = pairs[:16], pairs[16:]
     assert [pair.neutral for pair in first[::4]] == ["", "a drawing", "a painting", "a photo"]
     assert {(pair.height, pair.width) for pair in first} == {(512, 512), (768, 512)}
@@ -140,19 +140,19 @@ def test_a_slider_has_its_pairs_for_each_neutral_prompt_and_size(tmp_path: Path)
         'target = "x"\n[[prompts]]\nbatch_size = 1\n',
     ],
 )
-def test_every_form_that_sd_scripts_reads_is_read(tmp_path: Path, text: str) -> None:
-    assert [fields_of(pair) for pair in pairs_in(tmp_path, text)] == [("x", "x", "", "", "erase", 1.0)]
+def test_every_form_that_sd_scripts_accepts_is_read(tmp_path: Path, text: str) -> None:
+    assert [fields_of(pair) for pair in read_pairs(tmp_path, text)] == [("x", "x", "", "", "erase", 1.0)]
 
 
 @pytest.mark.parametrize(
     "text", ['[[prompts]]\ntarget_class = "cat"\npositive = "old"\n', 'target_class = "cat"\npositive = "old"\n']
 )
-def test_a_target_class_makes_a_slider_wherever_it_stands(tmp_path: Path, text: str) -> None:
-    assert [pair.action for pair in pairs_in(tmp_path, text)] == ["enhance", "erase"]
+def test_a_target_class_makes_a_slider_in_any_table(tmp_path: Path, text: str) -> None:
+    assert [pair.action for pair in read_pairs(tmp_path, text)] == ["enhance", "erase"]
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("", "is empty; it needs [[prompts]]"),
         ("batch_size = 1\n", "names no prompts"),
@@ -191,21 +191,21 @@ def test_a_target_class_makes_a_slider_wherever_it_stands(tmp_path: Path, text: 
         ("[[prompts]\n", "is not valid TOML"),
     ],
 )  # fmt: skip
-def test_each_mistake_is_one_sentence_with_the_way_out(tmp_path: Path, text: str, words: str) -> None:
-    assert words in refusal(tmp_path, text)
+def test_each_mistake_raises_a_one_line_error_with_a_solution(tmp_path: Path, text: str, message: str) -> None:
+    assert message in catch_refusal(tmp_path, text)
 
 
-def test_yaml_of_other_programs_is_told_from_toml(tmp_path: Path) -> None:
-    assert "must be a TOML file; docs/train_leco.md" in refusal(tmp_path, "- target: x\n", "prompts.yaml")
+def test_yaml_files_of_other_programs_are_refused(tmp_path: Path) -> None:
+    assert "must be a TOML file; docs/train_leco.md" in catch_refusal(tmp_path, "- target: x\n", "prompts.yaml")
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="but there is no such file"):
         read_prompt_pairs(tmp_path / "no.toml")
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ('[[targets]]\npositive = "x"\nresolutions = [512, 768]\n', "is one size, height 512, width 768; for"),
         (
@@ -214,31 +214,31 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_is_hardly_meant_is_warned_of_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, words: str
+def test_probable_mistakes_are_warned_about_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, message: str
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        pairs_in(tmp_path, text)
+        read_pairs(tmp_path, text)
     (record,) = caplog.records
-    assert words in record.message
+    assert message in record.message
 
 
-def test_each_oddity_is_told_once_and_where_it_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_warning_is_given_once_to_the_given_function(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = '[[targets]]\npositive = "p"\nresolutions = [64, 128]\nneutrals = ["", "a photo", "a painting"]'
-    told: list[object] = []
+    warnings: list[object] = []
     with caplog.at_level(logging.WARNING):
-        read_prompt_pairs(written(tmp_path, text), warn=lambda *message: told.append(message))
-    assert len(told) == 1 and caplog.records == []
+        read_prompt_pairs(write_file(tmp_path, text), warn=lambda *message: warnings.append(message))
+    assert len(warnings) == 1 and caplog.records == []
 
 
 def test_a_preserved_prompt_is_trained_toward_its_own_prediction(tmp_path: Path) -> None:
     text = (
         '[[prompts]]\ntarget = "a circle"\n[[prompts]]\ntarget = "a square"\naction = "preserve"\nguidance_scale = 2\n'
     )
-    erased, kept = pairs_in(tmp_path, text)
-    assert erased.push == -1.0 and (kept.push, kept.neutral) == (0.0, "a square")
+    erased, preserved = read_pairs(tmp_path, text)
+    assert erased.push == -1.0 and (preserved.push, preserved.neutral) == (0.0, "a square")
     for key in ("positive", "neutral"):
         with pytest.raises(UserError, match=f"number 2: {key} has no effect with action preserve"):
-            pairs_in(tmp_path, f'{text}{key} = "a"\n')
+            read_pairs(tmp_path, f'{text}{key} = "a"\n')
     with pytest.raises(UserError, match="every entry has action preserve, so nothing is changed; add one to erase"):
-        pairs_in(tmp_path, '[[prompts]]\ntarget = "a square"\naction = "preserve"\n')
+        read_pairs(tmp_path, '[[prompts]]\ntarget = "a square"\naction = "preserve"\n')

@@ -1,4 +1,4 @@
-"""Images found in folders and metadata files."""
+"""Scanning of folders and metadata files for images."""
 
 import json
 import os
@@ -19,18 +19,18 @@ def scan(tmp_path: Path, subset: str, dataset: str = "", arguments: str = "") ->
     text = f"[[datasets]]\nresolution = 64\n{dataset}\n[[datasets.subsets]]\n{subset}\n"
     path = tmp_path / "data.toml"
     path.write_text(text.replace("{here}", tmp_path.as_posix()), encoding="utf-8")
-    (found,) = collect(load_dataset_config(options_of(arguments, "--dataset_config", str(path))))
-    return found.subsets[0]
+    (scanned,) = collect(load_dataset_config(options_of(arguments, "--dataset_config", str(path))))
+    return scanned.subsets[0]
 
 
 FOLDER = 'image_dir = "{here}/pictures"\ncaption_extension = ".txt"\n'
 
 
-def names(found: ScannedSubset) -> list[str]:
-    return [os.path.basename(image.key) for image in found.images]
+def names(scanned: ScannedSubset) -> list[str]:
+    return [os.path.basename(image.key) for image in scanned.images]
 
 
-def test_images_of_one_folder_are_sorted_and_not_searched_for_below(tmp_path):
+def test_images_of_a_folder_are_sorted_and_subfolders_not_searched(tmp_path):
     folder = tmp_path / "pictures"
     for name in ("b.png", "a.JPG", "C.webp", "d.bmp", "e.Png", "below/f.png"):
         write_image(folder / name)
@@ -38,45 +38,45 @@ def test_images_of_one_folder_are_sorted_and_not_searched_for_below(tmp_path):
     assert names(scan(tmp_path, FOLDER)) == ["C.webp", "a.JPG", "b.png", "d.bmp"]
 
 
-def test_names_with_spaces_brackets_and_other_letters(tmp_path):
+def test_file_names_may_have_spaces_brackets_and_non_ascii_letters(tmp_path):
     folder = tmp_path / "pictures"
     for name in ("a b.png", "[x] (1).png", "ねこ.png", "ünï{c}.png", "*?.png"):
         write_image(folder / name).with_suffix(".txt").write_text(f"caption of {name}", encoding="utf-8")
-    found = scan(tmp_path, FOLDER)
-    assert [image.caption for image in found.images] == [f"caption of {name}" for name in names(found)]
-    assert len(found.images) == 5
+    scanned = scan(tmp_path, FOLDER)
+    assert [image.caption for image in scanned.images] == [f"caption of {name}" for name in names(scanned)]
+    assert len(scanned.images) == 5
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights there")
-def test_links_are_followed_and_loops_do_no_harm(tmp_path):
+def test_symbolic_links_are_followed_and_loops_skipped(tmp_path):
     folder = write_folder(tmp_path / "pictures", 1)
     (folder / "link.png").symlink_to(folder / "p0.png")
     (folder / "loop.png").symlink_to(folder / "loop.png")
     (folder / "gone.png").symlink_to(folder / "nothing.png")
     (folder / "folder.png").symlink_to(folder)
-    found = scan(tmp_path, FOLDER)
-    assert names(found) == ["link.png", "p0.png"]
-    assert sorted(os.path.basename(path) for path, _ in found.dropped) == ["gone.png", "loop.png"]
+    scanned = scan(tmp_path, FOLDER)
+    assert names(scanned) == ["link.png", "p0.png"]
+    assert sorted(os.path.basename(path) for path, _ in scanned.dropped) == ["gone.png", "loop.png"]
 
 
-def test_captions_come_from_files_then_class_tokens_then_are_empty(tmp_path):
+def test_captions_fall_back_to_class_tokens_and_then_to_empty(tmp_path):
     folder = tmp_path / "pictures"
     write_image(folder / "a.png").with_suffix(".txt").write_bytes(b"\xef\xbb\xbf  first line \r\nsecond\r\n")
     write_image(folder / "b.png")
     write_image(folder / "c.png").with_suffix(".txt").write_text("")
-    found = scan(tmp_path, FOLDER + 'class_tokens = "cat"')
-    assert [image.caption for image in found.images] == ["first line", "cat", ""]
-    assert [os.path.basename(p) for p in found.without_caption] == ["b.png"]
-    assert [os.path.basename(p) for p in found.empty_caption] == ["c.png"]
+    scanned = scan(tmp_path, FOLDER + 'class_tokens = "cat"')
+    assert [image.caption for image in scanned.images] == ["first line", "cat", ""]
+    assert [os.path.basename(p) for p in scanned.without_caption] == ["b.png"]
+    assert [os.path.basename(p) for p in scanned.empty_caption] == ["c.png"]
     assert scan(tmp_path, FOLDER).images[1].caption == ""
 
 
-def test_with_wildcards_all_lines_that_are_not_blank_are_kept(tmp_path):
+def test_with_wildcards_all_nonblank_lines_are_kept(tmp_path):
     write_image(tmp_path / "pictures/a.png").with_suffix(".txt").write_text(" one \n\n two\n")
     assert scan(tmp_path, FOLDER + "enable_wildcard = true").images[0].caption == "one\ntwo"
 
 
-def test_cuttings_of_faces_share_the_caption_of_their_image(tmp_path):
+def test_face_crops_share_the_caption_of_their_image(tmp_path):
     folder = tmp_path / "pictures"
     write_image(folder / "me_10_20_30_40.png")
     write_image(folder / "you_10_20_30_40.png").with_suffix(".txt").write_text("own")
@@ -85,25 +85,25 @@ def test_cuttings_of_faces_share_the_caption_of_their_image(tmp_path):
     assert [image.caption for image in scan(tmp_path, FOLDER).images] == ["shared", "own"]
 
 
-def test_captions_in_another_encoding_are_named(tmp_path):
+def test_captions_in_another_encoding_are_refused_by_name(tmp_path):
     write_image(tmp_path / "pictures/a.png").with_suffix(".txt").write_bytes("grün".encode("latin-1"))
     with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
         scan(tmp_path, FOLDER)
 
 
-def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path):
+def test_unreadable_images_are_skipped_with_the_reason(tmp_path):
     folder = write_folder(tmp_path / "pictures", 1)
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.png").write_text("this is no image")
     (folder / "cut.png").write_bytes((folder / "p0.png").read_bytes()[:20])
-    found = scan(tmp_path, FOLDER)
-    reasons = {os.path.basename(path): reason for path, reason in found.dropped}
-    assert names(found) == ["p0.png"] and reasons.keys() == {"empty.png", "text.png", "cut.png"}
+    scanned = scan(tmp_path, FOLDER)
+    reasons = {os.path.basename(path): reason for path, reason in scanned.dropped}
+    assert names(scanned) == ["p0.png"] and reasons.keys() == {"empty.png", "text.png", "cut.png"}
     assert reasons["empty.png"] == "is empty" and "not an image" in reasons["text.png"]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_sizes_are_those_of_the_upright_image(tmp_path, orientation):
+def test_sizes_refer_to_the_upright_image(tmp_path, orientation):
     image = Image.new("RGB", (30, 20))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -112,12 +112,12 @@ def test_sizes_are_those_of_the_upright_image(tmp_path, orientation):
         assert read_size(str(tmp_path / name)) == ((30, 20) if orientation < 5 else (20, 30))
 
 
-def test_tags_of_an_image_that_are_damaged_do_not_lose_it(tmp_path):
+def test_an_image_with_damaged_exif_data_is_kept(tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00II*\x00" + struct.pack("<I", 9999))
     assert read_size(str(tmp_path / "a.jpg")) == (30, 20)
 
 
-def test_a_folder_named_twice_in_one_dataset_counts_once(tmp_path, caplog):
+def test_a_folder_listed_twice_in_one_dataset_counts_once(tmp_path, caplog):
     write_folder(tmp_path / "pictures", 2)
     options = write_config(
         tmp_path / "data.toml",
@@ -127,13 +127,13 @@ def test_a_folder_named_twice_in_one_dataset_counts_once(tmp_path, caplog):
     assert "is listed twice in one dataset" in caplog.text
 
 
-def test_a_folder_named_in_two_datasets_counts_twice(tmp_path):
+def test_a_folder_listed_in_two_datasets_counts_twice(tmp_path):
     write_folder(tmp_path / "pictures", 2)
-    one = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{FOLDER}"
-    assert plan_of(write_config(tmp_path / "data.toml", one + one + "num_repeats = 3\n")).num_train_images == 8
+    dataset = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{FOLDER}"
+    assert plan_of(write_config(tmp_path / "data.toml", dataset + dataset + "num_repeats = 3\n")).num_train_images == 8
 
 
-def test_a_subset_without_images_is_an_error_and_none_at_all_is_no_data(tmp_path):
+def test_an_empty_subset_is_an_error_and_an_empty_dataset_raises_no_data_found(tmp_path):
     write_folder(tmp_path / "pictures", 1)
     (tmp_path / "nothing").mkdir()
     empty = '[[datasets.subsets]]\nimage_dir = "{here}/nothing"\n'
@@ -158,12 +158,12 @@ def write_metadata(tmp_path: Path, table: object) -> None:
     (tmp_path / "meta.json").write_text(json.dumps(table), encoding="utf-8")
 
 
-def test_metadata_keys_are_paths_with_or_without_ending(tmp_path):
+def test_metadata_keys_are_paths_with_or_without_extension(tmp_path):
     folder = write_folder(tmp_path / "pictures", 3, size=(48, 32), caption=None)
     keys = [str(folder / "p0.png"), "p1.png", "p2"]
     write_metadata(tmp_path, {key: {"caption": f"c{i}", "image_size": [9, 9]} for i, key in enumerate(keys)})
-    found = scan(tmp_path, METADATA)
-    assert [(os.path.basename(p.key), p.caption, p.size) for p in found.images] == [
+    scanned = scan(tmp_path, METADATA)
+    assert [(os.path.basename(p.key), p.caption, p.size) for p in scanned.images] == [
         (f"p{i}.png", f"c{i}", (48, 32)) for i in range(3)
     ]
 
@@ -171,8 +171,8 @@ def test_metadata_keys_are_paths_with_or_without_ending(tmp_path):
 def test_a_stem_does_not_match_the_beginning_of_another_name(tmp_path):
     write_image(tmp_path / "pictures/cat10.png")
     write_metadata(tmp_path, {"cat1": {"caption": "x"}, "cat10": {"caption": "y"}})
-    found = scan(tmp_path, METADATA)
-    assert names(found) == ["cat10.png"] and [path for path, _ in found.dropped] == ["cat1"]
+    scanned = scan(tmp_path, METADATA)
+    assert names(scanned) == ["cat10.png"] and [path for path, _ in scanned.dropped] == ["cat1"]
 
 
 @pytest.mark.parametrize(
@@ -192,18 +192,18 @@ def test_caption_and_tags_are_combined(tmp_path, entry, plain, wildcard):
     assert scan(tmp_path, METADATA + "enable_wildcard = true").images[0].caption == wildcard
 
 
-def test_json_lines(tmp_path):
+def test_json_lines_files_are_read(tmp_path):
     folder = write_folder(tmp_path / "pictures", 2, caption=None)
     lines = [
         {"image_path": str(folder / "p0.png"), "caption": "x"},
         {"image_path": "p1.png", "caption": "y", "tags": "z"},
     ]
     (tmp_path / "meta.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
-    found = scan(tmp_path, METADATA.replace(".json", ".jsonl"))
-    assert [image.caption for image in found.images] == ["x", "y,z"]
+    scanned = scan(tmp_path, METADATA.replace(".json", ".jsonl"))
+    assert [image.caption for image in scanned.images] == ["x", "y,z"]
 
 
-def test_metadata_keys_can_be_paths_as_they_were_typed_below_the_working_folder(tmp_path, monkeypatch):
+def test_metadata_keys_can_be_relative_to_the_working_folder(tmp_path, monkeypatch):
     write_image(tmp_path / "pictures" / "mine" / "a.png", (64, 64))
     (tmp_path / "meta.json").write_text(json.dumps({"pictures/mine/a.png": {"caption": "a cat"}}))
     monkeypatch.chdir(tmp_path)
@@ -212,7 +212,7 @@ def test_metadata_keys_can_be_paths_as_they_were_typed_below_the_working_folder(
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "words"),
+    ("name", "text", "message"),
     [
         ("meta.json", "{", "meta.json is not valid JSON: .*line 1"),
         ("meta.json", "[" * 100_000, "meta.json is not valid JSON: it is nested too deeply"),
@@ -224,13 +224,13 @@ def test_metadata_keys_can_be_paths_as_they_were_typed_below_the_working_folder(
         ("meta.jsonl", '{"caption": "x"}', "line 1: image_path is missing"),
     ],
 )
-def test_mistakes_in_metadata_files_are_named(tmp_path, name, text, words):
+def test_invalid_metadata_files_raise_errors_that_name_the_mistake(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         scan(tmp_path, METADATA.replace("meta.json", name))
 
 
-def test_a_missing_metadata_file_is_named(tmp_path):
+def test_a_missing_metadata_file_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"meta\.json: there is no such file"):
         scan(tmp_path, METADATA)
 
@@ -240,15 +240,15 @@ def test_a_missing_metadata_file_is_named(tmp_path):
 MASKED = FOLDER + 'conditioning_data_dir = "{here}/masks"\n'
 
 
-def test_masks_are_found_by_stem(tmp_path):
+def test_masks_are_matched_by_stem(tmp_path):
     write_folder(tmp_path / "pictures", 2)
     for i in range(2):
         write_image(tmp_path / f"masks/p{i}.jpg")
-    found = scan(tmp_path, MASKED, arguments="--masked_loss")
-    assert [os.path.basename(image.mask_path or "") for image in found.images] == ["p0.jpg", "p1.jpg"]
+    scanned = scan(tmp_path, MASKED, arguments="--masked_loss")
+    assert [os.path.basename(image.mask_path or "") for image in scanned.images] == ["p0.jpg", "p1.jpg"]
 
 
-def test_missing_and_surplus_masks_are_named(tmp_path):
+def test_missing_and_surplus_masks_are_refused_by_name(tmp_path):
     write_folder(tmp_path / "pictures", 2)
     write_image(tmp_path / "masks/p0.png")
     with pytest.raises(ValueError, match=r"1 image without a mask.*p1\.png"):

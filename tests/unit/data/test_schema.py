@@ -1,4 +1,4 @@
-"""The dataset file: what it may say, and which value holds."""
+"""Dataset files: the accepted keys and the precedence of values."""
 
 import dataclasses
 from pathlib import Path
@@ -20,13 +20,13 @@ def load(tmp_path: Path, text: str, arguments: str = "", name: str = "data.toml"
     return load_dataset_config(options_of(arguments, "--dataset_config", str(path))).datasets
 
 
-def mistakes(tmp_path: Path, text: str, arguments: str = "", name: str = "data.toml") -> str:
+def catch_mistakes(tmp_path: Path, text: str, arguments: str = "", name: str = "data.toml") -> str:
     with pytest.raises(ValueError) as error:
         load(tmp_path, text, arguments, name)
     return str(error.value)
 
 
-def test_defaults_are_those_of_sd_scripts(tmp_path):
+def test_defaults_match_sd_scripts(tmp_path):
     (dataset,) = load(tmp_path, SUBSET)
     (subset,) = dataset.subsets
     assert (dataset.resolution, dataset.batch_size, dataset.enable_bucket) == ((512, 512), 1, False)
@@ -52,7 +52,7 @@ LEVELS = {
 
 
 @pytest.mark.parametrize(("winner", "value"), [("subset", 3), ("dataset", 2), ("general", 1), ("option", 9)])
-def test_the_closest_value_wins(tmp_path, winner, value):
+def test_the_most_specific_value_wins(tmp_path, winner, value):
     text = LEVELS[winner][0].format(g="keep_tokens = 1", d="keep_tokens = 2", s="keep_tokens = 3")
     (dataset,) = load(tmp_path, text, "--keep_tokens 9")
     assert dataset.subsets[0].captions.keep_tokens == value
@@ -65,21 +65,21 @@ def test_false_zero_and_empty_text_in_the_file_win_over_options(tmp_path):
     assert (rules.shuffle_caption, rules.keep_tokens, rules.keep_tokens_separator) == (False, 0, "")
 
 
-def test_options_of_other_names_stand_in_for_batch_size_and_repeats(tmp_path):
+def test_train_batch_size_and_dataset_repeats_are_defaults_for_the_file(tmp_path):
     (dataset,) = load(tmp_path, SUBSET, "--train_batch_size 3 --dataset_repeats 5 --caption_extention txt")
     assert (dataset.batch_size, dataset.subsets[0].num_repeats) == (3, 5)
     assert dataset.subsets[0].caption_extension == ".txt"
 
 
 @pytest.mark.parametrize(("text", "size"), [("512", (512, 512)), ("768,512", (768, 512)), ("768, 512", (768, 512))])
-def test_resolution_on_the_command_line(tmp_path, text, size):
+def test_the_resolution_may_be_given_on_the_command_line(tmp_path, text, size):
     path = tmp_path / "data.toml"
     path.write_text(SUBSET.replace("resolution = 512", ""))
     options = options_of("", "--dataset_config", str(path), "--resolution", text)
     assert load_dataset_config(options).datasets[0].resolution == size
 
 
-def test_json_says_the_same_as_toml(tmp_path):
+def test_json_and_toml_files_are_equivalent(tmp_path):
     text = '{"general": {"batch_size": 2}, "datasets": [{"resolution": [64, 32], "subsets": [{"image_dir": "a"}]}]}'
     toml = "[general]\nbatch_size=2\n[[datasets]]\nresolution=[64,32]\n[[datasets.subsets]]\nimage_dir='a'\n"
     assert load(tmp_path, text, name="data.JSON") == load(tmp_path, toml)
@@ -136,19 +136,19 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("text", "words"), MISTAKES, ids=[words for _, words in MISTAKES])
-def test_mistakes_are_named_with_their_place(tmp_path, text, words):
-    assert words in mistakes(tmp_path, text)
+@pytest.mark.parametrize(("text", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
+def test_mistakes_raise_errors_that_name_their_place(tmp_path, text, message):
+    assert message in catch_mistakes(tmp_path, text)
 
 
-def test_all_mistakes_are_named_at_once(tmp_path):
-    message = mistakes(tmp_path, "[general]\nshufle_caption = true\n" + SUBSET + "num_repeats = 1.5\n")
+def test_all_mistakes_are_reported_at_once(tmp_path):
+    message = catch_mistakes(tmp_path, "[general]\nshufle_caption = true\n" + SUBSET + "num_repeats = 1.5\n")
     assert "did you mean shuffle_caption?" in message and "['num_repeats'] is 1.5" in message
 
 
-def test_keys_of_another_style_are_named(tmp_path):
+def test_keys_of_another_style_are_refused(tmp_path):
     text = "[[datasets]]\nresolution = 8\n[[datasets.subsets]]\nmetadata_file = 'm.json'\nclass_tokens = 'x'\n"
-    assert "['class_tokens'] is not allowed here; it is only for subsets of style dreambooth" in mistakes(
+    assert "['class_tokens'] is not allowed here; it is only for subsets of style dreambooth" in catch_mistakes(
         tmp_path, text
     )
     assert (
@@ -157,25 +157,25 @@ def test_keys_of_another_style_are_named(tmp_path):
     )
 
 
-def test_syntax_mistakes_name_file_line_and_column(tmp_path):
-    message = mistakes(tmp_path, "[general]\nbatch_size = = 2\n")
+def test_syntax_errors_name_file_line_and_column(tmp_path):
+    message = catch_mistakes(tmp_path, "[general]\nbatch_size = = 2\n")
     assert "data.toml is not valid TOML" in message and "line 2, column 14" in message
-    assert "line 1 column 2" in mistakes(tmp_path, "{bad", name="data.json")
+    assert "line 1 column 2" in catch_mistakes(tmp_path, "{bad", name="data.json")
 
 
-def test_files_of_another_kind_or_missing_are_named(tmp_path):
-    assert "must end in .toml or .json" in mistakes(tmp_path, "", name="data.yaml")
+def test_missing_files_and_other_formats_are_refused(tmp_path):
+    assert "must end in .toml or .json" in catch_mistakes(tmp_path, "", name="data.yaml")
     for name in ("none.toml", "none.json"):
         with pytest.raises(UserError, match="there is no such file"):
             load_dataset_config(options_of("", "--dataset_config", str(tmp_path / name)))
 
 
-def test_a_byte_order_mark_is_no_mistake(tmp_path):
+def test_a_byte_order_mark_is_accepted(tmp_path):
     (tmp_path / "data.toml").write_bytes(b"\xef\xbb\xbf" + SUBSET.encode())
     assert load_dataset_config(options_of("", "--dataset_config", str(tmp_path / "data.toml"))).datasets
 
 
-def test_validation_keys_may_stand_in_a_subset(tmp_path):
+def test_validation_keys_may_be_set_per_subset(tmp_path):
     text = "[general]\nvalidation_seed = 4\n" + SUBSET.replace("resolution", "validation_split = 0.5\nresolution")
     text += "[[datasets.subsets]]\nimage_dir = 'b'\nvalidation_split = 0.25\nvalidation_seed = 3\n"
     (dataset,) = load(tmp_path, text, "--validation_split 0.125 --validation_seed 9")
@@ -187,26 +187,26 @@ def test_validation_keys_may_stand_in_a_subset(tmp_path):
 def test_masks_make_a_masked_dataset_and_refuse_random_crops(tmp_path):
     text = SUBSET + "conditioning_data_dir = 'm'\n"
     assert load(tmp_path, text, "--masked_loss")[0].style == "masked"
-    assert "random_crop does not work" in mistakes(tmp_path, text + "random_crop = true\n", "--masked_loss")
+    assert "random_crop does not work" in catch_mistakes(tmp_path, text + "random_crop = true\n", "--masked_loss")
 
 
-def test_a_subset_without_repeats_is_left_out_and_said_so(tmp_path, caplog):
+def test_a_subset_with_zero_repeats_is_skipped_with_a_warning(tmp_path, caplog):
     (dataset,) = load(tmp_path, SUBSET + "num_repeats = 0\n")
     assert dataset.subsets == ()
     assert "a is skipped: num_repeats is 0" in caplog.text
 
 
-def test_a_network_multiplier_that_does_nothing_is_said_so(tmp_path, caplog):
+def test_network_multiplier_is_warned_about_as_without_effect(tmp_path, caplog):
     load(tmp_path, SUBSET.replace("512", "512\nnetwork_multiplier = 0.5"))
     assert "['network_multiplier'] has no effect" in caplog.text
 
 
-def test_cache_info_is_said_to_be_replaced_by_an_index(tmp_path, caplog):
+def test_cache_info_is_warned_about_as_replaced_by_an_index(tmp_path, caplog):
     load(tmp_path, SUBSET.replace("512", "512\ncache_info = true"))
     assert "['cache_info'] has no effect: folders of 256 images or more have an index" in caplog.text
 
 
-def test_folder_arguments_beside_a_file_are_ignored_and_said_so(tmp_path, caplog):
+def test_folder_arguments_are_ignored_with_a_warning_if_a_file_is_given(tmp_path, caplog):
     load(tmp_path, SUBSET, "--train_data_dir elsewhere")
     assert "--train_data_dir is ignored" in caplog.text
 
@@ -217,26 +217,26 @@ def folder_options(tmp_path: Path, *names: str, arguments: str = "") -> TrainOpt
     return options_of(f"--resolution 64 {arguments}", "--train_data_dir", str(tmp_path / "train"))
 
 
-def test_folders_are_sorted_and_give_repeats_and_class(tmp_path):
+def test_folder_names_give_repeats_and_class_tokens(tmp_path):
     options = folder_options(tmp_path, "3_big_cat", "10_a", "2_b", "0_no", "dog", "-1_no")
     (dataset,) = load_dataset_config(options).datasets
-    found = [(subset.base_name, subset.num_repeats, subset.class_tokens) for subset in dataset.subsets]
-    assert found == [("10_a", 10, "a"), ("2_b", 2, "b"), ("3_big_cat", 3, "big_cat")]
+    subsets = [(subset.base_name, subset.num_repeats, subset.class_tokens) for subset in dataset.subsets]
+    assert subsets == [("10_a", 10, "a"), ("2_b", 2, "b"), ("3_big_cat", 3, "big_cat")]
 
 
-def test_folders_without_a_number_are_named(tmp_path, caplog):
+def test_folders_without_a_number_are_skipped_with_a_warning(tmp_path, caplog):
     load_dataset_config(folder_options(tmp_path, "1_a", "dog"))
     assert "folder dog is skipped" in caplog.text
 
 
-def test_regularisation_folders(tmp_path):
+def test_regularisation_folders_become_regularisation_subsets(tmp_path):
     (tmp_path / "reg" / "4_cat").mkdir(parents=True)
     options = folder_options(tmp_path, "1_a", arguments=f"--reg_data_dir {tmp_path / 'reg'}")
     (dataset,) = load_dataset_config(options).datasets
     assert [(subset.base_name, subset.is_reg) for subset in dataset.subsets] == [("1_a", False), ("4_cat", True)]
 
 
-def test_images_that_lie_in_the_parent_itself_are_counted(tmp_path):
+def test_images_directly_in_the_parent_folder_are_counted(tmp_path):
     for name in ("a.png", "b.JPG", "c.txt"):
         (tmp_path / name).touch()
     with pytest.raises(NoDataFound, match="it directly contains 2 images, move them into such a folder"):
@@ -244,13 +244,13 @@ def test_images_that_lie_in_the_parent_itself_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("names", [(), ("dog",)])
-def test_a_parent_without_numbered_folders_holds_no_data(tmp_path, names):
+def test_a_parent_without_numbered_folders_has_no_data(tmp_path, names):
     (tmp_path / "train").mkdir(exist_ok=True)
     with pytest.raises(NoDataFound, match="called N_name"):
         load_dataset_config(folder_options(tmp_path, *names))
 
 
-def test_a_regularisation_folder_that_is_not_there_is_an_error(tmp_path):
+def test_a_missing_regularisation_folder_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"--reg_data_dir .* is not a folder") as error:
         load_dataset_config(folder_options(tmp_path, "1_a", arguments=f"--reg_data_dir {tmp_path / 'none'}"))
     assert not isinstance(error.value, NoDataFound)
@@ -274,25 +274,25 @@ def test_conditioning_data_dir_on_the_command_line_gives_masks():
     assert (dataset.style, dataset.subsets[0].conditioning_data_dir) == ("masked", "m")
 
 
-def test_batches_of_an_own_class_are_no_images():
+def test_a_dataset_class_has_no_images_to_load():
     with pytest.raises(ValueError, match=r"--dataset_class my.Set makes batches during training"):
         load_dataset_config(options_of("--dataset_class my.Set"))
 
 
 @pytest.mark.parametrize("arguments", ["--resolution 1,2,3", "--resolution big", "--face_crop_aug_range 1"])
-def test_options_that_cannot_be_read_are_named(arguments):
+def test_options_that_cannot_be_parsed_are_refused_by_name(arguments):
     with pytest.raises(ValueError, match=arguments.split()[0]):
         load_dataset_config(options_of("--train_data_dir a " + arguments))
 
 
-def test_whole_floats_of_front_ends_are_ints(tmp_path):
+def test_whole_floats_from_front_ends_become_ints(tmp_path):
     options = folder_options(tmp_path, "1_a")
     data = dataclasses.replace(options.dataset, train_batch_size=2.0, face_crop_aug_range="1,3")  # type: ignore[arg-type]
     (dataset,) = load_dataset_config(dataclasses.replace(options, dataset=data)).datasets
     assert (dataset.batch_size, dataset.subsets[0].face_crop_aug_range) == (2, (1.0, 3.0))
 
 
-def test_configurations_cannot_be_changed(tmp_path):
+def test_configurations_are_immutable(tmp_path):
     (dataset,) = load(tmp_path, SUBSET)
     subset: SubsetConfig = dataset.subsets[0]
     with pytest.raises(dataclasses.FrozenInstanceError):

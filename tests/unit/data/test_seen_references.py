@@ -1,4 +1,4 @@
-"""Reference images that text encoders see: which texts are encoded, and which images belong to each."""
+"""Reference images that text encoders see: the texts to encode and the images of each."""
 
 import re
 from collections.abc import Sequence
@@ -35,12 +35,12 @@ def plan(folder: Path, keys: str = "", spec: object = SPEC) -> DataPlan:
         "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/after'\nclass_tokens = 'cat'\n"
         f"control_dirs = ['{{here}}/before']\n{keys}\n"
     )
-    found = plan_of(write_config(folder / "data.toml", text), spec=spec)
-    return found.with_fixed_captions(1).with_seen_references()
+    data_plan = plan_of(write_config(folder / "data.toml", text), spec=spec)
+    return data_plan.with_fixed_captions(1).with_seen_references()
 
 
-def texts(found: DataPlan) -> list[list[str]]:
-    return [list(row) for row in found.caption_texts()]
+def texts(data_plan: DataPlan) -> list[list[str]]:
+    return [list(row) for row in data_plan.caption_texts()]
 
 
 def images_of(caption: str) -> Sequence[torch.Tensor]:
@@ -48,7 +48,7 @@ def images_of(caption: str) -> Sequence[torch.Tensor]:
     return caption.read()
 
 
-def test_a_caption_is_encoded_for_each_set_of_references(tmp_path: Path) -> None:
+def test_a_caption_is_encoded_once_per_set_of_references(tmp_path: Path) -> None:
     first, second = texts(plan(tmp_path))
     assert [len(row) for row in (first, second)] == [1, 1]
     assert plain_caption(first[0]) == plain_caption(second[0]) == "cat" and first[0] != second[0]
@@ -57,7 +57,7 @@ def test_a_caption_is_encoded_for_each_set_of_references(tmp_path: Path) -> None
     assert torch.equal(((image + 1) * 127.5).round().permute(1, 2, 0), torch.from_numpy(with_alpha(rgb, None)).float())
 
 
-def test_mirrored_references_and_dropped_captions_are_texts_of_their_own(tmp_path: Path) -> None:
+def test_mirrored_references_and_dropped_captions_are_separate_texts(tmp_path: Path) -> None:
     (row, _) = texts(plan(tmp_path, "flip_aug = true\ncaption_dropout_rate = 0.1"))
     assert [plain_caption(text) for text in row] == ["cat", "", "cat", ""] and len(set(row)) == 4
     plain, mirrored = (images_of(row[place])[0] for place in (0, 2))
@@ -65,11 +65,11 @@ def test_mirrored_references_and_dropped_captions_are_texts_of_their_own(tmp_pat
 
 
 @pytest.mark.parametrize("is_flipped", [False, True])
-def test_batches_look_features_up_under_the_texts_that_are_encoded(tmp_path: Path, is_flipped: bool) -> None:
-    found = plan(tmp_path, "flip_aug = true\ncaption_dropout_rate = 0.1")
-    assert found.seen is not None
-    for number, row in enumerate(texts(found)):
-        keys = [found.seen.key(number, caption, is_flipped) for caption in ("cat", "")]
+def test_batches_look_up_features_by_the_encoded_texts(tmp_path: Path, is_flipped: bool) -> None:
+    data_plan = plan(tmp_path, "flip_aug = true\ncaption_dropout_rate = 0.1")
+    assert data_plan.seen is not None
+    for number, row in enumerate(texts(data_plan)):
+        keys = [data_plan.seen.key(number, caption, is_flipped) for caption in ("cat", "")]
         assert keys == row[2:] if is_flipped else keys == row[:2]
 
 
@@ -84,7 +84,7 @@ def test_a_text_changes_with_the_content_and_the_crop_of_a_reference(tmp_path: P
 
 
 def encoding_of(options: TextCachingOptions, calls: list[list[str]]) -> TextEncoding:
-    """Encoders that see the images of captions."""
+    """Return the encoding of texts by encoders that read the images of captions."""
 
     def encode(captions: Sequence[str]) -> Conditioning:
         for caption in captions:
@@ -100,22 +100,22 @@ def encoding_of(options: TextCachingOptions, calls: list[list[str]]) -> TextEnco
 def test_an_image_with_a_damaged_reference_is_skipped_by_both_caches(
     tmp_path: Path, options: TextCachingOptions, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With a batch of two captions, one of which cannot be encoded; and without cached latents."""
+    """Test a batch of two captions of which one cannot be encoded, with and without cached latents."""
     plan(tmp_path)
     path = sorted((tmp_path / "before").glob("*.png"))[1]
     path.write_bytes(path.read_bytes()[:600])
-    found, calls = plan(tmp_path), []  # type: ignore[var-annotated]
-    kept = cache_texts(found, encoding_of(replace(options, text_encoder_batch_size=4), calls), (), False)
+    data_plan, calls = plan(tmp_path), []  # type: ignore[var-annotated]
+    cached = cache_texts(data_plan, encoding_of(replace(options, text_encoder_batch_size=4), calls), (), False)
     assert [plain_caption(text) for call in calls for text in call].count("cat") == 1
     assert caplog.text.count(f"captions of images with a damaged reference are not encoded: {path}") == 1
-    for batch in (*batches_of(found), *batches_of(open_batches(found, texts=kept.store))):
+    for batch in (*batches_of(data_plan), *batches_of(open_batches(data_plan, texts=cached.store))):
         assert [Path(key).stem for key in batch.keys] == ["p0"]
     latents = CachingOptions(cache_latents=True)
-    store = cache_latents(found, lambda pixels, _: pixels[:, :, ::8, ::8], lambda: "vae", latents, 1)
+    store = cache_latents(data_plan, lambda pixels, _: pixels[:, :, ::8, ::8], lambda: "vae", latents, 1)
     assert store.damaged == {1}
     damaged = CaptionWithImages("a prompt", "", lambda: (torch.from_numpy(read_pixels(str(path))[0]),))
     with pytest.raises(DamagedImage, match=re.escape(str(path))):
-        cache_texts(found, encoding_of(options, calls), [damaged], False)
+        cache_texts(data_plan, encoding_of(options, calls), [damaged], False)
 
 
 @pytest.mark.parametrize("name", ["color_aug", "random_crop"])
@@ -124,8 +124,8 @@ def test_references_that_change_in_every_draw_are_refused(tmp_path: Path, name: 
         plan(tmp_path, f"{name} = true")
 
 
-def rgba(seed: int) -> Pixels:
-    """Noise whose left half is transparent."""
+def make_rgba(seed: int) -> Pixels:
+    """Return noise whose left half is transparent."""
     pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 4), dtype=np.uint8)
     pixels[:, :32, 3] = 0
     return pixels
@@ -133,7 +133,7 @@ def rgba(seed: int) -> Pixels:
 
 @pytest.mark.parametrize("name", ["area", "lanczos", "bicubic", "bilinear", "box", None])
 def test_colors_under_transparent_pixels_do_not_reach_their_neighbors(name: str | None) -> None:
-    first = rgba(1)
+    first = make_rgba(1)
     second = first.copy()
     second[:, :32, :3] = 255 - second[:, :32, :3]
     small, other = (resize(pixels, (20, 20), name) for pixels in (first, second))
@@ -143,9 +143,9 @@ def test_colors_under_transparent_pixels_do_not_reach_their_neighbors(name: str 
 
 
 def test_changed_colors_leave_the_alpha_channel_alone() -> None:
-    pixels, changed = rgba(2), []
+    pixels, changed = make_rgba(2), []
     for draw in range(12):
-        found = change_colour(pixels, random_for(0, "colour", draw))
-        assert (found[..., 3] == pixels[..., 3]).all()
-        changed.append((found != pixels).any())
+        result = change_colour(pixels, random_for(0, "colour", draw))
+        assert (result[..., 3] == pixels[..., 3]).all()
+        changed.append((result != pixels).any())
     assert any(changed) and not all(changed)

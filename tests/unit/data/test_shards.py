@@ -1,4 +1,4 @@
-"""Tar shards and Parquet files train as the folder that they were made of, and are read in small parts."""
+"""Tar shards and Parquet files train like the folder they were made from and are read in small parts."""
 
 import shutil
 import tarfile
@@ -38,7 +38,7 @@ RANDOM = "shuffle_caption = true\nflip_aug = true\nrandom_crop = true\ncolor_aug
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Eleven images of three shapes, one of them turned by its tags, with captions of two lines."""
+    """Write eleven images of three shapes with captions of two lines."""
     folder = tmp_path / "pictures"
     for i in range(11):
         path = write_image(folder / f"p{i:02}.{'jpg' if i % 3 else 'png'}", [(64, 64), (100, 64), (64, 100)][i % 3], i)
@@ -55,7 +55,7 @@ def rows_of(images_column: list[bytes], folder: Path) -> dict[str, list[object]]
 
 
 def subset_of(kind: str, folder: Path, here: Path) -> str:
-    """Return the lines that describe the images as a source of this kind, written beside them."""
+    """Write the images as a source of this kind and return the subset that reads it."""
     if kind == "folder":
         return f'image_dir = "{folder.as_posix()}"\ncaption_extension = ".txt"\n'
     if kind.startswith("tar"):
@@ -77,46 +77,48 @@ def subset_of(kind: str, folder: Path, here: Path) -> str:
 KINDS = ["tar txt", "tar json", "parquet table", "parquet plain"]
 
 
-def without_names(plan) -> list[object]:
-    """Everything of two epochs but what images are called."""
-    found = [content_of(batch)[1:] for epoch in (1, 2) for batch in batches_of(plan, epoch)]
-    return found
+def contents_without_names(plan) -> list[object]:
+    """Return everything in two epochs except image names."""
+    contents = [content_of(batch)[1:] for epoch in (1, 2) for batch in batches_of(plan, epoch)]
+    return contents
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wildcards", [False, True])
-def test_they_train_as_the_folder_does(kind: str, wildcards: bool, images: Path, tmp_path: Path) -> None:
+def test_shards_and_parquet_files_train_like_the_folder(
+    kind: str, wildcards: bool, images: Path, tmp_path: Path
+) -> None:
     settings = f"{RANDOM}num_repeats = 2\nenable_wildcard = {str(wildcards).lower()}\n"
     plain = open_subset(tmp_path, subset_of("folder", images, tmp_path) + settings)
-    found = open_subset(tmp_path, subset_of(kind, images, tmp_path) + settings)
-    assert len(found.samples) == 11
-    assert without_names(found) == without_names(plain)
-    assert found.num_batches == plain.num_batches
+    plan = open_subset(tmp_path, subset_of(kind, images, tmp_path) + settings)
+    assert len(plan.samples) == 11
+    assert contents_without_names(plan) == contents_without_names(plain)
+    assert plan.num_batches == plain.num_batches
 
 
 @pytest.mark.parametrize("kind", ["tar txt", "parquet table"])
-def test_they_are_split_as_the_folder_is(kind: str, images: Path, tmp_path: Path) -> None:
+def test_shards_and_parquet_files_are_split_like_the_folder(kind: str, images: Path, tmp_path: Path) -> None:
     settings = "validation_split = 0.3\nvalidation_seed = 7\n"
-    aside = []
+    splits = []
     for source in ("folder", kind):
-        found = open_subset(tmp_path, subset_of(source, images, tmp_path) + settings)
-        validation = validation_of(found)
+        plan = open_subset(tmp_path, subset_of(source, images, tmp_path) + settings)
+        validation = validation_of(plan)
         names = [validation.identify_images(i) for i in range(validation.num_batches)]
         captions = [batch.captions for batch in validation.batches(range(validation.num_batches), 0)]
-        aside.append((names, captions, found.num_train_images))
-    assert aside[0] == aside[1] and aside[0][2] == 8
+        splits.append((names, captions, plan.num_train_images))
+    assert splits[0] == splits[1] and splits[0][2] == 8
 
 
-def latents_of(found, folder: Path | None, **options: object) -> tuple[list[object], int]:
+def latents_of(plan, folder: Path | None, **options: object) -> tuple[list[object], int]:
     calls: list[int] = []
     caching = CachingOptions(cache_latents=True, cache_latents_to_disk=folder is not None, vae_batch_size=3, **options)
-    batches = open_batches(found, cache_latents(found, averaging_vae(calls), lambda: "vae", caching, 4))
+    batches = open_batches(plan, cache_latents(plan, averaging_vae(calls), lambda: "vae", caching, 4))
     return [content_of(batch)[1:] for batch in batches_of(batches)], sum(calls)
 
 
 @pytest.mark.parametrize("kind", ["tar txt", "parquet table"])
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_their_latents_are_those_of_the_folder_and_are_found_again(
+def test_latents_of_shards_match_the_folder_and_are_cached(
     kind: str, elsewhere: bool, images: Path, tmp_path: Path
 ) -> None:
     expected, _ = latents_of(open_subset(tmp_path, subset_of("folder", images, tmp_path)), None)
@@ -130,7 +132,7 @@ def test_their_latents_are_those_of_the_folder_and_are_found_again(
     assert files == {"caches" if elsewhere else beside}
 
 
-def test_an_image_that_was_replaced_in_a_shard_is_encoded_again_alone(images: Path, tmp_path: Path) -> None:
+def test_only_an_image_replaced_in_a_shard_is_encoded_again(images: Path, tmp_path: Path) -> None:
     subset = subset_of("tar txt", images, tmp_path)
     latents_of(open_subset(tmp_path, subset), tmp_path)
     write_image(images / "p03.png", (64, 64), seed=99)
@@ -138,59 +140,59 @@ def test_an_image_that_was_replaced_in_a_shard_is_encoded_again_alone(images: Pa
     assert latents_of(open_subset(tmp_path, subset), tmp_path)[1] == 1
 
 
-def test_no_more_is_read_than_headers_and_ends_and_then_each_image_alone(
+def test_only_headers_and_first_bytes_are_indexed_and_images_read_one_by_one(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i in range(6):
         write_image(images / f"large{i}.png", (300, 200), seed=50 + i)  # 180 KB each
     subset = subset_of("tar txt", images, tmp_path)
     counted = CountedReads(monkeypatch)
-    found = open_subset(tmp_path, subset)
+    plan = open_subset(tmp_path, subset)
     num_members = 17 + 11
     assert 0 < counted.num_bytes < num_members * 3 * 5120
     assert max(count for _, _, count in counted.reads) == 5120
     counted.reads.clear()
-    assert len(open_subset(tmp_path, subset).samples) == 17 and counted.reads == []  # all of it is in the index
-    sample = next(sample for sample in found.samples if sample.image.key.endswith("large3.png"))
-    content = found.storage.content(sample.image)
+    assert len(open_subset(tmp_path, subset).samples) == 17 and counted.reads == []  # everything is in the index
+    sample = next(sample for sample in plan.samples if sample.image.key.endswith("large3.png"))
+    content = plan.storage.content(sample.image)
     assert content == (images / "large3.png").read_bytes()
     assert counted.num_bytes == len(content) and len(counted.reads) == 1
 
 
-def test_of_a_parquet_file_no_more_than_a_group_of_rows_is_read_for_an_image(
+def test_reading_an_image_of_a_parquet_file_reads_at_most_one_row_group(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in sorted(images.glob("p*.png")) + sorted(images.glob("p*.jpg")):
         write_image(path, (300, 200), seed=len(path.name))
-    found = open_subset(tmp_path, subset_of("parquet table", images, tmp_path))
+    plan = open_subset(tmp_path, subset_of("parquet table", images, tmp_path))
     sizes = [(tmp_path / "rows" / f"{i}.parquet").stat().st_size for i in range(2)]
     counted = CountedReads(monkeypatch)
-    place = found.samples[7].image.location
-    assert place is not None and found.storage.read(place) == sorted(images.glob("p07.*"))[0].read_bytes()
+    place = plan.samples[7].image.location
+    assert place is not None and plan.storage.read(place) == sorted(images.glob("p07.*"))[0].read_bytes()
     assert counted.num_bytes < 0.7 * sizes[1] + (1 << 16), "the end of the file and the first of its two groups"
     counted.reads.clear()
-    assert found.storage.read(found.samples[8].image.location) and counted.reads == []  # of the same group
+    assert plan.storage.read(plan.samples[8].image.location) and counted.reads == []  # in the same group
 
 
-def test_no_more_groups_of_rows_stay_in_memory_than_a_size_allows(
+def test_row_groups_in_memory_are_limited_by_size(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i in range(5):
         write_parquet(tmp_path / "rows" / f"{i}.parquet", rows_of([], images), group=4)
     monkeypatch.setattr(storage, "MOST_OPEN", 3)
-    found = open_subset(tmp_path, 'parquet = "{here}/rows/*.parquet"\n')
-    opened = found.storage.opened
-    groups = found.storage.shared(KeptGroups)
+    plan = open_subset(tmp_path, 'parquet = "{here}/rows/*.parquet"\n')
+    opened = plan.storage.opened
+    groups = plan.storage.shared(KeptGroups)
     groups.max_bytes = 150_000
     files = sorted(path for path in images.iterdir() if path.suffix != ".txt")
     for number in [0, 54, 20, 13, 40, 1, 54]:
-        place = found.samples[number].image.location
-        assert place is not None and found.storage.read(place) == files[number % 11].read_bytes()
+        place = plan.samples[number].image.location
+        assert place is not None and plan.storage.read(place) == files[number % 11].read_bytes()
         assert groups.num_bytes <= 150_000 and len(opened.files) <= 3
     assert groups.num_bytes > 50_000
 
 
-def test_large_groups_of_rows_are_told_with_a_way_out(
+def test_large_row_groups_are_warned_about_with_a_solution(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(parquet, "MOST_GROUP_BYTES", 20_000)
@@ -203,26 +205,26 @@ def test_large_groups_of_rows_are_told_with_a_way_out(
     assert "1.parquet: reading one image reads 11 rows" in caplog.text and "make_shards.py" in caplog.text
 
 
-def test_of_several_processes_one_makes_the_index(
+def test_only_one_of_several_processes_builds_the_index(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subset = subset_of("tar txt", images, tmp_path)
     options = write_config(tmp_path / "data.toml", DATASET + subset)
-    made: list[str] = []
+    indexed: list[str] = []
     plain = shards.rows_of_tar
 
-    def noting(window: Window, shown: str, rule: object) -> object:
-        made.append(Path(shown).name)
+    def record_shard(window: Window, shown: str, rule: object) -> object:
+        indexed.append(Path(shown).name)
         time.sleep(0.05)
         return plain(window, shown, rule)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shards, "rows_of_tar", noting)
+    monkeypatch.setattr(shards, "rows_of_tar", record_shard)
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda _: len(plan_of(options).samples), range(3)))
-    assert found == [11] * 3 and sorted(made) == ["0000.tar", "0001.tar", "0002.tar"]
+        counts = list(pool.map(lambda _: len(plan_of(options).samples), range(3)))
+    assert counts == [11] * 3 and sorted(indexed) == ["0000.tar", "0001.tar", "0002.tar"]
 
 
-def test_every_sample_names_its_shard_and_its_member(images: Path, tmp_path: Path) -> None:
+def test_the_key_of_a_sample_names_its_shard_and_member(images: Path, tmp_path: Path) -> None:
     keys = [sample.image.key for sample in open_subset(tmp_path, subset_of("tar txt", images, tmp_path)).samples]
     assert keys[0] == f"{tmp_path.as_posix()}/shards/0000.tar/p00.png"
     assert keys[-1] == f"{tmp_path.as_posix()}/shards/0002.tar/p10.jpg"
@@ -244,21 +246,19 @@ def test_only_shards_that_changed_are_indexed_again(
     again = shards_of(images, tmp_path / "again", 3)
     shutil.copy(again[1], tmp_path / "shards" / "0001.tar")
     counted = CountedReads(monkeypatch)
-    found = open_subset(tmp_path, subset)
+    plan = open_subset(tmp_path, subset)
     assert {name for name, _, _ in counted.reads} == {"0001.tar"}
-    assert found.samples[5].image.caption == "another caption" and len(found.samples) == 11
+    assert plan.samples[5].image.caption == "another caption" and len(plan.samples) == 11
     assert len(index_files(tmp_path / "shards")) == 1
 
 
-def test_an_interrupted_index_goes_on_where_it_was(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_index_is_resumed(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subset = subset_of("tar txt", images, tmp_path)
-    whole = (tmp_path / "shards" / "0001.tar").read_bytes()
-    (tmp_path / "shards" / "0001.tar").write_bytes(whole[:4000])
+    content = (tmp_path / "shards" / "0001.tar").read_bytes()
+    (tmp_path / "shards" / "0001.tar").write_bytes(content[:4000])
     with pytest.raises(UserError, match=r"0001\.tar is truncated.*copy it again"):
         open_subset(tmp_path, subset)
-    (tmp_path / "shards" / "0001.tar").write_bytes(whole)
+    (tmp_path / "shards" / "0001.tar").write_bytes(content)
     counted = CountedReads(monkeypatch)
     assert len(open_subset(tmp_path, subset).samples) == 11
     assert "0000.tar" not in {name for name, _, _ in counted.reads}
@@ -266,7 +266,7 @@ def test_an_interrupted_index_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 nothing PAR1", b"\0" * 300], ids=["empty", "marks", "zeros"])
-def test_a_damaged_index_is_made_again(content: bytes, images: Path, tmp_path: Path) -> None:
+def test_a_damaged_index_is_rebuilt(content: bytes, images: Path, tmp_path: Path) -> None:
     subset = subset_of("tar txt", images, tmp_path)
     expected = list(open_subset(tmp_path, subset).samples)
     (index,) = index_files(tmp_path / "shards")
@@ -274,8 +274,8 @@ def test_a_damaged_index_is_made_again(content: bytes, images: Path, tmp_path: P
     assert list(open_subset(tmp_path, subset).samples) == expected
 
 
-def test_an_index_whose_record_is_nested_too_deeply_is_made_again(images: Path, tmp_path: Path) -> None:
-    """Python's JSON parser ends with RecursionError there."""
+def test_an_index_with_a_deeply_nested_record_is_rebuilt(images: Path, tmp_path: Path) -> None:
+    """Python's JSON parser raises RecursionError for such a record."""
     subset = subset_of("tar txt", images, tmp_path)
     expected = list(open_subset(tmp_path, subset).samples)
     (index,) = index_files(tmp_path / "shards")
@@ -285,21 +285,21 @@ def test_an_index_whose_record_is_nested_too_deeply_is_made_again(images: Path, 
     assert list(open_subset(tmp_path, subset).samples) == expected
 
 
-def test_nothing_is_written_where_nothing_is_to_be_written(images: Path, tmp_path: Path) -> None:
+def test_a_dry_run_writes_no_index(images: Path, tmp_path: Path) -> None:
     options = write_config(tmp_path / "data.toml", DATASET + subset_of("tar txt", images, tmp_path))
     assert len(plan_of(options.with_values({"dry_run": True})).samples) == 11
     assert index_files(tmp_path / "shards") == []
 
 
-def test_where_the_index_cannot_be_written_it_stays_in_memory(
+def test_an_index_that_cannot_be_written_stays_in_memory(
     images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a file").write_text("no folder")
-    found = open_subset(tmp_path, subset_of("tar txt", images, tmp_path), "cache_dir", str(tmp_path / "a file"))
-    assert len(found.samples) == 11 and "cannot be written, so every start rebuilds it" in caplog.text
+    plan = open_subset(tmp_path, subset_of("tar txt", images, tmp_path), "cache_dir", str(tmp_path / "a file"))
+    assert len(plan.samples) == 11 and "cannot be written, so every start rebuilds it" in caplog.text
 
 
-def test_one_process_at_a_time_makes_an_index(tmp_path: Path) -> None:
+def test_one_process_at_a_time_builds_an_index(tmp_path: Path) -> None:
     ends: list[str] = []
 
     def make_index(name: str, seconds: float) -> None:
@@ -325,22 +325,22 @@ def test_a_file_system_without_locks_keeps_the_index_in_memory(
 
     monkeypatch.setattr("filelock.FileLock.acquire", acquire)
     monkeypatch.setattr("filelock.FileLock.__enter__", acquire)
-    found = open_subset(tmp_path, subset_of("tar txt", images, tmp_path))
-    assert len(found.samples) == 11 and "every start rebuilds it (FileSystem does not appear" in caplog.text
+    plan = open_subset(tmp_path, subset_of("tar txt", images, tmp_path))
+    assert len(plan.samples) == 11 and "every start rebuilds it (FileSystem does not appear" in caplog.text
 
 
-def test_a_full_disk_is_told_and_what_is_done_stays(
+def test_a_full_disk_is_reported_and_finished_work_is_kept(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subset = subset_of("tar txt", images, tmp_path)
     plain = parquet_index.atomic_path
 
-    def full(path: Path) -> object:
+    def fail_for_index(path: Path) -> object:
         if Path(path).name.startswith(".picture_index"):
             raise OSError(28, "No space left on device")
         return plain(path)
 
-    monkeypatch.setattr(parquet_index, "atomic_path", full)
+    monkeypatch.setattr(parquet_index, "atomic_path", fail_for_index)
     with pytest.raises(UserError, match=r"\.picture_index-.* cannot be written: No space left.*free space"):
         open_subset(tmp_path, subset)
     monkeypatch.undo()
@@ -348,7 +348,7 @@ def test_a_full_disk_is_told_and_what_is_done_stays(
     assert len(open_subset(tmp_path, subset).samples) == 11 and counted.reads == []
 
 
-# What is wrong with them
+# Unusable images and sources
 
 
 def png(size: tuple[int, int] = (64, 64), seed: int = 0) -> bytes:
@@ -362,7 +362,7 @@ def png(size: tuple[int, int] = (64, 64), seed: int = 0) -> bytes:
     return target.getvalue()
 
 
-def test_images_that_cannot_be_used_are_left_out_and_named(tmp_path: Path) -> None:
+def test_unusable_images_are_skipped_with_the_reason(tmp_path: Path) -> None:
     members = [
         ("a.png", png()),
         ("a.txt", b"one"),
@@ -376,8 +376,8 @@ def test_images_that_cannot_be_used_are_left_out_and_named(tmp_path: Path) -> No
         ("e.txt", b" \n"),
     ]
     write_tar(tmp_path / "x.tar", members)
-    found = open_subset(tmp_path, 'shards = "{here}/x.tar"\nclass_tokens = "thing"\n')
-    (subset,) = found.datasets[0].subsets
+    plan = open_subset(tmp_path, 'shards = "{here}/x.tar"\nclass_tokens = "thing"\n')
+    (subset,) = plan.datasets[0].subsets
     assert [(p.key.rpartition("/")[2], p.caption) for p in subset.images] == [
         ("a.png", "one"),
         ("c.png", "thing"),
@@ -425,7 +425,7 @@ def test_images_that_cannot_be_used_are_left_out_and_named(tmp_path: Path) -> No
         ("shards = 3", r"\['shards'\] is 3, but must be a string or a list of strings"),
     ],
 )
-def test_sources_that_cannot_be_read_say_why(subset: str, message: str, tmp_path: Path) -> None:
+def test_errors_for_unreadable_sources_say_why(subset: str, message: str, tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", [("a.png", png())])
     with tarfile.open(tmp_path / "packed.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "0.tar")
@@ -438,14 +438,16 @@ def test_sources_that_cannot_be_read_say_why(subset: str, message: str, tmp_path
         open_subset(tmp_path, subset)
 
 
-def test_a_shard_that_shrank_since_the_start_is_named(images: Path, tmp_path: Path) -> None:
-    found = open_subset(tmp_path, subset_of("tar txt", images, tmp_path))
+def test_a_shard_that_shrinks_during_the_run_is_refused_by_name(images: Path, tmp_path: Path) -> None:
+    plan = open_subset(tmp_path, subset_of("tar txt", images, tmp_path))
     (tmp_path / "shards" / "0000.tar").write_bytes(b"\0" * 2000)
     with pytest.raises(UserError, match=r"0000\.tar ends at byte \d+, .*since it was indexed"):
-        batches_of(found)
+        batches_of(plan)
 
 
-def test_options_without_effect_are_told(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_options_without_effect_are_warned_about(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     open_subset(tmp_path, subset_of("folder", images, tmp_path), "cache_dir", str(tmp_path / "caches"))
     assert "--cache_dir has no effect" in caplog.text
     caplog.clear()
@@ -463,7 +465,7 @@ def window_of(path: Path) -> Window:
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_members_are_those_that_tarfile_finds(form: int, tmp_path: Path) -> None:
+def test_tar_members_match_tarfile(form: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(form)
     long = "d" * 90 + "/" + ("n" * 90 if form == tarfile.USTAR_FORMAT else "n\xe9" * 90)
     names = ["a.jpg", "folder/b.seg.png", f"{long}.jpg", "empty.txt", "z.json"]
@@ -483,24 +485,24 @@ def test_members_are_those_that_tarfile_finds(form: int, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("place", [0, 100, 512, 1300])
-def test_a_tar_file_with_a_bit_turned_is_read_alike_or_refused(place: int, tmp_path: Path) -> None:
-    """Never anything else than UserError, whatever the header says."""
+def test_a_tar_file_with_a_flipped_bit_is_read_or_refused(place: int, tmp_path: Path) -> None:
+    """A corrupt header raises nothing but UserError."""
     path = write_tar(tmp_path / "x.tar", [("a.jpg", b"1" * 600), ("b.jpg", b"2" * 700)], tarfile.PAX_FORMAT)
     content = bytearray(path.read_bytes())
     for bit in range(0, 4096, 31):
-        turned = bytearray(content)
-        turned[(place + bit // 8) % len(content)] ^= 1 << bit % 8
-        path.write_bytes(turned)
+        damaged = bytearray(content)
+        damaged[(place + bit // 8) % len(content)] ^= 1 << bit % 8
+        path.write_bytes(damaged)
         try:
-            found = list(iterate_members(window_of(path), "x.tar"))
+            members = list(iterate_members(window_of(path), "x.tar"))
         except UserError as error:
             assert str(error).startswith("x.tar")
         else:
-            assert all(member.start + member.num_bytes <= len(content) for member in found)
+            assert all(member.start + member.num_bytes <= len(content) for member in members)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "found"),
+    ("pattern", "expected"),
     [
         ("a.tar", ["a.tar"]),
         ("{08..11}", ["08", "09", "10", "11"]),
@@ -509,14 +511,14 @@ def test_a_tar_file_with_a_bit_turned_is_read_alike_or_refused(place: int, tmp_p
         ("{x}", ["{x}"]),
     ],
 )
-def test_braces_are_those_of_webdataset(pattern: str, found: list[str]) -> None:
-    assert expand_pattern(pattern) == found
+def test_braces_are_expanded_like_in_webdataset(pattern: str, expected: list[str]) -> None:
+    assert expand_pattern(pattern) == expected
 
 
-def test_identity_of_a_folder_is_what_it_was_before_there_were_other_sources(images: Path, tmp_path: Path) -> None:
-    """Written down at commit a16282a: a state of then must not say that its data changed."""
-    found = open_subset(tmp_path, subset_of("folder", images, tmp_path))
-    assert found.identity == {
+def test_the_identity_of_a_folder_has_not_changed(images: Path, tmp_path: Path) -> None:
+    """Values from commit a16282a: states saved then must not report changed data."""
+    plan = open_subset(tmp_path, subset_of("folder", images, tmp_path))
+    assert plan.identity == {
         "num_pictures": 11,
         "num_batches": 6,
         "pictures": "876a5c64f10e86b86c8983e76d8d2a3e",

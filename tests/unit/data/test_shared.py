@@ -1,4 +1,4 @@
-"""Worker processes that are started afresh read the columns of the plan where they lie."""
+"""Spawned worker processes read the columns of the plan from shared memory."""
 
 import multiprocessing
 import pickle
@@ -22,47 +22,47 @@ from library.data.training_data import open_batches
 from library.errors import UserError
 from library.options.caching import CachingOptions
 from tests.unit.data.builders import batches_of, content_of, options_of, plan_of, write_folder
-from tests.unit.data.test_columns import made_up
+from tests.unit.data.test_columns import make_images
 from tests.unit.data.test_seen_references import encoding_of
 from tests.unit.data.test_seen_references import plan as plan_with_references
 from tests.unit.data.test_text_cache import DISK
 
 
 def maker_for(count: int) -> BatchMaker:
-    """A maker for images that are nowhere."""
+    """Return a batch maker for images that do not exist."""
     shapes = (Shape((64, 64), (64, 64)),)
-    samples = Samples((made_up(count, 3),), (0,), shapes, np.zeros(count, np.int32), np.ones(count, np.int32))
+    samples = Samples((make_images(count, 3),), (0,), shapes, np.zeros(count, np.int32), np.ones(count, np.int32))
     order = np.random.default_rng(4).permutation(count).astype(np.int32)
     return BatchMaker(1, samples, order, (), 1.0, 10, CacheFiles(), frozenset())
 
 
-def test_what_is_pickled_for_a_worker_does_not_grow_with_the_images() -> None:
+def test_the_pickled_size_for_a_worker_does_not_grow_with_the_images() -> None:
     few, many = (len(ForkingPickler.dumps(SharedMaker.of(maker_for(count)))) for count in (200, 20_000))
     assert many - few < 100 and many < 5_000
-    assert len(ForkingPickler.dumps(maker_for(20_000))) > 1_000_000  # what it is without
+    assert len(ForkingPickler.dumps(maker_for(20_000))) > 1_000_000  # the size without shared memory
 
 
-def test_what_arrives_is_the_same_and_lies_in_the_shared_columns() -> None:
+def test_unpickled_data_is_equal_and_in_shared_memory() -> None:
     maker = maker_for(1_000)
     shared = SharedMaker.of(maker)
     assert shared.columns.is_shared()
-    arrived = pickle.loads(ForkingPickler.dumps(shared))
-    assert list(arrived.maker.samples) == list(maker.samples)
-    assert np.array_equal(arrived.maker.sample_of_draw, maker.sample_of_draw)
-    columns, images = arrived.columns.numpy(), arrived.maker.samples.subsets[0]
-    for array in (arrived.maker.sample_of_draw, images.names.content, images.captions.ends, images.sizes_N2):
+    unpickled = pickle.loads(ForkingPickler.dumps(shared))
+    assert list(unpickled.maker.samples) == list(maker.samples)
+    assert np.array_equal(unpickled.maker.sample_of_draw, maker.sample_of_draw)
+    columns, images = unpickled.columns.numpy(), unpickled.maker.samples.subsets[0]
+    for array in (unpickled.maker.sample_of_draw, images.names.content, images.captions.ends, images.sizes_N2):
         assert np.shares_memory(array, columns)
     shared.columns.zero_()
-    assert not arrived.maker.sample_of_draw.any()
+    assert not unpickled.maker.sample_of_draw.any()
 
 
-def test_a_plan_without_images_travels_too() -> None:
+def test_a_plan_without_images_can_be_pickled() -> None:
     assert len(pickle.loads(ForkingPickler.dumps(SharedMaker.of(maker_for(0)))).maker.samples) == 0
 
 
 @pytest.fixture
-def starting_afresh() -> Iterator[None]:
-    """Worker processes start as on macOS and Windows."""
+def spawn_workers() -> Iterator[None]:
+    """Spawn worker processes, as on macOS and Windows."""
     usual = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
     yield
@@ -70,36 +70,36 @@ def starting_afresh() -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_workers_that_start_afresh_give_the_batches_of_this_process(
-    tmp_path: Path, starting_afresh: None, monkeypatch: pytest.MonkeyPatch
+def test_spawned_workers_give_the_same_batches_as_this_process(
+    tmp_path: Path, spawn_workers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[SharedMaker] = []
+    shared_makers: list[SharedMaker] = []
     of = SharedMaker.of
-    monkeypatch.setattr(SharedMaker, "of", lambda maker: made.append(of(maker)) or made[-1])
+    monkeypatch.setattr(SharedMaker, "of", lambda maker: shared_makers.append(of(maker)) or shared_makers[-1])
     write_folder(tmp_path / "2_a", 3, (70, 64), "one, two, three")
-    words = "--resolution 64 --train_batch_size 2 --caption_extension .txt --shuffle_caption --flip_aug"
-    plan = plan_of(options_of(words, "--train_data_dir", str(tmp_path)))
+    command = "--resolution 64 --train_batch_size 2 --caption_extension .txt --shuffle_caption --flip_aug"
+    plan = plan_of(options_of(command, "--train_data_dir", str(tmp_path)))
     expected = [content_of(batch) for batch in batches_of(plan)]
     assert [content_of(batch) for batch in batches_of(open_batches(plan), workers=1)] == expected
-    assert len(made) == 1
+    assert len(shared_makers) == 1
 
 
 @pytest.mark.slow
-def test_workers_that_start_afresh_read_caches_and_references(tmp_path: Path, starting_afresh: None) -> None:
-    """Text features that are cached for references too, and latents in files."""
+def test_spawned_workers_read_caches_and_references(tmp_path: Path, spawn_workers: None) -> None:
+    """Use latents on disk and text features that are cached for references too."""
     plan = plan_with_references(tmp_path, "flip_aug = true")
     texts = cache_texts(plan, encoding_of(DISK, []), (), False).store
     caches = CachingOptions(cache_latents=True, cache_latents_to_disk=True)
     latents = cache_latents(plan, lambda pixels, _: pixels[:, :, ::8, ::8], lambda: "vae", caches, 1)
-    found = []
+    results = []
     for workers in (0, 1):
         batches = batches_of(open_batches(plan, latents, texts), workers=workers)
-        found.append([[b.latents_BCHW, *b.reference_latents, dict(b.conditioning or {})] for b in batches])
-    assert len(found[0]) == 2 and len(found[0][0]) == 3
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+        results.append([[b.latents_BCHW, *b.reference_latents, dict(b.conditioning or {})] for b in batches])
+    assert len(results[0]) == 2 and len(results[0][0]) == 3
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
 
 
-def test_full_shared_memory_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_full_shared_memory_suggests_a_solution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(tensor: torch.Tensor) -> None:
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
 

@@ -1,4 +1,4 @@
-"""Cached text features: the captions that draws may have, files that sd-scripts reads, and nothing stale."""
+"""Cached text features: variants of captions, files compatible with sd-scripts, and staleness."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ SHUFFLED = "--shuffle_caption --caption_dropout_rate 0.3"
 
 
 def features(caption: str, is_prompt: bool = False) -> dict[str, Tensor]:
-    """Return the features of a caption: numbers that no other caption has, the first in bfloat16."""
+    """Return features that are unique to a caption, the first in bfloat16."""
     generator = torch.Generator().manual_seed(int.from_bytes(caption.encode()[-7:], "big") + is_prompt)
     return {
         "hidden": torch.randn(5, 3, generator=generator).bfloat16(),
@@ -64,7 +64,7 @@ def write_data(
 class Cached:
     plan: DataPlan
     batches: TrainingBatches
-    kept: CachedTexts
+    texts: CachedTexts
     calls: list[list[str]]
     num_loads: int
 
@@ -75,7 +75,7 @@ class Cached:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """The part of a tokenizer that the cache uses."""
+    """The interface of a tokenizer that the cache uses."""
 
     words: str
 
@@ -88,7 +88,7 @@ def cache(
     arguments: str = "",
     options: TextCachingOptions = DISK,
     prompts: Sequence[str] = (),
-    identity: str | None = "encoders",  # None where their files are not there
+    identity: str | None = "encoders",  # None if their files do not exist
     words: str = "a cat",
     constants: Mapping[str, Tensor] | None = None,
     seed: int = 1,
@@ -126,34 +126,34 @@ def cache(
         loads.append(1)
         return Encoders(encode or pipeline(calls), pipeline(calls, is_prompt=True))
 
-    kept = cache_texts(plan, TextEncoding(spec, load, dtype), prompts, skips_check, processes)
-    return Cached(plan, open_batches(plan, texts=kept.store), kept, calls, len(loads))
+    cached_texts = cache_texts(plan, TextEncoding(spec, load, dtype), prompts, skips_check, processes)
+    return Cached(plan, open_batches(plan, texts=cached_texts.store), cached_texts, calls, len(loads))
 
 
 def draws_of(batches: TrainingBatches, epochs: int = 1, workers: int = 0) -> list[tuple[str, str, dict[str, Tensor]]]:
-    """(image, caption, features) of every draw."""
-    found = []
+    """Return (image, caption, features) of every draw."""
+    draws = []
     for epoch in range(1, epochs + 1):
         for batch in batches_of(batches, epoch, workers=workers):
             assert batch.conditioning is not None
             for place, (key, caption) in enumerate(zip(batch.keys, batch.captions, strict=True)):
-                found.append((key, caption, {name: tensor[place] for name, tensor in batch.conditioning.items()}))
-    return found
+                draws.append((key, caption, {name: tensor[place] for name, tensor in batch.conditioning.items()}))
+    return draws
 
 
-def assert_same(row: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def assert_same_features(row: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     for name in KEYS:
-        assert row[name].dtype == wanted[name].dtype and torch.equal(row[name], wanted[name]), name
+        assert row[name].dtype == expected[name].dtype and torch.equal(row[name], expected[name]), name
 
 
 def file_of(folder: Path, name: str = "p0") -> Path:
     return folder / "2_a" / f"{name}_tiny_te.npz"
 
 
-# Which captions
+# Variants of captions
 
 
-def test_a_version_of_a_caption_depends_on_names_and_number_alone():
+def test_a_caption_variant_depends_only_on_names_and_number():
     rules = CaptionRules(shuffle_caption=True)
     text = ", ".join("abcdefgh")
     versions = [caption_variant("/x/cats/p.png", text, rules, v) for v in range(8)]
@@ -162,26 +162,28 @@ def test_a_version_of_a_caption_depends_on_names_and_number_alone():
     assert versions != [caption_variant("/x/cats/q.png", text, rules, v) for v in range(8)]
 
 
-def test_draws_take_every_version_and_the_empty_prompt_and_nothing_else(tmp_path):
+def test_draws_use_every_variant_and_the_empty_prompt_only(tmp_path):
     cached = cache(write_data(tmp_path), SHUFFLED, MEMORY)
     allowed = dict(zip((s.image.key for s in cached.plan.samples), cached.plan.caption_texts(), strict=True))
     drawn: dict[str, set[str]] = {path: set() for path in allowed}
     for key, caption, row in draws_of(cached.batches, epochs=40):
         drawn[key].add(caption)
-        assert_same(row, features(caption))
+        assert_same_features(row, features(caption))
     for path, texts in allowed.items():
         assert len(texts) == 8 and drawn[path] == {*texts, ""}
     num_empty = sum(caption == "" for _, caption, _ in draws_of(cached.batches, epochs=40))
     assert abs(num_empty / 240 - 0.3) < 0.09  # three standard deviations of 240 draws
 
 
-def test_a_caption_that_never_changes_is_drawn_as_without_caching(tmp_path):
-    """Prompts are the same and dropped in the same draws, and each is encoded once."""
-    words = "--caption_dropout_rate 0.4 --caption_dropout_every_n_epochs 3"
-    cached = cache(write_data(tmp_path), words, MEMORY)
+def test_constant_captions_are_drawn_as_without_caching(tmp_path):
+    """Captions are equal and dropped in the same draws, and each is encoded once."""
+    arguments = "--caption_dropout_rate 0.4 --caption_dropout_every_n_epochs 3"
+    cached = cache(write_data(tmp_path), arguments, MEMORY)
     plain = plan_of(
         options_of(
-            f"--resolution 64 --train_batch_size 2 --caption_extension .txt {words}", "--train_data_dir", str(tmp_path)
+            f"--resolution 64 --train_batch_size 2 --caption_extension .txt {arguments}",
+            "--train_data_dir",
+            str(tmp_path),
         )
     )
     for epoch in range(1, 4):
@@ -191,7 +193,7 @@ def test_a_caption_that_never_changes_is_drawn_as_without_caching(tmp_path):
     assert len(cached.encoded) == len(set(cached.encoded)) == 4
 
 
-def test_wildcards_prefix_and_tag_dropout_are_part_of_the_versions(tmp_path):
+def test_variants_include_wildcards_prefix_and_tag_dropout(tmp_path):
     folder = write_data(tmp_path, caption="{red|blue} cat, x, y")
     cached = cache(folder, "--enable_wildcard --caption_tag_dropout_rate 0.5 --caption_prefix photo", MEMORY)
     texts = [text for texts in cached.plan.caption_texts() for text in texts]
@@ -199,23 +201,23 @@ def test_wildcards_prefix_and_tag_dropout_are_part_of_the_versions(tmp_path):
     assert not any("{" in text for text in texts) and len(set(texts)) > 6
 
 
-def test_the_seed_decides_which_version_is_drawn_and_not_what_is_cached(tmp_path):
+def test_the_seed_affects_the_drawn_variants_but_not_the_cache(tmp_path):
     folder = write_data(tmp_path)
     first = cache(folder, SHUFFLED, seed=1)
     second = cache(folder, SHUFFLED, seed=2)
     assert second.num_loads == 0
-    draws = [[caption for _, caption, _ in draws_of(one.batches)] for one in (first, second)]
+    draws = [[caption for _, caption, _ in draws_of(cached.batches)] for cached in (first, second)]
     assert sorted(draws[0]) != sorted(draws[1])
 
 
 @pytest.mark.parametrize("options", [MEMORY, DISK], ids=["memory", "disk"])
-def test_workers_and_places_change_nothing(tmp_path, options):
+def test_workers_do_not_change_the_draws(tmp_path, options):
     cached = cache(write_data(tmp_path), SHUFFLED, options)
     alone, shared = draws_of(cached.batches, 2), draws_of(cached.batches, 2, workers=2)
     for (key, caption, row), (key2, caption2, row2) in zip(alone, shared, strict=True):
         assert (key, caption) == (key2, caption2)
-        assert_same(row, row2)
-        assert_same(row, features(caption))
+        assert_same_features(row, row2)
+        assert_same_features(row, features(caption))
 
 
 def test_tag_warm_up_is_refused(tmp_path):
@@ -223,10 +225,10 @@ def test_tag_warm_up_is_refused(tmp_path):
         cache(write_data(tmp_path), "--token_warmup_step 10")
 
 
-# What lies on disk
+# Files on disk
 
 
-def test_files_have_the_layout_of_sd_scripts_and_more_versions_beside_it(tmp_path):
+def test_files_have_the_layout_of_sd_scripts_plus_variants(tmp_path):
     folder = write_data(tmp_path)
     cached = cache(folder, SHUFFLED)
     first, *others = next(cached.plan.caption_texts())
@@ -243,15 +245,15 @@ def test_files_have_the_layout_of_sd_scripts_and_more_versions_beside_it(tmp_pat
     ]
 
 
-def test_every_caption_comes_back_bit_for_bit(tmp_path):
+def test_features_survive_a_round_trip_bit_for_bit(tmp_path):
     folder = write_data(tmp_path)
     cached = cache(folder, SHUFFLED, prompts=["a prompt", "no"])
     texts = next(cached.plan.caption_texts())
     for text in texts:
-        assert_same(TextFile(str(file_of(folder)), KEYS).read(text), features(text))
-    assert list(cached.kept.store.memory) == [""] and list(cached.kept.prompts) == ["a prompt", "no"]
-    assert_same(cached.kept.store.memory[""], features(""))
-    assert_same(cached.kept.prompts["no"], features("no", is_prompt=True))
+        assert_same_features(TextFile(str(file_of(folder)), KEYS).read(text), features(text))
+    assert list(cached.texts.store.memory) == [""] and list(cached.texts.prompts) == ["a prompt", "no"]
+    assert_same_features(cached.texts.store.memory[""], features(""))
+    assert_same_features(cached.texts.prompts["no"], features("no", is_prompt=True))
 
 
 def test_a_second_run_loads_no_encoders(tmp_path):
@@ -262,11 +264,11 @@ def test_a_second_run_loads_no_encoders(tmp_path):
     assert len(first.encoded) == 3 * 8 + 2
     for (_, caption, row), (_, caption2, row2) in zip(draws_of(first.batches), draws_of(again.batches), strict=True):
         assert caption == caption2
-        assert_same(row, row2)
-    assert list(again.kept.prompts) == ["a prompt"]
+        assert_same_features(row, row2)
+    assert list(again.texts.prompts) == ["a prompt"]
 
 
-def test_only_the_captions_that_changed_are_encoded_again(tmp_path, caplog):
+def test_only_changed_captions_are_encoded_again(tmp_path, caplog):
     folder = write_data(tmp_path)
     cache(folder)
     (folder / "2_a/p1.txt").write_text("another")
@@ -277,10 +279,10 @@ def test_only_the_captions_that_changed_are_encoded_again(tmp_path, caplog):
     assert "p1_tiny_te.npz" in caplog.text
     for key, caption, row in draws_of(again.batches):
         assert (caption == "another") == key.endswith("p1.png")
-        assert_same(row, features(caption))
+        assert_same_features(row, features(caption))
 
 
-def test_more_versions_are_added_to_those_that_are_there(tmp_path):
+def test_additional_variants_are_added_to_existing_ones(tmp_path):
     folder = write_data(tmp_path)
     few = cache(folder, "--shuffle_caption", dataclasses.replace(DISK, text_cache_variants=3))
     more = cache(folder, "--shuffle_caption", dataclasses.replace(DISK, text_cache_variants=5))
@@ -294,7 +296,7 @@ def test_more_versions_are_added_to_those_that_are_there(tmp_path):
     [{"identity": "others"}, {"dtype": "no"}, {"constants": {"applies": torch.tensor(False)}}],
     ids=["encoders", "dtype", "settings"],
 )
-def test_other_encoders_or_settings_make_everything_anew(tmp_path, caplog, change: dict[str, Any]):
+def test_other_encoders_or_settings_invalidate_the_whole_cache(tmp_path, caplog, change: dict[str, Any]):
     folder = write_data(tmp_path)
     cache(folder)
     with caplog.at_level(logging.WARNING):
@@ -303,7 +305,7 @@ def test_other_encoders_or_settings_make_everything_anew(tmp_path, caplog, chang
     assert cache(folder, **change).num_loads == 0
 
 
-def test_another_tokenizer_makes_everything_anew(tmp_path, caplog):
+def test_another_tokenizer_invalidates_the_whole_cache(tmp_path, caplog):
     folder = write_data(tmp_path)
     cache(folder)
     with caplog.at_level(logging.WARNING):
@@ -312,7 +314,7 @@ def test_another_tokenizer_makes_everything_anew(tmp_path, caplog):
     assert cache(folder, words="cat a").num_loads == 0
 
 
-def test_a_file_that_does_not_tell_its_tokenizer_is_used(tmp_path):
+def test_a_file_that_does_not_name_its_tokenizer_is_used(tmp_path):
     folder = write_data(tmp_path)
     cache(folder)
     for path in [*folder.rglob("*_tiny_te.npz")]:
@@ -324,26 +326,26 @@ def test_a_file_that_does_not_tell_its_tokenizer_is_used(tmp_path):
 
 
 def rewrite(path: Path, leaves_note: bool, **changes: np.ndarray) -> None:
-    """Write the file again as another program would."""
+    """Rewrite the file as another program would."""
     with np.load(path) as archive:
         arrays = {name: archive[name] for name in archive.files if leaves_note or name != "captions"}
     np.savez(path, **{**arrays, **changes})
 
 
 @pytest.mark.parametrize("leaves_note", [True, False])
-def test_a_file_of_another_program_is_made_anew(tmp_path, caplog, leaves_note):
-    """It does not say for which caption it was made; also where it kept our note beside its own numbers."""
+def test_a_file_of_another_program_is_encoded_again(tmp_path, caplog, leaves_note):
+    """Such a file does not name its caption, or it has our note next to features of its own."""
     folder = write_data(tmp_path)
     cache(folder)
     rewrite(file_of(folder), leaves_note, pooled=np.zeros(4, dtype=np.float32))
     with caplog.at_level(logging.WARNING):
         again = cache(folder)
     assert len(again.encoded) == 1 and "1 by another program" in caplog.text
-    assert_same(TextFile(str(file_of(folder)), KEYS).read(again.encoded[0]), features(again.encoded[0]))
+    assert_same_features(TextFile(str(file_of(folder)), KEYS).read(again.encoded[0]), features(again.encoded[0]))
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "note"])
-def test_a_damaged_file_is_made_anew(tmp_path, damage):
+def test_a_damaged_file_is_encoded_again(tmp_path, damage):
     folder = write_data(tmp_path)
     cache(folder)
     path = file_of(folder)
@@ -357,7 +359,7 @@ def test_a_damaged_file_is_made_anew(tmp_path, damage):
     assert len(draws_of(again.batches)) == 6
 
 
-def test_flipped_bits_are_found_when_they_are_read(tmp_path):
+def test_flipped_bits_are_detected_when_read(tmp_path):
     folder = write_data(tmp_path)
     cached = cache(folder)
     content = bytearray(file_of(folder).read_bytes())
@@ -378,7 +380,7 @@ def test_skipping_the_check_trusts_files_by_name(tmp_path):
     assert pooled["p0.png"] == [7, 7, 7, 7] and pooled["p1.png"] != [7, 7, 7, 7]
 
 
-def test_skipping_the_check_trains_no_half_of_complex_numbers(tmp_path):
+def test_skipping_the_check_does_not_train_complex_features(tmp_path):
     folder = write_data(tmp_path)
     cache(folder)
     rewrite(file_of(folder), True, pooled=np.full(4, 7 + 1j, dtype=np.complex64))
@@ -396,14 +398,14 @@ def test_skipping_the_check_does_not_train_another_caption(tmp_path):
         draws_of(cache(folder, skips_check=True).batches)
 
 
-def test_images_that_differ_in_their_endings_share_a_file(tmp_path):
+def test_images_that_differ_only_in_extension_share_a_file(tmp_path):
     folder = write_data(tmp_path, count=1)
     write_image(folder / "2_a/p0.webp", seed=5)
     write_image(folder / "3_b/p0.png", seed=6)
     cached = cache(folder, SHUFFLED)
-    assert len(cached.encoded) == len(set(cached.encoded)) == 8 + 2  # the empty prompt, and b's class word
+    assert len(cached.encoded) == len(set(cached.encoded)) == 8 + 2  # the empty prompt and the class word of b
     for _, caption, row in draws_of(cached.batches, 3):
-        assert_same(row, features(caption))
+        assert_same_features(row, features(caption))
 
 
 def test_captions_of_several_images_are_encoded_once(tmp_path):
@@ -413,38 +415,38 @@ def test_captions_of_several_images_are_encoded_once(tmp_path):
     assert sorted(cached.encoded) == ["", "dog"]
 
 
-def test_batches_of_captions_are_as_large_as_wished(tmp_path):
+def test_captions_are_encoded_in_batches_of_the_given_size(tmp_path):
     options = dataclasses.replace(DISK, text_encoder_batch_size=5)
     cached = cache(write_data(tmp_path), "--shuffle_caption", options)
     assert {len(call) for call in cached.calls} <= {1, 2, 3, 4, 5} and max(map(len, cached.calls)) == 5
     for _, caption, row in draws_of(cached.batches):
-        assert_same(row, features(caption))
+        assert_same_features(row, features(caption))
 
 
-def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_path):
+def test_the_error_for_an_unwritable_folder_suggests_a_solution(tmp_path):
     folder = write_data(tmp_path)
-    file_of(folder).mkdir()  # nobody can replace a folder by a file, not even root
+    file_of(folder).mkdir()  # not even root can replace a folder by a file
     with pytest.raises(ValueError, match=r"p0_tiny_te.npz cannot be written.*use --cache_text_encoder_outputs to keep"):
         cache(folder)
 
 
 @pytest.mark.parametrize("options", [MEMORY, DISK], ids=["memory", "disk"])
-def test_nan_is_an_error_that_names_the_caption(tmp_path, options):
-    def broken(captions: Sequence[str]) -> Conditioning:
+def test_nan_raises_an_error_that_names_the_caption(tmp_path, options):
+    def encode_nan(captions: Sequence[str]) -> Conditioning:
         rows = [features(caption) for caption in captions]
         values = {key: torch.stack([row[key] for row in rows]) for key in KEYS}
         values["pooled"][["five" in caption for caption in captions]] = torch.nan
         return values
 
     with pytest.raises(ValueError, match=r"NaN \(pooled\) for the caption '.*five.*--mixed_precision"):
-        cache(write_data(tmp_path), options=options, encode=broken)
+        cache(write_data(tmp_path), options=options, encode=encode_nan)
     assert not file_of(tmp_path).exists()
 
 
 # Batches
 
 
-def test_shorter_features_are_filled_up_in_a_batch():
+def test_shorter_features_are_padded_in_a_batch():
     rows = [{"a": torch.ones(2, 3), "m": torch.ones(2)}, {"a": torch.ones(4, 3), "m": torch.ones(4)}]
     stacked = stack_rows(rows, {"a": 0.0, "m": -1.0})
     assert stacked["a"].shape == (2, 4, 3) and stacked["a"][0, 2:].abs().sum() == 0
@@ -457,7 +459,7 @@ def test_shorter_features_are_filled_up_in_a_batch():
 
 
 def cache_on_machines(folders: Sequence[Path], options: TextCachingOptions) -> list[Cached]:
-    """Return what each of several machines of one process caches."""
+    """Return the cache of each of several machines with one process each."""
     board = Board()
 
     def run(rank: int) -> Cached:
@@ -469,24 +471,24 @@ def cache_on_machines(folders: Sequence[Path], options: TextCachingOptions) -> l
 
 
 @pytest.mark.parametrize("options", [DISK, MEMORY], ids=["disk", "memory"])
-def test_machines_with_disks_of_their_own_each_have_every_caption(tmp_path, options):
+def test_machines_with_separate_disks_each_cache_every_caption(tmp_path, options):
     write_data(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     for cached in cache_on_machines([tmp_path / "one", tmp_path / "two"], options):
         for _, caption, row in draws_of(cached.batches, epochs=3):
-            assert_same(row, features(caption))
+            assert_same_features(row, features(caption))
 
 
-def test_machines_with_a_common_disk_share_the_captions_out(tmp_path):
+def test_machines_with_a_shared_disk_divide_the_captions(tmp_path):
     write_data(tmp_path)
-    found = cache_on_machines([tmp_path, tmp_path], DISK)
+    caches = cache_on_machines([tmp_path, tmp_path], DISK)
     alone = cache(write_data(tmp_path / "alone"), SHUFFLED)
-    assert sum(len(cached.encoded) for cached in found) == len(alone.encoded)
-    assert all(cached.encoded for cached in found)
+    assert sum(len(cached.encoded) for cached in caches) == len(alone.encoded)
+    assert all(cached.encoded for cached in caches)
 
 
-def test_without_encoders_their_settings_still_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The encoders of the first file count as those of all; settings and tokenizers are known without them."""
+def test_settings_are_checked_even_if_encoders_are_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without encoders, those of the first file count for all; settings and tokenizers are still checked."""
     caplog.set_level(logging.INFO)
     first = cache(write_data(tmp_path), settings="512 tokens")
     same = cache(tmp_path, identity=None, settings="512 tokens")
@@ -502,8 +504,8 @@ def test_without_encoders_their_settings_still_count(tmp_path: Path, caplog: pyt
 # Features of different lengths
 
 
-def test_padding_is_not_stored_and_is_added_again_for_a_batch(tmp_path):
-    """A caption has as many entries as tokens, whatever it was encoded with; 0 within a caption stays."""
+def test_padding_is_not_stored_but_restored_in_batches(tmp_path):
+    """Store one entry per token, whatever the length of the batch; zeros within a caption are kept."""
     texts = ["one", "one two three", ""]
     lengths = [max(len(text.split()), 1) for text in texts]
     for name, text in zip("abc", texts, strict=True):
@@ -519,9 +521,9 @@ def test_padding_is_not_stored_and_is_added_again_for_a_batch(tmp_path):
     batched = TextCachingOptions(True, True, text_encoder_batch_size=3)
     padding = {"hidden": 0.0, "mask": 0.0}
     for options in (batched, dataclasses.replace(batched, cache_text_encoder_outputs_to_disk=False)):
-        kept = cache(tmp_path, "--caption_dropout_rate 0.5", options, encode=encode, padding=padding).kept.store
+        store = cache(tmp_path, "--caption_dropout_rate 0.5", options, encode=encode, padding=padding).texts.store
         rows = (
-            kept.memory
+            store.memory
             if not options.cache_text_encoder_outputs_to_disk
             else {
                 text: TextFile(str(tmp_path / "1_a" / f"{name}_tiny_te.npz"), KEYS).read(text)
@@ -534,7 +536,7 @@ def test_padding_is_not_stored_and_is_added_again_for_a_batch(tmp_path):
         assert stacked["hidden"].shape == (2, 3, 3) and stacked["mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
 
 
-def test_large_features_are_announced_and_stored_as_bits(tmp_path, caplog):
+def test_large_features_are_announced_and_stored_as_bfloat16_bits(tmp_path, caplog):
     data = write_data(tmp_path, count=2)
     with caplog.at_level(logging.INFO):
         cache(data, bytes_of=lambda caption: 1_000_000 * len(caption.split()), keeps_bits=True)
@@ -544,4 +546,4 @@ def test_large_features_are_announced_and_stored_as_bits(tmp_path, caplog):
     read = cache(data, keeps_bits=True)
     assert read.encoded == []
     for _, caption, row in draws_of(read.batches):
-        assert_same(row, features(caption))
+        assert_same_features(row, features(caption))

@@ -1,5 +1,7 @@
-"""Files that the system does not let a run read: the sentence names the option. Root may read everything, so the
-refusal is made."""
+"""Errors for files without read permission name the option.
+
+The permission error is simulated, because root may read everything.
+"""
 
 import errno
 import os
@@ -31,16 +33,18 @@ READERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_the_option_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_the_error_for_an_unreadable_file_names_its_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     file, read, flag = READERS[name]
     path = tmp_path / file
     path.write_text("{}")
 
-    def refused(*_: object, **__: object) -> Any:
+    def refuse(*_: object, **__: object) -> Any:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refused)
-    monkeypatch.setattr(weights, "require_weight_file", refused)
-    monkeypatch.setattr("library.data.sources.folders.metadata_file.open", refused, raising=False)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(weights, "require_weight_file", refuse)
+    monkeypatch.setattr("library.data.sources.folders.metadata_file.open", refuse, raising=False)
     with pytest.raises(UserError, match=rf"{flag} .*{file} cannot be read: Permission denied; change its permissions"):
         read(path)
