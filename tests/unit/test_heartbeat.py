@@ -1,4 +1,4 @@
-"""Which processes are reported missing, and when a process that does not exit by itself is terminated."""
+"""Reporting missing processes, and terminating processes that do not exit by themselves."""
 
 import os
 import socket

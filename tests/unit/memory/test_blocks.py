@@ -1,4 +1,4 @@
-"""How blocks run: every denoiser runs all of its blocks through its runner."""
+"""Running blocks: every denoiser runs all of its blocks through its runner."""
 
 from collections.abc import Callable
 from typing import Any

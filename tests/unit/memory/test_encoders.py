@@ -74,7 +74,7 @@ def test_only_the_largest_encoders_are_streamed_and_only_as_many_layers_as_neede
 def test_the_memory_of_streamed_encoders_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     encoders, rings, open_stream = deep_encoders(), [], offload.stream
     predicted = least_bytes(encoders)
-    monkeypatch.setattr(offload, "stream", lambda *given: rings.append(open_stream(*given)))
+    monkeypatch.setattr(offload, "stream", lambda *args: rings.append(open_stream(*args)))
     place_encoders(encoders, CPU, free_bytes=0)
     slots = sum(slot.numel() for ring in rings for slot in ring.streams.slots)
     assert bytes_of(*encoders) + slots == pytest.approx(predicted, rel=0.01)  # parts of a slot are aligned

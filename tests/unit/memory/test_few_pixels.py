@@ -118,11 +118,11 @@ def test_autocast_sets_the_compute_dtype_and_input_gradients_keep_the_input_dtyp
     torch.manual_seed(43)
     layer = nn.Conv2d(5, 67, 3, padding=1).bfloat16()
     exact = deepcopy(layer).double()
-    ours = frozen(layer)
+    adapted = frozen(layer)
     x = torch.randn(2, 5, 3, 4, requires_grad=True)
     with count_calls() as fast_calls:
         with torch.autocast("cpu", torch.bfloat16):
-            y = ours(x)
+            y = adapted(x)
         y.float().sum().backward()
     assert fast_calls == ["output", "input_gradient"] and y.dtype == torch.bfloat16
     assert x.grad is not None and x.grad.dtype == torch.float32

@@ -94,12 +94,12 @@ def test_outputs_and_gradients_are_those_of_the_decoded_weight(codec: Codec) -> 
     store_all_in(codec, layers_in_blocks(model).values())
     plain = decoded_copy(model)
     results = []
-    for one in (model, plain):
+    for module in (model, plain):
         x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        y = one(x)
+        y = module(x)
         results.append((y, torch.autograd.grad(y.square().sum(), x)[0]))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, **FLOAT32_SAME_MATH)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, **FLOAT32_SAME_MATH)
 
 
 def test_under_autocast_the_output_has_the_autocast_dtype() -> None:
@@ -162,8 +162,8 @@ def test_adapters_train_as_on_the_decoded_weight(arguments: dict[str, str]) -> N
         y.square().sum().backward()
         results.append((y.detach(), *(parameter.grad for parameter in network.parameters())))
         network.remove()
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 WEIGHTS = {"linear": (70, 96), "conv": (70, 6, 3, 3), "odd": (6, 3, 3, 3), "row": (1, 64)}
@@ -276,12 +276,12 @@ def test_convolutions_compute_with_the_decoded_weight(codec: Codec, is_last: boo
     assert type(layer).__name__ == "Conv2d" and layer.weight.shape == exact.weight.shape
     exact.weight = nn.Parameter(layer.weight, requires_grad=False)
     results = []
-    for one in (layer, exact):
+    for module in (layer, exact):
         x = torch.randn(2, 4, 7, 9, generator=torch.Generator().manual_seed(14)).requires_grad_()
-        y = one(x)
+        y = module(x)
         results.append((y, torch.autograd.grad(y.square().sum(), x)[0]))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, **FLOAT32_SAME_MATH)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, **FLOAT32_SAME_MATH)
 
 
 def test_only_layers_with_a_frozen_twin_are_frozen() -> None:

@@ -194,12 +194,12 @@ def test_layers_multiply_codes_and_still_expose_the_decoded_weight(name: str) ->
         plain.bias.copy_(layer.bias)
     for i, shape in enumerate([(4, 9, 64), (4, 9, 64), (2, 16, 5, 5)]):
         results = []
-        for one in (layers[i], decoded[i]):
+        for module in (layers[i], decoded[i]):
             x = random(*shape, seed=25).requires_grad_()
-            y = one(x)
+            y = module(x)
             results.append((y, torch.autograd.grad(y.square().sum(), x)[0]))
-        for ours, theirs in zip(*results, strict=True):
-            error = relative_error(ours, theirs.double())
+        for actual, expected in zip(*results, strict=True):
+            error = relative_error(actual, expected.double())
             assert 0.001 < error < 0.05 if i == 0 else error < 1e-5
 
 

@@ -160,10 +160,10 @@ def test_blocks_are_pinned_until_the_runtime_refuses(limited_runtime: Runtime) -
     assert limited_runtime.pinned == []
 
 
-@pytest.mark.parametrize(("reserve", "left"), [(0, 5), (1, 4), (200, 3), (201, 2), (9999, 0)])
-def test_room_for_the_staging_buffers_is_left(reserve: int, left: int, limited_runtime: Runtime) -> None:
+@pytest.mark.parametrize(("reserve", "num_pinned"), [(0, 5), (1, 4), (200, 3), (201, 2), (9999, 0)])
+def test_room_for_the_staging_buffers_is_left(reserve: int, num_pinned: int, limited_runtime: Runtime) -> None:
     masters = buffers(8)
-    assert len(pinning.pin(masters, reserve).addresses) == len(limited_runtime.pinned) == left
+    assert len(pinning.pin(masters, reserve).addresses) == len(limited_runtime.pinned) == num_pinned
 
 
 def test_most_of_main_memory_is_left_unpinned(limited_runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,31 +202,31 @@ class FakeCuda:
     """A stand-in for torch.cuda that records calls to streams and events; copies run at once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.told: list[str] = []
-        told = self.told
+        self.log: list[str] = []
+        log = self.log
 
         class Event:
             def __init__(self, blocking: bool = False) -> None:
                 self.is_blocking = blocking
 
             def record(self, stream: Any) -> None:
-                told.append(f"record on {stream.name}")
+                log.append(f"record on {stream.name}")
 
             def synchronize(self) -> None:
-                told.append("host waits")
+                log.append("host waits")
 
         class Stream:
             def __init__(self, device: Any = None, name: str = "copies") -> None:
                 self.name = name
 
             def wait_stream(self, other: Any) -> None:
-                told.append(f"{self.name} waits for {other.name}")
+                log.append(f"{self.name} waits for {other.name}")
 
             def wait_event(self, event: Event) -> None:
-                told.append(f"{self.name} waits for an event")
+                log.append(f"{self.name} waits for an event")
 
             def __enter__(self) -> None:
-                told.append(f"on {self.name}")
+                log.append(f"on {self.name}")
 
             def __exit__(self, *_: Any) -> None: ...
 
@@ -235,9 +235,7 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: compute)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-        monkeypatch.setattr(
-            torch.Tensor, "record_stream", lambda tensor, stream: told.append(f"kept for {stream.name}")
-        )
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"kept for {stream.name}"))
         empty = torch.empty
         monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kw: empty(*size, **kw))
 
@@ -252,7 +250,7 @@ def test_copies_wait_for_compute_and_compute_waits_for_copies(
     streams = CudaStreams(2, 8, CPU)
     streams.start(1, torch.arange(6, dtype=torch.uint8))
     streams.ready(1)
-    assert cuda.told == [*["kept for copies"] * 2, "copies waits for compute", *FILL, "compute waits for an event"]
+    assert cuda.log == [*["kept for copies"] * 2, "copies waits for compute", *FILL, "compute waits for an event"]
     assert streams.slots[1][:6].tolist() == [0, 1, 2, 3, 4, 5]
 
 
@@ -262,7 +260,7 @@ def test_unpinned_memory_is_copied_through_pinned_buffers(monkeypatch: pytest.Mo
     streams.start(0, torch.full((4,), 7, dtype=torch.uint8))
     streams.ready(0)
     staged = ["copies waits for an event", "host waits", *FILL, "record on copies"]
-    assert cuda.told == [*["kept for copies"] * 2, "record on compute", *staged, "compute waits for an event"]
+    assert cuda.log == [*["kept for copies"] * 2, "record on compute", *staged, "compute waits for an event"]
     streams.start(1, torch.full((5,), 8, dtype=torch.uint8))
     streams.ready(1)
     assert [slot[0].item() for slot in streams.slots] == [7, 8]
@@ -276,7 +274,7 @@ def test_a_block_larger_than_a_buffer_is_copied_in_pieces(monkeypatch: pytest.Mo
     assert [len(buffer) for buffer in streams.staging] == [3, 3]
     streams.start(0, torch.arange(8, dtype=torch.uint8))
     streams.ready(0)
-    assert streams.slots[0].tolist() == [*range(8)] and cuda.told.count("host waits") == 3
+    assert streams.slots[0].tolist() == [*range(8)] and cuda.log.count("host waits") == 3
 
 
 def test_pinned_blocks_are_copied_directly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +283,7 @@ def test_pinned_blocks_are_copied_directly(monkeypatch: pytest.MonkeyPatch) -> N
     streams = StagedStreams(2, 8, CPU, {master.data_ptr()})
     streams.start(1, master)
     streams.ready(1)
-    assert streams.slots[1].tolist() == [*range(8)] and "host waits" not in cuda.told
+    assert streams.slots[1].tolist() == [*range(8)] and "host waits" not in cuda.log
 
 
 def test_a_slot_on_the_cpu_is_nan_until_its_copy_is_awaited() -> None:

@@ -229,7 +229,7 @@ NOTHING = CountedPass((), (), ())
 def test_an_optimizer_is_counted_separately() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         groups = [{"params": [nn.Parameter(torch.empty(64, 48)) for _ in range(5)]}]
-        actual = count_optimizer(lambda given: torch.optim.AdamW(given, lr=1e-3), groups, OperationCounter(ANSWERS))
+        actual = count_optimizer(lambda params: torch.optim.AdamW(params, lr=1e-3), groups, OperationCounter(ANSWERS))
     assert actual.state == pytest.approx(8 * 5 * 64 * 48, rel=0.01)
     assert actual.rise >= actual.state
 
@@ -252,7 +252,7 @@ def test_an_optimizer_is_counted_equally_from_a_subset_of_parameters(
         for is_short in (True, False):
             if not is_short:
                 monkeypatch.setattr("library.memory.planner.steps.has_state_first", lambda optimizer: False)
-            build = lambda given: getattr(torch.optim, kind)(given, lr=1e-3, **options)  # noqa: E731
+            build = lambda params: getattr(torch.optim, kind)(params, lr=1e-3, **options)  # noqa: E731
             counts.append(count_optimizer(build, groups, OperationCounter(ANSWERS)))
     assert counts[0] == counts[1]
     assert counts[0].state > 0
