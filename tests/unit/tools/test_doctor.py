@@ -13,15 +13,15 @@ from tools import doctor, start
 from tools.doctor import Line
 
 
-def torch_like(cuda: str | None = None, **card: Any) -> Any:
+def torch_like(cuda: str | None = None, **gpu: Any) -> Any:
     """Return a stand-in for torch built for a CUDA version, with one GPU or none."""
     cuda_module = SimpleNamespace(
-        is_available=lambda: bool(card),
+        is_available=lambda: bool(gpu),
         device_count=lambda: 1,
         get_arch_list=lambda: ["sm_80", "sm_86", "sm_90", "compute_90"],
         get_device_name=lambda number: "RTX 4060",
-        get_device_capability=lambda number: card["capability"],
-        mem_get_info=lambda number: card["memory"],
+        get_device_capability=lambda number: gpu["capability"],
+        mem_get_info=lambda number: gpu["memory"],
     )
     version = SimpleNamespace(cuda=cuda, hip=None)
     return SimpleNamespace(__version__="2.13.0", version=version, cuda=cuda_module, backends=SimpleNamespace())

@@ -49,7 +49,7 @@ def merge(base: str, lora: Path, save_to: Path) -> str:
 @pytest.mark.parametrize(
     ("naming", "prefix"), first_is_fast([("kohya", "net."), ("generic", ""), ("diffusers", "net.")])
 )
-def test_the_merged_checkpoint_computes_what_the_adapter_did(tmp_path: Path, naming: Any, prefix: str) -> None:
+def test_the_merged_checkpoint_matches_the_adapted_model(tmp_path: Path, naming: Any, prefix: str) -> None:
     base = build_tiny_anima(tmp_path, SEED, prefix)
     everything = {"train_llm_adapter": "True", "include_patterns": ".*"}
     expected = prediction(base, tmp_path / "lora.safetensors", **everything)

@@ -58,9 +58,7 @@ ARCHITECTURES: Mapping[tuple[str, str], str] = {  # modelspec.architecture of a 
 
 @pytest.mark.parametrize("naming", first_is_fast(["kohya", "generic", "diffusers"]))
 @pytest.mark.parametrize(("name", "layout"), ARCHITECTURES)
-def test_the_merged_checkpoint_computes_what_the_adapter_did(
-    tmp_path: Path, name: str, layout: Any, naming: Any
-) -> None:
+def test_the_merged_checkpoint_matches_the_adapted_model(tmp_path: Path, name: str, layout: Any, naming: Any) -> None:
     dit = DITS[name]
     is_dev = ARCHITECTURES[name, layout] == "Flux.2-dev"
     build = test_dit_files.DITS[name].build

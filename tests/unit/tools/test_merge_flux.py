@@ -46,7 +46,7 @@ def merge(base: Path, lora: Path, folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("naming", first_is_fast(["kohya", "diffusers"]))
 @pytest.mark.parametrize("split", ["False", "True"])
-def test_the_merged_transformer_predicts_what_the_adapter_did(tmp_path: Path, naming: str, split: str) -> None:
+def test_the_merged_transformer_matches_the_adapted_model(tmp_path: Path, naming: str, split: str) -> None:
     base = Path(build_tiny_flux(tmp_path, SEED)[1])
     expected = adapter(tmp_path / "lora.safetensors", split_qkv=split, in_dims="[2,2,2,2,2]")
     file = read_adapter_file(tmp_path / "lora.safetensors")

@@ -44,14 +44,14 @@ def prediction(model: HunyuanImage) -> torch.Tensor:
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("naming", ["kohya", "generic", "diffusers", "sd-scripts"])
-def test_the_merged_transformer_predicts_what_the_adapter_did(tmp_path: Path, naming: str, prefix: str) -> None:
+def test_the_merged_transformer_matches_the_adapted_model(tmp_path: Path, naming: str, prefix: str) -> None:
     base = Path(build_tiny_hunyuan_image(tmp_path, SEED)[1])
     if prefix:
         save_file({prefix + key: tensor for key, tensor in load_file(base).items()}, base)
     lora, save_to = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
     expected = adapter(lora, split_qkv="True")
     if naming == "sd-scripts":
-        theirs = {found.kohya: found.aliases[0] for found in NAMES.modules if found.aliases}
+        theirs = {entry.kohya: entry.aliases[0] for entry in NAMES.modules if entry.aliases}
         split = {key: key.partition(".") for key in load_file(lora)}
         renamed = {f"{theirs.get(name, name)}.{leaf}": load_file(lora)[key] for key, (name, _, leaf) in split.items()}
         save_file(renamed, lora)

@@ -51,7 +51,7 @@ def merge(base: str, lora: Path, save_to: Path) -> str:
 
 
 @pytest.mark.parametrize("naming", first_is_fast(["kohya", "generic", "diffusers"]))
-def test_the_merged_checkpoint_computes_what_the_adapter_did(tmp_path: Path, naming: Any) -> None:
+def test_the_merged_checkpoint_matches_the_adapted_model(tmp_path: Path, naming: Any) -> None:
     base = build_tiny_lumina(tmp_path, SEED, "whole")[1]
     expected = predictions(base, tmp_path / "lora.safetensors", split_qkv="True", embedder_dims="[2,2,2]")
     assert all((a - b).abs().max() > 0.01 for a, b in zip(predictions(base), expected, strict=True))

@@ -47,7 +47,7 @@ def merge(base: Path, lora: Path, save_to: Path) -> Path:
 
 @pytest.mark.parametrize("naming", ["kohya", "generic", "diffusers"])
 @pytest.mark.parametrize("name", ["sd3-medium", "sd3.5-medium"])
-def test_the_merged_checkpoint_computes_what_the_adapter_did(tmp_path: Path, name: str, naming: Any) -> None:
+def test_the_merged_checkpoint_matches_the_adapted_model(tmp_path: Path, name: str, naming: Any) -> None:
     base = build_tiny_sd3(tmp_path, SEED, name)
     expected = predictions(base, tmp_path / "lora.safetensors", split_qkv="True", emb_dims="[2,2,2,2,2,2]")
     assert all((a - b).abs().max() > 0.01 for a, b in zip(predictions(base), expected, strict=True))

@@ -79,7 +79,7 @@ def test_our_denoisers_match_diffusers_in_their_first_and_last_blocks(name: str)
     assert difference(denoisers()[name]()) < EXACT
 
 
-def test_every_denoiser_of_ours_is_compared() -> None:
+def test_each_of_our_denoisers_is_compared() -> None:
     """Every package with its own denoiser has a reference."""
     packages = {Path(spec.build.__code__.co_filename).parent for spec in list_specs()}
     expected = {folder.name for folder in packages if (folder / "model.py").exists()}
