@@ -43,7 +43,7 @@ def make_options(**values: object) -> TrainOptions:
     ],
     ids=["nf4", "bf16", "merged", "fitted"],
 )
-def test_weights_in_other_forms_are_refused(values: dict[str, object], message: str) -> None:
+def test_other_weight_formats_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check(make_options(**values))
 

@@ -76,13 +76,13 @@ def test_a_machine_without_a_gpu_is_warned_about(
 def test_a_run_uses_the_settings(
     train: Callable[..., Finished], base_arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, real = [], training.train
+    settings_seen, real = [], training.train
 
     def watched(*arguments: object) -> None:
-        seen.append(settings())
+        settings_seen.append(settings())
         real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(training, "train", watched)
     words = ["--cuda_allow_tf32", "--cuda_cudnn_benchmark", "--max_train_steps", "1"]
     assert train([*base_arguments, *words]).status == 0
-    assert seen == [(True, True, True)] and settings() == (False, False, False)
+    assert settings_seen == [(True, True, True)] and settings() == (False, False, False)

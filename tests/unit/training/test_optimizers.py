@@ -388,7 +388,7 @@ def test_schedule_free_weights_differ_between_training_and_saving(name: str) -> 
 def test_stochastically_rounded_bf16_weights_are_averaged_and_restored_bit_for_bit(name: str) -> None:
     """The averaged weights are the average of the float32 copies, rounded to nearest: y + (z - y) * (1 - 1 / beta)."""
     weight, bias, inputs, targets = tensors(seed=28)
-    weight, bias = (nn.Parameter(one.detach().bfloat16()) for one in (weight, bias))
+    weight, bias = (nn.Parameter(parameter.detach().bfloat16()) for parameter in (weight, bias))
     options = OptimizerOptions(name, learning_rate=0.05, stochastic_rounding=True)
     built = build_optimizer(options, [{"params": [weight, bias]}])
     for step in range(12):

@@ -362,7 +362,7 @@ def at_step(step: int, *done: Part) -> StateManifest:
         (None, {"initial_epoch": 1}, 0),
     ],
 )
-def test_where_a_run_begins(saved: int | None, state: dict[str, Any], expected: int) -> None:
+def test_the_first_step_of_a_run(saved: int | None, state: dict[str, Any], expected: int) -> None:
     assert begin(options_with(**state), PLAN, None if saved is None else at_step(saved)) == expected
 
 

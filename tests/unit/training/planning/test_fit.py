@@ -18,11 +18,11 @@ IMAGES = Stage("encoding images", "vae_batch_size", 5 * GIB, GIB, GIB, streamed_
 def fitted(gib: float, *stages: Stage, adapter: int = 0) -> Fit:
     options: Any = make_options(network_module="networks.lora")
     counted = CountedRun(BatchShape(1, 64, 64), counted_step(adapter), stages)
-    return fit_to(counted, options, Gpu("make_options up", int(gib * GIB), 1e12, 1e9, 1e12))
+    return fit_to(counted, options, Gpu("made up", int(gib * GIB), 1e12, 1e9, 1e12))
 
 
 def test_the_stage_that_needs_the_most_memory_is_named() -> None:
-    training = predict(counted_step(), Way(), Gpu("make_options up", 0, 1e12, 1e9, 1e12)).device_bytes / GIB
+    training = predict(counted_step(), Way(), Gpu("made up", 0, 1e12, 1e9, 1e12)).device_bytes / GIB
     lines = list(fitted(7.5, IMAGES).lines())
     # 5 GiB of weights and 2.1 of two images and a context of 0.7 do not fit, so one is encoded.
     assert "encoding images: 6.7 GiB with --vae_batch_size 1" in lines
@@ -31,7 +31,7 @@ def test_the_stage_that_needs_the_most_memory_is_named() -> None:
 
 
 def test_an_optimizer_step_that_needs_more_memory_than_the_pass_is_named() -> None:
-    step = predict(counted_step(adapter=4 * GIB), Way(), Gpu("make_options up", 0, 1e12, 1e9, 1e12))
+    step = predict(counted_step(adapter=4 * GIB), Way(), Gpu("made up", 0, 1e12, 1e9, 1e12))
     assert step.peak == OPTIMIZER_STEP  # state and gradients are three adapters, a pass keeps 2.4 GiB
     plan = fitted(60, adapter=4 * GIB)
     assert plan.choice.chosen is not None and plan.choice.chosen.device_bytes > CONTEXT_BYTES
@@ -45,7 +45,7 @@ def test_previews_are_planned_on_top_of_the_memory_that_training_keeps() -> None
         fit_to(
             CountedRun(BatchShape(1, 64, 64), step, (), preview),
             fitted(8).options,
-            Gpu("make_options up", gib * GIB, 1, 1, 1),
+            Gpu("made up", gib * GIB, 1, 1, 1),
         )
         for gib in (8, 3)
     )

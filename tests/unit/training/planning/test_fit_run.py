@@ -32,7 +32,7 @@ def test_processes_plan_with_the_least_free_memory_and_the_speed_of_rank_0(monke
     free = {0: 9 * GIB, 1: 7 * GIB, 2: 8 * GIB}
     board = Board()
 
-    def card(rank: int) -> Gpu:
+    def gpu_of_rank(rank: int) -> Gpu:
         processes = Processes(rank=rank, count=3, local_rank=rank, local_count=3, store=board)
         return measure_gpu("auto", "bf16", processes)
 
@@ -42,7 +42,7 @@ def test_processes_plan_with_the_least_free_memory_and_the_speed_of_rank_0(monke
     )
     with ThreadPoolExecutor(3) as pool, monkeypatch.context() as patch:
         patch.setattr(fit_run, "free_memory", lambda device: free.popitem()[1])
-        gpus_of_ranks = list(pool.map(card, (0, 1, 2)))
+        gpus_of_ranks = list(pool.map(gpu_of_rank, (0, 1, 2)))
     assert {gpu.memory_bytes for gpu in gpus_of_ranks} == {7 * GIB}
     assert len({(gpu.flops, gpu.bus) for gpu in gpus_of_ranks}) == 1
 

@@ -14,9 +14,9 @@ from tests.event_lines import EVIL, audit, lines_of, plan, start, whole_run
 from tools import compare_runs
 
 
-def record_of(*told: Event) -> Record:
+def record_of(*events: Event) -> Record:
     record = Record()
-    for line in lines_of(told):
+    for line in lines_of(events):
         record.add(line)
     return record
 
