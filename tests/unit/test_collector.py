@@ -1,4 +1,4 @@
-"""When Python's garbage collector looks at what."""
+"""Python's garbage collector is paused during imports and always resumed."""
 
 import gc
 
@@ -7,7 +7,7 @@ import pytest
 from library.collector import freeze_imports, keep_imported, pause_collection
 
 
-def test_the_collector_stays_away_from_imports_and_comes_back_whatever_happens() -> None:
+def test_garbage_collection_is_paused_during_imports_and_always_resumed() -> None:
     assert gc.isenabled()
     with pytest.raises(ImportError), pause_collection():
         assert not gc.isenabled()
@@ -18,8 +18,8 @@ def test_the_collector_stays_away_from_imports_and_comes_back_whatever_happens()
         assert not gc.isenabled()
     assert gc.isenabled()
     count = gc.get_freeze_count()
-    kept = [[] for _ in range(50)]  # type: ignore[var-annotated]
+    lists = [[] for _ in range(50)]  # type: ignore[var-annotated]
     with freeze_imports("this"):
         pass
-    # What was kept may go, one by one, when nothing refers to it any more: the count falls then, but it never grows.
-    assert len(kept) < gc.get_freeze_count() <= count, "only once in a process"
+    # Frozen objects may be freed once nothing refers to them: the count can fall, but it never grows.
+    assert len(lists) < gc.get_freeze_count() <= count, "only once in a process"

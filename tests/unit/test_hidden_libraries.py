@@ -1,4 +1,4 @@
-"""bitsandbytes and scipy are out of the way of runs that do not use them."""
+"""Runs that do not use bitsandbytes and scipy do not import them."""
 
 import importlib.util
 import os
@@ -13,7 +13,7 @@ from tests.running import ROOT
 pytestmark = pytest.mark.slow
 
 
-def test_nobody_finds_it_in_the_block_and_everybody_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hidden_library_is_not_found_inside_the_block_and_is_found_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (BITSANDBYTES, "diffusers.utils.import_utils"):  # as in a new process
         monkeypatch.delitem(sys.modules, module, raising=False)
     with hide_library(BITSANDBYTES):
@@ -24,15 +24,15 @@ def test_nobody_finds_it_in_the_block_and_everybody_behind_it(monkeypatch: pytes
         assert BITSANDBYTES not in sys.modules
 
 
-def test_one_that_is_loaded_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_is_already_loaded_stays_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, BITSANDBYTES, os)
     with hide_library(BITSANDBYTES):
         assert sys.modules[BITSANDBYTES] is os
     assert sys.modules[BITSANDBYTES] is os
 
 
-def test_a_run_imports_no_scipy_and_finds_it_where_it_wants_it() -> None:
-    """In a process of its own: what diffusers and transformers found out they keep."""
+def test_a_run_does_not_import_scipy_but_can_import_it_when_needed() -> None:
+    """Runs in a process of its own: diffusers and transformers cache which libraries they found."""
     code = """
 import sys
 from library.hidden_libraries import import_diffusers_hiding_libraries
@@ -46,8 +46,8 @@ from scipy.special import stdtrit
 
 
 @pytest.mark.nightly
-def test_what_diffusers_has_found_already_stays_visible() -> None:
-    """A program may import diffusers before it trains; its lazy imports rely on what it found then."""
+def test_a_library_that_diffusers_has_already_found_stays_visible() -> None:
+    """A program may import diffusers before it trains; its lazy imports rely on the libraries found then."""
     code = """
 import diffusers
 from library.hidden_libraries import BITSANDBYTES, import_diffusers_hiding_libraries, hide_library

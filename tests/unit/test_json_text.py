@@ -1,4 +1,4 @@
-"""Texts that Python's own parser accepts or fails on with other exceptions than ValueError."""
+"""JSON texts that Python's own parser accepts wrongly or fails on with an exception other than ValueError."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from library.json_text import InvalidJson, parse_json
 
 
 @pytest.mark.parametrize("text", ['{"a": [1, "ä\\ud83d\\ude00"]}', '{"a": [1, "ä😀"]}'])
-def test_pairs_of_surrogates_are_characters(text: str) -> None:
+def test_surrogate_pairs_are_decoded_to_characters(text: str) -> None:
     assert parse_json(text) == parse_json(text.encode()) == parse_json(text.encode("utf-16")) == {"a": [1, "ä😀"]}
 
 
@@ -21,6 +21,6 @@ def test_pairs_of_surrogates_are_characters(text: str) -> None:
         (b'"\xff"', "can't decode byte 0xff"),
     ],
 )
-def test_other_texts_are_refused_with_the_reason(text: str | bytes, reason: str) -> None:
+def test_invalid_texts_are_refused_with_the_reason(text: str | bytes, reason: str) -> None:
     with pytest.raises(InvalidJson, match=reason):
         parse_json(text)

@@ -1,4 +1,4 @@
-"""Settings of threads and of CUDA's allocator that must be made before torch is imported."""
+"""Thread and CUDA allocator settings that must be set before torch is imported."""
 
 import os
 import platform
@@ -34,14 +34,16 @@ GROWING = "expandable_segments:True"
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch does not use libgomp")
 @pytest.mark.parametrize("script", first_is_fast(STARTED))
 @pytest.mark.parametrize(
-    ("own", "expected"),
+    ("user_settings", "expected"),
     [
         ({}, ["None", "10000", GROWING]),
         ({"OMP_WAIT_POLICY": "ACTIVE", "PYTORCH_ALLOC_CONF": "backend:native"}, ["ACTIVE", "None", "None"]),
     ],
 )
-def test_scripts_set_them_before_torch_is_imported(script: str, own: dict[str, str], expected: list[str]) -> None:
-    environment = {name: value for name, value in os.environ.items() if name not in NAMES} | own
+def test_scripts_set_the_variables_before_torch_is_imported(
+    script: str, user_settings: dict[str, str], expected: list[str]
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES} | user_settings
     command = [sys.executable, "-c", AT_THE_IMPORT_OF_TORCH, str(ROOT / f"{script}.py")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.split()) == (0, expected), done.stderr
@@ -51,12 +53,12 @@ def test_scripts_set_them_before_torch_is_imported(script: str, own: dict[str, s
 @pytest.mark.parametrize(
     ("load", "busy_cores", "policy", "spin_count"),
     [
-        (0.1, 2.0, None, "10000"),  # an idle minute: a moment's work does not count
+        (0.1, 2.0, None, "10000"),  # an idle minute: a brief spike does not count
         (3.0, 0.1, None, "10000"),  # a program that has just ended
         (3.0, 1.0, "PASSIVE", None),
     ],
 )
-def test_threads_sleep_only_where_another_program_keeps_cores_busy(
+def test_threads_sleep_only_if_another_program_keeps_cores_busy(
     load: float, busy_cores: float, policy: str | None, spin_count: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment: dict[str, str] = {}
@@ -68,7 +70,7 @@ def test_threads_sleep_only_where_another_program_keeps_cores_busy(
 
 
 @pytest.mark.parametrize(
-    ("system", "release", "own", "expected"),
+    ("system", "release", "user_settings", "expected"),
     [
         ("Linux", "6.8.0-48-generic", {}, {"PYTORCH_CUDA_ALLOC_CONF": GROWING}),
         ("Linux", "6.8.0-48-generic", {"PYTORCH_ALLOC_CONF": "a:b"}, {"PYTORCH_ALLOC_CONF": "a:b"}),
@@ -79,10 +81,10 @@ def test_threads_sleep_only_where_another_program_keeps_cores_busy(
         ("Darwin", "24.1.0", {}, {}),
     ],
 )
-def test_segments_grow_on_native_linux_alone(
-    system: str, release: str, own: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_expandable_segments_are_used_on_native_linux_only(
+    system: str, release: str, user_settings: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environment = dict(own)
+    environment = dict(user_settings)
     monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr(platform, "system", lambda: system)
     monkeypatch.setattr(platform, "release", lambda: release)

@@ -1,4 +1,4 @@
-"""The known name, or file, that a misspelt one comes near."""
+"""The known name or file that is nearest to a misspelt one."""
 
 from pathlib import Path
 
@@ -10,19 +10,20 @@ KNOWN = ["AdamW", "AdamW8bit", "Lion", "Prodigy"]
 
 
 @pytest.mark.parametrize(
-    ("given", "near"), [("adamw", "AdamW"), ("AdamW_8bit", "AdamW8bit"), ("LIONS", "Lion"), ("sgd", None), ("", None)]
+    ("typed", "nearest"),
+    [("adamw", "AdamW"), ("AdamW_8bit", "AdamW8bit"), ("LIONS", "Lion"), ("sgd", None), ("", None)],
 )
-def test_the_nearest_name_is_found_whatever_its_case(given: str, near: str | None) -> None:
-    assert nearest_name(given, iter(KNOWN)) == near
-    assert did_you_mean(given, KNOWN) == (f" (did you mean {near}?)" if near else "")
+def test_the_nearest_name_is_found_ignoring_case(typed: str, nearest: str | None) -> None:
+    assert nearest_name(typed, iter(KNOWN)) == nearest
+    assert did_you_mean(typed, KNOWN) == (f" (did you mean {nearest}?)" if nearest else "")
 
 
-def test_how_near_it_must_be_can_be_said() -> None:
+def test_the_required_similarity_can_be_set() -> None:
     assert nearest_name("Prod", KNOWN) == "Prodigy"  # 2 x 4 of 4 + 7 letters, 0.73
     assert nearest_name("Prod", KNOWN, least=0.75) is None
 
 
-def test_the_nearest_path_is_of_a_folder_where_one_is_wanted(tmp_path: Path) -> None:
+def test_the_nearest_path_is_a_folder_if_a_folder_is_wanted(tmp_path: Path) -> None:
     (tmp_path / "my_cats").mkdir()
     (tmp_path / "my_cat.zip").touch()
     assert nearby(tmp_path / "my_cat.zap") == f"; did you mean {tmp_path / 'my_cat.zip'}?"

@@ -21,7 +21,7 @@ sys.stdin.read()
 
 
 def start(parent: Path) -> tuple["subprocess.Popen[str]", Path]:
-    """A process that has made a folder and waits for the end of its input."""
+    """Start a process that creates a folder and waits until its input is closed; return both."""
     process = subprocess.Popen(
         [sys.executable, "-c", WAITS, str(parent)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -33,18 +33,18 @@ def start(parent: Path) -> tuple["subprocess.Popen[str]", Path]:
 def test_the_folder_of_a_killed_process_is_deleted_and_that_of_a_running_one_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed, left = start(tmp_path)
-    running, kept = start(tmp_path)
-    own = Path(make_temporary_folder("weights", str(tmp_path)))
+    killed, killed_folder = start(tmp_path)
+    running, running_folder = start(tmp_path)
+    own_folder = Path(make_temporary_folder("weights", str(tmp_path)))
     (tmp_path / "latents-of-a-user").mkdir()
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    assert left.name.startswith(f"latents-{killed.pid}-") and left.is_dir()
+    assert killed_folder.name.startswith(f"latents-{killed.pid}-") and killed_folder.is_dir()
     delete_abandoned_folders([tmp_path, tmp_path / "nowhere"])
-    assert {path.name for path in tmp_path.iterdir()} == {kept.name, own.name, "latents-of-a-user"}
-    with monkeypatch.context() as patch:  # as from a container that does not see the process
+    assert {path.name for path in tmp_path.iterdir()} == {running_folder.name, own_folder.name, "latents-of-a-user"}
+    with monkeypatch.context() as patch:  # as seen from a container that cannot see the process
         patch.setattr(psutil, "pid_exists", lambda number: False)
         delete_abandoned_folders([tmp_path])
-    assert kept.is_dir() and own.is_dir()
+    assert running_folder.is_dir() and own_folder.is_dir()
     running.communicate("")
-    assert not kept.exists(), "a process that ends deletes its folder"
+    assert not running_folder.exists(), "a process that ends deletes its folder"

@@ -1,4 +1,4 @@
-"""Inputs of recomputed blocks in main memory: which tensors move, and that nothing changes."""
+"""Inputs of recomputed blocks in main memory: which tensors move, and that results do not change."""
 
 import weakref
 from collections.abc import Callable
@@ -26,16 +26,16 @@ class Block(nn.Module):
 
 @pytest.fixture
 def moved(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The tensors that went to main memory."""
-    seen: list[Tensor] = []
+    """Return the list of tensors that were moved to main memory."""
+    tensors: list[Tensor] = []
     add = BlockInputs.add
 
     def noting(inputs: BlockInputs, tensor: Tensor) -> int:
-        seen.append(tensor)
+        tensors.append(tensor)
         return add(inputs, tensor)
 
     monkeypatch.setattr(BlockInputs, "add", noting)
-    return seen
+    return tensors
 
 
 def test_only_inputs_with_a_gradient_move_and_the_gradients_are_the_same(moved: list[Tensor]) -> None:
@@ -60,7 +60,7 @@ def test_without_gradients_nothing_moves(moved: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_what_waits_comes_back_as_it_was(memory_format: torch.memory_format) -> None:
+def test_an_offloaded_tensor_comes_back_unchanged(memory_format: torch.memory_format) -> None:
     tensor = torch.randn(2, 3, 4, 5).to(memory_format=memory_format)
     inputs = BlockInputs(lambda: None, {})
     assert inputs.add(tensor) == 0 and inputs.add(tensor + 1) == 1
@@ -70,14 +70,14 @@ def test_what_waits_comes_back_as_it_was(memory_format: torch.memory_format) -> 
         assert torch.equal(back, tensor + i) and back.stride() == tensor.stride()
 
 
-def test_inputs_of_a_graph_that_is_dropped_are_freed() -> None:
+def test_inputs_of_a_dropped_graph_are_freed() -> None:
     run = RecomputeFromMainMemory()
     y = run(nn.Linear(6, 6), torch.randn(2, 6).requires_grad_() * 2)
-    kept = run.last()
-    assert kept is not None and len(kept.offloaded) == 1
-    found = weakref.ref(kept)
-    del kept, y
-    assert found() is None and run.last() is None
+    saved = run.last()
+    assert saved is not None and len(saved.offloaded) == 1
+    reference = weakref.ref(saved)
+    del saved, y
+    assert reference() is None and run.last() is None
 
 
 RUNNERS: dict[str, Callable[[], BlockRunner]] = {
@@ -87,7 +87,7 @@ RUNNERS: dict[str, Callable[[], BlockRunner]] = {
 
 
 @pytest.mark.parametrize("build", RUNNERS.values(), ids=RUNNERS)
-def test_layers_of_a_text_encoder_wait_too(build: Callable[[], BlockRunner], moved: list[Tensor]) -> None:
+def test_inputs_of_text_encoder_layers_are_offloaded_too(build: Callable[[], BlockRunner], moved: list[Tensor]) -> None:
     clip = CLIPTextModel(CLIPTextConfig(**CLIP)).eval()
     clip.load_state_dict(fixed_init(clip, 102))
     ids = torch.tensor([[0, 5, 7, 1], [0, 3, 1, 1]])
@@ -99,14 +99,14 @@ def test_layers_of_a_text_encoder_wait_too(build: Callable[[], BlockRunner], mov
 
     alone = gradients()
     run_encoder_layers_with(clip, build())
-    found = gradients()
-    assert len(found) == len(alone) > 10 and all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+    offloaded = gradients()
+    assert len(offloaded) == len(alone) > 10 and all(torch.equal(a, b) for a, b in zip(offloaded, alone, strict=True))
     num_layers = CLIP["num_hidden_layers"]
     assert len(moved) == (num_layers if build is RecomputeFromMainMemory else -(-num_layers // 2))
 
 
-@pytest.mark.parametrize(("n", "again"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3])])
-def test_every_nth_block_is_computed_again_in_every_pass(n: int, again: list[int]) -> None:
+@pytest.mark.parametrize(("n", "recomputed"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3])])
+def test_every_nth_block_is_recomputed_in_every_pass(n: int, recomputed: list[int]) -> None:
     blocks = [nn.Linear(3, 3) for _ in range(5)]
     ran: list[int] = []
 
@@ -120,4 +120,4 @@ def test_every_nth_block_is_computed_again_in_every_pass(n: int, again: list[int
         x = torch.ones(1, 3)
         for block in blocks:
             x = runner(block, x)
-    assert ran == again * 2
+    assert ran == recomputed * 2

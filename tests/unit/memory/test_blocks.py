@@ -1,4 +1,4 @@
-"""How blocks run: every denoiser leads all of its blocks through its runner."""
+"""Running blocks: every denoiser runs all of its blocks through its runner."""
 
 from collections.abc import Callable
 from typing import Any
@@ -43,16 +43,16 @@ def test_layers_of_a_text_encoder_are_recomputed_with_the_base_models_dropout_of
     alone = gradients()
     recorder = Recorder(recompute)
     run_encoder_layers_with(clip, recorder)
-    again = gradients()
+    recomputed = gradients()
     assert len(recorder.ran) == CLIP["num_hidden_layers"]
-    for one, other in zip(alone, again, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other, **FLOAT32_SAME_MATH)
+    for expected, actual in zip(alone, recomputed, strict=True):
+        assert (expected is None) == (actual is None)
+        if expected is not None:
+            torch.testing.assert_close(expected, actual, **FLOAT32_SAME_MATH)
 
 
 class Recorder:
-    """A runner that notes which blocks it ran, and runs them as another does."""
+    """A runner that records the blocks it ran and delegates to another runner."""
 
     def __init__(self, runner: BlockRunner) -> None:
         self.runner = runner
@@ -67,29 +67,29 @@ def test_recomputing_keeps_the_inputs_of_a_block_and_changes_no_gradient() -> No
     torch.manual_seed(33)
     block = nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 5))
     x = torch.randn(3, 5)
-    results, kept = [], []
+    results, saved_inputs = [], []
     for runner in (plain, recompute):
         saved: list[Tensor] = []
         leaf = x.clone().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t) or t, lambda t: t):
             y = runner(block, leaf)
         results.append(torch.autograd.grad(y.square().sum(), leaf)[0])
-        kept.append(max((t.shape[-1] for t in saved), default=0))
+        saved_inputs.append(max((t.shape[-1] for t in saved), default=0))
     assert torch.equal(*results)
-    assert kept == [40, 5]  # with recomputation only the inputs
+    assert saved_inputs == [40, 5]  # only the inputs if blocks are recomputed
 
 
-def test_without_gradient_nothing_is_recomputed() -> None:
-    seen: list[bool] = []
+def test_nothing_is_recomputed_without_gradients() -> None:
+    grad_enabled: list[bool] = []
 
     class Block(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            seen.append(torch.is_grad_enabled())
+            grad_enabled.append(torch.is_grad_enabled())
             return x
 
     with torch.no_grad():
         recompute(Block(), torch.ones(1))
-    assert seen == [False]
+    assert grad_enabled == [False]
 
 
 def test_all_residual_and_transformer_blocks_of_a_unet_run_through_the_runner() -> None:
@@ -100,15 +100,15 @@ def test_all_residual_and_transformer_blocks_of_a_unet_run_through_the_runner() 
     run_unet_blocks_with(unet, recorder)
     assert torch.equal(gradient(unet), alone)
     kinds = [type(body.block).__name__ for body in recorder.ran]
-    wanted = [type(module).__name__ for module in unet.modules()]
+    expected = [type(module).__name__ for module in unet.modules()]
     for kind in ("ResnetBlock2D", "BasicTransformerBlock"):
-        assert kinds.count(kind) == wanted.count(kind) > 0
+        assert kinds.count(kind) == expected.count(kind) > 0
     assert len(set(kinds)) == 2 and len(set(recorder.ran)) == len(recorder.ran)
     assert dict(unet.named_modules()).keys() == names
     assert all(any(p is q for q in unet.parameters()) for p in recorder.ran[0].parameters())
 
 
-def test_a_later_runner_takes_the_place_of_the_first() -> None:
+def test_a_later_runner_replaces_the_first() -> None:
     unet = tiny_unet()
     alone = gradient(unet)
     first, second = Recorder(plain), Recorder(recompute)
@@ -137,7 +137,7 @@ def anima() -> tuple[nn.Module, list[Tensor]]:
 
 
 @pytest.mark.parametrize("build", [flux, lumina, anima], ids=lambda build: build.__name__)
-def test_a_denoiser_of_ours_runs_every_block_of_its_lists_in_order(
+def test_our_denoisers_run_every_block_in_order(
     build: Callable[[], tuple[nn.Module, list[Tensor]]],
 ) -> None:
     model, values = build()
@@ -146,7 +146,7 @@ def test_a_denoiser_of_ours_runs_every_block_of_its_lists_in_order(
     run_blocks_with(model, recorder)
     assert torch.equal(model(*values), alone)
     lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
-    blocks = [block for one in lists for block in one if any(block is ran for ran in recorder.ran)]
+    blocks = [block for block_list in lists for block in block_list if any(block is ran for ran in recorder.ran)]
     assert sorted(map(id, blocks)) == sorted(map(id, recorder.ran)) and len(blocks) >= 2
     transformer = max(lists, key=len)
-    assert [block for block in recorder.ran if any(block is one for one in transformer)] == list(transformer)
+    assert [block for block in recorder.ran if any(block is layer for layer in transformer)] == list(transformer)

@@ -1,4 +1,4 @@
-"""How models lie in memory, and what is given back between the stages of a run."""
+"""Memory layout of models, and memory that is released between the stages of a run."""
 
 import subprocess
 import sys
@@ -14,25 +14,25 @@ from tests.running import ROOT
 BACKENDS = {"cuda": "torch.cuda", "mps": "torch.mps"}
 
 
-def test_a_device_may_leave_its_number_open() -> None:
+def test_a_device_without_an_index_matches_any_index() -> None:
     with FakeTensorMode():
-        there, here = torch.empty(2, device="cuda:0"), torch.empty(2)
-    assert is_on(there, torch.device("cuda")) and is_on(there, torch.device("cuda", 0))
-    assert not is_on(there, torch.device("cuda", 1)) and not is_on(there, torch.device("cpu"))
-    assert is_on(here, torch.device("cpu")) and not is_on(here, torch.device("cuda"))
+        on_gpu, on_cpu = torch.empty(2, device="cuda:0"), torch.empty(2)
+    assert is_on(on_gpu, torch.device("cuda")) and is_on(on_gpu, torch.device("cuda", 0))
+    assert not is_on(on_gpu, torch.device("cuda", 1)) and not is_on(on_gpu, torch.device("cpu"))
+    assert is_on(on_cpu, torch.device("cpu")) and not is_on(on_cpu, torch.device("cuda"))
 
 
-@pytest.mark.parametrize("there", [*BACKENDS, None])
-def test_the_cache_of_the_card_that_is_there_is_emptied(monkeypatch: pytest.MonkeyPatch, there: str | None) -> None:
+@pytest.mark.parametrize("available", [*BACKENDS, None])
+def test_the_cache_of_the_available_backend_is_emptied(monkeypatch: pytest.MonkeyPatch, available: str | None) -> None:
     emptied: list[str] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there == "cuda")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there == "mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available == "cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: available == "mps")
     for name, module in BACKENDS.items():
         monkeypatch.setattr(f"{module}.empty_cache", lambda name=name: emptied.append(name))
     release_memory(keep_cache=True)
     assert emptied == []
     release_memory()
-    assert emptied == ([there] if there else [])
+    assert emptied == ([available] if available else [])
 
 
 CRASH = """
@@ -51,12 +51,12 @@ print(float(layers[1].weight.grad.abs().sum()) > 0)
 
 @pytest.mark.slow
 def test_a_group_norm_of_a_frozen_model_can_be_trained_on_the_cpu() -> None:
-    """In a process of its own, which torch would end with a segmentation fault."""
+    """Runs in a process of its own, because torch could crash with a segmentation fault."""
     done = subprocess.run([sys.executable, "-c", CRASH], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
-def test_only_an_input_without_gradient_changes_its_layout() -> None:
+def test_only_an_input_without_a_gradient_changes_its_layout() -> None:
     norm = nn.GroupNorm(2, 8)
     x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
     (changed,) = make_input_contiguous(norm, (x,)) or ()

@@ -1,4 +1,4 @@
-"""Text encoders whose layers wait in main memory compute the same bit for bit."""
+"""Text encoders whose layers are streamed from main memory compute bit-identical results."""
 
 import logging
 import re
@@ -27,9 +27,9 @@ CAPTIONS = ["a red cat", "dog"], ["a dog"]
 @pytest.mark.parametrize("base", BASES)
 def test_streamed_layers_compute_the_same_bits(base: str, precision: str, tmp_path: Path) -> None:
     _, arch = opened_with(base, [*BASES[base].build(tmp_path), "--mixed_precision", precision])
-    whole, streamed = ([encoder.eval() for encoder in arch.load.text_encoders()] for _ in range(2))
+    resident, streamed = ([encoder.eval() for encoder in arch.load.text_encoders()] for _ in range(2))
     sizes = [bytes_of(encoder) for encoder in streamed]
-    for encoder in streamed:  # also those that are too small here to gain by it
+    for encoder in streamed:  # stream even layers that are too small here to benefit
         stream_layers(encoder, CPU)
     layers = [layer for encoder in streamed for layer in frozen_layers(encoder)]
     assert any(isinstance(layer.handle, OffloadedHandle) for layer in layers)
@@ -38,14 +38,14 @@ def test_streamed_layers_compute_the_same_bits(base: str, precision: str, tmp_pa
     with torch.no_grad(), autocast:
         for captions in CAPTIONS:  # the second pass begins with a guess of the ring
             tokens = arch.text.tokenize(captions)
-            wanted, found = (arch.text.encode(encoders, tokens) for encoders in (whole, streamed))
-            assert found.keys() == wanted.keys()
-            for name, tensor in found.items():
-                assert torch.equal(tensor, wanted[name]), name
+            expected, actual = (arch.text.encode(encoders, tokens) for encoders in (resident, streamed))
+            assert actual.keys() == expected.keys()
+            for name, tensor in actual.items():
+                assert torch.equal(tensor, expected[name]), name
 
 
 def deep_encoders() -> list[nn.Module]:
-    """A CLIP of 4 layers and a T5 of 8, which takes more."""
+    """Return a CLIP of 4 layers and a larger T5 of 8."""
     clip = CLIPTextConfig(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2
     )
@@ -53,7 +53,7 @@ def deep_encoders() -> list[nn.Module]:
     return [CLIPTextModel(clip).eval(), T5EncoderModel(t5).eval()]
 
 
-def test_only_the_largest_are_streamed_and_only_as_far_as_needed(
+def test_only_the_largest_encoders_are_streamed_and_only_as_many_layers_as_needed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(offload, "MARGIN_BYTES", 1000)
@@ -71,18 +71,18 @@ def test_only_the_largest_are_streamed_and_only_as_far_as_needed(
     assert streamed(0) == ["CLIPTextModel", "T5EncoderModel"]
 
 
-def test_what_streamed_encoders_take_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_streamed_encoders_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     encoders, rings, open_stream = deep_encoders(), [], offload.stream
     predicted = least_bytes(encoders)
-    monkeypatch.setattr(offload, "stream", lambda *given: rings.append(open_stream(*given)))
+    monkeypatch.setattr(offload, "stream", lambda *args: rings.append(open_stream(*args)))
     place_encoders(encoders, CPU, free_bytes=0)
     slots = sum(slot.numel() for ring in rings for slot in ring.streams.slots)
     assert bytes_of(*encoders) + slots == pytest.approx(predicted, rel=0.01)  # parts of a slot are aligned
     assert sum(map(count_streamed_bytes, deep_encoders())) == predicted < 0.6 * bytes_of(*deep_encoders())
 
 
-def test_a_stage_is_planned_whole_then_streamed_then_not_at_all() -> None:
-    """The rise of n captions is 30 + (n - 1) * 20, and 5 % for the allocator."""
+def test_a_stage_is_planned_resident_then_streamed_then_not_at_all() -> None:
+    """n captions need 30 + (n - 1) * 20 above the weights, plus 5 % for the allocator."""
     stage = Stage("encoding captions", "text_encoder_batch_size", 1000, 30, 20, streamed_weights=100)
     assert stage.most_that_fits(1178) == 8 and not stage.is_streamed(8, 1178)
     assert stage.most_that_fits(1030) == 8 and stage.is_streamed(8, 1030)

@@ -1,4 +1,4 @@
-"""Two models exchange their weights in place, and are as before where that breaks off."""
+"""Two models exchange their weights in place, and are restored if that is interrupted."""
 
 import pytest
 import torch
@@ -24,27 +24,27 @@ X = torch.linspace(-1, 1, 12).view(2, 6)
 
 
 @pytest.mark.parametrize("stores", [False, True], ids=["numbers", "int8"])
-def test_a_model_computes_what_the_other_does_in_between(stores: bool) -> None:
-    one, two = model(1, stores), model(2, stores)
-    expected, own = two(X), one(X)
-    places = [parameter.data_ptr() for parameter in one.parameters()]
-    with exchange_weights(one, two):
-        assert torch.equal(one(X), expected) and torch.equal(two(X), own)
-        assert [parameter.data_ptr() for parameter in one.parameters()] == places
-    assert torch.equal(one(X), own) and torch.equal(two(X), expected) and not torch.equal(own, expected)
+def test_models_compute_each_others_outputs_during_an_exchange(stores: bool) -> None:
+    first, second = model(1, stores), model(2, stores)
+    expected, before = second(X), first(X)
+    places = [parameter.data_ptr() for parameter in first.parameters()]
+    with exchange_weights(first, second):
+        assert torch.equal(first(X), expected) and torch.equal(second(X), before)
+        assert [parameter.data_ptr() for parameter in first.parameters()] == places
+    assert torch.equal(first(X), before) and torch.equal(second(X), expected) and not torch.equal(before, expected)
 
 
-def test_an_error_in_between_gives_the_weights_back() -> None:
-    one, two = model(1), model(2)
-    own = one(X)
-    with pytest.raises(RuntimeError, match="drawing"), exchange_weights(one, two):
+def test_an_error_during_an_exchange_restores_the_weights() -> None:
+    first, second = model(1), model(2)
+    before = first(X)
+    with pytest.raises(RuntimeError, match="drawing"), exchange_weights(first, second):
         raise RuntimeError("drawing")
-    assert torch.equal(one(X), own)
+    assert torch.equal(first(X), before)
 
 
-def test_a_copy_that_fails_leaves_all_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, two = model(1), model(2)
-    own, others = one(X), two(X)
+def test_a_failed_copy_leaves_both_models_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    model_a, model_b = model(1), model(2)
+    before, other_before = model_a(X), model_b(X)
     swap, calls = module.swap, []
 
     def failing(first: torch.Tensor, second: torch.Tensor) -> None:
@@ -55,13 +55,13 @@ def test_a_copy_that_fails_leaves_all_as_before(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(module, "swap", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
-        exchange(one, two)
-    assert torch.equal(one(X), own) and torch.equal(two(X), others) and len(calls) == 7
+        exchange(model_a, model_b)
+    assert torch.equal(model_a(X), before) and torch.equal(model_b(X), other_before) and len(calls) == 7
 
 
-def test_models_that_are_stored_differently_are_refused() -> None:
-    one, two = model(1), model(2, stores=True)
-    own = one(X)
+def test_models_in_different_storage_formats_are_refused() -> None:
+    first, second = model(1), model(2, stores=True)
+    before = first(X)
     with pytest.raises(UserError, match="stored differently"):
-        exchange(one, two)
-    assert torch.equal(one(X), own)
+        exchange(first, second)
+    assert torch.equal(first(X), before)

@@ -28,22 +28,22 @@ SHAPES = [
 
 
 @contextmanager
-def counted() -> Iterator[list[str]]:
-    """Count the calls that go this way, forward and backward."""
-    ways: list[str] = []
+def count_calls() -> Iterator[list[str]]:
+    """Record the calls that take the fast path, forward and backward."""
+    fast_calls: list[str] = []
 
     def spying(name: str) -> Any:
-        right = getattr(small_convolutions, name)
+        original = getattr(small_convolutions, name)
 
         def call(*args: Any) -> Tensor:
-            ways.append(name)
-            made: Tensor = right(*args)
-            return made
+            fast_calls.append(name)
+            result: Tensor = original(*args)
+            return result
 
         return call
 
     with patch.multiple(small_convolutions, **{name: spying(name) for name in ("output", "input_gradient")}):
-        yield ways
+        yield fast_calls
 
 
 def frozen(layer: nn.Conv2d) -> nn.Conv2d:
@@ -66,7 +66,7 @@ def trained_through(layer: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tens
 def test_outputs_and_gradients_are_those_of_float64(
     kernel: Any, stride: Any, padding: Any, images: tuple[int, ...], stored: bool
 ) -> None:
-    """Sums have another order: 45 products of float32, 1e-6 of the largest."""
+    """Sums are in another order: 45 float32 products, 1e-6 of the largest value."""
     torch.manual_seed(31)
     layer = nn.Conv2d(5, 67, kernel, stride, padding)
     exact = deepcopy(layer).double()
@@ -74,10 +74,10 @@ def test_outputs_and_gradients_are_those_of_float64(
     gradient = torch.randn_like(layer(x))
     if stored:
         store_in(Plain(), layer)
-    ours = frozen(layer)
-    with counted() as ways:
-        y, x_gradient = trained_through(ours, x, gradient)
-    assert ways == ["output", "input_gradient"]
+    adapted = frozen(layer)
+    with count_calls() as fast_calls:
+        y, x_gradient = trained_through(adapted, x, gradient)
+    assert fast_calls == ["output", "input_gradient"]
     exact_y, exact_gradient = trained_through(exact, x.double(), gradient.double())
     torch.testing.assert_close(y.double(), exact_y, rtol=1e-6, atol=1e-6 * exact_y.abs().max().item())
     torch.testing.assert_close(
@@ -97,39 +97,39 @@ def test_outputs_and_gradients_are_those_of_float64(
     ],
     ids=["as many pixels as channels", "groups", "dilation", "named padding", "circular"],
 )
-def test_what_has_no_gain_or_another_geometry_is_left_to_torch(layer: nn.Conv2d, side: int) -> None:
+def test_cases_without_a_gain_or_with_another_geometry_are_left_to_torch(layer: nn.Conv2d, side: int) -> None:
     x = torch.randn(1, layer.in_channels, side, side, generator=torch.Generator().manual_seed(37))
     expected = layer(x)
-    with counted() as ways:
+    with count_calls() as fast_calls:
         y = frozen(layer)(x)
-    assert not ways
+    assert not fast_calls
     torch.testing.assert_close(y, expected)
 
 
 def test_a_weight_that_trains_gets_its_gradient() -> None:
     torch.manual_seed(41)
     layer = frozen(nn.Conv2d(5, 67, 3, padding=1)).requires_grad_(True)
-    with counted() as ways:
+    with count_calls() as fast_calls:
         layer(torch.randn(1, 5, 3, 3)).square().sum().backward()
-    assert not ways and layer.weight.grad is not None
+    assert not fast_calls and layer.weight.grad is not None
 
 
-def test_autocast_computes_in_its_format_and_gives_the_gradient_of_the_input_in_that_of_the_input() -> None:
+def test_autocast_sets_the_compute_dtype_and_input_gradients_keep_the_input_dtype() -> None:
     torch.manual_seed(43)
     layer = nn.Conv2d(5, 67, 3, padding=1).bfloat16()
     exact = deepcopy(layer).double()
-    ours = frozen(layer)
+    adapted = frozen(layer)
     x = torch.randn(2, 5, 3, 4, requires_grad=True)
-    with counted() as ways:
+    with count_calls() as fast_calls:
         with torch.autocast("cpu", torch.bfloat16):
-            y = ours(x)
+            y = adapted(x)
         y.float().sum().backward()
-    assert ways == ["output", "input_gradient"] and y.dtype == torch.bfloat16
+    assert fast_calls == ["output", "input_gradient"] and y.dtype == torch.bfloat16
     assert x.grad is not None and x.grad.dtype == torch.float32
     torch.testing.assert_close(y.double(), exact(x.detach().bfloat16().double()), rtol=2**-7, atol=2**-7)
 
 
-def test_arithmetic_is_counted_alike() -> None:
+def test_operations_are_counted_as_for_a_plain_convolution() -> None:
     layer = nn.Conv2d(5, 67, 3, padding=1)
     x = torch.randn(2, 5, 3, 4, requires_grad=True)
 

@@ -56,7 +56,7 @@ def decoded_copy(model: nn.Module) -> nn.Module:
     return plain
 
 
-def test_only_layers_inside_blocks_change_and_they_take_a_byte_a_weight() -> None:
+def test_only_layers_inside_blocks_are_encoded_at_one_byte_per_weight() -> None:
     model = frozen()
     assert store_all_in(Fp8Rows(), layers_in_blocks(model).values()) == 2
     assert type(model.outside) is nn.Linear
@@ -70,7 +70,7 @@ def test_only_layers_inside_blocks_change_and_they_take_a_byte_a_weight() -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_value_is_off_by_a_sixteenth_at_most_however_small_its_row(dtype: torch.dtype) -> None:
+def test_every_value_is_within_a_sixteenth_regardless_of_its_row_scale(dtype: torch.dtype) -> None:
     model = frozen(dtype=dtype)
     layer = model.blocks[0][0]
     layer.weight[3] *= 1e-3
@@ -94,15 +94,15 @@ def test_outputs_and_gradients_are_those_of_the_decoded_weight(codec: Codec) -> 
     store_all_in(codec, layers_in_blocks(model).values())
     plain = decoded_copy(model)
     results = []
-    for one in (model, plain):
+    for module in (model, plain):
         x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        y = one(x)
+        y = module(x)
         results.append((y, torch.autograd.grad(y.square().sum(), x)[0]))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, **FLOAT32_SAME_MATH)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, **FLOAT32_SAME_MATH)
 
 
-def test_under_autocast_the_product_has_its_dtype() -> None:
+def test_under_autocast_the_output_has_the_autocast_dtype() -> None:
     model = frozen(dtype=torch.bfloat16)
     store_all_in(Fp8Rows(), layers_in_blocks(model).values())
     with torch.autocast("cpu", torch.bfloat16):
@@ -119,7 +119,7 @@ def test_the_backward_pass_keeps_no_decoded_weight() -> None:
 
 
 @pytest.mark.parametrize("codec", ALL.values(), ids=ALL)
-def test_the_weight_that_is_read_is_a_copy(codec: Codec) -> None:
+def test_reading_the_weight_returns_a_copy(codec: Codec) -> None:
     layer = nn.Linear(6, 4).requires_grad_(False)
     store_in(codec, layer)
     read = layer.weight
@@ -127,29 +127,29 @@ def test_the_weight_that_is_read_is_a_copy(codec: Codec) -> None:
     assert not (layer.weight == 7).any()
 
 
-def test_the_backward_pass_asks_the_handle_for_the_weight_again() -> None:
-    """The layer's own parts may hold another layer's weight by then."""
+def test_the_backward_pass_reads_the_weight_from_its_handle_again() -> None:
+    """By then the layer's own tensors may hold another layer's weight."""
     torch.manual_seed(8)
     layer = nn.Linear(6, 4, bias=False).requires_grad_(False)
     before = layer.weight.clone()
     store_in(Plain(), layer)
     assert isinstance(layer, FrozenLinear)
-    asked: list[str] = []
+    requests: list[str] = []
     values = before.clone()
-    layer.handle = lambda: asked.append("") or {"values": values}  # type: ignore[func-returns-value]
+    layer.handle = lambda: requests.append("") or {"values": values}  # type: ignore[func-returns-value]
     layer.values.fill_(float("nan"))
     x = torch.randn(3, 6).requires_grad_()
     y = layer(x)
-    assert len(asked) == 1
+    assert len(requests) == 1
     y.sum().backward()
-    assert len(asked) == 2
+    assert len(requests) == 2
     torch.testing.assert_close(x.grad, before.sum(0).expand(3, 6), **FLOAT32_SAME_MATH)
 
 
 @pytest.mark.parametrize(
     "arguments", [{}, {"dora_wd": "True"}, {"dora_wd": "True", "wd_on_output": "True"}, {"split_qkv": "True"}], ids=str
 )
-def test_adapters_train_on_them_as_on_the_decoded_weight(arguments: dict[str, str]) -> None:
+def test_adapters_train_as_on_the_decoded_weight(arguments: dict[str, str]) -> None:
     base = toy_transformer(0)
     assert store_all_in(Fp8Rows(), layers_in_blocks(base).values()) > 0
     results = []
@@ -162,8 +162,8 @@ def test_adapters_train_on_them_as_on_the_decoded_weight(arguments: dict[str, st
         y.square().sum().backward()
         results.append((y.detach(), *(parameter.grad for parameter in network.parameters())))
         network.remove()
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 WEIGHTS = {"linear": (70, 96), "conv": (70, 6, 3, 3), "odd": (6, 3, 3, 3), "row": (1, 64)}
@@ -175,10 +175,8 @@ def random_weight(shape: tuple[int, ...], seed: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("name", [name for name in CODECS if name.startswith("nf4")])
-def test_nf4_is_what_bitsandbytes_makes_of_the_whole_weight(
-    name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Decoded by hand: for rows that 64 does not divide its own kernel for CPUs takes other factors."""
+def test_nf4_encodes_as_bitsandbytes_does(name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode by hand: for rows not divisible by 64, the CPU kernel of bitsandbytes uses other factors."""
     from bitsandbytes.functional import dequantize_blockwise, get_4bit_type, quantize_4bit
 
     monkeypatch.setattr("library.memory.codecs.chunks.NUM_VALUES", 64 * 96)  # several chunks, the last one shorter
@@ -189,13 +187,13 @@ def test_nf4_is_what_bitsandbytes_makes_of_the_whole_weight(
     factors = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     numbers = torch.stack([codes.flatten() >> 4, codes.flatten() & 15], dim=1).flatten()[: weight.numel()]
     values = get_4bit_type("nf4", device="cpu")[numbers.int()]
-    wanted = (values * factors.repeat_interleave(64)[: weight.numel()]).reshape(shape)
+    expected = (values * factors.repeat_interleave(64)[: weight.numel()]).reshape(shape)
     for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(CODECS[name].decode(parts, weight.shape, dtype), wanted.to(dtype))
+        assert torch.equal(CODECS[name].decode(parts, weight.shape, dtype), expected.to(dtype))
 
 
 @pytest.mark.parametrize("shape", WEIGHTS.values(), ids=WEIGHTS)
-def test_int8_is_off_by_half_a_step_of_its_row(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_is_within_half_a_step_of_its_row_scale(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("library.memory.codecs.chunks.NUM_VALUES", 64 * 96)
     weight = random_weight(shape, 10)
     if len(weight) > 1:
@@ -206,8 +204,8 @@ def test_int8_is_off_by_half_a_step_of_its_row(shape: tuple[int, ...], monkeypat
     assert (off <= step / 2 + 1e-6).all() and off.any()
 
 
-def test_turning_shares_an_outlier_among_its_group() -> None:
-    """An input 30 times as large makes the step of every row 30 times as large, unless its group of 256 shares it."""
+def test_rotation_spreads_an_outlier_over_its_group() -> None:
+    """Without rotation, an input 30 times as large makes every row's step 30 times as large."""
     weight = random_weight((40, 512), 11)
     weight[:, 100] *= 30
     errors = []
@@ -227,19 +225,21 @@ def test_groups_are_the_largest_power_of_two_that_divides(num_inputs: int, size:
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_every_format_takes_what_the_planner_counts_and_chunks_change_nothing(
+def test_every_format_takes_the_planned_bytes_and_chunking_changes_no_bit(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = random_weight((256, 512), 12).to(torch.bfloat16)
-    whole = CODECS[name].encode(weight)
-    num_bytes = sum(part.numel() * part.element_size() for part in whole.values())
+    unchunked = CODECS[name].encode(weight)
+    num_bytes = sum(part.numel() * part.element_size() for part in unchunked.values())
     assert num_bytes == StorageCost.of(name).num_bytes(Matrix.of(weight))
     monkeypatch.setattr("library.memory.codecs.chunks.NUM_VALUES", 64 * 512)
     for key, part in CODECS[name].encode(weight).items():
-        assert part.dtype == whole[key].dtype and torch.equal(part.view(torch.uint8), whole[key].view(torch.uint8))
+        assert part.dtype == unchunked[key].dtype and torch.equal(
+            part.view(torch.uint8), unchunked[key].view(torch.uint8)
+        )
 
 
-def test_the_files_of_the_folder_are_what_the_options_offer() -> None:
+def test_every_format_file_is_offered_by_the_options() -> None:
     from library.options.machine.fit import FitOptions
     from library.options.machine.memory import PrecisionOptions
 
@@ -249,13 +249,13 @@ def test_the_files_of_the_folder_are_what_the_options_offer() -> None:
         assert tuple(field.metadata["choices"]) == names == tuple(CODECS)
 
 
-def test_the_table_in_the_docs_has_every_format_with_its_bytes() -> None:
+def test_the_table_in_the_docs_lists_every_format_with_its_bytes() -> None:
     text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     _, _, text = text.partition("| `--base_format` | bytes a weight |")
     rows = re.findall(r"(?m)^\| `(\w+)` \| ([\d.]+) \|", text.partition("\n\n")[0])
     matrix = Matrix(3072, 3072, itemsize=2)
-    wanted = {name: f"{StorageCost.of(name).num_bytes(matrix) / matrix.num_values:.3f}" for name in CODECS}
-    assert dict(rows) == wanted
+    expected = {name: f"{StorageCost.of(name).num_bytes(matrix) / matrix.num_values:.3f}" for name in CODECS}
+    assert dict(rows) == expected
 
 
 def test_listing_the_formats_imports_no_torch() -> None:
@@ -276,12 +276,12 @@ def test_convolutions_compute_with_the_decoded_weight(codec: Codec, is_last: boo
     assert type(layer).__name__ == "Conv2d" and layer.weight.shape == exact.weight.shape
     exact.weight = nn.Parameter(layer.weight, requires_grad=False)
     results = []
-    for one in (layer, exact):
+    for module in (layer, exact):
         x = torch.randn(2, 4, 7, 9, generator=torch.Generator().manual_seed(14)).requires_grad_()
-        y = one(x)
+        y = module(x)
         results.append((y, torch.autograd.grad(y.square().sum(), x)[0]))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, **FLOAT32_SAME_MATH)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, **FLOAT32_SAME_MATH)
 
 
 def test_only_layers_with_a_frozen_twin_are_frozen() -> None:
@@ -296,7 +296,7 @@ def test_only_layers_with_a_frozen_twin_are_frozen() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", ["int8", "fp8"])
-def test_decoding_in_one_kernel_gives_the_bits_of_casting_first(name: str, dtype: torch.dtype) -> None:
+def test_decoding_in_one_kernel_is_bit_identical_to_casting_first(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(98)
     weight = torch.randn(33, 65).bfloat16()
     parts = CODECS[name].encode(weight)
@@ -306,7 +306,7 @@ def test_decoding_in_one_kernel_gives_the_bits_of_casting_first(name: str, dtype
 
 
 def test_int8_weights_are_decoded_without_a_copy_of_the_codes() -> None:
-    """A GPU casts within the kernel; a cast of its own would write and read twice as many bytes as the codes have."""
+    """A GPU casts inside the kernel; a separate cast would write and read twice the bytes of the codes."""
     parts = {"codes": torch.ones(4, 4, dtype=torch.int8), "scales": torch.ones(4, 1)}
     with OperationCounter() as counter:
         Int8Rows().decode(parts, torch.Size((4, 4)), torch.bfloat16)

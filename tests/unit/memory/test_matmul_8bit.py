@@ -1,4 +1,4 @@
-"""Products with 8-bit codes: their errors, the numbers that they are exact for, and what their kernels want."""
+"""Products with 8-bit codes: their errors, the values they are exact for, and the shapes that their kernels need."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def stored(name: str, weight: Tensor) -> tuple[Codes, Tensor]:
-    """The codes of a weight, and what they decode to, float64."""
+    """Return the codes of a weight and their decoded values in float64."""
     codec = CODECS[name]
     parts = codec.encode(weight)
     codes = codec.codes(parts)
@@ -25,8 +25,8 @@ def stored(name: str, weight: Tensor) -> tuple[Codes, Tensor]:
     return codes, codec.decode(parts, weight.shape, torch.float64)
 
 
-def share(found: Tensor, wanted: Tensor) -> float:
-    return float((found.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.detach().double() - expected.detach()).norm() / expected.detach().norm())
 
 
 # Measured: y is off by 4.4, 0.66 and 1.4 %, dx by 0.8, 0.8 and 2.6 %; docs/memory.md has the figures of full size.
@@ -36,7 +36,7 @@ BOUNDS = {"int8": (0.06, 0.012), "int8_rotated": (0.01, 0.012), "fp8": (0.03, 0.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", EIGHT_BIT_FORMATS)
 def test_products_are_near_those_of_the_decoded_weight_with_an_outlier_channel(name: str, dtype: torch.dtype) -> None:
-    """One input channel is 30 times as large as the others, and gradients of tokens differ by a factor of 1000."""
+    """One input channel is 30 times as large as the others, and token gradients differ by a factor of 1000."""
     weight, decoded = stored(name, 0.02 * random(96, 256, seed=1))
     x = random(3, 24, 256, seed=2)
     x[..., 7] *= 30
@@ -44,42 +44,42 @@ def test_products_are_near_those_of_the_decoded_weight_with_an_outlier_channel(n
     x, gradient = x.to(dtype), gradient.to(dtype)
     y, dx = output(x, weight, None), input_gradient(gradient, weight)
     assert y.dtype == dx.dtype == dtype and y.shape == (3, 24, 96)
-    errors = share(y, x.double() @ decoded.T), share(dx, gradient.double() @ decoded)
+    errors = relative_error(y, x.double() @ decoded.T), relative_error(dx, gradient.double() @ decoded)
     assert all(error < bound for error, bound in zip(errors, BOUNDS[name], strict=True)), errors
-    # No token is drowned by a larger one: each is as near as all of them together.
-    tokens = [share(dx[i], gradient[i].double() @ decoded) for i in range(len(dx))]
+    # A larger token does not swamp a smaller one: each is as accurate as all of them together.
+    tokens = [relative_error(dx[i], gradient[i].double() @ decoded) for i in range(len(dx))]
     assert max(tokens) < 2 * BOUNDS[name][1]
 
 
-# Measured: at most 1.2e-4, 2.5e-5 and 6e-4; rounded once the same tokens are off by 3.4, 0.4 and 1.0 %.
+# Measured: at most 1.2e-4, 2.5e-5 and 6e-4; with a single rounding the same tokens are off by 3.4, 0.4 and 1.0 %.
 OF_FEW = {"int8": 3e-4, "int8_rotated": 1e-4, "fp8": 2e-3}
 
 
 @pytest.mark.parametrize("num_tokens", [1, 8])
 @pytest.mark.parametrize("name", EIGHT_BIT_FORMATS)
-def test_a_few_tokens_are_multiplied_to_twice_as_many_bits(name: str, num_tokens: int) -> None:
-    """The modulation of a block is one token for a whole image; some are zeros."""
+def test_a_few_tokens_are_multiplied_with_twice_as_many_bits(name: str, num_tokens: int) -> None:
+    """A block's modulation is a single token per image; some are zero."""
     weight, decoded = stored(name, 0.02 * random(96, 256, seed=21))
     x, gradient = random(num_tokens, 256, seed=22), random(num_tokens, 96, seed=23)
     x[:, 7] *= 30
     y, dx = output(x, weight, None), input_gradient(gradient, weight)
-    errors = share(y, x.double() @ decoded.T), share(dx, gradient.double() @ decoded)
+    errors = relative_error(y, x.double() @ decoded.T), relative_error(dx, gradient.double() @ decoded)
     assert max(errors) < OF_FEW[name], errors
     assert not output(torch.zeros(num_tokens, 256), weight, None).any()
 
 
-def test_turning_is_what_keeps_an_outlier_from_the_others() -> None:
+def test_rotation_keeps_an_outlier_from_spoiling_other_channels() -> None:
     x = random(40, 512, seed=4)
     x[:, 100] *= 30
     errors = {}
     for name in ("int8", "int8_rotated"):
         weight, decoded = stored(name, random(48, 512, seed=5))
-        errors[name] = share(output(x, weight, None), x.double() @ decoded.T)
+        errors[name] = relative_error(output(x, weight, None), x.double() @ decoded.T)
     assert errors["int8_rotated"] < errors["int8"] / 3
 
 
-def whole_numbers(shape: tuple[int, int], kind: torch.dtype, seed: int) -> Tensor:
-    """Numbers that codes hold exactly, with the largest in each row, so that a token's factor is 1."""
+def make_exact_codes(shape: tuple[int, int], kind: torch.dtype, seed: int) -> Tensor:
+    """Return values that the codes hold exactly, with the largest code in each row, so that a token's factor is 1."""
     if kind == torch.int8:
         numbers = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(seed)).float()
         numbers[:, 0] = 127
@@ -90,27 +90,27 @@ def whole_numbers(shape: tuple[int, int], kind: torch.dtype, seed: int) -> Tenso
 
 
 @pytest.mark.parametrize("kind", [torch.int8, FP8, torch.float8_e5m2], ids=str)
-def test_numbers_that_8_bits_hold_are_multiplied_exactly(kind: torch.dtype) -> None:
-    """Factors of rows are powers of two, which round nothing; sums of fp8 are in float32."""
+def test_values_that_8_bits_represent_are_multiplied_exactly(kind: torch.dtype) -> None:
+    """Row factors are powers of two, so nothing is rounded; fp8 sums are in float32."""
     scales_O1 = torch.exp2(torch.arange(32) % 5 - 6.0)[:, None]
-    codes_OI = whole_numbers((32, 48), kind, seed=6).to(kind)
+    codes_OI = make_exact_codes((32, 48), kind, seed=6).to(kind)
     weight = Codes(codes_OI, scales_O1)
     decoded, bias = codes_OI.double() * scales_O1.double(), random(32, seed=7)
-    x = whole_numbers((5, 48), torch.int8 if kind == torch.int8 else FP8, seed=8)
+    x = make_exact_codes((5, 48), torch.int8 if kind == torch.int8 else FP8, seed=8)
     y = output(x, weight, bias)
     torch.testing.assert_close(y.double(), x.double() @ decoded.T + bias.double(), **FLOAT32_SAME_MATH)
-    gradient = whole_numbers((5, 32), torch.int8 if kind == torch.int8 else FP8, seed=9) / scales_O1.T
+    gradient = make_exact_codes((5, 32), torch.int8 if kind == torch.int8 else FP8, seed=9) / scales_O1.T
     dx = input_gradient(gradient, weight)
     torch.testing.assert_close(dx.double(), gradient.double() @ decoded, **FLOAT32_SAME_MATH)
 
 
-def test_one_scale_for_all_and_turned_codes_of_a_file() -> None:
-    codes_OI = whole_numbers((16, 64), torch.int8, seed=10).to(torch.int8)
+def test_per_tensor_scales_and_rotated_codes_of_a_file_are_multiplied() -> None:
+    codes_OI = make_exact_codes((16, 64), torch.int8, seed=10).to(torch.int8)
     weight = Codes(codes_OI, torch.tensor(0.25), rotate)
     decoded = rotate(0.25 * codes_OI.double())
-    x = rotate(whole_numbers((20, 64), torch.int8, seed=11))  # rotated again it is whole numbers
+    x = rotate(make_exact_codes((20, 64), torch.int8, seed=11))  # rotating again gives integers
     torch.testing.assert_close(output(x, weight, None).double(), x.double() @ decoded.T, rtol=1e-4, atol=1e-2)
-    gradient = whole_numbers((20, 16), torch.int8, seed=12)
+    gradient = make_exact_codes((20, 16), torch.int8, seed=12)
     torch.testing.assert_close(
         input_gradient(gradient, weight).double(), gradient.double() @ decoded, rtol=1e-5, atol=1e-2
     )
@@ -118,8 +118,8 @@ def test_one_scale_for_all_and_turned_codes_of_a_file() -> None:
 
 @pytest.mark.parametrize("name", EIGHT_BIT_FORMATS)
 @pytest.mark.parametrize("num_tokens", [9, 16, 17])
-def test_few_tokens_are_multiplied_as_among_many(name: str, num_tokens: int) -> None:
-    """Cards take no fewer than 17 rows of int8."""
+def test_few_tokens_give_the_same_result_as_in_a_large_batch(name: str, num_tokens: int) -> None:
+    """GPUs need at least 17 rows for int8."""
     weight, _ = stored(name, random(32, 64, seed=13))
     x, gradient = random(40, 64, seed=14), random(40, 32, seed=15)
     few, many = output(x[:num_tokens], weight, None), output(x, weight, None)[:num_tokens]
@@ -130,15 +130,15 @@ def test_few_tokens_are_multiplied_as_among_many(name: str, num_tokens: int) -> 
 
 def test_integer_kernels_are_given_enough_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _ = stored("int8", random(32, 64, seed=16))
-    honest, rows = torch._int_mm, []
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: rows.append(len(a)) or honest(a, b))
+    original, rows = torch._int_mm, []
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: rows.append(len(a)) or original(a, b))
     for num_tokens in (1, 16, 30):
         assert output(random(num_tokens, 64, seed=17), weight, None).shape == (num_tokens, 32)
     assert rows == [17, 17, 30]
 
 
 @pytest.mark.parametrize("name", EIGHT_BIT_FORMATS)
-def test_what_is_no_number_shows_in_its_token_alone_and_zeros_give_the_bias(name: str) -> None:
+def test_nan_and_inf_affect_only_their_token_and_zeros_give_the_bias(name: str) -> None:
     weight, _ = stored(name, random(32, 64, seed=18))
     x, bias = random(18, 64, seed=19), random(32, seed=20)
     x[3, 5], x[4, 6], x[5] = float("nan"), float("inf"), 0
@@ -148,33 +148,33 @@ def test_what_is_no_number_shows_in_its_token_alone_and_zeros_give_the_bias(name
     assert y[[i for i in range(18) if i not in (3, 4)]].isfinite().all()
 
 
-def test_half_precision_does_not_overflow_before_its_factors_are_multiplied_out() -> None:
+def test_half_precision_does_not_overflow_before_the_factors_are_applied() -> None:
     weight, decoded = stored("fp8", 0.01 * random(32, 512, seed=21).abs())
     x = random(20, 512, seed=22).abs().half()
     y = output(x, weight, None)
-    assert y.dtype == torch.float16 and share(y, x.double() @ decoded.T) < 0.02
+    assert y.dtype == torch.float16 and relative_error(y, x.double() @ decoded.T) < 0.02
 
 
 @pytest.mark.parametrize(
-    ("kind", "shape", "wanted"),
+    ("kind", "shape", "expected"),
     [
         (torch.int8, (24, 40), True), (torch.int8, (24, 36), False), (torch.int8, (20, 40), False),
         (FP8, (32, 48), True), (FP8, (32, 40), False), (torch.float8_e5m2, (16, 16), True),
         (torch.uint8, (16, 16), False),
     ],
 )  # fmt: skip
-def test_sizes_that_cards_multiply(kind: torch.dtype, shape: tuple[int, int], wanted: bool) -> None:
+def test_shapes_that_gpu_kernels_support(kind: torch.dtype, shape: tuple[int, int], expected: bool) -> None:
     codes_OI = torch.zeros(shape, dtype=torch.uint8).view(kind)
-    assert Codes(codes_OI, torch.ones(shape[0], 1)).can_be_multiplied is wanted
+    assert Codes(codes_OI, torch.ones(shape[0], 1)).can_be_multiplied is expected
     assert not Codes(codes_OI, torch.ones(shape[0], 2, 1)).can_be_multiplied
 
 
-def test_columns_come_first_for_cards() -> None:
-    codes = whole_numbers((8, 24), torch.int8, seed=23).to(torch.int8)
+def test_codes_are_column_major_for_gpu_kernels() -> None:
+    codes = make_exact_codes((8, 24), torch.int8, seed=23).to(torch.int8)
     assert columns_first(codes).stride() == (1, 8) and torch.equal(columns_first(codes), codes)
 
 
-def test_the_forms_with_codes_are_those_that_the_option_needs() -> None:
+def test_formats_with_codes_are_those_that_the_option_accepts() -> None:
     def has_codes(codec: Codec) -> bool:
         return codec.codes(codec.encode(torch.ones(8, 64))) is not None
 
@@ -182,7 +182,7 @@ def test_the_forms_with_codes_are_those_that_the_option_needs() -> None:
 
 
 @pytest.mark.parametrize("name", EIGHT_BIT_FORMATS)
-def test_layers_multiply_and_still_show_the_decoded_weight(name: str) -> None:
+def test_layers_multiply_codes_and_still_expose_the_decoded_weight(name: str) -> None:
     torch.manual_seed(24)
     layers = [nn.Linear(64, 32), nn.Linear(64, 20), nn.Conv2d(16, 16, 3, padding=1)]
     decoded = [nn.Linear(64, 32), nn.Linear(64, 20), nn.Conv2d(16, 16, 3, padding=1)]
@@ -194,25 +194,25 @@ def test_layers_multiply_and_still_show_the_decoded_weight(name: str) -> None:
         plain.bias.copy_(layer.bias)
     for i, shape in enumerate([(4, 9, 64), (4, 9, 64), (2, 16, 5, 5)]):
         results = []
-        for one in (layers[i], decoded[i]):
+        for module in (layers[i], decoded[i]):
             x = random(*shape, seed=25).requires_grad_()
-            y = one(x)
+            y = module(x)
             results.append((y, torch.autograd.grad(y.square().sum(), x)[0]))
-        for ours, theirs in zip(*results, strict=True):
-            error = share(ours, theirs.double())
+        for actual, expected in zip(*results, strict=True):
+            error = relative_error(actual, expected.double())
             assert 0.001 < error < 0.05 if i == 0 else error < 1e-5
 
 
-def test_the_backward_pass_asks_for_the_codes_again() -> None:
-    """By then another layer's may be where they were."""
+def test_the_backward_pass_reads_the_codes_again() -> None:
+    """By then their memory may hold another layer's codes."""
     layer = nn.Linear(64, 32).requires_grad_(False)
     store_in(CODECS["int8"], layer)
     multiply_codes([layer])  # type: ignore[list-item]
-    asked: list[str] = []
+    requests: list[str] = []
     parts = layer.own_parts()  # type: ignore[operator]
-    layer.handle = lambda: asked.append("") or parts  # type: ignore[func-returns-value, assignment]
+    layer.handle = lambda: requests.append("") or parts  # type: ignore[func-returns-value, assignment]
     x = random(20, 64, seed=26).requires_grad_()
     y = layer(x)
-    assert len(asked) == 1
+    assert len(requests) == 1
     y.sum().backward()
-    assert len(asked) == 2
+    assert len(requests) == 2

@@ -1,4 +1,4 @@
-"""Weights in main memory, how they are pinned, and how they are copied; tests/parity/test_ring.py has whole models."""
+"""Weights in main memory, how they are pinned and copied; tests/parity/test_ring.py tests whole models."""
 
 import os
 import sys
@@ -23,29 +23,29 @@ from tests.parity.deep import DEEP
 CPU = torch.device("cpu")
 
 
-def test_only_weights_leave_and_they_leave_altogether() -> None:
+def test_only_weights_are_offloaded_and_all_of_their_memory_is_released() -> None:
     deep = DEEP["flux"]
     model = deep.frozen(65)
     before = {name: p for name, p in model.named_parameters()}
     store_all_in(Plain(), layers_in_blocks(model).values())
     ring = stream(deep.stacks(model), [2, 3], CPU)
     assert ring is not None and len(ring.masters) == 5
-    left = {name for name, _ in model.named_parameters()}
+    remaining = {name for name, _ in model.named_parameters()}
     waiting = [0, 1], [0, 1, 3]
     assert [choose_blocks(4, 2), choose_blocks(6, 3)] == list(waiting)
     for kind, numbers in zip(("double_blocks", "single_blocks"), waiting, strict=True):
         for i in range(4 if kind == "double_blocks" else 6):
             names = [name for name in before if name.startswith(f"{kind}.{i}.") and before[name].ndim == 2]
-            stored = [name for name in left if name.startswith(f"{kind}.{i}.") and name.endswith(".values")]
+            stored = [name for name in remaining if name.startswith(f"{kind}.{i}.") and name.endswith(".values")]
             assert len(stored) == (0 if i in numbers else len(names))
     outside = {name for name in before if before[name].ndim == 1}
-    assert outside <= left  # norms and biases
+    assert outside <= remaining  # norms and biases
     num_bytes = sum(4 * before[name].numel() for name in before if before[name].ndim == 2 and "_blocks" in name)
     assert 0 < sum(map(len, ring.masters)) < num_bytes
 
 
 @pytest.mark.parametrize(("num_blocks", "count"), [(6, 1), (6, 3), (6, 4), (19, 17), (38, 36), (57, 20), (3, 1)])
-def test_waiting_blocks_are_spread_and_the_last_stays(num_blocks: int, count: int) -> None:
+def test_offloaded_blocks_are_spread_evenly_and_the_last_stays(num_blocks: int, count: int) -> None:
     numbers = choose_blocks(num_blocks, count)
     assert len(set(numbers)) == count and max(numbers) < num_blocks - 1
     gaps = [b - a for a, b in pairwise(numbers)]
@@ -59,15 +59,15 @@ BLOCKS_30 = [[nn.Identity()] * 30]
 
 
 @pytest.mark.parametrize(
-    ("num_blocks", "stacks", "wanted"),
+    ("num_blocks", "stacks", "expected"),
     [(35, BLOCKS_19_38, [17, 36]), (18, BLOCKS_19_38, [9, 18]), (7, BLOCKS_19_38, [3, 8]), (28, BLOCKS_30, [28])],
 )
-def test_blocks_are_counted_as_sd_scripts_counts_them(num_blocks: int, stacks: Any, wanted: list[int]) -> None:
-    assert count_offloaded_blocks(num_blocks, stacks) == wanted
+def test_blocks_are_counted_as_sd_scripts_counts_them(num_blocks: int, stacks: Any, expected: list[int]) -> None:
+    assert count_offloaded_blocks(num_blocks, stacks) == expected
 
 
 @pytest.mark.parametrize(
-    ("num_blocks", "stacks", "wanted"),
+    ("num_blocks", "stacks", "expected"),
     [
         (12, BLOCKS_8_48, [6, 12]),
         (13, BLOCKS_8_48, [6, 14]),
@@ -77,31 +77,33 @@ def test_blocks_are_counted_as_sd_scripts_counts_them(num_blocks: int, stacks: A
         (21, BLOCKS_20_8, [18, 6]),
     ],
 )
-def test_where_one_kind_has_too_few_blocks_the_other_has_more(num_blocks: int, stacks: Any, wanted: list[int]) -> None:
-    assert count_offloaded_blocks(num_blocks, stacks) == wanted
+def test_if_one_stack_has_too_few_blocks_the_other_offloads_more(
+    num_blocks: int, stacks: Any, expected: list[int]
+) -> None:
+    assert count_offloaded_blocks(num_blocks, stacks) == expected
 
 
 @pytest.mark.parametrize(
     ("num_blocks", "stacks", "most"),
     [(36, BLOCKS_19_38, 35), (30, BLOCKS_8_48, 29), (22, BLOCKS_20_8, 21), (29, BLOCKS_30, 28)],
 )
-def test_more_blocks_than_there_are_is_an_error_that_names_the_most(num_blocks: int, stacks: Any, most: int) -> None:
+def test_too_many_blocks_to_swap_is_an_error_that_names_the_maximum(num_blocks: int, stacks: Any, most: int) -> None:
     with pytest.raises(UserError, match=f"--blocks_to_swap {num_blocks}: .* at most {most} can be swapped$"):
         count_offloaded_blocks(num_blocks, stacks)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not copy pinned pages at a fork")
-def test_forked_workers_do_not_get_the_masters() -> None:
-    """Pages that are pinned would be copied for each of them."""
+def test_forked_workers_do_not_inherit_the_pinned_masters() -> None:
+    """Pinned pages would be copied for each worker."""
     master, is_filled = allocate_own_master(0, 3 * 4096 + 5)
     assert len(master) == 3 * 4096 + 5 and not is_filled and master.is_contiguous()
     master.fill_(7)
-    kept = torch.full((1 << 22,), 7, dtype=torch.uint8)  # of the ordinary kind
-    found, given = os.pipe()
+    ordinary = torch.full((1 << 22,), 7, dtype=torch.uint8)  # ordinary memory
+    read_end, write_end = os.pipe()
     if os.fork() == 0:
-        os.write(given, bytes([is_mapped(master.data_ptr()), is_mapped(kept.data_ptr())]))
+        os.write(write_end, bytes([is_mapped(master.data_ptr()), is_mapped(ordinary.data_ptr())]))
         os._exit(0)
-    assert list(os.read(found, 2)) == [False, True]
+    assert list(os.read(read_end, 2)) == [False, True]
     assert is_mapped(master.data_ptr()) and int(master.sum()) == 7 * len(master)
 
 
@@ -110,12 +112,12 @@ def is_mapped(address: int) -> bool:
     return any(int(begin, 16) <= address < int(end, 16) for begin, end in ranges)
 
 
-def test_no_block_that_waits_is_no_ring() -> None:
+def test_without_offloaded_blocks_there_is_no_ring() -> None:
     assert stream([[nn.Linear(3, 3), nn.Linear(3, 3)]], [0], CPU) is None
 
 
 class Runtime:
-    """Stands in for the card's library, which pins so many buffers."""
+    """A stand-in for the CUDA runtime that pins a limited number of buffers."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -140,7 +142,7 @@ def buffers(count: int) -> list[torch.Tensor]:
 
 
 @pytest.fixture
-def refusing(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+def limited_runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     runtime = Runtime(most=5)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -148,31 +150,31 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     return runtime
 
 
-def test_blocks_are_pinned_until_the_system_refuses(refusing: Runtime) -> None:
-    """Spread evenly, so that the others do not follow each other."""
+def test_blocks_are_pinned_until_the_runtime_refuses(limited_runtime: Runtime) -> None:
+    """Pinned blocks are spread evenly, so that unpinned blocks are not consecutive."""
     masters = buffers(8)
-    found = pinning.pin(masters)
-    assert found.reason == "cudaHostRegister failed: out of memory"
-    assert found.addresses == {masters[i].data_ptr() for i in (0, 4, 2, 6, 1)} == set(refusing.pinned)
+    result = pinning.pin(masters)
+    assert result.reason == "cudaHostRegister failed: out of memory"
+    assert result.addresses == {masters[i].data_ptr() for i in (0, 4, 2, 6, 1)} == set(limited_runtime.pinned)
     del masters
-    assert refusing.pinned == []
+    assert limited_runtime.pinned == []
 
 
-@pytest.mark.parametrize(("reserve", "left"), [(0, 5), (1, 4), (200, 3), (201, 2), (9999, 0)])
-def test_room_for_the_staging_buffers_is_left(reserve: int, left: int, refusing: Runtime) -> None:
+@pytest.mark.parametrize(("reserve", "num_pinned"), [(0, 5), (1, 4), (200, 3), (201, 2), (9999, 0)])
+def test_room_for_the_staging_buffers_is_left(reserve: int, num_pinned: int, limited_runtime: Runtime) -> None:
     masters = buffers(8)
-    assert len(pinning.pin(masters, reserve).addresses) == len(refusing.pinned) == left
+    assert len(pinning.pin(masters, reserve).addresses) == len(limited_runtime.pinned) == num_pinned
 
 
-def test_most_memory_is_left_alone(refusing: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_most_of_main_memory_is_left_unpinned(limited_runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinning.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 1000}))
     masters = buffers(5)
-    found = pinning.pin(masters)
-    assert len(found.addresses) == 4 and "0.0 GB is more than 40% of main memory" in str(found.reason)
+    result = pinning.pin(masters)
+    assert len(result.addresses) == 4 and "0.0 GB is more than 40% of main memory" in str(result.reason)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 13])
-def test_every_beginning_of_the_order_is_spread(count: int) -> None:
+def test_every_prefix_of_the_pinning_order_is_evenly_spread(count: int) -> None:
     order = pinning.spread_order(count)
     assert sorted(order) == list(range(count))
     for num in range(1, count + 1):
@@ -180,7 +182,7 @@ def test_every_beginning_of_the_order_is_spread(count: int) -> None:
         assert max(b - a for a, b in pairwise([*first, count])) <= 2 ** ((count - 1) // num).bit_length()
 
 
-def test_what_is_pinned_is_so_as_long_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_stays_pinned_until_it_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = Runtime(most=3)
     waits_for_copies: list[None] = []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
@@ -197,34 +199,34 @@ def test_what_is_pinned_is_so_as_long_as_it_is_there(monkeypatch: pytest.MonkeyP
 
 
 class FakeCuda:
-    """Notes what streams and events are told; copies themselves run at once."""
+    """A stand-in for torch.cuda that records calls to streams and events; copies run at once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.told: list[str] = []
-        told = self.told
+        self.log: list[str] = []
+        log = self.log
 
         class Event:
             def __init__(self, blocking: bool = False) -> None:
                 self.is_blocking = blocking
 
             def record(self, stream: Any) -> None:
-                told.append(f"record on {stream.name}")
+                log.append(f"record on {stream.name}")
 
             def synchronize(self) -> None:
-                told.append("host waits")
+                log.append("host waits")
 
         class Stream:
             def __init__(self, device: Any = None, name: str = "copies") -> None:
                 self.name = name
 
             def wait_stream(self, other: Any) -> None:
-                told.append(f"{self.name} waits for {other.name}")
+                log.append(f"{self.name} waits for {other.name}")
 
             def wait_event(self, event: Event) -> None:
-                told.append(f"{self.name} waits for an event")
+                log.append(f"{self.name} waits for an event")
 
             def __enter__(self) -> None:
-                told.append(f"on {self.name}")
+                log.append(f"on {self.name}")
 
             def __exit__(self, *_: Any) -> None: ...
 
@@ -233,9 +235,7 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: compute)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-        monkeypatch.setattr(
-            torch.Tensor, "record_stream", lambda tensor, stream: told.append(f"kept for {stream.name}")
-        )
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"kept for {stream.name}"))
         empty = torch.empty
         monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kw: empty(*size, **kw))
 
@@ -243,24 +243,24 @@ class FakeCuda:
 FILL = ["on copies", "record on copies"]
 
 
-def test_a_card_copies_after_what_was_computed_and_computes_after_what_was_copied(
+def test_copies_wait_for_compute_and_compute_waits_for_copies(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cuda = FakeCuda(monkeypatch)
     streams = CudaStreams(2, 8, CPU)
     streams.start(1, torch.arange(6, dtype=torch.uint8))
     streams.ready(1)
-    assert cuda.told == [*["kept for copies"] * 2, "copies waits for compute", *FILL, "compute waits for an event"]
+    assert cuda.log == [*["kept for copies"] * 2, "copies waits for compute", *FILL, "compute waits for an event"]
     assert streams.slots[1][:6].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_memory_that_is_not_pinned_goes_through_buffers_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpinned_memory_is_copied_through_pinned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     streams = StagedStreams(2, 8, CPU)
     streams.start(0, torch.full((4,), 7, dtype=torch.uint8))
     streams.ready(0)
     staged = ["copies waits for an event", "host waits", *FILL, "record on copies"]
-    assert cuda.told == [*["kept for copies"] * 2, "record on compute", *staged, "compute waits for an event"]
+    assert cuda.log == [*["kept for copies"] * 2, "record on compute", *staged, "compute waits for an event"]
     streams.start(1, torch.full((5,), 8, dtype=torch.uint8))
     streams.ready(1)
     assert [slot[0].item() for slot in streams.slots] == [7, 8]
@@ -268,13 +268,13 @@ def test_memory_that_is_not_pinned_goes_through_buffers_that_are(monkeypatch: py
     assert all(vars(event)["is_blocking"] for event in streams.read_events), "the thread does not spin"
 
 
-def test_a_block_larger_than_a_buffer_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_larger_than_a_buffer_is_copied_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     streams = StagedStreams(2, 8, CPU, piece=3)
     assert [len(buffer) for buffer in streams.staging] == [3, 3]
     streams.start(0, torch.arange(8, dtype=torch.uint8))
     streams.ready(0)
-    assert streams.slots[0].tolist() == [*range(8)] and cuda.told.count("host waits") == 3
+    assert streams.slots[0].tolist() == [*range(8)] and cuda.log.count("host waits") == 3
 
 
 def test_pinned_blocks_are_copied_directly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,10 +283,10 @@ def test_pinned_blocks_are_copied_directly(monkeypatch: pytest.MonkeyPatch) -> N
     streams = StagedStreams(2, 8, CPU, {master.data_ptr()})
     streams.start(1, master)
     streams.ready(1)
-    assert streams.slots[1].tolist() == [*range(8)] and "host waits" not in cuda.told
+    assert streams.slots[1].tolist() == [*range(8)] and "host waits" not in cuda.log
 
 
-def test_a_slot_on_the_host_is_nan_until_it_is_waited_for() -> None:
+def test_a_slot_on_the_cpu_is_nan_until_its_copy_is_awaited() -> None:
     streams = HostStreams(2, 8, CPU)
     streams.start(0, torch.zeros(8, dtype=torch.uint8))
     assert streams.slots[0].view(torch.float32).isnan().all() and streams.slots[0].view(torch.bfloat16).isnan().all()
@@ -295,11 +295,11 @@ def test_a_slot_on_the_host_is_nan_until_it_is_waited_for() -> None:
 
 
 def test_processes_of_one_machine_share_one_master(tmp_path: Path) -> None:
-    """The second process finds the bytes of the first, and fills none."""
+    """The second process uses the bytes of the first and writes none."""
     deep = DEEP["lumina"]
     rings = []
     for is_first in (True, False):
-        model = deep.frozen(67 if is_first else 68)  # the second one's own weights are not to be used
+        model = deep.frozen(67 if is_first else 68)  # the second process must not use its own weights
         stacks = deep.stacks(model)
         store_all_in(Plain(), (layer for block in stacks[0] for layer in block.modules()))
         rings.append(stream(stacks, [3], CPU, share_masters(tmp_path, is_first)))
@@ -312,7 +312,7 @@ def test_processes_of_one_machine_share_one_master(tmp_path: Path) -> None:
         assert ring is not None and torch.equal(ring.need(2)[: len(first.masters[2])], first.masters[2])
 
 
-def test_shared_masters_lie_in_main_memory_where_there_is_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_shared_masters_use_dev_shm_if_there_is_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shared, "IN_MEMORY", tmp_path)
     monkeypatch.setattr(shared.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     assert shared.place_for(800) == str(tmp_path) and shared.place_for(950) is None

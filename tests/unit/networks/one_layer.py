@@ -21,7 +21,7 @@ def adapter_on(
     multiplier: float = 1.0,
     has_scalar: bool = False,
 ) -> Adapter:
-    """An adapter of a layer that is called x, not installed yet."""
+    """Return an adapter of a layer named x that is not installed yet."""
     kind = adaptation_kind(layer)
     assert kind is not None
     common = (drops, has_scalar)
@@ -30,7 +30,7 @@ def adapter_on(
 
 
 def module_of(adapter: Adapter) -> Any:
-    """The change, whose tensors tests look into."""
+    """Return the adapter's change, whose tensors the tests inspect."""
     assert isinstance(adapter.change, nn.Module)
     return adapter.change
 

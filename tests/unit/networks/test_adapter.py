@@ -1,4 +1,4 @@
-"""One adapted layer: what it computes, what it learns from, what it leaves alone."""
+"""One adapted layer: its outputs, its gradients, and the parts of the layer that stay unchanged."""
 
 import copy
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def frozen(make: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_output_is_that_of_the_layer_with_the_merged_weight(name: str) -> None:
+def test_the_output_equals_that_of_the_layer_with_the_merged_weight(name: str) -> None:
     make, shape = LAYERS[name]
     layer = frozen(make, 11).double()
     merged = copy.deepcopy(layer)
@@ -54,7 +54,7 @@ def test_output_is_that_of_the_layer_with_the_merged_weight(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_gradients_are_those_of_the_merged_weight_carried_to_its_factors(name: str) -> None:
+def test_factor_gradients_follow_from_the_gradient_of_the_merged_weight(name: str) -> None:
     make, shape = LAYERS[name]
     layer = frozen(make, 21).double()
     adapter = double(adapted(layer, 22, rank=3, alpha=2.0))
@@ -90,14 +90,14 @@ def test_a_fresh_adapter_changes_nothing_and_its_down_factor_is_kaiming_uniform(
 
 
 @pytest.mark.parametrize(("alpha", "scale"), [(2.0, 0.5), (0.0, 1.0), (4.0, 1.0)])
-def test_scale_is_alpha_over_rank_and_alpha_0_stands_for_the_rank(alpha: float, scale: float) -> None:
+def test_scale_is_alpha_over_rank_and_alpha_0_means_the_rank(alpha: float, scale: float) -> None:
     adapter = adapted(frozen(lambda: nn.Linear(6, 6), 41), 42, rank=4, alpha=alpha)
     assert adapter.change.scale == scale
     assert adapter.change.alpha.dtype == torch.float32 and adapter.change.alpha.shape == ()
     assert float(adapter.change.alpha) == (alpha or 4)
 
 
-def test_the_layer_keeps_its_keys_and_gets_its_forward_back() -> None:
+def test_the_layer_keeps_its_keys_and_its_forward_is_restored_on_removal() -> None:
     layer = frozen(lambda: nn.Linear(6, 6), 51)
     keys, modules = list(layer.state_dict()), list(layer.modules())
     x = torch.randn(2, 6)
@@ -111,7 +111,7 @@ def test_the_layer_keeps_its_keys_and_gets_its_forward_back() -> None:
     assert "forward" not in vars(layer)
 
 
-def test_two_adapters_on_one_layer_add_up_and_come_off_in_turn() -> None:
+def test_two_adapters_on_one_layer_add_up_and_are_removed_one_by_one() -> None:
     layer = frozen(lambda: nn.Linear(6, 6), 61).double()
     first, second = double(adapted(layer, 62)), double(adapted(layer, 63))
     x = torch.randn(2, 6, dtype=torch.float64)
@@ -130,7 +130,7 @@ def test_two_adapters_on_one_layer_add_up_and_come_off_in_turn() -> None:
     assert torch.equal(layer(x), alone)
 
 
-def test_multiplier_0_is_the_layer_alone() -> None:
+def test_multiplier_0_leaves_the_layers_output_unchanged() -> None:
     layer = frozen(lambda: nn.Linear(6, 6), 71)
     adapter = adapted(layer, 72)
     x = torch.randn(2, 6)
@@ -150,7 +150,7 @@ def change_of(layer: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("drops", [Dropout(neuron=0.5), Dropout(rank=0.5), Dropout(module=0.9)])
-def test_no_dropout_acts_in_evaluation(drops: Dropout) -> None:
+def test_dropout_is_inactive_in_evaluation(drops: Dropout) -> None:
     layer = frozen(lambda: nn.Linear(6, 6), 81)
     with_drops, without = adapted(layer, 82, drops=drops), adapted(layer, 82)
     x = torch.randn(4, 6)
@@ -158,7 +158,7 @@ def test_no_dropout_acts_in_evaluation(drops: Dropout) -> None:
     torch.testing.assert_close(change_of(layer, with_drops, x), change_of(layer, without, x), **FLOAT32_SAME_MATH)
 
 
-def test_module_dropout_leaves_out_the_whole_change_at_its_rate() -> None:
+def test_module_dropout_drops_the_whole_change_at_its_rate() -> None:
     layer = frozen(lambda: nn.Linear(6, 6), 91)
     adapter, without = adapted(layer, 92, drops=Dropout(module=0.25)), adapted(layer, 92)
     x = torch.randn(1, 6)
@@ -167,12 +167,12 @@ def test_module_dropout_leaves_out_the_whole_change_at_its_rate() -> None:
     changes = [change_of(layer, adapter, x) for _ in range(400)]
     dropped = [bool((change == 0).all()) for change in changes]
     assert 0.19 < sum(dropped) / 400 < 0.31
-    kept = changes[dropped.index(False)]
-    torch.testing.assert_close(kept, full, **FLOAT32_SAME_MATH)
+    kept_change = changes[dropped.index(False)]
+    torch.testing.assert_close(kept_change, full, **FLOAT32_SAME_MATH)
 
 
 @pytest.mark.parametrize("name", ["linear", "linear on rows", "3x3"])
-def test_rank_dropout_masks_channels_per_sample_and_divides_by_the_share_kept(name: str) -> None:
+def test_rank_dropout_masks_ranks_per_sample_and_rescales_the_rest(name: str) -> None:
     make, shape = LAYERS[name]
     layer = frozen(make, 101).double()
     adapter = double(adapted(layer, 102, 4, 4.0, Dropout(rank=0.4)))
@@ -192,7 +192,7 @@ def test_rank_dropout_masks_channels_per_sample_and_divides_by_the_share_kept(na
     assert 0 < keep_BR.mean() < 1
 
 
-def test_neuron_dropout_zeroes_single_numbers_and_scales_the_others_up() -> None:
+def test_neuron_dropout_zeroes_single_values_and_scales_up_the_others() -> None:
     layer = frozen(lambda: nn.Linear(6, 6, bias=False), 111)
     adapter = adapted(layer, 112, rank=6, alpha=6.0, drops=Dropout(neuron=0.5))
     with torch.no_grad():
@@ -218,11 +218,11 @@ def test_a_checkpointed_layer_is_recomputed_with_the_same_dropout(drops: Dropout
         state = torch.get_rng_state()
         plain = torch.autograd.grad(layer(x).square().sum(), (x, down), allow_unused=True)
         torch.set_rng_state(state)
-        again = torch.autograd.grad(
+        recomputed = torch.autograd.grad(
             checkpoint(layer, x, use_reentrant=False).square().sum(), (x, down), allow_unused=True
         )
-        for one, other in zip(plain, again, strict=True):
-            assert (one is None and other is None) or torch.equal(one, other)
+        for expected, actual in zip(plain, recomputed, strict=True):
+            assert (expected is None and actual is None) or torch.equal(expected, actual)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -242,7 +242,7 @@ def test_under_autocast_output_is_bf16_and_gradients_are_float32(name: str) -> N
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_float32_adapter_on_a_bf16_layer_gives_what_the_layer_gives(name: str) -> None:
+def test_a_float32_adapter_on_a_bf16_layer_returns_the_layers_dtype(name: str) -> None:
     make, shape = LAYERS[name]
     layer = frozen(make, 141).bfloat16()
     adapter = adapted(layer, 142)
@@ -254,7 +254,7 @@ def test_a_float32_adapter_on_a_bf16_layer_gives_what_the_layer_gives(name: str)
     torch.testing.assert_close(change.float(), plain(x.float()), rtol=0.02, atol=0.04)
 
 
-def test_loading_weights_brings_the_alpha_of_the_file_into_the_strength() -> None:
+def test_loading_weights_applies_the_alpha_of_the_file() -> None:
     adapter = adapted(frozen(lambda: nn.Linear(6, 6), 151), 152, rank=4, alpha=1.0)
     adapter.change.load_state_dict({**adapter.change.state_dict(), "alpha": torch.tensor(8)})
     assert adapter.change.scale == 2.0

@@ -1,4 +1,4 @@
-"""Adapter files of every naming, read into modules and written back."""
+"""Adapter files in every naming are read into modules and written back."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def randn(seed: int, *shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("keys", "name"), PAIRS.items(), ids=lambda x: x if isinstance(x, str) else x[0])
-def test_every_spelling_is_one_module_and_is_written_back_as_it_was(keys: tuple[str, str], name: str) -> None:
+def test_every_key_naming_is_read_as_one_module_and_written_back_unchanged(keys: tuple[str, str], name: str) -> None:
     down, up = randn(1, 3, 5), randn(2, 4, 3)
     tensors = {keys[0]: down, keys[1]: up}
     file = parse_adapter(tensors, {}, "cat.safetensors")
@@ -57,7 +57,7 @@ def test_every_spelling_is_one_module_and_is_written_back_as_it_was(keys: tuple[
     assert torch.equal(written[keys[0]], down)
 
 
-def test_alpha_of_6_at_rank_3_doubles_the_product_and_no_alpha_leaves_it() -> None:
+def test_alpha_6_at_rank_3_doubles_the_product_and_a_missing_alpha_does_not_scale_it() -> None:
     tensors = {"lora_unet_x.lora_down.weight": randn(3, 3, 5), "lora_unet_x.lora_up.weight": randn(4, 2, 3)}
     without = parse_adapter(tensors, {}, "").modules["lora_unet_x"]
     doubled = parse_adapter({**tensors, "lora_unet_x.alpha": torch.tensor(6)}, {}, "").modules["lora_unet_x"]
@@ -75,21 +75,21 @@ def test_tucker_core_is_the_sum_over_both_ranks() -> None:
     torch.testing.assert_close(module.weight(torch.float64), expected, **FLOAT64)
 
 
-def test_alpha_that_diffusers_records_in_the_metadata_counts() -> None:
+def test_an_alpha_in_diffusers_metadata_is_applied() -> None:
     tensors = {"unet.a.to_q.lora_A.weight": randn(8, 4, 5), "unet.a.to_q.lora_B.weight": randn(9, 5, 4)}
     recorded = {"unet.lora_alpha": 8, "unet.r": 4, "unet.alpha_pattern": {"b.to_q": 2}}
     metadata = {"lora_adapter_metadata": json.dumps(recorded)}
     assert parse_adapter(tensors, metadata, "").modules["unet.a.to_q"].scale == 2
 
 
-def test_a_pattern_of_alternatives_fits_the_end_of_a_path() -> None:
+def test_an_alpha_pattern_with_alternatives_matches_the_end_of_a_path() -> None:
     tensors = {"unet.a.to_q.lora_A.weight": randn(8, 4, 5), "unet.a.to_q.lora_B.weight": randn(9, 5, 4)}
     recorded = {"unet.lora_alpha": 8, "unet.alpha_pattern": {"to_k|to_q": 2}}
     metadata = {"lora_adapter_metadata": json.dumps(recorded)}
     assert parse_adapter(tensors, metadata, "").modules["unet.a.to_q"].scale == 0.5
 
 
-def test_rank_stabilised_alpha_of_pefts_settings_is_divided_by_the_root_of_the_rank(tmp_path: Path) -> None:
+def test_rslora_alpha_in_peft_settings_is_divided_by_the_square_root_of_the_rank(tmp_path: Path) -> None:
     tensors = {"base_model.model.q.lora_A.weight": randn(10, 4, 5), "base_model.model.q.lora_B.weight": randn(11, 5, 4)}
     save_safetensors(tmp_path / "adapter_model.safetensors", tensors)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 6, "use_rslora": True}))
@@ -115,7 +115,7 @@ def test_kinds_without_low_rank_factors_are_recognised(leaves: tuple[str, ...], 
         require_layouts(file, (lora.LAYOUT,), "merged")
 
 
-def test_files_that_cannot_be_used_say_why() -> None:
+def test_unusable_files_raise_errors_that_say_why() -> None:
     down, up = {"lora_unet_x.lora_down.weight": randn(12, 2, 5)}, {"lora_unet_x.lora_up.weight": randn(13, 4, 3)}
     with pytest.raises(ValueError, match=r"lora_down.weight without its up factor"):
         parse_adapter(down, {}, "half.safetensors")
@@ -129,7 +129,7 @@ def test_files_that_cannot_be_used_say_why() -> None:
         read_adapter_file("no_such.safetensors", "--model")
 
 
-UNUSABLE = {  # leaf -> its tensor, and what is said of it
+UNUSABLE = {  # case -> tensors by leaf, and the expected message
     "two alphas": ({"alpha": torch.ones(2)}, "has lora_unet_x.alpha of the shape [2]; it needs one number"),
     "no alpha in it": ({"alpha": torch.ones(0)}, "has lora_unet_x.alpha of the shape [0], which is empty"),
     "rank 0": (
@@ -152,30 +152,30 @@ UNUSABLE = {  # leaf -> its tensor, and what is said of it
 }
 
 
-@pytest.mark.parametrize("what", UNUSABLE)
-def test_tensors_that_nothing_can_be_computed_with_are_named(what: str) -> None:
-    """By tools, which read the file whole, and by a network, which has its tensors."""
-    leaves, said = UNUSABLE[what]
-    whole = {"lora_down.weight": randn(41, 3, 5), "lora_up.weight": randn(42, 4, 3), "alpha": torch.tensor(2.0)}
-    tensors = {f"lora_unet_x.{leaf}": tensor for leaf, tensor in {**whole, **leaves}.items()}
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_unusable_tensors_are_named(case: str) -> None:
+    """Both by tools, which read the whole file, and by a network, which gets the tensors."""
+    leaves, message = UNUSABLE[case]
+    intact = {"lora_down.weight": randn(41, 3, 5), "lora_up.weight": randn(42, 4, 3), "alpha": torch.tensor(2.0)}
+    tensors = {f"lora_unet_x.{leaf}": tensor for leaf, tensor in {**intact, **leaves}.items()}
     for read in (
         lambda: parse_adapter(tensors, {}, "cat.safetensors"),
         lambda: usable_modules(sort_tensors(tensors, {}, "cat.safetensors")),
     ):
-        with pytest.raises(UserError, match=re.escape(said)) as refused:
+        with pytest.raises(UserError, match=re.escape(message)) as refused:
             read()
         assert str(refused.value).startswith("cat.safetensors")
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-def test_alpha_is_one_number_in_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+def test_alpha_may_be_a_single_value_of_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     tensors = {"lora_unet_x.lora_down.weight": randn(43, 4, 5), "lora_unet_x.lora_up.weight": randn(44, 4, 4)}
     file = parse_adapter({**tensors, "lora_unet_x.alpha": torch.full(shape, 2.0)}, {}, "")
     assert file.modules["lora_unet_x"].scale == 0.5
 
 
 @pytest.mark.parametrize("leaf", ["diff_b", "scalar", "bias_values"])
-def test_what_a_kind_does_not_know_is_not_left_out_in_silence(leaf: str) -> None:
+def test_leaves_that_a_kind_does_not_know_are_not_dropped_silently(leaf: str) -> None:
     tensors = {"lora_unet_x.lora_down.weight": randn(45, 3, 5), "lora_unet_x.lora_up.weight": randn(46, 4, 3)}
     file = parse_adapter({**tensors, f"lora_unet_x.{leaf}": torch.ones(4)}, {}, "cat.safetensors")
     with pytest.raises(
@@ -184,9 +184,7 @@ def test_what_a_kind_does_not_know_is_not_left_out_in_silence(leaf: str) -> None
         require_layouts(file, COMPUTED, "merged")
 
 
-def test_alphas_of_blocks_that_were_taken_out_are_left_out_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_alphas_of_removed_blocks_are_dropped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tensors = {"lora_unet_x.lora_down.weight": randn(47, 3, 5), "lora_unet_x.lora_up.weight": randn(48, 4, 3)}
     save_safetensors(tmp_path / "a.safetensors", {**tensors, "lora_unet_y.alpha": torch.tensor(2.0)})
     file = read_adapter_file(tmp_path / "a.safetensors")
@@ -211,7 +209,7 @@ def test_dora_merges_to_the_magnitudes_along_its_axis(axis: int) -> None:
     torch.testing.assert_close(half, (base + merged) / 2, rtol=1e-5, atol=1e-6)
 
 
-def test_saved_file_has_the_hashes_of_its_own_tensors(tmp_path: Path) -> None:
+def test_a_saved_file_has_the_hashes_of_its_tensors(tmp_path: Path) -> None:
     tensors = {"lora_unet_x.lora_down.weight": randn(18, 2, 5), "lora_unet_x.lora_up.weight": randn(19, 4, 2)}
     file = parse_adapter(tensors, {"ss_network_dim": "2", "sshs_model_hash": "old"}, "")
     save_adapter_file(tmp_path / "a.safetensors", file, torch.float16)
@@ -225,7 +223,7 @@ def test_saved_file_has_the_hashes_of_its_own_tensors(tmp_path: Path) -> None:
     rank=st.integers(1, 5), alpha=st.floats(0.125, 64), scale=st.floats(0.01, 8), is_conv=st.booleans(),
     has_alpha=st.booleans(), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_other_factors_give_the_change_they_are_made_of(
+def test_new_factors_reproduce_the_change(
     rank: int, alpha: float, scale: float, is_conv: bool, has_alpha: bool, seed: int
 ) -> None:
     """This holds whether the file records alpha or not."""
@@ -244,7 +242,7 @@ def test_other_factors_give_the_change_they_are_made_of(
     torch.testing.assert_close(module.weight(torch.float64), expected, rtol=1e-6, atol=1e-7)  # alpha is float32
 
 
-def test_biases_of_peft_name_what_merges_them(tmp_path: Path) -> None:
+def test_the_error_about_peft_biases_names_a_program_that_merges_them(tmp_path: Path) -> None:
     stem = "base_model.model.unet.x"
     tensors = {f"{stem}.lora_A.weight": torch.ones(2, 8), f"{stem}.lora_B.weight": torch.ones(8, 2)}
     save_safetensors(tmp_path / "cat.safetensors", {**tensors, f"{stem}.lora_B.bias": torch.ones(8)}, {})

@@ -1,4 +1,4 @@
-"""Random network arguments: valid ones train a step without NaN, invalid ones are named."""
+"""Random network arguments: valid ones train a step without NaN, errors name invalid ones."""
 
 from typing import Any
 
@@ -48,10 +48,10 @@ KINDS: dict[str, tuple[Any, dict[str, st.SearchStrategy[str]]]] = {
 @given(data=st.data())
 @settings(max_examples=12, deadline=None)
 def test_any_valid_combination_trains_a_step_and_is_limited_and_saved_without_nan(kind: str, data: Any) -> None:
-    door, strategies = KINDS[kind]
+    network_module, strategies = KINDS[kind]
     args = data.draw(st.fixed_dictionaries({}, optional=strategies), label="network args")
     text, unet = toy_models(data.draw(st.integers(0, 99), label="seed"))
-    network = door.create_network(1.0, 4, 2.0, None, text, unet, **args)
+    network = network_module.create_network(1.0, 4, 2.0, None, text, unet, **args)
     network.apply_to(text, unet)
     groups, names = network.prepare_optimizer_params_with_multiple_te_lrs([1e-2], 1e-2, 1e-2)
     assert len(set(names)) == len(names) == len(groups)
@@ -94,7 +94,7 @@ BAD: dict[str, st.SearchStrategy[str]] = {
 
 @given(data=st.data())
 @settings(max_examples=80, deadline=None)
-def test_any_invalid_argument_is_named_whatever_stands_beside_it(data: Any) -> None:
+def test_any_invalid_argument_is_named_whatever_the_other_arguments(data: Any) -> None:
     strategies = KINDS["lora"][1]
     key = data.draw(st.sampled_from(sorted(BAD)), label="bad argument")
     bad = {key: data.draw(BAD[key], label="value")}
@@ -103,7 +103,9 @@ def test_any_invalid_argument_is_named_whatever_stands_beside_it(data: Any) -> N
         lora.create_network(1.0, 4, 2.0, None, *toy_models(7), **{**args, **bad})
 
 
-@pytest.mark.parametrize(("door", "argument"), [(dylora, "dora_wd"), (dylora, "use_tucker"), (lora_fa, "use_tucker")])
-def test_a_pair_that_cannot_meet_is_an_error_that_says_why(door: Any, argument: str) -> None:
+@pytest.mark.parametrize(
+    ("network_module", "argument"), [(dylora, "dora_wd"), (dylora, "use_tucker"), (lora_fa, "use_tucker")]
+)
+def test_incompatible_arguments_are_an_error_that_says_why(network_module: Any, argument: str) -> None:
     with pytest.raises(ValueError, match=rf"--network_args {argument} does not work with this --network_module: \w+"):
-        door.create_network(1.0, 4, 2.0, None, *toy_models(8), conv_dim="2", **{argument: "True"})
+        network_module.create_network(1.0, 4, 2.0, None, *toy_models(8), conv_dim="2", **{argument: "True"})

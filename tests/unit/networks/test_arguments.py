@@ -1,4 +1,4 @@
-"""Network arguments: typed, and nothing is ignored in silence."""
+"""Network arguments: values are typed and nothing is ignored silently."""
 
 import importlib
 import logging
@@ -35,7 +35,7 @@ def test_strings_become_typed_values() -> None:
     assert got.of(RankArguments).conv_dim == 8 and got.of(DropoutArguments).module_dropout == 0.2
 
 
-def test_values_may_be_typed_already_and_none_is_not_given() -> None:
+def test_values_may_already_be_typed_and_none_means_unset() -> None:
     got = parse_arguments({"conv_dim": 8, "block_dims": [1, 2], "rank_dropout": None}, neuron_dropout=0.1)
     assert got.given == {"conv_dim": 8, "block_dims": (1, 2), "neuron_dropout": 0.1}
 
@@ -68,12 +68,12 @@ def test_values_may_be_typed_already_and_none_is_not_given() -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_wrong_argument_is_named_with_the_way_out(items: dict[str, Any], message: str) -> None:
+def test_an_invalid_argument_is_named_with_a_fix(items: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_arguments(items, of_models=list_network_arguments())
 
 
-def test_network_dropout_and_lycoris_name_for_it_mean_the_same() -> None:
+def test_network_dropout_and_its_lycoris_name_are_equivalent() -> None:
     assert parse_arguments({"dropout": "0.25"}).given == {"neuron_dropout": 0.25}
     assert parse_arguments({"dropout": 0.25}, neuron_dropout=0.25).given == {"neuron_dropout": 0.25}
     assert parse_arguments({"dropout": None}, neuron_dropout=0.25).given == {"neuron_dropout": 0.25}
@@ -83,7 +83,7 @@ def test_network_dropout_and_lycoris_name_for_it_mean_the_same() -> None:
         parse_arguments({"dropout": "a"})
 
 
-def test_a_wrong_network_dropout_is_named_by_its_flag() -> None:
+def test_an_invalid_network_dropout_is_named_by_its_flag() -> None:
     with pytest.raises(ValueError, match=re.escape("--network_dropout=1.5: expected a chance")):
         parse_arguments({}, neuron_dropout=1.5)
 
@@ -92,7 +92,7 @@ def test_a_wrong_network_dropout_is_named_by_its_flag() -> None:
     "items",
     [{"conv_alpha": "2"}, {"block_alphas": "1,2"}, {"conv_block_alphas": "1,2"}, {"block_lr_zero_threshold": "0.1"}],
 )
-def test_an_argument_that_needs_another_one_warns(items: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+def test_an_argument_without_the_one_it_needs_warns(items: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         parse_arguments(items)
     assert f"{next(iter(items))} has no effect without" in caplog.text
@@ -116,32 +116,32 @@ def test_false_has_many_spellings(word: str) -> None:
     assert parse_bool(word) is False
 
 
-def test_another_word_is_no_boolean() -> None:
+def test_any_other_word_is_not_a_boolean() -> None:
     with pytest.raises(ValueError, match="expected True or False"):
         parse_bool("maybe")
 
 
-def test_every_argument_says_what_it_is_for_and_is_none_of_a_base_model() -> None:
+def test_every_argument_has_a_help_text_and_differs_from_base_model_arguments() -> None:
     assert len(list_arguments()) == 50
     assert not list_arguments().keys() & list_network_arguments().keys()
-    for name, one in list_arguments().items():
-        assert one.help.endswith("."), name
-        required = {other for names in (one.requires.names if one.requires else ()) for other in names}
+    for name, argument in list_arguments().items():
+        assert argument.help.endswith("."), name
+        required = {other for names in (argument.requires.names if argument.requires else ()) for other in names}
         assert required <= list_arguments().keys()
 
 
-def test_kinds_that_share_an_argument_read_it_alike() -> None:
+def test_kinds_that_share_an_argument_parse_it_identically() -> None:
     readers: dict[str, set[Any]] = {}
     for group in list_groups():
-        for name, one in list_declared(group).items():
-            readers.setdefault(name, set()).add(one.parse)
-    assert all(len(found) == 1 for found in readers.values())
+        for name, argument in list_declared(group).items():
+            readers.setdefault(name, set()).add(argument.parse)
+    assert all(len(parsers) == 1 for parsers in readers.values())
     assert {kind.network_module for kind in list_kinds() if "block_size" in list_declared(kind.arguments)} == {
         "networks.boft", "networks.oft_v2",
     }  # fmt: skip
 
 
-def test_arguments_of_base_models_are_typed_too() -> None:
+def test_base_model_arguments_are_typed_too() -> None:
     got = parse_arguments(
         {
             "img_attn_dim": "8", "in_dims": "[1, 2,,4,5]", "train_t5xxl": "true", "train_blocks": "single",
@@ -157,8 +157,8 @@ def test_arguments_of_base_models_are_typed_too() -> None:
 
 
 @pytest.mark.parametrize("spec", list_specs(), ids=lambda spec: spec.name)
-def test_every_base_model_knows_the_arguments_of_the_others_and_how_they_are_written(spec: BaseModelSpec) -> None:
-    """One of theirs is read, and warned of when the network is made; it is no unknown argument."""
+def test_every_base_model_recognises_the_arguments_of_the_others(spec: BaseModelSpec) -> None:
+    """Such an argument is parsed, and a warning follows when the network is created; it is not an unknown argument."""
     package = next(path for path in ARCHITECTURES.iterdir() if spec in specs_in(path))
     declared = vars(importlib.import_module(f"library.architectures.{package.name}.targets")).values()
     (targets,) = (
@@ -174,7 +174,7 @@ def specs_in(package: Path) -> tuple[BaseModelSpec, ...]:
     return importlib.import_module(f"library.architectures.{package.name}.spec").SPECS if is_one else ()
 
 
-def test_no_two_base_models_write_an_argument_differently() -> None:
+def test_base_models_agree_on_the_format_of_shared_arguments() -> None:
     for name, form in list_network_arguments().items():
         assert {spec.network_arguments[name] for spec in list_specs() if name in spec.network_arguments} == {form}
 

@@ -1,4 +1,4 @@
-"""The interface of a change, tried with a kind that adds nothing: a rotation of outputs, as OFT makes it."""
+"""The interface of a change, tested with a multiplicative kind: a rotation of outputs as in OFT."""
 
 import math
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ LEAF = "toy_Q"
 
 
 class Rotation(nn.Module):
-    """y = R (W x) + b with R = (1 + Q) / (1 - Q), Q skew-symmetric: W is turned, and no matrix is added to it."""
+    """y = R (W x) + b with R = (1 + Q) / (1 - Q), Q skew-symmetric: W is rotated, and no matrix is added to it."""
 
     fast_keys: frozenset[str] = frozenset()
     changed_parameters = ("weight",)
@@ -39,8 +39,8 @@ class Rotation(nn.Module):
 
     def rotation(self, strength: float) -> Tensor:
         skew = strength * (self.toy_Q - self.toy_Q.t())
-        one = torch.eye(len(skew), dtype=skew.dtype)
-        return torch.linalg.solve(one - skew, one + skew)
+        identity = torch.eye(len(skew), dtype=skew.dtype)
+        return torch.linalg.solve(identity - skew, identity + skew)
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
         bias = 0 if self.layer.bias is None else self.layer.bias
@@ -97,15 +97,15 @@ def test_an_installed_rotation_computes_what_the_merged_weight_computes(multipli
     assert torch.equal(layer(x), alone)
 
 
-def test_its_file_is_read_by_the_table_and_merged_by_what_tools_use(
+def test_its_file_is_read_through_the_layout_table_and_merged_as_by_the_tools(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, adapter = rotated(4011)
     save_safetensors(tmp_path / "x.safetensors", network_tensors({"lora_unet_x": adapter}, None), {})
     leaves = {key.partition(".")[2]: t for key, t in load_state_dict(tmp_path / "x.safetensors").items()}
     assert leaves.keys() == {LEAF} and layouts.recognise_layout(leaves).name == "other"
-    known = (*layouts.list_layouts(), ROTATION)
-    monkeypatch.setattr(layouts, "list_layouts", lambda: known)
+    layouts_with_rotation = (*layouts.list_layouts(), ROTATION)
+    monkeypatch.setattr(layouts, "list_layouts", lambda: layouts_with_rotation)
     module = ModuleWeights("lora_unet_x", leaves, {})
     assert module.layout is ROTATION and not module.is_low_rank
     assert module.changes("weight") and not module.changes("bias")
@@ -116,7 +116,7 @@ def test_its_file_is_read_by_the_table_and_merged_by_what_tools_use(
         module.merged(torch.zeros(6, 7), 1.0)
 
 
-def test_a_limit_on_norms_turns_it_less() -> None:
+def test_a_norm_limit_reduces_the_rotation() -> None:
     _, adapter = rotated(4021)
     before = adapter.change.norm()
     adapter.change.scale_(torch.tensor(0.25))

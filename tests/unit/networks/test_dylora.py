@@ -30,7 +30,7 @@ CONV = {"conv_dim": "6", "conv_alpha": "3"}
 def network_on(
     models: tuple[nn.Module, nn.Module], seed: int, rank: int = 12, alpha: float = 5.0, **arguments: str
 ) -> AdapterNetwork:
-    """Installed, with weights as after training."""
+    """Return an installed network with random weights, as after training."""
     network = dylora.create_network(1.0, rank, alpha, None, *models, **arguments)
     randomize(network, seed)
     network.apply_to(*models)
@@ -38,7 +38,7 @@ def network_on(
 
 
 def ranks_of(network: AdapterNetwork) -> dict[str, int]:
-    """The ranks that the present step multiplies, by module."""
+    """Return the ranks that are active in the current step, by module."""
     ranks = {}
     for name, adapter in network.adapters.items():
         if isinstance(adapter.change, ScaledDelta) and isinstance(adapter.change.delta, NestedRank):
@@ -48,7 +48,7 @@ def ranks_of(network: AdapterNetwork) -> dict[str, int]:
 
 
 def steps_by_rank(network: AdapterNetwork, seed: int, name: str, num_steps: int = 300) -> dict[int, int]:
-    """Rank of one module -> a step in which the network has it; the network is in the last of the steps afterwards."""
+    """Map each rank of one module to a step that trains it; leaves the network at the last step."""
     steps = {}
     for step in range(num_steps):
         network.on_optimizer_step_start(seed, step)
@@ -68,7 +68,7 @@ def outputs(models: tuple[nn.Module, nn.Module], seed: int) -> tuple[Tensor, Ten
 @pytest.mark.parametrize(
     ("unit", "ranks"), [("1", range(1, 13)), ("3", [3, 6, 9, 12]), ("12", [12])], ids=["unit 1", "unit 3", "unit 12"]
 )
-def test_the_file_cut_at_a_rank_computes_what_training_at_that_rank_computed(
+def test_a_file_truncated_to_a_rank_computes_what_training_at_that_rank_computed(
     tmp_path: Path, unit: str, ranks: list[int]
 ) -> None:
     models = toy_models(1)
@@ -96,8 +96,8 @@ def test_the_file_cut_at_a_rank_computes_what_training_at_that_rank_computed(
             assert (got - without).abs().max() > 0.01
 
 
-def test_units_of_convolutions_are_cut_as_they_were_trained(tmp_path: Path) -> None:
-    """Rank 8 in units of 1, convolutions of 6 in units of 3: they have 3 up to the share 6/8."""
+def test_convolutions_are_truncated_in_the_units_they_were_trained_in(tmp_path: Path) -> None:
+    """Rank 8 in units of 1, convolutions of rank 6 in units of 3: up to the share 6/8 they use rank 3."""
     models = toy_models(5)
     bare = copy.deepcopy(models)
     network = network_on(models, 6, rank=8, conv_dim="6", conv_unit="3")
@@ -117,14 +117,14 @@ def test_units_of_convolutions_are_cut_as_they_were_trained(tmp_path: Path) -> N
     assert conv_ranks == {1: 3, 2: 3, 3: 3, 4: 3, 5: 3, 6: 6, 7: 6, 8: 6}
 
 
-def test_a_step_has_one_rank_for_the_whole_network() -> None:
+def test_a_step_uses_one_rank_for_the_whole_network() -> None:
     network = network_on(toy_models(9), 10, unit="2")
     for step in range(20):
         network.on_optimizer_step_start(11, step)
         assert len(set(ranks_of(network).values())) == 1
 
 
-def test_every_batch_of_a_step_and_every_process_and_a_resumed_run_have_its_rank() -> None:
+def test_all_batches_and_ranks_of_a_step_and_a_resumed_run_use_the_same_rank() -> None:
     network, other = network_on(toy_models(12), 13), network_on(toy_models(14), 15)
     drawn = []
     for step in range(10):
@@ -141,7 +141,7 @@ def test_every_batch_of_a_step_and_every_process_and_a_resumed_run_have_its_rank
     assert len({next(iter(ranks.values())) for ranks in drawn}) > 3
 
 
-def test_every_rank_is_as_likely_as_the_others_and_another_seed_draws_others() -> None:
+def test_ranks_are_drawn_uniformly_and_depend_on_the_seed() -> None:
     network = network_on(toy_models(19), 20, rank=16, unit="2")
 
     def drawn(seed: int, num_steps: int) -> list[int]:
@@ -161,7 +161,7 @@ def test_every_rank_is_as_likely_as_the_others_and_another_seed_draws_others() -
     assert drawn(22, 40) != ranks[:40]
 
 
-def test_evaluation_uses_the_full_rank_whatever_the_step() -> None:
+def test_evaluation_uses_the_full_rank_in_every_step() -> None:
     models = toy_models(23)
     bare = copy.deepcopy(models)
     network = network_on(models, 24, **CONV)
@@ -179,7 +179,7 @@ def test_evaluation_uses_the_full_rank_whatever_the_step() -> None:
                 torch.testing.assert_close(got, full, **FLOAT32_SAME_MATH)
 
 
-def test_training_without_knowing_the_step_is_an_error_that_says_what_to_call() -> None:
+def test_training_without_setting_the_step_is_an_error_that_says_what_to_call() -> None:
     models = toy_models(27)
     network = network_on(models, 28)
     with pytest.raises(RuntimeError, match="on_optimizer_step_start"):
@@ -189,7 +189,7 @@ def test_training_without_knowing_the_step_is_an_error_that_says_what_to_call() 
 
 
 def gradients(network: AdapterNetwork, models: tuple[nn.Module, nn.Module]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, gradient of up (O, R), gradient of down (R, N)) of every module."""
+    """Yield (name, gradient of up (O, R), gradient of down (R, N)) for every module."""
     network.zero_grad()
     sum(y.square().sum() for y in outputs(models, 30)).backward()  # type: ignore[union-attr]
     for name, adapter in network.adapters.items():
@@ -202,7 +202,7 @@ def gradients(network: AdapterNetwork, models: tuple[nn.Module, nn.Module]) -> I
 
 
 @pytest.mark.parametrize("trains_all", [True, False])
-def test_rows_that_learn_are_all_up_to_the_rank_or_only_its_newest_block(trains_all: bool) -> None:
+def test_all_rows_up_to_the_rank_or_only_the_newest_block_are_trained(trains_all: bool) -> None:
     models = toy_models(31)
     network = network_on(models, 32, unit="4", train_all_ranks=str(trains_all), **CONV)
     expected_conv = {4: (0, 2), 8: (2, 4), 12: (4, 6)}
@@ -216,20 +216,22 @@ def test_rows_that_learn_are_all_up_to_the_rank_or_only_its_newest_block(trains_
             assert grad_RN.ne(0).any(1).tolist() == learns, (name, rank)
 
 
-def test_the_gradient_of_the_newest_block_is_that_part_of_the_whole_gradient() -> None:
-    found = {}
+def test_the_gradient_of_the_newest_block_is_a_slice_of_the_full_gradient() -> None:
+    gradients_by_mode = {}
     for trains_all in ("True", "False"):
-        own = toy_models(34)
-        network = network_on(own, 35, unit="4", train_all_ranks=trains_all)
+        models = toy_models(34)
+        network = network_on(models, 35, unit="4", train_all_ranks=trains_all)
         step = steps_by_rank(network, 36, "lora_unet_mid_attention_to_q")[8]
         network.on_optimizer_step_start(36, step)
-        found[trains_all] = list(gradients(network, own))
-    for (_, up, down), (_, newest_up, newest_down) in zip(found["True"], found["False"], strict=True):
+        gradients_by_mode[trains_all] = list(gradients(network, models))
+    for (_, up, down), (_, newest_up, newest_down) in zip(
+        gradients_by_mode["True"], gradients_by_mode["False"], strict=True
+    ):
         torch.testing.assert_close(newest_up[:, 4:8], up[:, 4:8], **FLOAT32_SAME_MATH)
         torch.testing.assert_close(newest_down[4:8], down[4:8], **FLOAT32_SAME_MATH)
 
 
-def test_the_gradient_is_that_of_the_plain_adapter_of_the_first_rows() -> None:
+def test_the_gradient_equals_that_of_a_plain_adapter_of_the_first_rows() -> None:
     models = toy_models(37)
     bare = copy.deepcopy(models)
     network = network_on(models, 38, **CONV)
@@ -239,8 +241,8 @@ def test_the_gradient_is_that_of_the_plain_adapter_of_the_first_rows() -> None:
     for key, tensor in network.state_dict().items():
         rank = ranks[key.partition(".")[0]]
         full = 6 if "conv1" in key else 12
-        own = {"lora_down": tensor[:rank], "lora_up": tensor[:, :rank]} if tensor.dim() else {}
-        cut[key] = own[key.split(".")[1]] if own else tensor * rank / full
+        factors = {"lora_down": tensor[:rank], "lora_up": tensor[:, :rank]} if tensor.dim() else {}
+        cut[key] = factors[key.split(".")[1]] if factors else tensor * rank / full
     plain, _ = lora.create_network_from_weights(1.0, "cut", None, *bare, cut)
     plain.apply_to(*bare)
     plain.load_state_dict(cut)
@@ -264,16 +266,16 @@ def test_a_checkpointed_block_is_recomputed_at_the_same_rank(drop: dict[str, str
         torch.manual_seed(43 + step)
         plain = torch.autograd.grad(unet(x).square().sum(), (x, *parameters), allow_unused=True)
         torch.manual_seed(43 + step)
-        again = torch.autograd.grad(
+        recomputed = torch.autograd.grad(
             checkpoint(unet, x, use_reentrant=False).square().sum(), (x, *parameters), allow_unused=True
         )
-        for one, other in zip(plain, again, strict=True):
-            assert (one is None) == (other is None)
-            if one is not None and other is not None:
-                torch.testing.assert_close(one, other, **FLOAT64)
+        for expected, actual in zip(plain, recomputed, strict=True):
+            assert (expected is None) == (actual is None)
+            if expected is not None and actual is not None:
+                torch.testing.assert_close(expected, actual, **FLOAT64)
 
 
-def test_rank_dropout_masks_the_ranks_of_the_step_and_divides_by_the_share_kept() -> None:
+def test_rank_dropout_masks_the_ranks_of_the_step_and_rescales_the_rest() -> None:
     layer = nn.Linear(7, 5, bias=False).requires_grad_(False)
     delta = NestedRank(layer, 6)
     x = torch.randn(400, 7)
@@ -287,32 +289,36 @@ def test_rank_dropout_masks_the_ranks_of_the_step_and_divides_by_the_share_kept(
     hidden = torch.linalg.lstsq(ups, change.t()).solution.t() / (
         x @ adapter.change.get_parameter("lora_down.weight")[:2].t()
     )
-    kept = hidden.round(decimals=2)
-    assert set(kept.unique().tolist()) == {0.0, 2.0}
-    assert 0.4 < (kept > 0).float().mean().item() < 0.6
+    rounded = hidden.round(decimals=2)
+    assert set(rounded.unique().tolist()) == {0.0, 2.0}
+    assert 0.4 < (rounded > 0).float().mean().item() < 0.6
 
 
-def test_loraplus_and_names_of_groups_are_those_of_networks_lora() -> None:
-    found = []
+def test_loraplus_and_group_names_match_networks_lora() -> None:
+    groups_by_module = []
     for module in (lora, dylora):
         models = toy_models(45)
         network = module.create_network(1.0, 4, 1, None, *models, loraplus_lr_ratio="4", down_lr_weight="1,0.5")
         network.apply_to(*models)
         groups, names = network.prepare_optimizer_params_with_multiple_te_lrs([1e-4], 1e-3, 1e-3)
-        found.append(
+        groups_by_module.append(
             [(name, g["lr"], [tuple(p.shape) for p in g["params"]]) for name, g in zip(names, groups, strict=True)]
         )
-    assert found[0] == found[1]
+    assert groups_by_module[0] == groups_by_module[1]
 
 
-@pytest.mark.parametrize(("trains_all", "what"), [("True", "all rows up to it learn"), ("False", "its newest block")])
-def test_the_log_says_which_ranks_are_trained(caplog: pytest.LogCaptureFixture, trains_all: str, what: str) -> None:
+@pytest.mark.parametrize(
+    ("trains_all", "expected"), [("True", "all rows up to it learn"), ("False", "its newest block")]
+)
+def test_the_log_states_which_ranks_are_trained(
+    caplog: pytest.LogCaptureFixture, trains_all: str, expected: str
+) -> None:
     with caplog.at_level(logging.INFO):
         dylora.create_network(1.0, 12, 1, None, *toy_models(67), conv_dim="16", unit="3", train_all_ranks=trains_all)
-    assert f"DyLoRA: each step trains one rank from 3 to 12 in units of 3; {what}" in caplog.text
+    assert f"DyLoRA: each step trains one rank from 3 to 12 in units of 3; {expected}" in caplog.text
 
 
-def test_block_ranks_are_trained_at_the_same_share() -> None:
+def test_all_block_ranks_are_trained_at_the_same_share() -> None:
     network = network_on(toy_models(46), 47, rank=4, block_dims="0,2,4,8")
     steps = steps_by_rank(network, 48, "lora_unet_up_0_attention_to_q")
     assert list(steps) == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -324,12 +330,12 @@ def test_block_ranks_are_trained_at_the_same_share() -> None:
 
 @pytest.mark.parametrize("full", [1, 5, 12, 64])
 @pytest.mark.parametrize(("rank", "unit"), [(1, 1), (4, 1), (6, 3), (16, 4), (64, 1)])
-def test_shares_of_a_rank_grow_from_a_unit_to_the_whole(full: int, rank: int, unit: int) -> None:
+def test_the_rank_of_a_step_grows_from_one_unit_to_the_full_rank(full: int, rank: int, unit: int) -> None:
     ladder = [resolve_nested_rank(rank, step_rank, full, unit) for step_rank in range(1, full + 1)]
     assert ladder == sorted(ladder) and ladder[-1] == rank
-    assert all(unit <= own <= rank and own % unit == 0 for own in ladder)
-    for step_rank, own in enumerate(ladder, 1):
-        assert own == unit or abs(own - rank * step_rank / full) <= unit / 2
+    assert all(unit <= module_rank <= rank and module_rank % unit == 0 for module_rank in ladder)
+    for step_rank, module_rank in enumerate(ladder, 1):
+        assert module_rank == unit or abs(module_rank - rank * step_rank / full) <= unit / 2
     assert [resolve_nested_rank(full, step_rank, full) for step_rank in range(1, full + 1)] == list(range(1, full + 1))
 
 
@@ -346,19 +352,19 @@ def test_shares_of_a_rank_grow_from_a_unit_to_the_whole(full: int, rank: int, un
         ({"dylora": "4"}, "did you mean dyloRA?"),
     ],
 )
-def test_units_that_do_not_fit_are_errors_with_a_way_out(arguments: dict[str, str], message: str) -> None:
+def test_units_that_do_not_divide_the_rank_are_errors_with_a_fix(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dylora.create_network(1.0, 12, 1, None, *toy_models(49), **arguments)
 
 
-def test_dylora_is_another_name_of_unit() -> None:
+def test_dylora_is_an_alias_of_unit() -> None:
     for arguments in ({"dyloRA": "4"}, {"unit": "4"}, {"unit": "4", "dyloRA": "4"}):
         network = dylora.create_network(1.0, 12, 1, None, *toy_models(50), **arguments)
         assert network.arguments.of(DyloraArguments).unit == 4
 
 
 @pytest.mark.parametrize(("argument", "reason"), [("dora_wd", "belong to one rank"), ("use_tucker", "mixes all ranks")])
-def test_what_cannot_be_nested_is_refused_as_an_argument_and_in_a_file(argument: str, reason: str) -> None:
+def test_forms_that_cannot_be_nested_are_refused_as_arguments_and_in_files(argument: str, reason: str) -> None:
     arguments = {"conv_dim": "4", argument: "True"}
     with pytest.raises(ValueError, match=f"{argument} does not work with this --network_module: .*{reason}"):
         dylora.create_network(1.0, 12, 1, None, *toy_models(51), **arguments)
@@ -368,7 +374,7 @@ def test_what_cannot_be_nested_is_refused_as_an_argument_and_in_a_file(argument:
     dylora.create_network_from_weights(1.0, "my.safetensors", None, *toy_models(51), weights, for_inference=True)
 
 
-def test_trained_strengths_and_norms_belong_to_every_rank(tmp_path: Path) -> None:
+def test_trained_scalars_and_norms_are_part_of_every_rank(tmp_path: Path) -> None:
     models = toy_models(61)
     bare = copy.deepcopy(models)
     network = network_on(models, 62, unit="4", use_scalar="True", train_norm="True")
@@ -386,19 +392,19 @@ def test_trained_strengths_and_norms_belong_to_every_rank(tmp_path: Path) -> Non
             torch.testing.assert_close(got, expected, **FLOAT32_SAME_MATH)
 
 
-def test_norms_alone_have_no_rank_to_draw() -> None:
+def test_a_network_of_norms_alone_draws_no_rank() -> None:
     network = dylora.create_network(1.0, 0, 1, None, *toy_models(65), train_norm="True")
     network.on_optimizer_step_start(66, 0)
     assert all(adapter.target.kind == "norm" for adapter in network.adapters.values())
 
 
-def test_arguments_of_dylora_warn_in_other_modules(caplog: pytest.LogCaptureFixture) -> None:
+def test_dylora_arguments_warn_in_other_network_modules(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         lora.create_network(1.0, 12, 1, None, *toy_models(52), dyloRA="4", train_all_ranks="False")
     assert "unit, train_all_ranks has no effect; it belongs to networks.dylora" in caplog.text
 
 
-def test_a_file_of_dylora_merges_and_reloads_as_a_plain_one() -> None:
+def test_a_dylora_file_merges_and_reloads_as_a_plain_lora() -> None:
     models = toy_models(53)
     network = network_on(models, 54, unit="3", **CONV)
     network.eval()
@@ -412,7 +418,7 @@ def test_a_file_of_dylora_merges_and_reloads_as_a_plain_one() -> None:
             torch.testing.assert_close(got, full, **FLOAT32_SAME_MATH)
 
 
-def test_ranks_of_a_file_must_be_multiples_of_the_unit_too() -> None:
+def test_ranks_in_a_file_must_be_multiples_of_the_unit() -> None:
     models = toy_models(56)
     weights = network_on(models, 57, rank=6).state_dict()
     network, _ = dylora.create_network_from_weights(1.0, "x", None, *toy_models(56), weights, unit="3")
@@ -422,12 +428,12 @@ def test_ranks_of_a_file_must_be_multiples_of_the_unit_too() -> None:
 
 
 @pytest.mark.slow
-def test_every_rank_comes_near_the_best_of_its_size_where_a_plain_adapter_cut_later_does_not() -> None:
-    """A 32x32 change with singular values 0.7^n: cut at rank r the best approximation leaves 0.7^r of its norm."""
+def test_every_rank_is_near_optimal_while_a_truncated_plain_adapter_is_not() -> None:
+    """A 32x32 change with singular values 0.7^n: at rank r the best approximation leaves 0.7^r of its norm."""
     torch.manual_seed(71)
     rotations = [torch.linalg.qr(torch.randn(32, 32)).Q for _ in range(2)]
-    wanted = rotations[0] * 0.7 ** torch.arange(32) @ rotations[1]
-    left = {}
+    target = rotations[0] * 0.7 ** torch.arange(32) @ rotations[1]
+    residuals = {}
     for is_nested in (True, False):
         layer = nn.Linear(32, 32, bias=False).requires_grad_(False)
         layer.weight.zero_()
@@ -438,12 +444,12 @@ def test_every_rank_comes_near_the_best_of_its_size_where_a_plain_adapter_cut_la
         for step in range(600):
             delta.use_rows(0, random_for(72, STREAM, step).randrange(1, 9) if is_nested else 8)
             x = torch.randn(32, 32)
-            (layer(x) - x @ wanted.t()).square().sum(-1).mean().backward()
+            (layer(x) - x @ target.t()).square().sum(-1).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         up, down = adapter.change.get_parameter("lora_up.weight"), adapter.change.get_parameter("lora_down.weight")
-        errors = [(wanted - up[:, :r] @ down[:r]).norm() / wanted.norm() for r in (1, 2, 4, 8)]
-        left[is_nested] = torch.stack(errors).detach()
+        errors = [(target - up[:, :r] @ down[:r]).norm() / target.norm() for r in (1, 2, 4, 8)]
+        residuals[is_nested] = torch.stack(errors).detach()
     best = 0.7 ** torch.tensor([1.0, 2.0, 4.0, 8.0])
-    assert (left[True] < best + 0.08).all()
-    assert (left[False][:3] > best[:3] + 0.15).all()
+    assert (residuals[True] < best + 0.08).all()
+    assert (residuals[False][:3] > best[:3] + 0.15).all()

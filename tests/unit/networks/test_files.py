@@ -1,4 +1,4 @@
-"""Adapters to files and back."""
+"""Saving adapters to files and loading them."""
 
 import logging
 import re
@@ -30,8 +30,8 @@ def test_a_saved_file_has_every_tensor_and_both_hashes(tmp_path: Path) -> None:
     network = trained(201)
     network.save_weights(str(tmp_path / "x.safetensors"), None, {"ss_steps": "5"})
     tensors = load_state_dict(tmp_path / "x.safetensors")
-    own = network.state_dict()
-    assert tensors.keys() == own.keys() and all(torch.equal(tensors[k], own[k]) for k in own)
+    state = network.state_dict()
+    assert tensors.keys() == state.keys() and all(torch.equal(tensors[k], state[k]) for k in state)
     model_hash, legacy_hash = sshs_hashes(tensors, {"ss_steps": "5"})
     assert read_metadata(tmp_path / "x.safetensors") == {
         "ss_steps": "5",
@@ -40,7 +40,7 @@ def test_a_saved_file_has_every_tensor_and_both_hashes(tmp_path: Path) -> None:
     }
 
 
-def test_save_precision_casts_every_tensor_alpha_included(tmp_path: Path) -> None:
+def test_save_precision_casts_every_tensor_including_alpha(tmp_path: Path) -> None:
     network = trained(202)
     network.save_weights(str(tmp_path / "x.safetensors"), torch.float16, {})
     tensors = load_state_dict(tmp_path / "x.safetensors")
@@ -50,7 +50,7 @@ def test_save_precision_casts_every_tensor_alpha_included(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("extension", ["ckpt", "pt"])
-def test_other_extensions_are_pickled_tables_without_metadata(tmp_path: Path, extension: str) -> None:
+def test_other_extensions_are_pickled_state_dicts_without_metadata(tmp_path: Path, extension: str) -> None:
     network = trained(203)
     network.save_weights(str(tmp_path / f"x.{extension}"), None, {"ss_steps": "5"})
     content = torch.load(tmp_path / f"x.{extension}", weights_only=True)
@@ -83,11 +83,11 @@ def test_a_loaded_file_computes_what_was_saved(tmp_path: Path, extension: str) -
     assert torch.equal(unet(x), expected)
 
 
-def test_the_alpha_of_the_file_is_used_and_saved_again(tmp_path: Path) -> None:
+def test_the_alpha_of_a_loaded_file_is_used_and_saved(tmp_path: Path) -> None:
     trained(207, alpha=8.0).save_weights(str(tmp_path / "x.safetensors"), None, {})
     network = trained(207, alpha=1.0)
-    said = network.load_weights(str(tmp_path / "x.safetensors"))
-    assert "alpha is 8 as in the file, not 1" in said
+    report = network.load_weights(str(tmp_path / "x.safetensors"))
+    assert "alpha is 8 as in the file, not 1" in report
     assert {adapter.change.scale for adapter in network.adapters.values()} == {2.0}
     network.save_weights(str(tmp_path / "y.safetensors"), None, {})
     assert load_state_dict(tmp_path / "y.safetensors")["lora_te_layers_0_q_proj.alpha"] == 8
@@ -106,7 +106,9 @@ def test_a_file_without_alpha_has_the_rank_for_alpha(tmp_path: Path) -> None:
     assert {adapter.change.alpha_value for adapter in other.adapters.values()} == {4.0}
 
 
-def test_what_does_not_fit_is_said_and_the_rest_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_that_do_not_match_are_reported_and_the_rest_is_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = trained(211).state_dict()
     for key in [k for k in source if k.startswith("lora_te_layers_1")]:
         source[key.replace("lora_te_layers_1", "lora_te_layers_9")] = source.pop(key)
@@ -114,8 +116,8 @@ def test_what_does_not_fit_is_said_and_the_rest_is_loaded(tmp_path: Path, caplog
     network = trained(212)
     untouched = network.state_dict()["lora_te_layers_1_q_proj.lora_up.weight"].clone()
     with caplog.at_level(logging.WARNING):
-        said = network.load_weights(str(tmp_path / "x.pt"))
-    assert "7 modules loaded" in said
+        report = network.load_weights(str(tmp_path / "x.pt"))
+    assert "7 modules loaded" in report
     assert "lacks lora_te_layers_1_q_proj; they start untrained" in caplog.text
     assert "has weights for lora_te_layers_9_q_proj, which this network does not train; not used" in caplog.text
     assert torch.equal(network.state_dict()["lora_te_layers_1_q_proj.lora_up.weight"], untouched)
@@ -123,7 +125,7 @@ def test_what_does_not_fit_is_said_and_the_rest_is_loaded(tmp_path: Path, caplog
     assert torch.equal(network.state_dict()[key], source[key])
 
 
-def test_another_rank_names_the_module_both_ranks_and_the_flag_and_changes_nothing(tmp_path: Path) -> None:
+def test_a_rank_mismatch_names_the_module_both_ranks_and_the_flag_and_changes_nothing(tmp_path: Path) -> None:
     torch.save(dict(trained(213, rank=6).state_dict()), tmp_path / "x.pt")
     network = trained(214, rank=4)
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
@@ -134,7 +136,7 @@ def test_another_rank_names_the_module_both_ranks_and_the_flag_and_changes_nothi
     assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
 
 
-def test_another_base_model_is_named(tmp_path: Path) -> None:
+def test_a_file_for_another_base_model_is_refused(tmp_path: Path) -> None:
     source = dict(trained(215).state_dict())
     source["lora_te_layers_0_q_proj.lora_down.weight"] = torch.zeros(4, 9)
     torch.save(source, tmp_path / "x.pt")
@@ -146,13 +148,13 @@ def test_another_base_model_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("leaf", ["lokr_w1", "hada_w1_a", "lora_A.weight"])
-def test_a_file_of_another_kind_is_refused_by_the_key_that_shows_it(tmp_path: Path, leaf: str) -> None:
+def test_a_file_of_another_kind_is_refused_naming_the_key_that_shows_it(tmp_path: Path, leaf: str) -> None:
     torch.save({**trained(218).state_dict(), f"lora_unet_mid_attention_to_q.{leaf}": torch.ones(1)}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=re.escape(f"*.{leaf}")):
         trained(219).load_weights(str(tmp_path / "x.pt"))
 
 
-def test_half_a_pair_of_factors_is_named(tmp_path: Path) -> None:
+def test_a_factor_without_its_partner_is_named(tmp_path: Path) -> None:
     source = dict(trained(220).state_dict())
     del source["lora_unet_mid_attention_to_q.lora_up.weight"]
     torch.save(source, tmp_path / "x.pt")
@@ -169,8 +171,8 @@ WRITTEN: dict[str, Callable[[str, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("way", ["load_weights", "dim_from_weights", "merge"])
 @pytest.mark.parametrize("written", WRITTEN)
-def test_the_same_numbers_in_other_dimensions_compute_the_same(tmp_path: Path, written: str, way: str) -> None:
-    """Extracted from another layout of the base model, by programs that know no kernels, and by LyCORIS's DyLoRA."""
+def test_factors_with_other_dimensions_compute_the_same(tmp_path: Path, written: str, way: str) -> None:
+    """As in another layout of the base model, in programs without kernel dimensions, and in LyCORIS's DyLoRA."""
     text, unet = toy_models(231)
     first = create_network(1.0, 4, 2.0, None, text, unet, conv_dim="2")
     randomize(first, 232)
@@ -215,11 +217,11 @@ STRANGERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", STRANGERS)
-def test_files_that_are_no_adapters_of_this_base_model_say_what_they_are(tmp_path: Path, what: str) -> None:
-    """And not that they were made by LyCORIS."""
-    keys, more, said = STRANGERS[what]
+@pytest.mark.parametrize("case", STRANGERS)
+def test_files_that_are_not_adapters_of_this_base_model_are_refused_with_the_reason(tmp_path: Path, case: str) -> None:
+    """The error must not claim that they were made by LyCORIS."""
+    keys, more, message = STRANGERS[case]
     torch.save({key: torch.ones(2, 2) for key in keys} | {key: torch.ones(()) for key in more}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=said) as refused:
+    with pytest.raises(ValueError, match=message) as refused:
         create_network_from_weights(1.0, str(tmp_path / "x.pt"), None, *toy_models(241))
     assert "lycoris" not in str(refused.value) and "x.pt" in str(refused.value)

@@ -1,4 +1,4 @@
-"""Tucker cores, trained strengths, DoRA and norms in a whole network: names, files, learning rates, refusals."""
+"""Tucker cores, trained scalars, DoRA and norms in a complete network: names, files, learning rates, refusals."""
 
 import copy
 import logging
@@ -42,7 +42,7 @@ X_SHAPES = ((2, 3, 7), (1, 6, 4, 4))
 
 
 def perturb(network: nn.Module, seed: int) -> None:
-    """Move every number a little from where it starts, as training does."""
+    """Perturb every parameter a little, as training does."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -50,7 +50,7 @@ def perturb(network: nn.Module, seed: int) -> None:
 
 
 def trained(seed: int, **args: str) -> tuple[AdapterNetwork, Any, Any]:
-    """An installed network with random weights and its models."""
+    """Return an installed network with random weights, and its models."""
     text, unet = toy_models(seed)
     network = create_network(1.0, 4, 2.0, None, text, unet, **args)
     perturb(network, seed + 1)
@@ -64,15 +64,15 @@ def outputs(text: nn.Module, unet: nn.Module, seed: int) -> list[Tensor]:
 
 
 def assert_same(got: list[Tensor], expected: list[Tensor], **tolerance: float) -> None:
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, **(tolerance or FLOAT32_SAME_MATH))
+    for actual_part, expected_part in zip(got, expected, strict=True):
+        torch.testing.assert_close(actual_part, expected_part, **(tolerance or FLOAT32_SAME_MATH))
 
 
 def file_keys(network: AdapterNetwork, module: str) -> dict[str, list[int]]:
     return {leaf: list(tensor.shape) for leaf, tensor in network.adapters[module].change.stored_tensors().items()}
 
 
-def test_keys_and_shapes_of_everything_together() -> None:
+def test_keys_and_shapes_with_all_forms_combined() -> None:
     network, _, _ = trained(1501, **EVERYTHING)
     assert file_keys(network, CONV) == {
         "alpha": [], "dora_scale": [1, 6, 1, 1], "lora_down.weight": [3, 6, 1, 1], "lora_mid.weight": [3, 3, 3, 3],
@@ -85,7 +85,7 @@ def test_keys_and_shapes_of_everything_together() -> None:
     proj_in = file_keys(network, "lora_unet_mid_attention_proj_in")
     assert "lora_mid.weight" not in proj_in and proj_in["dora_scale"] == [1, 6, 1, 1]
     assert sum(isinstance(adapter.change, Norm) for adapter in network.adapters.values()) == 3
-    assert "lora_te_norm" not in network.adapters  # it lies in no searched block
+    assert "lora_te_norm" not in network.adapters  # it is in no searched block
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -98,7 +98,7 @@ def test_an_untrained_network_changes_nothing(form: str) -> None:
 
 @pytest.mark.parametrize("way", ["settings", "file", "merged"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_file_computes_the_same_whichever_way_it_comes_back(tmp_path: Path, form: str, way: str) -> None:
+def test_a_file_computes_the_same_however_it_is_loaded(tmp_path: Path, form: str, way: str) -> None:
     network, text, unet = trained(1521, **FORMS[form])
     expected = outputs(text, unet, 1522)
     path = str(tmp_path / "x.safetensors")
@@ -121,7 +121,7 @@ def test_a_file_computes_the_same_whichever_way_it_comes_back(tmp_path: Path, fo
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_merging_at_another_strength_is_the_installed_network_at_it(form: str) -> None:
+def test_merging_at_a_strength_equals_the_network_installed_at_that_strength(form: str) -> None:
     network, text, unet = trained(1531, **FORMS[form])
     merged_text, merged_unet = copy.deepcopy(toy_models(1531))
     network.set_multiplier(0.6)
@@ -133,7 +133,7 @@ def test_merging_at_another_strength_is_the_installed_network_at_it(form: str) -
     assert_same(outputs(text, unet, 1532), outputs(*toy_models(1531), 1532), rtol=0, atol=0)
 
 
-def test_the_strength_is_multiplied_into_the_file_and_comes_back_as_1(tmp_path: Path) -> None:
+def test_the_trained_scalar_is_folded_into_the_file_and_reloads_as_1(tmp_path: Path) -> None:
     network, _, _ = trained(1541, use_scalar="True")
     adapter = network.adapters[LINEAR]
     assert isinstance(adapter, Adapter) and adapter.change.scalar is not None
@@ -146,7 +146,7 @@ def test_the_strength_is_multiplied_into_the_file_and_comes_back_as_1(tmp_path: 
     assert adapter.change.scalar.item() == 1.0
 
 
-def test_the_strength_learns_from_the_first_step_and_up_and_down_from_the_second() -> None:
+def test_the_scalar_is_trained_from_the_first_step_and_the_factors_from_the_second() -> None:
     text, unet = toy_models(1551)
     network = create_network(1.0, 4, 2.0, None, text, unet, use_scalar="True")
     network.apply_to(text, unet)
@@ -168,7 +168,7 @@ def test_magnitudes_are_saved_in_float32_whatever_the_precision(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("wd_on_output", ["True", "False"])
-def test_a_plain_lora_goes_on_as_dora_from_what_it_computes(tmp_path: Path, wd_on_output: str) -> None:
+def test_training_a_plain_lora_further_as_dora_starts_from_its_outputs(tmp_path: Path, wd_on_output: str) -> None:
     network, text, unet = trained(1571)
     expected = outputs(text, unet, 1572)
     network.save_weights(str(tmp_path / "x.safetensors"), None, {})
@@ -182,7 +182,7 @@ def test_a_plain_lora_goes_on_as_dora_from_what_it_computes(tmp_path: Path, wd_o
 
 
 @pytest.mark.parametrize(
-    ("in_file", "asked", "message"),
+    ("in_file", "requested", "message"),
     [
         ({"conv_dim": "3", "use_tucker": "True"}, {"conv_dim": "3"}, "set --network_args use_tucker=True"),
         ({"conv_dim": "3"}, {"conv_dim": "3", "use_tucker": "True"}, "set --network_args use_tucker=False"),
@@ -200,17 +200,17 @@ def test_a_plain_lora_goes_on_as_dora_from_what_it_computes(tmp_path: Path, wd_o
     ],
 )
 def test_a_file_of_another_form_names_the_argument_to_set(
-    tmp_path: Path, in_file: dict[str, str], asked: dict[str, str], message: str
+    tmp_path: Path, in_file: dict[str, str], requested: dict[str, str], message: str
 ) -> None:
     trained(1581, **in_file)[0].save_weights(str(tmp_path / "x.safetensors"), None, {})
-    network = trained(1582, **asked)[0]
+    network = trained(1582, **requested)[0]
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     with pytest.raises(ValueError, match=re.escape(message.format(file=tmp_path / "x.safetensors"))):
         network.load_weights(str(tmp_path / "x.safetensors"))
     assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
 
 
-def test_norms_of_a_file_that_are_not_trained_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_untrained_norms_in_a_file_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trained(1591, train_norm="True")[0].save_weights(str(tmp_path / "x.safetensors"), None, {})
     with caplog.at_level(logging.WARNING):
         trained(1592)[0].load_weights(str(tmp_path / "x.safetensors"))
@@ -224,7 +224,7 @@ def test_a_part_without_the_rest_of_its_module_is_named(tmp_path: Path, leaf: st
         trained(1612)[0].load_weights(str(tmp_path / "x.pt"))
 
 
-def test_loraplus_speeds_up_neither_strength_nor_magnitudes_nor_norms() -> None:
+def test_loraplus_does_not_raise_the_rates_of_scalars_magnitudes_and_norms() -> None:
     network = trained(1621, **EVERYTHING, loraplus_lr_ratio="4")[0]
     groups, names = network.prepare_optimizer_params(1e-3, 1e-4, 1e-3)
     by_name = dict(zip(names, groups, strict=True))
@@ -233,7 +233,7 @@ def test_loraplus_speeds_up_neither_strength_nor_magnitudes_nor_norms() -> None:
     assert by_name["unet plus"]["lr"] == pytest.approx(4e-4) and by_name["unet"]["lr"] == 1e-4
 
 
-def test_norms_follow_the_learning_rate_of_their_block_and_rank_0_leaves_them_alone() -> None:
+def test_norms_use_the_learning_rate_of_their_block_and_rank_0_excludes_them() -> None:
     text, unet = toy_models(1631)
     network = create_network(
         1.0, 4, 2.0, None, text, unet, train_norm="1", down_lr_weight="0.5,1", mid_lr_weight="0", up_lr_weight="2"
@@ -243,8 +243,8 @@ def test_norms_follow_the_learning_rate_of_their_block_and_rank_0_leaves_them_al
         "down.0.attention.norm": 1.0, "up.0.attention.norm": 2.0,
     }  # fmt: skip
     network = create_network(1.0, 4, 2.0, None, text, unet, train_norm="1", block_dims="0,4,0,4")
-    found = [m.adapter.target.path for m in network.members if isinstance(m.adapter.change, Norm)]
-    assert found == ["down.0.attention.norm", "up.0.attention.norm"]
+    norm_paths = [m.adapter.target.path for m in network.members if isinstance(m.adapter.change, Norm)]
+    assert norm_paths == ["down.0.attention.norm", "up.0.attention.norm"]
 
 
 def test_norms_can_be_trained_alone() -> None:
@@ -262,7 +262,7 @@ NORM_LAYERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", NORM_LAYERS)
-def test_a_norm_computes_with_the_sums_of_its_parameters(name: str) -> None:
+def test_a_norm_computes_with_the_sums_of_base_and_change(name: str) -> None:
     make, shape = NORM_LAYERS[name]
     torch.manual_seed(1651)
     layer = make().double().requires_grad_(False)
@@ -302,7 +302,7 @@ def test_a_small_change_of_a_16_bit_norm_is_not_rounded_away(name: str) -> None:
     assert adapter.change.w_norm.grad is not None and adapter.change.w_norm.grad.dtype == torch.float32
 
 
-def test_a_norm_learns_from_channels_last_pixels_that_need_no_gradient() -> None:
+def test_a_norm_is_trained_on_channels_last_inputs_without_gradients() -> None:
     torch.manual_seed(1665)
     layer = nn.GroupNorm(2, 8).requires_grad_(False)
     x = torch.randn(2, 8, 4, 4)
@@ -326,7 +326,7 @@ class Transformer2DModel(nn.Module):
         self.of_batches = nn.BatchNorm2d(4)
 
 
-def test_only_affine_layer_and_group_norms_are_found() -> None:
+def test_only_affine_layer_norms_and_group_norms_are_adapted() -> None:
     part = Part("lora_unet", blocks=("Transformer2DModel",))
     model = nn.ModuleDict({"block": Transformer2DModel(), "outside": nn.LayerNorm(4)})
     assert [target.name for target in find_norms(part, model, part.blocks)] == ["lora_unet_block_with_weights"]
@@ -335,7 +335,7 @@ def test_only_affine_layer_and_group_norms_are_found() -> None:
 @pytest.mark.parametrize(
     ("argument", "needs"), [("use_tucker", "conv_dim"), ("dora_constant_norm", "dora_wd"), ("wd_on_output", "dora_wd")]
 )
-def test_an_argument_without_the_one_it_needs_has_no_effect_and_says_so(
+def test_an_argument_without_the_one_it_needs_is_ignored_with_a_warning(
     argument: str, needs: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -344,7 +344,7 @@ def test_an_argument_without_the_one_it_needs_has_no_effect_and_says_so(
     assert network.state_dict().keys() == create_network(1.0, 4, 1.0, None, *toy_models(1671)).state_dict().keys()
 
 
-def test_the_form_of_a_file_wins_over_the_settings_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_form_of_a_file_overrides_the_settings_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     weights = dict(trained(1681)[0].state_dict())
     with caplog.at_level(logging.WARNING):
         create_network_from_weights(
@@ -353,10 +353,10 @@ def test_the_form_of_a_file_wins_over_the_settings_and_says_so(caplog: pytest.Lo
     assert "from the file: conv_dim, use_tucker, train_norm has no effect" in caplog.text
 
 
-@pytest.mark.parametrize("door", [lora_fa, dylora])
-def test_other_kinds_train_strengths_and_norms(door: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("network_module", [lora_fa, dylora])
+def test_other_kinds_train_scalars_and_norms(network_module: Any, tmp_path: Path) -> None:
     text, unet = toy_models(1691)
-    network = door.create_network(1.0, 4, 2.0, None, text, unet, use_scalar="True", train_norm="True")
+    network = network_module.create_network(1.0, 4, 2.0, None, text, unet, use_scalar="True", train_norm="True")
     perturb(network, 1692)
     network.apply_to(text, unet)
     network.eval()
@@ -370,11 +370,11 @@ def test_other_kinds_train_strengths_and_norms(door: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("door", "form", "argument"),
+    ("network_module", "form", "argument"),
     [(dylora, "dora", "dora_wd"), (dylora, "tucker", "use_tucker"), (lora_fa, "tucker", "use_tucker")],
 )
 def test_a_file_in_a_form_that_a_kind_cannot_train_is_refused_but_can_be_merged(
-    door: Any, form: str, argument: str, tmp_path: Path
+    network_module: Any, form: str, argument: str, tmp_path: Path
 ) -> None:
     network, text, unet = trained(1695, **FORMS[form])
     expected = outputs(text, unet, 1696)
@@ -382,8 +382,8 @@ def test_a_file_in_a_form_that_a_kind_cannot_train_is_refused_but_can_be_merged(
     network.save_weights(path, None, {})
     network.remove()
     with pytest.raises(ValueError, match=rf"x\.safetensors was trained with {argument}, "):
-        door.create_network_from_weights(1.0, path, None, text, unet)
-    other, weights = door.create_network_from_weights(1.0, path, None, text, unet, for_inference=True)
+        network_module.create_network_from_weights(1.0, path, None, text, unet)
+    other, weights = network_module.create_network_from_weights(1.0, path, None, text, unet, for_inference=True)
     other.merge_to(text, unet, weights, torch.float32, "cpu")
     assert_same(outputs(text, unet, 1696), expected)
 
@@ -401,19 +401,21 @@ def test_dora_with_a_frozen_down_factor_trains_up_and_magnitudes() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_norms_of_changes_are_limited_to_the_given_one(form: str) -> None:
+def test_norms_of_changes_are_limited_to_the_given_maximum(form: str) -> None:
     network, _, _ = trained(1711, **FORMS[form])
     modules = [a for a in network.adapters.values() if a.target.kind != "norm"]
     before = [adapter.change.weight().norm().item() for adapter in modules]
-    kept = {n: p.clone() for n, p in network.named_parameters() if "norm" in n or n.endswith(("dora_scale", "scalar"))}
+    untouched = {
+        n: p.clone() for n, p in network.named_parameters() if "norm" in n or n.endswith(("dora_scale", "scalar"))
+    }
     limit = sorted(before)[len(before) // 2] * 1.0001
     count, mean, maximum = adopt(network).limit_norms(limit, "cpu")
     after = [adapter.change.weight().norm().item() for adapter in modules]
     assert count == sum(norm > limit for norm in before) > 0
     assert after == pytest.approx([min(norm, limit) for norm in before], rel=1e-5)
     assert (mean, maximum) == (pytest.approx(sum(after) / len(after)), pytest.approx(limit))
-    assert all(torch.equal(parameter, kept[n]) for n, parameter in network.named_parameters() if n in kept)
-    assert adopt(network).limit_norms(limit, "cpu")[0] == 0  # what lies at the limit is not above it
+    assert all(torch.equal(parameter, untouched[n]) for n, parameter in network.named_parameters() if n in untouched)
+    assert adopt(network).limit_norms(limit, "cpu")[0] == 0  # a norm at the limit is not above it
 
 
 def test_a_limit_on_norms_leaves_a_frozen_factor_alone() -> None:
@@ -427,7 +429,7 @@ def test_a_limit_on_norms_leaves_a_frozen_factor_alone() -> None:
     assert adapter.change.weight().norm().item() == pytest.approx(0.01, rel=1e-5)
 
 
-def test_the_log_tells_what_each_argument_came_to(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_reports_the_effect_of_each_argument(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         network, _, _ = trained(1731, **EVERYTHING, block_dims="0,2,4,4", conv_block_dims="0,3,0,3")
         network.prepare_optimizer_params(None, 1e-4, 2e-4)

@@ -1,4 +1,4 @@
-"""Layers that are one in the original checkpoint and several in diffusers."""
+"""Layers that are fused in the original checkpoint and separate in diffusers."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_each_piece_gets_its_rows() -> None:
     torch.testing.assert_close(torch.cat(products), change(tensors), rtol=0, atol=1e-12)
 
 
-def test_there_and_back_keeps_rank_and_change() -> None:
+def test_splitting_and_fusing_again_keeps_rank_and_change() -> None:
     tensors = whole(971)
     back = renamed(renamed(tensors, "diffusers"), "kohya")
     assert back.keys() == tensors.keys() and back[f"{WHOLE}.lora_down.weight"].shape == (4, 5)
@@ -62,8 +62,8 @@ def piece_of(name: str, rank: int, num_outputs: int, seed: int) -> dict[str, Ten
 
 
 @pytest.mark.parametrize("to", ["kohya", "generic"])
-def test_pieces_of_their_own_are_joined_at_the_sum_of_their_ranks(to: FileNaming) -> None:
-    """Trained by diffusers; the file has them in another order, and none for to_k."""
+def test_separately_trained_pieces_are_fused_with_the_sum_of_their_ranks(to: FileNaming) -> None:
+    """As trained with diffusers; the file has the pieces in another order and lacks to_k."""
     mlp, q = piece_of("transformer.b.0.mlp", 2, 6, 972), piece_of("transformer.b.0.to_q", 3, 3, 973)
     joined = renamed({**mlp, **q}, to)
     (module,) = parse_adapter(joined, {}, "x").modules.values()
@@ -72,14 +72,14 @@ def test_pieces_of_their_own_are_joined_at_the_sum_of_their_ranks(to: FileNaming
     torch.testing.assert_close(module.weight(torch.float64), expected, rtol=0, atol=1e-12)
 
 
-def test_pieces_stay_pieces_in_the_diffusers_naming() -> None:
+def test_pieces_stay_separate_in_the_diffusers_naming() -> None:
     mlp, q = piece_of("transformer.b.0.mlp", 2, 6, 974), piece_of("transformer.b.0.to_q", 3, 3, 975)
     after = renamed({**mlp, **q}, "diffusers")
     assert after.keys() == mlp.keys() | q.keys()
     assert all(torch.equal(after[key], tensor) for key, tensor in {**mlp, **q}.items())
 
 
-def test_sizes_that_do_not_fit_are_errors() -> None:
+def test_sizes_that_do_not_match_are_errors() -> None:
     with pytest.raises(ValueError, match="has 10 outputs, which is no multiple of 4"):
         renamed(whole(976, num_outputs=10), "diffusers")
     q, mlp = piece_of("transformer.b.0.to_q", 3, 3, 977), piece_of("transformer.b.0.mlp", 2, 8, 978)
@@ -87,6 +87,6 @@ def test_sizes_that_do_not_fit_are_errors() -> None:
         renamed({**q, **mlp}, "kohya")
 
 
-def test_a_piece_beside_the_whole_is_an_error() -> None:
+def test_a_piece_next_to_its_fused_layer_is_an_error() -> None:
     with pytest.raises(ValueError, match=f"has the module {WHOLE} twice"):
         renamed({**whole(979), **piece_of("transformer.b.0.to_q", 3, 3, 980)}, "kohya")

@@ -1,4 +1,4 @@
-"""GGPO: noise on the weights of training, by the norms of rows and of their gradients."""
+"""GGPO: noise on the weights during training, scaled by the norms of rows and of their gradients."""
 
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ LAYERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_deviations_are_those_of_the_dense_products(name: str) -> None:
-    """sd-scripts' formula on whole matrices, in float64."""
+def test_deviations_equal_those_of_the_dense_products(name: str) -> None:
+    """Compare with sd-scripts' formula on whole matrices in float64."""
     torch.manual_seed(301)
     layer = LAYERS[name][0]().requires_grad_(False)
     change = Perturbed(layer, LowRank(layer, 3), 4.0, GgpoArguments(0.03, 0.2))
@@ -43,7 +43,7 @@ def test_deviations_are_those_of_the_dense_products(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_noise_is_of_the_weight_and_its_gradient_that_of_the_same_noise(name: str) -> None:
+def test_noise_on_the_output_equals_noise_on_the_weight_and_has_its_gradient(name: str) -> None:
     torch.manual_seed(303)
     make, shape = LAYERS[name]
     layer = make().double().requires_grad_(False)
@@ -51,14 +51,14 @@ def test_the_noise_is_of_the_weight_and_its_gradient_that_of_the_same_noise(name
     x = torch.randn(shape).double().requires_grad_()
     out = layer(x.detach())
     state = torch.get_rng_state()
-    found = add_noise(out, x, layer, deviations_O)
+    actual = add_noise(out, x, layer, deviations_O)
     torch.set_rng_state(state)
     noise = draw(layer, deviations_O, int(torch.randint(2**62, ())), torch.float64)
     y = x.detach().clone().requires_grad_()
     expected = torch.func.functional_call(layer, {"weight": layer.weight + noise}, (y,))
-    torch.testing.assert_close(found, expected, **FLOAT64)
-    weights = torch.randn_like(found)
-    (found * weights).sum().backward()
+    torch.testing.assert_close(actual, expected, **FLOAT64)
+    weights = torch.randn_like(actual)
+    (actual * weights).sum().backward()
     ((expected - torch.func.functional_call(layer, {}, (y,))) * weights).sum().backward()
     torch.testing.assert_close(x.grad, y.grad, **FLOAT64)
     many = torch.stack([draw(layer, deviations_O, seed, torch.float64) for seed in range(300)])
@@ -66,7 +66,7 @@ def test_the_noise_is_of_the_weight_and_its_gradient_that_of_the_same_noise(name
     torch.testing.assert_close(spread_O, deviations_O, rtol=0.05, atol=0.0)  # of 300 * N values each
 
 
-def test_a_weight_of_many_rows_is_measured_whole() -> None:
+def test_the_base_norm_covers_all_rows_of_a_large_weight() -> None:
     torch.manual_seed(304)
     layer = nn.Linear(20, 1500).requires_grad_(False)
     layer.weight.copy_(torch.randn(1500, 20) * torch.rand(1500, 1))
@@ -74,54 +74,56 @@ def test_a_weight_of_many_rows_is_measured_whole() -> None:
     torch.testing.assert_close(change.base_norm, layer.weight.norm(dim=1).mean(), **FLOAT32_SAME_MATH)
 
 
-def network(**arguments: str) -> tuple[Any, tuple[nn.Module, nn.Module]]:
+def make_network(**arguments: str) -> tuple[Any, tuple[nn.Module, nn.Module]]:
     models = toy_models(305)
-    made = lora.create_network(1.0, 4, 2.0, None, *models, conv_dim="2", **arguments)
-    randomize(made, 306)
-    made.apply_to(*models)
-    return made, models
+    network = lora.create_network(1.0, 4, 2.0, None, *models, conv_dim="2", **arguments)
+    randomize(network, 306)
+    network.apply_to(*models)
+    return network, models
 
 
-def step(made: Any, models: tuple[nn.Module, nn.Module], is_recomputed: bool = False) -> Tensor:
+def step(network: Any, models: tuple[nn.Module, nn.Module], is_recomputed: bool = False) -> Tensor:
     x = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(307))
-    made.zero_grad()
+    network.zero_grad()
     torch.manual_seed(308)
     out = checkpoint(models[1], x, use_reentrant=False) if is_recomputed else models[1](x)
     out.square().mean().backward()
     return out.detach()
 
 
-def test_noise_begins_after_the_first_step_is_of_training_alone_and_is_repeated_when_recomputed() -> None:
-    made, models = network(ggpo_sigma="0.1", ggpo_beta="0.1")
-    plain, others = network()
-    first = step(made, models)
+def test_noise_starts_after_the_first_step_only_in_training_and_is_repeated_on_recompute() -> None:
+    network, models = make_network(ggpo_sigma="0.1", ggpo_beta="0.1")
+    plain, others = make_network()
+    first = step(network, models)
     assert torch.equal(first, step(plain, others))
-    made.on_gradients()
-    second = step(made, models)
+    network.on_gradients()
+    second = step(network, models)
     assert (second - first).abs().max() > 1e-3
-    grads = [p.grad.clone() for name, p in made.named_parameters() if "lora_unet" in name]
-    assert torch.equal(step(made, models, is_recomputed=True), second)
-    for one, other in zip(grads, (p.grad for n, p in made.named_parameters() if "lora_unet" in n), strict=True):
-        torch.testing.assert_close(other, one, **FLOAT32_SAME_MATH)
-    made.eval()
-    assert torch.equal(step(made, models), first)
+    grads = [p.grad.clone() for name, p in network.named_parameters() if "lora_unet" in name]
+    assert torch.equal(step(network, models, is_recomputed=True), second)
+    for expected, actual in zip(
+        grads, (p.grad for n, p in network.named_parameters() if "lora_unet" in n), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, **FLOAT32_SAME_MATH)
+    network.eval()
+    assert torch.equal(step(network, models), first)
 
 
-def test_states_hold_the_noise_and_files_do_not(tmp_path: Path) -> None:
-    made, models = network(ggpo_sigma="0.1", ggpo_beta="0.1")
-    step(made, models)
-    made.on_gradients()
-    other, others = network(ggpo_sigma="0.1", ggpo_beta="0.1")
-    other.load_state_dict(made.state_dict())
-    assert torch.equal(step(other, others), step(made, models))
+def test_states_contain_the_noise_and_adapter_files_do_not(tmp_path: Path) -> None:
+    network, models = make_network(ggpo_sigma="0.1", ggpo_beta="0.1")
+    step(network, models)
+    network.on_gradients()
+    other, others = make_network(ggpo_sigma="0.1", ggpo_beta="0.1")
+    other.load_state_dict(network.state_dict())
+    assert torch.equal(step(other, others), step(network, models))
     path = str(tmp_path / "a.safetensors")
-    made.save_weights(path, None, {})
+    network.save_weights(path, None, {})
     assert {key.partition(".")[2] for key in load_file(path)} == {"lora_down.weight", "lora_up.weight", "alpha"}
     other.load_weights(path)
 
 
 @pytest.mark.parametrize(
-    ("door", "arguments", "message"),
+    ("network_module", "arguments", "message"),
     [
         (loha, {}, "ggpo_sigma does not work with this --network_module: its noise is measured by the two factors"),
         (lora_fa, {}, "both of them train"),
@@ -129,15 +131,17 @@ def test_states_hold_the_noise_and_files_do_not(tmp_path: Path) -> None:
         (tlora, {"init": "pissa"}, "init does not work with ggpo_sigma and ggpo_beta"),
     ],
 )
-def test_what_cannot_meet_says_why(door: Any, arguments: dict[str, str], message: str) -> None:
+def test_incompatible_arguments_are_an_error_that_says_why(
+    network_module: Any, arguments: dict[str, str], message: str
+) -> None:
     noise = {"ggpo_sigma": "0.1", "ggpo_beta": "0.2"}
     with pytest.raises(ValueError, match=message):
-        door.create_network(1.0, 4, 2.0, None, *toy_models(309), **noise, **arguments)
+        network_module.create_network(1.0, 4, 2.0, None, *toy_models(309), **noise, **arguments)
 
 
-def test_one_of_the_two_alone_does_nothing_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    made, models = network(ggpo_sigma="0.5")
+def test_only_one_of_the_two_arguments_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    network, models = make_network(ggpo_sigma="0.5")
     assert "ggpo_sigma has no effect without ggpo_beta" in caplog.text
-    first = step(made, models)
-    made.on_gradients()
-    assert torch.equal(step(made, models), first)
+    first = step(network, models)
+    network.on_gradients()
+    assert torch.equal(step(network, models), first)

@@ -21,7 +21,7 @@ def tensors_of(seed: int, *kernel: int, rank: int = 3, alpha: float = 2.0) -> di
 
 
 @pytest.mark.parametrize("kernel", [(), (1, 1), (3, 3)])
-def test_norms_are_those_of_the_whole_matrices(kernel: tuple[int, ...]) -> None:
+def test_norms_equal_those_of_the_full_matrices(kernel: tuple[int, ...]) -> None:
     tensors = tensors_of(920 + len(kernel) + sum(kernel), *kernel)
     facts = module_facts(sort_tensors(tensors, {}, "").modules[NAME])
     up, down = tensors[f"{NAME}.lora_up.weight"].double(), tensors[f"{NAME}.lora_down.weight"].double()
@@ -67,7 +67,7 @@ def test_norm_weights_have_no_rank() -> None:
         ("transformer.single_transformer_blocks.3.attn.to_q", "denoiser", "single_transformer_blocks_3"),
     ],
 )  # fmt: skip
-def test_place(name: str, part: str, block: str) -> None:
+def test_a_module_name_is_located_in_its_part_and_block(name: str, part: str, block: str) -> None:
     assert locate_module(name) == (part, block)
 
 
@@ -86,20 +86,20 @@ def test_blocks_add_up_and_are_sorted_by_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         ({"lora_up.weight": None}, "lora_down.weight without its up factor"),
         ({"lora_down.weight": None}, "lora_up.weight without its down factor"),
         ({"lora_down.weight": torch.ones(4, 5)}, "do not fit together"),
     ],
 )
-def test_structural_damage(damage: dict[str, Tensor | None], says: str) -> None:
+def test_structural_damage_is_reported(damage: dict[str, Tensor | None], message: str) -> None:
     tensors = {**tensors_of(931), **{f"{NAME}.{leaf}": tensor for leaf, tensor in damage.items()}}
     module = sort_tensors({key: t for key, t in tensors.items() if t is not None}, {}, "").modules[NAME]
-    assert says in (structure_problem(module) or "")
+    assert message in (structure_problem(module) or "")
 
 
-def test_a_whole_module_has_no_problem() -> None:
+def test_an_intact_module_has_no_problem() -> None:
     module = sort_tensors(tensors_of(932), {}, "").modules[NAME]
     assert structure_problem(module) is None and list(value_problems(module)) == []
 
@@ -108,5 +108,5 @@ def test_a_whole_module_has_no_problem() -> None:
 def test_values_that_are_not_finite_are_counted(value: float) -> None:
     tensors = tensors_of(933)
     tensors[f"{NAME}.lora_up.weight"][2, 1] = value
-    found = list(value_problems(sort_tensors(tensors, {}, "").modules[NAME]))
-    assert found == [f"{NAME}.lora_up.weight has 1 of 21 values that are not finite"]
+    problems = list(value_problems(sort_tensors(tensors, {}, "").modules[NAME]))
+    assert problems == [f"{NAME}.lora_up.weight has 1 of 21 values that are not finite"]

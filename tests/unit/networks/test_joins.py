@@ -1,4 +1,4 @@
-"""DoRA: magnitudes per input column or per output row, whose norms are computed without the matrix."""
+"""DoRA: magnitudes per input column or output row; norms are computed without the full matrix."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +39,7 @@ def decomposed(
     is_constant: bool = False,
     is_per_output: bool = False,
 ) -> Adapter:
-    """A trained adapter of rank 3 and alpha 2 in the dtype of the layer."""
+    """Return an adapter with random weights, rank 3 and alpha 2, in the dtype of the layer."""
     join = Decompose(layer.weight, is_constant, is_per_output)
     adapter = adapter_on(layer, delta(layer, 3), 2.0, join, drops, multiplier, has_scalar)
     adapter.change.to(layer.weight.dtype)
@@ -57,7 +57,7 @@ def with_weight(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def product_of(adapter: Adapter) -> Tensor:
-    """up @ down by einsum over the factors' own axes."""
+    """Return up @ down, by einsum over the axes of the factors."""
     up, down = adapter.change.get_parameter("lora_up.weight"), adapter.change.get_parameter("lora_down.weight")
     if down.dim() == 2:
         return torch.einsum("or,ri->oi", up, down)
@@ -68,15 +68,15 @@ def product_of(adapter: Adapter) -> Tensor:
 
 
 def formula(layer: Any, adapter: Adapter, multiplier: float, is_constant: bool = False) -> Tensor:
-    """W0 + s (m (W0 + dW) / |W0 + dW| - W0), from whole matrices."""
+    """W0 + s (m (W0 + dW) / |W0 + dW| - W0), computed with full matrices."""
     scalar = 1.0 if adapter.change.scalar is None else adapter.change.scalar
-    whole = layer.weight + product_of(adapter) * scalar * 2.0 / 3
+    full = layer.weight + product_of(adapter) * scalar * 2.0 / 3
     is_per_output = adapter.change.decomposition.is_per_output
-    axes = [1 if is_per_output else 0, 2, 3][: whole.dim() - 1]
-    norm = whole.square().sum(axes, keepdim=True).sqrt() + (0 if is_per_output else EPS)
+    axes = [1 if is_per_output else 0, 2, 3][: full.dim() - 1]
+    norm = full.square().sum(axes, keepdim=True).sqrt() + (0 if is_per_output else EPS)
     norm = norm.detach() if is_constant else norm
     assert adapter.change.dora_scale is not None
-    return layer.weight + multiplier * (adapter.change.dora_scale * whole / norm - layer.weight)
+    return layer.weight + multiplier * (adapter.change.dora_scale * full / norm - layer.weight)
 
 
 @pytest.mark.parametrize("is_per_output", [False, True])
@@ -84,30 +84,30 @@ def formula(layer: Any, adapter: Adapter, multiplier: float, is_constant: bool =
 @pytest.mark.parametrize("has_scalar", [False, True])
 @pytest.mark.parametrize("multiplier", [1.0, 0.7])
 @pytest.mark.parametrize(("name", "delta"), CASES)
-def test_output_gradients_and_merged_weight_are_those_of_the_formula(
+def test_output_gradients_and_merged_weight_match_the_formula(
     name: str, delta: type, multiplier: float, has_scalar: bool, is_constant: bool, is_per_output: bool
 ) -> None:
     make, shape = LAYERS[name]
     layer = frozen(make, 1201)
     adapter = decomposed(layer, 1202, delta, NO_DROPOUT, multiplier, has_scalar, is_constant, is_per_output)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    wanted = formula(layer, adapter, multiplier, is_constant)
-    torch.testing.assert_close(adapter.merged()["weight"], wanted, **FLOAT64)
-    expected = with_weight(layer, x, wanted)
+    full_weight = formula(layer, adapter, multiplier, is_constant)
+    torch.testing.assert_close(adapter.merged()["weight"], full_weight, **FLOAT64)
+    expected = with_weight(layer, x, full_weight)
     seen_by = torch.randn_like(expected)
     learned = (x, *adapter.change.parameters())
     expected_grads = torch.autograd.grad((expected * seen_by).sum(), learned)
     adapter.install()
     y = layer(x)
     torch.testing.assert_close(y, expected, **FLOAT64)
-    for one, other in zip(torch.autograd.grad((y * seen_by).sum(), learned), expected_grads, strict=True):
-        torch.testing.assert_close(one, other, **FLOAT64)
+    for actual, expected_grad in zip(torch.autograd.grad((y * seen_by).sum(), learned), expected_grads, strict=True):
+        torch.testing.assert_close(actual, expected_grad, **FLOAT64)
 
 
 @pytest.mark.parametrize("is_per_output", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LAYERS)
-def test_at_the_start_nothing_changes_bit_for_bit(name: str, dtype: torch.dtype, is_per_output: bool) -> None:
+def test_an_untrained_adapter_changes_no_bit(name: str, dtype: torch.dtype, is_per_output: bool) -> None:
     make, shape = LAYERS[name]
     layer = frozen(make, 1211, dtype)
     adapter = adapter_on(layer, LowRank(layer, 3), 2.0, Decompose(layer.weight, is_per_output=is_per_output))
@@ -117,7 +117,7 @@ def test_at_the_start_nothing_changes_bit_for_bit(name: str, dtype: torch.dtype,
     assert torch.equal(layer(x), alone)
 
 
-def test_magnitudes_have_the_shape_that_readers_know_and_start_as_column_norms() -> None:
+def test_magnitudes_have_the_usual_shape_and_start_as_column_norms() -> None:
     for name, shape in (("linear", (1, 7)), ("3x3", (1, 7, 1, 1))):
         layer = frozen(LAYERS[name][0], 1221)
         magnitudes = Decompose(layer.weight).magnitudes()
@@ -127,7 +127,7 @@ def test_magnitudes_have_the_shape_that_readers_know_and_start_as_column_norms()
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operation gives."""
+    """A dispatch mode that records the size of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,14 +135,14 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        made = [t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)]
+        tensors = [t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)]
         if not func.is_view and not str(func).startswith(("aten.t.", "aten.detach", "aten.view", "aten.transpose")):
-            self.num_values = max([self.num_values, *(t.numel() for t in made)])
+            self.num_values = max([self.num_values, *(t.numel() for t in tensors)])
         return result
 
 
 @pytest.mark.parametrize("is_per_output", [False, True])
-def test_neither_pass_makes_a_tensor_of_the_size_of_the_weight(is_per_output: bool) -> None:
+def test_neither_pass_creates_a_tensor_as_large_as_the_weight(is_per_output: bool) -> None:
     layer = frozen(lambda: nn.Linear(96, 128), 1231, torch.float32)
     adapter = decomposed(layer, 1232, is_per_output=is_per_output)
     adapter.install()
@@ -156,10 +156,10 @@ def test_neither_pass_makes_a_tensor_of_the_size_of_the_weight(is_per_output: bo
 
 
 @pytest.mark.parametrize("delta", [LowRank, Tucker])
-def test_a_16_bit_weight_in_any_memory_format_has_the_norms_of_float64(
+def test_norms_of_a_16_bit_weight_in_any_memory_format_match_float64(
     delta: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("networks.core.changes.dora.CHUNK_VALUES", 200)  # rows in several parts
+    monkeypatch.setattr("networks.core.changes.dora.CHUNK_VALUES", 200)  # rows in several chunks
     layer = frozen(lambda: nn.Conv2d(7, 20, 3, padding=1), 1241, torch.float32).to(torch.bfloat16)
     layer.to(memory_format=torch.channels_last)
     adapter = decomposed(layer, 1242, delta)
@@ -175,9 +175,9 @@ def test_a_16_bit_weight_in_any_memory_format_has_the_norms_of_float64(
     torch.testing.assert_close(columns.double(), columns_of(exact), **FLOAT32_SAME_MATH)
     got = torch.autograd.grad(columns.sum(), list(adapter.change.parameters()), allow_unused=True)
     expected = torch.autograd.grad(columns_of(exact).sum(), list(exact.change.parameters()), allow_unused=True)
-    for name, one, other in zip(learned, got, expected, strict=True):
-        assert one is not None and other is not None, name
-        torch.testing.assert_close(one.double(), other, **FLOAT32_SAME_MATH)
+    for name, actual, reference in zip(learned, got, expected, strict=True):
+        assert actual is not None and reference is not None, name
+        torch.testing.assert_close(actual.double(), reference, **FLOAT32_SAME_MATH)
 
 
 def columns_of(adapter: Adapter) -> Tensor:
@@ -190,8 +190,8 @@ def columns_of(adapter: Adapter) -> Tensor:
 
 
 @pytest.mark.parametrize("share", [1e-2, 1e-3, 1e-5])
-def test_columns_that_the_change_cancels_almost_wholly_keep_their_digits(share: float) -> None:
-    """Three of nine columns are left with `share` of their norm; the square of that is below float32 at the least."""
+def test_columns_almost_cancelled_by_the_change_keep_their_precision(share: float) -> None:
+    """Three of nine columns keep `share` of their norm; the square of the smallest is below float32 precision."""
     torch.manual_seed(1251)
     layer = nn.Linear(9, 40, bias=False).requires_grad_(False)
     adapter = decomposed(layer, 1252)
@@ -201,19 +201,19 @@ def test_columns_that_the_change_cancels_almost_wholly_keep_their_digits(share: 
         u, s, v = torch.linalg.svd(product.double())
         adapter.change.get_parameter("lora_up.weight").copy_((u[:, :3] * s[:3]) * 1.5)  # alpha / rank is 2 / 3
         adapter.change.get_parameter("lora_down.weight").copy_(v[:3])
-    whole = layer.weight.double() + product_of(adapter).double() * 2 / 3
-    norms = whole.norm(dim=0)
+    full = layer.weight.double() + product_of(adapter).double() * 2 / 3
+    norms = full.norm(dim=0)
     assert ((norms / layer.weight.double().norm(dim=0)) ** 2 < CANCELLED).sum() == (3 if share < 0.03 else 0)
     assert adapter.change.dora_scale is not None
     expected = adapter.change.dora_scale.double().flatten() / (norms + EPS)
     got = columns_of(adapter).double().flatten()
-    # What is left of a column is the difference of two float32 numbers near |W0|: it has no more digits than that.
+    # A remaining column is the difference of two float32 numbers near |W0|, which limits its precision.
     torch.testing.assert_close(got, expected, rtol=1e-6 / share, atol=1e-6)
     grads = torch.autograd.grad(columns_of(adapter).sum(), list(adapter.change.parameters()))
     assert all(grad.isfinite().all() for grad in grads)
 
 
-def test_the_expansion_alone_loses_what_the_direct_sum_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_expansion_alone_loses_the_precision_that_the_direct_sum_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1261)
     layer = nn.Linear(9, 4000, bias=False).requires_grad_(False)
     adapter = decomposed(layer, 1262)
@@ -232,8 +232,8 @@ def test_the_expansion_alone_loses_what_the_direct_sum_keeps(monkeypatch: pytest
     assert guarded < 1e-4 < 1e-3 < worst()
 
 
-def test_rows_that_the_change_cancels_almost_wholly_keep_their_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The expansion sums the squares of rows of 4000 numbers; three rows are left with a five hundredth."""
+def test_rows_almost_cancelled_by_the_change_keep_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The expansion sums the squares of rows of 4000 numbers; three rows keep 1/500 of their norm."""
     torch.manual_seed(1265)
     layer = nn.Linear(4000, 9, bias=False).requires_grad_(False)
     adapter = decomposed(layer, 1266, is_per_output=True)
@@ -323,18 +323,18 @@ def test_a_checkpointed_layer_gives_the_same_gradients(drops: Dropout) -> None:
         state = torch.get_rng_state()
         plain = torch.autograd.grad(layer(x).square().sum(), learned, allow_unused=True)
         torch.set_rng_state(state)
-        again = torch.autograd.grad(
+        recomputed = torch.autograd.grad(
             checkpoint(layer, x, use_reentrant=False).square().sum(), learned, allow_unused=True
         )
-        for one, other in zip(plain, again, strict=True):
-            assert (one is None) == (other is None)
-            if one is not None and other is not None:
-                torch.testing.assert_close(one, other, **FLOAT64)
+        for expected, actual in zip(plain, recomputed, strict=True):
+            assert (expected is None) == (actual is None)
+            if expected is not None and actual is not None:
+                torch.testing.assert_close(expected, actual, **FLOAT64)
         seen.add(plain[1] is None)
     assert seen == ({True, False} if drops.module else {False})
 
 
-def test_rank_dropout_acts_on_the_low_rank_path_and_leaves_the_norm_whole() -> None:
+def test_rank_dropout_affects_the_low_rank_path_but_not_the_norm() -> None:
     layer = frozen(LAYERS["linear"][0], 1311)
     adapter = decomposed(layer, 1312, drops=Dropout(rank=0.4))
     x = torch.randn(2, 3, 7, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Common behaviour of all kinds in a network: starts, files, every way back, norms, dropouts, refusals."""
+"""Common behaviour of all kinds in a network: initial state, files, loading, norms, dropout, refusals."""
 
 import re
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ LORAPLUS = "loraplus_lr_ratio"
 
 @dataclass(frozen=True)
 class Case:
-    """A kind, how modules can look in it, and what of it is its own."""
+    """A kind, the forms of its modules, and where it differs from the others."""
 
-    door: ModuleType
+    network_module: ModuleType
     rank: int
     forms: dict[str, dict[str, str]]
-    scaled: str  # the leaf that a trained strength is multiplied into
-    fast: str = ""  # what LoRA+ trains faster; "" where it is refused
+    scaled: str  # the leaf that a trained scalar is folded into
+    fast: str = ""  # the factor that LoRA+ trains faster; "" if it is refused
     refused: tuple[str, ...] = ("split_qkv",)
 
 
@@ -87,18 +87,18 @@ PAIRS = [(kind, form) for kind, case in CASES.items() for form in case.forms]
 SEEDS = {pair: 7000 + 10 * number for number, pair in enumerate(PAIRS)}
 
 
-def made(kind: str, form: str, text: nn.Module, unet: nn.Module, **more: str) -> AdapterNetwork:
-    """A fresh network, not installed."""
+def make_network(kind: str, form: str, text: nn.Module, unet: nn.Module, **more: str) -> AdapterNetwork:
+    """Return a fresh network that is not installed."""
     case = CASES[kind]
-    network = case.door.create_network(1.0, case.rank, 2.0, None, text, unet, **case.forms[form], **more)
+    network = case.network_module.create_network(1.0, case.rank, 2.0, None, text, unet, **case.forms[form], **more)
     assert isinstance(network, AdapterNetwork)
     return network
 
 
 def trained(kind: str, form: str, seed: int, **more: str) -> tuple[AdapterNetwork, Any, Any]:
-    """An installed network with random weights and its models."""
+    """Return an installed network with random weights, and its models."""
     text, unet = toy_models(seed)
-    network = made(kind, form, text, unet, **more)
+    network = make_network(kind, form, text, unet, **more)
     perturb(network, seed + 1)
     network.apply_to(text, unet)
     return network, text, unet
@@ -108,37 +108,37 @@ def trained(kind: str, form: str, seed: int, **more: str) -> tuple[AdapterNetwor
 def test_an_untrained_network_changes_nothing(kind: str, form: str) -> None:
     text, unet = toy_models(SEEDS[kind, form])
     before = outputs(text, unet, 2012)
-    made(kind, form, text, unet).apply_to(text, unet)
+    make_network(kind, form, text, unet).apply_to(text, unet)
     assert_same(outputs(text, unet, 2012), before)
 
 
 @pytest.mark.parametrize("way", ["settings", "file", "merged", "merged by networks.lora"])
 @pytest.mark.parametrize(("kind", "form"), PAIRS)
-def test_a_file_computes_the_same_whichever_way_it_comes_back(tmp_path: Path, kind: str, form: str, way: str) -> None:
+def test_a_file_computes_the_same_however_it_is_loaded(tmp_path: Path, kind: str, form: str, way: str) -> None:
     network, text, unet = trained(kind, form, SEEDS[kind, form])
     expected = outputs(text, unet, 2022)
     path = str(tmp_path / "x.safetensors")
     network.save_weights(path, None, {})
     network.remove()
     assert (outputs(text, unet, 2022)[1] - expected[1]).abs().max() > 0.01
-    door: Any = CASES[kind].door
+    network_module: Any = CASES[kind].network_module
     if way == "settings":
-        second = made(kind, form, text, unet)
+        second = make_network(kind, form, text, unet)
         second.apply_to(text, unet)
         second.load_weights(path)
     elif way == "file":
-        second, _ = door.create_network_from_weights(1.0, path, None, text, unet)
+        second, _ = network_module.create_network_from_weights(1.0, path, None, text, unet)
         second.apply_to(text, unet)
         second.load_weights(path)
     else:
-        door = lora if way.endswith("lora") else door
-        second, weights = door.create_network_from_weights(1.0, path, None, text, unet, for_inference=True)
+        network_module = lora if way.endswith("lora") else network_module
+        second, weights = network_module.create_network_from_weights(1.0, path, None, text, unet, for_inference=True)
         second.merge_to(text, unet, weights, torch.float32, "cpu")
     assert_same(outputs(text, unet, 2022), expected)
 
 
 @pytest.mark.parametrize(("kind", "form"), PAIRS)
-def test_a_multiplier_takes_so_much_of_the_change_of_every_weight(kind: str, form: str) -> None:
+def test_a_multiplier_scales_the_change_of_every_weight(kind: str, form: str) -> None:
     network, text, unet = trained(kind, form, SEEDS[kind, form] + 3)
     network.set_multiplier(0.4)
     expected = outputs(text, unet, 2032)
@@ -161,7 +161,7 @@ def test_norms_are_limited(kind: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_a_trained_strength_is_multiplied_into_the_file(tmp_path: Path, kind: str) -> None:
+def test_a_trained_scalar_is_folded_into_the_file(tmp_path: Path, kind: str) -> None:
     case = CASES[kind]
     network, _, _ = trained(kind, "plain", 7501, use_scalar="True")
     change: Any = network.adapters[LINEAR].change
@@ -173,9 +173,9 @@ def test_a_trained_strength_is_multiplied_into_the_file(tmp_path: Path, kind: st
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_a_trained_strength_starts_at_zero_and_both_learn(kind: str) -> None:
+def test_a_trained_scalar_starts_at_zero_and_gets_a_gradient(kind: str) -> None:
     text, unet = toy_models(7511)
-    network = made(kind, "plain", text, unet, use_scalar="True")
+    network = make_network(kind, "plain", text, unet, use_scalar="True")
     network.apply_to(text, unet)
     sum(out.square().sum() for out in outputs(text, unet, 7512)).backward()  # type: ignore[union-attr]
     change: Any = network.adapters[LINEAR].change
@@ -184,7 +184,7 @@ def test_a_trained_strength_starts_at_zero_and_both_learn(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_loraplus_speeds_up_one_factor_or_is_refused(kind: str) -> None:
+def test_loraplus_raises_the_rate_of_one_factor_or_is_refused(kind: str) -> None:
     fast = CASES[kind].fast
     if not fast:
         with pytest.raises(ValueError, match=f"{LORAPLUS} does not work with this --network_module"):
@@ -197,11 +197,11 @@ def test_loraplus_speeds_up_one_factor_or_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_what_cannot_meet_is_an_error_that_says_why(kind: str) -> None:
+def test_incompatible_arguments_are_an_error_that_says_why(kind: str) -> None:
     text, unet = toy_models(7531)
     for name in CASES[kind].refused:
         with pytest.raises(ValueError, match=rf"--network_args {name} does not work with this --network_module: \w+"):
-            made(
+            make_network(
                 kind,
                 "plain",
                 text,
@@ -211,23 +211,23 @@ def test_what_cannot_meet_is_an_error_that_says_why(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_it_goes_on_under_its_own_module_only(tmp_path: Path, kind: str) -> None:
+def test_a_file_is_trained_further_only_with_its_own_network_module(tmp_path: Path, kind: str) -> None:
     path = str(tmp_path / "x.safetensors")
     network, text, unet = trained(kind, "plain", 7541)
     network.save_weights(path, None, {})
     network.remove()
-    hint = rf"has keys such as \*\..*Use --network_module {re.escape(CASES[kind].door.__name__)}"
-    for other in {lora, *(case.door for case in CASES.values())} - {CASES[kind].door}:
-        door: Any = other
+    hint = rf"has keys such as \*\..*Use --network_module {re.escape(CASES[kind].network_module.__name__)}"
+    for other in {lora, *(case.network_module for case in CASES.values())} - {CASES[kind].network_module}:
+        network_module: Any = other
         with pytest.raises(ValueError, match=hint):
-            door.create_network_from_weights(1.0, path, None, text, unet)
+            network_module.create_network_from_weights(1.0, path, None, text, unet)
         with pytest.raises(ValueError, match=hint):
-            door.create_network(1.0, 3, 2.0, None, text, unet).load_weights(path)
+            network_module.create_network(1.0, 3, 2.0, None, text, unet).load_weights(path)
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_ranks_and_rates_of_single_modules(kind: str) -> None:
-    """network_reg_dims, network_reg_lrs and block_dims; ranks are sizes of blocks where that is meant."""
+def test_ranks_and_rates_can_be_set_for_single_modules(kind: str) -> None:
+    """Cover network_reg_dims, network_reg_lrs and block_dims; for some kinds the rank is a block size."""
     other = "3" if "oft" in kind else "2"
     arguments = {"network_reg_dims": f"mid_attention_proj_in={other}", "network_reg_lrs": "mid_attention=0.5"}
     network = trained(kind, "plain", 7551, **arguments)[0]
@@ -241,16 +241,16 @@ def test_ranks_and_rates_of_single_modules(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("drop", ["module_dropout", "neuron_dropout"])
-def test_dropout_acts_while_training_alone(kind: str, drop: str) -> None:
+def test_dropout_acts_only_in_training(kind: str, drop: str) -> None:
     network, text, unet = trained(kind, "plain", 7571, **{drop: "0.5"})
     network.eval()
-    first, again = outputs(text, unet, 7572), outputs(text, unet, 7572)
-    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    first, repeated = outputs(text, unet, 7572), outputs(text, unet, 7572)
+    assert all(torch.equal(left, right) for left, right in zip(first, repeated, strict=True))
     network.train()
     torch.manual_seed(7573)
     drawn = torch.stack([outputs(text, unet, 7572)[1] for _ in range(8)])
     assert (drawn - first[1]).flatten(1).norm(dim=1).count_nonzero() >= 4
-    assert len({tuple(one.flatten()[:4].tolist()) for one in drawn}) >= 3
+    assert len({tuple(left.flatten()[:4].tolist()) for left in drawn}) >= 3
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -259,13 +259,13 @@ def test_under_autocast_outputs_are_bf16_and_gradients_float32(kind: str) -> Non
     network, text, unet = trained(kind, form, 7581)
     exact = outputs(text, unet, 7582)
     with torch.autocast("cpu", torch.bfloat16):
-        found = [
+        gradients_by_dtype = [
             adapter.target.module(torch.randn(2, 8)) for name, adapter in network.adapters.items() if name == LINEAR
         ]
         rounded = outputs(text, unet, 7582)
-    assert found[0].dtype == torch.bfloat16
-    for one, other in zip(rounded, exact, strict=True):
-        torch.testing.assert_close(one.float(), other, rtol=0.05, atol=0.15)
+    assert gradients_by_dtype[0].dtype == torch.bfloat16
+    for actual, expected in zip(rounded, exact, strict=True):
+        torch.testing.assert_close(actual.float(), expected, rtol=0.05, atol=0.15)
     sum(out.float().square().sum() for out in rounded).backward()  # type: ignore[union-attr]
     gradients = [parameter.grad for parameter in network.parameters()]
     assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)
@@ -273,23 +273,23 @@ def test_under_autocast_outputs_are_bf16_and_gradients_float32(kind: str) -> Non
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_a_recomputed_layer_learns_the_same_with_dropout(kind: str) -> None:
+def test_a_recomputed_layer_gets_the_same_gradients_with_dropout(kind: str) -> None:
     network, _, unet = trained(kind, "plain", 7591, neuron_dropout="0.4", module_dropout="0.2")
     network.train()
-    found = []
+    grads = []
     for recompute in (False, True):
         torch.manual_seed(7592)
         x = torch.randn(1, 6, 4, 4)
         out = torch.utils.checkpoint.checkpoint(unet, x, use_reentrant=False) if recompute else unet(x)
-        found.append(torch.autograd.grad(out.square().sum(), [p for n, p in network.named_parameters() if "unet" in n],
+        grads.append(torch.autograd.grad(out.square().sum(), [p for n, p in network.named_parameters() if "unet" in n],
                                          allow_unused=True))  # fmt: skip
-    for one, other in zip(*found, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None and other is not None:
-            torch.testing.assert_close(one, other, **FLOAT32_SAME_MATH)
+    for expected, actual in zip(*grads, strict=True):
+        assert (expected is None) == (actual is None)
+        if expected is not None and actual is not None:
+            torch.testing.assert_close(expected, actual, **FLOAT32_SAME_MATH)
 
 
-TOGETHER = {  # what every kind takes, at once
+TOGETHER = {  # accepted by every kind, combined
     "conv_dim": "2", "use_scalar": "True", "train_norm": "True", "neuron_dropout": "0.1", "module_dropout": "0.1",
     "network_reg_dims": "mid_attention_to_q=4", "network_reg_lrs": "up_0_attention=1e-3", "block_dims": "0,2,3,2",
     "down_lr_weight": "0.5", "mid_lr_weight": "2", "exclude_patterns": ".*time_emb.*", "verbose": "True",
@@ -304,12 +304,12 @@ OWN = {
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_every_option_meets_every_other(tmp_path: Path, kind: str) -> None:
-    """One network with everything that the kind takes: it learns in groups, is limited, and its file comes back."""
+def test_all_options_work_together(tmp_path: Path, kind: str) -> None:
+    """One network with every option of the kind: it trains in groups, norms are limited, and its file reloads."""
     text, unet = toy_models(7601)
     before = outputs(text, unet, 7602)
-    door: Any = CASES[kind].door
-    network = door.create_network(1.0, 2, 2.0, None, text, unet, **TOGETHER, **OWN[kind])
+    network_module: Any = CASES[kind].network_module
+    network = network_module.create_network(1.0, 2, 2.0, None, text, unet, **TOGETHER, **OWN[kind])
     network.apply_to(text, unet)
     assert_same([out.detach() for out in outputs(text, unet, 7602)], before)
     groups, names = network.prepare_optimizer_params([1e-3], 1e-4, 1e-3)
@@ -335,7 +335,7 @@ def test_every_option_meets_every_other(tmp_path: Path, kind: str) -> None:
     path = str(tmp_path / "x.safetensors")
     network.save_weights(path, None, {})
     network.remove()
-    second, _ = door.create_network_from_weights(1.0, path, None, text, unet, neuron_dropout=0.5)
+    second, _ = network_module.create_network_from_weights(1.0, path, None, text, unet, neuron_dropout=0.5)
     second.apply_to(text, unet)
     second.load_weights(path)
     second.eval()

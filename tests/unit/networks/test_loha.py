@@ -1,4 +1,4 @@
-"""networks.loha in a whole network: names, files, every way back, what it costs, refusals."""
+"""networks.loha in a complete network: names, files, loading, memory, refusals."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ FORMS: dict[str, dict[str, str]] = {
 
 
 def trained(seed: int, **args: str) -> tuple[AdapterNetwork, Any, Any]:
-    """An installed network with random weights and its models."""
+    """Return an installed network with random weights, and its models."""
     text, unet = toy_models(seed)
     network = loha.create_network(1.0, 3, 2.0, None, text, unet, **args)
     perturb(network, seed + 1)
@@ -37,7 +37,7 @@ def trained(seed: int, **args: str) -> tuple[AdapterNetwork, Any, Any]:
     return network, text, unet
 
 
-def test_keys_and_shapes() -> None:
+def test_saved_keys_and_shapes() -> None:
     saved = trained(2001, conv_dim="2", use_tucker="True")[0].adapters
     assert {leaf: list(t.shape) for leaf, t in saved[LINEAR].change.stored_tensors().items()} == {
         "alpha": [], "hada_w1_a": [6, 3], "hada_w1_b": [3, 8], "hada_w2_a": [6, 3], "hada_w2_b": [3, 8],
@@ -50,7 +50,7 @@ def test_keys_and_shapes() -> None:
 
 @pytest.mark.parametrize("is_dora", [False, True])
 @pytest.mark.parametrize("rank", [2, 9])
-def test_output_and_gradients_are_those_of_the_whole_matrix(rank: int, is_dora: bool) -> None:
+def test_output_and_gradients_match_the_full_matrix(rank: int, is_dora: bool) -> None:
     torch.manual_seed(2031)
     layer = nn.Linear(40, 30).double().requires_grad_(False)
     adapter = double(adapter_on(layer, LoHa(layer, rank), 2.0, Decompose(layer.weight) if is_dora else None))
@@ -62,12 +62,12 @@ def test_output_and_gradients_are_those_of_the_whole_matrix(rank: int, is_dora: 
     adapter.install()
     y = layer(x)
     torch.testing.assert_close(y, expected, **FLOAT64)
-    for one, other in zip(torch.autograd.grad(y.square().sum(), learned), expected_grads, strict=True):
-        torch.testing.assert_close(one, other, **FLOAT64)
+    for actual, expected_grad in zip(torch.autograd.grad(y.square().sum(), learned), expected_grads, strict=True):
+        torch.testing.assert_close(actual, expected_grad, **FLOAT64)
 
 
 @pytest.mark.parametrize("is_dora", [False, True])
-def test_at_a_small_rank_neither_pass_makes_a_tensor_of_the_size_of_the_weight(is_dora: bool) -> None:
+def test_at_a_small_rank_neither_pass_creates_a_tensor_as_large_as_the_weight(is_dora: bool) -> None:
     layer = nn.Linear(96, 128).requires_grad_(False)
     adapter = adapter_on(layer, LoHa(layer, 4), 2.0, Decompose(layer.weight) if is_dora else None)
     adapter.install()
@@ -77,7 +77,7 @@ def test_at_a_small_rank_neither_pass_makes_a_tensor_of_the_size_of_the_weight(i
     assert 0 < largest.num_values <= 16 * 128  # the products of ranks times outputs
 
 
-def test_norms_are_those_of_the_changes_and_are_limited() -> None:
+def test_norms_equal_those_of_the_changes_and_are_limited() -> None:
     network = trained(2061, **FORMS["core"])[0]
     changes: list[Any] = [adapter.change for adapter in network.adapters.values()]
     for change in changes:

@@ -1,4 +1,4 @@
-"""networks.lokr in a whole network: names, files, every way back, what it costs, refusals."""
+"""networks.lokr in a complete network: names, files, loading, memory, refusals."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,7 @@ PRODUCTS = [(False, True), (True, False), (True, True), (False, False)]  # w1, w
 
 
 def trained(seed: int, **args: str) -> tuple[AdapterNetwork, Any, Any]:
-    """An installed network with random weights and its models."""
+    """Return an installed network with random weights, and its models."""
     text, unet = toy_models(seed)
     network = lokr.create_network(1.0, 1, 2.0, None, text, unet, **args)
     perturb(network, seed + 1)
@@ -46,7 +46,7 @@ def shapes(network: AdapterNetwork, module: str) -> dict[str, list[int]]:
     return {leaf: list(tensor.shape) for leaf, tensor in network.adapters[module].change.stored_tensors().items()}
 
 
-def test_keys_and_shapes() -> None:
+def test_saved_keys_and_shapes() -> None:
     network = trained(4001, **FORMS["core"])[0]
     assert shapes(network, LINEAR) == {"alpha": [], "lokr_w1": [1, 1], "lokr_w2_a": [6, 1], "lokr_w2_b": [1, 8]}
     assert shapes(network, CONV) == {
@@ -60,7 +60,7 @@ def test_keys_and_shapes() -> None:
 @pytest.mark.parametrize("is_dora", [False, True])
 @pytest.mark.parametrize("is_product", PRODUCTS)
 @pytest.mark.parametrize("layer_kind", ["linear", "3x3", "core"])
-def test_output_and_gradients_are_those_of_the_whole_matrix(
+def test_output_and_gradients_match_the_full_matrix(
     layer_kind: str, is_product: tuple[bool, bool], is_dora: bool
 ) -> None:
     if layer_kind == "core" and not is_product[1]:
@@ -74,21 +74,21 @@ def test_output_and_gradients_are_those_of_the_whole_matrix(
     shape = (3, 40) if layer_kind == "linear" else (2, 40, 5, 5)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     learned = (x, *module_of(adapter).parameters())
-    whole = adapter.merged()["weight"]
+    full = adapter.merged()["weight"]
     if layer_kind == "linear":
-        expected = nn.functional.linear(x, whole, layer.bias)
+        expected = nn.functional.linear(x, full, layer.bias)
     else:
-        expected = nn.functional.conv2d(x, whole, layer.bias, 2, 1)
+        expected = nn.functional.conv2d(x, full, layer.bias, 2, 1)
     expected_grads = torch.autograd.grad(expected.square().sum(), learned)
     adapter.install()
     y = layer(x)
     torch.testing.assert_close(y, expected, **FLOAT64)
-    for one, other in zip(torch.autograd.grad(y.square().sum(), learned), expected_grads, strict=True):
-        torch.testing.assert_close(one, other, **FLOAT64)
+    for actual, expected_grad in zip(torch.autograd.grad(y.square().sum(), learned), expected_grads, strict=True):
+        torch.testing.assert_close(actual, expected_grad, **FLOAT64)
 
 
 @pytest.mark.parametrize("is_product", PRODUCTS)
-def test_neither_pass_makes_a_tensor_of_the_size_of_the_weight(is_product: tuple[bool, bool]) -> None:
+def test_neither_pass_creates_a_tensor_as_large_as_the_weight(is_product: tuple[bool, bool]) -> None:
     layer = nn.Linear(96, 128).requires_grad_(False)
     adapter = adapter_on(layer, LoKr(layer, 2, (8, 8), is_product), 2.0)
     adapter.install()
@@ -98,7 +98,7 @@ def test_neither_pass_makes_a_tensor_of_the_size_of_the_weight(is_product: tuple
     assert 0 < largest.num_values <= 2 * 128
 
 
-def test_alpha_counts_where_there_is_a_rank() -> None:
+def test_alpha_applies_only_if_there_is_a_rank() -> None:
     layer = nn.Linear(12, 12)
     for is_product in PRODUCTS:
         change = module_of(adapter_on(layer, LoKr(layer, 2, (3, 3), is_product), 6.0))
@@ -109,7 +109,7 @@ def test_alpha_counts_where_there_is_a_rank() -> None:
 
 @pytest.mark.parametrize("is_product", [(False, True), (True, False)])
 @pytest.mark.parametrize("is_conv", [False, True])
-def test_rank_dropout_leaves_out_ranks_of_each_sample(is_product: tuple[bool, bool], is_conv: bool) -> None:
+def test_rank_dropout_drops_ranks_per_sample(is_product: tuple[bool, bool], is_conv: bool) -> None:
     torch.manual_seed(4041)
     layer: Any = nn.Conv2d(12, 12, 3, padding=1) if is_conv else nn.Linear(12, 12)
     adapter = adapter_on(layer, LoKr(layer, 2, (3, 4), is_product), 2.0, drops=Dropout(rank=0.5))
@@ -123,7 +123,7 @@ def test_rank_dropout_leaves_out_ranks_of_each_sample(is_product: tuple[bool, bo
     for keep in ([0, 0], [1, 0], [0, 1], [1, 1]):
         with torch.no_grad():
             change.get_parameter(factor).copy_(full * torch.tensor(keep))
-        halves.append((change.forward(x, layer, 1.0) - base) * 2)  # what is left is scaled by 1 / (1 - 0.5)
+        halves.append((change.forward(x, layer, 1.0) - base) * 2)  # the rest is scaled by 1 / (1 - 0.5)
     with torch.no_grad():
         change.get_parameter(factor).copy_(full)
     change.train()
@@ -150,7 +150,7 @@ def test_under_autocast_the_output_is_bf16_and_gradients_are_float32() -> None:
 
 
 @pytest.mark.parametrize("form", ["core", "whole", "both"])
-def test_norms_are_those_of_the_changes_and_are_limited(form: str) -> None:
+def test_norms_equal_those_of_the_changes_and_are_limited(form: str) -> None:
     network = trained(4071, **FORMS[form])[0]
     changes: list[Any] = [adapter.change for adapter in network.adapters.values()]
     for change in changes:
@@ -161,7 +161,7 @@ def test_norms_are_those_of_the_changes_and_are_limited(form: str) -> None:
     assert max(change.weight().norm().item() for change in changes) == pytest.approx(limit, rel=1e-4)
 
 
-def test_another_factor_than_the_files_is_named_with_the_way_out(tmp_path: Path) -> None:
+def test_a_factor_that_differs_from_the_file_is_named_with_a_fix(tmp_path: Path) -> None:
     path = str(tmp_path / "x.safetensors")
     network, text, unet = trained(4081, full_matrix="True", factor="2")
     network.save_weights(path, None, {})
@@ -172,7 +172,7 @@ def test_another_factor_than_the_files_is_named_with_the_way_out(tmp_path: Path)
         lokr.create_network(1.0, 1, 2.0, None, text, unet, factor="2").load_weights(path)
 
 
-def test_it_goes_on_under_its_own_module_only(tmp_path: Path) -> None:
+def test_a_file_is_trained_further_only_with_its_own_network_module(tmp_path: Path) -> None:
     path = str(tmp_path / "x.safetensors")
     network, text, unet = trained(4091)
     network.save_weights(path, None, {})
@@ -186,7 +186,7 @@ def test_it_goes_on_under_its_own_module_only(tmp_path: Path) -> None:
         lokr.create_network(1.0, 3, 2.0, None, text, unet, factor="0")
 
 
-def test_an_argument_of_lokr_has_no_effect_elsewhere_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_lokr_arguments_are_ignored_with_a_warning_in_other_network_modules(caplog: pytest.LogCaptureFixture) -> None:
     text, unet = toy_models(4101)
     loha.create_network(1.0, 3, 2.0, None, text, unet, factor="2")
     assert "--network_args factor has no effect; it belongs to networks.lokr" in caplog.text
@@ -200,7 +200,7 @@ def test_modules_without_a_rank_are_counted(caplog: pytest.LogCaptureFixture) ->
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda t: t.pop(f"{LINEAR}.lokr_w2_b"), "without its lokr_w2_b; the file is incomplete"),
         (lambda t: t.pop(f"{LINEAR}.lokr_w1"), "without lokr_w1, or lokr_w1_a and lokr_w1_b"),
@@ -210,18 +210,18 @@ def test_modules_without_a_rank_are_counted(caplog: pytest.LogCaptureFixture) ->
         (lambda t: t.update({f"{LINEAR}.lokr_t1": torch.ones(1, 1)}), "which no known LoKr has"),
     ],
 )
-def test_files_that_do_not_fit_together_say_why(tmp_path: Path, change: Any, said: str) -> None:
+def test_inconsistent_files_raise_errors_that_say_why(tmp_path: Path, change: Any, message: str) -> None:
     network = trained(4121, factor="1")[0]
     tensors: dict[str, Tensor] = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
     change(tensors)
     save_safetensors(tmp_path / "x.safetensors", tensors, {})
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         read_adapter_file(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("way", ["settings", "file", "merged", "merged by networks.lora"])
-def test_a_whole_matrix_of_a_1x1_convolution_may_lack_its_kernel(tmp_path: Path, way: str) -> None:
-    """Some programs keep no kernel of 1x1 in lokr_w2."""
+def test_a_full_matrix_of_a_1x1_convolution_may_lack_its_kernel_dimensions(tmp_path: Path, way: str) -> None:
+    """Some programs omit the 1x1 kernel dimensions of lokr_w2."""
     name = "lora_unet_mid_attention_proj_in"
     network, text, unet = trained(4141, full_matrix="True", factor="2")
     expected = outputs(text, unet, 4142)
@@ -231,9 +231,9 @@ def test_a_whole_matrix_of_a_1x1_convolution_may_lack_its_kernel(tmp_path: Path,
     tensors[f"{name}.lokr_w2"] = tensors[f"{name}.lokr_w2"].flatten(1)
     path = str(tmp_path / "x.safetensors")
     save_safetensors(Path(path), tensors, {})
-    door: Any = lora if way.endswith("lora") else lokr
+    network_module: Any = lora if way.endswith("lora") else lokr
     if way.startswith("merged"):
-        second, weights = door.create_network_from_weights(1.0, path, None, text, unet, for_inference=True)
+        second, weights = network_module.create_network_from_weights(1.0, path, None, text, unet, for_inference=True)
         second.merge_to(text, unet, weights, torch.float32, "cpu")
     else:
         if way == "file":
@@ -244,5 +244,5 @@ def test_a_whole_matrix_of_a_1x1_convolution_may_lack_its_kernel(tmp_path: Path,
         second.load_weights(path)
     assert_same(outputs(text, unet, 4142), expected)
     merged = read_adapter_file(Path(path)).modules[name].merged(torch.zeros(8, 6, 1, 1), 1.0)
-    whole: Any = network.adapters[name].change
-    torch.testing.assert_close(merged, whole.weight(), **FLOAT32_SAME_MATH)
+    change: Any = network.adapters[name].change
+    torch.testing.assert_close(merged, change.weight(), **FLOAT32_SAME_MATH)

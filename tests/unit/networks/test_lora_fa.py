@@ -1,4 +1,4 @@
-"""LoRA-FA: the down factor never moves and never costs memory for its layer's input."""
+"""LoRA-FA: the down factor is never trained and never keeps its layer's input in memory."""
 
 import logging
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def outputs(models: tuple[nn.Module, nn.Module], seed: int) -> list[Tensor]:
     ],
     ids=lambda options: "+".join(options) or "plain",
 )
-def test_training_moves_up_factors_and_leaves_every_down_factor_as_it_is(options: dict[str, str]) -> None:
+def test_training_changes_up_factors_and_no_down_factor(options: dict[str, str]) -> None:
     models = toy_models(1)
     network = lora_fa.create_network(1.0, 4, 2, None, *models, **CONV, **options)
     network.apply_to(*models)
@@ -61,7 +61,7 @@ def test_training_moves_up_factors_and_leaves_every_down_factor_as_it_is(options
     assert all(get_weight(module).grad is None and not get_weight(module).requires_grad for module in frozen)
 
 
-def test_only_up_factors_are_parameters_of_optimizer_and_gradient_limit() -> None:
+def test_only_up_factors_reach_the_optimizer_and_gradient_clipping() -> None:
     models = toy_models(2)
     network = lora_fa.create_network(1.0, 4, 2, None, *models, **CONV)
     network.apply_to(*models)
@@ -74,7 +74,7 @@ def test_only_up_factors_are_parameters_of_optimizer_and_gradient_limit() -> Non
     assert len(ups) == len(network.adapters) == 14
 
 
-def test_down_starts_normal_with_the_deviation_of_its_sizes_and_up_at_zero() -> None:
+def test_down_starts_normal_with_a_deviation_set_by_its_sizes_and_up_at_zero() -> None:
     torch.manual_seed(3)
     linear = frozen_down(nn.Linear(600, 5), 200)
     conv = frozen_down(nn.Conv2d(72, 5, 3), 128)
@@ -94,10 +94,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def kept(
+def saved_tensors(
     name: str, make_delta: Callable[[nn.Module, int], Delta] | None, autocast: bool = False
 ) -> dict[int, tuple[int, ...]]:
-    """Return what autograd keeps of one layer for the backward pass but weights: address -> shape, each tensor once."""
+    """Return the non-weight tensors that autograd saves for one layer's backward pass, as address -> shape."""
     torch.manual_seed(4)
     make, shape = LAYERS[name]
     layer = make().requires_grad_(False)
@@ -113,7 +113,7 @@ def kept(
     tensors: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)  # held, so that no address is used twice
+        tensors.append(tensor)  # kept alive, so that no address is reused
         return tensor
 
     x = torch.randn(shape, requires_grad=True)
@@ -124,11 +124,11 @@ def kept(
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
-def test_autograd_keeps_the_rank_wide_hidden_and_not_the_input_of_a_linear_layer(autocast: bool) -> None:
+def test_autograd_saves_the_hidden_state_and_not_the_input_of_a_linear_layer(autocast: bool) -> None:
     """Two samples of 50 tokens with 64 features: 6400 values, and 400 at rank 4. Autocast adds copies of weights."""
     copies = {64 * 48, 64 * 4, 48 * 4} if autocast else set()
     sizes = [
-        {torch.Size(shape).numel() for shape in kept("linear", make, autocast).values()}
+        {torch.Size(shape).numel() for shape in saved_tensors("linear", make, autocast).values()}
         for make in (LowRank, frozen_down)
     ]
     assert sizes[0] - copies == {6400, 400}
@@ -136,14 +136,14 @@ def test_autograd_keeps_the_rank_wide_hidden_and_not_the_input_of_a_linear_layer
 
 
 @pytest.mark.parametrize("name", ["1x1", "3x3"])
-def test_a_convolution_keeps_its_input_anyway_and_the_adapter_adds_the_hidden_alone(name: str) -> None:
+def test_for_a_convolution_the_adapter_saves_only_the_hidden_state_on_top_of_the_input(name: str) -> None:
     pixels = 2 * 8 * 8
-    sizes = [sorted(torch.Size(s).numel() for s in kept(name, make).values()) for make in (None, frozen_down)]
+    sizes = [sorted(torch.Size(s).numel() for s in saved_tensors(name, make).values()) for make in (None, frozen_down)]
     assert sizes == [[pixels * 64], [pixels * 4, pixels * 64]]
 
 
 @pytest.mark.parametrize("module", [lora, lora_fa])
-def test_a_file_of_either_kind_goes_into_the_other_and_computes_the_same(module: ModuleType) -> None:
+def test_lora_and_lora_fa_load_each_others_files_and_compute_the_same(module: ModuleType) -> None:
     models, others = toy_models(6), toy_models(6)
     network = lora_fa.create_network(1.0, 4, 2, None, *models, **CONV)
     randomize(network, 7)
@@ -161,7 +161,7 @@ def test_a_file_of_either_kind_goes_into_the_other_and_computes_the_same(module:
         torch.testing.assert_close(got, expected, **FLOAT32_SAME_MATH)
 
 
-def test_going_on_from_a_file_keeps_its_down_factors() -> None:
+def test_training_a_file_further_keeps_its_down_factors() -> None:
     models = toy_models(9)
     source = lora.create_network(1.0, 4, 2, None, *models)
     randomize(source, 10)
@@ -171,7 +171,7 @@ def test_going_on_from_a_file_keeps_its_down_factors() -> None:
         assert torch.equal(network.state_dict()[key], tensor)
 
 
-def test_a_loraplus_ratio_just_multiplies_the_rate_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_loraplus_ratio_only_multiplies_the_rate_and_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     models = toy_models(11)
     with caplog.at_level(logging.WARNING):
         network = lora_fa.create_network(1.0, 4, 2, None, *models, loraplus_unet_lr_ratio="8")
@@ -181,13 +181,13 @@ def test_a_loraplus_ratio_just_multiplies_the_rate_and_says_so(caplog: pytest.Lo
     assert "loraplus_unet_lr_ratio: networks.lora_fa trains up factors only" in caplog.text
 
 
-def test_a_cast_to_bf16_takes_the_frozen_factor_along() -> None:
+def test_a_cast_to_bf16_includes_the_frozen_factor() -> None:
     network = lora_fa.create_network(1.0, 4, 2, None, *toy_models(12)).to(torch.bfloat16)
     dtypes = {key.rpartition("lora_")[2]: t.dtype for key, t in network.state_dict().items() if "lora_" in key[9:]}
     assert dtypes["down.weight"] == dtypes["up.weight"] == torch.bfloat16
 
 
-def test_limiting_the_norm_of_a_change_shrinks_its_up_factor_alone() -> None:
+def test_limiting_the_norm_of_a_change_scales_only_its_up_factor() -> None:
     network = lora_fa.create_network(1.0, 4, 2, None, *toy_models(15), **CONV)
     randomize(network, 16)
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}

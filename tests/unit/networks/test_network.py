@@ -1,4 +1,4 @@
-"""All adapters of a run: where they go, what they learn at, what they merge to."""
+"""All adapters of a run: placement, learning rates, merging."""
 
 import copy
 import logging
@@ -17,7 +17,7 @@ def names(network: torch.nn.Module) -> list[str]:
     return list(dict.fromkeys(key.partition(".")[0] for key in network.state_dict()))
 
 
-def test_names_are_prefix_and_path_text_encoders_first() -> None:
+def test_names_are_prefix_and_path_with_text_encoders_first() -> None:
     text, unet = toy_models(1)
     network = create_network(1.0, 4, 1, None, text, unet)
     places = ("down_0", "mid", "up_0")
@@ -37,7 +37,7 @@ def test_rank_defaults_to_4_and_alpha_to_1() -> None:
     assert all(adapter.change.scale == 0.25 for adapter in network.adapters.values())
 
 
-def test_conv_dim_adds_larger_kernels_and_the_plain_layers_beside_them() -> None:
+def test_conv_dim_adapts_larger_kernels_and_the_plain_layers_next_to_them() -> None:
     text, unet = toy_models(3)
     state = create_network(1.0, 4, 1, None, text, unet, conv_dim="2", conv_alpha="2").state_dict()
     assert state["lora_unet_mid_resnet_conv1.lora_down.weight"].shape == (2, 6, 3, 3)
@@ -55,7 +55,7 @@ def test_a_second_network_in_the_same_process_is_not_changed_by_the_first() -> N
 
 
 @pytest.mark.parametrize(("te", "unet_too"), [(True, False), (False, True)])
-def test_the_side_that_is_not_trained_is_left_alone_and_not_saved(te: bool, unet_too: bool) -> None:
+def test_the_part_that_is_not_trained_is_unchanged_and_not_saved(te: bool, unet_too: bool) -> None:
     text, unet = toy_models(5)
     network = create_network(1.0, 4, 1, None, text, unet)
     randomize(network, 6)
@@ -67,13 +67,13 @@ def test_the_side_that_is_not_trained_is_left_alone_and_not_saved(te: bool, unet
     assert {name.startswith("lora_te") for name in names(network)} == {te}
 
 
-def test_leaving_out_both_sides_is_an_error() -> None:
+def test_training_neither_part_is_an_error() -> None:
     text, unet = toy_models(6)
     with pytest.raises(ValueError, match="--network_train_unet_only and --network_train_text_encoder_only"):
         create_network(1.0, 4, 1, None, text, unet).apply_to(text, unet, False, False)
 
 
-def test_removing_gives_the_base_model_back() -> None:
+def test_removing_restores_the_base_model() -> None:
     text, unet = toy_models(7)
     x = torch.randn(1, 6, 4, 4)
     before, keys = unet(x), list(unet.state_dict())
@@ -102,7 +102,7 @@ def test_the_multiplier_scales_every_change() -> None:
     assert (at(1.0) - at(0.0)).abs().max() > 0.01
 
 
-def test_merging_a_file_computes_what_the_installed_network_computes() -> None:
+def test_a_merged_file_computes_what_the_installed_network_computes() -> None:
     text, unet = toy_models(9)
     merged_text, merged_unet = copy.deepcopy(text), copy.deepcopy(unet)
     network = create_network(0.6, 4, 2, None, text, unet, conv_dim="3")
@@ -130,7 +130,7 @@ def test_merging_into_bf16_adds_in_float32_and_rounds_once() -> None:
     assert torch.equal(text.layers[0].q_proj.weight, (weight.float() + up @ down).bfloat16())
 
 
-def test_merging_nothing_leaves_every_weight_as_it_lies_in_memory() -> None:
+def test_merging_no_changes_keeps_the_memory_layout_of_every_weight() -> None:
     text, unet = toy_models(21)
     unet = unet.to(memory_format=torch.channels_last)
     weight = unet.mid.resnet.conv1.weight
@@ -143,33 +143,33 @@ def test_merging_nothing_leaves_every_weight_as_it_lies_in_memory() -> None:
 
 
 def groups_of(te_lr: object, unet_lr: float | None, lr: float, **args: str) -> dict[str, tuple[float, int]]:
-    """Name -> (learning rate, number of parameters)."""
+    """Return (learning rate, number of parameters) by group name."""
     text, unet = toy_models(12)
     network = create_network(1.0, 4, 1, None, text, unet, **args)
     network.apply_to(text, unet)
-    groups, found = network.prepare_optimizer_params_with_multiple_te_lrs(te_lr, unet_lr, lr)  # type: ignore[arg-type]
-    assert len(groups) == len(found) == len(set(found))
-    return {name: (group["lr"], len(group["params"])) for name, group in zip(found, groups, strict=True)}
+    groups, group_names = network.prepare_optimizer_params_with_multiple_te_lrs(te_lr, unet_lr, lr)  # type: ignore[arg-type]
+    assert len(groups) == len(group_names) == len(set(group_names))
+    return {name: (group["lr"], len(group["params"])) for name, group in zip(group_names, groups, strict=True)}
 
 
-def test_each_side_is_a_group_and_takes_the_general_rate_where_it_has_none() -> None:
+def test_each_part_is_a_group_that_falls_back_to_the_general_rate() -> None:
     assert groups_of(None, None, 1e-3) == {"textencoder": (1e-3, 4), "unet": (1e-3, 12)}
     assert groups_of([5e-5], 1e-4, 1e-3) == {"textencoder": (5e-5, 4), "unet": (1e-4, 12)}
     assert groups_of(5e-5, None, 1e-3) == {"textencoder": (5e-5, 4), "unet": (1e-3, 12)}
 
 
-def test_a_side_with_rate_0_is_frozen_but_stays_in_the_file() -> None:
+def test_a_part_with_rate_0_is_frozen_but_saved() -> None:
     text, unet = toy_models(13)
     network = create_network(1.0, 4, 1, None, text, unet)
     network.apply_to(text, unet)
-    _, found = network.prepare_optimizer_params_with_multiple_te_lrs([0.0], 1e-4, 1e-3)
+    _, group_names = network.prepare_optimizer_params_with_multiple_te_lrs([0.0], 1e-4, 1e-3)
     network.prepare_grad_etc(text, unet)
-    assert found == ["unet"]
+    assert group_names == ["unet"]
     assert len(network.get_trainable_params()) == 12
     assert len(names(network)) == 8
 
 
-def test_text_encoder_rates_beyond_the_encoders_warn(caplog: pytest.LogCaptureFixture) -> None:
+def test_more_text_encoder_rates_than_encoders_warn(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert groups_of([1e-5, 2e-5], None, 1e-3)["textencoder"] == (1e-5, 4)
     assert "has 2 values, but the base model has 1 text encoder(s)" in caplog.text
@@ -178,19 +178,19 @@ def test_text_encoder_rates_beyond_the_encoders_warn(caplog: pytest.LogCaptureFi
     assert not caplog.records
 
 
-def test_loraplus_trains_up_factors_faster_in_groups_of_their_own() -> None:
+def test_loraplus_puts_up_factors_in_groups_with_a_higher_rate() -> None:
     got = groups_of([1e-4], 2e-4, 1e-3, loraplus_lr_ratio="4", loraplus_unet_lr_ratio="16")
     assert got == {
         "textencoder": (1e-4, 2), "textencoder plus": (4e-4, 2), "unet": (2e-4, 6), "unet plus": (32e-4, 6),
     }  # fmt: skip
 
 
-def test_loraplus_for_one_side_leaves_the_other_alone() -> None:
+def test_loraplus_for_one_part_does_not_affect_the_other() -> None:
     got = groups_of([1e-4], 2e-4, 1e-3, loraplus_text_encoder_lr_ratio="8")
     assert got == {"textencoder": (1e-4, 2), "textencoder plus": (8e-4, 2), "unet": (2e-4, 12)}
 
 
-def test_blocks_with_factors_are_groups_of_their_own() -> None:
+def test_blocks_with_rate_factors_are_separate_groups() -> None:
     got = groups_of([1e-4], 1e-3, 1e-3, down_lr_weight="1,0.5", mid_lr_weight="0", loraplus_unet_lr_ratio="2")
     assert got == {
         "textencoder": (1e-4, 4), "unet_block1": (5e-4, 2), "unet_block1 plus": (1e-3, 2),
@@ -198,7 +198,7 @@ def test_blocks_with_factors_are_groups_of_their_own() -> None:
     }  # fmt: skip
 
 
-def test_a_network_from_a_file_has_its_ranks_and_alphas_and_keeps_the_dropouts() -> None:
+def test_a_network_from_a_file_takes_its_ranks_and_alphas_and_keeps_the_dropout_settings() -> None:
     text, unet = toy_models(14)
     source = create_network(1.0, 4, 2, None, text, unet, block_dims="0,1,2,3", conv_dim="2")
     network, tensors = create_network_from_weights(
@@ -215,7 +215,7 @@ def test_a_network_from_a_file_has_its_ranks_and_alphas_and_keeps_the_dropouts()
     assert network.arguments.of(RateArguments).loraplus_lr_ratio == 2.0
 
 
-def test_a_file_overrules_rank_arguments_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_overrides_rank_arguments_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     text, unet = toy_models(15)
     source = create_network(1.0, 4, 2, None, text, unet)
     with caplog.at_level(logging.WARNING):
@@ -233,13 +233,13 @@ def test_a_file_of_another_base_model_is_refused() -> None:
         create_network_from_weights(1.0, "x.safetensors", None, text, unet, foreign)
 
 
-def test_a_denoiser_that_declares_nothing_is_named() -> None:
+def test_a_denoiser_without_adapter_targets_is_named() -> None:
     text, _ = toy_models(17)
     with pytest.raises(ValueError, match="Linear says nothing about what adapters may attach to"):
         create_network(1.0, 4, 1, None, text, torch.nn.Linear(2, 2))
 
 
-def test_rank_0_everywhere_and_negative_settings_are_errors() -> None:
+def test_rank_0_everywhere_or_negative_settings_are_errors() -> None:
     text, unet = toy_models(18)
     with pytest.raises(ValueError, match="nothing to train"):
         create_network(1.0, 0, 1, None, text, unet)
@@ -247,7 +247,7 @@ def test_rank_0_everywhere_and_negative_settings_are_errors() -> None:
         create_network(1.0, -2, 1, None, text, unet)
 
 
-def test_two_modules_with_one_name_are_an_error() -> None:
+def test_two_modules_with_the_same_name_are_an_error() -> None:
     text, unet = toy_models(19)
     unet.down_0 = copy.deepcopy(unet.down[0])
     with pytest.raises(
@@ -256,7 +256,7 @@ def test_two_modules_with_one_name_are_an_error() -> None:
         create_network(1.0, 4, 1, None, text, unet)
 
 
-def test_what_is_adapted_is_said_in_one_line_per_part(caplog: pytest.LogCaptureFixture) -> None:
+def test_adapted_modules_are_logged_in_one_line_per_part(caplog: pytest.LogCaptureFixture) -> None:
     text, unet = toy_models(20)
     with caplog.at_level(logging.INFO):
         create_network(1.0, 4, 1, None, text, unet, conv_dim="2").apply_to(text, unet)
@@ -264,7 +264,7 @@ def test_what_is_adapted_is_said_in_one_line_per_part(caplog: pytest.LogCaptureF
     assert "denoiser: 12 modules adapted, rank 2, 4, alpha 1," in caplog.text
 
 
-def test_a_conv_rank_of_zero_says_what_it_adapts_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_conv_rank_of_zero_warns_which_modules_are_still_adapted(caplog: pytest.LogCaptureFixture) -> None:
     """As in sd-scripts: the Linear layers and 1x1 convolutions of residual blocks are adapted at network_dim."""
     text_encoder, denoiser = toy_models(17)
     plain = create_network(1.0, 4, 1.0, None, text_encoder, denoiser)

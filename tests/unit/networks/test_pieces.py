@@ -1,4 +1,4 @@
-"""Changes of the rows of one layer each: what separate layers compute, in one."""
+"""Changes of row ranges of one layer compute what separate layers compute."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ MAKES: dict[str, tuple[Callable[[Any], Delta], Callable[[Tensor], Decompose | No
 
 
 def change_of(layer: nn.Linear, kind: str, seed: int) -> ScaledDelta:
-    """A trained change of rank 2 and alpha 3 in float64."""
+    """Return a change with random weights, rank 2 and alpha 3, in float64."""
     make_delta, make_join = MAKES[kind]
     torch.manual_seed(seed)
     delta, join = make_delta(layer), make_join(layer.weight)
@@ -40,46 +40,46 @@ def change_of(layer: nn.Linear, kind: str, seed: int) -> ScaledDelta:
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 @pytest.mark.parametrize("kind", MAKES)
-def test_output_gradients_and_merged_weight_are_those_of_separate_layers(kind: str, strength: float) -> None:
+def test_output_gradients_and_merged_weight_match_separate_layers(kind: str, strength: float) -> None:
     torch.manual_seed(5301)
-    whole = nn.Linear(16, 24).double().requires_grad_(False)
+    layer = nn.Linear(16, 24).double().requires_grad_(False)
     x = torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True)
     changes = {
-        name: change_of(LinearRows(whole, rows_of(name, 24)), kind, 5302 + i) for i, name in enumerate(PARTS)
+        name: change_of(LinearRows(layer, rows_of(name, 24)), kind, 5302 + i) for i, name in enumerate(PARTS)
     }  # fmt: skip
-    ours = InRows(dict(reversed(changes.items())))  # files have pieces in any order
-    y = ours(x, whole, strength)
-    expected = whole(x).clone()
-    merged = whole.weight.clone()
+    combined = InRows(dict(reversed(changes.items())))  # files have pieces in any order
+    y = combined(x, layer, strength)
+    expected = layer(x).clone()
+    merged = layer.weight.clone()
     twins = []
     for i, (first, stop) in enumerate(PARTS.values()):
         alone = nn.Linear(16, stop - first).double().requires_grad_(False)
-        alone.weight.copy_(whole.weight[first:stop])
-        alone.bias.copy_(whole.bias[first:stop])
+        alone.weight.copy_(layer.weight[first:stop])
+        alone.bias.copy_(layer.bias[first:stop])
         twins.append(change_of(alone, kind, 5302 + i))
         expected = torch.cat(
             [expected[..., :first], twins[-1](x, alone, strength), expected[..., stop:]], -1
         )  # fmt: skip
         merged[first:stop] = twins[-1].merged(alone.weight, strength)
     torch.testing.assert_close(y, expected, **FLOAT64)
-    assert (y - whole(x)).abs().max() > 0.1
-    torch.testing.assert_close(ours.merged(whole.weight, strength), merged, **FLOAT64)
+    assert (y - layer(x)).abs().max() > 0.1
+    torch.testing.assert_close(combined.merged(layer.weight, strength), merged, **FLOAT64)
     seen_by = torch.randn_like(y)
     got = torch.autograd.grad((y * seen_by).sum(), (x, *(p for c in changes.values() for p in c.parameters())))
-    wanted = torch.autograd.grad((expected * seen_by).sum(), (x, *(p for c in twins for p in c.parameters())))
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other, **FLOAT64)
+    expected_grads = torch.autograd.grad((expected * seen_by).sum(), (x, *(p for c in twins for p in c.parameters())))
+    for actual, expected_grad in zip(got, expected_grads, strict=True):
+        torch.testing.assert_close(actual, expected_grad, **FLOAT64)
 
 
-def test_loraplus_names_and_norms_are_those_of_all_pieces() -> None:
+def test_loraplus_names_and_norms_cover_all_pieces() -> None:
     torch.manual_seed(5311)
-    whole = nn.Linear(16, 24).double().requires_grad_(False)
-    changes = {name: change_of(LinearRows(whole, rows_of(name, 24)), "LoKr", 5312 + i) for i, name in enumerate(PARTS)}
-    ours = InRows(changes)
-    assert list(changes_in(ours)) == list(changes.values()) and list(changes_in(changes["rows_0_1_of_4"])) != []
-    assert ours.fast_keys == {f"{name}.lokr_w1" for name in PARTS} <= dict(ours.named_parameters()).keys()
-    change = ours.merged(whole.weight) - whole.weight
-    torch.testing.assert_close(ours.norm(), change.norm(), **FLOAT64)
-    ours.scale_(torch.tensor(0.25, dtype=torch.float64))
-    torch.testing.assert_close(ours.merged(whole.weight) - whole.weight, change * 0.25, **FLOAT64)
-    assert not any(name.startswith("whole") for name, _ in ours.named_parameters())
+    layer = nn.Linear(16, 24).double().requires_grad_(False)
+    changes = {name: change_of(LinearRows(layer, rows_of(name, 24)), "LoKr", 5312 + i) for i, name in enumerate(PARTS)}
+    combined = InRows(changes)
+    assert list(changes_in(combined)) == list(changes.values()) and list(changes_in(changes["rows_0_1_of_4"])) != []
+    assert combined.fast_keys == {f"{name}.lokr_w1" for name in PARTS} <= dict(combined.named_parameters()).keys()
+    change = combined.merged(layer.weight) - layer.weight
+    torch.testing.assert_close(combined.norm(), change.norm(), **FLOAT64)
+    combined.scale_(torch.tensor(0.25, dtype=torch.float64))
+    torch.testing.assert_close(combined.merged(layer.weight) - layer.weight, change * 0.25, **FLOAT64)
+    assert not any(name.startswith("whole") for name, _ in combined.named_parameters())

@@ -1,4 +1,4 @@
-"""Adapter files from one naming to another and back."""
+"""Adapter files converted from one naming to another and back."""
 
 from collections.abc import Mapping
 
@@ -45,12 +45,12 @@ def module(
 
 
 def four_modules(rank: int, alpha: float, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """A Linear, a 1x1 and a 3x3 convolution of the U-Net and a Linear of the text encoder, in kohya's naming."""
+    """Return a Linear, a 1x1 and a 3x3 convolution of the U-Net and a Linear of the text encoder in kohya's naming."""
     kernels = ((), (1, 1), (3, 3), ())
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for i, (name, kernel) in enumerate(zip(NAMED["kohya"], kernels, strict=True)):
-        found |= module(name, rank, alpha, kernel, dtype, seed + i)
-    return found
+        tensors |= module(name, rank, alpha, kernel, dtype, seed + i)
+    return tensors
 
 
 def renamed(tensors: Mapping[str, Tensor], to: FileNaming, drop: bool = False) -> Renamed:
@@ -58,7 +58,7 @@ def renamed(tensors: Mapping[str, Tensor], to: FileNaming, drop: bool = False) -
 
 
 def changes(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """alpha / rank * up @ down of every module in float64, in an order that the namings share."""
+    """Return alpha / rank * up @ down of every module in float64, in an order that the namings share."""
     file = parse_adapter(tensors, {}, "x")
     modules = {names.kohya: m for m in file.modules.values() if (names := NAMES.find(m.name)) is not None}
     assert len(modules) == len(file.modules)
@@ -66,7 +66,7 @@ def changes(tensors: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("to", ["kohya", "generic", "diffusers"])
-def test_modules_get_the_names_of_the_naming(to: FileNaming) -> None:
+def test_modules_get_the_names_of_the_target_naming(to: FileNaming) -> None:
     file = renamed(four_modules(4, 2.0, torch.float32, 900), to).file
     assert tuple(file.modules) == NAMED[to]
     endings = {key[len(name) :] for name, m in file.modules.items() for key in m.keys.values()}
@@ -93,13 +93,11 @@ def test_kernels_keep_their_shape(to: FileNaming) -> None:
     alpha=st.one_of(st.integers(1, 64).map(float), st.floats(0.125, 16, width=16)),
     seed=st.integers(0, 10_000),
 )
-def test_there_and_back_computes_the_same(
-    to: FileNaming, dtype: torch.dtype, rank: int, alpha: float, seed: int
-) -> None:
-    """Without loss where 1 / rank is exact; else as near as float32 can be: 2**-24 of each number."""
+def test_a_round_trip_computes_the_same(to: FileNaming, dtype: torch.dtype, rank: int, alpha: float, seed: int) -> None:
+    """Lossless if 1 / rank is exact; otherwise within float32 rounding, 2**-24 of each value."""
     before = four_modules(rank, alpha, dtype, seed)
-    there = adapter_tensors(renamed(before, to).file)
-    back = adapter_tensors(renamed(there, "kohya").file)
+    converted = adapter_tensors(renamed(before, to).file)
+    back = adapter_tensors(renamed(converted, "kohya").file)
     assert back.keys() == before.keys()
     tolerance = 0.0 if dtype != torch.float32 and rank in (1, 2, 4) else 2**-22
     for changed, original in zip(changes(back), changes(before), strict=True):
@@ -109,9 +107,9 @@ def test_there_and_back_computes_the_same(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_power_of_two_is_folded_in_the_dtype_of_the_file(dtype: torch.dtype) -> None:
     before = four_modules(8, 1.0, dtype, 903)
-    there = renamed(before, "diffusers")
-    assert there.widened == () and {t.dtype for t in adapter_tensors(there.file).values()} == {dtype}
-    back = adapter_tensors(renamed(adapter_tensors(there.file), "kohya").file)
+    converted = renamed(before, "diffusers")
+    assert converted.widened == () and {t.dtype for t in adapter_tensors(converted.file).values()} == {dtype}
+    back = adapter_tensors(renamed(adapter_tensors(converted.file), "kohya").file)
     assert float(back[f"{LINEAR}.alpha"]) == 8
     assert torch.equal(back[f"{LINEAR}.lora_up.weight"] * 8, before[f"{LINEAR}.lora_up.weight"])
     assert torch.equal(back[f"{LINEAR}.lora_down.weight"], before[f"{LINEAR}.lora_down.weight"])
@@ -125,7 +123,7 @@ def test_a_scale_that_float16_would_round_is_folded_in_float32_exactly() -> None
 
 
 def test_a_power_of_two_that_float16_cannot_hold_is_folded_in_float32() -> None:
-    up = torch.tensor([[6.1035e-05]]).half()  # the smallest normal number: a 1024th of it has lost its digits
+    up = torch.tensor([[6.1035e-05]]).half()  # the smallest normal number: a 1024th of it has no precision left
     folded, _ = fold_scale({"up": up * 1.5, "down": torch.ones(1, 1).half()}, "up", 2.0**-12).values()
     assert folded.dtype == torch.float32 and float(folded) == float(up) * 1.5 * 2.0**-12
 
@@ -135,7 +133,7 @@ def test_scale_one_leaves_the_factors_alone() -> None:
     assert fold_scale({"up": up, "down": down}, "up", 1.0) == {"up": up, "down": down}
 
 
-def test_kohya_to_kohya_changes_no_bit() -> None:
+def test_renaming_kohya_to_kohya_changes_no_bit() -> None:
     before = four_modules(3, 1.7, torch.float16, 905)
     after = adapter_tensors(renamed(before, "kohya").file)
     assert after.keys() == before.keys()
@@ -148,7 +146,7 @@ def test_a_file_without_alpha_gets_its_rank() -> None:
     assert float(adapter_tensors(renamed(tensors, "kohya").file)[f"{POINT}.alpha"]) == 6
 
 
-def test_settings_that_record_alpha_elsewhere_are_taken_in_and_dropped() -> None:
+def test_settings_that_record_alpha_in_metadata_are_applied_and_dropped() -> None:
     name = "unet.mid_block.attentions.0.proj_in"
     tensors = {f"{name}.lora_A.weight": torch.randn(6, 5, 1, 1), f"{name}.lora_B.weight": torch.randn(7, 6, 1, 1)}
     metadata = {"lora_adapter_metadata": '{"unet.lora_alpha": 3, "unet.r": 6}', "ss_steps": "5"}
@@ -170,63 +168,63 @@ EXTRAS = {
 }
 
 
-def with_extra(what: str) -> tuple[dict[str, Tensor], str]:
-    key, tensor = EXTRAS[what]
+def with_extra(extra: str) -> tuple[dict[str, Tensor], str]:
+    key, tensor = EXTRAS[extra]
     tensors = {**four_modules(4, 2.0, torch.float32, 906), key: tensor}
-    if what == "lora_mid.weight":
+    if extra == "lora_mid.weight":
         tensors[f"{CONV}.lora_down.weight"] = torch.ones(4, 5, 1, 1)
-    if what == "lokr":
+    if extra == "lokr":
         tensors[f"{NORM}.lokr_w2"] = torch.ones(2, 2)
-    if what == "hada":
+    if extra == "hada":
         tensors |= {f"{NORM}.hada_{leaf}": torch.ones(3, 3) for leaf in ("w1_b", "w2_a", "w2_b")}
     return tensors, key
 
 
-@pytest.mark.parametrize("what", EXTRAS)
-def test_diffusers_has_no_place_for_it(what: str) -> None:
-    tensors, key = with_extra(what)
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_tensors_that_diffusers_cannot_hold_are_refused_or_dropped(extra: str) -> None:
+    tensors, key = with_extra(extra)
     with pytest.raises(ValueError, match=rf"the diffusers naming has no place for .*{key}.*--drop_unsupported"):
         renamed(tensors, "diffusers")
-    left = renamed(tensors, "diffusers", drop=True)
-    assert key in left.dropped
-    assert all("lora" in k for k in adapter_tensors(left.file))
+    remaining = renamed(tensors, "diffusers", drop=True)
+    assert key in remaining.dropped
+    assert all("lora" in k for k in adapter_tensors(remaining.file))
 
 
-@pytest.mark.parametrize("what", ["dora_scale", "w_norm", "b_norm"])
-def test_generic_and_kohya_keep_it(what: str) -> None:
-    tensors, key = with_extra(what)
-    there = renamed(tensors, "generic")
-    assert there.dropped == ()
-    back = adapter_tensors(renamed(adapter_tensors(there.file), "kohya").file)
+@pytest.mark.parametrize("extra", ["dora_scale", "w_norm", "b_norm"])
+def test_the_generic_and_kohya_namings_keep_extra_tensors(extra: str) -> None:
+    tensors, key = with_extra(extra)
+    converted = renamed(tensors, "generic")
+    assert converted.dropped == ()
+    back = adapter_tensors(renamed(adapter_tensors(converted.file), "kohya").file)
     assert back.keys() == tensors.keys() and torch.equal(back[key], tensors[key])
 
 
-@pytest.mark.parametrize("what", ["hada", "lokr", "lora_mid.weight"])
-def test_kohya_keeps_other_kinds(what: str) -> None:
-    tensors, key = with_extra(what)
+@pytest.mark.parametrize("extra", ["hada", "lokr", "lora_mid.weight"])
+def test_the_kohya_naming_keeps_other_kinds(extra: str) -> None:
+    tensors, key = with_extra(extra)
     after = adapter_tensors(renamed(tensors, "kohya").file)
     assert torch.equal(after[key], tensors[key])
 
 
 def test_dropping_a_tucker_core_drops_its_module_and_no_other() -> None:
     tensors, _ = with_extra("lora_mid.weight")
-    left = renamed(tensors, "generic", drop=True)
-    assert set(left.dropped) == {k for k in tensors if k.startswith(CONV)}
-    assert tuple(left.file.modules) == tuple(name for i, name in enumerate(NAMED["generic"]) if i != 2)
+    remaining = renamed(tensors, "generic", drop=True)
+    assert set(remaining.dropped) == {k for k in tensors if k.startswith(CONV)}
+    assert tuple(remaining.file.modules) == tuple(name for i, name in enumerate(NAMED["generic"]) if i != 2)
 
 
 def test_dropping_magnitudes_keeps_the_factors() -> None:
     tensors, key = with_extra("dora_scale")
-    left = renamed(tensors, "diffusers", drop=True)
-    assert left.dropped == (key,) and tuple(left.file.modules) == NAMED["diffusers"]
+    remaining = renamed(tensors, "diffusers", drop=True)
+    assert remaining.dropped == (key,) and tuple(remaining.file.modules) == NAMED["diffusers"]
 
 
-def test_nothing_left_is_an_error() -> None:
+def test_an_empty_result_is_an_error() -> None:
     with pytest.raises(ValueError, match="can hold none of its 1 modules"):
         renamed({f"{NORM}.w_norm": torch.ones(7), f"{NORM}.b_norm": torch.ones(7)}, "diffusers", drop=True)
 
 
-def test_a_module_under_two_names_is_an_error() -> None:
+def test_a_module_under_two_names_raises_an_error() -> None:
     tensors = four_modules(4, 2.0, torch.float32, 907)
     tensors["unet.mid_block.attentions.0.proj_in.lora_A.weight"] = torch.ones(4, 5, 1, 1)
     tensors["unet.mid_block.attentions.0.proj_in.lora_B.weight"] = torch.ones(7, 4, 1, 1)
@@ -242,7 +240,7 @@ def test_magnitudes_of_peft_get_the_dimensions_of_the_weight() -> None:
     assert after[f"{POINT}.dora_scale"].shape == (7, 1, 1, 1)
 
 
-def test_of_many_keys_one_of_each_kind_is_shown_first() -> None:
+def test_a_list_of_many_keys_shows_one_of_each_kind_first() -> None:
     many = [f"m{i}.lora_down.weight" for i in range(5)] + ["m0.dora_scale", "m1.dora_scale", "n.w_norm"]
     assert list_some_keys(many, limit=4) == (
         "8 keys: m0.lora_down.weight, m0.dora_scale, n.w_norm, m1.lora_down.weight and 4 more"

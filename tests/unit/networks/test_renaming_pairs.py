@@ -1,4 +1,4 @@
-"""Layers of which diffusers has the two halves the other way round."""
+"""Layers whose two halves are swapped in diffusers."""
 
 import pytest
 import torch
@@ -30,19 +30,19 @@ def up_of(file: AdapterFile) -> torch.Tensor:
 def test_only_diffusers_swaps_the_halves(naming: FileNaming) -> None:
     before = file(10)
     assert torch.equal(up_of(rename(before, NAMES, naming).file), up_of(before))
-    there = rename(before, NAMES, "diffusers").file
-    assert torch.equal(up_of(there), torch.cat([up_of(before)[5:], up_of(before)[:5]]))
-    assert torch.equal(up_of(rename(there, NAMES, "diffusers").file), up_of(there)), "they are swapped already"
-    assert torch.equal(up_of(rename(there, NAMES, naming).file), up_of(before))
+    converted = rename(before, NAMES, "diffusers").file
+    assert torch.equal(up_of(converted), torch.cat([up_of(before)[5:], up_of(before)[:5]]))
+    assert torch.equal(up_of(rename(converted, NAMES, "diffusers").file), up_of(converted)), "they are swapped already"
+    assert torch.equal(up_of(rename(converted, NAMES, naming).file), up_of(before))
 
 
 def test_magnitudes_of_the_rows_move_with_them() -> None:
     name = PAIR.diffusers
     up, down, sizes = torch.randn(10, 2), torch.randn(2, 5), torch.arange(10.0)
     theirs = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.lora_magnitude_vector": sizes}
-    (ours,) = rename(parse_adapter(theirs, {}, "a.safetensors"), NAMES, "kohya").file.modules.values()
-    assert torch.equal(ours.tensors[UP], torch.cat([up[5:], up[:5]]))
-    assert ours.tensors[DORA_SCALE].flatten().tolist() == [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]
+    (converted,) = rename(parse_adapter(theirs, {}, "a.safetensors"), NAMES, "kohya").file.modules.values()
+    assert torch.equal(converted.tensors[UP], torch.cat([up[5:], up[:5]]))
+    assert converted.tensors[DORA_SCALE].flatten().tolist() == [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]
 
 
 def test_a_layer_of_more_parts_keeps_its_order() -> None:
@@ -70,8 +70,8 @@ def test_rows_of_other_kinds_move_too(kind: str) -> None:
     torch.testing.assert_close(after.weight(), torch.cat([weight[5:], weight[:5]]))
 
 
-def test_rows_that_cannot_move_are_named() -> None:
-    """An outer matrix of 5 rows: the halves are no rows of either matrix."""
+def test_rows_that_cannot_be_swapped_are_named() -> None:
+    """With an outer matrix of 5 rows the halves are not rows of either matrix."""
     theirs = {f"{PAIR.diffusers}.lokr_w1": torch.randn(5, 5), f"{PAIR.diffusers}.lokr_w2": torch.randn(2, 1)}
     with pytest.raises(ValueError, match=r"the halves of the rows of transformer\.norm\.linear have another order"):
         rename(parse_adapter(theirs, {}, "a.safetensors"), NAMES, "kohya")

@@ -1,4 +1,4 @@
-"""Network arguments that a base model gives a meaning to."""
+"""Network arguments whose meaning depends on the base model."""
 
 import logging
 
@@ -8,7 +8,7 @@ from networks import lora
 from tests.unit.networks.toy import TextEncoder
 from tests.unit.networks.toy_transformer import ToyTransformer, toy_transformer
 
-ALL = 2 * 2 + 3 * 2  # blocks without what is excluded
+ALL = 2 * 2 + 3 * 2  # blocks without the excluded layers
 
 
 def ranks(model: ToyTransformer | None = None, dim: int = 4, **arguments: str) -> dict[str, int]:
@@ -18,31 +18,31 @@ def ranks(model: ToyTransformer | None = None, dim: int = 4, **arguments: str) -
 
 
 def denoiser_ranks(**arguments: str) -> dict[str, int]:
-    found = ranks(**arguments).items()
-    return {name.removeprefix("lora_unet_"): rank for name, rank in found if name.startswith("lora_unet")}
+    items = ranks(**arguments).items()
+    return {name.removeprefix("lora_unet_"): rank for name, rank in items if name.startswith("lora_unet")}
 
 
 def test_without_arguments_every_block_has_the_network_rank() -> None:
-    found = denoiser_ranks()
-    assert len(found) == ALL and set(found.values()) == {4}
-    assert not any("mod" in name or name.endswith("_in") or "extra" in name for name in found)
+    ranks_by_path = denoiser_ranks()
+    assert len(ranks_by_path) == ALL and set(ranks_by_path.values()) == {4}
+    assert not any("mod" in name or name.endswith("_in") or "extra" in name for name in ranks_by_path)
 
 
-def test_ranks_by_type_reach_their_layers_alone_and_0_leaves_them_out() -> None:
-    found = denoiser_ranks(img_attn_dim="7", single_dim="0")
-    assert set(found) == {f"doubles_{n}_attn_{name}" for n in range(2) for name in ("qkv", "proj")}
-    assert set(found.values()) == {7}
+def test_ranks_by_type_affect_only_their_layers_and_0_excludes_them() -> None:
+    ranks_by_path = denoiser_ranks(img_attn_dim="7", single_dim="0")
+    assert set(ranks_by_path) == {f"doubles_{n}_attn_{name}" for n in range(2) for name in ("qkv", "proj")}
+    assert set(ranks_by_path.values()) == {7}
 
 
-def test_embedders_are_adapted_only_when_asked_for_each_with_its_rank() -> None:
-    found = denoiser_ranks(in_dims="[5,6,7]")
-    assert {name: rank for name, rank in found.items() if rank != 4} == {
+def test_embedders_are_adapted_only_on_request_each_with_its_rank() -> None:
+    ranks_by_path = denoiser_ranks(in_dims="[5,6,7]")
+    assert {name: rank for name, rank in ranks_by_path.items() if rank != 4} == {
         "img_in": 5, "time_in_in_layer": 6, "time_in_out_layer": 6, "patch": 7,
     }  # fmt: skip
     assert len(denoiser_ranks(in_dims="0,6,0")) == ALL + 2
 
 
-def test_conv_dim_goes_before_the_rank_of_an_embedder_that_is_a_convolution() -> None:
+def test_conv_dim_overrides_the_rank_of_a_convolutional_embedder() -> None:
     assert denoiser_ranks(in_dims="5,6,0", conv_dim="9")["patch"] == 9
 
 
@@ -52,23 +52,23 @@ def test_blocks_are_chosen_by_number_and_by_kind() -> None:
         "single_0_linear1", "single_0_linear2", "single_2_linear1", "single_2_linear2",
     }  # fmt: skip
     assert all(name.startswith("single") for name in denoiser_ranks(train_blocks="single"))
-    assert len(denoiser_ranks(train_blocks="double", in_dims="4,0,0")) == 5  # embedders lie outside the blocks
+    assert len(denoiser_ranks(train_blocks="double", in_dims="4,0,0")) == 5  # embedders are outside the blocks
 
 
-def test_an_expression_goes_before_types_and_chosen_blocks_and_meets_text_encoders_too() -> None:
-    found = ranks(
+def test_an_expression_overrides_types_and_blocks_and_applies_to_text_encoders_too() -> None:
+    ranks_by_path = ranks(
         network_reg_dims="doubles_1_attn_qkv=16,doubles_1=2,te1_layers_0=3",
         img_attn_dim="8",
         train_double_block_indices="0",
     )
-    assert found["lora_unet_doubles_1_attn_qkv"] == 16
-    assert found["lora_unet_doubles_1_attn_proj"] == 2
-    assert found["lora_unet_doubles_0_attn_qkv"] == 8
-    assert (found["lora_te1_layers_0_q_proj"], found["lora_te1_layers_1_q_proj"]) == (3, 4)
+    assert ranks_by_path["lora_unet_doubles_1_attn_qkv"] == 16
+    assert ranks_by_path["lora_unet_doubles_1_attn_proj"] == 2
+    assert ranks_by_path["lora_unet_doubles_0_attn_qkv"] == 8
+    assert (ranks_by_path["lora_te1_layers_0_q_proj"], ranks_by_path["lora_te1_layers_1_q_proj"]) == (3, 4)
     assert "lora_unet_single_0_linear1" not in denoiser_ranks(network_reg_dims="single_0=0")
 
 
-def test_a_text_encoder_that_needs_an_argument_waits_for_it() -> None:
+def test_an_optional_text_encoder_is_adapted_only_with_its_argument() -> None:
     assert not any(name.startswith("lora_te3") for name in ranks())
     assert sum(name.startswith("lora_te3") for name in ranks(train_t5xxl="True")) == 2
 
@@ -92,7 +92,7 @@ def test_excluded_modules_come_back_by_include_patterns_and_more_can_be_excluded
         ),
     ],
 )
-def test_what_the_base_model_does_not_have_is_an_error(arguments: dict[str, str], message: str) -> None:
+def test_arguments_that_do_not_match_the_base_model_are_errors(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ranks(**arguments)
 
@@ -105,13 +105,15 @@ def test_what_the_base_model_does_not_have_is_an_error(arguments: dict[str, str]
         ({"network_reg_lrs": "nowhere=1"}, "nothing is adapted that nowhere fits"),
     ],
 )
-def test_what_has_no_effect_is_said(arguments: dict[str, str], message: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_arguments_without_effect_are_warned_about(
+    arguments: dict[str, str], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         assert ranks(**arguments) == ranks()
     assert message in caplog.text
 
 
-def test_rates_by_expression_stand_for_the_rate_of_the_part_and_loraplus_multiplies_them() -> None:
+def test_rates_by_expression_replace_the_rate_of_the_part_and_loraplus_multiplies_them() -> None:
     model = toy_transformer(0)
     network = lora.create_network(
         1.0, 4, 1, None, None, model, network_reg_lrs="single_0=0.5,doubles=0", loraplus_lr_ratio="4"
@@ -125,7 +127,7 @@ def test_rates_by_expression_stand_for_the_rate_of_the_part_and_loraplus_multipl
     assert trained == {f"lora_unet_single_{n}_linear{i}" for n in range(3) for i in (1, 2)}
 
 
-def test_rates_by_expression_count_for_a_network_from_a_file() -> None:
+def test_rates_by_expression_apply_to_a_network_from_a_file() -> None:
     model = toy_transformer(0)
     weights = lora.create_network(1.0, 4, 1, None, None, model, in_dims="1,1,1").state_dict()
     network, _ = lora.create_network_from_weights(

@@ -1,4 +1,4 @@
-"""split_qkv: an adapter for each projection of a fused layer, in files that every program reads as plain LoRA."""
+"""split_qkv: an adapter for each projection of a fused layer, saved in files that every program reads as plain LoRA."""
 
 from pathlib import Path
 from types import ModuleType
@@ -18,15 +18,15 @@ from tests.unit.networks.toy_transformer import ToyTransformer, toy_transformer
 X_BTC = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))
 
 
-def trained(door: ModuleType, model: ToyTransformer, **arguments: str) -> AdapterNetwork:
-    network: AdapterNetwork = door.create_network(1.0, 3, 2, None, None, model, split_qkv="True", **arguments)
+def trained(network_module: ModuleType, model: ToyTransformer, **arguments: str) -> AdapterNetwork:
+    network: AdapterNetwork = network_module.create_network(1.0, 3, 2, None, None, model, split_qkv="True", **arguments)
     randomize(network, 7)
     network.apply_to(None, model, False, True)
     network.eval()
     return network
 
 
-def test_expanding_puts_each_projection_on_its_own_columns_and_folding_takes_them_back() -> None:
+def test_expanding_puts_each_projection_on_its_own_columns_and_folding_reverses_it() -> None:
     up_OR = torch.arange(1.0, 11).view(5, 2)
     wide = expand(up_OR, (2, 3))
     assert torch.equal(wide[:2, :2], up_OR[:2]) and torch.equal(wide[2:, 2:], up_OR[2:])
@@ -51,18 +51,18 @@ def test_q_k_v_and_the_rest_are_split_and_other_layers_are_not() -> None:
     assert set(widths.values()) == {(12, 12, 12), (12, 12, 12, 20)}
 
 
-@pytest.mark.parametrize("door", [lora, lora_fa])
+@pytest.mark.parametrize("network_module", [lora, lora_fa])
 @pytest.mark.parametrize(
     "arguments", [{}, {"dora_wd": "True"}, {"dora_wd": "True", "wd_on_output": "True"}, {"use_scalar": "True"}], ids=str
 )
-def test_the_file_is_a_plain_lora_of_the_trained_strength(
-    door: ModuleType, arguments: dict[str, str], tmp_path: Path
+def test_the_file_is_a_plain_lora_with_the_trained_strength(
+    network_module: ModuleType, arguments: dict[str, str], tmp_path: Path
 ) -> None:
     model = toy_transformer(0)
     base = model(X_BTC)
-    network = trained(door, model, **arguments)
-    wanted = model(X_BTC)
-    assert (wanted - base).abs().max() > 1e-2
+    network = trained(network_module, model, **arguments)
+    expected = model(X_BTC)
+    assert (expected - base).abs().max() > 1e-2
     path = tmp_path / "split.safetensors"
     network.save_weights(str(path), None, {})
     file = load_file(path)
@@ -73,35 +73,35 @@ def test_the_file_is_a_plain_lora_of_the_trained_strength(
     plain, weights = lora.create_network_from_weights(1.0, str(path), None, None, plain_model)
     plain.apply_to(None, plain_model, False, True)
     plain.load_weights(str(path))
-    torch.testing.assert_close(plain.eval() and plain_model(X_BTC), wanted, **FLOAT32_SAME_MATH)
+    torch.testing.assert_close(plain.eval() and plain_model(X_BTC), expected, **FLOAT32_SAME_MATH)
     merged_model = toy_transformer(0)
     merged, weights = lora.create_network_from_weights(1.0, str(path), None, None, merged_model, for_inference=True)
     merged.merge_to(None, merged_model, weights, torch.float32, "cpu")
-    torch.testing.assert_close(merged_model(X_BTC), wanted, rtol=1e-4, atol=1e-5)  # the whole weight is rebuilt
+    torch.testing.assert_close(merged_model(X_BTC), expected, rtol=1e-4, atol=1e-5)  # the whole weight is rebuilt
 
 
 @pytest.mark.parametrize("from_weights", [False, True])
 def test_the_file_loads_back_as_split(from_weights: bool, tmp_path: Path) -> None:
     model = toy_transformer(0)
     network = trained(lora, model)
-    wanted = model(X_BTC)
+    expected = model(X_BTC)
     path = tmp_path / "split.safetensors"
     network.save_weights(str(path), None, {})
     again_model = toy_transformer(0)
     if from_weights:
-        again, _ = lora.create_network_from_weights(1.0, str(path), None, None, again_model, split_qkv="True")
+        reloaded, _ = lora.create_network_from_weights(1.0, str(path), None, None, again_model, split_qkv="True")
     else:
-        again = lora.create_network(1.0, 3, 2, None, None, again_model, split_qkv="True")
-    again.apply_to(None, again_model, False, True)
-    again.load_weights(str(path))
-    assert {key: tensor.shape for key, tensor in again.state_dict().items()} == {
+        reloaded = lora.create_network(1.0, 3, 2, None, None, again_model, split_qkv="True")
+    reloaded.apply_to(None, again_model, False, True)
+    reloaded.load_weights(str(path))
+    assert {key: tensor.shape for key, tensor in reloaded.state_dict().items()} == {
         key: tensor.shape for key, tensor in network.state_dict().items()
     }
-    torch.testing.assert_close(again.eval() and again_model(X_BTC), wanted, **FLOAT32_SAME_MATH)
+    torch.testing.assert_close(reloaded.eval() and again_model(X_BTC), expected, **FLOAT32_SAME_MATH)
 
 
-def test_gradients_are_those_of_separate_layers() -> None:
-    """Against matrices written out: each projection's change is its own product."""
+def test_gradients_match_separate_layers() -> None:
+    """Compare with explicit matrices: each projection's change is its own product."""
     model = toy_transformer(0)
     network = trained(lora, model)
     name = "lora_unet_doubles_0_attn_qkv"
@@ -116,7 +116,7 @@ def test_gradients_are_those_of_separate_layers() -> None:
     torch.testing.assert_close(delta.lora_down.weight.grad, torch.cat([d.grad for d in downs]), **FLOAT32_SAME_MATH)
 
 
-def test_the_norm_limit_acts_on_split_modules() -> None:
+def test_the_norm_limit_applies_to_split_modules() -> None:
     model = toy_transformer(0)
     network = trained(lora, model)
     network.apply_max_norm_regularization(0.01, "cpu")
@@ -133,7 +133,7 @@ def test_dropouts_work_on_split_modules() -> None:
     assert not torch.equal(first, model(X_BTC)) and first.isfinite().all()
 
 
-def test_a_file_that_is_not_split_cannot_be_trained_further_as_split(tmp_path: Path) -> None:
+def test_an_unsplit_file_cannot_be_trained_further_as_split(tmp_path: Path) -> None:
     model = toy_transformer(0)
     plain = lora.create_network(1.0, 9, 2, None, None, model)
     randomize(plain, 1)
@@ -146,6 +146,6 @@ def test_a_file_that_is_not_split_cannot_be_trained_further_as_split(tmp_path: P
         lora.create_network_from_weights(1.0, str(path), None, None, model, split_qkv="True")
 
 
-def test_dylora_refuses_it() -> None:
+def test_dylora_refuses_split_qkv() -> None:
     with pytest.raises(ValueError, match="split_qkv does not work with this --network_module: a file cut"):
         dylora.create_network(1.0, 3, 2, None, None, toy_transformer(0), split_qkv="True")

@@ -1,4 +1,4 @@
-"""Where the factors of a LoRA start: the layer computes what it did, the file is a LoRA of the untouched base."""
+"""Initial values of LoRA factors: the layer's output does not change, and the file is a LoRA of the original base."""
 
 import logging
 import math
@@ -37,7 +37,7 @@ def started(name: str, init: str, seed: int, rank: int = 4, alpha: float = 3.0) 
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_starts_at_what_it_computes_alone_and_both_factors_learn(name: str, init: str) -> None:
+def test_an_initialised_adapter_does_not_change_the_output_and_trains_both_factors(name: str, init: str) -> None:
     layer, adapter, x = started(name, init, seed=81)
     alone = layer(x)
     adapter.install()
@@ -49,7 +49,7 @@ def test_a_layer_starts_at_what_it_computes_alone_and_both_factors_learn(name: s
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_file_is_a_lora_of_twice_the_rank_that_computes_what_was_trained(name: str, init: str) -> None:
+def test_the_file_is_a_lora_of_twice_the_rank_with_the_trained_change(name: str, init: str) -> None:
     layer, adapter, x = started(name, init, seed=82)
     double(adapter)
     randomize(module_of(adapter), 83)
@@ -68,7 +68,7 @@ def test_the_file_is_a_lora_of_twice_the_rank_that_computes_what_was_trained(nam
     torch.testing.assert_close(adapter.merged()["weight"], weight, **FLOAT64)
 
 
-def test_pissa_starts_at_the_best_approximation_whatever_the_scale() -> None:
+def test_pissa_starts_at_the_best_approximation_at_any_scale() -> None:
     layer, adapter, _ = started("3x3", "pissa", seed=84, rank=3, alpha=0.5)
     delta = module_of(adapter).delta
     part = 0.5 / 3 * delta.lora_up.start.flatten(1) @ delta.lora_down.start.flatten(1)
@@ -78,21 +78,23 @@ def test_pissa_starts_at_the_best_approximation_whatever_the_scale() -> None:
     guessed = make_starting_delta("pissa_niter_9", layer, 3, 0.5 / 3)
     assert isinstance(guessed, FromStart)
     close = 0.5 / 3 * guessed.lora_up.start.flatten(1) @ guessed.lora_down.start.flatten(1)
-    found = float((layer.weight.flatten(1) - close).norm())
-    assert found == pytest.approx(float(values[3:].norm()), rel=1e-2)  # singular values of random weights lie close
+    error = float((layer.weight.flatten(1) - close).norm())
+    assert error == pytest.approx(
+        float(values[3:].norm()), rel=1e-2
+    )  # singular values of random weights are close together
 
 
-def test_ranks_above_those_of_the_weight_start_as_a_plain_lora() -> None:
+def test_a_rank_above_that_of_the_weight_starts_as_a_plain_lora() -> None:
     layer, adapter, x = started("linear", "pissa", seed=85, rank=14)
     alone = layer(x)
     adapter.install()
     (layer(x) - alone - 1).square().sum().backward()
     assert torch.equal(layer(x), alone)
     grad = module_of(adapter).lora_up.weight.grad
-    assert (grad.abs().amax(0) > 1e-4).all()  # also beyond the nine singular values
+    assert (grad.abs().amax(0) > 1e-4).all()  # also above the nine singular values
 
 
-def test_the_weight_that_is_decomposed_is_what_an_eight_bit_base_stands_for() -> None:
+def test_the_decoded_weight_of_an_8_bit_base_is_decomposed() -> None:
     torch.manual_seed(86)
     layer = nn.Linear(128, 64).requires_grad_(False)
     exact = layer.weight.clone()
@@ -109,11 +111,11 @@ def test_the_weight_that_is_decomposed_is_what_an_eight_bit_base_stands_for() ->
     assert torch.equal(layer(x), alone)
 
 
-def network(door: Any, seed: int = 87, **arguments: str) -> tuple[Any, tuple[nn.Module, nn.Module]]:
+def make_network(network_module: Any, seed: int = 87, **arguments: str) -> tuple[Any, tuple[nn.Module, nn.Module]]:
     models = toy_models(seed)
-    made = door.create_network(1.0, 4, 2.0, None, *models, conv_dim="2", **arguments)
-    made.apply_to(*models)
-    return made, models
+    network = network_module.create_network(1.0, 4, 2.0, None, *models, conv_dim="2", **arguments)
+    network.apply_to(*models)
+    return network, models
 
 
 def outputs(models: tuple[nn.Module, nn.Module]) -> Tensor:
@@ -128,96 +130,100 @@ def outputs(models: tuple[nn.Module, nn.Module]) -> Tensor:
     ids=["plain", "dora", "dora per output", "rslora"],
 )
 @pytest.mark.parametrize("init", first_is_fast(["pissa", "olora"]))
-def test_a_saved_file_goes_on_with_and_without_the_start(tmp_path: Path, init: str, arguments: dict[str, str]) -> None:
-    made, models = network(lora, init=init, **arguments)
+def test_a_saved_file_is_trained_further_with_and_without_init(
+    tmp_path: Path, init: str, arguments: dict[str, str]
+) -> None:
+    network, models = make_network(lora, init=init, **arguments)
     bare = outputs(toy_models(87))
     torch.testing.assert_close(outputs(models), bare, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        for name, p in made.named_parameters():
+        for name, p in network.named_parameters():
             p.add_(torch.randn_like(p) * (0.02 if "dora" in name else 0.2))
     expected = outputs(models)
     assert not torch.allclose(expected, bare, atol=0.05)
     path = str(tmp_path / "a.safetensors")
-    made.save_weights(path, None, {})
+    network.save_weights(path, None, {})
 
-    by_dim, others = network(lora, init=init, **arguments)
+    by_dim, others = make_network(lora, init=init, **arguments)
     by_dim.load_weights(path)
     torch.testing.assert_close(outputs(others), expected, **FLOAT32_SAME_MATH)
-    for key, tensor in made.state_dict().items():  # one rounding of what is written as a sum
+    for key, tensor in network.state_dict().items():  # a single rounding of the stored sum
         torch.testing.assert_close(by_dim.state_dict()[key], tensor, rtol=1e-6, atol=1e-6)
 
-    for given in ({"init": init}, {}):
+    for options in ({"init": init}, {}):
         models_again = toy_models(87)
         from_file, _ = lora.create_network_from_weights(
-            1.0, path, None, *models_again, **({**arguments, **given} if given else {})
+            1.0, path, None, *models_again, **({**arguments, **options} if options else {})
         )
         from_file.apply_to(*models_again)
         from_file.load_weights(path)
         torch.testing.assert_close(outputs(models_again), expected, **FLOAT32_SAME_MATH)
-        again = str(tmp_path / "b.safetensors")
-        from_file.save_weights(again, None, {})
-        one, other = load_file(path), load_file(again)
-        assert one.keys() == other.keys()
-        for key in one:
-            torch.testing.assert_close(one[key], other[key], rtol=1e-6, atol=1e-6)
+        path_again = str(tmp_path / "b.safetensors")
+        from_file.save_weights(path_again, None, {})
+        saved, saved_again = load_file(path), load_file(path_again)
+        assert saved.keys() == saved_again.keys()
+        for key in saved:
+            torch.testing.assert_close(saved[key], saved_again[key], rtol=1e-6, atol=1e-6)
 
 
-def test_half_precision_hardly_touches_a_small_change(tmp_path: Path) -> None:
-    """The file holds the moves, not two large products whose difference would drown in rounding."""
-    made, models = network(lora, init="pissa")
+def test_half_precision_keeps_a_small_change(tmp_path: Path) -> None:
+    """The file stores the differences, not two large products whose difference would be lost in rounding."""
+    network, models = make_network(lora, init="pissa")
     with torch.no_grad():
-        for p in made.parameters():
+        for p in network.parameters():
             p.add_(torch.randn_like(p) * 1e-3)
     bare, expected = outputs(toy_models(87)), outputs(models)
-    made.save_weights(str(tmp_path / "a.safetensors"), torch.float16, {})
-    plain, others = network(lora, init="pissa")
+    network.save_weights(str(tmp_path / "a.safetensors"), torch.float16, {})
+    plain, others = make_network(lora, init="pissa")
     plain.load_weights(str(tmp_path / "a.safetensors"))
     error = (outputs(others) - expected).norm() / (expected - bare).norm()
     assert error < 2e-3
 
 
-def test_limits_on_norms_scale_the_change_alone() -> None:
-    made, _ = network(lora, init="pissa")
-    randomize(made, 89)
-    before = {name: a.change.weight() for name, a in made.adapters.items()}
-    norms = {name: float(a.change.norm()) for name, a in made.adapters.items()}
+def test_norm_limits_scale_only_the_change() -> None:
+    network, _ = make_network(lora, init="pissa")
+    randomize(network, 89)
+    before = {name: a.change.weight() for name, a in network.adapters.items()}
+    norms = {name: float(a.change.norm()) for name, a in network.adapters.items()}
     for name, weight in before.items():
         assert norms[name] == pytest.approx(weight.norm().item(), rel=1e-5)
-    count, _, largest = made.apply_max_norm_regularization(0.3, "cpu")
+    count, _, largest = network.apply_max_norm_regularization(0.3, "cpu")
     assert count > 0
     assert largest <= 0.3 * (1 + 1e-5)
-    for name, a in made.adapters.items():
+    for name, a in network.adapters.items():
         ratio = min(1.0, 0.3 / norms[name])
         torch.testing.assert_close(a.change.weight(), before[name] * ratio, **FLOAT32_SAME_MATH)
 
 
-def test_tlora_masks_a_rank_and_what_it_started_as_together() -> None:
-    made, models = network(tlora, init="pissa")
+def test_tlora_masks_a_rank_together_with_its_initial_value() -> None:
+    network, models = make_network(tlora, init="pissa")
     assert torch.equal(outputs(models), outputs(toy_models(87)))
-    randomize(made, 90)
-    made.on_noise_levels(torch.tensor([1.0, 1.0]))  # one rank each
-    adapter = made.adapters["lora_unet_mid_attention_to_q"]
+    randomize(network, 90)
+    network.on_noise_levels(torch.tensor([1.0, 1.0]))  # one rank each
+    adapter = network.adapters["lora_unet_mid_attention_to_q"]
     delta: Any = adapter.change.delta
     x = torch.randn(2, 4, 4, 8)
-    found = adapter.change.forward(x, lambda x: torch.zeros(2, 4, 4, 6), 1.0)
+    actual = adapter.change.forward(x, lambda x: torch.zeros(2, 4, 4, 6), 1.0)
     first = (delta.lora_up.weight + delta.lora_up.start)[:, :1] @ (delta.lora_down.weight + delta.lora_down.start)[:1]
     expected = x @ (0.5 * (first - delta.lora_up.start[:, :1] @ delta.lora_down.start[:1])).T
-    torch.testing.assert_close(found, expected, **FLOAT32_SAME_MATH)
+    torch.testing.assert_close(actual, expected, **FLOAT32_SAME_MATH)
 
 
-@pytest.mark.parametrize("door", [lora, lora_fa, dylora, tlora], ids=lambda door: door.__name__)
-def test_rslora_is_alpha_by_the_root_of_the_rank_in_memory_and_in_the_file(door: Any) -> None:
-    made, _ = network(door, rs_lora="True")
-    scales = {name: (a.change.scale, a.change.delta.rank) for name, a in made.adapters.items()}
+@pytest.mark.parametrize(
+    "network_module", [lora, lora_fa, dylora, tlora], ids=lambda network_module: network_module.__name__
+)
+def test_rslora_divides_alpha_by_the_square_root_of_the_rank_in_memory_and_in_the_file(network_module: Any) -> None:
+    network, _ = make_network(network_module, rs_lora="True")
+    scales = {name: (a.change.scale, a.change.delta.rank) for name, a in network.adapters.items()}
     for name, (scale, rank) in scales.items():
         alpha = 1.0 if rank == 2 else 2.0  # conv_alpha is 1 where it is left out
         assert scale == pytest.approx(alpha / math.sqrt(rank), rel=1e-6)
-        leaves = made.adapters[name].change.stored_tensors()
+        leaves = network.adapters[name].change.stored_tensors()
         assert float(leaves["alpha"]) / rank == pytest.approx(scale, rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("door", "arguments", "message"),
+    ("network_module", "arguments", "message"),
     [
         (loha, {"init": "pissa"}, "init does not work with this --network_module: it says where the two factors"),
         (lora_fa, {"init": "olora"}, "both of them train"),
@@ -228,23 +234,25 @@ def test_rslora_is_alpha_by_the_root_of_the_rank_in_memory_and_in_the_file(door:
         (lora, {"init": "orthogonal", "network_reg_dims": "mid=3"}, "needs even ranks.*has rank 3.*to 4"),
     ],
 )
-def test_what_cannot_meet_says_why(door: Any, arguments: dict[str, str], message: str) -> None:
+def test_incompatible_arguments_are_an_error_that_says_why(
+    network_module: Any, arguments: dict[str, str], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        door.create_network(1.0, 4, 2.0, None, *toy_models(91), **arguments)
+        network_module.create_network(1.0, 4, 2.0, None, *toy_models(91), **arguments)
 
 
-def test_a_plain_file_is_no_file_of_a_start(tmp_path: Path) -> None:
-    plain, _ = network(lora)
+def test_a_network_with_init_refuses_a_plain_file_and_stays_unchanged(tmp_path: Path) -> None:
+    plain, _ = make_network(lora)
     path = str(tmp_path / "plain.safetensors")
     plain.save_weights(path, None, {})
-    made, _ = network(lora, init="pissa")
-    before = {key: t.clone() for key, t in made.state_dict().items()}
+    network, _ = make_network(lora, init="pissa")
+    before = {key: t.clone() for key, t in network.state_dict().items()}
     with pytest.raises(ValueError, match="with --network_args init it has 8 in files, twice the rank"):
-        made.load_weights(path)
-    assert all(torch.equal(t, before[key]) for key, t in made.state_dict().items())
+        network.load_weights(path)
+    assert all(torch.equal(t, before[key]) for key, t in network.state_dict().items())
 
 
-def test_the_log_says_that_the_rank_doubles(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_states_that_the_rank_doubles(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        network(lora, init="pissa")
+        make_network(lora, init="pissa")
     assert "the saved LoRA takes it out again, at twice the rank" in caplog.text

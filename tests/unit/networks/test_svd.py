@@ -1,4 +1,4 @@
-"""Singular values from small factors against those of the whole matrix."""
+"""Singular values computed from small factors equal those of the full matrix."""
 
 import pytest
 import torch
@@ -25,12 +25,12 @@ def randn(seed: int, *shape: int) -> Tensor:
 
 @settings(max_examples=30, deadline=None)
 @given(o=st.integers(1, 12), n=st.integers(1, 12), r=st.integers(1, 9), seed=st.integers(0, 2**31))
-def test_decomposition_of_a_product_is_that_of_the_whole_matrix(o: int, n: int, r: int, seed: int) -> None:
+def test_decomposition_of_a_product_equals_that_of_the_full_matrix(o: int, n: int, r: int, seed: int) -> None:
     up, down = randn(seed, o, r), randn(seed + 1, r, n)
     u, s, v = svd_of_product(up, down)
     torch.testing.assert_close(u * s @ v, up @ down, **FLOAT64)
-    whole = torch.linalg.svdvals(up @ down)[: len(s)]
-    torch.testing.assert_close(s[: len(whole)], whole, rtol=1e-8, atol=1e-10)
+    full = torch.linalg.svdvals(up @ down)[: len(s)]
+    torch.testing.assert_close(s[: len(full)], full, rtol=1e-8, atol=1e-10)
 
 
 @settings(max_examples=30, deadline=None)
@@ -43,7 +43,7 @@ def test_best_factors_miss_only_the_smallest_singular_values(o: int, n: int, ran
     torch.testing.assert_close((matrix - up @ down).norm(), missed, rtol=1e-6, atol=1e-7)
 
 
-def test_best_factors_of_nothing_are_zero() -> None:
+def test_best_factors_of_a_zero_matrix_are_zero() -> None:
     up, down = best_factors(torch.zeros(4, 3, dtype=torch.float64), 2)
     assert not (up.any() or down.any())
 
@@ -81,6 +81,6 @@ def test_norm_keeps_the_share_of_the_root_of_85(share: float, rank: int) -> None
     assert rank_by_norm(S, share) == rank
 
 
-def test_clamping_draws_the_largest_fifth_in() -> None:
+def test_clamping_limits_the_largest_fifth() -> None:
     up, down = clamp_factors(torch.tensor([1.0, -9.0, 3.0]), torch.tensor([4.0, 5.0]), 0.8)
     torch.testing.assert_close(torch.cat([up, down]), torch.tensor([1.0, -4.0, 3.0, 4.0, 4.0]), **EXACT)

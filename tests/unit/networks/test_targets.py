@@ -1,4 +1,4 @@
-"""The modules that adapters find."""
+"""Finding the modules to adapt."""
 
 import re
 
@@ -45,19 +45,19 @@ def test_a_block_inside_a_block_is_searched_once() -> None:
     assert len(paths) == len(set(paths)) == 12
 
 
-def test_excluded_paths_are_matched_whole() -> None:
+def test_excluded_paths_must_match_completely() -> None:
     _, unet = toy_models(503)
     classes = ("Transformer2DModel",)
     assert len(find_target_modules(Part("p", classes, exclude=(r"mid\..*",)), unet, classes)) == 4
     assert len(find_target_modules(Part("p", classes, exclude=(r"mid",)), unet, classes)) == 6
 
 
-def test_a_block_list_finds_the_first_pattern_in_a_path() -> None:
+def test_a_path_belongs_to_the_block_of_the_first_matching_pattern() -> None:
     layout = BlockList(("", r"^down\.0\.", r"^mid\."), down=2, mid=1, up=0)
     assert [layout.index_of(path) for path in ("down.0.x", "mid.x", "down.10.x", "conv_in")] == [1, 2, None, None]
 
 
-def test_every_adapted_layer_of_the_sd_unet_lies_in_one_block() -> None:
+def test_every_adapted_layer_of_the_sd_unet_belongs_to_one_block() -> None:
     from library.architectures.sd.targets import TARGETS
 
     layout = TARGETS.block_list

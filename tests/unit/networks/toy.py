@@ -85,13 +85,13 @@ class TextEncoder(nn.Module):
 
 
 def toy_models(seed: int) -> tuple[TextEncoder, Denoiser]:
-    """Frozen models with random weights."""
+    """Return frozen models with random weights."""
     torch.manual_seed(seed)
     return TextEncoder().requires_grad_(False), Denoiser().requires_grad_(False)
 
 
 def randomize(network: nn.Module, seed: int) -> None:
-    """Weights that an adapter could have after training: no factor is zero."""
+    """Fill a network with random weights, as after training: no factor is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():

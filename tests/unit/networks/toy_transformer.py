@@ -1,4 +1,4 @@
-"""A denoiser of blocks with fused layers, as transformer models have them: 12 wide, 20 inside."""
+"""A denoiser of blocks with fused layers, as in transformer models: width 12, inner width 20."""
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,6 @@ class ToyTransformer(nn.Module):
 
 
 def toy_transformer(seed: int) -> ToyTransformer:
-    """A frozen model with random weights."""
+    """Return a frozen model with random weights."""
     torch.manual_seed(seed)
     return ToyTransformer().requires_grad_(False)

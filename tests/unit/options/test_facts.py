@@ -1,4 +1,4 @@
-"""The facts that the declaration of every option carries are what the program does with the option."""
+"""The facts declared for every option match what the program does with the option."""
 
 import re
 from argparse import Namespace
@@ -30,11 +30,11 @@ by_script = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 def with_all_changed(kind: type[TrainOptions]) -> TrainOptions:
-    """Options of which none has its default."""
-    return kind().with_values({field.name: another(field, hint) for field, hint in kind.leaves()})
+    """Return options of which none has its default value."""
+    return kind().with_values({field.name: make_other_value(field, hint) for field, hint in kind.leaves()})
 
 
-def another(field: Any, hint: Any) -> Any:
+def make_other_value(field: Any, hint: Any) -> Any:
     """Return a value of an option that is set and is not the default."""
     if choices := field.metadata.get("choices"):
         (value, *_) = (choice for choice in choices if choice not in (field.default, None, 0, "no"))
@@ -49,20 +49,20 @@ def another(field: Any, hint: Any) -> Any:
 
 def names_in(lines: Iterable[str]) -> set[str]:
     """Return the options that lines begin with."""
-    return {found[1] for line in lines if (found := re.match(r"--(\w+)", line))}
+    return {match[1] for line in lines if (match := re.match(r"--(\w+)", line))}
 
 
 @by_script
-def test_resuming_warns_of_every_option_that_may_not_change(kind: type[TrainOptions]) -> None:
+def test_resuming_warns_about_every_option_that_must_not_change(kind: type[TrainOptions]) -> None:
     state = StateManifest(Path("s"), 1, 0, 1, record_options(kind()), {}, {})
-    told = names_in(line for _, line in option_differences(state, with_all_changed(kind), 1))
-    assert told == {name for name, facts in kind.facts().items() if not facts.may_change_on_resume}
-    assert {"network_dim", "min_snr_gamma", "mixed_precision", "max_train_steps", "resolution"} <= told
-    assert not {"output_dir", "seed", "dataset_config", "blocks_to_swap", "save_every_n_steps", "log_events"} & told
+    warned = names_in(line for _, line in option_differences(state, with_all_changed(kind), 1))
+    assert warned == {name for name, facts in kind.facts().items() if not facts.may_change_on_resume}
+    assert {"network_dim", "min_snr_gamma", "mixed_precision", "max_train_steps", "resolution"} <= warned
+    assert not {"output_dir", "seed", "dataset_config", "blocks_to_swap", "save_every_n_steps", "log_events"} & warned
 
 
 @by_script
-def test_facts_fit_together(kind: type[TrainOptions]) -> None:
+def test_the_facts_of_an_option_do_not_contradict_each_other(kind: type[TrainOptions]) -> None:
     assert all(FACTS in field.metadata for field, _ in kind.leaves())
     for name, facts in kind.facts().items():
         assert facts.affects_training or not facts.kept_in_state, name
@@ -70,7 +70,7 @@ def test_facts_fit_together(kind: type[TrainOptions]) -> None:
 
 
 @by_script
-def test_names_in_sweeps_tell_options_apart(kind: type[TrainOptions]) -> None:
+def test_sweep_names_are_unique(kind: type[TrainOptions]) -> None:
     hints = {field.name: hint for field, hint in kind.leaves()}
     names = sweep_names(kind)
     short = [name for name in names.values() if name]
@@ -78,7 +78,7 @@ def test_names_in_sweeps_tell_options_apart(kind: type[TrainOptions]) -> None:
     assert all(scalar_type(hints[name]) is str for name in names if not names[name]), "a bare number says nothing"
 
 
-def test_what_has_a_name_in_sweeps_can_be_swept_and_nothing_else() -> None:
+def test_only_options_with_a_sweep_name_can_be_swept() -> None:
     options = TrainOptions()
     for name, facts in TrainOptions.facts().items():
         if facts.sweep_name is not None:
@@ -88,7 +88,7 @@ def test_what_has_a_name_in_sweeps_can_be_swept_and_nothing_else() -> None:
             parse_word(f"{name}=a,b", options)
 
 
-def test_what_leco_ignores_is_warned_of_with_the_reason() -> None:
+def test_options_that_leco_ignores_are_warned_about_with_the_reason() -> None:
     options = with_all_changed(SDXL_LECO)
     ignored = list_ignored_by_leco(SDXL_LECO)
     lines = list(find_unused(options, ignored_for_concepts(type(options), draws_previews=False)))
@@ -98,7 +98,7 @@ def test_what_leco_ignores_is_warned_of_with_the_reason() -> None:
 
 
 @by_script
-def test_zero_becomes_unset_where_that_is_the_default(kind: type[TrainOptions]) -> None:
+def test_zero_becomes_unset_if_unset_is_the_default(kind: type[TrainOptions]) -> None:
     values = vars(normalize(Namespace(**dict.fromkeys(kind.defaults(), 0))))
     assert {name for name, value in values.items() if value is None} == {
         name for name, facts in kind.facts().items() if facts.zero_is_unset
@@ -107,7 +107,7 @@ def test_zero_becomes_unset_where_that_is_the_default(kind: type[TrainOptions]) 
 
 
 @by_script
-def test_no_file_and_no_tracker_gets_a_password(kind: type[TrainOptions]) -> None:
+def test_passwords_are_never_written_to_files_or_trackers(kind: type[TrainOptions]) -> None:
     secrets = {name for name, facts in kind.facts().items() if facts.secret}
     assert secrets == set(SECRETS)
     options = with_all_changed(kind)
@@ -118,7 +118,7 @@ def test_no_file_and_no_tracker_gets_a_password(kind: type[TrainOptions]) -> Non
 
 
 @by_script
-def test_a_value_that_is_no_choice_is_refused_unless_others_pass(kind: type[TrainOptions]) -> None:
+def test_a_value_outside_the_choices_is_refused_unless_the_option_is_open(kind: type[TrainOptions]) -> None:
     passing = set()
     for field, _ in kind.leaves():
         if field.metadata.get("choices"):
@@ -132,7 +132,7 @@ def test_a_value_that_is_no_choice_is_refused_unless_others_pass(kind: type[Trai
     assert passing == {"max_token_length", "dynamo_backend", "sample_sampler", "zero_stage"}
 
 
-def test_files_that_a_run_writes_are_none_that_it_reads(tmp_path: Path) -> None:
+def test_output_paths_are_not_declared_as_inputs(tmp_path: Path) -> None:
     for field, hint in TrainOptions.leaves():
         if scalar_type(hint) is str and not field.metadata.get("nargs"):
             path = tmp_path / field.name

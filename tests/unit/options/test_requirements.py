@@ -13,24 +13,24 @@ from tests.running import STARTED
 KINDS = {script: spec.options for script, spec in STARTED.items()}
 
 
-def refusal(**values: Any) -> str:
+def refusal_of(**values: Any) -> str:
     with pytest.raises(UserError) as refused:
         check_requirements(FluxOptions().with_values(values))
     return str(refused.value)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_what_an_option_requires_and_excludes_is_an_option_of_some_script(kind: Any) -> None:
-    known = {name for options in KINDS.values() for name in options.facts()}
+def test_required_and_excluded_options_exist_in_some_script(kind: Any) -> None:
+    option_names = {name for options in KINDS.values() for name in options.facts()}
     for name, facts in kind.facts().items():
-        assert {need.partition("=")[0] for need in (*facts.requires, *facts.excludes)} <= known, name
+        assert {need.partition("=")[0] for need in (*facts.requires, *facts.excludes)} <= option_names, name
 
 
-def test_an_option_without_the_value_that_it_requires_is_refused_with_both_values() -> None:
-    assert refusal(full_fp16=True, mixed_precision="bf16") == (
+def test_an_unmet_required_value_is_refused_naming_both_values() -> None:
+    assert refusal_of(full_fp16=True, mixed_precision="bf16") == (
         "--full_fp16 needs --mixed_precision fp16, but that is bf16; set it, or leave out --full_fp16"
     )
-    assert "needs --mixed_precision bf16 or fp16, but that is no;" in refusal(fp8_base=True)
+    assert "needs --mixed_precision bf16 or fp16, but that is no;" in refusal_of(fp8_base=True)
     check_requirements(FluxOptions().with_values({"fp8_base": True, "mixed_precision": "fp16"}))
 
 
@@ -42,10 +42,10 @@ def test_an_option_without_the_value_that_it_requires_is_refused_with_both_value
         ({"scale_v_pred_loss_like_noise_pred": True}, "v_parameterization"),
     ],
 )
-def test_an_option_without_the_one_that_it_requires_is_refused(values: dict[str, Any], other: str) -> None:
+def test_an_option_without_the_option_that_it_requires_is_refused(values: dict[str, Any], other: str) -> None:
     ((name, value),) = values.items()
-    given = f"--{name}" if value is True else f"--{name} {value}"
-    assert refusal(**values) == f"{given} needs --{other}, which is not set; set it, or leave out --{name}"
+    flag = f"--{name}" if value is True else f"--{name} {value}"
+    assert refusal_of(**values) == f"{flag} needs --{other}, which is not set; set it, or leave out --{name}"
     check_requirements(FluxOptions().with_values({**values, other: 0.1}))
 
 
@@ -69,16 +69,16 @@ def test_an_option_without_the_one_that_it_requires_is_refused(values: dict[str,
     ],
 )
 def test_options_that_exclude_each_other_are_refused_with_the_reason(values: dict[str, Any], message: str) -> None:
-    assert message in refusal(**values) and refusal(**values).endswith("; leave one of them out")
+    assert message in refusal_of(**values) and refusal_of(**values).endswith("; leave one of them out")
     for name in values:
         check_requirements(FluxOptions().with_values({name: values[name]}))
 
 
-def test_an_events_file_with_a_name_does_not_meet_what_excludes_standard_output() -> None:
+def test_a_named_events_file_does_not_conflict_with_options_that_need_standard_output() -> None:
     check_requirements(FluxOptions().with_values({"console_log_simple": True, "log_events": "events.jsonl"}))
 
 
-def test_a_negative_strength_is_one_and_a_negative_count_is_never() -> None:
+def test_a_negative_strength_counts_as_set_and_a_negative_count_as_unset() -> None:
     darker = FluxOptions().with_values({"noise_offset": -0.1, "noise_offset_random_strength": True})
     assert not [line for line in find_unused(darker, {}) if line.startswith("--noise_offset_random_strength")]
     every = {"sample_prompts": "prompts.txt", "sample_every_n_steps": 10, "sample_every_n_epochs": -1}

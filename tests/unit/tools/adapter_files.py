@@ -22,14 +22,14 @@ METADATA = {
 
 
 def tensors(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A Linear and a 3x3 convolution of the U-Net, a Linear of the text encoder; rank 4, alpha 2."""
+    """Return a Linear and a 3x3 convolution of the U-Net and a Linear of the text encoder; rank 4, alpha 2."""
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, Tensor] = {}
+    state_dict: dict[str, Tensor] = {}
     for name, kernel in ((LINEAR, ()), (CONV, (3, 3)), (CLIP, ())):
-        found[f"{name}.alpha"] = torch.tensor(2.0)
-        found[f"{name}.lora_down.weight"] = torch.randn(4, 5, *kernel, generator=generator).to(dtype)
-        found[f"{name}.lora_up.weight"] = torch.randn(7, 4, *(1,) * len(kernel), generator=generator).to(dtype)
-    return found
+        state_dict[f"{name}.alpha"] = torch.tensor(2.0)
+        state_dict[f"{name}.lora_down.weight"] = torch.randn(4, 5, *kernel, generator=generator).to(dtype)
+        state_dict[f"{name}.lora_up.weight"] = torch.randn(7, 4, *(1,) * len(kernel), generator=generator).to(dtype)
+    return state_dict
 
 
 def write(path: Path, seed: int, extra: dict[str, Tensor] | None = None) -> Path:

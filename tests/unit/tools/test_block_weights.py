@@ -1,4 +1,4 @@
-"""--lbws of the commands that merge, recomputed in float64 from the names of keys alone."""
+"""--lbws of the merge commands, checked against a float64 computation from key names alone."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from tools.base_models import find_adapter_targets, open_base_model
 pytestmark = pytest.mark.slow
 
 ORDER = ["BASE", *(f"IN{n:02d}" for n in range(12)), "MID", *(f"OUT{n:02d}" for n in range(12))]
-NAMED = {  # what the lists of each length name, as sd-scripts' documentation has it
+NAMED = {  # the blocks that lists of each length name, as in sd-scripts' documentation
     17: ["BASE", *(f"IN{n:02d}" for n in (1, 2, 4, 5, 7, 8)), "MID", *(f"OUT{n:02d}" for n in range(3, 12))],
     26: ORDER,
     12: ["BASE", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{n:02d}" for n in range(6))],
@@ -28,21 +28,21 @@ LEVEL = re.compile(r"_(down|up)_blocks_(\d)_(resnets|attentions|downsamplers|ups
 NUMBERED = re.compile(r"lora_unet_(input|output)_blocks_(\d+)_")
 
 
-def block(name: str) -> str:
-    """The block of a key of kohya's format, by diffusers' numbers or by those of the single-file layout."""
+def block_of(name: str) -> str:
+    """Return the block of a key in kohya's format, numbered as in diffusers or as in the single-file layout."""
     if name.startswith("lora_te"):
         return "BASE"
-    if found := NUMBERED.match(name):
-        return f"{'IN' if found[1] == 'input' else 'OUT'}{int(found[2]):02d}"
-    if found := LEVEL.search(name):
-        level, part, index = int(found[2]), found[3], int(found[4])
+    if match := NUMBERED.match(name):
+        return f"{'IN' if match[1] == 'input' else 'OUT'}{int(match[2]):02d}"
+    if match := LEVEL.search(name):
+        level, part, index = int(match[2]), match[3], int(match[4])
         position = 2 if part.endswith("samplers") else index
-        return f"IN{3 * level + position + 1:02d}" if found[1] == "down" else f"OUT{3 * level + position:02d}"
+        return f"IN{3 * level + position + 1:02d}" if match[1] == "down" else f"OUT{3 * level + position:02d}"
     return "MID" if "_mid" in name else ""
 
 
-def numbers(length: int, seed: int) -> list[float]:
-    """Random strengths, of which one is 0 and one negative."""
+def random_strengths(length: int, seed: int) -> list[float]:
+    """Return random strengths, one of which is 0 and one negative."""
     drawn = torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).round(decimals=3)
     drawn[3], drawn[5] = 0.0, -0.5
     return [float(value) for value in drawn]
@@ -65,34 +65,34 @@ def write_adapter(path: Path, base: Path, seed: int, version: str) -> Path:
 
 
 def changes(path: Path) -> dict[str, Tensor]:
-    """The change of each module of a LoRA, in float64, as a matrix."""
+    """Return the change of each module of a LoRA as a float64 matrix."""
     tensors = {key: tensor.double() for key, tensor in load_state_dict(path).items()}
-    found = {}
+    change_by_module = {}
     for name in dict.fromkeys(key.partition(".")[0] for key in tensors):
         up, down = (tensors[f"{name}.lora_{side}.weight"].flatten(1) for side in ("up", "down"))
-        found[name] = up @ down * float(tensors[f"{name}.alpha"]) / down.shape[0]
-    return found
+        change_by_module[name] = up @ down * float(tensors[f"{name}.alpha"]) / down.shape[0]
+    return change_by_module
 
 
-def weighed(path: Path, ratio: float, weights: list[float]) -> dict[str, Tensor]:
+def weighted_changes(path: Path, ratio: float, weights: list[float]) -> dict[str, Tensor]:
     by_block = dict(zip(NAMED[len(weights)], weights, strict=True))
-    return {name: ratio * by_block.get(block(name), 1.0) * change for name, change in changes(path).items()}
+    return {name: ratio * by_block.get(block_of(name), 1.0) * change for name, change in changes(path).items()}
 
 
-def words(values: list[float]) -> str:
+def as_json(values: list[float]) -> str:
     return json.dumps(values)
 
 
 @pytest.mark.parametrize("length", [17, 26])
-def test_two_loras_of_sd_become_one_with_each_block_at_its_strength(
+def test_merging_two_sd_loras_applies_the_strength_of_each_block(
     tmp_path: Path, tiny_sd_file: Path, length: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     a, b = (write_adapter(tmp_path / f"{seed}.safetensors", tiny_sd_file, seed, "sd_v1") for seed in (91, 92))
-    lists, out = [numbers(length, 93), numbers(length, 94)], tmp_path / "m.safetensors"
-    lists[1][3] = 0.25  # the block that the first file has no part in
-    arguments = ["--models", str(a), str(b), "--ratios", "0.5", "-2", "--lbws", *map(words, lists)]
+    lists, out = [random_strengths(length, 93), random_strengths(length, 94)], tmp_path / "m.safetensors"
+    lists[1][3] = 0.25  # the block that the first file does not contribute to
+    arguments = ["--models", str(a), str(b), "--ratios", "0.5", "-2", "--lbws", *map(as_json, lists)]
     assert svd_merge_lora.main([*arguments, "--new_rank", "4", "--save_to", str(out)]) == 0
-    first, second, merged = weighed(a, 0.5, lists[0]), weighed(b, -2.0, lists[1]), changes(out)
+    first, second, merged = weighted_changes(a, 0.5, lists[0]), weighted_changes(b, -2.0, lists[1]), changes(out)
     assert merged.keys() == first.keys() == second.keys()
     for name, change in merged.items():
         torch.testing.assert_close(change, first[name] + second[name], rtol=1e-4, atol=2e-5)  # float32, by SVD
@@ -100,15 +100,15 @@ def test_two_loras_of_sd_become_one_with_each_block_at_its_strength(
 
 
 @pytest.mark.parametrize("length", [12, 20, 26])
-def test_a_checkpoint_of_sdxl_gets_each_block_at_its_strength(
+def test_merging_into_an_sdxl_checkpoint_applies_the_strength_of_each_block(
     tmp_path: Path, tiny_sdxl_file: Path, length: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     adapter = write_adapter(tmp_path / "a.safetensors", tiny_sdxl_file, 95, "sdxl_base_v1-0")
-    weights, out = numbers(length, 96), tmp_path / "m.safetensors"
+    weights, out = random_strengths(length, 96), tmp_path / "m.safetensors"
     arguments = ["--sd_model", str(tiny_sdxl_file), "--models", str(adapter), "--ratios", "0.8", "--lbws"]
-    assert sdxl_merge_lora.main([*arguments, words(weights), "--save_to", str(out)]) == 0
+    assert sdxl_merge_lora.main([*arguments, as_json(weights), "--save_to", str(out)]) == 0
     before, after = load_state_dict(tiny_sdxl_file), load_state_dict(out)
-    expected = weighed(adapter, 0.8, weights)
+    expected = weighted_changes(adapter, 0.8, weights)
     num_checked = 0
     for key, old in before.items():
         if not key.startswith("model.diffusion_model.") or not key.endswith(".weight"):
@@ -124,7 +124,7 @@ def test_a_checkpoint_of_sdxl_gets_each_block_at_its_strength(
     assert ("IN09" in caplog.text) == (length == 26)  # blocks that SDXL lacks
 
 
-def test_a_strength_of_zero_leaves_the_block_out(tmp_path: Path, tiny_sd_file: Path) -> None:
+def test_a_strength_of_zero_excludes_the_block(tmp_path: Path, tiny_sd_file: Path) -> None:
     adapter, out = write_adapter(tmp_path / "a.safetensors", tiny_sd_file, 97, "sd_v1"), tmp_path / "m.safetensors"
     only_text = ",".join(["1"] + ["0"] * 25)
     assert merge_lora.main(["--models", str(adapter), "--lbws", only_text, "--save_to", str(out)]) == 0
@@ -132,7 +132,7 @@ def test_a_strength_of_zero_leaves_the_block_out(tmp_path: Path, tiny_sd_file: P
 
 
 @pytest.mark.parametrize(
-    ("lists", "said"),
+    ("lists", "message"),
     [
         (["[1,2]"], "--lbws has a list of 2 numbers,"),
         (["[" + "1," * 11 + "1]"], "is for Stable Diffusion 1.x, which needs 17 or 26"),
@@ -141,18 +141,18 @@ def test_a_strength_of_zero_leaves_the_block_out(tmp_path: Path, tiny_sd_file: P
         (["0," * 25 + "0"], "--lbws gives every module of"),
     ],
 )
-def test_other_lists_are_refused(
-    tmp_path: Path, lists: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_invalid_lists_are_refused(
+    tmp_path: Path, lists: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = write_small_adapter(tmp_path / "a.safetensors", 98, {})
     tensors = load_state_dict(adapter)
     save_safetensors(adapter, tensors, {"ss_base_model_version": "sd_v1"})
     out = tmp_path / "m.safetensors"
     assert merge_lora.main(["--models", str(adapter), "--save_to", str(out), "--lbws", *lists]) == 1
-    assert said in capsys.readouterr().err and not out.exists()
+    assert message in capsys.readouterr().err and not out.exists()
 
 
-def test_a_model_without_a_unet_has_no_such_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lbws_is_refused_for_a_model_without_a_unet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 16), f"{name}.lora_up.weight": torch.ones(48, 2)}
     save_safetensors(tmp_path / "a.safetensors", tensors, {"ss_base_model_version": "flux1"})

@@ -1,4 +1,4 @@
-"""tools/capabilities.py: what front ends read is what the parsers and declarations say."""
+"""tools/capabilities.py: its output for front ends matches the parsers and declarations."""
 
 import importlib
 import json
@@ -14,7 +14,7 @@ from tools.capabilities import main
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+def described() -> dict[str, Any]:
     import contextlib
     import io
 
@@ -23,26 +23,29 @@ def found() -> dict[str, Any]:
     return dict(json.loads(printed.getvalue()))
 
 
-def test_the_output_fits_its_schema(found: dict[str, Any]) -> None:
+def test_the_output_fits_its_schema(described: dict[str, Any]) -> None:
     schema = json.loads((ROOT / "docs" / "capabilities.schema.json").read_text(encoding="utf-8"))
     Draft202012Validator.check_schema(schema)
-    Draft202012Validator(schema).validate(found)
+    Draft202012Validator(schema).validate(described)
 
 
-def test_every_script_has_the_options_of_its_parser(found: dict[str, Any]) -> None:
-    names = {script["name"] for script in found["scripts"]}
+def test_every_script_has_the_options_of_its_parser(described: dict[str, Any]) -> None:
+    names = {script["name"] for script in described["scripts"]}
     assert names == {path.name for path in ROOT.glob("*train_*.py")}
     assert {script.name for script in list_scripts()} <= names
-    for script in found["scripts"]:
+    for script in described["scripts"]:
         parser = importlib.import_module(script["name"][:-3]).setup_parser()
-        assert {one["flag"] for one in script["options"]} == parser._option_string_actions.keys() - {"-h", "--help"}
-        for one in script["options"]:
-            assert one["default"] == parser.get_default(one["name"])
+        assert {option["flag"] for option in script["options"]} == parser._option_string_actions.keys() - {
+            "-h",
+            "--help",
+        }
+        for option in script["options"]:
+            assert option["default"] == parser.get_default(option["name"])
 
 
-def test_options_carry_type_range_and_group(found: dict[str, Any]) -> None:
-    (script,) = (one for one in found["scripts"] if one["name"] == "sdxl_train_network.py")
-    options = {one["name"]: one for one in script["options"]}
+def test_options_carry_type_range_and_group(described: dict[str, Any]) -> None:
+    (script,) = (entry for entry in described["scripts"] if entry["name"] == "sdxl_train_network.py")
+    options = {entry["name"]: entry for entry in script["options"]}
     assert options["lr_warmup_steps"]["type"] == "steps" and options["max_train_steps"]["type"] == "int"
     assert options["network_args"]["is_list"] and not options["seed"]["is_list"]
     assert options["gradient_checkpointing"]["type"] == "flag"
@@ -52,8 +55,11 @@ def test_options_carry_type_range_and_group(found: dict[str, Any]) -> None:
     assert not options["fit"]["in_sd_scripts"] and options["fit"]["group"]
 
 
-def test_every_network_module_lists_what_it_takes(found: dict[str, Any]) -> None:
-    modules = {one["network_module"]: {item["name"] for item in one["arguments"]} for one in found["network_modules"]}
+def test_every_network_module_lists_its_arguments(described: dict[str, Any]) -> None:
+    modules = {
+        module["network_module"]: {item["name"] for item in module["arguments"]}
+        for module in described["network_modules"]
+    }
     assert modules.keys() == {kind.network_module for kind in list_kinds() if kind.network_module}
     assert {"conv_dim", "loraplus_lr_ratio", "dora_wd"} <= modules["networks.lora"]
     assert "split_qkv" in modules["networks.lora"] and "split_qkv" not in modules["networks.loha"]

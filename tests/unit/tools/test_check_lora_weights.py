@@ -1,4 +1,4 @@
-"""tools/check_lora_weights.py as it is typed."""
+"""tools/check_lora_weights.py, run as a command."""
 
 import json
 import math
@@ -17,17 +17,17 @@ from tools.check_lora_weights import judge, main
 ROOT = Path(__file__).parents[3]
 
 
-def test_a_clean_file_ends_with_0_and_says_what_is_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_intact_file_exits_with_0_and_lists_its_content(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "a.safetensors", 950)
     assert main(["--model", str(path)]) == 0
-    said = capsys.readouterr().out
-    assert "9 keys (9 float32), 3 modules, Stable Diffusion 1.x" in said
-    assert "all used by ComfyUI, Forge, A1111-style, diffusers, stable-diffusion.cpp" in said
-    rows = {line.split()[0]: line.split()[1:4] for line in said.splitlines() if line.startswith("  ")}
+    output = capsys.readouterr().out
+    assert "9 keys (9 float32), 3 modules, Stable Diffusion 1.x" in output
+    assert "all used by ComfyUI, Forge, A1111-style, diffusers, stable-diffusion.cpp" in output
+    rows = {line.split()[0]: line.split()[1:4] for line in output.splitlines() if line.startswith("  ")}
     assert rows["down_blocks_0"] == rows["up_blocks_2"] == rows["encoder_layers_3"] == ["1", "4", "2"]
 
 
-def test_json_has_the_norms_of_the_whole_matrices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_the_norms_of_the_full_matrices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "a.safetensors", 951)
     assert main(["--model", str(path), "--json"]) == 0
     report: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -40,9 +40,7 @@ def test_json_has_the_norms_of_the_whole_matrices(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_values_that_are_not_finite_end_with_1(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
-) -> None:
+def test_non_finite_values_exit_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float) -> None:
     broken = tensors(952)[f"{LINEAR}.lora_up.weight"]
     broken[1, 2] = value
     path = write(tmp_path / "a.safetensors", 952, {f"{LINEAR}.lora_up.weight": broken})
@@ -52,7 +50,7 @@ def test_values_that_are_not_finite_end_with_1(
     assert json.loads(capsys.readouterr().out)["is_usable"] is False
 
 
-def test_alphas_alone_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_alphas_without_factors_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = tensors(954)
     del content[f"{CONV}.lora_down.weight"], content[f"{CONV}.lora_up.weight"]
     save_safetensors(tmp_path / "a.safetensors", content)
@@ -60,7 +58,7 @@ def test_alphas_alone_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"warning: alphas without weights, which have no effect: {CONV}.alpha" in capsys.readouterr().out
 
 
-def test_half_a_pair_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_factor_without_its_partner_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = tensors(953)
     del content[f"{CONV}.lora_down.weight"]
     save_safetensors(tmp_path / "a.safetensors", content)
@@ -68,20 +66,20 @@ def test_half_a_pair_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"{CONV}.lora_up.weight without its down factor" in capsys.readouterr().out
 
 
-def test_a_file_without_an_adapter_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_without_an_adapter_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_safetensors(tmp_path / "a.safetensors", {"something": torch.ones(2)})
     assert main(["--model", str(tmp_path / "a.safetensors")]) == 1
     assert "no adapter weights (first keys: something)" in capsys.readouterr().out
 
 
-def test_a_file_cut_short_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_file_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "a.safetensors", 954)
     path.write_bytes(path.read_bytes()[:-8])
     assert main(["--model", str(path)]) == 1
     assert "it is truncated" in capsys.readouterr().err
 
 
-def test_odd_but_usable_things_are_warnings() -> None:
+def test_unusual_but_usable_content_is_a_warning() -> None:
     content = tensors(955) | {
         "bundle_emb.x": torch.ones(1),
         "lora_unet_down_blocks_7_conv.lora_down.weight": torch.ones(1, 2),
@@ -96,10 +94,10 @@ def test_odd_but_usable_things_are_warnings() -> None:
     ]
 
 
-def test_show_all_keys_lists_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_all_keys_lists_every_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(write(tmp_path / "a.safetensors", 956)), "--show_all_keys"]) == 0
-    said = capsys.readouterr().out
-    assert all(f"{key} float32 {list(t.shape)} norm {float(t.norm()):.4g}" in said for key, t in tensors(956).items())
+    output = capsys.readouterr().out
+    assert all(f"{key} float32 {list(t.shape)} norm {float(t.norm()):.4g}" in output for key, t in tensors(956).items())
 
 
 @pytest.mark.slow

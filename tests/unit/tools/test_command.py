@@ -1,4 +1,4 @@
-"""tools/command.py: what every command does around its work."""
+"""tools/command.py: behaviour that all commands share."""
 
 import argparse
 import importlib.util
@@ -22,17 +22,17 @@ NAME = "bitsandbytes"
 
 
 def test_a_command_does_not_import_a_library_that_it_never_uses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers imports bitsandbytes where it finds it, which takes seconds and writes lines about kernels."""
+    """diffusers imports bitsandbytes if it is installed, which takes seconds and logs lines about kernels."""
     for module in (NAME, "diffusers.utils.import_utils"):  # as in a new process
         monkeypatch.delitem(sys.modules, module, raising=False)
-    found = []
+    hidden = []
     parser = argparse.ArgumentParser()
-    assert run(parser, lambda _: found.append(importlib.util.find_spec(NAME)), []) == 0
-    assert found == [None]
+    assert run(parser, lambda _: hidden.append(importlib.util.find_spec(NAME)), []) == 0
+    assert hidden == [None]
     assert NAME not in sys.modules
 
 
-def test_a_line_is_shown_once_where_a_command_takes_options_of_a_training(
+def test_each_line_is_logged_once_after_a_command_sets_up_logging_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own
@@ -43,8 +43,8 @@ def test_a_line_is_shown_once_where_a_command_takes_options_of_a_training(
         logging.getLogger("tools").info("after")
 
     assert run(argparse.ArgumentParser(), act, []) == 0
-    told = capsys.readouterr().err.splitlines()
-    assert [line.split()[-1] for line in told] == ["before", "after"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[-1] for line in lines] == ["before", "after"]
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(
@@ -54,8 +54,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     (tmp_path / "in.safetensors").write_bytes(b"in")
     (tmp_path / "link.safetensors").symlink_to("in.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
-    given = [None, Path("none.safetensors"), tmp_path / "in.safetensors"]
-    check_output("--save_to", Path("new/folder/out.safetensors"), given)
+    paths = [None, Path("none.safetensors"), tmp_path / "in.safetensors"]
+    check_output("--save_to", Path("new/folder/out.safetensors"), paths)
     check_new_folder("--save_to", Path("new/folder"))
     for name, words in (
         ("in.safetensors", "is also read by this command and would be lost"),
@@ -65,8 +65,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
         ("out.gguf", "the name must end in one of"),
     ):
         with pytest.raises(UserError, match=words):
-            check_output("--save_to", Path(name), given)
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+            check_output("--save_to", Path(name), paths)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root can write everywhere
     with pytest.raises(UserError, match=f"{tmp_path} is not writable; change its permissions"):
         check_output("--save_to", Path("new/out.safetensors"))
     with pytest.raises(UserError, match="already exists"):
@@ -75,10 +75,10 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+def test_a_full_disk_is_reported_in_one_line_and_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ending: str
 ) -> None:
-    """The writers of both formats raise errors of their own there, of which one does not say what it is about."""
+    """The writers of both formats raise different errors for this, one of them without naming the cause."""
     model = adapter_files.write(tmp_path / "in.safetensors", 71)
 
     def fill(*_: object, **__: object) -> None:
@@ -92,12 +92,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4096))
     out = tmp_path / f"out{ending}"
     assert resize(["--model", str(model), "--save_to", str(out), "--new_rank", "1"]) == 1
-    said = capsys.readouterr().err.splitlines()
-    assert [line for line in said if line.startswith("error")] == [
+    error_lines = capsys.readouterr().err.splitlines()
+    assert [line for line in error_lines if line.startswith("error")] == [
         f"error: [Errno 28] No space left on device: '{out}'"
     ]
     assert os.listdir(tmp_path) == ["in.safetensors"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 30))
     if ending == ".pt":
-        with pytest.raises(RuntimeError, match="unexpected pos"):  # another fault of the writer stays what it is
+        with pytest.raises(RuntimeError, match="unexpected pos"):  # another error of the writer is not reworded
             resize(["--model", str(model), "--save_to", str(out), "--new_rank", "1"])

@@ -1,4 +1,4 @@
-"""--concat of merge_lora.py under its own path, and under those where sd-scripts has it."""
+"""--concat of merge_lora.py under its own path and under those of sd-scripts."""
 
 from pathlib import Path
 from types import ModuleType
@@ -15,17 +15,17 @@ from tools import merge_lora as own
 
 
 def change(tensors: dict[str, Tensor], name: str) -> Tensor:
-    """alpha / rank * up @ down of a module."""
+    """Return alpha / rank * up @ down of a module."""
     down, up = (tensors[f"{name}.lora_{end}.weight"].double().flatten(1) for end in ("down", "up"))
     return tensors[f"{name}.alpha"].double() / len(down) * up @ down
 
 
 @pytest.mark.parametrize("shuffle", [[], ["--shuffle"]])
-@pytest.mark.parametrize("door", [merge_lora, sdxl_merge_lora, flux_merge_lora])
-def test_doors_count_ratios_of_concat_as_sd_scripts_does(
-    tmp_path: Path, door: ModuleType, shuffle: list[str], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("script", [merge_lora, sdxl_merge_lora, flux_merge_lora])
+def test_every_path_applies_concat_ratios_as_sd_scripts_does(
+    tmp_path: Path, script: ModuleType, shuffle: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """There both factors of file i are multiplied by ratio_i * sqrt(alpha_i / alpha_1), up without the sign."""
+    """sd-scripts multiplies both factors of file i by ratio_i * sqrt(alpha_i / alpha_1), up without the sign."""
     caplog.set_level("INFO")
     names = ("lora_unet_double_blocks_0_img_mlp_0", "lora_unet_double_blocks_1_img_attn_qkv")
     generator, files, ratios = torch.Generator().manual_seed(87), [], (1.41, -0.7)
@@ -37,7 +37,7 @@ def test_doors_count_ratios_of_concat_as_sd_scripts_does(
     words = ["--models", *(str(tmp_path / name) for name in ("a.safetensors", "b.safetensors")), *shuffle]
     out = tmp_path / "m.safetensors"
     words += ["--ratios", *map(str, ratios), "--concat", "--save_to", str(out)]
-    assert door.main(words) == 0
+    assert script.main(words) == 0
     assert "act as in sd-scripts: as 0.99, -0.24 if the ranks are equal" in caplog.text  # r |r| / 2
     for name in names:
         scales = [ratio * (float(f[f"{name}.alpha"]) / 2.0) ** 0.5 for f, ratio in zip(files, ratios, strict=True)]
@@ -54,7 +54,7 @@ def test_doors_count_ratios_of_concat_as_sd_scripts_does(
 
 
 def test_shuffled_ranks_are_in_another_order_in_each_file(tmp_path: Path) -> None:
-    """So that the rows of one file do not lie together, as whoever hides what was trained on wants it."""
+    """Rows of one file are not next to each other, which some users want in order to hide the training data."""
     files = [adapter_files.write(tmp_path / f"{seed}.safetensors", seed) for seed in (88, 89)]
     downs = []
     for out, shuffle in (("plain", []), ("one", ["--shuffle"]), ("two", ["--shuffle"])):

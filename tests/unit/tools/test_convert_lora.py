@@ -1,4 +1,4 @@
-"""tools/convert_lora.py as it is typed."""
+"""tools/convert_lora.py, run as a command."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def run(model: Path, save_to: Path, to: str, *more: str) -> int:
     return main(["--model", str(model), "--save_to", str(save_to), "--to", to, *more])
 
 
-def test_metadata_is_kept_and_the_hashes_are_those_of_the_new_file(tmp_path: Path) -> None:
+def test_metadata_is_kept_and_the_hashes_match_the_new_file(tmp_path: Path) -> None:
     model, out = write(tmp_path / "a.safetensors", 940), tmp_path / "b.safetensors"
     assert run(model, out, "generic") == 0
     metadata = read_metadata(out)
@@ -25,7 +25,7 @@ def test_metadata_is_kept_and_the_hashes_are_those_of_the_new_file(tmp_path: Pat
 
 
 @pytest.mark.parametrize("to", ["generic", "diffusers"])
-def test_there_and_back_gives_the_same_keys_and_changes(tmp_path: Path, to: str) -> None:
+def test_a_round_trip_gives_the_same_keys_and_changes(tmp_path: Path, to: str) -> None:
     model = write(tmp_path / "a.safetensors", 941)
     assert run(model, tmp_path / "b.safetensors", to) == 0
     assert run(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya") == 0
@@ -35,17 +35,19 @@ def test_there_and_back_gives_the_same_keys_and_changes(tmp_path: Path, to: str)
     assert float(after[f"{LINEAR}.alpha"]) == 4
 
 
-def test_what_the_naming_cannot_hold_is_refused_and_nothing_is_written(
+def test_tensors_that_the_naming_cannot_hold_are_refused_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = write(tmp_path / "a.safetensors", 942, {f"{LINEAR}.dora_scale": torch.ones(1, 5)})
     assert run(model, tmp_path / "b.safetensors", "diffusers") == 1
-    said = capsys.readouterr().err
-    assert f"{LINEAR}.dora_scale" in said and "--drop_unsupported" in said
+    error = capsys.readouterr().err
+    assert f"{LINEAR}.dora_scale" in error and "--drop_unsupported" in error
     assert not (tmp_path / "b.safetensors").exists()
 
 
-def test_it_is_left_out_on_request_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tensors_that_the_naming_cannot_hold_are_dropped_on_request_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = write(tmp_path / "a.safetensors", 943, {f"{LINEAR}.dora_scale": torch.ones(1, 5)})
     with caplog.at_level("WARNING"):
         assert run(model, tmp_path / "b.safetensors", "diffusers", "--drop_unsupported") == 0
@@ -53,7 +55,7 @@ def test_it_is_left_out_on_request_with_a_warning(tmp_path: Path, caplog: pytest
     assert not any("dora" in key for key in load_state_dict(tmp_path / "b.safetensors"))
 
 
-def test_widening_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_casting_to_a_wider_dtype_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     half = tensors(944, torch.float16) | {f"{LINEAR}.alpha": torch.tensor(3.0)}
     save_safetensors(tmp_path / "a.safetensors", half)
     with caplog.at_level("INFO"):
@@ -71,13 +73,13 @@ def test_a_file_without_its_base_model_is_refused(tmp_path: Path, capsys: pytest
     assert "base model cannot be recognised from its keys; supported: Anima, FLUX.1, " in capsys.readouterr().err
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "none.safetensors", tmp_path / "b.safetensors", "generic") == 1
     assert "none.safetensors does not exist" in capsys.readouterr().err
 
 
 def peft_folder(folder: Path, modules: list[str], width: int = 8) -> Path:
-    """Write what PEFT saves: factors under the paths of a model that is not named, alpha in a file beside them."""
+    """Write a folder as PEFT does: factors under the paths of an unnamed model, alpha in a separate file."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(951)
     factors: dict[str, torch.Tensor] = {}
@@ -109,16 +111,16 @@ PEFT_MODELS = {
 
 
 @pytest.mark.parametrize("kind", PEFT_MODELS)
-def test_a_folder_by_peft_is_named_after_the_model_that_has_its_modules(tmp_path: Path, kind: str) -> None:
+def test_a_peft_folder_is_recognised_by_the_model_that_has_its_modules(tmp_path: Path, kind: str) -> None:
     modules, width, expected = PEFT_MODELS[kind]
     assert run(peft_folder(tmp_path / "saved", modules, width), tmp_path / "out.safetensors", "kohya") == 0
-    found = load_state_dict(tmp_path / "out.safetensors")
-    assert {key.partition(".")[0] for key in found} == set(expected)
-    alphas = [float(found[f"{name}.alpha"]) for name in expected]
+    actual = load_state_dict(tmp_path / "out.safetensors")
+    assert {key.partition(".")[0] for key in actual} == set(expected)
+    alphas = [float(actual[f"{name}.alpha"]) for name in expected]
     assert alphas == [3.0, 6.0][: len(alphas)]
 
 
-def test_folders_that_hold_no_known_adapter_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_without_a_known_adapter_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert run(tmp_path / "empty", tmp_path / "out.safetensors", "kohya") == 1
     assert "is a folder without adapter_model.safetensors" in capsys.readouterr().err
@@ -128,14 +130,14 @@ def test_folders_that_hold_no_known_adapter_are_named(tmp_path: Path, capsys: py
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_a_naming_that_no_program_reads_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_naming_that_no_program_can_load_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """diffusers has no loader for LoRA of HunyuanImage, although it has the model."""
     name = "lora_unet_double_blocks_0_img_mlp_0"
     factors = {f"{name}.lora_down.weight": torch.ones(2, 3584), f"{name}.lora_up.weight": torch.ones(14336, 2)}
     save_safetensors(tmp_path / "a.safetensors", factors)
     assert run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers") == 1
-    said = capsys.readouterr().err
-    assert "--to diffusers: no program reads adapters of HunyuanImage 2.1 in that naming" in said
-    assert "kohya and generic are read" in said
+    error = capsys.readouterr().err
+    assert "--to diffusers: no program reads adapters of HunyuanImage 2.1 in that naming" in error
+    assert "kohya and generic are read" in error
     assert not (tmp_path / "b.safetensors").exists()
     assert run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "generic") == 0

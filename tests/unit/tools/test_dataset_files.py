@@ -1,4 +1,4 @@
-"""The commands for the files of a dataset: images at other sizes, captions in a metadata file, and their cleaning."""
+"""Commands for dataset files: resizing images, collecting captions in a metadata file, and cleaning them."""
 
 import json
 from pathlib import Path
@@ -29,8 +29,8 @@ def sizes(folder: Path) -> dict[str, tuple[int, int]]:
     return {path.name: Image.open(path).size for path in folder.iterdir() if path.suffix in (".png", ".jpg")}
 
 
-def test_each_size_is_an_area_in_the_shape_of_the_image(tmp_path: Path) -> None:
-    """Whatever the order of the sizes; an image that is small enough stays as it is."""
+def test_each_size_is_an_area_at_the_aspect_ratio_of_the_image(tmp_path: Path) -> None:
+    """In any order of the sizes; an image that is small enough is unchanged."""
     write_image(tmp_path / "in" / "wide.png", 200, 50)
     write_image(tmp_path / "in" / "small.png", 20, 30, seed=2)
     out = tmp_path / "out"
@@ -41,27 +41,27 @@ def test_each_size_is_an_area_in_the_shape_of_the_image(tmp_path: Path) -> None:
         "small+16x16.png": (13, 19),
         "small+64x64.png": (20, 30),
     }
-    kept = np.asarray(Image.open(out / "small+64x64.png"))
-    assert np.array_equal(kept, np.asarray(Image.open(tmp_path / "in" / "small.png")))
+    unchanged = np.asarray(Image.open(out / "small+64x64.png"))
+    assert np.array_equal(unchanged, np.asarray(Image.open(tmp_path / "in" / "small.png")))
 
 
-def test_an_image_that_shrinks_evenly_has_the_means_of_its_pixels(tmp_path: Path) -> None:
+def test_shrinking_by_a_whole_factor_averages_pixels(tmp_path: Path) -> None:
     path = write_image(tmp_path / "in" / "a.png", 96, 64, seed=3)
     assert resized(tmp_path / "in", tmp_path / "out", "--max_resolution", "24x16", "--save_as_png") == 0
-    found = np.asarray(Image.open(tmp_path / "out" / "a+24x16.png")).astype(float)
+    pixels = np.asarray(Image.open(tmp_path / "out" / "a+24x16.png")).astype(float)
     means = np.asarray(Image.open(path)).astype(float).reshape(16, 4, 24, 4, 3).mean(axis=(1, 3))
-    assert np.abs(found - means).max() <= 0.5 + 1e-9  # rounded to whole numbers
+    assert np.abs(pixels - means).max() <= 0.5 + 1e-9  # rounded to whole numbers
 
 
-def test_sides_are_cut_around_the_middle_to_what_divides_them(tmp_path: Path) -> None:
+def test_sides_are_center_cropped_to_a_multiple_of_the_divisor(tmp_path: Path) -> None:
     path = write_image(tmp_path / "in" / "a.png", 37, 29, seed=4)
     words = ("--max_resolution", "512x512", "--divisible_by", 8, "--save_as_png")
     assert resized(tmp_path / "in", tmp_path / "out", *words) == 0
-    found = np.asarray(Image.open(tmp_path / "out" / "a+512x512.png"))
-    assert np.array_equal(found, np.asarray(Image.open(path))[2:26, 2:34])
+    pixels = np.asarray(Image.open(tmp_path / "out" / "a+512x512.png"))
+    assert np.array_equal(pixels, np.asarray(Image.open(path))[2:26, 2:34])
 
 
-def test_captions_come_along_for_each_size_and_other_files_once(tmp_path: Path) -> None:
+def test_captions_are_copied_for_each_size_and_other_files_once(tmp_path: Path) -> None:
     write_image(tmp_path / "in" / "a.png", 40, 40)
     (tmp_path / "in" / "a.txt").write_text("a cat")
     (tmp_path / "in" / "notes.md").write_text("n")
@@ -79,19 +79,19 @@ def test_captions_come_along_for_each_size_and_other_files_once(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--max_resolution", "512"], '--max_resolution is "512"; use sizes such as'),
         (["--divisible_by", "0"], "--divisible_by is 0"),
         (["--divisible_by", "64"], "has less than --divisible_by 64 pixels on a side"),
     ],
 )
-def test_sizes_that_cannot_be_made_are_refused(
-    tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_impossible_sizes_are_refused(
+    tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_image(tmp_path / "in" / "a.png", 40, 40)
     assert resized(tmp_path / "in", tmp_path / "out", *words) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +100,7 @@ def test_a_folder_without_images_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert f"{tmp_path / 'from'} has no images" in capsys.readouterr().err and not (tmp_path / "to").exists()
 
 
-def test_folders_that_would_be_mixed_up_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_image_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_image(tmp_path / "in" / "a.png", 40, 40)
     assert resized(tmp_path / "in", tmp_path / "in") == 1
     assert "is the folder of the images themselves" in capsys.readouterr().err
@@ -114,7 +114,7 @@ def test_folders_that_would_be_mixed_up_are_refused(tmp_path: Path, capsys: pyte
 # --- metadata files ---
 
 
-def described(folder: Path) -> Path:
+def write_captioned_images(folder: Path) -> Path:
     for number, text in enumerate(("a café", "", "three\nlines"), 1):
         write_image(folder / f"{number}.png", 8, 8, seed=number)
         (folder / f"{number}.caption").write_text(f"{text}\n", encoding="utf-8")
@@ -122,10 +122,10 @@ def described(folder: Path) -> Path:
     return folder
 
 
-def test_captions_and_tags_meet_in_one_file_that_training_reads(
+def test_captions_and_tags_are_merged_into_one_file_that_training_reads(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, out = described(tmp_path / "pictures"), tmp_path / "m.json"
+    folder, out = write_captioned_images(tmp_path / "pictures"), tmp_path / "m.json"
     (folder / "2.txt").unlink()
     out.write_text('{"elsewhere": {"caption": "kept", "train_resolution": [64, 64]}, "1": {"caption": "old"}}')
     assert merge_captions_to_metadata.main([str(folder), str(out)]) == 0
@@ -140,9 +140,9 @@ def test_captions_and_tags_meet_in_one_file_that_training_reads(
     assert dict(read_metadata(str(out)))["1"].tags == "tag1, b"
 
 
-def test_folders_below_are_told_apart_by_their_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_in_subfolders_are_keyed_by_their_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
-        described(tmp_path / "pictures" / name)
+        write_captioned_images(tmp_path / "pictures" / name)
     words = [str(tmp_path / "pictures"), str(tmp_path / "m.json"), "--caption_extention", ".txt"]
     assert captions_to_metadata.main(words) == 1
     assert "has no images; --recursive with --full_path" in capsys.readouterr().err
@@ -155,8 +155,10 @@ def test_folders_below_are_told_apart_by_their_paths(tmp_path: Path, capsys: pyt
     }
 
 
-def test_what_cannot_be_collected_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = described(tmp_path / "pictures")
+def test_captions_that_cannot_be_collected_are_refused_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_captioned_images(tmp_path / "pictures")
     words = [str(folder), str(tmp_path / "m.json")]
     assert captions_to_metadata.main([*words, "--caption_extension", ".cap"]) == 1
     assert "none of the 3 images has a .cap file" in capsys.readouterr().err
@@ -207,7 +209,9 @@ def test_captions_are_cleaned_word_by_word(caption: str, cleaned: str) -> None:
     assert clean_metadata.clean_caption(caption) == cleaned
 
 
-def test_a_metadata_file_is_cleaned_as_it_was_called_of_old(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_metadata_file_is_cleaned_with_the_arguments_of_sd_scripts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     table = {"a": {"tags": "b_c", "train_resolution": [8, 8]}, "d": {"caption": "a lady"}}
     (tmp_path / "in.json").write_text(json.dumps(table))
     paths = [str(tmp_path / "in.json"), str(tmp_path / "out.json")]
@@ -217,7 +221,7 @@ def test_a_metadata_file_is_cleaned_as_it_was_called_of_old(tmp_path: Path, capl
     assert json.loads((tmp_path / "out.json").read_text()) == expected
 
 
-def test_lines_are_read_and_a_table_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_lines_are_read_and_a_json_table_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = (
         {"image_path": "a.png", "tags": "long_hair", "note": 1},
         {"image_path": "b.png", "caption": "a cartoon lady"},

@@ -1,4 +1,4 @@
-"""tools/extract_lora_from_dylora.py as it is typed."""
+"""tools/extract_lora_from_dylora.py, run as a command."""
 
 import json
 import subprocess
@@ -27,14 +27,14 @@ METADATA = {
 
 
 def nested_tensors(seed: int) -> dict[str, Tensor]:
-    """A Linear of rank 8 and alpha 4, a 3x3 convolution of rank 4 and alpha 3."""
+    """Return a Linear of rank 8 and alpha 4 and a 3x3 convolution of rank 4 and alpha 3."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    tensors = {}
     for name, rank, alpha, kernel in ((LINEAR, 8, 4.0, ()), (CONV, 4, 3.0, (3, 3))):
-        found[f"{name}.lora_down.weight"] = torch.randn(rank, 10, *kernel, generator=generator)
-        found[f"{name}.lora_up.weight"] = torch.randn(12, rank, *(1,) * len(kernel), generator=generator)
-        found[f"{name}.alpha"] = torch.tensor(alpha)
-    return found
+        tensors[f"{name}.lora_down.weight"] = torch.randn(rank, 10, *kernel, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(12, rank, *(1,) * len(kernel), generator=generator)
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    return tensors
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def nested(tmp_path: Path) -> Path:
     return tmp_path / "cat.safetensors"
 
 
-def test_every_rank_computes_the_first_ranks_at_the_scale_of_the_full_one(nested: Path) -> None:
+def test_every_extracted_rank_uses_the_first_ranks_at_the_full_scale(nested: Path) -> None:
     assert main(["--model", str(nested), "--save_to", str(nested.parent / "cut.safetensors"), "--unit", "2"]) == 0
     written = sorted(path.name for path in nested.parent.glob("cut*"))
     assert written == [f"cut-000{rank}.safetensors" for rank in (2, 4, 6, 8)]
@@ -53,14 +53,14 @@ def test_every_rank_computes_the_first_ranks_at_the_scale_of_the_full_one(nested
         up, down = old[f"{LINEAR}.lora_up.weight"], old[f"{LINEAR}.lora_down.weight"]
         assert (modules[LINEAR].rank, modules[LINEAR].alpha) == (rank, rank / 2)
         torch.testing.assert_close(modules[LINEAR].weight(), 0.5 * (up[:, :rank] @ down[:rank]), **FLOAT32_SAME_MATH)
-        own = rank // 2
+        conv_rank = rank // 2
         up, down = old[f"{CONV}.lora_up.weight"].flatten(1), old[f"{CONV}.lora_down.weight"].flatten(1)
-        assert (modules[CONV].rank, modules[CONV].alpha) == (own, 0.75 * own)
-        change = 0.75 * (up[:, :own] @ down[:own]).reshape(12, 10, 3, 3)
+        assert (modules[CONV].rank, modules[CONV].alpha) == (conv_rank, 0.75 * conv_rank)
+        change = 0.75 * (up[:, :conv_rank] @ down[:conv_rank]).reshape(12, 10, 3, 3)
         torch.testing.assert_close(modules[CONV].weight(), change, **FLOAT32_SAME_MATH)
 
 
-def test_full_rank_is_the_file_itself(nested: Path) -> None:
+def test_the_full_rank_equals_the_input_file(nested: Path) -> None:
     assert main(["--model", str(nested), "--save_to", str(nested.parent / "cut.safetensors"), "--rank", "8"]) == 0
     old, new = load_state_dict(nested), load_state_dict(nested.parent / "cut-0008.safetensors")
     assert old.keys() == new.keys()
@@ -70,7 +70,7 @@ def test_full_rank_is_the_file_itself(nested: Path) -> None:
 
 def test_each_file_has_its_own_rank_comment_and_hashes(nested: Path) -> None:
     assert main(["--model", str(nested), "--save_to", str(nested.parent / "cut.safetensors"), "--rank", "2", "6"]) == 0
-    seen = set()
+    hashes_seen = set()
     for rank in (2, 6):
         path = nested.parent / f"cut-000{rank}.safetensors"
         metadata = read_metadata(path)
@@ -79,8 +79,8 @@ def test_each_file_has_its_own_rank_comment_and_hashes(nested: Path) -> None:
         assert json.loads(metadata["ss_network_args"])["conv_dim"] == str(rank // 2)
         hashes = metadata["sshs_model_hash"], metadata["sshs_legacy_hash"]
         assert hashes == sshs_hashes(load_state_dict(path), metadata)
-        seen.add(hashes[0])
-    assert len(seen) == 2
+        hashes_seen.add(hashes[0])
+    assert len(hashes_seen) == 2
 
 
 def test_file_without_metadata_and_without_alpha_gives_a_ckpt(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_file_without_metadata_and_without_alpha_gives_a_ckpt(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--rank", "12"], "--rank 12: the file has rank 8, trained in units of 2; use one of 2, 4, 6, 8"),
         (["--rank", "4", "3"], "--rank 3"),
@@ -102,33 +102,33 @@ def test_file_without_metadata_and_without_alpha_gives_a_ckpt(tmp_path: Path) ->
     ],
 )
 def test_impossible_rank_names_the_possible_ones(
-    nested: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    nested: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--model", str(nested), "--save_to", str(nested.parent / "cut.safetensors"), *arguments]) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list(nested.parent.glob("cut*"))
 
 
-def test_report_is_the_distance_of_the_dense_changes(nested: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_is_the_distance_of_the_dense_changes(nested: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", str(nested), "--report"]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     full = read_adapter_file(nested).modules
     norm = sum(float(module.weight().square().sum()) for module in full.values())
     for line, rank in zip(lines, (2, 4, 6, 8), strict=True):
         missed = 0.0
-        for name, own in ((LINEAR, rank), (CONV, rank // 2)):
+        for name, module_rank in ((LINEAR, rank), (CONV, rank // 2)):
             up, down = full[name].factors()
-            missed += float((full[name].scale * up[:, own:] @ down[own:]).square().sum())
+            missed += float((full[name].scale * up[:, module_rank:] @ down[module_rank:]).square().sum())
         assert line.split() == [str(rank), f"{(missed / norm) ** 0.5:.4f}"]
 
 
-def test_dora_cannot_be_cut(nested: Path) -> None:
+def test_dora_cannot_be_truncated(nested: Path) -> None:
     save_safetensors(nested, {**nested_tensors(52), f"{LINEAR}.dora_scale": torch.ones(1, 10)}, METADATA)
     with pytest.raises(ValueError, match=f"{LINEAR} is DoRA"):
         open_nested(nested)
 
 
-def test_the_path_that_other_programs_start_does_the_same(nested: Path) -> None:
+def test_the_path_of_sd_scripts_runs_the_same_command(nested: Path) -> None:
     command = [sys.executable, "networks/extract_lora_from_dylora.py", "--model", str(nested), "--report"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""tools/extract_lora_from_models.py on the transformers: what was merged in comes out again."""
+"""tools/extract_lora_from_models.py on transformers: a merged change is extracted again."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,8 +42,8 @@ BASES: dict[str, tuple[Callable[[Path], str], str]] = {
 }
 
 
-def tuned(base: Path, save_to: Path, target_modules: list[TargetModule]) -> None:
-    """The checkpoint with a random change of rank 3 in each layer."""
+def write_tuned_checkpoint(base: Path, save_to: Path, target_modules: list[TargetModule]) -> None:
+    """Write the checkpoint with a random change of rank 3 in each layer."""
     generator = torch.Generator().manual_seed(SEED)
     tensors = load_file(base)
     stems = {module: stem for file in open_base_model("base", base).files for module, stem in file.stems.items()}
@@ -61,7 +61,7 @@ def test_the_extracted_lora_merged_back_gives_the_tuned_checkpoint(tmp_path: Pat
     base = Path(build(tmp_path))
     _, target_modules = find_adapter_targets(open_base_model("base", base), with_convolutions=False)
     assert len(target_modules) > 5
-    tuned(base, tmp_path / "tuned.safetensors", target_modules)
+    write_tuned_checkpoint(base, tmp_path / "tuned.safetensors", target_modules)
     arguments = ["--model_org", str(base), "--model_tuned", str(tmp_path / "tuned.safetensors"), "--dim", str(RANK)]
     assert extract_lora_from_models.main([*arguments, "--save_to", str(tmp_path / "lora.safetensors")]) == 0
     lora = read_adapter_file(tmp_path / "lora.safetensors")
@@ -69,7 +69,7 @@ def test_the_extracted_lora_merged_back_gives_the_tuned_checkpoint(tmp_path: Pat
     assert read_metadata(tmp_path / "lora.safetensors")["ss_base_model_version"] == version
     arguments = ["--sd_model", str(base), "--models", str(tmp_path / "lora.safetensors")]
     assert merge_lora.main([*arguments, "--save_to", str(tmp_path / "merged.safetensors")]) == 0
-    expected, found = load_file(tmp_path / "tuned.safetensors"), load_file(tmp_path / "merged.safetensors")
-    assert expected.keys() == found.keys()
+    expected, actual = load_file(tmp_path / "tuned.safetensors"), load_file(tmp_path / "merged.safetensors")
+    assert expected.keys() == actual.keys()
     for key, tensor in expected.items():
-        torch.testing.assert_close(found[key], tensor, **FLOAT32_DEEP, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(actual[key], tensor, **FLOAT32_DEEP, msg=lambda text, key=key: f"{key}: {text}")

@@ -1,4 +1,4 @@
-"""Tools given an adapter file whose header the safetensors library refuses."""
+"""Tools given an adapter file whose header the safetensors library rejects."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ from tools import check_lora_weights, convert_lora, merge_lora, resize_lora, sho
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """An adapter file with half of a surrogate pair in its metadata."""
+    """Return an adapter file with half of a surrogate pair in its metadata."""
     name = "lora_unet_mid_block.lora_down.weight"
     header = {name: {"dtype": "F32", "shape": [1, 4], "data_offsets": [0, 16]}, "__metadata__": {"ss_tag": "\ud800"}}
     text = json.dumps(header).encode()

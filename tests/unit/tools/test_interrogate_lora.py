@@ -1,4 +1,4 @@
-"""tools/interrogate_lora.py: the word that a LoRA moves most comes first."""
+"""tools/interrogate_lora.py: tokens are sorted by how much a LoRA changes their encoding."""
 
 import re
 from pathlib import Path
@@ -19,16 +19,16 @@ from tools import interrogate_lora
 LINE = re.compile(r"\[ *\d+\]: *(\d+) .*: (\d+\.\d+)")
 
 
-def shown(capsys: pytest.CaptureFixture[str]) -> dict[int, float]:
-    """Score by token, in the order of the lines."""
-    found = [LINE.fullmatch(line) for line in capsys.readouterr().out.splitlines()]
-    return {int(match[1]): float(match[2]) for match in found if match is not None}
+def read_scores(capsys: pytest.CaptureFixture[str]) -> dict[int, float]:
+    """Return the printed score by token, in the order of the lines."""
+    matches = [LINE.fullmatch(line) for line in capsys.readouterr().out.splitlines()]
+    return {int(match[1]): float(match[2]) for match in matches if match is not None}
 
 
-def test_scores_are_those_of_the_network_that_is_installed(
+def test_scores_match_the_installed_network(
     tmp_path: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Recomputed in float64 through the factors, word by word."""
+    """Recompute one score in float64 from the factors."""
     generator = torch.Generator().manual_seed(5)
     options = TrainOptions(model=ModelOptions(pretrained_model_name_or_path=str(tiny_sd_folder)))
     (encoder,) = open_loader(options).text_encoders()
@@ -43,12 +43,12 @@ def test_scores_are_those_of_the_network_that_is_installed(
     )
     words = ["--sd_model", str(tiny_sd_folder), "--model", str(tmp_path / "a.safetensors"), "--batch_size", "7"]
     assert interrogate_lora.main([*words, "--top", "5"]) == 0
-    found = shown(capsys)
-    assert len(found) == 5
-    scores = list(found.values())
+    score_by_token = read_scores(capsys)
+    assert len(score_by_token) == 5
+    scores = list(score_by_token.values())
     assert scores == sorted(scores, reverse=True) and scores[-1] > 0
     num_words = encoder.config.vocab_size
-    ids = torch.tensor([[num_words - 2, next(iter(found)), num_words - 1]])
+    ids = torch.tensor([[num_words - 2, next(iter(score_by_token)), num_words - 1]])
     with torch.no_grad():
         before = encoder(ids).last_hidden_state
         layer[path].weight += 0.5 * up.double() @ down.double()  # type: ignore[operator]
@@ -56,7 +56,7 @@ def test_scores_are_those_of_the_network_that_is_installed(
     assert scores[0] == pytest.approx(float((after - before).abs().mean()), abs=1e-5)  # five digits are shown
 
 
-def test_both_text_encoders_of_sdxl_are_asked(
+def test_both_text_encoders_of_sdxl_are_scored(
     tmp_path: Path, tiny_sdxl_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors, generator = {}, torch.Generator().manual_seed(6)
@@ -65,26 +65,26 @@ def test_both_text_encoders_of_sdxl_are_asked(
         tensors[f"{name}.lora_down.weight"] = torch.randn(2, width, generator=generator)
         tensors[f"{name}.lora_up.weight"] = torch.randn(width, 2, generator=generator)
     scores = []
-    for kept in ("lora_te1", "lora_te2", "lora_te"):
-        save_file({k: v for k, v in tensors.items() if k.startswith(kept)}, tmp_path / "a.safetensors")
+    for prefix_kept in ("lora_te1", "lora_te2", "lora_te"):
+        save_file({k: v for k, v in tensors.items() if k.startswith(prefix_kept)}, tmp_path / "a.safetensors")
         words = ["--sd_model", str(tiny_sdxl_folder), "--model", str(tmp_path / "a.safetensors"), "--top", "100000"]
         assert lora_interrogator.main([*words, "--clip_skip", "2"]) == 0
-        scores.append(shown(capsys))
+        scores.append(read_scores(capsys))
     assert len(scores[2]) > 10
     for token, score in scores[2].items():
         assert score == pytest.approx((scores[0][token] + scores[1][token]) / 2, abs=2e-5)  # five digits are shown
 
 
 @pytest.mark.parametrize(
-    ("case", "said"),
+    ("case", "message"),
     [
         ("unet", "changes no text encoder of Stable Diffusion 1.x"),
         ("skip", "--clip_skip is 99, but the text encoder has"),
         ("flux", "is a FLUX model; supported:"),
     ],
 )
-def test_what_cannot_be_asked_is_told(
-    tmp_path: Path, tiny_sd_folder: Path, case: str, said: str, capsys: pytest.CaptureFixture[str]
+def test_unusable_inputs_are_refused_with_the_reason(
+    tmp_path: Path, tiny_sd_folder: Path, case: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = adapter_files.tensors(7)
     if case == "unet":
@@ -97,4 +97,4 @@ def test_what_cannot_be_asked_is_told(
         base = Path(build_tiny_flux(tmp_path / "flux", 8)[1])
     words = ["--sd_model", str(base), "--model", str(tmp_path / "a.safetensors")]
     assert interrogate_lora.main([*words, "--clip_skip", "99"] if case == "skip" else words) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

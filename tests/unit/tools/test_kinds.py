@@ -43,8 +43,8 @@ DEPENDS = {
     "boft": "BOFT",
     "oft": "OFT of outputs",
 }
-CONV_RANK = 40  # of the tiny U-Net's matrices and kernels the largest has fewer rows
-Made = tuple[Path, dict[str, Tensor], dict[str, Tensor]]
+CONV_RANK = 40  # above the number of rows of every layer of the tiny U-Net
+MergeCase = tuple[Path, dict[str, Tensor], dict[str, Tensor]]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -56,20 +56,20 @@ def unet_of(folder: Path) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
 
 
-def weights_of(seen: nn.Module, names: list[str]) -> dict[str, Tensor]:
-    """The weights of modules by their names in files."""
-    flat = {f"lora_unet_{path.replace('.', '_')}": module for path, module in seen.named_modules()}
+def weights_of(view_of_models: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """Return the weights of modules by their names in files."""
+    flat = {f"lora_unet_{path.replace('.', '_')}": module for path, module in view_of_models.named_modules()}
     return {name: flat[name].weight.detach().clone() for name in names}  # type: ignore[union-attr, operator]
 
 
 @pytest.fixture(scope="module")
-def made(kind: str, tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """(a file for the U-Net, the weights that it changes, the same with the change at strength 0.7)."""
-    door, rank, arguments = KINDS[kind]
+def merge_case(kind: str, tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MergeCase:
+    """Return (adapter file for the U-Net, the weights it changes, those weights with the change at strength 0.7)."""
+    module_name, rank, arguments = KINDS[kind]
     unet = unet_of(tiny_sd_folder)
-    text, seen = view([tiny_clip(9001, torch.float32)], unet)
+    text, view_of_models = view([tiny_clip(9001, torch.float32)], unet)
     path = tmp_path_factory.mktemp("made") / "a.safetensors"
-    if door == "oft":
+    if module_name == "oft":
         generator = torch.Generator().manual_seed(9002)
         tensors = {}
         for name in ("down_blocks_0_attentions_0_proj_in", "mid_block_attentions_0_proj_out"):
@@ -79,37 +79,39 @@ def made(kind: str, tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFacto
         tensors["oft_unet_mid_block_attentions_0_proj_out.oft_blocks"] = torch.randn(4, width // 4, width // 4) * 0.2
         save_safetensors(path, tensors, {"ss_base_model_version": "sd_v1"})
     else:
-        module: Any = import_module(f"networks.{door}")
-        network = module.create_network(1.0, rank, 2.0, None, None, seen, **arguments)
+        module: Any = import_module(f"networks.{module_name}")
+        network = module.create_network(1.0, rank, 2.0, None, None, view_of_models, **arguments)
         perturb(network, 9003)
-        network.save_weights(str(path), None, {"ss_network_module": f"networks.{door}"})
+        network.save_weights(str(path), None, {"ss_network_module": f"networks.{module_name}"})
     names = [name.replace("oft_unet", "lora_unet") for name in read_adapter_file(path).modules]
-    before = weights_of(seen, names)
-    module = import_module(f"networks.{door}")
-    merging, weights = module.create_network_from_weights(0.7, str(path), None, text, seen, for_inference=True)
-    merging.merge_to(text, seen, weights, torch.float32, "cpu")
-    after = weights_of(seen, names)
+    before = weights_of(view_of_models, names)
+    module = import_module(f"networks.{module_name}")
+    merging, weights = module.create_network_from_weights(
+        0.7, str(path), None, text, view_of_models, for_inference=True
+    )
+    merging.merge_to(text, view_of_models, weights, torch.float32, "cpu")
+    after = weights_of(view_of_models, names)
     assert all((after[name] - before[name]).norm() > 0.01 for name in names)
     return path, before, after
 
 
-def test_merging_into_a_checkpoint_is_what_the_network_computes(
-    made: Made, tiny_sd_folder: Path, tmp_path: Path
+def test_merging_into_a_checkpoint_equals_merging_the_network(
+    merge_case: MergeCase, tiny_sd_folder: Path, tmp_path: Path
 ) -> None:
-    path, _, after = made
+    path, _, after = merge_case
     words = ["--sd_model", str(tiny_sd_folder), "--models", str(path), "--ratios", "0.7", "--save_to"]
     assert merge_lora.main([*words, str(tmp_path / "merged")]) == 0
-    _, seen = view([tiny_clip(9001, torch.float32)], unet_of(tmp_path / "merged"))
-    for name, weight in weights_of(seen, list(after)).items():
+    _, view_of_models = view([tiny_clip(9001, torch.float32)], unet_of(tmp_path / "merged"))
+    for name, weight in weights_of(view_of_models, list(after)).items():
         torch.testing.assert_close(weight, after[name], **FLOAT32_SAME_MATH)
 
 
 @pytest.mark.parametrize("rank", [2, CONV_RANK])
-def test_one_lora_is_the_best_of_its_rank_and_its_error_is_told(
-    kind: str, made: Made, tiny_sd_folder: Path, tmp_path: Path, rank: int, caplog: pytest.LogCaptureFixture
+def test_a_merged_lora_is_the_best_of_its_rank_and_its_error_is_logged(
+    kind: str, merge_case: MergeCase, tiny_sd_folder: Path, tmp_path: Path, rank: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    path, before, after = made
+    path, before, after = merge_case
     out = str(tmp_path / "b.safetensors")
     words = ["--models", str(path), "--ratios", "0.7", "--new_rank", str(rank), "--save_to", out]
     assert merge_lora.main([*words, *(["--base_model", str(tiny_sd_folder)] if kind in DEPENDS else [])]) == 0
@@ -119,22 +121,22 @@ def test_one_lora_is_the_best_of_its_rank_and_its_error_is_told(
     for name, module in modules.items():
         change = (after[name] - before[name]).double().flatten(1)
         tail = torch.linalg.svdvals(change)[rank:].square().sum().item()
-        left = (change - module.weight(torch.float64).flatten(1)).square().sum().item()
-        assert left <= tail * 1.0001 + 1e-9 * change.square().sum().item()
+        residual = (change - module.weight(torch.float64).flatten(1)).square().sum().item()
+        assert residual <= tail * 1.0001 + 1e-9 * change.square().sum().item()
         missed, total = missed + tail, total + change.square().sum().item()
-    said = re.findall(r"the LoRA misses ([\d.]+)% of the sum", caplog.text)
+    reported = re.findall(r"the LoRA misses ([\d.]+)% of the sum", caplog.text)
     share = (missed / total) ** 0.5
     if share > 1e-4:
-        assert [float(number) for number in said] == [pytest.approx(100 * share, abs=0.06)]
+        assert [float(number) for number in reported] == [pytest.approx(100 * share, abs=0.06)]
     assert read_metadata(tmp_path / "b.safetensors")["ss_network_module"] == "networks.lora"
 
 
 @pytest.mark.parametrize("kind", DEPENDS, indirect=True)
-def test_what_depends_on_the_base_weight_says_so(
-    kind: str, made: Made, tiny_sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_kinds_that_depend_on_the_base_weight_require_the_base_model(
+    kind: str, merge_case: MergeCase, tiny_sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--models", str(made[0]), "--save_to", str(tmp_path / "b.safetensors")]
-    for more, said in (
+    words = ["--models", str(merge_case[0]), "--save_to", str(tmp_path / "b.safetensors")]
+    for more, message in (
         (["--new_rank", "4"], rf"is {DEPENDS[kind]}, whose change depends on the base weight; .*--base_model"),
         (
             ["--concat", "--base_model", str(tiny_sd_folder)],
@@ -142,30 +144,32 @@ def test_what_depends_on_the_base_weight_says_so(
         ),
     ):
         assert merge_lora.main([*words, *more]) == 1
-        assert re.search(said, capsys.readouterr().err)
+        assert re.search(message, capsys.readouterr().err)
     if not kind.startswith("dora"):
         assert merge_lora.main([*words, "--base_model", str(tiny_sd_folder)]) == 1
         assert "--new_rank is required: --models have no rank" in capsys.readouterr().err
-        assert resize_lora.main(["--model", str(made[0]), "--save_to", str(tmp_path / "c.safetensors")]) == 1
+        assert resize_lora.main(["--model", str(merge_case[0]), "--save_to", str(tmp_path / "c.safetensors")]) == 1
         assert f"is {DEPENDS[kind]}, which has no rank to reduce; convert it to a LoRA with" in capsys.readouterr().err
 
 
-def test_two_kinds_become_one_lora(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    """LoRA and OFT on the same layers: the sum of what each makes of the base weight."""
-    _, seen = view([tiny_clip(9001, torch.float32)], unet_of(tiny_sd_folder))
+def test_two_kinds_are_merged_into_one_lora(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    """LoRA and OFT on the same layers: the sum of their changes of the base weight."""
+    _, view_of_models = view([tiny_clip(9001, torch.float32)], unet_of(tiny_sd_folder))
     files, changes = [], []
-    for number, door in enumerate(("lora", "oft_v2")):
-        module: Any = import_module(f"networks.{door}")
-        network = module.create_network(1.0, 4, 2.0, None, None, seen)
+    for number, module_name in enumerate(("lora", "oft_v2")):
+        module: Any = import_module(f"networks.{module_name}")
+        network = module.create_network(1.0, 4, 2.0, None, None, view_of_models)
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(
                     torch.randn(parameter.shape, generator=torch.Generator().manual_seed(9010 + number)) * 0.2
                 )
-        files.append(str(tmp_path / f"{door}.safetensors"))
+        files.append(str(tmp_path / f"{module_name}.safetensors"))
         network.save_weights(files[-1], None, {})
         merged = {name: adapter.merged()["weight"].detach() for name, adapter in network.adapters.items()}
-        changes.append({name: merged[name] - weight for name, weight in weights_of(seen, list(merged)).items()})
+        changes.append(
+            {name: merged[name] - weight for name, weight in weights_of(view_of_models, list(merged)).items()}
+        )
     out = tmp_path / "both.safetensors"
     words = ["--models", *files, "--ratios", "0.5", "1.5", "--new_rank", str(CONV_RANK), "--save_to", str(out)]
     assert merge_lora.main([*words, "--base_model", str(tiny_sd_folder)]) == 0
@@ -175,29 +179,29 @@ def test_two_kinds_become_one_lora(tiny_sd_folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["lora", "whole lokr"], indirect=True)
-def test_ranks_of_the_one_lora_when_none_is_given(
-    kind: str, made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_rank_of_the_merged_lora_defaults_to_that_of_the_files(
+    kind: str, merge_case: MergeCase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """LoKr of two whole matrices has none, so it takes that of the other file or asks for one."""
+    """LoKr with two full matrices has no rank, so the rank of the other file is used or an error asks for one."""
     out = tmp_path / "b.safetensors"
-    words = ["--models", str(made[0]), "--save_to", str(out)]
+    words = ["--models", str(merge_case[0]), "--save_to", str(out)]
     if kind == "whole lokr":
         assert merge_lora.main(words) == 1
         assert "--new_rank is required: --models have no rank" in capsys.readouterr().err
-        name = next(iter(made[1]))
-        num_rows, num_columns = made[1][name].flatten(1).shape
+        name = next(iter(merge_case[1]))
+        num_rows, num_columns = merge_case[1][name].flatten(1).shape
         other = {
             f"{name}.lora_up.weight": torch.ones(num_rows, 5),
             f"{name}.lora_down.weight": torch.ones(5, num_columns),
         }
         save_safetensors(tmp_path / "o.safetensors", other, {})
-        words = ["--models", str(made[0]), str(tmp_path / "o.safetensors"), "--save_to", str(out)]
+        words = ["--models", str(merge_case[0]), str(tmp_path / "o.safetensors"), "--save_to", str(out)]
     assert merge_lora.main(words) == 0
     ranks = {module.rank for module in read_adapter_file(out).modules.values()}
     assert ranks == {5 if kind == "whole lokr" else 3}
 
 
-def test_a_base_model_that_is_not_needed_is_told(
+def test_an_unneeded_base_model_is_warned_about(
     tiny_sd_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "lora_unet_mid_block_attentions_0_proj_in"
@@ -212,10 +216,10 @@ def test_a_base_model_that_is_not_needed_is_told(
     )
 
 
-def test_it_is_checked_shown_and_converted(
-    kind: str, made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_files_of_every_kind_are_checked_shown_and_converted(
+    kind: str, merge_case: MergeCase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = made[0]
+    path = merge_case[0]
     assert check_lora_weights.main(["--model", str(path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["is_usable"] and report["base"] == "sd1" and not report["problems"]
@@ -233,12 +237,12 @@ def test_it_is_checked_shown_and_converted(
         assert done == 0
         back = tmp_path / "back.safetensors"
         assert convert_lora.main(["--model", str(out), "--save_to", str(back), "--to", "kohya"]) == 0
-        one, other = read_adapter_file(path).modules, read_adapter_file(back).modules
-        for name, module in one.items():
-            torch.testing.assert_close(other[name].weight(), module.weight(), rtol=1e-5, atol=1e-6)
+        original, converted = read_adapter_file(path).modules, read_adapter_file(back).modules
+        for name, module in original.items():
+            torch.testing.assert_close(converted[name].weight(), module.weight(), rtol=1e-5, atol=1e-6)
 
 
-def test_names_of_networks_oft_become_those_of_others(tmp_path: Path) -> None:
+def test_names_of_networks_oft_are_converted_to_the_usual_ones(tmp_path: Path) -> None:
     name = "unet_mid_block_attentions_0_proj_in"
     blocks = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(9021))
     tensors = {f"oft_{name}.oft_blocks": blocks, f"oft_{name}.alpha": torch.tensor(0.001)}

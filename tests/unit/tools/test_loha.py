@@ -17,20 +17,20 @@ from tests.tolerances import FLOAT32_SAME_MATH
 from tools import check_lora_weights, convert_lora, merge_lora, resize_lora
 
 TABLES = [spec.names for spec in list_specs()]
-WIDTHS = {"sd1": 768, "sd2": 1024, "sdxl": 2048, "flux": 3072, "hunyuan_image": 3584}  # by which models are told apart
+WIDTHS = {"sd1": 768, "sd2": 1024, "sdxl": 2048, "flux": 3072, "hunyuan_image": 3584}  # distinguishes the models
 CONV = "lora_unet_up_blocks_2_resnets_1_conv1"
 RANK, ALPHA = 2, 3.0
 
 
 def loha_of(names: list[str], seed: int, num_inputs: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name in names:
         for leaf, shape in (("w1_a", (9, RANK)), ("w1_b", (RANK, num_inputs)), ("w2_a", (9, RANK)),
                             ("w2_b", (RANK, num_inputs))):  # fmt: skip
-            found[f"{name}.hada_{leaf}"] = torch.randn(shape, generator=generator)
-        found[f"{name}.alpha"] = torch.tensor(ALPHA)
-    return found
+            tensors[f"{name}.hada_{leaf}"] = torch.randn(shape, generator=generator)
+        tensors[f"{name}.alpha"] = torch.tensor(ALPHA)
+    return tensors
 
 
 def changes(path: Path) -> dict[str, Tensor]:
@@ -44,13 +44,13 @@ def formula(tensors: dict[str, Tensor], name: str) -> Tensor:
 
 @pytest.fixture(params=TABLES, ids=lambda table: table.base)
 def table(request: pytest.FixtureRequest) -> BaseNames:
-    found: BaseNames = request.param
-    return found
+    names: BaseNames = request.param
+    return names
 
 
 @pytest.fixture
 def model(table: BaseNames, tmp_path: Path) -> Path:
-    """A file of four modules of the denoiser, those that tell widths first."""
+    """Write a file of four denoiser modules, starting with those that reveal the width."""
     names = [m.kohya for m in table.modules if re.search("^lora_unet_.*(blocks|layers)_[0-9]", m.kohya)]
     names = [name for name in names if "resnets" not in name and "layers_2" not in name]
     names.sort(key=lambda name: "attn2_to_k" not in name)
@@ -60,7 +60,7 @@ def model(table: BaseNames, tmp_path: Path) -> Path:
     return tmp_path / "a.safetensors"
 
 
-def test_it_is_checked_and_its_base_model_is_told(
+def test_the_file_is_checked_and_its_base_model_recognised(
     table: BaseNames, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert check_lora_weights.main(["--model", str(model), "--json"]) == 0
@@ -72,46 +72,46 @@ def test_it_is_checked_and_its_base_model_is_told(
         assert module["update_norm"] == pytest.approx(float(formula(tensors, module["name"]).norm()), rel=1e-10)
 
 
-def test_it_goes_to_the_generic_naming_and_back(model: Path, tmp_path: Path) -> None:
-    there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
-    assert convert_lora.main(["--model", str(model), "--save_to", str(there), "--to", "generic"]) == 0
-    assert all(not key.endswith("alpha") and "lora_unet" not in key for key in load_state_dict(there))
-    assert convert_lora.main(["--model", str(there), "--save_to", str(back), "--to", "kohya"]) == 0
+def test_the_file_is_converted_to_the_generic_naming_and_back(model: Path, tmp_path: Path) -> None:
+    generic, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
+    assert convert_lora.main(["--model", str(model), "--save_to", str(generic), "--to", "generic"]) == 0
+    assert all(not key.endswith("alpha") and "lora_unet" not in key for key in load_state_dict(generic))
+    assert convert_lora.main(["--model", str(generic), "--save_to", str(back), "--to", "kohya"]) == 0
     before, after = changes(model), changes(back)
     assert before.keys() == after.keys()
     for name, change in before.items():
         torch.testing.assert_close(after[name], change, rtol=1e-6, atol=1e-6)
 
 
-def test_diffusers_reads_no_loha_and_says_so(
+def test_converting_loha_to_diffusers_is_refused(
     table: BaseNames, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Under diffusers' names of Qwen-Image 2.1 it is read by ComfyUI, so there it is converted."""
+    """Exception: ComfyUI reads the diffusers names of Qwen-Image 2.1, so those files are converted."""
     out = tmp_path / "out.safetensors"
     if table.base == "qwen_image_21":
         assert convert_lora.main(["--model", str(model), "--save_to", str(out), "--to", "diffusers"]) == 0
         assert all(key.startswith("transformer.") for key in load_state_dict(out))
         return
     assert convert_lora.main(["--model", str(model), "--save_to", str(out), "--to", "diffusers"]) == 1
-    said = capsys.readouterr().err
-    assert "the diffusers naming has no place for" in said or "no program reads adapters of HunyuanImage" in said
+    error = capsys.readouterr().err
+    assert "the diffusers naming has no place for" in error or "no program reads adapters of HunyuanImage" in error
     assert not out.exists()
 
 
 @pytest.mark.parametrize("new_rank", [RANK, RANK**2])
-def test_resizing_makes_the_best_lora_of_it(model: Path, tmp_path: Path, new_rank: int) -> None:
+def test_resizing_gives_the_best_lora_approximation(model: Path, tmp_path: Path, new_rank: int) -> None:
     out = tmp_path / "out.safetensors"
     assert resize_lora.main(["--model", str(model), "--save_to", str(out), "--new_rank", str(new_rank)]) == 0
-    tensors, made = load_state_dict(model), read_adapter_file(out).modules
+    tensors, resized = load_state_dict(model), read_adapter_file(out).modules
     assert read_metadata(out)["ss_network_module"] == "networks.lora"
-    for name, module in made.items():
+    for name, module in resized.items():
         assert (module.form, module.rank) == ("low_rank", new_rank)
         u, s, v = torch.linalg.svd(formula(tensors, name), full_matrices=False)
         best = u[:, :new_rank] * s[:new_rank] @ v[:new_rank]
         assert (module.weight(torch.float64) - best).norm() < 1e-5 * best.norm()
 
 
-def test_two_become_one_lora_exactly_with_concat(model: Path, tmp_path: Path) -> None:
+def test_concat_merges_two_files_into_one_lora_exactly(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     arguments = ["--models", str(model), str(model), "--ratios", "0.5", "0.25", "--save_to", str(out)]
     assert merge_lora.main([*arguments, "--concat"]) == 0
@@ -121,25 +121,25 @@ def test_two_become_one_lora_exactly_with_concat(model: Path, tmp_path: Path) ->
         torch.testing.assert_close(module.weight(), 0.75 * formula(tensors, name).float(), **FLOAT32_SAME_MATH)
 
 
-def test_one_lora_of_a_smaller_rank_tells_what_it_misses(
+def test_merging_to_a_smaller_rank_logs_the_error(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out.safetensors"
     with caplog.at_level("INFO"):
         assert merge_lora.main(["--models", str(model), "--new_rank", "3", "--save_to", str(out)]) == 0
-    tensors, made = load_state_dict(model), changes(out)
-    missed = sum(float((formula(tensors, name) - change).square().sum()) for name, change in made.items())
-    total = sum(float(formula(tensors, name).square().sum()) for name in made)
+    tensors, merged = load_state_dict(model), changes(out)
+    missed = sum(float((formula(tensors, name) - change).square().sum()) for name, change in merged.items())
+    total = sum(float(formula(tensors, name).square().sum()) for name in merged)
     assert f"the LoRA misses {100 * (missed / total) ** 0.5:.1f}% of the sum of the changes (norm)" in caplog.text
     assert 0.01 < missed / total < 0.5
 
 
-def test_a_convolution_without_a_core_is_known_by_its_name() -> None:
+def test_a_convolution_without_a_core_is_recognised_by_its_name() -> None:
     tensors = {key.partition(".")[2]: tensor for key, tensor in loha_of([CONV], 3011, 45).items()}
     module = ModuleWeights(CONV, tensors, {})
     assert module.shape == (9, 5, 3, 3) and module.is_larger_kernel
     base = torch.randn(9, 5, 3, 3)
-    wanted = base + 0.5 * formula({f"x.{leaf}": t for leaf, t in tensors.items()}, "x").float().view_as(base)
-    torch.testing.assert_close(module.merged(base, 0.5), wanted, **FLOAT32_SAME_MATH)
+    expected = base + 0.5 * formula({f"x.{leaf}": t for leaf, t in tensors.items()}, "x").float().view_as(base)
+    torch.testing.assert_close(module.merged(base, 0.5), expected, **FLOAT32_SAME_MATH)
     with pytest.raises(ValueError, match="changes a weight of the shape"):
         module.merged(torch.randn(9, 4, 3, 3), 1.0)

@@ -1,4 +1,4 @@
-"""tools/merge_lora.py on Anima: the merged checkpoint computes what the adapter did."""
+"""tools/merge_lora.py on Anima: the merged checkpoint computes what the model with the adapter did."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ SEED = 33
 
 
 def prediction(base: list[str], lora: Path | None = None, **arguments: str) -> Tensor:
-    """Return the denoiser's prediction; with a random adapter, which is saved as `lora`, if that is given."""
+    """Return the denoiser's prediction; if `lora` is given, with a random adapter that is saved there."""
     denoiser = open_tiny(base).denoiser()
     if lora is not None:
         network = lora_anima.create_network(1.0, 4, 2, None, [], denoiser, **arguments)
@@ -49,7 +49,7 @@ def merge(base: str, lora: Path, save_to: Path) -> str:
 @pytest.mark.parametrize(
     ("naming", "prefix"), first_is_fast([("kohya", "net."), ("generic", ""), ("diffusers", "net.")])
 )
-def test_the_merged_checkpoint_computes_what_the_adapter_did(tmp_path: Path, naming: Any, prefix: str) -> None:
+def test_the_merged_checkpoint_matches_the_adapted_model(tmp_path: Path, naming: Any, prefix: str) -> None:
     base = build_tiny_anima(tmp_path, SEED, prefix)
     everything = {"train_llm_adapter": "True", "include_patterns": ".*"}
     expected = prediction(base, tmp_path / "lora.safetensors", **everything)
@@ -57,8 +57,8 @@ def test_the_merged_checkpoint_computes_what_the_adapter_did(tmp_path: Path, nam
     file = read_adapter_file(tmp_path / "lora.safetensors")
     save_adapter_file(tmp_path / "renamed.safetensors", rename(file, NAMES, naming).file)
     merged = merge(base[1], tmp_path / "renamed.safetensors", tmp_path / "merged.safetensors")
-    found = prediction(["--pretrained_model_name_or_path", merged, *base[2:]])
-    torch.testing.assert_close(found, expected, **FLOAT32_DEEP)
+    actual = prediction(["--pretrained_model_name_or_path", merged, *base[2:]])
+    torch.testing.assert_close(actual, expected, **FLOAT32_DEEP)
     assert read_metadata(Path(merged))["modelspec.architecture"] == "anima-preview"
     before, after = load_file(base[1]), load_file(merged)
     assert before.keys() == after.keys()

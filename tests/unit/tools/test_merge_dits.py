@@ -1,5 +1,5 @@
-"""tools/merge_lora.py and tools/convert_lora.py on four base models: the merged checkpoint computes what the adapter
-did, whatever the names in its file."""
+"""tools/merge_lora.py and tools/convert_lora.py on four base models: the merged checkpoint computes what the model
+with the adapter did, in every naming."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,9 @@ from tests.tolerances import FLOAT32_DEEP
 from tests.unit.architectures import test_dit_files
 from tools import convert_lora, merge_lora
 
-KEYS: Mapping[str, tuple[str, str, str]] = {  # of a converted file with the names of kohya, of ComfyUI, of diffusers
+KEYS: Mapping[
+    str, tuple[str, str, str]
+] = {  # the first key of a converted file in the naming of kohya, ComfyUI and diffusers
     "zimage": (
         "lora_unet_layers_0_attention_qkv.lora_down.weight",
         "diffusion_model.layers.0.attention.qkv.lora_A.weight",
@@ -50,15 +52,13 @@ ARCHITECTURES: Mapping[tuple[str, str], str] = {  # modelspec.architecture of a 
     ("krea2", "files"): "Krea-2",
     ("krea2", "whole"): "Krea-2",
     ("qwen_image_21", "files"): "Qwen-Image-2.1",
-    ("qwen_image_21", "whole"): "Qwen-Image-2.1",  # whose file fuses two of the layers
+    ("qwen_image_21", "whole"): "Qwen-Image-2.1",  # its file fuses two of the layers
 }
 
 
 @pytest.mark.parametrize("naming", first_is_fast(["kohya", "generic", "diffusers"]))
 @pytest.mark.parametrize(("name", "layout"), ARCHITECTURES)
-def test_the_merged_checkpoint_computes_what_the_adapter_did(
-    tmp_path: Path, name: str, layout: Any, naming: Any
-) -> None:
+def test_the_merged_checkpoint_matches_the_adapted_model(tmp_path: Path, name: str, layout: Any, naming: Any) -> None:
     dit = DITS[name]
     is_dev = ARCHITECTURES[name, layout] == "Flux.2-dev"
     build = test_dit_files.DITS[name].build
@@ -72,8 +72,8 @@ def test_the_merged_checkpoint_computes_what_the_adapter_did(
     words = ["--sd_model", arguments[1], "--models", str(tmp_path / "renamed.safetensors"), "--save_to", str(merged)]
     assert merge_lora.main(words) == 0
     assert load_file(merged).keys() == load_file(arguments[1]).keys()
-    found = test_dit_files.opened(name, [arguments[0], str(merged), *arguments[2:]]).denoiser()
-    torch.testing.assert_close(found(*values), expected, **FLOAT32_DEEP)
+    actual = test_dit_files.opened(name, [arguments[0], str(merged), *arguments[2:]]).denoiser()
+    torch.testing.assert_close(actual(*values), expected, **FLOAT32_DEEP)
     assert read_metadata(merged)["modelspec.architecture"] == ARCHITECTURES[name, layout]
 
 
@@ -82,7 +82,7 @@ def test_the_command_converts_into_every_naming(name: str, tmp_path: Path) -> No
     lora = tmp_path / "lora.safetensors"
     DITS[name].trained_file(DITS[name].module, lora, {})
     if name == "flux_2":
-        save_file(load_file(lora), lora, {"ss_base_model_version": "flux_2"})  # the sizes of a tiny model tell nothing
+        save_file(load_file(lora), lora, {"ss_base_model_version": "flux_2"})  # sizes do not identify a tiny model
     for naming, key in zip(("kohya", "generic", "diffusers"), KEYS[name], strict=True):
         path = tmp_path / f"{naming}.safetensors"
         assert convert_lora.main(["--model", str(lora), "--save_to", str(path), "--to", naming]) == 0

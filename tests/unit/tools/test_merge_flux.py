@@ -1,4 +1,4 @@
-"""tools/merge_lora.py on FLUX.1: the merged checkpoint predicts what the adapter did."""
+"""tools/merge_lora.py on FLUX.1: the merged checkpoint predicts what the model with the adapter did."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ SEED = 31
 
 
 def adapter(path: Path, **arguments: str) -> torch.Tensor:
-    """Save an adapter with random weights; gives the prediction with it."""
+    """Save an adapter with random weights and return the model's prediction with it."""
     model = tiny_flux(SEED)
     network = lora_flux.create_network(1.0, 4, 2, None, [], model, **arguments)
     randomize(network, 3)
@@ -38,7 +38,7 @@ def prediction(model: Flux) -> torch.Tensor:
     return output
 
 
-def merged(base: Path, lora: Path, folder: Path) -> dict[str, torch.Tensor]:
+def merge(base: Path, lora: Path, folder: Path) -> dict[str, torch.Tensor]:
     save_to = folder / "merged.safetensors"
     assert merge_lora.main(["--sd_model", str(base), "--models", str(lora), "--save_to", str(save_to)]) == 0
     return load_file(save_to)
@@ -46,12 +46,12 @@ def merged(base: Path, lora: Path, folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("naming", first_is_fast(["kohya", "diffusers"]))
 @pytest.mark.parametrize("split", ["False", "True"])
-def test_the_merged_transformer_predicts_what_the_adapter_did(tmp_path: Path, naming: str, split: str) -> None:
+def test_the_merged_transformer_matches_the_adapted_model(tmp_path: Path, naming: str, split: str) -> None:
     base = Path(build_tiny_flux(tmp_path, SEED)[1])
     expected = adapter(tmp_path / "lora.safetensors", split_qkv=split, in_dims="[2,2,2,2,2]")
     file = read_adapter_file(tmp_path / "lora.safetensors")
     save_adapter_file(tmp_path / "renamed.safetensors", rename(file, NAMES, naming).file)  # type: ignore[arg-type]
-    tensors = merged(base, tmp_path / "renamed.safetensors", tmp_path)
+    tensors = merge(base, tmp_path / "renamed.safetensors", tmp_path)
     model = tiny_flux(SEED)
     model.load_state_dict(tensors)
     torch.testing.assert_close(prediction(model), expected, **FLOAT32_DEEP)
@@ -61,7 +61,7 @@ def test_the_merged_transformer_predicts_what_the_adapter_did(tmp_path: Path, na
 def test_in_a_file_of_all_parts_only_the_adapted_weights_change(tmp_path: Path) -> None:
     base = Path(build_tiny_flux(tmp_path, SEED, "whole")[1])
     adapter(tmp_path / "lora.safetensors", train_blocks="single")
-    before, after = load_file(base), merged(base, tmp_path / "lora.safetensors", tmp_path)
+    before, after = load_file(base), merge(base, tmp_path / "lora.safetensors", tmp_path)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert before.keys() == after.keys()
     assert changed == {
@@ -71,7 +71,7 @@ def test_in_a_file_of_all_parts_only_the_adapted_weights_change(tmp_path: Path) 
     }
 
 
-def test_what_cannot_be_merged_into_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_base_models_are_refused_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter(tmp_path / "lora.safetensors")
     build_tiny_flux(tmp_path / "folder", SEED, "diffusers")
     arguments = ["--models", str(tmp_path / "lora.safetensors"), "--save_to", str(tmp_path / "out")]

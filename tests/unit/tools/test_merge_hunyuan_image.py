@@ -1,4 +1,4 @@
-"""tools/merge_lora.py on HunyuanImage 2.1: the merged checkpoint predicts what the adapter did, in every naming."""
+"""tools/merge_lora.py on HunyuanImage 2.1: the merged checkpoint predicts what the adapted model did."""
 
 from pathlib import Path
 
@@ -26,12 +26,12 @@ SEED = 31
 
 
 def adapter(path: Path, **arguments: str) -> torch.Tensor:
-    """Save an adapter with random weights; gives the prediction with it."""
+    """Save an adapter with random weights and return the model's prediction with it."""
     model = tiny_hunyuan_image(SEED)
-    _, seen = view_denoiser([], model)
-    network = lora_hunyuan_image.create_network(1.0, 4, 2, None, [], seen, **arguments)
+    _, view = view_denoiser([], model)
+    network = lora_hunyuan_image.create_network(1.0, 4, 2, None, [], view, **arguments)
     randomize(network, 3)
-    network.apply_to([], seen, False, True)
+    network.apply_to([], view, False, True)
     network.eval()
     network.save_weights(str(path), None, {})
     return prediction(model)
@@ -44,14 +44,14 @@ def prediction(model: HunyuanImage) -> torch.Tensor:
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("naming", ["kohya", "generic", "diffusers", "sd-scripts"])
-def test_the_merged_transformer_predicts_what_the_adapter_did(tmp_path: Path, naming: str, prefix: str) -> None:
+def test_the_merged_transformer_matches_the_adapted_model(tmp_path: Path, naming: str, prefix: str) -> None:
     base = Path(build_tiny_hunyuan_image(tmp_path, SEED)[1])
     if prefix:
         save_file({prefix + key: tensor for key, tensor in load_file(base).items()}, base)
     lora, save_to = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
     expected = adapter(lora, split_qkv="True")
     if naming == "sd-scripts":
-        theirs = {found.kohya: found.aliases[0] for found in NAMES.modules if found.aliases}
+        theirs = {entry.kohya: entry.aliases[0] for entry in NAMES.modules if entry.aliases}
         split = {key: key.partition(".") for key in load_file(lora)}
         renamed = {f"{theirs.get(name, name)}.{leaf}": load_file(lora)[key] for key, (name, _, leaf) in split.items()}
         save_file(renamed, lora)
@@ -69,7 +69,7 @@ def test_the_merged_transformer_predicts_what_the_adapter_did(tmp_path: Path, na
     assert read_metadata(save_to)["modelspec.architecture"] == "hunyuan-image-2.1"
 
 
-def test_what_cannot_be_merged_into_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_base_models_are_refused_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter(tmp_path / "lora.safetensors")
     build_tiny_hunyuan_image(tmp_path / "folder", SEED, "diffusers")
     arguments = ["--models", str(tmp_path / "lora.safetensors"), "--save_to", str(tmp_path / "out")]

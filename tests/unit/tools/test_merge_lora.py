@@ -1,4 +1,4 @@
-"""tools/merge_lora.py and tools/extract_lora_from_models.py as they are typed, on a tiny Stable Diffusion."""
+"""tools/merge_lora.py and tools/extract_lora_from_models.py, run as commands on a tiny Stable Diffusion."""
 
 import subprocess
 import sys
@@ -70,13 +70,13 @@ def loader(path: Path) -> UnetLoader:
 
 
 def outputs(path: Path, adapter: Path | None = None, multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return the outputs of the text encoder and the U-Net, with an adapter installed if there is one."""
+    """Return the outputs of the text encoder and the U-Net, with an adapter installed if one is given."""
     models = loader(path)
     encoders, unet = models.text_encoders(), models.denoiser()
     if adapter is not None:
-        seen = view(encoders, unet)
-        network, _ = lora.create_network_from_weights(multiplier, str(adapter), None, *seen, for_inference=True)
-        network.apply_to(*seen)
+        adapter_view = view(encoders, unet)
+        network, _ = lora.create_network_from_weights(multiplier, str(adapter), None, *adapter_view, for_inference=True)
+        network.apply_to(*adapter_view)
         network.load_weights(str(adapter))
     generator = torch.Generator().manual_seed(70)
     latents = torch.randn(1, 4, 8, 8, generator=generator)
@@ -100,13 +100,13 @@ def test_merged_checkpoint_computes_what_the_installed_adapter_computes(
         torch.testing.assert_close(value, expected, **FLOAT32_DEEP)
 
 
-def test_what_no_adapter_touches_is_copied_bit_for_bit_in_its_dtype(tmp_path: Path, tiny_sd_file: Path) -> None:
+def test_weights_without_an_adapter_are_copied_bit_for_bit_in_their_dtype(tmp_path: Path, tiny_sd_file: Path) -> None:
     old = {key: value.half() for key, value in load_state_dict(tiny_sd_file).items()}
     old["model_ema.num_updates"] = torch.tensor(7)
     save_safetensors(tmp_path / "base.safetensors", old, {"modelspec.hash_sha256": "0xabc", "note": "kept"})
     adapter = write_adapter(tmp_path / "a.safetensors", tmp_path / "base.safetensors", 72)
-    kept = {k: v for k, v in load_state_dict(adapter).items() if k.startswith(f"{ATTENTION}_proj_in.")}
-    save_safetensors(adapter, kept)
+    adapter_tensors = {k: v for k, v in load_state_dict(adapter).items() if k.startswith(f"{ATTENTION}_proj_in.")}
+    save_safetensors(adapter, adapter_tensors)
     out = tmp_path / "merged.safetensors"
     assert merge("--sd_model", tmp_path / "base.safetensors", "--models", adapter, "--save_to", out) == 0
     new = load_state_dict(out)
@@ -119,7 +119,7 @@ def test_what_no_adapter_touches_is_copied_bit_for_bit_in_its_dtype(tmp_path: Pa
     assert metadata["note"] == "kept" and "modelspec.hash_sha256" not in metadata
 
 
-def test_save_precision_casts_every_number_of_a_checkpoint(tmp_path: Path, tiny_sd_file: Path) -> None:
+def test_save_precision_casts_every_tensor_of_a_checkpoint(tmp_path: Path, tiny_sd_file: Path) -> None:
     adapter = write_adapter(tmp_path / "a.safetensors", tiny_sd_file, 73)
     out = tmp_path / "m.ckpt"
     arguments = ("--sd_model", tiny_sd_file, "--models", adapter, "--save_to", out, "--save_precision", "bf16")
@@ -127,7 +127,7 @@ def test_save_precision_casts_every_number_of_a_checkpoint(tmp_path: Path, tiny_
     assert {tensor.dtype for tensor in load_state_dict(out).values() if tensor.is_floating_point()} == {torch.bfloat16}
 
 
-def test_names_of_other_trainers_and_all_kinds_are_merged(tmp_path: Path, tiny_sd_file: Path) -> None:
+def test_namings_of_other_trainers_and_all_kinds_are_merged(tmp_path: Path, tiny_sd_file: Path) -> None:
     generator = torch.Generator().manual_seed(74)
     base = load_state_dict(tiny_sd_file)
     stem = "model.diffusion_model.input_blocks.1."
@@ -175,29 +175,29 @@ def test_modules_that_the_checkpoint_lacks_are_named(
     assert not out.exists()
 
 
-def test_the_way_out_for_modules_that_the_checkpoint_lacks_leads_out(
+def test_the_fix_suggested_for_missing_modules_works(
     tmp_path: Path, tiny_sd_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Modules that the base model never has can be left out by a command; text encoders are in another file."""
+    """Modules that the base model never has can be dropped by a command; text encoders are in another file."""
     adapter, out = write_adapter(tmp_path / "a.safetensors", tiny_sd_file, 77), tmp_path / "m.safetensors"
     tensors, pair = load_state_dict(adapter), ("lora_down.weight", "lora_up.weight")
-    for name, said in (
+    for name, hint in (
         ("lora_te_text_projection", "convert_lora.py --to kohya --drop_unsupported"),
         ("lora_te_text_model_encoder_layers_11_mlp_fc1", "use a checkpoint with all parts"),
     ):
         more = {f"{name}.{leaf}": torch.ones(2, 2) for leaf in pair}
         save_safetensors(tmp_path / "b.safetensors", {**tensors, **more}, read_metadata(adapter))
         assert merge("--sd_model", tiny_sd_file, "--models", tmp_path / "b.safetensors", "--save_to", out) == 1
-        told = capsys.readouterr().err
-        assert name in told and said in told
-        if "convert_lora" in said:
+        error = capsys.readouterr().err
+        assert name in error and hint in error
+        if "convert_lora" in hint:
             paths = ["--model", str(tmp_path / "b.safetensors"), "--save_to", str(tmp_path / "c.safetensors")]
             assert convert_lora.main([*paths, "--to", "kohya", "--drop_unsupported"]) == 0
             assert merge("--sd_model", tiny_sd_file, "--models", tmp_path / "c.safetensors", "--save_to", out) == 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--ratios", "1", "0.5"], "--ratios has 2 values, but --models 1"),
         (["--concat", "--new_rank", "3"], "--new_rank and --concat exclude each other"),
@@ -206,8 +206,8 @@ def test_the_way_out_for_modules_that_the_checkpoint_lacks_leads_out(
         (["--sd_model", "a.safetensors", "--concat"], "--concat makes one LoRA of several"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(
-    tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_conflicting_options_are_refused(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generator = torch.Generator().manual_seed(76)
     tensors = {
@@ -217,10 +217,10 @@ def test_options_that_do_not_go_together_are_refused(
     save_safetensors(tmp_path / "a.safetensors", tensors)
     out = tmp_path / "m.safetensors"
     assert merge("--models", tmp_path / "a.safetensors", "--save_to", out, *arguments) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_existing_folder_is_not_written_into(
+def test_an_existing_folder_is_not_written_to(
     tmp_path: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert merge("--sd_model", tiny_sd_folder, "--models", "a.safetensors", "--save_to", tmp_path) == 1
@@ -260,10 +260,10 @@ def test_concatenation_is_the_sum_of_the_changes(ranks: list[int], alpha: float,
 
 
 @pytest.mark.parametrize(("ratios", "is_warned"), [((1.41, -1.41), True), ((1, -1), False), ((1.41, -1), False)])
-def test_ratios_that_are_one_in_sd_scripts_are_warned_of(
+def test_ratios_that_sd_scripts_normalises_to_one_are_warned_about(
     tmp_path: Path, tiny_sd_file: Path, ratios: tuple[float, float], is_warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """There two files at 1.41 and alpha kept at twice the rank act at 1; here at 1.41, as the numbers say."""
+    """In sd-scripts, two files at 1.41 with alpha kept at twice the rank act at 1; here they act at 1.41 as given."""
     a, b = (write_adapter(tmp_path / f"{seed}.safetensors", tiny_sd_file, seed) for seed in (85, 86))
     out = tmp_path / "m.safetensors"
     assert merge("--models", a, b, "--ratios", *ratios, "--concat", "--save_to", out) == 0
@@ -273,7 +273,7 @@ def test_ratios_that_are_one_in_sd_scripts_are_warned_of(
     torch.testing.assert_close(merged, ratios[0] * first + ratios[1] * second, **FLOAT32_SAME_MATH)
 
 
-def test_svd_merge_is_the_truncated_decomposition_of_the_sum() -> None:
+def test_an_svd_merge_is_the_truncated_decomposition_of_the_sum() -> None:
     adapters = [Weighted(small_file(77, 3, 2.0), 1.0), Weighted(small_file(78, 2, 1.0), -0.5)]
     merged = {module.name: module for module in merge_adapters(adapters, (2, 3), Arithmetic(torch.float64, CPU))}
     for name, rank in (("lora_unet_a", 2), ("lora_unet_c", 3)):
@@ -285,7 +285,7 @@ def test_svd_merge_is_the_truncated_decomposition_of_the_sum() -> None:
         torch.testing.assert_close(merged[name].weight(torch.float64), expected, rtol=1e-8, atol=1e-10)
 
 
-def test_merged_file_has_metadata_and_hashes_of_what_is_written(tmp_path: Path, tiny_sd_file: Path) -> None:
+def test_a_merged_file_has_metadata_and_the_hashes_of_its_tensors(tmp_path: Path, tiny_sd_file: Path) -> None:
     a, b = (write_adapter(tmp_path / f"{n}.safetensors", tiny_sd_file, 79, rank=r) for n, r in (("a", 2), ("b", 3)))
     out = tmp_path / "m.safetensors"
     assert merge("--models", a, b, "--ratios", 1, 0.5, "--concat", "--save_to", out, "--save_precision", "fp16") == 0
@@ -313,8 +313,10 @@ def test_files_in_different_namings_are_added_module_by_module(tmp_path: Path) -
     torch.testing.assert_close(module.weight(), 2 * up @ down, **FLOAT32_SAME_MATH)
 
 
-def test_a_whole_weight_has_no_factors_to_add(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its change is the same on every base weight."""
+def test_a_full_weight_difference_cannot_be_added_to_factors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its change does not depend on the base weight."""
     save_safetensors(tmp_path / "a.safetensors", {f"{ATTENTION}_proj_in.diff": torch.ones(8, 8)})
     words = ("--models", tmp_path / "a.safetensors", "--save_to", tmp_path / "m.safetensors", "--new_rank", "4")
     assert merge(*words) == 1
@@ -331,8 +333,8 @@ def test_dora_cannot_be_added_to_another_lora(tmp_path: Path, capsys: pytest.Cap
     }  # fmt: skip
     save_safetensors(tmp_path / "a.safetensors", tensors)
     assert merge("--models", tmp_path / "a.safetensors", "--save_to", tmp_path / "m.safetensors") == 1
-    said = capsys.readouterr().err
-    assert "lora_unet_x is DoRA" in said and "--sd_model" in said
+    error = capsys.readouterr().err
+    assert "lora_unet_x is DoRA" in error and "--sd_model" in error
 
 
 # --- the difference of two checkpoints ---
@@ -357,7 +359,7 @@ def test_merging_then_extracting_gives_back_every_change(
     assert (metadata["sshs_model_hash"], metadata["sshs_legacy_hash"]) == hashes
 
 
-def test_text_encoder_is_left_out_below_min_diff_and_kernels_without_conv_dim(
+def test_text_encoders_below_min_diff_and_kernels_without_conv_dim_are_excluded(
     tmp_path: Path, tiny_sd_file: Path, tiny_sd_folder: Path
 ) -> None:
     adapter, merged = write_adapter(tmp_path / "a.safetensors", tiny_sd_file, 83), tmp_path / "m.safetensors"
@@ -371,7 +373,7 @@ def test_text_encoder_is_left_out_below_min_diff_and_kernels_without_conv_dim(
     assert {module.form for module in modules.values()} == {"low_rank"}
 
 
-def test_same_checkpoint_twice_is_refused(
+def test_extracting_from_two_equal_checkpoints_is_refused(
     tmp_path: Path, tiny_sd_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "x.safetensors"
@@ -381,7 +383,7 @@ def test_same_checkpoint_twice_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--v2"], "is of Stable Diffusion 1.x; remove --v2"),
         (["--sdxl"], "is of Stable Diffusion 1.x; remove --sdxl"),
@@ -390,32 +392,32 @@ def test_same_checkpoint_twice_is_refused(
         (["--model_tuned", "no_such.ckpt"], "--model_tuned no_such.ckpt does not exist"),
     ],
 )
-def test_extracting_refuses_what_it_cannot_do(
-    tmp_path: Path, tiny_sd_file: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_impossible_extractions_are_refused(
+    tmp_path: Path, tiny_sd_file: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = ("--model_org", tiny_sd_file, "--model_tuned", tiny_sd_file, "--save_to", tmp_path / "x.safetensors")
     assert extract(*base, *arguments) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["model.diffusion_model.middle_block.1", "cond_stage_model"])
 def test_extracting_from_a_damaged_checkpoint_names_the_layer(
     tmp_path: Path, tiny_sd_file: Path, part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """NaN is above no --min_diff, so a text encoder with some would pass for an equal one."""
+    """NaN never exceeds --min_diff, so a text encoder with NaN would count as unchanged."""
     tensors = load_state_dict(tiny_sd_file)
     key = next(key for key in tensors if key.startswith(part) and key.endswith(("to_q.weight", "q_proj.weight")))
     tensors[key][0, 0] = torch.nan
     save_safetensors(tmp_path / "tuned.safetensors", tensors)
     words = ("--model_org", tiny_sd_file, "--model_tuned", tmp_path / "tuned.safetensors")
     assert extract(*words, "--save_to", tmp_path / "x.safetensors") == 1
-    said = capsys.readouterr().err
-    assert f"--model_tuned {tmp_path / 'tuned.safetensors'}: lora_" in said
-    assert f"has 1 of {tensors[key].numel()} values that are not finite" in said
+    error = capsys.readouterr().err
+    assert f"--model_tuned {tmp_path / 'tuned.safetensors'}: lora_" in error
+    assert f"has 1 of {tensors[key].numel()} values that are not finite" in error
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_adapter_given_as_checkpoint_is_told_from_one(
+def test_an_adapter_passed_as_a_checkpoint_is_recognised(
     tmp_path: Path, tiny_sd_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = write_adapter(tmp_path / "a.safetensors", tiny_sd_file, 84)
@@ -427,7 +429,7 @@ def test_adapter_given_as_checkpoint_is_told_from_one(
     "script",
     ["merge_lora.py", "sdxl_merge_lora.py", "svd_merge_lora.py", "resize_lora.py", "extract_lora_from_models.py"],
 )
-def test_paths_that_other_programs_start_show_the_help_with_examples(script: str) -> None:
+def test_the_paths_of_sd_scripts_show_help_with_examples(script: str) -> None:
     command = [sys.executable, f"networks/{script}", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -438,7 +440,7 @@ def test_paths_that_other_programs_start_show_the_help_with_examples(script: str
 def test_a_file_that_cannot_be_merged_is_named_with_its_key_and_nothing_is_written(
     damage: str, tiny_sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The second of two files is at fault."""
+    """The second of two files is damaged."""
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     width = load_state_dict(tiny_sd_folder / "unet" / "diffusion_pytorch_model.safetensors")[
         "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
@@ -456,6 +458,6 @@ def test_a_file_that_cannot_be_merged_is_named_with_its_key_and_nothing_is_writt
         save_safetensors(tmp_path / f"{stem}.safetensors", tensors)
     words = ["--models", str(tmp_path / "good.safetensors"), str(tmp_path / "bad.safetensors")]
     assert merge_lora.main(["--sd_model", str(tiny_sd_folder), *words, "--save_to", str(tmp_path / "out")]) == 1
-    said = capsys.readouterr().err
-    assert "bad.safetensors" in said and name in said and "good.safetensors" not in said
+    error = capsys.readouterr().err
+    assert "bad.safetensors" in error and name in error and "good.safetensors" not in error
     assert not (tmp_path / "out").exists()

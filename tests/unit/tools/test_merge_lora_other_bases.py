@@ -21,12 +21,12 @@ from tools.merge_lora import main as merge
 
 pytestmark = pytest.mark.slow
 
-SLOW_FOLDER = pytest.param("tiny_sdxl_folder", marks=pytest.mark.nightly)  # what a folder of SD 2.x and a file hold
+SLOW_FOLDER = pytest.param("tiny_sdxl_folder", marks=pytest.mark.nightly)  # a folder and a file of SD 2.x
 CHECKPOINTS = ("tiny_sd2_folder", "tiny_sd2_file", SLOW_FOLDER, "tiny_sdxl_file")
 
 
 def models_of(path: Path, is_sdxl: bool) -> tuple[list[nn.Module], nn.Module, Any]:
-    """(text encoders, U-Net, both as network modules see them)."""
+    """Return (text encoders, U-Net, both as network modules see them)."""
     model = ModelOptions(pretrained_model_name_or_path=str(path), v2=not is_sdxl)
     arch = build_sdxl(SdxlOptions(model=model)) if is_sdxl else build_sd(TrainOptions(model=model))
     encoders, unet = arch.load.text_encoders(), arch.load.denoiser()
@@ -40,8 +40,8 @@ def weights_of(path: Path, is_sdxl: bool) -> dict[str, Tensor]:
 
 
 def random_lora(path: Path, is_sdxl: bool, to: Path, rank: int = 4) -> Path:
-    seen = models_of(path, is_sdxl)[2]
-    network = create_network(1.0, rank, 2.0, None, *seen, conv_dim=str(rank))
+    view_of_models = models_of(path, is_sdxl)[2]
+    network = create_network(1.0, rank, 2.0, None, *view_of_models, conv_dim=str(rank))
     generator = torch.Generator().manual_seed(91)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -50,8 +50,8 @@ def random_lora(path: Path, is_sdxl: bool, to: Path, rank: int = 4) -> Path:
     return to
 
 
-def beside(path: Path, folder: Path, name: str) -> Path:
-    """Where a changed copy goes: a folder for a folder, a file with the tokenizer beside it for a file."""
+def copy_path(path: Path, folder: Path, name: str) -> Path:
+    """Return the path for a changed copy: a folder for a folder, or a file next to its tokenizer for a file."""
     if path.is_dir():
         return folder / name
     (folder / name).mkdir()
@@ -65,19 +65,19 @@ def test_a_merged_checkpoint_is_the_model_with_its_adapter_merged(
 ) -> None:
     base, is_sdxl = request.getfixturevalue(name), "sdxl" in name
     lora = random_lora(base, is_sdxl, tmp_path / "lora.safetensors")
-    to = beside(base, tmp_path, "merged")
+    to = copy_path(base, tmp_path, "merged")
     arguments = ["--sd_model", str(base), "--models", str(lora), "--ratios", "0.5", "--save_to", str(to)]
     assert merge(arguments) == 0
-    encoders, unet, seen = models_of(base, is_sdxl)
-    network, weights = create_network_from_weights(0.5, str(lora), None, *seen, for_inference=True)
-    network.merge_to(*seen, weights)
+    encoders, unet, view_of_models = models_of(base, is_sdxl)
+    network, weights = create_network_from_weights(0.5, str(lora), None, *view_of_models, for_inference=True)
+    network.merge_to(*view_of_models, weights)
     parts = {f"te{i}": encoder for i, encoder in enumerate(encoders)} | {"unet": unet}
-    wanted = {f"{part}.{key}": t for part, module in parts.items() for key, t in module.state_dict().items()}
-    found, start = weights_of(to, is_sdxl), weights_of(base, is_sdxl)
-    changed = {key.rpartition(".")[0] for key in start if not torch.equal(found[key], start[key])}
+    expected = {f"{part}.{key}": t for part, module in parts.items() for key, t in module.state_dict().items()}
+    actual, start = weights_of(to, is_sdxl), weights_of(base, is_sdxl)
+    changed = {key.rpartition(".")[0] for key in start if not torch.equal(actual[key], start[key])}
     assert len(changed) == len(network.adapters)
-    for key, tensor in wanted.items():
-        torch.testing.assert_close(found[key], tensor, **FLOAT32_SAME_MATH)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(actual[key], tensor, **FLOAT32_SAME_MATH)
     if to.is_file():
         architecture = read_metadata(to)["modelspec.architecture"]
         assert architecture == ("stable-diffusion-xl-v1-base" if is_sdxl else "stable-diffusion-v2-512")
@@ -85,22 +85,22 @@ def test_a_merged_checkpoint_is_the_model_with_its_adapter_merged(
 
 
 @pytest.mark.parametrize("name", ["tiny_sd2_file", "tiny_sdxl_file", SLOW_FOLDER])
-def test_what_was_merged_is_extracted_again(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_merged_lora_is_extracted_again(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     base, is_sdxl = request.getfixturevalue(name), "sdxl" in name
     lora = random_lora(base, is_sdxl, tmp_path / "lora.safetensors", rank=2)
-    tuned = beside(base, tmp_path, "merged")
+    tuned = copy_path(base, tmp_path, "merged")
     assert merge(["--sd_model", str(base), "--models", str(lora), "--save_to", str(tuned)]) == 0
     out = tmp_path / "out.safetensors"
     arguments = ["--model_org", str(base), "--model_tuned", str(tuned), "--save_to", str(out)]
     assert extract([*arguments, "--dim", "4", "--conv_dim", "4", "--sdxl" if is_sdxl else "--v2"]) == 0
-    given, found = load_file(lora), load_file(out)
-    assert given.keys() == found.keys()
-    for key in (key for key in given if key.endswith("lora_up.weight")):
+    original, extracted = load_file(lora), load_file(out)
+    assert original.keys() == extracted.keys()
+    for key in (key for key in original if key.endswith("lora_up.weight")):
         stem = key.removesuffix(".lora_up.weight")
-        rank = given[f"{stem}.lora_down.weight"].shape[0]
-        wanted = float(given[f"{stem}.alpha"]) / rank * product(given, stem)
+        rank = original[f"{stem}.lora_down.weight"].shape[0]
+        expected = float(original[f"{stem}.alpha"]) / rank * product(original, stem)
         # the merged weights are rounded to float32: differences of 1e-7 of weights of size 1
-        torch.testing.assert_close(product(found, stem), wanted, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(product(extracted, stem), expected, rtol=1e-3, atol=1e-5)
     version = read_metadata(out)["ss_base_model_version"]
     assert version == ("sdxl_base_v1-0" if is_sdxl else "sd_v2")
 
@@ -109,13 +109,13 @@ def product(tensors: dict[str, Tensor], stem: str) -> Tensor:
     return tensors[f"{stem}.lora_up.weight"].flatten(1) @ tensors[f"{stem}.lora_down.weight"].flatten(1)
 
 
-def test_two_kinds_of_checkpoints_have_no_difference(
+def test_checkpoints_of_two_base_models_have_no_difference(
     tmp_path: Path, tiny_sd2_file: Path, tiny_sdxl_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--model_org", str(tiny_sd2_file), "--model_tuned", str(tiny_sdxl_file)]
     assert extract([*arguments, "--save_to", str(tmp_path / "x.safetensors")]) == 1
-    said = capsys.readouterr().err
-    assert "--model_org is an SD 2.x model, --model_tuned an SDXL model" in said
+    error = capsys.readouterr().err
+    assert "--model_org is an SD 2.x model, --model_tuned an SDXL model" in error
 
 
 def test_a_lora_for_another_base_model_is_not_merged(

@@ -1,4 +1,4 @@
-"""tools/merge_lora.py on Lumina Image 2.0: the merged checkpoint computes what the adapter did."""
+"""tools/merge_lora.py on Lumina Image 2.0: the merged checkpoint computes what the model with the adapter did."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ SEED = 33
 
 
 def predictions(base: str, lora: Path | None = None, **arguments: str) -> list[Tensor]:
-    """Return the outputs of the denoiser and of Gemma; with a random adapter, saved as `lora`, if that is given."""
+    """Return the outputs of the denoiser and of Gemma; `lora` is where a random adapter is saved, if any."""
     loader = open_tiny(["--pretrained_model_name_or_path", base])
     denoiser, encoders = loader.denoiser(), loader.text_encoders()
     if lora is not None:
@@ -51,15 +51,15 @@ def merge(base: str, lora: Path, save_to: Path) -> str:
 
 
 @pytest.mark.parametrize("naming", first_is_fast(["kohya", "generic", "diffusers"]))
-def test_the_merged_checkpoint_computes_what_the_adapter_did(tmp_path: Path, naming: Any) -> None:
+def test_the_merged_checkpoint_matches_the_adapted_model(tmp_path: Path, naming: Any) -> None:
     base = build_tiny_lumina(tmp_path, SEED, "whole")[1]
     expected = predictions(base, tmp_path / "lora.safetensors", split_qkv="True", embedder_dims="[2,2,2]")
     assert all((a - b).abs().max() > 0.01 for a, b in zip(predictions(base), expected, strict=True))
     file = read_adapter_file(tmp_path / "lora.safetensors")
     save_adapter_file(tmp_path / "renamed.safetensors", rename(file, NAMES, naming).file)
     merged = merge(base, tmp_path / "renamed.safetensors", tmp_path / "merged.safetensors")
-    for found, wanted in zip(predictions(merged), expected, strict=True):
-        torch.testing.assert_close(found, wanted, **FLOAT32_DEEP)
+    for actual, expected_output in zip(predictions(merged), expected, strict=True):
+        torch.testing.assert_close(actual, expected_output, **FLOAT32_DEEP)
     assert read_metadata(Path(merged))["modelspec.architecture"] == "lumina-2"
 
 
@@ -75,7 +75,7 @@ def test_only_the_adapted_weights_change(tmp_path: Path) -> None:
     assert {place for place in places for key in changed if key.startswith(place)} == set(places)
 
 
-def test_what_nothing_is_merged_into_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_base_models_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = build_tiny_lumina(tmp_path / "files", SEED, "whole")[1]
     predictions(base, tmp_path / "lora.safetensors")
     folder = build_tiny_lumina(tmp_path / "folder", SEED, "diffusers")[1]

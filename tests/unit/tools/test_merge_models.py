@@ -27,40 +27,40 @@ def merge(folder: Path, *words: str) -> dict[str, torch.Tensor]:
 
 def test_weights_are_summed_by_their_ratios(tmp_path: Path) -> None:
     paths = [write(tmp_path, seed) for seed in (3, 4, 5)]
-    found = merge(tmp_path, "--models", *map(str, paths), "--ratios", "0.5", "0.75", "-0.25")
+    merged = merge(tmp_path, "--models", *map(str, paths), "--ratios", "0.5", "0.75", "-0.25")
     first, second, third = map(load_file, paths)
     for key in (UNET, TEXT):
         expected = 0.5 * first[key] + 0.75 * second[key] - 0.25 * third[key]
-        torch.testing.assert_close(found[key], expected, **FLOAT32_SAME_MATH)
-    assert torch.equal(found["position_ids"], torch.arange(4))
+        torch.testing.assert_close(merged[key], expected, **FLOAT32_SAME_MATH)
+    assert torch.equal(merged["position_ids"], torch.arange(4))
     assert read_metadata(tmp_path / "merged.safetensors")["modelspec.merged_from"] == "3, 4, 5"
 
 
-def test_without_ratios_the_shares_are_equal_and_the_precision_is_the_asked_one(tmp_path: Path) -> None:
+def test_without_ratios_the_shares_are_equal_and_the_requested_precision_is_used(tmp_path: Path) -> None:
     paths = [write(tmp_path, seed) for seed in (6, 7)]
-    found = merge(tmp_path, "--models", *map(str, paths), "--saving_precision", "bf16")
+    merged = merge(tmp_path, "--models", *map(str, paths), "--saving_precision", "bf16")
     first, second = map(load_file, paths)
-    assert torch.equal(found[UNET], ((first[UNET] + second[UNET]) / 2).bfloat16())
+    assert torch.equal(merged[UNET], ((first[UNET] + second[UNET]) / 2).bfloat16())
 
 
 def test_unet_only_leaves_the_other_parts_alone(tmp_path: Path) -> None:
     paths = [write(tmp_path, seed) for seed in (8, 9)]
-    found = merge(tmp_path, "--models", *map(str, paths), "--unet_only")
-    assert torch.equal(found[TEXT], load_file(paths[0])[TEXT])
-    assert not torch.equal(found[UNET], load_file(paths[0])[UNET])
+    merged = merge(tmp_path, "--models", *map(str, paths), "--unet_only")
+    assert torch.equal(merged[TEXT], load_file(paths[0])[TEXT])
+    assert not torch.equal(merged[UNET], load_file(paths[0])[UNET])
 
 
-def test_what_the_files_do_not_share_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    one, two = torch.full((2,), 4.0), torch.full((2,), 8.0)
-    paths = write(tmp_path, 10, first_only=one), write(tmp_path, 11, second_only=two)
-    found = merge(tmp_path, "--models", *map(str, paths), "--ratios", "0.5", "0.25", "--show_skipped")
-    assert "second_only" not in found
-    torch.testing.assert_close(found["first_only"], 0.75 * one, **FLOAT32_SAME_MATH)
+def test_weights_that_the_files_do_not_share_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    four, eight = torch.full((2,), 4.0), torch.full((2,), 8.0)
+    paths = write(tmp_path, 10, first_only=four), write(tmp_path, 11, second_only=eight)
+    merged = merge(tmp_path, "--models", *map(str, paths), "--ratios", "0.5", "0.25", "--show_skipped")
+    assert "second_only" not in merged
+    torch.testing.assert_close(merged["first_only"], 0.75 * four, **FLOAT32_SAME_MATH)
     assert "omitting 1 weights that the first file lacks: second_only" in caplog.text
     assert "lacks 1 weights; using the first file's" in caplog.text
 
 
-def test_mistakes_are_named_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_values_are_named_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, other = write(tmp_path, 12), write(tmp_path, 13, **{UNET: torch.ones(7)})
     save_file({"x": torch.ones(1)}, tmp_path / "bare.safetensors")
     for words, sentence in (
@@ -86,7 +86,7 @@ def test_files_without_a_common_weight_are_refused(tmp_path: Path, capsys: pytes
     assert not (tmp_path / "m.safetensors").exists()
 
 
-def test_weights_that_are_no_numbers_any_more_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_that_become_non_finite_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     broken, large = torch.full((2,), float("nan")), torch.full((2,), 1e5)
     paths = write(tmp_path, 13, average=broken, bias=large), write(tmp_path, 14, average=broken, bias=large)
     words = ["--models", *map(str, paths)]

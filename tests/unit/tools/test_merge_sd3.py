@@ -1,4 +1,4 @@
-"""tools/merge_lora.py on Stable Diffusion 3: the merged checkpoint computes what the adapter did."""
+"""tools/merge_lora.py on Stable Diffusion 3: the merged checkpoint computes what the model with the adapter did."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ SEED = 33
 
 
 def predictions(base: Path, lora: Path | None = None, **arguments: str) -> list[Tensor]:
-    """Return the outputs of the denoiser and both CLIPs; with a random adapter, saved as `lora`, if that is given."""
+    """Return the outputs of the denoiser and both CLIPs; `lora` is where a random adapter is saved, if any."""
     loader, config = open_loader(options_of(base))
     denoiser, encoders = loader.denoiser(), loader.text_encoders()
     if lora is not None:
@@ -47,16 +47,16 @@ def merge(base: Path, lora: Path, save_to: Path) -> Path:
 
 @pytest.mark.parametrize("naming", ["kohya", "generic", "diffusers"])
 @pytest.mark.parametrize("name", ["sd3-medium", "sd3.5-medium"])
-def test_the_merged_checkpoint_computes_what_the_adapter_did(tmp_path: Path, name: str, naming: Any) -> None:
+def test_the_merged_checkpoint_matches_the_adapted_model(tmp_path: Path, name: str, naming: Any) -> None:
     base = build_tiny_sd3(tmp_path, SEED, name)
     expected = predictions(base, tmp_path / "lora.safetensors", split_qkv="True", emb_dims="[2,2,2,2,2,2]")
     assert all((a - b).abs().max() > 0.01 for a, b in zip(predictions(base), expected, strict=True))
     file = read_adapter_file(tmp_path / "lora.safetensors")
     save_adapter_file(tmp_path / "renamed.safetensors", rename(file, NAMES, naming).file)
     merged = merge(base, tmp_path / "renamed.safetensors", tmp_path / "merged.safetensors")
-    for found, wanted in zip(predictions(merged), expected, strict=True):
-        # Of the largest value: the random adapter is strong, and without norms of queries rounding grows.
-        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    for actual, expected_output in zip(predictions(merged), expected, strict=True):
+        # Relative to the largest value: the random adapter is strong, and rounding errors grow without query norms.
+        assert (actual - expected_output).abs().max() < 1e-4 * expected_output.abs().max()
     version = {"sd3-medium": "medium", "sd3.5-medium": "5-medium"}[name]
     assert read_metadata(merged)["modelspec.architecture"] == f"stable-diffusion-3-{version}"
 

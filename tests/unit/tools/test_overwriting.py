@@ -33,7 +33,7 @@ resolution = 64
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """mine/dataset.toml, a dataset file of a user."""
+    """Write mine/dataset.toml, a dataset file of a user."""
     write_image(tmp_path / "cats" / "a.png", (64, 64), 1)
     (tmp_path / "mine").mkdir()
     path = tmp_path / "mine" / "dataset.toml"
@@ -41,34 +41,36 @@ def dataset(tmp_path: Path) -> Path:
     return path
 
 
-def refused(capsys: pytest.CaptureFixture[str], status: int) -> str:
+def refusal_of(capsys: pytest.CaptureFixture[str], status: int) -> str:
     assert status == 1
     return capsys.readouterr().err
 
 
-def test_packing_leaves_the_dataset_file_it_reads(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_packing_does_not_overwrite_the_dataset_file_it_reads(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = dataset.read_bytes()
     status = make_shards.main(["--dataset_config", str(dataset), "--out", str(dataset.parent)])
-    assert "dataset.toml is also read by this command and would be lost" in refused(capsys, status)
+    assert "dataset.toml is also read by this command and would be lost" in refusal_of(capsys, status)
     assert dataset.read_bytes() == before and [path.name for path in dataset.parent.iterdir()] == ["dataset.toml"]
 
 
-def test_packing_leaves_dataset_files_and_archives_of_others(
+def test_packing_does_not_overwrite_foreign_dataset_files_and_archives(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--dataset_config", str(shutil.copy(dataset, tmp_path / "data.toml")), "--out", str(tmp_path / "mine")]
-    assert "dataset.toml exists, is not a dataset file of make_shards.py" in refused(capsys, make_shards.main(words))
+    assert "dataset.toml exists, is not a dataset file of make_shards.py" in refusal_of(capsys, make_shards.main(words))
     dataset.unlink()
     archive = tmp_path / "mine" / "cats-00007.tar"
     archive.write_bytes(b"another program's")
-    assert "cats-00007.tar exists, is not a shard" in refused(capsys, make_shards.main(words))
+    assert "cats-00007.tar exists, is not a shard" in refusal_of(capsys, make_shards.main(words))
     assert archive.read_bytes() == b"another program's"
     archive.unlink()
-    assert make_shards.main(words) == 0 == make_shards.main(words)  # what it wrote itself is replaced
+    assert make_shards.main(words) == 0 == make_shards.main(words)  # its own earlier output is replaced
 
 
 @pytest.mark.parametrize("content", ['{"general": {"a": 1}}', '{"cat.png": {"caption": "a cat"}}', "a caption"])
-def test_events_are_written_over_events_only(tmp_path: Path, content: str) -> None:
+def test_an_event_file_replaces_event_files_only(tmp_path: Path, content: str) -> None:
     path = tmp_path / "events.jsonl"
     for goes_on in (False, True):
         path.write_text(content)
@@ -82,7 +84,7 @@ def test_events_are_written_over_events_only(tmp_path: Path, content: str) -> No
     assert len(path.read_text().splitlines()) == 1
 
 
-def test_log_lines_are_written_over_log_lines_only(tmp_path: Path) -> None:
+def test_a_log_file_replaces_log_files_only(tmp_path: Path) -> None:
     path = tmp_path / "log.txt"
     for _ in range(2):
         handler, _errors = build_handlers(ConsoleOptions(console_log_file=str(path)))
@@ -95,36 +97,36 @@ def test_log_lines_are_written_over_log_lines_only(tmp_path: Path) -> None:
     assert path.read_text() == "a caption"
 
 
-def test_pages_leave_their_input_and_files_of_another_type(
+def test_html_pages_do_not_overwrite_their_input_or_files_of_another_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, page = tmp_path / "events.jsonl", tmp_path / "page.html"
     path.write_text(EVENT)
-    assert "is also read by this command" in refused(capsys, report.main([str(path), "--output", str(path)]))
+    assert "is also read by this command" in refusal_of(capsys, report.main([str(path), "--output", str(path)]))
     page.write_text("<!doctype html><p>mine")
-    assert "is not a report" in refused(capsys, report.main([str(path), "--output", str(page)]))
+    assert "is not a report" in refusal_of(capsys, report.main([str(path), "--output", str(page)]))
     assert (path.read_text(), page.read_text()) == (EVENT, "<!doctype html><p>mine")
     page.unlink()
     assert report.main([str(path), "--output", str(page)]) == 0 == report.main([str(path), "--output", str(page)])
     monkeypatch.setattr(compare_runs, "build_comparison", lambda runs: "a comparison")
-    assert "is also read" in refused(capsys, compare_runs.main([str(path), str(page), "--output", str(page)]))
+    assert "is also read" in refusal_of(capsys, compare_runs.main([str(path), str(page), "--output", str(page)]))
 
 
-def test_a_metadata_file_is_written_over_metadata_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_metadata_file_replaces_metadata_files_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_image(tmp_path / "cats" / "a.png", (64, 64), 1).with_suffix(".caption").write_text("a cat")
     (tmp_path / "in.json").write_text('{"b": {"caption": "b"}}')
     out = tmp_path / "out.json"
     words = [str(tmp_path / "cats"), str(out), "--in_json", str(tmp_path / "in.json")]
     for content in ("[1, 2]", '{"general": {}}', EVENT, "lr = 1"):
         out.write_text(content)
-        assert "is not a metadata file" in refused(capsys, captions_to_metadata.main(words))
+        assert "is not a metadata file" in refusal_of(capsys, captions_to_metadata.main(words))
         assert out.read_text() == content
     out.unlink()
     assert captions_to_metadata.main(words) == 0 == captions_to_metadata.main(words)
 
 
 @pytest.mark.parametrize("kind", ["link", "file"])
-def test_locks_leave_links_and_other_files(tmp_path: Path, kind: str) -> None:
+def test_lock_files_do_not_overwrite_links_and_other_files(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "notes.txt"
     options = options_of("", "--output_dir", str(tmp_path), "--output_name", "m")
     index = tmp_path / "index.parquet"
@@ -140,7 +142,7 @@ def test_locks_leave_links_and_other_files(tmp_path: Path, kind: str) -> None:
         assert target.read_text() == lock.read_text() == "mine"
 
 
-def test_training_leaves_the_files_it_reads(tmp_path: Path) -> None:
+def test_training_does_not_overwrite_the_files_it_reads(tmp_path: Path) -> None:
     words = ["--output_dir", str(tmp_path), "--output_name", "cat", "--no_report", "--pretrained_model_name_or_path"]
     words = ["--network_module", "networks.lora", *words]
     for name in ("cat.safetensors", "cat-000002.safetensors", "base.safetensors", "prompts.txt"):
@@ -158,7 +160,7 @@ def test_training_leaves_the_files_it_reads(tmp_path: Path) -> None:
     check_output(options_of("", *words, base, "--network_weights", str(tmp_path / "cat.safetensors"), "--autoresume"))
 
 
-def test_training_leaves_pages_that_are_no_reports(tmp_path: Path) -> None:
+def test_training_does_not_overwrite_pages_that_are_not_reports(tmp_path: Path) -> None:
     (tmp_path / "cat-report.html").write_text("<p>mine")
     words = ["--network_module", "networks.lora", "--output_dir", str(tmp_path), "--output_name", "cat"]
     options = options_of("", *words, "--pretrained_model_name_or_path", "base.safetensors")

@@ -1,4 +1,4 @@
-"""tools/plan_memory.py: tables for cards that are not there, of checkpoints that need not be whole."""
+"""tools/plan_memory.py: tables for GPUs that are not installed, from checkpoints that may lack their weights."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.runs.bases import BASES
 from tests.unit.memory.planner.made_up import allocated_peak
 from tools.plan_memory import count, main
 
-pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
+pytestmark = pytest.mark.usefixtures("fresh_process")  # parsing options sets up logging
 
 PROTOTYPE = {  # GiB at the peak and TFLOP of a first step without and with recomputing, from a counter of whole models
     "SD 1.5": (2.81, 1.90, 1.81, 2.46),
@@ -35,7 +35,7 @@ def arguments_for(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_it_prints_a_table_for_each_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_is_printed_for_each_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = arguments_for(tmp_path / "model", "--cards", "8GB,24GB", "--resolution", "256,192")
     assert main([*arguments, "--train_batch_size", "3"]) == 0
     printed = capsys.readouterr().out
@@ -47,8 +47,8 @@ def test_it_prints_a_table_for_each_card(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-def test_previews_are_planned_at_the_size_of_the_largest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Decoding is counted as the VAE does it in a pass of its own."""
+def test_previews_are_planned_at_the_largest_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Decoding is counted as a separate pass of the VAE."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 128 --h 192\na dog --w 64 --h 64\n")
     arguments = arguments_for(tmp_path / "model", "--resolution", "64")
@@ -67,16 +67,18 @@ def test_previews_are_planned_at_the_size_of_the_largest(tmp_path: Path, capsys:
 
 
 @pytest.mark.slow
-def test_how_many_adapters_of_a_sweep_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_number_of_adapters_of_a_sweep_that_fit_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = arguments_for(tmp_path / "model", "--cards", "1GiB,8GiB", "--resolution", "256", "--sweep")
     assert main([*arguments, "network_dim=2,4,8"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("3 adapters share the step")]
-    one, more = (int(line.partition("about ")[2].split()[0]) for line in lines)
-    assert 3 < one < more
+    fewer, more = (int(line.partition("about ")[2].split()[0]) for line in lines)
+    assert 3 < fewer < more
 
 
 @pytest.mark.slow
-def test_the_data_set_says_how_large_the_largest_batch_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_dataset_determines_the_largest_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "data.toml"
     config.write_text(
         "[[datasets]]\nresolution = 256\nbatch_size = 1\n[[datasets.subsets]]\nimage_dir = 'nowhere'\n"
@@ -97,7 +99,7 @@ def test_the_data_set_says_how_large_the_largest_batch_is(tmp_path: Path, capsys
         ),
     ],
 )
-def test_mistakes_are_named(
+def test_invalid_values_raise_errors_that_name_them(
     more: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments_for(tmp_path / "model", *more)) == 1
@@ -106,7 +108,7 @@ def test_mistakes_are_named(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", PROTOTYPE)
-def test_full_size_models_come_to_what_whole_models_were_counted_as(name: str, tmp_path: Path) -> None:
+def test_full_size_models_match_the_counts_of_whole_models(name: str, tmp_path: Path) -> None:
     model = FULL_SIZE[name]
     *_, counted = count(
         model.script,
@@ -119,7 +121,9 @@ def test_full_size_models_come_to_what_whole_models_were_counted_as(name: str, t
     )  # fmt: skip
     step = counted.step
     fixed = step.weights.resident_bytes(StorageCost.of(None), ()) + step.adapter_bytes
-    ways = [list(step.timeline.expand(recomputes, lambda i: True)) for recomputes in (lambda i: False, lambda i: True)]
-    found = [(fixed + compute_peak_bytes(moves)) / GIB for moves in ways]
-    found += [sum(move.segment.flops for move in moves) / 1e12 for moves in ways]
-    assert found == pytest.approx(PROTOTYPE[name], rel=0.01)
+    timelines = [
+        list(step.timeline.expand(recomputes, lambda i: True)) for recomputes in (lambda i: False, lambda i: True)
+    ]
+    actual = [(fixed + compute_peak_bytes(moves)) / GIB for moves in timelines]
+    actual += [sum(move.segment.flops for move in moves) / 1e12 for moves in timelines]
+    assert actual == pytest.approx(PROTOTYPE[name], rel=0.01)

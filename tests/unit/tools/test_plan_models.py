@@ -1,4 +1,4 @@
-"""The tables of docs/memory.md are those that benchmarks/plan_models.py makes."""
+"""The tables of docs/memory.md match the output of benchmarks/plan_models.py."""
 
 import re
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ PAGE = Path(__file__).parents[3] / "docs" / "memory.md"
 # A row takes up to 18 CPU seconds. Models that are not listed are nightly.
 SLOW = ("Anima", "SD 1.5", "FLUX.1", "Z-Image", "Qwen-Image 2.1")
 
-pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
+pytestmark = pytest.mark.usefixtures("fresh_process")  # parsing options sets up logging
 
 
 def lines_on_page(table: Table) -> list[str]:
-    found = re.search(
+    match = re.search(
         f"<!-- plan_models: {table.name} -->\n(.*?)<!-- end: {table.name} -->", PAGE.read_text("utf-8"), re.DOTALL
     )
-    assert found is not None
-    return found[1].splitlines()
+    assert match is not None
+    return match[1].splitlines()
 
 
 def mark(name: str) -> pytest.MarkDecorator:
@@ -35,7 +35,7 @@ def mark(name: str) -> pytest.MarkDecorator:
         for name in table.models
     ],
 )
-def test_the_rows_of_a_model_are_those_of_the_planner(table: Table, name: str) -> None:
+def test_the_rows_of_a_model_match_the_planner(table: Table, name: str) -> None:
     on_page = [line for line in lines_on_page(table) if is_row_of(line, name)]
     assert on_page == list(rows_of(name, table.formats, CARDS))
 
@@ -55,7 +55,7 @@ def names_of(rows: Sequence[str]) -> list[str]:
     return [re.sub(r", \d+ px", "", row.split(" | ")[0].removeprefix("| ")) for row in rows]
 
 
-def test_tables_are_replaced_where_they_stand() -> None:
+def test_tables_are_replaced_in_place() -> None:
     table = Table("mine", (), ())
     page = "before\n<!-- plan_models: mine -->\nold\n<!-- end: mine -->\nafter"
     assert table.put_into(page, ["| new |"]) == page.replace("old", "| new |")

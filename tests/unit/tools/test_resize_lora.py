@@ -1,4 +1,4 @@
-"""tools/resize_lora.py as it is typed."""
+"""tools/resize_lora.py, run as a command."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-def test_full_rank_changes_nothing(tmp_path: Path) -> None:
+def test_the_full_rank_changes_nothing(tmp_path: Path) -> None:
     model = write(tmp_path / "a.safetensors", 60)
     assert main(["--model", str(model), "--save_to", str(tmp_path / "b.safetensors"), "--new_rank", "4"]) == 0
     old, new = read_adapter_file(model).modules, read_adapter_file(tmp_path / "b.safetensors").modules
@@ -33,22 +33,22 @@ def test_full_rank_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rank", "conv_rank"), [(1, 3), (3, 1)])
-def test_lower_rank_is_the_truncated_decomposition_of_the_whole_matrix(
+def test_a_lower_rank_is_the_truncated_decomposition_of_the_full_matrix(
     tmp_path: Path, rank: int, conv_rank: int
 ) -> None:
     model = write(tmp_path / "a.safetensors", 61)
     arguments = ["--new_rank", str(rank), "--new_conv_rank", str(conv_rank)]
     assert main(["--model", str(model), "--save_to", str(tmp_path / "b.safetensors"), *arguments]) == 0
     old, new = read_adapter_file(model).modules, read_adapter_file(tmp_path / "b.safetensors").modules
-    for name, own in ((LINEAR, rank), (CLIP, rank), (CONV, conv_rank)):
+    for name, module_rank in ((LINEAR, rank), (CLIP, rank), (CONV, conv_rank)):
         u, s, v = torch.linalg.svd(old[name].weight(torch.float64).flatten(1), full_matrices=False)
-        expected = (u[:, :own] * s[:own] @ v[:own]).reshape(old[name].shape)
+        expected = (u[:, :module_rank] * s[:module_rank] @ v[:module_rank]).reshape(old[name].shape)
         assert relative(new[name].weight(), expected) < 1e-5
-        assert (new[name].rank, new[name].scale) == (own, 0.5)
+        assert (new[name].rank, new[name].scale) == (module_rank, 0.5)
 
 
 @pytest.mark.parametrize("method", ["sv_ratio", "sv_cumulative", "sv_fro"])
-def test_a_device_without_float64_is_enough(tmp_path: Path, method: str) -> None:
+def test_a_device_without_float64_works(tmp_path: Path, method: str) -> None:
     modules = read_adapter_file(write(tmp_path / "a.safetensors", 62)).modules
     measure = Measure(3, 3, method, 0.8 if method != "sv_ratio" else 4.0)
     for module in modules.values():
@@ -60,13 +60,13 @@ def test_a_device_without_float64_is_enough(tmp_path: Path, method: str) -> None
 
 
 def dense_rank(s: Tensor, method: str, param: float, most: int) -> int:
-    """The rank by the definition of each method, from the singular values of the whole matrix."""
+    """Return the rank by the definition of each method, from the singular values of the full matrix."""
     if method == "sv_ratio":
         rank = sum(value > s[0] / param for value in s.tolist())
     else:
         values = (s if method == "sv_cumulative" else s**2).tolist()
-        wanted = (param if method == "sv_cumulative" else param**2) * sum(values)
-        rank = next(k for k in range(1, len(values) + 1) if sum(values[:k]) >= wanted)
+        threshold = (param if method == "sv_cumulative" else param**2) * sum(values)
+        rank = next(k for k in range(1, len(values) + 1) if sum(values[:k]) >= threshold)
     return min(max(rank, 1), most)
 
 
@@ -75,7 +75,7 @@ def dense_rank(s: Tensor, method: str, param: float, most: int) -> int:
     method=st.sampled_from(["sv_ratio", "sv_fro", "sv_cumulative"]), share=st.floats(0.2, 0.97),
     most=st.integers(1, 6), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_methods_choose_the_rank_that_whole_matrices_ask_for(method: str, share: float, most: int, seed: int) -> None:
+def test_methods_choose_the_rank_that_the_full_matrix_needs(method: str, share: float, most: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, kernel in (("lora_unet_a", ()), ("lora_unet_b", (3, 3))):
@@ -91,7 +91,7 @@ def test_methods_choose_the_rank_that_whole_matrices_ask_for(method: str, share:
     assert resized.metadata["ss_network_dim"] == resized.metadata["ss_network_alpha"] == "Dynamic"
 
 
-def test_metadata_says_what_was_done_and_hashes_are_those_of_the_new_file(tmp_path: Path) -> None:
+def test_metadata_records_the_resize_and_hashes_match_the_new_file(tmp_path: Path) -> None:
     model, out = write(tmp_path / "a.safetensors", 62), tmp_path / "b.safetensors"
     arguments = ["--new_rank", "2", "--save_precision", "fp16"]
     assert main(["--model", str(model), "--save_to", str(out), *arguments]) == 0
@@ -120,15 +120,15 @@ def test_tucker_cores_become_plain_kernels_and_dora_and_norms_are_kept(tmp_path:
     old, new = read_adapter_file(tmp_path / "a.safetensors").modules, read_adapter_file(out).modules
     assert new["lora_unet_t"].form == "conv"
     assert relative(new["lora_unet_t"].weight(), old["lora_unet_t"].weight()) < 1e-5
-    kept = load_state_dict(out)
+    resized = load_state_dict(out)
     for key in ("lora_unet_n.w_norm", "lora_unet_d.dora_scale"):
-        assert torch.equal(kept[key], tensors[key])
-    assert "lora_unet_d.lora_A.weight" in kept
-    assert not any(key.endswith("alpha") for key in kept)
+        assert torch.equal(resized[key], tensors[key])
+    assert "lora_unet_d.lora_A.weight" in resized
+    assert not any(key.endswith("alpha") for key in resized)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--new_rank", "0"], "--new_rank is 0"),
         (["--dynamic_method", "sv_fro"], "--dynamic_param belong together"),
@@ -137,12 +137,12 @@ def test_tucker_cores_become_plain_kernels_and_dora_and_norms_are_kept(tmp_path:
         (["--device", "no_such"], "--device no_such"),
     ],
 )
-def test_values_that_make_no_sense_are_refused(
-    tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_invalid_values_are_refused(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = write(tmp_path / "a.safetensors", 64)
     assert main(["--model", str(model), "--save_to", str(tmp_path / "b.safetensors"), *arguments]) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_other_kinds_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +158,7 @@ def test_unknown_extension_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def large_file(tmp_path: Path, fall: float) -> Path:
-    """One module of rank 40 whose singular values fall by a factor from one to the next."""
+    """Write one module of rank 40 whose singular values fall by a constant factor."""
     generator = torch.Generator().manual_seed(71)
     up, _ = torch.linalg.qr(torch.randn(60, 40, generator=generator))
     down, _ = torch.linalg.qr(torch.randn(50, 40, generator=generator))
@@ -179,7 +179,7 @@ def resized_weight(model: Path, *words: str) -> Tensor:
     return module.weight(torch.float64)
 
 
-def test_power_iterations_come_close_to_the_best_approximation_of_large_modules(
+def test_power_iterations_approach_the_best_approximation_of_large_modules(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = large_file(tmp_path, fall=0.9)
@@ -187,20 +187,20 @@ def test_power_iterations_come_close_to_the_best_approximation_of_large_modules(
     assert torch.equal(resized_weight(model, "--svd_lowrank_niter", "2"), best)  # not large, so exact
     monkeypatch.setattr("tools.resize_lora.MANY_SINGULAR_VALUES", 39)
     errors = [relative(resized_weight(model, "--svd_lowrank_niter", niter), best) for niter in "128"]
-    assert errors[0] > 1e-3 > 1e-5 > errors[-1]  # it acts, and more iterations come closer
+    assert errors[0] > 1e-3 > 1e-5 > errors[-1]  # the option is used, and more iterations come closer
     assert errors == sorted(errors, reverse=True)
     assert torch.equal(resized_weight(model, "--svd_lowrank_niter", "0"), best)
     assert torch.equal(*[resized_weight(model, "--svd_lowrank_niter", "1") for _ in range(2)])
 
 
-def test_what_power_iterations_keep_is_told_without_the_sum(
+def test_the_share_kept_by_power_iterations_is_reported_without_the_sum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("tools.resize_lora.MANY_SINGULAR_VALUES", 39)
     resized_weight(large_file(tmp_path, fall=0.5), "--svd_lowrank_niter", "2", "--verbose")
     shown = "".join(capsys.readouterr())
-    kept = (1 - 0.25**6) ** 0.5  # of a geometric series
-    assert f"rank 40 to 6, keeps {kept:.1%} of the norm, largest / smallest 32.0" in shown
+    kept_share = (1 - 0.25**6) ** 0.5  # of a geometric series
+    assert f"rank 40 to 6, keeps {kept_share:.1%} of the norm, largest / smallest 32.0" in shown
 
 
 def test_power_iterations_have_no_effect_with_a_method(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

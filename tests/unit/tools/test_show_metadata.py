@@ -1,4 +1,4 @@
-"""tools/show_metadata.py as it is typed."""
+"""tools/show_metadata.py, run as a command."""
 
 import json
 from pathlib import Path
@@ -16,23 +16,23 @@ def path(tmp_path: Path) -> Path:
     return write(tmp_path / "a.safetensors", 960)
 
 
-def test_sections_json_dates_and_tags(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sections_json_dates_and_tags_are_formatted(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", str(path)]) == 0
-    said = capsys.readouterr().out
-    assert [line for line in said.splitlines() if not line.startswith(" ")] == [
+    output = capsys.readouterr().out
+    assert [line for line in output.splitlines() if not line.startswith(" ")] == [
         "model:", "training:", "hashes:", "other:",
     ]  # fmt: skip
-    assert "  modelspec.title: my cat\n" in said
-    assert '  ss_network_args:\n    {\n      "conv_dim": "2"\n    }\n' in said
-    assert "ss_training_started_at: 1700000000.5 (2023-11-14 22:13:20 UTC)" in said
-    tags = said.partition("ss_tag_frequency:\n")[2].splitlines()[:4]
+    assert "  modelspec.title: my cat\n" in output
+    assert '  ss_network_args:\n    {\n      "conv_dim": "2"\n    }\n' in output
+    assert "ss_training_started_at: 1700000000.5 (2023-11-14 22:13:20 UTC)" in output
+    tags = output.partition("ss_tag_frequency:\n")[2].splitlines()[:4]
     assert [line.split() for line in tags[:4]] == [["10", "sitting"], ["9", "cat"], ["7", "dog"], tags[3].split()]
 
 
 def test_only_the_commonest_tags_are_listed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(path), "--num_tags", "1"]) == 0
-    said = capsys.readouterr().out
-    assert "10 sitting" in said and "9 cat" not in said and "and 2 more; --num_tags 3 shows all" in said
+    output = capsys.readouterr().out
+    assert "10 sitting" in output and "9 cat" not in output and "and 2 more; --num_tags 3 shows all" in output
 
 
 def test_one_key_is_printed_as_it_is(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,19 +40,19 @@ def test_one_key_is_printed_as_it_is(path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == METADATA["ss_network_args"] + "\n"
 
 
-def test_an_unknown_key_names_those_that_are_there(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_key_is_an_error_that_lists_the_known_keys(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", str(path), "--key", "ss_dim"]) == 1
-    assert "--key ss_dim" in (said := capsys.readouterr().err) and "ss_network_dim" in said
+    assert "--key ss_dim" in (error := capsys.readouterr().err) and "ss_network_dim" in error
 
 
-def test_json_unpacks_json_and_leaves_texts_alone(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_parses_nested_json_and_keeps_other_texts(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", str(path), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content.keys() == METADATA.keys()
     assert content["ss_network_args"] == {"conv_dim": "2"} and content["ss_network_dim"] == "4"
 
 
-def test_nothing_in_the_metadata_is_run(
+def test_metadata_is_never_executed(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -61,13 +61,13 @@ def test_nothing_in_the_metadata_is_run(
     assert not (tmp_path / "ran").exists()
 
 
-def test_control_characters_and_long_texts_are_made_harmless(
+def test_control_characters_are_escaped_and_long_texts_shortened(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_safetensors(tmp_path / "b.safetensors", {"x": torch.ones(1)}, {"a": "\x1b[2J", "b": "p" * 5000, "c": "[oops"})
     assert main(["--model", str(tmp_path / "b.safetensors")]) == 0
-    said = capsys.readouterr().out
-    assert "a: \\x1b[2J\n" in said and f"b: {'p' * 80}... (5000 characters)" in said and "c: [oops" in said
+    output = capsys.readouterr().out
+    assert "a: \\x1b[2J\n" in output and f"b: {'p' * 80}... (5000 characters)" in output and "c: [oops" in output
 
 
 def test_a_file_without_metadata_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,10 +76,10 @@ def test_a_file_without_metadata_says_so(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out == "the file has no metadata\n"
 
 
-@pytest.mark.parametrize(("name", "says"), [("x.ckpt", "only safetensors"), ("y.safetensors", "does not exist")])
+@pytest.mark.parametrize(("name", "message"), [("x.ckpt", "only safetensors"), ("y.safetensors", "does not exist")])
 def test_files_without_a_header_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
 ) -> None:
     torch.save({"w": torch.ones(1)}, tmp_path / "x.ckpt")
     assert main(["--model", str(tmp_path / name)]) == 1
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err

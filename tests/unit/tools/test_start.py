@@ -1,4 +1,4 @@
-"""tools/start.py: when it installs, what it starts, and what it says when it cannot."""
+"""tools/start.py: when it installs, what it runs, and its error messages."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ PYTHON = Path("/venv/bin/python")
 
 @pytest.fixture
 def requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository folder that holds only two requirement files."""
+    """Return a repository folder that holds only two requirement files."""
     (tmp_path / "requirements.txt").write_text("torch>=2.9\n")
     (tmp_path / "requirements-dev.txt").write_text("pytest>=8\n")
     monkeypatch.setattr(start, "ROOT", tmp_path)
@@ -25,7 +25,7 @@ def requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def installs(requirements: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Record what would be given to pip: every installation is added to this list and succeeds."""
+    """Record the arguments for pip: every installation is added to this list and succeeds."""
     recorded: list[list[str]] = []
     monkeypatch.setattr(start, "read_version", lambda python: (3, 11, 7))
     monkeypatch.setattr(start, "run", lambda command, **how: 0)
@@ -34,54 +34,54 @@ def installs(requirements: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[s
     return recorded
 
 
-def ready(root: Path, names: tuple[str, ...]) -> None:
+def prepare(root: Path, names: tuple[str, ...]) -> None:
     start.ready_python(root / "venv", names)
 
 
 # --- when it installs ---
 
 
-def test_second_start_installs_nothing(requirements: Path, installs: list[list[str]]) -> None:
-    ready(requirements, start.RUN_REQUIREMENTS)
-    ready(requirements, start.RUN_REQUIREMENTS)
+def test_a_second_start_installs_nothing(requirements: Path, installs: list[list[str]]) -> None:
+    prepare(requirements, start.RUN_REQUIREMENTS)
+    prepare(requirements, start.RUN_REQUIREMENTS)
     assert installs == [["requirements.txt"]]
 
 
-def test_tests_after_the_quickstart_add_what_they_need_and_cover_both(
+def test_running_tests_after_the_quickstart_installs_both_requirement_files(
     requirements: Path, installs: list[list[str]]
 ) -> None:
-    ready(requirements, start.RUN_REQUIREMENTS)
-    ready(requirements, start.TEST_REQUIREMENTS)
-    ready(requirements, start.RUN_REQUIREMENTS)
+    prepare(requirements, start.RUN_REQUIREMENTS)
+    prepare(requirements, start.TEST_REQUIREMENTS)
+    prepare(requirements, start.RUN_REQUIREMENTS)
     assert installs == [["requirements.txt"], ["requirements.txt", "requirements-dev.txt"]]
 
 
 def test_changed_requirements_are_installed_again(requirements: Path, installs: list[list[str]]) -> None:
-    ready(requirements, start.RUN_REQUIREMENTS)
+    prepare(requirements, start.RUN_REQUIREMENTS)
     (requirements / "requirements.txt").write_text("torch>=2.10\n")
-    ready(requirements, start.RUN_REQUIREMENTS)
+    prepare(requirements, start.RUN_REQUIREMENTS)
     assert len(installs) == 2
 
 
-def test_line_ends_of_a_windows_checkout_are_no_change(requirements: Path) -> None:
+def test_windows_line_endings_do_not_count_as_a_change(requirements: Path) -> None:
     digest = start.digest_text(requirements / "requirements.txt")
     (requirements / "requirements.txt").write_bytes(b"torch>=2.9\r\n")
     assert start.digest_text(requirements / "requirements.txt") == digest
 
 
-def test_other_python_in_the_environment_installs_again(
+def test_another_python_in_the_environment_installs_again(
     requirements: Path, installs: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ready(requirements, start.RUN_REQUIREMENTS)
+    prepare(requirements, start.RUN_REQUIREMENTS)
     monkeypatch.setattr(start, "read_version", lambda python: (3, 12, 1))
-    ready(requirements, start.RUN_REQUIREMENTS)
+    prepare(requirements, start.RUN_REQUIREMENTS)
     assert len(installs) == 2
 
 
-def test_interrupted_installation_is_done_again(
+def test_an_interrupted_installation_is_repeated(
     requirements: Path, installs: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ready(requirements, start.RUN_REQUIREMENTS)
+    prepare(requirements, start.RUN_REQUIREMENTS)
     (requirements / "requirements.txt").write_text("torch>=2.10\n")
 
     def stop(venv: Path, python: Path, names: list[str]) -> None:
@@ -90,25 +90,25 @@ def test_interrupted_installation_is_done_again(
     with monkeypatch.context() as interrupted:
         interrupted.setattr(start, "install", stop)
         with pytest.raises(KeyboardInterrupt):
-            ready(requirements, start.RUN_REQUIREMENTS)
-    (requirements / "requirements.txt").write_text("torch>=2.9\n")  # what the earlier stamp covered
-    ready(requirements, start.RUN_REQUIREMENTS)
+            prepare(requirements, start.RUN_REQUIREMENTS)
+    (requirements / "requirements.txt").write_text("torch>=2.9\n")  # covered by the earlier stamp
+    prepare(requirements, start.RUN_REQUIREMENTS)
     assert len(installs) == 2
 
 
-def test_damaged_stamp_counts_as_nothing_installed(requirements: Path, installs: list[list[str]]) -> None:
-    ready(requirements, start.RUN_REQUIREMENTS)
+def test_a_damaged_stamp_counts_as_not_installed(requirements: Path, installs: list[list[str]]) -> None:
+    prepare(requirements, start.RUN_REQUIREMENTS)
     (stamp,) = (requirements / "venv").glob("*.stamp")
-    whole = stamp.read_text()
-    stamp.write_text(whole[:-3])
-    ready(requirements, start.RUN_REQUIREMENTS)
-    assert installs == 2 * [["requirements.txt"]] and stamp.read_text() == whole
+    original = stamp.read_text()
+    stamp.write_text(original[:-3])
+    prepare(requirements, start.RUN_REQUIREMENTS)
+    assert installs == 2 * [["requirements.txt"]] and stamp.read_text() == original
 
 
-# --- what it starts ---
+# --- what it runs ---
 
 
-def test_quickstart_trains_through_accelerate_without_its_config_file() -> None:
+def test_the_quickstart_trains_through_accelerate_without_its_config_file() -> None:
     assert start.training_command(PYTHON, threads=2) == [
         str(PYTHON), "-m", "accelerate.commands.launch", "--quiet",
         "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
@@ -117,7 +117,7 @@ def test_quickstart_trains_through_accelerate_without_its_config_file() -> None:
     ]  # fmt: skip
 
 
-def test_quickstart_draws_the_adapter_that_it_trained() -> None:
+def test_the_quickstart_generates_an_image_with_the_adapter_it_trained() -> None:
     command = start.image_command(PYTHON)
     assert command[1] == "tools/quickstart/draw_before_after.py"
     assert command[command.index("--lora") + 1] == start.ADAPTER
@@ -127,7 +127,7 @@ def test_quickstart_draws_the_adapter_that_it_trained() -> None:
 @pytest.mark.parametrize(
     ("slow", "tier"), [(False, "not slow and not gpu and not nightly"), (True, "not gpu and not nightly")]
 )
-def test_test_command_chooses_the_tier_and_passes_arguments_on(
+def test_the_test_command_selects_the_tier_and_forwards_arguments(
     slow: bool, tier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start, "num_threads", lambda: 3)
@@ -136,12 +136,12 @@ def test_test_command_chooses_the_tier_and_passes_arguments_on(
         str(PYTHON), "-m", "pytest", "-m", tier, "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder",
         "-k", "dataset",
     ]  # fmt: skip
-    whole = start.pytest_command(PYTHON, slow, ["tests/runs/test_resume.py::test_x"])
-    assert whole[whole.index("-m", 2) + 1] == "not gpu"
+    with_argument = start.pytest_command(PYTHON, slow, ["tests/runs/test_resume.py::test_x"])
+    assert with_argument[with_argument.index("-m", 2) + 1] == "not gpu"
 
 
 @pytest.mark.parametrize(("slow", "tier"), [(False, "gpu and not slow and not nightly"), (True, "gpu and not nightly")])
-def test_tests_for_gpus_run_on_a_simulated_one_in_a_process_of_their_own(
+def test_gpu_tests_run_on_a_simulated_gpu_in_a_separate_process(
     slow: bool, tier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start, "num_threads", lambda: 3)
@@ -155,7 +155,7 @@ def test_tests_for_gpus_run_on_a_simulated_one_in_a_process_of_their_own(
     ("arguments", "statuses", "status", "num_runs"),
     [([], [0, 0], 0, 2), ([], [0, 1], 1, 2), ([], [1], 1, 1), (["-k", "dataset"], [2], 2, 1)],
 )
-def test_the_tests_for_gpus_come_first_unless_pytest_is_given_arguments(
+def test_gpu_tests_run_first_unless_pytest_gets_arguments(
     arguments: list[str], statuses: list[int], status: int, num_runs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[list[str]] = []
@@ -167,7 +167,7 @@ def test_the_tests_for_gpus_come_first_unless_pytest_is_given_arguments(
     assert [("tests.simulated_gpu.plugin" in command) for command in commands] == [not arguments, False][:num_runs]
 
 
-def test_arguments_after_two_dashes_are_for_pytest() -> None:
+def test_arguments_after_two_dashes_are_passed_to_pytest() -> None:
     assert start.split_at_dashes(["test", "--slow", "--", "-m", "gpu", "--", "x"]) == (
         ["test", "--slow"],
         ["-m", "gpu", "--", "x"],
@@ -184,9 +184,7 @@ def test_pip_gets_every_requirement_file_by_its_full_path(requirements: Path, mo
     ]
 
 
-def test_uv_installs_where_it_is_there_from_the_indexes_that_pip_has(
-    requirements: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_uv_is_used_if_available_with_the_indexes_of_pip(requirements: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start.shutil, "which", lambda name: f"/usr/bin/{name}")
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
         monkeypatch.delenv(name, raising=False)
@@ -208,16 +206,16 @@ def test_the_lock_pins_everything_that_is_required() -> None:
         return [Requirement(line) for line in text.splitlines() if line and not line.lstrip().startswith("#")]
 
     locked: dict[str, list[Requirement]] = {}
-    for one in lines("requirements.lock"):
-        locked.setdefault(one.name.lower().replace("_", "-"), []).append(one)
-    for wanted in lines("requirements.txt"):
-        pins = locked[wanted.name.lower().replace("_", "-")]
+    for line_of_lock in lines("requirements.lock"):
+        locked.setdefault(line_of_lock.name.lower().replace("_", "-"), []).append(line_of_lock)
+    for requirement in lines("requirements.txt"):
+        pins = locked[requirement.name.lower().replace("_", "-")]
         for pin in pins:
             (version,) = (part.version for part in pin.specifier)
-            assert str(pin.specifier) == f"=={version}" and wanted.specifier.contains(version), pin
+            assert str(pin.specifier) == f"=={version}" and requirement.specifier.contains(version), pin
 
 
-def test_environment_comes_from_the_option_then_the_variable_then_the_repository(
+def test_the_environment_comes_from_the_option_then_the_variable_then_the_repository(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("START_VENV", "/from/variable")
@@ -227,7 +225,7 @@ def test_environment_comes_from_the_option_then_the_variable_then_the_repository
     assert start.setup_parser().parse_args(["quickstart"]).venv == start.ROOT / ".venv"
 
 
-def test_exit_status_of_the_command_is_passed_through() -> None:
+def test_the_exit_status_of_the_command_is_passed_through() -> None:
     assert start.run([sys.executable, "-c", "raise SystemExit(7)"]) == 7
 
 
@@ -237,44 +235,48 @@ def test_started_commands_run_in_the_repository_and_cannot_reach_the_hub(tmp_pat
     assert (tmp_path / "seen").read_text() == str(start.ROOT) + "1"
 
 
-# --- what it says ---
+# --- messages ---
 
 
 @pytest.mark.parametrize(
     ("version", "complaint"),
     [((3, 9), "Python 3.9 is too old"), ((3, 14), "Python 3.14 is too new"), ((2, 7), "Python 2.7 is too old")],
 )
-def test_unsupported_python_is_told_the_supported_range(version: tuple[int, int], complaint: str) -> None:
+def test_the_error_for_an_unsupported_python_names_the_supported_range(
+    version: tuple[int, int], complaint: str
+) -> None:
     with pytest.raises(start.StartError) as error:
         start.check_python(version)
     assert str(error.value).startswith(f"{complaint}: this suite runs on Python 3.10 to 3.13; ")
 
 
 @pytest.mark.parametrize("version", [(3, 10), (3, 11), (3, 12), (3, 13)])
-def test_supported_pythons_pass(version: tuple[int, int]) -> None:
+def test_supported_python_versions_pass(version: tuple[int, int]) -> None:
     start.check_python(version)
 
 
-def test_unsupported_python_is_told_of_a_supported_one_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_an_unsupported_python_names_a_supported_one_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start.shutil, "which", lambda name: "/usr/bin/" + name if name == "python3.12" else None)
     with pytest.raises(start.StartError, match=r"run `python3\.12 tools/start\.py`"):
         start.check_python((3, 9))
 
 
-def test_python_without_venv_is_told_the_debian_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_venv_module_names_the_debian_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(start.StartError, match="apt install python3-venv"):
         start.make_venv(tmp_path / "venv")
 
 
-def test_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_an_environment_is_not_modified(tmp_path: Path) -> None:
     (tmp_path / "holiday.png").write_bytes(b"x")
     with pytest.raises(start.StartError, match="not a virtual environment"):
         start.make_venv(tmp_path)
     assert (tmp_path / "holiday.png").exists()
 
 
-def test_full_disk_is_said_before_pip_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_pip_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1024**3}))
     with pytest.raises(start.StartError, match=r"1\.0 GiB are free .* need at least 3 GiB"):
         start.check_disk(tmp_path)
@@ -287,7 +289,7 @@ def test_full_disk_is_said_before_pip_starts(tmp_path: Path, monkeypatch: pytest
         ("No space left on device", "the disk is full"),
     ],
 )
-def test_failing_pip_shows_its_last_lines_and_how_to_go_on(
+def test_a_pip_failure_shows_its_last_lines_and_a_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complaint: str, cause: str
 ) -> None:
     pip = [sys.executable, "-c", f"import sys; sys.stderr.write('ERROR: {complaint}\\n'); sys.exit(1)"]
@@ -301,13 +303,13 @@ def test_failing_pip_shows_its_last_lines_and_how_to_go_on(
     assert "Run the same command again" in message
 
 
-def test_missing_command_is_a_usage_error() -> None:
+def test_a_missing_command_is_a_usage_error() -> None:
     ended = subprocess.run([sys.executable, "tools/start.py"], cwd=start.ROOT, capture_output=True, text=True)
     assert ended.returncode == 2
     assert "quickstart" in ended.stderr
 
 
-def test_quickstart_that_wrote_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quickstart_that_wrote_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "ROOT", tmp_path)
     monkeypatch.setattr(start, "ready_python", lambda venv, names: PYTHON)
     monkeypatch.setattr(start, "run", lambda command: 0)
@@ -315,10 +317,10 @@ def test_quickstart_that_wrote_nothing_is_an_error(tmp_path: Path, monkeypatch: 
         start.quickstart(tmp_path / "venv")
 
 
-def test_a_training_that_was_stopped_is_not_followed_by_an_image_of_an_older_one(
+def test_no_image_of_an_older_adapter_is_generated_after_a_stopped_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stop saves under another name and ends with status 0."""
+    """A stopped training saves under another name and exits with status 0."""
     started: list[list[str]] = []
     monkeypatch.setattr(start, "ROOT", tmp_path)
     monkeypatch.setattr(start, "ready_python", lambda venv, names: PYTHON)
@@ -330,7 +332,7 @@ def test_a_training_that_was_stopped_is_not_followed_by_an_image_of_an_older_one
     assert [command[1] for command in started] == ["-m"]
 
 
-def test_failed_training_ends_the_quickstart_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_training_ends_the_quickstart_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(start, "ready_python", lambda venv, names: PYTHON)
     monkeypatch.setattr(start, "run", lambda command: started.append(command) or 3)
@@ -338,6 +340,6 @@ def test_failed_training_ends_the_quickstart_with_its_status(monkeypatch: pytest
     assert len(started) == 1
 
 
-def test_quickstart_names_the_report_that_its_run_leaves() -> None:
+def test_the_quickstart_names_the_report_of_its_run() -> None:
     options = read_toml(start.ROOT / start.TRAINING_CONFIG, "--config_file")["output"]
     assert Names.build(SavingOptions(**options)).of_report() == Path(start.REPORT)

@@ -20,9 +20,9 @@ def test_known_edits_change_no_shape_and_pairs_change_nothing_else(tmp_path: Pat
     words = ["--out", str(tmp_path), "--words", "red", "other", "--count", "12", "--caption", INSTRUCTION]
     assert make_pairs.main(words) == 0
     for path in sorted((tmp_path / "red").glob("*.png")):
-        wanted, reference = check_edits.read_image(path), check_edits.read_image(tmp_path / "other" / path.name)
-        moved = np.roll(wanted, 32, axis=0)
-        right = [all(check_edits.judge(image, wanted).values()) for image in (wanted, reference, moved)]
+        edited, reference = check_edits.read_image(path), check_edits.read_image(tmp_path / "other" / path.name)
+        moved = np.roll(edited, 32, axis=0)
+        right = [all(check_edits.judge(image, edited).values()) for image in (edited, reference, moved)]
         assert right == [True, False, False]
         assert path.with_suffix(".txt").read_text() == INSTRUCTION + "\n"
     for make in KNOWN_EDITS:

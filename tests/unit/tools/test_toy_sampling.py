@@ -1,4 +1,4 @@
-"""The quickstart's image takes adapters in any naming, and says when one is for another model."""
+"""The quickstart's image generator accepts adapters in any naming and rejects those for another model."""
 
 import copy
 from types import SimpleNamespace

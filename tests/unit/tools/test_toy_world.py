@@ -29,9 +29,9 @@ def share_read_back(scenes: list[Scene], seed: int) -> float:
 
 
 def blurred(image: ImageArray) -> ImageArray:
-    """Lose detail as a VAE does: half the resolution and back."""
-    whole = Image.fromarray(image)
-    return np.asarray(whole.resize((32, 32), Image.Resampling.BOX).resize(whole.size, Image.Resampling.BICUBIC))
+    """Lose detail as a VAE does: halve the resolution and scale back."""
+    original = Image.fromarray(image)
+    return np.asarray(original.resize((32, 32), Image.Resampling.BOX).resize(original.size, Image.Resampling.BICUBIC))
 
 
 @pytest.mark.parametrize("shape", ALL_SHAPES)
@@ -58,8 +58,8 @@ def test_checker_names_the_size_too() -> None:
 
 
 def test_checker_finds_nothing_in_a_blank_image() -> None:
-    seen = look_at(np.full((64, 64, 3), 246, dtype=np.uint8))
-    assert (seen.shape, seen.colour, seen.background) == ("", "", "white")
+    scene = look_at(np.full((64, 64, 3), 246, dtype=np.uint8))
+    assert (scene.shape, scene.colour, scene.background) == ("", "", "white")
 
 
 @pytest.mark.parametrize("deviation", [30, 60, 90])
@@ -77,26 +77,26 @@ def test_checker_finds_no_shape_in_two() -> None:
 
 def test_checker_finds_no_unseen_shape_in_doodles() -> None:
     rng = np.random.default_rng(7)
-    found = [look_at(draw_doodle(rng)).shape for _ in range(200)]
-    assert sum(shape in HELD_OUT_SHAPES for shape in found) <= 2
+    shapes = [look_at(draw_doodle(rng)).shape for _ in range(200)]
+    assert sum(shape in HELD_OUT_SHAPES for shape in shapes) <= 2
 
 
 def test_checker_needs_every_word_to_be_right() -> None:
     scene = Scene("circle", "red", "white", "large")
-    seen = look_at(draw_scene(scene, np.random.default_rng(8)))
-    assert seen.shows(scene)
+    recognised = look_at(draw_scene(scene, np.random.default_rng(8)))
+    assert recognised.shows(scene)
     for wrong in (
         Scene("square", "red", "white", "large"),
         Scene("circle", "blue", "white", "large"),
         Scene("circle", "red", "black", "large"),
         Scene("circle", "red", "white", "large", "outlined"),
     ):
-        assert not seen.shows(wrong)
+        assert not recognised.shows(wrong)
 
 
 @pytest.mark.parametrize("style", ["solid", "outlined"])
 @pytest.mark.parametrize("template", CAPTION_TEMPLATES)
-def test_captions_say_what_is_drawn(template: str, style: Style) -> None:
+def test_captions_match_the_drawn_scene(template: str, style: Style) -> None:
     for scene in list_scenes(ALL_SHAPES, style):
         parsed = parse_caption(scene.caption(template))
         assert (parsed.shape, parsed.colour, parsed.background) == (scene.shape, scene.colour, scene.background)
@@ -104,19 +104,19 @@ def test_captions_say_what_is_drawn(template: str, style: Style) -> None:
         assert parsed.size in (scene.size, "")
 
 
-def test_caption_of_another_world_is_an_error() -> None:
+def test_a_caption_that_does_not_parse_is_an_error() -> None:
     with pytest.raises(ValueError, match="does not describe a scene of the toy world"):
         parse_caption("a photo of a cat")
 
 
-def test_same_seed_draws_the_same_image() -> None:
+def test_the_same_seed_draws_the_same_image() -> None:
     scene = list_scenes()[0]
     first, second = (draw_scene(scene, np.random.default_rng(9)) for _ in range(2))
     assert (first == second).all()
     assert (first != draw_scene(scene, np.random.default_rng(10))).any()
 
 
-def test_known_scenes_hold_nothing_that_is_held_out() -> None:
+def test_known_scenes_exclude_held_out_combinations() -> None:
     assert len(list_scenes()) == 210
     assert not {scene.shape for scene in list_scenes()} & set(HELD_OUT_SHAPES)
     assert {scene.style for scene in list_scenes()} == {"solid"}

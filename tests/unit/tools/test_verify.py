@@ -1,4 +1,4 @@
-"""tools/verify.py: what it compares, and what it says of it."""
+"""tools/verify.py: its comparisons and how it reports them."""
 
 import importlib
 import re
@@ -35,7 +35,7 @@ EXACT = 1e-5  # of the largest value, in float32
 
 
 def of_size(model: Any, seed: int, **changes: Any) -> Any:
-    """A model of this kind with random weights and other sizes."""
+    """Return a model of the same class with random weights and other sizes."""
     with torch.device("meta"):
         other = type(model)(replace(model.config, **changes))
     other.load_state_dict(fixed_init(other, seed), assign=True)
@@ -43,9 +43,9 @@ def of_size(model: Any, seed: int, **changes: Any) -> Any:
 
 
 def denoisers() -> dict[str, Callable[[], nn.Module]]:
-    """Models by name; most have more blocks than are compared."""
+    """Return model builders by name; most models have more blocks than are compared."""
     streams, refined = {"num_double": 3, "num_single": 4}, {"num_layers": 4}
-    found: dict[str, Callable[[], nn.Module]] = {
+    builders: dict[str, Callable[[], nn.Module]] = {
         "flux": lambda: of_size(tiny_flux(61), 61, **streams),
         "flux schnell": lambda: tiny_flux(63, has_guidance=False),
         "flux chroma": lambda: of_size(tiny_chroma(62), 62, **streams),
@@ -59,7 +59,7 @@ def denoisers() -> dict[str, Callable[[], nn.Module]]:
         "krea2": lambda: of_size(tiny_krea2(72), 72, num_blocks=3),
         "qwen_image_21": lambda: of_size(tiny_qwen_image_21(73), 73, num_blocks=3),
     }
-    return found | {f"sd3 {name}": partial(tiny_mmdit, config, 65) for name, config in CONFIGS.items()}
+    return builders | {f"sd3 {name}": partial(tiny_mmdit, config, 65) for name, config in CONFIGS.items()}
 
 
 def package_of(model: nn.Module) -> str:
@@ -69,27 +69,27 @@ def package_of(model: nn.Module) -> str:
 def difference(model: nn.Module) -> float:
     module: Any = importlib.import_module(f"{package_of(model)}.reference")
     with torch.no_grad():
-        found, expected = module.outputs(model, torch.Generator().manual_seed(3))
-    assert found.shape == expected.shape and expected.abs().max() > 0.1
-    return float((found - expected).abs().max() / expected.abs().max())
+        actual, expected = module.outputs(model, torch.Generator().manual_seed(3))
+    assert actual.shape == expected.shape and expected.abs().max() > 0.1
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("name", denoisers())
-def test_our_denoisers_are_those_of_diffusers_in_their_first_and_last_blocks(name: str) -> None:
+def test_our_denoisers_match_diffusers_in_their_first_and_last_blocks(name: str) -> None:
     assert difference(denoisers()[name]()) < EXACT
 
 
-def test_every_denoiser_of_ours_is_compared() -> None:
-    """All packages that have a denoiser of their own have a reference."""
+def test_each_of_our_denoisers_is_compared() -> None:
+    """Every package with its own denoiser has a reference."""
     packages = {Path(spec.build.__code__.co_filename).parent for spec in list_specs()}
-    own = {folder.name for folder in packages if (folder / "model.py").exists()}
-    assert own == {name.split()[0] for name in denoisers()}
-    assert all((folder / "reference.py").exists() for folder in packages if folder.name in own)
+    expected = {folder.name for folder in packages if (folder / "model.py").exists()}
+    assert expected == {name.split()[0] for name in denoisers()}
+    assert all((folder / "reference.py").exists() for folder in packages if folder.name in expected)
 
 
 @pytest.mark.parametrize("name", {name.split()[0]: name for name in denoisers()}.values())
-def test_a_denoiser_that_computes_something_else_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One matrix of the last block is a tenth larger in diffusers' class."""
+def test_a_denoiser_with_other_outputs_is_detected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In diffusers' class, one matrix of the last block is a tenth larger."""
 
     def with_another_weight(model: Any, state: Mapping[str, Tensor]) -> Any:
         last = [key for key, tensor in state.items() if re.search(r"(blocks|layers)\.\d", key) and tensor.ndim == 2][-1]
@@ -101,25 +101,25 @@ def test_a_denoiser_that_computes_something_else_is_noticed(name: str, monkeypat
     assert difference(model) > 100 * EXACT
 
 
-def test_a_class_that_the_installed_diffusers_lacks_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_that_the_installed_diffusers_lacks_is_reported_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     import diffusers
 
     model = denoisers()["lumina"]()
     assert re.fullmatch(r"first and last blocks differ .*", compare_with_diffusers(model, package_of(model)).found)
     monkeypatch.delattr(diffusers, "Lumina2Transformer2DModel")
     monkeypatch.delitem(diffusers._class_to_module, "Lumina2Transformer2DModel")
-    found = compare_with_diffusers(model, package_of(model))
+    result = compare_with_diffusers(model, package_of(model))
     expected = f"not compared: diffusers {diffusers.__version__} has no Lumina2Transformer2DModel"
-    assert not found.is_wrong and found.found == expected
+    assert not result.is_wrong and result.found == expected
 
 
 def test_the_first_and_the_last_block_are_renumbered() -> None:
     state = {f"blocks.{i}.a.weight": torch.full((2,), i, dtype=torch.bfloat16) for i in (0, 1, 2, 10)}
     state["other.weight"] = torch.ones(1)
-    found, counts = select_first_and_last(state, ("blocks",))
-    assert counts == [2] and found.keys() == {"blocks.0.a.weight", "blocks.1.a.weight", "other.weight"}
-    assert found["blocks.1.a.weight"].tolist() == [10.0, 10.0]
-    assert found["blocks.1.a.weight"].dtype == torch.float32
+    selected, counts = select_first_and_last(state, ("blocks",))
+    assert counts == [2] and selected.keys() == {"blocks.0.a.weight", "blocks.1.a.weight", "other.weight"}
+    assert selected["blocks.1.a.weight"].tolist() == [10.0, 10.0]
+    assert selected["blocks.1.a.weight"].dtype == torch.float32
 
 
 def test_files_are_compared_byte_for_byte(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def step(seconds: float, peak: int | None) -> dict[str, Any]:
     return {"timing": {"seconds": seconds}, "memory": None if peak is None else {"card_peak": peak}}
 
 
-def test_time_and_memory_are_put_beside_the_plan() -> None:
+def test_time_and_memory_are_compared_with_the_plan() -> None:
     steps = [step(9.0, None)] * 5 + [step(0.5, 3 * 2**30), step(0.75, None), step(0.25, 4 * 2**30)]
     planned = predict(counted_step(), Way(), TYPICAL[0])
     time, memory = compare_with_plan(steps, planned)
@@ -150,12 +150,12 @@ def test_time_and_memory_are_put_beside_the_plan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("log", "said"),
+    ("log", "expected"),
     [
         ("Traceback\n  File secret.py\nlibrary.errors.UserError: --ae secret is not there", "UserError, see above"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried", "out of memory, see above"),
         ("killed", "see above"),
     ],
 )
-def test_of_an_error_only_its_kind_is_said(log: str, said: str) -> None:
-    assert find_error(log) == said
+def test_only_the_type_of_an_error_is_reported(log: str, expected: str) -> None:
+    assert find_error(log) == expected

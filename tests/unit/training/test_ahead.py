@@ -1,4 +1,4 @@
-"""Batches one ahead: in which order they are fetched, copied and used, and what becomes of errors on the way."""
+"""Prefetching one batch: the order of fetching, copying and use, and how errors are passed on."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +16,7 @@ from tests.unit.training.test_loop import batch_of, run_of
 
 
 class SlowCopies:
-    """A device whose copies have arrived when they are waited for, and are NaN before."""
+    """A device whose copies are NaN until they are waited for."""
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
@@ -29,10 +29,10 @@ class SlowCopies:
         return copied
 
     def ready(self, batch: Batch) -> None:
-        given = self.coming.pop(id(batch))
-        assert batch.latents_BCHW is not None and given.latents_BCHW is not None
-        batch.latents_BCHW.copy_(given.latents_BCHW)
-        self.log.append(f"ready {number_of(given)}")
+        batch_on_device = self.coming.pop(id(batch))
+        assert batch.latents_BCHW is not None and batch_on_device.latents_BCHW is not None
+        batch.latents_BCHW.copy_(batch_on_device.latents_BCHW)
+        self.log.append(f"ready {number_of(batch_on_device)}")
 
 
 def number_of(batch: Batch) -> int:
@@ -47,7 +47,7 @@ def batches(count: int, log: list[str], broken: int = -1) -> Iterator[Batch]:
         yield replace(batch_of(1.0 + number), keys=[str(number)])
 
 
-def test_a_batch_is_fetched_and_copied_while_the_one_before_computes() -> None:
+def test_a_batch_is_fetched_and_copied_while_the_previous_one_computes() -> None:
     log: list[str] = []
     run = run_of()
     ahead = Ahead(batches(4, log), 3, SlowCopies(log), run.times)
@@ -67,7 +67,7 @@ def test_a_batch_is_fetched_and_copied_while_the_one_before_computes() -> None:
         next(ahead)
 
 
-def test_an_error_in_fetching_waits_until_the_batch_is_asked_for() -> None:
+def test_a_fetching_error_is_raised_when_the_batch_is_requested() -> None:
     ahead = Ahead(batches(3, [], broken=1), 3, None, StepTimes())
     assert number_of(next(ahead)) == 0
     ahead.fetch()
@@ -76,7 +76,7 @@ def test_an_error_in_fetching_waits_until_the_batch_is_asked_for() -> None:
             next(ahead)
 
 
-def test_what_the_host_asks_for_stays_there() -> None:
+def test_tensors_that_the_cpu_needs_stay_on_the_cpu() -> None:
     batch = replace(batch_of(2.0), conditioning={"mask": torch.ones(1, 3), "states": torch.ones(1, 3, 5)})
     copied = move_batch(batch, ("mask",), lambda tensor: tensor + 1)
     assert copied.conditioning is not None and batch.conditioning is not None

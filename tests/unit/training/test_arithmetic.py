@@ -1,4 +1,4 @@
-"""--base_arithmetic 8bit: what it needs is said before weights are read, and which layers multiply so."""
+"""--base_arithmetic 8bit: its requirements are checked before weights are read, and which layers use it."""
 
 import logging
 from argparse import Namespace
@@ -25,7 +25,7 @@ from tests.weight_formats import CODECS, EIGHT_BIT_FORMATS
 COMPUTE = Compute(torch.device("cpu"), torch.float32, nullcontext)
 
 
-def asked(**values: object) -> TrainOptions:
+def make_options(**values: object) -> TrainOptions:
     named = {**NEEDED, "base_arithmetic": "8bit", **values}
     return TrainOptions.from_args(Namespace(**{**TrainOptions.defaults(), **named}))
 
@@ -43,35 +43,33 @@ def asked(**values: object) -> TrainOptions:
     ],
     ids=["nf4", "bf16", "merged", "fitted"],
 )
-def test_weights_in_other_forms_are_refused(values: dict[str, object], message: str) -> None:
+def test_other_weight_formats_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check(asked(**values))
+        check(make_options(**values))
 
 
 @pytest.mark.parametrize("form", EIGHT_BIT_FORMATS)
-def test_the_8_bit_forms_are_taken_and_the_old_name_of_one(form: str) -> None:
-    check(asked(base_format=form))
-    check(asked(fp8_base=True, mixed_precision="bf16"))
+def test_8_bit_formats_and_one_old_name_are_accepted(form: str) -> None:
+    check(make_options(base_format=form))
+    check(make_options(fp8_base=True, mixed_precision="bf16"))
 
 
-def test_a_checkpoint_with_whole_weights_is_refused_before_it_is_read(tiny_sd_folder: Path) -> None:
-    options = asked(pretrained_model_name_or_path=str(tiny_sd_folder))
+def test_a_checkpoint_with_unquantized_weights_is_refused_before_it_is_read(tiny_sd_folder: Path) -> None:
+    options = make_options(pretrained_model_name_or_path=str(tiny_sd_folder))
     with pytest.raises(UserError, match=r"the checkpoint has none that can be; add --base_format int8_rotated"):
         check_arithmetic(options.precision.denoiser_format, options.network.network_module, build(options), COMPUTE)
 
 
 @pytest.mark.parametrize("form", EIGHT_BIT_FORMATS)
-def test_only_8_bit_floats_on_a_cpu_are_warned_of(
-    form: str, tiny_sd_folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    options = asked(pretrained_model_name_or_path=str(tiny_sd_folder), base_format=form)
+def test_only_fp8_on_a_cpu_is_warned_about(form: str, tiny_sd_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = make_options(pretrained_model_name_or_path=str(tiny_sd_folder), base_format=form)
     with caplog.at_level(logging.INFO):
         check_arithmetic(options.precision.denoiser_format, options.network.network_module, build(options), COMPUTE)
-    told = [message for message in caplog.messages if "--base_arithmetic" in message]
-    assert ["thousands of times slower" in message for message in told] == [True] * (form == "fp8")
+    warnings = [message for message in caplog.messages if "--base_arithmetic" in message]
+    assert ["thousands of times slower" in message for message in warnings] == [True] * (form == "fp8")
 
 
-def test_what_the_device_cannot_do_is_said_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_device_is_refused_with_its_own_error_message(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*inputs: Tensor, **more: object) -> Tensor:
         raise RuntimeError("torch._scaled_mm is only supported on CUDA devices with compute capability >= 9.0\nmore")
 
@@ -80,9 +78,9 @@ def test_what_the_device_cannot_do_is_said_with_its_own_words(monkeypatch: pytes
         try_kind(FP8, COMPUTE)
 
 
-def test_a_product_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = torch._int_mm
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: honest(a, b).roll(1, 0))
+def test_a_device_with_wrong_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: original(a, b).roll(1, 0))
     with pytest.raises(UserError, match=r"a product of int8 on this cpu is off by \d+%; leave it out"):
         try_kind(torch.int8, COMPUTE)
 
@@ -92,10 +90,10 @@ def test_products_are_checked_on_a_device_without_float64() -> None:
         try_kind(torch.int8, Compute(device, torch.float32, nullcontext))
 
 
-def test_modules_of_others_are_warned_of(tiny_sd_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_third_party_network_modules_are_warned_about(tiny_sd_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     values = {"pretrained_model_name_or_path": str(tiny_sd_folder), "base_format": "int8"}
     for module, is_warned in (("networks.lora", False), ("lycoris.kohya", True)):
-        options = asked(network_module=module, **values)
+        options = make_options(network_module=module, **values)
         caplog.clear()
         check_arithmetic(options.precision.denoiser_format, options.network.network_module, build(options), COMPUTE)
         assert (f"layers that --network_module {module} adapts" in caplog.text) == is_warned
@@ -108,7 +106,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(layers)
 
 
-def test_layers_that_stay_decoded_are_counted_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_that_are_decoded_instead_are_counted_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
     model = Model(64)
     store_all_in(CODECS["int8"], model.blocks)
     with caplog.at_level(logging.INFO):
@@ -120,7 +118,7 @@ def test_layers_that_stay_decoded_are_counted_with_the_reason(caplog: pytest.Log
     assert [layer.multiplies_codes for layer in model.blocks] == [True, True, False, False]
 
 
-def test_a_model_without_such_layers_is_refused() -> None:
+def test_a_model_without_suitable_layers_is_refused() -> None:
     model = nn.Module()
     model.blocks = nn.ModuleList([nn.Conv2d(8, 8, 3), nn.Linear(9, 8)])
     store_all_in(CODECS["int8"], model.blocks)

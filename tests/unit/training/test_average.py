@@ -1,4 +1,4 @@
-"""The moving average of the weights: its numbers, and that showing it leaves no trace."""
+"""The moving average of the weights: its values, and that using it temporarily has no side effects."""
 
 import copy
 from types import SimpleNamespace
@@ -29,25 +29,25 @@ def move(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("decay", "begin"), [(0.9, 0), (0.999, 0), (0.5, 4), (0.95, 20)])
-def test_it_is_diffusers_average_at_every_step(decay: float, begin: int) -> None:
+def test_the_average_matches_diffusers_at_every_step(decay: float, begin: int) -> None:
     model = model_of(601)
-    ours = WeightAverage(list(model.parameters()), decay, begin)
+    average = WeightAverage(list(model.parameters()), decay, begin)
     theirs = training_utils.EMAModel(model.parameters(), decay=decay, update_after_step=begin)
     for _ in range(30):
         move(model)
-        ours.update()
+        average.update()
         theirs.step(model.parameters())
-        for one, other in zip(ours.values, theirs.shadow_params, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
-    moved = [float((v - p).abs().max()) for v, p in zip(ours.values, model.parameters(), strict=True)]
+        for actual, expected in zip(average.values, theirs.shadow_params, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+    moved = [float((v - p).abs().max()) for v, p in zip(average.values, model.parameters(), strict=True)]
     assert min(moved) > 1e-3
 
 
-def test_what_is_shown_is_the_average_and_the_weights_come_back_bit_for_bit() -> None:
+def test_the_average_is_used_temporarily_and_the_weights_are_restored_bit_for_bit() -> None:
     model = model_of(602, torch.bfloat16)
     average = WeightAverage(list(model.parameters()), 0.9, 0)
     before = copy.deepcopy(model.state_dict())
-    with average.shown():  # nothing was averaged yet
+    with average.shown():  # no step has been averaged yet
         assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
     for _ in range(5):
         move(model)
@@ -61,16 +61,16 @@ def test_what_is_shown_is_the_average_and_the_weights_come_back_bit_for_bit() ->
     assert all(value.dtype == torch.float32 for value in average.values)
 
 
-def test_it_goes_on_from_its_state_bit_for_bit() -> None:
+def test_the_average_resumes_from_its_state_bit_for_bit() -> None:
     model = model_of(603)
-    whole = WeightAverage(list(model.parameters()), 0.8, 2)
+    uninterrupted = WeightAverage(list(model.parameters()), 0.8, 2)
     states = []
     for step in range(8):
         move(model)
-        whole.update()
+        uninterrupted.update()
         if step == 3:
-            states.append(copy.deepcopy((whole.state_dict(), model.state_dict(), torch.get_rng_state())))
-    last = [value.clone() for value in whole.values]
+            states.append(copy.deepcopy((uninterrupted.state_dict(), model.state_dict(), torch.get_rng_state())))
+    last = [value.clone() for value in uninterrupted.values]
     (state, weights, rng), *_ = states
     model.load_state_dict(weights)
     resumed = WeightAverage(list(model.parameters()), 0.8, 2)
@@ -79,13 +79,13 @@ def test_it_goes_on_from_its_state_bit_for_bit() -> None:
     for _ in range(4):
         move(model)
         resumed.update()
-    assert all(torch.equal(one, other) for one, other in zip(resumed.values, last, strict=True))
+    assert all(torch.equal(actual, expected) for actual, expected in zip(resumed.values, last, strict=True))
     with pytest.raises(ValueError, match="it is the average of other weights"):
         WeightAverage(list(nn.Linear(2, 2).parameters()), 0.8, 2).load_state_dict(state)
 
 
 @pytest.mark.parametrize("used", [None, [FILES], [PREVIEWS, VALIDATION], [VALIDATION]])
-def test_each_use_shows_the_average_if_it_is_asked_for(used: list[str] | None) -> None:
+def test_the_average_is_used_only_for_the_requested_purposes(used: list[str] | None) -> None:
     model = model_of(604)
     average = WeightAverage(list(model.parameters()), 0.9, 0)
     for _ in range(3):
@@ -108,7 +108,7 @@ class Trained(nn.Linear):
     def save_weights(self) -> None: ...
 
 
-def test_beside_an_optimizer_that_averages_by_itself_it_is_refused() -> None:
+def test_ema_is_refused_with_an_optimizer_that_averages_by_itself() -> None:
     options, kind = AveragingOptions(ema_decay=0.99), "AdamWScheduleFree"
     network = adopt(Trained(2, 2))
     assert build_average(options, kind, network, is_schedule_free=False) is not None

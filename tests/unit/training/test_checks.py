@@ -1,4 +1,4 @@
-"""Errors and warnings before anything is loaded."""
+"""Errors and warnings raised before anything is loaded."""
 
 import logging
 import re
@@ -37,7 +37,7 @@ NEEDED = {
 
 @dataclass(frozen=True)
 class AllOptions(TrainOptions):
-    """With the groups that only some of the scripts have."""
+    """Options including the groups that only some scripts have."""
 
     flux: FluxModelOptions = group(FluxModelOptions)
     sd3: Sd3TrainingOptions = group(Sd3TrainingOptions)
@@ -46,8 +46,8 @@ class AllOptions(TrainOptions):
 UNSUPPORTED = [name for name, facts in AllOptions.facts().items() if facts.unsupported and not facts.needs]
 
 
-def made(**values: Any) -> TrainOptions:
-    """Options that pass, but for `values`."""
+def make_options(**values: Any) -> TrainOptions:
+    """Return valid options, changed by `values`."""
     unknown = values.keys() - AllOptions.defaults().keys()
     assert not unknown, unknown
     return AllOptions.from_args(Namespace(**{**AllOptions.defaults(), **NEEDED, **values}))
@@ -55,75 +55,75 @@ def made(**values: Any) -> TrainOptions:
 
 def warnings_of(caplog: pytest.LogCaptureFixture, **values: Any) -> list[str]:
     with caplog.at_level(logging.WARNING):
-        check(made(**values))
-        report_unused(made(**values), {})
+        check(make_options(**values))
+        report_unused(make_options(**values), {})
     return [record.message for record in caplog.records]
 
 
-def refusal(**values: Any) -> str:
+def refusal_of(**values: Any) -> str:
     with pytest.raises(ValueError) as refused:
-        check(made(**values))
+        check(make_options(**values))
     return str(refused.value)
 
 
-@pytest.mark.parametrize(("of_script", "is_told"), [("no", True), ("bf16", False)])
-def test_a_precision_that_the_launcher_alone_has_is_told(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, of_script: str, is_told: bool
+@pytest.mark.parametrize(("of_script", "is_warned"), [("no", True), ("bf16", False)])
+def test_a_precision_set_only_for_the_launcher_is_warned_about(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, of_script: str, is_warned: bool
 ) -> None:
-    """Programs give it to accelerate launch and forget the script, which then trains in 32 bits."""
+    """Some programs pass it to accelerate launch but not to the script, which then trains in float32."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    told = [line for line in warnings_of(caplog, mixed_precision=of_script) if "accelerate launch" in line]
-    assert len(told) == is_told and all("give --mixed_precision fp16 to the script" in line for line in told)
+    warnings = [line for line in warnings_of(caplog, mixed_precision=of_script) if "accelerate launch" in line]
+    assert len(warnings) == is_warned and all("give --mixed_precision fp16 to the script" in line for line in warnings)
 
 
-def test_plain_run_passes_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_plain_run_passes_without_warnings(caplog: pytest.LogCaptureFixture) -> None:
     assert warnings_of(caplog) == []
 
 
-def test_a_class_that_makes_batches_needs_no_folder_and_no_size() -> None:
+def test_a_dataset_class_needs_no_folder_and_no_resolution() -> None:
     described = {"train_data_dir": None, "resolution": None}
-    assert refusal(**described).startswith("no images are named")
-    check(made(**described, dataset_class="my_data.Pictures"))
+    assert refusal_of(**described).startswith("no images are named")
+    check(make_options(**described, dataset_class="my_data.Pictures"))
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_an_option_that_is_not_supported_stops_the_run(name: str) -> None:
+def test_an_unsupported_option_stops_the_run(name: str) -> None:
     default = AllOptions.defaults()[name]
     value = {bool: True, float: 0.5}.get(type(default), 5)
     if default is None and "str" in str(next(kind for f, kind in AllOptions.leaves() if f.name == name)):
         value = "text"
-    assert refusal(**{name: value}).startswith(f"--{name} is not supported: ")
+    assert refusal_of(**{name: value}).startswith(f"--{name} is not supported: ")
 
 
 def test_cuda_graphs_is_refused_and_compile_is_named() -> None:
-    assert refusal(cuda_graphs=True).endswith("Use --compile instead, which is available for every base model.")
+    assert refusal_of(cuda_graphs=True).endswith("Use --compile instead, which is available for every base model.")
 
 
-def test_all_that_are_not_supported_stand_in_one_message() -> None:
-    lines = refusal(zero_stage=3, deepspeed=True).splitlines()
+def test_all_unsupported_options_are_listed_in_one_message() -> None:
+    lines = refusal_of(zero_stage=3, deepspeed=True).splitlines()
     assert [line.split()[0] for line in lines] == ["--deepspeed", "--zero_stage"]
 
 
 @pytest.mark.parametrize("nothing", [None, False, "", 0, 0.0])
 def test_an_unsupported_option_left_empty_by_a_front_end_passes(nothing: Any) -> None:
-    assert unsupported(made(**dict.fromkeys(UNSUPPORTED, nothing))) == []
+    assert unsupported(make_options(**dict.fromkeys(UNSUPPORTED, nothing))) == []
 
 
 @pytest.mark.parametrize("steps", [0, -1])
-def test_previews_switched_off_pass(steps: int) -> None:
-    assert unsupported(made(sample_every_n_steps=steps, sample_every_n_epochs=steps)) == []
+def test_disabled_previews_pass(steps: int) -> None:
+    assert unsupported(make_options(sample_every_n_steps=steps, sample_every_n_epochs=steps)) == []
 
 
 def test_deepspeed_names_its_other_options_too() -> None:
-    assert "--offload_param_device" in refusal(deepspeed=True, offload_param_device="cpu", zero_stage=2)
-    assert "--zero_stage" not in refusal(deepspeed=True, offload_param_device="cpu", zero_stage=2)
+    assert "--offload_param_device" in refusal_of(deepspeed=True, offload_param_device="cpu", zero_stage=2)
+    assert "--zero_stage" not in refusal_of(deepspeed=True, offload_param_device="cpu", zero_stage=2)
     of_deepspeed = [facts for facts in AllOptions.facts().values() if "deepspeed" in facts.needs]
     assert len(of_deepspeed) == 8 and all(facts.unsupported for facts in of_deepspeed)
 
 
 @pytest.mark.parametrize("flag", ["--base_format", "--blocks_to_swap", "--optimizer_type", "--num_processes"])
-def test_what_takes_the_place_of_deepspeed_is_named(flag: str) -> None:
-    assert flag in refusal(deepspeed=True, offload_optimizer_device="cpu")
+def test_the_replacement_for_deepspeed_is_named(flag: str) -> None:
+    assert flag in refusal_of(deepspeed=True, offload_optimizer_device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_what_takes_the_place_of_deepspeed_is_named(flag: str) -> None:
         ("zero_terminal_snr", True),
     ],
 )
-def test_option_that_does_nothing_warns_once(caplog: pytest.LogCaptureFixture, name: str, value: Any) -> None:
+def test_an_option_without_effect_warns_once(caplog: pytest.LogCaptureFixture, name: str, value: Any) -> None:
     warnings = warnings_of(caplog, **{name: value})
     assert len(warnings) == 1
     assert warnings[0].startswith(f"--{name} ")
@@ -182,25 +182,23 @@ def test_option_that_does_nothing_warns_once(caplog: pytest.LogCaptureFixture, n
         {"v_parameterization": True, "v_pred_like_loss": 0.0},
     ],
 )
-def test_option_that_does_something_is_not_warned_about(
-    caplog: pytest.LogCaptureFixture, values: dict[str, Any]
-) -> None:
+def test_an_option_with_an_effect_does_not_warn(caplog: pytest.LogCaptureFixture, values: dict[str, Any]) -> None:
     assert warnings_of(caplog, **values) == []
 
 
-def test_options_overridden_by_the_part_that_trains_warn(caplog: pytest.LogCaptureFixture) -> None:
+def test_rates_of_a_part_that_is_not_trained_warn(caplog: pytest.LogCaptureFixture) -> None:
     assert "--text_encoder_lr" in warnings_of(caplog, network_train_unet_only=True, text_encoder_lr=[1e-5])[0]
     caplog.clear()
     assert "--unet_lr" in warnings_of(caplog, network_train_text_encoder_only=True, unet_lr=1e-5)[0]
 
 
-def test_what_names_the_start_twice_warns(caplog: pytest.LogCaptureFixture) -> None:
+def test_two_options_for_the_starting_point_warn(caplog: pytest.LogCaptureFixture) -> None:
     assert "--initial_epoch" in warnings_of(caplog, initial_epoch=2, initial_step=10)[0]
     caplog.clear()
     assert "--autoresume" in warnings_of(caplog, autoresume=True, resume="a-state")[0]
 
 
-def test_rank_beside_dim_from_weights_warns(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_a_rank_together_with_dim_from_weights_warns(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     weights = tmp_path / "a.safetensors"
     weights.touch()
     warnings = warnings_of(caplog, dim_from_weights=True, network_weights=str(weights), network_dim=4)
@@ -209,21 +207,21 @@ def test_rank_beside_dim_from_weights_warns(caplog: pytest.LogCaptureFixture, tm
 
 @pytest.mark.parametrize("name", ["pretrained_model_name_or_path", "network_module", "output_dir", "resolution"])
 @pytest.mark.parametrize("nothing", [None, ""])
-def test_missing_setting_is_named(name: str, nothing: str | None) -> None:
-    assert refusal(**{name: nothing}).startswith(f"--{name} is not set")
+def test_a_missing_setting_is_named(name: str, nothing: str | None) -> None:
+    assert refusal_of(**{name: nothing}).startswith(f"--{name} is not set")
 
 
-def test_run_without_images_is_told_how_to_name_them() -> None:
-    message = refusal(train_data_dir=None)
+def test_the_error_for_a_run_without_images_says_how_to_name_them() -> None:
+    message = refusal_of(train_data_dir=None)
     assert "--dataset_config" in message and "--train_data_dir" in message
 
 
 def test_dataset_config_needs_no_resolution() -> None:
-    check(made(train_data_dir=None, resolution=None, dataset_config=Path("data.toml")))
+    check(make_options(train_data_dir=None, resolution=None, dataset_config=Path("data.toml")))
 
 
 def test_debug_dataset_needs_no_model_and_no_output() -> None:
-    check(made(debug_dataset=True, network_module=None, pretrained_model_name_or_path=None, output_dir=None))
+    check(make_options(debug_dataset=True, network_module=None, pretrained_model_name_or_path=None, output_dir=None))
 
 
 @pytest.mark.parametrize(
@@ -272,8 +270,8 @@ def test_debug_dataset_needs_no_model_and_no_output() -> None:
     ],
     ids=str,
 )
-def test_contradiction_names_the_flag_and_its_value(values: dict[str, Any]) -> None:
-    message = refusal(**values)
+def test_conflicting_options_are_named_with_their_values(values: dict[str, Any]) -> None:
+    message = refusal_of(**values)
     assert any(f"--{name}" in message for name in values)
     numbers = [value for value in values.values() if isinstance(value, int | float) and not isinstance(value, bool)]
     assert not numbers or any(str(number) in message for number in numbers)
@@ -282,33 +280,33 @@ def test_contradiction_names_the_flag_and_its_value(values: dict[str, Any]) -> N
 def test_more_multipliers_than_files_are_refused(tmp_path: Path) -> None:
     weights = tmp_path / "a.safetensors"
     weights.touch()
-    assert "2 values for 1" in refusal(base_weights=[str(weights)], base_weights_multiplier=[1.0, 0.5])
+    assert "2 values for 1" in refusal_of(base_weights=[str(weights)], base_weights_multiplier=[1.0, 0.5])
 
 
-def test_a_place_for_the_audit_that_cannot_be_is_refused_before_images_are_looked_at(tmp_path: Path) -> None:
+def test_an_unusable_audit_path_is_refused_before_images_are_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "--output_dir" in refusal(audit_only=True, output_dir=str(tmp_path / "file" / "below"))
-    check(made(audit_only=True, network_module=None, pretrained_model_name_or_path=None, output_dir=None))
+    assert "--output_dir" in refusal_of(audit_only=True, output_dir=str(tmp_path / "file" / "below"))
+    check(make_options(audit_only=True, network_module=None, pretrained_model_name_or_path=None, output_dir=None))
 
 
-def test_fp16_without_a_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "has_accelerator", lambda: False)
-    assert "bf16" in refusal(mixed_precision="fp16")
+    assert "bf16" in refusal_of(mixed_precision="fp16")
     monkeypatch.setattr(checks, "has_accelerator", lambda: True)
-    check(made(mixed_precision="fp16", full_fp16=True, optimizer_type="AdamW8bit"))
+    check(make_options(mixed_precision="fp16", full_fp16=True, optimizer_type="AdamW8bit"))
 
 
-def test_rules_speak_of_options_that_exist() -> None:
-    known = AllOptions.defaults().keys()
+def test_rules_refer_to_existing_options() -> None:
+    option_names = AllOptions.defaults().keys()
     facts = AllOptions.facts().values()
     named = {need.partition("=")[0] for f in facts for need in f.needs} | {f.unless for f in facts if f.unless}
-    assert len(named) > 10 and named - {"cache_text_encoder_outputs_to_disk"} <= known
+    assert len(named) > 10 and named - {"cache_text_encoder_outputs_to_disk"} <= option_names
 
 
-def test_what_does_nothing_for_the_base_model_is_said_with_the_reason() -> None:
+def test_options_without_effect_on_the_base_model_are_reported_with_the_reason() -> None:
     ignores = {"clip_skip": "it has no CLIP", "noise_offset": "it is a flow"}
-    assert list(find_unused(made(clip_skip=2), ignores)) == ["--clip_skip has no effect: it has no CLIP"]
-    assert list(find_unused(made(), ignores)) == []
+    assert list(find_unused(make_options(clip_skip=2), ignores)) == ["--clip_skip has no effect: it has no CLIP"]
+    assert list(find_unused(make_options(), ignores)) == []
 
 
 @pytest.mark.parametrize(
@@ -322,11 +320,11 @@ def test_what_does_nothing_for_the_base_model_is_said_with_the_reason() -> None:
         ({"autoresume": True, "resume": "a"}, "--autoresume has no effect with --resume"),
     ],
 )
-def test_an_unmet_need_is_named(values: dict[str, Any], line: str) -> None:
-    assert list(find_unused(made(**values), {})) == [line]
+def test_an_unmet_requirement_is_named(values: dict[str, Any], line: str) -> None:
+    assert list(find_unused(make_options(**values), {})) == [line]
 
 
-def test_a_rate_with_which_an_adapter_learns_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_learning_rate_too_low_to_train_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     (line,) = warnings_of(caplog, learning_rate=2e-6, network_dim=16, network_alpha=1)
     assert "--learning_rate is 2e-06" in line and "--network_alpha 1 of --network_dim 16" in line and "1e-4" in line
     caplog.clear()
@@ -348,7 +346,7 @@ def test_a_rate_with_which_an_adapter_learns_nothing_is_told(caplog: pytest.LogC
         ({"learning_rate": 1e-2, "optimizer_type": "SGD"}, []),
     ],
 )
-def test_a_rate_that_destroys_an_adapter_is_warned_of(
+def test_a_learning_rate_that_destroys_an_adapter_is_warned_about(
     values: dict[str, Any], flags: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = [line for line in warnings_of(caplog, **values) if "destroys an adapter" in line]
@@ -356,46 +354,48 @@ def test_a_rate_that_destroys_an_adapter_is_warned_of(
 
 
 @pytest.mark.parametrize("values", [{"ddp_timeout": -1}, {"max_data_loader_n_workers": 10**9}, {"min_timestep": 1001}])
-def test_numbers_that_make_no_sense_are_refused(values: dict[str, Any]) -> None:
+def test_invalid_numbers_are_refused(values: dict[str, Any]) -> None:
     ((name, value),) = values.items()
-    assert refusal(**values).startswith(f"--{name} is {value}; use at ")
+    assert refusal_of(**values).startswith(f"--{name} is {value}; use at ")
 
 
 def test_previews_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a cat --w wide")
     previews = {"sample_at_first": True, "sample_prompts": str(path)}
-    assert f"{path}, line 1: width (--w) is 'wide'" in refusal(**previews)
+    assert f"{path}, line 1: width (--w) is 'wide'" in refusal_of(**previews)
     path.write_text("a cat")
-    check(made(**previews))
-    assert "--sample_sampler is 'eular' (did you mean euler?)" in refusal(**previews, sample_sampler="eular")
+    check(make_options(**previews))
+    assert "--sample_sampler is 'eular' (did you mean euler?)" in refusal_of(**previews, sample_sampler="eular")
     with pytest.raises(ValueError, match=r"none\.txt, but there is no such file"):
-        check(made(sample_every_n_steps=2, sample_prompts="none.txt"))
+        check(make_options(sample_every_n_steps=2, sample_prompts="none.txt"))
 
 
 @pytest.mark.parametrize(
     "times", [{"sample_every_n_steps": 5}, {"sample_every_n_epochs": 1}, {"sample_at_first": True}]
 )
 @pytest.mark.parametrize("prompts", [None, ""])
-def test_previews_without_prompts_are_warned_of(
+def test_previews_without_prompts_are_warned_about(
     caplog: pytest.LogCaptureFixture, times: dict[str, Any], prompts: str | None
 ) -> None:
     (warning,) = warnings_of(caplog, **times, sample_prompts=prompts)
     assert "--sample_prompts" in warning
 
 
-def test_previews_by_epochs_and_by_steps_say_which_counts(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_previews_by_epochs_and_by_steps_warn_which_one_is_used(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a cat")
     warnings = warnings_of(caplog, sample_every_n_steps=5, sample_every_n_epochs=1, sample_prompts=str(path))
     assert warnings == ["--sample_every_n_steps has no effect with --sample_every_n_epochs"]
 
 
-def moved(optimizer_type: str, dtype: torch.dtype) -> torch.Tensor:
-    """Where 20 steps along gradients of about 1e-4 take weights that start at 0."""
+def train_weight(optimizer_type: str, dtype: torch.dtype) -> torch.Tensor:
+    """Return weights that start at 0 after 20 steps with gradients of about 1e-4."""
     rate = 1.0 if optimizer_type == "Prodigy" else 1e-4
     weight = torch.nn.Parameter(torch.zeros(64, 4, dtype=dtype))
-    options = made(optimizer_type=optimizer_type, learning_rate=rate).optimizer
+    options = make_options(optimizer_type=optimizer_type, learning_rate=rate).optimizer
     optimizer = build_optimizer(options, [{"params": [weight], "lr": rate}]).optimizer
     generator = torch.Generator().manual_seed(3)
     for _ in range(20):
@@ -405,25 +405,27 @@ def moved(optimizer_type: str, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "NAdam", "RAdam", "RMSprop", "AdamWScheduleFree", "Prodigy"])
-def test_optimizers_that_full_fp16_breaks_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """They end at NaN, far away from where float32 takes them, or do not move."""
+def test_optimizers_that_break_in_full_fp16_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Their weights become NaN, end far from the float32 result, or do not move."""
     monkeypatch.setattr(checks, "has_accelerator", lambda: True)
-    message = refusal(full_fp16=True, mixed_precision="fp16", optimizer_type=name)
+    message = refusal_of(full_fp16=True, mixed_precision="fp16", optimizer_type=name)
     assert "--full_fp16" in message and name in message and "AdamW8bit" in message
-    half, single = moved(name, torch.float16), moved(name, torch.float32)
+    half, single = train_weight(name, torch.float16), train_weight(name, torch.float32)
     is_broken = not half.isfinite().all() or half.norm() > 5 * single.norm() or half.norm() < 0.2 * single.norm()
     assert is_broken
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "Lion"])
-def test_optimizers_that_are_advised_for_full_fp16_work(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """They go as far as in float32. Lion goes by signs, which rounding turns near 0, so lengths are compared."""
+def test_optimizers_recommended_for_full_fp16_work(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """They move as far as in float32. Lion uses signs, which rounding flips near 0, so norms are compared."""
     monkeypatch.setattr(checks, "has_accelerator", lambda: True)
-    check(made(full_fp16=True, mixed_precision="fp16", optimizer_type=name))
-    assert float(moved(name, torch.float16).norm()) == pytest.approx(float(moved(name, torch.float32).norm()), rel=0.05)
+    check(make_options(full_fp16=True, mixed_precision="fp16", optimizer_type=name))
+    assert float(train_weight(name, torch.float16).norm()) == pytest.approx(
+        float(train_weight(name, torch.float32).norm()), rel=0.05
+    )
 
 
-def test_adafactor_with_full_fp16_is_warned_of(
+def test_adafactor_with_full_fp16_is_warned_about(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(checks, "has_accelerator", lambda: True)
@@ -431,7 +433,7 @@ def test_adafactor_with_full_fp16_is_warned_of(
     assert "--full_fp16" in line and "Adafactor" in line
 
 
-def test_a_vae_that_overflows_in_fp16_is_warned_of_unless_it_runs_in_float32(
+def test_a_vae_that_overflows_in_fp16_is_warned_about_unless_it_runs_in_float32(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     warn_of_fp16_vae(ModelOptions(), "fp16")
@@ -443,83 +445,87 @@ def test_a_vae_that_overflows_in_fp16_is_warned_of_unless_it_runs_in_float32(
 
 
 @pytest.mark.parametrize("flag", ["output_dir", "logging_dir"])
-def test_a_folder_that_is_a_file_is_refused(tmp_path: Path, flag: str) -> None:
+def test_a_file_given_as_a_folder_is_refused(tmp_path: Path, flag: str) -> None:
     (tmp_path / "file").write_text("")
-    assert f"{tmp_path / 'file'} is a file" in refusal(**{flag: str(tmp_path / "file" / "out")})
+    assert f"{tmp_path / 'file'} is a file" in refusal_of(**{flag: str(tmp_path / "file" / "out")})
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_not_writable_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "locked"
     folder.mkdir()
-    monkeypatch.setattr(checks.os, "access", lambda path, mode: Path(path) != folder)  # root may write anywhere
-    assert f"nothing can be written in {folder}" in refusal(output_dir=str(folder / "a" / "b"))
+    monkeypatch.setattr(checks.os, "access", lambda path, mode: Path(path) != folder)  # root can write anywhere
+    assert f"nothing can be written in {folder}" in refusal_of(output_dir=str(folder / "a" / "b"))
 
 
-def test_names_that_clash_with_what_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_output_names_that_clash_with_existing_files_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "mine.safetensors").mkdir()
-    assert "is a folder" in refusal(output_dir=str(tmp_path), output_name="mine")
+    assert "is a folder" in refusal_of(output_dir=str(tmp_path), output_name="mine")
     (tmp_path / "old.safetensors").write_text("")
     (line,) = warnings_of(caplog, output_dir=str(tmp_path), output_name="old")
     assert "will be overwritten" in line
 
 
-def test_a_name_that_no_file_system_takes_is_refused() -> None:
-    assert "too long" in refusal(output_name="ä" * 120)
+def test_a_name_that_no_file_system_supports_is_refused() -> None:
+    assert "too long" in refusal_of(output_name="ä" * 120)
 
 
-def test_a_state_with_the_longest_name_that_is_taken_can_be_written(tmp_path: Path) -> None:
-    """While it is filled a state has a longer name."""
+def test_a_state_with_the_longest_accepted_name_can_be_written(tmp_path: Path) -> None:
+    """A state has a longer name while it is being written."""
     most, _ = checks.path_limits(tmp_path)
     name = "m" * (most - len("-step00000000-state") - ADDED_TO_NAMES)
-    check(made(output_dir=str(tmp_path), output_name=name))
+    check(make_options(output_dir=str(tmp_path), output_name=name))
     with atomic_folder(state_folder(Names(tmp_path, name, "safetensors").of_step(10**8 - 1))) as folder:
         (folder / checks.FILE_OF_STATE).write_text("")
-    assert f"have names of {most + 1}, but {most} are possible" in refusal(output_name=f"{name}m")
+    assert f"have names of {most + 1}, but {most} are possible" in refusal_of(output_name=f"{name}m")
 
 
 def test_paths_that_are_too_long_are_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    far = tmp_path.joinpath(*["x" * 200] * 25)
+    long_path = tmp_path.joinpath(*["x" * 200] * 25)
     assert re.search(
-        r"--output_dir .*paths of 5\d+ characters, but this system takes 4095", refusal(output_dir=str(far))
+        r"--output_dir .*paths of 5\d+ characters, but this system takes 4095", refusal_of(output_dir=str(long_path))
     )
     windows = tmp_path / ("x" * (150 - len(str(tmp_path))))
     monkeypatch.setattr(checks, "path_limits", lambda folder: (255, LONGEST_ON_WINDOWS))
     added = len("-step00000000-state") + ADDED_TO_NAMES + len(checks.FILE_OF_STATE) + 2
-    check(made(output_dir=str(windows), output_name="m" * (258 - 150 - added)))
-    assert "takes 259; use a shorter --output_dir or --output_name, or on Windows enable long" in refusal(
+    check(make_options(output_dir=str(windows), output_name="m" * (258 - 150 - added)))
+    assert "takes 259; use a shorter --output_dir or --output_name, or on Windows enable long" in refusal_of(
         output_dir=str(windows), output_name="m" * (259 - 150 - added)
     )
 
 
 @pytest.mark.parametrize("name", ["cat/m", "../m", "/tmp/m", "cat\\m", "C:m", "C:\\out\\m", "m/", "cat/../m"])
-def test_a_name_with_a_folder_in_it_is_refused(name: str) -> None:
-    told = refusal(output_name=name)
-    assert told.startswith(f"--output_name {name} holds a path") and "--output_dir" in told
+def test_a_name_that_contains_a_folder_is_refused(name: str) -> None:
+    message = refusal_of(output_name=name)
+    assert message.startswith(f"--output_name {name} holds a path") and "--output_dir" in message
 
 
 @pytest.mark.parametrize("name", [".", "..", " ", " . "])
 def test_a_name_without_letters_is_refused(name: str) -> None:
-    assert refusal(output_name=name).startswith(f"--output_name is {name!r}; give a name with letters or digits")
+    assert refusal_of(output_name=name).startswith(f"--output_name is {name!r}; give a name with letters or digits")
 
 
 @pytest.mark.parametrize("value", [10**30, 2**63])
-def test_a_number_that_no_tensor_holds_is_refused(value: int) -> None:
-    assert f"--max_bucket_reso is {value}; use a number below 2^63" in refusal(max_bucket_reso=value)
+def test_a_number_outside_the_range_of_a_tensor_is_refused(value: int) -> None:
+    assert f"--max_bucket_reso is {value}; use a number below 2^63" in refusal_of(max_bucket_reso=value)
 
 
 @pytest.mark.parametrize("name", ["m", "my cat.v2", "学習", ".hidden", "m-000001", None, ""])
-def test_a_plain_name_is_taken(name: str | None) -> None:
-    check(made(output_name=name))
+def test_a_plain_name_is_accepted(name: str | None) -> None:
+    check(make_options(output_name=name))
 
 
-def test_two_forms_of_the_same_weights_are_refused() -> None:
-    message = refusal(fp8_base=True, base_format="nf4", mixed_precision="bf16")
+def test_two_storage_formats_for_the_same_weights_are_refused() -> None:
+    message = refusal_of(fp8_base=True, base_format="nf4", mixed_precision="bf16")
     assert message.startswith("--fp8_base does not work with --base_format nf4: each names a format of the same")
-    check(made(fp8_base=True, base_format="fp8", mixed_precision="bf16"))
+    check(make_options(fp8_base=True, base_format="fp8", mixed_precision="bf16"))
 
 
 @pytest.mark.parametrize("name", ["cpu_offload_checkpointing", "gradient_checkpointing_every"])
-def test_what_belongs_to_recomputation_is_warned_of_without_it(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_recomputation_options_without_recomputation_are_warned_about(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     value = 2 if name.endswith("every") else True
     assert f"--{name} has no effect without --gradient_checkpointing" in "\n".join(warnings_of(caplog, **{name: value}))
     caplog.clear()
@@ -530,12 +536,12 @@ def test_what_belongs_to_recomputation_is_warned_of_without_it(name: str, caplog
 
 @pytest.mark.parametrize("name", ["vae", "pretrained_model_name_or_path", "resume", "dataset_config", "sample_prompts"])
 def test_a_url_with_a_password_is_refused_without_showing_it(name: str) -> None:
-    told = refusal(**{name: "https://user:s3cr3t@host.example/x.safetensors"})
-    assert told.startswith(f"--{name} has a URL with a password, https://…@host.example") and "s3cr3t" not in told
+    message = refusal_of(**{name: "https://user:s3cr3t@host.example/x.safetensors"})
+    assert message.startswith(f"--{name} has a URL with a password, https://…@host.example") and "s3cr3t" not in message
 
 
 @pytest.mark.parametrize(("capability", "is_warned"), [((7, 5), True), ((8, 0), False), ((12, 0), False)])
-def test_bf16_on_a_gpu_without_it_is_warned_of(
+def test_bf16_on_a_gpu_without_support_is_warned_about(
     capability: tuple[int, int], is_warned: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -554,7 +560,7 @@ def test_bf16_on_a_gpu_without_it_is_warned_of(
         ("max-autotune-no-cudagraphs", "max-autotune-no-cudagraphs", False),
     ],
 )
-def test_modes_with_cuda_graphs_are_compiled_without(
+def test_compile_modes_with_cuda_graphs_are_compiled_without_them(
     mode: str, compiled: str | None, is_warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert compile_settings(CompileOptions(compile=True, compile_mode=mode)).mode == compiled

@@ -1,4 +1,4 @@
-"""The command line above a config file."""
+"""Command-line options and config files."""
 
 import logging
 import subprocess
@@ -42,7 +42,7 @@ def parse_file(tmp_path: Path, text: str, *words: str) -> Namespace:
     return parse(PARSER, [*words, "--config_file", str(path)])
 
 
-def refusal(tmp_path: Path, text: str) -> str:
+def refusal_of(tmp_path: Path, text: str) -> str:
     path = tmp_path / "train.toml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigFileError) as refused:
@@ -50,18 +50,18 @@ def refusal(tmp_path: Path, text: str) -> str:
     return str(refused.value)
 
 
-def test_sections_are_flattened_and_top_level_keys_count(tmp_path: Path) -> None:
+def test_sections_are_flattened_and_top_level_keys_are_read(tmp_path: Path) -> None:
     args = parse_file(tmp_path, 'output_name = "a"\n[x]\nnetwork_dim = 9\n[saving]\nseed = 3\n')
     assert (args.output_name, args.network_dim, args.seed) == ("a", 9, 3)
 
 
-def test_ending_of_the_file_may_be_left_out(tmp_path: Path) -> None:
+def test_the_extension_of_the_config_file_may_be_omitted(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("seed = 5", encoding="utf-8")
     assert parse(PARSER, ["--config_file", str(tmp_path / "a")]).seed == 5
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_command_line_wins_whatever_the_order_even_with_a_default(tmp_path: Path, is_first: bool) -> None:
+def test_the_command_line_overrides_the_file_in_any_order_even_with_a_default(tmp_path: Path, is_first: bool) -> None:
     path = tmp_path / "train.toml"
     path.write_text("network_alpha = 16\nmax_train_steps = 9\nnetwork_args = ['a=1']", encoding="utf-8")
     typed = ["--network_alpha", "1", "--network_args", "--max_train_steps=1600"]
@@ -118,7 +118,7 @@ def test_command_line_wins_whatever_the_order_even_with_a_default(tmp_path: Path
         ("mixed_precision = 'fp8'", "fp8"),
     ],
 )
-def test_value_of_a_file_is_taken_as_what_it_can_only_mean(tmp_path: Path, line: str, value: Any) -> None:
+def test_unambiguous_values_of_a_file_are_converted(tmp_path: Path, line: str, value: Any) -> None:
     taken = getattr(parse_file(tmp_path, line), line.split()[0])
     assert (taken, type(taken)) == (value, type(value))
 
@@ -144,12 +144,12 @@ def test_value_of_a_file_is_taken_as_what_it_can_only_mean(tmp_path: Path, line:
         "output_name = 2024-01-31",
     ],
 )
-def test_value_that_an_option_cannot_take_is_refused_by_name(tmp_path: Path, line: str) -> None:
-    message = refusal(tmp_path, line)
+def test_a_value_that_an_option_does_not_accept_is_refused_naming_the_option(tmp_path: Path, line: str) -> None:
+    message = refusal_of(tmp_path, line)
     assert str(tmp_path / "train.toml") in message and line.split()[0] in message
 
 
-def test_unknown_key_warns_once_with_the_nearest_and_stops_nothing(
+def test_an_unknown_key_warns_once_with_the_nearest_name_and_does_not_stop(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     args = parse_file(tmp_path, "netwrk_dim = 4\nzzz = 1\nseed = 1\n[other]\nepoch = 3")
@@ -159,17 +159,17 @@ def test_unknown_key_warns_once_with_the_nearest_and_stops_nothing(
     assert args.seed == 1 and not hasattr(args, "zzz")
 
 
-def test_key_that_stands_twice_warns_and_the_later_one_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_duplicate_key_warns_and_the_later_value_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert parse_file(tmp_path, "seed = 1\n[a]\nseed = 2").seed == 2
     assert "seed" in caplog.text and "later" in caplog.text
 
 
-def test_table_inside_a_table_is_an_error_naming_it(tmp_path: Path) -> None:
-    assert "[a.b]" in refusal(tmp_path, "[a.b]\nseed = 1")
+def test_a_nested_table_is_an_error_that_names_it(tmp_path: Path) -> None:
+    assert "[a.b]" in refusal_of(tmp_path, "[a.b]\nseed = 1")
 
 
 @pytest.mark.parametrize(
-    ("content", "wanted"),
+    ("content", "message"),
     [
         (None, "no such file"),
         (b"seed = 1\nvae = a\n", "line 2, column 7"),
@@ -177,8 +177,8 @@ def test_table_inside_a_table_is_an_error_naming_it(tmp_path: Path) -> None:
         (b"[a]\nnetwork_dim = '4'", "network_dim"),
     ],
 )
-def test_bad_config_file_ends_with_status_1_and_says_why(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes | None, wanted: str
+def test_a_bad_config_file_exits_with_status_1_and_the_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes | None, message: str
 ) -> None:
     path = tmp_path / "bad.toml"
     if content is not None:
@@ -186,17 +186,17 @@ def test_bad_config_file_ends_with_status_1_and_says_why(
     with pytest.raises(SystemExit) as ended:
         parse(PARSER, ["--config_file", str(path)])
     assert ended.value.code == 1
-    assert wanted in caplog.text and "bad.toml" in caplog.text
+    assert message in caplog.text and "bad.toml" in caplog.text
 
 
-def test_file_with_a_byte_order_mark_and_windows_lines_is_read(tmp_path: Path) -> None:
+def test_a_file_with_a_byte_order_mark_and_windows_line_endings_is_read(tmp_path: Path) -> None:
     path = tmp_path / "train.toml"
     path.write_bytes("\ufeffseed = 4\r\noutput_name = '学習'\r\n".encode())
     args = parse(PARSER, ["--config_file", str(path)])
     assert (args.seed, args.output_name) == (4, "学習")
 
 
-def test_output_config_writes_what_differs_from_the_defaults(tmp_path: Path) -> None:
+def test_output_config_writes_options_that_differ_from_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "made.toml"
     words = ["--seed", "4", "--network_alpha", "1", "--network_args", "a=b", "--flip_aug", "--wandb_api_key", "secret"]
     words += ["--dataset_config", "d.toml", "--vae", "C:\\x1\\new", "--learning_rate", "1e-4"]
@@ -223,7 +223,7 @@ def test_output_config_read_back_gives_the_same_options(tmp_path: Path) -> None:
     assert read == {**vars(parse(PARSER, words)), "config_file": path}
 
 
-def test_output_config_keeps_an_existing_file_and_ends_with_status_1(tmp_path: Path) -> None:
+def test_output_config_keeps_an_existing_file_and_exits_with_status_1(tmp_path: Path) -> None:
     path = tmp_path / "made.toml"
     path.write_text("seed = 1", encoding="utf-8")
     with pytest.raises(SystemExit) as ended:
@@ -232,7 +232,7 @@ def test_output_config_keeps_an_existing_file_and_ends_with_status_1(tmp_path: P
     assert path.read_text(encoding="utf-8") == "seed = 1"
 
 
-def test_output_config_without_a_file_name_is_a_bad_option() -> None:
+def test_output_config_without_a_file_name_is_an_error() -> None:
     with pytest.raises(SystemExit) as ended:
         parse(PARSER, ["--output_config"])
     assert ended.value.code == 2
@@ -245,7 +245,7 @@ def test_any_text_survives_writing_and_reading(tmp_path_factory: pytest.TempPath
     assert read_toml(path, "") == {"output_name": text, "network_args": [text]}
 
 
-def test_unknown_option_names_the_nearest_and_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_option_names_the_nearest_and_exits_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse(PARSER, ["--netwrk_dim=4", "--zzz", "1"])
     assert ended.value.code == 2
@@ -253,8 +253,8 @@ def test_unknown_option_names_the_nearest_and_ends_with_status_2(capsys: pytest.
     assert "unrecognized arguments: --netwrk_dim=4 (nearest: --network_dim) --zzz 1" in message
 
 
-def test_what_an_option_loses_that_is_typed_again_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """Some programs write a list as one option for each value, of which argparse keeps the last."""
+def test_values_lost_by_repeating_an_option_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Some programs write a list as one option per value, and argparse keeps only the last."""
     words = ["--network_args", "conv_dim=4", "--network_args=conv_alpha=1", "--seed", "3", "--seed", "3", "--lowram"]
     secrets = ["--huggingface_token", "hf_a", "--huggingface_token", "hf_b"]
     args = parse(PARSER, [*words, "--network_arg", "rank_dropout=0.1", "unit=2", "--lowram", *secrets])
@@ -266,7 +266,7 @@ def test_what_an_option_loses_that_is_typed_again_is_named(caplog: pytest.LogCap
     )
 
 
-def test_captions_of_75_tokens_are_the_usual_ones(capsys: pytest.CaptureFixture[str]) -> None:
+def test_75_tokens_are_the_default_caption_length(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse(PARSER, ["--max_token_length", "75"]).max_token_length is None
     assert parse(PARSER, ["--max_token_length", "150"]).max_token_length == 150
     with pytest.raises(SystemExit):
@@ -274,17 +274,17 @@ def test_captions_of_75_tokens_are_the_usual_ones(capsys: pytest.CaptureFixture[
     assert "invalid choice: 76" in capsys.readouterr().err
 
 
-def test_empty_value_on_the_command_line_is_unset() -> None:
+def test_an_empty_value_on_the_command_line_unsets_the_option() -> None:
     args = parse(PARSER, ["--vae=", "--resume", "", "--network_args", "--caption_separator="])
     assert (args.vae, args.resume, args.network_args, args.caption_separator) == (None, None, None, "")
 
 
-def test_caching_to_disk_is_caching() -> None:
+def test_caching_to_disk_implies_caching() -> None:
     args = parse(PARSER, ["--cache_latents_to_disk"])
     assert args.cache_latents is True
 
 
-def test_misspelt_caption_extension_wins() -> None:
+def test_the_misspelt_caption_extension_option_wins() -> None:
     args = parse(PARSER, ["--caption_extension", ".a", "--caption_extention", ".b"])
     assert args.caption_extension == ".b"
 
@@ -295,8 +295,8 @@ def test_normalizing_twice_changes_nothing(tmp_path: Path) -> None:
     assert TrainOptions.from_args(args) == TrainOptions.from_args(normalize(args))
 
 
-def test_file_with_every_default_of_a_front_end_changes_nothing(tmp_path: Path) -> None:
-    """None has no place in TOML; front ends write it as an empty string or as false."""
+def test_a_file_with_all_defaults_of_a_front_end_changes_nothing(tmp_path: Path) -> None:
+    """TOML cannot express None; front ends write an empty string or false."""
     for nothing in ("", False):
         values = {k: nothing if v is None else v for k, v in DEFAULTS.items()}
         args = parse_file(tmp_path, toml.dumps(values))
@@ -322,7 +322,7 @@ def test_parsing_loads_no_heavy_library(script: str) -> None:
         ]
     ),
 )
-def test_a_config_file_whose_log_cannot_be_opened_ends_with_status_1(
+def test_a_config_file_whose_log_cannot_be_opened_exits_with_status_1(
     tmp_path: Path, line: str, words: list[str]
 ) -> None:
     path = tmp_path / "run.toml"

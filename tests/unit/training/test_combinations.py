@@ -1,4 +1,4 @@
-"""--sweep: names, options of each adapter, and what is refused."""
+"""--sweep: names, options of each adapter, and refused values."""
 
 import logging
 
@@ -10,40 +10,43 @@ from library.training.sweep.combinations import expand_combinations, split_optio
 
 
 def options_of(*sweep: str, **values: object) -> TrainOptions:
-    given = {"output_dir": "out", "output_name": "cat", "network_module": "networks.lora", "sweep": list(sweep)}
-    return TrainOptions().with_values({**given, **values})
+    values_given = {"output_dir": "out", "output_name": "cat", "network_module": "networks.lora", "sweep": list(sweep)}
+    return TrainOptions().with_values({**values_given, **values})
 
 
 def test_every_combination_has_a_name_and_its_options() -> None:
     words = ("learning_rate=5e-5,1e-4", "network_dim=8,16", "optimizer_args.betas=0.9,0.99|0.8,0.9", "conv_dim=none,4")
-    found = expand_combinations(options_of(*words, optimizer_args=["eps=1e-6"], network_args=["verbose=True"]))
-    assert len(found) == 16
-    assert found[0].label == "lr5e-5-dim8-betas0.9_0.99-convdimnone"
-    last = found[-1].options
+    combinations = expand_combinations(options_of(*words, optimizer_args=["eps=1e-6"], network_args=["verbose=True"]))
+    assert len(combinations) == 16
+    assert combinations[0].label == "lr5e-5-dim8-betas0.9_0.99-convdimnone"
+    last = combinations[-1].options
     assert last.saving.output_name == "cat-lr1e-4-dim16-betas0.8_0.9-convdim4"
     assert (last.optimizer.learning_rate, last.network.network_dim) == (1e-4, 16)
     assert last.optimizer.optimizer_args == ["eps=1e-6", "betas=0.8,0.9"]
     assert last.network.network_args == ["verbose=True", "conv_dim=4"] and last.sweep.sweep is None
-    assert found[0].options.network.network_args == ["verbose=True"]
+    assert combinations[0].options.network.network_args == ["verbose=True"]
 
 
-def test_paths_and_dotted_names_are_short_in_names_of_files() -> None:
+def test_paths_and_dotted_names_are_shortened_in_file_names() -> None:
     words = (
         "network_module=networks.lora,networks.loha",
         "network_weights=a/one.safetensors,none",
         "lr_warmup_steps=9%,3",
     )
-    assert [one.label for one in expand_combinations(options_of(*words))][:2] == [
+    assert [combination.label for combination in expand_combinations(options_of(*words))][:2] == [
         "lora-from_one-warmup9pct",
         "lora-from_one-warmup3",
     ]
 
 
-def test_what_is_shared_keeps_name_seed_and_events() -> None:
-    shared, own = split_options(options_of("seed=3,4", seed=1, log_events="e/x.jsonl"))
+def test_shared_options_keep_name_seed_and_events() -> None:
+    shared, options_by_label = split_options(options_of("seed=3,4", seed=1, log_events="e/x.jsonl"))
     assert (shared.saving.output_name, shared.run.seed, shared.reports.log_events) == ("cat", 1, "e/x.jsonl")
-    assert [one.run.seed for one in own.values()] == [3, 4]
-    assert [one.reports.log_events for one in own.values()] == ["e/x-seed3.jsonl", "e/x-seed4.jsonl"]
+    assert [options.run.seed for options in options_by_label.values()] == [3, 4]
+    assert [options.reports.log_events for options in options_by_label.values()] == [
+        "e/x-seed3.jsonl",
+        "e/x-seed4.jsonl",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,7 @@ def test_what_is_shared_keeps_name_seed_and_events() -> None:
         (["ema_update_after_step=1,2"], "ema_update_after_step has no effect without --ema_decay"),
     ],
 )
-def test_words_that_cannot_be_swept(words: list[str], message: str) -> None:
+def test_invalid_sweeps_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         expand_combinations(options_of(*words))
 
@@ -78,31 +81,34 @@ def test_a_million_combinations_are_counted_and_refused() -> None:
         expand_combinations(options_of(*words))
 
 
-def test_a_rate_that_others_replace_is_refused() -> None:
+def test_sweeping_a_rate_that_other_rates_replace_is_refused() -> None:
     with pytest.raises(UserError, match="learning_rate has no effect with --unet_lr"):
         expand_combinations(options_of("learning_rate=1e-4,1e-3", unet_lr=1e-4, network_train_unet_only=True))
 
 
 def alphas(*words: str, **values: object) -> list[tuple[float, list[str] | None]]:
-    """--network_alpha and --network_args of each adapter of a sweep."""
-    found = expand_combinations(options_of(*words, **values))
-    return [(one.options.network.network_alpha, one.options.network.network_args) for one in found]
+    """Return --network_alpha and --network_args of each adapter of a sweep."""
+    combinations = expand_combinations(options_of(*words, **values))
+    return [
+        (combination.options.network.network_alpha, combination.options.network.network_args)
+        for combination in combinations
+    ]
 
 
-def test_ranks_are_compared_at_the_strength_that_the_options_give() -> None:
-    """alpha / rank is that of --network_alpha and --network_dim; the first rank stands in for a missing one."""
+def test_swept_ranks_keep_the_strength_given_by_the_options() -> None:
+    """alpha / rank is that of --network_alpha and --network_dim; the first rank replaces a missing one."""
     assert alphas("network_dim=4,16", network_dim=8, network_alpha=4) == [(2, None), (8, None)]
     assert alphas("network_dim=4,16", network_alpha=4) == [(4, None), (16, None)]
     assert alphas("network_dim=4,16", network_dim=8, network_alpha=0) == [(0, None), (0, None)]  # 0 is the rank
 
 
-def test_an_alpha_that_is_swept_stays_as_given() -> None:
-    given = alphas("network_dim=4,16", "network_alpha=1,2", network_dim=8, network_alpha=4)
-    assert [alpha for alpha, _ in given] == [1, 2, 1, 2]
+def test_a_swept_alpha_is_unchanged() -> None:
+    results = alphas("network_dim=4,16", "network_alpha=1,2", network_dim=8, network_alpha=4)
+    assert [alpha for alpha, _ in results] == [1, 2, 1, 2]
     assert alphas("network_dim=4,16", "network_alpha=1") == [(1, None), (1, None)]
 
 
-def test_convolutions_keep_their_strength_where_their_rank_is_swept() -> None:
+def test_convolutions_keep_their_strength_if_their_rank_is_swept() -> None:
     args = ["conv_dim=8", "conv_alpha=2"]
     assert alphas("network_dim=4,16", network_alpha=4, network_args=args) == [(4, args), (16, args)]
     assert alphas("conv_dim=4,16", network_alpha=4, network_args=args) == [
@@ -114,7 +120,7 @@ def test_convolutions_keep_their_strength_where_their_rank_is_swept() -> None:
 
 
 @pytest.mark.parametrize("values", [{"network_module": "networks.oft"}, {"network_args": ["rslora=True"]}])
-def test_alpha_stays_where_alpha_divided_by_rank_is_not_the_strength(values: dict[str, object]) -> None:
+def test_alpha_is_unchanged_if_alpha_over_rank_is_not_the_strength(values: dict[str, object]) -> None:
     assert [alpha for alpha, _ in alphas("network_dim=4,16", network_dim=8, network_alpha=4, **values)] == [4, 4]
 
 

@@ -1,4 +1,4 @@
-"""Scripts that train on prompts alone: their options, what is refused before anything is loaded, and what they show."""
+"""Scripts that train on prompts alone: their options, refusals before anything is loaded, and help."""
 
 import importlib
 import logging
@@ -35,7 +35,7 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def made(prompts: Path | None, **values: Any) -> Any:
+def make_options(prompts: Path | None, **values: Any) -> Any:
     words = ["--pretrained_model_name_or_path", "model", "--output_dir", "out", "--learning_rate", "1e-4"]
     args = importlib.import_module("sdxl_train_leco").setup_parser().parse_args(words)
     for name, value in {"prompts_file": None if prompts is None else str(prompts), **values}.items():
@@ -44,63 +44,65 @@ def made(prompts: Path | None, **values: Any) -> Any:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_options_are_those_of_sd_scripts(script: str) -> None:
+def test_the_options_match_sd_scripts(script: str) -> None:
     args = importlib.import_module(script).setup_parser().parse_args([])
     assert {name: getattr(args, name) for name in DEFAULTS} == DEFAULTS
 
 
-def test_only_the_denoiser_is_trained_whatever_is_asked(prompts: Path) -> None:
-    assert made(prompts).network.network_train_unet_only
-    check(made(prompts))
+def test_only_the_denoiser_is_trained_regardless_of_the_options(prompts: Path) -> None:
+    assert make_options(prompts).network.network_train_unet_only
+    check(make_options(prompts))
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_needs_images_or_epochs_is_refused_with_the_way_out(prompts: Path, name: str) -> None:
+def test_options_that_need_images_or_epochs_are_refused_with_a_fix(prompts: Path, name: str) -> None:
     value = VALUES.get(name, True if SDXL_LECO.defaults()[name] is False else 2)
     with pytest.raises(
         ValueError, match=f"^--{name} does not work with --prompts_file: .*; (leave it out|use --|train)"
     ):
-        check(made(prompts, **{name: value}))
+        check(make_options(prompts, **{name: value}))
 
 
-def test_the_prompts_must_be_named() -> None:
+def test_a_prompt_file_is_required() -> None:
     with pytest.raises(ValueError, match="--prompts_file is not set; give the TOML file"):
-        check(made(None))
+        check(make_options(None))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 1001])
-def test_a_way_without_a_part_is_refused(prompts: Path, steps: int) -> None:
+def test_an_invalid_number_of_denoising_steps_is_refused(prompts: Path, steps: int) -> None:
     with pytest.raises(ValueError, match=f"--max_denoising_steps is {steps}; use at"):
-        check(made(prompts, max_denoising_steps=steps))
+        check(make_options(prompts, max_denoising_steps=steps))
 
 
-def test_every_option_without_effect_is_one_and_is_warned_of(prompts: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_option_without_effect_exists_and_is_warned_about(
+    prompts: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     defaults = SDXL_LECO.defaults()
     numbers = {name: (value or 0) + 1 for name, value in defaults.items()
                if name in IGNORED.keys() - REFUSED.keys() and isinstance(value, bool | int | float)}  # fmt: skip
     with caplog.at_level(logging.WARNING):
-        report_unused(made(prompts, **numbers), {})
-    told = [re.match(r"--(\w+) has no effect: ", record.message) for record in caplog.records]
-    assert {found[1] for found in told if found} >= numbers.keys() and len(numbers) > 20
+        report_unused(make_options(prompts, **numbers), {})
+    matches = [re.match(r"--(\w+) has no effect: ", record.message) for record in caplog.records]
+    assert {match[1] for match in matches if match} >= numbers.keys() and len(numbers) > 20
 
 
-def test_a_vae_is_for_previews_alone(prompts: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_vae_is_used_only_for_previews(prompts: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        report_unused(made(prompts, vae="vae.safetensors", sample_prompts="p.txt", sample_every_n_steps=1), {})
+        report_unused(make_options(prompts, vae="vae.safetensors", sample_prompts="p.txt", sample_every_n_steps=1), {})
         assert not caplog.records
-        report_unused(made(prompts, vae="vae.safetensors"), {})
+        report_unused(make_options(prompts, vae="vae.safetensors"), {})
     assert "--vae has no effect: images are neither encoded nor drawn" in caplog.text
 
 
-def test_a_spread_base_that_accelerate_asks_for_is_refused(prompts: Path) -> None:
-    options = made(prompts, shard_base=True)
+def test_a_base_sharded_by_accelerate_is_refused(prompts: Path) -> None:
+    options = make_options(prompts, shard_base=True)
     processes: Any = None
     with pytest.raises(ValueError, match="accelerate is configured for FSDP2, which means --shard_base: the processes"):
         sharding_values(options, processes)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_shows_no_option_without_effect_and_examples_that_parse(
+def test_help_omits_options_without_effect_and_its_examples_parse(
     script: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parser = importlib.import_module(script).setup_parser()
@@ -109,19 +111,19 @@ def test_help_shows_no_option_without_effect_and_examples_that_parse(
         with pytest.raises(SystemExit):
             parse(parser, [word])
         shown[word] = capsys.readouterr().out
-        found = set(re.findall(r"^  --(\w+)", shown[word], re.MULTILINE))
-        assert {"prompts_file", "max_denoising_steps", "network_dim", "resume"} <= found
-        assert not found & {*IGNORED, *REFUSED}
+        options_shown = set(re.findall(r"^  --(\w+)", shown[word], re.MULTILINE))
+        assert {"prompts_file", "max_denoising_steps", "network_dim", "resume"} <= options_shown
+        assert not options_shown & {*IGNORED, *REFUSED}
     commands = re.findall(r"^ +python3 \S+ (.*)$", shown["--help"].replace("\\\n", " "), re.MULTILINE)
     assert len(commands) == 2 and all(parser.parse_known_args(line.split())[1] == [] for line in commands)
     programs = {action.dest for action in parser._actions}
     assert {"train_data_dir", "cache_latents"} <= programs, "config files of front ends have them"
 
 
-def test_advice_for_too_little_memory_names_nothing_without_effect(prompts: Path) -> None:
+def test_out_of_memory_advice_names_no_option_without_effect(prompts: Path) -> None:
     import torch
 
-    options = made(prompts)
+    options = make_options(prompts)
     lines = list(
         find_savings(
             options.flat(), Sizes(10**9, 0, 0, 10**6), torch.device("cpu"), ignored=list_ignored_by_leco(type(options))

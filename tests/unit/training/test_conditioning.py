@@ -17,7 +17,7 @@ class Encoder:
         return {"hidden_state": torch.tensor([[float(len(caption))] * 4 for caption in captions])}
 
 
-def test_each_caption_is_encoded_once_and_alone() -> None:
+def test_each_caption_is_encoded_once_in_a_batch_of_its_own() -> None:
     encoder = Encoder()
     memo = CaptionMemo(encoder)
     first = memo(["a", "bcd", "a"])
@@ -27,10 +27,10 @@ def test_each_caption_is_encoded_once_and_alone() -> None:
     assert second["hidden_state"][:, 0].tolist() == [3, 0]
 
 
-def test_beyond_the_limit_the_longest_unused_caption_is_forgotten() -> None:
+def test_beyond_the_limit_the_least_recently_used_caption_is_evicted() -> None:
     encoder = Encoder()
     memo = CaptionMemo(encoder, limit_bytes=2 * 16)
-    memo(["a"]), memo(["b"]), memo(["a"]), memo(["c"])  # b is the longest unused when c comes
+    memo(["a"]), memo(["b"]), memo(["a"]), memo(["c"])  # b is the least recently used when c is added
     memo(["a"])
     assert encoder.calls == [["a"], ["b"], ["c"]]
     memo(["b"])

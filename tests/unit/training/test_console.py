@@ -1,4 +1,4 @@
-"""Where log lines go."""
+"""Destinations of log lines."""
 
 import os
 import subprocess
@@ -24,11 +24,11 @@ logger.warning("careful")
 logger.warning("red \\x1b[31m%s", "\\x07")
 """
 LONG = "学習 " + "x" * 200
-ESCAPED = r"red \x1b[31m\x07"  # control characters of names and texts from files
+ESCAPED = r"red \x1b[31m\x07"  # control characters in names and texts from files
 
 
 def run(level: str | None = None, file: str | None = None, simple: bool = False) -> tuple[list[str], list[str]]:
-    """The lines on standard output and standard error of a process whose locale knows ASCII only."""
+    """Return the lines on standard output and standard error of a process with an ASCII-only locale."""
     code = CODE.format(level=level, file=file, simple=simple)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONIOENCODING"}
     env |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "40"}
@@ -50,12 +50,12 @@ def test_simple_lines_go_to_standard_output() -> None:
     assert run(simple=True) == ([LONG, "WARNING: careful", f"WARNING: {ESCAPED}"], [])
 
 
-def test_level_decides_what_is_shown() -> None:
+def test_the_level_decides_which_lines_are_shown() -> None:
     assert run(level="ERROR") == ([], [])
     assert run(level="DEBUG", simple=True)[0][0] == "DEBUG: detail"
 
 
-def test_file_takes_the_lines_and_is_emptied_first(tmp_path: Path) -> None:
+def test_the_log_file_gets_the_lines_and_is_truncated_first(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "run.log"
     path.parent.mkdir()
     path.write_text("old\n", encoding="utf-8")
@@ -80,13 +80,13 @@ logging.error("it broke")
     assert path.read_text(encoding="utf-8").splitlines()[1] == line
 
 
-def test_unknown_level_of_a_config_file_is_refused() -> None:
+def test_an_unknown_level_in_a_config_file_is_refused() -> None:
     with pytest.raises(ValueError, match="--console_log_level is LOUD"):
         resolve_log_level(ConsoleOptions(console_log_level="LOUD"))
 
 
 @pytest.mark.parametrize(("level", "place"), [("None", "file"), ("'DEBUG'", "terminal"), ("None", "nowhere")])
-def test_what_nobody_can_act_on_goes_to_the_file_only(tmp_path: Path, level: str, place: str) -> None:
+def test_lines_that_nobody_can_act_on_go_to_the_file_only(tmp_path: Path, level: str, place: str) -> None:
     path = tmp_path / "log.txt" if place == "file" else None
     code = f"""
 import logging, warnings

@@ -1,4 +1,4 @@
-"""--cuda_allow_tf32 and --cuda_cudnn_benchmark set torch up for the run alone."""
+"""--cuda_allow_tf32 and --cuda_cudnn_benchmark configure torch for the duration of the run."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from tests.running import Finished
 
 
 def settings() -> tuple[bool, bool, bool]:
-    """TF32 in products, TF32 in convolutions, cuDNN's trials."""
+    """Return the settings of TF32 matmul, TF32 convolution and cuDNN benchmarking."""
     backends = torch.backends
     return (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.benchmark)
 
@@ -27,7 +27,7 @@ def set_all(values: tuple[bool, bool, bool]) -> None:
 
 @pytest.fixture
 def full_precision() -> Iterator[None]:
-    """torch's own default lets convolutions round."""
+    """Use full precision; torch's default allows TF32 convolutions."""
     before = settings()
     set_all((False, False, False))
     yield
@@ -43,7 +43,7 @@ def full_precision() -> Iterator[None]:
         (KernelOptions(cuda_cudnn_benchmark=True), (False, False, True)),
     ],
 )
-def test_torch_is_set_up_inside_and_as_before_after_an_error(
+def test_torch_is_configured_inside_the_context_and_restored_after_an_error(
     options: KernelOptions, inside: tuple[bool, bool, bool]
 ) -> None:
     with pytest.raises(ZeroDivisionError), cuda_kernels(options):
@@ -53,7 +53,7 @@ def test_torch_is_set_up_inside_and_as_before_after_an_error(
 
 
 @pytest.mark.usefixtures("full_precision")
-def test_deterministic_wins_over_cudnns_trials_and_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_overrides_cudnn_benchmarking_and_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with cuda_kernels(KernelOptions(cuda_allow_tf32=True, cuda_cudnn_benchmark=True)), deterministic(True):
         assert settings() == (True, True, False)
@@ -61,7 +61,9 @@ def test_deterministic_wins_over_cudnns_trials_and_a_line_says_so(monkeypatch: p
     assert "--cuda_cudnn_benchmark has no effect with --deterministic" in [*find_unused(both, {})]
 
 
-def test_a_machine_without_a_card_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_machine_without_a_gpu_is_warned_about(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with caplog.at_level(logging.WARNING), cuda_kernels(KernelOptions()):
         assert not caplog.messages
@@ -71,16 +73,16 @@ def test_a_machine_without_a_card_is_told(monkeypatch: pytest.MonkeyPatch, caplo
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("full_precision")
-def test_a_run_computes_with_them(
+def test_a_run_uses_the_settings(
     train: Callable[..., Finished], base_arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, real = [], training.train
+    settings_seen, real = [], training.train
 
     def watched(*arguments: object) -> None:
-        seen.append(settings())
+        settings_seen.append(settings())
         real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(training, "train", watched)
     words = ["--cuda_allow_tf32", "--cuda_cudnn_benchmark", "--max_train_steps", "1"]
     assert train([*base_arguments, *words]).status == 0
-    assert seen == [(True, True, True)] and settings() == (False, False, False)
+    assert settings_seen == [(True, True, True)] and settings() == (False, False, False)

@@ -1,4 +1,4 @@
-"""--deterministic asks torch for kernels with one order of sums, for the run alone."""
+"""--deterministic makes torch use deterministic kernels for the duration of the run."""
 
 import os
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from library.training.models.cuda_kernels import WORKSPACE, deterministic
 from tests.running import Finished
 
 
-def test_torch_is_asked_while_it_is_wanted_and_not_after(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_algorithms_are_enabled_inside_the_context_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(WORKSPACE, "")
     monkeypatch.delenv(WORKSPACE)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
@@ -24,19 +24,21 @@ def test_torch_is_asked_while_it_is_wanted_and_not_after(monkeypatch: pytest.Mon
 
 
 def test_memory_is_not_filled_before_it_is_used() -> None:
-    """torch would write NaN into every new tensor."""
+    """In deterministic mode torch would by default fill every new tensor with NaN."""
     with deterministic(True):
-        kept = torch.zeros(1 << 16)
-        address = kept.data_ptr()
-        del kept
-        again = [torch.empty(1 << 16) for _ in range(4)]
-        assert not any(tensor.isnan().all() for tensor in again if tensor.data_ptr() == address)
+        zeros = torch.zeros(1 << 16)
+        address = zeros.data_ptr()
+        del zeros
+        reallocated = [torch.empty(1 << 16) for _ in range(4)]
+        assert not any(tensor.isnan().all() for tensor in reallocated if tensor.data_ptr() == address)
         assert not torch.utils.deterministic.fill_uninitialized_memory
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 @pytest.mark.slow
-def test_a_run_asks_for_it(train: Callable[..., Finished], base_arguments: list[str], tmp_path: Path) -> None:
+def test_a_run_enables_deterministic_algorithms(
+    train: Callable[..., Finished], base_arguments: list[str], tmp_path: Path
+) -> None:
     done = train([*base_arguments, "--deterministic", "--max_train_steps", "1"])
     assert done.status == 0 and "--deterministic: deterministic kernels are used" in done.stderr
     assert not torch.are_deterministic_algorithms_enabled()

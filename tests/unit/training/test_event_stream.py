@@ -1,4 +1,4 @@
-"""Events on their way to a file."""
+"""Writing events to files."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from library.training.reporting.events import VERSION, Event, Removed, Stage
 from library.training.run.run_events import hide_secrets, open_events
 from tests.running import ROOT
 
-EVENTS = Event.__subclasses__()  # in the order of their definition
+EVENTS = Event.__subclasses__()  # in definition order
 FOREVER = """
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ while True:
 
 
 class Kept:
-    """A sink in memory, which fails from a number of calls on."""
+    """A sink in memory that fails from the given call on."""
 
     name = "--log_events here"
 
@@ -61,11 +61,11 @@ def test_schema_and_values_have_the_same_fields() -> None:
         described = schema["$defs"][kind.event]
         assert described["required"] == [f.name for f in fields(kind)]
         assert list(described["properties"]) == ["v", "event", "time", *described["required"]]
-    pointers = {one["if"]["properties"]["event"]["const"]: one["then"]["$ref"] for one in schema["allOf"]}
+    pointers = {rule["if"]["properties"]["event"]["const"]: rule["then"]["$ref"] for rule in schema["allOf"]}
     assert pointers == {kind.event: f"#/$defs/{kind.event}" for kind in EVENTS}
 
 
-def test_the_page_names_every_event() -> None:
+def test_the_documentation_page_names_every_event() -> None:
     page = (ROOT / "docs" / "events.md").read_text(encoding="utf-8")
     assert all(f"| `{kind.event}` |" in page for kind in EVENTS)
 
@@ -75,20 +75,20 @@ def test_numbers_that_are_not_finite_become_null() -> None:
     assert plain(value) == {"a": [1.5, None], "b": {"c": None, "2": "x"}}
 
 
-def test_a_sink_that_fails_is_given_up_and_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
-    broken, whole = Kept(fails_at=1), Kept()
-    events = Events([broken, whole])
+def test_a_failing_sink_is_dropped_and_others_continue(caplog: pytest.LogCaptureFixture) -> None:
+    broken, working = Kept(fails_at=1), Kept()
+    events = Events([broken, working])
     for name in ("a", "b", "c"):
         events.emit(Removed(name))
         events.flush()
     events.end("stopped")
     events.emit(Removed("too late"))
-    assert [line.get("file") for line in whole.lines] == ["a", "b", "c", None] and whole.is_closed
+    assert [line.get("file") for line in working.lines] == ["a", "b", "c", None] and working.is_closed
     assert [line["file"] for line in broken.lines] == ["a"]
     assert caplog.text.count("is dropped, training continues") == 1
 
 
-def test_progress_comes_once_a_second_but_begin_and_end_always() -> None:
+def test_progress_is_sent_once_a_second_but_begin_and_end_always() -> None:
     now, sink = [100.0], Kept()
     events = Events([sink], clock=lambda: now[0])
     events.tell_progress("caching", "begin", 0, 50)
@@ -101,7 +101,7 @@ def test_progress_comes_once_a_second_but_begin_and_end_always() -> None:
     assert {line["total"] for line in sink.lines} == {50}
 
 
-def test_warnings_from_before_there_are_events_are_told_too() -> None:
+def test_earlier_warnings_are_sent_when_events_start() -> None:
     sink = Kept()
     with capture_warnings() as warnings:
         logging.getLogger("library.somewhere").warning("early %d", 1)
@@ -110,11 +110,11 @@ def test_warnings_from_before_there_are_events_are_told_too() -> None:
         logging.getLogger("library.somewhere").error("late")
         logging.getLogger("library.somewhere").info("no matter")
         events.close()
-    told = [(line["level"], line["logger"], line["text"]) for line in sink.lines]
-    assert told == [("warning", "library.somewhere", "early 1"), ("error", "library.somewhere", "late")]
+    warned = [(line["level"], line["logger"], line["text"]) for line in sink.lines]
+    assert warned == [("warning", "library.somewhere", "early 1"), ("error", "library.somewhere", "late")]
 
 
-def test_warnings_of_a_silent_run_are_not_kept() -> None:
+def test_warnings_of_a_run_without_events_are_not_stored() -> None:
     options, sink = TrainOptions().with_values({"output_dir": "out", "no_report": True}), Kept()
     with capture_warnings() as warnings, open_events([options], None, warnings) as silent:
         logging.getLogger("library.somewhere").warning("an hour later")
@@ -125,8 +125,8 @@ def test_warnings_of_a_silent_run_are_not_kept() -> None:
     assert sink.lines == []
 
 
-def test_a_process_that_another_thread_ends_tells_that_it_was_stopped() -> None:
-    """`Interruption` does so where the main thread waits inside of torch; logging is shut down before."""
+def test_a_process_ended_by_another_thread_reports_that_it_was_stopped() -> None:
+    """`Interruption` does so if the main thread is blocked inside torch; logging is shut down first."""
     sink = Kept()
     with capture_warnings() as warnings:
         warnings.connect(Events([sink]))
@@ -139,7 +139,7 @@ def test_a_process_that_another_thread_ends_tells_that_it_was_stopped() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_forked_process_tells_nothing() -> None:
+def test_a_forked_process_sends_no_events() -> None:
     sink = Kept()
     events = Events([sink])
     child = os.fork()
@@ -154,7 +154,7 @@ def test_a_forked_process_tells_nothing() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_a_killed_process_leaves_lines_that_a_second_one_continues(tmp_path: Path) -> None:
+def test_a_second_process_continues_the_lines_of_a_killed_one(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     process = subprocess.Popen([sys.executable, "-c", FOREVER, str(path)], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"going\n"
@@ -163,17 +163,17 @@ def test_a_killed_process_leaves_lines_that_a_second_one_continues(tmp_path: Pat
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    whole = path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1]
-    path.write_bytes(whole + b'{"v":1,"event":"remo')  # at worst
+    complete_lines = path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1]
+    path.write_bytes(complete_lines + b'{"v":1,"event":"remo')  # at worst
     events = Events([open_event_file(path, goes_on=True)])
     events.emit(Stage("späte Zeile \ud800", "end"))
     events.close()
     lines = path.read_bytes().splitlines(keepends=True)
-    assert b"".join(lines[:-1]) == whole and all(json.loads(line)["v"] == 1 for line in lines)
+    assert b"".join(lines[:-1]) == complete_lines and all(json.loads(line)["v"] == 1 for line in lines)
     assert json.loads(lines[-1])["name"] == "späte Zeile \ud800"
 
 
-def test_keys_and_tokens_are_hidden_in_the_command() -> None:
+def test_passwords_and_tokens_are_hidden_in_the_command() -> None:
     options = TrainOptions().with_values({"wandb_api_key": "abc", "huggingface_token": "hf_1=2"})
     command = ["--wandb_api_key", "abc", "--huggingface_tok=hf_1=2", "--output_name", "abcd"]
     hidden = ["--wandb_api_key", "***", "--huggingface_tok=***", "--output_name", "abcd"]

@@ -1,4 +1,4 @@
-"""Weight formats and offloading that cannot be had are refused before anything is read."""
+"""Impossible weight formats and offloading are refused before anything is read."""
 
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
@@ -34,35 +34,37 @@ def options(tiny: object, **values: object) -> TrainOptions:
     return TrainOptions.from_args(Namespace(**{**TrainOptions.defaults(), **named}))
 
 
-def test_nf4_without_bitsandbytes_names_what_to_install(
+def test_nf4_without_bitsandbytes_names_the_package_to_install(
     tiny_sd_folder: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = options(tiny_sd_folder, base_format="nf4_double")
-    arch = build(asked)
+    options_given = options(tiny_sd_folder, base_format="nf4_double")
+    arch = build(options_given)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     with pytest.raises(UserError, match=r"--base_format nf4_double needs the library bitsandbytes.*--base_format int8"):
-        check_base(asked.precision.denoiser_format, asked.memory.blocks_to_swap or 0, arch)
+        check_base(options_given.precision.denoiser_format, options_given.memory.blocks_to_swap or 0, arch)
     check_base("int8", 0, arch)
 
 
-def test_too_little_main_memory_is_said_with_numbers(tiny_sd_folder: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = options(tiny_sd_folder, blocks_to_swap=4)
-    arch = build(asked)
-    check_base(asked.precision.denoiser_format, asked.memory.blocks_to_swap or 0, arch)
+def test_the_error_for_too_little_main_memory_gives_numbers(
+    tiny_sd_folder: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options_given = options(tiny_sd_folder, blocks_to_swap=4)
+    arch = build(options_given)
+    check_base(options_given.precision.denoiser_format, options_given.memory.blocks_to_swap or 0, arch)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=2000))
     with pytest.raises(UserError, match=r"--blocks_to_swap 4: the denoiser takes .* GB of main memory.* GB are free"):
-        check_base(asked.precision.denoiser_format, asked.memory.blocks_to_swap or 0, arch)
+        check_base(options_given.precision.denoiser_format, options_given.memory.blocks_to_swap or 0, arch)
 
 
-def test_more_blocks_than_there_are_is_said_before_anything_is_read(tiny_sd_folder: object) -> None:
-    asked = options(tiny_sd_folder, blocks_to_swap=40)
+def test_too_many_blocks_to_swap_are_refused_before_anything_is_read(tiny_sd_folder: object) -> None:
+    options_given = options(tiny_sd_folder, blocks_to_swap=40)
     with pytest.raises(UserError, match=r"--blocks_to_swap 40: the model has 18 blocks.*at most 16 can be swapped$"):
-        check_base(None, 40, build(asked))
+        check_base(None, 40, build(options_given))
 
 
 @pytest.mark.parametrize(
-    ("values", "wanted"),
+    ("values", "expected"),
     [
         ({}, AS_IN_FILE),
         ({"base_format": "int8"}, CODECS["int8"]),
@@ -71,22 +73,25 @@ def test_more_blocks_than_there_are_is_said_before_anything_is_read(tiny_sd_fold
     ],
     ids=["as in the file", "int8", "merged", "merged and int8"],
 )
-def test_weights_are_stored_while_they_are_read_as_in_the_file_unless_they_are_merged(
-    values: dict[str, object], wanted: object, tiny_sd_folder: object
+def test_weights_are_encoded_while_they_are_read_unless_adapters_are_merged(
+    values: dict[str, object], expected: object, tiny_sd_folder: object
 ) -> None:
-    asked = options(tiny_sd_folder, **values)
-    assert format_while_reading(asked.precision.denoiser_format, bool(asked.network.base_weights)) is wanted
+    options_given = options(tiny_sd_folder, **values)
+    assert (
+        format_while_reading(options_given.precision.denoiser_format, bool(options_given.network.base_weights))
+        is expected
+    )
 
 
-@pytest.mark.parametrize(("given", "number"), [(None, 18), (7, 7), (0, 0)])
-def test_the_old_name_of_swapping_means_18_blocks_unless_a_number_is_given(given: int | None, number: int) -> None:
+@pytest.mark.parametrize(("blocks_to_swap", "number"), [(None, 18), (7, 7), (0, 0)])
+def test_split_mode_means_18_swapped_blocks_unless_a_number_is_given(blocks_to_swap: int | None, number: int) -> None:
     from argparse import Namespace
 
-    values = {**FluxOptions.defaults(), "split_mode": True, "blocks_to_swap": given}
-    found = FluxOptions.from_args(Namespace(**values))
-    assert found.memory.blocks_to_swap == number
-    said = [line for line in find_unused(found, {}) if "split_mode" in line]
-    assert said == ([] if given is None else ["--split_mode has no effect with --blocks_to_swap"])
+    values = {**FluxOptions.defaults(), "split_mode": True, "blocks_to_swap": blocks_to_swap}
+    parsed = FluxOptions.from_args(Namespace(**values))
+    assert parsed.memory.blocks_to_swap == number
+    warnings = [line for line in find_unused(parsed, {}) if "split_mode" in line]
+    assert warnings == ([] if blocks_to_swap is None else ["--split_mode has no effect with --blocks_to_swap"])
 
 
 def test_shared_weights_have_no_file_once_all_processes_have_mapped_them(
@@ -97,10 +102,10 @@ def test_shared_weights_have_no_file_once_all_processes_have_mapped_them(
     models = [deep.frozen(67), deep.frozen(67)]
     num_files: list[int] = []
     rings: list[Any] = []
-    honest = frozen_base.stream
+    original = frozen_base.stream
 
     def counting_stream(*given: Any) -> Any:
-        rings.append(honest(*given))
+        rings.append(original(*given))
         num_files.append(len(list(tmp_path.glob("weights-*/block_*"))))
         return rings[-1]
 

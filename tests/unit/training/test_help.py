@@ -1,4 +1,4 @@
-"""The help that is printed, and what a wrong option is told."""
+"""The printed help, and errors for invalid options."""
 
 import argparse
 import importlib
@@ -19,7 +19,7 @@ def parser_of(script: str) -> argparse.ArgumentParser:
 
 
 def shown(script: str, word: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """Return what a script prints for one word, which must end it with status 0."""
+    """Return the output of a script run with one argument; it must exit with status 0."""
     with pytest.raises(SystemExit) as ended:
         parse(parser_of(script), [word])
     assert ended.value.code == 0
@@ -27,12 +27,14 @@ def shown(script: str, word: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def options_in(text: str) -> set[str]:
-    """The options that have an entry of their own."""
+    """Return the options that have their own entry."""
     return set(re.findall(r"^  (--\w+)", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_shows_the_usual_options_and_help_all_every_one(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_common_options_and_help_all_shows_every_option(
+    script: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     every = {flag for action in parser_of(script)._actions for flag in action.option_strings} - {"-h", "--help"}
     usual = options_in(shown(script, "--help", capsys))
     assert {"--learning_rate", "--dataset_config", "--network_module", "--output_dir", "--resume"} < usual < every
@@ -49,21 +51,21 @@ def test_the_three_examples_parse(script: str, capsys: pytest.CaptureFixture[str
         assert parser_of(script).parse_known_args(command.split())[1] == []
 
 
-def test_groups_are_those_of_the_options_and_defaults_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_the_option_groups_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(shown("train_network", "--help_all", capsys).split())
     assert "The adapter and its learning rates: --network_module str" in text
     assert "--huber_scale" in text and "(default: 0.1)" in text
     assert "(default: None)" not in text and "(default: False)" not in text
 
 
-def test_nothing_is_hidden_from_programs_that_read_the_parser() -> None:
+def test_no_option_is_hidden_from_programs_that_read_the_parser() -> None:
     for action in parser_of("flux_train_network")._actions:
         assert action.help and action.help != argparse.SUPPRESS
         assert action.dest == "help" or action.default != argparse.SUPPRESS
 
 
 @pytest.mark.parametrize("word", ["--he", "--hel", "-h"])
-def test_beginnings_of_help_still_mean_help(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_abbreviations_of_help_show_help(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--learning_rate" in shown("train_network", word, capsys)
 
 
@@ -76,7 +78,9 @@ def test_beginnings_of_help_still_mean_help(word: str, capsys: pytest.CaptureFix
         (["--qqqq"], "--qqqq"),
     ],
 )
-def test_misspelt_flag_gets_one_line(typed: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_flag_gives_a_one_line_error(
+    typed: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         parse(parser_of("train_network"), typed)
     assert ended.value.code == 2

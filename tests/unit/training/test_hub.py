@@ -1,4 +1,4 @@
-"""Uploads and fetched states, against a local stand-in for the client of huggingface_hub."""
+"""Uploads and downloaded states, tested with a local stand-in for the huggingface_hub client."""
 
 import logging
 import shutil
@@ -17,7 +17,7 @@ OPTIONS = replace(HubOptions(), huggingface_repo_id="me/cats", huggingface_token
 
 
 class FolderHub:
-    """Repositories as folders; the calls of HfApi that are used, with its parameter names."""
+    """Repositories as folders, with the HfApi methods that are used and their parameter names."""
 
     root: Path
     made: dict[str, bool]
@@ -58,16 +58,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[FolderHub]:
     return stand_in  # type: ignore[no-any-return]
 
 
-def test_the_client_has_the_methods_and_parameters_that_are_used() -> None:
+def test_the_real_client_has_the_methods_and_parameters_that_are_used() -> None:
     import inspect
 
     for name in ("repo_exists", "create_repo", "upload_file", "upload_folder", "snapshot_download"):
-        ours = set(inspect.signature(getattr(FolderHub, name)).parameters)
-        assert ours <= set(inspect.signature(getattr(huggingface_hub.HfApi, name)).parameters), name
+        used_parameters = set(inspect.signature(getattr(FolderHub, name)).parameters)
+        assert used_parameters <= set(inspect.signature(getattr(huggingface_hub.HfApi, name)).parameters), name
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_files_and_states_go_to_the_folder_of_the_repository(
+def test_files_and_states_are_uploaded_to_the_folder_of_the_repository(
     hub: type[FolderHub], tmp_path: Path, is_async: bool
 ) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"weights")
@@ -81,20 +81,18 @@ def test_files_and_states_go_to_the_folder_of_the_repository(
     assert hub.made == {"me/cats": True}
 
 
-def test_a_new_repository_is_public_only_where_that_is_said(hub: type[FolderHub]) -> None:
+def test_a_new_repository_is_public_only_on_request(hub: type[FolderHub]) -> None:
     check_repository(replace(OPTIONS, huggingface_repo_visibility="public"))
     assert hub.made == {"me/cats": False}
 
 
-def test_nothing_is_sent_without_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_uploaded_without_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "HfApi", None)
     Uploads(HubOptions()).send(tmp_path / "a.safetensors", is_last=True)
     check_repository(HubOptions())
 
 
-def test_a_failing_upload_is_logged_and_no_more(
-    hub: type[FolderHub], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failed_upload_is_only_logged(hub: type[FolderHub], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     hub.fails = True
     with caplog.at_level(logging.ERROR):
         Uploads(OPTIONS).send(tmp_path / "a.safetensors", is_last=True)
@@ -103,7 +101,7 @@ def test_a_failing_upload_is_logged_and_no_more(
         check_repository(OPTIONS)
 
 
-def test_a_state_is_fetched_by_its_place(hub: type[FolderHub]) -> None:
+def test_a_state_is_downloaded_by_its_repository_path(hub: type[FolderHub]) -> None:
     folder = hub.root / "me/cats/runs/a-state"
     folder.mkdir(parents=True)
     assert fetch_state("me/cats/runs/a-state", OPTIONS) == folder
@@ -113,7 +111,7 @@ def test_a_state_is_fetched_by_its_place(hub: type[FolderHub]) -> None:
 
 
 @pytest.mark.parametrize("name", ["a-state", "me/cats", "me/cats/", "/cats/x"])
-def test_a_name_of_another_form_is_refused(name: str) -> None:
+def test_a_malformed_repository_path_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"write owner/repository/path"):
         fetch_state(name, OPTIONS)
 

@@ -1,4 +1,4 @@
-"""custom_attributes.timestep_sampling.offset moves the noise levels of its subset's samples, and of no others."""
+"""custom_attributes.timestep_sampling.offset shifts the noise levels of its own subset only."""
 
 import importlib
 from pathlib import Path
@@ -29,7 +29,7 @@ FACTOR = {
     "qwen_image_21": 0.7,
     "sd3": 1.4,
     "zimage": 0.7,
-}  # on the normal value
+}  # applied to the normal variate
 WORDS = {
     "anima": ["--sigmoid_scale", "0.7"],
     "flux": ["--timestep_sampling", "flux_shift", "--sigmoid_scale", "0.7"],
@@ -67,7 +67,7 @@ def logits(sigmas_B: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("model", sorted(WORDS))
-def test_the_logit_of_a_level_moves_by_the_offset_times_the_factor_on_the_normal_value(model: str) -> None:
+def test_the_offset_shifts_the_logit_of_a_noise_level(model: str) -> None:
     objective = objective_of(model, WORDS[model])
     plain = noised(objective, [{}, {"other": 1}, {"timestep_sampling": {}}])
     moved = noised(objective, [{"timestep_sampling": {"offset": offset}} for offset in OFFSETS])
@@ -77,7 +77,7 @@ def test_the_logit_of_a_level_moves_by_the_offset_times_the_factor_on_the_normal
     assert torch.equal(moved.noise_BCHW, plain.noise_BCHW) and moved.sigmas_B[0] == plain.sigmas_B[0]
 
 
-def test_the_table_of_sigma_moves_the_same_way() -> None:
+def test_the_offset_shifts_levels_of_the_sigma_table_in_the_same_direction() -> None:
     words = ["--weighting_scheme", "logit_normal", "--discrete_flow_shift", "1"]
     objective = objective_of("flux", words)
     plain, moved = noised(objective, [{}] * 3), noised(objective, [{"timestep_sampling": {"offset": 0.5}}] * 3)
@@ -90,20 +90,20 @@ def config_of(tmp_path: Path, attributes: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("attributes", "said"),
+    ("attributes", "message"),
     [
         ("{ timestep_sampling = 0.5 }", "timestep_sampling is 0.5, but must be a table"),
         ("{ timestep_sampling = { offset = 'up' } }", "timestep_sampling.offset is 'up', but must be a number"),
         ("{ timestep_sampling = { offset = nan } }", "timestep_sampling.offset is nan, but must be a number"),
     ],
 )
-def test_what_is_no_offset_is_refused_with_its_place(tmp_path: Path, attributes: str, said: str) -> None:
+def test_an_invalid_offset_is_refused_naming_its_location(tmp_path: Path, attributes: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         config_of(tmp_path, attributes)
-    assert said in str(error.value) and "['subsets'][0]['custom_attributes']" in str(error.value)
+    assert message in str(error.value) and "['subsets'][0]['custom_attributes']" in str(error.value)
 
 
-def test_where_it_moves_nothing_a_line_says_so(tmp_path: Path) -> None:
+def test_an_offset_without_effect_is_reported(tmp_path: Path) -> None:
     config = config_of(tmp_path, "{ timestep_sampling = { offset = -1 } }")
     uniform = objective_of("anima", ["--timestep_sampling", "uniform"])
     for objective in (uniform, build_ddpm(NoiseOptions(), LossOptions(), predicts_velocity=False)):

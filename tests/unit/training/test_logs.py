@@ -1,4 +1,4 @@
-"""The values that trackers get."""
+"""Values sent to trackers."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.parity.test_preview import prompt_of
 
 
 class Tracker:
-    """Stands for one of accelerate's trackers."""
+    """A stand-in for one of accelerate's trackers."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -32,8 +32,8 @@ class Tracker:
         self.logged.append(({name: value.shape for name, value in values.items()}, step, keywords))
 
 
-def test_images_reach_every_tracker_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """wandb keeps its own axis, so that step and epoch are values; its images have the prompt beneath."""
+def test_images_are_sent_to_every_tracker_in_its_own_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb has its own step axis, so step and epoch are sent as values; its images are captioned with the prompt."""
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Image=lambda image, caption: (image.size, caption)))
     trackers = [Tracker("wandb"), Tracker("tensorboard")]
     drawn = [Drawn(n, prompt_of(text=f"picture {n}"), Image.new("RGB", (8, 16))) for n in (0, 2)]
@@ -47,32 +47,30 @@ def test_images_reach_every_tracker_in_its_own_way(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("fails_at", ["log", "log_images", "finish"])
-def test_a_tracker_that_fails_is_given_up_and_the_other_one_goes_on(
+def test_a_failing_tracker_is_dropped_and_the_other_one_continues(
     fails_at: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*arguments: Any, **keywords: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    broken, whole = Tracker("tensorboard"), Tracker("other")
+    broken, working = Tracker("tensorboard"), Tracker("other")
     setattr(broken, fails_at, fail)
     ended: list[bool] = []
-    charts = Charts(SimpleNamespace(trackers=[broken, whole], end_training=lambda: ended.append(True)))
+    charts = Charts(SimpleNamespace(trackers=[broken, working], end_training=lambda: ended.append(True)))
     drawn = [Drawn(0, prompt_of(text="a"), Image.new("RGB", (8, 16)))]
     for step in (1, 2):
         charts.log_step({"loss": 1.0}, step, 1)
         charts.log_images(drawn, step, 1)
     assert charts.are_on
     charts.close()
-    told = [record.getMessage() for record in caplog.records]
-    assert told == [
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
         "charts of tensorboard are switched off, training continues: OSError: [Errno 28] No space left on device"
     ]
-    assert len(whole.logged) == 4 and whole.is_finished and ended == [True]
+    assert len(working.logged) == 4 and working.is_finished and ended == [True]
 
 
-def test_a_folder_that_cannot_be_written_switches_the_charts_off(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unwritable_folder_disables_the_charts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def init_trackers(*arguments: Any, **keywords: Any) -> None:
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""One step of training, put together by hand: what it learns from a window of batches, and in which order."""
+"""A training step assembled by hand: the update from a window of batches, and the order of operations."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,7 +27,7 @@ RATE = 0.1
 
 
 class Line(nn.Module):
-    """A network that is one trained number: the denoiser says weight * latents."""
+    """A network with one trained number: the denoiser returns weight * latents."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Line(nn.Module):
 
 
 class Halves:
-    """Learns to say half of the latents; nothing is noised, so every number can be computed by hand."""
+    """An objective whose target is half of the latents, without noise, so every number can be computed by hand."""
 
     def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator) -> Noised:
         zeros_B = torch.zeros(len(clean_BCHW))
@@ -71,7 +71,7 @@ def batch_of(value: float, weight: float = 1.0) -> Batch:
 def run_of(max_grad_norm: float = 0.0, batches: tuple[Batch, ...] = (), **options_of_user: Any) -> Run:
     network = Line()
     with torch.no_grad():
-        network.weight.fill_(2.5)  # two above what is right
+        network.weight.fill_(2.5)  # two above the optimum
     arch: Any = SimpleNamespace(
         objective=Halves(),
         codec=SimpleNamespace(normalize=lambda latents: latents),
@@ -90,8 +90,8 @@ def run_of(max_grad_norm: float = 0.0, batches: tuple[Batch, ...] = (), **option
         trains_text_encoder=False,
         captions=None,  # type: ignore[arg-type]
     )
-    wanted = {"max_grad_norm": max_grad_norm, "optimizer_type": "SGD", "max_train_steps": 10, **options_of_user}
-    options = TrainOptions().with_values(wanted)
+    values = {"max_grad_norm": max_grad_norm, "optimizer_type": "SGD", "max_train_steps": 10, **options_of_user}
+    options = TrainOptions().with_values(values)
     built = build_optimizer(options.optimizer, [{"params": [network.weight], "lr": RATE}])
     schedule = build_schedule(options.schedule, built, options.run.max_train_steps)
     optimization = Optimization(built, schedule, None, ["unet"])
@@ -106,15 +106,15 @@ def weight_of(run: Run) -> float:
 
 
 def step(run: Run, window: Window, *batches: Batch) -> list[float]:
-    told: list[StepResult] = []
-    updates = Updates(run, NonFiniteGuard(run), None, told.append)
+    results: list[StepResult] = []
+    updates = Updates(run, NonFiniteGuard(run), None, results.append)
     updates.apply(window, accumulate_gradients([run], window, iter(batches))[0])
     updates.report()
-    return told[0].losses
+    return results[0].losses
 
 
 @pytest.mark.parametrize("values", [(1.0, 3.0), (2.0,)])
-def test_a_step_goes_along_the_mean_gradient_of_its_window(values: tuple[float, ...]) -> None:
+def test_a_step_follows_the_mean_gradient_of_its_window(values: tuple[float, ...]) -> None:
     """The loss of x is (w x - x / 2)^2, so its gradient is 2 x^2 (w - 1/2)."""
     run = run_of()
     losses = step(run, Window(0, 1, range(len(values)), False), *map(batch_of, values))
@@ -124,20 +124,20 @@ def test_a_step_goes_along_the_mean_gradient_of_its_window(values: tuple[float, 
     assert run.context.network.module.weight.grad is None
 
 
-def test_weights_of_subsets_scale_the_loss() -> None:
+def test_subset_weights_scale_the_loss() -> None:
     run = run_of()
     assert step(run, Window(0, 1, range(1), False), batch_of(1.0, weight=0.25)) == pytest.approx([1.0])
     assert weight_of(run) == pytest.approx(2.5 - RATE * 0.25 * 4)
 
 
-def test_long_gradients_are_shortened_to_the_limit() -> None:
+def test_large_gradients_are_clipped_to_the_limit() -> None:
     run = run_of(max_grad_norm=0.5)
     step(run, Window(0, 1, range(1), False), batch_of(3.0))
     assert weight_of(run) == pytest.approx(2.5 - RATE * 0.5, rel=1e-4)  # torch divides by the norm plus 1e-6
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_damaged_step_moves_neither_weight_nor_schedule(value: float, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_non_finite_step_changes_neither_weight_nor_schedule(value: float, caplog: pytest.LogCaptureFixture) -> None:
     damaged = batch_of(value)
     run = run_of(batches=(batch_of(1.0), damaged))
     window = Window(0, 1, range(2), False)
@@ -149,7 +149,7 @@ def test_a_damaged_step_moves_neither_weight_nor_schedule(value: float, caplog: 
     assert weight_of(run) < 2.5, "the next step is as if there had been no damage"
 
 
-def test_damaged_weights_end_the_run() -> None:
+def test_non_finite_weights_end_the_run() -> None:
     run = run_of(batches=(batch_of(1.0),))
     with torch.no_grad():
         run.context.network.module.weight.fill_(float("nan"))  # type: ignore[operator, union-attr]

@@ -1,4 +1,4 @@
-"""The learning rate of every schedule at every step, against closed forms."""
+"""The learning rate of every schedule at every step matches its closed form."""
 
 import math
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def step(built: BuiltOptimizer, schedule: Schedule) -> None:
 
 
 def curve(options: ScheduleOptions, steps: int = T) -> list[float]:
-    """The first group's rate used in each step, as a share of its configured one; the second must keep in step."""
+    """Return the first group's rate in each step as a share of its configured rate; the second must match."""
     built = optimizer_of()
     schedule = build_schedule(options, built, T)
     shares = []
@@ -54,7 +54,7 @@ def curve(options: ScheduleOptions, steps: int = T) -> list[float]:
 
 
 def after_warmup(s: int, decay: Callable[[float], float], warmup: int = WARMUP) -> float:
-    """A linear rise from 0, then `decay` of the share of the remaining run."""
+    """Return a linear rise from 0, then `decay` of the share of the remaining run."""
     return s / warmup if s < warmup else decay((s - warmup) / (T - warmup))
 
 
@@ -125,7 +125,7 @@ def test_the_last_step_of_the_run_ends_the_curve(name: str, settings: dict[str, 
     assert shares[T] == pytest.approx(0, abs=1e-5)
 
 
-def test_arguments_reach_the_function_of_the_schedule() -> None:
+def test_arguments_are_passed_to_the_schedule_function() -> None:
     shares = curve(ScheduleOptions(lr_scheduler="polynomial", lr_scheduler_args=["lr_end=0.005"]))
     assert shares[20] == pytest.approx(0.5 * (1 + 0.25))
     shares = curve(
@@ -150,14 +150,14 @@ def test_warmup_counts_steps_from_1_and_shares_below() -> None:
         resolve_num_steps(-1, 1000, "--lr_warmup_steps")
 
 
-def test_a_share_of_warmup_equals_its_steps() -> None:
+def test_warmup_as_a_share_equals_warmup_in_steps() -> None:
     by_share = curve(ScheduleOptions(lr_scheduler="cosine", lr_warmup_steps=0.25))
     assert by_share == curve(ScheduleOptions(lr_scheduler="cosine", lr_warmup_steps=10))
 
 
-def test_a_restored_schedule_goes_on_where_it_was() -> None:
+def test_a_restored_schedule_continues_where_it_was() -> None:
     options = ScheduleOptions(lr_scheduler="cosine_with_restarts", lr_scheduler_num_cycles=2, lr_warmup_steps=5)
-    whole = curve(options)
+    uninterrupted = curve(options)
     first = optimizer_of()
     schedule = build_schedule(options, first, T)
     for _ in range(17):
@@ -167,7 +167,7 @@ def test_a_restored_schedule_goes_on_where_it_was() -> None:
     restored.load_state_dict(schedule.state_dict())
     second.optimizer.load_state_dict(first.optimizer.state_dict())
     for s in range(17, T):
-        assert second.optimizer.param_groups[0]["lr"] / RATES[0] == pytest.approx(whole[s], abs=1e-12)
+        assert second.optimizer.param_groups[0]["lr"] / RATES[0] == pytest.approx(uninterrupted[s], abs=1e-12)
         step(second, restored)
 
 
@@ -175,7 +175,9 @@ def test_a_restored_schedule_goes_on_where_it_was() -> None:
 
 
 @pytest.mark.parametrize("path", ["CosineAnnealingLR", "torch.optim.lr_scheduler.CosineAnnealingLR"])
-def test_a_class_gets_its_arguments_and_wins_over_the_name(path: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_scheduler_class_gets_its_arguments_and_overrides_the_name(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
     shares = curve(
         ScheduleOptions("linear", lr_scheduler_type=path, lr_scheduler_args=["T_max=40", "eta_min=0.0"]), steps=30
     )
@@ -183,7 +185,7 @@ def test_a_class_gets_its_arguments_and_wins_over_the_name(path: str, caplog: py
     assert "--lr_scheduler linear has no effect" in caplog.text
 
 
-def test_a_class_is_built_as_asked() -> None:
+def test_a_scheduler_class_is_built_as_configured() -> None:
     options = ScheduleOptions(lr_scheduler_type="CosineAnnealingLR", lr_scheduler_args=["T_max=7"])
     schedule = build_schedule(options, optimizer_of(), T)
     assert type(schedule) is CosineAnnealingLR
@@ -237,7 +239,7 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
         ({"lr_warmup_steps": 50}, "the run ends after 40"),
     ],
 )
-def test_settings_without_effect_are_named(
+def test_settings_without_effect_are_warned_about(
     settings: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     build_schedule(ScheduleOptions(lr_scheduler="cosine"), optimizer_of(), T)
@@ -249,7 +251,7 @@ def test_settings_without_effect_are_named(
 # --- optimizers that need no schedule -------------------------------------------------------------------------------
 
 
-def test_adafactor_shows_the_rates_that_it_finds(caplog: pytest.LogCaptureFixture) -> None:
+def test_adafactor_reports_its_own_rates(caplog: pytest.LogCaptureFixture) -> None:
     built = optimizer_of("Adafactor", ["scale_parameter=False"])
     schedule = build_schedule(ScheduleOptions(lr_scheduler="adafactor:0.125"), built, T)
     assert schedule.get_last_lr() == [0.125, 0.125]
@@ -264,7 +266,7 @@ def test_adafactor_shows_the_rates_that_it_finds(caplog: pytest.LogCaptureFixtur
     assert schedule.get_last_lr() == pytest.approx([3e-6, 3e-6])
 
 
-def test_adafactor_keeps_its_rates_whatever_is_shown() -> None:
+def test_reporting_does_not_change_adafactors_rates() -> None:
     plain, shown = optimizer_of("Adafactor"), optimizer_of("Adafactor")
     schedule = build_schedule(ScheduleOptions(), shown, T)
     for _ in range(4):
@@ -272,11 +274,11 @@ def test_adafactor_keeps_its_rates_whatever_is_shown() -> None:
         for p in (p for group in plain.optimizer.param_groups for p in group["params"]):
             p.grad = p.detach().clone()
         plain.optimizer.step()
-    ours, theirs = (built.optimizer.param_groups[0]["params"][0] for built in (shown, plain))
-    assert torch.equal(ours, theirs)
+    weights_shown, weights_plain = (built.optimizer.param_groups[0]["params"][0] for built in (shown, plain))
+    assert torch.equal(weights_shown, weights_plain)
 
 
-def test_adafactor_with_rates_of_its_own_refuses_a_warmup_and_drops_other_schedules(
+def test_adafactor_with_relative_steps_refuses_a_warmup_and_drops_other_schedules(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with pytest.raises(ValueError, match="use warmup_init=True in --optimizer_args"):
@@ -287,14 +289,14 @@ def test_adafactor_with_rates_of_its_own_refuses_a_warmup_and_drops_other_schedu
     assert "--lr_scheduler cosine has no effect" in caplog.text
 
 
-def test_adafactor_with_our_rates_takes_a_schedule() -> None:
+def test_adafactor_with_configured_rates_accepts_a_schedule() -> None:
     built = optimizer_of("Adafactor", ["relative_step=False"])
     schedule = build_schedule(ScheduleOptions(lr_scheduler="constant_with_warmup", lr_warmup_steps=4), built, T)
     step(built, schedule)
     assert schedule.get_last_lr() == pytest.approx([RATES[0] / 4, RATES[1] / 4])
 
 
-def test_schedule_free_has_a_stand_in(caplog: pytest.LogCaptureFixture) -> None:
+def test_schedule_free_optimizers_get_a_constant_schedule(caplog: pytest.LogCaptureFixture) -> None:
     built = optimizer_of("AdamWScheduleFree")
     schedule = build_schedule(ScheduleOptions(), built, T)
     assert caplog.text == ""
@@ -305,13 +307,13 @@ def test_schedule_free_has_a_stand_in(caplog: pytest.LogCaptureFixture) -> None:
     assert "AdamWScheduleFree needs no schedule: --lr_scheduler cosine" in caplog.text
 
 
-# Going on with other rates and another length
+# --- resuming with other rates and another length ---
 
 
 def rates_after_resume(
     options: ScheduleOptions, other: ScheduleOptions, length: int, factor: float, steps: int = 10, more: int = 5
 ) -> list[float]:
-    """Rates of the first group after `steps` of a run of T: those of a run of `length` with rates times `factor`."""
+    """Return the first group's rates after resuming a run of T at `steps` with `length` and rates times `factor`."""
     first = optimizer_of()
     schedule = build_schedule(options, first, T)
     for _ in range(steps):
@@ -319,46 +321,46 @@ def rates_after_resume(
     built = optimizer_of()
     for group in built.optimizer.param_groups:
         group["lr"] *= factor
-    again = build_schedule(other, built, length)
+    resumed_schedule = build_schedule(other, built, length)
     rates = base_rates(built.optimizer)
     built.optimizer.load_state_dict(first.optimizer.state_dict())
-    again.load_state_dict(schedule.state_dict())
-    follow_rates(again, built.optimizer, rates)
-    found = []
+    resumed_schedule.load_state_dict(schedule.state_dict())
+    follow_rates(resumed_schedule, built.optimizer, rates)
+    rates_used = []
     for _ in range(more):
-        found.append(built.optimizer.param_groups[0]["lr"])
-        step(built, again)
+        rates_used.append(built.optimizer.param_groups[0]["lr"])
+        step(built, resumed_schedule)
         assert built.optimizer.param_groups[1]["lr"] == pytest.approx(built.optimizer.param_groups[0]["lr"] / 5)
-    return found
+    return rates_used
 
 
 COSINE = ScheduleOptions(lr_scheduler="cosine")
 
 
-def test_where_nothing_has_changed_every_bit_stays() -> None:
+def test_without_changes_rates_are_bit_identical() -> None:
     built = optimizer_of()
-    schedule, whole = build_schedule(COSINE, built, T), []
+    schedule, uninterrupted = build_schedule(COSINE, built, T), []
     for _ in range(15):
-        whole.append(built.optimizer.param_groups[0]["lr"])
+        uninterrupted.append(built.optimizer.param_groups[0]["lr"])
         step(built, schedule)
-    assert rates_after_resume(COSINE, COSINE, T, 1.0) == whole[10:]
+    assert rates_after_resume(COSINE, COSINE, T, 1.0) == uninterrupted[10:]
 
 
 def test_another_rate_takes_effect_from_the_next_step_on() -> None:
-    wanted = [0.5 * RATES[0] * 0.5 * (1 + math.cos(math.pi * s / T)) for s in range(10, 15)]
-    assert rates_after_resume(COSINE, COSINE, T, 0.5) == pytest.approx(wanted, rel=1e-12)
+    expected = [0.5 * RATES[0] * 0.5 * (1 + math.cos(math.pi * s / T)) for s in range(10, 15)]
+    assert rates_after_resume(COSINE, COSINE, T, 0.5) == pytest.approx(expected, rel=1e-12)
     assert rates_after_resume(ScheduleOptions(), ScheduleOptions(), T, 0.25) == [RATES[0] / 4] * 5
 
 
 def test_the_curve_of_another_length_takes_effect_from_the_next_step_on() -> None:
-    wanted = [RATES[0] * 0.5 * (1 + math.cos(math.pi * s / (3 * T))) for s in range(10, 15)]
-    assert rates_after_resume(COSINE, COSINE, 3 * T, 1.0) == pytest.approx(wanted, rel=1e-12)
+    expected = [RATES[0] * 0.5 * (1 + math.cos(math.pi * s / (3 * T))) for s in range(10, 15)]
+    assert rates_after_resume(COSINE, COSINE, 3 * T, 1.0) == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_class_of_torch_is_scaled_where_it_stands() -> None:
+def test_a_torch_scheduler_is_scaled_at_its_position() -> None:
     options = ScheduleOptions(lr_scheduler_type="StepLR", lr_scheduler_args=["step_size=12", "gamma=0.1"])
-    wanted = [RATES[0] * 3, RATES[0] * 3, *[RATES[0] * 0.3] * 3]
-    assert rates_after_resume(options, options, T, 3.0) == pytest.approx(wanted, rel=1e-12)
+    expected = [RATES[0] * 3, RATES[0] * 3, *[RATES[0] * 0.3] * 3]
+    assert rates_after_resume(options, options, T, 3.0) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_rate_of_0_can_be_raised() -> None:
@@ -371,7 +373,7 @@ def test_a_rate_of_0_can_be_raised() -> None:
     assert [group["lr"] for group in built.optimizer.param_groups] == list(RATES) == schedule.get_last_lr()
 
 
-def test_adafactor_keeps_its_own_rates_and_schedule_free_ones_take_the_new() -> None:
+def test_adafactor_keeps_its_own_rates_and_schedule_free_optimizers_use_the_new() -> None:
     relative = optimizer_of("Adafactor")
     schedule = build_schedule(ScheduleOptions(lr_scheduler="adafactor:0.1"), relative, T)
     follow_rates(schedule, relative.optimizer, [0.5, 0.5])

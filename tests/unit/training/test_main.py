@@ -1,4 +1,4 @@
-"""How an error that ends a run is shown."""
+"""The report of an error that ends a run."""
 
 import argparse
 import errno
@@ -19,7 +19,7 @@ from library.training.command_line.main import OUR_FAULT, report_error
     ],
     ids=repr,
 )
-def test_the_flag_of_the_base_model_is_the_one_that_was_typed(
+def test_the_error_names_the_base_model_flag_that_was_used(
     caplog: pytest.LogCaptureFixture, typed: dict[str, str | None], flag: str
 ) -> None:
     report_error(UserError("--pretrained_model_name_or_path x.safetensors does not exist"), argparse.Namespace(**typed))
@@ -44,13 +44,13 @@ def shown(caplog: pytest.LogCaptureFixture, error: Exception) -> list[logging.Lo
     ],
     ids=repr,
 )
-def test_what_the_user_can_put_right_is_one_sentence(caplog: pytest.LogCaptureFixture, error: Exception) -> None:
+def test_a_user_error_is_one_sentence_without_a_traceback(caplog: pytest.LogCaptureFixture, error: Exception) -> None:
     (record,) = shown(caplog, error)
     assert record.getMessage() == str(error) and record.exc_info is None
 
 
 @pytest.mark.parametrize("make", [lambda: int("x"), lambda: dict(zip([1], [], strict=True)), lambda: {}["key"]])
-def test_a_fault_of_ours_keeps_its_traceback_and_says_so(caplog: pytest.LogCaptureFixture, make) -> None:
+def test_an_internal_error_keeps_its_traceback_and_asks_for_a_report(caplog: pytest.LogCaptureFixture, make) -> None:
     try:
         make()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Noise levels, noise of each image, and the standard error of a paired difference."""
+"""Noise levels, the noise of each image, and the standard error of a paired difference."""
 
 from dataclasses import replace
 from math import isnan
@@ -38,17 +38,19 @@ def test_levels_divide_the_range_as_numpy_does(low, high, levels):
     assert noise_levels(options) == levels == tuple(dict.fromkeys(expected.tolist()))
 
 
-def test_the_error_of_a_difference_is_that_of_a_paired_t_test():
+def test_the_error_of_a_difference_matches_a_paired_t_test():
     rng = np.random.default_rng(1)
     before, now = rng.normal(size=(2, 9, 4))
-    found = estimate_paired_difference(torch.tensor(now), torch.tensor(before), [f"picture {i}" for i in range(9)])
+    difference = estimate_paired_difference(torch.tensor(now), torch.tensor(before), [f"picture {i}" for i in range(9)])
     differences = (now - before).mean(1)
-    assert found.mean == pytest.approx(differences.mean(), rel=1e-12)
-    assert found.standard_error == pytest.approx(differences.std(ddof=1) / np.sqrt(9), rel=1e-12)  # float64 both
+    assert difference.mean == pytest.approx(differences.mean(), rel=1e-12)
+    assert difference.standard_error == pytest.approx(
+        differences.std(ddof=1) / np.sqrt(9), rel=1e-12
+    )  # both are float64
 
 
-def test_rows_of_one_image_are_one_observation():
-    """Two equal rows an image carry no more than one: only (G / (G - 1)) stays what it was."""
+def test_several_rows_of_one_image_are_one_observation():
+    """Two equal rows per image carry no more information than one: only (G / (G - 1)) is unchanged."""
     rng = np.random.default_rng(2)
     before, now = (torch.tensor(values) for values in rng.normal(size=(2, 6, 4)))
     once = estimate_paired_difference(now, before, range(6))
@@ -94,7 +96,7 @@ def test_noise_and_level_of_an_image_do_not_depend_on_its_neighbours(kind):
     assert not torch.equal(together.noise_BCHW[0], together.noise_BCHW[1])
 
 
-def test_what_is_due_follows_steps_and_ends_of_epochs():
+def test_validation_is_due_by_steps_and_at_the_end_of_epochs():
     options = options_of("--validate_every_n_steps 3 --validate_every_n_epochs 2").validation
     timetable = Timetable.build(options, 10)
     assert list(timetable.due(3, None)) == ["step"] and list(timetable.due(4, 1)) == []
@@ -103,7 +105,7 @@ def test_what_is_due_follows_steps_and_ends_of_epochs():
     assert list(always.due(3, None)) == [] and list(always.due(4, 1)) == list(always.due(8, 2)) == ["epoch"]
 
 
-def test_steps_alone_leave_epochs_out_and_the_last_step_is_measured():
+def test_with_an_interval_in_steps_epochs_are_ignored_and_the_last_step_is_measured():
     timetable = Timetable.build(options_of("--validate_every_n_steps 3").validation, 8)
     assert [step for step in range(1, 9) if list(timetable.due(step, step // 2 if step % 2 == 0 else None))] == [
         3,

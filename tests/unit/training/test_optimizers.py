@@ -1,4 +1,4 @@
-"""Every optimizer by its name: it trains, and says what is wrong with its settings."""
+"""Every optimizer by its name: it trains and reports invalid settings."""
 
 import re
 import sys
@@ -16,7 +16,7 @@ from library.options.training.optimizer import OptimizerOptions
 from library.training.optimization.optimizers import KNOWN, BuiltOptimizer, build_optimizer, effective_rates
 from library.training.optimization.rounding import stochastic_rounding
 
-# A rate at which each name gets somewhere within 60 steps of the small problem below.
+# A rate at which each optimizer makes progress within 60 steps of the small problem below.
 RATES = {
     "SGDNesterov": 0.02, "SGDNesterov8bit": 0.02, "SGDScheduleFree": 0.5, "Prodigy": 1.0, "DAdaptation": 1.0,
     "DAdaptAdamPreprint": 1.0, "DAdaptAdaGrad": 1.0, "DAdaptAdam": 1.0, "DAdaptAdan": 1.0, "DAdaptAdanIP": 1.0,
@@ -31,28 +31,28 @@ def tensors(seed: int) -> tuple[nn.Parameter, nn.Parameter, Tensor, Tensor]:
         return torch.randn(shape, generator=generator)
 
     inputs = normal(96, 64)
-    wanted = inputs @ normal(64, 80) * 0.1 + 0.5
-    return nn.Parameter(normal(64, 80) * 0.1), nn.Parameter(normal(80) * 0.1), inputs, wanted
+    targets = inputs @ normal(64, 80) * 0.1 + 0.5
+    return nn.Parameter(normal(64, 80) * 0.1), nn.Parameter(normal(80) * 0.1), inputs, targets
 
 
 def train(options: OptimizerOptions, steps: int, seed: int) -> tuple[BuiltOptimizer, list[float]]:
-    """Linear regression with two groups; gives the loss before each step and after the last one."""
-    weight, bias, inputs, wanted = tensors(seed)
+    """Train a linear regression with two groups; return the loss before each step and after the last one."""
+    weight, bias, inputs, targets = tensors(seed)
     rate = options.learning_rate
     built = build_optimizer(options, [{"params": [weight], "lr": rate}, {"params": [bias], "lr": rate}])
     losses = []
     for _ in range(steps):
-        loss = (inputs @ weight + bias - wanted).square().mean()
+        loss = (inputs @ weight + bias - targets).square().mean()
         losses.append(loss.item())
         loss.backward()
         built.optimizer.step()
         built.optimizer.zero_grad(set_to_none=True)
     built.eval()
-    return built, [*losses, (inputs @ weight + bias - wanted).square().mean().item()]
+    return built, [*losses, (inputs @ weight + bias - targets).square().mean().item()]
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_each_name_lowers_the_loss_in_any_case(name: str) -> None:
+def test_each_name_in_any_case_lowers_the_loss(name: str) -> None:
     args = {"Adafactor": ["relative_step=False", "scale_parameter=False"], "DAdaptAdaGrad": ["d0=1e-2"]}.get(name)
     for spelling in (name, name.lower()):
         options = OptimizerOptions(spelling, learning_rate=RATES.get(name, 0.02), optimizer_args=args)
@@ -60,28 +60,28 @@ def test_each_name_lowers_the_loss_in_any_case(name: str) -> None:
         assert losses[-1] < 0.7 * losses[0], (spelling, losses[0], losses[-1])
 
 
-def advance(built: BuiltOptimizer, weight: Tensor, bias: Tensor, inputs: Tensor, wanted: Tensor, steps: int) -> None:
+def advance(built: BuiltOptimizer, weight: Tensor, bias: Tensor, inputs: Tensor, targets: Tensor, steps: int) -> None:
     for _ in range(steps):
-        (inputs @ weight + bias - wanted).square().mean().backward()
+        (inputs @ weight + bias - targets).square().mean().backward()
         built.optimizer.step()
         built.optimizer.zero_grad(set_to_none=True)
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_each_optimizer_goes_on_from_its_saved_state_bit_for_bit(name: str) -> None:
+def test_each_optimizer_resumes_from_its_saved_state_bit_for_bit(name: str) -> None:
     options = OptimizerOptions(name, learning_rate=RATES.get(name, 0.02))
-    weight, bias, inputs, wanted = tensors(seed=31)
+    weight, bias, inputs, targets = tensors(seed=31)
     built = build_optimizer(options, [{"params": [weight]}, {"params": [bias]}])
-    advance(built, weight, bias, inputs, wanted, 4)
+    advance(built, weight, bias, inputs, targets, 4)
     file = BytesIO()
     torch.save(built.optimizer.state_dict(), file)
     resumed = [nn.Parameter(p.detach().clone()) for p in (weight, bias)]
-    advance(built, weight, bias, inputs, wanted, 4)
+    advance(built, weight, bias, inputs, targets, 4)
 
-    again = build_optimizer(options, [{"params": [p]} for p in resumed])
+    resumed_built = build_optimizer(options, [{"params": [p]} for p in resumed])
     file.seek(0)
-    again.optimizer.load_state_dict(torch.load(file, weights_only=True))
-    advance(again, *resumed, inputs, wanted, 4)
+    resumed_built.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    advance(resumed_built, *resumed, inputs, targets, 4)
     assert torch.equal(resumed[0], weight)
     assert torch.equal(resumed[1], bias)
 
@@ -103,7 +103,7 @@ def test_the_fused_step_works_with_a_gradient_scaler() -> None:
 
 
 def test_adamw_is_the_default_fused_and_steps_like_the_paper() -> None:
-    weight, bias, inputs, wanted = tensors(seed=12)
+    weight, bias, inputs, targets = tensors(seed=12)
     built = build_optimizer(
         OptimizerOptions(learning_rate=0.01, optimizer_args=["weight_decay=0.1", "betas=0.8,0.9"]),
         [{"params": [weight], "lr": 0.003}, {"params": [bias]}],
@@ -115,7 +115,7 @@ def test_adamw_is_the_default_fused_and_steps_like_the_paper() -> None:
     expected = weight.detach().double()
     m = v = torch.zeros_like(expected)
     for step in range(1, 6):
-        (inputs @ weight + bias - wanted).square().mean().backward()
+        (inputs @ weight + bias - targets).square().mean().backward()
         assert weight.grad is not None
         g = weight.grad.double()
         m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
@@ -127,13 +127,13 @@ def test_adamw_is_the_default_fused_and_steps_like_the_paper() -> None:
 
 
 @pytest.mark.parametrize("argument", ["fused=False", "foreach=True"])
-def test_a_chosen_step_is_not_replaced_by_the_fused_one(argument: str) -> None:
+def test_an_explicit_implementation_is_not_replaced_by_the_fused_one(argument: str) -> None:
     built, losses = train(OptimizerOptions("adamw", learning_rate=0.02, optimizer_args=[argument]), steps=5, seed=13)
     assert not built.optimizer.param_groups[0]["fused"]
     assert losses[-1] < losses[0]
 
 
-def test_the_fused_step_takes_half_precision_weights() -> None:
+def test_the_fused_step_accepts_half_precision_weights() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         parameter = nn.Parameter(torch.linspace(-1, 1, 33).to(dtype))
         built = build_optimizer(OptimizerOptions(learning_rate=0.125), [{"params": [parameter]}])
@@ -143,7 +143,7 @@ def test_the_fused_step_takes_half_precision_weights() -> None:
         assert ((before - parameter.detach()) > 0.1).all()
 
 
-def test_names_stand_for_their_momentum_unless_it_is_given() -> None:
+def test_optimizer_names_set_their_momentum_unless_it_is_given() -> None:
     group = train(OptimizerOptions("sgdnesterov", learning_rate=0.01), 1, 14)[0].optimizer.param_groups[0]
     assert (group["momentum"], group["nesterov"]) == (0.9, True)
     built, _ = train(OptimizerOptions("SGDNesterov8bit", learning_rate=0.01, optimizer_args=["momentum=0.5"]), 1, 15)
@@ -161,11 +161,11 @@ def test_names_stand_for_their_momentum_unless_it_is_given() -> None:
         (OptimizerOptions("torch.optim.RAdam"), "torch.optim.radam.RAdam"),
     ],
 )
-def test_older_flags_torch_classes_and_dotted_paths_are_found(options: OptimizerOptions, path: str) -> None:
+def test_older_flags_torch_classes_and_dotted_paths_are_resolved(options: OptimizerOptions, path: str) -> None:
     assert train(options, 1, 16)[0].name == path
 
 
-def test_eight_bit_state_is_eight_bits() -> None:
+def test_8_bit_optimizers_store_8_bit_state() -> None:
     built, _ = train(OptimizerOptions("PagedAdamW8bit", learning_rate=0.01), 2, 17)
     weight = built.optimizer.param_groups[0]["params"][0]
     assert built.optimizer.state[weight]["state1"].dtype == torch.uint8
@@ -174,30 +174,30 @@ def test_eight_bit_state_is_eight_bits() -> None:
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
-def refusal(**options: Any) -> str:
+def refusal_of(**options: Any) -> str:
     with pytest.raises(ValueError) as error:
         train(OptimizerOptions(**options), 1, 18)
     return str(error.value)
 
 
-def test_two_names_for_the_optimizer_are_refused() -> None:
-    assert "--use_8bit_adam and --use_lion_optimizer" in refusal(use_8bit_adam=True, use_lion_optimizer=True)
-    assert "--use_8bit_adam and --optimizer_type" in refusal(use_8bit_adam=True, optimizer_type="AdamW8bit")
+def test_two_conflicting_optimizer_options_are_refused() -> None:
+    assert "--use_8bit_adam and --use_lion_optimizer" in refusal_of(use_8bit_adam=True, use_lion_optimizer=True)
+    assert "--use_8bit_adam and --optimizer_type" in refusal_of(use_8bit_adam=True, optimizer_type="AdamW8bit")
 
 
 def test_an_unknown_name_names_the_nearest() -> None:
-    assert "did you mean AdamW8bit?" in refusal(optimizer_type="AdamW8bits")
-    assert "did you mean SGD?" in refusal(optimizer_type="sgd")
-    assert "did you mean DAdaptAdaGrad?" in refusal(optimizer_type="DAdaptAdagrat")
+    assert "did you mean AdamW8bit?" in refusal_of(optimizer_type="AdamW8bits")
+    assert "did you mean SGD?" in refusal_of(optimizer_type="sgd")
+    assert "did you mean DAdaptAdaGrad?" in refusal_of(optimizer_type="DAdaptAdagrat")
 
 
-def test_a_path_to_nothing_says_what_is_missing() -> None:
-    assert "pip install prodigy-plus-schedule-free" in refusal(optimizer_type="prodigyplus.ProdigyPlusScheduleFree")
-    assert "torch.optim has no class AdamWx" in refusal(optimizer_type="torch.optim.AdamWx")
-    assert "there is no module torch.optimm" in refusal(optimizer_type="torch.optimm.AdamW")
-    assert "not an optimizer" in refusal(optimizer_type="torch.nn.Linear")
-    assert "is not a path" in refusal(optimizer_type="torch..AdamW")
-    assert "LBFGS cannot train" in refusal(optimizer_type="LBFGS")
+def test_an_unresolvable_path_names_the_missing_part() -> None:
+    assert "pip install prodigy-plus-schedule-free" in refusal_of(optimizer_type="prodigyplus.ProdigyPlusScheduleFree")
+    assert "torch.optim has no class AdamWx" in refusal_of(optimizer_type="torch.optim.AdamWx")
+    assert "there is no module torch.optimm" in refusal_of(optimizer_type="torch.optimm.AdamW")
+    assert "not an optimizer" in refusal_of(optimizer_type="torch.nn.Linear")
+    assert "is not a path" in refusal_of(optimizer_type="torch..AdamW")
+    assert "LBFGS cannot train" in refusal_of(optimizer_type="LBFGS")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_a_path_to_nothing_says_what_is_missing() -> None:
         ("AdamWScheduleFree", "schedulefree", "schedulefree"),
     ],
 )
-def test_a_missing_library_says_what_to_install(
+def test_a_missing_library_names_the_package_to_install(
     name: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Missing:
@@ -222,7 +222,9 @@ def test_a_missing_library_says_what_to_install(
     for loaded in [m for m in sys.modules if m.split(".")[0] == module]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
-    assert refusal(optimizer_type=name) == f"--optimizer_type {name} needs the library {module}: pip install {package}"
+    assert (
+        refusal_of(optimizer_type=name) == f"--optimizer_type {name} needs the library {module}: pip install {package}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,7 @@ def test_a_library_that_fails_to_import_is_named_with_its_version(
     for loaded in [m for m in sys.modules if m.split(".")[0] == "prodigyopt"]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setattr(sys, "meta_path", [Failing, *sys.meta_path])
-    assert re.search(message, refusal(optimizer_type="Prodigy"))
+    assert re.search(message, refusal_of(optimizer_type="Prodigy"))
 
 
 def test_an_argument_is_split_at_its_first_equals_sign() -> None:
@@ -266,8 +268,8 @@ def test_an_argument_is_split_at_its_first_equals_sign() -> None:
         ("betas=0.9,1.5", "AdamW refuses its settings (--optimizer_args: betas=(0.9, 1.5))"),
     ],
 )
-def test_a_wrong_argument_is_named(argument: str, message: str) -> None:
-    assert message in refusal(optimizer_args=[argument])
+def test_an_invalid_argument_is_named(argument: str, message: str) -> None:
+    assert message in refusal_of(optimizer_args=[argument])
 
 
 @pytest.mark.parametrize(("name", "argument"), [("RMSprop", "differentiable=True"), ("DAdaptSGD", "momentum=[[1]]")])
@@ -280,24 +282,24 @@ def test_an_argument_on_which_the_first_step_fails_is_refused_at_the_start(name:
 
 
 def test_an_argument_given_twice_is_refused() -> None:
-    assert "gives eps twice" in refusal(optimizer_args=["eps=1e-8", "eps=1e-7"])
+    assert "gives eps twice" in refusal_of(optimizer_args=["eps=1e-8", "eps=1e-7"])
 
 
 # --- optimizers with rates of their own -----------------------------------------------------------------------------
 
 
 def test_adafactor_sets_its_own_rates_by_default() -> None:
-    weight, bias, inputs, wanted = tensors(seed=19)
+    weight, bias, inputs, targets = tensors(seed=19)
     groups = [{"params": [weight], "lr": 0.5}, {"params": [bias], "lr": 0.25}]
     built = build_optimizer(OptimizerOptions("adafactor", learning_rate=3.0), groups)
     assert built.has_relative_step
     assert built.name == "transformers.optimization.Adafactor(relative_step=True)"
     assert [group["lr"] for group in groups] == [0.5, 0.25], "the caller's groups stay as they are"
     assert [group["lr"] for group in built.optimizer.param_groups] == [None, None]
-    before = (inputs @ weight + bias - wanted).square().mean()
+    before = (inputs @ weight + bias - targets).square().mean()
     before.backward()
     built.optimizer.step()
-    assert (inputs @ weight + bias - wanted).square().mean() < before
+    assert (inputs @ weight + bias - targets).square().mean() < before
 
 
 def test_adafactor_with_warmup_init_switches_relative_step_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -314,13 +316,13 @@ def test_adafactor_without_relative_step_uses_the_rates() -> None:
 
 
 def test_fused_backward_pass_is_for_adafactor(caplog: pytest.LogCaptureFixture) -> None:
-    assert "works with --optimizer_type Adafactor only" in refusal(fused_backward_pass=True)
+    assert "works with --optimizer_type Adafactor only" in refusal_of(fused_backward_pass=True)
     train(OptimizerOptions("Adafactor", fused_backward_pass=True), 1, 22)
     assert "--fused_backward_pass has no effect" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["Prodigy", "DAdaptAdam", "DAdaptAdaGrad"])
-def test_a_small_rate_is_warned_about_where_the_optimizer_finds_it(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_small_rate_is_warned_about_if_the_optimizer_adapts_it(name: str, caplog: pytest.LogCaptureFixture) -> None:
     train(OptimizerOptions(name, learning_rate=1.0), 1, 23)
     assert "meant to be about 1.0" not in caplog.text
     train(OptimizerOptions(name, learning_rate=0.1), 1, 23)
@@ -328,7 +330,7 @@ def test_a_small_rate_is_warned_about_where_the_optimizer_finds_it(name: str, ca
 
 
 @pytest.mark.parametrize("name", ["Prodigy", "DAdaptation", "DAdaptAdam", "DAdaptSGD"])
-def test_two_rates_are_refused_but_0_leaves_a_part_as_it_is(name: str) -> None:
+def test_two_different_rates_are_refused_but_a_rate_of_0_freezes_a_part(name: str) -> None:
     weight, bias, _, _ = tensors(seed=24)
     options = OptimizerOptions(name, learning_rate=1.0)
     with pytest.raises(ValueError, match=r"one learning rate for all parts.*give 0\.5, 1\.0"):
@@ -341,7 +343,7 @@ def test_two_rates_are_refused_but_0_leaves_a_part_as_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["DAdaptLion", "DAdaptAdaGrad", "DAdaptAdan", "DAdaptAdanIP"])
-def test_rate_0_is_refused_where_the_library_would_train_the_part_all_the_same(name: str) -> None:
+def test_rate_0_is_refused_if_the_library_would_still_train_the_part(name: str) -> None:
     weight, bias, _, _ = tensors(seed=25)
     with pytest.raises(ValueError, match=r"give 0\.0, 1\.0; use one value everywhere$"):
         build_optimizer(OptimizerOptions(name, learning_rate=1.0), [{"params": [weight], "lr": 0}, {"params": [bias]}])
@@ -356,7 +358,7 @@ def test_effective_rates_are_d_times_lr(name: str) -> None:
     assert rates[0] > 1e-6 * 0.5, "d has grown from its start"
 
 
-def test_other_optimizers_have_no_effective_rate() -> None:
+def test_other_optimizers_report_no_effective_rate() -> None:
     built, _ = train(OptimizerOptions("AdamW"), 1, 27)
     assert effective_rates(built.optimizer, built.name) is None
     assert effective_rates(built.optimizer, "elsewhere.ProdigyOfAnotherKind(x=1)") is None, "its groups hold no d"
@@ -367,11 +369,11 @@ def test_other_optimizers_have_no_effective_rate() -> None:
 
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"])
 def test_schedule_free_weights_differ_between_training_and_saving(name: str) -> None:
-    weight, bias, inputs, wanted = tensors(seed=28)
+    weight, bias, inputs, targets = tensors(seed=28)
     built = build_optimizer(OptimizerOptions(name, learning_rate=0.05), [{"params": [weight, bias]}])
     assert built.is_schedule_free
     for _ in range(12):
-        (inputs @ weight + bias - wanted).square().mean().backward()
+        (inputs @ weight + bias - targets).square().mean().backward()
         built.optimizer.step()
         built.optimizer.zero_grad()
     training = weight.detach().clone()
@@ -383,14 +385,14 @@ def test_schedule_free_weights_differ_between_training_and_saving(name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"])
-def test_bf16_weights_rounded_at_random_are_shown_averaged_and_return_bit_for_bit(name: str) -> None:
-    """The weights shown are the average of the float32 memory rounded to nearest: y + (z - y) * (1 - 1 / beta)."""
-    weight, bias, inputs, wanted = tensors(seed=28)
-    weight, bias = (nn.Parameter(one.detach().bfloat16()) for one in (weight, bias))
+def test_stochastically_rounded_bf16_weights_are_averaged_and_restored_bit_for_bit(name: str) -> None:
+    """The averaged weights are the average of the float32 copies, rounded to nearest: y + (z - y) * (1 - 1 / beta)."""
+    weight, bias, inputs, targets = tensors(seed=28)
+    weight, bias = (nn.Parameter(parameter.detach().bfloat16()) for parameter in (weight, bias))
     options = OptimizerOptions(name, learning_rate=0.05, stochastic_rounding=True)
     built = build_optimizer(options, [{"params": [weight, bias]}])
     for step in range(12):
-        (inputs @ weight.float() + bias.float() - wanted).square().mean().backward()
+        (inputs @ weight.float() + bias.float() - targets).square().mean().backward()
         with stochastic_rounding([weight, bias], torch.Generator().manual_seed(step)):
             built.optimizer.step()
     training, memory = weight.detach().clone(), built.optimizer.state[weight]["z"]
@@ -404,7 +406,7 @@ def test_bf16_weights_rounded_at_random_are_shown_averaged_and_return_bit_for_bi
     assert torch.equal(weight, training)
 
 
-def test_a_foreign_class_is_schedule_free_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_third_party_class_is_recognised_as_schedule_free_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     class OddScheduleFree(torch.optim.SGD):
         modes: list[str]
 
@@ -426,7 +428,7 @@ def test_a_foreign_class_is_schedule_free_by_its_name(monkeypatch: pytest.Monkey
     assert built.optimizer.modes == ["train", "eval"]  # type: ignore[attr-defined]
 
 
-def test_train_and_eval_leave_other_optimizers_alone() -> None:
+def test_train_and_eval_do_not_affect_other_optimizers() -> None:
     built, _ = train(OptimizerOptions("AdamW"), 2, 30)
     weight = built.optimizer.param_groups[0]["params"][0]
     before = weight.detach().clone()

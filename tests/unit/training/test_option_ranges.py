@@ -1,4 +1,4 @@
-"""Numbers of options that mean nothing are refused before anything is loaded."""
+"""Option values out of range are refused before anything is loaded."""
 
 from typing import Any
 
@@ -30,6 +30,6 @@ def test_a_schedule_number_out_of_range_is_named(name: str, value: float, fix: s
         (Sd3TrainingOptions(training_shift=-3.0), "--training_shift is -3.0; use a number above 0"),
     ],
 )
-def test_a_number_that_makes_no_noise_levels_is_refused(options: Any, message: str) -> None:
+def test_a_number_that_gives_no_valid_noise_levels_is_refused(options: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_ranges(options)

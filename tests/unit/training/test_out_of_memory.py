@@ -12,7 +12,7 @@ from library.training.failures.out_of_memory import (
     find_savings,
     is_out_of_memory,
 )
-from tests.unit.training.test_checks import made
+from tests.unit.training.test_checks import make_options
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def test_an_impossible_allocation_is_recognised() -> None:
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
-def test_errors_of_cards_and_of_python_are_recognised(error: Exception) -> None:
+def test_out_of_memory_errors_of_gpus_and_of_python_are_recognised(error: Exception) -> None:
     assert is_out_of_memory(error)
 
 
@@ -39,25 +39,25 @@ def test_errors_of_cards_and_of_python_are_recognised(error: Exception) -> None:
         'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":1154, please report a bug',
     ],
 )
-def test_what_may_be_another_fault_is_called_likely(message: str) -> None:
+def test_an_ambiguous_error_is_reported_as_likely_out_of_memory(message: str) -> None:
     with (
         pytest.raises(OutOfMemoryError, match=r"^probably out of memory while training, a batch\n") as failed,
-        explain_out_of_memory("training", made(), CPU, "a batch"),
+        explain_out_of_memory("training", make_options(), CPU, "a batch"),
     ):
         raise RuntimeError(message)
     assert f"the error itself: {message}" in str(failed.value)
 
 
-def test_another_error_passes_unchanged() -> None:
+def test_any_other_error_passes_unchanged() -> None:
     with (
         pytest.raises(RuntimeError, match=r"^shapes do not fit$"),
-        explain_out_of_memory("training", made(), CPU, "a batch"),
+        explain_out_of_memory("training", make_options(), CPU, "a batch"),
     ):
         raise RuntimeError("shapes do not fit")
 
 
-def test_the_message_says_what_was_done_with_which_batch() -> None:
-    doing = explain_out_of_memory("computing step 3", made(), CPU, "4 images of 768x512")
+def test_the_message_names_the_operation_and_the_batch() -> None:
+    doing = explain_out_of_memory("computing step 3", make_options(), CPU, "4 images of 768x512")
     with pytest.raises(OutOfMemoryError, match="out of memory while computing step 3, 4 images of 768x512"), doing:
         allocate_too_much()
 
@@ -70,20 +70,22 @@ def test_encoding_captions_names_the_options_of_text_encoders() -> None:
     assert "--text_encoder_cpu encodes captions on the CPU" in lines and "--text_encoder_batch_size 1" in lines
     lines = "\n".join(find_savings({**options.flat(), "text_encoder_cpu": True}, Sizes(), CPU))
     assert "--text_encoder" not in lines
-    assert "--text_encoder_cpu" not in "\n".join(find_savings(options.flat(), Sizes(num_trained=5), CPU))  # in a step
+    assert "--text_encoder_cpu" not in "\n".join(
+        find_savings(options.flat(), Sizes(num_trained=5), CPU)
+    )  # during a step
     lines = "\n".join(find_savings(FluxOptions().flat(), Sizes(), CPU))  # captions are encoded one by one
     assert "--text_encoder_cpu" in lines and "--text_encoder_batch_size" not in lines
 
 
-def test_options_in_use_are_not_advised() -> None:
-    """Bytes: 2 of 4 MB for half precision, all of the VAE, 6 of the 8 bytes that AdamW keeps for a parameter."""
+def test_options_already_in_use_are_not_advised() -> None:
+    """Savings: 2 of 4 MB by half precision, all of the VAE, 6 of AdamW's 8 bytes per parameter."""
     sizes = Sizes(denoiser=2_000_000, text_encoders=1_000_000, vae=1_000_000, num_trained=500_000)
-    lines = "\n".join(find_savings(made(train_batch_size=4).flat(), sizes, CPU))
+    lines = "\n".join(find_savings(make_options(train_batch_size=4).flat(), sizes, CPU))
     assert "--mixed_precision bf16 halves models and activations: 2.0 MB less" in lines
     assert "--cache_latents lets the VAE leave before training: 1.0 MB less" in lines
     assert "AdamW8bit keeps the optimizer's memory in 8 bits: 3.0 MB less" in lines
     assert "--train_batch_size 2 needs 50% of the activations" in lines
-    used = made(
+    used = make_options(
         gradient_checkpointing=True, cache_latents=True, mixed_precision="bf16", optimizer_type="AdamW8bit",
         network_train_unet_only=True,
     )  # fmt: skip
@@ -92,11 +94,11 @@ def test_options_in_use_are_not_advised() -> None:
         assert option not in lines
 
 
-def test_predicted_ways_out_stand_in_for_those_without_figures() -> None:
+def test_predicted_savings_replace_advice_without_figures() -> None:
     predicted = "--gradient_checkpointing needs 3.0 GiB less and takes 33 % longer"
     with (
         pytest.raises(OutOfMemoryError) as failed,
-        explain_out_of_memory("computing step 3", made(), CPU, "a batch", memory_hints=lambda: [predicted]),
+        explain_out_of_memory("computing step 3", make_options(), CPU, "a batch", memory_hints=lambda: [predicted]),
     ):
         allocate_too_much()
     lines = str(failed.value).splitlines()
@@ -106,5 +108,5 @@ def test_predicted_ways_out_stand_in_for_those_without_figures() -> None:
     assert any("--mixed_precision bf16" in line for line in lines)
 
 
-def test_bytes_of_a_model_are_those_of_its_weights() -> None:
+def test_the_bytes_of_a_model_are_those_of_its_weights() -> None:
     assert bytes_of(nn.Linear(10, 10).to(torch.bfloat16)) == 110 * 2

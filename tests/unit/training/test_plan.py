@@ -35,7 +35,7 @@ def test_every_batch_of_an_epoch_is_in_one_window_and_windows_never_cross_epochs
         assert [window.ends_epoch for window in windows] == [False] * (len(windows) - 1) + [True]
 
 
-def test_a_run_that_goes_on_has_the_windows_that_were_left() -> None:
+def test_a_resumed_run_has_the_remaining_windows() -> None:
     p = plan(7, accumulation=3, max_train_steps=8)
     every = [window for epoch in p.epochs(0) for window in p.windows(epoch, 0)]
     assert [window.step for window in every] == list(range(8))
@@ -44,7 +44,7 @@ def test_a_run_that_goes_on_has_the_windows_that_were_left() -> None:
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 5])
-def test_processes_share_the_batches_of_one_process_that_accumulates_more(num_processes: int) -> None:
+def test_several_processes_share_the_batches_of_one_process_with_more_accumulation(num_processes: int) -> None:
     shared = Plan.build(replace(RunOptions(), gradient_accumulation_steps=2, max_train_epochs=1), 11, num_processes)
     alone = plan(11, accumulation=2 * num_processes, max_train_epochs=1)
     assert shared == alone
@@ -54,7 +54,7 @@ def test_processes_share_the_batches_of_one_process_that_accumulates_more(num_pr
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_a_batch_knows_its_step_and_its_number() -> None:
+def test_a_batch_has_its_step_and_its_number() -> None:
     p = plan(7, accumulation=3)
     assert [p.step_of(2, i) for i in range(7)] == [3, 3, 3, 4, 4, 4, 5]
     assert [p.batch_number(2, i) for i in (0, 6)] == [7, 13]

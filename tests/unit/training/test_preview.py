@@ -1,4 +1,4 @@
-"""When images are drawn, what their files are called, and what happens where drawing fails."""
+"""Previews: when they are generated, their file names, and how failures are handled."""
 
 import logging
 import random
@@ -40,7 +40,7 @@ from tests.parity.test_step_loss import options_for
 
 
 @pytest.mark.parametrize("nothing", [None, 0, -1])
-def test_numbers_that_are_not_positive_are_never(nothing: int | None) -> None:
+def test_intervals_that_are_not_positive_are_never_due(nothing: int | None) -> None:
     times = Timetable.build(PreviewOptions(sample_every_n_steps=nothing, sample_every_n_epochs=nothing))
     assert times.is_empty
     assert not any(times.holds_step(n) or times.holds_epoch(n) for n in range(1, 10))
@@ -63,7 +63,7 @@ def test_steps_and_epochs_that_are_multiples_are_due() -> None:
         (None, "e000000", 0, r"e000000_07_\d{14}_0\.png"),
     ],
 )
-def test_files_have_the_names_that_front_ends_look_for(
+def test_files_have_the_names_that_front_ends_expect(
     output_name: str | None, event: str, seed: int | None, name: str
 ) -> None:
     path = image_path(SavingOptions(output_dir="out", output_name=output_name), event, 7, seed)
@@ -71,7 +71,7 @@ def test_files_have_the_names_that_front_ends_look_for(
     assert re.fullmatch(name, path.name)
 
 
-def test_an_image_carries_its_prompt(tmp_path: Path) -> None:
+def test_an_image_file_contains_its_prompt(tmp_path: Path) -> None:
     prompt = prompt_of(text="a café 猫", num_steps=4)
     path = tmp_path / "sample" / "a.png"
     write_image(path, Drawn(0, prompt, Image.new("RGB", (8, 8), (1, 2, 3))))
@@ -95,25 +95,25 @@ def test_a_grid_shows_the_images_row_by_row(tmp_path: Path) -> None:
         assert [grid.getpixel(place) for place in ((9, 0), (13, 0), (0, 11), (19, 15))] == [(0, 0, 0)] * 4
 
 
-def test_texts_that_are_needed_are_listed_once() -> None:
+def test_required_texts_are_listed_once() -> None:
     prompts = [prompt_of(), prompt_of(text="b"), prompt_of(text="c", negative="unused", scale=1.0)]
     arch: Any = SimpleNamespace(preview=SimpleNamespace(format_prompt=str), text_cache=None)
     assert collect_texts(prompts, arch) == ["a red cat", "dog", "b", "c"]
 
 
 class Charts:
-    """Keeps what would be sent."""
+    """A tracker stand-in that records the images sent to it."""
 
     def __init__(self) -> None:
         self.images: list[tuple[int, int, list[int]]] = []
 
     def log_images(self, images: list[Drawn], step: int, epoch: int) -> None:
-        self.images.append((step, epoch, [one.index for one in images]))
+        self.images.append((step, epoch, [image.index for image in images]))
 
 
 @pytest.fixture
 def run(tiny_sd_folder: Path, tmp_path: Path) -> Any:
-    """As much of a run as drawing takes; its network does nothing."""
+    """Return a run with the parts that previews need; its network does nothing."""
     options = options_for(tiny_sd_folder, output_dir=str(tmp_path / "out"), sample_every_n_steps=2)
     arch = build(options)
     models = SimpleNamespace(
@@ -150,7 +150,7 @@ def names(run: Any) -> list[str]:
 SMALL = prompt_of(num_steps=2, height=64)
 
 
-def test_images_are_drawn_when_due_and_sent_to_the_charts(run: Any) -> None:
+def test_images_are_generated_when_due_and_sent_to_the_trackers(run: Any) -> None:
     previews, charts = previews_of(run, SMALL, prompt_of(num_steps=1, height=64, seed=None))
     for step in (1, 2, 3):
         previews.after_step(step, 1, Interruption())
@@ -158,7 +158,7 @@ def test_images_are_drawn_when_due_and_sent_to_the_charts(run: Any) -> None:
     assert charts.images == [(2, 1, [0, 1])]
 
 
-def test_one_image_that_fails_is_reported_and_the_others_are_drawn(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_image_is_reported_and_the_others_are_generated(run: Any, caplog: pytest.LogCaptureFixture) -> None:
     previews, charts = previews_of(run, prompt_of(text="too large", width=1 << 22, height=1 << 22), SMALL)
     with caplog.at_level(logging.ERROR):
         previews.after_step(2, 1, Interruption())
@@ -169,7 +169,7 @@ def test_one_image_that_fails_is_reported_and_the_others_are_drawn(run: Any, cap
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("out of memory")])
-def test_whatever_fails_is_logged(
+def test_any_failure_is_logged(
     run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     def fail(*_: Any) -> None:
@@ -184,7 +184,7 @@ def test_whatever_fails_is_logged(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("SIGINT")])
-def test_the_wish_to_stop_is_passed_on(run: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+def test_interrupts_are_not_swallowed(run: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def stop(*_: Any) -> None:
         raise error
 
@@ -194,7 +194,7 @@ def test_the_wish_to_stop_is_passed_on(run: Any, monkeypatch: pytest.MonkeyPatch
         previews.after_step(2, 1, Interruption())
 
 
-def test_a_signal_is_noticed_between_two_calls_of_the_denoiser(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_is_handled_between_two_calls_of_the_denoiser(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     interruption, num_calls = Interruption(), 0
     forward = run.context.models.denoiser.forward
 
@@ -212,7 +212,7 @@ def test_a_signal_is_noticed_between_two_calls_of_the_denoiser(run: Any, monkeyp
     assert names(run) == []
 
 
-def test_latents_that_are_no_number_are_an_error(run: Any) -> None:
+def test_non_finite_latents_are_an_error(run: Any) -> None:
     nn.init.constant_(run.context.models.denoiser.conv_out.bias, torch.inf)
     encoded = encode_prompts(run.context.arch, run.context.models.text_encoders, nullcontext, [SMALL])
     with torch.no_grad(), pytest.raises(ValueError, match="diverged"):
@@ -220,8 +220,10 @@ def test_latents_that_are_no_number_are_an_error(run: Any) -> None:
 
 
 @pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "changed"])
-def test_a_reference_that_changes_in_mid_run_is_an_error_naming_it(run: Any, tmp_path: Path, is_gone: bool) -> None:
-    """A text encoder that sees images is gone by then; features are kept under a digest of these."""
+def test_a_reference_image_that_changes_during_the_run_is_an_error_that_names_it(
+    run: Any, tmp_path: Path, is_gone: bool
+) -> None:
+    """By then a text encoder that sees images is unloaded; features are cached under a digest of the images."""
     cached = SimpleNamespace(places_key="image_places")
     context: Any = SimpleNamespace(**{**vars(run.context), "arch": replace(run.context.arch, text_cache=cached)})
     path = tmp_path / "before.png"
@@ -234,7 +236,7 @@ def test_a_reference_that_changes_in_mid_run_is_an_error_naming_it(run: Any, tmp
         draw_latents(context, prompt, encoded, torch.Generator())
 
 
-def test_an_image_that_is_no_number_is_an_error_naming_the_way_out(run: Any) -> None:
+def test_a_non_finite_image_is_an_error_with_a_fix(run: Any) -> None:
     vae: Any = run.context.arch.load.vae()
     nn.init.constant_(vae.decoder.conv_out.bias, torch.nan)
     with torch.no_grad(), pytest.raises(ValueError, match="--no_half_vae"):
@@ -251,7 +253,7 @@ def test_a_prompt_without_a_seed_has_the_same_noise_at_every_event(run: Any) -> 
         assert a.tobytes() == b.tobytes()
 
 
-def test_evaluation_leaves_no_trace(run: Any) -> None:
+def test_evaluation_has_no_side_effects(run: Any) -> None:
     run.context.models.denoiser.train()
     frozen = run.context.models.denoiser.down_blocks[0].eval()
     before = torch.random.get_rng_state(), random.getstate()
@@ -267,7 +269,7 @@ def test_evaluation_leaves_no_trace(run: Any) -> None:
     assert not run.context.models.text_encoders[0].training
 
 
-def test_prompts_of_an_empty_file_draw_nothing(run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_empty_prompt_file_generates_nothing(run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("# nothing\n")
     options = options_for(
@@ -277,7 +279,7 @@ def test_prompts_of_an_empty_file_draw_nothing(run: Any, tmp_path: Path, caplog:
     assert f"{path} holds no prompts" in caplog.text
 
 
-def test_a_size_left_to_the_default_and_a_prompt_that_is_cut_are_told(
+def test_a_default_size_and_a_truncated_prompt_are_logged(
     run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "prompts.txt"

@@ -1,4 +1,4 @@
-"""Prompt files: what they may say, and what is said about mistakes in them."""
+"""Prompt files: their syntax, and the errors for mistakes in them."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ def written(folder: Path, name: str, content: str | bytes) -> Path:
     return path
 
 
-def refusal(path: Path) -> str:
+def refusal_of(path: Path) -> str:
     with pytest.raises((ValueError, OSError)) as refused:
         read_prompts(path)
     return str(refused.value)
@@ -36,7 +36,7 @@ def test_a_line_has_its_prompt_and_its_options() -> None:
     )
 
 
-def test_a_bare_prompt_leaves_everything_to_the_model() -> None:
+def test_a_bare_prompt_uses_the_models_defaults() -> None:
     assert parse_line("  a cat\n", "p") == PromptSpec("p", "a cat")
 
 
@@ -49,23 +49,23 @@ def test_a_line_of_options_alone_is_an_empty_prompt() -> None:
     assert parse_line("--w 64", "p") == PromptSpec("p", "", width=64)
 
 
-def test_an_empty_negative_prompt_is_no_mistake() -> None:
+def test_an_empty_negative_prompt_is_allowed() -> None:
     assert parse_line("a --n ", "p").negative_prompt == "" == parse_line("a --n", "p").negative_prompt
 
 
-def test_a_seed_of_minus_one_is_no_seed() -> None:
+def test_a_seed_of_minus_one_means_no_seed() -> None:
     assert parse_line("a --d -1", "p").seed is None
     assert parse_line("a --d 0", "p").seed == 0
 
 
-def test_text_files_have_comments_blank_and_indented_lines(tmp_path: Path) -> None:
+def test_text_files_may_have_comments_blank_and_indented_lines(tmp_path: Path) -> None:
     path = written(tmp_path, "p.txt", "\ufeff# a comment\n\n   a cat --d 1\r\n#\n\ta dog\n  # another\nкот 猫")
     assert [(w.prompt, w.place) for w in read_prompts(path)] == [
         ("a cat", f"{path}, line 3"), ("a dog", f"{path}, line 5"), ("кот 猫", f"{path}, line 7"),
     ]  # fmt: skip
 
 
-def test_toml_has_shared_settings_and_a_table_for_each_image(tmp_path: Path) -> None:
+def test_toml_files_have_shared_settings_and_a_table_per_image(tmp_path: Path) -> None:
     path = written(
         tmp_path,
         "p.TOML",
@@ -115,9 +115,9 @@ def test_an_empty_file_holds_no_prompts(tmp_path: Path, name: str) -> None:
         ("a --w 64 --W 64", ["--W", "twice"]),
     ],
 )
-def test_mistakes_in_a_line_name_it(tmp_path: Path, line: str, words: list[str]) -> None:
+def test_errors_in_a_line_name_the_line(tmp_path: Path, line: str, words: list[str]) -> None:
     path = written(tmp_path, "p.txt", f"a good one --w 64\n\n{line}\n")
-    message = refusal(path)
+    message = refusal_of(path)
     assert message.startswith(f"--sample_prompts {path}, line 3")
     assert all(word in message for word in words), message
 
@@ -147,21 +147,21 @@ def test_mistakes_in_a_line_name_it(tmp_path: Path, line: str, words: list[str])
         ("p", "a", [".txt"]),
     ],
 )
-def test_mistakes_in_a_file_name_it(tmp_path: Path, name: str, content: str | bytes, words: list[str]) -> None:
+def test_errors_in_a_file_name_the_file(tmp_path: Path, name: str, content: str | bytes, words: list[str]) -> None:
     path = written(tmp_path, name, content)
-    message = refusal(path)
+    message = refusal_of(path)
     assert message.startswith("--sample_prompts") and str(path) in message
     assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.toml", "p.json"])
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
-    assert str(tmp_path / name) in refusal(tmp_path / name)
+    assert str(tmp_path / name) in refusal_of(tmp_path / name)
     (tmp_path / name).mkdir()
-    assert str(tmp_path / name) in refusal(tmp_path / name)
+    assert str(tmp_path / name) in refusal_of(tmp_path / name)
 
 
-def test_what_a_prompt_leaves_open_comes_from_the_model() -> None:
+def test_unset_prompt_options_come_from_the_model() -> None:
     prompt = resolve(PromptSpec("p", "a", seed=3), SD)
     assert (prompt.text, prompt.negative, prompt.seed, prompt.sampler) == ("a", "", 3, "ddim")
     assert (prompt.width, prompt.height, prompt.num_steps, prompt.scale) == (512, 512, 30, 7.5)
@@ -170,16 +170,16 @@ def test_what_a_prompt_leaves_open_comes_from_the_model() -> None:
     assert (flow.guidance_scale, flow.scale, flow.flow_shift, flow.sampler) == (0.0, 0.0, 3.0, None)
 
 
-@pytest.mark.parametrize(("wanted", "sd", "flow"), [(64, 64, 64), (1, 64, 64), (509, 504, 496), (1024, 1024, 1024)])
-def test_sides_are_rounded_down_to_what_the_model_draws(wanted: int, sd: int, flow: int) -> None:
-    assert resolve(PromptSpec("p", "a", width=wanted), SD).width == sd
-    assert resolve(PromptSpec("p", "a", height=wanted), FLOW).height == flow
+@pytest.mark.parametrize(("requested", "sd", "flow"), [(64, 64, 64), (1, 64, 64), (509, 504, 496), (1024, 1024, 1024)])
+def test_sides_are_rounded_down_to_sizes_that_the_model_supports(requested: int, sd: int, flow: int) -> None:
+    assert resolve(PromptSpec("p", "a", width=requested), SD).width == sd
+    assert resolve(PromptSpec("p", "a", height=requested), FLOW).height == flow
 
 
 @pytest.mark.parametrize(
     ("line", "defaults", "flag"), [("a --g 3", SD, "--g"), ("a --fs 3", SD, "--fs"), ("a --ss euler", FLOW, "--ss")]
 )
-def test_a_setting_that_the_model_lacks_is_named(
+def test_a_setting_that_the_model_does_not_support_is_warned_about(
     caplog: pytest.LogCaptureFixture, line: str, defaults: PromptDefaults, flag: str
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -188,7 +188,7 @@ def test_a_setting_that_the_model_lacks_is_named(
     assert "p.txt, line 4" in record.message and flag in record.message and "no effect" in record.message
 
 
-def test_an_image_for_a_controlnet_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_controlnet_image_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     spec = parse_line("a cat --cn my poses/pose.png --w 64", "p.txt, line 4")
     prompt = resolve(spec, SD)
     assert (prompt.text, prompt.width) == ("a cat", 64)
@@ -197,7 +197,7 @@ def test_an_image_for_a_controlnet_is_ignored_with_a_warning(caplog: pytest.LogC
     ]
 
 
-def test_every_option_of_a_line_is_a_key_too(tmp_path: Path) -> None:
+def test_every_option_of_a_line_is_also_a_key(tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "negative_prompt": "x", "sample_sampler": "ddim", "cfg_trunc_ratio": 0.5, "image_path": "my cat.png",
         "controlnet_image": "my pose.png", "control_image_path": ["before.png", "style.png"],
@@ -217,7 +217,7 @@ def test_every_option_of_a_line_is_a_key_too(tmp_path: Path) -> None:
         ("a cat --w 256 in --s 4 the snow", "a cat in the snow"),
     ],
 )
-def test_words_behind_a_number_belong_to_the_prompt(line: str, prompt: str) -> None:
+def test_words_after_a_number_belong_to_the_prompt(line: str, prompt: str) -> None:
     spec = parse_line(line, "here")
     assert (spec.prompt, spec.width) == (prompt, 256)
 
@@ -228,7 +228,7 @@ def test_a_negative_prompt_and_a_path_take_all_words_up_to_the_next_option() -> 
     assert spec.image_path == "my pictures/cat.png"
 
 
-def test_reference_images_stand_in_a_line_and_in_a_table(tmp_path: Path) -> None:
+def test_reference_images_can_be_given_in_a_line_and_in_a_table(tmp_path: Path) -> None:
     first, second = tmp_path / "a b.png", tmp_path / "c.png"
     for path in (first, second):
         path.write_bytes(b"x")
@@ -241,7 +241,7 @@ def test_reference_images_stand_in_a_line_and_in_a_table(tmp_path: Path) -> None
     assert resolve(table, FLOW, max_references=1).reference_paths == (first,)
 
 
-def test_reference_images_that_do_not_fit_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_invalid_reference_images_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spec = parse_line(f"a --ci {tmp_path / 'nowhere.png'}", "p.txt, line 1")
     with pytest.raises(UserError, match=r"control_image_path \(--ci\) is .*nowhere.png, but there is no such file"):
         resolve(spec, FLOW, max_references=1)

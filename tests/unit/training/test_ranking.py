@@ -1,4 +1,4 @@
-"""The adapters of a sweep that are called significantly worse, whatever was looked at before."""
+"""Ranking the adapters of a sweep; the error rate of "significantly worse" covers repeated looks."""
 
 from math import nan
 
@@ -12,7 +12,7 @@ def measured(label: str, losses_G: list[float] | None, ended: str = "") -> Measu
     return Measured(label, 8, losses_G, ended, f"{label}.safetensors")
 
 
-def test_adapters_stand_by_their_loss_and_those_not_measured_last() -> None:
+def test_adapters_are_sorted_by_loss_with_unmeasured_ones_last() -> None:
     common_G = torch.randn(9, generator=torch.Generator().manual_seed(81), dtype=torch.float64) + 5
     wobble_G = 0.01 * torch.randn(9, generator=torch.Generator().manual_seed(82), dtype=torch.float64)
     ranking = rank(
@@ -41,13 +41,13 @@ def test_adapters_stand_by_their_loss_and_those_not_measured_last() -> None:
         ([[1.0, 2.0, 3.0], [2.0, 3.1, 4.0]], "a0 is significantly better than every other adapter"),
     ],
 )
-def test_what_is_said_of_them(losses: list[list[float] | None], verdict: str) -> None:
-    assert rank([measured(f"a{i}", one) for i, one in enumerate(losses)]).verdict.startswith(verdict)
+def test_the_verdict_on_a_ranking(losses: list[list[float] | None], verdict: str) -> None:
+    assert rank([measured(f"a{i}", losses_G) for i, losses_G in enumerate(losses)]).verdict.startswith(verdict)
 
 
 @pytest.mark.slow
 def test_adapters_that_are_equally_good_are_seldom_dropped() -> None:
-    """Four that differ by chance alone, looked at 15 times: in at most 5 % of sweeps one is dropped."""
+    """Four adapters that differ by chance alone, ranked 15 times: in at most 5 % of sweeps one is dropped."""
     generator, num_sweeps, dropped = torch.Generator().manual_seed(83), 300, 0
     for _ in range(num_sweeps):
         images_G = torch.randn(10, generator=generator, dtype=torch.float64)
@@ -59,7 +59,7 @@ def test_adapters_that_are_equally_good_are_seldom_dropped() -> None:
     assert dropped / num_sweeps <= 0.05 + 0.025  # two standard errors of the share
 
 
-def test_what_is_clearly_worse_or_no_number_is_dropped_and_later_only_what_is_clearer() -> None:
+def test_clearly_worse_or_nan_adapters_are_dropped_and_later_looks_need_more_evidence() -> None:
     images_G = torch.arange(8.0, dtype=torch.float64)
     wobble_G = 0.02 * torch.randn(8, generator=torch.Generator().manual_seed(84), dtype=torch.float64)
     losses = {

@@ -1,4 +1,4 @@
-"""The line about a file after it has been saved."""
+"""The log line about a saved file and the programs that read it."""
 
 import logging
 from concurrent.futures import Future
@@ -20,21 +20,21 @@ NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 LOKR = {f"{NAME}.lokr_w1": torch.ones(2, 2), f"{NAME}.lokr_w2": torch.ones(3, 4), f"{NAME}.alpha": torch.ones(())}
 
 
-def test_a_lokr_of_a_third_party(tmp_path: Path) -> None:
+def test_a_third_party_lokr_file_is_recognised(tmp_path: Path) -> None:
     save_safetensors(tmp_path / "x.safetensors", LOKR)
     assert readers_line(list_specs(), tmp_path / "x.safetensors") == (
         "3 keys, all used by ComfyUI, Forge, A1111-style, stable-diffusion.cpp; none by diffusers"
     )
 
 
-@pytest.mark.parametrize(("limit", "says"), [(0.0, "all used by ComfyUI"), (0.1, "none by ComfyUI")])
-def test_the_limit_of_an_oft_is_read_from_the_file(tmp_path: Path, limit: float, says: str) -> None:
+@pytest.mark.parametrize(("limit", "expected"), [(0.0, "all used by ComfyUI"), (0.1, "none by ComfyUI")])
+def test_the_limit_of_an_oft_is_read_from_the_file(tmp_path: Path, limit: float, expected: str) -> None:
     tensors = {f"{NAME}.oft_blocks": torch.ones(5, 64, 64), f"{NAME}.alpha": torch.tensor(limit)}
     save_safetensors(tmp_path / "x.safetensors", tensors)
-    assert says in (readers_line(list_specs(), tmp_path / "x.safetensors") or "")
+    assert expected in (readers_line(list_specs(), tmp_path / "x.safetensors") or "")
 
 
-def test_other_formats_and_unknown_keys_are_passed_over(tmp_path: Path) -> None:
+def test_other_formats_and_unknown_keys_are_ignored(tmp_path: Path) -> None:
     save_safetensors(tmp_path / "x.safetensors", {"anything": torch.ones(2)})
     assert readers_line(list_specs(), tmp_path / "x.safetensors") is None
     assert readers_line(list_specs(), tmp_path / "x.ckpt") is None
@@ -47,13 +47,13 @@ def test_a_file_that_cannot_be_read_back_does_not_stop_the_run(tmp_path: Path) -
 
 
 class Lokr(torch.nn.Module):
-    """A network that writes a file and nothing else."""
+    """A network that only writes a file."""
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
         save_safetensors(file, LOKR, metadata)
 
 
-def test_the_line_is_logged_once_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_line_is_logged_once_per_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     done: Future[dict[str, str]] = Future()
     done.set_result({})
     writer = Writer(

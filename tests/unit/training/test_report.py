@@ -11,7 +11,7 @@ from library.training.reporting.console_lines import announce, duration, format_
 from library.training.reporting.progress import LossAverage
 
 
-def test_average_keeps_the_last_loss_of_each_place_of_an_epoch() -> None:
+def test_the_average_keeps_the_last_loss_of_each_position_of_an_epoch() -> None:
     average = LossAverage()
     for place, loss in enumerate([1.0, 2.0, 6.0]):
         average.add(place, loss)
@@ -20,7 +20,7 @@ def test_average_keeps_the_last_loss_of_each_place_of_an_epoch() -> None:
     assert average.mean == pytest.approx((4 + 2 + 6) / 3)
 
 
-def test_average_shows_nan_and_recovers_when_it_is_replaced() -> None:
+def test_the_average_becomes_nan_and_recovers_when_the_loss_is_replaced() -> None:
     average = LossAverage()
     average.add(0, math.nan)
     average.add(1, 2.0)
@@ -29,7 +29,7 @@ def test_average_shows_nan_and_recovers_when_it_is_replaced() -> None:
     assert average.mean == pytest.approx(3.0)
 
 
-def test_rates_carry_their_own_name_and_their_place() -> None:
+def test_rates_are_labelled_with_their_name_and_index() -> None:
     assert rate_values([1e-4, 2e-4, 3e-4], ["textencoder", "unet", "unet plus"], None, True) == {
         "lr/textencoder": 1e-4,
         "lr/unet": 2e-4,
@@ -39,11 +39,11 @@ def test_rates_carry_their_own_name_and_their_place() -> None:
     }
 
 
-def test_with_the_unet_alone_no_group_is_called_textencoder() -> None:
+def test_training_only_the_unet_names_no_group_textencoder() -> None:
     assert rate_values([2e-4], ["unet"], None, False) == {"lr/unet": 2e-4, "lr/group0": 2e-4}
 
 
-def test_rates_that_the_optimizer_finds_are_shown_beside() -> None:
+def test_rates_adapted_by_the_optimizer_are_shown_too() -> None:
     assert rate_values([1.0, 0.5], ["textencoder", "unet"], [3e-5, 2e-5], True) == {
         "lr/textencoder": 1.0,
         "lr/unet": 0.5,
@@ -54,7 +54,7 @@ def test_rates_that_the_optimizer_finds_are_shown_beside() -> None:
     }
 
 
-def test_a_standard_output_that_takes_nothing_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_standard_output_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(io.StringIO):
         def flush(self) -> None:
             raise OSError(28, "No space left on device")
@@ -72,7 +72,7 @@ def test_durations_have_two_units_at_most(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
-def test_the_last_line_says_what_was_trained_how_long_where_it_is_and_which_is_best(tmp_path: Path) -> None:
+def test_the_last_line_names_steps_duration_file_and_best_checkpoint(tmp_path: Path) -> None:
     end, best = tmp_path / "m.safetensors", tmp_path / "m-best.safetensors"
     line = format_finished("networks.lora of rank 4 on sd", 40, 65, end, None, best)
     assert line == f"trained networks.lora of rank 4 on sd: 40 steps in 1 min 05 s; the adapter is {end}"

@@ -1,4 +1,4 @@
-"""Saves that fail: where the weights go, what is said, and what is deleted."""
+"""Failed saves: where the weights are written instead, messages, and deletions."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ from networks.core.protocol import AdoptedNetwork
 
 
 class Network(torch.nn.Module):
-    """Writes one tensor; fails for the paths of which `refuses` is true."""
+    """A network that writes one tensor and fails for paths for which `refuses` is true."""
 
     def __init__(self, refuses: Callable[[Path], bool] = lambda path: False) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Network(torch.nn.Module):
 
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An --output_dir; the folder of temporary files lies elsewhere."""
+    """Return an --output_dir outside the folder for temporary files."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "above" / "out").mkdir(parents=True)
@@ -77,7 +77,7 @@ def files_below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_places_in_their_order_replace_nothing(output: Path) -> None:
+def test_fallback_paths_are_ordered_and_replace_no_file(output: Path) -> None:
     (output / "x-rescued.safetensors").touch()
     (output / "x-rescued-2.safetensors").touch()
     assert list(places(output / "x.safetensors", ".safetensors")) == [
@@ -88,7 +88,7 @@ def test_the_places_in_their_order_replace_nothing(output: Path) -> None:
     ]
 
 
-def test_a_name_that_cannot_be_replaced_gets_another_beside_it(
+def test_a_file_that_cannot_be_replaced_is_saved_under_another_name(
     output: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, plain = output / "x.safetensors", os.replace
@@ -106,7 +106,7 @@ def test_a_name_that_cannot_be_replaced_gets_another_beside_it(
     assert f"{path} ([Errno 1] Operation not permitted) cannot be written; it is saved as {output}" in caplog.text
 
 
-def test_a_full_disk_sends_the_weights_to_the_folder_of_temporary_files(
+def test_on_a_full_disk_weights_are_saved_to_the_temporary_folder(
     output: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     writer = writer_to(output, Network(lambda path: path.is_relative_to(output.parent)))
@@ -117,19 +117,19 @@ def test_a_full_disk_sends_the_weights_to_the_folder_of_temporary_files(
     assert caplog.text.count("No space left on device") == 3
 
 
-def test_nothing_older_is_deleted_when_the_newer_file_is_not_in_its_place(output: Path) -> None:
-    writer = writer_to(output, Network(lambda path: "step00000003." in path.name))  # also its temporary name
+def test_no_older_file_is_deleted_if_the_newer_one_was_saved_elsewhere(output: Path) -> None:
+    writer = writer_to(output, Network(lambda path: "step00000003." in path.name))  # including its temporary name
     for step in (1, 2, 3):
         writer.save_after_step(Progress(step), 1)
         writer.delete_outdated()
-    left = {"x-step00000001.safetensors", "x-step00000002.safetensors", "x-step00000003-rescued.safetensors"}
-    assert files_below(output) == left
+    remaining = {"x-step00000001.safetensors", "x-step00000002.safetensors", "x-step00000003-rescued.safetensors"}
+    assert files_below(output) == remaining
     writer.save_after_step(Progress(4), 1)
     writer.delete_outdated()
     assert "x-step00000002.safetensors" not in files_below(output)
 
 
-def test_training_goes_on_where_no_place_takes_a_file(output: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_continues_if_no_path_is_writable(output: Path, caplog: pytest.LogCaptureFixture) -> None:
     writer = writer_to(output, Network(lambda path: True), save_state=True)
     progress = Progress(1)
     writer.save_after_step(progress, 1)
@@ -139,7 +139,7 @@ def test_training_goes_on_where_no_place_takes_a_file(output: Path, caplog: pyte
         writer.save_end(progress, 1)
 
 
-def test_a_state_that_has_no_place_is_told_with_the_way_to_go_on(
+def test_a_state_that_cannot_be_saved_is_reported_with_a_way_to_continue(
     output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     writer = writer_to(output, Network(lambda path: path == output / "x-step00000007-state"))
@@ -149,13 +149,13 @@ def test_a_state_that_has_no_place_is_told_with_the_way_to_go_on(
     assert f"give the same command with --resume {place}\n" in capsys.readouterr().out
 
 
-def test_a_state_beside_rescued_weights_does_not_count_them_as_written(output: Path) -> None:
+def test_a_state_saved_with_rescued_weights_does_not_count_them_as_written(output: Path) -> None:
     writer = writer_to(output, Network(lambda path: "step00000001." in path.name), save_state=True)
     writer.save_after_step(Progress(1), 1)
     assert (output / "x-step00000001-state" / "done").read_text() == ""
 
 
-def test_space_is_looked_at_before_a_byte_is_written(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space_is_checked_before_writing(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = {output: 100, output.parent: 2000}
     monkeypatch.setattr(rescue.shutil, "disk_usage", lambda folder: SimpleNamespace(total=9999, free=usage[folder]))
     written: list[Path] = []
@@ -163,12 +163,12 @@ def test_space_is_looked_at_before_a_byte_is_written(output: Path, monkeypatch: 
     assert written == [place] == [output.parent / "x-rescued.ckpt"]
 
 
-def test_a_drive_that_reports_nothing_is_tried(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drive_that_reports_no_free_space_is_tried(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rescue.shutil, "disk_usage", lambda folder: SimpleNamespace(total=0, free=0))
     assert write_somewhere(output / "x.ckpt", ".ckpt", 1500, Path.touch) == output / "x.ckpt"
 
 
-def test_the_run_does_not_start_where_its_file_does_not_fit(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_does_not_start_if_its_file_does_not_fit(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: 15)
     with pytest.raises(ValueError, match=r"--output_dir .*: 0\.0 MB are free on its disk, and the adapter takes"):
         writer_to(output, Network()).check_space()
@@ -184,9 +184,7 @@ def test_a_run_whose_files_do_not_all_fit_starts_with_a_warning(
     assert "4 files of 0.0 MB" in caplog.text and "--save_last_n_steps" in caplog.text
 
 
-def test_a_base_model_that_cannot_be_hashed_costs_its_hash_and_nothing_else(
-    output: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_base_model_that_cannot_be_hashed_only_omits_the_hash(output: Path, caplog: pytest.LogCaptureFixture) -> None:
     gone: Future[dict[str, str]] = Future()
     gone.set_exception(OSError(5, "Input/output error"))
     writer = writer_to(output, Network())

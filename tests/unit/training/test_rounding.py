@@ -1,4 +1,4 @@
-"""Stochastic rounding: unbiased, and learning in bf16 goes on where rounding to the nearest stops."""
+"""Stochastic rounding is unbiased, and bf16 training progresses where rounding to nearest stalls."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from library.training.optimization.rounding import round_to_bf16, stochastic_rounding
 
 
-def test_values_become_one_of_their_neighbours_and_are_kept_on_average() -> None:
+def test_values_are_rounded_to_a_neighbour_and_unchanged_on_average() -> None:
     torch.manual_seed(801)
     values = torch.cat([torch.randn(40), torch.randn(40) * 1e-20, torch.tensor([0.0, -0.0, 1.0, -2.5])])
     generator = torch.Generator().manual_seed(802)
@@ -26,11 +26,11 @@ def test_values_become_one_of_their_neighbours_and_are_kept_on_average() -> None
     assert torch.equal(rounded[:, exact], values[exact].double().expand(num_draws, -1))
 
 
-def test_what_is_not_finite_stays_so() -> None:
+def test_non_finite_values_are_unchanged() -> None:
     values = torch.tensor([float("inf"), -float("inf"), float("nan")])
-    found = round_to_bf16(values, torch.Generator().manual_seed(803))
-    assert found[:2].tolist() == [float("inf"), -float("inf")]
-    assert found[2].isnan()
+    rounded = round_to_bf16(values, torch.Generator().manual_seed(803))
+    assert rounded[:2].tolist() == [float("inf"), -float("inf")]
+    assert rounded[2].isnan()
 
 
 def problem(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,12 +41,12 @@ def problem(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
-def test_learning_reaches_what_float32_reaches_where_plain_bf16_stalls(name: str) -> None:
-    """Linear regression in small steps. Plain bf16 loses updates below 1/512 of a weight; rounded at random they count.
+def test_training_reaches_the_float32_loss_where_plain_bf16_stalls(name: str) -> None:
+    """Linear regression in small steps: plain bf16 loses updates below 1/512 of a weight, stochastic rounding does not.
 
     Losses are of the float32 arithmetic with each run's weights, relative to that at the start.
     """
-    inputs, wanted, start = problem(804)
+    inputs, targets, start = problem(804)
     make = {
         "AdamW": lambda weights: torch.optim.AdamW(weights, lr=4e-3, weight_decay=0.0),
         "SGD": lambda weights: torch.optim.SGD(weights, lr=1e-2),
@@ -56,7 +56,7 @@ def test_learning_reaches_what_float32_reaches_where_plain_bf16_stalls(name: str
         weight = nn.Parameter(start.clone().to(torch.float32 if kind == "float32" else torch.bfloat16))
         optimizer = make([weight])
         for step in range(1000):
-            loss = (inputs @ weight.float() - wanted).square().mean()
+            loss = (inputs @ weight.float() - targets).square().mean()
             loss.backward()
             if kind == "rounded":
                 with stochastic_rounding([weight], torch.Generator().manual_seed(805_000 + step)):
@@ -65,14 +65,14 @@ def test_learning_reaches_what_float32_reaches_where_plain_bf16_stalls(name: str
                 optimizer.step()
             optimizer.zero_grad()
         assert weight.dtype == (torch.float32 if kind == "float32" else torch.bfloat16)
-        first = float((inputs @ start - wanted).square().mean())
-        reached[kind] = float((inputs @ weight.detach().float() - wanted).square().mean()) / first
+        first = float((inputs @ start - targets).square().mean())
+        reached[kind] = float((inputs @ weight.detach().float() - targets).square().mean()) / first
     assert reached["float32"] < 0.01
     assert reached["rounded"] == pytest.approx(reached["float32"], abs=0.003)
     assert reached["bf16"] > 10 * reached["rounded"]
 
 
-def test_the_optimizer_remembers_in_float32_and_gradients_are_gone() -> None:
+def test_the_optimizer_state_is_float32_and_gradients_are_freed() -> None:
     weight, other = nn.Parameter(torch.ones(3, dtype=torch.bfloat16)), nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([weight, other], lr=0.1)
     weight.grad, other.grad = torch.ones(3, dtype=torch.bfloat16), torch.ones(2)

@@ -1,4 +1,4 @@
-"""Two runs of one name: the second is refused, and a dead one is no run."""
+"""Two runs with the same name: the second is refused, unless the first has died."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def options(folder: Path, *more: str) -> TrainOptions:
 
 @pytest.fixture
 def other_run(tmp_path: Path) -> Iterator[OtherRun]:
-    """`other_run("")` is a process that holds the lock; "fork": and has a child that lives longer."""
+    """Return a function that starts a process holding the lock; with "fork" it has a child that outlives it."""
     started: list[subprocess.Popen[str]] = []
 
     def start(how: str) -> subprocess.Popen[str]:
@@ -54,44 +54,46 @@ def other_run(tmp_path: Path) -> Iterator[OtherRun]:
 
 
 @contextmanager
-def held(chosen: TrainOptions) -> Iterator[None]:
+def hold_lock(chosen: TrainOptions) -> Iterator[None]:
     with run_lock(chosen.saving):
         yield
 
 
-def test_a_second_run_is_told_who_writes_there(tmp_path: Path, other_run: OtherRun) -> None:
+def test_the_error_for_a_second_run_names_the_process_that_holds_the_lock(tmp_path: Path, other_run: OtherRun) -> None:
     process = other_run("")
-    with pytest.raises(ValueError) as refused, held(options(tmp_path / "out")):
+    with pytest.raises(ValueError) as refused, hold_lock(options(tmp_path / "out")):
         pass
-    said = str(refused.value)
-    assert f"process {process.pid} on {socket.gethostname()}, since 20" in said
-    assert "give another --output_name or --output_dir" in said
-    with held(options_of("", "--output_dir", str(tmp_path / "out"), "--output_name", "other")):
+    message = str(refused.value)
+    assert f"process {process.pid} on {socket.gethostname()}, since 20" in message
+    assert "give another --output_name or --output_dir" in message
+    with hold_lock(options_of("", "--output_dir", str(tmp_path / "out"), "--output_name", "other")):
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".mine.lock", ".other.lock"]
 
 
 @pytest.mark.parametrize("how", ["", "fork"])
-def test_a_killed_run_holds_nothing(tmp_path: Path, other_run: OtherRun, how: str) -> None:
-    """Not even while what it forked, such as a loader of images, lives on."""
+def test_a_killed_run_releases_the_lock(tmp_path: Path, other_run: OtherRun, how: str) -> None:
+    """Even while a process that it forked, such as an image loader, is alive."""
     process = other_run(how)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    with held(options(tmp_path / "out")):
+    with hold_lock(options(tmp_path / "out")):
         assert str(os.getpid()) in lock_path(tmp_path / "out", "mine").read_text()
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_the_lock_leaves_nothing_behind(tmp_path: Path) -> None:
-    with held(options(tmp_path / "new" / "out")):
+def test_the_lock_file_is_deleted_afterwards(tmp_path: Path) -> None:
+    with hold_lock(options(tmp_path / "new" / "out")):
         assert lock_path(tmp_path / "new" / "out", "mine").exists()
     assert not (tmp_path / "new" / "out").exists()
-    with held(options(tmp_path / "out")):
+    with hold_lock(options(tmp_path / "out")):
         (tmp_path / "out" / "mine.safetensors").touch()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.safetensors"]
 
 
-def test_a_run_that_ends_in_between_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its file is gone when the lock on it is had: another run could take a new one of that name."""
+def test_a_run_that_ends_while_the_lock_is_taken_does_not_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is deleted by the time it is locked: another run could lock a new file of that name."""
     from library.training.command_line import run_lock as module
 
     locked: list[bool] = []
@@ -102,17 +104,17 @@ def test_a_run_that_ends_in_between_is_not_waited_for(tmp_path: Path, monkeypatc
         locked.append(True)
 
     monkeypatch.setattr(module, "lock", lock_late)
-    with held(options(tmp_path)):
+    with hold_lock(options(tmp_path)):
         assert len(locked) == 2 and lock_path(tmp_path, "mine").exists()
 
 
-def test_other_processes_than_the_main_one_take_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_main_process_takes_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    with held(options(tmp_path / "out")):
+    with hold_lock(options(tmp_path / "out")):
         assert not (tmp_path / "out").exists()
 
 
-def test_a_file_system_without_locks_is_warned_of(
+def test_a_file_system_without_locks_is_warned_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import errno
@@ -123,7 +125,7 @@ def test_a_file_system_without_locks_is_warned_of(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(module, "lock", lock)
-    with held(options(tmp_path)):
+    with hold_lock(options(tmp_path)):
         pass
     assert not list(tmp_path.iterdir())
     assert "this file system has no locks; make sure that no second run writes there" in caplog.text

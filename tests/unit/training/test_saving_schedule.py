@@ -1,4 +1,4 @@
-"""The schedule of checkpoints: which are written and which go."""
+"""The checkpoint schedule: which files are written and which are deleted."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_last_n_steps_is_a_distance_in_steps() -> None:
     assert [s.outdated_step(n) for n in (10, 20, 30, 40, 50)] == [None, None, None, 10, 20]
 
 
-def test_files_of_stops_go_by_steps_if_steps_are_saved_else_by_epochs() -> None:
+def test_files_of_stops_are_deleted_by_steps_if_steps_are_saved_else_by_epochs() -> None:
     by_steps = schedule(save_every_n_steps=10, save_last_n_steps=20, save_every_n_epochs=1, save_last_n_epochs=1)
     assert [stop for stop in range(1, 41) if by_steps.outdates_stop(stop, 40, 8)] == list(range(1, 20))
     by_epochs = schedule(save_every_n_epochs=2, save_last_n_epochs=1)  # of 5 steps each
@@ -49,7 +49,7 @@ def test_files_of_stops_go_by_steps_if_steps_are_saved_else_by_epochs() -> None:
     assert not any(all_stay.outdates_stop(stop, 40, 8) for stop in range(1, 41))
 
 
-def test_nothing_is_saved_in_between_by_default() -> None:
+def test_no_intermediate_checkpoint_is_saved_by_default() -> None:
     s = schedule()
     assert not any(s.saves_step(n) or s.saves_epoch(n) for n in range(1, 100))
 
@@ -61,7 +61,7 @@ def test_nothing_is_saved_in_between_by_default() -> None:
         (None, ("epoch-000003.safetensors", "at-step00000042.safetensors", "last.safetensors")),
     ],
 )
-def test_file_names(name: str | None, expected: tuple[str, str, str]) -> None:
+def test_file_names_follow_the_output_name(name: str | None, expected: tuple[str, str, str]) -> None:
     names = Names.build(replace(SavingOptions(), output_dir="out", output_name=name))
     assert (names.of_epoch(3), names.of_step(42), names.of_end()) == tuple(Path("out") / file for file in expected)
 
@@ -71,7 +71,7 @@ def test_file_type_follows_save_model_as() -> None:
     assert names.of_end() == Path("out/x.ckpt")
 
 
-def test_an_unknown_precision_from_a_config_file_is_named() -> None:
+def test_an_unknown_precision_in_a_config_file_is_named() -> None:
     assert save_dtype("bf16") is torch.bfloat16
     assert save_dtype(None) is None
     with pytest.raises(ValueError, match="--save_precision is fp8"):

@@ -1,4 +1,4 @@
-"""The small decisions of putting a run together."""
+"""Small decisions in setting up a run."""
 
 import argparse
 from typing import Any
@@ -23,7 +23,7 @@ def options_of(**values: Any) -> TrainOptions:
     return TrainOptions.from_args(args)
 
 
-def test_identity_follows_the_weights_and_not_their_memory_order() -> None:
+def test_the_identity_depends_on_the_weights_and_not_on_their_memory_layout() -> None:
     torch.manual_seed(31)
     vae = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 1, 1), nn.Linear(3, 3, dtype=torch.bfloat16))
     identity = hash_module(vae)
@@ -33,7 +33,7 @@ def test_identity_follows_the_weights_and_not_their_memory_order() -> None:
     assert hash_module(vae) != identity
 
 
-def test_another_precision_of_the_same_weights_is_another_identity() -> None:
+def test_another_precision_of_the_same_weights_changes_the_identity() -> None:
     layer = nn.Linear(2, 2)
     nn.init.constant_(layer.weight, 0.5)  # exact in both
     nn.init.zeros_(layer.bias)
@@ -53,7 +53,7 @@ def test_full_fp16_unscales_gradients_that_are_fp16_themselves() -> None:
     assert parameter.tolist() == [0.5, 0, -0.5]
 
 
-def test_a_given_seed_is_kept_and_a_missing_one_fits_numpy() -> None:
+def test_a_given_seed_is_kept_and_a_random_one_is_in_numpys_range() -> None:
     assert choose_seed(0, Processes(), None) == 0
     assert all(0 <= choose_seed(None, Processes(), None) < 2**32 for _ in range(20))
 
@@ -69,7 +69,7 @@ def test_a_given_seed_is_kept_and_a_missing_one_fits_numpy() -> None:
         ({"learning_rate": 0.0, "text_encoder_lr": [1e-5]}, True),
     ],
 )
-def test_text_encoders_train_when_something_of_theirs_moves(values: dict[str, Any], expected: bool) -> None:
+def test_text_encoders_are_trained_if_their_rate_is_not_zero(values: dict[str, Any], expected: bool) -> None:
     options = options_of(**values)
     assert options.trains_text_encoders is expected
 
@@ -84,7 +84,7 @@ def test_text_encoders_train_when_something_of_theirs_moves(values: dict[str, An
         ({"network_train_unet_only": True}, 2, ["group0", "group1"]),
     ],
 )
-def test_groups_without_names_get_different_ones(values: dict[str, Any], num_groups: int, expected: list[str]) -> None:
+def test_unnamed_groups_get_distinct_names(values: dict[str, Any], num_groups: int, expected: list[str]) -> None:
     options = options_of(**values)
     trains_denoiser = not options.network.network_train_text_encoder_only
     assert name_groups(num_groups, trains_denoiser, options.trains_text_encoders) == expected

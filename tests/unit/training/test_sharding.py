@@ -1,4 +1,4 @@
-"""Options that --shard_base excludes, and what accelerate's configuration asks for."""
+"""Options that conflict with --shard_base, and sharding requested by accelerate's configuration."""
 
 import logging
 from dataclasses import replace
@@ -18,7 +18,7 @@ def options(**values: object) -> TrainOptions:
 
 
 @pytest.mark.parametrize(
-    ("values", "processes", "said"),
+    ("values", "processes", "message"),
     [
         ({"shard_group": 3}, FOUR, "4 processes cannot be divided into groups of 3.*--shard_group 2 or 4"),
         ({"shard_group": 8}, FOUR, "--shard_group 2 or 4"),
@@ -33,14 +33,14 @@ def options(**values: object) -> TrainOptions:
         ),
     ],
 )
-def test_what_cannot_be_had_is_refused_with_a_way_out(
-    values: dict[str, object], processes: Processes, said: str
+def test_unsupported_combinations_are_refused_with_a_fix(
+    values: dict[str, object], processes: Processes, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         sharding_values(options(**values), processes)
 
 
-def test_the_processes_of_a_machine_share_unless_told_otherwise(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_processes_of_a_machine_share_the_base_by_default(caplog: pytest.LogCaptureFixture) -> None:
     assert sharding_values(options(), Processes(5, 8, 1, 4)) == {"shard_group": 4}
     assert sharding_values(options(shard_group=2), FOUR) == {"shard_group": 2}
     with caplog.at_level(logging.WARNING):
@@ -49,23 +49,23 @@ def test_the_processes_of_a_machine_share_unless_told_otherwise(caplog: pytest.L
 
 
 @pytest.mark.parametrize(
-    ("is_on", "version", "wanted"), [("true", "2", True), ("false", "2", False), ("no", "1", False)]
+    ("is_on", "version", "expected"), [("true", "2", True), ("false", "2", False), ("no", "1", False)]
 )
-def test_fsdp2_of_accelerate_asks_for_it(
-    monkeypatch: pytest.MonkeyPatch, is_on: str, version: str, wanted: bool
+def test_fsdp2_in_accelerates_configuration_enables_sharding(
+    monkeypatch: pytest.MonkeyPatch, is_on: str, version: str, expected: bool
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", is_on)
     monkeypatch.setenv("FSDP_VERSION", version)
-    assert resolve_launched_values(is_sharded=False) == ({"shard_base": True} if wanted else {})
+    assert resolve_launched_values(is_sharded=False) == ({"shard_base": True} if expected else {})
 
 
-def test_fsdp1_of_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp1_in_accelerates_configuration_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"configured for FSDP 1.*FSDP version 2"):
         resolve_launched_values(is_sharded=False)
 
 
-def test_one_that_has_no_batch_left_goes_along_with_another() -> None:
+def test_a_rank_without_a_batch_gets_a_padding_batch() -> None:
     window = Window(3, 1, range(8, 13), True)
     shares = [window.share(rank, 4) for rank in range(4)]
     assert [len(share) for share in shares] == [2, 1, 1, 1]
@@ -73,7 +73,7 @@ def test_one_that_has_no_batch_left_goes_along_with_another() -> None:
     assert [replace(window, batch_indices=range(8, 12)).padding_batch(rank, 4) for rank in range(4)] == [None] * 4
 
 
-def test_orders_are_compared_within_a_group_only() -> None:
+def test_batch_orders_are_compared_within_a_group_only() -> None:
     order = Order(7, 2)
     order.require_same([7.0, 7.0, 3.0, 3.0], 1)
     with pytest.raises(RuntimeError, match="different orders"):

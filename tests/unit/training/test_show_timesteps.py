@@ -1,4 +1,4 @@
-"""--show_timesteps shows what training draws: the shares of bins against the distributions in closed form."""
+"""--show_timesteps shows the sampled distribution: bin shares match the closed-form distributions."""
 
 import importlib
 import logging
@@ -44,7 +44,7 @@ def shares_of(cdf: Cdf) -> list[float]:
 
 
 def printed(text: str) -> list[tuple[float, float]]:
-    """Share and loss weight of each row."""
+    """Return the share and loss weight of each row."""
     rows = [line.split("-", 1)[1].split() for line in text.splitlines() if "%" in line]
     return [(float(row[1].rstrip("%")) / 100, float(row[2])) for row in rows]
 
@@ -100,26 +100,33 @@ def evenly_pushed(level: float) -> float:
         ("anima", ["--timestep_sampling", "uniform", "--max_timestep", "500"], lambda level: min(2 * level, 1)),
     ],
 )
-def test_table_has_the_distribution_that_is_drawn(
+def test_the_table_shows_the_sampled_distribution(
     model: str, words: list[str], cdf: Cdf, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(model, "--show_timesteps", "console", "--seed", "12", *words) == 0
     shares = [share for share, _ in printed(capsys.readouterr().out)]
     edge = 1e-3 if "--weighting_scheme" in words else 0  # the table of sigma and SD3's levels are whole thousandths
-    wanted, moved = shares_of(cdf), shares_of(lambda level: cdf(level + edge) if 0 < level < 1 else cdf(level))
-    for share, low, high in zip(shares, map(min, wanted, moved), map(max, wanted, moved), strict=True):
+    expected, expected_moved = (
+        shares_of(cdf),
+        shares_of(lambda level: cdf(level + edge) if 0 < level < 1 else cdf(level)),
+    )
+    for share, low, high in zip(
+        shares, map(min, expected, expected_moved), map(max, expected, expected_moved), strict=True
+    ):
         error = 4.5 * math.sqrt(high / NUM_DRAWS) + 0.5e-4  # of counting, and the rounding of what is printed
         assert low - error <= share <= high + error
 
 
-def test_table_has_the_weights_of_the_loss(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_the_loss_weights(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("anima", "--show_timesteps", "console", "--weighting_scheme", "sigma_sqrt") == 0
     weights = [weight for _, weight in printed(capsys.readouterr().out)]
     assert weights == pytest.approx([((i + 0.5) / NUM_BINS) ** -2 for i in range(NUM_BINS)], rel=1e-3)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_image_has_bars_as_high_as_the_shares(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_chart_has_bars_as_high_as_the_shares(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--seed", "4", "--output_dir", str(tmp_path / "new"), "--output_name", "cat"]
     assert run(model, "--show_timesteps", "image", *words) == run(model, "--show_timesteps", "console", *words) == 0
     shares = [share for share, _ in printed(capsys.readouterr().out)]
@@ -133,19 +140,21 @@ def test_image_has_bars_as_high_as_the_shares(model: str, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["image"], "--show_timesteps image has no place for its file; give --output_dir"),
         (["console", "--show_timesteps_resolution", "1024x768"], "--show_timesteps_resolution is '1024x768'"),
         (["console", "--show_timesteps_resolution", "0"], "--show_timesteps_resolution is '0'"),
     ],
 )
-def test_mistakes_are_sentences(words: list[str], said: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_invalid_values_give_errors_in_sentences(
+    words: list[str], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
     assert run("flux", "--show_timesteps", *words) == 1
-    assert said in caplog.text and "Traceback" not in caplog.text
+    assert message in caplog.text and "Traceback" not in caplog.text
 
 
-def test_an_offset_that_moves_nothing_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_offset_without_effect_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert run("sd3", "--show_timesteps", "console", "--show_timesteps_offset", "0.5") == 0
     assert "--show_timesteps_offset 0.5 has no effect" in caplog.text

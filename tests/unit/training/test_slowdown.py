@@ -1,4 +1,4 @@
-"""Why a run slows down, with a made-up clock, allocator and NVML."""
+"""Detecting why a run slows down, with a fake clock, allocator and NVML."""
 
 import sys
 from dataclasses import replace
@@ -23,15 +23,15 @@ AT_FIRST = Machine(
 
 
 def warnings_of(seconds: list[float], waiting: list[float] | None = None, **later: Any) -> list[tuple[int, str]]:
-    """(step, warning) of a run whose machine changes after its first hundred steps."""
+    """Return (step, warning) of a run whose machine changes after its first hundred steps."""
     states = iter([AT_FIRST, replace(AT_FIRST, **later)])
     watch = SlowdownWatch(lambda: next(states))
     waits = waiting or [0.1] * len(seconds)
-    found = [watch.add(StepSeconds(*pair)) for pair in zip(seconds, waits, strict=True)]
-    return [(step, text) for step, text in enumerate(found, 1) if text is not None]
+    warnings = [watch.add(StepSeconds(*pair)) for pair in zip(seconds, waits, strict=True)]
+    return [(step, text) for step, text in enumerate(warnings, 1) if text is not None]
 
 
-SLOW = [30.0, *[1.0] * NUM_BASELINE, *[1.0] * 100, *[2.5] * 100]  # the first compiles
+SLOW = [30.0, *[1.0] * NUM_BASELINE, *[1.0] * 100, *[2.5] * 100]  # the first one compiles
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ SLOW = [30.0, *[1.0] * NUM_BASELINE, *[1.0] * 100, *[2.5] * 100]  # the first co
         ),
     ],
 )
-def test_one_warning_names_what_changed(later: dict[str, Any], cause: str) -> None:
+def test_a_single_warning_names_the_cause(later: dict[str, Any], cause: str) -> None:
     ((step, text),) = warnings_of(SLOW, **later)
     assert text.startswith("the last 50 steps took 2.50 s each, the first 100 1.00 s: ") and cause in text
     assert 201 + NUM_RECENT // 2 <= step <= 201 + NUM_RECENT // 2 + 10
 
 
-def test_waiting_for_images_is_a_cause() -> None:
+def test_waiting_for_images_is_reported_as_a_cause() -> None:
     ((_, text),) = warnings_of(SLOW, [0.1] * 201 + [1.5] * 100)
     assert "each waits 1.40 s longer for images" in text
 
@@ -64,14 +64,16 @@ def test_waiting_for_images_is_a_cause() -> None:
     "seconds",
     [[1.0] * 400, [1.0] * 201 + [1.9] * 100, [1.0] * 201 + [9.0] * 20 + [1.0] * 100, [1.0] * 90 + [5.0] * 50],
 )
-def test_other_runs_are_left_in_peace(seconds: list[float]) -> None:
+def test_normal_runs_are_not_warned_about(seconds: list[float]) -> None:
     assert warnings_of(seconds) == []
 
 
 @pytest.mark.parametrize(
-    ("reasons", "wanted"), [(0x4, ()), (0x60, ("temperature",)), (0x88, ("hardware slowdown", "power brake"))]
+    ("reasons", "expected"), [(0x4, ()), (0x60, ("temperature",)), (0x88, ("hardware slowdown", "power brake"))]
 )
-def test_nvml_tells_why_a_clock_is_low(reasons: int, wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_for_a_low_clock_comes_from_nvml(
+    reasons: int, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake = SimpleNamespace(
         NVMLError=ValueError,
         nvmlInit=lambda: None,
@@ -79,6 +81,6 @@ def test_nvml_tells_why_a_clock_is_low(reasons: int, wanted: tuple[str, ...], mo
         nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: {"GPU-12-34": reasons}[handle],
     )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    assert read_throttling("12-34") == wanted
+    assert read_throttling("12-34") == expected
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert read_throttling("12-34") == ()

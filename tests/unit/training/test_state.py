@@ -1,4 +1,4 @@
-"""The content of a state, which folder is one, and where a run begins."""
+"""The content of a state, recognising state folders, and the step at which a run begins."""
 
 import json
 import logging
@@ -69,25 +69,25 @@ def test_nested_values_come_back_as_they_were() -> None:
     }
     tensors: dict[str, Tensor] = {}
     text = json.dumps(dump_tree(value, "x", tensors))
-    again = load_tree(json.loads(text), tensors)
-    assert repr(again) == repr(value)
-    assert again["groups"][0]["betas"] == (0.9, 0.1 + 0.2)
-    assert again["state"][0]["exp_avg"].dtype == torch.bfloat16
+    loaded = load_tree(json.loads(text), tensors)
+    assert repr(loaded) == repr(value)
+    assert loaded["groups"][0]["betas"] == (0.9, 0.1 + 0.2)
+    assert loaded["state"][0]["exp_avg"].dtype == torch.bfloat16
 
 
-def test_what_only_pickle_could_write_is_refused_by_name() -> None:
+def test_values_that_only_pickle_can_store_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"optimizer\.state is a Linear"):
         dump_tree({"state": nn.Linear(1, 1)}, "optimizer", {})
 
 
-def test_a_state_says_where_it_stands(tmp_path: Path) -> None:
+def test_a_state_records_its_step_and_epoch(tmp_path: Path) -> None:
     facts = read_facts(written(tmp_path / "x-state"))
     assert (facts.step, facts.seed, facts.dataset) == (7, 11, DATASET)
     content = json.loads((tmp_path / "x-state" / "train_state.json").read_text())
     assert (content["current_epoch"], content["current_step"]) == (2, 7)
 
 
-def test_a_state_takes_the_place_of_an_older_one_whole(tmp_path: Path) -> None:
+def test_a_state_replaces_an_older_one_completely(tmp_path: Path) -> None:
     written(tmp_path / "x-state", step=3)
     written(tmp_path / "x-state", step=4)
     assert read_facts(tmp_path / "x-state").step == 4
@@ -95,7 +95,7 @@ def test_a_state_takes_the_place_of_an_older_one_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["network.safetensors", "training.safetensors"])
-def test_a_state_that_was_cut_later_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_truncated_state_is_refused(tmp_path: Path, name: str) -> None:
     folder = written(tmp_path / "x-state")
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[:-1])
@@ -118,7 +118,7 @@ def test_a_state_with_one_flipped_bit_is_refused(tmp_path: Path, name: str, plac
         find_state(options_with(tmp_path, resume=str(folder)), ALONE)
 
 
-def test_a_flipped_bit_in_the_plain_values_is_noticed(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_the_plain_values_is_detected(tmp_path: Path) -> None:
     folder = written(tmp_path / "x-state", step=7)
     text = (folder / "train_state.json").read_text()
     (folder / "train_state.json").write_text(text.replace('"current_step": 7', '"current_step": 5'))
@@ -126,7 +126,7 @@ def test_a_flipped_bit_in_the_plain_values_is_noticed(tmp_path: Path) -> None:
         read_facts(folder)
 
 
-def test_autoresume_falls_back_to_the_older_whole_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_autoresume_falls_back_to_the_older_intact_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, step in (("x-step00000004-state", 4), ("x-step00000008-state", 8), ("x-step00000009-state", 9)):
         written(tmp_path / name, step=step)
     flip_bit(tmp_path / "x-step00000009-state" / "network.safetensors", -1)
@@ -154,7 +154,7 @@ def test_a_state_without_digests_is_read(tmp_path: Path) -> None:
      ("options", None), ("dataset", None), ("parts", []), ("done", None), ("digests", None)],
 )  # fmt: skip
 def test_values_that_no_run_writes_are_named(tmp_path: Path, name: str, value: Any) -> None:
-    """Without its digest a state may say anything."""
+    """A state without a digest may contain any value."""
     folder = written(tmp_path / "x-state")
     content = json.loads((folder / "train_state.json").read_text())
     del content["digest"]
@@ -163,7 +163,7 @@ def test_values_that_no_run_writes_are_named(tmp_path: Path, name: str, value: A
         read_facts(folder)
 
 
-def test_a_state_of_sd_scripts_is_explained(tmp_path: Path) -> None:
+def test_a_state_of_sd_scripts_is_refused_with_an_explanation(tmp_path: Path) -> None:
     (tmp_path / "train_state.json").write_text('{"current_epoch": 1, "current_step": 5}')
     (tmp_path / "optimizer.bin").write_bytes(b"pickle")
     with pytest.raises(ValueError, match=r"is a state of sd-scripts.*--network_weights"):
@@ -184,8 +184,8 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
-def test_the_memory_follows_weights_that_have_another_dtype(before: torch.dtype, after: torch.dtype) -> None:
-    """As where --full_bf16 is added to a run that goes on, or left out: the fused step takes one dtype only."""
+def test_the_optimizer_state_is_cast_to_the_dtype_of_the_weights(before: torch.dtype, after: torch.dtype) -> None:
+    """As when --full_bf16 is added or removed on resuming: the fused step supports a single dtype only."""
 
     def stepped(dtype: torch.dtype, state: dict[str, Any] | None) -> torch.optim.AdamW:
         torch.manual_seed(21)
@@ -198,12 +198,12 @@ def test_the_memory_follows_weights_that_have_another_dtype(before: torch.dtype,
         return optimizer
 
     saved = OptimizerState(stepped(before, None), "torch.optim.AdamW").state_dict()
-    again = stepped(after, saved)
-    assert {float(memory["step"]) for memory in again.state.values()} == {2.0}
-    assert {memory["exp_avg"].dtype for memory in again.state.values()} == {after}
+    resumed = stepped(after, saved)
+    assert {float(memory["step"]) for memory in resumed.state.values()} == {2.0}
+    assert {memory["exp_avg"].dtype for memory in resumed.state.values()} == {after}
 
 
-def test_the_memory_of_another_optimizer_is_refused() -> None:
+def test_the_state_of_another_optimizer_is_refused() -> None:
     weight = nn.Parameter(torch.ones(2))
     keeper = OptimizerState(torch.optim.AdamW([weight]), "torch.optim.AdamW(lr=1)")
     saved = OptimizerState(torch.optim.SGD([weight]), "torch.optim.SGD").state_dict()
@@ -212,7 +212,7 @@ def test_the_memory_of_another_optimizer_is_refused() -> None:
 
 
 @pytest.mark.parametrize("part", [{"table": 5}, {"tensor": "absent"}, [], {"list": None}])
-def test_a_state_that_somebody_changed_by_hand_is_refused_with_a_sentence(tmp_path: Path, part: Any) -> None:
+def test_a_state_edited_by_hand_is_refused_with_a_sentence(tmp_path: Path, part: Any) -> None:
     facts = read_facts(written(tmp_path / "x-state"))
     weight = nn.Parameter(torch.ones(2))
     keeper = OptimizerState(torch.optim.SGD([weight], lr=0.1), "x")
@@ -220,17 +220,17 @@ def test_a_state_that_somebody_changed_by_hand_is_refused_with_a_sentence(tmp_pa
         restore(replace(facts, parts={"optimizer": part}), nn.Linear(3, 2), {"optimizer": keeper})
 
 
-def test_a_float32_memory_of_bfloat16_weights_is_not_rounded() -> None:
+def test_a_float32_optimizer_state_of_bfloat16_weights_is_not_rounded() -> None:
     weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD([weight], lr=0.1)
     optimizer.state[weight]["average"] = torch.tensor([1 / 3, 2 / 3, 1e-3])
     saved = OptimizerState(optimizer, "x").state_dict()
-    again = torch.optim.SGD([weight], lr=0.1)
-    OptimizerState(again, "x").load_state_dict(saved)
-    assert torch.equal(again.state[weight]["average"], torch.tensor([1 / 3, 2 / 3, 1e-3]))
+    resumed = torch.optim.SGD([weight], lr=0.1)
+    OptimizerState(resumed, "x").load_state_dict(saved)
+    assert torch.equal(resumed.state[weight]["average"], torch.tensor([1 / 3, 2 / 3, 1e-3]))
 
 
-# Which state
+# --- choosing a state ---
 
 
 def options_with(folder: Path | None = None, max_train_steps: int = 100, **state: Any) -> TrainOptions:
@@ -242,7 +242,7 @@ def options_with(folder: Path | None = None, max_train_steps: int = 100, **state
     )
 
 
-def test_autoresume_takes_the_whole_state_that_has_come_furthest(tmp_path: Path) -> None:
+def test_autoresume_uses_the_intact_state_with_the_most_steps(tmp_path: Path) -> None:
     for name, step in (("x-step00000009-state", 9), ("x-000002-state", 12), ("x-step00000020-state", 20)):
         written(tmp_path / name, step=step)
     (tmp_path / "x-step00000020-state" / "network.safetensors").unlink()
@@ -251,38 +251,38 @@ def test_autoresume_takes_the_whole_state_that_has_come_furthest(tmp_path: Path)
     assert facts is not None and facts.step == 12
 
 
-def test_of_two_states_of_a_step_the_one_with_less_left_to_do_is_taken(tmp_path: Path) -> None:
+def test_of_two_states_of_the_same_step_the_more_complete_one_is_used(tmp_path: Path) -> None:
     for name, done in (("x-000002-state", ("epoch", "step")), ("x-step00000009-state", ("step",))):
         written(tmp_path / name, step=9, done=done)
     facts = find_state(options_with(tmp_path, autoresume=True), ALONE)
     assert facts is not None and facts.path.name == "x-000002-state" and facts.done == {"step", "epoch"}
 
 
-def test_files_that_a_killed_process_had_not_finished_are_removed(tmp_path: Path) -> None:
-    own = [
+def test_unfinished_files_of_a_killed_process_are_deleted(tmp_path: Path) -> None:
+    own_files = [
         "x.safetensors", "x-best.ckpt", "x-000001.safetensors", "x-step00000009.safetensors",
         "sample/x_000002_00_20270115080000_1.png", "sample_grid/x_e000002_20270115080000.png",
     ]  # fmt: skip
     of_others = ["xy.safetensors", "x-y.safetensors", "sample/xy_000002_00_20270115080000.png", "sample/x_a.png"]
     (tmp_path / "sample").mkdir()
     (tmp_path / "sample_grid").mkdir()
-    for name in (*own, *of_others):
+    for name in (*own_files, *of_others):
         path = tmp_path / name
         path.touch()
         path.with_name(f".{path.stem}.0123456789ab{path.suffix}").touch()
         path.with_name(f"..{path.stem}.0123456789ab.9876543210fe{path.suffix}").touch()
     find_state(options_with(tmp_path), ALONE)
-    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert {name for name in left if "/." not in f"/{name}"} == {*own, *of_others}
-    hidden = {re.sub(r"(?<=/)\.+|\.[0-9a-f]{12}", "", f"/{name}")[1:] for name in left if "/." in f"/{name}"}
+    remaining = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {name for name in remaining if "/." not in f"/{name}"} == {*own_files, *of_others}
+    hidden = {re.sub(r"(?<=/)\.+|\.[0-9a-f]{12}", "", f"/{name}")[1:] for name in remaining if "/." in f"/{name}"}
     assert hidden == {*of_others}
 
 
-def test_autoresume_starts_where_there_is_no_state(tmp_path: Path) -> None:
+def test_autoresume_starts_from_the_beginning_without_a_state(tmp_path: Path) -> None:
     assert find_state(options_with(tmp_path / "new", autoresume=True), ALONE) is None
 
 
-def test_what_a_killed_process_left_is_cleared_up(tmp_path: Path) -> None:
+def test_unfinished_states_of_a_killed_process_are_deleted(tmp_path: Path) -> None:
     written(tmp_path / "x-state", step=5)
     (tmp_path / "x-state").rename(tmp_path / ".x-state.0123456789ab.replaced")
     (tmp_path / ".x-step00000009-state.0123456789ab.unfinished").mkdir()
@@ -294,13 +294,13 @@ def test_what_a_killed_process_left_is_cleared_up(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [*of_others, "x-state"]
 
 
-def test_a_state_that_resume_names_comes_back_where_a_killed_process_had_moved_it(tmp_path: Path) -> None:
+def test_a_state_moved_aside_by_a_killed_process_is_restored_for_resume(tmp_path: Path) -> None:
     written(tmp_path / "x-state", step=5).rename(tmp_path / ".x-state.0123456789ab.replaced")
     facts = find_state(options_with(tmp_path, resume=str(tmp_path / "x-state")), ALONE)
     assert facts is not None and facts.step == 5
 
 
-def test_a_dry_run_leaves_the_state_that_another_run_is_writing(tmp_path: Path) -> None:
+def test_a_dry_run_does_not_touch_the_state_that_another_run_is_writing(tmp_path: Path) -> None:
     unfinished = tmp_path / ".x-state.0123456789ab.unfinished"
     unfinished.mkdir()
     options = options_with(tmp_path)
@@ -309,14 +309,14 @@ def test_a_dry_run_leaves_the_state_that_another_run_is_writing(tmp_path: Path) 
 
 
 def find_in_two(main: TrainOptions, other: TrainOptions) -> list[StateManifest | None]:
-    """Return what each of two processes goes on from."""
+    """Return the state from which each of two processes resumes."""
     board = Board()
     with ThreadPoolExecutor(2) as pool:
-        found = [pool.submit(find_state, o, Processes(r, 2, store=board)) for r, o in enumerate((main, other))]
-        return [one.result() for one in found]
+        futures = [pool.submit(find_state, o, Processes(r, 2, store=board)) for r, o in enumerate((main, other))]
+        return [future.result() for future in futures]
 
 
-def test_all_processes_go_on_from_what_the_main_one_finds(tmp_path: Path) -> None:
+def test_all_processes_resume_from_the_state_of_the_main_process(tmp_path: Path) -> None:
     written(tmp_path / "x-000001-state", step=5)
     options = options_with(tmp_path, autoresume=True)
     elsewhere = options_with(tmp_path / "empty", autoresume=True)
@@ -324,22 +324,22 @@ def test_all_processes_go_on_from_what_the_main_one_finds(tmp_path: Path) -> Non
     assert find_in_two(elsewhere, options) == [None, None]
 
 
-def test_copies_of_a_state_are_the_same_state(tmp_path: Path) -> None:
-    one = written(tmp_path / "one" / "x-state", step=5)
-    shutil.copytree(one, tmp_path / "two" / "x-state")
-    found = find_in_two(*(options_with(resume=str(tmp_path / name / "x-state")) for name in ("one", "two")))
-    assert [facts and facts.step for facts in found] == [5, 5]
+def test_copies_of_a_state_count_as_the_same_state(tmp_path: Path) -> None:
+    original = written(tmp_path / "one" / "x-state", step=5)
+    shutil.copytree(original, tmp_path / "two" / "x-state")
+    states = find_in_two(*(options_with(resume=str(tmp_path / name / "x-state")) for name in ("one", "two")))
+    assert [facts and facts.step for facts in states] == [5, 5]
 
 
-def test_processes_with_other_states_are_refused(tmp_path: Path) -> None:
+def test_processes_with_different_states_are_refused(tmp_path: Path) -> None:
     for name, step in (("one", 5), ("two", 7)):
         written(tmp_path / name / "x-state", step=step)
-    one, two = (options_with(resume=str(tmp_path / name / "x-state")) for name in ("one", "two"))
+    options_a, options_b = (options_with(resume=str(tmp_path / name / "x-state")) for name in ("one", "two"))
     with pytest.raises(ValueError, match=r"the state of process 1 differs.*step 7.*step 5"):
-        find_in_two(one, two)
+        find_in_two(options_a, options_b)
 
 
-# From which step
+# --- the first step ---
 
 PLAN = Plan(num_batches=10, accumulation=1, max_train_steps=100)
 
@@ -362,7 +362,7 @@ def at_step(step: int, *done: Part) -> StateManifest:
         (None, {"initial_epoch": 1}, 0),
     ],
 )
-def test_where_a_run_begins(saved: int | None, state: dict[str, Any], expected: int) -> None:
+def test_the_first_step_of_a_run(saved: int | None, state: dict[str, Any], expected: int) -> None:
     assert begin(options_with(**state), PLAN, None if saved is None else at_step(saved)) == expected
 
 
@@ -380,12 +380,12 @@ def test_a_run_with_nothing_left_is_refused_or_complete(tmp_path: Path) -> None:
         begin(options_with(tmp_path, autoresume=True), PLAN, at_step(101, "step"))
 
 
-def test_a_run_whose_last_file_is_not_written_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for wanted in ({"resume": "s"}, {"autoresume": True}):
+def test_a_run_without_its_final_file_resumes_to_write_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for resume_options in ({"resume": "s"}, {"autoresume": True}):
         with caplog.at_level(logging.INFO):
-            assert begin(options_with(tmp_path, **wanted), PLAN, at_step(100, "end")) == 100  # it has gone
+            assert begin(options_with(tmp_path, **resume_options), PLAN, at_step(100, "end")) == 100  # it has ended
         (tmp_path / "x.safetensors").touch()  # of another run
-        assert begin(options_with(tmp_path, **wanted), PLAN, at_step(100, "step")) == 100
+        assert begin(options_with(tmp_path, **resume_options), PLAN, at_step(100, "step")) == 100
         (tmp_path / "x.safetensors").unlink()
     assert "the state s is at the last step: what is left is to write the files of the end" in caplog.text
 
@@ -397,7 +397,7 @@ def differences(before: TrainOptions, now: TrainOptions, caplog: pytest.LogCaptu
     return caplog.text
 
 
-def test_the_same_run_elsewhere_is_silent(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_the_same_run_at_another_path_logs_no_difference(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     assert differences(options_with(tmp_path), options_with(tmp_path / "b", resume="s"), caplog) == ""
 
 
@@ -405,13 +405,13 @@ def test_the_same_run_elsewhere_is_silent(caplog: pytest.LogCaptureFixture, tmp_
     "changes",
     [{"log_events": "events.jsonl"}, {"no_report": True}, {"fit": "12GB", "fit_formats": ["int8"]}],
 )
-def test_options_that_leave_the_result_alone_are_silent(
+def test_options_that_do_not_affect_the_result_log_no_difference(
     caplog: pytest.LogCaptureFixture, changes: dict[str, Any]
 ) -> None:
     assert differences(TrainOptions(), TrainOptions().with_values(changes), caplog) == ""
 
 
-def test_changes_say_what_they_mean(caplog: pytest.LogCaptureFixture) -> None:
+def test_messages_about_changed_options_explain_the_effect(caplog: pytest.LogCaptureFixture) -> None:
     base = TrainOptions()
     now = replace(
         base,
@@ -426,24 +426,24 @@ def test_changes_say_what_they_mean(caplog: pytest.LogCaptureFixture) -> None:
     assert "its images differ; 6 images in 3 batches then, 7 in 3 now" in text
 
 
-def test_rates_that_are_not_given_are_those_of_the_state(caplog: pytest.LogCaptureFixture) -> None:
+def test_unset_rates_are_taken_from_the_state(caplog: pytest.LogCaptureFixture) -> None:
     before = TrainOptions().with_values({"learning_rate": 1e-4, "unet_lr": 2e-4, "text_encoder_lr": [5e-5]})
     facts = StateManifest(Path("s"), 1, 0, 1, record_options(before), DATASET, {})
     with caplog.at_level(logging.INFO):
-        found = rates_of_state(TrainOptions().with_values({"unet_lr": 3e-4}), facts)
-    assert found == {"learning_rate": 1e-4, "text_encoder_lr": [5e-5]}
+        rates = rates_of_state(TrainOptions().with_values({"unet_lr": 3e-4}), facts)
+    assert rates == {"learning_rate": 1e-4, "text_encoder_lr": [5e-5]}
     assert "--learning_rate is not given: that of the state stays, 0.0001" in caplog.text
     assert rates_of_state(before, None) == {}
 
 
-def test_where_events_and_cached_captions_go_is_no_other_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_paths_of_events_and_cached_captions_log_no_difference(caplog: pytest.LogCaptureFixture) -> None:
     base = FluxOptions()
     others = {"log_events": "other.jsonl", "no_report": True, "cache_text_encoder_outputs_to_disk": True,
               "disable_mmap_load_safetensors": True, "show_timesteps": "console"}  # fmt: skip
     assert differences(base, base.with_values(others), caplog) == ""
 
 
-def test_images_whose_files_have_changed_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_changed_image_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     paths = [str(tmp_path / f"{name}.png") for name in "abcd"]
     for path in paths[:3]:
         Path(path).write_bytes(path.encode() * 30_000)
@@ -459,7 +459,7 @@ def test_images_whose_files_have_changed_are_named(tmp_path: Path, caplog: pytes
     assert line.startswith(f"1 image changed since the state was saved: {paths[2]}: the")
 
 
-def test_what_only_explains_or_averages_the_same_is_no_other_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_tracing_and_an_equal_effective_batch_do_not_count_as_another_run(caplog: pytest.LogCaptureFixture) -> None:
     base = TrainOptions()
     traced = replace(base, faults=replace(base.faults, trace_nonfinite=True))
     assert differences(base, traced, caplog) == ""
@@ -482,15 +482,17 @@ def test_passwords_are_not_written(tmp_path: Path) -> None:
     assert "hf_secret" not in (folder / "train_state.json").read_text()
 
 
-@pytest.mark.parametrize(("count", "own", "wanted"), [(1, 2, 8), (8, 2, 1), (2, 2, 4), (3, 5, 5), (4, 2, 2)])
-def test_a_step_of_another_number_of_processes_has_as_many_batches(count: int, own: int, wanted: int) -> None:
-    """The state is one of four processes with two batches each; five is another number than the state's, and meant."""
+@pytest.mark.parametrize(("count", "num_own", "expected"), [(1, 2, 8), (8, 2, 1), (2, 2, 4), (3, 5, 5), (4, 2, 2)])
+def test_a_step_with_another_number_of_processes_has_as_many_batches(count: int, num_own: int, expected: int) -> None:
+    """The state has four processes with two batches each; a given accumulation of five differs and is kept."""
     base = TrainOptions().with_values({"gradient_accumulation_steps": 2})
     facts = StateManifest(Path("s"), 1, 0, 4, record_options(base), DATASET, {})
-    assert batches_of_state(own, facts, count) == ({} if wanted == own else {"gradient_accumulation_steps": wanted})
+    assert batches_of_state(num_own, facts, count) == (
+        {} if expected == num_own else {"gradient_accumulation_steps": expected}
+    )
 
 
-def test_batches_that_cannot_be_shared_out_are_said_with_the_numbers_that_can() -> None:
+def test_an_uneven_number_of_batches_is_refused_with_numbers_that_work() -> None:
     facts = StateManifest(Path("s"), 1, 0, 4, record_options(TrainOptions()), DATASET, {})
     with pytest.raises(UserError, match=r"4 batches in each step; 3 cannot share these out\. Start 1 or 2 or 4 "):
         batches_of_state(1, facts, 3)

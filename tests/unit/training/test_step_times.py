@@ -1,4 +1,4 @@
-"""How long steps take, where the time goes, and how much arithmetic they do."""
+"""The duration of steps, its breakdown, and their number of operations."""
 
 import logging
 from collections.abc import Callable
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """Time as the test has it."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -46,7 +46,7 @@ def take_step(
     work: Callable[[], None] = lambda: None,
     more: float = 0.0,
 ) -> None:
-    """0.2 s forward, 0.3 s backward, 0.05 s optimizer, 0.05 s of the trainer's own."""
+    """0.2 s forward, 0.3 s backward, 0.05 s optimizer, 0.05 s of overhead."""
     with times.stage("waiting for data"):
         clock.now += data
     with times.counted(batch or batch_of(2)) as turn_back:
@@ -66,11 +66,11 @@ def product() -> None:
     torch.ones(30, 20) @ torch.ones(20, 50)  # 60,000 operations
 
 
-def test_the_time_of_steps_is_split_and_what_lies_between_them_is_apart():
+def test_the_time_of_steps_is_broken_down_and_time_between_steps_is_separate():
     clock = Clock()
     times = StepTimes(clock=clock, num_processes=3, peak=1e6)
     times.start()
-    clock.now += 7  # the first step makes what all others use
+    clock.now += 7  # the first step does one-time work
     take_step(times, clock, work=product)
     assert times.summary() is None
     for _ in range(5):
@@ -95,7 +95,7 @@ def test_the_time_of_steps_is_split_and_what_lies_between_them_is_apart():
     assert shares == pytest.approx([1 / 7, 0, 2 / 7, 3 / 7, 0.5 / 7])
 
 
-def test_several_batches_of_a_step_add_up_and_each_shape_is_counted_once():
+def test_the_batches_of_a_step_add_up_and_operations_are_counted_once_per_shape():
     clock, calls = Clock(), []
     times = StepTimes(clock=clock)
     times.start()
@@ -114,15 +114,15 @@ def test_several_batches_of_a_step_add_up_and_each_shape_is_counted_once():
 
 
 @pytest.mark.parametrize("runner", [plain, recompute])
-def test_arithmetic_is_that_of_the_formula_with_and_without_recomputing(runner):
-    """Frozen layers compute only the gradient of their input; the first one's input has none."""
+def test_operations_match_the_formula_with_and_without_recomputing(runner):
+    """Frozen layers compute only the gradient of their input; the input of the first has none."""
     first, second, third = nn.Linear(40, 24), nn.Linear(24, 56), nn.Linear(56, 8)
     for layer in (first, third):
         layer.requires_grad_(False)
     x = torch.randn(6, 40, generator=torch.Generator().manual_seed(5))
     with torch.no_grad(), FlopCounter() as counter:
         first(x)
-    assert counter.flops == 0  # what runs without gradients is not part of the step
+    assert counter.flops == 0  # computation without gradients is not part of the step
     with FlopCounter() as counter:
         hidden = first(x).requires_grad_()
         loss = third(runner(second, hidden)).square().sum()
@@ -135,8 +135,8 @@ def test_arithmetic_is_that_of_the_formula_with_and_without_recomputing(runner):
 
 @pytest.mark.parametrize("runner", [plain, recompute])
 @pytest.mark.parametrize(("form", "is_multiplied"), [("bf16", False), ("int8", False), ("int8", True), ("fp8", True)])
-def test_arithmetic_of_stored_weights_is_that_of_whole_ones(form: str, is_multiplied: bool, runner: Any) -> None:
-    """Their products run within a function of autograd's own, where no gradients are recorded."""
+def test_operations_with_encoded_weights_match_plain_weights(form: str, is_multiplied: bool, runner: Any) -> None:
+    """Their products run inside a custom autograd function, where no gradients are recorded."""
     layer = nn.Linear(64, 32).requires_grad_(False)
     store_in(CODECS[form], layer)
     if is_multiplied:
@@ -174,7 +174,7 @@ def slow_run(caplog: pytest.LogCaptureFixture, **last: object) -> str:
         ({"more": 1.0}, "slow step: 1.70 s (typical: 0.70 s), cause unknown"),
     ],
 )
-def test_a_slow_step_is_noted_with_its_reason(caplog, last, reason):
+def test_a_slow_step_is_logged_with_its_reason(caplog, last, reason):
     assert reason in slow_run(caplog, **last)
 
 
@@ -185,14 +185,14 @@ def test_a_slow_step_is_noted_with_its_reason(caplog, last, reason):
         ({"pages": 9000}, "main memory was full: 9000 pages were swapped in from disk"),
     ],
 )
-def test_memory_that_ran_short_is_a_reason(caplog, monkeypatch, faults, reason):
+def test_a_memory_shortage_is_a_reason(caplog, monkeypatch, faults, reason):
     count = {"pages": 0, "retries": 0}
     monkeypatch.setattr("library.training.reporting.step_times.measure_pressure", lambda device: dict(count))
     assert reason in slow_run(caplog, more=1.0, work=lambda: count.update(faults))
 
 
 @pytest.mark.parametrize(("cause", "most"), [({"data": 2.0}, None), ({"more": 2.0}, 1)])
-def test_slow_steps_are_noted_once_a_minute_and_without_a_cause_once(caplog, cause, most):
+def test_slow_steps_are_logged_once_a_minute_or_once_without_a_cause(caplog, cause, most):
     clock = Clock()
     times = StepTimes(clock=clock)
     times.start()
@@ -203,7 +203,7 @@ def test_slow_steps_are_noted_once_a_minute_and_without_a_cause_once(caplog, cau
     assert num_notes == most if most else 1 < num_notes <= 1 + clock.now // 60
 
 
-def test_peaks_are_told_by_the_names_of_cards(monkeypatch):
+def test_peak_flops_are_known_by_gpu_name(monkeypatch):
     assert measure_peak_flops(CPU, torch.bfloat16) is None
     names = {
         "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 4070 Ti SUPER": 88e12, "NVIDIA L40S": 362e12,
@@ -213,7 +213,7 @@ def test_peaks_are_told_by_the_names_of_cards(monkeypatch):
     }  # fmt: skip
     for name, flops in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        monkeypatch.setattr(gpus, "benchmark_gpu", lambda *given: SimpleNamespace(flops=0.0))
+        monkeypatch.setattr(gpus, "benchmark_gpu", lambda *args: SimpleNamespace(flops=0.0))
         assert measure_peak_flops(torch.device("cuda"), torch.bfloat16) == (flops or 0.0)
     for place, (name, _) in enumerate(PEAKS):
         assert not any(earlier in name for earlier, _ in PEAKS[:place]), f"{name} is never reached"

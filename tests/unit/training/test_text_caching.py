@@ -1,4 +1,4 @@
-"""Several processes share what text encoders make of captions."""
+"""Several processes share the outputs of text encoders."""
 
 import time
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from tests.unit.data.builders import batches_of, options_of, plan_of, write_fold
 
 
 class Words:
-    """Features that say how long a caption is; slow enough for another process to come too early."""
+    """A text encoder whose features are the caption length, slow enough to expose missing synchronisation."""
 
     def __init__(self, encoded: list[str]) -> None:
         self.encoded = encoded
@@ -37,7 +37,7 @@ class Words:
 
 
 class Board:
-    """The key-value store of processes, among threads."""
+    """A stand-in for the key-value store of processes that threads share."""
 
     def __init__(self) -> None:
         self.values: dict[str, str] = {}
@@ -55,7 +55,7 @@ class Board:
 
 
 def prepare(folder: Path, to_disk: bool, processes: Processes, encoded: list[str]) -> tuple[RunText, list[Any]]:
-    """Return what one process has: its text encoders, and the captions and features of its batches."""
+    """Return the text encoders of one process, and the captions and features of its batches."""
     options = options_of("--resolution 64 --caption_extension .txt", "--train_data_dir", str(folder))
     plan = plan_of(options)
     plan = plan.with_fixed_captions(8)
@@ -63,8 +63,8 @@ def prepare(folder: Path, to_disk: bool, processes: Processes, encoded: list[str
     def load() -> list[nn.Module]:
         return [nn.Identity()]
 
-    wanted = TextCachingOptions(cache_text_encoder_outputs=True, cache_text_encoder_outputs_to_disk=to_disk)
-    spec = TextCacheSpec(wanted, "_words_te.npz", ("length",), lambda: "words", "", tokenizers=())
+    caching = TextCachingOptions(cache_text_encoder_outputs=True, cache_text_encoder_outputs_to_disk=to_disk)
+    spec = TextCacheSpec(caching, "_words_te.npz", ("length",), lambda: "words", "", tokenizers=())
     parts = SimpleNamespace(
         text=Words(encoded),
         preview=SimpleNamespace(text=Words(encoded)),
@@ -90,10 +90,10 @@ def run_three(folder: Path, to_disk: bool) -> tuple[list[tuple[RunText, list[Any
 @pytest.mark.parametrize("to_disk", [True, False])
 def test_each_caption_is_encoded_by_one_process_and_used_by_all(tmp_path: Path, to_disk: bool) -> None:
     write_folder(tmp_path / "1_a", 5)
-    found, encoded = run_three(tmp_path, to_disk)
+    ranks, encoded = run_three(tmp_path, to_disk)
     assert "" in encoded and len(encoded) == len(set(encoded)) == 6
-    assert all(text.encoders == [] and batches == found[0][1] for text, batches in found)
-    for captions, lengths in found[0][1]:
+    assert all(text.encoders == [] and batches == ranks[0][1] for text, batches in ranks)
+    for captions, lengths in ranks[0][1]:
         assert lengths == [[len(caption)] for caption in captions]
     assert bool(list(tmp_path.rglob("*.npz"))) == to_disk
 
@@ -101,10 +101,10 @@ def test_each_caption_is_encoded_by_one_process_and_used_by_all(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("on_cpu", "adapted", "place"), [(True, False, "cpu"), (False, False, "meta"), (True, True, "meta")]
 )
-def test_encoders_without_adapters_stay_off_the_card_where_that_is_asked_for(
+def test_encoders_without_adapters_stay_on_the_cpu_if_requested(
     tmp_path: Path, on_cpu: bool, adapted: bool, place: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The card is the meta device here, which takes a module as any other does."""
+    """The GPU is the meta device here, which accepts modules like any other device."""
     write_folder(tmp_path / "1_a", 1)
     options = options_of("--resolution 64 --caption_extension .txt", "--train_data_dir", str(tmp_path))
     options = options.with_values({"network_train_unet_only": not adapted})
@@ -117,14 +117,14 @@ def test_encoders_without_adapters_stay_off_the_card_where_that_is_asked_for(
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
-def test_encoders_that_fill_a_cache_stay_off_the_card_too(tmp_path: Path, on_cpu: bool) -> None:
+def test_encoders_that_fill_a_cache_stay_on_the_cpu_too(tmp_path: Path, on_cpu: bool) -> None:
     write_folder(tmp_path / "1_a", 1)
     options = options_of("--resolution 64 --caption_extension .txt", "--train_data_dir", str(tmp_path))
     plan = plan_of(options)
     plan = plan.with_fixed_captions(8)
     encoder = nn.Linear(2, 2)
-    wanted = TextCachingOptions(cache_text_encoder_outputs=True, text_encoder_cpu=on_cpu)
-    spec = TextCacheSpec(wanted, "_words_te.npz", ("length",), lambda: "words", "", tokenizers=())
+    caching = TextCachingOptions(cache_text_encoder_outputs=True, text_encoder_cpu=on_cpu)
+    spec = TextCacheSpec(caching, "_words_te.npz", ("length",), lambda: "words", "", tokenizers=())
     arch: Any = SimpleNamespace(
         text=Words([]),
         preview=SimpleNamespace(text=Words([])),

@@ -1,4 +1,4 @@
-"""Steps that are told of once the next one is computed: what they do and say is what they would at once."""
+"""Steps whose results are reported late, while the next step is computed, have the same effect and reports."""
 
 import logging
 from dataclasses import replace
@@ -32,13 +32,13 @@ def batches_with(values: list[float]) -> list[Batch]:
     return [batch_of(value + 0.1 * place) for place, value in enumerate(values)]
 
 
-def taken(values: list[float], is_late: bool, **options: Any) -> tuple[Run, list[StepResult], list[Tensor]]:
-    """A run whose step i has the batch `values[i]`, what was told of it, and the weight after each step."""
+def run_steps(values: list[float], is_late: bool, **options: Any) -> tuple[Run, list[StepResult], list[Tensor]]:
+    """Run step i with the batch `values[i]`; return the run, the reported results and the weight after each step."""
     batches = batches_with(values)
     run = run_of(0.7, tuple(batches), optimizer_type="AdamW", **options)
     run = replace(run, plan=replace(run.plan, num_batches=len(values), accumulation=1))
-    told: list[StepResult] = []
-    updates, weights = Updates(run, NonFiniteGuard(run), None, told.append), []
+    results: list[StepResult] = []
+    updates, weights = Updates(run, NonFiniteGuard(run), None, results.append), []
     assert updates.reports_late, "AdamW is fused where nothing else is asked for"
     updates.reports_late = is_late
     with updates.reported_at_end():
@@ -48,57 +48,57 @@ def taken(values: list[float], is_late: bool, **options: Any) -> tuple[Run, list
             updates.report()
             updates.apply(window, losses)
             weights.append(run.context.network.module.weight.detach().clone())  # type: ignore[operator, union-attr]
-    return run, told, weights
+    return run, results, weights
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_step_that_is_told_late_moves_what_it_moves_at_once(schedule: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_late_reports_do_not_change_weights_or_results(schedule: str, caplog: pytest.LogCaptureFixture) -> None:
     values = [GOOD, GOOD, DAMAGED, GOOD, float("inf"), DAMAGED, GOOD, GOOD]
-    (late, told, weights), (early, *at_once) = (
-        taken(values, is_late, **SCHEDULES[schedule]) for is_late in (True, False)
+    (late, results, weights), (early, *at_once) = (
+        run_steps(values, is_late, **SCHEDULES[schedule]) for is_late in (True, False)
     )
-    assert str(told) == str(at_once[0])  # which makes a NaN equal to itself
+    assert str(results) == str(at_once[0])  # as text, NaN equals itself
     assert torch.equal(torch.stack(weights), torch.stack(at_once[1]))
     (memory,), (other,) = (list(run.optimization.optimizer.state.values()) for run in (late, early))
     assert memory.keys() == other.keys() and all(torch.equal(memory[name], other[name]) for name in memory)
     assert int(memory["step"]) == 5
     states = [run.optimization.schedule.state_dict() for run in (late, early)]
     assert states[0] == states[1]
-    assert [one.window.step for one in told] == list(range(8))
+    assert [result.window.step for result in results] == list(range(8))
     assert torch.equal(weights[1], weights[2]) and torch.equal(weights[3], weights[5])
     lines = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
     assert len(lines) == 6 and lines[:3] == lines[3:]
 
 
-def test_a_step_is_told_when_the_next_one_is_computed() -> None:
+def test_a_step_is_reported_once_the_next_one_is_computed() -> None:
     run = run_of(optimizer_type="AdamW")
-    told: list[StepResult] = []
-    updates = Updates(run, NonFiniteGuard(run), None, told.append)
+    results: list[StepResult] = []
+    updates = Updates(run, NonFiniteGuard(run), None, results.append)
     window = Window(0, 1, range(1), False)
     updates.apply(window, accumulate_gradients([run], window, iter([batch_of(2.0)]))[0])
-    assert not told and run.optimization.schedule.state_dict()["last_epoch"] == 0
+    assert not results and run.optimization.schedule.state_dict()["last_epoch"] == 0
     updates.report()
     updates.report()
-    assert [one.losses for one in told] == [[pytest.approx(16.0)]]
-    assert told[0].norm == pytest.approx(16.0)
+    assert [result.losses for result in results] == [[pytest.approx(16.0)]]
+    assert results[0].norm == pytest.approx(16.0)
     assert run.optimization.schedule.state_dict()["last_epoch"] == 1
 
 
-def test_an_error_leaves_no_step_untold_and_stays_the_error() -> None:
+def test_an_error_is_raised_after_all_steps_are_reported() -> None:
     run = run_of(optimizer_type="AdamW")
-    told: list[StepResult] = []
-    updates = Updates(run, NonFiniteGuard(run), None, told.append)
+    results: list[StepResult] = []
+    updates = Updates(run, NonFiniteGuard(run), None, results.append)
     window = Window(0, 1, range(1), False)
     with pytest.raises(UserError, match="no such image"), updates.reported_at_end():
         updates.apply(window, accumulate_gradients([run], window, iter([batch_of(2.0)]))[0])
         raise UserError("no such image")
-    assert len(told) == 1
+    assert len(results) == 1
 
 
-def test_a_run_that_stops_at_damage_stops_before_the_next_step_moves(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_that_stops_at_non_finite_values_stops_before_the_next_update(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     with pytest.raises(NonFiniteError, match="step 2: loss nan") as stopped:
-        taken([GOOD, DAMAGED, GOOD], is_late=True, on_nonfinite="stop")
+        run_steps([GOOD, DAMAGED, GOOD], is_late=True, on_nonfinite="stop")
     assert stopped.value.last_good == (1, 1)
 
 
@@ -112,11 +112,11 @@ def test_a_run_that_stops_at_damage_stops_before_the_next_step_moves(caplog: pyt
         ({"optimizer_type": "Lion"}, False),
     ],
 )
-def test_only_an_optimizer_that_leaves_steps_out_by_itself_is_told_late(options: dict[str, Any], is_late: bool) -> None:
+def test_only_optimizers_that_skip_steps_themselves_report_late(options: dict[str, Any], is_late: bool) -> None:
     assert skips_by_itself(run_of(**options)) is is_late
 
 
-def test_looking_for_damage_leaves_the_gradients_of_a_later_step() -> None:
+def test_searching_for_non_finite_values_keeps_the_gradients_of_a_later_step() -> None:
     run = run_of(optimizer_type="AdamW")
     accumulate_gradients([run], Window(1, 1, range(1), False), iter([batch_of(2.0)]))[0]
     (parameter,) = run.context.network.trainable_parameters()

@@ -1,4 +1,4 @@
-"""A model that no table knows, and what one real step of a model allocates, by the events of torch's profiler."""
+"""A model without a table entry, and the memory that a real step allocates according to torch's profiler."""
 
 import gc
 from collections.abc import Callable
@@ -15,7 +15,7 @@ NUM_HEADS = 4
 
 
 class Adapter(nn.Module):
-    """A low-rank one that takes a layer's `forward` over, as adapters do."""
+    """A low-rank adapter that replaces a layer's `forward`."""
 
     def __init__(self, layer: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -89,11 +89,11 @@ class MadeUp(nn.Module):
 
 
 def allocated_peak(step: Callable[[], object], multiplies_bf16: bool = False) -> int:
-    """The most bytes that torch's allocator held for tensors made in `step`, by the profiler's events.
+    """Return the peak of bytes that torch's allocator held for tensors created in `step`, from profiler events.
 
-    With `multiplies_bf16` without oneDNN, which on processors without instructions for it allocates copies in float32.
+    `multiplies_bf16` disables oneDNN, which allocates float32 copies on processors without bf16 instructions.
 
-    What earlier tests left is collected before: freed meanwhile, it would count as memory that the step gives back.
+    Garbage of earlier tests is collected first: freed during the step, it would count as memory that the step frees.
     """
     gc.collect()
     gc.disable()

@@ -1,4 +1,4 @@
-"""One training step of a U-Net of SD 1.5's size: what the planner counts, and by how much this process grows in it.
+"""One training step of a U-Net of SD 1.5's size: the memory that the planner predicts, and the growth of this process.
 
 Run as a module in a process of its own: `python -m tests.unit.memory.planner.sd15_step SIDE 0|1`, the last for
 recomputing. Prints both figures in bytes as JSON.
@@ -30,14 +30,14 @@ TEXT_WIDTH = 768
 
 
 def built(changed: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
-    """(U-Net, adapter of rank 16 on it), on the meta device."""
+    """Return (U-Net, adapter of rank 16 on it) on the meta device."""
     parts = sd.single_file_parts("--flag", checkpoint("sd15"), "sd1")
     unet = empty_unet({**parts["unet"].config, **changed}).requires_grad_(False).eval()
     unet.adapter_targets = TARGETS
-    seen: tuple[list[nn.Module], nn.Module] = ([], unet)
+    targets: tuple[list[nn.Module], nn.Module] = ([], unet)
     with torch.device("meta"):
-        network = lora.create_network(1.0, 16, 16.0, None, *seen)
-        network.apply_to(*seen, False, True)
+        network = lora.create_network(1.0, 16, 16.0, None, *targets)
+        network.apply_to(*targets, False, True)
     return unet, network.train()
 
 
@@ -68,7 +68,7 @@ def planned_bytes(side: int, recomputes: bool) -> int:
 
 
 def take_step(changed: dict[str, Any], side: int, runner: BlockRunner) -> None:
-    """On real tensors that are all written to, so that they lie in memory."""
+    """Run one step on real tensors that are all written to, so that they occupy memory."""
     unet, network = built(changed)
     for module in (*unet.modules(), *network.modules()):
         for held in (module._parameters, module._buffers):
@@ -91,8 +91,8 @@ def main() -> None:
     side, recomputes = int(sys.argv[1]), bool(int(sys.argv[2]))
     runner = recompute if recomputes else plain
     planned = planned_bytes(side, recomputes)
-    take_step(SMALL, 128, runner)  # what is made once: threads, kernels of oneDNN
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    take_step(SMALL, 128, runner)  # one-time allocations: threads, oneDNN kernels
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
     before = resident_bytes("VmRSS")
     take_step({}, side, runner)
     print(json.dumps({"planned": planned, "grown": resident_bytes("VmHWM") - before}))

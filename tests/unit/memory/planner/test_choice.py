@@ -1,4 +1,4 @@
-"""The planner takes the fastest of the ways that fit, and says what each needs."""
+"""The planner chooses the fastest plan that fits and reports the needs of each."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -35,10 +35,10 @@ WEIGHT = Matrix(1024, 10 * 1024, 2)  # 20 MiB in 16 bits
 
 
 def passes(kept: int, flops_backward: int, num_blocks: int = NUM_BLOCKS) -> CountedPass:
-    """Blocks that keep as much in the forward pass, and let it go in the backward pass."""
+    """Return blocks that keep `kept` bytes each in the forward pass and free them in the backward pass."""
     blocks = tuple(nn.Identity() for _ in range(num_blocks))
     forward = [Segment(("forward", i), kept, kept, BLOCK_FLOPS) for i in range(num_blocks)]
-    # A recomputed block has all that it kept otherwise while its backward pass runs.
+    # During its backward pass a recomputed block holds everything that it would have kept otherwise.
     backward = [Segment(("backward", i), -kept, KEPT - kept, flops_backward) for i in reversed(range(num_blocks))]
     return CountedPass((*forward, *backward), blocks, (KEPT_WHEN_RECOMPUTED,) * num_blocks)
 
@@ -59,12 +59,12 @@ def counted_step(adapter: int = 0, held: int = 0) -> CountedStep:
     )  # fmt: skip
 
 
-def card(memory: int, bus: float = 1e9) -> Gpu:
+def make_gpu(memory: int, bus: float = 1e9) -> Gpu:
     return Gpu("made up", memory, 1e12, bus, 1e12)
 
 
-def test_what_a_way_needs_is_the_sum_of_its_parts() -> None:
-    plain = predict(counted_step(adapter=MIB), Way(), card(0))
+def test_the_memory_of_a_plan_is_the_sum_of_its_parts() -> None:
+    plain = predict(counted_step(adapter=MIB), Way(), make_gpu(0))
     weights = 50 * MIB + 20 * MIB + NUM_BLOCKS * 40 * MIB + 23 * MIB + 7 * MIB
     changing = MIB + 2 * MIB + NUM_BLOCKS * KEPT
     assert (plain.weight_bytes, plain.tensor_bytes) == (weights, weights + changing)
@@ -72,31 +72,31 @@ def test_what_a_way_needs_is_the_sum_of_its_parts() -> None:
     assert plain.seconds == pytest.approx(NUM_BLOCKS * 3 * 4)
 
 
-def test_memory_traffic_and_launches_take_time_beside_arithmetic() -> None:
+def test_memory_traffic_and_kernel_launches_add_to_the_time() -> None:
     """8 blocks with 12 TFLOP in all, on a GPU of 1 TFLOP/s and 1 TB/s."""
     step = counted_step()
-    quick = predict(step, Way(), card(0)).seconds
+    quick = predict(step, Way(), make_gpu(0)).seconds
     segments = [replace(segment, moved=5 * 10**11, launches=1000) for segment in step.timeline.plain.segments]
     plain = replace(step.timeline.plain, segments=tuple(segments))
-    busy = predict(replace(step, timeline=replace(step.timeline, plain=plain)), Way(), card(0)).seconds
+    busy = predict(replace(step, timeline=replace(step.timeline, plain=plain)), Way(), make_gpu(0)).seconds
     assert quick == pytest.approx(96)
     assert busy - quick == pytest.approx(16 * (0.5 + 1000 * 20e-6))
 
 
-def test_every_second_block_saves_half_and_costs_half() -> None:
-    found = [predict(counted_step(), Way(recompute_every=every), card(0)) for every in (None, 2, 1)]
-    none, half, whole = (f.tensor_bytes - f.weight_bytes for f in found)
+def test_recomputing_every_second_block_saves_half_and_costs_half() -> None:
+    predictions = [predict(counted_step(), Way(recompute_every=every), make_gpu(0)) for every in (None, 2, 1)]
+    none, half, all_blocks = (f.tensor_bytes - f.weight_bytes for f in predictions)
     assert none - half == NUM_BLOCKS // 2 * (KEPT - KEPT_WHEN_RECOMPUTED)
-    # The last block that is recomputed stands beside what all kept before it.
-    assert whole == NUM_BLOCKS * KEPT_WHEN_RECOMPUTED + KEPT - KEPT_WHEN_RECOMPUTED
-    assert half > whole
-    assert [f.seconds for f in found] == pytest.approx([96, 112, 128])
+    # The last recomputed block comes on top of everything kept before it.
+    assert all_blocks == NUM_BLOCKS * KEPT_WHEN_RECOMPUTED + KEPT - KEPT_WHEN_RECOMPUTED
+    assert half > all_blocks
+    assert [f.seconds for f in predictions] == pytest.approx([96, 112, 128])
 
 
-def test_blocks_that_wait_leave_two_slots_and_cost_the_bus_where_it_is_slow() -> None:
+def test_offloaded_blocks_need_two_slots_and_take_time_on_a_slow_bus() -> None:
     step, way = counted_step(), Way(num_offloaded=3)
-    staying = predict(step, Way(), card(0))
-    fast, slow = (predict(step, way, card(0, bus)) for bus in (1e12, 3e6))
+    staying = predict(step, Way(), make_gpu(0))
+    fast, slow = (predict(step, way, make_gpu(0, bus)) for bus in (1e12, 3e6))
     assert staying.tensor_bytes - fast.tensor_bytes == 3 * 40 * MIB - 2 * 40 * MIB
     assert fast.seconds == pytest.approx(96 * (1 + 0.05 * 3 / 8))
     streamed = 3 * 40 * MIB / 3e6  # longer than 32 s of arithmetic forward, shorter than 64 s backward
@@ -105,22 +105,22 @@ def test_blocks_that_wait_leave_two_slots_and_cost_the_bus_where_it_is_slow() ->
 
 
 @pytest.mark.parametrize("shared_by", [2, 8])
-def test_a_base_that_is_shared_takes_a_share_and_the_blocks_being_gathered(shared_by: int) -> None:
+def test_a_sharded_base_takes_its_share_and_the_blocks_being_gathered(shared_by: int) -> None:
     """The weights are 20 and 8 x 40 MiB; `PEAK_BLOCKS` is measured as 3.6 blocks."""
-    whole, shared = (predict(counted_step(), Way(shared_by=number), card(0)) for number in (1, shared_by))
+    unsharded, shared = (predict(counted_step(), Way(shared_by=number), make_gpu(0)) for number in (1, shared_by))
     sharded = (20 + NUM_BLOCKS * 40) * MIB
-    assert whole.tensor_bytes - shared.tensor_bytes == sharded - sharded / shared_by - 3.6 * 40 * MIB
-    assert shared.seconds == whole.seconds
+    assert unsharded.tensor_bytes - shared.tensor_bytes == sharded - sharded / shared_by - 3.6 * 40 * MIB
+    assert shared.seconds == unsharded.seconds
 
 
-def test_nothing_waits_in_main_memory_where_the_base_is_shared() -> None:
-    choice = choose(counted_step(), Allowed(shared_by=4), card(0))
-    assert {found.way.num_offloaded for found in choice.candidates} == {0} and choice.chosen is None
+def test_nothing_is_offloaded_if_the_base_is_sharded() -> None:
+    choice = choose(counted_step(), Allowed(shared_by=4), make_gpu(0))
+    assert {candidate.way.num_offloaded for candidate in choice.candidates} == {0} and choice.chosen is None
 
 
-def test_inputs_of_two_blocks_stay_and_all_are_copied_beside_computing() -> None:
-    step, slow = counted_step(), card(0, bus=1e3)
-    stays, waits = (predict(step, Way(recompute_every=1, offloads_inputs=wait), card(0)) for wait in (False, True))
+def test_inputs_of_two_blocks_stay_and_all_copies_overlap_with_compute() -> None:
+    step, slow = counted_step(), make_gpu(0, bus=1e3)
+    stays, waits = (predict(step, Way(recompute_every=1, offloads_inputs=wait), make_gpu(0)) for wait in (False, True))
     assert waits.host_bytes == NUM_BLOCKS * KEPT_WHEN_RECOMPUTED
     assert stays.tensor_bytes - waits.tensor_bytes == (NUM_BLOCKS - 2) * KEPT_WHEN_RECOMPUTED
     assert waits.seconds == stays.seconds
@@ -128,79 +128,81 @@ def test_inputs_of_two_blocks_stay_and_all_are_copied_beside_computing() -> None
 
 
 @pytest.mark.parametrize("memory_mib", range(1500, 3800, 230))
-def test_none_that_fits_is_a_tenth_faster_than_the_choice_and_no_simpler_one_as_near(memory_mib: int) -> None:
-    step, on = counted_step(adapter=3 * MIB), card(memory_mib * MIB, 2e8)
+def test_the_choice_is_within_a_tenth_of_the_fastest_and_the_simplest_of_these(memory_mib: int) -> None:
+    step, on = counted_step(adapter=3 * MIB), make_gpu(memory_mib * MIB, 2e8)
     allowed = Allowed(weight_formats=(None, "nf4"))
     every_way = [
         predict(step, Way(form, every, wait and every is not None, number), on)
         for form, every, wait, number in product((None, "nf4"), (None, 3, 2, 1), (False, True), range(NUM_BLOCKS - 1))
     ]
-    fitting = [found for found in every_way if found.device_bytes <= on.memory_bytes]
+    fitting = [prediction for prediction in every_way if prediction.device_bytes <= on.memory_bytes]
     choice = choose(step, allowed, on)
     if not fitting:
         assert choice.chosen is None
-        assert choice.least.device_bytes == min(found.device_bytes for found in every_way)
+        assert choice.least.device_bytes == min(prediction.device_bytes for prediction in every_way)
     else:
         assert choice.chosen is not None and choice.chosen.device_bytes <= on.memory_bytes
-        least_s = min(found.seconds for found in fitting)
+        least_s = min(prediction.seconds for prediction in fitting)
         assert 0.9 * choice.chosen.seconds <= least_s
-        near = [found.way.complexity for found in fitting if 0.9 * found.seconds <= least_s]
+        near = [prediction.way.complexity for prediction in fitting if 0.9 * prediction.seconds <= least_s]
         assert choice.chosen.way.complexity == min(near)
 
 
 @pytest.mark.parametrize(("bus", "offloads"), [(1e12, True), (3e6, False)])
-def test_offloading_is_chosen_only_where_it_saves_a_tenth(bus: float, offloads: bool) -> None:
+def test_offloading_is_chosen_only_if_it_saves_a_tenth(bus: float, offloads: bool) -> None:
     """Recomputing takes a third longer. Offloading takes 4 % longer on a fast bus, and on a slow one a quarter, which
     is less than a tenth faster than recomputing."""
     step, allowed = counted_step(), Allowed(recompute_every=(None, 1), offloads_inputs=(False,))
-    choice = choose(step, allowed, card(predict(step, Way(num_offloaded=4), card(0)).device_bytes, bus))
-    times = {found.way.recompute_every: found.seconds for found in choice.candidates}
+    choice = choose(step, allowed, make_gpu(predict(step, Way(num_offloaded=4), make_gpu(0)).device_bytes, bus))
+    times = {candidate.way.recompute_every: candidate.seconds for candidate in choice.candidates}
     assert times[None] < times[1] and (times[None] < 0.9 * times[1]) == offloads
     assert choice.chosen is not None and (choice.chosen.way.num_offloaded > 0) == offloads
 
 
-def test_blocks_that_cannot_be_pinned_are_copied_at_the_speed_of_staging() -> None:
-    """Three blocks of 40 MiB wait, and 100 MiB can be pinned; both passes copy, and nothing is computed."""
+def test_blocks_that_cannot_be_pinned_are_copied_at_staging_speed() -> None:
+    """Three blocks of 40 MiB are offloaded and 100 MiB can be pinned; both passes copy, and nothing is computed."""
     step, way = counted_step(), Way(num_offloaded=3)
-    gpu = replace(card(0, bus=100 * MIB), flops=float("inf"), pinnable_bytes=100 * MIB)
+    gpu = replace(make_gpu(0, bus=100 * MIB), flops=float("inf"), pinnable_bytes=100 * MIB)
     for staging, seconds in ((10 * MIB, 1 + 2), (1000 * MIB, 1.2)):  # no faster than the bus
-        found = predict(step, way, replace(gpu, staging=staging)).seconds
-        assert found == pytest.approx(2 * seconds * (1 + 0.05 * 3 / 8))
+        predicted = predict(step, way, replace(gpu, staging=staging)).seconds
+        assert predicted == pytest.approx(2 * seconds * (1 + 0.05 * 3 / 8))
     assert predict(step, way, replace(gpu, pinnable_bytes=None)).seconds == pytest.approx(2.4 * (1 + 0.05 * 3 / 8))
 
 
-def test_offloaded_inputs_are_copied_beside_the_arithmetic() -> None:
-    """80 MiB in each pass, beside 32 and 96 s of arithmetic."""
+def test_copies_of_offloaded_inputs_overlap_with_arithmetic() -> None:
+    """80 MiB in each pass, during 32 and 96 s of arithmetic."""
     for bus, seconds in ((40 * MIB, 32 + 96), (2 * MIB, 40 + 96)):
-        found = predict(counted_step(), Way(recompute_every=1, offloads_inputs=True), card(0, bus=bus))
-        assert found.seconds == pytest.approx(seconds)
+        prediction = predict(counted_step(), Way(recompute_every=1, offloads_inputs=True), make_gpu(0, bus=bus))
+        assert prediction.seconds == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(("release", "gib"), [("6.6.87.2-microsoft-standard-WSL2", 0.5), ("6.8.0-45-generic", 25.6)])
-def test_wsl_pins_half_a_gibibyte_whatever_there_is(release: str, gib: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wsl_pins_half_a_gibibyte_regardless_of_main_memory(
+    release: str, gib: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("platform.release", lambda: release)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=64 * GIB))
     assert max_pinned_bytes() == pytest.approx(gib * GIB)
 
 
-def test_what_is_fixed_is_the_only_candidate() -> None:
+def test_fixed_options_give_a_single_candidate() -> None:
     allowed = Allowed(weight_formats=("fp8",), recompute_every=(2,), offloads_inputs=(True,), num_offloaded=4)
-    choice = choose(counted_step(), allowed, card(GIB))
-    assert [found.way for found in choice.candidates] == [Way("fp8", 2, True, 4)]
+    choice = choose(counted_step(), allowed, make_gpu(GIB))
+    assert [candidate.way for candidate in choice.candidates] == [Way("fp8", 2, True, 4)]
 
 
-def test_gradients_that_are_held_stand_beside_the_pass() -> None:
-    without, held = (predict(counted_step(held=size), Way(), card(0)) for size in (0, 5 * MIB))
+def test_held_gradients_are_added_to_the_memory_of_the_pass() -> None:
+    without, held = (predict(counted_step(held=size), Way(), make_gpu(0)) for size in (0, 5 * MIB))
     assert held.tensor_bytes - without.tensor_bytes == 5 * MIB
 
 
-def test_a_correction_scales_what_is_no_weight() -> None:
+def test_a_correction_scales_everything_except_weights() -> None:
     step = counted_step()
-    as_counted, more = (predict(step, Way(), card(0), factor) for factor in (1.0, 1.25))
+    as_counted, more = (predict(step, Way(), make_gpu(0), factor) for factor in (1.0, 1.25))
     assert more.tensor_bytes - more.weight_bytes == 1.25 * (as_counted.tensor_bytes - as_counted.weight_bytes)
 
 
-def test_the_weights_of_a_model_are_sorted_by_what_can_be_done_with_them() -> None:
+def test_the_weights_of_a_model_are_grouped_by_how_they_can_be_stored() -> None:
     model: MadeUp = model_of(device="meta")
     adapters = bytes_of(model.adapters)
     del model.adapters
@@ -208,29 +210,29 @@ def test_the_weights_of_a_model_are_sorted_by_what_can_be_done_with_them() -> No
     layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
     weights = ModelWeights.of(model, [*layers, model.last], blocks)
     assert adapters > 0 and not any(isinstance(m, Adapter) for m in model.modules())
-    own = StorageCost.of(None)
-    assert weights.resident_bytes(own, ()) == bytes_of(model)
+    uncompressed = StorageCost.of(None)
+    assert weights.resident_bytes(uncompressed, ()) == bytes_of(model)
     assert weights.storable == (Matrix.of(model.last.weight),)
     width = model.last.in_features
     sizes = [4 * 4 * width**2] * 6 + [4 * 10 * width**2] * 6
-    assert weights.block_bytes(own) == sizes
-    assert weights.resident_bytes(own, (0, 7, 8)) == bytes_of(model) - sizes[0] - 2 * sizes[7] + 2 * sizes[7]
+    assert weights.block_bytes(uncompressed) == sizes
+    assert weights.resident_bytes(uncompressed, (0, 7, 8)) == bytes_of(model) - sizes[0] - 2 * sizes[7] + 2 * sizes[7]
 
 
-def test_the_table_marks_what_is_chosen_and_counts_what_does_not_fit() -> None:
+def test_the_table_marks_the_choice_and_counts_plans_that_do_not_fit() -> None:
     allowed = Allowed(recompute_every=(None, 1), offloads_inputs=(False,), num_offloaded=0)
-    choice = choose(counted_step(), allowed, card(2 * GIB))
+    choice = choose(counted_step(), allowed, make_gpu(2 * GIB))
     first, recomputed, last = format_table(choice, lambda way: f"every {way.recompute_every}")
     assert first.split() == ["options", "GPU", "memory", "free", "tensors", "main", "memory", "batch"]
     assert recomputed.split() == ["->", "every", "1", "1.5", "GiB", "0.5", "GiB", "0.8", "GiB", "128.00", "s"]
     assert last == "too large: 1 other configuration; the smallest needs 3.6 GiB"
-    nothing = format_table(choose(counted_step(), allowed, card(GIB)), lambda way: f"every {way.recompute_every}")
+    nothing = format_table(choose(counted_step(), allowed, make_gpu(GIB)), lambda way: f"every {way.recompute_every}")
     assert [line.split()[:3] for line in nothing[1:]] == [["x", "every", "None"], ["x", "every", "1"]]
 
 
-def test_the_table_shows_what_formats_round_and_the_hours_of_a_run() -> None:
+def test_the_table_shows_format_errors_and_the_hours_of_a_run() -> None:
     allowed = Allowed(weight_formats=("bf16", "nf4"), recompute_every=(None,), num_offloaded=0)
-    choice = choose(counted_step(), allowed, card(8 * GIB))
+    choice = choose(counted_step(), allowed, make_gpu(8 * GIB))
     lines = format_table(choice, lambda way: str(way.weight_format), num_passes=75)
     assert lines[0].split()[-3:] == ["error", "batch", "run"]
     cells = {line.replace("->", "").split()[0]: line.split()[-6:] for line in lines[1:]}
@@ -247,7 +249,7 @@ def test_sizes_other_than_whole_gigabytes_are_exact(text: str, gib: float) -> No
 
 
 @pytest.mark.parametrize(("text", "reported"), [("24GB", 23.6), ("12", 11.76), ("8g", 7.8), ("16 gb", 15.68)])
-def test_a_size_in_the_name_of_a_gpu_is_what_such_a_gpu_has_free(
+def test_a_gpu_name_with_a_size_gives_its_free_memory(
     text: str, reported: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Less 0.6 GiB for the desktop; on Windows, which also owns the GPU under WSL2, 1 GiB."""
@@ -262,17 +264,17 @@ def test_a_size_in_the_name_of_a_gpu_is_what_such_a_gpu_has_free(
 
 
 @pytest.mark.parametrize("text", ["", "big", "0GB", "-3GB", "12TB"])
-def test_other_words_are_no_sizes(text: str) -> None:
+def test_other_words_are_not_sizes(text: str) -> None:
     with pytest.raises(ValueError, match=r"--fit: .* is not a memory size; use e.g. 12GB"):
         parse_size("--fit", text)
 
 
-def test_the_name_of_a_card_is_no_size() -> None:
+def test_a_gpu_name_without_a_size_is_not_a_size() -> None:
     with pytest.raises(ValueError, match="--cards: '4090' is 4090 GiB, more than any GPU has"):
         parse_size("--cards", "4090")
 
 
-def test_a_typical_card_has_at_most_the_memory() -> None:
+def test_a_typical_gpu_has_at_most_the_given_memory() -> None:
     sizes = (6, 8, 11, 11.76, 12, 23.6, 24, 48)
     names = [typical_gpu(MemorySize(int(size * GIB))).name for size in sizes]
     assert names == ["RTX 4060"] * 3 + ["RTX 4070"] * 2 + ["RTX 3090"] * 2 + ["RTX 5090"]
@@ -282,12 +284,12 @@ def test_a_typical_card_has_at_most_the_memory() -> None:
 
 
 def test_a_device_is_measured() -> None:
-    found = benchmark_gpu(torch.device("cpu"), GIB, torch.float32, side=128)
-    assert found.flops > 0 and found.bus > 0 and found.bandwidth > 0 and found.memory_bytes == GIB
+    gpu = benchmark_gpu(torch.device("cpu"), GIB, torch.float32, side=128)
+    assert gpu.flops > 0 and gpu.bus > 0 and gpu.bandwidth > 0 and gpu.memory_bytes == GIB
 
 
-def test_a_stage_encodes_as_many_at_a_time_as_fit() -> None:
-    """The allocator takes 5 % of what comes and goes."""
+def test_a_stage_encodes_as_many_items_at_a_time_as_fit() -> None:
+    """The allocator adds 5 % to temporary memory."""
     stage = Stage("encoding images", "vae_batch_size", 100, 40, 20)
     assert [stage.peak(count) for count in (1, 2, 8)] == [142, 163, 289]
     assert [stage.most_that_fits(room) for room in (141, 142, 163, 204, 205, 288, 1000)] == [0, 1, 2, 2, 4, 4, 8]
@@ -295,14 +297,14 @@ def test_a_stage_encodes_as_many_at_a_time_as_fit() -> None:
     assert [replace(stage, most=most).most_that_fits(1000) for most in (1, 2)] == [1, 2]
 
 
-def test_large_images_are_encoded_alone() -> None:
+def test_large_images_are_encoded_one_at_a_time() -> None:
     assert [max_images(side**2) for side in (256, 512, 640, 768, 1024, 2048)] == [8, 4, 2, 1, 1, 1]
 
 
 @pytest.mark.parametrize("peak", [0, 9 * GIB])
-def test_passes_without_gradients_take_time_and_count_where_they_need_more_than_the_step(peak: int) -> None:
+def test_passes_without_gradients_take_time_and_count_if_they_need_more_memory_than_the_step(peak: int) -> None:
     """Forward passes take a third of the 24 blocks' arithmetic of a plain step; copied blocks are copied each time."""
-    gpu = replace(card(0), flops=1e13)
+    gpu = replace(make_gpu(0), flops=1e13)
     plain, more = (
         predict(replace(counted_step(), gradientless=passes), Way(), gpu)
         for passes in (None, GradientlessPasses(21, 43.0, peak))

@@ -1,4 +1,4 @@
-"""A step counted on fake tensors from two blocks of each kind, against what the allocator sees of a whole real one."""
+"""A step counted on fake tensors from two blocks of each kind matches the allocator's view of a complete real step."""
 
 import random
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from tests.unit.memory.planner.made_up import MadeUp, allocated_peak
 pytestmark = pytest.mark.slow
 
 WIDTH, NUM_BLOCKS, TOKENS, RANK = 96, 6, 160, 5
-SHARE = 0.03  # what counting two blocks of six may be off by
+SHARE = 0.03  # tolerance for counting two of six blocks
 ANSWERS = {"int": 1, "float": 0.5, "bool": True}
 WAYS: dict[str, Callable[[int], bool]] = {
     "keeps all": lambda i: False,
@@ -52,13 +52,13 @@ def model_of(num_blocks: int = NUM_BLOCKS, device: str = "cpu") -> MadeUp:
 
 def loss_of(model: MadeUp, dtype: torch.dtype | None = None) -> Tensor:
     torch.manual_seed(92)
-    x, told = torch.randn(2, TOKENS, WIDTH), torch.randn(2, 8)
+    x, conditioning = torch.randn(2, TOKENS, WIDTH), torch.randn(2, 8)
     with nullcontext() if dtype is None else torch.autocast("cpu", dtype):
-        return model(x, told).float().square().mean()
+        return model(x, conditioning).float().square().mean()
 
 
 def chosen(recomputes: Callable[[int], bool]) -> BlockRunner:
-    """Recomputes blocks by their place, in the order of their calls."""
+    """Return a runner that recomputes blocks by their position in the order of calls."""
     places: dict[nn.Module, int] = {}
 
     def run(block: nn.Module, *inputs: Any, **named: Any) -> Any:
@@ -69,7 +69,7 @@ def chosen(recomputes: Callable[[int], bool]) -> BlockRunner:
 
 
 def counted(dtype: torch.dtype | None = None, num_passes: int = 1) -> Timeline:
-    """The whole model's step, from two blocks of each kind."""
+    """Count the step of the whole model from two blocks of each kind."""
     model = model_of(device="meta")
 
     def give_runner(runner: BlockRunner) -> None:
@@ -91,7 +91,7 @@ def counted(dtype: torch.dtype | None = None, num_passes: int = 1) -> Timeline:
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("way", WAYS)
-def test_the_peak_of_a_step_is_what_the_allocator_sees(way: str, dtype: torch.dtype | None) -> None:
+def test_the_peak_of_a_step_matches_the_allocator(way: str, dtype: torch.dtype | None) -> None:
     model = model_of()
     model.runner = chosen(WAYS[way])
     real = allocated_peak(lambda: loss_of(model, dtype).backward(), multiplies_bf16=dtype is not None)
@@ -100,7 +100,7 @@ def test_the_peak_of_a_step_is_what_the_allocator_sees(way: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("way", ["keeps all", "recomputes all"])
-def test_gradients_that_are_there_already_are_not_made_again(way: str) -> None:
+def test_existing_gradients_are_not_allocated_again(way: str) -> None:
     model = model_of()
     model.runner = chosen(WAYS[way])
     loss_of(model).backward()
@@ -109,7 +109,7 @@ def test_gradients_that_are_there_already_are_not_made_again(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_arithmetic_is_that_of_torchs_own_counter(way: str) -> None:
+def test_operations_match_torchs_own_counter(way: str) -> None:
     model = model_of()
     model.runner = chosen(WAYS[way])
     with FlopCounterMode(display=False) as counter:
@@ -122,8 +122,8 @@ def test_arithmetic_is_that_of_torchs_own_counter(way: str) -> None:
     assert planned == counter.get_total_flops() + attention
 
 
-def test_kernels_and_the_bytes_they_move_are_counted() -> None:
-    """Views and new tensors without values launch nothing."""
+def test_kernels_and_their_memory_traffic_are_counted() -> None:
+    """Views and uninitialised tensors launch no kernel."""
     counter = OperationCounter(ANSWERS)
     x, y = torch.ones(8, 4), torch.ones(4, 2)
     with counter:
@@ -137,17 +137,17 @@ def test_kernels_and_the_bytes_they_move_are_counted() -> None:
     assert segment.flops == 2 * 8 * 4 * 2
 
 
-def test_inputs_that_wait_in_main_memory_leave_and_come_back() -> None:
+def test_offloaded_inputs_leave_and_come_back() -> None:
     timeline = counted()
-    kept = compute_peak_bytes(timeline.expand(lambda i: True, lambda i: True))
-    away = compute_peak_bytes(timeline.expand(lambda i: True, lambda i: False))
+    with_inputs = compute_peak_bytes(timeline.expand(lambda i: True, lambda i: True))
+    without_inputs = compute_peak_bytes(timeline.expand(lambda i: True, lambda i: False))
     sizes = 2 * TOKENS * WIDTH * 4
-    # The input of the first block has no gradient and stays; the peak is reached in the last block of the second kind,
-    # when the others of the first kind are away, and those of the second kind but its own.
-    assert kept - away == pytest.approx(5 * sizes + 5 * 2 * sizes, rel=0.1)
+    # The input of the first block has no gradient and stays. The peak is reached in the last block of the second kind:
+    # by then the other inputs of the first kind are offloaded, and those of the second kind except its own.
+    assert with_inputs - without_inputs == pytest.approx(5 * sizes + 5 * 2 * sizes, rel=0.1)
 
 
-def test_blocks_with_other_adapters_are_not_alike() -> None:
+def test_blocks_with_different_adapters_are_counted_separately() -> None:
     model = model_of(device="meta")
     torch.manual_seed(93)
     with torch.device("meta"):
@@ -160,7 +160,7 @@ def test_blocks_with_other_adapters_are_not_alike() -> None:
 
 
 def three_stacks() -> tuple[MadeUp, list[nn.ModuleList]]:
-    """A model whose attending blocks are three stacks in the order of their calls."""
+    """Return a model whose attention blocks form three stacks in the order of calls."""
     model = model_of(device="meta")
     blocks = list(model.attending)
     return model, [nn.ModuleList(blocks[:2]), nn.ModuleList(blocks[2:5]), nn.ModuleList(blocks[5:])]
@@ -187,18 +187,18 @@ def count_stacks(shares: bool) -> Timeline:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_one_block_of_a_stack_is_enough_where_another_stack_is_alike(way: str) -> None:
+def test_one_block_of_a_stack_suffices_if_another_stack_is_alike(way: str) -> None:
     few, more = (count_stacks(shares) for shares in (True, False))
     assert len(few.blocks) == len(more.blocks) == 2 * NUM_BLOCKS
     for keeps_inputs in (lambda i: True, lambda i: False):
-        found, expected = (list(one.expand(WAYS[way], keeps_inputs)) for one in (few, more))
-        assert compute_peak_bytes(found) == compute_peak_bytes(expected)
+        actual, expected = (list(timeline.expand(WAYS[way], keeps_inputs)) for timeline in (few, more))
+        assert compute_peak_bytes(actual) == compute_peak_bytes(expected)
         for value in ("flops", "moved", "launches"):
-            totals = [sum(getattr(move.segment, value) for move in moves) for moves in (found, expected)]
+            totals = [sum(getattr(move.segment, value) for move in moves) for moves in (actual, expected)]
             assert totals[0] == totals[1]
 
 
-def test_a_block_does_not_stand_for_one_with_other_inputs() -> None:
+def test_a_block_does_not_represent_blocks_with_other_inputs() -> None:
     first, earlier, other, last = (nn.Identity() for _ in range(4))
     shapes = ((torch.Size((4,)),), (torch.Size((4,)),), (torch.Size((8,)),))
     counted = CountedPass((), (first, earlier, other), (1, 1, 1), shapes)
@@ -211,36 +211,36 @@ def test_a_block_does_not_stand_for_one_with_other_inputs() -> None:
 
 
 def test_without_equal_inputs_two_blocks_of_each_stack_are_counted() -> None:
-    asked: list[int] = []
+    block_counts: list[int] = []
 
     def count(repeats: Repeats) -> Timeline:
-        asked.append(len(repeats.by_earlier_run))
+        block_counts.append(len(repeats.by_earlier_run))
         if repeats.by_earlier_run:
             raise DifferentInputs
         return Timeline(NOTHING, NOTHING, (), (), ())
 
     count_some_blocks(three_stacks()[1], count)
-    assert asked == [1, 0]
+    assert block_counts == [1, 0]
 
 
 NOTHING = CountedPass((), (), ())
 
 
-def test_an_optimizer_is_counted_on_its_own() -> None:
+def test_an_optimizer_is_counted_separately() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         groups = [{"params": [nn.Parameter(torch.empty(64, 48)) for _ in range(5)]}]
-        found = count_optimizer(lambda given: torch.optim.AdamW(given, lr=1e-3), groups, OperationCounter(ANSWERS))
-    assert found.state == pytest.approx(8 * 5 * 64 * 48, rel=0.01)
-    assert found.rise >= found.state
+        actual = count_optimizer(lambda params: torch.optim.AdamW(params, lr=1e-3), groups, OperationCounter(ANSWERS))
+    assert actual.state == pytest.approx(8 * 5 * 64 * 48, rel=0.01)
+    assert actual.rise >= actual.state
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD"])
 @pytest.mark.parametrize("num_groups", [1, 2])
 @pytest.mark.parametrize("seed", range(3))
-def test_an_optimizer_takes_the_same_with_parameters_left_out(
+def test_an_optimizer_is_counted_equally_from_a_subset_of_parameters(
     kind: str, num_groups: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kinds in a random order, then repeated as blocks repeat them."""
+    """Parameter kinds in a random order, then repeated as in blocks."""
     rng = random.Random(seed)
     kinds = [(rng.randrange(1, 300), rng.randrange(1, 300)) for _ in range(5)]
     order = [rng.choice(kinds) for _ in range(9)] + 6 * rng.choices(kinds, k=5) + [rng.choice(kinds) for _ in range(4)]
@@ -252,14 +252,14 @@ def test_an_optimizer_takes_the_same_with_parameters_left_out(
         for is_short in (True, False):
             if not is_short:
                 monkeypatch.setattr("library.memory.planner.steps.has_state_first", lambda optimizer: False)
-            build = lambda given: getattr(torch.optim, kind)(given, lr=1e-3, **options)  # noqa: E731
+            build = lambda params: getattr(torch.optim, kind)(params, lr=1e-3, **options)  # noqa: E731
             counts.append(count_optimizer(build, groups, OperationCounter(ANSWERS)))
     assert counts[0] == counts[1]
     assert counts[0].state > 0
     assert (len(short_walk(parameters)) < len(parameters) - 15) and short_walk(parameters)[0] is parameters[0]
 
 
-def test_norms_can_be_counted_as_a_card_computes_them() -> None:
+def test_norms_can_be_counted_as_a_gpu_computes_them() -> None:
     norm = nn.LayerNorm(8)
     x = torch.randn(2, 8)
     with torch.autocast("cpu", torch.bfloat16):

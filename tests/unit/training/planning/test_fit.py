@@ -1,4 +1,4 @@
-"""What is said of a choice."""
+"""The log lines about a chosen plan."""
 
 from typing import Any
 
@@ -10,18 +10,18 @@ from library.training.planning.counting import BatchShape, CountedRun
 from library.training.planning.fit import Fit, fit_to
 from library.training.planning.previews import CountedPreview
 from tests.unit.memory.planner.test_choice import counted_step
-from tests.unit.training.test_checks import made
+from tests.unit.training.test_checks import make_options
 
 IMAGES = Stage("encoding images", "vae_batch_size", 5 * GIB, GIB, GIB, streamed_weights=GIB)
 
 
 def fitted(gib: float, *stages: Stage, adapter: int = 0) -> Fit:
-    options: Any = made(network_module="networks.lora")
+    options: Any = make_options(network_module="networks.lora")
     counted = CountedRun(BatchShape(1, 64, 64), counted_step(adapter), stages)
     return fit_to(counted, options, Gpu("made up", int(gib * GIB), 1e12, 1e9, 1e12))
 
 
-def test_the_stage_that_needs_most_is_named() -> None:
+def test_the_stage_that_needs_the_most_memory_is_named() -> None:
     training = predict(counted_step(), Way(), Gpu("made up", 0, 1e12, 1e9, 1e12)).device_bytes / GIB
     lines = list(fitted(7.5, IMAGES).lines())
     # 5 GiB of weights and 2.1 of two images and a context of 0.7 do not fit, so one is encoded.
@@ -30,20 +30,22 @@ def test_the_stage_that_needs_most_is_named() -> None:
     assert f"peak of the run: training (forward and backward pass), {training:.1f} GiB" in fitted(4).lines()
 
 
-def test_an_optimizer_that_needs_more_than_the_pass_is_named() -> None:
+def test_an_optimizer_step_that_needs_more_memory_than_the_pass_is_named() -> None:
     step = predict(counted_step(adapter=4 * GIB), Way(), Gpu("made up", 0, 1e12, 1e9, 1e12))
     assert step.peak == OPTIMIZER_STEP  # state and gradients are three adapters, a pass keeps 2.4 GiB
-    found = fitted(60, adapter=4 * GIB)
-    assert found.choice.chosen is not None and found.choice.chosen.device_bytes > CONTEXT_BYTES
-    assert any(line.startswith("peak of the run: training (optimizer step), ") for line in found.lines())
+    plan = fitted(60, adapter=4 * GIB)
+    assert plan.choice.chosen is not None and plan.choice.chosen.device_bytes > CONTEXT_BYTES
+    assert any(line.startswith("peak of the run: training (optimizer step), ") for line in plan.lines())
 
 
-def test_previews_stand_beside_what_training_keeps() -> None:
-    """Weights, adapter and optimizer state, and the VAE; the made-up step has 0.4 GiB of weights."""
+def test_previews_are_planned_on_top_of_the_memory_that_training_keeps() -> None:
+    """Weights, adapter and optimizer state, and the VAE; the make_options-up step has 0.4 GiB of weights."""
     step, preview = counted_step(), CountedPreview(1024, 768, GIB, 2 * GIB)
     roomy, tight = (
         fit_to(
-            CountedRun(BatchShape(1, 64, 64), step, (), preview), fitted(8).options, Gpu("made up", gib * GIB, 1, 1, 1)
+            CountedRun(BatchShape(1, 64, 64), step, (), preview),
+            fitted(8).options,
+            Gpu("made up", gib * GIB, 1, 1, 1),
         )
         for gib in (8, 3)
     )
@@ -53,11 +55,11 @@ def test_previews_stand_beside_what_training_keeps() -> None:
     assert any(line.startswith("previews of 1024x768: 4.") and line.endswith(more) for line in tight.lines())
 
 
-def test_encoders_that_are_streamed_need_less() -> None:
+def test_streamed_encoders_need_less_memory() -> None:
     lines = list(fitted(4, IMAGES).lines())
     assert "encoding images: 3.8 GiB with --vae_batch_size 2, layers streamed from main memory" in lines
 
 
-def test_the_search_space_is_that_of_the_options() -> None:
+def test_the_search_space_follows_from_the_options() -> None:
     assert fitted(8).allowed == Allowed(offloads_inputs=(False, True))
     assert choose(counted_step(), fitted(8).allowed, fitted(8).choice.gpu).chosen == fitted(8).choice.chosen

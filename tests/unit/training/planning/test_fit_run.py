@@ -1,4 +1,4 @@
-"""What --fit takes for the card, and for the largest batch."""
+"""The GPU memory and the largest batch that --fit assumes."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +15,7 @@ from library.training.planning import fit_run
 from library.training.planning.counting import BatchShape, fake_batch, shape_of_batch
 from library.training.planning.fit_run import count_adapter_run, largest_batch, measure_gpu
 from tests.unit.data.builders import SPEC
-from tests.unit.training.test_checks import made
+from tests.unit.training.test_checks import make_options
 from tests.unit.training.test_text_caching import Board
 
 
@@ -27,12 +27,12 @@ def test_the_largest_batch_has_the_most_pixels() -> None:
     assert largest_batch(plan) == BatchShape(1, 1024, 1024, ((512, 512),))
 
 
-def test_processes_choose_by_the_least_room_and_the_main_process_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of three processes finds another amount free, and measures another speed."""
+def test_processes_plan_with_the_least_free_memory_and_the_speed_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of three processes finds a different amount of free memory and measures a different speed."""
     free = {0: 9 * GIB, 1: 7 * GIB, 2: 8 * GIB}
     board = Board()
 
-    def card(rank: int) -> Gpu:
+    def gpu_of_rank(rank: int) -> Gpu:
         processes = Processes(rank=rank, count=3, local_rank=rank, local_count=3, store=board)
         return measure_gpu("auto", "bf16", processes)
 
@@ -42,19 +42,19 @@ def test_processes_choose_by_the_least_room_and_the_main_process_speed(monkeypat
     )
     with ThreadPoolExecutor(3) as pool, monkeypatch.context() as patch:
         patch.setattr(fit_run, "free_memory", lambda device: free.popitem()[1])
-        found = list(pool.map(card, (0, 1, 2)))
-    assert {one.memory_bytes for one in found} == {7 * GIB}
-    assert len({(one.flops, one.bus) for one in found}) == 1
+        gpus_of_ranks = list(pool.map(gpu_of_rank, (0, 1, 2)))
+    assert {gpu.memory_bytes for gpu in gpus_of_ranks} == {7 * GIB}
+    assert len({(gpu.flops, gpu.bus) for gpu in gpus_of_ranks}) == 1
 
 
-def test_auto_leaves_a_margin_beside_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bare context, which is there when it is asked, takes about 0.35 GiB of the 0.7 that are planned for one."""
+def test_auto_leaves_a_margin_below_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare context, which already exists at that point, takes about 0.35 GiB of the 0.7 that are planned for one."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 12 * GIB))
     room = fit_run.free_memory(torch.device("cuda"))
     assert room + 0.25 * GIB < 10 * GIB + 0.35 * GIB < 10 * GIB + CONTEXT_BYTES
 
 
-def test_a_module_of_others_that_needs_values_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_third_party_module_that_needs_real_values_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> Any:
         raise RuntimeError("shape is invalid")
 
@@ -63,9 +63,9 @@ def test_a_module_of_others_that_needs_values_is_named(monkeypatch: pytest.Monke
     arch: Any = nothing
     device: Any = nothing
     with pytest.raises(ValueError, match=r"--fit cannot count what --network_module lycoris.kohya does \(RuntimeError"):
-        count_adapter_run(made(network_module="lycoris.kohya"), arch, shape, device)
+        count_adapter_run(make_options(network_module="lycoris.kohya"), arch, shape, device)
     with pytest.raises(RuntimeError, match=r"^shape is invalid$"):
-        count_adapter_run(made(network_module="networks.lora"), arch, shape, device)
+        count_adapter_run(make_options(network_module="networks.lora"), arch, shape, device)
 
 
 @pytest.mark.parametrize("has_latents", [True, False])
@@ -73,7 +73,9 @@ def test_a_counted_batch_has_the_reference_images_of_the_described_one(has_laten
     shape = BatchShape(2, 64, 32, ((48, 16), (64, 64)))
     arch: Any = SimpleNamespace(codec=SimpleNamespace(spec=SPEC), text=SimpleNamespace(max_tokens=3))
     batch = fake_batch(arch, shape, None, has_latents)
-    pixels, latents = ([tuple(one.shape) for one in part] for part in (batch.reference_pixels, batch.reference_latents))
+    pixels, latents = (
+        [tuple(tensor.shape) for tensor in part] for part in (batch.reference_pixels, batch.reference_latents)
+    )
     assert pixels == ([] if has_latents else [(2, 3, 16, 48), (2, 3, 64, 64)])
     assert latents == ([(2, 4, 2, 6), (2, 4, 8, 8)] if has_latents else [])
     sized = replace(batch, sizes_B6=torch.tensor([[32.0, 64, 0, 0, 32, 64]] * 2))

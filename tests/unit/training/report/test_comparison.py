@@ -1,4 +1,4 @@
-"""Differences between runs, and which runs are meant."""
+"""Differences between runs, and resolving which runs are compared."""
 
 import json
 from pathlib import Path
@@ -14,14 +14,14 @@ from tests.event_lines import EVIL, audit, lines_of, plan, start, whole_run
 from tools import compare_runs
 
 
-def record_of(*told: Event) -> Record:
+def record_of(*events: Event) -> Record:
     record = Record()
-    for line in lines_of(told):
+    for line in lines_of(events):
         record.add(line)
     return record
 
 
-def test_options_data_and_versions_that_differ_are_listed_and_names_are_not() -> None:
+def test_differing_options_data_and_versions_are_listed_but_names_are_not() -> None:
     first = record_of(start("a", learning_rate=1e-4, seed=3, log_events="a.jsonl"), audit("cats"), plan(10))
     second = record_of(start("b", learning_rate=1e-4, network_dim=8, seed=4), audit("dogs"), plan(20))
     second.sessions[-1]["versions"]["torch"] = "2.10"
@@ -37,17 +37,17 @@ def test_options_data_and_versions_that_differ_are_listed_and_names_are_not() ->
 
 
 @pytest.mark.parametrize(
-    ("options", "wanted"),
+    ("options", "expected"),
     [({}, True), ({"validation_split": 0.2}, False), ({"validation_seed": 5}, False), ({"validation_seed": 1}, True)],
 )
-def test_validation_compares_where_the_same_is_measured(options: dict[str, float], wanted: bool) -> None:
-    """The plan's seed is 1, which draws the images where no validation_seed is given."""
+def test_validation_losses_are_compared_only_if_measured_alike(options: dict[str, float], expected: bool) -> None:
+    """The plan's seed is 1, which selects the images if no validation_seed is given."""
     first = record_of(start("a", validation_split=0.1), plan(10))
     second = record_of(start("b", **{"validation_split": 0.1, **options}), plan(10))
-    assert is_measured_alike([first, second]) == wanted
+    assert is_measured_alike([first, second]) == expected
 
 
-def test_runs_of_one_name_are_told_apart() -> None:
+def test_runs_of_the_same_name_get_different_labels() -> None:
     records = [record_of(start(name)) for name in ("cat", "cat", "cat", "dog")]
     paths = [Path("/x/one/cat.jsonl"), Path("/x/two/cat.jsonl"), Path("/y/one/cat.jsonl"), Path("/x/dog.jsonl")]
     assert label_runs(records, paths) == ["one/cat", "two/cat", "one/cat (2)", "dog"]
@@ -64,7 +64,9 @@ def test_a_folder_a_report_and_a_file_of_events_are_the_same_run(tmp_path: Path)
         assert read_run(path).as_json() == record.as_json()
 
 
-def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inputs_that_cannot_be_compared_are_refused_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match="holds 0 reports of runs"):
         read_run(tmp_path)
     for name in ("a", "b"):
@@ -77,7 +79,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureF
     assert "name two runs or more" in capsys.readouterr().err and not (tmp_path / "x.html").exists()
 
 
-def test_texts_of_others_are_data_here_too(tmp_path: Path) -> None:
+def test_foreign_texts_are_embedded_only_as_data(tmp_path: Path) -> None:
     paths = [tmp_path / "a-report.html", tmp_path / "b-report.html"]
     for path in paths:
         write_page(path, build_report(record_of(*whole_run(20, f"{EVIL}{path.name}"))))

@@ -1,4 +1,4 @@
-"""index.html: all runs of a folder."""
+"""index.html, which lists all runs of a folder."""
 
 from pathlib import Path
 
@@ -20,20 +20,26 @@ def add_run(folder: Path, name: str, num_lines: int | None = None, num_steps: in
     return record
 
 
-def test_it_lists_runs_with_state_loss_preview_and_link(tmp_path: Path) -> None:
-    whole = add_run(tmp_path, "cat")
+def test_the_index_lists_runs_with_state_loss_preview_and_link(tmp_path: Path) -> None:
+    complete_run = add_run(tmp_path, "cat")
     IndexWriter(tmp_path).close()
     assert not (tmp_path / FILE_NAME).exists()  # a single run needs no index
     add_run(tmp_path, "dog", num_lines=9)
     IndexWriter(tmp_path).take(lines_of([start("dog"), plan(20)]))
     runs = {run["name"]: run for run in read_data((tmp_path / FILE_NAME).read_text(encoding="utf-8"))["runs"]}
     assert {name: run["state"] for name, run in runs.items()} == {"cat": "finished", "dog": "running, or killed"}
-    assert runs["cat"]["loss"] == whole.loss and runs["cat"]["best"] == whole.best and runs["dog"]["picture"] is None
-    assert runs["cat"]["picture"] == whole.previews.items[-1]["pictures"]["0"] and runs["cat"]["prompt"] == "a cat"
+    assert (
+        runs["cat"]["loss"] == complete_run.loss
+        and runs["cat"]["best"] == complete_run.best
+        and runs["dog"]["picture"] is None
+    )
+    assert (
+        runs["cat"]["picture"] == complete_run.previews.items[-1]["pictures"]["0"] and runs["cat"]["prompt"] == "a cat"
+    )
     assert runs["dog"]["file"] == "dog-report.html" and runs["dog"]["step"] == 2
 
 
-def test_an_index_of_another_program_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_index_of_another_program_is_not_overwritten(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     add_run(tmp_path, "cat")
     add_run(tmp_path, "dog")
     (tmp_path / FILE_NAME).write_text("<html>mine</html>")
@@ -41,7 +47,7 @@ def test_an_index_of_another_program_stays(tmp_path: Path, caplog: pytest.LogCap
     assert (tmp_path / FILE_NAME).read_text() == "<html>mine</html>" and "is not a report" in caplog.text
 
 
-def test_a_damaged_report_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_report_is_omitted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("cat", "dog"):
         add_run(tmp_path, name)
     (tmp_path / "cow-report.html").write_text("cut off")
@@ -51,7 +57,7 @@ def test_a_damaged_report_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")
-def test_it_opens_in_a_browser(tmp_path: Path) -> None:
+def test_the_index_opens_in_a_browser(tmp_path: Path) -> None:
     add_run(tmp_path, "cat")
     path = tmp_path / "mean-report.html"
     record = Record()
@@ -64,5 +70,5 @@ def test_it_opens_in_a_browser(tmp_path: Path) -> None:
       const link = (row) => row.querySelector("a").getAttribute("href");
       return rows.map((row) => [link(row), row.querySelectorAll("img").length, short(2.5e-6)]);
     """
-    found, told = browser.ask((tmp_path / FILE_NAME).read_text(encoding="utf-8"), script, tmp_path / "browser")
-    assert told == [] and sorted(found) == [["cat-report.html", 1, "2.5e-6"], ["mean-report.html", 1, "2.5e-6"]]
+    answer, browser_log = browser.ask((tmp_path / FILE_NAME).read_text(encoding="utf-8"), script, tmp_path / "browser")
+    assert browser_log == [] and sorted(answer) == [["cat-report.html", 1, "2.5e-6"], ["mean-report.html", 1, "2.5e-6"]]

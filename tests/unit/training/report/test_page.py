@@ -26,7 +26,7 @@ from tests.event_lines import EVIL, lines_of, plan, start, thumbnail, whole_run
 
 
 class Elements(HTMLParser):
-    """Collects what a browser would see as elements and scripts."""
+    """A parser that collects elements and scripts as a browser would see them."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def record_of_run(num_steps: int = 30, name: str = "cat") -> Record:
     return record
 
 
-def test_texts_of_others_are_data_and_nothing_else() -> None:
+def test_foreign_texts_are_embedded_only_as_data() -> None:
     record = record_of_run(name=EVIL)
     page = build_report(record)
     elements = Elements(page)
@@ -60,24 +60,24 @@ def test_texts_of_others_are_data_and_nothing_else() -> None:
     assert read_data(page)["prompts"]["1"]["prompt"] == EVIL
 
 
-def test_nothing_is_fetched_and_only_its_own_scripts_run() -> None:
+def test_the_page_fetches_nothing_and_runs_only_its_own_scripts() -> None:
     elements = Elements(build_report(record_of_run()))
     assert [name for _, attributes in elements.tags for name in attributes if name in ("src", "href")] == []
     (policy,) = (a["content"] for _, a in elements.tags if a.get("http-equiv") == "Content-Security-Policy")
     allowed = set(re.findall(r"'sha256-([^']+)'", unescape(policy or "")))
-    scripts = [text for text in elements.scripts[1:] if text.strip()]  # the first are the data
+    scripts = [text for text in elements.scripts[1:] if text.strip()]  # the first script holds the data
     assert {base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts} == allowed
     assert (policy or "").startswith("default-src 'none'; img-src data:;")
 
 
 @pytest.mark.parametrize("name", UPLOT)
-def test_uplot_is_the_file_that_its_page_names(name: str) -> None:
+def test_uplot_matches_its_recorded_digest(name: str) -> None:
     digest = hashlib.sha256((HERE / name).read_bytes()).hexdigest()
     assert f"`{digest}`" in (HERE / "uplot" / "README.md").read_text()
     assert "Permission is hereby granted, free of charge" in (HERE / "uplot" / "LICENSE").read_text()
 
 
-def test_it_is_written_when_training_begins_then_every_half_minute_and_at_the_end(tmp_path: Path) -> None:
+def test_the_page_is_written_at_the_start_every_30_s_and_at_the_end(tmp_path: Path) -> None:
     now, path = [0.0], tmp_path / "out" / "cat-report.html"
     writer = ReportWriter(path, None, clock=lambda: now[0])
     lines = lines_of(whole_run(30))
@@ -106,7 +106,7 @@ def test_it_is_written_when_training_begins_then_every_half_minute_and_at_the_en
     "content",
     ["", "<html></html>", build_page("x", "report.js", {"version": 99}), build_page("x", "report.js", {"a": 1})],
 )
-def test_what_is_no_report_is_said_and_replaced(content: str, tmp_path: Path, caplog: Any) -> None:
+def test_a_file_that_is_not_a_report_is_warned_about_and_replaced(content: str, tmp_path: Path, caplog: Any) -> None:
     path = tmp_path / "cat-report.html"
     assert earlier_record(path) is None and caplog.text == ""
     path.write_text(content)
@@ -116,7 +116,7 @@ def test_what_is_no_report_is_said_and_replaced(content: str, tmp_path: Path, ca
         read_report(path)
 
 
-def test_a_contact_sheet_joins_the_report_and_stays_when_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_contact_sheet_is_added_to_the_report_and_kept_when_the_run_resumes(tmp_path: Path) -> None:
     path, lines = tmp_path / "cat-report.html", lines_of(whole_run(30))
     write_page(path, build_report(record_of_run(30)))
     add_sheet(path, thumbnail(7))
@@ -125,7 +125,7 @@ def test_a_contact_sheet_joins_the_report_and_stays_when_the_run_goes_on(tmp_pat
     writer.take(lines_of([start(), plan(40, first_step=30)]))
     assert read_report(path).sheet == thumbnail(7)
     writer = ReportWriter(path, earlier_record(path))
-    writer.take(lines)  # from the beginning: it shows what is gone
+    writer.take(lines)  # from the beginning: it shows removed steps
     assert read_report(path).sheet is None
 
 

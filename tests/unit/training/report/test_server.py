@@ -1,4 +1,4 @@
-"""tools/report.py --serve: what it serves to whom."""
+"""tools/report.py --serve: which files it serves and to which clients."""
 
 import http.client
 import threading
@@ -26,11 +26,11 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(folder: Path) -> Iterator[ReportServer]:
-    with ReportServer(folder, 0) as found:
-        thread = threading.Thread(target=found.serve_forever)
+    with ReportServer(folder, 0) as running:
+        thread = threading.Thread(target=running.serve_forever)
         thread.start()
-        yield found
-        found.shutdown()
+        yield running
+        running.shutdown()
         thread.join()
 
 
@@ -41,7 +41,7 @@ def get(server: ReportServer, path: str = "/", method: str = "GET", host: str | 
     return answer.status, answer.read().decode()
 
 
-def test_a_run_in_progress_reloads_and_one_that_is_over_does_not(server: ReportServer, folder: Path) -> None:
+def test_the_page_reloads_only_while_the_run_is_in_progress(server: ReportServer, folder: Path) -> None:
     status, page = get(server)
     assert status == 200 and TAG in page and read_data(page)["step"] == 0
     writer = ReportWriter(folder / "cat-report.html", None)
@@ -58,13 +58,13 @@ def test_other_files_are_not_served(path: str, server: ReportServer) -> None:
     assert get(server, path)[0] == 404
 
 
-def test_it_changes_nothing_and_answers_this_machine_alone(server: ReportServer) -> None:
+def test_the_server_is_read_only_and_answers_only_this_machine(server: ReportServer) -> None:
     assert server.server_address[0] == "127.0.0.1"
-    assert get(server, host="evil.example")[0] == 403  # a page of another site, by a name that it controls
+    assert get(server, host="evil.example")[0] == 403  # a page of another site, through a host name that it controls
     assert get(server, method="POST")[0] == 501 and get(server, method="DELETE")[0] == 501
 
 
-def test_events_are_read_again_for_every_request(tmp_path: Path) -> None:
+def test_events_are_reread_for_every_request(tmp_path: Path) -> None:
     import json
 
     path = tmp_path / "events.jsonl"
@@ -79,7 +79,7 @@ def test_events_are_read_again_for_every_request(tmp_path: Path) -> None:
             thread.join()
 
 
-def test_what_cannot_be_served_is_one_sentence(tmp_path: Path) -> None:
+def test_serving_errors_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         ReportServer(tmp_path / "gone", 0)
     with pytest.raises(UserError, match="has no report yet"):

@@ -1,4 +1,4 @@
-"""The values that are kept of long runs."""
+"""Thinning the recorded values of long runs."""
 
 import json
 import random
@@ -10,8 +10,8 @@ from library.training.report_page.thinning import DIGITS, MOST_BUCKETS, Curves, 
 
 
 @pytest.mark.parametrize("num_steps", [7, MOST_BUCKETS, MOST_BUCKETS + 1, 13_577])
-def test_buckets_hold_mean_least_and_most_of_their_steps(num_steps: int) -> None:
-    """Held to all values at once; a stop in between, with what a report holds, changes nothing."""
+def test_buckets_hold_mean_minimum_and_maximum_of_their_steps(num_steps: int) -> None:
+    """Compare with all values at once; resuming from a report in between changes nothing."""
     rng = random.Random(num_steps)
     values = {step: rng.lognormvariate(0, 2) for step in range(1, num_steps + 1) if rng.random() > 0.05}
     curves, stop = Curves(), rng.randrange(1, num_steps)
@@ -23,20 +23,24 @@ def test_buckets_hold_mean_least_and_most_of_their_steps(num_steps: int) -> None
     width, length = curves.width, len(column["total"])
     assert (length <= MOST_BUCKETS and width == 1) or length > MOST_BUCKETS // 2 - 1
     for bucket in range(length):
-        own = [values[step] for step in range(bucket * width + 1, (bucket + 1) * width + 1) if step in values]
-        if not own:
+        bucket_values = [values[step] for step in range(bucket * width + 1, (bucket + 1) * width + 1) if step in values]
+        if not bucket_values:
             assert column["total"][bucket] is None
             continue
         near = pytest.approx
-        assert column["total"][bucket] == near(sum(own), rel=len(own) * 10 ** (1 - DIGITS))
+        assert column["total"][bucket] == near(sum(bucket_values), rel=len(bucket_values) * 10 ** (1 - DIGITS))
         if width > 1:
-            found = column["low"][bucket], column["high"][bucket], column["count"][bucket]
-            assert found == (near(min(own), rel=10 ** (1 - DIGITS)), near(max(own), rel=10 ** (1 - DIGITS)), len(own))
+            bucket_limits = column["low"][bucket], column["high"][bucket], column["count"][bucket]
+            assert bucket_limits == (
+                near(min(bucket_values), rel=10 ** (1 - DIGITS)),
+                near(max(bucket_values), rel=10 ** (1 - DIGITS)),
+                len(bucket_values),
+            )
     rates = curves.as_json()["columns"]["rate"]
     assert ("low" in rates) == (width > 1)
 
 
-def test_steps_behind_a_cut_are_forgotten() -> None:
+def test_steps_after_a_cut_are_dropped() -> None:
     curves = Curves()
     for step in range(1, 31):
         curves.add(step, {"loss": float(step)})
@@ -49,13 +53,13 @@ def test_steps_behind_a_cut_are_forgotten() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 5, 6, 40, 1001])
-def test_a_list_keeps_first_and_last_and_evenly_many_between(count: int) -> None:
-    kept = Kept(limit=5)
+def test_a_list_keeps_the_first_the_last_and_evenly_spaced_items(count: int) -> None:
+    thinned = Kept(limit=5)
     for step in range(count):
-        kept.add({"step": step})
-        assert kept.items[-1]["step"] == step and kept.items[0]["step"] == 0 and len(kept.items) <= 5
-        kept = Kept.from_json(5, json.loads(json.dumps(kept.as_json())))
-    steps = [item["step"] for item in kept.items]
+        thinned.add({"step": step})
+        assert thinned.items[-1]["step"] == step and thinned.items[0]["step"] == 0 and len(thinned.items) <= 5
+        thinned = Kept.from_json(5, json.loads(json.dumps(thinned.as_json())))
+    steps = [item["step"] for item in thinned.items]
     assert len(steps) == min(count, 5) or len(steps) >= 3
     distances = {b - a for a, b in pairwise(steps[:-1])}
     assert len(distances) <= 1, "all but the last are equally far apart"
