@@ -12,7 +12,7 @@ from library.checkpoints.files import load_state_dict, read_metadata
 from networks.core.registry.layouts import list_kinds
 from tests.running import Finished, make_images
 from tests.runs.bases import BASES
-from tests.runs.test_resume import ALL_RANDOM, cut_and_go_on
+from tests.runs.test_resume import ALL_RANDOM, interrupt_and_resume
 
 Train = Callable[..., Finished]
 KINDS = sorted(kind.network_module for kind in list_kinds() if kind.network_module)
@@ -72,4 +72,4 @@ def test_concepts_are_trained_from_prompts_alone(train: Train, name: str, script
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
-    cut_and_go_on(train, [*base_arguments, *ALL_RANDOM], tmp_path, cuts=[3])
+    interrupt_and_resume(train, [*base_arguments, *ALL_RANDOM], tmp_path, cuts=[3])

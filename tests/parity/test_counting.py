@@ -35,7 +35,7 @@ from networks.core.protocol import adopt, open_network_module
 from tests.parity.opened import opened_with
 from tests.running import SCRIPTS
 from tests.runs.bases import BASES
-from tests.runs.test_memory_modes import in_8_bits
+from tests.runs.test_memory_modes import quantise_and_dequantise
 from tests.unit.memory.planner.made_up import allocated_peak
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
@@ -203,7 +203,7 @@ def test_weights_that_the_file_has_in_8_bits_are_counted_as_they_stay(tmp_path: 
     options, arch = opened("flux", tmp_path / "model", "--mixed_precision", "bf16")
     plain = count_run(options, arch, SHAPE, CPU).step
     path = Path(str(options.model.pretrained_model_name_or_path))
-    codes, _ = in_8_bits(load_file(path))
+    codes, _ = quantise_and_dequantise(load_file(path))
     save_file(codes, path)
     num_codes = sum(value.numel() for value in codes.values() if value.dtype == torch.float8_e4m3fn)
     options, arch = opened_again(options, arch)
