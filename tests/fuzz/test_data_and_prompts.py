@@ -99,13 +99,13 @@ arguments = st.one_of(
 )
 
 
-@pytest.mark.parametrize("door", [lora, lora_fa, dylora], ids=lambda door: door.__name__)
+@pytest.mark.parametrize("network_module", [lora, lora_fa, dylora], ids=lambda network_module: network_module.__name__)
 @any_input(15)
 @given(items=st.lists(arguments, max_size=3), rank=st.sampled_from([1, 4]))
-def test_network_arguments(door: Any, items: list[str], rank: int) -> None:
+def test_network_arguments(network_module: Any, items: list[str], rank: int) -> None:
     def create() -> None:
         text, unet = toy_models(1)
-        network = door.create_network(1.0, rank, 1.0, None, text, unet, **parse_network_args(items))
+        network = network_module.create_network(1.0, rank, 1.0, None, text, unet, **parse_network_args(items))
         network.apply_to(text, unet)
         network.prepare_optimizer_params_with_multiple_te_lrs([1e-2], 1e-2, 1e-2)
 
