@@ -142,32 +142,34 @@ def main() -> int:
     args = parser.parse_args()
     if args.what == "record":
         args.file.write_text(
-            json.dumps({name: asdict(seen) for name, seen in cases(args.only)}, indent=1, sort_keys=True)
+            json.dumps({name: asdict(result) for name, result in cases(args.only)}, indent=1, sort_keys=True)
         )
         return 0
     before = json.loads(args.file.read_text())
     differences = [
-        line for name, seen in cases(args.only) for line in compared(name, before.get(name), asdict(seen))
+        line for name, result in cases(args.only) for line in compare_results(name, before.get(name), asdict(result))
     ]  # fmt: skip
     print("\n".join(differences) if differences else "no difference")
     return int(bool(differences))
 
 
-def compared(name: str, before: dict[str, Any] | None, after: dict[str, Any]) -> Iterator[str]:
+def compare_results(name: str, before: dict[str, Any] | None, after: dict[str, Any]) -> Iterator[str]:
     """Yield the differences between two results of a case."""
     if before is None:
         yield f"{name}: was not recorded"
         return
     for part in ("status", "losses", "said"):
         if before[part] != after[part]:
-            lines = difflib.unified_diff(*(shown(seen[part]) for seen in (before, after)), lineterm="", n=0)
+            lines = difflib.unified_diff(
+                *(lines_to_compare(result[part]) for result in (before, after)), lineterm="", n=0
+            )
             yield "\n  ".join([f"{name}: {part}:", *list(lines)[2:]])
     for path in sorted({*before["files"], *after["files"]}):
         if before["files"].get(path) != after["files"].get(path):
             yield f"{name}: {path}: {before['files'].get(path)} is {after['files'].get(path)}"
 
 
-def shown(part: Any) -> list[str]:
+def lines_to_compare(part: Any) -> list[str]:
     return part if isinstance(part, list) else json.dumps(part, indent=1, sort_keys=True).splitlines()
 
 
@@ -235,7 +237,7 @@ def fresh_process(script: str, arguments: Sequence[str]) -> Iterator[None]:
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     logger = logging.getLogger()
-    kept = sys.argv, time.time, secrets.randbelow, list(logger.handlers), logger.level
+    previous = sys.argv, time.time, secrets.randbelow, list(logger.handlers), logger.level
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [str(ROOT / script), *arguments]
     time.time = lambda: FIXED_TIME  # type: ignore[assignment]
@@ -243,7 +245,7 @@ def fresh_process(script: str, arguments: Sequence[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.argv, time.time, secrets.randbelow, logger.handlers[:], level = kept  # type: ignore[misc]
+        sys.argv, time.time, secrets.randbelow, logger.handlers[:], level = previous  # type: ignore[misc]
         logger.setLevel(level)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -253,27 +255,27 @@ def losses_of(logs: Path) -> dict[str, str]:
     """Return the exact loss of each batch, from the TensorBoard charts."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found: dict[str, str] = {}
+    losses: dict[str, str] = {}
     for file in sorted(logs.rglob("events.out.tfevents*")):
         events = EventAccumulator(str(file.parent), size_guidance={"scalars": 0})
         events.Reload()
         for tag in events.Tags()["scalars"]:
             if tag.startswith("loss/"):
                 for place, event in enumerate(events.Scalars(tag)):
-                    found[f"{tag} {place} at {event.step}"] = float(event.value).hex()
-    return found
+                    losses[f"{tag} {place} at {event.step}"] = float(event.value).hex()
+    return losses
 
 
 def digests_of(folder: Path) -> dict[str, str]:
     """Return a digest of each written file, except charts and reports, which contain times."""
     inputs = {folder / "prompts.txt", *(folder / "data").rglob("*.png"), *(folder / "data").rglob("*.txt")}
-    found = {}
+    digests = {}
     for path in folder.rglob("*"):
         is_timed = path.is_relative_to(folder / "logs") or path.name.endswith("-report.html")
         if path.is_file() and path not in inputs and not is_timed:
             name = re.sub(r"\d{14}", "#", str(path.relative_to(folder)))  # names of previews contain the time
-            found[name] = hashlib.sha256(content_of(path)).hexdigest()
-    return found
+            digests[name] = hashlib.sha256(content_of(path)).hexdigest()
+    return digests
 
 
 def content_of(path: Path) -> bytes:
@@ -293,9 +295,10 @@ def lines_of(text: str, folder: Path) -> list[str]:
     """Return the screen's lines without progress bars; times and paths are replaced."""
     text = re.sub(r"\x1b\[[A-Z]", "", text.replace(str(folder.parent), "FOLDER").replace(str(ROOT), "ROOT"))
     lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
-    kept = [line for line in lines if line and not re.search(r"\d+%\||it/s|s/it", line)]
+    kept_lines = [line for line in lines if line and not re.search(r"\d+%\||it/s|s/it", line)]
     varying = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|\d+(\.\d+)? ?(s|ms|min)\b|\d{14}|\b[0-9a-f]{40}\b"
-    return [re.sub(r"(a step took #).*", r"\1", re.sub(varying, "#", line)) for line in kept]  # where it went varies
+    # Its breakdown varies.
+    return [re.sub(r"(a step took #).*", r"\1", re.sub(varying, "#", line)) for line in kept_lines]
 
 
 if __name__ == "__main__":

@@ -63,5 +63,5 @@ def ask(page: str, script: str, folder: Path) -> tuple[Any, list[str]]:
     dumped = run(copy, folder, "--virtual-time-budget=5000", "--dump-dom").decode("utf-8")
     answer = ANSWER.search(dumped)
     assert answer is not None, dumped[-2000:]
-    told = json.loads(unescape(answer[1]))
-    return told["found"], told["told"]
+    answer_data = json.loads(unescape(answer[1]))
+    return answer_data["found"], answer_data["told"]

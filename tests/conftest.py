@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Exclude the modules and the thousands of collected tests, which all stay alive, from garbage collection."""
-    keep_what_stays(session.config)
+    freeze_collected(session.config)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -37,10 +37,10 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     """
     yield
     if len(sys.modules) - item.config.stash[MODULES_KEPT] >= MANY_MODULES:
-        keep_what_stays(item.config)
+        freeze_collected(item.config)
 
 
-def keep_what_stays(config: pytest.Config) -> None:
+def freeze_collected(config: pytest.Config) -> None:
     gc.collect()
     gc.freeze()
     config.stash[MODULES_KEPT] = len(sys.modules)

@@ -32,13 +32,13 @@ class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
-            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            there = [isinstance(tensor, OnDevice) for tensor in given]
-            target = kwargs.get("device") or given[0].device
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            there = [isinstance(tensor, OnDevice) for tensor in tensors]
+            target = kwargs.get("device") or tensors[0].device
             goes, comes = torch.device(target) == DEVICE, there[-1]
             no_wait = kwargs.get("non_blocking", False) or args[-1] is True
             if goes != comes and not (goes and no_wait):
-                raise HostWaits(f"a copy of {tuple(given[-1].shape)} to {target}")
+                raise HostWaits(f"a copy of {tuple(tensors[-1].shape)} to {target}")
         return func(*args, **kwargs)
 
 
@@ -47,20 +47,20 @@ def move_fakes(models: Iterable[nn.Module]) -> None:
 
     This includes frozen values computed from weights, which a run moves in its first step.
     """
-    made: dict[Tensor, Tensor] = {}
-    seen: set[int] = set()
+    moved: dict[Tensor, Tensor] = {}
+    visited: set[int] = set()
     waiting: list[Any] = [module for model in models for module in model.modules()]
     while waiting:
         held = waiting.pop()
-        if id(held) in seen:
+        if id(held) in visited:
             continue
-        seen.add(id(held))
+        visited.add(id(held))
         parts = [vars(held), *([held._parameters, held._buffers] if isinstance(held, nn.Module) else [])]
         for part in parts:
             for name, old in part.items():
                 if isinstance(old, FakeTensor):
-                    made[old] = made.get(old, on_device(old))
-                    part[name] = made[old]
+                    moved[old] = moved.get(old, on_device(old))
+                    part[name] = moved[old]
                 elif isinstance(old, nn.Module) or type(old).__module__.startswith(OURS):
                     waiting.append(old)
 

@@ -27,11 +27,11 @@ class OnDevice(Tensor):
     def __new__(cls, inner: Tensor) -> "OnDevice":
         if inner.dtype in REFUSED:
             raise TypeError(f"the device has no {inner.dtype}")
-        made: OnDevice = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        wrapper: OnDevice = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=DEVICE
         )
-        made.inner = inner
-        return made
+        wrapper.inner = inner
+        return wrapper
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -59,16 +59,16 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     elif here and any(t.dim() and not isinstance(t, OnDevice) for t in tensors) and "copy_" not in str(func):
         raise TypeError(f"{func} got tensors of both devices")
-    results = func(*unwrapped(args), **unwrapped(kwargs))
+    results = func(*unwrap(args), **unwrap(kwargs))
     if func is torch.ops.aten.copy_.default:
         return args[0]
     if not stays:
         return results
-    known = {id(tensor.inner): tensor for tensor in here}  # in-place operations return their own argument
-    return tree_map_only(Tensor, lambda t: known[id(t)] if id(t) in known else OnDevice(t), results)
+    known_tensors = {id(tensor.inner): tensor for tensor in here}  # in-place operations return their own argument
+    return tree_map_only(Tensor, lambda t: known_tensors[id(t)] if id(t) in known_tensors else OnDevice(t), results)
 
 
-def unwrapped(values: Any) -> Any:
+def unwrap(values: Any) -> Any:
     return tree_map_only(OnDevice, lambda tensor: tensor.inner, values)
 
 

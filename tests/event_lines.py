@@ -23,9 +23,9 @@ def thumbnail(red: int) -> str:
     return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def lines_of(told: Sequence[Event] | Iterator[Event], started: float = STARTED) -> list[dict[str, Any]]:
+def lines_of(emitted: Sequence[Event] | Iterator[Event], started: float = STARTED) -> list[dict[str, Any]]:
     """Return events as lines, one second apart."""
-    return [plain(event.as_line(started + second)) for second, event in enumerate(told)]
+    return [plain(event.as_line(started + second)) for second, event in enumerate(emitted)]
 
 
 def start(name: str = "cat", **options: Any) -> events.Start:
@@ -86,11 +86,11 @@ def saved(number: int, reason: events.SavedFor = "step", name: str | None = None
 def choice(steps: Sequence[int]) -> events.Choice:
     """Return a choice that suggests the last of the files."""
     files = [(None, 0), *((f"out/cat-step{step:08}.safetensors", step) for step in steps)]
-    found = [
+    candidates = [
         events.Candidate(file, step, 0.1 + gap, 0.09 + gap, 0.11 + gap, gap, 0.9 * gap, 1.1 * gap, gap > 0)
         for (file, step), gap in zip(files, (0.02 * (len(steps) - i) for i in range(len(files))), strict=True)
     ]
-    return events.Choice(files[-1][0], steps[-1], True, f"the others are worse {EVIL}", 9, 0.95, found)
+    return events.Choice(files[-1][0], steps[-1], True, f"the others are worse {EVIL}", 9, 0.95, candidates)
 
 
 def whole_run(num_steps: int, name: str = "cat", seed: int = 0) -> Iterator[events.Event]:

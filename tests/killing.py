@@ -50,7 +50,7 @@ class Ended:
 
 def run_jobs(jobs: Sequence[Job], folder: Path, timeout: float = 600) -> list[Ended]:
     """Run the jobs in sequence, forked from one process that has imported everything."""
-    return [Ended(**one) for one in run_module("tests.killing", jobs, folder, timeout)]
+    return [Ended(**fields) for fields in run_module("tests.killing", jobs, folder, timeout)]
 
 
 def run_module(module: str, jobs: Sequence[Any], folder: Path, timeout: float) -> Any:
@@ -73,12 +73,12 @@ def main() -> None:
     """Run the jobs of a file and print their results as JSON."""
     from tests.running import STARTED
 
-    jobs = [Job(**one) for one in json.loads(Path(sys.argv[1]).read_text())]
+    jobs = [Job(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
     for script in {job.script for job in jobs}:
         import_all(script, STARTED[script])
     fix_times()
     keep_imported("tests")
-    print(json.dumps([asdict(forked(job)) for job in jobs]))
+    print(json.dumps([asdict(run_forked(job)) for job in jobs]))
 
 
 def import_all(script: str, spec: BaseModelSpec) -> None:
@@ -108,7 +108,7 @@ def fix_times() -> None:
     writer.secrets = SimpleNamespace(randbelow=lambda limit: 7)  # type: ignore[attr-defined]
 
 
-def forked(job: Job) -> Ended:
+def run_forked(job: Job) -> Ended:
     """Run one job in a child process."""
     folder = Path(job.folder)
     log, record = folder / "log", folder / "operations"

@@ -62,16 +62,16 @@ def main() -> None:
     """Run the jobs of a file and print their results as JSON."""
     from tests.running import STARTED
 
-    jobs = [Job(**one) for one in json.loads(Path(sys.argv[1]).read_text())]
+    jobs = [Job(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
     for script in {job.script for job in jobs if job.call is None}:
         import_all(script, STARTED[script])
     for call in {job.call for job in jobs if job.call is not None}:
         importlib.import_module(call.partition(":")[0])
     keep_imported("tests")
-    print(json.dumps([[asdict(rank) for rank in forked(job)] for job in jobs]))
+    print(json.dumps([[asdict(rank) for rank in run_forked(job)] for job in jobs]))
 
 
-def forked(job: Job) -> list[Rank]:
+def run_forked(job: Job) -> list[Rank]:
     """Run one job in child processes."""
     port = free_port()
     ranks = range(job.count)
@@ -87,22 +87,25 @@ def forked(job: Job) -> list[Rank]:
         if time.monotonic() > end:  # deadlock
             for child in children:
                 os.kill(child, signal.SIGKILL)
-    return [Rank(statuses[rank], said_by(job, rank).read_text(errors="replace"), given(job, rank)) for rank in ranks]
+    return [
+        Rank(statuses[rank], output_file(job, rank).read_text(errors="replace"), result_file(job, rank))
+        for rank in ranks
+    ]
 
 
-def said_by(job: Job, rank: int) -> Path:
+def output_file(job: Job, rank: int) -> Path:
     return Path(job.folder) / f"said_{rank}"
 
 
-def given(job: Job, rank: int) -> Any:
+def result_file(job: Job, rank: int) -> Any:
     path = Path(job.folder) / f"gave_{rank}"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 def fork(job: Job, rank: int, port: int) -> int:
@@ -112,11 +115,11 @@ def fork(job: Job, rank: int, port: int) -> int:
         return child
     status = 70
     try:
-        output = os.open(said_by(job, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        output = os.open(output_file(job, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(output, stream)
-        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.count, "LOCAL_WORLD_SIZE": job.count}
-        os.environ.update({name: str(value) for name, value in told.items()})
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.count, "LOCAL_WORLD_SIZE": job.count}
+        os.environ.update({name: str(value) for name, value in environment.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
         os.environ.update(job.environment)
         (Path(job.folder) / f"number_{rank}").write_text(str(os.getpid()))
@@ -153,9 +156,9 @@ def start(job: Job) -> int:
     from library.training.command_line.main import main as train
     from tests.running import STARTED
 
-    card = STARTED[job.script]
+    spec = STARTED[job.script]
     parser = importlib.import_module(job.script).setup_parser()
-    return train(parser, card.options, card.build, job.arguments)
+    return train(parser, spec.options, spec.build, job.arguments)
 
 
 def call(job: Job, rank: int) -> int:
@@ -165,8 +168,8 @@ def call(job: Job, rank: int) -> int:
     assert job.call is not None
     module, _, name = job.call.partition(":")
     dist.init_process_group("gloo")
-    found = getattr(importlib.import_module(module), name)(*job.arguments)
-    (Path(job.folder) / f"gave_{rank}").write_text(json.dumps(found))
+    function = getattr(importlib.import_module(module), name)(*job.arguments)
+    (Path(job.folder) / f"gave_{rank}").write_text(json.dumps(function))
     if dist.is_initialized():  # a script's run destroys it itself
         dist.destroy_process_group()
     return 0

@@ -1,4 +1,4 @@
-"""The project's sources, each parsed once for all tests of this folder that a process runs."""
+"""The project's sources, each parsed once per process for all tests of this folder."""
 
 import ast
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def python_files(*folders: str) -> list[Path]:
 
 
 def scripts() -> list[Path]:
-    """Return the sources in the repository's first folder."""
+    """Return the Python files in the repository's root folder."""
     return [path.relative_to(ROOT) for path in sorted(ROOT.glob("*.py"))]
 
 
@@ -29,8 +29,8 @@ class Source:
     """The imports and names of a file; its syntax tree would take a hundred times as much memory."""
 
     imports: tuple[tuple[str, Sequence[str]], ...]  # (module, names taken from it; none for a plain import)
-    defined: frozenset[str]  # names that it defines or imports, at any depth
-    identifiers: frozenset[str]  # names that it defines or uses, attributes and arguments included
+    defined: frozenset[str]  # names defined or imported, at any depth
+    identifiers: frozenset[str]  # names defined or used, including attributes and arguments
 
 
 @cache

@@ -15,6 +15,6 @@ def test_the_table_names_files() -> None:
 
 
 @pytest.mark.parametrize("path", NAMED)
-def test_a_file_that_is_named_exists(path: str) -> None:
+def test_named_files_exist(path: str) -> None:
     place = ROOT / path
     assert any(place.iterdir()) if path.endswith("/") else place.stat().st_size > 0

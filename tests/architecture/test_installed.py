@@ -22,7 +22,7 @@ OFFLINE = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what is installed, since building writes beside pyproject.toml, and two folders that are not."""
+    """Copy the installed packages and two other folders, since building writes next to pyproject.toml."""
     folder = tmp_path / "sd-scripts"
     for name in PACKAGES:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -34,7 +34,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_an_editable_installation_is_imported_from_another_folder(checkout: Path, tmp_path: Path) -> None:
+def test_an_editable_installation_can_be_imported_from_another_folder(checkout: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "fresh", with_pip=False)
     python = python_path(tmp_path / "fresh")
     with_setuptools = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
@@ -48,7 +48,7 @@ def test_an_editable_installation_is_imported_from_another_folder(checkout: Path
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_every_file_of_the_four_packages_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
+def test_a_wheel_contains_exactly_the_files_of_the_four_packages(checkout: Path, tmp_path: Path) -> None:
     subprocess.run([*PIP, "wheel", *OFFLINE, "--wheel-dir", str(tmp_path), str(checkout)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}

@@ -1,4 +1,4 @@
-"""Folders are layers: imports point down, and no two folders import each other, however indirectly."""
+"""Folders are layers: imports point down, and no two folders import each other, even indirectly."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -12,8 +12,8 @@ from tests.architecture.sources import python_files, source_of
 PATHS = python_files("library", "networks")
 MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
 
-# Every folder, and every module that lies beside folders, from the bottom up. What stands in one line is one layer,
-# whose parts may import each other as long as there is no cycle. A longer name wins over a shorter one.
+# Every folder, and every module next to folders, from the bottom up. One line is one layer, whose parts may import
+# each other as long as there is no cycle. A longer name takes precedence over a shorter one.
 LAYERS = (
     ("library.errors", "library.suggestions", "library.formatting", "library.json_text"),
     ("library.types", "library.randomness", "library.collector", "library.hidden_libraries", "library.launcher"),
@@ -66,15 +66,15 @@ LAYERS = (
 )
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 
-# Modules by which other programs import sd-scripts, and what --network_module and front ends name: they hold nothing of
-# their own, import anything, and nothing imports them.
+# Modules that other programs import as sd-scripts, or that --network_module and front ends name: they have no content
+# of their own, may import anything, and nothing imports them.
 IMPORTED = ("train_util", "model_util", "sdxl_model_util", "flux_train_utils", "huggingface_util", "utils")
 ENTRY_POINTS = {f"library.{name}" for name in IMPORTED} | {
     module for module in MODULES if module.startswith("networks.") and not module.startswith("networks.core")
 }
-PACKAGES = ("library", "networks", "networks.core", "library.data", "library.training")  # their __init__ is empty
+PACKAGES = ("library", "networks", "networks.core", "library.data", "library.training")  # each has an empty __init__
 
-# Beyond the order: a layer that must not know one below it, except for the modules named.
+# In addition to the order: layers that must not import one below them, except for the listed modules.
 FORBIDDEN = {
     "library.training": ("library.architectures", "library.models", "networks.core"),
     "library.data": ("library.architectures", "library.models", "library.diffusion", "library.memory", "networks"),
@@ -89,29 +89,29 @@ EXCEPT = ("networks.core.protocol", "networks.core.targets.targets")
 
 
 def imports_of(path: Path) -> set[str]:
-    """Return the modules of the project that a file imports, inside functions and for type checking too."""
+    """Return the project modules that a file imports, including imports in functions and for type checking."""
     names: set[str] = set()
     for module, taken in source_of(path).imports:
-        whole = {f"{module}.{name}" for name in taken}
-        names |= {name if name in MODULES else module for name in whole} if taken else {module}
+        submodules = {f"{module}.{name}" for name in taken}
+        names |= {name if name in MODULES else module for name in submodules} if taken else {module}
     return {name for name in names if name in MODULES}
 
 
 @cache
 def imports() -> dict[str, set[str]]:
-    """Return what each module imports."""
+    """Return the imports of each module."""
     return {module: imports_of(path) for module, path in MODULES.items()}
 
 
 def layer_of(module: str) -> str:
     """Return the entry of LAYERS that a module belongs to."""
-    found = [part for part in LAYER if module == part or module.startswith(part + ".")]
-    assert found, f"{module} is in no layer; add its folder to LAYERS"
-    return max(found, key=len)
+    matches = [part for part in LAYER if module == part or module.startswith(part + ".")]
+    assert matches, f"{module} is in no layer; add its folder to LAYERS"
+    return max(matches, key=len)
 
 
 def folders() -> dict[str, str]:
-    """Return the folder of each module; a module that lies beside folders stands for itself."""
+    """Return the folder of each module; a module next to folders counts as its own folder."""
     parents = {path.parent for path in PATHS}
     with_folders = {folder for folder in parents if any(folder in other.parents for other in parents)}
     return {
@@ -124,7 +124,7 @@ def inside(module: str, parts: tuple[str, ...]) -> bool:
     return any(module == part or module.startswith(part + ".") for part in parts)
 
 
-def layered() -> Iterator[str]:
+def upward_imports() -> Iterator[str]:
     yield from (module for module in MODULES if module not in ENTRY_POINTS and module not in PACKAGES)
 
 
@@ -147,7 +147,7 @@ def test_no_folders_import_each_other_in_a_cycle() -> None:
 
 
 def test_imports_point_down() -> None:
-    for module in layered():
+    for module in upward_imports():
         here = layer_of(module)
         for other in imports()[module] - set(PACKAGES):
             assert other not in ENTRY_POINTS, f"{module} imports {other}, which is for other programs"
@@ -156,23 +156,23 @@ def test_imports_point_down() -> None:
 
 
 @pytest.mark.parametrize("part", FORBIDDEN)
-def test_layers_know_only_what_they_may(part: str) -> None:
-    for module in layered():
+def test_layers_import_only_what_they_may(part: str) -> None:
+    for module in upward_imports():
         if inside(module, (part,)):
-            found = {
+            violations = {
                 other
                 for other in imports()[module]
                 if inside(other, FORBIDDEN[part]) and not inside(other, (part, *EXCEPT))
             }
-            assert not found, f"{module} imports {sorted(found)}; {part} must not know {FORBIDDEN[part]}"
+            assert not violations, f"{module} imports {sorted(violations)}; {part} must not know {FORBIDDEN[part]}"
 
 
 def test_no_base_model_imports_another() -> None:
     for module in MODULES:
         if module.startswith("library.architectures.") and module.count(".") > 2:
-            own = ".".join(module.split(".")[:3])
-            others = {o for o in imports()[module] if o.startswith("library.architectures.") and o.count(".") > 2}
-            assert all(inside(other, (own,)) for other in others), f"{module} imports {others}"
+            own_package = ".".join(module.split(".")[:3])
+            other_models = {o for o in imports()[module] if o.startswith("library.architectures.") and o.count(".") > 2}
+            assert all(inside(other, (own_package,)) for other in other_models), f"{module} imports {other_models}"
 
 
 def test_every_layer_exists() -> None:

@@ -1,6 +1,6 @@
-"""Names of base models stand in the models' own packages only.
+"""Base models are named only in their own packages.
 
-The names are those on the specs, so a base model that is added is looked for too.
+The names come from the specs, so new base models are covered too.
 """
 
 import re
@@ -19,7 +19,7 @@ FILES = {
     for path in sorted((ROOT / room).rglob("*.py"))
     if ARCHITECTURES not in path.parents or path.parent == ARCHITECTURES
 }
-TOO_SHORT = {"sd"}  # of packages: half the words of this field begin with it
+TOO_SHORT = {"sd"}  # a package name that half the words of this field begin with
 
 DOORS = "programs start or import it by this name"
 SHARED_VAE = "a VAE that several models share is called after the one that it came with"
@@ -71,14 +71,14 @@ MAY_NAME_MODELS = {
 
 
 def names_of(specs: tuple[BaseModelSpec, ...]) -> set[str]:
-    """Packages, and what specs and messages call a model, without numbers of versions."""
+    """Return package names and the names in specs and messages, without version numbers."""
     packages = {path.name for path in ARCHITECTURES.iterdir() if (path / "spec.py").is_file()} - TOO_SHORT
     called = {spec.called.partition(" ")[2] for spec in specs} | {spec.title for spec in specs}
     return packages | {spec.name for spec in specs} | {re.sub(r"[ .]?[\d.]+(\.x)?$| XL$", "", name) for name in called}
 
 
 def pattern_of(name: str) -> str:
-    """The name as a word, with or without separators, also at the beginning of a name of a class or a function."""
+    """Return a pattern for the name as a word, with or without separators, also at the start of an identifier."""
     words = "[ _-]?".join(re.findall(r"[A-Za-z]+|\d+", name))
     return rf"(?<![a-zA-Z])(?i:{words})(?!{'[0-9]' if name[-1].isdigit() else '[a-z]'})"
 
@@ -88,34 +88,34 @@ WORDS = names_of(list_specs()) - {"SD"}
 NAMES = re.compile("|".join(pattern_of(name) for name in sorted(WORDS, key=len, reverse=True)))
 
 
-def found_in(path: str) -> list[str]:
+def names_in(path: str) -> list[str]:
     return [match[0] for match in NAMES.finditer(f"{path}\n{FILES[path]}".replace(PROGRAM, ""))]
 
 
 @pytest.mark.parametrize(
     "word", ["FluxOptions", "sdxl_model", "HunyuanImage", "is_flux", "SD3", "Stable Diffusion 1.x"]
 )
-def test_names_are_seen_in_every_spelling(word: str) -> None:
+def test_names_are_detected_in_every_spelling(word: str) -> None:
     assert NAMES.search(word)
 
 
 @pytest.mark.parametrize("word", ["influx", "sd_model", "animal", "sd15.safetensors"])
-def test_other_words_are_left_alone(word: str) -> None:
+def test_other_words_are_not_matched(word: str) -> None:
     assert not NAMES.search(word)
 
 
-def test_no_model_is_named_outside_of_its_package() -> None:
-    found = {path: found_in(path) for path in FILES if path not in MAY_NAME_MODELS}
-    assert {path: names for path, names in found.items() if names} == {}, "say it on the spec, or in the package"
+def test_no_model_is_named_outside_its_package() -> None:
+    named = {path: names_in(path) for path in FILES if path not in MAY_NAME_MODELS}
+    assert {path: names for path, names in named.items() if names} == {}, "say it on the spec, or in the package"
 
 
 @pytest.mark.parametrize("path", MAY_NAME_MODELS)
-def test_every_exception_is_still_one(path: str) -> None:
-    assert path in FILES and found_in(path), f"{path} names no model; take it off the list"
+def test_every_exception_is_still_needed(path: str) -> None:
+    assert path in FILES and names_in(path), f"{path} names no model; take it off the list"
 
 
 @pytest.mark.parametrize("spec", list_specs(), ids=lambda spec: spec.name)
-def test_every_spec_names_a_script_that_is_there(spec: BaseModelSpec) -> None:
+def test_every_spec_names_an_existing_script(spec: BaseModelSpec) -> None:
     assert (ROOT / spec.script).is_file()
     scripts = {path.name for path in ROOT.glob("*train_network.py")}
     assert scripts == {other.script for other in list_specs()}
@@ -123,7 +123,7 @@ def test_every_spec_names_a_script_that_is_there(spec: BaseModelSpec) -> None:
 
 @pytest.mark.parametrize("package", sorted(p.name for p in ARCHITECTURES.iterdir() if (p / "spec.py").is_file()))
 def test_no_package_names_the_package_of_another(package: str) -> None:
-    others = {path.name for path in ARCHITECTURES.iterdir() if (path / "spec.py").is_file()} - {package}
+    other_packages = {path.name for path in ARCHITECTURES.iterdir() if (path / "spec.py").is_file()} - {package}
     for path in (ARCHITECTURES / package).rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert not [other for other in others if re.search(rf"architectures[./]{other}\b", text)], path
+        assert not [other for other in other_packages if re.search(rf"architectures[./]{other}\b", text)], path

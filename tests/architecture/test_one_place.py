@@ -1,4 +1,4 @@
-"""Facts that stood in several places stand in one: names of the places they left must not come back."""
+"""Facts that were defined in several places stay in one: the removed names must not come back."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ GONE = (
     "limit_to_largest_batch", "limit_to_measured", "LatentFiles", "TextFiles",
 )  # fmt: skip
 GRAMMAR = "library/checkpoints/adapter_keys.py"
-ONCE = {  # definition -> where it stands
+ONCE = {  # definition -> its file
     r"^def recognise_naming\(": GRAMMAR,
     r"^PEFT_PREFIX\b": GRAMMAR,
     r"^def to_underscores\(": GRAMMAR,
@@ -32,32 +32,32 @@ MAY_NAME_FACTORS = (
     "networks/core/kinds/",
     "networks/core/changes/",
     GRAMMAR,
-    "library/checkpoints/compatibility.py",  # which endings other programs look for
-    "library/models/identify.py",  # marks of files that are no checkpoint
-    "benchmarks/",  # the plain ways that ours are compared with
+    "library/checkpoints/compatibility.py",  # the key suffixes that other programs look for
+    "library/models/identify.py",  # markers of files that are not checkpoints
+    "benchmarks/",  # reference implementations for comparison
 )
 
 
-def test_what_was_deleted_stays_away() -> None:
+def test_deleted_names_do_not_come_back() -> None:
     back = {path: sorted({*GONE} & {*re.findall(r"\w+", text)}) for path, text in TEXTS.items()}
     assert {path: names for path, names in back.items() if names} == {}
 
 
 @pytest.mark.parametrize("pattern", ONCE)
-def test_it_is_defined_once(pattern: str) -> None:
-    found = [path for path, text in TEXTS.items() if re.search(pattern, text, re.MULTILINE)]
-    assert found == [ONCE[pattern]]
+def test_every_fact_is_defined_once(pattern: str) -> None:
+    files = [path for path, text in TEXTS.items() if re.search(pattern, text, re.MULTILINE)]
+    assert files == [ONCE[pattern]]
 
 
 def factors_in(text: str) -> list[str]:
-    """Return the attributes and ends of keys that name factors; texts for people may name them."""
+    """Return the attributes and key suffixes that name factors; texts for users may name them."""
     tree = ast.parse(text)
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     keys = [text for text in texts if " " not in text.strip() and FACTOR.search(text)]
     return keys + [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and FACTOR.search(node.attr)]
 
 
-def test_nobody_else_reaches_for_factors() -> None:
-    others = {path: text for path, text in TEXTS.items() if not path.startswith(MAY_NAME_FACTORS)}
-    found = {path: factors_in(text) for path, text in others.items() if FACTOR.search(text)}
-    assert {path: names for path, names in found.items() if names} == {}, "ask the change in networks/core/kinds"
+def test_no_other_module_accesses_factors() -> None:
+    other_files = {path: text for path, text in TEXTS.items() if not path.startswith(MAY_NAME_FACTORS)}
+    accesses = {path: factors_in(text) for path, text in other_files.items() if FACTOR.search(text)}
+    assert {path: names for path, names in accesses.items() if names} == {}, "ask the change in networks/core/kinds"

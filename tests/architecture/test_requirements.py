@@ -1,4 +1,4 @@
-"""A clean installation has what the code imports, and nothing that it does not use."""
+"""The requirements list exactly the packages that the code imports."""
 
 import re
 import sys
@@ -21,19 +21,19 @@ MODULE_OF = {
 NAMED_WHEN_MISSING = {
     "dadaptation", "fsspec", "lion_pytorch", "prodigyopt", "pyarrow", "pynvml", "schedulefree", "wandb", "xformers",
 }  # fmt: skip
-COMMANDS = {"ipykernel", "mypy", "pre_commit", "pytest-xdist", "ruff"}  # used by a name that is not imported
-FOR_PIP = {"aiobotocore"}  # named so that pip settles on versions sooner
+COMMANDS = {"ipykernel", "mypy", "pre_commit", "pytest-xdist", "ruff"}  # used as commands, not imported
+FOR_PIP = {"aiobotocore"}  # listed so that pip resolves versions faster
 
 
 def modules_required(file_name: str) -> set[str]:
-    """The modules that a requirements file brings, those of files that it includes not counted."""
+    """Return the modules that a requirements file installs, without those of included files."""
     lines = (ROOT / file_name).read_text(encoding="utf-8").splitlines()
     names = [re.split(r"[<>=!;\[ ]", line)[0].lower() for line in lines if line and not line.startswith(("-", "#"))]
     return {MODULE_OF.get(name.replace("_", "-"), name) for name in names}
 
 
 def imported_by(path: Path) -> set[str]:
-    """The top-level modules that a file imports, the standard library's and ours left out."""
+    """Return the top-level modules that a file imports, except the standard library's and ours."""
     return {module.split(".")[0] for module, _ in source_of(path).imports} - OURS - set(sys.stdlib_module_names)
 
 
@@ -42,10 +42,12 @@ TESTS = python_files("tests", "benchmarks")
 
 
 def test_imported_packages_are_required() -> None:
-    allowed = modules_required("requirements.txt") | NAMED_WHEN_MISSING | {"tomllib"}  # 3.10 has no tomllib
+    allowed = modules_required("requirements.txt") | NAMED_WHEN_MISSING | {"tomllib"}  # Python 3.10 has no tomllib
     in_tests = allowed | modules_required("requirements-dev.txt")
-    found = {path.as_posix(): imported_by(path) - (in_tests if path in TESTS else allowed) for path in PROGRAM + TESTS}
-    assert {path: missing for path, missing in found.items() if missing} == {}
+    unlisted = {
+        path.as_posix(): imported_by(path) - (in_tests if path in TESTS else allowed) for path in PROGRAM + TESTS
+    }
+    assert {path: missing for path, missing in unlisted.items() if missing} == {}
 
 
 @pytest.mark.parametrize(("file_name", "users"), [("requirements.txt", PROGRAM), ("requirements-dev.txt", TESTS)])

@@ -1,4 +1,4 @@
-"""Private words that the field's terms have replaced do not come back, neither in identifiers nor in file names."""
+"""Private jargon that was replaced by the field's terms does not come back in identifiers or file names."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ REPLACED = {  # word of an identifier -> the field's word
     "trainee": "AdapterRun",
     "twin": "duplicate",
 }
-PHRASES = {  # several words of an identifier in a row
+PHRASES = {  # consecutive words of an identifier
     "hand_over": "identity_collate",
     "in_words": "format_…",
     "speaking_of": "log_prefix",
@@ -51,7 +51,7 @@ FILE_NAMES = {
     "starts.py": "init.py",
     "turned.py": "orthogonal.py",
 }
-IN_FILES = {  # fields of events, of the origin of latents and of the journals of shards
+IN_FILES = {  # fields of events, of latent origins and of shard journals
     "num_pictures",
     "picture",
     "picture_bytes",
@@ -60,29 +60,29 @@ IN_FILES = {  # fields of events, of the origin of latents and of the journals o
     "pictures",
     "pictures_per_second",
 }
-MAY_HAVE = {("networks/core/targets", "rules.py")}  # a rule is a pattern with its rank, as --network_args says
+MAY_HAVE = {("networks/core/targets", "rules.py")}  # a rule is a pattern with its rank, as in --network_args
 
 
-def words_of(identifier: str) -> str:
-    """The words of an identifier, in lower case, between underscores."""
+def split_words(identifier: str) -> str:
+    """Return the lower-case words of an identifier, separated by underscores."""
     split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", identifier)
     return f"_{split.strip('_').lower()}_"
 
 
 def private_words_in(path: Path) -> dict[str, str]:
-    """Return the identifiers of a file that have a replaced word, with what to say instead."""
-    words = {identifier: words_of(identifier) for identifier in source_of(path).identifiers - IN_FILES}
+    """Return the identifiers of a file that contain a replaced word, with the replacement."""
+    words = {identifier: split_words(identifier) for identifier in source_of(path).identifiers - IN_FILES}
     terms = (REPLACED | PHRASES).items()
     return {name: f"say {new}" for name, split in words.items() for old, new in terms if f"_{old}_" in split}
 
 
-def test_identifiers_use_the_field_s_words() -> None:
-    found = {path.as_posix(): private_words_in(path) for path in FILES}
-    assert {path: words for path, words in found.items() if words} == {}
+def test_identifiers_use_the_terms_of_the_field() -> None:
+    jargon = {path.as_posix(): private_words_in(path) for path in FILES}
+    assert {path: words for path, words in jargon.items() if words} == {}
 
 
 @pytest.mark.parametrize("name", FILE_NAMES)
-def test_files_use_the_field_s_words(name: str) -> None:
+def test_file_names_use_the_terms_of_the_field(name: str) -> None:
     paths = [path for path in FILES if name in path.parts]
-    left = [path for path in paths if (path.parent.as_posix(), path.name) not in MAY_HAVE]
-    assert not left, f"say {FILE_NAMES[name]}"
+    checked = [path for path in paths if (path.parent.as_posix(), path.name) not in MAY_HAVE]
+    assert not checked, f"say {FILE_NAMES[name]}"

@@ -1,4 +1,4 @@
-"""docs/security.md, kept by the code: files of strangers are data."""
+"""The promises of docs/security.md: untrusted files are data and never run code."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ from tests.architecture.sources import python_files, text_of
 
 FILES = python_files("library", "networks", "tools")
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-# What workers need is pickled by the process that starts them, handed over in memory, and never lies in a file.
+# Data for workers is pickled by the process that starts them and passed in memory, never in a file.
 FOR_WORKERS = "library/data/batches/shared.py"
 
 RUNNING = {"eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "torch.jit.load", "torch.hub.load"}
@@ -20,40 +20,42 @@ SUSPECT = re.compile("|".join(map(re.escape, WORDS)))  # only files with one of 
 
 def dangers_of(source: str) -> list[str]:
     """Return the calls in this source that would run code from a file, with their lines."""
-    found = []
+    dangers = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            found += [f"{node.lineno}: imports {name}" for name in names if name.split(".")[0] in PICKLING]
+            dangers += [f"{node.lineno}: imports {name}" for name in names if name.split(".")[0] in PICKLING]
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)
-        given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        if name in RUNNING or given.get("shell", "False") != "False":
-            found.append(f"{node.lineno}: calls {name}")
-        if name == "torch.load" and given.get("weights_only") != "True":
-            found.append(f"{node.lineno}: calls torch.load without weights_only=True")
-        if given.get("allow_pickle", "False") != "False":
-            found.append(f"{node.lineno}: allows pickles")
-        if given.get("trust_remote_code", "False") != "False":
-            found.append(f"{node.lineno}: trusts remote code")
-    return found
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if name in RUNNING or keywords.get("shell", "False") != "False":
+            dangers.append(f"{node.lineno}: calls {name}")
+        if name == "torch.load" and keywords.get("weights_only") != "True":
+            dangers.append(f"{node.lineno}: calls torch.load without weights_only=True")
+        if keywords.get("allow_pickle", "False") != "False":
+            dangers.append(f"{node.lineno}: allows pickles")
+        if keywords.get("trust_remote_code", "False") != "False":
+            dangers.append(f"{node.lineno}: trusts remote code")
+    return dangers
 
 
-def test_no_file_of_a_stranger_runs_code() -> None:
+def test_no_untrusted_file_runs_code() -> None:
     suspects = [path for path in FILES if SUSPECT.search(text_of(path))]
-    found = {path.as_posix(): [danger.partition(": ")[2] for danger in dangers_of(text_of(path))] for path in suspects}
-    assert {path: dangers for path, dangers in found.items() if dangers} == {FOR_WORKERS: ["imports pickle"]}
+    dangers_by_file = {
+        path.as_posix(): [danger.partition(": ")[2] for danger in dangers_of(text_of(path))] for path in suspects
+    }
+    assert {path: dangers for path, dangers in dangers_by_file.items() if dangers} == {FOR_WORKERS: ["imports pickle"]}
 
 
-def test_what_is_pickled_for_workers_comes_from_no_file() -> None:
+def test_pickled_data_for_workers_never_comes_from_a_file() -> None:
     tree = ast.parse(text_of(Path(FOR_WORKERS)))
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     of_files = {name for name in called if name.split(".")[-1].startswith(("open", "read", "load", "Path"))}
     assert of_files == {"pickle.loads"} and "pickle.dumps" in called
 
 
-def test_torch_load_stands_in_one_place() -> None:
+def test_torch_load_is_called_in_one_place() -> None:
     calls = [
         path.as_posix()
         for path in FILES
@@ -81,5 +83,5 @@ def test_torch_load_stands_in_one_place() -> None:
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
     ],
 )
-def test_dangers_are_noticed(source: str) -> None:
+def test_dangerous_calls_are_detected(source: str) -> None:
     assert SUSPECT.search(source) and len(dangers_of(source)) == 1

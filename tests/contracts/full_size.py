@@ -1,4 +1,4 @@
-"""Full-size checkpoints of which only names and shapes are known, and the models that are made of them."""
+"""Full-size checkpoints known only by tensor names and shapes, and the models built from them."""
 
 import gzip
 import json
@@ -25,43 +25,43 @@ SDXL_LAYOUT = UnetLayout(layers_per_block=2, has_attention=(False, True, True))
 
 
 def facts(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
-    return found
+    inventory: dict[str, Any] = json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
+    return inventory
 
 
 def checkpoint(model: str) -> Weights:
-    """The checkpoint as if it had been opened."""
-    return opened({name: tuple(shape) for name, shape in facts(model)["checkpoint"].items()}, model)
+    """Return the checkpoint with its tensors on the meta device."""
+    return weights_of_shapes({name: tuple(shape) for name, shape in facts(model)["checkpoint"].items()}, model)
 
 
 def parts(model: str) -> dict[str, Component]:
-    """The parts of the checkpoint of "sd21" or "sdxl" under the paths of diffusers and transformers."""
-    whole = checkpoint(model)
-    vae = {"vae": vae_of_checkpoint("--flag", whole)}
+    """Return the parts of the "sd21" or "sdxl" checkpoint under their diffusers and transformers paths."""
+    weights = checkpoint(model)
+    vae = {"vae": vae_of_checkpoint("--flag", weights)}
     if model == "sdxl":
-        found = sdxl.single_file_parts("--flag", whole)
-        clip_l, clip_g = found.clips
+        components = sdxl.single_file_parts("--flag", weights)
+        clip_l, clip_g = components.clips
         assert isinstance(clip_l, Component) and isinstance(clip_g, Component)
-        return {"unet": found.unet, "text_encoder": clip_l, "text_encoder_2": clip_g, **vae}
-    return {**sd.single_file_parts("--flag", whole, "sd2"), **vae}
+        return {"unet": components.unet, "text_encoder": clip_l, "text_encoder_2": clip_g, **vae}
+    return {**sd.single_file_parts("--flag", weights, "sd2"), **vae}
 
 
-def empty_encoders(found: dict[str, Component]) -> list[nn.Module]:
-    """The text encoders without weights."""
-    clips = [component for part, component in found.items() if part.startswith("text_encoder")]
+def empty_encoders(components: dict[str, Component]) -> list[nn.Module]:
+    """Build the text encoders without weights."""
+    clips = [component for part, component in components.items() if part.startswith("text_encoder")]
     return [empty_clip(clip.config, projects=PROJECTION in clip.weights.shapes) for clip in clips]
 
 
 def view_for_networks(model: str) -> tuple[Any, nn.Module]:
-    """Text encoder(s) and U-Net as network modules see them, without weights."""
-    found = parts(model)
+    """Return text encoder(s) and U-Net as network modules see them, without weights."""
+    components = parts(model)
     view = build_view(SDXL_LAYOUT) if model == "sdxl" else sd_view
     with torch.device("meta"):
-        return view(empty_encoders(found), empty_unet(found["unet"].config))
+        return view(empty_encoders(components), empty_unet(components["unet"].config))
 
 
-def opened(shapes: Mapping[str, tuple[int, ...]], origin: str = "file") -> Weights:
-    """A checkpoint as if it had been opened; its values are on the meta device."""
+def weights_of_shapes(shapes: Mapping[str, tuple[int, ...]], origin: str = "file") -> Weights:
+    """Return a checkpoint of these shapes with its tensors on the meta device."""
     return Weights(origin, shapes, lambda name: torch.empty(shapes[name], device="meta"))
 
 

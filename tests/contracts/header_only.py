@@ -1,4 +1,4 @@
-"""Full-size checkpoints that take no room: names, shapes and dtypes in the header, and behind it a hole in the file."""
+"""Full-size checkpoints that take no disk space: a real header, followed by a hole in a sparse file."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -21,11 +21,11 @@ from tests.tiny.sd import write_tokenizer
 
 Shapes = Mapping[str, tuple[int, ...]]
 BF16_BYTES = 2
-BYT5_WORDS = {"shared.weight": (1510, 1472)}  # the inventory leaves them out
+BYT5_WORDS = {"shared.weight": (1510, 1472)}  # the inventory omits them
 
 
 def write_header(path: Path, shapes: Shapes) -> str:
-    """A safetensors file of bfloat16 zeros, of which only the header lies on the disk; gives its path."""
+    """Write a sparse safetensors file of bfloat16 zeros, with only its header on disk, and return its path."""
     header: dict[str, object] = {}
     start = 0
     for name, shape in shapes.items():
@@ -46,16 +46,16 @@ def shapes_of(table: Mapping[str, list[int]], prefix: str = "") -> dict[str, tup
 
 @dataclass(frozen=True)
 class FullSize:
-    """A base model of full size, of which nothing but its headers is there."""
+    """A full-size base model whose files hold nothing but headers."""
 
     script: str
-    module: str  # of networks, named after it
+    module: str  # its network module
     side: int  # of its usual images, in pixels
-    build: Callable[[Path], list[str]]  # writes it into a folder; gives the arguments that name it
+    build: Callable[[Path], list[str]]  # writes it into a folder and returns the arguments that select it
 
 
 def write_files(folder: Path, files: Mapping[str, Shapes]) -> list[str]:
-    """A file for each flag."""
+    """Write one file for each flag and return the arguments."""
     folder.mkdir(parents=True, exist_ok=True)
     return [
         word
@@ -85,12 +85,12 @@ def build_chroma(folder: Path) -> list[str]:
 
 
 def build_sd3(folder: Path) -> list[str]:
-    found = facts("sd3")
+    inventory = facts("sd3")
     write_tokenizer(folder / "tokenizer")
     write_t5_tokenizer(folder / "tokenizer_3")
-    denoiser = shapes_of(found["mmdit"]["sd3-medium"], "model.diffusion_model.")
-    shapes = {"pretrained_model_name_or_path": denoiser | shapes_of(found["parts"]["vae"])}
-    shapes |= {part: shapes_of(found["parts"][part]) for part in ("clip_l", "clip_g", "t5xxl")}
+    denoiser = shapes_of(inventory["mmdit"]["sd3-medium"], "model.diffusion_model.")
+    shapes = {"pretrained_model_name_or_path": denoiser | shapes_of(inventory["parts"]["vae"])}
+    shapes |= {part: shapes_of(inventory["parts"][part]) for part in ("clip_l", "clip_g", "t5xxl")}
     return write_files(folder, shapes)
 
 
@@ -103,7 +103,7 @@ def build_lumina(folder: Path) -> list[str]:
 
 
 def build_anima(folder: Path, num_blocks: int = 28) -> list[str]:
-    """Blocks beyond the 28 of the inventory are as its last."""
+    """Repeat the last of the inventory's 28 blocks as often as `num_blocks` asks."""
     parts = facts("anima")["components"]
     last = {name: shape for name, shape in parts["dit"].items() if name.startswith("blocks.27.")}
     more = {name.replace("27", str(n), 1): shape for n in range(28, num_blocks) for name, shape in last.items()}

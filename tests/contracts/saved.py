@@ -1,4 +1,4 @@
-"""Tensors that a network would save, and those that the lists of known files expect."""
+"""The tensors that a network would save, and those that the lists of known files expect."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from networks.core.protocol import adopt
 
 
 def saved_tensors(network: Any) -> dict[str, Tensor]:
-    """By key of the file."""
+    """Return the tensors by their key in the file."""
     return {
         f"{name}.{leaf}": tensor
         for name, adapter in network.adapters.items()
@@ -23,7 +23,7 @@ def saved_shapes(
 ) -> dict[str, list[int]]:
     """Return the shapes that a network of rank 4 saves on `models`, (text encoders, denoiser) without weights.
 
-    Nothing stays installed.
+    The adapters are removed from the models afterwards.
     """
     with torch.device("meta"):
         network = create_network(1.0, 4, 1, None, *models, **args)
@@ -33,7 +33,7 @@ def saved_shapes(
 
 
 def listed_shapes(facts: Mapping[str, Any], variant: str) -> dict[str, list[int]]:
-    """The shapes that a list gives for one of its variants, which it tells as the difference to its default."""
-    found = facts["variants"][variant]
-    kept = {key: shape for key, shape in facts["default"].items() if key not in found["removed"]}
-    return {**kept, **found["changed"], **found["added"]}
+    """Return the listed shapes of a variant, which the list stores as a difference from its default."""
+    difference = facts["variants"][variant]
+    unchanged = {key: shape for key, shape in facts["default"].items() if key not in difference["removed"]}
+    return {**unchanged, **difference["changed"], **difference["added"]}

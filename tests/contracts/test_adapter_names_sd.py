@@ -17,9 +17,9 @@ RANK = 4
 
 @pytest.fixture(scope="module")
 def models() -> tuple[nn.Module, nn.Module]:
-    """The view of the full-size model, on the meta device."""
-    found = parts()
-    clip, unet = empty_clip(found["text_encoder"].config), empty_unet(found["unet"].config)
+    """Return the full-size model as network modules see it, on the meta device."""
+    components = parts()
+    clip, unet = empty_clip(components["text_encoder"].config), empty_unet(components["unet"].config)
     text_view, unet_view = view([clip], unet)
     assert isinstance(text_view, nn.Module)
     return text_view, unet_view
@@ -36,7 +36,7 @@ def sites_of(
 
 
 def shapes_of(site: TargetModule) -> dict[str, list[int]]:
-    """Names and shapes of a rank 4 LoRA on one layer."""
+    """Return the names and shapes of a rank 4 LoRA on one layer."""
     out, inner, *kernel = site.module.weight.shape
     ones = [1] * len(kernel)
     return {
@@ -46,18 +46,18 @@ def shapes_of(site: TargetModule) -> dict[str, list[int]]:
     }
 
 
-def test_names_and_shapes_are_those_of_existing_files(models):
+def test_names_and_shapes_match_existing_files(models):
     text, unet = sites_of(models)
     assert (len(text), len(unet)) == (72, 192)
-    found = {name: shape for site in text + unet for name, shape in shapes_of(site).items()}
-    assert found == full_size_keys()["lora"]
+    actual = {name: shape for site in text + unet for name, shape in shapes_of(site).items()}
+    assert actual == full_size_keys()["lora"]
 
 
-def test_convolutions_bring_the_unet_to_278_layers(models):
+def test_the_unet_has_278_layers_with_convolutions(models):
     assert len(sites_of(models, with_conv=True)[1]) == 278
 
 
-def test_every_unet_layer_lies_in_one_of_the_25_blocks(models):
+def test_every_unet_layer_belongs_to_one_of_the_25_blocks(models):
     block_list = models[1].adapter_targets.block_list
     assert (len(block_list.patterns), block_list.down, block_list.mid, block_list.up) == (25, 12, 1, 12)
     counts = [0] * 25
@@ -69,7 +69,7 @@ def test_every_unet_layer_lies_in_one_of_the_25_blocks(models):
     assert counts == [0, *down, 18, *up]
 
 
-def test_the_layers_of_the_view_are_the_layers_of_the_model(models):
+def test_the_view_shares_its_layers_with_the_model(models):
     text_view, _ = models
     layer = text_view.text_model.encoder.layers[3].mlp.fc1
     assert dict(text_view.named_modules())["text_model.encoder.layers.3.mlp.fc1"] is layer

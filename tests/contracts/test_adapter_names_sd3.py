@@ -28,13 +28,13 @@ def test_every_module_of_known_files_is_found_and_recognised(name: str) -> None:
     for variant in facts["variants"].values():
         keys |= variant["added"]
     for stem in {key.partition(".")[0] for key in keys}:
-        found = NAMES.find(stem)
-        assert found is not None and found.kohya == stem
+        module = NAMES.find(stem)
+        assert module is not None and module.kohya == stem
     assert base_of(keys) == "sd3"
 
 
 @pytest.mark.parametrize("naming", ["kohya", "generic"])
-def test_every_spelling_finds_its_own_module(naming: str) -> None:
+def test_every_spelling_finds_its_module(naming: str) -> None:
     for module in NAMES.modules:
         assert NAMES.find(getattr(module, naming)) is module
 
@@ -44,8 +44,8 @@ def test_no_two_modules_share_a_spelling() -> None:
     assert len(spellings) == len(set(spellings))
 
 
-def in_diffusers(module: ModuleNames, weight: Tensor) -> dict[str, Tensor]:
-    """Return the tensors that diffusers has for a whole weight."""
+def convert_to_diffusers(module: ModuleNames, weight: Tensor) -> dict[str, Tensor]:
+    """Return the diffusers tensors of a fused weight."""
     if module.pieces:
         parts = weight.chunk(len(module.pieces))
         return {piece.diffusers: part for piece, part in zip(module.pieces, parts, strict=True)}
@@ -55,7 +55,7 @@ def in_diffusers(module: ModuleNames, weight: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_layers_go_where_diffusers_takes_them(config: MMDiTConfig) -> None:
+def test_layers_map_to_the_same_place_as_in_diffusers(config: MMDiTConfig) -> None:
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
     weights = mmdit_weights(config, 77)
@@ -64,7 +64,7 @@ def test_layers_go_where_diffusers_takes_them(config: MMDiTConfig) -> None:
     for key, weight in weights.items():
         stem = key.removesuffix(".weight")
         if f"diffusion_model.{stem}" in BY_GENERIC and key.endswith(".weight"):
-            ours |= in_diffusers(BY_GENERIC[f"diffusion_model.{stem}"], weight)
+            ours |= convert_to_diffusers(BY_GENERIC[f"diffusion_model.{stem}"], weight)
     expected = {
         f"transformer.{key.removesuffix('.weight')}": tensor
         for key, tensor in theirs.items()

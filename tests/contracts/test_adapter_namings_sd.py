@@ -12,11 +12,11 @@ FACTS = full_size_keys()
 
 
 def stems(names: dict[str, str]) -> dict[str, str]:
-    """Module path -> its name in the checkpoint, without .weight and .bias."""
+    """Map module paths to their names in the checkpoint, without .weight and .bias."""
     return {path.rpartition(".")[0]: name.rpartition(".")[0] for path, name in names.items()}
 
 
-def test_unet_has_every_module_with_weights_and_its_original_path() -> None:
+def test_the_unet_table_has_every_module_with_weights_and_its_original_path() -> None:
     expected = {
         f"unet.{path}": name.replace("model.diffusion_model.", "diffusion_model.")
         for path, name in stems(FACTS["diffusers"]["unet"]).items()
@@ -25,7 +25,7 @@ def test_unet_has_every_module_with_weights_and_its_original_path() -> None:
     assert ours == expected
 
 
-def test_text_encoder_has_every_module_but_the_embeddings() -> None:
+def test_the_text_encoder_table_has_every_module_but_the_embeddings() -> None:
     expected = {
         f"text_encoder.{path}": name.replace("cond_stage_model.transformer.", "text_encoders.clip_l.transformer.")
         for path, name in stems(FACTS["diffusers"]["text_encoder"]).items()
@@ -35,14 +35,14 @@ def test_text_encoder_has_every_module_but_the_embeddings() -> None:
     assert ours == expected
 
 
-def test_kohya_names_are_those_of_known_files() -> None:
+def test_kohya_names_match_known_files() -> None:
     in_files = {key.partition(".")[0] for key in FACTS["lora"]}
     assert len(in_files) == 264
     assert in_files <= {module.kohya for module in NAMES.modules}
 
 
 @pytest.mark.parametrize("naming", ["kohya", "generic", "diffusers"])
-def test_every_spelling_finds_its_own_module(naming: str) -> None:
+def test_every_spelling_finds_its_module(naming: str) -> None:
     for module in NAMES.modules:
         name = getattr(module, naming)
         assert NAMES.find(name) is module
@@ -63,24 +63,24 @@ def test_no_two_modules_share_a_spelling() -> None:
     ],
 )
 def test_spellings_of_other_trainers_are_found(name: str) -> None:
-    found = NAMES.find(name)
-    assert found is not None
-    assert found.kohya == "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_q"
+    module = NAMES.find(name)
+    assert module is not None
+    assert module.kohya == "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_q"
 
 
 def test_a_text_encoder_path_without_text_model_is_found() -> None:
-    found = NAMES.find("text_encoder.encoder.layers.11.mlp.fc2")
-    assert found is not None and found.kohya == "lora_te_text_model_encoder_layers_11_mlp_fc2"
+    module = NAMES.find("text_encoder.encoder.layers.11.mlp.fc2")
+    assert module is not None and module.kohya == "lora_te_text_model_encoder_layers_11_mlp_fc2"
 
 
 def test_names_of_omi_are_found() -> None:
-    """Kohya's paths with dots, behind prefixes that OneTrainer and sd-scripts' OFT read."""
+    """OMI names are Kohya's paths with dots, after prefixes that OneTrainer and sd-scripts' OFT read."""
     for module in NAMES.modules:
         for prefix, other in (("lora_unet_", "unet_"), ("lora_te_", "clip_l_"), ("lora_unet_", "oft_unet_")):
             if module.kohya.startswith(prefix):
                 assert NAMES.find(module.kohya.replace(prefix, other, 1)) is module
-    found = NAMES.find("clip_l.text_model.encoder.layers.11.mlp.fc2")
-    assert found is not None and found.kohya == "lora_te_text_model_encoder_layers_11_mlp_fc2"
+    text_module = NAMES.find("clip_l.text_model.encoder.layers.11.mlp.fc2")
+    assert text_module is not None and text_module.kohya == "lora_te_text_model_encoder_layers_11_mlp_fc2"
 
 
 def test_the_full_size_file_is_recognised() -> None:

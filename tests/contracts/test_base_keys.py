@@ -18,7 +18,7 @@ LAYOUT = UnetLayout(layers_per_block=2, has_attention=(True, True, True, False))
 
 
 def checkpoint() -> Weights:
-    """The full-size checkpoint as if it had been opened; its values are on the meta device."""
+    """Return the full-size checkpoint with its tensors on the meta device."""
     sizes = {name: tuple(shape) for name, shape in FACTS["checkpoint"].items()}
     return Weights("sd15", sizes, lambda name: torch.empty(sizes[name], device="meta"))
 
@@ -27,20 +27,20 @@ def parts() -> dict[str, Component]:
     return {**single_file_parts(BASE_FLAG, checkpoint(), "sd1"), "vae": vae_of_checkpoint(BASE_FLAG, checkpoint())}
 
 
-def test_the_inventory_is_whole():
+def test_the_inventory_is_complete():
     assert len(FACTS["checkpoint"]) == 1130
     assert {part: len(names) for part, names in FACTS["diffusers"].items()} == {
         "unet": 686, "vae": 248, "text_encoder": 196,
     }  # fmt: skip
 
 
-def test_every_unet_name_is_renamed_and_back():
+def test_unet_names_survive_a_round_trip():
     for path, name in FACTS["diffusers"]["unet"].items():
         ldm = name.removeprefix(UNET_PREFIX)
         assert (unet_from_ldm(ldm, LAYOUT), unet_to_ldm(path, LAYOUT)) == (path, ldm)
 
 
-def test_every_vae_name_is_renamed_and_back():
+def test_vae_names_survive_a_round_trip():
     for path, name in FACTS["diffusers"]["vae"].items():
         ldm = name.removeprefix(VAE_PREFIX)
         assert (vae_from_ldm(ldm, 4), vae_to_ldm(path, 4)) == (path, ldm)
@@ -51,12 +51,12 @@ def test_every_text_encoder_name_only_loses_its_prefix():
         assert name == CLIP_PREFIXES["sd1"] + path
 
 
-def test_the_layout_of_the_unet_is_read_off_its_names():
+def test_the_unet_layout_is_inferred_from_names():
     names = {n.removeprefix(UNET_PREFIX): s for n, s in FACTS["checkpoint"].items() if n.startswith(UNET_PREFIX)}
     assert unet_layout(names) == LAYOUT
 
 
-def test_the_configuration_of_the_unet_is_read_off_the_shapes():
+def test_the_unet_config_is_inferred_from_shapes():
     config = parts()["unet"].config
     assert config == {
         "in_channels": 4,
@@ -73,14 +73,14 @@ def test_the_configuration_of_the_unet_is_read_off_the_shapes():
     }
 
 
-def test_the_configuration_of_the_vae_is_read_off_the_shapes():
+def test_the_vae_config_is_inferred_from_shapes():
     config = parts()["vae"].config
     assert config["block_out_channels"] == (128, 256, 512, 512)
     assert (config["layers_per_block"], config["latent_channels"], config["norm_num_groups"]) == (2, 4, 32)
     assert config["use_quant_conv"] and config["use_post_quant_conv"]
 
 
-def test_the_configuration_of_the_text_encoder_is_read_off_the_shapes():
+def test_the_text_encoder_config_is_inferred_from_shapes():
     config = parts()["text_encoder"].config
     wanted = {
         "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -91,16 +91,16 @@ def test_the_configuration_of_the_text_encoder_is_read_off_the_shapes():
 
 
 def test_the_modules_have_exactly_the_weights_of_the_checkpoint():
-    found = parts()
+    components = parts()
     modules = {
-        "unet": empty_unet(found["unet"].config),
-        "vae": empty_vae(found["vae"].config),
-        "text_encoder": clip_body(empty_clip(found["text_encoder"].config)),
+        "unet": empty_unet(components["unet"].config),
+        "vae": empty_vae(components["vae"].config),
+        "text_encoder": clip_body(empty_clip(components["text_encoder"].config)),
     }
     num_parameters = {}
     for part, module in modules.items():
         has = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        file = found[part].weights.shapes
+        file = components[part].weights.shapes
         assert has.keys() == file.keys()
         assert all(is_same_matrix(file[name], has[name]) for name in has)
         num_parameters[part] = sum(p.numel() for p in module.parameters())

@@ -12,7 +12,7 @@ from library.architectures.anima.model import Anima, read_config
 from library.architectures.anima.reference import diffusers_key
 from library.models.qwen3 import empty_qwen3, qwen3_component
 from library.models.vae.qwen_image import empty_vae, from_original, vae_component
-from tests.contracts.full_size import facts, opened
+from tests.contracts.full_size import facts, weights_of_shapes
 
 FACTS: Mapping[str, Any] = facts("anima")
 COUNTS = {"dit": 685, "qwen3_0.6b": 310, "vae": 194, "vae_alternative_naming": 194}
@@ -28,14 +28,14 @@ def anima_shapes(config_of: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[in
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def test_the_inventory_is_whole() -> None:
+def test_the_inventory_is_complete() -> None:
     assert {part: len(names) for part, names in FACTS["components"].items()} == COUNTS
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str) -> None:
     expected = shapes_of("dit")
-    weights = read_denoiser(Path("file"), opened({prefix + name: shape for name, shape in expected.items()}))
+    weights = read_denoiser(Path("file"), weights_of_shapes({prefix + name: shape for name, shape in expected.items()}))
     assert anima_shapes(weights.shapes) == expected == dict(weights.shapes)
     assert sum(torch.Size(shape).numel() for shape in expected.values()) == 2_091_068_928
 
@@ -58,7 +58,7 @@ def test_anima_with_40_blocks_loads() -> None:
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 2_921_547_264
 
 
-def test_diffusers_has_every_weight_under_the_name_of_the_map() -> None:
+def test_the_map_gives_every_weight_its_diffusers_name() -> None:
     from diffusers import AnimaTextConditioner, CosmosTransformer3DModel
 
     with torch.device("meta"):
@@ -81,7 +81,7 @@ def test_diffusers_has_every_weight_under_the_name_of_the_map() -> None:
 def test_qwen3_loads_with_every_prefix(prefix: str, extra: dict[str, tuple[int, ...]]) -> None:
     expected = shapes_of("qwen3_0.6b")
     names = {**{prefix + name: shape for name, shape in expected.items()}, **extra}
-    component = qwen3_component(opened(names), QWEN3)
+    component = qwen3_component(weights_of_shapes(names), QWEN3)
     model = empty_qwen3(component.config)
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == expected
     assert dict(component.weights.shapes) == expected
@@ -92,7 +92,7 @@ def test_qwen3_loads_with_every_prefix(prefix: str, extra: dict[str, tuple[int, 
 
 @pytest.mark.parametrize("part", ["vae", "vae_alternative_naming"])
 def test_the_vae_loads_from_both_layouts(part: str) -> None:
-    component = vae_component("Anima", opened(shapes_of(part)))
+    component = vae_component("Anima", weights_of_shapes(shapes_of(part)))
     assert component.config == {
         "base_dim": 96,
         "z_dim": 16,
@@ -106,7 +106,7 @@ def test_the_vae_loads_from_both_layouts(part: str) -> None:
     assert dict(component.weights.shapes) == shapes_of("vae_alternative_naming")
 
 
-def test_the_names_of_the_vae_are_those_that_diffusers_gives_the_vae_of_wan() -> None:
+def test_vae_names_match_diffusers_names_of_the_wan_vae() -> None:
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
     for name in shapes_of("vae"):

@@ -18,19 +18,19 @@ OPEN_CLIP = {"sd21": ("text_encoder", CLIP_PREFIXES["sd2"]), "sdxl": ("text_enco
 
 
 @pytest.mark.parametrize(("model", "num_names"), [("sd21", 1228), ("sdxl", 2514)])
-def test_the_inventory_is_whole(model, num_names):
+def test_the_inventory_is_complete(model, num_names):
     assert len(facts(model)["checkpoint"]) == num_names
 
 
 @pytest.mark.parametrize("model", LAYOUTS)
-def test_every_unet_name_is_renamed_and_back(model):
+def test_unet_names_survive_a_round_trip(model):
     for path, name in facts(model)["diffusers"]["unet"].items():
         ldm = name.removeprefix(UNET_PREFIX)
         assert (unet_from_ldm(ldm, LAYOUTS[model]), unet_to_ldm(path, LAYOUTS[model])) == (path, ldm)
 
 
 @pytest.mark.parametrize("model", LAYOUTS)
-def test_every_name_of_openclips_encoder_is_renamed(model):
+def test_every_openclip_name_is_converted(model):
     part, prefix = OPEN_CLIP[model]
     for path, name in facts(model)["diffusers"][part].items():
         if isinstance(name, str) and not name.endswith("text_projection"):
@@ -38,7 +38,7 @@ def test_every_name_of_openclips_encoder_is_renamed(model):
 
 
 @pytest.mark.parametrize("model", LAYOUTS)
-def test_q_k_and_v_are_the_thirds_that_transformers_names(model):
+def test_fused_qkv_is_split_into_the_projections_of_transformers(model):
     part, prefix = OPEN_CLIP[model]
     shapes = {n.removeprefix(prefix): s for n, s in checkpoint(model).shapes.items() if n.startswith(prefix)}
     counted = {name: shape for name, shape in shapes.items() if shape}
@@ -58,12 +58,12 @@ def test_clip_l_of_sdxl_only_loses_its_prefix():
 
 
 @pytest.mark.parametrize("model", LAYOUTS)
-def test_the_layout_of_the_unet_is_read_off_its_names(model):
+def test_the_unet_layout_is_inferred_from_names(model):
     names = {n.removeprefix(UNET_PREFIX): s for n, s in checkpoint(model).shapes.items() if n.startswith(UNET_PREFIX)}
     assert unet_layout(names) == LAYOUTS[model]
 
 
-def test_the_configuration_of_sd21s_unet_is_read_off_the_shapes():
+def test_the_sd21_unet_config_is_inferred_from_shapes():
     config = parts("sd21")["unet"].config
     wanted = {
         "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 1024, "transformer_layers_per_block": 1,
@@ -72,7 +72,7 @@ def test_the_configuration_of_sd21s_unet_is_read_off_the_shapes():
     assert {key: config[key] for key in wanted} == wanted
 
 
-def test_the_configuration_of_sdxls_unet_is_read_off_the_shapes():
+def test_the_sdxl_unet_config_is_inferred_from_shapes():
     config = parts("sdxl")["unet"].config
     wanted = {
         "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
@@ -84,20 +84,20 @@ def test_the_configuration_of_sdxls_unet_is_read_off_the_shapes():
     assert config["transformer_layers_per_block"][1:] == (2, 10)
 
 
-def test_the_configurations_of_the_text_encoders_are_read_off_the_shapes():
+def test_text_encoder_configs_are_inferred_from_shapes():
     sdxl = parts("sdxl")
-    found = {
+    actual = {
         "sd21": parts("sd21")["text_encoder"].config,
         "clip_l": sdxl["text_encoder"].config,
         "clip_g": sdxl["text_encoder_2"].config,
     }
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
-    assert {name: tuple(config[key] for key in keys) for name, config in found.items()} == {
+    assert {name: tuple(config[key] for key in keys) for name, config in actual.items()} == {
         "sd21": (1024, 4096, NUM_SD2_LAYERS, 16, "gelu"),
         "clip_l": (768, 3072, 12, 12, "quick_gelu"),
         "clip_g": (1280, 5120, 32, 20, "gelu"),
     }
-    assert found["clip_g"]["projection_dim"] == 1280
+    assert actual["clip_g"]["projection_dim"] == 1280
 
 
 @pytest.mark.parametrize(
@@ -116,13 +116,15 @@ def test_the_configurations_of_the_text_encoders_are_read_off_the_shapes():
     ],
 )
 def test_the_modules_have_exactly_the_weights_of_the_checkpoint(model, wanted):
-    found = parts(model)
-    encoders = dict(zip((p for p in found if p.startswith("text_encoder")), empty_encoders(found), strict=True))
-    modules = {"unet": empty_unet(found["unet"].config), "vae": empty_vae(found["vae"].config), **encoders}
+    components = parts(model)
+    encoders = dict(
+        zip((p for p in components if p.startswith("text_encoder")), empty_encoders(components), strict=True)
+    )
+    modules = {"unet": empty_unet(components["unet"].config), "vae": empty_vae(components["vae"].config), **encoders}
     for part, module in modules.items():
         has = {clip_from_any(name): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        file = found[part].weights.shapes
+        file = components[part].weights.shapes
         assert has.keys() == file.keys()
         assert all(is_same_matrix(file[name], has[name]) for name in has)
     assert {part: sum(p.numel() for p in module.parameters()) for part, module in modules.items()} == wanted
-    assert (PROJECTION in found["text_encoder_2"].weights.shapes) if model == "sdxl" else True
+    assert (PROJECTION in components["text_encoder_2"].weights.shapes) if model == "sdxl" else True

@@ -19,7 +19,7 @@ def test_the_denoiser_has_exactly_the_weights_of_the_checkpoint(name: str) -> No
     assert sum(tensor.numel() for tensor in model.state_dict().values()) == PARAMETERS[name]
 
 
-def test_hyper_parameters_are_read_off_the_shapes() -> None:
+def test_hyperparameters_are_inferred_from_shapes() -> None:
     configs = {name: read_config({k: tuple(s) for k, s in keys.items()}) for name, keys in FACTS["mmdit"].items()}
     medium, medium_5, large = (configs[name] for name in ("sd3-medium", "sd3.5-medium", "sd3.5-large"))
     assert (medium.width, medium.depth, medium.head_width, medium.positions_side) == (1536, 24, 64, 192)
@@ -29,7 +29,7 @@ def test_hyper_parameters_are_read_off_the_shapes() -> None:
     assert [c.dual_attention for c in (medium, medium_5, large)] == [set(), set(range(13)), set()]
 
 
-def test_a_checkpoint_without_a_part_is_refused_by_name() -> None:
+def test_a_checkpoint_with_a_missing_part_raises_an_error_that_names_it() -> None:
     keys = {key: tuple(shape) for key, shape in FACTS["mmdit"]["sd3-medium"].items()}
     with pytest.raises(ValueError, match=r"y_embedder\.mlp\.0\.weight is missing; use a complete SD3"):
         read_config({key: shape for key, shape in keys.items() if "y_embedder" not in key})

@@ -8,13 +8,13 @@ from library.version import VERSION
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_first_entry_is_the_version() -> None:
+def test_the_first_entry_is_for_the_current_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     versions = re.findall(r"^## (\d+\.\d+\.\d+)", text, re.MULTILINE)
     assert versions and versions[0] == VERSION
 
 
-def test_paths_and_links_of_the_change_log_exist() -> None:
+def test_paths_and_links_in_the_changelog_exist() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     for path in re.findall(r"`((?:tools|docs|configs)/[\w./]+)`|\]\((docs/[\w.]+)", text):
         assert (ROOT / (path[0] or path[1])).exists(), path

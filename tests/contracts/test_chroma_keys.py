@@ -17,7 +17,7 @@ from library.checkpoints.base_files import BaseFiles
 from library.models.loading import build_on_meta_device
 from library.models.t5 import empty_t5
 from networks.lora_flux import create_network, create_network_from_weights
-from tests.contracts.full_size import facts, opened
+from tests.contracts.full_size import facts, weights_of_shapes
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
 from tests.contracts.test_lora_keys_flux1 import T5_XXL
 
@@ -31,7 +31,7 @@ FULL = FluxConfig(64, 3072, 128, 12288, 4096, 19, 38, True, 0, ApproximatorConfi
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str) -> None:
     weights = read_denoiser(
-        BaseFiles(Path("file"), opened({prefix + name: shape for name, shape in BASE.items()})), "chroma"
+        BaseFiles(Path("file"), weights_of_shapes({prefix + name: shape for name, shape in BASE.items()})), "chroma"
     )
     config = read_config(weights.shapes)
     assert config == FULL
@@ -41,13 +41,13 @@ def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str) -> None:
     assert sum(torch.Size(shape).numel() for shape in BASE.values()) == 8_899_983_424
 
 
-def test_the_diffusers_layout_gives_our_shapes() -> None:
+def test_the_diffusers_layout_converts_to_our_shapes() -> None:
     from diffusers import ChromaTransformer2DModel
 
     with torch.device("meta"):
         theirs = ChromaTransformer2DModel()
     shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
-    assert dict(KEYS.from_diffusers(opened(shapes)).shapes) == BASE
+    assert dict(KEYS.from_diffusers(weights_of_shapes(shapes)).shapes) == BASE
 
 
 @pytest.fixture(scope="module")
@@ -56,27 +56,27 @@ def models() -> tuple[list[nn.Module], nn.Module]:
 
 
 def test_the_default_adapts_228_layers_of_the_blocks(models: tuple[list[nn.Module], nn.Module]) -> None:
-    found = saved_shapes(create_network, models)
-    assert found == LORA["default"] and len(found) == 3 * 228
+    actual = saved_shapes(create_network, models)
+    assert actual == LORA["default"] and len(actual) == 3 * 228
 
 
 @pytest.mark.parametrize("name", LORA["variants"])
-def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(
+def test_network_arguments_give_the_listed_keys_and_shapes(
     models: tuple[list[nn.Module], nn.Module], name: str
 ) -> None:
     variant = LORA["variants"][name]
-    found = saved_shapes(create_network, models, **variant["network_args"])
-    assert found == listed_shapes(LORA, name) and len(found) == variant["num_keys"]
+    actual = saved_shapes(create_network, models, **variant["network_args"])
+    assert actual == listed_shapes(LORA, name) and len(actual) == variant["num_keys"]
 
 
-def test_the_approximator_is_adapted_only_where_it_is_asked_for(models: tuple[list[nn.Module], nn.Module]) -> None:
-    found = saved_shapes(create_network, models, train_approximator="True")
-    added = {key.split(".")[0] for key in found.keys() - LORA["default"].keys()}
+def test_the_approximator_is_adapted_only_on_request(models: tuple[list[nn.Module], nn.Module]) -> None:
+    actual = saved_shapes(create_network, models, train_approximator="True")
+    added = {key.split(".")[0] for key in actual.keys() - LORA["default"].keys()}
     stem = "lora_unet_distilled_guidance_layer"
     assert added == {f"{stem}_in_proj", f"{stem}_out_proj"} | {
         f"{stem}_layers_{n}_{side}_layer" for n in range(5) for side in ("in", "out")
     }
-    assert found[f"{stem}_layers_4_out_layer.lora_up.weight"] == [5120, 4]
+    assert actual[f"{stem}_layers_4_out_layer.lora_up.weight"] == [5120, 4]
     assert all(CHROMA_NAMES.find(name) is not None for name in added)
 
 
@@ -88,8 +88,8 @@ def test_a_network_from_a_file_has_the_keys_of_the_file(models: tuple[list[nn.Mo
     assert {key: list(tensor.shape) for key, tensor in saved_tensors(network).items()} == shapes
 
 
-def test_every_name_of_a_module_is_one_of_the_checkpoint() -> None:
-    """And the other way round: of the layers of the checkpoint none is without a name in adapter files."""
-    named = {module.kohya for module in CHROMA_NAMES.modules if module.kohya.startswith("lora_unet")}
+def test_adapter_names_and_checkpoint_layers_correspond() -> None:
+    """Every adapter name belongs to a checkpoint layer, and every checkpoint layer has an adapter name."""
+    adapter_names = {module.kohya for module in CHROMA_NAMES.modules if module.kohya.startswith("lora_unet")}
     layers = {name.removesuffix(".weight") for name in BASE if name.endswith(".weight")}
-    assert named == {f"lora_unet_{layer.replace('.', '_')}" for layer in layers}
+    assert adapter_names == {f"lora_unet_{layer.replace('.', '_')}" for layer in layers}

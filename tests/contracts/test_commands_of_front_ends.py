@@ -1,4 +1,4 @@
-"""The files that graphical front ends start or import by path, with the options that they give them."""
+"""Scripts that graphical front ends start or import by path, with the options they pass."""
 
 import argparse
 import importlib.util
@@ -26,8 +26,8 @@ from tools import check_lora_weights, merge_lora
 ROOT = Path(__file__).parents[2]
 
 
-def loaded(path: str) -> ModuleType:
-    """A file as programs load it that know its path and nothing else."""
+def load_script(path: str) -> ModuleType:
+    """Import a script by its path, as front ends do."""
     spec = importlib.util.spec_from_file_location("loaded_by_path", ROOT / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -37,7 +37,7 @@ def loaded(path: str) -> ModuleType:
 
 @pytest.fixture
 def flux(tmp_path: Path) -> dict[str, Path]:
-    """The files of a tiny FLUX.1, and a random LoRA for its transformer and for CLIP-L."""
+    """Write a tiny FLUX.1 and a random LoRA for its transformer and CLIP-L."""
     arguments = build_tiny_flux(tmp_path / "base", 51)
     files = {flag.removeprefix("--"): Path(path) for flag, path in zip(arguments[::2], arguments[1::2], strict=True)}
     network = lora_flux.create_network(1.0, 4, 2, None, [], tiny_flux(51))
@@ -57,11 +57,11 @@ def flux(tmp_path: Path) -> dict[str, Path]:
     return {**files, "lora": tmp_path / "lora.safetensors", "denoiser": tmp_path / "denoiser.safetensors"}
 
 
-def test_flux_merge_lora_takes_what_kohya_ss_gives_it(
+def test_flux_merge_lora_accepts_kohya_ss_arguments(
     tmp_path: Path, flux: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The front end names no text encoder, so what the LoRA changes there is left out and said."""
-    command = loaded("networks/flux_merge_lora.py")
+    """The front end passes no text encoder, so the LoRA's text encoder modules are skipped with a message."""
+    command = load_script("networks/flux_merge_lora.py")
     save_to = tmp_path / "merged.safetensors"
     words = ["--flux_model", str(flux["pretrained_model_name_or_path"]), "--save_precision", "float", "--precision",
              "float", "--save_to", str(save_to), "--loading_device", "cpu", "--working_device", "cpu", "--models",
@@ -70,13 +70,13 @@ def test_flux_merge_lora_takes_what_kohya_ss_gives_it(
     assert "omitting 1 text encoder layers" in caplog.text
     words = ["--sd_model", str(flux["pretrained_model_name_or_path"]), "--models", str(flux["denoiser"])]
     assert merge_lora.main([*words, "--ratios", "0.5", "--save_to", str(tmp_path / "expected.safetensors")]) == 0
-    found, expected = load_file(save_to), load_file(tmp_path / "expected.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    merged, expected = load_file(save_to), load_file(tmp_path / "expected.safetensors")
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[key], tensor) for key, tensor in expected.items())
 
 
 def test_flux_merge_lora_merges_into_clip_l(tmp_path: Path, flux: dict[str, Path]) -> None:
-    command = loaded("networks/flux_merge_lora.py")
+    command = load_script("networks/flux_merge_lora.py")
     words = ["--flux_model", str(flux["pretrained_model_name_or_path"]), "--clip_l", str(flux["clip_l"]),
              "--clip_l_save_to", str(tmp_path / "clip.safetensors"), "--mem_eff_load_save", "--models",
              str(flux["lora"]), "--ratios", "2.0", "--save_to", str(tmp_path / "merged.safetensors")]  # fmt: skip
@@ -91,50 +91,55 @@ def test_flux_merge_lora_merges_into_clip_l(tmp_path: Path, flux: dict[str, Path
 
 
 def test_flux_merge_lora_joins_several_loras(tmp_path: Path, flux: dict[str, Path]) -> None:
-    command = loaded("networks/flux_merge_lora.py")
+    command = load_script("networks/flux_merge_lora.py")
     lora, save_to = str(flux["lora"]), tmp_path / "joined.safetensors"
     words = ["--save_precision", "bf16", "--precision", "float", "--save_to", str(save_to), "--loading_device", "cpu",
              "--working_device", "cpu", "--models", lora, lora, "--ratios", "0.4", "0.6", "--concat", "--shuffle",
              "--no_metadata", "--diffusers"]  # fmt: skip
     assert command.main(words) == 0
     assert read_adapter_file(save_to).modules.keys() == read_adapter_file(flux["lora"]).modules.keys()
-    assert {module.rank for module in read_adapter_file(save_to).modules.values()} == {4, 8}  # those of CLIP-L were 2
+    assert {module.rank for module in read_adapter_file(save_to).modules.values()} == {4, 8}  # CLIP-L had rank 2
 
 
-def test_a_lora_of_another_base_model_is_named(
+def test_a_lora_of_another_base_model_is_rejected_by_name(
     tmp_path: Path, flux: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = adapter_files.write(tmp_path / "sd.safetensors", 3)
     words = ["--flux_model", str(flux["pretrained_model_name_or_path"]), "--models", str(other)]
-    assert loaded("networks/flux_merge_lora.py").main([*words, "--save_to", str(tmp_path / "no.safetensors")]) == 1
+    assert load_script("networks/flux_merge_lora.py").main([*words, "--save_to", str(tmp_path / "no.safetensors")]) == 1
     assert "3 of its 3 modules are in none of the files to merge into" in capsys.readouterr().err
     assert not (tmp_path / "no.safetensors").exists()
 
 
-def test_flux_extract_lora_takes_what_kohya_ss_gives_it(tmp_path: Path, flux: dict[str, Path]) -> None:
+def test_flux_extract_lora_accepts_kohya_ss_arguments(tmp_path: Path, flux: dict[str, Path]) -> None:
     base, tuned = str(flux["pretrained_model_name_or_path"]), str(tmp_path / "tuned.safetensors")
     assert merge_lora.main(["--sd_model", base, "--models", str(flux["denoiser"]), "--save_to", tuned]) == 0
     words = ["--model_org", base, "--model_tuned", tuned, "--save_to", str(tmp_path / "found.safetensors"), "--dim",
              "4", "--device", "cpu", "--clamp_quantile", "0.99", "--save_precision", "fp16", "--no_metadata",
              "--mem_eff_safe_open"]  # fmt: skip
-    assert loaded("networks/flux_extract_lora.py").main(words) == 0
-    found = read_adapter_file(tmp_path / "found.safetensors").modules
-    assert found.keys() == read_adapter_file(flux["denoiser"]).modules.keys()
+    assert load_script("networks/flux_extract_lora.py").main(words) == 0
+    modules = read_adapter_file(tmp_path / "found.safetensors").modules
+    assert modules.keys() == read_adapter_file(flux["denoiser"]).modules.keys()
 
 
 @pytest.mark.parametrize(("src", "dst"), [("sd-scripts", "ai-toolkit"), ("ai-toolkit", "sd-scripts")])
-def test_convert_flux_lora_renames_either_way(tmp_path: Path, flux: dict[str, Path], src: str, dst: str) -> None:
+def test_convert_flux_lora_converts_in_both_directions(
+    tmp_path: Path, flux: dict[str, Path], src: str, dst: str
+) -> None:
     namings: dict[str, FileNaming] = {"sd-scripts": "kohya", "ai-toolkit": "diffusers"}
     original = read_adapter_file(flux["denoiser"])
     save_adapter_file(tmp_path / "source.safetensors", rename(original, NAMES, namings[src]).file)
     save_adapter_file(tmp_path / "expected.safetensors", rename(original, NAMES, namings[dst]).file)
     words = ["--src", src, "--dst", dst, "--src_path", str(tmp_path / "source.safetensors")]
-    assert loaded("networks/convert_flux_lora.py").main([*words, "--dst_path", str(tmp_path / "out.safetensors")]) == 0
-    found, expected = load_file(tmp_path / "out.safetensors"), load_file(tmp_path / "expected.safetensors")
-    assert found.keys() == expected.keys()
+    assert (
+        load_script("networks/convert_flux_lora.py").main([*words, "--dst_path", str(tmp_path / "out.safetensors")])
+        == 0
+    )
+    converted, expected = load_file(tmp_path / "out.safetensors"), load_file(tmp_path / "expected.safetensors")
+    assert converted.keys() == expected.keys()
 
 
-def test_extract_lora_takes_what_kohya_ss_gives_it(
+def test_extract_lora_accepts_kohya_ss_arguments(
     tmp_path: Path, tiny_sd_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tensors = load_file(tiny_sd_file)
@@ -146,21 +151,21 @@ def test_extract_lora_takes_what_kohya_ss_gives_it(
              str(tiny_sd_file), "--model_tuned", str(tmp_path / "tuned.safetensors"), "--dim", "2", "--device", "cpu",
              "--clamp_quantile", "1", "--min_diff", "0.01", "--load_original_model_to", "cpu",
              "--load_tuned_model_to", "cpu"]  # fmt: skip
-    assert loaded("networks/extract_lora_from_models.py").main(words) == 0
+    assert load_script("networks/extract_lora_from_models.py").main(words) == 0
     module = read_adapter_file(save_to).modules["lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"]
-    found = module.tensors["lora_up.weight"].float() @ module.tensors["lora_down.weight"].float()
-    torch.testing.assert_close(found, 0.1 * ends[0] @ ends[1].T, atol=1e-3, rtol=1e-2)
+    actual = module.tensors["lora_up.weight"].float() @ module.tensors["lora_down.weight"].float()
+    torch.testing.assert_close(actual, 0.1 * ends[0] @ ends[1].T, atol=1e-3, rtol=1e-2)
     assert "--load_precision has no effect" in caplog.text
 
 
-def test_older_options_of_the_commands_are_known() -> None:
-    merge = loaded("networks/merge_lora.py").setup_parser()
+def test_older_options_of_the_commands_are_accepted() -> None:
+    merge = load_script("networks/merge_lora.py").setup_parser()
     assert merge.parse_args(["--v2", "--save_to", "x.safetensors", "--models", "y.safetensors"]).v2
     assert check_lora_weights.setup_parser().parse_args(["-s", "x.safetensors"]).show_all_keys
 
 
 def write_lora(path: Path, *modules: str) -> Path:
-    """Random factors of rank 2 with an alpha of 1 for these modules."""
+    """Write random factors of rank 2 and alpha 1 for these modules."""
     generator, tensors = torch.Generator().manual_seed(31), {}
     for name in modules:
         tensors[f"{name}.lora_down.weight"] = torch.randn(2, 8, generator=generator)
@@ -170,11 +175,11 @@ def write_lora(path: Path, *modules: str) -> Path:
     return path
 
 
-def test_a_lora_of_anima_gets_comfyuis_names_and_its_own_back(tmp_path: Path) -> None:
-    """As programs call it after a training: two paths and nothing else."""
+def test_an_anima_lora_converts_to_comfyui_names_and_back(tmp_path: Path) -> None:
+    """Programs call the converter after training with two paths and nothing else."""
     names = ("lora_unet_blocks_0_self_attn_q_proj", "lora_te_layers_1_mlp_gate_proj")
     source = write_lora(tmp_path / "anima.safetensors", *names)
-    command = loaded("networks/convert_anima_lora_to_comfy.py")
+    command = load_script("networks/convert_anima_lora_to_comfy.py")
     assert command.main([str(source), str(tmp_path / "comfy.safetensors")]) == 0
     text = "text_encoders.qwen3_06b.transformer.model"
     paths = ("diffusion_model.blocks.0.self_attn.q_proj", f"{text}.layers.1.mlp.gate_proj")
@@ -182,17 +187,17 @@ def test_a_lora_of_anima_gets_comfyuis_names_and_its_own_back(tmp_path: Path) ->
     assert set(after) == {f"{path}.lora_{factor}.weight" for path in paths for factor in "AB"}
     for name, path in zip(names, paths, strict=True):
         expected = 0.5 * before[f"{name}.lora_up.weight"] @ before[f"{name}.lora_down.weight"]
-        found = after[f"{path}.lora_B.weight"] @ after[f"{path}.lora_A.weight"]
-        torch.testing.assert_close(found, expected, **FLOAT32_DEEP)
+        actual = after[f"{path}.lora_B.weight"] @ after[f"{path}.lora_A.weight"]
+        torch.testing.assert_close(actual, expected, **FLOAT32_DEEP)
     words = ["--reverse", str(tmp_path / "comfy.safetensors"), str(tmp_path / "back.safetensors")]
     assert command.main(words) == 0
     assert load_file(tmp_path / "back.safetensors").keys() == before.keys()
 
 
-def test_a_lora_of_hunyuan_image_gets_comfyuis_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hunyuan_image_lora_converts_to_comfyui_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("lora_unet_double_blocks_0_img_mlp_fc1", "lora_unet_single_blocks_3_modulation_linear")
     source = write_lora(tmp_path / "hunyuan.safetensors", *names)
-    command = loaded("networks/convert_hunyuan_image_lora_to_comfy.py")
+    command = load_script("networks/convert_hunyuan_image_lora_to_comfy.py")
     words = [str(source), str(tmp_path / "comfy.safetensors")]
     assert command.main(words) == 0
     assert {key.partition(".")[0] for key in load_file(tmp_path / "comfy.safetensors")} == {
@@ -208,34 +213,34 @@ def test_a_lora_of_hunyuan_image_gets_comfyuis_names(tmp_path: Path, capsys: pyt
 
 
 def test_merging_and_resizing_can_be_called_as_coppylora_does(tmp_path: Path) -> None:
-    """As functions of modules loaded by path, with text for paths and without the options it does not know."""
+    """CoppyLoRA imports the modules by path, passes paths as text and omits options it does not know."""
     first, second = (str(adapter_files.write(tmp_path / f"{n}.safetensors", n)) for n in (1, 2))
     merged, resized = str(tmp_path / "merged.safetensors"), str(tmp_path / "resized.safetensors")
-    asked: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "save_precision": "bf16", "precision": "float", "sd_model": None, "save_to": merged, "models": [first, second],
         "no_metadata": False, "ratios": [1.41, -1.41], "concat": True, "shuffle": True,
     }  # fmt: skip
-    loaded("networks/sdxl_merge_lora.py").merge(argparse.Namespace(**asked))
+    load_script("networks/sdxl_merge_lora.py").merge(argparse.Namespace(**arguments))
     modules = [read_adapter_file(path).modules[adapter_files.LINEAR] for path in (first, second, merged)]
     assert modules[2].rank == 8
     changes = [module.weight(torch.float64) for module in modules]
-    expected = 1.41**2 / 2 * (changes[0] - changes[1])  # the difference, which 1.41 stands for in sd-scripts
+    expected = 1.41**2 / 2 * (changes[0] - changes[1])  # the factor that sd-scripts gives a difference
     assert float((changes[2] - expected).norm()) < 2**-8 * float(expected.norm())  # factors stored in bfloat16
-    asked = {
+    arguments = {
         "save_precision": "bf16", "new_rank": 3, "new_conv_rank": 2, "save_to": resized, "model": merged,
         "device": "cpu", "verbose": "store_true", "dynamic_param": None, "dynamic_method": None,
     }  # fmt: skip
-    loaded("networks/resize_lora.py").resize(argparse.Namespace(**asked))
+    load_script("networks/resize_lora.py").resize(argparse.Namespace(**arguments))
     assert {module.rank for module in read_adapter_file(resized).modules.values()} == {2, 3}
 
 
-def caches(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """The cache files of images below a folder: when they were written, and what is in them."""
-    found = [path for path in folder.rglob("*.npz") if not path.name.startswith(".")]
-    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+def cache_files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Return modification time and content of the cache files below a folder."""
+    paths = [path for path in folder.rglob("*.npz") if not path.name.startswith(".")]
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
 
-def wanted_by_coppylora(tmp_path: Path, model: Path) -> dict[str, Any]:
+def coppylora_settings(tmp_path: Path, model: Path) -> dict[str, Any]:
     make_images(tmp_path / "data" / "1_thing", 2)
     return {
         "pretrained_model_name_or_path": str(model), "train_data_dir": str(tmp_path / "data"),
@@ -249,17 +254,17 @@ def wanted_by_coppylora(tmp_path: Path, model: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_training_takes_the_latents_that_coppylora_cached(
+def test_training_uses_latents_cached_by_coppylora(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_process: None, tiny_sdxl_folder: Path, train: Any
 ) -> None:
-    command = loaded("tools/cache_latents.py")
+    command = load_script("tools/cache_latents.py")
     monkeypatch.setattr(sys, "argv", ["CoppyLora_webUI.py"])
     parser = command.setup_parser()
     args = command.train_util.read_config_from_file(parser.parse_args(), parser)
-    for key, value in wanted_by_coppylora(tmp_path, tiny_sdxl_folder).items():
+    for key, value in coppylora_settings(tmp_path, tiny_sdxl_folder).items():
         setattr(args, key, value)
     command.cache_to_disk(args)
-    before = caches(tmp_path / "data")
+    before = cache_files(tmp_path / "data")
     assert len(before) == 2
     words = ["--pretrained_model_name_or_path", str(tiny_sdxl_folder), "--train_data_dir", str(tmp_path / "data"),
              "--resolution", "64,64", "--enable_bucket", "--bucket_no_upscale", "--cache_latents_to_disk",
@@ -268,47 +273,47 @@ def test_training_takes_the_latents_that_coppylora_cached(
              "--max_data_loader_n_workers", "0"]  # fmt: skip
     done = train(words, "sdxl_train_network")
     assert done.status == 0 and "latent cache: 2 entries reused, 0 to encode" in done.stderr
-    assert caches(tmp_path / "data") == before
+    assert cache_files(tmp_path / "data") == before
 
 
-def test_text_outputs_are_cached_as_training_reads_them(
+def test_text_outputs_cached_separately_are_used_by_training(
     tmp_path: Path, fresh_process: None, tiny_sdxl_folder: Path, train: Any
 ) -> None:
-    """As a front end starts it that caches in one process and trains in another."""
+    """A front end caches in one process and trains in another."""
     make_images(tmp_path / "data" / "1_thing", 2)
     common = ["--pretrained_model_name_or_path", str(tiny_sdxl_folder), "--train_data_dir", str(tmp_path / "data"),
               "--resolution", "64", "--caption_extension", ".txt", "--max_data_loader_n_workers", "0"]  # fmt: skip
-    command = loaded("tools/cache_text_encoder_outputs.py")
+    command = load_script("tools/cache_text_encoder_outputs.py")
     assert command.main([*common, "--sdxl", "--skip_cache_check"]) == 0
-    before = caches(tmp_path / "data")
+    before = cache_files(tmp_path / "data")
     assert len(before) == 2
     words = [*common, "--output_dir", str(tmp_path / "out"), "--network_module", "networks.lora", "--network_dim", "2",
              "--learning_rate", "1e-3", "--max_train_steps", "1", "--network_train_unet_only",
              "--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"]  # fmt: skip
     done = train(words, "sdxl_train_network")
     assert done.status == 0 and "text cache: 3 files reused, 0 to encode" in done.stderr
-    assert caches(tmp_path / "data") == before
+    assert cache_files(tmp_path / "data") == before
 
 
-def test_latents_of_flux_need_the_vae_alone(
+def test_caching_flux_latents_needs_only_the_vae(
     tmp_path: Path, fresh_process: None, flux: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_images(tmp_path / "data" / "1_thing", 2)
     words = ["--train_data_dir", str(tmp_path / "data"), "--resolution", "64", "--max_data_loader_n_workers", "0"]
-    command = loaded("tools/cache_latents.py")
+    command = load_script("tools/cache_latents.py")
     assert command.main([*words, "--flux", "--ae", str(flux["ae"])]) == 0
-    assert sorted(caches(tmp_path / "data")) == ["00_0064x0064_flux.npz", "01_0064x0064_flux.npz"]
+    assert sorted(cache_files(tmp_path / "data")) == ["00_0064x0064_flux.npz", "01_0064x0064_flux.npz"]
     assert command.main([*words, "--flux", "--sdxl"]) == 1
     assert "--sdxl and --flux name two base models" in capsys.readouterr().err
-    assert loaded("tools/cache_text_encoder_outputs.py").main([*words, "--flux"]) == 1
+    assert load_script("tools/cache_text_encoder_outputs.py").main([*words, "--flux"]) == 1
     assert "--pretrained_model_name_or_path is missing" in capsys.readouterr().err
 
 
-def test_text_outputs_of_stable_diffusion_1_are_not_cached(
+def test_caching_text_outputs_of_stable_diffusion_1_is_refused(
     tmp_path: Path, fresh_process: None, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_images(tmp_path / "data" / "1_thing", 1)
     words = ["--train_data_dir", str(tmp_path / "data"), "--resolution", "64"]
-    command = loaded("tools/cache_text_encoder_outputs.py")
+    command = load_script("tools/cache_text_encoder_outputs.py")
     assert command.main([*words, "--pretrained_model_name_or_path", str(tiny_sd_folder)]) == 1
     assert "use --sdxl or --flux" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Default targets of LoHa, LoKr, OFT and BOFT where sd-scripts has lists of its own, at full size.
+"""Default targets of LoHa, LoKr, OFT and BOFT at full size, for which sd-scripts has separate lists.
 
 The lists are those of its networks/network_base.py (LoHa, LoKr) and networks/orthogonal_common.py (OFT, BOFT).
 """
@@ -47,7 +47,7 @@ def models() -> dict[str, Models]:
 
 
 def listed(prefix: str, root: nn.Module, classes: tuple[str, ...], excluded: str, with_kernels: bool) -> Iterator[str]:
-    """Names of the Linear layers and convolutions below modules of these classes, as sd-scripts looks for them."""
+    """Yield the names of Linear layers and convolutions below modules of these classes, found as sd-scripts does."""
     for path, block in root.named_modules():
         if type(block).__name__ in classes:
             for child_path, child in block.named_modules():
@@ -66,7 +66,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "base", "with_kernels"), CASES)
-def test_the_modules_are_those_of_sd_scripts(
+def test_the_adapted_modules_are_those_of_sd_scripts(
     models: dict[str, Models], kind: str, base: str, with_kernels: bool
 ) -> None:
     blocks, text_blocks, prefixes, excluded = LISTS[base]
@@ -83,8 +83,8 @@ def test_the_modules_are_those_of_sd_scripts(
     assert set(network.adapters) == set(expected) and len(expected) > 300
 
 
-def test_expressions_may_be_whole_paths_where_they_are_searched_in_names(models: dict[str, Models]) -> None:
-    """sd-scripts' LoHa and LoKr take whole paths for SDXL too, networks.lora parts of names."""
+def test_rank_patterns_may_be_full_paths_or_parts_of_names(models: dict[str, Models]) -> None:
+    """sd-scripts' LoHa and LoKr accept full paths for SDXL too; networks.lora accepts parts of names."""
     text, denoiser = models["sdxl"]
     name = "input_blocks_4_1_transformer_blocks_0_attn1_to_q"
     for expression in (r".*input_blocks\.4\.1\.transformer_blocks\.0\.attn1\.to_q", name):

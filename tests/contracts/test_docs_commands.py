@@ -1,4 +1,4 @@
-"""Commands of the documentation: each parses, and every file and option in it exists."""
+"""Commands in the documentation parse, and every file and option in them exists."""
 
 import argparse
 import importlib
@@ -61,16 +61,16 @@ TOOLS = (
     "recipes",
     "draw",
     "front_end",
-)  # whose options pages speak of
+)  # tools whose options the pages mention
 
 
 def blocks_of(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a page in one language."""
+    """Return the fenced blocks of a page in one language."""
     return [text for kind, text in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
 
 
 def commands_of(page: Path) -> list[str]:
-    """The commands of a page's bash blocks, continued lines joined."""
+    """Return the commands of a page's bash blocks, with continued lines joined."""
     lines = "".join(blocks_of(page, "bash")).replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
@@ -79,7 +79,7 @@ COMMANDS = [(page.relative_to(ROOT).as_posix(), command) for page in PAGES for c
 
 
 def check_command(command: str) -> None:
-    """Raise AssertionError if a reader who types this would be told off. A command of unknown kind is one too."""
+    """Raise AssertionError if the command would be rejected or is of an unknown kind."""
     words = shlex.split(command)
     while re.fullmatch(r"[A-Z_]+=\w*", words[0]):  # a variable for this command alone
         words = words[1:]
@@ -91,21 +91,21 @@ def check_command(command: str) -> None:
         case ["accelerate", "launch", *arguments]:
             check_launch(arguments)
         case ["python3" | "python", "-m", "pip", *_]:
-            return  # every environment has it, and looking for it makes setuptools give its distutils up
+            return  # always installed; find_spec would make setuptools drop its distutils
         case ["python3" | "python", "-m", module, *_]:
             assert importlib.util.find_spec(module) is not None, f"the requirements bring no module {module}"
         case ["python3" | "python", "tools/start.py", *arguments]:
             parse(start.setup_parser(), start.split_at_dashes(arguments)[0])
         case ["python3" | "python", "tools/plan_memory.py" | "tools/verify.py" as tool, *arguments]:
-            own, training = (plan_memory if "plan" in tool else verify).setup_parser().parse_known_args(arguments)
-            check_script(own.script, training)
+            own_args, training = (plan_memory if "plan" in tool else verify).setup_parser().parse_known_args(arguments)
+            check_script(own_args.script, training)
         case ["python3" | "python", "tools/contact_sheet.py" | "tools/choose_checkpoint.py" as tool, *arguments]:
             module = contact_sheet if "sheet" in tool else choose_checkpoint
-            own, training = module.setup_parser().parse_known_args(arguments)
-            check_script(own.script, training)
+            own_args, training = module.setup_parser().parse_known_args(arguments)
+            check_script(own_args.script, training)
         case ["python3" | "python", "tools/make_shards.py", *arguments]:
-            own, training = make_shards.setup_parser().parse_known_args(arguments)
-            check_script(own.script or "train_network.py", training)
+            own_args, training = make_shards.setup_parser().parse_known_args(arguments)
+            check_script(own_args.script or "train_network.py", training)
         case ["python3" | "python", script, *arguments] if script.startswith(("tools/", "benchmarks/")):
             check_tool(script, arguments)
         case ["python3" | "python", script, *arguments]:
@@ -122,20 +122,20 @@ def check_launch(arguments: list[str]) -> None:
 
 
 def parser_of(script: str, arguments: list[str]) -> argparse.ArgumentParser:
-    """The script's own; of train_leco.py, which recognises the base model, that of the first model with all options."""
-    own: argparse.ArgumentParser = importlib.import_module(Path(script).stem).setup_parser()
+    """Return the script's parser; for train_leco.py, that of the first base model with all of these options."""
+    default: argparse.ArgumentParser = importlib.import_module(Path(script).stem).setup_parser()
     if script != "train_leco.py":
-        return own
+        return default
     flags = {word.split("=")[0] for word in arguments if word.startswith("--")}
     kinds = [leco_options(spec.options) for spec in list_specs()]
     others = (build_parser_of_prompts(kind, OtherScripts(script)) for kind in kinds)
-    return next((one for one in (own, *others) if flags <= one._option_string_actions.keys()), own)
+    return next((parser for parser in (default, *others) if flags <= parser._option_string_actions.keys()), default)
 
 
 def check_script(script: str, arguments: list[str]) -> None:
-    """A training script, by its own parser. Prefixes of options do not count: a page shows the whole name.
+    """Parse a training script's arguments. Abbreviations fail: a page must show full option names.
 
-    Raises ValueError for a wrong network argument.
+    Raise ValueError for an invalid network argument.
     """
     assert (ROOT / script).exists(), f"{script} is not there"
     if arguments in (["--help"], ["--help_all"]):
@@ -150,8 +150,8 @@ def check_script(script: str, arguments: list[str]) -> None:
     if options.sweep.sweep:
         expand_combinations(options)
     if args.network_module and args.network_module.startswith("networks."):
-        given = dict(item.split("=", 1) for item in args.network_args or ())
-        parse_arguments(given, args.network_dropout, list_network_arguments())
+        network_args = dict(item.split("=", 1) for item in args.network_args or ())
+        parse_arguments(network_args, args.network_dropout, list_network_arguments())
     if args.config_file and not args.output_config:
         actions = {action.dest: action for action in parser._actions}
         assert read_config(ROOT / args.config_file, actions).warnings == []
@@ -179,7 +179,7 @@ print(json.dumps(texts))
 
 @cache
 def options_of_tools() -> dict[str, frozenset[str]]:
-    """Return the options in the help of every tool that pages name; one process starts all of them as files."""
+    """Return the options in the help of every tool that pages name, collected in one subprocess."""
     words = {word for _, command in COMMANDS for word in shlex.split(command)}
     tools = {word for word in words if re.match("(tools|benchmarks)/.*[.]py$", word)} - {"tools/start.py"}
     scripts = sorted(word for word in tools if (ROOT / word).exists())
@@ -189,7 +189,7 @@ def options_of_tools() -> dict[str, frozenset[str]]:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """Parse, with argparse's exit turned into a failure."""
+    """Parse, turning argparse's exit into a failure."""
     try:
         return parser.parse_args(arguments)
     except SystemExit as ended:
@@ -197,7 +197,7 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Nam
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
-def test_command_of_the_documentation_can_be_typed(page: str, command: str) -> None:
+def test_documented_command_is_valid(page: str, command: str) -> None:
     check_command(command)
 
 
@@ -240,32 +240,32 @@ def test_options_named_in_the_text_exist(page: Path) -> None:
         known |= set(importlib.import_module(module).setup_parser()._option_string_actions)
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     code = [part for part in INLINE_CODE.findall(text) if not part.startswith(("python3 ", "ruff ", "mypy "))]
-    named = {flag for part in code for flag in FLAG.findall(part)}
-    assert named - known == set()
+    mentioned = {flag for part in code for flag in FLAG.findall(part)}
+    assert mentioned - known == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_pages_link_only_to_what_is_there(page: Path) -> None:
+def test_linked_files_exist(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
     missing = [t for t in targets if not t.startswith("https://") and not (page.parent / t).exists()]
     assert missing == []
 
 
 def headings_of(page: Path) -> set[str]:
-    """The anchors of a page, as GitHub makes them of its headings."""
+    """Return the anchors that GitHub derives from a page's headings."""
     lines = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_headings_that_exist(page: Path) -> None:
+def test_linked_headings_exist(page: Path) -> None:
     links = re.findall(r"\]\(([\w./]*\.md)?#([^)]+)\)", page.read_text(encoding="utf-8"))
     broken = [f"{file}#{name}" for file, name in links if name not in headings_of(page.parent / file if file else page)]
     assert broken == []
 
 
 def table_rows(page: Path) -> list[list[str]]:
-    """The cells of every row of every table of a page."""
+    """Return the cells of every table row of a page."""
     lines = page.read_text(encoding="utf-8").splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
 
@@ -285,6 +285,6 @@ def test_the_page_of_adapter_kinds_lists_every_network_module() -> None:
 
 def test_options_that_the_page_calls_unsupported_are_refused() -> None:
     page = (ROOT / "docs" / "train_network.md").read_text(encoding="utf-8")
-    named = set(FLAG.findall(page.split("## Not supported yet")[1]))
+    unsupported = set(FLAG.findall(page.split("## Not supported yet")[1]))
     facts_of = TrainOptions.facts()
-    assert named == {f"--{name}" for name, facts in facts_of.items() if facts.unsupported and not facts.needs}
+    assert unsupported == {f"--{name}" for name, facts in facts_of.items() if facts.unsupported and not facts.needs}

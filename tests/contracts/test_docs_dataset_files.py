@@ -26,7 +26,7 @@ def test_example_dataset_file_is_accepted(path: Path) -> None:
     assert load(path).datasets
 
 
-def test_the_page_begins_with_the_file_that_the_commands_name() -> None:
+def test_the_page_starts_with_the_file_named_in_the_commands() -> None:
     page, example = ROOT / "docs" / "dataset_config.md", ROOT / "configs" / "examples" / "dataset.toml"
     assert blocks_of(page, "toml")[0] == example.read_text(encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Prompt files of LECO that the documentation shows and the repository ships can be read; every key is explained."""
+"""LECO prompt files in the documentation and the repository are readable, and every key is explained."""
 
 from pathlib import Path
 
@@ -12,18 +12,18 @@ SHIPPED = sorted((ROOT / "configs" / "leco").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_prompt_file_of_the_repository_can_be_read(path: Path) -> None:
+def test_shipped_prompt_file_is_readable(path: Path) -> None:
     assert read_prompt_pairs(path)
 
 
 @pytest.mark.parametrize("block", blocks_of(PAGE, "toml"))
-def test_prompt_file_of_the_page_can_be_read(tmp_path: Path, block: str) -> None:
+def test_documented_prompt_file_is_readable(tmp_path: Path, block: str) -> None:
     path = tmp_path / "prompts.toml"
     path.write_text(block, encoding="utf-8")
     assert read_prompt_pairs(path)
 
 
-def test_the_page_shows_the_file_that_its_first_command_names() -> None:
+def test_the_page_shows_the_file_named_in_its_first_command() -> None:
     lines = (ROOT / "configs" / "leco" / "erase.toml").read_text(encoding="utf-8").splitlines()
     plain = [line.partition("#")[0].rstrip() for line in lines if line.partition("#")[0].strip()]
     assert blocks_of(PAGE, "toml")[0].splitlines() == plain

@@ -1,4 +1,4 @@
-"""Prompt files that the documentation shows and the repository ships can be read, and every setting is explained."""
+"""Prompt files in the documentation and the repository are readable, and every setting is explained."""
 
 from pathlib import Path
 
@@ -13,18 +13,18 @@ SHOWN += [(language, block) for language in ("toml", "json") for block in blocks
 
 
 @pytest.mark.parametrize("path", [*sorted((ROOT / "configs").glob("*/prompts.txt"))], ids=str)
-def test_prompt_file_of_the_repository_can_be_read(path: Path) -> None:
+def test_shipped_prompt_file_is_readable(path: Path) -> None:
     assert read_prompts(path)
 
 
 @pytest.mark.parametrize(("kind", "block"), SHOWN)
-def test_prompts_of_the_page_can_be_read(tmp_path: Path, kind: str, block: str) -> None:
+def test_documented_prompts_are_readable(tmp_path: Path, kind: str, block: str) -> None:
     path = tmp_path / f"prompts.{kind}"
     path.write_text(block, encoding="utf-8")
     assert read_prompts(path)
 
 
-def test_the_page_shows_every_kind_of_file_and_explains_every_setting() -> None:
+def test_the_page_shows_every_file_format_and_explains_every_setting() -> None:
     assert {kind for kind, _ in SHOWN} == {"txt", "toml", "json"}
     text = PAGE.read_text(encoding="utf-8")
     assert [key for key in KEYS if f"`{key}`" not in text] == []

@@ -1,6 +1,6 @@
 """The command line of train_network.py is an interface: scripts, config files and front ends are written against it.
 
-`data/flags_train_network.json` is the literal list of sd-scripts' options; changing it breaks somebody.
+`data/flags_train_network.json` is the literal list of sd-scripts' options; changing it breaks users.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from train_network import setup_parser
 LIST = Path(__file__).parent / "data" / "flags_train_network.json"
 FLAGS: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
 
-SINCE_0_11 = {  # options that sd-scripts has since 0.11, on some of its scripts or all, with their defaults
+SINCE_0_11 = {  # options that some or all sd-scripts scripts have since 0.11, with their defaults
     "cuda_allow_tf32": False,
     "compile": False,
     "compile_backend": "inductor",
@@ -30,7 +30,7 @@ SINCE_0_11 = {  # options that sd-scripts has since 0.11, on some of its scripts
     "train_inpainting": False,
 }
 SINCE_0_11_OF_FLOW_MODELS = {"show_timesteps": None, "show_timesteps_resolution": "1024", "show_timesteps_offset": 0.0}
-OURS = {  # the first of those and what sd-scripts does not have, with their defaults; one a line
+OURS = {  # the options above and those that sd-scripts does not have, with their defaults
     **SINCE_0_11,
     "audit_only": False,
     "autoresume": False,
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Return the actions that front ends walk, without --help."""
+    """Return the actions that front ends iterate over, without --help."""
     return [action for action in parser._actions if action.dest != "help"]
 
 
@@ -92,7 +92,7 @@ CHOICES_OF_OTHERS = {
 }  # musubi-tuner's
 
 
-def described(action: argparse.Action) -> dict[str, Any]:
+def describe(action: argparse.Action) -> dict[str, Any]:
     is_flag = isinstance(action, argparse._StoreTrueAction)
     return {
         "flags": list(action.option_strings),
@@ -112,36 +112,36 @@ def test_list_holds_193_options() -> None:
 @pytest.mark.parametrize("wanted", FLAGS, ids=lambda flag: flag["dest"])
 def test_option_is_declared_as_listed(parser: argparse.ArgumentParser, wanted: dict[str, Any]) -> None:
     action = parser._option_string_actions[wanted["flags"][0]]
-    found = described(action)
-    assert found == wanted
-    assert type(found["default"]) is type(wanted["default"])
+    actual = describe(action)
+    assert actual == wanted
+    assert type(actual["default"]) is type(wanted["default"])
 
 
-def test_there_is_no_option_beside_the_list(parser: argparse.ArgumentParser) -> None:
+def test_there_is_no_unlisted_option(parser: argparse.ArgumentParser) -> None:
     assert {action.dest for action in actions_of(parser)} == {flag["dest"] for flag in FLAGS} | OURS.keys()
 
 
-def test_front_ends_find_a_flat_parser_with_nothing_required(parser: argparse.ArgumentParser) -> None:
+def test_front_ends_get_a_flat_parser_without_required_options(parser: argparse.ArgumentParser) -> None:
     assert not any(action.required for action in actions_of(parser))
     assert all(action.option_strings for action in actions_of(parser))
     assert vars(parser.parse_args([])) == {flag["dest"]: flag["default"] for flag in FLAGS} | OURS
 
 
 def test_only_flags_have_no_type(parser: argparse.ArgumentParser) -> None:
-    """A front end shows an option whose type is None as a check box."""
+    """Front ends show an option whose type is None as a check box."""
     for action in actions_of(parser):
         assert (action.type is None) == (action.nargs == 0), action.dest
 
 
-def test_each_option_tells_in_its_own_words_what_it_does(parser: argparse.ArgumentParser) -> None:
+def test_every_option_has_its_own_help_text(parser: argparse.ArgumentParser) -> None:
     helps = {action.dest: action.help or "" for action in actions_of(parser)}
     assert len(set(helps.values())) == 193 + len(OURS)
     for dest, text in helps.items():
-        shown = text.split("/")[0]  # all that one front end shows
+        shown = text.split("/")[0]  # one front end shows only this part
         assert len(shown.split()) >= 4 and shown.endswith("."), dest
 
 
-def test_help_can_be_shown(parser: argparse.ArgumentParser) -> None:
+def test_help_can_be_printed(parser: argparse.ArgumentParser) -> None:
     assert "--network_module" in parser.format_help()
 
 
@@ -155,13 +155,15 @@ def test_help_can_be_shown(parser: argparse.ArgumentParser) -> None:
         ("--mixed", "mixed_precision"),
     ],
 )
-def test_unambiguous_beginning_of_a_flag_is_enough(parser: argparse.ArgumentParser, short: str, dest: str) -> None:
+def test_unambiguous_abbreviations_of_flags_are_accepted(
+    parser: argparse.ArgumentParser, short: str, dest: str
+) -> None:
     words = {None: ["5"], 0: []}[parser._option_string_actions[f"--{dest}"].nargs]
     words = ["bf16"] if dest == "mixed_precision" else words
     assert getattr(parser.parse_args([short, *words]), dest) not in (None, False)
 
 
-def test_equals_sign_and_space_mean_the_same(parser: argparse.ArgumentParser) -> None:
+def test_equals_sign_and_space_are_equivalent(parser: argparse.ArgumentParser) -> None:
     for words in (["--network_dim=7"], ["--network_dim", "7"]):
         assert parser.parse_args(words).network_dim == 7
 
@@ -173,7 +175,7 @@ def test_the_last_of_repeated_lists_wins(parser: argparse.ArgumentParser) -> Non
 
 
 @pytest.mark.parametrize("words", [["--no_such_option"], ["--mixed_precision", "fp32"], ["--max_token_length", "100"]])
-def test_bad_option_ends_with_status_2(parser: argparse.ArgumentParser, words: list[str]) -> None:
+def test_an_invalid_option_exits_with_status_2(parser: argparse.ArgumentParser, words: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parser.parse_args(words)
     assert ended.value.code == 2
@@ -182,18 +184,18 @@ def test_bad_option_ends_with_status_2(parser: argparse.ArgumentParser, words: l
 @pytest.mark.parametrize(
     ("text", "number"), [("0", 0), ("100", 100), ("0.1", 0.1), ("5%", 0.05), ("0.0", 0.0), ("-2", -2.0)]
 )
-def test_warmup_is_steps_or_a_share(text: str, number: float) -> None:
+def test_warmup_is_a_number_of_steps_or_a_fraction(text: str, number: float) -> None:
     assert int_or_float(text) == number
     assert isinstance(int_or_float(text), int) == (text == "100")  # 0 is a float in sd-scripts too
 
 
 @pytest.mark.parametrize("text", ["1.0", "100.0", "1e2", "100%", "nan", "ten"])
-def test_warmup_that_could_mean_either_is_refused(text: str) -> None:
+def test_ambiguous_warmup_is_rejected(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         int_or_float(text)
 
 
-def test_options_object_holds_what_was_typed(parser: argparse.ArgumentParser) -> None:
+def test_options_hold_the_values_from_the_command_line(parser: argparse.ArgumentParser) -> None:
     options = TrainOptions.from_args(parser.parse_args(["--unet_lr", "3e-5", "--dataset_config", "data.toml"]))
     assert options.network.unet_lr == 3e-5
     assert options.dataset.dataset_config == Path("data.toml")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from library.options.train import TrainOptions
-from tests.contracts.test_flags import FLAGS, LIST, OURS, SINCE_0_11_OF_FLOW_MODELS, actions_of, described
+from tests.contracts.test_flags import FLAGS, LIST, OURS, SINCE_0_11_OF_FLOW_MODELS, actions_of, describe
 
 SCRIPTS = sorted(path.stem.removeprefix("flags_") for path in LIST.parent.glob("flags_*.json") if path != LIST)
 ADDED: dict[str, list[dict[str, Any]]] = {
@@ -40,7 +40,7 @@ def parser_of(script: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parsed(script: str, *words: str) -> argparse.Namespace:
+def parse(script: str, *words: str) -> argparse.Namespace:
     return parser_of(script).parse_args(words)
 
 
@@ -50,13 +50,13 @@ def parsed(script: str, *words: str) -> argparse.Namespace:
     ids=lambda value: value if isinstance(value, str) else value["dest"],
 )
 def test_option_is_declared_as_listed(script: str, wanted: dict[str, Any]) -> None:
-    found = described(parser_of(script)._option_string_actions[wanted["flags"][0]])
-    assert found == wanted
-    assert type(found["default"]) is type(wanted["default"])
+    actual = describe(parser_of(script)._option_string_actions[wanted["flags"][0]])
+    assert actual == wanted
+    assert type(actual["default"]) is type(wanted["default"])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_there_is_no_option_beside_the_lists(script: str) -> None:
+def test_there_is_no_unlisted_option(script: str) -> None:
     names = {action.dest for action in actions_of(parser_of(script))}
     added = {flag["dest"] for flag in ADDED[script]}
     if script != "sdxl_train_network":
@@ -67,49 +67,49 @@ def test_there_is_no_option_beside_the_lists(script: str) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_each_option_tells_in_its_own_words_what_it_does(script: str) -> None:
+def test_every_option_has_its_own_help_text(script: str) -> None:
     actions = actions_of(parser_of(script))
     assert len({action.help for action in actions}) == len(actions)
     for action in actions:
-        shown = (action.help or "").split("/")[0]  # all that one front end shows
+        shown = (action.help or "").split("/")[0]  # one front end shows only this part
         assert len(shown.split()) >= 4 and shown.endswith("."), action.dest
 
 
-# What the options become
+# How the options are resolved
 
 
-def test_flux() -> None:
+def test_flux_options_are_resolved() -> None:
     from library.architectures.flux.options import FluxOptions
 
-    options = FluxOptions.from_args(parsed("flux_train_network", "--guidance_scale", "1", "--ae", "ae.safetensors"))
+    options = FluxOptions.from_args(parse("flux_train_network", "--guidance_scale", "1", "--ae", "ae.safetensors"))
     assert (options.flux.guidance_scale, options.flux.ae) == (1.0, "ae.safetensors")
     assert options.flow_prediction.model_prediction_type == "sigma_scaled"
     assert options.flow_sampling.discrete_flow_shift == 3.0
 
 
-def test_lumina() -> None:
+def test_lumina_options_are_resolved() -> None:
     from library.architectures.lumina.options import LuminaOptions
 
-    options = LuminaOptions.from_args(parsed("lumina_train_network", "--system_prompt", "be good", "--gemma2", "g"))
+    options = LuminaOptions.from_args(parse("lumina_train_network", "--system_prompt", "be good", "--gemma2", "g"))
     assert (options.lumina.system_prompt, options.lumina.gemma2) == ("be good", "g")
     assert (options.flow_sampling.timestep_sampling, options.flow_sampling.discrete_flow_shift) == ("shift", 6.0)
     assert options.flow_prediction.model_prediction_type == "raw"
 
 
-def test_sdxl() -> None:
+def test_sdxl_options_are_resolved() -> None:
     from library.architectures.sdxl.options import SdxlOptions
 
     words = ["--correct_crop_coordinates", "--v_parameterization"]
-    options = SdxlOptions.from_args(parsed("sdxl_train_network", *words))
+    options = SdxlOptions.from_args(parse("sdxl_train_network", *words))
     assert options.sizes.correct_crop_coordinates and options.model.v_parameterization
     assert not options.text_caching.cache_text_encoder_outputs
 
 
-def test_hunyuan_image_trains_only_the_denoiser_whatever_is_asked() -> None:
+def test_hunyuan_image_always_trains_only_the_denoiser() -> None:
     from library.architectures.hunyuan_image.options import HunyuanImageOptions
 
     for flags in ([], ["--network_train_unet_only"]):
-        options = HunyuanImageOptions.from_args(parsed("hunyuan_image_train_network", *flags))
+        options = HunyuanImageOptions.from_args(parse("hunyuan_image_train_network", *flags))
         assert options.network.network_train_unet_only
     assert options.flow_sampling.discrete_flow_shift == 5.0
 
@@ -118,13 +118,13 @@ def test_hunyuan_image_trains_only_the_denoiser_whatever_is_asked() -> None:
 def test_each_of_three_options_keeps_hunyuan_images_denoiser_in_8_bits(flag: str) -> None:
     from library.architectures.hunyuan_image.options import HunyuanImageOptions
 
-    options = HunyuanImageOptions.from_args(parsed("hunyuan_image_train_network", f"--{flag}"))
+    options = HunyuanImageOptions.from_args(parse("hunyuan_image_train_network", f"--{flag}"))
     assert options.precision.denoiser_format == "fp8"
     assert HunyuanImageOptions().precision.denoiser_format is None
 
 
-def starts_of(flags: set[str]) -> dict[str, set[str]]:
-    """Return the flags that each abbreviation could mean to argparse; a whole flag means itself."""
+def meanings_of_abbreviations(flags: set[str]) -> dict[str, set[str]]:
+    """Return the flags that argparse accepts for each abbreviation; a full flag means itself."""
     meant: dict[str, set[str]] = {}
     for flag in flags:
         for end in range(len("--") + 1, len(flag)):
@@ -137,7 +137,7 @@ def test_every_abbreviation_of_a_listed_option_still_means_that_option(script: s
     listed = {flag for option in [*FLAGS, *ADDED.get(script, [])] for flag in option["flags"] if flag[:2] == "--"}
     parser = parser_of(script)
     lost = {}
-    for start, meant in starts_of(listed).items():
+    for start, meant in meanings_of_abbreviations(listed).items():
         if len(meant) == 1 and start not in listed:
             now = {flag for action, *_ in parser._get_option_tuples(start) for flag in action.option_strings}
             if now != meant:

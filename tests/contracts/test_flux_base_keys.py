@@ -1,4 +1,4 @@
-"""Names and shapes of full-size FLUX.1 files are a contract: the four files, in every layout they come in."""
+"""Names and shapes of the four full-size FLUX.1 files are a contract, in every published layout."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from library.models.loading import build_on_meta_device
 from library.models.t5 import T5_XXL_NAMES, empty_t5, t5_component
 from library.models.vae.flux import CHANNELS, check_channels
 from library.models.vae.vae import empty_vae, single_vae
-from tests.contracts.full_size import facts, opened
+from tests.contracts.full_size import facts, weights_of_shapes
 
 FACTS: Mapping[str, Any] = facts("flux1")
 COUNTS = {"dit": 780, "ae": 244, "clip_l": 196, "t5xxl": 220}
@@ -32,7 +32,7 @@ def flux_shapes(config_of: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def test_the_inventory_is_whole() -> None:
+def test_the_inventory_is_complete() -> None:
     assert {part: len(names) for part, names in FACTS["components"].items()} == COUNTS
 
 
@@ -43,7 +43,7 @@ def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str, kind: st
     if kind == "schnell":
         expected = {name: shape for name, shape in expected.items() if not name.startswith("guidance_in.")}
     weights = read_denoiser(
-        BaseFiles(Path("file"), opened({prefix + name: shape for name, shape in expected.items()})), "flux"
+        BaseFiles(Path("file"), weights_of_shapes({prefix + name: shape for name, shape in expected.items()})), "flux"
     )
     assert flux_shapes(weights.shapes) == expected == dict(weights.shapes)
     num_values = sum(torch.Size(shape).numel() for shape in expected.values())
@@ -51,10 +51,12 @@ def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str, kind: st
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["denoiser first", "other parts first"])
-def test_a_file_of_all_parts_gives_its_denoiser(first: bool) -> None:
+def test_the_denoiser_loads_from_a_file_with_all_parts(first: bool) -> None:
     dit = {f"model.diffusion_model.{name}": shape for name, shape in shapes_of("dit").items()}
     other = {f"vae.{name}": shape for name, shape in shapes_of("ae").items()}
-    weights = read_denoiser(BaseFiles(Path("file"), opened({**dit, **other} if first else {**other, **dit})), "flux")
+    weights = read_denoiser(
+        BaseFiles(Path("file"), weights_of_shapes({**dit, **other} if first else {**other, **dit})), "flux"
+    )
     assert dict(weights.shapes) == shapes_of("dit")
 
 
@@ -67,23 +69,23 @@ def test_pruned_models_load() -> None:
     assert flux_shapes(shapes) == shapes
 
 
-def test_diffusers_names_are_those_of_the_map_piece_by_piece() -> None:
+def test_the_map_covers_every_slice_of_the_diffusers_tensors() -> None:
     pieces: dict[str, dict[int, str]] = {}
     for theirs, (ours, piece) in FACTS["diffusers"].items():
         pieces.setdefault(ours, {})[piece] = theirs
     assert len(pieces) == COUNTS["dit"]
-    for ours, found in pieces.items():
-        assert KEYS.source_keys(ours) == tuple(found[piece] for piece in sorted(found)), ours
+    for ours, slices in pieces.items():
+        assert KEYS.source_keys(ours) == tuple(slices[piece] for piece in sorted(slices)), ours
     assert set(KEYS.our_keys(FACTS["diffusers"])) == set(pieces)
 
 
-def test_the_diffusers_layout_gives_our_shapes() -> None:
+def test_the_diffusers_layout_converts_to_our_shapes() -> None:
     from diffusers import FluxTransformer2DModel
 
     with torch.device("meta"):
         theirs = FluxTransformer2DModel(guidance_embeds=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
-    assert dict(KEYS.from_diffusers(opened(shapes)).shapes) == shapes_of("dit")
+    assert dict(KEYS.from_diffusers(weights_of_shapes(shapes)).shapes) == shapes_of("dit")
 
 
 @pytest.mark.parametrize("prefix", ["", CLIP_PREFIXES[0]])
@@ -92,7 +94,7 @@ def test_the_diffusers_layout_gives_our_shapes() -> None:
 )
 def test_clip_l_loads_with_every_prefix(prefix: str, extra: dict[str, tuple[int, ...]]) -> None:
     shapes = {prefix + name: shape for name, shape in {**shapes_of("clip_l"), **extra}.items()}
-    component = clip_component(with_prefix(opened(shapes), prefix), "gelu")
+    component = clip_component(with_prefix(weights_of_shapes(shapes), prefix), "gelu")
     model = empty_clip(component.config)
     wanted = {
         f"text_model.{name.removeprefix('text_model.')}": tuple(t.shape) for name, t in model.state_dict().items()
@@ -103,21 +105,21 @@ def test_clip_l_loads_with_every_prefix(prefix: str, extra: dict[str, tuple[int,
 
 @pytest.mark.parametrize("prefix", T5_XXL_NAMES)
 @pytest.mark.parametrize("words", ["both", "shared.weight", "encoder.embed_tokens.weight"])
-def test_t5_loads_with_either_name_of_its_embedding_and_every_prefix(prefix: str, words: str) -> None:
-    kept = {
+def test_t5_loads_with_both_embedding_names_and_every_prefix(prefix: str, words: str) -> None:
+    stored = {
         name: shape
         for name, shape in shapes_of("t5xxl").items()
         if words == "both" or name == words or name not in ("shared.weight", "encoder.embed_tokens.weight")
     }
-    component = t5_component(opened({prefix + name: shape for name, shape in kept.items()}))
+    component = t5_component(weights_of_shapes({prefix + name: shape for name, shape in stored.items()}))
     model = empty_t5(component.config)
     assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == shapes_of("t5xxl")
     assert component.config["num_heads"] == component.config["d_kv"] == 64
     assert model.encoder.embed_tokens is model.shared
 
 
-def test_the_vae_of_ae_safetensors_is_diffusers_without_quant_convs() -> None:
-    component = single_vae(opened(shapes_of("ae")))
+def test_ae_safetensors_matches_the_diffusers_vae_without_quant_convs() -> None:
+    component = single_vae(weights_of_shapes(shapes_of("ae")))
     check_channels("FLUX.1", "--ae", component, CHANNELS)
     model = empty_vae(component.config)
     assert len(model.state_dict()) == COUNTS["ae"]

@@ -1,4 +1,4 @@
-"""Names and shapes of full-size HunyuanImage 2.1 files are a contract: four files, in every layout they come in."""
+"""Names and shapes of the four full-size HunyuanImage 2.1 files are a contract, in every published layout."""
 
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,17 @@ from library.architectures.hunyuan_image.vae import empty_vae, vae_component
 from library.checkpoints.base_files import BaseFiles
 from library.models.loading import Component
 from library.models.t5 import empty_t5
-from tests.contracts.full_size import opened, shapes_of_model
+from tests.contracts.full_size import shapes_of_model, weights_of_shapes
 from tests.contracts.test_lora_keys_hunyuan_image import BASE, DENOISER
 from tests.tiers import first_is_fast
 
 
-def test_the_diffusers_layout_gives_our_shapes() -> None:
+def test_the_diffusers_layout_converts_to_our_shapes() -> None:
     from diffusers import HunyuanImageTransformer2DModel
 
     with torch.device("meta"):
         theirs = HunyuanImageTransformer2DModel(text_embed_2_dim=1472)
-    weights = KEYS.from_diffusers(opened(shapes_of_model(theirs)))
+    weights = KEYS.from_diffusers(weights_of_shapes(shapes_of_model(theirs)))
     assert dict(weights.shapes) == DENOISER
 
 
@@ -34,7 +34,7 @@ def test_distilled_models_of_diffusers_are_recognised(options: dict[str, Any]) -
 
     with torch.device("meta"):
         theirs = HunyuanImageTransformer2DModel(text_embed_2_dim=1472, num_layers=1, num_single_layers=1, **options)
-    weights = KEYS.from_diffusers(opened(shapes_of_model(theirs)))
+    weights = KEYS.from_diffusers(weights_of_shapes(shapes_of_model(theirs)))
     with pytest.raises(ValueError, match=r"this is a distilled HunyuanImage 2.1 .* Train on"):
         read_config(weights.shapes)
 
@@ -47,7 +47,7 @@ def test_distilled_models_of_diffusers_are_recognised(options: dict[str, Any]) -
         ({"img_in.proj.weight": (3584, 128, 1, 1, 1)}, "this is the refiner of HunyuanImage 2.1"),
     ],
 )
-def test_relatives_of_the_original_release_are_refused(extra: dict[str, tuple[int, ...]], message: str) -> None:
+def test_refiner_and_other_variants_are_rejected(extra: dict[str, tuple[int, ...]], message: str) -> None:
     with pytest.raises(ValueError) as error:
         read_config({**DENOISER, **extra})
     assert message in str(error.value)
@@ -64,7 +64,7 @@ def shapes_of(part: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for name, shape in BASE["components"][part].items()}
 
 
-def test_the_inventory_is_whole() -> None:
+def test_the_inventory_is_complete() -> None:
     assert {part: len(names) for part, names in BASE["components"].items()} == {
         "dit": 856, "qwen2_5_vl": 729, "byt5": 111, "vae": 324,
     }  # fmt: skip
@@ -76,7 +76,9 @@ def test_qwen_loads_under_its_older_and_newer_names(prefix: str, whole: bool) ->
     names = shapes_of("qwen2_5_vl")
     language = {name.removeprefix("model."): shape for name, shape in names.items() if name.startswith("model.")}
     rest = {name: shape for name, shape in names.items() if not name.startswith("model.")} if whole else {}
-    component = qwen_component(opened({**rest, **{prefix + name: shape for name, shape in language.items()}}))
+    component = qwen_component(
+        weights_of_shapes({**rest, **{prefix + name: shape for name, shape in language.items()}})
+    )
     wanted = {n: s for n, s in language.items() if not n.startswith(("layers.26.", "layers.27.", "norm."))}
     assert {name: tuple(t.shape) for name, t in empty_qwen(component.config).state_dict().items()} == wanted
     assert dict(component.weights.shapes) == wanted
@@ -90,15 +92,15 @@ def test_byt5_loads_with_and_without_the_prefix(prefix: str) -> None:
     names = {n: s for n, s in shapes_of("byt5").items() if n != "shared.weight"}
     assert all(name.startswith("encoder.") for name in names)
     shapes = {prefix + name.removeprefix("encoder."): shape for name, shape in names.items()}
-    component = component_of_file("byt5", opened({**shapes, "shared.weight": (1510, 1472)}))
-    found = {name: tuple(t.shape) for name, t in empty_t5(component.config).state_dict().items()}
-    assert found == {**names, "shared.weight": (1510, 1472), "encoder.embed_tokens.weight": (1510, 1472)}
+    component = component_of_file("byt5", weights_of_shapes({**shapes, "shared.weight": (1510, 1472)}))
+    actual = {name: tuple(t.shape) for name, t in empty_t5(component.config).state_dict().items()}
+    assert actual == {**names, "shared.weight": (1510, 1472), "encoder.embed_tokens.weight": (1510, 1472)}
     assert (component.config["num_heads"], component.config["d_kv"], component.config["num_layers"]) == (6, 64, 12)
 
 
 @pytest.mark.parametrize("prefix", ["", "vae."])
-def test_the_vae_is_that_of_diffusers(prefix: str) -> None:
-    component = check_vae(vae_component(opened({prefix + n: s for n, s in shapes_of("vae").items()})))
+def test_the_vae_matches_diffusers(prefix: str) -> None:
+    component = check_vae(vae_component(weights_of_shapes({prefix + n: s for n, s in shapes_of("vae").items()})))
     wanted = {name: tuple(t.shape) for name, t in empty_vae(component.config).state_dict().items()}
     assert dict(component.weights.shapes) == wanted
     assert sum(torch.Size(shape).numel() for shape in wanted.values()) == 405_575_491
@@ -107,13 +109,13 @@ def test_the_vae_is_that_of_diffusers(prefix: str) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_the_denoiser_is_found_with_and_without_prefix(prefix: str) -> None:
-    weights = read_denoiser(BaseFiles(Path("file"), opened({prefix + n: s for n, s in DENOISER.items()})))
+    weights = read_denoiser(BaseFiles(Path("file"), weights_of_shapes({prefix + n: s for n, s in DENOISER.items()})))
     assert dict(weights.shapes) == DENOISER
 
 
-def test_other_models_are_refused_by_name() -> None:
+def test_other_models_are_rejected_by_name() -> None:
     with pytest.raises(ValueError, match=r"this is a FLUX model; use flux_train_network\.py"):
-        read_denoiser(BaseFiles(Path("file"), opened({"double_blocks.0.img_attn.qkv.weight": (9216, 3072)})))
+        read_denoiser(BaseFiles(Path("file"), weights_of_shapes({"double_blocks.0.img_attn.qkv.weight": (9216, 3072)})))
     with pytest.raises(ValueError, match=r"--vae file has 16 channels per 8 pixels, but HunyuanImage 2\.1 needs 64"):
         shapes = {"decoder.conv_in.weight": (512, 16, 3, 3)}
-        check_vae(Component({"latent_channels": 16, "spatial_compression_ratio": 8}, opened(shapes)))
+        check_vae(Component({"latent_channels": 16, "spatial_compression_ratio": 8}, weights_of_shapes(shapes)))

@@ -1,4 +1,4 @@
-"""Names and shapes of full-size Krea 2 files, which other programs rely on, as diffusers' own converters take them."""
+"""Names and shapes of full-size Krea 2 files, checked with the converters of diffusers."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -24,7 +24,7 @@ from library.models.loading import build_on_meta_device
 from library.models.qwen3_vl import empty_qwen3_vl, qwen3_vl_component
 from networks import dylora, lora_krea2
 from networks.core.files.reading_writing import collect_saved_tensors
-from tests.contracts.full_size import opened, shapes_of_model
+from tests.contracts.full_size import shapes_of_model, weights_of_shapes
 from tests.recognising import base_of
 from tests.tiny.krea2 import FULL_SIZE, full_size_qwen3_vl
 
@@ -45,7 +45,7 @@ def theirs() -> Any:
         return Krea2Transformer2DModel()
 
 
-def test_diffusers_makes_its_model_of_our_names() -> None:
+def test_our_names_load_into_the_diffusers_model() -> None:
     from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkpoint_to_diffusers
 
     state: dict[str, Tensor] = dict(ours().state_dict())
@@ -54,7 +54,7 @@ def test_diffusers_makes_its_model_of_our_names() -> None:
     assert {name: tuple(tensor.shape) for name, tensor in converted.items()} == shapes_of_model(theirs())
 
 
-def test_our_sizes_are_the_defaults_of_diffusers() -> None:
+def test_our_sizes_match_the_defaults_of_diffusers() -> None:
     config = {**diffusers_config(FULL_SIZE), "axes_dims_rope": tuple(FULL_SIZE.rope_axes)}
     assert {name: theirs().config[name] for name in config} == config
 
@@ -63,17 +63,19 @@ def test_our_sizes_are_the_defaults_of_diffusers() -> None:
 def test_the_denoiser_loads_from_the_names_of_either_layout(prefix: str) -> None:
     expected = shapes_of_model(ours())
     for shapes in (expected, shapes_of_model(theirs())):
-        weights = read_denoiser(BaseFiles(Path("file"), opened({prefix + name: s for name, s in shapes.items()})))
+        weights = read_denoiser(
+            BaseFiles(Path("file"), weights_of_shapes({prefix + name: s for name, s in shapes.items()}))
+        )
         assert dict(weights.shapes) == expected
         assert read_config(weights.shapes) == FULL_SIZE
         assert base_of_file(list_specs(), {prefix + name: s for name, s in shapes.items()}).name == "krea2"  # type: ignore[union-attr]
 
 
-def test_the_layers_that_are_used_of_the_text_encoder_load() -> None:
-    whole = shapes_of_model(full_size_qwen3_vl())
-    expected = {k: s for k, s in whole.items() if not k.startswith("layers.35.")}
-    names = {f"model.language_model.{name}": shape for name, shape in whole.items()}
-    weights = opened({**names, "model.visual.pos_embed.weight": (2304, 1024)})
+def test_the_used_text_encoder_layers_load() -> None:
+    shapes = shapes_of_model(full_size_qwen3_vl())
+    expected = {k: s for k, s in shapes.items() if not k.startswith("layers.35.")}
+    names = {f"model.language_model.{name}": shape for name, shape in shapes.items()}
+    weights = weights_of_shapes({**names, "model.visual.pos_embed.weight": (2304, 1024)})
     component = with_first_layers(qwen3_vl_component(weights, None, QWEN3_VL), LAYERS[-1], QWEN3_VL.flag)
     assert shapes_of_model(empty_qwen3_vl(component.config)) == expected
     assert component.config["hidden_size"] == FULL_SIZE.fusion.width and len(LAYERS) == FULL_SIZE.num_states
@@ -81,12 +83,12 @@ def test_the_layers_that_are_used_of_the_text_encoder_load() -> None:
     assert heads.items() <= component.config.items()
 
 
-@pytest.mark.parametrize("door", [lora_krea2, dylora])
-def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(door: Any) -> None:
-    """All 264 Linear layers, as the model's authors and musubi-tuner adapt them."""
+@pytest.mark.parametrize("network_module", [lora_krea2, dylora])
+def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(network_module: Any) -> None:
+    """All 264 Linear layers are adapted, as by the model's authors and musubi-tuner."""
     from diffusers.loaders.lora_pipeline import Krea2LoraLoaderMixin
 
-    network = door.create_network(1.0, 4, 4, None, *view_denoiser([], ours()))
+    network = network_module.create_network(1.0, 4, 4, None, *view_denoiser([], ours()))
     assert all(NAMES.find(name).kohya == name for name in network.adapters)  # type: ignore[union-attr]
     saved = collect_saved_tensors(network.adapters, None, NAMES, network.targets.saved_naming)
     shapes = {key: tuple(tensor.shape) for key, tensor in saved.items()}
@@ -97,15 +99,15 @@ def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(door: Any)
     assert base_of(shapes) == "krea2"
     converted = Krea2LoraLoaderMixin.lora_state_dict({key: torch.empty(shape) for key, shape in shapes.items()})
     layers = {path: module for path, module in theirs().named_modules() if isinstance(module, nn.Linear)}
-    found = {key.removeprefix("transformer.").partition(".lora_")[0] for key in converted}
-    assert found == {name for path in linear for name in KEYS.sources(path)} == layers.keys()
+    actual = {key.removeprefix("transformer.").partition(".lora_")[0] for key in converted}
+    assert actual == {name for path in linear for name in KEYS.sources(path)} == layers.keys()
     for key, tensor in converted.items():
         path, _, leaf = key.removeprefix("transformer.").partition(".lora_")
         layer = layers[path]
         assert tensor.shape[leaf == "A.weight"] == (layer.in_features if leaf == "A.weight" else layer.out_features)
 
 
-def test_our_paths_are_those_of_the_layers() -> None:
+def test_adapter_paths_match_the_layers() -> None:
     paths = [path for path, module in ours().named_modules() if isinstance(module, nn.Linear)]
     assert sorted(KEYS.linear_paths(NUM_BLOCKS)) == sorted(paths)
 
@@ -123,11 +125,11 @@ def test_our_paths_are_those_of_the_layers() -> None:
         ("transformer.transformer_blocks.4.attn.add_q_proj", 6144, "flux_2"),
     ],
 )
-def test_files_are_distinguished_from_those_of_models_with_like_names(stem: str, width: int, name: str) -> None:
+def test_files_are_distinguished_from_models_with_similar_names(stem: str, width: int, name: str) -> None:
     assert base_of({f"{stem}.lora_down.weight": (4, width), f"{stem}.lora_up.weight": (8, 4)}) == name
 
 
-def test_a_file_with_the_names_of_diffusers_is_not_taken_for_a_model_as_wide() -> None:
-    found = {f"transformer.transformer_blocks.0.{layer}": 6144 for layer in ("attn.to_q", "attn.to_gate", "ff.up")}
-    shapes = {f"{stem}.lora_A.weight": (4, width) for stem, width in found.items()}
-    assert base_of(shapes | {f"{stem}.lora_B.weight": (8, 4) for stem in found}) == "krea2"
+def test_a_file_with_diffusers_names_is_not_mistaken_for_a_model_of_equal_width() -> None:
+    widths = {f"transformer.transformer_blocks.0.{layer}": 6144 for layer in ("attn.to_q", "attn.to_gate", "ff.up")}
+    shapes = {f"{stem}.lora_A.weight": (4, width) for stem, width in widths.items()}
+    assert base_of(shapes | {f"{stem}.lora_B.weight": (8, 4) for stem in widths}) == "krea2"

@@ -30,7 +30,7 @@ Models = tuple[nn.Module, nn.Module]
 
 @pytest.fixture(scope="module")
 def models() -> Models:
-    """Text encoder and denoiser, without weights."""
+    """Return text encoder and denoiser, without weights."""
     from transformers import Qwen3Config, Qwen3Model
 
     shapes = {name: tuple(shape) for name, shape in BASE["components"]["dit"].items()}
@@ -44,7 +44,7 @@ def test_the_default_has_1428_keys(models: Models) -> None:
 
 
 @pytest.mark.parametrize("name", FACTS["variants"])
-def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(models: Models, name: str) -> None:
+def test_network_arguments_give_the_listed_keys_and_shapes(models: Models, name: str) -> None:
     variant = FACTS["variants"][name]
     got = shapes_of(models, variant["train_text_encoder"], variant["train_unet"], **variant["network_args"])
     assert got == listed_shapes(FACTS, name)
@@ -65,18 +65,18 @@ def test_a_network_from_a_file_has_the_keys_of_the_file(models: Models) -> None:
     assert {key: list(tensor.shape) for key, tensor in saved_tensors(network).items()} == shapes
 
 
-def test_generic_names_are_those_of_the_comfyui_converter_but_for_its_misspellings() -> None:
+def test_generic_names_match_the_comfyui_converter_except_its_typos() -> None:
     for kohya, generic in FACTS["converted"].items():
         wanted = FACTS["misnamed"].get(kohya, {"module_path": generic})["module_path"]
         module = NAMES.find(kohya)
         assert module is not None
         assert (module.kohya, module.generic) == (kohya, wanted)
-        assert NAMES.find(generic) is module  # misspelt ones are read too
+        assert NAMES.find(generic) is module  # the misspelled names are read too
     assert {module.kohya for module in NAMES.modules} == FACTS["converted"].keys()
 
 
-def test_a_model_of_40_blocks_has_the_layers_of_the_28_in_each() -> None:
-    """The published one of 2.9 billion weights; its other sizes are those of the first."""
+def test_each_of_40_blocks_has_the_same_adapted_layers() -> None:
+    """The published 2.9B model has the same sizes apart from its number of blocks."""
     shapes = {name: tuple(shape) for name, shape in BASE["components"]["dit"].items()}
     for name, shape in list(shapes.items()):
         if name.startswith("blocks.27."):
@@ -86,11 +86,11 @@ def test_a_model_of_40_blocks_has_the_layers_of_the_28_in_each() -> None:
         model = Anima(config)
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == shapes
     assert sum(tensor.numel() for tensor in model.parameters()) == 2_091_068_928 + 12 * 69_206_528
-    found = shapes_of(([], model), False)
+    actual = shapes_of(([], model), False)
     of_28 = {key: shape for key, shape in FACTS["default"].items() if key.startswith("lora_unet")}
     last = {key: shape for key, shape in of_28.items() if "_blocks_27_" in key}
     added = {key.replace("27", str(n), 1): shape for n in range(28, 40) for key, shape in last.items()}
-    assert found == {**of_28, **added}
+    assert actual == {**of_28, **added}
     for key in added:
         module = NAMES.find(key.split(".")[0])
         assert module is not None and all(NAMES.find(name) == module for name in module.spellings)
@@ -100,10 +100,10 @@ def test_files_are_recognised() -> None:
     assert base_of(FACTS["default"]) == "anima"
 
 
-def test_diffusers_names_are_what_its_reader_makes_of_the_generic_ones() -> None:
+def test_diffusers_converts_generic_names_to_our_diffusers_names() -> None:
     from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_anima_lora_to_diffusers
 
     for module in NAMES.modules:
         if module.generic.startswith("diffusion_model."):
-            read = _convert_non_diffusers_anima_lora_to_diffusers({f"{module.generic}.lora_A.weight": 0})
-            assert list(read) == [f"{module.diffusers}.lora_A.weight"]
+            converted = _convert_non_diffusers_anima_lora_to_diffusers({f"{module.generic}.lora_A.weight": 0})
+            assert list(converted) == [f"{module.diffusers}.lora_A.weight"]

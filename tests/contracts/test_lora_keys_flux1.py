@@ -33,7 +33,7 @@ Models = tuple[list[nn.Module], nn.Module]
 
 
 def full_size(config: FluxConfig) -> Models:
-    """Text encoders and denoiser as network modules see them, without weights."""
+    """Return text encoders and denoiser as network modules see them, without weights."""
     return view([empty_clip(CLIP_L), empty_t5(T5_XXL)], build_on_meta_device(Flux, config))
 
 
@@ -48,22 +48,22 @@ def test_the_default_has_1128_keys(models: Models) -> None:
 
 
 @pytest.mark.parametrize("name", FACTS["variants"])
-def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(models: Models, name: str) -> None:
+def test_network_arguments_give_the_listed_keys_and_shapes(models: Models, name: str) -> None:
     variant = FACTS["variants"][name]
     got = shapes_of(models, variant["train_text_encoder"], variant["train_unet"], **variant["network_args"])
     assert got == listed_shapes(FACTS, name)
     assert len(got) == variant["num_keys"]
 
 
-def test_schnell_has_no_guidance_to_adapt() -> None:
+def test_schnell_has_no_guidance_embedder_to_adapt() -> None:
     schnell = full_size(replace(DEV, has_guidance=False))
     assert shapes_of(schnell) == FACTS["default"]
     variant = FACTS["schnell_in_dims"]
     assert shapes_of(schnell, **variant["network_args"]) == {**FACTS["default"], **variant["added"]}
 
 
-def test_split_double_blocks_are_plain_files_of_three_times_the_rank(models: Models) -> None:
-    """sd-scripts cannot build them; the shapes follow from those that it can."""
+def test_split_double_blocks_are_saved_as_plain_lora_of_three_times_the_rank(models: Models) -> None:
+    """sd-scripts cannot build this variant; the shapes follow from variants that it can."""
     single = FACTS["variants"]["split_qkv=True train_blocks=single"]["changed"]
     expected = {**FACTS["default"], **single}
     for key, shape in FACTS["default"].items():
@@ -95,7 +95,7 @@ def test_a_network_from_a_file_has_the_keys_of_the_file(models: Models) -> None:
         ({"train_single_block_indices": "0-38"}, "names block 38, but the base model has 38 of them"),
     ],
 )
-def test_what_flux_does_not_have_is_an_error(models: Models, args: dict[str, str], message: str) -> None:
+def test_targets_that_flux_lacks_raise_errors(models: Models, args: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError) as error:
         shapes_of(models, **args)
     assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""Keys and shapes of HunyuanImage 2.1 adapter files at full size: those of sd-scripts, in the names ComfyUI reads."""
+"""HunyuanImage 2.1 adapter files have the shapes of sd-scripts under the names that ComfyUI reads, at full size."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,11 +22,11 @@ from tests.tiny.hunyuan_image import tiny_hunyuan_image
 
 FACTS: Mapping[str, Any] = facts("lora_keys_hunyuan_image")
 BASE: Mapping[str, Any] = facts("hunyuan_image")
-COMFY: Mapping[str, str] = FACTS["comfy_names"]  # sd-scripts' name of a module -> what its converter for ComfyUI says
+COMFY: Mapping[str, str] = FACTS["comfy_names"]  # sd-scripts' module name -> name by its ComfyUI converter
 DENOISER = {name: tuple(shape) for name, shape in BASE["components"]["dit"].items()}
 
 
-def in_comfy(shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
+def convert_to_comfy(shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
     renamed = {}
     for key, shape in shapes.items():
         module, _, leaf = key.partition(".")
@@ -55,24 +55,24 @@ def test_the_denoiser_has_the_names_and_shapes_of_the_file() -> None:
     assert sum(tensor.numel() for tensor in model.state_dict().values()) == 17_425_795_520
 
 
-def test_the_default_has_960_keys_of_which_ComfyUI_reads_all(denoiser: nn.Module) -> None:
-    assert shapes_of(denoiser) == in_comfy(FACTS["default"])
+def test_the_default_has_960_keys_and_ComfyUI_reads_all_of_them(denoiser: nn.Module) -> None:
+    assert shapes_of(denoiser) == convert_to_comfy(FACTS["default"])
     assert len(FACTS["default"]) == 960
     assert len(COMFY) == 160 and all(f"{name}.alpha" in FACTS["default"] for name in COMFY)
 
 
 @pytest.mark.parametrize("name", FACTS["variants"])
-def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(denoiser: nn.Module, name: str) -> None:
+def test_network_arguments_give_the_listed_keys_and_shapes(denoiser: nn.Module, name: str) -> None:
     variant = FACTS["variants"][name]
     got = shapes_of(denoiser, **variant["network_args"])
-    assert got == in_comfy(listed_shapes(FACTS, name))
+    assert got == convert_to_comfy(listed_shapes(FACTS, name))
     assert len(got) == variant["num_keys"]
 
 
 @pytest.mark.parametrize(
     ("expression", "end"), [("img_mlp_fc1", "img_mlp_0"), ("txt_mlp_2", "txt_mlp_2"), ("_mod_linear", "_mod_lin")]
 )
-def test_expressions_may_speak_of_either_name(denoiser: nn.Module, expression: str, end: str) -> None:
+def test_patterns_match_both_spellings_of_a_name(denoiser: nn.Module, expression: str, end: str) -> None:
     shapes = shapes_of(denoiser, network_reg_dims=f"{expression}=9")
     wide = {
         key.partition(".")[0] for key, shape in shapes.items() if key.endswith("lora_down.weight") and shape[0] == 9
@@ -80,8 +80,8 @@ def test_expressions_may_speak_of_either_name(denoiser: nn.Module, expression: s
     assert wide == {key.partition(".")[0] for key in shapes if key.partition(".")[0].endswith(end)} and wide
 
 
-def random_file(path: Path, denoiser: nn.Module, theirs: bool) -> dict[str, Tensor]:
-    """An adapter of rank 3 with alpha 2; gives its tensors under the names of our files."""
+def write_random_file(path: Path, denoiser: nn.Module, theirs: bool) -> dict[str, Tensor]:
+    """Write an adapter of rank 3 and alpha 2 and return its tensors under the names of our files."""
     generator = torch.Generator().manual_seed(11)
     network = create_network(1.0, 3, 2.0, None, [], denoiser)
     tensors = {key: torch.randn(t.shape, generator=generator) for key, t in sorted(saved_tensors(network).items())}
@@ -94,29 +94,29 @@ def random_file(path: Path, denoiser: nn.Module, theirs: bool) -> dict[str, Tens
     return tensors
 
 
-def test_files_of_sd_scripts_load_as_ours_do(tmp_path: Path) -> None:
+def test_files_by_sd_scripts_load_like_ours(tmp_path: Path) -> None:
     denoiser = view_denoiser([], tiny_hunyuan_image(1))[1]
     file = tmp_path / "theirs.safetensors"
-    tensors = random_file(file, denoiser, theirs=True)
+    tensors = write_random_file(file, denoiser, theirs=True)
     assert any("mlp_fc1" in key for key in load_state_dict(file))
     loaded = create_network(1.0, 3, 2.0, None, [], denoiser)
     loaded.load_weights(str(file))
     taken, weights = create_network_from_weights(1.0, str(file), None, [], denoiser)
     taken.load_weights(str(file))
     for network in (loaded, taken):
-        found = saved_tensors(network)
-        assert found.keys() == tensors.keys()
-        assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+        actual = saved_tensors(network)
+        assert actual.keys() == tensors.keys()
+        assert all(torch.equal(actual[key], tensors[key]) for key in tensors)
     assert weights.keys() == tensors.keys()
 
 
-def test_files_of_sd_scripts_merge_into_the_base_model_as_ours_do(tmp_path: Path) -> None:
+def test_files_by_sd_scripts_merge_like_ours(tmp_path: Path) -> None:
     merged = []
     for theirs in (True, False):
         model = tiny_hunyuan_image(1)
         denoiser = view_denoiser([], model)[1]
         file = tmp_path / f"{theirs}.safetensors"
-        random_file(file, denoiser, theirs)
+        write_random_file(file, denoiser, theirs)
         network, weights = create_network_from_weights(0.5, str(file), None, [], denoiser, for_inference=True)
         network.merge_to([], denoiser, weights)
         merged.append(model.state_dict())
@@ -126,16 +126,16 @@ def test_files_of_sd_scripts_merge_into_the_base_model_as_ours_do(tmp_path: Path
     assert len(changed) == 2 * 10 + 2 * 3  # every Linear weight of the blocks
 
 
-def test_ComfyUI_is_known_to_read_all_of_our_file_and_some_of_that_of_sd_scripts(denoiser: nn.Module) -> None:
+def test_ComfyUI_reads_all_of_our_file_and_part_of_one_by_sd_scripts(denoiser: nn.Module) -> None:
     amounts = []
     for shapes in (shapes_of(denoiser), FACTS["default"]):
-        found = readings(list_specs(), {key: tuple(shape) for key, shape in shapes.items()}, {})
-        amounts += [reading.amount for reading in found if reading.program == "ComfyUI"]
+        actual = readings(list_specs(), {key: tuple(shape) for key, shape in shapes.items()}, {})
+        amounts += [reading.amount for reading in actual if reading.program == "ComfyUI"]
     assert amounts == ["all", "some"]
 
 
-def test_the_generic_names_are_the_paths_of_ComfyUIs_model() -> None:
-    generic = {found.kohya: found.generic for found in NAMES.modules}
+def test_the_generic_names_are_the_paths_in_ComfyUIs_model() -> None:
+    generic = {module.kohya: module.generic for module in NAMES.modules}
     assert len(generic) == 320
     assert generic["lora_unet_double_blocks_3_img_attn_qkv"] == "diffusion_model.double_blocks.3.img_attn.qkv"
     assert generic["lora_unet_double_blocks_3_txt_mlp_2"] == "diffusion_model.double_blocks.3.txt_mlp.2"

@@ -18,7 +18,7 @@ from library.checkpoints.base_files import BaseFiles
 from library.models.adapter_views import view_both
 from library.models.loading import build_on_meta_device
 from networks.lora_lumina import create_network, create_network_from_weights
-from tests.contracts.full_size import facts, opened, shapes_of_model
+from tests.contracts.full_size import facts, shapes_of_model, weights_of_shapes
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
 from tests.recognising import base_of
 
@@ -38,31 +38,31 @@ def part(name: str, prefix: str = "") -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str) -> None:
-    """Checkpoints have one weight more, which the reference model does not use either."""
+    """Checkpoints have one more weight, which the reference model ignores too."""
     expected = part("dit")
     assert len(expected) == 400 and sum(torch.Size(shape).numel() for shape in expected.values()) == 2_609_771_456
     del expected["norm_final.weight"]
-    weights = read_denoiser(BaseFiles(Path("file"), opened(part("dit", prefix))))
+    weights = read_denoiser(BaseFiles(Path("file"), weights_of_shapes(part("dit", prefix))))
     assert (
         dict(weights.shapes) == expected == shapes_of_model(build_on_meta_device(NextDiT, read_config(weights.shapes)))
     )
 
 
-def test_hyper_parameters_are_read_off_the_shapes() -> None:
+def test_hyperparameters_are_inferred_from_shapes() -> None:
     config = read_config(part("dit"))
     assert (config.width, config.num_heads, config.num_kv_heads, config.head_width) == (2304, 24, 8, 96)
     assert (config.num_layers, config.num_noise_refiners, config.num_context_refiners) == (26, 2, 2)
     assert (config.mlp_width, config.time_width, config.text_width, config.rope_axes) == (9216, 1024, 2304, (32,) * 3)
 
 
-def test_a_checkpoint_without_a_part_is_refused_by_name() -> None:
+def test_a_checkpoint_with_a_missing_part_raises_an_error_that_names_it() -> None:
     with pytest.raises(ValueError, match=r"cap_embedder\.1\.weight is missing; use a complete Lumina Image 2\.0"):
         read_config({key: shape for key, shape in part("dit").items() if "cap_embedder" not in key})
     with pytest.raises(ValueError, match=r"its layers are numbered \[0, 2, 3"):
         read_config({key: shape for key, shape in part("dit").items() if not key.startswith("layers.1.")})
 
 
-def test_the_diffusers_layout_gives_our_shapes_and_names() -> None:
+def test_the_diffusers_layout_converts_to_our_shapes_and_names() -> None:
     from diffusers import Lumina2Transformer2DModel
     from diffusers.loaders.single_file_utils import convert_lumina2_to_diffusers
 
@@ -70,16 +70,18 @@ def test_the_diffusers_layout_gives_our_shapes_and_names() -> None:
         theirs = Lumina2Transformer2DModel(cap_feat_dim=2304)
     expected = part("dit")
     del expected["norm_final.weight"]
-    assert dict(KEYS.from_diffusers(opened(shapes_of_model(theirs))).shapes) == expected
+    assert dict(KEYS.from_diffusers(weights_of_shapes(shapes_of_model(theirs))).shapes) == expected
     for key, shape in expected.items():
-        found = list(convert_lumina2_to_diffusers({key: torch.empty(shape, device="meta")}))
-        assert found == list(KEYS.source_keys(key)), key
+        converted = list(convert_lumina2_to_diffusers({key: torch.empty(shape, device="meta")}))
+        assert converted == list(KEYS.source_keys(key)), key
 
 
 @pytest.mark.parametrize("prefix", GEMMA_PREFIXES)
-def test_gemma_loads_with_every_prefix_and_beside_what_is_not_it(prefix: str) -> None:
-    others = {"text_encoders.gemma2_2b.logit_scale": (), "spiece_model": (4,), "model.diffusion_model.x": (1,)}
-    component = gemma_component(opened({**others, **part("gemma2", prefix), "lm_head.weight": (256000, 2304)}))
+def test_gemma_loads_with_every_prefix_and_ignores_other_tensors(prefix: str) -> None:
+    unrelated = {"text_encoders.gemma2_2b.logit_scale": (), "spiece_model": (4,), "model.diffusion_model.x": (1,)}
+    component = gemma_component(
+        weights_of_shapes({**unrelated, **part("gemma2", prefix), "lm_head.weight": (256000, 2304)})
+    )
     model = empty_gemma(component.config)
     assert shapes_of_model(model) == part("gemma2") == dict(component.weights.shapes)
     assert (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim) == (8, 4, 256)
@@ -88,8 +90,8 @@ def test_gemma_loads_with_every_prefix_and_beside_what_is_not_it(prefix: str) ->
 
 @pytest.fixture(scope="module")
 def models() -> Models:
-    """Gemma and the denoiser as network modules see them, without weights."""
-    gemma = empty_gemma(gemma_component(opened(part("gemma2"))).config)
+    """Return Gemma and the denoiser as network modules see them, without weights."""
+    gemma = empty_gemma(gemma_component(weights_of_shapes(part("gemma2"))).config)
     return view_both([gemma], build_on_meta_device(NextDiT, read_config(part("dit"))))
 
 
@@ -103,15 +105,15 @@ def test_the_default_has_1086_keys(models: Models) -> None:
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(models: Models, name: str) -> None:
+def test_network_arguments_give_the_listed_keys_and_shapes(models: Models, name: str) -> None:
     facts = LORA["variants"][name]
     got = shapes_of(models, facts["train_text_encoder"], facts["train_unet"], **facts["network_args"])
     assert got == listed_shapes(LORA, name)
     assert len(got) == facts["num_keys"]
 
 
-def test_mlp_dim_reaches_the_feed_forward_layers_and_nothing_else(models: Models) -> None:
-    """In sd-scripts it reaches the embedder of the noise level alone, which has a rank of its own."""
+def test_mlp_dim_applies_only_to_feed_forward_layers(models: Models) -> None:
+    """In sd-scripts it applies only to the noise level embedder, which has its own rank option."""
     default = ranks(LORA["default"])
     expected = {name: 8 if "_feed_forward_" in name else rank for name, rank in default.items()}
     assert ranks(shapes_of(models, mlp_dim="8")) == expected
@@ -122,7 +124,7 @@ def test_mlp_dim_reaches_the_feed_forward_layers_and_nothing_else(models: Models
     }
 
 
-def test_refiner_dim_goes_before_mlp_dim_and_after_the_others(models: Models) -> None:
+def test_refiner_dim_overrides_mlp_dim_and_yields_to_the_others(models: Models) -> None:
     name = "attn_dim=5 mlp_dim=6 mod_dim=7 refiner_dim=8"
     theirs = ranks(listed_shapes(LORA, name))
     expected = {
@@ -132,8 +134,8 @@ def test_refiner_dim_goes_before_mlp_dim_and_after_the_others(models: Models) ->
     assert ranks(shapes_of(models, **LORA["variants"][name]["network_args"])) == expected
 
 
-def test_blocks_are_chosen_by_their_numbers(models: Models) -> None:
-    """sd-scripts does not read the argument. Refiners and the final layer are no numbered blocks."""
+def test_blocks_are_selected_by_index(models: Models) -> None:
+    """sd-scripts ignores the argument. Refiners and the final layer are not numbered blocks."""
     got = shapes_of(models, train_block_indices="0,24-25")
     left_out = {f"lora_unet_layers_{n}" for n in range(1, 24)}
     expected = {
@@ -144,8 +146,8 @@ def test_blocks_are_chosen_by_their_numbers(models: Models) -> None:
         shapes_of(models, train_block_indices="26")
 
 
-def test_split_attention_is_a_plain_file_of_three_times_the_rank(models: Models) -> None:
-    """sd-scripts builds such a network and cannot save it."""
+def test_split_attention_is_saved_as_plain_lora_of_three_times_the_rank(models: Models) -> None:
+    """sd-scripts can build such a network but not save it."""
     got = shapes_of(models, split_qkv="True")
     expected = dict(LORA["default"])
     for key, shape in LORA["default"].items():
@@ -156,7 +158,7 @@ def test_split_attention_is_a_plain_file_of_three_times_the_rank(models: Models)
     assert got == expected
 
 
-def test_a_list_of_another_length_is_an_error(models: Models) -> None:
+def test_a_list_of_the_wrong_length_is_an_error(models: Models) -> None:
     with pytest.raises(ValueError, match="embedder_dims has 2 entries; it needs 3: x_embedder, t_embedder, cap_emb"):
         shapes_of(models, embedder_dims="[4,4]")
 
@@ -171,13 +173,13 @@ def test_a_network_from_a_file_has_the_keys_of_the_file(models: Models) -> None:
 
 def test_every_module_of_known_files_is_found_and_recognised() -> None:
     keys = listed_shapes(LORA, "embedder_dims=[5,6,7]")
-    found = {NAMES.find(key.partition(".")[0]) for key in keys}
-    assert found == set(NAMES.modules)
+    modules = {NAMES.find(key.partition(".")[0]) for key in keys}
+    assert modules == set(NAMES.modules)
     assert base_of(keys) == "lumina"
 
 
 @pytest.mark.parametrize("naming", ["kohya", "generic"])
-def test_every_spelling_finds_its_own_module(naming: str) -> None:
+def test_every_spelling_finds_its_module(naming: str) -> None:
     for module in NAMES.modules:
         assert NAMES.find(getattr(module, naming)) is module
     spellings = [name.replace(".", "_") for module in NAMES.modules for name in module.spellings]

@@ -18,7 +18,7 @@ FACTS: Mapping[str, Any] = facts("lora_keys_sd15")
 
 @pytest.fixture(scope="module")
 def models() -> tuple[nn.Module, nn.Module]:
-    """Text encoder and U-Net of the full size as network modules see them, without weights."""
+    """Return full-size text encoder and U-Net as network modules see them, without weights."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -43,21 +43,19 @@ def test_the_default_has_792_keys(models: tuple[nn.Module, nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("name", FACTS["variants"])
-def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(
-    models: tuple[nn.Module, nn.Module], name: str
-) -> None:
+def test_network_arguments_give_the_listed_keys_and_shapes(models: tuple[nn.Module, nn.Module], name: str) -> None:
     variant = FACTS["variants"][name]
     got = shapes_of(models, variant["train_text_encoder"], variant["train_unet"], **variant["network_args"])
     assert got == listed_shapes(FACTS, name)
     assert len(got) == variant["num_keys"]
 
 
-def test_a_list_of_24_blocks_is_an_error_that_says_25(models: tuple[nn.Module, nn.Module]) -> None:
+def test_a_list_of_24_blocks_is_an_error_that_asks_for_25(models: tuple[nn.Module, nn.Module]) -> None:
     with pytest.raises(ValueError, match="block_dims has 24 entries; this base model needs 25"):
         shapes_of(models, block_dims=",".join(["4"] * 24))
 
 
-def test_a_network_from_a_file_has_the_keys_of_the_file_whatever_was_built_before(
+def test_a_network_from_a_file_has_the_keys_of_the_file_regardless_of_earlier_networks(
     models: tuple[nn.Module, nn.Module],
 ) -> None:
     conv = FACTS["variants"]["conv_dim=8"]

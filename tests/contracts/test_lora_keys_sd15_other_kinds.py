@@ -1,4 +1,4 @@
-"""Keys and shapes of Stable Diffusion 1.5 files by networks.lora_fa and networks.dylora: those of plain LoRA files."""
+"""Stable Diffusion 1.5 files by networks.lora_fa and networks.dylora have the keys and shapes of plain LoRA."""
 
 import importlib
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ VARIANTS = [(module, name) for module in MODULES for name in FACTS[module]["vari
 
 @pytest.fixture(scope="module")
 def models() -> tuple[nn.Module, nn.Module]:
-    """Text encoder and U-Net of the full size as network modules see them, without weights."""
+    """Return full-size text encoder and U-Net as network modules see them, without weights."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -49,7 +49,7 @@ def test_the_default_has_the_792_keys_of_a_plain_lora(models: tuple[nn.Module, n
 
 
 @pytest.mark.parametrize(("module", "name"), VARIANTS)
-def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(
+def test_network_arguments_give_the_listed_keys_and_shapes(
     models: tuple[nn.Module, nn.Module], module: str, name: str
 ) -> None:
     variant = FACTS[module]["variants"][name]
@@ -60,7 +60,9 @@ def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_files_have_no_other_keys_whatever_is_a_parameter(models: tuple[nn.Module, nn.Module], module: str) -> None:
+def test_files_have_the_same_keys_whichever_factors_are_trained(
+    models: tuple[nn.Module, nn.Module], module: str
+) -> None:
     with torch.device("meta"):
         network = importlib.import_module(module).create_network(1.0, 4, 1, None, *models, conv_dim="4")
     leaves = {key.partition(".")[2] for key in network.state_dict()}

@@ -35,8 +35,8 @@ def shapes_of(
     return {key: list(tensor.shape) for key, tensor in network.state_dict().items()}
 
 
-def listed(model: str, kind: str, shapes: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Return the listed keys: of DyLoRA only the U-Net's, as sd-scripts gives both text encoders one name."""
+def listed_keys(model: str, kind: str, shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Return the listed keys; only the U-Net's for DyLoRA, as sd-scripts gives both text encoders one name."""
     is_dylora = kind == "networks.dylora"
     return {key: shape for key, shape in shapes.items() if not is_dylora or key.startswith("lora_unet_")}
 
@@ -44,19 +44,19 @@ def listed(model: str, kind: str, shapes: dict[str, list[int]]) -> dict[str, lis
 @pytest.mark.parametrize(("model", "kind"), KINDS)
 def test_the_default_has_the_keys_of_a_plain_lora(models: dict[str, Models], model: str, kind: str) -> None:
     got = shapes_of(kind, models[model])
-    assert listed(model, kind, got) == FACTS[model][kind]["default"]
+    assert listed_keys(model, kind, got) == FACTS[model][kind]["default"]
     assert got == FACTS[model]["networks.lora"]["default"]
     assert len(got) == NUM_KEYS[model]
 
 
 @pytest.mark.parametrize(("model", "kind", "name"), VARIANTS)
-def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(
+def test_network_arguments_give_the_listed_keys_and_shapes(
     models: dict[str, Models], model: str, kind: str, name: str
 ) -> None:
     variant = FACTS[model][kind]["variants"][name]
     sides = variant["train_text_encoder"], variant["train_unet"]
     got = shapes_of(kind, models[model], variant["network_dim"], *sides, **variant["network_args"])
-    assert listed(model, kind, got) == listed_shapes(FACTS[model][kind], name)
+    assert listed_keys(model, kind, got) == listed_shapes(FACTS[model][kind], name)
     assert len(got) == variant.get("num_keys", len(got))
 
 
@@ -68,6 +68,6 @@ def test_sdxls_two_text_encoders_never_share_a_name(models: dict[str, Models]) -
 
 
 @pytest.mark.parametrize("kind", ["networks.lora", "networks.lora_fa"])
-def test_a_list_of_25_blocks_is_an_error_that_says_23(models: dict[str, Models], kind: str) -> None:
+def test_a_list_of_25_blocks_is_an_error_that_asks_for_23(models: dict[str, Models], kind: str) -> None:
     with pytest.raises(ValueError, match="block_dims has 25 entries; this base model needs 23"):
         shapes_of(kind, models["sdxl"], block_dims=",".join(["4"] * 25))

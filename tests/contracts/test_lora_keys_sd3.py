@@ -44,7 +44,7 @@ def encoders() -> list[nn.Module]:
     scope="module", params=[pytest.param(n, marks=pytest.mark.nightly if n.endswith("large") else ()) for n in MODELS]
 )
 def model(request: pytest.FixtureRequest, encoders: list[nn.Module]) -> tuple[str, Any]:
-    """Name and view of a full-size model, without weights."""
+    """Return the name of a full-size model and its weightless view for network modules."""
     keys = {key: tuple(shape) for key, shape in FACTS["mmdit"][request.param].items()}
     with torch.device("meta"):
         denoiser = MMDiT(read_config(keys))
@@ -58,19 +58,19 @@ def expected_keys(name: str, variant: str) -> dict[str, list[int]]:
     return expected
 
 
-def test_default_keys(model: tuple[str, Any]) -> None:
+def test_the_default_has_the_listed_keys(model: tuple[str, Any]) -> None:
     name, views = model
     assert shapes_of(views) == FACTS["lora"][name]["default"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(model: tuple[str, Any], variant: str) -> None:
+def test_network_arguments_give_the_listed_keys_and_shapes(model: tuple[str, Any], variant: str) -> None:
     name, views = model
     facts = FACTS["lora"][name]["variants"][variant]
     assert shapes_of(views, **facts["call"], **facts["network_args"]) == expected_keys(name, variant)
 
 
-def test_expressions_give_ranks(model: tuple[str, Any]) -> None:
+def test_patterns_set_ranks(model: tuple[str, Any]) -> None:
     name, views = model
     shapes = shapes_of(views, network_reg_dims="x_block=8")
     default = FACTS["lora"][name]["default"]
@@ -79,7 +79,7 @@ def test_expressions_give_ranks(model: tuple[str, Any]) -> None:
     assert changed == {key for key in default if "x_block" in key and not key.endswith(".alpha")}
 
 
-def test_blocks_that_are_not_there_are_refused(model: tuple[str, Any]) -> None:
+def test_block_indices_out_of_range_are_rejected(model: tuple[str, Any]) -> None:
     with pytest.raises(ValueError, match="train_block_indices names block 500"):
         shapes_of(model[1], train_block_indices="0,500")
 

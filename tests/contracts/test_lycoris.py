@@ -1,4 +1,4 @@
-"""LyCORIS as a third-party network module: what the trainer needs of it works on the view of a U-Net."""
+"""LyCORIS works as a third-party network module on the view of a U-Net."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ def models() -> tuple[UNet2DConditionModel, tuple[nn.Module | list[nn.Module], n
     return unet, view([tiny_clip(502, torch.float32)], unet)
 
 
-def lokr(viewed: tuple[Any, nn.Module], seed: int) -> AdoptedNetwork:
+def build_lokr(viewed: tuple[Any, nn.Module], seed: int) -> AdoptedNetwork:
     torch.manual_seed(seed)
     module = open_network_module("lycoris.kohya")
     network = adopt(module.create_network(1.0, 2, 1.0, None, *viewed, neuron_dropout=None, **LOKR))  # type: ignore[arg-type]
@@ -40,11 +40,11 @@ def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     yield torch.randn(2, 4, 8, 8), torch.tensor([3, 777]), torch.randn(2, 5, 32)
 
 
-def test_lokr_trains_and_its_file_gives_the_trained_model_back(models: Any, tmp_path: Path) -> None:
+def test_lokr_trains_and_its_file_restores_the_trained_model(models: Any, tmp_path: Path) -> None:
     unet, viewed = models
     batch = next(batches())
     base = unet(*batch).sample
-    network = lokr(viewed, 504)
+    network = build_lokr(viewed, 504)
     groups, names = network.parameter_groups([1e-2], None, 1e-2)
     assert len(groups) >= 2 and (names is None or len(names) == len(groups))
     optimizer = torch.optim.AdamW(groups)
@@ -75,18 +75,18 @@ def test_lokr_trains_and_its_file_gives_the_trained_model_back(models: Any, tmp_
     )
 
     fresh = tiny_unet(501, torch.float32)
-    again = lokr(view([tiny_clip(502, torch.float32)], fresh), 505)
+    again = build_lokr(view([tiny_clip(502, torch.float32)], fresh), 505)
     assert not torch.allclose(fresh(*batch).sample, trained, atol=1e-4)
     again.load_weights(path)
     again.module.eval()
     torch.testing.assert_close(fresh(*batch).sample, trained, **FLOAT32_DEEP)
 
 
-def test_the_multiplier_switches_lokr_off(models: Any) -> None:
+def test_a_multiplier_of_0_disables_lokr(models: Any) -> None:
     unet, viewed = models
     batch = next(batches())
     base = unet(*batch).sample
-    network = lokr(viewed, 506)
+    network = build_lokr(viewed, 506)
     with torch.no_grad():
         for parameter in network.module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -95,15 +95,15 @@ def test_the_multiplier_switches_lokr_off(models: Any) -> None:
     torch.testing.assert_close(unet(*batch).sample, base, **FLOAT32_DEEP)
 
 
-def test_a_preset_that_does_not_fit_the_model_says_which_does() -> None:
+def test_the_error_for_an_unsuitable_preset_suggests_one_that_fits() -> None:
     module = open_network_module("lycoris.kohya")
     unet = tiny_unet(507, torch.float32)
     with pytest.raises(ValueError, match=r"lycoris\.kohya cannot make a network .*preset=attn-mlp"):
         module.create_network(1.0, 2, 1.0, None, None, unet, algo="lokr", preset="full")  # type: ignore[arg-type]
 
 
-def test_a_rank_that_does_not_fit_the_model_is_no_fault_of_the_program(models: Any) -> None:
-    """Front ends give LyCORIS's BOFT a conv_dim of 1, which divides few layers."""
+def test_a_rank_that_does_not_fit_the_model_is_a_user_error(models: Any) -> None:
+    """Front ends pass a conv_dim of 1 to LyCORIS's BOFT, which fits few layers."""
     _, viewed = models
     module = open_network_module("lycoris.kohya")
     with pytest.raises(UserError, match=r"lycoris\.kohya cannot make a network .*check --network_dim"):

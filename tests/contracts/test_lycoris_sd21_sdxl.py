@@ -18,9 +18,9 @@ def test_its_modules_have_the_names_of_a_plain_lora(model: str) -> None:
 
 
 def test_its_default_preset_fits() -> None:
-    """Version 4 names the layers that embed the timestep, and the class that diffusers has for them."""
+    """LyCORIS 4 lists the timestep embedding layers and their diffusers class."""
     with torch.device("meta"):
         network = kohya.create_network(1.0, 4, 1, None, *view_for_networks("sd21"), algo="lora", conv_dim="4")
-    found = [module.lora_name.removeprefix("lora_unet_") for module in network.loras]
-    assert {"conv_in", "conv_out", "time_embedding_linear_1", "time_embedding_linear_2"} <= set(found)
-    assert len(found) == len(set(found))
+    names = [module.lora_name.removeprefix("lora_unet_") for module in network.loras]
+    assert {"conv_in", "conv_out", "time_embedding_linear_1", "time_embedding_linear_2"} <= set(names)
+    assert len(names) == len(set(names))

@@ -1,4 +1,4 @@
-"""How the trainer talks to network modules, ours and those of others."""
+"""The protocol between the trainer and network modules, our own and third-party ones."""
 
 import logging
 import re
@@ -16,26 +16,26 @@ from networks.core.protocol import adopt, open_network_module, parse_network_arg
 from tests.unit.networks.toy import toy_models
 
 
-def test_items_are_cut_at_the_first_equals_sign_and_stay_strings() -> None:
+def test_network_args_split_at_the_first_equals_sign_and_stay_strings() -> None:
     assert parse_network_args(["conv_dim=8", "network_reg_dims=a=4,b=8", "empty="]) == {
         "conv_dim": "8", "network_reg_dims": "a=4,b=8", "empty": "",
     }  # fmt: skip
     assert parse_network_args(None) == {}
 
 
-def test_of_a_key_given_twice_the_last_counts_and_both_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_repeated_key_takes_its_last_value_and_a_warning_names_both(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert parse_network_args(["conv_dim=8", "conv_dim=4"]) == {"conv_dim": "4"}
     assert "conv_dim is given twice; 4 counts, not 8" in caplog.text
 
 
 @pytest.mark.parametrize("item", ["conv_dim", "=8", ""])
-def test_an_item_that_is_no_pair_is_named(item: str) -> None:
+def test_an_argument_without_an_equals_sign_is_named_in_the_error(item: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"--network_args {item!r} has no '='")):
         parse_network_args([item])
 
 
-def test_networks_lora_opens_and_its_functions_take_what_the_trainer_gives() -> None:
+def test_networks_lora_imports_and_accepts_the_trainers_arguments() -> None:
     module = open_network_module("networks.lora")
     text, unet = toy_models(301)
     network = module.create_network(1.0, 4, 1.0, None, text, unet, neuron_dropout=0.1, dropout=0.1, rank_dropout="0.2")  # type: ignore[arg-type]
@@ -53,42 +53,42 @@ def test_networks_lora_opens_and_its_functions_take_what_the_trainer_gives() -> 
         ("networks.core.targets.targets", "it lacks the function create_network"),
     ],
 )
-def test_a_module_that_cannot_be_opened_is_named_with_the_way_out(name: str, message: str) -> None:
+def test_the_error_for_a_module_that_cannot_be_imported_names_it_and_the_remedy(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         open_network_module(name)
     assert f"--network_module {name}" in str(caught.value)
 
 
 @pytest.fixture
-def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def third_party_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path / "users_network.py"
     sys.modules.pop("users_network", None)
 
 
-def test_a_package_that_the_module_needs_is_named(own_file: Path) -> None:
-    own_file.write_text("import a_package_nobody_has\n")
+def test_a_missing_dependency_of_the_module_is_named(third_party_file: Path) -> None:
+    third_party_file.write_text("import a_package_nobody_has\n")
     with pytest.raises(ValueError, match="users_network needs the package a_package_nobody_has"):
         open_network_module("users_network")
 
 
-def test_a_module_that_only_makes_fresh_networks_says_so_when_files_are_asked_for(own_file: Path) -> None:
-    own_file.write_text("def create_network(*_, **__): ...\n")
+def test_a_module_that_cannot_load_files_raises_an_error_that_says_so(third_party_file: Path) -> None:
+    third_party_file.write_text("def create_network(*_, **__): ...\n")
     module = open_network_module("users_network")
     with pytest.raises(ValueError, match=r"--dim_from_weights and --base_weights do not work with .*users_network"):
         module.create_network_from_weights(1.0, "x", None, None, None)  # type: ignore[arg-type]
 
 
-def test_a_file_that_another_module_asserts_about_is_named_with_a_way_out(own_file: Path) -> None:
-    """As LyCORIS does where its preset names a layer of the base model twice."""
+def test_a_failed_assertion_in_a_third_party_module_names_the_file_and_the_remedy(third_party_file: Path) -> None:
+    """LyCORIS asserts where its preset names a layer of the base model twice."""
     text = "def create_network(*_, **__): ...\ndef create_network_from_weights(*_, **__): assert False, 'twice'\n"
-    own_file.write_text(text)
+    third_party_file.write_text(text)
     with pytest.raises(ValueError, match=r"users_network cannot read x\.pt .*\(twice\).*use one of networks\.\*"):
         open_network_module("users_network").create_network_from_weights(1.0, "x.pt", None, None, None)  # type: ignore[arg-type]
 
 
-class Least(nn.Module):
-    """A network with only what it must have, in the oldest form: two arguments, no names."""
+class MinimalNetwork(nn.Module):
+    """A network with only the required methods, in the oldest form: two learning rates, no names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,8 +111,8 @@ class Least(nn.Module):
         torch.save({"te": self.te.detach().to(dtype), "unet": self.unet.detach()}, file)
 
 
-def test_the_least_network_can_be_trained() -> None:
-    least = Least()
+def test_a_minimal_network_can_be_trained() -> None:
+    least = MinimalNetwork()
     network = adopt(least)
     text, unet = toy_models(302)
     network.apply_to(text, unet, True, False)
@@ -131,8 +131,8 @@ def test_the_least_network_can_be_trained() -> None:
     assert least.training and len(network.trainable_parameters()) == 3
 
 
-def test_what_the_least_network_cannot_do_is_an_error_naming_the_option() -> None:
-    network = adopt(Least())
+def test_options_that_a_minimal_network_does_not_support_are_named_in_the_error() -> None:
+    network = adopt(MinimalNetwork())
     for call, option in (
         (lambda: network.load_weights("x"), "--network_weights"),
         (lambda: network.set_multiplier(0.0), "differential output preservation"),
@@ -143,20 +143,20 @@ def test_what_the_least_network_cannot_do_is_an_error_naming_the_option() -> Non
             call()
 
 
-def test_a_network_that_asks_is_told_the_seed_and_the_step_before_each_batch() -> None:
-    class Asking(Least):
+def test_on_optimizer_step_start_receives_seed_and_step_before_each_batch() -> None:
+    class WithStepHook(MinimalNetwork):
         def on_optimizer_step_start(self, seed: int, step: int) -> None:
             self.calls.append((seed, step))
 
-    asking = Asking()
+    asking = WithStepHook()
     network = adopt(asking)
     for step in (0, 0, 1):
         network.start_optimizer_step(7, step)
     assert asking.calls == [(7, 0), (7, 0), (7, 1)]
 
 
-class Named(Least):
-    """Three arguments and names."""
+class WithGroupNames(MinimalNetwork):
+    """A network that takes three learning rates and names its parameter groups."""
 
     def prepare_optimizer_params(self, text_encoder_lr: Any, unet_lr: Any, learning_rate: Any) -> Any:  # type: ignore[override]
         rates = (text_encoder_lr, 0, unet_lr or learning_rate)
@@ -164,15 +164,15 @@ class Named(Least):
         return groups, ["text", "idle", "unet"]
 
 
-def test_names_stay_with_their_groups_when_some_are_left_out() -> None:
-    groups, names = adopt(Named()).parameter_groups([1e-4], None, 1e-3)
+def test_group_names_stay_aligned_when_groups_are_dropped() -> None:
+    groups, names = adopt(WithGroupNames()).parameter_groups([1e-4], None, 1e-3)
     assert (names, [g["lr"] for g in groups]) == (["text", "unet"], [1e-4, 1e-3])
-    groups, names = adopt(Named()).parameter_groups(None, None, 1e-3)
+    groups, names = adopt(WithGroupNames()).parameter_groups(None, None, 1e-3)
     assert (names, [g["lr"] for g in groups]) == (["unet"], [1e-3])
 
 
-def test_a_type_error_inside_the_network_is_not_taken_for_a_missing_argument() -> None:
-    class Broken(Named):
+def test_a_type_error_inside_the_network_is_not_mistaken_for_an_old_signature() -> None:
+    class Broken(WithGroupNames):
         def prepare_optimizer_params(self, text_encoder_lr: Any, unet_lr: Any, learning_rate: Any) -> Any:
             return len(unet_lr)
 
@@ -180,13 +180,13 @@ def test_a_type_error_inside_the_network_is_not_taken_for_a_missing_argument() -
         adopt(Broken()).parameter_groups([1e-4], 1e-4, 1e-3)
 
 
-def test_rates_of_0_everywhere_are_an_error() -> None:
+def test_learning_rates_of_0_everywhere_are_an_error() -> None:
     with pytest.raises(ValueError, match="nothing would be trained: every part of the adapter has the learning rate 0"):
-        adopt(Named()).parameter_groups([0.0], 0.0, 0.0)
+        adopt(WithGroupNames()).parameter_groups([0.0], 0.0, 0.0)
 
 
 def test_a_network_without_modules_is_not_blamed_on_the_learning_rate() -> None:
-    class Empty(Named):
+    class Empty(WithGroupNames):
         def prepare_optimizer_params(self, text_encoder_lr: Any, unet_lr: Any, learning_rate: Any) -> Any:
             return [{"params": [], "lr": 1e-3}]
 
@@ -195,22 +195,22 @@ def test_a_network_without_modules_is_not_blamed_on_the_learning_rate() -> None:
 
 
 @pytest.mark.parametrize(("thing", "message"), [(None, "gave None"), (nn.Linear(1, 1), "it lacks apply_to")])
-def test_what_is_no_network_is_refused(thing: Any, message: str) -> None:
+def test_an_object_that_is_not_a_network_is_rejected(thing: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         adopt(thing)
 
 
-class FullDisk(Least):
-    """Stops in the middle of writing."""
+class FullDisk(MinimalNetwork):
+    """A network whose saving fails halfway."""
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
         Path(file).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
 
-def test_others_write_whole_files_too(tmp_path: Path) -> None:
+def test_third_party_networks_never_leave_partial_files(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
-    adopt(Least()).save_weights(path, torch.float16, {})
+    adopt(MinimalNetwork()).save_weights(path, torch.float16, {})
     assert load_state_dict(path)["te"].dtype == torch.float16
     before = path.read_bytes()
     with pytest.raises(OSError, match="No space left"):
@@ -218,7 +218,7 @@ def test_others_write_whole_files_too(tmp_path: Path) -> None:
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
-def test_ours_goes_through_the_whole_protocol(tmp_path: Path) -> None:
+def test_our_network_supports_the_whole_protocol(tmp_path: Path) -> None:
     text, unet = toy_models(303)
     module = open_network_module("networks.lora")
     network = adopt(module.create_network(1.0, 2, 2.0, None, text, unet, neuron_dropout=None))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""An option that another script has: the error and the warning say which, and what it is called here."""
+"""Errors and warnings for options of other scripts name those scripts and the option's name here."""
 
 import importlib
 import re
@@ -30,19 +30,19 @@ def parser_of(script: Script):  # type: ignore[no-untyped-def]
     return importlib.import_module(script.name.removesuffix(".py")).setup_parser()
 
 
-def test_the_scripts_are_those_of_the_cards() -> None:
+def test_the_scripts_are_those_of_the_model_specs() -> None:
     assert {(s.name, s.options) for s in SCRIPTS} == {(spec.script, spec.options) for spec in list_specs()}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_what_stands_in_for_an_option_is_there(script: Script) -> None:
-    own = script.options.defaults()
+def test_suggested_replacements_exist(script: Script) -> None:
+    defaults = script.options.defaults()
     actions = {action.dest: action for action in parser_of(script)._actions}
     for name, words in script.instead.items():
-        assert name in (ALL | OF_OTHER_PROGRAMS) - own.keys(), f"{name} is {script.name}'s own, or nobody's"
+        assert name in (ALL | OF_OTHER_PROGRAMS) - defaults.keys(), f"{name} is {script.name}'s own, or nobody's"
         for flag, value in FLAG.findall(words):
-            assert flag in own or flag in IN_PROMPTS, f"{script.name} has no --{flag}"
-            if value and flag in own and actions[flag].choices:
+            assert flag in defaults or flag in IN_PROMPTS, f"{script.name} has no --{flag}"
+            if value and flag in defaults and actions[flag].choices:
                 assert value in actions[flag].choices
 
 
@@ -50,8 +50,8 @@ def test_what_stands_in_for_an_option_is_there(script: Script) -> None:
     "script",
     [pytest.param(one, marks=() if one.name in QUICK else pytest.mark.nightly, id=one.name) for one in SCRIPTS],
 )
-def test_every_option_of_others_is_named(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
-    """But for one that is short for an option of this script alone, as `--text_encoder` is for --text_encoder_lr."""
+def test_errors_name_the_scripts_of_every_foreign_option(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
+    """Except abbreviations of this script's options, such as `--text_encoder` for --text_encoder_lr."""
     parser = parser_of(script)
     names = [n for n in sorted(ALL - script.options.defaults().keys()) if not parser._get_option_tuples(f"--{n}")]
     assert len(ALL - script.options.defaults().keys()) - len(names) <= 1
@@ -59,16 +59,18 @@ def test_every_option_of_others_is_named(script: Script, capsys: pytest.CaptureF
         with pytest.raises(SystemExit) as ended:
             parse(parser, words)
         assert ended.value.code == 2
-        told = dict(re.findall(r"--(\w+)(?:=x)? \((an option of [^()]+)\)", capsys.readouterr().err))
-        assert list(told) == names
-        for name, said in told.items():
+        hints = dict(re.findall(r"--(\w+)(?:=x)? \((an option of [^()]+)\)", capsys.readouterr().err))
+        assert list(hints) == names
+        for name, hint in hints.items():
             has = {other.name for other in SCRIPTS if name in other.options.defaults()}
-            named = set(re.findall(r"\w+\.py", said))
-            assert named == ({other.name for other in SCRIPTS} - has if "every script but" in said else has)
-            assert said.endswith(script.instead.get(name, ".py"))
+            scripts = set(re.findall(r"\w+\.py", hint))
+            assert scripts == ({other.name for other in SCRIPTS} - has if "every script but" in hint else has)
+            assert hint.endswith(script.instead.get(name, ".py"))
 
 
-def test_a_config_file_gets_the_same_hint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_config_file_with_foreign_options_gets_the_same_hint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (script,) = (script for script in SCRIPTS if "training_shift" in script.options.defaults())
     keys = ("discrete_flow_shift = 3.0", "lerning_rate = 1.0", "guidance_scale = 1.0", 'ae = ""', "split_mode = false")
     (tmp_path / "train.toml").write_text("\n".join(keys))
@@ -78,27 +80,29 @@ def test_a_config_file_gets_the_same_hint(tmp_path: Path, caplog: pytest.LogCapt
     assert "use --training_shift" in caplog.text
     assert "train.toml: ignored: guidance_scale (an option of flux_train_network.py;" in caplog.text
     assert "train.toml: ignored, no such option: lerning_rate (nearest: learning_rate)" in caplog.text
-    assert "split_mode" not in caplog.text and "ae (" not in caplog.text  # not given
+    assert "split_mode" not in caplog.text and "ae (" not in caplog.text  # not in the file
 
 
-def test_options_of_other_programs_and_earlier_versions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_other_programs_and_earlier_versions_are_recognised(capsys: pytest.CaptureFixture[str]) -> None:
     (script,) = (script for script in SCRIPTS if "timestep_sample_method" in script.instead)
     with pytest.raises(SystemExit):
         parse(parser_of(script), ["--dit_path=x", "--qwen3_path", "y", "--vae_path=z", "--timestep_sample_method=w"])
-    said = capsys.readouterr().err
-    assert "--dit_path=x (use --pretrained_model_name_or_path) --qwen3_path (nearest: --qwen3) y" in said
-    assert "--vae_path=z (nearest: --vae) --timestep_sample_method=w (use --timestep_sampling)" in said
+    message = capsys.readouterr().err
+    assert "--dit_path=x (use --pretrained_model_name_or_path) --qwen3_path (nearest: --qwen3) y" in message
+    assert "--vae_path=z (nearest: --vae) --timestep_sample_method=w (use --timestep_sampling)" in message
 
 
 @pytest.mark.parametrize("words", [["--text_encoder", "qwen.safetensors"], ["--text_encoder=qwen.safetensors"]])
-def test_a_file_for_what_is_short_for_a_number_is_told(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_for_an_abbreviated_numeric_option_gets_a_hint(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     for script in SCRIPTS:
         if "text_encoder" in script.options.defaults():
             continue
         with pytest.raises(SystemExit):
             parse(parser_of(script), [*words, "--seed", "3"])
-        said = capsys.readouterr().err
-        named, _, hint = said.partition("; ")
+        message = capsys.readouterr().err
+        named, _, hint = message.partition("; ")
         assert f"unrecognized arguments: {words[0]} (an option of " in named
         assert "hunyuan_image_train_network.py" in named and hint
         assert parse(parser_of(script), ["--text_encoder", "1e-5"]).text_encoder_lr in (1e-5, [1e-5])
@@ -113,12 +117,12 @@ def test_a_file_for_what_is_short_for_a_number_is_told(words: list[str], capsys:
         ("abcde", "an option of every other script"),
     ],
 )
-def test_the_fewer_scripts_are_named(has: str, words: str) -> None:
+def test_the_shorter_list_of_scripts_is_named(has: str, words: str) -> None:
     assert describe_scripts(list(has), list("abcde")) == words
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_options_for_prompts_alone_name_the_scripts_that_have_them(
+def test_prompt_only_options_name_the_scripts_that_have_them(
     script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     hint = " (an option of train_leco.py and sdxl_train_leco.py, which train concepts from prompts alone)"

@@ -1,4 +1,4 @@
-"""The parts of a run that front ends read: its output, its exit status, its charts."""
+"""Output, exit status and TensorBoard logs of a run, as front ends read them."""
 
 import json
 import os
@@ -33,11 +33,11 @@ HEADER = """running training / 学習開始
 
 @pytest.fixture
 def six_steps(base_arguments: list[str]) -> list[str]:
-    """Two epochs of six batches, two batches a step."""
+    """Return arguments for two epochs of six batches with two batches per step."""
     return [*base_arguments, "--max_train_epochs", "2", "--gradient_accumulation_steps", "2", "--cache_latents"]
 
 
-def test_a_launched_run_shows_what_front_ends_read(
+def test_a_launched_run_prints_what_front_ends_parse(
     launch: Callable[..., Finished], six_steps: list[str], tmp_path: Path
 ) -> None:
     logs = tmp_path / "logs"
@@ -72,7 +72,7 @@ def test_a_launched_run_shows_what_front_ends_read(
     assert len(events.Scalars("loss/current")) == 12
 
 
-def test_progress_in_one_pipe_is_utf8_and_complete(six_steps: list[str]) -> None:
+def test_progress_with_both_streams_in_one_pipe_is_complete_utf8(six_steps: list[str]) -> None:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, str(ROOT / "train_network.py"), *six_steps]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd="/")
@@ -82,7 +82,7 @@ def test_progress_in_one_pipe_is_utf8_and_complete(six_steps: list[str]) -> None
 
 
 @pytest.mark.nightly
-def test_a_console_without_japanese_letters_does_not_end_the_run(six_steps: list[str]) -> None:
+def test_a_console_without_japanese_characters_does_not_crash_the_run(six_steps: list[str]) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, str(ROOT / "train_network.py"), *six_steps, "--max_train_steps", "1"]
     done = subprocess.run(command, capture_output=True, env=environment, cwd="/")
@@ -91,7 +91,7 @@ def test_a_console_without_japanese_letters_does_not_end_the_run(six_steps: list
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)])
-def test_a_signal_finishes_the_step_saves_and_ends_with_status_0(
+def test_after_a_signal_the_run_finishes_its_step_saves_and_exits_with_0(
     base_arguments: list[str], tmp_path: Path, number: signal.Signals
 ) -> None:
     events = tmp_path / "events.jsonl"
@@ -119,7 +119,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_status_0(
 
 @pytest.mark.nightly
 def test_a_run_ends_when_its_launcher_is_gone(base_arguments: list[str], tmp_path: Path) -> None:
-    """A front end that kills only the launcher leaves no process behind."""
+    """A front end that kills only the launcher leaves no orphaned process."""
     arguments = [*base_arguments, "--max_train_steps", "100000"]
     process = subprocess.Popen([*launch_command("train_network.py"), *arguments], stderr=subprocess.PIPE)
     assert process.stderr is not None
@@ -129,15 +129,15 @@ def test_a_run_ends_when_its_launcher_is_gone(base_arguments: list[str], tmp_pat
         assert chunk, seen.decode()
         seen += chunk
     process.kill()
-    while os.read(process.stderr.fileno(), 4096):  # the pipe closes when the last process of the run is gone
+    while os.read(process.stderr.fileno(), 4096):  # the pipe closes when the last process of the run exits
         pass
     process.wait()
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == ["", ".safetensors"]
 
 
 @pytest.mark.nightly
-def test_a_full_disk_loses_no_earlier_file(base_arguments: list[str], tmp_path: Path) -> None:
-    """A limit on the size of files stands in for the full disk: the second save fails, the first file stays whole."""
+def test_a_full_disk_does_not_damage_earlier_files(base_arguments: list[str], tmp_path: Path) -> None:
+    """A file size limit simulates the full disk: the second save fails, the first file stays intact."""
     command = [sys.executable, str(ROOT / "train_network.py"), *base_arguments]
     subprocess.run([*command, "--network_dim", "1"], check=True, capture_output=True)
     path = tmp_path / "out" / "mine.safetensors"
@@ -149,7 +149,7 @@ def test_a_full_disk_loses_no_earlier_file(base_arguments: list[str], tmp_path: 
     assert [file.name for file in path.parent.iterdir()] == ["mine.safetensors"]
 
 
-def test_bad_options_end_with_2_and_a_missing_config_file_with_1() -> None:
+def test_invalid_options_exit_with_2_and_a_missing_config_file_with_1() -> None:
     command = [sys.executable, str(ROOT / "train_network.py")]
     unknown = subprocess.run([*command, "--no_such_option"], capture_output=True, text=True)
     assert unknown.returncode == 2 and "unrecognized arguments" in unknown.stderr

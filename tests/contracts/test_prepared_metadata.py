@@ -1,4 +1,4 @@
-"""finetune/prepare_buckets_latents.py, and the training that finds what it has encoded."""
+"""finetune/prepare_buckets_latents.py and training with the latents it has cached."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.running import make_images
 
 
 def describe(tmp_path: Path) -> Path:
-    """Three images, of which one is wide, and a metadata file with an entry too many."""
+    """Write three images, one of them wide, and a metadata file with one entry too many."""
     folder = make_images(tmp_path / "pictures", 2, side=72)
     Image.open(folder / "00.png").resize((160, 72)).save(folder / "wide.png")
     (folder / "wide.txt").write_text("a wide cat")
@@ -26,7 +26,7 @@ def describe(tmp_path: Path) -> Path:
     return folder
 
 
-def test_training_takes_the_latents_that_were_prepared(
+def test_training_uses_the_prepared_latents(
     tmp_path: Path, fresh_process: None, tiny_sdxl_folder: Path, train: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = describe(tmp_path)
@@ -37,7 +37,7 @@ def test_training_takes_the_latents_that_were_prepared(
     words = [*sizes, "--bucket_reso_steps", "32", "--flip_aug", "--batch_size", "2", "--max_data_loader_n_workers", "0"]
     with patch.object(metadata_file, "decode_utf8", wraps=metadata_file.decode_utf8) as reading:
         assert prepare_buckets_latents.main([*paths, *words]) == 0
-    assert reading.call_count == 1  # the table that is written is the one whose images are encoded
+    assert reading.call_count == 1  # the table is read once, then written and encoded
     assert (
         "skipping 1 of 4 images without an entry in" in caplog.text
         and "new.png; tools/captions_to_metadata.py" in caplog.text
@@ -58,7 +58,9 @@ def test_training_takes_the_latents_that_were_prepared(
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")} == files
 
 
-def test_a_model_without_a_unet_is_sent_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_for_a_model_without_a_unet_names_the_right_script(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tests.tiny.flux import build_tiny_flux
 
     paths = [str(describe(tmp_path)), str(tmp_path / "captions.json"), str(tmp_path / "out.json")]

@@ -1,4 +1,4 @@
-"""Programs that import the scripts and the library of sd-scripts, each as it does that."""
+"""Programs that import the scripts and library of sd-scripts, each in its own way."""
 
 import argparse
 import hashlib
@@ -41,7 +41,7 @@ TRAINERS: dict[str, Any] = {
 
 
 def settings(tmp_path: Path, **more: Any) -> dict[str, Any]:
-    """Return the settings of a program for two steps on images of 64 pixels."""
+    """Return settings for two steps on images of 64 pixels."""
     if not (tmp_path / "data").exists():
         make_images(tmp_path / "data" / "1_thing", 2)
     return {
@@ -55,7 +55,7 @@ def settings(tmp_path: Path, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "name", ["sd", *(pytest.param(name, marks=pytest.mark.nightly) for name in TRAINERS if name != "sd")]
 )
-def test_a_trainer_trains_what_its_script_trains(
+def test_a_trainer_class_gives_the_same_result_as_its_script(
     tmp_path: Path, fresh_process: None, name: str, train: Any, tiny_sd_folder: Path
 ) -> None:
     script, trainer = TRAINERS[name]
@@ -72,16 +72,16 @@ def test_a_trainer_trains_what_its_script_trains(
         word for key, value in settings(tmp_path, output_name="typed").items() for word in (f"--{key}", str(value))
     ]
     assert train([*words, *typed], script.__name__).status == 0
-    found, expected = load_file(tmp_path / "out/mine.safetensors"), load_file(tmp_path / "out/typed.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    actual, expected = load_file(tmp_path / "out/mine.safetensors"), load_file(tmp_path / "out/typed.safetensors")
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
 
 
 @pytest.mark.slow
 def test_coppylora_trains_in_a_thread(
     tmp_path: Path, fresh_process: None, monkeypatch: pytest.MonkeyPatch, tiny_sdxl_folder: Path
 ) -> None:
-    """It parses the command line of its own process, reads no config file, and sets what it wants on the namespace."""
+    """CoppyLoRA parses its own command line, reads no config file and sets attributes of the namespace."""
     monkeypatch.setattr(sys, "argv", ["CoppyLora_webUI.py"])
     parser = sdxl_train_network.setup_parser()
     args = parser.parse_args()
@@ -114,10 +114,10 @@ def test_coppylora_trains_in_a_thread(
 
 
 @pytest.mark.slow
-def test_a_second_run_in_one_process_may_have_another_precision(
+def test_a_second_run_in_one_process_may_use_another_precision(
     tmp_path: Path, fresh_process: None, tiny_sd_folder: Path
 ) -> None:
-    """A front end runs a matrix of settings; some options are left out or None, sizes are pairs."""
+    """A front end runs a matrix of settings; some options are missing or None, sizes are pairs."""
     for precision in ("no", "bf16"):
         wanted = settings(tmp_path, output_name=precision, mixed_precision=precision, resolution=(64, 64), vae=None)
         args = argparse.Namespace(pretrained_model_name_or_path=tiny_sd_folder, **wanted)
@@ -125,7 +125,7 @@ def test_a_second_run_in_one_process_may_have_another_precision(
     assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == {"no.safetensors", "bf16.safetensors"}
 
 
-def test_what_ends_a_run_is_raised(tmp_path: Path, fresh_process: None, tiny_sd_folder: Path) -> None:
+def test_errors_that_end_a_run_are_raised(tmp_path: Path, fresh_process: None, tiny_sd_folder: Path) -> None:
     wanted = settings(tmp_path, pretrained_model_name_or_path=str(tiny_sd_folder))
     for broken, sentence in (
         ({"network_module": None}, "--network_module is not set"),
@@ -137,7 +137,7 @@ def test_what_ends_a_run_is_raised(tmp_path: Path, fresh_process: None, tiny_sd_
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))
 
 
-def test_a_config_file_stands_beneath_the_process_command_line(
+def test_the_process_command_line_overrides_a_config_file(
     tmp_path: Path, fresh_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.toml").write_text("[any]\nnetwork_dim = 8\nseed = 3\n")
@@ -147,7 +147,7 @@ def test_a_config_file_stands_beneath_the_process_command_line(
     assert (args.network_dim, args.seed) == (8, 5)
 
 
-def test_secrets_on_the_command_line_are_warned_of_where_a_tracker_shows_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_secrets_on_the_command_line_are_warned_about_if_a_tracker_logs_it(caplog: pytest.LogCaptureFixture) -> None:
     parser = train_network.setup_parser()
     train_util.verify_command_line_training_args(parser.parse_args(["--huggingface_token", "hf_x"]))
     assert not caplog.records
@@ -167,7 +167,7 @@ def test_data_options_become_pairs() -> None:
 
 @pytest.mark.parametrize("no_upscale", [True, False])
 def test_images_are_sorted_into_buckets_as_before_caching(no_upscale: bool) -> None:
-    """As programs do that write latents of images beside them: every size is cut, never enlarged after resizing."""
+    """Programs that cache latents crop every image to its bucket and never enlarge it after resizing."""
     manager = train_util.BucketManager(no_upscale, (512, 512), 256, 1024, 64)
     if not no_upscale:
         manager.make_buckets()
@@ -180,11 +180,13 @@ def test_images_are_sorted_into_buckets_as_before_caching(no_upscale: bool) -> N
         manager.add_image(reso, (number, np.zeros((*reso[::-1], 3))))
     manager.sort()
     assert manager.resos == sorted(manager.resos)
-    kept = {number: reso for reso, bucket in zip(manager.resos, manager.buckets, strict=True) for number, _ in bucket}
-    assert kept.keys() == {0, 1, 2, 3} and kept[3] == (512, 512)
+    buckets = {
+        number: reso for reso, bucket in zip(manager.resos, manager.buckets, strict=True) for number, _ in bucket
+    }
+    assert buckets.keys() == {0, 1, 2, 3} and buckets[3] == (512, 512)
 
 
-def test_hashes_are_those_of_saved_files(tmp_path: Path) -> None:
+def test_hash_functions_match_the_metadata_of_saved_files(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(300_000, generator=torch.Generator().manual_seed(4))}
     model_hash, legacy_hash = train_util.precalculate_safetensors_hashes(tensors, {"ss_seed": "1"})
     save_file(tensors, tmp_path / "x.safetensors", {"ss_seed": "1"})
@@ -225,7 +227,7 @@ def test_logging_is_set_up_once_and_again_on_request(tmp_path: Path, fresh_proce
     root = logging.getLogger()
     before = list(root.handlers)
     utils.setup_logging()
-    assert root.handlers == before  # pytest's own are there
+    assert root.handlers == before  # pytest's handlers are there
     utils.setup_logging(argparse.Namespace(console_log_file=str(tmp_path / "log.txt")), log_level="DEBUG", reset=True)
     logging.getLogger("library").debug("seen")
     assert "seen" in (tmp_path / "log.txt").read_text()
@@ -235,7 +237,7 @@ def test_logging_is_set_up_once_and_again_on_request(tmp_path: Path, fresh_proce
 def test_lycoris_extracts_from_models_that_the_library_loads(
     name: str, tmp_path: Path, tiny_sd_folder: Path, tiny_sdxl_folder: Path
 ) -> None:
-    """As kohya_ss' tools/lycoris_locon_extract.py does it."""
+    """Extract as tools/lycoris_locon_extract.py of kohya_ss does."""
     from lycoris.utils import extract_diff
 
     folder = tiny_sd_folder if name == "sd" else tiny_sdxl_folder
@@ -247,8 +249,8 @@ def test_lycoris_extracts_from_models_that_the_library_loads(
     save_file({**weights, layer: weights[layer] + change}, file)
 
     base, tuned = load(name, folder), load(name, changed)
-    found = extract_diff(*base[:1], *tuned[:1], *base[1:], *tuned[1:], "fixed", 1, 1, "cpu", small_conv=False)
-    product = found[f"{key}.lora_up.weight"].float() @ found[f"{key}.lora_down.weight"].float()
+    extracted = extract_diff(*base[:1], *tuned[:1], *base[1:], *tuned[1:], "fixed", 1, 1, "cpu", small_conv=False)
+    product = extracted[f"{key}.lora_up.weight"].float() @ extracted[f"{key}.lora_down.weight"].float()
     torch.testing.assert_close(product, change, atol=2e-3, rtol=2e-2)  # LyCORIS stores half precision
 
 

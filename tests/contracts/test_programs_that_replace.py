@@ -17,15 +17,15 @@ MISSING = "--resolution is not set"  # the first thing that a run with these opt
 ARGS = {"pretrained_model_name_or_path": "none.safetensors", "train_data_dir": "none", "output_dir": "none"}
 
 
-def started(trainer: Any) -> str:
-    """Return the message to a program that calls `train` on a trainer without a size."""
+def start_error(trainer: Any) -> str:
+    """Call `train` without a resolution and return the error message."""
     with pytest.raises(UserError) as refused:
         trainer.train(argparse.Namespace(**ARGS))
     return str(refused.value)
 
 
 class WithImages(flux_train_network.FluxNetworkTrainer):
-    """As a plug-in with a loss and previews of its own."""
+    """A plug-in with its own loss and previews."""
 
     def sample_images(self, *args: Any) -> None: ...
 
@@ -35,7 +35,7 @@ class WithImages(flux_train_network.FluxNetworkTrainer):
 
 
 class WithOwnMethods(flux_train_network.FluxNetworkTrainer):
-    """As a program that does something before and after."""
+    """A program that wraps training with its own steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,40 +49,42 @@ class WithOwnMethods(flux_train_network.FluxNetworkTrainer):
         super().train(args)
 
 
-def test_methods_that_nobody_calls_are_refused_with_what_does_their_work() -> None:
-    said = started(WithImages())
-    assert "this program replaces methods of WithImages that are never called here: sample_images (--log_events" in said
-    assert "get_noise_pred_and_target (a base model is a package" in said
-    assert "post_process_network (--network_module takes a module of your own" in said
+def test_overriding_methods_that_are_never_called_is_rejected_with_an_alternative() -> None:
+    message = start_error(WithImages())
+    assert (
+        "this program replaces methods of WithImages that are never called here: sample_images (--log_events" in message
+    )
+    assert "get_noise_pred_and_target (a base model is a package" in message
+    assert "post_process_network (--network_module takes a module of your own" in message
 
 
-def test_methods_of_another_name_and_a_train_around_ours_work(fresh_process: None) -> None:
+def test_additional_methods_and_a_wrapped_train_work(fresh_process: None) -> None:
     trainer = WithOwnMethods()
-    assert MISSING in started(trainer)
+    assert MISSING in start_error(trainer)
     assert trainer.calls == ["before"]
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_what_is_put_into_the_first_trainer_counts_for_all(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """As a program does that puts its own previews into NetworkTrainer and trains SDXL."""
+def test_methods_replaced_on_the_base_trainer_count_for_all(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A program replaces the previews of NetworkTrainer and trains SDXL."""
     monkeypatch.setattr(train_network.NetworkTrainer, "sample_images", lambda *args: None, raising=False)
-    assert "never called here: sample_images" in started(TRAINERS[name][1]())
+    assert "never called here: sample_images" in start_error(TRAINERS[name][1]())
 
 
 @pytest.mark.parametrize("method", [method for methods in NEVER_CALLED.values() for method in methods])
-def test_every_method_that_the_table_names_is_refused(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_every_method_in_the_table_is_rejected(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     trainer = sdxl_train_network.SdxlNetworkTrainer()
     assert not {method} & set(dir(trainer)), "it is there, and called"
     monkeypatch.setattr(trainer, method, lambda *args: None, raising=False)
-    assert f"never called here: {method} (" in started(trainer)
+    assert f"never called here: {method} (" in start_error(trainer)
 
 
-def test_what_is_put_into_a_module_is_warned_of(
+def test_replacing_a_module_function_is_warned_about(
     monkeypatch: pytest.MonkeyPatch, fresh_process: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert MISSING in started(train_network.NetworkTrainer())
+    assert MISSING in start_error(train_network.NetworkTrainer())
     assert "has no effect: nothing here uses it" not in caplog.text
     monkeypatch.setattr(train_util, "sample_images_common", print, raising=False)
     monkeypatch.setattr(train_util, "BucketManager", object)
-    assert MISSING in started(train_network.NetworkTrainer())
+    assert MISSING in start_error(train_network.NetworkTrainer())
     assert "sets BucketManager, sample_images_common of library.train_util, which has no effect" in caplog.text

@@ -1,4 +1,4 @@
-"""Checkpoints in 8 and 4 bits, as ComfyUI and its users keep them: read whole, and kept as they are where we can.
+"""Checkpoints in 8 and 4 bits in ComfyUI's formats: dequantised when read, or kept in 8 bits where supported.
 
 `data/quantised_weights.safetensors` was made with comfy-kitchen 0.2.40: weights with an input 20 times as large as the
 others, what its quantisers make of them, and in `expected.<layer>` what its own decoders give.
@@ -32,7 +32,7 @@ TENSORS = load_file(FILE)
 LAYERS = sorted(name.removeprefix("expected.") for name in TENSORS if name.startswith("expected."))
 STORED = {name: tensor for name, tensor in TENSORS.items() if not name.startswith("expected.")}
 CONFIGS = {layer: json.loads(bytes(TENSORS[f"{layer}.comfy_quant"].tolist())) for layer in LAYERS}
-KINDS = {  # as what a layer can stay
+KINDS = {  # forms in which a layer can stay quantised
     "fp8": "fp8", "fp8_e5m2": "fp8", "int8": "int8", "int8_rows": "int8", "turned": "int8_rotated",
     "turned_16": "int8_rotated",
 }  # fmt: skip
@@ -46,7 +46,7 @@ def test_every_format_is_decoded_as_comfy_kitchen_decodes_it(layer: str) -> None
     torch.testing.assert_close(weights.read(f"{layer}.weight").float(), expected, **FLOAT32_SAME_MATH)
 
 
-def test_scales_and_markers_are_no_weights_and_other_weights_are_untouched() -> None:
+def test_scales_and_markers_are_not_weights_and_other_weights_are_unchanged() -> None:
     weights = open_checkpoint(FILE)
     names = {f"{layer}.weight" for layer in LAYERS} | {f"expected.{layer}" for layer in LAYERS} | {"plain.weight"}
     assert set(weights.shapes) == names
@@ -54,19 +54,19 @@ def test_scales_and_markers_are_no_weights_and_other_weights_are_untouched() -> 
     assert {name.removesuffix(".weight"): stored.kind for name, stored in weights.quantised.items()} == KINDS
 
 
-def test_the_header_may_say_it_in_place_of_the_layers(tmp_path: Path) -> None:
+def test_the_header_may_describe_the_layers(tmp_path: Path) -> None:
     """Names in the header may lack the prefix of the tensors."""
     tensors = {f"model.diffusion_model.{k}": t for k, t in STORED.items() if not k.endswith("comfy_quant")}
-    told = json.dumps({"format_version": "1.0", "layers": CONFIGS})
-    save_file(tensors, tmp_path / "a.safetensors", metadata={"_quantization_metadata": told})
+    description = json.dumps({"format_version": "1.0", "layers": CONFIGS})
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"_quantization_metadata": description})
     weights = open_checkpoint(tmp_path / "a.safetensors")
     for layer in LAYERS:
-        found = weights.read(f"model.diffusion_model.{layer}.weight").float()
-        torch.testing.assert_close(found, TENSORS[f"expected.{layer}"], **FLOAT32_SAME_MATH)
+        actual = weights.read(f"model.diffusion_model.{layer}.weight").float()
+        torch.testing.assert_close(actual, TENSORS[f"expected.{layer}"], **FLOAT32_SAME_MATH)
 
 
 @pytest.mark.parametrize("shape", [(1,), (6, 1), (6, 4, 1)], ids=str)
-def test_the_older_dialect_has_a_scale_for_all_for_rows_or_for_groups(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_the_older_format_has_one_scale_or_scales_per_row_or_group(shape: tuple[int, ...], tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(81)
     codes = torch.randn(6, 32, generator=generator).to(torch.float8_e4m3fn)
     scales = torch.rand(shape, generator=generator) + 0.5
@@ -89,7 +89,7 @@ def test_the_older_dialect_has_a_scale_for_all_for_rows_or_for_groups(shape: tup
         ("not JSON", "the JSON description of its weights is invalid"),
     ],
 )
-def test_what_is_not_known_is_refused_by_name(config: Any, message: str, tmp_path: Path) -> None:
+def test_unknown_formats_are_rejected_by_name(config: Any, message: str, tmp_path: Path) -> None:
     text = config if isinstance(config, str) else json.dumps(config)
     changed = {"fp8.comfy_quant": torch.tensor(list(text.encode()), dtype=torch.uint8)}
     save_file({**STORED, **changed}, tmp_path / "a.safetensors")
@@ -98,8 +98,8 @@ def test_what_is_not_known_is_refused_by_name(config: Any, message: str, tmp_pat
     assert message in str(refused.value)
 
 
-def eight_bits(scale: Any = 0.5, rest: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Tensor]:
-    """Two layers in fp8, the second with `scale` if there is one."""
+def fp8_layers(scale: Any = 0.5, rest: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Tensor]:
+    """Return two layers in fp8, the second with `scale` unless it is None."""
     codes = torch.ones(4, 32).to(torch.float8_e4m3fn)
     tensors = {"a.weight": codes, "a.scale_weight": torch.tensor(0.5), "b.weight": codes.clone()}
     return {**tensors, **({} if scale is None else {"b.scale_weight": torch.as_tensor(scale)}), **rest}
@@ -107,45 +107,45 @@ def eight_bits(scale: Any = 0.5, rest: Mapping[str, Tensor] = MappingProxyType({
 
 MARKER = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
 UNUSABLE = {
-    "missing beside others": eight_bits(None),
-    "missing beside the marker": {"b.weight": eight_bits()["b.weight"], **MARKER},
+    "missing beside others": fp8_layers(None),
+    "missing beside the marker": {"b.weight": fp8_layers()["b.weight"], **MARKER},
     "missing in a described layer": {k: t for k, t in STORED.items() if k != "turned.weight_scale"},
-    "zero": eight_bits(0.0),
-    "negative": eight_bits([[0.5], [0.5], [-0.5], [0.5]]),
-    "not finite": eight_bits(float("nan")),
+    "zero": fp8_layers(0.0),
+    "negative": fp8_layers([[0.5], [0.5], [-0.5], [0.5]]),
+    "not finite": fp8_layers(float("nan")),
     "second of nvfp4 missing": {k: t for k, t in STORED.items() if k != "nvfp4.weight_scale_2"},
     "second of nvfp4 zero": {**STORED, "nvfp4.weight_scale_2": torch.tensor(0.0)},
 }
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
-def test_a_missing_or_impossible_scale_is_refused_with_the_layer(case: str, tmp_path: Path) -> None:
+def test_a_missing_or_invalid_scale_is_rejected_naming_the_layer(case: str, tmp_path: Path) -> None:
     save_file(UNUSABLE[case], tmp_path / "a.safetensors")
     layer = "nvfp4" if "nvfp4" in case else "turned" if "described" in case else "b"
     with pytest.raises(UserError, match=rf"a\.safetensors: these quantised layers have .*: {layer}\. Download"):
         open_checkpoint(tmp_path / "a.safetensors")
 
 
-def described(layer: str, **changes: Any) -> dict[str, Tensor]:
-    """The file with another description of one layer."""
+def redescribe(layer: str, **changes: Any) -> dict[str, Tensor]:
+    """Return the file's tensors with a changed description of one layer."""
     text = json.dumps({**CONFIGS[layer], **changes})
     return {**STORED, f"{layer}.comfy_quant": torch.tensor(list(text.encode()), dtype=torch.uint8)}
 
 
 NESTED = torch.tensor(list(b"[" * 100_000), dtype=torch.uint8)
-HOSTILE = {  # -> what the message says
+HOSTILE = {  # -> expected message
     "too few scales": ({**STORED, "int8_rows.weight_scale": torch.ones(3, 1)}, "int8_rows has 3 scales"),
     "too many scales": ({**STORED, "int8_rows.weight_scale": torch.ones(10_000)}, "int8_rows has 10000 scales"),
     "no scales": ({**STORED, "fp8.weight_scale": torch.ones(0)}, "fp8 has 0 scales"),
-    "format a list": (described("fp8", format=["fp8"]), "fp8.weight is stored in the unsupported format"),
-    "format a number": (described("fp8", format=8), "fp8.weight is stored in the unsupported format '8'"),
-    "group 3": (described("turned", convrot_groupsize=3), "turned has the convrot_groupsize '3'"),
-    "group -4": (described("turned", convrot_groupsize=-4), "turned has the convrot_groupsize '-4'"),
-    "group text": (described("turned", convrot_groupsize="four"), "turned has the convrot_groupsize 'four'"),
-    "group huge": (described("turned", convrot_groupsize=10**9), "turned has the convrot_groupsize '1000000000'"),
-    "group that divides nothing": (described("turned", convrot_groupsize=4096), "divides the weight's"),
-    "nvfp4 as text": (described("fp8", format="nvfp4"), "have no scale .*: fp8"),
-    "mxfp8 as fp8": (described("fp8", format="mxfp8"), "fp8 has 1 scales"),
+    "format a list": (redescribe("fp8", format=["fp8"]), "fp8.weight is stored in the unsupported format"),
+    "format a number": (redescribe("fp8", format=8), "fp8.weight is stored in the unsupported format '8'"),
+    "group 3": (redescribe("turned", convrot_groupsize=3), "turned has the convrot_groupsize '3'"),
+    "group -4": (redescribe("turned", convrot_groupsize=-4), "turned has the convrot_groupsize '-4'"),
+    "group text": (redescribe("turned", convrot_groupsize="four"), "turned has the convrot_groupsize 'four'"),
+    "group huge": (redescribe("turned", convrot_groupsize=10**9), "turned has the convrot_groupsize '1000000000'"),
+    "group that divides nothing": (redescribe("turned", convrot_groupsize=4096), "divides the weight's"),
+    "nvfp4 as text": (redescribe("fp8", format="nvfp4"), "have no scale .*: fp8"),
+    "mxfp8 as fp8": (redescribe("fp8", format="mxfp8"), "fp8 has 1 scales"),
     "mxfp8 with float32 scales": (
         {**STORED, "mxfp8.weight_scale": torch.ones(STORED["mxfp8.weight_scale"].shape)},
         "mxfp8 has .* scales",
@@ -157,7 +157,7 @@ HOSTILE = {  # -> what the message says
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_descriptions_and_scales_that_do_not_fit_are_refused(case: str, tmp_path: Path) -> None:
+def test_mismatched_descriptions_and_scales_are_rejected(case: str, tmp_path: Path) -> None:
     tensors, message = HOSTILE[case]
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=rf"a\.safetensors: .*{message}"):
@@ -165,41 +165,41 @@ def test_descriptions_and_scales_that_do_not_fit_are_refused(case: str, tmp_path
 
 
 @pytest.mark.parametrize("layers", [None, [], 3, "fp8"])
-def test_a_header_without_a_table_of_layers_describes_none(layers: Any, tmp_path: Path) -> None:
+def test_a_header_without_a_layer_table_describes_no_layers(layers: Any, tmp_path: Path) -> None:
     metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
-    save_file(eight_bits(), tmp_path / "a.safetensors", metadata=metadata)
+    save_file(fp8_layers(), tmp_path / "a.safetensors", metadata=metadata)
     assert torch.equal(open_checkpoint(tmp_path / "a.safetensors").read("a.weight"), torch.full((4, 32), 0.5))
 
 
-def test_a_deeply_nested_header_is_refused(tmp_path: Path) -> None:
-    save_file(eight_bits(), tmp_path / "a.safetensors", metadata={"_quantization_metadata": "[" * 100_000})
+def test_a_deeply_nested_header_is_rejected(tmp_path: Path) -> None:
+    save_file(fp8_layers(), tmp_path / "a.safetensors", metadata={"_quantization_metadata": "[" * 100_000})
     with pytest.raises(UserError, match="the JSON description of its weights is invalid"):
         open_checkpoint(tmp_path / "a.safetensors")
 
 
-def test_fp8_without_scales_is_read_where_nothing_calls_for_one(tmp_path: Path) -> None:
-    """Rows of zeros may have the scale 0; convolutions, vectors and other models of the file may be plain fp8."""
-    codes = eight_bits()["a.weight"]
+def test_fp8_without_scales_is_read_where_no_scale_is_needed(tmp_path: Path) -> None:
+    """Rows of zeros may have scale 0; convolutions, vectors and other models in the file may be plain fp8."""
+    codes = fp8_layers()["a.weight"]
     blank = torch.cat([codes[:2].float(), torch.zeros(2, 32)]).to(torch.float8_e4m3fn)
     plain = {"norm.weight": codes[0].clone(), "conv.weight": codes.reshape(4, 2, 4, 4)}
-    whole = {f"model.diffusion_model.{k}": t for k, t in {**eight_bits(), **plain, **MARKER}.items()}
-    whole["model.diffusion_model.c.weight"] = blank
-    whole["model.diffusion_model.c.scale_weight"] = torch.tensor([[0.5], [0.5], [0.0], [0.0]])
-    save_file({**whole, "text_encoders.t5xxl.x.weight": codes.clone()}, tmp_path / "a.safetensors")
+    tensors = {f"model.diffusion_model.{k}": t for k, t in {**fp8_layers(), **plain, **MARKER}.items()}
+    tensors["model.diffusion_model.c.weight"] = blank
+    tensors["model.diffusion_model.c.scale_weight"] = torch.tensor([[0.5], [0.5], [0.0], [0.0]])
+    save_file({**tensors, "text_encoders.t5xxl.x.weight": codes.clone()}, tmp_path / "a.safetensors")
     weights = open_checkpoint(tmp_path / "a.safetensors")
     assert torch.equal(weights.read("text_encoders.t5xxl.x.weight").float(), torch.ones(4, 32))
     assert weights.read("model.diffusion_model.c.weight").sum(1).tolist() == [16, 16, 0, 0]
 
 
 @pytest.mark.parametrize("size", [4, 16, 256])
-def test_the_regular_matrix_is_its_own_inverse_and_its_rows_have_one_sum(size: int) -> None:
+def test_the_regular_hadamard_matrix_is_its_own_inverse_with_equal_row_sums(size: int) -> None:
     matrix = regular_hadamard(size)
     torch.testing.assert_close(matrix @ matrix, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(matrix.sum(1), torch.ones(size, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 class Model(nn.Module):
-    """One block whose layers have the names and shapes of the file."""
+    """A block whose layers have the names and shapes of the file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "m.safetensors"
 
 
-def test_8_bit_weights_stay_as_the_file_has_them(file: Path) -> None:
+def test_8_bit_weights_stay_in_the_format_of_the_file(file: Path) -> None:
     model = materialise(Model(), open_checkpoint(file), torch.float32, AS_IN_FILE)
     for layer in LAYERS:
         module = model.blocks[0][layer]
@@ -226,21 +226,21 @@ def test_8_bit_weights_stay_as_the_file_has_them(file: Path) -> None:
         torch.testing.assert_close(module.weight, TENSORS[f"expected.{layer}"], **FLOAT32_SAME_MATH)
 
 
-def test_a_form_that_is_asked_for_takes_the_place_of_another(file: Path) -> None:
+def test_a_requested_format_replaces_the_one_in_the_file(file: Path) -> None:
     model = materialise(Model(), open_checkpoint(file), torch.float32, CODECS["int8"])
     decoders = {layer: model.blocks[0][layer].decoder for layer in LAYERS}
     assert all(isinstance(decoders[layer], Scaled) == (KINDS.get(layer) == "int8") for layer in LAYERS)
     assert decoders["nvfp4"] is CODECS["int8"] is decoders["turned"]
 
 
-def test_without_a_form_all_weights_are_numbers(file: Path) -> None:
+def test_without_a_requested_format_all_weights_are_dequantised(file: Path) -> None:
     model = materialise(Model(), open_checkpoint(file), torch.bfloat16)
     assert {type(module) for module in model.blocks[0].values()} == {nn.Linear}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("layer", ["mxfp8", "nvfp4"])
-def test_padding_is_cut_to_the_shape_of_the_model(layer: str, tmp_path: Path) -> None:
+def test_padding_is_cropped_to_the_model_shape(layer: str, tmp_path: Path) -> None:
     tensors = load_file(PADDED_FILE)
     expected = tensors[f"expected.{layer}"]
     save_file({k: t for k, t in tensors.items() if k.startswith(layer)}, tmp_path / "m.safetensors")

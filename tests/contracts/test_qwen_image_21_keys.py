@@ -1,4 +1,4 @@
-"""Names and shapes of full-size Qwen-Image 2.1 files, which other programs rely on, as diffusers takes them."""
+"""Names and shapes of full-size Qwen-Image 2.1 files, checked with diffusers."""
 
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from library.models.qwen3_vl import empty_qwen3_vl, qwen3_vl_component
 from library.models.qwen3_vl_vision import empty_vision, vision_component
 from networks import dylora, lora_qwen_image_21
 from networks.core.files.reading_writing import collect_saved_tensors
-from tests.contracts.full_size import opened, shapes_of_model
+from tests.contracts.full_size import shapes_of_model, weights_of_shapes
 from tests.recognising import base_of
 from tests.tiers import first_is_fast
 from tests.tiny.qwen_image_21 import FULL_SIZE, full_size_encoder, full_size_vae, with_fused_gates
@@ -45,7 +45,7 @@ def theirs() -> Any:
         return QwenImage21Transformer2DModel()
 
 
-def test_names_shapes_and_sizes_are_those_of_diffusers() -> None:
+def test_names_shapes_and_sizes_match_diffusers() -> None:
     assert shapes_of_model(ours()) == shapes_of_model(theirs())
     assert sum(tensor.numel() for tensor in ours().state_dict().values()) == NUM_PARAMETERS
     expected = {**diffusers_config(FULL_SIZE), "axes_dims_rope": tuple(FULL_SIZE.rope_axes)}
@@ -57,7 +57,7 @@ def test_names_shapes_and_sizes_are_those_of_diffusers() -> None:
 def test_the_denoiser_loads_from_fused_and_split_gates(prefix: str, is_fused: bool) -> None:
     state = dict(ours().state_dict())
     shapes = {prefix + n: tuple(t.shape) for n, t in (with_fused_gates(state) if is_fused else state).items()}
-    weights = read_denoiser(BaseFiles(Path("file"), opened(shapes)))
+    weights = read_denoiser(BaseFiles(Path("file"), weights_of_shapes(shapes)))
     assert dict(weights.shapes) == shapes_of_model(ours())
     assert read_config(weights.shapes) == FULL_SIZE
     assert base_of_file(list_specs(), shapes).name == "qwen_image_21"  # type: ignore[union-attr]
@@ -68,19 +68,22 @@ def test_the_denoiser_loads_from_fused_and_split_gates(prefix: str, is_fused: bo
     first_is_fast([("model.", "language_model."), ("", "language_model."), ("model.", ""), (QWEN3_VL.prefix, "")]),
 )
 def test_the_text_encoder_loads_with_its_vision_model(prefix: str, level: str) -> None:
-    """ComfyUI's files lack a level of the language model's names."""
+    """ComfyUI's files omit one level of the language model's names."""
     names = shapes_of_model(full_size_encoder())
-    whole = {prefix + name.replace("language_model.", level): shape for name, shape in names.items()}
-    language, vision = qwen3_vl_component(opened(whole), None, QWEN3_VL), vision_component(opened(whole))
+    shapes = {prefix + name.replace("language_model.", level): shape for name, shape in names.items()}
+    language, vision = (
+        qwen3_vl_component(weights_of_shapes(shapes), None, QWEN3_VL),
+        vision_component(weights_of_shapes(shapes)),
+    )
     assert vision is not None
-    found = {level + name: shape for name, shape in shapes_of_model(empty_qwen3_vl(language.config)).items()}
-    found |= {f"visual.{name}": shape for name, shape in shapes_of_model(empty_vision(vision.config)).items()}
-    assert {prefix + name: shape for name, shape in found.items()} == whole
+    actual = {level + name: shape for name, shape in shapes_of_model(empty_qwen3_vl(language.config)).items()}
+    actual |= {f"visual.{name}": shape for name, shape in shapes_of_model(empty_vision(vision.config)).items()}
+    assert {prefix + name: shape for name, shape in actual.items()} == shapes
     sizes = {"depth": 27, "hidden_size": 1152, "num_heads": 16, "patch_size": 16, "out_hidden_size": 4096}
     assert sizes.items() <= vision.config.items()
 
 
-def test_the_sizes_of_the_vae_are_read_from_a_file() -> None:
+def test_the_vae_sizes_are_inferred_from_a_file() -> None:
     vae = full_size_vae()
     assert sum(tensor.numel() for tensor in vae.state_dict().values()) == NUM_VAE_PARAMETERS
     config = vae_config(shapes_of_model(vae))
@@ -89,17 +92,19 @@ def test_the_sizes_of_the_vae_are_read_from_a_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("door", "arguments"), [(lora_qwen_image_21, {}), (lora_qwen_image_21, EMBEDDERS), (dylora, {})]
+    ("network_module", "arguments"), [(lora_qwen_image_21, {}), (lora_qwen_image_21, EMBEDDERS), (dylora, {})]
 )
-def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(door: Any, arguments: dict[str, str]) -> None:
-    """Everything in the blocks but norms."""
+def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(
+    network_module: Any, arguments: dict[str, str]
+) -> None:
+    """Everything in the blocks except norms is adapted."""
     from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 
-    network = door.create_network(1.0, 4, 4, None, *view_denoiser([], ours()), **arguments)
+    network = network_module.create_network(1.0, 4, 4, None, *view_denoiser([], ours()), **arguments)
     for name in network.adapters:
         assert NAMES.find(name) is not None and NAMES.find(name).kohya == name  # type: ignore[union-attr]
-    found = collect_saved_tensors(network.adapters, None, NAMES, network.targets.saved_naming)
-    shapes = {key: tuple(tensor.shape) for key, tensor in found.items()}
+    tensors = collect_saved_tensors(network.adapters, None, NAMES, network.targets.saved_naming)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     linear = {path: module for path, module in ours().named_modules() if isinstance(module, nn.Linear)}
     outer = ("img_in", "time_text_embed", "txt_in", "modulation") if arguments else ()
     linear = {p: m for p, m in linear.items() if p.startswith(("transformer_blocks", *outer))}
@@ -119,14 +124,14 @@ def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(door: Any,
         ("lora_unet_transformer_blocks_3_img_mlp_out", 12288, "qwen_image_21"),
         ("diffusion_model.transformer_blocks.12.attn.to_q", 4096, "qwen_image_21"),
         ("transformer.transformer_blocks.31.attn.to_out.0", 4096, "qwen_image_21"),
-        ("transformer.transformer_blocks.4.attn.to_q", 4096, "flux_2"),  # klein 9B; its metadata tell
+        ("transformer.transformer_blocks.4.attn.to_q", 4096, "flux_2"),  # klein 9B; the metadata decides
         ("transformer.single_transformer_blocks.12.attn.to_out", 16384, "flux_2"),
     ],
 )
-def test_files_are_distinguished_from_those_of_a_model_with_the_same_width(stem: str, width: int, name: str) -> None:
+def test_files_are_distinguished_from_a_model_of_the_same_width(stem: str, width: int, name: str) -> None:
     assert base_of({f"{stem}.lora_down.weight": (4, width), f"{stem}.lora_up.weight": (8, 4)}) == name
 
 
-def test_our_paths_are_those_of_the_layers() -> None:
+def test_adapter_paths_match_the_layers() -> None:
     paths = [path for path, module in ours().named_modules() if isinstance(module, nn.Linear)]
     assert sorted(linear_paths(NUM_BLOCKS)) == sorted(paths) and len(paths) == 232

@@ -29,33 +29,31 @@ def test_a_plain_run_writes_these_93_keys(
 ) -> None:
     done = train([*base_arguments, "--pretrained_model_name_or_path", str(tiny_sd_file), "--network_alpha", "2"])
     assert done.status == 0, done.stderr
-    found = metadata(tmp_path / "out" / "mine.safetensors")
-    assert set(found) == {*ALWAYS, *FOLDER_ONLY}
-    assert len(found) == 93
-    assert found["ss_network_alpha"] == "2.0" and found["ss_network_dim"] == "4"
-    assert found["ss_base_model_version"] == "sd_v1" and found["ss_v2"] == "False"
-    assert found["modelspec.architecture"] == "stable-diffusion-v1/lora"
-    assert found["modelspec.resolution"] == "64x64"
-    assert found["ss_text_encoder_lr"] == "None" and found["ss_learning_rate"] == "0.001"
-    assert found["ss_optimizer"] == "torch.optim.adamw.AdamW"
-    assert found["ss_num_train_images"] == "12" and found["ss_num_epochs"] == "1" and found["ss_steps"] == "4"
-    assert found["ss_resolution"] == "(64, 64)" and found["ss_min_bucket_reso"] == "None"
-    assert found["ss_bucket_info"] == "null"  # JSON without buckets too
-    assert json.loads(found["ss_dataset_dirs"]) == {"2_thing": {"n_repeats": 2, "img_count": 6}}
-    assert sum(json.loads(found["ss_tag_frequency"])["2_thing"].values()) == 6 * 4
-    assert found["ss_new_sd_model_hash"] == hashlib.sha256(tiny_sd_file.read_bytes()).hexdigest()
-    assert found["ss_sd_model_name"] == tiny_sd_file.name
+    actual = metadata(tmp_path / "out" / "mine.safetensors")
+    assert set(actual) == {*ALWAYS, *FOLDER_ONLY}
+    assert len(actual) == 93
+    assert actual["ss_network_alpha"] == "2.0" and actual["ss_network_dim"] == "4"
+    assert actual["ss_base_model_version"] == "sd_v1" and actual["ss_v2"] == "False"
+    assert actual["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert actual["modelspec.resolution"] == "64x64"
+    assert actual["ss_text_encoder_lr"] == "None" and actual["ss_learning_rate"] == "0.001"
+    assert actual["ss_optimizer"] == "torch.optim.adamw.AdamW"
+    assert actual["ss_num_train_images"] == "12" and actual["ss_num_epochs"] == "1" and actual["ss_steps"] == "4"
+    assert actual["ss_resolution"] == "(64, 64)" and actual["ss_min_bucket_reso"] == "None"
+    assert actual["ss_bucket_info"] == "null"  # JSON null when buckets are off
+    assert json.loads(actual["ss_dataset_dirs"]) == {"2_thing": {"n_repeats": 2, "img_count": 6}}
+    assert sum(json.loads(actual["ss_tag_frequency"])["2_thing"].values()) == 6 * 4
+    assert actual["ss_new_sd_model_hash"] == hashlib.sha256(tiny_sd_file.read_bytes()).hexdigest()
+    assert actual["ss_sd_model_name"] == tiny_sd_file.name
 
 
-def test_the_model_hash_is_that_of_the_data_in_the_file(
-    train: Train, base_arguments: list[str], tmp_path: Path
-) -> None:
+def test_the_model_hash_covers_the_data_in_the_file(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
     train([*base_arguments, "--save_precision", "bf16"])
     data = (tmp_path / "out" / "mine.safetensors").read_bytes()
     header = struct.unpack("<Q", data[:8])[0]
-    found = metadata(tmp_path / "out" / "mine.safetensors")
-    assert found["sshs_model_hash"] == hashlib.sha256(data[8 + header :]).hexdigest()
-    assert len(found["sshs_legacy_hash"]) == 8
+    actual = metadata(tmp_path / "out" / "mine.safetensors")
+    assert actual["sshs_model_hash"] == hashlib.sha256(data[8 + header :]).hexdigest()
+    assert len(actual["sshs_legacy_hash"]) == 8
 
 
 def test_a_dataset_file_is_described_in_full(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
@@ -67,24 +65,24 @@ def test_a_dataset_file_is_described_in_full(train: Train, base_arguments: list[
     )
     done = train([*base_arguments, "--dataset_config", str(config), "--network_args", "rank_dropout=0"])
     assert done.status == 0, done.stderr
-    found = metadata(tmp_path / "out" / "mine.safetensors")
-    assert not set(FOLDER_ONLY) & set(found)
-    (dataset,) = json.loads(found["ss_datasets"])
+    actual = metadata(tmp_path / "out" / "mine.safetensors")
+    assert not set(FOLDER_ONLY) & set(actual)
+    (dataset,) = json.loads(actual["ss_datasets"])
     assert dataset["is_dreambooth"] is True and dataset["batch_size_per_device"] == 2
     assert dataset["num_train_images"] == 9 and dataset["resolution"] == [64, 64]
     (subset,) = dataset["subsets"]
     assert subset["img_count"] == 3 and subset["num_repeats"] == 3 and subset["keep_tokens"] == 1
     assert subset["image_dir"] == "other" and subset["is_reg"] is False
-    assert json.loads(found["ss_network_args"]) == {"rank_dropout": "0", "dropout": None}
+    assert json.loads(actual["ss_network_args"]) == {"rank_dropout": "0", "dropout": None}
 
 
 def test_without_metadata_only_what_readers_need_is_kept(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
     train([*base_arguments, "--no_metadata", "--metadata_title", "T", "--metadata_author", "A"])
-    found = metadata(tmp_path / "out" / "mine.safetensors")
-    kept = {key for key in found if not key.startswith("modelspec.")}
-    assert kept == {
+    actual = metadata(tmp_path / "out" / "mine.safetensors")
+    keys = {key for key in actual if not key.startswith("modelspec.")}
+    assert keys == {
         "ss_v2",
         "ss_base_model_version",
         "ss_network_module",
@@ -93,4 +91,4 @@ def test_without_metadata_only_what_readers_need_is_kept(
         "sshs_model_hash",
         "sshs_legacy_hash",
     }
-    assert found["modelspec.title"] == "T" and found["modelspec.author"] == "A"
+    assert actual["modelspec.title"] == "T" and actual["modelspec.author"] == "A"

@@ -1,6 +1,6 @@
-"""The trainings of the fast tier: every base model, script and kind of adapter once, and a run that is cut and resumed.
+"""Training runs of the fast tier: every base model, script and adapter kind once, and an interrupted, resumed run.
 
-Everything else that trains is slow, see `SLOW_FOLDERS` in tests/conftest.py.
+All other training runs are slow, see `SLOW_FOLDERS` in tests/conftest.py.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from library.checkpoints.files import load_state_dict, read_metadata
 from networks.core.registry.layouts import list_kinds
 from tests.running import Finished, make_images
 from tests.runs.bases import BASES
-from tests.runs.test_resume import ALL_RANDOM, cut_and_go_on
+from tests.runs.test_resume import ALL_RANDOM, interrupt_and_resume
 
 Train = Callable[..., Finished]
 KINDS = sorted(kind.network_module for kind in list_kinds() if kind.network_module)
 PAIR = '[[prompts]]\ntarget = "a red cat"\npositive = "an cat"\n'
 
 
-def words_of(tmp_path: Path, *model: str) -> list[str]:
+def training_arguments(tmp_path: Path, *model: str) -> list[str]:
     make_images(tmp_path / "data" / "1_thing", 2, seed=61)
     return [
         *model, "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64",
@@ -29,7 +29,7 @@ def words_of(tmp_path: Path, *model: str) -> list[str]:
 
 
 def trained_parts(tmp_path: Path) -> set[str]:
-    """The parts of the base model, lora_unet and the like, that have weights which left their zeros."""
+    """Return the adapter prefixes, such as lora_unet, that have trained (non-zero) weights."""
     tensors = load_state_dict(tmp_path / "out" / "mine.safetensors")
     return {
         key.partition("_")[0] + "_" + key.split("_")[1] for key, tensor in tensors.items() if tensor.abs().max() > 0
@@ -39,7 +39,7 @@ def trained_parts(tmp_path: Path) -> set[str]:
 @pytest.mark.parametrize("name", BASES)
 def test_every_base_model_trains_with_its_script(train: Train, name: str, tmp_path: Path) -> None:
     base = BASES[name]
-    words = words_of(tmp_path, *base.build(tmp_path / "model"))
+    words = training_arguments(tmp_path, *base.build(tmp_path / "model"))
     done = train([*words, "--network_module", base.module], base.script)
     assert done.status == 0, done.stderr
     parts = trained_parts(tmp_path)
@@ -50,7 +50,7 @@ def test_every_base_model_trains_with_its_script(train: Train, name: str, tmp_pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_adapter_trains(train: Train, kind: str, tiny_sd_folder: Path, tmp_path: Path) -> None:
-    words = words_of(tmp_path, "--pretrained_model_name_or_path", str(tiny_sd_folder))
+    words = training_arguments(tmp_path, "--pretrained_model_name_or_path", str(tiny_sd_folder))
     done = train([*words, "--network_module", kind, "--network_train_unet_only"])
     assert done.status == 0, done.stderr
     assert trained_parts(tmp_path) == {"lora_unet"}
@@ -69,7 +69,7 @@ def test_concepts_are_trained_from_prompts_alone(train: Train, name: str, script
     assert trained_parts(tmp_path) == {"lora_unet"}
 
 
-def test_a_run_that_is_cut_and_resumed_is_the_uninterrupted_one(
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
-    cut_and_go_on(train, [*base_arguments, *ALL_RANDOM], tmp_path, cuts=[3])
+    interrupt_and_resume(train, [*base_arguments, *ALL_RANDOM], tmp_path, cuts=[3])

@@ -1,4 +1,4 @@
-"""How many examples each test of this folder tries, and what all of them hold an action to."""
+"""The number of examples per fuzz test, and the check that all of them share."""
 
 import os
 from collections.abc import Callable
@@ -8,13 +8,13 @@ from hypothesis import HealthCheck, settings
 
 from library.errors import UserError
 
-SECONDS = 20  # of one case; most take milliseconds
+SECONDS = 20  # limit of one example; most take milliseconds
 AT_LENGTH = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 """Examples of each test in the long run, which draws others every time; 0 in the fast one, which repeats itself."""
 
 
 def any_input(num_examples: int) -> settings:
-    """The settings of a test that tries so many examples in the fast run."""
+    """Return the settings of a test with this many examples in the fast run."""
     return settings(
         max_examples=AT_LENGTH or num_examples,
         deadline=SECONDS * 1000,
@@ -24,7 +24,7 @@ def any_input(num_examples: int) -> settings:
 
 
 def works_or_says_why(action: Callable[[], Any]) -> None:
-    """Run it; an error must be one of ours and have something to say."""
+    """Run the action; the only errors allowed are ours, with a message."""
     try:
         action()
     except UserError as error:

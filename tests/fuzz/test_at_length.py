@@ -1,4 +1,4 @@
-"""The tests of this folder with ten thousand examples together, other ones each time."""
+"""The fuzz tests with ten thousand examples in total, different ones each time."""
 
 import os
 import re

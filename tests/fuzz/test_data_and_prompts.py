@@ -1,6 +1,6 @@
-"""Whatever stands in a dataset file, in network arguments or in a prompt file: it works, or a sentence says why not.
+"""Any dataset file, network arguments or prompt file either works or gives an error message.
 
-Each case must also end soon: a number that is too large may not keep the machine busy.
+Each case must also end quickly: an excessive number must not keep the machine busy.
 """
 
 import string
@@ -36,8 +36,8 @@ numbers = st.one_of(
 values = st.recursive(st.one_of(texts, numbers, st.booleans()), lambda inner: st.lists(inner, max_size=3), max_leaves=4)
 
 
-def written(tables: dict[str, Any]) -> str:
-    """TOML; the library's own way to write strings breaks some of them."""
+def write_toml(tables: dict[str, Any]) -> str:
+    """Return TOML; the library's own string writer breaks some strings."""
     encoder = toml.TomlEncoder()
     encoder.dump_funcs[str] = basic_string
     return str(toml.dumps(tables, encoder))
@@ -58,20 +58,20 @@ names = st.one_of(st.sampled_from(sorted(ALL_KEYS)), st.text(string.ascii_lowerc
     subset=st.dictionaries(names, values, max_size=3),
     has_folder=st.booleans(),
 )
-def test_tables_of_a_dataset_file(
+def test_any_tables_of_a_dataset_file_work_or_give_an_error(
     images: Path, tmp_path: Path, general: Any, dataset: Any, subset: Any, has_folder: bool
 ) -> None:
     if has_folder:
         dataset, subset = {"resolution": 64, **dataset}, {**subset, "image_dir": str(images)}
     path = tmp_path / "dataset.toml"
-    path.write_text(written({"general": general, "datasets": [{**dataset, "subsets": [subset]}]}), encoding="utf-8")
+    path.write_text(write_toml({"general": general, "datasets": [{**dataset, "subsets": [subset]}]}), encoding="utf-8")
     works_or_says_why(lambda: plan_of(options_of("--dataset_config", str(path))))
 
 
 @any_input(15)
 @given(data=st.data())
-def test_one_key_of_a_dataset_file_with_any_value(images: Path, tmp_path: Path, data: st.DataObject) -> None:
-    """One odd value among good ones reaches further than many."""
+def test_any_value_of_a_dataset_key_works_or_gives_an_error(images: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """A single odd value among valid ones gets further than many."""
     name = data.draw(st.sampled_from(sorted(ALL_KEYS)))
     value = data.draw(values)
     tables: dict[str, Any] = {"dataset": {"resolution": 64, "enable_bucket": data.draw(st.booleans())}, "subset": {}}
@@ -79,13 +79,13 @@ def test_one_key_of_a_dataset_file_with_any_value(images: Path, tmp_path: Path, 
     tables[level][name] = value
     subset = {"image_dir": str(images), **tables["subset"]}
     path = tmp_path / "dataset.toml"
-    path.write_text(written({"datasets": [{**tables["dataset"], "subsets": [subset]}]}), encoding="utf-8")
+    path.write_text(write_toml({"datasets": [{**tables["dataset"], "subsets": [subset]}]}), encoding="utf-8")
     works_or_says_why(lambda: plan_of(options_of("--dataset_config", str(path))))
 
 
 @any_input(15)
 @given(content=st.one_of(st.binary(max_size=60), texts.map(str.encode)), ending=st.sampled_from([".toml", ".json"]))
-def test_bytes_as_a_dataset_file(tmp_path: Path, content: bytes, ending: str) -> None:
+def test_any_bytes_as_a_dataset_file_work_or_give_an_error(tmp_path: Path, content: bytes, ending: str) -> None:
     path = tmp_path / f"dataset{ending}"
     path.write_bytes(content)
     works_or_says_why(lambda: plan_of(options_of("--dataset_config", str(path))))
@@ -99,13 +99,13 @@ arguments = st.one_of(
 )
 
 
-@pytest.mark.parametrize("door", [lora, lora_fa, dylora], ids=lambda door: door.__name__)
+@pytest.mark.parametrize("network_module", [lora, lora_fa, dylora], ids=lambda network_module: network_module.__name__)
 @any_input(15)
 @given(items=st.lists(arguments, max_size=3), rank=st.sampled_from([1, 4]))
-def test_network_arguments(door: Any, items: list[str], rank: int) -> None:
+def test_any_network_arguments_work_or_give_an_error(network_module: Any, items: list[str], rank: int) -> None:
     def create() -> None:
         text, unet = toy_models(1)
-        network = door.create_network(1.0, rank, 1.0, None, text, unet, **parse_network_args(items))
+        network = network_module.create_network(1.0, rank, 1.0, None, text, unet, **parse_network_args(items))
         network.apply_to(text, unet)
         network.prepare_optimizer_params_with_multiple_te_lrs([1e-2], 1e-2, 1e-2)
 
@@ -121,7 +121,7 @@ lines = st.one_of(
 
 @any_input(15)
 @given(line=lines, ending=st.sampled_from([".txt", ".json", ".toml"]))
-def test_lines_of_a_prompt_file(tmp_path: Path, line: str, ending: str) -> None:
+def test_any_lines_of_a_prompt_file_work_or_give_an_error(tmp_path: Path, line: str, ending: str) -> None:
     path = tmp_path / f"prompts{ending}"
     path.write_text(line, encoding="utf-8", errors="replace")
     works_or_says_why(lambda: [resolve(wish, PROMPT_DEFAULTS) for wish in read_prompts(path)])
@@ -134,9 +134,9 @@ fields = st.sampled_from(
 
 @any_input(15)
 @given(tables=st.lists(st.dictionaries(fields, values, max_size=4), max_size=2))
-def test_tables_of_a_prompt_file(tmp_path: Path, tables: list[dict[str, Any]]) -> None:
+def test_any_tables_of_a_prompt_file_work_or_give_an_error(tmp_path: Path, tables: list[dict[str, Any]]) -> None:
     path = tmp_path / "prompts.toml"
-    path.write_text(written({"prompt": {"width": 64, "subset": tables}}), encoding="utf-8")
+    path.write_text(write_toml({"prompt": {"width": 64, "subset": tables}}), encoding="utf-8")
     works_or_says_why(lambda: [resolve(wish, PROMPT_DEFAULTS) for wish in read_prompts(path)])
 
 
@@ -152,9 +152,11 @@ odd = st.one_of(values, st.lists(st.lists(numbers, max_size=2), max_size=2))
     shared=st.dictionaries(keys_of_pairs, odd, max_size=1),
     entry=st.dictionaries(keys_of_pairs, odd, max_size=2),
 )
-def test_tables_of_a_file_of_prompt_pairs(tmp_path: Path, head: str, start: str, shared: Any, entry: Any) -> None:
-    whole = {start: "a cat", **entry}
-    tables = {head: whole} if head == "slider" else {**shared, head: [whole]}
+def test_any_tables_of_a_prompt_pairs_file_work_or_give_an_error(
+    tmp_path: Path, head: str, start: str, shared: Any, entry: Any
+) -> None:
+    prompt_pair = {start: "a cat", **entry}
+    tables = {head: prompt_pair} if head == "slider" else {**shared, head: [prompt_pair]}
     path = tmp_path / "prompts.toml"
-    path.write_text(written(tables), encoding="utf-8")
+    path.write_text(write_toml(tables), encoding="utf-8")
     works_or_says_why(lambda: read_prompt_pairs(path))

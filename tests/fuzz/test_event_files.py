@@ -1,4 +1,4 @@
-"""Files of events and reports that somebody edited, damaged or made up."""
+"""Event files and reports that were edited, damaged or fabricated."""
 
 import json
 import random
@@ -24,8 +24,8 @@ JUNK: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def changed(value: Any, rng: random.Random, junk: Any) -> Any:
-    """A copy in which one value, at any depth, is replaced, dropped or doubled."""
+def mutate(value: Any, rng: random.Random, junk: Any) -> Any:
+    """Return a copy with one value at any depth replaced, dropped or duplicated."""
     if not isinstance(value, (dict, list)) or not value or rng.random() < 0.2:
         return junk
     copy = dict(value) if isinstance(value, dict) else list(value)
@@ -33,16 +33,16 @@ def changed(value: Any, rng: random.Random, junk: Any) -> Any:
     if rng.random() < 0.1:
         del copy[key]
     else:
-        copy[key] = changed(copy[key], rng, junk)
+        copy[key] = mutate(copy[key], rng, junk)
     return copy
 
 
 @pytest.mark.slow
 @given(seed=st.integers(0, 2**32), junk=st.sampled_from(JUNK), number=st.integers(0, len(LINES) - 1))
 @any_input(150)
-def test_any_change_of_an_event_works_or_is_named(seed: int, junk: Any, number: int, tmp_path: Path) -> None:
+def test_any_change_of_an_event_works_or_gives_an_error(seed: int, junk: Any, number: int, tmp_path: Path) -> None:
     lines = [*LINES]
-    lines[number] = changed(lines[number], random.Random(seed), junk)
+    lines[number] = mutate(lines[number], random.Random(seed), junk)
     path = tmp_path / "events.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     works_or_says_why(lambda: build_report(read_events(path)))
@@ -51,11 +51,11 @@ def test_any_change_of_an_event_works_or_is_named(seed: int, junk: Any, number: 
 
 @given(seed=st.integers(0, 2**32), junk=st.sampled_from(JUNK))
 @any_input(150)
-def test_any_change_of_a_report_works_or_is_named(seed: int, junk: Any, tmp_path: Path) -> None:
+def test_any_change_of_a_report_works_or_gives_an_error(seed: int, junk: Any, tmp_path: Path) -> None:
     record = Record()
     for line in LINES:
         record.add(line)
-    content = json.dumps(changed(json.loads(json.dumps(record.as_json())), random.Random(seed), junk))
+    content = json.dumps(mutate(json.loads(json.dumps(record.as_json())), random.Random(seed), junk))
     page, placeholder = build_page("cat", "report.js", {"DATA": 0}), '{"DATA":0}'
     assert page.count(placeholder) == 1
     path = tmp_path / "cat-report.html"
@@ -66,7 +66,7 @@ def test_any_change_of_a_report_works_or_is_named(seed: int, junk: Any, tmp_path
 @pytest.mark.parametrize(
     "line", ["[" * 100_000, '{"event": "start", "time": 1, "options": []}', '{"event": "start"}', "3"]
 )
-def test_lines_that_are_no_events_are_named(line: str, tmp_path: Path) -> None:
+def test_lines_that_are_not_events_give_an_error(line: str, tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(UserError, match="line 1 is not an event: "):

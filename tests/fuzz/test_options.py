@@ -1,4 +1,4 @@
-"""Whatever is typed, or stands in a config file, or a program sets: it works, or a sentence says why not."""
+"""Any command line, config file or options set by a program either work or give an error message."""
 
 import argparse
 import importlib
@@ -20,7 +20,8 @@ from library.training.optimization.optimizers import build_optimizer
 from tests.fuzz.budget import any_input, works_or_says_why
 from tests.running import SCRIPTS
 
-LEFT_ALONE = {"help", "config_file", "output_config", "console_log_file", "console_log_level"}  # act on this process
+# These act on the test process.
+LEFT_ALONE = {"help", "config_file", "output_config", "console_log_file", "console_log_level"}
 
 texts = st.text(max_size=10)
 numbers = st.one_of(
@@ -42,7 +43,7 @@ def options_type(script: str) -> type[TrainOptions]:
     return SCRIPTS[script].options
 
 
-def checked(script: str, args: argparse.Namespace) -> None:
+def check_options(script: str, args: argparse.Namespace) -> None:
     options = options_type(script).from_args(args)
     check(options)
     report_unused(options, {})
@@ -61,8 +62,8 @@ GOOD = {
 
 @any_input(15)
 @given(data=st.data())
-def test_words_of_a_command_line(data: st.DataObject) -> None:
-    """argparse ends a process with status 2 for a word that it cannot take."""
+def test_any_command_line_works_or_gives_an_error(data: st.DataObject) -> None:
+    """argparse exits with status 2 for arguments that it rejects."""
     script = data.draw(st.sampled_from(sorted(SCRIPTS)))
     words = [word for name, value in GOOD.items() for word in (f"--{name}", value)]
     for name in data.draw(st.lists(st.sampled_from(KNOWN[script]), max_size=3)):
@@ -72,12 +73,12 @@ def test_words_of_a_command_line(data: st.DataObject) -> None:
     except SystemExit as ended:
         assert ended.code == 2
         return
-    works_or_says_why(lambda: checked(script, normalize(unset_empty(args, PARSERS[script]))))
+    works_or_says_why(lambda: check_options(script, normalize(unset_empty(args, PARSERS[script]))))
 
 
 @any_input(15)
 @given(data=st.data())
-def test_values_of_a_config_file(tmp_path: Path, data: st.DataObject) -> None:
+def test_any_config_file_values_work_or_give_an_error(tmp_path: Path, data: st.DataObject) -> None:
     script = data.draw(st.sampled_from(sorted(SCRIPTS)))
     names = st.one_of(st.sampled_from(KNOWN[script]), st.from_regex(r"[a-z_]{1,8}", fullmatch=True))
     table = data.draw(st.dictionaries(names, values, max_size=3))
@@ -89,20 +90,22 @@ def test_values_of_a_config_file(tmp_path: Path, data: st.DataObject) -> None:
 
     def read() -> None:
         config = read_config(path, {action.dest: action for action in parser._actions if action.dest != "help"})
-        checked(script, normalize(unset_empty(parse_words(parser, [], argparse.Namespace(**config.values)), parser)))
+        check_options(
+            script, normalize(unset_empty(parse_words(parser, [], argparse.Namespace(**config.values)), parser))
+        )
 
     works_or_says_why(read)
 
 
 @any_input(15)
 @given(data=st.data())
-def test_values_that_a_program_sets(fresh_process: None, data: st.DataObject) -> None:
-    """Objects of Python, also such as no file holds."""
+def test_any_values_set_by_a_program_work_or_give_an_error(fresh_process: None, data: st.DataObject) -> None:
+    """The values include Python objects that no file can contain."""
     script = data.draw(st.sampled_from(sorted(SCRIPTS)))
     odd = st.one_of(values, st.none(), st.tuples(scalars, scalars), st.just(Path("a/b")), st.binary(max_size=4))
     table = data.draw(st.dictionaries(st.sampled_from(KNOWN[script]), odd, max_size=3))
-    given = argparse.Namespace(**{**GOOD, **table})
-    works_or_says_why(lambda: checked(script, from_program(PARSERS[script], given)))
+    namespace = argparse.Namespace(**{**GOOD, **table})
+    works_or_says_why(lambda: check_options(script, from_program(PARSERS[script], namespace)))
 
 
 OPTIMIZERS = ["AdamW", "Lion", "SGDNesterov", "Adafactor", "torch.optim.RMSprop", "torch.optim.LBFGS", "Adagrad", "x.y"]
@@ -132,8 +135,8 @@ def pairs(names: list[str]) -> st.SearchStrategy[str]:
 
 @any_input(15)
 @given(data=st.data())
-def test_optimizer_and_schedule(data: st.DataObject) -> None:
-    """Made as before a run, on stand-ins, and stepped once."""
+def test_any_optimizer_and_schedule_work_or_give_an_error(data: st.DataObject) -> None:
+    """Build them as before a run, on stub parameters, and take one step."""
     draw = data.draw
     args = TrainOptions.defaults() | {
         "optimizer_type": draw(st.one_of(st.sampled_from(OPTIMIZERS), texts)),

@@ -1,4 +1,4 @@
-"""Whatever has become of a state, a cache or an image on the disk: it is used, made anew, or a sentence says why."""
+"""A damaged state, cache or image on disk is used, recreated, or reported with an error message."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def go_on(folder: Path) -> None:
+def resume_state(folder: Path) -> None:
     """Resume a run from the state in a folder."""
     network, optimizer = parts()
     facts = find_state(options_of("--resume", str(folder)), ALONE)
@@ -54,19 +54,23 @@ def go_on(folder: Path) -> None:
     restore(facts, network, {"optimizer": OptimizerState(optimizer, "torch.optim.AdamW")})
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The way to every value in nested tables and lists."""
+def value_paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the path to every value in nested tables and lists."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path] * bool(path) + [found for key, child in children for found in places(child, (*path, key))]
+    return [path] * bool(path) + [
+        path_to_value for key, child in children for path_to_value in value_paths(child, (*path, key))
+    ]
 
 
 @any_input(15)
 @given(data=st.data())
-def test_one_value_of_a_state_is_another(state: Path, tmp_path: Path, data: st.DataObject) -> None:
-    """Without the digest, which would tell."""
+def test_a_state_with_a_changed_value_resumes_or_gives_an_error(
+    state: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    """The digest is removed, as it would detect every change."""
     content = json.loads((state / "train_state.json").read_text())
     del content["digest"]
-    *way, last = data.draw(st.sampled_from(places(content)))
+    *way, last = data.draw(st.sampled_from(value_paths(content)))
     inner = content
     for key in way:
         inner = inner[key]
@@ -76,12 +80,12 @@ def test_one_value_of_a_state_is_another(state: Path, tmp_path: Path, data: st.D
         del inner[last]
     folder = shutil.copytree(state, tmp_path / "state", dirs_exist_ok=True)
     (folder / "train_state.json").write_text(json.dumps(content))
-    works_or_says_why(lambda: go_on(folder))
+    works_or_says_why(lambda: resume_state(folder))
 
 
 @any_input(6)
 @given(data=st.data())
-def test_bytes_of_a_state_are_others(state: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_a_state_with_changed_bytes_resumes_or_gives_an_error(state: Path, tmp_path: Path, data: st.DataObject) -> None:
     folder = shutil.copytree(state, tmp_path / "state", dirs_exist_ok=True)
     file = folder / data.draw(st.sampled_from(["train_state.json", "network.safetensors", "training.safetensors"]))
     content = file.read_bytes()
@@ -89,7 +93,7 @@ def test_bytes_of_a_state_are_others(state: Path, tmp_path: Path, data: st.DataO
     file.write_bytes(
         content[:start] + data.draw(st.binary(max_size=8)) + content[start + data.draw(st.integers(0, 8)) :]
     )
-    works_or_says_why(lambda: go_on(folder))
+    works_or_says_why(lambda: resume_state(folder))
 
 
 dtypes = st.sampled_from(["f4", "f8", "f2", "i8", "u1", "bool", "U3", "c8", "S2"])
@@ -98,7 +102,9 @@ shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
 
 @any_input(6)
 @given(data=st.data())
-def test_an_array_of_a_latent_cache_is_another(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_a_latent_cache_with_a_changed_array_is_reused_or_recreated(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     folder = tmp_path_factory.mktemp("latents")
     write_folder(folder / "2_a", 1)
     latents.cache(folder)
@@ -112,7 +118,9 @@ def test_an_array_of_a_latent_cache_is_another(tmp_path_factory: pytest.TempPath
 
 @any_input(6)
 @given(data=st.data())
-def test_an_array_of_a_text_cache_is_another(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_a_text_cache_with_a_changed_array_is_reused_or_recreated(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     folder = texts.write_data(tmp_path_factory.mktemp("texts"), count=1)
     texts.cache(folder)
     file = texts.file_of(folder)
@@ -125,8 +133,10 @@ def test_an_array_of_a_text_cache_is_another(tmp_path_factory: pytest.TempPathFa
 
 @any_input(6)
 @given(data=st.data())
-def test_bytes_of_files_of_a_folder_are_others(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Images, captions and cache files, cut or with other bytes in them."""
+def test_damaged_files_of_an_image_folder_work_or_give_an_error(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Truncate or modify images, captions and cache files."""
     folder = tmp_path_factory.mktemp("bytes")
     write_folder(folder / "2_a", 3)
     latents.cache(folder)

@@ -1,1 +1,1 @@
-"""Whole runs on a CUDA card."""
+"""Complete runs on a CUDA GPU."""

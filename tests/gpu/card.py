@@ -1,7 +1,7 @@
-"""The device that the GPU tests run on, and which of them it can run.
+"""The device of the GPU tests, and the tests that it can run.
 
-Without a GPU they run on a simulated one (tests/simulated_gpu), with `-p tests.simulated_gpu.plugin`. Where that cannot
-be built, `LORA_TEST_DEVICE=cpu` lets the CPU stand in; what only GPUs have is then left out.
+Without a GPU they run on a simulated one (tests/simulated_gpu), with `-p tests.simulated_gpu.plugin`. If that cannot
+be built, `LORA_TEST_DEVICE=cpu` runs them on the CPU without the parts that need a GPU.
 """
 
 import os
@@ -9,10 +9,10 @@ import os
 import pytest
 import torch
 
-CPU_STANDS_IN = os.environ.get("LORA_TEST_DEVICE") == "cpu"
-DEVICE = torch.device("cpu" if CPU_STANDS_IN else "cuda")
-ON_CARD = [
+RUNS_ON_CPU = os.environ.get("LORA_TEST_DEVICE") == "cpu"
+DEVICE = torch.device("cpu" if RUNS_ON_CPU else "cuda")
+ON_GPU = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not (CPU_STANDS_IN or torch.cuda.is_available()), reason="needs a GPU"),
+    pytest.mark.skipif(not (RUNS_ON_CPU or torch.cuda.is_available()), reason="needs a GPU"),
 ]
-CARD_ONLY = pytest.mark.skipif(CPU_STANDS_IN, reason="the CPU cannot stand in")
+GPU_ONLY = pytest.mark.skipif(RUNS_ON_CPU, reason="the CPU cannot stand in")

@@ -1,7 +1,7 @@
-"""Every way of saving memory on a card: whole denoisers train as in the plain mode there.
+"""Every memory mode on a GPU: complete denoisers train as in the plain mode.
 
-Both ways are taken on the same card with the same kernels, so plain forms agree to what float32 sums in another order
-differ by (flash attention and convolutions may add up in any order), and other forms to the same.
+Both run on the same GPU with the same kernels, so unquantised weights agree up to the order of float32 sums (flash
+attention and convolutions may sum in any order), and so do quantised ones.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from torch import Tensor
 from library.memory.offload import streamed
 from library.memory.offload.pinning import Pinned
 from library.memory.offload.streams import CudaStreams, StagedStreams
-from tests.gpu.card import CARD_ONLY, DEVICE, ON_CARD
+from tests.gpu.card import DEVICE, GPU_ONLY, ON_GPU
 from tests.parity.modes import Mode, gradients
 
-pytestmark = ON_CARD
+pytestmark = ON_GPU
 SAME_KERNELS = 1e-4  # of a gradient's size
 
 
-def agree(found: list[Tensor], wanted: list[Tensor]) -> bool:
-    pairs = zip(found, wanted, strict=True)
+def agree(actual: list[Tensor], wanted: list[Tensor]) -> bool:
+    pairs = zip(actual, wanted, strict=True)
     return all(bool((a - b).norm() <= SAME_KERNELS * b.norm() + 1e-9) for a, b in pairs)
 
 
@@ -38,29 +38,33 @@ MODES = [
 
 
 @pytest.mark.parametrize(("base", "form", "runner"), MODES)
-def test_waiting_blocks_train_as_blocks_that_stay(base: str, form: str, runner: str) -> None:
+def test_swapped_blocks_train_like_blocks_on_the_gpu(base: str, form: str, runner: str) -> None:
     stay = gradients(Mode(base, form, adapter="dora"), device=DEVICE)
     wait = gradients(Mode(base, form, "streamed", runner, "dora"), device=DEVICE)
     assert len(stay) > 10 and agree(wait, stay)
 
 
-@CARD_ONLY
+@GPU_ONLY
 @pytest.mark.slow
 @pytest.mark.parametrize("streams", [CudaStreams, StagedStreams])
-def test_both_ways_to_the_card_are_taken_and_give_the_same(streams: type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pinned_and_staged_copies_are_both_used_and_give_equal_results(
+    streams: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stay = gradients(Mode("flux", adapter="lora"), device=DEVICE)
     opened: list[object] = []
     open_streams: Callable[..., object] = streamed.open_streams
     if streams is StagedStreams:
         monkeypatch.setattr(streamed, "pin", lambda masters, reserve: Pinned(frozenset(), "it is not wanted"))
-    monkeypatch.setattr(streamed, "open_streams", lambda *given: opened.append(open_streams(*given)) or opened[-1])
-    for _ in range(20):  # a wait that is missing shows now and then
+    monkeypatch.setattr(
+        streamed, "open_streams", lambda *stream_arguments: opened.append(open_streams(*stream_arguments)) or opened[-1]
+    )
+    for _ in range(20):  # a missing wait only shows now and then
         assert agree(gradients(Mode("flux", place="streamed", adapter="lora"), device=DEVICE), stay)
-    assert all(type(one) is streams for one in opened) and len(opened) == 20
+    assert all(type(opened_streams) is streams for opened_streams in opened) and len(opened) == 20
 
 
-@CARD_ONLY
-def test_waiting_weights_take_two_slots_of_the_cards_memory() -> None:
+@GPU_ONLY
+def test_swapped_weights_take_two_slots_of_gpu_memory() -> None:
     from library.memory.codecs.plain import Plain
     from library.memory.frozen import layers_in_blocks, store_all_in
     from tests.parity.deep import DEEP

@@ -1,18 +1,18 @@
-"""Time that a card spends is measured on the card, and memory that ran short is counted."""
+"""GPU time is measured on the GPU, and allocation retries are counted."""
 
 import pytest
 import torch
 
 from library.memory.planner.gpus import measure_peak_flops
 from library.training.reporting.step_times import StepTimes, measure_pressure
-from tests.gpu.card import DEVICE, ON_CARD
+from tests.gpu.card import DEVICE, ON_GPU
 from tests.unit.training.test_step_times import batch_of
 
-pytestmark = [*ON_CARD, pytest.mark.real_kernels]
+pytestmark = [*ON_GPU, pytest.mark.real_kernels]
 
 
-def test_stages_on_the_card_take_the_time_of_their_kernels() -> None:
-    """The host starts the long product at once; only the card's clock sees how long it takes."""
+def test_stage_times_are_those_of_their_gpu_kernels() -> None:
+    """The host launches the long matmul at once; only GPU events measure its duration."""
     times = StepTimes(DEVICE, peak=measure_peak_flops(DEVICE, torch.bfloat16))
     matrix = torch.randn(4096, 4096, device=DEVICE)
     times.start()

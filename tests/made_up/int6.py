@@ -1,4 +1,4 @@
-"""The weight format int6, which is made up: 6-bit integers with a factor for each row, four of them in three bytes."""
+"""The made-up weight format int6: 6-bit integers with one scale per row, four packed into three bytes."""
 
 from math import ceil
 

@@ -1,4 +1,4 @@
-"""Train a LoRA-family adapter for Knots, a base model that is made up."""
+"""Train a LoRA-family adapter for Knots, a made-up base model."""
 
 import argparse
 

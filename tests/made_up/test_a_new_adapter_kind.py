@@ -29,7 +29,7 @@ ADDED = {Path("networks", "core", "kinds", "vera.py"), Path("networks", "vera.py
 
 @dataclass(frozen=True)
 class Project:
-    """A copy of the project, and what it trains on."""
+    """A copy of the project with its training data."""
 
     root: Path
     model: Path
@@ -58,14 +58,14 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_sd_folder: Path) -> P
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "train_network.py", root)
     shutil.copy(HERE / "vera.py", root / "networks" / "core" / "kinds")  # the kind
-    (root / "networks" / "vera.py").write_text(MODULE, encoding="utf-8")  # and that is all
+    (root / "networks" / "vera.py").write_text(MODULE, encoding="utf-8")  # nothing else is added
     make_images(folder / "data" / "1_thing", 2, seed=983)
     return Project(root, tiny_sd_folder, folder / "data")
 
 
 @pytest.fixture(scope="module")
-def trained(project: Project) -> Path:
-    """The folder of a finished run, with the state of its first step."""
+def trained_folder(project: Project) -> Path:
+    """Train once and return the output folder, with the state of the first step."""
     out = project.data.parent / "out"
     done = project.train(out, *VERA, "--save_state", "--save_every_n_steps", "1")
     assert done.returncode == 0, done.stderr
@@ -73,32 +73,33 @@ def trained(project: Project) -> Path:
     return out
 
 
-def test_two_vectors_of_every_layer_train_with_projections_that_no_file_has(trained: Path) -> None:
-    tensors = load_state_dict(trained / "mine.safetensors")
+def test_two_vectors_per_layer_train_and_the_projections_are_not_saved(trained_folder: Path) -> None:
+    tensors = load_state_dict(trained_folder / "mine.safetensors")
     assert {key.partition(".")[2] for key in tensors} == {B, D, SEED, "vera.shape", "alpha"}
     seeds, starts = ([t for key, t in tensors.items() if key.endswith(end)] for end in (SEED, D))
     assert {int(seed) for seed in seeds} == {31}
     assert any(float(t.abs().max()) > 0 for key, t in tensors.items() if key.endswith(B))
     assert any((d != 0.1).any() for d in starts) and {len(d) for d in starts} == {2, 4}
-    assert torch.equal(projection(31, 4, 9), projection(31, 4, 40)[:9])  # what makes them the same for all layers
+    assert torch.equal(projection(31, 4, 9), projection(31, 4, 40)[:9])  # so all layers share them
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(project: Project, trained: Path, tmp_path: Path) -> None:
-    done = project.train(tmp_path, *VERA, "--resume", str(trained / "mine-step00000001-state"))
+def test_a_resumed_run_is_exact(project: Project, trained_folder: Path, tmp_path: Path) -> None:
+    done = project.train(tmp_path, *VERA, "--resume", str(trained_folder / "mine-step00000001-state"))
     assert done.returncode == 0, done.stderr
-    whole, resumed = (load_state_dict(folder / "mine.safetensors") for folder in (trained, tmp_path))
-    first = load_state_dict(trained / "mine-step00000001.safetensors")
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
-    assert any(not torch.equal(whole[key], first[key]) for key in whole)
+    expected, resumed = (load_state_dict(folder / "mine.safetensors") for folder in (trained_folder, tmp_path))
+    first = load_state_dict(trained_folder / "mine-step00000001.safetensors")
+    assert expected.keys() == resumed.keys() and all(torch.equal(expected[key], resumed[key]) for key in expected)
+    assert any(not torch.equal(expected[key], first[key]) for key in expected)
 
 
-def test_the_merge_tool_adds_what_the_formula_says(project: Project, trained: Path, tmp_path: Path) -> None:
+def test_the_merge_tool_follows_the_formula(project: Project, trained_folder: Path, tmp_path: Path) -> None:
     done = project.run(
-        "networks/merge_lora.py", "--sd_model", str(project.model), "--models", str(trained / "mine.safetensors"),
+        "networks/merge_lora.py", "--sd_model", str(project.model),
+        "--models", str(trained_folder / "mine.safetensors"),
         "--ratios", "0.5", "--save_to", str(tmp_path / "merged"), "--save_precision", "float",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    tensors = load_state_dict(trained / "mine.safetensors")
+    tensors = load_state_dict(trained_folder / "mine.safetensors")
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     base_OI, merged_OI = (
         load_state_dict(model / "unet" / "diffusion_pytorch_model.safetensors")[
@@ -113,17 +114,19 @@ def test_the_merge_tool_adds_what_the_formula_says(project: Project, trained: Pa
     torch.testing.assert_close(merged_OI, base_OI + 0.5 * change_OI, rtol=1e-5, atol=1e-6)
 
 
-def test_its_files_are_recognised_and_other_modules_name_it(project: Project, trained: Path, tmp_path: Path) -> None:
-    found = project.run("networks/check_lora_weights.py", str(trained / "mine.safetensors"))
-    assert found.returncode == 0 and "vera" in found.stdout
+def test_its_files_are_recognised_and_other_modules_name_it(
+    project: Project, trained_folder: Path, tmp_path: Path
+) -> None:
+    check = project.run("networks/check_lora_weights.py", str(trained_folder / "mine.safetensors"))
+    assert check.returncode == 0 and "vera" in check.stdout
     other = project.train(
-        tmp_path, "--network_module", "networks.lora", "--network_weights", str(trained / "mine.safetensors"),
+        tmp_path, "--network_module", "networks.lora", "--network_weights", str(trained_folder / "mine.safetensors"),
         "--dim_from_weights",
     )  # fmt: skip
     assert other.returncode != 0 and "Use --network_module networks.vera" in other.stderr
 
 
-def test_a_layer_with_the_change_computes_what_the_changed_weight_does() -> None:
+def test_an_adapted_layer_computes_the_same_as_the_merged_weight() -> None:
     torch.manual_seed(984)
     for layer in (nn.Linear(7, 5), nn.Conv2d(3, 5, 3, stride=2, padding=1)):
         delta = VeRA(layer, 4, seed=3)

@@ -1,4 +1,4 @@
-"""A base model is one package and one script: a made-up one is added to a copy of the project, which is not touched."""
+"""A base model is one package and one script: a made-up one is added to an otherwise unchanged project copy."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ print(json.dumps(said))
 
 @dataclass(frozen=True)
 class Project:
-    """A copy of the project with the package and the script, and what the script trained in it."""
+    """A copy of the project with the package and the script, and the results of its training."""
 
     root: Path
     model: Path
@@ -48,7 +48,7 @@ class Project:
     log: str
 
     def run(self, *calls: list[str]) -> list[tuple[int, str]]:
-        """Exit status and screen of tools, each the name of a module and its arguments."""
+        """Run tools, each given as a module name with arguments; return their exit status and output."""
         done = subprocess.run(
             [sys.executable, "-c", TOOLS], cwd=self.root, input=json.dumps(calls), capture_output=True, text=True
         )
@@ -57,7 +57,7 @@ class Project:
 
 
 def write_model(path: Path) -> None:
-    """A checkpoint of random weights, its VAE a tiny one of Stable Diffusion."""
+    """Write a checkpoint of random weights with a tiny Stable Diffusion VAE."""
     from diffusers import AutoencoderKL
 
     generator = torch.Generator().manual_seed(971)
@@ -79,7 +79,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         shutil.copytree(ROOT / name, root / name)
     for script in ("train_network.py", "train_leco.py"):
         shutil.copy(ROOT / script, root)
-    # These two are all that is added.
+    # Only these two are added.
     shutil.copytree(HERE / "knots", root / "library" / "architectures" / "knots")
     shutil.copy(HERE / "knots_train_network.py", root)
     write_model(folder / "knots.safetensors")
@@ -100,10 +100,10 @@ def rank_of(tensors: dict[str, Tensor], module: str) -> int:
     return tensors[f"{module}.lora_down.weight"].shape[0]
 
 
-def test_its_script_trains_it_with_arguments_of_its_own(project: Project) -> None:
+def test_its_script_trains_it_with_its_own_arguments(project: Project) -> None:
     tensors, metadata = load_state_dict(project.adapter), read_metadata(project.adapter)
     modules = {key.partition(".")[0] for key in tensors}
-    assert modules == {"lora_te_project", "lora_unet_knots_1_mix", "lora_unet_knots_1_lift"}  # not of block 0
+    assert modules == {"lora_te_project", "lora_unet_knots_1_mix", "lora_unet_knots_1_lift"}  # block 0 is excluded
     assert rank_of(tensors, "lora_unet_knots_1_lift") == LIFT_RANK
     assert rank_of(tensors, "lora_unet_knots_1_mix") == RANK
     assert all(float(tensors[f"{name}.lora_up.weight"].abs().max()) > 0 for name in modules)
@@ -114,7 +114,7 @@ def test_its_script_trains_it_with_arguments_of_its_own(project: Project) -> Non
 def test_it_is_recognised_merged_and_checked(project: Project, tmp_path: Path) -> None:
     model, adapter, merged = str(project.model), str(project.adapter), str(tmp_path / "merged.safetensors")
     renamed, again = str(tmp_path / "generic.safetensors"), str(tmp_path / "extracted.safetensors")
-    found = project.run(
+    results = project.run(
         ["tools.check_lora_weights", adapter],
         ["tools.convert_lora", "--model", adapter, "--save_to", renamed, "--to", "generic"],
         ["tools.merge_lora", "--sd_model", model, "--models", renamed, "--ratios", "0.5", "--save_to", merged,
@@ -122,8 +122,8 @@ def test_it_is_recognised_merged_and_checked(project: Project, tmp_path: Path) -
         ["tools.extract_lora_from_models", "--model_org", model, "--model_tuned", merged, "--save_to", again,
          "--dim", "4"],
     )  # fmt: skip
-    assert [status for status, _ in found] == [0, 0, 0, 0], found
-    assert "3 modules, Knots 1" in found[0][1] and "ComfyUI: it does not read text encoder keys" in found[0][1]
+    assert [status for status, _ in results] == [0, 0, 0, 0], results
+    assert "3 modules, Knots 1" in results[0][1] and "ComfyUI: it does not read text encoder keys" in results[0][1]
     base, lora, after = (load_state_dict(path) for path in (project.model, project.adapter, merged))
     for layer, name in {
         f"{DENOISER}knots.1.mix.weight": "lora_unet_knots_1_mix",
@@ -142,7 +142,7 @@ def test_it_is_recognised_merged_and_checked(project: Project, tmp_path: Path) -
 
 
 @pytest.mark.nightly
-def test_the_other_scripts_send_it_to_its_own(project: Project, tmp_path: Path) -> None:
+def test_the_other_scripts_refer_to_its_own_script(project: Project, tmp_path: Path) -> None:
     words = [
         "--pretrained_model_name_or_path", str(project.model), "--train_data_dir", str(tmp_path), "--resolution", "64",
         "--output_dir", str(tmp_path / "out"), "--network_module", "networks.lora",
@@ -155,7 +155,7 @@ def test_the_other_scripts_send_it_to_its_own(project: Project, tmp_path: Path) 
 
 
 @pytest.mark.nightly
-def test_it_is_trained_by_prompts_with_its_own_options(project: Project, tmp_path: Path) -> None:
+def test_train_leco_trains_it_with_its_own_options(project: Project, tmp_path: Path) -> None:
     (tmp_path / "prompts.toml").write_text('[[prompts]]\ntarget = "cat"\nresolution = 64\n')
     words = [
         "--pretrained_model_name_or_path", str(project.model), "--prompts_file", str(tmp_path / "prompts.toml"),

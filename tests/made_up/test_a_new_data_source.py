@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Project:
-    """A copy of the project, and seven images as a folder and as an archive."""
+    """A copy of the project with seven images, as a folder and as an archive."""
 
     root: Path
     model: Path
@@ -50,7 +50,7 @@ class Project:
 
     @property
     def caches(self) -> dict[str, int]:
-        """When each cache of the archive's images was written."""
+        """Return the modification time of each cache of the archive's images."""
         return {path.name: path.stat().st_mtime_ns for path in (self.data / "things.cache").iterdir()}
 
 
@@ -61,7 +61,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_sd_folder: Path) -> P
     for name in ("library", "networks"):
         shutil.copytree(ROOT / name, root / name)
     shutil.copy(ROOT / "train_network.py", root)
-    shutil.copy(HERE / "zip.py", root / "library" / "data" / "sources")  # all that is added
+    shutil.copy(HERE / "zip.py", root / "library" / "data" / "sources")  # nothing else is added
     make_images(data / "things", 7, seed=991)
     (data / "things" / "06.txt").unlink()
     with ZipFile(data / "things.zip", "w", ZIP_DEFLATED) as archive:
@@ -70,12 +70,12 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_sd_folder: Path) -> P
     return Project(root, tiny_sd_folder, data)
 
 
-def equal(one: Path, other: Path) -> bool:
+def have_equal_weights(one: Path, other: Path) -> bool:
     first, second = (load_state_dict(path / "mine.safetensors") for path in (one, other))
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_it_trains_as_the_folder_with_caches_that_a_resumed_run_takes(project: Project, tmp_path: Path) -> None:
+def test_it_trains_like_the_folder_and_a_resumed_run_reuses_its_caches(project: Project, tmp_path: Path) -> None:
     to_disk = ["--cache_latents_to_disk"]
     done = project.run(project.folder, tmp_path / "folder", *to_disk)
     assert done.returncode == 0, done.stderr
@@ -83,13 +83,13 @@ def test_it_trains_as_the_folder_with_caches_that_a_resumed_run_takes(project: P
     done = project.run(project.archive, tmp_path / "zip", *to_disk, *options)
     assert done.returncode == 0, done.stderr
     assert "2 of 7 images are held out" in done.stderr and "things.zip/06.png" in done.stderr
-    assert equal(tmp_path / "folder", tmp_path / "zip")
+    assert have_equal_weights(tmp_path / "folder", tmp_path / "zip")
     before = project.caches
     assert len(before) == 7
     state = tmp_path / "zip" / "mine-step00000002-state"
     done = project.run(project.archive, tmp_path / "resumed", *to_disk, "--resume", str(state))
     assert done.returncode == 0, done.stderr
-    assert equal(tmp_path / "zip", tmp_path / "resumed") and project.caches == before
+    assert have_equal_weights(tmp_path / "zip", tmp_path / "resumed") and project.caches == before
 
 
 @pytest.mark.nightly
@@ -107,7 +107,7 @@ def test_it_is_audited(project: Project, tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_its_key_is_checked_as_those_of_other_sources(project: Project, tmp_path: Path) -> None:
+def test_its_key_is_validated_like_those_of_other_sources(project: Project, tmp_path: Path) -> None:
     subsets = [f"{project.archive}\n{project.folder}", f'{project.archive}\nimage_column = "a"']
     done = project.run("\n[[datasets.subsets]]\n".join(subsets), tmp_path / "wrong")
     assert done.returncode == 1

@@ -22,7 +22,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("library", "networks", "benchmarks"):
         shutil.copytree(ROOT / name, root / name)
     shutil.copy(ROOT / "train_network.py", root)
-    shutil.copy(HERE / "int6.py", root / "library" / "memory" / "formats")  # all that is added
+    shutil.copy(HERE / "int6.py", root / "library" / "memory" / "formats")  # nothing else is added
     return root
 
 
@@ -33,7 +33,7 @@ def run(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("shape", [(70, 96), (5, 7), (6, 3, 3, 3)], ids=str)
-def test_it_is_off_by_half_a_step_and_takes_the_bytes_that_the_planner_counts(shape: tuple[int, ...]) -> None:
+def test_its_error_is_half_a_step_and_its_bytes_match_the_plan(shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(981))
     parts = FORMAT.codec.encode(weight)
     step = weight.flatten(1).abs().amax(1) / 31
@@ -43,7 +43,7 @@ def test_it_is_off_by_half_a_step_and_takes_the_bytes_that_the_planner_counts(sh
     assert num_bytes == FORMAT.num_bytes(shape[0], weight[0].numel(), 4)
 
 
-def test_its_name_trains_and_the_planner_plans_with_it(project: Path, tiny_sd_folder: Path, tmp_path: Path) -> None:
+def test_base_format_accepts_it_and_the_planner_uses_it(project: Path, tiny_sd_folder: Path, tmp_path: Path) -> None:
     make_images(tmp_path / "data" / "1_thing", 2, seed=982)
     done = run(
         project, "train_network.py", "--pretrained_model_name_or_path", str(tiny_sd_folder), "--train_data_dir",
@@ -59,8 +59,8 @@ def test_its_name_trains_and_the_planner_plans_with_it(project: Path, tiny_sd_fo
 
 
 @pytest.mark.nightly
-def test_help_and_the_table_of_the_docs_list_it(project: Path) -> None:
-    said = " ".join(run(project, "train_network.py", "--help").stdout.split())
-    assert "--base_format {bf16,fp8,int6,int8,int8_rotated,nf4,nf4_double}" in said
+def test_help_and_documentation_list_it(project: Path) -> None:
+    help_text = " ".join(run(project, "train_network.py", "--help").stdout.split())
+    assert "--base_format {bf16,fp8,int6,int8,int8_rotated,nf4,nf4_double}" in help_text
     table = run(project, str(Path("benchmarks", "format_errors.py")), "--side", "256").stdout
     assert re.search(r"(?m)^\| `int6` \| 0\.766 \| [1-9]\.\d\d % \|", table)

@@ -1,4 +1,4 @@
-"""VeRA, a kind of adapter that is made up for a test: frozen projections from a seed, and two trained vectors a layer.
+"""VeRA, an adapter kind for a test: frozen projections from a seed, and two trained vectors per layer.
 
 Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
 """
@@ -33,7 +33,7 @@ class VeraArguments:
 
 @cache
 def projection(seed: int, rank: int, size: int) -> Tensor:
-    """Return (size, R), kaiming uniform: a smaller layer has the first rows of what a larger one has."""
+    """Return (size, R), Kaiming uniform; smaller layers use the first rows of larger ones."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return (torch.rand(size, rank, generator=generator, device="cpu") * 2 - 1) * (3 / rank) ** 0.5
 
@@ -41,7 +41,7 @@ def projection(seed: int, rank: int, size: int) -> Tensor:
 class VeRA(nn.Module):
     """VeRA (Kopiczko et al. 2023, arXiv:2310.11454): dW = diag(b) B diag(d) A.
 
-    A (R, N) and B (O, R) are frozen, and no file has them: files have their seed, and the shape of the weight. b (O)
+    A (R, N) and B (O, R) are frozen and not saved: files contain their seed and the shape of the weight. b (O)
     starts at zero, d (R) at `d_initial`.
     """
 
@@ -97,9 +97,9 @@ def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
 
 
 def make(request: ChangeRequest) -> Change:
-    own = request.arguments.of(VeraArguments)
-    seed = own.projection_seed if request.tensors is None else int(request.tensors[SEED])
-    return wrap(request, VeRA(request.layer, request.rank, seed, own.d_initial))
+    vera_arguments = request.arguments.of(VeraArguments)
+    seed = vera_arguments.projection_seed if request.tensors is None else int(request.tensors[SEED])
+    return wrap(request, VeRA(request.layer, request.rank, seed, vera_arguments.d_initial))
 
 
 LAYOUT = KeyLayout(

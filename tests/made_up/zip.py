@@ -1,4 +1,4 @@
-"""The source zip, which is made up: archives of images, each with a caption file of the same name beside it."""
+"""The made-up data source zip: archives of images with caption files of the same name."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ KEYS = ("caption_extension",)
 
 @dataclass(frozen=True)
 class ZipReader:
-    """Unpacks one member at a time."""
+    """A reader that unpacks one member at a time."""
 
     name: str = "zip"
 
@@ -33,7 +33,7 @@ class ZipReader:
 
 
 def open_archive(files: OpenFiles, file: str) -> ZipFile:
-    """Raises UserError for a file that is no zip archive."""
+    """Open an archive. Raises UserError for a file that is not a zip archive."""
     try:
         return ZipFile(files.file(file))
     except BadZipFile as error:
@@ -41,7 +41,7 @@ def open_archive(files: OpenFiles, file: str) -> ZipFile:
 
 
 def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
-    """List the images in the order of the files and of their positions in them."""
+    """List the images in the order of the files and their positions."""
 
     def read_rows(file: SourceFile) -> Sequence[Row]:
         with open_archive(storage, file.path) as archive:

@@ -1,4 +1,4 @@
-"""Whole denoisers with enough blocks that some can wait: where the ring, the forms and the runners are tried."""
+"""Complete denoisers with enough blocks for swapping, to test the ring, weight formats and block runners."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -40,7 +40,7 @@ from tests.tiny.sd import CLIP, UNET
 
 @dataclass(frozen=True)
 class Deep:
-    """One base model's denoiser, what it is called with, and how its blocks are reached."""
+    """One base model's denoiser, its inputs, and access to its blocks."""
 
     build: Callable[[], nn.Module]
     values: Callable[[], tuple[Any, ...]]
@@ -49,17 +49,17 @@ class Deep:
     run_blocks_with: Callable[[nn.Module, BlockRunner], None] = run_blocks_with
 
     def frozen(self, seed: int) -> nn.Module:
-        """The denoiser with random weights; convolutions channels last, as runs have them."""
+        """Build the frozen denoiser with random weights; convolutions are channels-last, as in runs."""
         model = self.build()
         model.load_state_dict(fixed_init(model, seed))
         return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def seen(self, model: nn.Module) -> nn.Module:
-        """The denoiser as adapters see it."""
+        """Return the denoiser as adapters see it."""
         return self.view([CLIPTextModel(CLIPTextConfig(**CLIP))] if self.view is sd.view else [], model)[1]
 
     def loss(self, model: nn.Module, device: torch.device) -> Tensor:
-        """A number that depends on every value of the output."""
+        """Return a scalar that depends on every value of the output."""
         output = model(*(value.to(device) for value in self.values()))
         output = getattr(output, "sample", output)
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(41)).to(device)

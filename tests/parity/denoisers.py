@@ -1,4 +1,4 @@
-"""Common parts of the parity tests of our own denoisers."""
+"""Helpers for the parity tests of our own denoisers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,23 +12,23 @@ from tests.unit.networks.toy import randomize
 
 
 def save_trained(
-    door: Any, path: Path, arguments: Mapping[str, str], seen: nn.Module, predict: Callable[[], Tensor]
+    network_module: Any, path: Path, arguments: Mapping[str, str], view: nn.Module, predict: Callable[[], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Save an adapter with random weights on `seen`; gives what `predict` says without and with it."""
+    """Save an adapter with random weights on `view`; return the predictions without and with it."""
     base = predict()
-    network = door.create_network(1.0, 4, 2, None, [], seen, **arguments)
+    network = network_module.create_network(1.0, 4, 2, None, [], view, **arguments)
     randomize(network, 3)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.mul_(0.3)
-    network.apply_to([], seen, False, True)
+    network.apply_to([], view, False, True)
     network.eval()
     network.save_weights(str(path), None, {})
     return base, predict()
 
 
-def assert_recomputing_changes_no_gradient(model: Any, inputs: Callable[[], Sequence[Tensor]]) -> None:
-    """The gradient of the first of fresh `inputs` is the same, bit for bit, once blocks are computed twice."""
+def assert_checkpointing_keeps_gradients(model: Any, inputs: Callable[[], Sequence[Tensor]]) -> None:
+    """Assert that gradient checkpointing leaves the gradient of the first input unchanged, bit for bit."""
     gradients = []
     for _ in range(2):
         values = inputs()

@@ -1,4 +1,4 @@
-"""Runs a whole denoiser in a mode: form, place, how blocks run, kind of adapter."""
+"""Gradients of a complete denoiser in a memory mode: weight format, place, block runner and adapter kind."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -62,24 +62,24 @@ AXES = (tuple(DEEP), tuple(ALL_CODECS), PLACES, tuple(RUNNERS), tuple(ADAPTERS))
 
 
 def triples_of_modes() -> list[Mode]:
-    """A fifth of all modes, in which every three values of different axes meet.
+    """Return a fifth of all modes, covering every three values of different axes.
 
-    These are the modes whose positions along the axes add up to a multiple of 5. Any two axes complete any three values
-    to such a sum: even places and runners, 2 and 4 long, add 0 to 4.
+    These are the modes whose axis positions sum to a multiple of 5. Any three values can be completed by the other two
+    axes to such a sum: even places and runners, with lengths 2 and 4, add 0 to 4.
     """
     positions = product(*(range(len(axis)) for axis in AXES))
     return [Mode(*(axis[i] for axis, i in zip(AXES, place, strict=True))) for place in positions if sum(place) % 5 == 0]
 
 
 def pairs_of_modes() -> list[Mode]:
-    """Few modes in which every two values of different axes meet at least once: the next is whatever has most new."""
-    left = {pair for a, b in combinations(range(len(AXES)), 2) for pair in product(keys(a), keys(b))}
-    everything, found = [tuple((i, v) for i, v in enumerate(values)) for values in product(*AXES)], []
-    while left:
-        best = max(everything, key=lambda row: len(left.intersection(combinations(row, 2))))
-        left.difference_update(combinations(best, 2))
-        found.append(Mode(*(value for _, value in best)))
-    return found
+    """Return few modes that cover every two values of different axes, greedily by the number of new pairs."""
+    uncovered = {pair for a, b in combinations(range(len(AXES)), 2) for pair in product(keys(a), keys(b))}
+    everything, chosen = [tuple((i, v) for i, v in enumerate(values)) for values in product(*AXES)], []
+    while uncovered:
+        best = max(everything, key=lambda row: len(uncovered.intersection(combinations(row, 2))))
+        uncovered.difference_update(combinations(best, 2))
+        chosen.append(Mode(*(value for _, value in best)))
+    return chosen
 
 
 def keys(axis: int) -> list[tuple[int, str]]:
@@ -93,10 +93,10 @@ def gradients(
     is_multiplied: bool = False,
     device: torch.device = CPU,
 ) -> list[Tensor]:
-    """The loss and the gradients of all adapters' parameters in the second of two equal steps.
+    """Return the loss and the gradients of all adapter parameters in the second of two equal steps.
 
-    `change` may break the ring. With `is_multiplied` codes are multiplied as they are. With `is_decoded` the form's
-    rounding is taken over into layers of torch's own.
+    `change` may break the ring. With `is_multiplied`, quantised codes are multiplied directly. With `is_decoded`, the
+    layers are replaced by torch layers with the dequantised weights.
     """
     deep = DEEP[mode.base]
     model = deep.frozen(51)
@@ -115,10 +115,10 @@ def gradients(
         if change is not None:
             change(ring)
     elif mode.place == "spread":
-        spread_over_all(model, deep.stacks(model), device)
+        shard_over_all(model, deep.stacks(model), device)
     model.to(device)
     deep.run_blocks_with(model, RUNNERS[mode.runner]())
-    network = with_adapter(mode.adapter, deep.seen(model)).to(device)
+    network = install_adapter(mode.adapter, deep.seen(model)).to(device)
     results: list[Tensor] = []
     for _ in range(2):
         for parameter in network.parameters():
@@ -129,8 +129,8 @@ def gradients(
     return results
 
 
-def spread_over_all(model: nn.Module, stacks: Stacks, device: torch.device = CPU) -> ShardedModel:
-    """Spread a model over all processes of torch's group."""
+def shard_over_all(model: nn.Module, stacks: Stacks, device: torch.device = CPU) -> ShardedModel:
+    """Shard a model over all processes of torch's group."""
     sharded = ShardedModel(device, dist.get_world_size(), dist.get_world_size())
     store_all_in(Plain(), layers_in_blocks(model).values())
     for layer in frozen_layers(model):
@@ -139,30 +139,30 @@ def spread_over_all(model: nn.Module, stacks: Stacks, device: torch.device = CPU
     return sharded
 
 
-def with_adapter(name: str, seen: nn.Module) -> nn.Module:
-    """A network with random weights, installed on what adapters see of a denoiser."""
-    door, arguments = ADAPTERS[name]
+def install_adapter(name: str, seen: nn.Module) -> nn.Module:
+    """Install a network with random weights on a denoiser's adapter view and return it."""
+    network_module, arguments = ADAPTERS[name]
     torch.manual_seed(52)
-    module: Any = import_module(door)
+    module: Any = import_module(network_module)
     network = module.create_network(1.0, 3, 2, None, [], seen, **arguments)
     if name != "lycoris":
         randomize(network, 53)
     adopt(network).apply_to([], seen, False, True)
     assert isinstance(network, nn.Module)
     if name == "lycoris":
-        fill(network)
+        fill_zeros(network)
     return network.eval()
 
 
-def fill(network: nn.Module) -> None:
-    """Random values in place of the zeros with which every change begins as none."""
+def fill_zeros(network: nn.Module) -> None:
+    """Replace the zeros that make every change start as none with random values."""
     generator = torch.Generator().manual_seed(54)
     for parameter in network.parameters():
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
 def decode(model: nn.Module) -> None:
-    """Turn frozen layers back into torch's own, with the weights that their forms decode to."""
+    """Replace frozen layers by torch layers with the dequantised weights."""
     for layer in list(model.modules()):
         if isinstance(layer, FrozenLayer):
             weight = layer.weight

@@ -1,4 +1,4 @@
-"""Tiny base models as a run opens them."""
+"""Tiny base models, opened as in a run."""
 
 import importlib
 
@@ -10,9 +10,9 @@ from tests.runs.bases import BASES
 
 
 def opened_with(name: str, arguments: list[str]) -> tuple[TrainOptions, Architecture]:
-    """Options and parts, for a small adapter, by the arguments that name the files of a model."""
+    """Return options and architecture for a small adapter, given the arguments that select the model files."""
     base = BASES[name]
-    card = SCRIPTS[base.script]
-    given = [*arguments, "--network_module", base.module, "--network_dim", "4"]
-    options = card.options.from_args(parse(importlib.import_module(base.script).setup_parser(), given))
-    return options, card.build(options)
+    spec = SCRIPTS[base.script]
+    command = [*arguments, "--network_module", base.module, "--network_dim", "4"]
+    options = spec.options.from_args(parse(importlib.import_module(base.script).setup_parser(), command))
+    return options, spec.build(options)

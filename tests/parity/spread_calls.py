@@ -1,4 +1,4 @@
-"""Functions that all processes of a group call in test_spread.py."""
+"""Functions that all processes of a group call for test_spread.py."""
 
 import ctypes
 import gc
@@ -19,7 +19,7 @@ from library.processes import Order, Processes
 from library.training.models.compute import Compute
 from library.training.models.frozen_models import load_frozen
 from tests.parity.deep import DEEP
-from tests.parity.modes import CPU, Mode, gradients, spread_over_all
+from tests.parity.modes import CPU, Mode, gradients, shard_over_all
 from tests.parity.opened import opened_with
 
 WIDTH, NUM_LAYERS = 1024, 12
@@ -27,34 +27,34 @@ T = TypeVar("T")
 
 
 def compared(*modes: str) -> list[tuple[int, float]]:
-    """For each mode how many gradients there are, and the largest difference from those of the whole model."""
-    found = []
+    """Return, for each mode, the number of gradients and their largest difference from the unsharded model's."""
+    results = []
     for text in modes:
         base, form, runner, adapter = text.split("/")
         mode = Mode(base, form, "spread", runner, adapter)
         ours, theirs = gradients(mode), gradients(Mode(base, form, adapter=adapter), is_decoded=True)
         assert len(ours) == len(theirs) and any(bool(value.any()) for value in theirs[1:])
         off = [float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(ours, theirs, strict=True)]
-        found.append((len(ours), max(off)))
-    return found
+        results.append((len(ours), max(off)))
+    return results
 
 
 def kept() -> tuple[int, int, int]:
-    """Bytes of a model's weights, those that this process keeps of them, and those that the model still has."""
+    """Return the bytes of a model's weights, of this process's shard, and of the weights left in the model."""
     deep = DEEP["flux"]
     model = deep.frozen(71)
-    sharded = spread_over_all(model, deep.stacks(model))
+    sharded = shard_over_all(model, deep.stacks(model))
     assert sharded.ring is not None
     shares: list[Any] = [p for shelf in sharded.ring.masters for p in shelf.parameters()]
-    left = sum(p.numel() for layer in frozen_layers(model) for p in layer.own_parts().values())
-    return sharded.num_bytes, sum(share.to_local().numel() for share in shares), left
+    remaining = sum(p.numel() for layer in frozen_layers(model) for p in layer.own_parts().values())
+    return sharded.num_bytes, sum(share.to_local().numel() for share in shares), remaining
 
 
 def one_alone() -> list[bool]:
-    """The first process computes and the others follow, also where it fails; then all compute. Whether it is right."""
+    """Let only the first process compute while the others follow, also if it fails; then all. Return the checks."""
     deep = DEEP["flux"]
-    model, whole = deep.frozen(72), deep.frozen(72)
-    sharded = spread_over_all(model, deep.stacks(model))
+    model, unsharded = deep.frozen(72), deep.frozen(72)
+    sharded = shard_over_all(model, deep.stacks(model))
     is_right = []
     for fails in (False, True, False):
         if dist.get_rank() != 0:
@@ -62,35 +62,35 @@ def one_alone() -> list[bool]:
             continue
         try:
             with torch.no_grad(), sharded.lead():
-                is_right.append(torch.equal(deep.loss(model, CPU), deep.loss(whole, CPU)))
+                is_right.append(torch.equal(deep.loss(model, CPU), deep.loss(unsharded, CPU)))
                 if fails:
                     raise ValueError("drawing failed")
         except ValueError:
             pass
     with torch.no_grad():
-        is_right.append(torch.equal(deep.loss(model, CPU), deep.loss(whole, CPU)))
+        is_right.append(torch.equal(deep.loss(model, CPU), deep.loss(unsharded, CPU)))
     return is_right
 
 
 def out_of_order() -> list[str]:
-    """Return the errors of a step in which the processes asked for other blocks, and of one in which they did not."""
+    """Return the errors of a step in which processes request different blocks, and of one in which they agree."""
     deep = DEEP["flux"]
     processes = Processes(dist.get_rank(), dist.get_world_size(), store=None)
-    said = []
+    errors = []
     for block in (5, 5 + dist.get_rank()):
-        sharded = spread_over_all(model := deep.frozen(73), deep.stacks(model))
+        sharded = shard_over_all(model := deep.frozen(73), deep.stacks(model))
         assert sharded.ring is not None
         sharded.ring.need(block)
         try:
             processes.exchange([], torch.zeros(0), 0, False, Order(sharded.digest, sharded.group_size))
-            said.append("")
+            errors.append("")
         except RuntimeError as error:
-            said.append(str(error))
-    return said
+            errors.append(str(error))
+    return errors
 
 
 def peaks() -> tuple[int, int, int]:
-    """Bytes of a model, and the most that main memory grew while it was read: spread, then whole."""
+    """Return the bytes of a model and the peak memory growth while reading it: sharded, then unsharded."""
     values = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(74))
     names = [f"layers.{i}.weight" for i in range(NUM_LAYERS)]
     shapes = {name: (WIDTH, WIDTH) for name in names}
@@ -101,15 +101,15 @@ def peaks() -> tuple[int, int, int]:
     weights = Weights("made up", shapes, read)
     sharded = ShardedModel(CPU, dist.get_world_size(), dist.get_world_size())
     sharded.mesh  # noqa: B018
-    first = grown(weights, AsRead(AS_IN_FILE, take=sharded.take))
+    first = reading_growth(weights, AsRead(AS_IN_FILE, take=sharded.take))
     layers: list[Any] = list(sharded.shares)
     assert all(isinstance(layer, FrozenLayer) for layer in layers)
     assert torch.equal(layers[3].weight, read(names[3]))
-    return NUM_LAYERS * WIDTH**2 * 4, first, grown(weights, None)
+    return NUM_LAYERS * WIDTH**2 * 4, first, reading_growth(weights, None)
 
 
-def grown(weights: Weights, form: Any) -> int:
-    """By how much the peak of this process's main memory lies above what it had before."""
+def reading_growth(weights: Weights, form: Any) -> int:
+    """Return by how much reading the weights raises this process's peak memory."""
     with torch.device("meta"):
         model = nn.Module()
         model.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(NUM_LAYERS)])
@@ -117,25 +117,25 @@ def grown(weights: Weights, form: Any) -> int:
 
 
 def growth(make: Callable[[], T]) -> tuple[int, T]:
-    """By how much the peak of main memory lies above what there was before while something is made; and that."""
+    """Return by how much `make` raises the peak memory, and its result."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator holds free would be used first, and not be seen
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise free memory of the allocator would be used first and not be seen
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    made = make()
-    return resident("VmHWM") - before, made
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    result = make()
+    return resident("VmHWM") - before, result
 
 
 def merged(*arguments: str) -> tuple[int, int, int, int, bool]:
-    """A FLUX.1 model into which files are merged as it is read: bytes of the weights that are spread, of the largest
-    of them, and by how much main memory grew: spread, then whole. And whether both have the same weights."""
+    """Read a FLUX.1 model while merging files; return the bytes of the sharded weights and of the largest one, the
+    memory growth (sharded, then unsharded), and whether both have the same weights."""
     options, arch = opened_with("flux", list(arguments))
     compute = Compute.build(options.precision, CPU)
     sharded = ShardedModel(CPU, dist.get_world_size(), dist.get_world_size())
     sharded.mesh  # noqa: B018
     load_frozen(
         options.network, options.precision.denoiser_format, arch, [], None, compute, "networks.lora"
-    )  # imports and what the allocator keeps
+    )  # imports and memory held by the allocator
     first, ours = growth(
         lambda: load_frozen(
             options.network, options.precision.denoiser_format, arch, [], None, compute, "networks.lora", sharded
@@ -148,11 +148,11 @@ def merged(*arguments: str) -> tuple[int, int, int, int, bool]:
     )
     layers = layers_in_blocks(theirs.denoiser)
     sizes = [layer.weight.numel() * layer.weight.element_size() for layer in layers.values()]
-    found = dict(ours.denoiser.named_modules())
-    is_same = [torch.equal(found[path].weight, layer.weight) for path, layer in layers.items()]
+    modules_by_name = dict(ours.denoiser.named_modules())
+    is_same = [torch.equal(modules_by_name[path].weight, layer.weight) for path, layer in layers.items()]
     rest = [n for n in theirs.denoiser.state_dict() if n.rpartition(".")[0] not in layers or not n.endswith("weight")]
-    own, whole = ours.denoiser.state_dict(), theirs.denoiser.state_dict()
-    is_same += [torch.equal(own[name], whole[name]) for name in rest]
+    sharded_state, whole_state = ours.denoiser.state_dict(), theirs.denoiser.state_dict()
+    is_same += [torch.equal(sharded_state[name], whole_state[name]) for name in rest]
     return sum(sizes), max(sizes), first, second, all(is_same) and len(is_same) > 50
 
 

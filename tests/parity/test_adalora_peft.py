@@ -1,4 +1,4 @@
-"""AdaLoRA in folders that PEFT saved: merged as PEFT merges it, with modules that were pruned, and trained further."""
+"""AdaLoRA folders saved by PEFT: merged as in PEFT, also with pruned modules, and trained further as LoRA."""
 
 from pathlib import Path
 
@@ -27,8 +27,8 @@ def unet_of(folder: Path) -> nn.Module:
     return unet.requires_grad_(False)
 
 
-def saved(base: Path, folder: Path, kept: dict[str, list[bool]]) -> dict[str, Tensor]:
-    """The weights of `LAYERS` as PEFT merges the folder that it saved; `kept` are the ranks that pruning left."""
+def save_by_peft(base: Path, folder: Path, kept: dict[str, list[bool]]) -> dict[str, Tensor]:
+    """Save a folder with PEFT and return the weights of `LAYERS` that it merges; `kept` masks the unpruned ranks."""
     torch.manual_seed(631)
     settings = peft.AdaLoraConfig(
         init_r=RANK, target_r=2, lora_alpha=ALPHA, total_step=10, tinit=1, tfinal=1, target_modules=LAYERS
@@ -50,9 +50,9 @@ def saved(base: Path, folder: Path, kept: dict[str, list[bool]]) -> dict[str, Te
     [{}, {LAYERS[0]: [True, False, False, True], LAYERS[1]: [False] * RANK}],
     ids=["all ranks", "pruned"],
 )
-def test_a_checkpoint_gets_what_peft_merges(kept: dict[str, list[bool]], tmp_path: Path) -> None:
+def test_merging_into_a_checkpoint_matches_peft(kept: dict[str, list[bool]], tmp_path: Path) -> None:
     base = build_tiny_sd(tmp_path / "sd", 632)
-    wanted = saved(base, tmp_path / "peft", kept)
+    wanted = save_by_peft(base, tmp_path / "peft", kept)
     assert any(key.endswith("lora_E") for key in load_file(tmp_path / "peft" / "adapter_model.safetensors"))
     words = ["--sd_model", str(base), "--models", str(tmp_path / "peft"), "--save_to", str(tmp_path / "out")]
     assert merge_lora.main(words) == 0
@@ -64,35 +64,35 @@ def test_a_checkpoint_gets_what_peft_merges(kept: dict[str, list[bool]], tmp_pat
         torch.testing.assert_close(after[f"{layer}.weight"], weight, **FLOAT32_SAME_MATH)
 
 
-def test_it_is_looked_at_and_goes_on_as_a_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tools_read_it_and_it_trains_further_as_a_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = build_tiny_sd(tmp_path / "sd", 633)
-    saved(base, tmp_path / "peft", {})
+    save_by_peft(base, tmp_path / "peft", {})
     assert check_lora_weights.main([str(tmp_path / "peft"), "--json"]) == 0
     assert '"rank": 4' in capsys.readouterr().out
     words = ["--models", str(tmp_path / "peft"), "--concat", "--save_to", str(tmp_path / "lora.safetensors")]
     assert merge_lora.main(words) == 0
     file, joined = read_adapter_file(tmp_path / "peft"), read_adapter_file(tmp_path / "lora.safetensors")
     for layer in LAYERS:
-        own = joined.modules[f"lora_unet_{layer.replace('.', '_')}"].weight()
-        torch.testing.assert_close(own, file.modules[f"base_model.model.{layer}"].weight(), **FLOAT32_SAME_MATH)
+        joined_weight = joined.modules[f"lora_unet_{layer.replace('.', '_')}"].weight()
+        torch.testing.assert_close(
+            joined_weight, file.modules[f"base_model.model.{layer}"].weight(), **FLOAT32_SAME_MATH
+        )
 
 
 @pytest.mark.parametrize(
-    ("leaf", "shape", "said"),
+    ("leaf", "shape", "message"),
     [
         ("lora_A", None, "without its lora_A"),
         ("lora_E", (RANK - 1, 1), "do not fit together"),
         ("lora_B", None, "lora_B"),
     ],
 )
-def test_what_does_not_belong_together_is_named(
-    leaf: str, shape: tuple[int, ...] | None, said: str, tmp_path: Path
-) -> None:
-    saved(build_tiny_sd(tmp_path / "sd", 634), tmp_path / "peft", {})
+def test_mismatched_tensors_are_named(leaf: str, shape: tuple[int, ...] | None, message: str, tmp_path: Path) -> None:
+    save_by_peft(build_tiny_sd(tmp_path / "sd", 634), tmp_path / "peft", {})
     path = tmp_path / "peft" / "adapter_model.safetensors"
     tensors = load_file(path)
     key = f"base_model.model.{LAYERS[2]}.{leaf}"
     old = tensors.pop(key)
     save_file({**tensors, **({} if shape is None else {key: old[: shape[0]].clone()})}, path)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         read_adapter_file(tmp_path / "peft")

@@ -1,4 +1,4 @@
-"""Saved Anima adapters in diffusers' own loader and models, on the same weights."""
+"""Saved Anima adapters in the loader and models of diffusers, on the same weights."""
 
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,15 @@ from tests.tolerances import FLOAT32_DEEP
 DOORS = {"lora_anima": lora_anima, "lora": lora, "lora_fa": lora_fa, "dylora": dylora}
 
 
-def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tensor, Tensor]:
-    """Save an adapter with random weights; gives the prediction without and with it."""
+def save_trained_file(network_module: Any, path: Path, arguments: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """Save an adapter with random weights; return the predictions without and with it."""
     model = tiny_anima(7)
     values = [value.detach() for value in inputs(6, 10)]
-    return save_trained(door, path, arguments, model, lambda: model(*values))
+    return save_trained(network_module, path, arguments, model, lambda: model(*values))
 
 
-def loaded_by_diffusers(tensors: dict[str, Tensor], model: Anima | None = None) -> Tensor:
-    """Return the predictions of diffusers' models with the file that its reader for Anima took."""
+def predict_by_diffusers(tensors: dict[str, Tensor], model: Anima | None = None) -> Tensor:
+    """Return the prediction of diffusers' models after its Anima reader has loaded the file."""
     from diffusers.loaders.lora_pipeline import AnimaLoraLoaderMixin
 
     reader: Any = AnimaLoraLoaderMixin
@@ -38,15 +38,15 @@ def loaded_by_diffusers(tensors: dict[str, Tensor], model: Anima | None = None) 
     state = reader.lora_state_dict(tensors)
     assert all("lora" in key for key in state)
     for part, theirs in (("transformer", transformer), ("text_conditioner", conditioner)):
-        own = {key: tensor for key, tensor in state.items() if key.startswith(f"{part}.")}
-        if own:
-            theirs.load_lora_adapter(own, prefix=part)
+        part_state = {key: tensor for key, tensor in state.items() if key.startswith(f"{part}.")}
+        if part_state:
+            theirs.load_lora_adapter(part_state, prefix=part)
     return oracle_of(transformer, conditioner)(*(value.detach() for value in inputs(6, 10)))
 
 
 @pytest.mark.parametrize("naming", ["generic", "diffusers"])
 @pytest.mark.parametrize(
-    ("door", "arguments"),
+    ("network_module", "arguments"),
     [
         ("lora_anima", {"train_llm_adapter": "True"}),
         ("lora", {"include_patterns": ".*", "use_scalar": "True"}),
@@ -56,20 +56,20 @@ def loaded_by_diffusers(tensors: dict[str, Tensor], model: Anima | None = None) 
     ids=str,
 )
 def test_diffusers_loads_our_converted_file_and_predicts_the_same(
-    door: str, arguments: dict[str, str], naming: FileNaming, tmp_path: Path
+    network_module: str, arguments: dict[str, str], naming: FileNaming, tmp_path: Path
 ) -> None:
     path = tmp_path / "ours.safetensors"
-    base, expected = trained_file(DOORS[door], path, arguments)
+    base, expected = save_trained_file(DOORS[network_module], path, arguments)
     assert (expected - base).abs().max() > 0.01
     renamed = adapter_tensors(rename(read_adapter_file(path), NAMES, naming).file)
-    torch.testing.assert_close(loaded_by_diffusers(renamed), expected, **FLOAT32_DEEP)
+    torch.testing.assert_close(predict_by_diffusers(renamed), expected, **FLOAT32_DEEP)
 
 
-def test_merged_weights_predict_what_the_adapter_did(tmp_path: Path) -> None:
-    """DoRA, which diffusers does not load, against weights that are added up."""
+def test_merged_weights_predict_the_same_as_the_adapter(tmp_path: Path) -> None:
+    """Compare DoRA, which diffusers does not load, with merged weights."""
     path = tmp_path / "ours.safetensors"
     arguments = {"dora_wd": "True", "train_llm_adapter": "True", "include_patterns": "['.*']"}
-    _, expected = trained_file(lora_anima, path, arguments)
+    _, expected = save_trained_file(lora_anima, path, arguments)
     model = tiny_anima(7)
     network, weights = lora_anima.create_network_from_weights(1.0, str(path), None, [], model, for_inference=True)
     network.merge_to([], model, weights, torch.float32, "cpu")
@@ -78,9 +78,9 @@ def test_merged_weights_predict_what_the_adapter_did(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("naming", ["generic", "diffusers"])
-def test_files_in_other_programs_names_are_trained_further(naming: FileNaming, tmp_path: Path) -> None:
+def test_training_continues_from_files_with_other_programs_names(naming: FileNaming, tmp_path: Path) -> None:
     path, other = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
-    _, expected = trained_file(lora_anima, path, {"train_llm_adapter": "True"})
+    _, expected = save_trained_file(lora_anima, path, {"train_llm_adapter": "True"})
     save_adapter_file(other, rename(read_adapter_file(path), NAMES, naming).file)
     model = tiny_anima(7)
     network, weights = lora_anima.create_network_from_weights(1.0, str(other), None, [], model)
@@ -91,7 +91,7 @@ def test_files_in_other_programs_names_are_trained_further(naming: FileNaming, t
     torch.testing.assert_close(model(*values), expected, **FLOAT32_DEEP)
 
 
-def test_lycoris_finds_the_blocks_and_names_their_layers_alike() -> None:
+def test_lycoris_finds_the_blocks_and_uses_our_layer_names() -> None:
     lycoris = pytest.importorskip("lycoris.kohya")
     model = tiny_anima(7)
     theirs: Any = lycoris.create_network(1.0, 4, 2, None, [], model, algo="lora", preset="full")

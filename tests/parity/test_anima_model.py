@@ -9,7 +9,7 @@ from torch import Tensor
 
 from library.architectures.anima.model import Anima
 from library.architectures.anima.reference import diffusers_models
-from tests.parity.denoisers import assert_recomputing_changes_no_gradient
+from tests.parity.denoisers import assert_checkpointing_keeps_gradients
 from tests.tiny.anima import CONFIG, NUM_T5_WORDS, tiny_anima
 from tests.tolerances import FLOAT32_DEEP
 
@@ -32,14 +32,14 @@ def inputs(H: int, W: int, seed: int = 0) -> Values:
 
 
 def oracle_velocity(transformer: Any, latents: Tensor, sigmas: Tensor, text: Tensor) -> Tensor:
-    padding = torch.zeros_like(latents[:, :1])  # given as a channel: the model's own way needs torchvision
+    padding = torch.zeros_like(latents[:, :1])  # passed as a channel, since the model's own method needs torchvision
     frames = torch.cat([latents, padding], dim=1)[:, :, None]
     sample: Tensor = transformer(hidden_states=frames, timestep=sigmas, encoder_hidden_states=text).sample[:, :, 0]
     return sample
 
 
 def oracle_of(transformer: Any, conditioner: Any) -> Callable[..., Tensor]:
-    """Both models in one, called as ours is."""
+    """Return a function that combines both models and takes our arguments."""
 
     def run(latents: Tensor, sigmas: Tensor, source: Tensor, source_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         text = conditioner(source, ids, target_attention_mask=mask, source_attention_mask=source_mask)
@@ -53,7 +53,7 @@ def oracle(model: Anima) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int]) -> None:
+def test_outputs_and_input_gradients_match_diffusers(size: tuple[int, int]) -> None:
     ours = tiny_anima(1)
     results = []
     for run in (ours, oracle(ours)):
@@ -61,13 +61,13 @@ def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int
         output = run(*values)
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(5))
         gradients = torch.autograd.grad((output * weights).sum(), (values[0], values[2]))
-        results.append((output, gradients[0], 10 * gradients[1]))  # few of the 512 places are words
+        results.append((output, gradients[0], 10 * gradients[1]))  # few of the 512 positions are words
     for ours_value, theirs_value in zip(*results, strict=True):
         assert theirs_value.abs().max() > 0.1
         torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
 
 
-def test_a_caption_without_a_word_is_as_in_diffusers() -> None:
+def test_an_empty_caption_matches_diffusers() -> None:
     ours = tiny_anima(2)
     latents, sigmas, source, source_mask, ids, mask = (value.detach() for value in inputs(8, 6))
     empty = source * 0, source_mask * 0
@@ -77,7 +77,7 @@ def test_a_caption_without_a_word_is_as_in_diffusers() -> None:
     assert not torch.allclose(got, ours(latents, sigmas, source, source_mask, ids, mask), rtol=1e-2)
 
 
-def test_padding_behind_a_caption_changes_nothing() -> None:
+def test_padding_after_a_caption_does_not_affect_outputs() -> None:
     ours = tiny_anima(3)
     latents, sigmas, source, source_mask, ids, mask = (value.detach() for value in inputs(8, 6))
     short = ours(latents[:1], sigmas[:1], source[:1, :5], source_mask[:1, :5], ids[:1], mask[:1])
@@ -90,11 +90,11 @@ def test_padding_behind_a_caption_changes_nothing() -> None:
     )
 
 
-def test_recomputing_blocks_changes_no_gradient() -> None:
-    assert_recomputing_changes_no_gradient(tiny_anima(4), lambda: inputs(8, 6))
+def test_gradient_checkpointing_does_not_change_gradients() -> None:
+    assert_checkpointing_keeps_gradients(tiny_anima(4), lambda: inputs(8, 6))
 
 
-def test_blocks_compile_without_a_break_in_the_graph() -> None:
+def test_blocks_compile_without_graph_breaks() -> None:
     model = tiny_anima(5)
     expected = model(*inputs(8, 6))
     for blocks in (model.blocks, model.llm_adapter.blocks):
@@ -103,7 +103,7 @@ def test_blocks_compile_without_a_break_in_the_graph() -> None:
     torch.testing.assert_close(model(*inputs(8, 6)), expected, **FLOAT32_DEEP)
 
 
-def test_the_sum_of_the_blocks_is_kept_in_float32_where_weights_are_float16() -> None:
+def test_the_residual_stream_is_float32_with_float16_weights() -> None:
     model = tiny_anima(6).half()
     kinds = []
     model.blocks[1].register_forward_hook(lambda module, args, output: kinds.append((args[0].dtype, output.dtype)))

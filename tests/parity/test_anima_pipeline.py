@@ -1,4 +1,4 @@
-"""Anima's text, latents and previews against the parts of diffusers' pipeline: from captions and pixels to images."""
+"""Anima's text, latents and previews against the parts of diffusers' pipeline."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -52,13 +52,13 @@ def encoded(folder: Path) -> dict[str, Tensor]:
     )
     with torch.no_grad():
         step: Any = AnimaTextEncoderStep
-        found: dict[str, Tensor] = step.encode_prompt(
+        features: dict[str, Tensor] = step.encode_prompt(
             components, CAPTIONS, "", device=torch.device("cpu"), dtype=torch.float32
         )
-    return found
+    return features
 
 
-def test_text_is_that_of_diffusers_but_for_more_padding(run: Any, encoded: dict[str, Tensor]) -> None:
+def test_text_features_match_diffusers_except_for_more_padding(run: Any, encoded: dict[str, Tensor]) -> None:
     with torch.no_grad():
         got = run.arch.text.encode(run.models.text_encoders, run.arch.text.tokenize(CAPTIONS))
     for name, theirs in (
@@ -76,7 +76,7 @@ def test_text_is_that_of_diffusers_but_for_more_padding(run: Any, encoded: dict[
     assert got["prompt_embeds"][0].abs().max() > 0.1
 
 
-def test_a_trained_text_encoder_gets_finite_gradients_from_captions_of_all_lengths(run: Any) -> None:
+def test_the_text_encoder_gets_finite_gradients_from_captions_of_all_lengths(run: Any) -> None:
     encoder = run.models.text_encoders[0]
     weight = encoder.layers[0].self_attn.q_proj.weight.requires_grad_()
     states = run.arch.text.encode([encoder], run.arch.text.tokenize(CAPTIONS))["prompt_embeds"]
@@ -85,16 +85,16 @@ def test_a_trained_text_encoder_gets_finite_gradients_from_captions_of_all_lengt
     assert gradient.isfinite().all() and gradient.abs().max() > 0
 
 
-def test_the_statistics_of_the_latents_are_those_of_diffusers() -> None:
+def test_the_latent_statistics_match_diffusers() -> None:
     import inspect
 
     from diffusers import AutoencoderKLQwenImage
 
-    told = inspect.signature(AutoencoderKLQwenImage.__init__).parameters
-    assert (list(MEAN), list(STD)) == (told["latents_mean"].default, told["latents_std"].default)
+    parameters = inspect.signature(AutoencoderKLQwenImage.__init__).parameters
+    assert (list(MEAN), list(STD)) == (parameters["latents_mean"].default, parameters["latents_std"].default)
 
 
-def test_latents_and_images_are_those_of_diffusers(run: Any, folder: Path) -> None:
+def test_latents_and_images_match_diffusers(run: Any, folder: Path) -> None:
     from diffusers import AutoencoderKLQwenImage
     from diffusers.modular_pipelines.anima.encoders import encode_vae_image
 
@@ -114,22 +114,20 @@ def test_latents_and_images_are_those_of_diffusers(run: Any, folder: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nothing_kept_for_a_next_frame_changes_an_image_by_a_bit(run: Any, dtype: torch.dtype) -> None:
+def test_skipping_the_frame_cache_keeps_images_bit_for_bit(run: Any, dtype: torch.dtype) -> None:
     vae = run.arch.load.vae().to(dtype)
     pixels = torch.rand(1, 3, 40, 24, generator=torch.Generator().manual_seed(4)) * 2 - 1
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (MEAN, STD))
     with torch.no_grad():
         latents = run.arch.codec.encode(vae, pixels, [])
-        whole = vae.encode(pixels[:, :, None].to(dtype)).latent_dist.mode()[:, :, 0].float()
-        assert torch.equal(latents, (whole - mean) / std)
+        expected = vae.encode(pixels[:, :, None].to(dtype)).latent_dist.mode()[:, :, 0].float()
+        assert torch.equal(latents, (expected - mean) / std)
         frames = (latents * std + mean)[:, :, None].to(dtype)
         assert torch.equal(run.arch.codec.decode(vae, latents), vae.decode(frames).sample[:, :, 0].float())
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 3.0), (4.0, 1.5)])
-def test_previews_are_what_the_parts_of_diffusers_draw(
-    run: Any, encoded: dict[str, Tensor], scale: float, shift: float
-) -> None:
+def test_previews_match_diffusers(run: Any, encoded: dict[str, Tensor], scale: float, shift: float) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     prompt = Prompt(

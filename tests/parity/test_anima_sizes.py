@@ -15,7 +15,7 @@ from networks import lora_anima
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
 from networks.core.files.renaming import rename
 from tests.parity.denoisers import save_trained
-from tests.parity.test_anima_lora import loaded_by_diffusers
+from tests.parity.test_anima_lora import predict_by_diffusers
 from tests.parity.test_anima_model import inputs, oracle
 from tests.tiny.anima import CONFIG, tiny_anima
 from tests.tolerances import FLOAT32_DEEP
@@ -34,7 +34,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("config", SIZES.values(), ids=SIZES)
-def test_outputs_and_input_gradients_are_those_of_diffusers(config: AnimaConfig) -> None:
+def test_outputs_and_input_gradients_match_diffusers(config: AnimaConfig) -> None:
     ours = tiny_anima(17, config)
     assert read_config({name: tuple(tensor.shape) for name, tensor in ours.state_dict().items()}) == config
     results = []
@@ -50,7 +50,7 @@ def test_outputs_and_input_gradients_are_those_of_diffusers(config: AnimaConfig)
 
 @pytest.fixture(scope="module")
 def deep_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
-    """An adapter of the deep model, and what the model predicts with it."""
+    """Save an adapter of the deep model and return it with its prediction."""
     path = tmp_path_factory.mktemp("deep") / "ours.safetensors"
     model = tiny_anima(20, DEEP)
     values = [value.detach() for value in inputs(6, 10)]
@@ -64,11 +64,11 @@ def test_diffusers_loads_the_converted_file_of_a_deep_model(deep_file: tuple[Pat
     path, expected = deep_file
     tensors = adapter_tensors(rename(read_adapter_file(path), NAMES, naming).file)
     assert any("blocks.30." in key for key in tensors)
-    torch.testing.assert_close(loaded_by_diffusers(tensors, tiny_anima(20, DEEP)), expected, **FLOAT32_DEEP)
+    torch.testing.assert_close(predict_by_diffusers(tensors, tiny_anima(20, DEEP)), expected, **FLOAT32_DEEP)
 
 
 @pytest.mark.parametrize("naming", ["kohya", "generic", "diffusers"])
-def test_a_file_of_a_deep_model_is_trained_further_whatever_its_names(
+def test_training_continues_from_a_deep_models_file_in_every_naming(
     deep_file: tuple[Path, Tensor], naming: FileNaming
 ) -> None:
     path, _ = deep_file
@@ -81,14 +81,14 @@ def test_a_file_of_a_deep_model_is_trained_further_whatever_its_names(
     assert any(name.startswith("lora_unet_blocks_30_") for name in network.adapters)
 
 
-def test_names_of_blocks_that_no_stack_can_have_are_strangers() -> None:
+def test_block_names_out_of_range_are_unknown() -> None:
     for name in (
         "lora_unet_blocks_99_mlp_layer1",
         "diffusion_model.blocks.40.mlp.layer2",
         "lora_te_layers_35_mlp_up_proj",
     ):
-        found = NAMES.find(name)
-        assert found is not None and name in found.spellings
+        module = NAMES.find(name)
+        assert module is not None and name in module.spellings
     for name in (
         "lora_unet_blocks_99_mlp_layer7",
         "lora_unet_t_embedder_5_linear_1",

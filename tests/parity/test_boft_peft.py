@@ -1,6 +1,6 @@
-"""BOFT against PEFT's: the same numbers give the same outputs, gradients, merged weights and files, both ways.
+"""BOFT against PEFT: equal parameters give equal outputs, gradients, merged weights and files, in both directions.
 
-Without a CUDA compiler PEFT makes one factor. Products of several are held to its own permutations and its own Cayley
+Without a CUDA compiler PEFT supports one factor. Products of several are compared with its permutations and Cayley
 transform, multiplied as dense matrices.
 """
 
@@ -29,11 +29,11 @@ LAYERS = {
     "1x1": (lambda: nn.Conv2d(24, 10, 1), (2, 24, 4, 4)),
     "3x3": (lambda: nn.Conv2d(8, 10, 3, stride=2, padding=1), (2, 8, 6, 6)),
 }
-FLOAT32_SOLVE = {"rtol": 1e-5, "atol": 1e-6}  # their identity matrix is float32
+FLOAT32_SOLVE = {"rtol": 1e-5, "atol": 1e-6}  # PEFT's identity matrix is float32
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_outputs_gradients_and_merged_weights(name: str) -> None:
+def test_outputs_gradients_and_merged_weights_match_peft(name: str) -> None:
     torch.manual_seed(6201 + list(LAYERS).index(name))
     layer: Any = LAYERS[name][0]().requires_grad_(False)
     wrapped = nn.Sequential(LAYERS[name][0]())
@@ -60,61 +60,61 @@ def test_outputs_gradients_and_merged_weights(name: str) -> None:
     torch.testing.assert_close(read(leaves, None).merged(layer.weight), merged, **FLOAT32_SOLVE)
 
 
-def dense(blocks_FDbb: Tensor) -> Tensor:
-    """R with PEFT's permutations and Cayley transform, as a matrix."""
+def dense_rotation(blocks_FDbb: Tensor) -> Tensor:
+    """Return R as a dense matrix from PEFT's permutations and Cayley transform."""
     theirs = peft.tuners.boft.layer.BOFTLayer
     num_factors, num_blocks, size, _ = blocks_FDbb.shape
-    whole = torch.eye(num_blocks * size, dtype=blocks_FDbb.dtype)
+    rotation = torch.eye(num_blocks * size, dtype=blocks_FDbb.dtype)
     for i in range(num_factors):
-        order = theirs.block_butterfly_perm(None, len(whole), num_blocks // 2**i, size // 2, num_factors - 1)
-        moved = theirs.perm2mat(None, order).to(whole)
+        order = theirs.block_butterfly_perm(None, len(rotation), num_blocks // 2**i, size // 2, num_factors - 1)
+        moved = theirs.perm2mat(None, order).to(rotation)
         skew = (blocks_FDbb[i] - blocks_FDbb[i].mT) / 2
-        one = torch.eye(size, dtype=whole.dtype)
-        blocks = torch.linalg.solve(one + skew, (one - skew).expand_as(skew), left=False)
-        whole = moved @ torch.block_diag(*blocks) @ moved.t() @ whole
-    return whole
+        identity = torch.eye(size, dtype=rotation.dtype)
+        blocks = torch.linalg.solve(identity + skew, (identity - skew).expand_as(skew), left=False)
+        rotation = moved @ torch.block_diag(*blocks) @ moved.t() @ rotation
+    return rotation
 
 
 @pytest.mark.parametrize(
     ("num_columns", "size", "num_factors"), [(24, 4, 1), (24, 4, 2), (48, 4, 3), (64, 8, 4), (40, 2, 3)]
 )
-def test_products_of_factors_are_those_of_peft(num_columns: int, size: int, num_factors: int) -> None:
+def test_products_of_factors_match_peft(num_columns: int, size: int, num_factors: int) -> None:
     torch.manual_seed(6211 + num_columns + num_factors)
     layer = nn.Linear(num_columns, 6).double().requires_grad_(False)
     change = make_fresh(layer, size, num_factors=num_factors).double()
     with torch.no_grad():
         for parameter in change.parameters():
             parameter.add_(torch.randn(parameter.shape, dtype=torch.float64) * 0.4)
-    whole = dense(change.get_parameter(BLOCKS).detach())
-    one = torch.eye(num_columns, dtype=torch.float64)
-    torch.testing.assert_close(whole @ whole.t(), one, **FLOAT64)
+    rotation = dense_rotation(change.get_parameter(BLOCKS).detach())
+    identity = torch.eye(num_columns, dtype=torch.float64)
+    torch.testing.assert_close(rotation @ rotation.t(), identity, **FLOAT64)
     residuals = change.rotation.residuals(change.rotation.angles(1.0)).detach()
-    torch.testing.assert_close(rotate(one, residuals), whole, **FLOAT64)
-    torch.testing.assert_close(rotate(one, residuals, is_transposed=True), whole.t(), **FLOAT64)
-    expected = change.get_parameter(SCALES) * (whole @ layer.weight.t()).t()
+    torch.testing.assert_close(rotate(identity, residuals), rotation, **FLOAT64)
+    torch.testing.assert_close(rotate(identity, residuals, is_transposed=True), rotation.t(), **FLOAT64)
+    expected = change.get_parameter(SCALES) * (rotation @ layer.weight.t()).t()
     torch.testing.assert_close(change.merged(layer.weight), expected, **FLOAT64)
     x = torch.randn(3, num_columns, dtype=torch.float64, requires_grad=True)
-    found = change.forward(x, layer, 1.0)
+    actual = change.forward(x, layer, 1.0)
     wanted = nn.functional.linear(x, change.merged(layer.weight), layer.bias)
-    torch.testing.assert_close(found, wanted, **FLOAT64)
+    torch.testing.assert_close(actual, wanted, **FLOAT64)
     learned = (x, *change.parameters())
     wanted_grads = torch.autograd.grad(wanted.square().sum(), learned)
-    for mine, other in zip(torch.autograd.grad(found.square().sum(), learned), wanted_grads, strict=True):
+    for mine, other in zip(torch.autograd.grad(actual.square().sum(), learned), wanted_grads, strict=True):
         torch.testing.assert_close(mine, other, **FLOAT64)
 
 
-def test_several_factors_let_inputs_meet_that_one_keeps_apart() -> None:
+def test_several_factors_mix_inputs_across_blocks() -> None:
     torch.manual_seed(6221)
     for num_factors in (1, 2, 3):
         change = make_fresh(nn.Linear(32, 4), 4, num_factors=num_factors)
         with torch.no_grad():
             change.get_parameter(BLOCKS).normal_()
-        reached = (dense(change.get_parameter(BLOCKS).detach())[0].abs() > 1e-6).sum()
+        reached = (dense_rotation(change.get_parameter(BLOCKS).detach())[0].abs() > 1e-6).sum()
         assert reached == 4 * 2 ** (num_factors - 1)
 
 
 @pytest.mark.parametrize("num_factors", [1, 3])
-def test_no_matrix_of_inputs_by_inputs_is_made(num_factors: int) -> None:
+def test_no_dense_rotation_matrix_is_built(num_factors: int) -> None:
     layer = nn.Linear(256, 2).requires_grad_(False)
     change = make_fresh(layer, 4, num_factors=num_factors)
     x = torch.randn(4, 256, requires_grad=True)
@@ -125,7 +125,7 @@ def test_no_matrix_of_inputs_by_inputs_is_made(num_factors: int) -> None:
     assert not list(change.buffers())
 
 
-def test_sizes_that_fit_are_those_that_theirs_takes() -> None:
+def test_valid_block_sizes_match_peft() -> None:
     for num_columns in (24, 30, 36, 320):
         for num_factors in (1, 2, 3):
             for size in range(2, num_columns + 1):
@@ -136,14 +136,14 @@ def test_sizes_that_fit_are_those_that_theirs_takes() -> None:
     assert sizes_for(320, 4, 0, 3, True) == (80, 4)
     assert sizes_for(320, 7, 0, 2, True) == (40, 8)
     assert sizes_for(320, 0, 10, 1, False) == (10, 32)
-    for wrong, said in (((30, 4, 0, 3, True), "block_size=4.*30 inputs, of which sizes none"),
+    for wrong, message in (((30, 4, 0, 3, True), "block_size=4.*30 inputs, of which sizes none"),
                         ((320, 4, 7, 1, True), "boft_block_num=7 .*320 inputs"),
                         ((320, 7, 0, 2, False), "block_size=7 .*sizes 2, 4, 8")):  # fmt: skip
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             sizes_for(*wrong)
 
 
-def test_scales_are_not_rounded_with_the_rest() -> None:
+def test_scales_stay_in_float32_when_the_change_is_cast() -> None:
     change = Orthogonal(
         nn.Linear(8, 3), Boft(torch.zeros(1, 2, 4, 4), torch.tensor([[1.0009765625], [1.0], [0.9990234375]]))
     )
@@ -152,7 +152,7 @@ def test_scales_are_not_rounded_with_the_rest() -> None:
     assert change.get_parameter(SCALES).flatten().tolist() == [1.0009765625, 1.0, 0.9990234375]
 
 
-def test_a_folder_that_peft_saved_is_read(tmp_path: Path) -> None:
+def test_a_folder_saved_by_peft_is_read(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 6), nn.Conv2d(4, 6, 3))
     config = peft.BOFTConfig(boft_block_size=4, target_modules=["0", "1"], init_weights=False)
     torch.manual_seed(6231)
@@ -168,14 +168,14 @@ def test_a_folder_that_peft_saved_is_read(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_peft_loads_what_ours_saved(tiny_sd_folder: Path, tmp_path: Path) -> None:
+def test_peft_loads_our_files(tiny_sd_folder: Path, tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(tiny_sd_folder, subfolder="unet")
     generator = torch.Generator().manual_seed(6241)
-    given: Any = (torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([31, 742]),
+    unet_inputs: Any = (torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([31, 742]),
                   torch.randn(2, 5, unet.config.cross_attention_dim, generator=generator))  # fmt: skip
-    alone: Tensor = unet(*given).sample
+    alone: Tensor = unet(*unet_inputs).sample
     text, seen = view([tiny_clip(6242, torch.float32)], unet)
     network = boft.create_network(1.0, 4, 1, None, text, seen, enable_conv="True")
     network.apply_to(text, seen, False, True)
@@ -183,7 +183,7 @@ def test_peft_loads_what_ours_saved(tiny_sd_folder: Path, tmp_path: Path) -> Non
     for parameter in network.parameters():
         parameter.add_(torch.randn(parameter.shape) * 0.2)
     network.eval()
-    expected: Tensor = unet(*given).sample
+    expected: Tensor = unet(*unet_inputs).sample
     assert (alone - expected).abs().max() > 0.05
     network.save_weights(str(tmp_path / "ours.safetensors"), None, {})
     saved = load_state_dict(tmp_path / "ours.safetensors")
@@ -194,11 +194,11 @@ def test_peft_loads_what_ours_saved(tiny_sd_folder: Path, tmp_path: Path) -> Non
     assert any(isinstance(plain.get_submodule(name), nn.Conv2d) for name in targets)
     config = peft.BOFTConfig(boft_block_size=4, target_modules=targets, init_weights=False)
     theirs: Any = peft.get_peft_model(plain, config)
-    named = {}
+    peft_tensors = {}
     for key, tensor in saved.items():
         module, leaf = key.split(".")
         is_row = leaf == SCALES and isinstance(unet.get_submodule(names[module]), nn.Conv2d)
-        named[f"base_model.model.{names[module]}.{leaf}"] = tensor.view(1, -1) if is_row else tensor
-    loaded = peft.set_peft_model_state_dict(theirs, named)
+        peft_tensors[f"base_model.model.{names[module]}.{leaf}"] = tensor.view(1, -1) if is_row else tensor
+    loaded = peft.set_peft_model_state_dict(theirs, peft_tensors)
     assert not loaded.unexpected_keys and not [key for key in loaded.missing_keys if "boft_" in key]
-    torch.testing.assert_close(theirs(*given).sample, expected, **FLOAT32_DEEP)
+    torch.testing.assert_close(theirs(*unet_inputs).sample, expected, **FLOAT32_DEEP)

@@ -1,4 +1,4 @@
-"""Saved Chroma adapters in diffusers' own transformer, on the same weights."""
+"""Saved Chroma adapters in the transformer of diffusers, on the same weights."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tests.tolerances import FLOAT32_DEEP
 
 
 @pytest.mark.parametrize(
-    ("door", "arguments"),
+    ("network_module", "arguments"),
     [
         (lora_flux, {"train_approximator": "True", "in_dims": "[2,0,0,0,2]"}),
         (lora_flux, {"split_qkv": "True"}),
@@ -27,21 +27,22 @@ from tests.tolerances import FLOAT32_DEEP
     ],
     ids=lambda value: value.__name__.split(".")[-1] if not isinstance(value, dict) else ",".join(value),
 )
-def test_diffusers_loads_our_file_and_predicts_the_same(door: Any, arguments: dict[str, str], tmp_path: Path) -> None:
+def test_diffusers_loads_our_file_and_predicts_the_same(
+    network_module: Any, arguments: dict[str, str], tmp_path: Path
+) -> None:
     path, values = tmp_path / "ours.safetensors", [value.detach() for value in inputs(6, 10, 4)]
     model = tiny_chroma(27)
-    base, expected = save_trained(door, path, arguments, model, lambda: velocity(model, *values))
+    base, expected = save_trained(network_module, path, arguments, model, lambda: velocity(model, *values))
     assert (expected - base).abs().max() > 0.01
     theirs = diffusers_model(tiny_chroma(27))
-    renamed = rename(
-        read_adapter_file(path), CHROMA_NAMES, "diffusers"
-    ).file  # diffusers' own renaming knows 3072 alone
+    # The conversion of diffusers supports only width 3072.
+    renamed = rename(read_adapter_file(path), CHROMA_NAMES, "diffusers").file
     theirs.load_lora_adapter(adapter_tensors(renamed), prefix="transformer")
     torch.testing.assert_close(oracle_output(theirs, *values), expected, **FLOAT32_DEEP)
 
 
-def test_merged_weights_predict_what_the_adapter_did(tmp_path: Path) -> None:
-    """DoRA, which diffusers does not load, against weights that are added up."""
+def test_merged_weights_predict_the_same_as_the_adapter(tmp_path: Path) -> None:
+    """Compare DoRA, which diffusers does not load, with merged weights."""
     path, values = tmp_path / "ours.safetensors", [value.detach() for value in inputs(6, 10, 5)]
     model = tiny_chroma(28)
     arguments = {"dora_wd": "True", "train_approximator": "True"}

@@ -11,7 +11,7 @@ from library.architectures.flux.model import PATCH, Flux
 from library.architectures.flux.predict import with_first_padding
 from library.architectures.flux.reference import diffusers_model
 from library.models.patches import patchify
-from tests.parity.denoisers import assert_recomputing_changes_no_gradient
+from tests.parity.denoisers import assert_checkpointing_keeps_gradients
 from tests.tiny.chroma import CONFIG, tiny_chroma
 from tests.tolerances import FLOAT32_DEEP
 
@@ -19,7 +19,7 @@ NUM_TEXT = 9
 
 
 def inputs(H: int, W: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, noise levels, text."""
+    """Return latents, noise levels, text."""
     g = torch.Generator().manual_seed(seed)
     latents = torch.randn(2, 16, H, W, generator=g).requires_grad_()
     text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
@@ -27,12 +27,12 @@ def inputs(H: int, W: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def velocity(model: Flux, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Ours as patches, told the guidance that diffusers' always assumes."""
+    """Return our velocity as patches, with the guidance that diffusers assumes."""
     return patchify(model(latents, sigmas, text, None, torch.zeros_like(sigmas), mask), PATCH)
 
 
 def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
-    """diffusers' velocity as patches, its places and its mask for all tokens made by its own pipeline."""
+    """Return diffusers' velocity as patches, with the positions and mask of its pipeline."""
     from diffusers import ChromaPipeline
 
     B, C, H, W = latents.shape
@@ -50,10 +50,8 @@ def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, ma
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 14), (18, 6)], ids=str)
 @pytest.mark.parametrize("lengths", [None, (3, 7), (0, NUM_TEXT)], ids=["no mask", "two lengths", "none and all"])
-def test_outputs_and_input_gradients_are_those_of_diffusers(
-    size: tuple[int, int], lengths: tuple[int, int] | None
-) -> None:
-    """Odd numbers of blocks that differ, so that rows of modulation in another order would show."""
+def test_outputs_and_input_gradients_match_diffusers(size: tuple[int, int], lengths: tuple[int, int] | None) -> None:
+    """The block counts are odd and different, so that modulation rows in the wrong order would show."""
     ours = tiny_chroma(21, replace(CONFIG, num_double=3, num_single=4))
     theirs = diffusers_model(ours)
     mask = None if lengths is None else torch.arange(NUM_TEXT) < torch.tensor(lengths)[:, None]
@@ -72,13 +70,13 @@ def test_outputs_and_input_gradients_are_those_of_diffusers(
         torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
 
 
-def test_one_padding_token_behind_the_caption_is_attended_to() -> None:
+def test_one_padding_token_after_the_caption_is_attended_to() -> None:
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]])
     expected = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
     assert with_first_padding(mask).int().tolist() == expected
 
 
-def test_masked_tokens_are_as_if_they_were_not_there() -> None:
+def test_masked_tokens_have_no_effect() -> None:
     model = tiny_chroma(22)
     latents, sigmas, text = (value.detach() for value in inputs(8, 6, 1))
     mask = (torch.arange(NUM_TEXT) < 4).expand(2, -1)
@@ -89,21 +87,21 @@ def test_masked_tokens_are_as_if_they_were_not_there() -> None:
 
 
 def test_guidance_is_an_input() -> None:
-    """diffusers has it as a constant 0; the weights of the model take any."""
+    """diffusers fixes it to 0; the model accepts any value."""
     model = tiny_chroma(23)
     latents, sigmas, text = (value.detach() for value in inputs(6, 6, 2))
-    told = model(latents, sigmas, text, None, torch.full_like(sigmas, 3.5))
-    assert not torch.allclose(patchify(told, PATCH), velocity(model, latents, sigmas, text), rtol=1e-3)
+    guided = model(latents, sigmas, text, None, torch.full_like(sigmas, 3.5))
+    assert not torch.allclose(patchify(guided, PATCH), velocity(model, latents, sigmas, text), rtol=1e-3)
 
 
-def test_recomputing_blocks_changes_no_gradient() -> None:
+def test_gradient_checkpointing_does_not_change_gradients() -> None:
     def values() -> tuple[Tensor | None, ...]:
         return (*inputs(8, 6), None, torch.zeros(2))
 
-    assert_recomputing_changes_no_gradient(tiny_chroma(24), values)
+    assert_checkpointing_keeps_gradients(tiny_chroma(24), values)
 
 
-def test_blocks_compile_without_a_break_in_the_graph() -> None:
+def test_blocks_compile_without_graph_breaks() -> None:
     model = tiny_chroma(25)
     expected = velocity(model, *inputs(8, 6))
     for block in (*model.double_blocks, *model.single_blocks):
@@ -111,7 +109,7 @@ def test_blocks_compile_without_a_break_in_the_graph() -> None:
     torch.testing.assert_close(velocity(model, *inputs(8, 6)), expected, **FLOAT32_DEEP)
 
 
-def test_nothing_is_kept_of_the_approximator_unless_it_is_trained() -> None:
+def test_the_approximator_needs_no_gradient_unless_it_is_trained() -> None:
     model = tiny_chroma(26)
     rows = model.modulation(torch.tensor([0.5]), None, torch.zeros(1), torch.float32)
     assert not any(row.requires_grad for row in rows)

@@ -45,8 +45,8 @@ def pipeline_of(folder: Path) -> Any:
 
 @pytest.mark.parametrize(("scale", "negative"), [(1.0, ""), (4.0, ""), (2.5, "a dog")], ids=str)
 def test_latents_equal_those_of_the_pipeline(tmp_path: Path, scale: float, negative: str) -> None:
-    """With the pipeline's own captions and masks. It makes a mask numbers of the text's precision, which torch adds to
-    the scores instead of hiding by them; the model's authors hide, so the masks are given as truth values."""
+    """Use the pipeline's captions and masks. It converts masks to the text's precision, which torch adds to the scores
+    instead of masking; the model's authors mask, so the masks are passed as booleans here."""
     arguments = build_tiny_chroma(tmp_path, 12, "diffusers")
     prompt = Prompt(
         text="a red cat", negative=negative, width=64, height=96, seed=8, num_steps=4, scale=scale, sampler=None,
@@ -62,12 +62,12 @@ def test_latents_equal_those_of_the_pipeline(tmp_path: Path, scale: float, negat
         guidance_scale=scale, width=prompt.width, height=prompt.height, num_inference_steps=prompt.num_steps,
         generator=torch.Generator().manual_seed(8), output_type="latent",
     ).images  # fmt: skip
-    found = ours(run_of(arguments), prompt)
-    torch.testing.assert_close(patchify(found, PATCH), expected, **FLOAT32_SAMPLED)
+    actual = ours(run_of(arguments), prompt)
+    torch.testing.assert_close(patchify(actual, PATCH), expected, **FLOAT32_SAMPLED)
 
 
-def test_the_loss_of_a_step_is_that_of_what_diffusers_predicts(tmp_path: Path) -> None:
-    """The recipe's: the mean square of what is missing to noise - latent, summed up in float64."""
+def test_the_loss_of_a_step_matches_diffusers(tmp_path: Path) -> None:
+    """The expected loss is the mean square of noise - latent - prediction, summed in float64."""
     recipe = ["--guidance_scale", "0", "--timestep_sampling", "sigmoid", "--model_prediction_type", "raw"]
     arch = run_of([*build_tiny_chroma(tmp_path, 14, "diffusers"), *recipe]).arch
     captions = ["a red cat", "dog"]
@@ -86,6 +86,6 @@ def test_the_loss_of_a_step_is_that_of_what_diffusers_predicts(tmp_path: Path) -
     assert noised.sigmas_B[0] != noised.sigmas_B[1]
 
 
-def test_a_prompt_that_says_nothing_is_drawn_with_real_guidance(tmp_path: Path) -> None:
+def test_prompts_use_classifier_free_guidance_by_default(tmp_path: Path) -> None:
     defaults = run_of(build_tiny_chroma(tmp_path, 13)).arch.preview.defaults
     assert (defaults.scale, defaults.guidance_scale) == (4.0, 0.0)

@@ -1,4 +1,4 @@
-"""Compiled blocks: few graphs however many blocks there are, and the gradients of blocks that run as they are."""
+"""Compiled blocks: few graphs regardless of the number of blocks, and the gradients of uncompiled blocks."""
 
 import logging
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from library.memory.frozen import frozen_layers, layers_in_blocks, multiply_code
 from library.memory.offload.streamed import stream
 from library.memory.planner.counter import FlopCounter
 from tests.parity.deep import DEEP
-from tests.parity.modes import ALL_CODECS, RUNNERS, with_adapter
+from tests.parity.modes import ALL_CODECS, RUNNERS, install_adapter
 from tests.tolerances import EXACT, FLOAT32_SAME_MATH
 
 CPU = torch.device("cpu")
 
 
 class CountingBackend:
-    """Runs graphs as they are and counts them."""
+    """A backend that runs graphs unchanged and counts them."""
 
     def __init__(self) -> None:
         self.num_graphs = 0
@@ -45,7 +45,7 @@ def gradients(
     base: str, adapter: str = "lora", runner: str = "plain", form: str = "none", place: str = "device",
     settings: CompileSettings | None = None, is_multiplied: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """The loss and the gradients of all adapters' parameters in the second of two equal steps."""
+    """Return the loss and the gradients of all adapter parameters in the second of two equal steps."""
     deep = DEEP[base]
     model = deep.frozen(61)
     if (kind := ALL_CODECS[form]) is not None:
@@ -58,18 +58,18 @@ def gradients(
         stream(stacks, [len(stack) - 2 for stack in stacks], CPU)
     blocks = RUNNERS[runner]()
     deep.run_blocks_with(model, blocks if settings is None else Compiled(blocks, settings))
-    network = with_adapter(adapter, deep.seen(model))
-    found: list[Tensor] = []
+    network = install_adapter(adapter, deep.seen(model))
+    results: list[Tensor] = []
     for _ in range(2):
         for parameter in network.parameters():
             parameter.grad = None
         loss = deep.loss(model, CPU)
         loss.backward()
-        found = [loss.detach(), *(p.grad for p in network.parameters() if p.grad is not None)]
-    return found
+        results = [loss.detach(), *(p.grad for p in network.parameters() if p.grad is not None)]
+    return results
 
 
-MOST_GRAPHS = {  # two for each kind of block at most: the first one's input has no gradient; U-Nets have many widths
+MOST_GRAPHS = {  # at most two per kind of block, as the first block's input has no gradient; U-Nets have many widths
     "sd": 12, "flux": 4, "sd3": 4, "lumina": 6, "anima": 2, "hunyuan_image": 4, "zimage": 6, "flux_2": 4, "krea2": 6,
     "qwen_image_21": 2,
 }  # fmt: skip
@@ -87,18 +87,18 @@ SLOW = [
 @pytest.mark.parametrize(
     ("base", "adapter", "runner", "form"), [*CASES, *(pytest.param(*case, marks=pytest.mark.nightly) for case in SLOW)]
 )
-def test_gradients_are_those_of_plain_blocks_and_graphs_are_few(
+def test_gradients_equal_those_of_uncompiled_blocks_with_few_graphs(
     base: str, adapter: str, runner: str, form: str
 ) -> None:
-    """Graphs that run as they are round nothing in another order, but for DoRA's norms, which add up other columns,
-    and turning by angles, which is compiled as sums: in heads of 12 values as here products of complex numbers are off
-    by a last bit."""
+    """Unchanged graphs give equal rounding, except for DoRA's norms, which sum columns in another order, and rotary
+    embeddings, which are compiled as sums: with heads of 12 values as here, complex products differ in the last
+    bit."""
     backend = CountingBackend()
     wanted = gradients(base, adapter, runner, form)
-    found = gradients(base, adapter, runner, form, settings=CompileSettings(backend, needs_full_graph=True))
+    actual = gradients(base, adapter, runner, form, settings=CompileSettings(backend, needs_full_graph=True))
     assert 0 < backend.num_graphs <= MOST_GRAPHS[base]
-    assert len(found) == len(wanted) > 4
-    for one, other in zip(found, wanted, strict=True):
+    assert len(actual) == len(wanted) > 4
+    for one, other in zip(actual, wanted, strict=True):
         is_close = adapter == "dora" or base == "lumina"
         torch.testing.assert_close(one, other, **(FLOAT32_SAME_MATH if is_close else EXACT))
 
@@ -108,46 +108,46 @@ def test_gradients_are_those_of_plain_blocks_and_graphs_are_few(
     ("base", "form"),
     [("anima", "int8_rotated"), *(pytest.param(base, "fp8", marks=pytest.mark.nightly) for base in ("sd3", "sd"))],
 )
-def test_products_in_8_bits_are_compiled_with_their_block(base: str, form: str) -> None:
+def test_8_bit_matmul_is_compiled_with_its_block(base: str, form: str) -> None:
     backend = CountingBackend()
     wanted = gradients(base, runner="recompute", form=form, is_multiplied=True)
     settings = CompileSettings(backend, needs_full_graph=True)
-    found = gradients(base, runner="recompute", form=form, settings=settings, is_multiplied=True)
+    actual = gradients(base, runner="recompute", form=form, settings=settings, is_multiplied=True)
     assert 0 < backend.num_graphs <= MOST_GRAPHS[base]
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(actual, wanted, strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.nightly
-def test_doubly_quantised_weights_are_decoded_between_pieces_of_a_block() -> None:
-    """bitsandbytes makes their table of numbers in a way that cannot be compiled."""
+def test_nf4_double_weights_are_dequantised_outside_the_compiled_parts() -> None:
+    """bitsandbytes creates their code table in a way that cannot be compiled."""
     backend = CountingBackend()
     wanted = gradients("sd3", form="nf4_double")
-    found = gradients("sd3", form="nf4_double", settings=CompileSettings(backend))
+    actual = gradients("sd3", form="nf4_double", settings=CompileSettings(backend))
     assert backend.num_graphs > 0
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(actual, wanted, strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("base", "adapter"), [("flux", "lora"), ("sd3", "dora"), ("sd", "lora")])
-def test_inductor_gives_the_gradients_too(base: str, adapter: str) -> None:
-    """In float32 other orders of sums are off by some of the last digits."""
+def test_inductor_gives_the_same_gradients(base: str, adapter: str) -> None:
+    """In float32, sums in another order differ in the last digits."""
     wanted = gradients(base, adapter, "recompute")
-    found = gradients(base, adapter, "recompute", settings=CompileSettings("inductor"))
-    for one, other in zip(found, wanted, strict=True):
+    actual = gradients(base, adapter, "recompute", settings=CompileSettings("inductor"))
+    for one, other in zip(actual, wanted, strict=True):
         assert (one - other).norm() <= 1e-4 * other.norm() + 1e-8
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("runner", [pytest.param("recompute", marks=pytest.mark.nightly), "recompute_every_2"])
-def test_blocks_that_wait_stay_out_of_what_is_compiled(runner: str) -> None:
-    """Two blocks of each kind do not wait."""
+def test_swapping_is_not_compiled(runner: str) -> None:
+    """Two blocks of each kind are not swapped."""
     backend = CountingBackend()
     wanted = gradients("anima", runner=runner, place="streamed")
-    found = gradients("anima", runner=runner, place="streamed", settings=CompileSettings(backend))
+    actual = gradients("anima", runner=runner, place="streamed", settings=CompileSettings(backend))
     assert 0 < backend.num_graphs <= MOST_GRAPHS["anima"]
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(actual, wanted, strict=True):
         assert torch.equal(one, other)
 
 
@@ -162,7 +162,7 @@ class Toy(nn.Module):
 
 
 def steps_with(settings: CompileSettings, sizes: list[int], runner: Any = plain) -> list[Tensor]:
-    blocks, found = [Toy(seed) for seed in range(5)], []
+    blocks, outputs = [Toy(seed) for seed in range(5)], []
     run = Compiled(runner, settings)
     for size in sizes:
         x = torch.randn(2, size, 8, generator=torch.Generator().manual_seed(size)).requires_grad_()
@@ -170,35 +170,33 @@ def steps_with(settings: CompileSettings, sizes: list[int], runner: Any = plain)
         for block in blocks:
             y = run(block, y)
         (gradient,) = torch.autograd.grad(y.square().sum(), x)
-        found.append(gradient)
-    return found
+        outputs.append(gradient)
+    return outputs
 
 
 @pytest.mark.parametrize(("is_dynamic", "most"), [(True, 1), (False, 4)])
-def test_new_sizes_are_compiled_as_often_as_was_asked_for(is_dynamic: bool, most: int) -> None:
+def test_new_sizes_are_compiled_as_configured(is_dynamic: bool, most: int) -> None:
     backend, sizes = CountingBackend(), [4, 7, 9, 12]
-    found = steps_with(CompileSettings(backend, is_dynamic=is_dynamic), sizes)
+    actual = steps_with(CompileSettings(backend, is_dynamic=is_dynamic), sizes)
     assert backend.num_graphs == most
-    for one, other in zip(found, steps_with(CompileSettings("eager"), sizes), strict=True):
+    for one, other in zip(actual, steps_with(CompileSettings("eager"), sizes), strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("runner", [plain, recompute, Every(2, recompute)])
-def test_sizes_beyond_the_limit_run_uncompiled_which_is_told_once(
-    runner: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_sizes_beyond_the_limit_run_uncompiled_with_one_warning(runner: Any, caplog: pytest.LogCaptureFixture) -> None:
     backend, sizes = CountingBackend(), [4, 7, 9, 12]
     with caplog.at_level(logging.INFO):
-        found = steps_with(CompileSettings(backend, is_dynamic=False, most_graphs=2), sizes, runner)
+        actual = steps_with(CompileSettings(backend, is_dynamic=False, most_graphs=2), sizes, runner)
     assert backend.num_graphs == 2
     assert caplog.text.count("compiling Toy; the first steps can take minutes") == 1
     assert caplog.text.count("Toy was compiled 2 times") == 1 and "(2, 9, 8)" in caplog.text
-    for one, other in zip(found, steps_with(CompileSettings("eager"), sizes), strict=True):
+    for one, other in zip(actual, steps_with(CompileSettings("eager"), sizes), strict=True):
         assert torch.equal(one, other)
 
 
-def test_what_has_no_gradient_and_what_is_counted_is_not_compiled() -> None:
-    """Torch never again compiles code that it met while operations were counted."""
+def test_passes_without_gradient_or_while_counting_are_not_compiled() -> None:
+    """torch never compiles code that it first met while operations were counted."""
     backend = CountingBackend()
     block = CompiledBlock(Toy(3), CompileSettings(backend), set(), set())
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(8))
@@ -211,8 +209,8 @@ def test_what_has_no_gradient_and_what_is_counted_is_not_compiled() -> None:
     assert backend.num_graphs == 1
 
 
-def test_layers_of_other_strength_share_a_graph() -> None:
-    """Their alphas differ, which are numbers and no tensors."""
+def test_layers_with_different_alphas_share_a_graph() -> None:
+    """The alphas are Python numbers, not tensors."""
     from networks.core.changes.alpha import ScaledDelta
     from networks.core.changes.low_rank import LowRank
 

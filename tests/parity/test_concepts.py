@@ -1,4 +1,4 @@
-"""One step of LECO against diffusers' pipelines and a float64 recomputation, on U-Nets with the adapter merged in."""
+"""One LECO step against diffusers' pipelines and a float64 recomputation, on U-Nets with the adapter merged."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,7 +32,7 @@ CONCEPT = Concept(
 
 
 def batch_of(concept: Concept = CONCEPT, sizes: tuple[float, ...] = (96, 64, 0, 0, 96, 64)) -> Batch:
-    """Two samples of 96 x 64 (height x width)."""
+    """Return a batch of two samples of 96 x 64 (height x width)."""
     return Batch(
         keys=["one", "other"], captions=[CAPTION] * 2, pixels_BCHW=None, latents_BCHW=None, conditioning=None,
         loss_weights_B=torch.full((2,), 0.3), masks_B1HW=None, sizes_B6=torch.tensor([sizes] * 2), attributes=[{}, {}],
@@ -45,7 +45,7 @@ def options_for(kind: type[TrainOptions], folder: Path, **values: Any) -> Any:
 
 
 def context_of(arch: Architecture) -> StepContext:
-    """An adapter with random weights on the tiny model, whose text encoders have encoded everything and are gone."""
+    """Return a context with a random adapter on the tiny model, after text encoding and without text encoders."""
     encoders, denoiser = arch.load.text_encoders(), arch.load.denoiser()
     view = arch.view([], denoiser)
     torch.manual_seed(5)
@@ -82,7 +82,7 @@ def sdxl_context(folder: Path) -> StepContext:
 
 @torch.no_grad()
 def merge_into(unet: Any, context: StepContext, multiplier: float) -> Any:
-    """The adapter's changes in the weights of a U-Net of diffusers, layer by layer of the same path."""
+    """Merge the adapter's changes into a diffusers U-Net, matching layers by path."""
     module: Any = context.network.module
     paths = {id(layer): path for path, layer in context.models.denoiser.named_modules()}
     for adapter in module.adapters.values():
@@ -96,8 +96,8 @@ def merge_into(unet: Any, context: StepContext, multiplier: float) -> Any:
 def pipeline_of(kind: str, folder: Path, **settings: Any) -> Any:
     import diffusers
 
-    own = {} if kind.endswith("XLPipeline") else {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = getattr(diffusers, kind).from_pretrained(str(folder), local_files_only=True, **own)
+    pipeline_options = {} if kind.endswith("XLPipeline") else {"safety_checker": None, "requires_safety_checker": False}
+    pipeline = getattr(diffusers, kind).from_pretrained(str(folder), local_files_only=True, **pipeline_options)
     pipeline.scheduler = diffusers.DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, **settings
     )
@@ -105,12 +105,12 @@ def pipeline_of(kind: str, folder: Path, **settings: Any) -> Any:
     return pipeline
 
 
-def drawn_by(pipeline: Any, **more: Any) -> Tensor:
-    """The latents of two images after five of eight steps."""
-    seen: list[Tensor] = []
+def latents_of_pipeline(pipeline: Any, **more: Any) -> Tensor:
+    """Return the latents of two images after five of eight steps."""
+    captured: list[Tensor] = []
 
     def look(_: Any, index: int, timestep: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        seen.append(values["latents"].clone())
+        captured.append(values["latents"].clone())
         return values
 
     pipeline(
@@ -118,58 +118,58 @@ def drawn_by(pipeline: Any, **more: Any) -> Tensor:
         num_images_per_prompt=2, generator=generator_for(SEED, "concept", NUMBER), output_type="latent",
         callback_on_step_end=look, **more,
     )  # fmt: skip
-    return seen[4]
+    return captured[4]
 
 
 @pytest.mark.parametrize("velocity", [False, True])
-def test_the_latents_are_those_of_the_pipeline_with_the_adapter_merged(tiny_sd_folder: Path, velocity: bool) -> None:
+def test_the_latents_match_the_pipeline_with_the_adapter_merged(tiny_sd_folder: Path, velocity: bool) -> None:
     context = sd_context(tiny_sd_folder, v_parameterization=velocity)
     pipeline = pipeline_of(
         "StableDiffusionPipeline", tiny_sd_folder, prediction_type="v_prediction" if velocity else "epsilon"
     )
     merge_into(pipeline.unet, context, CONCEPT.multiplier)
     noised = draw_partly(context, batch_of(), CONCEPT, NUMBER)
-    torch.testing.assert_close(noised.latents_BCHW, drawn_by(pipeline), **FLOAT32_SAMPLED)
+    torch.testing.assert_close(noised.latents_BCHW, latents_of_pipeline(pipeline), **FLOAT32_SAMPLED)
     assert noised.timesteps_B.tolist() == [pipeline.scheduler.timesteps[5].item()] * 2 == [250.0] * 2
 
 
-def test_sdxl_is_told_the_sizes_that_were_drawn(tiny_sdxl_folder: Path) -> None:
+def test_sdxl_receives_the_generated_sizes(tiny_sdxl_folder: Path) -> None:
     context = sdxl_context(tiny_sdxl_folder)
     pipeline = pipeline_of("StableDiffusionXLPipeline", tiny_sdxl_folder)
     merge_into(pipeline.unet, context, CONCEPT.multiplier)
     sizes = {"original_size": (150, 140), "crops_coords_top_left": (31, 7), "target_size": (96, 64)}
-    expected = drawn_by(pipeline, **{**sizes, **{f"negative_{name}": size for name, size in sizes.items()}})
+    expected = latents_of_pipeline(pipeline, **{**sizes, **{f"negative_{name}": size for name, size in sizes.items()}})
     noised = draw_partly(context, batch_of(sizes=(150, 140, 31, 7, 96, 64)), CONCEPT, NUMBER)
     torch.testing.assert_close(noised.latents_BCHW, expected, **FLOAT32_SAMPLED)
     other = draw_partly(context, batch_of(), CONCEPT, NUMBER)
     assert (other.latents_BCHW - expected).abs().max() > 0.01, "sizes count"
 
 
-def test_only_prompts_that_count_are_predicted(tiny_sd_folder: Path) -> None:
+def test_only_prompts_that_affect_the_target_are_predicted(tiny_sd_folder: Path) -> None:
     context = sd_context(tiny_sd_folder)
-    asked: list[int] = []
+    predicted: list[int] = []
 
     def predict(denoiser: Any, noised: Noised, conditioning: Any, batch: Batch) -> Tensor:
-        asked.append(len(noised.latents_BCHW))
+        predicted.append(len(noised.latents_BCHW))
         return context.arch.predict(denoiser, noised, conditioning, batch)
 
     counting = replace(context, arch=replace(context.arch, predict=predict))
     loss_of(counting, batch_of(replace(CONCEPT, guidance=1.0)), NUMBER)
-    assert asked == [2] * 5 + [6] + [2], "the way, the base model about three prompts, the adapted model"
-    asked.clear()
+    assert predicted == [2] * 5 + [6] + [2], "the way, the base model about three prompts, the adapted model"
+    predicted.clear()
     loss_of(counting, batch_of(replace(CONCEPT, neutral=UNCONDITIONAL)), NUMBER)
-    assert asked == [4] * 5 + [4] + [2], "equal prompts are asked once"
-    asked.clear()
+    assert predicted == [4] * 5 + [4] + [2], "equal prompts are asked once"
+    predicted.clear()
     loss_of(counting, batch_of(replace(CONCEPT, push=0.0)), NUMBER)
-    assert asked == [4] * 5 + [2] + [2], "nothing is pushed: the target is the neutral prediction"
+    assert predicted == [4] * 5 + [2] + [2], "nothing is pushed: the target is the neutral prediction"
 
 
 @torch.no_grad()
-def say(unet: Any, context: StepContext, text: str, noised: Noised) -> Tensor:
+def predict_in_float64(unet: Any, context: StepContext, text: str, noised: Noised) -> Tensor:
     """Return the prediction of a U-Net in float64."""
     features = context.captions([text] * 2)["hidden_state"].double()
-    said: Tensor = unet(noised.latents_BCHW.double(), noised.timesteps_B, encoder_hidden_states=features).sample
-    return said
+    prediction: Tensor = unet(noised.latents_BCHW.double(), noised.timesteps_B, encoder_hidden_states=features).sample
+    return prediction
 
 
 def snr(timestep: int) -> float:
@@ -179,7 +179,7 @@ def snr(timestep: int) -> float:
 
 
 @pytest.mark.parametrize(("velocity", "gamma"), [(False, None), (False, 5.0), (True, 5.0)])
-def test_target_and_loss_are_those_of_a_float64_recomputation(
+def test_target_and_loss_match_a_float64_recomputation(
     tiny_sd_folder: Path, velocity: bool, gamma: float | None
 ) -> None:
     context = sd_context(tiny_sd_folder, v_parameterization=velocity, min_snr_gamma=gamma)
@@ -187,49 +187,49 @@ def test_target_and_loss_are_those_of_a_float64_recomputation(
     loss = loss_of(context, batch_of(), NUMBER)
 
     base = pipeline_of("StableDiffusionPipeline", tiny_sd_folder).unet.double()
-    target = say(base, context, NEUTRAL, noised) - 1.5 * (
-        say(base, context, POSITIVE, noised) - say(base, context, UNCONDITIONAL, noised)
+    target = predict_in_float64(base, context, NEUTRAL, noised) - 1.5 * (
+        predict_in_float64(base, context, POSITIVE, noised) - predict_in_float64(base, context, UNCONDITIONAL, noised)
     )
     adapted = merge_into(base, context, CONCEPT.multiplier)
     ratio = snr(250)
     weight = 1.0 if gamma is None else min(gamma, ratio) / (ratio + 1 if velocity else ratio)
-    expected = (say(adapted, context, CAPTION, noised) - target).square().mean() * 0.3 * weight
-    # Both float32 U-Nets are off by some 1e-6 of what they say, of which the loss takes the difference, about a third.
+    expected = (predict_in_float64(adapted, context, CAPTION, noised) - target).square().mean() * 0.3 * weight
+    # Both float32 U-Nets have relative errors of about 1e-6; the loss uses the difference of their predictions.
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0.0)
     assert expected > 1e-3
 
 
-def test_the_gradient_is_that_of_the_last_prediction_alone(tiny_sd_folder: Path) -> None:
-    """Not of the way to the latents, nor of the target; and the adapter keeps its strength for the backward pass."""
+def test_the_gradient_flows_only_through_the_last_prediction(tiny_sd_folder: Path) -> None:
+    """No gradient flows through latents or target, and the adapter keeps its strength in the backward pass."""
     context = sd_context(tiny_sd_folder)
     batch = batch_of()
     loss_of(context, batch, NUMBER).backward()
     module: Any = context.network.module
-    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-    assert found and all(adapter.multiplier == CONCEPT.multiplier for adapter in module.adapters.values())
+    actual = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    assert actual and all(adapter.multiplier == CONCEPT.multiplier for adapter in module.adapters.values())
     module.zero_grad()
 
     noised = draw_partly(context, batch, CONCEPT, NUMBER)
     assert not noised.latents_BCHW.requires_grad
     at_rest = add_noise_at(type("Level", (), {"timestep": 250.0, "sigma": 1.0})(), noised.latents_BCHW.detach())
-    said = context.models.denoiser(
+    prediction = context.models.denoiser(
         at_rest.latents_BCHW, 250, encoder_hidden_states=context.captions([CAPTION] * 2)["hidden_state"]
     ).sample
     base = pipeline_of("StableDiffusionPipeline", tiny_sd_folder).unet.double()
-    parts = [say(base, context, text, noised).float() for text in (NEUTRAL, POSITIVE, UNCONDITIONAL)]
-    ((said - (parts[0] - 1.5 * (parts[1] - parts[2]))).square().mean() * 0.3).backward()
+    parts = [predict_in_float64(base, context, text, noised).float() for text in (NEUTRAL, POSITIVE, UNCONDITIONAL)]
+    ((prediction - (parts[0] - 1.5 * (parts[1] - parts[2]))).square().mean() * 0.3).backward()
     for name, parameter in module.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(actual[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_every_draw_is_a_function_of_the_batch_number(tiny_sd_folder: Path) -> None:
+def test_random_draws_depend_only_on_the_batch_number(tiny_sd_folder: Path) -> None:
     context = sd_context(tiny_sd_folder, noise_offset=0.1)
     first, other = loss_of(context, batch_of(), 7), loss_of(context, batch_of(), 8)
     torch.manual_seed(99)
     assert loss_of(context, batch_of(), 7).item() == first.item() != other.item()
 
 
-def test_the_noise_offset_shifts_whole_channels_of_the_start(tiny_sd_folder: Path) -> None:
+def test_the_noise_offset_shifts_whole_channels_of_the_initial_noise(tiny_sd_folder: Path) -> None:
     plain, shifted = sd_context(tiny_sd_folder), sd_context(tiny_sd_folder, noise_offset=0.5)
     blank = torch.zeros(2, 4, 12, 8)
     noise, other = (c.arch.objective.draw_noise(blank, generator_for(1, "x")) for c in (plain, shifted))

@@ -1,4 +1,4 @@
-"""A step of LECO on every flow model against a float64 recomputation with the adapter's change added to the weights."""
+"""One LECO step on every flow model against a float64 recomputation with the adapter merged."""
 
 import importlib
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def arch_of(name: str, folder: Path) -> Architecture:
 
 @dataclass
 class Recomputed:
-    """The denoiser in float64; it points from latent to noise whatever the base model's own sign is."""
+    """The denoiser in float64; its velocity points from latent to noise regardless of the base model's sign."""
 
     context: StepContext
     denoiser: nn.Module
@@ -69,14 +69,14 @@ class Recomputed:
         }
         sigmas = torch.full((len(latents),), sigma, dtype=torch.float64)
         noised = Noised(latents, latents * torch.nan, latents * torch.nan, sigmas, 1000 * sigmas)
-        said = arch.predict(self.denoiser, noised, features, self.batch)
+        prediction = arch.predict(self.denoiser, noised, features, self.batch)
         points_to_image = getattr(arch.objective, "target_kind", "") == "latent - noise"
-        return -said if points_to_image else said
+        return -prediction if points_to_image else prediction
 
     def drawn(self, noise: Tensor, guidance: float) -> tuple[Tensor, float]:
-        """Take Euler steps along the model's own noise levels; gives the latents after five of eight, and their level.
+        """Take Euler steps along the model's noise levels; return the latents after five of eight and their level.
 
-        Where the base model guides a part of the steps with a limited norm, so does this.
+        Like the base model, guide only part of the steps, with a limited norm, where it does.
         """
         prompt = replace(build_prompt(self.context, self.batch, CONCEPT), scale=guidance)
         sigmas = [level.sigma for level in self.context.arch.preview.sampler(prompt).levels]
@@ -101,7 +101,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def make(name: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], tuple[StepContext, nn.Module]]:
-    """Gives a context with an adapter of random weights, and the denoiser once more, in float64."""
+    """Return a builder of a context with a random adapter and a float64 copy of the denoiser."""
     arch = arch_of(name, tmp_path_factory.mktemp("model"))
 
     def build() -> tuple[StepContext, nn.Module]:
@@ -114,7 +114,7 @@ def make(name: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], tu
     return build
 
 
-def test_latents_target_and_loss_are_those_of_a_float64_recomputation(
+def test_latents_target_and_loss_match_a_float64_recomputation(
     make: Callable[[], tuple[StepContext, nn.Module]], name: str
 ) -> None:
     context, denoiser = make()

@@ -1,6 +1,6 @@
-"""An adapter file in another program's names computes in that program's model what it computes in ours.
+"""Adapter files in other programs' names compute the same in their model as in ours.
 
-Every layer of a model that the names know has random values, so a wrong name, order of rows or strength shows.
+Every named layer has random values, so a wrong name, row order or strength is detected.
 """
 
 import re
@@ -72,23 +72,23 @@ class Pair:
     """A denoiser of ours and diffusers', with the same weights."""
 
     names: BaseNames
-    seen: nn.Module  # ours, under the paths of files
-    theirs: Mapping[str, Any]  # by the prefix that their names begin with
+    seen: nn.Module  # ours, with the paths of adapter files
+    theirs: Mapping[str, Any]  # by the prefix of their names
     predict: Callable[[], Tensor]
     their_prediction: Callable[[], Tensor]
 
     @property
     def layers(self) -> dict[str, nn.Module]:
-        """Our Linear layers and convolutions that the names know, by kohya's name."""
-        known = {module.kohya for module in self.names.modules}
-        found = {f"lora_unet_{path.replace('.', '_')}": module for path, module in layers_of(self.seen)}
-        return {name: module for name, module in found.items() if name in known}
+        """Return our named Linear layers and convolutions by Kohya name."""
+        named_modules = {module.kohya for module in self.names.modules}
+        by_kohya_name = {f"lora_unet_{path.replace('.', '_')}": module for path, module in layers_of(self.seen)}
+        return {name: module for name, module in by_kohya_name.items() if name in named_modules}
 
     @property
     def their_layers(self) -> dict[str, nn.Module]:
-        """theirs, by diffusers' name."""
-        found = {f"{prefix}.{path}": m for prefix, part in self.theirs.items() for path, m in layers_of(part)}
-        return {name: module for name, module in found.items() if self.names.find(name) is not None}
+        """Return the layers of diffusers by its names."""
+        layers = {f"{prefix}.{path}": m for prefix, part in self.theirs.items() for path, m in layers_of(part)}
+        return {name: module for name, module in layers.items() if self.names.find(name) is not None}
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -214,7 +214,7 @@ def anima() -> Pair:
 
 
 def unet(base: str, config: dict[str, Any], layout: UnetLayout) -> Pair:
-    """The U-Net models: ours is diffusers' own; the names are made for its layout as they are for the full size."""
+    """Build a U-Net pair; both models are diffusers', with names derived for the tiny layout as for the full size."""
     from diffusers import UNet2DConditionModel
 
     models = []
@@ -259,7 +259,7 @@ PAIRS: Mapping[str, Callable[[], Pair]] = {
     "krea2": krea2,
     "qwen_image_21": qwen_image_21,
 }
-UNNAMED = {  # of layers that no argument adapts; files that have them are refused
+UNNAMED = {  # layers that no argument adapts; files with them are rejected
     "hunyuan_image": r"(?!double_blocks|single_blocks)",
     "anima": r"llm_adapter\.out_proj$",
 }
@@ -270,18 +270,18 @@ QUICK = [name for name in PAIRS if name not in ("sd2", "sdxl", *CONFIGS)] + [min
 
 @pytest.fixture(params=[pytest.param(n, marks=() if n in QUICK else pytest.mark.nightly) for n in PAIRS])
 def pair(request: pytest.FixtureRequest) -> Pair:
-    made: Pair = PAIRS[request.param]()
-    unnamed = [path for path, layer in layers_of(made.seen) if layer not in made.layers.values()]
+    built: Pair = PAIRS[request.param]()
+    unnamed = [path for path, layer in layers_of(built.seen) if layer not in built.layers.values()]
     expected = UNNAMED.get(request.param, "$^")
     assert all(re.match(expected, path) for path in unnamed)
     if not unnamed:
-        assert len(made.their_layers) == sum(len(list(layers_of(part))) for part in made.theirs.values())
-    torch.testing.assert_close(made.predict(), made.their_prediction(), **FLOAT32_DEEP)
-    return made
+        assert len(built.their_layers) == sum(len(list(layers_of(part))) for part in built.theirs.values())
+    torch.testing.assert_close(built.predict(), built.their_prediction(), **FLOAT32_DEEP)
+    return built
 
 
 def factors(layer: nn.Module, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random (up, down) whose product is about as large as the layer's weight."""
+    """Return random (up, down) whose product has about the size of the layer's weight."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     outputs, inputs, *kernel = weight.shape
@@ -292,7 +292,7 @@ def factors(layer: nn.Module, rank: int, generator: torch.Generator) -> tuple[Te
 
 
 def kohya_file(pair: Pair) -> Tensors:
-    """A LoRA of rank 3 and alpha 2 on every layer."""
+    """Return a LoRA of rank 3 and alpha 2 on every layer."""
     generator = torch.Generator().manual_seed(11)
     tensors: Tensors = {}
     for name, layer in pair.layers.items():
@@ -302,7 +302,7 @@ def kohya_file(pair: Pair) -> Tensors:
 
 
 def diffusers_file(pair: Pair) -> Tensors:
-    """A LoRA on every layer of theirs, neighbours of different ranks."""
+    """Return a LoRA on every diffusers layer, with different ranks for neighbours."""
     generator = torch.Generator().manual_seed(12)
     tensors: Tensors = {}
     for number, (name, layer) in enumerate(pair.their_layers.items()):
@@ -311,44 +311,44 @@ def diffusers_file(pair: Pair) -> Tensors:
     return tensors
 
 
-def converted(tensors: Tensors, names: BaseNames, to: FileNaming) -> Tensors:
+def convert(tensors: Tensors, names: BaseNames, to: FileNaming) -> Tensors:
     return adapter_tensors(rename(parse_adapter(tensors, {}, "a.safetensors"), names, to).file)
 
 
 @torch.no_grad()
-def added(layers: Mapping[str, nn.Module], tensors: Tensors) -> None:
-    """Add the changes of a file to the layers that it names, by hand; each key must be of one of them."""
+def merge_by_hand(layers: Mapping[str, nn.Module], tensors: Tensors) -> None:
+    """Add a file's changes to the named layers by hand; every key must belong to one of them."""
     for name, module in parse_adapter(tensors, {}, "a.safetensors").modules.items():
         weight = layers[name].weight
         assert isinstance(weight, Tensor)
         weight += module.weight().reshape(weight.shape)
 
 
-def loaded_by_diffusers(pair: Pair, tensors: Tensors) -> Tensor:
-    """Return the predictions of diffusers' models once its own loader, which drops the prefix, has applied the file."""
+def predict_by_diffusers(pair: Pair, tensors: Tensors) -> Tensor:
+    """Return the prediction of diffusers' models after its loader, which drops the prefix, has applied the file."""
     tensors = {re.sub(r"^diffusion_model\.", "transformer.", key): tensor for key, tensor in tensors.items()}
     for prefix, part in pair.theirs.items():
-        own = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{prefix}.")}
-        part.load_lora_adapter(own, prefix=prefix)
+        part_tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{prefix}.")}
+        part.load_lora_adapter(part_tensors, prefix=prefix)
     assert all(key.split(".")[0] in pair.theirs for key in tensors)
     return pair.their_prediction()
 
 
-def test_a_file_in_diffusers_names_computes_there_what_ours_computes_here(pair: Pair) -> None:
+def test_our_file_in_diffusers_names_computes_the_same_in_diffusers(pair: Pair) -> None:
     ours = kohya_file(pair)
     base = pair.predict()
-    added(pair.layers, ours)
+    merge_by_hand(pair.layers, ours)
     expected = pair.predict()
     assert (expected - base).abs().max() > 0.1 * base.abs().max()
-    found = loaded_by_diffusers(pair, converted(ours, pair.names, "diffusers"))
-    torch.testing.assert_close(found, expected, **FLOAT32_DEEP)
+    actual = predict_by_diffusers(pair, convert(ours, pair.names, "diffusers"))
+    torch.testing.assert_close(actual, expected, **FLOAT32_DEEP)
 
 
-def test_the_generic_naming_holds_the_same_changes(pair: Pair) -> None:
-    """Its names are the paths of the original checkpoint, in whose layout ours computes."""
+def test_the_generic_naming_contains_the_same_changes(pair: Pair) -> None:
+    """Its names are the paths of the original checkpoint, whose layout our model uses."""
     ours = kohya_file(pair)
     before = parse_adapter(ours, {}, "a.safetensors").modules
-    after = parse_adapter(converted(ours, pair.names, "generic"), {}, "b.safetensors").modules
+    after = parse_adapter(convert(ours, pair.names, "generic"), {}, "b.safetensors").modules
     assert len(after) == len(before) == len(pair.layers)
     for module in pair.names.modules:
         if module.kohya in before:
@@ -356,41 +356,41 @@ def test_the_generic_naming_holds_the_same_changes(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("to", ["kohya", "generic"])
-def test_a_file_of_diffusers_computes_here_what_it_computes_there(pair: Pair, to: FileNaming) -> None:
+def test_a_diffusers_file_computes_the_same_in_our_model(pair: Pair, to: FileNaming) -> None:
     theirs = diffusers_file(pair)
     here = pair.layers
     if to == "generic":
         here = {module.generic: here[module.kohya] for module in pair.names.modules if module.kohya in here}
-    added(here, converted(theirs, pair.names, to))
+    merge_by_hand(here, convert(theirs, pair.names, to))
     expected = pair.predict()
-    torch.testing.assert_close(loaded_by_diffusers(pair, theirs), expected, **FLOAT32_DEEP)
+    torch.testing.assert_close(predict_by_diffusers(pair, theirs), expected, **FLOAT32_DEEP)
 
 
-@pytest.mark.parametrize("door", ["train further", "merge"])
-def test_network_weights_and_base_weights_take_diffusers_names(pair: Pair, tmp_path: Path, door: str) -> None:
-    """Every layer that an argument can adapt is covered; embedders of U-Nets are none."""
-    seen, path = with_names(pair), str(tmp_path / "theirs.safetensors")
+@pytest.mark.parametrize("use", ["train further", "merge"])
+def test_network_weights_and_base_weights_accept_diffusers_names(pair: Pair, tmp_path: Path, use: str) -> None:
+    """Every layer that an argument can adapt is covered, which excludes embedders of U-Nets."""
+    seen, path = network_view(pair), str(tmp_path / "theirs.safetensors")
     save_safetensors(path, diffusers_file(pair))
-    known, _ = lora.create_network_from_weights(1.0, path, None, [], seen, for_inference=True)
+    loaded, _ = lora.create_network_from_weights(1.0, path, None, [], seen, for_inference=True)
     theirs = {
         key: tensor
         for key, tensor in diffusers_file(pair).items()
-        if place(pair.names, key.rpartition(".lora_")[0]) in known.adapters
+        if place(pair.names, key.rpartition(".lora_")[0]) in loaded.adapters
     }
     save_safetensors(path, theirs)
-    network, weights = lora.create_network_from_weights(1.0, path, None, [], seen, for_inference=door == "merge")
-    if door == "merge":
+    network, weights = lora.create_network_from_weights(1.0, path, None, [], seen, for_inference=use == "merge")
+    if use == "merge":
         network.merge_to([], seen, weights, torch.float32, "cpu")
     else:
         network.apply_to([], seen, False, True)
         network.load_weights(path)
         network.eval()
-    found = pair.predict()
-    torch.testing.assert_close(found, loaded_by_diffusers(pair, theirs), **FLOAT32_DEEP)
+    actual = pair.predict()
+    torch.testing.assert_close(actual, predict_by_diffusers(pair, theirs), **FLOAT32_DEEP)
 
 
-def with_names(pair: Pair) -> nn.Module:
-    """Our denoiser as networks see it; the names of a tiny U-Net are those of its own layout."""
+def network_view(pair: Pair) -> nn.Module:
+    """Return our denoiser as networks see it, with names for its layout if it is a tiny U-Net."""
     targets = {"sd1": sd_targets, "sd2": sd_targets, "sdxl": sdxl_targets}.get(pair.names.base)
     if targets is not None:
         pair.seen.adapter_targets = replace(targets.TARGETS, names=pair.names)  # type: ignore[assignment]
@@ -398,9 +398,9 @@ def with_names(pair: Pair) -> nn.Module:
 
 
 def place(names: BaseNames, name: str) -> str:
-    found = names.find(name)
-    assert found is not None
-    return found.kohya
+    module = names.find(name)
+    assert module is not None
+    return module.kohya
 
 
 SPELLINGS: Mapping[
@@ -412,13 +412,13 @@ SPELLINGS: Mapping[
     "PEFT in a pipeline": lambda model, path: f"{model}.base_model.model.{path}.lora_{{}}.default.weight",
     "no prefix": lambda model, path: f"{path}.lora_{{}}.weight",
 }
-OF_KOHYA = ("OneTrainer", "SimpleTuner")  # which call the factors lora_down and lora_up
+OF_KOHYA = ("OneTrainer", "SimpleTuner")  # these call the factors lora_down and lora_up
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_names_that_do_not_say_in_which_model_they_are(pair: Pair, spelling: str) -> None:
-    """Found by their paths: the same tensors as under diffusers' names, and the same base model."""
-    denoiser = next(iter(pair.theirs))  # a text adapter's paths begin like those of Anima's own blocks
+def test_names_without_a_model_prefix_are_resolved(pair: Pair, spelling: str) -> None:
+    """Modules found by path give the tensors of diffusers' names and the same base model."""
+    denoiser = next(iter(pair.theirs))  # paths of the text adapter begin like those of Anima's blocks
     theirs = {key: tensor for key, tensor in diffusers_file(pair).items() if key.startswith(f"{denoiser}.")}
     spelled = {}
     for key, tensor in theirs.items():
@@ -427,16 +427,16 @@ def test_names_that_do_not_say_in_which_model_they_are(pair: Pair, spelling: str
         spelled[SPELLINGS[spelling](*name.split(".", 1)).format(ending)] = tensor
     assert len(spelled) == len(theirs)
     file = add_model(parse_adapter(spelled, {}, "a.safetensors"), [pair.names])
-    found, wanted = adapter_tensors(rename(file, pair.names, "kohya").file), converted(theirs, pair.names, "kohya")
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+    actual, wanted = adapter_tensors(rename(file, pair.names, "kohya").file), convert(theirs, pair.names, "kohya")
+    assert actual.keys() == wanted.keys()
+    assert all(torch.equal(actual[key], tensor) for key, tensor in wanted.items())
     specs = list_specs()
     shapes, like = ({k: tuple(t.shape) for k, t in tensors.items()} for tensors in (spelled, theirs))
     assert recognise_adapter(specs, shapes, {}) is recognise_adapter(specs, like, {})
 
 
-def test_projections_by_their_number_in_the_fused_layer() -> None:
-    """OMI's format, in which OneTrainer keeps its backups: the paths of the original checkpoint, and pieces of it."""
+def test_numbered_projections_of_a_fused_layer_are_resolved() -> None:
+    """OneTrainer's backups use OMI's format: paths of the original checkpoint plus numbered pieces."""
     pair = PAIRS["flux"]()
     pieces = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2}
     theirs = {
@@ -450,13 +450,13 @@ def test_projections_by_their_number_in_the_fused_layer() -> None:
         ending = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[factor]
         spelled[f"transformer.double_blocks.0.img_attn.qkv.{pieces[path]}.{ending}"] = tensor
     file = add_model(parse_adapter(spelled, {}, "a.safetensors"), [pair.names])
-    found, wanted = adapter_tensors(rename(file, pair.names, "kohya").file), converted(theirs, pair.names, "kohya")
-    assert len(spelled) == 6 and found.keys() == wanted.keys()
-    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+    actual, wanted = adapter_tensors(rename(file, pair.names, "kohya").file), convert(theirs, pair.names, "kohya")
+    assert len(spelled) == 6 and actual.keys() == wanted.keys()
+    assert all(torch.equal(actual[key], tensor) for key, tensor in wanted.items())
 
 
-def test_network_weights_take_names_that_do_not_say_in_which_model_they_are(tmp_path: Path) -> None:
-    """OneTrainer's for FLUX.1, with a text encoder beside."""
+def test_network_weights_accept_names_without_a_model_prefix(tmp_path: Path) -> None:
+    """OneTrainer writes such files for FLUX.1, with a text encoder."""
     pair = PAIRS["flux"]()
     names = {module.kohya for module in pair.names.modules if "_double_blocks_0_" in module.kohya}
     theirs = {
@@ -472,19 +472,19 @@ def test_network_weights_take_names_that_do_not_say_in_which_model_they_are(tmp_
         spelled[f"lora_{name.replace('.', '_')}.{ending}"] = tensor
         spelled[f"lora_{name.replace('.', '_')}.alpha"] = torch.tensor(float(theirs[f"{name}.lora_A.weight"].shape[0]))
     save_safetensors(tmp_path / "a.safetensors", spelled)
-    network, _ = lora.create_network_from_weights(1.0, str(tmp_path / "a.safetensors"), None, [], with_names(pair))
+    network, _ = lora.create_network_from_weights(1.0, str(tmp_path / "a.safetensors"), None, [], network_view(pair))
     network.apply_to([], pair.seen, False, True)
     network.load_weights(str(tmp_path / "a.safetensors"))
     network.eval()
     assert network.adapters.keys() == names
-    torch.testing.assert_close(pair.predict(), loaded_by_diffusers(pair, theirs), **FLOAT32_DEEP)
+    torch.testing.assert_close(pair.predict(), predict_by_diffusers(pair, theirs), **FLOAT32_DEEP)
 
 
-def test_a_rehearsal_without_memory_takes_the_names_of_other_programs(pair: Pair, tmp_path: Path) -> None:
-    """As each training makes its network before anything is loaded; q, k and v are joined, alphas made."""
+def test_a_rehearsal_on_the_meta_device_accepts_other_programs_names(pair: Pair, tmp_path: Path) -> None:
+    """Each run first creates its network without weights; q, k and v are fused and alphas created."""
     path = str(tmp_path / "theirs.safetensors")
     save_safetensors(path, diffusers_file(pair))
-    seen = with_names(pair)
+    seen = network_view(pair)
     wanted, values = lora.create_network_from_weights(1.0, path, None, [], seen)
     with torch.device("meta"):
         network, weights = lora.create_network_from_weights(1.0, path, None, [], seen)
@@ -499,7 +499,7 @@ def halves(size: int) -> tuple[int, int]:
 
 
 def file_of_kind(pair: Pair, kind: str) -> tuple[Tensors, dict[str, Tensor]]:
-    """(a file in SimpleTuner's names on every layer of theirs, what becomes of each weight, computed in float64)."""
+    """Return (a file in SimpleTuner's names on every diffusers layer, the expected weights in float64)."""
     generator = torch.Generator().manual_seed(13)
 
     def randn(*shape: int) -> Tensor:
@@ -535,19 +535,19 @@ def file_of_kind(pair: Pair, kind: str) -> tuple[Tensors, dict[str, Tensor]]:
             )
             changed = changed / changed.flatten(1).norm(dim=1).view(wide) * leaves["dora_scale"]
         tensors |= {f"{stem}.{leaf}": tensor for leaf, tensor in leaves.items()}
-        tensors[f"{stem}.alpha"] = torch.tensor([0.5])  # of rank 2
+        tensors[f"{stem}.alpha"] = torch.tensor([0.5])  # for rank 2
         after[name] = changed
     return tensors, after
 
 
 @pytest.mark.parametrize("base", ["flux", "sd3", "lumina", "zimage", "flux_2"])
-def test_magnitudes_per_output_of_all_parts_of_a_fused_layer_are_those_of_the_whole(base: str, tmp_path: Path) -> None:
-    """So such a file is trained further, and saved under kohya's names."""
+def test_output_magnitudes_of_all_parts_of_a_fused_layer_are_joined(base: str, tmp_path: Path) -> None:
+    """Such a file can be trained further and is saved under Kohya names."""
     pair = PAIRS[base if base != "sd3" else next(name for name in PAIRS if name in CONFIGS)]()
     tensors, after = file_of_kind(pair, "DoRA")
     path = str(tmp_path / "a.safetensors")
     save_safetensors(path, tensors)
-    network, _ = lora.create_network_from_weights(1.0, path, None, [], with_names(pair))
+    network, _ = lora.create_network_from_weights(1.0, path, None, [], network_view(pair))
     network.load_weights(path)
     network.apply_to([], pair.seen, False, True)
     known = {name for name in after if place(pair.names, name) in network.adapters}
@@ -561,16 +561,16 @@ def test_magnitudes_per_output_of_all_parts_of_a_fused_layer_are_those_of_the_wh
 
 @pytest.mark.parametrize("kind", ["LoKr", "LoHa"])
 @pytest.mark.parametrize("base", ["flux", "sd3", "lumina", "hunyuan_image", "zimage", "flux_2"])
-def test_what_is_no_lora_of_parts_of_a_fused_layer_is_trained_further(base: str, kind: str, tmp_path: Path) -> None:
-    """It is saved under the names that it had."""
+def test_training_continues_from_other_kinds_on_parts_of_a_fused_layer(base: str, kind: str, tmp_path: Path) -> None:
+    """The file is saved under its original names."""
     pair = PAIRS[base if base != "sd3" else next(name for name in PAIRS if name in CONFIGS)]()
     tensors, after = file_of_kind(pair, kind)
     unnamed = [f"lycoris_{n.split('.', 1)[1].replace('.', '_')}." for n in after if pair.names.find(n) is None]
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(tuple(unnamed))}
     path, again = str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")
     save_safetensors(path, tensors)
-    door = import_module(f"networks.{kind.lower()}")
-    network, _ = door.create_network_from_weights(1.0, path, None, [], with_names(pair), use_scalar="True")
+    network_module = import_module(f"networks.{kind.lower()}")
+    network, _ = network_module.create_network_from_weights(1.0, path, None, [], network_view(pair), use_scalar="True")
     network.load_weights(path)
     network.save_weights(again, None, {})
     saved = load_state_dict(Path(again))
@@ -584,7 +584,7 @@ def test_what_is_no_lora_of_parts_of_a_fused_layer_is_trained_further(base: str,
     named = dict(network.named_parameters())
     gradients = torch.autograd.grad(ours.square().sum(), list(named.values()))
     still = {name for name, gradient in zip(named, gradients, strict=True) if not gradient.any()}
-    assert all("joint_blocks_1_context_block_attn_qkv.rows_0_1" in name for name in still)  # SD3 drops what it gives
+    assert all("joint_blocks_1_context_block_attn_qkv.rows_0_1" in name for name in still)  # SD3 discards this output
     with torch.no_grad():
         for name in known:
             weight = pair.their_layers[name].weight
@@ -598,7 +598,9 @@ def test_what_is_no_lora_of_parts_of_a_fused_layer_is_trained_further(base: str,
     moved = pair.predict()
     network.save_weights(again, None, {})
     network.remove()
-    other, weights = door.create_network_from_weights(1.0, again, None, [], with_names(pair), for_inference=True)
+    other, weights = network_module.create_network_from_weights(
+        1.0, again, None, [], network_view(pair), for_inference=True
+    )
     other.merge_to([], pair.seen, weights, torch.float32, "cpu")
     torch.testing.assert_close(pair.predict(), moved, **FLOAT32_DEEP)
     assert (moved - ours).abs().max() > 0.01
@@ -606,15 +608,15 @@ def test_what_is_no_lora_of_parts_of_a_fused_layer_is_trained_further(base: str,
 
 @pytest.mark.parametrize("kind", ["LoKr", "LoHa"])
 @pytest.mark.parametrize("base", ["flux", "sd3", "lumina", "zimage", "flux_2"])
-def test_what_is_no_lora_of_parts_of_a_fused_layer_is_merged(base: str, kind: str, tmp_path: Path) -> None:
-    """Also where diffusers has the halves of a layer's rows the other way round."""
+def test_other_kinds_on_parts_of_a_fused_layer_are_merged(base: str, kind: str, tmp_path: Path) -> None:
+    """This includes layers whose row halves are swapped in diffusers."""
     pair = PAIRS[base if base != "sd3" else next(name for name in PAIRS if name in CONFIGS)]()
     tensors, after = file_of_kind(pair, kind)
     path = str(tmp_path / "a.safetensors")
     save_safetensors(path, tensors)
-    network, weights = lora.create_network_from_weights(1.0, path, None, [], with_names(pair), for_inference=True)
+    network, weights = lora.create_network_from_weights(1.0, path, None, [], network_view(pair), for_inference=True)
     with pytest.raises(UserError, match=f"Use --network_module networks.{kind.lower()}"):
-        lora.create_network_from_weights(1.0, path, None, [], with_names(pair))
+        lora.create_network_from_weights(1.0, path, None, [], network_view(pair))
     known = {name for name in after if place(pair.names, name) in network.adapters}
     assert any(pair.names.find(name).piece_of(name) is not None for name in known)  # type: ignore[union-attr]
     network.merge_to([], pair.seen, weights, torch.float32, "cpu")
@@ -626,11 +628,11 @@ def test_what_is_no_lora_of_parts_of_a_fused_layer_is_merged(base: str, kind: st
     torch.testing.assert_close(pair.predict(), pair.their_prediction(), **FLOAT32_DEEP)
 
 
-def test_what_is_not_merged_of_base_weights_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unmerged_modules_of_base_weights_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pair = PAIRS["sd1"]()
     save_safetensors(tmp_path / "a.safetensors", kohya_file(pair))
     network, weights = lora.create_network_from_weights(
-        1.0, str(tmp_path / "a.safetensors"), None, [], with_names(pair), for_inference=True
+        1.0, str(tmp_path / "a.safetensors"), None, [], network_view(pair), for_inference=True
     )
     network.merge_to([], pair.seen, weights, torch.float32, "cpu")
     assert f"--base_weights {tmp_path / 'a.safetensors'} has weights for 4 modules such as lora_unet_conv_in and" in (
@@ -638,35 +640,35 @@ def test_what_is_not_merged_of_base_weights_is_named(tmp_path: Path, caplog: pyt
     )
 
 
-def test_merge_lora_takes_diffusers_names_of_every_layer(tmp_path: Path) -> None:
+def test_merge_lora_accepts_diffusers_names_of_every_layer(tmp_path: Path) -> None:
     pair = flux()
     save_safetensors(tmp_path / "theirs.safetensors", diffusers_file(pair))
     words = ["--models", str(tmp_path / "theirs.safetensors"), "--save_to", str(tmp_path / "merged.safetensors")]
     assert merge_lora.main(["--sd_model", build_tiny_flux(tmp_path / "model", SEED)[1], *words]) == 0
     pair.seen.load_state_dict(load_state_dict(tmp_path / "merged.safetensors"))
-    found = pair.predict()
-    torch.testing.assert_close(found, loaded_by_diffusers(pair, diffusers_file(pair)), **FLOAT32_DEEP)
+    actual = pair.predict()
+    torch.testing.assert_close(actual, predict_by_diffusers(pair, diffusers_file(pair)), **FLOAT32_DEEP)
 
 
-def test_merge_lora_takes_lokr_of_parts_of_a_fused_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """SimpleTuner's and ai-toolkit's for FLUX.1: into a checkpoint, and into one LoRA of the largest rank there is."""
+def test_merge_lora_accepts_lokr_on_parts_of_a_fused_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Merge such FLUX.1 files of SimpleTuner and ai-toolkit into a checkpoint, and into one LoRA of full rank."""
     pair = flux()
     tensors, after = file_of_kind(pair, "LoKr")
     model, file = build_tiny_flux(tmp_path / "model", SEED)[1], str(tmp_path / "a.safetensors")
     save_safetensors(file, tensors)
-    merged, one = str(tmp_path / "merged.safetensors"), str(tmp_path / "one.safetensors")
+    merged, single = str(tmp_path / "merged.safetensors"), str(tmp_path / "one.safetensors")
     assert merge_lora.main(["--sd_model", model, "--models", file, "--save_to", merged]) == 0
-    as_lora = ["--base_model", model, "--models", file, "--new_rank", "999", "--save_to", one]
+    as_lora = ["--base_model", model, "--models", file, "--new_rank", "999", "--save_to", single]
     assert merge_lora.main(as_lora) == 0
     again = str(tmp_path / "again.safetensors")
-    assert merge_lora.main(["--sd_model", model, "--models", one, "--save_to", again]) == 0
+    assert merge_lora.main(["--sd_model", model, "--models", single, "--save_to", again]) == 0
     with torch.no_grad():
         for name, layer in pair.their_layers.items():
             layer.weight.copy_(after[name])  # type: ignore[union-attr, operator]
     for path in (merged, again):
         pair.seen.load_state_dict(load_state_dict(path))
         torch.testing.assert_close(pair.predict(), pair.their_prediction(), **FLOAT32_DEEP)
-    words = ["--model", file, "--save_to", one, "--to", "kohya"]
+    words = ["--model", file, "--save_to", single, "--to", "kohya"]
     assert convert_lora.main(words) == 1
     assert "is LoKr of a part of lora_unet_" in capsys.readouterr().err
     assert convert_lora.main([*words, "--drop_unsupported"]) == 0

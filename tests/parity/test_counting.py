@@ -1,4 +1,4 @@
-"""A run counted from headers alone against the allocator's events of the same step on real weights."""
+"""Memory counted from headers alone against the allocator's events of the same step on real weights."""
 
 import gc
 import itertools
@@ -35,32 +35,32 @@ from networks.core.protocol import adopt, open_network_module
 from tests.parity.opened import opened_with
 from tests.running import SCRIPTS
 from tests.runs.bases import BASES
-from tests.runs.test_memory_modes import in_8_bits
+from tests.runs.test_memory_modes import quantise_and_dequantise
 from tests.unit.memory.planner.made_up import allocated_peak
 
-pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
+pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options configures logging
 
 SHARE = 0.03
-# In models this small buffers inside of convolutions are 4 %, tables of angles and the features of captions 3 %, and
-# copies of Krea 2's twelve states for each token of a caption, which fake tensors do not need, 5 %. At full size each
-# is less than 0.4 %.
+# In such small models buffers inside convolutions are 4 %, rotary tables and caption features 3 %, and copies of
+# Krea 2's twelve states per caption token, which fake tensors do not need, 5 %. At full size each is less than
+# 0.4 %.
 SHARES = {"sdxl": 0.05, "qwen_image_21": 0.04, "krea2": 0.05}
 SHAPE = BatchShape(2, 256, 192)
 SHAPES = {
-    **dict.fromkeys(("sdxl", "lumina"), BatchShape(4, 384, 256)),  # what is small counts less where images are large
-    "krea2": BatchShape(2, 768, 512),  # of smaller images the fusion of the text's states would be the peak
+    **dict.fromkeys(("sdxl", "lumina"), BatchShape(4, 384, 256)),  # with large images small tensors count less
+    "krea2": BatchShape(2, 768, 512),  # with smaller images the text fusion would be the peak
 }
 CPU = torch.device("cpu")
-FAST = (("sd", False), ("flux", True))  # the others repeat what these hold
+FAST = (("sd", False), ("flux", True))  # the others repeat these checks
 
 
-def opened(name: str, folder: Path, *more: str) -> tuple[TrainOptions, Architecture]:
-    """Options and parts of a tiny base model, whose denoiser alone is adapted."""
+def open_tiny(name: str, folder: Path, *more: str) -> tuple[TrainOptions, Architecture]:
+    """Return options and architecture of a tiny base model of which only the denoiser is adapted."""
     return opened_with(name, [*BASES[name].build(folder), "--cache_latents", "--network_train_unet_only", *more])
 
 
 def real_step(options: TrainOptions, arch: Architecture, shape: BatchShape, recomputes: bool) -> Callable[[], None]:
-    """Forward and backward pass of the run on weights and tensors that are there."""
+    """Return the run's forward and backward pass on real weights and tensors."""
     encoders, denoiser = (
         arch.load.text_encoders(),
         arch.load.denoiser(format_while_reading(options.precision.denoiser_format, merges=False)),
@@ -92,8 +92,8 @@ def real_step(options: TrainOptions, arch: Architecture, shape: BatchShape, reco
     )
 
     def step() -> None:
-        for one in split_passes(context, batch):
-            loss_of(context, one, 0).backward()
+        for pass_batch in split_passes(context, batch):
+            loss_of(context, pass_batch, 0).backward()
 
     return step
 
@@ -109,8 +109,10 @@ def planned_peak(counted: CountedRun, recomputes: bool) -> int:
         for case in itertools.product(BASES, (False, True))
     ],
 )
-def test_the_step_of_a_base_model_takes_what_is_counted(name: str, recomputes: bool, tmp_path: Path) -> None:
-    options, arch = opened(name, tmp_path / "model", "--mixed_precision", "no")
+def test_the_counted_step_matches_the_allocator_for_every_base_model(
+    name: str, recomputes: bool, tmp_path: Path
+) -> None:
+    options, arch = open_tiny(name, tmp_path / "model", "--mixed_precision", "no")
     shape = SHAPES.get(name, SHAPE)
     counted = count_run(options, arch, shape, CPU)
     torch.manual_seed(94)
@@ -129,11 +131,11 @@ def test_the_step_of_a_base_model_takes_what_is_counted(name: str, recomputes: b
     ids=["dpo", "slider"],
 )
 @pytest.mark.parametrize("name", ["sd", pytest.param("flux", marks=pytest.mark.nightly)])
-def test_the_step_of_pairs_takes_what_is_counted(
+def test_the_counted_step_of_pairs_matches_the_allocator(
     name: str, words: tuple[str, str], recomputes: bool, tmp_path: Path
 ) -> None:
-    """Preferences: both images in one pass, after the reference's; a slider: a pass for each, gradients kept."""
-    options, arch = opened(name, tmp_path / "model", "--mixed_precision", "no", *words)
+    """Preferences take one pass for both images after the reference pass; a slider takes one pass for each."""
+    options, arch = open_tiny(name, tmp_path / "model", "--mixed_precision", "no", *words)
     shape = replace(SHAPE, reference_sizes=((SHAPE.width, SHAPE.height),))
     step = count_run(options, arch, shape, CPU).step
     torch.manual_seed(96)
@@ -145,13 +147,13 @@ def test_the_step_of_pairs_takes_what_is_counted(
 
 
 @pytest.mark.nightly
-def test_the_reference_of_preferences_takes_a_forward_pass(tmp_path: Path) -> None:
-    """It adds to the time, and to the peak where more is decoded in it than kept."""
-    options, arch = opened("sd", tmp_path / "model", "--mixed_precision", "no", "--preference_loss", "dpo")
+def test_the_preference_reference_costs_a_forward_pass(tmp_path: Path) -> None:
+    """It adds to the time, and to the peak if it decodes more than is kept."""
+    options, arch = open_tiny("sd", tmp_path / "model", "--mixed_precision", "no", "--preference_loss", "dpo")
     step = count_run(options, arch, replace(SHAPE, reference_sizes=((SHAPE.width, SHAPE.height),)), CPU).step
-    card = replace(TYPICAL[0], memory_bytes=1 << 40)
+    gpu = replace(TYPICAL[0], memory_bytes=1 << 40)
     alone = replace(step, gradientless=None)
-    assert 1.2 < predict(step, Way(), card).seconds / predict(alone, Way(), card).seconds < 1.5
+    assert 1.2 < predict(step, Way(), gpu).seconds / predict(alone, Way(), gpu).seconds < 1.5
     assert step.gradientless is not None and step.gradientless.num_passes == step.gradientless.num_batches == 1
     assert (
         0
@@ -161,22 +163,22 @@ def test_the_reference_of_preferences_takes_a_forward_pass(tmp_path: Path) -> No
 
 
 @pytest.mark.nightly
-def test_what_dora_per_output_keeps_is_counted(tmp_path: Path) -> None:
+def test_activations_of_dora_per_output_are_counted(tmp_path: Path) -> None:
     words = ["--network_args", "dora_wd=True", "wd_on_output=True"]
-    options, arch = opened("flux", tmp_path / "model", "--mixed_precision", "no", *words)
+    options, arch = open_tiny("flux", tmp_path / "model", "--mixed_precision", "no", *words)
     counted = count_run(options, arch, SHAPE, CPU)
     torch.manual_seed(99)
     real = allocated_peak(real_step(options, arch, SHAPE, False))
     assert planned_peak(counted, False) == pytest.approx(real, rel=SHARE)
 
 
-def test_an_adapter_made_of_a_file_is_counted(tmp_path: Path) -> None:
-    """A LoKr of q, k and v apart."""
+def test_an_adapter_created_from_a_file_is_counted(tmp_path: Path) -> None:
+    """The file is a LoKr of separate q, k and v."""
     leaves = {"lokr_w1": (4, 4), "lokr_w2_a": (16, 2), "lokr_w2_b": (2, 16)}
     stems = [f"lycoris_transformer_blocks_{i}_attn_to_{part}" for i in (0, 1) for part in "qkv"]
     path = tmp_path / "theirs.safetensors"
     save_file({f"{stem}.{leaf}": torch.ones(leaves[leaf]) for stem in stems for leaf in leaves}, path)
-    options, arch = opened("flux", tmp_path / "model", "--mixed_precision", "no")
+    options, arch = open_tiny("flux", tmp_path / "model", "--mixed_precision", "no")
     of_file = {"network_module": "networks.lokr", "network_weights": str(path), "dim_from_weights": True}
     options = options.with_values({**of_file, "network_dim": None})
     counted = count_run(options, arch, SHAPE, CPU)
@@ -187,11 +189,11 @@ def test_an_adapter_made_of_a_file_is_counted(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("recomputes", [False, True], ids=["keeps all", "recomputes all"])
-def test_what_products_in_8_bits_take_is_counted(recomputes: bool, tmp_path: Path) -> None:
-    """Rounded activations, and sums in 32 bits before their factors are multiplied out. CPUs cast these in a copy of
-    their own, which no card makes: up to a tenth of so small a step."""
+def test_memory_of_8_bit_matmul_is_counted(recomputes: bool, tmp_path: Path) -> None:
+    """Count rounded activations and 32-bit sums before scaling. CPUs cast the sums in an extra copy that no GPU makes,
+    up to a tenth of so small a step."""
     arithmetic = ["--base_format", "int8_rotated", "--base_arithmetic", "8bit"]
-    options, arch = opened("flux", tmp_path / "model", "--mixed_precision", "no", *arithmetic)
+    options, arch = open_tiny("flux", tmp_path / "model", "--mixed_precision", "no", *arithmetic)
     counted = count_run(options, arch, SHAPE, CPU)
     torch.manual_seed(97)
     real = allocated_peak(real_step(options, arch, SHAPE, recomputes))
@@ -199,28 +201,28 @@ def test_what_products_in_8_bits_take_is_counted(recomputes: bool, tmp_path: Pat
     assert predict(counted.step, Way("int8_rotated"), TYPICAL[0]).seconds > 0
 
 
-def test_weights_that_the_file_has_in_8_bits_are_counted_as_they_stay(tmp_path: Path) -> None:
-    options, arch = opened("flux", tmp_path / "model", "--mixed_precision", "bf16")
+def test_weights_stored_in_8_bits_are_counted_in_8_bits(tmp_path: Path) -> None:
+    options, arch = open_tiny("flux", tmp_path / "model", "--mixed_precision", "bf16")
     plain = count_run(options, arch, SHAPE, CPU).step
     path = Path(str(options.model.pretrained_model_name_or_path))
-    codes, _ = in_8_bits(load_file(path))
+    codes, _ = quantise_and_dequantise(load_file(path))
     save_file(codes, path)
     num_codes = sum(value.numel() for value in codes.values() if value.dtype == torch.float8_e4m3fn)
-    options, arch = opened_again(options, arch)
+    options, arch = reopen(options, arch)
     step = count_run(options, arch, SHAPE, CPU).step
-    sizes = [one.weights.resident_bytes(StorageCost.of(None), ()) for one in (plain, step)]
+    sizes = [counted.weights.resident_bytes(StorageCost.of(None), ()) for counted in (plain, step)]
     num_rows = sum(matrix.rows for block in step.weights.blocks for matrix in block)
     assert sizes[0] - sizes[1] == num_codes - 4 * num_rows, "16 bits become 8, and a scale for each row"
     for form in ("bf16", "nf4"):
-        asked = [one.weights.resident_bytes(StorageCost.of(form), ()) for one in (plain, step)]
-        assert asked[0] == asked[1]
+        requested_sizes = [counted.weights.resident_bytes(StorageCost.of(form), ()) for counted in (plain, step)]
+        assert requested_sizes[0] == requested_sizes[1]
 
 
 @pytest.mark.slow
-def test_encoding_references_takes_what_is_counted(tmp_path: Path) -> None:
-    """By the text encoder, which sees two with each caption, and by the VAE, for which one is larger than the image."""
+def test_the_counted_encoding_of_references_matches_the_allocator(tmp_path: Path) -> None:
+    """The text encoder receives two references per caption; for the VAE one is larger than the image."""
     words = ("--mixed_precision", "no", "--cache_text_encoder_outputs")
-    options, arch = opened("qwen_image_21", tmp_path / "model", *words)
+    options, arch = open_tiny("qwen_image_21", tmp_path / "model", *words)
     sizes = ((256, 192), (384, 256))
     images, captions = count_run(options, arch, replace(SHAPE, reference_sizes=sizes), CPU).stages
     encoders, vae = arch.load.text_encoders(), arch.load.vae()
@@ -238,26 +240,26 @@ def test_encoding_references_takes_what_is_counted(tmp_path: Path) -> None:
     assert images.rise_of_one == pytest.approx(real, rel=SHARES["qwen_image_21"])
 
 
-def opened_again(options: TrainOptions, arch: Architecture) -> tuple[TrainOptions, Architecture]:
+def reopen(options: TrainOptions, arch: Architecture) -> tuple[TrainOptions, Architecture]:
     """Build the model again after its files have changed."""
-    return options, next(card for card in SCRIPTS.values() if type(options) is card.options).build(options)
+    return options, next(spec for spec in SCRIPTS.values() if type(options) is spec.options).build(options)
 
 
 @pytest.mark.nightly
-def test_a_moving_average_takes_four_bytes_for_each_trained_value_all_the_time(tmp_path: Path) -> None:
-    options, arch = opened("sd", tmp_path / "model", "--mixed_precision", "no")
+def test_a_moving_average_always_takes_four_bytes_per_trained_value(tmp_path: Path) -> None:
+    options, arch = open_tiny("sd", tmp_path / "model", "--mixed_precision", "no")
     plain = count_run(options, arch, SHAPE, CPU).step
     averaged = count_run(options.with_values({"ema_decay": 0.99}), arch, SHAPE, CPU).step
     for part in ("state", "rise"):
         more = getattr(averaged.optimizer, part) - getattr(plain.optimizer, part)
-        assert more == plain.gradient_bytes > 0  # float32 as they are
+        assert more == plain.gradient_bytes > 0  # gradients are float32 too
 
 
 def test_progress_is_shown_while_counting(tmp_path: Path) -> None:
-    options, arch = opened("sd", tmp_path / "model", "--mixed_precision", "no")
-    seen: list[tuple[str, str, int, int]] = []
-    with listening(lambda *told: seen.append(told)):
+    options, arch = open_tiny("sd", tmp_path / "model", "--mixed_precision", "no")
+    progress: list[tuple[str, str, int, int]] = []
+    with listening(lambda *update: progress.append(update)):
         count_run(options, arch, SHAPE, CPU)
-    assert [done for _, state, done, _ in seen if state == "progress"] == [1, 2, 3, 4, 5]
-    assert {(title, total) for title, _, _, total in seen} == {("counting memory", 5)}
+    assert [done for _, state, done, _ in progress if state == "progress"] == [1, 2, 3, 4, 5]
+    assert {(title, total) for title, _, _, total in progress} == {("counting memory", 5)}
     assert gc.isenabled()

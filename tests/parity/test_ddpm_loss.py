@@ -1,7 +1,7 @@
 """The DDPM objective against a literal float64 recomputation and diffusers' scheduler.
 
-The recomputation replays the documented order of draws from an equal generator and then uses only float64 and its own
-formulas, written down per sample.
+The recomputation replays the documented order of draws from an equal generator and then uses only float64 and separate
+formulas, written per sample.
 """
 
 import math
@@ -27,8 +27,8 @@ def options_of(**flags: Any) -> TrainOptions:
     groups = {}
     for group in ("noise", "loss", "model"):
         values = getattr(options, group)
-        known = {name: flags.pop(name) for name in list(flags) if name in vars(values)}
-        groups[group] = replace(values, **known)
+        flag_values = {name: flags.pop(name) for name in list(flags) if name in vars(values)}
+        groups[group] = replace(values, **flag_values)
     assert not flags, flags
     return replace(options, **groups)
 
@@ -43,7 +43,7 @@ def latents(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def table(zero_terminal_snr: bool) -> list[float]:
-    """abar by plain products."""
+    """Return abar by plain products."""
     abar, running = [], 1.0
     for t in range(1000):
         running *= 1 - (math.sqrt(0.00085) + (math.sqrt(0.012) - math.sqrt(0.00085)) * t / 999) ** 2
@@ -55,7 +55,7 @@ def table(zero_terminal_snr: bool) -> list[float]:
 
 
 def recompute(options: TrainOptions, clean: Tensor, prediction: Tensor, seed: int) -> dict[str, Tensor]:
-    """Noise, noisy latents, timesteps, target and loss in float64."""
+    """Return noise, noisy latents, timesteps, target and loss in float64."""
     o, loss_options = options.noise, options.loss
     g = torch.Generator().manual_seed(seed)
     clean, prediction = clean.double(), prediction.double()
@@ -195,11 +195,11 @@ def test_every_option_equals_its_float64_recomputation(flags: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
-def test_noisy_latents_and_targets_agree_with_diffusers(zero_terminal_snr: bool) -> None:
+def test_noisy_latents_and_targets_match_diffusers(zero_terminal_snr: bool) -> None:
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=zero_terminal_snr
     )
-    # diffusers multiplies its table up in float32, and that of the changed schedule from betas made from it
+    # diffusers computes its table in float32, and the rescaled schedule from betas derived from it
     tolerance = {"rtol": 1e-3, "atol": 2e-4} if zero_terminal_snr else {"rtol": 1e-5, "atol": 5e-6}
     clean = latents(71)
     for is_v in (False, True):
@@ -230,7 +230,7 @@ def test_half_precision_latents_are_noised_in_float32_and_rounded_once(dtype: to
     assert torch.equal(half.noise_BCHW, full.noise_BCHW.to(dtype))
 
 
-def test_loss_and_target_are_float32_under_autocast_and_carry_the_gradient() -> None:
+def test_loss_and_target_are_float32_under_autocast_and_propagate_gradients() -> None:
     objective = objective_of(options_of(v_parameterization=True, loss_type="huber", min_snr_gamma=5.0))
     prediction = latents(77, torch.bfloat16).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -248,23 +248,23 @@ def test_equal_generators_give_equal_noise_and_an_option_only_adds_draws() -> No
     def corrupt(seed: int, **flags: Any) -> Noised:
         return objective_of(options_of(**flags)).corrupt(latents(80), torch.Generator().manual_seed(seed))
 
-    one, again, other = corrupt(81), corrupt(81), corrupt(82)
-    assert torch.equal(one.latents_BCHW, again.latents_BCHW)
-    assert not torch.allclose(one.latents_BCHW, other.latents_BCHW)
+    first, again, other = corrupt(81), corrupt(81), corrupt(82)
+    assert torch.equal(first.latents_BCHW, again.latents_BCHW)
+    assert not torch.allclose(first.latents_BCHW, other.latents_BCHW)
     perturbed = corrupt(81, ip_noise_gamma=0.1)
-    assert torch.equal(perturbed.noise_BCHW, one.noise_BCHW)
-    assert torch.equal(perturbed.timesteps_B, one.timesteps_B)
-    assert not torch.allclose(perturbed.latents_BCHW, one.latents_BCHW)
+    assert torch.equal(perturbed.noise_BCHW, first.noise_BCHW)
+    assert torch.equal(perturbed.timesteps_B, first.timesteps_B)
+    assert not torch.allclose(perturbed.latents_BCHW, first.latents_BCHW)
 
 
-def test_an_objective_at_one_timestep_keeps_everything_else() -> None:
+def test_fixing_the_timestep_keeps_everything_else() -> None:
     objective: Objective = objective_of(options_of(min_timestep=10, max_timestep=20, v_parameterization=True))
     noised = objective.at_timestep(400).corrupt(latents(83), torch.Generator().manual_seed(84))
     assert noised.timesteps_B.tolist() == [400] * B
     assert torch.equal(objective.at_timestep(400).target(noised), objective.target(noised))
 
 
-def test_options_become_the_objective() -> None:
+def test_options_configure_the_objective() -> None:
     objective = objective_of(options_of(min_timestep=3, v_parameterization=True))
     assert isinstance(objective, DDPM)
     assert (objective.min_timestep, objective.max_timestep, objective.predicts_velocity) == (3, 1000, True)

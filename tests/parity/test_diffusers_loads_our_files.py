@@ -1,4 +1,4 @@
-"""diffusers loads our files whole, in kohya's naming and its own, and computes what the adapter computes."""
+"""diffusers loads every key of our files, in Kohya and diffusers naming, and computes the same as the adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ def load_pipeline(folder: Path) -> Any:
     return StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, feature_extractor=None)
 
 
-def trained(pipeline: Any, seed: int, **args: str) -> AdapterNetwork:
-    """A network of rank 3 and alpha 2 with random weights, installed on the pipeline's models."""
+def install_random_network(pipeline: Any, seed: int, **args: str) -> AdapterNetwork:
+    """Install a network of rank 3 and alpha 2 with random weights on the pipeline's models."""
     models = view([pipeline.text_encoder], pipeline.unet)
     network = create_network(1.0, 3, 2.0, None, *models, **args)
     generator = torch.Generator().manual_seed(seed)
@@ -40,7 +40,7 @@ def trained(pipeline: Any, seed: int, **args: str) -> AdapterNetwork:
 
 @torch.no_grad()
 def predict(pipeline: Any, seed: int) -> Tensor:
-    """The U-Net's answer to random latents and the text encoder's answer to random tokens."""
+    """Return the outputs of the U-Net for random latents and of the text encoder for random tokens."""
     generator = torch.Generator().manual_seed(seed)
     latents_BCHW = torch.randn(2, 4, 8, 8, generator=generator)
     ids_BT = torch.randint(0, 90, (2, 77), generator=generator)
@@ -49,7 +49,7 @@ def predict(pipeline: Any, seed: int) -> Tensor:
 
 
 def num_adapted(pipeline: Any) -> int:
-    """How many modules diffusers has put a LoRA on."""
+    """Return the number of modules on which diffusers has installed a LoRA."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     parts = (pipeline.unet, pipeline.text_encoder)
@@ -61,11 +61,13 @@ MAGNITUDES = {"dora_wd": "True", "wd_on_output": "True", "conv_dim": "2"}
 
 @pytest.mark.parametrize("naming", ["kohya", "diffusers"])
 @pytest.mark.parametrize("kind", MODULES)
-def test_prediction(tiny_sd_folder: Path, tmp_path: Path, naming: Any, kind: str) -> None:
+def test_diffusers_predicts_the_same_with_our_file(
+    tiny_sd_folder: Path, tmp_path: Path, naming: Any, kind: str
+) -> None:
     seed = 7000 + 10 * list(MODULES).index(kind) + len(naming)
     pipeline = load_pipeline(tiny_sd_folder)
     alone = predict(pipeline, seed)
-    network = trained(pipeline, seed + 1, **MODULES[kind])
+    network = install_random_network(pipeline, seed + 1, **MODULES[kind])
     ours = predict(pipeline, seed)
     assert (ours - alone).abs().max() > 0.05
     network.save_weights(str(tmp_path / "ours.safetensors"), None, {})
@@ -76,12 +78,12 @@ def test_prediction(tiny_sd_folder: Path, tmp_path: Path, naming: Any, kind: str
     torch.testing.assert_close(predict(pipeline, seed), ours, **FLOAT32_DEEP)
 
 
-def test_magnitudes_per_output_are_those_of_peft_in_diffusers_and_come_back(
+def test_output_magnitudes_load_as_pefts_dora_in_diffusers_and_convert_back(
     tiny_sd_folder: Path, tmp_path: Path
 ) -> None:
     pipeline = load_pipeline(tiny_sd_folder)
     alone = predict(pipeline, 7061)
-    network = trained(pipeline, 7062, **MAGNITUDES)
+    network = install_random_network(pipeline, 7062, **MAGNITUDES)
     ours = predict(pipeline, 7061)
     assert (ours - alone).abs().max() > 0.05
     network.save_weights(str(tmp_path / "ours.safetensors"), None, {})
@@ -89,8 +91,10 @@ def test_magnitudes_per_output_are_those_of_peft_in_diffusers_and_come_back(
     convert(tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors", "diffusers", drop_unsupported=False)
     shapes = {key: tensor.shape for key, tensor in load_file(tmp_path / "theirs.safetensors").items()}
     assert sum(key.endswith(".lora_magnitude_vector.weight") for key in shapes) == len(network.adapters)
-    (said,) = (reading for reading in readings(list_specs(), shapes, {}) if reading.program == "diffusers")
-    assert said.amount == "all"
+    (reading_of_diffusers,) = (
+        reading for reading in readings(list_specs(), shapes, {}) if reading.program == "diffusers"
+    )
+    assert reading_of_diffusers.amount == "all"
     pipeline.load_lora_weights(tmp_path, weight_name="theirs.safetensors")
     assert num_adapted(pipeline) == len(network.adapters)
     torch.testing.assert_close(predict(pipeline, 7061), ours, **FLOAT32_DEEP)
@@ -119,15 +123,15 @@ ODD_FILES: dict[str, dict[str, Tensor]] = {
 
 
 @pytest.mark.parametrize("what", ODD_FILES)
-def test_what_we_say_of_diffusers_is_what_it_does(tiny_sd_folder: Path, tmp_path: Path, what: str) -> None:
+def test_our_claims_about_diffusers_match_its_behaviour(tiny_sd_folder: Path, tmp_path: Path, what: str) -> None:
     tensors = ODD_FILES[what]
     save_safetensors(tmp_path / "odd.safetensors", tensors)
     shapes = {key: t.shape for key, t in tensors.items()}
-    (said,) = (reading for reading in readings(list_specs(), shapes, {}) if reading.program == "diffusers")
+    (claim,) = (reading for reading in readings(list_specs(), shapes, {}) if reading.program == "diffusers")
     pipeline = load_pipeline(tiny_sd_folder)
     try:
         pipeline.load_lora_weights(tmp_path, weight_name="odd.safetensors")
     except ValueError:
-        assert said.amount == "none"
-    assert num_adapted(pipeline) == (0 if said.amount == "none" else 1)
-    assert said.amount == {"LoRA": "all", "DoRA by PEFT": "all", "DoRA": "some"}.get(what, "none")
+        assert claim.amount == "none"
+    assert num_adapted(pipeline) == (0 if claim.amount == "none" else 1)
+    assert claim.amount == {"LoRA": "all", "DoRA by PEFT": "all", "DoRA": "some"}.get(what, "none")

@@ -1,4 +1,4 @@
-"""diffusers loads our SDXL and SD 2.x files whole and computes what the adapter computes."""
+"""diffusers loads every key of our SDXL and SD 2.x files and computes the same as the adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tests.tolerances import FLOAT32_DEEP
 MODULES = {"attention": {}, "attention and convolutions": {"conv_dim": "2", "conv_alpha": "1.5"}}
 
 
-def fill(network: torch.nn.Module, seed: int) -> None:
+def randomise(network: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -28,8 +28,8 @@ def predict_sdxl(pipeline: Any) -> Tensor:
     text_BTW, _, pooled_BP, _ = pipeline.encode_prompt(["a red cat", "dog"], do_classifier_free_guidance=False)
     latents_BCHW = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     sizes_B6 = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]] * 2)
-    given = {"text_embeds": pooled_BP, "time_ids": sizes_B6}
-    return pipeline.unet(latents_BCHW, torch.tensor([31, 742]), text_BTW, added_cond_kwargs=given).sample
+    added_conditions = {"text_embeds": pooled_BP, "time_ids": sizes_B6}
+    return pipeline.unet(latents_BCHW, torch.tensor([31, 742]), text_BTW, added_cond_kwargs=added_conditions).sample
 
 
 @torch.no_grad()
@@ -40,21 +40,21 @@ def predict_sd2(pipeline: Any) -> Tensor:
 
 
 def num_adapted(*parts: torch.nn.Module) -> int:
-    """How many modules diffusers has put a LoRA on."""
+    """Return the number of modules on which diffusers has installed a LoRA."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return sum(isinstance(module, BaseTunerLayer) for part in parts for module in part.modules())
 
 
 @pytest.mark.parametrize("kind", MODULES)
-def test_sdxl(tiny_sdxl_folder: Path, tmp_path: Path, kind: str) -> None:
+def test_diffusers_predicts_the_same_with_our_sdxl_file(tiny_sdxl_folder: Path, tmp_path: Path, kind: str) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     pipeline: Any = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl_folder)
     alone = predict_sdxl(pipeline)
     models = build_view(UNET_LAYOUT)([pipeline.text_encoder, pipeline.text_encoder_2], pipeline.unet)
     network = create_network(1.0, 3, 2.0, None, *models, **MODULES[kind])
-    fill(network, 71)
+    randomise(network, 71)
     network.apply_to(*models)
     ours = predict_sdxl(pipeline)
     assert (ours - alone).abs().max() > 0.05
@@ -66,7 +66,7 @@ def test_sdxl(tiny_sdxl_folder: Path, tmp_path: Path, kind: str) -> None:
     torch.testing.assert_close(predict_sdxl(pipeline), ours, **FLOAT32_DEEP)
 
 
-def test_sd2(tiny_sd2_folder: Path, tmp_path: Path) -> None:
+def test_diffusers_predicts_the_same_with_our_sd2_file(tiny_sd2_folder: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     pipeline: Any = StableDiffusionPipeline.from_pretrained(
@@ -75,7 +75,7 @@ def test_sd2(tiny_sd2_folder: Path, tmp_path: Path) -> None:
     alone = predict_sd2(pipeline)
     models = sd_view([pipeline.text_encoder], pipeline.unet)
     network = create_network(1.0, 3, 2.0, None, *models)
-    fill(network, 72)
+    randomise(network, 72)
     network.apply_to(*models)
     ours = predict_sd2(pipeline)
     assert (ours - alone).abs().max() > 0.05

@@ -1,5 +1,5 @@
-"""Saved adapters of four base models in diffusers' own loader and transformer, and files of other trainers in ours, on
-the same weights."""
+"""Saved adapters of four base models in diffusers' loader and transformer, and other trainers' files in ours, with
+equal weights."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +37,7 @@ Keys = Callable[[str, Tensor, Tensor], dict[str, Tensor]]
 
 
 def kohya_keys(path: str, down: Tensor, up: Tensor, prefix: str = "lora_unet") -> dict[str, Tensor]:
-    """An alpha of half the rank halves the change, so `up` is doubled."""
+    """Return Kohya keys; an alpha of half the rank halves the change, so `up` is doubled."""
     stem = f"{prefix}_{path.replace('.', '_')}"
     return {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": 2 * up, f"{stem}.alpha": torch.tensor(1.0)}
 
@@ -63,7 +63,7 @@ TRAINERS: Mapping[str, Keys] = {
 
 @dataclass(frozen=True)
 class Dit:
-    """A base model, and the networks and files that are tried with it."""
+    """A base model with the networks and files to test."""
 
     module: Any  # its network module
     names: Any
@@ -71,31 +71,33 @@ class Dit:
     parity: ModuleType  # builds its inputs and diffusers' transformer with the same weights
     sizes: tuple[Any, ...]  # of the inputs
     pipeline: str
-    layer: tuple[str, str]  # a layer that every network adapts, by kohya's name and as in saved files
-    blocks: tuple[str, ...]  # which paths of layers other trainers adapt begin with, ours and diffusers'
-    own: Sequence[Mapping[str, str]]  # arguments of its network module; the last ones adapt more layers
+    layer: tuple[str, str]  # a layer that every network adapts: Kohya name and name in saved files
+    blocks: tuple[str, ...]  # path prefixes of the layers other trainers adapt, ours and diffusers'
+    own: Sequence[Mapping[str, str]]  # arguments of its network module; the last set adapts more layers
     plain: Mapping[str, str]  # arguments of networks.lora
-    trainers: Sequence[tuple[str, bool]]  # True where a trainer's paths are those of diffusers
-    prefix: str = "diffusion_model"  # of the names in saved files
-    other_kinds: str = ""  # ... in files of other kinds than LoRA; kohya's names if empty
+    trainers: Sequence[tuple[str, bool]]  # (trainer, True if it uses diffusers paths)
+    prefix: str = "diffusion_model"  # prefix in saved files
+    other_kinds: str = ""  # prefix in files of other kinds than LoRA; Kohya names if empty
 
     def values(self) -> list[Tensor]:
         return [value.detach() for value in self.parity.inputs(*self.sizes)]
 
-    def trained_file(self, door: Any, path: Path, arguments: Mapping[str, str]) -> tuple[Tensor, Tensor]:
-        """Save an adapter with random weights; gives the prediction without and with it."""
+    def trained_file(self, network_module: Any, path: Path, arguments: Mapping[str, str]) -> tuple[Tensor, Tensor]:
+        """Save an adapter with random weights; return the predictions without and with it."""
         ours = self.model()
-        return save_trained(door, path, arguments, ours, lambda: ours(*self.values()))
+        return save_trained(network_module, path, arguments, ours, lambda: ours(*self.values()))
 
-    def prediction_with(self, path: Path, door: Any = None) -> Tensor:
-        """Ours with an adapter file merged."""
-        ours, door = self.model(), door or self.module
-        network, weights = door.create_network_from_weights(1.0, str(path), None, [], ours, for_inference=True)
+    def prediction_with(self, path: Path, network_module: Any = None) -> Tensor:
+        """Return our prediction with an adapter file merged."""
+        ours, network_module = self.model(), network_module or self.module
+        network, weights = network_module.create_network_from_weights(
+            1.0, str(path), None, [], ours, for_inference=True
+        )
         network.merge_to([], ours, weights, torch.float32, "cpu")
         return ours(*self.values())  # type: ignore[no-any-return]
 
     def diffusers_prediction(self, path: Path, caplog: pytest.LogCaptureFixture) -> Tensor:
-        """diffusers' with a file as it is; it logs what it does not use."""
+        """Return diffusers' prediction with the unmodified file; it logs unused keys."""
         theirs, pipeline = self.parity.diffusers_model(self.model()), getattr(diffusers, self.pipeline)
         with caplog.at_level(logging.WARNING, "diffusers"):
             pipeline.load_lora_into_transformer(pipeline.lora_state_dict(str(path)), theirs)
@@ -103,7 +105,7 @@ class Dit:
         return self.parity.oracle_output(theirs, *self.values())  # type: ignore[no-any-return]
 
     def foreign_file(self, path: Path, trainer: str, is_diffusers: bool) -> Tensor:
-        """Write what a trainer writes, each layer with factors of its own; gives what its model predicts with it."""
+        """Write a file as another trainer does, with different factors per layer; return its model's prediction."""
         theirs = self.parity.diffusers_model(self.model()) if is_diffusers else self.model()
         generator = torch.Generator().manual_seed(11)
         tensors: dict[str, Tensor] = {}
@@ -153,7 +155,7 @@ DITS: Mapping[str, Dit] = {
 
 
 def networks_of(dit: Dit) -> list[tuple[Any, Mapping[str, str]]]:
-    """The network modules of one base model and their arguments."""
+    """Return the network modules of a base model with their arguments."""
     split = SPLIT if dit.plain is SPLIT else {}
     return [
         *((dit.module, arguments) for arguments in dit.own),
@@ -168,15 +170,15 @@ def module_id(value: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "door", "arguments"),
+    ("name", "network_module", "arguments"),
     [(name, *network) for name, dit in DITS.items() for network in networks_of(dit)],
     ids=module_id,
 )
-def test_diffusers_loads_our_file_as_it_is(
-    name: str, door: Any, arguments: Mapping[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_diffusers_loads_our_file_without_conversion(
+    name: str, network_module: Any, arguments: Mapping[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dit, path = DITS[name], tmp_path / "ours.safetensors"
-    base, expected = dit.trained_file(door, path, arguments)
+    base, expected = dit.trained_file(network_module, path, arguments)
     assert (expected - base).abs().max() > 0.01
     keys = set(load_file(path))
     endings = (".lora_A.weight", ".lora_B.weight")
@@ -193,43 +195,43 @@ def test_a_saved_file_loads_into_the_same_network_at_the_same_rank(name: str, tm
     network = dit.module.create_network(1.0, 4, 2, None, [], dit.model())
     network.load_weights(str(path))
     network.save_weights(str(again), None, {})
-    found, expected = load_file(again), load_file(path)
-    assert found.keys() == expected.keys()
+    actual, expected = load_file(again), load_file(path)
+    assert actual.keys() == expected.keys()
     for key, tensor in expected.items():
-        torch.testing.assert_close(found[key], tensor, rtol=0, atol=0)
+        torch.testing.assert_close(actual[key], tensor, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", DITS)
-def test_the_strength_is_multiplied_in_before_values_are_rounded(name: str, tmp_path: Path) -> None:
-    """alpha / rank is 2 / 3, which no format has exactly."""
+def test_the_strength_is_folded_in_before_rounding(name: str, tmp_path: Path) -> None:
+    """alpha / rank is 2 / 3, which no format represents exactly."""
     dit = DITS[name]
     network = dit.module.create_network(1.0, 3, 2, None, [], dit.model())
     randomize(network, 3)
     network.save_weights(str(tmp_path / "half.safetensors"), torch.bfloat16, {})
-    found = load_file(tmp_path / "half.safetensors")
-    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    actual = load_file(tmp_path / "half.safetensors")
+    assert {tensor.dtype for tensor in actual.values()} == {torch.bfloat16}
     kohya, saved = dit.layer
     up = network.adapters[kohya].change.stored_tensors()["lora_up.weight"]
-    assert torch.equal(found[f"{dit.prefix}.{saved}.lora_B.weight"], (up.double() * (2 / 3)).bfloat16())
+    assert torch.equal(actual[f"{dit.prefix}.{saved}.lora_B.weight"], (up.double() * (2 / 3)).bfloat16())
 
 
 @pytest.mark.parametrize(
-    ("name", "door", "arguments"),
+    ("name", "network_module", "arguments"),
     [
         *((name, lokr, {"factor": "2"}) for name in DITS),
         *((name, dit.module, {"dora_wd": "True"}) for name, dit in DITS.items()),
-        ("krea2", lora_krea2, {"dora_wd": "True", "wd_on_output": "True"}),  # of the projector's one output too
+        ("krea2", lora_krea2, {"dora_wd": "True", "wd_on_output": "True"}),  # includes the projector's single output
     ],
     ids=module_id,
 )
-def test_other_kinds_have_the_names_that_comfyui_reads(
-    name: str, door: Any, arguments: dict[str, str], tmp_path: Path
+def test_other_kinds_are_saved_with_comfyui_names(
+    name: str, network_module: Any, arguments: dict[str, str], tmp_path: Path
 ) -> None:
     dit, path = DITS[name], tmp_path / "ours.safetensors"
-    _, expected = dit.trained_file(door, path, arguments)
+    _, expected = dit.trained_file(network_module, path, arguments)
     layer = f"{dit.other_kinds}{dit.layer[1]}" if dit.other_kinds else dit.layer[0]
     assert any(key.startswith(f"{layer}.") for key in load_file(path))
-    torch.testing.assert_close(dit.prediction_with(path, door), expected, **FLOAT32_DEEP)
+    torch.testing.assert_close(dit.prediction_with(path, network_module), expected, **FLOAT32_DEEP)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_a_layer_that_comfyui_fuses_is_split(stem: str, endings: tuple[str, str]
     torch.testing.assert_close(dit.prediction_with(path), changed(*dit.values()), **FLOAT32_DEEP)
 
 
-def test_a_fused_layer_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_a_fused_layer_of_another_kind_is_rejected(tmp_path: Path) -> None:
     path, stem = tmp_path / "fused.safetensors", "diffusion_model.transformer_blocks.1.img_mlp.gate_up"
     save_file({f"{stem}.lokr_w1": torch.ones(2, 2), f"{stem}.lokr_w2": torch.ones(96, 24)}, path)
     with pytest.raises(UserError, match=r"gate_up is 2 layers in this base model, and its LoKr cannot be split"):
@@ -269,7 +271,7 @@ def test_a_fused_layer_of_another_kind_is_refused(tmp_path: Path) -> None:
         for trainer, is_diffusers in dit.trainers
     ],
 )
-def test_files_of_other_trainers_are_merged_trained_and_converted(
+def test_other_trainers_files_are_merged_trained_and_converted(
     name: str, trainer: str, is_diffusers: bool, tmp_path: Path
 ) -> None:
     dit, path = DITS[name], tmp_path / "theirs.safetensors"

@@ -1,5 +1,5 @@
-"""DoRA with one magnitude per output against LyCORIS's (wd_on_output) and PEFT's (use_dora), in float64: the same
-tensors give the same outputs, gradients, merged weights and files."""
+"""DoRA with one magnitude per output against LyCORIS (wd_on_output) and PEFT (use_dora) in float64: equal tensors
+give equal outputs, gradients, merged weights and files."""
 
 from collections.abc import Callable
 from itertools import product
@@ -48,15 +48,15 @@ CASES = [
 
 
 def pair(name: str, kind: str, has_scalar: bool) -> tuple[Adapter, Any, Any]:
-    """Ours, LyCORIS's with the same tensors, and the layer, which theirs is installed on."""
+    """Return our adapter, LyCORIS's with the same tensors, and the layer on which theirs is installed."""
     torch.manual_seed(5100 + CASES.index((name, kind, has_scalar)))
     layer = LAYERS[name][0]().double().requires_grad_(False)
-    make, theirs_name, asked = KINDS[kind]
+    make, theirs_name, settings = KINDS[kind]
     ours = double(
         adapter_on(layer, make(layer), 2.0, Decompose(layer.weight, is_per_output=True), has_scalar=has_scalar)
     )
     theirs = getattr(lycoris, theirs_name)(
-        "x", layer, 1.0, 3, 2.0, use_scalar=has_scalar, weight_decompose=True, wd_on_out=True, **asked
+        "x", layer, 1.0, 3, 2.0, use_scalar=has_scalar, weight_decompose=True, wd_on_out=True, **settings
     ).double()
     change = module_of(ours)
     with torch.no_grad():
@@ -68,13 +68,13 @@ def pair(name: str, kind: str, has_scalar: bool) -> tuple[Adapter, Any, Any]:
 
 
 def results(layer: Any, change: nn.Module, x: Tensor, keys: list[str]) -> list[Tensor]:
-    """The output and the gradients of x and of the parameters."""
+    """Return the output and the gradients of x and the parameters."""
     y = layer(x)
     return [y, *torch.autograd.grad(y.square().sum(), (x, *(change.get_parameter(key) for key in keys)))]
 
 
 @pytest.mark.parametrize(("name", "kind", "has_scalar"), CASES)
-def test_layer_merged_weight_and_file_are_those_of_lycoris(name: str, kind: str, has_scalar: bool) -> None:
+def test_layer_merged_weight_and_file_match_lycoris(name: str, kind: str, has_scalar: bool) -> None:
     ours, theirs, layer = pair(name, kind, has_scalar)
     x = torch.randn(LAYERS[name][1], dtype=torch.float64, requires_grad=True)
     keys = [key for key, _ in module_of(ours).named_parameters()]
@@ -100,27 +100,28 @@ def test_layer_merged_weight_and_file_are_those_of_lycoris(name: str, kind: str,
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_magnitudes_start_as_those_of_lycoris_and_peft(name: str) -> None:
+def test_initial_magnitudes_match_lycoris_and_peft(name: str) -> None:
     torch.manual_seed(5180)
     layer = LAYERS[name][0]().double()
     ours = Decompose(layer.weight, is_per_output=True).magnitudes()
     theirs = lycoris.LoConModule("x", layer, 1.0, 3, 2.0, weight_decompose=True, wd_on_out=True)
     assert ours.shape == theirs.dora_scale.shape
-    torch.testing.assert_close(ours.float(), theirs.dora_scale, rtol=1e-6, atol=0)  # theirs are of float32 weights
+    # LyCORIS's magnitudes are computed from float32 weights.
+    torch.testing.assert_close(ours.float(), theirs.dora_scale, rtol=1e-6, atol=0)
     magnitudes = peft_layer(layer)[1].lora_magnitude_vector["default"].weight
     torch.testing.assert_close(peft_magnitudes(magnitudes, layer.weight.dim()), ours, **FLOAT64)
 
 
 def peft_layer(layer: Any) -> tuple[Any, Any]:
-    """(a model of this layer with PEFT's DoRA on it, the wrapped layer)."""
+    """Return (a model of this layer with PEFT's DoRA, the wrapped layer)."""
     config = peft.LoraConfig(r=3, lora_alpha=2.0, target_modules=["0"], use_dora=True, init_lora_weights=True)
     model = peft.get_peft_model(nn.Sequential(layer), config).double()
     return model, model.base_model.model[0]
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layer_and_merged_weight_are_those_of_peft(name: str) -> None:
-    """PEFT leaves the norm out of the backward pass, as dora_constant_norm does."""
+def test_layer_and_merged_weight_match_peft(name: str) -> None:
+    """PEFT excludes the norm from the backward pass, like dora_constant_norm."""
     torch.manual_seed(5190)
     layer = LAYERS[name][0]().double().requires_grad_(False)
     twin = LAYERS[name][0]().double()
@@ -137,8 +138,8 @@ def test_layer_and_merged_weight_are_those_of_peft(name: str) -> None:
     with torch.no_grad():
         for leaf, parameter in theirs.items():
             parameter.copy_(parameter * 0.8 + torch.randn_like(parameter) * 0.3)
-            own = change.get_parameter(leaf)
-            own.copy_(peft_magnitudes(parameter, layer.weight.dim()) if leaf == "dora_scale" else parameter)
+            our_parameter = change.get_parameter(leaf)
+            our_parameter.copy_(peft_magnitudes(parameter, layer.weight.dim()) if leaf == "dora_scale" else parameter)
     x = torch.randn(LAYERS[name][1], dtype=torch.float64, requires_grad=True)
     ours.install()
     got = results(layer, change, x, list(theirs))

@@ -1,4 +1,4 @@
-"""Folders that PEFT saved, read and merged as PEFT merges them: every kind that both compute."""
+"""Folders saved by PEFT are read and merged as PEFT merges them, for every kind that both support."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 class Layers(nn.Module):
-    """A square convolution's magnitudes per output have the shape that others give those per input."""
+    """Layers with a square convolution, whose output magnitudes have the shape that others use per input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ class Layers(nn.Module):
         self.square_conv = nn.Conv2d(16, 16, 3)
 
 
-def saved(folder: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(the weights, the same with what PEFT saved in a folder merged in), by the layer's name."""
+def save_by_peft(folder: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Save a folder with PEFT; return (the weights, the merged weights) by layer name."""
     torch.manual_seed(437)
     model = Layers().requires_grad_(False)
     before = {name: model.get_parameter(f"{name}.weight").clone() for name in LAYERS}
@@ -61,15 +61,15 @@ def saved(folder: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Tensor]
 
 
 @pytest.mark.parametrize("what", CONFIGS)
-def test_merged_weights_are_those_of_peft(tmp_path: Path, what: str) -> None:
-    before, after = saved(tmp_path, what)
+def test_merged_weights_match_peft(tmp_path: Path, what: str) -> None:
+    before, after = save_by_peft(tmp_path, what)
     file = read_adapter_file(tmp_path)
     require_layouts(file, COMPUTED, "merged")
     assert len(file.modules) == len(LAYERS)
     for name, weight in before.items():
-        found = file.modules[f"base_model.model.{name}"].merged(weight, 1.0)
-        assert (found - weight).norm() > 1e-3 * weight.norm()
-        torch.testing.assert_close(found, after[name], **FLOAT32_SAME_MATH)
+        actual = file.modules[f"base_model.model.{name}"].merged(weight, 1.0)
+        assert (actual - weight).norm() > 1e-3 * weight.norm()
+        torch.testing.assert_close(actual, after[name], **FLOAT32_SAME_MATH)
 
 
 @pytest.mark.parametrize(
@@ -80,21 +80,25 @@ def test_merged_weights_are_those_of_peft(tmp_path: Path, what: str) -> None:
         ("beside the file", "LoKr of whole matrices"),
     ],
 )
-def test_the_norm_of_the_change_counts_alpha_that_is_recorded_elsewhere(
+def test_the_update_norm_includes_alpha_recorded_outside_the_tensors(
     tmp_path: Path, where: str, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    before, after = saved(tmp_path / "saved", what)
+    before, after = save_by_peft(tmp_path / "saved", what)
     shutil.copytree(tmp_path / "saved", tmp_path / "read")
     if where == "in its metadata":
         settings = json.loads((tmp_path / "read" / "adapter_config.json").read_text())
         tensors = load_file(tmp_path / "read" / "adapter_model.safetensors")
-        named = {key.replace("base_model.model.", "unet."): tensor for key, tensor in tensors.items()}
-        kept = {f"unet.{key}": settings[key] for key in ("r", "lora_alpha", "alpha_pattern", "rank_pattern")}
-        save_file(named, tmp_path / "read" / "adapter.safetensors", {"lora_adapter_metadata": json.dumps(kept)})
+        unet_tensors = {key.replace("base_model.model.", "unet."): tensor for key, tensor in tensors.items()}
+        unet_settings = {f"unet.{key}": settings[key] for key in ("r", "lora_alpha", "alpha_pattern", "rank_pattern")}
+        save_file(
+            unet_tensors,
+            tmp_path / "read" / "adapter.safetensors",
+            {"lora_adapter_metadata": json.dumps(unet_settings)},
+        )
     path = tmp_path / "read" / ("adapter.safetensors" if where == "in its metadata" else "")
     assert check_lora_weights.main([str(path), "--json"]) == 0
     modules = json.loads(capsys.readouterr().out)["modules"]
-    found = {module["name"].rpartition(".")[2]: module["update_norm"] for module in modules}
-    assert found == pytest.approx({name: float((after[name] - before[name]).norm()) for name in LAYERS}, rel=1e-4)
+    norms = {module["name"].rpartition(".")[2]: module["update_norm"] for module in modules}
+    assert norms == pytest.approx({name: float((after[name] - before[name]).norm()) for name in LAYERS}, rel=1e-4)

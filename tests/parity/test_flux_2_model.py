@@ -10,7 +10,7 @@ from library.architectures.flux_2.predict import predict
 from library.architectures.flux_2.reference import diffusers_model
 from library.diffusion.references import reference_features
 from library.types import Noised
-from tests.parity.denoisers import assert_recomputing_changes_no_gradient
+from tests.parity.denoisers import assert_checkpointing_keeps_gradients
 from tests.tiny.flux_2 import CONFIG, tiny_flux_2
 from tests.tolerances import FLOAT32_DEEP
 
@@ -19,7 +19,7 @@ NUM_TEXT = 24
 
 
 def inputs(h: int, w: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latents, noise levels, text, guidance."""
+    """Return latents, noise levels, text, guidance."""
     g = torch.Generator().manual_seed(0)
     latents = torch.randn(2, CONFIG.in_features, h, w, generator=g).requires_grad_()
     text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
@@ -27,7 +27,7 @@ def inputs(h: int, w: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, guidance: Tensor) -> Tensor:
-    """Tokens and their positions are made as its pipeline makes them."""
+    """Return diffusers' output, with tokens and positions built as in its pipeline."""
     from diffusers import Flux2KleinPipeline as Pipeline
 
     tokens = theirs(
@@ -44,7 +44,7 @@ def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, gu
 
 @pytest.mark.parametrize("is_dev", [False, True], ids=["klein", "dev"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], is_dev: bool) -> None:
+def test_outputs_and_input_gradients_match_diffusers(size: tuple[int, int], is_dev: bool) -> None:
     ours = tiny_flux_2(1, is_dev)
     theirs = diffusers_model(ours)
     results = []
@@ -60,8 +60,8 @@ def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_references_are_placed_and_attended_to_as_in_diffusers(size: tuple[int, int]) -> None:
-    """Two references of other sizes follow the noisy tokens in `predict`, as its pipeline appends them."""
+def test_reference_positions_and_attention_match_diffusers(size: tuple[int, int]) -> None:
+    """Two references of other sizes follow the noisy tokens in `predict`, as in the pipeline of diffusers."""
     from diffusers import Flux2Pipeline as Pipeline
 
     ours = tiny_flux_2(6, True)
@@ -98,7 +98,7 @@ def test_references_are_placed_and_attended_to_as_in_diffusers(size: tuple[int, 
         torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
 
 
-def test_guidance_reaches_dev_alone() -> None:
+def test_guidance_affects_only_dev() -> None:
     latents, sigmas, text, guidance = (value.detach() for value in inputs(4, 6))
     for is_dev in (False, True):
         model = tiny_flux_2(2, is_dev)
@@ -106,12 +106,12 @@ def test_guidance_reaches_dev_alone() -> None:
         assert is_same != is_dev
 
 
-def test_recomputing_blocks_changes_no_gradient() -> None:
-    assert_recomputing_changes_no_gradient(tiny_flux_2(3), lambda: inputs(4, 6))
+def test_gradient_checkpointing_does_not_change_gradients() -> None:
+    assert_checkpointing_keeps_gradients(tiny_flux_2(3), lambda: inputs(4, 6))
 
 
-def test_blocks_compile_without_a_break_in_the_graph() -> None:
-    torch.compiler.reset()  # what other tests compiled counts toward its limit
+def test_blocks_compile_without_graph_breaks() -> None:
+    torch.compiler.reset()  # graphs compiled by other tests count toward the limit
     model = tiny_flux_2(4)
     expected = model(*inputs(4, 6))
     for block in (*model.double_blocks, *model.single_blocks):

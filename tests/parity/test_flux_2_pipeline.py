@@ -31,14 +31,14 @@ CAPTIONS = ["a red cat, sitting", "", "dog " * 600]
 
 
 def run_of(folder: Path) -> Any:
-    given = ["--pretrained_model_name_or_path", str(folder)]
-    arch = build(Flux2Options.from_args(setup_parser().parse_args(given)))
+    model_arguments = ["--pretrained_model_name_or_path", str(folder)]
+    arch = build(Flux2Options.from_args(setup_parser().parse_args(model_arguments)))
     models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
     return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
 
 
 def pipeline_of(folder: Path, is_dev: bool) -> Any:
-    """The pipeline of a folder; dev's text encoder is the language model inside a model that sees too."""
+    """Return the pipeline of a folder; dev's text encoder is the language part of a multimodal model."""
     from diffusers import (
         AutoencoderKLFlux2,
         FlowMatchEulerDiscreteScheduler,
@@ -99,76 +99,76 @@ def pipeline(folder: Path, is_dev: bool) -> Any:
 @pytest.mark.parametrize("changes", [{}, {"scale": 1.0, "num_steps": 4}], ids=["guided", "distilled"])
 def test_latents_equal_those_of_the_pipeline(run: Any, pipeline: Any, is_dev: bool, changes: dict[str, Any]) -> None:
     prompt = replace(PROMPT, **changes)
-    if is_dev:  # its guidance is an input
+    if is_dev:  # dev takes guidance as an input
         prompt = replace(prompt, guidance_scale=prompt.scale, scale=1.0)
     expected = pipeline(
         prompt=prompt.text, width=prompt.width, height=prompt.height, num_inference_steps=prompt.num_steps,
         guidance_scale=prompt.guidance_scale or prompt.scale, generator=torch.Generator().manual_seed(7),
         output_type="latent",
     ).images  # fmt: skip
-    found = ours(run, prompt)
-    if is_dev:  # its latents are those of the denoiser, as tokens
-        found = pipeline._pack_latents(found)
+    actual = ours(run, prompt)
+    if is_dev:  # dev returns the denoiser's latents as tokens
+        actual = pipeline._pack_latents(actual)
     else:
         mean, deviation = statistics(run.arch.load.vae(), run.device)
-        found = pixel_shuffle(found * deviation + mean, 2)
-    torch.testing.assert_close(found, expected, **FLOAT32_SAMPLED)
+        actual = pixel_shuffle(actual * deviation + mean, 2)
+    torch.testing.assert_close(actual, expected, **FLOAT32_SAMPLED)
 
 
-def test_every_setting_of_a_prompt_reaches_the_image(run: Any, is_dev: bool) -> None:
+def test_every_prompt_setting_affects_the_image(run: Any, is_dev: bool) -> None:
     base = replace(PROMPT, guidance_scale=4.0, scale=1.0) if is_dev else PROMPT
     plain = ours(run, base)
-    others = ({"guidance_scale": 2.0},) if is_dev else ({"scale": 2.0}, {"negative": "a dog"})
-    for changes in ({"text": "a dog"}, {"num_steps": 4}, *others):
+    variants = ({"guidance_scale": 2.0},) if is_dev else ({"scale": 2.0}, {"negative": "a dog"})
+    for changes in ({"text": "a dog"}, {"num_steps": 4}, *variants):
         assert not torch.allclose(ours(run, replace(base, **changes)), plain, rtol=1e-2), changes
 
 
 @pytest.mark.parametrize("num_tokens", [256, 4096, 4300, 4301, 9000])
 @pytest.mark.parametrize("num_steps", [4, 28, 50])
-def test_noise_levels_are_shifted_as_by_the_pipeline(num_tokens: int, num_steps: int) -> None:
+def test_noise_levels_are_shifted_as_in_the_pipeline(num_tokens: int, num_steps: int) -> None:
     from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
     expected = torch.tensor(compute_empirical_mu(num_tokens, num_steps)).exp()
     assert sampling_shift(num_tokens, num_steps) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_features_of_captions_equal_those_of_the_pipeline(run: Any, pipeline: Any) -> None:
-    """At all 512 places, whatever else is in the batch."""
+def test_caption_features_equal_those_of_the_pipeline(run: Any, pipeline: Any) -> None:
+    """Features agree at all 512 positions, whatever else is in the batch."""
     text, encoders = run.arch.text, run.models.text_encoders
-    found = text.encode(encoders, text.tokenize(CAPTIONS))["hidden_state"]
+    actual = text.encode(encoders, text.tokenize(CAPTIONS))["hidden_state"]
     theirs = pipeline.encode_prompt(list(CAPTIONS), device=torch.device("cpu"))[0]
-    assert found.shape[1] == 512
-    torch.testing.assert_close(found, theirs, **FLOAT32_DEEP)
+    assert actual.shape[1] == 512
+    torch.testing.assert_close(actual, theirs, **FLOAT32_DEEP)
     alone = text.encode(encoders, text.tokenize(CAPTIONS[:1]))["hidden_state"]
-    torch.testing.assert_close(alone, found[:1], **FLOAT32_DEEP)
+    torch.testing.assert_close(alone, actual[:1], **FLOAT32_DEEP)
 
 
-def test_layers_whose_states_are_not_used_are_not_loaded(run: Any, is_dev: bool) -> None:
+def test_unused_layers_are_not_loaded(run: Any, is_dev: bool) -> None:
     (encoder,) = run.models.text_encoders
     assert len(encoder.layers) == (30 if is_dev else 27)
 
 
-def test_tokens_of_a_caption_are_counted_without_its_template(run: Any) -> None:
+def test_caption_tokens_are_counted_without_the_template(run: Any) -> None:
     text = run.arch.text
     count = text.count_tokens("a red cat")
     ids, mask = text.tokenize(["a red cat"]).ids_BLT
     assert int(mask.sum()) == count + 512 - text.max_tokens and ids.shape == (1, 1, 512)
 
 
-def test_latents_of_images_are_those_of_the_pipeline(run: Any, pipeline: Any) -> None:
+def test_image_latents_equal_those_of_the_pipeline(run: Any, pipeline: Any) -> None:
     pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
     vae, codec = run.arch.load.vae(), run.arch.codec
-    found = codec.encode(vae, pixels, [torch.Generator()] * 2)
+    actual = codec.encode(vae, pixels, [torch.Generator()] * 2)
     expected = pipeline._encode_vae_image(pixels, generator=torch.Generator())
-    assert found.shape == (2, 128, 4, 6) == (2, codec.spec.channels, 64 // 16, 96 // 16)
-    torch.testing.assert_close(found, expected, **FLOAT32_DEEP)
-    decoded = codec.decode(vae, codec.normalize(found))
+    assert actual.shape == (2, 128, 4, 6) == (2, codec.spec.channels, 64 // 16, 96 // 16)
+    torch.testing.assert_close(actual, expected, **FLOAT32_DEEP)
+    decoded = codec.decode(vae, codec.normalize(actual))
     mean, deviation = statistics(vae, run.device)
-    latents = pixel_shuffle(found * deviation + mean, 2)
+    latents = pixel_shuffle(actual * deviation + mean, 2)
     torch.testing.assert_close(decoded, pipeline.vae.decode(latents).sample, **FLOAT32_DEEP)
 
 
-def test_training_learns_the_velocity_that_previews_follow(run: Any, pipeline: Any) -> None:
+def test_training_target_is_the_velocity_that_previews_follow(run: Any, pipeline: Any) -> None:
     """target = noise - latent at sigma; dev is trained with a guidance of 1."""
     arch = run.arch
     clean = torch.randn(2, 128, 4, 6, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""FLUX.1 Kontext's reference tokens against diffusers: its pipeline packs them, its transformer runs on them."""
+"""FLUX.1 Kontext's reference tokens against the pipeline and transformer of diffusers."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ SIZES = [((8, 8), (8, 8)), ((4, 14), (10, 6)), ((12, 6), (4, 20))]  # of the lat
 def kontext_output(
     theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, pooled: Tensor, guidance: Tensor, reference: Tensor
 ) -> Tensor:
-    """diffusers' velocity as patches: FluxKontextPipeline concatenates the sequence and cuts the prediction."""
+    """Return diffusers' velocity as patches; FluxKontextPipeline concatenates the tokens and crops the prediction."""
     from diffusers import FluxKontextPipeline as Kontext
 
     def pack(image: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def kontext_output(
 def our_output(
     ours: Flux, latents: Tensor, sigmas: Tensor, text: Tensor, pooled: Tensor, guidance: Tensor, reference: Tensor
 ) -> Tensor:
-    """The velocity of `predict`, which gets the reference in the conditioning, as patches."""
+    """Return the velocity of `predict` as patches, with the reference in the conditioning."""
     noised = Noised(latents, latents, latents, sigmas, sigmas)
     conditioning = {"t5_out": text, "l_pooled": pooled, **reference_features([reference])}
     batch: Any = None
@@ -58,7 +58,7 @@ def our_output(
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_outputs_and_gradients_are_those_of_diffusers(size: tuple[tuple[int, int], tuple[int, int]]) -> None:
+def test_outputs_and_gradients_match_diffusers(size: tuple[tuple[int, int], tuple[int, int]]) -> None:
     ours = tiny_flux(11)
     theirs = diffusers_model(ours)
     results = []
@@ -87,11 +87,11 @@ def test_masked_text_leaves_all_image_tokens_visible() -> None:
 
 def test_references_keep_their_order_among_other_features() -> None:
     latents = [torch.full((1,), float(r)) for r in range(12)]
-    found = references_in({"t5_out": torch.zeros(1), **reference_features(latents), "l_pooled": torch.zeros(1)})
-    assert [int(one) for one in found] == list(range(12))
+    references = references_in({"t5_out": torch.zeros(1), **reference_features(latents), "l_pooled": torch.zeros(1)})
+    assert [int(reference) for reference in references] == list(range(12))
 
 
-def test_a_reference_is_the_mode_of_the_posterior_as_in_the_pipeline() -> None:
+def test_references_use_the_mode_of_the_posterior_as_in_the_pipeline() -> None:
     from diffusers import AutoencoderKL
     from diffusers.pipelines.flux.pipeline_flux_kontext import retrieve_latents
 
@@ -102,5 +102,5 @@ def test_a_reference_is_the_mode_of_the_posterior_as_in_the_pipeline() -> None:
     with torch.no_grad():
         latents = retrieve_latents(vae.encode(pixels), sample_mode="argmax")
         expected = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-        found = map_latents("_x.npz").encode(vae.eval(), pixels, None)
-    torch.testing.assert_close(found, expected, **FLOAT32_SAME_MATH)
+        actual = map_latents("_x.npz").encode(vae.eval(), pixels, None)
+    torch.testing.assert_close(actual, expected, **FLOAT32_SAME_MATH)

@@ -1,4 +1,4 @@
-"""Saved FLUX.1 adapters in diffusers' own transformer and pipeline format, on the same weights."""
+"""Saved FLUX.1 adapters in the transformer and pipeline format of diffusers, on the same weights."""
 
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,15 @@ from tools.convert_lora import spec_for_file
 DOORS = {"lora_flux": lora_flux, "lora": lora, "lora_fa": lora_fa, "dylora": dylora}
 
 
-def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tensor, Tensor]:
-    """Save an adapter with random weights; gives the prediction without and with it."""
+def save_trained_file(network_module: Any, path: Path, arguments: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """Save an adapter with random weights; return the predictions without and with it."""
     model = tiny_flux(7)
     values = [value.detach() for value in inputs(6, 10)]
-    return save_trained(door, path, arguments, model, lambda: patchify(model(*values), PATCH))
+    return save_trained(network_module, path, arguments, model, lambda: patchify(model(*values), PATCH))
 
 
 @pytest.mark.parametrize(
-    ("door", "arguments"),
+    ("network_module", "arguments"),
     [
         ("lora_flux", {}),
         ("lora_flux", {"split_qkv": "True"}),
@@ -45,19 +45,22 @@ def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tens
     ],
     ids=str,
 )
-def test_diffusers_loads_our_file_and_predicts_the_same(door: str, arguments: dict[str, str], tmp_path: Path) -> None:
+def test_diffusers_loads_our_file_and_predicts_the_same(
+    network_module: str, arguments: dict[str, str], tmp_path: Path
+) -> None:
     path = tmp_path / "ours.safetensors"
-    base, expected = trained_file(DOORS[door], path, arguments)
+    base, expected = save_trained_file(DOORS[network_module], path, arguments)
     assert (expected - base).abs().max() > 0.01
     theirs = diffusers_model(tiny_flux(7))
-    renamed = rename(read_adapter_file(path), NAMES, "diffusers").file  # diffusers' own renaming knows 3072 alone
+    # The conversion of diffusers supports only width 3072.
+    renamed = rename(read_adapter_file(path), NAMES, "diffusers").file
     theirs.load_lora_adapter(adapter_tensors(renamed), prefix="transformer")
     values = [value.detach() for value in inputs(6, 10)]
     torch.testing.assert_close(oracle_output(theirs, *values), expected, **FLOAT32_DEEP)
 
 
-def test_our_diffusers_names_are_what_diffusers_makes_of_our_file(tmp_path: Path) -> None:
-    """At full size, at rank 1: every module, key by key and value by value."""
+def test_diffusers_converts_our_file_to_our_diffusers_names(tmp_path: Path) -> None:
+    """Compare every module at full size and rank 1, key by key and value by value."""
     from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 
     generator = torch.Generator().manual_seed(1)
@@ -74,10 +77,10 @@ def test_our_diffusers_names_are_what_diffusers_makes_of_our_file(tmp_path: Path
         torch.testing.assert_close(product, their_product, **FLOAT32_DEEP)
 
 
-def test_merged_weights_predict_what_the_adapter_did(tmp_path: Path) -> None:
-    """DoRA and adapted embedders, which diffusers does not load, against weights that are added up."""
+def test_merged_weights_predict_the_same_as_the_adapter(tmp_path: Path) -> None:
+    """Compare DoRA and adapted embedders, which diffusers does not load, with merged weights."""
     path = tmp_path / "ours.safetensors"
-    _, expected = trained_file(lora_flux, path, {"dora_wd": "True", "in_dims": "[2,2,2,2,2]", "split_qkv": "True"})
+    _, expected = save_trained_file(lora_flux, path, {"dora_wd": "True", "in_dims": "[2,2,2,2,2]", "split_qkv": "True"})
     model = tiny_flux(7)
     network, weights = lora_flux.create_network_from_weights(1.0, str(path), None, [], model, for_inference=True)
     network.merge_to([], model, weights, torch.float32, "cpu")
@@ -85,7 +88,7 @@ def test_merged_weights_predict_what_the_adapter_did(tmp_path: Path) -> None:
     torch.testing.assert_close(patchify(model(*values), PATCH), expected, **FLOAT32_DEEP)
 
 
-def test_blocks_with_adapters_compile_without_a_break_in_the_graph() -> None:
+def test_blocks_with_adapters_compile_without_graph_breaks() -> None:
     model = tiny_flux(7)
     network = lora_flux.create_network(1.0, 4, 2, None, [], model)
     randomize(network, 3)
@@ -98,7 +101,7 @@ def test_blocks_with_adapters_compile_without_a_break_in_the_graph() -> None:
     torch.testing.assert_close(model(*values), expected, **FLOAT32_DEEP)
 
 
-def test_lycoris_finds_the_blocks_by_their_class_names() -> None:
+def test_lycoris_finds_blocks_by_class_name() -> None:
     lycoris = pytest.importorskip("lycoris.kohya")
     model = tiny_flux(7)
     network: Any = lycoris.create_network(1.0, 4, 2, None, [], model, algo="lora", preset="attn-mlp")
@@ -107,8 +110,8 @@ def test_lycoris_finds_the_blocks_by_their_class_names() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model."])
-def test_files_of_xlabs_are_what_diffusers_makes_of_them(prefix: str) -> None:
-    """Two double blocks and the outputs of a single one are read; its q, k and v are a part of a layer, and refused."""
+def test_xlabs_files_convert_as_in_diffusers(prefix: str) -> None:
+    """Double blocks and outputs of single blocks are read; partial q, k, v layers of single blocks are rejected."""
     from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
 
     generator = torch.Generator().manual_seed(3)

@@ -9,7 +9,7 @@ from torch import Tensor
 from library.architectures.flux.model import PATCH
 from library.architectures.flux.reference import diffusers_model
 from library.models.patches import patchify
-from tests.parity.denoisers import assert_recomputing_changes_no_gradient
+from tests.parity.denoisers import assert_checkpointing_keeps_gradients
 from tests.tiny.flux import CONFIG, tiny_flux
 from tests.tolerances import FLOAT32_DEEP
 
@@ -18,7 +18,7 @@ NUM_TEXT = 7
 
 
 def inputs(H: int, W: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Latents, noise levels, text, pooled text, guidance."""
+    """Return latents, noise levels, text, pooled text, guidance."""
     g = torch.Generator().manual_seed(seed)
     latents = torch.randn(2, 16, H, W, generator=g).requires_grad_()
     text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
@@ -29,7 +29,7 @@ def inputs(H: int, W: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tenso
 def oracle_output(
     theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, pooled: Tensor, guidance: Tensor | None
 ) -> Tensor:
-    """diffusers' velocity as patches, its image ids made by its own pipeline."""
+    """Return diffusers' velocity as patches, with the image ids of its pipeline."""
     from diffusers import FluxPipeline
 
     h, w = latents.shape[-2] // 2, latents.shape[-1] // 2
@@ -48,7 +48,7 @@ def oracle_output(
 
 @pytest.mark.parametrize("has_guidance", [True, False], ids=["dev", "schnell"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], has_guidance: bool) -> None:
+def test_outputs_and_input_gradients_match_diffusers(size: tuple[int, int], has_guidance: bool) -> None:
     ours = tiny_flux(1, has_guidance)
     theirs = diffusers_model(ours)
     results = []
@@ -66,8 +66,8 @@ def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int
         torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
 
 
-def test_masked_tokens_are_as_if_they_were_not_there() -> None:
-    """All text lies at one position, so leaving padding out computes the same; diffusers is given the short text."""
+def test_masked_tokens_have_no_effect() -> None:
+    """All text shares one position, so omitting padding gives the same result; diffusers gets the short text."""
     ours = tiny_flux(2)
     theirs = diffusers_model(ours)
     latents, sigmas, text, pooled, guidance = (value.detach() for value in inputs(8, 6))
@@ -78,17 +78,17 @@ def test_masked_tokens_are_as_if_they_were_not_there() -> None:
     torch.testing.assert_close(patchify(masked, PATCH), short, **FLOAT32_DEEP)
     assert not torch.allclose(masked, ours(latents, sigmas, text, pooled, guidance), rtol=1e-2)
     uneven = mask.clone()
-    uneven[1, 4:] = 1  # each sample has a mask of its own
+    uneven[1, 4:] = 1  # each sample has its own mask
     both = ours(latents, sigmas, text, pooled, guidance, uneven)
     torch.testing.assert_close(both[0], masked[0], **FLOAT32_DEEP)
     torch.testing.assert_close(both[1], ours(latents, sigmas, text, pooled, guidance)[1], **FLOAT32_DEEP)
 
 
-def test_recomputing_blocks_changes_no_gradient() -> None:
-    assert_recomputing_changes_no_gradient(tiny_flux(3), lambda: inputs(8, 6))
+def test_gradient_checkpointing_does_not_change_gradients() -> None:
+    assert_checkpointing_keeps_gradients(tiny_flux(3), lambda: inputs(8, 6))
 
 
-def test_blocks_compile_without_a_break_in_the_graph() -> None:
+def test_blocks_compile_without_graph_breaks() -> None:
     model = tiny_flux(4)
     expected = model(*inputs(8, 6))
     for blocks in (model.double_blocks, model.single_blocks):

@@ -22,8 +22,8 @@ NUM_TOKENS = 24
 
 
 def run_of(arguments: list[str]) -> Any:
-    given = [*arguments, "--t5xxl_max_token_length", str(NUM_TOKENS), "--model_prediction_type", "raw"]
-    arch = build(FluxOptions.from_args(setup_parser().parse_args(given)))
+    model_arguments = [*arguments, "--t5xxl_max_token_length", str(NUM_TOKENS), "--model_prediction_type", "raw"]
+    arch = build(FluxOptions.from_args(setup_parser().parse_args(model_arguments)))
     models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
     return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
 

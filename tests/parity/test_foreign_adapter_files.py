@@ -1,4 +1,4 @@
-"""Files with diffusers' names go on training and merge into base models as those with kohya's names do."""
+"""Files with diffusers names train further and merge into base models like those with Kohya names."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def models(tiny_sdxl_folder: Path) -> Models:
 
 @pytest.fixture
 def kohya_file(models: Models, tmp_path: Path) -> Path:
-    """A LoRA of rank 4 and alpha 2 with random weights."""
+    """Write a LoRA of rank 4 and alpha 2 with random weights."""
     network = create_network(1.0, 4, 2.0, None, *models, conv_dim="4", conv_alpha="2")
     generator = torch.Generator().manual_seed(81)
     with torch.no_grad():
@@ -35,25 +35,25 @@ def kohya_file(models: Models, tmp_path: Path) -> Path:
     return tmp_path / "kohya.safetensors"
 
 
-def in_diffusers_paths(file: Path, to: Path) -> Path:
-    """kohya's own keys, but with the paths of diffusers' U-Net, as other trainers write SDXL files."""
+def convert_to_diffusers_paths(file: Path, to: Path) -> Path:
+    """Rewrite Kohya keys with the paths of diffusers' U-Net, as other trainers write SDXL files."""
     from library.architectures.sdxl.adapter_names import NAMES
 
-    others = {module.kohya: module.aliases[0] for module in NAMES.modules if module.kohya.startswith("lora_unet_")}
+    aliases = {module.kohya: module.aliases[0] for module in NAMES.modules if module.kohya.startswith("lora_unet_")}
     tensors = {}
     for key, tensor in load_file(file).items():
         module, _, leaf = key.partition(".")
-        tensors[f"{others.get(module, module)}.{leaf}"] = tensor
+        tensors[f"{aliases.get(module, module)}.{leaf}"] = tensor
     save_file(tensors, to)
     assert any(key.startswith("lora_unet_down_blocks_1_attentions_0_") for key in tensors)
     return to
 
 
 @pytest.mark.parametrize("naming", ["diffusers", "generic", "diffusers paths"])
-def test_they_load_into_a_network(models: Models, kohya_file: Path, tmp_path: Path, naming: Any) -> None:
+def test_foreign_files_load_into_a_network(models: Models, kohya_file: Path, tmp_path: Path, naming: Any) -> None:
     other = tmp_path / "other.safetensors"
     if naming == "diffusers paths":
-        in_diffusers_paths(kohya_file, other)
+        convert_to_diffusers_paths(kohya_file, other)
     else:
         convert(kohya_file, other, naming, drop_unsupported=False)
     assert not load_file(other).keys() & {k for k in load_file(kohya_file) if "unet" in k}
@@ -66,17 +66,17 @@ def test_they_load_into_a_network(models: Models, kohya_file: Path, tmp_path: Pa
         change = strength * (up @ down)
         state = adapter.change.state_dict()
         scale = adapter.change.alpha_value / 4  # type: ignore[union-attr]
-        found = scale * (state["lora_up.weight"].flatten(1) @ state["lora_down.weight"].flatten(1))
-        torch.testing.assert_close(found, change, **EXACT)  # scales are powers of two
+        actual = scale * (state["lora_up.weight"].flatten(1) @ state["lora_down.weight"].flatten(1))
+        torch.testing.assert_close(actual, change, **EXACT)  # scales are powers of two
 
 
 @pytest.mark.parametrize("naming", ["diffusers", "diffusers paths"])
-def test_they_merge_into_the_base_model(
+def test_foreign_files_merge_into_the_base_model(
     models: Models, kohya_file: Path, tmp_path: Path, tiny_sdxl_folder: Path, naming: Any
 ) -> None:
     other = tmp_path / "other.safetensors"
     if naming == "diffusers paths":
-        in_diffusers_paths(kohya_file, other)
+        convert_to_diffusers_paths(kohya_file, other)
     else:
         convert(kohya_file, other, naming, drop_unsupported=False)
     text, unet = models
@@ -91,8 +91,8 @@ def test_they_merge_into_the_base_model(
     assert all(torch.equal(merged[0][name], merged[1][name]) for name in start)
 
 
-def test_keys_without_a_place_in_the_base_model_are_named(models: Models, kohya_file: Path, tmp_path: Path) -> None:
-    tensors = load_file(in_diffusers_paths(kohya_file, tmp_path / "other.safetensors"))
+def test_keys_without_a_layer_in_the_base_model_are_named(models: Models, kohya_file: Path, tmp_path: Path) -> None:
+    tensors = load_file(convert_to_diffusers_paths(kohya_file, tmp_path / "other.safetensors"))
     for leaf in ("lora_down.weight", "lora_up.weight"):
         tensors[f"lora_unet_down_blocks_9_attentions_0_proj_in.{leaf}"] = torch.ones(4, 4)
     save_file(tensors, tmp_path / "odd.safetensors")

@@ -1,4 +1,4 @@
-"""Whole weights in files, as LyCORIS's `full` has them: merged as it merges them, by tools and by --base_weights."""
+"""Full weight differences in LyCORIS's `full` format merge as in LyCORIS, with tools and --base_weights."""
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ PATHS = {
     "lora_unet_mid_attention_to_q": "mid.attention.to_q",
     "lora_unet_mid_attention_proj_in": "mid.attention.proj_in",
     "lora_unet_mid_resnet_conv1": "mid.resnet.conv1",
-    "lora_unet_mid_attention_norm": "mid.attention.norm",  # which extractions have, and LyCORIS not
+    "lora_unet_mid_attention_norm": "mid.attention.norm",  # written by extractions, but not by LyCORIS
 }
 
 
 def file_by_lycoris(unet: nn.Module, strength: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(a file, the parameters with its changes in them, by name)."""
+    """Return (a file by LyCORIS, the merged parameters by name)."""
     generator = torch.Generator().manual_seed(611)
     tensors, after = {}, {}
     for name, path in PATHS.items():
@@ -32,7 +32,7 @@ def file_by_lycoris(unet: nn.Module, strength: float) -> tuple[dict[str, Tensor]
             continue
         theirs = full.FullModule(name, layer, 1.0)
         shape = layer.weight.shape
-        theirs.apply_to()  # before it the file would have the weight taken out twice
+        theirs.apply_to()  # saving before this would subtract the weight twice
         with torch.no_grad():
             for parameter in theirs.parameters():
                 parameter += torch.randn(parameter.shape, generator=generator)
@@ -45,7 +45,7 @@ def file_by_lycoris(unet: nn.Module, strength: float) -> tuple[dict[str, Tensor]
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
-def test_merged_weights_and_biases_are_those_of_lycoris(strength: float) -> None:
+def test_merged_weights_and_biases_match_lycoris(strength: float) -> None:
     text, unet = toy_models(612)
     tensors, after = file_by_lycoris(unet, strength)
     file = parse_adapter(tensors, {}, "a.safetensors")
@@ -56,9 +56,9 @@ def test_merged_weights_and_biases_are_those_of_lycoris(strength: float) -> None
                 assert not file.modules[name].changes(parameter)
                 continue
             base = unet.get_parameter(f"{path}.{parameter}")
-            found = file.modules[name].merged(base, strength, parameter=parameter)
-            assert (found - base).norm() > 0.1
-            torch.testing.assert_close(found, wanted, **FLOAT32_SAME_MATH)
+            actual = file.modules[name].merged(base, strength, parameter=parameter)
+            assert (actual - base).norm() > 0.1
+            torch.testing.assert_close(actual, wanted, **FLOAT32_SAME_MATH)
     network, weights = lora.create_network_from_weights(strength, "a", None, text, unet, tensors, for_inference=True)
     assert network.adapters.keys() == PATHS.keys()
     network.merge_to(text, unet, weights, torch.float32, "cpu")
@@ -66,7 +66,7 @@ def test_merged_weights_and_biases_are_those_of_lycoris(strength: float) -> None
         torch.testing.assert_close(unet.get_parameter(name).data, wanted, **FLOAT32_SAME_MATH)
 
 
-def test_training_one_further_is_refused() -> None:
+def test_continued_training_is_rejected() -> None:
     text, unet = toy_models(613)
     tensors, _ = file_by_lycoris(unet, 1.0)
     with pytest.raises(ValueError, match=r"has keys such as \*\.diff that this network module cannot use"):
@@ -74,8 +74,8 @@ def test_training_one_further_is_refused() -> None:
 
 
 @pytest.mark.parametrize("more", [{"rescale": (6, 1)}, {"oft_blocks.1": (1, 2, 2)}])
-def test_a_network_takes_every_leaf_that_oft_of_outputs_has(more: dict[str, tuple[int, ...]]) -> None:
-    """The scales of LyCORIS, and a layer of several projections."""
+def test_a_network_accepts_every_tensor_of_output_oft(more: dict[str, tuple[int, ...]]) -> None:
+    """These include LyCORIS's scales and a layer of several projections."""
     text, unet = toy_models(614)
     name, g = "lora_unet_mid_attention_to_q", torch.Generator().manual_seed(615)
     blocks = {"oft_blocks": (3, 2, 2)} if "rescale" in more else {"oft_blocks.0": (2, 2, 2)}

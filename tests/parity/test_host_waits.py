@@ -1,4 +1,4 @@
-"""A step of every base model gives the device its work without waiting for any of it, on fake tensors."""
+"""A step of every base model queues its work without waiting for the device, tested on fake tensors."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,13 +18,13 @@ from library.training.step.losses import loss_of, start_batch
 from library.types import Concept
 from tests.device_reads import HostWaits, NoWaiting, move_fakes, on_device
 from tests.device_standin import DEVICE, device_without_float64
-from tests.parity.test_counting import opened
+from tests.parity.test_counting import open_tiny
 from tests.runs.bases import BASES
 
-pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
+pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options configures logging
 
 SHAPE = BatchShape(2, 64, 64)
-ENCODES = ("sd", "sd2")  # whose captions are encoded in each step; the features of the others are cached
+ENCODES = ("sd", "sd2")  # encode captions in every step; the others cache text features
 
 QUICK_BASES = ("sd", "flux", "qwen_image_21")
 
@@ -35,7 +35,7 @@ def take_step(name: str, folder: Path, *more: str, concept: Concept | None = Non
     With a `concept` the batch has no images.
     """
     cached = () if name in ENCODES else ("--cache_text_encoder_outputs", "--network_train_unet_only")
-    options, arch = opened(name, folder, *cached, *more)
+    options, arch = open_tiny(name, folder, *cached, *more)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         meta = run_on_meta_device(options, arch, [options])
         spec = resolve_text_cache(options.network, arch.text_cache)
@@ -96,7 +96,7 @@ QUICK = ("dora", "dropouts", "loha", "oft_v2")  # the others are nightly
 
 
 @pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.nightly) for k in KINDS])
-def test_no_kind_of_adapter_makes_the_host_wait(kind: str, tmp_path: Path) -> None:
+def test_no_adapter_kind_makes_the_host_wait(kind: str, tmp_path: Path) -> None:
     module, arguments = KINDS[kind]
     words = ["--network_module", f"networks.{module}", "--network_dropout", "0.2" if kind == "dropouts" else "0"]
     take_step("flux", tmp_path / "model", *words, *(["--network_args", *arguments.split()] if arguments else []))
@@ -117,7 +117,7 @@ READS: dict[str, Callable[[Tensor], object]] = {
 
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
-def test_what_makes_the_host_wait_is_noticed(read: Callable[[Tensor], object]) -> None:
+def test_operations_that_make_the_host_wait_are_detected(read: Callable[[Tensor], object]) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = torch.zeros(3)
     with device_without_float64(), NoWaiting():

@@ -1,4 +1,4 @@
-"""Saved HunyuanImage 2.1 adapters in diffusers' own transformer, on the same weights; merged and compiled ones too."""
+"""Saved HunyuanImage 2.1 adapters in the transformer of diffusers, on the same weights, also merged and compiled."""
 
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,15 @@ def detached() -> dict[str, Tensor]:
     return {name: value.detach() for name, value in inputs(3, 5).items()}
 
 
-def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tensor, Tensor]:
-    """Save an adapter with random weights; gives the prediction without and with it."""
+def save_trained_file(network_module: Any, path: Path, arguments: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """Save an adapter with random weights; return the predictions without and with it."""
     model = tiny_hunyuan_image(7)
     _, seen = view_denoiser([], model)
-    return save_trained(door, path, arguments, seen, lambda: model(*detached().values()))
+    return save_trained(network_module, path, arguments, seen, lambda: model(*detached().values()))
 
 
 @pytest.mark.parametrize(
-    ("door", "arguments"),
+    ("network_module", "arguments"),
     [
         ("lora_hunyuan_image", {}),
         ("lora_hunyuan_image", {"split_qkv": "True"}),
@@ -44,9 +44,11 @@ def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tens
     ],
     ids=str,
 )
-def test_diffusers_loads_our_file_and_predicts_the_same(door: str, arguments: dict[str, str], tmp_path: Path) -> None:
+def test_diffusers_loads_our_file_and_predicts_the_same(
+    network_module: str, arguments: dict[str, str], tmp_path: Path
+) -> None:
     path = tmp_path / "ours.safetensors"
-    base, expected = trained_file(DOORS[door], path, arguments)
+    base, expected = save_trained_file(DOORS[network_module], path, arguments)
     assert (expected - base).abs().max() > 0.01
     theirs = diffusers_model(tiny_hunyuan_image(7))
     renamed = rename(read_adapter_file(path), NAMES, "diffusers").file
@@ -55,9 +57,9 @@ def test_diffusers_loads_our_file_and_predicts_the_same(door: str, arguments: di
 
 
 @pytest.mark.parametrize("to", ["generic", "diffusers"])
-def test_a_file_in_another_naming_merges_as_the_adapter_predicted(tmp_path: Path, to: Any) -> None:
+def test_a_merged_file_in_another_naming_predicts_the_same_as_the_adapter(tmp_path: Path, to: Any) -> None:
     path = tmp_path / "ours.safetensors"
-    _, expected = trained_file(lora_hunyuan_image, path, {"split_qkv": "True"})
+    _, expected = save_trained_file(lora_hunyuan_image, path, {"split_qkv": "True"})
     tensors = adapter_tensors(rename(read_adapter_file(path), NAMES, to).file)
     model = tiny_hunyuan_image(7)
     _, seen = view_denoiser([], model)
@@ -66,10 +68,10 @@ def test_a_file_in_another_naming_merges_as_the_adapter_predicted(tmp_path: Path
     torch.testing.assert_close(model(*detached().values()), expected, **FLOAT32_DEEP)
 
 
-def test_merged_magnitudes_predict_what_the_adapter_did(tmp_path: Path) -> None:
-    """DoRA, which diffusers does not load, against weights that are added up."""
+def test_merged_dora_predicts_the_same_as_the_adapter(tmp_path: Path) -> None:
+    """Compare DoRA, which diffusers does not load, with merged weights."""
     path = tmp_path / "ours.safetensors"
-    _, expected = trained_file(lora, path, {"dora_wd": "True"})
+    _, expected = save_trained_file(lora, path, {"dora_wd": "True"})
     model = tiny_hunyuan_image(7)
     _, seen = view_denoiser([], model)
     network, weights = lora.create_network_from_weights(1.0, str(path), None, [], seen, for_inference=True)
@@ -77,7 +79,7 @@ def test_merged_magnitudes_predict_what_the_adapter_did(tmp_path: Path) -> None:
     torch.testing.assert_close(model(*detached().values()), expected, **FLOAT32_DEEP)
 
 
-def test_blocks_with_adapters_compile_without_a_break_in_the_graph() -> None:
+def test_blocks_with_adapters_compile_without_graph_breaks() -> None:
     model = tiny_hunyuan_image(7)
     _, seen = view_denoiser([], model)
     network = lora.create_network(1.0, 4, 2, None, [], seen)
@@ -90,7 +92,7 @@ def test_blocks_with_adapters_compile_without_a_break_in_the_graph() -> None:
     torch.testing.assert_close(model(*detached().values()), expected, **FLOAT32_DEEP)
 
 
-def test_lycoris_names_the_layers_as_ComfyUI_does() -> None:
+def test_lycoris_uses_ComfyUIs_layer_names() -> None:
     lycoris = pytest.importorskip("lycoris.kohya")
     _, seen = view_denoiser([], tiny_hunyuan_image(7))
     network: Any = lycoris.create_network(1.0, 4, 2, None, [], seen, algo="lora", preset="attn-mlp")

@@ -45,8 +45,8 @@ def oracle_output(theirs: Any, values: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("glyphs", list(GLYPH_MASKS))
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], glyphs: str) -> None:
-    """Gradients of text and glyphs too, where masked tokens have none."""
+def test_outputs_and_input_gradients_match_diffusers(size: tuple[int, int], glyphs: str) -> None:
+    """Gradients of text and glyphs agree too; masked tokens have none."""
     ours = tiny_hunyuan_image(1)
     theirs = diffusers_model(ours)
     results = []
@@ -64,7 +64,7 @@ def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int
     assert bool((glyph_gradient.abs().sum(-1) > 0).eq(masks > 0).all())
 
 
-def test_padding_changes_nothing() -> None:
+def test_padding_does_not_affect_outputs() -> None:
     model = tiny_hunyuan_image(2)
     values = {name: value.detach() for name, value in inputs(4, 3).items()}
     output = model(*values.values())
@@ -80,7 +80,7 @@ def test_padding_changes_nothing() -> None:
     torch.testing.assert_close(model(*short.values()), output[1:2], **FLOAT32_DEEP)
 
 
-def test_recomputing_blocks_changes_no_gradient() -> None:
+def test_gradient_checkpointing_does_not_change_gradients() -> None:
     model = tiny_hunyuan_image(3)
     gradients = []
     for _ in range(2):

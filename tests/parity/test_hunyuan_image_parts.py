@@ -1,4 +1,4 @@
-"""HunyuanImage 2.1's text encoders, VAE and prompts against transformers' whole models and diffusers' pipeline."""
+"""HunyuanImage 2.1's text encoders, VAE and prompts against transformers' full models and diffusers' pipeline."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def arch(folder: Path) -> Architecture:
 
 @pytest.fixture(scope="module")
 def pipeline(arch: Architecture, folder: Path) -> Any:
-    """diffusers' pipeline of transformers' whole text encoders and diffusers' own models, with the same weights."""
+    """Return diffusers' pipeline with transformers' full text encoders and the same weights."""
     from diffusers import AutoencoderKLHunyuanImage, FlowMatchEulerDiscreteScheduler, HunyuanImagePipeline
     from transformers import ByT5Tokenizer, Qwen2Tokenizer, T5Config, T5EncoderModel
 
@@ -49,8 +49,10 @@ def pipeline(arch: Architecture, folder: Path) -> Any:
     parts = tiny_parts(SEED, num_words)
     qwen = whole_qwen(num_words)
     prefix = "model.language_model."
-    own = {name.removeprefix(prefix): t for name, t in parts["text_encoder"][1].items() if name.startswith(prefix)}
-    qwen.load_state_dict(own, assign=True)
+    encoder_state = {
+        name.removeprefix(prefix): t for name, t in parts["text_encoder"][1].items() if name.startswith(prefix)
+    }
+    qwen.load_state_dict(encoder_state, assign=True)
     byt5 = T5EncoderModel(T5Config(**parts["text_encoder_2"][0]))
     byt5.load_state_dict(
         {**parts["text_encoder_2"][1], "encoder.embed_tokens.weight": parts["text_encoder_2"][1]["shared.weight"]}
@@ -68,28 +70,28 @@ def pipeline(arch: Architecture, folder: Path) -> Any:
     )
 
 
-def test_the_template_is_that_of_diffusers(pipeline: Any) -> None:
+def test_the_template_matches_diffusers(pipeline: Any) -> None:
     assert pipeline.prompt_template_encode == TEMPLATE
     assert pipeline.prompt_template_encode_start_idx == 34
 
 
 @torch.no_grad()
-def test_conditioning_is_that_of_diffusers(arch: Architecture, pipeline: Any) -> None:
-    """diffusers pads captions to 1000 tokens and runs all layers; what is no padding is compared."""
+def test_conditioning_matches_diffusers(arch: Architecture, pipeline: Any) -> None:
+    """diffusers pads captions to 1000 tokens and runs all layers; only unpadded positions are compared."""
     ours = arch.text.encode(arch.load.text_encoders(), arch.text.tokenize(CAPTIONS))
     states, mask, glyphs, glyph_mask = pipeline.encode_prompt(CAPTIONS, batch_size=len(CAPTIONS))
     T = ours["vlm_mask"].shape[1]
     assert torch.equal(ours["vlm_mask"], mask[:, :T]) and not mask[:, T:].any()
     assert ours["vlm_mask"].sum(1).tolist() == [len(arch.text.qwen_tokenizer(c)["input_ids"]) + 1 for c in CAPTIONS]
-    kept = ours["vlm_mask"].bool()
-    torch.testing.assert_close(ours["vlm_embed"][kept], states[:, :T][kept], **FLOAT32_DEEP)
+    valid = ours["vlm_mask"].bool()
+    torch.testing.assert_close(ours["vlm_embed"][valid], states[:, :T][valid], **FLOAT32_DEEP)
     assert torch.equal(ours["byt5_mask"], glyph_mask)
     torch.testing.assert_close(ours["byt5_embed"], glyphs, **FLOAT32_DEEP)
     assert ours["ocr_mask"].tolist() == [False, True, False]
 
 
 @torch.no_grad()
-def test_a_caption_does_not_depend_on_its_neighbours(arch: Architecture) -> None:
+def test_a_caption_does_not_depend_on_others_in_the_batch(arch: Architecture) -> None:
     encoders = arch.load.text_encoders()
     together = arch.text.encode(encoders, arch.text.tokenize(CAPTIONS))
     alone = arch.text.encode(encoders, arch.text.tokenize(CAPTIONS[:1]))
@@ -98,17 +100,17 @@ def test_a_caption_does_not_depend_on_its_neighbours(arch: Architecture) -> None
     assert not together["vlm_mask"][0, T:].any()
 
 
-def test_quoted_text_is_that_of_diffusers_but_for_apostrophes() -> None:
+def test_quoted_text_matches_diffusers_except_for_apostrophes() -> None:
     from diffusers.pipelines.hunyuan_image.pipeline_hunyuanimage import extract_glyph_text
 
     assert [glyph_text(caption) for caption in QUOTED] == ['Text "b". Text "d e". ', 'Text "b". ', None, None]
     for caption in (QUOTED[1], QUOTED[3], 'a "b" "c"'):
         assert glyph_text(caption) == extract_glyph_text(caption)
-    assert extract_glyph_text(QUOTED[2]) == 'Text "t that it". '  # what is avoided here
+    assert extract_glyph_text(QUOTED[2]) == 'Text "t that it". '  # the behaviour that ours avoids
 
 
 @torch.no_grad()
-def test_the_original_vae_file_makes_the_latents_of_diffusers(arch: Architecture, pipeline: Any) -> None:
+def test_the_original_vae_file_gives_the_latents_of_diffusers(arch: Architecture, pipeline: Any) -> None:
     pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
     latents = arch.codec.encode(arch.load.vae(), pixels, [torch.Generator().manual_seed(2)])
     expected = pipeline.vae.encode(pixels).latent_dist
@@ -120,8 +122,8 @@ def test_the_original_vae_file_makes_the_latents_of_diffusers(arch: Architecture
 
 
 @torch.no_grad()
-def test_a_preview_is_the_image_of_diffusers_pipeline(arch: Architecture, pipeline: Any) -> None:
-    """With plain classifier-free guidance, which diffusers' own guider is asked for; four steps of a wide image."""
+def test_a_preview_matches_diffusers_pipeline(arch: Architecture, pipeline: Any) -> None:
+    """Compare four steps of a wide image with plain classifier-free guidance, requested from diffusers' guider."""
     from diffusers.guiders import ClassifierFreeGuidance
 
     prompt = Prompt(CAPTIONS[1], "a cat", 128, 64, 1, 4, 3.5, None, None, None, None, 5.0)
@@ -137,12 +139,12 @@ def test_a_preview_is_the_image_of_diffusers_pipeline(arch: Architecture, pipeli
         latents = sampler.step(predicted, latents, n, torch.Generator())
     pipeline.guider = ClassifierFreeGuidance(guidance_scale=prompt.scale)
     pipeline.set_progress_bar_config(disable=True)
-    shown = pipeline(
+    expected = pipeline(
         prompt=prompt.text, negative_prompt=prompt.negative, width=128, height=64, num_inference_steps=4,
         latents=noise, output_type="latent",
     ).images  # fmt: skip
-    assert (shown - noise).abs().max() > 0.1
-    torch.testing.assert_close(latents, shown, **FLOAT32_SAMPLED)
+    assert (expected - noise).abs().max() > 0.1
+    torch.testing.assert_close(latents, expected, **FLOAT32_SAMPLED)
 
 
 def test_both_layouts_have_the_same_weights(arch: Architecture, tmp_path: Path) -> None:
@@ -163,11 +165,11 @@ def test_two_layers_and_the_last_norm_are_not_loaded(arch: Architecture) -> None
 
 @torch.no_grad()
 @pytest.mark.parametrize("num_rows", [1, 5, 64])
-def test_convolutions_in_pieces_make_the_same_latents_and_images(arch: Architecture, num_rows: int) -> None:
+def test_chunked_convolutions_give_the_same_latents_and_images(arch: Architecture, num_rows: int) -> None:
     pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    whole, pieces = arch.load.vae(), compute_in_chunks(arch.load.vae(), num_rows)
+    unchunked, pieces = arch.load.vae(), compute_in_chunks(arch.load.vae(), num_rows)
     assert sum(isinstance(layer, ChunkedConv2d) for layer in pieces.modules()) > 20
-    latents = [arch.codec.encode(vae, pixels, [torch.Generator().manual_seed(2)]) for vae in (whole, pieces)]
+    latents = [arch.codec.encode(vae, pixels, [torch.Generator().manual_seed(2)]) for vae in (unchunked, pieces)]
     torch.testing.assert_close(latents[1], latents[0], **FLOAT32_DEEP)
-    images = [arch.codec.decode(vae, latents[0]) for vae in (whole, pieces)]
+    images = [arch.codec.decode(vae, latents[0]) for vae in (unchunked, pieces)]
     torch.testing.assert_close(images[1], images[0], **FLOAT32_DEEP)

@@ -1,4 +1,4 @@
-"""(IA)^3 and GLoRA in files, merged as LyCORIS merges them, by tools and by --base_weights."""
+"""(IA)^3 and GLoRA files merge as in LyCORIS, with tools and --base_weights."""
 
 import logging
 from pathlib import Path
@@ -30,7 +30,7 @@ def name_of(path: str) -> str:
 
 
 def file_by_lycoris(unet: nn.Module, kind: str, strength: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(a file, the weights with its changes in them, by path)."""
+    """Return (a file by LyCORIS, the merged weights by path)."""
     generator, (make, settings) = torch.Generator().manual_seed(621), KINDS[kind]
     tensors, after = {}, {}
     for path in PATHS:
@@ -45,7 +45,7 @@ def file_by_lycoris(unet: nn.Module, kind: str, strength: float) -> tuple[dict[s
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_weights_are_those_of_lycoris(kind: str, strength: float) -> None:
+def test_merged_weights_match_lycoris(kind: str, strength: float) -> None:
     text, unet = toy_models(622)
     tensors, after = file_by_lycoris(unet, kind, strength)
     file = parse_adapter(tensors, {}, "a.safetensors")
@@ -53,12 +53,12 @@ def test_merged_weights_are_those_of_lycoris(kind: str, strength: float) -> None
         base = unet.get_submodule(path).weight
         assert isinstance(base, Tensor)
         module = file.modules[name_of(path)]
-        found = module.merged(base, strength)
-        assert (found - base).norm() > 0.1 and not module.changes("bias")
-        torch.testing.assert_close(found, wanted, **FLOAT32_SAME_MATH)
-        twice = module.change(torch.float64)  # a copy, the file stays
-        twice.scale_(torch.tensor(2.0))  # what norms are limited with doubles the change
-        expected = base + 2 * (found - base)
+        actual = module.merged(base, strength)
+        assert (actual - base).norm() > 0.1 and not module.changes("bias")
+        torch.testing.assert_close(actual, wanted, **FLOAT32_SAME_MATH)
+        twice = module.change(torch.float64)  # a copy; the file is unchanged
+        twice.scale_(torch.tensor(2.0))  # scaling, as used to limit norms, doubles the change
+        expected = base + 2 * (actual - base)
         torch.testing.assert_close(twice.merged(base.double(), strength).float(), expected, rtol=1e-4, atol=1e-5)
     network, weights = lora.create_network_from_weights(strength, "a", None, text, unet, tensors, for_inference=True)
     assert network.adapters.keys() == {name_of(path) for path in PATHS}
@@ -68,8 +68,10 @@ def test_merged_weights_are_those_of_lycoris(kind: str, strength: float) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpoints_get_them_and_a_lora_comes_near(kind: str, tmp_path: Path, tiny_sd_file: Path) -> None:
-    """As typed: into a checkpoint, and at a rank that leaves nothing out into a LoRA that does the same."""
+def test_they_merge_into_checkpoints_and_convert_to_a_full_rank_lora(
+    kind: str, tmp_path: Path, tiny_sd_file: Path
+) -> None:
+    """Run the commands: merge into a checkpoint, and convert to an equivalent LoRA of full rank."""
     path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     before = load_state_dict(tiny_sd_file)
@@ -89,12 +91,12 @@ def test_checkpoints_get_them_and_a_lora_comes_near(kind: str, tmp_path: Path, t
     assert all(torch.equal(after[other], tensor) for other, tensor in before.items() if other != key)
     rank = str(min(wanted.shape))
     assert merge_lora.main([*words, "--base_model", str(tiny_sd_file), "--new_rank", rank]) == 0
-    found = read_adapter_file(out).modules[name_of(path)].merged(before[key], 1.0)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)  # by way of a decomposition
+    actual = read_adapter_file(out).modules[name_of(path)].merged(before[key], 1.0)
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)  # obtained by a decomposition
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_one_further_is_refused(kind: str) -> None:
+def test_continued_training_is_rejected(kind: str) -> None:
     text, unet = toy_models(623)
     tensors, _ = file_by_lycoris(unet, kind, 1.0)
     with pytest.raises(ValueError, match="that this network module cannot use"):
@@ -102,7 +104,7 @@ def test_training_one_further_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tools_name_them_and_say_what_goes(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tools_name_the_kind_and_its_limitations(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, unet = toy_models(624)
     file = tmp_path / "a.safetensors"
     save_safetensors(file, file_by_lycoris(unet, kind, 1.0)[0])
@@ -116,22 +118,22 @@ def test_tools_name_them_and_say_what_goes(kind: str, tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"on_input": None}, "without its on_input"),
         ({"on_input": torch.tensor([0, 1])}, "it needs one number"),
         ({"weight": None}, "without its weight"),
     ],
 )
-def test_incomplete_modules_of_ia3_are_named(change: dict[str, Tensor | None], said: str) -> None:
+def test_incomplete_modules_of_ia3_are_named(change: dict[str, Tensor | None], message: str) -> None:
     tensors, _ = file_by_lycoris(toy_models(625)[1], "ia3", 1.0)
     name = name_of(PATHS[0])
     changed = {**tensors, **{f"{name}.{leaf}": tensor for leaf, tensor in change.items()}}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         parse_adapter({key: tensor for key, tensor in changed.items() if tensor is not None}, {}, "a")
 
 
-def test_factors_and_layers_that_do_not_fit_are_named() -> None:
+def test_mismatched_factors_and_layers_are_named() -> None:
     _, unet = toy_models(626)
     for kind in KINDS:
         file: AdapterFile = parse_adapter(file_by_lycoris(unet, kind, 1.0)[0], {}, "a.safetensors")
@@ -146,7 +148,7 @@ def test_factors_and_layers_that_do_not_fit_are_named() -> None:
         parse_adapter(tensors, {}, "a")
 
 
-def test_numbers_of_ia3_are_read_in_half_precision_and_switches_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+def test_ia3_values_are_read_in_half_precision_and_flags_unchanged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     _, unet = toy_models(627)
     tensors, after = file_by_lycoris(unet, "ia3 on inputs", 1.0)

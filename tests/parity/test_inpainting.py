@@ -1,4 +1,4 @@
-"""Models that inpaint against diffusers' own pipeline, and plain ones that are widened against themselves."""
+"""Inpainting models against diffusers' pipeline, and plain models before and after adding input channels."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,7 +26,7 @@ def inpainting_folder(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def without_noise(vae: Any) -> Any:
-    """A VAE whose posterior has no width, so that two programs with other draws get the same sample."""
+    """Make the VAE's posterior deterministic, so that different random draws give the same sample."""
     with torch.no_grad():
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = -60
@@ -56,30 +56,30 @@ def test_latents_equal_those_of_the_pipeline(inpainting_folder: Path, tmp_path: 
     vae = without_noise(arch.load.vae())
     models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders(), vae=vae)
     run = SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext, vae_batch_size=1)
-    found = ours(run, prompt)
-    torch.testing.assert_close(found, expected, **FLOAT32_SAMPLED)
+    actual = ours(run, prompt)
+    torch.testing.assert_close(actual, expected, **FLOAT32_SAMPLED)
     Image.fromarray(rgb[::-1].copy()).save(tmp_path / "shown.png")
     assert (ours(run, prompt) - expected).abs().max() > 0.01  # another image, another mask
 
 
-def test_a_single_file_is_the_same_model_as_a_folder(
+def test_a_single_file_gives_the_same_model_as_a_folder(
     inpainting_folder: Path, tiny_sd_file: Path, tmp_path: Path
 ) -> None:
     file = widen_file(tiny_sd_file, tmp_path / "file", seed=31)
-    one, other = (
+    expected, other = (
         build(options_for(path, train_inpainting=True)).load.denoiser().state_dict()
         for path in (inpainting_folder, file)
     )
-    assert one.keys() == other.keys() and one["conv_in.weight"].shape[1] == 9
-    for name, weight in one.items():
+    assert expected.keys() == other.keys() and expected["conv_in.weight"].shape[1] == 9
+    for name, weight in expected.items():
         torch.testing.assert_close(weight, other[name], **EXACT)
 
 
 @pytest.mark.parametrize("base", ["sd", "sdxl"])
-def test_a_plain_model_that_is_widened_gives_what_it_gave(
+def test_adding_input_channels_to_a_plain_model_keeps_its_output(
     base: str, tiny_sd_folder: Path, tiny_sdxl_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever it is told of the mask: its channels begin with zeros."""
+    """The output is independent of the mask, as the new channels start at zero."""
     if base == "sd":
         plain, wide = (build(options_for(tiny_sd_folder, train_inpainting=on)) for on in (False, True))
     else:
@@ -95,18 +95,18 @@ def test_a_plain_model_that_is_widened_gives_what_it_gave(
     assert "takes 4 channels, so it cannot use masks" in caplog.text
     generator = torch.Generator().manual_seed(33)
     latents = torch.randn(2, 4, 8, 12, generator=generator)
-    told = torch.randn(2, 5, 8, 12, generator=generator)
-    # In one layout: convolutions of 4 and of 9 channels that lie last are summed in another order.
-    first, second = (one.load.denoiser().to(memory_format=torch.contiguous_format) for one in (plain, wide))
+    mask_channels = torch.randn(2, 5, 8, 12, generator=generator)
+    # Use one memory layout: channels-last convolutions of 4 and 9 channels sum in different orders.
+    first, second = (arch.load.denoiser().to(memory_format=torch.contiguous_format) for arch in (plain, wide))
     width = first.config.cross_attention_dim
-    given: dict[str, Any] = {"encoder_hidden_states": torch.randn(2, 77, width, generator=generator)}
+    conditions: dict[str, Any] = {"encoder_hidden_states": torch.randn(2, 77, width, generator=generator)}
     if base == "sdxl":
         pooled = first.config.projection_class_embeddings_input_dim - 6 * first.config.addition_time_embed_dim
-        given["added_cond_kwargs"] = {
+        conditions["added_cond_kwargs"] = {
             "text_embeds": torch.randn(2, pooled, generator=generator), "time_ids": torch.full((2, 6), 64.0),
         }  # fmt: skip
     times = torch.tensor([12, 803])
     with torch.no_grad():
-        wanted = first(latents, times, **given).sample
-        found = second(torch.cat([latents, told], 1), times, **given).sample
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)  # the same sums and zeros
+        wanted = first(latents, times, **conditions).sample
+        actual = second(torch.cat([latents, mask_channels], 1), times, **conditions).sample
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)  # equal sums plus zeros

@@ -1,4 +1,4 @@
-"""Forms of Krea 2's adapters that diffusers does not read."""
+"""Namings of Krea 2 adapters that diffusers does not read."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from tests.parity.test_dit_lora import DITS
 KREA2 = DITS["krea2"]
 
 
-def test_diffusers_reads_nothing_of_other_forms(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Which is why they are not saved so: with alpha beside dotted names, and under kohya's."""
+def test_diffusers_reads_no_other_naming(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Files are therefore not saved with alphas and dotted names, or with Kohya names."""
     from diffusers import Krea2Pipeline
 
     path = tmp_path / "ours.safetensors"

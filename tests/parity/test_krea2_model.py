@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.krea2.reference import diffusers_model, diffusers_state
-from tests.parity.denoisers import assert_recomputing_changes_no_gradient
+from tests.parity.denoisers import assert_checkpointing_keeps_gradients
 from tests.tiny.krea2 import CONFIG, tiny_krea2
 from tests.tolerances import FLOAT32_DEEP
 
@@ -16,7 +16,7 @@ LENGTHS = (9, 5)  # tokens of the captions
 
 
 def inputs(h: int, w: int, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latents, noise levels, text with padding of 0, and its mask."""
+    """Return latents, noise levels, zero-padded text, and its mask."""
     g = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 16, h, w, generator=g).requires_grad_()
     mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
@@ -25,7 +25,7 @@ def inputs(h: int, w: int, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, 
 
 
 def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-    """Tokens and their positions are made as its pipeline makes them."""
+    """Return diffusers' output, with tokens and positions built as in its pipeline."""
     from types import SimpleNamespace
 
     from diffusers import Krea2Pipeline
@@ -45,7 +45,7 @@ def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, ma
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (7, 7)], ids=["padded", "equal"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], lengths: tuple[int, ...]) -> None:
+def test_outputs_and_input_gradients_match_diffusers(size: tuple[int, int], lengths: tuple[int, ...]) -> None:
     ours = tiny_krea2(1)
     theirs = diffusers_model(ours)
     results = []
@@ -60,20 +60,20 @@ def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int
         torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
 
 
-def test_weight_gradients_are_those_of_diffusers() -> None:
+def test_weight_gradients_match_diffusers() -> None:
     ours = tiny_krea2(2).requires_grad_()
     theirs = diffusers_model(ours).requires_grad_()
     for model, run in ((ours, ours), (theirs, lambda *values: oracle_output(theirs, *values))):
         output = run(*inputs(4, 6))
         (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(5))).sum().backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
-    found = diffusers_state({name: parameter.grad for name, parameter in ours.named_parameters()})  # type: ignore[misc]
+    actual = diffusers_state({name: parameter.grad for name, parameter in ours.named_parameters()})  # type: ignore[misc]
     for name, parameter in theirs.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, **FLOAT32_DEEP)
+        torch.testing.assert_close(actual[name], parameter.grad, **FLOAT32_DEEP)
 
 
-def test_longer_padding_changes_nothing() -> None:
-    """Text has no positions of its own, so padding is only masked."""
+def test_longer_padding_does_not_affect_outputs() -> None:
+    """Text has no positions, so padding only needs masking."""
     model = tiny_krea2(3)
     latents, sigmas, text, mask = (value.detach() for value in inputs(4, 6))
     padded = torch.nn.functional.pad(text, (0, 0, 0, 4)), torch.nn.functional.pad(mask, (0, 4))
@@ -91,23 +91,23 @@ def test_norms_keep_small_scales_in_bf16() -> None:
     assert not torch.equal(norm(x), (wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).bfloat16())
 
 
-def test_every_layer_has_a_row_for_each_sample() -> None:
-    """Adapters that treat samples differently, by noise level or by adapter of a sweep, tell them apart by the first
+def test_every_layer_input_has_one_row_per_sample() -> None:
+    """Adapters that treat samples differently (by noise level, or by adapter of a sweep) distinguish them by the first
     axis."""
-    model, seen = tiny_krea2(3), set()
+    model, batch_sizes = tiny_krea2(3), set()
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(lambda _, inputs: seen.add(len(inputs[0])))
+            module.register_forward_pre_hook(lambda _, inputs: batch_sizes.add(len(inputs[0])))
     model(*inputs(4, 6))
-    assert seen == {2}
+    assert batch_sizes == {2}
 
 
-def test_recomputing_blocks_changes_no_gradient() -> None:
-    assert_recomputing_changes_no_gradient(tiny_krea2(3), lambda: inputs(4, 6))
+def test_gradient_checkpointing_does_not_change_gradients() -> None:
+    assert_checkpointing_keeps_gradients(tiny_krea2(3), lambda: inputs(4, 6))
 
 
-def test_blocks_compile_without_a_break_in_the_graph() -> None:
-    torch.compiler.reset()  # what other tests compiled counts toward its limit
+def test_blocks_compile_without_graph_breaks() -> None:
+    torch.compiler.reset()  # graphs compiled by other tests count toward the limit
     model = tiny_krea2(4)
     expected = model(*inputs(4, 6))
     for block in (*model.blocks, *model.txtfusion.layerwise_blocks, *model.txtfusion.refiner_blocks):

@@ -26,8 +26,8 @@ CAPTIONS = ["a red cat, sitting", "", "dog " * 600]
 
 
 def run_of(folder: Path, *more: str) -> Any:
-    given = ["--pretrained_model_name_or_path", str(folder), *more]
-    arch = build(Krea2Options.from_args(setup_parser().parse_args(given)))
+    model_arguments = ["--pretrained_model_name_or_path", str(folder), *more]
+    arch = build(Krea2Options.from_args(setup_parser().parse_args(model_arguments)))
     models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
     return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
 
@@ -53,7 +53,7 @@ def pipeline_of(folder: Path, is_distilled: bool) -> Any:
         transformer=Krea2Transformer2DModel.from_pretrained(folder / "transformer"),
         is_distilled=is_distilled,
     )  # fmt: skip
-    # The tiny tokenizer has few words, so its template is longer.
+    # The tiny tokenizer has few words, so the template takes more tokens.
     pipeline.prompt_template_encode_start_idx = len(tokenizer(pipeline.prompt_template_encode_prefix)["input_ids"])
     pipeline.prompt_template_encode_num_suffix_tokens = len(
         tokenizer(pipeline.prompt_template_encode_suffix)["input_ids"]
@@ -82,7 +82,7 @@ def pipeline(folder: Path) -> Any:
 @pytest.mark.parametrize("is_turbo", [False, True], ids=["raw", "turbo"])
 @pytest.mark.parametrize("size", [(64, 96), (320, 64)], ids=str)
 def test_latents_equal_those_of_the_pipeline(folder: Path, is_turbo: bool, size: tuple[int, int]) -> None:
-    """Raw with guidance, which diffusers counts from 0; Turbo without, shifted alike at every size."""
+    """Raw uses guidance, which diffusers counts from 0; Turbo uses none, and the same shift at every size."""
     run = run_of(folder, "--dit_variant", "turbo" if is_turbo else "raw")
     scale = 1.0 if is_turbo else PROMPT.scale
     prompt = replace(PROMPT, width=size[0], height=size[1], scale=scale)
@@ -92,58 +92,58 @@ def test_latents_equal_those_of_the_pipeline(folder: Path, is_turbo: bool, size:
         num_inference_steps=prompt.num_steps, guidance_scale=scale - 1, generator=torch.Generator().manual_seed(7),
         output_type="latent",
     ).images  # fmt: skip
-    found = theirs._pack_latents(ours(run, prompt), 1, 16, size[1] // 8, size[0] // 8)
-    torch.testing.assert_close(found, expected, **FLOAT32_SAMPLED)
+    actual = theirs._pack_latents(ours(run, prompt), 1, 16, size[1] // 8, size[0] // 8)
+    torch.testing.assert_close(actual, expected, **FLOAT32_SAMPLED)
 
 
 @pytest.mark.parametrize(("variant", "steps", "scale"), [("raw", 28, 5.5), ("turbo", 8, 1.0)])
-def test_previews_have_the_settings_of_the_variant(folder: Path, variant: str, steps: int, scale: float) -> None:
+def test_previews_use_the_settings_of_the_variant(folder: Path, variant: str, steps: int, scale: float) -> None:
     defaults = run_of(folder, "--dit_variant", variant).arch.preview.defaults
     assert (defaults.num_steps, defaults.scale, defaults.width, defaults.height) == (steps, scale, 1024, 1024)
 
 
-def test_features_of_captions_equal_those_of_the_pipeline(run: Any, pipeline: Any) -> None:
-    """Features are compared at all tokens but padding, which the pipeline has before the end of the template."""
+def test_caption_features_equal_those_of_the_pipeline(run: Any, pipeline: Any) -> None:
+    """Features are compared at all tokens except padding, which the pipeline puts before the end of the template."""
     text, encoders = run.arch.text, run.models.text_encoders
-    found = text.encode(encoders, text.tokenize(CAPTIONS))
+    features = text.encode(encoders, text.tokenize(CAPTIONS))
     theirs, is_token = pipeline.encode_prompt(list(CAPTIONS), device=torch.device("cpu"))
-    assert found["attention_mask"].sum(1).tolist() == is_token.sum(1).tolist()
-    assert int(found["attention_mask"].sum(1).max()) == 512 == theirs.shape[1]
+    assert features["attention_mask"].sum(1).tolist() == is_token.sum(1).tolist()
+    assert int(features["attention_mask"].sum(1).max()) == 512 == theirs.shape[1]
     for number in range(len(CAPTIONS)):
-        mine = found["hidden_state"][number][found["attention_mask"][number].bool()]
-        torch.testing.assert_close(mine, theirs[number][is_token[number]].flatten(1), **FLOAT32_DEEP)
-        assert not found["hidden_state"][number][~found["attention_mask"][number].bool()].any()
+        actual = features["hidden_state"][number][features["attention_mask"][number].bool()]
+        torch.testing.assert_close(actual, theirs[number][is_token[number]].flatten(1), **FLOAT32_DEEP)
+        assert not features["hidden_state"][number][~features["attention_mask"][number].bool()].any()
     alone = text.encode(encoders, text.tokenize(CAPTIONS[:1]))["hidden_state"]
-    torch.testing.assert_close(alone[0], found["hidden_state"][0, : alone.shape[1]], **FLOAT32_DEEP)
+    torch.testing.assert_close(alone[0], features["hidden_state"][0, : alone.shape[1]], **FLOAT32_DEEP)
 
 
-def test_layers_whose_states_are_not_used_are_not_loaded(run: Any) -> None:
+def test_unused_layers_are_not_loaded(run: Any) -> None:
     (encoder,) = run.models.text_encoders
     assert len(encoder.layers) == 35
 
 
-def test_tokens_of_a_caption_are_counted_without_its_template(run: Any) -> None:
+def test_caption_tokens_are_counted_without_the_template(run: Any) -> None:
     text = run.arch.text
     ids, mask = text.tokenize(["a red cat"]).ids_BLT
     assert int(mask.sum()) == text.num_begin + text.count_tokens("a red cat") + len(text.end)
     assert text.max_tokens == 512 - len(text.end) and ids.shape == mask.shape == (1, 1, int(mask.sum()))
 
 
-def test_latents_of_images_are_those_of_the_pipeline(run: Any, pipeline: Any) -> None:
+def test_image_latents_equal_those_of_the_pipeline(run: Any, pipeline: Any) -> None:
     pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
     vae, codec = run.arch.load.vae(), run.arch.codec
-    found = codec.encode(vae, pixels, None)
+    actual = codec.encode(vae, pixels, None)
     config = pipeline.vae.config
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
     expected = pipeline.vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0]
-    torch.testing.assert_close(found, (expected - mean) / std, **FLOAT32_DEEP)
-    assert found.shape == (2, 16, 8, 12)
-    decoded = codec.decode(vae, codec.normalize(found))
+    torch.testing.assert_close(actual, (expected - mean) / std, **FLOAT32_DEEP)
+    assert actual.shape == (2, 16, 8, 12)
+    decoded = codec.decode(vae, codec.normalize(actual))
     theirs = pipeline.vae.decode(expected[:, :, None]).sample[:, :, 0]
     torch.testing.assert_close(decoded, theirs, **FLOAT32_DEEP)
 
 
-def test_training_learns_the_velocity_that_previews_follow(run: Any, pipeline: Any) -> None:
+def test_training_target_is_the_velocity_that_previews_follow(run: Any, pipeline: Any) -> None:
     """target = noise - latent at sigma, for captions of two lengths."""
     arch = run.arch
     clean = torch.randn(2, 16, 8, 6, generator=torch.Generator().manual_seed(1))

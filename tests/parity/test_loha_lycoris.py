@@ -1,4 +1,4 @@
-"""LoHa against LyCORIS's: the same start, outputs, gradients, merged weights, norms and files."""
+"""LoHa against LyCORIS: equal initial values, outputs, gradients, merged weights, norms and files."""
 
 from typing import Any
 
@@ -21,17 +21,17 @@ LAYERS = {
 CASES = [
     (name, rank, has_core, is_dora, has_scalar)
     for name in LAYERS
-    for rank in (2, 9)  # run as a product of two factors, and as a whole matrix
+    for rank in (2, 9)  # computed as a product of two factors, and as a full matrix
     for has_core in (False, True)
     for is_dora in (False, True)
     for has_scalar in (False, True)
     if name == "3x3" or not has_core
 ]
-CLOSE = {"rtol": 1e-3, "atol": 2e-4}  # theirs sums in another order, in float32
+CLOSE = {"rtol": 1e-3, "atol": 2e-4}  # LyCORIS sums in another order, in float32
 
 
 def pair(name: str, rank: int, has_core: bool, is_dora: bool, has_scalar: bool) -> tuple[Adapter, Any, nn.Module]:
-    """Ours, theirs with the same weights, and the layer, which theirs is installed on."""
+    """Return our adapter, LyCORIS's with the same weights, and the layer on which theirs is installed."""
     torch.manual_seed(1701 + CASES.index((name, rank, has_core, is_dora, has_scalar)))
     layer: Any = LAYERS[name][0]().requires_grad_(False)
     delta = LoHa(layer, rank, has_core)
@@ -51,7 +51,9 @@ def pair(name: str, rank: int, has_core: bool, is_dora: bool, has_scalar: bool) 
 
 
 @pytest.mark.parametrize(("name", "rank", "has_core", "is_dora", "has_scalar"), CASES)
-def test_layer_merged_weight_and_file(name: str, rank: int, has_core: bool, is_dora: bool, has_scalar: bool) -> None:
+def test_layer_merged_weight_and_file_match_lycoris(
+    name: str, rank: int, has_core: bool, is_dora: bool, has_scalar: bool
+) -> None:
     ours, theirs, layer = pair(name, rank, has_core, is_dora, has_scalar)
     x = torch.randn(LAYERS[name][1], requires_grad=True)
     keys = [key for key, _ in module_of(ours).named_parameters()]
@@ -74,16 +76,16 @@ def test_layer_merged_weight_and_file(name: str, rank: int, has_core: bool, is_d
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()) + 1e-6)
     # Their get_merged_weight multiplies by alpha / rank a second time.
     assert isinstance(layer.weight, Tensor)
-    whole = layer.weight + theirs.get_weight(layer.weight.shape) * theirs.scalar
-    whole = theirs.apply_weight_decompose(whole) if is_dora else whole
-    torch.testing.assert_close(ours.merged()["weight"], whole, **CLOSE)
+    merged = layer.weight + theirs.get_weight(layer.weight.shape) * theirs.scalar
+    merged = theirs.apply_weight_decompose(merged) if is_dora else merged
+    torch.testing.assert_close(ours.merged()["weight"], merged, **CLOSE)
     mine, other = ours.change.stored_tensors(), theirs.custom_state_dict()
     assert {key: tensor.shape for key, tensor in mine.items()} == {key: tensor.shape for key, tensor in other.items()}
 
 
 @pytest.mark.parametrize("has_scalar", [False, True])
 @pytest.mark.parametrize(("name", "has_core"), [("linear", False), ("3x3", False), ("3x3", True)])
-def test_the_start_is_theirs_number_by_number(name: str, has_core: bool, has_scalar: bool) -> None:
+def test_initial_values_equal_lycoris(name: str, has_core: bool, has_scalar: bool) -> None:
     layer: Any = LAYERS[name][0]()
     torch.manual_seed(1801)
     ours = module_of(adapter_on(layer, LoHa(layer, 4, has_core), 1.0, has_scalar=has_scalar))

@@ -1,4 +1,4 @@
-"""LoKr against LyCORIS's: the same start, outputs, gradients, merged weights and files, in both directions."""
+"""LoKr against LyCORIS: equal initial values, outputs, gradients, merged weights and files, in both directions."""
 
 from typing import Any
 
@@ -35,22 +35,22 @@ CASES = [
     for has_scalar in (False, True)
     if form != "core" or name == "3x3"
 ]
-CLOSE = {"rtol": 1e-3, "atol": 2e-4}  # theirs sums in another order, in float32
+CLOSE = {"rtol": 1e-3, "atol": 2e-4}  # LyCORIS sums in another order, in float32
 
 
 def pair(name: str, form: str, is_dora: bool, has_scalar: bool) -> tuple[Adapter, Any, nn.Module]:
-    """Ours, theirs with the same weights, and the layer, which theirs is installed on."""
+    """Return our adapter, LyCORIS's with the same weights, and the layer on which theirs is installed."""
     torch.manual_seed(2701 + CASES.index((name, form, is_dora, has_scalar)))
     layer: Any = LAYERS[name][0]().requires_grad_(False)
-    asked = FORMS[form]
+    settings = FORMS[form]
     delta = make_fresh(
-        layer, 2, asked.get("factor", -1), asked.get("decompose_both", False),
-        asked.get("full_matrix", False), form == "core",
+        layer, 2, settings.get("factor", -1), settings.get("decompose_both", False),
+        settings.get("full_matrix", False), form == "core",
     )  # fmt: skip
     decomposition = Decompose(layer.weight) if is_dora else None
     ours = adapter_on(layer, delta, 3.0, decomposition, has_scalar=has_scalar)
     theirs = lokr.LokrModule(
-        "x", layer, 1.0, 2, 3.0, use_scalar=has_scalar, weight_decompose=is_dora, wd_on_out=False, **asked
+        "x", layer, 1.0, 2, 3.0, use_scalar=has_scalar, weight_decompose=is_dora, wd_on_out=False, **settings
     )
     change = module_of(ours)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def pair(name: str, form: str, is_dora: bool, has_scalar: bool) -> tuple[Adapter
 
 
 @pytest.mark.parametrize(("name", "form", "is_dora", "has_scalar"), CASES)
-def test_layer_merged_weight_and_file(name: str, form: str, is_dora: bool, has_scalar: bool) -> None:
+def test_layer_merged_weight_and_file_match_lycoris(name: str, form: str, is_dora: bool, has_scalar: bool) -> None:
     ours, theirs, layer = pair(name, form, is_dora, has_scalar)
     x = torch.randn(LAYERS[name][1], requires_grad=True)
     keys = [key for key, _ in module_of(ours).named_parameters()]
@@ -79,9 +79,9 @@ def test_layer_merged_weight_and_file(name: str, form: str, is_dora: bool, has_s
     ours.remove()
     base = layer.weight
     assert isinstance(base, Tensor)
-    # Their forward pass with a scalar and DoRA, written out: W0 + scalar * dW, then the magnitudes.
-    whole = base + theirs.get_weight(base.shape) * theirs.scalar
-    whole = theirs.apply_weight_decompose(whole) if is_dora else whole
+    # LyCORIS's forward pass with a scalar and DoRA, written out: W0 + scalar * dW, then the magnitudes.
+    merged = base + theirs.get_weight(base.shape) * theirs.scalar
+    merged = theirs.apply_weight_decompose(merged) if is_dora else merged
     theirs.apply_to()
     their_y, their_grads = run(theirs)
     theirs.restore()
@@ -89,13 +89,13 @@ def test_layer_merged_weight_and_file(name: str, form: str, is_dora: bool, has_s
     assert (y - alone).abs().max() > 0.01
     for one, other in zip(grads, their_grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()) + 1e-6)
-    torch.testing.assert_close(ours.merged()["weight"], whole, **CLOSE)
+    torch.testing.assert_close(ours.merged()["weight"], merged, **CLOSE)
     mine, other = ours.change.stored_tensors(), theirs.custom_state_dict()
     assert {key: tensor.shape for key, tensor in mine.items()} == {key: tensor.shape for key, tensor in other.items()}
     for key, tensor in other.items():
         if (
             key != "alpha" or not recognise_layout(mine).is_whole
-        ):  # without a rank alpha says nothing: theirs is the rank asked
+        ):  # without a rank alpha has no meaning: LyCORIS stores the requested rank
             torch.testing.assert_close(mine[key], tensor.detach())
 
 
@@ -104,38 +104,38 @@ def test_files_compute_the_same_in_both_programs(name: str, form: str) -> None:
     ours, theirs, layer = pair(name, form, False, True)
     base = layer.weight
     assert isinstance(base, Tensor)
-    whole = base + theirs.get_weight(base.shape) * theirs.scalar
-    read = make_change({key: tensor.detach() for key, tensor in theirs.custom_state_dict().items()}, layer)
-    torch.testing.assert_close(read.merged(base), whole, **CLOSE)
+    merged = base + theirs.get_weight(base.shape) * theirs.scalar
+    loaded = make_change({key: tensor.detach() for key, tensor in theirs.custom_state_dict().items()}, layer)
+    torch.testing.assert_close(loaded.merged(base), merged, **CLOSE)
     leaves = ours.change.stored_tensors()
     again = lokr.LokrModule("x", layer, 1.0, 2, 3.0, **FORMS[form])
     again.load_state_dict(leaves)
-    torch.testing.assert_close(base + again.get_weight(base.shape), whole, **CLOSE)
-    if form in ("core", "w1 of factors"):  # their reader takes the wrong rank and the wrong form of these two
+    torch.testing.assert_close(base + again.get_weight(base.shape), merged, **CLOSE)
+    if form in ("core", "w1 of factors"):  # LyCORIS's reader misreads the rank and form of these two
         return
-    given = [leaves.get(leaf) for leaf in lokr.LokrModule.weight_list]
+    stored = [leaves.get(leaf) for leaf in lokr.LokrModule.weight_list]
     with torch.no_grad():
-        again = lokr.LokrModule.make_module_from_state_dict("x", layer, *given)
-    torch.testing.assert_close(base + again.get_weight(base.shape), whole, **CLOSE)
+        again = lokr.LokrModule.make_module_from_state_dict("x", layer, *stored)
+    torch.testing.assert_close(base + again.get_weight(base.shape), merged, **CLOSE)
 
 
 @pytest.mark.parametrize(("name", "form"), [(name, form) for name, form, dora, scalar in CASES if not dora and scalar])
-def test_the_start_is_theirs_number_by_number(name: str, form: str) -> None:
+def test_initial_values_equal_lycoris(name: str, form: str) -> None:
     layer: Any = LAYERS[name][0]()
-    asked = FORMS[form]
+    settings = FORMS[form]
     torch.manual_seed(2801)
     ours = make_fresh(
-        layer, 2, asked.get("factor", -1), asked.get("decompose_both", False), asked.get("full_matrix", False),
+        layer, 2, settings.get("factor", -1), settings.get("decompose_both", False), settings.get("full_matrix", False),
         form == "core",
     )  # fmt: skip
     torch.manual_seed(2801)
-    theirs = lokr.LokrModule("x", layer, 1.0, 2, 1.0, **asked)
+    theirs = lokr.LokrModule("x", layer, 1.0, 2, 1.0, **settings)
     assert isinstance(ours, nn.Module)
     for key, parameter in ours.named_parameters():
         assert torch.equal(parameter, theirs.get_parameter(key)), key
 
 
-def test_sizes_are_split_as_theirs() -> None:
+def test_sizes_are_factorised_as_in_lycoris() -> None:
     sizes = (*range(1, 400), 512, 640, 768, 1000, 1280, 2048, 2560, 3072, 5120, 9216, 10240, 12288, 21504)
     for size in sizes:
         for factor in (-1, 1, 2, 3, 4, 5, 8, 12, 16, 30, 64):

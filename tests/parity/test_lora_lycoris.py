@@ -1,4 +1,4 @@
-"""Adapted layers against LyCORIS's: the same weights give the same outputs, gradients, merged weights and files."""
+"""Adapted layers against LyCORIS: equal weights give equal outputs, gradients, merged weights and files."""
 
 from typing import Any
 
@@ -28,11 +28,11 @@ CASES = [
     for has_scalar in (False, True)
     if name == "3x3" or not is_tucker
 ]
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # theirs rebuilds the weight in float32
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # LyCORIS rebuilds the weight in float32
 
 
 def pair(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> tuple[Adapter, Any, nn.Module]:
-    """Ours, theirs with the same weights, and the layer, which theirs is installed on."""
+    """Return our adapter, LyCORIS's with the same weights, and the layer on which theirs is installed."""
     torch.manual_seed(1401 + CASES.index((name, is_tucker, is_dora, has_scalar)))
     layer: Any = LAYERS[name][0]().requires_grad_(False)
     kind = adaptation_kind(layer)
@@ -53,7 +53,7 @@ def pair(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> tuple[A
 
 
 @pytest.mark.parametrize(("name", "is_tucker", "is_dora", "has_scalar"), CASES)
-def test_layer(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> None:
+def test_layer_outputs_and_gradients_match_lycoris(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> None:
     ours, theirs, layer = pair(name, is_tucker, is_dora, has_scalar)
     x = torch.randn(LAYERS[name][1], requires_grad=True)
     keys = [key for key, _ in ours.change.named_parameters()]
@@ -78,7 +78,7 @@ def test_layer(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> N
 
 
 @pytest.mark.parametrize(("name", "is_tucker", "is_dora", "has_scalar"), CASES)
-def test_file(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> None:
+def test_the_file_matches_lycoris(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> None:
     ours, theirs, _ = pair(name, is_tucker, is_dora, has_scalar)
     mine, other = ours.change.stored_tensors(), theirs.custom_state_dict()
     assert {key: tensor.shape for key, tensor in mine.items()} == {key: tensor.shape for key, tensor in other.items()}
@@ -87,14 +87,14 @@ def test_file(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> No
 
 
 @pytest.mark.parametrize(("name", "is_tucker"), [("linear", False), ("3x3", False), ("3x3", True)])
-def test_norm_of_the_change(name: str, is_tucker: bool) -> None:
+def test_the_update_norm_matches_lycoris(name: str, is_tucker: bool) -> None:
     ours, theirs, _ = pair(name, is_tucker, False, True)
     torch.testing.assert_close(ours.change.norm(), theirs.get_diff_weight()[0].norm(), **CLOSE)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_start_of_a_trained_strength_is_theirs(name: str) -> None:
-    """The strength starts at 0 and up as down does, so that the strength has a gradient from the first step on."""
+def test_initial_values_with_a_trained_strength_match_lycoris(name: str) -> None:
+    """The strength starts at 0 and `up` is initialised like `down`, so that the strength has a gradient at once."""
     torch.manual_seed(1461)
     layer: Any = LAYERS[name][0]()
     kind = adaptation_kind(layer)

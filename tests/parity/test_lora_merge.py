@@ -1,4 +1,4 @@
-"""A model with the adapter installed computes what diffusers' own model computes with the changes in its weights."""
+"""A model with the adapter installed computes the same as diffusers' model with merged weights."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def trained_network(clip: nn.Module, unet: nn.Module, seed: int, dtype: torch.dt
 
 
 def add_changes(model: nn.Module, network: AdapterNetwork, prefix: str, strip: str = "") -> int:
-    """Write W + 0.8 * alpha / rank * up @ down into a model, by the names in the file; gives how many fitted."""
+    """Merge W + 0.8 * alpha / rank * up @ down into a model by the file's names; return the number of modules."""
     state = network.state_dict()
     num_changed = 0
     for path, module in model.named_modules():
@@ -55,7 +55,7 @@ def add_changes(model: nn.Module, network: AdapterNetwork, prefix: str, strip: s
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_unet(dtype: torch.dtype) -> None:
+def test_the_adapted_unet_matches_the_merged_one(dtype: torch.dtype) -> None:
     unet, plain, clip = tiny_unet(401, dtype), tiny_unet(401, dtype), tiny_clip(402, dtype)
     network = trained_network(clip, unet, 403, dtype)
     num_changed = add_changes(plain, network, "lora_unet")
@@ -71,7 +71,7 @@ def test_unet(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_text_encoder(dtype: torch.dtype) -> None:
+def test_the_adapted_text_encoder_matches_the_merged_one(dtype: torch.dtype) -> None:
     clip, plain, unet = tiny_clip(411, dtype), tiny_clip(411, dtype), tiny_unet(412, dtype)
     network = trained_network(clip, unet, 413, dtype)
     num_changed = add_changes(plain, network, "lora_te", strip="text_model.")
@@ -88,7 +88,7 @@ EVERY_FORM = {"conv_dim": "3", "use_tucker": "1", "use_scalar": "1", "train_norm
 
 
 @pytest.mark.parametrize("form", [{}, EVERY_FORM], ids=["plain", "every form"])
-def test_the_gradients_are_the_same_with_gradient_checkpointing_and_dropout(form: dict[str, str]) -> None:
+def test_gradient_checkpointing_with_dropout_keeps_the_gradients(form: dict[str, str]) -> None:
     unet, clip = tiny_unet(421, torch.float64), tiny_clip(422, torch.float64)
     network = create_network(
         1.0, 4, 2.0, None, *view([clip], unet), neuron_dropout=0.2, rank_dropout="0.2", module_dropout="0.2",
@@ -111,7 +111,7 @@ def test_the_gradients_are_the_same_with_gradient_checkpointing_and_dropout(form
     plain = gradients()
     run_unet_blocks_with(unet, recompute)
     again = gradients()
-    assert sum(g is None for g in plain) == sum(g is None for g in again) > 0  # what module dropout left out
+    assert sum(g is None for g in plain) == sum(g is None for g in again) > 0  # modules skipped by module dropout
     for one, other in zip(plain, again, strict=True):
         if one is not None and other is not None:
             torch.testing.assert_close(one, other, **FLOAT64)

@@ -1,4 +1,4 @@
-"""Adapted layers against PEFT's: the same factors give the same outputs and the same gradients."""
+"""Adapted layers against PEFT: equal factors give equal outputs and gradients."""
 
 from pathlib import Path
 
@@ -48,10 +48,8 @@ def test_outputs_and_gradients_equal_those_of_peft(name: str) -> None:
 
 
 @torch.no_grad()
-def test_a_folder_that_peft_saved_does_in_a_checkpoint_what_it_did_in_peft(
-    tiny_sd_folder: Path, tmp_path: Path
-) -> None:
-    """Its names do not say of which model they are, and its alphas lie beside the weights."""
+def test_a_folder_saved_by_peft_merges_into_a_checkpoint_as_in_peft(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    """Its names lack a model prefix, and its alphas are stored in the folder's config."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(tiny_sd_folder, subfolder="unet")
@@ -76,7 +74,7 @@ def test_a_folder_that_peft_saved_does_in_a_checkpoint_what_it_did_in_peft(
     ]
     assert merge_lora.main(words) == 0
     merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged", subfolder="unet")
-    found = merged(latents_BCHW, torch.tensor([31, 742]), text_BTC).sample
+    actual = merged(latents_BCHW, torch.tensor([31, 742]), text_BTC).sample
     alone = UNet2DConditionModel.from_pretrained(tiny_sd_folder, subfolder="unet")
     assert (alone(latents_BCHW, torch.tensor([31, 742]), text_BTC).sample - expected).abs().max() > 0.05
-    torch.testing.assert_close(found, expected, **FLOAT32_DEEP)
+    torch.testing.assert_close(actual, expected, **FLOAT32_DEEP)

@@ -1,4 +1,4 @@
-"""Saved Lumina Image 2.0 adapters in diffusers' own transformer and names, on the same weights."""
+"""Saved Lumina Image 2.0 adapters in the transformer and names of diffusers, on the same weights."""
 
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,15 @@ DOORS = {"lora_lumina": lora_lumina, "lora": lora, "lora_fa": lora_fa, "dylora":
 EMBEDDERS = {"embedder_dims": "[2,2,2]"}
 
 
-def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tensor, Tensor]:
-    """Save an adapter with random weights; gives the prediction without and with it."""
+def save_trained_file(network_module: Any, path: Path, arguments: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """Save an adapter with random weights; return the predictions without and with it."""
     model = tiny_lumina(7)
     values = [value.detach() for value in inputs(6, 10, (5, 2))]
-    return save_trained(door, path, arguments, model, lambda: model(*values))
+    return save_trained(network_module, path, arguments, model, lambda: model(*values))
 
 
 @pytest.mark.parametrize(
-    ("door", "arguments"),
+    ("network_module", "arguments"),
     [
         ("lora_lumina", EMBEDDERS),
         ("lora_lumina", {"split_qkv": "True"}),
@@ -41,21 +41,24 @@ def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tens
     ],
     ids=str,
 )
-def test_diffusers_loads_our_file_and_predicts_the_same(door: str, arguments: dict[str, str], tmp_path: Path) -> None:
+def test_diffusers_loads_our_file_and_predicts_the_same(
+    network_module: str, arguments: dict[str, str], tmp_path: Path
+) -> None:
     from diffusers import Lumina2Pipeline
 
     path = tmp_path / "ours.safetensors"
-    base, expected = trained_file(DOORS[door], path, arguments)
+    base, expected = save_trained_file(DOORS[network_module], path, arguments)
     assert (expected - base).abs().max() > 0.01
     theirs = diffusers_model(tiny_lumina(7))
-    renamed = rename(read_adapter_file(path), NAMES, "diffusers").file  # diffusers' own renaming knows 2304 alone
+    # The conversion of diffusers supports only width 2304.
+    renamed = rename(read_adapter_file(path), NAMES, "diffusers").file
     Lumina2Pipeline.load_lora_into_transformer(Lumina2Pipeline.lora_state_dict(adapter_tensors(renamed)), theirs)
     values = [value.detach() for value in inputs(6, 10, (5, 2))]
     torch.testing.assert_close(oracle_output(theirs, *values), expected, **FLOAT32_DEEP)
 
 
-def test_our_diffusers_names_are_what_diffusers_makes_of_our_file() -> None:
-    """At full size: every module of the blocks, key by key. It refuses alphas and the final layer."""
+def test_diffusers_converts_our_file_to_our_diffusers_names() -> None:
+    """Compare every block module at full size, key by key. diffusers rejects alphas and the final layer."""
     from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lumina2_lora_to_diffusers
 
     generator = torch.Generator().manual_seed(1)
@@ -74,10 +77,10 @@ def test_our_diffusers_names_are_what_diffusers_makes_of_our_file() -> None:
         torch.testing.assert_close(product, their_product, **FLOAT32_DEEP)
 
 
-def test_merged_weights_predict_what_the_adapter_did(tmp_path: Path) -> None:
-    """DoRA, which diffusers does not load, against weights that are added up."""
+def test_merged_weights_predict_the_same_as_the_adapter(tmp_path: Path) -> None:
+    """Compare DoRA, which diffusers does not load, with merged weights."""
     path = tmp_path / "ours.safetensors"
-    _, expected = trained_file(lora_lumina, path, {"dora_wd": "True", "split_qkv": "True", **EMBEDDERS})
+    _, expected = save_trained_file(lora_lumina, path, {"dora_wd": "True", "split_qkv": "True", **EMBEDDERS})
     model = tiny_lumina(7)
     network, weights = lora_lumina.create_network_from_weights(1.0, str(path), None, [], model, for_inference=True)
     network.merge_to([], model, weights, torch.float32, "cpu")
@@ -85,8 +88,8 @@ def test_merged_weights_predict_what_the_adapter_did(tmp_path: Path) -> None:
     torch.testing.assert_close(model(*values), expected, **FLOAT32_DEEP)
 
 
-def test_blocks_with_adapters_compile_without_a_break_in_the_graph() -> None:
-    torch.compiler.reset()  # what other tests compiled counts toward its limit
+def test_blocks_with_adapters_compile_without_graph_breaks() -> None:
+    torch.compiler.reset()  # graphs compiled by other tests count toward the limit
     model = tiny_lumina(7)
     network = lora_lumina.create_network(1.0, 4, 2, None, [], model)
     randomize(network, 3)
@@ -99,7 +102,7 @@ def test_blocks_with_adapters_compile_without_a_break_in_the_graph() -> None:
     torch.testing.assert_close(model(*values), expected, **FLOAT32_DEEP)
 
 
-def test_lycoris_finds_the_blocks_by_their_class_names() -> None:
+def test_lycoris_finds_blocks_by_class_name() -> None:
     lycoris = pytest.importorskip("lycoris.kohya")
     model = tiny_lumina(7)
     network: Any = lycoris.create_network(1.0, 4, 2, None, [], model, algo="lora", preset="attn-mlp")

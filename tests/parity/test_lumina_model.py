@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.lumina.reference import diffusers_model
-from tests.parity.denoisers import assert_recomputing_changes_no_gradient
+from tests.parity.denoisers import assert_checkpointing_keeps_gradients
 from tests.tiny.lumina import CONFIG, tiny_lumina
 from tests.tolerances import FLOAT32_DEEP
 
@@ -17,7 +17,7 @@ MASKS = {"whole": (NUM_TEXT, NUM_TEXT), "even": (4, 4), "uneven": (5, 2)}  # tok
 
 
 def inputs(H: int, W: int, tokens: tuple[int, int] = MASKS["whole"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latents, times, text, which of it is the caption."""
+    """Return latents, times, text, and the mask of its caption tokens."""
     g = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 16, H, W, generator=g).requires_grad_()
     text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
@@ -31,7 +31,7 @@ def oracle_output(theirs: Any, latents: Tensor, times: Tensor, text: Tensor, mas
 
 @pytest.mark.parametrize("tokens", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], tokens: tuple[int, int]) -> None:
+def test_outputs_and_input_gradients_match_diffusers(size: tuple[int, int], tokens: tuple[int, int]) -> None:
     ours = tiny_lumina(1)
     theirs = diffusers_model(ours)
     results = []
@@ -46,7 +46,7 @@ def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int
         torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
 
 
-def test_padding_has_no_part_in_anything() -> None:
+def test_padding_does_not_affect_outputs() -> None:
     model = tiny_lumina(2)
     latents, times, text, mask = (value.detach() for value in inputs(8, 6, (5, 2)))
     expected = model(latents, times, text, mask)
@@ -55,12 +55,12 @@ def test_padding_has_no_part_in_anything() -> None:
     assert not torch.allclose(model(latents, times, text, torch.ones_like(mask)), expected, rtol=1e-2)
 
 
-def test_recomputing_blocks_changes_no_gradient() -> None:
-    assert_recomputing_changes_no_gradient(tiny_lumina(3), lambda: inputs(8, 6))
+def test_gradient_checkpointing_does_not_change_gradients() -> None:
+    assert_checkpointing_keeps_gradients(tiny_lumina(3), lambda: inputs(8, 6))
 
 
-def test_blocks_compile_without_a_break_in_the_graph() -> None:
-    torch.compiler.reset()  # what other tests compiled counts toward its limit
+def test_blocks_compile_without_graph_breaks() -> None:
+    torch.compiler.reset()  # graphs compiled by other tests count toward the limit
     model = tiny_lumina(4)
     expected = model(*inputs(8, 6))
     for block in (*model.context_refiner, *model.noise_refiner, *model.layers):

@@ -26,8 +26,8 @@ PROMPT = Prompt(
 
 
 def run_of(arguments: list[str], system_prompt: str = SYSTEM) -> Any:
-    given = [*arguments, "--gemma2_max_token_length", str(NUM_TOKENS), "--system_prompt", system_prompt]
-    arch = build(LuminaOptions.from_args(setup_parser().parse_args(given)))
+    model_arguments = [*arguments, "--gemma2_max_token_length", str(NUM_TOKENS), "--system_prompt", system_prompt]
+    arch = build(LuminaOptions.from_args(setup_parser().parse_args(model_arguments)))
     models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
     return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
 
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("changes", [{}, {"scale": 1.0}, {"cfg_trunc_ratio": 0.4}], ids=str)
 def test_latents_equal_those_of_the_pipeline(folder: Path, changes: dict[str, float]) -> None:
-    """Its limit on the length of guided predictions is by row, ours by image, so it is off in both."""
+    """diffusers limits the norm of guided predictions per row, ours per image, so the limit is off in both."""
     prompt = replace(PROMPT, **changes)
     expected = pipeline_of(folder)(
         prompt.text, negative_prompt=prompt.negative, width=prompt.width, height=prompt.height,
@@ -67,11 +67,11 @@ def test_latents_equal_those_of_the_pipeline(folder: Path, changes: dict[str, fl
         cfg_normalization=False, system_prompt=SYSTEM, generator=torch.Generator().manual_seed(7),
         max_sequence_length=NUM_TOKENS, output_type="latent",
     ).images  # fmt: skip
-    found = ours(run_of(["--pretrained_model_name_or_path", str(folder)]), prompt)
-    torch.testing.assert_close(found, expected, **FLOAT32_SAMPLED)
+    actual = ours(run_of(["--pretrained_model_name_or_path", str(folder)]), prompt)
+    torch.testing.assert_close(actual, expected, **FLOAT32_SAMPLED)
 
 
-def test_every_setting_of_a_prompt_reaches_the_image(folder: Path) -> None:
+def test_every_prompt_setting_affects_the_image(folder: Path) -> None:
     run = run_of(["--pretrained_model_name_or_path", str(folder)])
     plain = ours(run, PROMPT)
     for changes in ({"cfg_trunc_ratio": 0.4}, {"renorm_cfg": 0.5}, {"flow_shift": 2.0}, {"negative": "a cat"}):
@@ -80,20 +80,20 @@ def test_every_setting_of_a_prompt_reaches_the_image(folder: Path) -> None:
     assert not torch.allclose(ours(other, PROMPT), plain, rtol=1e-2)
 
 
-def test_features_of_captions_equal_those_of_the_pipeline(folder: Path) -> None:
-    """Features of the caption's tokens are compared; padding is masked, and the pipeline computes it elsewhere."""
+def test_caption_features_equal_those_of_the_pipeline(folder: Path) -> None:
+    """Only caption tokens are compared; padding is masked, and the pipeline computes it differently."""
     run = run_of(["--pretrained_model_name_or_path", str(folder)])
     captions = ["a red cat, sitting", "", "dog " * 40]
-    found = run.arch.text.encode(run.models.text_encoders, run.arch.text.tokenize(captions))
+    actual = run.arch.text.encode(run.models.text_encoders, run.arch.text.tokenize(captions))
     texts = [f"{SYSTEM} <Prompt Start> {caption}" if caption else "" for caption in captions]
     states, mask = pipeline_of(folder)._get_gemma_prompt_embeds(texts, max_sequence_length=NUM_TOKENS)
-    assert torch.equal(found["attention_mask"], mask)
+    assert torch.equal(actual["attention_mask"], mask)
     assert mask.sum(1).tolist()[1:] == [1, NUM_TOKENS]
     is_caption = mask.bool()
-    torch.testing.assert_close(found["hidden_state"][is_caption], states[is_caption], **FLOAT32_DEEP)
+    torch.testing.assert_close(actual["hidden_state"][is_caption], states[is_caption], **FLOAT32_DEEP)
 
 
-def test_training_learns_the_velocity_that_previews_follow(folder: Path) -> None:
+def test_training_target_is_the_velocity_that_previews_follow(folder: Path) -> None:
     """target = latent - noise at time 1 - sigma; the sampler's direction is the negative of the raw prediction."""
     run = run_of(["--pretrained_model_name_or_path", str(folder)])
     arch = run.arch
@@ -103,15 +103,15 @@ def test_training_learns_the_velocity_that_previews_follow(folder: Path) -> None
     batch: Any = None
     with torch.no_grad():
         prediction = arch.predict(run.models.denoiser, noised, conditioning, batch)
-        said = arch.preview.predict(PROMPT)(run.models.denoiser, noised, conditioning, batch)
+        direction = arch.preview.predict(PROMPT)(run.models.denoiser, noised, conditioning, batch)
         theirs = pipeline_of(folder).transformer(
             noised.latents_BCHW, 1 - noised.sigmas_B, conditioning["hidden_state"], conditioning["attention_mask"]
         )
     torch.testing.assert_close(prediction, theirs.sample, **FLOAT32_DEEP)
-    torch.testing.assert_close(said, prediction, rtol=0, atol=0)
+    torch.testing.assert_close(direction, prediction, rtol=0, atol=0)
     sampler = arch.preview.sampler(PROMPT)
     width = sampler.levels[1].sigma - sampler.levels[0].sigma
-    stepped = sampler.step(said, noised.latents_BCHW, 0, torch.Generator())
+    stepped = sampler.step(direction, noised.latents_BCHW, 0, torch.Generator())
     torch.testing.assert_close(stepped, noised.latents_BCHW + width * -prediction, rtol=0, atol=1e-6)
     torch.testing.assert_close(arch.objective.target(noised), noised.clean_BCHW - noised.noise_BCHW, rtol=0, atol=0)
     s = noised.sigmas_B.view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""--base_weights that are merged while the base model is read, against merging into a model that is there."""
+"""--base_weights merged while the base model is read, compared with merging into a loaded model."""
 
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from tests.parity.opened import opened_with
 from tests.runs.bases import BASES
 from tests.weight_formats import CODECS
 
-pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
+pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options configures logging
 
-KINDS = {  # network module -> arguments, for one base model each: all of what a file can hold
+KINDS = {  # network module -> arguments for one base model each; together they cover all contents of files
     "sd": ("networks.lora", {"conv_dim": "2", "train_norm": "True", "dora_wd": "True"}),
     "sdxl": ("networks.lokr", {"factor": "2", "conv_dim": "2"}),
     "flux": ("networks.oft_v2", {}),
@@ -36,8 +36,8 @@ KINDS = {  # network module -> arguments, for one base model each: all of what a
 FAST = ("sd", "flux")
 
 
-def adapter_file(path: Path, arch: Architecture, seed: int, module: str, arguments: dict[str, str]) -> str:
-    """A file for the base model, all of its parameters random."""
+def write_adapter_file(path: Path, arch: Architecture, seed: int, module: str, arguments: dict[str, str]) -> str:
+    """Write a file for the base model with random parameters."""
     encoders = arch.load.text_encoders()
     view = arch.view(encoders, arch.load.denoiser())
     network = open_network_module(module).create_network(1.0, 4, 2.0, None, *view, **arguments)
@@ -49,8 +49,8 @@ def adapter_file(path: Path, arch: Architecture, seed: int, module: str, argumen
     return str(path)
 
 
-def merged_afterwards(options: TrainOptions, arch: Architecture, compute: Compute, reader: str) -> Models:
-    """The models, whole as numbers, with one file after the other merged into them."""
+def merge_afterwards(options: TrainOptions, arch: Architecture, compute: Compute, reader: str) -> Models:
+    """Return the unquantised models with the files merged one after the other."""
     encoders, denoiser = arch.load.text_encoders(), arch.load.denoiser()
     models = Models(denoiser, encoders, None, arch.view(encoders, denoiser))
     for file, multiplier in zip(options.network.base_weights or (), (1.0, 0.5), strict=True):
@@ -61,18 +61,18 @@ def merged_afterwards(options: TrainOptions, arch: Architecture, compute: Comput
     return models
 
 
-def with_files(name: str, folder: Path, *more: str) -> tuple[TrainOptions, Architecture, str]:
-    """A base model with two files to be merged, the second at half of its strength; and the module that reads them."""
+def open_with_files(name: str, folder: Path, *more: str) -> tuple[TrainOptions, Architecture, str]:
+    """Open a base model with two files to merge, the second at half strength; return the reading module too."""
     module, arguments = KINDS[name]
     words = [*BASES[name].build(folder), *more]
     _, arch = opened_with(name, words)
-    files = [adapter_file(folder / f"{seed}.safetensors", arch, seed, module, arguments) for seed in (1, 2)]
+    files = [write_adapter_file(folder / f"{seed}.safetensors", arch, seed, module, arguments) for seed in (1, 2)]
     merged = ["--base_weights", *files, "--base_weights_multiplier", "1.0", "0.5"]
     return *opened_with(name, [*words, *merged]), module
 
 
-def assert_same(found: nn.Module, wanted: nn.Module) -> None:
-    ours, theirs = found.state_dict(), wanted.state_dict()
+def assert_same(actual: nn.Module, wanted: nn.Module) -> None:
+    ours, theirs = actual.state_dict(), wanted.state_dict()
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         assert torch.equal(ours[name], value) and ours[name].stride() == value.stride(), name
@@ -80,12 +80,12 @@ def assert_same(found: nn.Module, wanted: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.nightly) for n in KINDS])
 @pytest.mark.parametrize("form", ["", "int8"])
-def test_what_is_merged_while_it_is_read_is_what_is_merged_afterwards(name: str, form: str, tmp_path: Path) -> None:
+def test_merging_while_reading_equals_merging_afterwards(name: str, form: str, tmp_path: Path) -> None:
     words = ["--base_format", form] if form else []
-    options, arch, reader = with_files(name, tmp_path, "--mixed_precision", "bf16", *words)
+    options, arch, reader = open_with_files(name, tmp_path, "--mixed_precision", "bf16", *words)
     compute = Compute.build(options.precision, torch.device("cpu"))
-    wanted = merged_afterwards(options, arch, compute, reader)
-    found = load_frozen(
+    wanted = merge_afterwards(options, arch, compute, reader)
+    actual = load_frozen(
         options.network, options.precision.denoiser_format, arch, arch.load.text_encoders(), None, compute, reader
     )
     plain = arch.load.denoiser()
@@ -93,6 +93,6 @@ def test_what_is_merged_while_it_is_read_is_what_is_merged_afterwards(name: str,
     assert len(changed) > 10
     if form:
         store_all_in(CODECS[form], layers_in_blocks(wanted.denoiser).values())
-    assert_same(found.denoiser, wanted.denoiser)
-    for ours, theirs in zip(found.text_encoders, wanted.text_encoders, strict=True):
+    assert_same(actual.denoiser, wanted.denoiser)
+    for ours, theirs in zip(actual.text_encoders, wanted.text_encoders, strict=True):
         assert_same(ours, theirs)

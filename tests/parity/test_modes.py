@@ -1,7 +1,7 @@
-"""Every mode that saves memory trains the same: gradients of all adapters against those of the plain mode, exactly.
+"""Every memory mode gives exactly the adapter gradients of the plain mode.
 
-A form rounds the weights once; its reference is the plain mode with the weights as they were rounded. What a form does
-to the weights themselves is held in test_forms.py.
+A weight format rounds the weights once, so its reference is the plain mode with the rounded weights. test_forms.py
+tests the rounding itself.
 """
 
 import pytest
@@ -14,7 +14,7 @@ DECODED: dict[tuple[str, str, str], list[torch.Tensor]] = {}
 
 
 def reference(mode: Mode) -> list[torch.Tensor]:
-    """The plain mode with the same base model, weights and adapter; kept, since several modes share it."""
+    """Return the plain mode's gradients for the same base model, weights and adapter; cached, as modes share them."""
     key = mode.base, mode.form, mode.adapter
     if key not in DECODED:
         DECODED[key] = gradients(Mode(mode.base, mode.form, adapter=mode.adapter), is_decoded=True)
@@ -22,24 +22,24 @@ def reference(mode: Mode) -> list[torch.Tensor]:
 
 
 def check(mode: Mode) -> None:
-    found, wanted = gradients(mode), reference(mode)
-    assert len(found) == len(wanted) > 10
-    assert all(bool(value.isfinite().all()) for value in found)
+    actual, wanted = gradients(mode), reference(mode)
+    assert len(actual) == len(wanted) > 10
+    assert all(bool(value.isfinite().all()) for value in actual)
     assert sum(bool(value.any()) for value in wanted) > len(wanted) / 2
-    # Contiguous and channels-last weights go through different kernels of convolutions, which add in another order.
+    # Contiguous and channels-last weights use different convolution kernels, which sum in another order.
     tolerance = 1e-4 if mode.base == "sd" else 0.0
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs in zip(actual, wanted, strict=True):
         assert (ours - theirs).norm() <= tolerance * theirs.norm() + (1e-9 if tolerance else 0)
 
 
 @pytest.mark.parametrize("mode", PAIRS, ids=str)
-def test_pairs_of_modes_train_as_the_plain_mode(mode: Mode) -> None:
+def test_pairs_of_modes_train_like_the_plain_mode(mode: Mode) -> None:
     check(mode)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("mode", [mode for mode in triples_of_modes() if mode not in PAIRS], ids=str)
-def test_triples_of_modes_train_as_the_plain_mode(mode: Mode) -> None:
+def test_triples_of_modes_train_like_the_plain_mode(mode: Mode) -> None:
     check(mode)
 
 
@@ -51,12 +51,12 @@ MULTIPLIED = [
 
 
 @pytest.mark.parametrize("mode", MULTIPLIED, ids=str)
-def test_products_in_8_bits_are_the_same_in_every_mode_and_near_the_decoded_ones(mode: Mode) -> None:
-    """Bounds: rounding of activations and gradients, a few percent in each of about ten layers, adds up."""
-    found = gradients(mode, is_multiplied=True)
+def test_8_bit_matmul_is_equal_in_every_mode_and_close_to_dequantised_matmul(mode: Mode) -> None:
+    """The bounds allow for accumulated rounding of activations and gradients, a few percent in each of ten layers."""
+    actual = gradients(mode, is_multiplied=True)
     plain = gradients(Mode(mode.base, mode.form, adapter=mode.adapter), is_multiplied=True)
-    assert len(found) == len(plain) > 10
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, plain, strict=True))
+    assert len(actual) == len(plain) > 10
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, plain, strict=True))
     decoded = reference(mode)
-    off = [float((a - b).norm() / b.norm()) for a, b in zip(found, decoded, strict=True) if b.any()]
+    off = [float((a - b).norm() / b.norm()) for a, b in zip(actual, decoded, strict=True) if b.any()]
     assert 1e-4 < sorted(off)[len(off) // 2] < 0.2

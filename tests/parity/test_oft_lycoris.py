@@ -1,4 +1,4 @@
-"""OFT of outputs against LyCORIS's diag-oft, and against the formulas of sd-scripts' networks.oft and oft_flux."""
+"""Output OFT against LyCORIS's diag-oft and the formulas of sd-scripts' networks.oft and oft_flux."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ CASES = [(name, limit, is_scaled) for name in LAYERS for limit in (0.0, 0.02, 5.
 
 
 @pytest.mark.parametrize(("name", "limit", "is_scaled"), CASES)
-def test_layer_merged_weight_and_gradients_are_those_of_lycoris(name: str, limit: float, is_scaled: bool) -> None:
+def test_layer_merged_weight_and_gradients_match_lycoris(name: str, limit: float, is_scaled: bool) -> None:
     torch.manual_seed(6301 + CASES.index((name, limit, is_scaled)))
     layer: Any = LAYERS[name][0]().requires_grad_(False)
     theirs = diag_oft.DiagOFTModule("x", layer, 1.0, 4, 1.0, constraint=limit, rescaled=is_scaled)
@@ -52,7 +52,7 @@ def test_layer_merged_weight_and_gradients_are_those_of_lycoris(name: str, limit
     else:
         expected = nn.functional.linear(x, weight, layer.bias)
     wanted = torch.autograd.grad(expected.square().sum(), (x, *(theirs.get_parameter(key) for key in keys)))
-    close = {"rtol": 1e-4, "atol": 1e-5}  # their inverse is float32
+    close = {"rtol": 1e-4, "atol": 1e-5}  # LyCORIS's inverse is float32
     torch.testing.assert_close(ours.merged(layer.weight), weight, **close)
     torch.testing.assert_close(y, expected, **close)
     for one, other in zip(grads, wanted, strict=True):
@@ -63,30 +63,32 @@ def test_layer_merged_weight_and_gradients_are_those_of_lycoris(name: str, limit
     torch.testing.assert_close(again.get_merged_weight(shape=layer.weight.shape)[0], weight)
 
 
-def turned_by_formula(weight: Tensor, blocks_Dbb: Tensor, alpha: float, multiplier: float) -> Tensor:
-    """sd-scripts' networks.oft, in words of matrices: (m (R - 1) + 1)' W with the norm of all Q at most alpha * O."""
+def rotate_by_formula(weight: Tensor, blocks_Dbb: Tensor, alpha: float, multiplier: float) -> Tensor:
+    """Compute sd-scripts' networks.oft: (m (R - 1) + 1)' W, with the norm of all Q limited to alpha * O."""
     skew = blocks_Dbb - blocks_Dbb.mT
     length = skew.norm()
     skew = skew * ((length.clamp(max=alpha * len(weight)) + 1e-8) / (length + 1e-8))
-    one = torch.eye(blocks_Dbb.shape[1], dtype=weight.dtype)
-    rotation = torch.block_diag(*(multiplier * ((one + q) @ torch.linalg.inv(one - q) - one) + one for q in skew))
+    identity = torch.eye(blocks_Dbb.shape[1], dtype=weight.dtype)
+    rotation = torch.block_diag(
+        *(multiplier * ((identity + q) @ torch.linalg.inv(identity - q) - identity) + identity for q in skew)
+    )
     return (rotation.t() @ weight.flatten(1)).view_as(weight)
 
 
 @pytest.mark.parametrize("alpha", [0.01, 3.0])
 @pytest.mark.parametrize("multiplier", [1.0, 0.6])
-def test_a_file_of_networks_oft_is_what_its_formula_says(alpha: float, multiplier: float) -> None:
+def test_a_networks_oft_file_follows_its_formula(alpha: float, multiplier: float) -> None:
     torch.manual_seed(6331)
     for shape in ((12, 5), (12, 4, 3, 3)):
         weight = torch.randn(shape, dtype=torch.float64)
         leaves = {"oft_blocks": torch.randn(3, 4, 4, dtype=torch.float64) * 0.3, "alpha": torch.tensor(alpha)}
-        expected = turned_by_formula(weight, leaves["oft_blocks"], float(leaves["alpha"]), multiplier)
-        found = ModuleWeights("oft_unet_x", leaves, {}).merged(weight, multiplier, torch.float64)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)  # its 1e-8 beside the norm
-        assert (found - weight).norm() > 0.05
+        expected = rotate_by_formula(weight, leaves["oft_blocks"], float(leaves["alpha"]), multiplier)
+        actual = ModuleWeights("oft_unet_x", leaves, {}).merged(weight, multiplier, torch.float64)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)  # it adds 1e-8 to the norm
+        assert (actual - weight).norm() > 0.05
 
 
-def test_a_file_of_networks_oft_flux_turns_q_k_v_and_the_mlp_apart() -> None:
+def test_a_networks_oft_flux_file_rotates_q_k_v_and_the_mlp_separately() -> None:
     torch.manual_seed(6341)
     weight = torch.randn(3 * 4 + 8, 6, dtype=torch.float64)
     pieces = {f"oft_blocks.{i}": torch.randn(2, n, n, dtype=torch.float64) * 0.2 for i, n in enumerate((2, 2, 2, 4))}
@@ -94,24 +96,24 @@ def test_a_file_of_networks_oft_flux_turns_q_k_v_and_the_mlp_apart() -> None:
     assert recognise_layout(leaves).network_module == "networks.oft"
     rows = torch.split(weight, [4, 4, 4, 8])
     expected = torch.cat(
-        [turned_by_formula(part, blocks, 0.05, 1.0) for part, blocks in zip(rows, pieces.values(), strict=True)]
+        [rotate_by_formula(part, blocks, 0.05, 1.0) for part, blocks in zip(rows, pieces.values(), strict=True)]
     )
     torch.testing.assert_close(make_change(leaves).merged(weight), expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("is_deviation", [False, True])
-def test_whole_matrices_of_early_lycoris_are_merged(is_deviation: bool) -> None:
+def test_full_matrices_of_early_lycoris_are_merged(is_deviation: bool) -> None:
     torch.manual_seed(6351)
-    weight, one = torch.randn(12, 5, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    weight, identity = torch.randn(12, 5, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
     deviation = torch.randn(3, 4, 4, dtype=torch.float64) * 0.1
-    change = make_change({"oft_diag": deviation if is_deviation else deviation + one})
-    expected = torch.einsum("knm,knp->kmp", deviation + one, weight.view(3, 4, 5)).reshape(12, 5)
+    change = make_change({"oft_diag": deviation if is_deviation else deviation + identity})
+    expected = torch.einsum("knm,knp->kmp", deviation + identity, weight.view(3, 4, 5)).reshape(12, 5)
     torch.testing.assert_close(change.merged(weight), expected, **FLOAT64)
     torch.testing.assert_close(change.merged(weight, 0.3), weight + 0.3 * (expected - weight), **FLOAT64)
 
 
-def old_file(path: Path, seed: int, prefix: str, pieces: bool) -> str:
-    """A file as sd-scripts' networks.oft or oft_flux writes it, for the toy model."""
+def write_old_file(path: Path, seed: int, prefix: str, pieces: bool) -> str:
+    """Write a toy model's file as sd-scripts' networks.oft or oft_flux does."""
     torch.manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     leaf = "oft_blocks.0" if pieces else "oft_blocks"
@@ -123,12 +125,12 @@ def old_file(path: Path, seed: int, prefix: str, pieces: bool) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(("door", "pieces"), [(oft, False), (oft_flux, True)])
-def test_files_are_read_merged_and_trained_further(tmp_path: Path, door: Any, pieces: bool) -> None:
+@pytest.mark.parametrize(("network_module", "pieces"), [(oft, False), (oft_flux, True)])
+def test_files_are_read_merged_and_trained_further(tmp_path: Path, network_module: Any, pieces: bool) -> None:
     text, unet = toy_models(6361)
     alone = outputs(text, unet, 6362)
-    path = old_file(tmp_path / "x.safetensors", 6363, "lora_unet", pieces)
-    network, weights = door.create_network_from_weights(1.0, path, None, text, unet)
+    path = write_old_file(tmp_path / "x.safetensors", 6363, "lora_unet", pieces)
+    network, weights = network_module.create_network_from_weights(1.0, path, None, text, unet)
     network.apply_to(text, unet, False, True)
     network.load_weights(path)
     learned = outputs(text, unet, 6362)
@@ -142,14 +144,14 @@ def test_files_are_read_merged_and_trained_further(tmp_path: Path, door: Any, pi
     saved = load_state_dict(tmp_path / "again.safetensors")
     assert saved.keys() == weights.keys() and all(torch.equal(saved[key], weights[key]) for key in saved)
     network.remove()
-    for reading in (door, lora):
+    for reading in (network_module, lora):
         text, unet = toy_models(6361)
         second, weights = reading.create_network_from_weights(1.0, path, None, text, unet, for_inference=True)
         second.merge_to(text, unet, weights, torch.float32, "cpu")
         assert_same(outputs(text, unet, 6362), learned, **FLOAT32_SAME_MATH)
 
 
-def test_names_of_networks_oft_lead_to_the_same_modules(tmp_path: Path) -> None:
+def test_names_of_networks_oft_resolve_to_the_same_modules(tmp_path: Path) -> None:
     torch.manual_seed(6365)
     seen = view([tiny_clip(6366, torch.float32)], tiny_unet(6367, torch.float32))
     path = str(tmp_path / "x.safetensors")
@@ -163,9 +165,9 @@ def test_names_of_networks_oft_lead_to_the_same_modules(tmp_path: Path) -> None:
     assert torch.equal(network.adapters[f"lora_unet_{name}"].change.stored_tensors()["oft_blocks"], blocks)
 
 
-def test_other_kinds_are_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_errors_for_other_kinds_suggest_an_alternative(tmp_path: Path) -> None:
     text, unet = toy_models(6371)
-    path = old_file(tmp_path / "x.safetensors", 6372, "lora_unet", False)
+    path = write_old_file(tmp_path / "x.safetensors", 6372, "lora_unet", False)
     with pytest.raises(ValueError, match=r"\*\.oft_blocks .*Use --network_module networks.oft$"):
         oft_v2.create_network_from_weights(1.0, path, None, text, unet)
     for argument in ("use_scalar", "dora_wd", "split_qkv", "rslora"):
@@ -174,7 +176,7 @@ def test_other_kinds_are_refused_with_the_way_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "said"),
+    ("tensors", "message"),
     [
         ({"oft_blocks": (2, 2, 4, 4)}, "[2, 2, 4, 4]: BOFT of LyCORIS, which is not computed here; LyCORIS merges it"),
         ({"oft_blocks": (2, 4, 3)}, "of the shape [2, 4, 3]; it needs (blocks, b, b)"),
@@ -183,24 +185,24 @@ def test_other_kinds_are_refused_with_the_way_out(tmp_path: Path) -> None:
         ({"oft_blocks": (2, 4, 4), "rescale": (9, 1)}, "it needs one number for each output"),
     ],
 )
-def test_tensors_that_do_not_fit_together_are_named(tensors: dict[str, tuple[int, ...]], said: str) -> None:
+def test_mismatched_tensors_are_named(tensors: dict[str, tuple[int, ...]], message: str) -> None:
     named = {f"lora_unet_x.{leaf}": torch.ones(shape) for leaf, shape in tensors.items()}
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         parse_adapter(named, {}, "cat.safetensors")
 
 
 @torch.no_grad()
-def test_dropout_leaves_out_blocks_of_outputs() -> None:
+def test_dropout_drops_blocks_of_outputs() -> None:
     torch.manual_seed(6381)
     layer = nn.Linear(12, 12, bias=False)
     layer.weight.copy_(torch.eye(12))
     change = OrthogonalOutputs(layer, {"oft_blocks": torch.randn(3, 4, 4)}, Dropout(neuron=0.5, module=0.1))
     x = torch.randn(1, 12)
-    whole = change.eval().forward(x, layer, 1.0).view(3, 4)
+    full = change.eval().forward(x, layer, 1.0).view(3, 4)
     seen = set()
     for _ in range(200):
-        found = change.train().forward(x, layer, 1.0).view(3, 4)
-        left = [torch.equal(part, alone) for part, alone in zip(found, x.view(3, 4), strict=True)]
-        assert all(is_left or torch.allclose(a, b) for is_left, a, b in zip(left, found, whole, strict=True))
+        dropped = change.train().forward(x, layer, 1.0).view(3, 4)
+        left = [torch.equal(part, alone) for part, alone in zip(dropped, x.view(3, 4), strict=True)]
+        assert all(is_left or torch.allclose(a, b) for is_left, a, b in zip(left, dropped, full, strict=True))
         seen.add(tuple(left))
     assert len(seen) == 8

@@ -1,5 +1,5 @@
-"""Preference losses and both ends of a slider against a float64 recomputation with the adapter's change in the weights,
-for noise, v-prediction and every flow."""
+"""Preference and slider losses against a float64 recomputation with merged adapter weights, for noise prediction,
+v-prediction and every flow model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.parity.test_concepts import context_of, merge_into
 from tests.parity.test_concepts_flow import FLOWS, arch_of
 from tests.runs.bases import BASES
 
-pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
+pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options configures logging
 
 BETA, STRENGTH, NUMBER = 500.0, 0.7, 17
 VELOCITY = "sd2 with --v_parameterization"
@@ -31,11 +31,11 @@ NAMES = [pytest.param(name, marks=() if name in FAST else pytest.mark.nightly) f
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
-def opened(name: str, folder: Path) -> Architecture:
+def open_tiny(name: str, folder: Path) -> Architecture:
     if name in FLOWS:
         return arch_of(name, folder)
-    own = name.split()[0]
-    return opened_with(own, [*BASES[own].build(folder), *name.split()[2:]])[1]
+    base_name = name.split()[0]
+    return opened_with(base_name, [*BASES[base_name].build(folder), *name.split()[2:]])[1]
 
 
 def context_for(arch: Architecture, pairs: PairOptions) -> StepContext:
@@ -46,7 +46,7 @@ def context_for(arch: Architecture, pairs: PairOptions) -> StepContext:
 
 
 def pairs_of(context: StepContext) -> Batch:
-    """Two pairs of 64 x 64 pixels, with masks."""
+    """Return two pairs of 64 x 64 pixels with masks."""
     spec, captions = context.arch.codec.spec, ["a red cat", "a dog"]
     side = 64 // spec.downscale
     images, partners = torch.randn(2, 2, spec.channels, side, side, generator=torch.Generator().manual_seed(3))
@@ -60,7 +60,7 @@ def pairs_of(context: StepContext) -> Batch:
 
 
 class Recomputed:
-    """The errors of a denoiser in float64, one side of the pairs at a time."""
+    """The errors of a denoiser in float64, for one side of the pairs at a time."""
 
     def __init__(self, name: str, context: StepContext, batch: Batch) -> None:
         self.name, self.context, self.batch = name, context, batch
@@ -79,15 +79,16 @@ class Recomputed:
             for name, tensor in self.context.captions(self.batch.captions).items()
         }
         wide = Noised(*(tensor.double() for tensor in vars(noised).values()))
-        said = self.context.arch.predict(self.denoiser, wide, features, self.batch)
+        prediction = self.context.arch.predict(self.denoiser, wide, features, self.batch)
         assert self.batch.masks_B1HW is not None
-        side = said.shape[-1]
+        side = prediction.shape[-1]
         masks = self.batch.masks_B1HW.double().unfold(2, 64 // side, 64 // side).unfold(3, 64 // side, 64 // side)
-        errors_B = ((said - self.target(wide)).square() * masks.mean((4, 5))).flatten(1).mean(1)
-        return errors_B * wide.sigmas_B.square() if self.name == "sd3" else errors_B  # SD3's is that of the latent
+        errors_B = ((prediction - self.target(wide)).square() * masks.mean((4, 5))).flatten(1).mean(1)
+        # SD3's error is that of the latent.
+        return errors_B * wide.sigmas_B.square() if self.name == "sd3" else errors_B
 
     def target(self, noised: Noised) -> Tensor:
-        """Return the noise, the velocity of the DDPM schedule, or the flow's, in NextDiT to the image."""
+        """Return the noise, the DDPM velocity, or the flow velocity, which points to the image in NextDiT."""
         if self.name == VELOCITY:
             signal = 1 / (1 + noised.sigmas_B.square()).sqrt().view(-1, 1, 1, 1)
             return signal * noised.noise_BCHW - (1 - signal**2).sqrt() * noised.clean_BCHW
@@ -98,8 +99,8 @@ class Recomputed:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_preference_loss_is_that_of_a_float64_recomputation(name: str, tmp_path: Path) -> None:
-    arch = opened(name, tmp_path)
+def test_the_preference_loss_matches_a_float64_recomputation(name: str, tmp_path: Path) -> None:
+    arch = open_tiny(name, tmp_path)
     context = context_for(arch, PairOptions("dpo", BETA))
     batch = pairs_of(context)
     preferred, rejected = (add_noise_to(context, side, NUMBER) for side in split_pairs(batch))
@@ -121,8 +122,8 @@ def test_the_preference_loss_is_that_of_a_float64_recomputation(name: str, tmp_p
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_slider_is_trained_at_its_strength_on_images_and_at_minus_that_on_partners(name: str, tmp_path: Path) -> None:
-    arch = opened(name, tmp_path)
+def test_a_slider_trains_at_positive_strength_on_images_and_negative_on_partners(name: str, tmp_path: Path) -> None:
+    arch = open_tiny(name, tmp_path)
     context = context_for(arch, PairOptions(pair_slider=STRENGTH))
     batch = pairs_of(context)
     losses = [loss_of(context, side, NUMBER).double().detach() for side in split_passes(context, batch)]
@@ -133,9 +134,9 @@ def test_a_slider_is_trained_at_its_strength_on_images_and_at_minus_that_on_part
         torch.testing.assert_close(loss, expected, **CLOSE)
 
 
-def test_held_out_pairs_are_measured_with_the_same_noise_for_both(tmp_path: Path) -> None:
-    """At each level the loss is that of the margin by hand; a slider's is the mean of both sides."""
-    arch = opened("sd", tmp_path)
+def test_held_out_pairs_use_the_same_noise_for_both_images(tmp_path: Path) -> None:
+    """At each noise level the loss matches the margin computed by hand; a slider's is the mean of both sides."""
+    arch = open_tiny("sd", tmp_path)
     context = context_for(arch, PairOptions("dpo", BETA))
     batch = pairs_of(context)
     names = [("a",), ("b",)]

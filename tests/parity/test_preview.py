@@ -1,4 +1,4 @@
-"""Preview images against diffusers' own pipeline: the same weights, scheduler, seed, prompt and scale."""
+"""Preview images against diffusers' pipeline with the same weights, scheduler, seed, prompt and scale."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -62,8 +62,10 @@ def pipeline_of(folder: Path, sampler: str, **settings: Any) -> Any:
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
         str(folder), safety_checker=None, requires_safety_checker=False, local_files_only=True
     )
-    class_name, own = SCHEDULERS[sampler]
-    pipeline.scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **own, **settings)
+    class_name, scheduler_settings = SCHEDULERS[sampler]
+    pipeline.scheduler = getattr(diffusers, class_name).from_config(
+        pipeline.scheduler.config, **scheduler_settings, **settings
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -79,15 +81,15 @@ def theirs(pipeline: Any, prompt: Prompt, output: str) -> Any:
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_latents_equal_those_of_the_pipeline(tiny_sd_folder: Path, sampler: str, scale: float) -> None:
-    """One scheduler and one seed; the pipeline batches both prompts where we call the model twice."""
+    """Scheduler and seed are equal; the pipeline batches both prompts while ours calls the model twice."""
     prompt = prompt_of(sampler=sampler, scale=scale)
     expected = theirs(pipeline_of(tiny_sd_folder, sampler), prompt, "latent")
     torch.testing.assert_close(ours(run_of(tiny_sd_folder), prompt), expected, **FLOAT32_SAMPLED)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmsolver++"])
-def test_velocity_models_with_zero_terminal_snr_too(tiny_sd_folder: Path, sampler: str) -> None:
-    """diffusers rescales the betas by itself, in float32, and its DDIM divides nothing by the last abar, which is 0."""
+def test_latents_of_v_prediction_models_with_zero_terminal_snr_match(tiny_sd_folder: Path, sampler: str) -> None:
+    """diffusers rescales the betas itself in float32, and its DDIM never divides by the last abar, which is 0."""
     settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     prompt = prompt_of(sampler=sampler)
     expected = theirs(pipeline_of(tiny_sd_folder, sampler, **settings), prompt, "latent")
@@ -96,7 +98,7 @@ def test_velocity_models_with_zero_terminal_snr_too(tiny_sd_folder: Path, sample
 
 
 def test_images_equal_those_of_the_pipeline(tiny_sd_folder: Path) -> None:
-    """Rounding may fall to the other side where a value lies on the edge of two shades."""
+    """Values on the boundary between two shades may round either way."""
     prompt, run = prompt_of(sampler="euler"), run_of(tiny_sd_folder)
     expected = np.asarray(theirs(pipeline_of(tiny_sd_folder, "euler"), prompt, "pil")[0]).astype(int)
     with torch.no_grad():
@@ -106,6 +108,6 @@ def test_images_equal_those_of_the_pipeline(tiny_sd_folder: Path) -> None:
     assert image.std() > 5  # an image, not one colour
 
 
-def test_values_beyond_the_range_are_cut() -> None:
+def test_values_out_of_range_are_clipped() -> None:
     pixels_CHW = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0]).expand(3, 1, 5)
     assert np.asarray(to_image(pixels_CHW))[0, :, 0].tolist() == [0, 0, 128, 255, 255]

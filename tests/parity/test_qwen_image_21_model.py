@@ -12,18 +12,18 @@ from library.architectures.qwen_image_21.predict import predict
 from library.architectures.qwen_image_21.reference import diffusers_model
 from library.diffusion.references import reference_features
 from library.types import Noised
-from tests.parity.denoisers import assert_recomputing_changes_no_gradient
+from tests.parity.denoisers import assert_checkpointing_keeps_gradients
 from tests.tiny.qwen_image_21 import CONFIG, tiny_qwen_image_21
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(8, 8), (2, 6), (10, 4)]  # of the latent, each of whose pixels is a token
 LENGTHS = (24, 13)
 SHOWN = ((4, 2), (2, 6))  # sizes of two reference images
-PLACES = (5, 9)  # of them: numbers of text tokens before each
+PLACES = (5, 9)  # number of text tokens before each reference
 
 
 def inputs(h: int, w: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latents, noise levels, text, its mask."""
+    """Return latents, noise levels, text, and its mask."""
     g = torch.Generator().manual_seed(0)
     latents = torch.randn(2, CONFIG.in_features, h, w, generator=g).requires_grad_()
     text = torch.randn(2, LENGTHS[0], CONFIG.text_width, generator=g).requires_grad_()
@@ -39,8 +39,8 @@ def references(count: int) -> list[Tensor]:
 def oracle_output(
     theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor, shown: Sequence[Tensor] = ()
 ) -> Tensor:
-    """Sample by sample, without padding: for a batch diffusers places the image behind the longest caption."""
-    found = []
+    """Run samples separately without padding, as diffusers places the image after the longest caption of a batch."""
+    outputs = []
     for b, length in enumerate(mask.sum(1).tolist()):
         images = [image[b : b + 1].flatten(2).transpose(1, 2) for image in (*shown, latents)]
         sides = [(1, *image.shape[-2:]) for image in (*shown, latents)]
@@ -50,8 +50,8 @@ def oracle_output(
             num_slots = h * w // 4
             is_text = [torch.zeros(place - last, dtype=torch.bool), torch.ones(num_slots, dtype=torch.bool)]
             is_slot = torch.cat([is_slot, *is_text])
-            seen = text.new_zeros(1, num_slots if place < length else 0, text.shape[2])  # the image stands there
-            states, last = torch.cat([states, text[b : b + 1, last:place], seen], dim=1), place
+            slots = text.new_zeros(1, num_slots if place < length else 0, text.shape[2])  # for the image
+            states, last = torch.cat([states, text[b : b + 1, last:place], slots], dim=1), place
         tokens = theirs(
             torch.cat(images, dim=1),
             encoder_hidden_states=states,
@@ -60,8 +60,8 @@ def oracle_output(
             img_mask=is_slot[None],
             return_dict=False,
         )[0]
-        found.append(tokens[:, -images[-1].shape[1] :].transpose(1, 2).reshape(latents[b : b + 1].shape))
-    return torch.cat(found)
+        outputs.append(tokens[:, -images[-1].shape[1] :].transpose(1, 2).reshape(latents[b : b + 1].shape))
+    return torch.cat(outputs)
 
 
 def our_output(
@@ -79,8 +79,8 @@ def our_output(
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], count: int) -> None:
-    """With captions of two lengths in one batch, and references of other sizes in their places."""
+def test_outputs_and_input_gradients_match_diffusers(size: tuple[int, int], count: int) -> None:
+    """The batch has captions of two lengths and references of other sizes at their positions."""
     ours = tiny_qwen_image_21(1)
     theirs, results = diffusers_model(ours), []
     for run, model in ((our_output, ours), (oracle_output, theirs)):
@@ -95,23 +95,23 @@ def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int
 
 
 def test_clean_tokens_do_not_depend_on_the_noise_level() -> None:
-    """Text and references are modulated at level 0, and never attend to the noisy image."""
-    model, found = tiny_qwen_image_21(2), []
+    """Text and references are modulated at noise level 0 and never attend to the noisy image."""
+    model, states = tiny_qwen_image_21(2), []
     latents, sigmas, text, mask = (value.detach() for value in inputs(4, 6))
-    model.transformer_blocks[-1].register_forward_hook(lambda module, args, output: found.append(output))
+    model.transformer_blocks[-1].register_forward_hook(lambda module, args, output: states.append(output))
     for scale in (1, 3):
         our_output(model, latents * scale, sigmas / scale, text, mask, references(1))
     num_clean = LENGTHS[0] + 8
-    assert torch.equal(found[0][:, :num_clean], found[1][:, :num_clean])
-    assert not torch.allclose(found[0][:, num_clean:], found[1][:, num_clean:])
+    assert torch.equal(states[0][:, :num_clean], states[1][:, :num_clean])
+    assert not torch.allclose(states[0][:, num_clean:], states[1][:, num_clean:])
 
 
-def test_recomputing_blocks_changes_no_gradient() -> None:
-    assert_recomputing_changes_no_gradient(tiny_qwen_image_21(3), lambda: inputs(4, 6))
+def test_gradient_checkpointing_does_not_change_gradients() -> None:
+    assert_checkpointing_keeps_gradients(tiny_qwen_image_21(3), lambda: inputs(4, 6))
 
 
-def test_blocks_compile_without_a_break_in_the_graph() -> None:
-    torch.compiler.reset()  # what other tests compiled counts toward its limit
+def test_blocks_compile_without_graph_breaks() -> None:
+    torch.compiler.reset()  # graphs compiled by other tests count toward the limit
     model = tiny_qwen_image_21(4)
     expected = our_output(model, *inputs(4, 6), references(2))
     for block in model.transformer_blocks:

@@ -30,7 +30,7 @@ PROMPT = Prompt(
     guidance_scale=None, cfg_trunc_ratio=None, renorm_cfg=None, flow_shift=0.0,
 )  # fmt: skip
 CAPTIONS = ["a red cat, sitting", "", "dog " * 30]
-SYSTEM_TEMPLATE = (  # what Qwen3-VL's does with a system message
+SYSTEM_TEMPLATE = (  # as Qwen3-VL formats a system message
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content[0].text + '<|im_end|>\n' }}"
     "{% endfor %}"
 )
@@ -38,14 +38,14 @@ SHIFTS = {"base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": 256, "max_i
 
 
 def run_of(folder: Path) -> Any:
-    given = ["--pretrained_model_name_or_path", str(folder)]
-    arch = build(QwenImage21Options.from_args(setup_parser().parse_args(given)))
+    model_arguments = ["--pretrained_model_name_or_path", str(folder)]
+    arch = build(QwenImage21Options.from_args(setup_parser().parse_args(model_arguments)))
     models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
     return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
 
 
 def pipeline_of(folder: Path) -> Any:
-    """The pipeline of a folder, with the scheduler of the published one."""
+    """Return the pipeline of a folder with the published scheduler settings."""
     from diffusers import (
         AutoencoderKLQwenImage21,
         FlowMatchEulerDiscreteScheduler,
@@ -60,7 +60,7 @@ def pipeline_of(folder: Path) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     class Processor(Qwen3VLProcessor):
-        """It checks for a class that needs torchvision, which videos alone take."""
+        """A processor without the check for a class that needs torchvision and only handles videos."""
 
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None: ...
 
@@ -102,7 +102,7 @@ def pipeline(folder: Path) -> Any:
 
 
 def rgba(width: int, height: int, seed: int) -> Image.Image:
-    """Noise with an alpha channel of every value."""
+    """Return a noise image with an alpha channel of all values."""
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
     return Image.fromarray(values)
 
@@ -116,33 +116,33 @@ def encoded(run: Any, captions: list[str]) -> Any:
     return text.encode(run.models.text_encoders, text.tokenize(captions))
 
 
-def test_features_of_captions_equal_those_of_the_pipeline(run: Any, pipeline: Any) -> None:
-    """They are the states before the encoder's last norm, without the system message; an empty caption is a space."""
-    found = encoded(run, CAPTIONS)
+def test_caption_features_equal_those_of_the_pipeline(run: Any, pipeline: Any) -> None:
+    """Features are the states before the last norm, without the system message; an empty caption becomes a space."""
+    actual = encoded(run, CAPTIONS)
     theirs, mask, _ = pipeline.encode_prompt(list(CAPTIONS), device=torch.device("cpu"))
-    assert torch.equal(found["attention_mask"], mask) and found["image_places"].shape == (3, 0)
-    torch.testing.assert_close(found["hidden_state"], theirs, **FLOAT32_DEEP)
+    assert torch.equal(actual["attention_mask"], mask) and actual["image_places"].shape == (3, 0)
+    torch.testing.assert_close(actual["hidden_state"], theirs, **FLOAT32_DEEP)
     normed = pipeline.text_encoder.model.language_model.norm(theirs)
     assert not torch.allclose(normed, theirs, rtol=0.05)
     alone = encoded(run, CAPTIONS[:1])["hidden_state"]
-    torch.testing.assert_close(alone, found["hidden_state"][:1, : alone.shape[1]], **FLOAT32_DEEP)
+    torch.testing.assert_close(alone, actual["hidden_state"][:1, : alone.shape[1]], **FLOAT32_DEEP)
 
 
 @pytest.mark.parametrize("sizes", [[(64, 32)], [(32, 96), (64, 64)]], ids=str)
-def test_features_of_captions_with_images_equal_those_of_the_pipeline(
+def test_features_of_captions_with_images_match_the_pipeline(
     run: Any, pipeline: Any, sizes: list[tuple[int, int]]
 ) -> None:
-    """Transparent images over white; what stands for an image is left out, its place is kept."""
+    """Transparent images are composited over white; image tokens are removed, their positions kept."""
     images = [rgba(*size, seed) for seed, size in enumerate(sizes)]
     theirs, _, slots = pipeline.encode_prompt(["a red cat"], image=images, device=torch.device("cpu"))
-    found = encoded(run, ["a red cat", caption_with("a red cat", images)])
-    length = int(found["attention_mask"][1].sum())
-    torch.testing.assert_close(found["hidden_state"][1, :length], theirs[0, ~slots[0]], **FLOAT32_DEEP)
+    actual = encoded(run, ["a red cat", caption_with("a red cat", images)])
+    length = int(actual["attention_mask"][1].sum())
+    torch.testing.assert_close(actual["hidden_state"][1, :length], theirs[0, ~slots[0]], **FLOAT32_DEEP)
     starts = [i for i in range(1, len(slots[0])) if slots[0][i] and not slots[0][i - 1]]
-    assert found["image_places"][1].tolist() == [int((~slots[0][:start]).sum()) for start in starts]
-    assert found["image_places"][0].tolist() == [-1] * len(sizes)
-    others = encoded(run, [caption_with("a red cat", [rgba(*size, 9) for size in sizes])])["hidden_state"]
-    assert not torch.allclose(others[0], theirs[0, ~slots[0]], rtol=1e-2)
+    assert actual["image_places"][1].tolist() == [int((~slots[0][:start]).sum()) for start in starts]
+    assert actual["image_places"][0].tolist() == [-1] * len(sizes)
+    other_features = encoded(run, [caption_with("a red cat", [rgba(*size, 9) for size in sizes])])["hidden_state"]
+    assert not torch.allclose(other_features[0], theirs[0, ~slots[0]], rtol=1e-2)
 
 
 def tokens(latents: Tensor) -> Tensor:
@@ -160,8 +160,8 @@ def test_latents_equal_those_of_the_pipeline(run: Any, pipeline: Any, changes: d
     torch.testing.assert_close(tokens(ours(run, prompt)), expected, **FLOAT32_SAMPLED)
 
 
-def test_latents_with_references_equal_those_of_the_pipeline(run: Any, pipeline: Any, tmp_path: Path) -> None:
-    """Two transparent references whose sizes need no change."""
+def test_latents_with_references_match_the_pipeline(run: Any, pipeline: Any, tmp_path: Path) -> None:
+    """Use two transparent references whose sizes need no resizing."""
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     images = [rgba(64, 64, 1), rgba(64, 64, 2)]
     for path, image in zip(paths, images, strict=True):
@@ -171,14 +171,16 @@ def test_latents_with_references_equal_those_of_the_pipeline(run: Any, pipeline:
         image=images, prompt=prompt.text, num_inference_steps=prompt.num_steps, output_resolution=64,
         generator=torch.Generator().manual_seed(7), output_type="latent",
     ).images  # fmt: skip
-    found = with_vae(run, prompt)
-    torch.testing.assert_close(tokens(found), expected, **FLOAT32_SAMPLED)
-    assert not torch.allclose(found, with_vae(run, replace(prompt, reference_paths=tuple(paths[::-1]))), rtol=1e-2)
+    actual = draw_with_vae(run, prompt)
+    torch.testing.assert_close(tokens(actual), expected, **FLOAT32_SAMPLED)
+    assert not torch.allclose(
+        actual, draw_with_vae(run, replace(prompt, reference_paths=tuple(paths[::-1]))), rtol=1e-2
+    )
 
 
 @torch.no_grad()
-def with_vae(run: Any, prompt: Prompt) -> Tensor:
-    """Latents of a prompt with references, as previews draw them."""
+def draw_with_vae(run: Any, prompt: Prompt) -> Tensor:
+    """Draw the latents of a prompt with references, as previews do."""
     nothing: Any = None
     context = StepContext(
         arch=run.arch,
@@ -191,28 +193,28 @@ def with_vae(run: Any, prompt: Prompt) -> Tensor:
         captions=CaptionMemo(nothing),
     )
     encoded = encode_prompts(run.arch, run.models.text_encoders, nullcontext, [prompt])
-    found = draw_latents(context, prompt, encoded, seed_generator(prompt, 0, 0), vae=run.arch.load.vae())
-    assert found is not None
-    return found
+    latents = draw_latents(context, prompt, encoded, seed_generator(prompt, 0, 0), vae=run.arch.load.vae())
+    assert latents is not None
+    return latents
 
 
 @pytest.mark.parametrize("side", [256, 1024, 2048])
 @pytest.mark.parametrize("num_steps", [1, 8, 40])
-def test_noise_levels_are_those_of_the_pipeline(run: Any, pipeline: Any, side: int, num_steps: int) -> None:
+def test_noise_levels_match_the_pipeline(run: Any, pipeline: Any, side: int, num_steps: int) -> None:
     from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import calculate_shift
 
     mu = calculate_shift((side // 16) ** 2, 256, 8192, 0.5, 0.9)
-    with np.errstate(invalid="ignore"):  # of a single level
+    with np.errstate(invalid="ignore"):  # for a single level
         pipeline.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps).tolist(), mu=mu)
     sampler = run.arch.preview.sampler(replace(PROMPT, width=side, height=side, num_steps=num_steps))
-    found = torch.tensor([level.sigma for level in sampler.levels])
-    if num_steps == 1:  # whose only level the scheduler divides by zero
-        assert found.tolist() == [1.0]
+    actual = torch.tensor([level.sigma for level in sampler.levels])
+    if num_steps == 1:  # the scheduler divides its only level by zero
+        assert actual.tolist() == [1.0]
     else:
-        torch.testing.assert_close(found, pipeline.scheduler.sigmas[:-1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual, pipeline.scheduler.sigmas[:-1], rtol=1e-5, atol=1e-6)
 
 
-def test_a_shift_of_a_prompt_replaces_that_of_its_size(run: Any) -> None:
+def test_the_shift_of_a_prompt_overrides_the_shift_by_size(run: Any) -> None:
     levels = run.arch.preview.sampler(replace(PROMPT, num_steps=3, flow_shift=3.0)).levels
     sigmas = [1.0, 3 * (2 / 3) / (1 + 2 * (2 / 3)), 3 * (1 / 3) / (1 + 2 * (1 / 3))]
     expected = [1 - (1 - sigma) * 0.98 / (1 - sigmas[-1]) for sigma in sigmas]
@@ -220,38 +222,38 @@ def test_a_shift_of_a_prompt_replaces_that_of_its_size(run: Any) -> None:
 
 
 @pytest.mark.parametrize("num_channels", [3, 4])
-def test_latents_of_images_are_those_of_the_pipeline(run: Any, pipeline: Any, num_channels: int) -> None:
-    """An image without alpha is opaque."""
+def test_image_latents_equal_those_of_the_pipeline(run: Any, pipeline: Any, num_channels: int) -> None:
+    """An image without an alpha channel is opaque."""
     pixels = torch.rand(2, num_channels, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
     vae, codec = run.arch.load.vae(), run.arch.codec
-    found = codec.encode(vae, pixels, [torch.Generator()] * 2)
-    whole = pixels if num_channels == 4 else torch.cat([pixels, torch.ones(2, 1, 64, 96)], dim=1)
-    expected = pipeline._encode_vae_image(whole[:, :, None], generator=torch.Generator())[:, :, 0]
-    assert found.shape == (2, 64, 4, 6) == (2, codec.spec.channels, 64 // 16, 96 // 16)
-    torch.testing.assert_close(found, expected, **FLOAT32_DEEP)
-    decoded = codec.decode(vae, codec.normalize(found))
+    actual = codec.encode(vae, pixels, [torch.Generator()] * 2)
+    rgba_pixels = pixels if num_channels == 4 else torch.cat([pixels, torch.ones(2, 1, 64, 96)], dim=1)
+    expected = pipeline._encode_vae_image(rgba_pixels[:, :, None], generator=torch.Generator())[:, :, 0]
+    assert actual.shape == (2, 64, 4, 6) == (2, codec.spec.channels, 64 // 16, 96 // 16)
+    torch.testing.assert_close(actual, expected, **FLOAT32_DEEP)
+    decoded = codec.decode(vae, codec.normalize(actual))
     mean, deviation = (torch.tensor(v).view(1, 64, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-    theirs = pipeline.vae.decode((found * deviation + mean)[:, :, None]).sample[:, :, 0]
+    theirs = pipeline.vae.decode((actual * deviation + mean)[:, :, None]).sample[:, :, 0]
     assert decoded.shape == (2, 4, 64, 96)
     torch.testing.assert_close(decoded, theirs, **FLOAT32_DEEP)
 
 
-def test_tiles_are_those_of_diffusers(run: Any, pipeline: Any) -> None:
-    """In them the VAE works where the GPU's memory runs out."""
+def test_vae_tiling_matches_diffusers(run: Any, pipeline: Any) -> None:
+    """The VAE falls back to tiles if GPU memory runs out."""
     pixels = torch.rand(1, 4, 320, 288, generator=torch.Generator().manual_seed(1)) * 2 - 1
     vae, codec = run.arch.load.vae(), run.arch.codec
-    whole = codec.encode(vae, pixels, None)
+    untiled = codec.encode(vae, pixels, None)
     with tile_vae(vae):
-        found = codec.encode(vae, pixels, None)
-        decoded = codec.decode(vae, found)
-    assert found.shape == whole.shape and decoded.shape == pixels.shape
-    assert not torch.equal(found, whole) and not vae.use_tiling
+        tiled = codec.encode(vae, pixels, None)
+        decoded = codec.decode(vae, tiled)
+    assert tiled.shape == untiled.shape and decoded.shape == pixels.shape
+    assert not torch.equal(tiled, untiled) and not vae.use_tiling
     with tile_vae(pipeline.vae):
         expected = pipeline._encode_vae_image(pixels[:, :, None], generator=torch.Generator())[:, :, 0]
-    torch.testing.assert_close(found, expected, **FLOAT32_DEEP)
+    torch.testing.assert_close(tiled, expected, **FLOAT32_DEEP)
 
 
-def test_tokens_of_a_caption_are_counted_without_its_template(run: Any) -> None:
+def test_caption_tokens_are_counted_without_the_template(run: Any) -> None:
     text = run.arch.text
     ids, mask = text.tokenize(["a red cat", "dog " * 4000]).ids_BLT
     num_system = len(text.ids("<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"))
@@ -260,7 +262,7 @@ def test_tokens_of_a_caption_are_counted_without_its_template(run: Any) -> None:
     assert ids.shape == mask.shape
 
 
-def test_training_learns_the_velocity_that_previews_follow(run: Any) -> None:
+def test_training_target_is_the_velocity_that_previews_follow(run: Any) -> None:
     """target = noise - latent at sigma."""
     clean = torch.randn(2, 64, 4, 6, generator=torch.Generator().manual_seed(1))
     noised = run.arch.objective.corrupt(clean, torch.Generator().manual_seed(2))

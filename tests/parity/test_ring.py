@@ -1,4 +1,4 @@
-"""The ring on whole models: with faults put in, which must show, and with copies that really run beside."""
+"""The ring on complete models, with injected faults that must be detected and with truly concurrent copies."""
 
 import random
 import threading
@@ -45,7 +45,7 @@ def copies_the_neighbour(ring: Ring) -> None:
 
 
 def keeps_a_block_too_long(ring: Ring) -> None:
-    """As a handle would that asks once and remembers."""
+    """Simulate a handle that caches its first result."""
     first: dict[int, Tensor] = {}
     need = ring.need
 
@@ -67,32 +67,32 @@ FAULTS: list[Callable[[Ring], None]] = [
 ]
 
 
-def differs(found: list[Tensor], wanted: list[Tensor]) -> bool:
-    return not all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+def differs(actual: list[Tensor], wanted: list[Tensor]) -> bool:
+    return not all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True))
 
 
 @pytest.mark.parametrize("runner", ["plain", NIGHTLY])
-@pytest.mark.parametrize("adapter", ["lora", "dora"])  # dora reads layer.weight
+@pytest.mark.parametrize("adapter", ["lora", "dora"])  # DoRA reads layer.weight
 @pytest.mark.parametrize("base", ["sd", "flux", "lumina"])
-def test_a_fault_in_the_ring_shows_in_the_gradients(base: str, adapter: str, runner: str) -> None:
+def test_a_fault_in_the_ring_changes_the_gradients(base: str, adapter: str, runner: str) -> None:
     mode = Mode(base, place="streamed", runner=runner, adapter=adapter)
-    whole = gradients(mode)
+    expected = gradients(mode)
     for fault in FAULTS:
         try:
-            found = gradients(mode, fault)
+            actual = gradients(mode, fault)
         except (AssertionError, RuntimeError, ValueError):
-            continue  # it is noticed even before: shapes of another block
-        assert differs(found, whole), fault.__name__
+            continue  # detected even earlier, by the shapes of another block
+        assert differs(actual, expected), fault.__name__
 
 
 class ThreadStreams:
-    """Slots that another thread fills, after a delay of its own, while the blocks compute."""
+    """Slots filled by another thread after a random delay while blocks compute."""
 
     def __init__(self, num_slots: int, num_bytes: int, seed: int, longest: float = 2e-3) -> None:
         self.slots = [torch.empty(num_bytes, dtype=torch.uint8) for _ in range(num_slots)]
         self.filled = [threading.Event() for _ in self.slots]
         self.random = random.Random(seed)
-        self.longest = longest  # seconds that a copy takes
+        self.longest = longest  # longest time of a copy, in seconds
         self.copies: list[threading.Thread] = []
 
     def start(self, slot: int, master: Tensor) -> None:
@@ -101,7 +101,7 @@ class ThreadStreams:
         before, delay = self.copies[-1:], self.random.random() * self.longest
 
         def copy() -> None:
-            for thread in before:  # one stream: in the order in which they were given
+            for thread in before:  # as on a stream, in submission order
                 thread.join()
             time.sleep(delay)
             half = len(master) // 2
@@ -119,7 +119,7 @@ class ThreadStreams:
 
 @pytest.mark.parametrize("seed", [61, 62, 63])
 @pytest.mark.parametrize("base", ["sd", "flux", "lumina"])
-def test_copies_that_run_beside_change_nothing(base: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_copies_do_not_change_results(base: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mode = Mode(base, place="streamed", adapter="dora")
     alone = gradients(mode)
 
@@ -130,19 +130,19 @@ def test_copies_that_run_beside_change_nothing(base: str, seed: int, monkeypatch
     assert not differs(gradients(mode), alone)
 
 
-def test_copies_that_run_beside_and_are_not_waited_for_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_waits_for_concurrent_copies_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     mode = Mode("flux", place="streamed")
     alone = gradients(mode)
 
     def open_streams(masters: list[Tensor], device: torch.device) -> ThreadStreams:
-        return ThreadStreams(2, max(map(len, masters)), seed=66, longest=0.1)  # a block computes in less
+        return ThreadStreams(2, max(map(len, masters)), seed=66, longest=0.1)  # longer than a block computes
 
     monkeypatch.setattr(streamed, "open_streams", open_streams)
     assert differs(gradients(mode, skips_the_wait), alone)
 
 
 @pytest.mark.parametrize("base", ["sd", "flux", "lumina"])
-def test_from_the_second_step_on_every_block_is_there_before_it_is_asked_for(base: str) -> None:
+def test_from_the_second_step_on_every_block_is_prefetched_before_its_use(base: str) -> None:
     deep = DEEP[base]
     model = deep.frozen(64)
     store_all_in(Plain(), layers_in_blocks(model).values())

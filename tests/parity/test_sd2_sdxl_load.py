@@ -1,4 +1,4 @@
-"""Our loading of SD 2.x and SDXL against diffusers': the same numbers from a folder and from a single file."""
+"""Loading SD 2.x and SDXL gives the values of diffusers, from a folder and from a single file."""
 
 import math
 from pathlib import Path
@@ -56,27 +56,25 @@ def test_folder_and_single_file_give_the_same_weights(
             [file.load.denoiser(), file.load.vae(), *file.load.text_encoders()],
             strict=True,
         ):
-            wanted, found = a.state_dict(), b.state_dict()
-            assert wanted.keys() == found.keys()
-            assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+            wanted, actual = a.state_dict(), b.state_dict()
+            assert wanted.keys() == actual.keys()
+            assert all(torch.equal(wanted[name], actual[name]) for name in wanted)
             assert type(a) is type(b)
 
 
 @pytest.mark.parametrize("layout", ["tiny_sdxl_folder", "tiny_sdxl_file"])
 @torch.no_grad()
-def test_captions_become_what_diffusers_makes_of_them(
-    pipeline: Any, layout: str, request: pytest.FixtureRequest
-) -> None:
-    """The pooled vector, too: it shows that the text projection is right in both layouts."""
-    found = encode(open_sdxl(request.getfixturevalue(layout)), CAPTIONS)
+def test_caption_features_match_diffusers(pipeline: Any, layout: str, request: pytest.FixtureRequest) -> None:
+    """The pooled vector agrees too, so the text projection is right in both layouts."""
+    actual = encode(open_sdxl(request.getfixturevalue(layout)), CAPTIONS)
     text_BTW, _, pooled_BP, _ = pipeline.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
-    joined_BTW = torch.cat([found["hidden_state1"], found["hidden_state2"]], dim=-1)
+    joined_BTW = torch.cat([actual["hidden_state1"], actual["hidden_state2"]], dim=-1)
     torch.testing.assert_close(joined_BTW, text_BTW, **FLOAT32_SAME_MATH)
-    torch.testing.assert_close(found["pool2"], pooled_BP, **FLOAT32_SAME_MATH)
+    torch.testing.assert_close(actual["pool2"], pooled_BP, **FLOAT32_SAME_MATH)
 
 
 @torch.no_grad()
-def test_the_projection_of_a_single_file_is_the_one_that_diffusers_converts_it_to(tiny_sdxl_file: Path) -> None:
+def test_the_text_projection_of_a_single_file_is_converted_as_in_diffusers(tiny_sdxl_file: Path) -> None:
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
     arch = open_sdxl(tiny_sdxl_file)
@@ -86,8 +84,8 @@ def test_the_projection_of_a_single_file_is_the_one_that_diffusers_converts_it_t
 
 
 @torch.no_grad()
-def test_the_pooled_vector_is_the_closed_form_at_the_first_end_token(tiny_sdxl_file: Path) -> None:
-    """x times OpenCLIP's matrix from the right, in float64."""
+def test_the_pooled_vector_matches_its_closed_form_at_the_first_end_token(tiny_sdxl_file: Path) -> None:
+    """The closed form is x times OpenCLIP's matrix from the right, in float64."""
     arch = open_sdxl(tiny_sdxl_file)
     encoder = arch.load.text_encoders()[1]
     tokens = arch.text.tokenize(["red cat"])
@@ -98,7 +96,7 @@ def test_the_pooled_vector_is_the_closed_form_at_the_first_end_token(tiny_sdxl_f
 
 
 @torch.no_grad()
-def test_sd2s_captions_become_what_diffusers_makes_of_them(tiny_sd2_folder: Path, tiny_sd2_file: Path) -> None:
+def test_sd2_caption_features_match_diffusers(tiny_sd2_folder: Path, tiny_sd2_file: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     theirs = StableDiffusionPipeline.from_pretrained(tiny_sd2_folder, safety_checker=None, feature_extractor=None)
@@ -125,7 +123,7 @@ SIZES = [[1200.0, 800.0, 3.0, 5.0, 1024.0, 768.0], [640.0, 480.0, 0.0, 11.0, 512
 
 
 @torch.no_grad()
-def test_the_denoiser_gets_what_the_pipeline_gives_it(pipeline: Any, tiny_sdxl_folder: Path) -> None:
+def test_the_denoiser_receives_the_pipelines_inputs(pipeline: Any, tiny_sdxl_folder: Path) -> None:
     arch = open_sdxl(tiny_sdxl_folder)
     conditioning = encode(arch, CAPTIONS)
     text_BTW, _, pooled_BP, _ = pipeline.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
@@ -140,17 +138,17 @@ def test_the_denoiser_gets_what_the_pipeline_gives_it(pipeline: Any, tiny_sdxl_f
         values.latents_BCHW, values.timesteps_B, text_BTW,
         added_cond_kwargs={"text_embeds": pooled_BP, "time_ids": ids_B6},
     ).sample  # fmt: skip
-    found = arch.predict(arch.load.denoiser(), values, conditioning, batch(SIZES))
-    torch.testing.assert_close(found, wanted, **FLOAT32_DEEP)
+    actual = arch.predict(arch.load.denoiser(), values, conditioning, batch(SIZES))
+    torch.testing.assert_close(actual, wanted, **FLOAT32_DEEP)
 
 
 @torch.no_grad()
-def test_the_sizes_are_embedded_by_the_closed_form(tiny_sdxl_folder: Path) -> None:
-    """cos and sin of size / 10000^(i / half), one size after the other behind the pooled vector."""
+def test_size_embeddings_match_their_closed_form(tiny_sdxl_folder: Path) -> None:
+    """Each size gives cos and sin of size / 10000^(i / half), concatenated after the pooled vector."""
     arch = open_sdxl(tiny_sdxl_folder)
     unet = arch.load.denoiser()
-    seen: list[Tensor] = []
-    unet.add_embedding.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))  # type: ignore[union-attr, operator]
+    embeddings: list[Tensor] = []
+    unet.add_embedding.register_forward_pre_hook(lambda module, inputs: embeddings.append(inputs[0]))  # type: ignore[union-attr, operator]
     conditioning = encode(arch, CAPTIONS)
     arch.predict(unet, noised(62), conditioning, batch(SIZES))
     half = 4
@@ -159,22 +157,22 @@ def test_the_sizes_are_embedded_by_the_closed_form(tiny_sdxl_folder: Path) -> No
         angles = [[size / 10000 ** (i / half) for i in range(half)] for size in sizes]
         rows.append([f(a) for row in angles for f in (math.cos, math.sin) for a in row])
     wanted = torch.cat([conditioning["pool2"].double(), torch.tensor(rows, dtype=torch.float64)], dim=1)
-    # float32 angles up to 1200 are off by 1200 * 2^-24, so their sines by about 7e-5
-    torch.testing.assert_close(seen[0].double(), wanted, rtol=0, atol=2e-4)
+    # float32 angles up to 1200 have errors of 1200 * 2^-24, so their sines of about 7e-5
+    torch.testing.assert_close(embeddings[0].double(), wanted, rtol=0, atol=2e-4)
 
 
-def test_real_crops_take_the_place_of_the_usual_ones_when_asked_for(tiny_sdxl_folder: Path) -> None:
-    given = batch(SIZES, [[21.0, 22.0], [23.0, 24.0]])
-    told: list[list[list[float]]] = []
+def test_correct_crop_coordinates_replace_the_usual_ones_on_request(tiny_sdxl_folder: Path) -> None:
+    crop_batch = batch(SIZES, [[21.0, 22.0], [23.0, 24.0]])
+    time_ids: list[list[list[float]]] = []
 
     def denoiser(latents: Tensor, timesteps: Tensor, added_cond_kwargs: dict[str, Tensor], **_: Any) -> Any:
-        told.append(added_cond_kwargs["time_ids"].tolist())
+        time_ids.append(added_cond_kwargs["time_ids"].tolist())
         return SimpleNamespace(sample=latents)
 
     for correct in (False, True):
         arch = open_sdxl(tiny_sdxl_folder, correct)
-        arch.predict(denoiser, noised(62), encode(arch, CAPTIONS), given)  # type: ignore[arg-type]
-    usual, real = told
+        arch.predict(denoiser, noised(62), encode(arch, CAPTIONS), crop_batch)  # type: ignore[arg-type]
+    usual, real = time_ids
     assert usual == SIZES
     wanted = [[*SIZES[0][:2], 21.0, 22.0, *SIZES[0][4:]], [*SIZES[1][:2], 23.0, 24.0, *SIZES[1][4:]]]
     assert real == wanted
@@ -187,14 +185,14 @@ def test_long_captions_are_encoded_in_chunks_and_pooled_from_the_first(
 ) -> None:
     caption = " ".join(["cat"] * 70 + ["red", "dog"] * 10)
     arch = open_sdxl(tiny_sdxl_folder, max_token_length=max_token_length)
-    found, first = encode(arch, [caption]), encode(open_sdxl(tiny_sdxl_folder), [caption])
-    assert found["hidden_state1"].shape == (1, num_positions, 32)
-    assert found["hidden_state2"].shape == (1, num_positions, 48)
-    torch.testing.assert_close(found["pool2"], first["pool2"], **FLOAT32_SAME_MATH)
-    torch.testing.assert_close(found["hidden_state2"][:, :76], first["hidden_state2"][:, :76], **FLOAT32_SAME_MATH)
+    actual, first = encode(arch, [caption]), encode(open_sdxl(tiny_sdxl_folder), [caption])
+    assert actual["hidden_state1"].shape == (1, num_positions, 32)
+    assert actual["hidden_state2"].shape == (1, num_positions, 48)
+    torch.testing.assert_close(actual["pool2"], first["pool2"], **FLOAT32_SAME_MATH)
+    torch.testing.assert_close(actual["hidden_state2"][:, :76], first["hidden_state2"][:, :76], **FLOAT32_SAME_MATH)
 
 
-def test_each_encoder_has_its_own_padding(tiny_sdxl_folder: Path) -> None:
+def test_each_text_encoder_uses_its_own_padding(tiny_sdxl_folder: Path) -> None:
     text = open_sdxl(tiny_sdxl_folder, max_token_length=150).text
     ids1_BLT, ids2_BLT = text.tokenize(["red cat"]).ids_BLT
     begin, end = ids1_BLT[0, 0, 0].item(), text.tokens.end_id  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""diffusers' SD3 pipeline loads our files, converted to its names, whole, and computes what the adapter computes."""
+"""diffusers' SD3 pipeline loads every key of our converted files and computes the same as the adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ ARGUMENTS = {
 }
 
 
-def trained(denoiser: MMDiT, encoders: list[Any], **args: str) -> AdapterNetwork:
-    """A network of rank 3 and alpha 2 with random weights, installed."""
+def install_random_network(denoiser: MMDiT, encoders: list[Any], **args: str) -> AdapterNetwork:
+    """Install a network of rank 3 and alpha 2 with random weights."""
     views = view(encoders, denoiser)
     network = create_network(1.0, 3, 2.0, None, *views, **args)
     generator = torch.Generator().manual_seed(9)
@@ -63,7 +63,7 @@ def answers(denoiser: Any, encoders: list[Any], values: dict[str, Tensor], is_ou
 
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_prediction(tmp_path: Path, name: str, arguments: str) -> None:
+def test_diffusers_predicts_the_same_with_our_file(tmp_path: Path, name: str, arguments: str) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -71,7 +71,7 @@ def test_prediction(tmp_path: Path, name: str, arguments: str) -> None:
     denoiser, encoders, values = loader.denoiser(), loader.text_encoders(), inputs(config)
     assert isinstance(denoiser, MMDiT)
     alone = answers(denoiser, encoders, values, is_ours=True)
-    network = trained(denoiser, encoders, **ARGUMENTS[arguments])
+    network = install_random_network(denoiser, encoders, **ARGUMENTS[arguments])
     ours = answers(denoiser, encoders, values, is_ours=True)
     assert all((a - b).abs().max() > 0.02 for a, b in zip(alone, ours, strict=True))
     network.save_weights(str(tmp_path / "ours.safetensors"), None, {})
@@ -97,5 +97,5 @@ def test_prediction(tmp_path: Path, name: str, arguments: str) -> None:
     ]
     num_fused = sum(path.endswith("qkv") for path, _ in denoiser.named_modules())
     assert sum(counts) == len(network.adapters) + 2 * num_fused, "each fused layer is three there"
-    for found, expected in zip(answers(transformer, encoders, values, is_ours=False), ours, strict=True):
-        torch.testing.assert_close(found, expected, **FLOAT32_DEEP)
+    for actual, expected in zip(answers(transformer, encoders, values, is_ours=False), ours, strict=True):
+        torch.testing.assert_close(actual, expected, **FLOAT32_DEEP)

@@ -39,8 +39,8 @@ def run_theirs(model: Any, values: dict[str, Tensor]) -> Tensor:
     return velocity
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -57,26 +57,26 @@ def test_velocity_and_gradients_equal_diffusers(name: str, size: tuple[int, int]
         wanted = [values[key] for key in ("latents", "context", "pooled")]
         gradients.append(torch.autograd.grad((velocities[-1] * probe).sum(), wanted))
     assert velocities[0].shape == (2, config.in_channels, *size)
-    assert relative(velocities[0], velocities[1]) < 1e-4
-    for found, expected in zip(*gradients, strict=True):
-        assert relative(found, expected) < 1e-4
+    assert relative_error(velocities[0], velocities[1]) < 1e-4
+    for actual, expected in zip(*gradients, strict=True):
+        assert relative_error(actual, expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_weight_matters(name: str) -> None:
-    """A weight that changes nothing would hide a wrong name."""
+def test_every_weight_affects_the_output(name: str) -> None:
+    """A weight without effect would hide a wrong name."""
     config = CONFIGS[name]
     model = tiny_mmdit(config, SEED).requires_grad_()
     values = inputs(config, (16, 16), seed=6)
     run_ours(model, values).square().sum().backward()
     dead = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-7}
-    # Nothing reads what the text of the last block asks for.
+    # The text queries of the last block are unused.
     last = f"joint_blocks.{config.depth - 1}.context_block.attn.ln_q.weight"
     assert dead == ({last} if config.norms_queries else set())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_checkpointing_changes_no_gradient(name: str) -> None:
+def test_gradient_checkpointing_does_not_change_gradients(name: str) -> None:
     config = CONFIGS[name]
     plain, saving = tiny_mmdit(config, SEED), tiny_mmdit(config, SEED)
     run_blocks_with(saving, recompute)
@@ -88,17 +88,17 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_an_image_may_lie_elsewhere_in_the_table() -> None:
+def test_an_image_may_use_any_crop_of_the_position_table() -> None:
     model = tiny_mmdit(DUAL, SEED)
     side = DUAL.positions_side
     numbered = torch.arange(side**2, dtype=torch.float32).view(1, -1, 1).expand(-1, -1, DUAL.width)
     model.pos_embed = numbered.contiguous()
-    found = model.positions(2, 3, (5, 7))[0, :, 0].tolist()
-    assert found == [5 * side + 7, 5 * side + 8, 5 * side + 9, 6 * side + 7, 6 * side + 8, 6 * side + 9]
+    positions = model.positions(2, 3, (5, 7))[0, :, 0].tolist()
+    assert positions == [5 * side + 7, 5 * side + 8, 5 * side + 9, 6 * side + 7, 6 * side + 8, 6 * side + 9]
     assert model.positions(2, 2, None)[0, 0, 0] == (side // 2 - 1) * side + side // 2 - 1
 
 
-def test_an_image_larger_than_the_table_is_refused() -> None:
+def test_an_image_larger_than_the_position_table_is_rejected() -> None:
     with pytest.raises(ValueError, match="an image of 784x64 pixels exceeds this model's limit of 384x384"):
         run_ours(tiny_mmdit(PLAIN, SEED), inputs(PLAIN, (8, 98), seed=6))
 

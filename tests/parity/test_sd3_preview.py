@@ -24,7 +24,7 @@ def pipeline_of(arch: Any, denoiser: Any, encoders: list[Any], folder: Path) -> 
 
     clip = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     giant = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    giant.pad_token_id = 0  # OpenCLIP's padding, which the pipeline's own tokenizer_2 has
+    giant.pad_token_id = 0  # OpenCLIP's padding, as in the pipeline's tokenizer_2
     pipeline = StableDiffusion3Pipeline(
         transformer=diffusers_mmdit(denoiser.config, denoiser.state_dict()),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),

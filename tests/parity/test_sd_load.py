@@ -1,4 +1,4 @@
-"""Our loading of SD 1.x against diffusers': the same numbers from a folder, the same names from a single file."""
+"""Loading SD 1.x gives the values of diffusers from a folder and its names from a single file."""
 
 from pathlib import Path
 
@@ -24,22 +24,22 @@ def loader(tiny_sd_folder: Path):
 
 
 @torch.no_grad()
-def test_the_unet_is_the_one_that_diffusers_loads(loader, tiny_sd_folder):
+def test_the_unet_matches_diffusers(loader, tiny_sd_folder):
     theirs = UNet2DConditionModel.from_pretrained(tiny_sd_folder / "unet").eval().to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(51)
     latents_BCHW = torch.randn(2, 4, 8, 8, generator=generator)
     text_BTW = torch.randn(2, 77, 32, generator=generator)
     times_B = torch.tensor([3, 950])
-    found, wanted = (m(latents_BCHW, times_B, text_BTW).sample for m in (loader.denoiser(), theirs))
-    torch.testing.assert_close(found, wanted, **EXACT)
+    actual, wanted = (m(latents_BCHW, times_B, text_BTW).sample for m in (loader.denoiser(), theirs))
+    torch.testing.assert_close(actual, wanted, **EXACT)
 
 
 @torch.no_grad()
-def test_the_vae_is_the_one_that_diffusers_loads(loader, tiny_sd_folder):
+def test_the_vae_matches_diffusers(loader, tiny_sd_folder):
     theirs = AutoencoderKL.from_pretrained(tiny_sd_folder / "vae").eval().to(memory_format=torch.channels_last)
     pixels_BCHW = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(52))
-    found, wanted = (m.encode(pixels_BCHW).latent_dist.parameters for m in (loader.vae(), theirs))
-    torch.testing.assert_close(found, wanted, **EXACT)
+    actual, wanted = (m.encode(pixels_BCHW).latent_dist.parameters for m in (loader.vae(), theirs))
+    torch.testing.assert_close(actual, wanted, **EXACT)
 
 
 UNETS = {
@@ -66,7 +66,7 @@ def meta_unet(channels, layers, attention, depth=1) -> UNet2DConditionModel:
 
 
 @pytest.mark.parametrize("kind", UNETS)
-def test_unet_names_of_any_size_are_renamed_as_diffusers_renames_them(kind):
+def test_unet_names_of_any_size_are_converted_as_in_diffusers(kind):
     spec = UNETS[kind]
     unet = meta_unet(**spec)
     layout = UnetLayout(spec["layers"], spec["attention"])
@@ -84,15 +84,15 @@ def test_a_unet_of_any_size_is_rebuilt_from_its_shapes(kind):
     spec = UNETS[kind]
     unet = meta_unet(**spec)
     layout = UnetLayout(spec["layers"], spec["attention"])
-    found = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    assert unet_layout({unet_to_ldm(name, layout): shape for name, shape in found.items()}) == layout
-    rebuilt = empty_unet(unet_config(found))
-    assert {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()} == found
+    actual = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    assert unet_layout({unet_to_ldm(name, layout): shape for name, shape in actual.items()}) == layout
+    rebuilt = empty_unet(unet_config(actual))
+    assert {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()} == actual
 
 
 @pytest.mark.parametrize("channels", [(8,), (8, 16), (16, 16, 32, 32, 32)])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_a_vae_of_any_size_is_renamed_as_diffusers_does_and_rebuilt(channels, layers):
+def test_vae_names_of_any_size_are_converted_as_in_diffusers_and_rebuilt(channels, layers):
     num_levels = len(channels)
     with torch.device("meta"):
         vae = AutoencoderKL(
@@ -102,13 +102,13 @@ def test_a_vae_of_any_size_is_renamed_as_diffusers_does_and_rebuilt(channels, la
             up_block_types=("UpDecoderBlock2D",) * num_levels,
             norm_num_groups=8,
         )
-    found = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-    ldm = {VAE_PREFIX + vae_to_ldm(name, num_levels): torch.empty(shape) for name, shape in found.items()}
+    actual = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+    ldm = {VAE_PREFIX + vae_to_ldm(name, num_levels): torch.empty(shape) for name, shape in actual.items()}
     ours = {name.removeprefix(VAE_PREFIX): name for name in ldm}
     back = single_vae(Weights("vae", {k: tuple(ldm[n].shape) for k, n in ours.items()}, lambda k: ldm[ours[k]]))
     theirs = convert_ldm_vae_checkpoint(ldm, dict(vae.config))
     assert {name: id(tensor) for name, tensor in theirs.items()} == {
         name: id(back.weights.read(name)) for name in back.weights.shapes
     }
-    rebuilt = empty_vae(vae_config(found))
-    assert {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()} == found
+    rebuilt = empty_vae(vae_config(actual))
+    assert {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()} == actual

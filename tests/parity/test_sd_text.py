@@ -1,4 +1,4 @@
-"""The text pipeline of SD 1.x against transformers, and against a literal recomputation of chunks and emphasis."""
+"""SD 1.x text encoding against transformers and a literal recomputation of chunks and emphasis."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def encode(folder: Path, captions: list[str], **model: object) -> Tensor:
 
 @pytest.fixture(scope="module")
 def theirs(tiny_sd_folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """transformers' own loading of the same folder."""
+    """Load the same folder with transformers."""
     tokenizer = CLIPTokenizer.from_pretrained(tiny_sd_folder / "tokenizer")
     return tokenizer, CLIPTextModel.from_pretrained(tiny_sd_folder / "text_encoder").eval()
 
@@ -32,19 +32,19 @@ def their_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 
 @torch.no_grad()
-def test_the_last_hidden_state_is_that_of_transformers(tiny_sd_folder, theirs):
+def test_the_last_hidden_state_matches_transformers(tiny_sd_folder, theirs):
     tokenizer, model = theirs
     wanted_BTW = model(their_ids(tokenizer, CAPTIONS)).last_hidden_state
     torch.testing.assert_close(encode(tiny_sd_folder, CAPTIONS), wanted_BTW, **EXACT)
 
 
 @torch.no_grad()
-def test_clip_skip_one_is_the_last_hidden_state(tiny_sd_folder):
+def test_clip_skip_1_is_the_last_hidden_state(tiny_sd_folder):
     torch.testing.assert_close(encode(tiny_sd_folder, CAPTIONS, clip_skip=1), encode(tiny_sd_folder, CAPTIONS), **EXACT)
 
 
 @torch.no_grad()
-def test_clip_skip_two_is_the_layer_before_and_the_final_norm(tiny_sd_folder, theirs):
+def test_clip_skip_2_is_the_penultimate_layer_with_the_final_norm(tiny_sd_folder, theirs):
     tokenizer, model = theirs
     states = model(their_ids(tokenizer, CAPTIONS), output_hidden_states=True).hidden_states
     wanted_BTW = model.final_layer_norm(states[-2])
@@ -57,7 +57,7 @@ def test_clip_skip_two_is_the_layer_before_and_the_final_norm(tiny_sd_folder, th
 def test_long_captions_are_encoded_in_chunks_and_joined(
     tiny_sd_folder, theirs, max_token_length, num_positions, num_words
 ):
-    """Chunks of 75 tokens, each between begin and end; the first begin and the last end stay."""
+    """Chunks of 75 tokens are each enclosed by begin and end tokens; only the first begin and last end are kept."""
     tokenizer, model = theirs
     caption = " ".join(["red", "cat", "and", "dog", "x"][i % 5] for i in range(num_words))
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -79,7 +79,7 @@ def test_long_captions_are_encoded_in_chunks_and_joined(
 
 
 @torch.no_grad()
-def test_emphasis_multiplies_the_positions_of_its_tokens(tiny_sd_folder, theirs):
+def test_emphasis_scales_the_features_of_its_tokens(tiny_sd_folder, theirs):
     tokenizer, model = theirs
     plain_TW = model(their_ids(tokenizer, ["a red cat and dog x"])).last_hidden_state[0]
     factors_T = torch.ones(77)
@@ -91,7 +91,7 @@ def test_emphasis_multiplies_the_positions_of_its_tokens(tiny_sd_folder, theirs)
 
 
 @torch.no_grad()
-def test_emphasis_on_a_whole_long_caption_leaves_only_begin_and_end_and_padding(tiny_sd_folder):
+def test_emphasis_on_a_long_caption_scales_all_but_begin_end_and_padding(tiny_sd_folder):
     caption = " ".join(["cat"] * 100)
     plain = encode(tiny_sd_folder, [caption], max_token_length=150)[0]
     weighted = encode(tiny_sd_folder, [f"({caption}:2)"], max_token_length=150, weighted_captions=True)[0]
@@ -100,7 +100,7 @@ def test_emphasis_on_a_whole_long_caption_leaves_only_begin_and_end_and_padding(
 
 
 @torch.no_grad()
-def test_without_the_flag_brackets_are_text(tiny_sd_folder):
+def test_without_the_flag_brackets_are_plain_text(tiny_sd_folder):
     caption = ["a (red:1.3) cat"]
     with_flag, without = encode(tiny_sd_folder, caption, weighted_captions=True), encode(tiny_sd_folder, caption)
     assert not torch.allclose(with_flag, without)

@@ -1,4 +1,4 @@
-"""Starts of LoRA factors against PEFT: the values, the trained layer, and the file without a changed base."""
+"""Initialisation of LoRA factors against PEFT: values, the trained layer, and the file for the unchanged base."""
 
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ def layer_of(seed: int) -> nn.Linear:
     return nn.Linear(23, 14).requires_grad_(False)
 
 
-def wrapped(layer: nn.Linear, init: str, use_rslora: bool) -> Any:
-    """PEFT's model of a copy of the layer, which it changes."""
+def wrap_by_peft(layer: nn.Linear, init: str, use_rslora: bool) -> Any:
+    """Return PEFT's model of a copy of the layer, whose weight PEFT changes."""
     copy = nn.Sequential(nn.Linear(23, 14))
     copy[0].load_state_dict(layer.state_dict())
     config = peft.LoraConfig(r=6, lora_alpha=4.0, target_modules=["0"], init_lora_weights=init, use_rslora=use_rslora)
@@ -31,7 +31,7 @@ def wrapped(layer: nn.Linear, init: str, use_rslora: bool) -> Any:
 
 
 def factors_of(theirs: Any) -> tuple[Tensor, Tensor]:
-    """PEFT's (up, down)."""
+    """Return PEFT's (up, down)."""
     inner = theirs.base_model.model[0]
     return inner.lora_B["default"].weight, inner.lora_A["default"].weight
 
@@ -42,22 +42,22 @@ def scale_of(use_rslora: bool) -> float:
 
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["plain", "rslora"])
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_factors_start_where_pefts_do(init: str, use_rslora: bool) -> None:
+def test_initial_factors_match_peft(init: str, use_rslora: bool) -> None:
     layer = layer_of(451)
     ours = make_starting_delta(init, layer, 6, scale_of(use_rslora))
     assert isinstance(ours, FromStart)
-    up, down = factors_of(wrapped(layer, init, use_rslora))
+    up, down = factors_of(wrap_by_peft(layer, init, use_rslora))
     torch.testing.assert_close(ours.lora_up.start, up.detach(), **FLOAT32_SAME_MATH)
     torch.testing.assert_close(ours.lora_down.start, down.detach(), **FLOAT32_SAME_MATH)
 
 
-def test_orthogonal_factors_are_those_of_peft_from_the_same_random_numbers() -> None:
+def test_orthogonal_factors_match_peft_with_the_same_random_numbers() -> None:
     layer = layer_of(452)
-    theirs = wrapped(layer, "gaussian", False).base_model.model[0]
+    theirs = wrap_by_peft(layer, "gaussian", False).base_model.model[0]
     torch.manual_seed(453)
     theirs.orthogonal_init("default")
     torch.manual_seed(453)
-    LowRank(layer, 6)  # its own start is drawn first
+    LowRank(layer, 6)  # the default initialisation draws first
     state = torch.get_rng_state()
     torch.manual_seed(453)
     ours = make_starting_delta("orthogonal", layer, 6, 1.0)
@@ -71,17 +71,18 @@ def test_orthogonal_factors_are_those_of_peft_from_the_same_random_numbers() -> 
 
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["plain", "rslora"])
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_sgd_takes_both_through_the_same_outputs_and_both_files_change_the_base_alike(
+def test_sgd_gives_the_same_outputs_and_both_files_change_the_base_equally(
     tmp_path: Path, init: str, use_rslora: bool
 ) -> None:
-    """PEFT trains factors beside a base without their start, we their moves beside the whole base.
+    """PEFT subtracts the initial factors from the base; ours keeps the base and trains the difference.
 
-    Float32 throughout: outputs of twelve steps agree to 1e-4, since PEFT's base has been rounded once more.
+    All in float32: outputs over twelve steps agree to 1e-4, since PEFT's base has one more rounding.
     """
     layer = layer_of(454)
     scale = scale_of(use_rslora)
-    theirs = wrapped(layer, init, use_rslora)
-    theirs.peft_config["default"].init_lora_weights = True  # the start is given below, as PEFT's pages do it
+    theirs = wrap_by_peft(layer, init, use_rslora)
+    # The initial values are set below, as in PEFT's documentation.
+    theirs.peft_config["default"].init_lora_weights = True
     theirs.save_pretrained(str(tmp_path / "start"))
     adapter = adapter_on(layer, make_starting_delta(init, layer, 6, scale), scale * 6)
     adapter.install()
@@ -110,7 +111,7 @@ def test_sgd_takes_both_through_the_same_outputs_and_both_files_change_the_base_
     assert ours.abs().max() > 0.01
 
 
-def test_every_name_that_messages_list_is_one_of_pefts() -> None:
+def test_every_listed_initialisation_exists_in_peft() -> None:
     for name in INITS:
         if name != "default":
-            wrapped(layer_of(455), name, False)
+            wrap_by_peft(layer_of(455), name, False)

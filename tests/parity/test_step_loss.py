@@ -1,4 +1,4 @@
-"""The loss of a batch against a literal float64 recomputation from what the denoiser saw and said."""
+"""The loss of a batch against a literal float64 recomputation from the denoiser's inputs and outputs."""
 
 import argparse
 from contextlib import nullcontext
@@ -29,7 +29,7 @@ def options_for(folder: Path, **noise_or_loss: Any) -> TrainOptions:
 
 
 class Multiplier(nn.Module):
-    """Stands for a network: remembers what its multiplier was set to."""
+    """A network stub that records its multiplier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def context_of(options: TrainOptions, seen: list[tuple[Noised, Tensor]]) -> Step
     def predict(denoiser: Any, noised: Noised, conditioning: Any, batch: Batch) -> Tensor:
         prediction_BCHW = arch.predict(denoiser, noised, conditioning, batch)
         if network.values and network.values[-1] == 0.0:
-            prediction_BCHW = prediction_BCHW + 0.5  # what a model without its adapter would say
+            prediction_BCHW = prediction_BCHW + 0.5  # the prediction of a model without its adapter
         else:
             seen.append((noised, prediction_BCHW))
         return prediction_BCHW
@@ -88,13 +88,13 @@ def abar(timesteps_B: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("velocity", [False, True])
-def test_noisy_input_target_masks_and_weights(tiny_sd_folder: Path, velocity: bool) -> None:
-    seen: list[tuple[Noised, Tensor]] = []
-    run = context_of(options_for(tiny_sd_folder, v_parameterization=velocity), seen)
+def test_noisy_input_target_masks_and_weights_match_the_recomputation(tiny_sd_folder: Path, velocity: bool) -> None:
+    calls: list[tuple[Noised, Tensor]] = []
+    run = context_of(options_for(tiny_sd_folder, v_parameterization=velocity), calls)
     batch = batch_of(seed=21, masks=True)
     loss = loss_of(run, batch, batch_number=4)
 
-    noised, prediction_BCHW = seen[0]
+    noised, prediction_BCHW = calls[0]
     clean_BCHW = batch.latents_BCHW.double() * 0.18215  # type: ignore[union-attr]
     noise_BCHW, a_B111 = noised.noise_BCHW.double(), abar(noised.timesteps_B)
     torch.testing.assert_close(
@@ -110,22 +110,22 @@ def test_noisy_input_target_masks_and_weights(tiny_sd_folder: Path, velocity: bo
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0.0)  # float32 sums of 512 squares
 
 
-def test_pixels_are_encoded_when_nothing_is_cached(tiny_sd_folder: Path) -> None:
-    """The latents are a sample of the posterior: mean + std * noise, so their mean over draws is the posterior's."""
-    seen: list[tuple[Noised, Tensor]] = []
-    run = context_of(options_for(tiny_sd_folder), seen)
+def test_pixels_are_encoded_when_latents_are_not_cached(tiny_sd_folder: Path) -> None:
+    """Latents are samples of the posterior, mean + std * noise, so their average is the posterior's mean."""
+    calls: list[tuple[Noised, Tensor]] = []
+    run = context_of(options_for(tiny_sd_folder), calls)
     pixels_BCHW = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(5)) * 2 - 1
     batch = batch_of(seed=22, latents_BCHW=None, pixels_BCHW=pixels_BCHW)
     for number in range(40):
         loss_of(run, batch, number)
-    drawn = torch.stack([noised.clean_BCHW for noised, _ in seen])
+    drawn = torch.stack([noised.clean_BCHW for noised, _ in calls])
     posterior = run.models.vae.encode(pixels_BCHW).latent_dist
     standard_error = posterior.std.mean() * 0.18215 / 40**0.5
     assert ((drawn.mean(0) - posterior.mean * 0.18215).abs().mean() < 2 * standard_error).item()
     assert not torch.equal(drawn[0], drawn[1])
 
 
-def test_every_draw_is_a_function_of_the_batch_number(tiny_sd_folder: Path) -> None:
+def test_random_draws_depend_only_on_the_batch_number(tiny_sd_folder: Path) -> None:
     run = context_of(options_for(tiny_sd_folder, noise_offset=0.1, multires_noise_iterations=2), [])
     batch = batch_of(seed=23)
     first, other = loss_of(run, batch, 7), loss_of(run, batch, 8)
@@ -133,19 +133,19 @@ def test_every_draw_is_a_function_of_the_batch_number(tiny_sd_folder: Path) -> N
     assert loss_of(run, batch, 7).item() == first.item() != other.item()
 
 
-def test_marked_samples_keep_the_output_of_the_base_model(tiny_sd_folder: Path) -> None:
-    seen: list[tuple[Noised, Tensor]] = []
-    run = context_of(options_for(tiny_sd_folder), seen)
+def test_marked_samples_are_trained_toward_the_base_models_output(tiny_sd_folder: Path) -> None:
+    calls: list[tuple[Noised, Tensor]] = []
+    run = context_of(options_for(tiny_sd_folder), calls)
     attributes = [{"diff_output_preservation": True}, {}]
     loss = loss_of(run, batch_of(seed=24, attributes=attributes), 0)
-    noised, prediction_BCHW = seen[0]
-    kept = 0.5**2  # the base model says 0.5 more everywhere
+    noised, prediction_BCHW = calls[0]
+    prior_loss = 0.5**2  # the base model predicts 0.5 more everywhere
     learned = ((prediction_BCHW[1] - noised.noise_BCHW[1]) ** 2).mean() * 0.3
-    torch.testing.assert_close(loss, (kept + learned) / 2, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(loss, (prior_loss + learned) / 2, rtol=1e-5, atol=0.0)
     assert run.network.module.values == [0.0, 1.0]
 
 
-def test_latents_that_are_not_numbers_name_the_image(tiny_sd_folder: Path) -> None:
+def test_nan_latents_raise_an_error_that_names_the_image(tiny_sd_folder: Path) -> None:
     run = context_of(options_for(tiny_sd_folder), [])
     pixels_BCHW = torch.zeros(2, 3, 64, 64)
     pixels_BCHW[1, 0, 0, 0] = torch.nan

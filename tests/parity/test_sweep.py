@@ -1,6 +1,6 @@
-"""The gradients of adapters that share one pass of the base model are those of a pass of their own.
+"""Adapters that share one pass of the base model get the gradients of separate passes.
 
-They differ by how sums over more rows are rounded. The factors are random, for those that start at zero hide others.
+They differ by the rounding of sums over more rows. The factors are random, as zero factors would hide errors.
 """
 
 import importlib
@@ -64,10 +64,10 @@ MODES: Mapping[str, list[str]] = {
 }
 
 
-def prepared(
+def prepare_runs(
     folder: Path, name: str, adapters: Mapping[str, dict[str, Any]], *more: str, size: str = "64"
 ) -> list[Run]:
-    """Adapters on one tiny base model, with random factors."""
+    """Prepare adapters with random factors on one tiny base model."""
     from accelerate.state import AcceleratorState, PartialState
 
     AcceleratorState._reset_state()
@@ -79,10 +79,10 @@ def prepared(
         "--resolution", size, "--train_batch_size", "2", "--output_dir", str(folder / "out"), "--network_module",
         "networks.lora", "--learning_rate", "1e-3", "--max_data_loader_n_workers", "0", *more,
     ]  # fmt: skip
-    card = SCRIPTS[base.script]
-    options: TrainOptions = card.options.from_args(parse(importlib.import_module(base.script).setup_parser(), words))
+    spec = SCRIPTS[base.script]
+    options: TrainOptions = spec.options.from_args(parse(importlib.import_module(base.script).setup_parser(), words))
     accelerator = opening.open_accelerator(options.precision.mixed_precision, options.trackers)
-    arch, processes = card.build(options), from_accelerator(accelerator)
+    arch, processes = spec.build(options), from_accelerator(accelerator)
     plan = opening.open_data_plan(options, arch, 21, 1)
     wanted = [
         AdapterRequest(
@@ -91,7 +91,7 @@ def prepared(
         for label, values in adapters.items()
     ]
     ready = prepare(options, arch, 21, plan, accelerator, processes, wanted)
-    runs, generator = [one.run for one in ready], torch.Generator().manual_seed(74)
+    runs, generator = [prepared.run for prepared in ready], torch.Generator().manual_seed(74)
     for run in runs:
         run.context.network.start_epoch(*run.context.models.network_view)
         for tensor in run.context.network.trainable_parameters():
@@ -99,23 +99,23 @@ def prepared(
     return runs
 
 
-def gradients_of(run: Run) -> Iterator[tuple[str, torch.Tensor]]:
-    """By name, taken away."""
+def take_gradients(run: Run) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the gradients by name and clear them."""
     for name, parameter in run.context.network.module.named_parameters():
         if parameter.grad is not None:
             yield name, parameter.grad
             parameter.grad = None
 
 
-def compare(runs: list[Run], tolerance: float) -> None:
-    """Losses and gradients of a window of two batches, together and of each adapter alone."""
+def assert_joint_equals_separate(runs: list[Run], tolerance: float) -> None:
+    """Assert equal losses and gradients for a window of two batches, together and for each adapter alone."""
     (batch,) = runs[0].batches.iterate_epoch(1, [0], lambda index: 0, 0, False)
     together = [backward_stacked(runs, batch, number, 2, 3) for number in (6, 7)]
-    found = [dict(gradients_of(run)) for run in runs]
-    for i, (run, gradients) in enumerate(zip(runs, found, strict=True)):
+    joint_gradients = [dict(take_gradients(run)) for run in runs]
+    for i, (run, gradients) in enumerate(zip(runs, joint_gradients, strict=True)):
         alone = [loop.backward(run, batch, number, 2, 3) for number in (6, 7)]
         torch.testing.assert_close(torch.stack([one[i] for one in together]), torch.stack(alone), rtol=1e-5, atol=0)
-        wanted = dict(gradients_of(run))
+        wanted = dict(take_gradients(run))
         assert gradients.keys() == wanted.keys() and wanted
         size = torch.stack([tensor.norm() for tensor in wanted.values()]).norm()
         for name, gradient in wanted.items():
@@ -128,36 +128,42 @@ def compare(runs: list[Run], tolerance: float) -> None:
 @pytest.mark.parametrize(
     "name", [name if name == "flux" else pytest.param(name, marks=pytest.mark.nightly) for name in BASES]
 )
-def test_every_kind_on_every_base_model(fresh_process: None, tmp_path: Path, name: str) -> None:
-    compare(prepared(tmp_path, name, KINDS), SUMS_OF_A_PASS)
+def test_every_adapter_kind_gets_equal_gradients_on_every_base_model(
+    fresh_process: None, tmp_path: Path, name: str
+) -> None:
+    assert_joint_equals_separate(prepare_runs(tmp_path, name, KINDS), SUMS_OF_A_PASS)
 
 
-def test_convolutions_and_norms(fresh_process: None, tmp_path: Path) -> None:
-    compare(prepared(tmp_path, "sd", CONVOLUTIONS, "--network_train_unet_only"), SUMS_OF_A_PASS)
+def test_convolution_and_norm_adapters_get_equal_gradients(fresh_process: None, tmp_path: Path) -> None:
+    assert_joint_equals_separate(
+        prepare_runs(tmp_path, "sd", CONVOLUTIONS, "--network_train_unet_only"), SUMS_OF_A_PASS
+    )
 
 
-def test_kinds_and_dropouts_that_run_in_turn(fresh_process: None, tmp_path: Path) -> None:
-    runs = prepared(tmp_path, "anima", OTHERS, "--gradient_checkpointing")
-    compare(runs, SUMS_OF_A_PASS)
+def test_kinds_and_dropouts_that_run_in_sequence_get_equal_gradients(fresh_process: None, tmp_path: Path) -> None:
+    runs = prepare_runs(tmp_path, "anima", OTHERS, "--gradient_checkpointing")
+    assert_joint_equals_separate(runs, SUMS_OF_A_PASS)
     assert runs[0].multiplexer is not None and runs[0].multiplexer.share_stacked(range(len(runs))) == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.nightly
-def test_ways_of_saving_memory(fresh_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    monkeypatch.setattr(frozen_base, "NUM_STAYING", 1)  # of the two blocks of a tiny model
+def test_memory_modes_give_equal_gradients(
+    fresh_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr(frozen_base, "NUM_STAYING", 1)  # of a tiny model's two blocks
     adapters = {**KINDS, "dropout": {"network_dim": 5, **DROPPING}}
-    compare(prepared(tmp_path, "sd3", adapters, *MODES[mode]), SUMS_OF_A_PASS)
+    assert_joint_equals_separate(prepare_runs(tmp_path, "sd3", adapters, *MODES[mode]), SUMS_OF_A_PASS)
 
 
 @pytest.mark.parametrize(
     "recomputes",
     [pytest.param(False, id="keeps all", marks=pytest.mark.nightly), pytest.param(True, id="recomputes all")],
 )
-def test_the_shared_step_takes_what_is_counted(fresh_process: None, tmp_path: Path, recomputes: bool) -> None:
+def test_the_counted_shared_step_matches_the_allocator(fresh_process: None, tmp_path: Path, recomputes: bool) -> None:
     more = ["--cache_latents", "--network_train_unet_only", *(["--gradient_checkpointing"] if recomputes else [])]
     two = {label: KINDS[label] for label in ("LoRA", "DoRA")}
-    runs = prepared(tmp_path, "flux", two, *more, size="256,192")
+    runs = prepare_runs(tmp_path, "flux", two, *more, size="256,192")
     context, (batch,) = runs[0].context, runs[0].batches.iterate_epoch(1, [0], lambda index: 0, 0, False)
     shape = BatchShape(2, 256, 192)
     adapters = [run.options for run in runs]

@@ -1,4 +1,4 @@
-"""Our claims about ComfyUI against the names that its own loader looked for, given the model of each checkpoint."""
+"""Our claims about ComfyUI against the names that its loader looked up for each checkpoint."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -9,7 +9,7 @@ from torch import Tensor
 from library.checkpoints.adapter_keys import AdapterKey, is_of_text_encoder
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from tests.contracts.full_size import facts
-from tests.parity.test_what_diffusers_reads import EVERYTHING, file_of, said_of
+from tests.parity.test_what_diffusers_reads import EVERYTHING, claim_about, file_of
 
 VARIANTS = {
     "flux": "in_dims=[5,6,7,8,9]",
@@ -23,27 +23,27 @@ VARIANTS = {
 
 @cache
 def names_found(base: str) -> list[frozenset[str]]:
-    """The names of modules that ComfyUI looks for, for each layout that it knows of the checkpoint."""
+    """Return the module names that ComfyUI looks up, for each layout of the checkpoint."""
     return [frozenset(names) for names in facts("comfyui_names")["names"][base]]
 
 
 def used_by_comfyui(base: str, tensors: Mapping[str, Tensor]) -> set[str]:
-    """The keys that it uses with every layout of the checkpoint."""
-    modules = {key: found.module for key in tensors if (found := AdapterKey.parse(key)) is not None}
+    """Return the keys that ComfyUI uses with every layout of the checkpoint."""
+    modules = {key: adapter_key.module for key in tensors if (adapter_key := AdapterKey.parse(key)) is not None}
     return {key for key, module in modules.items() if all(module in names for names in names_found(base))}
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
 @pytest.mark.parametrize("base", VARIANTS)
-def test_the_keys_that_we_say_it_uses_are_those_that_it_looks_for(base: str, naming: FileNaming) -> None:
+def test_the_keys_we_claim_comfyui_uses_are_those_it_looks_up(base: str, naming: FileNaming) -> None:
     tensors, metadata = file_of(base, VARIANTS[base], naming)
     denoiser = {key: tensor for key, tensor in tensors.items() if not is_of_text_encoder(key)}
     assert len(denoiser) > 200
-    said = said_of("ComfyUI", denoiser, metadata)
-    assert denoiser.keys() - set(said.unused) == used_by_comfyui(base, denoiser)
+    claim = claim_about("ComfyUI", denoiser, metadata)
+    assert denoiser.keys() - set(claim.unused) == used_by_comfyui(base, denoiser)
 
 
 @pytest.mark.parametrize(("stem", "is_used"), [("diffusion_model.", [False, True]), ("transformer.", [False, False])])
-def test_a_fused_gate_is_looked_for_where_the_checkpoint_has_it(stem: str, is_used: list[bool]) -> None:
+def test_a_fused_gate_is_looked_up_as_in_the_checkpoint(stem: str, is_used: list[bool]) -> None:
     module = f"{stem}transformer_blocks.0.img_mlp.gate_up"
     assert [module in names for names in names_found("qwen_image_21")] == is_used

@@ -1,6 +1,6 @@
-"""Our claims about diffusers against its own loader: full-size files of the transformers, key by key.
+"""Our claims about diffusers against its loader, with full-size transformer files, key by key.
 
-Each tensor is filled with a number of its own, so that its way through diffusers' renaming can be followed.
+Each tensor is filled with a unique number to trace it through diffusers' renaming.
 """
 
 import re
@@ -43,10 +43,10 @@ Shapes = dict[str, list[int]]
 
 
 def lora_facts(base: str) -> Mapping[str, Any]:
-    """The keys and shapes of a base model's adapter files, and how network arguments change them."""
+    """Return the keys and shapes of a base model's adapter files, and their changes by network arguments."""
     if base == "sd3":
-        found: Mapping[str, Any] = full_size_keys()["lora"]["sd3-medium"]
-        return found
+        lora_keys: Mapping[str, Any] = full_size_keys()["lora"]["sd3-medium"]
+        return lora_keys
     if base == "lumina":
         lora: Mapping[str, Any] = facts("lumina2")["lora"]
         return lora
@@ -135,7 +135,7 @@ def qwen_image_21_models() -> dict[str, nn.Module]:
 
 
 def lora_of(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
-    """A LoRA of rank 1 on these layers of a full-size model, under kohya's names."""
+    """Return a LoRA of rank 1 on these layers of a full-size model under Kohya names."""
     shapes: Shapes = {}
     for path in paths:
         rows, columns = model.get_submodule(path).weight.shape
@@ -159,7 +159,7 @@ BASES: dict[str, tuple[Any, Callable[[], dict[str, nn.Module]], str]] = {
 
 @cache
 def weights_of(base: str) -> dict[str, tuple[int, ...]]:
-    """The shape of every layer that diffusers can put a LoRA on, by the prefix of its model and its path there."""
+    """Return the shape of every layer that diffusers can adapt, by model prefix and path."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     with torch.device("meta"):
@@ -182,7 +182,7 @@ def weights_of(base: str) -> dict[str, tuple[int, ...]]:
 
 
 def used_by_diffusers(base: str, tensors: Mapping[str, Tensor]) -> set[str]:
-    """The keys of a file that reach a layer of diffusers' models; none where it refuses the file."""
+    """Return the keys of a file that reach a layer of diffusers' models; none if it rejects the file."""
     import diffusers.loaders.lora_pipeline as loaders
 
     numbered = {key: n for n, key in enumerate(tensors, 1)}
@@ -194,45 +194,46 @@ def used_by_diffusers(base: str, tensors: Mapping[str, Tensor]) -> set[str]:
         converted = getattr(loaders, BASES[base][2]).lora_state_dict(filled)
     except (ValueError, KeyError):
         return set()
-    if not all("lora" in key for key in converted):  # what load_lora_weights refuses
+    if not all("lora" in key for key in converted):  # load_lora_weights rejects these
         return set()
-    layers, found = weights_of(base), set()
+    layers, used_keys = weights_of(base), set()
     for key, tensor in named_by_peft(base, converted).items():
         path, _, leaf = key.partition(".lora_")
         weight = layers.get(path)
         if weight is not None:
             axis = 1 if leaf == "A.weight" else 0
             assert tensor.shape[axis] == weight[axis], f"{key} does not fit"
-            found.add(int(tensor.flatten()[0]))
-    used = {key for key, number in numbered.items() if number in found}
+            used_keys.add(int(tensor.flatten()[0]))
+    used = {key for key, number in numbered.items() if number in used_keys}
     downs = {key: key.replace(".alpha", ".lora_down.weight") for key in tensors if key.endswith(".alpha")}
     return used | {alpha for alpha, down in downs.items() if down in used}
 
 
 def named_by_peft(base: str, converted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict as diffusers gives it to PEFT, without the level text_model, which not every class has."""
+    """Return the state dict as diffusers passes it to PEFT, without the level text_model, which some classes lack."""
     from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
 
-    found = {key: tensor for key, tensor in converted.items() if not key.startswith("text_encoder")}
-    for part in {"flux": ["text_encoder"], "sd3": ["text_encoder", "text_encoder_2"]}.get(base, []):  # T5 has no place
-        own = {key.removeprefix(f"{part}."): t for key, t in converted.items() if key.startswith(f"{part}.")}
-        if own:
-            own = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
-        found |= {f"{part}.{key.removeprefix('text_model.')}": tensor for key, tensor in own.items()}
-    return found
+    peft_state = {key: tensor for key, tensor in converted.items() if not key.startswith("text_encoder")}
+    # T5 is not adapted.
+    for part in {"flux": ["text_encoder"], "sd3": ["text_encoder", "text_encoder_2"]}.get(base, []):
+        part_state = {key.removeprefix(f"{part}."): t for key, t in converted.items() if key.startswith(f"{part}.")}
+        if part_state:
+            part_state = convert_state_dict_to_peft(convert_state_dict_to_diffusers(part_state))
+        peft_state |= {f"{part}.{key.removeprefix('text_model.')}": tensor for key, tensor in part_state.items()}
+    return peft_state
 
 
 def of_rank_one(key: str, shape: list[int]) -> list[int]:
-    """The shape of a factor, less of the rank: small files tell as much."""
+    """Return the shape of a factor reduced to rank 1, which suffices here."""
     if key.endswith(".lora_down.weight"):
         return [1, *shape[1:]]
     return [shape[0], 1, *shape[2:]] if key.endswith(".lora_up.weight") else shape
 
 
 def file_of(base: str, variant: str, naming: FileNaming) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, of no memory, and metadata of an adapter file whose alphas are the ranks, so that no number changes."""
-    known = lora_facts(base)
-    shapes: Shapes = known["default"] if variant == "default" else listed_shapes(known, variant)
+    """Return tensors and metadata of an adapter file whose alphas equal the ranks, so that values stay unchanged."""
+    listing = lora_facts(base)
+    shapes: Shapes = listing["default"] if variant == "default" else listed_shapes(listing, variant)
     tensors = {key: torch.ones(()).expand(of_rank_one(key, shape)) for key, shape in shapes.items()}
     version = {"flux": "flux1", "sd3": "medium", "lumina": "lumina2", "hunyuan_image": "hunyuan-image-2.1"}.get(
         base, base
@@ -258,32 +259,34 @@ VARIANTS = {
 CASES = [(base, variant, naming) for base, variants in VARIANTS.items() for variant in variants for naming in NAMINGS]
 
 
-def said_of(program: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Reading:
+def claim_about(program: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Reading:
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    (said,) = (reading for reading in readings(list_specs(), shapes, metadata) if reading.program == program)
-    return said
+    (claim,) = (reading for reading in readings(list_specs(), shapes, metadata) if reading.program == program)
+    return claim
 
 
 @pytest.mark.parametrize(("base", "variant", "naming"), CASES)
-def test_the_keys_that_we_say_it_uses_are_those_that_reach_a_layer(base: str, variant: str, naming: FileNaming) -> None:
+def test_the_keys_we_claim_diffusers_uses_are_those_that_reach_a_layer(
+    base: str, variant: str, naming: FileNaming
+) -> None:
     tensors, metadata = file_of(base, variant, naming)
-    said = said_of("diffusers", tensors, metadata)
-    assert tensors.keys() - set(said.unused) == used_by_diffusers(base, tensors)
+    claim = claim_about("diffusers", tensors, metadata)
+    assert tensors.keys() - set(claim.unused) == used_by_diffusers(base, tensors)
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
-def test_an_adapted_approximator_reaches_its_layers_under_the_names_of_diffusers(naming: FileNaming) -> None:
-    known = {name: shape for name, shape in facts("chroma")["components"]["dit"].items() if name.endswith("weight")}
+def test_an_adapted_approximator_loads_under_diffusers_names(naming: FileNaming) -> None:
+    shapes = {name: shape for name, shape in facts("chroma")["components"]["dit"].items() if name.endswith("weight")}
     tensors: dict[str, Tensor] = {"lora_unet_double_blocks_0_img_mlp_0.alpha": torch.ones(())}
     for module in flux.CHROMA_NAMES.modules:
-        rows, columns = known.get(f"{module.generic.removeprefix('diffusion_model.')}.weight", (0, 0))
+        rows, columns = shapes.get(f"{module.generic.removeprefix('diffusion_model.')}.weight", (0, 0))
         if module.kohya.startswith(("lora_unet_distilled", "lora_unet_double")):
             tensors[f"{module.kohya}.lora_down.weight"] = torch.ones(()).expand(1, columns)
             tensors[f"{module.kohya}.lora_up.weight"] = torch.ones(()).expand(rows, 1)
     file = AdapterFile("x", sort_tensors(tensors, {}, "").modules, {}, {})
     tensors = adapter_tensors(rename(file, flux.CHROMA_NAMES, naming).file)
     used = used_by_diffusers("chroma", tensors)
-    assert tensors.keys() - set(said_of("diffusers", tensors, {}).unused) == used
+    assert tensors.keys() - set(claim_about("diffusers", tensors, {}).unused) == used
     assert any("distilled" in key for key in used) == (naming == "diffusers")
 
 
@@ -291,10 +294,10 @@ def test_an_adapted_approximator_reaches_its_layers_under_the_names_of_diffusers
     ("left_out", "num_used"),
     [("final_layer", 356), ("layers_25_|final_layer", 344), ("layers_3_|final_layer", 0), ("mod|final_layer", 0)],
 )
-def test_lumina_in_the_generic_naming_takes_whole_blocks_from_the_first(left_out: str, num_used: int) -> None:
+def test_diffusers_reads_only_complete_leading_blocks_of_generic_lumina_files(left_out: str, num_used: int) -> None:
     tensors, metadata = file_of("lumina", "network_train_unet_only", "generic")
-    kept = {key: tensor for key, tensor in tensors.items() if not re.search(left_out, key.replace(".", "_"))}
-    assert len(kept) < len(tensors)
-    used = used_by_diffusers("lumina", kept)
+    remaining = {key: tensor for key, tensor in tensors.items() if not re.search(left_out, key.replace(".", "_"))}
+    assert len(remaining) < len(tensors)
+    used = used_by_diffusers("lumina", remaining)
     assert len(used) == num_used
-    assert kept.keys() - set(said_of("diffusers", kept, metadata).unused) == used
+    assert remaining.keys() - set(claim_about("diffusers", remaining, metadata).unused) == used

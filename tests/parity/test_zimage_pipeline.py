@@ -24,8 +24,8 @@ PROMPT = Prompt(
 
 
 def run_of(folder: Path) -> Any:
-    given = ["--pretrained_model_name_or_path", str(folder)]
-    arch = build(ZImageOptions.from_args(setup_parser().parse_args(given)))
+    model_arguments = ["--pretrained_model_name_or_path", str(folder)]
+    arch = build(ZImageOptions.from_args(setup_parser().parse_args(model_arguments)))
     models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
     return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
 
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("changes", [{}, {"scale": 1.0, "num_steps": 8}], ids=["base", "turbo"])
 def test_latents_equal_those_of_the_pipeline(folder: Path, changes: dict[str, Any]) -> None:
-    """Its guidance scale counts from 0, ours from 1."""
+    """The guidance scale of diffusers counts from 0, ours from 1."""
     prompt = replace(PROMPT, **changes)
     expected = pipeline_of(folder)(
         prompt.text, negative_prompt=prompt.negative, width=prompt.width, height=prompt.height,
@@ -64,32 +64,32 @@ def test_latents_equal_those_of_the_pipeline(folder: Path, changes: dict[str, An
     torch.testing.assert_close(ours(run_of(folder), prompt), expected, **FLOAT32_SAMPLED)
 
 
-def test_every_setting_of_a_prompt_reaches_the_image(folder: Path) -> None:
+def test_every_prompt_setting_affects_the_image(folder: Path) -> None:
     run = run_of(folder)
     plain = ours(run, PROMPT)
     for changes in ({"flow_shift": 2.0}, {"negative": "a cat"}, {"text": "a dog"}, {"scale": 2.0}):
         assert not torch.allclose(ours(run, replace(PROMPT, **changes)), plain, rtol=1e-2), changes
 
 
-def test_features_of_captions_equal_those_of_the_pipeline(folder: Path) -> None:
+def test_caption_features_equal_those_of_the_pipeline(folder: Path) -> None:
     run = run_of(folder)
     captions = ["a red cat, sitting", "", "dog " * 600]
-    found = run.arch.text.encode(run.models.text_encoders, run.arch.text.tokenize(captions))
+    actual = run.arch.text.encode(run.models.text_encoders, run.arch.text.tokenize(captions))
     theirs = pipeline_of(folder)._encode_prompt(list(captions), device=torch.device("cpu"))
-    lengths = found["attention_mask"].sum(1).tolist()
+    lengths = actual["attention_mask"].sum(1).tolist()
     assert lengths == [len(states) for states in theirs] and lengths[2] == 512
-    for states, mask, expected in zip(found["hidden_state"], found["attention_mask"], theirs, strict=True):
+    for states, mask, expected in zip(actual["hidden_state"], actual["attention_mask"], theirs, strict=True):
         torch.testing.assert_close(states[mask.bool()], expected, **FLOAT32_DEEP)
         assert not states[~mask.bool()].any()
 
 
-def test_tokens_of_a_caption_are_counted_without_its_template(folder: Path) -> None:
+def test_caption_tokens_are_counted_without_the_template(folder: Path) -> None:
     text = run_of(folder).arch.text
     count = text.count_tokens("a red cat")
     assert int(text.tokenize(["a red cat"]).ids_BLT[1].sum()) == count + 512 - text.max_tokens
 
 
-def test_training_learns_the_velocity_that_previews_follow(folder: Path) -> None:
+def test_training_target_is_the_velocity_that_previews_follow(folder: Path) -> None:
     """target = latent - noise at time 1 - sigma; the pipeline's direction is the negative of the raw prediction."""
     run = run_of(folder)
     arch = run.arch

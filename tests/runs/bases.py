@@ -1,4 +1,4 @@
-"""Every base model that can be trained, for the suites that run through all of them."""
+"""Tiny models of every trainable base model, for the suites that run all of them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from tests.tiny.zimage import build_tiny_zimage
 
 @dataclass(frozen=True)
 class Base:
-    """A training script, a tiny model for it, and the network module named after the base model."""
+    """A training script, a tiny model for it, and its network module."""
 
     script: str
     module: str
@@ -28,14 +28,14 @@ class Base:
     adapts_text_encoders: bool = True
 
 
-def named(path: Path, *more: str) -> list[str]:
+def path_argument(path: Path, *more: str) -> list[str]:
     return ["--pretrained_model_name_or_path", str(path), *more]
 
 
 BASES: Mapping[str, Base] = {
-    "sd": Base("train_network", "networks.lora", lambda folder: named(build_tiny_sd(folder, 51))),
-    "sd2": Base("train_network", "networks.lora", lambda f: named(build_tiny_sd(f, 52, is_v2=True), "--v2")),
-    "sdxl": Base("sdxl_train_network", "networks.lora", lambda folder: named(build_tiny_sdxl(folder, 53))),
+    "sd": Base("train_network", "networks.lora", lambda folder: path_argument(build_tiny_sd(folder, 51))),
+    "sd2": Base("train_network", "networks.lora", lambda f: path_argument(build_tiny_sd(f, 52, is_v2=True), "--v2")),
+    "sdxl": Base("sdxl_train_network", "networks.lora", lambda folder: path_argument(build_tiny_sdxl(folder, 53))),
     "flux": Base(
         "flux_train_network",
         "networks.lora_flux",
@@ -50,7 +50,7 @@ BASES: Mapping[str, Base] = {
     "sd3": Base(
         "sd3_train_network",
         "networks.lora_sd3",
-        lambda folder: named(build_tiny_sd3(folder, 55), "--t5xxl_max_token_length", "16"),
+        lambda folder: path_argument(build_tiny_sd3(folder, 55), "--t5xxl_max_token_length", "16"),
     ),
     "lumina": Base(
         "lumina_train_network",

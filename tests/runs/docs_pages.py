@@ -1,4 +1,4 @@
-"""Commands of a documentation page, run as a reader types them."""
+"""Run the commands of a documentation page as a reader would type them."""
 
 import shlex
 import subprocess
@@ -9,11 +9,13 @@ from tests.contracts.test_docs_commands import ROOT, commands_of
 
 
 def run_commands(page: str, mark: str, folder: Path) -> str:
-    """Run the Python commands of a page of docs/ that contain `mark` in a folder with the project's configs/, one after
-    another. Return what they print."""
+    """Run the Python commands of a docs page that contain `mark`, in order, in a folder with the project's configs/.
+
+    Return their output.
+    """
     (folder / "configs").symlink_to(ROOT / "configs")
     printed = ""
-    for command in (one for one in commands_of(ROOT / "docs" / page) if mark in one):
+    for command in (command_line for command_line in commands_of(ROOT / "docs" / page) if mark in command_line):
         _, script, *words = shlex.split(command)
         line = [sys.executable, ROOT / script, *words]
         done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=1800)

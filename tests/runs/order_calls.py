@@ -1,5 +1,4 @@
-"""A run of one process that adds its gradients in the order of two; called by test_processes.py in a process of its
-own."""
+"""Runs of one process that add gradients in the order of two, called in subprocesses by test_order_of_sums.py."""
 
 import os
 from typing import Any
@@ -13,46 +12,46 @@ from library.training.step.accumulation import Window
 from tests.ranks import Job, start
 
 
-def added_as_by_two(*arguments: str) -> int:
-    """Train, each window's gradients added up as two processes do: those of one, those of the other, and both sums."""
+def train_in_order_of_two(*arguments: str) -> int:
+    """Train, adding each window's gradients as two processes do: first within each process, then the two sums."""
     plain, accumulate = loop.backward, loop.accumulate_gradients
-    kept: list[list[Tensor | None]] = []
+    gradients_of_batches: list[list[Tensor | None]] = []
 
     def backward(run: Run, *given: Any) -> Tensor:
         parameters = run.context.network.trainable_parameters()
         loss = plain(run, *given)
-        kept.append([p.grad for p in parameters])
+        gradients_of_batches.append([p.grad for p in parameters])
         for parameter in parameters:
             parameter.grad = None
         return loss
 
     def accumulate_gradients(runs: list[Run], window: Window, *given: Any) -> list[Tensor]:
-        kept.clear()
+        gradients_of_batches.clear()
         losses = accumulate(runs, window, *given)
         for place, parameter in enumerate(runs[0].context.network.trainable_parameters()):
-            found = [gradients[place] for gradients in kept]
-            sums = [added([g for g in found[rank::2] if g is not None]) for rank in (0, 1)]
-            parameter.grad = added([one for one in sums if one is not None])
+            batch_gradients = [gradients[place] for gradients in gradients_of_batches]
+            sums = [sum_gradients([g for g in batch_gradients[rank::2] if g is not None]) for rank in (0, 1)]
+            parameter.grad = sum_gradients([partial_sum for partial_sum in sums if partial_sum is not None])
         return losses
 
     loop.backward, loop.accumulate_gradients = backward, accumulate_gradients
     return run_script(*arguments)
 
 
-def with_two_threads(*arguments: str) -> int:
-    """Train with kernels that share each sum out to two threads."""
+def train_with_two_threads(*arguments: str) -> int:
+    """Train with kernels that split each sum between two threads."""
     torch.set_num_threads(2)
     return run_script(*arguments)
 
 
 def run_script(*arguments: str) -> int:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # a run of one process has no launcher
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # a single-process run has no launcher
         os.environ.pop(name, None)
     torch.distributed.destroy_process_group()
     return start(Job(list(arguments), 1, ""))
 
 
-def added(gradients: list[Tensor]) -> Tensor | None:
+def sum_gradients(gradients: list[Tensor]) -> Tensor | None:
     total = None
     for gradient in gradients:
         total = gradient.clone() if total is None else total.add_(gradient)

@@ -1,4 +1,4 @@
-"""anima_train_network.py on a tiny Anima model: every kind of adapter trains, saves and goes on."""
+"""anima_train_network.py on a tiny Anima model: every adapter kind trains, saves and resumes."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,8 +24,8 @@ def tiny_anima_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
-def own_arguments(images: Path, tmp_path: Path) -> list[str]:
-    """A command line that trains two steps, without the base model."""
+def common_arguments(images: Path, tmp_path: Path) -> list[str]:
+    """Return arguments for two training steps, without those of the base model."""
     return [
         "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
         "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
@@ -35,8 +35,8 @@ def own_arguments(images: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def arguments(tiny_anima_arguments: list[str], own_arguments: list[str]) -> list[str]:
-    return [*tiny_anima_arguments, *own_arguments]
+def arguments(tiny_anima_arguments: list[str], common_arguments: list[str]) -> list[str]:
+    return [*tiny_anima_arguments, *common_arguments]
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def train_anima(train: Train) -> Train:
     return partial(train, script="anima_train_network")
 
 
-def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
+def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
@@ -60,13 +60,13 @@ def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
     ],
     ids=str,
 )
-def test_every_kind_of_adapter_trains_and_moves_every_module(
+def test_every_adapter_kind_trains_and_changes_every_module(
     train_anima: Train, arguments: list[str], tmp_path: Path, module: str, network_args: list[str]
 ) -> None:
     extra = ["--network_module", module, *(["--network_args", *network_args] if network_args else [])]
     done = train_anima([*arguments, *extra])
     assert done.status == 0, done.stderr
-    weights = saved(tmp_path)
+    weights = load_saved(tmp_path)
     ups = {key: weight for key, weight in weights.items() if key.endswith("lora_up.weight")}
     assert {key.split("_")[1] for key in ups} == {"te", "unet"}
     assert any("_llm_adapter_" in key for key in ups) == ("train_llm_adapter=true" in network_args)
@@ -77,8 +77,8 @@ def test_every_kind_of_adapter_trains_and_moves_every_module(
 
 
 @pytest.mark.nightly
-def test_memory_modes_caches_and_layouts_of_the_base_change_nothing(
-    train_anima: Train, arguments: list[str], own_arguments: list[str], images: Path, tmp_path: Path
+def test_memory_modes_caches_and_checkpoint_layouts_do_not_change_results(
+    train_anima: Train, arguments: list[str], common_arguments: list[str], images: Path, tmp_path: Path
 ) -> None:
     alone = ["--network_train_unet_only", "--cache_latents", "--network_args", "train_llm_adapter=True"]
     assert train_anima([*arguments, *alone, "--max_train_steps", "1", "--output_name", "start"]).status == 0
@@ -87,15 +87,15 @@ def test_memory_modes_caches_and_layouts_of_the_base_change_nothing(
     folders = build_tiny_anima(tmp_path, seed=41, prefix="", has_folders=True)
     caching = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--gradient_checkpointing"]
     for name in ("first", "again"):
-        done = train_anima([*folders, *own_arguments, *alone, *caching, "--output_name", name])
+        done = train_anima([*folders, *common_arguments, *alone, *caching, "--output_name", name])
         assert done.status == 0, done.stderr
-    plain, first, again = (saved(tmp_path, name) for name in ("plain", "first", "again"))
+    plain, first, again = (load_saved(tmp_path, name) for name in ("plain", "first", "again"))
     for key, weight in plain.items():
         torch.testing.assert_close(first[key], weight, rtol=1e-4, atol=1e-6)
         assert torch.equal(first[key], again[key])
     with np.load(images / "2_thing" / "00_anima_te.npz") as file:
-        found = {key: (file[key].shape, str(file[key].dtype)) for key in file.files if not key.startswith("captions")}
-    assert found == {
+        actual = {key: (file[key].shape, str(file[key].dtype)) for key in file.files if not key.startswith("captions")}
+    assert actual == {
         "prompt_embeds": ((32, QWEN_WIDTH), "float32"),
         "attn_mask": ((32,), "int64"),
         "t5_input_ids": ((32,), "int32"),
@@ -111,7 +111,7 @@ def test_memory_modes_caches_and_layouts_of_the_base_change_nothing(
     assert metadata["modelspec.architecture"] == "anima-preview/lora"
 
 
-def test_another_text_adapter_takes_the_place_of_the_models_own(
+def test_llm_adapter_path_replaces_the_models_text_adapter(
     train_anima: Train, arguments: list[str], tmp_path: Path
 ) -> None:
     build_tiny_anima(tmp_path, seed=43)
@@ -125,38 +125,38 @@ def test_another_text_adapter_takes_the_place_of_the_models_own(
 
 
 @pytest.mark.nightly
-def test_a_resumed_run_repeats_the_uninterrupted_one_and_previews_are_drawn(
+def test_a_resumed_run_equals_the_uninterrupted_one_and_draws_previews(
     train_anima: Train, arguments: list[str], tmp_path: Path
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat --w 64 --h 48 --s 2 --l 3 --fs 2 --d 1\n")
-    whole = [*arguments, "--max_train_steps", "4"]
-    assert train_anima([*whole, "--output_name", "whole"]).status == 0
+    uninterrupted = [*arguments, "--max_train_steps", "4"]
+    assert train_anima([*uninterrupted, "--output_name", "whole"]).status == 0
     drawing = ["--sample_prompts", str(prompts), "--sample_every_n_steps", "2"]
-    half = [*whole, *drawing, "--output_name", "half", "--save_state", "--save_every_n_steps", "2"]
+    half = [*uninterrupted, *drawing, "--output_name", "half", "--save_state", "--save_every_n_steps", "2"]
     done = train_anima(half)
     assert done.status == 0, done.stderr
     assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 2
     state = str(tmp_path / "out" / "half-step00000002-state")
-    done = train_anima([*whole, "--output_name", "resumed", "--resume", state])
+    done = train_anima([*uninterrupted, "--output_name", "resumed", "--resume", state])
     assert done.status == 0, done.stderr
-    expected, resumed = saved(tmp_path, "whole"), saved(tmp_path, "resumed")
+    expected, resumed = load_saved(tmp_path, "whole"), load_saved(tmp_path, "resumed")
     assert all(torch.equal(weight, resumed[key]) for key, weight in expected.items())
 
 
-def test_a_model_of_another_depth_and_width_trains_with_its_blocks_waiting(
-    train_anima: Train, own_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_model_of_another_size_trains_with_swapped_blocks(
+    train_anima: Train, common_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All but two of its blocks can wait, and the step is the same."""
+    """All but two of its blocks can be swapped, and the result is the same."""
     monkeypatch.setattr(anima, "CONFIG", replace(anima.CONFIG, num_blocks=7, width=60, head_width=20, mlp_width=150))
-    words = [*build_tiny_anima(tmp_path / "deep", 42), *own_arguments, "--gradient_checkpointing"]
+    words = [*build_tiny_anima(tmp_path / "deep", 42), *common_arguments, "--gradient_checkpointing"]
     plain = train_anima([*words, "--output_name", "plain"])
     waiting = train_anima([*words, "--output_name", "waiting", "--blocks_to_swap", "5"])
     assert plain.status == 0 and waiting.status == 0, plain.stderr + waiting.stderr
     assert waiting.losses == plain.losses
-    expected, found = saved(tmp_path, "plain"), saved(tmp_path, "waiting")
-    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
-    assert "lora_unet_blocks_6_mlp_layer2.lora_up.weight" in found
+    expected, actual = load_saved(tmp_path, "plain"), load_saved(tmp_path, "waiting")
+    assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
+    assert "lora_unet_blocks_6_mlp_layer2.lora_up.weight" in actual
     done = train_anima([*words, "--blocks_to_swap", "6"])
     assert done.status == 1 and "--blocks_to_swap 6: the model has 7 blocks" in done.stderr
     assert "at most 5 can be swapped" in done.stderr
@@ -177,7 +177,7 @@ def test_a_model_of_another_depth_and_width_trains_with_its_blocks_waiting(
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_said_by_name(
+def test_invalid_combinations_raise_errors_that_name_the_option(
     train_anima: Train, arguments: list[str], extra: list[str], message: str
 ) -> None:
     done = train_anima([*arguments, *extra])
@@ -185,7 +185,7 @@ def test_what_cannot_be_is_said_by_name(
     assert message in done.stderr
 
 
-def test_files_in_each_others_places_are_recognised(
+def test_swapped_model_paths_are_recognised(
     train_anima: Train, train: Train, arguments: list[str], tiny_sd_file: Path
 ) -> None:
     base, qwen3, vae = arguments[1], arguments[3], arguments[5]
@@ -199,12 +199,12 @@ def test_files_in_each_others_places_are_recognised(
         done = train_anima([*arguments, *flags])
         assert done.status == 1
         assert message in done.stderr
-    own = [word for word in arguments[6:] if word not in ("--qwen3_max_token_length", "--t5_max_token_length", "32")]
-    done = train([*own, "--pretrained_model_name_or_path", base])
+    common = [word for word in arguments[6:] if word not in ("--qwen3_max_token_length", "--t5_max_token_length", "32")]
+    done = train([*common, "--pretrained_model_name_or_path", base])
     assert done.status == 1 and "anima_train_network.py" in done.stderr
 
 
-def test_settings_without_effect_are_said(train_anima: Train, arguments: list[str]) -> None:
+def test_settings_without_effect_are_warned_about(train_anima: Train, arguments: list[str]) -> None:
     idle = ["--attn_mode", "flash", "--split_attn", "--vae_chunk_size", "64", "--mlp_lr", "1e-5"]
     done = train_anima([*arguments, *idle, "--max_train_steps", "1"])
     assert done.status == 0, done.stderr
@@ -213,7 +213,7 @@ def test_settings_without_effect_are_said(train_anima: Train, arguments: list[st
 
 
 @pytest.mark.nightly
-def test_cached_captions_are_measured_and_a_base_in_8_bits_trains_nearly_as_in_16(
+def test_a_run_with_cached_captions_validates_and_an_8_bit_base_trains_nearly_like_16_bit(
     train_anima: Train, arguments: list[str]
 ) -> None:
     half = [*arguments, "--mixed_precision", "bf16", "--network_train_unet_only", "--cache_text_encoder_outputs"]

@@ -1,4 +1,4 @@
-"""--audit_only: every image is looked at, without a base model."""
+"""--audit_only inspects every image without loading a base model."""
 
 import json
 import random
@@ -18,7 +18,7 @@ Train = Callable[..., Finished]
 
 
 @pytest.mark.parametrize("script", ["train_network", "flux_train_network"])
-def test_what_stands_out_is_logged_and_shown(
+def test_findings_are_logged_and_shown_in_the_report(
     train: Train, tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert script in SCRIPTS
@@ -26,9 +26,9 @@ def test_what_stands_out_is_logged_and_shown(
     Image.new("RGB", (96, 96), (9, 90, 9)).save(folder / "green.png")
     with Image.open(folder / "01.png") as image:
         image.resize((80, 80)).save(folder / "copy.jpg", quality=60)
-    told: list[Event] = []
+    logged: list[Event] = []
     monkeypatch.setattr(
-        module, "collect_events", lambda events, make=module.collect_events: told.extend(events) or make(events)
+        module, "collect_events", lambda events, make=module.collect_events: logged.extend(events) or make(events)
     )
     arguments = ["--train_data_dir", str(tmp_path / "data"), "--resolution", "64", "--caption_extension", ".txt"]
     done = train([*arguments, "--audit_only", "--output_dir", str(tmp_path / "out"), "--output_name", "cat"], script)
@@ -37,15 +37,17 @@ def test_what_stands_out_is_logged_and_shown(
     assert "2 images near-duplicated" in done.stderr and "copy.jpg (group 1)" in done.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["cat-audit.html"]
     page = (tmp_path / "out" / "cat-audit.html").read_text(encoding="utf-8")
-    shown = read_data(page)["findings"]
-    assert [one["num_pictures"] for one in shown][:2] == [1, 2]
-    assert all(p["thumbnail"].startswith("data:image/webp;base64,") for one in shown for p in one["pictures"])
+    findings = read_data(page)["findings"]
+    assert [finding["num_pictures"] for finding in findings][:2] == [1, 2]
+    assert all(
+        p["thumbnail"].startswith("data:image/webp;base64,") for finding in findings for p in finding["pictures"]
+    )
     schema = Draft202012Validator(json.loads((ROOT / "docs" / "events.schema.json").read_text(encoding="utf-8")))
-    for event in told:
+    for event in logged:
         schema.validate(json.loads(json.dumps(module.plain(event.as_line(1.0)))))
 
 
-def test_kinds_of_files_crops_and_all_warnings_are_on_the_page(train: Train, tmp_path: Path) -> None:
+def test_file_formats_crops_and_all_warnings_are_on_the_page(train: Train, tmp_path: Path) -> None:
     folder, rng = make_images(tmp_path / "data" / "1_cat", 3, side=96, seed=13), random.Random(14)
 
     def noise(mode: str, size: tuple[int, int]) -> Image.Image:
@@ -64,12 +66,14 @@ def test_kinds_of_files_crops_and_all_warnings_are_on_the_page(train: Train, tmp
     done = train(["--dataset_config", str(config), "--audit_only", "--output_dir", str(out), "--output_name", "cat"])
     assert done.status == 0, done.stderr
     data = read_data((out / "cat-audit.html").read_text(encoding="utf-8"))
-    found = {one["text"].partition(" ")[2][:24]: one["pictures"] for one in data["findings"]}
-    named = {text: [Path(image["file"]).name for image in images] for text, images in found.items()}
-    assert named["image animated; only the"] == ["dance.webp"]
-    assert named["image partly transparent"] == ["logo.png"] and named["image in CMYK, whose col"] == ["print.jpg"]
-    assert named["image of which a third o"] == ["wide.png"]
-    warnings = [one["text"] for one in data["warnings"]]
+    findings = {finding["text"].partition(" ")[2][:24]: finding["pictures"] for finding in data["findings"]}
+    file_names = {text: [Path(image["file"]).name for image in images] for text, images in findings.items()}
+    assert file_names["image animated; only the"] == ["dance.webp"]
+    assert file_names["image partly transparent"] == ["logo.png"] and file_names["image in CMYK, whose col"] == [
+        "print.jpg"
+    ]
+    assert file_names["image of which a third o"] == ["wide.png"]
+    warnings = [finding["text"] for finding in data["warnings"]]
     assert any("unsupported extensions" in text and text.endswith("scan.tiff") for text in warnings)
     assert sum("without a caption file" in text for text in warnings) == 1, "said once for both sizes"
     masked = config.read_text().replace("caption_extension", "alpha_mask = true\ncaption_extension")
@@ -77,7 +81,7 @@ def test_kinds_of_files_crops_and_all_warnings_are_on_the_page(train: Train, tmp
     assert "partly transparent" not in train(["--dataset_config", str(config), "--audit_only"]).stderr
 
 
-def test_nothing_is_written_without_a_place_and_good_images_are_said_to_be(
+def test_nothing_is_written_without_an_output_path_and_good_images_are_reported_as_fine(
     train: Train, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "inspect", lambda *samples, has_alpha: [])

@@ -1,4 +1,4 @@
-"""Values that only libraries used to refuse, with a traceback: a sentence names the option and what is wrong."""
+"""Invalid values that libraries would reject with a traceback end the run with a sentence naming the option."""
 
 import shutil
 from collections.abc import Callable
@@ -27,7 +27,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize(("words", "named"), VALUES, ids=lambda value: str(value))
-def test_it_is_named_before_anything_is_written(
+def test_an_invalid_value_is_named_before_anything_is_written(
     train: Train, base_arguments: list[str], tmp_path: Path, words: list[str], named: tuple[str, ...]
 ) -> None:
     done = train([*base_arguments, "--max_train_steps", "1", *words])

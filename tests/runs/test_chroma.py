@@ -1,4 +1,4 @@
-"""flux_train_network.py --model_type chroma on a tiny model: kinds of adapters, captions, images and tools."""
+"""flux_train_network.py --model_type chroma on a tiny model: adapter kinds, captions, previews and tools."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +24,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def run(train: Train, tiny: list[str], images: Path, tmp_path: Path) -> Callable[..., Finished]:
-    """`run(name, ...)` trains three steps of the usual recipe."""
+    """Return `run(name, ...)`, which trains three steps with common options."""
     words = [
         *tiny, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
         "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--network_module", "networks.lora_flux",
@@ -36,7 +36,7 @@ def run(train: Train, tiny: list[str], images: Path, tmp_path: Path) -> Callable
     return lambda name, *more: start([*words, "--output_name", name, *more])
 
 
-def saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
+def load_saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
@@ -49,12 +49,12 @@ def saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
     ],
     ids=str,
 )
-def test_adapters_train_in_what_is_asked_for(
+def test_adapters_train_the_selected_layers(
     run: Callable[..., Finished], tmp_path: Path, module: str, network_args: list[str]
 ) -> None:
     done = run("a", "--network_module", module, "--network_args", *network_args)
     assert done.status == 0, done.stderr
-    ups = {key: weight for key, weight in saved(tmp_path, "a").items() if key.endswith("lora_up.weight")}
+    ups = {key: weight for key, weight in load_saved(tmp_path, "a").items() if key.endswith("lora_up.weight")}
     assert all(weight.isfinite().all() and weight.abs().max() > 0 for weight in ups.values())
     assert {key.split("_")[1] for key in ups} == {"unet"} | ({"te3"} if "train_t5xxl=True" in network_args else set())
     assert any("distilled" in key for key in ups) == ("train_approximator=True" in network_args)
@@ -65,15 +65,15 @@ def test_adapters_train_in_what_is_asked_for(
     assert (metadata["ss_apply_t5_attn_mask"], metadata["ss_guidance_scale"]) == ("True", "0.0")
 
 
-def test_cached_captions_train_the_same_and_are_in_files_that_sd_scripts_reads(
+def test_cached_captions_train_the_same_and_sd_scripts_can_read_the_files(
     run: Callable[..., Finished], images: Path, tmp_path: Path
 ) -> None:
-    """No encoder is left to train, so caching asks for no further option."""
+    """No text encoder can be trained, so caching needs no further option."""
     assert run("plain").status == 0
     for name in ("first", "again"):
         done = run(name, "--cache_text_encoder_outputs_to_disk")
         assert done.status == 0, done.stderr
-    plain, first, again = (saved(tmp_path, name) for name in ("plain", "first", "again"))
+    plain, first, again = (load_saved(tmp_path, name) for name in ("plain", "first", "again"))
     for key, weight in plain.items():
         torch.testing.assert_close(first[key], weight, rtol=1e-4, atol=1e-6)
         assert torch.equal(first[key], again[key])
@@ -85,7 +85,7 @@ def test_cached_captions_train_the_same_and_are_in_files_that_sd_scripts_reads(
     assert done.status == 1 and "train_t5xxl=True trains a text encoder whose outputs" in done.stderr
 
 
-def test_negative_prompts_and_their_scale_change_the_image(run: Callable[..., Finished], tmp_path: Path) -> None:
+def test_negative_prompt_and_guidance_scale_change_the_image(run: Callable[..., Finished], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     size = "--w 64 --h 48 --s 2 --d 1"
     lines = [
@@ -113,7 +113,7 @@ def test_a_trained_file_merges_into_the_checkpoint(
     assert read_metadata(merged)["modelspec.architecture"] == "chroma"
 
 
-def test_without_a_file_of_clip_nothing_is_missing_and_one_that_is_given_does_nothing(
+def test_clip_l_is_not_needed_and_has_no_effect(
     run: Callable[..., Finished],
 ) -> None:
     done = run("a", "--clip_l", "nowhere.safetensors", "--text_encoder_lr", "1e-4", "--max_train_steps", "1")

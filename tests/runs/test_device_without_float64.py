@@ -1,4 +1,4 @@
-"""Every architecture trains, validates and draws on a device without float64, and computes what the CPU does."""
+"""Every architecture trains, validates and draws on a device without float64, with the results of the CPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.runs.bases import BASES
 Train = Callable[..., Finished]
 
 
-# the U-Nets compute no angles, and those of the others are one function's: what else a run needs is the same
+# U-Nets compute no rotary angles and the other models share one function, so these two cover the rest
 SLOW = tuple(name for name in BASES if name not in ("flux", "flux_2"))
 
 
@@ -35,7 +35,8 @@ def test_a_run_needs_no_float64_on_its_device(
         "--validation_split", "0.4", "--validate_every_n_steps", "1", "--sample_every_n_steps", "1",
         "--sample_prompts", str(tmp_path / "prompts.txt"), "--scale_weight_norms", "1", "--save_state",
     ]  # fmt: skip
-    monkeypatch.setattr(rotary, "HAVE_COMPLEX", ())  # the other device has none, and sums round in another way
+    # The simulated device has no complex numbers, and sums round differently.
+    monkeypatch.setattr(rotary, "HAVE_COMPLEX", ())
     plain = train([*words, "--output_dir", str(tmp_path / "plain")], script=base.script)
     assert plain.status == 0, plain.stderr
     with device_without_float64() as device:

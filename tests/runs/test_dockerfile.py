@@ -1,4 +1,4 @@
-"""The Dockerfile, its instructions carried out in order in an environment of their own, without Docker."""
+"""The Dockerfile's instructions, executed in order in a separate environment without Docker."""
 
 import json
 import os
@@ -26,12 +26,12 @@ def instructions() -> Iterator[tuple[str, str]]:
 
 
 def tracked_files() -> list[Path]:
-    found = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True)
-    return [Path(name) for name in found.stdout.splitlines()]
+    listing = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True)
+    return [Path(name) for name in listing.stdout.splitlines()]
 
 
-def test_files_that_it_copies_exist_and_the_sources_come_last() -> None:
-    """Else every change of the sources would download torch again."""
+def test_copied_files_exist_and_the_sources_are_copied_last() -> None:
+    """Otherwise every change of the sources would download torch again."""
     copied = [rest.split()[:-1] for name, rest in instructions() if name == "COPY"]
     assert copied[-1] == ["."] and all((ROOT / name).is_file() for names in copied[:-1] for name in names)
     names = [name for name, _ in instructions()]
@@ -40,7 +40,7 @@ def test_files_that_it_copies_exist_and_the_sources_come_last() -> None:
 
 @pytest.mark.nightly
 @pytest.mark.skipif(getattr(os, "getuid", lambda: 1)() != 0, reason="its commands install packages of the system")
-def test_its_commands_make_an_environment_that_trains(tmp_path: Path) -> None:
+def test_its_commands_build_an_environment_that_trains(tmp_path: Path) -> None:
     app, venv = tmp_path / "app", tmp_path / "venv"
     app.mkdir()
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)

@@ -1,6 +1,6 @@
-"""The commands of the documentation are run, page by page in their order: two steps each, on tiny models.
+"""The documented commands run page by page in order, for two steps each on tiny models.
 
-Only paths of models, sizes and lengths are replaced. What is typed is held to the parsers in tests/contracts.
+Only model paths, sizes and lengths are replaced. tests/contracts checks the commands as written with the parsers.
 """
 
 import importlib
@@ -21,7 +21,7 @@ from tests.tiny.sdxl import build_tiny_sdxl
 from tools import convert_lora, merge_lora
 
 Train = Callable[..., Finished]
-NOT_RUN = {  # beginning of a command -> where it is tested, or why it cannot be
+NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run here
     "source .venv/bin/activate": "a matter of the shell",
     "python3 tools/start.py": "tests/runs/test_quickstart.py and tests/unit/tools/test_start.py",
     "python3 -m": "programs of others",
@@ -59,7 +59,7 @@ def page_parameters() -> list[object]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what a reader has: images, the shipped configurations at a small size."""
+    """Return a folder with images and the shipped configurations at a small size."""
     make_images(tmp_path / "pictures" / "my_cat", 4)
     make_images(tmp_path / "pictures" / "10_mycat", 2)
     make_images(tmp_path / "regularisation" / "1_cat", 2)
@@ -85,7 +85,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def add_quickstart(folder: Path) -> None:
-    """The quickstart's files, with two of its prompts and two steps for each: all take minutes to draw."""
+    """Add the quickstart's files, reduced to two prompts and two sampling steps to save minutes."""
     folder.mkdir()
     for path in (ROOT / "configs" / "quickstart").iterdir():
         (folder / path.name).symlink_to(path)
@@ -96,7 +96,7 @@ def add_quickstart(folder: Path) -> None:
 
 
 def add_adapter_files(place: Path, train: Train) -> None:
-    """Add the files that the pages about tools start from: a base model and adapters for it."""
+    """Add the files that the tools pages need: a base model and adapters for it."""
     sd = build_tiny_sd(place / "sd", 51, layout="safetensors")
     shutil.copy(sd, "sd15.safetensors")
     build_tiny_sd(place / "sd15_folder", 51)
@@ -115,7 +115,7 @@ def add_adapter_files(place: Path, train: Train) -> None:
 
 
 def add_parts_of_models(place: Path) -> None:
-    """A FLUX.1 as diffusers has it, and an SD3 whose text encoders are files of their own."""
+    """Add a FLUX.1 in the diffusers layout and an SD3 with separate text encoder files."""
     build_tiny_flux(place / "FLUX.1-dev", 55, "diffusers")
     build_tiny_sd3(place / "sd3", 57, with_text=False).rename("sd3.5_large.safetensors")
     for name, part in {"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl_fp16": "t5xxl"}.items():
@@ -123,33 +123,34 @@ def add_parts_of_models(place: Path) -> None:
 
 
 def with_tiny_models(words: list[str], folder: Path, script: str) -> list[str]:
-    """The words with a tiny model in the place of the files that the page names, and two steps."""
-    kept: list[str] = []
+    """Return the command line with a tiny model instead of the documented files, for two steps."""
+    arguments: list[str] = []
     names_model = any("path/to/" in word for word in words)
     for word in words:
         if word.startswith("path/to/"):
-            kept.pop()  # its option
+            arguments.pop()  # its option name
         else:
-            kept.append(word)
+            arguments.append(word)
     if names_model:
-        kind = kept[kept.index("--model_type") + 1] if "--model_type" in kept else BASE_OF_SCRIPT[script]
+        kind = arguments[arguments.index("--model_type") + 1] if "--model_type" in arguments else BASE_OF_SCRIPT[script]
         kind = "flux" if script == "train_leco" and "--clip_l" in words else kind
-        kept += BASES[kind].build(folder)
-    if "--resolution" in kept:
-        kept += ["--min_bucket_reso", "64"]
-    if "--system_prompt" in kept:
-        kept += ["--gemma2_max_token_length", "128"]  # the prompt that the page shows leaves no room in the tiny 32
-    kept = [word.replace("512,512", "64,64").replace("step00000100", "step00000001") for word in kept]
-    for place, word in enumerate(kept):
+        arguments += BASES[kind].build(folder)
+    if "--resolution" in arguments:
+        arguments += ["--min_bucket_reso", "64"]
+    if "--system_prompt" in arguments:
+        # The documented system prompt does not fit into the tiny limit of 32.
+        arguments += ["--gemma2_max_token_length", "128"]
+    arguments = [word.replace("512,512", "64,64").replace("step00000100", "step00000001") for word in arguments]
+    for place, word in enumerate(arguments):
         if word.endswith("_n_steps"):
-            kept[place + 1] = "1"
-    if "--prompts_file" in kept:
-        kept += ["--max_denoising_steps", "4"]
-    return [*kept, "--max_train_epochs", "0", "--max_train_steps", "2"]
+            arguments[place + 1] = "1"
+    if "--prompts_file" in arguments:
+        arguments += ["--max_denoising_steps", "4"]
+    return [*arguments, "--max_train_epochs", "0", "--max_train_steps", "2"]
 
 
 def run_command(command: str, place: Path, train: Train) -> None:
-    """Run one command; AssertionError with what it said where it does not end with 0."""
+    """Run one command; raise AssertionError with its output unless it exits with 0."""
     words = shlex.split(command)
     words = words[2:] if words[0] == "accelerate" else words[1:]
     script, arguments = Path(words[0]), words[1:]
@@ -166,7 +167,7 @@ def run_command(command: str, place: Path, train: Train) -> None:
 
 
 @pytest.mark.parametrize("page", page_parameters())
-def test_commands_of_a_page_run_one_after_another(page: Path, place: Path, train: Train) -> None:
+def test_the_commands_of_a_page_run_in_order(page: Path, place: Path, train: Train) -> None:
     if page.name in ("tools.md", "file_format.md"):
         add_adapter_files(place, train)
     if page.name == "README.md":
@@ -180,7 +181,7 @@ def test_commands_of_a_page_run_one_after_another(page: Path, place: Path, train
         run_command(command, place, train)
 
 
-def test_readmes_training_leaves_the_files_that_it_lists(place: Path, train: Train) -> None:
+def test_the_readme_training_writes_the_listed_files(place: Path, train: Train) -> None:
     (command,) = (c for c in runnable(ROOT / "README.md") if "--dataset_config" in c)
     run_command(command, place, train)
     assert (place / "output/my_cat/my_cat.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""tools/draw.py against previews of the run, the merged file and the base model."""
+"""tools/draw.py compared with the run's previews, the merged model and the base model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +21,8 @@ def pixels(path: Path) -> Any:
     return np.asarray(Image.open(path)).astype(int)
 
 
-def trained(train: Train, name: str, folder: Path, *more: str) -> tuple[list[str], Path]:
-    """A run of two steps with a preview at its end: the arguments that name the model, and the output folder."""
+def train_adapter(train: Train, name: str, folder: Path, *more: str) -> tuple[list[str], Path]:
+    """Train two steps with a final preview; return the model arguments and the output folder."""
     base = BASES[name]
     make_images(folder / "data" / "1_thing", 2, seed=len(name))
     (folder / "prompts.txt").write_text(PROMPT)
@@ -45,10 +45,8 @@ def preview(out: Path, event: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ["sd", "flux", *OTHERS])
-def test_strengths_side_by_side_begin_with_the_base_and_end_with_the_preview(
-    name: str, train: Train, tmp_path: Path
-) -> None:
-    model, out = trained(train, name, tmp_path)
+def test_strengths_range_from_the_base_image_to_the_preview(name: str, train: Train, tmp_path: Path) -> None:
+    model, out = train_adapter(train, name, tmp_path)
     at = model.index("--pretrained_model_name_or_path")
     words = [model[at + 1], *model[:at], *model[at + 2 :], "--adapter", str(out / "mine.safetensors")]
     if "--model_type" in words:  # recognised from the file
@@ -56,16 +54,16 @@ def test_strengths_side_by_side_begin_with_the_base_and_end_with_the_preview(
         del words[at : at + 2]
     drawn = tmp_path / "drawn"
     assert draw.main([*words, "--prompt", PROMPT, "--strengths", "0", "0.5", "1", "--output", str(drawn)]) == 0
-    base, half, whole = (pixels(drawn / f"01_{factor}_3.png") for factor in ("0", "0.5", "1"))
+    base, half, full = (pixels(drawn / f"01_{factor}_3.png") for factor in ("0", "0.5", "1"))
     assert np.abs(base - preview(out, "e000000")).max() <= 1
-    assert np.abs(whole - preview(out, "000002")).max() <= 1
-    assert np.abs(half - base).max() > 2 and np.abs(half - whole).max() > 2
+    assert np.abs(full - preview(out, "000002")).max() <= 1
+    assert np.abs(half - base).max() > 2 and np.abs(half - full).max() > 2
     assert Image.open(drawn / "strengths.png").size[1] > 3 * 64
 
 
-def test_adapters_add_up_as_in_a_merged_file(train: Train, tmp_path: Path) -> None:
-    model, out = trained(train, "sd", tmp_path / "a")
-    _, other = trained(train, "sd", tmp_path / "b", "--seed", "9")
+def test_several_adapters_add_up_like_a_merged_model(train: Train, tmp_path: Path) -> None:
+    model, out = train_adapter(train, "sd", tmp_path / "a")
+    _, other = train_adapter(train, "sd", tmp_path / "b", "--seed", "9")
     files = [out / "mine.safetensors", other / "mine.safetensors"]
     merged = tmp_path / "merged.safetensors"
     assert merge_lora.main(
@@ -94,7 +92,7 @@ def test_adapters_add_up_as_in_a_merged_file(train: Train, tmp_path: Path) -> No
         (["{model}", "--prompt", "a --w none"], "--prompt 1"),
     ],
 )
-def test_bad_input_ends_with_one_line(
+def test_invalid_input_ends_with_a_one_line_error(
     words: list[str], error: str, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert draw.main([word.format(model=tiny_sd_folder) for word in words]) == 1
@@ -104,7 +102,7 @@ def test_bad_input_ends_with_one_line(
 @pytest.mark.parametrize(
     ("text", "strength"), [("a.safetensors", 1.0), ("a.safetensors:0.5", 0.5), ("a.safetensors:-1", -1.0), ("b:c", 1.0)]
 )
-def test_a_strength_follows_the_last_colon(
+def test_the_strength_follows_the_last_colon(
     text: str, strength: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

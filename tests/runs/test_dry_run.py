@@ -1,4 +1,4 @@
-"""--dry_run, and runs that end because memory runs out."""
+"""--dry_run, and runs that run out of memory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,23 +16,23 @@ from tests.running import Finished, make_images
 Train = Callable[..., Finished]
 
 
-def everything_below(folder: Path) -> dict[str, int]:
+def files_below(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize("options", [[], ["--cache_latents_to_disk"]], ids=["plain", "cached"])
-def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(
+def test_a_dry_run_reports_its_requirements_and_writes_nothing(
     train: Train,
     base_arguments: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     options: list[str],
 ) -> None:
-    """Images of 96x64 make the largest bucket; folders of any size would get an index in a real run."""
+    """Images of 96x64 form the largest bucket; a real run would index folders of any size."""
     monkeypatch.setattr(image_index, "MIN_FILES", 1)
     make_images(tmp_path / "data" / "1_small", 3, side=64)
     make_images(tmp_path / "data" / "1_large", 2, side=128)
-    before = everything_below(tmp_path)
+    before = files_below(tmp_path)
     encoded: list[int] = []
     honest = latents.encode_batch
     monkeypatch.setattr(latents, "encode_batch", lambda jobs, *rest: encoded.append(len(jobs)) or honest(jobs, *rest))
@@ -40,7 +40,7 @@ def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(
     logs = ["--logging_dir", str(tmp_path / "logs")]
     done = train([*base_arguments, *buckets, *logs, *options, "--dry_run", "--max_train_steps", "50"])
     assert done.status == 0, done.stderr
-    assert everything_below(tmp_path) == before
+    assert files_below(tmp_path) == before
     assert "the largest batch has 2 images of 128x128" in done.stderr
     assert "27904 parameters are trained" in done.stderr
     assert "dry run: 50 steps in " in done.stderr and "memory of a step: peak" in done.stderr
@@ -50,10 +50,10 @@ def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(
 ROUNDED = ["--mixed_precision", "bf16", "--full_bf16", "--stochastic_rounding"]
 
 
-def test_a_dry_run_rounds_the_weights_and_shows_those_to_save_as_the_run_does(
+def test_a_dry_run_rounds_and_swaps_the_weights_like_a_real_run(
     train: Train, base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The dtypes that a schedule-free optimizer meets in its step and in its evaluation mode."""
+    """Compare the dtypes that a schedule-free optimizer sees in its step and in evaluation mode."""
     met: list[tuple[str, torch.dtype]] = []
     for name in ("step", "eval"):
         honest = getattr(AdamWScheduleFree, name)
@@ -77,7 +77,7 @@ def test_a_dry_run_finds_mistakes(train: Train, base_arguments: list[str]) -> No
     assert done.status == 1 and "conv_dim" in done.stderr
 
 
-def test_memory_that_runs_out_in_a_step_is_explained(
+def test_running_out_of_memory_in_a_step_is_explained(
     train: Train, base_arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = loop.loss_of
@@ -94,7 +94,7 @@ def test_memory_that_runs_out_in_a_step_is_explained(
     assert "memory: peak" in done.stderr and "--gradient_checkpointing" in done.stderr
 
 
-def test_memory_that_runs_out_while_caching_is_explained(
+def test_running_out_of_memory_while_caching_is_explained(
     train: Train, base_arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def encode_batch(*_: Any) -> Any:

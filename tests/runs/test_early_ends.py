@@ -1,4 +1,4 @@
-"""Runs of two processes that end early: all of them at the same step, as one process does."""
+"""Early stopping with two processes, which all stop at the same step as a single process."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.runs.bases import BASES
 from tests.tolerances import SUMS_OF_A_RUN
 
 pytestmark = pytest.mark.nightly
-WARMED = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "4"]  # the best loss is an early one
+WARMED = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "4"]  # so that the best loss comes early
 RUNS = {
     "patience": ["--learning_rate", "2000", *WARMED, "--early_stop_patience", "2", "--max_train_steps", "9"],
     "sweep": ["--sweep", "learning_rate=1e-3,1e6", "--sweep_stop_after", "2", "--max_train_steps", "3"],
@@ -21,7 +21,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Rank]]]:
-    """Where files lie, and what the processes of each run said: "<name> 2" of two, "<name> 1" of one."""
+    """Return the folder and the logs of each run: "<name> 2" with two processes, "<name> 1" with one."""
     folder = tmp_path_factory.mktemp("runs")
     make_images(folder / "data" / "1_thing", 25, seed=71)
     (folder / "model").mkdir()
@@ -35,21 +35,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     jobs = []
     for name, more in RUNS.items():
         for count, accumulated in ((2, "1"), (1, "2")):
-            own = folder / f"{name} {count}"
-            own.mkdir()
-            told = [*words, *more, "--gradient_accumulation_steps", accumulated, "--output_dir", str(own / "out")]
-            jobs.append(Job(told, count, str(own), "flux_train_network"))
-    found = run_ranks(jobs, folder)
-    return folder, {Path(job.folder).name: ranks for job, ranks in zip(jobs, found, strict=True)}
+            run_folder = folder / f"{name} {count}"
+            run_folder.mkdir()
+            command = [
+                *words,
+                *more,
+                "--gradient_accumulation_steps",
+                accumulated,
+                "--output_dir",
+                str(run_folder / "out"),
+            ]
+            jobs.append(Job(command, count, str(run_folder), "flux_train_network"))
+    results = run_ranks(jobs, folder)
+    return folder, {Path(job.folder).name: ranks for job, ranks in zip(jobs, results, strict=True)}
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_both_processes_end_where_one_does(name: str, runs: tuple[Path, dict[str, list[Rank]]]) -> None:
-    folder, found = runs
-    for rank in (*found[f"{name} 2"], *found[f"{name} 1"]):
+def test_two_processes_stop_at_the_same_step_as_one(name: str, runs: tuple[Path, dict[str, list[Rank]]]) -> None:
+    folder, ranks = runs
+    for rank in (*ranks[f"{name} 2"], *ranks[f"{name} 1"]):
         assert rank.status == 0, rank.said
-    two, one = (end_lines(found[f"{name} {count}"][0].said) for count in (2, 1))
-    assert two == one and len(two) == 1
+    two, single = (early_stopping_lines(ranks[f"{name} {count}"][0].said) for count in (2, 1))
+    assert two == single and len(two) == 1
     files = {path.name: path for path in (folder / f"{name} 1" / "out").glob("*.safetensors")}
     assert files.keys() == {path.name for path in (folder / f"{name} 2" / "out").glob("*.safetensors")}
     for file, path in files.items():
@@ -60,7 +67,7 @@ def test_both_processes_end_where_one_does(name: str, runs: tuple[Path, dict[str
             assert float((ours[key] - tensor).norm()) <= SUMS_OF_A_RUN * float(tensor.norm()), (file, key)
 
 
-def end_lines(said: str) -> list[str]:
-    """Return the lines of the log about ends before the last step."""
-    lines = [line.partition("INFO")[2].strip() for line in said.splitlines()]
+def early_stopping_lines(log: str) -> list[str]:
+    """Return the log lines about early stopping."""
+    lines = [line.partition("INFO")[2].strip() for line in log.splitlines()]
     return [line for line in lines if "ends after step" in line]

@@ -1,4 +1,4 @@
-"""flux_train_network.py on pairs: an image and the reference that it is made from (FLUX.1 Kontext)."""
+"""flux_train_network.py on pairs of an image and the reference it was edited from (FLUX.1 Kontext)."""
 
 import re
 from base64 import b64decode
@@ -29,7 +29,7 @@ def kontext_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def arguments(kontext_arguments: list[str], tmp_path: Path) -> list[str]:
-    """A command line that trains four steps on six pairs."""
+    """Return arguments for four training steps on six pairs."""
     make_images(tmp_path / "after", 6)
     make_images(tmp_path / "before", 6, side=96, seed=1)
     write_config(tmp_path, "")
@@ -59,7 +59,7 @@ flip_aug = true
     )
 
 
-def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
+def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
@@ -69,33 +69,33 @@ def are_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("keys", ["", "control_resolution = [96, 48]"], ids=["size of the image", "own size"])
 @pytest.mark.parametrize("cache", [[], ["--cache_latents_to_disk"]], ids=["encoded in the step", "cached on disk"])
-def test_a_resumed_run_on_pairs_is_the_uninterrupted_one(
+def test_a_resumed_run_on_pairs_equals_the_uninterrupted_one(
     train: Train, arguments: list[str], tmp_path: Path, cache: list[str], keys: str
 ) -> None:
     write_config(tmp_path, keys)
-    whole = [*arguments, *cache, "--save_every_n_steps", "2", "--save_state"]
-    done = train(whole, "flux_train_network")
+    uninterrupted = [*arguments, *cache, "--save_every_n_steps", "2", "--save_state"]
+    done = train(uninterrupted, "flux_train_network")
     assert done.status == 0, done.stderr
     assert "1 reference image for each image" in done.stderr
     state = str(tmp_path / "out" / "mine-step00000002-state")
-    done = train([*whole, "--output_name", "resumed", "--resume", state], "flux_train_network")
+    done = train([*uninterrupted, "--output_name", "resumed", "--resume", state], "flux_train_network")
     assert done.status == 0, done.stderr
     assert "dataset is not the one of the state" not in done.stderr
-    assert are_equal(saved(tmp_path), saved(tmp_path, "resumed"))
+    assert are_equal(load_saved(tmp_path), load_saved(tmp_path, "resumed"))
 
 
-def test_the_reference_is_what_the_adapter_learns_from(train: Train, arguments: list[str], tmp_path: Path) -> None:
+def test_the_adapter_depends_on_the_references(train: Train, arguments: list[str], tmp_path: Path) -> None:
     assert train(arguments, "flux_train_network").status == 0
     make_images(tmp_path / "others", 6, side=96, seed=2)
     text = (tmp_path / "data.toml").read_text()
     (tmp_path / "data.toml").write_text(text.replace("/before", "/others"))
     assert train([*arguments, "--output_name", "other"], "flux_train_network").status == 0
-    first, other = saved(tmp_path), saved(tmp_path, "other")
+    first, other = load_saved(tmp_path), load_saved(tmp_path, "other")
     assert first.keys() == other.keys() and not are_equal(first, other)
     assert all(weight.isfinite().all() for weight in first.values())
 
 
-def test_held_out_pairs_are_measured_and_accumulated_batches_of_other_sizes_train(
+def test_held_out_pairs_are_validated_and_batches_of_mixed_sizes_accumulate(
     train: Train, arguments: list[str], tmp_path: Path
 ) -> None:
     write_config(tmp_path, "validation_split = 0.34\ncontrol_no_resize = true")
@@ -111,16 +111,16 @@ def test_adapters_of_a_sweep_share_the_references(train: Train, arguments: list[
     assert train([*arguments, "--cache_latents"], "flux_train_network").status == 0
     done = train([*arguments, "--cache_latents", "--sweep", "learning_rate=1e-3,1e-4"], "flux_train_network")
     assert done.status == 0, done.stderr
-    alone, shared = saved(tmp_path), saved(tmp_path, "mine-lr1e-3")
+    alone, shared = load_saved(tmp_path), load_saved(tmp_path, "mine-lr1e-3")
     assert alone.keys() == shared.keys()
     assert all(float((weight - shared[key]).abs().max()) < 1e-4 for key, weight in alone.items())
 
 
-def test_models_that_take_no_references_say_so_before_loading(
+def test_models_without_reference_support_are_rejected_before_loading(
     train: Train, arguments: list[str], tiny_sd_folder: Path, tmp_path: Path
 ) -> None:
-    own = arguments[8 : arguments.index("--t5xxl_max_token_length")]
-    done = train(["--pretrained_model_name_or_path", str(tiny_sd_folder), *own])
+    common = arguments[8 : arguments.index("--t5xxl_max_token_length")]
+    done = train(["--pretrained_model_name_or_path", str(tiny_sd_folder), *common])
     assert done.status == 1
     assert "has 1 reference image for each image" in done.stderr and "this base model takes none" in done.stderr
     schnell = build_tiny_flux(tmp_path / "schnell", seed=22, has_guidance=False)
@@ -142,9 +142,9 @@ def test_the_audit_and_the_report_show_pairs_side_by_side(train: Train, argument
     for name in ("mine-audit.html", "mine-report.html"):
         pairs = read_data((tmp_path / "out" / name).read_text(encoding="utf-8"))["audit"]["pairs"]
         assert [Path(pair["file"]).name for pair in pairs] == [f"{i:02}.png" for i in range(6)]
-        with Image.open(BytesIO(b64decode(pairs[0]["thumbnail"].partition(",")[2]))) as shown:
-            assert shown.size == (64 + GAP + 64, 64)
-            right = np.asarray(shown)[:, 64 + GAP :].astype(int)
+        with Image.open(BytesIO(b64decode(pairs[0]["thumbnail"].partition(",")[2]))) as thumbnail:
+            assert thumbnail.size == (64 + GAP + 64, 64)
+            right = np.asarray(thumbnail)[:, 64 + GAP :].astype(int)
         with Image.open(tmp_path / "after" / "00.png") as image:
             assert abs(right - np.asarray(image).astype(int)).mean() < 10
 
@@ -163,7 +163,7 @@ def test_previews_and_contact_sheets_show_the_reference_beside_the_image(
     assert done.status == 0, done.stderr
     assert "failed" not in done.stderr
     sizes = [Image.open(path).size for path in sorted((tmp_path / "out" / "sample").glob("*.png"))]
-    beside = round(80 * 64 / 48)  # the bucket nearest to 2:1 of 64 x 64 pixels is 80 x 48, shown at the image's height
+    beside = round(80 * 64 / 48)  # a 2:1 reference falls into the 80 x 48 bucket and is shown at the image's height
     assert sizes == [(beside + GAP + 64, 64), (64, 64)]
     words = [*arguments, "--sample_prompts", str(tmp_path / "prompts.txt"), "--side", "200"]
     assert contact_sheet.main(["--script", "flux_train_network.py", *words]) == 0
@@ -184,12 +184,12 @@ def test_a_preview_depends_on_its_reference(train: Train, arguments: list[str], 
 
 
 def test_flux_2_trains_on_two_references_of_a_musubi_dataset(train: Train, tmp_path: Path) -> None:
-    """Stems with numbers, references of other sizes, a preview of both, and a resumed run that is the uninterrupted
-    one."""
+    """Cover numbered stems, references of other sizes, a preview with both, and a resumed run that equals the
+    uninterrupted one."""
     make_images(tmp_path / "after", 4)
     for number, side in enumerate((96, 64)):
-        found = make_images(tmp_path / f"before{number}", 4, side=side, seed=1 + number)
-        for path in found.glob("*.png"):
+        references = make_images(tmp_path / f"before{number}", 4, side=side, seed=1 + number)
+        for path in references.glob("*.png"):
             (tmp_path / "before").mkdir(exist_ok=True)
             path.rename(tmp_path / "before" / f"{path.stem}_{number}.png")
     (tmp_path / "data.toml").write_text(
@@ -207,19 +207,19 @@ no_resize_control = true
     )
     shown = " ".join(f"--ci {(tmp_path / 'before' / f'00_{number}.png').as_posix()}" for number in (0, 1))
     (tmp_path / "prompts.txt").write_text(f"make it red --w 64 --h 48 --s 2 --d 3 {shown}\n")
-    whole = [
+    uninterrupted = [
         *build_tiny_flux_2(tmp_path / "model", 64), "--dataset_config", str(tmp_path / "data.toml"), "--output_dir",
         str(tmp_path / "out"), "--output_name", "mine", "--network_module", "networks.lora_flux_2", "--network_dim",
         "4", "--learning_rate", "1e-3", "--max_train_steps", "4", "--seed", "5", "--max_data_loader_n_workers", "0",
         "--cache_latents_to_disk", "--cache_text_encoder_outputs", "--save_every_n_steps", "2", "--save_state",
         "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "4",
     ]  # fmt: skip
-    done = train(whole, "flux_2_train_network")
+    done = train(uninterrupted, "flux_2_train_network")
     assert done.status == 0, done.stderr
     assert "2 reference images for each image" in done.stderr
     state = str(tmp_path / "out" / "mine-step00000002-state")
-    assert train([*whole, "--output_name", "resumed", "--resume", state], "flux_2_train_network").status == 0
-    assert are_equal(saved(tmp_path), saved(tmp_path, "resumed"))
+    assert train([*uninterrupted, "--output_name", "resumed", "--resume", state], "flux_2_train_network").status == 0
+    assert are_equal(load_saved(tmp_path), load_saved(tmp_path, "resumed"))
     (preview,) = (tmp_path / "out" / "sample").glob("mine*.png")
     with Image.open(preview) as image:
-        assert image.width > 3 * 64  # both references stand to the left
+        assert image.width > 3 * 64  # both references are to the left

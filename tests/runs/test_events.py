@@ -1,4 +1,4 @@
-"""--log_events of whole runs, held to docs/events.schema.json."""
+"""--log_events of complete runs, validated with docs/events.schema.json."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ VALIDATOR = Draft202012Validator(SCHEMA)
 
 
 def events_of(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file, each held to the schema."""
+    """Return the events of a file after validating each with the schema."""
     text = path.read_text(encoding="ascii")
     assert text.endswith("\n")
     events = [json.loads(line) for line in text.splitlines()]
@@ -31,8 +31,10 @@ def of_kind(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == kind]
 
 
-def test_a_run_tells_everything_that_happens(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
-    """One run with validation, previews, saved and rotated files, caching, a damaged image, and a warning."""
+def test_a_run_logs_an_event_for_everything_that_happens(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    """Run with validation, previews, saved and rotated files, caching, a damaged image, and a warning."""
     (tmp_path / "prompts.txt").write_text("a red cat --w 64 --h 128 --s 2 --d 3\n")
     (tmp_path / "data" / "2_thing" / "broken.png").write_bytes(b"no image")
     file = tmp_path / "new" / "events.jsonl"
@@ -47,7 +49,7 @@ def test_a_run_tells_everything_that_happens(train: Train, base_arguments: list[
     )  # fmt: skip
     assert done.status == 0, done.stderr
     events = events_of(file)
-    elsewhere = {"finding", "forgetting", "strengths"}  # of audits, probes and prompts with --am
+    elsewhere = {"finding", "forgetting", "strengths"}  # come from audits, probes and prompts with --am
     assert set(Counter(event["event"] for event in events)) == {*SCHEMA["properties"]["event"]["enum"]} - elsewhere
     assert "hf_secret" not in file.read_text()
 
@@ -64,10 +66,10 @@ def test_a_run_tells_everything_that_happens(train: Train, base_arguments: list[
     assert audit["caption_lengths"]["unit"] == "tokens" and audit["caption_lengths"]["most"] == 75
     assert sum(count for _, count in audit["tags"]) == 16
 
-    stages = [(one["name"], one["state"]) for one in of_kind(events, "stage")]
+    stages = [(stage["name"], stage["state"]) for stage in of_kind(events, "stage")]
     for name in ("loading", "caching latents", "training", "validation steps", "previews"):
         assert stages.index((name, "begin")) < stages.index((name, "end"))
-    caching = [one for one in of_kind(events, "stage") if one["name"] == "caching latents"]
+    caching = [stage for stage in of_kind(events, "stage") if stage["name"] == "caching latents"]
     assert caching[-1]["done"] == caching[-1]["total"] == 6
 
     steps = of_kind(events, "step")
@@ -82,7 +84,7 @@ def test_a_run_tells_everything_that_happens(train: Train, base_arguments: list[
     assert steps[0]["timing"] is None and steps[5]["timing"]["step"] == 5
 
     validations = of_kind(events, "validation")
-    assert [one["step"] for one in validations] == [0, 4, 8, 12]
+    assert [stage["step"] for stage in validations] == [0, 4, 8, 12]
     assert validations[0]["compared"] is None and validations[1]["compared"]["to_step"] == 0
     levels = [level["loss"] for level in validations[2]["levels"]]
     assert sum(levels) / len(levels) == pytest.approx(validations[2]["loss"], rel=1e-9)
@@ -90,48 +92,52 @@ def test_a_run_tells_everything_that_happens(train: Train, base_arguments: list[
     (preview,) = of_kind(events, "preview")
     assert preview["prompt"] == "a red cat" and (preview["width"], preview["height"], preview["seed"]) == (64, 128, 3)
     saved, removed = of_kind(events, "saved"), of_kind(events, "removed")
-    last = {Path(one["file"]).name: one for one in saved if one["kind"] == "weights"}
-    assert {name: one["reason"] for name, one in last.items()} == {
+    last = {Path(stage["file"]).name: stage for stage in saved if stage["kind"] == "weights"}
+    assert {name: stage["reason"] for name, stage in last.items()} == {
         "mine-step00000004.safetensors": "step", "mine-step00000008.safetensors": "step", "mine.safetensors": "end",
         "mine-step00000012.safetensors": "step", "mine-best.safetensors": "best",
     }  # fmt: skip
     assert last["mine.safetensors"]["num_bytes"] == (tmp_path / "out" / "mine.safetensors").stat().st_size
-    assert [Path(one["file"]).name for one in removed] == ["mine-step00000004.safetensors"]
-    assert [Path(one["file"]).name for one in saved if one["kind"] == "state"] == ["mine-state"]
+    assert [Path(stage["file"]).name for stage in removed] == ["mine-step00000004.safetensors"]
+    assert [Path(stage["file"]).name for stage in saved if stage["kind"] == "state"] == ["mine-state"]
 
-    assert any("--log_prefix has no effect" in one["text"] for one in of_kind(events, "warning"))
+    assert any("--log_prefix has no effect" in stage["text"] for stage in of_kind(events, "warning"))
     end = events[-1]
     assert (end["event"], end["reason"], end["step"], end["error"]) == ("end", "finished", 12, None)
     assert end["file"].endswith("mine.safetensors") and "a step took" in end["summary"]
 
 
-def test_training_is_the_same_bit_for_bit_and_a_resumed_run_goes_on_in_the_file(
+def test_events_do_not_change_training_and_a_resumed_run_appends_to_the_file(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "events.jsonl"
     arguments = [*base_arguments, "--network_dropout", "0.2", "--mixed_precision", "bf16"]
-    told = [*arguments, "--log_events", str(file), "--autoresume"]
+    command = [*arguments, "--log_events", str(file), "--autoresume"]
     assert train([*arguments, "--output_name", "silent"]).status == 0
     file.write_text("")
-    assert train([*told, "--save_every_n_steps", "2", "--save_state", "--lr_scheduler", "constant"]).status == 0
+    assert train([*command, "--save_every_n_steps", "2", "--save_state", "--lr_scheduler", "constant"]).status == 0
     out = tmp_path / "out"
     from safetensors.torch import load_file
 
-    silent, mine = load_file(out / "silent.safetensors"), load_file(out / "mine.safetensors")
-    assert all(tensor.equal(mine[key]) for key, tensor in silent.items())
+    silent, logged = load_file(out / "silent.safetensors"), load_file(out / "mine.safetensors")
+    assert all(tensor.equal(logged[key]) for key, tensor in silent.items())
 
     with file.open("a") as half:
-        half.write('{"v":1,"event":"st')  # what a killed process may leave
-    assert train([*told, "--max_train_steps", "6"]).status == 0
+        half.write('{"v":1,"event":"st')  # as a killed process may leave it
+    assert train([*command, "--max_train_steps", "6"]).status == 0
     events = events_of(file)
     plans = of_kind(events, "plan")
-    assert [one["first_step"] for one in plans] == [0, 4] and plans[1]["resumed_from"].endswith("mine-state")
-    assert [one["step"] for one in of_kind(events, "step")] == [1, 2, 3, 4, 5, 6]
-    assert train([*told, "--max_train_steps", "6"]).status == 0
-    assert [one["reason"] for one in of_kind(events_of(file), "end")] == ["finished", "finished", "already complete"]
+    assert [event["first_step"] for event in plans] == [0, 4] and plans[1]["resumed_from"].endswith("mine-state")
+    assert [event["step"] for event in of_kind(events, "step")] == [1, 2, 3, 4, 5, 6]
+    assert train([*command, "--max_train_steps", "6"]).status == 0
+    assert [event["reason"] for event in of_kind(events_of(file), "end")] == [
+        "finished",
+        "finished",
+        "already complete",
+    ]
 
 
-def test_standard_output_has_events_alone(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+def test_standard_output_contains_only_events(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
     done = train([*base_arguments, "--log_events", "-"])
     assert done.status == 0, done.stderr
     for line in done.stdout.splitlines():
@@ -139,9 +145,11 @@ def test_standard_output_has_events_alone(train: Train, base_arguments: list[str
     assert "running training" in done.stderr and "running training" not in done.stdout
 
 
-def test_an_error_is_told_and_a_dry_run_tells_nothing(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+def test_an_error_is_an_event_and_a_dry_run_writes_none(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
     file = tmp_path / "events.jsonl"
-    file.write_text('{"v":1,"event":"of an earlier run"}\n')  # a run from the beginning empties it
+    file.write_text('{"v":1,"event":"of an earlier run"}\n')  # a fresh run truncates it
     missing = [*base_arguments, "--log_events", str(file), "--network_args", "conv_dim=four"]
     assert train(missing).status == 1
     end = events_of(file)[-1]
@@ -160,7 +168,7 @@ def test_an_error_is_told_and_a_dry_run_tells_nothing(train: Train, base_argumen
         (["--log_events", "{tmp}/data/2_thing/00.png"], "is not an event log"),
     ],
 )
-def test_a_place_that_cannot_take_events_is_refused(
+def test_an_unwritable_event_path_is_rejected(
     train: Train, base_arguments: list[str], tmp_path: Path, given: list[str], wanted: str
 ) -> None:
     done = train([*base_arguments, *(word.format(tmp=tmp_path) for word in given)])

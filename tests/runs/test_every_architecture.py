@@ -1,4 +1,4 @@
-"""Common features of all scripts: resuming, validating, drawing, and files that the tools read."""
+"""Features common to all scripts: resuming, validation, previews, and files that the tools read."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ def model(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def run(train: Train, base: Base, model: list[str], tmp_path: Path) -> Callable[..., Finished]:
-    """`run(folder, ...)` trains into a folder of `tmp_path`."""
+    """Return `run(folder, ...)`, which trains into a folder of `tmp_path`."""
     make_images(tmp_path / "data" / "1_thing", 7, seed=61)
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     arguments = [
@@ -57,20 +57,20 @@ def run(train: Train, base: Base, model: list[str], tmp_path: Path) -> Callable[
 
 
 @pytest.mark.nightly
-def test_a_run_with_everything_on_that_is_cut_and_goes_on_is_the_uninterrupted_one(
+def test_with_every_feature_on_a_resumed_run_equals_the_uninterrupted_one(
     run: Callable[..., Finished], tmp_path: Path
 ) -> None:
     steps = [*EVERYTHING, "--max_train_steps", "5"]
-    whole = run("whole", *steps, "--save_every_n_steps", "2")
+    uninterrupted = run("whole", *steps, "--save_every_n_steps", "2")
     rest = run("rest", *steps, "--resume", str(tmp_path / "whole" / "mine-step00000002-state"))
     assert "uninterrupted" not in rest.stderr
-    assert rest.losses == whole.losses[2:]
-    one, other = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("whole", "rest"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    assert any(float(tensor.abs().max()) > 0 for key, tensor in one.items() if key.endswith(UPS))
+    assert rest.losses == uninterrupted.losses[2:]
+    expected, other = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("whole", "rest"))
+    assert expected.keys() == other.keys()
+    assert all(torch.equal(expected[key], other[key]) for key in expected)
+    assert any(float(tensor.abs().max()) > 0 for key, tensor in expected.items() if key.endswith(UPS))
     lines = [[line.split("validation after")[1] for line in done.stderr.splitlines() if "validation after" in line]
-             for done in (whole, rest)]  # fmt: skip
+             for done in (uninterrupted, rest)]  # fmt: skip
     assert len(lines[0]) > 1 and lines[1] == lines[0][-len(lines[1]) :]
     images = [sorted(path.read_bytes() for path in (tmp_path / name / "sample").glob("*.png"))
                 for name in ("whole", "rest")]  # fmt: skip
@@ -85,12 +85,12 @@ def tool(name: str, *words: str) -> str:
 
 
 def modules_of(path: str) -> set[str]:
-    """kohya's names of the modules in a file of any naming."""
+    """Return the Kohya names of the modules in a file, whatever its naming scheme."""
     file = read_adapter_file(path)
     shapes = {key: tensor.shape for key, tensor in load_state_dict(path).items()}
     spec = recognise_adapter(list_specs(), shapes, file.metadata)
     assert spec is not None
-    return {found.kohya if (found := spec.names.find(name)) else name for name in file.modules}
+    return {module.kohya if (module := spec.names.find(name)) else name for name in file.modules}
 
 
 @pytest.mark.nightly
@@ -104,29 +104,29 @@ def test_the_tools_work_on_its_files(run: Callable[..., Finished], tmp_path: Pat
     tool("resize_lora", "--model", one, "--save_to", small, "--new_rank", "2", "--save_precision", "float")
     tool("merge_lora", "--models", one, two, "--ratios", "0.5", "0.5", "--save_to", merged, "--save_precision", "float")
     ranks = {t.shape[0] for key, t in load_state_dict(small).items() if key.endswith(DOWNS)}
-    assert ranks - {1} == {2}  # a layer with one output has no more than rank 1
+    assert ranks - {1} == {2}  # a layer with one output has at most rank 1
     assert modules_of(merged) == modules_of(one)
     assert read_metadata(small)["sshs_model_hash"] != read_metadata(one)["sshs_model_hash"]
 
 
 @pytest.mark.nightly
-def test_a_rank_cut_out_of_a_dylora_file_is_a_lora_file(run: Callable[..., Finished], tmp_path: Path) -> None:
+def test_a_rank_extracted_from_a_dylora_file_is_a_lora_file(run: Callable[..., Finished], tmp_path: Path) -> None:
     run("one", "--max_train_steps", "2", "--network_module", "networks.dylora", "--network_args", "unit=2")
     path = tmp_path / "one" / "mine.safetensors"
     tool(
         "extract_lora_from_dylora", "--model", str(path), "--save_to", str(tmp_path / "cut.safetensors"), "--unit", "2"
     )
-    whole = load_state_dict(path)
+    nested = load_state_dict(path)
     cut = load_state_dict(tmp_path / "cut-0002.safetensors")
-    assert whole.keys() == cut.keys()
+    assert nested.keys() == cut.keys()
     for key, tensor in cut.items():
         if key.endswith(DOWNS):
-            assert torch.equal(tensor, whole[key][:2])
+            assert torch.equal(tensor, nested[key][:2])
 
 
 @pytest.mark.nightly
-def test_memory_modes_change_memory_and_hardly_the_loss(run: Callable[..., Finished]) -> None:
-    """Recomputed activations change nothing; 8-bit weights (3 bits of mantissa) move the loss by a few percent."""
+def test_memory_modes_barely_change_the_loss(run: Callable[..., Finished]) -> None:
+    """Gradient checkpointing changes nothing; 8-bit weights (3 mantissa bits) change the loss by a few percent."""
     one_step = ["--max_train_steps", "1", "--network_train_unet_only", "--mixed_precision", "bf16"]
     plain = run("plain", *one_step).losses
     assert run("again", *one_step, "--gradient_checkpointing").losses == plain
@@ -150,7 +150,7 @@ KINDS = {
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_adapter_trains_and_its_file_is_trained_further(
+def test_every_adapter_kind_trains_and_continues_from_its_file(
     run: Callable[..., Finished], base: Base, tmp_path: Path, kind: str
 ) -> None:
     module, *arguments = KINDS[kind]
@@ -163,7 +163,7 @@ def test_every_kind_of_adapter_trains_and_its_file_is_trained_further(
         "lokr_w1",
         "oft_R.weight",
         "boft_R",
-    )  # the last two hold a strength that starts at 0
+    )  # the last two contain a factor that starts at 0
     moved = [key for key, tensor in first.items() if key.endswith(from_zero) and float(tensor.abs().max()) > 0]
     assert any(key.startswith(("lora_unet", "diffusion_model.", "transformer.")) for key in moved)
     assert any(key.startswith("lora_te") for key in moved) == base.adapts_text_encoders

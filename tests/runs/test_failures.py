@@ -1,4 +1,4 @@
-"""Errors in mid-run: what has been learned is saved, and the run goes on from there."""
+"""After an error in mid-run the trained weights are saved and the run can be resumed."""
 
 import subprocess
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from tests.running import Finished, launch_command
 Train = Callable[..., Finished]
 
 
-def test_a_quiet_launcher_adds_nothing_below_the_error() -> None:
+def test_a_quiet_launcher_prints_nothing_after_the_error() -> None:
     command = launch_command("train_network.py")
     command.insert(command.index("--num_cpu_threads_per_process"), "--quiet")
     done = subprocess.run([*command, "--train_batch_size", "0"], capture_output=True, text=True, cwd="/")
@@ -26,7 +26,7 @@ def test_a_quiet_launcher_adds_nothing_below_the_error() -> None:
 
 
 def before_batch(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], Any]) -> None:
-    """Do something before a batch is drawn, the first time that it is."""
+    """Perform an action the first time that this batch is about to be processed."""
     honest, waiting = loop.backward, [number]
 
     def backward(run: Run, batch: Any, batch_number: int, window_size: int, step: int) -> torch.Tensor:
@@ -38,16 +38,16 @@ def before_batch(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[
     monkeypatch.setattr(loop, "backward", backward)
 
 
-def assert_goes_on_to_the_same_end(train: Train, words: list[str], tmp_path: Path) -> None:
+def assert_resumes_to_the_same_result(train: Train, words: list[str], tmp_path: Path) -> None:
     again = train([*words, "--autoresume"])
     assert again.status == 0, again.stderr
     assert "resuming from" in again.stderr
     assert train([*words, "--output_dir", str(tmp_path / "whole")]).status == 0
-    one, other = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("out", "whole"))
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    actual, other = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("out", "whole"))
+    assert actual.keys() == other.keys() and all(torch.equal(actual[key], other[key]) for key in actual)
 
 
-def test_an_image_that_goes_in_mid_run_costs_no_step(
+def test_an_image_deleted_in_mid_run_loses_no_step(
     train: Train, base_arguments: list[str], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = {path: path.read_bytes() for path in images.rglob("*.png")}
@@ -61,10 +61,10 @@ def test_an_image_that_goes_in_mid_run_costs_no_step(
     assert (tmp_path / "out" / "mine-step00000002.safetensors").is_file() and state.is_dir()
     for path, data in content.items():
         path.write_bytes(data)
-    assert_goes_on_to_the_same_end(train, base_arguments, tmp_path)
+    assert_resumes_to_the_same_result(train, base_arguments, tmp_path)
 
 
-def test_an_error_that_nobody_foresaw_keeps_its_traceback(
+def test_an_unexpected_error_keeps_its_traceback(
     train: Train, base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before_batch(monkeypatch, 3, lambda: 1 / 0)
@@ -74,7 +74,7 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback(
     assert (tmp_path / "out" / "mine-step00000002-state").is_dir()
 
 
-def test_an_error_before_the_first_step_has_ended_writes_nothing(
+def test_an_error_during_the_first_step_writes_nothing(
     train: Train, base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before_batch(monkeypatch, 1, lambda: 1 / 0)
@@ -83,7 +83,7 @@ def test_an_error_before_the_first_step_has_ended_writes_nothing(
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_weights_that_are_moved_in_part_get_no_state(
+def test_partly_updated_weights_are_not_saved_as_a_state(
     train: Train, base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest, count = Updates.apply, iter(range(9))

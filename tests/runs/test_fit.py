@@ -1,4 +1,4 @@
-"""--fit: the run is set up in the way that the planner chose, and says so."""
+"""--fit configures the run as the planner chose and reports the choice."""
 
 import json
 import re
@@ -32,8 +32,8 @@ def flux_arguments(tmp_path: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def room_between(arguments: Sequence[str], more: Way, less: Way) -> str:
-    """A size that the first way does not fit into and the second does."""
+def budget_between(arguments: Sequence[str], more: Way, less: Way) -> str:
+    """Return a budget that the first configuration exceeds and the second fits into."""
     *_, counted = count("flux_train_network", arguments)
     needs = [predict(counted.step, way, TYPICAL[0]).device_bytes for way in (more, less)]
     assert needs[0] > needs[1]
@@ -45,9 +45,9 @@ def metadata_of(path: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
-def test_a_run_with_much_room_keeps_all_it_computes(train: Train, tmp_path: Path) -> None:
-    told = ["--log_events", str(tmp_path / "events.jsonl"), "--no_report"]
-    done = train(flux_arguments(tmp_path, "--fit", "12GB", *told), script="flux_train_network")
+def test_with_a_large_budget_activations_are_kept(train: Train, tmp_path: Path) -> None:
+    command = ["--log_events", str(tmp_path / "events.jsonl"), "--no_report"]
+    done = train(flux_arguments(tmp_path, "--fit", "12GB", *command), script="flux_train_network")
     assert done.status == 0, done.stderr
     assert "11.2 GiB free of 12 GB (counted as this processor" in done.stderr
     assert "selected: ->. To pin this choice, add: --vae_batch_size 8 --text_encoder_batch_size 8" in done.stderr
@@ -58,9 +58,9 @@ def test_a_run_with_much_room_keeps_all_it_computes(train: Train, tmp_path: Path
 
 
 @pytest.mark.nightly
-def test_a_run_with_little_room_recomputes(train: Train, tmp_path: Path) -> None:
+def test_with_a_small_budget_activations_are_recomputed(train: Train, tmp_path: Path) -> None:
     arguments = flux_arguments(tmp_path, "--blocks_to_swap", "0")
-    room = room_between(arguments, Way(recompute_every=2), Way(recompute_every=1))
+    room = budget_between(arguments, Way(recompute_every=2), Way(recompute_every=1))
     done = train([*arguments, "--fit", room], script="flux_train_network")
     assert done.status == 0, done.stderr
     assert re.search(r"add: --gradient_checkpointing(?! --gradient_checkpointing_every)", done.stderr)
@@ -68,10 +68,10 @@ def test_a_run_with_little_room_recomputes(train: Train, tmp_path: Path) -> None
 
 
 @pytest.mark.nightly
-def test_formats_are_chosen_from_where_they_are_allowed(train: Train, tmp_path: Path) -> None:
-    """The weights of a model with two blocks of each kind have to stay; in 32 bits they need more than in 8."""
+def test_weight_formats_are_chosen_from_the_allowed_ones(train: Train, tmp_path: Path) -> None:
+    """A model with two blocks of each kind cannot swap any; 32-bit weights need more memory than 8-bit ones."""
     arguments = flux_arguments(tmp_path)
-    room = room_between(arguments, Way(None, 1, True), Way("int8", 1, True))
+    room = budget_between(arguments, Way(None, 1, True), Way("int8", 1, True))
     done = train([*arguments, "--fit", room, "--fit_formats", "int8"], script="flux_train_network")
     assert done.status == 0, done.stderr
     assert re.search(r"denoiser: \d+ layers in int8", done.stderr)
@@ -97,7 +97,7 @@ def test_every_base_model_can_be_fitted(name: str, train: Train, tmp_path: Path)
     assert re.search(r"denoiser: \d+ layers in int8", done.stderr)
 
 
-def test_a_budget_that_nothing_fits_ends_the_run_before_anything_is_loaded(train: Train, tmp_path: Path) -> None:
+def test_a_budget_that_is_too_small_ends_the_run_before_loading(train: Train, tmp_path: Path) -> None:
     done = train(flux_arguments(tmp_path, "--fit", "701MB"), script="flux_train_network")
     assert done.status == 1
     assert "--fit 701MB" in done.stderr
@@ -113,7 +113,7 @@ def test_a_budget_that_nothing_fits_ends_the_run_before_anything_is_loaded(train
         ("lots", "'lots' is not a memory size"),
     ],
 )
-def test_sizes_that_cannot_be_had_are_named(size: str, message: str, train: Train, tmp_path: Path) -> None:
+def test_impossible_budgets_are_named(size: str, message: str, train: Train, tmp_path: Path) -> None:
     done = train(flux_arguments(tmp_path, "--fit", size), script="flux_train_network")
     assert done.status == 1
     assert message in done.stderr
@@ -131,15 +131,15 @@ def test_sizes_that_cannot_be_had_are_named(size: str, message: str, train: Trai
         ),
     ],
 )
-def test_the_first_steps_are_held_to_the_plan_which_is_corrected_once(
+def test_the_first_steps_are_compared_with_the_plan_which_is_corrected_once(
     factor: float, messages: tuple[str, ...], train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = flux_arguments(tmp_path, "--blocks_to_swap", "0")
     way = Way(recompute_every=1)
     *_, counted = count("flux_train_network", arguments)
-    room = room_between(arguments, Way(recompute_every=2), way)
+    room = budget_between(arguments, Way(recompute_every=2), way)
     planned = predict(counted.step, way, TYPICAL[0]).tensor_bytes
-    measured = iter([int(factor * planned)])  # of the second step; the others are not asked for
+    measured = iter([int(factor * planned)])  # for the second step, the only one that is read
     resets: list[int] = []
     gauge = Gauge(lambda: next(measured), lambda: resets.append(1))
     monkeypatch.setattr(correction, "make_gauge", lambda device: gauge)

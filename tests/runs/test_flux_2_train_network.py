@@ -1,4 +1,4 @@
-"""flux_2_train_network.py on tiny FLUX.2 models: with musubi-tuner's commands, previews, and files of others."""
+"""flux_2_train_network.py on tiny FLUX.2 models: musubi-tuner's commands, previews, and third-party files."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from tests.tiny.flux_2 import CONFIG, build_tiny_flux_2
 
 Train = Callable[..., Finished]
 
-# The three commands of musubi-tuner's page, without the folder of its scripts and accelerate's launcher.
+# The three documented commands of musubi-tuner, without its script folder and accelerate's launcher.
 LATENTS = "--dataset_config {data} --vae {vae} --model_version {version}"
 TEXTS = "--dataset_config {data} --text_encoder {text} --batch_size 16 --model_version {version}"
 TRAINING = (
@@ -46,7 +46,7 @@ def train_flux_2(train: Train) -> Train:
 
 @pytest.fixture
 def settings(images: Path, tmp_path: Path) -> list[str]:
-    """Arguments that train two steps, the base model aside."""
+    """Return arguments for two training steps, without those of the base model."""
     return [
         "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64", "--train_batch_size",
         "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
@@ -60,8 +60,8 @@ def arguments(tiny_arguments: list[str], settings: list[str]) -> list[str]:
     return [*tiny_arguments, *settings]
 
 
-def names_of(model: list[str], version: str, tmp_path: Path) -> dict[str, str]:
-    """Replacements of the paths in the page's commands."""
+def path_replacements_of(model: list[str], version: str, tmp_path: Path) -> dict[str, str]:
+    """Return replacements for the paths in the documented commands."""
     make_images(tmp_path / "images", 3)
     (tmp_path / "data.toml").write_text(
         '[general]\nresolution = [80, 64]\ncaption_extension = ".txt"\nbatch_size = 1\nenable_bucket = true\n'
@@ -75,12 +75,12 @@ def names_of(model: list[str], version: str, tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def names(tiny_arguments: list[str], tmp_path: Path) -> dict[str, str]:
-    return names_of(tiny_arguments, "klein-base-4b", tmp_path)
+def path_replacements(tiny_arguments: list[str], tmp_path: Path) -> dict[str, str]:
+    return path_replacements_of(tiny_arguments, "klein-base-4b", tmp_path)
 
 
-def command(script: str, words: str, names: dict[str, str]) -> Finished:
-    line = [sys.executable, str(ROOT / f"{script}.py"), *words.format(**names).split()]
+def run_command(script: str, words: str, path_replacements: dict[str, str]) -> Finished:
+    line = [sys.executable, str(ROOT / f"{script}.py"), *words.format(**path_replacements).split()]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return Finished(done.returncode, done.stdout, done.stderr)
@@ -90,13 +90,13 @@ def command(script: str, words: str, names: dict[str, str]) -> Finished:
 def test_the_commands_of_musubi_tuner_cache_and_train(
     train_flux_2: Train, tiny_arguments: list[str], tiny_dev: list[str], tmp_path: Path, version: str
 ) -> None:
-    names = names_of(tiny_dev if version == "dev" else tiny_arguments, version, tmp_path)
-    first = command("flux_2_cache_latents", LATENTS, names)
+    path_replacements = path_replacements_of(tiny_dev if version == "dev" else tiny_arguments, version, tmp_path)
+    first = run_command("flux_2_cache_latents", LATENTS, path_replacements)
     assert "latent cache: 0 entries reused, 3 to encode" in first.stderr
-    texts = command("flux_2_cache_text_encoder_outputs", TEXTS, names)
-    assert "text cache: 0 files reused, 4 to encode" in texts.stderr  # and the empty caption
+    texts = run_command("flux_2_cache_text_encoder_outputs", TEXTS, path_replacements)
+    assert "text cache: 0 files reused, 4 to encode" in texts.stderr  # three captions and the empty one
     assert len(list((tmp_path / "images").glob("*_flux_2.npz"))) == 3
-    done = train_flux_2(TRAINING.format(**names).split())
+    done = train_flux_2(TRAINING.format(**path_replacements).split())
     assert done.status == 0, done.stderr
     assert "latent cache: 3 entries reused, 0 to encode" in done.stderr
     assert "text cache: 4 files reused, 0 to encode" in done.stderr
@@ -112,12 +112,14 @@ def test_the_commands_of_musubi_tuner_cache_and_train(
     assert metadata["modelspec.architecture"] == f"Flux.2-{version.replace('base-', '')}/lora"
 
 
-def test_our_words_train_the_same(train_flux_2: Train, names: dict[str, str], tmp_path: Path) -> None:
-    theirs = train_flux_2(TRAINING.format(**names).split())
+def test_our_option_names_give_the_same_result(
+    train_flux_2: Train, path_replacements: dict[str, str], tmp_path: Path
+) -> None:
+    theirs = train_flux_2(TRAINING.format(**path_replacements).split())
     words = TRAINING.replace("--dit {dit}", "--pretrained_model_name_or_path {dit}") + (
         " --cache_latents_to_disk --cache_text_encoder_outputs_to_disk"
     )
-    ours = train_flux_2(words.format(**names).replace("flux2_shift", "flux_shift").split())
+    ours = train_flux_2(words.format(**path_replacements).replace("flux2_shift", "flux_shift").split())
     assert theirs.status == ours.status == 0, ours.stderr
     assert theirs.losses == ours.losses and len(ours.losses) == 3
 
@@ -125,27 +127,29 @@ def test_our_words_train_the_same(train_flux_2: Train, names: dict[str, str], tm
 @pytest.mark.parametrize(
     ("script", "flag"), [("flux_2_cache_latents", "--vae"), ("flux_2_cache_text_encoder_outputs", "--text_encoder")]
 )
-def test_a_caching_command_names_the_file_that_it_lacks(names: dict[str, str], script: str, flag: str) -> None:
-    line = [sys.executable, str(ROOT / f"{script}.py"), "--dataset_config", names["data"]]
+def test_a_caching_command_names_the_missing_file(path_replacements: dict[str, str], script: str, flag: str) -> None:
+    line = [sys.executable, str(ROOT / f"{script}.py"), "--dataset_config", path_replacements["data"]]
     for more, message in (
         ([], f"{flag} is missing: name its file or folder, or the whole model with --dit"),
-        ([flag, names["dit"]], f"{flag} {names['dit']} is not a"),
+        ([flag, path_replacements["dit"]], f"{flag} {path_replacements['dit']} is not a"),
     ):
         done = subprocess.run([*line, *more], capture_output=True, text=True, timeout=300)
         assert done.returncode == 1 and message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
 
 
-def test_musubi_tuners_8_bits_and_offloading_train_too(train_flux_2: Train, names: dict[str, str]) -> None:
-    done = train_flux_2([*TRAINING.format(**names).split(), "--fp8_base", "--fp8_scaled", "--fp8_text_encoder"])
+def test_musubi_tuners_fp8_and_block_swap_options_train(train_flux_2: Train, path_replacements: dict[str, str]) -> None:
+    done = train_flux_2(
+        [*TRAINING.format(**path_replacements).split(), "--fp8_base", "--fp8_scaled", "--fp8_text_encoder"]
+    )
     assert done.status == 0, done.stderr
     assert "layers in 8 bits" in done.stderr
-    done = train_flux_2([*TRAINING.format(**names).split(), "--blocks_to_swap", "29"])
+    done = train_flux_2([*TRAINING.format(**path_replacements).split(), "--blocks_to_swap", "29"])
     assert done.status == 1 and "at most 0" in done.stderr
 
 
 @pytest.mark.parametrize("version", ["klein-4b", "klein-base-4b", "dev"])
-def test_a_preview_is_drawn_in_the_way_of_its_version(
+def test_a_preview_uses_the_settings_of_its_model_version(
     train_flux_2: Train, tiny_arguments: list[str], tiny_dev: list[str], settings: list[str], tmp_path: Path,
     version: str,
 ) -> None:  # fmt: skip
@@ -159,7 +163,7 @@ def test_a_preview_is_drawn_in_the_way_of_its_version(
     assert ("which is distilled" in done.stderr) == (version != "klein-base-4b")
 
 
-def test_a_file_of_musubi_tuner_is_trained_further(train_flux_2: Train, arguments: list[str], tmp_path: Path) -> None:
+def test_training_continues_from_a_musubi_tuner_file(train_flux_2: Train, arguments: list[str], tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     theirs = {}
     for part, rows in (("img_attn_qkv", 3), ("txt_attn_proj", 1)):
@@ -189,7 +193,7 @@ def test_a_file_of_musubi_tuner_is_trained_further(train_flux_2: Train, argument
     ],
     ids=str,
 )
-def test_bad_values_end_before_anything_is_loaded(
+def test_invalid_values_end_the_run_before_loading(
     train_flux_2: Train, arguments: list[str], extra: list[str], message: str
 ) -> None:
     done = train_flux_2([*arguments, *extra])

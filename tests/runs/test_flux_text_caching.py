@@ -1,4 +1,4 @@
-"""FLUX.1 with text features that were made ahead."""
+"""FLUX.1 training with cached text features."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +19,13 @@ def weights_of(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
-def test_memory_disk_and_no_cache_train_the_same_bit_for_bit(
+def test_memory_cache_disk_cache_and_no_cache_train_identically(
     train_flux: Train,  # noqa: F811
     arguments: list[str],  # noqa: F811
     tmp_path: Path,
     images: Path,
 ) -> None:
-    """All runs start from the same weights: without text encoders other numbers are drawn for new ones."""
+    """All runs start from the same file, as new weights would be drawn differently without text encoders."""
     train_flux([*arguments, "--network_train_unet_only", "--max_train_steps", "1", "--output_name", "start"])
     start = ["--network_weights", str(tmp_path / "out" / "start.safetensors")]
     common = [*arguments, *start, "--caption_dropout_rate", "0.3", "--apply_t5_attn_mask"]
@@ -36,8 +36,8 @@ def test_memory_disk_and_no_cache_train_the_same_bit_for_bit(
     plain = weights_of(tmp_path, "plain")
     assert any(not torch.equal(weight, weights_of(tmp_path, "start")[key]) for key, weight in plain.items())
     for name in ("memory", "disk", "again"):
-        found = weights_of(tmp_path, name)
-        assert found.keys() == plain.keys() and all(torch.equal(found[key], plain[key]) for key in plain)
+        actual = weights_of(tmp_path, name)
+        assert actual.keys() == plain.keys() and all(torch.equal(actual[key], plain[key]) for key in plain)
     assert "text cache: 7 files reused, 0 to encode, 0 stale" in done.stderr
 
     with np.load(images / "2_thing" / "00_flux_te.npz") as archive:
@@ -55,7 +55,7 @@ def test_memory_disk_and_no_cache_train_the_same_bit_for_bit(
         assert bool(archive["apply_t5_attn_mask"])
 
 
-def test_another_token_limit_makes_everything_anew(
+def test_another_token_limit_encodes_everything_again(
     train_flux: Train,  # noqa: F811
     arguments: list[str],  # noqa: F811
 ) -> None:

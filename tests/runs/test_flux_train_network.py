@@ -1,4 +1,4 @@
-"""flux_train_network.py on a tiny FLUX.1 model: every kind of adapter trains, saves and goes on."""
+"""flux_train_network.py on a tiny FLUX.1 model: every adapter kind trains, saves and resumes."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from tests.runs.test_validation import charts, scalars
 from tests.tiny.flux import build_tiny_flux
 
 Train = Callable[..., Finished]
-LOKR = {"lokr_w1": (4, 4), "lokr_w2_a": (16, 2), "lokr_w2_b": (2, 16)}  # of 64 inputs and outputs
+LOKR = {"lokr_w1": (4, 4), "lokr_w2_a": (16, 2), "lokr_w2_b": (2, 16)}  # for 64 inputs and outputs
 LOHA = {f"hada_w{i}_{side}": (64, 2) if side == "a" else (2, 64) for i in (1, 2) for side in "ab"}
 
 
@@ -26,7 +26,7 @@ def tiny_flux_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def arguments(tiny_flux_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
-    """A command line that trains three steps."""
+    """Return arguments for three training steps."""
     return [
         *tiny_flux_arguments, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
         "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
@@ -41,7 +41,7 @@ def train_flux(train: Train) -> Train:
     return partial(train, script="flux_train_network")
 
 
-def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
+def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
@@ -58,14 +58,14 @@ def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
     ],
     ids=str,
 )
-def test_every_kind_of_adapter_trains_and_the_same_seed_gives_the_same_bytes(
+def test_every_adapter_kind_trains_and_is_reproducible_by_seed(
     train_flux: Train, arguments: list[str], tmp_path: Path, module: str, network_args: list[str]
 ) -> None:
     extra = ["--network_module", module, *(["--network_args", *network_args] if network_args else [])]
     for name in ("a", "b"):
         done = train_flux([*arguments, *extra, "--output_name", name])
         assert done.status == 0, done.stderr
-    a, b = saved(tmp_path, "a"), saved(tmp_path, "b")
+    a, b = load_saved(tmp_path, "a"), load_saved(tmp_path, "b")
     assert all(torch.equal(a[key], b[key]) for key in a)
     ups = {key: weight for key, weight in a.items() if key.endswith("lora_up.weight")}
     assert {key.split("_")[1] for key in ups} == {"te1", "unet"} | (
@@ -75,29 +75,27 @@ def test_every_kind_of_adapter_trains_and_the_same_seed_gives_the_same_bytes(
 
 
 @pytest.mark.nightly
-def test_memory_modes_and_caches_change_nothing_but_memory(
-    train_flux: Train, arguments: list[str], tmp_path: Path
-) -> None:
+def test_memory_modes_and_caches_do_not_change_results(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:
     alone = [*arguments, "--network_train_unet_only", "--cache_latents"]
     assert train_flux([*alone, "--output_name", "plain"]).status == 0
     done = train_flux([*alone, "--output_name", "other", "--gradient_checkpointing", "--cache_latents_to_disk"])
     assert done.status == 0, done.stderr
-    plain, other = saved(tmp_path, "plain"), saved(tmp_path, "other")
+    plain, other = load_saved(tmp_path, "plain"), load_saved(tmp_path, "other")
     for key, weight in plain.items():
         torch.testing.assert_close(other[key], weight, rtol=1e-4, atol=1e-6)
     assert any((tmp_path / "data" / "2_thing").glob("*_0064x0064_flux.npz"))
 
 
-def test_schnell_trains_without_guidance_and_masks_reach_both_models(
+def test_schnell_trains_without_guidance_and_attention_masks_apply_to_both_models(
     train_flux: Train, arguments: list[str], tmp_path: Path
 ) -> None:
     schnell = build_tiny_flux(tmp_path / "schnell", seed=22, layout="whole", has_guidance=False)
-    own = arguments[arguments.index("--train_data_dir") :]
+    common = arguments[arguments.index("--train_data_dir") :]
     for name, flags in (("plain", []), ("masked", ["--apply_t5_attn_mask"])):
-        done = train_flux([*schnell, *own, "--output_name", name, *flags])
+        done = train_flux([*schnell, *common, "--output_name", name, *flags])
         assert done.status == 0, done.stderr
         assert "--guidance_scale has no effect" in done.stderr
-    plain, masked = saved(tmp_path, "plain"), saved(tmp_path, "masked")
+    plain, masked = load_saved(tmp_path, "plain"), load_saved(tmp_path, "masked")
     assert any(not torch.equal(weight, masked[key]) for key, weight in plain.items())
     with safe_open(tmp_path / "out" / "masked.safetensors", "pt") as file:
         metadata = file.metadata()
@@ -107,16 +105,16 @@ def test_schnell_trains_without_guidance_and_masks_reach_both_models(
     assert metadata["ss_apply_t5_attn_mask"] == "True"
 
 
-def test_training_goes_on_from_a_split_file(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:
+def test_training_continues_from_a_split_file(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:
     split = ["--network_args", "split_qkv=True"]
     assert train_flux([*arguments, *split]).status == 0
-    first = saved(tmp_path)
+    first = load_saved(tmp_path)
     assert first["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"].shape == (12, 64)
     assert float(first["lora_unet_double_blocks_0_img_attn_qkv.alpha"]) == 3
     weights = ["--network_weights", str(tmp_path / "out" / "mine.safetensors"), "--dim_from_weights"]
     done = train_flux([*arguments, *split, *weights, "--output_name", "more"])
     assert done.status == 0, done.stderr
-    more = saved(tmp_path, "more")
+    more = load_saved(tmp_path, "more")
     assert {key: weight.shape for key, weight in more.items()} == {key: weight.shape for key, weight in first.items()}
 
 
@@ -139,7 +137,7 @@ def test_a_preview_is_drawn(train_flux: Train, arguments: list[str], tmp_path: P
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_said_by_name(
+def test_invalid_combinations_raise_errors_that_name_the_option(
     train_flux: Train, arguments: list[str], extra: list[str], message: str
 ) -> None:
     done = train_flux([*arguments, *extra])
@@ -147,7 +145,7 @@ def test_what_cannot_be_is_said_by_name(
     assert message in done.stderr
 
 
-def test_another_base_model_is_recognised(
+def test_a_checkpoint_of_another_base_model_is_recognised(
     train_flux: Train, train: Train, arguments: list[str], tiny_sd_file: Path
 ) -> None:
     done = train_flux([*arguments, "--pretrained_model_name_or_path", str(tiny_sd_file)])
@@ -158,7 +156,7 @@ def test_another_base_model_is_recognised(
 
 
 @pytest.mark.nightly
-def test_cached_captions_train_the_same_and_are_in_files_that_sd_scripts_reads(
+def test_cached_captions_train_the_same_and_sd_scripts_can_read_the_files(
     train_flux: Train, arguments: list[str], images: Path, tmp_path: Path
 ) -> None:
     assert train_flux([*arguments, "--network_train_unet_only", "--output_name", "start"]).status == 0
@@ -168,7 +166,7 @@ def test_cached_captions_train_the_same_and_are_in_files_that_sd_scripts_reads(
     for name in ("first", "again"):
         done = train_flux([*alone, "--cache_text_encoder_outputs_to_disk", "--output_name", name])
         assert done.status == 0, done.stderr
-    plain, first, again = (saved(tmp_path, name) for name in ("plain", "first", "again"))
+    plain, first, again = (load_saved(tmp_path, name) for name in ("plain", "first", "again"))
     for key, weight in plain.items():
         torch.testing.assert_close(first[key], weight, rtol=1e-4, atol=1e-6)
         assert torch.equal(first[key], again[key])
@@ -179,35 +177,33 @@ def test_cached_captions_train_the_same_and_are_in_files_that_sd_scripts_reads(
 
 
 @pytest.mark.nightly
-def test_a_run_that_goes_on_repeats_the_uninterrupted_one(
-    train_flux: Train, arguments: list[str], tmp_path: Path
-) -> None:
-    whole = [*arguments, "--max_train_steps", "4", "--network_args", "split_qkv=True"]
-    assert train_flux([*whole, "--output_name", "whole"]).status == 0
-    half = [*whole, "--output_name", "half", "--save_state", "--save_every_n_steps", "2"]
+def test_a_resumed_run_equals_the_uninterrupted_one(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:
+    uninterrupted = [*arguments, "--max_train_steps", "4", "--network_args", "split_qkv=True"]
+    assert train_flux([*uninterrupted, "--output_name", "whole"]).status == 0
+    half = [*uninterrupted, "--output_name", "half", "--save_state", "--save_every_n_steps", "2"]
     assert train_flux(half).status == 0
     state = str(tmp_path / "out" / "half-step00000002-state")
-    done = train_flux([*whole, "--output_name", "resumed", "--resume", state])
+    done = train_flux([*uninterrupted, "--output_name", "resumed", "--resume", state])
     assert done.status == 0, done.stderr
-    expected, resumed = saved(tmp_path, "whole"), saved(tmp_path, "resumed")
+    expected, resumed = load_saved(tmp_path, "whole"), load_saved(tmp_path, "resumed")
     assert all(torch.equal(weight, resumed[key]) for key, weight in expected.items())
 
 
 @pytest.mark.nightly
-def test_recomputing_activations_of_trained_text_encoders_changes_nothing(
+def test_gradient_checkpointing_of_text_encoders_does_not_change_results(
     train_flux: Train, arguments: list[str], tmp_path: Path
 ) -> None:
     both = [*arguments, "--network_args", "train_t5xxl=True", "--text_encoder_lr", "1e-3", "5e-4"]
     assert train_flux([*both, "--output_name", "plain"]).status == 0
     done = train_flux([*both, "--output_name", "saving", "--gradient_checkpointing"])
     assert done.status == 0, done.stderr
-    plain, saving = saved(tmp_path, "plain"), saved(tmp_path, "saving")
+    plain, saving = load_saved(tmp_path, "plain"), load_saved(tmp_path, "saving")
     for key, weight in plain.items():
         torch.testing.assert_close(saving[key], weight, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.nightly
-def test_a_base_model_in_8_bits_trains_nearly_as_in_16(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:
+def test_an_8_bit_base_model_trains_nearly_like_16_bit(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:
     half = [*arguments, "--mixed_precision", "bf16", "--max_train_steps", "2"]
     losses = {}
     for name, flags in (
@@ -223,15 +219,15 @@ def test_a_base_model_in_8_bits_trains_nearly_as_in_16(train_flux: Train, argume
     weights = ["--base_weights", str(tmp_path / "out" / "fp8.safetensors")]
     done = train_flux([*half, "--fp8_base_unet", *weights, "--network_args", "dora_wd=True", "--output_name", "dora"])
     assert done.status == 0, done.stderr
-    assert all(weight.isfinite().all() for weight in saved(tmp_path, "dora").values())
+    assert all(weight.isfinite().all() for weight in load_saved(tmp_path, "dora").values())
     done = train_flux([*arguments, "--fp8_base"])
     assert done.status == 1 and "--fp8_base needs --mixed_precision bf16 or fp16" in done.stderr
 
 
-def test_validation_measures_the_same_noise_levels_every_time(
+def test_validation_uses_the_same_noise_levels_every_time(
     train_flux: Train, arguments: list[str], tmp_path: Path
 ) -> None:
-    """With a learning rate of nearly nothing both measurements are of the same model."""
+    """With a negligible learning rate both validations measure the same model."""
     checked = ["--validation_split", "0.34", "--validation_seed", "1", "--validate_every_n_steps", "1"]
     done = train_flux(
         [
@@ -252,7 +248,7 @@ def test_validation_measures_the_same_noise_levels_every_time(
 
 
 @pytest.mark.nightly
-def test_lycoris_trains_under_the_names_that_our_adapters_have(
+def test_lycoris_files_have_the_module_names_of_our_adapters(
     train_flux: Train, arguments: list[str], tmp_path: Path
 ) -> None:
     pytest.importorskip("lycoris.kohya")
@@ -260,12 +256,12 @@ def test_lycoris_trains_under_the_names_that_our_adapters_have(
     other = ["--network_module", "lycoris.kohya", "--network_args", "algo=lora", "preset=attn-mlp"]
     done = train_flux([*arguments, *other, "--output_name", "theirs"])
     assert done.status == 0, done.stderr
-    ours, theirs = ({key.split(".")[0] for key in saved(tmp_path, name)} for name in ("ours", "theirs"))
+    ours, theirs = ({key.split(".")[0] for key in load_saved(tmp_path, name)} for name in ("ours", "theirs"))
     assert ours == theirs
 
 
 @pytest.mark.parametrize("kind", ["lokr", "loha"])
-def test_a_file_with_q_k_and_v_apart_is_trained_further_resumed_and_saved_under_its_names(
+def test_a_file_with_separate_qkv_continues_resumes_and_keeps_its_names(
     train_flux: Train, arguments: list[str], tmp_path: Path, kind: str
 ) -> None:
     generator, tensors = torch.Generator().manual_seed(61), {}
@@ -276,19 +272,31 @@ def test_a_file_with_q_k_and_v_apart_is_trained_further_resumed_and_saved_under_
             tensors |= {f"{block}{part}.{leaf}": tensor for leaf, tensor in leaves.items()}
             tensors[f"{block}{part}.alpha"] = torch.tensor(1.0)
     save_file(tensors, tmp_path / "theirs.safetensors")
-    door = ["--network_module", f"networks.{kind}", "--network_train_unet_only", "--save_state"]
-    further = [*arguments, *door, "--network_weights", str(tmp_path / "theirs.safetensors"), "--dim_from_weights"]
-    whole = [*further, "--save_every_n_steps", "2", "--network_args", "loraplus_lr_ratio=2", "rank_dropout=0.1"]
-    done = train_flux([*whole, "--output_name", "whole"])
+    network_module = ["--network_module", f"networks.{kind}", "--network_train_unet_only", "--save_state"]
+    further = [
+        *arguments,
+        *network_module,
+        "--network_weights",
+        str(tmp_path / "theirs.safetensors"),
+        "--dim_from_weights",
+    ]
+    uninterrupted = [*further, "--save_every_n_steps", "2", "--network_args", "loraplus_lr_ratio=2", "rank_dropout=0.1"]
+    done = train_flux([*uninterrupted, "--output_name", "whole"])
     assert done.status == 0, done.stderr
     state = str(tmp_path / "out" / "whole-step00000002-state")
-    done = train_flux([*whole, "--output_name", "resumed", "--resume", state])
+    done = train_flux([*uninterrupted, "--output_name", "resumed", "--resume", state])
     assert done.status == 0, done.stderr
-    expected, resumed = saved(tmp_path, "whole"), saved(tmp_path, "resumed")
+    expected, resumed = load_saved(tmp_path, "whole"), load_saved(tmp_path, "resumed")
     assert expected.keys() == tensors.keys()
     assert all(torch.equal(weight, resumed[key]) for key, weight in expected.items())
     moved = [not torch.equal(expected[key], tensor) for key, tensor in tensors.items() if not key.endswith(".alpha")]
     assert all(moved)
-    again = [*arguments, *door, "--network_weights", str(tmp_path / "out" / "whole.safetensors"), "--dim_from_weights"]
+    again = [
+        *arguments,
+        *network_module,
+        "--network_weights",
+        str(tmp_path / "out" / "whole.safetensors"),
+        "--dim_from_weights",
+    ]
     done = train_flux([*again, "--output_name", "again", "--max_train_steps", "1"])
-    assert done.status == 0 and saved(tmp_path, "again").keys() == tensors.keys(), done.stderr
+    assert done.status == 0 and load_saved(tmp_path, "again").keys() == tensors.keys(), done.stderr

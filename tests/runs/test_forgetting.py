@@ -1,4 +1,4 @@
-"""A subset with is_forgetting_probe: never trained, measured like validation, shown by the report and the tool."""
+"""Subsets with is_forgetting_probe are never trained on, measured like validation, and shown in report and tool."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +46,7 @@ def words(tiny_sd_folder: Path, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def run(train: Run, words: list[str], tmp_path: Path) -> Run:
-    """`run(folder, key, ...)` trains with the other images marked by a key; None leaves them out."""
+    """Return `run(folder, key, ...)`, which trains with extra images marked by a key, or without them if it is None."""
 
     def start(folder: str, key: str | None, *more: str, status: int = 0) -> Finished:
         text = DATASET + ("" if key is None else ASIDE)
@@ -62,44 +62,44 @@ def run(train: Run, words: list[str], tmp_path: Path) -> Run:
 PROBE = "is_forgetting_probe = true"
 
 
-def test_a_probe_is_never_trained_and_its_loss_is_that_of_validation(
+def test_a_probe_is_never_trained_on_and_its_loss_equals_a_validation_loss(
     run: Run, words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The weights are those of a run without these images; the losses those of a run that sets them all aside."""
+    """The weights equal those of a run without these images; the losses equal those of a run that holds them out."""
     probed = run("probed", PROBE)
     run("without", None)
     run("validated", "validation_split = 1.0")
-    one, other = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("probed", "without"))
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    found = of_kind(events_of(tmp_path / "probed.jsonl"), "forgetting")
+    actual, other = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("probed", "without"))
+    assert actual.keys() == other.keys() and all(torch.equal(actual[key], other[key]) for key in actual)
+    events = of_kind(events_of(tmp_path / "probed.jsonl"), "forgetting")
     expected = of_kind(events_of(tmp_path / "validated.jsonl"), "validation")
-    assert [one["step"] for one in found] == [0, 2, 4]
+    assert [actual["step"] for actual in events] == [0, 2, 4]
     for names in ("loss", "error", "num_pictures", "compared"):
-        assert [one[names] for one in found] == [one[names] for one in expected], names
-    assert found[0]["num_pictures"] == 4 and found[-1]["compared"]["to_step"] == 0
+        assert [actual[names] for actual in events] == [actual[names] for actual in expected], names
+    assert events[0]["num_pictures"] == 4 and events[-1]["compared"]["to_step"] == 0
     assert not of_kind(events_of(tmp_path / "probed.jsonl"), "validation")
     assert "4 of 4 images are a forgetting probe, not trained" in probed.stderr
     assert "forgetting probe after step 4: loss" in probed.stderr and "has no effect" not in probed.stderr
-    shown = read_report(tmp_path / "probed" / "mine-report.html").forgetting.items
-    assert [item["loss"] for item in shown] == [one["loss"] for one in found]
+    report_items = read_report(tmp_path / "probed" / "mine-report.html").forgetting.items
+    assert [item["loss"] for item in report_items] == [actual["loss"] for actual in events]
 
     tool = ["--script", "train_network.py", *words, "--dataset_config", str(tmp_path / "probed.toml")]
     assert choose_checkpoint.main([*tool, "--output_dir", str(tmp_path / "probed")]) == 0
     table = capfd.readouterr().out
     assert "forgetting" in table.splitlines()[0]
-    assert f"{found[-1]['compared']['mean']:.5f} (" in table
+    assert f"{events[-1]['compared']['mean']:.5f} (" in table
 
 
-def test_a_resumed_run_compares_with_the_start_of_the_first(run: Run, tmp_path: Path) -> None:
+def test_a_resumed_run_compares_with_the_start_of_the_original_run(run: Run, tmp_path: Path) -> None:
     run("whole", PROBE, "--save_state")
     run("rest", PROBE, "--resume", str(tmp_path / "whole" / "mine-step00000002-state"))
-    whole, rest = (of_kind(events_of(tmp_path / f"{name}.jsonl"), "forgetting") for name in ("whole", "rest"))
-    assert [{k: one[k] for k in ("step", "loss", "compared")} for one in rest] == [
-        {k: one[k] for k in ("step", "loss", "compared")} for one in whole[2:]
+    uninterrupted, rest = (of_kind(events_of(tmp_path / f"{name}.jsonl"), "forgetting") for name in ("whole", "rest"))
+    assert [{k: event[k] for k in ("step", "loss", "compared")} for event in rest] == [
+        {k: event[k] for k in ("step", "loss", "compared")} for event in uninterrupted[2:]
     ]
 
 
-def test_a_probe_that_is_regularisation_is_refused(run: Run) -> None:
+def test_a_regularisation_subset_as_a_probe_is_rejected(run: Run) -> None:
     done = run("both", f"{PROBE}\nis_reg = true", status=1)
     assert (
         "is_forgetting_probe keeps images out of training, and is_reg trains them; remove one of the two" in done.stderr

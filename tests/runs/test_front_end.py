@@ -1,4 +1,4 @@
-"""tools/front_end.py: the suite in the folder of a front end, started as the front end does."""
+"""tools/front_end.py installs the suite into a front end's folder; scripts start as the front end starts them."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from tools.front_end import ABSENT, FOLDERS, main
 
 @pytest.fixture
 def front_end(tmp_path: Path) -> Path:
-    """A front end like kohya_ss, whose environment lies in the folder of the scripts, as in LoRA_Easy."""
+    """Create a front end like kohya_ss with its environment inside the scripts folder, as in LoRA_Easy."""
     folder = tmp_path / "gui"
     (folder / "sd-scripts" / "venv" / "bin").mkdir(parents=True)
     (folder / "sd-scripts" / "train_network.py").write_text("raise SystemExit('the old one')\n")
@@ -28,12 +28,12 @@ def start(front_end: Path, script: str, *words: str) -> "subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, cwd=front_end, env=environment, timeout=280)
 
 
-def test_a_training_runs_from_there_and_the_folder_comes_back(front_end: Path, tmp_path: Path) -> None:
+def test_a_training_runs_from_the_front_end_and_the_folder_can_be_restored(front_end: Path, tmp_path: Path) -> None:
     assert main([str(front_end)]) == 0
     assert (front_end / "sd-scripts" / "venv" / "bin").is_dir() and not (front_end / "sd-scripts" / "tests").exists()
     installed = (front_end / "sd-scripts" / "requirements.txt").read_text("utf-8").splitlines()
     ours = (Path(__file__).parents[2] / "requirements.txt").read_text("utf-8").splitlines()
-    assert [line for line in ours if line not in installed] == ["torch>=2.6"]  # the front end's own stays
+    assert [line for line in ours if line not in installed] == ["torch>=2.6"]  # the front end keeps its own torch
     assert [line for line in installed if line not in ours] == ["-e ."]  # LoRA_Easy imports `library` from outside
     make_images(tmp_path / "data" / "1_thing", 2)
     done = start(
@@ -43,7 +43,7 @@ def test_a_training_runs_from_there_and_the_folder_comes_back(front_end: Path, t
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "mine.safetensors").is_file()
-    assert main([str(front_end)]) == 0  # again: an update
+    assert main([str(front_end)]) == 0  # a second call updates
     assert main([str(front_end), "--restore"]) == 0
     assert sorted(path.name for path in front_end.iterdir()) == ["sd-scripts"]
     assert sorted(path.name for path in (front_end / "sd-scripts").iterdir()) == [
@@ -55,23 +55,23 @@ def test_a_training_runs_from_there_and_the_folder_comes_back(front_end: Path, t
 
 
 @pytest.mark.parametrize("script", ["sdxl_train.py", "train_db.py", "finetune/tag_images_by_wd14_tagger.py"])
-def test_scripts_that_are_not_here_say_so_in_one_sentence(script: str, front_end: Path) -> None:
+def test_unsupported_scripts_exit_with_a_one_sentence_message(script: str, front_end: Path) -> None:
     assert main([str(front_end)]) == 0
     done = start(front_end, script, "--pretrained_model_name_or_path", "x")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"{script} ") and done.stderr.count("\n") == 1 and "sd-scripts" in done.stderr
 
 
-def test_scripts_named_instead_exist_and_none_is_shadowed() -> None:
+def test_suggested_scripts_exist_and_none_is_shadowed() -> None:
     root = Path(__file__).parents[2]
     assert not any((root / name).exists() for name in ABSENT)
-    named = {
+    suggested = {
         word for text in ABSENT.values() for word in text.replace(",", " ").split() if word.endswith("_network.py")
     }
-    assert named and all((root / name).is_file() for name in named)
+    assert suggested and all((root / name).is_file() for name in suggested)
 
 
-def test_other_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_folders_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "gone")]) == 1 and main([str(tmp_path)]) == 1
     assert "is not a folder" in (err := capsys.readouterr().err) and FOLDERS[0] in err
     assert main([str(Path(__file__).parents[3])]) == 1 and "contains this suite" in capsys.readouterr().err

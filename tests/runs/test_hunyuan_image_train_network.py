@@ -1,4 +1,4 @@
-"""hunyuan_image_train_network.py on a tiny HunyuanImage 2.1 model: it trains, saves what ComfyUI reads and goes on."""
+"""hunyuan_image_train_network.py on a tiny HunyuanImage 2.1 model: it trains, resumes and saves ComfyUI names."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,7 @@ def tiny_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
-    """A command line that trains three steps."""
+    """Return arguments for three training steps."""
     (images / "2_thing" / "00.txt").write_text('a red cat with "words" on it')
     return [
         *tiny_arguments, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
@@ -38,7 +38,7 @@ def train_hunyuan(train: Train) -> Train:
     return partial(train, script="hunyuan_image_train_network")
 
 
-def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
+def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
@@ -52,15 +52,15 @@ def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
     ],
     ids=str,
 )
-def test_every_kind_of_adapter_trains_under_the_names_ComfyUI_reads(
+def test_every_adapter_kind_trains_and_saves_ComfyUI_names(
     train_hunyuan: Train, arguments: list[str], tmp_path: Path, module: str, network_args: list[str]
 ) -> None:
     extra = ["--network_module", module, *(["--network_args", *network_args] if network_args else [])]
     done = train_hunyuan([*arguments, *extra])
     assert done.status == 0, done.stderr
-    weights = saved(tmp_path)
+    weights = load_saved(tmp_path)
     names = {key.partition(".")[0] for key in weights}
-    assert all((found := NAMES.find(name)) is not None and found.kohya == name for name in names)
+    assert all((known_module := NAMES.find(name)) is not None and known_module.kohya == name for name in names)
     ups = {key: weight for key, weight in weights.items() if key.endswith("lora_up.weight")}
     assert all(weight.isfinite().all() and weight.abs().max() > 0 for weight in ups.values())
     if "split_qkv=True" in network_args:
@@ -72,7 +72,7 @@ def test_every_kind_of_adapter_trains_under_the_names_ComfyUI_reads(
 
 
 @pytest.mark.nightly
-def test_caches_and_recomputed_blocks_change_nothing_but_memory(
+def test_caches_and_gradient_checkpointing_do_not_change_results(
     train_hunyuan: Train, arguments: list[str], tmp_path: Path
 ) -> None:
     done = train_hunyuan([*arguments, "--cache_latents", "--output_name", "plain"])
@@ -80,7 +80,7 @@ def test_caches_and_recomputed_blocks_change_nothing_but_memory(
     disk = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--gradient_checkpointing"]
     done = train_hunyuan([*arguments, *disk, "--output_name", "other"])
     assert done.status == 0, done.stderr
-    plain, other = saved(tmp_path, "plain"), saved(tmp_path, "other")
+    plain, other = load_saved(tmp_path, "plain"), load_saved(tmp_path, "other")
     for key, weight in plain.items():
         torch.testing.assert_close(other[key], weight, rtol=1e-4, atol=1e-6)
     assert any((tmp_path / "data" / "2_thing").glob("*_0064x0064_hi.npz"))
@@ -93,19 +93,19 @@ def test_caches_and_recomputed_blocks_change_nothing_but_memory(
     assert "modelspec.prediction_type" not in metadata
 
 
-def test_training_goes_on_from_a_file_with_the_names_of_sd_scripts(
+def test_training_continues_from_a_file_with_sd_scripts_names(
     train_hunyuan: Train, arguments: list[str], tmp_path: Path
 ) -> None:
     assert train_hunyuan(arguments).status == 0
-    first, theirs = saved(tmp_path), tmp_path / "theirs.safetensors"
-    spelled = {found.kohya: found.aliases[0] for found in NAMES.modules if found.aliases}
+    first, theirs = load_saved(tmp_path), tmp_path / "theirs.safetensors"
+    spelled = {module.kohya: module.aliases[0] for module in NAMES.modules if module.aliases}
     split = {key: key.partition(".") for key in first}
     save_file({spelled.get(name, name) + "." + leaf: first[key] for key, (name, _, leaf) in split.items()}, theirs)
     go_on = ["--network_weights", str(theirs), "--learning_rate", "1e-9", "--output_name", "more"]
     done = train_hunyuan([*arguments, *go_on])
     assert done.status == 0, done.stderr
     assert "26 modules loaded" in done.stderr
-    more = saved(tmp_path, "more")
+    more = load_saved(tmp_path, "more")
     assert more.keys() == first.keys()
     for key, weight in first.items():
         torch.testing.assert_close(more[key], weight, rtol=1e-3, atol=1e-6)
@@ -138,7 +138,7 @@ def test_a_preview_is_drawn(train_hunyuan: Train, arguments: list[str], tmp_path
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_said_by_name(
+def test_invalid_combinations_raise_errors_that_name_the_option(
     train_hunyuan: Train, arguments: list[str], extra: list[str], message: str
 ) -> None:
     files = {"VAE": arguments[3], "BYT5": arguments[7]}
@@ -147,6 +147,8 @@ def test_what_cannot_be_is_said_by_name(
     assert message in done.stderr and extra[0] in done.stderr.replace("weighted_captions", extra[0].strip("-"))
 
 
-def test_another_base_model_is_recognised(train_hunyuan: Train, arguments: list[str], tiny_sd_file: Path) -> None:
+def test_a_checkpoint_of_another_base_model_is_recognised(
+    train_hunyuan: Train, arguments: list[str], tiny_sd_file: Path
+) -> None:
     done = train_hunyuan([*arguments, "--pretrained_model_name_or_path", str(tiny_sd_file)])
     assert done.status == 1 and "this is an SD 1.x model; use train_network.py" in done.stderr

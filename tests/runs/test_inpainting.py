@@ -1,4 +1,4 @@
-"""--train_inpainting through the scripts."""
+"""--train_inpainting with the training scripts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,55 +15,55 @@ from tests.tiny.inpainting import widen_file, widen_folder
 Train = Callable[..., Finished]
 
 
-def on_base(arguments: list[str], base: Path) -> list[str]:
-    """The arguments with another base model."""
+def with_base_model(arguments: list[str], base: Path) -> list[str]:
+    """Return the arguments with another base model."""
     place = arguments.index("--pretrained_model_name_or_path") + 1
     return [*arguments[:place], str(base), *arguments[place + 1 :], "--train_inpainting"]
 
 
 @pytest.fixture
 def inpainting(base_arguments: list[str], tiny_sd_folder: Path, tmp_path: Path) -> list[str]:
-    return on_base(base_arguments, widen_folder(tiny_sd_folder, tmp_path / "inpainting", seed=51))
+    return with_base_model(base_arguments, widen_folder(tiny_sd_folder, tmp_path / "inpainting", seed=51))
 
 
-def saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
+def load_saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
-def test_a_run_learns_from_masks_and_repeats_itself_when_it_is_resumed(
+def test_training_uses_masks_and_a_resumed_run_equals_the_uninterrupted_one(
     train: Train, inpainting: list[str], tmp_path: Path
 ) -> None:
-    """With validation, whose losses are the same at each step that has the same weights."""
+    """Validation losses agree too at each step with equal weights."""
     masked = ["--validation_split", "0.34", "--validate_every_n_steps", "2"]
-    whole = train([*inpainting, *masked, "--max_train_steps", "4", "--output_name", "whole"])
-    assert whole.status == 0, whole.stderr
+    uninterrupted = train([*inpainting, *masked, "--max_train_steps", "4", "--output_name", "whole"])
+    assert uninterrupted.status == 0, uninterrupted.stderr
     half = ["--save_every_n_steps", "2", "--save_state", "--max_train_steps", "4", "--output_name", "half"]
     assert train([*inpainting, *masked, *half]).status == 0
     state = str(tmp_path / "out" / "half-step00000002-state")
     done = train([*inpainting, *masked, "--max_train_steps", "4", "--resume", state, "--output_name", "again"])
     assert done.status == 0, done.stderr
-    one, other = saved(tmp_path, "whole"), saved(tmp_path, "again")
-    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
-    (line,) = {line for line in whole.stderr.splitlines() if "validation after step 4:" in line}
+    expected, other = load_saved(tmp_path, "whole"), load_saved(tmp_path, "again")
+    assert all(torch.equal(weight, other[name]) for name, weight in expected.items())
+    (line,) = {line for line in uninterrupted.stderr.splitlines() if "validation after step 4:" in line}
     loss = line.split("loss ")[1].split(" on")[0]
     assert f"validation after step 4: loss {loss} on" in done.stderr
 
 
-def test_recomputed_blocks_and_a_batch_of_other_size_train_the_same_model(
+def test_gradient_checkpointing_and_vae_batch_size_do_not_change_the_adapter(
     train: Train, inpainting: list[str], tmp_path: Path
 ) -> None:
-    # Adam would take steps of full length along gradients that are nearly zero, where rounding alone is left.
+    # Adam would amplify gradients that are nearly zero, of which only rounding errors remain.
     words = [*inpainting, "--optimizer_type", "SGD", "--learning_rate", "0.5"]
     train([*words, "--output_name", "plain"])
     done = train([*words, "--output_name", "saving", "--gradient_checkpointing", "--vae_batch_size", "2"])
     assert done.status == 0, done.stderr
-    plain, saving = saved(tmp_path, "plain"), saved(tmp_path, "saving")
+    plain, saving = load_saved(tmp_path, "plain"), load_saved(tmp_path, "saving")
     assert max(weight.abs().max() for name, weight in plain.items() if "lora_up" in name) > 1e-3
     for name, weight in plain.items():
         torch.testing.assert_close(weight, saving[name], rtol=1e-3, atol=1e-6)
 
 
-def test_previews_paint_in_the_image_that_the_prompt_names(train: Train, inpainting: list[str], tmp_path: Path) -> None:
+def test_previews_inpaint_the_image_named_in_the_prompt(train: Train, inpainting: list[str], tmp_path: Path) -> None:
     rng = np.random.default_rng(52)
     rgba = rng.integers(0, 256, (80, 64, 4), dtype=np.uint8)
     rgba[..., 3] = 255
@@ -74,18 +74,18 @@ def test_previews_paint_in_the_image_that_the_prompt_names(train: Train, inpaint
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
     done = train([*inpainting, "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_at_first"])
     assert done.status == 0, done.stderr
-    found = sorted((tmp_path / "out" / "sample").glob("*.png"))
-    first, second = (np.asarray(Image.open(path)).astype(int) for path in found)
+    previews = sorted((tmp_path / "out" / "sample").glob("*.png"))
+    first, second = (np.asarray(Image.open(path)).astype(int) for path in previews)
     assert first.shape == (64, 64, 3) and np.abs(first - second).max() > 0
 
 
-def test_sdxl_from_a_single_file(
+def test_sdxl_inpainting_trains_from_a_single_file(
     train: Train, tiny_sdxl_file: Path, images: Path, tmp_path: Path, base_arguments: list[str]
 ) -> None:
     base = widen_file(tiny_sdxl_file, tmp_path / "inpainting", seed=53)
-    done = train(on_base(base_arguments, base), script="sdxl_train_network")
+    done = train(with_base_model(base_arguments, base), script="sdxl_train_network")
     assert done.status == 0, done.stderr
-    assert all(w.isfinite().all() for w in saved(tmp_path, "mine").values())
+    assert all(w.isfinite().all() for w in load_saved(tmp_path, "mine").values())
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_sdxl_from_a_single_file(
         (["--sample_prompts", "{here}/lost.txt", "--sample_at_first"], "there is no such file"),
     ],
 )
-def test_mistakes_are_told_before_a_model_is_loaded(
+def test_invalid_options_are_reported_before_a_model_is_loaded(
     train: Train, inpainting: list[str], tmp_path: Path, more: list[str], message: str
 ) -> None:
     import re

@@ -1,4 +1,4 @@
-"""Signals before the first step, also where the main thread waits inside torch for processes that do not come."""
+"""Signals before the first step, also while the main thread waits inside torch for other processes."""
 
 import os
 import signal
@@ -29,8 +29,8 @@ store.get("what no process sets")
 """
 
 
-def waiting(tmp_path: Path, *before: str, **environment: str) -> subprocess.Popen[str]:
-    """A process that waits in torch's store, once it does."""
+def start_waiting_process(tmp_path: Path, *before: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a process and return it once it waits in torch's store."""
     command = [*before, sys.executable, "-c", WAITS, str(tmp_path / "waits")]
     process = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -46,26 +46,26 @@ def waiting(tmp_path: Path, *before: str, **environment: str) -> subprocess.Pope
     ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.nightly)]
 )
 def test_a_signal_ends_a_process_that_waits_for_others(tmp_path: Path, number: int, status: int) -> None:
-    """The store would wait for five minutes, and Python calls no handler meanwhile."""
-    process = waiting(tmp_path)
+    """The store would wait for five minutes, during which Python calls no signal handler."""
+    process = start_waiting_process(tmp_path)
     process.send_signal(number)
-    _, said = process.communicate(timeout=30)
+    _, log = process.communicate(timeout=30)
     assert process.returncode == status
-    assert "received while others were waited for: nothing was trained, nothing to save" in said
+    assert "received while others were waited for: nothing was trained, nothing to save" in log
 
 
 @pytest.mark.nightly
-def test_a_launcher_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
-    launcher = waiting(tmp_path, "sh", "-c", '"$@" & wait', "sh", ACCELERATE_MIXED_PRECISION="no")
+def test_a_killed_launcher_leaves_no_orphaned_process(tmp_path: Path) -> None:
+    launcher = start_waiting_process(tmp_path, "sh", "-c", '"$@" & wait', "sh", ACCELERATE_MIXED_PRECISION="no")
     launcher.kill()
-    _, said = launcher.communicate(timeout=30)  # the pipe closes once the process behind it has ended
-    assert "the launcher of this run is gone before the first step" in said
+    _, log = launcher.communicate(timeout=30)  # the pipe closes once the child process has ended
+    assert "the launcher of this run is gone before the first step" in log
 
 
-def test_a_launcher_that_is_gone_once_training_has_begun_is_told_by_the_loop_alone(
+def test_once_training_has_begun_only_the_loop_reacts_to_a_lost_launcher(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The thread that looks on may sleep while training begins: its signal would be the second, which stops at once."""
+    """The watching thread may wake after training began: its signal would be the second, which stops at once."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     interruption = Interruption()
     sent: list[tuple[int, ...]] = []
@@ -79,7 +79,7 @@ def test_a_launcher_that_is_gone_once_training_has_begun_is_told_by_the_loop_alo
         assert interruption.is_requested
 
     monkeypatch.setattr("library.training.failures.interruption.time.sleep", begin_training)
-    monkeypatch.setattr(os, "kill", lambda *what: sent.append(what))
+    monkeypatch.setattr(os, "kill", lambda *signal_arguments: sent.append(signal_arguments))
     interruption._watch(reader, writer)
     monkeypatch.undo()
     assert sent == []

@@ -1,4 +1,4 @@
-"""kill -9 at any moment damages nothing on disk, and the next start goes on."""
+"""kill -9 at any moment damages no files, and the next start resumes."""
 
 import os
 import random
@@ -31,7 +31,7 @@ def start(arguments: list[str], log: Path) -> "subprocess.Popen[bytes]":
 
 
 def kill_at(process: "subprocess.Popen[bytes]", log: Path, moment: str, delay: float) -> None:
-    """Kill the process a little after `moment` shows in its output, if it does not end before."""
+    """Kill the process shortly after `moment` appears in its output, unless it ends before."""
     while process.poll() is None and moment not in log.read_text(encoding="utf-8", errors="replace"):
         time.sleep(0.01)
     time.sleep(delay)
@@ -54,9 +54,7 @@ def assert_nothing_is_damaged(output: Path, images: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
-    base_arguments: list[str], images: Path, tmp_path: Path
-) -> None:
+def test_a_repeatedly_killed_run_gives_the_same_result(base_arguments: list[str], images: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 3 --d 1\n")
     arguments = [
         *base_arguments, "--max_train_steps", "12", "--cache_latents_to_disk", "--save_every_n_steps", "1",
@@ -71,7 +69,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     assert start(arguments, tmp_path / "last.log").wait(timeout=300) == 0, (tmp_path / "last.log").read_text()
     alone = [*arguments, "--output_dir", str(tmp_path / "alone")]
     assert start(alone, tmp_path / "alone.log").wait(timeout=300) == 0
-    one, other = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("out", "alone"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    actual, other = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("out", "alone"))
+    assert actual.keys() == other.keys()
+    assert all(torch.equal(actual[key], other[key]) for key in actual)
     assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.endswith((".unfinished", ".replaced"))]

@@ -1,4 +1,4 @@
-"""Kinds that look at the noise or at the weights train alike when blocks are recomputed and wait in main memory."""
+"""Adapter kinds that depend on noise levels or weights train the same with recomputed and swapped blocks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_that_wait_and_are_recomputed_change_nothing(
+def test_swapped_and_recomputed_blocks_do_not_change_results(
     train: Callable[..., Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(frozen_base, "NUM_STAYING", 1)  # of the two blocks of a tiny model
@@ -38,4 +38,4 @@ def test_blocks_that_wait_and_are_recomputed_change_nothing(
         assert done.status == 0, done.stderr
         saved[name] = load_file(tmp_path / "out" / f"{name}.safetensors")
     for key, weight in saved["plain"].items():
-        torch.testing.assert_close(saved["saving"][key], weight, rtol=1e-4, atol=1e-5)  # sums in another order
+        torch.testing.assert_close(saved["saving"][key], weight, rtol=1e-4, atol=1e-5)  # float32 sums in another order

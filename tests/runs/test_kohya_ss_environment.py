@@ -1,4 +1,4 @@
-"""Base models train in the environment of kohya_ss, with the packages that it pins."""
+"""Base models train in kohya_ss' environment with its pinned packages."""
 
 import hashlib
 import shutil
@@ -24,14 +24,14 @@ NEED_NEWER = {
     "hunyuan_image",
     "krea2",
     "qwen_image_21",
-}  # tests/runs/test_old_packages.py has what they say
+}  # tests/runs/test_old_packages.py tests their errors
 
 pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="session")
 def python_of_kohya_ss() -> Path:
-    """Python of an environment with the pins, made once: 4 GB to download."""
+    """Return the Python of an environment with the pinned packages, created once (4 GB of downloads)."""
     digest = hashlib.sha256(PINS.read_bytes() + sys.version.encode()).hexdigest()[:12]
     folder = Path.home() / ".cache" / "lora-tests" / f"kohya_ss-{digest}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def python_of_kohya_ss() -> Path:
 
 
 @pytest.mark.parametrize("name", sorted(BASES.keys() - NEED_NEWER))
-def test_a_base_model_trains_there_as_here(
+def test_a_base_model_trains_the_same_in_both_environments(
     tmp_path: Path, train: Callable[..., Finished], python_of_kohya_ss: Path, name: str
 ) -> None:
     base = BASES[name]
@@ -67,7 +67,7 @@ def test_a_base_model_trains_there_as_here(
     assert train(words("here"), base.script).status == 0
     there, here = (load_file(tmp_path / f"{output_name}.safetensors") for output_name in ("there", "here"))
     assert there.keys() == here.keys()
-    # Of all weights together: AdamW moves single ones by the sign of gradients that are next to nothing.
+    # Compare all weights together: AdamW moves single ones by the sign of negligible gradients.
     difference, size = (norm([f(key) for key in here]) for f in (lambda key: there[key] - here[key], here.__getitem__))
     assert difference < 0.01 * size
 

@@ -1,5 +1,5 @@
-"""krea2_train_network.py on a tiny Krea 2 model: with musubi-tuner's commands, previews, resuming, and files of
-others."""
+"""krea2_train_network.py on a tiny Krea 2 model: musubi-tuner's commands, previews, resuming, and third-party
+files."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from tests.tiny.krea2 import CONFIG, build_tiny_krea2
 
 Train = Callable[..., Finished]
 
-# The three commands of musubi-tuner's page, without the folder of its scripts and accelerate's launcher.
+# The three documented commands of musubi-tuner, without its script folder and accelerate's launcher.
 LATENTS = "--dataset_config {data} --vae {vae}"
 TEXTS = "--dataset_config {data} --text_encoder {text} --batch_size 2"
 TRAINING = (
@@ -44,7 +44,7 @@ def train_krea2(train: Train) -> Train:
 
 @pytest.fixture
 def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
-    """Arguments that train two steps."""
+    """Return arguments for two training steps."""
     return [
         *tiny_arguments, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
         "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
@@ -54,8 +54,8 @@ def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[s
 
 
 @pytest.fixture
-def names(tiny_arguments: list[str], tmp_path: Path) -> dict[str, str]:
-    """Replacements of the paths in the page's commands."""
+def path_replacements(tiny_arguments: list[str], tmp_path: Path) -> dict[str, str]:
+    """Return replacements for the paths in the documented commands."""
     make_images(tmp_path / "images", 3)
     (tmp_path / "data.toml").write_text(
         '[general]\nresolution = [80, 64]\ncaption_extension = ".txt"\nbatch_size = 1\nenable_bucket = true\n'
@@ -66,21 +66,21 @@ def names(tiny_arguments: list[str], tmp_path: Path) -> dict[str, str]:
     return {"dit": dit, "vae": vae, "text": text, "data": str(tmp_path / "data.toml"), "out": str(tmp_path / "out")}
 
 
-def command(script: str, words: str, names: dict[str, str]) -> Finished:
-    line = [sys.executable, str(ROOT / f"{script}.py"), *words.format(**names).split()]
+def run_command(script: str, words: str, path_replacements: dict[str, str]) -> Finished:
+    line = [sys.executable, str(ROOT / f"{script}.py"), *words.format(**path_replacements).split()]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
 def test_the_commands_of_musubi_tuner_cache_and_train(
-    train_krea2: Train, names: dict[str, str], tmp_path: Path
+    train_krea2: Train, path_replacements: dict[str, str], tmp_path: Path
 ) -> None:
-    """Features of captions are stored without padding in 16 bits, and their size is told before they are encoded."""
-    first = command("krea2_cache_latents", LATENTS, names)
+    """Caption features are stored unpadded in 16 bits, and their size is reported before encoding."""
+    first = run_command("krea2_cache_latents", LATENTS, path_replacements)
     assert "latent cache: 0 entries reused, 3 to encode" in first.stderr
-    texts = command("krea2_cache_text_encoder_outputs", TEXTS, names)
-    assert "text cache: 0 files reused, 4 to encode" in texts.stderr  # and the empty caption
+    texts = run_command("krea2_cache_text_encoder_outputs", TEXTS, path_replacements)
+    assert "text cache: 0 files reused, 4 to encode" in texts.stderr  # three captions and the empty one
     num_tokens = []
     for file in (tmp_path / "images").glob("*_krea2_te.npz"):
         with np.load(file) as archive:
@@ -90,7 +90,7 @@ def test_the_commands_of_musubi_tuner_cache_and_train(
     assert len(num_tokens) == 4 and len(set(num_tokens)) > 1
     size = 2 * 12 * CONFIG.fusion.width * sum(num_tokens) / 1e6
     assert f"caching text encoder outputs of 4 captions on disk, about {size:.1f} MB" in texts.stderr
-    done = train_krea2(TRAINING.format(**names).split())  # without the text encoder
+    done = train_krea2(TRAINING.format(**path_replacements).split())  # without the text encoder
     assert done.status == 0, done.stderr
     assert "latent cache: 3 entries reused, 0 to encode" in done.stderr
     assert "text cache: 4 files reused, 0 to encode" in done.stderr
@@ -105,38 +105,38 @@ def test_the_commands_of_musubi_tuner_cache_and_train(
     assert metadata["modelspec.architecture"] == "Krea-2/lora"
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(train_krea2: Train, arguments: list[str], tmp_path: Path) -> None:
-    """With captions of several lengths in a batch, cached in memory, and a preview before the first step."""
+def test_a_resumed_run_equals_the_uninterrupted_one(train_krea2: Train, arguments: list[str], tmp_path: Path) -> None:
+    """Captions of several lengths in a batch are cached in memory; a preview is drawn before the first step."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --d 1 --s 2\n")
     more = ["--cache_text_encoder_outputs", "--sample_prompts", str(prompts), "--sample_at_first", "--save_state"]
     steps = [*arguments, *more, "--max_train_steps", "4"]
-    whole = train_krea2([*steps, "--save_every_n_steps", "2"])
-    assert whole.status == 0, whole.stderr
+    uninterrupted = train_krea2([*steps, "--save_every_n_steps", "2"])
+    assert uninterrupted.status == 0, uninterrupted.stderr
     state = str(tmp_path / "out" / "mine-step00000002-state")
     rest = train_krea2([*steps, "--output_dir", str(tmp_path / "rest"), "--resume", state])
     assert rest.status == 0, rest.stderr
-    assert rest.losses == whole.losses[2:] and len(whole.losses) == 4
-    one, other = (load_file(tmp_path / name / "mine.safetensors") for name in ("out", "rest"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert rest.losses == uninterrupted.losses[2:] and len(uninterrupted.losses) == 4
+    expected, other = (load_file(tmp_path / name / "mine.safetensors") for name in ("out", "rest"))
+    assert expected.keys() == other.keys()
+    assert all(torch.equal(expected[key], other[key]) for key in expected)
     assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
 
 
 @pytest.mark.nightly
-def test_our_words_train_the_same(train_krea2: Train, names: dict[str, str]) -> None:
-    theirs = train_krea2([*TRAINING.format(**names).split(), "--text_encoder", names["text"]])
+def test_our_option_names_give_the_same_result(train_krea2: Train, path_replacements: dict[str, str]) -> None:
+    theirs = train_krea2([*TRAINING.format(**path_replacements).split(), "--text_encoder", path_replacements["text"]])
     words = TRAINING.replace("--dit {dit}", "--pretrained_model_name_or_path {dit} --text_encoder {text}") + (
         " --cache_latents_to_disk --cache_text_encoder_outputs_to_disk"
     )
-    ours = train_krea2(words.format(**names).split())
+    ours = train_krea2(words.format(**path_replacements).split())
     assert theirs.status == ours.status == 0, ours.stderr
     assert theirs.losses == ours.losses and len(ours.losses) == 3
 
 
 @pytest.mark.nightly
-def test_musubi_tuners_8_bits_and_offloading_train_too(train_krea2: Train, names: dict[str, str]) -> None:
-    words = [*TRAINING.format(**names).split(), "--text_encoder", names["text"]]
+def test_musubi_tuners_fp8_and_block_swap_options_train(train_krea2: Train, path_replacements: dict[str, str]) -> None:
+    words = [*TRAINING.format(**path_replacements).split(), "--text_encoder", path_replacements["text"]]
     done = train_krea2([*words, "--fp8_base", "--fp8_scaled", "--fp8_text_encoder"])
     assert done.status == 0, done.stderr
     assert "layers in 8 bits" in done.stderr
@@ -145,7 +145,7 @@ def test_musubi_tuners_8_bits_and_offloading_train_too(train_krea2: Train, names
 
 
 @pytest.mark.nightly
-def test_a_file_of_musubi_tuner_is_trained_further(train_krea2: Train, arguments: list[str], tmp_path: Path) -> None:
+def test_training_continues_from_a_musubi_tuner_file(train_krea2: Train, arguments: list[str], tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     theirs = {}
     for part, rows in (("attn_wk", CONFIG.block.width // 2), ("attn_gate", CONFIG.block.width)):
@@ -178,17 +178,17 @@ def test_a_file_of_musubi_tuner_is_trained_further(train_krea2: Train, arguments
     ],
     ids=str,
 )
-def test_bad_values_end_before_anything_is_loaded(
+def test_invalid_values_end_the_run_before_loading(
     train_krea2: Train, arguments: list[str], extra: list[str], message: str
 ) -> None:
     done = train_krea2([*arguments, *extra])
     assert done.status != 0 and message in done.stderr
 
 
-def test_previews_are_drawn_with_turbo_and_training_does_not_notice(
+def test_previews_use_turbo_and_do_not_change_training(
     train_krea2: Train, arguments: list[str], tmp_path: Path
 ) -> None:
-    """An adapter begins at 0, so the first image is that of Turbo; losses are those without previews, bit for bit."""
+    """The adapter starts at 0, so the first image is Turbo's; losses equal those without previews, bit for bit."""
     turbo = build_tiny_krea2(tmp_path / "other", seed=77, name="turbo")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --d 1\n")
@@ -202,10 +202,10 @@ def test_previews_are_drawn_with_turbo_and_training_does_not_notice(
         assert len(images) == 3 and len(set(images)) == 3
         if not more:
             assert done.losses == plain.losses and len(done.losses) == 2
-    ended = ["--output_dir", str(tmp_path / "turbo"), "--max_train_steps", "1"]
-    other = train_krea2([arguments[0], turbo[1], *arguments[2:], *shown, *ended])
+    turbo_arguments = ["--output_dir", str(tmp_path / "turbo"), "--max_train_steps", "1"]
+    other = train_krea2([arguments[0], turbo[1], *arguments[2:], *shown, *turbo_arguments])
     assert other.status == 0 and "is Krea 2 Turbo, which is distilled" in other.stderr
     before = [next((tmp_path / name / "sample").glob("*_e000000_*.png")).read_bytes() for name in ("out0", "turbo")]
     assert before[0] == before[1]
-    one, two = (load_file(tmp_path / name / "mine.safetensors") for name in ("out", "out0"))
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    first, two = (load_file(tmp_path / name / "mine.safetensors") for name in ("out", "out0"))
+    assert all(torch.equal(first[key], two[key]) for key in first)

@@ -39,7 +39,7 @@ weight = 0.5
 
 @pytest.fixture
 def leco(train: Train, tiny_sd_folder: Path, tmp_path: Path) -> Leco:
-    """`leco(...)` trains three steps on two pairs into `tmp_path / "out"`."""
+    """Return `leco(...)`, which trains three steps on two pairs into `tmp_path / "out"`."""
     (tmp_path / "pairs.toml").write_text(PAIRS)
     words = [
         "--pretrained_model_name_or_path", str(tiny_sd_folder), "--prompts_file", str(tmp_path / "pairs.toml"),
@@ -55,15 +55,13 @@ def leco(train: Train, tiny_sd_folder: Path, tmp_path: Path) -> Leco:
     return run
 
 
-def saved(folder: Path, name: str = "mine.safetensors") -> dict[str, Tensor]:
+def load_saved(folder: Path, name: str = "mine.safetensors") -> dict[str, Tensor]:
     return load_state_dict(folder / name)
 
 
 @pytest.mark.parametrize("base", ["sd", "sd2", "sdxl"])
-def test_a_run_leaves_an_adapter_of_the_denoiser_that_says_what_it_learned(
-    leco: Leco, tmp_path: Path, base: str
-) -> None:
-    """No step asks the VAE, whose weights are NaN here."""
+def test_a_run_saves_a_denoiser_adapter_with_its_prompts_in_the_metadata(leco: Leco, tmp_path: Path, base: str) -> None:
+    """No step uses the VAE, whose weights are NaN here."""
     model = BASES[base].build(tmp_path / "model")
     (vae,) = (tmp_path / "model" / "vae").glob("*.safetensors")
     save_file({name: tensor * torch.nan for name, tensor in load_file(vae).items()}, vae)
@@ -72,16 +70,20 @@ def test_a_run_leaves_an_adapter_of_the_denoiser_that_says_what_it_learned(
     done = leco(*model, *more, "--save_every_n_steps", "2", "--training_comment", "bye", script=script)
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {"mine.safetensors", "mine-step00000002.safetensors"}
-    weights = saved(out)
+    weights = load_saved(out)
     assert all(key.startswith("lora_unet_") for key in weights)
     moved = [key for key, tensor in weights.items() if "lora_up" in key and tensor.abs().max() > 0]
     assert len(moved) == sum("lora_up" in key for key in weights) > 10
     assert {tensor.shape[0] for key, tensor in weights.items() if "lora_down" in key} == {4}
-    told = read_metadata(out / "mine.safetensors")
-    assert (told["ss_leco_prompt_count"], told["ss_leco_prompts_file"]) == ("2", "pairs.toml")
-    assert [pair["target"] for pair in json.loads(told["ss_leco_preview"])] == ["cat", "a red dog"]
-    assert (told["ss_network_module"], told["ss_network_dim"], told["ss_network_alpha"]) == ("networks.lora", "4", "1")
-    assert told["ss_training_comment"] == "bye"
+    metadata = read_metadata(out / "mine.safetensors")
+    assert (metadata["ss_leco_prompt_count"], metadata["ss_leco_prompts_file"]) == ("2", "pairs.toml")
+    assert [pair["target"] for pair in json.loads(metadata["ss_leco_preview"])] == ["cat", "a red dog"]
+    assert (metadata["ss_network_module"], metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (
+        "networks.lora",
+        "4",
+        "1",
+    )
+    assert metadata["ss_training_comment"] == "bye"
     assert "pairs.toml: 2 (1 erase, 1 enhance), with 6 different prompts; height x width 64x64" in done.stderr
     idle = [line for line in done.stderr.splitlines() if "no effect" in line]
     assert "3 steps in" in done.stderr and all("is given 2 times" in line for line in idle)
@@ -94,25 +96,25 @@ EVERYTHING = [
 ]  # fmt: skip
 
 
-def test_a_run_that_is_cut_and_goes_on_is_the_uninterrupted_one(leco: Leco, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(leco: Leco, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     (tmp_path / "pairs.toml").write_text(
         PAIRS.replace("resolution = 64", "resolution = 128\ndynamic_resolution = true")
     )
     everything = [*EVERYTHING, "--sample_prompts", str(tmp_path / "prompts.txt")]
-    whole = leco(*everything, "--output_dir", str(tmp_path / "whole"))
+    uninterrupted = leco(*everything, "--output_dir", str(tmp_path / "whole"))
     state = tmp_path / "whole" / "mine-step00000002-state"
     rest = leco(*everything, "--output_dir", str(tmp_path / "rest"), "--resume", str(state))
     assert "uninterrupted" not in rest.stderr
-    assert len(whole.losses) == 5 and rest.losses == whole.losses[2:]
-    one, other = (saved(tmp_path / name) for name in ("whole", "rest"))
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert len(uninterrupted.losses) == 5 and rest.losses == uninterrupted.losses[2:]
+    expected, other = (load_saved(tmp_path / name) for name in ("whole", "rest"))
+    assert expected.keys() == other.keys() and all(torch.equal(expected[key], other[key]) for key in expected)
     images = [[path.read_bytes() for path in sorted((tmp_path / name / "sample").glob("*000004_00*.png"))]
                 for name in ("whole", "rest")]  # fmt: skip
     assert images[0] == images[1] and len(images[0]) == 1
 
 
-def test_other_prompts_at_a_resume_are_told(leco: Leco, tmp_path: Path) -> None:
+def test_changed_prompts_are_reported_on_resume(leco: Leco, tmp_path: Path) -> None:
     leco("--save_state", "--save_every_n_steps", "2")
     (tmp_path / "pairs.toml").write_text(PAIRS.replace("dog", "cat"))
     done = leco("--resume", str(tmp_path / "out" / "mine-step00000002-state"))
@@ -120,7 +122,7 @@ def test_other_prompts_at_a_resume_are_told(leco: Leco, tmp_path: Path) -> None:
     assert "pictures in" not in done.stderr
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_a_signal_saves_and_the_same_command_resumes(
     leco: Leco,
     tmp_path: Path,
     stop_in_step: Callable[[int, int], None],  # noqa: F811
@@ -132,12 +134,12 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     monkeypatch.undo()
     leco("--autoresume")
     leco("--output_dir", str(tmp_path / "whole"))
-    one, other = saved(tmp_path / "out"), saved(tmp_path / "whole")
-    assert all(torch.equal(one[key], other[key]) for key in other)
+    actual, other = load_saved(tmp_path / "out"), load_saved(tmp_path / "whole")
+    assert all(torch.equal(actual[key], other[key]) for key in other)
 
 
 def test_previews_are_drawn_at_full_strength(leco: Leco, tmp_path: Path) -> None:
-    """After a step at -1.5: the same image as that of the saved file, drawn before the first step of another run."""
+    """After a step at strength -1.5 the preview equals that of the saved file before the first step of another run."""
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     draw = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--max_train_steps", "1"]
     (tmp_path / "pairs.toml").write_text('[[prompts]]\ntarget = "cat"\nresolution = 64\nmultiplier = -1.5\n')
@@ -152,18 +154,18 @@ def test_previews_are_drawn_at_full_strength(leco: Leco, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "more", [["--gradient_checkpointing"], pytest.param(["--blocks_to_swap", "3"], marks=pytest.mark.nightly)]
 )
-def test_ways_of_saving_memory_change_no_loss(leco: Leco, more: list[str]) -> None:
-    """The backward pass computes blocks again at the strength of the pair, -1.5 for one of them."""
+def test_memory_saving_options_do_not_change_losses(leco: Leco, more: list[str]) -> None:
+    """The backward pass recomputes blocks at the strength of the pair, -1.5 for one of them."""
     plain = leco("--network_args", "conv_dim=2").losses
     assert leco(*more, "--network_args", "conv_dim=2").losses == plain
 
 
-def test_the_selftest_knows_the_strength_of_the_pair(leco: Leco) -> None:
+def test_the_selftest_uses_the_strength_of_the_pair(leco: Leco) -> None:
     done = leco("--gradient_checkpointing", "--selftest", "--max_train_steps", "1")
     assert "selftest" in done.stderr
 
 
-def test_a_dry_run_takes_the_largest_batch_and_writes_nothing(leco: Leco, tmp_path: Path) -> None:
+def test_a_dry_run_uses_the_largest_batch_and_writes_nothing(leco: Leco, tmp_path: Path) -> None:
     done = leco("--dry_run", "--max_train_steps", "40")
     assert "the largest batch has 2 images of 64x64" in done.stderr and "40 steps in 1 epochs" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -187,14 +189,14 @@ KINDS = {
 @pytest.mark.nightly
 @pytest.mark.parametrize("base", ["sd", "sdxl"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_adapter_learns(leco: Leco, tmp_path: Path, base: str, kind: str) -> None:
-    """Both strengths of a slider; what is saved has moved between the first step and the last."""
+def test_every_adapter_kind_learns(leco: Leco, tmp_path: Path, base: str, kind: str) -> None:
+    """Train both strengths of a slider; the saved weights change between the first and the last step."""
     (tmp_path / "pairs.toml").write_text('[[targets]]\npositive = "cat"\nnegative = "dog"\nresolution = 64\n')
     module, *arguments = KINDS[kind]
     words = [*BASES[base].build(tmp_path / "model"), "--network_module", module]
     words += ["--network_args", *arguments] if arguments else []
     leco(*words, "--save_every_n_steps", "1", script="sdxl_train_leco" if base == "sdxl" else "train_leco")
-    first, last = (saved(tmp_path / "out", name) for name in ("mine-step00000001.safetensors", "mine.safetensors"))
+    first, last = (load_saved(tmp_path / "out", name) for name in ("mine-step00000001.safetensors", "mine.safetensors"))
     assert first.keys() == last.keys() and all(tensor.isfinite().all() for tensor in last.values())
     assert all(key.startswith("lora_unet_") for key in last)
     moved = sum(not torch.equal(first[key], last[key]) for key in last)
@@ -202,7 +204,7 @@ def test_every_kind_of_adapter_learns(leco: Leco, tmp_path: Path, base: str, kin
 
 
 @pytest.mark.nightly
-def test_two_processes_are_one_with_twice_the_batches(tiny_sd_folder: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_twice_the_batches(tiny_sd_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.toml").write_text(PAIRS)
     words = [
         "--pretrained_model_name_or_path", str(tiny_sd_folder), "--prompts_file", str(tmp_path / "pairs.toml"),
@@ -216,24 +218,24 @@ def test_two_processes_are_one_with_twice_the_batches(tiny_sd_folder: Path, tmp_
         jobs.append(Job([*words, str(tmp_path / name / "out"), *more], count, str(tmp_path / name), "train_leco"))
     for ranks in run_ranks(jobs, tmp_path):
         assert all(rank.status == 0 for rank in ranks), [rank.said[-2000:] for rank in ranks]
-    one, two = (saved(tmp_path / name / "out") for name in runs)
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=1e-5, atol=1e-7)
+    single, two = (load_saved(tmp_path / name / "out") for name in runs)
+    for key in single:
+        torch.testing.assert_close(single[key], two[key], rtol=1e-5, atol=1e-7)
 
 
-def test_a_mistake_in_the_prompts_is_told_before_the_model_is_looked_for(leco: Leco, tmp_path: Path) -> None:
+def test_an_invalid_prompt_file_is_reported_before_the_model_is_opened(leco: Leco, tmp_path: Path) -> None:
     (tmp_path / "pairs.toml").write_text('[[prompts]]\ntarget = "cat"\nacton = "erase"\n')
     done = leco("--pretrained_model_name_or_path", "nowhere.safetensors", status=1)
     (line,) = [line for line in done.stderr.splitlines() if "ERROR" in line]
     assert "[[prompts]] number 1: unknown key 'acton' (did you mean action?)" in line
 
 
-def test_a_size_that_the_model_cannot_draw_is_refused(leco: Leco, tmp_path: Path) -> None:
+def test_an_unsupported_image_size_is_rejected(leco: Leco, tmp_path: Path) -> None:
     (tmp_path / "pairs.toml").write_text('[[prompts]]\ntarget = "cat"\nresolution = 100\n')
     assert "resolution has a side of 100; use 96" in leco(status=1).stderr
 
 
-def test_options_that_need_images_are_warned_of(leco: Leco) -> None:
+def test_options_that_need_images_are_warned_about(leco: Leco) -> None:
     done = leco(
         "--train_data_dir", "pictures", "--resolution", "512", "--cache_latents", "--validation_split", "0.1",
         "--min_timestep", "10", "--text_encoder_lr", "1e-4", "--max_train_steps", "1",
@@ -251,7 +253,7 @@ def test_options_that_need_images_are_warned_of(leco: Leco) -> None:
     assert any("--resolution has no effect: --prompts_file has a resolution for each prompt" in line for line in warned)
 
 
-def test_a_model_that_inpaints_is_refused(leco: Leco, tiny_sd_folder: Path, tmp_path: Path) -> None:
+def test_an_inpainting_model_is_rejected(leco: Leco, tiny_sd_folder: Path, tmp_path: Path) -> None:
     model = widen_folder(tiny_sd_folder, tmp_path / "model", 3)
     done = leco("--pretrained_model_name_or_path", str(model), status=1)
     assert "is an inpainting model (its U-Net takes 9 channels)" in done.stderr
@@ -260,7 +262,7 @@ def test_a_model_that_inpaints_is_refused(leco: Leco, tiny_sd_folder: Path, tmp_
     assert "--train_inpainting does not work with --prompts_file: there are no images to mask" in done.stderr
 
 
-def test_base_weights_that_change_the_text_encoder_are_refused(
+def test_base_weights_that_change_the_text_encoder_are_rejected(
     leco: Leco, train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
     assert train([*base_arguments, "--output_dir", str(tmp_path / "other"), "--max_train_steps", "1"]).status == 0
@@ -269,7 +271,7 @@ def test_base_weights_that_change_the_text_encoder_are_refused(
 
 
 @pytest.mark.nightly
-def test_only_the_merged_denoiser_is_the_base_model(leco: Leco, tmp_path: Path) -> None:
+def test_base_weights_are_merged_into_the_denoiser(leco: Leco, tmp_path: Path) -> None:
     leco()
     plain = leco("--max_train_steps", "2", "--output_dir", str(tmp_path / "plain")).losses
     file = str(tmp_path / "out" / "mine.safetensors")
@@ -278,7 +280,9 @@ def test_only_the_merged_denoiser_is_the_base_model(leco: Leco, tmp_path: Path) 
 
 
 @pytest.mark.nightly
-def test_it_is_started_as_users_do(launch: Callable[..., Finished], tiny_sd_folder: Path, tmp_path: Path) -> None:
+def test_the_script_runs_with_a_users_command(
+    launch: Callable[..., Finished], tiny_sd_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "pairs.toml").write_text(PAIRS)
     done = launch(
         [
@@ -292,15 +296,15 @@ def test_it_is_started_as_users_do(launch: Callable[..., Finished], tiny_sd_fold
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"last.safetensors", "last-report.html"}
 
 
-def test_a_file_of_no_base_model_is_refused_with_what_it_is(leco: Leco, tmp_path: Path) -> None:
+def test_a_file_that_is_no_base_model_is_rejected_with_its_type(leco: Leco, tmp_path: Path) -> None:
     save_file({"decoder.conv_in.weight": torch.zeros(2)}, tmp_path / "vae.safetensors")
     done = leco("--pretrained_model_name_or_path", str(tmp_path / "vae.safetensors"), status=1)
     (line,) = [line for line in done.stderr.splitlines() if "ERROR" in line]
     assert "vae.safetensors: this is a VAE, not a base model; use it with --vae" in line
 
 
-def test_the_model_and_the_prompts_may_stand_in_a_config_file(train: Train, tmp_path: Path) -> None:
-    """The flag that sets the second generation apart is given by its weights."""
+def test_model_and_prompts_may_come_from_a_config_file(train: Train, tmp_path: Path) -> None:
+    """The v2 flag is inferred from the weights."""
     (tmp_path / "pairs.toml").write_text(PAIRS)
     values = {
         "pretrained_model_name_or_path": BASES["sd2"].build(tmp_path / "model")[1],

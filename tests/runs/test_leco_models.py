@@ -29,7 +29,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The words that name a tiny model, without the flag by which its own script knows it."""
+    """Return the arguments that select a tiny model, without the flag that its own script needs."""
     words = BASES[name].build(tmp_path_factory.mktemp("model"))
     if "--model_type" in words:
         del words[(at := words.index("--model_type")) : at + 2]
@@ -38,7 +38,7 @@ def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def leco(train: Callable[..., Finished], model: list[str], tmp_path: Path) -> Leco:
-    """`leco(folder, ...)` trains three steps of a slider into a folder of `tmp_path`."""
+    """Return `leco(folder, ...)`, which trains three steps of a slider into a folder of `tmp_path`."""
     (tmp_path / "slider.toml").write_text(SLIDER)
 
     def run(folder: str, *more: str, status: int = 0) -> Finished:
@@ -54,22 +54,24 @@ def leco(train: Callable[..., Finished], model: list[str], tmp_path: Path) -> Le
     return run
 
 
-def test_a_run_that_is_cut_goes_on_as_the_uninterrupted_one_whatever_saves_memory(
+def test_a_resumed_run_equals_the_uninterrupted_one_with_every_memory_mode(
     leco: Leco, name: str, tmp_path: Path
 ) -> None:
-    whole = leco("whole", "--save_state", "--save_every_n_steps", "1")
+    uninterrupted = leco("whole", "--save_state", "--save_every_n_steps", "1")
     state = tmp_path / "whole" / "mine-step00000001-state"
     rest = leco("rest", "--resume", str(state), "--gradient_checkpointing", "--cpu_offload_checkpointing")
-    assert len(whole.losses) == 3 and rest.losses == whole.losses[1:]
-    one, other = (load_state_dict(tmp_path / folder / "mine.safetensors") for folder in ("whole", "rest"))
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    assert all(key.startswith(("lora_unet_", "diffusion_model.", "transformer.")) for key in one)
-    ups = [tensor for key, tensor in one.items() if "lora_up" in key or "lora_B" in key]
+    assert len(uninterrupted.losses) == 3 and rest.losses == uninterrupted.losses[1:]
+    expected, other = (load_state_dict(tmp_path / folder / "mine.safetensors") for folder in ("whole", "rest"))
+    assert expected.keys() == other.keys() and all(torch.equal(expected[key], other[key]) for key in expected)
+    assert all(key.startswith(("lora_unet_", "diffusion_model.", "transformer.")) for key in expected)
+    ups = [tensor for key, tensor in expected.items() if "lora_up" in key or "lora_B" in key]
     assert sum(float(tensor.abs().max()) > 0 for tensor in ups) == len(ups) > 3
     metadata = read_metadata(tmp_path / "whole" / "mine.safetensors")
     assert metadata["ss_leco_denoise_guidance_scale"] == ("1.0" if name in ("flux", "qwen_image_21") else "3.0")
     assert metadata["ss_leco_prompt_count"] == "4"
-    warnings = [line for line in whole.stderr.splitlines() if "no effect" in line or "converts the output" in line]
+    warnings = [
+        line for line in uninterrupted.stderr.splitlines() if "no effect" in line or "converts the output" in line
+    ]
     assert not [line for line in warnings if "--vae" not in line], warnings
 
 
@@ -77,20 +79,20 @@ SWEPT = ["--sweep", "learning_rate=1e-2,2e-2"]
 
 
 @pytest.mark.nightly
-def test_each_adapter_of_a_sweep_is_that_of_its_run_alone(leco: Leco, name: str, tmp_path: Path) -> None:
+def test_each_adapter_of_a_sweep_equals_its_separate_run(leco: Leco, name: str, tmp_path: Path) -> None:
     if name in ("sd2", "chroma"):
         pytest.skip("like sd and flux")
     leco("sweep", *SWEPT)
     for rate in ("1e-2", "2e-2"):
         leco(rate, "--learning_rate", rate)
-        one = load_state_dict(tmp_path / rate / "mine.safetensors")
+        separate = load_state_dict(tmp_path / rate / "mine.safetensors")
         other = load_state_dict(tmp_path / "sweep" / f"mine-lr{rate}.safetensors")
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        assert separate.keys() == other.keys() and all(torch.equal(separate[key], other[key]) for key in separate)
 
 
 @pytest.mark.nightly
 def test_the_memory_of_a_step_is_planned(leco: Leco, name: str) -> None:
-    """Nothing is encoded but prompts, so there is no stage for images, and no advice about their size."""
+    """Only prompts are encoded, so there is no stage for images and no advice about their size."""
     done = leco("fit", "--fit", "8GB", "--max_train_steps", "1")
     assert "matches your options" in done.stderr or "To pin this choice" in done.stderr
     assert "peak of the run: training" in done.stderr and "encoding images" not in done.stderr

@@ -1,4 +1,4 @@
-"""LECO on the toy base model of the quickstart, judged by the pixels of what it draws."""
+"""LECO on the quickstart's toy base model, judged by the pixels of the images it draws."""
 
 import re
 from collections.abc import Callable
@@ -17,8 +17,8 @@ BASE = ROOT / "configs" / "quickstart" / "toy_base"
 NUM_IMAGES = 16
 
 
-def drawn(caption: str, file: Path | None = None, strength: float = 1.0) -> list[Scene]:
-    """Return what images of a caption show, with an adapter at a strength if one is given; seeds are fixed."""
+def draw_scenes(caption: str, file: Path | None = None, strength: float = 1.0) -> list[Scene]:
+    """Draw images of a caption with fixed seeds, optionally with an adapter, and return the scenes they show."""
     pipeline: Any = load_pipeline(BASE)
     if file is not None:
         up = {key: tensor * strength if "lora_up" in key else tensor for key, tensor in load_file(file).items()}
@@ -26,7 +26,7 @@ def drawn(caption: str, file: Path | None = None, strength: float = 1.0) -> list
     return [look_at(image) for image in sample(pipeline, [Prompt(caption, seed) for seed in range(NUM_IMAGES)])]
 
 
-def trained(train: Callable[..., Finished], prompts: Path, folder: Path, *more: str) -> Path:
+def train_adapter(train: Callable[..., Finished], prompts: Path, folder: Path, *more: str) -> Path:
     words = [
         "--pretrained_model_name_or_path", str(BASE), "--prompts_file", str(prompts), "--output_dir", str(folder),
         "--output_name", "mine", "--network_dim", "8", "--network_alpha", "8", "--max_denoising_steps", "10", "--seed",
@@ -38,31 +38,33 @@ def trained(train: Callable[..., Finished], prompts: Path, folder: Path, *more: 
 
 
 @pytest.mark.nightly
-def test_an_erased_concept_is_gone(train: Callable[..., Finished], tmp_path: Path) -> None:
-    """It is drawn no more often than of the empty prompt, which it is pushed beyond; other concepts stay."""
+def test_an_erased_concept_is_no_longer_drawn(train: Callable[..., Finished], tmp_path: Path) -> None:
+    """It is drawn no more often than for the empty prompt; other concepts are unchanged."""
     caption, other = "a large red circle on a white background", "a large blue square on a black background"
     (tmp_path / "prompts.toml").write_text(f'[[prompts]]\ntarget = "{caption}"\nresolution = 64\nbatch_size = 2\n')
-    file = trained(train, tmp_path / "prompts.toml", tmp_path, "--learning_rate", "1e-3", "--max_train_steps", "40")
+    file = train_adapter(
+        train, tmp_path / "prompts.toml", tmp_path, "--learning_rate", "1e-3", "--max_train_steps", "40"
+    )
 
     def red(scenes: list[Scene]) -> int:
         return sum(scene.colour == "red" for scene in scenes)
 
-    before, after, of_nothing = red(drawn(caption)), red(drawn(caption, file)), red(drawn(""))
+    before, after, of_nothing = red(draw_scenes(caption)), red(draw_scenes(caption, file)), red(draw_scenes(""))
     assert before > NUM_IMAGES / 2 and after <= of_nothing < before
-    blue = [sum(scene.colour == "blue" for scene in drawn(other, *more)) for more in ((), (file,))]
+    blue = [sum(scene.colour == "blue" for scene in draw_scenes(other, *more)) for more in ((), (file,))]
     assert blue[1] > blue[0] / 2 > 0
 
 
 @pytest.mark.nightly
-def test_a_slider_goes_both_ways(
+def test_a_slider_works_in_both_directions(
     train: Callable[..., Finished], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The file of the documentation: at -1 more circles are small than without, at 1 no fewer are large; the radius
-    follows the strength."""
+    """With the documented prompt file, -1 gives more small circles than 0, and 1 at least as many large ones; the
+    radius follows the strength."""
     prompts = ROOT / "configs" / "leco" / "toy_slider.toml"
-    file = trained(train, prompts, tmp_path, "--learning_rate", "3e-4", "--max_train_steps", "80")
+    file = train_adapter(train, prompts, tmp_path, "--learning_rate", "3e-4", "--max_train_steps", "80")
     caption = "a red circle on a white background"
-    plain, up, down = drawn(caption), drawn(caption, file), drawn(caption, file, -1.0)
+    plain, up, down = draw_scenes(caption), draw_scenes(caption, file), draw_scenes(caption, file, -1.0)
 
     def count(scenes: list[Scene], size: str) -> int:
         return sum(scene.size == size and (scene.colour, scene.shape) == ("red", "circle") for scene in scenes)

@@ -1,4 +1,4 @@
-"""One of several processes dies: the others end soon, name it, and what was learned is saved."""
+"""When one of several processes dies, the others end soon, name it and save the trained weights."""
 
 import os
 import re
@@ -13,14 +13,14 @@ import pytest
 
 from library.checkpoints.files import load_state_dict
 from tests.ranks import Job, Rank, run_ranks
-from tests.runs.test_processes import children_of, on_the_cpu, process_of_rank, two_processes, wait_for
+from tests.runs.test_processes import children_of, cpu_environment, process_of_rank, two_processes, wait_for
 
 GONE = "process 1 was killed without an error message"
-MOST_SECONDS = 45  # of a run with its imports, on a busy machine; a connection that breaks unnoticed takes half an hour
+MOST_SECONDS = 45  # of a run with its imports on a busy machine; an unnoticed broken connection takes half an hour
 
 
 def run(arguments: list[str], folder: Path, killed_at: str, *, killed: int = 1, killer: int = 0) -> list[Rank]:
-    """Two processes, one of which is killed when the other calls a function."""
+    """Run two processes, one of which is killed when the other calls a function."""
     started = time.monotonic()
     job = Job(arguments, 2, str(folder), killed=killed, killer=killer, killed_at=killed_at)
     (ranks,) = run_ranks([job], folder)
@@ -29,15 +29,15 @@ def run(arguments: list[str], folder: Path, killed_at: str, *, killed: int = 1, 
     return ranks
 
 
-def test_one_that_dies_while_images_are_encoded_is_named(base_arguments: list[str], tmp_path: Path) -> None:
+def test_a_process_that_dies_while_encoding_images_is_named(base_arguments: list[str], tmp_path: Path) -> None:
     words = [*base_arguments, "--cache_latents_to_disk"]
     main, _ = run(words, tmp_path, "library.data.caching.latents:encode_all")
     assert main.status == 1 and GONE in main.said and "Traceback" not in main.said
 
 
 @pytest.mark.nightly
-def test_an_error_of_the_main_process_alone_is_told_by_the_other(base_arguments: list[str], tmp_path: Path) -> None:
-    """An image that only it was to encode: the other waits, and ends with that error, not with a broken connection."""
+def test_an_error_of_the_main_process_is_reported_by_the_other(base_arguments: list[str], tmp_path: Path) -> None:
+    """The main process fails on an image; the waiting process ends with that error, not a broken connection."""
     words = [*base_arguments, "--cache_latents_to_disk", "--max_train_steps", "1"]
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
@@ -65,7 +65,7 @@ def test_the_death_of_the_main_process_is_noticed_by_the_others(base_arguments: 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("is_shared", [False, True])
-def test_one_that_dies_while_images_are_drawn_is_named_and_the_run_saved(
+def test_a_process_that_dies_during_previews_is_named_and_the_run_is_saved(
     base_arguments: list[str], tmp_path: Path, is_shared: bool
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 200\na dog --w 64 --h 64 --s 200\n")
@@ -79,23 +79,23 @@ def test_one_that_dies_while_images_are_drawn_is_named_and_the_run_saved(
 @pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
 @pytest.mark.parametrize("name", ["accelerate", "torchrun"])
-def test_a_run_that_is_restarted_by_its_launcher_ends_as_the_undisturbed_one(
+def test_a_run_restarted_by_its_launcher_equals_an_undisturbed_one(
     name: str, base_arguments: list[str], tmp_path: Path
 ) -> None:
-    """As users start it, with `--max_restarts 2`, and a process is killed in mid-run."""
+    """The run is started with `--max_restarts 2`, and a process is killed in mid-run."""
     words = [*base_arguments, "--max_train_steps", "60", "--autoresume", "--network_dropout", "0.1"]
     words += ["--lr_scheduler", "cosine"]
-    whole = [*words, "--output_dir", str(tmp_path / "whole")]
-    done = subprocess.run(restarted(whole, name), capture_output=True, timeout=300, env=on_the_cpu("true"))
+    undisturbed = [*words, "--output_dir", str(tmp_path / "whole")]
+    done = subprocess.run(restarted(undisturbed, name), capture_output=True, timeout=300, env=cpu_environment("true"))
     assert done.returncode == 0, done.stderr.decode()
-    said = tmp_path / "said"
-    with said.open("w") as file:
-        launcher = subprocess.Popen(restarted(words, name), env=on_the_cpu("true"), stdout=file, stderr=file)
-        wait_for(lambda: re.search(r" [5-9]/60 ", said.read_text()), 200)
+    log_path = tmp_path / "said"
+    with log_path.open("w") as file:
+        launcher = subprocess.Popen(restarted(words, name), env=cpu_environment("true"), stdout=file, stderr=file)
+        wait_for(lambda: re.search(r" [5-9]/60 ", log_path.read_text()), 200)
         os.kill(process_of_rank(launcher.pid, 1), signal.SIGKILL)
-        assert launcher.wait(timeout=300) == 0, said.read_text()
+        assert launcher.wait(timeout=300) == 0, log_path.read_text()
     assert not children_alive(launcher.pid)
-    text = said.read_text()
+    text = log_path.read_text()
     assert GONE in text and "60/60" in text
     ours, theirs = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("out", "whole"))
     assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)

@@ -1,4 +1,4 @@
-"""lumina_train_network.py on a tiny Lumina Image 2.0 model: every kind of adapter trains, saves and goes on."""
+"""lumina_train_network.py on a tiny Lumina Image 2.0 model: every adapter kind trains, saves and resumes."""
 
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +27,7 @@ def tiny_lumina_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]
 
 @pytest.fixture
 def arguments(tiny_lumina_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
-    """A command line that trains three steps."""
+    """Return arguments for three training steps."""
     return [
         *tiny_lumina_arguments, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
         "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
@@ -41,7 +41,7 @@ def train_lumina(train: Train) -> Train:
     return partial(train, script="lumina_train_network")
 
 
-def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
+def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
@@ -58,33 +58,33 @@ def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
     ],
     ids=str,
 )
-def test_every_kind_of_adapter_trains_and_the_same_seed_gives_the_same_bytes(
+def test_every_adapter_kind_trains_and_is_reproducible_by_seed(
     train_lumina: Train, arguments: list[str], tmp_path: Path, module: str, network_args: list[str]
 ) -> None:
     extra = ["--network_module", module, *(["--network_args", *network_args] if network_args else [])]
     for name in ("a", "b"):
         done = train_lumina([*arguments, *extra, "--output_name", name])
         assert done.status == 0, done.stderr
-    a, b = saved(tmp_path, "a"), saved(tmp_path, "b")
+    a, b = load_saved(tmp_path, "a"), load_saved(tmp_path, "b")
     assert all(torch.equal(a[key], b[key]) for key in a)
     ups = {key: weight for key, weight in a.items() if key.endswith("lora_up.weight")}
     assert {key.split("_")[1] for key in ups} == {"te", "unet"}
     for key, weight in ups.items():
-        is_reached = not key.startswith("lora_te_layers_2_")  # what Gemma's last layer gives is not read
+        is_reached = not key.startswith("lora_te_layers_2_")  # the output of Gemma's last layer is not used
         assert weight.isfinite().all() and bool(weight.abs().max() > 0) == is_reached, key
 
 
 @pytest.mark.nightly
-def test_layouts_of_one_model_train_the_same(train_lumina: Train, arguments: list[str], tmp_path: Path) -> None:
-    own = arguments[arguments.index("--train_data_dir") :]
+def test_both_layouts_of_a_model_train_the_same(train_lumina: Train, arguments: list[str], tmp_path: Path) -> None:
+    common = arguments[arguments.index("--train_data_dir") :]
     assert train_lumina(arguments).status == 0
-    first = saved(tmp_path)
+    first = load_saved(tmp_path)
     for layout in ("whole", "diffusers"):
         model = build_tiny_lumina(tmp_path / layout, seed=31, layout=layout)  # type: ignore[arg-type]
-        done = train_lumina([*model, *own, "--output_name", layout])
+        done = train_lumina([*model, *common, "--output_name", layout])
         assert done.status == 0, done.stderr
         assert "ignoring weights" not in done.stderr
-        other = saved(tmp_path, layout)
+        other = load_saved(tmp_path, layout)
         assert other.keys() == first.keys() and all(torch.equal(other[key], first[key]) for key in first)
     with safe_open(tmp_path / "out" / "mine.safetensors", "pt") as file:
         metadata = file.metadata()
@@ -95,43 +95,45 @@ def test_layouts_of_one_model_train_the_same(train_lumina: Train, arguments: lis
 
 
 @pytest.mark.nightly
-def test_memory_modes_and_caches_change_nothing_but_memory(
+def test_memory_modes_and_caches_do_not_change_results(
     train_lumina: Train, arguments: list[str], tmp_path: Path
 ) -> None:
     alone = [*arguments, "--network_train_unet_only", "--cache_latents"]
     assert train_lumina([*alone, "--output_name", "plain"]).status == 0
     done = train_lumina([*alone, "--output_name", "other", "--gradient_checkpointing", "--cache_latents_to_disk"])
     assert done.status == 0, done.stderr
-    plain, other = saved(tmp_path, "plain"), saved(tmp_path, "other")
+    plain, other = load_saved(tmp_path, "plain"), load_saved(tmp_path, "other")
     for key, weight in plain.items():
         torch.testing.assert_close(other[key], weight, rtol=1e-4, atol=1e-6)
     assert any((tmp_path / "data" / "2_thing").glob("*_0064x0064_lumina.npz"))
 
 
 @pytest.mark.nightly
-def test_a_trained_text_encoder_is_computed_again(train_lumina: Train, arguments: list[str], tmp_path: Path) -> None:
+def test_gradient_checkpointing_of_the_text_encoder_does_not_change_results(
+    train_lumina: Train, arguments: list[str], tmp_path: Path
+) -> None:
     for name, extra in (("kept", []), ("again", ["--gradient_checkpointing"])):
         assert train_lumina([*arguments, *extra, "--output_name", name]).status == 0
-    kept, again = saved(tmp_path, "kept"), saved(tmp_path, "again")
-    for key, weight in kept.items():
+    plain, again = load_saved(tmp_path, "kept"), load_saved(tmp_path, "again")
+    for key, weight in plain.items():
         torch.testing.assert_close(again[key], weight, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.nightly
-def test_half_precision_and_weights_of_8_bits_train(train_lumina: Train, arguments: list[str], tmp_path: Path) -> None:
+def test_half_precision_and_8_bit_weights_train(train_lumina: Train, arguments: list[str], tmp_path: Path) -> None:
     half = ["--mixed_precision", "bf16", "--save_precision", "bf16"]
     for name, extra in (("half", []), ("cached", ON_DISK), ("eighth", ["--fp8_base", "--full_bf16"])):
         done = train_lumina([*arguments, *half, *extra, "--output_name", name])
         assert done.status == 0, done.stderr
-        ups = [weight for key, weight in saved(tmp_path, name).items() if "unet" in key and "lora_up" in key]
+        ups = [weight for key, weight in load_saved(tmp_path, name).items() if "unet" in key and "lora_up" in key]
         assert all(weight.isfinite().all() and weight.abs().max() > 0 for weight in ups)
 
 
 @pytest.mark.nightly
-def test_text_that_was_encoded_ahead_trains_the_same_bit_for_bit(
+def test_cached_text_features_train_identically(
     train_lumina: Train, arguments: list[str], tmp_path: Path, images: Path
 ) -> None:
-    """All runs start from the same weights: without text encoders other numbers are drawn for new ones."""
+    """All runs start from the same file, as new weights would be drawn differently without text encoders."""
     train_lumina([*arguments, "--network_train_unet_only", "--max_train_steps", "1", "--output_name", "start"])
     start = ["--network_weights", str(tmp_path / "out" / "start.safetensors")]
     common = [*arguments, *start, "--caption_dropout_rate", "0.3"]
@@ -139,11 +141,11 @@ def test_text_that_was_encoded_ahead_trains_the_same_bit_for_bit(
     for name, options in runs.items():
         done = train_lumina([*common, *options, "--output_name", name])
         assert done.status == 0, done.stderr
-    plain = saved(tmp_path, "plain")
-    assert any(not torch.equal(weight, saved(tmp_path, "start")[key]) for key, weight in plain.items())
+    plain = load_saved(tmp_path, "plain")
+    assert any(not torch.equal(weight, load_saved(tmp_path, "start")[key]) for key, weight in plain.items())
     for name in ("memory", "disk", "again"):
-        found = saved(tmp_path, name)
-        assert found.keys() == plain.keys() and all(torch.equal(found[key], plain[key]) for key in plain)
+        actual = load_saved(tmp_path, name)
+        assert actual.keys() == plain.keys() and all(torch.equal(actual[key], plain[key]) for key in plain)
     assert "text cache: 7 files reused, 0 to encode, 0 stale" in done.stderr
     with np.load(images / "2_thing" / "00_lumina_te.npz") as archive:
         entries = {n: (archive[n].dtype.name, archive[n].shape) for n in archive.files if n != "captions"}
@@ -156,16 +158,16 @@ def test_text_that_was_encoded_ahead_trains_the_same_bit_for_bit(
     assert done.status == 0 and "0 to encode, 7 stale" in done.stderr
 
 
-def test_training_goes_on_from_a_split_file(train_lumina: Train, arguments: list[str], tmp_path: Path) -> None:
+def test_training_continues_from_a_split_file(train_lumina: Train, arguments: list[str], tmp_path: Path) -> None:
     split = ["--network_args", "split_qkv=True"]
     assert train_lumina([*arguments, *split]).status == 0
-    first = saved(tmp_path)
+    first = load_saved(tmp_path)
     assert first["lora_unet_layers_0_attention_qkv.lora_down.weight"].shape == (12, 72)
     assert float(first["lora_unet_layers_0_attention_qkv.alpha"]) == 3
     weights = ["--network_weights", str(tmp_path / "out" / "mine.safetensors"), "--dim_from_weights"]
     done = train_lumina([*arguments, *split, *weights, "--output_name", "more"])
     assert done.status == 0, done.stderr
-    more = saved(tmp_path, "more")
+    more = load_saved(tmp_path, "more")
     assert {key: weight.shape for key, weight in more.items()} == {key: weight.shape for key, weight in first.items()}
 
 
@@ -197,7 +199,7 @@ def test_previews_are_drawn_with_and_without_cached_text(
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_said_by_name(
+def test_invalid_combinations_raise_errors_that_name_the_option(
     train_lumina: Train, arguments: list[str], extra: list[str], message: str
 ) -> None:
     done = train_lumina([*arguments, *extra])
@@ -205,7 +207,7 @@ def test_what_cannot_be_is_said_by_name(
     assert message in done.stderr
 
 
-def test_what_does_nothing_is_said(train_lumina: Train, arguments: list[str]) -> None:
+def test_options_without_effect_are_warned_about(train_lumina: Train, arguments: list[str]) -> None:
     idle = ["--use_flash_attn", "--use_sage_attn", "--sample_batch_size", "2", "--clip_skip", "2"]
     done = train_lumina([*arguments, *idle, "--max_train_steps", "1"])
     assert done.status == 0, done.stderr
@@ -213,7 +215,7 @@ def test_what_does_nothing_is_said(train_lumina: Train, arguments: list[str]) ->
         assert not flag.startswith("--") or f"{flag} has no effect" in done.stderr
 
 
-def test_another_base_model_is_recognised(
+def test_a_checkpoint_of_another_base_model_is_recognised(
     train_lumina: Train, train: Train, arguments: list[str], tiny_sd_file: Path, tmp_path: Path
 ) -> None:
     flux = build_tiny_flux(tmp_path / "flux", seed=1)
@@ -226,6 +228,6 @@ def test_another_base_model_is_recognised(
         assert done.status == 1 and message in done.stderr
     done = train_lumina([*arguments, "--gemma2", flux[7]])
     assert done.status == 1 and f"--gemma2 {flux[7]} is not a Gemma 2 text encoder" in done.stderr
-    own = arguments[6 : arguments.index("--gemma2_max_token_length")]
-    done = train([*own, base, arguments[1]])
+    common = arguments[6 : arguments.index("--gemma2_max_token_length")]
+    done = train([*common, base, arguments[1]])
     assert done.status == 1 and "lumina_train_network.py" in done.stderr

@@ -1,4 +1,4 @@
-"""tools/make_shards.py: what it writes trains as what it was made of, and needs neither VAE nor text encoders."""
+"""Shards of tools/make_shards.py train like their source and need neither VAE nor text encoders."""
 
 import json
 import tarfile
@@ -12,7 +12,7 @@ import torch
 from library.models.unet_loader import UnetLoader
 from tests.running import Finished, make_images
 from tests.runs.bases import BASES
-from tests.runs.test_resume import saved
+from tests.runs.test_resume import load_saved
 from tests.unit.data.builders import batches_of, content_of, options_of, plan_of, write_image
 from tests.unit.data.shard_builders import shards_of, write_parquet
 from tools import make_shards
@@ -57,8 +57,8 @@ skip_image_resolution = 64
 
 
 @pytest.fixture
-def described(tmp_path: Path) -> Path:
-    """A data set of which images have names of all kinds, some no caption, some several lines."""
+def write_dataset(tmp_path: Path) -> Path:
+    """Write a dataset with unusual file names, missing captions and captions of several lines."""
     names = ["plain", "two.dots", "with space", "caf\xe9", ".hidden x", "n" * 120, "last_1_2_3_4"]
     for i, name in enumerate(names):
         path = write_image(tmp_path / "cats" / f"{name}.{'PNG' if i == 2 else 'png'}", [(64, 64), (100, 70)][i % 2], i)
@@ -71,16 +71,16 @@ def described(tmp_path: Path) -> Path:
 
 
 def contents(path: Path) -> list[object]:
-    found = plan_of(options_of("--dataset_config", str(path)))
-    return [content_of(batch)[1:] for epoch in (1, 2) for batch in batches_of(found, epoch)]
+    plan = plan_of(options_of("--dataset_config", str(path)))
+    return [content_of(batch)[1:] for epoch in (1, 2) for batch in batches_of(plan, epoch)]
 
 
 @pytest.mark.parametrize("shard_mb", ["1000", "0.03"])
-def test_shards_train_as_what_they_are_made_of(shard_mb: str, described: Path, tmp_path: Path, capsys) -> None:
+def test_shards_train_like_their_source(shard_mb: str, write_dataset: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
-    assert make_shards.main(["--dataset_config", str(described), "--out", str(out), "--shard_mb", shard_mb]) == 0
+    assert make_shards.main(["--dataset_config", str(write_dataset), "--out", str(out), "--shard_mb", shard_mb]) == 0
     assert capsys.readouterr().out.strip() == str(out / "dataset.toml")
-    assert contents(out / "dataset.toml") == contents(described)
+    assert contents(out / "dataset.toml") == contents(write_dataset)
     shards = sorted(out.glob("*.tar"))
     assert len(shards) == (1 if shard_mb == "1000" else 4) and shards[0].name == "cats-00000.tar"
     names: list[str] = []
@@ -92,26 +92,26 @@ def test_shards_train_as_what_they_are_made_of(shard_mb: str, described: Path, t
     assert len(list(out.glob(".picture_index-*.parquet"))) == 1  # both datasets read the same shards
 
 
-def test_the_same_images_give_the_same_shards(described: Path, tmp_path: Path) -> None:
+def test_the_same_images_give_the_same_shards(write_dataset: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        assert make_shards.main(["--dataset_config", str(described), "--out", str(tmp_path / name)]) == 0
+        assert make_shards.main(["--dataset_config", str(write_dataset), "--out", str(tmp_path / name)]) == 0
     assert (tmp_path / "one" / "cats-00000.tar").read_bytes() == (tmp_path / "two" / "cats-00000.tar").read_bytes()
 
 
-def packed_shards(out: Path) -> dict[str, bytes]:
+def shard_bytes(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((*out.glob("*.tar"), *out.glob(".*-shards.json")))}
 
 
-def pack(out: Path, described: Path, *more: str) -> int:
-    return make_shards.main(["--dataset_config", str(described), "--out", str(out), "--shard_mb", "0.03", *more])
+def pack(out: Path, write_dataset: Path, *more: str) -> int:
+    return make_shards.main(["--dataset_config", str(write_dataset), "--out", str(out), "--shard_mb", "0.03", *more])
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 12])
-def test_an_interrupted_packing_goes_on_with_the_shard_it_was_at(
-    stop_at: int, described: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_packing_resumes_with_the_unfinished_shard(
+    stop_at: int, write_dataset: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C, while the member of that number is written: all that lies there is whole."""
-    assert pack(tmp_path / "whole", described) == 0
+    """After Ctrl-C while that member is written, all files on disk are complete."""
+    assert pack(tmp_path / "whole", write_dataset) == 0
     out, add, calls, stops = tmp_path / "out", make_shards.add_member, list[str](), [stop_at]
 
     def counted(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -121,17 +121,17 @@ def test_an_interrupted_packing_goes_on_with_the_shard_it_was_at(
         add(archive, name, content)
 
     monkeypatch.setattr(make_shards, "add_member", counted)
-    assert pack(out, described) == 130 and "stopped" in capsys.readouterr().err
-    finished = packed_shards(out)
-    assert finished.items() <= {**packed_shards(tmp_path / "whole"), **finished}.items()
-    assert {name for name in finished if name.endswith(".tar")} <= packed_shards(tmp_path / "whole").keys()
+    assert pack(out, write_dataset) == 130 and "stopped" in capsys.readouterr().err
+    finished = shard_bytes(out)
+    assert finished.items() <= {**shard_bytes(tmp_path / "whole"), **finished}.items()
+    assert {name for name in finished if name.endswith(".tar")} <= shard_bytes(tmp_path / "whole").keys()
     assert not [path for path in out.glob(".*") if path.name != ".cats-shards.json"]
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     (out / ".cats-00003.0123456789ab.tar").write_bytes(b"of one that was killed")
     calls.clear()
     stops.clear()
-    assert pack(out, described) == 0
-    assert packed_shards(out) == packed_shards(tmp_path / "whole")
+    assert pack(out, write_dataset) == 0
+    assert shard_bytes(out) == shard_bytes(tmp_path / "whole")
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert len(calls) < 13 if stamps else len(calls) == 13  # 7 images, 6 captions
     assert (out / "dataset.toml").read_text() == (tmp_path / "whole" / "dataset.toml").read_text().replace(
@@ -140,32 +140,32 @@ def test_an_interrupted_packing_goes_on_with_the_shard_it_was_at(
     assert not list(out.glob(".cats-00003.*"))
 
 
-def test_what_changed_since_is_packed_anew_and_the_rest_kept(described: Path, tmp_path: Path) -> None:
-    """A shard that was damaged, and one whose caption is another; of fewer images the last shards go."""
+def test_only_changed_shards_are_repacked(write_dataset: Path, tmp_path: Path) -> None:
+    """Repack a damaged shard and one with a changed caption; with fewer images, delete the last shards."""
     out = tmp_path / "out"
-    assert pack(out, described) == 0
-    whole = packed_shards(out)
-    names = sorted(name for name in whole if name.endswith(".tar"))
+    assert pack(out, write_dataset) == 0
+    original = shard_bytes(out)
+    names = sorted(name for name in original if name.endswith(".tar"))
     damaged = out / names[1]
-    damaged.write_bytes(whole[names[1]][:-1] + b"x")
+    damaged.write_bytes(original[names[1]][:-1] + b"x")
     first = (out / names[0]).stat().st_mtime_ns
-    assert pack(out, described) == 0
-    assert packed_shards(out) == whole and (out / names[0]).stat().st_mtime_ns == first
+    assert pack(out, write_dataset) == 0
+    assert shard_bytes(out) == original and (out / names[0]).stat().st_mtime_ns == first
     with tarfile.open(out / names[2]) as archive:
         caption = next(name for name in archive.getnames() if name.endswith(".txt"))
     source = next(path for path in (tmp_path / "cats").glob("*.txt") if path.stem == Path(caption).stem)
     source.write_text("another one")
-    assert pack(out, described) == 0
-    assert pack(tmp_path / "anew", described) == 0
-    changed = packed_shards(out)
-    assert changed == packed_shards(tmp_path / "anew") and changed[names[1]] == whole[names[1]]
-    assert pack(out, described, "--shard_mb", "1000") == 0
+    assert pack(out, write_dataset) == 0
+    assert pack(tmp_path / "anew", write_dataset) == 0
+    changed = shard_bytes(out)
+    assert changed == shard_bytes(tmp_path / "anew") and changed[names[1]] == original[names[1]]
+    assert pack(out, write_dataset, "--shard_mb", "1000") == 0
     assert [path.name for path in out.glob("*.tar")] == ["cats-00000.tar"]
 
 
 @pytest.mark.parametrize("kind", ["shards", "parquet"])
-def test_larger_files_are_packed_anew(kind: str, tmp_path: Path) -> None:
-    """Rows of a Parquet file have neither names nor endings."""
+def test_shards_and_parquet_files_can_be_repacked(kind: str, tmp_path: Path) -> None:
+    """Rows of a Parquet file have neither names nor extensions."""
     make_images(tmp_path / "p", 4, seed=2)
     if kind == "shards":
         shards_of(tmp_path / "p", tmp_path / "made", 2)
@@ -182,7 +182,7 @@ def test_larger_files_are_packed_anew(kind: str, tmp_path: Path) -> None:
     assert contents(tmp_path / "out" / "dataset.toml") == contents(tmp_path / "data.toml")
 
 
-def test_a_caption_that_is_no_text_is_named(tmp_path: Path, capsys) -> None:
+def test_a_caption_that_is_not_text_is_named(tmp_path: Path, capsys) -> None:
     write_image(tmp_path / "p" / "a.png", (64, 64))
     (tmp_path / "meta.json").write_text('{"a": {"caption": "half \\ud83d of it"}}')
     text = f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{(tmp_path / "p").as_posix()}"\n'
@@ -194,7 +194,7 @@ def test_a_caption_that_is_no_text_is_named(tmp_path: Path, capsys) -> None:
     )
 
 
-def test_captions_of_a_metadata_file_stay(tmp_path: Path) -> None:
+def test_captions_of_a_metadata_file_are_kept(tmp_path: Path) -> None:
     for i in range(3):
         write_image(tmp_path / "p" / f"p{i}.png", (64, 64), seed=i)
     entries = {f"p{i}": {"caption": f"said {i}", "tags": "x, y"} for i in range(3)}
@@ -217,33 +217,35 @@ def test_captions_of_a_metadata_file_stay(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_missing_is_said(arguments: list[str], message: str, described: Path, tmp_path: Path, capsys) -> None:
-    given = [word.format(out=tmp_path / "out", data=described) for word in arguments]
-    assert make_shards.main(given) == 1
+def test_missing_inputs_are_named(
+    arguments: list[str], message: str, write_dataset: Path, tmp_path: Path, capsys
+) -> None:
+    command = [word.format(out=tmp_path / "out", data=write_dataset) for word in arguments]
+    assert make_shards.main(command) == 1
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_masks_are_refused_before_anything_is_written(described: Path, tmp_path: Path, capsys) -> None:
-    text = described.read_text().replace(
+def test_masks_are_rejected_before_anything_is_written(write_dataset: Path, tmp_path: Path, capsys) -> None:
+    text = write_dataset.read_text().replace(
         'image_dir = "', f'conditioning_data_dir = "{tmp_path / "cats"}"\nimage_dir = "'
     )
-    described.write_text(text.replace('class_tokens = "a thing"\n', ""))
-    arguments = ["--dataset_config", str(described), "--out", str(tmp_path / "out"), "--masked_loss"]
+    write_dataset.write_text(text.replace('class_tokens = "a thing"\n', ""))
+    arguments = ["--dataset_config", str(write_dataset), "--out", str(tmp_path / "out"), "--masked_loss"]
     assert make_shards.main(arguments) == 1
     assert "shards do not support mask files" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_opposite_images_are_refused_before_anything_is_written(described: Path, tmp_path: Path, capsys) -> None:
-    text = described.read_text().replace("diff_output_preservation", "anything")
-    described.write_text(text.replace('image_dir = "', 'opposite_dir = "nowhere"\nimage_dir = "', 1))
-    assert make_shards.main(["--dataset_config", str(described), "--out", str(tmp_path / "out")]) == 1
+def test_opposite_images_are_rejected_before_anything_is_written(write_dataset: Path, tmp_path: Path, capsys) -> None:
+    text = write_dataset.read_text().replace("diff_output_preservation", "anything")
+    write_dataset.write_text(text.replace('image_dir = "', 'opposite_dir = "nowhere"\nimage_dir = "', 1))
+    assert make_shards.main(["--dataset_config", str(write_dataset), "--out", str(tmp_path / "out")]) == 1
     assert "shards do not support opposite images" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_with_caches_beside_them_neither_vae_nor_text_encoders_are_loaded(
+def test_with_caches_beside_the_shards_neither_vae_nor_text_encoders_are_loaded(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_process: None
 ) -> None:
-    """The adapter is that of the folder, with everything encoded in the run itself."""
+    """The adapter equals that of a run on the folder that encodes everything itself."""
     make_images(tmp_path / "images", 5, seed=8)
     text = "[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\ncaption_extension = '.txt'\n"
     (tmp_path / "data.toml").write_text(f'{text}image_dir = "{(tmp_path / "images").as_posix()}"\nflip_aug = true\n')
@@ -254,8 +256,8 @@ def test_with_caches_beside_them_neither_vae_nor_text_encoders_are_loaded(
     ]  # fmt: skip
     caches = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
     out = tmp_path / "out"
-    made = [*common, "--dataset_config", str(tmp_path / "data.toml"), "--out", str(out), *caches]
-    assert make_shards.main(["--script", "sdxl_train_network.py", *made]) == 0
+    packing_arguments = [*common, "--dataset_config", str(tmp_path / "data.toml"), "--out", str(out), *caches]
+    assert make_shards.main(["--script", "sdxl_train_network.py", *packing_arguments]) == 0
     plain = [*common, "--dataset_config", str(tmp_path / "data.toml"), "--output_dir", str(tmp_path / "plain")]
     done = train([*plain, "--cache_latents", "--cache_text_encoder_outputs"], script="sdxl_train_network")
     assert done.status == 0, done.stderr
@@ -271,14 +273,14 @@ def test_with_caches_beside_them_neither_vae_nor_text_encoders_are_loaded(
     cached = [*common, "--dataset_config", str(out / "dataset.toml"), "--output_dir", str(tmp_path / "cached"), *caches]
     done = train([*cached, "--skip_cache_check"], script="sdxl_train_network")
     assert done.status == 0, done.stderr
-    one, other = saved(tmp_path / "plain"), saved(tmp_path / "cached")
-    assert one.keys() == other.keys() and all(bool((one[key] == other[key]).all()) for key in one)
+    expected, other = load_saved(tmp_path / "plain"), load_saved(tmp_path / "cached")
+    assert expected.keys() == other.keys() and all(bool((expected[key] == other[key]).all()) for key in expected)
 
 
-def test_the_dataset_file_says_what_the_old_one_said(described: Path, tmp_path: Path) -> None:
-    assert make_shards.main(["--dataset_config", str(described), "--out", str(tmp_path / "out")]) == 0
-    before, after = (toml.loads(path.read_text("utf-8")) for path in (described, tmp_path / "out" / "dataset.toml"))
-    assert [len(dataset["subsets"]) for dataset in after["datasets"]] == [1, 1]  # the one of no repeats is gone
+def test_the_written_dataset_file_keeps_the_settings(write_dataset: Path, tmp_path: Path) -> None:
+    assert make_shards.main(["--dataset_config", str(write_dataset), "--out", str(tmp_path / "out")]) == 0
+    before, after = (toml.loads(path.read_text("utf-8")) for path in (write_dataset, tmp_path / "out" / "dataset.toml"))
+    assert [len(dataset["subsets"]) for dataset in after["datasets"]] == [1, 1]  # the subset without repeats is dropped
     first, second = before["datasets"][0]["subsets"][0], after["datasets"][0]["subsets"][0]
     assert {name: value for name, value in first.items() if name != "image_dir"} == {
         name: value for name, value in second.items() if name != "shards"

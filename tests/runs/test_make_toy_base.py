@@ -1,4 +1,4 @@
-"""The commands that make the base models of the quickstart and of the toy edits, with a handful of steps."""
+"""The commands that create the toy base models of the quickstart and of edits, with a few steps."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from tools.quickstart.sampling import Prompt, load_pipeline, sample
 pytestmark = pytest.mark.nightly
 
 
-def test_a_few_steps_make_a_folder_that_diffusers_samples_from(tmp_path: Path) -> None:
+def test_a_few_steps_write_a_folder_that_diffusers_can_sample_from(tmp_path: Path) -> None:
     out = tmp_path / "base"
     command = [sys.executable, str(ROOT / "tools" / "quickstart" / "make_toy_base.py"), "--out", str(out)]
     command += ["--images_per_scene", "1"]
@@ -26,10 +26,10 @@ def test_a_few_steps_make_a_folder_that_diffusers_samples_from(tmp_path: Path) -
     assert image.shape == (64, 64, 3)
 
 
-def test_all_but_the_transformer_of_the_toy_edit_model_follows_from_the_seed(tmp_path: Path) -> None:
-    out, kept = tmp_path / "base", ROOT / "configs" / "quickstart" / "toy_edit_base"
+def test_all_of_the_toy_edit_model_but_the_transformer_depends_only_on_the_seed(tmp_path: Path) -> None:
+    out, shipped = tmp_path / "base", ROOT / "configs" / "quickstart" / "toy_edit_base"
     assert make_toy_edit_base.main(["--out", str(out), "--num_edits", "60", "--steps", "2"]) == 0
     written = {path.relative_to(out): path for path in out.rglob("*") if path.is_file()}
-    assert len(written) == 15 and all((kept / name).is_file() for name in written)
-    differing = [name for name, path in written.items() if path.read_bytes() != (kept / name).read_bytes()]
+    assert len(written) == 15 and all((shipped / name).is_file() for name in written)
+    differing = [name for name, path in written.items() if path.read_bytes() != (shipped / name).read_bytes()]
     assert differing == [Path("transformer", "diffusion_pytorch_model.safetensors")]

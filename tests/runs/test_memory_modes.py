@@ -1,4 +1,4 @@
-"""Options that save memory, through the scripts: images and adapters are those of a run without them."""
+"""Memory-saving options in the scripts give the images and adapters of a run without them."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from tests.tiny import anima, chroma, flux, flux_2, hunyuan_image, krea2, lumina
 
 Train = Callable[..., Finished]
 
-DEEPER = {  # enough blocks that some can wait, without losing the two that have to stay
+DEEPER = {  # enough blocks that some can be swapped besides the two that must stay
     "flux": (flux, replace(flux.CONFIG, num_double=4, num_single=5)),
     "chroma": (chroma, replace(chroma.CONFIG, num_double=4, num_single=5)),
     "lumina": (lumina, replace(lumina.CONFIG, num_layers=4)),
@@ -68,7 +68,7 @@ def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def run(train: Train, name: str, model: list[str], tmp_path: Path) -> Callable[..., Finished]:
-    """`run(folder, ...)` trains three steps, validating and drawing, into a folder of `tmp_path`."""
+    """Return `run(folder, ...)`, which trains three steps with validation and previews into a folder of `tmp_path`."""
     make_images(tmp_path / "data" / "1_thing", 5, seed=71)
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     arguments = [
@@ -92,7 +92,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "mine.safetensors")
 
 
-def same(a: Path, b: Path) -> bool:
+def are_identical(a: Path, b: Path) -> bool:
     """Return True if two runs gave the same weights and images, bit for bit."""
     ours, theirs = adapter(a), adapter(b)
     assert ours.keys() == theirs.keys() and any(weight.any() for weight in ours.values())
@@ -101,33 +101,31 @@ def same(a: Path, b: Path) -> bool:
     return all(torch.equal(ours[key], theirs[key]) for key in ours) and np.array_equal(*images)
 
 
-def test_blocks_that_wait_and_inputs_that_wait_change_nothing(
+def test_swapped_blocks_and_offloaded_activations_do_not_change_results(
     run: Callable[..., Finished], name: str, tmp_path: Path
 ) -> None:
     run("plain")
     swapped = run("swapped", "--blocks_to_swap", WAITING[name], *OFFLOADED)
     assert "offloaded to main memory; without a GPU this saves nothing" in swapped.stderr
-    assert same(tmp_path / "plain", tmp_path / "swapped")
+    assert are_identical(tmp_path / "plain", tmp_path / "swapped")
 
 
-def test_blocks_wait_in_the_form_in_which_they_are_stored(
-    run: Callable[..., Finished], name: str, tmp_path: Path
-) -> None:
+def test_blocks_are_swapped_in_their_stored_format(run: Callable[..., Finished], name: str, tmp_path: Path) -> None:
     form = ["--base_format", "nf4_double", "--mixed_precision", "bf16"]
     stored = run("stored", *form)
     assert "layers in nf4_double" in stored.stderr
     run("swapped", *form, "--blocks_to_swap", WAITING[name], "--gradient_checkpointing")
-    assert same(tmp_path / "stored", tmp_path / "swapped")
+    assert are_identical(tmp_path / "stored", tmp_path / "swapped")
 
 
-def test_a_rehearsal_takes_the_mode_that_was_asked_for(run: Callable[..., Finished], name: str, tmp_path: Path) -> None:
+def test_a_dry_run_uses_the_requested_memory_mode(run: Callable[..., Finished], name: str, tmp_path: Path) -> None:
     done = run("dry", "--dry_run", "--blocks_to_swap", WAITING[name], "--base_format", "int8_rotated")
     assert "offloaded to main memory" in done.stderr and "layers in int8_rotated" in done.stderr
     assert not (tmp_path / "dry" / "mine.safetensors").exists()
 
 
-def test_products_in_8_bits_train_as_decoded_ones(run: Callable[..., Finished], name: str, tmp_path: Path) -> None:
-    """Losses of the same steps are within 2 %: what rounding activations to 8 bits changes in a few layers."""
+def test_8_bit_matmul_trains_like_dequantised_weights(run: Callable[..., Finished], name: str, tmp_path: Path) -> None:
+    """Losses agree within 2 %, the effect of rounding activations to 8 bits in a few layers."""
     form = ["--base_format", "int8_rotated", "--mixed_precision", "bf16"]
     decoded = run("decoded", *form)
     waiting = ["--blocks_to_swap", WAITING[name], "--gradient_checkpointing"]
@@ -135,16 +133,16 @@ def test_products_in_8_bits_train_as_decoded_ones(run: Callable[..., Finished], 
     assert re.search(r"denoiser: \d+ layers multiply in 8 bits", multiplied.stderr)
     assert ("convolutions" in multiplied.stderr) == (name in ("sd", "sdxl"))
     assert multiplied.losses == pytest.approx(decoded.losses, rel=0.02)
-    assert not same(tmp_path / "decoded", tmp_path / "multiplied")
+    assert not are_identical(tmp_path / "decoded", tmp_path / "multiplied")
 
 
-def test_a_checkpoint_in_8_bits_trains_as_the_numbers_that_it_stands_for(
+def test_an_8_bit_checkpoint_trains_like_its_dequantised_weights(
     run: Callable[..., Finished], name: str, model: list[str], tmp_path: Path
 ) -> None:
     if name in ("sd", "sdxl"):
         pytest.skip("their files in use are not stored so")
     path = Path(model[model.index("--pretrained_model_name_or_path") + 1])
-    codes, numbers = in_8_bits(load_file(path))
+    codes, numbers = quantise_and_dequantise(load_file(path))
     save_file(codes, tmp_path / "codes.safetensors")
     save_file(numbers, tmp_path / "numbers.safetensors")
     for file in ("codes", "numbers"):
@@ -153,11 +151,11 @@ def test_a_checkpoint_in_8_bits_trains_as_the_numbers_that_it_stands_for(
                 (tmp_path / folder).symlink_to(path.parent / folder)
         done = run(file, "--pretrained_model_name_or_path", str(tmp_path / f"{file}.safetensors"))
         assert ("layers in 8 bits, as the file has them" in done.stderr) == (file == "codes")
-    assert same(tmp_path / "codes", tmp_path / "numbers")
+    assert are_identical(tmp_path / "codes", tmp_path / "numbers")
 
 
-def in_8_bits(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The matrices inside blocks as fp8 with a scale each, and as the numbers that those stand for."""
+def quantise_and_dequantise(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the state with block matrices in fp8 with a scale each, and its dequantised version."""
     codes, numbers = dict(state), dict(state)
     for key, weight in state.items():
         if weight.ndim == 2 and ("blocks." in key or key.startswith("layers.")):
@@ -172,16 +170,16 @@ HALF = ("--mixed_precision", "bf16", "--base_format", "nf4", "--unsloth_offload_
 
 
 @pytest.mark.parametrize("mode", [HALF, pytest.param(OFFLOADED, marks=pytest.mark.nightly)], ids=["half", "offloaded"])
-def test_a_mode_tests_itself_and_trains_as_without_the_test(
+def test_the_selftest_passes_and_does_not_change_training(
     run: Callable[..., Finished], name: str, mode: tuple[str, ...], tmp_path: Path
 ) -> None:
     done = run("tested", *mode, "--blocks_to_swap", WAITING[name], "--selftest")
     assert re.search(r"self-test: \d+ gradients in \d+ blocks equal those of the plain mode: off by 0\.0e", done.stderr)
     run("untested", *mode, "--blocks_to_swap", WAITING[name])
-    assert same(tmp_path / "tested", tmp_path / "untested")
+    assert are_identical(tmp_path / "tested", tmp_path / "untested")
 
 
-def test_a_fault_in_the_mode_ends_the_run_before_it_begins(
+def test_a_fault_found_by_the_selftest_ends_the_run_before_training(
     run: Callable[..., Finished], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from library.memory.offload.ring import Ring
@@ -200,7 +198,7 @@ def test_a_fault_in_the_mode_ends_the_run_before_it_begins(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("subject", ["flux", "sdxl"])
-def test_the_benchmark_for_cards_runs_in_small(subject: str) -> None:
+def test_the_gpu_benchmark_runs_on_a_small_model(subject: str) -> None:
     mode = json.dumps({"weight_format": "nf4", "share": 0.5, "runner": "from_main_memory"})
     command = [sys.executable, "benchmarks/gpu_memory.py", "--device", "cpu", "--tiny", "--models", subject]
     done = subprocess.run([*command, "--mode", mode], cwd=ROOT, capture_output=True, text=True)
@@ -211,10 +209,10 @@ def test_the_benchmark_for_cards_runs_in_small(subject: str) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("mode", ["eager", "8bit", "bare"])
 @pytest.mark.parametrize("subject", ["sd3", "flux", "sdxl"])
-def test_the_benchmark_of_steps_runs_in_small(subject: str, mode: str) -> None:
+def test_the_step_benchmark_runs_on_a_small_model(subject: str, mode: str) -> None:
     command = [sys.executable, "benchmarks/gpu_step.py", "--device", "cpu", "--tiny", "--child", "--models", subject]
     done = subprocess.run([*command, "--modes", mode], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["seconds"] > 0 and found["trained"] > 1000
-    assert (found["flops"] > 0) == (mode == "eager")
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["seconds"] > 0 and result["trained"] > 1000
+    assert (result["flops"] > 0) == (mode == "eager")

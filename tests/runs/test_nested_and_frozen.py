@@ -1,4 +1,4 @@
-"""networks.dylora and networks.lora_fa through the training script: train, save, cut, go on from the file, merge it."""
+"""networks.dylora and networks.lora_fa in the training script: train, save, extract, continue, merge."""
 
 import importlib
 import json
@@ -24,12 +24,12 @@ def path_of(tmp_path: Path, name: str) -> Path:
     return tmp_path / "out" / f"{name}.safetensors"
 
 
-def saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
+def load_saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(path_of(tmp_path, name))
 
 
 @pytest.mark.parametrize("module", ["networks.dylora", pytest.param("networks.lora_fa", marks=pytest.mark.nightly)])
-def test_a_run_saves_what_networks_lora_saves_and_the_same_seed_gives_the_same_bytes(
+def test_a_run_saves_the_keys_of_networks_lora_and_is_reproducible_by_seed(
     train: Train, base_arguments: list[str], tmp_path: Path, module: str
 ) -> None:
     arguments = [*base_arguments, "--network_args", *CONV]
@@ -37,7 +37,7 @@ def test_a_run_saves_what_networks_lora_saves_and_the_same_seed_gives_the_same_b
     for name in ("a", "b"):
         done = train([*arguments, "--network_module", module, "--output_name", name, "--gradient_checkpointing"])
         assert done.status == 0, done.stderr
-    plain, a, b = (saved(tmp_path, name) for name in ("lora", "a", "b"))
+    plain, a, b = (load_saved(tmp_path, name) for name in ("lora", "a", "b"))
     assert {key: w.shape for key, w in a.items()} == {key: w.shape for key, w in plain.items()}
     assert all(torch.equal(a[key], b[key]) for key in a)
     ups = [w for key, w in a.items() if key.endswith("lora_up.weight")]
@@ -45,7 +45,7 @@ def test_a_run_saves_what_networks_lora_saves_and_the_same_seed_gives_the_same_b
 
 
 @pytest.mark.parametrize("module", ["networks.dylora", "networks.lora_fa"])
-def test_checkpointing_and_dropouts_change_nothing_but_memory(
+def test_gradient_checkpointing_with_dropout_does_not_change_results(
     train: Train, base_arguments: list[str], tmp_path: Path, module: str
 ) -> None:
     drops = ["rank_dropout=0.2", "module_dropout=0.2"]
@@ -53,25 +53,27 @@ def test_checkpointing_and_dropouts_change_nothing_but_memory(
     train([*arguments, "--output_name", "plain"])
     done = train([*arguments, "--output_name", "saving", "--gradient_checkpointing"])
     assert done.status == 0, done.stderr
-    plain, saving = saved(tmp_path, "plain"), saved(tmp_path, "saving")
+    plain, saving = load_saved(tmp_path, "plain"), load_saved(tmp_path, "saving")
     for name, weight in plain.items():
         torch.testing.assert_close(weight, saving[name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_trained_file_is_cut_and_every_cut_trains_on_and_merges(
+def test_every_rank_extracted_from_a_trained_file_trains_and_merges(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
     done = train([*base_arguments, *DYLORA, "--network_args", "dyloRA=4", *CONV])
     assert done.status == 0, done.stderr
-    whole = path_of(tmp_path, "mine")
-    assert extract(["--model", str(whole), "--save_to", str(whole)]) == 0  # the unit comes from the metadata
-    assert sorted(p.name for p in whole.parent.iterdir()) == [
+    trained_path = path_of(tmp_path, "mine")
+    assert (
+        extract(["--model", str(trained_path), "--save_to", str(trained_path)]) == 0
+    )  # the unit comes from the metadata
+    assert sorted(p.name for p in trained_path.parent.iterdir()) == [
         "mine-0004.safetensors",
         "mine-0008.safetensors",
         "mine.safetensors",
     ]
-    full, half = saved(tmp_path, "mine-0008"), saved(tmp_path, "mine-0004")
-    assert all(torch.equal(weight, full[key]) for key, weight in saved(tmp_path, "mine").items())
+    full, half = load_saved(tmp_path, "mine-0008"), load_saved(tmp_path, "mine-0004")
+    assert all(torch.equal(weight, full[key]) for key, weight in load_saved(tmp_path, "mine").items())
     ranks = {key: w.shape[0] for key, w in half.items() if key.endswith("lora_down.weight")}
     assert {rank for key, rank in ranks.items() if full[key].shape[0] == 8} == {4}
     assert {rank for key, rank in ranks.items() if full[key].shape[0] == 4} == {2}
@@ -85,12 +87,12 @@ def test_a_trained_file_is_cut_and_every_cut_trains_on_and_merges(
     options = [*base_arguments, "--max_train_steps", "1"]
     goes_on = train([*options, "--output_name", "on", "--network_weights", cut, "--dim_from_weights"])
     assert goes_on.status == 0, goes_on.stderr
-    assert {key: w.shape for key, w in saved(tmp_path, "on").items()} == {key: w.shape for key, w in half.items()}
-    merged = train([*options, *DYLORA, "--output_name", "merged", "--base_weights", str(whole)])
+    assert {key: w.shape for key, w in load_saved(tmp_path, "on").items()} == {key: w.shape for key, w in half.items()}
+    merged = train([*options, *DYLORA, "--output_name", "merged", "--base_weights", str(trained_path)])
     assert merged.status == 0, merged.stderr
 
 
-def test_training_goes_on_from_a_nested_file_in_its_units(
+def test_training_continues_from_a_dylora_file_with_its_unit(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
     first = [*base_arguments, *DYLORA, "--output_name", "first"]
@@ -99,19 +101,19 @@ def test_training_goes_on_from_a_nested_file_in_its_units(
     more = ["--output_name", "more", "--max_train_steps", "3"]
     by_dim = train([*base_arguments, *DYLORA, *file, *more, "--network_args", "unit=2"])
     assert by_dim.status == 0, by_dim.stderr
-    expected = saved(tmp_path, "more")
+    expected = load_saved(tmp_path, "more")
     by_file = train([*base_arguments, *file, *more, "--dim_from_weights", "--network_args", "unit=2"])
     assert by_file.status == 0, by_file.stderr
-    assert all(torch.equal(weight, expected[key]) for key, weight in saved(tmp_path, "more").items())
+    assert all(torch.equal(weight, expected[key]) for key, weight in load_saved(tmp_path, "more").items())
     wrong = train([*base_arguments, *file, *more, "--dim_from_weights", "--network_args", "unit=3"])
     assert wrong.status == 1
     assert "has rank 8, which is no multiple of it" in wrong.stderr
 
 
-def test_every_batch_of_an_accumulation_window_has_the_rank_of_its_step(
+def test_all_batches_of_an_accumulation_window_use_the_rank_of_their_step(
     train: Train, base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six batches an epoch in windows of four: steps of 4, 2, 4 and 2 batches."""
+    """Six batches per epoch in windows of four give steps of 4, 2, 4 and 2 batches."""
     (tmp_path / "recording_network.py").write_text(
         "from networks import dylora\n"
         "calls = []\n"
@@ -137,30 +139,30 @@ def test_every_batch_of_an_accumulation_window_has_the_rank_of_its_step(
         assert len(rows) == 1
         ranks.setdefault(step, set()).update(rows)
     assert all(len(drawn) == 1 for drawn in ranks.values())
-    assert STREAM == "dylora rank"  # another name is another draw for a seed that people have noted
+    assert STREAM == "dylora rank"  # a different name would draw different ranks for seeds that users rely on
 
 
-def test_down_factors_of_lora_fa_end_as_they_began(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+def test_down_factors_of_lora_fa_do_not_change(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
     arguments = [*base_arguments, "--network_module", "networks.lora_fa", "--network_args", *CONV]
     options = ["--learning_rate", "0.01", "--save_every_n_steps", "1", "--optimizer_args", "weight_decay=0.5"]
     done = train([*arguments, *options, "--max_grad_norm", "0.1"])
     assert done.status == 0, done.stderr
-    first, last = saved(tmp_path, "mine-step00000001"), saved(tmp_path, "mine")
+    first, last = load_saved(tmp_path, "mine-step00000001"), load_saved(tmp_path, "mine")
     downs = [key for key in last if key.endswith("lora_down.weight")]
     ups = [key for key in last if key.endswith("lora_up.weight")]
     assert all(torch.equal(first[key], last[key]) for key in downs)
     assert not any(torch.equal(first[key], last[key]) for key in ups)
     again = train([*arguments, "--output_name", "more", "--network_weights", str(path_of(tmp_path, "mine"))])
     assert again.status == 0, again.stderr
-    more = saved(tmp_path, "more")
+    more = load_saved(tmp_path, "more")
     assert all(torch.equal(more[key], last[key]) for key in downs)
 
 
 @pytest.mark.parametrize("module", ["networks.dylora", "networks.lora_fa"])
-def test_both_train_in_bf16_altogether(train: Train, base_arguments: list[str], tmp_path: Path, module: str) -> None:
+def test_both_train_in_full_bf16(train: Train, base_arguments: list[str], tmp_path: Path, module: str) -> None:
     done = train([*base_arguments, "--network_module", module, "--mixed_precision", "bf16", "--full_bf16"])
     assert done.status == 0, done.stderr
-    weights = [w for name, w in saved(tmp_path, "mine").items() if not name.endswith(".alpha")]
+    weights = [w for name, w in load_saved(tmp_path, "mine").items() if not name.endswith(".alpha")]
     assert {w.dtype for w in weights} == {torch.bfloat16}
     assert all(w.isfinite().all() for w in weights)
 
@@ -179,7 +181,7 @@ def create_network(*arguments, **keywords):
 """
 
 
-def test_tlora_hears_of_noise_in_training_and_validation_and_not_in_previews(
+def test_tlora_receives_noise_levels_in_training_and_validation_but_not_in_previews(
     train: Train, base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "recording_levels.py").write_text(RECORDING)
@@ -197,54 +199,54 @@ def test_tlora_hears_of_noise_in_training_and_validation_and_not_in_previews(
     assert validated
     assert all(0 <= level < 1 for values in trained + validated for level in values)
     assert len({level for values in trained for level in values}) > 4
-    assert levels[-1][1] is None  # the last images are drawn after the last step: with every rank
+    assert levels[-1][1] is None  # the last previews are drawn after the last step, with all ranks
 
 
-def test_tlora_repeats_itself_and_writes_a_plain_lora(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+def test_tlora_is_reproducible_and_saves_a_plain_lora(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
     arguments = [*base_arguments, "--network_module", "networks.tlora", "--network_dim", "6"]
     for name, more in (("a", []), ("b", ["--gradient_checkpointing"]), ("c", ["--network_args", "tlora_power=3"])):
         done = train([*arguments, "--output_name", name, *more])
         assert done.status == 0, done.stderr
-    a, b, c = (saved(tmp_path, name) for name in "abc")
+    a, b, c = (load_saved(tmp_path, name) for name in "abc")
     for key, weight in a.items():
         torch.testing.assert_close(weight, b[key], rtol=1e-4, atol=1e-6)
     assert not all(torch.equal(a[key], c[key]) for key in a)
     assert {key.partition(".")[2] for key in a} == {"lora_down.weight", "lora_up.weight", "alpha"}
 
 
-def test_a_run_that_starts_at_the_weights_resumes_bit_for_bit_on_an_eight_bit_base_and_goes_on_from_its_file(
+def test_a_pissa_run_on_an_8_bit_base_resumes_bit_for_bit_and_continues_from_its_file(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
     arguments = [*base_arguments, "--base_format", "int8", "--network_args", "init=pissa", "rank_dropout=0.2"]
-    whole = train([*arguments, "--save_state", "--save_every_n_steps", "2"])
-    assert whole.status == 0, whole.stderr
-    expected = saved(tmp_path, "mine")
+    uninterrupted = train([*arguments, "--save_state", "--save_every_n_steps", "2"])
+    assert uninterrupted.status == 0, uninterrupted.stderr
+    expected = load_saved(tmp_path, "mine")
     state = str(tmp_path / "out" / "mine-step00000002-state")
     resumed = train([*arguments, "--resume", state, "--output_name", "resumed"])
     assert resumed.status == 0, resumed.stderr
-    found = saved(tmp_path, "resumed")
-    assert all(torch.equal(found[key], weight) for key, weight in expected.items())
-    assert {w.shape[0] for key, w in found.items() if key.endswith("lora_down.weight")} == {8}
+    actual = load_saved(tmp_path, "resumed")
+    assert all(torch.equal(actual[key], weight) for key, weight in expected.items())
+    assert {w.shape[0] for key, w in actual.items() if key.endswith("lora_down.weight")} == {8}
 
     more = ["--network_weights", str(path_of(tmp_path, "mine")), "--max_train_steps", "1", "--learning_rate", "0"]
     still = train([*arguments, *more, "--unet_lr", "1e-9", "--output_name", "still"])
     assert still.status == 0, still.stderr
-    for key, weight in saved(tmp_path, "still").items():
+    for key, weight in load_saved(tmp_path, "still").items():
         torch.testing.assert_close(weight, expected[key], rtol=1e-6, atol=1e-6)  # one rounding of a sum in the file
 
 
-def test_files_hold_the_average_unless_they_are_to_hold_what_was_trained(
+def test_files_hold_the_averaged_weights_unless_the_trained_ones_are_requested(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
-    """The average of known weights: those of the steps, saved without it."""
+    """Compare with the average of the weights of each step, saved by a run without averaging."""
     done = train([*base_arguments, "--save_every_n_steps", "1", "--learning_rate", "0.05"])
     assert done.status == 0, done.stderr
-    steps = [saved(tmp_path, f"mine-step{step:08d}") for step in (1, 2, 3)] + [saved(tmp_path, "mine")]
+    steps = [load_saved(tmp_path, f"mine-step{step:08d}") for step in (1, 2, 3)] + [load_saved(tmp_path, "mine")]
     arguments = [*base_arguments, "--learning_rate", "0.05", "--ema_decay", "0.3"]
     for name, more in (("average", []), ("trained", ["--ema_used_for", "previews"])):
         done = train([*arguments, "--output_name", name, *more])
         assert done.status == 0, done.stderr
-    average, trained = saved(tmp_path, "average"), saved(tmp_path, "trained")
+    average, trained = load_saved(tmp_path, "average"), load_saved(tmp_path, "trained")
     for key, weight in steps[-1].items():
         assert torch.equal(trained[key], weight)
         expected = steps[0][key].double()
@@ -259,20 +261,20 @@ def test_files_hold_the_average_unless_they_are_to_hold_what_was_trained(
 
 
 @pytest.mark.nightly
-def test_a_bf16_adapter_that_is_rounded_at_random_moves_and_resumes_bit_for_bit(
+def test_a_bf16_adapter_with_stochastic_rounding_learns_and_resumes_bit_for_bit(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
-    """At this rate plain bf16 moves few of the weights that start at random."""
+    """At this learning rate plain bf16 changes few of the randomly initialised weights."""
     arguments = [*base_arguments, "--mixed_precision", "bf16", "--full_bf16", "--learning_rate", "1e-5"]
     words = [*arguments, "--stochastic_rounding", "--optimizer_type", "Muon", "--network_args", *CONV]
     done = train([*words, "--save_state", "--save_every_n_steps", "2"])
     assert done.status == 0, done.stderr
     assert "AdamW moves the others" in done.stderr
-    expected, early = saved(tmp_path, "mine"), saved(tmp_path, "mine-step00000002")
+    expected, early = load_saved(tmp_path, "mine"), load_saved(tmp_path, "mine-step00000002")
     state = str(tmp_path / "out" / "mine-step00000002-state")
     resumed = train([*words, "--resume", state, "--output_name", "resumed"])
     assert resumed.status == 0, resumed.stderr
-    assert all(torch.equal(weight, expected[key]) for key, weight in saved(tmp_path, "resumed").items())
+    assert all(torch.equal(weight, expected[key]) for key, weight in load_saved(tmp_path, "resumed").items())
     assert {w.dtype for key, w in expected.items() if "lora" in key.partition(".")[2]} == {torch.bfloat16}
     moved = [float((expected[k] != early[k]).float().mean()) for k in expected if k.endswith("lora_down.weight")]
     assert sum(moved) / len(moved) > 0.002

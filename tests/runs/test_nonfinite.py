@@ -1,4 +1,4 @@
-"""Losses and gradients that are NaN: what a run does with them."""
+"""Handling of NaN losses and gradients during a run."""
 
 import re
 import shutil
@@ -22,7 +22,7 @@ Train = Callable[..., Finished]
 Weights = dict[str, torch.Tensor]
 
 
-def saved(tmp_path: Path, name: str) -> Weights:
+def load_saved(tmp_path: Path, name: str) -> Weights:
     return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
@@ -42,7 +42,7 @@ def files(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Run]]:
-    """`spoil([2])` makes the loss of batch 2 NaN, `only_gradient=True` its gradient alone. It gives the runs seen."""
+    """Return `spoil`; `spoil([2])` makes the loss of batch 2 NaN, or only its gradient, and returns the runs seen."""
 
     def spoil_batches(numbers: list[int] | range, only_gradient: bool = False) -> list[Run]:
         honest, honest_backward, runs = loop.loss_of, loop.backward, []
@@ -79,14 +79,14 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Run]]:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else f"only_gradient={value}",
 )
-def test_a_damaged_step_leaves_the_weights_and_the_next_one_moves_them(
+def test_a_nan_step_leaves_the_weights_and_the_next_one_changes_them(
     train: Train, base_arguments: list[str], tmp_path: Path, spoil: Any, optimizer: list[str], only_gradient: bool
 ) -> None:
-    """Schedule-free weights are rounded when they are shown and put back at each save, so they move by that much."""
+    """Schedule-free weights change by the rounding of swapping them in and out at each save."""
     spoil([2], only_gradient)
     done = train([*base_arguments, "--optimizer_type", *optimizer, "--save_every_n_steps", "1"])
     assert done.status == 0, done.stderr
-    before, skipped, after = (saved(tmp_path, f"mine-step0000000{step}") for step in (2, 3, 4))
+    before, skipped, after = (load_saved(tmp_path, f"mine-step0000000{step}") for step in (2, 3, 4))
     rounding = 1e-7 if "ScheduleFree" in optimizer[0] else 0.0
     assert largest_change(before, skipped) <= rounding
     assert largest_change(skipped, after) > 10 * rounding
@@ -105,7 +105,7 @@ def test_the_message_names_step_images_and_noise_levels(
     assert line.count(f"(timestep {timestep})") == 2 and line.count(".png") == 2
 
 
-def test_learning_rate_and_optimizer_do_not_see_a_damaged_step(
+def test_learning_rate_and_optimizer_do_not_see_a_nan_step(
     train: Train, base_arguments: list[str], tmp_path: Path, spoil: Any
 ) -> None:
     runs = spoil([1, 3])
@@ -117,21 +117,21 @@ def test_learning_rate_and_optimizer_do_not_see_a_damaged_step(
     assert rates == pytest.approx([1e-3 * (1 - 4 / 6)] * len(rates))
 
 
-def test_one_damaged_batch_spoils_its_window_alone(
+def test_a_nan_batch_affects_only_its_window(
     train: Train, base_arguments: list[str], tmp_path: Path, spoil: Any
 ) -> None:
-    """Batches 2 and 3 make step 2; the message names the images of batch 3 only."""
+    """Batches 2 and 3 form step 2; the message names the images of batch 3 only."""
     spoil([3])
     options = ["--gradient_accumulation_steps", "2", "--save_every_n_steps", "1", "--max_train_steps", "3"]
     done = train([*base_arguments, *options])
     assert done.status == 0, done.stderr
-    first, second, third = (saved(tmp_path, f"mine-step0000000{step}") for step in (1, 2, 3))
+    first, second, third = (load_saved(tmp_path, f"mine-step0000000{step}") for step in (1, 2, 3))
     assert are_equal(first, second) and not are_equal(second, third)
     (line,) = [line for line in done.stderr.splitlines() if "step 2: loss nan" in line]
     assert line.count(".png") == 2
 
 
-def test_too_many_damaged_steps_end_the_run_with_the_last_good_adapter(
+def test_too_many_nan_steps_end_the_run_with_the_last_good_adapter(
     train: Train, base_arguments: list[str], tmp_path: Path, spoil: Any
 ) -> None:
     train([*base_arguments, "--max_train_steps", "2", "--output_name", "two"])
@@ -140,10 +140,10 @@ def test_too_many_damaged_steps_end_the_run_with_the_last_good_adapter(
     assert done.status == 1 and "Traceback" not in done.stderr
     assert f"{MAX_IN_A_ROW + 1} steps in a row" in done.stderr and "step 8: " in done.stderr
     assert files(tmp_path) == ["mine-step00000002.safetensors", "two.safetensors"]
-    assert are_equal(saved(tmp_path, "mine-step00000002"), saved(tmp_path, "two"))
+    assert are_equal(load_saved(tmp_path, "mine-step00000002"), load_saved(tmp_path, "two"))
 
 
-def test_damaged_steps_apart_from_each_other_do_not_end_the_run(
+def test_isolated_nan_steps_do_not_end_the_run(
     train: Train, base_arguments: list[str], tmp_path: Path, spoil: Any
 ) -> None:
     spoil(range(1, 16, 2))
@@ -152,7 +152,7 @@ def test_damaged_steps_apart_from_each_other_do_not_end_the_run(
     assert "8 of 16 steps were skipped" in done.stderr
 
 
-def test_stop_ends_the_run_at_the_first_one(
+def test_stop_ends_the_run_at_the_first_nan(
     train: Train, base_arguments: list[str], tmp_path: Path, spoil: Any
 ) -> None:
     spoil([2])
@@ -164,7 +164,7 @@ def test_stop_ends_the_run_at_the_first_one(
 def test_a_run_that_never_had_a_good_step_saves_nothing(
     train: Train, base_arguments: list[str], tmp_path: Path, spoil: Any
 ) -> None:
-    """Neither where the run gives up, nor where it ends before that."""
+    """Nothing is saved when the run gives up, nor when it ends before that."""
     spoil(range(100))
     for steps in ("50", "3"):
         done = train([*base_arguments, "--max_train_steps", steps])
@@ -172,8 +172,8 @@ def test_a_run_that_never_had_a_good_step_saves_nothing(
     assert files(tmp_path) == []
 
 
-def test_damaged_weights_are_never_written(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
-    """A learning rate beyond all measure makes the weights infinite in one step; the earlier file stays."""
+def test_nan_weights_are_never_saved(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+    """An extreme learning rate makes the weights infinite in one step; the earlier file is kept."""
     train([*base_arguments, "--max_train_steps", "1"])
     before = (tmp_path / "out" / "mine.safetensors").read_bytes()
     huge = ["--optimizer_type", "SGD", "--learning_rate", "1e38", "--max_grad_norm", "0", "--loss_type", "l2"]
@@ -184,10 +184,10 @@ def test_damaged_weights_are_never_written(train: Train, base_arguments: list[st
         assert all(weight.isfinite().all() for weight in load_file(path).values())
 
 
-def test_gradients_that_overflow_while_the_loss_scale_is_found_are_no_damage(
+def test_gradient_overflow_while_the_loss_scale_adapts_is_not_an_error(
     train: Train, base_arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses of about 64 overflow float32 at a scale of 2^127, and no longer at 2^115: some steps are left out."""
+    """Losses of about 64 overflow float32 at a scale of 2^127 but not at 2^115, so some steps are skipped."""
     scaler, honest = torch.amp.GradScaler("cpu", init_scale=2.0**127), loop.loss_of
     monkeypatch.setattr(optimization, "gradient_scaler", lambda options, device: scaler)
     monkeypatch.setattr(loop, "loss_of", lambda run, batch, number: 64 * honest(run, batch, number))
@@ -197,23 +197,23 @@ def test_gradients_that_overflow_while_the_loss_scale_is_found_are_no_damage(
     assert "loss scale is halved" in done.stderr and "were skipped" not in done.stderr
 
 
-def test_a_loss_that_is_nan_under_loss_scaling_is_damage(
+def test_a_nan_loss_with_loss_scaling_is_an_error(
     train: Train, base_arguments: list[str], tmp_path: Path, spoil: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optimization, "gradient_scaler", lambda *_: torch.amp.GradScaler("cpu", init_scale=8.0))
     spoil([2])
     done = train([*base_arguments, "--save_every_n_steps", "1"])
     assert done.status == 0, done.stderr
-    before, skipped, after = (saved(tmp_path, f"mine-step0000000{step}") for step in (2, 3, 4))
+    before, skipped, after = (load_saved(tmp_path, f"mine-step0000000{step}") for step in (2, 3, 4))
     assert are_equal(before, skipped) and not are_equal(skipped, after)
     assert "step 3: loss nan" in done.stderr
 
 
 @pytest.mark.parametrize("options", [[], ["--gradient_checkpointing"]], ids=["plain", "checkpointing"])
-def test_the_module_that_the_damage_comes_from_is_named(
+def test_the_module_that_produces_nan_is_named(
     train: Train, base_arguments: list[str], tiny_sd_folder: Path, tmp_path: Path, options: list[str]
 ) -> None:
-    """One weight of the base model is infinite: the first layer that uses it is named, and nothing before it."""
+    """One base model weight is infinite; the first layer that uses it is named, and none before it."""
     broken = shutil.copytree(tiny_sd_folder, tmp_path / "broken")
     (path,) = (broken / "unet").glob("*.safetensors")
     weights = load_file(path)
@@ -227,10 +227,10 @@ def test_the_module_that_the_damage_comes_from_is_named(
     assert done.stderr.count("is the first that is not finite") == 1
 
 
-def test_a_vae_that_gives_nan_ends_the_run_and_names_an_image(
+def test_a_vae_that_returns_nan_ends_the_run_and_names_an_image(
     train: Train, base_arguments: list[str], tiny_sd_folder: Path, tmp_path: Path
 ) -> None:
-    """Where latents are not cached, the loss of the step shows it first."""
+    """Without cached latents, the loss of the step is the first to be NaN."""
     broken = shutil.copytree(tiny_sd_folder, tmp_path / "broken")
     (path,) = (broken / "vae").glob("*.safetensors")
     weights = load_file(path)
@@ -241,10 +241,10 @@ def test_a_vae_that_gives_nan_ends_the_run_and_names_an_image(
     assert re.search(r"the VAE gives NaN for \S+\.png, \S+\.png; add --no_half_vae", done.stderr)
 
 
-def test_a_gradient_that_is_damaged_after_a_finite_loss_is_traced(
+def test_a_nan_gradient_after_a_finite_loss_is_traced(
     train: Train, base_arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gradient turns NaN where it leaves one layer; the trace names the layer below it."""
+    """The gradient becomes NaN in one layer's backward pass; the trace names the layer below it."""
 
     class Poisoned(torch.autograd.Function):
         @staticmethod

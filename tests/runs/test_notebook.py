@@ -1,4 +1,4 @@
-"""docs/notebook.ipynb, run cell by cell as a notebook service runs it, on the toy base."""
+"""docs/notebook.ipynb runs cell by cell on the toy base, as in a notebook service."""
 
 import os
 from pathlib import Path
@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.nightly
 @pytest.mark.slow
-def test_its_cells_train_and_show_what_was_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_cells_train_and_show_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("PATH", f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}")
     images = make_images(tmp_path / "images", 2)
     notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
-    settings, *others = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    settings, *cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     values = {
         "SCRIPT": "train_network.py", "RECIPE": "sd15_character", "IMAGES": str(images), "SIDE": 64,
         "MODEL": str(ROOT / "configs" / "quickstart" / "toy_base"), "OUTPUT": str(tmp_path / "out"),
@@ -29,6 +29,6 @@ def test_its_cells_train_and_show_what_was_learned(tmp_path: Path, monkeypatch: 
     assert values.keys() <= {line.split(" = ")[0] for line in settings.source.splitlines()}
     settings.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": ROOT / "docs"}}).execute()
-    shown = [output for output in others[-1].outputs if "image/png" in output.get("data", {})]
-    assert len(shown) == 2
+    image_outputs = [output for output in cells[-1].outputs if "image/png" in output.get("data", {})]
+    assert len(image_outputs) == 2
     assert (tmp_path / "out" / "mine.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""Runs in environments of front ends, which pin other versions of packages than requirements.txt."""
+"""Runs in environments of front ends, which pin other package versions than requirements.txt."""
 
 from collections.abc import Callable, Mapping
 
@@ -21,7 +21,7 @@ REFUSED = {
 def error_of(
     train: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, versions: Mapping[str, str], script: str
 ) -> str:
-    """Return the error of a run that would next find that there is no base model."""
+    """Return the error of a run whose base model is missing."""
     monkeypatch.setattr(installed, "version_of", versions.get)
     done = train(
         ["--pretrained_model_name_or_path", "none.safetensors", "--network_module", "networks.lora",
@@ -33,7 +33,7 @@ def error_of(
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_only_base_models_that_need_newer_packages_are_refused(
+def test_only_base_models_that_need_newer_packages_are_rejected(
     train: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, script: str
 ) -> None:
     error = error_of(train, monkeypatch, KOHYA_SS, script)
@@ -42,7 +42,7 @@ def test_only_base_models_that_need_newer_packages_are_refused(
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_packages_that_no_base_model_works_with_are_named_before_anything_is_loaded(
+def test_packages_too_old_for_any_base_model_are_named_before_loading(
     train: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, script: str
 ) -> None:
     error = error_of(train, monkeypatch, LORA_SCRIPTS, script)

@@ -1,4 +1,4 @@
-"""Preferences and sliders from pairs of images on every base model: trained, resumed bit for bit, measured, refused."""
+"""Preferences and sliders from image pairs on every base model: training, exact resuming, validation, errors."""
 
 from collections.abc import Callable
 from math import log
@@ -35,7 +35,7 @@ NAMES = [pytest.param(name, marks=() if name in FAST else pytest.mark.nightly) f
 
 @pytest.fixture
 def run(train: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """`run(base, folder, ...)` trains three steps on pairs of a base model."""
+    """Return `run(base, folder, ...)`, which trains three steps on pairs with a base model."""
     make_images(tmp_path / "preferred", 6, seed=4)
     make_images(tmp_path / "rejected", 6, side=96, seed=5)
     write_dataset(tmp_path, HELD_OUT)
@@ -73,44 +73,52 @@ def are_equal(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_on_preferences_starts_undecided_and_resumes_bit_for_bit(run: Run, name: str, tmp_path: Path) -> None:
-    whole = run(name, "whole", *PREFERENCES, "--save_state", "--save_every_n_steps", "1")
+def test_a_preference_run_starts_without_a_preference_and_resumes_bit_for_bit(
+    run: Run, name: str, tmp_path: Path
+) -> None:
+    uninterrupted = run(name, "whole", *PREFERENCES, "--save_state", "--save_every_n_steps", "1")
     state = tmp_path / "whole" / "mine-step00000001-state"
     rest = run(name, "rest", *PREFERENCES, "--resume", str(state), "--gradient_checkpointing")
-    assert len(whole.losses) == 3 and rest.losses == whole.losses[1:]
+    assert len(uninterrupted.losses) == 3 and rest.losses == uninterrupted.losses[1:]
     assert are_equal(tmp_path / "whole", tmp_path / "rest")
-    assert whole.losses[0] == 0.693, "the adapter changes nothing yet"
+    assert uninterrupted.losses[0] == 0.693, "the adapter changes nothing yet"
 
-    found = of_kind(events_of(tmp_path / "whole.jsonl"), "validation")
-    assert found[0]["loss"] == pytest.approx(log(2), rel=1e-6)
-    assert found[0]["preference"]["accuracy"] == 0.5 and abs(found[0]["preference"]["margin"]) < 1e-6
-    assert all(abs(one["preference"]["margin"]) > 1e-3 for one in found[1:]) and found[0]["num_pictures"] == 2
+    validations = of_kind(events_of(tmp_path / "whole.jsonl"), "validation")
+    assert validations[0]["loss"] == pytest.approx(log(2), rel=1e-6)
+    assert validations[0]["preference"]["accuracy"] == 0.5 and abs(validations[0]["preference"]["margin"]) < 1e-6
+    assert (
+        all(abs(event["preference"]["margin"]) > 1e-3 for event in validations[1:])
+        and validations[0]["num_pictures"] == 2
+    )
     again = of_kind(events_of(tmp_path / "rest.jsonl"), "validation")
-    assert [one["preference"] for one in again] == [one["preference"] for one in found[2:]]
-    shown = read_report(tmp_path / "whole" / "mine-report.html").validations.items
-    assert [item["preference"] for item in shown] == [one["preference"] for one in found]
-    assert "preferred images ahead in 50.0%, mean margin" in whole.stderr
-    assert f"one partner in {(tmp_path / 'rejected').as_posix()} for each image, resized to the size" in whole.stderr
+    assert [event["preference"] for event in again] == [event["preference"] for event in validations[2:]]
+    report_items = read_report(tmp_path / "whole" / "mine-report.html").validations.items
+    assert [item["preference"] for item in report_items] == [event["preference"] for event in validations]
+    assert "preferred images ahead in 50.0%, mean margin" in uninterrupted.stderr
+    assert (
+        f"one partner in {(tmp_path / 'rejected').as_posix()} for each image, resized to the size"
+        in uninterrupted.stderr
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_slider_from_pairs_resumes_bit_for_bit(run: Run, name: str, tmp_path: Path) -> None:
-    whole = run(name, "whole", *SLIDER, "--save_state", "--save_every_n_steps", "1")
+    uninterrupted = run(name, "whole", *SLIDER, "--save_state", "--save_every_n_steps", "1")
     state = tmp_path / "whole" / "mine-step00000001-state"
     rest = run(name, "rest", *SLIDER, "--resume", str(state), "--gradient_checkpointing")
-    assert len(whole.losses) == 3 and rest.losses == whole.losses[1:]
+    assert len(uninterrupted.losses) == 3 and rest.losses == uninterrupted.losses[1:]
     assert are_equal(tmp_path / "whole", tmp_path / "rest")
     run(name, "other", "--pair_slider", "0.3")
     assert not are_equal(tmp_path / "whole", tmp_path / "other")
-    assert all(one["preference"] is None for one in of_kind(events_of(tmp_path / "whole.jsonl"), "validation"))
+    assert all(event["preference"] is None for event in of_kind(events_of(tmp_path / "whole.jsonl"), "validation"))
 
 
-def test_text_encoders_are_trained_on_preferences_and_files_are_compared(
+def test_text_encoders_train_on_preferences_and_checkpoints_are_compared(
     run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str], tiny_sd_folder: Path
 ) -> None:
-    """The reference has its own text encoders without the adapter."""
+    """The reference model uses text encoders without the adapter."""
     done = run("sd", "text", *PREFERENCES, "--save_every_n_steps", "1", "--gradient_accumulation_steps", "2")
-    assert done.losses[0] == 0.693  # log 2, as the progress bar shows it
+    assert done.losses[0] == 0.693  # log 2, rounded as in the progress bar
     assert any(key.startswith("lora_te_") and float(tensor.abs().max()) > 0 for key, tensor in weights(
         tmp_path / "text").items() if "lora_up" in key)  # fmt: skip
     words = [
@@ -124,18 +132,18 @@ def test_text_encoders_are_trained_on_preferences_and_files_are_compared(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("words", [PREFERENCES, SLIDER], ids=["preferences", "slider"])
-def test_each_adapter_of_a_sweep_is_that_of_its_run_alone(run: Run, words: tuple[str, str], tmp_path: Path) -> None:
+def test_each_adapter_of_a_sweep_equals_its_separate_run(run: Run, words: tuple[str, str], tmp_path: Path) -> None:
     run("sd", "sweep", *words, "--sweep", "learning_rate=1e-2,2e-2")
     for rate in ("1e-2", "2e-2"):
         run("sd", rate, *words, "--learning_rate", rate)
-        one, other = weights(tmp_path / rate), load_state_dict(tmp_path / "sweep" / f"mine-lr{rate}.safetensors")
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        separate, other = weights(tmp_path / rate), load_state_dict(tmp_path / "sweep" / f"mine-lr{rate}.safetensors")
+        assert separate.keys() == other.keys() and all(torch.equal(separate[key], other[key]) for key in separate)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("words", [PREFERENCES, SLIDER], ids=["preferences", "slider"])
-def test_planning_trying_and_testing_a_step_work(run: Run, name: str, words: tuple[str, str]) -> None:
+def test_plan_dry_run_and_selftest_work(run: Run, name: str, words: tuple[str, str]) -> None:
     done = run(name, "fit", *words, "--fit", "8GB", "--max_train_steps", "1")
     assert "matches your options" in done.stderr or "To pin this choice" in done.stderr
     assert "dry run: the largest batch has 2 images" in run(name, "dry", *words, "--dry_run").stderr
@@ -152,6 +160,6 @@ def test_planning_trying_and_testing_a_step_work(run: Run, name: str, words: tup
     ],
     ids=["beta", "both", "neither"],
 )
-def test_wrong_options_are_named_before_loading(run: Run, words: tuple[str, ...], message: str) -> None:
+def test_invalid_options_are_named_before_loading(run: Run, words: tuple[str, ...], message: str) -> None:
     done = run("sd", "out", *words, status=1)
     assert message in done.stderr and "loading" not in done.stderr

@@ -1,4 +1,4 @@
-"""Text encoders that train beside the cached outputs of those that do not."""
+"""Training some text encoders while caching the outputs of the others."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ CACHED, ON_DISK = "--cache_text_encoder_outputs", "--cache_text_encoder_outputs_
 
 @pytest.fixture
 def run(train: Callable[..., Finished], tmp_path: Path) -> Run:
-    """`run(base, name, ...)` trains two steps, one image each, and writes `name`.safetensors."""
+    """Return `run(base, name, ...)`, which trains two steps of one image and writes `name`.safetensors."""
     make_images(tmp_path / "data" / "1_thing", 3, seed=63)
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     models: dict[str, list[str]] = {}
@@ -34,7 +34,7 @@ def run(train: Callable[..., Finished], tmp_path: Path) -> Run:
     return start
 
 
-def saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
+def load_saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
     return load_state_dict(tmp_path / "out" / f"{name}.safetensors")
 
 
@@ -50,10 +50,10 @@ def images_of(tmp_path: Path, name: str) -> list[bytes]:
         pytest.param("flux", set(), ["--text_encoder_lr", "0"], marks=pytest.mark.nightly),
     ],
 )
-def test_the_adapter_is_that_of_a_run_without_caches_bit_for_bit(
+def test_the_adapter_equals_that_of_a_run_without_caches_bit_for_bit(
     run: Run, tmp_path: Path, name: str, trained: set[str], extra: list[str]
 ) -> None:
-    """Also what is validated and drawn: the features of the encoder that trains are those of its adapter."""
+    """Validation and previews agree too, as the trained encoder's features include its adapter."""
     looks = [
         "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "2", "--validation_split", "0.4",
         "--validate_every_n_steps", "2", *extra,
@@ -64,57 +64,57 @@ def test_the_adapter_is_that_of_a_run_without_caches_bit_for_bit(
         done = run(name, output, *looks, *more)
         assert done.status == 0, done.stderr
         measured[output] = [line.split("loss")[1] for line in done.stderr.splitlines() if "validation after" in line]
-    plain = saved(tmp_path, "plain")
+    plain = load_saved(tmp_path, "plain")
     learned = {key.split("_")[1] for key, tensor in plain.items() if "lora_up" in key and tensor.abs().max() > 0}
     assert learned == {*trained, "unet"}
     for output in ("memory", "disk"):
-        found = saved(tmp_path, output)
-        assert found.keys() == plain.keys() and all(torch.equal(found[key], plain[key]) for key in plain)
+        actual = load_saved(tmp_path, output)
+        assert actual.keys() == plain.keys() and all(torch.equal(actual[key], plain[key]) for key in plain)
         assert measured[output] == measured["plain"] != []
         assert images_of(tmp_path, output) == images_of(tmp_path, "plain") != []
 
 
 @pytest.mark.nightly
-def test_what_is_on_the_disk_serves_runs_that_train_the_denoiser_alone(run: Run, tmp_path: Path) -> None:
-    """The files hold the features of all encoders as they were before training."""
+def test_the_disk_cache_serves_runs_that_train_only_the_denoiser(run: Run, tmp_path: Path) -> None:
+    """The files contain the features of all untrained encoders."""
     assert run("flux", "both", ON_DISK).status == 0
     done = run("flux", "again", ON_DISK)
     assert done.status == 0 and "0 to encode, 0 stale" in done.stderr
-    both, again = saved(tmp_path, "both"), saved(tmp_path, "again")
+    both, again = load_saved(tmp_path, "both"), load_saved(tmp_path, "again")
     assert all(torch.equal(both[key], again[key]) for key in both)
     done = run("flux", "alone", ON_DISK, "--network_train_unet_only")
     assert done.status == 0 and "0 to encode, 0 stale" in done.stderr
     assert run("flux", "fresh", CACHED, "--network_train_unet_only").status == 0
-    alone, fresh = saved(tmp_path, "alone"), saved(tmp_path, "fresh")
+    alone, fresh = load_saved(tmp_path, "alone"), load_saved(tmp_path, "fresh")
     assert all(torch.equal(alone[key], fresh[key]) for key in fresh) and not any("lora_te" in key for key in alone)
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3"])
-def test_an_encoder_that_trains_cannot_be_cached(run: Run, name: str) -> None:
+def test_a_trained_encoder_cannot_be_cached(run: Run, name: str) -> None:
     done = run(name, "a", CACHED, "--network_args", "train_t5xxl=True")
     assert done.status == 1
     assert "--network_args train_t5xxl=True trains a text encoder whose outputs --cache_text_enc" in done.stderr
 
 
-def test_lumina_has_no_encoder_but_the_one_that_trains(run: Run, tmp_path: Path) -> None:
+def test_lumina_has_only_the_trained_encoder(run: Run, tmp_path: Path) -> None:
     assert run("lumina", "plain").status == 0
     done = run("lumina", "cached", ON_DISK)
     assert done.status == 0, done.stderr
     assert "--cache_text_encoder_outputs has no effect: every text encoder trains" in done.stderr
-    plain, cached = saved(tmp_path, "plain"), saved(tmp_path, "cached")
+    plain, cached = load_saved(tmp_path, "plain"), load_saved(tmp_path, "cached")
     assert all(torch.equal(plain[key], cached[key]) for key in plain)
     assert not list((tmp_path / "data").rglob("*_te.npz"))
 
 
-def test_encoders_without_adapters_may_all_leave(run: Run, tmp_path: Path) -> None:
+def test_encoders_without_adapters_may_all_be_freed(run: Run, tmp_path: Path) -> None:
     assert run("hunyuan_image", "alone", CACHED, "--network_train_unet_only").status == 0
     done = run("hunyuan_image", "cached", CACHED)
     assert done.status == 0, done.stderr
-    alone, cached = saved(tmp_path, "alone"), saved(tmp_path, "cached")
+    alone, cached = load_saved(tmp_path, "alone"), load_saved(tmp_path, "cached")
     assert all(torch.equal(alone[key], cached[key]) for key in alone)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "anima"])
-def test_where_sd_scripts_refuses_it_is_refused(run: Run, name: str) -> None:
+def test_combinations_that_sd_scripts_rejects_are_rejected(run: Run, name: str) -> None:
     done = run(name, "a", CACHED)
     assert done.status == 1 and "add --network_train_unet_only, or leave out --cache_text_encoder" in done.stderr

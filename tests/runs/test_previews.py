@@ -1,4 +1,4 @@
-"""Images drawn in the middle of a training, and a training that does not notice."""
+"""Previews during training, which do not affect training."""
 
 import re
 import subprocess
@@ -24,13 +24,13 @@ EVENTS = ["--sample_at_first", "--sample_every_n_steps", "2"]
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> list[str]:
-    """The option that names a file of two prompts."""
+    """Write a file of two prompts and return the option for it."""
     (tmp_path / "prompts.txt").write_text(PROMPTS)
     return ["--sample_prompts", str(tmp_path / "prompts.txt")]
 
 
 def images(tmp_path: Path) -> dict[str, Path]:
-    """Files of the sample folder by name, the time left out."""
+    """Return the files of the sample folder by name without the time."""
     return {re.sub(r"_\d{14}", "", path.name): path for path in sorted((tmp_path / "out" / "sample").glob("*.png"))}
 
 
@@ -38,25 +38,27 @@ def pixels(path: Path) -> Any:
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_images_show_how_the_training_goes(
+def test_previews_follow_the_training(
     train: Train, base_arguments: list[str], prompts: list[str], tmp_path: Path
 ) -> None:
     done = train([*base_arguments, *prompts, *EVENTS, "--learning_rate", "0.05"])
     assert done.status == 0, done.stderr
-    found = images(tmp_path)
+    previews = images(tmp_path)
     events = ["000002", "000004", "e000000"]
-    assert list(found) == [f"mine_{event}_{end}.png" for event in events for end in ("00_3", "01")]
-    assert pixels(found["mine_000004_01.png"]).shape == (72, 64, 3)
-    first, second, last = (pixels(found[f"mine_{event}_00_3.png"]) for event in ("e000000", "000002", "000004"))
+    assert list(previews) == [f"mine_{event}_{end}.png" for event in events for end in ("00_3", "01")]
+    assert pixels(previews["mine_000004_01.png"]).shape == (72, 64, 3)
+    first, second, last = (pixels(previews[f"mine_{event}_00_3.png"]) for event in ("e000000", "000002", "000004"))
     assert np.abs(first - second).max() > 0 and np.abs(second - last).max() > 0
     grids = sorted(path.name for path in (tmp_path / "out" / "sample_grid").iterdir())
     assert [re.sub(r"_\d{14}", "", name) for name in grids] == [f"mine_{event}.png" for event in events]
-    # fluxgym shows whatever lies there, and shows nothing if that is a folder.
+    # fluxgym shows all files in this folder, but nothing if it contains a folder.
     assert all(path.is_file() for path in (tmp_path / "out" / "sample").iterdir())
     assert "generating sample images at step / サンプル画像生成 ステップ: 2" in done.stdout
 
 
-def test_epochs_win_over_steps(train: Train, base_arguments: list[str], prompts: list[str], tmp_path: Path) -> None:
+def test_preview_epochs_take_precedence_over_steps(
+    train: Train, base_arguments: list[str], prompts: list[str], tmp_path: Path
+) -> None:
     done = train(
         [
             *base_arguments,
@@ -89,10 +91,10 @@ def test_epochs_win_over_steps(train: Train, base_arguments: list[str], prompts:
     ],
     ids=["dropout", "dylora", "schedule_free", "lycoris"],
 )
-def test_a_training_with_previews_is_the_training_without(
+def test_previews_do_not_change_training(
     train: Train, base_arguments: list[str], prompts: list[str], tmp_path: Path, options: list[str]
 ) -> None:
-    """Every bit of the adapter."""
+    """Compare the adapter bit for bit."""
     drawing = train([*base_arguments, *options, *prompts, *EVENTS, "--output_name", "drawing"])
     plain = train([*base_arguments, *options, "--output_name", "plain"])
     assert drawing.status == 0 and len(images(tmp_path)) == 6, drawing.stderr
@@ -110,10 +112,10 @@ def test_a_training_with_previews_is_the_training_without(
     ],
     ids=["dropout", "dylora", "schedule_free"],
 )
-def test_an_image_is_what_diffusers_draws_with_the_saved_file(
+def test_a_preview_matches_diffusers_with_the_saved_file(
     train: Train, base_arguments: list[str], tiny_sd_folder: Path, tmp_path: Path, options: list[str]
 ) -> None:
-    """Dropout off, all ranks, averaged weights; the image before training is another."""
+    """Previews use no dropout, all ranks and averaged weights; the image before training differs."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     (tmp_path / "prompts.json").write_text(
@@ -132,15 +134,15 @@ def test_an_image_is_what_diffusers_draws_with_the_saved_file(
         "a red cat", negative_prompt="dog", width=64, height=64, num_inference_steps=5, guidance_scale=7.5,
         generator=torch.Generator().manual_seed(3),
     ).images[0]  # fmt: skip
-    found = images(tmp_path)
-    assert np.abs(pixels(found["mine_000004_00_3.png"]) - np.asarray(image).astype(int)).max() <= 2
-    assert np.abs(pixels(found["mine_e000000_00_3.png"]) - np.asarray(image).astype(int)).max() > 10
+    images_by_name = images(tmp_path)
+    assert np.abs(pixels(images_by_name["mine_000004_00_3.png"]) - np.asarray(image).astype(int)).max() <= 2
+    assert np.abs(pixels(images_by_name["mine_e000000_00_3.png"]) - np.asarray(image).astype(int)).max() > 10
 
 
-def test_a_failing_preview_leaves_the_run_alive(
+def test_a_failed_preview_does_not_end_the_run(
     train: Train, base_arguments: list[str], prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file stands where the folder of the images should be."""
+    """A file blocks the path of the preview folder."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sample").write_text("in the way")
     done = train([*base_arguments, *prompts, *EVENTS])
@@ -149,7 +151,7 @@ def test_a_failing_preview_leaves_the_run_alive(
     assert (tmp_path / "out" / "mine.safetensors").exists()
 
 
-def test_tensorboard_gets_the_images(
+def test_previews_are_logged_to_tensorboard(
     train: Train, base_arguments: list[str], prompts: list[str], tmp_path: Path
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -165,7 +167,7 @@ def test_tensorboard_gets_the_images(
 
 
 @pytest.mark.nightly
-def test_of_two_processes_one_draws_and_neither_notices(
+def test_with_two_processes_one_draws_and_training_is_unchanged(
     base_arguments: list[str], prompts: list[str], tmp_path: Path
 ) -> None:
     command = launch_command("train_network.py")

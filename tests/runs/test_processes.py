@@ -1,4 +1,4 @@
-"""Several processes train as one process that accumulates as many batches more."""
+"""Several processes train like one process that accumulates as many batches."""
 
 import json
 import os
@@ -22,7 +22,7 @@ Train = Callable[..., Finished]
 
 
 def two_processes(arguments: list[str], count: int = 2) -> list[str]:
-    """`accelerate launch --multi_gpu --num_processes 2`."""
+    """Return the command `accelerate launch --multi_gpu --num_processes 2 ...`."""
     return [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count),
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
@@ -30,77 +30,77 @@ def two_processes(arguments: list[str], count: int = 2) -> list[str]:
     ]  # fmt: skip
 
 
-def on_the_cpu(use_cpu: str) -> dict[str, str]:
+def cpu_environment(use_cpu: str) -> dict[str, str]:
     return {**os.environ, "ACCELERATE_USE_CPU": use_cpu, "OMP_NUM_THREADS": "1"}
 
 
 def launch_two(arguments: list[str], count: int = 2, use_cpu: str = "true") -> Finished:
-    """A run of two processes on the CPU, where gloo carries the gradients."""
+    """Run two processes on the CPU with gloo."""
     command = two_processes(arguments, count)
-    done = subprocess.run(command, capture_output=True, timeout=300, env=on_the_cpu(use_cpu))
+    done = subprocess.run(command, capture_output=True, timeout=300, env=cpu_environment(use_cpu))
     return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def launch_one(arguments: list[str]) -> Finished:
-    """A run of one process with as many threads as each of several has: those decide how sums are rounded."""
+    """Run one process with the thread count of each of several, as it determines how sums are rounded."""
     command = [*launch_command("train_network.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, timeout=300, env=on_the_cpu("true"))
+    done = subprocess.run(command, capture_output=True, timeout=300, env=cpu_environment("true"))
     return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 @pytest.fixture
 def arguments(base_arguments: list[str], tmp_path: Path) -> list[str]:
-    """Nine batches an epoch, so that the last window has one batch for two processes."""
+    """Return arguments for nine batches per epoch, so that the last window has one batch for two processes."""
     make_images(tmp_path / "data" / "1_more", 6, seed=1)
     return [*base_arguments, "--max_train_epochs", "2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"]
 
 
 @pytest.mark.nightly
 def test_two_processes_equal_one_with_doubled_accumulation(arguments: list[str], tmp_path: Path) -> None:
-    """Sums of float32 gradients in another order: weights agree to 1e-5 of the largest after ten steps.
+    """Weights agree to 1e-5 of the largest after ten steps, up to the order of float32 gradient sums.
 
-    Adam divides a gradient by its own size, so the rounding of a small one counts as much as that of a large one.
+    Adam divides a gradient by its size, so rounding errors of small gradients matter as much as those of large ones.
     """
     random = ["--shuffle_caption", "--flip_aug", "--network_dropout", "0.1", "--network_args", "module_dropout=0.2"]
     random += ["--ema_decay", "0.5"]
     words = [*arguments, *random, "--cache_latents"]
     words.remove("--flip_aug")
-    told = ["--log_events", str(tmp_path / "events.jsonl")]
-    two = launch_two([*words, "--save_state", "--logging_dir", str(tmp_path / "logs"), *told])
+    event_options = ["--log_events", str(tmp_path / "events.jsonl")]
+    two = launch_two([*words, "--save_state", "--logging_dir", str(tmp_path / "logs"), *event_options])
     assert two.status == 0, two.stderr
-    one = launch_one([*words, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")])
-    assert one.status == 0, one.stderr
+    single = launch_one([*words, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")])
+    assert single.status == 0, single.stderr
     first = load_state_dict(tmp_path / "out" / "mine.safetensors")
     second = load_state_dict(tmp_path / "one" / "mine.safetensors")
     assert first.keys() == second.keys()
     for key in first:
         torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-5 * float(second[key].abs().max()) + 1e-9)
-    assert two.losses == one.losses
+    assert two.losses == single.losses
     assert "steps: 100%" in two.stderr and "10/10" in two.stderr
     assert two.stdout.count("running training") == 1
-    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]  # of the main one
-    assert [one["step"] for one in events if one["event"] == "step"] == list(range(1, 11))
-    assert [one["num_processes"] for one in events if one["event"] == "plan"] == [2]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]  # of the main process
+    assert [single["step"] for single in events if single["event"] == "step"] == list(range(1, 11))
+    assert [single["num_processes"] for single in events if single["event"] == "plan"] == [2]
     metadata = read_metadata(tmp_path / "out" / "mine.safetensors")
     assert metadata["ss_max_train_steps"] == "10" and metadata["ss_total_batch_size"] == "4"
     assert rates(tmp_path / "logs") == pytest.approx(
         [1e-3 * factor for factor in cosine_with_warmup(2, 10)], rel=1e-6
-    )  # one curve, not one that runs twice as fast
+    )  # the schedule does not run twice as fast
 
 
 def rates(folder: Path) -> list[float]:
-    """The learning rate of each step, from tensorboard's file."""
+    """Return the learning rate of each step from the TensorBoard file."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (file,) = [path for path in folder.rglob("events.out*")]
     events = EventAccumulator(str(file.parent))
     events.Reload()
     values = [event.value for event in events.Scalars("lr/unet")]
-    return [value for value, _ in groupby(values)]  # neighbouring batches of one step have one rate
+    return [value for value, _ in groupby(values)]  # the batches of one step share one rate
 
 
 def cosine_with_warmup(warmup: int, length: int) -> list[float]:
-    """The factors of the cosine schedule in its closed form, before each step."""
+    """Return the factors of the cosine schedule before each step in closed form."""
     from math import cos, pi
 
     return [
@@ -110,8 +110,8 @@ def cosine_with_warmup(warmup: int, length: int) -> list[float]:
 
 
 @pytest.mark.nightly
-def test_a_state_of_two_processes_goes_on_with_one(arguments: list[str], tmp_path: Path) -> None:
-    """With as many batches a step, whether that is asked for or follows by itself."""
+def test_a_state_of_two_processes_resumes_with_one(arguments: list[str], tmp_path: Path) -> None:
+    """The number of batches per step stays the same, whether requested or derived."""
     done = launch_two([*arguments, "--save_state", "--save_every_n_steps", "4"])
     assert done.status == 0, done.stderr
     state = tmp_path / "out" / "mine-step00000004-state"
@@ -128,22 +128,22 @@ def test_a_state_of_two_processes_goes_on_with_one(arguments: list[str], tmp_pat
 
 
 @pytest.mark.nightly
-def test_two_processes_choose_a_file_as_one_does(arguments: list[str], tmp_path: Path) -> None:
+def test_two_processes_suggest_the_same_checkpoint_as_one(arguments: list[str], tmp_path: Path) -> None:
     """Equal measurements on the validation images give the same best file and the same suggestion."""
     words = [*arguments, "--validation_split", "0.3", "--validate_at_first", "--early_stop_patience", "2"]
     words += ["--max_train_epochs", "6", "--save_every_n_epochs", "1", "--learning_rate", "0.02", "--lr_scheduler"]
     words += ["constant_with_warmup", "--keep_best_checkpoint"]
     two = launch_two(words)
-    one = launch_one([*words, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")])
-    assert two.status == one.status == 0, two.stderr
-    told = [re.findall(r"(?:suggested file|no file is suggested): .*", run.stderr) for run in (two, one)]
-    assert told[0] == told[1] and len(told[0]) == 1
+    single = launch_one([*words, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")])
+    assert two.status == single.status == 0, two.stderr
+    messages = [re.findall(r"(?:suggested file|no file is suggested): .*", run.stderr) for run in (two, single)]
+    assert messages[0] == messages[1] and len(messages[0]) == 1
     names = [sorted(path.name for path in (tmp_path / name).glob("*.safetensors")) for name in ("out", "one")]
     assert names[0] == names[1] and "mine-best.safetensors" in names[0]
 
 
 @pytest.mark.nightly
-def test_latents_on_disk_are_made_once_between_them(arguments: list[str], tmp_path: Path) -> None:
+def test_each_latent_is_cached_by_one_process_only(arguments: list[str], tmp_path: Path) -> None:
     done = launch_two([*arguments, "--cache_latents_to_disk", "--max_train_epochs", "1"])
     assert done.status == 0, done.stderr
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*_sd.npz")}
@@ -154,13 +154,13 @@ def test_latents_on_disk_are_made_once_between_them(arguments: list[str], tmp_pa
 
 
 @pytest.mark.nightly
-def test_an_error_of_the_setup_is_said_and_ends_all(arguments: list[str]) -> None:
+def test_a_setup_error_is_reported_and_ends_all_processes(arguments: list[str]) -> None:
     done = launch_two([*arguments, "--network_args", "conv_rank=4"])
     assert done.status != 0
     assert "conv_rank" in done.stderr
 
 
-def test_a_second_run_of_one_name_is_refused_and_the_first_one_left_alone(
+def test_a_second_run_with_the_same_name_is_rejected_and_the_first_continues(
     train: Train,
     base_arguments: list[str],
     other_run: OtherRun,  # noqa: F811
@@ -178,7 +178,7 @@ def test_a_second_run_of_one_name_is_refused_and_the_first_one_left_alone(
 
 @pytest.mark.nightly
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="with a card the two find each other")
-def test_two_processes_without_a_card_do_not_train_everything_twice(arguments: list[str], tmp_path: Path) -> None:
+def test_two_processes_without_a_gpu_do_not_train_everything_twice(arguments: list[str], tmp_path: Path) -> None:
     done = launch_two(arguments, use_cpu="false")
     assert done.status != 0
     assert "the launcher started 2 processes, but accelerate connects only 1" in done.stderr
@@ -186,7 +186,9 @@ def test_two_processes_without_a_card_do_not_train_everything_twice(arguments: l
 
 
 @pytest.mark.nightly
-def test_processes_that_share_the_waiting_weights_train_as_without(arguments: list[str], tmp_path: Path) -> None:
+def test_sharing_swapped_weights_between_processes_does_not_change_training(
+    arguments: list[str], tmp_path: Path
+) -> None:
     words = [*arguments, "--max_train_epochs", "1"]
     plain = launch_two([*words, "--output_name", "plain"])
     swapped = launch_two([*words, "--output_name", "swapped", "--blocks_to_swap", "9"])
@@ -197,10 +199,10 @@ def test_processes_that_share_the_waiting_weights_train_as_without(arguments: li
 
 @pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
-def test_the_one_that_is_left_says_which_process_died_and_saves(arguments: list[str], tmp_path: Path) -> None:
+def test_the_surviving_process_names_the_dead_one_and_saves(arguments: list[str], tmp_path: Path) -> None:
     words = [*arguments, "--max_train_epochs", "0", "--max_train_steps", "100000"]
-    with (tmp_path / "said").open("w") as said:
-        launcher = subprocess.Popen(two_processes(words), env=on_the_cpu("true"), stdout=said, stderr=said)
+    with (tmp_path / "said").open("w") as log:
+        launcher = subprocess.Popen(two_processes(words), env=cpu_environment("true"), stdout=log, stderr=log)
         wait_for(lambda: "2/100000" in (tmp_path / "said").read_text(), 200)
         os.kill(process_of_rank(launcher.pid, 1), signal.SIGKILL)
         wait_for(lambda: "process 1 was killed without an error message" in (tmp_path / "said").read_text(), 60)
@@ -212,11 +214,9 @@ def test_the_one_that_is_left_says_which_process_died_and_saves(arguments: list[
 
 @pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
-def test_a_launcher_that_is_stopped_before_the_first_step_ends_both_processes(
-    arguments: list[str], tmp_path: Path
-) -> None:
-    with (tmp_path / "said").open("w") as said:
-        launcher = subprocess.Popen(two_processes(arguments), env=on_the_cpu("true"), stdout=said, stderr=said)
+def test_stopping_the_launcher_before_the_first_step_ends_both_processes(arguments: list[str], tmp_path: Path) -> None:
+    with (tmp_path / "said").open("w") as log:
+        launcher = subprocess.Popen(two_processes(arguments), env=cpu_environment("true"), stdout=log, stderr=log)
         wait_for(lambda: len(children_of(launcher.pid)) == 2, 100)
         pids = children_of(launcher.pid)
         launcher.send_signal(signal.SIGTERM)
@@ -227,14 +227,14 @@ def test_a_launcher_that_is_stopped_before_the_first_step_ends_both_processes(
 
 @pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
-def test_what_two_killed_processes_leave_is_deleted_at_the_next_start(arguments: list[str], tmp_path: Path) -> None:
-    """Nothing of the base model in main memory at once, the latents once another run starts."""
-    environment = {**on_the_cpu("true"), "TMPDIR": str(tmp_path / "temporary")}
+def test_leftovers_of_two_killed_processes_are_deleted_at_the_next_start(arguments: list[str], tmp_path: Path) -> None:
+    """The shared base model is freed at once, the latents when another run starts."""
+    environment = {**cpu_environment("true"), "TMPDIR": str(tmp_path / "temporary")}
     (tmp_path / "temporary").mkdir()
     words = [*arguments, "--cache_latents", "--blocks_to_swap", "9"]
     endless = [*words, "--max_train_epochs", "0", "--max_train_steps", "100000"]
-    with (tmp_path / "said").open("w") as said:
-        launcher = subprocess.Popen(two_processes(endless), env=environment, stdout=said, stderr=said)
+    with (tmp_path / "said").open("w") as log:
+        launcher = subprocess.Popen(two_processes(endless), env=environment, stdout=log, stderr=log)
         wait_for(lambda: "2/100000" in (tmp_path / "said").read_text(), 200)
         pids = [process_of_rank(launcher.pid, rank) for rank in (0, 1)]
         for pid in [launcher.pid, *pids]:
@@ -261,5 +261,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def process_of_rank(launcher: int, rank: int) -> int:
-    (found,) = (pid for pid in children_of(launcher) if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
-    return found
+    (rank_pid,) = (
+        pid for pid in children_of(launcher) if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text()
+    )
+    return rank_pid

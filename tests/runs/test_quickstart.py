@@ -1,4 +1,4 @@
-"""The quickstart does what it says: a trained base model that cannot draw a heart can, after minutes of training.
+"""The quickstart teaches a base model that cannot draw a heart to draw one, in minutes of training.
 
 The images are drawn by diffusers and judged by their pixels (tools/quickstart/toy_world.py), so training, saving and
 the file's format are tested from end to end.
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.nightly
 TOY_BASE, PROMPTS = start.ROOT / start.TOY_BASE, start.ROOT / start.PROMPTS
 MOST_BEFORE = 0.15
 LEAST_AFTER = 0.6
-# Settings, and the least share of 24 images that must show their prompt, below what was reached in a first run.
+# Settings, and the minimal share of 24 images that must match their prompt; a comment gives the measured share.
 KINDS: dict[str, tuple[list[str], float]] = {
     "loha": (  # 0.63
         ["--network_dim", "8", "--network_alpha", "8", "--network_args", "conv_dim=8", "conv_alpha=8",
@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[list[str], float]] = {
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapter that the quickstart's own command trains, in another folder."""
+    """Train the quickstart's adapter with its own command into another folder."""
     out = tmp_path_factory.mktemp("quickstart")
     command = [*start.training_command(Path(sys.executable), start.num_threads()), "--output_dir", str(out)]
     done = subprocess.run(command, cwd=start.ROOT, env=start.child_environment(), capture_output=True, timeout=900)
@@ -42,14 +42,14 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / Path(start.ADAPTER).name
 
 
-def test_quickstart_teaches_the_model_what_it_has_never_seen(adapter: Path, tmp_path: Path) -> None:
+def test_the_quickstart_teaches_the_model_a_new_shape(adapter: Path, tmp_path: Path) -> None:
     before, after = draw_before_and_after(TOY_BASE, adapter, PROMPTS, tmp_path / "before_after.png")
     assert before <= MOST_BEFORE
     assert after >= LEAST_AFTER
     assert (tmp_path / "before_after.png").stat().st_size > 10_000
 
 
-def test_diffusers_reads_the_quickstarts_adapter_as_it_was_trained(adapter: Path) -> None:
+def test_diffusers_draws_the_same_images_with_the_quickstarts_adapter(adapter: Path) -> None:
     from safetensors.torch import load_file
 
     prompts = read_prompts(PROMPTS)[:4]
@@ -58,12 +58,12 @@ def test_diffusers_reads_the_quickstarts_adapter_as_it_was_trained(adapter: Path
     merge_lora(merged, load_file(adapter))
     loaded.load_lora_weights(str(adapter.parent), weight_name=adapter.name)
     expected, actual = np.stack(sample(merged, prompts)), np.stack(sample(loaded, prompts))
-    assert np.abs(expected.astype(int) - actual).max() <= 2  # of 255: the same sums in another order, for 20 steps
+    assert np.abs(expected.astype(int) - actual).max() <= 2  # of 255: sums in another order over 20 steps
     assert np.abs(expected.astype(int) - np.stack(untouched)).max() > 50
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_adapter_teaches_it_too(kind: str, tmp_path: Path) -> None:
+def test_every_adapter_kind_teaches_the_new_shape(kind: str, tmp_path: Path) -> None:
     words, least = KINDS[kind]
     command = [*start.training_command(Path(sys.executable), start.num_threads()), "--output_dir", str(tmp_path)]
     module = ["--network_module", f"networks.{kind}"]

@@ -1,4 +1,4 @@
-"""qwen_image_21_train_network.py on a tiny model: with musubi-tuner's commands, on pairs, with alpha channels."""
+"""qwen_image_21_train_network.py on a tiny model: musubi-tuner's commands, pairs, and alpha channels."""
 
 import subprocess
 import sys
@@ -18,8 +18,8 @@ from tests.tiny.qwen_image_21 import CONFIG, build_tiny_qwen_image_21
 
 Train = Callable[..., Finished]
 
-# The three commands of musubi-tuner's page, without the folder of its scripts and accelerate's launcher; in place of
-# --vae_tiling, which it has for large images, the VAE's batch.
+# The three documented commands of musubi-tuner, without its script folder and accelerate's launcher; instead of
+# --vae_tiling, meant for large images, they set the VAE's batch size.
 LATENTS = "--dataset_config {data} --vae {vae} --batch_size 2"
 TEXTS = "--dataset_config {data} --text_encoder {text} --batch_size 1"
 TRAINING = (
@@ -42,7 +42,7 @@ def train_qwen(train: Train) -> Train:
 
 
 def settings(config: Path, tmp_path: Path) -> list[str]:
-    """Arguments that train four steps, the base model aside."""
+    """Return arguments for four training steps, without those of the base model."""
     return [
         "--dataset_config", str(config), "--output_dir", str(tmp_path / "out"), "--output_name", "mine",
         "--network_module", "networks.lora_qwen_image_21", "--network_dim", "4", "--learning_rate", "1e-3",
@@ -50,7 +50,7 @@ def settings(config: Path, tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
+def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
@@ -58,7 +58,7 @@ def are_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(weight, b[key]) for key, weight in a.items())
 
 
-def command(script: str, words: str, names: dict[str, str]) -> str:
+def run_command(script: str, words: str, names: dict[str, str]) -> str:
     line = [sys.executable, str(ROOT / f"{script}.py"), *words.format(**names).split()]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -68,7 +68,7 @@ def command(script: str, words: str, names: dict[str, str]) -> str:
 def test_the_commands_of_musubi_tuner_cache_and_train(
     train_qwen: Train, tiny_arguments: list[str], tmp_path: Path
 ) -> None:
-    """Text to image; training needs neither VAE nor text encoder."""
+    """Text-to-image training from caches needs neither VAE nor text encoder."""
     make_images(tmp_path / "images", 3)
     (tmp_path / "data.toml").write_text(
         '[general]\nresolution = [96, 64]\ncaption_extension = ".txt"\nbatch_size = 1\nenable_bucket = true\n'
@@ -78,10 +78,10 @@ def test_the_commands_of_musubi_tuner_cache_and_train(
         "dit": tiny_arguments[1], "vae": tiny_arguments[3], "text": tiny_arguments[5],
         "data": str(tmp_path / "data.toml"), "out": str(tmp_path / "out"),
     }  # fmt: skip
-    said = command("qwen_image_21_cache_latents", LATENTS, names)
-    assert "latent cache: 0 entries reused, 3 to encode" in said
-    said = command("qwen_image_21_cache_text_encoder_outputs", TEXTS, names)
-    assert "text cache: 0 files reused, 4 to encode" in said  # and the empty caption
+    log = run_command("qwen_image_21_cache_latents", LATENTS, names)
+    assert "latent cache: 0 entries reused, 3 to encode" in log
+    log = run_command("qwen_image_21_cache_text_encoder_outputs", TEXTS, names)
+    assert "text cache: 0 files reused, 4 to encode" in log  # three captions and the empty one
     tokenizer = ["--tokenizer_cache_dir", str(Path(tiny_arguments[1]).parent)]
     done = train_qwen([*TRAINING.format(**names).split(), *tokenizer])
     assert done.status == 0, done.stderr
@@ -100,12 +100,12 @@ def test_the_commands_of_musubi_tuner_cache_and_train(
 
 
 def pairs(tmp_path: Path) -> Path:
-    """A data set of four images, one of them transparent, with two references each, one of these transparent too."""
+    """Write four images with two references each; one image and one reference are partly transparent."""
     make_images(tmp_path / "after", 4)
     for number, side in enumerate((96, 64)):
         make_images(tmp_path / f"before{number}", 4, side=side, seed=1 + number)
     for path in (tmp_path / "after" / "00.png", tmp_path / "before1" / "01.png"):
-        clear(path)
+        make_half_transparent(path)
     config = tmp_path / "data.toml"
     config.write_text(
         f"""
@@ -125,7 +125,7 @@ caption_dropout_rate = 0.3
     return config
 
 
-def clear(path: Path) -> None:
+def make_half_transparent(path: Path) -> None:
     """Make the left half of an image transparent."""
     with Image.open(path) as image:
         alpha = np.full((image.height, image.width), 255, dtype=np.uint8)
@@ -141,30 +141,31 @@ def test_training_on_pairs_resumes_exactly_and_previews_show_the_references(
     (tmp_path / "prompts.txt").write_text(f"make it red --w 64 --h 64 --s 2 --d 3 {shown}\nred --w 64 --h 64 --s 2\n")
     config = pairs(tmp_path)
     caches = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--network_train_unet_only"]
-    whole = [
+    uninterrupted = [
         *tiny_arguments, *settings(config, tmp_path), *caches, "--save_every_n_steps", "2", "--save_state",
         "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "4",
     ]  # fmt: skip
-    done = train_qwen(whole)
+    done = train_qwen(uninterrupted)
     assert done.status == 0, done.stderr
     assert "2 reference images for each image" in done.stderr and "failed" not in done.stderr
-    assert "alpha channel" not in done.stderr  # nothing is dropped
+    assert "alpha channel" not in done.stderr  # the alpha channel is not dropped
     state = str(tmp_path / "out" / "mine-step00000002-state")
-    done = train_qwen([*whole, "--output_name", "resumed", "--resume", state])
+    done = train_qwen([*uninterrupted, "--output_name", "resumed", "--resume", state])
     assert done.status == 0, done.stderr
-    assert are_equal(saved(tmp_path), saved(tmp_path, "resumed"))
+    assert are_equal(load_saved(tmp_path), load_saved(tmp_path, "resumed"))
     sizes = []
     for path in sorted((tmp_path / "out" / "sample").glob("mine*.png")):
         with Image.open(path) as image:
             sizes.append((image.mode, image.width > 3 * 64))
     assert sizes == [("RGBA", True), ("RGBA", False)]
 
-    clear(tmp_path / "before0" / "02.png")  # whose caption must be encoded again, plain and mirrored, and dropped
-    done = train_qwen([*whole, "--output_name", "changed"])
+    # Its caption must be encoded again: plain, mirrored and empty.
+    make_half_transparent(tmp_path / "before0" / "02.png")
+    done = train_qwen([*uninterrupted, "--output_name", "changed"])
     assert done.status == 0, done.stderr
     assert "text cache: 4 files reused, 0 to encode, 1 stale (1 made for other captions" in done.stderr
     assert "latent cache: 3 entries reused, 0 to encode, 1 stale" in done.stderr
-    assert not are_equal(saved(tmp_path), saved(tmp_path, "changed"))
+    assert not are_equal(load_saved(tmp_path), load_saved(tmp_path, "changed"))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_training_on_pairs_resumes_exactly_and_previews_show_the_references(
     ],
     ids=["not cached", "changed in every draw"],
 )
-def test_pairs_whose_features_cannot_be_cached_are_refused(
+def test_pairs_with_uncacheable_features_are_rejected(
     train_qwen: Train, tiny_arguments: list[str], tmp_path: Path, extra: list[str], keys: str, message: str
 ) -> None:
     config = pairs(tmp_path)
@@ -187,15 +188,15 @@ def test_pairs_whose_features_cannot_be_cached_are_refused(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("cache", [[], ["--cache_latents_to_disk"]], ids=["encoded in the step", "cached"])
-def test_the_alpha_channel_is_trained_unless_it_is_a_mask(
+def test_the_alpha_channel_is_trained_unless_it_is_used_as_a_mask(
     train_qwen: Train, tiny_arguments: list[str], tmp_path: Path, cache: list[str]
 ) -> None:
-    """On disk the latents of the one are not those of the other."""
-    found = {}
+    """The disk cache distinguishes the latents of both cases."""
+    weights = {}
     for folder in ("clear", "opaque"):
         for path in make_images(tmp_path / folder, 2).glob("*.png"):
             if folder == "clear":
-                clear(path)
+                make_half_transparent(path)
     for name, folder, keys in (
         ("image", "clear", ""),
         ("mask", "clear", "alpha_mask = true"),
@@ -210,9 +211,9 @@ def test_the_alpha_channel_is_trained_unless_it_is_a_mask(
             [*tiny_arguments, *settings(config, tmp_path), *cache, "--output_name", name, "--network_train_unet_only"]
         )
         assert done.status == 0, done.stderr
-        found[name] = saved(tmp_path, name)
-    assert not are_equal(found["image"], found["opaque"])
-    assert not are_equal(found["image"], found["mask"]) and not are_equal(found["mask"], found["opaque"])
+        weights[name] = load_saved(tmp_path, name)
+    assert not are_equal(weights["image"], weights["opaque"])
+    assert not are_equal(weights["image"], weights["mask"]) and not are_equal(weights["mask"], weights["opaque"])
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_the_alpha_channel_is_trained_unless_it_is_a_mask(
     ],
     ids=str,
 )
-def test_bad_values_end_before_anything_is_loaded(
+def test_invalid_values_end_the_run_before_loading(
     train_qwen: Train, tiny_arguments: list[str], images: Path, tmp_path: Path, extra: list[str], message: str
 ) -> None:
     done = train_qwen(

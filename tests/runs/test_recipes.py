@@ -1,4 +1,4 @@
-"""--recipe: every recipe is planned and tried on a tiny model of its base; what is typed wins."""
+"""--recipe: every recipe is planned and dry-run on a tiny model of its base; explicit options override it."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ from tools.recipes import main
 
 Train = Callable[..., Finished]
 NAMES = [recipe.name for recipe in list_recipes()]
-# First word of a recipe's name -> tests' name.
+# First word of a recipe's name -> base model name in the tests.
 BASE_OF = {"sd15": "sd", "sd35": "sd3", "flux2": "flux_2", "hunyuan": "hunyuan_image", "qwen": "qwen_image_21"}
 
 
@@ -30,7 +30,7 @@ QUICK = ("sd15_character", "sdxl_anime_character", "flux_character", "zimage_cha
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder like a user's: pictures/my_cat with captions, in the current directory."""
+    """Create pictures/my_cat with captions in the current directory, as a user would."""
     make_images(tmp_path / "pictures" / "my_cat", 3)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -40,14 +40,14 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     "name", [pytest.param(name, marks=pytest.mark.slow if name in QUICK else pytest.mark.nightly) for name in NAMES]
 )
 def test_a_recipe_is_planned_and_dry_run(name: str, train: Train, data: Path) -> None:
-    """At 64 px, on a made-up card: nothing is ignored, and the largest batch of the data set is computed."""
+    """At 64 px on a simulated GPU no option is ignored, and the largest batch of the dataset is computed."""
     base = BASES[base_of(name)]
-    (recipe,) = (one for one in list_recipes() if one.name == name)
+    (recipe,) = (candidate for candidate in list_recipes() if candidate.name == name)
     assert recipe.script == f"{base.script}.py" and recipe.title
     size = ["--fit", "12GB"] if "sd15" not in name else []
     arguments = [
         "128" if word == "32" else word for word in base.build(data / "base")
-    ]  # tokens: a system prompt has 78
+    ]  # a system prompt takes 78 tokens
     done = train(
         [
             *arguments, "--recipe", name, "--resolution", "64", "--min_bucket_reso", "64",
@@ -57,14 +57,14 @@ def test_a_recipe_is_planned_and_dry_run(name: str, train: Train, data: Path) ->
         base.script,
     )  # fmt: skip
     assert done.status == 0, done.stderr
-    said = done.stdout + done.stderr
-    assert f"options are read from {FOLDER / name}.toml" in said
-    assert "no effect" not in said and "ignored" not in said and "no such option" not in said, said
-    assert "dry run: the largest batch has" in said
-    assert bool(size) == ("selected: ->" in said)
+    log = done.stdout + done.stderr
+    assert f"options are read from {FOLDER / name}.toml" in log
+    assert "no effect" not in log and "ignored" not in log and "no such option" not in log, log
+    assert "dry run: the largest batch has" in log
+    assert bool(size) == ("selected: ->" in log)
 
 
-def test_what_is_typed_and_a_config_file_win(train: Train, data: Path) -> None:
+def test_command_line_and_config_file_override_the_recipe(train: Train, data: Path) -> None:
     make_images(data / "mine" / "2_cat", 2)
     (data / "own.toml").write_text("network_dim = 3\nmax_bucket_reso = 128\nseed = 5\nmax_train_steps = 9\n")
     done = train(
@@ -78,8 +78,8 @@ def test_what_is_typed_and_a_config_file_win(train: Train, data: Path) -> None:
     with safe_open(data / "out" / "mine.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["ss_network_dim"] == "3" and metadata["ss_seed"] == "6" and metadata["ss_steps"] == "2"
-    assert float(metadata["ss_network_alpha"]) == 16 and metadata["ss_lr_scheduler"] == "cosine"  # the recipe's
-    assert metadata["ss_num_train_images"] == "4"  # not those of the recipe's data set
+    assert float(metadata["ss_network_alpha"]) == 16 and metadata["ss_lr_scheduler"] == "cosine"  # from the recipe
+    assert metadata["ss_num_train_images"] == "4"  # not the recipe's dataset
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_what_is_typed_and_a_config_file_win(train: Train, data: Path) -> None:
         (["--recipe", "flux_style"], "--recipe flux_style is for flux_train_network.py"),
     ],
 )
-def test_a_wrong_recipe_is_refused(arguments: list[str], error: str, train: Train) -> None:
+def test_an_unknown_recipe_is_rejected(arguments: list[str], error: str, train: Train) -> None:
     done = train(arguments)
     assert done.status == 1 and error in done.stderr
 
@@ -103,12 +103,12 @@ def test_the_tool_lists_and_prints_them() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_value_has_its_reason(name: str) -> None:
+def test_every_recipe_value_has_a_reason(name: str) -> None:
     for line in (FOLDER / f"{name}.toml").read_text(encoding="utf-8").splitlines():
         if " = " in line and not line.startswith(("#", "script", "title")):
             assert "  # " in line, line
 
 
-def test_every_base_model_with_a_page_has_a_recipe() -> None:
+def test_every_documented_base_model_has_a_recipe() -> None:
     scripts = {recipe.script for recipe in list_recipes()}
     assert scripts == {path.name for path in ROOT.glob("*train_network.py")}

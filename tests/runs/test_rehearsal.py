@@ -1,4 +1,4 @@
-"""Errors that would end a run later end it before anything is read or encoded."""
+"""Errors that would end a run later are found before anything is read or encoded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_a_typo_ends_the_run_before_caching(
     assert not list(images.rglob("*.npz"))
 
 
-def test_a_misspelt_network_module_is_named_before_the_base_model_and_the_images_are_opened(
+def test_a_misspelled_network_module_is_named_before_model_and_images_are_opened(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
     words = ["--pretrained_model_name_or_path", str(tmp_path / "none"), "--train_data_dir", str(tmp_path / "neither")]
@@ -45,7 +45,7 @@ def test_a_misspelt_network_module_is_named_before_the_base_model_and_the_images
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_the_adapter_of_every_base_model_is_tried_without_reading_a_weight(
+def test_the_adapter_of_every_base_model_is_rehearsed_without_reading_weights(
     train: Train, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_images(tmp_path / "data" / "1_a", 2, seed=71)
@@ -55,7 +55,7 @@ def test_the_adapter_of_every_base_model_is_tried_without_reading_a_weight(
         "--output_dir", str(tmp_path / "out"), "--network_module", BASES[base].module, "--network_dim", "4",
         "--max_train_steps", "1", "--max_data_loader_n_workers", "0",
     ]  # fmt: skip
-    made: list[Weights] = []
+    created: list[Weights] = []
     honest = Weights.__init__
 
     def watched(weights: Weights, origin: str, shapes: object, read: Callable[[str], Tensor], **more: object) -> None:
@@ -65,10 +65,10 @@ def test_the_adapter_of_every_base_model_is_tried_without_reading_a_weight(
             return tensor
 
         honest(weights, origin, shapes, without_memory, **more)  # type: ignore[arg-type]
-        made.append(weights)
+        created.append(weights)
 
     monkeypatch.setattr(Weights, "__init__", watched)
     assert BASES[base].script in SCRIPTS
     done = train([*command, "--network_args", "no_such_argument=1"], script=BASES[base].script)
-    assert done.status == 1 and "no_such_argument" in done.stderr and made, done.stderr
+    assert done.status == 1 and "no_such_argument" in done.stderr and created, done.stderr
     assert "was read" not in done.stderr

@@ -1,4 +1,4 @@
-"""The report that runs leave."""
+"""The HTML report of a run."""
 
 import re
 from collections.abc import Callable
@@ -15,16 +15,16 @@ Train = Callable[..., Finished]
 
 @pytest.fixture
 def arguments(base_arguments: list[str]) -> list[str]:
-    """The usual command line, with a report."""
+    """Return the usual arguments, with the report enabled."""
     return [word for word in base_arguments if word != "--no_report"]
 
 
-def test_the_report_of_a_run_and_that_of_its_events_are_the_same_bytes(
+def test_the_report_of_a_run_equals_the_report_built_from_its_events(
     train: Train, arguments: list[str], tmp_path: Path
 ) -> None:
-    """Also once the run goes on: the report knows the steps before from the one that it finds."""
+    """This also holds after resuming: the report takes earlier steps from the existing one."""
     (tmp_path / "prompts.txt").write_text("a </script> cat --w 64 --h 64 --s 1\na dog --w 64 --h 64 --s 1\n")
-    events, found, made = tmp_path / "events.jsonl", tmp_path / "out" / "mine-report.html", tmp_path / "made.html"
+    events, written, rebuilt = tmp_path / "events.jsonl", tmp_path / "out" / "mine-report.html", tmp_path / "made.html"
     words = [
         *arguments, "--log_events", str(events), "--validation_split", "0.34", "--sample_prompts",
         str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "3", "--save_state", "--autoresume",
@@ -32,20 +32,20 @@ def test_the_report_of_a_run_and_that_of_its_events_are_the_same_bytes(
     for num_steps in ("4", "7"):
         done = train([*words, "--max_train_steps", num_steps])
         assert done.status == 0, done.stderr
-        assert report.main([str(events), "--output", str(made)]) == 0
-        assert made.read_bytes() == found.read_bytes()
-    record = read_report(found)
-    assert record.step == 7 and [one["first_step"] for one in record.sessions] == [0, 4]
-    assert len(record.curves.by_name["loss"].total) == 7 and [one["step"] for one in record.previews.items] == [3, 6]
-    assert [(one["name"], one["step"]) for one in record.files if one["kind"] == "weights"] == [("mine.safetensors", 7)]
+        assert report.main([str(events), "--output", str(rebuilt)]) == 0
+        assert rebuilt.read_bytes() == written.read_bytes()
+    record = read_report(written)
+    assert record.step == 7 and [item["first_step"] for item in record.sessions] == [0, 4]
+    assert len(record.curves.by_name["loss"].total) == 7 and [item["step"] for item in record.previews.items] == [3, 6]
+    assert [(item["name"], item["step"]) for item in record.files if item["kind"] == "weights"] == [
+        ("mine.safetensors", 7)
+    ]
     assert record.plan is not None and record.plan["resumed_from"].endswith("mine-state")
-    left = sorted(re.sub(r"_\d{14}", "", path.name) for path in (tmp_path / "out").iterdir())
-    assert left == ["mine-report.html", "mine-state", "mine.safetensors", "sample", "sample_grid"]
+    file_names = sorted(re.sub(r"_\d{14}", "", path.name) for path in (tmp_path / "out").iterdir())
+    assert file_names == ["mine-report.html", "mine-state", "mine.safetensors", "sample", "sample_grid"]
 
 
-def test_a_report_that_a_killed_run_left_half_is_cleared_away(
-    train: Train, arguments: list[str], tmp_path: Path
-) -> None:
+def test_a_partial_report_of_a_killed_run_is_deleted(train: Train, arguments: list[str], tmp_path: Path) -> None:
     assert train([*arguments, "--save_state", "--max_train_steps", "1"]).status == 0
     half, of_others = (tmp_path / "out" / f".{name}-report.0123456789ab.html" for name in ("mine", "other"))
     half.write_text("<!doctype ht")
@@ -54,7 +54,7 @@ def test_a_report_that_a_killed_run_left_half_is_cleared_away(
     assert not half.exists() and of_others.exists()
 
 
-def test_a_run_that_ends_early_says_why_in_its_report(
+def test_the_report_says_why_a_run_ended_early(
     train: Train, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -67,14 +67,14 @@ def test_a_run_that_ends_early_says_why_in_its_report(
 
 
 @pytest.mark.parametrize("words", [["--no_report"], ["--dry_run"], ["--network_args", "conv_dim=x"]])
-def test_no_report_is_written_where_none_is_wanted_or_nothing_is_trained(
+def test_no_report_is_written_if_disabled_or_if_nothing_is_trained(
     train: Train, arguments: list[str], tmp_path: Path, words: list[str]
 ) -> None:
     train([*arguments, *words])
     assert not list(tmp_path.rglob("*report*"))
 
 
-def test_a_file_that_holds_no_events_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_without_events_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text("a,b\n1,2\n")
     assert report.main([str(path)]) == 1

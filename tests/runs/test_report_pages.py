@@ -1,4 +1,4 @@
-"""The report as a browser shows it."""
+"""The report as rendered by a browser."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ return {
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    """The report of a run of 100,000 steps whose texts are an attack."""
+    """Build the report of a run of 100,000 steps whose texts attempt script injection."""
     record = Record()
     for line in lines_of(whole_run(1000)):
         for more in range(100) if line["event"] == "step" else [99]:
@@ -51,43 +51,43 @@ def page() -> str:
     return build_report(record)
 
 
-def test_a_run_of_100000_steps_has_a_small_page(page: str) -> None:
+def test_the_page_of_a_run_of_100000_steps_is_small(page: str) -> None:
     assert len(page) < 1_000_000
     columns = read_data(page)["curves"]["columns"]
     assert max(len(column["total"]) for column in columns.values()) == 782 and len(columns) > 15
 
 
 @in_browser
-def test_charts_are_drawn_the_slider_works_and_texts_stay_texts(page: str, tmp_path: Path) -> None:
-    found, told = ask(page, LOOK, tmp_path)
-    assert told == [] and "failed" not in found, (told, found)
-    assert found["headings"] == [
+def test_charts_are_drawn_the_slider_works_and_texts_are_escaped(page: str, tmp_path: Path) -> None:
+    result, errors = ask(page, LOOK, tmp_path)
+    assert errors == [] and "failed" not in result, (errors, result)
+    assert result["headings"] == [
         "Loss", "Validation", "Previews", "Which file to keep", "Saved", "Optimization", "Speed and memory", "Warnings",
         "Data", "Run",
     ]  # fmt: skip
-    assert len(found["drawn"]) == 13 and min(found["drawn"]) >= 3  # axes, grid, and at least one line
-    assert found["points"] == 782  # of 128 steps each
-    assert found["title"] == "cat: finished" and found["images"] == 0
-    assert found["last"][0] == "step 100000" and found["first"][0] == "step 10000"
-    assert len(found["last"]) == len(found["first"]) == 4 and not set(found["last"]) & set(found["first"])
-    assert found["captions"] == ["a cat", EVIL, "a dog"]
-    assert found["text"].count("onerror=") >= 6  # prompt, folder, image, tag, warning, file
-    assert "8 GiB, 0.19 s" in found["text"]
-    assert "cat-step00000200.safetensors, step 20000: the others are worse" in found["text"]
-    assert found["text"].count("suggested") == 2  # in the comparison and beside the file
-    assert found["width"] <= 1250 and "lowest validation loss" in found["text"]
+    assert len(result["drawn"]) == 13 and min(result["drawn"]) >= 3  # axes, grid, and at least one line
+    assert result["points"] == 782  # of 128 steps each
+    assert result["title"] == "cat: finished" and result["images"] == 0
+    assert result["last"][0] == "step 100000" and result["first"][0] == "step 10000"
+    assert len(result["last"]) == len(result["first"]) == 4 and not set(result["last"]) & set(result["first"])
+    assert result["captions"] == ["a cat", EVIL, "a dog"]
+    assert result["text"].count("onerror=") >= 6  # prompt, folder, image, tag, warning, file
+    assert "8 GiB, 0.19 s" in result["text"]
+    assert "cat-step00000200.safetensors, step 20000: the others are worse" in result["text"]
+    assert result["text"].count("suggested") == 2  # in the comparison and beside the file
+    assert result["width"] <= 1250 and "lowest validation loss" in result["text"]
 
 
 @in_browser
-def test_it_follows_the_colours_of_the_system(page: str, tmp_path: Path) -> None:
+def test_the_page_follows_the_system_colour_scheme(page: str, tmp_path: Path) -> None:
     light, _ = ask(page, "return getComputedStyle(document.body).backgroundColor;", tmp_path / "light")
     dark_page = page.replace("(prefers-color-scheme: dark)", "(min-width: 1px)", 1)
-    dark, told = ask(dark_page, "return getComputedStyle(document.body).backgroundColor;", tmp_path / "dark")
-    assert (light, dark, told) == ("rgb(255, 255, 255)", "rgb(21, 24, 28)", [])
+    dark, errors = ask(dark_page, "return getComputedStyle(document.body).backgroundColor;", tmp_path / "dark")
+    assert (light, dark, errors) == ("rgb(255, 255, 255)", "rgb(21, 24, 28)", [])
 
 
 @in_browser
-def test_a_run_that_has_just_begun_can_be_looked_at(tmp_path: Path) -> None:
+def test_the_page_of_a_run_that_has_just_begun_is_shown(tmp_path: Path) -> None:
     lines = lines_of(whole_run(40))
     plan = next(i for i, line in enumerate(lines) if line["event"] == "plan")
     for number in (plan + 1, plan + 4):
@@ -96,8 +96,8 @@ def test_a_run_that_has_just_begun_can_be_looked_at(tmp_path: Path) -> None:
             record.add(line)
         record.sheet = thumbnail(number)
         script = "const sheet = document.querySelector('img.sheet'); await sheet.decode(); return document.title;"
-        found, told = ask(build_report(record), script, tmp_path)
-        assert (found, told) == ("cat: running, or killed", [])
+        result, errors = ask(build_report(record), script, tmp_path)
+        assert (result, errors) == ("cat: running, or killed", [])
 
 
 COMPARE = """
@@ -117,7 +117,7 @@ return {
 
 @in_browser
 def test_runs_are_compared_on_one_axis_and_side_by_side(tmp_path: Path) -> None:
-    """One of 20 steps and one of 2,500, whose points are four steps each."""
+    """Compare a run of 20 steps with one of 2,500, whose points cover four steps each."""
     paths = []
     for number, num_steps in enumerate((20, 2500)):
         record = Record()
@@ -125,27 +125,30 @@ def test_runs_are_compared_on_one_axis_and_side_by_side(tmp_path: Path) -> None:
             record.add(line)
         paths.append(tmp_path / f"{number}-report.html")
         write_page(paths[-1], build_report(record))
-    found, told = ask(build_comparison(paths), COMPARE, tmp_path)
-    assert told == [], told
-    assert found["headings"] == ["What differs", "Losses", "Validation", "Previews", "Training"]
-    assert found["title"] == "run0 and run1" and found["width"] <= 1250
-    assert found["x"] == sorted({*range(1, 21), *range(4, 2501, 4)})
-    assert len(found["lines"]) == 10 and min(found["lines"]) >= 2
-    assert "--learning_rate" in found["text"] and "max train steps" in found["text"]
-    assert found["last"][:2] == ["run0, step 20: a cat", "run1, step 2500: a cat"]
-    assert found["first"][:2] == ["run0, step 2: a cat", "run1, none: a cat"]
-    assert found["first"][2:4] == [f"run0, step 2: {EVIL}", f"run1, none: {EVIL}"]
+    result, errors = ask(build_comparison(paths), COMPARE, tmp_path)
+    assert errors == [], errors
+    assert result["headings"] == ["What differs", "Losses", "Validation", "Previews", "Training"]
+    assert result["title"] == "run0 and run1" and result["width"] <= 1250
+    assert result["x"] == sorted({*range(1, 21), *range(4, 2501, 4)})
+    assert len(result["lines"]) == 10 and min(result["lines"]) >= 2
+    assert "--learning_rate" in result["text"] and "max train steps" in result["text"]
+    assert result["last"][:2] == ["run0, step 20: a cat", "run1, step 2500: a cat"]
+    assert result["first"][:2] == ["run0, step 2: a cat", "run1, none: a cat"]
+    assert result["first"][2:4] == [f"run0, step 2: {EVIL}", f"run1, none: {EVIL}"]
 
 
 @in_browser
-def test_the_adapters_of_a_sweep_are_shown_by_rank(tmp_path: Path) -> None:
-    """Their names come from values that others may have written."""
-    known = [Measured("lr1", 8, [2.0, 3.0, 2.5], "", "lr1.safetensors"), Measured(EVIL, 8, [1.0, 2.1, 1.5], "", None)]
+def test_the_adapters_of_a_sweep_are_shown_in_order_of_loss(tmp_path: Path) -> None:
+    """Their names may come from untrusted values."""
+    adapters = [
+        Measured("lr1", 8, [2.0, 3.0, 2.5], "", "lr1.safetensors"),
+        Measured(EVIL, 8, [1.0, 2.1, 1.5], "", None),
+    ]
     page = tmp_path / "cat-sweep.html"
-    log_ranking(rank([*known, Measured("lr9", 3, None, "its losses were not finite", None)]), "Sweep of cat", page)
+    log_ranking(rank([*adapters, Measured("lr9", 3, None, "its losses were not finite", None)]), "Sweep of cat", page)
     script = "return [...document.querySelectorAll('tr')].map((tr) => [...tr.children].map((td) => td.textContent));"
-    rows, told = ask(page.read_text(encoding="utf-8"), script, tmp_path)
-    assert told == []
+    rows, errors = ask(page.read_text(encoding="utf-8"), script, tmp_path)
+    assert errors == []
     assert [row[:3] for row in rows[1:]] == [["1", EVIL, "8"], ["2", "lr1", "8"], ["–", "lr9", "3"]]
     assert rows[2][5:7] == ["significantly worse", "lr1.safetensors"] and rows[3][7] == "its losses were not finite"
 
@@ -173,9 +176,9 @@ def test_the_page_of_a_sweep_has_a_grid_charts_previews_and_links(tmp_path: Path
         links: [...document.querySelectorAll("a")].map((a) => a.getAttribute("href")),
         charts: document.querySelectorAll("canvas").length, images: document.querySelectorAll(".shown img").length};
     """
-    found, told = ask(page.read_text(encoding="utf-8"), script, tmp_path)
-    assert told == [], told
-    assert found["headings"] == ["Validation loss by option", "Losses", "Validation", "Previews", "Training"]
-    assert found["links"] == [reports[row[1]].name for row in found["ranks"][1:]] and len(found["links"]) == 6
-    assert found["grid"][0] == ["learning_rate \\ network_dim", "8", "16"] and found["grid"][3][0] == EVIL
-    assert found["grid"][1][1] == "1.533" and found["charts"] == 10 and found["images"] == 18
+    result, errors = ask(page.read_text(encoding="utf-8"), script, tmp_path)
+    assert errors == [], errors
+    assert result["headings"] == ["Validation loss by option", "Losses", "Validation", "Previews", "Training"]
+    assert result["links"] == [reports[row[1]].name for row in result["ranks"][1:]] and len(result["links"]) == 6
+    assert result["grid"][0] == ["learning_rate \\ network_dim", "8", "16"] and result["grid"][3][0] == EVIL
+    assert result["grid"][1][1] == "1.533" and result["charts"] == 10 and result["images"] == 18

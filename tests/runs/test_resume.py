@@ -1,4 +1,4 @@
-"""A run that is cut anywhere and goes on repeats the uninterrupted run bit for bit."""
+"""A run that is interrupted anywhere and resumed repeats the uninterrupted run bit for bit."""
 
 import json
 import shutil
@@ -25,12 +25,12 @@ ALL_RANDOM = [
 
 @pytest.fixture
 def arguments(base_arguments: list[str], tmp_path: Path) -> list[str]:
-    """Nine batches an epoch: five steps when two are accumulated, the last one of a single batch."""
+    """Return arguments for nine batches per epoch: five steps with two accumulated, the last with a single batch."""
     make_images(tmp_path / "data" / "1_more", 6, seed=1)
     return [*base_arguments, "--max_train_steps", "8"]
 
 
-def saved(folder: Path, name: str = "mine.safetensors") -> dict[str, torch.Tensor]:
+def load_saved(folder: Path, name: str = "mine.safetensors") -> dict[str, torch.Tensor]:
     return load_state_dict(folder / name)
 
 
@@ -45,10 +45,12 @@ def assert_equal_states(one: Path, other: Path) -> None:
     assert facts[0]["current_step"] == facts[1]["current_step"]
 
 
-def cut_and_go_on(train: Train, arguments: list[str], folder: Path, cuts: list[int], **changes: list[str]) -> None:
-    """The whole run in `folder/whole`; in `folder/parts` one that stops after every step of `cuts` and goes on."""
-    whole = train([*arguments, "--save_state_on_train_end", "--output_dir", str(folder / "whole")])
-    assert whole.status == 0, whole.stderr
+def interrupt_and_resume(
+    train: Train, arguments: list[str], folder: Path, cuts: list[int], **changes: list[str]
+) -> None:
+    """Train into `folder/whole`, and with interruptions after every step of `cuts` into `folder/parts`."""
+    uninterrupted = train([*arguments, "--save_state_on_train_end", "--output_dir", str(folder / "whole")])
+    assert uninterrupted.status == 0, uninterrupted.stderr
     parts = [*arguments, "--save_state", "--save_every_n_steps", "1", "--output_dir", str(folder / "parts")]
     first = train(parts)
     assert first.status == 0, first.stderr
@@ -60,17 +62,17 @@ def cut_and_go_on(train: Train, arguments: list[str], folder: Path, cuts: list[i
         done = train([*resumed, *changes.get(f"after_{number}", [])])
         assert done.status == 0, done.stderr
         assert "uninterrupted" not in done.stderr
-        assert whole.losses[-1] == done.losses[-1]
+        assert uninterrupted.losses[-1] == done.losses[-1]
     assert_equal_states(folder / "whole" / "mine-state", folder / "parts" / "mine-state")
-    one, other = saved(folder / "whole"), saved(folder / "parts")
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    assert one.keys() == other.keys()
+    expected, other = load_saved(folder / "whole"), load_saved(folder / "parts")
+    assert all(torch.equal(expected[key], other[key]) for key in expected)
+    assert expected.keys() == other.keys()
 
 
-def test_with_everything_random_on_after_any_step_and_a_second_time(
+def test_resuming_is_exact_after_any_step_and_repeatedly_with_all_randomness_on(
     train: Train, arguments: list[str], tmp_path: Path
 ) -> None:
-    cut_and_go_on(train, [*arguments, *ALL_RANDOM], tmp_path, cuts=[2, 5, 6])
+    interrupt_and_resume(train, [*arguments, *ALL_RANDOM], tmp_path, cuts=[2, 5, 6])
 
 
 @pytest.mark.nightly
@@ -85,8 +87,10 @@ def test_with_everything_random_on_after_any_step_and_a_second_time(
     ],
     ids=lambda words: words[0],
 )
-def test_with_every_kind_of_optimizer(train: Train, arguments: list[str], tmp_path: Path, optimizer: list[str]) -> None:
-    cut_and_go_on(train, [*arguments, "--optimizer_type", *optimizer], tmp_path, cuts=[3])
+def test_resuming_is_exact_with_every_optimizer(
+    train: Train, arguments: list[str], tmp_path: Path, optimizer: list[str]
+) -> None:
+    interrupt_and_resume(train, [*arguments, "--optimizer_type", *optimizer], tmp_path, cuts=[3])
 
 
 @pytest.mark.parametrize(
@@ -103,9 +107,11 @@ def test_with_every_kind_of_optimizer(train: Train, arguments: list[str], tmp_pa
     ],
     ids=lambda words: words[0],
 )
-@pytest.mark.nightly  # every schedule's own state is tested beside it
-def test_with_every_schedule(train: Train, arguments: list[str], tmp_path: Path, schedule: list[str]) -> None:
-    cut_and_go_on(train, [*arguments, "--lr_scheduler", *schedule], tmp_path, cuts=[3])
+@pytest.mark.nightly  # each schedule's state is tested in its unit tests
+def test_resuming_is_exact_with_every_schedule(
+    train: Train, arguments: list[str], tmp_path: Path, schedule: list[str]
+) -> None:
+    interrupt_and_resume(train, [*arguments, "--lr_scheduler", *schedule], tmp_path, cuts=[3])
 
 
 @pytest.mark.nightly
@@ -123,32 +129,34 @@ def test_with_every_schedule(train: Train, arguments: list[str], tmp_path: Path,
     ],
     ids=lambda words: words[-1],
 )
-def test_with_every_kind_of_network(train: Train, arguments: list[str], tmp_path: Path, extra: list[str]) -> None:
-    cut_and_go_on(train, [*arguments, *extra], tmp_path, cuts=[3])
+def test_resuming_is_exact_with_every_network_module(
+    train: Train, arguments: list[str], tmp_path: Path, extra: list[str]
+) -> None:
+    interrupt_and_resume(train, [*arguments, *extra], tmp_path, cuts=[3])
 
 
 @pytest.mark.nightly
-def test_the_number_of_loader_workers_may_change(train: Train, arguments: list[str], tmp_path: Path) -> None:
+def test_the_number_of_loader_workers_may_change_on_resume(train: Train, arguments: list[str], tmp_path: Path) -> None:
     workers = ["--max_data_loader_n_workers", "4"]
-    cut_and_go_on(train, [*arguments, *ALL_RANDOM], tmp_path, cuts=[2, 4], after_0=workers)
+    interrupt_and_resume(train, [*arguments, *ALL_RANDOM], tmp_path, cuts=[2, 4], after_0=workers)
 
 
-def test_no_batch_before_the_state_is_read(
+def test_no_batch_before_the_resumed_step_is_loaded(
     train: Train, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from library.data.batches.batches import BatchMaker
 
-    asked: list[tuple[int, ...]] = []
+    requested: list[tuple[int, ...]] = []
     plain = BatchMaker.draft
-    monkeypatch.setattr(BatchMaker, "draft", lambda self, order: asked.append(order.draws) or plain(self, order))
+    monkeypatch.setattr(BatchMaker, "draft", lambda self, order: requested.append(order.draws) or plain(self, order))
     train([*arguments, "--save_state", "--save_every_n_steps", "5"])
-    in_one_go = list(asked)
-    asked.clear()
+    in_one_go = list(requested)
+    requested.clear()
     train([*arguments, "--resume", str(tmp_path / "out" / "mine-step00000005-state")])
-    assert asked == in_one_go[5:]
+    assert requested == in_one_go[5:]
 
 
-def test_the_same_command_with_autoresume_is_complete_the_second_time(
+def test_repeating_a_finished_command_with_autoresume_trains_nothing(
     train: Train, arguments: list[str], tmp_path: Path
 ) -> None:
     first = train([*arguments, "--max_train_steps", "2", "--autoresume"])
@@ -159,7 +167,7 @@ def test_the_same_command_with_autoresume_is_complete_the_second_time(
     assert (tmp_path / "out" / "mine.safetensors").stat().st_mtime_ns == written
 
 
-def test_what_is_changed_at_a_resume_takes_effect_and_is_said(
+def test_options_changed_on_resume_take_effect_and_are_logged(
     train: Train, arguments: list[str], images: Path, tmp_path: Path
 ) -> None:
     words = [*arguments, "--max_train_steps", "3", "--lr_scheduler", "linear", "--save_state_on_train_end"]
@@ -176,19 +184,19 @@ def test_what_is_changed_at_a_resume_takes_effect_and_is_said(
     assert [rate for _, rate in points(tmp_path / "logs")["lr/unet"]] == pytest.approx([4e-3 / 4])
 
 
-def test_charts_go_on_with_the_same_steps_and_values(train: Train, arguments: list[str], tmp_path: Path) -> None:
+def test_charts_continue_with_the_same_steps_and_values(train: Train, arguments: list[str], tmp_path: Path) -> None:
     words = [*arguments, *ALL_RANDOM, "--save_state", "--save_every_n_steps", "3"]
     assert train([*words, "--logging_dir", str(tmp_path / "whole")]).status == 0
     resumed = [*words, "--resume", str(tmp_path / "out" / "mine-step00000003-state")]
     assert train([*resumed, "--logging_dir", str(tmp_path / "rest")]).status == 0
-    whole, rest = points(tmp_path / "whole"), points(tmp_path / "rest")
-    assert whole.keys() == rest.keys() and len(rest["loss/current"]) == 9
-    for name in whole:
-        assert rest[name] == whole[name][-len(rest[name]) :]
+    uninterrupted, rest = points(tmp_path / "whole"), points(tmp_path / "rest")
+    assert uninterrupted.keys() == rest.keys() and len(rest["loss/current"]) == 9
+    for name in uninterrupted:
+        assert rest[name] == uninterrupted[name][-len(rest[name]) :]
 
 
 def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every chart of a run but those of its speed as (step, value)."""
+    """Return every chart of a run except its speed as (step, value) pairs."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (file,) = folder.rglob("events.out*")
@@ -203,21 +211,21 @@ def test_an_interruption_at_the_end_of_an_epoch_still_saves_the_epoch(
 ) -> None:
     from library.training.failures.interruption import Interruption
 
-    asked = iter([False] * 8 + [True] * 9)
-    monkeypatch.setattr(Interruption, "is_requested", property(lambda _: next(asked)))
+    stop_requests = iter([False] * 8 + [True] * 9)
+    monkeypatch.setattr(Interruption, "is_requested", property(lambda _: next(stop_requests)))
     done = train([*arguments, "--max_train_steps", "18", "--save_every_n_epochs", "1"])
     assert done.status == 0, done.stderr
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"mine-000001.safetensors", "mine-step00000009.safetensors", "mine-step00000009-state"}
 
 
-def test_an_interruption_inside_an_epoch_puts_no_average_of_it_into_the_charts(
+def test_an_interruption_within_an_epoch_logs_no_epoch_average(
     train: Train, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from library.training.failures.interruption import Interruption
 
-    asked = iter([False, True])
-    monkeypatch.setattr(Interruption, "is_requested", property(lambda _: next(asked)))
+    stop_requests = iter([False, True])
+    monkeypatch.setattr(Interruption, "is_requested", property(lambda _: next(stop_requests)))
     done = train([*arguments, "--logging_dir", str(tmp_path / "logs")])
     assert done.status == 0, done.stderr
     charts = points(tmp_path / "logs")

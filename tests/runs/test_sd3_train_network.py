@@ -17,7 +17,7 @@ OUTPUT = "mine.safetensors"
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> Callable[..., list[str]]:
-    """A command line that trains two steps on a tiny model of the given size."""
+    """Return a builder of arguments for two training steps on a tiny model of the given size."""
     make_images(tmp_path / "data" / "2_thing", 3)
 
     def build(size: str, module: str, *more: str) -> list[str]:
@@ -41,8 +41,8 @@ def run(train: Train, arguments: list[str]) -> Finished:
 
 def metadata_of(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as file:
-        found: dict[str, str] = file.metadata()
-    return found
+        metadata: dict[str, str] = file.metadata()
+    return metadata
 
 
 @pytest.mark.nightly
@@ -54,7 +54,7 @@ def metadata_of(path: Path) -> dict[str, str]:
         ("sd3.5-large", "networks.dylora", "5-large"),
     ],
 )
-def test_every_kind_of_adapter_trains_on_every_size(
+def test_every_adapter_kind_trains_on_every_model_size(
     train: Train, arguments: Callable[..., list[str]], tmp_path: Path, size: str, module: str, version: str
 ) -> None:
     done = run(train, arguments(size, module))
@@ -69,7 +69,7 @@ def test_every_kind_of_adapter_trains_on_every_size(
     assert metadata["modelspec.architecture"] == f"stable-diffusion-3-{version}/lora"
 
 
-def test_all_that_is_particular_to_sd3_at_once(
+def test_all_sd3_specific_options_work_together(
     train: Train, arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     more = [
@@ -92,9 +92,7 @@ def test_all_that_is_particular_to_sd3_at_once(
     assert again.losses == first.losses, "from the caches, with the same draws"
 
 
-def test_images_are_drawn_and_others_measured(
-    train: Train, arguments: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_previews_and_validation_work(train: Train, arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat --w 64 --h 96 --s 3 --d 7\n")
     more = [
@@ -106,7 +104,7 @@ def test_images_are_drawn_and_others_measured(
     assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
 
 
-def test_a_text_encoder_that_is_left_out_changes_the_loss(train: Train, arguments: Callable[..., list[str]]) -> None:
+def test_dropping_out_a_text_encoder_changes_the_loss(train: Train, arguments: Callable[..., list[str]]) -> None:
     more = ("--network_train_unet_only", "--max_train_steps", "1", "--train_batch_size", "1")
     losses = [
         run(train, arguments("sd3-medium", "networks.lora", *more, *flags)).losses
@@ -115,7 +113,7 @@ def test_a_text_encoder_that_is_left_out_changes_the_loss(train: Train, argument
     assert len({tuple(loss) for loss in losses}) == 3
 
 
-def test_another_model_is_refused_before_anything_is_loaded(
+def test_another_base_model_is_rejected_before_loading(
     train: Train, arguments: Callable[..., list[str]], tiny_sd_file: Path
 ) -> None:
     line = arguments("sd3-medium", "networks.lora_sd3")
@@ -123,7 +121,9 @@ def test_another_model_is_refused_before_anything_is_loaded(
     assert done.status == 1 and "this is an SD 1.x checkpoint; use train_network.py" in done.stderr
 
 
-def test_the_file_continues_training(train: Train, arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_training_continues_from_a_saved_file(
+    train: Train, arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
     line = arguments("sd3-medium", "networks.lora_sd3", "--network_args", "split_qkv=True")
     run(train, line)
     before = load_file(tmp_path / "out" / OUTPUT)
@@ -136,26 +136,26 @@ def test_the_file_continues_training(train: Train, arguments: Callable[..., list
 
 
 @pytest.mark.nightly
-def test_a_resumed_run_repeats_the_uninterrupted_one(
+def test_a_resumed_run_equals_the_uninterrupted_one(
     train: Train, arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """Encoders that are left out and places that are drawn follow the batch, not what was drawn before."""
+    """Text encoder dropout and random crops of the position table depend on the batch, not on earlier draws."""
     more = [
         "--network_train_unet_only", "--clip_g_dropout_rate", "0.4", "--t5_dropout_rate", "0.4",
         "--pos_emb_random_crop_rate", "0.5", "--max_train_steps", "4",
     ]  # fmt: skip
     line = arguments("sd3.5-medium", "networks.lora_sd3", *more)
     run(train, [*line, "--save_state", "--save_every_n_steps", "2"])
-    whole = load_file(tmp_path / "out" / OUTPUT)
+    uninterrupted = load_file(tmp_path / "out" / OUTPUT)
     state = tmp_path / "out" / "mine-step00000002-state"
     run(train, [*line, "--resume", str(state), "--output_dir", str(tmp_path / "resumed")])
     resumed = load_file(tmp_path / "resumed" / OUTPUT)
-    assert resumed.keys() == whole.keys()
-    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
-    assert any("lora_up" in key and tensor.abs().max() > 0 for key, tensor in whole.items())
+    assert resumed.keys() == uninterrupted.keys()
+    assert all(torch.equal(resumed[key], uninterrupted[key]) for key in uninterrupted)
+    assert any("lora_up" in key and tensor.abs().max() > 0 for key, tensor in uninterrupted.items())
 
 
-def test_positions_are_stretched_to_the_resolution_of_the_data_set(
+def test_position_embeddings_are_scaled_to_the_dataset_resolution(
     train: Train, arguments: Callable[..., list[str]]
 ) -> None:
     words = arguments("sd3.5-medium", "networks.lora", "--max_train_steps", "1", "--network_train_unet_only")

@@ -1,4 +1,4 @@
-"""sdxl_train_network.py, and train_network.py --v2, on tiny models: what goes in, what comes out."""
+"""sdxl_train_network.py and train_network.py --v2 end to end on tiny models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ SDXL = "sdxl_train_network"
 
 @pytest.fixture
 def sdxl_arguments(tiny_sdxl_folder: Path, images: Path, tmp_path: Path) -> list[str]:
-    """A command line that trains two steps on the tiny model."""
+    """Return arguments for two training steps on the tiny model."""
     return [
         "--pretrained_model_name_or_path", str(tiny_sdxl_folder), "--train_data_dir", str(images),
         "--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2", "--output_dir",
@@ -41,18 +41,16 @@ def test_a_run_trains_both_text_encoders_and_the_unet(train: Train, sdxl_argumen
     ups = up_factors(tmp_path / "out" / "mine.safetensors")
     for prefix in ("lora_te1_", "lora_unet_input_blocks_", "lora_unet_middle_block_1_", "lora_unet_output_blocks_"):
         assert any(name.startswith(prefix) for name in ups)
-    # SDXL takes the state before the last layer and, of the second encoder, the pooled vector behind it
+    # SDXL uses the penultimate layer's state and, from the second encoder, also the pooled output
     idle = [name for name, up in ups.items() if not up.abs().max() > 0]
     assert all(name.startswith("lora_te1_text_model_encoder_layers_1_") for name in idle)
-    found = metadata(tmp_path / "out" / "mine.safetensors")
-    assert found["ss_base_model_version"] == "sdxl_base_v1-0" and found["ss_v2"] == "False"
-    assert found["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
-    assert found["modelspec.implementation"] == "https://github.com/Stability-AI/generative-models"
+    actual = metadata(tmp_path / "out" / "mine.safetensors")
+    assert actual["ss_base_model_version"] == "sdxl_base_v1-0" and actual["ss_v2"] == "False"
+    assert actual["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert actual["modelspec.implementation"] == "https://github.com/Stability-AI/generative-models"
 
 
-def test_each_text_encoder_has_the_learning_rate_given_for_it(
-    train: Train, sdxl_arguments: list[str], tmp_path: Path
-) -> None:
+def test_each_text_encoder_has_its_own_learning_rate(train: Train, sdxl_arguments: list[str], tmp_path: Path) -> None:
     done = train([*sdxl_arguments, "--text_encoder_lr", "0", "1e-3"], script=SDXL)
     assert done.status == 0, done.stderr
     ups = up_factors(tmp_path / "out" / "mine.safetensors")
@@ -60,13 +58,13 @@ def test_each_text_encoder_has_the_learning_rate_given_for_it(
     assert moved == {"te2", "unet"}
 
 
-def test_latents_are_cached_under_sdxls_name(train: Train, sdxl_arguments: list[str], images: Path) -> None:
+def test_latents_are_cached_under_the_sdxl_file_name(train: Train, sdxl_arguments: list[str], images: Path) -> None:
     done = train([*sdxl_arguments, "--cache_latents_to_disk", "--network_train_unet_only"], script=SDXL)
     assert done.status == 0, done.stderr
     assert len(list(images.rglob("*_0064x0064_sdxl.npz"))) == 6
 
 
-def test_cached_text_gives_the_same_loss_and_its_files_have_sd_scripts_names(
+def test_cached_text_gives_the_same_loss_and_uses_sd_scripts_file_names(
     train: Train, sdxl_arguments: list[str], images: Path
 ) -> None:
     options = [*sdxl_arguments, "--network_train_unet_only"]
@@ -74,7 +72,7 @@ def test_cached_text_gives_the_same_loss_and_its_files_have_sd_scripts_names(
     cache = [*options, "--cache_text_encoder_outputs_to_disk", "--output_name", "cached"]
     done = train(cache, script=SDXL)
     assert done.status == 0, done.stderr
-    assert done.losses[0] == plain.losses[0]  # later ones depend on how the adapters began
+    assert done.losses[0] == plain.losses[0]  # later losses depend on the adapters' initialisation
     files = sorted(images.rglob("0*_te_outputs.npz"))
     assert [file.name for file in files][:2] == ["00_te_outputs.npz", "01_te_outputs.npz"] and len(files) == 6
     with np.load(files[0]) as stored:
@@ -90,7 +88,7 @@ def test_previews_are_drawn(train: Train, sdxl_arguments: list[str], tmp_path: P
     assert list((tmp_path / "out" / "sample").glob("*.png"))
 
 
-def test_a_velocity_model_with_zero_terminal_snr(train: Train, sdxl_arguments: list[str], tmp_path: Path) -> None:
+def test_v_prediction_with_zero_terminal_snr_trains(train: Train, sdxl_arguments: list[str], tmp_path: Path) -> None:
     options = ["--v_parameterization", "--zero_terminal_snr", "--min_snr_gamma", "5", "--network_train_unet_only"]
     done = train([*sdxl_arguments, *options], script=SDXL)
     assert done.status == 0, done.stderr
@@ -98,7 +96,7 @@ def test_a_velocity_model_with_zero_terminal_snr(train: Train, sdxl_arguments: l
     assert metadata(tmp_path / "out" / "mine.safetensors")["modelspec.prediction_type"] == "v"
 
 
-def test_a_checkpoint_of_another_script_is_sent_there(
+def test_the_error_for_another_models_checkpoint_names_its_script(
     train: Train, sdxl_arguments: list[str], base_arguments: list[str], tiny_sd_file: Path, tiny_sdxl_file: Path
 ) -> None:
     wrong = train([*sdxl_arguments, "--pretrained_model_name_or_path", str(tiny_sd_file)], script=SDXL)
@@ -107,7 +105,7 @@ def test_a_checkpoint_of_another_script_is_sent_there(
     assert wrong.status == 1 and "this is an SDXL checkpoint; use sdxl_train_network.py" in wrong.stderr
 
 
-def test_v2_belongs_to_the_other_script_and_clip_skip_does_nothing(train: Train, sdxl_arguments: list[str]) -> None:
+def test_v2_is_rejected_and_clip_skip_has_no_effect(train: Train, sdxl_arguments: list[str]) -> None:
     wrong = train([*sdxl_arguments, "--v2"], script=SDXL)
     assert wrong.status == 1 and "--v2 does not work with SDXL: it is for Stable Diffusion 2.x" in wrong.stderr
     warned = train([*sdxl_arguments, "--clip_skip", "2", "--network_train_unet_only"], script=SDXL)
@@ -115,14 +113,14 @@ def test_v2_belongs_to_the_other_script_and_clip_skip_does_nothing(train: Train,
 
 
 @pytest.mark.parametrize("model", ["tiny_sd2_folder", "tiny_sd2_file"])
-def test_sd2_with_velocity(
+def test_sd2_with_v_prediction_trains(
     train: Train, base_arguments: list[str], tmp_path: Path, model: str, request: pytest.FixtureRequest
 ) -> None:
     path = request.getfixturevalue(model)
     options = ["--pretrained_model_name_or_path", str(path), "--v2", "--v_parameterization", "--max_train_steps", "2"]
     done = train([*base_arguments, *options])
     assert done.status == 0, done.stderr
-    found = metadata(tmp_path / "out" / "mine.safetensors")
-    assert (found["ss_v2"], found["ss_base_model_version"]) == ("True", "sd_v2_v")
-    assert found["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+    actual = metadata(tmp_path / "out" / "mine.safetensors")
+    assert (actual["ss_v2"], actual["ss_base_model_version"]) == ("True", "sd_v2_v")
+    assert actual["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
     assert all(up.abs().max() > 0 for up in up_factors(tmp_path / "out" / "mine.safetensors").values())

@@ -1,4 +1,4 @@
-"""--shard_base: runs of several processes, each of which keeps a share of the base model, against runs of one."""
+"""--shard_base: runs whose processes each keep a shard of the base model, compared with single-process runs."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ CHANGES = ["--optimizer_type", "SGD", "--optimizer_args", "momentum=0.9", "--lea
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> Arguments:
-    """Five batches an epoch and three images to validate: for two and four processes the last ones are too few."""
+    """Build arguments for five batches per epoch and three validation images, which do not divide among processes."""
     make_images(tmp_path / "data" / "1_thing", 8, seed=91)
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2\na red dog --w 64 --h 64 --s 2\n")
 
@@ -37,26 +37,26 @@ def arguments(tmp_path: Path) -> Arguments:
 
 
 def run(jobs: Sequence[tuple[str, int, list[str]]], base: str, folder: Path) -> dict[str, str]:
-    """Runs by name, number of processes and arguments; what the main process of each said."""
+    """Run jobs given by name, number of processes and arguments; return the main process's log of each."""
     for name, *_ in jobs:
         (folder / name).mkdir()
-    told = [Job([*words, "--output_dir", str(folder / name / "out")], count, str(folder / name), BASES[base].script)
+    all_jobs = [Job([*words, "--output_dir", str(folder / name / "out")], count, str(folder / name), BASES[base].script)
             for name, count, words in jobs]  # fmt: skip
-    found = run_ranks(told, folder)
-    for (name, count, _), ranks in zip(jobs, found, strict=True):
+    results = run_ranks(all_jobs, folder)
+    for (name, count, _), ranks in zip(jobs, results, strict=True):
         assert [rank.status for rank in ranks] == [0] * count, (name, [rank.said[-3000:] for rank in ranks])
-    return {name: ranks[0].said for (name, *_), ranks in zip(jobs, found, strict=True)}
+    return {name: ranks[0].said for (name, *_), ranks in zip(jobs, results, strict=True)}
 
 
-def off(folder: Path, ours: str, theirs: str, name: str = "mine.safetensors") -> float:
-    """The largest difference of weights, as a share of the largest weight of its tensor."""
+def relative_difference(folder: Path, ours: str, theirs: str, name: str = "mine.safetensors") -> float:
+    """Return the largest weight difference, relative to the largest weight of its tensor."""
     first, second = (load_state_dict(folder / run / "out" / name) for run in (ours, theirs))
     assert first.keys() == second.keys() and len(first) > 10
     return max(float((first[k] - second[k]).abs().max() / second[k].abs().max().clamp(min=1e-12)) for k in first)
 
 
-def losses(said: str) -> list[str]:
-    return [line.partition("validation after")[2] for line in said.splitlines() if "validation after" in line]
+def losses(log: str) -> list[str]:
+    return [line.partition("validation after")[2] for line in log.splitlines() if "validation after" in line]
 
 
 def images_of(folder: Path, name: str) -> list[bytes]:
@@ -64,10 +64,10 @@ def images_of(folder: Path, name: str) -> list[bytes]:
 
 
 @pytest.mark.nightly
-def test_two_processes_that_share_the_base_equal_one(arguments: Arguments, tmp_path: Path) -> None:
+def test_two_processes_with_a_sharded_base_equal_one(arguments: Arguments, tmp_path: Path) -> None:
     words = arguments("flux")
     more = ["--gradient_checkpointing", "--base_format", "int8", "--network_args", "dora_wd=True"]
-    said = run(
+    logs = run(
         [
             ("two", 2, [*words, *more, "--shard_base"]),
             ("one", 1, [*words, *more, "--gradient_accumulation_steps", "2"]),
@@ -75,15 +75,15 @@ def test_two_processes_that_share_the_base_equal_one(arguments: Arguments, tmp_p
         "flux",
         tmp_path,
     )
-    assert "spread over 2 processes" in said["two"]
-    assert off(tmp_path, "two", "one") <= 1e-5
-    assert losses(said["two"]) == losses(said["one"]) and len(losses(said["two"])) == 4
+    assert "spread over 2 processes" in logs["two"]
+    assert relative_difference(tmp_path, "two", "one") <= 1e-5
+    assert losses(logs["two"]) == losses(logs["one"]) and len(losses(logs["two"])) == 4
     drawn = images_of(tmp_path, "two")
     assert drawn == images_of(tmp_path, "one") and len(drawn) == 2
 
 
 @pytest.mark.nightly
-def test_a_shared_base_goes_on_exactly_and_with_other_numbers_of_processes(
+def test_a_sharded_run_resumes_exactly_and_with_another_number_of_processes(
     arguments: Arguments, tmp_path: Path
 ) -> None:
     words = [*arguments("lumina"), "--save_state", "--save_every_n_steps", "3", "--network_dropout", "0.1"]
@@ -98,9 +98,9 @@ def test_a_shared_base_goes_on_exactly_and_with_other_numbers_of_processes(
         "lumina",
         tmp_path,
     )
-    assert off(tmp_path, "again", "two") == 0.0
-    assert off(tmp_path, "whole", "two") <= 1e-5
-    assert off(tmp_path, "one", "two") <= 1e-5
+    assert relative_difference(tmp_path, "again", "two") == 0.0
+    assert relative_difference(tmp_path, "whole", "two") <= 1e-5
+    assert relative_difference(tmp_path, "one", "two") <= 1e-5
 
 
 @pytest.mark.nightly
@@ -115,12 +115,12 @@ def test_four_processes_in_groups_of_two_equal_one(arguments: Arguments, tmp_pat
         "anima",
         tmp_path,
     )
-    assert off(tmp_path, "four", "one") <= 1e-5
-    assert off(tmp_path, "groups", "one") <= 1e-5
+    assert relative_difference(tmp_path, "four", "one") <= 1e-5
+    assert relative_difference(tmp_path, "groups", "one") <= 1e-5
 
 
 @pytest.mark.nightly
-def test_a_subset_that_asks_the_base_model_alone_keeps_all_in_step(arguments: Arguments, tmp_path: Path) -> None:
+def test_a_subset_that_needs_the_bare_base_model_keeps_processes_in_step(arguments: Arguments, tmp_path: Path) -> None:
     words = arguments("flux")
     make_images(tmp_path / "data" / "1_other", 3, seed=93)
     config = tmp_path / "data.toml"
@@ -136,7 +136,7 @@ def test_a_subset_that_asks_the_base_model_alone_keeps_all_in_step(arguments: Ar
         "flux",
         tmp_path,
     )
-    assert off(tmp_path, "two", "one") <= 1e-5
+    assert relative_difference(tmp_path, "two", "one") <= 1e-5
 
 
 KINDS = {
@@ -151,19 +151,19 @@ KINDS = {
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("base", BASES)
-def test_every_base_model_is_shared(arguments: Arguments, tmp_path: Path, base: str) -> None:
+def test_every_base_model_can_be_sharded(arguments: Arguments, tmp_path: Path, base: str) -> None:
     words = arguments(base)
     run(
         [("two", 2, [*words, "--shard_base"]), ("one", 1, [*words, "--gradient_accumulation_steps", "2"])],
         base,
         tmp_path,
     )
-    assert off(tmp_path, "two", "one") <= 2e-5  # nine layers of float32 convolutions in the largest
+    assert relative_difference(tmp_path, "two", "one") <= 2e-5  # measured through nine layers of float32 convolutions
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_adapter_is_saved_from_a_shared_base(arguments: Arguments, tmp_path: Path, kind: str) -> None:
+def test_every_adapter_kind_is_saved_from_a_sharded_base(arguments: Arguments, tmp_path: Path, kind: str) -> None:
     words = [*arguments("sd"), "--network_module", kind]
     if KINDS[kind]:
         words += ["--network_args", *KINDS[kind]]
@@ -172,35 +172,35 @@ def test_every_kind_of_adapter_is_saved_from_a_shared_base(arguments: Arguments,
         "sd",
         tmp_path,
     )
-    assert off(tmp_path, "two", "one") <= 1e-5
+    assert relative_difference(tmp_path, "two", "one") <= 1e-5
 
 
 @pytest.mark.nightly
-def test_merged_files_are_in_a_base_that_is_shared_afterwards(arguments: Arguments, tmp_path: Path) -> None:
+def test_files_are_merged_before_the_base_is_sharded(arguments: Arguments, tmp_path: Path) -> None:
     words = arguments("flux")
     run([("first", 1, words)], "flux", tmp_path)
     merged = [*words, "--base_weights", str(tmp_path / "first" / "out" / "mine.safetensors"), "--base_format", "fp8"]
-    said = run(
+    logs = run(
         [("two", 2, [*merged, "--shard_base"]), ("one", 1, [*merged, "--gradient_accumulation_steps", "2"])],
         "flux",
         tmp_path,
     )
-    assert "merged" in said["two"] and losses(said["two"]) == losses(said["one"])
-    assert off(tmp_path, "two", "one") <= 1e-5
+    assert "merged" in logs["two"] and losses(logs["two"]) == losses(logs["one"])
+    assert relative_difference(tmp_path, "two", "one") <= 1e-5
 
 
 @pytest.mark.nightly
-def test_an_fsdp2_configuration_of_accelerate_means_the_same(arguments: Arguments, tmp_path: Path) -> None:
-    """As users start it, in real processes."""
+def test_an_fsdp2_configuration_of_accelerate_enables_sharding(arguments: Arguments, tmp_path: Path) -> None:
+    """Launch real processes, as users do."""
     words = [*arguments("flux"), "--output_dir", str(tmp_path / "out")]
-    done = launched(words, "2")
+    done = launch_fsdp(words, "2")
     assert done.status == 0, done.stderr
     assert "accelerate is configured for FSDP2" in done.stderr and "spread over 2 processes" in done.stderr
-    done = launched(words, "1")
+    done = launch_fsdp(words, "1")
     assert done.status != 0 and "FSDP 1" in done.stderr
 
 
-def launched(arguments: list[str], version: str) -> Finished:
+def launch_fsdp(arguments: list[str], version: str) -> Finished:
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", version,
         "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
@@ -212,10 +212,10 @@ def launched(arguments: list[str], version: str) -> Finished:
 
 
 @pytest.mark.nightly
-def test_adapters_of_a_sweep_share_a_base_that_is_spread(arguments: Arguments, tmp_path: Path) -> None:
-    """Ranks and seeds, with dropout; images, losses and files are those of one process."""
+def test_adapters_of_a_sweep_share_a_sharded_base(arguments: Arguments, tmp_path: Path) -> None:
+    """With different ranks, seeds and dropout, images, losses and files equal those of one process."""
     words = [*arguments("flux"), "--sweep", "network_dim=2,3", "seed=92,93", "--network_dropout", "0.2"]
-    said = run(
+    logs = run(
         [
             ("two", 2, [*words, "--shard_base"]),
             ("one", 1, [*words, "--gradient_accumulation_steps", "2"]),
@@ -223,9 +223,9 @@ def test_adapters_of_a_sweep_share_a_base_that_is_spread(arguments: Arguments, t
         "flux",
         tmp_path,
     )
-    assert "spread over 2 processes" in said["two"] and "4 adapters share each pass" in said["two"]
+    assert "spread over 2 processes" in logs["two"] and "4 adapters share each pass" in logs["two"]
     names = sorted(path.name for path in (tmp_path / "one" / "out").glob("*.safetensors"))
-    assert len(names) == 4 and all(off(tmp_path, "two", "one", name) <= 1e-5 for name in names)
-    assert losses(said["two"]) == losses(said["one"]) and len(losses(said["two"])) == 4 * 4
+    assert len(names) == 4 and all(relative_difference(tmp_path, "two", "one", name) <= 1e-5 for name in names)
+    assert losses(logs["two"]) == losses(logs["one"]) and len(losses(logs["two"])) == 4 * 4
     drawn = images_of(tmp_path, "two")
     assert drawn == images_of(tmp_path, "one") and len(drawn) == 2 * 4

@@ -1,4 +1,4 @@
-"""The status of a run that a signal stopped: it is saved, which is no error, unless one asks to be told."""
+"""The exit status of a run stopped by a signal: 0 because it is saved, or the signal's on request."""
 
 import os
 import re
@@ -21,7 +21,7 @@ Train = Callable[..., Finished]
 
 @pytest.fixture(autouse=True)
 def _hanging_up_is_noticed() -> Iterator[None]:
-    """Let SIGHUP stop runs also where tests are started by nohup, which has it ignored."""
+    """Let SIGHUP stop runs even if the tests were started by nohup, which ignores it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -29,7 +29,7 @@ def _hanging_up_is_noticed() -> Iterator[None]:
 
 @pytest.fixture
 def stop_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """`stop_in_step(2, signal.SIGTERM)` sends the signal while that step is computed."""
+    """Return `stop_in_step`; `stop_in_step(2, signal.SIGTERM)` sends the signal during step 2."""
     from library.training.loop.update import Updates
 
     def arrange(number: int, name: int) -> None:
@@ -46,7 +46,7 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 
 @pytest.mark.parametrize(("name", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_the_status_tells_the_signal_when_asked_for(
+def test_the_exit_status_reports_the_signal_on_request(
     train: Train, base_arguments: list[str], tmp_path: Path, stop_in_step: Any, name: int, status: int
 ) -> None:
     stop_in_step(2, name)
@@ -60,7 +60,7 @@ def test_without_the_option_a_saved_run_ends_with_0(train: Train, base_arguments
     assert train(base_arguments).status == 0
 
 
-def test_a_signal_in_the_last_step_finds_a_run_that_is_over(
+def test_a_signal_in_the_last_step_ends_the_run_normally(
     train: Train, base_arguments: list[str], stop_in_step: Any
 ) -> None:
     stop_in_step(4, signal.SIGTERM)
@@ -70,7 +70,7 @@ def test_a_signal_in_the_last_step_finds_a_run_that_is_over(
 def test_a_signal_in_the_last_step_skips_neither_the_validation_nor_the_best_file(
     train: Train, base_arguments: list[str], tmp_path: Path, stop_in_step: Any
 ) -> None:
-    """The last step is the best, since the loss of this run falls; it is measured because its epoch ends."""
+    """The last step is the best, as the loss decreases; it is validated because its epoch ends."""
     make_images(tmp_path / "data" / "1_more", 4, seed=3)
     words = [*base_arguments, "--validation_split", "0.5", "--keep_best_checkpoint", "--learning_rate", "1e-2"]
     words += ["--max_train_steps", "5", "--validate_every_n_steps", "4", "--save_precision", "float"]
@@ -89,10 +89,10 @@ def test_a_signal_in_the_last_step_skips_neither_the_validation_nor_the_best_fil
 
 
 @pytest.mark.parametrize("keeps_states", [True, pytest.param(False, marks=pytest.mark.nightly)])
-def test_files_of_stops_between_saves_are_rotated_too(
+def test_files_saved_on_a_stop_are_rotated_too(
     train: Train, base_arguments: list[str], tmp_path: Path, stop_in_step: Any, keeps_states: bool
 ) -> None:
-    """Stopped after steps 3 and 5 of 8; without --save_state the newest state of a stop is the only way to go on."""
+    """Stop after steps 3 and 5 of 8; without --save_state only the newest state of a stop allows resuming."""
     words = [*base_arguments, "--max_train_steps", "8", "--save_every_n_steps", "2", "--save_last_n_steps", "1"]
     words += ["--autoresume", *(["--save_state"] if keeps_states else [])]
     for step in (3, 5):
@@ -101,15 +101,15 @@ def test_files_of_stops_between_saves_are_rotated_too(
         assert (tmp_path / "out" / f"mine-step{step:08d}-state").is_dir()
     done = train(words)
     assert done.status == 0 and "at step 5 of 8" in done.stderr
-    left = {"mine.safetensors", "mine-state", "mine-step00000008.safetensors"}
-    left.add("mine-step00000008-state" if keeps_states else "mine-step00000005-state")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == left
+    remaining = {"mine.safetensors", "mine-state", "mine-step00000008.safetensors"}
+    remaining.add("mine-step00000008-state" if keeps_states else "mine-step00000005-state")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == remaining
 
 
-def test_a_terminal_that_closes_may_send_its_signal_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closing_terminal_may_send_its_signal_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, ...]] = []
-    monkeypatch.setattr(os, "kill", lambda *what: sent.append(what))
-    monkeypatch.setattr(signal, "signal", lambda *what: None)
+    monkeypatch.setattr(os, "kill", lambda *signal_arguments: sent.append(signal_arguments))
+    monkeypatch.setattr(signal, "signal", lambda *signal_arguments: None)
     interruption = Interruption()
     interruption.defer()
     interruption._receive(signal.SIGHUP, None)

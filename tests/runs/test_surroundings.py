@@ -1,4 +1,4 @@
-"""Surroundings that are broken or silent: a library that fails to import, a hub that never answers."""
+"""Broken environments: a library that fails to import, a hub that never answers, closed output."""
 
 import os
 import socket
@@ -21,7 +21,9 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_one_that_fails_to_import_does_not_end_a_run(base_arguments: list[str], tmp_path: Path, error: str) -> None:
+def test_an_optional_library_that_fails_to_import_does_not_end_a_run(
+    base_arguments: list[str], tmp_path: Path, error: str
+) -> None:
     (tmp_path / "broken" / BITSANDBYTES).mkdir(parents=True)
     (tmp_path / "broken" / BITSANDBYTES / "__init__.py").write_text(f"raise {error}")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "broken")}
@@ -31,8 +33,8 @@ def test_one_that_fails_to_import_does_not_end_a_run(base_arguments: list[str], 
     assert (tmp_path / "out" / "mine.safetensors").is_file()
 
 
-def test_a_run_that_stores_in_its_form_finds_it(base_arguments: list[str], tmp_path: Path) -> None:
-    """In a process of its own, in which nothing has loaded it before."""
+def test_a_run_with_nf4_weights_imports_bitsandbytes(base_arguments: list[str], tmp_path: Path) -> None:
+    """Use a fresh process, in which nothing has imported it before."""
     arguments = [*base_arguments, "--max_train_steps", "1", "--base_format", "nf4", "--mixed_precision", "bf16"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "train_network.py"), *arguments], capture_output=True, text=True, encoding="utf-8"
@@ -42,8 +44,8 @@ def test_a_run_that_stores_in_its_form_finds_it(base_arguments: list[str], tmp_p
     assert (tmp_path / "out" / "mine.safetensors").is_file()
 
 
-def test_a_hub_that_never_answers_is_given_up_in_seconds(tmp_path: Path) -> None:
-    """In a fresh process, since the hub's client reads its address when it is imported."""
+def test_a_hub_that_never_answers_times_out_in_seconds(tmp_path: Path) -> None:
+    """Use a fresh process, since the hub client reads its address at import."""
     code = (
         "from library.checkpoints.model_lookup import find_model\n"
         "try: find_model('--vae', 'someone/never', (('',),))\n"
@@ -66,8 +68,8 @@ def test_a_hub_that_never_answers_is_given_up_in_seconds(tmp_path: Path) -> None
     assert time.monotonic() - started < 45
 
 
-def without_reader() -> int:
-    """A pipe that nobody reads any more, as behind `| head -1`."""
+def pipe_without_reader() -> int:
+    """Return a pipe whose reader has exited, as after `| head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
     return writer
@@ -77,8 +79,8 @@ def without_reader() -> int:
 @pytest.mark.parametrize(
     ("open_output", "more"),
     [
-        pytest.param(without_reader, [], id="pipe"),
-        pytest.param(without_reader, ["--console_log_simple"], id="pipe_simple", marks=pytest.mark.nightly),
+        pytest.param(pipe_without_reader, [], id="pipe"),
+        pytest.param(pipe_without_reader, ["--console_log_simple"], id="pipe_simple", marks=pytest.mark.nightly),
         pytest.param(lambda: os.open("/dev/full", os.O_WRONLY), [], id="full_disk"),
         pytest.param(None, [], id="closed", marks=pytest.mark.nightly),
     ],

@@ -1,4 +1,4 @@
-"""Adapters that train together over one base model are those that train alone."""
+"""Adapters trained together over one base model equal those trained separately."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ Train = Callable[..., Finished]
 
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
-    """Three steps of FLUX.1 and its text encoder; SGD, whose steps are as large as the gradients are."""
+    """Return arguments for three steps of FLUX.1 and its text encoder with SGD, whose steps scale with gradients."""
     make_images(tmp_path / "data" / "1_thing", 5, seed=71)
     return [
         *BASES["flux"].build(tmp_path / "model"), "--train_data_dir", str(tmp_path / "data"), "--caption_extension",
@@ -35,17 +35,17 @@ def words(tmp_path: Path) -> list[str]:
 
 
 def assert_same_files(one: Path, other: Path) -> None:
-    """Equal up to how sums over more rows are rounded, and something was learned."""
-    found, wanted = load_state_dict(one), load_state_dict(other)
-    assert found.keys() == wanted.keys()
+    """Assert that files agree up to the rounding of sums over more rows and that something was learned."""
+    actual, wanted = load_state_dict(one), load_state_dict(other)
+    assert actual.keys() == wanted.keys()
     for key, tensor in wanted.items():
-        off = (found[key] - tensor).norm() / tensor.norm().clamp(min=1e-30)
+        off = (actual[key] - tensor).norm() / tensor.norm().clamp(min=1e-30)
         assert off < SUMS_OF_A_RUN, (key, float(off))
     assert max(float(tensor.abs().max()) for key, tensor in wanted.items() if "lora_up" in key) > 1e-3
 
 
-def test_every_combination_gives_the_file_of_its_run_alone(train: Train, words: list[str], tmp_path: Path) -> None:
-    """Ranks, rates, dropout and seeds: the seed is that of an adapter, so it alone does not change the batches."""
+def test_every_combination_equals_its_separate_run(train: Train, words: list[str], tmp_path: Path) -> None:
+    """Combine ranks, rates, dropout and seeds; a swept seed changes only the adapter, not the batches."""
     combined = ["--sweep", "network_dim=2,3", "learning_rate=0.5,1", "network_dropout=0.2,0"]
     done = train([*words, *combined], "flux_train_network")
     assert done.status == 0, done.stderr
@@ -56,10 +56,19 @@ def test_every_combination_gives_the_file_of_its_run_alone(train: Train, words: 
         for lr in ("0.5", "1")
         for drop in ("0.2", "0")
     }
-    for dim, alpha, rate, drop in (("2", "2", "0.5", "0.2"), ("3", "3", "1", "0")):  # alpha / rank is kept
-        own = ["--network_dim", dim, "--network_alpha", alpha, "--learning_rate", rate, "--network_dropout", drop]
-        own += ["--output_name", "alone"]
-        assert train([*words, *own], "flux_train_network").status == 0
+    for dim, alpha, rate, drop in (("2", "2", "0.5", "0.2"), ("3", "3", "1", "0")):  # alpha / rank stays constant
+        adapter_options = [
+            "--network_dim",
+            dim,
+            "--network_alpha",
+            alpha,
+            "--learning_rate",
+            rate,
+            "--network_dropout",
+            drop,
+        ]
+        adapter_options += ["--output_name", "alone"]
+        assert train([*words, *adapter_options], "flux_train_network").status == 0
         name = f"mine-dim{dim}-lr{rate}-dropout{drop}.safetensors"
         assert_same_files(tmp_path / "out" / name, tmp_path / "out" / "alone.safetensors")
 
@@ -68,10 +77,8 @@ MEASURED = ["--validation_split", "0.5", "--validate_every_n_steps", "2", "--net
 
 
 @pytest.mark.nightly
-def test_a_sweep_that_is_cut_and_goes_on_is_the_uninterrupted_one(
-    train: Train, words: list[str], tmp_path: Path
-) -> None:
-    """With dropout, averages and a seed of each adapter, from the last step that all have a state of."""
+def test_a_resumed_sweep_equals_the_uninterrupted_one(train: Train, words: list[str], tmp_path: Path) -> None:
+    """With dropout, averages and a seed per adapter, resume from the last step for which all have a state."""
     more = [
         *MEASURED, "--sweep", "network_dim=2,3", "seed=4,5", "--network_dropout", "0.2", "--optimizer_type", "AdamW",
         "--learning_rate", "1e-3", "--ema_decay", "0.5", "--gradient_accumulation_steps", "2", "--save_state",
@@ -80,7 +87,7 @@ def test_a_sweep_that_is_cut_and_goes_on_is_the_uninterrupted_one(
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     assert train([*words, *more, "--output_dir", str(whole)], "flux_train_network").status == 0
     rest.mkdir()
-    for folder in whole.glob("*-state"):  # one of them has come a step further
+    for folder in whole.glob("*-state"):  # one of them is a step ahead
         step = folder.name.removesuffix("-state").rpartition("-")[2]
         if step in ("step00000001", "step00000002") or folder.name == "mine-dim3-seed5-step00000003-state":
             shutil.copytree(folder, rest / folder.name)
@@ -90,10 +97,12 @@ def test_a_sweep_that_is_cut_and_goes_on_is_the_uninterrupted_one(
     names = {path.name for path in whole.glob("*.safetensors") if "step" not in path.name}
     assert len(names) == 4
     for name in names:
-        one, other = load_state_dict(whole / name), load_state_dict(rest / name)
-        assert all(torch.equal(one[key], other[key]) for key in one)
-    told = [line.partition("INFO")[2] for line in done.stderr.splitlines() if "validation after step 4" in line]
-    assert len(told) == 4
+        expected, other = load_state_dict(whole / name), load_state_dict(rest / name)
+        assert all(torch.equal(expected[key], other[key]) for key in expected)
+    validation_lines = [
+        line.partition("INFO")[2] for line in done.stderr.splitlines() if "validation after step 4" in line
+    ]
+    assert len(validation_lines) == 4
     named = train(
         [*words, *more, "--output_dir", str(rest), "--resume", str(whole / "last-state")], "flux_train_network"
     )
@@ -111,37 +120,40 @@ def test_an_adapter_whose_losses_are_not_finite_ends_alone(train: Train, words: 
     assert not (tmp_path / "out" / "mine-lr1e38.safetensors").exists()
 
 
-def test_each_adapter_has_a_loss_scale_of_its_own(
+def test_each_adapter_has_its_own_loss_scale(
     train: Train, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with fp16, here for float32: one begins with a scale at which its gradients overflow, and skips steps until it
-    has found a smaller one, while the other trains."""
+    """As with fp16, but in float32: one adapter starts with a scale at which its gradients overflow and skips steps
+    until the scale is small enough, while the other trains."""
     scales = {"0.5": 2.0**127, "1": 8.0}
-    made: list[torch.amp.GradScaler] = []
+    scalers: list[torch.amp.GradScaler] = []
 
     def make(options: PrecisionOptions, device: torch.device) -> torch.amp.GradScaler:
-        scale = [*scales.values()][len(made) % len(scales)]  # both of the sweep, then each alone
-        made.append(torch.amp.GradScaler("cpu", init_scale=scale))
-        return made[-1]
+        scale = [*scales.values()][len(scalers) % len(scales)]  # both of the sweep, then the separate runs
+        scalers.append(torch.amp.GradScaler("cpu", init_scale=scale))
+        return scalers[-1]
 
     one_loss, losses = loop.loss_of, stacked_step.compute_stacked_losses
     monkeypatch.setattr(optimization, "gradient_scaler", make)
-    monkeypatch.setattr(loop, "loss_of", lambda *given: 64 * one_loss(*given))  # overflow float32 at 2^127
-    monkeypatch.setattr(stacked_step, "compute_stacked_losses", lambda *given: [64 * loss for loss in losses(*given)])
+    # Overflows float32 at 2^127.
+    monkeypatch.setattr(loop, "loss_of", lambda *loss_arguments: 64 * one_loss(*loss_arguments))
+    monkeypatch.setattr(
+        stacked_step, "compute_stacked_losses", lambda *loss_arguments: [64 * loss for loss in losses(*loss_arguments)]
+    )
     more = ["--max_train_steps", "14", "--network_train_unet_only", "--network_dim", "2"]
     done = train([*words, *more, "--sweep", "learning_rate=0.5,1"], "flux_train_network")
     assert done.status == 0, done.stderr
-    found = [scaler.get_scale() for scaler in made]
-    assert 2.0**115 < found[0] < 2.0**127 and found[1] == 8.0
+    actual = [scaler.get_scale() for scaler in scalers]
+    assert 2.0**115 < actual[0] < 2.0**127 and actual[1] == 8.0
     for rate in scales:
         alone = ["--learning_rate", rate, "--output_name", "alone"]
         assert train([*words, *more, *alone], "flux_train_network").status == 0
-        assert made[-1].get_scale() == found[list(scales).index(rate)]
+        assert scalers[-1].get_scale() == actual[list(scales).index(rate)]
         assert_same_files(tmp_path / "out" / f"mine-lr{rate}.safetensors", tmp_path / "out" / "alone.safetensors")
 
 
-def test_worse_adapters_end_early_and_all_are_ranked(train: Train, words: list[str], tmp_path: Path) -> None:
-    """A rate that is far too high soon gives losses that are no numbers."""
+def test_worse_adapters_stop_early_and_all_are_ranked(train: Train, words: list[str], tmp_path: Path) -> None:
+    """A learning rate that is far too high soon gives NaN losses."""
     make_images(tmp_path / "data" / "1_more", 20, seed=72)
     more = [
         *MEASURED, "--validate_every_n_steps", "1", "--sweep", "learning_rate=1e-3,1e6", "--sweep_stop_after", "2",

@@ -1,4 +1,4 @@
-"""Runs whose text encoders leave memory before the denoiser comes."""
+"""Runs that free the text encoders before the denoiser is loaded."""
 
 import dataclasses
 import re
@@ -33,14 +33,14 @@ ON_DISK = ["--network_train_unet_only", "--cache_text_encoder_outputs_to_disk"]
 
 @dataclass(frozen=True)
 class CachingOptions(TrainOptions):
-    """Stable Diffusion 1.x with the options of models that can cache."""
+    """Stable Diffusion 1.x with the options of models that support text caching."""
 
     text_caching: TextCachingOptions = group(TextCachingOptions)
 
 
 @dataclass(frozen=True)
 class CountingLoader:
-    """A loader that notes when text encoders are loaded."""
+    """A loader that records when text encoders are loaded."""
 
     loader: UnetLoader
     loads: list[int]
@@ -116,10 +116,10 @@ def assert_equal_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Te
 
 
 @pytest.mark.parametrize("precision", [pytest.param("no", marks=pytest.mark.nightly), "bf16"])
-def test_memory_disk_and_no_cache_train_the_same_bit_for_bit(
+def test_memory_cache_disk_cache_and_no_cache_train_identically(
     run: Run, base_arguments: list[str], tmp_path: Path, images: Path, precision: str
 ) -> None:
-    """Captions that do not vary, but for being dropped; all runs start from the same weights."""
+    """Captions vary only by dropout, and all runs start from the same weights."""
     run([*base_arguments, "--output_name", "start", "--network_train_unet_only", "--max_train_steps", "1"])
     start = ["--network_weights", str(tmp_path / "out" / "start.safetensors")]
     common = [*base_arguments, *start, "--mixed_precision", precision, "--caption_dropout_rate", "0.3"]
@@ -133,7 +133,9 @@ def test_memory_disk_and_no_cache_train_the_same_bit_for_bit(
     assert len(losses) == 4 and len(list((images / "2_thing").glob("0*_tiny_te.npz"))) == 6
 
 
-def test_captions_go_on_varying_and_workers_change_nothing(run: Run, base_arguments: list[str], tmp_path: Path) -> None:
+def test_captions_still_vary_and_workers_do_not_change_results(
+    run: Run, base_arguments: list[str], tmp_path: Path
+) -> None:
     common = [*base_arguments, "--shuffle_caption", "--keep_tokens", "1", "--max_train_steps", "8"]
     _, fixed, _ = run([*base_arguments, *CACHED, "--max_train_steps", "8"])
     done, losses, _ = run([*common, *CACHED, "--output_name", "memory"])
@@ -144,7 +146,7 @@ def test_captions_go_on_varying_and_workers_change_nothing(run: Run, base_argume
     assert_equal_weights(weights_of(tmp_path, "memory"), weights_of(tmp_path, "disk"))
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one(run: Run, base_arguments: list[str], tmp_path: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(run: Run, base_arguments: list[str], tmp_path: Path) -> None:
     common = [*base_arguments, *CACHED, "--shuffle_caption", "--caption_tag_dropout_rate", "0.3"]
     _, losses, _ = run([*common, "--max_train_steps", "7", "--save_state", "--save_every_n_steps", "3"])
     state = str(tmp_path / "out" / "mine-step00000003-state")
@@ -154,7 +156,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(run: Run, base_arguments: l
     assert_equal_weights(weights_of(tmp_path, "resumed"), weights_of(tmp_path, "mine"))
 
 
-def test_images_that_are_set_aside_are_measured_from_the_cache(run: Run, base_arguments: list[str]) -> None:
+def test_held_out_images_are_validated_from_the_cache(run: Run, base_arguments: list[str]) -> None:
     measured = []
     for options in (CACHED, ON_DISK):
         split = ["--validation_split", "0.4", "--validate_every_n_steps", "2"]
@@ -198,23 +200,23 @@ def test_previews_are_drawn_without_text_encoders(run: Run, base_arguments: list
     assert len(set(pixels)) == 1
 
 
-def refused(run: Run, arguments: list[str]) -> str:
+def refusal_message(run: Run, arguments: list[str]) -> str:
     done, losses, num_loads = run(arguments)
     assert (done.status, losses, num_loads) == (1, [], 0)
     return done.stderr
 
 
 def test_text_encoders_that_get_an_adapter_are_not_cached(run: Run, base_arguments: list[str]) -> None:
-    assert "add --network_train_unet_only" in refused(run, [*base_arguments, "--cache_text_encoder_outputs"])
+    assert "add --network_train_unet_only" in refusal_message(run, [*base_arguments, "--cache_text_encoder_outputs"])
     both = [*base_arguments, "--cache_text_encoder_outputs", "--text_encoder_lr", "0"]
-    assert "add --network_train_unet_only" in refused(run, both)
+    assert "add --network_train_unet_only" in refusal_message(run, both)
 
 
-def test_weights_that_would_be_merged_into_the_text_encoder_are_refused(
-    run: Run, base_arguments: list[str], tmp_path: Path
-) -> None:
+def test_base_weights_for_the_text_encoder_are_rejected(run: Run, base_arguments: list[str], tmp_path: Path) -> None:
     run([*base_arguments, "--output_name", "both"])
-    message = refused(run, [*base_arguments, *CACHED, "--base_weights", str(tmp_path / "out" / "both.safetensors")])
+    message = refusal_message(
+        run, [*base_arguments, *CACHED, "--base_weights", str(tmp_path / "out" / "both.safetensors")]
+    )
     assert "both.safetensors changes the text encoder (lora_te_" in message and "merge_lora" in message
     run([*base_arguments, "--output_name", "unet", "--network_train_unet_only"])
     done, _, _ = run([*base_arguments, *CACHED, "--base_weights", str(tmp_path / "out" / "unet.safetensors")])
@@ -222,20 +224,20 @@ def test_weights_that_would_be_merged_into_the_text_encoder_are_refused(
 
 
 @pytest.mark.parametrize("option", ["text_cache_variants", "text_encoder_batch_size"])
-def test_counts_below_one_are_refused_and_unused_ones_warned_of(
+def test_counts_below_one_are_rejected_and_unused_ones_warned_about(
     run: Run, base_arguments: list[str], option: str
 ) -> None:
-    assert f"--{option} is 0; use at least 1" in refused(run, [*base_arguments, *CACHED, f"--{option}", "0"])
+    assert f"--{option} is 0; use at least 1" in refusal_message(run, [*base_arguments, *CACHED, f"--{option}", "0"])
     done, _, _ = run([*base_arguments, f"--{option}", "3"])
     assert f"--{option} has no effect without --cache_text_encoder_outputs" in done.stderr
 
 
-def test_token_warm_up_is_refused(run: Run, base_arguments: list[str]) -> None:
-    message = refused(run, [*base_arguments, *CACHED, "--token_warmup_step", "3"])
+def test_token_warmup_is_rejected(run: Run, base_arguments: list[str]) -> None:
+    message = refusal_message(run, [*base_arguments, *CACHED, "--token_warmup_step", "3"])
     assert "--token_warmup_step changes captions in every step" in message
 
 
-def test_other_networks_find_no_text_encoder(run: Run, base_arguments: list[str], tmp_path: Path) -> None:
+def test_third_party_networks_see_no_text_encoder(run: Run, base_arguments: list[str], tmp_path: Path) -> None:
     module = ["--network_module", "lycoris.kohya", "--network_args", "algo=lora", "preset=attn-mlp"]
     done, _, _ = run([*base_arguments, *CACHED, *module])
     assert done.status == 0, done.stderr

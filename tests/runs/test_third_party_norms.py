@@ -1,4 +1,4 @@
-"""Network modules of others that train the base model's norms on the processor."""
+"""Third-party network modules that train the base model's norms on the CPU."""
 
 import subprocess
 import sys
@@ -15,8 +15,8 @@ pytest.importorskip("lycoris")
 
 @pytest.mark.parametrize("algo", ["locon", pytest.param("lokr", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.nightly)])
-def test_the_process_survives(tmp_path: Path, algo: str, precision: str) -> None:
-    """In a process of its own: torch's backward pass of channels-last groups ended it with a segmentation fault."""
+def test_training_group_norms_on_the_cpu_does_not_crash(tmp_path: Path, algo: str, precision: str) -> None:
+    """Use a subprocess, since torch's backward pass of channels-last group norms caused a segmentation fault."""
     make_images(tmp_path / "data" / "1_thing", 2, seed=64)
     command = [
         sys.executable, str(ROOT / "sdxl_train_network.py"), "--pretrained_model_name_or_path",

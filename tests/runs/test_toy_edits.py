@@ -1,4 +1,4 @@
-"""The toy edit model learns from pairs to recolour shapes, which it has never seen, with the commands of the docs."""
+"""The toy edit model learns from pairs to recolour shapes, a new task, with the documented commands."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every kind of adapter teaches the toy world's model what it has never seen: the table of docs/networks.md.
+"""Every adapter kind teaches the toy model a new concept, as in the table of docs/networks.md.
 
 Images are drawn by diffusers with the merged adapter, and judged by their pixels.
 """
@@ -13,7 +13,7 @@ import pytest
 from tools import start
 from tools.quickstart.draw_before_after import draw_before_and_after
 
-KINDS: Mapping[str, str] = {  # the words that are added to the quickstart's command
+KINDS: Mapping[str, str] = {  # options added to the quickstart's command
     "loha": "--network_module networks.loha --network_dim 8 --network_alpha 8"
     " --network_args conv_dim=8 conv_alpha=8 train_norm=True"
     " --learning_rate 2e-3 --max_train_steps 700",
@@ -53,7 +53,7 @@ IN_8_BITS = "--base_format int8_rotated --base_arithmetic 8bit"
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("words", [*KINDS.values(), IN_8_BITS], ids=[*KINDS, "in 8 bits"])
-def test_it_learns(words: str, tmp_path: Path) -> None:
+def test_the_adapter_kind_learns_the_new_concept(words: str, tmp_path: Path) -> None:
     command = [*start.training_command(Path(sys.executable), start.num_threads()), "--output_dir", str(tmp_path)]
     environment = start.child_environment()
     done = subprocess.run(
@@ -67,5 +67,5 @@ def test_it_learns(words: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_page_has_the_words_of_its_row(kind: str) -> None:
+def test_the_page_lists_the_tested_options(kind: str) -> None:
     assert f"`{KINDS[kind]}`" in PAGE.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""DPO on the toy base model of the quickstart, with the commands of the docs, judged by the pixels of what it draws."""
+"""DPO on the quickstart's toy base model with the documented commands, judged by the pixels of its images."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""train_network.py on a tiny Stable Diffusion 1.x model: what goes in, what comes out."""
+"""train_network.py end to end on a tiny Stable Diffusion 1.x model."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ from tests.running import SCRIPTS, Finished, make_images
 Train = Callable[..., Finished]
 
 
-def saved(tmp_path: Path, name: str = "mine.safetensors") -> dict[str, torch.Tensor]:
+def load_saved(tmp_path: Path, name: str = "mine.safetensors") -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "out" / name)
 
 
@@ -29,28 +29,26 @@ def files(tmp_path: Path) -> list[str]:
 def test_a_run_trains_every_adapter_and_saves_one_file(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
     done = train(base_arguments)
     assert done.status == 0, done.stderr
-    weights = saved(tmp_path)
+    weights = load_saved(tmp_path)
     ups = {name: w for name, w in weights.items() if name.endswith("lora_up.weight")}
     assert any(name.startswith("lora_te_") for name in ups) and any(name.startswith("lora_unet_") for name in ups)
     assert all(w.isfinite().all() and w.abs().max() > 0 for w in ups.values())
     assert files(tmp_path) == ["mine.safetensors"]
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
-    train: Train, base_arguments: list[str], tmp_path: Path
-) -> None:
+def test_a_run_is_reproducible_by_seed(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
     train([*base_arguments, "--output_name", "a"])
     train([*base_arguments, "--output_name", "b", "--max_data_loader_n_workers", "2"])
     train([*base_arguments, "--output_name", "c", "--seed", "6"])
-    a, b, c = (saved(tmp_path, f"{name}.safetensors") for name in "abc")
+    a, b, c = (load_saved(tmp_path, f"{name}.safetensors") for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], c[name]) for name in a)
 
 
-def test_checkpoints_follow_steps_and_epochs_and_old_ones_go(
+def test_checkpoints_are_saved_by_steps_and_epochs_and_old_ones_are_deleted(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
-    """Twelve draws in batches of two make six steps an epoch; two epochs."""
+    """Twelve samples in batches of two make six steps per epoch, for two epochs."""
     options = ["--max_train_epochs", "2", "--save_every_n_steps", "3", "--save_last_n_steps", "3"]
     done = train([*base_arguments, *options, "--save_every_n_epochs", "1"])
     assert done.status == 0, done.stderr
@@ -67,32 +65,34 @@ def test_checkpoints_follow_steps_and_epochs_and_old_ones_go(
 
 
 @pytest.mark.parametrize(("option", "prefix"), [("unet", "lora_unet_"), ("text_encoder", "lora_te_")])
-def test_one_part_alone(train: Train, base_arguments: list[str], tmp_path: Path, option: str, prefix: str) -> None:
+def test_only_the_unet_or_only_the_text_encoder_trains(
+    train: Train, base_arguments: list[str], tmp_path: Path, option: str, prefix: str
+) -> None:
     done = train([*base_arguments, f"--network_train_{option}_only"])
     assert done.status == 0, done.stderr
-    assert all(name.startswith(prefix) for name in saved(tmp_path))
+    assert all(name.startswith(prefix) for name in load_saved(tmp_path))
 
 
-def test_the_text_encoder_learns_at_its_own_rate(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+def test_the_text_encoder_uses_its_own_learning_rate(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
     train([*base_arguments, "--text_encoder_lr", "0", "--unet_lr", "1e-3"])
-    weights = saved(tmp_path)
+    weights = load_saved(tmp_path)
     moved = {n for n, w in weights.items() if n.endswith("lora_up.weight") and w.abs().max() > 0}
     assert moved and all(name.startswith("lora_unet_") for name in moved)
     assert any(name.startswith("lora_te_") for name in weights)
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(
+def test_gradient_checkpointing_does_not_change_results(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
     train([*base_arguments, "--network_dropout", "0.3", "--output_name", "plain"])
     done = train([*base_arguments, "--network_dropout", "0.3", "--output_name", "saving", "--gradient_checkpointing"])
     assert done.status == 0, done.stderr
-    plain, saving = saved(tmp_path, "plain.safetensors"), saved(tmp_path, "saving.safetensors")
+    plain, saving = load_saved(tmp_path, "plain.safetensors"), load_saved(tmp_path, "saving.safetensors")
     for name, weight in plain.items():
         torch.testing.assert_close(weight, saving[name], rtol=1e-4, atol=1e-6)
 
 
-def test_latents_cached_on_disk_are_used_again_and_train_the_same(
+def test_latents_cached_on_disk_are_reused_and_train_the_same(
     train: Train, base_arguments: list[str], images: Path, tmp_path: Path
 ) -> None:
     train([*base_arguments, "--output_name", "memory", "--cache_latents"])
@@ -103,24 +103,22 @@ def test_latents_cached_on_disk_are_used_again_and_train_the_same(
     done = train([*base_arguments, "--output_name", "again", "--cache_latents_to_disk"])
     assert done.status == 0, done.stderr
     assert [path.stat().st_mtime_ns for path in cached] == times
-    memory, disk, again = (saved(tmp_path, f"{name}.safetensors") for name in ("memory", "disk", "again"))
+    memory, disk, again = (load_saved(tmp_path, f"{name}.safetensors") for name in ("memory", "disk", "again"))
     for name, weight in memory.items():
         assert torch.equal(weight, disk[name]) and torch.equal(weight, again[name])
 
 
-def test_training_goes_on_from_weights_with_their_ranks(
-    train: Train, base_arguments: list[str], tmp_path: Path
-) -> None:
+def test_training_continues_from_a_file_with_its_ranks(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
     train([*base_arguments, "--network_dim", "3", "--network_alpha", "2", "--output_name", "first"])
     first = str(tmp_path / "out" / "first.safetensors")
     done = train([*base_arguments, "--network_weights", first, "--dim_from_weights"])
     assert done.status == 0, done.stderr
-    weights = saved(tmp_path)
+    weights = load_saved(tmp_path)
     assert {w.shape[0] for n, w in weights.items() if n.endswith("lora_down.weight")} == {3}
     assert {float(w) for n, w in weights.items() if n.endswith(".alpha")} == {2.0}
 
 
-def test_weights_of_another_rank_are_refused_with_a_way_out(
+def test_the_error_for_weights_of_another_rank_suggests_a_fix(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
     train([*base_arguments, "--network_dim", "3", "--output_name", "first"])
@@ -129,7 +127,7 @@ def test_weights_of_another_rank_are_refused_with_a_way_out(
     assert "--dim_from_weights" in done.stderr
 
 
-def test_base_weights_change_the_base_and_stay_out_of_the_file(
+def test_base_weights_are_merged_into_the_base_model_and_not_saved(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
     train([*base_arguments, "--output_name", "first", "--learning_rate", "0.05", "--max_train_steps", "8"])
@@ -140,32 +138,34 @@ def test_base_weights_change_the_base_and_stay_out_of_the_file(
     assert merged.status == 0, merged.stderr
     assert plain.losses == zero.losses
     assert plain.losses[0] != merged.losses[0]
-    assert set(saved(tmp_path, "merged.safetensors")) == set(saved(tmp_path, "plain.safetensors"))
+    assert set(load_saved(tmp_path, "merged.safetensors")) == set(load_saved(tmp_path, "plain.safetensors"))
 
 
 @pytest.mark.parametrize("options", [["--mixed_precision", "bf16"], ["--mixed_precision", "bf16", "--full_bf16"]])
-def test_bf16(train: Train, base_arguments: list[str], tmp_path: Path, options: list[str]) -> None:
+def test_bf16_training_saves_finite_weights(
+    train: Train, base_arguments: list[str], tmp_path: Path, options: list[str]
+) -> None:
     done = train([*base_arguments, *options])
     assert done.status == 0, done.stderr
     expected = torch.bfloat16 if "--full_bf16" in options else torch.float32
-    weights = [w for name, w in saved(tmp_path).items() if not name.endswith(".alpha")]
+    weights = [w for name, w in load_saved(tmp_path).items() if not name.endswith(".alpha")]
     assert {w.dtype for w in weights} == {expected}
     assert all(w.isfinite().all() for w in weights)
 
 
-def test_the_file_has_the_precision_asked_for(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+def test_the_file_has_the_requested_precision(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
     train([*base_arguments, "--save_precision", "fp16"])
-    assert {w.dtype for w in saved(tmp_path).values()} == {torch.float16}
+    assert {w.dtype for w in load_saved(tmp_path).values()} == {torch.float16}
 
 
 @pytest.mark.parametrize("extension", ["ckpt", "pt"])
-def test_pickled_files_hold_the_plain_state_dict(
+def test_pickle_files_contain_the_plain_state_dict(
     train: Train, base_arguments: list[str], tmp_path: Path, extension: str
 ) -> None:
     train([*base_arguments, "--save_model_as", extension])
     train([*base_arguments, "--output_name", "other"])
     weights = torch.load(tmp_path / "out" / f"mine.{extension}", weights_only=True)
-    other = saved(tmp_path, "other.safetensors")
+    other = load_saved(tmp_path, "other.safetensors")
     assert set(weights) == set(other) and all(torch.equal(weights[name], other[name]) for name in other)
 
 
@@ -181,16 +181,16 @@ def test_pickled_files_hold_the_plain_state_dict(
     ],
     ids=lambda options: options[1],
 )
-def test_optimizers_move_the_weights(
+def test_optimizers_change_the_weights(
     train: Train, base_arguments: list[str], tmp_path: Path, options: list[str]
 ) -> None:
     done = train([*base_arguments, *options])
     assert done.status == 0, done.stderr
-    ups = [w for name, w in saved(tmp_path).items() if name.endswith("lora_up.weight")]
+    ups = [w for name, w in load_saved(tmp_path).items() if name.endswith("lora_up.weight")]
     assert all(w.isfinite().all() for w in ups) and any(w.abs().max() > 0 for w in ups)
 
 
-def test_every_noise_and_loss_option_together(train: Train, base_arguments: list[str]) -> None:
+def test_all_noise_and_loss_options_work_together(train: Train, base_arguments: list[str]) -> None:
     options = [
         "--noise_offset", "0.1", "--noise_offset_random_strength", "--adaptive_noise_scale", "0.01",
         "--multires_noise_iterations", "3", "--ip_noise_gamma", "0.1", "--ip_noise_gamma_random_strength",
@@ -205,7 +205,7 @@ def test_every_noise_and_loss_option_together(train: Train, base_arguments: list
     assert done.losses and all(loss > 0 for loss in done.losses)
 
 
-def test_velocity_prediction_with_zero_terminal_snr(train: Train, base_arguments: list[str]) -> None:
+def test_v_prediction_with_zero_terminal_snr_trains(train: Train, base_arguments: list[str]) -> None:
     done = train(
         [*base_arguments, "--v_parameterization", "--zero_terminal_snr", "--scale_v_pred_loss_like_noise_pred"]
     )
@@ -213,10 +213,10 @@ def test_velocity_prediction_with_zero_terminal_snr(train: Train, base_arguments
     assert done.losses and all(loss > 0 for loss in done.losses)
 
 
-def test_regularisation_images_weigh_what_prior_loss_weight_says(
+def test_prior_loss_weight_scales_the_loss_of_regularisation_images(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
-    """With a weight of 0 the loss of mixed batches falls below that of the same run with weight 1."""
+    """With weight 0 the loss of mixed batches is lower than that of the same run with weight 1."""
     make_images(tmp_path / "reg" / "1_class", 12, seed=9)
     options = ["--reg_data_dir", str(tmp_path / "reg"), "--learning_rate", "1e-12"]
     full = train([*base_arguments, *options, "--prior_loss_weight", "1"])
@@ -225,13 +225,13 @@ def test_regularisation_images_weigh_what_prior_loss_weight_says(
     assert none.losses[-1] < full.losses[-1]
 
 
-def test_single_files_train_as_the_folder_does(
+def test_single_file_checkpoints_train_like_the_folder(
     train: Train, base_arguments: list[str], tiny_sd_file: Path, tmp_path: Path
 ) -> None:
     train([*base_arguments, "--output_name", "folder"])
     done = train([*base_arguments, "--output_name", "file", "--pretrained_model_name_or_path", str(tiny_sd_file)])
     assert done.status == 0, done.stderr
-    folder, file = saved(tmp_path, "folder.safetensors"), saved(tmp_path, "file.safetensors")
+    folder, file = load_saved(tmp_path, "folder.safetensors"), load_saved(tmp_path, "file.safetensors")
     assert all(torch.equal(folder[name], file[name]) for name in folder)
 
 
@@ -239,7 +239,7 @@ def test_a_third_party_network_trains_and_saves(train: Train, base_arguments: li
     options = ["--network_module", "lycoris.kohya", "--network_args", "algo=lokr", "preset=attn-mlp", "factor=4"]
     done = train([*base_arguments, *options])
     assert done.status == 0, done.stderr
-    names = set(saved(tmp_path))
+    names = set(load_saved(tmp_path))
     assert any(".lokr_w" in name and name.startswith("lora_unet_down_blocks_") for name in names)
     assert any(".lokr_w" in name and name.startswith("lora_te_text_model_encoder_layers_") for name in names)
 
@@ -292,7 +292,7 @@ def test_a_dataset_without_images_ends_with_status_1(
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_mistakes_are_named_without_a_traceback(
+def test_user_errors_are_reported_without_a_traceback(
     train: Train, base_arguments: list[str], tmp_path: Path, options: list[str], words: list[str]
 ) -> None:
     done = train([*base_arguments, *options, "--console_log_simple"])
@@ -304,10 +304,10 @@ def test_mistakes_are_named_without_a_traceback(
 
 
 @pytest.mark.parametrize(("num_steps", "wanted", "traced"), [(5, 2, 2), (3, 4, 1)])
-def test_a_trace_of_steps_is_written_and_changes_nothing(
+def test_tracing_steps_writes_a_file_and_does_not_change_results(
     train: Train, base_arguments: list[str], tmp_path: Path, num_steps: int, wanted: int, traced: int
 ) -> None:
-    """From the third step on; a run that ends before has a shorter trace."""
+    """Tracing starts at the third step; a run that ends earlier has a shorter trace."""
     length = ["--max_train_steps", str(num_steps)]
     train([*base_arguments, *length, "--output_name", "plain"])
     done = train([*base_arguments, *length, "--profile", str(wanted)])
@@ -315,10 +315,10 @@ def test_a_trace_of_steps_is_written_and_changes_nothing(
     trace = json.loads(gzip.decompress((tmp_path / "out" / "mine-profile.json.gz").read_bytes()))
     names = [event.get("name") for event in trace["traceEvents"]]
     counts = {stage: names.count(stage) for stage in IN_STEP}
-    waited = counts.pop("waiting for data")  # for the batch of the next step, which the last one does not have
+    waited = counts.pop("waiting for data")  # for the next step's batch, which the last step lacks
     assert set(counts.values()) == {traced} and traced - 1 <= waited <= traced and "aten::addmm" in names
-    plain, found = saved(tmp_path, "plain.safetensors"), saved(tmp_path)
-    assert all(torch.equal(weight, found[name]) for name, weight in plain.items())
+    plain, with_trace = load_saved(tmp_path, "plain.safetensors"), load_saved(tmp_path)
+    assert all(torch.equal(weight, with_trace[name]) for name, weight in plain.items())
 
 
 OWN_DATASET = """
@@ -339,23 +339,23 @@ class Noise:
 """
 
 
-def test_batches_of_an_own_class_are_trained_and_a_cut_run_goes_on_bit_for_bit(
+def test_a_custom_dataset_class_trains_and_resumes_bit_for_bit(
     train: Callable[..., Finished], base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_noise.py").write_text(OWN_DATASET)
     monkeypatch.syspath_prepend(str(tmp_path))
     words = [*base_arguments, "--dataset_class", "my_noise.Noise", "--max_train_steps", "5"]
-    whole = train([*words, "--save_state", "--save_every_n_steps", "2"])
-    assert whole.status == 0, whole.stderr
-    assert "--train_data_dir is ignored: --dataset_class provides the data" in whole.stderr
-    assert "my_noise.Noise: 3 batches per epoch" in whole.stderr
+    uninterrupted = train([*words, "--save_state", "--save_every_n_steps", "2"])
+    assert uninterrupted.status == 0, uninterrupted.stderr
+    assert "--train_data_dir is ignored: --dataset_class provides the data" in uninterrupted.stderr
+    assert "my_noise.Noise: 3 batches per epoch" in uninterrupted.stderr
     state = str(tmp_path / "out" / "mine-step00000002-state")
     resumed = train([*words, "--resume", state, "--output_name", "resumed"])
     assert resumed.status == 0, resumed.stderr
-    one, other = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("mine", "resumed"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    expected, other = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("mine", "resumed"))
+    assert all(torch.equal(expected[key], other[key]) for key in expected)
     folder = words.index("--train_data_dir")
-    shown = train([*words[:folder], *words[folder + 2 :], "--debug_dataset"])  # nothing need be described
+    shown = train([*words[:folder], *words[folder + 2 :], "--debug_dataset"])  # no dataset options are needed
     assert shown.status == 0 and "3 x pixels (2, 3, 64, 64)" in shown.stderr
     refused = train([*words, "--cache_latents"])
     assert refused.status == 1 and "--cache_latents does not work with --dataset_class" in refused.stderr
@@ -365,7 +365,7 @@ def test_batches_of_an_own_class_are_trained_and_a_cut_run_goes_on_bit_for_bit(
 
 @pytest.mark.nightly
 def test_compiled_blocks_train_the_same_adapter(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
-    """Graphs run as they are (the backend `eager`); the first step of each size is counted, and is not compiled."""
+    """The `eager` backend runs graphs unchanged; the first step of each size is counted and not compiled."""
     import torch._dynamo
     from torch._dynamo.utils import counters
 
@@ -377,21 +377,21 @@ def test_compiled_blocks_train_the_same_adapter(train: Train, base_arguments: li
     done = train([*words, "--output_name", "compiled", "--torch_compile", "--dynamo_backend", "eager"])
     assert done.status == 0, done.stderr
     assert 0 < counters["stats"]["unique_graphs"] <= 20
-    plain, compiled = saved(tmp_path, "plain.safetensors"), saved(tmp_path, "compiled.safetensors")
+    plain, compiled = load_saved(tmp_path, "plain.safetensors"), load_saved(tmp_path, "compiled.safetensors")
     assert all(torch.equal(weight, compiled[name]) for name, weight in plain.items())
     torch._dynamo.reset()
 
 
-def test_no_worker_outlives_the_training(
+def test_no_data_loader_worker_outlives_training(
     train: Train, base_arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else torch waits five seconds for each when Python ends, kills it, and shows that as a failure."""
-    left: list[int] = []
+    """Otherwise torch waits five seconds for each at exit, kills it and reports a failure."""
+    alive: list[int] = []
 
     def ended(run: Any, log: Any) -> None:
-        left.append(len(multiprocessing.active_children()))
+        alive.append(len(multiprocessing.active_children()))
 
     monkeypatch.setattr("library.data.batches.planned.PlannedBatches.report_skipped", ended)
     words = [*base_arguments, "--max_data_loader_n_workers", "2", "--persistent_data_loader_workers"]
     assert train(words).status == 0
-    assert left == [0]
+    assert alive == [0]

@@ -1,4 +1,4 @@
-"""Validation in whole runs: it measures what is not trained, and training does not notice."""
+"""Validation in complete runs measures held-out images and does not affect training."""
 
 import json
 import re
@@ -18,7 +18,7 @@ Train = Callable[..., Finished]
 
 @pytest.fixture
 def split_arguments(base_arguments: list[str]) -> list[str]:
-    """Four of six images are trained twice an epoch, two are set aside; two epochs of four steps."""
+    """Return arguments for two epochs of four steps: four of six images train twice per epoch, two are held out."""
     return [*base_arguments, "--validation_split", "0.34", "--max_train_epochs", "2", "--console_log_simple"]
 
 
@@ -50,7 +50,7 @@ CHANCE = [
     ],
     ids=["dropout", "schedule-free", "frozen-text", "dylora"],
 )
-def test_training_is_the_same_bit_for_bit_with_and_without_it(
+def test_validation_does_not_change_training(
     train: Train, split_arguments: list[str], tmp_path: Path, options: list[str]
 ) -> None:
     results = {}
@@ -70,7 +70,7 @@ def test_training_is_the_same_bit_for_bit_with_and_without_it(
     assert often.keys() == never.keys() and all(torch.equal(often[key], never[key]) for key in never)
 
 
-def test_training_is_that_of_a_folder_without_the_images_that_are_set_aside(
+def test_training_equals_that_of_a_folder_without_the_held_out_images(
     train: Train, split_arguments: list[str], images: Path, tmp_path: Path
 ) -> None:
     train([*split_arguments, "--validation_seed", "3", "--cache_latents_to_disk", "--output_dir", str(tmp_path / "a")])
@@ -88,7 +88,9 @@ def test_training_is_that_of_a_folder_without_the_images_that_are_set_aside(
     assert all(torch.equal(first[key], second[key]) for key in first | second)
 
 
-def test_charts_metadata_and_words(train: Train, split_arguments: list[str], tmp_path: Path) -> None:
+def test_validation_is_shown_in_charts_metadata_and_log(
+    train: Train, split_arguments: list[str], tmp_path: Path
+) -> None:
     options = ["--logging_dir", str(tmp_path / "logs"), "--validate_every_n_steps", "3", "--validate_at_first"]
     options += ["--validate_every_n_epochs", "1"]
     done = train([*split_arguments, *options, "--max_validation_steps", "2", "--validation_seed", "3"])
@@ -105,7 +107,7 @@ def test_charts_metadata_and_words(train: Train, split_arguments: list[str], tmp
     assert all(list(level) == [0, 3, 4, 6, 8] for level in levels)
     averages = dict(steps) | {epoch * 4: value for epoch, value in epochs}
     for step, average in averages.items():
-        assert average == pytest.approx(sum(level[step] for level in levels) / 4, rel=1e-6)  # float32 charts
+        assert average == pytest.approx(sum(level[step] for level in levels) / 4, rel=1e-6)  # charts are float32
     difference = dict(scalars(events, "loss/validation/difference"))
     assert list(difference) == [3, 4, 6, 8]
     for step, value in difference.items():
@@ -130,10 +132,10 @@ def test_charts_metadata_and_words(train: Train, split_arguments: list[str], tmp
     assert json.loads(metadata["ss_dataset_dirs"]) == {"2_thing": {"n_repeats": 2, "img_count": 4}}
 
 
-def test_weights_that_do_not_change_are_measured_the_same(
+def test_unchanged_weights_give_the_same_validation_loss(
     train: Train, split_arguments: list[str], tmp_path: Path
 ) -> None:
-    """Everything has a learning rate of 1e-45, which is 0 in float32 arithmetic; pixels are encoded anew each time."""
+    """The learning rate of 1e-45 is 0 in float32 arithmetic; images are encoded again each time."""
     options = ["--logging_dir", str(tmp_path / "logs"), "--validate_every_n_steps", "1", "--optimizer_type", "SGD"]
     options = [*options, "--optimizer_args", "momentum=0", "--learning_rate", "1e-45", *CHANCE]
     done = train([*split_arguments, *options])
@@ -145,39 +147,37 @@ def test_weights_that_do_not_change_are_measured_the_same(
     }
 
 
-def test_the_best_weights_are_kept_and_are_those_of_their_step(
-    train: Train, split_arguments: list[str], tmp_path: Path
-) -> None:
+def test_the_best_file_has_the_weights_of_its_step(train: Train, split_arguments: list[str], tmp_path: Path) -> None:
     options = ["--validate_every_n_steps", "1", "--keep_best_checkpoint", "--save_every_n_steps", "1"]
     done = train([*split_arguments, *options, "--learning_rate", "0.1"])
     assert done.status == 0
     lines = re.findall(r"validation after step (\d+): loss (\d+\.\d+)", done.stdout)
     best = min(lines, key=lambda line: float(line[1]))[0]
-    kept = load_file(tmp_path / "out" / "mine-best.safetensors")
+    best_weights = load_file(tmp_path / "out" / "mine-best.safetensors")
     path = tmp_path / "out" / f"mine-step{int(best):08d}.safetensors"
-    assert all(torch.equal(tensor, kept[key]) for key, tensor in load_file(path).items())
+    assert all(torch.equal(tensor, best_weights[key]) for key, tensor in load_file(path).items())
     with safe_open(tmp_path / "out" / "mine-best.safetensors", "pt") as file:
         assert file.metadata()["ss_steps"] == best
-    assert int(best) < 8  # so large a rate overshoots, otherwise the last file would do
+    assert int(best) < 8  # the large rate overshoots; otherwise the last file would be the best
 
 
-def test_a_resumed_run_goes_on_measuring_as_if_it_had_not_stopped(
+def test_a_resumed_run_validates_like_the_uninterrupted_one(
     train: Train, split_arguments: list[str], tmp_path: Path
 ) -> None:
     when = ["--validate_every_n_steps", "2", "--validate_at_first", "--save_state", "--save_every_n_steps", "2"]
-    whole = train([*split_arguments, *when, "--output_dir", str(tmp_path / "whole")])
+    uninterrupted = train([*split_arguments, *when, "--output_dir", str(tmp_path / "whole")])
     train([*split_arguments, *when, "--output_dir", str(tmp_path / "cut")])
     state = tmp_path / "cut" / "mine-step00000004-state"
     resumed = train([*split_arguments, *when, "--output_dir", str(tmp_path / "cut"), "--resume", str(state)])
     assert resumed.status == 0, resumed.stdout
-    expected, found = (re.findall(r"validation (?:after|before).*", run.stdout) for run in (whole, resumed))
-    assert len(expected) == 5 and found == expected[3:]  # before the first step, 2, 4, 6, 8
+    expected, actual = (re.findall(r"validation (?:after|before).*", run.stdout) for run in (uninterrupted, resumed))
+    assert len(expected) == 5 and actual == expected[3:]  # before the first step and after 2, 4, 6, 8
 
     other = train([*split_arguments, *when, "--resume", str(state), "--min_timestep", "100"])
     assert "validation measures other images, noise levels or noise than in the state" in other.stdout
 
 
-def test_options_without_images_to_measure_are_warned_of(train: Train, base_arguments: list[str]) -> None:
+def test_validation_options_without_held_out_images_are_warned_about(train: Train, base_arguments: list[str]) -> None:
     done = train([*base_arguments, "--console_log_simple", "--validate_every_n_steps", "5", "--keep_best_checkpoint"])
     assert done.status == 0
     for flag in ("--validate_every_n_steps", "--keep_best_checkpoint"):
@@ -186,7 +186,7 @@ def test_options_without_images_to_measure_are_warned_of(train: Train, base_argu
 
 
 @pytest.mark.parametrize("options", [[], ["--cache_latents"]], ids=["encoded", "cached"])
-def test_copies_of_a_set_under_other_names_have_the_same_loss(
+def test_renamed_copies_of_a_validation_set_have_the_same_loss(
     train: Train, split_arguments: list[str], images: Path, tmp_path: Path, options: list[str]
 ) -> None:
     (tmp_path / "copy" / "1_other").mkdir(parents=True)
@@ -194,10 +194,10 @@ def test_copies_of_a_set_under_other_names_have_the_same_loss(
         for suffix in (".png", ".txt"):
             target = tmp_path / "copy" / "1_other" / f"{number}{suffix}"
             target.write_bytes(image.with_suffix(suffix).read_bytes())
-    found = []
+    losses = []
     for folder in (images, tmp_path / "copy"):
         words = [*split_arguments, "--train_data_dir", str(folder), "--validate_at_first", "--max_train_steps", "1"]
         done = train([*words, "--logging_dir", str(tmp_path / f"logs of {folder.name}"), *options])
         assert done.status == 0, done.stderr
-        found.append(scalars(charts(tmp_path / f"logs of {folder.name}"), "loss/validation/step_average")[0])
-    assert found[0] == found[1]
+        losses.append(scalars(charts(tmp_path / f"logs of {folder.name}"), "loss/validation/step_average")[0])
+    assert losses[0] == losses[1]

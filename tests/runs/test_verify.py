@@ -1,4 +1,4 @@
-"""tools/verify.py on tiny models: real trainings in processes of their own."""
+"""tools/verify.py on tiny models, with real training runs in subprocesses."""
 
 import re
 import subprocess
@@ -11,7 +11,7 @@ from tests.running import make_images
 from tests.runs.bases import BASES
 from tools import verify
 
-pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
+pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options configures logging
 
 
 def arguments_for(name: str, folder: Path, *more: str) -> list[str]:
@@ -33,15 +33,23 @@ def arguments_for(name: str, folder: Path, *more: str) -> list[str]:
         pytest.param("anima", "first and last blocks differ from diffusers' class by ", marks=pytest.mark.nightly),
     ],
 )
-def test_a_training_that_is_right_is_said_to_be(
+def test_a_correct_training_is_reported_as_correct(
     name: str, denoiser: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Epochs, previews, trackers and names of the user's are put aside."""
+    """The user's epochs, previews, trackers and output name are ignored."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
-    asked = ["--gradient_checkpointing", "--max_train_epochs", "99", "--output_name", "mine", "--output_dir", "nowhere"]
-    asked += ["--sample_prompts", str(prompts), "--sample_every_n_steps", "1"]
-    assert verify.main(arguments_for(name, tmp_path, *asked)) == 0
+    user_options = [
+        "--gradient_checkpointing",
+        "--max_train_epochs",
+        "99",
+        "--output_name",
+        "mine",
+        "--output_dir",
+        "nowhere",
+    ]
+    user_options += ["--sample_prompts", str(prompts), "--sample_every_n_steps", "1"]
+    assert verify.main(arguments_for(name, tmp_path, *user_options)) == 0
     block = capfd.readouterr().out.partition("paste from here")[2]
     assert f"ok    denoiser                {denoiser}" in block
     assert re.search(r"ok    way of saving memory    \d+ gradients in \d+ blocks equal those of the plain mode", block)
@@ -55,7 +63,7 @@ def test_a_training_that_is_right_is_said_to_be(
 
 
 @pytest.mark.nightly
-def test_a_run_that_does_not_continue_as_it_would_have_is_wrong(
+def test_a_run_that_resumes_differently_is_reported_as_wrong(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = verify.Trial.train
@@ -69,12 +77,12 @@ def test_a_run_that_does_not_continue_as_it_would_have_is_wrong(
 
     monkeypatch.setattr(verify.Trial, "train", train_and_spoil)
     assert verify.main(arguments_for("sd", tmp_path, "--fit", "12GB")) == 1
-    said = capfd.readouterr().out
-    assert re.search(r"WRONG resumed from step 10    \d+ of \d+ tensors differ by up to", said)
-    assert "chosen by --fit" in said
+    output = capfd.readouterr().out
+    assert re.search(r"WRONG resumed from step 10    \d+ of \d+ tensors differ by up to", output)
+    assert "chosen by --fit" in output
 
 
-def test_a_training_that_fails_is_wrong_and_its_error_is_shown(
+def test_a_failed_training_is_reported_as_wrong_with_its_error(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = arguments_for("sd", tmp_path, "--network_weights", str(tmp_path / "missing.safetensors"))

@@ -1,4 +1,4 @@
-"""In the steps of a whole run the host waits for the device in one place: where it hears of the step before."""
+"""In each step of a run the host waits for the device only once, to read the results of the previous step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ VALUES = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.defau
 
 
 class NoReading(NoWaiting):
-    """Refuses, while it is on, copies that the host waits for, and values of tensors that are on the device."""
+    """A mode that rejects blocking copies and reading values of tensors on the device."""
 
     is_on = False
     num_reads = 0
@@ -49,7 +49,7 @@ class NoReading(NoWaiting):
             self.is_on = before
 
 
-@pytest.mark.nightly  # what the steps of every base model ask is in the fast tier
+@pytest.mark.nightly  # the fast tier covers the steps of every base model
 @pytest.mark.parametrize(
     "more",
     [
@@ -60,10 +60,10 @@ class NoReading(NoWaiting):
         ),
     ],
 )
-def test_a_run_waits_once_a_step(
+def test_a_run_waits_for_the_device_once_per_step(
     train: Train, base_arguments: list[str], monkeypatch: pytest.MonkeyPatch, more: list[str]
 ) -> None:
-    """Watched are the steps between the first one, which makes what all use, and the last one."""
+    """Watch the steps between the first, which creates shared tensors, and the last."""
     watch = NoReading()
     take, read = Updates.apply, Readback.read
 

@@ -1,5 +1,4 @@
-"""Runs that train from shards with latents and text features beside them, on machines that have neither VAE nor text
-encoders."""
+"""Training from shards with cached latents and text features, on machines without VAE and text encoders."""
 
 import shutil
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.running import Finished, make_images
 from tests.runs.bases import BASES, Base
-from tests.runs.test_resume import saved
+from tests.runs.test_resume import load_saved
 from tools import make_shards
 
 Train = Callable[..., Finished]
@@ -20,10 +19,10 @@ BASE_FLAG = "--pretrained_model_name_or_path"
 MODELS = ("--vae", "--ae", "--clip_l", "--clip_g", "--t5xxl", "--gemma2", "--qwen3", "--text_encoder", "--byt5")
 CACHES = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
 FAST = ("sdxl", "flux", "sd3")
-KEEPS_TEXT = ("sd", "sd2")  # their captions are encoded in each step
+KEEPS_TEXT = ("sd", "sd2")  # their captions are encoded in every step
 
 
-def take_away(words: list[str], keeps_text: bool) -> None:
+def delete_encoders(words: list[str], keeps_text: bool) -> None:
     """Delete VAE and text encoders: their files, their folders, or their part of the one file."""
     for flag in MODELS:
         if flag in words:
@@ -42,7 +41,7 @@ def take_away(words: list[str], keeps_text: bool) -> None:
 
 @pytest.fixture
 def cached(tmp_path: Path, fresh_process: None) -> Cached:
-    """`cached(base)`: the base model, the arguments of a run from shards, and the folder of these."""
+    """Return `cached(base)`, which gives the base model, arguments for a run from shards, and their folder."""
 
     def make(name: str) -> tuple[Base, list[str], Path]:
         base = BASES[name]
@@ -58,37 +57,37 @@ def cached(tmp_path: Path, fresh_process: None) -> Cached:
             *(CACHES[:1] if name in KEEPS_TEXT else CACHES),
         ]  # fmt: skip
         out = tmp_path / "shards"
-        made = [*words, "--dataset_config", str(tmp_path / "data.toml"), "--out", str(out)]
-        assert make_shards.main(["--script", f"{base.script}.py", *made]) == 0
+        packing_arguments = [*words, "--dataset_config", str(tmp_path / "data.toml"), "--out", str(out)]
+        assert make_shards.main(["--script", f"{base.script}.py", *packing_arguments]) == 0
         return base, [*words, "--dataset_config", str(out / "dataset.toml")], out
 
     return make
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.nightly) for n in BASES])
-def test_a_run_whose_features_are_cached_is_the_same_without_the_models_that_made_them(
+def test_a_run_with_cached_features_is_the_same_without_the_encoders(
     name: str, cached: Cached, train: Train, tmp_path: Path
 ) -> None:
     base, words, _ = cached(name)
     with_models = train([*words, "--output_dir", str(tmp_path / "with")], script=base.script)
     assert with_models.status == 0 and "which is missing" not in with_models.stderr, with_models.stderr
-    take_away(words, name in KEEPS_TEXT)
-    if name == "sd3":  # nothing else says that captions were read by T5 too
+    delete_encoders(words, name in KEEPS_TEXT)
+    if name == "sd3":  # nothing else shows that T5 encoded captions too
         words += ["--t5xxl", str(tmp_path / "t5xxl.safetensors")]
     without = train([*words, "--output_dir", str(tmp_path / "without")], script=base.script)
     assert without.status == 0, without.stderr
     assert without.losses == with_models.losses and len(without.losses) == 3
     assert without.stderr.count("latents are not verified against their VAE, which is missing") == 1
     assert without.stderr.count("text features are not verified against their encoders") == (name not in KEEPS_TEXT)
-    one, other = saved(tmp_path / "with"), saved(tmp_path / "without")
-    assert one.keys() == other.keys() and all(bool((one[key] == other[key]).all()) for key in one)
+    expected, other = load_saved(tmp_path / "with"), load_saved(tmp_path / "without")
+    assert expected.keys() == other.keys() and all(bool((expected[key] == other[key]).all()) for key in expected)
 
 
-def test_what_needs_a_model_that_is_not_there_is_named_before_any_work(
+def test_options_that_need_a_missing_model_are_named_before_any_work(
     cached: Cached, train: Train, tmp_path: Path
 ) -> None:
     base, words, shards = cached("flux")
-    take_away(words, keeps_text=False)
+    delete_encoders(words, keeps_text=False)
     words += ["--output_dir", str(tmp_path / "out")]
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2\n")
     cat, ae, t5 = (words[words.index(flag) + 1] for flag in ("--dataset_config", "--ae", "--t5xxl"))
@@ -98,38 +97,42 @@ def test_what_needs_a_model_that_is_not_there_is_named_before_any_work(
         assert done.status == 1 and "loading" not in done.stderr.partition("Error")[0], done.stderr
         return done.stderr
 
-    said = refusal("--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "1")
-    assert f"--sample_prompts draws images; give the VAE, or leave it out: --ae {ae} does not exist" in said
+    message = refusal("--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "1")
+    assert f"--sample_prompts draws images; give the VAE, or leave it out: --ae {ae} does not exist" in message
     assert f"--ae {ae} does not exist" in refusal(but=("--cache_latents_to_disk",))
     assert "--clip_l" in refusal(but=("--cache_text_encoder_outputs_to_disk",))
-    said = refusal(but=("--network_train_unet_only",))
-    assert "text encoders get an adapter without --network_train_unet_only; give them, or that option: --clip_l" in said
-    said = refusal("--t5xxl_max_token_length", "16")
-    assert "made with other settings" in said and f"--t5xxl {t5} does not exist" not in said.partition("captions")[0]
-    assert "must be encoded" in said and "does not exist" in said
-    one = next(shards.rglob("*_flux.npz"))
-    one.rename(one.with_suffix(".gone"))
-    said = refusal()
-    assert "1 image must be encoded" in said and f"--ae {ae} does not exist" in said and cat
+    message = refusal(but=("--network_train_unet_only",))
+    assert (
+        "text encoders get an adapter without --network_train_unet_only; give them, or that option: --clip_l" in message
+    )
+    message = refusal("--t5xxl_max_token_length", "16")
+    assert (
+        "made with other settings" in message and f"--t5xxl {t5} does not exist" not in message.partition("captions")[0]
+    )
+    assert "must be encoded" in message and "does not exist" in message
+    cache_file = next(shards.rglob("*_flux.npz"))
+    cache_file.rename(cache_file.with_suffix(".gone"))
+    message = refusal()
+    assert "1 image must be encoded" in message and f"--ae {ae} does not exist" in message and cat
 
 
-def test_entries_of_two_models_are_never_taken_together(cached: Cached, train: Train, tmp_path: Path) -> None:
-    """Without the model nobody knows which of them is right; with it the others are made again."""
+def test_cache_entries_of_two_models_are_never_mixed(cached: Cached, train: Train, tmp_path: Path) -> None:
+    """Without the model it is unknown which are valid; with it the others are encoded again."""
     base, words, shards = cached("sdxl")
     words += ["--output_dir", str(tmp_path / "out")]
     path = Path(words[words.index(BASE_FLAG) + 1])
-    kept = {file: file.read_bytes() for file in sorted(shards.rglob("*.npz"))}
+    before = {file: file.read_bytes() for file in sorted(shards.rglob("*.npz"))}
     for part in ("vae/diffusion_pytorch_model", "text_encoder/model"):
         file = path / f"{part}.safetensors"
         save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file)
-    assert train(words, script=base.script).status == 0  # makes all again
-    others = {file: file.read_bytes() for file in kept}
-    take_away(words, keeps_text=False)
-    for kind, said in (("_sdxl.npz", "made with another VAE"), ("_te_outputs.npz", "made with other text encoders")):
-        mixed = sorted(file for file in kept if file.name.endswith(kind) and not file.name.startswith("."))[-1]
-        assert others[mixed] != kept[mixed]
-        mixed.write_bytes(kept[mixed])
+    assert train(words, script=base.script).status == 0  # encodes everything again
+    after = {file: file.read_bytes() for file in before}
+    delete_encoders(words, keeps_text=False)
+    for kind, message in (("_sdxl.npz", "made with another VAE"), ("_te_outputs.npz", "made with other text encoders")):
+        mixed = sorted(file for file in before if file.name.endswith(kind) and not file.name.startswith("."))[-1]
+        assert after[mixed] != before[mixed]
+        mixed.write_bytes(before[mixed])
         done = train(words, script=base.script)
-        assert done.status == 1 and said in done.stderr and "must be encoded" in done.stderr, done.stderr
-        mixed.write_bytes(others[mixed])
+        assert done.status == 1 and message in done.stderr and "must be encoded" in done.stderr, done.stderr
+        mixed.write_bytes(after[mixed])
     assert train(words, script=base.script).status == 0

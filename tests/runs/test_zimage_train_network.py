@@ -1,4 +1,4 @@
-"""zimage_train_network.py on a tiny Z-Image model: with musubi-tuner's commands, previews, and files of others."""
+"""zimage_train_network.py on a tiny Z-Image model: musubi-tuner's commands, previews, and third-party files."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from tests.tiny.zimage import CONFIG, build_tiny_zimage
 
 Train = Callable[..., Finished]
 
-# The three commands of musubi-tuner's page, without the folder of its scripts and accelerate's launcher.
+# The three documented commands of musubi-tuner, without its script folder and accelerate's launcher.
 LATENTS = "--dataset_config {data} --vae {vae}"
 TEXTS = "--dataset_config {data} --text_encoder {text} --batch_size 16"
 TRAINING = (
@@ -40,7 +40,7 @@ def train_zimage(train: Train) -> Train:
 
 @pytest.fixture
 def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
-    """A command line that trains two steps."""
+    """Return arguments for two training steps."""
     return [
         *tiny_arguments, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
         "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
@@ -50,8 +50,8 @@ def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[s
 
 
 @pytest.fixture
-def names(tiny_arguments: list[str], tmp_path: Path) -> dict[str, str]:
-    """Replacements of the paths in the page's commands."""
+def path_replacements(tiny_arguments: list[str], tmp_path: Path) -> dict[str, str]:
+    """Return replacements for the paths in the documented commands."""
     make_images(tmp_path / "images", 3)
     (tmp_path / "data.toml").write_text(
         '[general]\nresolution = [80, 64]\ncaption_extension = ".txt"\nbatch_size = 1\nenable_bucket = true\n'
@@ -65,24 +65,26 @@ def names(tiny_arguments: list[str], tmp_path: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def command(script: str, words: str, names: dict[str, str]) -> Finished:
-    line = [sys.executable, str(ROOT / f"{script}.py"), *words.format(**names).split()]
+def run_command(script: str, words: str, path_replacements: dict[str, str]) -> Finished:
+    line = [sys.executable, str(ROOT / f"{script}.py"), *words.format(**path_replacements).split()]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
 def test_the_commands_of_musubi_tuner_cache_and_train(
-    train_zimage: Train, names: dict[str, str], tmp_path: Path
+    train_zimage: Train, path_replacements: dict[str, str], tmp_path: Path
 ) -> None:
-    first = command("zimage_cache_latents", LATENTS, names)
+    first = run_command("zimage_cache_latents", LATENTS, path_replacements)
     assert "latent cache: 0 entries reused, 3 to encode" in first.stderr
-    again = command("zimage_cache_latents", f"{LATENTS} --skip_existing --keep_cache --num_workers 1", names)
+    again = run_command(
+        "zimage_cache_latents", f"{LATENTS} --skip_existing --keep_cache --num_workers 1", path_replacements
+    )
     assert "3 entries reused unchecked (--skip_cache_check), 0 to encode" in again.stderr
-    texts = command("zimage_cache_text_encoder_outputs", TEXTS, names)
-    assert "text cache: 0 files reused, 4 to encode" in texts.stderr  # and the empty caption
+    texts = run_command("zimage_cache_text_encoder_outputs", TEXTS, path_replacements)
+    assert "text cache: 0 files reused, 4 to encode" in texts.stderr  # three captions and the empty one
     assert len(list((tmp_path / "images").glob("*_zimage.npz"))) == 3
-    done = train_zimage(TRAINING.format(**names).split())
+    done = train_zimage(TRAINING.format(**path_replacements).split())
     assert done.status == 0, done.stderr
     assert "latent cache: 3 entries reused, 0 to encode" in done.stderr
     assert "text cache: 4 files reused, 0 to encode" in done.stderr
@@ -101,40 +103,42 @@ def test_the_commands_of_musubi_tuner_cache_and_train(
 @pytest.mark.parametrize(
     ("script", "flag"), [("zimage_cache_latents", "--vae"), ("zimage_cache_text_encoder_outputs", "--text_encoder")]
 )
-def test_a_caching_command_names_the_file_that_it_lacks(names: dict[str, str], script: str, flag: str) -> None:
-    line = [sys.executable, str(ROOT / f"{script}.py"), "--dataset_config", names["data"]]
+def test_a_caching_command_names_the_missing_file(path_replacements: dict[str, str], script: str, flag: str) -> None:
+    line = [sys.executable, str(ROOT / f"{script}.py"), "--dataset_config", path_replacements["data"]]
     for more, message in (
         ([], f"{flag} is missing: name its file or folder, or the whole model with --dit"),
-        ([flag, names["dit"]], f"{flag} {names['dit']} is not a"),
-        ([flag, names["vae"], "--batch_size", "0"], "--batch_size is 0, but must be at least 1"),
+        ([flag, path_replacements["dit"]], f"{flag} {path_replacements['dit']} is not a"),
+        ([flag, path_replacements["vae"], "--batch_size", "0"], "--batch_size is 0, but must be at least 1"),
     ):
         done = subprocess.run([*line, *more], capture_output=True, text=True, timeout=300)
         assert done.returncode == 1 and message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
 
 
-def test_musubi_tuners_8_bits_and_offloading_train_too(train_zimage: Train, names: dict[str, str]) -> None:
-    done = train_zimage([*TRAINING.format(**names).split(), "--fp8_base", "--fp8_scaled", "--fp8_llm"])
+def test_musubi_tuners_fp8_and_block_swap_options_train(train_zimage: Train, path_replacements: dict[str, str]) -> None:
+    done = train_zimage([*TRAINING.format(**path_replacements).split(), "--fp8_base", "--fp8_scaled", "--fp8_llm"])
     assert done.status == 0, done.stderr
     assert "layers in 8 bits" in done.stderr
-    done = train_zimage([*TRAINING.format(**names).split(), "--blocks_to_swap", str(CONFIG.num_layers - 2)])
+    done = train_zimage([*TRAINING.format(**path_replacements).split(), "--blocks_to_swap", str(CONFIG.num_layers - 2)])
     assert done.status == 0, done.stderr
-    done = train_zimage([*TRAINING.format(**names).split(), "--blocks_to_swap", str(CONFIG.num_layers)])
+    done = train_zimage([*TRAINING.format(**path_replacements).split(), "--blocks_to_swap", str(CONFIG.num_layers)])
     assert (done.status == 1 and f"Use at most {CONFIG.num_layers - 2}" in done.stderr) or "at most" in done.stderr
 
 
-def test_a_jsonl_file_is_a_dataset_too(train_zimage: Train, names: dict[str, str], tmp_path: Path) -> None:
+def test_a_jsonl_file_can_be_the_dataset(
+    train_zimage: Train, path_replacements: dict[str, str], tmp_path: Path
+) -> None:
     lines = [f'{{"image_path": "{path}", "caption": "a cat"}}' for path in (tmp_path / "images").glob("*.png")]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     text = f'[general]\nresolution = 64\nbatch_size = 2\n[[datasets]]\nimage_jsonl_file = "{tmp_path / "data.jsonl"}"\n'
     (tmp_path / "data.toml").write_text(text)
-    done = train_zimage(TRAINING.format(**names).split())
+    done = train_zimage(TRAINING.format(**path_replacements).split())
     assert done.status == 0, done.stderr
     assert "3 images x 1 repeats" in done.stderr
 
 
 @pytest.mark.parametrize("version", ["turbo", "base"])
-def test_a_preview_is_drawn_in_the_steps_of_its_version(
+def test_a_preview_uses_the_step_count_of_its_model_version(
     train_zimage: Train, arguments: list[str], tmp_path: Path, version: str
 ) -> None:
     prompts = tmp_path / "prompts.txt"
@@ -174,7 +178,7 @@ def test_a_training_adapter_is_merged_and_not_saved(train_zimage: Train, argumen
     ].shape == (4, CONFIG.width)
 
 
-def test_a_file_of_musubi_tuner_is_trained_further(train_zimage: Train, arguments: list[str], tmp_path: Path) -> None:
+def test_training_continues_from_a_musubi_tuner_file(train_zimage: Train, arguments: list[str], tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     theirs = {}
     for part in ("to_q", "to_k", "to_v", "to_out_0"):
@@ -200,7 +204,7 @@ def test_a_file_of_musubi_tuner_is_trained_further(train_zimage: Train, argument
     ],
     ids=str,
 )
-def test_bad_values_end_before_anything_is_loaded(
+def test_invalid_values_end_the_run_before_loading(
     train_zimage: Train, arguments: list[str], extra: list[str], message: str
 ) -> None:
     done = train_zimage([*arguments, *extra])

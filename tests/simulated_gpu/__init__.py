@@ -1,1 +1,1 @@
-"""A simulated GPU for machines without one; README.md says what it finds."""
+"""A simulated GPU for machines without one; README.md lists the faults it detects."""

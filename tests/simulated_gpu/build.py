@@ -1,6 +1,6 @@
-"""Builds the extension once for each source and torch, in a cache folder of the user.
+"""Build of the extension, once per source and torch version, in a cache folder of the user.
 
-`python -m tests.simulated_gpu.build FOLDER` compiles it there; `extension()` does so in a process of its own.
+`python -m tests.simulated_gpu.build FOLDER` compiles it there; `extension()` does so in a subprocess.
 """
 
 import hashlib
@@ -46,9 +46,9 @@ def compiler() -> str:
 
 
 def extension() -> ModuleType:
-    """Return the extension, built where the cache lacks it.
+    """Return the extension, building it if it is not cached.
 
-    Processes that build at once wait for each other. Raises RuntimeError with the compiler's errors.
+    Concurrent builds wait for each other. Raises RuntimeError with the compiler's errors.
     """
     folder = cache_folder() / digest()
     file = folder / f"{NAME}.so"
@@ -68,13 +68,13 @@ def cache_folder() -> Path:
 
 
 def digest() -> str:
-    """Return what a build depends on, as a folder's name."""
+    """Return a digest of everything a build depends on, as a folder name."""
     parts = (SOURCE.read_text(encoding="utf-8"), torch.__version__, sys.version, platform.machine(), compiler(), *FLAGS)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def build_apart(folder: Path) -> None:
-    """Compile in a process of its own: setuptools writes to standard output and changes the process's settings."""
+    """Compile in a subprocess, as setuptools writes to standard output and changes process settings."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     command = [sys.executable, "-m", "tests.simulated_gpu.build", str(folder)]

@@ -1,4 +1,4 @@
-"""The simulation as a fixture."""
+"""The simulated GPUs as a fixture."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.simulated_gpu.plugin import SIMULATION
 
 @pytest.fixture
 def simulated_gpu(request: pytest.FixtureRequest) -> Simulation:
-    """The simulated GPUs of this process; without the plugin the test is skipped."""
+    """Return the simulated GPUs of this process; skip the test without the plugin."""
     simulation = request.config.stash.get(SIMULATION, None)
     if simulation is None:
         pytest.skip("needs -p tests.simulated_gpu.plugin")

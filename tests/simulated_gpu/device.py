@@ -1,7 +1,7 @@
-"""Puts simulated GPUs into this process: afterwards `torch.cuda` speaks of them.
+"""Simulated GPUs for this process, which `torch.cuda` uses after `insert`.
 
-The extension brings the device, its streams, its memory and its operations; here are the functions of `torch.cuda` that
-a CPU build lacks, and what tells the extension in which order the threads of the host act.
+The extension provides the device, its streams, memory and operations. This module has the `torch.cuda` functions that a
+CPU build lacks, and tells the extension in which order host threads act.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ class Settings:
 
     num_gpus: int = 1
     memory_bytes: int = 8 * GIB  # of each
-    pin_limit_bytes: int = 1 << 40  # what the system lets be pinned; under WSL2 about a GiB
+    pin_limit_bytes: int = 1 << 40  # limit of pinned memory; about one GiB under WSL2
     capability: float = 8.9
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A mistake that a GPU may punish with wrong numbers."""
+    """A mistake that may give wrong numbers on a GPU."""
 
     kind: str  # see README.md
     text: str
@@ -46,7 +46,7 @@ class Fault:
 
 
 class Simulation:
-    """The simulated GPUs of this process, and what they saw."""
+    """The simulated GPUs of this process, with the faults and waits they recorded."""
 
     def __init__(self, extension: ModuleType, settings: Settings) -> None:
         self.extension, self.settings = extension, settings
@@ -58,7 +58,7 @@ class Simulation:
 
     @contextlib.contextmanager
     def configured(self, **changes: Any) -> Iterator[None]:
-        """Other settings for a while."""
+        """Change settings inside the block."""
         before = self.settings
         self.settings = replace(before, **changes)
         self._configure()
@@ -69,19 +69,19 @@ class Simulation:
             self._configure()
 
     def limit_memory(self, num_bytes: int) -> None:
-        """Let the allocator take no more, on a GPU that has as much as before."""
+        """Limit the allocator without changing the GPU's total memory."""
         self.extension.configure(
             self.settings.num_gpus, num_bytes, self.settings.pin_limit_bytes, self.settings.capability
         )
 
     def clear(self) -> None:
-        """Wait for every GPU, then forget what was seen."""
+        """Wait for every GPU, then clear the records."""
         for index in range(self.settings.num_gpus):
             self.extension.synchronize(index)
         self.extension.clear_reports()
 
     def faults(self) -> list[Fault]:
-        """Return the faults since `clear`, each once, the first one first."""
+        """Return the distinct faults since `clear`, in order of occurrence."""
         return [Fault(*found) for found in self.extension.reports()]
 
     def waits(self) -> Counter[str]:
@@ -91,19 +91,19 @@ class Simulation:
     def attention(self) -> Counter[str]:
         """Return how often attention was computed, by the kernel that CUDA would choose, and place.
 
-        Calls that fall back to the math kernel, which keeps all scores, begin with "math:" and the shapes.
+        Calls that fall back to the math kernel, which stores all scores, begin with "math:" and the shapes.
         """
         return Counter(self.extension.attention())
 
     def stats(self, index: int = 0) -> dict[str, int]:
-        """Return the figures of one GPU's memory in bytes, and of what all share."""
+        """Return the memory statistics of one GPU and of shared memory, in bytes."""
         return dict(self.extension.stats(index))
 
 
 def insert(settings: Settings = Settings()) -> Simulation:
-    """Put the GPUs in, before anything asks torch for one. They cannot be taken out again."""
+    """Insert the GPUs before anything asks torch for one. They cannot be removed again."""
     with contextlib.suppress(ImportError):
-        importlib.import_module("bitsandbytes")  # without a GPU in sight it takes its kernels for the CPU
+        importlib.import_module("bitsandbytes")  # without a visible GPU it would choose its CPU kernels
     simulation = Simulation(extension(), settings)
     replace_torch_cuda(simulation)
     order_threads(simulation.extension)
@@ -130,7 +130,8 @@ class Stream(torch.Stream):
 class Event(torch.Event):
     """torch.cuda.Event."""
 
-    elapsed_ms: ClassVar[Callable[[int, int], float]]  # the extension's: torch.Event asks for its own class exactly
+    # From the extension, as torch.Event requires exactly its own class.
+    elapsed_ms: ClassVar[Callable[[int, int], float]]
 
     def __new__(cls, enable_timing: bool = False, blocking: bool = False, **others: Any) -> "Event":
         return super().__new__(cls, device="cuda", enable_timing=enable_timing, blocking=blocking)  # type: ignore
@@ -146,11 +147,11 @@ class Event(torch.Event):
 
 
 class Status(int):
-    """The values that the runtime's calls return."""
+    """A return value of CUDA runtime calls."""
 
 
 def replace_torch_cuda(simulation: Simulation) -> None:
-    """Let the functions of `torch.cuda` ask the simulation."""
+    """Replace the functions of `torch.cuda` by those of the simulation."""
     ext, cuda = simulation.extension, torch.cuda
     Event.elapsed_ms = staticmethod(ext.elapsed_ms)
 
@@ -183,15 +184,15 @@ def replace_torch_cuda(simulation: Simulation) -> None:
         )  # fmt: skip
 
     def memory_stats(device: Any = None) -> dict[str, int]:
-        found = ext.stats(index_of(device))
+        stats = ext.stats(index_of(device))
         return {
-            "allocated_bytes.all.current": found["allocated"],
-            "allocated_bytes.all.peak": found["peak_allocated"],
-            "active_bytes.all.peak": found["peak_allocated"],
-            "reserved_bytes.all.current": found["reserved"],
-            "reserved_bytes.all.peak": found["peak_reserved"],
-            "num_alloc_retries": found["num_retries"],
-            "num_ooms": found["num_ooms"],
+            "allocated_bytes.all.current": stats["allocated"],
+            "allocated_bytes.all.peak": stats["peak_allocated"],
+            "active_bytes.all.peak": stats["peak_allocated"],
+            "reserved_bytes.all.current": stats["reserved"],
+            "reserved_bytes.all.peak": stats["peak_reserved"],
+            "num_alloc_retries": stats["num_retries"],
+            "num_ooms": stats["num_ooms"],
         }
 
     def mem_get_info(device: Any = None) -> tuple[int, int]:
@@ -279,9 +280,9 @@ def replace_torch_cuda(simulation: Simulation) -> None:
 
 
 def order_threads(ext: ModuleType) -> None:
-    """Tell the extension what one thread knows of another: by start and join, and by a future's call and result.
+    """Tell the extension how threads are ordered: by start and join, and by a future's call and result.
 
-    Other ways, such as queues and locks, are not seen: what they order is reported all the same.
+    Other synchronisation, such as queues and locks, is not tracked, so accesses it orders are still reported.
     """
     start, bootstrap, join = threading.Thread.start, threading.Thread._bootstrap_inner, threading.Thread.join  # type: ignore[attr-defined]
     submit = ThreadPoolExecutor.submit
@@ -322,7 +323,7 @@ def order_threads(ext: ModuleType) -> None:
 
 
 def stamp_end(ext: ModuleType, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a method that ends a future's work: it records the clock of the thread that did it."""
+    """Wrap a method that finishes a future, to record the clock of its thread."""
 
     @functools.wraps(method)
     def ends(future: Any, *arguments: Any) -> Any:
@@ -333,7 +334,7 @@ def stamp_end(ext: ModuleType, method: Callable[..., Any]) -> Callable[..., Any]
 
 
 def follow_end(ext: ModuleType, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a method that waits for a future: the waiting thread's clock moves past the recorded one."""
+    """Wrap a method that waits for a future, to advance the waiting thread's clock past the recorded one."""
 
     @functools.wraps(method)
     def waits(future: Any, *arguments: Any, **named: Any) -> Any:
@@ -347,7 +348,7 @@ def follow_end(ext: ModuleType, method: Callable[..., Any]) -> Callable[..., Any
 
 
 def watch_reads(ext: ModuleType) -> None:
-    """Tell the extension where Python reads memory that may be pinned; copies it sees itself."""
+    """Tell the extension where Python reads memory that may be pinned; it tracks copies itself."""
 
     def watched(name: str) -> Callable[..., Any]:
         method = getattr(Tensor, name)
@@ -365,7 +366,7 @@ def watch_reads(ext: ModuleType) -> None:
 
 
 def replace_nccl(ext: ModuleType) -> None:
-    """Let processes that ask for NCCL have collectives on streams whose bytes gloo carries."""
+    """Give processes that request NCCL collectives on streams, whose data is transferred by gloo."""
     import torch.distributed as dist
 
     if not dist.is_available():

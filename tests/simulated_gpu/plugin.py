@@ -1,7 +1,7 @@
 """pytest on a simulated GPU: `python -m pytest -p tests.simulated_gpu.plugin -m gpu`.
 
-A test fails where the simulation finds a fault. Tests marked `real_kernels` are skipped. Where no GPU can be simulated
-one line says why, and nothing is run.
+A test fails if the simulation finds a fault. Tests marked `real_kernels` are skipped. If no GPU can be simulated,
+one line gives the reason and nothing is run.
 """
 
 import gc
@@ -18,7 +18,7 @@ MOST_SHOWN = 6
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """End successfully before anything is collected where no GPU can be simulated."""
+    """Exit successfully before collection if no GPU can be simulated."""
     reason = obstacle()
     if reason is None:
         return None
@@ -39,13 +39,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Fail a test that passed although the simulation found faults."""
+    """Fail a test that passed if the simulation found faults."""
     simulation = item.config.stash[SIMULATION]
     simulation.clear()
     yield
-    gc.collect()  # what the test dropped is freed in its own time, not in that of a later test
+    gc.collect()  # free the test's objects now, not during a later test
     simulation.extension.synchronize(0)
-    found = simulation.faults()
-    if found and not item.get_closest_marker("provokes_faults"):
-        shown = [str(fault) for fault in found[:MOST_SHOWN]]
-        pytest.fail("\n".join([f"{len(found)} faults on the simulated GPU", *shown]), pytrace=False)
+    faults = simulation.faults()
+    if faults and not item.get_closest_marker("provokes_faults"):
+        shown = [str(fault) for fault in faults[:MOST_SHOWN]]
+        pytest.fail("\n".join([f"{len(faults)} faults on the simulated GPU", *shown]), pytrace=False)

@@ -17,31 +17,31 @@ NUM_GPUS = 2
 
 
 def run_ranks(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> list[list[Rank]]:
-    """Run the jobs as tests.ranks does; `gave` of each process are the faults and the waits that were found in it."""
-    found = run_module("tests.simulated_gpu.ranks", jobs, folder, timeout)
-    return [[Rank(**rank) for rank in ranks] for ranks in found]
+    """Run the jobs as tests.ranks does; `gave` of each process has its faults and waits."""
+    results = run_module("tests.simulated_gpu.ranks", jobs, folder, timeout)
+    return [[Rank(**rank) for rank in ranks] for ranks in results]
 
 
 def main() -> None:
-    """In the process that forks: put the GPUs in before anything else."""
+    """Insert the GPUs before anything else, then run as the forking process."""
     simulation, start = insert(Settings(num_gpus=NUM_GPUS)), ranks.start
 
     def started(job: Job) -> int:
         os.environ["ACCELERATE_USE_CPU"] = "false"
         status = start(job)
-        tell(simulation, job)
+        write_records(simulation, job)
         return status
 
     ranks.start = started
     ranks.main()
 
 
-def tell(simulation: Simulation, job: Job) -> None:
-    """Write down what the simulation saw in this process."""
+def write_records(simulation: Simulation, job: Job) -> None:
+    """Write the faults and waits of this process."""
     gc.collect()
     torch.cuda.synchronize()
-    found = {"faults": list(map(str, simulation.faults())), "waits": simulation.waits()}
-    (Path(job.folder) / f"gave_{os.environ['RANK']}").write_text(json.dumps(found))
+    records = {"faults": list(map(str, simulation.faults())), "waits": simulation.waits()}
+    (Path(job.folder) / f"gave_{os.environ['RANK']}").write_text(json.dumps(records))
 
 
 if __name__ == "__main__":

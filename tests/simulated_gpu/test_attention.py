@@ -1,4 +1,4 @@
-"""Attention names the kernel that CUDA would choose; the expected ones are read off torch's sdp_utils.cpp."""
+"""Attention reports the kernel that CUDA would choose; the expected ones follow torch's sdp_utils.cpp."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def heads(size: int = 64, dtype: torch.dtype = BFLOAT, num: int = 2, length: int
     return torch.ones(1, num, length, size, device=GPU, dtype=dtype, requires_grad=grad)
 
 
-def chosen(simulated_gpu: Simulation, q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str:
+def chosen_kernel(simulated_gpu: Simulation, q: Tensor, k: Tensor, v: Tensor, **named: Any) -> str:
     """Return the kernel's name."""
     simulated_gpu.clear()
     scaled_dot_product_attention(q, k, v, **named)
@@ -32,12 +32,12 @@ def chosen(simulated_gpu: Simulation, q: Tensor, k: Tensor, v: Tensor, **named: 
     ("capability", "dtype", "size", "grad", "kernel"),
     [
         (8.9, BFLOAT, 64, True, "flash"),
-        (8.9, HALF, 40, True, "flash"),  # heads of SD 1.5, which flash pads
+        (8.9, HALF, 40, True, "flash"),  # head size of SD 1.5, which flash pads
         (8.9, FLOAT, 64, True, "efficient"),
-        (8.9, BFLOAT, 200, True, "efficient"),  # flash has no backward pass for it on small chips
+        (8.9, BFLOAT, 200, True, "efficient"),  # flash has no backward pass for this size on small chips
         (8.9, BFLOAT, 200, False, "flash"),
         (8.9, BFLOAT, 256, True, "flash"),
-        (8.9, BFLOAT, 512, True, "efficient"),  # of a VAE
+        (8.9, BFLOAT, 512, True, "efficient"),  # head size of a VAE
         (8.9, BFLOAT, 516, True, "math"),  # not a multiple of 8
         (7.5, HALF, 64, True, "efficient"),
         (7.5, FLOAT, 64, True, "efficient"),
@@ -52,27 +52,27 @@ def test_the_kernel_follows_capability_dtype_and_head_size(
 ) -> None:
     x = heads(size, dtype, grad=grad)
     with simulated_gpu.configured(capability=capability):
-        assert chosen(simulated_gpu, x, x, x) == kernel
+        assert chosen_kernel(simulated_gpu, x, x, x) == kernel
 
 
-def test_a_mask_rules_flash_out(simulated_gpu: Simulation) -> None:
+def test_a_mask_excludes_flash(simulated_gpu: Simulation) -> None:
     x = heads()
     mask = torch.ones(1, 1, 6, 6, device=GPU, dtype=torch.bool)
-    assert chosen(simulated_gpu, x, x, x, attn_mask=mask) == "efficient"
-    spread = torch.zeros(1, 1, 6, 1, device=GPU, dtype=BFLOAT).expand(1, 1, 6, 6)  # no stride of 1
-    assert chosen(simulated_gpu, x, x, x, attn_mask=spread) == "math"
+    assert chosen_kernel(simulated_gpu, x, x, x, attn_mask=mask) == "efficient"
+    spread = torch.zeros(1, 1, 6, 1, device=GPU, dtype=BFLOAT).expand(1, 1, 6, 6)  # the last stride is not 1
+    assert chosen_kernel(simulated_gpu, x, x, x, attn_mask=spread) == "math"
 
 
-def test_shapes_decide_too(simulated_gpu: Simulation) -> None:
+def test_the_kernel_depends_on_shapes(simulated_gpu: Simulation) -> None:
     x = heads()
-    assert chosen(simulated_gpu, x, heads(length=4), heads(length=4), is_causal=True) == "efficient"
-    assert chosen(simulated_gpu, x[0], x[0], x[0]) == "math"
-    assert chosen(simulated_gpu, heads(num=4), x, x, enable_gqa=True) == "flash"
-    assert chosen(simulated_gpu, x, x, heads(128)) == "efficient"
+    assert chosen_kernel(simulated_gpu, x, heads(length=4), heads(length=4), is_causal=True) == "efficient"
+    assert chosen_kernel(simulated_gpu, x[0], x[0], x[0]) == "math"
+    assert chosen_kernel(simulated_gpu, heads(num=4), x, x, enable_gqa=True) == "flash"
+    assert chosen_kernel(simulated_gpu, x, x, heads(128)) == "efficient"
     sideways = torch.ones(1, 2, 64, 6, device=GPU, dtype=BFLOAT).transpose(2, 3)
-    assert chosen(simulated_gpu, sideways, x, x) == "math"
+    assert chosen_kernel(simulated_gpu, sideways, x, x) == "math"
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        assert chosen(simulated_gpu, x, x, x) == "efficient"
+        assert chosen_kernel(simulated_gpu, x, x, x) == "efficient"
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]), pytest.raises(RuntimeError, match="No available kernel"):
         scaled_dot_product_attention(heads(dtype=FLOAT), heads(dtype=FLOAT), heads(dtype=FLOAT))
 

@@ -1,4 +1,4 @@
-"""The extension is built once, and where it cannot be, one line says why."""
+"""The extension is built once, or one line says why it cannot be built."""
 
 import threading
 import time
@@ -11,25 +11,25 @@ import torch
 from tests.simulated_gpu import build, plugin
 
 
-def test_a_build_of_torch_for_gpus_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_build_of_torch_is_not_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     assert build.obstacle() == f"torch {torch.__version__} is a build for GPUs"
 
 
-def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
     assert build.obstacle() == "there is no C++ compiler (no-such-compiler)"
 
 
-def test_a_python_without_headers_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_python_headers_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setenv("CXX", "true")
     monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
     assert str(build.obstacle()).startswith("there are no headers of Python")
 
 
-def test_tests_are_skipped_with_one_line_where_nothing_can_be_built(
+def test_tests_are_skipped_with_one_line_if_the_extension_cannot_be_built(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setattr(plugin, "obstacle", lambda: "there is no C++ compiler (c++)")
@@ -39,13 +39,13 @@ def test_tests_are_skipped_with_one_line_where_nothing_can_be_built(
     assert plugin.pytest_cmdline_main(request.config) is None
 
 
-def test_an_old_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_torch_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch, "__version__", "2.8.1+cpu")
     assert build.obstacle() == "torch 2.8.1+cpu is older than 2.9"
 
 
-def test_those_that_build_at_once_build_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_concurrent_builds_compile_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     built: list[Path] = []
 
     def slowly(folder: Path) -> None:
@@ -66,10 +66,10 @@ def test_those_that_build_at_once_build_once(monkeypatch: pytest.MonkeyPatch, tm
     assert loaded == [b"built"] * 3 and len(built) == 1
     monkeypatch.setattr(torch, "__version__", "9.9")
     build.extension()
-    assert len(built) == 2  # of another torch
+    assert len(built) == 2  # the second for another torch
 
 
-def test_a_failed_build_shows_the_compilers_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failed_build_shows_the_compiler_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho 'a.cpp:1:1: error: no such header' >&2\necho 'many other lines'\nexit 1\n")
     python.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Each kind of fault in README.md is provoked and found, and the right way beside it is not called a fault."""
+"""Each kind of fault in README.md is provoked and detected, and the correct variant is not reported."""
 
 import threading
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def test_a_read_that_does_not_wait_for_a_copy_is_a_race(simulated_gpu: Simulatio
         done.record(stream)
     if waits:
         torch.cuda.current_stream().wait_event(done)
-    assert float(slot.sum()) == NUM  # which is no proof
+    assert float(slot.sum()) == NUM  # a correct value proves nothing
     assert ("race" in kinds(simulated_gpu)) is not waits
     if not waits:
         text = simulated_gpu.faults()[0].text
@@ -51,13 +51,13 @@ def test_a_copy_that_does_not_wait_for_readers_is_a_race(simulated_gpu: Simulati
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_host_that_reads_early_meets_nan(simulated_gpu: Simulation, waits: bool) -> None:
+def test_a_host_that_reads_early_gets_nan(simulated_gpu: Simulation, waits: bool) -> None:
     values, here = torch.arange(4.0, device=GPU), torch.empty(4, pin_memory=True)
     here.copy_(values, non_blocking=True)
     if waits:
         torch.cuda.current_stream().synchronize()
-    found = here.tolist()
-    assert found == [0, 1, 2, 3] if waits else all(number != number for number in found)
+    read_values = here.tolist()
+    assert read_values == [0, 1, 2, 3] if waits else all(number != number for number in read_values)
     assert kinds(simulated_gpu) == (set() if waits else {"race"})
 
 
@@ -73,15 +73,15 @@ def test_a_host_that_overwrites_early_sends_wrong_bytes(simulated_gpu: Simulatio
 
 
 def test_a_host_that_copies_into_pinned_memory_early_is_a_race(simulated_gpu: Simulation) -> None:
-    """Also where the copy has run by then, as far as the CPU that stands in is concerned."""
+    """This also holds if the simulated copy has already finished."""
     staging = torch.zeros(NUM, pin_memory=True)
     there = staging.to(GPU, non_blocking=True)
-    there + 1  # needs the bytes, so the copy runs; a real GPU may not have come to it
+    there + 1  # needs the bytes, so the simulated copy runs; a real GPU might not have run it yet
     staging.copy_(torch.ones(NUM))
     assert kinds(simulated_gpu) == {"race"}
 
 
-def test_a_host_that_writes_where_a_copy_arrives_is_found(simulated_gpu: Simulation) -> None:
+def test_a_host_that_writes_into_a_copys_destination_is_detected(simulated_gpu: Simulation) -> None:
     here = torch.empty(4, pin_memory=True)
     here.copy_(torch.ones(4, device=GPU), non_blocking=True)
     here.zero_()
@@ -89,7 +89,7 @@ def test_a_host_that_writes_where_a_copy_arrives_is_found(simulated_gpu: Simulat
 
 
 @pytest.mark.parametrize("records", [True, False])
-def test_memory_given_back_while_another_stream_reads_it(simulated_gpu: Simulation, records: bool) -> None:
+def test_freeing_memory_while_another_stream_reads_it_is_detected(simulated_gpu: Simulation, records: bool) -> None:
     side, batch = torch.cuda.Stream(), torch.ones(NUM, device=GPU)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -97,14 +97,14 @@ def test_memory_given_back_while_another_stream_reads_it(simulated_gpu: Simulati
     if records:
         batch.record_stream(side)
     del batch
-    torch.zeros(NUM, device=GPU)  # gets the same memory where that is free
+    torch.zeros(NUM, device=GPU)  # reuses the memory if it is free
     torch.cuda.synchronize()
     assert int(total) == NUM
     assert kinds(simulated_gpu) == (set() if records else {"freed in use", "race"})
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_memory_unpinned_while_it_is_copied(simulated_gpu: Simulation, waits: bool) -> None:
+def test_unpinning_memory_during_a_copy_is_detected(simulated_gpu: Simulation, waits: bool) -> None:
     master = torch.ones(NUM)
     runtime = torch.cuda.cudart()
     assert runtime.cudaHostRegister(master.data_ptr(), master.nbytes, 0) == 0 and master.is_pinned()
@@ -117,8 +117,8 @@ def test_memory_unpinned_while_it_is_copied(simulated_gpu: Simulation, waits: bo
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_an_event_that_another_thread_may_not_have_recorded(simulated_gpu: Simulation, waits: bool) -> None:
-    """It is recorded by then, but only by chance: nothing lets this thread wait for the other."""
+def test_waiting_for_an_event_that_may_not_be_recorded_yet_is_detected(simulated_gpu: Simulation, waits: bool) -> None:
+    """It is recorded in time only by chance, as this thread does not wait for the other."""
     event, has_recorded = torch.cuda.Event(), threading.Event()
 
     def record() -> None:
@@ -135,8 +135,8 @@ def test_an_event_that_another_thread_may_not_have_recorded(simulated_gpu: Simul
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_two_threads_that_launch_on_one_stream(simulated_gpu: Simulation, waits: bool) -> None:
-    """A stream keeps the order of launches; without a wait between the threads there is none."""
+def test_two_threads_launching_on_one_stream_are_detected(simulated_gpu: Simulation, waits: bool) -> None:
+    """A stream keeps the launch order, which is undefined without synchronisation between the threads."""
     values, done = torch.zeros(NUM, device=GPU), threading.Event()
 
     def write() -> None:
@@ -153,7 +153,7 @@ def test_two_threads_that_launch_on_one_stream(simulated_gpu: Simulation, waits:
     thread.join()
 
 
-def test_a_refused_pin_leaves_its_error_for_the_next_kernel(simulated_gpu: Simulation) -> None:
+def test_a_failed_pin_leaves_its_error_for_the_next_kernel(simulated_gpu: Simulation) -> None:
     block = torch.empty(3 << 20, dtype=torch.uint8)
     runtime = torch.cuda.cudart()
     with simulated_gpu.configured(pin_limit_bytes=2 << 20):
@@ -168,7 +168,7 @@ def test_a_refused_pin_leaves_its_error_for_the_next_kernel(simulated_gpu: Simul
     assert int(runtime.cudaHostUnregister(block.data_ptr())) == 0
 
 
-def test_pinned_memory_comes_in_powers_of_two_up_to_a_limit(simulated_gpu: Simulation) -> None:
+def test_pinned_memory_is_rounded_to_powers_of_two_up_to_a_limit(simulated_gpu: Simulation) -> None:
     before = simulated_gpu.stats()["pinned"]
     kept = torch.empty((1 << 20) + 1, dtype=torch.uint8, pin_memory=True)
     assert simulated_gpu.stats()["pinned"] - before == 2 << 20 and kept.is_pinned()
@@ -179,7 +179,7 @@ def test_pinned_memory_comes_in_powers_of_two_up_to_a_limit(simulated_gpu: Simul
         torch.empty(1 << 20 | 1, dtype=torch.uint8, pin_memory=True)
 
 
-def test_a_full_gpu_says_so_as_torch_does(simulated_gpu: Simulation) -> None:
+def test_a_full_gpu_raises_torchs_out_of_memory_error(simulated_gpu: Simulation) -> None:
     torch.cuda.empty_cache()
     simulated_gpu.limit_memory(simulated_gpu.stats()["reserved"] + (64 << 20))
     try:
@@ -191,7 +191,7 @@ def test_a_full_gpu_says_so_as_torch_does(simulated_gpu: Simulation) -> None:
     assert simulated_gpu.stats()["num_ooms"] >= 1
 
 
-def test_peaks_are_counted(simulated_gpu: Simulation) -> None:
+def test_memory_peaks_are_counted(simulated_gpu: Simulation) -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     torch.empty(1 << 20, dtype=torch.uint8, device=GPU)
@@ -209,7 +209,7 @@ MIXED: dict[str, Callable[[Tensor], object]] = {
 
 
 @pytest.mark.parametrize("mix", MIXED.values(), ids=MIXED)
-def test_tensors_of_two_devices_do_not_meet(mix: Callable[[Tensor], object]) -> None:
+def test_tensors_of_two_devices_cannot_be_mixed(mix: Callable[[Tensor], object]) -> None:
     with pytest.raises(RuntimeError, match="same device"):
         mix(torch.ones(3, device=GPU))
 
@@ -249,7 +249,7 @@ def test_a_host_that_waits_is_reported_with_its_place(
     assert any(place.startswith(f"{name} at tests/simulated_gpu/test_faults.py:") for place in places), places
 
 
-def test_what_runs_ahead_is_no_wait(simulated_gpu: Simulation) -> None:
+def test_asynchronous_operations_are_not_waits(simulated_gpu: Simulation) -> None:
     x = torch.ones(3, device=GPU)
     pinned = torch.ones(3).pin_memory()
     simulated_gpu.clear()
@@ -280,7 +280,7 @@ def test_integer_products_follow_cublas(simulated_gpu: Simulation) -> None:
         multiply(17, 12)
 
 
-def test_products_of_8_bit_floats_follow_cublas(simulated_gpu: Simulation) -> None:
+def test_fp8_products_follow_cublas(simulated_gpu: Simulation) -> None:
     a = torch.ones(16, 32, device=GPU).to(torch.float8_e4m3fn)
     b = torch.ones(16, 32, device=GPU).to(torch.float8_e4m3fn)
     one = torch.ones((), device=GPU)
@@ -291,8 +291,8 @@ def test_products_of_8_bit_floats_follow_cublas(simulated_gpu: Simulation) -> No
         torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
 
 
-def test_a_training_step_is_that_of_the_cpu(simulated_gpu: Simulation) -> None:
-    """With CUDA's autocast, autograd's own thread, a loss scale and a fused optimizer."""
+def test_a_training_step_matches_the_cpu(simulated_gpu: Simulation) -> None:
+    """The step uses CUDA autocast, autograd's thread, a loss scale and a fused optimizer."""
     ours, theirs = trained(GPU, torch.float16), trained(torch.device("cpu"), torch.bfloat16)
     assert all(torch.allclose(a, b, atol=2e-2) for a, b in zip(ours, theirs, strict=True))
     assert kinds(simulated_gpu) == set()
@@ -318,14 +318,14 @@ def trained(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("function", [torch.softmax, torch.log_softmax])
-def test_softmax_widens_as_on_cuda(function: Callable[..., Tensor]) -> None:
+def test_softmax_accumulates_as_on_cuda(function: Callable[..., Tensor]) -> None:
     x = torch.linspace(-3, 3, 8, dtype=torch.float16)
-    found = function(x.to(GPU), 0, dtype=torch.float32)
-    assert found.dtype == torch.float32 and torch.equal(found.cpu(), function(x.float(), 0))
+    actual = function(x.to(GPU), 0, dtype=torch.float32)
+    assert actual.dtype == torch.float32 and torch.equal(actual.cpu(), function(x.float(), 0))
 
 
-def test_a_storage_can_be_given_back_and_taken_again(simulated_gpu: Simulation) -> None:
-    """As FSDP does with the weights of a block."""
+def test_a_storage_can_be_freed_and_reallocated(simulated_gpu: Simulation) -> None:
+    """FSDP does this with the weights of a block."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     x = torch.arange(4.0, device=GPU)

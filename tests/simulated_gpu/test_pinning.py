@@ -19,15 +19,15 @@ def masters_of(count: int = NUM_BLOCKS) -> list[torch.Tensor]:
 
 
 def assert_streams(masters: list[torch.Tensor], streams: StagedStreams) -> None:
-    """Two passes forward and backward give every block, and no later kernel raises what a refusal left."""
+    """Assert that two passes deliver every block and that no later kernel raises the error of a failed pin."""
     ring = Ring(masters, streams)
     order = [*range(len(masters)), *reversed(range(len(masters)))] * 2
-    found = [ring.need(number).float().mean() for number in order]
-    assert torch.stack(found).tolist() == order
+    means = [ring.need(number).float().mean() for number in order]
+    assert torch.stack(means).tolist() == order
 
 
-def test_blocks_that_are_refused_are_staged_beside_pinned_ones(simulated_gpu: Simulation) -> None:
-    """CUDA keeps the error of a refused call, and the next kernel that is launched would raise it."""
+def test_blocks_that_cannot_be_pinned_are_staged(simulated_gpu: Simulation) -> None:
+    """CUDA keeps the error of a failed call, which the next kernel launch would raise."""
     masters, before = masters_of(), simulated_gpu.stats()["pinned"]
     with simulated_gpu.configured(pin_limit_bytes=before + 4 * NUM_BYTES):
         pinned = pin(masters, reserve=2 * NUM_BYTES)
@@ -42,10 +42,10 @@ def test_a_block_is_staged_in_pieces(simulated_gpu: Simulation) -> None:
     assert_streams(masters_of(), StagedStreams(2, NUM_BYTES, torch.device("cuda"), piece=1000))
 
 
-def test_blocks_come_from_pageable_memory_where_nothing_can_be_pinned(
+def test_blocks_are_copied_from_pageable_memory_if_nothing_can_be_pinned(
     simulated_gpu: Simulation, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As on WSL2 once other programs have pinned the gigabyte that there is."""
+    """This happens on WSL2 once other programs have pinned the available gigabyte."""
     masters = masters_of()
     torch.cuda.synchronize()
     with simulated_gpu.configured(pin_limit_bytes=0), caplog.at_level(logging.WARNING):
@@ -56,7 +56,7 @@ def test_blocks_come_from_pageable_memory_where_nothing_can_be_pinned(
         assert_streams(masters, streams)
 
 
-def test_staging_takes_128_mib_whatever_the_size_of_a_block() -> None:
-    """FLUX.1's largest block has 680 MB; two buffers of that size were 2 GiB, which WSL2 refuses."""
+def test_staging_takes_128_mib_regardless_of_block_size() -> None:
+    """FLUX.1's largest block has 680 MB; two buffers of that size would be 2 GiB, which WSL2 cannot pin."""
     assert staging_bytes(680_000_000) == 128 << 20
     assert staging_bytes(3 << 20) == 2 * (4 << 20), "torch rounds up to a power of two"

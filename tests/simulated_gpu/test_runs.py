@@ -1,4 +1,4 @@
-"""Whole trainings on the simulated GPU: no fault, and within a step the host waits where it has to and nowhere else."""
+"""Complete runs on the simulated GPU have no faults, and within a step the host waits only where necessary."""
 
 import math
 import re
@@ -28,12 +28,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("simulated_gpu")]
 
 # Where the host may wait within a step, without line numbers.
 ALLOWED = {
-    # The numbers of the step before: the one place where the host lets the GPU catch up.
+    # Results of the previous step: the one place where the host waits for the GPU.
     "synchronize event at library/memory/offload/readback.py (read)",
-    # The times of the step before, which has ended by then.
+    # Times of the previous step, which has ended by then.
     "synchronize event at library/training/reporting/step_times.py (span)",
 }
-ENCODES = ("sd", "sd2")  # whose captions are encoded in each step; the others' features are cached, as users do
+ENCODES = ("sd", "sd2")  # encode captions in every step; the others use cached features, as users do
 CACHED = ("--cache_text_encoder_outputs", "--network_train_unet_only")
 MASKS = frozenset(
     {
@@ -46,7 +46,7 @@ SWAPPED = {**WAITING, "sd2": "9", "sd3": "2"}
 
 
 class StepWaits:
-    """Counts where the host waits within steps, but not in the first one, which makes what all others use."""
+    """Records where the host waits within steps, except the first, which creates shared tensors."""
 
     def __init__(self, simulated_gpu: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
         self.found: Counter[str] = Counter()
@@ -56,7 +56,7 @@ class StepWaits:
             self._watch(owner, name)
 
     def start(self) -> None:
-        """Begin a run."""
+        """Reset the records at the start of a run."""
         self.found.clear()
         self.num_steps = 0
 
@@ -89,7 +89,7 @@ def waits(simulated_gpu: Simulation, monkeypatch: pytest.MonkeyPatch) -> StepWai
 
 @pytest.fixture
 def run(train: Run, tmp_path: Path, waits: StepWaits) -> Run:
-    """`run(base, ...)` trains three steps of two images in bf16 on the GPU, with nothing but allowed waits."""
+    """Return `run(base, ...)`, which trains three bf16 steps of two images on the GPU and allows only listed waits."""
     make_images(tmp_path / "data" / "1_thing", 6, seed=81)
     models: dict[str, list[str]] = {}
 
@@ -142,8 +142,10 @@ OFFLOADING = [
 
 
 @pytest.mark.parametrize(("name", "form"), OFFLOADING)
-def test_blocks_and_activations_in_main_memory(run: Run, name: str, form: str, tmp_path: Path) -> None:
-    """The self-test compares every gradient with the plain mode's; the file is compared with that of a plain run."""
+def test_swapped_blocks_and_offloaded_activations_train_without_faults(
+    run: Run, name: str, form: str, tmp_path: Path
+) -> None:
+    """The self-test compares every gradient with the plain mode; the file is compared with that of a plain run."""
     stored = ["--cache_latents", *([] if form == "none" else ["--base_format", form])]
     done = run(name, *stored, "--blocks_to_swap", SWAPPED[name], *OFFLOADED, "--selftest")
     assert "(pinned): they are copied while others compute" in done.stderr
@@ -153,21 +155,21 @@ def test_blocks_and_activations_in_main_memory(run: Run, name: str, form: str, t
 
 
 @pytest.mark.parametrize("name", first_is_fast(["flux", "sdxl"]))
-def test_fp16_with_a_loss_scale(run: Run, name: str, tmp_path: Path) -> None:
+def test_fp16_with_a_loss_scale_trains_without_faults(run: Run, name: str, tmp_path: Path) -> None:
     run(name, "--mixed_precision", "fp16", *OFFLOADED, "--blocks_to_swap", SWAPPED[name])
     assert any(weight.any() for weight in load_file(tmp_path / "out" / "mine.safetensors").values())
 
 
 @pytest.mark.slow
-def test_fp16_with_an_optimizer_that_is_not_fused(run: Run) -> None:
+def test_fp16_with_an_unfused_optimizer_trains_without_faults(run: Run) -> None:
     """Its loss scale is read on the host before every update."""
     reads = frozenset({"item at library/training/loop/update.py (_step_optimizer)"})
     run("flux", "--mixed_precision", "fp16", "--optimizer_type", "SGD", allowed=reads)
 
 
 @pytest.mark.slow
-def test_blocks_that_cannot_be_pinned(run: Run, simulated_gpu: Simulation, tmp_path: Path) -> None:
-    """Nothing more than the buffers can be: a thread stages the blocks, and waits for its buffers itself."""
+def test_blocks_that_cannot_be_pinned_train_without_faults(run: Run, simulated_gpu: Simulation, tmp_path: Path) -> None:
+    """Only the buffers can be pinned; a thread stages the blocks and waits for its buffers."""
     of_thread = frozenset({"synchronize event at library/memory/offload/streams.py (stage)"})
     with pytest.MonkeyPatch.context() as patch:
         nothing = Pinned(frozenset(), "it is not wanted")
@@ -179,7 +181,7 @@ def test_blocks_that_cannot_be_pinned(run: Run, simulated_gpu: Simulation, tmp_p
 
 
 @pytest.mark.parametrize("name", first_is_fast(["flux", "sdxl", "hunyuan_image"]))
-def test_previews_and_validation_between_steps(run: Run, name: str, tmp_path: Path) -> None:
+def test_previews_and_validation_between_steps_have_no_faults(run: Run, name: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     drawing = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "1"]
     validating = ["--validation_split", "0.3", "--validate_every_n_steps", "2"]
@@ -192,7 +194,7 @@ def test_previews_and_validation_between_steps(run: Run, name: str, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_sweep(run: Run, precision: str, tmp_path: Path) -> None:
+def test_a_sweep_trains_without_faults(run: Run, precision: str, tmp_path: Path) -> None:
     run("flux", "--sweep", "network_dim=2,4", "learning_rate=1e-3,1e-4", "--mixed_precision", precision)
     files = list((tmp_path / "out").glob("*.safetensors"))
     assert len(files) == 4 and all(any(t.any() for t in load_file(file).values()) for file in files)
@@ -200,7 +202,7 @@ def test_a_sweep(run: Run, precision: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "sd"])
-def test_a_resumed_run_is_the_uninterrupted_one(run: Run, name: str, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(run: Run, name: str, tmp_path: Path) -> None:
     common = ["--blocks_to_swap", SWAPPED[name], *OFFLOADED, "--network_dropout", "0.1", "--deterministic"]
     run(name, *common, "--max_train_steps", "4")
     run(name, *common, "--max_train_steps", "2", "--save_state", folder="half")
@@ -211,20 +213,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(run: Run, name: str, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("room", ["8GB", "auto"])
-def test_a_run_that_is_fitted(run: Run, room: str) -> None:
+def test_a_run_with_fit_trains_without_faults(run: Run, room: str) -> None:
     done = run("flux", "--fit", room, "--cache_latents")
     assert "selected: ->" in done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in BASES if name not in ENCODES])
-def test_captions_encoded_in_each_step(run: Run, name: str) -> None:
-    """transformers looks at the values of attention masks, so each text encoder but CLIP makes the host wait."""
+def test_encoding_captions_in_each_step_trains_without_faults(run: Run, name: str) -> None:
+    """transformers reads the values of attention masks, so every text encoder except CLIP makes the host wait."""
     run(name, "--network_train_unet_only", caches_text=False, allowed=MASKS)
 
 
-# Calls that keep all scores: heads of the tiny Lumina are 12 wide, and the one attention of HunyuanImage's VAE in
-# diffusers has no dimension of heads (4,096 tokens at 2048 px, 64 MB of scores).
+# Calls that store all scores: tiny Lumina has head size 12, and the single attention of HunyuanImage's VAE in
+# diffusers has no head dimension (4,096 tokens at 2048 px, 64 MB of scores).
 MATH = {
     "lumina": r"math: query \w+ \[2, 6, \d+, 12\].*",
     "hunyuan_image": r"math: .* at .*/autoencoder_kl_hunyuanimage.py.*",
@@ -243,7 +245,7 @@ def test_no_attention_of_a_step_falls_back_to_the_math_kernel(run: Run, name: st
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "kernel"), [("bf16", "math"), ("fp16", "efficient")])
 def test_attention_before_ampere_needs_fp16(run: Run, precision: str, kernel: str, simulated_gpu: Simulation) -> None:
-    """CUDA has no fused kernel for bf16 below capability 8.0, so RTX 20 keeps all scores."""
+    """CUDA has no fused kernel for bf16 below capability 8.0, so RTX 20 GPUs store all scores."""
     with simulated_gpu.configured(capability=7.5):
         run("flux", "--mixed_precision", precision, "--cache_latents")
     of_denoiser = [text for text in simulated_gpu.attention() if "library/architectures/flux" in text]

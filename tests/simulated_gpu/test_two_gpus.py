@@ -1,4 +1,4 @@
-"""Two processes, each with a GPU of its own, whose collectives run on streams as NCCL's do."""
+"""Two processes with one GPU each, whose collectives run on streams like NCCL's."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from tests.tolerances import SUMS_OF_A_RUN
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.usefixtures("simulated_gpu")]
 
 
-def test_two_gpus_train_as_one_that_accumulates(tmp_path: Path) -> None:
-    """Also with the base model shared between them, which changes nothing."""
+def test_two_gpus_train_like_one_that_accumulates(tmp_path: Path) -> None:
+    """Sharding the base model between them gives the same result."""
     make_images(tmp_path / "data" / "1_thing", 8, seed=91)
     arguments = [
         *BASES["flux"].build(tmp_path / "model"), "--train_data_dir", str(tmp_path / "data"), "--caption_extension",
@@ -31,8 +31,8 @@ def test_two_gpus_train_as_one_that_accumulates(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         words = [*arguments, "--output_dir", str(tmp_path / name), *more]
         jobs.append(Job(words, count, str(tmp_path / name), script="flux_train_network"))
-    for found in run_ranks(jobs, tmp_path):
-        for rank in found:
+    for ranks in run_ranks(jobs, tmp_path):
+        for rank in ranks:
             assert rank.status == 0, rank.said
             assert rank.gave["faults"] == []
     files = {name: load_state_dict(tmp_path / name / "mine.safetensors") for name in runs}

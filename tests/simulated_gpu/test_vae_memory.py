@@ -21,13 +21,13 @@ from tests.tiny.flux import VAE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("simulated_gpu")]
 GPU = torch.device("cuda")
-SIDE, TILE = 384, 128  # sixteen tiles, which overlap
+SIDE, TILE = 384, 128  # sixteen overlapping tiles
 CODEC = KlLatents(
     LatentSpec(channels=16, downscale=8, bucket_step=16, cache_suffix="_x.npz", had_keys_without_size=False),
     0.3611,
     0.1159,
 )
-NEAR = 0.2  # mean difference in deviations, on noise in tiles of 16 latents; that of unrelated images is 1.1
+NEAR = 0.2  # mean difference in standard deviations, for noise in tiles of 16 latents; unrelated images have 1.1
 
 
 def tiny_vae() -> torch.nn.Module:
@@ -38,8 +38,8 @@ def tiny_vae() -> torch.nn.Module:
 
 
 @contextmanager
-def room(simulated_gpu: Simulation, num_bytes: int) -> Iterator[None]:
-    """Let so many bytes be allocated beside what there is."""
+def free_memory(simulated_gpu: Simulation, num_bytes: int) -> Iterator[None]:
+    """Allow this many bytes to be allocated in addition to the current ones."""
     gc.collect()
     torch.cuda.empty_cache()
     simulated_gpu.limit_memory(torch.cuda.memory_reserved() + num_bytes)
@@ -69,23 +69,23 @@ def test_a_preview_is_decoded_in_tiles_then_on_the_cpu(
     def decode() -> Tensor:
         return CODEC.decode(vae, latents_BCHW)
 
-    whole = decode().cpu()
+    untiled = decode().cpu()
     peak = peak_of(decode)
     fallback = VaeFallback()
-    with room(simulated_gpu, peak // 2), caplog.at_level(logging.WARNING):
+    with free_memory(simulated_gpu, peak // 2), caplog.at_level(logging.WARNING):
         tiled = fallback.run(vae, decode).cpu()
         assert torch.equal(fallback.run(vae, decode).cpu(), tiled)
     assert caplog.text.count("it works in tiles of the image (CUDA out of memory") == 1
-    assert not torch.equal(tiled, whole) and (tiled - whole).abs().mean() < NEAR * whole.std()
-    with room(simulated_gpu, peak // 20):
-        torch.testing.assert_close(fallback.run(vae, decode).cpu(), whole, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(tiled, untiled) and (tiled - untiled).abs().mean() < NEAR * untiled.std()
+    with free_memory(simulated_gpu, peak // 20):
+        torch.testing.assert_close(fallback.run(vae, decode).cpu(), untiled, atol=1e-5, rtol=1e-4)
     assert "it works on the CPU, which is slow" in caplog.text
     assert next(vae.parameters()).device.type == "cuda" and not vae.use_tiling
-    assert torch.equal(decode().cpu(), whole), "the VAE is as it was"
+    assert torch.equal(decode().cpu(), untiled), "the VAE is as it was"
 
 
 @torch.no_grad()
-def test_an_error_that_is_not_of_memory_is_passed_on(simulated_gpu: Simulation) -> None:
+def test_an_error_other_than_out_of_memory_is_raised(simulated_gpu: Simulation) -> None:
     def fails() -> None:
         raise RuntimeError("shapes do not fit")
 
@@ -93,10 +93,10 @@ def test_an_error_that_is_not_of_memory_is_passed_on(simulated_gpu: Simulation) 
         VaeFallback().run(tiny_vae(), fails)
 
 
-def test_images_that_do_not_fit_get_the_same_noise_in_the_next_attempt(
+def test_a_retry_after_out_of_memory_uses_the_same_noise(
     simulated_gpu: Simulation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first attempt draws the posterior's noise and then runs out of memory; on the CPU it is drawn again."""
+    """The first attempt draws the posterior's noise and runs out of memory; the retry on the CPU draws it again."""
     encode = prepared_encode(monkeypatch)
     pixels_BCHW = torch.rand(2, 3, 64, 64)
     plain = encode(pixels_BCHW, [torch.Generator().manual_seed(seed) for seed in (3, 4)])
@@ -125,5 +125,5 @@ def prepared_encode(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
     processes: Any = SimpleNamespace(device=GPU)
     nothing: Any = None
     base_model.encode_images(tiny_vae, CODEC, nothing, 0, nothing, processes)
-    found: Callable[..., Tensor] = taken[0]
-    return found
+    encode_function: Callable[..., Tensor] = taken[0]
+    return encode_function

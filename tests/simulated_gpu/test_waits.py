@@ -1,4 +1,4 @@
-"""Each wait of the copy streams (ring, offloaded inputs, batches ahead, readback) is removed in turn and noticed."""
+"""Removing any wait of the copy streams (ring, offloaded inputs, prefetched batches, readback) is detected."""
 
 import gc
 import re
@@ -26,8 +26,8 @@ NUM_BLOCKS, NUM_BYTES = 5, 1 << 12
 WAIT = re.compile(r"\.(wait_stream|wait_event|record_stream|record|synchronize|result)\(")
 
 
-def without(module: ModuleType, statement: str) -> ModuleType:
-    """A copy of a module in which `pass` stands for a statement."""
+def module_without(module: ModuleType, statement: str) -> ModuleType:
+    """Return a copy of a module with a statement replaced by `pass`."""
     path = Path(str(module.__file__))
     source = path.read_text(encoding="utf-8")
     assert source.count(f" {statement}\n") + source.count(f" {statement}  #") == 1, f"{statement} is not once in {path}"
@@ -47,11 +47,11 @@ def pin_nothing(masters: Any, reserve: int) -> pinning.Pinned:
     return pinning.Pinned(frozenset(), "it is not wanted")
 
 
-# What is run: each compares its numbers with the right ones, which is not how mutants show.
+# The runs also compare results with the correct ones, but mutants are detected by faults.
 
 
 def run_ring(name: str, streams: ModuleType, pinning: ModuleType) -> None:
-    """Two passes forward and backward through blocks of bytes; the ring is dropped with a copy under way."""
+    """Run two passes forward and backward through blocks of bytes, then drop the ring during a copy."""
     masters = [torch.full((NUM_BYTES,), number, dtype=torch.uint8) for number in range(NUM_BLOCKS)]
     if name == "CudaStreams":
         assert pinning.pin(masters).reason is None
@@ -64,13 +64,13 @@ def run_ring(name: str, streams: ModuleType, pinning: ModuleType) -> None:
         way.worker.shutdown()
     del ring, way, masters
     gc.collect()
-    kept = [torch.zeros(NUM_BYTES, dtype=torch.uint8, device=GPU) for _ in range(2)]
-    assert not any(int(one.sum()) for one in kept)
+    reused_memory = [torch.zeros(NUM_BYTES, dtype=torch.uint8, device=GPU) for _ in range(2)]
+    assert not any(int(tensor.sum()) for tensor in reused_memory)
 
 
 def run_batches(ahead: ModuleType) -> None:
-    given = [replace(batch_of(float(i)), latents_BCHW=torch.full((1, 4, 8, 8), float(i))) for i in range(4)]
-    batches = ahead.Ahead(iter(given), len(given), ahead.CudaCopies(GPU, ()), StepTimes(GPU))
+    host_batches = [replace(batch_of(float(i)), latents_BCHW=torch.full((1, 4, 8, 8), float(i))) for i in range(4)]
+    batches = ahead.Ahead(iter(host_batches), len(host_batches), ahead.CudaCopies(GPU, ()), StepTimes(GPU))
     for batch in batches:
         batch.latents_BCHW.mean()
         batches.fetch()
@@ -81,7 +81,7 @@ def run_readback(readback: ModuleType) -> None:
 
 
 def run_inputs(activations: ModuleType) -> None:
-    """Blocks forward and backward, and another forward pass whose graph is dropped."""
+    """Run blocks forward and backward, and another forward pass whose graph is dropped."""
     run, layers = activations.RecomputeFromMainMemory(), [torch.nn.Linear(64, 64).to(GPU) for _ in range(4)]
 
     def forward() -> torch.Tensor:
@@ -106,7 +106,7 @@ RUNS: dict[str, Callable[..., None]] = {
     "readback": lambda **m: run_readback(m.get("readback", readback)),
 }
 MUTANTS: dict[tuple[str, str], tuple[str, set[str]]] = {
-    # (module, statement): the run, and the faults of which at least one is found
+    # (module, statement): the run, and the faults of which at least one must be detected
     ("streams", "self.copies.wait_stream(torch.cuda.current_stream(self.slots[slot].device))"): ("pinned", {"race"}),
     ("streams", "slot.record_stream(self.copies)"): ("staged", {"freed in use"}),
     ("streams", "self.filled[slot].record(self.copies)"): ("pinned", {"race"}),
@@ -137,27 +137,27 @@ MODULES = {"activations": activations, "streams": streams, "pinning": pinning, "
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_nothing_is_missing(simulated_gpu: Simulation, name: str) -> None:
+def test_no_fault_is_reported_with_all_waits(simulated_gpu: Simulation, name: str) -> None:
     RUNS[name]()
     assert kinds(simulated_gpu) == set()
 
 
 @pytest.mark.parametrize(("module", "statement"), MUTANTS, ids=lambda value: value)
-def test_a_missing_wait_is_found(simulated_gpu: Simulation, module: str, statement: str) -> None:
+def test_a_missing_wait_is_detected(simulated_gpu: Simulation, module: str, statement: str) -> None:
     name, expected = MUTANTS[module, statement]
-    RUNS[name](**{module: without(MODULES[module], statement)})
+    RUNS[name](**{module: module_without(MODULES[module], statement)})
     assert kinds(simulated_gpu) & expected
 
 
-def test_the_wait_of_a_step_leaves_its_core_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
+def test_waiting_for_a_step_does_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    event_options: list[dict[str, Any]] = []
     event = torch.cuda.Event
-    monkeypatch.setattr(torch.cuda, "Event", lambda **given: asked.append(given) or event(**given))
+    monkeypatch.setattr(torch.cuda, "Event", lambda **options: event_options.append(options) or event(**options))
     assert readback.Readback(torch.arange(3.0, device=GPU)).read() == [0, 1, 2]
-    assert asked == [{"blocking": True}]
+    assert event_options == [{"blocking": True}]
 
 
-def test_every_wait_has_its_mutant() -> None:
+def test_every_wait_has_a_mutant() -> None:
     lines = {
         (name, line.strip().partition("  #")[0])
         for name, module in MODULES.items()
@@ -168,14 +168,16 @@ def test_every_wait_has_its_mutant() -> None:
 
 
 @pytest.mark.parametrize("kept", ["pinned", "staged"])
-def test_a_whole_denoiser_on_the_ring(simulated_gpu: Simulation, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward pass, from autograd's thread too: no fault as it is, and a race without `ready`'s wait."""
+def test_a_complete_denoiser_on_the_ring_needs_the_ready_wait(
+    simulated_gpu: Simulation, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward pass, also from autograd's thread, have no fault, and a race without the wait of `ready`."""
     if kept == "staged":
         monkeypatch.setattr(streamed, "pin", pin_nothing)
     mode = Mode("flux", place="streamed", adapter="lora")
     plain = gradients(Mode("flux", adapter="lora"), device=GPU)
-    found = gradients(mode, device=GPU)
-    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    actual = gradients(mode, device=GPU)
+    assert all(torch.equal(a, b) for a, b in zip(actual, plain, strict=True))
     assert kinds(simulated_gpu) == set()
 
     def forget(ring: Ring[Any, Any]) -> None:

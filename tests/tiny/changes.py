@@ -27,23 +27,23 @@ def without(arguments: list[str], flag: str) -> list[str]:
 
 def in_two_files(arguments: list[str], flags: Sequence[str], folder: Path) -> list[str]:
     """Return the arguments with the file of each flag split into two numbered files, of which the first is named."""
-    found = list(arguments)
+    changed_arguments = list(arguments)
     for flag in flags:
-        place = found.index(flag) + 1
-        state, stem = load_file(found[place]), Path(found[place]).stem
+        place = changed_arguments.index(flag) + 1
+        state, stem = load_file(changed_arguments[place]), Path(changed_arguments[place]).stem
         for number in (1, 2):
             part = {name: tensor for i, (name, tensor) in enumerate(sorted(state.items())) if i % 2 == number - 1}
             save_file(part, folder / f"{stem}-{number:05}-of-00002.safetensors")
-        found[place] = str(folder / f"{stem}-00001-of-00002.safetensors")
-    return found
+        changed_arguments[place] = str(folder / f"{stem}-00001-of-00002.safetensors")
+    return changed_arguments
 
 
-def assert_same_models(found: Loader, expected: Loader) -> None:
+def assert_same_models(actual: Loader, expected: Loader) -> None:
     """Assert that two loaders give models with the same weights."""
     for theirs, ours in (
-        (expected.denoiser(), found.denoiser()),
-        (expected.vae(), found.vae()),
-        *zip(expected.text_encoders(), found.text_encoders(), strict=True),
+        (expected.denoiser(), actual.denoiser()),
+        (expected.vae(), actual.vae()),
+        *zip(expected.text_encoders(), actual.text_encoders(), strict=True),
     ):
         state = ours.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())

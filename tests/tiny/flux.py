@@ -125,11 +125,13 @@ def tiny_t5(seed: int, num_words: int) -> tuple[dict[str, Any], dict[str, Tensor
 
 def ldm_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the VAE in the layout of ae.safetensors, where attention is made of 1x1 convolutions."""
-    found = {}
+    converted = {}
     for name, tensor in state.items():
         is_projection = ".attentions." in name and tensor.ndim == 2
-        found[vae_to_ldm(name, len(VAE["block_out_channels"]))] = tensor[:, :, None, None] if is_projection else tensor
-    return found
+        converted[vae_to_ldm(name, len(VAE["block_out_channels"]))] = (
+            tensor[:, :, None, None] if is_projection else tensor
+        )
+    return converted
 
 
 def write_t5_tokenizer(folder: Path) -> int:

@@ -147,11 +147,11 @@ def full_size_vae() -> Any:
 
 def original_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the VAE in the layout of ae.safetensors."""
-    found = ldm_vae(state)
+    converted = ldm_vae(state)
     for ours, theirs in ORIGINAL.items():
-        for key in [key for key in found if key.startswith(theirs)]:
-            found[ours + key.removeprefix(theirs)] = found.pop(key)
-    return found
+        for key in [key for key in converted if key.startswith(theirs)]:
+            converted[ours + key.removeprefix(theirs)] = converted.pop(key)
+    return converted
 
 
 def write_mistral_tokenizer(folder: Path) -> int:

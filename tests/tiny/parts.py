@@ -19,9 +19,9 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def tiny_denoiser(model: Callable[[ConfigT], ModuleT], config: ConfigT, seed: int) -> ModuleT:
     """Return a frozen denoiser with random weights."""
     with torch.device("meta"):
-        found = model(config)
-    found.load_state_dict(fixed_init(found, seed), assign=True)
-    return found.requires_grad_(False).eval()
+        denoiser = model(config)
+    denoiser.load_state_dict(fixed_init(denoiser, seed), assign=True)
+    return denoiser.requires_grad_(False).eval()
 
 
 def prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -31,6 +31,6 @@ def tiny_qwen3_vl(seed: int, num_words: int, **sizes: Any) -> Any:
 
     text = {**TEXT, **sizes, "vocab_size": num_words}
     config = Qwen3VLConfig(text_config=text, vision_config={**VISION, "out_hidden_size": text["hidden_size"]})
-    whole = Qwen3VLModel(config).eval().requires_grad_(False)
-    whole.load_state_dict(fixed_init(whole, seed))
-    return whole
+    model = Qwen3VLModel(config).eval().requires_grad_(False)
+    model.load_state_dict(fixed_init(model, seed))
+    return model

@@ -111,12 +111,12 @@ def comfy_vae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def with_fused_gates(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the denoiser's weights with gate and value fused in one layer, as in some of ComfyUI's files."""
-    found = {name: tensor for name, tensor in state.items() if not re.search(r"img_mlp\.(proj|gate_layer)\.", name)}
+    fused = {name: tensor for name, tensor in state.items() if not re.search(r"img_mlp\.(proj|gate_layer)\.", name)}
     for name, gate in state.items():
         if "img_mlp.gate_layer." in name:
-            both = torch.cat([gate, state[name.replace("gate_layer", "proj")]])
-            found[name.replace("gate_layer", "gate_up")] = both
-    return found
+            fused_weight = torch.cat([gate, state[name.replace("gate_layer", "proj")]])
+            fused[name.replace("gate_layer", "gate_up")] = fused_weight
+    return fused
 
 
 def tiny_qwen_image_21(seed: int) -> QwenImage21:

@@ -152,14 +152,14 @@ def text_modules(vocab: int, t5_vocab: int) -> dict[str, nn.Module]:
 
     ids = {"vocab_size": vocab, "bos_token_id": vocab - 2, "eos_token_id": vocab - 1, "pad_token_id": vocab - 1}
     with torch.device("meta"):
-        found: dict[str, nn.Module] = {
+        modules: dict[str, nn.Module] = {
             name: CLIPTextModelWithProjection(
                 CLIPTextConfig(**ids, **sizes, num_attention_heads=1, intermediate_size=2 * sizes["hidden_size"])
             )
             for name, sizes in CLIPS.items()
         }
-        found["t5xxl"] = T5EncoderModel(T5Config(vocab_size=t5_vocab, **T5))
-    return found
+        modules["t5xxl"] = T5EncoderModel(T5Config(vocab_size=t5_vocab, **T5))
+    return modules
 
 
 def module_weights(module: nn.Module, seed: int) -> dict[str, Tensor]:

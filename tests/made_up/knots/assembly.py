@@ -22,7 +22,7 @@ LATENTS = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_kno
 
 
 def build(options: KnotsOptions) -> Architecture:
-    """The parts of the Knots model that the options name; none is loaded yet. Raises UserError naming the flag."""
+    """Assemble the Knots model that the options name; nothing is loaded yet. Raises UserError naming the flag."""
     RECIPE.check(options)
     text = ByteText(options.text.max_bytes)
     return Architecture(

@@ -1,4 +1,4 @@
-"""A checkpoint of Knots, one file of all parts, to modules."""
+"""Loading of Knots checkpoints, single files with all parts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ DENOISER_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "bytes_encoder."
 
 @dataclass(frozen=True)
 class KnotsLoader:
-    """The three models, each loaded when it is asked for; frozen, on the CPU."""
+    """A loader of the three models, each frozen, on the CPU and loaded on request."""
 
     config: KnotsConfig
     denoiser_weights: Weights
@@ -44,23 +44,23 @@ class KnotsLoader:
 
 
 def open_denoiser(flag: str, path: Path) -> tuple[Weights, Weights]:
-    """(the whole file, the denoiser in it). Raises UserError naming `flag` for another model, saying which."""
-    whole = open_single_file(list_specs(), flag, path, "knots", "Knots is one file")
-    refuse_other_model(list_specs(), flag, str(path), whole.shapes, "knots")
-    denoiser = with_prefix(whole, DENOISER_PREFIX)
+    """Return (the whole file, its denoiser). Raises UserError naming `flag` and the model for another base model."""
+    checkpoint = open_single_file(list_specs(), flag, path, "knots", "Knots is one file")
+    refuse_other_model(list_specs(), flag, str(path), checkpoint.shapes, "knots")
+    denoiser = with_prefix(checkpoint, DENOISER_PREFIX)
     if not denoiser.shapes:
         raise UserError(f"{flag} {path}: nothing in it begins with {DENOISER_PREFIX!r}, so it is no Knots model")
-    return whole, denoiser
+    return checkpoint, denoiser
 
 
 def open_loader(options: KnotsOptions) -> KnotsLoader:
     """Open the checkpoint that the options name; only its header is read. Raises UserError naming the flag."""
     name = require_base_name(options.model.pretrained_model_name_or_path, "the file of Knots")
-    whole, denoiser = open_denoiser(BASE_FLAG, existing(BASE_FLAG, name))
+    checkpoint, denoiser = open_denoiser(BASE_FLAG, existing(BASE_FLAG, name))
     return KnotsLoader(
         config=configure(denoiser, read_config),
         denoiser_weights=denoiser,
-        text_weights=with_prefix(whole, TEXT_PREFIX),
-        vae_component=vae_of_checkpoint(BASE_FLAG, whole),
+        text_weights=with_prefix(checkpoint, TEXT_PREFIX),
+        vae_component=vae_of_checkpoint(BASE_FLAG, checkpoint),
         dtype=DTYPES[options.precision.mixed_precision],
     )

@@ -1,4 +1,4 @@
-"""Knots checkpoints for merging adapters into them and extracting adapters from them."""
+"""Knots checkpoints for merging and extracting adapters."""
 
 from pathlib import Path
 
@@ -16,18 +16,18 @@ from library.models.loading import build_on_meta_device
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
     """Open a checkpoint; only its header is read. Raises UserError naming `flag` for another kind of file."""
-    whole, _ = open_denoiser(flag, path)
-    return open_single_file(path, whole, names_of, "knots", "knots-1")
+    checkpoint, _ = open_denoiser(flag, path)
+    return open_single_file(path, checkpoint, names_of, "knots", "knots-1")
 
 
 def names_of(stem: str) -> ModuleNames | None:
-    """The names of the layer that a weight of the file belongs to; None where adapters change none."""
+    """Return the names of the layer that a weight belongs to, or None if adapters do not change it."""
     if stem == f"{TEXT_PREFIX}project":
         return text_module("project")
     return denoiser_module(stem.removeprefix(DENOISER_PREFIX)) if stem.endswith(LAYERS) else None
 
 
 def view_for_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
-    """([], denoiser) of a checkpoint as network modules see it, on the meta device."""
+    """Return ([], denoiser) of a checkpoint as network modules see it, on the meta device."""
     _, denoiser = open_denoiser("the checkpoint", path)
     return [], view([], build_on_meta_device(Knots, configure(denoiser, read_config)))[1]

@@ -23,14 +23,14 @@ class KnotsConfig:
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> KnotsConfig:
-    """The sizes of a denoiser. Raises UserError for the shapes of another model."""
+    """Infer the sizes of a denoiser. Raises UserError for the shapes of another model."""
     reader = ShapeReader("Knots", shapes)
     width, channels = reader.shape("tie.weight")
     return KnotsConfig(channels, width, reader.count("knots"))
 
 
 class Knot(nn.Module):
-    """Mixes the mean of the text into every latent. Network modules find the layers by the name of this class."""
+    """A block that adds the mean of the text to every latent. Network modules find layers by this class name."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Knot(nn.Module):
 
 
 class Knots(nn.Module):
-    """Noise in latents, BCHW, by the text and the time."""
+    """The denoiser: predicts the noise in latents (BCHW) from the text and the timestep."""
 
     adapter_targets = TARGETS
 
@@ -69,7 +69,7 @@ class Knots(nn.Module):
 
 
 class ByteEncoder(nn.Module):
-    """A vector for each byte of a caption."""
+    """A text encoder that embeds each byte of a caption."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The options that only Knots has."""
+"""Options specific to Knots."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from library.options.train import TrainOptions
 
 @dataclass(frozen=True)
 class KnotsTextOptions(Options):
-    """What reaches the denoiser of a caption."""
+    """Options for the text features that the denoiser receives."""
 
     max_bytes: int = option(32, own=True, at_least=1, help="Bytes of a caption that reach the model; the rest is cut.")
 

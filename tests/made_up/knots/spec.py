@@ -1,4 +1,4 @@
-"""Knots as everybody outside this package knows it."""
+"""The spec of Knots, which is all that code outside this package uses."""
 
 from library.architectures.knots.adapter_names import NAMES
 from library.architectures.knots.assembly import RECIPE, build

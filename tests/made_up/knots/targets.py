@@ -19,5 +19,5 @@ TARGETS = AdapterTargets(
 
 
 def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Module | list[nn.Module], nn.Module]:
-    """(text encoder, denoiser) for `create_network` and `apply_to`; the paths of both are those of files."""
+    """Return (text encoder, denoiser) for `create_network` and `apply_to`, with the module paths of adapter files."""
     return text_encoders[0] if text_encoders else [], denoiser

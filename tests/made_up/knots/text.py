@@ -1,4 +1,4 @@
-"""Captions to the conditioning of Knots. Letters: B captions, T bytes, M width."""
+"""Text conditioning of Knots. Letters: B captions, T bytes, M width."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from library.types import Conditioning, Tokens
 
 @dataclass(frozen=True)
 class ByteText:
-    """Every byte of a caption is a token; zeros fill up short ones."""
+    """A tokenizer whose tokens are bytes, padded with zeros."""
 
     max_tokens: int
 
@@ -23,7 +23,7 @@ class ByteText:
         return Tokens((torch.tensor([list(row) for row in rows]),))
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """{"text": (B, T, M)}; gradients flow."""
+        """Return {"text": (B, T, M)}; gradients flow."""
         (encoder,) = encoders
         (ids_BT,) = tokens.ids_BLT
         return {"text": encoder(ids_BT.to(next(encoder.parameters()).device))}
