@@ -1,4 +1,4 @@
-"""Measure peak memory and seconds of a training step on a GPU for each way of saving memory, with FLUX.1 and SDXL in
+"""Measure peak memory and seconds of a training step on a GPU in each memory mode, with FLUX.1 and SDXL in
 full size.
 
 Weights are random and made on the GPU, so nothing has to be downloaded. Images have 1024 x 1024 pixels; batch size 1,
@@ -40,7 +40,7 @@ RANK, NUM_WARM, NUM_TIMED = 16, 2, 5
 
 @dataclass(frozen=True)
 class Mode:
-    """One way of saving memory; `share` of the blocks of each kind are offloaded to main memory."""
+    """A memory mode; `share` of the blocks of each kind are offloaded to main memory."""
 
     weight_format: str = "none"
     share: float = 0.0

@@ -48,8 +48,8 @@ def cell(found: Fit) -> str:
     chosen = found.choice.chosen
     if chosen is None:
         return f"needs {format_gib(found.choice.least.device_bytes)}"
-    way = describe(replace(chosen.way, weight_format=None))  # the row names the format
-    return f"{format_gib(chosen.device_bytes)}, {chosen.seconds:.2f} s: `{way}`"
+    mode = describe(replace(chosen.mode, weight_format=None))  # the row names the format
+    return f"{format_gib(chosen.device_bytes)}, {chosen.seconds:.2f} s: `{mode}`"
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ from library.errors import UserError
 from library.installed import version_of
 from library.memory.devices import DTYPES
 from library.memory.planner.gpus import benchmark_gpu
-from library.memory.planner.prediction import Predicted, Way, predict
+from library.memory.planner.prediction import MemoryMode, Predicted, predict
 from library.memory.planner.table import format_gib
 from library.models.reference import MissingClass
 from library.options.train import TrainOptions
 from library.training.models.check_batches import mute_logging
-from library.training.planning.settings import describe, resolve_way
+from library.training.planning.settings import describe, resolve_memory_mode
 from networks.core.protocol import OURS
 from tools.command import make_training_parser, training_command
 from tools.plan_memory import count, read_training_options
@@ -112,8 +112,8 @@ def verify(args: argparse.Namespace, training: Sequence[str]) -> int:
             print(result, flush=True)
             results.append(result)
     print("\npaste from here " + "-" * 40)
-    way = resolve_way(options.memory, options.precision, options.distributed)
-    described = list_options(spec, options.flat(), type(options).defaults(), way)
+    mode = resolve_memory_mode(options.memory, options.precision, options.distributed)
+    described = list_options(spec, options.flat(), type(options).defaults(), mode)
     for line in (*describe_machine(), *described, *map(str, results)):
         print(line)
     print("to here " + "-" * 48)
@@ -207,7 +207,7 @@ class Trial:
         has_failed = "--selftest:" in process.stderr
         if match is not None or has_failed:
             text = match[1] if match is not None else "gradients differ from the plain mode, see above"
-            yield Result("way of saving memory", text, has_failed)
+            yield Result("memory mode", text, has_failed)
         if process.returncode:
             yield Result(f"{NUM_STEPS} steps", f"failed: {find_error(process.stderr)}", is_wrong=True)
             return
@@ -277,8 +277,8 @@ def predict_step(spec: BaseModelSpec, options: TrainOptions, training: Sequence[
         return None
     *_, counted = count(spec.script, training)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    way = resolve_way(options.memory, options.precision, options.distributed)
-    return predict(counted.step, way, benchmark_gpu(device, 0, DTYPES[options.precision.mixed_precision]))
+    mode = resolve_memory_mode(options.memory, options.precision, options.distributed)
+    return predict(counted.step, mode, benchmark_gpu(device, 0, DTYPES[options.precision.mixed_precision]))
 
 
 def compare_with_plan(steps: Sequence[Mapping[str, Any]], planned: Predicted | None) -> Iterator[Result]:
@@ -311,13 +311,15 @@ def describe_machine() -> Iterator[str]:
     yield f"{name}, sm_{major}{minor}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, CUDA {torch.version.cuda}"
 
 
-def list_options(spec: BaseModelSpec, values: dict[str, Any], defaults: Mapping[str, Any], way: Way) -> Iterator[str]:
+def list_options(
+    spec: BaseModelSpec, values: dict[str, Any], defaults: Mapping[str, Any], mode: MemoryMode
+) -> Iterator[str]:
     if not str(values["network_module"]).startswith(OURS):
         # The path of somebody's own module can name its author.
         values["network_module"] = "of others"
     changed = [(name, values[name]) for name in SHOWN if name in values and values[name] != defaults[name]]
     options = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changed)
-    yield f"{spec.script} {options}; {describe(way)}"
+    yield f"{spec.script} {options}; {describe(mode)}"
 
 
 main = training_command(setup_parser, verify)

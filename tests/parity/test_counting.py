@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from library.memory.blocks import plain, recompute
 from library.memory.devices import bytes_of
 from library.memory.planner.gpus import TYPICAL
-from library.memory.planner.prediction import Way, predict
+from library.memory.planner.prediction import MemoryMode, predict
 from library.memory.planner.steps import compute_peak_bytes
 from library.memory.planner.weights import StorageCost
 from library.options.train import TrainOptions
@@ -153,7 +153,7 @@ def test_the_preference_reference_costs_a_forward_pass(tmp_path: Path) -> None:
     step = count_run(options, arch, replace(SHAPE, reference_sizes=((SHAPE.width, SHAPE.height),)), CPU).step
     gpu = replace(TYPICAL[0], memory_bytes=1 << 40)
     alone = replace(step, gradientless=None)
-    assert 1.2 < predict(step, Way(), gpu).seconds / predict(alone, Way(), gpu).seconds < 1.5
+    assert 1.2 < predict(step, MemoryMode(), gpu).seconds / predict(alone, MemoryMode(), gpu).seconds < 1.5
     assert step.gradientless is not None and step.gradientless.num_passes == step.gradientless.num_batches == 1
     assert (
         0
@@ -198,7 +198,7 @@ def test_memory_of_8_bit_matmul_is_counted(recomputes: bool, tmp_path: Path) -> 
     torch.manual_seed(97)
     real = allocated_peak(real_step(options, arch, SHAPE, recomputes))
     assert 0.9 * real < planned_peak(counted, recomputes) < 1.01 * real
-    assert predict(counted.step, Way("int8_rotated"), TYPICAL[0]).seconds > 0
+    assert predict(counted.step, MemoryMode("int8_rotated"), TYPICAL[0]).seconds > 0
 
 
 def test_weights_stored_in_8_bits_are_counted_in_8_bits(tmp_path: Path) -> None:

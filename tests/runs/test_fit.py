@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from library.memory.planner.gpus import TYPICAL
-from library.memory.planner.prediction import Way, predict
+from library.memory.planner.prediction import MemoryMode, predict
 from library.training.planning import correction
 from library.training.planning.correction import Gauge
 from tests.running import Finished, make_images
@@ -32,10 +32,10 @@ def flux_arguments(tmp_path: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def budget_between(arguments: Sequence[str], more: Way, less: Way) -> str:
+def budget_between(arguments: Sequence[str], more: MemoryMode, less: MemoryMode) -> str:
     """Return a budget that the first configuration exceeds and the second fits into."""
     *_, counted = count("flux_train_network", arguments)
-    needs = [predict(counted.step, way, TYPICAL[0]).device_bytes for way in (more, less)]
+    needs = [predict(counted.step, mode, TYPICAL[0]).device_bytes for mode in (more, less)]
     assert needs[0] > needs[1]
     return f"{sum(needs) / 2 / MIB:.3f}MB"
 
@@ -60,7 +60,7 @@ def test_with_a_large_budget_activations_are_kept(train: Train, tmp_path: Path) 
 @pytest.mark.nightly
 def test_with_a_small_budget_activations_are_recomputed(train: Train, tmp_path: Path) -> None:
     arguments = flux_arguments(tmp_path, "--blocks_to_swap", "0")
-    room = budget_between(arguments, Way(recompute_every=2), Way(recompute_every=1))
+    room = budget_between(arguments, MemoryMode(recompute_every=2), MemoryMode(recompute_every=1))
     done = train([*arguments, "--fit", room], script="flux_train_network")
     assert done.status == 0, done.stderr
     assert re.search(r"add: --gradient_checkpointing(?! --gradient_checkpointing_every)", done.stderr)
@@ -71,7 +71,7 @@ def test_with_a_small_budget_activations_are_recomputed(train: Train, tmp_path: 
 def test_weight_formats_are_chosen_from_the_allowed_ones(train: Train, tmp_path: Path) -> None:
     """A model with two blocks of each kind cannot swap any; 32-bit weights need more memory than 8-bit ones."""
     arguments = flux_arguments(tmp_path)
-    room = budget_between(arguments, Way(None, 1, True), Way("int8", 1, True))
+    room = budget_between(arguments, MemoryMode(None, 1, True), MemoryMode("int8", 1, True))
     done = train([*arguments, "--fit", room, "--fit_formats", "int8"], script="flux_train_network")
     assert done.status == 0, done.stderr
     assert re.search(r"denoiser: \d+ layers in int8", done.stderr)
@@ -135,10 +135,10 @@ def test_the_first_steps_are_compared_with_the_plan_which_is_corrected_once(
     factor: float, messages: tuple[str, ...], train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = flux_arguments(tmp_path, "--blocks_to_swap", "0")
-    way = Way(recompute_every=1)
+    mode = MemoryMode(recompute_every=1)
     *_, counted = count("flux_train_network", arguments)
-    room = budget_between(arguments, Way(recompute_every=2), way)
-    planned = predict(counted.step, way, TYPICAL[0]).tensor_bytes
+    room = budget_between(arguments, MemoryMode(recompute_every=2), mode)
+    planned = predict(counted.step, mode, TYPICAL[0]).tensor_bytes
     measured = iter([int(factor * planned)])  # for the second step, the only one that is read
     resets: list[int] = []
     gauge = Gauge(lambda: next(measured), lambda: resets.append(1))

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from library.memory.planner.gpus import Gpu
-from library.memory.planner.prediction import CountedStep, Predicted, Way, predict
+from library.memory.planner.prediction import CountedStep, MemoryMode, Predicted, predict
 
-WORTH = 0.1  # share of time that a way must save to beat a simpler one; predicted times are not more accurate
+WORTH = 0.1  # share of time that a mode must save to beat a simpler one; predicted times are not more accurate
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Allowed:
     num_offloaded: int | None = None  # None: chosen by the planner
     shared_by: int = 1  # processes; with more than one, no block is offloaded
 
-    def ways(self) -> Iterator[Way]:
+    def modes(self) -> Iterator[MemoryMode]:
         """Yield every combination, with the fixed number of offloaded blocks or none."""
         for weight_format in self.weight_formats:
             for every in self.recompute_every:
                 # Without recomputation no block inputs are kept that could be offloaded.
                 for wait in self.offloads_inputs if every is not None else (False,):
-                    yield Way(weight_format, every, wait, self.num_offloaded or 0, self.shared_by)
+                    yield MemoryMode(weight_format, every, wait, self.num_offloaded or 0, self.shared_by)
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,27 @@ class Choice:
 
 def choose(step: CountedStep, allowed: Allowed, gpu: Gpu, correction: float = 1.0) -> Choice:
     """Choose the simplest candidate within `WORTH` of the fastest time; of equals, the faster or smaller one."""
-    candidates = tuple(fit_way(step, way, allowed, gpu, correction) for way in allowed.ways())
+    candidates = tuple(fit_mode(step, mode, allowed, gpu, correction) for mode in allowed.modes())
     fitting = [candidate for candidate in candidates if candidate.device_bytes <= gpu.memory_bytes]
     least_s = min((candidate.seconds for candidate in fitting), default=0.0)
     near = [candidate for candidate in fitting if (1 - WORTH) * candidate.seconds <= least_s]
     chosen = min(
-        near, key=lambda candidate: (candidate.way.complexity, candidate.seconds, candidate.device_bytes), default=None
+        near, key=lambda candidate: (candidate.mode.complexity, candidate.seconds, candidate.device_bytes), default=None
     )
     return Choice(gpu, candidates, chosen)
 
 
-def fit_way(step: CountedStep, way: Way, allowed: Allowed, gpu: Gpu, correction: float) -> Predicted:
-    """Predict a way with the fewest offloaded blocks that make it fit, or with the maximum if it does not fit.
+def fit_mode(step: CountedStep, mode: MemoryMode, allowed: Allowed, gpu: Gpu, correction: float) -> Predicted:
+    """Predict a mode with the fewest offloaded blocks that make it fit, or with the maximum if it does not fit.
 
     A fixed number of offloaded blocks is kept, and a sharded model offloads none.
     """
-    prediction = predict(step, way, gpu, correction)
+    prediction = predict(step, mode, gpu, correction)
     if allowed.num_offloaded is not None or allowed.shared_by > 1:
         return prediction
     # As few blocks as possible, because each needs main memory that can be pinned.
     for num_offloaded in range(1, step.most_offloaded + 1):
         if prediction.device_bytes <= gpu.memory_bytes:
             break
-        prediction = predict(step, replace(way, num_offloaded=num_offloaded), gpu, correction)
+        prediction = predict(step, replace(mode, num_offloaded=num_offloaded), gpu, correction)
     return prediction

@@ -1,4 +1,4 @@
-"""Predicted memory and time of a step, for one way of running it on a given GPU."""
+"""Predicted memory and time of a step, in one memory mode on a given GPU."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ FORWARD_BACKWARD, OPTIMIZER_STEP = "forward and backward pass", "optimizer step"
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of running a step: weight format, recomputation, offloading and sharding."""
+class MemoryMode:
+    """How a step saves memory: weight format, recomputation, offloading and sharding."""
 
     weight_format: str | None = None  # of the frozen weights; None for the dtype of --mixed_precision
     recompute_every: int | None = None  # n recomputes every n-th block; None for none
@@ -68,9 +68,9 @@ class CountedStep:
 
 @dataclass(frozen=True)
 class Predicted:
-    """Predicted memory and time of a way."""
+    """Predicted memory and time in a mode."""
 
-    way: Way
+    mode: MemoryMode
     weight_bytes: int  # of frozen models on the device
     tensor_bytes: int  # at the peak of training
     device_bytes: int  # including CUDA context and allocator overhead
@@ -80,34 +80,34 @@ class Predicted:
     error: float | None  # of the weight format, relative to a layer's output; None without a format
 
 
-def predict(step: CountedStep, way: Way, gpu: Gpu, correction: float = 1.0) -> Predicted:
-    """Predict the memory and time of a way.
+def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1.0) -> Predicted:
+    """Predict the memory and time in a mode.
 
     `correction` is the measured ratio of real to counted bytes of a step's tensors, without weights.
     """
-    cost = StorageCost.of(way.weight_format)
+    cost = StorageCost.of(mode.weight_format)
     cost = cost.of_8bit_matmul() if step.multiplies_codes else cost
-    offloaded = step.offloaded_indices(way.num_offloaded)
-    parts = list(apply_way(step, way))
+    offloaded = step.offloaded_indices(mode.num_offloaded)
+    parts = list(apply_mode(step, mode))
     denoiser_format, text_format = step.own_formats
-    text_cost = StorageCost.of(text_format if way.weight_format == denoiser_format else way.weight_format)
+    text_cost = StorageCost.of(text_format if mode.weight_format == denoiser_format else mode.weight_format)
     encoder_bytes = sum(encoder.resident_bytes(text_cost, ()) for encoder in step.encoders)
-    if way.shared_by > 1:
-        denoiser_bytes = step.weights.shared_bytes(cost, way.shared_by)
+    if mode.shared_by > 1:
+        denoiser_bytes = step.weights.shared_bytes(cost, mode.shared_by)
     else:
         denoiser_bytes = step.weights.resident_bytes(cost, offloaded)
     weight_bytes = denoiser_bytes + encoder_bytes + step.other_bytes
     kept_bytes = step.optimizer.state + step.held_gradient_bytes
     passes = step.gradientless
     # The inputs of a block are fetched while the next one in forward order is recomputed, so those of two exist.
-    prefetched_bytes = max(offloaded_input_bytes(step, way), default=0)
+    prefetched_bytes = max(offloaded_input_bytes(step, mode), default=0)
     peak_bytes = max(compute_peak_bytes(parts) + prefetched_bytes, 0 if passes is None else passes.peak_bytes)
     pass_bytes = kept_bytes + peak_bytes + step.weights.decoded_bytes(cost)
     optimizer_bytes = step.gradient_bytes + max(step.optimizer.rise, step.optimizer.state)
     training_bytes = step.adapter_bytes + round(correction * max(pass_bytes, optimizer_bytes))
     block_sizes = step.weights.block_bytes(cost)
     streamed_bytes = sum(block_sizes[block_index] for block_index in offloaded)
-    input_bytes = sum(offloaded_input_bytes(step, way))
+    input_bytes = sum(offloaded_input_bytes(step, mode))
     seconds = predict_seconds(parts, cost.slowdown, streamed_bytes, input_bytes, gpu, passes)
     seconds *= 1 + COST_OF_OFFLOADING * len(offloaded) / max(1, len(block_sizes))
     # The allocator's overhead comes from temporary tensors; weights are allocated once.
@@ -115,7 +115,7 @@ def predict(step: CountedStep, way: Way, gpu: Gpu, correction: float = 1.0) -> P
     # The tensors of the passes are freed before the optimizer steps, so the larger of the two is the peak.
     peak = FORWARD_BACKWARD if pass_bytes >= optimizer_bytes else OPTIMIZER_STEP
     return Predicted(
-        way,
+        mode,
         weight_bytes,
         weight_bytes + training_bytes,
         device_bytes,
@@ -126,25 +126,27 @@ def predict(step: CountedStep, way: Way, gpu: Gpu, correction: float = 1.0) -> P
     )
 
 
-def apply_way(step: CountedStep, way: Way) -> list[StepSegment]:
-    """Return the segments of the step as this way runs it. Blocks of trained text encoders are numbered separately."""
+def apply_mode(step: CountedStep, mode: MemoryMode) -> list[StepSegment]:
+    """Return the segments of the step as this mode runs it. Blocks of trained text encoders are numbered separately."""
 
     def recomputes(block_index: int) -> bool:
         if block_index < step.first_block_index:
-            return way.recomputes(block_index)
-        return way.recomputes(block_index - step.first_block_index)
+            return mode.recomputes(block_index)
+        return mode.recomputes(block_index - step.first_block_index)
 
-    return list(step.timeline.expand(recomputes, lambda block_index: not way.offloads_inputs))
+    return list(step.timeline.expand(recomputes, lambda block_index: not mode.offloads_inputs))
 
 
-def offloaded_input_bytes(step: CountedStep, way: Way) -> list[int]:
+def offloaded_input_bytes(step: CountedStep, mode: MemoryMode) -> list[int]:
     """Return the bytes of the inputs of each block that are offloaded between its forward and backward pass."""
-    if not way.offloads_inputs:
+    if not mode.offloads_inputs:
         return []
     return [
         step.timeline.input_bytes(block_index)
         for block_index in range(len(step.timeline.blocks))
-        if way.recomputes(block_index if block_index < step.first_block_index else block_index - step.first_block_index)
+        if mode.recomputes(
+            block_index if block_index < step.first_block_index else block_index - step.first_block_index
+        )
     ]
 
 

@@ -1,4 +1,4 @@
-"""Counting of one training step block by block, and its replay for the whole model with any way of running it."""
+"""Counting of one training step block by block, and its replay for the whole model in any memory mode."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from library.formatting import format_count
 from library.memory.planner.choice import Choice
 from library.memory.planner.gpus import GIB
-from library.memory.planner.prediction import Predicted, Way
+from library.memory.planner.prediction import MemoryMode, Predicted
 
 
 def format_gib(num_bytes: int) -> str:
@@ -19,9 +19,9 @@ def select_shown(choice: Choice) -> tuple[Predicted, ...]:
 
 
 def iterate_rows(
-    choice: Choice, describe: Callable[[Way], str], num_passes: int | None = None
+    choice: Choice, describe: Callable[[MemoryMode], str], num_passes: int | None = None
 ) -> Iterator[tuple[str, ...]]:
-    """Yield the headings and a row for each shown candidate. `describe` formats a way as options.
+    """Yield the headings and a row for each shown candidate. `describe` formats a mode as options.
 
     There is a column for the error if a weight format is used, and one for the hours if `num_passes` is known.
     """
@@ -36,7 +36,7 @@ def iterate_rows(
         fits = candidate.device_bytes <= choice.gpu.memory_bytes
         yield (
             "->" if candidate is choice.chosen else "" if fits else "x",
-            describe(candidate.way),
+            describe(candidate.mode),
             format_gib(candidate.device_bytes),
             format_gib(max(0, choice.gpu.memory_bytes - candidate.device_bytes)),
             format_gib(candidate.tensor_bytes),
@@ -47,7 +47,7 @@ def iterate_rows(
         )
 
 
-def format_table(choice: Choice, describe: Callable[[Way], str], num_passes: int | None = None) -> list[str]:
+def format_table(choice: Choice, describe: Callable[[MemoryMode], str], num_passes: int | None = None) -> list[str]:
     """Format the shown candidates as aligned lines with the chosen one marked, and count the others."""
     lines = columns([*iterate_rows(choice, describe, num_passes)])
     others = [candidate.device_bytes for candidate in choice.candidates if candidate not in select_shown(choice)]

@@ -9,10 +9,10 @@ import torch
 from library.errors import NotThere
 from library.memory.planner.choice import Allowed
 from library.memory.planner.gpus import Gpu, MemorySize, typical_gpu
-from library.memory.planner.prediction import CountedStep, Predicted, Way, predict
+from library.memory.planner.prediction import CountedStep, MemoryMode, Predicted, predict
 from library.memory.planner.table import format_gib
 from library.training.planning.counting import count_run, shape_of_batch
-from library.training.planning.settings import describe, resolve_allowed_ever, resolve_way
+from library.training.planning.settings import describe, resolve_allowed_ever, resolve_memory_mode
 from library.training.run_parts import Run
 from library.types import Batch
 from networks.core.protocol import OURS
@@ -39,8 +39,8 @@ def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
         return []
     fewer = ["fewer adapters in one --sweep need about that much less"] if len(runs) > 1 else []
     allowed = resolve_allowed_ever(run.options.precision, run.options.distributed)
-    way = resolve_way(run.options.memory, run.options.precision, run.options.distributed)
-    return fewer + pick_evenly(list(lines(step, way, allowed, gpu_like(device))))
+    mode = resolve_memory_mode(run.options.memory, run.options.precision, run.options.distributed)
+    return fewer + pick_evenly(list(lines(step, mode, allowed, gpu_like(device))))
 
 
 def gpu_like(device: torch.device) -> Gpu:
@@ -49,7 +49,7 @@ def gpu_like(device: torch.device) -> Gpu:
     return typical_gpu(MemorySize(torch.cuda.get_device_properties(device).total_memory if is_gpu else 0))
 
 
-def lines(step: CountedStep, used: Way, allowed: Allowed, gpu: Gpu) -> Iterator[str]:
+def lines(step: CountedStep, used: MemoryMode, allowed: Allowed, gpu: Gpu) -> Iterator[str]:
     current = predict(step, used, gpu)
     best = current.device_bytes
     for candidate in sorted(
@@ -59,7 +59,7 @@ def lines(step: CountedStep, used: Way, allowed: Allowed, gpu: Gpu) -> Iterator[
             best = candidate.device_bytes
             percent = round(100 * (candidate.seconds / current.seconds - 1))
             time = f"{percent} % longer" if percent > 0 else "no longer"
-            yield f"{describe(candidate.way)} needs {format_gib(current.device_bytes - best)} less and takes {time}"
+            yield f"{describe(candidate.mode)} needs {format_gib(current.device_bytes - best)} less and takes {time}"
 
 
 def candidates(step: CountedStep, allowed: Allowed, gpu: Gpu) -> Iterator[Predicted]:
@@ -67,8 +67,8 @@ def candidates(step: CountedStep, allowed: Allowed, gpu: Gpu) -> Iterator[Predic
     # --shard_base excludes offloaded blocks.
     max_offloaded = step.most_offloaded if allowed.shared_by == 1 else 0
     counts = sorted({0, max_offloaded // 2, max_offloaded})
-    for way in allowed.ways():
-        yield from (predict(step, replace(way, num_offloaded=num_offloaded), gpu) for num_offloaded in counts)
+    for mode in allowed.modes():
+        yield from (predict(step, replace(mode, num_offloaded=num_offloaded), gpu) for num_offloaded in counts)
 
 
 def pick_evenly(hints: Sequence[str]) -> list[str]:

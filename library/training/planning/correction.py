@@ -87,7 +87,7 @@ class MemoryWatch:
         # Weights and adapter have known sizes. What the measurement corrects is the rest, the activations.
         factor = max(0.0, (measured - fixed) / (chosen.tensor_bytes - fixed))
         allowed = replace(
-            self._fitted.allowed, weight_formats=(chosen.way.weight_format,), num_offloaded=chosen.way.num_offloaded
+            self._fitted.allowed, weight_formats=(chosen.mode.weight_format,), num_offloaded=chosen.mode.num_offloaded
         )
         choice = choose(self._fitted.counted.step, allowed, gpu, factor)
         if choice.chosen is None:
@@ -98,10 +98,10 @@ class MemoryWatch:
                 format_gib(gpu.memory_bytes),
                 remaining_bytes // MIB,
             )
-        elif choice.chosen.way == chosen.way:
-            logger.info("keeping the configuration: %s", describe(chosen.way))
+        elif choice.chosen.mode == chosen.mode:
+            logger.info("keeping the configuration: %s", describe(chosen.mode))
         else:
-            context, options = self._run.context, self._run.options.with_values(option_values(choice.chosen.way))
+            context, options = self._run.context, self._run.options.with_values(option_values(choice.chosen.mode))
             choose_block_runner(
                 options.memory,
                 options.compiling,
@@ -111,7 +111,7 @@ class MemoryWatch:
                 [context.network],
             )
             need = format_gib(choice.chosen.device_bytes)
-            logger.warning("switching to %s, which needs %s", describe(choice.chosen.way), need)
+            logger.warning("switching to %s, which needs %s", describe(choice.chosen.mode), need)
 
 
 def num_pixels(batch: Batch) -> int:

@@ -12,7 +12,7 @@ from library.memory.planner.table import format_gib, format_table
 from library.options.train import TrainOptions
 from library.training.planning.counting import CountedRun
 from library.training.planning.previews import CountedPreview
-from library.training.planning.settings import changes, describe, format_options, resolve_allowed, resolve_way
+from library.training.planning.settings import changes, describe, format_options, resolve_allowed, resolve_memory_mode
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Fit:
             return {}
         sizes = {name: size for name, size in self.stage_sizes.items() if size and size != self.options.flat()[name]}
         off_the_card = {"text_encoder_cpu": True} if self.stage_sizes.get("text_encoder_batch_size") == 0 else {}
-        return changes(self.options, self.choice.chosen.way) | sizes | off_the_card
+        return changes(self.options, self.choice.chosen.mode) | sizes | off_the_card
 
     def lines(self) -> Iterator[str]:
         """Yield the table, and how to pin its marked line."""
@@ -74,11 +74,11 @@ class Fit:
     def sweep_line(self, sweep: "Sweep") -> str:
         """Describe how many adapters fit with the chosen configuration, else with the smallest one."""
         predicted = self.choice.chosen or self.choice.least
-        alone = predict(sweep.alone.step, predicted.way, self.choice.gpu)
+        alone = predict(sweep.alone.step, predicted.mode, self.choice.gpu)
         bytes_per_adapter = (predicted.device_bytes - alone.device_bytes) / (sweep.num_adapters - 1)
         max_adapters = max(0, int((self.choice.gpu.memory_bytes - alone.device_bytes) // bytes_per_adapter) + 1)
         return (
-            f"{sweep.num_adapters} adapters share the step (--sweep): with {describe(predicted.way)} one takes "
+            f"{sweep.num_adapters} adapters share the step (--sweep): with {describe(predicted.mode)} one takes "
             f"{format_gib(alone.device_bytes)} and each more {format_gib(round(bytes_per_adapter))}; "
             f"about {max_adapters} fit"
         )
@@ -125,7 +125,7 @@ class Fit:
         missing = format_gib(least.device_bytes - self.choice.gpu.memory_bytes)
         smaller = "--train_batch_size or --resolution" if self.options.concepts is None else IN_PROMPTS
         return (
-            f"nothing fits: the least is {format_gib(least.device_bytes)} with {describe(least.way)}, {missing} too "
+            f"nothing fits: the least is {format_gib(least.device_bytes)} with {describe(least.mode)}, {missing} too "
             f"much. Of it {format_gib(least.weight_bytes)} are frozen weights ({SMALLER_WEIGHTS}), "
             f"{format_gib(training)} the adapter, its gradients and its optimizer (a smaller --network_dim, or "
             "--optimizer_type AdamW8bit), "
@@ -156,7 +156,7 @@ def fit_to(
         is_free = batch_size == defaults[stage.option]
         sizes[stage.option] = stage.most_that_fits(available_bytes) if is_free else batch_size
     allowed = resolve_allowed(
-        options.fit, options.memory, resolve_way(options.memory, options.precision, options.distributed)
+        options.fit, options.memory, resolve_memory_mode(options.memory, options.precision, options.distributed)
     )
     num_sides = 1 if options.pairs.pair_slider is None else 2
     num_passes = None if num_steps is None else num_steps * options.run.gradient_accumulation_steps * num_sides

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from library.memory.planner.choice import Allowed
-from library.memory.planner.prediction import Way
+from library.memory.planner.prediction import MemoryMode
 from library.memory.planner.weights import Matrix, StorageCost
 from library.options.machine.distributed import DistributedOptions
 from library.options.machine.fit import FitOptions
@@ -17,9 +17,11 @@ TYPICAL_WEIGHT = Matrix(3072, 3072, itemsize=2)
 EVERY = (None, 3, 2, 1)  # recompute one of this many blocks; larger intervals hardly save memory
 
 
-def resolve_way(memory: MemoryOptions, precision: PrecisionOptions, distributed: DistributedOptions) -> Way:
+def resolve_memory_mode(
+    memory: MemoryOptions, precision: PrecisionOptions, distributed: DistributedOptions
+) -> MemoryMode:
     """Return the configuration that the options describe."""
-    return Way(
+    return MemoryMode(
         weight_format=precision.denoiser_format,
         recompute_every=memory.gradient_checkpointing_every if memory.recomputes else None,
         offloads_inputs=memory.offloads_inputs,
@@ -33,26 +35,26 @@ def num_shares(options: DistributedOptions) -> int:
     return (options.shard_group or 1) if options.shard_base else 1
 
 
-def option_values(way: Way) -> dict[str, Any]:
+def option_values(mode: MemoryMode) -> dict[str, Any]:
     return {
-        "base_format": way.weight_format,
-        "gradient_checkpointing": way.recompute_every is not None,
-        "gradient_checkpointing_every": way.recompute_every or 1,
-        "cpu_offload_checkpointing": way.offloads_inputs,
-        "blocks_to_swap": way.num_offloaded or None,
-        "shard_base": way.shared_by > 1,
-        "shard_group": way.shared_by if way.shared_by > 1 else None,
+        "base_format": mode.weight_format,
+        "gradient_checkpointing": mode.recompute_every is not None,
+        "gradient_checkpointing_every": mode.recompute_every or 1,
+        "cpu_offload_checkpointing": mode.offloads_inputs,
+        "blocks_to_swap": mode.num_offloaded or None,
+        "shard_base": mode.shared_by > 1,
+        "shard_group": mode.shared_by if mode.shared_by > 1 else None,
     }
 
 
-def changes(options: TrainOptions, way: Way) -> dict[str, Any]:
+def changes(options: TrainOptions, mode: MemoryMode) -> dict[str, Any]:
     """Return a configuration's options that differ from the user's."""
     values = options.flat()
-    changed = {name: value for name, value in option_values(way).items() if value != values[name]}
-    if way.weight_format == options.precision.denoiser_format:  # whichever option requested it
+    changed = {name: value for name, value in option_values(mode).items() if value != values[name]}
+    if mode.weight_format == options.precision.denoiser_format:  # whichever option requested it
         changed.pop("base_format", None)
     # That option means both already.
-    if options.memory.unsloth_offload_checkpointing and way.offloads_inputs:
+    if options.memory.unsloth_offload_checkpointing and mode.offloads_inputs:
         changed.pop("gradient_checkpointing", None)
         changed.pop("cpu_offload_checkpointing", None)
     return changed
@@ -64,19 +66,19 @@ def format_options(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> st
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in chosen)
 
 
-def describe(way: Way) -> str:
+def describe(mode: MemoryMode) -> str:
     """Format a configuration's options as typed."""
-    return format_options(option_values(way), TrainOptions.defaults()) or "plain"
+    return format_options(option_values(mode), TrainOptions.defaults()) or "plain"
 
 
-def resolve_allowed(fit: FitOptions, memory: MemoryOptions, way: Way) -> Allowed:
-    """Return the search space around `way`, the configuration of the options; options that the user set are fixed."""
+def resolve_allowed(fit: FitOptions, memory: MemoryOptions, mode: MemoryMode) -> Allowed:
+    """Return the search space around `mode`, the configuration of the options; options that the user set are fixed."""
     return Allowed(
-        weight_formats=tuple(fit.fit_formats or (way.weight_format,)),
-        recompute_every=(way.recompute_every,) if memory.recomputes else EVERY,
-        offloads_inputs=(True,) if way.offloads_inputs or memory.cpu_offload_checkpointing else (False, True),
+        weight_formats=tuple(fit.fit_formats or (mode.weight_format,)),
+        recompute_every=(mode.recompute_every,) if memory.recomputes else EVERY,
+        offloads_inputs=(True,) if mode.offloads_inputs or memory.cpu_offload_checkpointing else (False, True),
         num_offloaded=memory.blocks_to_swap,
-        shared_by=way.shared_by,
+        shared_by=mode.shared_by,
     )
 
 

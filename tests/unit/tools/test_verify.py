@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from library.architectures.specs import list_specs
 from library.memory.planner.gpus import TYPICAL
-from library.memory.planner.prediction import Way, predict
+from library.memory.planner.prediction import MemoryMode, predict
 from library.models.reference import select_first_and_last, with_weights
 from tests.tiny.anima import tiny_anima
 from tests.tiny.chroma import tiny_chroma
@@ -141,7 +141,7 @@ def step(seconds: float, peak: int | None) -> dict[str, Any]:
 
 def test_time_and_memory_are_compared_with_the_plan() -> None:
     steps = [step(9.0, None)] * 5 + [step(0.5, 3 * 2**30), step(0.75, None), step(0.25, 4 * 2**30)]
-    planned = predict(counted_step(), Way(), TYPICAL[0])
+    planned = predict(counted_step(), MemoryMode(), TYPICAL[0])
     time, memory = compare_with_plan(steps, planned)
     assert time.found == f"0.50 s (median of 3), {planned.seconds:.2f} s per batch planned"
     assert memory.found == f"4.0 GiB in tensors at the peak, {planned.tensor_bytes / 2**30:.1f} GiB planned"

@@ -17,7 +17,7 @@ from library.memory.planner.prediction import (
     CONTEXT_BYTES,
     CountedStep,
     GradientlessPasses,
-    Way,
+    MemoryMode,
     predict,
 )
 from library.memory.planner.repeats import Repeats
@@ -64,7 +64,7 @@ def make_gpu(memory: int, bus: float = 1e9) -> Gpu:
 
 
 def test_the_memory_of_a_plan_is_the_sum_of_its_parts() -> None:
-    plain = predict(counted_step(adapter=MIB), Way(), make_gpu(0))
+    plain = predict(counted_step(adapter=MIB), MemoryMode(), make_gpu(0))
     weights = 50 * MIB + 20 * MIB + NUM_BLOCKS * 40 * MIB + 23 * MIB + 7 * MIB
     changing = MIB + 2 * MIB + NUM_BLOCKS * KEPT
     assert (plain.weight_bytes, plain.tensor_bytes) == (weights, weights + changing)
@@ -75,16 +75,16 @@ def test_the_memory_of_a_plan_is_the_sum_of_its_parts() -> None:
 def test_memory_traffic_and_kernel_launches_add_to_the_time() -> None:
     """8 blocks with 12 TFLOP in all, on a GPU of 1 TFLOP/s and 1 TB/s."""
     step = counted_step()
-    quick = predict(step, Way(), make_gpu(0)).seconds
+    quick = predict(step, MemoryMode(), make_gpu(0)).seconds
     segments = [replace(segment, moved=5 * 10**11, launches=1000) for segment in step.timeline.plain.segments]
     plain = replace(step.timeline.plain, segments=tuple(segments))
-    busy = predict(replace(step, timeline=replace(step.timeline, plain=plain)), Way(), make_gpu(0)).seconds
+    busy = predict(replace(step, timeline=replace(step.timeline, plain=plain)), MemoryMode(), make_gpu(0)).seconds
     assert quick == pytest.approx(96)
     assert busy - quick == pytest.approx(16 * (0.5 + 1000 * 20e-6))
 
 
 def test_recomputing_every_second_block_saves_half_and_costs_half() -> None:
-    predictions = [predict(counted_step(), Way(recompute_every=every), make_gpu(0)) for every in (None, 2, 1)]
+    predictions = [predict(counted_step(), MemoryMode(recompute_every=every), make_gpu(0)) for every in (None, 2, 1)]
     none, half, all_blocks = (f.tensor_bytes - f.weight_bytes for f in predictions)
     assert none - half == NUM_BLOCKS // 2 * (KEPT - KEPT_WHEN_RECOMPUTED)
     # The last recomputed block comes on top of everything kept before it.
@@ -94,9 +94,9 @@ def test_recomputing_every_second_block_saves_half_and_costs_half() -> None:
 
 
 def test_offloaded_blocks_need_two_slots_and_take_time_on_a_slow_bus() -> None:
-    step, way = counted_step(), Way(num_offloaded=3)
-    staying = predict(step, Way(), make_gpu(0))
-    fast, slow = (predict(step, way, make_gpu(0, bus)) for bus in (1e12, 3e6))
+    step, mode = counted_step(), MemoryMode(num_offloaded=3)
+    staying = predict(step, MemoryMode(), make_gpu(0))
+    fast, slow = (predict(step, mode, make_gpu(0, bus)) for bus in (1e12, 3e6))
     assert staying.tensor_bytes - fast.tensor_bytes == 3 * 40 * MIB - 2 * 40 * MIB
     assert fast.seconds == pytest.approx(96 * (1 + 0.05 * 3 / 8))
     streamed = 3 * 40 * MIB / 3e6  # longer than 32 s of arithmetic forward, shorter than 64 s backward
@@ -107,7 +107,9 @@ def test_offloaded_blocks_need_two_slots_and_take_time_on_a_slow_bus() -> None:
 @pytest.mark.parametrize("shared_by", [2, 8])
 def test_a_sharded_base_takes_its_share_and_the_blocks_being_gathered(shared_by: int) -> None:
     """The weights are 20 and 8 x 40 MiB; `PEAK_BLOCKS` is measured as 3.6 blocks."""
-    unsharded, shared = (predict(counted_step(), Way(shared_by=number), make_gpu(0)) for number in (1, shared_by))
+    unsharded, shared = (
+        predict(counted_step(), MemoryMode(shared_by=number), make_gpu(0)) for number in (1, shared_by)
+    )
     sharded = (20 + NUM_BLOCKS * 40) * MIB
     assert unsharded.tensor_bytes - shared.tensor_bytes == sharded - sharded / shared_by - 3.6 * 40 * MIB
     assert shared.seconds == unsharded.seconds
@@ -115,16 +117,18 @@ def test_a_sharded_base_takes_its_share_and_the_blocks_being_gathered(shared_by:
 
 def test_nothing_is_offloaded_if_the_base_is_sharded() -> None:
     choice = choose(counted_step(), Allowed(shared_by=4), make_gpu(0))
-    assert {candidate.way.num_offloaded for candidate in choice.candidates} == {0} and choice.chosen is None
+    assert {candidate.mode.num_offloaded for candidate in choice.candidates} == {0} and choice.chosen is None
 
 
 def test_inputs_of_two_blocks_stay_and_all_copies_overlap_with_compute() -> None:
     step, slow = counted_step(), make_gpu(0, bus=1e3)
-    stays, waits = (predict(step, Way(recompute_every=1, offloads_inputs=wait), make_gpu(0)) for wait in (False, True))
+    stays, waits = (
+        predict(step, MemoryMode(recompute_every=1, offloads_inputs=wait), make_gpu(0)) for wait in (False, True)
+    )
     assert waits.host_bytes == NUM_BLOCKS * KEPT_WHEN_RECOMPUTED
     assert stays.tensor_bytes - waits.tensor_bytes == (NUM_BLOCKS - 2) * KEPT_WHEN_RECOMPUTED
     assert waits.seconds == stays.seconds
-    assert predict(step, waits.way, slow).seconds == pytest.approx(2 * NUM_BLOCKS * KEPT_WHEN_RECOMPUTED / 1e3)
+    assert predict(step, waits.mode, slow).seconds == pytest.approx(2 * NUM_BLOCKS * KEPT_WHEN_RECOMPUTED / 1e3)
 
 
 @pytest.mark.parametrize("memory_mib", range(1500, 3800, 230))
@@ -132,7 +136,7 @@ def test_the_choice_is_within_a_tenth_of_the_fastest_and_the_simplest_of_these(m
     step, on = counted_step(adapter=3 * MIB), make_gpu(memory_mib * MIB, 2e8)
     allowed = Allowed(weight_formats=(None, "nf4"))
     every_way = [
-        predict(step, Way(form, every, wait and every is not None, number), on)
+        predict(step, MemoryMode(form, every, wait and every is not None, number), on)
         for form, every, wait, number in product((None, "nf4"), (None, 3, 2, 1), (False, True), range(NUM_BLOCKS - 1))
     ]
     fitting = [prediction for prediction in every_way if prediction.device_bytes <= on.memory_bytes]
@@ -144,8 +148,8 @@ def test_the_choice_is_within_a_tenth_of_the_fastest_and_the_simplest_of_these(m
         assert choice.chosen is not None and choice.chosen.device_bytes <= on.memory_bytes
         least_s = min(prediction.seconds for prediction in fitting)
         assert 0.9 * choice.chosen.seconds <= least_s
-        near = [prediction.way.complexity for prediction in fitting if 0.9 * prediction.seconds <= least_s]
-        assert choice.chosen.way.complexity == min(near)
+        near = [prediction.mode.complexity for prediction in fitting if 0.9 * prediction.seconds <= least_s]
+        assert choice.chosen.mode.complexity == min(near)
 
 
 @pytest.mark.parametrize(("bus", "offloads"), [(1e12, True), (3e6, False)])
@@ -153,26 +157,26 @@ def test_offloading_is_chosen_only_if_it_saves_a_tenth(bus: float, offloads: boo
     """Recomputing takes a third longer. Offloading takes 4 % longer on a fast bus, and on a slow one a quarter, which
     is less than a tenth faster than recomputing."""
     step, allowed = counted_step(), Allowed(recompute_every=(None, 1), offloads_inputs=(False,))
-    choice = choose(step, allowed, make_gpu(predict(step, Way(num_offloaded=4), make_gpu(0)).device_bytes, bus))
-    times = {candidate.way.recompute_every: candidate.seconds for candidate in choice.candidates}
+    choice = choose(step, allowed, make_gpu(predict(step, MemoryMode(num_offloaded=4), make_gpu(0)).device_bytes, bus))
+    times = {candidate.mode.recompute_every: candidate.seconds for candidate in choice.candidates}
     assert times[None] < times[1] and (times[None] < 0.9 * times[1]) == offloads
-    assert choice.chosen is not None and (choice.chosen.way.num_offloaded > 0) == offloads
+    assert choice.chosen is not None and (choice.chosen.mode.num_offloaded > 0) == offloads
 
 
 def test_blocks_that_cannot_be_pinned_are_copied_at_staging_speed() -> None:
     """Three blocks of 40 MiB are offloaded and 100 MiB can be pinned; both passes copy, and nothing is computed."""
-    step, way = counted_step(), Way(num_offloaded=3)
+    step, mode = counted_step(), MemoryMode(num_offloaded=3)
     gpu = replace(make_gpu(0, bus=100 * MIB), flops=float("inf"), pinnable_bytes=100 * MIB)
     for staging, seconds in ((10 * MIB, 1 + 2), (1000 * MIB, 1.2)):  # no faster than the bus
-        predicted = predict(step, way, replace(gpu, staging=staging)).seconds
+        predicted = predict(step, mode, replace(gpu, staging=staging)).seconds
         assert predicted == pytest.approx(2 * seconds * (1 + 0.05 * 3 / 8))
-    assert predict(step, way, replace(gpu, pinnable_bytes=None)).seconds == pytest.approx(2.4 * (1 + 0.05 * 3 / 8))
+    assert predict(step, mode, replace(gpu, pinnable_bytes=None)).seconds == pytest.approx(2.4 * (1 + 0.05 * 3 / 8))
 
 
 def test_copies_of_offloaded_inputs_overlap_with_arithmetic() -> None:
     """80 MiB in each pass, during 32 and 96 s of arithmetic."""
     for bus, seconds in ((40 * MIB, 32 + 96), (2 * MIB, 40 + 96)):
-        prediction = predict(counted_step(), Way(recompute_every=1, offloads_inputs=True), make_gpu(0, bus=bus))
+        prediction = predict(counted_step(), MemoryMode(recompute_every=1, offloads_inputs=True), make_gpu(0, bus=bus))
         assert prediction.seconds == pytest.approx(seconds)
 
 
@@ -188,17 +192,17 @@ def test_wsl_pins_half_a_gibibyte_regardless_of_main_memory(
 def test_fixed_options_give_a_single_candidate() -> None:
     allowed = Allowed(weight_formats=("fp8",), recompute_every=(2,), offloads_inputs=(True,), num_offloaded=4)
     choice = choose(counted_step(), allowed, make_gpu(GIB))
-    assert [candidate.way for candidate in choice.candidates] == [Way("fp8", 2, True, 4)]
+    assert [candidate.mode for candidate in choice.candidates] == [MemoryMode("fp8", 2, True, 4)]
 
 
 def test_held_gradients_are_added_to_the_memory_of_the_pass() -> None:
-    without, held = (predict(counted_step(held=size), Way(), make_gpu(0)) for size in (0, 5 * MIB))
+    without, held = (predict(counted_step(held=size), MemoryMode(), make_gpu(0)) for size in (0, 5 * MIB))
     assert held.tensor_bytes - without.tensor_bytes == 5 * MIB
 
 
 def test_a_correction_scales_everything_except_weights() -> None:
     step = counted_step()
-    as_counted, more = (predict(step, Way(), make_gpu(0), factor) for factor in (1.0, 1.25))
+    as_counted, more = (predict(step, MemoryMode(), make_gpu(0), factor) for factor in (1.0, 1.25))
     assert more.tensor_bytes - more.weight_bytes == 1.25 * (as_counted.tensor_bytes - as_counted.weight_bytes)
 
 
@@ -222,18 +226,18 @@ def test_the_weights_of_a_model_are_grouped_by_how_they_can_be_stored() -> None:
 def test_the_table_marks_the_choice_and_counts_plans_that_do_not_fit() -> None:
     allowed = Allowed(recompute_every=(None, 1), offloads_inputs=(False,), num_offloaded=0)
     choice = choose(counted_step(), allowed, make_gpu(2 * GIB))
-    first, recomputed, last = format_table(choice, lambda way: f"every {way.recompute_every}")
+    first, recomputed, last = format_table(choice, lambda mode: f"every {mode.recompute_every}")
     assert first.split() == ["options", "GPU", "memory", "free", "tensors", "main", "memory", "batch"]
     assert recomputed.split() == ["->", "every", "1", "1.5", "GiB", "0.5", "GiB", "0.8", "GiB", "128.00", "s"]
     assert last == "too large: 1 other configuration; the smallest needs 3.6 GiB"
-    nothing = format_table(choose(counted_step(), allowed, make_gpu(GIB)), lambda way: f"every {way.recompute_every}")
+    nothing = format_table(choose(counted_step(), allowed, make_gpu(GIB)), lambda mode: f"every {mode.recompute_every}")
     assert [line.split()[:3] for line in nothing[1:]] == [["x", "every", "None"], ["x", "every", "1"]]
 
 
 def test_the_table_shows_format_errors_and_the_hours_of_a_run() -> None:
     allowed = Allowed(weight_formats=("bf16", "nf4"), recompute_every=(None,), num_offloaded=0)
     choice = choose(counted_step(), allowed, make_gpu(8 * GIB))
-    lines = format_table(choice, lambda way: str(way.weight_format), num_passes=75)
+    lines = format_table(choice, lambda mode: str(mode.weight_format), num_passes=75)
     assert lines[0].split()[-3:] == ["error", "batch", "run"]
     cells = {line.replace("->", "").split()[0]: line.split()[-6:] for line in lines[1:]}
     assert cells["bf16"] == ["0.2", "%", "96.00", "s", "2.0", "h"]
@@ -306,15 +310,15 @@ def test_passes_without_gradients_take_time_and_count_if_they_need_more_memory_t
     """Forward passes take a third of the 24 blocks' arithmetic of a plain step; copied blocks are copied each time."""
     gpu = replace(make_gpu(0), flops=1e13)
     plain, more = (
-        predict(replace(counted_step(), gradientless=passes), Way(), gpu)
+        predict(replace(counted_step(), gradientless=passes), MemoryMode(), gpu)
         for passes in (None, GradientlessPasses(21, 43.0, peak))
     )
     assert more.seconds - plain.seconds == pytest.approx(43 * NUM_BLOCKS * BLOCK_FLOPS / 1e13, rel=1e-6)
     assert more.tensor_bytes - plain.tensor_bytes == max(0, peak - NUM_BLOCKS * KEPT)
     slow = replace(gpu, bus=1e6)
-    way = Way(num_offloaded=2)
+    mode = MemoryMode(num_offloaded=2)
     alone, drawn = (
-        predict(replace(counted_step(), gradientless=passes), way, slow)
+        predict(replace(counted_step(), gradientless=passes), mode, slow)
         for passes in (None, GradientlessPasses(21, 43.0, peak))
     )
     assert drawn.seconds / alone.seconds == pytest.approx(1 + 21 / 2)

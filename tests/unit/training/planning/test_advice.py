@@ -8,7 +8,7 @@ import pytest
 
 from library.memory.planner.choice import Allowed
 from library.memory.planner.gpus import TYPICAL
-from library.memory.planner.prediction import Way
+from library.memory.planner.prediction import MemoryMode
 from library.training.planning import advice
 from library.training.planning.advice import lines, memory_hints, pick_evenly
 from tests.unit.memory.planner.test_choice import counted_step
@@ -17,13 +17,13 @@ from tests.unit.training.test_checks import make_options
 LINE = re.compile(r"(--.*) needs ([\d.]+) GiB less and takes (?:(\d+) % longer|no longer)")
 
 
-def hints(used: Way, **allowed: Any) -> list[tuple[str, float, int]]:
+def hints(used: MemoryMode, **allowed: Any) -> list[tuple[str, float, int]]:
     matches = [LINE.fullmatch(line) for line in lines(counted_step(), used, Allowed(**allowed), TYPICAL[0])]
     return [(m[1], float(m[2]), int(m[3] or 0)) for m in matches if m is not None]
 
 
 def test_each_line_saves_more_and_takes_longer_than_the_previous_one() -> None:
-    advice = hints(Way(), weight_formats=(None, "nf4"))
+    advice = hints(MemoryMode(), weight_formats=(None, "nf4"))
     assert len(advice) >= 4
     assert [saved for _, saved, _ in advice] == sorted(saved for _, saved, _ in advice)  # to a tenth of a GiB
     assert [percent for *_, percent in advice] == sorted(percent for *_, percent in advice)
@@ -31,12 +31,14 @@ def test_each_line_saves_more_and_takes_longer_than_the_previous_one() -> None:
 
 def test_recomputing_all_blocks_of_the_made_up_step_costs_a_third() -> None:
     """Each of 8 blocks keeps 300 MiB, or 10 if recomputed; the running block keeps all; the allocator adds 5 %."""
-    options = [line for line in hints(Way(), offloads_inputs=(False,), recompute_every=(1,)) if "blocks" not in line[0]]
+    options = [
+        line for line in hints(MemoryMode(), offloads_inputs=(False,), recompute_every=(1,)) if "blocks" not in line[0]
+    ]
     assert options == [("--gradient_checkpointing", round(7 * 290 * 1.05 / 1024, 1), 33)]
 
 
 def test_options_already_in_use_are_not_advised() -> None:
-    used = Way("nf4_double", 1, True, 6)
+    used = MemoryMode("nf4_double", 1, True, 6)
     assert hints(used, weight_formats=(None, "nf4_double")) == []
 
 

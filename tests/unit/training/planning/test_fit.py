@@ -4,7 +4,7 @@ from typing import Any
 
 from library.memory.planner.choice import Allowed, choose
 from library.memory.planner.gpus import GIB, Gpu
-from library.memory.planner.prediction import CONTEXT_BYTES, OPTIMIZER_STEP, Way, predict
+from library.memory.planner.prediction import CONTEXT_BYTES, OPTIMIZER_STEP, MemoryMode, predict
 from library.memory.planner.stages import Stage
 from library.training.planning.counting import BatchShape, CountedRun
 from library.training.planning.fit import Fit, fit_to
@@ -22,7 +22,7 @@ def fitted(gib: float, *stages: Stage, adapter: int = 0) -> Fit:
 
 
 def test_the_stage_that_needs_the_most_memory_is_named() -> None:
-    training = predict(counted_step(), Way(), Gpu("made up", 0, 1e12, 1e9, 1e12)).device_bytes / GIB
+    training = predict(counted_step(), MemoryMode(), Gpu("made up", 0, 1e12, 1e9, 1e12)).device_bytes / GIB
     lines = list(fitted(7.5, IMAGES).lines())
     # 5 GiB of weights and 2.1 of two images and a context of 0.7 do not fit, so one is encoded.
     assert "encoding images: 6.7 GiB with --vae_batch_size 1" in lines
@@ -31,7 +31,7 @@ def test_the_stage_that_needs_the_most_memory_is_named() -> None:
 
 
 def test_an_optimizer_step_that_needs_more_memory_than_the_pass_is_named() -> None:
-    step = predict(counted_step(adapter=4 * GIB), Way(), Gpu("made up", 0, 1e12, 1e9, 1e12))
+    step = predict(counted_step(adapter=4 * GIB), MemoryMode(), Gpu("made up", 0, 1e12, 1e9, 1e12))
     assert step.peak == OPTIMIZER_STEP  # state and gradients are three adapters, a pass keeps 2.4 GiB
     plan = fitted(60, adapter=4 * GIB)
     assert plan.choice.chosen is not None and plan.choice.chosen.device_bytes > CONTEXT_BYTES
