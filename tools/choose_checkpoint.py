@@ -22,7 +22,7 @@ from library.training.command_line.checks import check_precision, check_values
 from library.training.command_line.run_lock import run_lock
 from library.training.evaluation.choice import average_by_image
 from library.training.evaluation.choosing import (
-    Measured,
+    MeasuredFile,
     choose_measured,
     forgotten,
     format_candidates,
@@ -88,7 +88,7 @@ def warn_of_other_splits(options: ValidationOptions, files: Sequence[Path], seed
             logger.warning(message, path.name, metadata["ss_validation_split"], file_seed, share, split_seed)
 
 
-def measure_files(sides: Sides, losses_by_file: Sequence[FileLosses]) -> list[Measured]:
+def measure_files(sides: Sides, losses_by_file: Sequence[FileLosses]) -> list[MeasuredFile]:
     """Return each file with its mean loss per image, the base model first."""
     unseen = sides.held_out or sides.mirrored
     is_held_out = sides.held_out is not None
@@ -112,7 +112,7 @@ def measure_files(sides: Sides, losses_by_file: Sequence[FileLosses]) -> list[Me
         file, step = (
             (None, 0) if file_losses.row is None else (display_path(file_losses.row), read_num_steps(file_losses.row))
         )
-        measured.append(Measured(file, step, losses_G, memory, measure_forgetting(file_losses, base, sides.probe)))
+        measured.append(MeasuredFile(file, step, losses_G, memory, measure_forgetting(file_losses, base, sides.probe)))
     return measured
 
 

@@ -32,7 +32,7 @@ from library.options.training.concepts import ConceptOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.noise import NoiseOptions
 from library.options.training.optimizer import OptimizerOptions
-from library.training.evaluation.preview import Timetable
+from library.training.evaluation.preview import PreviewSchedule
 from library.training.evaluation.prompts import check_sampler, read_prompts
 from library.training.optimization.optimizers import class_path, resolve_optimizer_type
 from library.training.report_page.page import REPORT
@@ -407,7 +407,7 @@ def check_timesteps(noise: NoiseOptions) -> None:
 
 def check_previews(preview: PreviewOptions) -> None:
     """Raise UserError if previews are requested and the prompts cannot be read or the sampler is unknown."""
-    if not Timetable.build(preview).is_empty and preview.sample_prompts:
+    if not PreviewSchedule.build(preview).is_empty and preview.sample_prompts:
         check_sampler(preview.sample_sampler, "--sample_sampler")
         read_prompts(Path(preview.sample_prompts))
 

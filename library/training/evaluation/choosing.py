@@ -26,7 +26,7 @@ TOOL = "python3 tools/choose_checkpoint.py"
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredFile:
     """A file and its loss on each image."""
 
     file: Path | None  # None for the model before training
@@ -50,16 +50,16 @@ def choose_saved(files: Sequence[Path], record: ValidationRecord, measures_what_
     files = drop_copies(files)
     saved = [(path, read_num_steps(path)) for path in files] if measures_what_is_saved else []
     known = [(path, step) for path, step in saved if step and step in record.row_losses]  # 0: unknown
-    measured = [Measured(path, step, record.image_losses(step)) for path, step in known]
+    measured = [MeasuredFile(path, step, record.image_losses(step)) for path, step in known]
     if 0 in record.row_losses:
-        measured.insert(0, Measured(None, 0, record.image_losses(0)))
+        measured.insert(0, MeasuredFile(None, 0, record.image_losses(0)))
     if missing := len(files) - len(known):
         text = "%d of %d saved files were not measured as they are; %s measures them all"
         logger.info(text, missing, len(files), TOOL)
     return choose_measured(measured) if len(known) > 1 else None
 
 
-def choose_measured(measured: Sequence[Measured], is_held_out: bool = True) -> events.Choice | None:
+def choose_measured(measured: Sequence[MeasuredFile], is_held_out: bool = True) -> events.Choice | None:
     """Choose among files in the order of their steps; the model before training comes first.
 
     None if no loss is finite. No file is suggested with fewer than MIN_IMAGES images, or on training images
@@ -97,7 +97,7 @@ def choose_measured(measured: Sequence[Measured], is_held_out: bool = True) -> e
     )
 
 
-def explain_choice(choice: Choice, measured: Sequence[Measured]) -> str:
+def explain_choice(choice: Choice, measured: Sequence[MeasuredFile]) -> str:
     """Explain the choice in a sentence without its full stop."""
     has_base = measured[0].file is None
     files = choice.files[int(has_base) :]

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Timetable:
+class PreviewSchedule:
     """When to draw previews; None means never."""
 
     at_first: bool
@@ -60,7 +60,7 @@ class Timetable:
     every_n_epochs: int | None
 
     @classmethod
-    def build(cls, options: PreviewOptions) -> "Timetable":
+    def build(cls, options: PreviewOptions) -> "PreviewSchedule":
         """Read the options: 0 and below mean never, epochs override steps."""
         steps, epochs = (max(n or 0, 0) or None for n in (options.sample_every_n_steps, options.sample_every_n_epochs))
         return cls(options.sample_at_first, steps if epochs is None else None, epochs)
@@ -79,7 +79,7 @@ class Timetable:
 def read_wanted_prompts(options: PreviewOptions, arch: Architecture) -> list[Prompt]:
     """Read the preview prompts; none if no interval or no file is given, or the file is empty."""
     path = options.sample_prompts
-    if Timetable.build(options).is_empty or not path:
+    if PreviewSchedule.build(options).is_empty or not path:
         return []
     specs = read_prompts(Path(path))
     if not specs:
@@ -163,7 +163,7 @@ class Previews:
         self._run, self._charts, self._prompts, self._cached = run, charts, prompts, cached
         sharded = run.context.models.sharded
         self._shared_base = sharded if is_drawing and sharded is not None and sharded.has_main else None
-        self._timetable = Timetable.build(run.options.preview)
+        self._schedule = PreviewSchedule.build(run.options.preview)
         self._vae_fallback = VaeFallback()
         # None where text encoders train, so that the features change.
         self._encoded = None if run.context.models.text_encoders else cached
@@ -173,20 +173,20 @@ class Previews:
 
     def before_training(self, interruption: Interruption) -> None:
         """Draw before the first step, if requested."""
-        if self._timetable.at_first:
+        if self._schedule.at_first:
             self._draw_all(epoch_event(0), 0, 0, interruption)
 
     def are_due(self, step: int) -> bool:
         """Return True if previews are scheduled after `step`, ignoring epochs."""
-        return bool(self._prompts) and self._timetable.holds_step(step)
+        return bool(self._prompts) and self._schedule.holds_step(step)
 
     def after_step(self, step: int, epoch: int, interruption: Interruption) -> bool:
         """Draw if scheduled after `step` of `epoch`. Return False if an interruption stopped it."""
-        return not self._timetable.holds_step(step) or self._draw_all(step_event(step), step, epoch, interruption)
+        return not self._schedule.holds_step(step) or self._draw_all(step_event(step), step, epoch, interruption)
 
     def after_epoch(self, step: int, epoch: int, interruption: Interruption) -> bool:
         """Draw if scheduled after `epoch`, whose last step is `step`. Return False if an interruption stopped it."""
-        return not self._timetable.holds_epoch(epoch) or self._draw_all(epoch_event(epoch), step, epoch, interruption)
+        return not self._schedule.holds_epoch(epoch) or self._draw_all(epoch_event(epoch), step, epoch, interruption)
 
     def are_drawn(self, event: str, since: float) -> bool:
         """Return True if all images of an event are on disk and were written at `since` (seconds since 1970) or

@@ -38,7 +38,7 @@ BARS: Mapping[Kind, str] = {"step": "validation steps", "epoch": "epoch validati
 
 
 @dataclass(frozen=True)
-class Timetable:
+class ValidationSchedule:
     """When to validate; None means never."""
 
     at_first: bool
@@ -47,7 +47,7 @@ class Timetable:
     last_step: int
 
     @classmethod
-    def build(cls, options: ValidationOptions, last_step: int) -> "Timetable":
+    def build(cls, options: ValidationOptions, last_step: int) -> "ValidationSchedule":
         """Read the intervals: every epoch if none is given; with steps alone, also after the last step."""
         every_n_steps, every_n_epochs = options.validate_every_n_steps or None, options.validate_every_n_epochs or None
         if every_n_steps is None and every_n_epochs is None:
@@ -98,11 +98,11 @@ class Validation:
     def __init__(self, run: Run, charts: Charts) -> None:
         options = run.options.validation
         self._run, self._charts = run, charts
-        self._timetable = Timetable.build(options, run.plan.max_train_steps)
+        self._schedule = ValidationSchedule.build(options, run.plan.max_train_steps)
         self._measurement, self._probe = resolve_measurements(
             options, run.options.noise, run.batches.validation, run.context.seed
         )
-        self._schedule = Schedule.build(run.options.saving, run.plan.num_epochs)
+        self._save_schedule = Schedule.build(run.options.saving, run.plan.num_epochs)
         self._patience = options.early_stop_patience or None
         self.record = ValidationRecord(self._measurement.rows, self._measurement.fingerprint)
         self.forgetting = ValidationRecord(self._probe.rows, self._probe.fingerprint)
@@ -128,11 +128,11 @@ class Validation:
 
         Return True if the loss is the lowest so far, like `after_step`.
         """
-        if progress.step == 0 and self.has_probe and self._timetable.at_first:
+        if progress.step == 0 and self.has_probe and self._schedule.at_first:
             self._measure_probe("step", 0)
         if not self.is_on:
             return False
-        if progress.step == 0 and self._timetable.at_first:
+        if progress.step == 0 and self._schedule.at_first:
             evaluation = self._evaluate("step", 0)
             self._draw_charts(evaluation, {"loss/validation/step_average": evaluation.mean}, 0)
             return False  # an untrained adapter is not worth a file
@@ -143,7 +143,7 @@ class Validation:
 
     def is_due(self, step: int) -> bool:
         """Return True if validation is scheduled after `step`, ignoring epochs."""
-        return (self.is_on or self.has_probe) and any(self._timetable.due(step, None))
+        return (self.is_on or self.has_probe) and any(self._schedule.due(step, None))
 
     def after_step(self, step: int, epoch: int, ends_epoch: bool, training_average: float) -> bool:
         """Measure if scheduled after `step` of `epoch`. Return True if the loss is the lowest so far.
@@ -152,9 +152,9 @@ class Validation:
         step's state includes the result, and on all processes.
         """
         is_best = False
-        for kind in self._timetable.due(step, epoch if ends_epoch else None) if self.has_probe else ():
+        for kind in self._schedule.due(step, epoch if ends_epoch else None) if self.has_probe else ():
             self._measure_probe(kind, step)
-        for kind in self._timetable.due(step, epoch if ends_epoch else None) if self.is_on else ():
+        for kind in self._schedule.due(step, epoch if ends_epoch else None) if self.is_on else ():
             best_before = self.record.best_loss
             evaluation = self._evaluate(kind, step)
             is_best = is_best or evaluation.mean < best_before
@@ -221,9 +221,9 @@ class Validation:
     def _is_kept(self, step: int) -> bool:
         """Return True if the losses after `step` are needed later: those of files, the first, the best and the last."""
         epochs, remainder = divmod(step, self._run.plan.steps_per_epoch)
-        ends_saved_epoch = not remainder and self._schedule.saves_epoch(epochs)
+        ends_saved_epoch = not remainder and self._save_schedule.saves_epoch(epochs)
         is_marked = step in (0, self.record.best_step, self.record.measured_step, self._run.plan.max_train_steps)
-        return is_marked or ends_saved_epoch or self._schedule.saves_step(step)
+        return is_marked or ends_saved_epoch or self._save_schedule.saves_step(step)
 
     def _draw_charts(
         self, evaluation: Evaluation, values: Mapping[str, float], epoch: int, on_epochs: bool = False

@@ -11,7 +11,7 @@ from library.memory.planner.counter import OperationCounter
 from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, CountedStep, Predicted
 from library.options.output.preview import PreviewOptions
 from library.protocols import Architecture
-from library.training.evaluation.preview import Timetable
+from library.training.evaluation.preview import PreviewSchedule
 from library.training.evaluation.prompts import read_prompts, resolve_all
 
 
@@ -38,7 +38,7 @@ def largest_preview(options: PreviewOptions, arch: Architecture) -> tuple[int, i
 
     If the prompts file does not exist yet, assume the base model's default size.
     """
-    if Timetable.build(options).is_empty or not options.sample_prompts:
+    if PreviewSchedule.build(options).is_empty or not options.sample_prompts:
         return None
     path, defaults = Path(options.sample_prompts), arch.preview.defaults
     if not path.is_file():

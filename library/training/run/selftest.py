@@ -73,7 +73,7 @@ def set_aside(value: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Finding:
+class GradientError:
     """The relative error of a parameter's gradient, and the error that rounding alone causes."""
 
     name: str
@@ -165,14 +165,14 @@ def plain_weights(block: nn.Module, device: torch.device) -> Iterator[None]:
             layer.handle = handle
 
 
-def compare(name: str, gradient: Tensor, plain: Tensor, noisy: Tensor) -> Finding:
+def compare(name: str, gradient: Tensor, plain: Tensor, noisy: Tensor) -> GradientError:
     """Compare gradients, relative to the size of the plain one."""
     size = plain.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
     error = float((gradient.float() - plain.float()).norm() / size)
-    return Finding(name, error, float((noisy.float() - plain.float()).norm() / size))
+    return GradientError(name, error, float((noisy.float() - plain.float()).norm() / size))
 
 
-def report(findings: Sequence[Finding], calls: Sequence[Call]) -> None:
+def report(findings: Sequence[GradientError], calls: Sequence[Call]) -> None:
     """Log the result. Raises UserError if a gradient is off by more than rounding explains."""
     if not findings:
         logger.warning("self-test: no adapter of the denoiser's blocks has a gradient, so there is nothing to compare")

@@ -29,7 +29,7 @@ SCRIPT = "sweep.js"
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredAdapter:
     """The validation losses of one adapter, and how it ended."""
 
     label: str
@@ -43,7 +43,7 @@ class Measured:
 class Ranked:
     """One adapter of the ranking; `compared` is None if it was not measured."""
 
-    measured: Measured
+    measured: MeasuredAdapter
     compared: Compared | None
 
 
@@ -69,22 +69,24 @@ class Ranking:
         return f"{best} has the lowest loss, not significantly lower than {', '.join(rivals)}"
 
 
-def collect_standing(prepared: Sequence[PreparedRun], sweep: SweepRecord) -> list[Measured]:
+def collect_standing(prepared: Sequence[PreparedRun], sweep: SweepRecord) -> list[MeasuredAdapter]:
     """Collect what is known of each adapter; the record alone knows those that ended before a resume."""
     current_labels = {adapter.run.label for adapter in prepared}
     standing = [
-        Measured(label, ended.step, ended.losses_G, ended.why, None)
+        MeasuredAdapter(label, ended.step, ended.losses_G, ended.why, None)
         for label, ended in sweep.ended.items()
         if label not in current_labels
     ]
     for adapter in prepared:
         path, losses_G = adapter.writer.names.of_end(), adapter.validation.record.last_losses()
         file = path.name if path.exists() else None
-        standing.append(Measured(adapter.run.label, adapter.progress.step, losses_G, adapter.progress.ended, file))
+        standing.append(
+            MeasuredAdapter(adapter.run.label, adapter.progress.step, losses_G, adapter.progress.ended, file)
+        )
     return standing
 
 
-def rank(adapters: Sequence[Measured]) -> Ranking:
+def rank(adapters: Sequence[MeasuredAdapter]) -> Ranking:
     """Rank adapters by their last validation."""
     measured = [adapter for adapter in adapters if adapter.losses_G]
     choice = choose(torch.tensor([adapter.losses_G for adapter in measured], dtype=torch.float64)) if measured else None

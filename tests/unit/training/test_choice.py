@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from library.training.evaluation.choice import Choice, average_by_image, choose, estimate, is_clearly_worse
-from library.training.evaluation.choosing import Measured, choose_measured, format_choice, memorised
+from library.training.evaluation.choosing import MeasuredFile, choose_measured, format_choice, memorised
 
 pytestmark = pytest.mark.slow
 
@@ -151,7 +151,7 @@ def test_a_single_image_decides_nothing_and_nan_losses_lose() -> None:
 @pytest.mark.parametrize(("num_images", "is_suggested"), [(1, False), (7, False), (8, True)])
 def test_too_few_images_give_no_suggestion(num_images: int, is_suggested: bool) -> None:
     base = np.random.default_rng(8).normal(size=num_images)
-    measured = [Measured(Path(f"{i}.safetensors"), i, torch.tensor(base - i)) for i in (1, 2, 3)]
+    measured = [MeasuredFile(Path(f"{i}.safetensors"), i, torch.tensor(base - i)) for i in (1, 2, 3)]
     choice = choose_measured(measured)
     assert choice is not None and (choice.suggested == "3.safetensors") == is_suggested
     if not is_suggested:
@@ -163,7 +163,7 @@ def test_the_reason_names_the_standard_error() -> None:
     rng = np.random.default_rng(12)
     base, noise = rng.normal(size=(2, 9))
     rows = {1: base + 1, 2: base + 0.1 + noise, 3: base}
-    choice = choose_measured([Measured(Path(f"{i}.pt"), i, torch.tensor(row)) for i, row in rows.items()])
+    choice = choose_measured([MeasuredFile(Path(f"{i}.pt"), i, torch.tensor(row)) for i, row in rows.items()])
     assert choice is not None and choice.suggested == "2.pt"
     gap, error = (rows[2] - rows[3]).mean(), (rows[2] - rows[3]).std(ddof=1) / 3
     assert f"that of 3.pt, which is {gap:.3g} lower (standard error {error:.3g})" in choice.reason

@@ -12,7 +12,7 @@ from library.diffusion.objective import build_ddpm
 from library.diffusion.timesteps import LevelSampler
 from library.options.training.noise import NoiseOptions
 from library.randomness import generator_for
-from library.training.evaluation.validation import Timetable
+from library.training.evaluation.validation import ValidationSchedule
 from library.training.evaluation.validation_loss import (
     Difference,
     corrupt_each,
@@ -98,15 +98,15 @@ def test_noise_and_level_of_an_image_do_not_depend_on_its_neighbours(kind):
 
 def test_validation_is_due_by_steps_and_at_the_end_of_epochs():
     options = options_of("--validate_every_n_steps 3 --validate_every_n_epochs 2").validation
-    timetable = Timetable.build(options, 10)
+    timetable = ValidationSchedule.build(options, 10)
     assert list(timetable.due(3, None)) == ["step"] and list(timetable.due(4, 1)) == []
     assert list(timetable.due(6, 2)) == ["step", "epoch"]
-    always = Timetable.build(options_of("").validation, 8)
+    always = ValidationSchedule.build(options_of("").validation, 8)
     assert list(always.due(3, None)) == [] and list(always.due(4, 1)) == list(always.due(8, 2)) == ["epoch"]
 
 
 def test_with_an_interval_in_steps_epochs_are_ignored_and_the_last_step_is_measured():
-    timetable = Timetable.build(options_of("--validate_every_n_steps 3").validation, 8)
+    timetable = ValidationSchedule.build(options_of("--validate_every_n_steps 3").validation, 8)
     assert [step for step in range(1, 9) if list(timetable.due(step, step // 2 if step % 2 == 0 else None))] == [
         3,
         6,

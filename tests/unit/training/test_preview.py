@@ -21,7 +21,7 @@ from library.options.output.saving import SavingOptions
 from library.processes import ALONE
 from library.training.evaluation.preview import (
     Previews,
-    Timetable,
+    PreviewSchedule,
     collect_texts,
     decode,
     draw_latents,
@@ -41,18 +41,18 @@ from tests.parity.test_step_loss import options_for
 
 @pytest.mark.parametrize("nothing", [None, 0, -1])
 def test_intervals_that_are_not_positive_are_never_due(nothing: int | None) -> None:
-    times = Timetable.build(PreviewOptions(sample_every_n_steps=nothing, sample_every_n_epochs=nothing))
+    times = PreviewSchedule.build(PreviewOptions(sample_every_n_steps=nothing, sample_every_n_epochs=nothing))
     assert times.is_empty
     assert not any(times.holds_step(n) or times.holds_epoch(n) for n in range(1, 10))
 
 
 def test_steps_and_epochs_that_are_multiples_are_due() -> None:
-    steps = Timetable.build(PreviewOptions(sample_every_n_steps=3, sample_every_n_epochs=0))
+    steps = PreviewSchedule.build(PreviewOptions(sample_every_n_steps=3, sample_every_n_epochs=0))
     assert [n for n in range(1, 10) if steps.holds_step(n)] == [3, 6, 9]
-    epochs = Timetable.build(PreviewOptions(sample_every_n_steps=3, sample_every_n_epochs=2))
+    epochs = PreviewSchedule.build(PreviewOptions(sample_every_n_steps=3, sample_every_n_epochs=2))
     assert [n for n in range(1, 6) if epochs.holds_epoch(n)] == [2, 4]
     assert not any(epochs.holds_step(n) for n in range(1, 10))
-    assert not Timetable.build(PreviewOptions(sample_at_first=True)).is_empty
+    assert not PreviewSchedule.build(PreviewOptions(sample_at_first=True)).is_empty
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ from math import nan
 import pytest
 import torch
 
-from library.training.sweep.ranking import Measured, clearly_worse, format_ranking, rank
+from library.training.sweep.ranking import MeasuredAdapter, clearly_worse, format_ranking, rank
 
 
-def measured(label: str, losses_G: list[float] | None, ended: str = "") -> Measured:
-    return Measured(label, 8, losses_G, ended, f"{label}.safetensors")
+def measured(label: str, losses_G: list[float] | None, ended: str = "") -> MeasuredAdapter:
+    return MeasuredAdapter(label, 8, losses_G, ended, f"{label}.safetensors")
 
 
 def test_adapters_are_sorted_by_loss_with_unmeasured_ones_last() -> None:
