@@ -128,8 +128,8 @@ MUTANTS: dict[tuple[str, str], tuple[str, set[str]]] = {
     ("activations", "arrived.record(stream)"): ("inputs", {"unordered event", "race"}),
     ("activations", "torch.cuda.current_stream(tensor.device).wait_event(arrived)"): ("inputs", {"race"}),
     ("ahead", "self._done.record(self._stream)"): ("ahead", {"race"}),
-    ("ahead", "computes.wait_event(self._done)"): ("ahead", {"race"}),
-    ("ahead", "tensor.record_stream(computes)"): ("ahead", {"freed in use"}),
+    ("ahead", "compute_stream.wait_event(self._done)"): ("ahead", {"race"}),
+    ("ahead", "tensor.record_stream(compute_stream)"): ("ahead", {"freed in use"}),
     ("readback", "self._arrived.record(torch.cuda.current_stream(values.device))"): ("readback", {"race"}),
     ("readback", "self._arrived.synchronize()"): ("readback", {"race"}),
 }
