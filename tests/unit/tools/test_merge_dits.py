@@ -63,7 +63,7 @@ def test_the_merged_checkpoint_matches_the_adapted_model(tmp_path: Path, name: s
     is_dev = ARCHITECTURES[name, layout] == "Flux.2-dev"
     build = test_dit_files.DITS[name].build
     arguments = build_tiny_flux_2(tmp_path, 33, layout, is_dev=True) if is_dev else build(tmp_path, 33, layout)
-    denoiser = test_dit_files.opened(name, arguments).denoiser()
+    denoiser = test_dit_files.open_tiny(name, arguments).denoiser()
     values, lora = dit.values(), tmp_path / "lora.safetensors"
     base, expected = save_trained(dit.module, lora, dit.own[-1], denoiser, lambda: denoiser(*values))
     assert (expected - base).abs().max() > 0.01
@@ -72,7 +72,7 @@ def test_the_merged_checkpoint_matches_the_adapted_model(tmp_path: Path, name: s
     words = ["--sd_model", arguments[1], "--models", str(tmp_path / "renamed.safetensors"), "--save_to", str(merged)]
     assert merge_lora.main(words) == 0
     assert load_file(merged).keys() == load_file(arguments[1]).keys()
-    actual = test_dit_files.opened(name, [arguments[0], str(merged), *arguments[2:]]).denoiser()
+    actual = test_dit_files.open_tiny(name, [arguments[0], str(merged), *arguments[2:]]).denoiser()
     torch.testing.assert_close(actual(*values), expected, **FLOAT32_DEEP)
     assert read_metadata(merged)["modelspec.architecture"] == ARCHITECTURES[name, layout]
 
