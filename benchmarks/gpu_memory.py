@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.utils._pytree import tree_map_only  # noqa: E402
 
 from library.memory.activations import RecomputeFromMainMemory  # noqa: E402
 from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute, run_blocks_with, stacks_of  # noqa: E402
@@ -183,13 +184,6 @@ def build_randomly(subject: Subject, mode: Mode, device: torch.device) -> nn.Mod
     return model
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move a tensor, or the tensors of nested dictionaries; return anything else as it is."""
-    if isinstance(value, dict):
-        return {key: to_device(one, device) for key, one in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
 def measure(subject: Subject, mode: Mode, device: torch.device) -> dict[str, float]:
     """Return the peak GiB and the seconds of a step."""
     model = build_randomly(subject, mode, device)
@@ -200,8 +194,7 @@ def measure(subject: Subject, mode: Mode, device: torch.device) -> dict[str, flo
     network.to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=device.type == "cuda")
 
-    values, named = subject.values()
-    values, named = tuple(to_device(value, device) for value in values), to_device(named, device)
+    values, named = tree_map_only(Tensor, lambda tensor: tensor.to(device), subject.values())
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):

@@ -28,8 +28,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.utils._pytree import tree_map_only  # noqa: E402
 
-from benchmarks.gpu_memory import RANK, Mode, Subject, build_randomly, flux, random_weight, sdxl, to_device  # noqa: E402
+from benchmarks.gpu_memory import RANK, Mode, Subject, build_randomly, flux, random_weight, sdxl  # noqa: E402
 from library.memory.blocks import BlockRunner, plain, recompute, run_blocks_with, stacks_of  # noqa: E402
 from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
 from library.memory.frozen import frozen_layers, multiply_codes  # noqa: E402
@@ -171,8 +172,7 @@ def our_step(subject: Subject, mode: str, recomputes: bool, device: torch.device
     network = lora.create_network(1.0, RANK, RANK, None, [], seen)
     network.apply_to([], seen, False, True)
     network.to(device)
-    values, named = (to_device(value, device) for value in subject.values())
-    values = tuple(to_device(value, device) for value in values)
+    values, named = tree_map_only(Tensor, lambda tensor: tensor.to(device), subject.values())
     optimizer = optimizer_of(list(network.parameters()), device)
     run = step_of(lambda: model(*values, **named), optimizer, device)
     return run, sum(p.numel() for p in network.parameters())
@@ -203,8 +203,7 @@ def bare_step(subject: Subject, peer: Peer, recomputes: bool, device: torch.devi
         parameter.data = parameter.data.float()
     if recomputes:
         model.enable_gradient_checkpointing()
-    values, named = (to_device(value, device) for value in subject.values())
-    values = tuple(to_device(value, device) for value in values)
+    values, named = tree_map_only(Tensor, lambda tensor: tensor.to(device), subject.values())
     optimizer = optimizer_of(trained, device)
     run = step_of(lambda: peer.call(model, values, named), optimizer, device)
     return run, sum(p.numel() for p in trained)
