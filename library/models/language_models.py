@@ -22,7 +22,7 @@ from library.types import Conditioning, Tokens
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the language modelling head
+PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the language modelling head, or a tokenizer
 WORDS = "embed_tokens.weight"
 LAYER_LINEAR = (  # the Linear layers of one decoder layer
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),

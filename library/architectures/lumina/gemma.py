@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from library.checkpoints.files import copy_atomically
 from library.checkpoints.model_lookup import fetch_snapshot
-from library.checkpoints.weights import Weights, configure, list_first_names, select_weights, with_prefix
+from library.checkpoints.weights import Weights, configure, list_first_names
 from library.errors import UserError
 from library.memory.devices import send
+from library.models.language_models import extract_decoder
 from library.models.loading import Component, empty_transformers_model, load_component
 from library.models.shapes import Shapes, count, shape_of
-from library.models.tokenizer_files import read_tokenizer
+from library.models.tokenizer_files import check_ids, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -29,18 +30,16 @@ HUB: Mapping[str, str] = {  # repository -> its tokenizer file
 }
 HUB_CACHE = "models--google--gemma-2-2b/snapshots/*"  # where sd-scripts stores it in --tokenizer_cache_dir
 GEMMA_PREFIXES = ("text_encoders.gemma2_2b.transformer.model.", "model.", "")
-PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the language modelling head, or a tokenizer
 HEAD_WIDTH = 256
 BEGIN, PADDING = "<bos>", "<pad>"
 
 
 def gemma_component(weights: Weights) -> Component:
     """Build the encoder's component from a single file or a full checkpoint. Raises UserError for anything else."""
-    prefix = next((p for p in GEMMA_PREFIXES if f"{p}embed_tokens.weight" in weights.shapes), None)
-    if prefix is None or f"{prefix}layers.0.pre_feedforward_layernorm.weight" not in weights.shapes:
+    decoder = extract_decoder(weights, GEMMA_PREFIXES)
+    if decoder is None or "layers.0.pre_feedforward_layernorm.weight" not in decoder.shapes:
         raise UserError(f"{weights.origin} is not a Gemma 2 text encoder (first names: {list_first_names(weights)})")
-    weights = gemma_part(weights, prefix)
-    return Component(configure(weights, gemma_config), weights)
+    return Component(configure(decoder, gemma_config), decoder)
 
 
 def gemma_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
@@ -50,13 +49,7 @@ def gemma_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
             f"{weights.origin} is not a Gemma 2 encoder: config.json names model_type {config.get('model_type')!r} "
             "instead of 'gemma2'"
         )
-    prefix = next((p for p in GEMMA_PREFIXES if f"{p}embed_tokens.weight" in weights.shapes), "")
-    return Component(config, gemma_part(weights, prefix))
-
-
-def gemma_part(weights: Weights, prefix: str) -> Weights:
-    bare = with_prefix(weights, prefix)
-    return select_weights(bare, {key: key for key in bare.shapes if key.startswith(PARTS)})
+    return Component(config, extract_decoder(weights, GEMMA_PREFIXES) or weights)
 
 
 def gemma_config(shapes: Shapes) -> dict[str, Any]:
@@ -103,11 +96,11 @@ def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
     logger.info("Gemma tokenizer: %s", file)
     tokenizer = read_tokenizer(lambda: PreTrainedTokenizerFast(tokenizer_file=str(file)), file)
     vocabulary = tokenizer.get_vocab()
-    missing = [word for word in (BEGIN, PADDING) if word not in vocabulary]
-    if missing or (num_words is not None and max(vocabulary.values()) >= num_words):
-        excess = f"has token IDs up to {max(vocabulary.values())}, but Gemma has {num_words} embeddings"
-        why = f"has no {missing[0]}" if missing else excess
-        raise UserError(f"the tokenizer {file} {why}: it belongs to another model; replace it with the right one")
+    if missing := [word for word in (BEGIN, PADDING) if word not in vocabulary]:
+        raise UserError(
+            f"the tokenizer {file} has no {missing[0]}: it belongs to another model; replace it with the right one"
+        )
+    check_ids("Gemma", tokenizer, file, num_words)
     return tokenizer
 
 
