@@ -148,7 +148,7 @@ def test_the_counted_step_of_pairs_matches_the_allocator(
 
 @pytest.mark.nightly
 def test_the_preference_reference_costs_a_forward_pass(tmp_path: Path) -> None:
-    """It adds to the time, and to the peak if it decodes more than is kept."""
+    """The reference pass adds to the time, and to the peak if it decodes more than is kept."""
     options, arch = open_tiny("sd", tmp_path / "model", "--mixed_precision", "no", "--preference_loss", "dpo")
     step = count_run(options, arch, replace(SHAPE, reference_sizes=((SHAPE.width, SHAPE.height),)), CPU).step
     gpu = replace(TYPICAL[0], memory_bytes=1 << 40)

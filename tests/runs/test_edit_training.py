@@ -149,7 +149,7 @@ def test_the_audit_and_the_report_show_pairs_side_by_side(train: Train, argument
             assert abs(right - np.asarray(image).astype(int)).mean() < 10
 
 
-def test_previews_and_contact_sheets_show_the_reference_beside_the_image(
+def test_previews_and_contact_sheets_show_the_reference_next_to_the_image(
     train: Train, arguments: list[str], tmp_path: Path
 ) -> None:
     make_images(tmp_path / "wide", 1, side=96, seed=7)

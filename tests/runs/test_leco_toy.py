@@ -39,7 +39,7 @@ def train_adapter(train: Callable[..., Finished], prompts: Path, folder: Path, *
 
 @pytest.mark.nightly
 def test_an_erased_concept_is_no_longer_drawn(train: Callable[..., Finished], tmp_path: Path) -> None:
-    """It is drawn no more often than for the empty prompt; other concepts are unchanged."""
+    """The erased shape is drawn no more often than for the empty prompt; other concepts are unchanged."""
     caption, other = "a large red circle on a white background", "a large blue square on a black background"
     (tmp_path / "prompts.toml").write_text(f'[[prompts]]\ntarget = "{caption}"\nresolution = 64\nbatch_size = 2\n')
     file = train_adapter(

@@ -242,7 +242,7 @@ def test_opposite_images_are_rejected_before_anything_is_written(write_dataset: 
     assert "shards do not support opposite images" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_with_caches_beside_the_shards_neither_vae_nor_text_encoders_are_loaded(
+def test_caches_next_to_the_shards_make_vae_and_text_encoders_unnecessary(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_process: None
 ) -> None:
     """The adapter equals that of a run on the folder that encodes everything itself."""

@@ -123,8 +123,8 @@ def test_an_adapter_whose_losses_are_not_finite_ends_alone(train: Train, words: 
 def test_each_adapter_has_its_own_loss_scale(
     train: Train, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with fp16, but in float32: one adapter starts with a scale at which its gradients overflow and skips steps
-    until the scale is small enough, while the other trains."""
+    """One adapter starts with a loss scale at which its gradients overflow and skips steps until the scale is small
+    enough, while the other trains. In float32, because fp16 needs a GPU."""
     scales = {"0.5": 2.0**127, "1": 8.0}
     scalers: list[torch.amp.GradScaler] = []
 

@@ -118,7 +118,7 @@ def test_unpinning_memory_during_a_copy_is_detected(simulated_gpu: Simulation, w
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_waiting_for_an_event_that_may_not_be_recorded_yet_is_detected(simulated_gpu: Simulation, waits: bool) -> None:
-    """It is recorded in time only by chance, as this thread does not wait for the other."""
+    """The event is recorded in time only by chance, because this thread does not wait for the other."""
     event, has_recorded = torch.cuda.Event(), threading.Event()
 
     def record() -> None:

@@ -199,7 +199,7 @@ def test_alphas_without_weights_are_unused_but_accepted_by_forge() -> None:
 
 
 def test_comfyui_ignores_chromas_approximator_under_diffusers_names() -> None:
-    """It uses all other modules of a full-size file."""
+    """ComfyUI uses all other modules of a full-size file."""
     shapes: Shapes = {}
     for module in CHROMA_NAMES.modules:
         names = [module.diffusers] if isinstance(module.diffusers, str) else [p.diffusers for p in module.pieces]

@@ -172,7 +172,7 @@ WRITTEN: dict[str, Callable[[str, Tensor], Tensor]] = {
 @pytest.mark.parametrize("way", ["load_weights", "dim_from_weights", "merge"])
 @pytest.mark.parametrize("written", WRITTEN)
 def test_factors_with_other_dimensions_compute_the_same(tmp_path: Path, written: str, way: str) -> None:
-    """As in another layout of the base model, in programs without kernel dimensions, and in LyCORIS's DyLoRA."""
+    """Other layouts, programs without kernel dimensions and LyCORIS's DyLoRA write factors with other dimensions."""
     text, unet = toy_models(231)
     first = create_network(1.0, 4, 2.0, None, text, unet, conv_dim="2")
     randomize(first, 232)

@@ -63,7 +63,7 @@ def piece_of(name: str, rank: int, num_outputs: int, seed: int) -> dict[str, Ten
 
 @pytest.mark.parametrize("to", ["kohya", "generic"])
 def test_separately_trained_pieces_are_fused_with_the_sum_of_their_ranks(to: FileNaming) -> None:
-    """As trained with diffusers; the file has the pieces in another order and lacks to_k."""
+    """diffusers trains the pieces separately. The file has them in another order and lacks to_k."""
     mlp, q = piece_of("transformer.b.0.mlp", 2, 6, 972), piece_of("transformer.b.0.to_q", 3, 3, 973)
     joined = renamed({**mlp, **q}, to)
     (module,) = parse_adapter(joined, {}, "x").modules.values()

@@ -265,7 +265,7 @@ def test_adapted_modules_are_logged_in_one_line_per_part(caplog: pytest.LogCaptu
 
 
 def test_a_conv_rank_of_zero_warns_which_modules_are_still_adapted(caplog: pytest.LogCaptureFixture) -> None:
-    """As in sd-scripts: the Linear layers and 1x1 convolutions of residual blocks are adapted at network_dim."""
+    """sd-scripts adapts the Linear layers and 1x1 convolutions of residual blocks at network_dim, and so does this."""
     text_encoder, denoiser = toy_models(17)
     plain = create_network(1.0, 4, 1.0, None, text_encoder, denoiser)
     with caplog.at_level(logging.WARNING):

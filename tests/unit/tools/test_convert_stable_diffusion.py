@@ -83,7 +83,7 @@ def test_a_file_is_converted_to_a_folder_that_diffusers_loads(model: tuple[bool,
 
 
 def test_projections_of_sd2_are_convolutions_unless_matrices_are_requested(tmp_path: Path) -> None:
-    """As sd-scripts writes them; the flag or the reference's configuration asks for Stability's matrices."""
+    """sd-scripts writes convolutions; the flag or the reference's configuration asks for Stability's matrices."""
     folder = build_tiny_sd(tmp_path / "folder", 93, is_v2=True)
     (folder / "unet" / "config.json").unlink()
     file = build_tiny_sd(tmp_path / "file", 93, "ckpt", is_v2=True)

@@ -417,7 +417,7 @@ def test_optimizers_that_break_in_full_fp16_are_refused(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "Lion"])
 def test_optimizers_recommended_for_full_fp16_work(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """They move as far as in float32. Lion uses signs, which rounding flips near 0, so norms are compared."""
+    """Weights move as far as in float32. Lion uses signs, which rounding flips near 0, so norms are compared."""
     monkeypatch.setattr(checks, "has_accelerator", lambda: True)
     check(make_options(full_fp16=True, mixed_precision="fp16", optimizer_type=name))
     assert float(train_weight(name, torch.float16).norm()) == pytest.approx(

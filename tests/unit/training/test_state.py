@@ -185,7 +185,7 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_the_optimizer_state_is_cast_to_the_dtype_of_the_weights(before: torch.dtype, after: torch.dtype) -> None:
-    """As when --full_bf16 is added or removed on resuming: the fused step supports a single dtype only."""
+    """Adding or removing --full_bf16 on resuming changes that dtype, and the fused step supports a single one only."""
 
     def stepped(dtype: torch.dtype, state: dict[str, Any] | None) -> torch.optim.AdamW:
         torch.manual_seed(21)

@@ -36,7 +36,7 @@ def test_decoding_takes_the_declared_number_of_copies(name: str) -> None:
 
 @pytest.mark.slow
 def test_the_declared_error_of_a_format_matches_a_product_with_outliers() -> None:
-    """As in benchmarks/format_errors.py, which uses a larger weight."""
+    """benchmarks/format_errors.py measures the same product with a larger weight."""
     measured = {name: errors_of(load_format(name).codec, 2048)[2] for name in CODECS}
     for name, value in measured.items():
         declared = load_format(name).error
