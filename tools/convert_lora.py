@@ -11,6 +11,8 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
+
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -18,11 +20,11 @@ from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import programs_that_read
-from library.checkpoints.recognition import require_spec
+from library.checkpoints.recognition import recognise_adapter, require_spec
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
 from networks.core.files.foreign_names import add_model
-from networks.core.files.renaming import Renamed, list_some_keys, rename
+from networks.core.files.renaming import Renamed, list_some_keys, rename, to_saved_naming
 from tools.command import check_output, command, make_parser
 
 logger = logging.getLogger(__name__)
@@ -34,8 +36,18 @@ EXAMPLES = """\
 
 def spec_for_file(file: AdapterFile, origin: str) -> BaseModelSpec:
     """Return the spec of a file's base model. Raises UserError if it cannot be recognised."""
-    shapes = {module.keys[key]: t.shape for module in file.modules.values() for key, t in module.tensors.items()}
-    return require_spec(list_specs(), shapes, file.metadata, origin)
+    return require_spec(list_specs(), shapes_by_key(file), file.metadata, origin)
+
+
+def to_names_of_training(file: AdapterFile) -> AdapterFile:
+    """Return a file under the names that training saves, or as it is if its base model is not recognised."""
+    spec = recognise_adapter(list_specs(), shapes_by_key(file), file.metadata)
+    return file if spec is None else to_saved_naming(file, spec.names)
+
+
+def shapes_by_key(file: AdapterFile) -> dict[str, torch.Size]:
+    """Return the shape of every tensor by its key in the file."""
+    return {module.keys[key]: t.shape for module in file.modules.values() for key, t in module.tensors.items()}
 
 
 def read_adapter(path: Path, flag: str) -> AdapterFile:

@@ -27,6 +27,7 @@ from library.memory.devices import SAVE_DTYPES
 from networks.core.changes.svd import best_factors, clamp_factors
 from networks.core.files.adapter_file import AdapterFile, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.renaming import to_saved_naming
 from networks.core.kinds import lora
 from networks.core.targets.targets import TargetModule
 from tools.base_models import find_adapter_targets, open_base_model, spec_for
@@ -86,7 +87,7 @@ def extract_module(
     missed = float((matrix_ON - up_OR @ down_RN).square().sum())
     alpha = torch.tensor(float(down_RN.shape[0]))
     up, down = (factor.to("cpu", torch.float32) for factor in (up_OR, down_RN))
-    module = ModuleWeights(target.name, lora.make_tensors(up, down, tuple(weight.shape), alpha), {})
+    module = ModuleWeights.with_kohyas_keys(target.name, lora.make_tensors(up, down, tuple(weight.shape), alpha))
     return module, missed, float(matrix_ON.square().sum())
 
 
@@ -223,7 +224,7 @@ def extract(args: argparse.Namespace) -> None:
     check_bases(args, org, tuned)
     modules = extract_modules(org, tuned, args, device)
     file = AdapterFile(str(args.save_to), {m.name: m for m in modules}, make_metadata(args, org), {})
-    save_adapter_file(args.save_to, file, parse_dtype(args.save_precision))
+    save_adapter_file(args.save_to, to_saved_naming(file, spec_for(org).names), parse_dtype(args.save_precision))
     print(f"{args.save_to}: {len(modules)} modules, rank {args.dim}")
 
 

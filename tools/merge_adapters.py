@@ -222,7 +222,7 @@ def rank_for(shape: tuple[int, ...], ranks: tuple[int, int]) -> int:
 def lora_from_factors(name: str, up_OR: Tensor, down_RN: Tensor, shape: tuple[int, ...]) -> ModuleWeights:
     """Return a LoRA with alpha equal to its rank."""
     alpha = torch.tensor(float(down_RN.shape[0]))
-    return ModuleWeights(name, lora.make_tensors(up_OR.cpu(), down_RN.cpu(), shape, alpha), {})
+    return ModuleWeights.with_kohyas_keys(name, lora.make_tensors(up_OR.cpu(), down_RN.cpu(), shape, alpha))
 
 
 def add_norms(name: str, terms: Terms, joining: Joining) -> ModuleWeights:
@@ -232,7 +232,7 @@ def add_norms(name: str, terms: Terms, joining: Joining) -> ModuleWeights:
     for (module, _), strength in zip(terms, strengths, strict=True):
         for key, tensor in module.tensors.items():
             total[key] = total.get(key, 0) + strength * tensor.float()  # type: ignore[assignment]
-    return ModuleWeights(name, total, {})
+    return ModuleWeights.with_kohyas_keys(name, total)
 
 
 def largest_ranks(adapters: Sequence[Weighted]) -> tuple[int, int] | None:

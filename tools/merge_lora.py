@@ -50,7 +50,7 @@ from tools.command import (
     make_parser,
     resolve_ratios,
 )
-from tools.convert_lora import read_adapter, spec_for_file
+from tools.convert_lora import read_adapter, spec_for_file, to_names_of_training
 from tools.merge_adapters import (
     Arithmetic,
     Joining,
@@ -342,7 +342,7 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     modules = merge_adapters(adapters, resolve_ranks(args, adapters), arithmetic, trained_on, joining)
     metadata = make_metadata(adapters, modules, args.save_to, not args.no_metadata)
     file = AdapterFile(str(args.save_to), {module.name: module for module in modules}, metadata, {})
-    save_adapter_file(args.save_to, file, arithmetic.save_dtype or arithmetic.dtype)
+    save_adapter_file(args.save_to, to_names_of_training(file), arithmetic.save_dtype or arithmetic.dtype)
     print(f"{args.save_to}: {len(modules)} modules, rank {metadata.get('ss_network_dim', 'none')}")
 
 

@@ -124,6 +124,7 @@ class BaseNames:
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Layers that some programs fuse: (end of the fused layer's path, ends of its parts' paths, in equal shares of
     the rows)."""
+    saved_naming: FileNaming = "kohya"  # of files that hold LoRA alone; other kinds mostly have kohya's names
     holds_all_kinds_in_diffusers: bool = False  # some program reads kinds other than LoRA under diffusers' names
 
     @cached_property

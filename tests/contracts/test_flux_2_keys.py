@@ -106,7 +106,7 @@ def saved_shapes(network_module: Any, size: str, **arguments: str) -> dict[str, 
     network = network_module.create_network(1.0, 4, 4, None, *view_denoiser([], ours(SIZES[size])), **arguments)
     for name in network.adapters:
         assert NAMES.find(name) is not None and NAMES.find(name).kohya == name  # type: ignore[union-attr]
-    tensors = collect_saved_tensors(network.adapters, None, NAMES, network.targets.saved_naming)
+    tensors = collect_saved_tensors(network.adapters, None, NAMES)
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 

@@ -90,7 +90,7 @@ def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(network_mo
 
     network = network_module.create_network(1.0, 4, 4, None, *view_denoiser([], ours()))
     assert all(NAMES.find(name).kohya == name for name in network.adapters)  # type: ignore[union-attr]
-    saved = collect_saved_tensors(network.adapters, None, NAMES, network.targets.saved_naming)
+    saved = collect_saved_tensors(network.adapters, None, NAMES)
     shapes = {key: tuple(tensor.shape) for key, tensor in saved.items()}
     linear = {path: module for path, module in ours().named_modules() if isinstance(module, nn.Linear)}
     expected = {f"diffusion_model.{p}.lora_A.weight": (4, m.in_features) for p, m in linear.items()}

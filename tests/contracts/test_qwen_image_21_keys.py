@@ -103,7 +103,7 @@ def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(
     network = network_module.create_network(1.0, 4, 4, None, *view_denoiser([], ours()), **arguments)
     for name in network.adapters:
         assert NAMES.find(name) is not None and NAMES.find(name).kohya == name  # type: ignore[union-attr]
-    tensors = collect_saved_tensors(network.adapters, None, NAMES, network.targets.saved_naming)
+    tensors = collect_saved_tensors(network.adapters, None, NAMES)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     linear = {path: module for path, module in ours().named_modules() if isinstance(module, nn.Linear)}
     outer = ("img_in", "time_text_embed", "txt_in", "modulation") if arguments else ()

@@ -82,7 +82,7 @@ def saved_shapes(network_module: Any, **arguments: str) -> dict[str, tuple[int, 
     network = network_module.create_network(1.0, 4, 4, None, *view_denoiser([], ours()), **arguments)
     for name in network.adapters:
         assert NAMES.find(name) is not None and NAMES.find(name).kohya == name  # type: ignore[union-attr]
-    tensors = collect_saved_tensors(network.adapters, None, NAMES, "diffusers")
+    tensors = collect_saved_tensors(network.adapters, None, NAMES)
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 

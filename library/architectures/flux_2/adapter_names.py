@@ -17,4 +17,4 @@ def denoiser_module(path: str) -> ModuleNames:
     )
 
 
-NAMES = BaseNames("flux_2", tuple(map(denoiser_module, KEYS.linear_paths(NUM_BLOCKS))))
+NAMES = BaseNames("flux_2", tuple(map(denoiser_module, KEYS.linear_paths(NUM_BLOCKS))), saved_naming="generic")

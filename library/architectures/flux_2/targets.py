@@ -23,7 +23,6 @@ TARGETS = AdapterTargets(
     subsets={"double": r"^double_blocks\.", "single": r"^single_blocks\."},
     fused={r"_attn\.qkv$": thirds, r"\.linear1$": qkv_and_rest},
     names=NAMES,
-    saved_naming="generic",
     expressions="path",
     elsewhere=list_network_arguments,
 )

@@ -13,4 +13,4 @@ def denoiser_module(path: str) -> ModuleNames:
     return name_layer(path, KEYS.sources(path), others=("diffusion_model.", KOHYA_PREFIX))
 
 
-NAMES = BaseNames("krea2", tuple(map(denoiser_module, KEYS.linear_paths(NUM_BLOCKS))))
+NAMES = BaseNames("krea2", tuple(map(denoiser_module, KEYS.linear_paths(NUM_BLOCKS))), saved_naming="generic")

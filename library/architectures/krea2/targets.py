@@ -13,7 +13,6 @@ TARGETS = AdapterTargets(
     },
     block_choices={"train_block_indices": r"^blocks\.(\d+)\."},
     names=NAMES,
-    saved_naming="generic",
     expressions="path",
     elsewhere=list_network_arguments,
 )

@@ -24,5 +24,6 @@ NAMES = BaseNames(
     "qwen_image_21",
     tuple(map(denoiser_module, linear_paths(NUM_BLOCKS))),
     fused=((FUSED, PARTS),),
+    saved_naming="diffusers",
     holds_all_kinds_in_diffusers=True,
 )

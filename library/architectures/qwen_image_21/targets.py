@@ -10,7 +10,6 @@ TARGETS = AdapterTargets(
     embedders=Embedders("in_dims", (r"img_in", r"time_text_embed", r"txt_in", r"modulation")),
     block_choices={"train_block_indices": r"^transformer_blocks\.(\d+)\."},
     names=NAMES,
-    saved_naming="diffusers",
     expressions="path",
     elsewhere=list_network_arguments,
 )

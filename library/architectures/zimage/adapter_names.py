@@ -15,4 +15,4 @@ def denoiser_module(path: str) -> ModuleNames:
     return name_layer(path, KEYS.sources(path), prefix="diffusion_model.", others=("transformer.", KOHYA_PREFIX))
 
 
-NAMES = BaseNames("zimage", tuple(map(denoiser_module, KEYS.linear_paths(NUM_BLOCKS))))
+NAMES = BaseNames("zimage", tuple(map(denoiser_module, KEYS.linear_paths(NUM_BLOCKS))), saved_naming="diffusers")

@@ -18,7 +18,6 @@ TARGETS = AdapterTargets(
     block_choices={"train_block_indices": r"^layers\.(\d+)\."},
     fused={r"\.attention\.qkv$": thirds},
     names=NAMES,
-    saved_naming="diffusers",
     expressions="path",
     elsewhere=list_network_arguments,
 )

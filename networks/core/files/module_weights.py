@@ -32,6 +32,11 @@ class ModuleWeights:
     alpha_elsewhere: float | None = None  # recorded outside the tensors: in the metadata or in adapter_config.json
     origin: str = ""  # the file, for messages
 
+    @classmethod
+    def with_kohyas_keys(cls, name: str, tensors: Mapping[str, Tensor]) -> "ModuleWeights":
+        """Return a new module whose keys in the file are `<name>.<parameter key>`."""
+        return cls(name, tensors, {key: f"{name}.{key}" for key in tensors})
+
     @property
     def layout(self) -> KeyLayout:
         """The layout in which the change is stored."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.adapter_keys import recognise_naming
-from library.checkpoints.adapter_names import BaseNames, FileNaming
+from library.checkpoints.adapter_names import BaseNames
 from library.errors import UserError
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import ChangeSize, Converted, get_weight
@@ -22,8 +22,8 @@ from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.changes.qkv_pieces import group_by_rows, is_in_rows
 from networks.core.files.adapter_file import WITHOUT_THEM, AdapterFile, adapter_tensors, sort_tensors
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.files.renaming import find_unsupported_keys, rename
-from networks.core.kinds import lora, norm
+from networks.core.files.renaming import to_saved_naming
+from networks.core.kinds import norm
 from networks.core.registry.key_layout import KeyLayout
 from networks.core.registry.layouts import PIECES, SHARED, list_layouts, recognise_layout
 
@@ -281,22 +281,15 @@ def network_tensors(adapters: Mapping[str, Adapter], dtype: torch.dtype | None) 
 
 
 def collect_saved_tensors(
-    adapters: Mapping[str, Adapter], dtype: torch.dtype | None, names: BaseNames | None, naming: FileNaming
+    adapters: Mapping[str, Adapter], dtype: torch.dtype | None, names: BaseNames | None
 ) -> Mapping[str, Tensor]:
-    """Return the weights in the naming of the base model's files, on the CPU, in `dtype` or unchanged.
-
-    They have kohya's names instead if some module is not a plain LoRA of a known layer and no program reads its kind in
-    that naming.
-    """
-    if naming != "kohya" and names is not None:
+    """Return the weights under the names of `to_saved_naming`, on the CPU, in `dtype` or unchanged."""
+    if names is not None and names.saved_naming != "kohya":
         # Unrounded: the scale is multiplied in first, and the product is rounded to `dtype` once.
         file = sort_tensors(network_tensors(adapters, None), {}, "the adapter")
-        plain = [m for m in file.modules.values() if m.layout is lora.LAYOUT and not m.is_dora and names.find(m.name)]
-        # Only some base models have programs that read LoHa, LoKr and DoRA under other names than kohya's.
-        fits = names.holds_all_kinds_in_diffusers and not any(find_unsupported_keys(file, names, naming))
-        if fits or len(plain) == len(file.modules):
-            renamed = adapter_tensors(rename(file, names, naming).file)
-            return renamed if dtype is None else {key: tensor.to(dtype) for key, tensor in renamed.items()}
+        if (renamed := to_saved_naming(file, names)) is not file:
+            tensors = adapter_tensors(renamed)
+            return tensors if dtype is None else {key: tensor.to(dtype) for key, tensor in tensors.items()}
     return network_tensors(adapters, dtype)
 
 

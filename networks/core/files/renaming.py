@@ -72,6 +72,21 @@ def rename(
     return Renamed(AdapterFile(file.origin, renamed.modules, renamed.metadata, {}), tuple(unsupported), tuple(widened))
 
 
+def to_saved_naming(file: AdapterFile, names: BaseNames) -> AdapterFile:
+    """Return a file in kohya's naming under the names that its base model's adapters are saved with.
+
+    It is returned as it is if some module is not a plain LoRA of a known layer and no program reads its kind under
+    those names.
+    """
+    naming = names.saved_naming
+    if naming == "kohya":
+        return file
+    plain = [m for m in file.modules.values() if m.layout is lora.LAYOUT and not m.is_dora and names.find(m.name)]
+    # Only some base models have programs that read LoHa, LoKr and DoRA under other names than kohya's.
+    fits = names.holds_all_kinds_in_diffusers and not any(find_unsupported_keys(file, names, naming))
+    return rename(file, names, naming).file if fits or len(plain) == len(file.modules) else file
+
+
 def group_by_place(
     file: AdapterFile, names: BaseNames, unsupported: frozenset[str]
 ) -> dict[ModuleNames, list[ModuleWeights]]:
@@ -254,7 +269,7 @@ def join_pieces(entry: ModuleNames, pieces: Mapping[int | None, ModuleWeights], 
     if len(units) > 1 or not next(iter(units)).is_integer():
         raise UserError(f"{origin}: the sizes of the pieces of {entry.kohya} do not fit together")
     tensors = qkv_rows.join_rows(folded, list(rows_of_pieces(entry, int(next(iter(units))))))
-    return ModuleWeights(entry.kohya, tensors, {key: f"{entry.kohya}.{key}" for key in tensors})
+    return ModuleWeights.with_kohyas_keys(entry.kohya, tensors)
 
 
 def fold_scale(tensors: Mapping[str, Tensor], scaled: str, scale: float) -> dict[str, Tensor]:

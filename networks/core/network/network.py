@@ -182,7 +182,7 @@ class AdapterNetwork(nn.Module):
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Write the adapters atomically: .safetensors with metadata and hashes, otherwise a pickled state dict."""
         if self.spelling is None:
-            tensors = collect_saved_tensors(self.adapters, dtype, self.targets.names, self.targets.saved_naming)
+            tensors = collect_saved_tensors(self.adapters, dtype, self.targets.names)
         else:
             tensors = self.spelling.restore(network_tensors(self.adapters, dtype))
         save_network(file, tensors, metadata)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import nn
 
-from library.checkpoints.adapter_names import BaseNames, FileNaming
+from library.checkpoints.adapter_names import BaseNames
 from library.checkpoints.base_model_spec import ArgumentForm
 
 TargetKind = Literal["plain", "conv", "norm"]
@@ -97,7 +97,6 @@ class AdapterTargets:
     )  # value of train_blocks except "all" -> pattern of the modules that are adapted
     fused: Mapping[str, Widths] = field(default_factory=dict)  # pattern of fused layers -> widths of their projections
     names: BaseNames | None = None  # module names of other programs, to train their files further
-    saved_naming: FileNaming = "kohya"  # of files with LoRA alone; other kinds mostly have kohya's names
     expressions: Literal["name", "path"] = "name"  # network_reg_* match parts of names and whole paths, or paths only
     elsewhere: Callable[[], Mapping[str, ArgumentForm]] = dict  # network arguments of all base models
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from library.checkpoints.adapter_keys import recognise_naming
 from library.checkpoints.files import read_metadata
 from networks.core.files.adapter_file import read_adapter_file
+from networks.core.files.renaming import rename
 from networks.core.targets.targets import TargetModule
 from tests.tiers import first_is_fast
 from tests.tiny.anima import build_tiny_anima
@@ -23,7 +25,7 @@ from tests.tiny.sd3 import build_tiny_sd3
 from tests.tiny.zimage import build_tiny_zimage
 from tests.tolerances import FLOAT32_DEEP
 from tools import extract_lora_from_models, merge_lora
-from tools.base_models import find_adapter_targets, open_base_model
+from tools.base_models import find_adapter_targets, open_base_model, spec_for
 
 SEED, RANK = 41, 3
 BASES: dict[str, tuple[Callable[[Path], str], str]] = {
@@ -64,8 +66,10 @@ def test_the_extracted_lora_merged_back_gives_the_tuned_checkpoint(tmp_path: Pat
     write_tuned_checkpoint(base, tmp_path / "tuned.safetensors", target_modules)
     arguments = ["--model_org", str(base), "--model_tuned", str(tmp_path / "tuned.safetensors"), "--dim", str(RANK)]
     assert extract_lora_from_models.main([*arguments, "--save_to", str(tmp_path / "lora.safetensors")]) == 0
-    lora = read_adapter_file(tmp_path / "lora.safetensors")
-    assert set(lora.modules) == {site.name for site in target_modules}
+    lora, names = read_adapter_file(tmp_path / "lora.safetensors"), spec_for(open_base_model("base", base)).names
+    has_kohyas_names = {recognise_naming(module) == "kohya" for module in lora.modules}
+    assert has_kohyas_names == {names.saved_naming == "kohya"}
+    assert set(rename(lora, names, "kohya").file.modules) == {site.name for site in target_modules}
     assert read_metadata(tmp_path / "lora.safetensors")["ss_base_model_version"] == version
     arguments = ["--sd_model", str(base), "--models", str(tmp_path / "lora.safetensors")]
     assert merge_lora.main([*arguments, "--save_to", str(tmp_path / "merged.safetensors")]) == 0

@@ -78,6 +78,21 @@ def test_the_merged_checkpoint_matches_the_adapted_model(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("name", KEYS)
+def test_a_merged_lora_has_the_names_of_a_trained_one(name: str, tmp_path: Path) -> None:
+    """ComfyUI would ignore some layers under kohya's names."""
+    path, to = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
+    metadata = {"ss_base_model_version": name}  # sizes do not identify a tiny model
+    DITS[name].trained_file(DITS[name].module, path, {})
+    save_file(load_file(path), path, metadata)
+    words = ["--models", str(path), str(path), "--ratios", "0.75", "0.5", "--concat", "--save_to", str(to)]
+    assert merge_lora.main(words) == 0
+    trained, merged = read_adapter_file(path), read_adapter_file(to)
+    assert load_file(to).keys() == load_file(path).keys()
+    for module in trained.modules.values():
+        torch.testing.assert_close(merged.modules[module.name].weight(), 1.25 * module.weight(), **FLOAT32_DEEP)
+
+
+@pytest.mark.parametrize("name", KEYS)
 def test_the_command_converts_into_every_naming(name: str, tmp_path: Path) -> None:
     lora = tmp_path / "lora.safetensors"
     DITS[name].trained_file(DITS[name].module, lora, {})
