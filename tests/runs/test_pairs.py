@@ -113,6 +113,14 @@ def test_a_slider_from_pairs_resumes_bit_for_bit(run: Run, name: str, tmp_path: 
     assert all(event["preference"] is None for event in of_kind(events_of(tmp_path / "whole.jsonl"), "validation"))
 
 
+@pytest.mark.nightly
+def test_a_partner_is_not_seen_by_a_text_encoder_that_sees_references(run: Run, tmp_path: Path) -> None:
+    """Cached outputs of the text encoder train as those of the caption alone, encoded in every step."""
+    for folder, caching in (("plain", ()), ("cached", ("--cache_text_encoder_outputs",))):
+        run("qwen_image_21", folder, *PREFERENCES, *caching)
+    assert are_equal(tmp_path / "plain", tmp_path / "cached")
+
+
 def test_text_encoders_train_on_preferences_and_checkpoints_are_compared(
     run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str], tiny_sd_folder: Path
 ) -> None:

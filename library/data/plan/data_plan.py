@@ -202,8 +202,9 @@ class DataPlan:
 
     @property
     def has_references(self) -> bool:
-        """True if any image has reference images."""
-        return any(images.references is not None for images in self.samples.subsets)
+        """True if any image has reference images; the partners of opposite_dir are none, although stored as such."""
+        scanned = zip(self.subsets, self.samples.subsets, strict=True)
+        return any(images.references is not None and not config.opposite_dir for config, images in scanned)
 
     def limited_to_largest_batch(self) -> tuple["DataPlan", int]:
         """Return (a plan that draws only the images of the largest batch, the index of that batch in the first epoch),

@@ -37,7 +37,10 @@ class SeenReferences:
         """Compute the digests of all samples that are drawn. Raises UserError for subsets that change reference
         images in every draw."""
         sample_by_number = {
-            number: sample for number, sample in enumerate(samples) if sample.image.references and sample.num_draws
+            number: sample
+            for number, sample in enumerate(samples)
+            # A partner of opposite_dir is trained like an image: its text encoder sees the caption alone.
+            if sample.image.references and sample.num_draws and not subsets[sample.subset].opposite_dir
         }
         for config in [subsets[row] for row in dict.fromkeys(sample.subset for sample in sample_by_number.values())]:
             for name in ("random_crop", "color_aug", "face_crop_aug_range"):

@@ -81,6 +81,13 @@ def test_cached_partners_are_sampled_with_the_noise_of_their_images(pairs: Path,
             torch.testing.assert_close(stored.reference_latents[0] - encode(plain.reference_pixels[0], None), noise)
 
 
+def test_text_encoders_that_see_references_do_not_see_partners(pairs: Path) -> None:
+    data_plan = plan(pairs)
+    assert not data_plan.has_references
+    seen = data_plan.with_fixed_captions(1).with_seen_references()
+    assert [list(row) for row in seen.caption_texts()] == [["a tag 0"], ["a tag 1"]]
+
+
 def test_a_cache_entry_with_a_reference_image_is_not_used_for_a_pair(
     pairs: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -110,7 +117,7 @@ def test_a_cache_entry_with_a_reference_image_is_not_used_for_a_pair(
         ("twice", r"1 of 2 images do not have exactly one partner of their name there: .*p1.png"),
         ("equal", r"opposite_dir .*bad: 1 image equal to the partner, which teaches nothing: .*p0.png"),
         ("folder", r"opposite_dir .*bad is not a folder"),
-        ("damaged", r"1 reference images cannot be read: .*p0.png is not an image"),
+        ("damaged", r"1 partner cannot be read: .*p0.png is not an image"),
     ],
 )
 def test_images_without_exactly_one_valid_partner_are_refused_by_name(pairs: Path, change: str, message: str) -> None:

@@ -107,7 +107,7 @@ def test_missing_folders_damaged_references_and_other_sources_are_refused(tmp_pa
         plan(tmp_path)
     (tmp_path / "before").mkdir()
     (tmp_path / "before" / "p0.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"1 reference images cannot be read: .*p0.png is not an image"):
+    with pytest.raises(UserError, match=r"1 reference image cannot be read: .*p0.png is not an image"):
         plan(tmp_path)
     shards = f"{HEAD}[[datasets.subsets]]\nshards = 'a.tar'\ncontrol_dirs = 'b'\n"
     with pytest.raises(UserError, match=r"\['control_dirs'\] has no effect with shards; it is for image_dir and metad"):

@@ -68,16 +68,15 @@ def add_references(listing: Listing, num_threads: int) -> None:
 def add_reference_paths(listing: Listing, paths: Sequence[tuple[str, ...]], num_threads: int) -> None:
     """Set the references of each image, and read their sizes. Raises UserError for references that cannot be read."""
     config = listing.config
+    word = "partner" if config.opposite_dir else "reference image"
     all_paths = [path for row in paths for path in row]
-    sizes = sizes_anywhere(
-        all_paths, num_threads, f"reading sizes of {config.base_name}'s references", config.keeps_index
-    )
+    sizes = sizes_anywhere(all_paths, num_threads, f"reading sizes of {config.base_name}'s {word}s", config.keeps_index)
     size_or_reason: dict[str, Size | str] = dict(zip(all_paths, sizes, strict=True))
     broken = [f"{path} {size}" for path, size in size_or_reason.items() if isinstance(size, str)]
     if broken:
         raise UserError(
-            f"{len(broken)} reference images cannot be read: {list_few(broken)}; re-save them, or remove them together "
-            "with their images"
+            f"{format_count(len(broken), word)} cannot be read: {list_few(broken)}; re-save them, or remove them "
+            "together with their images"
         )
     size_by_path = {path: size for path, size in size_or_reason.items() if not isinstance(size, str)}
     listing.references = [[(path, size_by_path[path]) for path in row] for row in paths]
