@@ -79,7 +79,7 @@ def theirs(pipeline: Any, prompt: Prompt, output: str) -> Any:
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
-@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.nightly), 3.0])
 def test_latents_equal_those_of_the_pipeline(tiny_sd_folder: Path, sampler: str, scale: float) -> None:
     """Scheduler and seed are equal; the pipeline batches both prompts while ours calls the model twice."""
     prompt = prompt_of(sampler=sampler, scale=scale)

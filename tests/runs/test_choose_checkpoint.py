@@ -125,7 +125,9 @@ CACHED = ["--cache_latents", "--cache_text_encoder_outputs", "--network_train_un
 OTHERS = [pytest.param(name, [], marks=pytest.mark.nightly) for name in BASES if name not in ("sd", "flux")]
 
 
-@pytest.mark.parametrize(("name", "words"), [("sd", []), ("flux", CACHED), *OTHERS])
+@pytest.mark.parametrize(
+    ("name", "words"), [("sd", []), pytest.param("flux", CACHED, marks=pytest.mark.nightly), *OTHERS]
+)
 def test_the_tool_measures_the_same_losses_as_the_run(
     train: Train, tmp_path: Path, name: str, words: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,8 +44,12 @@ BASE_OF_SCRIPT = {
 }  # fmt: skip
 EXAMPLES_OF_PAIRS = ("pairs.toml", "preferences.toml", "toy_edits.toml", "toy_preferences.toml", "toy_sizes.toml")
 MANY_TRAININGS = {
-    f"{name}.md" for name in ("networks", "preferences", "previews", "sweep", "tools", "train_leco", "train_network")
-}
+    f"{name}.md"
+    for name in (
+        "file_format", "flux_2_train_network", "krea2_train_network", "networks", "paired_images", "preferences",
+        "previews", "report", "resume", "sweep", "tools", "train_leco", "train_network", "validation",
+    )
+}  # fmt: skip
 
 
 def runnable(page: Path) -> list[str]:

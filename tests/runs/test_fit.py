@@ -45,6 +45,7 @@ def metadata_of(path: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
+@pytest.mark.nightly
 def test_with_a_large_budget_activations_are_kept(train: Train, tmp_path: Path) -> None:
     command = ["--log_events", str(tmp_path / "events.jsonl"), "--no_report"]
     done = train(flux_arguments(tmp_path, "--fit", "12GB", *command), script="flux_train_network")

@@ -50,11 +50,16 @@ def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
     [
         ("networks.lora_flux", []),
         ("networks.lora_flux", ["split_qkv=True", "rank_dropout=0.1"]),
-        ("networks.lora_flux", ["dora_wd=True", "in_dims=[2,2,2,2,2]"]),
         ("networks.lora_flux", ["train_t5xxl=True", "use_scalar=True", "loraplus_lr_ratio=4"]),
-        ("networks.lora", ["img_mod_dim=0", "single_dim=2", "train_double_block_indices=1"]),
-        ("networks.lora_fa", ["split_qkv=True"]),
-        ("networks.dylora", ["unit=2"]),
+        *(
+            pytest.param(module, arguments, marks=pytest.mark.nightly)
+            for module, arguments in (
+                ("networks.lora_flux", ["dora_wd=True", "in_dims=[2,2,2,2,2]"]),
+                ("networks.lora", ["img_mod_dim=0", "single_dim=2", "train_double_block_indices=1"]),
+                ("networks.lora_fa", ["split_qkv=True"]),
+                ("networks.dylora", ["unit=2"]),
+            )
+        ),
     ],
     ids=str,
 )

@@ -104,6 +104,7 @@ def arguments(base: list[str], *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_a_run_killed_around_its_saves_loses_nothing(tiny_sd_folder: Path, tmp_path: Path) -> None:
     words = ["--max_train_steps", "3", "--save_every_n_steps", "1", "--sample_every_n_epochs", "3"]
     base = ["--pretrained_model_name_or_path", str(tiny_sd_folder)]

@@ -73,6 +73,7 @@ def run_command(script: str, words: str, path_replacements: dict[str, str]) -> F
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.nightly
 def test_the_commands_of_musubi_tuner_cache_and_train(
     train_krea2: Train, path_replacements: dict[str, str], tmp_path: Path
 ) -> None:

@@ -22,7 +22,12 @@ negative = "blue dog"
 FLOWS = [name for name in BASES if name not in ("sd", "sd2", "sdxl")]
 
 
-@pytest.fixture(scope="module", params=BASES)
+QUICK = ("sd", "flux")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=() if n in QUICK else pytest.mark.nightly) for n in BASES]
+)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

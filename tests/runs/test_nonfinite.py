@@ -72,10 +72,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Run]]:
     [
         (["AdamW"], False),
         (["AdamW"], True),
-        (["AdamW8bit"], True),
         (["AdamWScheduleFree"], False),
-        (["prodigy", "--learning_rate", "1"], False),
-        (["Adafactor"], False),
+        pytest.param(["AdamW8bit"], True, marks=pytest.mark.nightly),
+        pytest.param(["prodigy", "--learning_rate", "1"], False, marks=pytest.mark.nightly),
+        pytest.param(["Adafactor"], False, marks=pytest.mark.nightly),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else f"only_gradient={value}",
 )

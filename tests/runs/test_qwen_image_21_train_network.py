@@ -65,6 +65,7 @@ def run_command(script: str, words: str, names: dict[str, str]) -> str:
     return done.stderr
 
 
+@pytest.mark.nightly
 def test_the_commands_of_musubi_tuner_cache_and_train(
     train_qwen: Train, tiny_arguments: list[str], tmp_path: Path
 ) -> None:

@@ -25,7 +25,7 @@ def base_of(name: str) -> str:
     return BASE_OF.get(word, word)
 
 
-QUICK = ("sd15_character", "sdxl_anime_character", "flux_character", "zimage_character")
+QUICK = ("sd15_character", "flux_character")
 
 
 @pytest.fixture

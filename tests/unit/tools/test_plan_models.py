@@ -10,7 +10,7 @@ from benchmarks.plan_models import CARDS, TABLES, Table, rows_of
 
 PAGE = Path(__file__).parents[3] / "docs" / "memory.md"
 # A row takes up to 18 CPU seconds. Models that are not listed are nightly.
-SLOW = ("Anima", "SD 1.5", "FLUX.1", "Z-Image", "Qwen-Image 2.1")
+SLOW = ("Anima", "FLUX.1")
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # parsing options sets up logging
 
