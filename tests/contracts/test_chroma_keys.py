@@ -18,7 +18,7 @@ from library.models.loading import build_on_meta_device
 from library.models.t5 import empty_t5
 from networks.lora_flux import create_network, create_network_from_weights
 from tests.contracts.full_size import facts, weights_of_shapes
-from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
+from tests.contracts.saved_tensors import listed_shapes, saved_shapes, saved_tensors
 from tests.contracts.test_lora_keys_flux1 import T5_XXL
 
 BASE: Mapping[str, tuple[int, ...]] = {

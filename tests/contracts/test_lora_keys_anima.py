@@ -12,7 +12,7 @@ from library.architectures.anima.adapter_names import NAMES
 from library.architectures.anima.model import Anima, read_config
 from networks.lora_anima import create_network, create_network_from_weights
 from tests.contracts.full_size import facts
-from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
+from tests.contracts.saved_tensors import listed_shapes, saved_shapes, saved_tensors
 from tests.recognising import base_of
 
 pytestmark = pytest.mark.slow

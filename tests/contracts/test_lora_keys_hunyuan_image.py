@@ -17,7 +17,7 @@ from library.checkpoints.files import load_state_dict, save_safetensors
 from library.models.adapter_views import view_denoiser
 from networks.lora_hunyuan_image import create_network, create_network_from_weights
 from tests.contracts.full_size import facts
-from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
+from tests.contracts.saved_tensors import listed_shapes, saved_shapes, saved_tensors
 from tests.tiny.hunyuan_image import tiny_hunyuan_image
 
 FACTS: Mapping[str, Any] = facts("lora_keys_hunyuan_image")

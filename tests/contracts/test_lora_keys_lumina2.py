@@ -19,7 +19,7 @@ from library.models.adapter_views import view_both
 from library.models.loading import build_on_meta_device
 from networks.lora_lumina import create_network, create_network_from_weights
 from tests.contracts.full_size import facts, shapes_of_model, weights_of_shapes
-from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
+from tests.contracts.saved_tensors import listed_shapes, saved_shapes, saved_tensors
 from tests.recognising import base_of
 
 pytestmark = pytest.mark.slow

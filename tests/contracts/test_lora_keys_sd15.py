@@ -11,7 +11,7 @@ from library.architectures.sd.targets import view
 from networks.core.protocol import adopt
 from networks.lora import create_network, create_network_from_weights
 from tests.contracts.full_size import facts
-from tests.contracts.saved import listed_shapes
+from tests.contracts.saved_tensors import listed_shapes
 
 FACTS: Mapping[str, Any] = facts("lora_keys_sd15")
 

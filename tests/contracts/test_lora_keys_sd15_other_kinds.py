@@ -11,7 +11,7 @@ from torch import nn
 from library.architectures.sd.targets import view
 from networks.core.protocol import adopt
 from tests.contracts.full_size import facts
-from tests.contracts.saved import listed_shapes
+from tests.contracts.saved_tensors import listed_shapes
 
 pytestmark = pytest.mark.slow
 

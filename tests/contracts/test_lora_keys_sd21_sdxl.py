@@ -9,7 +9,7 @@ from torch import nn
 
 from networks.core.protocol import adopt
 from tests.contracts.full_size import facts, view_for_networks
-from tests.contracts.saved import listed_shapes
+from tests.contracts.saved_tensors import listed_shapes
 
 pytestmark = pytest.mark.slow
 

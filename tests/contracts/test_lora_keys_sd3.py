@@ -10,7 +10,7 @@ from torch import nn
 from library.architectures.sd3.model import MMDiT, read_config
 from library.architectures.sd3.targets import view
 from networks.lora_sd3 import create_network
-from tests.contracts.saved import listed_shapes, saved_shapes
+from tests.contracts.saved_tensors import listed_shapes, saved_shapes
 from tests.tiny.sd3 import full_size_keys
 
 pytestmark = pytest.mark.slow

@@ -19,7 +19,7 @@ from networks.core.files.adapter_file import read_adapter_file
 from networks.core.kinds.boft import BLOCKS, SCALES, Boft, fits, make_fresh, read, sizes_for
 from tests.parity.test_lora_merge import tiny_clip
 from tests.tolerances import FLOAT32_DEEP, FLOAT64
-from tests.unit.networks.test_joins import Largest
+from tests.unit.networks.test_dora import Largest
 
 peft: Any = pytest.importorskip("peft")
 

@@ -32,7 +32,7 @@ from library.training.step.losses import loss_of
 from library.training.step.pairs import split_passes
 from library.types import Batch, CaptionWithImages
 from networks.core.protocol import adopt, open_network_module
-from tests.parity.opened import opened_with
+from tests.parity.tiny_models import opened_with
 from tests.running import SCRIPTS
 from tests.runs.bases import BASES
 from tests.runs.test_memory_modes import quantise_and_dequantise

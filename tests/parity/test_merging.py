@@ -13,7 +13,7 @@ from library.training.models.compute import Compute
 from library.training.models.frozen_models import load_frozen
 from library.training.step.context import Models
 from networks.core.protocol import adopt, open_network_module
-from tests.parity.opened import opened_with
+from tests.parity.tiny_models import opened_with
 from tests.runs.bases import BASES
 from tests.weight_formats import CODECS
 

@@ -17,9 +17,9 @@ from library.training.step.context import StepContext
 from library.training.step.losses import add_noise_to, loss_of
 from library.training.step.pairs import split_pairs, split_passes
 from library.types import Batch, Noised
-from tests.parity.opened import opened_with
 from tests.parity.test_concepts import context_of, merge_into
 from tests.parity.test_concepts_flow import FLOWS, arch_of
+from tests.parity.tiny_models import opened_with
 from tests.runs.bases import BASES
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options configures logging

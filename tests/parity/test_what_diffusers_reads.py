@@ -32,7 +32,7 @@ from library.models.loading import build_on_meta_device
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors, sort_tensors
 from networks.core.files.renaming import rename
 from tests.contracts.full_size import facts
-from tests.contracts.saved import listed_shapes
+from tests.contracts.saved_tensors import listed_shapes
 from tests.tiny import krea2 as tiny_krea2
 from tests.tiny import qwen_image_21 as tiny_qwen_image_21
 from tests.tiny.flux_2 import DEV

@@ -3,7 +3,7 @@
 The suggestion is the earliest file within one standard error of the lowest loss; the error is that of the difference
 over images (the rule is from Breiman et al. 1984, "Classification and Regression Trees", for tree sizes). A suggestion
 has to balance too little training against too much, and a significance test guards against only one of these: the
-earliest file that is not significantly worse is under-trained (figures in tests/unit/training/test_choice.py).
+earliest file that is not significantly worse is under-trained (figures in tests/unit/training/test_suggestion.py).
 
 Whether a file is significantly worse than the best is such a test. The lowest of many losses is partly low by chance,
 so the test allows for all comparisons: of F files each difference to the lowest is tested two-sided at 5 % / (F - 1),

@@ -15,7 +15,7 @@ from library.memory.offload import encoders as offload
 from library.memory.offload.encoders import count_streamed_bytes, least_bytes, place_encoders, stream_layers
 from library.memory.offload.streamed import OffloadedHandle
 from library.memory.planner.stages import Stage
-from tests.parity.opened import opened_with
+from tests.parity.tiny_models import opened_with
 from tests.runs.bases import BASES
 from tests.tiers import first_is_fast
 

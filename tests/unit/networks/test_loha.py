@@ -15,8 +15,8 @@ from networks.core.kinds.loha import LoHa
 from networks.core.network.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
+from tests.unit.networks.test_dora import Largest
 from tests.unit.networks.test_forms import CONV, LINEAR, perturb
-from tests.unit.networks.test_joins import Largest
 from tests.unit.networks.toy import toy_models
 
 FORMS: dict[str, dict[str, str]] = {

@@ -16,8 +16,8 @@ from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds.oft_v2 import ANGLES, OftV2, make_fresh
 from networks.core.network.network import AdapterNetwork
 from tests.tolerances import FLOAT64
+from tests.unit.networks.test_dora import Largest
 from tests.unit.networks.test_forms import CONV, LINEAR, outputs, perturb
-from tests.unit.networks.test_joins import Largest
 from tests.unit.networks.toy import toy_models
 
 

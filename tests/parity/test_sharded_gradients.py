@@ -18,7 +18,7 @@ from tests.parity.modes import ADAPTERS, ALL_CODECS, RUNNERS
 from tests.ranks import Job, Rank, run_ranks
 from tests.tiny.flux import CONFIG, build_tiny_flux
 
-CALLS = "tests.parity.spread_calls"
+CALLS = "tests.parity.sharded_calls"
 COUNT = 2
 MODES = [
     "/".join(values)

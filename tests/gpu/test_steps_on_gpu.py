@@ -8,7 +8,7 @@ import torch
 from library.memory.offload.readback import Readback
 from library.training.loop.ahead import Ahead, CudaCopies
 from library.training.reporting.step_times import StepTimes
-from tests.gpu.card import DEVICE, GPU_ONLY, ON_GPU
+from tests.gpu.device import DEVICE, GPU_ONLY, ON_GPU
 from tests.unit.training.test_loop import batch_of
 
 pytestmark = [*ON_GPU, GPU_ONLY, pytest.mark.slow]

@@ -1,4 +1,4 @@
-"""Functions that all processes of a group call for test_spread.py."""
+"""Functions that all processes of a group call for test_sharded_gradients.py."""
 
 import ctypes
 import gc
@@ -20,7 +20,7 @@ from library.training.models.compute import Compute
 from library.training.models.frozen_models import load_frozen
 from tests.parity.deep import DEEP
 from tests.parity.modes import CPU, Mode, gradients, shard_over_all
-from tests.parity.opened import opened_with
+from tests.parity.tiny_models import opened_with
 
 WIDTH, NUM_LAYERS = 1024, 12
 T = TypeVar("T")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.gpu.card import GPU_ONLY, ON_GPU, RUNS_ON_CPU
+from tests.gpu.device import GPU_ONLY, ON_GPU, RUNS_ON_CPU
 from tests.running import ROOT, Finished
 from tests.runs.bases import BASES
 

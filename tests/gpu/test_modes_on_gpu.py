@@ -14,7 +14,7 @@ from torch import Tensor
 from library.memory.offload import streamed
 from library.memory.offload.pinning import Pinned
 from library.memory.offload.streams import CudaStreams, StagedStreams
-from tests.gpu.card import DEVICE, GPU_ONLY, ON_GPU
+from tests.gpu.device import DEVICE, GPU_ONLY, ON_GPU
 from tests.parity.modes import Mode, gradients
 
 pytestmark = ON_GPU

@@ -5,7 +5,7 @@ import torch
 
 from library.memory.planner.gpus import measure_peak_flops
 from library.training.reporting.step_times import StepTimes, measure_pressure
-from tests.gpu.card import DEVICE, ON_GPU
+from tests.gpu.device import DEVICE, ON_GPU
 from tests.unit.training.test_step_times import batch_of
 
 pytestmark = [*ON_GPU, pytest.mark.real_kernels]
