@@ -62,8 +62,8 @@ def test_charts_are_drawn_the_slider_works_and_texts_are_escaped(page: str, tmp_
     result, errors = ask(page, LOOK, tmp_path)
     assert errors == [] and "failed" not in result, (errors, result)
     assert result["headings"] == [
-        "Loss", "Validation", "Previews", "Which file to keep", "Saved", "Optimization", "Speed and memory", "Warnings",
-        "Data", "Run",
+        "Loss", "Validation", "Previews", "Which file to keep", "Saved files", "Optimization", "Speed and memory",
+        "Warnings", "Data", "Run",
     ]  # fmt: skip
     assert len(result["drawn"]) == 13 and min(result["drawn"]) >= 3  # axes, grid, and at least one line
     assert result["points"] == 782  # of 128 steps each
@@ -97,7 +97,7 @@ def test_the_page_of_a_run_that_has_just_begun_is_shown(tmp_path: Path) -> None:
         record.sheet = thumbnail(number)
         script = "const sheet = document.querySelector('img.sheet'); await sheet.decode(); return document.title;"
         result, errors = ask(build_report(record), script, tmp_path)
-        assert (result, errors) == ("cat: running, or killed", [])
+        assert (result, errors) == ("cat: running or killed", [])
 
 
 COMPARE = """
@@ -127,7 +127,7 @@ def test_runs_are_compared_on_one_axis_and_side_by_side(tmp_path: Path) -> None:
         write_page(paths[-1], build_report(record))
     result, errors = ask(build_comparison(paths), COMPARE, tmp_path)
     assert errors == [], errors
-    assert result["headings"] == ["What differs", "Losses", "Validation", "Previews", "Training"]
+    assert result["headings"] == ["Differences", "Losses", "Validation", "Previews", "Training"]
     assert result["title"] == "run0 and run1" and result["width"] <= 1250
     assert result["x"] == sorted({*range(1, 21), *range(4, 2501, 4)})
     assert len(result["lines"]) == 10 and min(result["lines"]) >= 2

@@ -1,7 +1,7 @@
-// What the report and the comparison share. Texts come from others: they are put in as text, never as HTML.
+// Shared by all pages. Captions and file names are untrusted, so they are inserted as text nodes, never as HTML.
 "use strict";
 
-/** An element with attributes and children; texts become text nodes, null and undefined are left out. */
+/** Return an element with attributes and children; strings become text nodes, null and undefined are skipped. */
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
@@ -23,7 +23,7 @@ function table(headings, rows, numbers = []) {
   return make("div", {class: "scroll"}, make("table", {}, make("tr", {}, cells("th", headings)), body));
 }
 
-/** A number with few digits: 0.1234, 2.5e-6, 12350. */
+/** Format a number with few digits: 0.1234, 2.5e-6, 12350. */
 function short(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   const rounded = Number(value.toPrecision(digits));
@@ -42,8 +42,8 @@ const shade = (number, alpha = "") => color(`--c${number % 8}`) + alpha;
 const plots = [];
 
 /**
- * A chart of lines over `x`. Each line is {label, y, low, high, dots}: the area between `low` and `high` is shaded.
- * `mean` alone is in the legend.
+ * Return [element, draw] for a chart of lines over `x`. A line is {label, y, low, high, dots}; the area between `low` and
+ * `high` is shaded. Call `draw` once the element is in the page, because uPlot needs its width.
  */
 function chart(title, x, lines, {wide = false, unit = "step", bars = false} = {}) {
   const box = make("div", {class: wide ? "chart wide" : "chart"}, make("h3", {}, title));
@@ -57,7 +57,7 @@ function chart(title, x, lines, {wide = false, unit = "step", bars = false} = {}
     if (line.low) {
       const edge = {stroke: () => shade(number, "55"), width: 0.5, spanGaps: true, points: {show: false}, class: "edge"};
       bands.push({series: [series.length + 1, series.length], fill: () => shade(number, "33")});
-      series.push({...edge, label: `${line.label}, least`}, {...edge, label: `${line.label}, most`});
+      series.push({...edge, label: `${line.label}, low`}, {...edge, label: `${line.label}, high`});
       values.push(line.low, line.high);
     }
   });
@@ -74,6 +74,7 @@ function chart(title, x, lines, {wide = false, unit = "step", bars = false} = {}
   };
   const draw = () => {
     const plot = new uPlot(options, values, box);
+    // The legend would list the edges of the shaded areas too.
     for (const [i, row] of [...plot.root.querySelectorAll(".u-series")].entries())
       if (series[i].class === "edge") row.remove();
     plots.push(plot);
@@ -83,14 +84,14 @@ function chart(title, x, lines, {wide = false, unit = "step", bars = false} = {}
   return [box, draw];
 }
 
-/** Put charts, each as `chart` gives it, into the page and draw them. */
+/** Add a section with the results of `chart` to the page, and draw them. */
 function charts(title, list, ...notes) {
   if (!list.length) return;
   section(title, make("div", {class: "charts"}, list.map(([box]) => box)), ...notes);
   for (const [, draw] of list) draw();
 }
 
-/** A curve of a record as a line of a chart: its mean, and least and most where a point stands for several steps. */
+/** Return a recorded curve as a line for `chart`: the mean, and the range if a point covers several steps. */
 function lineOf(curves, name, label, scale = 1) {
   const column = curves.columns[name];
   if (!column) return null;
@@ -99,19 +100,19 @@ function lineOf(curves, name, label, scale = 1) {
   return {label, y: scaled(y), ...(column.low ? {low: scaled(column.low), high: scaled(column.high)} : {})};
 }
 
-/** The steps at which the points of a record's curves stand: the last of each bucket, but no later than the last. */
+/** Return the step of each point of a record's curves: the last of the steps that it covers, up to the current one. */
 function stepsOf(record) {
   const length = Math.max(0, ...Object.values(record.curves.columns).map((column) => column.total.length));
   return Array.from({length}, (_, i) => Math.min((i + 1) * record.curves.width, Math.max(record.step, i * record.curves.width + 1)));
 }
 
-/** Pictures of several times with a slider: `times` are {label, figures: [{picture, caption}]}. */
+/** Return a slider over `times`, {label, figures: [{picture, caption}]}, and the element with the images it selects. */
 function slider(times, label) {
-  const shown = make("div", {class: "shown"}), told = make("output");
+  const shown = make("div", {class: "shown"}), output = make("output");
   const range = make("input", {type: "range", min: 0, max: times.length - 1, value: times.length - 1, "aria-label": label});
   const show = () => {
     const time = times[range.value];
-    told.textContent = time.label;
+    output.textContent = time.label;
     shown.replaceChildren(
       ...time.figures.map(({picture, caption}) =>
         make("figure", {}, picture ? make("img", {src: picture, alt: caption}) : null, make("figcaption", {}, caption))
@@ -120,7 +121,7 @@ function slider(times, label) {
   };
   range.addEventListener("input", show);
   show();
-  return [make("div", {class: "slider"}, range, told), shown];
+  return [make("div", {class: "slider"}, range, output), shown];
 }
 
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => plots.forEach((plot) => plot.redraw(false)));

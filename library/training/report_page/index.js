@@ -1,4 +1,4 @@
-// All runs of a folder, the latest first.
+// The list of all runs of a folder, latest first.
 "use strict";
 
 const {title, runs} = readData();
@@ -10,6 +10,6 @@ const steps = ({step, max_train_steps: all}) => (all === null ? "–" : `${step}
 
 document.title = title;
 page.replaceChildren(make("h1", {}, title));
-const heads = ["run", "state", "steps", "loss, smoothed", "lowest validation loss", "last preview", "written"];
+const heads = ["run", "state", "steps", "loss, smoothed", "lowest validation loss", "last preview", "updated"];
 const row = (run) => [link(run), run.state, steps(run), short(run.loss), best(run), preview(run), moment(run.updated)];
 page.append(table(heads, runs.map(row)));

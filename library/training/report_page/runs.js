@@ -1,10 +1,10 @@
-// Charts and previews of several runs, which the comparison and the page of a sweep share.
+// Charts and previews of several runs, for the comparison and the page of a sweep.
 "use strict";
 
 const data = readData();
 const runs = data.runs ?? [];
 
-/** Lines over different steps, as a chart of all their steps: [{label, x, y, low, high}], without those of no run. */
+/** Return a list with one chart of lines over different steps, {label, x, y, low, high}; empty if no line has values. */
 function joined(title, lines, options) {
   const present = lines.filter((line) => line && line.y.some((value) => value !== null));
   if (!present.length) return [];
@@ -28,9 +28,9 @@ function curve(name, {shades = false} = {}) {
 
 function measured(pick) {
   return runs.map((run) => {
-    const items = run.validations.items.map((item) => ({step: item.step, ...pick(item)})).filter((one) => one.loss !== undefined);
+    const items = run.validations.items.map((item) => ({step: item.step, ...pick(item)})).filter(({loss}) => loss !== undefined);
     const edge = (sign) => items.map(({loss, error}) => (loss === null ? null : loss + sign * (error ?? 0)));
-    return {label: run.label, dots: true, x: items.map((one) => one.step), y: items.map((one) => one.loss), low: edge(-1), high: edge(1)};
+    return {label: run.label, dots: true, x: items.map(({step}) => step), y: items.map(({loss}) => loss), low: edge(-1), high: edge(1)};
   });
 }
 
@@ -40,8 +40,8 @@ function losses() {
     ...joined("Training loss", curve("loss", {shades: true}), {wide: true}),
   ]);
   const levels = [...new Set(runs.flatMap((run) => run.validations.items.flatMap((item) => item.levels.map(({level}) => level))))];
-  const at = (level) => (item) => item.levels.find((one) => one.level === level) ?? {};
-  const warning = make("p", {class: "bad"}, "These runs set other pictures aside, or measure them in another way: their validation losses do not compare.");
+  const at = (level) => (item) => item.levels.find((measured) => measured.level === level) ?? {};
+  const warning = make("p", {class: "bad"}, "The runs validate on different images or in different ways, so their validation losses cannot be compared.");
   charts(
     "Validation",
     [
@@ -53,7 +53,7 @@ function losses() {
 }
 
 function others() {
-  const list = [["Learning rate of the first group", null], ["Gradient norm, before clipping", "gradient"], ["Seconds a step", "seconds"]];
+  const list = [["Learning rate of the first group", null], ["Gradient norm, before clipping", "gradient"], ["Seconds per step", "seconds"]];
   const first = (run) => Object.keys(run.curves.columns).find((name) => name.startsWith("lr "));
   const rates = runs.map((run) => {
     const line = first(run) && lineOf(run.curves, first(run), run.label);
@@ -62,7 +62,7 @@ function others() {
   charts("Training", list.flatMap(([title, name]) => joined(title, name ? curve(name) : rates)));
 }
 
-/** At each step at which any run drew, the last pictures of all runs, a row for each prompt. */
+/** Add the previews: for each step at which any run drew, the latest image of every run, one row per prompt. */
 function previews() {
   const steps = [...new Set(runs.flatMap((run) => run.previews.items.map((item) => item.step)))].sort((a, b) => a - b);
   if (!steps.length) return;
@@ -70,13 +70,13 @@ function previews() {
   const prompts = [...new Set(runs.flatMap((run) => Object.values(run.prompts).map(key)))];
   const picture = (run, wanted, step) => {
     const number = Object.keys(run.prompts).find((n) => key(run.prompts[n]) === wanted);
-    const item = run.previews.items.findLast((one) => one.step <= step && one.pictures[number]);
+    const item = run.previews.items.findLast(({step: drawn, pictures}) => drawn <= step && pictures[number]);
     return item ? {picture: item.pictures[number], step: item.step} : {};
   };
   const figures = (step) => prompts.flatMap((wanted) => runs.map((run) => {
-    const found = picture(run, wanted, step);
-    const when = found.picture ? `step ${found.step}` : "none";
-    return {picture: found.picture, caption: `${run.label}, ${when}: ${JSON.parse(wanted)[0]}`};
+    const latest = picture(run, wanted, step);
+    const when = latest.picture ? `step ${latest.step}` : "none";
+    return {picture: latest.picture, caption: `${run.label}, ${when}: ${JSON.parse(wanted)[0]}`};
   }));
   const [control, shown] = slider(steps.map((step) => ({label: `step ${step}`, figures: figures(step)})), "step");
   shown.style.gridTemplateColumns = `repeat(${runs.length}, minmax(120px, 256px))`;

@@ -1,20 +1,20 @@
-// The adapters of a sweep, the best first.
+// The adapters of a sweep, best first.
 "use strict";
 
 const {title, verdict, num_pictures: numPictures, confidence, rows, chosen = {}, reports = {}} = data;
 
-const between = ({low, high}) => (low === null ? "" : ` (${short(low)} to ${short(high)})`);
+const interval = ({low, high}) => (low === null ? "" : ` (${short(low)} to ${short(high)})`);
 
-const named = (label) => (reports[label] ? make("a", {href: encodeURIComponent(reports[label])}, label) : label);
+const linked = (label) => (reports[label] ? make("a", {href: encodeURIComponent(reports[label])}, label) : label);
 
 function ranked(row, place) {
-  const {step, ended, file, compared} = row, label = named(row.label);
+  const {step, ended, file, compared} = row, label = linked(row.label);
   if (!compared) return ["–", label, String(step), "–", "–", "–", file ?? "–", ended];
   const {loss, to_best: gap, is_worse: isWorse, is_copy: isCopy} = compared;
   const isBest = place === 0 || isCopy;
-  const chance = isBest ? "–" : isWorse ? "significantly worse" : "not significant";
-  const above = isBest ? "–" : short(gap.mean) + between(gap);
-  return [String(place + 1), label, String(step), short(loss.mean) + between(loss), above, chance, file ?? "–", ended];
+  const significance = isBest ? "–" : isWorse ? "significantly worse" : "not significant";
+  const above = isBest ? "–" : short(gap.mean) + interval(gap);
+  return [String(place + 1), label, String(step), short(loss.mean) + interval(loss), above, significance, file ?? "–", ended];
 }
 
 document.title = title;
@@ -24,15 +24,15 @@ page.append(table(heads, rows.map(ranked)));
 if (numPictures) {
   const share = `${Math.round(confidence * 100)} %`;
   const how =
-    `Measured on ${numPictures} pictures that no adapter was trained on, all with the same noise. Intervals are at ${share}; ` +
-    "those of the differences, which are taken picture by picture, hold for all adapters together.";
+    `Measured on ${numPictures} images that no adapter was trained on, with the same noise for all. Brackets: ${share} ` +
+    "confidence intervals, simultaneous for the differences, which are paired by image.";
   page.append(make("p", {}, how));
 }
 
 const swept = [...new Set(Object.values(chosen).flatMap((values) => Object.keys(values)))];
 const valuesOf = (name) => [...new Set(Object.values(chosen).map((values) => values[name]))];
 
-/** The losses of the adapters over two swept options, a table for each combination of the others. */
+/** Add tables of the losses over the two options with the most values, one table per combination of the others. */
 function grids() {
   const measured = rows.filter(({label, compared}) => compared && chosen[label]);
   if (swept.length < 2 || measured.length < 2) return;
@@ -40,12 +40,13 @@ function grids() {
   const others = swept.filter((name) => name !== down && name !== across);
   const groupOf = ({label}) => others.map((name) => `${name} ${chosen[label][name]}`).join(", ");
   const means = measured.map(({compared}) => compared.loss.mean).filter((mean) => mean !== null);
-  const least = Math.min(...means), most = Math.max(...means);
+  const lowest = Math.min(...means), highest = Math.max(...means);
   const cell = (group, first, second) => {
-    const row = measured.find((one) => groupOf(one) === group && chosen[one.label][down] === first && chosen[one.label][across] === second);
+    const isHere = ({label}) => chosen[label][down] === first && chosen[label][across] === second;
+    const row = measured.find((candidate) => groupOf(candidate) === group && isHere(candidate));
     const mean = row?.compared.loss.mean;
     if (mean === undefined || mean === null) return "–";
-    const share = most > least ? (most - mean) / (most - least) : 1;  // the better, the more colour
+    const share = highest > lowest ? (highest - mean) / (highest - lowest) : 1;  // lower losses get more colour
     const look = `background: color-mix(in srgb, var(--c2) ${Math.round(45 * share)}%, transparent)`;
     return make("span", {class: "cell", style: look}, short(mean));
   };

@@ -94,7 +94,7 @@ class Audit(Event):
     num_dropped: int
     caption_lengths: CaptionLengths
     tags: Sequence[Sequence[Any]]
-    pairs: Sequence[FoundImage] = ()  # the first images with references, which are shown on their left
+    pairs: Sequence[FoundImage] = ()  # the first images with references or partners, which are shown on their left
 
 
 @dataclass(frozen=True)
