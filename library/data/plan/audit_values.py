@@ -23,7 +23,7 @@ def dataset_facts(
     frequencies: Sequence[TagFrequency],
     limit: TokenLimit | None,
 ) -> dict[str, Any]:
-    """Return the datasets with their subsets and buckets, the skipped images, caption lengths, and the commonest tags.
+    """Return datasets with subsets and buckets, skipped images, caption lengths and the most common tags.
 
     `frequencies` has the tag frequency of each dataset.
     """

@@ -119,7 +119,7 @@ def describe_subset(subset: ScannedSubset) -> dict[str, Any]:
 def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
     """Count the images of each tag, by folder. Tags are separated by commas, in captions or in a metadata file.
 
-    If there are more tags than a header can hold, only the commonest are kept. Such sets have sentences as captions,
+    If there are more tags than a header can hold, only the most common are kept. Such sets have sentences as captions,
     which rarely repeat.
     """
     frequency: dict[str, Counter[str]] = {}
@@ -136,12 +136,12 @@ def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
             counts.update(tags.keys())
             # Pruned on the way, because sentences as captions would fill the memory with tags that occur once.
             if len(counts) > 2 * MOST_TAGS:
-                frequency[name] = counts = commonest(counts)
-    return {name: dict(commonest(counts)) for name, counts in frequency.items()}
+                frequency[name] = counts = most_common_tags(counts)
+    return {name: dict(most_common_tags(counts)) for name, counts in frequency.items()}
 
 
-def commonest(counts: Counter[str]) -> Counter[str]:
-    """Return the counts of the MOST_TAGS commonest tags."""
+def most_common_tags(counts: Counter[str]) -> Counter[str]:
+    """Return the counts of the MOST_TAGS most common tags."""
     return counts if len(counts) <= MOST_TAGS else Counter(dict(counts.most_common(MOST_TAGS)))
 
 

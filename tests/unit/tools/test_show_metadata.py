@@ -29,7 +29,7 @@ def test_sections_json_dates_and_tags_are_formatted(path: Path, capsys: pytest.C
     assert [line.split() for line in tags[:4]] == [["10", "sitting"], ["9", "cat"], ["7", "dog"], tags[3].split()]
 
 
-def test_only_the_commonest_tags_are_listed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_most_common_tags_are_listed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(path), "--num_tags", "1"]) == 0
     output = capsys.readouterr().out
     assert "10 sitting" in output and "9 cat" not in output and "and 2 more; --num_tags 3 shows all" in output
