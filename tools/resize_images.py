@@ -110,7 +110,7 @@ def resize_all(args: argparse.Namespace) -> None:
         raise UserError(f"{source} has no images; subfolders are not searched")
     check_names(images)
     target.mkdir(parents=True, exist_ok=True)
-    for image in tqdm(images, desc="resizing", unit="picture"):
+    for image in tqdm(images, desc="resizing", unit="image"):
         write_sizes(image, target, resizing)
     others = [path for path in files if path not in set(images) and not path.name.endswith(CACHES)]
     num_copied = copy_others(others, images, target, resizing, args)

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 Stage = Literal["waiting for data", "copying", "forward", "backward", "optimizer", "validation", "saving", "previews"]
 IN_STEP: tuple[Stage, ...] = ("waiting for data", "copying", "forward", "backward", "optimizer")
-ON_CARD: tuple[Stage, ...] = ("copying", "forward", "backward", "optimizer")  # the host only queues them
+ON_GPU: tuple[Stage, ...] = ("copying", "forward", "backward", "optimizer")  # the host only queues them
 BETWEEN: tuple[Stage, ...] = ("validation", "saving", "previews")
 
 NUM_REMEMBERED = 100  # steps in the median
@@ -83,7 +83,7 @@ class StepTimes:
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
         """Attribute the time of the block to a stage."""
-        mark = self._mark_on_card if self.device.type == "cuda" and name in ON_CARD else self.clock
+        mark = self._mark_on_gpu if self.device.type == "cuda" and name in ON_GPU else self.clock
         began = mark()
         try:
             with record_function(name):
@@ -153,9 +153,9 @@ class StepTimes:
 
     def _mark(self) -> Any:
         """Return the current time on the clock of the device, which the host may be a step ahead of."""
-        return self._mark_on_card() if self.device.type == "cuda" else self.clock()
+        return self._mark_on_gpu() if self.device.type == "cuda" else self.clock()
 
-    def _mark_on_card(self) -> Any:
+    def _mark_on_gpu(self) -> Any:
         event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
@@ -200,7 +200,7 @@ class StepTimes:
             speed = median(figures.flops / figures.seconds for figures in recent if figures.flops)
             text += f", {speed / 1e12:.3g} TFLOP/s"
             if self.peak is not None:
-                text += f" on each card, {100 * speed / self.peak:.0f} % of {self.peak / 1e12:.0f} (MFU)"
+                text += f" on each GPU, {100 * speed / self.peak:.0f} % of {self.peak / 1e12:.0f} (MFU)"
         total_seconds = self._seconds + sum(self._parts[name] for name in BETWEEN)
         between = [
             f"{name} {self._parts[name]:.1f} s ({100 * self._parts[name] / total_seconds:.0f} % of the time)"
