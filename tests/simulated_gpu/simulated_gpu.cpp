@@ -1,16 +1,17 @@
-// A simulated GPU: gives a CPU build of PyTorch devices of type "cuda" whose arithmetic the CPU's kernels do.
+// A simulated GPU: adds devices of type "cuda" to a CPU build of PyTorch. The CPU's kernels do the arithmetic.
 //
-// Every operation runs at once, on the same bytes, by the CPU's kernel (a boxed fallback for the CUDA dispatch key).
-// What makes a GPU hard to program is simulated around that: streams, events, the memory of the device, pinned memory,
-// and the host that runs ahead. README.md beside this file lists the faults that are found.
+// Every operation runs immediately, on the same bytes, in the CPU's kernel (a boxed fallback for the CUDA dispatch
+// key). The parts of a GPU that make it hard to program are simulated: streams, events, device memory, pinned memory,
+// and a host that runs ahead of the device. README.md in this folder lists the faults that are detected.
 //
-// Order is kept by vector clocks. An actor is a stream or a host thread. An operation on a stream knows all that the
-// stream did before and all that the host thread which launched it knew; a host thread learns what a stream did when
-// it synchronises, and what another thread did when it starts, joins it or takes its result (see device.py). Two
-// accesses to the same bytes, one of them a write, that no such chain puts in order are a race, whichever way they ran.
+// Vector clocks track the order of operations. An actor is a stream or a host thread. An operation on a stream is
+// ordered after all earlier operations of that stream, and after everything that the launching host thread is ordered
+// after. A host thread is ordered after a stream's work once it synchronizes with the stream, and after another
+// thread's work once it is started by it, joins it or takes its result (see device.py). Two accesses to the same bytes,
+// at least one of them a write, are a race if no such chain orders them, whichever actually ran first.
 //
-// Lock order: the GIL is never taken while the mutex is held. Places in the code are looked up before it is locked, and
-// what may run Python code when it is destroyed is destroyed after it is unlocked.
+// Lock order: the GIL is never acquired while the mutex is held. Source locations are looked up before the mutex is
+// locked. Objects whose destructors may run Python code are destroyed after it is unlocked.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -46,22 +47,22 @@ using c10::DeviceIndex;
 using c10::DeviceType;
 using at::Tensor;
 constexpr auto CUDA = DeviceType::CUDA;
-constexpr int MAIN_THREAD = 0;     // the actor of the thread that made the GPU, and of autograd's and other native threads
+constexpr int MAIN_THREAD = 0;     // actor of the thread that created the GPU, and of native threads such as autograd's
 constexpr int NO_ACTOR = -1;
-constexpr int POOL_SIZE = 32;      // streams of torch's pool, which are handed out in turn
-constexpr int POISON = 0xFF;       // repeated, it is NaN in every floating-point format
+constexpr int POOL_SIZE = 32;      // streams in torch's pool, handed out round-robin
+constexpr int POISON = 0xFF;       // bytes of this value are NaN in every floating-point format
 constexpr size_t PAGE_BYTES = 4096;
 constexpr size_t MAX_REPORTS = 1000;
 constexpr int ERROR_INVALID = 1, ERROR_MEMORY = 2, ERROR_REGISTERED = 712, ERROR_NOT_REGISTERED = 713;
 
-using Clock = std::vector<uint64_t>;  // by actor, how much of it is known
-using What = const std::string*;      // an operation and its place in the code, interned
+using Clock = std::vector<uint64_t>;  // indexed by actor: the actor's latest known time
+using What = const std::string*;      // interned: an operation and its source location
 
 struct Access {
   char *begin, *end;
-  int actor;            // the stream, or the host thread that touched pinned memory itself
+  int actor;            // the stream, or the host thread that accessed pinned memory directly
   uint64_t time;
-  int host;             // the host thread that launched it
+  int host;             // the launching host thread
   uint64_t host_time;
   bool is_write;
   What what;
@@ -73,20 +74,20 @@ struct Block {
   char* base;
   size_t size;
   Kind kind;
-  int stream = NO_ACTOR;  // that the device's memory was allocated on
+  int stream = NO_ACTOR;  // the stream on which device memory was allocated
   DeviceIndex device = 0;
-  std::set<int> recorded;  // streams by record_stream
+  std::set<int> recorded;  // streams passed to record_stream
   std::vector<Access> accesses;
 };
 
-struct Pending {  // a copy between the device and pinned memory that may still be under way
+struct Pending {  // a copy between device and pinned memory that may still be in flight
   int actor;
   uint64_t time;
-  Tensor to, from;      // as the CPU sees them
-  c10::Storage keep;    // the host's memory, which torch's allocator keeps; the device's is not kept: its reuse must show
+  Tensor to, from;      // both as CPU tensors
+  c10::Storage keep;    // host memory, kept alive as torch's allocator does; device memory is not: its reuse must show
   char *to_begin, *to_end, *from_begin, *from_end;
-  std::vector<char> sent;  // the host's bytes as they were when the copy was launched
-  bool is_poisoned;        // the host's memory is filled with POISON until the copy runs
+  std::vector<char> sent;  // the host's bytes at the launch of the copy
+  bool is_poisoned;        // host memory is filled with POISON until the copy runs
   What what;
   bool touches(char* begin, char* end) const {
     return (to_begin < end && begin < to_end) || (from_begin < end && begin < from_end);
@@ -102,47 +103,47 @@ struct Event {
   std::chrono::steady_clock::time_point at;
 };
 
-struct Memory {  // of one device
+struct Memory {  // statistics of one device
   size_t allocated = 0, reserved = 0, peak_allocated = 0, peak_reserved = 0;
   int64_t num_ooms = 0, num_retries = 0;
 };
 
 struct Simulation {
   std::recursive_mutex mutex;
-  // What is simulated
+  // Settings
   int num_devices = 1;
   size_t memory_bytes = size_t(8) << 30, pin_limit = size_t(1) << 40;
   double capability = 8.9;
-  // Actors: the main thread, the default stream of each device, then other streams and threads as they come
-  std::deque<Clock> clocks{Clock(1, 0)};  // a deque: references to clocks outlive new actors
+  // Actors: the main thread, the default stream of each device, then other streams and threads in order of creation
+  std::deque<Clock> clocks{Clock(1, 0)};  // a deque, so that references to clocks stay valid when actors are added
   std::vector<DeviceIndex> device_of{-1};  // -1 for host threads
   std::map<DeviceIndex, std::vector<int>> pools;
   std::map<DeviceIndex, size_t> next_in_pool;
   // Memory
-  std::map<char*, std::shared_ptr<Block>> blocks;  // by their beginning
+  std::map<char*, std::shared_ptr<Block>> blocks;  // by base address
   std::map<std::pair<int, size_t>, std::vector<std::shared_ptr<Block>>> free_blocks;  // by stream and size
-  std::vector<std::pair<std::shared_ptr<Block>, Clock>> held_back;  // freed, but other streams were recorded
+  std::vector<std::pair<std::shared_ptr<Block>, Clock>> held_back;  // freed, but recorded streams may still use them
   std::map<DeviceIndex, Memory> memory;
   size_t pinned = 0;
   int last_error = 0;
-  // Copies under way, and those that are done and wait to be destroyed
+  // Copies in flight, and finished copies to be destroyed
   std::deque<Pending> pending;
   std::vector<Pending> finished;
-  // What is told
+  // Records
   std::vector<std::pair<std::string, std::string>> reports;
   std::set<std::pair<std::string, std::string>> reported;
-  std::map<std::string, int64_t> waits;      // of the host for a device, by operation and place
-  std::map<std::string, int64_t> attention;  // calls, by the kernel that CUDA would choose and place
+  std::map<std::string, int64_t> waits;      // how often the host waited for a device, by operation and source location
+  std::map<std::string, int64_t> attention;  // calls, by the kernel that CUDA would choose and source location
   int64_t num_operations = 0;
   std::unordered_set<std::string> interned;
 };
 
 Simulation& simulation() {
-  static auto* made = new Simulation;  // never destroyed: tensors outlive the interpreter
+  static auto* made = new Simulation;  // never destroyed, because tensors outlive the interpreter
   return *made;
 }
 
-class Locked {  // the mutex; what has finished is destroyed once it is free
+class Locked {  // holds the mutex; finished copies are destroyed after it is unlocked
  public:
   Locked() { simulation().mutex.lock(); ++depth; }
   ~Locked() {
@@ -178,9 +179,9 @@ int new_actor(DeviceIndex device) {
   return int(s.clocks.size()) - 1;
 }
 
-struct Thread {  // becomes an actor when it first has to do with a device
+struct Thread {  // becomes an actor when it first uses a device
   int actor = MAIN_THREAD;
-  Clock before;  // what it knew before it became one
+  Clock before;  // its clock before it became an actor
 };
 thread_local Thread this_thread;
 
@@ -216,11 +217,11 @@ int stream_now(DeviceIndex device) {
 
 What intern(const std::string& text) { return &*simulation().interned.insert(text).first; }
 
-// The innermost Python frame that is neither torch's nor the simulation's, as "library/x.py:7 (f)".
+// Return the innermost Python frame outside torch and the simulation, as "library/x.py:7 (f)".
 std::string place_in_code() {
   if (!Py_IsInitialized()) return "";
   PyGILState_STATE gil = PyGILState_Ensure();
-  static auto* names = new std::unordered_map<PyCodeObject*, std::string>;  // "" for frames that are passed over
+  static auto* names = new std::unordered_map<PyCodeObject*, std::string>;  // "" for frames to skip
   std::string found;
   PyFrameObject* frame = PyEval_GetFrame();
   Py_XINCREF(frame);
@@ -228,7 +229,7 @@ std::string place_in_code() {
     PyCodeObject* code = PyFrame_GetCode(frame);
     auto known_name = names->find(code);
     if (known_name == names->end()) {
-      Py_INCREF(code);  // kept, so that its address stays its own
+      Py_INCREF(code);  // kept alive, so that its address is not reused
       const char* text = PyUnicode_AsUTF8(code->co_filename);
       std::string file = text ? text : "?", shown;
       auto has = [&](const char* part) { return file.find(part) != std::string::npos; };
@@ -289,7 +290,7 @@ bool is_pinned(const void* address) {
 bool is_ordered(const Access& old, int actor, int host) {
   auto& s = simulation();
   if (old.actor != actor) return known(s.clocks[actor], old.actor) >= old.time;
-  // A stream keeps the order of launches, which is one only where the threads that launch are in order.
+  // A stream runs operations in launch order, which is defined only if the launching threads are ordered.
   return old.host == host || known(s.clocks[host], old.host) >= old.host_time;
 }
 void note_access(Block& block, char* begin, char* end, int actor, bool is_write, What what) {
@@ -302,7 +303,8 @@ void note_access(Block& block, char* begin, char* end, int actor, bool is_write,
     break;
   }
   auto& all = block.accesses;
-  // What is replaced: all that a write covers, and earlier reads of the same by the same.
+  // Drop the records that are superseded: a write supersedes all accesses within its range, a read supersedes earlier
+  // reads within its range by the same actor and host thread.
   all.erase(std::remove_if(all.begin(), all.end(), [&](const Access& old) {
     return begin <= old.begin && old.end <= end && (is_write || (!old.is_write && old.actor == actor && old.host == by));
   }), all.end());
@@ -317,7 +319,7 @@ std::pair<char*, char*> range_of(const Tensor& t) {
   return {begin, begin + (last + 1) * int64_t(t.itemsize())};
 }
 
-void copy_bytes(const Tensor& to, const Tensor& from) {  // on the CPU, unseen by the simulation
+void copy_bytes(const Tensor& to, const Tensor& from) {  // on the CPU, without recording an access
   at::AutoDispatchBelowAutograd below;
   c10::impl::ExcludeDispatchKeyGuard no_modes(
       c10::DispatchKeySet(c10::DispatchKey::Python) | c10::DispatchKeySet(c10::DispatchKey::PythonTLSSnapshot));
@@ -335,7 +337,7 @@ void run(Pending& copy) {
   }
   copy_bytes(copy.to, copy.from);
 }
-void run_pending(const std::function<bool(const Pending&)>& is_due) {  // in the order of their launches
+void run_pending(const std::function<bool(const Pending&)>& is_due) {  // in launch order
   auto& s = simulation();
   if (s.pending.empty()) return;
   std::deque<Pending> before, rest;
@@ -348,7 +350,7 @@ void run_pending(const std::function<bool(const Pending&)>& is_due) {  // in the
   s.pending.swap(rest);
 }
 
-void learn(const Clock& clock) {  // this thread waits until what the clock knows is done
+void learn(const Clock& clock) {  // make this thread wait for everything up to the clock
   auto& s = simulation();
   const int by = host();
   merge(s.clocks[by], clock);
@@ -359,7 +361,7 @@ void host_waits(const std::string& what, const Clock& clock) {
   learn(clock);
 }
 
-// Begin an operation on the current stream of a device; return the stream's actor.
+// Start an operation on the current stream of a device and return the stream's actor.
 int launch(DeviceIndex device) {
   auto& s = simulation();
   const int stream = stream_now(device), by = host();
@@ -372,14 +374,14 @@ int launch(DeviceIndex device) {
 void access(const Tensor& t, int actor, bool is_write, What what) {
   auto [begin, end] = range_of(t);
   if (!begin) return;
-  // The bytes are needed now, so copies of them that were launched before must have run. Whether the program ordered
-  // them is what note_access finds.
+  // The bytes are needed now, so earlier copies of them must run first. note_access checks whether the program ordered
+  // them.
   run_pending([begin = begin, end = end, is_write](const Pending& copy) {
     return (copy.to_begin < end && begin < copy.to_end) || (is_write && copy.from_begin < end && begin < copy.from_end);
   });
   if (auto* block = block_of(begin)) note_access(*block, begin, end, actor, is_write, what);
 }
-// The host itself reads or writes pinned memory. Copies under way stay so: it meets what has arrived by now.
+// Record a direct host access to pinned memory. Copies in flight are not run: the host sees only data that has arrived.
 void host_access(char* begin, char* end, bool is_write, const std::string& name) {
   {
     Locked lock;
@@ -395,7 +397,7 @@ void host_access(char* begin, char* end, bool is_write, const std::string& name)
   note_access(*block, begin, end, host(), is_write, intern(text));
 }
 
-void raise_last_error() {  // as each launch of a kernel does
+void raise_last_error() {  // as every kernel launch does
   auto& s = simulation();
   const int code = std::exchange(s.last_error, 0);
   if (!code) return;
@@ -483,13 +485,13 @@ struct DeviceAllocator final : c10::Allocator {
     release_held_back(s.clocks[host()]);
     auto& own = s.free_blocks[{stream, whole}];
     std::shared_ptr<Block> block;
-    if (!own.empty()) {  // the one freed last, as soon as that: what reads it too late shows
+    if (!own.empty()) {  // reuse the most recently freed block immediately, so that late reads of it are detected
       block = own.back();
       own.pop_back();
       char *begin = block->base, *end = begin + whole;
       run_pending([&](const Pending& copy) { return copy.touches(begin, end); });
     } else {
-      if (memory.reserved + whole > s.memory_bytes) {  // as torch: give the cache back and try again
+      if (memory.reserved + whole > s.memory_bytes) {  // like torch: release the cache and retry
         ++memory.num_retries;
         synchronize_device(device);
         give_back_free(device);
@@ -516,7 +518,7 @@ struct DeviceAllocator final : c10::Allocator {
 };
 DeviceAllocator device_allocator;
 
-void free_pinned(void* at) {  // a copy under way keeps the memory, so none is when this is called
+void free_pinned(void* at) {  // copies in flight keep the memory alive, so there are none when this is called
   Locked lock;
   auto it = simulation().blocks.find(static_cast<char*>(at));
   if (it == simulation().blocks.end()) return;
@@ -529,7 +531,7 @@ struct PinnedAllocator final : at::HostAllocator {
     Locked lock;
     auto& s = simulation();
     size_t whole = PAGE_BYTES;
-    while (whole < size) whole *= 2;  // torch rounds up to powers of two
+    while (whole < size) whole *= 2;  // torch rounds up to powers of two as well
     TORCH_CHECK(s.pinned + whole <= s.pin_limit, "CUDA error: out of memory (cudaHostAlloc)");
     auto block = std::make_shared<Block>(Block{map_memory(whole), whole, Kind::pinned, NO_ACTOR, 0, {}, {}});
     s.blocks[block->base] = block;
@@ -634,7 +636,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     current_stream[s.device_index()] = actor_of(s);
     return before;
   }
-  void* getStreamNativeHandle(const c10::Stream s) const { return reinterpret_cast<void*>(s.id()); }  // no override: new in torch
+  void* getStreamNativeHandle(const c10::Stream s) const { return reinterpret_cast<void*>(s.id()); }  // no override: older torch lacks it
   bool queryStream(const c10::Stream& s) const override { synchronizeStream(s); return true; }
   void synchronizeStream(const c10::Stream& s) const override {
     std::string what = at_place("synchronize stream");
@@ -664,7 +666,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     merge(sim.clocks[stream], sim.clocks[by]);
     *e = {sim.clocks[stream], true, by, known(sim.clocks[by], by), 0, std::chrono::steady_clock::now()};
   }
-  // What an event means depends on whether it was recorded before it is asked for: the threads must be in order.
+  // The result of a wait or a query depends on whether the event is already recorded: the two threads must be ordered.
   static bool is_recorded(void* event, const std::string& what) {
     auto* e = static_cast<Event*>(event);
     if (!e || !e->is_recorded) return false;
@@ -690,7 +692,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     Locked lock;
     if (!is_recorded(event, what)) return true;
     auto* e = static_cast<Event*>(event);
-    if (!is_known(*e) && ++e->num_polls <= 3) return false;  // a host that asks often enough is told
+    if (!is_known(*e) && ++e->num_polls <= 3) return false;  // completes after three polls
     learn(e->clock);
     return true;
   }
@@ -739,7 +741,7 @@ struct Hooks final : at::CUDAHooksInterface {
 
 // ------------------------------------------------------------------------------------------------ operations
 
-Tensor as_cpu(const Tensor& t) {  // the same bytes as the CPU sees them
+Tensor as_cpu(const Tensor& t) {  // a CPU tensor on the same bytes
   auto options = at::TensorOptions().dtype(t.dtype()).device(at::kCPU);
   Tensor seen = t.numel() == 0 ? at::empty_strided(t.sizes(), t.strides(), options)
                                : at::from_blob(t.data_ptr(), t.sizes(), t.strides(), options);
@@ -755,11 +757,11 @@ Tensor empty_on(DeviceIndex device, const Tensor& like) {
 }
 bool is_on_device(const Tensor& t) { return t.defined() && t.device().type() == CUDA; }
 
-// Operations whose kernels for CUDA bring values to the host.
+// Operations whose CUDA kernels copy values to the host.
 const std::set<std::string> READ_BY_HOST = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::equal",
     "aten::is_nonzero", "aten::unique_consecutive", "aten::bincount", "aten::histc", "aten::repeat_interleave.Tensor"};
-// Operations that take tensors of the CPU beside those of a device; the first ones copy them, and the host waits.
+// Operations that accept CPU tensors next to device tensors. Those of the first set copy them, and the host waits.
 const std::set<std::string> COPY_FROM_CPU = {
     "aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::index_put", "aten::index_copy", "aten::_foreach_copy_"};
 const std::set<std::string> TAKE_CPU = {"aten::lift_fresh", "aten::set_"};
@@ -784,7 +786,7 @@ void check_matmul_rules(const std::string& name, const std::vector<Tensor>& in) 
   }
 }
 
-class Call {  // one operation: its arguments as the CPU takes them, and its results on the device
+class Call {  // one operation: converts its arguments to CPU tensors and its results to device tensors
  public:
   Call(const c10::OperatorHandle& op, torch::jit::Stack* stack)
       : op_(op), schema_(op.schema()), stack_(stack), first_(stack->size() - schema_.arguments().size()),
@@ -814,7 +816,7 @@ class Call {  // one operation: its arguments as the CPU takes them, and its res
     if (!in_order_.empty()) check_matmul_rules(name_, in_order_);
     if (is(SOFTMAX)) widen_input();
     op_.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack_);
-    for (auto& use : used_) {  // an out= that was resized
+    for (auto& use : used_) {  // an out= tensor that was resized
       if (!use.is_write || use.on_cpu.sizes() == use.on_device.sizes()) continue;
       at::native::resize_(use.on_device, use.on_cpu.sizes());
       copy_bytes(as_cpu(use.on_device), use.on_cpu);
@@ -838,7 +840,7 @@ class Call {  // one operation: its arguments as the CPU takes them, and its res
   What what_ = nullptr;
   int stream_ = NO_ACTOR;
 
-  // CUDA's softmax of half-precision numbers can give float32; the CPU's takes float32 for that, with the same result.
+  // CUDA's softmax can return float32 for half-precision input. On the CPU, float32 input gives the same result.
   void widen_input() {
     auto &input = (*stack_)[first_], &gives_float = (*stack_)[first_ + 2];
     if (!gives_float.toBool()) return;
@@ -898,7 +900,7 @@ class Call {  // one operation: its arguments as the CPU takes them, and its res
 
   void bring(const c10::Argument& result, c10::IValue& value) {
     const auto* alias = result.alias_info();
-    if (alias && alias->isWrite()) {  // an argument that was written to
+    if (alias && alias->isWrite()) {  // an argument that the operation wrote to
       for (size_t i = 0; i < given_.size(); ++i) {
         const auto* from = schema_.arguments()[i].alias_info();
         if (from && from->isWrite() && from->beforeSets() == alias->beforeSets()) value = given_[i];
@@ -954,11 +956,11 @@ Tensor& copy_(Tensor& to, const Tensor& given, bool non_blocking) {
   auto& s = simulation();
   What what = intern(text);
   const DeviceIndex device = (reads_device ? from : to).device().index();
-  if (writes_device && reads_device) {  // a kernel; the others are copies by the driver, which look for no error
+  if (writes_device && reads_device) {  // a kernel; the driver makes the other copies, without checking the last error
     raise_last_error();
     const DeviceIndex other = to.device().index();
     const int stream = launch(device), receives = stream_now(other);
-    if (other != device) {  // torch lets each stream wait for the other
+    if (other != device) {  // torch makes each stream wait for the other
       launch(other);
       merge(s.clocks[stream], s.clocks[receives]);
     }
@@ -993,7 +995,7 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
   Tensor target = to;
   return copy_(target, from, non_blocking);
 }
-Tensor& copy_on_host(Tensor& to, const Tensor& from, bool non_blocking) {  // where the host may touch pinned memory
+Tensor& copy_on_host(Tensor& to, const Tensor& from, bool non_blocking) {  // the host may access pinned memory here
   if (is_on_device(from)) return copy_(to, from, non_blocking);
   if (to.numel() && from.numel()) {
     auto [from_begin, from_end] = range_of(from);
@@ -1015,9 +1017,9 @@ void record_stream(Tensor& t, c10::Stream stream) { Guard().recordDataPtrOnStrea
 
 // ------------------------------------------------------------------------------------------------ attention
 
-// The rules by which CUDA builds choose a kernel. What they share with the CPU comes from torch's header; what depends
-// on the GPU is after aten/src/ATen/native/transformers/cuda/sdp_utils.cpp. cuDNN's kernel comes first on sm90 and
-// sm100 only, and no such GPU is simulated.
+// The rules by which CUDA builds choose a kernel. Rules shared with the CPU come from torch's header; GPU-specific
+// rules follow aten/src/ATen/native/transformers/cuda/sdp_utils.cpp. cuDNN's kernel has priority only on sm90 and
+// sm100, and no such GPU is simulated.
 int64_t gemm_alignment(const Tensor& query) {
   const bool is_half = query.scalar_type() == at::kHalf || query.scalar_type() == at::kBFloat16;
   const double capability = simulation().capability;
@@ -1063,13 +1065,13 @@ int64_t choose_attention(const Tensor& query, const Tensor& key, const Tensor& v
   text = at_place(text);
   Locked lock;
   ++simulation().attention[text];
-  return int64_t(at::SDPBackend::math);  // whichever it is, the arithmetic is that of the math kernel
+  return int64_t(at::SDPBackend::math);  // the math kernel always does the arithmetic
 }
 
 // ------------------------------------------------------------------------------------------------ processes
 
-// What NCCL is to GPUs: collectives run on a stream of their own, after what the current stream has done so far, and who
-// waits for the work lets the current stream wait for it, not the host. gloo carries the bytes between the processes.
+// Simulated NCCL: collectives run on a separate stream, after the work that is already on the current stream. Waiting
+// for a collective makes the current stream wait, not the host. gloo transfers the data between the processes.
 class Arrival final : public c10d::Work {
  public:
   Arrival(Clock clock, DeviceIndex device) : clock_(std::move(clock)), device_(device) {}
@@ -1115,7 +1117,7 @@ class Collectives final : public c10d::Backend {
       return gloo_->_reduce_scatter_base(cpu_out[0], cpu_in[0], options);
     });
   }
-  c10::intrusive_ptr<c10d::Work> barrier(const c10d::BarrierOptions&) override {  // a collective that the host waits for
+  c10::intrusive_ptr<c10d::Work> barrier(const c10d::BarrierOptions&) override {  // the host waits for this collective
     const DeviceIndex device = ::current_device;
     gloo_->barrier()->wait();
     std::string text = at_place("barrier");
@@ -1153,7 +1155,7 @@ class Collectives final : public c10d::Backend {
     Locked lock;
     return c10::make_intrusive<Arrival>(simulation().clocks[stream_], device);
   }
-  void record_stream_of(const Tensor& t) {  // as NCCL's backend keeps the tensors of a collective
+  void record_stream_of(const Tensor& t) {  // like the NCCL backend, which keeps a collective's tensors alive
     auto* block = block_of(t.storage().data());
     if (block) block->recorded.insert(stream_);
   }
@@ -1181,7 +1183,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("set_.source_Tensor", at::native::set_tensor_);
 }
 
-// Take the settings and forget what was told; memory and clocks go on.
+// Apply the settings. Memory, clocks and records are kept.
 void configure(int num_devices, size_t memory_bytes, size_t pin_limit, double capability) {
   Locked lock;
   auto& s = simulation();
@@ -1213,10 +1215,10 @@ Device gpu(int index) { return Device(CUDA, DeviceIndex(index)); }
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  // torch asked for its hooks while it was imported and keeps what it found, an object without members: it becomes ours.
+  // torch looked up its hooks during import and keeps that object, which has no members: construct ours in its place.
   static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface));
   new (const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks())) Hooks;
-  at::globalContext().lazyInitDevice(CUDA);  // before it torch takes no memory for pinned
+  at::globalContext().lazyInitDevice(CUDA);  // until then torch does not treat any memory as pinned
   c10::SetAllocator(CUDA, &device_allocator, 255);
   at::setHostAllocator(CUDA, &pinned_allocator, 255);
   at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&choose_attention);
@@ -1255,7 +1257,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return Guard().elapsedTime(reinterpret_cast<void*>(first), reinterpret_cast<void*>(second), 0);
   });
   m.def("default_generator", [](int device) { return default_generator(DeviceIndex(device)); });
-  m.def("resize_storage", [](const Tensor& holder, size_t size) {  // of a CPU build torch refuses it for CUDA
+  m.def("resize_storage", [](const Tensor& holder, size_t size) {  // a CPU build of torch refuses this for CUDA
     c10::Storage storage = holder.storage();
     c10::DeviceGuard guard(storage.device());
     auto data = device_allocator.allocate(size);
@@ -1270,7 +1272,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("collectives", [](const c10::intrusive_ptr<c10d::Backend>& gloo, int rank, int size) {
     return c10::intrusive_ptr<c10d::Backend>(c10::make_intrusive<Collectives>(gloo, rank, size));
   });
-  // Threads of the host
+  // Host threads
   m.def("begin_thread", [](const Clock& before) { this_thread = {NO_ACTOR, before}; });
   m.def("clock", [] {
     Locked lock;
