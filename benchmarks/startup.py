@@ -6,7 +6,7 @@ samples, audit. Each figure comes from a separate process, excluding imports, wi
 turns with them:
 
     bare read   list the folder, read the head of every image and every caption
-    bare look   list the folder, get size and time of every image and caption
+    bare stat   list the folder, get size and time of every image and caption
 
     python benchmarks/startup.py --folder /tmp/startup --sizes 1000 10000 100000
 
@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 NUM_KINDS = 40
-KINDS = ("bare read", "first run", "bare look", "second run")
+KINDS = ("bare read", "first run", "bare stat", "second run")
 
 
 def tags_of(number: int) -> str:
@@ -117,7 +117,7 @@ def bare_read(folder: str) -> None:
         os.close(handle)
 
 
-def bare_look(folder: str) -> None:
+def bare_stat(folder: str) -> None:
     """Do the least work of a later start that notices edits: stat every file."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries]
@@ -176,7 +176,7 @@ def measure(kind: str, folder: str) -> dict[str, float]:
         options = options_for(folder, shards if kind == "index" else None)
         work: Callable[[], Any] = lambda: ready(options)  # noqa: E731
     else:
-        work = lambda: {"bare read": bare_read, "bare look": bare_look}[kind](folder)  # noqa: E731
+        work = lambda: {"bare read": bare_read, "bare stat": bare_stat}[kind](folder)  # noqa: E731
     gc.collect()
     blocks = sys.getallocatedblocks()
     memory, peak = resident_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -213,7 +213,7 @@ def report(folder: Path, count: int, rounds: int) -> None:
         forget(folder)
         for kind in KINDS:
             found[kind].append(measure_in_child(kind, folder))
-    for kind, bare in (("first run", "bare read"), ("second run", "bare look")):
+    for kind, bare in (("first run", "bare read"), ("second run", "bare stat")):
         ours, floor = (
             {name: statistics.median(one[name] for one in found[k]) for name in found[k][0]} for k in (kind, bare)
         )
