@@ -78,13 +78,10 @@ class Batch:
     crops_B2: Tensor | None = None  # actual crop position in the resized image: top and left
     concept: Concept | None = None  # set if there are no images; all captions are then equal
     # Reference images, BCHW each, in order: pixels or cached latents, like the images. They condition an edit model; in
-    # paired training they hold the partner of each image, which is not an input of the denoiser.
+    # a batch of pairs they hold the partner of each image, which is not an input of the denoiser.
     reference_pixels: tuple[Tensor, ...] = ()
     reference_latents: tuple[Tensor, ...] = ()
-
-    @property
-    def has_references(self) -> bool:
-        return bool(self.reference_pixels or self.reference_latents)
+    are_pairs: bool = False
 
     @property
     def height_width(self) -> tuple[int, int]:

@@ -89,6 +89,7 @@ def real_step(options: TrainOptions, arch: Architecture, shape: BatchShape, reco
         sizes_B6=torch.ones(shape.count, 6),
         attributes=[{}] * shape.count,
         reference_latents=tuple(torch.randn_like(latents) for _ in shape.reference_sizes),
+        are_pairs=options.pairs.are_trained,
     )
 
     def step() -> None:

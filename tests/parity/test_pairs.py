@@ -55,7 +55,7 @@ def pairs_of(context: StepContext) -> Batch:
     return Batch(
         keys=["a", "b"], captions=captions, pixels_BCHW=None, latents_BCHW=images,
         conditioning=context.captions(captions), loss_weights_B=torch.ones(2), masks_B1HW=masks, sizes_B6=sizes,
-        attributes=[{}, {}], reference_latents=(partners,),
+        attributes=[{}, {}], reference_latents=(partners,), are_pairs=True,
     )  # fmt: skip
 
 

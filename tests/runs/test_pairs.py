@@ -113,6 +113,28 @@ def test_a_slider_from_pairs_resumes_bit_for_bit(run: Run, name: str, tmp_path: 
     assert all(event["preference"] is None for event in of_kind(events_of(tmp_path / "whole.jsonl"), "validation"))
 
 
+PROBE = """
+[[datasets.subsets]]
+image_dir = "{folder}/probe"
+control_dirs = ["{folder}/before"]
+control_resolution = 96
+is_forgetting_probe = true
+"""
+
+
+def test_references_of_a_forgetting_probe_are_not_taken_for_partners(run: Run, tmp_path: Path) -> None:
+    """An untrained adapter measures the same loss with pairs as without."""
+    for folder, side in (("probe", 64), ("before", 96)):
+        make_images(tmp_path / folder, 2, side=side, seed=side)
+    write_dataset(tmp_path, PROBE.replace("{folder}", tmp_path.as_posix()))
+    run("flux", "pairs", *PREFERENCES, "--max_train_steps", "1")
+    text = (tmp_path / "data.toml").read_text()
+    (tmp_path / "data.toml").write_text(text.replace(f'opposite_dir = "{tmp_path.as_posix()}/rejected"', ""))
+    run("flux", "plain", "--max_train_steps", "1")
+    pairs, plain = (of_kind(events_of(tmp_path / f"{name}.jsonl"), "forgetting")[0] for name in ("pairs", "plain"))
+    assert pairs["loss"] == plain["loss"]
+
+
 @pytest.mark.nightly
 def test_a_partner_is_not_seen_by_a_text_encoder_that_sees_references(run: Run, tmp_path: Path) -> None:
     """Cached outputs of the text encoder train as those of the caption alone, encoded in every step."""

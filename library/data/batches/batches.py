@@ -189,6 +189,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
             attributes=[subset.custom_attributes for subset in subsets],
             crops_B2=torch.tensor(corners, dtype=torch.float32),
             reference_pixels=stack_references([drawn.references for drawn in drawn_samples if drawn.image is not None]),
+            are_pairs=all(subset.opposite_dir for subset in subsets),
         )
 
     def text_key(self, drawn: DrawnSample, caption: str) -> str:

@@ -40,6 +40,7 @@ def repeat_batch(batch: Batch, count: int) -> Batch:
         latents_BCHW=None,
         reference_pixels=(),
         reference_latents=(),
+        are_pairs=False,
         conditioning=None if features is None else {name: torch.cat([t] * count) for name, t in features.items()},
         loss_weights_B=torch.cat([batch.loss_weights_B] * count),
         masks_B1HW=repeat(batch.masks_B1HW),

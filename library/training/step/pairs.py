@@ -19,14 +19,14 @@ from library.types import Batch, Conditioning, Noised
 
 def prefers(context: StepContext, batch: Batch) -> bool:
     """Return True if the batch's images are trained as preferred over their partners."""
-    return context.pairs.preference_loss is not None and batch.has_references
+    return context.pairs.preference_loss is not None and batch.are_pairs
 
 
 def split_pairs(batch: Batch) -> tuple[Batch, Batch]:
     """Split a batch of pairs into one of images and one of partners."""
     pixels = batch.reference_pixels[0] if batch.reference_pixels else None
     latents = batch.reference_latents[0] if batch.reference_latents else None
-    images = replace(batch, reference_pixels=(), reference_latents=())
+    images = replace(batch, reference_pixels=(), reference_latents=(), are_pairs=False)
     return images, replace(images, pixels_BCHW=pixels, latents_BCHW=latents)
 
 
@@ -37,7 +37,7 @@ def split_passes(context: StepContext, batch: Batch) -> Iterator[Batch]:
     layers. Each side has half the weight of an image.
     """
     strength = context.pairs.pair_slider
-    if strength is None or not batch.has_references:
+    if strength is None or not batch.are_pairs:
         yield batch
         return
     try:
