@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.running import ROOT, Finished, make_images
 from tests.tiny.qwen_image_21 import CONFIG, build_tiny_qwen_image_21
+from tools import choose_checkpoint
 
 Train = Callable[..., Finished]
 
@@ -167,6 +168,19 @@ def test_training_on_pairs_resumes_exactly_and_previews_show_the_references(
     assert "text cache: 4 files reused, 0 to encode, 1 stale (1 made for other captions" in done.stderr
     assert "latent cache: 3 entries reused, 0 to encode, 1 stale" in done.stderr
     assert not are_equal(load_saved(tmp_path), load_saved(tmp_path, "changed"))
+
+
+def test_files_are_compared_on_trained_pairs_and_their_mirror_images(
+    train_qwen: Train, tiny_arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The text encoder sees the mirrored references too."""
+    config = pairs(tmp_path)
+    config.write_text(config.read_text().replace("flip_aug = true", ""))
+    words = [*tiny_arguments, *settings(config, tmp_path), "--cache_text_encoder_outputs", "--network_train_unet_only"]
+    done = train_qwen([*words, "--max_train_steps", "1"])
+    assert done.status == 0, done.stderr
+    assert choose_checkpoint.main(["--script", "qwen_image_21_train_network.py", *words]) == 0
+    assert "memorization gap" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

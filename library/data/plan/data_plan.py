@@ -224,11 +224,14 @@ class DataPlan:
         largest = max(range(len(batches)), key=num_pixels)
         return self._limited_to(numbers_at(largest)), largest
 
-    def limited_to_measured(self, count: int, aside: Collection[int]) -> tuple["DataPlan", list[int]]:
+    def limited_to_measured(
+        self, count: int, aside: Collection[int], are_mirrored: bool = False
+    ) -> tuple["DataPlan", list[int]]:
         """Return (a plan of `count` evenly spread trained images and the held-out samples `aside`, the indices of those
         trained images).
 
-        Trained images are drawn like held-out ones: cropped at the centre, with the whole caption.
+        Trained images are drawn like held-out ones: cropped at the centre, with the whole caption. With `are_mirrored`
+        their mirror images are measured too.
         """
         is_reg = np.array([subset.is_reg for subset in self.subsets], dtype=bool)
         is_trained_N = (self.samples.dataset_of_each() < len(self.datasets)) & ~is_reg[self.samples.subset_of_each()]
@@ -244,7 +247,8 @@ class DataPlan:
                 # References of randomly cropped images have the shape of their image, see `check_references`.
                 shapes[number] = replace(shape, references=(shape,) * len(sample.image.references))
         limited = self._limited_to([*chosen, *aside], shapes, draws_once=chosen)
-        return replace(limited, subsets=tuple(unchanging(subset) for subset in self.subsets)), chosen
+        seen = None if self.seen is None else replace(self.seen, are_measured_mirrored=are_mirrored)
+        return replace(limited, subsets=tuple(unchanging(subset) for subset in self.subsets), seen=seen), chosen
 
     def _limited_to(
         self, kept: Collection[int], shapes: Mapping[int, Shape] | None = None, draws_once: Collection[int] = ()

@@ -29,6 +29,7 @@ class SeenReferences:
     digests_N: NDArray[np.uint64]  # 0 without references
     storage: Storage
     has_alpha: bool  # images are RGBA
+    are_measured_mirrored: bool = False  # mirrored references are needed without flip_aug
 
     @classmethod
     def of(
@@ -69,14 +70,14 @@ class SeenReferences:
 
     def texts(self, number: int, sample: Sample, captions: Sequence[str], config: SubsetConfig) -> tuple[str, ...]:
         """Return the texts to encode for this sample: its captions, and the empty one if caption dropout is on, with
-        its references; also with mirrored references if flip_aug is on."""
+        its references; also with mirrored references if they are needed."""
         if not self.digests_N[number]:
             return tuple(captions)
         rules = config.captions
         drops = rules.caption_dropout_rate > 0 or rules.caption_dropout_every_n_epochs > 0
         return tuple(
             self.seen(number, caption, is_flipped, partial(self.read, sample, config.resize_interpolation, is_flipped))
-            for is_flipped in ((False, True) if config.flip_aug else (False,))
+            for is_flipped in ((False, True) if config.flip_aug or self.are_measured_mirrored else (False,))
             for caption in (*captions, *([""] if drops else []))
         )
 

@@ -87,7 +87,8 @@ def losses_of_files(
     held_out_samples = {
         sample for part in (held_out, probe) for sample in part.images.iterate_samples(part.batch_indices)
     }
-    plan, indices = plan.limited_to_measured(len(held_out.rows) or MOST_MIRRORED, held_out_samples)
+    are_mirrored = not held_out.rows and not has_flips
+    plan, indices = plan.limited_to_measured(len(held_out.rows) or MOST_MIRRORED, held_out_samples, are_mirrored)
     if not held_out.rows:  # mirrored images have no cached latents
         options = options.with_values({"cache_latents": False, "cache_latents_to_disk": False})
     compute, processes = Compute.build(options.precision, device), replace(ALONE, device=device)

@@ -73,6 +73,15 @@ def test_batches_look_up_features_by_the_encoded_texts(tmp_path: Path, is_flippe
         assert keys == row[2:] if is_flipped else keys == row[:2]
 
 
+def test_texts_of_images_that_are_measured_mirrored_have_mirrored_references(tmp_path: Path) -> None:
+    for are_mirrored in (False, True):
+        limited, numbers = plan(tmp_path).limited_to_measured(2, [], are_mirrored)
+        assert limited.seen is not None
+        for number in numbers:
+            is_encoded = limited.seen.key(number, "cat", True) in texts(limited)[number]
+            assert is_encoded == are_mirrored
+
+
 def test_a_text_changes_with_the_content_and_the_crop_of_a_reference(tmp_path: Path) -> None:
     before = texts(plan(tmp_path))
     path = sorted((tmp_path / "before").glob("*.png"))[1]
