@@ -119,9 +119,8 @@ def extract_modules(
 
 def check_same_layers(org: BaseModel, tuned: BaseModel, target_modules: Sequence[TargetModule]) -> None:
     """Raise UserError unless both checkpoints have every layer, with the same shape."""
-    shapes = [read_shapes(base) for base in (org, tuned)]
     for target in target_modules:
-        a, b = (model_shapes.get(target.name) for model_shapes in shapes)
+        a, b = (read_shape(base, target.name) for base in (org, tuned))
         if a != b:
             raise UserError(
                 f"--model_tuned {tuned.path} is not a tuned --model_org {org.path}: {target.name} has shape "
@@ -129,15 +128,11 @@ def check_same_layers(org: BaseModel, tuned: BaseModel, target_modules: Sequence
             )
 
 
-def read_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every module's weight; a 1x1 convolution counts as a matrix."""
-    shapes = {}
-    for file in base.files:
-        for module in file.modules:
-            # One checkpoint may store a projection as a 1x1 convolution, the other as a matrix.
-            shape = file.shape(module)
-            shapes[module] = shape[:2] if set(shape[2:]) == {1} else shape
-    return shapes
+def read_shape(base: BaseModel, module: str) -> tuple[int, ...] | None:
+    """Return the shape of a module's weight, None if there is none; a 1x1 convolution counts as a matrix."""
+    shape = base.shape(module)
+    # One checkpoint may store a projection as a 1x1 convolution, the other as a matrix.
+    return shape[:2] if shape is not None and set(shape[2:]) == {1} else shape
 
 
 def make_metadata(args: argparse.Namespace, base: BaseModel) -> dict[str, str]:

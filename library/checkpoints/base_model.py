@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -53,6 +54,14 @@ class WeightFile:
         return (rows // 3, *rest)
 
 
+class Rows(NamedTuple):
+    """The rows of a layer in the weight of a fused module."""
+
+    fused: str  # kohya's name
+    first: int
+    end: int
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """A checkpoint, with its modules by their names in adapter files."""
@@ -67,11 +76,33 @@ class BaseModel:
         return not (len(self.files) == 1 and self.files[0].part == "")
 
     def read(self, module: str) -> Tensor:
-        """Read the weight of a module, by kohya's name. Raises UserError if there is none."""
+        """Read the weight of a module, by kohya's name, or of a part of a fused one. Raises UserError if there is
+        none."""
         for file in self.files:
             if module in file.modules:
                 return file.read(module)
+            if (rows := self._rows_in_fused(file, module)) is not None:
+                return file.read(rows.fused)[rows.first : rows.end]
         raise UserError(f"{self.path} has no module {module}")
+
+    def shape(self, module: str) -> tuple[int, ...] | None:
+        """Return the shape of the weight that `read` returns; None if there is none."""
+        for file in self.files:
+            if module in file.modules:
+                return file.shape(module)
+            if (rows := self._rows_in_fused(file, module)) is not None:
+                return rows.end - rows.first, *file.shape(rows.fused)[1:]
+        return None
+
+    def _rows_in_fused(self, file: WeightFile, module: str) -> Rows | None:
+        """Return the rows of a module that the file fuses with others; None for any other."""
+        names = self.names.find(module)
+        piece = None if names is None else names.piece_of(module)
+        if names is None or piece is None or names.kohya not in file.modules:
+            return None
+        shares = [piece.share for piece in names.pieces]
+        num_rows = file.shape(names.kohya)[0] // sum(shares)
+        return Rows(names.kohya, num_rows * sum(shares[:piece]), num_rows * sum(shares[: piece + 1]))
 
 
 def open_single_file(

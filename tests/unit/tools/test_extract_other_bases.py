@@ -1,6 +1,7 @@
 """tools/extract_lora_from_models.py on transformers: a merged change is extracted again."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from tests.tiny.flux_2 import build_tiny_flux_2
 from tests.tiny.hunyuan_image import build_tiny_hunyuan_image
 from tests.tiny.krea2 import build_tiny_krea2
 from tests.tiny.lumina import build_tiny_lumina
-from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21
+from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21, with_fused_gates
 from tests.tiny.sd3 import build_tiny_sd3
 from tests.tiny.zimage import build_tiny_zimage
 from tests.tolerances import FLOAT32_DEEP
@@ -77,3 +78,23 @@ def test_the_extracted_lora_merged_back_gives_the_tuned_checkpoint(tmp_path: Pat
     assert expected.keys() == actual.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(actual[key], tensor, **FLOAT32_DEEP, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_a_lora_is_extracted_from_files_with_fused_layers(tmp_path: Path) -> None:
+    """Qwen-Image 2.1's gate layers may be fused in either file; the LoRA is the same."""
+    base = Path(BASES["qwen_image_21"][0](tmp_path))
+    write_tuned_checkpoint(
+        base, tmp_path / "tuned", find_adapter_targets(open_base_model("base", base), with_convolutions=False)[1]
+    )
+    paths = {"org": (base, tmp_path / "org_fused"), "tuned": (tmp_path / "tuned", tmp_path / "tuned_fused")}
+    for path, fused in paths.values():
+        save_file(with_fused_gates(load_file(path)), fused)
+    extracted = []
+    for place, (org, tuned) in enumerate(product(paths["org"], paths["tuned"])):
+        save_to = tmp_path / f"lora{place}.safetensors"
+        words = ["--model_org", str(org), "--model_tuned", str(tuned), "--save_to", str(save_to), "--dim", str(RANK)]
+        assert extract_lora_from_models.main(words) == 0
+        extracted.append(load_file(save_to))
+    for lora in extracted[1:]:
+        assert lora.keys() == extracted[0].keys()
+        assert all(torch.equal(lora[key], extracted[0][key]) for key in lora)
