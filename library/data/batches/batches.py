@@ -250,8 +250,10 @@ class BatchMaker(Dataset[PartialBatch | str]):
         image_alpha = None if subset.alpha_mask else alpha
         pixels = with_alpha(rgb, image_alpha) if self.has_alpha else rgb
         image = apply_placement(pixels, placement, subset.resize_interpolation)
+        # A partner of opposite_dir is trained like its image.
+        are_opaque = bool(subset.alpha_mask and subset.opposite_dir)
         reference_pixels = read_placed_references(
-            sample, placement, subset.resize_interpolation, self.storage, self.has_alpha
+            sample, placement, subset.resize_interpolation, self.storage, self.has_alpha, are_opaque
         )
         if subset.color_aug:
             # Equal generators change an image and its references alike, so that a pair keeps its difference.

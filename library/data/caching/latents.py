@@ -61,7 +61,7 @@ class Job:
     users: tuple[int, ...]  # indices of the samples
     interpolation: str | None
     needs_flipped: bool
-    needs_alpha: bool  # as a mask; the image is then encoded without its alpha
+    needs_alpha: bool  # as a mask; the image, and its partner in a pair, is then encoded without its alpha
     file: LatentFile | None  # None keeps the latents in memory
     has_alpha: bool = False  # images are encoded with their alpha channel
     is_pair: bool = False  # the reference is the partner in opposite_dir, which is also trained on
@@ -385,7 +385,7 @@ def decode(job: Job, storage: Storage) -> Decoded:
     """Read, resize and crop the image of a job and its references. Each file is read once."""
     image, shape = job.sample.image, job.sample.shape
     references = tuple(
-        decode_image(job, reference, reference_shape, storage, is_masked=False)
+        decode_image(job, reference, reference_shape, storage, job.needs_alpha and job.is_pair)
         for reference, reference_shape in zip(image.references, shape.references, strict=True)
     )
     return replace(decode_image(job, image, shape, storage, job.needs_alpha), references=references)

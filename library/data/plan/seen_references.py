@@ -103,10 +103,18 @@ def digest_references(sample: Sample, interpolation: str | None, contents: Mappi
 
 
 def read_placed_references(
-    sample: Sample, placement: Placement, interpolation: str | None, storage: Storage, has_alpha: bool
+    sample: Sample,
+    placement: Placement,
+    interpolation: str | None,
+    storage: Storage,
+    has_alpha: bool,
+    are_opaque: bool = False,
 ) -> list[Pixels]:
-    """Read and place the references of a sample; RGBA with `has_alpha`. A reference with the size and shape of its
-    image is cropped like the image, others at the centre. All are mirrored like the image."""
+    """Read and place the references of a sample; RGBA with `has_alpha`, opaque with `are_opaque`.
+
+    A reference with the size and shape of its image is cropped like the image, others at the centre. All are mirrored
+    like the image.
+    """
     # The shape of a reference has no references itself, so the image's are left out of the comparison.
     image_shape, placed_references = replace(sample.shape, references=()), []
     for reference, shape in zip(sample.image.references, sample.shape.references, strict=True):
@@ -114,7 +122,6 @@ def read_placed_references(
         check_size(reference, rgb)
         is_alike = shape == image_shape and reference.size == sample.image.size
         reference_placement = placement if is_alike else crop_at_centre(shape, placement.is_flipped)
-        placed_references.append(
-            apply_placement(with_alpha(rgb, alpha) if has_alpha else rgb, reference_placement, interpolation)
-        )
+        pixels = with_alpha(rgb, None if are_opaque else alpha) if has_alpha else rgb
+        placed_references.append(apply_placement(pixels, reference_placement, interpolation))
     return placed_references

@@ -2,17 +2,20 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from library.data.caching.latents import cache_latents
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import open_batches
 from library.errors import UserError
 from library.options.caching import CachingOptions
+from library.protocols import LatentSpec
 from tests.unit.data import builders
 from tests.unit.data.builders import (
     averaging_vae,
@@ -29,9 +32,16 @@ SUBSET = "[[datasets.subsets]]\nimage_dir = '{here}/good'\n"
 PAIR = "opposite_dir = '{here}/bad'\n"
 
 
-def plan(folder: Path, keys: str = PAIR, head: str = HEAD, more: str = "", trains: str = "dpo") -> DataPlan:
+def plan(
+    folder: Path,
+    keys: str = PAIR,
+    head: str = HEAD,
+    more: str = "",
+    trains: str = "dpo",
+    spec: LatentSpec = builders.SPEC,
+) -> DataPlan:
     options = write_config(folder / "data.toml", f"{head}{SUBSET}{keys}{more}")
-    return plan_of(options.with_values({"preference_loss": trains or None}))
+    return plan_of(options.with_values({"preference_loss": trains or None}), spec=spec)
 
 
 @pytest.fixture
@@ -78,6 +88,29 @@ def test_cached_partners_are_sampled_with_the_noise_of_their_images(pairs: Path,
         for plain, stored in zip(batches_of(data_plan, epoch), batches_of(cached, epoch), strict=True):
             noise = stored.latents_BCHW - encode(plain.pixels_BCHW, None)
             assert 0.008 < float(noise.std()) < 0.012
+            torch.testing.assert_close(stored.reference_latents[0] - encode(plain.reference_pixels[0], None), noise)
+
+
+def test_a_partner_is_opaque_where_the_alpha_channel_of_its_image_is_a_mask(tmp_path: Path) -> None:
+    """For a base model that encodes alpha channels, in the step and cached."""
+    for folder, seed in (("good", 1), ("bad", 2)):
+        for path in write_folder(tmp_path / folder, 2, seed=seed).glob("*.png"):
+            with Image.open(path) as image:
+                image.putalpha(60)
+                image.save(path)
+    spec, average = replace(builders.SPEC, has_alpha=True), averaging_vae()
+
+    def encode(pixels_BCHW: torch.Tensor, generators: Sequence[torch.Generator] | None) -> torch.Tensor:
+        return average(pixels_BCHW[:, 1:], generators)  # three channels, among them alpha
+
+    for is_mask in (False, True):
+        keys = f"{PAIR}alpha_mask = {str(is_mask).lower()}\n"
+        data_plan = plan(tmp_path, keys, spec=spec)
+        options = CachingOptions(cache_latents=True)
+        cached = open_batches(data_plan, cache_latents(data_plan, encode, lambda: "vae", options, 1))
+        for plain, stored in zip(batches_of(data_plan), batches_of(cached), strict=True):
+            assert (plain.reference_pixels[0][:, 3] == 1).all() == is_mask
+            noise = stored.latents_BCHW - encode(plain.pixels_BCHW, None)
             torch.testing.assert_close(stored.reference_latents[0] - encode(plain.reference_pixels[0], None), noise)
 
 
