@@ -125,7 +125,10 @@ def cache_latents(
             if isinstance(latents, DamagedImage):
                 damaged.update((user, str(latents)) for user in job.users)
             elif job.file is None:
-                memory.update((user, latents) for user in job.users)
+                for user in job.users:
+                    # Not every subset that shares an encoding uses the image's alpha as a mask.
+                    is_masked = plan.subset_of(plan.samples[user]).alpha_mask
+                    memory[user] = latents if is_masked else replace(latents, alpha_HW=None)
 
     def make(share: Sequence[CheckedJob[Job]]) -> None:
         encode_jobs([result.requested for result in share])

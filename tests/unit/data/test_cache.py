@@ -200,6 +200,18 @@ def test_a_mask_in_the_file_is_ignored_without_alpha_mask(folder):
     assert num_encoded == 0 and all(batch.masks_B1HW is None for batch in batches_of(batches))
 
 
+@pytest.mark.parametrize("options", [DISK, MEMORY], ids=["disk", "memory"])
+def test_subsets_that_share_an_image_only_get_its_mask_if_they_want_it(tmp_path, options):
+    write_image(tmp_path / "a/q.png", (64, 64), seed=30, mode="RGBA")
+    dataset = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
+    plan = plan_of(
+        write_config(tmp_path / "data.toml", f"{dataset}alpha_mask = true\n{dataset}class_tokens = 'whole'\n")
+    )
+    batches = open_batches(plan, cache_latents(plan, averaging_vae(), lambda: "vae", options, 1))
+    masks = {batch.captions[0]: batch.masks_B1HW for batch in batches_of(batches)}
+    assert masks[""] is not None and masks["whole"] is None
+
+
 # Latents do not depend on how they are computed
 
 
