@@ -15,6 +15,7 @@ from library.data.sources.indexed.rows import HEAD_BYTES
 from library.data.sources.storage import object_storage
 from library.data.sources.storage.disk_cache import DiskCache
 from library.data.sources.storage.storage import REMOTE_CHUNK_BYTES, Storage
+from library.data.training_data import open_batches
 from library.errors import UserError
 from library.options.caching import CachingOptions
 from tests.unit.data.builders import averaging_vae, batches_of, content_of, write_image
@@ -220,6 +221,29 @@ def test_a_shard_that_was_replaced_is_noticed(shards: ObjectStore, images: Path,
     with pytest.raises(UserError, match=r"was replaced since it was indexed|cannot be read after"):
         contents(plan)
     assert len(contents(open_remote(tmp_path, SHARDS))) == COUNT / 2
+
+
+@pytest.mark.parametrize("to_disk", [False, True], ids=["memory", "disk"])
+def test_urls_that_differ_only_in_their_parameters_are_different_images(to_disk: bool, tmp_path: Path) -> None:
+    """The parameters are left out of names, but images of one name would share their latents."""
+    import fsspec
+
+    urls = [f"memory://pictures/image?id={i}" for i in range(3)]
+    for i, url in enumerate(urls):
+        fsspec.filesystem("memory").pipe(url, write_image(tmp_path / "image.png", seed=i).read_bytes())
+    write_parquet(tmp_path / "rows.parquet", {"url": urls, "text": ["a", "b", "c"]})
+    plan = open_remote(tmp_path, 'parquet = "{here}/rows.parquet"\n')
+    options = CachingOptions(cache_latents=True, cache_latents_to_disk=to_disk)
+    cached = open_batches(plan, cache_latents(plan, averaging_vae(), lambda: "vae", options, 1))
+    for plain, stored in zip(batches_of(plan), batches_of(cached), strict=True):
+        assert (stored.latents_BCHW - averaging_vae()(plain.pixels_BCHW, None)).abs().max() < 0.1
+    assert len(set(plan.image_paths)) == 3
+
+
+def test_shards_that_differ_only_in_their_parameters_are_refused(tmp_path: Path) -> None:
+    subset = 'shards = ["https://host/get?file=0.tar", "https://host/get?file=1.tar"]'
+    with pytest.raises(UserError, match=r"differ only in their parameters.*https://host/get; use addresses with"):
+        open_remote(tmp_path, subset)
 
 
 def test_images_behind_dead_urls_are_skipped(store: ObjectStore, images: Path, tmp_path: Path) -> None:

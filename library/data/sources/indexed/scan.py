@@ -84,6 +84,12 @@ def describe_files(
     if any(map(is_remote, files)):
         storage.required_cache_dir(f"{key} at a URL")
     labels = [strip_secrets(file) for file in files]
+    if len(set(labels)) < len(labels):
+        alike = sorted({label for label in labels if labels.count(label) > 1})
+        raise UserError(
+            f"{key} has addresses that differ only in their parameters, which names of images leave out: "
+            f"{list_few(alike)}; use addresses with different paths"
+        )
     stamps = read_stamps(files, labels, key, storage, num_threads)
     values = {name: getattr(config, name) for name in keys}
     if "caption_extension" in values:
@@ -142,7 +148,7 @@ def convert_rows(
     is_missing = compute.is_null(table["caption"]).to_numpy()
     captions = copy_texts(compute.fill_null(table["caption"], config.class_tokens or ""))
     images = ScannedImages(
-        names=copy_texts(table["name"]),
+        names=names_of_urls(table) if is_url else copy_texts(table["name"]),
         captions=parse_captions(captions, config.captions),
         sizes_N2=np.stack([numbers(table["width"], np.int32), numbers(table["height"], np.int32)], axis=1),
         locations=ImageLocations(
@@ -165,6 +171,22 @@ def convert_rows(
         images.keys_at(np.flatnonzero(is_missing)) if is_missing.any() else (),
         images.keys_at(np.flatnonzero(is_empty)) if is_empty.any() else (),
     )
+
+
+def names_of_urls(table: Any) -> Texts:
+    """Return the names of images at URLs: without secrets, and different for different images."""
+    columns = (table[name].to_pylist() for name in ("name", "url", "digest"))
+    return Texts.of(distinct_name(*row) for row in zip(*columns, strict=True))
+
+
+def distinct_name(name: str, url: str, digest: bytes) -> str:
+    """Return the name of the image at `url`, which begins with a digest of the image if the URL has parameters."""
+    if not is_remote(url) or ("?" not in url and "#" not in url):
+        return name
+    # Parameters are left out of names, although they may be all that tells images apart, as in image?id=7. The digest
+    # of a signed URL does not change with its signature.
+    folder, _, file = name.rpartition("/")
+    return f"{folder}/{digest.hex()[:12]}-{file}"
 
 
 def references_in(
