@@ -85,10 +85,11 @@ class DataPlan:
 
     @property
     def image_paths(self) -> list[str]:
-        """The files of all images, one for each sample, followed by those of the reference images."""
+        """The files of all images, one for each sample, followed by those of the reference images and the masks."""
         return [
             *(key for images in self.samples.subsets for key in images.each_key()),
-            *self.samples.reference_paths,
+            *(reference.key for reference in self.samples.references),
+            *self.samples.mask_paths,
         ]
 
     @property

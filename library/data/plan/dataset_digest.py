@@ -25,13 +25,17 @@ WHERE = (
 
 
 def image_digests(samples: Samples, num_threads: int) -> list[str]:
-    """Return the digests of all image files, followed by those of reference images; empty for very large sets.
+    """Return the digests of all image files, followed by those of reference images and masks; empty for very large
+    sets.
 
     Digests of images in larger files come from the index, others from `content_digests`.
     """
     if len(samples) > MAX_IMAGES:
         return []
-    return [
+    references, mask_paths = samples.references, samples.mask_paths
+    if len(samples) + len(references) + len(mask_paths) > MAX_IMAGES:
+        return []
+    images = [
         digest
         for images in samples.subsets
         for digest in (
@@ -39,7 +43,14 @@ def image_digests(samples: Samples, num_threads: int) -> list[str]:
             if images.locations is None
             else [digest.tobytes().hex()[:8] for digest in images.locations.digest_N16]
         )
-    ] + content_digests(samples.reference_paths, num_threads)
+    ]
+    files = [reference.key for reference in references if reference.location is None]
+    digest_by_file = dict(zip(files, content_digests(files, num_threads), strict=True))
+    reference_digests = [
+        digest_by_file[reference.key] if reference.location is None else reference.location.digest[:8]
+        for reference in references
+    ]
+    return [*images, *reference_digests, *content_digests(mask_paths, num_threads)]
 
 
 def content_digests(paths: Sequence[str], num_threads: int) -> list[str]:

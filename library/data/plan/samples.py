@@ -106,9 +106,14 @@ class Samples(Column[Sample]):
         return keys
 
     @property
-    def reference_paths(self) -> list[str]:
-        """The files of all reference images, image by image."""
-        return [reference.key for images in self.subsets for row in images.references or () for reference in row]
+    def references(self) -> list[ScannedImage]:
+        """All reference images, image by image."""
+        return [reference for images in self.subsets for row in images.references or () for reference in row]
+
+    @property
+    def mask_paths(self) -> list[str]:
+        """The files of all masks, image by image."""
+        return [path for images in self.subsets for path in images.masks or ()]
 
     def sizes(self) -> NDArray[np.int32]:
         """Width and height of each image, shape (N, 2)."""

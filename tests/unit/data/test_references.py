@@ -17,11 +17,13 @@ from library.data.caching.latents import cache_latents
 from library.data.decoding.images import read_pixels
 from library.data.decoding.tensors import to_pixels
 from library.data.description.buckets import ReferenceRules, Shape, cover
+from library.data.plan import dataset_digest
 from library.data.plan.data_plan import DataPlan
 from library.data.scanned.images import References, ScannedImage
 from library.data.training_data import open_batches
 from library.errors import UserError
 from library.options.caching import CachingOptions
+from library.training.saving.resume import content_differences
 from tests.unit.data import builders
 from tests.unit.data.builders import averaging_vae, batches_of, plan_of, write_config, write_folder, write_image
 from tests.unit.data.shard_builders import write_parquet, write_tar
@@ -319,6 +321,42 @@ def test_the_identity_of_a_dataset_depends_on_its_references(tmp_path: Path) -> 
     assert [path for path, a, b in zip(paths, contents, changed, strict=True) if a != b] == [
         str(tmp_path / "before" / "p1.png")
     ]
+
+
+def test_changed_references_in_shards_and_changed_masks_are_named_at_resume(tmp_path: Path) -> None:
+    write_folder(tmp_path / "after", 1)
+    keys = "conditioning_data_dir = '{here}/masks'"
+    options = write_config(tmp_path / "masked.toml", f"{HEAD}{SUBSET}{keys}\n").with_values({"masked_loss": True})
+    subset = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nshards = '{here}/a.tar'"
+    shards = write_config(tmp_path / "shards.toml", subset)
+    states = []
+    for seed in (1, 2):
+        mask = write_image(tmp_path / "masks" / "p0.png", seed=seed)
+        image = (tmp_path / "after" / "p0.png").read_bytes()
+        write_tar(tmp_path / "a.tar", [("p0.png", image), ("p0.control.png", mask.read_bytes())])
+        plans = [plan_of(options), plan_of(shards, spec=SPEC)]
+        states.append([one.identity_with_contents for one in plans])
+    for before, now, data_plan in zip(*states, plans, strict=True):
+        (line,) = content_differences(before, now, data_plan.image_paths)
+        assert line.startswith("1 image changed since the state was saved: ") and line.endswith(
+            ("masks/p0.png", "a.tar/p0.control.png")
+        )
+        # States from before these digests existed.
+        older = [before["contents"][:1], [*before["contents"][:1], ""]]
+        assert not [*content_differences({**before, "contents": older[0]}, now, data_plan.image_paths)]
+        assert not [*content_differences({**before, "contents": older[1]}, now, data_plan.image_paths)]
+
+
+def test_more_references_than_are_compared_do_not_stop_a_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_digest, "MAX_IMAGES", 3)
+    write_folder(tmp_path / "after", 2)
+    write_folder(tmp_path / "before", 2, seed=1)
+    write_folder(tmp_path / "more", 2, seed=2)
+    data_plan = plan(tmp_path, "control_dirs = ['{here}/before', '{here}/more']")
+    identity = data_plan.identity_with_contents
+    assert not [*content_differences(identity, identity, data_plan.image_paths)]
 
 
 # Caches
