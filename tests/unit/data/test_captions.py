@@ -66,6 +66,13 @@ def test_every_line_gets_the_prefix_and_suffix():
     assert lines == {"P l1 S", "P l2 S", "P l3 S"}
 
 
+def test_prefix_and_suffix_drop_with_the_tags_they_join_unless_they_are_kept():
+    assert compose("a, b", caption_prefix="P", caption_suffix="S", caption_tag_dropout_rate=1.0) == ""
+    kept = {"caption_prefix": "P |||", "caption_suffix": "||| S", "keep_tokens_separator": "|||"}
+    assert compose("a, b", **kept, caption_tag_dropout_rate=1.0) == "P, S"
+    assert compose("a, b", caption_prefix="P", keep_tokens=1, caption_tag_dropout_rate=1.0) == "P a"
+
+
 @pytest.mark.parametrize(("step", "count"), [(0, 1), (1, 1), (5, 3), (9, 5), (10, 6), (50, 6)])
 def test_tag_warm_up_adds_one_tag_after_another(step, count):
     assert compose("a,b,c,d,e,f", step=step, token_warmup_step=0.1) == ", ".join("abcdef"[:count])
