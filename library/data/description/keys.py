@@ -120,7 +120,7 @@ SUBSET_KEYS = (
     *(Key(name, TEXTS, None, ONLY_S, ("dreambooth",)) for name in FILE_SOURCES),
     Key("image_column", TEXT, None, GDS, ("dreambooth",)),
     Key("caption_column", TEXT, None, GDS, ("dreambooth",)),
-    Key("class_tokens", TEXT, None, GDS, ("dreambooth",)),
+    Key("class_tokens", TEXT, None, GDS, ("dreambooth", "masked")),
     Key("is_reg", BOOL, False, ONLY_S, ("dreambooth",)),
     # sd-scripts refuses alpha_mask above a subset.
     Key("alpha_mask", BOOL, False, ONLY_S, ("dreambooth", "metadata"), "alpha_mask"),

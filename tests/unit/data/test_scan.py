@@ -248,6 +248,13 @@ def test_masks_are_matched_by_stem(tmp_path):
     assert [os.path.basename(image.mask_path or "") for image in scanned.images] == ["p0.jpg", "p1.jpg"]
 
 
+def test_images_with_masks_have_class_tokens(tmp_path):
+    write_folder(tmp_path / "pictures", 1, caption=None)
+    write_image(tmp_path / "masks/p0.png")
+    scanned = scan(tmp_path, MASKED + 'class_tokens = "a cat"\n', arguments="--masked_loss")
+    assert list(scanned.images.captions) == ["a cat"]
+
+
 def test_missing_and_surplus_masks_are_refused_by_name(tmp_path):
     write_folder(tmp_path / "pictures", 2)
     write_image(tmp_path / "masks/p0.png")
