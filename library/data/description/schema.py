@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,7 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
         )
         for i, dataset in enumerate(content.get("datasets", []))
     )
+    warn_of_unused(general, {dataset.style for dataset in datasets}, path)
     return RunDataConfig(datasets, is_from_file=True)
 
 
@@ -294,6 +296,19 @@ def explain_where_it_belongs(key: Key, level: Level) -> str:
     if level not in key.levels:
         return f"is not allowed here; it belongs in {' or '.join(headings[name] for name in key.levels)}"
     return f"is not allowed here; it is only for subsets of style {' or '.join(key.styles)}"
+
+
+def warn_of_unused(general: Table, styles: AbstractSet[Style], path: str) -> None:
+    """Warn about keys of [general] that no dataset of the file can use."""
+    for name in general:
+        if styles and styles.isdisjoint(ALL_KEYS[name].styles):
+            logger.warning(
+                "%s: %s in [general] has no effect: it is for subsets of style %s, and all are of style %s",
+                path,
+                name,
+                " or ".join(ALL_KEYS[name].styles),
+                " or ".join(sorted(styles)),
+            )
 
 
 # Building

@@ -151,10 +151,15 @@ def test_keys_of_another_style_are_refused(tmp_path):
     assert "['class_tokens'] is not allowed here; it is only for subsets of style dreambooth" in catch_mistakes(
         tmp_path, text
     )
-    assert (
-        load(tmp_path, "[general]\nclass_tokens = 'x'\n" + text.replace("class_tokens = 'x'\n", ""))[0].style
-        == "metadata"
-    )
+
+
+def test_general_keys_that_no_subset_can_use_are_warned_about(tmp_path, caplog):
+    general = "[general]\nclass_tokens = 'x'\n"
+    metadata = "[[datasets]]\nresolution = 8\n[[datasets.subsets]]\nmetadata_file = 'm.json'\n"
+    assert [dataset.style for dataset in load(tmp_path, general + metadata + SUBSET)] == ["metadata", "dreambooth"]
+    assert "class_tokens" not in caplog.text
+    assert [dataset.style for dataset in load(tmp_path, general + metadata)] == ["metadata"]
+    assert "class_tokens in [general] has no effect: it is for subsets of style dreambooth or masked" in caplog.text
 
 
 def test_syntax_errors_name_file_line_and_column(tmp_path):
