@@ -399,7 +399,7 @@ def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str
     if not extension.startswith("."):
         values["caption_extension"] = f".{extension}"
     check_subset(values, rules, place)
-    check_level_offset(values["custom_attributes"], place)
+    check_attributes(values["custom_attributes"], place)
     patterns_by_source = {name: values.pop(name) for name in FILE_SOURCES}
     source = next((name for name in FILE_SOURCES if patterns_by_source[name]), "image_dir")
     patterns = patterns_by_source.get(source, ())
@@ -412,18 +412,23 @@ def level_offset(attributes: Table) -> float:
     return float(attributes.get("timestep_sampling", {}).get("offset", 0.0))
 
 
-def check_level_offset(attributes: Table, place: str) -> None:
-    """Raise UserError if timestep_sampling is not a table, or its offset is not a number."""
-    sampling = attributes.get("timestep_sampling", {})
+def check_attributes(attributes: Table, place: str) -> None:
+    """Raise UserError for custom_attributes with impossible values, and warn about those that have no effect."""
+    place = f"{place}['custom_attributes']"
+    sampling, preserves = attributes.get("timestep_sampling", {}), attributes.get(PRESERVATION, False)
     if not isinstance(sampling, dict):
-        raise UserError(
-            f"{place}['custom_attributes']: timestep_sampling is {sampling!r}, but must be a table, {{ offset = 0.3 }}"
-        )
+        raise UserError(f"{place}: timestep_sampling is {sampling!r}, but must be a table, {{ offset = 0.3 }}")
     offset = sampling.get("offset", 0.0)
     if not is_finite_number(offset):
-        raise UserError(
-            f"{place}['custom_attributes']: timestep_sampling.offset is {offset!r}, but must be a number, such as 0.3"
-        )
+        raise UserError(f"{place}: timestep_sampling.offset is {offset!r}, but must be a number, such as 0.3")
+    if not isinstance(preserves, bool):
+        raise UserError(f"{place}: {PRESERVATION} is {preserves!r}, but must be true or false")
+    for table, names, prefix in (
+        (attributes, ("timestep_sampling", PRESERVATION), ""),
+        (sampling, ("offset",), "timestep_sampling."),
+    ):
+        for name in table.keys() - set(names):
+            logger.warning("%s: %s%s has no effect%s", place, prefix, name, did_you_mean(name, names))
 
 
 def check_subset(values: Table, rules: CaptionRules, place: str) -> None:

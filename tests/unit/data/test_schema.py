@@ -153,6 +153,14 @@ def test_keys_of_another_style_are_refused(tmp_path):
     )
 
 
+def test_attributes_without_effect_are_warned_about_and_wrong_values_refused(tmp_path, caplog):
+    load(tmp_path, SUBSET + "custom_attributes = {diff_output_preservaton = true, timestep_sampling = {ofset = 0.3}}\n")
+    assert "diff_output_preservaton has no effect (did you mean diff_output_preservation?)" in caplog.text
+    assert "timestep_sampling.ofset has no effect (did you mean offset?)" in caplog.text
+    with pytest.raises(UserError, match="diff_output_preservation is 'false', but must be true or false"):
+        load(tmp_path, SUBSET + "custom_attributes = {diff_output_preservation = 'false'}\n")
+
+
 def test_general_keys_that_no_subset_can_use_are_warned_about(tmp_path, caplog):
     general = "[general]\nclass_tokens = 'x'\n"
     metadata = "[[datasets]]\nresolution = 8\n[[datasets.subsets]]\nmetadata_file = 'm.json'\n"
