@@ -97,11 +97,13 @@ class DatasetOptions(Options, needs_images=True):
     )
     caption_prefix: str | None = option(
         None,
-        help="Text put before every caption, with a space between. Shuffling and tag dropout leave it alone.",
+        help="Text put before every caption, with a space between. It belongs to the first tag, and moves and drops "
+        "with it unless --keep_tokens keeps that.",
     )
     caption_suffix: str | None = option(
         None,
-        help="Text put after every caption, with a space between. Shuffling and tag dropout leave it alone.",
+        help="Text put after every caption, with a space between. It belongs to the last tag, and moves and drops with "
+        "it unless --keep_tokens_separator precedes it.",
     )
     caption_dropout_rate: float = option(
         0.0,
