@@ -146,11 +146,17 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
             "themselves; describe them with --dataset_config"
         )
     fallbacks = option_values(options.flat())
+    config = read_dataset_config(data, fallbacks)
+    warn_of_idle_masks(data, config)
+    return config
+
+
+def read_dataset_config(data: DatasetOptions, fallbacks: Table) -> RunDataConfig:
+    """Read the description as `load_dataset_config` does; `fallbacks` are the values of options."""
     if data.dataset_config is None:
         return RunDataConfig((folder_dataset(data, fallbacks),), is_from_file=False)
-    for flag in ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir"):
-        if getattr(data, flag):
-            logger.warning("--%s is ignored: --dataset_config describes the data", flag)
+    folder_flags = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
+    warn_of_ignored(data, folder_flags, "--dataset_config describes the data")
     path = str(data.dataset_config)
     # Datasets without subsets get theirs first, so that the checks know one form only.
     content = with_subsets(read_description(path), path)
@@ -166,6 +172,16 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
     )
     warn_of_unused(general, {dataset.style for dataset in datasets}, path)
     return RunDataConfig(datasets, is_from_file=True)
+
+
+def warn_of_idle_masks(data: DatasetOptions, config: RunDataConfig) -> None:
+    """Warn about options for masks that no subset can use."""
+    subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
+    have_files = [bool(subset.conditioning_data_dir) for subset in subsets]
+    if data.masked_loss and not any(have_files) and not any(subset.alpha_mask for subset in subsets):
+        logger.warning("--masked_loss has no effect: no subset has masks; set conditioning_data_dir or alpha_mask")
+    if data.alpha_mask and subsets and all(have_files):
+        logger.warning("--alpha_mask has no effect: the masks of conditioning_data_dir are used")
 
 
 # Reading
@@ -489,12 +505,14 @@ def folder_dataset(data: DatasetOptions, fallbacks: Table) -> DatasetConfig:
     subsets: list[Table]
     style: Style = "dreambooth"
     if data.in_json:
+        warn_of_ignored(data, ("reg_data_dir", "conditioning_data_dir"), "--in_json describes all images")
         style, subsets = "metadata", [{"image_dir": data.train_data_dir, "metadata_file": data.in_json}]
     elif not data.train_data_dir:
         raise NoDataFound("use --dataset_config or --train_data_dir")
     elif data.conditioning_data_dir:
         if not data.masked_loss:
             raise UserError("--conditioning_data_dir requires --masked_loss")
+        warn_of_ignored(data, ("reg_data_dir",), "with --conditioning_data_dir all images have masks")
         style = "masked"
         subsets = [{"image_dir": data.train_data_dir, "conditioning_data_dir": data.conditioning_data_dir}]
     else:
@@ -509,6 +527,13 @@ def folder_dataset(data: DatasetOptions, fallbacks: Table) -> DatasetConfig:
                 + (f"; it directly contains {num_direct} images, move them into such a folder" if num_direct else "")
             )
     return build_dataset({"subsets": subsets}, {}, fallbacks, style, "command line")
+
+
+def warn_of_ignored(data: DatasetOptions, flags: Sequence[str], reason: str) -> None:
+    """Warn about those of the options `flags` that are given although something else replaces them."""
+    for flag in flags:
+        if getattr(data, flag):
+            logger.warning("--%s is ignored: %s", flag, reason)
 
 
 def num_images_in(folder: str) -> int:

@@ -161,6 +161,25 @@ def test_attributes_without_effect_are_warned_about_and_wrong_values_refused(tmp
         load(tmp_path, SUBSET + "custom_attributes = {diff_output_preservation = 'false'}\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--in_json m.json --reg_data_dir reg", "--reg_data_dir is ignored: --in_json describes all images"),
+        ("--in_json m.json --conditioning_data_dir m", "--conditioning_data_dir is ignored: --in_json describes all"),
+        (
+            "--masked_loss --conditioning_data_dir m --reg_data_dir reg",
+            "--reg_data_dir is ignored: with --conditioning",
+        ),
+        ("--masked_loss --conditioning_data_dir m --alpha_mask", "--alpha_mask has no effect: the masks of condition"),
+        ("--masked_loss --in_json m.json", "--masked_loss has no effect: no subset has masks; set conditioning_data"),
+        ("--masked_loss --in_json m.json --alpha_mask", ""),
+    ],
+)
+def test_folder_options_without_effect_are_warned_about(arguments, message, caplog):
+    load_dataset_config(options_of(f"--resolution 64 --train_data_dir a {arguments}"))
+    assert message in caplog.text and bool(message) == bool(caplog.text)
+
+
 def test_general_keys_that_no_subset_can_use_are_warned_about(tmp_path, caplog):
     general = "[general]\nclass_tokens = 'x'\n"
     metadata = "[[datasets]]\nresolution = 8\n[[datasets.subsets]]\nmetadata_file = 'm.json'\n"
