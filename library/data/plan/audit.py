@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from library.data.description.buckets import BucketRules, Size
 from library.data.description.captions import has_nested_wildcard, iterate_fullest_captions
-from library.data.plan.folder_audit import Line, folder_lines
+from library.data.plan.folder_audit import Line, folder_lines, ignored_file_lines
 from library.data.plan.references import reference_lines
 from library.data.plan.samples import Draws, Samples, find_duplicated_stems
 from library.data.scanned.images import ScannedImages
@@ -104,6 +104,27 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
     yield logging.INFO, f"{source} {counts}"
     if num_unused:
         yield logging.WARNING, f"{source} {num_unused} {kind} are not needed and unused"
+    yield from file_lines(subset, kind, "trained")
+    yield from wording_lines(subset, source)
+    if config.captions.enable_wildcard:
+        is_nested = np.fromiter(map(has_nested_wildcard, subset.images.captions), dtype=bool)
+        effect = "captions have nested braces, of which only the inner ones are alternatives"
+        yield from warn_about(subset, is_nested, f"{source} {{}} {effect}")
+
+
+def held_out_lines(trained: Sequence[ScannedDataset], held_out: Sequence[ScannedDataset]) -> Iterator[Line]:
+    """Yield lines about the files of sources of which no image is trained; the other ones have theirs already."""
+    sources = {subset.config.source for dataset in trained for subset in dataset.subsets}
+    for subset in (subset for dataset in held_out for subset in dataset.subsets):
+        if subset.config.source not in sources:
+            yield from file_lines(subset, "images", "measured")
+            yield from ignored_file_lines(subset)
+            sources.add(subset.config.source)
+
+
+def file_lines(subset: ScannedSubset, kind: str, use: str) -> Iterator[Line]:
+    """Yield lines about skipped images and missing captions. `kind` names the images, `use` what happens to them."""
+    config, source = subset.config, f"  {subset.config.source}:"
     if subset.dropped:
         reasons = list_few([f"{shorten_path(path, config.source)} {reason}" for path, reason in subset.dropped])
         yield logging.WARNING, f"{source} {format_count(len(subset.dropped), 'image')} skipped: {reasons}"
@@ -112,7 +133,7 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
         yield logging.INFO, f"{source} {text}: {list_few_paths(subset.small, config.source)}"
     if subset.without_caption:
         level = logging.INFO if config.class_tokens else logging.WARNING
-        effect = f"using '{config.class_tokens}'" if config.class_tokens else "trained with an empty prompt"
+        effect = f"using '{config.class_tokens}'" if config.class_tokens else f"{use} with an empty prompt"
         missing = subset.without_caption
         yield (
             level,
@@ -123,11 +144,6 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
         empty = subset.empty_caption
         examples = list_few_paths(empty, config.source)
         yield logging.WARNING, f"{source} {format_count(len(empty), 'empty caption')}: {examples}"
-    yield from wording_lines(subset, source)
-    if config.captions.enable_wildcard:
-        is_nested = np.fromiter(map(has_nested_wildcard, subset.images.captions), dtype=bool)
-        effect = "captions have nested braces, of which only the inner ones are alternatives"
-        yield from warn_about(subset, is_nested, f"{source} {{}} {effect}")
 
 
 def warn_about(subset: ScannedSubset, is_affected: NDArray[np.bool_], text: str) -> Iterator[Line]:

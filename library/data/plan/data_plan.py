@@ -14,7 +14,7 @@ from library.collector import pause_collection
 from library.data.description.buckets import BucketRules, Shape, Size
 from library.data.description.captions import caption_variant
 from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig, load_dataset_config
-from library.data.plan.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, log_lengths_later
+from library.data.plan.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, held_out_lines, log_lengths_later
 from library.data.plan.audit_values import dataset_facts
 from library.data.plan.collect import collect
 from library.data.plan.dataset_digest import dataset_identity, image_digests
@@ -160,7 +160,7 @@ class DataPlan:
             log.log(level, "%s", line)
         if self.token_limit is not None and not counts_at_once:
             log_lengths_later(self.datasets, self.token_limit, log)
-        for level, line in self.split.lines:
+        for level, line in (*self.split.lines, *held_out_lines(self.datasets, self.split.set_aside)):
             log.log(level, "%s", line)
 
     def facts(self) -> dict[str, Any]:

@@ -47,6 +47,18 @@ def test_missing_and_empty_captions_are_counted_with_examples(tmp_path, caplog):
     assert "1 empty caption: " in text and text.count("WARNING") == 2
 
 
+@pytest.mark.parametrize("key", ["is_forgetting_probe = true", "validation_split = 1.0"])
+def test_files_of_subsets_that_are_only_measured_are_checked_too(tmp_path, caplog, key):
+    write_folder(tmp_path / "a", 2)
+    write_folder(tmp_path / "held_out", 2, seed=1)
+    (tmp_path / "held_out/bad.png").write_bytes(b"")
+    more = f"[[datasets.subsets]]\nimage_dir = '{{here}}/held_out'\ncaption_extension = '.cap'\n{key}\n"
+    text = audit_log(write_one_subset(tmp_path, "validation_split = 0.5", more=more), caplog)
+    assert "held_out: 1 image skipped: bad.png is empty" in text
+    assert "images without a caption file, measured with an empty prompt: " in text
+    assert "held_out: 2 of the missing captions exist as .txt files" in text and text.count("WARNING") == 3
+
+
 def test_missing_captions_replaced_by_class_tokens_give_no_warning(tmp_path, caplog):
     write_folder(tmp_path / "a", 2, caption=None)
     text = audit_log(write_one_subset(tmp_path, "class_tokens = 'a cat'"), caplog)
