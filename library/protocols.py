@@ -26,6 +26,13 @@ class LatentSpec:
     had_keys_without_size: bool  # older cache files have keys without the image size
     max_references: int = 0  # reference images that the denoiser accepts, for edit models
     has_alpha: bool = False  # images are encoded as RGBA, opaque ones included
+    patch: int = 1  # latents along each side of one of the denoiser's tokens
+
+    def fits(self, width: int, height: int) -> bool:
+        """Return True if images of this size can be encoded and divided into tokens. Bucket sides always fit."""
+        # Convolutions of 8 pixels per latent leave out the rest; VAEs that merge latents cannot divide it.
+        sides = [side // 8 * 8 for side in (width, height)] if self.downscale == 8 else [width, height]
+        return not any(side % (self.downscale * self.patch) for side in sides)
 
 
 class Loader(Protocol):

@@ -34,6 +34,7 @@ SPEC = LatentSpec(
     had_keys_without_size=False,
     max_references=MAX_REFERENCES,
     has_alpha=True,
+    patch=2,
 )
 
 MARKS = ("decoder.conv_in.weight", "decoder.conv1.weight")  # of diffusers' layout and of ComfyUI's

@@ -39,7 +39,7 @@ from library.types import Prompt
 logger = logging.getLogger(__name__)
 
 LATENTS = LatentSpec(
-    channels=LATENT_CHANNELS, downscale=8, bucket_step=32, cache_suffix="_sd3.npz", had_keys_without_size=False
+    channels=LATENT_CHANNELS, downscale=8, bucket_step=32, cache_suffix="_sd3.npz", had_keys_without_size=False, patch=2
 )
 T5_TOKENIZER = "tokenizer_3"  # a folder next to the model, named as in diffusers folders
 SAMPLING_SHIFT = 3.0  # used by SD3 to sample images

@@ -327,6 +327,12 @@ def bucket_rules(config: DatasetConfig, spec: LatentSpec) -> BucketRules:
     """Build the bucket rules of a dataset."""
     width, height = config.resolution
     rounded = width // spec.downscale * spec.downscale, height // spec.downscale * spec.downscale
+    if not config.enable_bucket and not spec.fits(width, height):
+        step = spec.downscale * spec.patch
+        raise UserError(
+            f"resolution is {width}x{height}, but without enable_bucket this base model needs multiples of {step}; use "
+            f"{max(width // step, 1) * step}x{max(height // step, 1) * step}, or set enable_bucket"
+        )
     if not config.enable_bucket and rounded != config.resolution:
         logger.warning(
             "resolution %dx%d is not a multiple of %d, the pixels of one latent: images are trained at %dx%d",

@@ -25,7 +25,7 @@ MARK = "decoder.conv_in.weight"
 
 def map_latents(cache_suffix: str, max_references: int = 0) -> KlLatents:
     """Return the latents of a base model whose tokens are 2 x 2 latents, with 16 channels and 8 pixels a side."""
-    spec = LatentSpec(CHANNELS, 8, 16, cache_suffix, False, max_references)
+    spec = LatentSpec(CHANNELS, 8, 16, cache_suffix, False, max_references, patch=2)
     return KlLatents(spec, SCALE, SHIFT, caches_normalized=True)
 
 

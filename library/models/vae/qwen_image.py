@@ -84,7 +84,7 @@ def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def qwen_image_latents(cache_suffix: str) -> QwenImageLatents:
     """Return the latents of a base model whose tokens are 2 x 2 latents."""
-    return QwenImageLatents(LatentSpec(CHANNELS, DOWNSCALE, 16, cache_suffix, had_keys_without_size=False))
+    return QwenImageLatents(LatentSpec(CHANNELS, DOWNSCALE, 16, cache_suffix, had_keys_without_size=False, patch=2))
 
 
 def open_vae(model: str, name: str | None, base: BaseFiles | None = None) -> Component:

@@ -24,6 +24,7 @@ from library.data.debug_dataset import show_batches
 from library.data.training_data import open_batches
 from library.errors import UserError
 from tests.unit.data.builders import (
+    SPEC,
     batches_of,
     content_of,
     options_of,
@@ -433,6 +434,27 @@ def test_debug_dataset_lists_every_image_once_with_its_samples(rich, caplog):
     times = [int(match[1]) if (match := re.search(r", (\d+) times", line)) else 1 for line in lines]
     assert len({line.split(": ")[0] for line in lines}) == len(lines) and sum(times) == 19
     assert "x pixels (3, 3, 64, 64)" in caplog.text and "loss weight 0.25" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("spec", "size", "message"),
+    [
+        (dataclasses.replace(SPEC, patch=2), "[72, 64]", "needs multiples of 16; use 64x64, or set enable_bucket"),
+        (dataclasses.replace(SPEC, patch=2), "[102, 84]", None),  # 96x80 after the VAE
+        (dataclasses.replace(SPEC, downscale=32), "[72, 64]", "needs multiples of 32; use 64x64, or set enable_bucket"),
+        (SPEC, "[72, 64]", None),
+    ],
+)
+def test_a_resolution_that_the_base_model_cannot_divide_is_refused(tmp_path, spec, size, message):
+    write_folder(tmp_path / "a", 1)
+    options = write_config(
+        tmp_path / "data.toml", f"[[datasets]]\nresolution = {size}\n[[datasets.subsets]]\nimage_dir = '{{here}}/a'\n"
+    )
+    if message is None:
+        assert len(plan_of(options, spec=spec).samples) == 1
+    else:
+        with pytest.raises(UserError, match=message):
+            plan_of(options, spec=spec)
 
 
 def test_a_resolution_that_is_not_a_multiple_of_a_latent_is_warned_about(tmp_path, caplog):
