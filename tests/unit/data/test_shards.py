@@ -385,9 +385,18 @@ def test_unusable_images_are_skipped_with_the_reason(tmp_path: Path) -> None:
     ]
     reasons = {key.rpartition("/")[2]: reason for key, reason in subset.dropped}
     assert reasons["a.jpg"] == "is skipped: a.png has the same name"
-    assert set(reasons) == {"a.jpg", "b.png", "empty.png"} and "not an image" in reasons["b.png"]
+    assert set(reasons) == {"a.jpg", "b.png", "empty.png", "d.mask.png"} and "not an image" in reasons["b.png"]
     assert [key.rpartition("/")[2] for key in subset.without_caption] == ["c.png"]
     assert [key.rpartition("/")[2] for key in subset.empty_caption] == ["e.png"]
+
+
+def test_images_with_a_dot_in_their_name_are_not_lost_silently(tmp_path):
+    image = write_image(tmp_path / "p.png").read_bytes()
+    names = ["a.png", "a.depth.png", "my.cat.01.jpg", "my.cat.01.txt"]
+    write_tar(tmp_path / "x.tar", [(name, image if name.endswith("g") else b"a cat") for name in names])
+    (subset,) = open_subset(tmp_path, 'shards = "{here}/x.tar"\n').datasets[0].subsets
+    assert len(subset.images) == 1 and [Path(path).name for path, _ in subset.dropped] == ["my.cat.01.jpg"]
+    assert "ends at its first dot; rename it" in subset.dropped[0][1]
 
 
 @pytest.mark.parametrize(

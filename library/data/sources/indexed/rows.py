@@ -17,6 +17,7 @@ from library.errors import UserError
 from library.json_text import parse_json
 
 CAPTION_FIELDS = ("caption", "text", "prompt")  # in a .json member, without caption_column
+DOTTED = "is skipped: the name of an image in a tar file ends at its first dot; rename it without other dots"
 REFERENCE = re.compile(r"control(?:_([0-9]{1,4}))?\.(\w+)")  # 000001.control.jpg, or 000001.control_0.jpg and so on
 
 
@@ -71,6 +72,7 @@ def rows_of_tar(window: Window, label: str, rule: CaptionRule) -> list[Row]:
     images: dict[str, Row] = {}
     duplicates: list[Row] = []
     references: dict[str, dict[int, Row]] = {}  # by number, -1 if unnumbered
+    dotted: list[Member] = []  # images with another dot in their name, such as 000001.depth.png or my.cat.jpg
     texts: dict[str, dict[str, str]] = {}
     for member in iterate_members(window, label):
         if member.ending in endings:
@@ -86,6 +88,8 @@ def rows_of_tar(window: Window, label: str, rule: CaptionRule) -> list[Row]:
             text = read_caption_text(window, member, label, rule)
             if text is not None:
                 texts.setdefault(member.stem, {})[member.ending] = text
+        elif member.ending.rpartition(".")[2] in endings:
+            dotted.append(member)
     image_rows = [
         with_numbered(row, references.pop(stem, {}))._replace(
             caption=next((stem_texts[ending] for ending in caption_endings if ending in stem_texts), None)
@@ -98,7 +102,13 @@ def rows_of_tar(window: Window, label: str, rule: CaptionRule) -> list[Row]:
         for stem_references in references.values()
         for row in stem_references.values()
     ]
-    return sorted([*image_rows, *duplicates, *unused], key=lambda row: row.start)
+    # Beside an image they are something else, such as its depth; alone they are images that would be lost silently.
+    lost = [
+        Row(member.name, member.start, member.num_bytes, 0, 0, None, bytes(16), DOTTED)
+        for member in dotted
+        if member.stem not in images
+    ]
+    return sorted([*image_rows, *duplicates, *unused, *lost], key=lambda row: row.start)
 
 
 def with_numbered(row: Row, references: Mapping[int, Row]) -> Row:
