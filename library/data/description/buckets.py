@@ -53,6 +53,8 @@ class BucketRules:
             )
         # Without buckets the other keys have no effect, so their defaults need not fit the resolution.
         if not self.enable_bucket:
+            if self.no_upscale:
+                logger.warning("bucket_no_upscale has no effect without enable_bucket: smaller images are enlarged")
             return self
         if step <= 0 or step % needed_step:
             raise UserError(

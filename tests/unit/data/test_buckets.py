@@ -112,6 +112,11 @@ def test_without_buckets_every_image_is_cropped_to_the_resolution():
     assert [shape.resized for shape in shapes] == [(320, 192), (640, 192), (320, 960)]
 
 
+def test_bucket_no_upscale_without_buckets_is_warned_about(caplog):
+    BucketRules((320, 192), False, 256, 1024, 64, True, 64).checked()
+    assert "bucket_no_upscale has no effect without enable_bucket: smaller images are enlarged" in caplog.text
+
+
 def test_a_resolution_that_is_not_a_multiple_of_the_step_is_warned_about(caplog):
     BucketRules((70, 70), True, 64, 128, 64, False, 64).checked()
     assert (
