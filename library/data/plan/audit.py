@@ -13,6 +13,7 @@ from itertools import chain, compress
 import numpy as np
 from numpy.typing import NDArray
 
+from library.data.decoding.images import parse_face
 from library.data.description.buckets import BucketRules, Size
 from library.data.description.captions import has_nested_wildcard, iterate_fullest_captions
 from library.data.plan.folder_audit import Line, folder_lines, ignored_file_lines
@@ -104,6 +105,8 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
     yield logging.INFO, f"{source} {counts}"
     if num_unused:
         yield logging.WARNING, f"{source} {num_unused} {kind} are not needed and unused"
+    if config.face_crop_aug_range is not None and not any(map(parse_face, subset.images.each_key())):
+        yield logging.WARNING, f"{source} face_crop_aug_range has no effect: no file name ends in a face's _cx_cy_w_h"
     yield from file_lines(subset, kind, "trained")
     yield from wording_lines(subset, source)
     if config.captions.enable_wildcard:

@@ -59,6 +59,15 @@ def test_files_of_subsets_that_are_only_measured_are_checked_too(tmp_path, caplo
     assert "held_out: 2 of the missing captions exist as .txt files" in text and text.count("WARNING") == 3
 
 
+def test_face_crops_without_a_face_in_any_name_are_warned_about(tmp_path, caplog):
+    write_folder(tmp_path / "a", 1)
+    line = "face_crop_aug_range has no effect: no file name ends in a face's _cx_cy_w_h"
+    assert line in audit_log(write_one_subset(tmp_path, "face_crop_aug_range = [1.0, 3.0]"), caplog)
+    write_image(tmp_path / "a/q_32_32_20_20.png", seed=5)
+    caplog.clear()
+    assert line not in audit_log(write_one_subset(tmp_path, "face_crop_aug_range = [1.0, 3.0]"), caplog)
+
+
 def test_missing_captions_replaced_by_class_tokens_give_no_warning(tmp_path, caplog):
     write_folder(tmp_path / "a", 2, caption=None)
     text = audit_log(write_one_subset(tmp_path, "class_tokens = 'a cat'"), caplog)
