@@ -4,8 +4,10 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 from itertools import chain, repeat
 
 from library.data.description.schema import SubsetConfig, strip_secrets
@@ -55,7 +57,10 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
         columns = columns_in(ParquetRows(storage.file(file.path), file.label), config)
         return [ParquetReader(name) for name in (columns.image, *columns.references)]
 
-    return scan_files(config, storage, num_threads, KEYS, read_rows, open_readers)
+    def stamp_images(path: str, label: str) -> str:
+        return "" if is_remote(path) else stamp_of_paths(ParquetRows(storage.file(path), label), config, path)
+
+    return scan_files(config, storage, num_threads, KEYS, read_rows, open_readers, stamp_images)
 
 
 SOURCE = Source(KEYS, scan)
@@ -65,6 +70,22 @@ def columns_in(opened: ParquetRows, config: SubsetConfig) -> Columns:
     """Find the columns of an open Parquet file."""
     column_keys = config.image_column, config.caption_column, config.control_columns
     return find_columns(opened.schema, *column_keys, opened.label)
+
+
+def stamp_of_paths(opened: ParquetRows, config: SubsetConfig, file: str) -> str:
+    """Return a digest of size and time of the images that a local Parquet file names by their paths; "" if it names
+    none."""
+    columns = columns_in(opened, config)
+    digest, has_paths = blake2b(digest_size=16), False
+    for batch in opened.batches([columns.image]) if columns.is_url else ():
+        for path in batch[columns.image]:
+            if path and not is_remote(path):
+                has_paths = True
+                with suppress(OSError):  # its row says that it is missing
+                    status = os.stat(os.path.join(os.path.dirname(file), path))
+                    digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+                digest.update(b"\0")
+    return digest.hexdigest() if has_paths else ""
 
 
 def rows_of_parquet(file: str, label: str, config: SubsetConfig, storage: Storage) -> list[Row]:

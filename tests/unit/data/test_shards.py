@@ -390,6 +390,22 @@ def test_unusable_images_are_skipped_with_the_reason(tmp_path: Path) -> None:
     assert [key.rpartition("/")[2] for key in subset.empty_caption] == ["e.png"]
 
 
+def test_replaced_images_that_a_parquet_file_names_by_path_are_noticed(tmp_path):
+    """The index and the latents of the old image would be used, or the new file would be cut off."""
+    for i in range(2):
+        write_image(tmp_path / f"images/{i}.png", seed=i)
+    write_parquet(tmp_path / "rows.parquet", {"url": ["images/0.png", "images/1.png"], "text": ["a", "b"]})
+    options = CachingOptions(cache_latents=True, cache_latents_to_disk=True)
+    calls: list[int] = []
+    for seed, size in ((0, (64, 64)), (9, (80, 72))):
+        write_image(tmp_path / "images/0.png", size, seed=seed)
+        plan = open_subset(tmp_path, 'parquet = "{here}/rows.parquet"\n')
+        assert [sample.image.size for sample in plan.samples] == [size, (64, 64)]
+        assert sorted(caption for batch in batches_of(plan) for caption in batch.captions) == ["a", "b"]
+        cache_latents(plan, averaging_vae(calls), lambda: "vae", options, 1)
+    assert sum(calls) == 3, "only the replaced image is encoded again"
+
+
 def test_images_with_a_dot_in_their_name_are_not_lost_silently(tmp_path):
     image = write_image(tmp_path / "p.png").read_bytes()
     names = ["a.png", "a.depth.png", "my.cat.01.jpg", "my.cat.01.txt"]

@@ -38,15 +38,18 @@ def scan_files(
     keys: Sequence[str],
     read_rows: Callable[[SourceFile], Sequence[Row]],
     open_readers: Callable[[SourceFile], Sequence[Reader]] = lambda file: (),
+    stamp_images: Callable[[str, str], str] = lambda path, label: "",
 ) -> ScannedSubset:
     """List the images of larger files, in the order of the files and of their positions in them.
 
     `read_rows` lists a file that is not indexed. `keys` are the keys of the subset that affect its result.
     `open_readers`, given the first file, returns the reader of the images of all files, followed by those of the
-    references; nothing if images are byte ranges. Raises UserError for files that are missing, damaged or of another
-    kind.
+    references; nothing if images are byte ranges. `stamp_images`, given path and label of a file, returns a text that
+    changes with the images outside the file that it names.
+
+    Raises UserError for files that are missing, damaged or of another kind.
     """
-    paths, labels, indexed_files = describe_files(config, storage, num_threads, keys)
+    paths, labels, indexed_files = describe_files(config, storage, num_threads, keys, stamp_images)
     files = [
         SourceFile(*file)
         for file in zip(paths, labels, (stamp.num_bytes for stamp in indexed_files.stamps), strict=True)
@@ -69,7 +72,11 @@ def release_memory() -> None:
 
 
 def describe_files(
-    config: SubsetConfig, storage: Storage, num_threads: int, keys: Sequence[str]
+    config: SubsetConfig,
+    storage: Storage,
+    num_threads: int,
+    keys: Sequence[str],
+    stamp_images: Callable[[str, str], str],
 ) -> tuple[list[str], list[str], IndexedFiles]:
     """Return (the files of a subset, their names in messages, the identity of their index). Raises UserError for
     missing or repeated files."""
@@ -90,7 +97,12 @@ def describe_files(
             f"{key} has addresses that differ only in their parameters, which names of images leave out: "
             f"{list_few(alike)}; use addresses with different paths"
         )
-    stamps = read_stamps(files, labels, key, storage, num_threads)
+    stamps = [
+        FileStamp(num_bytes, mark + stamp_images(file, label))
+        for file, label, (num_bytes, mark) in zip(
+            files, labels, read_stamps(files, labels, key, storage, num_threads), strict=True
+        )
+    ]
     values = {name: getattr(config, name) for name in keys}
     if "caption_extension" in values:
         values["caption_extension"] = config.caption_extension.removeprefix(".")

@@ -121,7 +121,12 @@ class Storage:
             content = self.read_range(location.file, location.start, location.num_bytes)
             self.disk_cache.put(cache_name(location), content)
         if content is None or digest_content(content) != location.digest:
-            raise UserError(f"{strip_secrets(location.file)} was replaced since it was indexed; restart the run")
+            # Only an image in a file of its own starts at byte 0 and has no reader; a start does not look at it again.
+            is_own_file = location.start == 0 and location.reader is None
+            remedy = "delete .picture_index-*.parquet below --cache_dir and " if is_own_file else ""
+            raise UserError(
+                f"{strip_secrets(location.file)} was replaced since it was indexed; {remedy}restart the run"
+            )
         return content
 
     # Files
