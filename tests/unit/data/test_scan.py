@@ -255,6 +255,17 @@ def test_images_with_masks_have_class_tokens(tmp_path):
     assert list(scanned.images.captions) == ["a cat"]
 
 
+def test_hidden_files_are_left_out(tmp_path):
+    """macOS writes ._p0.png and ._p0.txt, with other content, beside files on other file systems."""
+    for folder in ("pictures", "masks"):
+        write_folder(tmp_path / folder, 1)
+        for name in ("._p0.png", "._p0.txt"):
+            (tmp_path / folder / name).write_bytes(b"\x00\x05\x16\x07\xff")
+    for text, arguments in ((FOLDER, ""), (MASKED, "--masked_loss")):
+        scanned = scan(tmp_path, text, arguments=arguments)
+        assert len(scanned.images) == 1 and not scanned.dropped and not scanned.alone
+
+
 def test_missing_and_surplus_masks_are_refused_by_name(tmp_path):
     write_folder(tmp_path / "pictures", 2)
     write_image(tmp_path / "masks/p0.png")

@@ -408,7 +408,7 @@ def test_replaced_images_that_a_parquet_file_names_by_path_are_noticed(tmp_path)
 
 def test_images_with_a_dot_in_their_name_are_not_lost_silently(tmp_path):
     image = write_image(tmp_path / "p.png").read_bytes()
-    names = ["a.png", "a.depth.png", "my.cat.01.jpg", "my.cat.01.txt"]
+    names = ["a.png", "a.depth.png", "._a.png", "my.cat.01.jpg", "my.cat.01.txt"]
     write_tar(tmp_path / "x.tar", [(name, image if name.endswith("g") else b"a cat") for name in names])
     (subset,) = open_subset(tmp_path, 'shards = "{here}/x.tar"\n').datasets[0].subsets
     assert len(subset.images) == 1 and [Path(path).name for path, _ in subset.dropped] == ["my.cat.01.jpg"]

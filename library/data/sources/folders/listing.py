@@ -62,11 +62,14 @@ def add_link(contents: Folder, entry: os.DirEntry[str], caption_extension: str |
 
 
 def classify_names(names: Iterable[str], caption_extension: str | None) -> Folder:
-    """Classify files by their extensions."""
+    """Classify files by their extensions. Hidden files are left out, as in sd-scripts."""
     endings = {extension[1:] for extension in image_extensions()}
     similar = {extension.lower() for extension in (*endings, *OTHER_IMAGES, *CAPTION_ENDINGS)}
     folder = Folder([], [], set(), [])
     for name in names:
+        # Such as ._cat.png and ._cat.txt, which macOS writes beside files on other file systems; they are no images.
+        if name.startswith("."):
+            continue
         ending = name.rpartition(".")[2]
         if ending in endings and "." in name:
             folder.images.append(name)

@@ -88,7 +88,7 @@ def rows_of_tar(window: Window, label: str, rule: CaptionRule) -> list[Row]:
             text = read_caption_text(window, member, label, rule)
             if text is not None:
                 texts.setdefault(member.stem, {})[member.ending] = text
-        elif member.ending.rpartition(".")[2] in endings:
+        elif member.ending.rpartition(".")[2] in endings and member.stem.rpartition("/")[2]:  # else a hidden file
             dotted.append(member)
     image_rows = [
         with_numbered(row, references.pop(stem, {}))._replace(
