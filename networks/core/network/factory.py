@@ -1,7 +1,6 @@
 """The two functions of a network module, `create_network` and `create_network_from_weights`, for any adapter kind."""
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,8 +26,8 @@ from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.layouts import PIECES, list_layouts, recognise_layout
 from networks.core.registry.parsing import WRAPPERS, list_arguments, list_ignored, parse_arguments
 from networks.core.targets.rules import make_rules
-from networks.core.targets.selection import check_choices
-from networks.core.targets.targets import AdapterTargets
+from networks.core.targets.selection import Expressions, check_choices
+from networks.core.targets.targets import AdapterTargets, TargetModule
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +126,8 @@ def create_network_from_weights(
     network = AdapterNetwork(members, targets, arguments, maker.noise, str(file), spelling)
     if not for_inference:
         check_forms(kind, arguments, groups, str(file))
+        target_modules = [member.adapter.target for member in members]
+        warn_of_unmatched(targets, target_modules, "network_reg_lrs", arguments.of(RateArguments).network_reg_lrs or ())
         network.start_step = kind.prepare([member.adapter for member in members], arguments)
     network.train(not for_inference)
     return network, adapter_tensors(renamed)
@@ -149,15 +150,8 @@ def report_new_members(targets: AdapterTargets, arguments: NetworkArguments, mem
             logger.warning("--network_args conv_dim has no effect: no convolution larger than 1x1 is adapted here")
     if selection.train_norm and not any(target.kind == "norm" for target in target_modules):
         logger.warning("--network_args train_norm has no effect: the adapted blocks have no norms with weights")
-    paths = [path for target in target_modules for path in (*targets.spelled(target.name), target.path)]
-    entries = {
-        "network_reg_dims": ranks.network_reg_dims or (),
-        "network_reg_lrs": rates.network_reg_lrs or (),
-    }
-    for name, pairs in entries.items():
-        unused = [e for e, value in pairs if value and not any(re.search(e, path) for path in paths)]
-        if unused:
-            logger.warning("--network_args %s: nothing is adapted that %s fits", name, " or ".join(unused))
+    warn_of_unmatched(targets, target_modules, "network_reg_dims", ranks.network_reg_dims or ())
+    warn_of_unmatched(targets, target_modules, "network_reg_lrs", rates.network_reg_lrs or ())
     if selection.verbose:
         for member in members:
             logger.info("%s: rank %d", member.adapter.target.name, member.settings.rank)
@@ -166,6 +160,20 @@ def report_new_members(targets: AdapterTargets, arguments: NetworkArguments, mem
             "init=%s: factors start at a part of the weights; the saved LoRA takes it out again, at twice the rank",
             init.init,
         )
+
+
+def warn_of_unmatched(
+    targets: AdapterTargets, adapted: Sequence[TargetModule], argument: str, entries: Sequence[tuple[str, float]]
+) -> None:
+    """Warn about entries of network_reg_dims or network_reg_lrs whose expression fits no adapted module."""
+    expressions = [(entry[0], Expressions((entry,), targets)) for entry in entries if entry[1]]
+    unused = [text for text, expression in expressions if not any(map(expression.find, adapted))]
+    hint = f"; here an expression must fit a whole path, such as {adapted[-1].path}"
+    if unused:
+        logger.warning(
+            "--network_args %s: nothing is adapted that %s fits%s",
+            argument, " or ".join(unused), hint if targets.expressions == "path" else "",
+        )  # fmt: skip
 
 
 def check_arguments(kind: AdapterKind, arguments: NetworkArguments) -> None:

@@ -1,6 +1,7 @@
 """Network arguments whose meaning depends on the base model."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -113,6 +114,19 @@ def test_arguments_without_effect_are_warned_about(
     assert message in caplog.text
 
 
+def test_an_expression_for_a_part_of_a_path_is_warned_about_where_only_whole_paths_fit(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = toy_transformer(0)
+    model.adapter_targets = replace(model.adapter_targets, expressions="path")
+    with caplog.at_level(logging.WARNING):
+        assert ranks(model, network_reg_dims="attn_qkv=8") == ranks()
+    assert "nothing is adapted that attn_qkv fits; here an expression must fit a whole path, such as" in caplog.text
+    caplog.clear()
+    assert 8 in ranks(model, network_reg_dims=r".*\.attn_qkv=8").values()
+    assert not caplog.text
+
+
 def test_rates_by_expression_replace_the_rate_of_the_part_and_loraplus_multiplies_them() -> None:
     model = toy_transformer(0)
     network = lora.create_network(
@@ -127,12 +141,13 @@ def test_rates_by_expression_replace_the_rate_of_the_part_and_loraplus_multiplie
     assert trained == {f"lora_unet_single_{n}_linear{i}" for n in range(3) for i in (1, 2)}
 
 
-def test_rates_by_expression_apply_to_a_network_from_a_file() -> None:
+def test_rates_by_expression_apply_to_a_network_from_a_file(caplog: pytest.LogCaptureFixture) -> None:
     model = toy_transformer(0)
     weights = lora.create_network(1.0, 4, 1, None, None, model, in_dims="1,1,1").state_dict()
     network, _ = lora.create_network_from_weights(
-        1.0, "file", None, None, model, dict(weights), network_reg_lrs="single_0=0.5"
+        1.0, "file", None, None, model, dict(weights), network_reg_lrs="single_0=0.5,nowhere=1"
     )
+    assert "network_reg_lrs: nothing is adapted that nowhere fits" in caplog.text
     assert {name for name in network.state_dict()} == set(weights)
     _, names = network.prepare_optimizer_params_with_multiple_te_lrs(None, 0.25, 1.0)
     assert names == ["unet", "unet reg_lr_0"]
