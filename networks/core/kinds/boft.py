@@ -187,11 +187,15 @@ class BoftArguments:
     block_num: int = argument(
         parse_rank, 0, "How many blocks, in place of their size.", aliases=("boft_block_num",), is_fixed_by_file=True
     )
-    boft_n_butterfly_factor: int = argument(parse_unit, 1, "How many factors rotate one after the other.")
+    boft_n_butterfly_factor: int = argument(
+        parse_unit, 1, "How many factors rotate one after the other.", is_fixed_by_file=True
+    )
     enable_conv: bool = argument(
         parse_bool, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
     )
-    auto_adjust: bool = argument(parse_bool, True, "Take the nearest size where one does not divide a layer.")
+    auto_adjust: bool = argument(
+        parse_bool, True, "Take the nearest size where one does not divide a layer.", is_fixed_by_file=True
+    )
 
 
 def make(request: ChangeRequest) -> Change:

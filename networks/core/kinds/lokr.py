@@ -345,8 +345,11 @@ def make(request: ChangeRequest) -> Change:
     return wrap(request, delta)
 
 
-def count_whole(adapters: Sequence[Adapter], arguments: NetworkArguments) -> None:
-    """Log how many modules have no rank."""
+def prepare(adapters: Sequence[Adapter], arguments: NetworkArguments) -> None:
+    """Log how many modules have no rank. Warn about decompose_both, if full_matrix overrides it."""
+    lokr = arguments.of(LokrArguments)
+    if lokr.decompose_both and lokr.full_matrix:
+        logger.warning("--network_args decompose_both has no effect with full_matrix, which keeps both matrices whole")
     sizes = [change.size for adapter in adapters for change in changes_in(adapter.change)]
     sizes = [size for size in sizes if size.has_ranks]
     num_whole = sum(size.is_whole for size in sizes)
@@ -359,6 +362,6 @@ def count_whole(adapters: Sequence[Adapter], arguments: NetworkArguments) -> Non
 
 
 KIND = AdapterKind(
-    tuple(_layouts()), make, "networks.lokr", arguments=LokrArguments, prepare=count_whole,
+    tuple(_layouts()), make, "networks.lokr", arguments=LokrArguments, prepare=prepare,
     refuses={"split_qkv": "all rows of a layer share its two matrices"},
 )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.core.arguments.common import DropoutArguments
-from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings, argument
+from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings, Requirement, argument
 from networks.core.arguments.values import parse_bool, parse_number, parse_unit
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.blocks import REFUSED, block_size_for, refuse_magnitudes, resolve_blocks, row_length
@@ -176,14 +176,18 @@ class OftV2Arguments:
         is_fixed_by_file=True,
     )  # fmt: skip
     coft: bool = argument(parse_bool, False, "Limit the angles.", aliases=("oft_coft",))
-    coft_eps: float = argument(parse_number, 6e-5, "The length that all blocks together may have.")
+    coft_eps: float = argument(
+        parse_number, 6e-5, "The length that all blocks together may have.", requires=Requirement((("coft",),), "coft")
+    )
     block_share: bool = argument(
         parse_bool, False, "All inputs of a layer share one block.", aliases=("oft_block_share",), is_fixed_by_file=True
     )
     enable_conv: bool = argument(
         parse_bool, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
     )
-    auto_adjust: bool = argument(parse_bool, True, "Take the nearest size where one does not divide a layer.")
+    auto_adjust: bool = argument(
+        parse_bool, True, "Take the nearest size where one does not divide a layer.", is_fixed_by_file=True
+    )
 
 
 def make(request: ChangeRequest) -> Change:

@@ -1,6 +1,7 @@
 """The two functions of a network module, `create_network` and `create_network_from_weights`, for any adapter kind."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from networks.core.arguments.network_arguments import NetworkArguments, NetworkS
 from networks.core.changes.init import InitArguments
 from networks.core.changes.parameter_keys import DORA_SCALE
 from networks.core.changes.qkv_pieces import group_by_rows
-from networks.core.changes.tlora import NoiseLevels
+from networks.core.changes.tlora import NoiseLevels, TLoraArguments
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors, open_adapter
 from networks.core.files.file_spelling import FileSpelling, recognise_spelling
 from networks.core.files.foreign_names import to_own_names
@@ -26,8 +27,8 @@ from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.layouts import PIECES, list_layouts, recognise_layout
 from networks.core.registry.parsing import WRAPPERS, list_arguments, list_ignored, parse_arguments
 from networks.core.targets.rules import make_rules
-from networks.core.targets.selection import Expressions, check_choices
-from networks.core.targets.targets import AdapterTargets, TargetModule
+from networks.core.targets.selection import Expressions, check_choices, list_targets
+from networks.core.targets.targets import AdapterTargets, Filters, TargetModule, find_norms
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ def create_network(
     check_choices(targets, arguments, unet)
     maker = MemberMaker(kind, targets, arguments, multiplier, NoiseLevels())
     members: list[Member] = []
-    for model in narrow_adapted_models(kind, targets, arguments, text_encoder, unet):
+    models = list(narrow_adapted_models(kind, targets, arguments, text_encoder, unet))
+    for model in models:
         rules = make_rules(rank, settings.alpha, arguments, targets, is_denoiser=model.is_denoiser)
         members += maker.fresh(model, rules)
     if not members:
@@ -82,6 +84,7 @@ def create_network(
             f"nothing to train: with --network_dim {rank} and these --network_args every module has the rank 0"
         )
     report_new_members(targets, arguments, members)
+    warn_of_idle_patterns(models, targets, arguments)
     network = AdapterNetwork(members, targets, arguments, maker.noise)
     network.start_step = kind.prepare([member.adapter for member in members], arguments)
     return network
@@ -152,6 +155,13 @@ def report_new_members(targets: AdapterTargets, arguments: NetworkArguments, mem
         logger.warning("--network_args train_norm has no effect: the adapted blocks have no norms with weights")
     warn_of_unmatched(targets, target_modules, "network_reg_dims", ranks.network_reg_dims or ())
     warn_of_unmatched(targets, target_modules, "network_reg_lrs", rates.network_reg_lrs or ())
+    tlora, denoiser_ranks = arguments.of(TLoraArguments), [m.settings.rank for m in members if m.text_encoder is None]
+    if tlora.tlora and max(denoiser_ranks, default=0) <= tlora.tlora_min_rank:
+        logger.warning(
+            "--network_args tlora_min_rank=%d: no layer of the denoiser has more ranks, so all of them act at every "
+            "noise level and T-LoRA has no effect; lower it, or raise --network_dim",
+            tlora.tlora_min_rank,
+        )
     if selection.verbose:
         for member in members:
             logger.info("%s: rank %d", member.adapter.target.name, member.settings.rank)
@@ -160,6 +170,35 @@ def report_new_members(targets: AdapterTargets, arguments: NetworkArguments, mem
             "init=%s: factors start at a part of the weights; the saved LoRA takes it out again, at twice the rank",
             init.init,
         )
+
+
+def warn_of_idle_patterns(models: Sequence[AdaptedModel], targets: AdapterTargets, arguments: NetworkArguments) -> None:
+    """Warn about exclude_patterns and include_patterns that change nothing."""
+    patterns = arguments.of(TargetArguments)
+    excluded = Filters(patterns.exclude_patterns)
+    if not (patterns.exclude_patterns or patterns.include_patterns or patterns.only_patterns):
+        return
+    candidates = [(model.part, target.path) for model in models for target in list_candidates(model, targets)]
+    paths = [path for _, path in candidates]
+    readmitted = [path for part, path in candidates if excluded.leave_out(part, path)]
+    for argument, given, fitting, what in (
+        ("exclude_patterns", patterns.exclude_patterns, paths, "no module"),
+        ("include_patterns", patterns.include_patterns, readmitted, "no module that is left out"),
+        ("include_patterns", patterns.only_patterns, paths, "no module"),
+    ):
+        idle = [pattern for pattern in given if not any(re.fullmatch(pattern, path) for path in fitting)]
+        if idle:
+            logger.warning(
+                "--network_args %s: %s has the whole path %s (paths look like %s); this has no effect",
+                argument, what, " or ".join(idle), paths[-1],
+            )  # fmt: skip
+
+
+def list_candidates(model: AdaptedModel, targets: AdapterTargets) -> list[TargetModule]:
+    """Return every module of a part of the base model that any argument could adapt, norms included."""
+    part, everything = model.part, Filters(include=(".*",))
+    norms = find_norms(part, model.root, part.blocks + part.conv_blocks, everything)
+    return [*norms, *list_targets(part, model.root, targets)]
 
 
 def warn_of_unmatched(

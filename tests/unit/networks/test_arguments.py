@@ -90,7 +90,13 @@ def test_an_invalid_network_dropout_is_named_by_its_flag() -> None:
 
 @pytest.mark.parametrize(
     "items",
-    [{"conv_alpha": "2"}, {"block_alphas": "1,2"}, {"conv_block_alphas": "1,2"}, {"block_lr_zero_threshold": "0.1"}],
+    [
+        {"conv_alpha": "2"},
+        {"block_alphas": "1,2"},
+        {"conv_block_alphas": "1,2"},
+        {"block_lr_zero_threshold": "0.1"},
+        {"coft_eps": "1e-3"},
+    ],
 )
 def test_an_argument_without_the_one_it_needs_warns(items: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):

@@ -192,6 +192,11 @@ def test_lokr_arguments_are_ignored_with_a_warning_in_other_network_modules(capl
     assert "--network_args factor has no effect; it belongs to networks.lokr" in caplog.text
 
 
+def test_an_argument_that_full_matrix_overrides_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    lokr.create_network(1.0, 3, 2.0, None, *toy_models(4102), full_matrix="1", decompose_both="1")
+    assert "decompose_both has no effect with full_matrix" in caplog.text
+
+
 def test_modules_without_a_rank_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         network = trained(4111, full_matrix="True")[0]

@@ -88,6 +88,16 @@ def test_arguments_without_effect_are_logged(caplog: pytest.LogCaptureFixture) -
     )
 
 
+def test_a_file_overrides_the_number_of_factors_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    text, unet = toy_models(8047)
+    network = boft.create_network(1.0, 2, 1.0, None, text, unet, boft_n_butterfly_factor="2", include_patterns=".*to_q")
+    weights = network.state_dict()
+    boft.create_network_from_weights(
+        1.0, "file", None, text, unet, dict(weights), boft_n_butterfly_factor="3", auto_adjust="0"
+    )
+    assert "boft_n_butterfly_factor, auto_adjust has no effect" in caplog.text
+
+
 def test_boft_refuses_two_block_sizes_and_logs_which_one_is_used(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match="block_size=4 and boft_block_num=2 say the same in two ways"):
         boft.create_network(1.0, None, 1.0, None, *toy_models(8046), boft_block_size="4", boft_block_num="2")

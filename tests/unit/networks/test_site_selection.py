@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from networks import lora
+from networks import lora, oft_v2
 from tests.unit.networks.toy import TextEncoder
 from tests.unit.networks.toy_transformer import ToyTransformer, toy_transformer
 
@@ -104,6 +104,9 @@ def test_arguments_that_do_not_match_the_base_model_are_errors(arguments: dict[s
         ({"emb_dims": "4,4"}, "emb_dims has no effect: it belongs to other base models"),
         ({"conv_dim": "8"}, "conv_dim has no effect"),
         ({"network_reg_lrs": "nowhere=1"}, "nothing is adapted that nowhere fits"),
+        ({"exclude_patterns": r"['atn', 'qkv']"}, "exclude_patterns: no module has the whole path atn or qkv (paths"),
+        ({"include_patterns": ".*qkv"}, "include_patterns: no module that is left out has the whole path .*qkv"),
+        ({"tlora": "True", "tlora_min_rank": "4"}, "tlora_min_rank=4: no layer of the denoiser has more ranks"),
     ],
 )
 def test_arguments_without_effect_are_warned_about(
@@ -125,6 +128,19 @@ def test_an_expression_for_a_part_of_a_path_is_warned_about_where_only_whole_pat
     caplog.clear()
     assert 8 in ranks(model, network_reg_dims=r".*\.attn_qkv=8").values()
     assert not caplog.text
+
+
+def test_patterns_and_ranks_with_an_effect_are_not_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        ranks(exclude_patterns=r"single.*", include_patterns=r"['.*mod', 'single.0.*']", tlora="1", tlora_min_rank="3")
+        oft_v2.create_network(1.0, 4, 1, None, None, toy_transformer(0), include_patterns=".*qkv")
+    assert not caplog.text
+
+
+def test_a_pattern_of_a_rotation_that_selects_nothing_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        oft_v2.create_network(1.0, 4, 1, None, None, toy_transformer(0), include_patterns="['.*qkv', '.*atn']")
+    assert "include_patterns: no module has the whole path .*atn" in caplog.text
 
 
 def test_rates_by_expression_replace_the_rate_of_the_part_and_loraplus_multiplies_them() -> None:
