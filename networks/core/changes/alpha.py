@@ -1,6 +1,6 @@
 """A delta with its scale: alpha, an optional trained strength, and dropout."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -181,7 +181,6 @@ class ScaledDelta(nn.Module):
     def stored_tensors(self) -> Mapping[str, Tensor]:
         """Return the tensors as stored in files, with the trained strength multiplied in."""
         tensors = dict(self.state_dict())
-        # A cast to 16 bits rounds the buffer, while alpha_value stays exact.
         if not tensors[ALPHA].is_meta:
             tensors[ALPHA] = torch.tensor(self.alpha_value, dtype=torch.float32)
         if SCALAR in tensors:
@@ -210,7 +209,17 @@ class ScaledDelta(nn.Module):
         return strength | dict(tensors) | {ALPHA: torch.tensor(alpha_in(tensors, self.delta), dtype=torch.float32)}
 
     def read_alpha(self) -> None:
-        """Copy the loaded alpha to `alpha_value`."""
+        """Copy the loaded alpha to `alpha_value`, unless it is that alpha in float32."""
         # Networks are also made on the meta device, to check a run before anything is loaded.
-        if not self.alpha.is_meta:
+        if self.alpha.is_meta:
+            return
+        # A resumed run has to compute with all digits again: those of 0.3, or of alpha * sqrt(rank) with rslora.
+        if float(self.alpha) != float(torch.tensor(self.alpha_value, dtype=torch.float32)):
             self.alpha_value = float(self.alpha)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScaledDelta":
+        """Move or cast, without rounding alpha to 16 bits, which a resumed run would compute with."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.alpha.dtype.itemsize == 2:
+            self.alpha = torch.tensor(self.alpha_value, dtype=torch.float32, device=self.alpha.device)
+        return self

@@ -270,3 +270,15 @@ def test_grouped_convolutions_are_refused() -> None:
     layer = nn.Conv2d(4, 4, 3, groups=2)
     with pytest.raises(ValueError, match="groups=2"):
         LowRank(layer, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_restored_state_computes_with_all_digits_of_alpha(dtype: torch.dtype) -> None:
+    """bfloat16 has no 0.3, and float32(0.3) / 5 is another float32 than 0.3 / 5."""
+    layer = frozen(LAYERS["linear"][0], 91)
+    first, second = (module_of(adapted(layer, 92, rank=5, alpha=0.3)).to(dtype) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    assert second.alpha_value == 0.3
+    other = module_of(adapted(layer, 92, rank=5, alpha=0.4)).to(dtype)
+    other.load_state_dict(first.state_dict())
+    assert other.alpha_value == float(torch.tensor(0.3, dtype=torch.float32))
