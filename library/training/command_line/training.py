@@ -52,7 +52,7 @@ from library.training.run.selftest import test_itself
 from library.training.run.shard_base_checks import resolve_launched_values, sharding_values
 from library.training.saving.checkpoints import Names
 from library.training.saving.hub import check_repository
-from library.training.saving.resume import batches_of_state, rates_of_state
+from library.training.saving.resume import alpha_of_state, batches_of_state, rates_of_state
 from library.training.saving.saved_files import files_of_run
 from library.training.sweep.combinations import expand_combinations, split_options
 from library.training.sweep.ranking import add_runs, clearly_worse, collect_standing, log_ranking, rank
@@ -179,9 +179,10 @@ def resolve_run(options: ResolvedOptions[OptionsT], arch: Architecture, processe
     shared = options.shared
     sharding = sharding_values(shared, processes)
     states = find_states(shared, options.adapters, processes)
-    rates = rates_of_state(shared, states.by_label.get(""))
+    state = states.by_label.get("")
+    kept = rates_of_state(shared, state) | alpha_of_state(shared.network.network_alpha, state)
     batches = batches_of_state(shared.run.gradient_accumulation_steps, states.of_run, processes.count)
-    options = options.with_values(sharding | rates | batches)
+    options = options.with_values(sharding | kept | batches)
     if processes.is_main:
         check_repository(options.shared.hub)
     seed = opening.choose_seed(options.shared.run.seed, processes, states.of_run)

@@ -15,6 +15,7 @@ from library.formatting import format_count
 from library.options.base import OnResume, Options
 from library.options.output.saving import HubOptions, SavingOptions, StateOptions
 from library.options.train import TrainOptions
+from library.options.training.network import NetworkOptions
 from library.processes import Processes
 from library.training.config_file import SECRETS
 from library.training.reporting.sample_images import FOLDER, GRID_FOLDER, is_preview_stem
@@ -70,6 +71,20 @@ def rates_of_state(options: Options, facts: StateManifest | None) -> dict[str, A
     for name, value in kept.items():
         logger.info("--%s is not given: that of the state stays, %s", name, value)
     return kept
+
+
+def alpha_of_state(network_alpha: float, facts: StateManifest | None) -> dict[str, Any]:
+    """Return the state's --network_alpha if that of this run differs, because the adapter in the state contains it."""
+    alpha = network_alpha if facts is None else float(facts.options.get("network_alpha", network_alpha))
+    if alpha == network_alpha:
+        return {}
+    if network_alpha == NetworkOptions.network_alpha:
+        logger.info("--network_alpha is not given: that of the state stays, %g", alpha)
+    else:
+        logger.warning(
+            "--network_alpha %g has no effect: the adapter in the state keeps its own, %g", network_alpha, alpha
+        )
+    return {"network_alpha": alpha}
 
 
 def batches_of_state(accumulation: int, facts: StateManifest | None, num_processes: int) -> dict[str, Any]:

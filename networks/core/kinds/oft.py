@@ -66,6 +66,8 @@ class OrthogonalOutputs(nn.Module):
         self.drops = drops
         object.__setattr__(self, "layer", layer)  # not registered: it belongs to the base model
         self.layer: nn.Module | None
+        # A training state that is loaded has the limit that its blocks were trained with.
+        self.register_load_state_dict_post_hook(lambda change, _: change.read_limit())  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
         """Return the layer's output with the change, in the shape and dtype of the layer's own output."""
@@ -119,6 +121,18 @@ class OrthogonalOutputs(nn.Module):
         """Load a file's tensors, which must have the same form as this change."""
         self.load_state_dict({**self.state_dict(), **tensors})
         self.limit = float(tensors[ALPHA]) if ALPHA in tensors else 0.0
+
+    def read_limit(self) -> None:
+        """Copy the loaded alpha to `limit`."""
+        if self.alpha is not None and not self.alpha.is_meta:
+            self.limit = float(self.alpha)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OrthogonalOutputs":
+        """Move or cast, without rounding alpha to 16 bits, which a resumed run would compute with."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.alpha is not None and self.alpha.dtype.itemsize == 2:
+            self.alpha = torch.tensor(self.limit, dtype=torch.float32, device=self.alpha.device)
+        return self
 
     def _blocks(self) -> list[nn.Parameter]:
         return [self.get_parameter(name) for name in self.names]

@@ -86,6 +86,14 @@ def test_a_saved_network_is_trained_further(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in reloaded.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_restored_state_keeps_the_limit_of_its_alpha(dtype: torch.dtype) -> None:
+    first, second = (on_sd(708, alpha=alpha)[0].to(dtype) for alpha in (1e-3, 1e-4))
+    second.load_state_dict(first.state_dict())
+    limits = {adapter.change.limit for adapter in second.adapters.values()}  # type: ignore[union-attr]
+    assert limits == {float(torch.tensor(1e-3))}
+
+
 @pytest.mark.parametrize(("blocks", "fits"), [(5, 4), (3, 2), (16, 8)])
 def test_blocks_that_do_not_divide_a_layer_are_refused_with_a_number_that_does(blocks: int, fits: int) -> None:
     message = rf"--network_dim {blocks} is the number of blocks .*attn1\.to_q has 16 of them; .* such as {fits},"

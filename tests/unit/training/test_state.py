@@ -25,6 +25,7 @@ from library.processes import ALONE, Processes
 from library.training.reporting.progress import Part
 from library.training.saving.resume import (
     AlreadyComplete,
+    alpha_of_state,
     batches_of_state,
     find_state,
     rates_of_state,
@@ -434,6 +435,21 @@ def test_unset_rates_are_taken_from_the_state(caplog: pytest.LogCaptureFixture) 
     assert rates == {"learning_rate": 1e-4, "text_encoder_lr": [5e-5]}
     assert "--learning_rate is not given: that of the state stays, 0.0001" in caplog.text
     assert rates_of_state(before, None) == {}
+
+
+@pytest.mark.parametrize(
+    ("alpha", "message"),
+    [
+        (8.0, "--network_alpha 8 has no effect: the adapter in the state keeps its own, 4"),
+        (1.0, "--network_alpha is not given: that of the state stays, 4"),
+    ],
+)
+def test_the_adapter_keeps_the_alpha_of_its_state(alpha: float, message: str, caplog: pytest.LogCaptureFixture) -> None:
+    facts = StateManifest(Path("s"), 1, 0, 1, {"network_alpha": 4.0}, DATASET, {})
+    with caplog.at_level(logging.INFO):
+        assert alpha_of_state(alpha, facts) == {"network_alpha": 4.0}
+    assert message in caplog.text
+    assert alpha_of_state(4.0, facts) == alpha_of_state(4.0, None) == {}
 
 
 def test_paths_of_events_and_cached_captions_log_no_difference(caplog: pytest.LogCaptureFixture) -> None:
