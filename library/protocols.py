@@ -32,7 +32,7 @@ class LatentSpec:
         """Return True if images of this size can be encoded and divided into tokens. Bucket sides always fit."""
         # Convolutions of 8 pixels per latent leave out the rest; VAEs that merge latents cannot divide it.
         sides = [side // 8 * 8 for side in (width, height)] if self.downscale == 8 else [width, height]
-        return not any(side % (self.downscale * self.patch) for side in sides)
+        return min(sides) > 0 and not any(side % (self.downscale * self.patch) for side in sides)
 
 
 class Loader(Protocol):

@@ -443,6 +443,7 @@ def test_debug_dataset_lists_every_image_once_with_its_samples(rich, caplog):
         (dataclasses.replace(SPEC, patch=2), "[102, 84]", None),  # 96x80 after the VAE
         (dataclasses.replace(SPEC, downscale=32), "[72, 64]", "needs multiples of 32; use 64x64, or set enable_bucket"),
         (SPEC, "[72, 64]", None),
+        (SPEC, "[4, 64]", "needs multiples of 8; use 8x64, or set enable_bucket"),
     ],
 )
 def test_a_resolution_that_the_base_model_cannot_divide_is_refused(tmp_path, spec, size, message):
