@@ -159,8 +159,9 @@ def warn_about(subset: ScannedSubset, is_affected: NDArray[np.bool_], text: str)
 
 
 def shorten_path(path: str, folder: str) -> str:
-    """Return a path relative to `folder`, which the line has already named."""
-    return path.removeprefix(folder).lstrip("/\\") or path
+    """Return a path relative to `folder`, which the line has already named; unchanged if it is elsewhere."""
+    inside = path.removeprefix(folder)
+    return path if inside == path else inside.lstrip("/\\")
 
 
 def list_few_paths(paths: Sequence[str], folder: str, count: int | None = None) -> str:

@@ -1,5 +1,6 @@
 """The dataset audit, which runs before any model is loaded."""
 
+import json
 import logging
 import threading
 from pathlib import Path
@@ -66,6 +67,14 @@ def test_face_crops_without_a_face_in_any_name_are_warned_about(tmp_path, caplog
     write_image(tmp_path / "a/q_32_32_20_20.png", seed=5)
     caplog.clear()
     assert line not in audit_log(write_one_subset(tmp_path, "face_crop_aug_range = [1.0, 3.0]"), caplog)
+
+
+def test_images_outside_of_their_source_are_named_by_their_whole_path(tmp_path, caplog):
+    path = write_image(tmp_path / "a/p.png")
+    (tmp_path / "m.json").write_text(json.dumps({str(path): {}}))
+    config = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nmetadata_file = '{here}/m.json'\n"
+    text = audit_log(write_config(tmp_path / "data.toml", config), caplog)
+    assert f"1 image without a caption file, trained with an empty prompt: {path}" in text
 
 
 def test_missing_captions_replaced_by_class_tokens_give_no_warning(tmp_path, caplog):
