@@ -109,6 +109,23 @@ def test_invalid_options_are_reported_before_a_model_is_loaded(
     assert "Traceback" not in done.stderr
 
 
+def test_a_dataset_class_without_images_is_refused(
+    train: Train, inpainting: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The masked part of an image is cut out of its pixels, which latents do not have."""
+    (tmp_path / "my_latents.py").write_text(
+        "import torch\n\n"
+        "class Latents:\n"
+        "    def __init__(self, *arguments): pass\n"
+        "    def __len__(self): return 2\n"
+        "    def __getitem__(self, i): return {'captions': ['a cat'], 'latents': torch.zeros(1, 4, 8, 8)}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    done = train([*inpainting, "--dataset_class", "my_latents.Latents"])
+    assert done.status == 1 and "--train_inpainting needs images, but --dataset_class" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_an_inpainting_model_needs_the_option(train: Train, inpainting: list[str]) -> None:
     done = train(inpainting[:-1])
     assert done.status != 0 and "is an inpainting model" in done.stderr and "add --train_inpainting" in done.stderr

@@ -72,11 +72,12 @@ def build_inpainting(context: StepContext, batch: Batch, seed: int, place_of: Ca
     """Return the conditioning of an inpainting model, with one random mask per image; empty for other models.
 
     `place_of(i)` names the random stream of the image at position i: a new one for each training batch, a constant one
-    in validation.
+    in validation. Raises UserError for a batch of a --dataset_class that has no images.
     """
     if not context.arch.inpaints:
         return {}
-    assert batch.pixels_BCHW is not None, "--train_inpainting is refused with cached latents"
+    if batch.pixels_BCHW is None:  # cached latents are refused
+        raise UserError("--train_inpainting needs images, but --dataset_class gives `latents`; give `images` instead")
     height, width = batch.pixels_BCHW.shape[-2:]
     rngs = [np.random.default_rng(stream_seed(seed, "mask", *place_of(i))) for i in range(len(batch.keys))]
     masks_B1HW = torch.from_numpy(np.stack([draw_mask(width, height, rng)[None] for rng in rngs]))
