@@ -27,6 +27,10 @@ from library.types import Batch
 logger = logging.getLogger(__name__)
 
 FLAG = "--dataset_class"
+PER_IMAGE = (
+    "loss_weights", "alpha_masks", "original_sizes_hw", "crop_top_lefts", "target_sizes_hw", "image_keys",
+    "custom_attributes",
+)  # fmt: skip
 DESCRIBED = ("dataset_config", "train_data_dir", "reg_data_dir", "in_json")
 
 
@@ -150,6 +154,7 @@ def build_batch(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:
     if not isinstance(tensor, Tensor) or tensor.dim() != 4 or tensor.shape[:2] != (count, channels):
         actual = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise UserError(f"{place}: expected ({count}, {channels}, height, width) for {count} captions, not {actual}")
+    check_entries(item, place, count)
     scale = 1 if latents is None else spec.downscale
     default_targets = [[side * scale for side in tensor.shape[2:]]] * count
     targets = read_number_pairs(item, "target_sizes_hw", default_targets)
@@ -170,6 +175,18 @@ def build_batch(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:
         sizes_B6=torch.cat(sizes, dim=1),
         attributes=[dict(table) for table in item.get("custom_attributes") or [{}] * count],
     )
+
+
+def check_entries(item: Mapping[str, Any], place: str, count: int) -> None:
+    """Raise UserError for values that are not one for each of the `count` captions: torch would spread a single one."""
+    for name in PER_IMAGE:
+        # An empty list of keys or attributes stands for none.
+        if (values := item.get(name)) is not None and len(values) not in (0, count):
+            raise UserError(f"{place}: `{name}` has {len(values)} entries for {count} captions; give one for each")
+    masks = item.get("alpha_masks")
+    if masks is not None and torch.as_tensor(masks).dim() != 3:
+        shape = list(torch.as_tensor(masks).shape)
+        raise UserError(f"{place}: expected `alpha_masks` of shape ({count}, height, width), not {shape}")
 
 
 def read_number_pairs(item: Mapping[str, Any], key: str, default: Any) -> Tensor:

@@ -80,6 +80,10 @@ def test_all_parts_of_a_batch_are_used() -> None:
         (item(count=2, captions=["one"]), r"expected \(1, 3, height, width\) for 1 captions, not \[2, 3, 16, 24\]"),
         ({"captions": ["a"], "latents": torch.zeros(1, 16, 4, 4)}, r"expected \(1, 4, height, width\)"),
         ({"captions": ["a"], "images": [1, 2]}, "not list"),
+        (item(count=2, loss_weights=[0.5]), "`loss_weights` has 1 entries for 2 captions; give one for each"),
+        (item(count=2, custom_attributes=[{}]), "`custom_attributes` has 1 entries for 2 captions"),
+        (item(count=2, original_sizes_hw=[[1, 2]]), "`original_sizes_hw` has 1 entries for 2 captions"),
+        (item(count=2, alpha_masks=torch.ones(2, 1, 16, 24)), r"`alpha_masks` of shape \(2, height, width\)"),
     ],
 )
 def test_invalid_batches_raise_errors_that_name_them(content: dict[str, Any], message: str) -> None:
