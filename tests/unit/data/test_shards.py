@@ -406,6 +406,22 @@ def test_replaced_images_that_a_parquet_file_names_by_path_are_noticed(tmp_path)
     assert sum(calls) == 3, "only the replaced image is encoded again"
 
 
+@pytest.mark.parametrize("has_cache_dir", [False, True])
+def test_caches_of_images_that_a_parquet_file_names_do_not_depend_on_the_working_folder(
+    tmp_path, monkeypatch, has_cache_dir
+):
+    path = write_image(tmp_path / "images/0.png")
+    write_parquet(tmp_path / "rows.parquet", {"url": ["images/0.png"], "text": ["a"]})
+    values = ("cache_dir", str(tmp_path / "caches")) if has_cache_dir else ()
+    stems = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        plan = open_subset(tmp_path, 'parquet = "{here}/rows.parquet"\n', *values)
+        stems.append(plan.storage.cache_stem(plan.samples[0].image))
+    assert stems[0] == stems[1] and (has_cache_dir or stems[0] == str(path.with_suffix("")))
+
+
 def test_images_with_a_dot_in_their_name_are_not_lost_silently(tmp_path):
     image = write_image(tmp_path / "p.png").read_bytes()
     names = ["a.png", "a.depth.png", "._a.png", "my.cat.01.jpg", "my.cat.01.txt"]

@@ -207,11 +207,16 @@ class Storage:
         location = image.location
         if location is None:
             return os.path.splitext(image.key)[0]
-        shard = image.key.removesuffix(location.name).rstrip("/")
-        name = safe_name(os.path.splitext(location.name)[0]) if shard else short_digest(image.key)
-        folder, file = os.path.split(shard)
         if is_remote(image.key):
             self.required_cache_dir("caches of images at URLs")
+        shard = image.key.removesuffix(location.name).rstrip("/")
+        if shard:
+            name = safe_name(os.path.splitext(location.name)[0])
+            folder, file = os.path.split(shard)
+        elif self.cache_dir is None:  # a Parquet file has the image's path
+            return os.path.splitext(image.key)[0]
+        else:
+            folder, file, name = os.path.dirname(image.key), "", short_digest(image.key)
         folder = folder if self.cache_dir is None else os.path.join(self.cache_dir, folder_name(folder))
         return os.path.join(folder, f"{os.path.splitext(file)[0] or 'images'}.cache", name)
 
