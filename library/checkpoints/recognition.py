@@ -51,6 +51,12 @@ def keys_of_text_encoders(path: Path) -> list[str]:
     return [key for key in open_weights(file_in_folder(path, str(path))).shapes if is_of_text_encoder(key)]
 
 
+def is_dora(path: Path) -> bool:
+    """Return True for an adapter file or PEFT folder with DoRA's magnitudes; only the header is read."""
+    keys = map(AdapterKey.parse, open_weights(file_in_folder(path, str(path))).shapes)
+    return any(key is not None and key.leaf == "dora_scale" for key in keys)
+
+
 def base_in_metadata(specs: Sequence[BaseModelSpec], metadata: Mapping[str, str]) -> BaseModelSpec | None:
     """Return the base model named in an adapter file's metadata, or None if no known one is named."""
     version, architecture = (metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture"))

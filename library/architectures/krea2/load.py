@@ -15,6 +15,7 @@ from library.architectures.krea2.text import LAYERS
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles, open_files
 from library.checkpoints.model_lookup import find_model
+from library.checkpoints.recognition import is_dora
 from library.checkpoints.weights import Weights, configure
 from library.errors import UserError
 from library.models import dit_loader
@@ -102,6 +103,12 @@ def open_turbo(options: Krea2Options, loader: DitLoader) -> DitLoader | None:
     if any(argument.startswith("dora_wd") for argument in options.network.network_args or ()):
         raise UserError(
             f"{TURBO_FLAG} does not work with dora_wd, which keeps the norms of the base's weights; remove one of them"
+        )
+    file = options.network.network_weights
+    if options.network.dim_from_weights and file is not None and is_dora(Path(file)):
+        raise UserError(
+            f"{TURBO_FLAG} does not work with a DoRA, which keeps the norms of the base's weights, and "
+            f"--network_weights {file} is one; remove {TURBO_FLAG}"
         )
     return replace(loader, denoiser_weights=weights)
 

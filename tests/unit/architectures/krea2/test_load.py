@@ -169,3 +169,15 @@ def test_a_turbo_dit_that_cannot_replace_the_base_is_refused(
     save_file({name: tensor for name, tensor in state.items() if tensor is not None}, turbo[1])
     with pytest.raises(UserError, match=message):
         build(options_of([*tiny, "--turbo_dit", turbo[1], *more]))
+
+
+def test_a_turbo_dit_is_refused_for_a_dora_trained_further(tiny: list[str], tmp_path: Path) -> None:
+    """Its settings are in its file, not in --network_args."""
+    turbo, name = build_tiny_krea2(tmp_path, 8, name="turbo"), "diffusion_model.blocks.0.attn.wq"
+    lora = {f"{name}.lora_A.weight": torch.ones(4, 64), f"{name}.lora_B.weight": torch.ones(64, 4)}
+    for file, more in (("lora", {}), ("dora", {f"{name}.lora_magnitude_vector": torch.ones(64)})):
+        save_file({**lora, **more}, tmp_path / file)
+    words = [*tiny, "--turbo_dit", turbo[1], "--dim_from_weights", "--network_weights"]
+    build(options_of([*words, str(tmp_path / "lora")]))
+    with pytest.raises(UserError, match=r"--turbo_dit does not work with a DoRA.*dora is one"):
+        build(options_of([*words, str(tmp_path / "dora")]))
