@@ -1,6 +1,7 @@
 """Shared parts of the command-line tools: common options, dtypes, entry points, error handling."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -149,9 +150,20 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{name} is {value}; it must be at least 1")
 
 
+def check_finite(flag: str, *numbers: float) -> None:
+    """Raise UserError for NaN and infinity."""
+    for number in numbers:
+        if not math.isfinite(number):
+            raise UserError(f"{flag} has {number}; use a finite number")
+
+
 def resolve_ratios(args: argparse.Namespace, unset: float) -> list[float]:
-    """Return one ratio per file of --models; without --ratios, `unset`. Raises UserError if the counts differ."""
+    """Return one ratio per file of --models; without --ratios, `unset`.
+
+    Raises UserError if the counts differ or a ratio is not finite.
+    """
     ratios = args.ratios or [unset] * len(args.models)
+    check_finite("--ratios", *ratios)
     if len(ratios) != len(args.models):
         raise UserError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; use one for each file")
     return ratios

@@ -35,6 +35,7 @@ from tools.command import (
     add_device,
     add_save_precision,
     check_at_least_one,
+    check_finite,
     check_output,
     command,
     make_parser,
@@ -193,6 +194,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--clamp_quantile is {args.clamp_quantile:g}; use a value above 0.5 and up to 1, which disables it"
         )
+    check_finite("--min_diff", args.min_diff)
     check_output("--save_to", args.save_to, [args.model_org, args.model_tuned])
 
 

@@ -190,8 +190,9 @@ def add_factors(
             up_OR, down_RN = up_OR[:, order], down_RN[order]
         return Merged(lora_from_factors(name, up_OR, down_RN, shape))
     rank = rank_for(shape, ranks)
-    u_OK, s_K, v_KN = svd_of_product(up_OR, down_RN)
-    up_OR, down_RN = balance(u_OK, s_K, v_KN, rank)
+    wide = torch.promote_types(arithmetic.dtype, torch.float32)  # torch decomposes no 16 bits
+    u_OK, s_K, v_KN = svd_of_product(up_OR.to(wide), down_RN.to(wide))
+    up_OR, down_RN = (factor.to(arithmetic.dtype) for factor in balance(u_OK, s_K, v_KN, rank))
     s_K = s_K.cpu().double()  # not every device has float64
     return Merged(
         lora_from_factors(name, up_OR, down_RN, shape), float(s_K[rank:].square().sum()), float(s_K.square().sum())

@@ -271,6 +271,8 @@ def check(args: argparse.Namespace) -> list[float]:
         raise UserError("--concat makes one LoRA of several and cannot be used with --sd_model; remove one of them")
     if args.sd_model is not None and args.base_model is not None:
         raise UserError("--base_model is only for merging into one LoRA and cannot be used with --sd_model; remove it")
+    if args.shuffle and not args.concat:
+        logger.warning("--shuffle has no effect without --concat")
     check_at_least_one(args, "new_rank", "new_conv_rank")
     for flag in ("new_rank", "new_conv_rank"):
         if getattr(args, flag) is None:

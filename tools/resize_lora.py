@@ -7,6 +7,7 @@ LoKr become LoRA; DoRA magnitudes and norm weights are kept.
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -210,7 +211,7 @@ def resolve_measure(args: argparse.Namespace) -> Measure:
     method, param = args.dynamic_method, args.dynamic_param
     if (method is None) != (param is None):
         raise UserError("--dynamic_method and --dynamic_param belong together, for example sv_fro and 0.9")
-    if method == "sv_ratio" and param < 1:
+    if method == "sv_ratio" and not 1 <= param < math.inf:
         raise UserError(f"--dynamic_param is {param:g}; sv_ratio needs at least 1, for example 10")
     if method in ("sv_fro", "sv_cumulative") and not 0 < param <= 1:
         raise UserError(f"--dynamic_param is {param:g}; {method} needs a share above 0 and up to 1, for example 0.9")

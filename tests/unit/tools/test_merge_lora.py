@@ -200,6 +200,7 @@ def test_the_fix_suggested_for_missing_modules_works(
     ("arguments", "message"),
     [
         (["--ratios", "1", "0.5"], "--ratios has 2 values, but --models 1"),
+        (["--ratios", "nan"], "--ratios has nan; use a finite number"),
         (["--concat", "--new_rank", "3"], "--new_rank and --concat exclude each other"),
         (["--new_conv_rank", "0"], "--new_conv_rank is 0"),
         (["--sd_model", "no_such.safetensors"], "--sd_model no_such.safetensors does not exist"),
@@ -283,6 +284,24 @@ def test_an_svd_merge_is_the_truncated_decomposition_of_the_sum() -> None:
         expected = (u[:, :rank] * s[:rank] @ v[:rank]).reshape(total.shape)
         assert merged[name].rank == rank
         torch.testing.assert_close(merged[name].weight(torch.float64), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_svd_merge_in_16_bits_is_that_in_float32_rounded(dtype: torch.dtype) -> None:
+    adapters = [Weighted(small_file(77, 3, 2.0), 1.0), Weighted(small_file(78, 2, 1.0), -0.5)]
+    merged_modules = merge_adapters(adapters, (5, 5), Arithmetic(dtype, CPU))
+    for merged in (module for module in merged_modules if module.is_low_rank):
+        total = sum(a.ratio * a.file.modules[merged.name].weight() for a in adapters)
+        assert {merged.tensors[key].dtype for key in ("lora_down.weight", "lora_up.weight")} == {dtype}
+        torch.testing.assert_close(merged.weight(), total, rtol=0.05, atol=0.05)
+
+
+def test_shuffling_without_concatenation_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    generator = torch.Generator().manual_seed(79)
+    tensors = {f"lora_unet_x.lora_{side}.weight": randn(generator, 4, 4) for side in ("down", "up")}
+    save_safetensors(tmp_path / "a.safetensors", tensors)
+    assert merge("--models", tmp_path / "a.safetensors", "--save_to", tmp_path / "m.safetensors", "--shuffle") == 0
+    assert "--shuffle has no effect without --concat" in caplog.text
 
 
 def test_a_merged_file_has_metadata_and_the_hashes_of_its_tensors(tmp_path: Path, tiny_sd_file: Path) -> None:
@@ -388,6 +407,7 @@ def test_extracting_from_two_equal_checkpoints_is_refused(
         (["--v2"], "is of Stable Diffusion 1.x; remove --v2"),
         (["--sdxl"], "is of Stable Diffusion 1.x; remove --sdxl"),
         (["--dim", "0"], "--dim is 0"),
+        (["--min_diff", "nan"], "--min_diff has nan; use a finite number"),
         (["--clamp_quantile", "2"], "--clamp_quantile is 2"),
         (["--model_tuned", "no_such.ckpt"], "--model_tuned no_such.ckpt does not exist"),
     ],

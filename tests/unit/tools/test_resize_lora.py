@@ -134,6 +134,7 @@ def test_tucker_cores_become_plain_kernels_and_dora_and_norms_are_kept(tmp_path:
         (["--dynamic_method", "sv_fro"], "--dynamic_param belong together"),
         (["--dynamic_method", "sv_fro", "--dynamic_param", "1.5"], "--dynamic_param is 1.5"),
         (["--dynamic_method", "sv_ratio", "--dynamic_param", "0.5"], "--dynamic_param is 0.5"),
+        (["--dynamic_method", "sv_ratio", "--dynamic_param", "nan"], "--dynamic_param is nan"),
         (["--device", "no_such"], "--device no_such"),
     ],
 )
