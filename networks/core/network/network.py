@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.arguments.common import RateArguments
+from networks.core.arguments.common import LR_LISTS, RateArguments
 from networks.core.arguments.network_arguments import NetworkArguments
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import Change, FollowsGradients
@@ -199,6 +199,7 @@ class AdapterNetwork(nn.Module):
         self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Return parameter groups and their names in logs. Parameters without a learning rate are frozen."""
+        self._warn_of_idle_rates()
         rates = self._rates(text_encoder_lr, unet_lr, default_lr)
         groups: dict[tuple[str, float], list[nn.Parameter]] = {}
         trained: set[nn.Parameter] = set()
@@ -287,6 +288,19 @@ class AdapterNetwork(nn.Module):
             change.scale_(ratio)
         scaled_norms = norms * ratios
         return torch.stack([(ratios < 1).sum().to(scaled_norms.dtype), scaled_norms.mean(), scaled_norms.max()])
+
+    def _warn_of_idle_rates(self) -> None:
+        """Warn about rates in the network arguments for a side of the base model that has no adapter."""
+        given = self.arguments.given
+        has_denoiser = any(member.text_encoder is None for member in self.members)
+        has_encoder = any(member.text_encoder is not None for member in self.members)
+        for side, names, has_adapter in (
+            ("the denoiser", ("loraplus_unet_lr_ratio", *LR_LISTS), has_denoiser),
+            ("a text encoder", ("loraplus_text_encoder_lr_ratio",), has_encoder),
+        ):
+            idle = [name for name in names if name in given]
+            if idle and not has_adapter:
+                logger.warning("--network_args %s has no effect: no layer of %s is adapted", ", ".join(idle), side)
 
     def _freeze_untrained(self) -> None:
         for parameter in self._untrained:

@@ -190,6 +190,27 @@ def test_loraplus_for_one_part_does_not_affect_the_other() -> None:
     assert got == {"textencoder": (1e-4, 2), "textencoder plus": (8e-4, 2), "unet": (2e-4, 12)}
 
 
+@pytest.mark.parametrize(
+    ("trains_encoder", "arguments", "message"),
+    [
+        (False, {"loraplus_text_encoder_lr_ratio": "4"}, "loraplus_text_encoder_lr_ratio has no effect: no layer of a"),
+        (
+            True,
+            {"loraplus_unet_lr_ratio": "4", "down_lr_weight": "0.5"},
+            "loraplus_unet_lr_ratio, down_lr_weight has no effect: no layer of the denoiser is adapted",
+        ),
+    ],
+)
+def test_rates_of_a_side_without_adapters_are_warned_about(
+    trains_encoder: bool, arguments: dict[str, str], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    text, unet = toy_models(16)
+    network = create_network(1.0, 4, 2, None, text, unet, **arguments)
+    network.apply_to(text, unet, trains_encoder, not trains_encoder)
+    network.prepare_optimizer_params(1.0, 1.0, 1.0)
+    assert message in caplog.text
+
+
 def test_blocks_with_rate_factors_are_separate_groups() -> None:
     got = groups_of([1e-4], 1e-3, 1e-3, down_lr_weight="1,0.5", mid_lr_weight="0", loraplus_unet_lr_ratio="2")
     assert got == {
