@@ -57,6 +57,7 @@ class NetworkOptions(Options):
     dim_from_weights: bool = option(
         False,
         requires="network_weights",
+        kept_in_state=True,  # the state is refused by an adapter of other ranks or forms, and has the alphas
         help="Take rank and alpha from the file of --network_weights instead of --network_dim and --network_alpha.",
     )
     network_train_unet_only: bool = option(

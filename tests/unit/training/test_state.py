@@ -437,6 +437,11 @@ def test_unset_rates_are_taken_from_the_state(caplog: pytest.LogCaptureFixture) 
     assert rates_of_state(before, None) == {}
 
 
+def test_a_state_of_an_adapter_from_a_file_needs_the_file_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    before = TrainOptions().with_values({"network_weights": "a.safetensors", "dim_from_weights": True})
+    assert differences(before, TrainOptions(), caplog) == ""
+
+
 @pytest.mark.parametrize(
     ("alpha", "message"),
     [
