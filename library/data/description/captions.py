@@ -76,8 +76,8 @@ def arrange_caption(text: str, rules: CaptionRules, rng: random.Random, step: in
             rng.shuffle(movable)
         if rules.caption_tag_dropout_rate > 0:
             movable = [tag for tag in movable if rng.random() >= rules.caption_tag_dropout_rate]
-        # As in sd-scripts, a comma and a space join the tags whatever caption_separator is.
-        caption = ", ".join(head + movable + tail)
+        # As sd-scripts since 0.11; before, a comma and a space joined the tags whatever the separator was.
+        caption = f"{rules.caption_separator} ".join(head + movable + tail)
     # Replaced last, so that the tags it joins move and drop together.
     if rules.secondary_separator:
         caption = caption.replace(rules.secondary_separator, rules.caption_separator)

