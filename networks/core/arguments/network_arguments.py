@@ -5,7 +5,7 @@ core feature such as DoRA declares its group next to its implementation, an adap
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -113,13 +113,15 @@ def read_groups(
     items: Mapping[str, Any],
     neuron_dropout: float | None = None,
     of_models: Mapping[str, ArgumentForm] = MappingProxyType({}),
+    in_file: Collection[str] = (),
 ) -> NetworkArguments:
     """Parse the network arguments that a user gave; None means not given.
 
     `of_models` maps the arguments of base models to the form of their values. `dropout` (LyCORIS),
     `dropout_probability` (OFT) and `boft_dropout` (BOFT) are aliases of `network_dropout`, which is passed as
-    `neuron_dropout`. Raises UserError naming the argument for an unknown key, an invalid value, or two spellings with
-    different values. Warns about arguments that have no effect without another one.
+    `neuron_dropout`. `in_file` names arguments whose feature the file of the weights has. Raises UserError naming the
+    argument for an unknown key, an invalid value, or two spellings with different values. Warns about arguments that
+    have no effect without another one.
     """
     known: dict[str, Argument] = {
         name: declaration for group in groups for name, declaration in list_declared(group).items()
@@ -146,7 +148,7 @@ def read_groups(
         group: group(**{name: values[name] for name in list_declared(group) if name in values}) for group in groups
     }
     arguments = NetworkArguments(group_values, of_model)
-    _warn_of_idle(arguments, known)
+    _warn_of_idle(arguments, known, in_file)
     return arguments
 
 
@@ -194,13 +196,14 @@ def _merge_aliases(values: Mapping[str, Any], aliases: Mapping[str, str]) -> dic
     return merged
 
 
-def _warn_of_idle(arguments: NetworkArguments, known: Mapping[str, Argument]) -> None:
+def _warn_of_idle(arguments: NetworkArguments, known: Mapping[str, Argument], in_file: Collection[str]) -> None:
     """Warn about arguments that have no effect without another one."""
     given = arguments.given
+    present = {*given, *in_file}
     idle: dict[str, list[str]] = {}
     for name in given:
         requires = known[name].requires if name in known else None
-        if requires is not None and not all(any(other in given for other in names) for names in requires.names):
+        if requires is not None and not all(any(other in present for other in names) for names in requires.names):
             idle.setdefault(requires.words, []).append(name)
     for words, names in idle.items():
         logger.warning("--network_args %s has no effect without %s", ", ".join(names), words)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from networks.core.arguments.common import RankArguments, RateArguments, TargetArguments
 from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings
+from networks.core.changes.dora import DoraArguments
 from networks.core.changes.init import InitArguments
 from networks.core.changes.parameter_keys import DORA_SCALE
 from networks.core.changes.qkv_pieces import group_by_rows
@@ -110,10 +111,11 @@ def create_network_from_weights(
     network_reg_lrs and the *_lr_weight lists. Raises UserError if the file cannot be used.
     """
     targets = targets_of(unet)
-    arguments = parse_arguments({**network_args, **kind.presets}, neuron_dropout, targets.known_arguments)
-    check_arguments(kind, arguments)
-    warn_of_ranks(arguments)
     adapter_file = open_adapter(file, weights_sd)
+    in_file = ("dora_wd",) if any(module.is_dora for module in adapter_file.modules.values()) else ()
+    arguments = parse_arguments({**network_args, **kind.presets}, neuron_dropout, targets.known_arguments, in_file)
+    check_arguments(kind, arguments)
+    warn_of_ranks(arguments, in_file)
     renamed = to_own_names(adapter_file, targets.names, keeps_pieces=True)
     layouts = list_layouts() if for_inference else (*kind.layouts, norm.LAYOUT)
     modules = usable_modules(renamed, (*layouts, PIECES))
@@ -298,10 +300,13 @@ def check_pieces(kind: AdapterKind, groups: Groups, source: str) -> None:
             )
 
 
-def warn_of_ranks(arguments: NetworkArguments) -> None:
-    """Warn about arguments that a file overrides."""
+def warn_of_ranks(arguments: NetworkArguments, in_file: Sequence[str]) -> None:
+    """Warn about arguments that a file overrides; `in_file` names those whose feature it has."""
     init, known = arguments.of(InitArguments), list_arguments()
     overridden = [name for name in arguments.given if name in known and known[name].is_fixed_by_file]
+    dora = arguments.of(DoraArguments)
+    # With dora_wd, modules that have no magnitudes in the file get new ones, in this form.
+    overridden += ["wd_on_output"] if dora.wd_on_output and not dora.dora_wd and "dora_wd" in in_file else []
     overridden += ["init"] if init.is_on and not init.starts_at_weight else []
     overridden += [name for name, value in arguments.of_model.items() if value]
     if overridden:

@@ -1,6 +1,6 @@
 """Network arguments of all kinds, and their parsing."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -34,9 +34,10 @@ def parse_arguments(
     items: Mapping[str, Any],
     neuron_dropout: float | None = None,
     of_models: Mapping[str, ArgumentForm] = MappingProxyType({}),
+    in_file: Collection[str] = (),
 ) -> NetworkArguments:
     """Parse the network arguments that a user gave, as in `read_groups`, for all kinds and wrappers."""
-    arguments = read_groups(list_groups(), items, neuron_dropout, of_models)
+    arguments = read_groups(list_groups(), items, neuron_dropout, of_models, in_file)
     check_blocks(arguments)
     return arguments
 

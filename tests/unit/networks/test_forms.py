@@ -353,6 +353,19 @@ def test_the_form_of_a_file_overrides_the_settings_with_a_warning(caplog: pytest
     assert "from the file: conv_dim, use_tucker, train_norm has no effect" in caplog.text
 
 
+def test_settings_of_dora_act_on_a_file_with_magnitudes_except_their_form(caplog: pytest.LogCaptureFixture) -> None:
+    text, unet = toy_models(1683)
+    weights = dict(create_network(1.0, 4, 1.0, None, text, unet, dora_wd="1").state_dict())
+    with caplog.at_level(logging.WARNING):
+        network, _ = create_network_from_weights(
+            1.0, "x", None, text, unet, weights, dora_constant_norm="1", wd_on_output="1"
+        )
+    assert all(c.decomposition.has_constant_norm for c in network.changes())  # type: ignore[attr-defined]
+    assert [record.message for record in caplog.records] == [
+        "--dim_from_weights takes ranks, alphas and forms from the file: wd_on_output has no effect"
+    ]
+
+
 @pytest.mark.parametrize("network_module", [lora_fa, dylora])
 def test_other_kinds_train_scalars_and_norms(network_module: Any, tmp_path: Path) -> None:
     text, unet = toy_models(1691)
