@@ -297,7 +297,7 @@ def build_plan(
     split = split_datasets(scanned, seed)
     datasets = (*split.trained, *split.set_aside)
     num_trained = len(split.trained)
-    rules = tuple(bucket_rules(dataset.config, spec) for dataset in datasets)
+    rules = bucket_rules([dataset.config for dataset in datasets], spec)
     samples = build_samples(datasets, rules)
     subset_configs = tuple(subset.config for dataset in datasets for subset in dataset.subsets)
     check_references(subset_configs, samples, spec)
@@ -323,17 +323,37 @@ def build_plan(
     )
 
 
-def bucket_rules(config: DatasetConfig, spec: LatentSpec) -> BucketRules:
-    """Build the bucket rules of a dataset."""
-    width, height = config.resolution
+def bucket_rules(configs: Sequence[DatasetConfig], spec: LatentSpec) -> tuple[BucketRules, ...]:
+    """Build the bucket rules of each dataset. Raises UserError if they do not fit together or the base model."""
+    unchecked = [
+        BucketRules(
+            config.resolution,
+            config.enable_bucket,
+            config.min_bucket_reso,
+            config.max_bucket_reso,
+            # 0 selects the step of the base model, see `flat_datasets`.
+            config.bucket_reso_steps or spec.bucket_step,
+            config.bucket_no_upscale,
+            spec.bucket_step,
+        )
+        for config in configs
+    ]
+    # Equal rules, such as those of the held-out images of a dataset, are checked once: every check logs its warnings.
+    checked = {rules: check_rules(rules, spec) for rules in dict.fromkeys(unchecked)}
+    return tuple(checked[rules] for rules in unchecked)
+
+
+def check_rules(rules: BucketRules, spec: LatentSpec) -> BucketRules:
+    """Return the rules with limits in steps of the buckets; warn of sizes that are rounded."""
+    width, height = rules.resolution
     rounded = width // spec.downscale * spec.downscale, height // spec.downscale * spec.downscale
-    if not config.enable_bucket and not spec.fits(width, height):
+    if not rules.enable_bucket and not spec.fits(width, height):
         step = spec.downscale * spec.patch
         raise UserError(
             f"resolution is {width}x{height}, but without enable_bucket this base model needs multiples of {step}; use "
             f"{max(width // step, 1) * step}x{max(height // step, 1) * step}, or set enable_bucket"
         )
-    if not config.enable_bucket and rounded != config.resolution:
+    if not rules.enable_bucket and rounded != rules.resolution:
         logger.warning(
             "resolution %dx%d is not a multiple of %d, the pixels of one latent: images are trained at %dx%d",
             width,
@@ -341,16 +361,7 @@ def bucket_rules(config: DatasetConfig, spec: LatentSpec) -> BucketRules:
             spec.downscale,
             *rounded,
         )
-    return BucketRules(
-        config.resolution,
-        config.enable_bucket,
-        config.min_bucket_reso,
-        config.max_bucket_reso,
-        # 0 selects the step of the base model, see `flat_datasets`.
-        config.bucket_reso_steps or spec.bucket_step,
-        config.bucket_no_upscale,
-        spec.bucket_step,
-    ).checked()
+    return rules.checked()
 
 
 def check_drawing(config: RunDataConfig) -> None:

@@ -458,11 +458,12 @@ def test_a_resolution_that_the_base_model_cannot_divide_is_refused(tmp_path, spe
             plan_of(options, spec=spec)
 
 
-def test_a_resolution_that_is_not_a_multiple_of_a_latent_is_warned_about(tmp_path, caplog):
-    write_folder(tmp_path / "a", 1)
-    subset = "[[datasets]]\nresolution = 70\nenable_bucket = false\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
+def test_a_resolution_that_is_not_a_multiple_of_a_latent_is_warned_about_once(tmp_path, caplog):
+    """Held-out images have the same rules as the trained ones of their dataset."""
+    write_folder(tmp_path / "a", 4)
+    dataset = "[[datasets]]\nresolution = 70\nenable_bucket = false\nvalidation_split = 0.5\n"
+    subset = "[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
     with caplog.at_level(logging.WARNING):
-        plan_of(write_config(tmp_path / "data.toml", subset))
-    assert (
-        "resolution 70x70 is not a multiple of 8, the pixels of one latent: images are trained at 64x64" in caplog.text
-    )
+        plan_of(write_config(tmp_path / "data.toml", dataset + subset))
+    message = "resolution 70x70 is not a multiple of 8, the pixels of one latent: images are trained at 64x64"
+    assert caplog.text.count(message) == 1
