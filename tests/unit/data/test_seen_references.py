@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.data.caching.captions import Encoders, TextEncoding, cache_texts
+from library.data.caching.captions import Encoders, TextEncoding, cache_texts, check_row
 from library.data.caching.latents import cache_latents
 from library.data.decoding.images import DamagedImage, Pixels, change_colour, read_pixels, resize, with_alpha
 from library.data.plan.data_plan import DataPlan
@@ -71,6 +71,13 @@ def test_batches_look_up_features_by_the_encoded_texts(tmp_path: Path, is_flippe
     for number, row in enumerate(texts(data_plan)):
         keys = [data_plan.seen.key(number, caption, is_flipped) for caption in ("cat", "")]
         assert keys == row[2:] if is_flipped else keys == row[:2]
+
+
+def test_messages_show_the_caption_without_the_digest() -> None:
+    caption = CaptionWithImages("cat", "4b8e", lambda: ())
+    for text in (caption, str(caption)):
+        with pytest.raises(UserError, match=r"give NaN .* for the caption 'cat'; use"):
+            check_row(text, {"hidden_state": torch.tensor([float("nan")])})
 
 
 def test_texts_of_images_that_are_measured_mirrored_have_mirrored_references(tmp_path: Path) -> None:
