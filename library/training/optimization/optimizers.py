@@ -131,8 +131,9 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
         check_fused_backward_pass(is_adafactor, optimizer_type)
     if has_relative_step:
         logger.warning(
-            "Adafactor with relative_step=True sets its own learning rates: --learning_rate, --unet_lr and "
-            "--text_encoder_lr have no effect; relative_step=False in --optimizer_args uses them"
+            "Adafactor with relative_step=True sets its own learning rates: --learning_rate, --unet_lr, "
+            "--text_encoder_lr and the rates and ratios of --network_args have no effect; relative_step=False in "
+            "--optimizer_args uses them"
         )
         # Adafactor refuses a rate beside relative_step.
         ours["lr"] = None
