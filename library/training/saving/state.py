@@ -30,6 +30,7 @@ from library.checkpoints.hashes import digest_of_file
 from library.checkpoints.tree_json import dump_tree, load_tree
 from library.errors import UserError
 from library.json_text import parse_json
+from library.options.training.run import MAX_SEED
 from library.training.reporting.progress import Part
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ def read_facts(folder: Path) -> StateManifest:
 
 def require_values(folder: Path, content: Mapping[str, Any]) -> None:
     """Raise UserError for values that no run writes, KeyError for a missing one."""
-    for name, least in (("current_step", 0), ("seed", 0), ("num_processes", 1)):
+    for name, least in (("current_step", 0), ("seed", -MAX_SEED), ("num_processes", 1)):
         value = content[name]
         if type(value) is not int or value < least:
             raise UserError(f"the state {folder}: {name} in its {FACTS_FILE} is {value!r}; use another state")

@@ -151,7 +151,7 @@ def test_a_state_without_digests_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("current_step", -1), ("current_step", None), ("current_step", "7"), ("seed", -3), ("num_processes", 0),
+    [("current_step", -1), ("current_step", None), ("current_step", "7"), ("seed", "3"), ("num_processes", 0),
      ("options", None), ("dataset", None), ("parts", []), ("done", None), ("digests", None)],
 )  # fmt: skip
 def test_values_that_no_run_writes_are_named(tmp_path: Path, name: str, value: Any) -> None:
@@ -162,6 +162,15 @@ def test_values_that_no_run_writes_are_named(tmp_path: Path, name: str, value: A
     (folder / "train_state.json").write_text(json.dumps({**content, name: value}))
     with pytest.raises(UserError, match=re.escape(f"{name} in its train_state.json is {value!r}; use another state")):
         read_facts(folder)
+
+
+def test_a_state_may_have_a_negative_seed(tmp_path: Path) -> None:
+    """--seed takes one."""
+    folder = written(tmp_path / "x-state")
+    content = json.loads((folder / "train_state.json").read_text())
+    del content["digest"]
+    (folder / "train_state.json").write_text(json.dumps({**content, "seed": -3}))
+    assert read_facts(folder).seed == -3
 
 
 def test_a_state_of_sd_scripts_is_refused_with_an_explanation(tmp_path: Path) -> None:
