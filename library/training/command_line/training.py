@@ -54,6 +54,7 @@ from library.training.saving.checkpoints import Names
 from library.training.saving.hub import check_repository
 from library.training.saving.resume import alpha_of_state, batches_of_state, rates_of_state
 from library.training.saving.saved_files import files_of_run
+from library.training.saving.state import StateManifest
 from library.training.sweep.combinations import expand_combinations, split_options
 from library.training.sweep.ranking import add_runs, clearly_worse, collect_standing, log_ranking, rank
 from library.training.sweep.states import FoundStates, find_states
@@ -179,15 +180,27 @@ def resolve_run(options: ResolvedOptions[OptionsT], arch: Architecture, processe
     shared = options.shared
     sharding = sharding_values(shared, processes)
     states = find_states(shared, options.adapters, processes)
-    state = states.by_label.get("")
-    kept = rates_of_state(shared, state) | alpha_of_state(shared.network.network_alpha, state)
     batches = batches_of_state(shared.run.gradient_accumulation_steps, states.of_run, processes.count)
-    options = options.with_values(sharding | kept | batches)
+    options = keep_values_of_states(options, states.by_label).with_values(sharding | batches)
     if processes.is_main:
         check_repository(options.shared.hub)
     seed = opening.choose_seed(options.shared.run.seed, processes, states.of_run)
     data = opening.open_training_data(options.shared, arch, seed, processes.count)
     return ResolvedRun(options, arch, seed, data, states)
+
+
+def keep_values_of_states(
+    options: ResolvedOptions[OptionsT], states: Mapping[str, StateManifest]
+) -> ResolvedOptions[OptionsT]:
+    """Return the options with the learning rates and the alpha that each adapter keeps from its state."""
+    kept = {}
+    for label, adapter_options in options.adapters.items():
+        with log_prefix(label):
+            state = states.get(label)
+            kept[label] = rates_of_state(adapter_options, state)
+            kept[label] |= alpha_of_state(adapter_options.network.network_alpha, state)
+    adapters = {label: options.adapters[label].with_values(values) for label, values in kept.items()}
+    return ResolvedOptions(options.shared.with_values(next(iter(kept.values()))), adapters)
 
 
 def fit_to_memory(run: ResolvedRun[OptionsT], processes: Processes, events: EventsOfAll) -> ResolvedRun[OptionsT]:

@@ -22,6 +22,7 @@ from library.options.output.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
 from library.options.training.run import RunOptions
 from library.processes import ALONE, Processes
+from library.training.command_line.training import ResolvedOptions, keep_values_of_states
 from library.training.reporting.progress import Part
 from library.training.saving.resume import (
     AlreadyComplete,
@@ -464,6 +465,19 @@ def test_the_adapter_keeps_the_alpha_of_its_state(alpha: float, message: str, ca
         assert alpha_of_state(alpha, facts) == {"network_alpha": 4.0}
     assert message in caplog.text
     assert alpha_of_state(4.0, facts) == alpha_of_state(4.0, None) == {}
+
+
+def test_each_adapter_of_a_sweep_keeps_the_values_of_its_state() -> None:
+    """alpha is part of the adapter, and a learning rate that is not given stays."""
+    adapters = {"a": FluxOptions(), "b": FluxOptions().with_values({"network_alpha": 2.0, "learning_rate": 0.5})}
+    before = [{"network_alpha": alpha, "learning_rate": 1e-3} for alpha in (4.0, 8.0)]
+    states = {
+        label: StateManifest(Path("s"), 1, 0, 1, values, DATASET, {})
+        for label, values in zip("ab", before, strict=True)
+    }
+    kept = keep_values_of_states(ResolvedOptions(adapters["a"], adapters), states)
+    assert [o.network.network_alpha for o in (kept.shared, *kept.adapters.values())] == [4, 4, 8]
+    assert [o.optimizer.learning_rate for o in (kept.shared, *kept.adapters.values())] == [1e-3, 1e-3, 0.5]
 
 
 def test_paths_of_events_and_cached_captions_log_no_difference(caplog: pytest.LogCaptureFixture) -> None:
