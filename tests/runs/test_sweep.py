@@ -14,6 +14,7 @@ from library.training.loop import loop, stacked_step
 from library.training.report_page.page import read_data
 from library.training.report_page.writer import read_report
 from library.training.run import optimization
+from library.training.saving.checkpoints import Writer
 from tests.running import Finished, make_images
 from tests.runs.bases import BASES
 from tests.tolerances import SUMS_OF_A_RUN
@@ -118,6 +119,31 @@ def test_an_adapter_whose_losses_are_not_finite_ends_alone(train: Train, words: 
     assert train(alone, "flux_train_network").status == 0
     assert_same_files(tmp_path / "out" / "mine-lr0.5.safetensors", tmp_path / "out" / "alone.safetensors")
     assert not (tmp_path / "out" / "mine-lr1e38.safetensors").exists()
+
+
+def test_damaged_weights_that_are_to_be_saved_end_one_adapter(train: Train, words: list[str], tmp_path: Path) -> None:
+    """AdamW's first step at this rate is infinite, and the file of that step is due before another loss is known."""
+    more = ["--optimizer_type", "AdamW", "--save_every_n_steps", "1", "--max_train_steps", "2", *MEASURED[-1:]]
+    done = train([*words, *more, "--sweep", "learning_rate=1e38,1e-3"], "flux_train_network")
+    assert done.status == 0, done.stderr
+    assert "lr1e38: the adapter has weights that are NaN or infinite after step 1" in done.stderr
+    assert done.stderr.count("Nothing is saved now") == 1
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert names == [f"mine-lr1e-3{end}.safetensors" for end in ("-step00000001", "-step00000002", "")]
+    done = train([*words, *more, "--sweep", "learning_rate=1e38,2e38"], "flux_train_network")
+    assert done.status == 1 and done.stderr.count("The other adapters go on") == 1
+
+
+def test_a_file_that_is_saved_elsewhere_costs_no_other_adapter(
+    train: Train, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "out" / "mine-lr0.5.safetensors"
+    monkeypatch.setattr(Writer, "check_space", lambda writer: (blocked / "x").mkdir(parents=True, exist_ok=True))
+    more = ["--sweep", "learning_rate=0.5,1", "--max_train_steps", "1", *MEASURED[-1:]]
+    done = train([*words, *more], "flux_train_network")
+    assert done.status == 1 and f"training is complete, but {blocked} could not be written" in done.stderr
+    assert (tmp_path / "out" / "mine-lr0.5-rescued.safetensors").exists()
+    assert (tmp_path / "out" / "mine-lr1.safetensors").exists()
 
 
 def test_each_adapter_has_its_own_loss_scale(

@@ -9,11 +9,12 @@ from functools import partial
 
 from torch import Tensor
 
+from library.errors import UserError
 from library.processes import Order
 from library.training.evaluation.preview import Previews, epoch_event, step_event
 from library.training.evaluation.validation import Validation
 from library.training.failures.interruption import Interruption
-from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard, save_last_good
+from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard, advice, save_last_good
 from library.training.failures.out_of_memory import explain_out_of_memory, measure_sizes
 from library.training.loop.update import Updates, resolve_norm_limit
 from library.training.optimization.optimizers import effective_rates
@@ -23,7 +24,8 @@ from library.training.reporting.progress import Part, Progress
 from library.training.reporting.step_events import StepResult, build_step_event
 from library.training.reporting.trackers import Charts
 from library.training.run_parts import Run
-from library.training.saving.checkpoints import Writer
+from library.training.saving.checkpoints import NonFiniteWeights, SavedElsewhere, Writer, weights_are_finite
+from library.training.saving.rescue import NotWrittenError
 from library.training.saving.state import StateManifest
 from library.training.step.accumulation import Window
 from library.training.sweep_record import NOT_FINITE, Ended
@@ -50,6 +52,7 @@ class AdapterRun:
     def __init__(self, prepared: PreparedRun, interruption: Interruption, bar: StepBar) -> None:
         self.prepared, self._interruption = prepared, interruption
         self.run, self.progress, self.validation = prepared.run, prepared.progress, prepared.validation
+        self.failure: UserError | None = None  # what kept the files of the end from their place
         self._guard = NonFiniteGuard(self.run)
         report = partial(report_step, self.run, self.progress, prepared.charts, bar)
         with self.prefix_logs():
@@ -65,7 +68,7 @@ class AdapterRun:
         propagates."""
         with self.prefix_logs():
             try:
-                with save_last_good(self.prepared.writer) if has_others else log_prefix(""):
+                with save_last_good(self.prepared.writer):
                     yield
             except NonFiniteError as error:
                 if not has_others:
@@ -109,7 +112,8 @@ class AdapterRun:
         return stops
 
     def finish_step(self, window: Window, stops: bool) -> None:
-        """Count the step, then validate, save and draw as scheduled."""
+        """Count the step, then validate, save and draw as scheduled. Raises NonFiniteError if the weights of an
+        adapter of a sweep are damaged."""
         prepared, progress, run = self.prepared, self.progress, self.run
         validation, writer, plan = prepared.validation, prepared.writer, self.run.plan
         progress.advance()
@@ -123,6 +127,11 @@ class AdapterRun:
         # validation and files are recorded with.
         if is_due or not self.updates.reports_late:
             self.updates.report()
+        # The writer would refuse these weights and end the run. Every process has them, but only one writes.
+        if is_due and run.sweep is not None and not weights_are_finite(run.context.network.module):
+            raise NonFiniteError(
+                f"the adapter has weights that are NaN or infinite after step {progress.step}: {advice(run)}", None
+            )
         if not stops:
             with run.times.stage("validation"):
                 ends_epoch = window.ends_epoch or is_last
@@ -148,10 +157,25 @@ class AdapterRun:
         """End the adapter early because another one is significantly better."""
         self.note_end("another one was significantly better (--sweep_stop_after)")
         logger.info("ends after step %d: %s", self.progress.step, self.progress.ended)
-        self.prepared.writer.save_end(self.progress, epoch)
+        with self._keeping_failure():
+            self.prepared.writer.save_end(self.progress, epoch)
 
     def end(self, epoch: int) -> None:
-        """Save the final weights and states and log a summary."""
+        """Save the final weights and states and log a summary. An error is kept as `failure`."""
+        with self._keeping_failure():
+            self._save_end(epoch)
+
+    @contextmanager
+    def _keeping_failure(self) -> Iterator[None]:
+        """Keep an error of saving, so that the other adapters of a sweep are trained and saved all the same."""
+        try:
+            yield
+        except (NonFiniteError, NonFiniteWeights, NotWrittenError, SavedElsewhere) as error:
+            self.failure = error
+            if self.run.sweep is not None:
+                logger.error("%s", error)
+
+    def _save_end(self, epoch: int) -> None:
         progress, writer, validation = self.progress, self.prepared.writer, self.prepared.validation
         self._guard.report(progress.step)
         if progress.step >= self.run.plan.max_train_steps:

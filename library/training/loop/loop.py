@@ -89,15 +89,16 @@ def train(
                 )
                 wants_stop = interruption.is_requested
                 for adapter, local_losses in zip(active, losses, strict=True):
-                    with adapter.ending_alone(len(active) > 1):
+                    with adapter.ending_alone(any_goes_on(active, adapter)):
                         stops = adapter.apply_gradients(window, local_losses, wants_stop) or stops
                 run.times.end_step()
                 profile_step()
                 if watch is not None:
                     watch.after_step()
                 step += 1
+                active = [adapter for adapter in active if not adapter.progress.ended]
                 for adapter in active:
-                    with adapter.ending_alone(len(active) > 1):
+                    with adapter.ending_alone(any_goes_on(active, adapter)):
                         adapter.finish_step(window, stops)
                 delete_outdated(active)
                 if find_worse is not None:
@@ -111,6 +112,13 @@ def train(
     for adapter in active:
         with adapter.prefix_logs():
             adapter.end(epoch)
+    for failure in (adapter.failure for adapter in adapter_runs if adapter.failure is not None):
+        raise failure
+
+
+def any_goes_on(active: Sequence[AdapterRun], adapter: AdapterRun) -> bool:
+    """Return True if another adapter than this one is still trained."""
+    return any(other is not adapter and not other.progress.ended for other in active)
 
 
 def delete_outdated(adapter_runs: Sequence[AdapterRun]) -> None:
