@@ -18,7 +18,7 @@ from library.checkpoints.files import atomic_path, file_in_folder
 from library.checkpoints.overwriting import PNG, check_overwrite
 from library.errors import UserError
 from library.training.command_line.checks import check_precision
-from library.training.evaluation.prompts import parse_line, read_prompts, refuse_strengths, resolve_all
+from library.training.evaluation.prompts import parse_strip, read_prompts, refuse_strengths, resolve_all
 from library.training.offline.adapter_files import Stack
 from library.training.offline.contact_sheet import arrange, draw_rows
 from library.training.reporting.sample_images import Drawn, write_image
@@ -75,7 +75,8 @@ def draw(args: argparse.Namespace, training: Sequence[str]) -> None:
     _, options = read_training_options(spec.script, [*model_options, *training])
     check_precision(options)
     arch = spec.build(options)
-    specs = [parse_line(line, f"--prompt {number}") for number, line in enumerate(args.prompt, 1)]
+    lines = enumerate(args.prompt, 1)
+    specs = [spec for number, line in lines for spec in parse_strip(line, f"--prompt {number}")]
     specs += read_prompts(args.prompts) if args.prompts else []
     refuse_strengths(specs, "--strengths")
     prompts = resolve_all(specs, arch)
