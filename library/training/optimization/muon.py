@@ -61,8 +61,16 @@ class MuonWithAdamW(Optimizer):
             part.step()
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, and the settings, which the parts alone have in their groups."""
+        return {**super().state_dict(), "settings": {"muon": self._of_muon, "adamw": self._of_adamw}}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state with its settings, as torch's optimizers do."""
         super().load_state_dict(state_dict)
+        settings = state_dict.get("settings")  # older states have none
+        if settings is not None:
+            self._of_muon, self._of_adamw = settings["muon"], settings["adamw"]
         # Loading replaces the state and the groups that the parts share.
         self._parts = self._make_parts()
 

@@ -60,3 +60,18 @@ def test_only_matrices_or_no_matrices_are_trained() -> None:
             weight.grad = torch.ones_like(weight)
         optimizer.step()
         assert all((weight < 1).all() for weight in weights)
+
+
+def test_a_loaded_state_keeps_its_settings() -> None:
+    """As torch's optimizers do, so that --optimizer_args on resume changes nothing, as the log says."""
+    trained = []
+    for weight_decay in (0.5, 0.0):
+        weights = parameters(704)
+        before, after = (MuonWithAdamW([{"params": weights}], weight_decay=decay) for decay in (0.5, weight_decay))
+        after.load_state_dict(before.state_dict())
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        after.step()
+        trained.append(weights)
+    for kept, other in zip(*trained, strict=True):
+        assert torch.equal(kept, other)
