@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from library.options.base import Options, option
 
+DRAWN = ("logging_dir", "log_with=wandb|all")
+
 
 @dataclass(frozen=True)
 class TrackerOptions(Options, affects_training=False):
@@ -27,11 +29,12 @@ class TrackerOptions(Options, affects_training=False):
         help="Text before the date in the name of the run's folder below --logging_dir.",
     )
     log_tracker_name: str | None = option(
-        None, needs="logging_dir", help="Name of the project in the charts. Unset is network_train."
+        None, needs=DRAWN, help="Name of the project in the charts. Unset is network_train."
     )
     wandb_run_name: str | None = option(None, help="Name of the run in wandb. Unset lets wandb choose.")
     log_tracker_config: str | None = option(
         None,
+        needs=DRAWN,
         help="TOML file with further settings of tensorboard and wandb, a table for each.",
     )
     wandb_api_key: str | None = option(
@@ -44,4 +47,6 @@ class TrackerOptions(Options, affects_training=False):
         help="Write a trace of this many steps, from the third on, into --output_dir: a timeline of CPU and GPU for "
         "Perfetto. 0 writes none.",
     )
-    log_config: bool = option(False, help="Send the options to the charts too, without passwords and folder names.")
+    log_config: bool = option(
+        False, needs=DRAWN, help="Send the options to the charts too, without passwords and folder names."
+    )

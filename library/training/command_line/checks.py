@@ -36,7 +36,7 @@ from library.training.evaluation.preview import PreviewSchedule
 from library.training.evaluation.prompts import check_sampler, read_prompts
 from library.training.optimization.optimizers import class_path, resolve_optimizer_type
 from library.training.report_page.page import REPORT
-from library.training.reporting.trackers import tracker_kind
+from library.training.reporting.trackers import read_tracker_config, tracker_kind
 from library.training.saving.checkpoints import Names, state_folder
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,8 @@ def check(options: TrainOptions) -> None:
         parse_size("--fit", str(options.fit.fit))
     check_compiling(options.compiling)
     check_previews(options.preview)
-    tracker_kind(options.trackers)
+    if tracker_kind(options.trackers) is not None:
+        read_tracker_config(options.trackers.log_tracker_config)
 
 
 def check_data(options: TrainOptions) -> None:

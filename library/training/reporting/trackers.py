@@ -44,20 +44,27 @@ def run_folder(options: TrackerOptions) -> str | None:
     return str(Path(options.logging_dir) / f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}")
 
 
+def read_tracker_config(path: str | None) -> dict[str, Any]:
+    """Read the file of --log_tracker_config, if there is one. Raises UserError if it cannot be read."""
+    return read_toml(Path(path), "--log_tracker_config") if path else {}
+
+
 def start_trackers(accelerator: Any, trackers: TrackerOptions, config: Mapping[str, Any]) -> None:
     """Start the accelerator's trackers, with `config` if the user requests it."""
     if trackers.wandb_api_key is not None and find_spec("wandb") is not None:
         import wandb
 
         wandb.login(key=trackers.wandb_api_key)
-    init: dict[str, Any] = (
-        read_toml(Path(trackers.log_tracker_config), "--log_tracker_config") if trackers.log_tracker_config else {}
-    )
+    init = read_tracker_config(trackers.log_tracker_config)
     if trackers.wandb_run_name:
         init.setdefault("wandb", {})["name"] = trackers.wandb_run_name
     logged_config = dict(config) if trackers.log_config else None
     silence_tensorboard_thread()
     try:
+        if trackers.log_with in ("wandb", "all") and trackers.logging_dir:
+            # By default wandb writes into the working folder; it takes no folder that does not exist.
+            Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
+            init.setdefault("wandb", {}).setdefault("dir", str(accelerator.logging_dir))
         # The default name is sd-scripts', and part of the path of TensorBoard's files.
         accelerator.init_trackers(trackers.log_tracker_name or "network_train", config=logged_config, init_kwargs=init)
     except OSError as error:

@@ -13,6 +13,7 @@ import torch
 from library.architectures.flux.options import FluxModelOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
 from library.checkpoints.folders import ADDED_TO_NAMES, LONGEST_ON_WINDOWS, atomic_folder
+from library.errors import UserError
 from library.options.base import group
 from library.options.machine.compiling import CompileOptions
 from library.options.model import ModelOptions
@@ -565,3 +566,12 @@ def test_compile_modes_with_cuda_graphs_are_compiled_without_them(
 ) -> None:
     assert compile_settings(CompileOptions(compile=True, compile_mode=mode)).mode == compiled
     assert ("uses CUDA graphs" in caplog.text) is is_warned
+
+
+def test_options_of_charts_need_charts(tmp_path: Path) -> None:
+    for values in ({"log_tracker_name": "x"}, {"log_config": True}, {"log_tracker_config": "t.toml"}):
+        (line,) = find_unused(make_options(**values), {})
+        assert line.endswith("has no effect without --logging_dir or --log_with wandb or all")
+        assert not list(find_unused(make_options(**values, log_with="wandb"), {}))
+    with pytest.raises(UserError, match="--log_tracker_config"):
+        check(make_options(logging_dir=str(tmp_path), log_tracker_config=str(tmp_path / "missing.toml")))

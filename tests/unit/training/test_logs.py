@@ -79,3 +79,18 @@ def test_an_unwritable_folder_disables_the_charts(tmp_path: Path, caplog: pytest
     (record,) = caplog.records
     assert record.levelname == "WARNING" and f"--logging_dir {tmp_path}: charts are off" in record.getMessage()
     assert not Charts(accelerator).are_on
+
+
+def test_wandb_writes_into_the_logging_folder(tmp_path: Path) -> None:
+    """As in sd-scripts; a folder of the user's own --log_tracker_config counts more."""
+    given: list[dict[str, Any]] = []
+    accelerator = SimpleNamespace(
+        logging_dir=tmp_path / "logs" / "run", init_trackers=lambda name, config, init_kwargs: given.append(init_kwargs)
+    )
+    config = tmp_path / "trackers.toml"
+    config.write_text("[wandb]\ndir = 'other'\n", encoding="utf-8")
+    for own in (None, str(config)):
+        options = TrackerOptions(logging_dir=str(tmp_path / "logs"), log_with="wandb", log_tracker_config=own)
+        start_trackers(accelerator, options, {})
+    assert [init["wandb"] for init in given] == [{"dir": str(tmp_path / "logs" / "run")}, {"dir": "other"}]
+    assert (tmp_path / "logs" / "run").is_dir()
