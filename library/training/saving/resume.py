@@ -209,7 +209,7 @@ def resolve_starting_steps(
 ) -> list[int]:
     """Return each adapter's number of finished steps. Raises AlreadyComplete if all adapters are complete."""
     steps: list[int | None] = []
-    complete = AlreadyComplete()
+    complete = AlreadyComplete("every adapter of --sweep has ended: nothing is left to train")
     for adapter_options, facts in zip(options, states, strict=True):
         try:
             steps.append(resolve_starting_step(adapter_options.state, adapter_options.saving, plan, facts))

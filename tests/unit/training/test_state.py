@@ -33,6 +33,7 @@ from library.training.saving.resume import (
     record_options,
     report_differences,
     resolve_starting_step,
+    resolve_starting_steps,
 )
 from library.training.saving.state import OptimizerState, StateManifest, read_facts, restore, save_state
 from library.training.step.accumulation import Plan
@@ -465,6 +466,12 @@ def test_the_adapter_keeps_the_alpha_of_its_state(alpha: float, message: str, ca
         assert alpha_of_state(alpha, facts) == {"network_alpha": 4.0}
     assert message in caplog.text
     assert alpha_of_state(4.0, facts) == alpha_of_state(4.0, None) == {}
+
+
+def test_a_sweep_whose_adapters_have_all_ended_says_so() -> None:
+    """No adapter is left that could have a message of its own."""
+    with pytest.raises(AlreadyComplete, match="every adapter of --sweep has ended: nothing is left to train"):
+        resolve_starting_steps([], Plan(1, 1, 4), [])
 
 
 def test_each_adapter_of_a_sweep_keeps_the_values_of_its_state() -> None:
