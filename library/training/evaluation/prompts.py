@@ -259,7 +259,7 @@ def resolve_all(specs: Iterable[PromptSpec], arch: Architecture) -> list[Prompt]
 
 
 def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False, max_references: int = 0) -> Prompt:
-    """Fill in a prompt's missing settings; warn of settings that the base model does not support.
+    """Fill in a prompt's missing settings; warn of settings without effect.
 
     Raises UserError for an inpainting model without an image, for missing image files, and for more than
     `max_references` reference images.
@@ -269,6 +269,12 @@ def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False, 
             "%s: %s is ignored, because no ControlNet is loaded in adapter training",
             spec.place, label("controlnet_image"),
         )  # fmt: skip
+    scale = defaults.scale if spec.scale is None else spec.scale
+    if scale <= 1 and spec.negative_prompt:
+        logger.warning(
+            "%s: %s has no effect at %s %g, which is no guidance; give a scale above 1, or remove it",
+            spec.place, label("negative_prompt"), label("scale"), scale,
+        )  # fmt: skip
     return Prompt(
         text=spec.prompt,
         negative=spec.negative_prompt or "",
@@ -276,7 +282,7 @@ def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False, 
         height=round_side(spec.height or defaults.height, defaults.size_step, spec.place),
         seed=spec.seed,
         num_steps=spec.sample_steps or defaults.num_steps,
-        scale=defaults.scale if spec.scale is None else spec.scale,
+        scale=scale,
         sampler=take_setting(spec, "sample_sampler", defaults.sampler),
         guidance_scale=take_setting(spec, "guidance_scale", defaults.guidance_scale),
         cfg_trunc_ratio=take_setting(spec, "cfg_trunc_ratio", defaults.cfg_trunc_ratio),

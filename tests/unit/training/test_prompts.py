@@ -188,6 +188,18 @@ def test_a_setting_that_the_model_does_not_support_is_warned_about(
     assert "p.txt, line 4" in record.message and flag in record.message and "no effect" in record.message
 
 
+@pytest.mark.parametrize(
+    ("line", "defaults", "num_warnings"),
+    [("a --n blurry", FLOW, 1), ("a --n blurry --l 1", SD, 1), ("a --n blurry --l 4", FLOW, 0), ("a --n", FLOW, 0)],
+)
+def test_a_negative_prompt_without_guidance_is_warned_about(
+    caplog: pytest.LogCaptureFixture, line: str, defaults: PromptDefaults, num_warnings: int
+) -> None:
+    resolve(parse_line(line, "p.txt, line 4"), defaults)
+    assert len(caplog.messages) == num_warnings
+    assert all("p.txt, line 4: negative_prompt (--n) has no effect at scale (--l) 1" in m for m in caplog.messages)
+
+
 def test_a_controlnet_image_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     spec = parse_line("a cat --cn my poses/pose.png --w 64", "p.txt, line 4")
     prompt = resolve(spec, SD)
