@@ -1,5 +1,7 @@
 """tools/draw.py compared with the run's previews, the merged model and the base model."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,15 @@ def test_invalid_input_ends_with_a_one_line_error(
 ) -> None:
     assert draw.main([word.format(model=tiny_sd_folder) for word in words]) == 1
     assert error in capsys.readouterr().err
+
+
+def test_a_base_model_in_nf4_can_draw(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    words = [str(tiny_sd_folder), "--prompt", PROMPT, "--base_format", "nf4", "--output", str(tmp_path)]
+    tool = Path(__file__).parents[2] / "tools" / "draw.py"
+    # In a new process, where nothing has imported the package yet.
+    done = subprocess.run([sys.executable, str(tool), *words], capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "01_3.png").is_file(), done.stderr
 
 
 @pytest.mark.parametrize(

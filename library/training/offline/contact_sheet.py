@@ -17,6 +17,7 @@ from library.protocols import Architecture
 from library.training.evaluation.preview import decode, draw_latents, encode_prompts, seed_generator
 from library.training.failures.vae_memory import VaeFallback
 from library.training.models.compute import Compute
+from library.training.models.frozen_base import check_base
 from library.training.models.frozen_models import load_frozen
 from library.training.offline.adapter_files import READER, NoAdapter, Stack, install_adapters, resolve_models
 from library.training.reporting.sample_images import composite_on_white
@@ -57,6 +58,7 @@ def draw_rows(
         raise UserError(
             "an option names a second model for the previews of a training; give that one as the base model"
         )
+    check_base(precision.denoiser_format, memory.num_offloaded, arch)
     compute = Compute.build(precision, device)
     loaded = load(network, precision, memory, arch, rows, prompts, compute)
     for row in rows:
