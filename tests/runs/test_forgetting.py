@@ -1,5 +1,6 @@
 """Subsets with is_forgetting_probe are never trained on, measured like validation, and shown in report and tool."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from library.checkpoints.files import load_state_dict
 from library.training.report_page.writer import read_report
 from tests.running import Finished, make_images
 from tests.runs.test_events import events_of, of_kind
+from tests.runs.test_exit_status import stop_in_step  # noqa: F401
 from tools import choose_checkpoint
 
 Run = Callable[..., Finished]
@@ -97,6 +99,17 @@ def test_a_resumed_run_compares_with_the_start_of_the_original_run(run: Run, tmp
     assert [{k: event[k] for k in ("step", "loss", "compared")} for event in rest] == [
         {k: event[k] for k in ("step", "loss", "compared")} for event in uninterrupted[2:]
     ]
+
+
+def test_a_stopped_run_measures_the_probe_of_its_step_when_it_goes_on(
+    run: Run,
+    tmp_path: Path,
+    stop_in_step: Callable[..., None],  # noqa: F811
+) -> None:
+    stop_in_step(1, signal.SIGTERM)  # noticed at the end of step 2
+    run("stopped", PROBE)
+    run("stopped", PROBE, "--resume", str(tmp_path / "stopped" / "mine-step00000002-state"))
+    assert [event["step"] for event in of_kind(events_of(tmp_path / "stopped.jsonl"), "forgetting")] == [0, 2, 4]
 
 
 def test_a_regularisation_subset_as_a_probe_is_rejected(run: Run) -> None:

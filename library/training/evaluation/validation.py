@@ -130,13 +130,12 @@ class Validation:
         """
         if progress.step == 0 and self.has_probe and self._schedule.at_first:
             self._measure_probe("step", 0)
-        if not self.is_on:
-            return False
-        if progress.step == 0 and self._schedule.at_first:
+        if self.is_on and progress.step == 0 and self._schedule.at_first:
             evaluation = self._evaluate("step", 0)
             self._draw_charts(evaluation, {"loss/validation/step_average": evaluation.mean}, 0)
             return False  # an untrained adapter is not worth a file
-        if self.record.is_resumed and progress.step and self.record.measured_step != progress.step:
+        record = self.record if self.is_on else self.forgetting
+        if record.is_resumed and progress.step and record.measured_step != progress.step:
             epochs, remainder = divmod(progress.step, self._run.plan.steps_per_epoch)
             return self.after_step(progress.step, epochs + bool(remainder), not remainder, progress.average.mean)
         return False
