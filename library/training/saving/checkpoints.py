@@ -35,7 +35,8 @@ from networks.core.protocol import AdoptedNetwork
 
 logger = logging.getLogger(__name__)
 
-STEM = re.compile(r"(?P<start>.+?)(-step\d+|-\d{6,}|-best)?")
+# Follows the run's name, which may itself end in a date. Epochs have six digits, dates often eight.
+STEM_ENDING = re.compile(r"(-step\d+|-\d{6,7}|-best)?")
 
 
 class NonFiniteWeights(UserError):
@@ -93,8 +94,7 @@ class Names:
         """Return True if a weights file or report of this run may have this name (without extension)."""
         if stem in (self.of_best().stem, self.of_report().stem):
             return True
-        match = STEM.fullmatch(stem)
-        return match is not None and match["start"] in self.starts
+        return any(stem.startswith(name) and STEM_ENDING.fullmatch(stem, len(name)) for name in self.starts)
 
     @property
     def starts(self) -> tuple[str, ...]:

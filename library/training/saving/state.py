@@ -289,13 +289,13 @@ def strip_arguments(name: str) -> str:
 # Finding states
 
 
-STATE_NAME = re.compile(r"(?P<start>.+?)(-step(?P<step>\d+)|-(?P<epoch>\d{6,}))?-state")
+# Follows the run's name, which may itself end in a date. Epochs have six digits, dates often eight.
+STATE_ENDING = re.compile(r"(-step\d+|-\d{6,7})?-state")
 
 
 def is_state_name(folder: str, names: tuple[str, ...]) -> bool:
     """Return True if a folder has the name of a state of a run with one of `names`."""
-    match = STATE_NAME.fullmatch(folder)
-    return match is not None and match["start"] in names
+    return any(folder.startswith(name) and STATE_ENDING.fullmatch(folder, len(name)) for name in names)
 
 
 def iterate_states(folder: Path, names: tuple[str, ...]) -> Iterator[StateManifest]:
@@ -303,9 +303,14 @@ def iterate_states(folder: Path, names: tuple[str, ...]) -> Iterator[StateManife
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
         if is_state_name(entry.name, names) and entry.is_dir():
             try:
-                yield read_facts(entry)
+                facts = read_facts(entry)
             except UserError as error:
                 logger.warning("%s is left out: %s", entry.name, error)
+                continue
+            # The state of the end of a run named cat-251130 has the name of one of a run named cat.
+            recorded = str(facts.options.get("output_name") or "")
+            if recorded in ("", *names) or not is_state_name(entry.name, (recorded,)):
+                yield facts
 
 
 def newest_state(folder: Path, names: tuple[str, ...]) -> StateManifest | None:

@@ -14,9 +14,9 @@ from library.processes import Processes
 from library.training.saving.checkpoints import Names
 from library.training.saving.resume import clear_up, find_state
 from library.training.saving.state import (
-    STATE_NAME,
     StateManifest,
     are_undamaged,
+    is_state_name,
     iterate_states,
     read_facts,
     require_undamaged,
@@ -112,14 +112,14 @@ def find_states_of_step(named: Path, adapters: Mapping[str, SavingOptions]) -> d
     """Return the states of the same step as the named one, by adapter label. Raises UserError for a state of no
     adapter."""
     names = {label: Names.build(saving).starts[0] for label, saving in adapters.items()}
-    match = STATE_NAME.fullmatch(named.name)
-    if match is None or match["start"] not in names.values():
+    own_name = next((name for name in names.values() if is_state_name(named.name, (name,))), None)
+    if own_name is None:
         raise UserError(
             f"--resume {named} is no state of an adapter of --sweep: name one of them, such as "
             f"{next(iter(names.values()))}-step00000010-state, and the others are found beside it"
         )
     step = read_facts(named).step
-    suffix = named.name.removeprefix(match["start"])
+    suffix = named.name.removeprefix(own_name)
     states = {}
     for label, name in names.items():
         folder = named.with_name(f"{name}{suffix}")

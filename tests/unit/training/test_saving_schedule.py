@@ -66,6 +66,15 @@ def test_file_names_follow_the_output_name(name: str | None, expected: tuple[str
     assert (names.of_epoch(3), names.of_step(42), names.of_end()) == tuple(Path("out") / file for file in expected)
 
 
+@pytest.mark.parametrize("name", ["cat-251130", "cat-20251130", "cat-step5", "cat-best"])
+def test_a_name_that_ends_in_a_number_is_that_of_its_own_run(name: str) -> None:
+    """Its final file must not be taken for a file of another run, which may be overwritten."""
+    names = Names.build(replace(SavingOptions(), output_dir="out", output_name=name))
+    for path in (names.of_epoch(3), names.of_step(42), names.of_end(), names.of_best()):
+        assert names.has_stem(path.stem)
+    assert not Names.build(replace(SavingOptions(), output_dir="out", output_name="cat")).has_stem("cat-20251130")
+
+
 def test_file_type_follows_save_model_as() -> None:
     names = Names.build(replace(SavingOptions(), output_dir="out", output_name="x", save_model_as="ckpt"))
     assert names.of_end() == Path("out/x.ckpt")

@@ -254,6 +254,23 @@ def options_with(folder: Path | None = None, max_train_steps: int = 100, **state
     )
 
 
+@pytest.mark.parametrize("other", ["x-251130", "x-20251130", "x-step5"])
+def test_autoresume_tells_a_run_from_another_one_whose_name_is_longer(tmp_path: Path, other: str) -> None:
+    """A date at the end of a name looks like the number of an epoch."""
+    named = [
+        replace(options, saving=replace(options.saving, output_name=name))
+        for options in [options_with(tmp_path, autoresume=True)]
+        for name in ("x", other)
+    ]
+    written(tmp_path / f"{other}-state", options=named[1])
+    assert find_state(named[0], ALONE) is None
+    facts = find_state(named[1], ALONE)
+    assert facts is not None and facts.path.name == f"{other}-state"
+    written(tmp_path / "x-000002-state", step=3, options=named[0])
+    facts = find_state(named[0], ALONE)
+    assert facts is not None and facts.path.name == "x-000002-state"
+
+
 def test_autoresume_uses_the_intact_state_with_the_most_steps(tmp_path: Path) -> None:
     for name, step in (("x-step00000009-state", 9), ("x-000002-state", 12), ("x-step00000020-state", 20)):
         written(tmp_path / name, step=step)
