@@ -69,6 +69,8 @@ SHARD = FileType("a shard of an earlier call", lambda start: False)
 CACHES = ("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk")
 ENDING = ".txt"
 MEMBERS = ("caption_extension", "caption_column", "image_column", "control_dirs", "control_columns")  # keys of sources
+JPEG = ".jpg"
+JPEG_FORMATS = ("JPEG", "MPO")  # phones and stereo cameras add further pictures to a JPEG, which Pillow calls MPO
 LONGEST_NAME = 90  # bytes; longer names do not fit into a ustar header
 
 
@@ -93,12 +95,22 @@ class Packed:
 
 
 def choose_extension(image: ScannedImage, content: bytes) -> str:
-    """Return an image's extension in the shard: that of its file, else that of its format."""
+    """Return an image's extension in the shard: that of its file, else that of its format.
+
+    Raises UserError for a format that readers of shards do not look for.
+    """
     ending = os.path.splitext(image.key)[1].lower()
     if ending in image_extensions():
         return ending
     with open_image(image.key, content) as opened:
-        return f".{str(opened.format).lower()}".replace(".jpeg", ".jpg")
+        name = str(opened.format)
+    ending = JPEG if name in JPEG_FORMATS else f".{name.lower()}"
+    if ending not in image_extensions():
+        raise UserError(
+            f"{image.key} is an image in the format {name}, which is not read from shards; convert it to PNG, JPEG or "
+            "WebP, or train this dataset without shards"
+        )
+    return ending
 
 
 def setup_parser() -> argparse.ArgumentParser:

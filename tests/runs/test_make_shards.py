@@ -1,5 +1,6 @@
 """Shards of tools/make_shards.py train like their source and need neither VAE nor text encoders."""
 
+import io
 import json
 import tarfile
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import toml
 import torch
+from PIL import Image
 
 from library.models.unet_loader import UnetLoader
 from tests.running import Finished, make_images
@@ -180,6 +182,21 @@ def test_shards_and_parquet_files_can_be_repacked(kind: str, tmp_path: Path) -> 
     assert make_shards.main(["--dataset_config", str(tmp_path / "data.toml"), "--out", str(tmp_path / "out")]) == 0
     assert len(contents(tmp_path / "out" / "dataset.toml")) == 8
     assert contents(tmp_path / "out" / "dataset.toml") == contents(tmp_path / "data.toml")
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "MPO", "TIFF"])
+def test_a_row_is_read_from_the_shard_or_refused(image_format: str, tmp_path: Path, capsys) -> None:
+    """A row has no file name, so its format gives its extension. Phones write MPO, a JPEG with more pictures."""
+    buffer, image = io.BytesIO(), Image.new("RGB", (64, 64), "red")
+    image.save(buffer, image_format, **({"save_all": True, "append_images": [image]} if image_format == "MPO" else {}))
+    write_parquet(tmp_path / "rows.parquet", {"image": [buffer.getvalue()], "text": ["a cat"]})
+    source = f'parquet = "{(tmp_path / "rows.parquet").as_posix()}"'
+    (tmp_path / "data.toml").write_text(f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{source}\n")
+    status = make_shards.main(["--dataset_config", str(tmp_path / "data.toml"), "--out", str(tmp_path / "out")])
+    if image_format == "TIFF":
+        assert status == 1 and "in the format TIFF, which is not read from shards" in capsys.readouterr().err
+    else:
+        assert status == 0 and contents(tmp_path / "out" / "dataset.toml") == contents(tmp_path / "data.toml")
 
 
 def test_a_caption_that_is_not_text_is_named(tmp_path: Path, capsys) -> None:
