@@ -13,6 +13,7 @@ from library.checkpoints.adapter_names import BaseNames
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.renaming import rename
 from tests.tolerances import FLOAT32_SAME_MATH
 from tools import check_lora_weights, convert_lora, merge_lora, resize_lora
 
@@ -122,23 +123,24 @@ def test_resizing_gives_the_best_lora_approximation(model: Path, tmp_path: Path,
         assert residual <= least * (1 + 1e-6) + 1e-5 * target.norm()
 
 
-def test_concat_merges_two_files_into_one_lora_exactly(model: Path, tmp_path: Path) -> None:
+def test_concat_merges_two_files_into_one_lora_exactly(table: BaseNames, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     arguments = ["--models", str(model), str(model), "--ratios", "0.5", "0.25", "--save_to", str(out)]
     assert merge_lora.main([*arguments, "--concat"]) == 0
     tensors = load_state_dict(model)
-    for name, module in read_adapter_file(out).modules.items():
+    for name, module in rename(read_adapter_file(out), table, "kohya").file.modules.items():
         assert module.form == "low_rank"
         torch.testing.assert_close(module.weight(), 0.75 * formula(tensors, name).float(), **FLOAT32_SAME_MATH)
 
 
 def test_merging_to_a_smaller_rank_logs_the_error(
-    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    table: BaseNames, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out.safetensors"
     with caplog.at_level("INFO"):
         assert merge_lora.main(["--models", str(model), "--new_rank", "3", "--save_to", str(out)]) == 0
-    tensors, merged = load_state_dict(model), changes(out)
+    tensors, modules = load_state_dict(model), rename(read_adapter_file(out), table, "kohya").file.modules
+    merged = {name: module.weight(torch.float64) for name, module in modules.items()}
     missed = sum(float((formula(tensors, name) - change).square().sum()) for name, change in merged.items())
     total = sum(float(formula(tensors, name).square().sum()) for name in merged)
     assert f"the LoRA misses {100 * (missed / total) ** 0.5:.1f}% of the sum of the changes (norm)" in caplog.text

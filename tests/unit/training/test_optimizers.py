@@ -306,7 +306,7 @@ def test_adafactor_with_warmup_init_switches_relative_step_on(caplog: pytest.Log
     built, _ = train(OptimizerOptions("Adafactor", optimizer_args=["warmup_init=True", "relative_step=False"]), 1, 20)
     assert built.has_relative_step
     assert "needs relative_step=True" in caplog.text
-    assert "--unet_lr and --text_encoder_lr have no effect" in caplog.text
+    assert "--unet_lr, --text_encoder_lr and the rates and ratios of --network_args have no effect" in caplog.text
 
 
 def test_adafactor_without_relative_step_uses_the_rates() -> None:
