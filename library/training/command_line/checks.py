@@ -25,6 +25,7 @@ from library.options.machine.memory import PrecisionOptions
 from library.options.model import ModelOptions
 from library.options.no_effect import find_unused, is_requested, is_set
 from library.options.output.preview import PreviewOptions
+from library.options.output.saving import MetadataOptions
 from library.options.ranges import check_ranges
 from library.options.requirements import check_requirements, unsupported
 from library.options.train import TrainOptions
@@ -432,7 +433,18 @@ def find_doubtful(options: TrainOptions) -> Iterator[str]:
             f"--mixed_precision bf16: {gpu} has no units for bf16, so products are emulated and attention takes far "
             "more memory; --mixed_precision fp16 is faster there"
         )
+    yield from find_lost_metadata(options)
     yield from find_doubtful_rates(options.network, options.optimizer)
+
+
+def find_lost_metadata(options: TrainOptions) -> Iterator[str]:
+    """Yield a line for every given option whose text no saved file will hold."""
+    values, defaults, kind = options.metadata.flat(), MetadataOptions.defaults(), options.saving.save_model_as
+    for name in (name for name in values if name != "no_metadata" and is_set(values[name], defaults[name])):
+        if kind in ("ckpt", "pt"):
+            yield f"--{name} has no effect: files of --save_model_as {kind} hold no metadata"
+        elif name == "training_comment" and options.metadata.no_metadata:
+            yield "--training_comment has no effect with --no_metadata"
 
 
 def find_doubtful_rates(network: NetworkOptions, optimizer: OptimizerOptions) -> Iterator[str]:

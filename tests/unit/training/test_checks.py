@@ -575,3 +575,15 @@ def test_options_of_charts_need_charts(tmp_path: Path) -> None:
         assert not list(find_unused(make_options(**values, log_with="wandb"), {}))
     with pytest.raises(UserError, match="--log_tracker_config"):
         check(make_options(logging_dir=str(tmp_path), log_tracker_config=str(tmp_path / "missing.toml")))
+
+
+def test_metadata_that_no_file_holds_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """--no_metadata leaves the modelspec keys, and with them the title."""
+    texts = {"metadata_title": "x", "training_comment": "y"}
+    assert warnings_of(caplog, **texts) == []
+    assert warnings_of(caplog, **texts, no_metadata=True) == ["--training_comment has no effect with --no_metadata"]
+    caplog.clear()
+    assert warnings_of(caplog, **texts, save_model_as="ckpt") == [
+        f"--{name} has no effect: files of --save_model_as ckpt hold no metadata"
+        for name in ("training_comment", "metadata_title")
+    ]
