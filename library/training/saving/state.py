@@ -250,7 +250,9 @@ class OptimizerState:
         saved = state_dict["state"]
         for own_group, saved_group in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
             for name in own_group.keys() - {"params"}:
-                if name not in saved_group or not is_alike(own_group[name], saved_group[name]):
+                # The schedule is built for this run's `relative_step`, and the optimizer would keep the state's.
+                is_fixed = name == "relative_step" and own_group[name] != saved_group.get(name)
+                if is_fixed or name not in saved_group or not is_alike(own_group[name], saved_group[name]):
                     raise UserError(
                         f"{name} of a group of parameters is {saved_group.get(name)!r}, here it is {own_group[name]!r}"
                     )

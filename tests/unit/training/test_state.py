@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.optimization import Adafactor
 
 from library.architectures.flux.options import FluxOptions
 from library.checkpoints.tree_json import dump_tree, load_tree
@@ -240,6 +241,14 @@ def test_a_float32_optimizer_state_of_bfloat16_weights_is_not_rounded() -> None:
     resumed = torch.optim.SGD([weight], lr=0.1)
     OptimizerState(resumed, "x").load_state_dict(saved)
     assert torch.equal(resumed.state[weight]["average"], torch.tensor([1 / 3, 2 / 3, 1e-3]))
+
+
+def test_adafactor_does_not_change_who_sets_its_rates() -> None:
+    """Otherwise the optimizer would keep the state's setting under a schedule that is made for the other one."""
+    weight = nn.Parameter(torch.ones(2, 2))
+    own, scheduled = (Adafactor([weight], lr=rate, relative_step=rate is None) for rate in (None, 0.1))
+    with pytest.raises(UserError, match="relative_step of a group of parameters is False, here it is True"):
+        OptimizerState(own, "x").load_state_dict(OptimizerState(scheduled, "x").state_dict())
 
 
 # --- choosing a state ---
