@@ -8,7 +8,7 @@ from library.errors import UserError
 from library.hidden_libraries import unhide_library
 from library.memory.codecs.codec import AS_IN_FILE, AsInFile, Codec
 from library.memory.codecs.weight_format import load_format
-from library.memory.frozen import layers_in_blocks, store_all_in
+from library.memory.frozen import frozen_layers, layers_in_blocks, store_all_in
 from library.options.machine.memory import PrecisionOptions
 
 
@@ -51,6 +51,10 @@ def format_while_counting(precision: PrecisionOptions, merges: bool) -> Codec | 
 
 
 def store_in_format(name: str, *models: nn.Module) -> int:
-    """Convert the blocks' remaining weights to a weight format. Return the number of layers that have it."""
-    codec = load_format(name).codec
-    return sum(store_all_in(codec, layers_in_blocks(model).values()) for model in models)
+    """Convert the blocks' remaining weights to a weight format. Return the number of layers that have it, including
+    those that were converted while they were read."""
+    codec, num_layers = load_format(name).codec, 0
+    for model in models:
+        store_all_in(codec, layers_in_blocks(model).values())
+        num_layers += sum(layer.decoder is codec for layer in frozen_layers(model))
+    return num_layers

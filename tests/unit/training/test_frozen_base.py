@@ -14,13 +14,14 @@ from library.architectures.flux.options import FluxOptions
 from library.architectures.sd.assembly import build
 from library.errors import UserError
 from library.memory.codecs.codec import AS_IN_FILE
+from library.memory.frozen import layers_in_blocks
 from library.memory.offload import shared
 from library.options.no_effect import find_unused
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.models import frozen_base
 from library.training.models.frozen_base import check_base, offload_blocks
-from library.training.models.weight_formats import format_while_reading
+from library.training.models.weight_formats import format_while_reading, store_in_format
 from tests.parity.deep import DEEP
 from tests.unit.test_processes import Board
 from tests.unit.training.test_checks import NEEDED
@@ -44,6 +45,14 @@ def test_nf4_without_bitsandbytes_names_the_package_to_install(
     with pytest.raises(UserError, match=r"--base_format nf4_double needs the library bitsandbytes.*--base_format int8"):
         check_base(options_given.precision.denoiser_format, options_given.memory.blocks_to_swap or 0, arch)
     check_base("int8", 0, arch)
+
+
+def test_layers_that_were_stored_while_reading_are_counted(tiny_sd_folder: object) -> None:
+    arch = build(options(tiny_sd_folder))
+    codec = format_while_reading("int8", merges=False)
+    num_layers = len(layers_in_blocks(arch.load.denoiser(None)))
+    for denoiser in (arch.load.denoiser(None), arch.load.denoiser(codec)):
+        assert store_in_format("int8", denoiser) == num_layers > 0
 
 
 def test_the_error_for_too_little_main_memory_gives_numbers(
