@@ -140,6 +140,7 @@ def format_parameters(prompt: Prompt) -> str:
         "Size": f"{prompt.width}x{prompt.height}",
         "Distilled CFG Scale": prompt.guidance_scale,
         "Shift": prompt.flow_shift,
+        "Adapter strength": None if prompt.strength == 1 else prompt.strength,
     }
     last = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
     negative = [f"Negative prompt: {prompt.negative}"] if prompt.negative else []

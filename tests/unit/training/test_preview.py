@@ -84,6 +84,10 @@ def test_an_image_file_contains_its_prompt(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["a.png"]
 
 
+def test_an_image_of_another_strength_says_so() -> None:
+    assert format_parameters(prompt_of(strength=-2.0)).endswith("Size: 64x96, Adapter strength: -2.0")
+
+
 def test_a_grid_shows_the_images_row_by_row(tmp_path: Path) -> None:
     colours = [(10, 0, 0), (0, 20, 0), (0, 0, 30)]
     sizes = [(8, 6), (4, 6), (8, 2)]
