@@ -21,6 +21,7 @@ from library.checkpoints.files import atomic_path, display_path, file_in_folder
 from library.checkpoints.overwriting import PNG, check_overwrite
 from library.errors import UserError
 from library.options.output.saving import SavingOptions
+from library.options.training.run import MAX_SEED
 from library.protocols import LatentSpec
 from library.training.command_line.checks import check_precision, check_values
 from library.training.command_line.run_lock import run_lock
@@ -49,7 +50,7 @@ EXAMPLES = """\
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_training_parser(__doc__, EXAMPLES)
     parser.add_argument("--files", type=Path, nargs="+", help="adapter files; unset: all of the run in --output_dir")
-    parser.add_argument("--seeds", type=int, nargs="+", help="seeds of each prompt; unset: its own, else 1")
+    parser.add_argument("--seeds", type=parse_seed, nargs="+", help="seeds of each prompt; unset: its own, else 1")
     parser.add_argument(
         "--multipliers",
         type=parse_numbers,
@@ -71,6 +72,17 @@ def parse_numbers(text: str) -> list[float]:
     if not numbers or not all(map(isfinite, numbers)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, such as -2,-1,0,1,2")
     return numbers
+
+
+def parse_seed(text: str) -> int:
+    """Parse the seed of an image. Raises argparse.ArgumentTypeError for one that torch does not take."""
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = MAX_SEED + 1
+    if abs(seed) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; use a whole number of at most {MAX_SEED}")
+    return seed
 
 
 def label_rows(files: Sequence[Path]) -> list[str]:

@@ -24,7 +24,7 @@ from library.training.offline.contact_sheet import arrange, draw_rows
 from library.training.reporting.sample_images import Drawn, write_image
 from tools.base_models import find_base
 from tools.command import make_training_parser, training_command
-from tools.contact_sheet import find_device
+from tools.contact_sheet import find_device, parse_seed
 from tools.plan_memory import read_training_options
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", nargs="+", default=[], help="prompts, with options as in a prompt file")
     parser.add_argument("--prompts", type=Path, help="file with prompts, as --sample_prompts takes it")
     parser.add_argument("--strengths", type=float, nargs="+", help="factors for all adapters, one row each in a sheet")
-    parser.add_argument("--seed", type=int, default=1, help="seed of prompts without one (default: 1)")
+    parser.add_argument("--seed", type=parse_seed, default=1, help="seed of prompts without one (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("output/drawn"), help="folder (default: output/drawn)")
     return parser
 

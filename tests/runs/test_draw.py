@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.running import Finished, make_images
 from tests.runs.bases import BASES
-from tools import draw, merge_lora
+from tools import contact_sheet, draw, merge_lora
 
 Train = Callable[..., Finished]
 PROMPT = "a red cat --w 64 --h 64 --s 2 --d 3 --n blue"
@@ -100,6 +100,16 @@ def test_invalid_input_ends_with_a_one_line_error(
 ) -> None:
     assert draw.main([word.format(model=tiny_sd_folder) for word in words]) == 1
     assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["model", "--prompt", "a", "--seed", "9" * 20], ["--script", "train_network.py", "--seeds", "9" * 20]]
+)
+def test_a_seed_that_torch_does_not_take_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    tool = draw if "--seed" in words else contact_sheet
+    with pytest.raises(SystemExit):
+        tool.main(words)
+    assert f"'{'9' * 20}' is no seed; use a whole number of at most" in capsys.readouterr().err
 
 
 def test_a_base_model_in_nf4_can_draw(tiny_sd_folder: Path, tmp_path: Path) -> None:
