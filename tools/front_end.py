@@ -70,6 +70,7 @@ def install(args: argparse.Namespace) -> None:
             restore(folder, original)
         elif original.exists():
             copy_to(folder)
+            remove_old_modules(folder / "library")
             logger.info("updated %s", folder)
         else:
             # Copied to a new folder first: if the copy fails, the front end still has its own scripts.
@@ -98,6 +99,14 @@ def copy_to(place: Path) -> None:
     for name, sentence in ABSENT.items():
         text = f'"""Written by tools/front_end.py."""\n\nraise SystemExit({f"{name} {sentence}"!r})\n'
         (place / name).write_text(text, encoding="utf-8")
+
+
+def remove_old_modules(library: Path) -> None:
+    """Delete modules that an earlier version of the suite had. Modules in other packages may be the user's own."""
+    # The modules of some folders are choices of an option, so an old one would still be offered.
+    for path in library.rglob("*.py"):
+        if not (ROOT / "library" / path.relative_to(library)).exists():
+            path.unlink()
 
 
 def replace(place: Path, new: Path, original: Path) -> None:

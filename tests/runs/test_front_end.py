@@ -43,7 +43,14 @@ def test_a_training_runs_from_the_front_end_and_the_folder_can_be_restored(front
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "mine.safetensors").is_file()
+    old_format, own_adapter = (
+        front_end / "sd-scripts/library/memory/formats/old.py",
+        front_end / "sd-scripts/networks/own.py",
+    )
+    for path in (old_format, own_adapter):
+        path.write_text("")
     assert main([str(front_end)]) == 0  # a second call updates
+    assert not old_format.exists() and own_adapter.exists()
     assert main([str(front_end), "--restore"]) == 0
     assert sorted(path.name for path in front_end.iterdir()) == ["sd-scripts"]
     assert sorted(path.name for path in (front_end / "sd-scripts").iterdir()) == [

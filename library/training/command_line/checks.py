@@ -433,17 +433,17 @@ def find_doubtful(options: TrainOptions) -> Iterator[str]:
             f"--mixed_precision bf16: {gpu} has no units for bf16, so products are emulated and attention takes far "
             "more memory; --mixed_precision fp16 is faster there"
         )
-    yield from find_lost_metadata(options)
+    yield from find_lost_metadata(options.metadata, options.saving.save_model_as)
     yield from find_doubtful_rates(options.network, options.optimizer)
 
 
-def find_lost_metadata(options: TrainOptions) -> Iterator[str]:
+def find_lost_metadata(metadata: MetadataOptions, file_type: str) -> Iterator[str]:
     """Yield a line for every given option whose text no saved file will hold."""
-    values, defaults, kind = options.metadata.flat(), MetadataOptions.defaults(), options.saving.save_model_as
+    values, defaults = metadata.flat(), MetadataOptions.defaults()
     for name in (name for name in values if name != "no_metadata" and is_set(values[name], defaults[name])):
-        if kind in ("ckpt", "pt"):
-            yield f"--{name} has no effect: files of --save_model_as {kind} hold no metadata"
-        elif name == "training_comment" and options.metadata.no_metadata:
+        if file_type in ("ckpt", "pt"):
+            yield f"--{name} has no effect: files of --save_model_as {file_type} hold no metadata"
+        elif name == "training_comment" and metadata.no_metadata:
             yield "--training_comment has no effect with --no_metadata"
 
 
