@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.checkpoints.files import atomic_path, file_in_folder
 from library.checkpoints.overwriting import PNG, check_overwrite
 from library.errors import UserError
-from library.training.command_line.checks import check_precision
+from library.training.command_line.checks import check_precision, check_values
 from library.training.evaluation.prompts import parse_strip, read_prompts, refuse_strengths, resolve_all
 from library.training.offline.adapter_files import Stack
 from library.training.offline.contact_sheet import arrange, draw_rows
@@ -73,6 +73,7 @@ def draw(args: argparse.Namespace, training: Sequence[str]) -> None:
     path, spec = find_base("MODEL", args.model, "unet", "transformer", "text_encoder")
     model_options = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(path)]
     _, options = read_training_options(spec.script, [*model_options, *training])
+    check_values(options)
     check_precision(options)
     arch = spec.build(options)
     lines = enumerate(args.prompt, 1)

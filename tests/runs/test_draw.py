@@ -93,6 +93,7 @@ def test_several_adapters_add_up_like_a_merged_model(train: Train, tmp_path: Pat
         (["gone.safetensors", "--prompt", "a"], "gone.safetensors"),
         (["{model}", "--prompt", "a --w none"], "--prompt 1"),
         (["{model}", "--prompt", "a --am -1,1"], "remove it, and use --strengths"),
+        (["{model}", "--prompt", "a", "--blocks_to_swap", "-3"], "--blocks_to_swap is -3; use at least 0"),
     ],
 )
 def test_invalid_input_ends_with_a_one_line_error(

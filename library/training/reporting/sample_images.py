@@ -139,7 +139,7 @@ def format_parameters(prompt: Prompt) -> str:
         "Seed": prompt.seed,
         "Size": f"{prompt.width}x{prompt.height}",
         "Distilled CFG Scale": prompt.guidance_scale,
-        "Shift": prompt.flow_shift,
+        "Shift": prompt.flow_shift or None,  # 0 stands for the shift by image size
         "Adapter strength": None if prompt.strength == 1 else prompt.strength,
     }
     last = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
