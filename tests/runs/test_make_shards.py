@@ -61,7 +61,7 @@ skip_image_resolution = 64
 @pytest.fixture
 def write_dataset(tmp_path: Path) -> Path:
     """Write a dataset with unusual file names, missing captions and captions of several lines."""
-    names = ["plain", "two.dots", "with space", "caf\xe9", ".hidden x", "n" * 120, "last_1_2_3_4"]
+    names = ["plain", "two.dots", "with space", "caf\xe9", "-dash x", "n" * 120, "last_1_2_3_4"]
     for i, name in enumerate(names):
         path = write_image(tmp_path / "cats" / f"{name}.{'PNG' if i == 2 else 'png'}", [(64, 64), (100, 70)][i % 2], i)
         if i != 1:
