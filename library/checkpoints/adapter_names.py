@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 from library.checkpoints.adapter_keys import MODELS, bare_path, to_underscores
@@ -61,6 +62,11 @@ class ModuleNames:
         """Return the index of the piece called `name`, or None if `name` is not a piece."""
         flat = to_underscores(name)
         return next((i for i, names in enumerate(self.names_of_pieces) if flat in map(to_underscores, names)), None)
+
+    def rows_of_pieces(self, unit: int) -> list[slice]:
+        """Return the rows of each piece, `unit` rows per share."""
+        ends = list(accumulate(piece.share * unit for piece in self.pieces))
+        return list(map(slice, [0, *ends], ends))
 
     def in_block(self, number: str) -> "ModuleNames":
         """Return the names of the same layer in block `number`; this one must be in block 0."""

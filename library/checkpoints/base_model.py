@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -54,14 +53,6 @@ class WeightFile:
         return (rows // 3, *rest)
 
 
-class Rows(NamedTuple):
-    """The rows of a layer in the weight of a fused module."""
-
-    fused: str  # kohya's name
-    first: int
-    end: int
-
-
 @dataclass(frozen=True)
 class BaseModel:
     """A checkpoint, with its modules by their names in adapter files."""
@@ -78,31 +69,33 @@ class BaseModel:
     def read(self, module: str) -> Tensor:
         """Read the weight of a module, by kohya's name, or of a part of a fused one. Raises UserError if there is
         none."""
-        for file in self.files:
-            if module in file.modules:
-                return file.read(module)
-            if (rows := self._rows_in_fused(file, module)) is not None:
-                return file.read(rows.fused)[rows.first : rows.end]
-        raise UserError(f"{self.path} has no module {module}")
+        location = self._find(module)
+        if location is None:
+            raise UserError(f"{self.path} has no module {module}")
+        file, name, rows = location
+        return file.read(name)[rows]
 
     def shape(self, module: str) -> tuple[int, ...] | None:
         """Return the shape of the weight that `read` returns; None if there is none."""
-        for file in self.files:
-            if module in file.modules:
-                return file.shape(module)
-            if (rows := self._rows_in_fused(file, module)) is not None:
-                return rows.end - rows.first, *file.shape(rows.fused)[1:]
-        return None
+        location = self._find(module)
+        if location is None:
+            return None
+        file, name, rows = location
+        num_rows, *rest = file.shape(name)
+        return len(range(num_rows)[rows]), *rest
 
-    def _rows_in_fused(self, file: WeightFile, module: str) -> Rows | None:
-        """Return the rows of a module that the file fuses with others; None for any other."""
+    def _find(self, module: str) -> tuple[WeightFile, str, slice] | None:
+        """Return (the file that has a module, its name there, its rows): a part of a fused module has some of the
+        rows, any other module all."""
         names = self.names.find(module)
         piece = None if names is None else names.piece_of(module)
-        if names is None or piece is None or names.kohya not in file.modules:
-            return None
-        shares = [piece.share for piece in names.pieces]
-        num_rows = file.shape(names.kohya)[0] // sum(shares)
-        return Rows(names.kohya, num_rows * sum(shares[:piece]), num_rows * sum(shares[: piece + 1]))
+        for file in self.files:
+            if module in file.modules:
+                return file, module, slice(None)
+            if names is not None and piece is not None and names.kohya in file.modules:
+                unit = file.shape(names.kohya)[0] // sum(piece.share for piece in names.pieces)
+                return file, names.kohya, names.rows_of_pieces(unit)[piece]
+        return None
 
 
 def open_single_file(

@@ -247,16 +247,8 @@ def split_rows(
     num_rows, num_shares = qkv_rows.num_rows(tensors), sum(piece.share for piece in entry.pieces)
     if num_rows % num_shares:
         raise UserError(f"{origin}: {entry.kohya} has {num_rows} outputs, which is no multiple of {num_shares}")
-    for piece, rows in zip(entry.pieces, rows_of_pieces(entry, num_rows // num_shares), strict=True):
+    for piece, rows in zip(entry.pieces, entry.rows_of_pieces(num_rows // num_shares), strict=True):
         yield piece.diffusers, qkv_rows.take_rows(tensors, rows)
-
-
-def rows_of_pieces(entry: ModuleNames, unit: int) -> Iterator[slice]:
-    """Yield the rows of each part, `unit` rows per share."""
-    first = 0
-    for piece in entry.pieces:
-        yield slice(first, first + piece.share * unit)
-        first += piece.share * unit
 
 
 def join_pieces(entry: ModuleNames, pieces: Mapping[int | None, ModuleWeights], origin: str) -> ModuleWeights:
@@ -268,7 +260,7 @@ def join_pieces(entry: ModuleNames, pieces: Mapping[int | None, ModuleWeights], 
     units = {qkv_rows.num_rows(folded[i]) / piece.share for i, piece in enumerate(entry.pieces) if i in folded}
     if len(units) > 1 or not next(iter(units)).is_integer():
         raise UserError(f"{origin}: the sizes of the pieces of {entry.kohya} do not fit together")
-    tensors = qkv_rows.join_rows(folded, list(rows_of_pieces(entry, int(next(iter(units))))))
+    tensors = qkv_rows.join_rows(folded, entry.rows_of_pieces(int(next(iter(units)))))
     return ModuleWeights.with_kohyas_keys(entry.kohya, tensors)
 
 
