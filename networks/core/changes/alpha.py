@@ -27,7 +27,21 @@ def alpha_in(tensors: Mapping[str, Tensor], delta: Delta) -> float:
     return float(tensors.get(ALPHA, delta.rank))
 
 
-class ScaledDelta(nn.Module):
+class WithAlpha(nn.Module):
+    """A change with a buffer `alpha`, which stays in float32 when the change is cast to 16 bits: a training state holds
+    the buffer, and a resumed run computes with it."""
+
+    alpha: Tensor | None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WithAlpha":
+        exact = self.alpha
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if exact is not None and self.alpha is not None and self.alpha.dtype.itemsize == 2:
+            self.alpha = exact.to(self.alpha.device, torch.float32)
+        return self
+
+
+class ScaledDelta(WithAlpha):
     """A change that adds a delta to the weight: y = base(x) + strength * alpha / rank * up(down(x)).
 
     `alpha` and the tensors of the delta are registered here under their names in files, without a level for the delta.
@@ -216,10 +230,3 @@ class ScaledDelta(nn.Module):
         # A resumed run has to compute with all digits again: those of 0.3, or of alpha * sqrt(rank) with rslora.
         if float(self.alpha) != float(torch.tensor(self.alpha_value, dtype=torch.float32)):
             self.alpha_value = float(self.alpha)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScaledDelta":
-        """Move or cast, without rounding alpha to 16 bits, which a resumed run would compute with."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.alpha.dtype.itemsize == 2:
-            self.alpha = torch.tensor(self.alpha_value, dtype=torch.float32, device=self.alpha.device)
-        return self

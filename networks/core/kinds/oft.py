@@ -17,6 +17,7 @@ from library.errors import UserError
 from networks.core.arguments.common import RankArguments
 from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings, argument
 from networks.core.arguments.values import parse_bool
+from networks.core.changes.alpha import WithAlpha
 from networks.core.changes.blocks import REFUSED, refuse_magnitudes, with_kernels
 from networks.core.changes.change import Change, ChangeSize, Forward, MergedOnly, Misfit, ModuleTensors, get_weight
 from networks.core.changes.dropout import NO_DROPOUT, Dropout
@@ -33,7 +34,7 @@ BLOCKS, RESCALE, MATRICES = "oft_blocks", "rescale", "oft_diag"
 PIECES = tuple(f"{BLOCKS}.{i}" for i in range(4))  # of the projections of a fused layer
 
 
-class OrthogonalOutputs(nn.Module):
+class OrthogonalOutputs(WithAlpha):
     """A rotation of a layer's outputs: W' = R' W with blocks (1 + Q) / (1 - Q) on the diagonal of R.
 
     `oft_blocks` (D, b, b) holds an unconstrained matrix for each block; Q is that matrix minus its transpose. A fused
@@ -126,13 +127,6 @@ class OrthogonalOutputs(nn.Module):
         """Copy the loaded alpha to `limit`."""
         if self.alpha is not None and not self.alpha.is_meta:
             self.limit = float(self.alpha)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OrthogonalOutputs":
-        """Move or cast, without rounding alpha to 16 bits, which a resumed run would compute with."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.alpha is not None and self.alpha.dtype.itemsize == 2:
-            self.alpha = torch.tensor(self.limit, dtype=torch.float32, device=self.alpha.device)
-        return self
 
     def _blocks(self) -> list[nn.Parameter]:
         return [self.get_parameter(name) for name in self.names]
