@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from library.data.decoding.images import parse_face
 from library.data.description.buckets import BucketRules, Size
 from library.data.description.captions import has_nested_wildcard, iterate_fullest_captions
-from library.data.plan.folder_audit import Line, folder_lines, ignored_file_lines
+from library.data.plan.folder_audit import Line, folder_lines
 from library.data.plan.references import reference_lines
 from library.data.plan.samples import Draws, Samples, find_duplicated_stems
 from library.data.scanned.images import ScannedImages
@@ -121,7 +121,7 @@ def held_out_lines(trained: Sequence[ScannedDataset], held_out: Sequence[Scanned
     for subset in (subset for dataset in held_out for subset in dataset.subsets):
         if subset.config.source not in sources:
             yield from file_lines(subset, "images", "measured")
-            yield from ignored_file_lines(subset)
+            yield from folder_lines(subset, are_trained=False)
             sources.add(subset.config.source)
 
 

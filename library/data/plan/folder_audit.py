@@ -20,34 +20,24 @@ Line = tuple[int, str]
 """(logging level, text)."""
 
 
-def folder_lines(subset: ScannedSubset) -> Iterator[Line]:
-    """Yield a line for each kind of ignored file in image_dir, and one about duplicate images."""
-    if not has_folder(subset):
-        return
-    yield from ignored_file_lines(subset)
-    if len(subset.images) <= MOST_COMPARED:
-        pairs = [f"{os.path.basename(b)} = {os.path.basename(a)}" for a, b in equal_images(subset.images)]
-        if pairs:
-            count = format_count(len(pairs), "duplicate image")
-            yield logging.WARNING, f"  {subset.config.source}: {count}, each trained twice: {list_few(pairs)}"
-
-
-def has_folder(subset: ScannedSubset) -> bool:
-    """Return True if the images of a subset were found by listing a folder."""
+def folder_lines(subset: ScannedSubset, are_trained: bool = True) -> Iterator[Line]:
+    """Yield a line for each kind of ignored file in image_dir, and one about duplicates if the images are trained."""
     config = subset.config
-    return config.style != "metadata" and bool(config.image_dir) and os.path.isdir(config.image_dir or "")
-
-
-def ignored_file_lines(subset: ScannedSubset) -> Iterator[Line]:
-    """Yield a line for each kind of ignored file in image_dir."""
-    if not has_folder(subset):
+    if config.style == "metadata" or not config.image_dir or not os.path.isdir(config.image_dir):
         return
-    source = f"  {subset.config.source}:"
+    source = f"  {config.source}:"
     unread = sorted(name for name in subset.aside if name.rpartition(".")[2].lower() not in CAPTION_ENDINGS)
     if unread:
         effect = "images have unsupported extensions; convert or rename them to .png or .jpg"
         yield logging.WARNING, f"{source} {len(unread)} {effect}: {list_few(unread)}"
     yield from caption_lines(subset, unread, source)
+    if are_trained and len(subset.images) <= MOST_COMPARED:
+        pairs = [f"{os.path.basename(b)} = {os.path.basename(a)}" for a, b in equal_images(subset.images)]
+        if pairs:
+            yield (
+                logging.WARNING,
+                f"{source} {format_count(len(pairs), 'duplicate image')}, each trained twice: {list_few(pairs)}",
+            )
 
 
 def caption_lines(subset: ScannedSubset, unread: Sequence[str], source: str) -> Iterator[Line]:
