@@ -29,16 +29,22 @@ class CaptionWithImages(str):
     The text ends in a digest of the images, so that features are cached per caption and images.
     """
 
+    caption: str  # without the digest
     read: Callable[[], tuple[Tensor, ...]]  # reads the images, CHW, -1..1
 
     def __new__(cls, caption: str, digest: str, read: Callable[[], tuple[Tensor, ...]]) -> "CaptionWithImages":
         text = super().__new__(cls, f"{caption}\0{digest}")
-        text.read = read
+        text.caption, text.read = caption, read
         return text
 
 
 def plain_caption(text: str) -> str:
-    """Return a caption, or the text under which its features are cached, without the digest of its images."""
+    """Return a caption without the digest of its images."""
+    return text.caption if isinstance(text, CaptionWithImages) else text
+
+
+def shown_caption(text: str) -> str:
+    """Return a caption, or the text under which its features are cached, for messages: without the digest."""
     return text.partition("\0")[0]
 
 

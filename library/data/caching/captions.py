@@ -31,7 +31,7 @@ from library.formatting import format_bytes, format_count
 from library.processes import ALONE, Processes
 from library.progress import Bar, progress_bar
 from library.protocols import TextCacheSpec
-from library.types import CaptionWithImages, Conditioning, plain_caption
+from library.types import CaptionWithImages, Conditioning, shown_caption
 
 logger = logging.getLogger(__name__)
 
@@ -352,7 +352,7 @@ def check_row(text: str, row: Row) -> None:
     for name, tensor in row.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             raise UserError(
-                f"the text encoders give NaN ({name}) for the caption {plain_caption(text)!r}; use --mixed_precision "
+                f"the text encoders give NaN ({name}) for the caption {shown_caption(text)!r}; use --mixed_precision "
                 "bf16 or no, or text encoder weights in another precision"
             )
 

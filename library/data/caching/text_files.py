@@ -35,7 +35,7 @@ from library.data.decoding.npz import (
     require_small,
 )
 from library.json_text import parse_json
-from library.types import Conditioning, plain_caption
+from library.types import Conditioning, shown_caption
 
 WORDS = CacheWords(
     "text cache", "files", "captions", "cache_text_encoder_outputs",
@@ -112,7 +112,7 @@ class TextFile:
             if note is None:
                 return {key: torch.from_numpy(archive[key]) for key in self.keys}
             if text not in note.texts:
-                raise EntryError(f"without the caption {plain_caption(text)!r}")
+                raise EntryError(f"without the caption {shown_caption(text)!r}")
             return row_in(archive, note, note.texts.index(text), self.keys)
 
 

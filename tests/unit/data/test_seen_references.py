@@ -73,6 +73,11 @@ def test_batches_look_up_features_by_the_encoded_texts(tmp_path: Path, is_flippe
         assert keys == row[2:] if is_flipped else keys == row[:2]
 
 
+def test_a_caption_keeps_null_characters() -> None:
+    """The digest follows one, but so may text of the caption."""
+    assert plain_caption("cat\0dog") == plain_caption(CaptionWithImages("cat\0dog", "4b8e", lambda: ())) == "cat\0dog"
+
+
 def test_messages_show_the_caption_without_the_digest() -> None:
     caption = CaptionWithImages("cat", "4b8e", lambda: ())
     for text in (caption, str(caption)):
