@@ -169,7 +169,9 @@ class MetadataOptions(Options, affects_training=False):
         help="Write only the few entries that programs need to load the file, without settings, captions and folder "
         "names.",
     )
-    training_comment: str | None = option(None, help="Comment of your own in the file's metadata.")
+    training_comment: str | None = option(
+        None, unless="no_metadata", help="Comment of your own in the file's metadata."
+    )
     metadata_title: str | None = option(
         None,
         help="Title of the model in the file's metadata. Unset uses --output_name.",

@@ -438,13 +438,11 @@ def find_doubtful(options: TrainOptions) -> Iterator[str]:
 
 
 def find_lost_metadata(metadata: MetadataOptions, file_type: str) -> Iterator[str]:
-    """Yield a line for every given option whose text no saved file will hold."""
+    """Yield a line for every given option whose text a file of this type cannot hold."""
     values, defaults = metadata.flat(), MetadataOptions.defaults()
-    for name in (name for name in values if name != "no_metadata" and is_set(values[name], defaults[name])):
-        if file_type in ("ckpt", "pt"):
+    for name in values if file_type in ("ckpt", "pt") else ():
+        if name != "no_metadata" and is_set(values[name], defaults[name]):
             yield f"--{name} has no effect: files of --save_model_as {file_type} hold no metadata"
-        elif name == "training_comment" and metadata.no_metadata:
-            yield "--training_comment has no effect with --no_metadata"
 
 
 def find_doubtful_rates(network: NetworkOptions, optimizer: OptimizerOptions) -> Iterator[str]:
