@@ -10,6 +10,7 @@ from functools import partial
 from hashlib import blake2b
 from itertools import chain, repeat
 
+from library.data.decoding.threads import read_many
 from library.data.description.schema import SubsetConfig, strip_secrets
 from library.data.scanned.images import ImageLocation, OpenFiles, Reader
 from library.data.scanned.subsets import ScannedSubset
@@ -57,8 +58,12 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
         columns = columns_in(ParquetRows(storage.file(file.path), file.label), config)
         return [ParquetReader(name) for name in (columns.image, *columns.references)]
 
-    def stamp_images(path: str, label: str) -> str:
-        return "" if is_remote(path) else stamp_of_paths(ParquetRows(storage.file(path), label), config, path)
+    def stamp_images(paths: Sequence[str]) -> Sequence[str]:
+        local = [path for path in paths if not is_remote(path)]
+        # The files have the same columns, and opening each would make every start slower.
+        if not local or not columns_in(ParquetRows(storage.file(local[0]), local[0]), config).is_url:
+            return [""] * len(paths)
+        return read_many(lambda path: stamp_of_paths(path, config, storage), paths, num_threads)
 
     return scan_files(config, storage, num_threads, KEYS, read_rows, open_readers, stamp_images)
 
@@ -72,13 +77,15 @@ def columns_in(opened: ParquetRows, config: SubsetConfig) -> Columns:
     return find_columns(opened.schema, *column_keys, opened.label)
 
 
-def stamp_of_paths(opened: ParquetRows, config: SubsetConfig, file: str) -> str:
+def stamp_of_paths(file: str, config: SubsetConfig, storage: Storage) -> str:
     """Return a digest of size and time of the images that a local Parquet file names by their paths; "" if it names
-    none."""
-    columns = columns_in(opened, config)
-    digest, has_paths = blake2b(digest_size=16), False
-    for batch in opened.batches([columns.image]) if columns.is_url else ():
-        for path in batch[columns.image]:
+    none, or is remote."""
+    if is_remote(file):
+        return ""
+    opened = ParquetRows(storage.file(file), file)
+    column, digest, has_paths = columns_in(opened, config).image, blake2b(digest_size=16), False
+    for batch in opened.batches([column]):
+        for path in batch[column]:
             if path and not is_remote(path):
                 has_paths = True
                 with suppress(OSError):  # its row says that it is missing

@@ -38,14 +38,14 @@ def scan_files(
     keys: Sequence[str],
     read_rows: Callable[[SourceFile], Sequence[Row]],
     open_readers: Callable[[SourceFile], Sequence[Reader]] = lambda file: (),
-    stamp_images: Callable[[str, str], str] = lambda path, label: "",
+    stamp_images: Callable[[Sequence[str]], Sequence[str]] = lambda paths: [""] * len(paths),
 ) -> ScannedSubset:
     """List the images of larger files, in the order of the files and of their positions in them.
 
     `read_rows` lists a file that is not indexed. `keys` are the keys of the subset that affect its result.
     `open_readers`, given the first file, returns the reader of the images of all files, followed by those of the
-    references; nothing if images are byte ranges. `stamp_images`, given path and label of a file, returns a text that
-    changes with the images outside the file that it names.
+    references; nothing if images are byte ranges. `stamp_images`, given the paths of the files, returns for each a text
+    that changes with the images outside the file that it names.
 
     Raises UserError for files that are missing, damaged or of another kind.
     """
@@ -76,7 +76,7 @@ def describe_files(
     storage: Storage,
     num_threads: int,
     keys: Sequence[str],
-    stamp_images: Callable[[str, str], str],
+    stamp_images: Callable[[Sequence[str]], Sequence[str]],
 ) -> tuple[list[str], list[str], IndexedFiles]:
     """Return (the files of a subset, their names in messages, the identity of their index). Raises UserError for
     missing or repeated files."""
@@ -97,12 +97,8 @@ def describe_files(
             f"{key} has addresses that differ only in their parameters, which names of images leave out: "
             f"{list_few(alike)}; use addresses with different paths"
         )
-    stamps = [
-        FileStamp(num_bytes, mark + stamp_images(file, label))
-        for file, label, (num_bytes, mark) in zip(
-            files, labels, read_stamps(files, labels, key, storage, num_threads), strict=True
-        )
-    ]
+    stamps = read_stamps(files, labels, key, storage, num_threads)
+    stamps = [stamp._replace(mark=stamp.mark + text) for stamp, text in zip(stamps, stamp_images(files), strict=True)]
     values = {name: getattr(config, name) for name in keys}
     if "caption_extension" in values:
         values["caption_extension"] = config.caption_extension.removeprefix(".")
