@@ -164,6 +164,11 @@ def build_batch(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:
         targets,
     ]
     weights, masks = item.get("loss_weights"), item.get("alpha_masks")
+    masks_BHW = None if masks is None else torch.as_tensor(masks, dtype=torch.float32)
+    if masks_BHW is not None and masks_BHW.dim() != 3:
+        raise UserError(
+            f"{place}: expected `alpha_masks` of shape ({count}, height, width), not {list(masks_BHW.shape)}"
+        )
     return Batch(
         keys=[str(key) for key in item.get("image_keys") or captions],
         captions=[str(caption) for caption in captions],
@@ -171,7 +176,7 @@ def build_batch(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:
         latents_BCHW=None if latents is None else tensor.float(),
         conditioning=None,
         loss_weights_B=torch.ones(count) if weights is None else torch.as_tensor(weights, dtype=torch.float32),
-        masks_B1HW=None if masks is None else torch.as_tensor(masks, dtype=torch.float32)[:, None],
+        masks_B1HW=None if masks_BHW is None else masks_BHW[:, None],
         sizes_B6=torch.cat(sizes, dim=1),
         attributes=[dict(table) for table in item.get("custom_attributes") or [{}] * count],
     )
@@ -183,10 +188,6 @@ def check_entries(item: Mapping[str, Any], place: str, count: int) -> None:
         # An empty list of keys or attributes stands for none.
         if (values := item.get(name)) is not None and len(values) not in (0, count):
             raise UserError(f"{place}: `{name}` has {len(values)} entries for {count} captions; give one for each")
-    masks = item.get("alpha_masks")
-    if masks is not None and torch.as_tensor(masks).dim() != 3:
-        shape = list(torch.as_tensor(masks).shape)
-        raise UserError(f"{place}: expected `alpha_masks` of shape ({count}, height, width), not {shape}")
 
 
 def read_number_pairs(item: Mapping[str, Any], key: str, default: Any) -> Tensor:
