@@ -31,12 +31,12 @@ from library.training.reporting.events import Removed, Saved, SavedFor
 from library.training.reporting.progress import Part, Progress
 from library.training.saving.hub import Uploads
 from library.training.saving.rescue import NotWrittenError, free_bytes, write_somewhere
+from library.training.saving.state import MOMENT, is_of_run
 from networks.core.protocol import AdoptedNetwork
 
 logger = logging.getLogger(__name__)
 
-# Follows the run's name, which may itself end in a date. Epochs have six digits, dates often eight.
-STEM_ENDING = re.compile(r"(-step\d+|-\d{6,7}|-best)?")
+STEM_ENDING = re.compile(rf"({MOMENT}|-best)?")
 
 
 class NonFiniteWeights(UserError):
@@ -94,7 +94,7 @@ class Names:
         """Return True if a weights file or report of this run may have this name (without extension)."""
         if stem in (self.of_best().stem, self.of_report().stem):
             return True
-        return any(stem.startswith(name) and STEM_ENDING.fullmatch(stem, len(name)) for name in self.starts)
+        return is_of_run(stem, self.starts, STEM_ENDING)
 
     @property
     def starts(self) -> tuple[str, ...]:

@@ -291,13 +291,18 @@ def strip_arguments(name: str) -> str:
 # Finding states
 
 
-# Follows the run's name, which may itself end in a date. Epochs have six digits, dates often eight.
-STATE_ENDING = re.compile(r"(-step\d+|-\d{6,7})?-state")
+MOMENT = r"-step\d+|-\d{6,7}"  # of saving, after the run's name. Epochs have six digits, dates in names often eight.
+STATE_ENDING = re.compile(rf"({MOMENT})?-state")
+
+
+def is_of_run(text: str, names: Iterable[str], ending: re.Pattern[str]) -> bool:
+    """Return True if `text` is the name of a run, which may itself end in a date, followed by `ending`."""
+    return any(text.startswith(name) and ending.fullmatch(text, len(name)) for name in names)
 
 
 def is_state_name(folder: str, names: tuple[str, ...]) -> bool:
     """Return True if a folder has the name of a state of a run with one of `names`."""
-    return any(folder.startswith(name) and STATE_ENDING.fullmatch(folder, len(name)) for name in names)
+    return is_of_run(folder, names, STATE_ENDING)
 
 
 def iterate_states(folder: Path, names: tuple[str, ...]) -> Iterator[StateManifest]:
