@@ -177,9 +177,9 @@ def report_new_members(targets: AdapterTargets, arguments: NetworkArguments, mem
 def warn_of_idle_patterns(models: Sequence[AdaptedModel], targets: AdapterTargets, arguments: NetworkArguments) -> None:
     """Warn about exclude_patterns and include_patterns that change nothing."""
     patterns = arguments.of(TargetArguments)
-    excluded = Filters(patterns.exclude_patterns)
     if not (patterns.exclude_patterns or patterns.include_patterns or patterns.only_patterns):
         return
+    excluded = Filters(patterns.exclude_patterns)
     candidates = [(model.part, target.path) for model in models for target in list_candidates(model, targets)]
     paths = [path for _, path in candidates]
     readmitted = [path for part, path in candidates if excluded.leave_out(part, path)]
@@ -207,10 +207,10 @@ def warn_of_unmatched(
     targets: AdapterTargets, adapted: Sequence[TargetModule], argument: str, entries: Sequence[tuple[str, float]]
 ) -> None:
     """Warn about entries of network_reg_dims or network_reg_lrs whose expression fits no adapted module."""
-    expressions = [(entry[0], Expressions((entry,), targets)) for entry in entries if entry[1]]
-    unused = [text for text, expression in expressions if not any(map(expression.find, adapted))]
-    hint = f"; here an expression must fit a whole path, such as {adapted[-1].path}"
+    fits = Expressions(tuple(entries), targets).fits
+    unused = [text for text, value in entries if value and not any(fits(text, target) for target in adapted)]
     if unused:
+        hint = f"; here an expression must fit a whole path, such as {adapted[-1].path}"
         logger.warning(
             "--network_args %s: nothing is adapted that %s fits%s",
             argument, " or ".join(unused), hint if targets.expressions == "path" else "",

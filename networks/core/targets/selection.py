@@ -36,11 +36,12 @@ class Expressions(Generic[Value]):
     def find(self, target: TargetModule) -> tuple[int, Value] | None:
         """Return (index of the entry, its value) of the first match, or None."""
         for index, (expression, value) in enumerate(self.entries):
-            if self._fits(expression, target):
+            if self.fits(expression, target):
                 return index, value
         return None
 
-    def _fits(self, expression: str, target: TargetModule) -> bool:
+    def fits(self, expression: str, target: TargetModule) -> bool:
+        """Return True if an expression fits the path of a module or, where that is allowed, a part of its name."""
         is_path = re.fullmatch(expression, target.path) is not None
         if is_path or self.targets.expressions == "path":
             return is_path
