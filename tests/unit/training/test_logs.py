@@ -82,7 +82,7 @@ def test_an_unwritable_folder_disables_the_charts(tmp_path: Path, caplog: pytest
 
 
 def test_wandb_writes_into_the_logging_folder(tmp_path: Path) -> None:
-    """As in sd-scripts; a folder of the user's own --log_tracker_config counts more."""
+    """sd-scripts writes there too. A folder in --log_tracker_config takes precedence."""
     given: list[dict[str, Any]] = []
     accelerator = SimpleNamespace(
         logging_dir=tmp_path / "logs" / "run", init_trackers=lambda name, config, init_kwargs: given.append(init_kwargs)

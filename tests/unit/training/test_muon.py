@@ -63,7 +63,7 @@ def test_only_matrices_or_no_matrices_are_trained() -> None:
 
 
 def test_a_loaded_state_keeps_its_settings() -> None:
-    """As torch's optimizers do, so that --optimizer_args on resume changes nothing, as the log says."""
+    """torch's optimizers keep theirs too. Other --optimizer_args on resume have no effect, as the log says."""
     trained = []
     for weight_decay in (0.5, 0.0):
         weights = parameters(704)
