@@ -4,7 +4,7 @@ Letters: O output features or channels, I input features or channels, R rank, h 
 rows, whichever have magnitudes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -257,15 +257,15 @@ class _Project(torch.autograd.Function):
         # Autograd keeps W0 itself, which the layer has anyway; of a plain product it would keep the copy in the dtype
         # of `up`.
         projected_RN = up_OR.new_zeros(up_OR.shape[1], weight[0].numel())
-        for rows, part_ON in _row_parts(weight, up_OR.dtype):
-            projected_RN.addmm_(up_OR[rows].t(), part_ON)
+        for rows in _row_slices(weight, up_OR.dtype):
+            projected_RN.addmm_(up_OR[rows].t(), _as_matrix(weight[rows], up_OR.dtype))
         return projected_RN
 
     @staticmethod
     def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
         with torch.autocast(grad_RN.device.type, enabled=False):
-            return torch.cat([part_ON @ grad_RN.t() for _, part_ON in _row_parts(weight, grad_RN.dtype)]), None
+            return _multiply_rows(weight, grad_RN.t()), None
 
 
 class _ProjectRows(torch.autograd.Function):
@@ -274,15 +274,15 @@ class _ProjectRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, down_RN: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return torch.cat([part_ON @ down_RN.t() for _, part_ON in _row_parts(weight, down_RN.dtype)])
+        return _multiply_rows(weight, down_RN.t())
 
     @staticmethod
     def backward(ctx: Any, grad_OR: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
         with torch.autocast(grad_OR.device.type, enabled=False):
             grad_RN = grad_OR.new_zeros(grad_OR.shape[1], weight[0].numel())
-            for rows, part_ON in _row_parts(weight, grad_OR.dtype):
-                grad_RN.addmm_(grad_OR[rows].t(), part_ON)
+            for rows in _row_slices(weight, grad_OR.dtype):
+                grad_RN.addmm_(grad_OR[rows].t(), _as_matrix(weight[rows], grad_OR.dtype))
             return grad_RN, None
 
 
@@ -332,7 +332,7 @@ def squared_columns(weight: Tensor) -> Tensor:
     """Return the squared norm of every column of a weight (O, I) or (O, I, h, w), in float32 or wider."""
     with torch.no_grad():
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        sums_N = [part_ON.square().sum(0) for _, part_ON in _row_parts(weight, dtype)]
+        sums_N = [_as_matrix(weight[rows], dtype).square().sum(0) for rows in _row_slices(weight, dtype)]
         return torch.stack(sums_N).sum(0).view(weight.shape[1], -1).sum(1)
 
 
@@ -340,13 +340,26 @@ def squared_rows(weight: Tensor) -> Tensor:
     """Return the squared norm of every row of a weight (O, I) or (O, I, h, w), in float32 or wider."""
     with torch.no_grad():
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return torch.cat([part_ON.square().sum(1) for _, part_ON in _row_parts(weight, dtype)])
+        return torch.cat([_as_matrix(weight[rows], dtype).square().sum(1) for rows in _row_slices(weight, dtype)])
 
 
-def _row_parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (slice of rows, these rows as a matrix in `dtype`): all rows if that needs no copy, else a few."""
+def _row_slices(weight: Tensor, dtype: torch.dtype) -> list[slice]:
+    """Return slices of rows that `_as_matrix` is to convert one at a time: one slice if it needs no copy, else a few.
+
+    This is a list because torch 2.15 cannot compile generators of tensors.
+    """
     is_view = weight.dtype == dtype and weight.is_contiguous()
     # A cast, or flattening a channels-last weight, makes a copy. In parts that copy stays small.
     step = len(weight) if is_view else max(1, CHUNK_VALUES // weight[0].numel())
-    for first in range(0, len(weight), step):
-        yield slice(first, first + step), weight[first : first + step].to(dtype).flatten(1)
+    return [slice(first, first + step) for first in range(0, len(weight), step)]
+
+
+def _as_matrix(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return rows of a weight as a matrix (O, N) in `dtype`."""
+    return rows.to(dtype).flatten(1)
+
+
+def _multiply_rows(weight: Tensor, right_NR: Tensor) -> Tensor:
+    """Return the weight, as a matrix (O, N), times `right_NR`, without a full copy of the weight in another dtype."""
+    dtype = right_NR.dtype
+    return torch.cat([_as_matrix(weight[rows], dtype) @ right_NR for rows in _row_slices(weight, dtype)])
