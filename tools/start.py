@@ -27,7 +27,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.version import add_version  # noqa: E402
 
 OLDEST_PYTHON = (3, 10)
-NEWEST_PYTHON = (3, 13)
+NEWEST_PYTHON = (3, 14)
 RUN_REQUIREMENTS = ("requirements.txt",)
 TEST_REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
 LOCK = ("requirements.lock",)
@@ -61,7 +61,7 @@ def python_problem(version: "tuple[int, int]") -> "str | None":
 
 
 def supported_python_on_path() -> "str | None":
-    """Return the newest supported Python on the PATH, such as `python3.13`; None if there is none."""
+    """Return the newest supported Python on the PATH, such as `python3.14`; None if there is none."""
     for minor in range(NEWEST_PYTHON[1], OLDEST_PYTHON[1] - 1, -1):
         name = f"python3.{minor}"
         if shutil.which(name):

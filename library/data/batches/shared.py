@@ -1,6 +1,6 @@
-"""A batch maker for spawned worker processes, as on macOS and Windows.
+"""A batch maker for worker processes that are not forked from this one, as on macOS, Windows and Python 3.14.
 
-A forked worker shares its parent's memory. A spawned worker receives everything pickled, so a million images would be
+A forked worker shares its parent's memory. Other workers receive everything pickled, so a million images would be
 copied to each. Therefore the columns are placed in shared memory, and the pickled size does not grow with the images.
 """
 

@@ -34,6 +34,9 @@ from tests.unit.data.builders import (
     write_image,
 )
 
+ONLY_FORKED = pytest.mark.skipif(
+    multiprocessing.get_start_method() != "fork", reason="only forked workers see a patched class"
+)
 RICH = """
 [general]
 enable_bucket = true
@@ -125,7 +128,7 @@ def test_no_worker_remains_after_an_epoch_is_aborted(rich):
     assert wait_for(lambda: not multiprocessing.active_children())
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=ONLY_FORKED)])
 def test_an_unexpected_error_while_building_a_batch_keeps_its_traceback(rich, monkeypatch, workers):
     """Only a UserError is reported without a traceback, even if a worker process raises it."""
 

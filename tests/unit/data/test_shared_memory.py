@@ -1,7 +1,8 @@
-"""Spawned worker processes read the columns of the plan from shared memory."""
+"""Worker processes that are not forked read the columns of the plan from shared memory."""
 
 import multiprocessing
 import pickle
+import sys
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from library.data.batches import planned
 from library.data.batches.batches import BatchMaker
 from library.data.batches.planned import build_batch_maker
 from library.data.batches.shared import SharedMaker
@@ -60,32 +62,37 @@ def test_a_plan_without_images_can_be_pickled() -> None:
     assert len(pickle.loads(ForkingPickler.dumps(SharedMaker.of(maker_for(0)))).maker.samples) == 0
 
 
-@pytest.fixture
-def spawn_workers() -> Iterator[None]:
-    """Spawn worker processes, as on macOS and Windows."""
+@pytest.fixture(
+    params=["spawn", pytest.param("forkserver", marks=pytest.mark.skipif(sys.platform == "win32", reason="no forks"))]
+)
+def start_method(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Start worker processes as on macOS and Windows, and as on Linux with Python 3.14."""
     usual = multiprocessing.get_start_method()
-    multiprocessing.set_start_method("spawn", force=True)
-    yield
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
     multiprocessing.set_start_method(usual, force=True)
 
 
 @pytest.mark.slow
-def test_spawned_workers_give_the_same_batches_as_this_process(
-    tmp_path: Path, spawn_workers: None, monkeypatch: pytest.MonkeyPatch
+def test_workers_that_are_not_forked_give_the_same_batches_as_this_process(
+    tmp_path: Path, start_method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared_makers: list[SharedMaker] = []
     of = SharedMaker.of
     monkeypatch.setattr(SharedMaker, "of", lambda maker: shared_makers.append(of(maker)) or shared_makers[-1])
+    preloaded: list[list[str]] = []
+    monkeypatch.setattr(multiprocessing, "set_forkserver_preload", preloaded.append)
     write_folder(tmp_path / "2_a", 3, (70, 64), "one, two, three")
     command = "--resolution 64 --train_batch_size 2 --caption_extension .txt --shuffle_caption --flip_aug"
     plan = plan_of(options_of(command, "--train_data_dir", str(tmp_path)))
     expected = [content_of(batch) for batch in batches_of(plan)]
     assert [content_of(batch) for batch in batches_of(open_batches(plan), workers=1)] == expected
     assert len(shared_makers) == 1
+    assert preloaded == ([["__main__", planned.__name__]] if start_method == "forkserver" else [])
 
 
 @pytest.mark.slow
-def test_spawned_workers_read_caches_and_references(tmp_path: Path, spawn_workers: None) -> None:
+def test_workers_that_are_not_forked_read_caches_and_references(tmp_path: Path, start_method: str) -> None:
     """Use latents on disk and text features that are cached for references too."""
     plan = plan_with_references(tmp_path, "flip_aug = true")
     texts = cache_texts(plan, encoding_of(DISK, []), (), False).store

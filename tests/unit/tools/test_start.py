@@ -240,17 +240,17 @@ def test_started_commands_run_in_the_repository_and_cannot_reach_the_hub(tmp_pat
 
 @pytest.mark.parametrize(
     ("version", "complaint"),
-    [((3, 9), "Python 3.9 is too old"), ((3, 14), "Python 3.14 is too new"), ((2, 7), "Python 2.7 is too old")],
+    [((3, 9), "Python 3.9 is too old"), ((3, 15), "Python 3.15 is too new"), ((2, 7), "Python 2.7 is too old")],
 )
 def test_the_error_for_an_unsupported_python_names_the_supported_range(
     version: tuple[int, int], complaint: str
 ) -> None:
     with pytest.raises(start.StartError) as error:
         start.check_python(version)
-    assert str(error.value).startswith(f"{complaint}: this suite runs on Python 3.10 to 3.13; ")
+    assert str(error.value).startswith(f"{complaint}: this suite runs on Python 3.10 to 3.14; ")
 
 
-@pytest.mark.parametrize("version", [(3, 10), (3, 11), (3, 12), (3, 13)])
+@pytest.mark.parametrize("version", [(3, 10), (3, 11), (3, 12), (3, 13), (3, 14)])
 def test_supported_python_versions_pass(version: tuple[int, int]) -> None:
     start.check_python(version)
 
