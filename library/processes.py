@@ -209,7 +209,7 @@ class Processes:
         return self.store.get(key).decode()
 
     @contextmanager
-    def taking_part(self, *signals: type[Exception]) -> Iterator[None]:
+    def taking_part(self, *signals: type[BaseException]) -> Iterator[None]:
         """Report failures inside the block to the other processes (see `reporting_failures`), and deregister
         afterwards."""
         try:
@@ -220,15 +220,16 @@ class Processes:
                 self.heartbeat.stop()
 
     @contextmanager
-    def reporting_failures(self, *signals: type[Exception]) -> Iterator[None]:
+    def reporting_failures(self, *signals: type[BaseException]) -> Iterator[None]:
         """Report an exception inside the block to the other processes.
 
         If another process was lost, its consequences are raised as ProcessLost: a broken connection, or one of the
         exceptions `signals`, with which a launcher then stops the remaining processes.
         """
+        reported: tuple[type[BaseException], ...] = (Exception, *signals)
         try:
             yield
-        except Exception as error:
+        except reported as error:
             if self.store is None or isinstance(error, ProcessLost):
                 raise
             is_broken = isinstance(error, torch.distributed.DistError) or (
@@ -286,7 +287,7 @@ class ProcessLost(UserError):
     """Another process of the run has ended, so this one cannot continue."""
 
 
-def format_first_line(error: Exception) -> str:
+def format_first_line(error: BaseException) -> str:
     """Return an error's type and first line."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from library.training.failures.interruption import Interruption
-from tests.running import ROOT
+from tests.running import ROOT, Finished
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="other systems have other signals")
 
@@ -83,3 +85,19 @@ def test_once_training_has_begun_only_the_loop_reacts_to_a_lost_launcher(
     interruption._watch(reader, writer)
     monkeypatch.undo()
     assert sent == []
+
+
+@pytest.mark.parametrize("met", ["transformers.CLIPTokenizer.from_pretrained", "torch.optim.AdamW.step"])
+def test_a_signal_is_not_taken_for_an_error_of_the_code_that_it_meets(
+    train: Callable[..., Finished], base_arguments: list[str], monkeypatch: pytest.MonkeyPatch, met: str
+) -> None:
+    """Both calls stand in a `try` that turns any exception into a message about the tokenizer or the optimizer."""
+
+    def interrupt(*arguments: Any, **keywords: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(met, interrupt)
+    done = train([*base_arguments, "--optimizer_args", "eps=1e-7"])
+    assert done.status == 130
+    assert "SIGINT received before the first step: nothing was trained, nothing to save" in done.stderr
+    assert "ERROR" not in done.stderr

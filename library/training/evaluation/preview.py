@@ -28,7 +28,7 @@ from library.training.evaluation.prompt_images import prompt_conditioning, resol
 from library.training.evaluation.prompts import read_prompts, resolve_all
 from library.training.evaluation.strength_response import FEWEST, measure_response
 from library.training.evaluation.without_side_effects import evaluating
-from library.training.failures.interruption import Interrupted, Interruption
+from library.training.failures.interruption import Interruption
 from library.training.failures.vae_memory import VaeFallback
 from library.training.reporting.console_lines import announce
 from library.training.reporting.events import Strengths
@@ -316,9 +316,7 @@ def epoch_event(epoch: int) -> str:
 
 
 def give_up(task: str, error: Exception) -> None:
-    """Log why something was not drawn; re-raise requests to end the run."""
-    if isinstance(error, Interrupted):
-        raise error
+    """Log why something was not drawn."""
     with tqdm.external_write_mode():
         logger.error("%s failed, training continues: %s: %s", task, type(error).__name__, error)
     logger.debug("where it failed:", exc_info=error)

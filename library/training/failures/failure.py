@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from library.training.failures.interruption import Interrupted
 from library.training.failures.nonfinite import NonFiniteError
 from library.training.reporting.progress import Progress
 from library.training.saving.checkpoints import NonFiniteWeights, SavedElsewhere, Writer
@@ -13,7 +12,7 @@ from library.training.step.accumulation import Plan
 
 logger = logging.getLogger(__name__)
 
-NOTHING_TO_SAVE = (Interrupted, NonFiniteError, NonFiniteWeights, NotWrittenError, SavedElsewhere)  # or saving failed
+NOTHING_TO_SAVE = (NonFiniteError, NonFiniteWeights, NotWrittenError, SavedElsewhere)  # or saving failed
 
 
 class StoppedByError(Exception):

@@ -17,8 +17,12 @@ POLL_S = 0.5
 GRACE_S = 5.0  # seconds for the main thread to return from code in which Python runs no handlers
 
 
-class Interrupted(Exception):
-    """The user stopped the run before training began; nothing needs saving."""
+class Interrupted(BaseException):
+    """The user stopped the run before training began; nothing needs saving.
+
+    Like KeyboardInterrupt it is no Exception: the code that a signal meets, such as an import by diffusers, would take
+    it for an error of its own.
+    """
 
 
 class Interruption:
