@@ -215,6 +215,8 @@ class Processes:
         try:
             with self.reporting_failures(*signals):
                 yield
+            with suppress(RuntimeError):  # a launcher that is gone took the store with it
+                self._wait_for_others()
         finally:
             if self.heartbeat is not None:
                 self.heartbeat.stop()
@@ -250,9 +252,11 @@ class Processes:
             return
         deadline = time.monotonic() + WAIT_FOR_PEERS_S
         peers = list(range(1, self.count))
-        while peers and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
+        while time.monotonic() < deadline:
             peers = [r for r in peers if not (self.store.check([f"over/{r}"]) or self.store.check([f"failure/{r}"]))]
+            if not peers:
+                break
+            time.sleep(POLL_SECONDS)
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
         """Return the sum of `values` over all processes, on the CPU. A collective: every process must call it."""

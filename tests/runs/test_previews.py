@@ -1,6 +1,8 @@
 """Previews during training, which do not affect training."""
 
+import os
 import re
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from library.training.evaluation.preview import draw_latents
 from tests.running import Finished, launch_command
 
 Train = Callable[..., Finished]
@@ -164,6 +167,37 @@ def test_previews_are_logged_to_tensorboard(
     assert [(event.step, event.width, event.height) for event in events.Images("sample_1")] == [
         (0, 64, 72), (2, 64, 72), (4, 64, 72),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", [1, 4, 6], ids=["before_training", "after_step_2", "after_the_last_step"])
+def test_previews_that_a_signal_cuts_off_are_drawn_by_the_next_run(
+    train: Train,
+    base_arguments: list[str],
+    prompts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cut: int,
+) -> None:
+    """Two images each are due before the first step and after steps 2 and 4; the signal comes with the `cut`-th."""
+    words = [*base_arguments, *prompts, *EVENTS, "--autoresume", "--network_dropout", "0.3"]
+    assert train([*words, "--output_dir", str(tmp_path / "whole")]).status == 0
+    num_drawn = 0
+
+    def draw(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal num_drawn
+        num_drawn += 1
+        if num_drawn == cut:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw_latents(*arguments, **keywords)
+
+    monkeypatch.setattr("library.training.evaluation.preview.draw_latents", draw)
+    assert train(words).status == 0 and len(images(tmp_path)) < cut
+    assert train(words).status == 0
+    whole = tmp_path / "whole" / "sample"
+    assert [*images(tmp_path)] == sorted(re.sub(r"_\d{14}", "", path.name) for path in whole.iterdir())
+    a, b = (load_file(tmp_path / name / "mine.safetensors") for name in ("out", "whole"))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    assert "nothing is left to train" in train(words).stderr
 
 
 @pytest.mark.nightly

@@ -142,3 +142,12 @@ def test_rank_0_waits_until_the_other_ranks_have_read_why_it_ends(rank: int) -> 
     timer.cancel()
     assert store[f"failure/{rank}"] == "ValueError: no image"
     assert 0.3 < took < 3 if rank == 0 else took < 0.3
+
+
+def test_rank_0_waits_at_its_end_for_ranks_that_still_read_from_its_store() -> None:
+    store = board(_0=f"{HOST} {os.getpid()}", _1=f"{HOST} {os.getpid()}")
+    timer = threading.Timer(0.2, store.__setitem__, ("over/1", "1"))
+    started = time.monotonic()
+    with of_rank(0, store).taking_part():
+        timer.start()
+    assert "over/1" in store and time.monotonic() - started < 3

@@ -161,6 +161,7 @@ class Previews:
         take part.
         """
         self._run, self._charts, self._prompts, self._cached = run, charts, prompts, cached
+        self._is_drawing = is_drawing
         sharded = run.context.models.sharded
         self._shared_base = sharded if is_drawing and sharded is not None and sharded.has_main else None
         self._schedule = PreviewSchedule.build(run.options.preview)
@@ -171,10 +172,9 @@ class Previews:
             with evaluating(run, PREVIEWS):
                 self._encoded = encode_with_loaded(run.context, prompts, cached)
 
-    def before_training(self, interruption: Interruption) -> None:
-        """Draw before the first step, if requested."""
-        if self._schedule.at_first:
-            self._draw_all(epoch_event(0), 0, 0, interruption)
+    def before_training(self, interruption: Interruption) -> bool:
+        """Draw before the first step, if requested. Return False if an interruption stopped it."""
+        return not self._schedule.at_first or self._draw_all(epoch_event(0), 0, 0, interruption)
 
     def are_due(self, step: int) -> bool:
         """Return True if previews are scheduled after `step`, ignoring epochs."""
@@ -197,20 +197,26 @@ class Previews:
         return all(is_written(path_of, since) for path_of in (*paths, *grids))
 
     def _draw_all(self, event: str, step: int, epoch: int, interruption: Interruption) -> bool:
-        """Draw in the main process, with the help of others if the base model is sharded. Return False if
-        interrupted."""
-        shared = self._shared_base
-        if shared is not None and not self._run.processes.is_main:
+        """Draw in the main process, with the help of others if the base model is sharded. Return False in all
+        processes if the main one was interrupted. Raises ProcessLost."""
+        shared, processes, is_complete = self._shared_base, self._run.processes, True
+        if shared is not None and not processes.is_main:
             # Gathering a block of the sharded base model is a collective: this rank takes part until the main one is
             # done.
             shared.follow(0)
-        if not self._prompts:
-            return True
-        with nullcontext() if shared is None else shared.lead():
-            return not interruption.is_requested and self._draw_each(event, step, epoch, interruption)
+        if self._prompts:
+            with nullcontext() if shared is None else shared.lead():
+                is_complete = not interruption.is_requested and self._draw_each(event, step, epoch, interruption)
+        if not self._is_drawing:
+            return is_complete
+        processes.require_all()
+        # The run ends at this step if its images are incomplete, in all processes or in none.
+        result = processes.share(f"previews {event} {self._run.label}", "complete" if is_complete else "incomplete")
+        return result == "complete"
 
     def _draw_each(self, event: str, step: int, epoch: int, interruption: Interruption) -> bool:
-        run, context, drawn = self._run, self._run.context, []
+        """Draw the images one after another. Return False if an interruption or a lost process left some undrawn."""
+        run, context, drawn, is_complete = self._run, self._run.context, [], True
         # Front ends look for this line, which is sd-scripts'.
         announce(f"\ngenerating sample images at step / サンプル画像生成 ステップ: {step}")
         try:
@@ -225,12 +231,17 @@ class Previews:
                 with progress_bar("previews", num_calls, leave=False) as bar:
 
                     def goes_on() -> bool:
+                        nonlocal is_complete
+                        is_complete = is_complete and not (interruption.is_requested or run.processes.is_lost)
+                        return is_complete
+
+                    def goes_on_after_call() -> bool:
                         bar.update(1)
-                        return not (interruption.is_requested or run.processes.is_lost)
+                        return goes_on()
 
                     for index in range(len(self._prompts)):
-                        if not (interruption.is_requested or run.processes.is_lost):
-                            drawn += self._draw_one(event, step, epoch, index, vae, goes_on)
+                        if goes_on():
+                            drawn += self._draw_one(event, step, epoch, index, vae, goes_on_after_call)
                 del vae
             if len(drawn) > 1:
                 write_grid(grid_path(run.options.saving, event), drawn)
@@ -240,7 +251,7 @@ class Previews:
             give_up("the previews", error)
         finally:
             release_memory(run.options.memory.highvram)
-        return not interruption.is_requested
+        return is_complete
 
     def _report_strengths(self, drawn: Sequence[Drawn], step: int, epoch: int) -> None:
         """Log how the images of each prompt respond to its strengths, if it has several."""

@@ -53,6 +53,7 @@ class AdapterRun:
         self.prepared, self._interruption = prepared, interruption
         self.run, self.progress, self.validation = prepared.run, prepared.progress, prepared.validation
         self.failure: UserError | None = None  # what kept the files of the end from their place
+        self.lacks_previews = False  # a signal came before the previews of the current step were complete
         self._guard = NonFiniteGuard(self.run)
         report = partial(report_step, self.run, self.progress, prepared.charts, bar)
         with self.prefix_logs():
@@ -79,8 +80,9 @@ class AdapterRun:
     def begin(self) -> None:
         """Do the work that precedes the first step."""
         prepared, progress, epoch = self.prepared, self.progress, self.run.plan.epoch_of(self.progress.step)
-        if progress.step == 0:
-            prepared.previews.before_training(self._interruption)
+        if progress.step == 0 and not prepared.previews.before_training(self._interruption):
+            self.lacks_previews = True
+            return
         if prepared.validation.before_training(progress):
             prepared.writer.save_best(progress.step, epoch)
         if prepared.resumed is not None:
@@ -179,11 +181,13 @@ class AdapterRun:
         progress, writer, validation = self.progress, self.prepared.writer, self.prepared.validation
         self._guard.report(progress.step)
         if progress.step >= self.run.plan.max_train_steps:
-            writer.save_end(progress, self.run.plan.num_epochs)
+            writer.save_end(progress, self.run.plan.num_epochs, is_complete=not self.lacks_previews)
         elif validation.stop_reason is not None:
             self.note_end(validation.stop_reason)
             logger.info("the run ends after step %d: %s", progress.step, progress.ended)
             writer.save_end(progress, epoch)
+        elif progress.step == 0:
+            logger.warning("stopped before the first step: nothing was trained, nothing to save")
         else:
             writer.save_interrupted(progress, epoch)
 
@@ -210,8 +214,12 @@ class AdapterRun:
         with times.stage("saving"):
             save(progress, epoch)
         with times.stage("previews"):
-            if part not in progress.done and draw(progress.step, epoch, self._interruption):
+            if part in progress.done:
+                return
+            if draw(progress.step, epoch, self._interruption):
                 progress.done.add(part)
+            else:
+                self.lacks_previews = True
 
     def _complete_resumed_step(self, state: StateManifest) -> None:
         """Do what was due at the step of a state and was not done when the run was stopped.

@@ -75,7 +75,8 @@ def train(
             stack.enter_context(adapter.updates.reported_at_end())
         run.times.start()
         active = end_early_stopped(adapter_runs, epoch)
-        for epoch in plan.epochs(step) if step < plan.max_train_steps and active else ():
+        stops = any(adapter.lacks_previews for adapter in adapter_runs)
+        for epoch in plan.epochs(step) if step < plan.max_train_steps and active and not stops else ():
             announce_epoch(epoch, plan.num_epochs)
             for adapter in active:
                 adapter.start_epoch()
@@ -100,6 +101,8 @@ def train(
                 for adapter in active:
                     with adapter.ending_alone(any_goes_on(active, adapter)):
                         adapter.finish_step(window, stops)
+                # Only the weights of this step can draw the previews that a signal cut off.
+                stops = stops or any(adapter.lacks_previews for adapter in active)
                 delete_outdated(active)
                 if find_worse is not None:
                     active = end_worse(active, step, epoch, num_adapters, find_worse)

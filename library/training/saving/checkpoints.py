@@ -247,18 +247,19 @@ class Writer:
         if self.is_main:
             self.write(self.names.of_end(), step, epoch)
 
-    def save_end(self, progress: Progress, epoch: int) -> None:
-        """Save a complete run, with its state if a later start needs to know that it is complete.
+    def save_end(self, progress: Progress, epoch: int, is_complete: bool = True) -> None:
+        """Save a run that has taken all steps, with its state if a later start needs to know that it is over.
 
-        Raises SavedElsewhere or NotWrittenError if the file is not in its place.
+        `is_complete` is False if previews of the last step are left to a later start. Raises SavedElsewhere or
+        NotWrittenError if the file is not in its place.
         """
         if not self.is_main:
             return
         path, state_options = self.names.of_end(), self.options.state
         location = self.write(path, progress.step, epoch, is_last=True)
         if state_options.save_state or state_options.save_state_on_train_end or state_options.autoresume:
-            # A later start with this state writes the file again unless it is in its place.
-            done = {*progress.done, "end"} if location == path else progress.done
+            # A later start with this state writes the file again unless it is in its place and nothing else is left.
+            done = {*progress.done, "end"} if location == path and is_complete else progress.done
             self._save_state(path, progress.step, epoch, done, is_last=True)
         if location != path:
             raise SavedElsewhere(f"training is complete, but {path} could not be written: the adapter is {location}")

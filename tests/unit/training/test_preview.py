@@ -18,7 +18,7 @@ from library.architectures.sd.assembly import build
 from library.errors import UserError
 from library.options.output.preview import PreviewOptions
 from library.options.output.saving import SavingOptions
-from library.processes import ALONE
+from library.processes import ALONE, Processes
 from library.training.evaluation.preview import (
     Previews,
     PreviewSchedule,
@@ -37,6 +37,7 @@ from library.types import Prompt
 from networks.core.protocol import AdoptedNetwork
 from tests.parity.test_preview import prompt_of
 from tests.parity.test_step_loss import options_for
+from tests.unit.test_processes import Board
 
 
 @pytest.mark.parametrize("nothing", [None, 0, -1])
@@ -137,7 +138,7 @@ def run(tiny_sd_folder: Path, tmp_path: Path) -> Any:
     built = SimpleNamespace(eval=lambda: None, train=lambda: None)
     optimization = SimpleNamespace(built=built, average=None)
     return SimpleNamespace(
-        options=options, context=context, optimization=optimization, events=Events(), processes=ALONE
+        options=options, context=context, optimization=optimization, events=Events(), processes=ALONE, label=""
     )
 
 
@@ -211,9 +212,17 @@ def test_a_signal_is_handled_between_two_calls_of_the_denoiser(run: Any, monkeyp
 
     monkeypatch.setattr(run.context.models.denoiser, "forward", counted)
     previews, _ = previews_of(run, prompt_of(num_steps=10, scale=1.0), SMALL)
-    previews.after_step(2, 1, interruption)
+    assert not previews.after_step(2, 1, interruption)
     assert num_calls == 3
     assert names(run) == []
+
+
+@pytest.mark.parametrize("result", ["complete", "incomplete"])
+def test_a_process_that_does_not_draw_learns_whether_the_images_are_complete(run: Any, result: str) -> None:
+    charts: Any = Charts()
+    run.processes = Processes(1, 2, store=Board({"previews 000002 ": result}))
+    previews = Previews(run, charts, [], is_drawing=True)
+    assert previews.after_step(2, 1, Interruption()) == (result == "complete")
 
 
 def test_non_finite_latents_are_an_error(run: Any) -> None:
