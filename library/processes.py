@@ -237,12 +237,15 @@ class Processes:
             is_broken = isinstance(error, torch.distributed.DistError) or (
                 isinstance(error, RuntimeError) and any(word in str(error) for word in CONNECTION_ERRORS)
             )
-            if (is_broken or isinstance(error, signals)) and (lost := self._find_lost(SEARCH_S if is_broken else 1)):
+            is_signal = isinstance(error, signals)
+            lost = self._find_lost(SEARCH_S if is_broken else 1) if is_broken or is_signal else None
+            # Ctrl-C reaches all processes: one that it ended earlier is not why this one ends.
+            if lost is not None and not (is_signal and f": {type(error).__name__}: " in lost):
                 raise ProcessLost(f"{lost} ({format_first_line(error)})") from error
             with suppress(RuntimeError):  # the store may be unreachable
                 if not self.store.check([f"failure/{self.rank}"]):
                     self.store.set(f"failure/{self.rank}", format_first_line(error))
-                    if not isinstance(error, signals):
+                    if not is_signal:
                         self._wait_for_others()
             raise
 

@@ -13,6 +13,7 @@ import torch
 
 from library.heartbeat import Heartbeat, Times, has_ended
 from library.processes import Processes, ProcessLost
+from library.training.failures.interruption import Interrupted
 from tests.unit.test_processes import Board
 
 HOST = socket.gethostname()
@@ -151,3 +152,12 @@ def test_rank_0_waits_at_its_end_for_ranks_that_still_read_from_its_store() -> N
     with of_rank(0, store).taking_part():
         timer.start()
     assert "over/1" in store and time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("failure", ["Interrupted: SIGINT", "UserError: no image"])
+def test_a_process_that_the_same_signal_ended_is_not_reported_as_lost(failure: str) -> None:
+    store = board(_0=f"{HOST} {os.getpid()}", _1=f"{HOST} {os.getpid()}")
+    store["failure/1"] = failure
+    with pytest.raises(Interrupted if "SIGINT" in failure else ProcessLost, match="SIGINT"):
+        with of_rank(0, store).reporting_failures(Interrupted):
+            raise Interrupted("SIGINT")
