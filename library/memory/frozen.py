@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.grad import conv2d_input
 
+from library.errors import UserError
 from library.memory import small_convolutions
 from library.memory.codecs.codec import Codec, Decoder, Parts
 from library.memory.codecs.matmul_8bit import Codes, input_gradient, output
@@ -39,6 +40,15 @@ class FrozenLayer(nn.Module):
         parts = self.handle()
         decoded = self.decoder.decode(parts, self.weight_shape, self.weight_dtype)
         return decoded.clone() if any(decoded is part for part in parts.values()) else decoded
+
+    @weight.deleter
+    def weight(self) -> None:
+        # LyCORIS' `algo=full` trains a weight of its own in the place of the layer's.
+        raise UserError(
+            "--network_module replaces the weights of the base model's layers, which does not work where they are "
+            "offloaded, sharded or stored in 8 or 4 bits; remove --blocks_to_swap, --shard_base, --base_format and "
+            "--fp8_base, or use a kind of adapter that keeps them"
+        )
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """Return the weight decoded to `dtype` for computing."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from library.errors import UserError
 from library.memory.codecs.codec import Codec
 from library.memory.codecs.matmul_8bit import FP8
 from library.memory.codecs.plain import Plain
@@ -125,6 +126,15 @@ def test_reading_the_weight_returns_a_copy(codec: Codec) -> None:
     read = layer.weight
     read.fill_(7)
     assert not (layer.weight == 7).any()
+
+
+def test_a_network_that_takes_the_weight_away_is_refused_with_the_options_to_remove() -> None:
+    """LyCORIS' full weights do so."""
+    layer = nn.Linear(6, 4)
+    store_in(Plain(), layer)
+    with pytest.raises(UserError, match=r"--network_module replaces .* remove --blocks_to_swap"):
+        del layer.weight
+    assert layer.weight.shape == (4, 6)
 
 
 def test_the_backward_pass_reads_the_weight_from_its_handle_again() -> None:
