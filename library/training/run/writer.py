@@ -21,7 +21,14 @@ from library.training.run_parts import Run
 from library.training.saving.checkpoints import Names, Schedule, Writer
 from library.training.saving.hub import Uploads
 from library.training.saving.resume import record_options, report_differences
-from library.training.saving.state import OptimizerState, Stateful, StateManifest, restore, save_state
+from library.training.saving.state import (
+    OptimizerState,
+    Stateful,
+    StateManifest,
+    restore,
+    save_state,
+    weights_and_buffers,
+)
 from library.training.sweep_record import PART
 
 logger = logging.getLogger(__name__)
@@ -71,7 +78,7 @@ def bytes_of_state(run: Run) -> int:
     parameters = network.trainable_parameters()
     expected = () if tensors else 2 * parameters
     averaged = () if run.optimization.average is None else run.optimization.average.values or parameters
-    return sum(t.nbytes for t in (*network.module.state_dict().values(), *tensors, *expected, *averaged))
+    return sum(t.nbytes for t in (*weights_and_buffers(network.module).values(), *tensors, *expected, *averaged))
 
 
 def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer:

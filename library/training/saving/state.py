@@ -21,6 +21,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -90,7 +91,7 @@ def save_state(
     with atomic_folder(folder) as temporary:
         # Cloned, because safetensors refuses tensors that share memory and `cpu()` copies nothing on the CPU.
         save_safetensors(
-            temporary / NETWORK_FILE, {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+            temporary / NETWORK_FILE, {k: v.detach().cpu().clone() for k, v in weights_and_buffers(network).items()}
         )
         save_safetensors(temporary / TENSOR_FILE, tensors)
         facts = {
@@ -196,6 +197,31 @@ def explain_no_state(folder: Path) -> str:
     return f"holds no {FACTS_FILE} of a whole state; --resume takes the folder of a saved state, such as last-state"
 
 
+def weights_and_buffers(network: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers of a network by name.
+
+    A third-party network's `state_dict` may be what it saves as a file instead, from which training cannot continue
+    exactly: LyCORIS multiplies scalars into other weights and joins the blocks of DyLoRA.
+    """
+    return {
+        **dict(network.named_parameters(remove_duplicate=False)),
+        **dict(network.named_buffers(remove_duplicate=False)),
+    }
+
+
+@torch.no_grad()
+def load_network(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load what `weights_and_buffers` returned. Raises RuntimeError or KeyError for the weights of another network."""
+    own = weights_and_buffers(network)
+    is_fitting = {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in weights.items()}
+    if not is_fitting or own.keys() == network.state_dict().keys():
+        # Also for older states, which hold the network's `state_dict`.
+        network.load_state_dict(dict(weights))
+        return
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
+
+
 def restore(facts: StateManifest, network: nn.Module, keepers: Mapping[str, Stateful]) -> None:
     """Restore a state into the parts of a run.
 
@@ -203,8 +229,8 @@ def restore(facts: StateManifest, network: nn.Module, keepers: Mapping[str, Stat
     """
     weights = load_state_dict(facts.path / NETWORK_FILE)
     try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
+        load_network(network, weights)
+    except (RuntimeError, KeyError) as error:
         raise UserError(
             f"the state {facts.path} holds another network: {shorten_line(str(error))}. Give the --network_module, "
             "--network_dim and --network_args that it was trained with"

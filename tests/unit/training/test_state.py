@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
@@ -194,6 +195,44 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     folder = written(tmp_path / "x-state", network=nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"holds another network.*--network_dim"):
         restore(read_facts(folder), nn.Linear(4, 2), {})
+
+
+class SavingProducts(nn.Module):
+    """A network whose `state_dict` is the content of its file, with its scalar multiplied in, as in LyCORIS."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.tensor([3.0, 5.0]))
+        self.register_buffer("scalar", torch.tensor(1.0), persistent=False)
+        self.register_load_state_dict_post_hook(self.reset_scalar)
+
+    def reset_scalar(self, *_: Any) -> None:
+        self.scalar.fill_(1.0)
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return {"up": self.up * self.scalar}
+
+
+def test_weights_and_buffers_are_kept_apart_that_a_network_multiplies_in_its_file(tmp_path: Path) -> None:
+    network, resumed = SavingProducts(), SavingProducts()
+    network.scalar.fill_(0.3)
+    restore(read_facts(written(tmp_path / "x-state", network=network)), resumed, {})
+    assert torch.equal(resumed.up, network.up) and torch.equal(resumed.scalar, network.scalar)
+
+
+def test_a_network_is_told_that_its_weights_were_loaded(tmp_path: Path) -> None:
+    network, told = nn.Linear(3, 2), list[nn.Module]()
+    network.register_load_state_dict_post_hook(lambda module, _: told.append(module))
+    restore(read_facts(written(tmp_path / "x-state", network=network)), network, {})
+    assert told == [network], "GGPO goes on with its noise"
+
+
+def test_an_older_state_holds_what_the_network_saves_as_its_file(tmp_path: Path) -> None:
+    network = SavingProducts()
+    facts = read_facts(written(tmp_path / "x-state", network=network))
+    save_file({"up": torch.tensor([0.9, 1.5])}, facts.path / "network.safetensors")
+    restore(facts, network, {})
+    assert network.up.tolist() == pytest.approx([0.9, 1.5]) and network.scalar == 1.0
 
 
 @pytest.mark.parametrize(("before", "after"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
