@@ -304,8 +304,13 @@ class AdoptedNetwork:
 
     def save_weights(self, path: str | Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
         """Write the network atomically; the extension decides the format."""
-        with atomic_path(path) as temporary:
-            self._method("save_weights")(str(temporary), dtype, metadata)
+        # Adapters that copy a convolution's weight copy its layout too (LyCORIS' algo=full), which safetensors refuses.
+        hook = self.module.register_state_dict_post_hook(_make_contiguous)  # type: ignore[no-untyped-call]
+        try:
+            with atomic_path(path) as temporary:
+                self._method("save_weights")(str(temporary), dtype, metadata)
+        finally:
+            hook.remove()
 
     def _one_lr_groups(self, text_encoder_lr: float | None, unet_lr: float | None, learning_rate: float) -> Any:
         """Call `prepare_optimizer_params` with three arguments, or with two if it does not accept a third."""
@@ -332,6 +337,11 @@ class AdoptedNetwork:
         if method is None:
             raise UserError(f"{purpose} does not work with this --network_module: its network has no {name}()")
         return method
+
+
+def _make_contiguous(_module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    """Make the tensors of a state dict contiguous, in place."""
+    state.update({key: value.contiguous() for key, value in state.items() if isinstance(value, Tensor)})
 
 
 def _trained_groups(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from library.checkpoints.files import load_state_dict
@@ -216,6 +217,24 @@ def test_third_party_networks_never_leave_partial_files(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         adopt(FullDisk()).save_weights(path, None, {})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+class CopiesLayout(MinimalNetwork):
+    """A network whose weight has the layout of the convolution that it replaces, as in LyCORIS' algo=full."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(2, 3, 3, 3).to(memory_format=torch.channels_last))
+
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
+        save_file(self.state_dict(), file, metadata)
+
+
+def test_weights_in_the_layout_of_a_convolution_are_saved(tmp_path: Path) -> None:
+    network = CopiesLayout()
+    adopt(network).save_weights(tmp_path / "x.safetensors", None, {})
+    assert torch.equal(load_state_dict(tmp_path / "x.safetensors")["kernel"], network.kernel)
+    assert not network.state_dict()["kernel"].is_contiguous(), "the network itself is left as it is"
 
 
 def test_our_network_supports_the_whole_protocol(tmp_path: Path) -> None:
