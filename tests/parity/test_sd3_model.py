@@ -1,10 +1,12 @@
 """Our denoiser of Stable Diffusion 3 against diffusers' SD3Transformer2DModel with the same weights."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d
 
 from library.architectures.sd3.model import MMDiT, MMDiTConfig
 from library.memory.blocks import recompute, run_blocks_with
@@ -86,6 +88,16 @@ def test_gradient_checkpointing_does_not_change_gradients(name: str) -> None:
         run_ours(model, inputs(config, (10, 12), seed=6)).square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_network_may_take_away_the_weight_of_the_first_layer() -> None:
+    """LyCORIS' full weights replace both the weight and the forward of a layer."""
+    model, values = tiny_mmdit(PLAIN, SEED), inputs(PLAIN, (8, 8), seed=6)
+    expected = run_ours(model, values)
+    layer = model.x_embedder.proj
+    layer.forward = partial(conv2d, weight=layer.weight, bias=layer.bias, stride=layer.stride)
+    del layer.weight
+    assert torch.equal(run_ours(model, values), expected)
 
 
 def test_an_image_may_use_any_crop_of_the_position_table() -> None:

@@ -120,7 +120,8 @@ class MMDiT(nn.Module):
         """
         P = self.config.patch
         h, w = (side // P for side in latents_BCHW.shape[-2:])
-        x_BTM = self.x_embedder(latents_BCHW)
+        # Not the dtype of a layer, whose weight a network module may have taken away (LyCORIS' algo=full).
+        x_BTM = self.x_embedder(latents_BCHW.to(self.pos_embed.dtype))
         x_BTM = x_BTM + self.positions(h, w, corner).to(x_BTM.dtype)
         c_BM = self.t_embedder(timesteps_B, x_BTM.dtype) + self.y_embedder(pooled_BV)
         context_BTM = self.context_embedder(context_BTM)
@@ -162,7 +163,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, patch, stride=patch)
 
     def forward(self, latents_BCHW: Tensor) -> Tensor:
-        tokens_BTM: Tensor = self.proj(latents_BCHW.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        tokens_BTM: Tensor = self.proj(latents_BCHW).flatten(2).transpose(1, 2)
         return tokens_BTM
 
 
