@@ -110,14 +110,14 @@ def test_gradients_equal_those_of_uncompiled_blocks_with_few_graphs(
 )
 def test_8_bit_matmul_is_compiled_with_its_block(base: str, form: str) -> None:
     """A U-Net's gradients differ in the last bit when compiled, and rounding them to 8 bits for the next product makes
-    that 1 %. Without 8-bit products they differ by 38 % and more."""
+    that 1 % (torch 2.13) to 3 % (2.15). Without 8-bit products they differ by 38 % and more."""
     backend = CountingBackend()
     wanted = gradients(base, runner="recompute", form=form, is_multiplied=True)
     settings = CompileSettings(backend, needs_full_graph=True)
     actual = gradients(base, runner="recompute", form=form, settings=settings, is_multiplied=True)
     assert 0 < backend.num_graphs <= MOST_GRAPHS[base]
     for one, other in zip(actual, wanted, strict=True):
-        assert torch.equal(one, other) or (base == "sd" and (one - other).norm() < 0.03 * other.norm())
+        assert torch.equal(one, other) or (base == "sd" and (one - other).norm() < 0.1 * other.norm())
 
 
 @pytest.mark.nightly
