@@ -1,10 +1,13 @@
 """Python's garbage collector is paused during imports and always resumed."""
 
 import gc
+import subprocess
+import sys
 
 import pytest
 
 from library.collector import freeze_imports, keep_imported, pause_collection
+from tests.running import ROOT
 
 
 def test_garbage_collection_is_paused_during_imports_and_always_resumed() -> None:
@@ -23,3 +26,17 @@ def test_garbage_collection_is_paused_during_imports_and_always_resumed() -> Non
         pass
     # Frozen objects may be freed once nothing refers to them: the count can fall, but it never grows.
     assert len(lists) < gc.get_freeze_count() <= count, "only once in a process"
+
+
+@pytest.mark.parametrize(("module", "num_kept"), [("triton", "0"), ("trident", "more")])
+def test_kept_objects_are_deleted_at_exit_if_triton_is_loaded(module: str, num_kept: str) -> None:
+    """Triton reports its objects that are still alive as leaked."""
+    code = f"""
+import atexit, gc, sys
+atexit.register(lambda: print("more" if gc.get_freeze_count() else 0))  # runs last
+from library.collector import keep_imported
+sys.modules[{module!r}] = sys
+keep_imported("a test")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [num_kept]
