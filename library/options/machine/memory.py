@@ -18,6 +18,7 @@ class MemoryOptions(Options):
     gradient_checkpointing: bool = option(
         False,
         usual=True,
+        affects_training=False,
         help="Recompute activations in the backward pass instead of keeping them. Saves much memory for about a "
         "quarter more time.",
     )
