@@ -378,7 +378,8 @@ def test_compiled_blocks_train_the_same_adapter(train: Train, base_arguments: li
     assert done.status == 0, done.stderr
     assert 0 < counters["stats"]["unique_graphs"] <= 20
     plain, compiled = load_saved(tmp_path, "plain.safetensors"), load_saved(tmp_path, "compiled.safetensors")
-    assert all(torch.equal(weight, compiled[name]) for name, weight in plain.items())
+    # Small convolutions are matrix products unless they are compiled: rounding makes 4e-6.
+    assert all((compiled[name] - weight).norm() < 1e-4 * weight.norm() for name, weight in plain.items())
     torch._dynamo.reset()
 
 
