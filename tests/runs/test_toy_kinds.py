@@ -46,7 +46,7 @@ KINDS: Mapping[str, str] = {  # options added to the quickstart's command
     " --learning_rate 2e-3 --text_encoder_lr 1e-3 --max_train_steps 900",
     "pissa": "--network_args conv_dim=16 conv_alpha=16 init=pissa --learning_rate 3e-4",
 }
-MOST_BEFORE, LEAST_AFTER = 0.1, 0.7
+MOST_BEFORE, LEAST_AFTER = 0.1, 0.6  # another version of torch moves a row of the table by two of its 24 images
 PAGE = start.ROOT / "docs" / "networks.md"
 IN_8_BITS = "--base_format int8_rotated --base_arithmetic 8bit"
 
