@@ -17,8 +17,9 @@ from tests.runs.bases import BASES
 
 pytestmark = ON_GPU
 # One SGD step from zero equals the gradient. bfloat16 keeps 8 bits of each factor: over a dozen layers two summation
-# orders differ by a few percent of a gradient's size, and by less of the loss. float16 keeps 11 bits.
-OF_GRADIENT, OF_LOSS = {"bf16": 0.1, "fp16": 0.02}, 0.02
+# orders differ by a few percent of a gradient's size, and by less of the loss. float16 keeps 11 bits, but large text
+# encoders, which overflow it, run in bfloat16: 2.2 % with FLUX.2, 1.3 % with Krea 2, below 1 % with the others.
+OF_GRADIENT, OF_LOSS = {"bf16": 0.1, "fp16": 0.03}, 0.02
 Train = Callable[..., Finished]
 
 
