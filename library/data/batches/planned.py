@@ -135,11 +135,11 @@ class PlannedBatches:
         return self._maker if multiprocessing.get_start_method() == "fork" else SharedMaker.of(self._maker)
 
     def _from_workers(self, orders: Orders, num_workers: int, persistent_workers: bool) -> Generator[Batch, None, None]:
-        if multiprocessing.get_start_method() == "forkserver":  # on Linux since Python 3.14
-            # The server imports torch once. By default each worker would, in every epoch: 5 s instead of 0.3 s for two.
-            multiprocessing.set_forkserver_preload(["__main__", __name__])
         loader = self._lasting_loader
         if loader is None or loader.num_workers != num_workers:
+            if multiprocessing.get_start_method() == "forkserver":  # on Linux since Python 3.14
+                # The server imports torch once. By default each worker would, in every epoch: 5 s instead of 0.2 s.
+                multiprocessing.set_forkserver_preload(["__main__", __name__])
             self._orders = BatchSampler(orders)
             loader = DataLoader(
                 self._for_workers,
