@@ -220,11 +220,11 @@ def test_weights_and_buffers_are_kept_apart_that_a_network_multiplies_in_its_fil
     assert torch.equal(resumed.up, network.up) and torch.equal(resumed.scalar, network.scalar)
 
 
-def test_a_network_is_told_that_its_weights_were_loaded(tmp_path: Path) -> None:
-    network, told = nn.Linear(3, 2), list[nn.Module]()
-    network.register_load_state_dict_post_hook(lambda module, _: told.append(module))
+def test_restoring_a_state_runs_the_load_hooks_of_a_network(tmp_path: Path) -> None:
+    network, called = nn.Linear(3, 2), list[nn.Module]()
+    network.register_load_state_dict_post_hook(lambda module, _: called.append(module))
     restore(read_facts(written(tmp_path / "x-state", network=network)), network, {})
-    assert told == [network], "GGPO goes on with its noise"
+    assert called == [network], "GGPO goes on with its noise"
 
 
 def test_an_older_state_holds_what_the_network_saves_as_its_file(tmp_path: Path) -> None:
