@@ -17,9 +17,11 @@ from tests.runs.bases import BASES
 
 pytestmark = ON_GPU
 # One SGD step from zero equals the gradient. bfloat16 keeps 8 bits of each factor: over a dozen layers two summation
-# orders differ by a few percent of a gradient's size, and by less of the loss. float16 keeps 11 bits, but large text
-# encoders, which overflow it, run in bfloat16: 2.2 % with FLUX.2, 1.3 % with Krea 2, below 1 % with the others.
-OF_GRADIENT, OF_LOSS = {"bf16": 0.1, "fp16": 0.03}, 0.02
+# orders differ by a few percent of a gradient's size, and by less of the loss. float16 keeps 11 bits.
+OF_GRADIENT, OF_LOSS = {"bf16": 0.1, "fp16": 0.02}, 0.02
+# In fp16 runs text encoders that overflow float16 run in bfloat16. FLUX.2 differs by 2.2 %, Krea 2 by 1.3 %, others by
+# less than 1 %.
+OF_GRADIENT_OF_BASE = {("flux_2", "fp16"): 0.03}
 Train = Callable[..., Finished]
 
 
@@ -66,7 +68,7 @@ def test_training_in_half_precision_matches_the_cpu(
     ups = [key for key in theirs if "lora_up" in key or "lora_B" in key]
     off = torch.cat([(ours[key] - theirs[key]).float().flatten() for key in ups]).norm()
     size = torch.cat([theirs[key].float().flatten() for key in ups]).norm()
-    assert size > 0 and off <= OF_GRADIENT[precision] * size
+    assert size > 0 and off <= OF_GRADIENT_OF_BASE.get((name, precision), OF_GRADIENT[precision]) * size
 
 
 @pytest.mark.real_kernels

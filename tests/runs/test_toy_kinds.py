@@ -46,7 +46,8 @@ KINDS: Mapping[str, str] = {  # options added to the quickstart's command
     " --learning_rate 2e-3 --text_encoder_lr 1e-3 --max_train_steps 900",
     "pissa": "--network_args conv_dim=16 conv_alpha=16 init=pissa --learning_rate 3e-4",
 }
-MOST_BEFORE, LEAST_AFTER = 0.1, 0.6  # another version of torch moves a row of the table by two of its 24 images
+MOST_BEFORE, LEAST_AFTER = 0.1, 0.7
+LEAST_OF_KIND = {KINDS["olora"]: 0.6}  # 18 of 24 images with torch 2.13, 16 with 2.15
 PAGE = start.ROOT / "docs" / "networks.md"
 IN_8_BITS = "--base_format int8_rotated --base_arithmetic 8bit"
 
@@ -63,7 +64,7 @@ def test_the_adapter_kind_learns_the_new_concept(words: str, tmp_path: Path) -> 
     adapter, prompts = tmp_path / Path(start.ADAPTER).name, start.ROOT / start.PROMPTS
     before, after = draw_before_and_after(start.ROOT / start.TOY_BASE, adapter, prompts, tmp_path / "both.png")
     assert before < MOST_BEFORE
-    assert after > LEAST_AFTER
+    assert after > LEAST_OF_KIND.get(words, LEAST_AFTER)
 
 
 @pytest.mark.parametrize("kind", KINDS)
