@@ -1,0 +1,268 @@
+"""Assembly of any text-to-image pipeline of diffusers. Start here to read this package.
+
+`watch` draws with the pipeline and records, `maps` reads elementwise maps, `convention` finds which argument is what,
+and `check` compares the result with the pipeline. `folder` opens and loads, `training` predicts.
+"""
+
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from library.architectures.any_pipeline.check import check, require_exact
+from library.architectures.any_pipeline.conditioning import SHAPE, CapturedText, capture_text
+from library.architectures.any_pipeline.convention import Convention
+from library.architectures.any_pipeline.folder import (
+    PipelineFolder,
+    PipelineLoader,
+    load_for_measuring,
+    open_folder,
+    open_loader,
+)
+from library.architectures.any_pipeline.kept import Kept, fingerprint, read_kept, write_kept
+from library.architectures.any_pipeline.measuring import measure, plain_scheduler
+from library.architectures.any_pipeline.objective import build_objective
+from library.architectures.any_pipeline.options import PipelineOptions
+from library.architectures.any_pipeline.preview import build_preview
+from library.architectures.any_pipeline.targets import block_lists, run_blocks_with, stacks
+from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict, check_again
+from library.architectures.any_pipeline.trees import format_path, leaves
+from library.architectures.any_pipeline.watch import Answers, Refused, Watched
+from library.architectures.specs import list_specs
+from library.checkpoints.weights import fingerprint as digest_weights
+from library.diffusion.flow import IGNORES
+from library.models.adapter_views import view_denoiser
+from library.models.identify import bases_of_pipeline
+from library.models.recipe import OTHER_ATTENTION, Recipe
+from library.protocols import Architecture, LatentSpec, TextCacheSpec
+
+logger = logging.getLogger(__name__)
+
+SIDES = (64, 128, 256, 512)  # of the image at which a pipeline is measured, the first that it takes
+MOST_ERROR_LOADED = 0.02  # of a denoiser in 16 bits, relative to the largest value
+STEP = 64  # sides of images are multiples of this many pixels, for every pipeline
+LATENTS = LatentSpec(
+    channels=16, downscale=8, bucket_step=STEP, cache_suffix="_diffusers.npz", had_keys_without_size=False
+)
+"""Buckets are the same for every pipeline; channels and downscale are measured."""
+NOT_TRAINED = "the text encoders of a pipeline are not trained by this script"
+RECIPE = Recipe(
+    title="diffusers_train_network.py",
+    metadata={
+        "ss_base_model_version": "diffusers",
+        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+    },
+    refuses={
+        "network_train_text_encoder_only": NOT_TRAINED,
+        "text_encoder_lr": NOT_TRAINED,
+        "weighted_captions": "the pipeline itself encodes the captions",
+        "vae": "what is measured of the pipeline belongs to its own VAE",
+        "shard_base": "the pipeline is asked at each new size of image, not in every process at once",
+    },
+    ignores={
+        "clip_skip": "the pipeline itself encodes the captions",
+        "max_token_length": "the pipeline itself encodes the captions",
+        "tokenizer_cache_dir": "the tokenizers are those in the pipeline's folder",
+        "v2": "it is for models of train_network.py",
+        "v_parameterization": "the objective is measured",
+        "zero_terminal_snr": "the noise levels are those of the pipeline's scheduler",
+        **OTHER_ATTENTION,
+    },
+)
+
+
+def build(options: PipelineOptions) -> Architecture:
+    """Assemble the pipeline that the options name. Its convention is read from the file beside the caches, or measured.
+
+    Raises UserError for a pipeline that cannot be trained, with the reason.
+    """
+    RECIPE.check(options)
+    folder = open_folder(options.model.pretrained_model_name_or_path, options.trust.trust_remote_code)
+    name_own_script(folder)
+    watched = folder.build_stage()
+    convention = recall_or_measure(options, folder, watched)
+    for line in convention.describe():
+        logger.info("%s", line)
+    logger.info("%s", say_loader(folder.kind, convention.denoiser))
+    return assemble(options, folder, watched, convention)
+
+
+def say_loader(pipeline: type[Any], denoiser: str) -> str:
+    """Say how the saved adapter is loaded."""
+    if denoiser in getattr(pipeline, "_lora_loadable_modules", ()):
+        return f"the adapter is loaded by load_lora_weights of {pipeline.__name__}"
+    return (
+        f"the adapter is not loaded by {pipeline.__name__} itself, but by its {denoiser}: "
+        f"pipe.{denoiser}.load_lora_adapter(safetensors.torch.load_file(path), prefix={denoiser!r})"
+    )
+
+
+def name_own_script(folder: PipelineFolder) -> None:
+    """Log the script that is made for this base model, if there is one."""
+    for spec in bases_of_pipeline(list_specs(), folder.kind.__name__)[:1]:
+        logger.info("%s is %s model, which %s is made for; going on", folder.kind.__name__, spec.called, spec.script)
+
+
+def recall_or_measure(options: PipelineOptions, folder: PipelineFolder, watched: Watched) -> Convention:
+    """Return the convention of a pipeline, and prepare `watched` to draw without models."""
+    place = folder_of_caches(options) / f".pipeline_{fingerprint(folder)}.safetensors"
+    if place.is_file():
+        kept = read_kept(place)
+        logger.info("the convention of %s is read from %s", folder.kind.__name__, place)
+        use_convention(watched, kept.convention)
+        watched.memory.update(kept.memory)
+        return kept.convention
+    logger.info("measuring how %s is trained, once; the result is kept in %s", folder.kind.__name__, place)
+    begun = time.monotonic()
+    convention = measure_folder(folder, watched, options.precision.mixed_precision)
+    logger.info("measured and checked in %.1f s", time.monotonic() - begun)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_kept(place, Kept(convention, watched.memory))
+    return convention
+
+
+def folder_of_caches(options: PipelineOptions) -> Path:
+    data = options.dataset
+    near = data.train_data_dir or (data.dataset_config and Path(data.dataset_config).parent)
+    return Path(options.caching.cache_dir or near or options.saving.output_dir or ".").expanduser()
+
+
+def use_convention(watched: Watched, convention: Convention) -> None:
+    watched.denoiser = convention.denoiser
+    if convention.replaces_scheduler:
+        watched.set_scheduler(plain_scheduler(watched.pipe.scheduler))
+
+
+def measure_folder(folder: PipelineFolder, watched: Watched, precision: str) -> Convention:
+    """Measure a pipeline's convention on its denoiser with few blocks, and check it. The models leave memory.
+
+    Raises Refused with the reason.
+    """
+    name, scheduler = folder.kind.__name__, watched.pipe.scheduler
+    for whole in (False, True):
+        watched.set_scheduler(type(scheduler).from_config(scheduler.config))
+        watched.models = load_for_measuring(folder, precision, whole)
+        try:
+            convention = measure_smallest(watched, name)
+        except Refused:
+            if whole:
+                raise
+            watched.denoiser = None
+            watched.memory.clear()
+            continue
+        break
+    remember_probe(watched, convention)
+    watched.models = {}
+    return convention
+
+
+def measure_smallest(watched: Watched, name: str) -> Convention:
+    """Measure and check a pipeline at the smallest size that it takes."""
+    for side in SIDES:
+        try:
+            convention, maps = measure(watched, (side, side))
+        except Refused:
+            if side == SIDES[-1]:
+                raise
+            continue
+        require_exact(check(watched, convention, maps), name)
+        return convention
+    raise AssertionError
+
+
+def remember_probe(watched: Watched, convention: Convention) -> None:
+    """Keep what the text encoders return in drawings without captions of the user, and nothing else."""
+    watched.memory.clear()
+    watched.draw(convention.prompts[0], convention.size, Answers(stops_at=0), **convention.extra)
+    capture_text(watched, convention, "")
+
+
+def assemble(
+    options: PipelineOptions, folder: PipelineFolder, watched: Watched, convention: Convention
+) -> Architecture:
+    loader = open_loader(folder, convention.denoiser, options)
+    text = build_text(watched, convention, loader)
+    predict = PipelinePredict(watched, convention, text)
+    codec = PipelineLatents(read_latent_spec(convention), convention)
+    watched.load_text = lambda: dict(zip(loader.text_names, loader.text_encoders(), strict=True))
+    return Architecture(
+        name=convention.pipeline,
+        load=loader,
+        text=text,
+        codec=codec,
+        objective=build_objective(options, predict, codec.spec.downscale),
+        predict=predict,
+        view=view_denoiser,
+        preview=build_preview(predict, codec),
+        metadata=RECIPE.describe(options, architecture=f"{convention.pipeline}/lora"),
+        ignores={**RECIPE.ignores, **(IGNORES if convention.mix == "flow" else {})},
+        text_cache=build_text_cache(options, loader, text),
+        run_blocks_with=run_blocks_with,
+        stacks=stacks,
+        chains=block_lists,
+        fit_to_sizes=lambda denoiser, _: require_same_prediction(predict, denoiser),
+    )
+
+
+def read_latent_spec(convention: Convention) -> LatentSpec:
+    """Return the latent space that was measured."""
+    side = convention.size[0] // convention.latent_shape[-2]
+    suffix = f"_{convention.pipeline.removesuffix('Pipeline').lower()}.npz"
+    return replace(LATENTS, channels=convention.latent_shape[1], downscale=side, cache_suffix=suffix)
+
+
+def build_text(watched: Watched, convention: Convention, loader: PipelineLoader) -> CapturedText:
+    """Build the text pipeline; captions are counted by the tokenizer that takes most tokens."""
+    tokenizers = [part for name, part in watched.pipe.components.items() if name.startswith("tokenizer") and part]
+    tokenizer = max(tokenizers, key=lambda part: part.model_max_length)
+    limit = watched.options.get("max_sequence_length")
+    default = limit.default if limit is not None and isinstance(limit.default, int) else tokenizer.model_max_length
+    example = {
+        path: leaf for path, leaf in leaves(probe_arguments(watched, convention)).items() if path in convention.text
+    }
+    return CapturedText(
+        watched, convention, loader.text_names, example, tokenizer, min(default, 1 << 16), loader.text_dtype
+    )
+
+
+def probe_arguments(watched: Watched, convention: Convention) -> Any:
+    """Return the denoiser's arguments for a known prompt, for which no model is needed."""
+    return watched.draw(convention.prompts[0], convention.size, Answers(stops_at=0), **convention.extra).calls[0].kwargs
+
+
+def build_text_cache(options: PipelineOptions, loader: PipelineLoader, text: CapturedText) -> TextCacheSpec:
+    convention = text.convention
+    return TextCacheSpec(
+        options=options.text_caching,
+        suffix=read_latent_spec(convention).cache_suffix.replace(".npz", "_te.npz"),
+        keys=text.keys,
+        encoders=lambda: digest_weights(*(part.weights for part in loader.texts)),
+        settings=f"{loader.text_dtype} {sorted(convention.extra.items())} {convention.unconditional}",
+        tokenizers=(text.tokenizer,),
+        padding={format_path(path): 0.0 for path in convention.varying},
+        on_host=tuple(key for key in text.keys if key.startswith(SHAPE)),
+        can_train=False,
+        keeps_bits=True,
+    )
+
+
+def require_same_prediction(predict: PipelinePredict, denoiser: nn.Module) -> None:
+    """Check the prediction of the loaded denoiser against the pipeline's own call of it.
+
+    Raises Refused if they differ by more than rounding in the run's precision.
+    """
+    if next(iter(denoiser.parameters())).is_meta:
+        return
+    begun = time.monotonic()
+    error = check_again(predict, denoiser)
+    if not error <= MOST_ERROR_LOADED:
+        raise Refused(
+            f"{predict.convention.pipeline}: the prediction of the loaded denoiser differs from the pipeline's own by "
+            f"{error:.2g} of its largest value (at most {MOST_ERROR_LOADED:g} is accepted)"
+        )
+    logger.info(
+        "the prediction agrees with the pipeline's own (%.1g), checked in %.1f s", error, time.monotonic() - begun
+    )

@@ -1,0 +1,119 @@
+"""Captions as the denoiser's arguments: captured once each by drawing until the denoiser's first call."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.any_pipeline.convention import Convention
+from library.architectures.any_pipeline.trees import Path, fill_like, format_path, leaves
+from library.architectures.any_pipeline.watch import Answers, Refused, Watched
+from library.types import Conditioning, Tokens
+
+SHAPE = "shape of "
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedText:
+    """The text pipeline: tokens are the bytes of a caption, which the pipeline itself tokenizes and encodes.
+
+    Features are named by the denoiser's arguments. One whose shape follows the caption is stored as a vector, and its
+    shape beside it.
+    """
+
+    watched: Watched
+    convention: Convention
+    names: tuple[str, ...]  # the text encoders, in the order of `PipelineLoader.text_encoders`
+    example: Mapping[Path, Any]  # the text arguments of some caption
+    tokenizer: Any  # counts tokens
+    max_tokens: int
+    dtype: torch.dtype  # of the features
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        names = map(format_path, self.convention.text)
+        return (*names, *(SHAPE + format_path(path) for path in self.convention.varying))
+
+    def count_tokens(self, caption: str) -> int:
+        return len(self.tokenizer(caption, add_special_tokens=False)["input_ids"])
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        rows = [caption.encode() for caption in captions]
+        length = max(1, *map(len, rows))
+        return Tokens((torch.tensor([list(row.ljust(length, b"\0")) for row in rows]),))
+
+    def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
+        """Return the denoiser's text arguments, first axis B, without gradient."""
+        captions = [bytes(row.tolist()).rstrip(b"\0").decode() for row in tokens.ids_BLT[0]]
+        with self.watched.using(dict(zip(self.names, encoders, strict=True))):
+            rows = [self._features(capture_text(self.watched, self.convention, caption)) for caption in captions]
+        return pad_rows(rows)
+
+    def _features(self, text: Mapping[Path, Any]) -> dict[str, Tensor]:
+        row = {}
+        for path in self.convention.text:
+            value = torch.as_tensor(text[path])
+            value = value.to(self.dtype) if value.is_floating_point() else value
+            row[format_path(path)] = value
+            if path in self.convention.varying:
+                row[format_path(path)], row[SHAPE + format_path(path)] = value.flatten(), torch.tensor(value.shape)
+        return row
+
+    def restore(self, conditioning: Conditioning, place: int) -> dict[Path, Any]:
+        """Return the arguments of one sample of a batch."""
+        text: dict[Path, Any] = {}
+        for path in self.convention.text:
+            value, old = conditioning[format_path(path)][place], self.example[path]
+            if path in self.convention.varying:
+                shape = conditioning[SHAPE + format_path(path)][place].tolist()
+                count = int(torch.tensor(shape).prod())
+                # Trailing zeros are cut off in caches.
+                value = nn.functional.pad(value, (0, max(0, count - len(value))))[:count].reshape(shape)
+            text[path] = value.to(old.dtype) if isinstance(old, Tensor) else type(old)(value.item())
+        return text
+
+
+def pad_rows(rows: Sequence[Mapping[str, Tensor]]) -> Conditioning:
+    """Stack the features of captions; vectors are padded with zeros."""
+    stacked = {}
+    for key in rows[0]:
+        values = [row[key] for row in rows]
+        if values[0].ndim == 1:
+            length = max(map(len, values))
+            values = [nn.functional.pad(value, (0, length - len(value))) for value in values]
+        stacked[key] = torch.stack(values)
+    return stacked
+
+
+def capture_text(watched: Watched, convention: Convention, caption: str) -> dict[Path, Any]:
+    """Return the denoiser's text arguments for a caption; for the empty one those of the pipeline's negative prompt."""
+    c, unconditional = convention, convention.unconditional
+    if caption or unconditional is None:
+        return text_of(c, watched.draw(caption, c.size, answer_until(c, c.call), **c.extra).calls[-1].kwargs)
+    answers = answer_until(c, unconditional.call)
+    kwargs = watched.draw(c.prompts[0], c.size, answers, **unconditional.extra).calls[-1].kwargs
+    row, count = unconditional.row, unconditional.num_rows
+    return {
+        path: value[row : row + 1] if count > 1 and isinstance(value, Tensor) else value
+        for path, value in text_of(c, kwargs).items()
+    }
+
+
+def text_of(convention: Convention, kwargs: Any) -> dict[Path, Any]:
+    found = leaves(kwargs)
+    if missing := [format_path(path) for path in convention.text if path not in found]:
+        raise Refused(f"a caption gives the denoiser no {', '.join(missing)}")
+    return {path: found[path] for path in convention.text}
+
+
+def answer_until(convention: Convention, call: int) -> Answers:
+    """Return answers that end the drawing at a call; earlier calls of the step get zeros."""
+    if call == 0:
+        return Answers(stops_at=0)
+    template = convention.output
+    return Answers(
+        outputs=lambda _: fill_like(template, torch.zeros(sum(t.numel() for t in leaves(template).values()))),
+        stops_at=call,
+    )

@@ -1,0 +1,285 @@
+"""The folder of a pipeline in diffusers' layout: its class, what is refused by it, and the loading of its models."""
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.architectures.any_pipeline.targets import with_targets
+from library.architectures.any_pipeline.watch import Watched, stand_in
+from library.checkpoints import model_lookup
+from library.checkpoints.base_files import require_base_name
+from library.checkpoints.model_lookup import read_json
+from library.checkpoints.weights import Weights, select_weights
+from library.errors import UserError
+from library.memory.codecs.codec import RequestedFormat
+from library.memory.devices import DTYPES
+from library.models.loading import Component, MaybeComponent, materialise, open_if_there, text_encoder_dtype
+from library.options.model import BASE_FLAG
+
+logger = logging.getLogger(__name__)
+
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+DISTILLED = ("LCM", "SCM", "TCD", "CMStochastic", "Wuerstchen")  # in the name of a scheduler
+LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "watermark")  # not needed to draw from text
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A folder with model_index.json. `classes` has the models, in order."""
+
+    path: Path
+    kind: type[Any]  # the pipeline
+    classes: Mapping[str, type[Any]]
+
+    @property
+    def vae(self) -> str | None:
+        return next((name for name, kind in self.classes.items() if has_vae_methods(kind)), None)
+
+    def list_denoisers(self) -> Iterator[str]:
+        """Yield the models of diffusers that are no VAE; one of them is the denoiser."""
+        from diffusers import ModelMixin
+        from transformers import PreTrainedModel
+
+        for name, kind in self.classes.items():
+            if issubclass(kind, ModelMixin) and not issubclass(kind, PreTrainedModel) and name != self.vae:
+                yield name
+
+    def config(self, name: str) -> dict[str, Any]:
+        return read_json(self.path / name / "config.json")
+
+    def build_empty(self, name: str) -> nn.Module:
+        """Build a model on the meta device."""
+        from accelerate import init_empty_weights
+
+        kind = self.classes[name]
+        if name == self.vae or name in self.list_denoisers():
+            with torch.device("meta"):
+                model: nn.Module = kind.from_config(self.config(name))
+                return model
+        with init_empty_weights(include_buffers=False):
+            empty: nn.Module = kind(kind.config_class.from_pretrained(self.path / name))
+            return empty
+
+    def load(self, name: str, dtype: torch.dtype) -> nn.Module:
+        """Load a text encoder or the VAE, frozen, on the CPU. Raises NotThere if its files are missing."""
+        self.open(name)
+        model: nn.Module = self.classes[name].from_pretrained(self.path / name, torch_dtype=dtype)
+        return model.eval().requires_grad_(False)
+
+    def open(self, name: str) -> Component:
+        is_diffusers = name == self.vae or name in self.list_denoisers()
+        kind = name if is_diffusers or name in model_lookup.WEIGHT_STEMS else "text_encoder"
+        return Component(*model_lookup.open_part(BASE_FLAG, self.path / name, kind))
+
+    def build_stage(self) -> Watched:
+        """Build the pipeline with stand-ins for all models; tokenizers and scheduler are real."""
+        stand_ins = {name: stand_in(self.build_empty(name), self._reader(name)) for name in self.classes}
+        logging.getLogger("diffusers").setLevel(logging.ERROR)  # it warns of every draw
+        return Watched(self.kind.from_pretrained(self.path, **stand_ins, **self._left_out()))
+
+    def _reader(self, name: str) -> Any:
+        if name != self.vae:
+            return None
+        weights = self.open(name).weights
+        return lambda tensor: weights.read(tensor) if tensor in weights.shapes else torch.zeros(())
+
+    def _left_out(self) -> dict[str, Any]:
+        known = inspect.signature(self.kind.__init__).parameters
+        left_out: dict[str, Any] = {name: None for name in LEFT_OUT if name in known}
+        return left_out | ({"requires_safety_checker": False} if "requires_safety_checker" in known else {})
+
+
+def has_vae_methods(kind: type[Any]) -> bool:
+    return all(callable(getattr(kind, name, None)) for name in ("encode", "decode"))
+
+
+def open_folder(name: str | None, trusts_code: bool) -> PipelineFolder:
+    """Open the pipeline that --pretrained_model_name_or_path names; only its JSON files are read.
+
+    Raises UserError saying why a pipeline cannot be trained, as far as its class shows it.
+    """
+    name = require_base_name(name, "a folder in diffusers' layout, or a Hugging Face name")
+    path = find_folder(name)
+    index = read_json(path / "model_index.json")
+    if "_class_name" not in index:
+        raise UserError(
+            f"{BASE_FLAG} {name} is no pipeline of diffusers: it has no model_index.json that names one. Use a "
+            "folder in diffusers' layout, or the script of this base model"
+        )
+    kind = find_class("pipeline", index["_class_name"], path, trusts_code)
+    refuse_by_class(path, kind, index)
+    entries = {
+        key: value for key, value in index.items() if isinstance(value, list) and value[0] and key not in LEFT_OUT
+    }
+    classes = {key: find_class(key, value, path, trusts_code) for key, value in entries.items()}
+    models = {key: cls for key, cls in classes.items() if issubclass(cls, nn.Module)}
+    folder = PipelineFolder(path, kind, models)
+    if not Path(name).expanduser().exists():
+        model_lookup.find_model(BASE_FLAG, name, [(part,) for part in models])
+    return folder
+
+
+def find_folder(name: str) -> Path:
+    """Return the folder of a local pipeline, or of the small files of a repository."""
+    if Path(name).expanduser().exists() or Path(name).is_absolute():
+        return model_lookup.existing(BASE_FLAG, name)
+    try:
+        return model_lookup.fetch_snapshot(name, SMALL_FILES)
+    except ConnectionError as error:
+        raise UserError(
+            f"{BASE_FLAG} {name} is neither a folder nor a repository that can be downloaded ({error}). Check the path"
+        ) from error
+
+
+def find_class(name: str, entry: Any, path: Path, trusts_code: bool) -> type[Any]:
+    """Return the class of a component, or of the pipeline. Raises UserError for code that only the folder has."""
+    import diffusers
+    import transformers
+
+    library, class_name = entry if isinstance(entry, list) else ("diffusers", entry)
+    owners = {"diffusers": diffusers, "transformers": transformers}
+    owner = owners.get(library, getattr(diffusers.pipelines, library, None))
+    kind = getattr(owner, class_name, None)
+    if kind is not None:
+        found: type[Any] = kind
+        return found
+    file = path / ("." if name == "pipeline" else name) / f"{library}.py"
+    if not file.is_file():
+        raise UserError(
+            f"{BASE_FLAG} {path}: {class_name} is neither in diffusers {diffusers.__version__} nor in transformers "
+            f"{transformers.__version__}; install a newer version that has it"
+        )
+    if not trusts_code:
+        raise UserError(
+            f"{BASE_FLAG} {path}: {class_name} is Python code of this model itself ({file}). Read that file, and add "
+            "--trust_remote_code to run it"
+        )
+    logger.warning("--trust_remote_code runs %s, which has all rights that you have", file)
+    from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
+
+    dynamic: type[Any] = get_class_from_dynamic_module(str(file.parent), module_file=file.name, class_name=class_name)
+    return dynamic
+
+
+def refuse_by_class(path: Path, kind: type[Any], index: Mapping[str, Any]) -> None:
+    """Raise UserError for a pipeline that is not made to draw images from text, or was distilled to few steps."""
+    parameters = inspect.signature(kind.__call__).parameters
+    start = f"{BASE_FLAG} {path}: {kind.__name__}"
+    if "prompt" not in parameters:
+        raise UserError(f"{start} does not draw from text, so no captions can train it")
+    if "mask_image" in parameters:
+        raise UserError(
+            f"{start} is for inpainting, whose masks this script does not train; use the text-to-image pipeline"
+        )
+    if "strength" in parameters or ("image" in parameters and parameters["image"].default is inspect.Parameter.empty):
+        raise UserError(
+            f"{start} draws from other images, which this script does not train; use the text-to-image pipeline"
+        )
+    scheduler = str((index.get("scheduler") or ["", ""])[1])
+    if scheduler.startswith(DISTILLED):
+        raise UserError(
+            f"{start} draws with {scheduler}, so the model is distilled to a few steps, which training would undo. Use "
+            "the model that it was distilled from"
+        )
+    config = read_json(path / "scheduler" / "scheduler_config.json")
+    if str(config.get("variance_type")).startswith("learned"):
+        raise UserError(f"{start} predicts the variance of the noise too, which this script does not train")
+
+
+@dataclass(frozen=True)
+class PipelineLoader:
+    """A loader of a pipeline's models. `texts` are the models that run before the denoiser, in order."""
+
+    folder: PipelineFolder
+    name: str  # of the denoiser
+    denoiser_weights: Weights
+    texts: tuple[MaybeComponent, ...]
+    text_names: tuple[str, ...]
+    vae_component: MaybeComponent
+    precision: str
+    vae_dtype: torch.dtype
+
+    @property
+    def text_dtype(self) -> torch.dtype:
+        return text_encoder_dtype(DTYPES[self.precision])
+
+    def text_encoders(self) -> list[nn.Module]:
+        return [self._load(name, part, self.text_dtype) for name, part in zip(self.text_names, self.texts, strict=True)]
+
+    def vae(self) -> nn.Module:
+        assert self.folder.vae is not None
+        return self._load(self.folder.vae, self.vae_component, self.vae_dtype)
+
+    def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
+        model = self.folder.build_empty(self.name)
+        loaded = materialise(model, self.denoiser_weights, DTYPES[self.precision], weight_format)
+        return with_targets(loaded, self.name)
+
+    def _load(self, name: str, part: MaybeComponent, dtype: torch.dtype) -> nn.Module:
+        weights = part.weights
+        if weights.read(min(weights.shapes, key=lambda key: len(weights.shapes[key]))).is_meta:
+            return self.folder.build_empty(name).to(dtype)
+        return self.folder.load(name, dtype)
+
+
+def open_loader(folder: PipelineFolder, denoiser: str, options: Any) -> PipelineLoader:
+    """Open the weights of all models. Those whose outputs are cached on disk may be missing."""
+    names = tuple(name for name in folder.classes if name not in (denoiser, folder.vae))
+    texts_are_cached = options.text_caching.cache_text_encoder_outputs_to_disk
+    precision = options.precision.mixed_precision
+    vae = folder.vae
+    return PipelineLoader(
+        folder,
+        denoiser,
+        folder.open(denoiser).weights,
+        tuple(open_if_there(texts_are_cached, partial(folder.open, name)) for name in names),
+        names,
+        open_if_there(options.caching.cache_latents_to_disk, partial(folder.open, vae or "vae")),
+        precision,
+        torch.float32 if options.model.no_half_vae else DTYPES[precision],
+    )
+
+
+def shorten(model: nn.Module) -> dict[str, str]:
+    """Keep the first and the last block of each list of equal blocks. Return new names of weights -> old names."""
+    before = list(model.state_dict())
+    lists = [(path, part) for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 2]
+    renamed = {}
+    for path, blocks in lists:
+        if len({type(block) for block in blocks}) == 1:
+            renamed[f"{path}.1."] = f"{path}.{len(blocks) - 1}."
+            del blocks[1:-1]
+    names = {}
+    for name in model.state_dict():
+        old = next((name.replace(new, source, 1) for new, source in renamed.items() if name.startswith(new)), name)
+        names[name] = old
+    assert set(names.values()) <= set(before)
+    return names
+
+
+def load_shortened(folder: PipelineFolder, name: str) -> nn.Module:
+    """Load a denoiser with few blocks in float32, which is enough to measure how it is called."""
+    model = folder.build_empty(name)
+    names = shorten(model)
+    return materialise(model, select_weights(folder.open(name).weights, names), torch.float32)
+
+
+def load_for_measuring(folder: PipelineFolder, precision: str, whole: bool = False) -> dict[str, nn.Module]:
+    """Load the text encoders and the VAE, and the denoisers shortened or, if their code needs all blocks, `whole`."""
+    denoisers = set(folder.list_denoisers())
+    models = {}
+    for name in folder.classes:
+        if name in denoisers and not whole:
+            models[name] = load_shortened(folder, name)
+        elif name in denoisers or name == folder.vae:
+            models[name] = folder.load(name, torch.float32)
+        else:
+            models[name] = folder.load(name, text_encoder_dtype(DTYPES[precision]))
+    return models

@@ -1,0 +1,66 @@
+"""The options of diffusers_train_network.py."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from library.options.base import Options, group, option, redeclare
+from library.options.caching import TextCachingOptions
+from library.options.machine.memory import ScaledPrecisionOptions
+from library.options.train import TrainOptions
+from library.options.training.flow import TIMESTEP_SAMPLINGS, FlowSamplingOptions, FlowWeightingOptions
+
+SCRIPT = "diffusers_train_network.py"
+OptionsT = TypeVar("OptionsT", bound="PipelineOptions")
+
+
+@dataclass(frozen=True)
+class TrustOptions(Options):
+    """Code that a model brings."""
+
+    trust_remote_code: bool = option(
+        False,
+        own=True,
+        help="Run Python code that comes with the model, for classes that diffusers and transformers do not have. It "
+        "has all rights that you have, so read it first.",
+    )
+
+
+@dataclass(frozen=True)
+class PipelineSamplingOptions(FlowSamplingOptions):
+    """Sampling of noise levels."""
+
+    timestep_sampling: str = redeclare(
+        FlowSamplingOptions,
+        "timestep_sampling",
+        "pipeline",
+        choices=("pipeline", *TIMESTEP_SAMPLINGS),
+        help="How the noise levels of a flow model are drawn: pipeline as the sigmoid of a normal draw with the "
+        "pipeline's own shift for the size of the image. The others are those of the other scripts.",
+    )
+
+
+INSTEAD: Mapping[str, str] = {
+    "text_encoder": "use the pipeline's folder, which has its text encoders",
+    "guidance_scale": "the denoiser is told what the pipeline tells it without guidance",
+    "dit": "use --pretrained_model_name_or_path with the pipeline's folder",
+}
+"""Hints for options of other scripts and programs, appended to the error for such an option."""
+
+
+@dataclass(frozen=True)
+class PipelineOptions(TrainOptions):
+    """All options of diffusers_train_network.py."""
+
+    trust: TrustOptions = group(TrustOptions)
+    precision: ScaledPrecisionOptions = group(ScaledPrecisionOptions)
+    text_caching: TextCachingOptions = group(TextCachingOptions)
+    flow_sampling: PipelineSamplingOptions = group(PipelineSamplingOptions)
+    flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
+
+    @classmethod
+    def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
+        """Build the options from parsed arguments. Only the denoiser is trained."""
+        options = super().from_args(args)
+        return options.with_values({"network_train_unet_only": not options.network.network_train_text_encoder_only})

@@ -1,0 +1,45 @@
+"""The `BaseModelSpec` of pipelines that no other package trains. It recognises no file."""
+
+from pathlib import Path
+from typing import NoReturn
+
+from library.architectures.any_pipeline.assembly import RECIPE, build
+from library.architectures.any_pipeline.options import SCRIPT, PipelineOptions
+from library.architectures.any_pipeline.targets import BASE
+from library.checkpoints.adapter_names import BaseNames
+from library.checkpoints.base_model_spec import BaseModelSpec
+from library.errors import UserError
+
+
+def refuse_merging(flag: str, path: Path) -> NoReturn:
+    raise UserError(
+        f"{flag} {path}: adapters of {SCRIPT} are not merged into a pipeline's folder; load them with "
+        "load_lora_weights of the pipeline and call fuse_lora"
+    )
+
+
+def refuse_view(path: Path) -> NoReturn:
+    refuse_merging("the base model", path)
+
+
+SPECS = (
+    BaseModelSpec(
+        name=BASE,
+        title="another pipeline of diffusers",
+        called="a pipeline of diffusers",
+        script=SCRIPT,
+        options=PipelineOptions,
+        build=build,
+        checkpoint=(),
+        adapter=(),
+        version=r"diffusers$",
+        architecture=r"\w+Pipeline$",
+        pipelines=(),
+        readers={},
+        names=BaseNames(BASE, ()),
+        network_arguments={},
+        open_for_merging=refuse_merging,
+        view_for_networks=refuse_view,
+        adapter_metadata=RECIPE.of_checkpoint,
+    ),
+)

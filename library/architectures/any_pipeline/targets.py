@@ -1,0 +1,59 @@
+"""The layers of a pipeline's denoiser that adapters target: all inside its repeated blocks, by diffusers' paths."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from library.architectures.specs import list_network_arguments
+from library.checkpoints.adapter_names import BaseNames, ModuleNames
+from library.memory.blocks import BlockRunner, Stacks, run_library_blocks_with
+from networks.core.targets.targets import AdapterTargets, Part, adaptation_kind
+
+BASE = "diffusers"
+MOST_STACKS = 2  # that can be offloaded
+
+
+def block_lists(denoiser: nn.Module) -> list[nn.ModuleList]:
+    """Return the lists of repeated blocks that are in no other such list, in the order of declaration.
+
+    The model names the classes of its blocks; else every list of several modules of one class counts.
+    """
+    named = {*(getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ())}
+    lists = {path: part for path, part in denoiser.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
+    chosen = {path: part for path, part in lists.items() if type(part[0]).__name__ in named}
+    if not chosen:
+        chosen = {p: part for p, part in lists.items() if len(part) > 1 and len({type(block) for block in part}) == 1}
+    return [part for path, part in chosen.items() if not any(path.startswith(f"{other}.") for other in chosen)]
+
+
+def stacks(denoiser: nn.Module) -> Stacks:
+    """Return the blocks that can be offloaded: those of the longest lists."""
+    lists = block_lists(denoiser)
+    longest = sorted(lists, key=len, reverse=True)[:MOST_STACKS]
+    return [list(blocks) for blocks in lists if blocks in longest]
+
+
+def run_blocks_with(denoiser: nn.Module, runner: BlockRunner) -> None:
+    run_library_blocks_with((block for blocks in block_lists(denoiser) for block in blocks), runner)
+
+
+def name_module(component: str, path: str) -> ModuleNames:
+    return ModuleNames(f"lora_unet_{path.replace('.', '_')}", f"diffusion_model.{path}", f"{component}.{path}")
+
+
+def list_paths(denoiser: nn.Module) -> Iterator[str]:
+    """Yield the paths of all layers that an adapter can change."""
+    return (path for path, part in denoiser.named_modules() if adaptation_kind(part) is not None)
+
+
+def with_targets(denoiser: nn.Module, component: str) -> nn.Module:
+    """Declare the targets of a denoiser, which network modules read. `component` is its name in the pipeline."""
+    names = BaseNames(BASE, tuple(name_module(component, p) for p in list_paths(denoiser)), saved_naming="diffusers")
+    classes = sorted({type(block).__name__ for blocks in block_lists(denoiser) for block in blocks})
+    denoiser.adapter_targets = AdapterTargets(  # type: ignore[assignment]
+        denoiser=Part("lora_unet", blocks=tuple(classes)),
+        names=names,
+        expressions="path",
+        elsewhere=list_network_arguments,
+    )
+    return denoiser

@@ -1,0 +1,149 @@
+"""A measured pipeline as the trainer sees it: latents, prediction and noise levels."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.any_pipeline.check import difference, encode_raw, tell_level
+from library.architectures.any_pipeline.conditioning import CapturedText
+from library.architectures.any_pipeline.convention import Convention
+from library.architectures.any_pipeline.maps import Map, SizeMaps, read_maps
+from library.architectures.any_pipeline.trees import Path, join_values, leaves, move, replace_leaves
+from library.architectures.any_pipeline.watch import Answers, Refused, Size, Watched
+from library.protocols import LatentSpec
+from library.types import Batch, Conditioning, Noised
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PipelineLatents:
+    """Latents of the pipeline's VAE; the cache holds posterior samples as the VAE gives them."""
+
+    spec: LatentSpec
+    convention: Convention
+
+    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        """Return samples of the posterior, or its mode without generators; float32."""
+        c, size = self.convention, pixels_BCHW.shape[-2:]
+        shape = (c.latent_shape[1], *(side // self.spec.downscale for side in size))
+        noises = None if generators is None else torch.stack([torch.randn(shape, generator=g) for g in generators])
+        raw = encode_raw(vae, pixels_BCHW, len(c.pixel_shape), noises)
+        return raw.reshape(len(pixels_BCHW), *shape)
+
+    def normalize(self, latents_BCHW: Tensor) -> Tensor:
+        return self.convention.latents_of(latents_BCHW)
+
+    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+        """Decode latents to images, float32, about -1..1."""
+        model: Any = vae
+        like, raw = next(iter(vae.parameters())), self.convention.raw_of(latents_BCHW)
+        if len(self.convention.pixel_shape) == 5:
+            raw = raw.unsqueeze(2)
+        pixels: Tensor = model.decode(raw.to(like.device, like.dtype)).sample
+        return (pixels[:, :, 0] if pixels.ndim == 5 else pixels).float()
+
+
+@dataclass(frozen=True, eq=False)
+class ReadySize:
+    """What a prediction for one size of the image needs, on the denoiser's device."""
+
+    maps: SizeMaps
+    into: Map  # latents -> the denoiser's argument
+    out: Map  # the denoiser's output -> prediction
+    kwargs: Any
+
+
+@dataclass(frozen=True, eq=False)
+class PipelinePredict:
+    """The call of the denoiser. What belongs to a size is read from the pipeline at the first batch of that size."""
+
+    watched: Watched
+    convention: Convention
+    text: CapturedText
+    ready: dict[Size, ReadySize] = field(default_factory=dict)
+
+    def __call__(self, denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
+        """Return the prediction that the pipeline would give its scheduler, in the layout of the latents."""
+        c, latents_BCHW = self.convention, noised.latents_BCHW.float()
+        size = self.prepare(denoiser, batch.height_width)
+        levels_B = noised.sigmas_B if c.mix == "flow" else noised.timesteps_B
+        arguments_BN = size.into(latents_BCHW.flatten(1))
+        outputs = []
+        for place, argument_N in enumerate(arguments_BN):
+            kwargs = self.fill(
+                size, argument_N, levels_B[place : place + 1].float(), self.text.restore(conditioning, place)
+            )
+            outputs.append(size.out(join_values(denoiser(**kwargs)).float()[None]))
+        prediction_BCHW = torch.cat(outputs).reshape(latents_BCHW.shape)
+        if not c.gives_image:
+            return prediction_BCHW
+        return (latents_BCHW - prediction_BCHW) / levels_B.clamp(min=c.least_sigma).view(-1, 1, 1, 1)
+
+    def fill(self, size: ReadySize, argument_N: Tensor, level_1: Tensor, text: dict[Path, Any]) -> Any:
+        """Return the arguments of one sample."""
+        told = tell_level(self.convention, size.maps, size.kwargs, level_1)
+        return replace_leaves(told, {**text, self.convention.latents: argument_N.reshape(size.maps.into.shape)})
+
+    @torch.no_grad()
+    def prepare(self, denoiser: nn.Module, sides: Size) -> ReadySize:
+        """Read the maps of a size at its first use, which runs the denoiser once."""
+        if sides in self.ready:
+            return self.ready[sides]
+        c = self.convention
+        device = next(iter(denoiser.parameters())).device
+        # Adapters may draw random numbers, which a resumed run must not draw anew.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            trace = self.watched.draw(c.prompts[0], sides, Answers(stops_at=0), **c.extra)
+            template = move(denoiser(**move(trace.calls[0].kwargs, device)), torch.device("cpu"), torch.float32)
+        maps = read_maps(self.watched, c, sides, template)
+        if (
+            error := difference(
+                c.raw_of(torch.ones(maps.decode.shape)[0]), (maps.decode.scale_M + maps.decode.offset_M)
+            )
+        ) > 1e-4:
+            raise Refused(
+                f"{c.pipeline} scales the latents of {sides} otherwise than those of {c.size} (by {error:.2g})"
+            )
+        into, out = maps.latents_into().on(device), maps.out_latents().on(device)
+        self.ready[sides] = ReadySize(maps, into, out, move(maps.kwargs, device))
+        return self.ready[sides]
+
+    def sigmas(self, sides: Size, steps: int) -> Tensor:
+        """Return the noise levels at which the pipeline draws an image of this size."""
+        self.watched.draw(self.convention.prompts[0], sides, Answers(stops_at=0), steps=steps, **self.convention.extra)
+        sigmas: Tensor = self.watched.pipe.scheduler.sigmas
+        return sigmas[:-1].double()
+
+    def shift(self, sides: Size) -> float:
+        """Return how far the pipeline shifts the noise levels of a size toward noise."""
+        trace = self.watched.draw(self.convention.prompts[0], sides, Answers(stops_at=0), **self.convention.extra)
+        config = self.watched.pipe.scheduler.config
+        if trace.mu is None:
+            return float(config.get("shift") or 1.0)
+        return trace.mu if config.get("time_shift_type") == "linear" else math.exp(trace.mu)
+
+
+def check_again(predict: PipelinePredict, denoiser: nn.Module) -> float:
+    """Return the error of our prediction on the loaded denoiser against the pipeline's own call of it.
+
+    The pipeline draws with the recorded text; two passes at the smallest size.
+    """
+    c, watched = predict.convention, predict.watched
+    size = predict.prepare(denoiser, c.size)
+    with torch.no_grad(), watched.using({c.denoiser: denoiser}):
+        trace = watched.draw(c.prompts[0], c.size, Answers(pixels=c.empty_pixels(c.size)), steps=1, **c.extra)
+        text = {path: leaves(size.kwargs)[path] for path in c.text}
+        device = next(iter(denoiser.parameters())).device
+        step, latents = trace.steps[0], size.maps.into(trace.steps[0].sample.flatten()[None])[0].to(device)
+        level = torch.tensor([c.level_of(trace, 0)], device=device)
+        output = denoiser(**predict.fill(size, latents, level, text))
+        made = size.maps.out(join_values(output).float().cpu()[None]).reshape(step.output.shape)
+    if c.gives_image:
+        made = (step.sample - made) / max(c.level_of(trace, 0), c.least_sigma)
+    return difference(made, step.output)

@@ -1,0 +1,326 @@
+"""Draws with a pipeline of diffusers and records what its denoiser, its scheduler and its VAE are given.
+
+The pipeline's models are replaced by stand-ins without weights. A call of a stand-in is answered by a value that the
+caller chooses, from memory, or by the real model, if that is loaded. So a pipeline of any size can be watched while
+only some of its models are in memory, or none.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.any_pipeline.trees import (
+    Output,
+    copy_tensors,
+    flatten,
+    float_tensors,
+    map_leaves,
+    move,
+)
+from library.errors import UserError
+
+SMALL = 4096  # values of a tensor that a stand-in keeps, such as the VAE's statistics of latents
+OFF = ("cache", "rewrite", "use_pe", "upsampling", "enhance", "binning")
+"""Parts of the names of options that rewrite the caption, round the size or keep state between steps."""
+Size = tuple[int, int]  # height, width
+
+
+class Refused(UserError):
+    """The pipeline does something that cannot be measured."""
+
+
+class Stop(Exception):
+    """Ends a drawing early."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the denoiser during step number `step`, all arguments by name."""
+
+    name: str
+    step: int
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call of the scheduler's `step`."""
+
+    output: Tensor
+    timestep: Any
+    sample: Tensor
+
+
+@dataclass
+class Trace:
+    """What was seen while one image was drawn."""
+
+    calls: list[Call] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    decoded: list[Tensor] = field(default_factory=list)  # what the VAE decoded; without a VAE the image
+    picture: Any = None  # the pipeline's output
+    pixels: Tensor | None = None  # the VAE's output
+    scheduler: Any = None  # a copy, as it was at the first step
+    mu: float | None = None  # the shift that the scheduler was given for this size
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What stands in for models during a drawing."""
+
+    outputs: Callable[[int], Any] | None = None  # for the denoiser's call number i
+    samples: Callable[[int, Tensor], Tensor | None] | None = None  # for the result of step i; None keeps it
+    pixels: Tensor | None = None  # for the VAE's output
+    stops_at: int | None = None  # end at this call of the denoiser
+
+
+def stand_in(module: nn.Module, read: Callable[[str], Tensor] | None = None) -> nn.Module:
+    """Return a copy whose large tensors hold one zero each, so that it takes no memory, float32, on the CPU.
+
+    Small tensors keep their values. `read` returns those of a module on the meta device by name.
+    """
+    kept: dict[int, Any] = {}
+    names = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, tensor in names:
+        value = tensor.detach()
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        if tensor.numel() > SMALL or (tensor.is_meta and read is None):
+            value = torch.zeros((), dtype=dtype).expand(tensor.shape)
+        elif tensor.is_meta and read is not None:
+            value = read(name).reshape(tensor.shape).to(dtype)
+        else:
+            value = value.to("cpu", dtype)
+        kept[id(tensor)] = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
+    return copy.deepcopy(module, kept).eval()
+
+
+def is_vae(module: object) -> bool:
+    """Return True for a model that encodes and decodes images, whatever its name in the pipeline."""
+    return isinstance(module, nn.Module) and all(callable(getattr(module, name, None)) for name in ("encode", "decode"))
+
+
+def key_of(name: str, path: str, arguments: Any) -> str:
+    """Return a digest of a call of a model."""
+    digest = blake2b(f"{name}.{path}".encode(), digest_size=16)
+    for place, leaf in flatten(arguments):
+        digest.update(repr(place).encode())
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            digest.update(leaf.detach().cpu().double().numpy().tobytes())
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()
+
+
+def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name."""
+    signature = inspect.signature(type(module).forward)
+    bound = dict(signature.bind(module, *args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD and name in bound:
+            bound |= bound.pop(name)
+        if parameter.kind is parameter.VAR_POSITIONAL and bound.get(name) == ():
+            del bound[name]
+    del bound[next(iter(signature.parameters))]  # self
+    return bound
+
+
+class Watched:
+    """A pipeline of stand-ins that records its drawings.
+
+    `models` are those in memory, by component; `memory` has what text encoders returned, by their input. The pipeline
+    computes on the CPU; calls of models are moved to their device and dtype and back.
+    """
+
+    def __init__(self, pipe: Any, models: Mapping[str, nn.Module] | None = None) -> None:
+        """`pipe` has stand-ins for all of its models."""
+        self.pipe, self.models, self.memory = pipe, dict(models or {}), dict[str, Any]()
+        self.denoiser: str | None = None  # the component, once it is known
+        self.load_text: Callable[[], Mapping[str, nn.Module]] | None = None  # if an input is not in memory
+        self._trace, self._answers = Trace(), Answers()
+        pipe.set_progress_bar_config(disable=True)
+        for name, module in self.list_models():
+            if is_vae(module):
+                self._vae = name
+                module.decode = partial(self._decode, name)
+            else:
+                for path, part in module.named_modules():
+                    part.forward = partial(self._forward, name, path, part)
+        self._watch_scheduler(pipe.scheduler)
+
+    def list_models(self) -> Iterator[tuple[str, Any]]:
+        return ((name, part) for name, part in self.pipe.components.items() if isinstance(part, nn.Module))
+
+    @property
+    def vae(self) -> str | None:
+        """The component that encodes and decodes images; None if the pipeline draws pixels."""
+        return next((name for name, module in self.list_models() if is_vae(module)), None)
+
+    @property
+    def options(self) -> Mapping[str, inspect.Parameter]:
+        """The parameters of the pipeline's call."""
+        return inspect.signature(type(self.pipe).__call__).parameters
+
+    def set_scheduler(self, scheduler: Any) -> None:
+        self.pipe.scheduler = scheduler
+        self._watch_scheduler(scheduler)
+
+    def draw(
+        self, prompt: str, size: Size, answers: Answers | None = None, *, seed: int = 1, steps: int = 2, **extra: Any
+    ) -> Trace:
+        """Draw one image of `size` and return what was seen. Raises Refused for a pipeline without sizes."""
+        options = self.options
+        if "height" not in options:
+            raise Refused(f"{type(self.pipe).__name__} has no argument for the height of the image")
+        arguments = {
+            "height": size[0], "width": size[1], "num_inference_steps": steps, "output_type": "pt",
+            "generator": torch.Generator().manual_seed(seed), "num_frames": 1,
+            **{key: False for key, p in options.items() if isinstance(p.default, bool) and any(w in key for w in OFF)},
+        }  # fmt: skip
+        self._trace, self._answers = Trace(), answers or Answers()
+        guiders = [
+            part for _, part in self.pipe.components.items() if isinstance(getattr(part, "_enabled", None), bool)
+        ]
+        for guider in guiders:  # diffusers' components for guidance
+            guider._enabled = False
+        try:
+            with torch.no_grad():
+                known = {name: value for name, value in arguments.items() if name in options}
+                self._trace.picture = self.pipe(prompt=prompt, **{**known, **extra})
+        except Stop:
+            pass
+        finally:
+            for guider in guiders:
+                guider._enabled = True
+        if self.vae is None and self._trace.picture is not None:  # the image is what was denoised
+            image = next(leaf for _, leaf in flatten(self._trace.picture) if isinstance(leaf, Tensor))
+            self._trace.decoded.append(image * 2 - 1)
+        return self._trace
+
+    @contextmanager
+    def using(self, models: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Answer calls by these models too."""
+        before, self.models = self.models, {**self.models, **models}
+        try:
+            yield
+        finally:
+            self.models = before
+
+    def call_model(self, name: str, path: str, arguments: Any) -> Any:
+        """Run a part of a model in memory; arguments and result are on the CPU, in float32."""
+        model = self.models[name]
+        like = next(iter(model.parameters()))
+        args, kwargs = move(arguments, like.device, like.dtype if like.is_floating_point() else torch.float32)
+        return move(model.get_submodule(path)(*args, **kwargs), torch.device("cpu"), torch.float32)
+
+    def _forward(self, name: str, path: str, part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if name == self.denoiser or (self.denoiser is None and self._trace.steps):
+            return self._denoise(name, part, args, kwargs)
+        arguments = map_leaves((args, kwargs), lambda _, leaf: leaf)
+        key = key_of(name, path, arguments)
+        if key not in self.memory:
+            if name not in self.models and self.load_text is not None and name != self.denoiser:
+                self.models |= self.load_text()
+            self.memory[key] = drop_objects(self.call_model(name, path, arguments))
+        output = copy_tensors(self.memory[key])
+        if self.denoiser is None and path == "":
+            # Any model may turn out to be the denoiser.
+            self._trace.calls.append(Call(name, len(self._trace.steps), copy_tensors(bind(part, args, kwargs)), output))
+        return output
+
+    def _denoise(self, name: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments, trace, answers = copy_tensors(bind(part, args, kwargs)), self._trace, self._answers
+        place = len(trace.calls)
+        trace.calls.append(Call(name, len(trace.steps), arguments, None))
+        if answers.stops_at == place:
+            raise Stop
+        output = self.call_model(name, "", (args, kwargs)) if answers.outputs is None else answers.outputs(place)
+        trace.calls[place] = Call(name, len(trace.steps), arguments, copy_tensors(output))
+        return output
+
+    def _watch_scheduler(self, scheduler: Any) -> None:
+        step, set_timesteps = type(scheduler).step, type(scheduler).set_timesteps
+        signature = inspect.signature(step)
+
+        def watched_step(*args: Any, **kwargs: Any) -> Any:
+            trace, bound = self._trace, signature.bind(scheduler, *args, **kwargs).arguments
+            if not trace.steps:
+                trace.scheduler = copy_scheduler(scheduler)
+            sample: Tensor = bound["sample"].detach().clone()
+            number = len(trace.steps)
+            trace.steps.append(Step(bound["model_output"].detach().clone(), copy.deepcopy(bound["timestep"]), sample))
+            out = step(scheduler, *args, **kwargs)
+            new = self._answers.samples(number, sample) if self._answers.samples is not None else None
+            return out if new is None else with_sample(out, new)
+
+        def watched_set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            self._trace.mu = None if kwargs.get("mu") is None else float(kwargs["mu"])
+            return set_timesteps(scheduler, *args, **kwargs)
+
+        # The pipelines look at the parameters that these functions have.
+        watched_step.__signature__ = without_self(step)  # type: ignore[attr-defined]
+        watched_set_timesteps.__signature__ = without_self(set_timesteps)  # type: ignore[attr-defined]
+        scheduler.step, scheduler.set_timesteps = watched_step, watched_set_timesteps
+
+    def _decode(self, name: str, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        trace, pixels = self._trace, self._answers.pixels
+        trace.decoded.append(latents.detach().clone())
+        if pixels is None:
+            vae: Any = self.models[name]
+            like = next(iter(vae.parameters()))
+            pixels = float_tensors(vae.decode(latents.to(like.device, like.dtype)))[0].to("cpu", torch.float32)
+        trace.pixels = pixels
+        return (pixels,) if kwargs.get("return_dict") is False else Output(sample=pixels)
+
+
+def drop_objects(output: Any) -> Any:
+    """Return an output without what is neither tensor nor number, such as the cache of a language model."""
+    kinds = (Tensor, int, float, bool, str)
+    return map_leaves(output, lambda _, leaf: leaf if isinstance(leaf, kinds) else None)
+
+
+def without_self(function: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(function)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def copy_scheduler(scheduler: Any) -> Any:
+    """Return a copy that is not watched."""
+    new = type(scheduler).__new__(type(scheduler))
+    kept = {name: value for name, value in vars(scheduler).items() if name not in ("step", "set_timesteps")}
+    new.__dict__.update(copy.deepcopy(kept))
+    return new
+
+
+def with_sample(output: Any, sample: Tensor) -> Any:
+    """Return a scheduler's output with another sample at the next level."""
+    if isinstance(output, tuple):
+        return (sample, *output[1:])
+    return Output({**output, "prev_sample": sample})
+
+
+def next_sample(output: Any) -> Tensor:
+    sample: Tensor = output[0] if isinstance(output, tuple) else output.prev_sample
+    return sample
+
+
+def watch_pipeline(pipe: Any) -> Watched:
+    """Watch a pipeline whose models are all in memory, which is left as it is."""
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    stage = copy.copy(pipe)
+    for name, module in models.items():
+        setattr(stage, name, stand_in(module))
+    stage.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    return Watched(stage, models)
+
+
+TextMemory = MutableMapping[str, Any]

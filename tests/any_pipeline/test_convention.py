@@ -1,0 +1,79 @@
+"""The convention of tiny pipelines is measured, passes the check, and wrong conventions fail it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from library.architectures.any_pipeline.check import check, require_exact
+from library.architectures.any_pipeline.convention import Convention, Line
+from library.architectures.any_pipeline.maps import SizeMaps
+from library.architectures.any_pipeline.measuring import measure
+from library.architectures.any_pipeline.watch import Refused, Watched, watch_pipeline
+from tests.tiers import first_is_fast
+from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline
+
+SIZE = (64, 64)
+
+
+@cache
+def measured(name: str) -> tuple[Watched, Convention, SizeMaps]:
+    watched = watch_pipeline(build_tiny_pipeline(name))
+    return watched, *measure(watched, SIZE)
+
+
+@pytest.mark.parametrize("name", first_is_fast(sorted(PIPELINES)))
+def test_the_measured_convention_is_what_the_pipeline_does(name: str) -> None:
+    watched, convention, maps = measured(name)
+    require_exact(check(watched, convention, maps), name)
+
+
+def negate(convention: Convention, maps: SizeMaps) -> tuple[Convention, SizeMaps]:
+    return convention, replace(maps, out=replace(maps.out, scale_M=-maps.out.scale_M))
+
+
+def tell(line: Line) -> Callable[[Convention, SizeMaps], tuple[Convention, SizeMaps]]:
+    return lambda convention, maps: (replace(convention, lines=dict.fromkeys(convention.time, line)), maps)
+
+
+def scale_latents(convention: Convention, maps: SizeMaps) -> tuple[Convention, SizeMaps]:
+    return convention, replace(maps, decode=replace(maps.decode, scale_M=1.1 * maps.decode.scale_M))
+
+
+def forget_shift(convention: Convention, maps: SizeMaps) -> tuple[Convention, SizeMaps]:
+    return convention, replace(maps, decode=replace(maps.decode, offset_M=torch.zeros_like(maps.decode.offset_M)))
+
+
+def reverse_packing(convention: Convention, maps: SizeMaps) -> tuple[Convention, SizeMaps]:
+    return convention, replace(maps, decode=replace(maps.decode, index_M=maps.decode.index_M.flip(0)))
+
+
+def turn_target(convention: Convention, maps: SizeMaps) -> tuple[Convention, SizeMaps]:
+    return replace(convention, target="latent - noise"), maps
+
+
+def forget_pooled_text(convention: Convention, maps: SizeMaps) -> tuple[Convention, SizeMaps]:
+    return replace(convention, text=tuple(path for path in convention.text if path != ("pooled_projections",))), maps
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (negate, "prediction"),
+        (tell(Line(-1.0, 1.0, False)), "prediction"),
+        (tell(Line(1000.0, 0.0, False)), "prediction"),
+        (scale_latents, "latents"),
+        (forget_shift, "latents"),
+        (reverse_packing, "latents"),
+        (turn_target, "step"),
+        (forget_pooled_text, "own mix"),
+    ],
+)
+def test_a_wrong_convention_fails_the_check(
+    change: Callable[[Convention, SizeMaps], tuple[Convention, SizeMaps]], error: str
+) -> None:
+    watched, convention, maps = measured("FluxPipeline")
+    with pytest.raises(Refused, match=f"FluxPipeline cannot be trained: .*{error}"):
+        require_exact(check(watched, *change(convention, maps)), "FluxPipeline")

@@ -1,0 +1,70 @@
+"""Pipelines that cannot be trained are refused with a sentence, before weights are read where their class shows it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.any_pipeline.test_training import SCRIPT, arguments
+from tests.running import Finished
+
+Train = Callable[..., Finished]
+
+
+def write_index(folder: Path, class_name: object, scheduler: str = "DDIMScheduler", **config: object) -> Path:
+    """Write the JSON files of a pipeline without any weights."""
+    (folder / "scheduler").mkdir(parents=True)
+    index = {"_class_name": class_name, "scheduler": ["diffusers", scheduler]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("class_name", "scheduler", "config", "sentence"),
+    [
+        ("StableDiffusionInpaintPipeline", "DDIMScheduler", {}, "is for inpainting"),
+        ("StableDiffusionImg2ImgPipeline", "DDIMScheduler", {}, "draws from other images"),
+        ("DDPMPipeline", "DDPMScheduler", {}, "does not draw from text"),
+        ("LatentConsistencyModelPipeline", "LCMScheduler", {}, "distilled to a few steps"),
+        ("SanaSprintPipeline", "SCMScheduler", {}, "distilled to a few steps"),
+        ("IFPipeline", "DDPMScheduler", {"variance_type": "learned_range"}, "predicts the variance of the noise too"),
+        ("NoSuchPipeline", "DDIMScheduler", {}, "install a newer version that has it"),
+    ],
+)
+def test_the_class_of_a_pipeline_shows_that_it_cannot_be_trained(
+    class_name: str, scheduler: str, config: dict[str, object], sentence: str, tmp_path: Path, train: Train
+) -> None:
+    model = write_index(tmp_path / "model", class_name, scheduler, **config)
+    done = train(arguments(model, tmp_path), script=SCRIPT)
+    assert done.status == 1
+    assert f"--pretrained_model_name_or_path {model}: {class_name} " in done.stderr and sentence in done.stderr
+
+
+def test_code_of_the_model_itself_runs_only_if_it_is_trusted(tmp_path: Path, train: Train) -> None:
+    model = write_index(tmp_path / "model", ["pipeline", "OwnPipeline"])
+    (model / "pipeline.py").write_text("raise RuntimeError('this code ran')\n")
+    refused = train(arguments(model, tmp_path), script=SCRIPT)
+    assert refused.status == 1 and "Read that file, and add --trust_remote_code to run it" in refused.stderr
+    assert "this code ran" not in refused.stderr
+    trusted = train(arguments(model, tmp_path, "--trust_remote_code"), script=SCRIPT)
+    assert "--trust_remote_code runs " in trusted.stderr and "this code ran" in trusted.stderr
+
+
+def test_a_folder_of_no_pipeline_is_refused(tmp_path: Path, train: Train) -> None:
+    (tmp_path / "model").mkdir()
+    done = train(arguments(tmp_path / "model", tmp_path), script=SCRIPT)
+    assert done.status == 1 and "has no model_index.json that names one" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--network_train_text_encoder_only"], "the text encoders of a pipeline are not trained by this script"),
+        (["--vae", "x"], "what is measured of the pipeline belongs to its own VAE"),
+    ],
+)
+def test_options_for_other_models_are_refused(words: list[str], sentence: str, tmp_path: Path, train: Train) -> None:
+    done = train(arguments(write_index(tmp_path / "model", "AuraFlowPipeline"), tmp_path, *words), script=SCRIPT)
+    assert done.status == 1 and sentence in done.stderr
