@@ -98,7 +98,10 @@ def base_of_parts(specs: Sequence[BaseModelSpec], folder: Path) -> BaseModelSpec
 def refuse_unknown_folder(flag: str, folder: Path, class_name: str) -> None:
     """Raise UserError for a folder whose pipeline no script trains. One with a U-Net passes: its weights decide."""
     if class_name and not (folder / "unet").is_dir():
-        raise UserError(f"{flag} {folder}: its model_index.json names {class_name}, which no script supports")
+        raise UserError(
+            f"{flag} {folder}: its model_index.json names {class_name}, which has no script of its own; try "
+            "diffusers_train_network.py"
+        )
 
 
 def suggest_fix(recognised: BaseModelSpec, expected: BaseModelSpec) -> str:

@@ -34,8 +34,18 @@ def load_into(pipe: Any, component: str, path: Path) -> str:
     if component in getattr(pipe, "_lora_loadable_modules", ()):
         pipe.load_lora_weights(str(path))
         return "load_lora_weights"
-    getattr(pipe, component).load_lora_adapter(load_state_dict(path), prefix=component)
-    return "load_lora_adapter"
+    denoiser, state = getattr(pipe, component), load_state_dict(path)
+    if getattr(denoiser, "load_lora_adapter", None) is not None:
+        denoiser.load_lora_adapter(state, prefix=component)
+        return "load_lora_adapter"
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    layers = {key.removeprefix(f"{component}."): tensor for key, tensor in state.items()}
+    paths = [key.removesuffix(".lora_A.weight") for key in layers if key.endswith(".lora_A.weight")]
+    rank = len(next(tensor for key, tensor in layers.items() if key.endswith(".lora_A.weight")))
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=paths), denoiser)
+    set_peft_model_state_dict(denoiser, layers)
+    return "inject_adapter_in_model"
 
 
 @pytest.mark.parametrize("name", first_is_fast(sorted(PIPELINES)))

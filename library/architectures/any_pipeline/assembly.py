@@ -52,7 +52,7 @@ NOT_TRAINED = "the text encoders of a pipeline are not trained by this script"
 RECIPE = Recipe(
     title="diffusers_train_network.py",
     metadata={
-        "ss_base_model_version": "diffusers",
+        "ss_base_model_version": "any_pipeline",
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
     },
     refuses={
@@ -86,18 +86,18 @@ def build(options: PipelineOptions) -> Architecture:
     convention = recall_or_measure(options, folder, watched)
     for line in convention.describe():
         logger.info("%s", line)
-    logger.info("%s", say_loader(folder.kind, convention.denoiser))
+    logger.info("%s", say_loader(folder, convention.denoiser))
     return assemble(options, folder, watched, convention)
 
 
-def say_loader(pipeline: type[Any], denoiser: str) -> str:
-    """Say how the saved adapter is loaded."""
-    if denoiser in getattr(pipeline, "_lora_loadable_modules", ()):
-        return f"the adapter is loaded by load_lora_weights of {pipeline.__name__}"
-    return (
-        f"the adapter is not loaded by {pipeline.__name__} itself, but by its {denoiser}: "
-        f"pipe.{denoiser}.load_lora_adapter(safetensors.torch.load_file(path), prefix={denoiser!r})"
-    )
+def say_loader(folder: PipelineFolder, denoiser: str) -> str:
+    """Say what loads the saved adapter."""
+    name = folder.kind.__name__
+    if denoiser in getattr(folder.kind, "_lora_loadable_modules", ()):
+        return f"the adapter is loaded by load_lora_weights of {name}"
+    loader = getattr(folder.classes[denoiser], "load_lora_adapter", None)
+    how = "pipe.{0}.load_lora_adapter" if loader is not None else "PEFT's inject_adapter_in_model"
+    return f"the adapter is not loaded by {name} itself but by {how.format(denoiser)}, as docs/any_model.md shows"
 
 
 def name_own_script(folder: PipelineFolder) -> None:

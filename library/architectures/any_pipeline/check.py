@@ -155,7 +155,11 @@ def tell_level(convention: Convention, maps: SizeMaps, kwargs: Any, level_1: Ten
 
     def told(path: Path) -> Any:
         value_1, old = convention.told(path, level_1, maps.tables), base[path]
-        return value_1.to(old.dtype).expand(old.shape) if isinstance(old, Tensor) else type(old)(value_1.item())
+        return (
+            value_1.to(old.dtype).reshape(()).expand(old.shape)
+            if isinstance(old, Tensor)
+            else type(old)(value_1.item())
+        )
 
     return replace_leaves(kwargs, {path: told(path) for path in convention.time})
 

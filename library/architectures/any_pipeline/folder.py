@@ -59,13 +59,13 @@ class PipelineFolder:
         from accelerate import init_empty_weights
 
         kind = self.classes[name]
-        if name == self.vae or name in self.list_denoisers():
-            with torch.device("meta"):
+        config = getattr(kind, "config_class", None)  # of transformers' models
+        with init_empty_weights(include_buffers=False):  # what no file has, such as angles, stays real
+            if config is None:
                 model: nn.Module = kind.from_config(self.config(name))
-                return model
-        with init_empty_weights(include_buffers=False):
-            empty: nn.Module = kind(kind.config_class.from_pretrained(self.path / name))
-            return empty
+            else:
+                model = kind(config.from_pretrained(self.path / name))
+        return model
 
     def load(self, name: str, dtype: torch.dtype) -> nn.Module:
         """Load a text encoder or the VAE, frozen, on the CPU. Raises NotThere if its files are missing."""
@@ -164,7 +164,9 @@ def find_class(name: str, entry: Any, path: Path, trusts_code: bool) -> type[Any
     logger.warning("--trust_remote_code runs %s, which has all rights that you have", file)
     from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 
-    dynamic: type[Any] = get_class_from_dynamic_module(str(file.parent), module_file=file.name, class_name=class_name)
+    dynamic: type[Any] = get_class_from_dynamic_module(
+        str(file.parent), module_file=file.name, class_name=class_name, trust_remote_code=True
+    )
     return dynamic
 
 

@@ -9,7 +9,7 @@ from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.memory.blocks import BlockRunner, Stacks, run_library_blocks_with
 from networks.core.targets.targets import AdapterTargets, Part, adaptation_kind
 
-BASE = "diffusers"
+BASE = "any_pipeline"
 MOST_STACKS = 2  # that can be offloaded
 
 

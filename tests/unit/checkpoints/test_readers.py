@@ -365,7 +365,7 @@ HEADERS = {
     "flux": ("flux1", "flux-1-dev"), "chroma": ("chroma", "chroma"), "lumina": ("lumina2", "lumina-2"),
     "hunyuan_image": ("hunyuan-image-2.1", "hunyuan-image-2.1"), "anima": ("anima", "anima-preview"),
     "zimage": ("zimage", "Z-Image"), "flux_2": ("flux_2_klein_4b", "Flux.2-klein-4b"), "krea2": ("krea2", "Krea-2"),
-    "qwen_image_21": ("qwen_image_21", "Qwen-Image-2.1"),
+    "qwen_image_21": ("qwen_image_21", "Qwen-Image-2.1"), "any_pipeline": ("any_pipeline", "AuraFlowPipeline"),
 }  # fmt: skip
 
 
