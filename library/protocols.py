@@ -191,6 +191,9 @@ class Preview:
     predict: Callable[[Prompt], Predict]
     sampler: Callable[[Prompt], Sampler]
     format_prompt: Callable[[str], str] = str  # template of a prompt; negative prompts are used unchanged
+    draw: Callable[[nn.Module, Prompt, torch.Generator, Callable[[], bool]], Tensor | None] | None = None
+    """Draws in a way of the base model's own, instead of `predict` and `sampler`. Called with (denoiser,
+    prompt, generator, goes_on); returns latents for `LatentCodec.decode`, or None once `goes_on()` is False."""
     load_denoiser: Callable[[RequestedFormat | None], nn.Module] | None = None
     """Loads, on the CPU, the denoiser that generates the images, if it is not the trained one."""
 

@@ -100,7 +100,7 @@ def auraflow() -> dict[str, Any]:
     from diffusers import AuraFlowTransformer2DModel
 
     transformer = AuraFlowTransformer2DModel(
-        sample_size=32, patch_size=2, in_channels=4, num_mmdit_layers=2, num_single_dit_layers=2, attention_head_dim=8,
+        sample_size=32, patch_size=2, in_channels=4, num_mmdit_layers=2, num_single_dit_layers=4, attention_head_dim=8,
         num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=WIDTH, out_channels=4,
         pos_embed_max_size=256,
     )  # fmt: skip
@@ -278,6 +278,166 @@ def stable_diffusion_xl() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def chroma() -> dict[str, Any]:
+    from diffusers import ChromaTransformer2DModel
+
+    transformer = ChromaTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, axes_dims_rope=[4, 4, 8], approximator_hidden_dim=32, approximator_layers=1,
+        approximator_num_channels=16,
+    )  # fmt: skip
+    return {
+        "scheduler": flow(**DYNAMIC), "vae": vae(4), "text_encoder": t5(), "tokenizer": tokenizer(),
+        "transformer": transformer,
+    }  # fmt: skip
+
+
+def lumina() -> dict[str, Any]:
+    from diffusers import LuminaNextDiT2DModel
+
+    transformer = LuminaNextDiT2DModel(
+        sample_size=4, patch_size=2, in_channels=4, hidden_size=24, num_layers=2, num_attention_heads=3, num_kv_heads=1,
+        multiple_of=16, ffn_dim_multiplier=None, norm_eps=1e-5, learn_sigma=True, qk_norm=True,
+        cross_attention_dim=WIDTH, scaling_factor=1.0,
+    )  # fmt: skip
+    return {
+        "tokenizer": tokenizer(), "text_encoder": language_model("Gemma2", sliding_window=16), "vae": vae(4),
+        "transformer": transformer, "scheduler": flow(),
+    }  # fmt: skip
+
+
+def hunyuan_dit() -> dict[str, Any]:
+    from diffusers import DDPMScheduler, HunyuanDiT2DModel
+    from transformers import BertConfig, BertModel
+
+    transformer = HunyuanDiT2DModel(
+        sample_size=16, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=3, in_channels=4,
+        cross_attention_dim=WIDTH, cross_attention_dim_t5=WIDTH, pooled_projection_dim=16, hidden_size=24,
+        activation_fn="gelu-approximate",
+    )  # fmt: skip
+    bert = BertModel(BertConfig(**SIZES, num_attention_heads=4, max_position_embeddings=512))
+    return {
+        "transformer": transformer, "vae": vae(4, scaling_factor=0.13025, shift_factor=None),
+        "scheduler": DDPMScheduler(), "text_encoder": bert, "tokenizer": tokenizer(77), "text_encoder_2": t5(),
+        "tokenizer_2": tokenizer(), "safety_checker": None, "feature_extractor": None,
+    }  # fmt: skip
+
+
+def qwen_2_5_vl() -> nn.Module:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    words = {
+        "vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=words, vision_config=sight))
+
+
+def longcat() -> dict[str, Any]:
+    from diffusers import LongCatImageTransformer2DModel
+
+    transformer = LongCatImageTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[4, 4, 8],
+    )  # fmt: skip
+    return {
+        "scheduler": flow(**DYNAMIC), "vae": vae(16), "text_encoder": qwen_2_5_vl(), "tokenizer": tokenizer(),
+        "text_processor": tokenizer(), "transformer": transformer,
+    }  # fmt: skip
+
+
+def qwen_image() -> dict[str, Any]:
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=3,
+        joint_attention_dim=16, guidance_embeds=False, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    video = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.8, 1.1, 1.2],
+    )  # fmt: skip
+    return {
+        "scheduler": flow(**DYNAMIC), "vae": video, "text_encoder": qwen_2_5_vl(), "tokenizer": tokenizer(),
+        "transformer": transformer,
+    }  # fmt: skip
+
+
+def flux_2_vae() -> nn.Module:
+    from diffusers import AutoencoderKLFlux2
+
+    model: nn.Module = AutoencoderKLFlux2(
+        block_out_channels=(8,) * 4, down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=1, latent_channels=4, norm_num_groups=4,
+    )  # fmt: skip
+    return model
+
+
+def ernie() -> dict[str, Any]:
+    from diffusers import ErnieImageTransformer2DModel
+    from transformers import Mistral3Config, Mistral3Model
+
+    transformer = ErnieImageTransformer2DModel(
+        hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=48, in_channels=16, out_channels=16,
+        patch_size=1, text_in_dim=WIDTH, rope_theta=256, rope_axes_dim=(8, 4, 4),
+    )  # fmt: skip
+    sight = {
+        "model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "head_dim": 8,
+    }  # fmt: skip
+    words = {"model_type": "mistral", **SIZES, **HEADS}
+    return {
+        "transformer": transformer, "vae": flux_2_vae(), "tokenizer": tokenizer(), "scheduler": flow(shift=3.0),
+        "text_encoder": Mistral3Model(Mistral3Config(text_config=words, vision_config=sight)),
+    }  # fmt: skip
+
+
+def bria() -> dict[str, Any]:
+    from diffusers import BriaTransformer2DModel
+
+    transformer = BriaTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=WIDTH, pooled_projection_dim=None, axes_dims_rope=[0, 4, 4],
+    )  # fmt: skip
+    return {
+        "transformer": transformer, "scheduler": flow(shift=3.0), "vae": vae(4), "text_encoder": t5(),
+        "tokenizer": tokenizer(),
+    }  # fmt: skip
+
+
+def cogview3plus() -> dict[str, Any]:
+    from diffusers import CogVideoXDDIMScheduler, CogView3PlusTransformer2DModel
+
+    transformer = CogView3PlusTransformer2DModel(
+        patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=2, out_channels=4,
+        text_embed_dim=WIDTH, time_embed_dim=8, condition_dim=2, pos_embed_max_size=16, sample_size=8,
+    )  # fmt: skip
+    return {
+        "tokenizer": tokenizer(), "text_encoder": t5(), "vae": vae(4, shift_factor=None), "transformer": transformer,
+        "scheduler": CogVideoXDDIMScheduler(**BETAS, prediction_type="v_prediction"),
+    }  # fmt: skip
+
+
+def kandinsky_3() -> dict[str, Any]:
+    from diffusers import DDPMScheduler, Kandinsky3UNet, VQModel
+
+    unet_3 = Kandinsky3UNet(
+        in_channels=4, time_embedding_dim=4, groups=2, attention_head_dim=4, layers_per_block=3,
+        block_out_channels=(32, 64), cross_attention_dim=4, encoder_hid_dim=WIDTH,
+    )  # fmt: skip
+    movq = VQModel(
+        block_out_channels=[8] * 4, down_block_types=["DownEncoderBlock2D"] * 4, latent_channels=4,
+        layers_per_block=1, norm_num_groups=4, norm_type="spatial", num_vq_embeddings=12,
+        up_block_types=["UpDecoderBlock2D"] * 4, vq_embed_dim=4,
+    )  # fmt: skip
+    return {
+        "tokenizer": tokenizer(), "text_encoder": t5(), "unet": unet_3, "movq": movq,
+        "scheduler": DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+    }  # fmt: skip
+
+
 PIPELINES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "AuraFlowPipeline": auraflow,
     "PixArtSigmaPipeline": pixart,
@@ -290,6 +450,22 @@ PIPELINES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "ZImagePipeline": zimage,
     "StableDiffusionPipeline": stable_diffusion,
     "StableDiffusionXLPipeline": stable_diffusion_xl,
+    "PixArtAlphaPipeline": pixart,
+    "ChromaPipeline": chroma,
+    "LuminaPipeline": lumina,
+    "HunyuanDiTPipeline": hunyuan_dit,
+    "LongCatImagePipeline": longcat,
+    "QwenImagePipeline": qwen_image,
+    "ErnieImagePipeline": ernie,
+    "BriaPipeline": bria,
+    "CogView3PlusPipeline": cogview3plus,
+    "Kandinsky3Pipeline": kandinsky_3,
+    "StableDiffusionPAGPipeline": stable_diffusion,
+    "StableDiffusionXLPAGPipeline": stable_diffusion_xl,
+    "StableDiffusion3PAGPipeline": sd3,
+    "PixArtSigmaPAGPipeline": pixart,
+    "SanaPAGPipeline": sana,
+    "HunyuanDiTPAGPipeline": hunyuan_dit,
 }
 
 

@@ -193,7 +193,7 @@ def assemble(
         load=loader,
         text=text,
         codec=codec,
-        objective=build_objective(options, predict, codec.spec.downscale),
+        objective=build_objective(options, predict),
         predict=predict,
         view=view_denoiser,
         preview=build_preview(predict, codec),
@@ -209,9 +209,8 @@ def assemble(
 
 def read_latent_spec(convention: Convention) -> LatentSpec:
     """Return the latent space that was measured."""
-    side = convention.size[0] // convention.latent_shape[-2]
     suffix = f"_{convention.pipeline.removesuffix('Pipeline').lower()}.npz"
-    return replace(LATENTS, channels=convention.latent_shape[1], downscale=side, cache_suffix=suffix)
+    return replace(LATENTS, channels=convention.latent_shape[1], downscale=convention.downscale, cache_suffix=suffix)
 
 
 def build_text(watched: Watched, convention: Convention, loader: PipelineLoader) -> CapturedText:

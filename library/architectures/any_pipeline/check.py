@@ -149,19 +149,19 @@ def with_text(convention: Convention, kwargs: Any, text: Mapping[Path, Any]) -> 
     return replace_leaves(kwargs, {path: text[path] for path in convention.text})
 
 
-def tell_level(convention: Convention, maps: SizeMaps, kwargs: Any, level_1: Tensor) -> Any:
+def with_level(convention: Convention, maps: SizeMaps, kwargs: Any, level_1: Tensor) -> Any:
     """Return the arguments with a noise level, shape (1)."""
     base = leaves(kwargs)
 
-    def told(path: Path) -> Any:
-        value_1, old = convention.told(path, level_1, maps.tables), base[path]
+    def given(path: Path) -> Any:
+        value_1, old = convention.level_value(path, level_1, maps.tables), base[path]
         return (
             value_1.to(old.dtype).reshape(()).expand(old.shape)
             if isinstance(old, Tensor)
             else type(old)(value_1.item())
         )
 
-    return replace_leaves(kwargs, {path: told(path) for path in convention.time})
+    return replace_leaves(kwargs, {path: given(path) for path in convention.time})
 
 
 def predict_sample(
@@ -170,8 +170,8 @@ def predict_sample(
     """Return what the scheduler would get for its sample at a level."""
     c = convention
     latents = maps.into(sample.flatten()[None].float()).reshape(maps.into.shape)
-    told = tell_level(c, maps, kwargs, torch.tensor([level], dtype=torch.float32))
-    kwargs = replace_leaves(told, {c.latents: latents})
+    given = with_level(c, maps, kwargs, torch.tensor([level], dtype=torch.float32))
+    kwargs = replace_leaves(given, {c.latents: latents})
     output = watched.call_model(c.denoiser, "", ((), map_leaves(kwargs, lambda _, leaf: leaf)))
     prediction = maps.out(join_values(output)[None]).reshape(maps.out.shape)
     return velocity_of(c, sample.reshape(prediction.shape), prediction, level)

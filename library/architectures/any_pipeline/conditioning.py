@@ -1,11 +1,13 @@
 """Captions as the denoiser's arguments: captured once each by drawing until the denoiser's first call."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
 from library.architectures.any_pipeline.convention import Convention
 from library.architectures.any_pipeline.trees import Path, fill_like, format_path, leaves
@@ -30,6 +32,7 @@ class CapturedText:
     tokenizer: Any  # counts tokens
     max_tokens: int
     dtype: torch.dtype  # of the features
+    remembers: bool = False  # keep what the text encoders return, to draw with it
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -46,10 +49,17 @@ class CapturedText:
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """Return the denoiser's text arguments, first axis B, without gradient."""
+        if detect_fake_mode(tokens.ids_BLT) is not None:
+            # Memory is being counted; the text encoders are not part of the count.
+            return pad_rows([self._features(self.example)] * len(tokens.ids_BLT[0]))
         captions = [bytes(row.tolist()).rstrip(b"\0").decode() for row in tokens.ids_BLT[0]]
-        with self.watched.using(dict(zip(self.names, encoders, strict=True))):
-            rows = [self._features(capture_text(self.watched, self.convention, caption)) for caption in captions]
-        return pad_rows(rows)
+        return pad_rows([self._encode(encoders, caption) for caption in captions])
+
+    def _encode(self, encoders: Sequence[nn.Module], caption: str) -> dict[str, Tensor]:
+        watched = self.watched
+        with watched.using(dict(zip(self.names, encoders, strict=True))):
+            with nullcontext() if self.remembers else watched.forgetting():
+                return self._features(capture_text(watched, self.convention, caption))
 
     def _features(self, text: Mapping[Path, Any]) -> dict[str, Tensor]:
         row = {}

@@ -40,19 +40,16 @@ class Table:
     """What the denoiser is told at the noise levels of the pipeline's own steps."""
 
     levels: tuple[float, ...]
-    told: tuple[float, ...]
+    values: tuple[float, ...]
     is_whole: bool
 
     def at(self, levels_B: Tensor) -> Tensor:
         """Return the values at some levels, interpolated between the two nearest ones."""
-        known, told = (
-            torch.tensor(v, dtype=torch.float32)
-            for v in zip(*sorted(zip(self.levels, self.told, strict=True)), strict=True)
-        )
-        known, told = known.to(levels_B.device), told.to(levels_B.device)
+        pairs = torch.tensor(sorted(zip(self.levels, self.values, strict=True)), device=levels_B.device)
+        known, values = pairs.T.contiguous()
         after = torch.searchsorted(known, levels_B).clamp(1, len(known) - 1)
         share = (levels_B - known[after - 1]) / (known[after] - known[after - 1])
-        values_B = told[after - 1] + (told[after] - told[after - 1]) * share
+        values_B = values[after - 1] + (values[after] - values[after - 1]) * share
         return values_B.round() if self.is_whole else values_B
 
 
@@ -97,6 +94,11 @@ class Convention:
     offset_Cpp: Any = None  # plus this
     unconditional: Unconditional | None = None  # None if the pipeline has no negative prompt
 
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent along each side."""
+        return self.size[0] // self.latent_shape[-2]
+
     def level_of(self, trace: Trace, step: int) -> float:
         """Return the noise level of a step: sigma for flows, else the timestep."""
         if self.mix == "flow":
@@ -116,7 +118,7 @@ class Convention:
     def empty_pixels(self, size: Size) -> Tensor | None:
         return torch.zeros(*self.pixel_shape[:-2], *size) if self.pixel_shape else None
 
-    def told(self, path: Path, levels_B: Tensor, tables: Mapping[Path, Table]) -> Tensor:
+    def level_value(self, path: Path, levels_B: Tensor, tables: Mapping[Path, Table]) -> Tensor:
         """Return what the denoiser is told of noise levels at `path`."""
         return self.lines[path].at(levels_B) if path in self.lines else tables[path].at(levels_B)
 
@@ -134,12 +136,12 @@ class Convention:
     def describe(self) -> Iterator[str]:
         """Yield the lines of the log."""
         level = "sigma" if self.mix == "flow" else "t"
-        told = [
+        times = [
             f"{format_path(p)} = {self.lines[p].describe(level) if p in self.lines else f'table of {level}'}"
             for p in self.time
         ]
         yield f"{self.pipeline}: {self.denoiser}, call {self.call + 1} of {self.calls_per_step} in each step"
-        yield f"  latents: {format_path(self.latents)}; noise level: {'; '.join(told)}"
+        yield f"  latents: {format_path(self.latents)}; noise level: {'; '.join(times)}"
         roles = {"text": self.text, "size": self.geometry, "constant": self.constant}
         yield "  " + "; ".join(f"{role}: {list_paths(paths)}" for role, paths in roles.items())
         given = " (the denoiser gives the latent)" if self.gives_image else ""

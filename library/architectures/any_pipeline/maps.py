@@ -223,26 +223,26 @@ def read_maps(
 
 
 def read_tables(watched: Watched, convention: Convention, size: Size, template: Any) -> dict[Path, Table]:
-    """Read the levels that are told to the denoiser by no formula, from the steps of a long drawing."""
+    """Read the levels that are given to the denoiser by no formula, from the steps of a long drawing."""
     paths = [path for path in convention.time if path not in convention.lines]
     if not paths:
         return {}
-    levels, told = told_levels(watched, convention, size, template, NUM_TABLE_STEPS)
+    levels, given = read_level_values(watched, convention, size, template, NUM_TABLE_STEPS)
     return {
-        path: Table(tuple(levels), tuple(told[path]), all(abs(value - round(value)) < 1e-9 for value in told[path]))
+        path: Table(tuple(levels), tuple(given[path]), all(abs(value - round(value)) < 1e-9 for value in given[path]))
         for path in paths
     }
 
 
-def told_levels(
+def read_level_values(
     watched: Watched, convention: Convention, size: Size, template: Any, steps: int
 ) -> tuple[list[float], dict[Path, list[float]]]:
-    """Return the noise levels of a drawing's steps, and what the denoiser is told at each, by argument."""
+    """Return the noise levels of a drawing's steps, and what the denoiser is given at each, by argument."""
     c = convention
     trace = watched.draw(c.prompts[0], size, answer_zeros(c, template, size), steps=steps, **c.extra)
     calls = trace.calls[c.call :: c.calls_per_step]
-    told = {
+    given = {
         path: [float(torch.as_tensor(leaves(call.kwargs)[path]).double().flatten()[-1]) for call in calls]
         for path in c.time
     }
-    return [c.level_of(trace, number) for number in range(len(trace.steps))], told
+    return [c.level_of(trace, number) for number in range(len(trace.steps))], given

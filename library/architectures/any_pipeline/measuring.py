@@ -28,9 +28,9 @@ from library.architectures.any_pipeline.convention import (
 from library.architectures.any_pipeline.maps import (
     SizeMaps,
     answer_zeros,
+    read_level_values,
     read_maps,
     read_pattern,
-    told_levels,
 )
 from library.architectures.any_pipeline.trees import Path, count_values, differing, fill_like, is_same, leaves
 from library.architectures.any_pipeline.watch import (
@@ -46,6 +46,7 @@ from library.architectures.any_pipeline.watch import (
 
 PROMPTS = ("a cat", "two dogs on a hill")
 MOST_ERROR = 1e-3  # of a scheduler's step, to accept an objective
+SCALES = ("guidance_scale", "cfg_scale", "pag_scale")  # ends of the names of options that guide
 NUM_LEVELS = 7  # steps of a drawing from which lines of levels are fitted
 
 
@@ -173,7 +174,7 @@ def list_quiet(watched: Watched) -> Iterator[dict[str, Any]]:
     """Yield the ways to switch guidance off that pipelines have."""
     names = [
         name for name in watched.options
-        if ("guidance_scale" in name or "cfg_scale" in name) and not name.startswith("image") and "rescale" not in name
+        if name.endswith(SCALES) and not name.startswith("image")
     ]  # fmt: skip
     schedules = {name: None for name in watched.options if "guidance_schedule" in name}
     for value in (1.0, 0.0):
@@ -312,17 +313,17 @@ def list_mixes(scheduler: Any, timestep: Any) -> dict[Mix, tuple[tuple[float, fl
 
 def read_time(watched: Watched, convention: Convention, template: Any) -> Convention:
     """Fit a line to each argument that follows the step; the others are read from tables for each size."""
-    levels, told = told_levels(watched, convention, convention.size, template, NUM_LEVELS)
+    levels, given = read_level_values(watched, convention, convention.size, template, NUM_LEVELS)
     base = leaves(
         watched.draw(convention.prompts[0], convention.size, Answers(stops_at=0), **convention.extra).calls[0].kwargs
     )
-    lines = {path: fit_line(levels, values, base.get(path)) for path, values in told.items()}
+    lines = {path: fit_line(levels, values, base.get(path)) for path, values in given.items()}
     return replace(convention, lines={path: line for path, line in lines.items() if line is not None})
 
 
-def fit_line(levels: list[float], told: list[float], example: Any) -> Line | None:
-    """Return the line through (level, told); None if there is none."""
-    x, y = torch.tensor(levels, dtype=torch.float64), torch.tensor(told, dtype=torch.float64)
+def fit_line(levels: list[float], given: list[float], example: Any) -> Line | None:
+    """Return the line through (level, given); None if there is none."""
+    x, y = torch.tensor(levels, dtype=torch.float64), torch.tensor(given, dtype=torch.float64)
     factor, offset = torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), y[:, None]).solution.flatten().tolist()
     span = max(1e-9, float(y.max() - y.min()))
     error = float((y - (factor * x + offset)).abs().max()) / span
@@ -331,7 +332,7 @@ def fit_line(levels: list[float], told: list[float], example: Any) -> Line | Non
     if abs(offset - round(offset)) < 1e-6 * span:
         offset = float(round(offset))
     takes_whole = isinstance(example, Tensor) and not example.is_floating_point()
-    are_whole = all(abs(value - round(value)) < 1e-9 for value in told)
+    are_whole = all(abs(value - round(value)) < 1e-9 for value in given)
     if takes_whole and error <= 1e-6:
         return Line(factor, offset, True)
     if are_whole and error > 1e-6 and error * span <= 1:

@@ -21,10 +21,10 @@ from library.diffusion.weighting import check_huber
 from library.protocols import Objective
 
 
-def build_objective(options: PipelineOptions, predict: PipelinePredict, downscale: int) -> Objective:
+def build_objective(options: PipelineOptions, predict: PipelinePredict) -> Objective:
     """Build the measured objective. Raises UserError for a target that is not trained, and for invalid timesteps."""
     if predict.convention.mix == "flow":
-        return build_flow(options, predict, downscale)
+        return build_flow(options, predict)
     target = predict.convention.target
     if target not in ("noise", "velocity"):
         raise Refused(f"{predict.convention.pipeline} predicts {target} of a DDPM schedule, which is not trained here")
@@ -36,9 +36,9 @@ def build_objective(options: PipelineOptions, predict: PipelinePredict, downscal
     return DDPM(abar_T, snr_T, target == "velocity", min_timestep, max_timestep, options.noise, options.loss)
 
 
-def build_flow(options: PipelineOptions, predict: PipelinePredict, downscale: int) -> FlowMatching:
+def build_flow(options: PipelineOptions, predict: PipelinePredict) -> FlowMatching:
     sampling, weighting = options.flow_sampling, options.flow_weighting
-    is_own = sampling.timestep_sampling == "pipeline"
+    downscale, is_own = predict.convention.downscale, sampling.timestep_sampling == "pipeline"
 
     def draw_like_pipeline(
         num_samples: int, height: int, width: int, generator: torch.Generator, offsets_B: Tensor | None = None

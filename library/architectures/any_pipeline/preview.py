@@ -1,9 +1,15 @@
-"""Previews of a measured pipeline: its own noise levels and default settings."""
+"""Previews of a measured pipeline, drawn by the pipeline itself."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict
-from library.architectures.any_pipeline.watch import copy_scheduler
+from library.architectures.any_pipeline.watch import Answers, Stop, copy_scheduler
 from library.diffusion.samplers import DdpmSampler, FlowSampler, Sampler
 from library.protocols import Preview, PromptDefaults
 from library.types import Prompt
@@ -31,10 +37,42 @@ def build_preview(predict: PipelinePredict, codec: PipelineLatents) -> Preview:
             scale=default(scale, float, SCALE) if guides else SCALE,
             size_step=codec.spec.bucket_step,
         ),
-        text=predict.text,
+        text=replace(predict.text, remembers=True),
         predict=lambda prompt: predict,
         sampler=lambda prompt: build_sampler(predict, prompt),
+        draw=partial(draw, predict),
     )
+
+
+def draw(
+    predict: PipelinePredict,
+    denoiser: nn.Module,
+    prompt: Prompt,
+    generator: torch.Generator,
+    goes_on: Callable[[], bool],
+) -> Tensor | None:
+    """Draw with the pipeline and its own scheduler. Return latents, or None once `goes_on()` is False.
+
+    Text encoders are loaded for a prompt that they have not seen in this run.
+    """
+    watched, c = predict.watched, predict.convention
+    size = prompt.height, prompt.width
+    scale = "true_cfg_scale" if "true_cfg_scale" in watched.options else "guidance_scale"
+    extra: dict[str, Any] = {"generator": generator}
+    if c.unconditional is not None:
+        extra |= {scale: prompt.scale, "negative_prompt": prompt.negative}
+
+    def check_interruption(_: int, sample: Tensor) -> None:
+        if not goes_on():
+            raise Stop
+
+    answers = Answers(samples=check_interruption, pixels=c.empty_pixels(size))
+    with watched.using({c.denoiser: denoiser}), watched.own_scheduler():
+        trace = watched.draw(prompt.text, size, answers, steps=prompt.num_steps, **extra)
+    if not trace.decoded:
+        return None
+    raw = trace.decoded[0]
+    return c.latents_of(raw.reshape(raw.shape[0], raw.shape[1], *raw.shape[-2:])).to(predict.device(denoiser))
 
 
 def build_sampler(predict: PipelinePredict, prompt: Prompt) -> Sampler:

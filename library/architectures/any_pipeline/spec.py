@@ -5,7 +5,7 @@ from typing import NoReturn
 
 from library.architectures.any_pipeline.assembly import RECIPE, build
 from library.architectures.any_pipeline.options import SCRIPT, PipelineOptions
-from library.architectures.any_pipeline.targets import BASE
+from library.architectures.any_pipeline.targets import BASE, TARGETS
 from library.checkpoints.adapter_names import BaseNames
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.errors import UserError
@@ -37,7 +37,7 @@ SPECS = (
         pipelines=(),
         readers={},
         names=BaseNames(BASE, ()),
-        network_arguments={},
+        network_arguments=TARGETS.arguments,
         open_for_merging=refuse_merging,
         view_for_networks=refuse_view,
         adapter_metadata=RECIPE.of_checkpoint,

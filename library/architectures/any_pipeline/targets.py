@@ -1,6 +1,7 @@
 """The layers of a pipeline's denoiser that adapters target: all inside its repeated blocks, by diffusers' paths."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import nn
 
@@ -11,6 +12,8 @@ from networks.core.targets.targets import AdapterTargets, Part, adaptation_kind
 
 BASE = "any_pipeline"
 MOST_STACKS = 2  # that can be offloaded
+TARGETS = AdapterTargets(denoiser=Part("lora_unet", blocks=()), expressions="path", elsewhere=list_network_arguments)
+"""Each denoiser adds its blocks and the names of its layers."""
 
 
 def block_lists(denoiser: nn.Module) -> list[nn.ModuleList]:
@@ -50,10 +53,6 @@ def with_targets(denoiser: nn.Module, component: str) -> nn.Module:
     """Declare the targets of a denoiser, which network modules read. `component` is its name in the pipeline."""
     names = BaseNames(BASE, tuple(name_module(component, p) for p in list_paths(denoiser)), saved_naming="diffusers")
     classes = sorted({type(block).__name__ for blocks in block_lists(denoiser) for block in blocks})
-    denoiser.adapter_targets = AdapterTargets(  # type: ignore[assignment]
-        denoiser=Part("lora_unet", blocks=tuple(classes)),
-        names=names,
-        expressions="path",
-        elsewhere=list_network_arguments,
-    )
+    part = replace(TARGETS.denoiser, blocks=tuple(classes))
+    denoiser.adapter_targets = replace(TARGETS, denoiser=part, names=names)  # type: ignore[assignment]
     return denoiser

@@ -8,12 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from library.architectures.any_pipeline.check import difference, encode_raw, tell_level
+from library.architectures.any_pipeline.check import difference, encode_raw, with_level
 from library.architectures.any_pipeline.conditioning import CapturedText
 from library.architectures.any_pipeline.convention import Convention
 from library.architectures.any_pipeline.maps import Map, SizeMaps, read_maps
-from library.architectures.any_pipeline.trees import Path, join_values, leaves, move, replace_leaves
+from library.architectures.any_pipeline.trees import (
+    Path,
+    empty_like,
+    join_values,
+    leaves,
+    move,
+    replace_leaves,
+)
 from library.architectures.any_pipeline.watch import Answers, Refused, Size, Watched
 from library.protocols import LatentSpec
 from library.types import Batch, Conditioning, Noised
@@ -30,8 +38,8 @@ class PipelineLatents:
 
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         """Return samples of the posterior, or its mode without generators; float32."""
-        c, size = self.convention, pixels_BCHW.shape[-2:]
-        shape = (c.latent_shape[1], *(side // self.spec.downscale for side in size))
+        c = self.convention
+        shape = (c.latent_shape[1], *(side // c.downscale for side in pixels_BCHW.shape[-2:]))
         noises = None if generators is None else torch.stack([torch.randn(shape, generator=g) for g in generators])
         raw = encode_raw(vae, pixels_BCHW, len(c.pixel_shape), noises)
         return raw.reshape(len(pixels_BCHW), *shape)
@@ -71,7 +79,8 @@ class PipelinePredict:
     def __call__(self, denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
         """Return the prediction that the pipeline would give its scheduler, in the layout of the latents."""
         c, latents_BCHW = self.convention, noised.latents_BCHW.float()
-        size = self.prepare(denoiser, batch.height_width)
+        height, width = (side * c.downscale for side in latents_BCHW.shape[-2:])
+        size = self.prepare(denoiser, (height, width))
         levels_B = noised.sigmas_B if c.mix == "flow" else noised.timesteps_B
         arguments_BN = size.into(latents_BCHW.flatten(1))
         outputs = []
@@ -87,32 +96,36 @@ class PipelinePredict:
 
     def fill(self, size: ReadySize, argument_N: Tensor, level_1: Tensor, text: dict[Path, Any]) -> Any:
         """Return the arguments of one sample."""
-        told = tell_level(self.convention, size.maps, size.kwargs, level_1)
-        return replace_leaves(told, {**text, self.convention.latents: argument_N.reshape(size.maps.into.shape)})
+        given = with_level(self.convention, size.maps, size.kwargs, level_1)
+        return replace_leaves(given, {**text, self.convention.latents: argument_N.reshape(size.maps.into.shape)})
 
     @torch.no_grad()
     def prepare(self, denoiser: nn.Module, sides: Size) -> ReadySize:
         """Read the maps of a size at its first use, which runs the denoiser once."""
         if sides in self.ready:
             return self.ready[sides]
-        c = self.convention
-        device = next(iter(denoiser.parameters())).device
+        c, device = self.convention, self.device(denoiser)
         # Adapters may draw random numbers, which a resumed run must not draw anew.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            trace = self.watched.draw(c.prompts[0], sides, Answers(stops_at=0), **c.extra)
-            template = move(denoiser(**move(trace.calls[0].kwargs, device)), torch.device("cpu"), torch.float32)
-        maps = read_maps(self.watched, c, sides, template)
-        if (
-            error := difference(
-                c.raw_of(torch.ones(maps.decode.shape)[0]), (maps.decode.scale_M + maps.decode.offset_M)
-            )
-        ) > 1e-4:
-            raise Refused(
-                f"{c.pipeline} scales the latents of {sides} otherwise than those of {c.size} (by {error:.2g})"
-            )
-        into, out = maps.latents_into().on(device), maps.out_latents().on(device)
-        self.ready[sides] = ReadySize(maps, into, out, move(maps.kwargs, device))
+            with unset_fake_temporarily():
+                trace = self.watched.draw(c.prompts[0], sides, Answers(stops_at=0), **c.extra)
+            output = denoiser(**move(trace.calls[0].kwargs, device))
+        with unset_fake_temporarily():
+            self.ready[sides] = self._read_size(sides, empty_like(output), device)
         return self.ready[sides]
+
+    def _read_size(self, sides: Size, template: Any, device: torch.device) -> ReadySize:
+        c = self.convention
+        maps = read_maps(self.watched, c, sides, template)
+        ones = torch.ones(maps.decode.shape[1], *maps.decode.shape[-2:])
+        if difference(c.raw_of(ones), maps.decode.scale_M + maps.decode.offset_M) > 1e-4:
+            raise Refused(f"{c.pipeline} scales the latents of {sides} otherwise than those of {c.size}")
+        into, out = maps.latents_into().on(device), maps.out_latents().on(device)
+        return ReadySize(maps, into, out, move(maps.kwargs, device))
+
+    @staticmethod
+    def device(denoiser: nn.Module) -> torch.device:
+        return next(iter(denoiser.parameters())).device
 
     def sigmas(self, sides: Size, steps: int) -> Tensor:
         """Return the noise levels at which the pipeline draws an image of this size."""
@@ -139,7 +152,7 @@ def check_again(predict: PipelinePredict, denoiser: nn.Module) -> float:
     with torch.no_grad(), watched.using({c.denoiser: denoiser}):
         trace = watched.draw(c.prompts[0], c.size, Answers(pixels=c.empty_pixels(c.size)), steps=1, **c.extra)
         text = {path: leaves(size.kwargs)[path] for path in c.text}
-        device = next(iter(denoiser.parameters())).device
+        device = predict.device(denoiser)
         step, latents = trace.steps[0], size.maps.into(trace.steps[0].sample.flatten()[None])[0].to(device)
         level = torch.tensor([c.level_of(trace, 0)], device=device)
         output = denoiser(**predict.fill(size, latents, level, text))

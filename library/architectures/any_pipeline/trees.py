@@ -111,5 +111,10 @@ def fill_like(output: Any, values: Tensor) -> Any:
     return map_leaves(output, change)
 
 
+def empty_like(output: Any) -> Any:
+    """Return an output of the same structure and shapes, zeros in float32 on the CPU."""
+    return map_leaves(output, lambda _, leaf: torch.zeros(leaf.shape) if isinstance(leaf, Tensor) else leaf)
+
+
 def format_path(path: Path) -> str:
     return ".".join(map(str, path))

@@ -7,7 +7,7 @@ only some of its models are in memory, or none.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -67,7 +67,7 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     decoded: list[Tensor] = field(default_factory=list)  # what the VAE decoded; without a VAE the image
-    picture: Any = None  # the pipeline's output
+    image: Any = None  # the pipeline's output
     pixels: Tensor | None = None  # the VAE's output
     scheduler: Any = None  # a copy, as it was at the first step
     mu: float | None = None  # the shift that the scheduler was given for this size
@@ -147,10 +147,10 @@ class Watched:
         self.denoiser: str | None = None  # the component, once it is known
         self.load_text: Callable[[], Mapping[str, nn.Module]] | None = None  # if an input is not in memory
         self._trace, self._answers = Trace(), Answers()
+        self._own = type(pipe.scheduler), pipe.scheduler.config
         pipe.set_progress_bar_config(disable=True)
         for name, module in self.list_models():
             if is_vae(module):
-                self._vae = name
                 module.decode = partial(self._decode, name)
             else:
                 for path, part in module.named_modules():
@@ -195,14 +195,14 @@ class Watched:
         try:
             with torch.no_grad():
                 known = {name: value for name, value in arguments.items() if name in options}
-                self._trace.picture = self.pipe(prompt=prompt, **{**known, **extra})
+                self._trace.image = self.pipe(prompt=prompt, **{**known, **extra})
         except Stop:
             pass
         finally:
             for guider in guiders:
                 guider._enabled = True
-        if self.vae is None and self._trace.picture is not None:  # the image is what was denoised
-            image = next(leaf for _, leaf in flatten(self._trace.picture) if isinstance(leaf, Tensor))
+        if self.vae is None and self._trace.image is not None:  # the image is what was denoised
+            image = next(leaf for _, leaf in flatten(self._trace.image) if isinstance(leaf, Tensor))
             self._trace.decoded.append(image * 2 - 1)
         return self._trace
 
@@ -214,6 +214,25 @@ class Watched:
             yield
         finally:
             self.models = before
+
+    @contextmanager
+    def own_scheduler(self) -> Iterator[None]:
+        """Draw with the pipeline's own scheduler, if another one replaces it."""
+        before, (kind, config) = self.pipe.scheduler, self._own
+        self.set_scheduler(kind.from_config(config))
+        try:
+            yield
+        finally:
+            self.pipe.scheduler = before
+
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Forget afterwards what models returned meanwhile."""
+        before = dict(self.memory)
+        try:
+            yield
+        finally:
+            self.memory = before
 
     def call_model(self, name: str, path: str, arguments: Any) -> Any:
         """Run a part of a model in memory; arguments and result are on the CPU, in float32."""
@@ -321,6 +340,3 @@ def watch_pipeline(pipe: Any) -> Watched:
         setattr(stage, name, stand_in(module))
     stage.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     return Watched(stage, models)
-
-
-TextMemory = MutableMapping[str, Any]

@@ -356,6 +356,9 @@ def draw_latents(
     denoiser returns NaN.
     """
     spec, preview = context.arch.codec.spec, context.arch.preview
+    if preview.draw is not None:
+        with context.autocast():
+            return require_finite(preview.draw(context.models.denoiser, prompt, generator, goes_on))
     shape = (1, spec.channels, prompt.height // spec.downscale, prompt.width // spec.downscale)
     sampler, predict, batch = preview.sampler(prompt), preview.predict(prompt), build_batch(prompt)
     texts = texts_of_prompt(prompt, context.arch)
@@ -375,6 +378,11 @@ def draw_latents(
     # Drawn on the CPU and then moved: a GPU's generator gives other numbers for the same seed.
     noise_BCHW = torch.randn(shape, generator=generator).to(context.device)
     latents_BCHW = denoise(sampler, predict_guided, sampler.start(noise_BCHW), generator, goes_on=goes_on)
+    return require_finite(latents_BCHW)
+
+
+def require_finite(latents_BCHW: Tensor | None) -> Tensor | None:
+    """Return the latents of a preview. Raises UserError if they are NaN."""
     if latents_BCHW is not None and not latents_BCHW.isfinite().all():
         raise UserError("the latents are NaN: the denoiser overflows, or the adapter has diverged")
     return latents_BCHW

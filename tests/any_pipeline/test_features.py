@@ -1,0 +1,70 @@
+"""What the trainer offers for every base model works for a measured pipeline too."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.any_pipeline.test_training import SCRIPT, Train, arguments, same
+from tests.tiny.pipelines import build_tiny_pipeline
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "auraflow"
+    build_tiny_pipeline("AuraFlowPipeline").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--gradient_checkpointing"],
+        ["--blocks_to_swap", "1"],
+        ["--gradient_checkpointing", "--cpu_offload_checkpointing"],
+    ],
+    ids=" ".join,
+)
+def test_memory_options_give_the_same_bytes(words: list[str], model: Path, tmp_path: Path, train: Train) -> None:
+    assert train(arguments(model, tmp_path), script=SCRIPT).status == 0
+    done = train(arguments(model, tmp_path, "--output_name", "other", *words), script=SCRIPT)
+    assert done.status == 0, done.stderr
+    assert same(tmp_path / "out" / "mine.safetensors", tmp_path / "out" / "other.safetensors")
+
+
+def first_loss(stderr: str) -> float:
+    return float(re.findall(r"avr_loss=([\d.e+-]+)", stderr)[0])
+
+
+@pytest.mark.parametrize("base_format", ["int8", "nf4"])
+def test_the_base_can_be_stored_in_few_bits(base_format: str, model: Path, tmp_path: Path, train: Train) -> None:
+    plain = train(arguments(model, tmp_path), script=SCRIPT)
+    done = train(arguments(model, tmp_path, "--base_format", base_format), script=SCRIPT)
+    assert done.status == 0, done.stderr
+    assert re.search(rf"denoiser: \d+ layers in {base_format}", done.stderr)
+    assert first_loss(done.stderr) == pytest.approx(first_loss(plain.stderr), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--ema_decay", "0.9"],
+        ["--sweep", "learning_rate=1e-3,1e-2"],
+        ["--compile", "--compile_backend", "aot_eager"],
+        ["--mixed_precision", "bf16", "--full_bf16"],
+        ["--fit", "8GB", "--sample_every_n_steps", "2"],
+    ],
+    ids=" ".join,
+)
+def test_other_options_work(words: list[str], model: Path, tmp_path: Path, train: Train) -> None:
+    done = train(arguments(model, tmp_path, *words), script=SCRIPT)
+    assert done.status == 0, done.stderr
+    assert list((tmp_path / "out").glob("mine*.safetensors"))
+
+
+@pytest.mark.parametrize("module", ["networks.loha", "networks.lokr", "networks.dylora", "networks.oft", "networks.lora_fa"])
+def test_other_kinds_of_adapters_train(module: str, model: Path, tmp_path: Path, train: Train) -> None:
+    done = train(arguments(model, tmp_path, "--network_module", module), script=SCRIPT)
+    assert done.status == 0, done.stderr

@@ -1,0 +1,35 @@
+"""Previews are what the pipeline itself draws with the trained denoiser."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.any_pipeline.test_training import SCRIPT, Train, arguments
+from tests.tiers import first_is_fast
+from tests.tiny.pipelines import build_tiny_pipeline
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    first_is_fast([("AuraFlowPipeline", "guidance_scale"), ("StableDiffusionXLPipeline", "guidance_scale"),
+                   ("ZImagePipeline", ""), ("FluxPipeline", "true_cfg_scale")]),
+)  # fmt: skip
+def test_a_preview_is_the_image_of_the_pipeline_with_the_file(
+    name: str, scale: str, tmp_path: Path, train: Train
+) -> None:
+    build_tiny_pipeline(name).save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a red bird --w 64 --h 128 --s 3 --l 2.5 --n blurred --d 11\n")
+    more = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "2", "--no_half_vae"]
+    done = train(arguments(tmp_path / "model", tmp_path, *more), script=SCRIPT)
+    assert done.status == 0 and "failed, training continues" not in done.stderr, done.stderr
+    (drawn,) = (tmp_path / "out" / "sample").glob("*.png")
+    pipe = build_tiny_pipeline(name)
+    pipe.load_lora_weights(str(tmp_path / "out" / "mine.safetensors"))
+    guided = {scale: 2.5, "negative_prompt": "blurred"} if scale else {}
+    generator = torch.Generator().manual_seed(11)
+    image = pipe("a red bird", width=64, height=128, num_inference_steps=3, generator=generator, **guided).images[0]
+    pixels = [np.asarray(picture, dtype=float) for picture in (Image.open(drawn).convert("RGB"), image)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1.0  # rounding to whole values
