@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.any_pipeline.test_training import SCRIPT, Train, arguments, same
+from tests.running import make_images
 from tests.tiny.pipelines import build_tiny_pipeline
 
 pytestmark = pytest.mark.slow
@@ -51,7 +52,6 @@ def test_the_base_can_be_stored_in_few_bits(base_format: str, model: Path, tmp_p
     "words",
     [
         ["--ema_decay", "0.9"],
-        ["--sweep", "learning_rate=1e-3,1e-2"],
         ["--compile", "--compile_backend", "aot_eager"],
         ["--mixed_precision", "bf16", "--full_bf16"],
         ["--fit", "8GB", "--sample_every_n_steps", "2"],
@@ -64,7 +64,21 @@ def test_other_options_work(words: list[str], model: Path, tmp_path: Path, train
     assert list((tmp_path / "out").glob("mine*.safetensors"))
 
 
-@pytest.mark.parametrize("module", ["networks.loha", "networks.lokr", "networks.dylora", "networks.oft", "networks.lora_fa"])
+@pytest.mark.parametrize(
+    "module", ["networks.loha", "networks.lokr", "networks.dylora", "networks.oft", "networks.lora_fa"]
+)
 def test_other_kinds_of_adapters_train(module: str, model: Path, tmp_path: Path, train: Train) -> None:
     done = train(arguments(model, tmp_path, "--network_module", module), script=SCRIPT)
     assert done.status == 0, done.stderr
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["AuraFlowPipeline", "OvisImagePipeline", "SanaPipeline"])
+def test_fifty_steps_overfit_one_image(name: str, tmp_path: Path, train: Train) -> None:
+    build_tiny_pipeline(name).save_pretrained(tmp_path / "model")
+    make_images(tmp_path / "data" / "8_thing", 1)
+    validation = ["--validation_split", "0", "--max_train_steps", "50", "--network_dim", "8", "--network_alpha", "8"]
+    done = train(arguments(tmp_path / "model", tmp_path, *validation), script=SCRIPT)
+    assert done.status == 0, done.stderr
+    losses = [float(text) for text in re.findall(r"avr_loss=([\d.e+-]+)", done.stderr)]
+    assert losses[-1] < 0.9 * losses[0], (losses[0], losses[-1])

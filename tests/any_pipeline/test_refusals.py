@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from library.architectures.any_pipeline.measuring import measure
+from library.architectures.any_pipeline.watch import Refused, watch_pipeline
 from tests.any_pipeline.test_training import SCRIPT, arguments
 from tests.running import Finished
+from tests.tiny.pipelines import build_tiny_pipeline
 
 Train = Callable[..., Finished]
 
@@ -63,8 +66,15 @@ def test_a_folder_of_no_pipeline_is_refused(tmp_path: Path, train: Train) -> Non
     [
         (["--network_train_text_encoder_only"], "the text encoders of a pipeline are not trained by this script"),
         (["--vae", "x"], "what is measured of the pipeline belongs to its own VAE"),
+        (["--sweep", "learning_rate=1e-3,1e-4"], "the samples of a batch are computed one after another"),
+        (["--network_module", "networks.tlora"], "T-LoRA does not work with diffusers_train_network.py"),
     ],
 )
 def test_options_for_other_models_are_refused(words: list[str], sentence: str, tmp_path: Path, train: Train) -> None:
     done = train(arguments(write_index(tmp_path / "model", "AuraFlowPipeline"), tmp_path, *words), script=SCRIPT)
     assert done.status == 1 and sentence in done.stderr
+
+
+def test_arguments_that_follow_caption_and_size_together_are_refused() -> None:
+    with pytest.raises(Refused, match="attention_mask follows caption and size together"):
+        measure(watch_pipeline(build_tiny_pipeline("ChromaPipeline")), (64, 64))

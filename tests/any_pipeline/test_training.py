@@ -71,6 +71,7 @@ def test_a_second_run_measures_and_encodes_nothing(auraflow: Path, tmp_path: Pat
     assert same(tmp_path / "out" / "mine.safetensors", tmp_path / "out" / "again.safetensors")
 
 
+@pytest.mark.slow
 def test_another_model_is_measured_anew(auraflow: Path, tmp_path: Path, train: Train) -> None:
     train(arguments(auraflow, tmp_path), script=SCRIPT)
     build_tiny_pipeline("AuraFlowPipeline", seed=8).save_pretrained(tmp_path / "other")

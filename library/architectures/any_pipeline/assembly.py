@@ -10,10 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from library.architectures.any_pipeline.check import check, require_exact
-from library.architectures.any_pipeline.conditioning import SHAPE, CapturedText, capture_text
+from library.architectures.any_pipeline.conditioning import CapturedText, capture_text
 from library.architectures.any_pipeline.convention import Convention
 from library.architectures.any_pipeline.folder import (
     PipelineFolder,
@@ -28,27 +26,29 @@ from library.architectures.any_pipeline.objective import build_objective
 from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.preview import build_preview
 from library.architectures.any_pipeline.targets import block_lists, run_blocks_with, stacks
-from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict, check_again
+from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict
 from library.architectures.any_pipeline.trees import format_path, leaves
 from library.architectures.any_pipeline.watch import Answers, Refused, Watched
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint as digest_weights
 from library.diffusion.flow import IGNORES
+from library.errors import UserError
 from library.models.adapter_views import view_denoiser
 from library.models.identify import bases_of_pipeline
 from library.models.recipe import OTHER_ATTENTION, Recipe
 from library.protocols import Architecture, LatentSpec, TextCacheSpec
+from networks.core.protocol import is_switched_on
 
 logger = logging.getLogger(__name__)
 
 SIDES = (64, 128, 256, 512)  # of the image at which a pipeline is measured, the first that it takes
-MOST_ERROR_LOADED = 0.02  # of a denoiser in 16 bits, relative to the largest value
 STEP = 64  # sides of images are multiples of this many pixels, for every pipeline
 LATENTS = LatentSpec(
     channels=16, downscale=8, bucket_step=STEP, cache_suffix="_diffusers.npz", had_keys_without_size=False
 )
 """Buckets are the same for every pipeline; channels and downscale are measured."""
 NOT_TRAINED = "the text encoders of a pipeline are not trained by this script"
+ONE_BY_ONE = "the samples of a batch are computed one after another"
 RECIPE = Recipe(
     title="diffusers_train_network.py",
     metadata={
@@ -61,6 +61,7 @@ RECIPE = Recipe(
         "weighted_captions": "the pipeline itself encodes the captions",
         "vae": "what is measured of the pipeline belongs to its own VAE",
         "shard_base": "the pipeline is asked at each new size of image, not in every process at once",
+        "sweep": ONE_BY_ONE,
     },
     ignores={
         "clip_skip": "the pipeline itself encodes the captions",
@@ -80,6 +81,10 @@ def build(options: PipelineOptions) -> Architecture:
     Raises UserError for a pipeline that cannot be trained, with the reason.
     """
     RECIPE.check(options)
+    if options.network.network_module == "networks.tlora" or is_switched_on(options.network.network_args, "tlora"):
+        raise UserError(
+            f"T-LoRA does not work with {RECIPE.title}: {ONE_BY_ONE}, and it ranks each by its noise; remove it"
+        )
     folder = open_folder(options.model.pretrained_model_name_or_path, options.trust.trust_remote_code)
     name_own_script(folder)
     watched = folder.build_stage()
@@ -203,7 +208,6 @@ def assemble(
         run_blocks_with=run_blocks_with,
         stacks=stacks,
         chains=block_lists,
-        fit_to_sizes=lambda denoiser, _: require_same_prediction(predict, denoiser),
     )
 
 
@@ -241,27 +245,8 @@ def build_text_cache(options: PipelineOptions, loader: PipelineLoader, text: Cap
         encoders=lambda: digest_weights(*(part.weights for part in loader.texts)),
         settings=f"{loader.text_dtype} {sorted(convention.extra.items())} {convention.unconditional}",
         tokenizers=(text.tokenizer,),
-        padding={format_path(path): 0.0 for path in convention.varying},
-        on_host=tuple(key for key in text.keys if key.startswith(SHAPE)),
+        padding={format_path(path): 0.0 for path in convention.text},
+        on_host=text.host_keys,
         can_train=False,
         keeps_bits=True,
-    )
-
-
-def require_same_prediction(predict: PipelinePredict, denoiser: nn.Module) -> None:
-    """Check the prediction of the loaded denoiser against the pipeline's own call of it.
-
-    Raises Refused if they differ by more than rounding in the run's precision.
-    """
-    if next(iter(denoiser.parameters())).is_meta:
-        return
-    begun = time.monotonic()
-    error = check_again(predict, denoiser)
-    if not error <= MOST_ERROR_LOADED:
-        raise Refused(
-            f"{predict.convention.pipeline}: the prediction of the loaded denoiser differs from the pipeline's own by "
-            f"{error:.2g} of its largest value (at most {MOST_ERROR_LOADED:g} is accepted)"
-        )
-    logger.info(
-        "the prediction agrees with the pipeline's own (%.1g), checked in %.1f s", error, time.monotonic() - begun
     )

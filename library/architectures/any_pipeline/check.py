@@ -83,10 +83,8 @@ def encode_image(
     watched: Watched, convention: Convention, maps: SizeMaps, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Return a random image as the scheduler's sample, and what the VAE's decoder has to get for it."""
-    channels = convention.pixel_shape[1] if convention.pixel_shape else 3
-    image = torch.rand(1, channels, *convention.size, generator=generator) * 2 - 1
-    name = watched.vae
-    raw = image if name is None else encode_raw(watched.models[name], image, len(convention.pixel_shape))
+    image = torch.rand(1, convention.pixel_shape[1], *convention.size, generator=generator) * 2 - 1
+    raw = encode_raw(watched.models[watched.vae], image, len(convention.pixel_shape))
     if raw.shape != maps.decode.shape:
         raise Refused(f"the VAE encodes to the shape {tuple(raw.shape)} and decodes {maps.decode.shape}")
     return maps.encode()(raw.flatten()[None]).reshape(maps.sample_shape), raw
@@ -134,8 +132,6 @@ def compare_step(convention: Convention, trace: Trace, latents: Tensor, noise: T
     c, scheduler, abar_T = convention, copy_scheduler(trace.scheduler), abar_of(trace)
     (a, b), (a2, b2) = (c.weights_of(c.level_of(trace, step), abar_T) for step in (0, 1))
     target = c.target_of(latents, noise, c.level_of(trace, 0), abar_T)
-    if c.gives_image:
-        target = noise - latents
     out = scheduler.step(target, trace.steps[0].timestep, a * latents + b * noise)
     return difference(next_sample(out), a2 * latents + b2 * noise)
 
@@ -173,13 +169,4 @@ def predict_sample(
     given = with_level(c, maps, kwargs, torch.tensor([level], dtype=torch.float32))
     kwargs = replace_leaves(given, {c.latents: latents})
     output = watched.call_model(c.denoiser, "", ((), map_leaves(kwargs, lambda _, leaf: leaf)))
-    prediction = maps.out(join_values(output)[None]).reshape(maps.out.shape)
-    return velocity_of(c, sample.reshape(prediction.shape), prediction, level)
-
-
-def velocity_of(convention: Convention, sample: Tensor, output: Tensor, level: float) -> Tensor:
-    """Return the velocity for a denoiser that gives the clean latent, else the output itself."""
-    if not convention.gives_image:
-        return output
-    sigma = torch.as_tensor(level).to(sample).clamp(min=convention.least_sigma)
-    return (sample - output) / sigma
+    return maps.out(join_values(output)[None]).reshape(maps.out.shape)

@@ -1,5 +1,6 @@
 """Captions as the denoiser's arguments: captured once each by drawing until the denoiser's first call."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -8,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
+from torch.nn.utils.rnn import pad_sequence
 
 from library.architectures.any_pipeline.convention import Convention
-from library.architectures.any_pipeline.trees import Path, fill_like, format_path, leaves
+from library.architectures.any_pipeline.trees import Path, format_path, leaves
 from library.architectures.any_pipeline.watch import Answers, Refused, Watched
 from library.types import Conditioning, Tokens
 
@@ -21,8 +23,8 @@ SHAPE = "shape of "
 class CapturedText:
     """The text pipeline: tokens are the bytes of a caption, which the pipeline itself tokenizes and encodes.
 
-    Features are named by the denoiser's arguments. One whose shape follows the caption is stored as a vector, and its
-    shape beside it.
+    Features are named by the denoiser's arguments. Each is stored as a vector, and its shape beside it, because shapes
+    may follow the caption.
     """
 
     watched: Watched
@@ -36,8 +38,14 @@ class CapturedText:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        names = map(format_path, self.convention.text)
-        return (*names, *(SHAPE + format_path(path) for path in self.convention.varying))
+        names = tuple(map(format_path, self.convention.text))
+        return (*names, *(SHAPE + name for name in names))
+
+    @property
+    def host_keys(self) -> tuple[str, ...]:
+        """The features that are read on the host: shapes, and arguments that are no tensors."""
+        numbers = [format_path(path) for path, value in self.example.items() if not isinstance(value, Tensor)]
+        return (*numbers, *(key for key in self.keys if key.startswith(SHAPE)))
 
     def count_tokens(self, caption: str) -> int:
         return len(self.tokenizer(caption, add_special_tokens=False)["input_ids"])
@@ -66,35 +74,27 @@ class CapturedText:
         for path in self.convention.text:
             value = torch.as_tensor(text[path])
             value = value.to(self.dtype) if value.is_floating_point() else value
-            row[format_path(path)] = value
-            if path in self.convention.varying:
-                row[format_path(path)], row[SHAPE + format_path(path)] = value.flatten(), torch.tensor(value.shape)
+            row[format_path(path)], row[SHAPE + format_path(path)] = value.flatten(), torch.tensor(value.shape)
         return row
 
     def restore(self, conditioning: Conditioning, place: int) -> dict[Path, Any]:
         """Return the arguments of one sample of a batch."""
         text: dict[Path, Any] = {}
         for path in self.convention.text:
-            value, old = conditioning[format_path(path)][place], self.example[path]
-            if path in self.convention.varying:
+            value_N, old = conditioning[format_path(path)][place], self.example[path]
+            shape = list(torch.as_tensor(old).shape)
+            if detect_fake_mode(value_N) is None:
                 shape = conditioning[SHAPE + format_path(path)][place].tolist()
-                count = int(torch.tensor(shape).prod())
-                # Trailing zeros are cut off in caches.
-                value = nn.functional.pad(value, (0, max(0, count - len(value))))[:count].reshape(shape)
+            count = math.prod(shape)
+            # Trailing zeros are cut off in caches.
+            value = nn.functional.pad(value_N, (0, max(0, count - len(value_N))))[:count].reshape(shape)
             text[path] = value.to(old.dtype) if isinstance(old, Tensor) else type(old)(value.item())
         return text
 
 
 def pad_rows(rows: Sequence[Mapping[str, Tensor]]) -> Conditioning:
-    """Stack the features of captions; vectors are padded with zeros."""
-    stacked = {}
-    for key in rows[0]:
-        values = [row[key] for row in rows]
-        if values[0].ndim == 1:
-            length = max(map(len, values))
-            values = [nn.functional.pad(value, (0, length - len(value))) for value in values]
-        stacked[key] = torch.stack(values)
-    return stacked
+    """Stack the features of captions, padded with zeros."""
+    return {key: pad_sequence([row[key] for row in rows], batch_first=True) for key in rows[0]}
 
 
 def capture_text(watched: Watched, convention: Convention, caption: str) -> dict[Path, Any]:
@@ -105,10 +105,7 @@ def capture_text(watched: Watched, convention: Convention, caption: str) -> dict
     answers = answer_until(c, unconditional.call)
     kwargs = watched.draw(c.prompts[0], c.size, answers, **unconditional.extra).calls[-1].kwargs
     row, count = unconditional.row, unconditional.num_rows
-    return {
-        path: value[row : row + 1] if count > 1 and isinstance(value, Tensor) else value
-        for path, value in text_of(c, kwargs).items()
-    }
+    return {path: value[row : row + 1] if count > 1 else value for path, value in text_of(c, kwargs).items()}
 
 
 def text_of(convention: Convention, kwargs: Any) -> dict[Path, Any]:
@@ -120,10 +117,4 @@ def text_of(convention: Convention, kwargs: Any) -> dict[Path, Any]:
 
 def answer_until(convention: Convention, call: int) -> Answers:
     """Return answers that end the drawing at a call; earlier calls of the step get zeros."""
-    if call == 0:
-        return Answers(stops_at=0)
-    template = convention.output
-    return Answers(
-        outputs=lambda _: fill_like(template, torch.zeros(sum(t.numel() for t in leaves(template).values()))),
-        stops_at=call,
-    )
+    return Answers(outputs=lambda _: convention.output, stops_at=call)

@@ -49,7 +49,7 @@ class Table:
         known, values = pairs.T.contiguous()
         after = torch.searchsorted(known, levels_B).clamp(1, len(known) - 1)
         share = (levels_B - known[after - 1]) / (known[after] - known[after - 1])
-        values_B = values[after - 1] + (values[after] - values[after - 1]) * share
+        values_B: Tensor = values[after - 1] + (values[after] - values[after - 1]) * share
         return values_B.round() if self.is_whole else values_B
 
 
@@ -79,15 +79,12 @@ class Convention:
     extra: Mapping[str, Any]  # options that switch guidance off
     size: Size  # at which it was measured
     prompts: tuple[str, str]
-    pixel_shape: tuple[int, ...]  # of what the VAE decodes to; () without a VAE
+    pixel_shape: tuple[int, ...]  # of what the VAE decodes to
     mix: Mix = "flow"
     target: Target = "noise - latent"
     replaces_scheduler: bool = False  # by DDIM, because the pipeline's own is random or rescales its sample
     lines: Mapping[Path, Line] = field(default_factory=dict)  # of `time`; the rest has tables
-    gives_image: bool = False  # the denoiser gives the clean latents, and the pipeline makes a velocity of them
-    least_sigma: float = 0.0  # by which the pipeline divides at least, if `gives_image`
     counts_from_end: bool = False  # the prediction is behind the caption's tokens in the output
-    varying: tuple[Path, ...] = ()  # of `text`: those whose shape follows the caption
     output: Any = None  # the structure of the denoiser's output at `size`, zeros
     latent_shape: tuple[int, ...] = ()  # of what the VAE decodes, at `size`
     scale_Cpp: Any = None  # the VAE's latents are this times the sample, for each channel and place in a patch,
@@ -115,8 +112,8 @@ class Convention:
         scale, offset = (tile(values, latents_BCHW) for values in (self.scale_Cpp, self.offset_Cpp))
         return latents_BCHW * scale + offset
 
-    def empty_pixels(self, size: Size) -> Tensor | None:
-        return torch.zeros(*self.pixel_shape[:-2], *size) if self.pixel_shape else None
+    def empty_pixels(self, size: Size) -> Tensor:
+        return torch.zeros(*self.pixel_shape[:-2], *size)
 
     def level_value(self, path: Path, levels_B: Tensor, tables: Mapping[Path, Table]) -> Tensor:
         """Return what the denoiser is told of noise levels at `path`."""
@@ -144,8 +141,7 @@ class Convention:
         yield f"  latents: {format_path(self.latents)}; noise level: {'; '.join(times)}"
         roles = {"text": self.text, "size": self.geometry, "constant": self.constant}
         yield "  " + "; ".join(f"{role}: {list_paths(paths)}" for role, paths in roles.items())
-        given = " (the denoiser gives the latent)" if self.gives_image else ""
-        yield f"  objective: {'flow' if self.mix == 'flow' else 'DDPM'}, target {self.target}{given}"
+        yield f"  objective: {'flow' if self.mix == 'flow' else 'DDPM'}, target {self.target}"
         without = ", ".join(f"{name}={value}" for name, value in self.extra.items()) or "no option"
         yield f"  guidance is off with {without}; dropped captions are " + (
             "the empty prompt" if self.unconditional is None else "the pipeline's own negative prompt"

@@ -40,6 +40,7 @@ class PipelineFolder:
 
     @property
     def vae(self) -> str | None:
+        """The component that encodes and decodes images; None for a pipeline that draws pixels."""
         return next((name for name, kind in self.classes.items() if has_vae_methods(kind)), None)
 
     def list_denoisers(self) -> Iterator[str]:

@@ -10,6 +10,7 @@ Letters: B samples, N values of a source, M values of a target.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,8 +93,12 @@ class SizeMaps:
     decode: Map  # scheduler's sample -> what the VAE decodes
     sample_shape: tuple[int, ...]
     kwargs: dict[str, Any]  # the denoiser's arguments for `Convention.prompts[0]`
-    residue: float  # how much the scheduler's input depends on the sample itself
     tables: Mapping[Path, Table]
+
+    @property
+    def residue(self) -> float:
+        """How much the scheduler's input depends on the sample itself."""
+        return float(self.out.offset_M.abs().max())
 
     def encode(self) -> Map:
         """Return the map from the VAE's latents to the scheduler's sample."""
@@ -167,7 +172,11 @@ def answer_call(convention: Convention, template: Any, values: Tensor, place: in
 
 def answer_zeros(convention: Convention, template: Any, size: Size) -> Answers:
     zeros = torch.zeros(count_values(template))
-    return Answers(lambda place: answer_call(convention, template, zeros, place), pixels=convention.empty_pixels(size))
+    return Answers(partial(answer_call, convention, template, zeros), pixels=convention.empty_pixels(size))
+
+
+def put_values(values: Tensor, _: int, old: Tensor) -> Tensor:
+    return values.reshape(old.shape).to(old)
 
 
 def draw_codes(
@@ -182,10 +191,9 @@ def draw_codes(
     traces = []
     for output, values in zip(of_output, of_sample, strict=True):
         answers = Answers(
-            outputs=lambda place, output=output: answer_call(convention, template, output, place),
-            samples=lambda _, old, values=values: values.reshape(old.shape).to(old),
+            outputs=partial(answer_call, convention, template, output), samples=partial(put_values, values),
             pixels=real.pixels,
-        )
+        )  # fmt: skip
         traces.append(watched.draw(prompt, size, answers, **convention.extra))
     return traces
 
@@ -213,13 +221,9 @@ def read_maps(
         raise Refused("the VAE does not decode the whole sample")
     if set(into.index_M.tolist()) - {-1} != set(range(sample.numel())):
         raise Refused("the denoiser does not see the whole sample")
-    residue = out.offset_M.abs().max().item()
-    if c.gives_image:
-        out = replace(out, scale_M=torch.ones_like(out.scale_M), offset_M=torch.zeros_like(out.offset_M))
-        residue = 0.0
     tables = read_tables(watched, c, size, template)
     out = replace(out, from_end=c.counts_from_end)
-    return SizeMaps(into, out, decode, tuple(sample.shape), call.kwargs, residue, tables)
+    return SizeMaps(into, out, decode, tuple(sample.shape), call.kwargs, tables)
 
 
 def read_tables(watched: Watched, convention: Convention, size: Size, template: Any) -> dict[Path, Table]:

@@ -32,7 +32,7 @@ from library.architectures.any_pipeline.maps import (
     read_maps,
     read_pattern,
 )
-from library.architectures.any_pipeline.trees import Path, count_values, differing, fill_like, is_same, leaves
+from library.architectures.any_pipeline.trees import Path, count_values, differing, empty_like, is_same, leaves
 from library.architectures.any_pipeline.watch import (
     Answers,
     Call,
@@ -57,12 +57,14 @@ def measure(
 
     Raises Refused with the reason if the rules cannot express it.
     """
+    if not watched.vae:
+        raise Refused(f"{type(watched.pipe).__name__} draws without a VAE, which this script does not train")
     convention, trace = read_roles(watched, size, prompts, options)
     template = trace.calls[convention.call].output
-    if len(trace.calls) and trace.pixels is not None:
-        convention = replace(convention, pixel_shape=tuple(trace.pixels.shape))
-        if tuple(trace.pixels.shape[-2:]) != size:
-            raise Refused(f"an image of {size} comes out with {tuple(trace.pixels.shape[-2:])}")
+    assert trace.pixels is not None
+    convention = replace(convention, pixel_shape=tuple(trace.pixels.shape))
+    if tuple(trace.pixels.shape[-2:]) != size:
+        raise Refused(f"an image of {size} comes out with {tuple(trace.pixels.shape[-2:])}")
     convention = read_objective(watched, convention, trace, template)
     convention = read_time(watched, convention, template)
     convention, maps = read_output(watched, convention, template)
@@ -71,20 +73,12 @@ def measure(
     if maps.residue > 1e-5:
         raise Refused(f"what the scheduler gets also depends on the sample (by {maps.residue:.2g})")
     require_unit_noise(watched, convention, template)
-    other = leaves(
-        watched.draw(prompts[1], size, Answers(stops_at=convention.call), **convention.extra).calls[-1].kwargs
-    )
-    varying = [p for p in convention.text if shape_of(leaves(maps.kwargs)[p]) != shape_of(other[p])]
     scale_Cpp, offset_Cpp = read_pattern(maps.decode)
     return replace(
-        convention, varying=tuple(varying), output=fill_like(template, torch.zeros(count_values(template))),
+        convention, output=empty_like(template),
         latent_shape=maps.decode.shape, scale_Cpp=scale_Cpp, offset_Cpp=offset_Cpp,
         unconditional=find_unconditional(watched, convention, options),
     ), maps  # fmt: skip
-
-
-def shape_of(leaf: Any) -> tuple[int, ...]:
-    return tuple(leaf.shape) if isinstance(leaf, Tensor) else ()
 
 
 # --- which argument is what ---
@@ -172,10 +166,7 @@ def find_quiet(watched: Watched, prompt: str, size: Size, options: Mapping[str, 
 
 def list_quiet(watched: Watched) -> Iterator[dict[str, Any]]:
     """Yield the ways to switch guidance off that pipelines have."""
-    names = [
-        name for name in watched.options
-        if name.endswith(SCALES) and not name.startswith("image")
-    ]  # fmt: skip
+    names = [name for name in watched.options if name.endswith(SCALES) and not name.startswith("image")]
     schedules = {name: None for name in watched.options if "guidance_schedule" in name}
     for value in (1.0, 0.0):
         yield {**dict.fromkeys(names, value), **schedules}
@@ -356,31 +347,7 @@ def read_output(watched: Watched, convention: Convention, template: Any) -> tupl
             c = replace(c, counts_from_end=True)
         elif not torch.equal(second.index_M, maps.out.index_M):
             raise Refused("where the prediction lies in the denoiser's output follows the caption")
-    if c.mix == "flow" and maps.residue > 1e-5:
-        c = find_image_output(watched, c, maps, template)
     return (c, maps) if c is convention else (c, read_maps(watched, c, c.size, template))
-
-
-def find_image_output(watched: Watched, convention: Convention, maps: SizeMaps, template: Any) -> Convention:
-    """Recognise a denoiser that gives the clean latent, of which the pipeline makes (sample - latent) / sigma."""
-    c = convention
-    answers = answer_zeros(c, template, c.size)
-    trace = watched.draw(c.prompts[0], c.size, answers, **c.extra)
-    sigma, sample = c.level_of(trace, 0), trace.steps[0].sample.flatten()
-    if not torch.allclose(maps.out.offset_M, sample / sigma, atol=1e-4):
-        return c
-    if not torch.allclose(maps.out.scale_M, torch.full_like(maps.out.scale_M, -1 / sigma), rtol=1e-4):
-        return c
-    # The divisor's lower limit shows in the last steps of a long drawing.
-    seen = []
-    for value in (0.0, 1.0):
-        values = torch.full((count_values(template),), value)
-        constant = replace(
-            answers, outputs=lambda _, v=values: fill_like(template, v), samples=lambda _, x: torch.zeros_like(x)
-        )
-        seen.append(watched.draw(c.prompts[0], c.size, constant, steps=50, **c.extra).steps)
-    slopes = [float((one.output - zero.output).abs().max()) for zero, one in list(zip(*seen, strict=True))[1:]]
-    return replace(c, gives_image=True, least_sigma=1 / max(slopes))
 
 
 def require_unit_noise(watched: Watched, convention: Convention, template: Any) -> None:
@@ -428,8 +395,11 @@ def find_rows(convention: Convention, a: Mapping[Path, Any], b: Mapping[Path, An
     num_rows = a[convention.latents].shape[0] if isinstance(convention.latents[-1], str) else 1
     if num_rows == 1:
         return 0, 1
+    # With one call for both prompts, a row of every text argument is the negative prompt's.
+    if not all(isinstance(a[path], Tensor) and a[path].shape[:1] == (num_rows,) for path in convention.text):
+        return None
     first, second = a[paths[0]], b[paths[0]]
-    if first.shape != second.shape or first.shape[0] != num_rows:
+    if first.shape != second.shape:
         return None
     rows = [row for row in range(num_rows) if not torch.equal(first[row], second[row])]
     return (rows[0], num_rows) if len(rows) == 1 else None

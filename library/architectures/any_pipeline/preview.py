@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict
 from library.architectures.any_pipeline.watch import Answers, Stop, copy_scheduler
-from library.diffusion.samplers import DdpmSampler, FlowSampler, Sampler
+from library.diffusion.samplers import DdpmSampler, FlowSampler, Sampler, Velocity
 from library.protocols import Preview, PromptDefaults
 from library.types import Prompt
 
@@ -78,7 +78,7 @@ def draw(
 def build_sampler(predict: PipelinePredict, prompt: Prompt) -> Sampler:
     """Build a sampler on the noise levels of the pipeline's own scheduler."""
     if predict.convention.mix == "flow":
-        sign = "latent - noise" if predict.convention.target == "latent - noise" else "noise - latent"
+        sign: Velocity = "latent - noise" if predict.convention.target == "latent - noise" else "noise - latent"
         return FlowSampler(predict.sigmas((prompt.height, prompt.width), prompt.num_steps), sign)
     scheduler = copy_scheduler(predict.watched.pipe.scheduler)
     scheduler.set_timesteps(prompt.num_steps)

@@ -7,8 +7,10 @@ from library.architectures.any_pipeline.assembly import RECIPE, build
 from library.architectures.any_pipeline.options import SCRIPT, PipelineOptions
 from library.architectures.any_pipeline.targets import BASE, TARGETS
 from library.checkpoints.adapter_names import BaseNames
-from library.checkpoints.base_model_spec import BaseModelSpec
+from library.checkpoints.base_model_spec import DIFFUSERS, NONE, BaseModelSpec, Reader
 from library.errors import UserError
+
+ONLY_OWN = "only the pipeline that an adapter was trained on reads it, as docs/any_model.md shows"
 
 
 def refuse_merging(flag: str, path: Path) -> NoReturn:
@@ -35,7 +37,7 @@ SPECS = (
         version=r"any_pipeline$",
         architecture=r"\w+Pipeline",
         pipelines=(),
-        readers={},
+        readers={"diffusers": Reader(DIFFUSERS, NONE, refuses=lambda modules: ONLY_OWN)},
         names=BaseNames(BASE, ()),
         network_arguments=TARGETS.arguments,
         open_for_merging=refuse_merging,

@@ -2,15 +2,17 @@
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from library.architectures.any_pipeline.check import difference, encode_raw, with_level
+from library.architectures.any_pipeline.check import TOLERANCE, difference, encode_raw, with_level
 from library.architectures.any_pipeline.conditioning import CapturedText
 from library.architectures.any_pipeline.convention import Convention
 from library.architectures.any_pipeline.maps import Map, SizeMaps, read_maps
@@ -27,6 +29,8 @@ from library.protocols import LatentSpec
 from library.types import Batch, Conditioning, Noised
 
 logger = logging.getLogger(__name__)
+
+MOST_ERROR_IN_16_BITS = 0.02  # of a prediction, relative to its largest value
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,13 @@ class PipelinePredict:
     watched: Watched
     convention: Convention
     text: CapturedText
-    ready: dict[Size, ReadySize] = field(default_factory=dict)
+    ready: dict[tuple[Size, torch.device], ReadySize] = field(default_factory=dict)
 
     def __call__(self, denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
         """Return the prediction that the pipeline would give its scheduler, in the layout of the latents."""
         c, latents_BCHW = self.convention, noised.latents_BCHW.float()
+        if not self.ready and detect_fake_mode(latents_BCHW) is None:
+            require_same_prediction(self, denoiser)
         height, width = (side * c.downscale for side in latents_BCHW.shape[-2:])
         size = self.prepare(denoiser, (height, width))
         levels_B = noised.sigmas_B if c.mix == "flow" else noised.timesteps_B
@@ -89,10 +95,7 @@ class PipelinePredict:
                 size, argument_N, levels_B[place : place + 1].float(), self.text.restore(conditioning, place)
             )
             outputs.append(size.out(join_values(denoiser(**kwargs)).float()[None]))
-        prediction_BCHW = torch.cat(outputs).reshape(latents_BCHW.shape)
-        if not c.gives_image:
-            return prediction_BCHW
-        return (latents_BCHW - prediction_BCHW) / levels_B.clamp(min=c.least_sigma).view(-1, 1, 1, 1)
+        return torch.cat(outputs).reshape(latents_BCHW.shape)
 
     def fill(self, size: ReadySize, argument_N: Tensor, level_1: Tensor, text: dict[Path, Any]) -> Any:
         """Return the arguments of one sample."""
@@ -102,17 +105,17 @@ class PipelinePredict:
     @torch.no_grad()
     def prepare(self, denoiser: nn.Module, sides: Size) -> ReadySize:
         """Read the maps of a size at its first use, which runs the denoiser once."""
-        if sides in self.ready:
-            return self.ready[sides]
         c, device = self.convention, self.device(denoiser)
+        if (sides, device) in self.ready:
+            return self.ready[sides, device]
         # Adapters may draw random numbers, which a resumed run must not draw anew.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             with unset_fake_temporarily():
                 trace = self.watched.draw(c.prompts[0], sides, Answers(stops_at=0), **c.extra)
             output = denoiser(**move(trace.calls[0].kwargs, device))
         with unset_fake_temporarily():
-            self.ready[sides] = self._read_size(sides, empty_like(output), device)
-        return self.ready[sides]
+            self.ready[sides, device] = self._read_size(sides, empty_like(output), device)
+        return self.ready[sides, device]
 
     def _read_size(self, sides: Size, template: Any, device: torch.device) -> ReadySize:
         c = self.convention
@@ -135,11 +138,28 @@ class PipelinePredict:
 
     def shift(self, sides: Size) -> float:
         """Return how far the pipeline shifts the noise levels of a size toward noise."""
-        trace = self.watched.draw(self.convention.prompts[0], sides, Answers(stops_at=0), **self.convention.extra)
+        with unset_fake_temporarily():
+            trace = self.watched.draw(self.convention.prompts[0], sides, Answers(stops_at=0), **self.convention.extra)
         config = self.watched.pipe.scheduler.config
         if trace.mu is None:
             return float(config.get("shift") or 1.0)
         return trace.mu if config.get("time_shift_type") == "linear" else math.exp(trace.mu)
+
+
+def require_same_prediction(predict: PipelinePredict, denoiser: nn.Module) -> None:
+    """Check the prediction of the denoiser as it trains against the pipeline's own call of it, and log the result.
+
+    Raises Refused if they differ by more than rounding.
+    """
+    begun, is_rounded = time.monotonic(), torch.is_autocast_enabled(predict.device(denoiser).type)
+    error, most = check_again(predict, denoiser), MOST_ERROR_IN_16_BITS if is_rounded else TOLERANCE
+    if not error <= most:
+        raise Refused(
+            f"{predict.convention.pipeline}: the prediction of the loaded denoiser differs from the pipeline's own by "
+            f"{error:.2g} of its largest value (at most {most:g} is accepted)"
+        )
+    seconds = time.monotonic() - begun
+    logger.info("the prediction agrees with the pipeline's own (%.1g), checked in %.1f s", error, seconds)
 
 
 def check_again(predict: PipelinePredict, denoiser: nn.Module) -> float:
@@ -149,14 +169,15 @@ def check_again(predict: PipelinePredict, denoiser: nn.Module) -> float:
     """
     c, watched = predict.convention, predict.watched
     size = predict.prepare(denoiser, c.size)
-    with torch.no_grad(), watched.using({c.denoiser: denoiser}):
+    seed = torch.initial_seed()
+    with torch.no_grad(), torch.random.fork_rng(), watched.using({c.denoiser: denoiser}):
+        torch.manual_seed(seed)  # adapters may drop values, in both passes the same
         trace = watched.draw(c.prompts[0], c.size, Answers(pixels=c.empty_pixels(c.size)), steps=1, **c.extra)
         text = {path: leaves(size.kwargs)[path] for path in c.text}
         device = predict.device(denoiser)
         step, latents = trace.steps[0], size.maps.into(trace.steps[0].sample.flatten()[None])[0].to(device)
         level = torch.tensor([c.level_of(trace, 0)], device=device)
+        torch.manual_seed(seed)
         output = denoiser(**predict.fill(size, latents, level, text))
         made = size.maps.out(join_values(output).float().cpu()[None]).reshape(step.output.shape)
-    if c.gives_image:
-        made = (step.sample - made) / max(c.level_of(trace, 0), c.least_sigma)
     return difference(made, step.output)

@@ -66,8 +66,7 @@ class Trace:
 
     calls: list[Call] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
-    decoded: list[Tensor] = field(default_factory=list)  # what the VAE decoded; without a VAE the image
-    image: Any = None  # the pipeline's output
+    decoded: list[Tensor] = field(default_factory=list)  # what the VAE decoded
     pixels: Tensor | None = None  # the VAE's output
     scheduler: Any = None  # a copy, as it was at the first step
     mu: float | None = None  # the shift that the scheduler was given for this size
@@ -161,9 +160,9 @@ class Watched:
         return ((name, part) for name, part in self.pipe.components.items() if isinstance(part, nn.Module))
 
     @property
-    def vae(self) -> str | None:
-        """The component that encodes and decodes images; None if the pipeline draws pixels."""
-        return next((name for name, module in self.list_models() if is_vae(module)), None)
+    def vae(self) -> str:
+        """The component that encodes and decodes images; "" if the pipeline draws pixels."""
+        return next((name for name, module in self.list_models() if is_vae(module)), "")
 
     @property
     def options(self) -> Mapping[str, inspect.Parameter]:
@@ -195,15 +194,12 @@ class Watched:
         try:
             with torch.no_grad():
                 known = {name: value for name, value in arguments.items() if name in options}
-                self._trace.image = self.pipe(prompt=prompt, **{**known, **extra})
+                self.pipe(prompt=prompt, **{**known, **extra})
         except Stop:
             pass
         finally:
             for guider in guiders:
                 guider._enabled = True
-        if self.vae is None and self._trace.image is not None:  # the image is what was denoised
-            image = next(leaf for _, leaf in flatten(self._trace.image) if isinstance(leaf, Tensor))
-            self._trace.decoded.append(image * 2 - 1)
         return self._trace
 
     @contextmanager
@@ -238,7 +234,9 @@ class Watched:
         """Run a part of a model in memory; arguments and result are on the CPU, in float32."""
         model = self.models[name]
         like = next(iter(model.parameters()))
-        args, kwargs = move(arguments, like.device, like.dtype if like.is_floating_point() else torch.float32)
+        # Autocast converts where it has to; times would lose digits that the model needs.
+        converts = like.is_floating_point() and not torch.is_autocast_enabled(like.device.type)
+        args, kwargs = move(arguments, like.device, like.dtype if converts else torch.float32)
         return move(model.get_submodule(path)(*args, **kwargs), torch.device("cpu"), torch.float32)
 
     def _forward(self, name: str, path: str, part: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -314,7 +312,8 @@ def without_self(function: Callable[..., Any]) -> inspect.Signature:
 
 def copy_scheduler(scheduler: Any) -> Any:
     """Return a copy that is not watched."""
-    new = type(scheduler).__new__(type(scheduler))
+    kind: Any = type(scheduler)
+    new = kind.__new__(kind)
     kept = {name: value for name, value in vars(scheduler).items() if name not in ("step", "set_timesteps")}
     new.__dict__.update(copy.deepcopy(kept))
     return new
