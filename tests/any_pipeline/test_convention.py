@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from library.architectures.any_pipeline.check import check, require_exact
+from library.architectures.any_pipeline.check import check, gives_same_in_batch, require_exact
 from library.architectures.any_pipeline.convention import Convention, Line
 from library.architectures.any_pipeline.maps import SizeMaps
 from library.architectures.any_pipeline.measuring import measure
@@ -77,3 +77,8 @@ def test_a_wrong_convention_fails_the_check(
     watched, convention, maps = measured("FluxPipeline")
     with pytest.raises(Refused, match=f"FluxPipeline cannot be trained: .*{error}"):
         require_exact(check(watched, *change(convention, maps)), "FluxPipeline")
+
+
+def test_a_batch_is_one_call_only_where_that_gives_the_same() -> None:
+    assert gives_same_in_batch(*measured("AuraFlowPipeline"))
+    assert not gives_same_in_batch(*measured("ZImagePipeline"))  # its samples are lists

@@ -66,7 +66,7 @@ def test_a_folder_of_no_pipeline_is_refused(tmp_path: Path, train: Train) -> Non
     [
         (["--network_train_text_encoder_only"], "the text encoders of a pipeline are not trained by this script"),
         (["--vae", "x"], "what is measured of the pipeline belongs to its own VAE"),
-        (["--sweep", "learning_rate=1e-3,1e-4"], "the samples of a batch are computed one after another"),
+        (["--sweep", "learning_rate=1e-3,1e-4"], "the samples of a batch may be computed one after another"),
         (["--network_module", "networks.tlora"], "T-LoRA does not work with diffusers_train_network.py"),
     ],
 )

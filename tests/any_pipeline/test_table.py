@@ -22,9 +22,9 @@ def row_of(name: str) -> str:
 
 
 def loader_of(pipe: Any, component: str) -> str:
-    if component in getattr(pipe, "_lora_loadable_modules", ()):
-        return "`load_lora_weights`"
     has_own = getattr(getattr(pipe, component), "load_lora_adapter", None) is not None
+    if has_own and component in getattr(pipe, "_lora_loadable_modules", ()):
+        return "`load_lora_weights`"
     return f"`{component}.load_lora_adapter`" if has_own else "PEFT"
 
 

@@ -52,7 +52,7 @@ def test_one_command_trains_auraflow(auraflow: Path, tmp_path: Path, train: Trai
         "AuraFlowPipeline: transformer, call 1 of 1 in each step",
         "latents: hidden_states; noise level: timestep = sigma",
         "text: encoder_hidden_states; size: none; constant: attention_kwargs, return_dict",
-        "objective: flow, target noise - latent",
+        "objective: flow, target noise - latent; batches: captions of equal length in one call",
         "dropped captions are the pipeline's own negative prompt",
         "the adapter is loaded by load_lora_weights of AuraFlowPipeline",
         "the prediction agrees with the pipeline's own (0)",

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from library.architectures.any_pipeline.check import check, require_exact
+from library.architectures.any_pipeline.check import check, gives_same_in_batch, require_exact
 from library.architectures.any_pipeline.conditioning import CapturedText, capture_text
 from library.architectures.any_pipeline.convention import Convention
 from library.architectures.any_pipeline.folder import (
@@ -28,7 +28,7 @@ from library.architectures.any_pipeline.preview import build_preview
 from library.architectures.any_pipeline.targets import block_lists, run_blocks_with, stacks
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict
 from library.architectures.any_pipeline.trees import format_path, leaves
-from library.architectures.any_pipeline.watch import Answers, Refused, Watched
+from library.architectures.any_pipeline.watch import Answers, Watched, WrongSize
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint as digest_weights
 from library.diffusion.flow import IGNORES
@@ -48,7 +48,7 @@ LATENTS = LatentSpec(
 )
 """Buckets are the same for every pipeline; channels and downscale are measured."""
 NOT_TRAINED = "the text encoders of a pipeline are not trained by this script"
-ONE_BY_ONE = "the samples of a batch are computed one after another"
+ONE_BY_ONE = "the samples of a batch may be computed one after another"
 RECIPE = Recipe(
     title="diffusers_train_network.py",
     metadata={
@@ -98,11 +98,11 @@ def build(options: PipelineOptions) -> Architecture:
 def say_loader(folder: PipelineFolder, denoiser: str) -> str:
     """Say what loads the saved adapter."""
     name = folder.kind.__name__
-    if denoiser in getattr(folder.kind, "_lora_loadable_modules", ()):
+    has_own = getattr(folder.classes[denoiser], "load_lora_adapter", None) is not None
+    if has_own and denoiser in getattr(folder.kind, "_lora_loadable_modules", ()):
         return f"the adapter is loaded by load_lora_weights of {name}"
-    loader = getattr(folder.classes[denoiser], "load_lora_adapter", None)
-    how = "pipe.{0}.load_lora_adapter" if loader is not None else "PEFT's inject_adapter_in_model"
-    return f"the adapter is not loaded by {name} itself but by {how.format(denoiser)}, as docs/any_model.md shows"
+    how = f"pipe.{denoiser}.load_lora_adapter" if has_own else "PEFT's inject_adapter_in_model"
+    return f"the adapter is not loaded by {name} itself but by {how}, as docs/any_model.md shows"
 
 
 def name_own_script(folder: PipelineFolder) -> None:
@@ -152,11 +152,9 @@ def measure_folder(folder: PipelineFolder, watched: Watched, precision: str) -> 
         watched.models = load_for_measuring(folder, precision, whole)
         try:
             convention = measure_smallest(watched, name)
-        except Refused:
+        except WrongSize:
             if whole:
                 raise
-            watched.denoiser = None
-            watched.memory.clear()
             continue
         break
     remember_probe(watched, convention)
@@ -169,12 +167,12 @@ def measure_smallest(watched: Watched, name: str) -> Convention:
     for side in SIDES:
         try:
             convention, maps = measure(watched, (side, side))
-        except Refused:
+        except WrongSize:
             if side == SIDES[-1]:
                 raise
             continue
         require_exact(check(watched, convention, maps), name)
-        return convention
+        return replace(convention, takes_batches=gives_same_in_batch(watched, convention, maps))
     raise AssertionError
 
 

@@ -17,6 +17,8 @@ from library.architectures.any_pipeline.trees import (
     leaves,
     map_leaves,
     replace_leaves,
+    split_rows,
+    stack_rows,
 )
 from library.architectures.any_pipeline.watch import (
     Answers,
@@ -126,6 +128,28 @@ def compare_own_mix(
     wide = watched.draw(prompt, (c.size[0], 2 * c.size[1]), **c.extra).calls[c.call].kwargs
     kwargs = with_text(c, maps.kwargs, {path: leaves(wide)[path] for path in c.text})
     return compare(watched, c, maps, trace, 1, kwargs)
+
+
+@torch.no_grad()
+def gives_same_in_batch(watched: Watched, convention: Convention, maps: SizeMaps) -> bool:
+    """Return True if the denoiser gives two samples at two levels in one call what it gives them alone."""
+    c, generator = convention, torch.Generator().manual_seed(11)
+    trace = watched.draw(c.prompts[0], c.size, steps=NUM_STEPS, **c.extra)
+    samples = torch.randn(2, maps.into.num_source, generator=generator)
+    rows = [
+        replace_leaves(
+            with_level(c, maps, maps.kwargs, torch.tensor([c.level_of(trace, step)])),
+            {c.latents: maps.into(sample[None]).reshape(maps.into.shape)},
+        )
+        for step, sample in enumerate(samples)
+    ]
+    alone = [join_values(watched.call_model(c.denoiser, "", ((), row))) for row in rows]
+    try:
+        together = split_rows(watched.call_model(c.denoiser, "", ((), stack_rows(rows))), len(rows))
+    except Exception:  # a denoiser for one sample at a time fails in its own way
+        return False
+    pairs = list(zip(together, alone, strict=True))
+    return all(a.shape == b.shape and difference(a, b) <= TOLERANCE for a, b in pairs)
 
 
 def compare_step(convention: Convention, trace: Trace, latents: Tensor, noise: Tensor) -> float:

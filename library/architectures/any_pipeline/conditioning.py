@@ -58,8 +58,10 @@ class CapturedText:
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """Return the denoiser's text arguments, first axis B, without gradient."""
         if detect_fake_mode(tokens.ids_BLT) is not None:
-            # Memory is being counted; the text encoders are not part of the count.
-            return pad_rows([self._features(self.example)] * len(tokens.ids_BLT[0]))
+            raise Refused(
+                "the memory of a measured pipeline cannot be planned, because its captions are captured by drawing; "
+                "remove --fit"
+            )
         captions = [bytes(row.tolist()).rstrip(b"\0").decode() for row in tokens.ids_BLT[0]]
         return pad_rows([self._encode(encoders, caption) for caption in captions])
 
@@ -82,9 +84,7 @@ class CapturedText:
         text: dict[Path, Any] = {}
         for path in self.convention.text:
             value_N, old = conditioning[format_path(path)][place], self.example[path]
-            shape = list(torch.as_tensor(old).shape)
-            if detect_fake_mode(value_N) is None:
-                shape = conditioning[SHAPE + format_path(path)][place].tolist()
+            shape = conditioning[SHAPE + format_path(path)][place].tolist()
             count = math.prod(shape)
             # Trailing zeros are cut off in caches.
             value = nn.functional.pad(value_N, (0, max(0, count - len(value_N))))[:count].reshape(shape)

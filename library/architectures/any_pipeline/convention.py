@@ -85,6 +85,7 @@ class Convention:
     replaces_scheduler: bool = False  # by DDIM, because the pipeline's own is random or rescales its sample
     lines: Mapping[Path, Line] = field(default_factory=dict)  # of `time`; the rest has tables
     counts_from_end: bool = False  # the prediction is behind the caption's tokens in the output
+    takes_batches: bool = False  # one call for several samples gives what single calls give
     output: Any = None  # the structure of the denoiser's output at `size`, zeros
     latent_shape: tuple[int, ...] = ()  # of what the VAE decodes, at `size`
     scale_Cpp: Any = None  # the VAE's latents are this times the sample, for each channel and place in a patch,
@@ -141,7 +142,8 @@ class Convention:
         yield f"  latents: {format_path(self.latents)}; noise level: {'; '.join(times)}"
         roles = {"text": self.text, "size": self.geometry, "constant": self.constant}
         yield "  " + "; ".join(f"{role}: {list_paths(paths)}" for role, paths in roles.items())
-        yield f"  objective: {'flow' if self.mix == 'flow' else 'DDPM'}, target {self.target}"
+        rows = "captions of equal length in one call" if self.takes_batches else "samples one after another"
+        yield f"  objective: {'flow' if self.mix == 'flow' else 'DDPM'}, target {self.target}; batches: {rows}"
         without = ", ".join(f"{name}={value}" for name, value in self.extra.items()) or "no option"
         yield f"  guidance is off with {without}; dropped captions are " + (
             "the empty prompt" if self.unconditional is None else "the pipeline's own negative prompt"

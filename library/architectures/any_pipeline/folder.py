@@ -253,10 +253,12 @@ def open_loader(folder: PipelineFolder, denoiser: str, options: Any) -> Pipeline
 def shorten(model: nn.Module) -> dict[str, str]:
     """Keep the first and the last block of each list of equal blocks. Return new names of weights -> old names."""
     before = list(model.state_dict())
-    lists = [(path, part) for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 2]
-    renamed = {}
-    for path, blocks in lists:
-        if len({type(block) for block in blocks}) == 1:
+    lists = {path: part for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 2}
+    renamed: dict[str, str] = {}
+    for path, blocks in lists.items():
+        # Lists inside of a shortened one stay whole, so that each name changes in one place.
+        is_inside = any(path.startswith(f"{outer}.") for outer in lists if f"{outer}.1." in renamed)
+        if not is_inside and len({type(block) for block in blocks}) == 1:
             renamed[f"{path}.1."] = f"{path}.{len(blocks) - 1}."
             del blocks[1:-1]
     names = {}

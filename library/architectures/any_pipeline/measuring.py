@@ -40,6 +40,7 @@ from library.architectures.any_pipeline.watch import (
     Size,
     Trace,
     Watched,
+    WrongSize,
     copy_scheduler,
     next_sample,
 )
@@ -59,12 +60,14 @@ def measure(
     """
     if not watched.vae:
         raise Refused(f"{type(watched.pipe).__name__} draws without a VAE, which this script does not train")
+    watched.denoiser = None
+    watched.memory.clear()
     convention, trace = read_roles(watched, size, prompts, options)
     template = trace.calls[convention.call].output
     assert trace.pixels is not None
     convention = replace(convention, pixel_shape=tuple(trace.pixels.shape))
     if tuple(trace.pixels.shape[-2:]) != size:
-        raise Refused(f"an image of {size} comes out with {tuple(trace.pixels.shape[-2:])}")
+        raise WrongSize(f"an image of {size} comes out with {tuple(trace.pixels.shape[-2:])}")
     convention = read_objective(watched, convention, trace, template)
     convention = read_time(watched, convention, template)
     convention, maps = read_output(watched, convention, template)
@@ -160,7 +163,9 @@ def find_quiet(watched: Watched, prompt: str, size: Size, options: Mapping[str, 
         if amount <= 1.001 * sum(step.output.numel() for step in trace.steps):
             break  # one output for each step
     if best is None:
-        raise Refused(f"it cannot draw an image of {size[0]}x{size[1]}: {failure}") from failure
+        raise WrongSize(
+            f"{type(watched.pipe).__name__} cannot draw an image of {size[0]}x{size[1]}: {failure}"
+        ) from failure
     return best[1], best[2]
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from library.architectures.any_pipeline.check import TOLERANCE, difference, encode_raw, with_level
 from library.architectures.any_pipeline.conditioning import CapturedText
@@ -19,10 +17,13 @@ from library.architectures.any_pipeline.maps import Map, SizeMaps, read_maps
 from library.architectures.any_pipeline.trees import (
     Path,
     empty_like,
+    have_equal_shapes,
     join_values,
     leaves,
     move,
     replace_leaves,
+    split_rows,
+    stack_rows,
 )
 from library.architectures.any_pipeline.watch import Answers, Refused, Size, Watched
 from library.protocols import LatentSpec
@@ -83,19 +84,22 @@ class PipelinePredict:
     def __call__(self, denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
         """Return the prediction that the pipeline would give its scheduler, in the layout of the latents."""
         c, latents_BCHW = self.convention, noised.latents_BCHW.float()
-        if not self.ready and detect_fake_mode(latents_BCHW) is None:
+        if not self.ready:
             require_same_prediction(self, denoiser)
         height, width = (side * c.downscale for side in latents_BCHW.shape[-2:])
         size = self.prepare(denoiser, (height, width))
         levels_B = noised.sigmas_B if c.mix == "flow" else noised.timesteps_B
         arguments_BN = size.into(latents_BCHW.flatten(1))
-        outputs = []
-        for place, argument_N in enumerate(arguments_BN):
-            kwargs = self.fill(
-                size, argument_N, levels_B[place : place + 1].float(), self.text.restore(conditioning, place)
-            )
-            outputs.append(size.out(join_values(denoiser(**kwargs)).float()[None]))
-        return torch.cat(outputs).reshape(latents_BCHW.shape)
+        texts = [self.text.restore(conditioning, place) for place in range(len(arguments_BN))]
+        rows = [
+            self.fill(size, argument_N, levels_B[place : place + 1].float(), texts[place])
+            for place, argument_N in enumerate(arguments_BN)
+        ]
+        if len(rows) > 1 and c.takes_batches and have_equal_shapes(texts):
+            outputs = split_rows(denoiser(**stack_rows(rows)), len(rows))
+        else:
+            outputs = [join_values(denoiser(**row)) for row in rows]
+        return torch.cat([size.out(output.float()[None]) for output in outputs]).reshape(latents_BCHW.shape)
 
     def fill(self, size: ReadySize, argument_N: Tensor, level_1: Tensor, text: dict[Path, Any]) -> Any:
         """Return the arguments of one sample."""
@@ -110,11 +114,9 @@ class PipelinePredict:
             return self.ready[sides, device]
         # Adapters may draw random numbers, which a resumed run must not draw anew.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            with unset_fake_temporarily():
-                trace = self.watched.draw(c.prompts[0], sides, Answers(stops_at=0), **c.extra)
+            trace = self.watched.draw(c.prompts[0], sides, Answers(stops_at=0), **c.extra)
             output = denoiser(**move(trace.calls[0].kwargs, device))
-        with unset_fake_temporarily():
-            self.ready[sides, device] = self._read_size(sides, empty_like(output), device)
+        self.ready[sides, device] = self._read_size(sides, empty_like(output), device)
         return self.ready[sides, device]
 
     def _read_size(self, sides: Size, template: Any, device: torch.device) -> ReadySize:
@@ -138,8 +140,7 @@ class PipelinePredict:
 
     def shift(self, sides: Size) -> float:
         """Return how far the pipeline shifts the noise levels of a size toward noise."""
-        with unset_fake_temporarily():
-            trace = self.watched.draw(self.convention.prompts[0], sides, Answers(stops_at=0), **self.convention.extra)
+        trace = self.watched.draw(self.convention.prompts[0], sides, Answers(stops_at=0), **self.convention.extra)
         config = self.watched.pipe.scheduler.config
         if trace.mu is None:
             return float(config.get("shift") or 1.0)
@@ -172,7 +173,7 @@ def check_again(predict: PipelinePredict, denoiser: nn.Module) -> float:
     seed = torch.initial_seed()
     with torch.no_grad(), torch.random.fork_rng(), watched.using({c.denoiser: denoiser}):
         torch.manual_seed(seed)  # adapters may drop values, in both passes the same
-        trace = watched.draw(c.prompts[0], c.size, Answers(pixels=c.empty_pixels(c.size)), steps=1, **c.extra)
+        trace = watched.draw(c.prompts[0], c.size, Answers(pixels=c.empty_pixels(c.size)), **c.extra)
         text = {path: leaves(size.kwargs)[path] for path in c.text}
         device = predict.device(denoiser)
         step, latents = trace.steps[0], size.maps.into(trace.steps[0].sample.flatten()[None])[0].to(device)

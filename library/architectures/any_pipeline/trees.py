@@ -1,6 +1,6 @@
 """Nested arguments and outputs of models: dicts, lists and tuples with tensors as leaves, addressed by paths."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,6 +109,28 @@ def fill_like(output: Any, values: Tensor) -> Any:
         return values[start - leaf.numel() : start].reshape(leaf.shape).to(leaf)
 
     return map_leaves(output, change)
+
+
+def stack_rows(rows: Sequence[Any]) -> Any:
+    """Return the arguments of one call for several samples: tensors whose first axis is 1 are joined along it."""
+    columns = [leaves(row) for row in rows]
+
+    def stack(path: Path, leaf: Any) -> Any:
+        is_row = isinstance(leaf, Tensor) and leaf.shape[:1] == (1,)
+        return torch.cat([column[path] for column in columns]) if is_row else leaf
+
+    return map_leaves(rows[0], stack)
+
+
+def split_rows(output: Any, count: int) -> list[Tensor]:
+    """Return the values of each sample of an output as a vector."""
+    return [torch.cat([tensor[row].flatten() for tensor in float_tensors(output)]) for row in range(count)]
+
+
+def have_equal_shapes(rows: Sequence[Mapping[Path, Any]]) -> bool:
+    """Return True if samples differ in values of tensors only."""
+    shapes = [{p: v.shape if isinstance(v, Tensor) else v for p, v in row.items()} for row in rows]
+    return all(other == shapes[0] for other in shapes)
 
 
 def empty_like(output: Any) -> Any:

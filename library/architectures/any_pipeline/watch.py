@@ -37,6 +37,10 @@ class Refused(UserError):
     """The pipeline does something that cannot be measured."""
 
 
+class WrongSize(Refused):
+    """The pipeline does not draw an image of this size."""
+
+
 class Stop(Exception):
     """Ends a drawing early."""
 

@@ -1,0 +1,61 @@
+"""A folder is measured on few blocks of its denoiser, which gives what the whole denoiser gives."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from library.architectures.any_pipeline.assembly import measure_folder
+from library.architectures.any_pipeline.convention import Convention
+from library.architectures.any_pipeline.folder import load_shortened, open_folder
+from library.architectures.any_pipeline.kept import Kept, fingerprint, read_kept, write_kept
+from library.architectures.any_pipeline.measuring import measure
+from tests.any_pipeline.test_convention import SIZE
+from tests.tiers import first_is_fast
+from tests.tiny.pipelines import build_tiny_pipeline
+
+CASES = first_is_fast(["AuraFlowPipeline", "FluxPipeline", "HunyuanDiTPipeline", "StableDiffusionXLPipeline"])
+
+
+def values_of(convention: Convention) -> dict[str, Any]:
+    values = {f.name: getattr(convention, f.name) for f in fields(convention)}
+    del values["takes_batches"], values["output"]  # compared by other tests
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_few_blocks_give_the_convention_of_all(name: str, tmp_path: Path) -> None:
+    from library.architectures.any_pipeline.watch import watch_pipeline
+
+    pipe = build_tiny_pipeline(name)
+    pipe.save_pretrained(tmp_path / "model")
+    folder = open_folder(str(tmp_path / "model"), trusts_code=False)
+    of_few = measure_folder(folder, folder.build_stage(), "no")
+    of_all, _ = measure(watch_pipeline(pipe), SIZE)
+    assert values_of(of_few) == values_of(of_all)
+
+
+def test_a_denoiser_is_shortened_to_the_first_and_the_last_block(tmp_path: Path) -> None:
+    pipe = build_tiny_pipeline("AuraFlowPipeline")
+    pipe.save_pretrained(tmp_path / "model")
+    short: Any = load_shortened(open_folder(str(tmp_path / "model"), False), "transformer")
+    whole = pipe.transformer.single_transformer_blocks
+    assert len(whole) == 4 and len(short.single_transformer_blocks) == 2
+    for kept, original in zip(short.single_transformer_blocks, (whole[0], whole[3]), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), original.parameters(), strict=True))
+
+
+def test_a_kept_convention_is_read_back(tmp_path: Path) -> None:
+    build_tiny_pipeline("AuraFlowPipeline").save_pretrained(tmp_path / "model")
+    folder = open_folder(str(tmp_path / "model"), False)
+    watched = folder.build_stage()
+    convention = measure_folder(folder, watched, "no")
+    write_kept(tmp_path / "kept.safetensors", Kept(convention, watched.memory))
+    kept = read_kept(tmp_path / "kept.safetensors")
+    assert values_of(kept.convention) == values_of(convention)
+    assert kept.memory.keys() == watched.memory.keys()
+    before = fingerprint(folder)
+    (tmp_path / "model" / "scheduler" / "scheduler_config.json").write_text("{}")
+    assert fingerprint(folder) != before
