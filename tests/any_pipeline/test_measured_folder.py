@@ -12,11 +12,12 @@ from library.architectures.any_pipeline.convention import Convention
 from library.architectures.any_pipeline.folder import load_shortened, open_folder
 from library.architectures.any_pipeline.kept import Kept, fingerprint, read_kept, write_kept
 from library.architectures.any_pipeline.measuring import measure
+from library.architectures.any_pipeline.watch import watch_pipeline
 from tests.any_pipeline.test_convention import SIZE
-from tests.tiers import first_is_fast
 from tests.tiny.pipelines import build_tiny_pipeline
 
-CASES = first_is_fast(["AuraFlowPipeline", "FluxPipeline", "HunyuanDiTPipeline", "StableDiffusionXLPipeline"])
+pytestmark = pytest.mark.slow
+CASES = ["AuraFlowPipeline", "FluxPipeline", "HunyuanDiTPipeline", "StableDiffusionXLPipeline"]
 
 
 def values_of(convention: Convention) -> dict[str, Any]:
@@ -27,8 +28,6 @@ def values_of(convention: Convention) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_few_blocks_give_the_convention_of_all(name: str, tmp_path: Path) -> None:
-    from library.architectures.any_pipeline.watch import watch_pipeline
-
     pipe = build_tiny_pipeline(name)
     pipe.save_pretrained(tmp_path / "model")
     folder = open_folder(str(tmp_path / "model"), trusts_code=False)

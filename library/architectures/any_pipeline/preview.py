@@ -28,13 +28,12 @@ def build_preview(predict: PipelinePredict, codec: PipelineLatents) -> Preview:
 
     side = int(getattr(pipe, "default_sample_size", None) or SIDE // codec.spec.downscale) * codec.spec.downscale
     scale = "true_cfg_scale" if "true_cfg_scale" in options else "guidance_scale"
-    guides = predict.convention.unconditional is not None
     return Preview(
         defaults=PromptDefaults(
             num_steps=default("num_inference_steps", int, STEPS),
             width=default("width", int, side),
             height=default("height", int, side),
-            scale=default(scale, float, SCALE) if guides else SCALE,
+            scale=default(scale, float, SCALE),
             size_step=codec.spec.bucket_step,
         ),
         text=replace(predict.text, remembers=True),
@@ -58,9 +57,8 @@ def draw(
     watched, c = predict.watched, predict.convention
     size = prompt.height, prompt.width
     scale = "true_cfg_scale" if "true_cfg_scale" in watched.options else "guidance_scale"
-    extra: dict[str, Any] = {"generator": generator}
-    if c.unconditional is not None:
-        extra |= {scale: prompt.scale, "negative_prompt": prompt.negative}
+    settings = {"generator": generator, scale: prompt.scale, "negative_prompt": prompt.negative}
+    extra = {name: value for name, value in settings.items() if name in watched.options}
 
     def check_interruption(_: int, sample: Tensor) -> None:
         if not goes_on():
