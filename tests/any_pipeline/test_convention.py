@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from library.architectures.any_pipeline.check import check, gives_same_in_batch, require_exact
+from library.architectures.any_pipeline.conditioning import capture_text
 from library.architectures.any_pipeline.convention import Convention, Line
 from library.architectures.any_pipeline.maps import SizeMaps
 from library.architectures.any_pipeline.measuring import measure
 from library.architectures.any_pipeline.watch import Refused, Watched, watch_pipeline
 from tests.tiers import first_is_fast
 from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline
+from tests.tolerances import FLOAT32_SAME_MATH
 
 SIZE = (64, 64)
 
@@ -27,7 +29,7 @@ def measured(name: str) -> tuple[Watched, Convention, SizeMaps]:
 @pytest.mark.parametrize("name", first_is_fast(sorted(PIPELINES)))
 def test_the_measured_convention_is_what_the_pipeline_does(name: str) -> None:
     watched, convention, maps = measured(name)
-    require_exact(check(watched, convention, maps), name)
+    require_exact(check(watched, convention, maps))
 
 
 def negate(convention: Convention, maps: SizeMaps) -> tuple[Convention, SizeMaps]:
@@ -75,10 +77,20 @@ def test_a_wrong_convention_fails_the_check(
     change: Callable[[Convention, SizeMaps], tuple[Convention, SizeMaps]], error: str
 ) -> None:
     watched, convention, maps = measured("FluxPipeline")
-    with pytest.raises(Refused, match=f"FluxPipeline cannot be trained: .*{error}"):
-        require_exact(check(watched, *change(convention, maps)), "FluxPipeline")
+    with pytest.raises(Refused, match=f"what was measured differs from what the pipeline does, in .*{error}"):
+        require_exact(check(watched, *change(convention, maps)))
 
 
 def test_a_batch_is_one_call_only_where_that_gives_the_same() -> None:
     assert gives_same_in_batch(*measured("AuraFlowPipeline"))
     assert not gives_same_in_batch(*measured("ZImagePipeline"))  # its samples are lists
+
+
+def test_a_dropped_caption_is_the_negative_prompt_of_the_pipeline() -> None:
+    watched, convention, _ = measured("StableDiffusionPipeline")
+    pipe = build_tiny_pipeline("StableDiffusionPipeline")
+    _, negative = pipe.encode_prompt("a cat", "cpu", 1, True)
+    dropped, named = (capture_text(watched, convention, text) for text in ("", "a dog"))
+    states = ("encoder_hidden_states",)
+    torch.testing.assert_close(dropped[states], negative, **FLOAT32_SAME_MATH)
+    torch.testing.assert_close(named[states], pipe.encode_prompt("a dog", "cpu", 1, False)[0], **FLOAT32_SAME_MATH)

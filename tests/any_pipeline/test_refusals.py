@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from library.architectures.any_pipeline.measuring import measure
-from library.architectures.any_pipeline.watch import Refused, watch_pipeline
 from tests.any_pipeline.test_training import SCRIPT, arguments
 from tests.running import Finished
 from tests.tiny.pipelines import build_tiny_pipeline
@@ -75,6 +73,12 @@ def test_options_for_other_models_are_refused(words: list[str], sentence: str, t
     assert done.status == 1 and sentence in done.stderr
 
 
-def test_arguments_that_follow_caption_and_size_together_are_refused() -> None:
-    with pytest.raises(Refused, match="attention_mask follows caption and size together"):
-        measure(watch_pipeline(build_tiny_pipeline("ChromaPipeline")), (64, 64))
+@pytest.mark.slow
+def test_arguments_that_follow_caption_and_size_together_are_refused(tmp_path: Path, train: Train) -> None:
+    build_tiny_pipeline("ChromaPipeline").save_pretrained(tmp_path / "model")
+    done = train(arguments(tmp_path / "model", tmp_path), script=SCRIPT)
+    assert done.status == 1
+    assert (
+        f"--pretrained_model_name_or_path {tmp_path / 'model'}: ChromaPipeline cannot be trained: attention_mask "
+        "follows caption and size together, so captions cannot be cached"
+    ) in done.stderr

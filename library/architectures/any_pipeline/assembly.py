@@ -28,7 +28,7 @@ from library.architectures.any_pipeline.preview import build_preview
 from library.architectures.any_pipeline.targets import block_lists, run_blocks_with, stacks
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict
 from library.architectures.any_pipeline.trees import format_path, leaves
-from library.architectures.any_pipeline.watch import Answers, Watched, WrongSize
+from library.architectures.any_pipeline.watch import Answers, Refused, Watched, WrongSize
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint as digest_weights
 from library.diffusion.flow import IGNORES
@@ -36,6 +36,7 @@ from library.errors import UserError
 from library.models.adapter_views import view_denoiser
 from library.models.identify import bases_of_pipeline
 from library.models.recipe import OTHER_ATTENTION, Recipe
+from library.options.model import BASE_FLAG
 from library.protocols import Architecture, LatentSpec, TextCacheSpec
 from networks.core.protocol import is_switched_on
 
@@ -146,23 +147,23 @@ def measure_folder(folder: PipelineFolder, watched: Watched, precision: str) -> 
 
     Raises Refused with the reason.
     """
-    name, scheduler = folder.kind.__name__, watched.pipe.scheduler
+    scheduler = watched.pipe.scheduler
     for whole in (False, True):
         watched.set_scheduler(type(scheduler).from_config(scheduler.config))
         watched.models = load_for_measuring(folder, precision, whole)
         try:
-            convention = measure_smallest(watched, name)
-        except WrongSize:
-            if whole:
-                raise
-            continue
+            convention = measure_smallest(watched)
+        except Refused as error:
+            if isinstance(error, WrongSize) and not whole:
+                continue
+            raise Refused(f"{BASE_FLAG} {folder.path}: {folder.kind.__name__} cannot be trained: {error}") from error
         break
     remember_probe(watched, convention)
     watched.models = {}
     return convention
 
 
-def measure_smallest(watched: Watched, name: str) -> Convention:
+def measure_smallest(watched: Watched) -> Convention:
     """Measure and check a pipeline at the smallest size that it takes."""
     for side in SIDES:
         try:
@@ -171,7 +172,7 @@ def measure_smallest(watched: Watched, name: str) -> Convention:
             if side == SIDES[-1]:
                 raise
             continue
-        require_exact(check(watched, convention, maps), name)
+        require_exact(check(watched, convention, maps))
         return replace(convention, takes_batches=gives_same_in_batch(watched, convention, maps))
     raise AssertionError
 

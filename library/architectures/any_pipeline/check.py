@@ -51,12 +51,12 @@ class Errors:
                 yield f"{entry.name.replace('_', ' ')} {value:.2g}"
 
 
-def require_exact(errors: Errors, pipeline: str, tolerance: float = TOLERANCE) -> None:
+def require_exact(errors: Errors, tolerance: float = TOLERANCE) -> None:
     """Raise Refused naming the errors above the tolerance."""
     if large := list(errors.list_large(tolerance)):
         raise Refused(
-            f"{pipeline} cannot be trained: what was measured of it differs from what it does, in {', '.join(large)} "
-            f"(at most {tolerance:g} is accepted)"
+            f"what was measured differs from what the pipeline does, in {', '.join(large)} (at most {tolerance:g} is "
+            "accepted)"
         )
 
 

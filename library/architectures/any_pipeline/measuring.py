@@ -59,7 +59,7 @@ def measure(
     Raises Refused with the reason if the rules cannot express it.
     """
     if not watched.vae:
-        raise Refused(f"{type(watched.pipe).__name__} draws without a VAE, which this script does not train")
+        raise Refused("it draws without a VAE, which this script does not train")
     watched.denoiser = None
     watched.memory.clear()
     convention, trace = read_roles(watched, size, prompts, options)
@@ -163,9 +163,7 @@ def find_quiet(watched: Watched, prompt: str, size: Size, options: Mapping[str, 
         if amount <= 1.001 * sum(step.output.numel() for step in trace.steps):
             break  # one output for each step
     if best is None:
-        raise WrongSize(
-            f"{type(watched.pipe).__name__} cannot draw an image of {size[0]}x{size[1]}: {failure}"
-        ) from failure
+        raise WrongSize(f"it cannot draw an image of {size[0]}x{size[1]}: {failure}") from failure
     return best[1], best[2]
 
 

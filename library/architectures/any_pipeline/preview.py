@@ -57,7 +57,7 @@ def draw(
     watched, c = predict.watched, predict.convention
     size = prompt.height, prompt.width
     scale = "true_cfg_scale" if "true_cfg_scale" in watched.options else "guidance_scale"
-    settings = {"generator": generator, scale: prompt.scale, "negative_prompt": prompt.negative}
+    settings: dict[str, Any] = {"generator": generator, scale: prompt.scale, "negative_prompt": prompt.negative}
     extra = {name: value for name, value in settings.items() if name in watched.options}
 
     def check_interruption(_: int, sample: Tensor) -> None:

@@ -118,7 +118,8 @@ def key_of(name: str, path: str, arguments: Any) -> str:
         digest.update(repr(place).encode())
         if isinstance(leaf, Tensor):
             digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-            digest.update(leaf.detach().cpu().double().numpy().tobytes())
+            values = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+            digest.update(values.detach().cpu().double().numpy().tobytes())
         else:
             digest.update(repr(leaf).encode())
     return digest.hexdigest()
