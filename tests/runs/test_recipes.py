@@ -111,4 +111,5 @@ def test_every_recipe_value_has_a_reason(name: str) -> None:
 
 def test_every_documented_base_model_has_a_recipe() -> None:
     scripts = {recipe.script for recipe in list_recipes()}
-    assert scripts == {path.name for path in ROOT.glob("*train_network.py")}
+    # No settings are known to suit every pipeline of diffusers.
+    assert scripts == {path.name for path in ROOT.glob("*train_network.py")} - {"diffusers_train_network.py"}

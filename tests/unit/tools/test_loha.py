@@ -17,7 +17,7 @@ from networks.core.files.renaming import rename
 from tests.tolerances import FLOAT32_SAME_MATH
 from tools import check_lora_weights, convert_lora, merge_lora, resize_lora
 
-TABLES = [spec.names for spec in list_specs()]
+TABLES = [spec.names for spec in list_specs() if spec.names.modules]  # a measured pipeline has none
 WIDTHS = {"sd1": 768, "sd2": 1024, "sdxl": 2048, "flux": 3072, "hunyuan_image": 3584}  # distinguishes the models
 CONV = "lora_unet_up_blocks_2_resnets_1_conv1"
 RANK, ALPHA = 2, 3.0
