@@ -17,8 +17,9 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 import torch
 from PIL import Image
 
-from library.checkpoints.files import atomic_path, display_path, file_in_folder
-from library.checkpoints.overwriting import PNG, check_overwrite
+from library.checkpoints.files import display_path, file_in_folder
+from library.checkpoints.marks import mark_of, save_image
+from library.checkpoints.overwriting import check_target
 from library.errors import UserError
 from library.options.output.saving import SavingOptions
 from library.options.training.run import MAX_SEED
@@ -35,11 +36,12 @@ from library.training.reporting.sample_images import encode_data_url
 from library.training.saving.checkpoints import Names
 from library.training.saving.saved_files import drop_copies, files_of_run
 from library.types import Prompt
-from tools.command import check_at_least_one, make_training_parser, training_command
+from tools.command import check_at_least_one, make_training_parser, training_command, written_by
 from tools.plan_memory import read_training_options
 
 logger = logging.getLogger(__name__)
 
+WRITER = "tools/contact_sheet.py"
 LARGEST_IN_REPORT = 1800, 12_000  # maximum width and height in pixels
 
 EXAMPLES = """\
@@ -179,7 +181,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     )
     if target is None:
         raise UserError("--sheet is not set; set the PNG to write, or --output_dir")
-    check_overwrite("--sheet", target, PNG, [*files, Path(options.preview.sample_prompts)])
+    check_target("--sheet", target, written_by(WRITER, target), [*files, Path(options.preview.sample_prompts)])
     arch, device = base.build(options), find_device()
     draw = partial(draw_rows, options.network, options.precision, options.memory, arch)
     specs = read_prompts(Path(options.preview.sample_prompts))
@@ -195,8 +197,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
             [show_with_references(p, image, spec) for p, image in zip(columns, row, strict=True)] for row in images
         ]
         sheet = arrange(images, label_rows(files), [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)
-    with atomic_path(target) as temporary:
-        sheet.save(temporary, format="PNG")
+    save_image(target, sheet, mark_of(WRITER, target))
     logger.info("wrote %s", target)
     if options.saving.output_dir and (report := Names.build(options.saving).of_report()).is_file():
         # A run that is still going on rewrites its report; the lock keeps the two writers apart.

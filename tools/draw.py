@@ -9,16 +9,18 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.checkpoints.files import atomic_path, file_in_folder
-from library.checkpoints.overwriting import PNG, check_overwrite
+from library.checkpoints.files import file_in_folder
+from library.checkpoints.marks import mark_of, save_image
+from library.checkpoints.overwriting import check_target, marked
 from library.errors import UserError
 from library.training.command_line.checks import check_precision, check_values
-from library.training.evaluation.prompts import parse_strip, read_prompts, refuse_strengths, resolve_all
+from library.training.evaluation.prompts import PromptSpec, parse_strip, read_prompts, refuse_strengths, resolve_all
 from library.training.offline.adapter_files import Stack
 from library.training.offline.contact_sheet import arrange, draw_rows
 from library.training.reporting.sample_images import Drawn, write_image
@@ -65,46 +67,65 @@ def scale_strengths(files: Stack, factor: float) -> Stack:
     return [(file, strength * factor) for file, strength in files if strength * factor]
 
 
-def draw(args: argparse.Namespace, training: Sequence[str]) -> None:
-    """Draw and write the images. Raises UserError for invalid options, and for files that do not fit the model."""
-    files = [parse_adapter(text) for text in args.adapter]
+def read_specs(args: argparse.Namespace) -> list[PromptSpec]:
+    """Return the prompts of --prompt and --prompts, all with a seed. Raises UserError if there are none."""
     if not args.prompt and not args.prompts:
         raise UserError("there is nothing to draw; give --prompt, or --prompts with a file")
-    path, spec = find_base("MODEL", args.model, "unet", "transformer", "text_encoder")
-    model_options = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(path)]
-    _, options = read_training_options(spec.script, [*model_options, *training])
-    check_values(options)
-    check_precision(options)
-    arch = spec.build(options)
     lines = enumerate(args.prompt, 1)
     specs = [spec for number, line in lines for spec in parse_strip(line, f"--prompt {number}")]
     specs += read_prompts(args.prompts) if args.prompts else []
     refuse_strengths(specs, "--strengths")
-    prompts = resolve_all(specs, arch)
-    prompts = [replace(prompt, seed=args.seed) if prompt.seed is None else prompt for prompt in prompts]
-    factors = [1.0] if args.strengths is None else args.strengths
+    return [replace(spec, seed=args.seed) if spec.seed is None else spec for spec in specs]
+
+
+def plan_images(
+    args: argparse.Namespace, training: Sequence[str], files: Stack, specs: Sequence[PromptSpec]
+) -> dict[tuple[float, int], tuple[Path, str]]:
+    """Return the path and the mark of every image, by factor and number of the prompt, from 1."""
+    targets = {}
+    for factor in args.strengths or [1.0]:
+        for number, spec in enumerate(specs, 1):
+            strength = "" if args.strengths is None else f"_{factor:g}"
+            path = args.output / f"{number:02}{strength}_{spec.seed}.png"
+            targets[factor, number] = path, make_mark(path, args.model, training, scale_strengths(files, factor), spec)
+    return targets
+
+
+def make_mark(path: Path, model: str, training: Sequence[str], *content: object) -> str:
+    """Return the mark of an image, which holds a digest of what is drawn: another prompt or adapter replaces none."""
+    digest = blake2b(repr((model, list(training), content)).encode("utf-8", "surrogatepass"), digest_size=8)
+    return mark_of(f"tools/draw.py {digest.hexdigest()}", path)
+
+
+def draw(args: argparse.Namespace, training: Sequence[str]) -> None:
+    """Draw and write the images. Raises UserError for invalid options, and for files that do not fit the model."""
+    files = [parse_adapter(text) for text in args.adapter]
+    specs = read_specs(args)
+    targets = plan_images(args, training, files, specs)
     sheet = args.output / "strengths.png"
-    targets = {
-        (factor, number): args.output
-        / f"{number:02}{'' if args.strengths is None else f'_{factor:g}'}_{prompt.seed}.png"
-        for factor in factors
-        for number, prompt in enumerate(prompts, 1)
-    }
+    sheet_mark = make_mark(sheet, args.model, training, files, args.strengths, specs)
     inputs = [file for file, _ in files]
-    for target in [*targets.values(), *([] if args.strengths is None else [sheet])]:
-        check_overwrite("--output", target, PNG, inputs)
+    for path, mark in [*targets.values(), *([] if args.strengths is None else [(sheet, sheet_mark)])]:
+        check_target("--output", path, marked("the image that this command draws there", mark), inputs)
+    model, spec = find_base("MODEL", args.model, "unet", "transformer", "text_encoder")
+    model_options = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(model)]
+    _, options = read_training_options(spec.script, [*model_options, *training])
+    check_values(options)
+    check_precision(options)
+    arch = spec.build(options)
+    prompts, factors = resolve_all(specs, arch), args.strengths or [1.0]
     rows = []
     stacks, device = [scale_strengths(files, factor) for factor in factors], find_device()
     drawn_rows = draw_rows(options.network, options.precision, options.memory, arch, stacks, prompts, device)
     for factor, images in zip(factors, drawn_rows, strict=True):
         for number, (prompt, image) in enumerate(zip(prompts, images, strict=True), 1):
-            write_image(targets[factor, number], Drawn(number, prompt, image))
-            logger.info("wrote %s", targets[factor, number])
+            path, mark = targets[factor, number]
+            write_image(path, Drawn(number, prompt, image), mark)
+            logger.info("wrote %s", path)
         rows.append(images)
     if args.strengths is not None:
         labels = [f"strength {factor:g}" for factor in factors]
-        with atomic_path(sheet) as temporary:
-            arrange(rows, labels, [f"{p.seed}: {p.text}" for p in prompts], 512).save(temporary, format="PNG")
+        save_image(sheet, arrange(rows, labels, [f"{p.seed}: {p.text}" for p in prompts], 512), sheet_mark)
         logger.info("wrote %s", sheet)
 
 

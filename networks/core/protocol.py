@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.files import atomic_path
+from library.checkpoints.files import atomic_path, is_safetensors, mark_pickle
+from library.checkpoints.marks import RUN, mark_of
 from library.errors import UserError
 from library.suggestions import nearest_name
 
@@ -309,6 +310,8 @@ class AdoptedNetwork:
         try:
             with atomic_path(path) as temporary:
                 self._method("save_weights")(str(temporary), dtype, metadata)
+                if not is_safetensors(temporary):  # whose metadata names the run
+                    mark_pickle(temporary, mark_of(RUN, Path(path)))
         finally:
             hook.remove()
 

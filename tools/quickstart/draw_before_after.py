@@ -17,12 +17,16 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
     prepare_for_torch()  # before torch is imported
 
+from library.checkpoints.marks import save_image
+from library.checkpoints.overwriting import check_target
 from tools.command import command, make_parser
 from tools.quickstart.sampling import count_right, load_pipeline, merge_lora, read_prompts, sample
+from tools.quickstart.toy_files import image_kind
 from tools.quickstart.toy_world import QUICKSTART, ImageArray
 
 logger = logging.getLogger(__name__)
 
+WRITER = "tools/quickstart/draw_before_after.py"
 ENLARGEMENT = 2
 NUM_COLUMNS = 4  # in each half
 GAP = 8
@@ -54,6 +58,7 @@ def draw_before_and_after(base: Path, lora: Path, prompts_file: Path, out: Path)
     """Write the image. Return the shares of samples that show their prompt, before and after."""
     from safetensors.torch import load_file
 
+    check_target("--out", out, image_kind(WRITER), [lora, prompts_file])
     prompts = read_prompts(prompts_file)
     weights = load_file(lora)
     pipeline = load_pipeline(base)
@@ -62,8 +67,7 @@ def draw_before_and_after(base: Path, lora: Path, prompts_file: Path, out: Path)
     after = sample(pipeline, prompts)
     shares = count_right(before, prompts) / len(prompts), count_right(after, prompts) / len(prompts)
     titles = (f"before: {shares[0]:.0%} as asked", f"after: {shares[1]:.0%} as asked")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    arrange(before, after, titles).save(out)
+    save_image(out, arrange(before, after, titles), WRITER)
     return shares
 
 

@@ -11,7 +11,6 @@ import torch
 
 from library.checkpoints.folders import ADDED_TO_NAMES, LONGEST_ON_WINDOWS
 from library.checkpoints.metadata import thumbnail_url
-from library.checkpoints.overwriting import check_not_input, check_overwrite
 from library.data.concepts.prompts_file import FLAG as PROMPTS_FLAG
 from library.data.concepts.prompts_file import read_prompt_pairs
 from library.errors import UserError
@@ -33,10 +32,10 @@ from library.options.training.concepts import ConceptOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.noise import NoiseOptions
 from library.options.training.optimizer import OptimizerOptions
+from library.training.command_line.targets import check_targets
 from library.training.evaluation.preview import PreviewSchedule
 from library.training.evaluation.prompts import check_sampler, read_prompts
 from library.training.optimization.optimizers import class_path, resolve_optimizer_type
-from library.training.report_page.page import REPORT
 from library.training.reporting.trackers import read_tracker_config, tracker_kind
 from library.training.saving.checkpoints import Names, state_folder
 
@@ -187,43 +186,10 @@ def check_output(options: TrainOptions) -> None:
     thumbnail_url(options.metadata.metadata_thumbnail)
     names = Names.build(saving)
     check_lengths(names)
+    check_targets(options)
     path = names.of_end()
-    if path.is_dir():
-        raise UserError(f"--output_name: {path} is a folder, but the adapter is saved under that name; use another")
-    check_overwriting(options)
     if path.exists() and not (options.state.resume or options.state.autoresume):
         logger.warning("%s already exists and will be overwritten when the run ends", path)
-
-
-def check_overwriting(options: TrainOptions) -> None:
-    """Raise UserError if the run would overwrite one of its inputs, or if the report would overwrite another file."""
-    inputs = find_input_files(options, is_resumed=bool(options.state.resume or options.state.autoresume))
-    names = Names.build(options.saving)
-    # Every save writes a file of the run's name with a step or an epoch, so inputs of such names would be overwritten
-    # too.
-    for input_path in inputs:
-        is_of_run = names.has_stem(input_path.stem) and input_path.suffix == names.of_end().suffix
-        if is_of_run and input_path.parent.resolve() == names.folder.resolve():
-            check_not_input("--output_name:", input_path, [input_path])
-    values = options.flat()
-    for name, facts in type(options).facts().items():
-        if facts.names_output and values[name]:
-            check_not_input(f"--{name}", Path(values[name]), inputs)
-    if not options.reports.no_report:
-        for page in (names.of_report(), *([names.of_sweep()] if options.sweep.sweep else [])):
-            check_overwrite("--output_name:", page, REPORT, inputs)
-
-
-def find_input_files(options: Options, is_resumed: bool) -> list[Path]:
-    """Return the input files that the options name.
-
-    A resumed run takes its weights from the state and reads only the shapes of an adapter file.
-    """
-    outputs = {name for name, facts in type(options).facts().items() if facts.names_output}
-    left_out = {*outputs, *(["network_weights"] if is_resumed else [])}
-    values = [value for name, value in options.flat().items() if name not in left_out]
-    candidates = [text for value in values for text in (value if isinstance(value, list) else [value])]
-    return [Path(text) for text in candidates if isinstance(text, str | Path) and os.path.isfile(text)]
 
 
 def check_output_name(name: str) -> None:

@@ -40,6 +40,7 @@ from library.training.planning.advice import memory_hints
 from library.training.planning.correction import MemoryWatch
 from library.training.planning.fit import Fit
 from library.training.planning.fit_run import fit_run
+from library.training.report_page.page import TITLES
 from library.training.reporting.console_lines import format_finished
 from library.training.reporting.event_stream import EventsOfAll, WarningEvents
 from library.training.reporting.events import Audit, Planned
@@ -300,7 +301,7 @@ def rank_adapters(
     """Log the ranking of a sweep's adapters, and write its page."""
     names = Names.build(saving)
     page = names.of_sweep() if writes_page else None
-    title = f"Sweep of {saving.output_name or names.folder.name}"
+    title = TITLES["sweep"] + (saving.output_name or names.folder.name)
     log_ranking(rank(collect_standing(prepared, sweep)), title, page)
 
 

@@ -40,7 +40,7 @@ from library.training.reporting.sample_images import (
     is_written,
     to_image,
     write_grid,
-    write_image,
+    write_preview,
 )
 from library.training.reporting.trackers import Charts
 from library.training.run_parts import Run
@@ -291,8 +291,7 @@ class Previews:
                 return []
             image = decode(run.context, vae, latents_BCHW, self._vae_fallback)
             drawn = Drawn(index, prompt, show_with_references(prompt, image, run.context.arch.codec.spec))
-            path = image_path(run.options.saving, event, index, prompt.seed)
-            write_image(path, drawn)
+            path = write_preview(image_path(run.options.saving, event, index, prompt.seed), drawn)
             with tqdm.external_write_mode():
                 logger.info("preview %d: %s", index, path)
             if run.events.is_on:

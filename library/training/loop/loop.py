@@ -65,7 +65,7 @@ def train(
             adapter.begin()
     delete_outdated(adapter_runs)
     num_profiled = run.options.trackers.profile if is_main else 0
-    profile = adapters[0].writer.names.path_with_ending("-profile.json.gz")
+    profile = adapters[0].writer.names.of_profile()
     with ExitStack() as stack:
         # At exit torch waits five seconds for each worker that still runs, kills it and prints a traceback.
         stack.callback(run.batches.close)

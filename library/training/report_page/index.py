@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.overwriting import check_overwrite
+from library.checkpoints.overwriting import check_target
 from library.errors import UserError
-from library.training.report_page.page import ENDING, REPORT, build_page
+from library.training.report_page.page import ENDING, INDEX, TITLES, build_page
 from library.training.report_page.record import Record
 from library.training.report_page.writer import read_report, write_page
 
@@ -42,14 +42,14 @@ def write_index(folder: Path) -> None:
     reports = sorted(folder.glob(f"*{ENDING}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)[:MOST_RUNS]
     if len(reports) < 2:
         return
-    check_overwrite("index of the runs:", folder / FILE_NAME, REPORT)
+    check_target("index of the runs:", folder / FILE_NAME, INDEX)
     runs = []
     for path in reports:
         try:
             runs.append(summarize(read_report(path), path))
         except UserError as error:
             logger.warning("%s; it is not part of %s", error, FILE_NAME)
-    title = f"Runs in {folder.resolve().name}"
+    title = TITLES["index"] + folder.resolve().name
     write_page(folder / FILE_NAME, build_page(title, "index.js", {"title": title, "runs": runs}))
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from library.checkpoints.files import atomic_path
+from library.checkpoints.overwriting import find_place
 from library.errors import UserError
 from library.json_text import parse_json
-from library.training.report_page.page import build_page, read_data
+from library.training.report_page.page import build_page, read_data, report_kind
 from library.training.report_page.record import Record
 from library.training.reporting.event_checks import check_line
 
@@ -57,6 +58,7 @@ class ReportWriter:
     def _write(self) -> None:
         """Write the page. If it cannot be written (open in another program, or a full disk), try again when due."""
         try:
+            self.path = find_place(self.path, report_kind(self._record.name))
             write_page(self.path, build_report(self._record, self._reload_s))
         except OSError as error:
             if not self._is_reported:

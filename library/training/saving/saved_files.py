@@ -5,13 +5,13 @@ import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from library.checkpoints.files import LENGTH_BYTES, PEFT_STEM, holds_safetensors, read_header, read_metadata
+from library.checkpoints.files import LENGTH_BYTES, MARK_FIELD, PEFT_STEM, holds_safetensors, read_header, read_metadata
 from library.training.saving.checkpoints import Names
 
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
-ABOUT_TRAINING = ("ss_", "sshs_", "modelspec.")  # prefixes of metadata about when and how a file was made
+ABOUT_TRAINING = ("ss_", "sshs_", "modelspec.", MARK_FIELD)  # prefixes of metadata about when and how a file was made
 STEP_IN_NAME = re.compile(r"-step(\d{8})$")
 
 

@@ -340,10 +340,15 @@ def iterate_states(folder: Path, names: tuple[str, ...]) -> Iterator[StateManife
             except UserError as error:
                 logger.warning("%s is left out: %s", entry.name, error)
                 continue
-            # The state of the end of a run named cat-251130 has the name of one of a run named cat.
-            recorded = str(facts.options.get("output_name") or "")
-            if recorded in ("", *names) or not is_state_name(entry.name, (recorded,)):
+            if is_recorded_for(str(facts.options.get("output_name") or ""), entry.name, names):
                 yield facts
+
+
+def is_recorded_for(recorded: str, folder: str, names: tuple[str, ...]) -> bool:
+    """Return True if a state belongs to a run with one of `names`; it records the run's name `recorded`, or ""."""
+    # The state of the end of a run named cat-251130 has the name of one of a run named cat. A state that was renamed by
+    # hand belongs to the run that it is named after.
+    return recorded in ("", *names) or not is_state_name(folder, (recorded,))
 
 
 def newest_state(folder: Path, names: tuple[str, ...]) -> StateManifest | None:

@@ -138,7 +138,7 @@ def test_a_variant_of_a_folder_can_be_read(tmp_path: Path, capsys: pytest.Captur
     ("words", "expected"),
     [
         (["{file}", "{tmp}/v1.5", "--reference_model", "{folder}"], "ends in .5: a file ends in one of"),
-        (["{file}", "{folder}", "--reference_model", "{folder}"], "already exists"),
+        (["{file}", "{folder}", "--reference_model", "{folder}"], "not a model that tools/convert"),
         (["{file}", "{tmp}/new", "--reference_model", "{tmp}"], "has no scheduler/scheduler_config.json"),
         (["{file}", "{tmp}/new.ckpt", "--v2"], "this is an SD 1.x model; remove --v2"),
         (["{file}", "{tmp}/new.ckpt", "--v1", "--v2"], "--v1 and --v2 exclude each other"),

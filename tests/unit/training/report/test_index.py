@@ -44,7 +44,7 @@ def test_an_index_of_another_program_is_not_overwritten(tmp_path: Path, caplog: 
     add_run(tmp_path, "dog")
     (tmp_path / FILE_NAME).write_text("<html>mine</html>")
     IndexWriter(tmp_path).close()
-    assert (tmp_path / FILE_NAME).read_text() == "<html>mine</html>" and "is not a report" in caplog.text
+    assert (tmp_path / FILE_NAME).read_text() == "<html>mine</html>" and "not a report index" in caplog.text
 
 
 def test_a_damaged_report_is_omitted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
