@@ -33,6 +33,7 @@ from library.data.decoding.npz import (
     CacheWords,
     EntryError,
     Verdict,
+    archive_kind,
     describe_damage,
     open_npz,
     open_to_read,
@@ -46,6 +47,9 @@ from library.protocols import LatentSpec
 
 WORDS = CacheWords(
     "latent cache", "entries", "latents", "cache_latents", "checking the latent cache", "caching latents"
+)
+KIND = archive_kind(
+    "a latent cache", lambda entry: entry.startswith(("latents", "original_size", "crop_ltrb", "origin"))
 )
 
 

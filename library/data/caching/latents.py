@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from library.data.caching.filling import ADD_ENCODERS, CheckedJob, Codec, fill
 from library.data.caching.latent_files import (
+    KIND,
     WORDS,
     Expected,
     LatentFile,
@@ -140,7 +141,7 @@ def cache_latents(
         skips_check = options.skip_cache_check
         vae = "" if skips_check else expected_vae(vae_identity, on_disk)
         codec = Codec(
-            WORDS, partial(judge_job, entries, vae), make, partial(iterate_named_jobs, plan), log_unknown_origins
+            WORDS, KIND, partial(judge_job, entries, vae), make, partial(iterate_named_jobs, plan), log_unknown_origins
         )
         kept += fill(codec, on_disk, skips_check, plan.num_workers, processes)
     else:
