@@ -173,7 +173,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     check_at_least_one(args, "side")
     if not options.preview.sample_prompts:
         raise UserError("--sample_prompts contains no prompts")
-    files = drop_copies(choose_files(args.files, options.saving))
+    files = choose_files(args.files, options.saving)
     target = (
         args.sheet or Names.build(options.saving).path_with_ending("-sheet.png")
         if options.saving.output_dir
@@ -182,6 +182,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     if target is None:
         raise UserError("--sheet is not set; set the PNG to write, or --output_dir")
     check_target("--sheet", target, written_by(WRITER, target), [*files, Path(options.preview.sample_prompts)])
+    files = drop_copies(files)
     arch, device = base.build(options), find_device()
     draw = partial(draw_rows, options.network, options.precision, options.memory, arch)
     specs = read_prompts(Path(options.preview.sample_prompts))

@@ -10,8 +10,8 @@ from library.options.train import TrainOptions
 from library.training.report_page.page import SWEEP, report_kind
 from library.training.reporting.events import SavedFor
 from library.training.reporting.profile import PROFILE
-from library.training.saving.checkpoints import Names, state_folder
-from library.training.saving.state import is_state_name, newest_state
+from library.training.saving.checkpoints import Names
+from library.training.saving.state import STATE, is_state_name, newest_state
 
 FLAG = "--output_name:"
 
@@ -55,7 +55,7 @@ def list_saves(options: TrainOptions, names: Names) -> Iterator[tuple[Path, File
             if names.find_purpose(entry) in weights:
                 yield entry, names.adapter_kind
         elif is_state_name(entry.name, names.starts):
-            stem = entry.name.removesuffix(state_folder(Path()).name)
+            stem = entry.name.removesuffix(STATE)
             if names.find_purpose(names.folder / f"{stem}{names.of_end().suffix}") in states:
                 yield entry, names.state_kind
 

@@ -29,7 +29,7 @@ from library.training.saving.hub import Uploads
 from library.training.saving.own_files import adapter_kind, count_bytes, delete, remove, state_kind
 from library.training.saving.readers import readers_line
 from library.training.saving.rescue import NotWrittenError, free_bytes, write_somewhere
-from library.training.saving.state import MOMENT, is_of_run
+from library.training.saving.state import MOMENT, STATE, is_of_run
 from networks.core.protocol import AdoptedNetwork
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class Names:
 
 def state_folder(weights: Path) -> Path:
     """Return the state folder that belongs to a weights file."""
-    return weights.with_name(f"{weights.stem}-state")
+    return weights.with_name(weights.stem + STATE)
 
 
 @dataclass(frozen=True)

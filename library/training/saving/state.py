@@ -318,7 +318,8 @@ def strip_arguments(name: str) -> str:
 
 
 MOMENT = r"-step\d+|-\d{6,7}"  # of saving, after the run's name. Epochs have six digits, dates in names often eight.
-STATE_ENDING = re.compile(rf"({MOMENT})?-state")
+STATE = "-state"  # end of a state folder's name
+STATE_ENDING = re.compile(rf"({MOMENT})?{STATE}")
 
 
 def is_of_run(text: str, names: Iterable[str], ending: re.Pattern[str]) -> bool:

@@ -118,6 +118,21 @@ def test_on_a_full_disk_weights_are_saved_to_the_temporary_folder(
     assert caplog.text.count("No space left on device") == 3
 
 
+def test_a_foreign_file_with_the_name_of_an_outdated_one_is_not_deleted(output: Path) -> None:
+    writer = writer_to(output, Network(), save_state=True)
+    for step in (1, 2):
+        writer.save_after_step(Progress(step), 1)
+    save_safetensors(output / "x-step00000001.safetensors", {"model.out": torch.ones(1)})
+    state = output / "x-step00000001-state"
+    (state / "notes.txt").write_text("mine")
+    for step in (3, 4):
+        writer.save_after_step(Progress(step), 1)
+        writer.delete_outdated()
+    remaining = {"x-step00000001.safetensors", "x-step00000003.safetensors", "x-step00000004.safetensors"}
+    assert {path.name for path in output.glob("*.safetensors")} == remaining
+    assert (state / "notes.txt").read_text() == "mine" and not (output / "x-step00000002-state").exists()
+
+
 def test_no_older_file_is_deleted_if_the_newer_one_was_saved_elsewhere(output: Path) -> None:
     writer = writer_to(output, Network(lambda path: "step00000003." in path.name))  # including its temporary name
     for step in (1, 2, 3):
