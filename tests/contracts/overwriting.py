@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.event_lines import lines_of, whole_run
 from tests.running import make_images
@@ -16,6 +16,7 @@ from tests.tiny.sd import build_tiny_sd
 from tests.tiny.sd3 import build_tiny_sd3
 from tests.unit.tools import adapter_files
 from tests.unit.tools.test_extract_lora_from_dylora import nested_tensors
+from tools.quickstart.toy_world import QUICKSTART
 
 Tier = Literal["fast", "slow", "nightly"]
 
@@ -41,7 +42,7 @@ COLLECTED = Call(
 CLEANED = Call("{table} {out}/clean.json", "{out}/clean.json")
 PREPARED = Call(
     "{images} {table} {out}/prepared.json {sd_folder} --max_resolution 64,64 --full_path "
-    "--min_bucket_reso 32 --max_bucket_reso 128 --bucket_reso_steps 32",
+    "--min_bucket_reso 64 --max_bucket_reso 128",
     "{out}/prepared.json",
     "slow",
 )
@@ -192,6 +193,19 @@ def write_weights(path: Path, *modules: str) -> Path:
     return path
 
 
+def write_toy_lora(path: Path) -> Path:
+    """Write a LoRA for one layer of the quickstart's base model."""
+    (unet,) = (QUICKSTART / "toy_base" / "unet").glob("*.safetensors")
+    shapes = {key: tensor.shape for key, tensor in load_file(unet).items()}
+    key = next(key for key in shapes if key.endswith("attn1.to_q.weight"))
+    name, (height, width) = f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}", shapes[key]
+    down, up = torch.ones(2, width) / width, torch.ones(height, 2) / height
+    save_file(
+        {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}, path
+    )
+    return path
+
+
 def write_difference(path: Path, first: str, second: str) -> Path:
     """Write the difference of two inputs as a LoRA that fits them."""
     from tools import extract_lora_from_models
@@ -245,9 +259,7 @@ INPUTS: Mapping[str, Callable[[Path], Path]] = {
     "hunyuan_lora": lambda path: write_weights(
         path.with_suffix(".safetensors"), "lora_unet_double_blocks_0_img_mlp_fc1"
     ),
-    "toy_lora": lambda path: write_file(
-        path.with_suffix(".safetensors"), lambda p: save_file({"none.alpha": torch.tensor(1.0)}, p)
-    ),
+    "toy_lora": lambda path: write_toy_lora(path.with_suffix(".safetensors")),
     "sd": lambda path: build_tiny_sd(path, 51, "safetensors"),
     "sd_2": lambda path: build_tiny_sd(path, 52, "safetensors"),
     "sd_folder": lambda path: build_tiny_sd(path, 51),

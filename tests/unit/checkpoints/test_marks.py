@@ -91,7 +91,5 @@ def test_a_save_beside_a_foreign_file_replaces_only_its_own(tmp_path: Path, capl
     (tmp_path / "a-rescued.txt").write_text("mine too")
     (tmp_path / "a-rescued-2.txt").write_text("log")
     with caplog.at_level(logging.WARNING):
-        assert find_place(path, kind) == tmp_path / "a-rescued-2.txt"
-    assert (
-        f"{path} is a text file, not a log, and is kept; saving {tmp_path / 'a-rescued-2.txt'} instead" in caplog.text
-    )
+        assert find_place(path, kind) == (place := tmp_path / "a-rescued-2.txt")
+    assert f"{path} is a text file, not a log, and is kept; saving {place} instead" in caplog.text
