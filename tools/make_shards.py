@@ -22,9 +22,9 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 import toml
 
-from library.checkpoints.files import MARK_FIELD, atomic_path, remove_temporary
+from library.checkpoints.files import atomic_path, remove_temporary
 from library.checkpoints.hashes import digest_of_file
-from library.checkpoints.marks import mark_of
+from library.checkpoints.marks import MARK_FIELD, mark_of
 from library.checkpoints.overwriting import FileKind, check_target, judge, known_by_start, marked
 from library.data.decoding.images import open_image
 from library.data.description.image_extensions import image_extensions

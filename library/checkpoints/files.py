@@ -19,6 +19,7 @@ from zipfile import ZipFile, is_zipfile
 import torch
 from torch import Tensor
 
+from library.checkpoints.marks import MARK_FIELD
 from library.errors import UserError
 from library.json_text import parse_json
 
@@ -30,7 +31,6 @@ MAX_DIMENSIONS = 64  # limit of a tensor in torch
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 WEIGHT_SUFFIXES = (*SAFETENSORS_SUFFIXES, ".ckpt", ".pt", ".pth", ".bin")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02")  # torch's zip archives, and files by torch before 1.6
-MARK_FIELD = "written_by"  # of the metadata; library/checkpoints/marks.py
 FULL_BYTES = 1 << 20  # a disk with less free space counts as full
 PEFT_STEM = "adapter_model"  # of the weight file that PEFT saves in a folder
 OBJECT_IN_PICKLE = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message about an object that it refuses to load

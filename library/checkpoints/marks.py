@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.checkpoints.files import MARK_FIELD, atomic_path, holds_safetensors, read_metadata
 from library.errors import UserError
 from library.json_text import parse_json
 
 if TYPE_CHECKING:
     from PIL import Image
 
+MARK_FIELD = "written_by"
 RUN = "training"  # the writer of what training runs save
 PNG_START, JPEG_START, ZIP_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"PK"
 TAR_AT, TAR_WORD = 257, b"ustar"
@@ -52,6 +52,8 @@ def _read_folder_mark(folder: Path) -> str | None:
 
 
 def _read_file_mark(path: Path) -> str | None:
+    from library.checkpoints.files import holds_safetensors, read_metadata  # it imports torch
+
     with path.open("rb") as file:
         start = file.read(TAR_AT + len(TAR_WORD))
     if start.startswith((PNG_START, JPEG_START)):
@@ -79,6 +81,8 @@ def _read_image_mark(path: Path) -> str | None:
 def save_image(path: Path, image: "Image.Image", mark: str, texts: Mapping[str, str] | None = None) -> None:
     """Write a PNG or JPEG atomically, with its mark and, in a PNG, further text fields."""
     from PIL.PngImagePlugin import PngInfo
+
+    from library.checkpoints.files import atomic_path  # it imports torch
 
     with atomic_path(path) as temporary:
         if path.suffix.lower() in (".jpg", ".jpeg"):

@@ -8,8 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Literal
 
-from library.checkpoints.files import LENGTH_BYTES, PICKLE_STARTS
-from library.checkpoints.marks import JPEG_START, PNG_START, TAR_AT, TAR_WORD, read_mark
+from library.checkpoints.marks import JPEG_START, PNG_START, TAR_AT, TAR_WORD, ZIP_START, read_mark
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -103,9 +102,8 @@ def read_start(path: Path) -> bytes:
 
 
 STARTS = (
-    ("a PNG image", PNG_START), ("a JPEG image", JPEG_START),
-    ("a web page", b"<!doctype html"), ("a web page", b"<html"),
-    *(("a pickled checkpoint or an archive", start) for start in PICKLE_STARTS),
+    ("a PNG image", PNG_START), ("a JPEG image", JPEG_START), ("a web page", b"<!doctype html"),
+    ("a web page", b"<html"), ("a pickled checkpoint or an archive", ZIP_START),
 )  # fmt: skip
 
 
@@ -124,7 +122,7 @@ def describe_start(start: bytes) -> str:
     lower = start[:16].lower()
     if (name := next((name for name, known in STARTS if lower.startswith(known.lower())), None)) is not None:
         return name
-    if start[LENGTH_BYTES : LENGTH_BYTES + 1] == b"{" and not start.startswith(b"{"):
+    if start[8:9] == b"{" and not start.startswith(b"{"):  # behind the length of the header
         return "a safetensors file"
     if start[TAR_AT : TAR_AT + len(TAR_WORD)] == TAR_WORD:
         return "a tar archive"

@@ -32,6 +32,7 @@ class Call:
     foreign: bytes | None = None  # content of the same type that it did not write; None: by the target's extension
 
 
+SCENE = "a small red heart on a white background"
 MERGED = "--models {lora} {lora_2} --save_to {out}/both.safetensors"
 CUT = Call("--model {dylora} --save_to {out}/cut.safetensors --rank 2", "{out}/cut-0002.safetensors", reads_first=True)
 EXTRACTED = "--dim 2 --save_to {out}/difference.safetensors --model_org"
@@ -199,10 +200,8 @@ def write_toy_lora(path: Path) -> Path:
     shapes = {key: tensor.shape for key, tensor in load_file(unet).items()}
     key = next(key for key in shapes if key.endswith("attn1.to_q.weight"))
     name, (height, width) = f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}", shapes[key]
-    down, up = torch.ones(2, width) / width, torch.ones(height, 2) / height
-    save_file(
-        {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}, path
-    )
+    factors = {"lora_down.weight": torch.ones(2, width) / width, "lora_up.weight": torch.ones(height, 2) / height}
+    save_file({f"{name}.{leaf}": factor for leaf, factor in factors.items()}, path)
     return path
 
 
@@ -249,7 +248,9 @@ INPUTS: Mapping[str, Callable[[Path], Path]] = {
     "images": write_images,
     "dataset": lambda path: write_dataset(path.with_suffix(".toml")),
     "table": lambda path: write_table(path.with_suffix(".json")),
-    "prompts": lambda path: text(path.with_suffix(".txt"), "a red heart --w 64 --h 64 --s 2 --d 1\n"),
+    "prompts": lambda path: text(
+        path.with_suffix(".txt"), "a small red heart on a white background --w 64 --h 64 --s 2 --d 1\n"
+    ),
     "events": lambda path: write_events(path.with_suffix(".jsonl"), "cat"),
     "events_2": lambda path: write_events(path.with_suffix(".jsonl"), "dog"),
     "lora": lambda path: adapter_files.write(path.with_suffix(".safetensors"), 1),

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from library.checkpoints.adapter_keys import AdapterKey
-from library.checkpoints.files import MARK_FIELD, holds_safetensors, load_state_dict, read_metadata
+from library.checkpoints.files import holds_safetensors, load_state_dict, read_metadata
 from library.checkpoints.folders import remove_folder
-from library.checkpoints.marks import RUN, mark_of, read_mark
+from library.checkpoints.marks import MARK_FIELD, RUN, mark_of, read_mark
 from library.checkpoints.overwriting import FileKind, judge
 from library.json_text import parse_json
 from library.training.reporting.console_lines import announce

@@ -5,7 +5,8 @@ import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from library.checkpoints.files import LENGTH_BYTES, MARK_FIELD, PEFT_STEM, holds_safetensors, read_header, read_metadata
+from library.checkpoints.files import LENGTH_BYTES, PEFT_STEM, holds_safetensors, read_header, read_metadata
+from library.checkpoints.marks import MARK_FIELD
 from library.training.saving.checkpoints import Names
 
 logger = logging.getLogger(__name__)

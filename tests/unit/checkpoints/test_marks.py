@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from library.checkpoints.files import MARK_FIELD, load_state_dict, save_pickle_state_dict, save_safetensors
-from library.checkpoints.marks import mark_folder, mark_of, read_mark, save_image
+from library.checkpoints.files import load_state_dict, save_pickle_state_dict, save_safetensors
+from library.checkpoints.marks import MARK_FIELD, mark_folder, mark_of, read_mark, save_image
 from library.checkpoints.overwriting import find_place, judge, known_by_start, marked
 
 TENSORS = {"a": torch.arange(3.0)}
