@@ -280,7 +280,7 @@ def test_what_appears_during_a_run_is_kept_and_saves_go_beside_it(
         assert f"is kept; saving {out / name} instead" in done.stderr and read_facts(out / name)
     (image,) = (out / "sample").glob("*-rescued.png")
     assert f"preview 0: {image}" in done.stderr and Image.open(image).size == (64, 64)
-    assert "model saved." in done.stdout
+    assert "model saved." in done.stdout and f"the adapter is {out / 'mine-rescued.safetensors'}" in done.stderr
 
 
 def test_the_weights_to_start_from_are_refused_as_output_if_there_is_no_state(train: Train, tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def test_a_folder_is_converted_to_a_file_with_the_same_weights(model: tuple[bool
     is_v2, folder, file = model
     out = tmp_path / "out.safetensors"
     assert convert(folder, out, "--metadata", "{'name': 'mine'}", "--bf16") == 0
-    assert read_metadata(out) == {"name": "mine"}
+    mark = "tools/convert_stable_diffusion.py: out.safetensors"
+    assert read_metadata(out) == {"name": "mine", "written_by": mark}
     actual, expected = load_state_dict(out), load_state_dict(file)
     if is_v2:  # unused weights are made up: a third layer, the projection, the temperature
         prefix, num_layers = "cond_stage_model.model.", 2
