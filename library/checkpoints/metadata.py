@@ -152,12 +152,13 @@ def commit_hash() -> str | None:
     # git would otherwise answer for a repository further up, such as that of a front end.
     if not (checkout / ".git").exists():
         return None
-    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    # In a front end's folder .git is that of sd-scripts, which has no such file.
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD", "HEAD:library/version.py"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip() or None
+    return result.stdout.split()[0]
 
 
 def _text(value: Any) -> str:
