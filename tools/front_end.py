@@ -45,7 +45,9 @@ def setup_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Install, check or restore. Return the exit status: 0 success, 1 an error or a difference, 130 interrupted."""
     args = setup_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.addFilter(escape_controls)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     try:
         if ROOT.is_relative_to(args.folder.resolve()) and not (args.restore or args.check):
             raise FrontEndError(
@@ -57,12 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         for layout in layouts if not args.restore else find_installed(args.folder, layouts):
             change(layout, args.folder, args.restore)
     except (FrontEndError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue, or --restore to undo it", file=sys.stderr)
         return 130
     return 0
+
+
+def escape_controls(record: logging.LogRecord) -> bool:
+    """Write control characters as escapes, so that names of files cannot steer a terminal."""
+    record.msg, record.args = escape(record.getMessage()), ()
+    return True
+
+
+def escape(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def require_layouts(front_end: Path) -> list[Layout]:

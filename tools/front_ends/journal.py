@@ -48,7 +48,7 @@ class Place:
     @property
     def part(self) -> Path:
         """Where a file is written before it is moved to its place."""
-        return self.folder.with_name(f"{self.folder.name}.part")
+        return self.folder.with_name(f"{self.folder.name}.journal.part")
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ def read_journal(place: Place) -> Journal | None:
             return journal
         except (ValueError, KeyError, TypeError) as error:
             raise FrontEndError(
-                f"{place.journal} is not a journal of this tool; rename it, and run the command again"
+                f"{place.journal} is damaged or not a journal of this tool; rename it, and run the command again"
             ) from error
     if os.path.lexists(place.original):
         raise FrontEndError(
-            f"{place.original} exists, but not its journal {place.journal.name}, so it may be yours. If it holds the "
-            f"front end's own scripts, rename {place.folder.name} and then give it that name; else rename it"
+            f"{place.original} exists, but {place.journal.name} beside it is missing. If it holds the front end's own "
+            f"scripts, move {place.folder.name} away and rename it to {place.folder.name}; else give it another name"
         )
     return None
 
@@ -99,7 +99,7 @@ def is_outside(path: str) -> bool:
 def write_journal(place: Place, journal: Journal) -> None:
     """Replace the journal at once. Raises FrontEndError if `Place.part` is a file of the user's."""
     if not place.journal.exists() and os.path.lexists(place.part) and not is_begun_journal(place.part):
-        raise FrontEndError(f"{place.part} is not of this tool, which writes a file of that name; rename it")
+        raise FrontEndError(f"{place.part} was not made by this tool, which needs that name; rename it")
     text = MARK + json.dumps(asdict(journal), indent=1, ensure_ascii=False)[1:].lstrip() + "\n"
     with open(place.part, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)

@@ -7,7 +7,7 @@ deleted but unchanged files of the journal. Whatever else is in the way is moved
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -50,6 +50,7 @@ def install(
     """
     digests = {path: [digest_content(content)] for path, content in contents.items()}
     journal = read_journal(place)
+    check_original(place, journal, submodule)
     if journal is not None and journal.phase in (REMOVING, RETURNING):  # an interrupted --restore
         restore(place, submodule)
         journal = None
@@ -86,6 +87,7 @@ def restore(place: Place, submodule: Submodule | None) -> None:
     if journal is None:
         discard_begun_journal(place)
         raise FrontEndError(f"{place.journal} is missing, so nothing was installed into {place.folder}")
+    check_original(place, journal, submodule)
     if journal.phase not in (DISPLACING, RETURNING):
         write_journal(place, replace(journal, phase=REMOVING))
         remove_ours(place, journal)
@@ -104,6 +106,17 @@ def restore(place: Place, submodule: Submodule | None) -> None:
         unblock_updates(submodule, journal.earlier_update)
     place.part.unlink(missing_ok=True)
     os.unlink(place.journal)
+
+
+def check_original(place: Place, journal: Journal | None, submodule: Submodule | None) -> None:
+    """Raise FrontEndError if the front end's own files were taken from where they are kept."""
+    if journal is None or journal.phase in (DISPLACING, RETURNING) or not journal.displaced or place.original.is_dir():
+        return
+    unset = "" if submodule is None else f" and run `git -C {submodule.repository} config --unset {submodule.setting}`"
+    raise FrontEndError(
+        f"{place.original} with the front end's own files is missing. If you have put them back into {place.folder}, "
+        f"delete {place.journal}{unset}; else put the folder back"
+    )
 
 
 def begin_journal(place: Place, digests: Digests, version: str, is_whole: bool) -> Journal:
@@ -188,16 +201,18 @@ def remove_empty_folders(place: Place, journal: Journal) -> None:
 
 def set_aside(place: Place, path: str) -> None:
     """Move a file or folder that is not ours out of the way, and name it."""
-    target = find_free_name(place.aside / path, os.path.lexists)
+    if place.aside.exists() and not place.aside.is_dir():
+        raise FrontEndError(f"{place.aside} is needed as the folder for files that are in the way; rename that file")
+    target = find_free_name(place.aside / path)
     logger.warning("%s is not as installed, or is yours: it is moved to %s", place.folder / path, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     os.rename(place.folder / path, target)
 
 
-def find_free_name(path: Path, is_taken: Callable[[Path], bool]) -> Path:
+def find_free_name(path: Path) -> Path:
     """Return `path`, with a number if the name is taken."""
     number, free = 1, path
-    while is_taken(free):
+    while os.path.lexists(free):
         number += 1
         free = path.with_name(f"{path.stem}-{number}{path.suffix}")
     return free

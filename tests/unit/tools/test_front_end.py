@@ -1,6 +1,7 @@
 """tools/front_end.py keeps the user's files and runs without any package."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_an_update_removes_modules_that_the_suite_no_longer_has(suite: SmallSuit
     assert (gui / "sd-scripts.aside/library/formats/edited.py").read_text() == "my edit"
 
 
-@pytest.mark.parametrize("name", ["sd-scripts.original", "sd-scripts.journal.json", "sd-scripts.part"])
+@pytest.mark.parametrize("name", ["sd-scripts.original", "sd-scripts.journal.json", "sd-scripts.journal.part"])
 def test_files_of_other_programs_beside_the_folder_are_not_touched(suite: SmallSuite, gui: Path, name: str) -> None:
     write_files(gui, {f"{name}/x" if name.endswith("original") else name: "mine"})
     before = read_tree(gui)
@@ -142,4 +143,38 @@ def test_a_journal_with_paths_outside_its_folder_is_refused(suite: SmallSuite, g
     facts: dict[str, Any] = json.loads(journal.read_text())
     journal.write_text(json.dumps({**facts, "files": {"../mine": ["0"]}}))
     refused = suite.run(gui, "--restore")
-    assert refused.returncode == 1 and "is not a journal" in refused.stderr
+    assert refused.returncode == 1 and "not a journal" in refused.stderr
+
+
+def test_names_of_files_cannot_steer_the_terminal(suite: SmallSuite, gui: Path) -> None:
+    assert suite.run(gui).returncode == 0
+    write_files(gui, {"sd-scripts/\x1b[31mred 猫.txt": "mine"})
+    done = suite.run(gui, "--restore")
+    assert done.returncode == 0 and "/\\x1b[31mred 猫.txt" in done.stderr and "\x1b" not in done.stderr
+
+
+def test_a_front_end_that_was_restored_by_hand_is_left_alone(suite: SmallSuite, gui: Path) -> None:
+    before = read_tree(gui)
+    assert suite.run(gui).returncode == 0
+    for name in ("library", "networks", "finetune"):
+        shutil.rmtree(gui / "sd-scripts" / name)
+    shutil.copytree(gui / "sd-scripts.original", gui / "sd-scripts", dirs_exist_ok=True)
+    shutil.rmtree(gui / "sd-scripts.original")
+    tree = read_tree(gui)
+    for words in ((), ("--restore",)):
+        refused = suite.run(gui, *words)
+        assert refused.returncode == 1 and "delete" in refused.stderr and "sd-scripts.journal.json" in refused.stderr
+        assert read_tree(gui) == tree
+    (gui / "sd-scripts.journal.json").unlink()
+    assert before.items() <= read_tree(gui).items()
+    assert suite.run(gui).returncode == 0
+
+
+def test_a_file_where_files_are_moved_to_is_named(suite: SmallSuite, gui: Path) -> None:
+    assert suite.run(gui).returncode == 0
+    write_files(gui, {"sd-scripts.aside": "mine", "sd-scripts/output/cat.safetensors": "my LoRA"})
+    refused = suite.run(gui, "--restore")
+    assert refused.returncode == 1 and "sd-scripts.aside" in refused.stderr and "rename" in refused.stderr
+    (gui / "sd-scripts.aside").rename(gui / "mine.txt")
+    assert suite.run(gui, "--restore").returncode == 0
+    assert (gui / "sd-scripts.aside/output/cat.safetensors").read_text() == "my LoRA"
