@@ -51,8 +51,6 @@ ALTERNATIVES: Mapping[str, str] = {
     **dict.fromkeys(("t5xxl", "clip_l", "qwen3", "gemma2", "byt5"), "use --text_encoder"),
     "split_mode": "use --blocks_to_swap",
     "gradient_checkpointing_cpu_offload": "use --cpu_offload_checkpointing",
-    "use_pinned_memory_for_block_swap": "blocks are pinned where the system allows it",
-    "block_swap_h2d_only": "frozen weights are never copied back",
     "dit_dtype": "use --mixed_precision",
     "vae_dtype": "use --no_half_vae for 32 bits",
     "use_32bit_attention": "use --mixed_precision no for 32 bits",

@@ -19,6 +19,8 @@ FLAGS: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
 
 SINCE_0_11 = {  # options that some or all sd-scripts scripts have since 0.11, with their defaults
     "cuda_allow_tf32": False,
+    "block_swap_h2d_only": False,
+    "block_swap_ring_size": 2,
     "compile": False,
     "compile_backend": "inductor",
     "compile_cache_size_limit": None,
@@ -28,6 +30,7 @@ SINCE_0_11 = {  # options that some or all sd-scripts scripts have since 0.11, w
     "cuda_cudnn_benchmark": False,
     "skip_image_resolution": None,
     "train_inpainting": False,
+    "use_pinned_memory_for_block_swap": False,
 }
 SINCE_0_11_OF_FLOW_MODELS = {"show_timesteps": None, "show_timesteps_resolution": "1024", "show_timesteps_offset": 0.0}
 OURS = {  # the options above and those that sd-scripts does not have, with their defaults

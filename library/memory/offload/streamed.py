@@ -35,7 +35,11 @@ def allocate_own_master(block: int, num_bytes: int) -> tuple[Tensor, bool]:
 
 
 def stream(
-    stacks: Stacks, num_offloaded: Sequence[int], device: torch.device, make_master: MakeMaster = allocate_own_master
+    stacks: Stacks,
+    num_offloaded: Sequence[int],
+    device: torch.device,
+    make_master: MakeMaster = allocate_own_master,
+    num_slots: int = NUM_SLOTS,
 ) -> Ring[Tensor, Tensor] | None:
     """Keep `num_offloaded[i]` blocks of stack i in main memory, and provide their weights through slots on `device`.
 
@@ -48,7 +52,7 @@ def stream(
         return None
     layouts = [list(spans(frozen_layers(block))) for block in blocks]
     masters = [take_out(number, layout, make_master) for number, layout in enumerate(layouts)]
-    ring = Ring(masters, open_streams(masters, device))
+    ring = Ring(masters, open_streams(masters, device, num_slots))
     for number, layout in enumerate(layouts):
         for layer in {span.layer: None for span in layout}:
             layer.handle = OffloadedHandle(ring, number, [span for span in layout if span.layer is layer])
@@ -97,17 +101,19 @@ class OffloadedHandle:
         return {name: part.to(device) for name, part in parts_in(self.layout, self.ring.masters[self.number]).items()}
 
 
-def open_streams(masters: Sequence[Tensor], device: torch.device) -> Streams[Tensor, Tensor]:
+def open_streams(
+    masters: Sequence[Tensor], device: torch.device, num_slots: int = NUM_SLOTS
+) -> Streams[Tensor, Tensor]:
     """Open the fastest streams from these masters to the device, and log the choice."""
     largest, total = max(map(len, masters)), sum(map(len, masters))
     summary = f"{len(masters)} blocks ({total / 1e9:.2f} GB) are offloaded to main memory"
     if device.type != "cuda":
         logger.info("%s; without a GPU this saves nothing and copies each block in every pass", summary)
-        return HostStreams(NUM_SLOTS, largest, device)
+        return HostStreams(num_slots, largest, device)
     pinned = pin(masters, reserve=staging_bytes(largest))
     if pinned.reason is None:
         logger.info("%s (pinned): they are copied while others compute", summary)
-        return CudaStreams(NUM_SLOTS, largest, device)
+        return CudaStreams(num_slots, largest, device)
     unpinned_sizes = [len(master) for master in masters if master.data_ptr() not in pinned.addresses]
     logger.warning(
         "%s, of which %d (%.2f GB) cannot be pinned: %s. These are copied twice, which can take longer than computing "
@@ -117,4 +123,4 @@ def open_streams(masters: Sequence[Tensor], device: torch.device) -> Streams[Ten
         sum(unpinned_sizes) / 1e9,
         pinned.reason,
     )
-    return StagedStreams(NUM_SLOTS, largest, device, pinned.addresses)
+    return StagedStreams(num_slots, largest, device, pinned.addresses)

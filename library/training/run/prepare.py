@@ -75,7 +75,7 @@ def prepare(
     texts = collect_texts(prompts, arch)
     network_module = options.network.network_module or ""
     loaded = load_models(options, arch, seed, data, compute, texts, processes, network_module)
-    resolve_base(options.precision, options.memory.num_offloaded, arch, loaded.models, compute, processes)
+    resolve_base(options.precision, options.memory, arch, loaded.models, compute, processes)
     # After the base model has its weight formats and devices: a network module may read the weights that it adapts.
     networks = []
     for adapter in adapters:
