@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from library.memory.small_convolutions import use_matmul_convolutions
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
-SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --save_precision
+SAVE_DTYPES = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Dtypes by the value of --save_precision."""
 
 
 def tensors_of(*modules: nn.Module) -> list[Tensor]:
