@@ -84,7 +84,6 @@ class FlowSamplingOptions(Options, needs_images=True):
         None,
         at_least=0,
         at_most=1000,  # whole timesteps
-        zero_is_unset=True,
         own=True,
         help="Divide the distribution of noise levels into N equal parts and draw each equally often, so that small "
         "datasets see all levels evenly. Unset, 0 or 1 draws each level independently.",
