@@ -248,7 +248,7 @@ def test_debug_dataset_needs_no_model_and_no_output() -> None:
         {"log_with": "tensorboard"},
         {"min_bucket_reso": 512, "max_bucket_reso": 256, "enable_bucket": True},
         {"mixed_precision": "fp8"},
-        {"save_precision": "fp32"},
+        {"save_precision": "fp64"},
         {"loss_type": "mse"},
         {"log_with": "none"},
         {"max_train_steps": 0},
