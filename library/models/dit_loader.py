@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from library.checkpoints.base_files import BaseFiles, open_base, open_without_base
-from library.checkpoints.model_lookup import read_json
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
@@ -170,15 +169,3 @@ def open_encoder(
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
     return build_loader(options, *open_encoder_files(options.model, options.parts.text_encoder, flag))
-
-
-def recorded_as_distilled(path: Path) -> bool | None:
-    """Return `is_distilled` of a diffusers folder's model_index.json; None for a file, or if the entry is missing."""
-    recorded = read_json(path / "model_index.json").get("is_distilled") if path.is_dir() else None
-    return None if recorded is None else bool(recorded)
-
-
-def name_in_folder(name: str) -> str:
-    """Return "<parent folder>/<name>" of a file or folder, in lower case."""
-    path = Path(name).expanduser().absolute()
-    return f"{path.parent.name}/{path.name}".lower()
