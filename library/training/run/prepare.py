@@ -29,6 +29,7 @@ from library.training.run.run_events import build_plan_event
 from library.training.run.runs import AdapterRequest, Shared, build_run, prepare_run
 from library.training.saving.checkpoints import save_dtype
 from library.training.saving.resume import resolve_starting_steps
+from library.training.saving.state import network_shapes
 from library.training.step.accumulation import Plan
 from library.training.sweep_record import SweepRecord
 from networks.core.protocol import multiplex
@@ -80,9 +81,12 @@ def prepare(
     networks = []
     for adapter in adapters:
         with log_prefix(adapter.label):
-            networks.append(
-                open_network(adapter.options.network, adapter.options.precision, adapter.seed, loaded.models, compute)
+            network = open_network(
+                adapter.options.network, adapter.options.precision, adapter.seed, loaded.models, compute
             )
+            if adapter.state is not None:
+                network.prepare_for(network_shapes(adapter.state), str(adapter.state.path))
+            networks.append(network)
     multiplexer = None
     if len(networks) > 1:
         multiplexer = multiplex(networks, options.network.network_module or "")
