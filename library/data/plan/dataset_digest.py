@@ -7,8 +7,10 @@ from dataclasses import asdict
 from hashlib import blake2b
 from itertools import islice
 from os.path import basename
+from pathlib import Path
 from typing import Any
 
+from library.checkpoints.hashes import digest_of_file
 from library.data.decoding.threads import read_many
 from library.data.description.schema import RunDataConfig
 from library.data.plan.samples import Samples
@@ -73,6 +75,14 @@ def content_digest(path: str) -> str:
     except OSError:
         return ""
     return digest.hexdigest()
+
+
+def whole_digest(path: str) -> str:
+    """Return the digest of a file's whole content; "" if it cannot be read."""
+    try:
+        return digest_of_file(Path(path))
+    except OSError:
+        return ""
 
 
 def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) -> dict[str, Any]:
