@@ -310,6 +310,11 @@ def test_options_without_effect_on_the_base_model_are_reported_with_the_reason()
     assert list(find_unused(make_options(), ignores)) == []
 
 
+def test_lowram_is_said_to_have_no_effect() -> None:
+    (line,) = find_unused(make_options(lowram=True), {})
+    assert line.startswith("--lowram has no effect: models are loaded one after the other through main memory")
+
+
 @pytest.mark.parametrize(
     ("values", "line"),
     [
