@@ -46,7 +46,7 @@ RECIPE = Recipe(
     ),
     records=RECORDS,
 )  # fmt: skip
-CODEC = map_latents("_zimage.npz")
+CODEC = map_latents("_zimage.npz", takes_mean=True)  # as diffusers' and musubi-tuner's training does
 LATENTS = CODEC.spec
 
 
