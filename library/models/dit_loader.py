@@ -13,21 +13,26 @@ from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
+from library.models.clip.clip import CLIP_WORDS
 from library.models.language_models import WORDS
 from library.models.loading import (
+    Absent,
     Component,
     LoadPart,
     MaybeComponent,
-    get_first_side,
     materialise,
     open_if_there,
     text_encoder_dtype,
 )
+from library.models.shapes import shape_of
+from library.models.t5 import WORDS as T5_WORDS
 from library.models.vae.vae import resolve_vae_dtype
 from library.options.caching import CachingOptions, TextCachingOptions
 from library.options.dit import DitTrainOptions
 from library.options.machine.memory import PrecisionOptions
 from library.options.model import BASE_FLAG, ModelOptions
+
+EMBEDDINGS = (WORDS, T5_WORDS[0], CLIP_WORDS)  # the word embeddings of language models, T5 and CLIP
 
 OptionsT = TypeVar("OptionsT", bound=DitTrainOptions)
 
@@ -53,6 +58,14 @@ class Part:
     dtype: torch.dtype
     load_as: LoadPart
 
+    @property
+    def num_words(self) -> int | None:
+        """The vocabulary size of a text encoder; None if its files are missing."""
+        if isinstance(self.component, Absent):
+            return None
+        shapes = self.component.weights.shapes
+        return shape_of(shapes, next((name for name in EMBEDDINGS if name in shapes), WORDS))[0]
+
     def load(self) -> nn.Module:
         return self.load_as(self.component, self.dtype)
 
@@ -75,8 +88,8 @@ class DitLoader:
 
     @property
     def num_words(self) -> int | None:
-        """The vocabulary size of a language model used as text encoder; None if its files are missing."""
-        return get_first_side(self.text.component, WORDS)
+        """The vocabulary size of the first text encoder; None if its files are missing."""
+        return self.text.num_words
 
     def text_encoders(self) -> list[nn.Module]:
         return [part.load() for part in self.texts]
