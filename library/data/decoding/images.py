@@ -77,6 +77,8 @@ def decode_all(image: Image.Image, path: str) -> None:
     """Decode an opened image. Raises DamagedImage if the pixels are truncated or damaged."""
     try:
         image.load()
+    except MemoryError:  # says nothing about the image
+        raise
     except Exception as error:  # damaged pixels raise OSError, SyntaxError, struct.error, zlib.error, ...
         raise DamagedImage(f"{path} is damaged: {error}") from None
 

@@ -1,6 +1,7 @@
 """The events of a run from start to end, for the events file and the report."""
 
 import sys
+from bdb import BdbQuit
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
@@ -66,7 +67,7 @@ def open_events(
         except AlreadyComplete:
             events.end("already complete")
             raise
-        except Interrupted:
+        except (Interrupted, BdbQuit):  # a signal, or the quit of a debugger
             events.end("stopped")
             raise
         except BaseException as error:
