@@ -37,15 +37,15 @@ OURS_HERE = {
 OURS_WITH_TEXT_CACHE = {"text_cache_variants", "text_encoder_cpu"}  # HunyuanImage has the second there too
 NUMBER_OF_OPTIONS = {
     "anima_train_network": 27,
-    "flux_2_train_network": 20,
+    "flux_2_train_network": 32,
     "flux_train_network": 22,
     "hunyuan_image_train_network": 21,
-    "krea2_train_network": 21,
+    "krea2_train_network": 34,
     "lumina_train_network": 20,
-    "qwen_image_21_train_network": 19,
+    "qwen_image_21_train_network": 31,
     "sd3_train_network": 25,
     "sdxl_train_network": 3,
-    "zimage_train_network": 20,
+    "zimage_train_network": 32,
 }
 
 
