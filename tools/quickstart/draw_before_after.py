@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from library.launcher import prepare_for_torch
 
     prepare_for_torch()  # before torch is imported
+
+from PIL import Image, ImageDraw, ImageFont
 
 from tools.command import command, make_parser
 from tools.quickstart.sampling import count_right, load_pipeline, merge_lora, read_prompts, sample

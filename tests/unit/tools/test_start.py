@@ -257,7 +257,7 @@ def test_supported_python_versions_pass(version: tuple[int, int]) -> None:
 
 def test_the_error_for_an_unsupported_python_names_a_supported_one_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start.shutil, "which", lambda name: "/usr/bin/" + name if name == "python3.12" else None)
-    with pytest.raises(start.StartError, match=r"run `python3\.12 tools/start\.py`"):
+    with pytest.raises(start.StartError, match=r"run the same command with `python3\.12`"):
         start.check_python((3, 9))
 
 
