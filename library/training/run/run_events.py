@@ -89,7 +89,7 @@ def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
     if not options.reports.no_report:
         report = Names.build(options.saving).of_report()
         sinks.append(ReportWriter(report, earlier_record(report) if resumes else None, options.reports.report_live))
-        sinks.append(IndexWriter(report.parent))  # after the report, which it reads
+        sinks.append(IndexWriter(report))  # after the report, which it reads
     return sinks
 
 
