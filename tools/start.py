@@ -248,9 +248,9 @@ def training_command(python: Path, threads: int) -> "list[str]":
 
 
 def image_command(python: Path) -> "list[str]":
-    """Return the command that draws the same prompts without and with the adapter."""
+    """Return the command that draws the same prompts without and with the adapter, also into the report."""
     command = [str(python), "tools/quickstart/draw_before_after.py", "--base", TOY_BASE, "--lora", ADAPTER]
-    return [*command, "--prompts", PROMPTS, "--out", IMAGE]
+    return [*command, "--prompts", PROMPTS, "--out", IMAGE, "--report", REPORT]
 
 
 def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "list[str]":

@@ -122,6 +122,7 @@ def test_the_quickstart_generates_an_image_with_the_adapter_it_trained() -> None
     assert command[1] == "tools/quickstart/draw_before_after.py"
     assert command[command.index("--lora") + 1] == start.ADAPTER
     assert command[command.index("--out") + 1] == start.IMAGE
+    assert command[command.index("--report") + 1] == start.REPORT
 
 
 @pytest.mark.parametrize(
