@@ -40,7 +40,7 @@ class IndexWriter:
         self.report = report
         self._stamp = read_stamp(report)  # at the last index; that of an earlier run is no reason to write one
         self._runs = IndexedRuns(report.parent)
-        self._is_told = False  # whether a problem was logged
+        self._is_reported = False  # whether a problem was logged
 
     def take(self, lines: Sequence[Mapping[str, Any]]) -> None:
         self.close()
@@ -53,9 +53,9 @@ class IndexWriter:
         try:
             write_index(self._runs)
         except (OSError, UserError) as error:
-            if not self._is_told:
+            if not self._is_reported:
                 logger.warning("%s was not written: %s", self.report.with_name(FILE_NAME), error)
-            self._is_told = True
+            self._is_reported = True
 
 
 class IndexedRuns:
