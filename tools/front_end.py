@@ -7,14 +7,15 @@ kept.
 
 import argparse
 import logging
-import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    NEEDS_PACKAGES = False  # read by library/requirements.py
 
+from library.version import VERSION, add_version
 from tools.front_ends.journal import FrontEndError, compare_with_journal, read_journal
 from tools.front_ends.layouts import FOLDERS, MUSUBI_FOLDERS, ROOT, Layout, find_layouts
 from tools.front_ends.place import install, restore
@@ -22,8 +23,6 @@ from tools.front_ends.submodule import NONE, find_submodule, read_update
 
 logger = logging.getLogger(__name__)
 
-# The package `library` itself needs torch.
-VERSION = str(runpy.run_path(str(ROOT / "library" / "version.py"))["VERSION"])
 EXAMPLES = """examples:
   python3 tools/front_end.py ../kohya_ss
   python3 tools/front_end.py ../kohya_ss --check
@@ -38,7 +37,7 @@ def setup_parser() -> argparse.ArgumentParser:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--restore", action="store_true", help="put the front end's own scripts back")
     action.add_argument("--check", action="store_true", help="compare what is installed with the journal")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}", help="show the version and exit")
+    add_version(parser)
     return parser
 
 

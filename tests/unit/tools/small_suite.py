@@ -12,6 +12,8 @@ from typing import Any
 ROOT = Path(__file__).parents[3]
 PYTHON = [sys.executable, "-I", "-S"]  # the standard library alone
 
+LIBRARY = ("library/__init__.py", "library/requirements.py", "library/version.py")  # all that the tool imports of it
+
 THEIRS = {
     "sd-scripts/train_network.py": "print('theirs')\n",
     "sd-scripts/sdxl_train.py": "print('theirs')\n",
@@ -58,7 +60,7 @@ class SmallSuite:
 
 def build_small_suite(folder: Path) -> SmallSuite:
     """Copy the tool and write a few scripts and modules."""
-    for name in ("tools/front_end.py", "tools/__init__.py", "library/version.py"):
+    for name in ("tools/front_end.py", "tools/__init__.py", *LIBRARY):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
     shutil.copytree(
@@ -69,7 +71,6 @@ def build_small_suite(folder: Path) -> SmallSuite:
         "zimage_train_network.py": "import sys, networks.lora\nprint('ours', sys.argv[1:])\n",
         "zimage_cache_latents.py": "",
         "zimage_cache_text_encoder_outputs.py": "",
-        "library/__init__.py": "raise SystemExit('packages are missing')\n",  # must not be imported
         "networks/lora.py": "",
         "requirements.txt": "torch>=2.6\ndiffusers\n",
     }
