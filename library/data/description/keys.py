@@ -37,6 +37,7 @@ INT = Kind("an int", lambda v: isinstance(v, int) and abs(v) < LARGEST, int)
 FLOAT = Kind("a float (with a decimal point)", lambda v: isinstance(v, float) and math.isfinite(v))
 NUMBER = Kind("a number", lambda v: isinstance(v, (int, float)) and abs(v) < LARGEST, float)
 TEXT = Kind("a string", lambda v: isinstance(v, str))
+EXTENSION = Kind("a string", TEXT.fits, lambda v: v if v.startswith(".") else f".{v}")
 TEXTS = Kind(
     "a string or a list of strings",
     lambda v: isinstance(v, str) or (isinstance(v, list) and bool(v) and all(isinstance(item, str) for item in v)),
@@ -125,7 +126,7 @@ SUBSET_KEYS = (
     Key("is_reg", BOOL, False, ONLY_S, ("dreambooth",)),
     # sd-scripts refuses alpha_mask above a subset.
     Key("alpha_mask", BOOL, False, ONLY_S, ("dreambooth", "metadata"), "alpha_mask"),
-    Key("caption_extension", TEXT, ".caption", GDS, ("dreambooth", "masked"), "caption_extension"),
+    Key("caption_extension", EXTENSION, ".caption", GDS, ("dreambooth", "masked"), "caption_extension"),
     Key("cache_info", BOOL, False, GDS, ("dreambooth", "masked")),  # no option: that has its own warning
     Key("metadata_file", TEXT, None, ONLY_S, ("metadata",)),
     Key("conditioning_data_dir", TEXT, None, ONLY_S, ("masked",)),

@@ -23,6 +23,7 @@ from library.data.description.keys import (
     Style,
     is_allowed_at,
 )
+from library.data.description.overridden import find_overridden
 from library.data.description.source_keys import SOURCES, keys_used_by
 from library.errors import UserError
 from library.json_text import InvalidJson, parse_json
@@ -164,11 +165,12 @@ def read_dataset_config(data: DatasetOptions, fallbacks: Table) -> RunDataConfig
     if problems:
         raise UserError(f"{path}: " + "\n  ".join(["invalid dataset description", *problems]))
     general = content.get("general", {})
+    tables = [(dataset, resolve_style(dataset, data.masked_loss)) for dataset in content.get("datasets", [])]
+    for line in find_overridden(tables, general, fallbacks, path):
+        logger.warning("%s", line)
     datasets = tuple(
-        build_dataset(
-            dataset, general, fallbacks, resolve_style(dataset, data.masked_loss), f"{path}: data['datasets'][{i}]"
-        )
-        for i, dataset in enumerate(content.get("datasets", []))
+        build_dataset(dataset, general, fallbacks, style, f"{path}: data['datasets'][{i}]")
+        for i, (dataset, style) in enumerate(tables)
     )
     warn_of_unused(general, {dataset.style for dataset in datasets}, path)
     return RunDataConfig(datasets, is_from_file=True)
@@ -411,9 +413,6 @@ def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str
     if values.pop("cache_info"):
         logger.warning("%s['cache_info'] has no effect: %s", place, OWN_INDEX)
     rules = CaptionRules(**{field.name: values.pop(field.name) for field in fields(CaptionRules)})
-    extension = values["caption_extension"]
-    if not extension.startswith("."):
-        values["caption_extension"] = f".{extension}"
     check_subset(values, rules, place)
     check_attributes(values["custom_attributes"], place)
     patterns_by_source = {name: values.pop(name) for name in FILE_SOURCES}

@@ -330,3 +330,28 @@ def test_configurations_are_immutable(tmp_path):
     with pytest.raises(dataclasses.FrozenInstanceError):
         subset.num_repeats = 2  # type: ignore[misc]
     assert write_config(tmp_path / "x.toml", SUBSET).dataset.dataset_config == tmp_path / "x.toml"
+
+
+TWO_SIZES = SUBSET + SUBSET.replace("resolution = 512\n", "").replace('"a"', '"b"')
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        (SUBSET, "--resolution 1024", "--resolution 1024 has no effect: {path} sets resolution = 512; change it there"),
+        (SUBSET, "--resolution 512,512", ""),
+        (SUBSET, "--train_batch_size 4", ""),  # the file says nothing
+        ("[general]\nbatch_size = 2\n" + SUBSET, "--train_batch_size 4", "--train_batch_size 4 has no effect: {path} "),
+        ("[general]\nbatch_size = 2\n" + SUBSET, "--train_batch_size 1", ""),  # as front ends send the default
+        (TWO_SIZES, "--resolution 768,1024", "--resolution 768,1024 is used in 1 of 2 data sets only: {path} sets"),
+        (TWO_SIZES, "--resolution 512", ""),
+        (SUBSET + "flip_aug = false\n", "--flip_aug", "--flip_aug has no effect: {path} sets flip_aug = false;"),
+        (SUBSET + "caption_extension = 'txt'\n", "--caption_extension .txt", ""),
+        (SUBSET + "num_repeats = 2\n", "--dataset_repeats 3", "--dataset_repeats 3 has no effect: {path} sets num_rep"),
+    ],
+)
+def test_options_that_the_file_overrides_are_warned_about_where_the_values_differ(
+    tmp_path, caplog, text, arguments, message
+):
+    load(tmp_path, text, arguments)
+    assert message.format(path=tmp_path / "data.toml") in caplog.text and bool(message) == bool(caplog.text)
