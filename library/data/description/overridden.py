@@ -35,7 +35,7 @@ def find_overridden(
 
 
 def values_in_file(key: Key, datasets: Sequence[tuple[Table, Style]], general: Table) -> Iterator[Any]:
-    """Yield the value that the file sets for each data set, or for each subset that has the key; None if it sets none."""
+    """Yield the file's value for each data set, or for each subset if the key belongs there; None if it sets none."""
     for dataset, style in datasets:
         if style not in key.styles:
             continue

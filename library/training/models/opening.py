@@ -119,8 +119,8 @@ def far_resolutions(config: RunDataConfig, sides: Sequence[int]) -> Iterator[str
     if factors and min(factors) > LARGEST_FACTOR:
         sizes = ", ".join(dict.fromkeys("{}x{}".format(*dataset.resolution) for dataset in config.datasets))
         yield (
-            f"resolution is {sizes}, but this base model is trained at {sides[0]}x{sides[0]}; so far from it an adapter "
-            f"learns the base model's faults at that size; use about {sides[0]}"
+            f"resolution is {sizes}, but this base model is trained at {sides[0]}x{sides[0]}; so far from it an "
+            f"adapter learns the base model's faults at that size; use about {sides[0]}"
         )
 
 
