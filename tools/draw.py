@@ -6,6 +6,7 @@ encoders, and its storage in memory are set by the options of its training scrip
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,10 +19,11 @@ from library.checkpoints.files import atomic_path, file_in_folder
 from library.checkpoints.overwriting import PNG, check_overwrite
 from library.errors import UserError
 from library.training.command_line.checks import check_precision, check_values
-from library.training.evaluation.prompts import parse_strip, read_prompts, refuse_strengths, resolve_all
+from library.training.evaluation.prompts import RANGES, parse_strip, read_prompts, refuse_strengths, resolve_all
 from library.training.offline.adapter_files import Stack
-from library.training.offline.contact_sheet import arrange, draw_rows
+from library.training.offline.contact_sheet import Row, arrange, draw_rows
 from library.training.reporting.sample_images import Drawn, write_image
+from library.types import Prompt
 from tools.base_models import find_base
 from tools.command import make_training_parser, training_command
 from tools.contact_sheet import find_device, parse_seed
@@ -41,14 +43,29 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", nargs="+", action="extend", default=[], metavar="FILE[:STRENGTH]", help="adapters")
     parser.add_argument("--prompt", nargs="+", default=[], help="prompts, with options as in a prompt file")
     parser.add_argument("--prompts", type=Path, help="file with prompts, as --sample_prompts takes it")
-    parser.add_argument("--strengths", type=float, nargs="+", help="factors for all adapters, one row each in a sheet")
+    parser.add_argument(
+        "--strengths", type=parse_strength, nargs="+", help="factors for all adapters, one row each in a sheet"
+    )
     parser.add_argument("--seed", type=parse_seed, default=1, help="seed of prompts without one (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("output/drawn"), help="folder (default: output/drawn)")
     return parser
 
 
+def parse_strength(text: str) -> float:
+    """Parse a strength. Raises argparse.ArgumentTypeError for what is none, such as nan."""
+    low, high = RANGES["strength"]
+    try:
+        strength = float(text)
+    except ValueError:
+        strength = math.nan
+    if not low <= strength <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is no strength; use a number from {low:g} to {high:g}")
+    return strength
+
+
 def parse_adapter(text: str) -> tuple[Path, float]:
-    """Parse FILE[:STRENGTH]; the default strength is 1. Raises UserError if the file does not exist."""
+    """Parse FILE[:STRENGTH]; the default strength is 1. Raises UserError if the file does not exist or the strength is
+    not finite."""
     # A colon may belong to the path instead, as in C:\adapter.safetensors.
     name, _, strength = text.rpartition(":")
     try:
@@ -57,6 +74,8 @@ def parse_adapter(text: str) -> tuple[Path, float]:
         path, factor = Path(text), 1.0
     if not path.exists():
         raise UserError(f"--adapter {path} does not exist")
+    if not math.isfinite(factor):
+        raise UserError(f"--adapter {text}: the strength is {factor}; use a number, such as 0.8")
     return file_in_folder(path, f"--adapter {path}"), factor
 
 
@@ -78,34 +97,51 @@ def draw(args: argparse.Namespace, training: Sequence[str]) -> None:
     arch = spec.build(options)
     lines = enumerate(args.prompt, 1)
     specs = [spec for number, line in lines for spec in parse_strip(line, f"--prompt {number}")]
-    specs += read_prompts(args.prompts) if args.prompts else []
-    refuse_strengths(specs, "--strengths")
+    specs += read_prompts(args.prompts, "--prompts") if args.prompts else []
+    if args.strengths is not None:
+        refuse_strengths(specs, "--strengths")
     prompts = resolve_all(specs, arch)
     prompts = [replace(prompt, seed=args.seed) if prompt.seed is None else prompt for prompt in prompts]
-    factors = [1.0] if args.strengths is None else args.strengths
-    sheet = args.output / "strengths.png"
-    targets = {
-        (factor, number): args.output
-        / f"{number:02}{'' if args.strengths is None else f'_{factor:g}'}_{prompt.seed}.png"
-        for factor in factors
-        for number, prompt in enumerate(prompts, 1)
-    }
-    inputs = [file for file, _ in files]
-    for target in [*targets.values(), *([] if args.strengths is None else [sheet])]:
-        check_overwrite("--output", target, PNG, inputs)
-    rows = []
-    stacks, device = [scale_strengths(files, factor) for factor in factors], find_device()
-    drawn_rows = draw_rows(options.network, options.precision, options.memory, arch, stacks, prompts, device)
-    for factor, images in zip(factors, drawn_rows, strict=True):
-        for number, (prompt, image) in enumerate(zip(prompts, images, strict=True), 1):
-            write_image(targets[factor, number], Drawn(number, prompt, image))
-            logger.info("wrote %s", targets[factor, number])
-        rows.append(images)
-    if args.strengths is not None:
-        labels = [f"strength {factor:g}" for factor in factors]
+    if args.strengths is None:
+        rows = group_by_strength(list(enumerate(prompts, 1)))
+    else:
+        rows = [
+            [(number, replace(prompt, strength=strength)) for number, prompt in enumerate(prompts, 1)]
+            for strength in args.strengths
+        ]
+    if not files and any(prompt.strength != 1 for row in rows for _, prompt in row):
+        logger.warning("strengths have no effect: they are those of --adapter, and none is given")
+    sheet = None if args.strengths is None else args.output / "strengths.png"
+    targets = [[args.output / name_image(number, prompt, sheet is not None) for number, prompt in row] for row in rows]
+    for target in [*(target for row in targets for target in row), *([] if sheet is None else [sheet])]:
+        check_overwrite("--output", target, PNG, [file for file, _ in files])
+    drawn_rows = draw_rows(
+        options.network, options.precision, options.memory, arch,
+        [Row(scale_strengths(files, row[0][1].strength), [prompt for _, prompt in row]) for row in rows], find_device(),
+    )  # fmt: skip
+    images = []
+    for row, paths, drawn in zip(rows, targets, drawn_rows, strict=True):
+        for (number, prompt), path, image in zip(row, paths, drawn, strict=True):
+            write_image(path, Drawn(number, prompt, image))
+            logger.info("wrote %s", path)
+        images.append(drawn)
+    if sheet is not None:
+        labels = [f"strength {strength:g}" for strength in args.strengths]
         with atomic_path(sheet) as temporary:
-            arrange(rows, labels, [f"{p.seed}: {p.text}" for p in prompts], 512).save(temporary, format="PNG")
+            arrange(images, labels, [f"{p.seed}: {p.text}" for p in prompts], 512).save(temporary, format="PNG")
         logger.info("wrote %s", sheet)
+
+
+def group_by_strength(numbered: Sequence[tuple[int, Prompt]]) -> list[list[tuple[int, Prompt]]]:
+    """Return a row for each strength, in the order of the prompts: adapters are attached once for each."""
+    strengths = dict.fromkeys(prompt.strength for _, prompt in numbered)
+    return [[(number, prompt) for number, prompt in numbered if prompt.strength == s] for s in strengths]
+
+
+def name_image(number: int, prompt: Prompt, has_strength: bool) -> str:
+    """Return the name of an image, with its strength if several are compared or if the prompt sets one."""
+    strength = f"_{prompt.strength:g}" if has_strength or prompt.strength != 1 else ""
+    return f"{number:02}{strength}_{prompt.seed}.png"
 
 
 main = training_command(setup_parser, draw)
