@@ -58,7 +58,10 @@ def test_a_launched_run_prints_what_front_ends_parse(
     assert re.search(r"\|\s*(\d+)/(\d+)\s*\[.*?(\d+\.?\d*)\s*(it/s|s/it)", done.stderr)
     assert "caching latents" in done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    wanted = r"trained networks\.lora of rank 4 on sd: 6 steps in \d+ s; the adapter is \S*mine\.safetensors$"
+    wanted = (
+        r"trained networks\.lora of rank 4 on sd: 6 steps in \d+ s; the adapter is \S*mine\.safetensors; "
+        r"it changes the adapted weights by [\d.]+%: [^:]+$"
+    )
     assert re.search(wanted, last), last
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -286,12 +286,26 @@ def train_prepared(
             adapter_events.summary = speed
     last_step = first.run.plan.max_train_steps
     are_over = [adapter.progress.step >= last_step or bool(adapter.progress.ended) for adapter in prepared]
-    for adapter in (
-        adapter for adapter, is_over in zip(prepared, are_over, strict=True) if processes.is_main and is_over
-    ):
-        with log_prefix(adapter.run.label):
-            log_end(adapter, first_step, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    for adapter in (adapter for adapter, is_over in zip(prepared, are_over, strict=True) if is_over):
+        # A sharded weight is gathered by all processes together.
+        measures = processes.is_main or adapter.run.context.models.sharded is not None
+        change = measure_change(adapter) if measures else None
+        if processes.is_main:
+            with log_prefix(adapter.run.label):
+                log_end(adapter, first_step, seconds, change)
     return all(are_over)
+
+
+def measure_change(prepared: PreparedRun) -> float | None:
+    """Return the size of an adapter's change relative to the base model's weights; None if it cannot be measured."""
+    with prepared.writer.saved_weights():
+        try:
+            return prepared.run.context.network.relative_change()
+        except torch.OutOfMemoryError:
+            # The run is saved, and a layer's weight in float32 is all that did not fit.
+            logger.info("the size of the change is not measured: out of GPU memory; tools/check_lora_weights.py does")
+            return None
 
 
 def rank_adapters(
@@ -316,8 +330,8 @@ def complete_sweep_page(options: OptionsT, adapters: Mapping[str, OptionsT]) -> 
         )
 
 
-def log_end(prepared: PreparedRun, first_step: int, seconds: float) -> None:
-    """Log what a complete run has trained in `seconds` since `first_step`, and the suggested file."""
+def log_end(prepared: PreparedRun, first_step: int, seconds: float, change: float | None) -> None:
+    """Log what a complete run has trained in `seconds` since `first_step`, its size, and the suggested file."""
     run, names, network = prepared.run, prepared.writer.names, prepared.run.options.network
     if prepared.progress.ended == NOT_FINITE:  # already reported
         run.events.end("error", f"it ended alone: {NOT_FINITE}")
@@ -330,4 +344,4 @@ def log_end(prepared: PreparedRun, first_step: int, seconds: float) -> None:
     trained = f"{network.network_module}{rank} on {run.context.arch.name}"
     best, run.events.file = prepared.validation.record.best, str(names.of_end())
     num_steps = prepared.progress.step - first_step
-    logger.info("%s", format_finished(trained, num_steps, seconds, names.of_end(), best, names.of_best()))
+    logger.info("%s", format_finished(trained, num_steps, seconds, names.of_end(), change, best, names.of_best()))

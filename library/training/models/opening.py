@@ -102,7 +102,9 @@ def native_sides(metadata: Mapping[str, str], base: str | None) -> list[int]:
     """Return the sides in pixels that a base model is known to be trained at: its family's, then those that a diffusers
     folder states."""
     sides = [int(metadata["modelspec.resolution"].partition("x")[0])] if "modelspec.resolution" in metadata else []
-    for part, pixels in (("unet", LATENT_PIXELS), ("vae", 1)) if base else ():
+    if base is None:
+        return sides
+    for part, pixels in (("unet", LATENT_PIXELS), ("vae", 1)):
         try:
             config = parse_json((Path(base) / part / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

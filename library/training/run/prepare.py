@@ -12,6 +12,7 @@ from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
 from library.training.evaluation.preview import collect_texts, read_wanted_prompts
+from library.training.evaluation.untaught_words import caption_texts, describe_untaught, find_untaught_words
 from library.training.loop.adapter_run import PreparedRun
 from library.training.models.arithmetic import check_arithmetic
 from library.training.models.base_model import load_models
@@ -32,6 +33,7 @@ from library.training.saving.resume import check_latents, resolve_starting_steps
 from library.training.saving.state import network_shapes
 from library.training.step.accumulation import Plan
 from library.training.sweep_record import SweepRecord
+from library.types import Prompt
 from networks.core.protocol import multiplex
 
 logger = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ def prepare(
         with needing("--sample_prompts draws images; give the VAE, or leave it out"):
             # Reads the header of the file only, which is enough to notice that there is none.
             to_meta_device(arch.load).vae()
+        warn_of_untaught_words(prompts, data, arch)
     texts = collect_texts(prompts, arch)
     network_module = options.network.network_module or ""
     loaded = load_models(options, arch, seed, data, compute, texts, processes, network_module)
@@ -116,6 +119,16 @@ def prepare(
             resumed_from = None if adapter.state is None else str(adapter.state.path)
             adapter.events.emit(build_plan_event(prepared_run.run, counts, prepared_run.progress.step, resumed_from))
     return prepared
+
+
+def warn_of_untaught_words(prompts: Sequence[Prompt], data: TrainingData, arch: Architecture) -> None:
+    """Warn about words that every preview prompt has and no caption, such as a misspelt trigger word."""
+    if data.image_plan is None:
+        return
+    captions = caption_texts(data.image_plan)
+    words = find_untaught_words([prompt.text for prompt in prompts], captions, arch.text.count_tokens)
+    if words:
+        logger.warning("%s", describe_untaught(words))
 
 
 def format_sharing(count: int, share: float | None) -> str:

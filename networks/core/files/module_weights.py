@@ -10,7 +10,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from networks.core.changes import qkv_rows
-from networks.core.changes.change import Change, Misfit
+from networks.core.changes.change import Change, Misfit, change_norms
 from networks.core.changes.dora import are_per_output
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.kinds import lora
@@ -148,6 +148,13 @@ class ModuleWeights:
         """
         try:
             return self.change(dtype).merged(base.to(dtype), strength, parameter)
+        except Misfit as misfit:
+            raise UserError(self._describe(misfit)) from None
+
+    def change_norms(self, base: Tensor) -> tuple[float, float]:
+        """Return the Frobenius norms (of what it adds to `base`, of `base`). Raises UserError for another size."""
+        try:
+            return change_norms(self.change(), base)
         except Misfit as misfit:
             raise UserError(self._describe(misfit)) from None
 

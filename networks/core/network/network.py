@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from networks.core.arguments.common import LR_LISTS, RateArguments
 from networks.core.arguments.network_arguments import NetworkArguments
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.alpha import ScaledDelta
-from networks.core.changes.change import Change, FollowsGradients
+from networks.core.changes.change import Change, FollowsGradients, change_norms, get_weight
 from networks.core.changes.dora import DoraArguments, add_magnitudes, are_per_output, can_have_magnitudes
 from networks.core.changes.dropout import Dropout
 from networks.core.changes.ggpo import GgpoArguments
@@ -312,6 +313,14 @@ class AdapterNetwork(nn.Module):
             change.scale_(ratio)
         scaled_norms = norms * ratios
         return torch.stack([(ratios < 1).sum().to(scaled_norms.dtype), scaled_norms.mean(), scaled_norms.max()])
+
+    def change_norms(self) -> Iterator[tuple[float, float]]:
+        """Yield the norms (of the change, of the base model's weight) of each adapted layer."""
+        for member in self.members:
+            change, module = member.adapter.change, as_module(member.adapter)
+            if "weight" in change.changed_parameters:
+                device = next(chain(module.parameters(), module.buffers())).device
+                yield change_norms(change, get_weight(member.adapter.target.module).to(device))
 
     def _warn_of_idle_rates(self) -> None:
         """Warn about rates in the network arguments for a side of the base model that has no adapter."""

@@ -331,14 +331,35 @@ def test_an_unmet_requirement_is_named(values: dict[str, Any], line: str) -> Non
 
 
 def test_a_learning_rate_too_low_to_train_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    (line,) = warnings_of(caplog, learning_rate=2e-6, network_dim=16, network_alpha=1)
-    assert "--learning_rate is 2e-06" in line and "--network_alpha 1 of --network_dim 16" in line and "1e-4" in line
+    (line,) = warnings_of(caplog, learning_rate=2e-6, network_dim=8)
+    assert "--learning_rate is 2e-06" in line and "1e-4" in line
     caplog.clear()
     (line,) = warnings_of(caplog, learning_rate=2e-6, optimizer_type="Lion", network_alpha=4, network_dim=4)
     assert "3e-5 is usual with Lion" in line and "--network_alpha" not in line
     caplog.clear()
     for values in ({"unet_lr": 1e-4}, {"optimizer_type": "Prodigy"}, {"network_train_text_encoder_only": True}):
         assert not any("far too low" in line for line in warnings_of(caplog, learning_rate=2e-6, **values))
+
+
+@pytest.mark.parametrize(
+    ("values", "strength"),
+    [
+        ({"network_dim": 32}, "1/32"),
+        ({"network_dim": 64, "network_alpha": 2}, "1/32"),
+        ({"network_dim": 256, "network_args": ["rslora=True"]}, "1/16"),
+        ({"network_dim": 8}, None),
+        ({"network_dim": 32, "network_alpha": 16}, None),
+        ({"network_dim": 32, "network_alpha": 0}, None),  # the rank
+        ({"network_dim": 32, "network_module": "networks.oft"}, None),
+        ({"network_dim": 32, "network_module": "lycoris.kohya", "network_args": ["algo=lokr"]}, None),
+        ({"network_dim": 32, "optimizer_type": "Prodigy"}, None),
+    ],
+)
+def test_an_alpha_far_below_the_rank_is_warned_about(
+    caplog: pytest.LogCaptureFixture, values: dict[str, Any], strength: str | None
+) -> None:
+    lines = [line for line in warnings_of(caplog, **values) if "--network_alpha is" in line]
+    assert [f"acts at {strength} of its strength" in line for line in lines] == ([True] if strength else [])
 
 
 @pytest.mark.parametrize(
