@@ -14,6 +14,7 @@ Level = Literal["general", "dataset", "subset"]
 FILTERS = (*INTERPOLATIONS, "box")
 
 
+LARGEST_SIDE = 2**14  # of a trained or reference image, in pixels
 LARGEST = 2**31  # upper limit of a number; also excludes nan and inf
 
 
@@ -51,6 +52,12 @@ SIZE = Kind(
     lambda v: (isinstance(v, int) and not isinstance(v, bool) and abs(v) < LARGEST) or _is_pair(v, int),
     lambda v: (int(v[0]), int(v[1])) if isinstance(v, (list, tuple)) else (int(v), int(v)),
 )
+# Images of a larger side exhaust main memory before any model sees them.
+IMAGE_SIZE = Kind(
+    f"{SIZE.name} of at most {LARGEST_SIDE} pixels",
+    lambda v: SIZE.fits(v) and max(SIZE.convert(v)) <= LARGEST_SIDE,
+    SIZE.convert,
+)
 SHARE = Kind("a float from 0.0 to 1.0", lambda v: isinstance(v, float) and 0 <= v <= 1)
 FILTER = Kind(f"one of {', '.join(FILTERS)}", lambda v: v in FILTERS)
 
@@ -82,7 +89,7 @@ FILE_SOURCES = tuple(name for name in SOURCES if name not in ("image_dir", "meta
 
 DATASET_KEYS = (
     _with_option("batch_size", INT, 1, GD, flag="train_batch_size"),
-    _with_option("resolution", SIZE, None, GD),
+    _with_option("resolution", IMAGE_SIZE, None, GD),
     _with_option("enable_bucket", BOOL, False, GD),
     _with_option("min_bucket_reso", INT, 256, GD),
     _with_option("max_bucket_reso", INT, 1024, GD),
@@ -133,7 +140,7 @@ SUBSET_KEYS = (
     Key("control_dirs", TEXTS, (), ONLY_S),
     Key("control_columns", TEXTS, (), GDS, ("dreambooth",)),
     Key("opposite_dir", TEXT, None, ONLY_S),
-    Key("control_resolution", SIZE, None, GDS),
+    Key("control_resolution", IMAGE_SIZE, None, GDS),
     Key("control_no_resize", BOOL, False, GDS),
 )
 

@@ -130,10 +130,10 @@ def parse_size(flag: str, text: str) -> MemorySize:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in UNITS or float(match[1]) <= 0:
         raise UserError(f"{flag}: {text!r} is not a memory size; use e.g. 12GB or 11500MB")
-    num_bytes = round(float(match[1]) * UNITS[match[2]])
+    num_bytes = float(match[1]) * UNITS[match[2]]  # infinite for hundreds of digits
     if num_bytes > LARGEST_GPU:
-        raise UserError(f"{flag}: {text!r} is {num_bytes / GIB:g} GiB, more than any GPU has; use e.g. 24GB")
-    return MemorySize(num_bytes, "." not in match[1] and match[2] in NAMES_A_GPU)
+        raise UserError(f"{flag}: {text[:40]!r} is {num_bytes / GIB:g} GiB, more than any GPU has; use e.g. 24GB")
+    return MemorySize(round(num_bytes), "." not in match[1] and match[2] in NAMES_A_GPU)
 
 
 def typical_gpu(size: MemorySize) -> Gpu:
