@@ -41,7 +41,8 @@ from library.training.saving.checkpoints import Names, state_folder
 
 logger = logging.getLogger(__name__)
 
-PASSWORD = re.compile(r"(?P<scheme>\w+://)[^\s/@:]*:[^\s/@]+@(?P<host>[^\s/]*)")
+# The lookbehind keeps the search linear: without it every letter of a long word begins a scheme.
+PASSWORD = re.compile(r"(?P<scheme>(?<!\w)\w+://)[^\s/@:]*:[^\s/@]+@(?P<host>[^\s/]*)")
 FILE_OF_STATE = f".training.{'0' * 12}.safetensors"  # while it is written
 SQUARES_IN_DTYPE_OF_WEIGHTS = (
     "torch.optim.Adam", "torch.optim.NAdam", "torch.optim.RAdam", "torch.optim.RMSprop", "prodigyopt.",

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from library.architectures.flux.options import FluxModelOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
 from library.checkpoints.folders import ADDED_TO_NAMES, LONGEST_ON_WINDOWS, atomic_folder
+from library.data.sources.storage.object_storage import SIGNED, URL
 from library.errors import UserError
 from library.options.base import group
 from library.options.machine.compiling import CompileOptions
@@ -613,3 +615,19 @@ def test_metadata_that_no_file_holds_is_named(caplog: pytest.LogCaptureFixture) 
         f"--{name} has no effect: files of --save_model_as ckpt hold no metadata"
         for name in ("training_comment", "metadata_title")
     ]
+
+
+@pytest.mark.parametrize("pattern", [checks.PASSWORD, SIGNED, URL], ids=["PASSWORD", "SIGNED", "URL"])
+@pytest.mark.parametrize("unit", ["a", "a:", "a@", "://:", "x-amz-"], ids=repr)
+def test_the_search_for_secrets_takes_time_in_proportion_to_the_text(unit: str, pattern: re.Pattern[str]) -> None:
+    """Small texts first: a search in quadratic time would take hours for a megabyte."""
+
+    def seconds(num_letters: int) -> float:
+        text = unit * (num_letters // len(unit))
+        start = time.process_time()
+        assert pattern.search(text) is None
+        return time.process_time() - start
+
+    assert seconds(20_000) < 0.2
+    half = seconds(500_000)
+    assert seconds(1_000_000) < 4 * half + 0.1
