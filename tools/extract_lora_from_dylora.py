@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 import torch
 from tqdm import tqdm
 
+from library.checkpoints.files import atomic_path
 from library.errors import UserError
 from library.json_text import parse_json
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_layouts, save_adapter_file
@@ -221,8 +223,11 @@ def extract(args: argparse.Namespace) -> None:
     if args.save_to is not None:
         for rank in ranks:
             check_place("--save_to", name_file(args.save_to, rank), [args.model])
-        for rank in tqdm(ranks, desc="cutting", unit="file"):
-            save_adapter_file(name_file(args.save_to, rank), cut_file(nested, rank))
+        # All files or none: an exit status of 1 says that nothing was written.
+        with ExitStack() as unfinished:
+            for rank in tqdm(ranks, desc="cutting", unit="file"):
+                temporary = unfinished.enter_context(atomic_path(name_file(args.save_to, rank)))
+                save_adapter_file(temporary, cut_file(nested, rank))
     if args.report:
         print("rank  relative difference to the full update")
         for rank, difference in measure_differences(nested, ranks):
