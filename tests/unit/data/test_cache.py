@@ -480,8 +480,21 @@ def test_an_invalid_file_passed_by_skip_cache_check_stops_the_run(folder, spoil,
     spoil(folder)
     skipping = CachingOptions(cache_latents=True, cache_latents_to_disk=True, skip_cache_check=True)
     batches, _ = cache(folder, options=skipping)
-    with pytest.raises(ValueError, match=rf"p0_0064x0064_sd\.npz is {message}"):
+    with pytest.raises(ValueError, match=rf"p0_0064x0064_sd\.npz is {message}") as error:
         batches_of(batches)
+    assert ("without --skip_cache_check" in str(error.value)) == (spoil is not truncate)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fix"),
+    [(truncate, "delete it and run again to rebuild it"), (Path.unlink, "is missing; run again to rebuild it")],
+)
+def test_a_file_that_breaks_after_the_check_is_named_without_options_that_nobody_gave(folder, spoil, fix):
+    batches, _ = cache(folder, options=DISK)
+    spoil(folder if spoil is truncate else file_of(folder))
+    with pytest.raises(ValueError, match=r"p0_0064x0064_sd\.npz is ") as error:
+        batches_of(batches)
+    assert str(error.value).endswith(fix) and "skip_cache_check" not in str(error.value)
 
 
 # Interruption and failure
