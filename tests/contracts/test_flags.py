@@ -12,6 +12,7 @@ import pytest
 
 from library.options.base import int_or_float
 from library.options.train import TrainOptions
+from tests.contracts.help_texts import find_help_problems
 from train_network import setup_parser
 
 LIST = Path(__file__).parent / "data" / "flags_train_network.json"
@@ -141,11 +142,16 @@ def test_only_flags_have_no_type(parser: argparse.ArgumentParser) -> None:
 
 
 def test_every_option_has_its_own_help_text(parser: argparse.ArgumentParser) -> None:
-    helps = {action.dest: action.help or "" for action in actions_of(parser)}
-    assert len(set(helps.values())) == 193 + len(OURS)
-    for dest, text in helps.items():
-        shown = text.split("/")[0]  # one front end shows only this part
-        assert len(shown.split()) >= 4 and shown.endswith("."), dest
+    assert len(actions_of(parser)) == 193 + len(OURS)
+    assert not [*find_help_problems(actions_of(parser))]
+
+
+def test_a_help_that_front_ends_cut_is_named_with_the_reason() -> None:
+    texts = ("Rank and/or alpha of it.", "Rank of the adapter.", "Rank of the adapter.", "Rank.")
+    actions = [argparse.Action([f"--x{i}"], f"x{i}", help=text) for i, text in enumerate(texts)]
+    cut, same, short = find_help_problems(actions)
+    assert cut.startswith("--x0 has a / in its help, before which one front end cuts it")
+    assert same == "--x2 has the help of --x1: write its own" and short.startswith("--x3 needs a help of four words")
 
 
 def test_help_can_be_printed(parser: argparse.ArgumentParser) -> None:
