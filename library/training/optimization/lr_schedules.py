@@ -4,6 +4,7 @@ Steps are optimizer steps: `step()` is called once after each, whatever the numb
 the run.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def build_schedule(options: ScheduleOptions, built: BuiltOptimizer, max_train_st
     if built.has_relative_step:
         return adafactor_rates(options, built, warmup_steps)
     if options.lr_scheduler_type:
-        return schedule_of_class(options, optimizer, arguments, warmup_steps)
+        return schedule_of_class(options, optimizer, arguments, warmup_steps, max_train_steps)
     name = options.lr_scheduler.lower()
     if name.partition(":")[0] == ADAFACTOR:
         raise UserError(
@@ -257,25 +258,42 @@ def check_settings(
 
 
 def schedule_of_class(
-    options: ScheduleOptions, optimizer: Optimizer, arguments: Mapping[str, Any], warmup_steps: int
+    options: ScheduleOptions,
+    optimizer: Optimizer,
+    arguments: Mapping[str, Any],
+    warmup_steps: int,
+    max_train_steps: int,
 ) -> LRScheduler:
-    """Build a third-party schedule as cls(optimizer, **lr_scheduler_args)."""
+    """Build a third-party schedule as cls(optimizer, **lr_scheduler_args).
+
+    A class that names `num_warmup_steps` or `num_training_steps` gets them, unless the arguments set them.
+    """
     name = options.lr_scheduler_type
-    if warmup_steps:
-        raise UserError(
-            f"--lr_warmup_steps is {options.lr_warmup_steps}, but --lr_scheduler_type {name} takes all its settings "
-            "from --lr_scheduler_args; leave --lr_warmup_steps out"
-        )
     if options.lr_scheduler != ScheduleOptions.lr_scheduler:
         logger.warning("--lr_scheduler %s has no effect: --lr_scheduler_type %s wins", options.lr_scheduler, name)
     path = name if "." in name else f"{torch.optim.lr_scheduler.__name__}.{name}"
     cls = import_class(path, "--lr_scheduler_type", name)
     if issubclass(cls, ReduceLROnPlateau):
         check_name("reduce_lr_on_plateau", [])
+    parameters = inspect.signature(cls).parameters
+    if warmup_steps and ("num_warmup_steps" not in parameters or "num_warmup_steps" in arguments):
+        reason = "sets num_warmup_steps" if "num_warmup_steps" in arguments else "has no num_warmup_steps"
+        where = FLAG if "num_warmup_steps" in arguments else f"--lr_scheduler_type {name}"
+        raise UserError(
+            f"--lr_warmup_steps is {options.lr_warmup_steps}, but {where} {reason}; leave --lr_warmup_steps out"
+        )
+    ours = {"num_training_steps": max_train_steps} if "num_training_steps" in parameters else {}
+    # 0 is "not given", for which the class may have a default of its own.
+    if "num_warmup_steps" in parameters and (warmup_steps or is_required(parameters["num_warmup_steps"])):
+        ours["num_warmup_steps"] = warmup_steps
     schedule: LRScheduler = call_with_keywords(
-        cls, [optimizer], arguments, flag=FLAG, set_elsewhere={"optimizer": "", "last_epoch": ""}
+        cls, [optimizer], arguments, flag=FLAG, ours=ours, set_elsewhere={"optimizer": "", "last_epoch": ""}
     )
     return schedule
+
+
+def is_required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from library.options.training.optimizer import OptimizerOptions, ScheduleOptions
 from library.training.optimization.lr_schedules import (
@@ -207,6 +208,31 @@ def test_a_scheduler_class_is_built_as_configured() -> None:
     assert schedule.T_max == 7
 
 
+class Ramp(LambdaLR):
+    """A schedule of a user: warm-up, then a fall to 0 at the end of the run."""
+
+    def __init__(self, optimizer: Optimizer, num_warmup_steps: int = 5, num_training_steps: int | None = None) -> None:
+        self.lengths = num_warmup_steps, num_training_steps
+        super().__init__(optimizer, lambda step: 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "lengths"),
+    [
+        ({"lr_warmup_steps": 0.1}, (3, 30)),
+        ({"lr_warmup_steps": 7}, (7, 30)),
+        ({}, (5, 30)),
+        ({"lr_scheduler_args": ["num_warmup_steps=2", "num_training_steps=9"]}, (2, 9)),
+    ],
+)
+def test_a_class_that_names_warmup_and_length_gets_those_of_the_run(
+    values: dict[str, Any], lengths: tuple[int, int]
+) -> None:
+    options = ScheduleOptions(lr_scheduler_type=f"{__name__}.Ramp", **values)
+    schedule = build_schedule(options, optimizer_of(), 30)
+    assert isinstance(schedule, Ramp) and schedule.lengths == lengths
+
+
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +258,18 @@ def test_a_scheduler_class_is_built_as_configured() -> None:
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ["cycles=2"]}, "cycles is unknown to .* accepts num_cycles"),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ["num_warmup_steps=2"]}, "use --lr_warmup_steps"),
         ({"lr_scheduler_type": "CosineLR"}, "has no class CosineLR"),
-        ({"lr_scheduler_type": "CosineAnnealingLR", "lr_warmup_steps": 3}, "leave --lr_warmup_steps out"),
+        (
+            {"lr_scheduler_type": "CosineAnnealingLR", "lr_warmup_steps": 3},
+            "CosineAnnealingLR has no num_warmup_steps; leave --lr_warmup_steps out",
+        ),
+        (
+            {
+                "lr_scheduler_type": f"{__name__}.Ramp",
+                "lr_warmup_steps": 3,
+                "lr_scheduler_args": ["num_warmup_steps=2"],
+            },
+            "--lr_scheduler_args sets num_warmup_steps; leave --lr_warmup_steps out",
+        ),
         ({"lr_scheduler_type": "CosineAnnealingLR"}, "refuses its settings .*T_max"),
         ({"lr_scheduler_type": "ReduceLROnPlateau"}, "waits for a validation loss"),
         ({"lr_scheduler_type": "nowhere.Rex"}, "needs the library nowhere: pip install nowhere"),
