@@ -21,7 +21,7 @@ LAYERS = (
     ("library.heartbeat", "library.progress", "library.processes", "library.temporary_folders"),
     ("library.options",),
     ("library.checkpoints",),
-    ("library.memory.small_convolutions", "library.memory.devices"),
+    ("library.memory.small_convolutions", "library.memory.devices", "library.memory.pinned"),
     ("library.memory.codecs",),
     ("library.memory.formats", "library.memory.offload", "library.memory"),
     ("library.memory.planner",),

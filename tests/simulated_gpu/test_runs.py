@@ -32,6 +32,12 @@ ALLOWED = {
     "synchronize event at library/memory/offload/readback.py (read)",
     # Times of the previous step, which has ended by then.
     "synchronize event at library/training/reporting/step_times.py (span)",
+    # Copies of memory that the system refused to pin.
+    "unpinned copy to the device at library/memory/devices.py (send)",
+    "unpinned copy to the device at library/memory/activations.py (start)",
+    "unpinned copy to the host at library/memory/activations.py (add)",
+    "unpinned copy to the device at library/memory/offload/streams.py (copy)",
+    "unpinned copy to the host at library/memory/offload/readback.py (__init__)",
 }
 ENCODES = ("sd", "sd2")  # encode captions in every step; the others use cached features, as users do
 CACHED = ("--cache_text_encoder_outputs", "--network_train_unet_only")

@@ -23,6 +23,7 @@ from library.memory.frozen import (
     multiply_codes,
     store_all_in,
 )
+from library.memory.offload.pinning import SHARE_BESIDE_INPUTS
 from library.memory.offload.sharded import PEAK_BLOCKS, ShardedModel
 from library.memory.offload.shared import place_for, share_masters
 from library.memory.offload.streamed import bytes_of_parts, stream
@@ -109,10 +110,12 @@ def resolve_base(
     models: Models,
     compute: Compute,
     processes: Processes,
+    offloads_inputs: bool = False,
 ) -> None:
     """Store the frozen models in their weight formats and move the denoiser to the device.
 
-    Call after other adapters are merged, and before the adapter is attached, which may read the weights.
+    Offloaded blocks leave pinned memory to block inputs if `offloads_inputs`. Call after other adapters are merged, and
+    before the adapter is attached, which may read the weights.
     """
     num_scaled = sum(isinstance(layer.decoder, Scaled) for layer in frozen_layers(models.denoiser))
     if num_scaled:
@@ -126,7 +129,8 @@ def resolve_base(
         count = store_in_format(precision.text_encoder_format, *models.text_encoders)
         logger.info("text encoders: %d layers in %s", count, precision.text_encoder_format)
     if num_offloaded:
-        offload_blocks(num_offloaded, arch.stacks(models.denoiser), compute.device, processes)
+        share = SHARE_BESIDE_INPUTS if offloads_inputs else 1.0
+        offload_blocks(num_offloaded, arch.stacks(models.denoiser), compute.device, processes, share)
     if models.sharded is not None:
         shard_blocks(models.sharded, models.denoiser, arch.stacks(models.denoiser))
     move_to_device(models.denoiser, compute.device)
@@ -173,7 +177,9 @@ def shard_blocks(sharded: ShardedModel, denoiser: nn.Module, stacks: Stacks) -> 
     )
 
 
-def offload_blocks(num_blocks: int, stacks: Stacks, device: torch.device, processes: Processes) -> None:
+def offload_blocks(
+    num_blocks: int, stacks: Stacks, device: torch.device, processes: Processes, pinned_share: float = 1.0
+) -> None:
     """Offload the weights of `num_blocks` blocks; blocks without a weight format keep their dtype.
 
     Processes of one machine wait for the first one, which copies the weights into shared files. Once all have mapped
@@ -182,15 +188,15 @@ def offload_blocks(num_blocks: int, stacks: Stacks, device: torch.device, proces
     store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
     num_offloaded = count_offloaded_blocks(num_blocks, stacks)
     if processes.local_count == 1:
-        stream(stacks, num_offloaded, device)
+        stream(stacks, num_offloaded, device, pinned_share=pinned_share)
         return
     num_bytes = sum(bytes_of_parts(block) for stack in stacks for block in stack)
     folder = Path(processes.shared_folder("weights", place_for(num_bytes)))
     if processes.is_local_main:
-        stream(stacks, num_offloaded, device, share_masters(folder, is_first=True))
+        stream(stacks, num_offloaded, device, share_masters(folder, is_first=True), pinned_share)
     processes.wait_for_all("weights in main memory")
     if not processes.is_local_main:
-        stream(stacks, num_offloaded, device, share_masters(folder, is_first=False))
+        stream(stacks, num_offloaded, device, share_masters(folder, is_first=False), pinned_share)
     processes.wait_for_all("mapping the weights in main memory")
     if processes.is_local_main:
         shutil.rmtree(folder, ignore_errors=True)  # Windows keeps mapped files until the process ends
