@@ -232,7 +232,7 @@ def prepare_trial(spec: BaseModelSpec, options: TrainOptions, folder: Path, chan
     folder.mkdir()
     seed = 1 if options.run.seed is None else options.run.seed
     own = {"output_dir": str(folder), "log_events": str(folder / EVENTS_FILE), "seed": seed}
-    values = shorten_schedule(options.flat()) | TRIAL_OPTIONS | own | changes
+    values = {**shorten_schedule(options.flat()), **TRIAL_OPTIONS, **own, **changes}
     defaults = type(options).defaults()
     written = {name: values[name] for name in defaults if name not in SECRETS and values[name] != defaults[name]}
     write_config(folder / OPTIONS_FILE, {name: to_toml_value(value) for name, value in written.items()})

@@ -179,7 +179,7 @@ def test_blocks_that_cannot_be_pinned_train_without_faults(run: Run, simulated_g
     of_thread = frozenset({"synchronize event at library/memory/offload/streams.py (stage)"})
     with pytest.MonkeyPatch.context() as patch:
         nothing = Pinned(frozenset(), "it is not wanted")
-        patch.setattr("library.memory.offload.streamed.pin", lambda masters, reserve: nothing)
+        patch.setattr("library.memory.offload.streamed.pin", lambda masters, reserve, share: nothing)
         done = run("flux", "--blocks_to_swap", SWAPPED["flux"], *OFFLOADED, allowed=of_thread)
     assert re.search(r"of which \d+ \([\d.]+ GB\) cannot be pinned: it is not wanted", done.stderr)
     run("flux", folder="plain")

@@ -66,6 +66,7 @@ class CountedStep:
     most_offloaded: int
     multiplies_codes: bool = False  # the step was counted with --base_arithmetic 8bit
     gradientless: GradientlessPasses | None = None  # None if a step has only a forward and a backward pass
+    batch_bytes: int = 0  # of pinned main memory, from which batches are copied
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Predicted:
     host_bytes: int  # of main memory, for offloaded blocks and inputs
     peak: str  # the phase that needs most memory
     error: float | None  # of the weight format, relative to a layer's output; None without a format
-    pins_inputs: bool  # False if offloaded inputs exceed the main memory that can be pinned beside offloaded weights
+    pins_inputs: bool  # False if offloaded inputs cannot be pinned beside offloaded weights and batches
 
 
 def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1.0) -> Predicted:
@@ -111,9 +112,11 @@ def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1
     block_sizes = step.weights.block_bytes(cost)
     streamed_bytes = sum(block_sizes[block_index] for block_index in offloaded)
     input_sizes = offloaded_input_bytes(step, mode)
-    input_bytes, pinned_input_bytes = sum(input_sizes), sum(map(rounded_size, input_sizes))
+    input_bytes, pinned_other_bytes = sum(input_sizes), step.batch_bytes + sum(map(rounded_size, input_sizes))
     pinned_weight_bytes = gpu.pinned_bytes(streamed_bytes, SHARE_BESIDE_INPUTS if mode.offloads_inputs else 1.0)
-    pins_inputs = gpu.pinnable_bytes is None or pinned_weight_bytes + pinned_input_bytes <= gpu.pinnable_bytes
+    pins_inputs = (
+        not input_sizes or gpu.pinnable_bytes is None or pinned_weight_bytes + pinned_other_bytes <= gpu.pinnable_bytes
+    )
     weights_s = gpu.copy_seconds(streamed_bytes, pinned_weight_bytes)
     inputs_s = gpu.copy_seconds(input_bytes, input_bytes if pins_inputs else 0)
     seconds = predict_seconds(parts, cost.slowdown, weights_s, inputs_s, gpu, passes)

@@ -189,6 +189,8 @@ def test_inputs_are_offloaded_only_where_they_can_be_pinned() -> None:
     for pinnable, is_chosen in ((208 * MIB, True), (207 * MIB, False)):
         candidates = choose(step, beside, replace(gpu, pinnable_bytes=pinnable)).candidates
         assert any(candidate.mode.offloads_inputs for candidate in candidates) == is_chosen
+    with_batches = replace(step, batch_bytes=MIB)
+    assert choose(with_batches, allowed, replace(gpu, pinnable_bytes=128 * MIB)).chosen is None
     fixed = choose(step, replace(allowed, offloads_inputs=(True,)), replace(gpu, pinnable_bytes=1)).chosen
     assert fixed is not None and fixed.seconds > offloaded.seconds - 1e-6, "the user's own choice is kept"
 
