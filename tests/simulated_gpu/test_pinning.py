@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.memory.activations import PinnedBudget
 from library.memory.offload.pinning import pin
 from library.memory.offload.ring import Ring
 from library.memory.offload.streams import StagedStreams, staging_bytes
@@ -66,6 +67,15 @@ def test_staging_takes_128_mib_regardless_of_block_size() -> None:
     """FLUX.1's largest block has 680 MB; two buffers of that size would be 2 GiB, which WSL2 cannot pin."""
     assert staging_bytes(680_000_000) == 128 << 20
     assert staging_bytes(3 << 20) == 2 * (4 << 20), "torch rounds up to a power of two"
+
+
+def test_inputs_beyond_the_budget_are_pageable_until_others_are_freed() -> None:
+    """1000 numbers of 4 bytes are pinned as 4096 bytes."""
+    budget, values = PinnedBudget(3 * 4096), torch.ones(1000, device="cuda")
+    copies = [budget.allocate(values) for _ in range(4)]
+    assert [copy.is_pinned() for copy in copies] == [True, True, True, False] and budget.num_bytes == 3 * 4096
+    del copies[0]
+    assert budget.num_bytes == 2 * 4096 and budget.allocate(values).is_pinned()
 
 
 SWAPS = ("--blocks_to_swap", SWAPPED["flux"], "--gradient_checkpointing")

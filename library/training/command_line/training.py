@@ -276,9 +276,9 @@ def train_prepared(
             for adapter in prepared:
                 stack.enter_context(save_last_good(adapter.writer))
                 stack.enter_context(save_on_error(adapter.writer, adapter.progress, adapter.run.plan))
+            stack.enter_context(explain_nondeterminism())
             # Entered last, so that other processes hear of a failure before this one saves.
             stack.enter_context(processes.reporting_failures())
-            stack.enter_context(explain_nondeterminism())
             train(prepared, interruption, MemoryWatch.build(first.run, fitted), memory_hints, clearly_worse)
     finally:
         first.charts.close()
