@@ -123,7 +123,18 @@ class Objective(Protocol):
         """True if a sample's offset shifts the noise level that is drawn for it."""
         ...
 
-    def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator, offsets_B: Tensor | None = None) -> Noised: ...
+    @property
+    def num_strata(self) -> int:
+        """The number of equal parts of the distribution of noise levels that are drawn equally often; 1 for one."""
+        ...
+
+    def corrupt(
+        self,
+        clean_BCHW: Tensor,
+        generator: torch.Generator,
+        offsets_B: Tensor | None = None,
+        uniforms_B: Tensor | None = None,
+    ) -> Noised: ...
     def draw_noise(self, clean_BCHW: Tensor, generator: torch.Generator) -> Tensor:
         """Draw the noise that `corrupt` adds, float32."""
         ...

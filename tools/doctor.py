@@ -24,6 +24,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.installed import GET_TORCH, explain_unused_gpu, find_lack, install_command, list_nvidia_gpus, version_of  # noqa: E402
 from library.version import add_version  # noqa: E402
+from tools.front_ends.journal import FrontEndError, Place, compare_with_journal, read_journal  # noqa: E402
 from tools.start import python_problem  # noqa: E402
 
 GIB = 2**30
@@ -65,7 +66,23 @@ def python_lines() -> Iterator[Line]:
     fix = f"{problem}; install one of these from https://www.python.org" if problem else ""
     yield Line("Python", version, fix, bool(problem))
     yield Line("system", platform.platform())
-    yield Line("suite", revision())
+    yield suite_line(Place(ROOT))
+
+
+def suite_line(place: Place) -> Line:
+    """Report the revision of this suite; inside a front end, whether its files are as they were installed."""
+    try:
+        journal = read_journal(place) if place.journal.exists() else None
+    except FrontEndError as error:
+        return Line("suite", "its files cannot be checked", hide_user_name(str(error)), True)
+    if journal is None:
+        return Line("suite", revision())
+    front_end = f"{journal.version} in {hide_user_name(str(place.folder))}"
+    problem = str(compare_with_journal(place, journal))
+    if not problem:
+        return Line("suite", f"{front_end}, as installed")
+    fix = "`python3 tools/front_end.py` with the front end's folder, in the suite's own folder, installs it again"
+    return Line("suite", f"{front_end}, {problem}", fix, True)
 
 
 def revision() -> str:

@@ -11,7 +11,8 @@ from library.memory.pinned import pin_if_possible
 from library.memory.small_convolutions import use_matmul_convolutions
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
-SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --save_precision
+SAVE_DTYPES = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Dtypes by the value of --save_precision."""
 
 
 def tensors_of(*modules: nn.Module) -> list[Tensor]:

@@ -19,6 +19,8 @@ FLAGS: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
 
 SINCE_0_11 = {  # options that some or all sd-scripts scripts have since 0.11, with their defaults
     "cuda_allow_tf32": False,
+    "block_swap_h2d_only": False,
+    "block_swap_ring_size": 2,
     "compile": False,
     "compile_backend": "inductor",
     "compile_cache_size_limit": None,
@@ -28,8 +30,10 @@ SINCE_0_11 = {  # options that some or all sd-scripts scripts have since 0.11, w
     "cuda_cudnn_benchmark": False,
     "skip_image_resolution": None,
     "train_inpainting": False,
+    "use_pinned_memory_for_block_swap": False,
 }
 SINCE_0_11_OF_FLOW_MODELS = {"show_timesteps": None, "show_timesteps_resolution": "1024", "show_timesteps_offset": 0.0}
+OF_MUSUBI_FOR_FLOW_MODELS = {"num_timestep_buckets", "preserve_distribution_shape"}
 OURS = {  # the options above and those that sd-scripts does not have, with their defaults
     **SINCE_0_11,
     "audit_only": False,
@@ -51,6 +55,8 @@ OURS = {  # the options above and those that sd-scripts does not have, with thei
     "gradient_checkpointing_every": 1,
     "keep_best_checkpoint": False,
     "log_events": None,
+    "metadata_arch": None,
+    "metadata_reso": None,
     "no_report": False,
     "on_nonfinite": "skip",
     "pair_slider": None,
@@ -89,6 +95,7 @@ CHOICES_OF_OTHERS = {
     "logsnr",
     "qinglong_flux",
     "qinglong_qwen",
+    "fp32",
 }  # musubi-tuner's
 
 

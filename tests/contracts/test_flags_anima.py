@@ -9,7 +9,7 @@ import pytest
 from anima_train_network import setup_parser
 from library.architectures.anima.options import AnimaOptions
 from library.options.train import TrainOptions
-from tests.contracts.test_flags import SINCE_0_11_OF_FLOW_MODELS, actions_of, describe
+from tests.contracts.test_flags import OF_MUSUBI_FOR_FLOW_MODELS, SINCE_0_11_OF_FLOW_MODELS, actions_of, describe
 
 DATA = Path(__file__).parent / "data"
 ADDED: list[dict[str, Any]] = json.loads((DATA / "flags_anima_train_network.json").read_text(encoding="utf-8"))
@@ -25,6 +25,7 @@ def test_option_is_declared_as_listed(wanted: dict[str, Any]) -> None:
 def test_there_is_no_unlisted_option() -> None:
     names = {action.dest for action in actions_of(setup_parser())}
     added = {flag["dest"] for flag in ADDED} | OURS | SINCE_0_11 | SINCE_0_11_OF_FLOW_MODELS.keys()
+    added |= OF_MUSUBI_FOR_FLOW_MODELS
     assert names == TrainOptions.defaults().keys() | added
     assert len(ADDED) == 27
 

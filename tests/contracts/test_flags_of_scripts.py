@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 
 from library.options.train import TrainOptions
-from tests.contracts.test_flags import FLAGS, LIST, OURS, SINCE_0_11_OF_FLOW_MODELS, actions_of, describe
+from tests.contracts.test_flags import (
+    FLAGS,
+    LIST,
+    OF_MUSUBI_FOR_FLOW_MODELS,
+    OURS,
+    SINCE_0_11_OF_FLOW_MODELS,
+    actions_of,
+    describe,
+)
 
 SCRIPTS = sorted(path.stem.removeprefix("flags_") for path in LIST.parent.glob("flags_*.json") if path != LIST)
 ADDED: dict[str, list[dict[str, Any]]] = {
@@ -61,6 +69,8 @@ def test_there_is_no_unlisted_option(script: str) -> None:
     added = {flag["dest"] for flag in ADDED[script]}
     if script != "sdxl_train_network":
         added |= SINCE_0_11_OF_FLOW_MODELS.keys()
+    if script not in ("sdxl_train_network", "sd3_train_network"):
+        added |= OF_MUSUBI_FOR_FLOW_MODELS
     assert names == TrainOptions.defaults().keys() | added | OURS_WITH_TEXT_CACHE | OURS_HERE.get(script, set())
     assert names >= OURS.keys()
     assert len(ADDED[script]) == NUMBER_OF_OPTIONS[script]

@@ -39,7 +39,6 @@ class Flux2SamplingOptions(FlowSamplingOptions):
 
 INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
-    "guidance_scale": "dev is trained with a guidance of 1; use --g or --l in a prompt line to guide a preview",
     "fp8_vl": "use --fp8_text_encoder",
     "fp8_llm": "use --fp8_text_encoder",
 }

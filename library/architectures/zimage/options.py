@@ -35,7 +35,6 @@ class ZImageSamplingOptions(FlowSamplingOptions):
 
 INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
-    "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
     "fp8_vl": "use --fp8_llm",
     "fp8_text_encoder": "use --fp8_llm",
 }

@@ -99,6 +99,7 @@ SUBSET_KEYS = (
     _with_option("keep_tokens_separator", TEXT, "", GDS),
     _with_option("secondary_separator", TEXT, None, GDS),
     _with_option("enable_wildcard", BOOL, False, GDS),
+    Key("enable_multiline_caption", BOOL, False, GDS),
     _with_option("caption_prefix", TEXT, None, GDS),
     _with_option("caption_suffix", TEXT, None, GDS),
     _with_option("caption_dropout_rate", NUMBER, 0.0, GDS),

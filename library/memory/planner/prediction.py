@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from library.memory.offload.pinning import SHARE_BESIDE_INPUTS
+from library.memory.offload.ring import NUM_SLOTS
 from library.memory.pinned import rounded_size
 from library.memory.planner.gpus import GIB, LAUNCH_S, Gpu
 from library.memory.planner.steps import CountedOptimizer, StepSegment, Timeline, compute_peak_bytes
@@ -29,6 +30,7 @@ class MemoryMode:
     offloads_inputs: bool = False  # inputs of recomputed blocks are kept in main memory between the passes
     num_offloaded: int = 0  # --blocks_to_swap
     shared_by: int = 1  # processes over which the denoiser is sharded, --shard_base
+    num_slots: int = NUM_SLOTS  # on the device, for the offloaded blocks, --block_swap_ring_size
 
     @property
     def complexity(self) -> int:
@@ -99,7 +101,7 @@ def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1
     if mode.shared_by > 1:
         denoiser_bytes = step.weights.shared_bytes(cost, mode.shared_by)
     else:
-        denoiser_bytes = step.weights.resident_bytes(cost, offloaded)
+        denoiser_bytes = step.weights.resident_bytes(cost, offloaded, mode.num_slots)
     weight_bytes = denoiser_bytes + encoder_bytes + step.other_bytes
     kept_bytes = step.optimizer.state + step.held_gradient_bytes
     passes = step.gradientless
@@ -119,7 +121,7 @@ def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1
     )
     weights_s = gpu.copy_seconds(streamed_bytes, pinned_weight_bytes)
     inputs_s = gpu.copy_seconds(input_bytes, input_bytes if pins_inputs else 0)
-    seconds = predict_seconds(parts, cost.slowdown, weights_s, inputs_s, gpu, passes)
+    seconds = predict_seconds(parts, cost.slowdown, weights_s, inputs_s, gpu, passes, mode.num_slots > 1)
     seconds *= 1 + COST_OF_OFFLOADING * len(offloaded) / max(1, len(block_sizes))
     # The allocator's overhead comes from temporary tensors; weights are allocated once.
     device_bytes = weight_bytes + round((1 + ALLOCATOR_SHARE) * training_bytes) + CONTEXT_BYTES
@@ -169,19 +171,25 @@ def predict_seconds(
     inputs_s: float,
     gpu: Gpu,
     gradientless: GradientlessPasses | None = None,
+    overlaps: bool = True,
 ) -> float:
     """Return the seconds of a step: in each pass the longer of computing and copying, which run in parallel.
 
     Streamed weights are copied to the GPU in both passes, in `weights_s`. Block inputs are copied to main memory in the
-    first and back in the second pass, in `inputs_s`. They share the bus. Computing is the sum of arithmetic, memory
-    traffic of the GPU and kernel launches. Large models hide part of the last two, small ones do not.
+    first and back in the second pass, in `inputs_s`. They share the bus. Unless a slot is free for it (`overlaps`), a
+    block is copied after the one before has computed. Computing is the sum of arithmetic, memory traffic of the GPU and
+    kernel launches. Large models hide part of the last two, small ones do not.
     """
     compute_s = {False: 0.0, True: 0.0}
     for part in parts:
         segment = part.segment
         seconds = slowdown * segment.flops / gpu.flops + segment.moved / gpu.bandwidth + segment.launches * LAUNCH_S
         compute_s[part.is_backward] += seconds
-    total = sum(max(seconds, weights_s + inputs_s) for seconds in compute_s.values())
+
+    def together(compute: float, stream: float, other: float = 0.0) -> float:
+        return max(compute, stream + other) if overlaps else max(compute, other) + stream
+
+    total = sum(together(seconds, weights_s, inputs_s) for seconds in compute_s.values())
     if gradientless is None:
         return total
-    return total + max(gradientless.num_batches * compute_s[False], gradientless.num_passes * weights_s)
+    return total + together(gradientless.num_batches * compute_s[False], gradientless.num_passes * weights_s)

@@ -10,7 +10,7 @@ from pathlib import Path, PureWindowsPath
 import torch
 
 from library.checkpoints.folders import ADDED_TO_NAMES, LONGEST_ON_WINDOWS
-from library.checkpoints.metadata import thumbnail_url
+from library.checkpoints.metadata import modelspec_resolution, thumbnail_url
 from library.checkpoints.overwriting import check_not_input, check_overwrite
 from library.data.concepts.prompts_file import FLAG as PROMPTS_FLAG
 from library.data.concepts.prompts_file import read_prompt_pairs
@@ -185,6 +185,8 @@ def check_output(options: TrainOptions) -> None:
     check_output_name(saving.output_name or "")
     # Read now, because a wrong path would otherwise fail at the first save and lose the training.
     thumbnail_url(options.metadata.metadata_thumbnail)
+    if options.metadata.metadata_reso:
+        modelspec_resolution("metadata_reso", options.metadata.metadata_reso)
     names = Names.build(saving)
     check_lengths(names)
     path = names.of_end()

@@ -90,7 +90,7 @@ def load(
     vae = move_to_device(arch.load.vae(), compute.device)
     models = load_frozen(network, precision.denoiser_format, arch, encoders, vae, compute, READER)
     arch.fit_to_sizes(models.denoiser, [(prompt.width, prompt.height) for prompt in prompts])
-    resolve_models(precision, memory.num_offloaded, arch, models, compute)
+    resolve_models(precision, memory, arch, models, compute)
 
     def no_captions(captions: Sequence[str]) -> Conditioning:
         raise AssertionError(f"nothing is trained on {captions}")

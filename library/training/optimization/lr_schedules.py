@@ -24,12 +24,13 @@ logger = logging.getLogger(__name__)
 FLAG = "--lr_scheduler_args"
 ADAFACTOR = "adafactor"
 CONSTANT = "constant"
+REX_LAST = 0.01  # share of the learning rate at the end of rex, as in musubi-tuner
 WITHOUT_WARMUP = {CONSTANT: "use constant_with_warmup", "piecewise_constant": "write it into step_rules"}
 USERS: Mapping[str, Sequence[str]] = {  # option -> the schedules that it belongs to
     "lr_decay_steps": ("warmup_stable_decay",),
     "lr_scheduler_power": ("polynomial",),
     "lr_scheduler_timescale": ("inverse_sqrt",),
-    "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay"),
+    "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay", "rex"),
     "lr_scheduler_num_cycles": ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
 }
 
@@ -139,9 +140,10 @@ def build_named_schedule(
             "min_lr_ratio": options.lr_scheduler_min_lr_ratio or 0.0,
         },
         "piecewise_constant": {},
+        "rex": {**warmup, **length, "min_lr_ratio": options.lr_scheduler_min_lr_ratio},
     }
     functions = {kind.value: function for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()}
-    functions["piecewise_constant"] = get_piecewise_constant_schedule
+    functions |= {"piecewise_constant": get_piecewise_constant_schedule, "rex": build_rex_schedule}
     check_name(name, list(arguments_of))
     check_settings(name, options, arguments, warmup_steps, decay_steps, max_train_steps)
     ours = arguments_of[name]
@@ -160,6 +162,33 @@ def build_named_schedule(
         functions[name], [optimizer], arguments, flag=FLAG, ours=ours, set_elsewhere=set_elsewhere
     )
     return schedule
+
+
+def build_rex_schedule(
+    optimizer: Optimizer,
+    num_warmup_steps: int,
+    num_training_steps: int,
+    min_lr_ratio: float | None = None,
+    rex_alpha: float = 0.1,
+    rex_beta: float = 0.9,
+) -> LambdaLR:
+    """Build the reflected exponential schedule (REX; Chen et al. 2021, arXiv:2107.04197) with musubi-tuner's constants.
+
+    With z falling from 1 to 0 after the warm-up, the rate falls from 1 to r = `min_lr_ratio` (0.01 if None) of itself:
+    r + (1 - r) z / (rex_alpha + rex_beta z). The warm-up rises linearly from r.
+    """
+    r = REX_LAST if min_lr_ratio is None else min_lr_ratio
+    num_falling_steps = num_training_steps - num_warmup_steps
+
+    def factor(step: int) -> float:
+        if step < num_warmup_steps:
+            return r + (1 - r) * step / num_warmup_steps
+        if step >= num_training_steps:
+            return r
+        z = (num_training_steps - step) / num_falling_steps
+        return r + (1 - r) * z / (rex_alpha + rex_beta * z)
+
+    return LambdaLR(optimizer, factor)
 
 
 def check_name(name: str, known: list[str]) -> None:

@@ -75,8 +75,7 @@ def prepare(
     texts = collect_texts(prompts, arch)
     network_module = options.network.network_module or ""
     loaded = load_models(options, arch, seed, data, compute, texts, processes, network_module)
-    num_offloaded, offloads_inputs = options.memory.num_offloaded, options.memory.offloads_inputs
-    resolve_base(options.precision, num_offloaded, arch, loaded.models, compute, processes, offloads_inputs)
+    resolve_base(options.precision, options.memory, arch, loaded.models, compute, processes)
     # After the base model has its weight formats and devices: a network module may read the weights that it adapts.
     networks = []
     for adapter in adapters:

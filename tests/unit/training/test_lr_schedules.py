@@ -58,6 +58,14 @@ def after_warmup(s: int, decay: Callable[[float], float], warmup: int = WARMUP) 
     return s / warmup if s < warmup else decay((s - warmup) / (T - warmup))
 
 
+def rex(s: int, last: float, alpha: float, beta: float) -> float:
+    """Rise from `last` to 1, then fall back to it by musubi-tuner's formula."""
+    if s < WARMUP:
+        return last + (1 - last) * s / WARMUP
+    z = (T - s) / (T - WARMUP)
+    return last + (1 - last) * z / (alpha + beta * z)
+
+
 def inverse_sqrt(s: int, warmup: int, timescale: int) -> float:
     return s / warmup if s < warmup else 1 / math.sqrt((s + timescale - warmup) / timescale)
 
@@ -101,6 +109,13 @@ CURVES: list[tuple[str, dict[str, Any], Callable[[int], float]]] = [
         {"lr_decay_steps": 0.3, "lr_scheduler_min_lr_ratio": 0.1},
         stable_decay,
     ),
+    ("rex", {}, lambda s: rex(s, 0.01, 0.1, 0.9)),
+    (
+        "rex",
+        {"lr_scheduler_min_lr_ratio": 0.2, "lr_scheduler_args": ["rex_alpha=0.5", "rex_beta=0.5"]},
+        lambda s: rex(s, 0.2, 0.5, 0.5),
+    ),
+    ("rex", {"lr_warmup_steps": 0}, lambda s: 0.01 + 0.99 * (1 - s / T) / (0.1 + 0.9 * (1 - s / T))),
     (
         "piecewise_constant",
         {"lr_warmup_steps": 0, "lr_scheduler_args": ["step_rules='1:10,0.5:25,0.1'"]},

@@ -105,6 +105,17 @@ def test_offloaded_blocks_need_two_slots_and_take_time_on_a_slow_bus() -> None:
     assert fast.host_bytes == 3 * 40 * MIB
 
 
+def test_each_further_slot_takes_a_block_of_memory_and_a_single_one_copies_and_computes_in_turn() -> None:
+    step, gpu = counted_step(), make_gpu(0, 3e6)
+    one, two, four = (predict(step, MemoryMode(num_offloaded=3, num_slots=n), gpu) for n in (1, 2, 4))
+    assert four.tensor_bytes - two.tensor_bytes == 2 * (two.tensor_bytes - one.tensor_bytes) == 2 * 40 * MIB
+    assert four.seconds == two.seconds
+    copied = 3 * 40 * MIB / 3e6
+    assert one.seconds == pytest.approx((96 + 2 * copied) * (1 + 0.05 * 3 / 8))
+    allowed = Allowed(num_slots=3)
+    assert {candidate.mode.num_slots for candidate in choose(step, allowed, gpu).candidates} == {3}
+
+
 @pytest.mark.parametrize("shared_by", [2, 8])
 def test_a_sharded_base_takes_its_share_and_the_blocks_being_gathered(shared_by: int) -> None:
     """The weights are 20 and 8 x 40 MiB; `PEAK_BLOCKS` is measured as 3.6 blocks."""
