@@ -195,7 +195,7 @@ def test_there_is_no_verdict_on_time_and_memory_without_a_gpu() -> None:
 
 def read(script: str, *arguments: str) -> tuple[Any, dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("library.training.command_line.cli.setup_logging", lambda options: None)
+        patch.setattr("library.training.command_line.cli.start_logging", lambda parser, args: None)
         spec, options = read_training_options(script, arguments)
     return spec, options
 
@@ -241,7 +241,7 @@ def test_folders_are_deleted_at_the_end_and_after_a_kill(tmp_path: Path, monkeyp
     abandoned = tmp_path / f"verify-{ended.stdout.strip()}-abcdefgh"
     abandoned.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("library.training.command_line.cli.setup_logging", lambda options: None)
+    monkeypatch.setattr("library.training.command_line.cli.start_logging", lambda parser, args: None)
     seen: list[Path] = []
 
     def interrupted(spec: Any, options: Any, training: Any, folder: Path) -> Iterator[Any]:
