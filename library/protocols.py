@@ -14,6 +14,8 @@ from library.memory.codecs.codec import RequestedFormat
 from library.options.caching import TextCachingOptions
 from library.types import Batch, Conditioning, Noised, Prompt, Tokens
 
+POSTERIOR_MEAN = "posterior mean"
+
 
 @dataclass(frozen=True)
 class LatentSpec:
@@ -27,6 +29,12 @@ class LatentSpec:
     max_references: int = 0  # reference images that the denoiser accepts, for edit models
     has_alpha: bool = False  # images are encoded as RGBA, opaque ones included
     patch: int = 1  # latents along each side of one of the denoiser's tokens
+    computed_as: str = ""  # in caches and states; changes with the way in which latents are computed
+
+    @property
+    def vae_suffix(self) -> str:
+        """The end of the VAE's name in cache entries."""
+        return f" {self.computed_as}" if self.computed_as else ""
 
     def fits(self, width: int, height: int) -> bool:
         """Return True if images of this size can be encoded and divided into tokens. Bucket sides always fit."""

@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from tqdm import tqdm
-
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
+from torch import Tensor
+from tqdm import tqdm
 
 from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec

@@ -61,7 +61,7 @@ class DitOptions(Options):
         False, ignored=IN_MIXED_PRECISION, own=True, help=f"Has no effect: {IN_MIXED_PRECISION}."
     )
     gradient_checkpointing_cpu_offload: bool = option(
-        False, own=True, affects_training=False, help="musubi-tuner's name of --cpu_offload_checkpointing."
+        False, affects_training=False, help="musubi-tuner's name of --cpu_offload_checkpointing."
     )
     img_in_txt_in_offloading: bool = option(
         False, ignored=EMBEDDERS_STAY, own=True, help=f"Has no effect: {EMBEDDERS_STAY}."

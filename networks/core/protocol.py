@@ -57,6 +57,7 @@ class NetworkModule:
     None before images are drawn,
     `on_gradients()` before each optimizer step, when its gradients are complete and not clipped yet,
     `apply_max_norm_regularization(limit, device) -> (count, mean, maximum)`,
+    `prepare_for(shapes, source)` before the optimizer is built, with the shapes in the state that the run continues,
     `merge_to(text_encoder, unet, weights, dtype, device)`,
     `merging(weights, device) -> Iterable[Merging]`, which ours have, so that files are merged while the base is read,
     `stack_with(others) -> Multiplexer` for sweeps, once all of these networks are installed.
@@ -196,6 +197,10 @@ class AdoptedNetwork:
         """Load an adapter file and log the network's report."""
         result = self._needed("load_weights", "--network_weights")(str(path))
         logger.info("loaded network weights: %s", result)
+
+    def prepare_for(self, shapes: Mapping[str, Sequence[int]], source: str) -> None:
+        """Let the network take the form of weights that are loaded once the optimizer is built."""
+        self._optional("prepare_for", shapes, source)
 
     def merge_to(
         self,

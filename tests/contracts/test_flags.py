@@ -95,8 +95,8 @@ CHOICES_OF_OTHERS = {
     "logsnr",
     "qinglong_flux",
     "qinglong_qwen",
-    "fp32",
-}  # musubi-tuner's
+}  # musubi-tuner's values of timestep_sampling
+OTHER_CHOICES = {*CHOICES_OF_OTHERS, "fp32"}  # fp32 is musubi-tuner's --save_precision float
 
 
 def describe(action: argparse.Action) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def describe(action: argparse.Action) -> dict[str, Any]:
         "type": "bool" if is_flag else action.type.__name__,
         "default": action.default,
         "nargs": action.nargs,
-        "choices": None if action.choices is None else [c for c in action.choices if c not in CHOICES_OF_OTHERS],
+        "choices": None if action.choices is None else [c for c in action.choices if c not in OTHER_CHOICES],
     }
 
 

@@ -26,7 +26,7 @@ class Flux2ModelOptions(PartOptions):
         usual=True,
         choices=VERSIONS,
         help="Which FLUX.2 the base is. Unset recognises it from the file; distilled klein is then told from base by "
-        "is_distilled in a folder's model_index.json, or by the name of the file or folder.",
+        "is_distilled in a folder's model_index.json, or by words such as base in the name.",
     )
 
 

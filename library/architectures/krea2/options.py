@@ -24,7 +24,7 @@ class Krea2ModelOptions(PartOptions):
         usual=True,
         choices=("raw", "turbo"),
         help="Which Krea 2 the base is: turbo is distilled, and previews take 8 steps without guidance. Unset reads "
-        "is_distilled in a folder's model_index.json, or looks for the word turbo in the name of the file or folder.",
+        "is_distilled in a folder's model_index.json, or looks for words such as turbo in the name.",
     )
     turbo_dit: str | None = option(
         None,

@@ -10,12 +10,8 @@ logger = logging.getLogger(__name__)
 
 SOURCES = {"image_directory": "image_dir", "image_jsonl_file": "metadata_file"}  # its key -> the key of a subset
 REFERENCES = {"control_directory": "control_dirs"}
-RENAMED = {  # its key at any level, also under earlier names -> ours
-    "no_resize_control": "control_no_resize",
-    "flux_kontext_no_resize_control": "control_no_resize",
-    "qwen_image_edit_no_resize_control": "control_no_resize",
-    "qwen_image_edit_control_resolution": "control_resolution",
-}
+# Its keys at any level, earlier with the name of a model before them -> ours.
+RENAMED = {"no_resize_control": "control_no_resize", "control_resolution": "control_resolution"}
 CACHES = "cache_directory"
 BUCKET_STEP, MAX_BUCKET = 0, 1024  # 0 selects the step that the base model requires
 
@@ -49,7 +45,7 @@ def rename_in(table: Any, path: str) -> Any:
         return table
     values: dict[str, Any] = {}
     for key, value in table.items():
-        name = RENAMED.get(key, key)
+        name = next((ours for theirs, ours in RENAMED.items() if key == theirs or key.endswith(f"_{theirs}")), key)
         if values.setdefault(name, value) != value:
             raise UserError(f"{path}: {key} has another value than a key of the same meaning; remove one of them")
     return values

@@ -13,6 +13,9 @@ ONLY_TO_THE_GPU = (
     "--gradient_checkpointing too"
 )
 PINNED = "swapped blocks are in pinned memory as far as the system allows it"
+THROUGH_MAIN_MEMORY = (
+    "models are loaded one after the other through main memory; --fp8_base halves what the largest takes"
+)
 ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")  # values of --attn_mode
 
 
@@ -79,7 +82,10 @@ class MemoryOptions(Options):
         False, ignored=PINNED, own=True, affects_training=False, help=f"Has no effect: {PINNED}."
     )
     lowram: bool = option(
-        False, affects_training=False, help="Load models directly to the GPU, for machines with little main memory."
+        False,
+        affects_training=False,
+        ignored=THROUGH_MAIN_MEMORY,
+        help=f"Has no effect: {THROUGH_MAIN_MEMORY}.",
     )
     highvram: bool = option(
         False,

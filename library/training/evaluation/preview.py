@@ -1,6 +1,7 @@
 """Previews during training: schedule, prompts and files. The base model's `Preview` draws them."""
 
 import logging
+from bdb import BdbQuit
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -252,6 +253,8 @@ class Previews:
                 write_grid(grid_path(run.options.saving, event), drawn)
             self._report_strengths(drawn, step, epoch)
             self._charts.log_images(drawn, step, epoch)
+        except BdbQuit:  # of a debugger
+            raise
         except Exception as error:
             give_up("the previews", error)
         finally:
@@ -303,6 +306,8 @@ class Previews:
             if run.events.is_on:
                 run.events.emit(build_preview_event(drawn, path, step, epoch))
             return [drawn]
+        except BdbQuit:  # of a debugger
+            raise
         except Exception as error:
             give_up(f"preview {index} ({prompt.text})", error)
             return []

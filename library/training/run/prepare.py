@@ -28,7 +28,8 @@ from library.training.reporting.trackers import Charts, loggable_options, start_
 from library.training.run.run_events import build_plan_event
 from library.training.run.runs import AdapterRequest, Shared, build_run, prepare_run
 from library.training.saving.checkpoints import save_dtype
-from library.training.saving.resume import resolve_starting_steps
+from library.training.saving.resume import check_latents, resolve_starting_steps
+from library.training.saving.state import network_shapes
 from library.training.step.accumulation import Plan
 from library.training.sweep_record import SweepRecord
 from networks.core.protocol import multiplex
@@ -59,6 +60,9 @@ def prepare(
     first_steps = resolve_starting_steps(
         [adapter.options for adapter in adapters], plan, [adapter.state for adapter in adapters]
     )
+    for adapter in adapters:
+        if adapter.state is not None and data.prompts is None:
+            check_latents(adapter.state, arch.codec.spec.computed_as)
     # Check what needs no weights before reading them and encoding images, which takes minutes.
     check_base(options.precision.denoiser_format, options.memory.num_offloaded, arch)
     if options.precision.multiplies_codes:
@@ -80,9 +84,12 @@ def prepare(
     networks = []
     for adapter in adapters:
         with log_prefix(adapter.label):
-            networks.append(
-                open_network(adapter.options.network, adapter.options.precision, adapter.seed, loaded.models, compute)
+            network = open_network(
+                adapter.options.network, adapter.options.precision, adapter.seed, loaded.models, compute
             )
+            if adapter.state is not None:
+                network.prepare_for(network_shapes(adapter.state), str(adapter.state.path))
+            networks.append(network)
     multiplexer = None
     if len(networks) > 1:
         multiplexer = multiplex(networks, options.network.network_module or "")

@@ -67,7 +67,7 @@ class ModuleWeights:
     @property
     def is_dora_per_output(self) -> bool:
         """True if magnitudes are per output, as in PEFT."""
-        return self.is_dora and self.layout.shape_of is not None and are_per_output(self.magnitudes)
+        return self.is_dora and self.layout.shape_of is not None and are_per_output(self.magnitudes.shape)
 
     @property
     def is_larger_kernel(self) -> bool:

@@ -20,9 +20,10 @@ from library.data.caching.filling import assign_jobs
 from library.data.caching.latents import cache_latents, plan_jobs
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import open_batches
+from library.errors import NotThere
 from library.options.caching import CachingOptions
 from library.processes import Processes
-from library.protocols import LatentSpec
+from library.protocols import POSTERIOR_MEAN, LatentSpec
 from tests.unit.data.builders import (
     SPEC,
     averaging_vae,
@@ -371,6 +372,25 @@ def test_changed_settings_invalidate_every_entry(folder, arguments, vae):
     cache(folder)
     assert cache(folder, arguments, vae=vae)[1] == (6 if arguments == "--flip_aug" else 3)
     assert cache(folder, arguments, vae=vae)[1] == 0
+
+
+def test_entries_with_random_samples_by_an_earlier_version_are_encoded_again(folder, caplog):
+    spec = replace(SPEC, computed_as=POSTERIOR_MEAN)
+    line = "3 stale (3 made of random samples by an earlier version, where the VAE's mean is needed"
+
+    def missing() -> str:
+        raise NotThere("it is missing")
+
+    cache(folder)
+    with caplog.at_level(logging.INFO):
+        with pytest.raises(NotThere):
+            cache_latents(open_folder(folder, spec=spec), averaging_vae(), missing, DISK, 1)
+        assert caplog.text.count(line) == 1
+        assert cache(folder, vae=f"vae{spec.vae_suffix}", spec=spec)[1] == 3
+        assert caplog.text.count(line) == 2
+        cache_latents(open_folder(folder, spec=spec), averaging_vae(), missing, DISK, 1)
+        assert cache(folder, vae=f"vae{spec.vae_suffix}", spec=spec)[1] == 0
+    assert caplog.text.count(line) == 2
 
 
 def test_another_resolution_encodes_every_image_again(folder):

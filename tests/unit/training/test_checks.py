@@ -248,7 +248,7 @@ def test_debug_dataset_needs_no_model_and_no_output() -> None:
         {"log_with": "tensorboard"},
         {"min_bucket_reso": 512, "max_bucket_reso": 256, "enable_bucket": True},
         {"mixed_precision": "fp8"},
-        {"save_precision": "fp32"},
+        {"save_precision": "fp64"},
         {"loss_type": "mse"},
         {"log_with": "none"},
         {"max_train_steps": 0},
@@ -308,6 +308,11 @@ def test_options_without_effect_on_the_base_model_are_reported_with_the_reason()
     ignores = {"clip_skip": "it has no CLIP", "noise_offset": "it is a flow"}
     assert list(find_unused(make_options(clip_skip=2), ignores)) == ["--clip_skip has no effect: it has no CLIP"]
     assert list(find_unused(make_options(), ignores)) == []
+
+
+def test_lowram_is_said_to_have_no_effect() -> None:
+    (line,) = find_unused(make_options(lowram=True), {})
+    assert line.startswith("--lowram has no effect: models are loaded one after the other through main memory")
 
 
 @pytest.mark.parametrize(
