@@ -17,11 +17,11 @@ MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path 
 LAYERS = (
     ("library.errors", "library.suggestions", "library.formatting", "library.json_text"),
     ("library.types", "library.randomness", "library.collector", "library.hidden_libraries", "library.launcher"),
-    ("library.version", "library.requirements", "library.installed"),
+    ("library.version", "library.requirements", "library.installed", "library.determinism"),
     ("library.heartbeat", "library.progress", "library.processes", "library.temporary_folders"),
     ("library.options",),
     ("library.checkpoints",),
-    ("library.memory.small_convolutions", "library.memory.devices"),
+    ("library.memory.small_convolutions", "library.memory.devices", "library.memory.pinned"),
     ("library.memory.codecs",),
     ("library.memory.formats", "library.memory.offload", "library.memory"),
     ("library.memory.planner",),

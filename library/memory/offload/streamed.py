@@ -40,8 +40,11 @@ def stream(
     device: torch.device,
     make_master: MakeMaster = allocate_own_master,
     num_slots: int = NUM_SLOTS,
+    pinned_share: float = 1.0,
 ) -> Ring[Tensor, Tensor] | None:
     """Keep `num_offloaded[i]` blocks of stack i in main memory, and provide their weights through slots on `device`.
+
+    They take at most `pinned_share` of the memory that can be pinned.
 
     The weights of these blocks must be frozen, see `library.memory.frozen`. Norms, biases and all other parameters stay
     on the model's device. Return the ring, or None if no block is offloaded.
@@ -52,7 +55,7 @@ def stream(
         return None
     layouts = [list(spans(frozen_layers(block))) for block in blocks]
     masters = [take_out(number, layout, make_master) for number, layout in enumerate(layouts)]
-    ring = Ring(masters, open_streams(masters, device, num_slots))
+    ring = Ring(masters, open_streams(masters, device, num_slots, pinned_share))
     for number, layout in enumerate(layouts):
         for layer in {span.layer: None for span in layout}:
             layer.handle = OffloadedHandle(ring, number, [span for span in layout if span.layer is layer])
@@ -101,8 +104,15 @@ class OffloadedHandle:
         return {name: part.to(device) for name, part in parts_in(self.layout, self.ring.masters[self.number]).items()}
 
 
+def pinned_bytes(model: nn.Module) -> int:
+    """Return the bytes of pinned memory that hold a model's offloaded blocks."""
+    handles = [layer.handle for layer in frozen_layers(model)]
+    rings = {id(handle.ring): handle.ring for handle in handles if isinstance(handle, OffloadedHandle)}
+    return sum(len(master) for ring in rings.values() for master in ring.masters if master.is_pinned())
+
+
 def open_streams(
-    masters: Sequence[Tensor], device: torch.device, num_slots: int = NUM_SLOTS
+    masters: Sequence[Tensor], device: torch.device, num_slots: int = NUM_SLOTS, pinned_share: float = 1.0
 ) -> Streams[Tensor, Tensor]:
     """Open the fastest streams from these masters to the device, and log the choice."""
     largest, total = max(map(len, masters)), sum(map(len, masters))
@@ -110,7 +120,7 @@ def open_streams(
     if device.type != "cuda":
         logger.info("%s; without a GPU this saves nothing and copies each block in every pass", summary)
         return HostStreams(num_slots, largest, device)
-    pinned = pin(masters, reserve=staging_bytes(largest))
+    pinned = pin(masters, staging_bytes(largest), pinned_share)
     if pinned.reason is None:
         logger.info("%s (pinned): they are copied while others compute", summary)
         return CudaStreams(num_slots, largest, device)

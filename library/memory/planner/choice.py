@@ -47,7 +47,9 @@ class Choice:
 
 def choose(step: CountedStep, allowed: Allowed, gpu: Gpu, correction: float = 1.0) -> Choice:
     """Choose the simplest candidate within `WORTH` of the fastest time; of equals, the faster or smaller one."""
-    candidates = tuple(fit_mode(step, mode, allowed, gpu, correction) for mode in allowed.modes())
+    predictions = [fit_mode(step, mode, allowed, gpu, correction) for mode in allowed.modes()]
+    # Inputs that cannot be pinned make the host wait for each of them, so the planner does not choose this by itself.
+    candidates = tuple(p for p in predictions if p.pins_inputs or all(allowed.offloads_inputs))
     fitting = [candidate for candidate in candidates if candidate.device_bytes <= gpu.memory_bytes]
     least_s = min((candidate.seconds for candidate in fitting), default=0.0)
     near = [candidate for candidate in fitting if (1 - WORTH) * candidate.seconds <= least_s]

@@ -13,6 +13,7 @@ import torch
 from library.collector import freeze_imports
 from library.data.debug_dataset import show_batches
 from library.data.training_data import TrainingData
+from library.determinism import deterministic, explain_nondeterminism
 from library.errors import UserError
 from library.hidden_libraries import BITSANDBYTES, hide_library, import_diffusers_hiding_libraries
 from library.installed import NEEDED_BY_ALL, check_gpu_is_used, check_installed
@@ -34,7 +35,7 @@ from library.training.failures.out_of_memory import explain_out_of_memory
 from library.training.loop.adapter_run import PreparedRun
 from library.training.loop.loop import train
 from library.training.models import opening
-from library.training.models.cuda_kernels import cuda_kernels, deterministic
+from library.training.models.cuda_kernels import cuda_kernels
 from library.training.models.opening import open_accelerator
 from library.training.planning.advice import memory_hints
 from library.training.planning.correction import MemoryWatch
@@ -275,6 +276,7 @@ def train_prepared(
             for adapter in prepared:
                 stack.enter_context(save_last_good(adapter.writer))
                 stack.enter_context(save_on_error(adapter.writer, adapter.progress, adapter.run.plan))
+            stack.enter_context(explain_nondeterminism())
             # Entered last, so that other processes hear of a failure before this one saves.
             stack.enter_context(processes.reporting_failures())
             train(prepared, interruption, MemoryWatch.build(first.run, fitted), memory_hints, clearly_worse)

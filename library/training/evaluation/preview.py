@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from library.determinism import deterministic_mode
 from library.diffusion.guidance import apply_guidance, needs_negative
 from library.errors import UserError
 from library.memory.devices import move_to_device, release_memory
@@ -170,7 +171,7 @@ class Previews:
         # None where text encoders train, so that the features change.
         self._encoded = None if run.context.models.text_encoders else cached
         if run.context.models.text_encoders and prompts and not run.context.trains_text_encoder:
-            with evaluating(run, PREVIEWS):
+            with evaluating(run, PREVIEWS), deterministic_mode(False):
                 self._encoded = encode_with_loaded(run.context, prompts, cached)
 
     def before_training(self, interruption: Interruption) -> bool:
@@ -223,7 +224,11 @@ class Previews:
         try:
             release_memory(run.options.memory.highvram)
             denoiser, precision = context.models.denoiser, run.options.precision
-            with evaluating(run, PREVIEWS), with_preview_weights(context.arch.preview, precision, denoiser):
+            with (
+                evaluating(run, PREVIEWS),
+                deterministic_mode(False),
+                with_preview_weights(context.arch.preview, precision, denoiser),
+            ):
                 vae = context.models.vae
                 # A run with cached latents has unloaded the VAE. It is loaded for these previews alone.
                 if vae is None:

@@ -18,6 +18,10 @@ from library.training.reporting.step_events import peak_of_main_memory
 from library.training.run_parts import Run
 
 WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "cannot allocate memory")
+# torch's allocator and the system, a thread's stack, the loader of shared libraries, and C code of Python
+OF_THE_CPU = ("defaultcpuallocator", "allocate memory", "new thread", "map segment", "exception set", "an exception")
+# torch's allocator raises OutOfMemoryError for a GPU's memory. With so much of it free, CUDA lacks main memory to pin.
+OF_CUDA, FREE_SHARE = "cuda error: out of memory", 0.1
 # Messages of cuDNN without workspace memory, of the allocator where NVML is not available (WSL, MIG;
 # pytorch#112377), of the loader of shared libraries, and of Python where a thread gets no stack or C code loses a
 # MemoryError. Other faults may contain these words too.
@@ -109,6 +113,8 @@ def explain_out_of_memory(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        if device.type == "cuda" and lacks_main_memory(error, device):
+            raise OutOfMemoryError("\n  ".join(explain_main_memory(doing, options, error))) from error
         predicted = memory_hints()
         ignored = None if options.concepts is None else list_ignored_by_leco(type(options))
         others = find_savings(options.flat(), sizes(), device, bool(predicted), ignored)
@@ -120,6 +126,35 @@ def explain_out_of_memory(
             first_line(error),
         ]
         raise OutOfMemoryError("\n  ".join(lines)) from error
+
+
+def lacks_main_memory(error: BaseException, device: torch.device) -> bool:
+    """Return True if a run on a GPU lacks main memory, or main memory that can be pinned."""
+    text = str(error).lower()
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    if isinstance(error, MemoryError | OSError) or any(words in text for words in OF_THE_CPU):
+        return True
+    free, total = torch.cuda.mem_get_info(device)
+    return OF_CUDA in text and free > FREE_SHARE * total
+
+
+def explain_main_memory(doing: str, options: TrainOptions, error: BaseException) -> Iterator[str]:
+    """Yield the lines of the message where a run on a GPU lacks main memory."""
+    values = options.flat()
+    yield f"{likely(error)}out of main memory while {doing}"
+    yield f"main memory: {memory_figures(torch.device('cpu'))}, {format_bytes(psutil.virtual_memory().available)} free"
+    if options.memory.num_offloaded:
+        yield "to save main memory: a smaller --blocks_to_swap keeps fewer blocks there"
+    if options.memory.offloads_inputs:
+        yield "to save main memory: without --cpu_offload_checkpointing the inputs of blocks stay on the GPU"
+    for name in ("cache_latents", "cache_text_encoder_outputs"):
+        if values.get(name) and not values.get(f"{name}_to_disk"):
+            yield f"to save main memory: --{name}_to_disk keeps them on the disk"
+    if values["max_data_loader_n_workers"]:
+        yield "to save main memory: --max_data_loader_n_workers 0 loads images in the training process"
+    yield f"to save main memory: {OTHER_PROGRAMS}; WSL2 has the share that .wslconfig gives it"
+    yield first_line(error)
 
 
 def memory_figures(device: torch.device) -> str:

@@ -23,6 +23,7 @@ from library.memory.frozen import (
     multiply_codes,
     store_all_in,
 )
+from library.memory.offload.pinning import SHARE_BESIDE_INPUTS
 from library.memory.offload.sharded import PEAK_BLOCKS, ShardedModel
 from library.memory.offload.shared import place_for, share_masters
 from library.memory.offload.streamed import bytes_of_parts, stream
@@ -182,16 +183,17 @@ def offload_blocks(memory: MemoryOptions, stacks: Stacks, device: torch.device, 
     store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
     num_offloaded = count_offloaded_blocks(memory.num_offloaded, stacks)
     num_slots = memory.block_swap_ring_size
+    share = SHARE_BESIDE_INPUTS if memory.offloads_inputs else 1.0
     if processes.local_count == 1:
-        stream(stacks, num_offloaded, device, num_slots=num_slots)
+        stream(stacks, num_offloaded, device, num_slots=num_slots, pinned_share=share)
         return
     num_bytes = sum(bytes_of_parts(block) for stack in stacks for block in stack)
     folder = Path(processes.shared_folder("weights", place_for(num_bytes)))
     if processes.is_local_main:
-        stream(stacks, num_offloaded, device, share_masters(folder, is_first=True), num_slots)
+        stream(stacks, num_offloaded, device, share_masters(folder, is_first=True), num_slots, share)
     processes.wait_for_all("weights in main memory")
     if not processes.is_local_main:
-        stream(stacks, num_offloaded, device, share_masters(folder, is_first=False), num_slots)
+        stream(stacks, num_offloaded, device, share_masters(folder, is_first=False), num_slots, share)
     processes.wait_for_all("mapping the weights in main memory")
     if processes.is_local_main:
         shutil.rmtree(folder, ignore_errors=True)  # Windows keeps mapped files until the process ends

@@ -200,10 +200,20 @@ def test_room_for_the_staging_buffers_is_left(reserve: int, num_pinned: int, lim
 
 
 def test_most_of_main_memory_is_left_unpinned(limited_runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pinning.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 1000}))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"total": 1000}))
     masters = buffers(5)
     result = pinning.pin(masters)
     assert len(result.addresses) == 4 and "0.0 GB is more than 40% of main memory" in str(result.reason)
+
+
+@pytest.mark.parametrize(("total", "num_pinned"), [(10_000, 2), (1000, 2)])
+def test_half_of_what_can_be_pinned_is_left_to_inputs(
+    total: int, num_pinned: int, limited_runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime refuses the sixth buffer of 100 bytes; 40 % of 1000 bytes are four buffers."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"total": total}))
+    masters = buffers(8)
+    assert len(pinning.pin(masters, share=0.5).addresses) == len(limited_runtime.pinned) == num_pinned
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 13])
