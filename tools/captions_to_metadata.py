@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.checkpoints.files import atomic_path
 from library.checkpoints.overwriting import FileKind, check_target, known_by_start
-from library.data.description.image_extensions import image_extensions
+from library.data.description.image_extensions import describe_unread, image_extensions
 from library.data.sources.folders.metadata_file import read_table
 from library.errors import UserError
 from library.options.encodings import decode_utf8
@@ -40,11 +40,11 @@ def list_images(folder: Path, is_recursive: bool) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     endings = image_extensions()
-    entries = folder.rglob("*") if is_recursive else folder.iterdir()
-    images = sorted(path for path in entries if path.suffix in endings and path.is_file())
+    entries = sorted(folder.rglob("*") if is_recursive else folder.iterdir())
+    images = [path for path in entries if path.suffix in endings and path.is_file()]
     if not images:
         hint = "" if is_recursive else "; --recursive with --full_path searches its subfolders"
-        raise UserError(f"{folder} has no images{hint}")
+        raise UserError(f"{folder} has no images{hint}{describe_unread(path.name for path in entries)}")
     return images
 
 

@@ -13,6 +13,7 @@ from statistics import mean
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
 
 import torch
 from PIL import Image
@@ -30,7 +31,7 @@ from library.training.evaluation.prompt_images import show_with_references
 from library.training.evaluation.prompts import read_prompts, refuse_strengths, resolve_all
 from library.training.evaluation.strength_response import FEWEST, measure_response
 from library.training.offline.adapter_files import Stack
-from library.training.offline.contact_sheet import arrange, draw_rows
+from library.training.offline.contact_sheet import Row, arrange, draw_rows
 from library.training.report_page.writer import add_sheet
 from library.training.reporting.sample_images import encode_data_url
 from library.training.saving.checkpoints import Names
@@ -190,10 +191,10 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     columns, spec = expand_columns(resolve_all(specs, arch), args.seeds), arch.codec.spec
     if args.multipliers is not None:
         stacks: list[Stack] = [[(file, s)] if s else [] for file in files for s in args.multipliers]
-        drawn_rows = list(draw(stacks, columns, device))
+        drawn_rows = list(draw([Row(stack, columns) for stack in stacks], device))
         sheet = arrange_strips(drawn_rows, files, columns, args.multipliers, args.side, spec)
     else:
-        images = list(draw([[], *([(file, 1.0)] for file in files)], columns, device))
+        images = list(draw([Row([], columns), *(Row([(file, 1.0)], columns) for file in files)], device))
         images = [
             [show_with_references(p, image, spec) for p, image in zip(columns, row, strict=True)] for row in images
         ]

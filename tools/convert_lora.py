@@ -11,10 +11,11 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
-
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
+import torch
 
 from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import NAMINGS, FileNaming

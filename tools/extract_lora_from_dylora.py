@@ -10,15 +10,18 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
 
 import torch
 from tqdm import tqdm
 
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from library.checkpoints.files import atomic_path
 from library.checkpoints.marks import mark_of
 from library.errors import UserError
 from library.json_text import parse_json
@@ -222,9 +225,12 @@ def extract(args: argparse.Namespace) -> None:
     if args.save_to is not None:
         for rank in ranks:
             check_output("--save_to", name_file(args.save_to, rank), WRITER, [args.model])
-        for rank in tqdm(ranks, desc="cutting", unit="file"):
-            path = name_file(args.save_to, rank)
-            save_adapter_file(path, cut_file(nested, rank), mark=mark_of(WRITER, path))
+        # All files or none: an exit status of 1 says that nothing was written.
+        with ExitStack() as unfinished:
+            for rank in tqdm(ranks, desc="cutting", unit="file"):
+                path = name_file(args.save_to, rank)
+                temporary = unfinished.enter_context(atomic_path(path))
+                save_adapter_file(temporary, cut_file(nested, rank), mark=mark_of(WRITER, path))
     if args.report:
         print("rank  relative difference to the full update")
         for rank, difference in measure_differences(nested, ranks):

@@ -20,11 +20,12 @@ from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
 
-from torch import Tensor
-from tqdm import tqdm
-
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
+from torch import Tensor
+from tqdm import tqdm
 
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_keys import is_of_text_encoder

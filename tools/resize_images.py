@@ -19,6 +19,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
 
 from PIL import Image
 from tqdm import tqdm
@@ -28,7 +29,7 @@ from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, marked
 from library.data.decoding.images import Pixels, read_pixels, resize
 from library.data.description.buckets import Size
-from library.data.description.image_extensions import image_extensions
+from library.data.description.image_extensions import describe_unread, image_extensions
 from library.errors import UserError
 from tools.command import check_at_least_one, command, make_parser
 
@@ -130,7 +131,8 @@ def resize_all(args: argparse.Namespace) -> None:
     files = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
     images = [path for path in files if path.suffix in image_extensions()]
     if not images:
-        raise UserError(f"{source} has no images; subfolders are not searched")
+        unread = describe_unread(path.name for path in files)
+        raise UserError(f"{source} has no images; subfolders are not searched{unread}")
     check_names(images)
     others = [path for path in files if path not in set(images) and not path.name.endswith(CACHES)]
     copies = plan_copies(others, images, target, resizing, args)

@@ -8,11 +8,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
+import numpy as np
+from PIL import Image
 
 from library.checkpoints.overwriting import check_target
 from library.errors import UserError, list_few

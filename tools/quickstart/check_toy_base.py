@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
+import numpy as np
+import torch
 
 from library.checkpoints.overwriting import check_target
 from tools.command import command, make_parser

@@ -1,6 +1,7 @@
 """Show what a LoRA taught the quickstart's base model, with the same prompts and seeds before and after.
 
-Writes one image, `before | after`, and prints the share of samples in each half that show their prompt.
+Writes one image, `before | after`, and prints the share of samples in each half that show their prompt. With --report
+the image is shown in the report of the run too.
 """
 
 import argparse
@@ -9,16 +10,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from library.launcher import prepare_for_torch
 
     prepare_for_torch()  # before torch is imported
 
+from PIL import Image, ImageDraw, ImageFont
+
 from library.checkpoints.marks import save_image
 from library.checkpoints.overwriting import check_target
+from library.training.report_page.writer import add_sheet
+from library.training.reporting.sample_images import encode_data_url
 from tools.command import command, make_parser
 from tools.quickstart.sampling import count_right, load_pipeline, merge_lora, read_prompts, sample
 from tools.quickstart.toy_files import image_kind
@@ -78,12 +81,16 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lora", type=Path, required=True, help="LoRA file (kohya's key names) trained on it")
     parser.add_argument("--prompts", type=Path, default=QUICKSTART / "prompts.txt", help="prompts, one per line")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--report", type=Path, help="report of the run, in which the image is shown too")
     return parser
 
 
 def draw(args: argparse.Namespace) -> None:
     """Write the image and print the shares."""
     before, after = draw_before_and_after(args.base, args.lora, args.prompts, args.out)
+    if args.report is not None:
+        with Image.open(args.out) as image:
+            add_sheet(args.report, encode_data_url(image, *image.size))
     print(f"samples that show their prompt: {before:.0%} before, {after:.0%} after; see {args.out}")
 
 

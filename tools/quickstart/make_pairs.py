@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
+import numpy as np
+from PIL import Image
 
 from library.errors import UserError
 from tools.command import command, make_parser

@@ -17,14 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
-
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from library.architectures.flux.model import Flux, FluxConfig
 from library.architectures.flux.reference import diffusers_model, diffusers_state

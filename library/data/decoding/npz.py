@@ -103,8 +103,11 @@ def open_to_read(path: str, words: CacheWords) -> Iterator[Mapping[str, Any]]:
     except DAMAGE as error:
         fault = describe_damage(error)
         reason = f"{fault}: {error}" if fault == DAMAGED else fault
-    delete = "delete it and " if fault == DAMAGED else ""  # the check at the start does not read whole files
-    raise UserError(f"the {words.name} {path} is {reason}; {delete}run again without --skip_cache_check to rebuild it")
+    # The check at the start finds all but two faults: a file that was deleted since, and damage in the middle of one,
+    # which it does not read.
+    fixes = {MISSING: "run again", DAMAGED: "delete it and run again"}
+    fix = fixes.get(fault, "run again without --skip_cache_check")
+    raise UserError(f"the {words.name} {path} is {reason}; {fix} to rebuild it")
 
 
 @contextmanager

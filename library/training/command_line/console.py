@@ -14,6 +14,9 @@ from library.errors import UserError
 from library.formatting import escape_controls
 from library.launcher import launched_rank
 from library.options.output.console import ConsoleOptions
+from library.version import NAME, VERSION
+
+logger = logging.getLogger(__name__)
 
 DATED = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S")
 LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # the start of a line by `build_handler`
@@ -139,6 +142,15 @@ def setup_logging(options: ConsoleOptions) -> None:
     root.setLevel(
         resolve_log_level(options) if launched_rank() == 0 else max(resolve_log_level(options), logging.ERROR)
     )
+
+
+def start_run_log(options: ConsoleOptions) -> None:
+    """Configure logging as `setup_logging` does, and log this suite's name and version.
+
+    That is the first line of every run's log, because front ends start scripts from folders that several programs fill.
+    """
+    setup_logging(options)
+    logger.info("%s %s", NAME, VERSION)
 
 
 def resolve_log_level(options: ConsoleOptions) -> int:

@@ -93,8 +93,15 @@ def write_page(path: Path, page: str) -> None:
         temporary.write_text(page, encoding="utf-8", newline="\n")
 
 
+def check_regular(path: Path) -> None:
+    """Raise UserError for a pipe or device, which might never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file; name a report or a file of --log_events")
+
+
 def read_report(path: Path) -> Record:
     """Read the record of a report. Raises UserError for another file."""
+    check_regular(path)
     try:
         return Record.from_json(read_data(path.read_text(encoding="utf-8")))
     except OSError as error:
@@ -108,6 +115,7 @@ def read_events(path: Path) -> Record:
 
     Raises UserError naming the first line that is not an event.
     """
+    check_regular(path)
     try:
         with path.open(encoding="utf-8") as file:
             return collect_record(file, str(path))

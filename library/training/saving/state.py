@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.files import load_state_dict, read_header, save_safetensors
 from library.checkpoints.folders import atomic_folder
 from library.checkpoints.hashes import digest_of_file
 from library.checkpoints.tree_json import dump_tree, load_tree
@@ -220,6 +220,11 @@ def load_network(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         return
     for name, tensor in own.items():
         tensor.copy_(weights[name])
+
+
+def network_shapes(facts: StateManifest) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the network's weights in a state by name."""
+    return {name: entry.shape for name, entry in read_header(facts.path / NETWORK_FILE).tensors.items()}
 
 
 def restore(facts: StateManifest, network: nn.Module, keepers: Mapping[str, Stateful]) -> None:
