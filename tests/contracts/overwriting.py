@@ -169,6 +169,7 @@ WITHOUT_TARGET: Mapping[str, str] = {
     "tools/verify.py": ELSEWHERE,
     "tools/quickstart/check_adapter.py": NOTHING,
     "networks/check_lora_weights.py": NOTHING,
+    "benchmarks/visible_change.py": NOTHING,
     "networks/lora_interrogator.py": NOTHING,
     "benchmarks/plan_models.py": "replaces tables between their marks in a page",
     "benchmarks/startup.py": "has its own test: it is no command of users",

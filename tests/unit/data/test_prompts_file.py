@@ -174,7 +174,7 @@ def test_a_target_class_makes_a_slider_in_any_table(tmp_path: Path, text: str) -
         ('[[prompts]]\ntarget = "x"\nguidance_scale = "1"\n', "guidance_scale is '1'; use a number"),
         ('[[prompts]]\ntarget = "x"\nguidance_scale = inf\n', "guidance_scale is inf; use a number"),
         (f'[[prompts]]\ntarget = "x"\nguidance_scale = {10**400}\n', "a number of more than 300 digits"),
-        (f'[[prompts]]\ntarget = "x"\nguidance_scale = 1{"0" * 5000}\n', "is not valid TOML: it has a number of thousands of digits"),
+        (f'[[prompts]]\ntarget = "x"\nguidance_scale = 1{"0" * 5000}\n', "is not valid TOML: it has a number"),
         ('[[prompts]]\ntarget = "x"\nguidance_scale = 1e9\n', "use a number of at most 1000"),
         ('[[prompts]]\ntarget = "x"\nmultiplier = 0\n', "with which the adapter learns nothing"),
         ('[[prompts]]\ntarget = "x"\nweight = -1\n', "must be above 0"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, read_metadata, save_pickle_state_dict, save_safetensors
 from library.checkpoints.hashes import sshs_hashes
+from library.checkpoints.marks import mark_of
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file
 from tests.tolerances import EXACT, FLOAT32_SAME_MATH
 from tools import extract_lora_from_dylora as tool
@@ -116,14 +117,14 @@ def test_a_status_of_1_says_that_nothing_was_written(
 ) -> None:
     """The disk is full at the third of four files; the file of an earlier run stays."""
     before = nested.parent / "cut-0002.safetensors"
-    save_safetensors(before, nested_tensors(51))
+    save_safetensors(before, nested_tensors(51), mark=mark_of(tool.WRITER, before))
     content, honest, saved = before.read_bytes(), tool.save_adapter_file, []
 
-    def save(path: Path, file: AdapterFile) -> None:
+    def save(path: Path, file: AdapterFile, mark: str) -> None:
         if len(saved) == 2:
             raise OSError(ENOSPC, "No space left on device", str(path))
         saved.append(path)
-        honest(path, file)
+        honest(path, file, mark=mark)
 
     monkeypatch.setattr(tool, "save_adapter_file", save)
     assert main(["--model", str(nested), "--save_to", str(nested.parent / "cut.safetensors"), "--unit", "2"]) == 1
